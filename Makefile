@@ -1,0 +1,38 @@
+# Towline. `make help` lists what there is.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint ui clean
+
+help: ## list these targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+setup: $(READY) ## make the environment in .venv, versions as in constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11 …"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+train: $(READY) ## the default run: a tiny model learns to add, with thoughts; ARGS='KEY=VALUE …' changes it
+	$(BIN)/python -m src.run $(ARGS)
+
+test: lint ## every check that CI runs: format, lint, types, tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## format, lint and types only
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+ui: $(READY) ## MLflow's page of all runs, on http://127.0.0.1:5000
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db \
+		--host 127.0.0.1 --port $(or $(PORT),5000)
+
+clean: ## remove caches and build leftovers; runs, multirun, mlflow.db and .venv stay
+	rm -rf .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	find src tests assets data -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,273 @@
+"""Hydra's side of a configuration: the command line and conf/ become plain containers, or problems. No torch here.
+
+Every override of a single key is composed as `++key=value`, so that an unknown key survives composition and the gate
+can report all of them together; Hydra by itself stops at the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.config.problems import Problem
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+CONF = PROJECT_ROOT / "conf"
+COMMAND_LINE = "command line"
+GLOBAL_GROUPS = ("debug", "experiment")  # their options reach into other sections; the later wins over the earlier
+
+_identity = {"start_time": "", "uid": ""}
+OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
+OmegaConf.register_new_resolver("start_time", lambda: _identity["start_time"], replace=True)
+OmegaConf.register_new_resolver("uid", lambda: _identity["uid"], replace=True)
+
+
+def new_identity() -> None:
+    """Give the next run folder a name of its own: seconds alone would collide."""
+    _identity["start_time"] = datetime.now().strftime("%Y%m%d-%H%M%S")
+    _identity["uid"] = uuid.uuid4().hex[:6]
+
+
+@dataclass
+class CommandLine:
+    """The arguments of an entry, taken apart.
+
+    `forced` are the overrides as they are composed: keys with `++`, groups and Hydra's own keys as given.
+    """
+
+    flags: argparse.Namespace
+    argv: list[str]
+    overrides: list[Override] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    roots: list[Path] = field(default_factory=lambda: [CONF])
+
+    @property
+    def asks_hydra_only(self) -> bool:
+        """Whether Hydra answers by itself (help, version, completion) and there is nothing to check."""
+        flags = self.flags
+        return bool(flags.help or flags.hydra_help or flags.shell_completion or flags.info)
+
+    @property
+    def forced(self) -> list[str]:
+        return [forced(override, self.roots) for override in self.overrides]
+
+    @property
+    def hydra_argv(self) -> list[str]:
+        """The same arguments for Hydra's own main: flags first, then the overrides with every key forced."""
+        flags = [argument for argument in self.argv if argument not in self.flags.overrides]
+        return [*flags, *self.forced]
+
+    def value_of(self, key: str) -> Any:
+        """Give the value that the command line sets for a key, or None."""
+        return next((o.value() for o in reversed(self.overrides) if o.key_or_group == key), None)
+
+
+@dataclass
+class Composed:
+    """A composed configuration: plain sections, the run's folder, and what each group chose."""
+
+    sections: dict[str, Any]
+    run_dir: Path
+    choices: dict[str, str]
+    problems: list[Problem] = field(default_factory=list)
+
+
+def read_command_line(argv: Sequence[str]) -> CommandLine:
+    """Take the arguments apart with Hydra's own parsers; each unreadable override is a problem of its own."""
+    flags = get_args_parser().parse_intermixed_args(list(argv))
+    line = CommandLine(flags=flags, argv=list(argv))
+    if flags.config_dir:
+        line.roots.append(Path(flags.config_dir).resolve())
+    parser = OverridesParser.create()
+    for text in flags.overrides:
+        try:
+            line.overrides += parser.parse_overrides([text])
+        except HydraException:
+            key, _, value = text.partition("=")
+            reason = (
+                "not KEY=VALUE"
+                if "=" not in text
+                else f"can't be read; a value with '=', ',' or spaces needs quotes of its own: '{key}=\"{value}\"'"
+            )
+            line.problems.append(Problem(key, reason, value, "=" in text, COMMAND_LINE))
+    for override in line.overrides:
+        if override.is_sweep_override() and not flags.multirun:
+            reason = "several values are a sweep: add -m; or quote a value that has commas, or write a list [a,b]"
+            line.problems.append(Problem(override.key_or_group, reason, value_text(override), True, COMMAND_LINE))
+        elif is_group(override, line.roots):
+            line.problems += _unknown_options(override, line.roots)
+    return line
+
+
+def value_text(override: Override) -> str:
+    return (override.input_line or "").partition("=")[2]
+
+
+def is_group(override: Override, roots: Sequence[Path]) -> bool:
+    """Whether an override chooses an option of a group, rather than the value of a key."""
+    return any((root / override.key_or_group).is_dir() for root in roots)
+
+
+def options(group: str, roots: Sequence[Path]) -> list[str]:
+    return sorted({file.stem for root in roots for file in (root / group).glob("*.yaml")})
+
+
+def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Problem]:
+    group = override.key_or_group
+    known = options(group, roots)
+    values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+    for value in values:
+        for option in value if isinstance(value, list) else [value]:
+            if option is not None and str(option) not in known:
+                near = get_close_matches(str(option), known, n=1)
+                reason = f"no such option; one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
+                yield Problem(group, reason, option, True, COMMAND_LINE)
+
+
+def forced(override: Override, roots: Sequence[Path]) -> str:
+    text = override.input_line or ""
+    if is_group(override, roots) or override.is_delete() or override.key_or_group.startswith("hydra."):
+        return text
+    return "++" + text.lstrip("+")
+
+
+def sweep_points(line: CommandLine, *, most: int = 1000) -> Iterator[list[str]]:
+    """Give the overrides of each point of a grid (the first `most`), forced, or of the one run there is."""
+    axes = []
+    for override in line.overrides:
+        if override.is_sweep_override():
+            axes.append(
+                [forced_text(override, value, line.roots) for value in override.sweep_string_iterator()]
+                if not override.is_interval_sweep()
+                else []
+            )
+        else:
+            axes.append([forced(override, line.roots)])
+    for point in itertools.islice(itertools.product(*axes), most):
+        yield list(point)
+
+
+def forced_text(override: Override, value: str, roots: Sequence[Path]) -> str:
+    mark = "" if is_group(override, roots) or override.key_or_group.startswith("hydra.") else "++"
+    return f"{mark}{override.key_or_group}={value}"
+
+
+def compose(overrides: Sequence[str], line: CommandLine) -> Composed:
+    """Compose conf/ with these overrides; Hydra's own complaints come back as problems."""
+    refused = {problem.key for problem in line.problems}
+    usable = [text for text in overrides if text.lstrip("+~").partition("=")[0] not in refused]
+    if line.flags.config_dir:
+        usable.append(f"hydra.searchpath=[file://{Path(line.flags.config_dir).resolve()}]")
+    try:
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="towline"):
+            cfg = hydra_compose(line.flags.config_name or "config", overrides=usable, return_hydra_config=True)
+            run_dir = Path(cfg.hydra.run.dir)
+            choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items()}
+            sections = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]))
+    except (HydraException, OmegaConfBaseException) as error:
+        return Composed({}, Path(), {}, [_from_hydra(error)])
+    composed = Composed({}, run_dir, choices)
+    assert isinstance(sections, dict)
+    resolve_sections(sections, composed)
+    return composed
+
+
+def resolve_sections(sections: dict[Any, Any], composed: Composed) -> None:
+    """Resolve `${…}` in every section; one that can't be resolved is a problem of its own."""
+    whole = OmegaConf.create(sections)
+    for key in sections:
+        try:
+            value = whole._get_node(key)
+            resolved = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else whole[key]
+            composed.sections[str(key)] = resolved
+        except OmegaConfBaseException as error:
+            if OmegaConf.is_missing(whole, key):
+                composed.sections[str(key)] = "???"
+            else:
+                composed.problems.append(_from_hydra(error, str(key)))
+
+
+def _from_hydra(error: Exception, key: str = "") -> Problem:
+    text = " ".join(str(error).split("\n")[0].split())
+    return Problem(key or getattr(error, "full_key", None) or "conf", text, has_value=False)
+
+
+def read_frozen(folder: Path, line: CommandLine) -> Composed:
+    """Take the frozen config of a run's folder with the command line's dotted overrides on top (`rerun=DIR`)."""
+    file = folder / "config.yaml"
+    try:
+        sections = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        reason = f"no run to repeat there: {file} can't be read ({error.__class__.__name__})"
+        return Composed({}, Path(), {}, [Problem("rerun", reason, str(folder), True, COMMAND_LINE)])
+    cfg = OmegaConf.create(sections | {"rerun": str(folder), "force": False})
+    problems, hydra_overrides = [], []
+    for override in line.overrides:
+        key = override.key_or_group
+        if key.startswith("hydra."):
+            hydra_overrides.append(override.input_line or "")
+        elif is_group(override, line.roots) or override.is_delete():
+            reason = "a rerun keeps the options of its frozen config; change single keys (SECTION.KEY=VALUE)"
+            problems.append(Problem(key, reason, override.value(), True, COMMAND_LINE))
+        elif not override.is_sweep_override():
+            OmegaConf.update(cfg, key, override.value(), merge=False, force_add=True)
+    base = compose([f"++name={cfg.get('name')}", *hydra_overrides], CommandLine(line.flags, line.argv))
+    composed = Composed({}, base.run_dir, {}, [*base.problems, *problems])
+    resolve_sections(OmegaConf.to_container(cfg), composed)  # type: ignore[arg-type]
+    return composed
+
+
+def where_set(key: str, line: CommandLine, choices: dict[str, str]) -> str:
+    """Say which file or command line gave a key its value."""
+    for override in line.overrides:
+        given = override.key_or_group
+        if key == given or key.startswith(given + ".") or given.startswith(key + "."):
+            return COMMAND_LINE
+    section = key.partition(".")[0]
+    candidates = [(group, choices.get(group)) for group in GLOBAL_GROUPS] + [(section, choices.get(section))]
+    for group, option in candidates:
+        for root in line.roots:
+            if option and (file := _defining_file(root / group / f"{option}.yaml", key, group)):
+                return file
+    return str((CONF / "config.yaml").relative_to(PROJECT_ROOT)) if choices else "frozen config"
+
+
+def _defining_file(file: Path, key: str, group: str) -> str | None:
+    """Give the option file that defines a key, following its defaults within the group."""
+    if not file.is_file():
+        return None
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    node: Any = content
+    for part in key.split(".") if group in GLOBAL_GROUPS else key.split(".")[1:]:
+        node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+    if node is not _ABSENT:
+        return os.path.relpath(file, PROJECT_ROOT) if file.is_relative_to(PROJECT_ROOT) else str(file)
+    for parent in content.get("defaults", []):
+        if (
+            isinstance(parent, str)
+            and parent != "_self_"
+            and (found := _defining_file(file.with_name(f"{parent}.yaml"), key, group))
+        ):
+            return found
+    return None
+
+
+_ABSENT = object()

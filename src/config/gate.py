@@ -1,0 +1,267 @@
+"""The gate: nothing is loaded, written or started before the whole configuration has been found good. No torch here.
+
+`admit` composes once, holds every key against the schema, applies the rules across sections, and either gives the
+typed config or raises one ConfigError that tells all problems: key, value, what is allowed, where it was set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.config import compose as composing
+from src.config import rules
+from src.config.compose import CommandLine, Composed
+from src.config.problems import Problem, refuse
+from src.config.schema import SECTIONS, RunConfig, TopLevelConfig
+
+
+@dataclass
+class Admitted:
+    """A configuration that passed: typed, as plain containers to freeze, and where the run's folder will be."""
+
+    config: RunConfig
+    frozen: dict[str, Any]
+    run_dir: Path
+
+
+@dataclass
+class Request:
+    """What the command line asks for: one run that was admitted, or something that Hydra's main does."""
+
+    line: CommandLine
+    run: Admitted | None = None
+
+
+@dataclass
+class _Parsed:
+    """A section's typed object, where it could be built, and the problems met on the way."""
+
+    value: Any = None
+    problems: list[Problem] = field(default_factory=list)
+
+
+def admit(argv: Sequence[str]) -> Request:
+    """Check everything a command line asks for, every point of a sweep included.
+
+    Raises:
+        ConfigError: with all problems together.
+    """
+    composing.new_identity()
+    line = composing.read_command_line(argv)
+    if line.asks_hydra_only:
+        return Request(line)
+    rerun = line.value_of("rerun")
+    if rerun is not None:
+        if line.flags.multirun or line.flags.cfg:
+            line.problems.append(Problem("rerun", "not together with -m or --cfg", rerun, True, composing.COMMAND_LINE))
+        admitted, problems = check(composing.read_frozen(Path(str(rerun)), line), line)
+        if problems or line.problems:
+            raise refuse([*line.problems, *problems])
+        return Request(line, admitted)
+    problems = list(line.problems)
+    admitted = None
+    if line.flags.multirun:
+        for override in line.overrides:
+            if override.is_sweep_override() and override.is_interval_sweep():
+                reason = "a search space; a grid takes values: A,B,C, range(…) or choice(…)"
+                problems.append(
+                    Problem(override.key_or_group, reason, composing.value_text(override), True, "command line")
+                )
+        if problems:
+            raise refuse(problems)
+    for point in composing.sweep_points(line):
+        admitted, found = check(composing.compose(point, line), line)
+        problems += found
+    if problems:
+        raise refuse(problems)
+    return Request(line) if line.flags.multirun or line.flags.cfg else Request(line, admitted)
+
+
+def parse(sections: dict[str, Any]) -> RunConfig:
+    """Turn plain containers that were admitted before (a frozen config, a point of a sweep) into the typed config.
+
+    Raises:
+        ConfigError: where they are not a good configuration after all.
+    """
+    parsed, problems = _parse_sections(sections)
+    problems += list(_across(parsed))
+    if problems:
+        raise refuse(problems)
+    return _assemble(parsed)
+
+
+def check(composed: Composed, line: CommandLine) -> tuple[Admitted | None, list[Problem]]:
+    """Hold a composed configuration against schema, rules and file system."""
+    if not composed.sections:
+        return None, composed.problems
+    refused = {problem.key for problem in line.problems}  # a section whose option is unknown is told once, not twice
+    sections = {key: value for key, value in composed.sections.items() if key not in refused}
+    parsed, problems = _parse_sections(sections)
+    problems = [p for p in problems if p.key not in refused]
+    problems += _across(parsed)
+    problems += _folder_problems(composed.run_dir)
+    located = [
+        problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
+        for problem in problems
+    ]
+    if located or composed.problems or line.problems:
+        return None, composed.problems + located
+    return Admitted(_assemble(parsed), composed.sections, composed.run_dir), []
+
+
+def _where(key: str, line: CommandLine, composed: Composed) -> str:
+    return composing.where_set(key, line, composed.choices)
+
+
+def _assemble(parsed: dict[str, _Parsed]) -> RunConfig:
+    top = dataclasses.asdict(parsed[""].value)
+    return RunConfig(**top, **{name: part.value for name, part in parsed.items() if name})
+
+
+def _parse_sections(sections: dict[str, Any]) -> tuple[dict[str, _Parsed], list[Problem]]:
+    """Parse every section by its own; '' is the top level."""
+    parsed = {"": _parse(TopLevelConfig, {k: v for k, v in sections.items() if k not in SECTIONS}, "")}
+    for name, schema in SECTIONS.items():
+        if name not in sections:
+            parsed[name] = _Parsed(None, [Problem(name, "this section is missing", has_value=False)])
+            continue
+        given = sections[name]
+        if isinstance(given, dict) and isinstance(schema, dict):
+            kind = given.get("type")
+            if kind not in schema:
+                reason = f"not one of {', '.join(schema)}; choose with {name}=…"
+                parsed[name] = _Parsed(None, [Problem(f"{name}.type", reason, kind)])
+                continue
+            schema = schema[kind]
+        parsed[name] = _parse(schema, given, name)
+    return parsed, [problem for part in parsed.values() for problem in part.problems]
+
+
+def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
+    """Hold one mapping against one dataclass, key by key, so that every problem is found."""
+    parsed = _Parsed()
+    if not isinstance(given, dict):
+        parsed.problems.append(Problem(prefix, "a section of keys, not a value", given))
+        return parsed
+    hints = typing.get_type_hints(schema)
+    values = {}
+    complete = True
+    for key, value in given.items():
+        if key not in hints:
+            parsed.problems.append(Problem(_dotted(prefix, key), _unknown(prefix, str(key), list(hints)), value))
+            continue
+        part = _parse_value(schema, key, hints[key], value, prefix)
+        parsed.problems += part.problems
+        complete = complete and not part.problems
+        values[key] = part.value
+    for key in hints.keys() - given.keys():
+        parsed.problems.append(Problem(_dotted(prefix, key), "is missing", has_value=False))
+        complete = False
+    if complete:
+        parsed.value = schema(**values)
+    return parsed
+
+
+def _parse_value(schema: Any, key: str, hint: Any, value: Any, prefix: str) -> _Parsed:
+    dotted = _dotted(prefix, key)
+    if value == "???":
+        return _Parsed(None, [Problem(dotted, f"needs a value: {_described(hint)}", has_value=False)])
+    if dataclasses.is_dataclass(hint):
+        return _parse(hint, value, dotted)
+    if isinstance(value, bool) and bool not in _members(hint) and hint is not Any:
+        return _Parsed(None, [Problem(dotted, f"not {_described(hint)}", value)])
+    try:
+        merged: Any = OmegaConf.merge(OmegaConf.structured(schema), {key: value})
+        converted = OmegaConf.to_object(merged[key]) if OmegaConf.is_config(merged[key]) else merged[key]
+    except OmegaConfBaseException:
+        return _Parsed(None, [Problem(dotted, f"not {_described(hint)}", value)])
+    metadata = next(f.metadata for f in dataclasses.fields(schema) if f.name == key)
+    check = metadata.get("check")
+    if check and not check.holds(converted):
+        return _Parsed(None, [Problem(dotted, f"not {check.allowed}", value)])
+    return _Parsed(converted)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _described(hint: Any) -> str:
+    """Say in words what a type allows."""
+    members = _members(hint)
+    words = []
+    for member in members:
+        if member is type(None):
+            words.append("null")
+        elif inspect.isclass(member) and issubclass(member, Enum):
+            words.append(("one of " if len(member) > 1 else "") + ", ".join(option.name for option in member))
+        elif typing.get_origin(member) is list:
+            (inner,) = typing.get_args(member)
+            words.append(f"a list ({_described(inner)} each)")
+        elif typing.get_origin(member) is dict:
+            words.append("a mapping from text to text")
+        else:
+            known = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+            words.append(known.get(member, "a value"))
+    return " or ".join(words)
+
+
+def _dotted(prefix: str, key: Any) -> str:
+    return f"{prefix}.{key}" if prefix else str(key)
+
+
+def _unknown(prefix: str, key: str, known_here: list[str]) -> str:
+    near = get_close_matches(key, [*known_here, *(SECTIONS if not prefix else [])], n=1)
+    if near:
+        return f"unknown key; did you mean {_dotted(prefix, near[0])}?"
+    elsewhere = [dotted for dotted in known_keys() if dotted.rpartition(".")[2] == key]
+    if elsewhere:
+        return f"unknown key; did you mean {elsewhere[0]}?"
+    return f"unknown key; {prefix or 'the top level'} has {', '.join(known_here)}"
+
+
+def known_keys() -> Iterator[str]:
+    """Give every dotted key that some configuration can have."""
+    yield from typing.get_type_hints(TopLevelConfig)
+    for name, schema in SECTIONS.items():
+        for cls in schema.values() if isinstance(schema, dict) else [schema]:
+            for key, hint in typing.get_type_hints(cls).items():
+                if dataclasses.is_dataclass(hint):
+                    yield from (f"{name}.{key}.{inner}" for inner in typing.get_type_hints(hint))
+                else:
+                    yield f"{name}.{key}"
+
+
+def _across(parsed: dict[str, _Parsed]) -> Iterator[Problem]:
+    """Apply each rule whose sections are all good; a rule's parameters name the sections it reads."""
+    good = {name: part.value for name, part in parsed.items() if part.value is not None}
+    for rule in rules.RULES:
+        needed = inspect.signature(rule).parameters
+        if all(name in good for name in needed):
+            yield from rule(**{name: good[name] for name in needed})
+
+
+def _folder_problems(run_dir: Path) -> Iterator[Problem]:
+    """Check that the run's folder is there or can be made, without making it."""
+    for place in [run_dir, *run_dir.absolute().parents]:
+        if place.exists():
+            if not place.is_dir():
+                reason = f"can't be made: {place} is a file"
+                yield Problem("hydra.run.dir", reason, str(run_dir), where="the run's folder")
+            elif not os.access(place, os.W_OK | os.X_OK):
+                reason = f"can't be made: no permission to write in {place}"
+                yield Problem("hydra.run.dir", reason, str(run_dir), where="the run's folder")
+            return

@@ -1,0 +1,41 @@
+"""One thing that is wrong with a configuration, and how all of them are told together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from src.errors import ConfigError
+
+HINT = "Nothing was loaded or written. `python -m src.run --help` lists every group and key."
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A key, the value it was given, what is wrong with it, and where it was set."""
+
+    key: str
+    reason: str
+    value: Any = None
+    has_value: bool = True
+    where: str = ""
+
+    @property
+    def given(self) -> str:
+        """The key and its value as a person would write them."""
+        if not self.has_value:
+            return self.key
+        value = self.value if isinstance(self.value, str) else json.dumps(self.value, ensure_ascii=False, default=str)
+        return f"{self.key} = {value if len(value) <= 60 else value[:57] + '…'}"
+
+
+def refuse(problems: Sequence[Problem]) -> ConfigError:
+    """Build the one error that tells all problems, in columns."""
+    unique = list(dict.fromkeys((p.given, p.reason, p.where) for p in problems))
+    width = min(44, max(len(given) for given, _, _ in unique))
+    lines = [f"Configuration refused: {len(unique)} problem{'s' if len(unique) > 1 else ''}"]
+    for given, reason, where in unique:
+        lines.append(f"  {given:<{width}}   {reason}{f'   ({where})' if where else ''}")
+    return ConfigError("\n".join([*lines, HINT]))

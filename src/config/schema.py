@@ -1,0 +1,418 @@
+"""What a configuration may hold: a dataclass a group or section, with types, defaults and ranges.
+
+Defaults live in conf/; a field without one here must come from there. Ranges and allowed forms stand in the field's
+metadata as a `Check` and are applied by `src.config.gate`. No torch here, so that a refused config costs nothing.
+Groups with options of different keys (optimizer, scheduler, tracking) have one dataclass an option, chosen by `type`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True)
+class Check:
+    """A condition on one value, with the words that an error uses for what is allowed."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+def _key(check: Check | None = None, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"check": check} if check else {})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+POSITIVE = Check("a number above 0", lambda v: v is None or (_is_number(v) and v > 0))
+NOT_NEGATIVE = Check("a number of at least 0", lambda v: v is None or (_is_number(v) and v >= 0))
+AT_LEAST_ONE = Check("a whole number of at least 1", lambda v: v is None or (_is_int(v) and v >= 1))
+COUNT = Check("a whole number of at least 0", lambda v: v is None or (_is_int(v) and v >= 0))
+FRACTION = Check("a number from 0 to 1", lambda v: v is None or (_is_number(v) and 0 <= v <= 1))
+BELOW_ONE = Check("a number from 0 to below 1", lambda v: v is None or (_is_number(v) and 0 <= v < 1))
+BETAS = Check(
+    "two numbers from 0 to below 1",
+    lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
+)
+STEPS_OR_EPOCH = Check(
+    "a whole number of steps of at least 1, 'epoch', or null for never",
+    lambda v: v is None or v == "epoch" or (_is_int(v) and v >= 1),
+)
+STRINGS = Check("a list of texts", lambda v: isinstance(v, list) and all(isinstance(s, str) for s in v))
+FILES_OR_SETS = Check(
+    "a list of files, or a mapping from a set's name to its list of files",
+    lambda v: (
+        v is None
+        or STRINGS.holds(v)
+        or (isinstance(v, dict) and bool(v) and all(isinstance(k, str) and STRINGS.holds(s) for k, s in v.items()))
+    ),
+)
+SEED = Check("a whole number from 0 to 2**32 - 1", lambda v: _is_int(v) and 0 <= v < 2**32)
+NAME = Check(
+    "a name without '/' that does not start with '.'",
+    lambda v: bool(v) and "/" not in v and not v.startswith("."),
+)
+
+
+class ModelType(Enum):
+    causal_lm = "causal_lm"
+
+
+class Weights(Enum):
+    pretrained = "pretrained"
+    random = "random"
+
+
+class Dtype(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Attention(Enum):
+    sdpa = "sdpa"
+    eager = "eager"
+
+
+class InitMethod(Enum):
+    text = "text"
+    mean = "mean"
+    description = "description"
+    random = "random"
+
+
+class DataFormat(Enum):
+    prompt_completion = "prompt_completion"
+
+
+class Thoughts(Enum):
+    keep = "keep"
+    drop = "drop"
+
+
+class Overflow(Enum):
+    truncate = "truncate"
+    truncate_prompt = "truncate_prompt"
+    drop = "drop"
+    error = "error"
+
+
+class Batching(Enum):
+    padded = "padded"
+
+
+class Metric(Enum):
+    exact_match = "exact_match"
+
+
+class MixedPrecision(Enum):
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Reduction(Enum):
+    mean = "mean"
+    sum = "sum"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class ModelConfig:
+    """conf/model: which network, from where, in which precision."""
+
+    type: ModelType = MISSING
+    checkpoint: str = MISSING
+    revision: str | None = MISSING
+    weights: Weights = MISSING
+    dtype: Dtype = MISSING
+    attn_implementation: Attention | None = MISSING
+    trust_remote_code: bool = MISSING
+
+
+@dataclass
+class TokenInitConfig:
+    """How the rows of new tokens start: see src.tokens.initial_rows."""
+
+    method: InitMethod = MISSING
+    text: list[str] = _key(STRINGS)
+    descriptions: dict[str, str] = MISSING
+
+
+@dataclass
+class TokensConfig:
+    """conf/tokens: tokens that the vocabulary gets, and which of them open and close a thought."""
+
+    additional_special_tokens: list[str] = _key(STRINGS)
+    thought_open: str | None = MISSING
+    thought_close: str | None = MISSING
+    init: TokenInitConfig = field(default_factory=TokenInitConfig)
+    pad_to_multiple_of: int | None = _key(AT_LEAST_ONE)
+
+
+@dataclass
+class DataConfig:
+    """conf/data: where rows come from, how they become prompt and completion, how long they may be."""
+
+    format: DataFormat = MISSING
+    train_files: Any = _key(Check("a list of files", lambda v: v is None or STRINGS.holds(v)))
+    validation_files: Any = _key(FILES_OR_SETS)
+    test_files: Any = _key(FILES_OR_SETS)
+    dataset_name: str | None = MISSING
+    dataset_config_name: str | None = MISSING
+    train_split: str | None = MISSING
+    validation_split: str | None = MISSING
+    revision: str | None = MISSING
+    columns: dict[str, str] = MISSING
+    prompt_template: str | None = MISSING
+    completion_template: str | None = MISSING
+    thoughts: Thoughts | None = MISSING
+    thought_pattern: str | None = MISSING
+    answer_pattern: str | None = MISSING
+    metrics: list[Metric] = MISSING
+    max_seq_length: int = _key(Check("a whole number of at least 2", lambda v: _is_int(v) and v >= 2))
+    overflow: Overflow = MISSING
+    max_dropped_fraction: float = _key(FRACTION)
+    batching: Batching = MISSING
+    limit: int | None = _key(AT_LEAST_ONE)
+    validation_fraction: float = _key(BELOW_ONE)
+
+
+@dataclass
+class AdamWConfig:
+    """conf/optimizer/adamw.yaml: torch.optim.AdamW."""
+
+    type: str = _key(Check("adamw (choose another with optimizer=…)", lambda v: v == "adamw"))
+    lr: float = _key(POSITIVE)
+    weight_decay: float = _key(NOT_NEGATIVE)
+    betas: Any = _key(BETAS)
+    eps: float = _key(POSITIVE)
+
+
+@dataclass
+class SGDConfig:
+    """conf/optimizer/sgd.yaml: torch.optim.SGD."""
+
+    type: str = _key(Check("sgd (choose another with optimizer=…)", lambda v: v == "sgd"))
+    lr: float = _key(POSITIVE)
+    weight_decay: float = _key(NOT_NEGATIVE)
+    momentum: float = _key(BELOW_ONE)
+
+
+class ScheduleType(Enum):
+    linear = "linear"
+    cosine = "cosine"
+    constant = "constant"
+    constant_with_warmup = "constant_with_warmup"
+
+
+@dataclass
+class ConstantScheduleConfig:
+    """conf/scheduler/constant.yaml: the learning rate never changes."""
+
+    type: ScheduleType = MISSING
+
+
+@dataclass
+class WarmupScheduleConfig:
+    """conf/scheduler/constant_with_warmup.yaml: linear warm-up, then constant."""
+
+    type: ScheduleType = MISSING
+    warmup_ratio: float = _key(BELOW_ONE)
+    warmup_steps: int | None = _key(COUNT)
+
+
+@dataclass
+class DecayScheduleConfig(WarmupScheduleConfig):
+    """conf/scheduler/linear.yaml and cosine.yaml: linear warm-up, then decay to min_lr_ratio of the peak."""
+
+    min_lr_ratio: float = _key(FRACTION)
+
+
+@dataclass
+class GenerationConfig:
+    """conf/generation: Hugging Face's generation settings, by their own names."""
+
+    max_new_tokens: int = _key(AT_LEAST_ONE)
+    min_new_tokens: int = _key(COUNT)
+    num_beams: int = _key(AT_LEAST_ONE)
+    do_sample: bool = MISSING
+    temperature: float = _key(POSITIVE)
+    top_k: int = _key(COUNT)
+    top_p: float = _key(Check("a number above 0 and at most 1", lambda v: _is_number(v) and 0 < v <= 1))
+    repetition_penalty: float = _key(POSITIVE)
+    no_repeat_ngram_size: int = _key(COUNT)
+
+
+@dataclass
+class MlflowConfig:
+    """conf/tracking/mlflow.yaml: an MLflow server or store that mirrors the run's folder."""
+
+    type: str = _key(Check("mlflow (choose another with tracking=…)", lambda v: v == "mlflow"))
+    uri: str = MISSING
+    experiment_name: str = MISSING
+    run_name: str = MISSING
+    tags: dict[str, str] = MISSING
+    log_model: bool = MISSING
+
+
+@dataclass
+class NoTrackingConfig:
+    """conf/tracking/none.yaml: the run's folder only."""
+
+    type: str = _key(Check("none (choose another with tracking=…)", lambda v: v == "none"))
+
+
+@dataclass
+class TrainingConfig:
+    """How long, in which batches and in which precision. One step is one optimizer update."""
+
+    num_train_epochs: float = _key(POSITIVE)
+    max_train_steps: int | None = _key(AT_LEAST_ONE)
+    per_device_train_batch_size: int = _key(AT_LEAST_ONE)
+    per_device_eval_batch_size: int = _key(AT_LEAST_ONE)
+    gradient_accumulation_steps: int = _key(AT_LEAST_ONE)
+    max_grad_norm: float | None = _key(POSITIVE)
+    mixed_precision: MixedPrecision = MISSING
+    logging_steps: int = _key(AT_LEAST_ONE)
+
+
+@dataclass
+class LossConfig:
+    """What is minimised: see src.training.loss."""
+
+    reduction: Reduction = MISSING
+
+
+@dataclass
+class EvaluationConfig:
+    """When and on how much the run is evaluated and samples are written."""
+
+    eval_steps: Any = _key(STEPS_OR_EPOCH)
+    metrics: list[Metric] | None = MISSING
+    max_samples: int | None = _key(AT_LEAST_ONE)
+    sample_steps: Any = _key(STEPS_OR_EPOCH)
+    sample_prompts: int = _key(COUNT)
+
+
+@dataclass
+class CheckpointConfig:
+    """Which weights the exported model has."""
+
+    metric_for_best_model: str = MISSING
+    greater_is_better: bool | None = MISSING
+    load_best_model_at_end: bool = MISSING
+
+
+@dataclass
+class RuntimeConfig:
+    """On what the run computes."""
+
+    device: Device = MISSING
+    deterministic: bool = MISSING
+
+
+@dataclass
+class TopLevelConfig:
+    """The keys that stand outside any section."""
+
+    name: str = _key(NAME)
+    seed: int = _key(SEED)
+    force: bool = MISSING
+    rerun: str | None = MISSING
+
+
+OptimizerConfig = AdamWConfig | SGDConfig
+SchedulerConfig = ConstantScheduleConfig | WarmupScheduleConfig | DecayScheduleConfig
+TrackingConfig = MlflowConfig | NoTrackingConfig
+
+SECTIONS: dict[str, type | dict[str, type]] = {
+    "model": ModelConfig,
+    "tokens": TokensConfig,
+    "data": DataConfig,
+    "optimizer": {"adamw": AdamWConfig, "sgd": SGDConfig},
+    "scheduler": {
+        "linear": DecayScheduleConfig,
+        "cosine": DecayScheduleConfig,
+        "constant": ConstantScheduleConfig,
+        "constant_with_warmup": WarmupScheduleConfig,
+    },
+    "generation": GenerationConfig,
+    "tracking": {"mlflow": MlflowConfig, "none": NoTrackingConfig},
+    "training": TrainingConfig,
+    "loss": LossConfig,
+    "evaluation": EvaluationConfig,
+    "checkpoint": CheckpointConfig,
+    "runtime": RuntimeConfig,
+}
+"""Section name -> its dataclass, or its dataclasses by the section's `type`."""
+
+
+@dataclass
+class RunConfig:
+    """A whole configuration, checked. What follows from several keys is a property, never written back."""
+
+    name: str
+    seed: int
+    force: bool
+    rerun: str | None
+    model: ModelConfig
+    tokens: TokensConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    generation: GenerationConfig
+    tracking: TrackingConfig
+    training: TrainingConfig
+    loss: LossConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    runtime: RuntimeConfig
+
+    @property
+    def keep_thoughts(self) -> bool:
+        """Whether thoughts stay in the completions; without a choice, where tokens has a thought_open."""
+        if self.data.thoughts is None:
+            return self.tokens.thought_open is not None
+        return self.data.thoughts is Thoughts.keep
+
+    @property
+    def thought_tags(self) -> tuple[str, str] | None:
+        """What opens and closes a thought in the text that the model writes; None where it writes none."""
+        opened, closed = self.tokens.thought_open, self.tokens.thought_close
+        return (opened, closed) if self.keep_thoughts and opened is not None and closed is not None else None
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """The metrics that need generated text: evaluation's own, or what the data says."""
+        return self.data.metrics if self.evaluation.metrics is None else self.evaluation.metrics
+
+
+def greater_is_better(metric: str) -> bool:
+    """Say in which direction a metric of metrics.jsonl improves: losses and perplexities fall, scores rise."""
+    return not metric.endswith(("loss", "perplexity"))
+
+
+def named_sets(files: Any, unnamed: str) -> dict[str, list[str]]:
+    """Give validation_files or test_files as set name -> files; a bare list is one set called `unnamed`."""
+    if not files:
+        return {}
+    return dict(files) if isinstance(files, dict) else {unnamed: list(files)}

@@ -1,0 +1,70 @@
+"""The tree of errors that a user can meet. Each says what was given, where, what is allowed and what to do.
+
+TowlineError                exit code 2, printed without a traceback
+├── ConfigError             the configuration is refused; nothing was loaded or written
+├── RunFolderError          the run's folder can't be made, is in use, or holds another run
+├── DataError               a file or row can't be used, or too little of the data is left
+├── TokenError              a tokenizer or a new token can't be used as asked
+├── ModelError              a model can't be loaded or assembled as asked
+└── TrainingError           exit code 1: the run itself went wrong
+    └── NonFiniteLossError  the loss became inf or nan; names the rows of the batch
+
+Interrupted                 not an error: the user or the scheduler asked the run to stop (exit code 75)
+"""
+
+from __future__ import annotations
+
+
+class TowlineError(Exception):
+    """Base of all errors that are reported as a message instead of a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(TowlineError):
+    """The configuration is refused."""
+
+
+class RunFolderError(TowlineError):
+    """The run's folder can't be made, is in use by another process, or holds another run."""
+
+
+class DataError(TowlineError):
+    """A file or row can't be used, or too little of the data is left."""
+
+
+class TokenError(TowlineError):
+    """A tokenizer or a new token can't be used as asked."""
+
+
+class ModelError(TowlineError):
+    """A model can't be loaded or assembled as asked."""
+
+
+class TrainingError(TowlineError):
+    """The run itself went wrong, after it had started well."""
+
+    exit_code = 1
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss became inf or nan."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGINT or SIGTERM) and came to a point where it could."""
+
+    exit_code = 75  # EX_TEMPFAIL: a scheduler may queue the same command again
+
+
+def listed(problems: list[str], *, most: int = 10) -> str:
+    """Join the first `most` problems as indented lines, and say how many more there are."""
+    lines = [f"  {problem}" for problem in problems[:most]]
+    if len(problems) > most:
+        lines.append(f"  … and {len(problems) - most} more")
+    return "\n".join(lines)
+
+
+def one_line(error: Exception, most: int = 300) -> str:
+    """Give a library's error as one line."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

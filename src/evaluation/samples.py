@@ -1,0 +1,38 @@
+"""Samples: what the model writes for a few fixed prompts, as a person would want to read it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from src.data.dataset import EncodedSet
+from src.evaluation.evaluate import Evaluator
+from src.evaluation.metrics import strip_thoughts
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line of samples.jsonl. `text` has the thoughts, `answer` is the same without them."""
+
+    step: int
+    prompt: str
+    text: str
+    answer: str
+    reference: str
+    stop_reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sample(evaluator: Evaluator, rows: EncodedSet, count: int, step: int) -> list[Sample]:
+    """Generate for the first `count` rows of a set; the same prompts and the same random stream every time."""
+    chosen = range(min(count, len(rows)))
+    completions = evaluator.generator.generate([rows.prompt_ids(i) for i in chosen], evaluator.runtime.seed)
+    samples = []
+    for i, completion in zip(chosen, completions, strict=True):
+        text = evaluator.encoder.decode(completion.ids)
+        answer = strip_thoughts(text, evaluator.tags)
+        example = rows.examples[i]
+        samples.append(Sample(step, example.prompt, text, answer, example.reference, completion.stop_reason))
+    return samples

@@ -1,0 +1,166 @@
+"""One session of computing: device, precision, seeds, signals, processes. The door to Accelerate.
+
+Everything that depends on how many processes there are is asked here, so that no other file knows of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from src.config.schema import Device, MixedPrecision, RuntimeConfig
+from src.errors import Interrupted, TowlineError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Runtime:
+    """What a run computes on. Built by `start_runtime`."""
+
+    def __init__(self, accelerator: Accelerator, seed: int) -> None:
+        self._accelerator = accelerator
+        self.seed = seed
+        self.stop_requested = ""
+        """The name of the signal that asked the run to stop, or ''."""
+
+    @property
+    def device(self) -> torch.device:
+        return self._accelerator.device
+
+    @property
+    def num_processes(self) -> int:
+        return self._accelerator.num_processes
+
+    @property
+    def description(self) -> str:
+        """Device and precision in a few words."""
+        if self.device.type == "cuda":
+            place = torch.cuda.get_device_name(self.device)
+        else:
+            place = f"{self.device.type}, {torch.get_num_threads()} threads"
+        precision = self._accelerator.mixed_precision
+        return f"{place}, {'no mixed precision' if precision == 'no' else f'{precision} mixed precision'}"
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Place the model on the device and wrap both for precision; steps whose fp16 overflowed are skipped."""
+        return self._accelerator.prepare(model, optimizer)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return self._accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return self._accelerator.autocast()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients; Accelerate is never told of accumulation, so nothing is divided here."""
+        self._accelerator.backward(loss)
+
+    def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+        """Hold back the exchange of gradients for all but the last micro-batch of a step."""
+        return nullcontext() if last else self._accelerator.no_sync(model)
+
+    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
+        """Clip the gradients to a total norm (None: don't clip) and give the norm before, unscaled."""
+        return self._accelerator.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+
+    def step_was_skipped(self) -> bool:
+        """Whether the last optimizer step did nothing because fp16 gradients overflowed."""
+        return bool(self._accelerator.optimizer_step_was_skipped)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Add each value over all processes."""
+        if self.num_processes == 1:
+            return [float(value) for value in values]
+        summed = self._accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum")
+        return [float(value) for value in summed.tolist()]
+
+    def check_stop(self) -> None:
+        """Come out of the run here, if a signal asked for it.
+
+        Raises:
+            Interrupted: naming the signal.
+        """
+        if self.stop_requested:
+            raise Interrupted(self.stop_requested)
+
+    @contextmanager
+    def isolated_rng(self, seed: int) -> Iterator[None]:
+        """Draw from a stream of one's own, so that how often one evaluates changes nothing in training."""
+        cuda_devices = [self.device] if self.device.type == "cuda" else []
+        python_state, numpy_state = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=cuda_devices):
+                set_seed(seed % 2**32)
+                yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory held so far: of the device on CUDA, else the process's resident set."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def start_runtime(config: RuntimeConfig, mixed_precision: MixedPrecision, seed: int) -> Iterator[Runtime]:
+    """Start computing: choose the device, seed every generator, and take over SIGINT and SIGTERM until the end.
+
+    The first signal asks the run to stop where it can; a second one stops it at once (KeyboardInterrupt).
+
+    Raises:
+        TowlineError: where the device or the precision can't be had.
+    """
+    use_cpu = config.device is Device.cpu or not torch.cuda.is_available()
+    if config.device is Device.cuda and use_cpu:
+        raise TowlineError("runtime.device = cuda, but torch finds no CUDA device here; use auto or cpu")
+    if mixed_precision is MixedPrecision.fp16 and use_cpu:
+        raise TowlineError("training.mixed_precision = fp16 needs a GPU, and there is none; use no or bf16")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TowlineError("started as one of several processes: this version trains with one process only")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
+    runtime = Runtime(Accelerator(mixed_precision=mixed_precision.value, cpu=use_cpu), seed)
+    set_seed(seed)
+    with _stop_on_signals(runtime):
+        try:
+            yield runtime
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)  # a sweep's next run chooses afresh
+
+
+@contextmanager
+def _stop_on_signals(runtime: Runtime) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        if runtime.stop_requested:
+            raise KeyboardInterrupt
+        runtime.stop_requested = signal.Signals(number).name
+
+    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,260 @@
+"""MLflow as the mirror of a run's folder. The door to mlflow.
+
+A thread of its own brings MLflow up to date with the folder's files; `tracking.json` remembers what was delivered. So
+training never waits for a tracker, one that is gone costs a warning, and what is missing can be delivered later from
+the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from src.config.schema import MlflowConfig
+from src.tracking.journal import read_status, write_atomically
+
+MAX_PARAM_CHARACTERS = 500  # older stores refuse more; config.yaml is an artifact and holds everything
+ARTIFACTS = ("config.yaml", "provenance.json", "data_report.json", "samples.jsonl", "summary.json")
+PATIENCE_SECONDS = 1.0
+"""How long the end of a run waits for a tracker that delivers nothing."""
+RETRY_SECONDS = 2.0
+STATES = {"FINISHED": "FINISHED", "FAILED": "FAILED", "PREEMPTED": "KILLED", "PRUNED": "KILLED"}
+
+
+def quiet_client() -> Any:
+    """Import MLflow with its retries cut short (by default an unreachable server blocks a call for minutes)."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    return MlflowClient
+
+
+class Delivery:
+    """What of a run's folder MLflow has, and the means to bring it the rest. May raise whatever MLflow raises."""
+
+    def __init__(self, config: MlflowConfig, folder: Path) -> None:
+        self._config = config
+        self._folder = folder
+        self._client_class = quiet_client()
+        self._client: Any = None
+        self._done: dict[str, Any] = self._read("tracking.json") or {"uri": config.uri, "run_id": None, "lines": 0}
+
+    @property
+    def run_id(self) -> str | None:
+        return self._done["run_id"]
+
+    @property
+    def num_pending(self) -> int:
+        """How many lines of metrics MLflow does not have yet."""
+        return len(self._lines()) - int(self._done["lines"])
+
+    def deliver(self) -> None:
+        """Bring MLflow up to date with the folder as it is now."""
+        if self._client is None:
+            self._connect()
+        self._deliver_once("params", self._log_params)
+        if (self._folder / "provenance.json").exists():
+            self._deliver_once("tags", self._log_tags)
+        if (self._folder / "data_report.json").exists():
+            self._deliver_once("inputs", self._log_inputs)
+        self._log_metrics()
+        state = read_status(self._folder).get("state")
+        if state in STATES:
+            self._deliver_once("artifacts", self._log_artifacts)
+            self._deliver_once("ended", lambda: self._client.set_terminated(self.run_id, STATES[str(state)]))
+
+    def _connect(self) -> None:
+        with self._store_lock():
+            client = self._client_class(tracking_uri=self._config.uri)
+            if self.run_id is None:
+                experiment = client.get_experiment_by_name(self._config.experiment_name)
+                experiment_id = experiment.experiment_id if experiment else self._create_experiment(client)
+                run = client.create_run(
+                    experiment_id,
+                    run_name=self._config.run_name,
+                    tags=dict(self._config.tags) | {"towline.folder": str(self._folder.resolve())},
+                )
+                self._remember(run_id=run.info.run_id)
+        self._client = client
+
+    def _store_lock(self) -> AbstractContextManager[Any]:
+        """Let one process at a time open a SQLite store: several on a fresh one die in its migration."""
+        database = self._database()
+        if database is None:
+            return nullcontext()
+        database.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{database}.lock")
+
+    def _database(self) -> Path | None:
+        prefix = "sqlite:///"
+        return Path(self._config.uri.removeprefix(prefix)) if self._config.uri.startswith(prefix) else None
+
+    def _create_experiment(self, client: Any) -> str:
+        database = self._database()
+        location = (database.resolve().parent / "mlartifacts").as_uri() if database else None
+        return client.create_experiment(self._config.experiment_name, artifact_location=location)
+
+    def _log_params(self) -> None:
+        import yaml
+        from mlflow.entities import Param
+
+        frozen = yaml.safe_load((self._folder / "config.yaml").read_text(encoding="utf-8"))
+        params = [Param(plain_name(key), value) for key, value in flat(frozen) if len(value) <= MAX_PARAM_CHARACTERS]
+        self._client.log_batch(self.run_id, params=params)
+
+    def _log_tags(self) -> None:
+        from mlflow.entities import RunTag
+
+        made = self._read("provenance.json") or {}
+        git = made.get("git", {})
+        tags = {
+            "mlflow.source.git.commit": git.get("commit"),
+            "git_commit": git.get("commit"),
+            "git_dirty": git.get("dirty"),
+            "config_hash": made.get("config_hash"),
+            "device": made.get("hardware", {}).get("device"),
+        }
+        self._client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items() if v is not None])
+
+    def _log_inputs(self) -> None:
+        """Log each set with a digest of its encoded rows (MLflow's own digests ignore columns that hold lists)."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=name,
+                    digest=report["digest"],
+                    source_type="local",
+                    source=json.dumps({"config": "data"}),
+                    profile=json.dumps({key: report[key] for key in ("rows_kept", "tokens", "supervised_tokens")}),
+                ),
+                [InputTag("mlflow.data.context", name)],
+            )
+            for name, report in (self._read("data_report.json") or {}).items()
+        ]
+        self._client.log_inputs(self.run_id, inputs)
+
+    def _log_metrics(self) -> None:
+        from mlflow.entities import Metric
+
+        for line in self._lines()[int(self._done["lines"]) :]:
+            record = json.loads(line)
+            step, at = record.pop("step"), int(time.time() * 1000)
+            self._client.log_batch(
+                self.run_id, metrics=[Metric(plain_name(k), float(v), at, step) for k, v in record.items()]
+            )
+            self._remember(lines=int(self._done["lines"]) + 1)
+
+    def _log_artifacts(self) -> None:
+        for name in ARTIFACTS:
+            if (self._folder / name).exists():
+                self._client.log_artifact(self.run_id, str(self._folder / name))
+        if self._config.log_model and (self._folder / "model").is_dir():
+            self._client.log_artifacts(self.run_id, str(self._folder / "model"), artifact_path="model")
+
+    def _deliver_once(self, what: str, do: Any) -> None:
+        if not self._done.get(what):
+            do()
+            self._remember(**{what: True})
+
+    def _remember(self, **done: Any) -> None:
+        self._done |= done
+        write_atomically(self._folder / "tracking.json", json.dumps(self._done, indent=2) + "\n")
+
+    def _lines(self) -> list[str]:
+        file = self._folder / "metrics.jsonl"
+        if not file.exists():
+            return []
+        text = file.read_text(encoding="utf-8")
+        return text[: text.rfind("\n") + 1].splitlines()
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        file = self._folder / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+class MlflowMirror:
+    """A delivery that runs beside the training, in a thread of its own."""
+
+    def __init__(self, config: MlflowConfig, folder: Path) -> None:
+        self._delivery = Delivery(config, folder)
+        self.uri = config.uri
+        self._is_local = config.uri.startswith("sqlite:")
+        self._changed = threading.Event()
+        self._closing = threading.Event()
+        self._done = threading.Event()
+        self._last_success = time.monotonic()
+        self.trouble = ""
+        """Why the last attempt failed, or ''."""
+        self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        return self._delivery.run_id
+
+    def poke(self) -> None:
+        """Say that the folder changed; returns at once."""
+        self._changed.set()
+
+    def close(self) -> str:
+        """Deliver the rest, as long as something is being delivered, and give what is left undone in words, or ''."""
+        self._last_success = time.monotonic()
+        self._closing.set()
+        self._changed.set()
+        patience = 60.0 if self._is_local else PATIENCE_SECONDS
+        while not self._done.wait(0.05):
+            if self.trouble or time.monotonic() - self._last_success > patience:
+                break
+        if self._done.is_set():
+            return ""
+        return f"{self._delivery.num_pending} lines of metrics are not delivered ({self.trouble or 'no answer'})"
+
+    def _work(self) -> None:
+        while True:
+            self._changed.wait()
+            self._changed.clear()
+            closing = self._closing.is_set()
+            try:
+                self._delivery.deliver()
+            except Exception as error:  # whatever MLflow raises: the folder is the truth, so training goes on
+                self.trouble = " ".join(str(error).split())[:200] or type(error).__name__
+                time.sleep(RETRY_SECONDS)
+                self._changed.set()
+            else:
+                self.trouble = ""
+                self._last_success = time.monotonic()
+                if closing:
+                    self._done.set()
+                    return
+
+
+def plain_name(name: str) -> str:
+    """Give a name that MLflow takes: '<' and '>' of a token, say, become '_'."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
+
+
+def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Give a nested configuration as dotted keys and texts."""
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node if isinstance(node, str) else json.dumps(node, ensure_ascii=False)

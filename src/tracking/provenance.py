@@ -1,0 +1,89 @@
+"""Where a run comes from: code, versions, hardware, data and configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "datasets",
+    "mlflow",
+    "hydra-core",
+    "omegaconf",
+    "numpy",
+)
+MAX_DIFF = 200_000
+"""Characters of `git diff` that are kept."""
+
+PATHS_AND_TRACKING = ("name", "force", "rerun", "tracking")
+"""Parts of a configuration that say nothing about what is computed."""
+
+
+def config_hash(frozen: Mapping[str, Any]) -> str:
+    """Give a hash of what a configuration computes: without names, folders and tracking. 16 hex digits."""
+    computed = {key: value for key, value in frozen.items() if key not in PATHS_AND_TRACKING}
+    return hashlib.sha256(json.dumps(computed, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device: str, project: Path) -> dict[str, Any]:
+    """Collect what is needed to tell later what a run was.
+
+    Args:
+        data_hashes: file -> SHA-256 of its content.
+        device: the device's name, as the runtime describes it.
+        project: the folder whose git state counts.
+    """
+    return {
+        "command": sys.argv,
+        "config_hash": config_hash(frozen),
+        "git": git_state(project),
+        "data": dict(data_hashes),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "hardware": {
+            "device": device,
+            "machine": platform.machine(),
+            "system": platform.platform(),
+            "cpu_count": os.cpu_count(),
+            "memory_bytes": psutil.virtual_memory().total,
+        },
+    }
+
+
+def git_state(project: Path) -> dict[str, Any]:
+    """Give commit, whether files differ from it, and the difference; nulls outside a git checkout."""
+    commit = _git(project, ["rev-parse", "HEAD"])
+    status = _git(project, ["status", "--porcelain"])
+    if commit is None or status is None:
+        return {"commit": None, "dirty": None, "diff": None}
+    diff = _git(project, ["diff", "HEAD"]) or ""
+    return {"commit": commit.strip(), "dirty": bool(status.strip()), "diff": diff[:MAX_DIFF]}
+
+
+def _git(project: Path, arguments: Sequence[str]) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=project, capture_output=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode("utf-8", errors="replace")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

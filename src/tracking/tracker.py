@@ -1,0 +1,128 @@
+"""One face for everything that keeps or shows what a run does: the folder, MLflow and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from src.config.schema import MlflowConfig, TrackingConfig, greater_is_better
+from src.tracking.console import Console
+from src.tracking.journal import RunFolder, open_run_folder
+from src.tracking.mlflow_mirror import MlflowMirror
+from src.tracking.provenance import config_hash
+
+
+class StepLike(Protocol):
+    """What is shown of a training step."""
+
+    number: int
+    lr: float
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def tokens_per_second(self) -> float: ...
+
+
+class Tracker:
+    """Built by `open_tracking`. What is logged is in the folder when a method returns; MLflow follows by itself."""
+
+    def __init__(self, folder: RunFolder, console: Console, mirror: MlflowMirror | None) -> None:
+        self.console = console
+        self._folder = folder
+        self._mirror = mirror
+        self._last: dict[str, float] = {}
+        self._best: dict[str, float] = {}
+
+    @property
+    def folder(self) -> Path:
+        return self._folder.path
+
+    def record(self, name: str, content: Mapping[str, Any]) -> None:
+        """Keep a whole file, such as provenance.json."""
+        self._folder.write_json(name, content)
+        self._poke()
+
+    def describe(self, overview: Mapping[str, str]) -> None:
+        """Show what was assembled."""
+        for label, text in overview.items():
+            self.console.label(label, text)
+        if self._mirror:
+            self.console.label("tracking", f"MLflow, {self._mirror.uri}")
+        self.console.say()
+
+    def progress(self, step: StepLike, num_steps: int, logging_steps: int) -> None:
+        """Show how far training is."""
+        self._folder.step = step.number
+        logged = step.number % logging_steps == 0 or step.number == num_steps
+        self.console.progress(step.number, num_steps, step.loss, step.lr, step.tokens_per_second, logged=logged)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line of metrics; called once a step, when the step is over, evaluation included."""
+        self._folder.append("metrics.jsonl", {"step": step, **metrics})
+        if evaluated := {name: value for name, value in metrics.items() if name.startswith("eval/")}:
+            self.console.evaluation(step, evaluated)
+        self._last |= metrics
+        for name, value in metrics.items():
+            if name.startswith("eval/"):
+                better = max if greater_is_better(name) else min
+                self._best[f"best/{name}"] = better(self._best.get(f"best/{name}", value), value)
+        self._folder.set_status(tracker_run_id=self._mirror.run_id if self._mirror else None)
+        self._poke()
+
+    def samples(self, samples: Sequence[Any]) -> None:
+        """Keep generated samples and show them."""
+        for sample in samples:
+            self._folder.append("samples.jsonl", sample.as_dict())
+        self.console.samples(samples)
+
+    def finish(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Write summary.json: the last value of every metric, the best ones, and the run's totals."""
+        summary = self._last | self._best | dict(totals)
+        self._folder.write_json("summary.json", summary)
+        self.console.say()
+        self.console.table(summary)
+        self.console.say()
+        for what, name in (("model", "model"), ("numbers", "summary.json"), ("samples", "samples.jsonl")):
+            self.console.label(what, str(self._folder.path / name))
+        return summary
+
+    def _poke(self) -> None:
+        if self._mirror:
+            self._mirror.poke()
+
+
+@contextmanager
+def open_tracking(
+    config: TrackingConfig, run_dir: Path, frozen: Mapping[str, Any], console: Console, *, force: bool
+) -> Iterator[Tracker]:
+    """Hold the run's folder and follow the run to its end, however it ends.
+
+    Raises:
+        RunFolderError: where the folder can't be made, is in use, or holds another run.
+    """
+    mirror: MlflowMirror | None = None
+    try:
+        with open_run_folder(run_dir, frozen, config_hash(frozen), force=force) as folder:
+            if isinstance(config, MlflowConfig):
+                mirror = MlflowMirror(config, run_dir)
+            yield Tracker(folder, console, mirror)
+    finally:
+        if mirror and (undelivered := mirror.close()):
+            console.warn(
+                f"MLflow at {config.uri}: {undelivered}.\n"  # type: ignore[union-attr]
+                f"Everything is in {run_dir}; start the same command with hydra.run.dir={run_dir} to deliver it later."
+            )
+
+
+def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> None:
+    """Bring MLflow what it did not get of a run that is finished."""
+    if not isinstance(config, MlflowConfig) or not (run_dir / "tracking.json").exists():
+        return
+    mirror = MlflowMirror(config, run_dir)
+    mirror.poke()
+    if undelivered := mirror.close():
+        console.warn(f"MLflow at {config.uri}: {undelivered}")

@@ -1,0 +1,153 @@
+"""The loop: one optimizer step after the other, each yielded when it is done; what happens in between is run.py's."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from src.config.schema import RunConfig
+from src.data.batching import Batch, collate, windows
+from src.data.dataset import EncodedSet
+from src.errors import NonFiniteLossError, listed
+from src.runtime.session import Runtime
+from src.training.loss import step_objective
+from src.training.state import TrainState
+
+
+@dataclass
+class Meter:
+    """Sums since the last line of metrics, so that a line holds means over all that happened since the one before."""
+
+    nll: float = 0.0
+    num_supervised: float = 0.0
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per supervised token since the last line."""
+        return self.nll / self.num_supervised if self.num_supervised else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+    def read(self) -> dict[str, float]:
+        """Give the means since the last line, and start anew."""
+        means = {"train/loss": self.loss, "perf/tokens_per_second": self.tokens_per_second}
+        self.nll, self.num_supervised, self.num_tokens, self.seconds = 0.0, 0.0, 0, 0.0
+        return means
+
+
+@dataclass
+class Step:
+    """One optimizer update that is over. `number` counts from 1."""
+
+    number: int
+    epoch: int
+    is_last: bool
+    ends_epoch: bool
+    lr: float
+    grad_norm: float
+    meter: Meter = field(repr=False)
+
+    @property
+    def loss(self) -> float:
+        return self.meter.loss
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.meter.tokens_per_second
+
+    def is_due(self, every: int | str | None) -> bool:
+        """Whether something that happens every N steps, or every epoch, or never (None), happens after this step."""
+        if every is None:
+            return False
+        return self.ends_epoch if every == "epoch" else self.number % int(every) == 0
+
+    def collect(self) -> dict[str, float]:
+        """Give the metrics since they were last collected, and start to sum anew."""
+        return self.meter.read() | {"train/lr": self.lr, "train/grad_norm": self.grad_norm}
+
+
+def train(
+    state: TrainState, rows: EncodedSet, config: RunConfig, runtime: Runtime, pad_token_id: int
+) -> Iterator[Step]:
+    """Train to the end, yielding every step; `state` is up to date whenever a step is yielded.
+
+    Raises:
+        NonFiniteLossError: before the weights are touched by it.
+        Interrupted: where a signal asked for it; the step that was under way is given up.
+    """
+    training = config.training
+    per_step = (training.per_device_train_batch_size, training.gradient_accumulation_steps)
+    meter = Meter()
+    for epoch, window in windows(len(rows), config.seed, *per_step):
+        if state.step >= state.num_steps:
+            return
+        started = time.perf_counter()
+        batches = [collate(rows, indices, pad_token_id) for indices in window]
+        lr, grad_norm = step_once(state, batches, rows, config, runtime, meter)
+        seconds = time.perf_counter() - started
+        meter.seconds += seconds
+        state.train_seconds += seconds
+        yield Step(
+            number=state.step,
+            epoch=epoch,
+            is_last=state.step >= state.num_steps,
+            ends_epoch=state.step % state.steps_per_epoch == 0,
+            lr=lr,
+            grad_norm=grad_norm,
+            meter=meter,
+        )
+
+
+def step_once(
+    state: TrainState, batches: list[Batch], rows: EncodedSet, config: RunConfig, runtime: Runtime, meter: Meter
+) -> tuple[float, float]:
+    """Do one optimizer update over a window of micro-batches, and give its learning rate and gradient norm."""
+    state.scored.train()
+    (num_supervised,) = runtime.sum([sum(batch.num_supervised for batch in batches)])
+    sums = []
+    for i, batch in enumerate(batches):
+        runtime.check_stop()
+        batch = batch.to(runtime.device)
+        with runtime.accumulate(state.scored, last=i == len(batches) - 1):
+            nll = state.scored(batch.input_ids, batch.labels)
+            share = step_objective(nll, num_supervised, config.loss.reduction)
+            runtime.backward(share * runtime.num_processes)  # processes average their gradients; the step sums them
+        sums.append(nll.detach())
+    nlls = torch.stack(sums).tolist()
+    _refuse_non_finite(nlls, batches, rows, state.step + 1)
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    grad_norm = runtime.clip_grad_norm(parameters, config.training.max_grad_norm)
+    lr = float(state.schedule.get_last_lr()[0])
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if not runtime.step_was_skipped():
+        state.schedule.step()
+    state.step += 1
+    nll_sum, num_tokens, num_rows = runtime.sum(
+        [sum(nlls), sum(batch.num_tokens for batch in batches), sum(len(batch.rows) for batch in batches)]
+    )
+    meter.nll += nll_sum
+    meter.num_supervised += num_supervised
+    meter.num_tokens += int(num_tokens)
+    state.tokens_seen += int(num_tokens)
+    state.examples_seen += int(num_rows)
+    return lr, float(grad_norm)
+
+
+def _refuse_non_finite(nlls: list[float], batches: list[Batch], rows: EncodedSet, step: int) -> None:
+    bad = [batch for nll, batch in zip(nlls, batches, strict=True) if not math.isfinite(nll)]
+    if bad:
+        places = [rows.places[index] for batch in bad for index in batch.rows]
+        value = next(nll for nll in nlls if not math.isfinite(nll))
+        raise NonFiniteLossError(
+            f"the loss became {value} in step {step}. It came from these rows, or from a learning rate that is too "
+            f"high for them:\n{listed(places)}"
+        )
