@@ -32,6 +32,7 @@ from src.config.problems import Problem
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 CONF = PROJECT_ROOT / "conf"
 COMMAND_LINE = "command line"
+LIST_OR_MAPPING = ("data.validation_files", "data.test_files")
 GLOBAL_GROUPS = ("debug", "experiment")  # their options reach into other sections; the later wins over the earlier
 
 _identity = {"start_time": "", "uid": ""}
@@ -67,7 +68,7 @@ class CommandLine:
 
     @property
     def forced(self) -> list[str]:
-        return [forced(override, self.roots) for override in self.overrides]
+        return [text for override in self.overrides for text in forced(override, self.roots)]
 
     @property
     def hydra_argv(self) -> list[str]:
@@ -142,11 +143,13 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
                 yield Problem(group, reason, option, True, COMMAND_LINE)
 
 
-def forced(override: Override, roots: Sequence[Path]) -> str:
+def forced(override: Override, roots: Sequence[Path]) -> list[str]:
+    """Give the overrides that set a key whether conf/ shows it or not; what may be list or mapping is replaced whole."""
     text = override.input_line or ""
     if is_group(override, roots) or override.is_delete() or override.key_or_group.startswith("hydra."):
-        return text
-    return "++" + text.lstrip("+")
+        return [text]
+    cleared = [f"++{override.key_or_group}=null"] if override.key_or_group in LIST_OR_MAPPING else []
+    return [*cleared, "++" + text.lstrip("+")]
 
 
 def sweep_points(line: CommandLine, *, most: int = 1000) -> Iterator[list[str]]:
@@ -154,20 +157,12 @@ def sweep_points(line: CommandLine, *, most: int = 1000) -> Iterator[list[str]]:
     axes = []
     for override in line.overrides:
         if override.is_sweep_override():
-            axes.append(
-                [forced_text(override, value, line.roots) for value in override.sweep_string_iterator()]
-                if not override.is_interval_sweep()
-                else []
-            )
+            mark = "" if is_group(override, line.roots) or override.key_or_group.startswith("hydra.") else "++"
+            axes.append([[f"{mark}{override.key_or_group}={value}"] for value in override.sweep_string_iterator()])
         else:
             axes.append([forced(override, line.roots)])
     for point in itertools.islice(itertools.product(*axes), most):
-        yield list(point)
-
-
-def forced_text(override: Override, value: str, roots: Sequence[Path]) -> str:
-    mark = "" if is_group(override, roots) or override.key_or_group.startswith("hydra.") else "++"
-    return f"{mark}{override.key_or_group}={value}"
+        yield [text for texts in point for text in texts]
 
 
 def compose(overrides: Sequence[str], line: CommandLine) -> Composed:
@@ -239,6 +234,8 @@ def where_set(key: str, line: CommandLine, choices: dict[str, str]) -> str:
     """Say which file or command line gave a key its value."""
     for override in line.overrides:
         given = override.key_or_group
+        if is_group(override, line.roots):
+            continue
         if key == given or key.startswith(given + ".") or given.startswith(key + "."):
             return COMMAND_LINE
     section = key.partition(".")[0]

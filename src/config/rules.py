@@ -127,7 +127,7 @@ def new_tokens_can_be_initialised(tokens: TokensConfig) -> Iterator[Problem]:
 def checkpoint_can_be_loaded(model: ModelConfig) -> Iterator[Problem]:
     folder = Path(model.checkpoint)
     if not folder.exists():
-        if folder.is_absolute() or model.checkpoint.startswith((".", "~")) or model.checkpoint.count("/") > 1:
+        if folder.is_absolute() or model.checkpoint.startswith((".", "~")) or Path(folder.parts[0]).is_dir():
             yield Problem("model.checkpoint", f"no such folder (looked in {Path.cwd()})", model.checkpoint)
         return
     if not folder.is_dir():

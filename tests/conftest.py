@@ -1,0 +1,67 @@
+"""What tests share: admitted configurations, small runs, tokenizers made on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from src.config.gate import Admitted, admit
+
+ROOT = Path(__file__).resolve().parents[1]
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+
+torch.set_num_threads(1)
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(autouse=True)
+def _project_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def admitted(*overrides: str) -> Admitted:
+    """Admit one run without a tracker, unless the overrides say otherwise."""
+    chosen = any(override.startswith(("tracking=", "rerun=")) for override in overrides)
+    request = admit(overrides if chosen else ["tracking=none", *overrides])
+    assert request.run is not None
+    return request.run
+
+
+def towline(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Start `python -m src.run` as a user would."""
+    return subprocess.run(
+        [sys.executable, "-m", "src.run", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | environment,
+    )
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture
+def rows_of_different_length(tmp_path: Path) -> Callable[..., str]:
+    """Write a train file whose rows differ in length; 27 of them, so that a window of 8 is short at the end."""
+
+    def write(count: int = 27) -> str:
+        rows = [{"prompt": "ab" * (i % 5) + "=", "completion": "xyz"[: 1 + i % 3] * (1 + i % 4)} for i in range(count)]
+        return write_lines(tmp_path / "train.jsonl", rows)
+
+    return write

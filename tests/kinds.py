@@ -1,0 +1,46 @@
+"""Tokenizers made on the spot, of the kinds that differ in what they do to a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+CORPUS = ["What is 12 plus 30? It is 42.", "안녕하세요 세계", "def f(x): return x", "low lower lowest", "a b c"] * 4
+
+
+def character_level() -> Any:
+    """The default run's own: bytes, BOS in front."""
+    return AutoTokenizer.from_pretrained("assets/tiny_llama")
+
+
+def byte_bpe(*, pad_is_eos: bool = False, adds_eos: bool = False, bos: bool = True) -> Any:
+    """Byte-level BPE with merges, as GPT-2 and Llama 3 have it."""
+    from tokenizers.trainers import BpeTrainer
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<pad>", "<s>", "</s>", "<|turn|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(CORPUS, BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=alphabet))
+    template = f"{'<s> ' if bos else ''}$A{' </s>' if adds_eos else ''}"
+    ids = [(token, tokenizer.token_to_id(token)) for token in specials]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>" if bos else None,
+        eos_token="</s>",
+        pad_token="</s>" if pad_is_eos else "<pad>",
+    )
+
+
+def words() -> Any:
+    """Words in lower case, no BOS, no pad."""
+    vocabulary = {"[UNK]": 0, "[SEP]": 1, "low": 2, "er": 3, "a": 4, "b": 5, "---": 6}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" "), "removed")
+    tokenizer.add_special_tokens([AddedToken("[SEP]", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[SEP]", unk_token="[UNK]")

@@ -1,0 +1,191 @@
+"""The gate: every problem is told, by name and place, before anything is loaded or written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from src.config.gate import admit, known_keys
+from src.errors import ConfigError
+from tests.conftest import ROOT, admitted, towline
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        admit(overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["optimizer.lrr=1"], ["optimizer.lrr = 1", "did you mean optimizer.lr?", "command line", "1 problem\n"]),
+        (["+optimizer.foo=1"], ["optimizer.foo = 1", "optimizer has type, lr, weight_decay, betas, eps"]),
+        (["optimizer.lrr=1", "+optimizer.foo=1"], ["2 problems", "optimizer.lrr", "optimizer.foo"]),
+        (["training.mixed_precision=fp8", "seed=-1"], ["2 problems", "not one of no, bf16, fp16", "seed = -1"]),
+        (["optimizer=adamx"], ["optimizer = adamx", "one of adamw, sgd", "did you mean adamw?", "1 problem\n"]),
+        (["optimzer=adamw"], ["optimzer", "did you mean optimizer?"]),
+        (["scheduler=constant", "scheduler.warmup_steps=3"], ["scheduler.warmup_steps = 3", "unknown key"]),
+        (["optimizer.lr=fast"], ["optimizer.lr = fast", "not a number"]),
+        (["training.logging_steps=1.5"], ["not a whole number"]),
+        (["training.logging_steps=true"], ["training.logging_steps = true", "not a whole number"]),
+        (["training.logging_steps=0"], ["not a whole number of at least 1"]),
+        (["optimizer.lr=-1"], ["optimizer.lr = -1", "not a number above 0"]),
+        (["optimizer.lr=nan"], ["not a number above 0"]),
+        (["optimizer.betas=[0.9]"], ["not two numbers from 0 to below 1"]),
+        (["optimizer.betas=[0.9,1.0]"], ["not two numbers from 0 to below 1"]),
+        (["evaluation.eval_steps=sometimes"], ["'epoch', or null for never"]),
+        (["data.max_dropped_fraction=1.5"], ["not a number from 0 to 1"]),
+        (["model=causal_lm"], ["model.checkpoint", "needs a value", "conf/model/causal_lm.yaml"]),
+        (["model.weights=pretrained"], ["model.checkpoint = assets/tiny_llama", "without weights", "random"]),
+        (["model.checkpoint=./nowhere"], ["no such folder"]),
+        (["model.checkpoint=conf"], ["without config.json"]),
+        (["data.train_files=[nope.jsonl]"], ["data.train_files = nope.jsonl", "no such file"]),
+        (["data.train_files=null"], ["data.train_files", "no training data"]),
+        (["data.train_files=nope.jsonl"], ["not a list of files"]),
+        (["data.test_files={a:[x.jsonl],b:3}"], ["data.test_files", "mapping"]),
+        (["data.validation_files={train:[README.md]}"], ["can't be called train"]),
+        (["data.columns.question=q"], ["data.columns.question", "has prompt, completion"]),
+        (["data.prompt_template='{question}?'"], ["unknown placeholder {question}", "{prompt}"]),
+        (["data.thought_pattern='<<(.*'"], ["not a regular expression"]),
+        (["data.thought_pattern='<<.*>>'"], ["needs a group"]),
+        (["tokens=none", "data.thoughts=keep"], ["data.thoughts = keep", "tokens.thought_open is null"]),
+        (["tokens.thought_close=null"], ["come together"]),
+        (["tokens.additional_special_tokens=[a,a]"], ["given twice"]),
+        (["tokens.init.text=[a,b,c]"], ["one for each of the 2"]),
+        (["tokens.init.method=description", "tokens.additional_special_tokens=[x]"], ["no description of x"]),
+        (["training.mixed_precision=fp16", "runtime.device=cpu"], ["fp16 needs a GPU"]),
+        (["training.max_train_steps=5", "scheduler.warmup_steps=5"], ["warm-up would never end"]),
+        (["generation.min_new_tokens=99"], ["more than generation.max_new_tokens"]),
+        (["checkpoint.load_best_model_at_end=true", "checkpoint.metric_for_best_model=eval/x/loss"], ["no evaluation"]),
+        (["deepspeed=zero3"], ["deepspeed = zero3", "unknown key"]),
+        (["seed=1,2"], ["add -m"]),
+        (["name=a/b"], ["without '/'"]),
+        (["data.prompt_template=a=b"], ["needs quotes", "data.prompt_template=\"a=b\""]),
+        (["-m", "optimizer.lr=1e-3,0", "seed=1,2"], ["optimizer.lr = 0", "not a number above 0"]),
+        (["-m", "optimizer=adamw,adamx"], ["optimizer = adamx"]),
+        (["-m", "optimizer.lr=interval(0,1)"], ["a search space"]),
+        (["hydra.run.dir=pyproject.toml"], ["pyproject.toml is a file"]),
+        (["hydra.run.dir=pyproject.toml/deeper/still"], ["pyproject.toml is a file"]),
+        (["hydra.run.dirr=x"], ["hydra.run.dirr"]),
+        (["rerun=nowhere"], ["no run to repeat there"]),
+        (["tracking.uri=${nothing}"], ["tracking", "nothing"]),
+    ],
+)  # fmt: skip
+def test_each_problem_is_told(overrides: list[str], told: list[str]) -> None:
+    message = refusal(*overrides)
+    assert message.startswith("Configuration refused: ")
+    for words in told:
+        assert words in message
+
+
+def test_a_refusal_costs_nothing(tmp_path: Path) -> None:
+    run_dir = tmp_path / "new" / "run"
+    done = towline("optimizer.lrr=1", "+optimizer.foo=1", f"hydra.run.dir={run_dir}")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "2 problems" in done.stderr
+    assert not run_dir.parent.exists()
+
+
+@pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--help"], ["optimizer.lrr=1"]])
+def test_torch_is_not_imported(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from src.run import main
+sys.argv = ['src.run', *{arguments!r}]
+try:
+    main()
+except SystemExit:
+    pass
+heavy = [name for name in ('torch', 'transformers', 'mlflow', 'datasets', 'accelerate') if name in sys.modules]
+print('HEAVY', heavy, file=sys.stderr)
+"""
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip().endswith("HEAVY []")
+
+
+def test_help_lists_every_group_and_key() -> None:
+    text = towline("--help").stdout
+    for group in ("model", "tokens", "data", "optimizer", "scheduler", "generation", "tracking", "experiment", "debug"):
+        assert f"\n{group}: " in text
+    for key in ("max_seq_length", "gradient_accumulation_steps", "load_best_model_at_end"):
+        assert f"  {key}:" in text
+
+
+def groups() -> list[tuple[str, str]]:
+    files = sorted((ROOT / "conf").glob("*/*.yaml"))
+    return [(file.parent.name, file.stem) for file in files]
+
+
+@pytest.mark.parametrize(("group", "option"), groups())
+def test_every_option_composes(group: str, option: str) -> None:
+    needed = ["model.checkpoint=assets/tiny_llama", "model.weights=random"]
+    needed += ["data.train_files=[data/tow_addition/train.jsonl]"] if (group, option) != ("data", "tow_addition") else []
+    assert admitted(f"{group}={option}", *needed)
+
+
+@pytest.mark.parametrize(("group", "option"), groups())
+def test_every_option_says_in_its_first_line_when_to_choose_it(group: str, option: str) -> None:
+    lines = (ROOT / "conf" / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
+    first = lines[1] if lines[0] == "# @package _global_" else lines[0]
+    assert first.startswith("# ")
+    assert len(first) > 20
+
+
+def test_the_schema_has_no_key_that_conf_does_not_show() -> None:
+    shown: set[str] = set()
+
+    def walk(node: object, prefix: str) -> None:
+        for key, value in node.items() if isinstance(node, dict) else []:
+            shown.add(f"{prefix}{key}")
+            walk(value, f"{prefix}{key}.")
+
+    for file in (ROOT / "conf").rglob("*.yaml"):
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        walk(content, "" if file.parent.name in ("conf", "experiment", "debug") else f"{file.parent.name}.")
+    assert set(known_keys()) <= shown
+
+
+def test_the_last_of_group_experiment_and_command_line_wins(tmp_path: Path) -> None:
+    mine = tmp_path / "experiment" / "mine.yaml"
+    mine.parent.mkdir()
+    mine.write_text("# @package _global_\ndefaults:\n  - override /optimizer: sgd\noptimizer:\n  lr: 0.5\n")
+    flags = ["--config-dir", str(tmp_path), "experiment=mine"]
+    assert admitted(*flags).config.optimizer.lr == 0.5
+    assert admitted(*flags, "optimizer.lr=0.25").config.optimizer.lr == 0.25
+    mine.write_text("# @package _global_\noptimizer:\n  lr: -1\n")
+    assert str(mine) in refusal(*flags)
+
+
+def test_several_validation_sets_take_the_place_of_one() -> None:
+    config = admitted("data.validation_files={easy:[README.md],hard:[Makefile]}").config
+    assert config.data.validation_files == {"easy": ["README.md"], "hard": ["Makefile"]}
+
+
+def test_rerun_takes_the_frozen_config_and_dotted_overrides_on_top(tmp_path: Path) -> None:
+    first = admitted("optimizer=sgd", "optimizer.lr=0.5", "seed=7", "name=mine")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(first.frozen))
+    again = admitted(f"rerun={tmp_path}", "seed=8")
+    assert again.config.optimizer == first.config.optimizer
+    assert again.config.seed == 8
+    assert again.run_dir.parent == Path("outputs/mine")
+    message = refusal(f"rerun={tmp_path}", "optimizer=adamw", "seed=x", "optimizer.lrr=1")
+    assert "a rerun keeps the options" in message
+    assert "3 problems" in message
+
+
+def test_the_frozen_config_is_plain_and_admits_the_same_run(tmp_path: Path) -> None:
+    first = admitted()
+    assert json.loads(json.dumps(first.frozen)) == first.frozen
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(first.frozen))
+    again = admitted(f"rerun={tmp_path}").config
+    again.rerun = None
+    assert again == first.config

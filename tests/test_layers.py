@@ -1,0 +1,100 @@
+"""Arrows point one way, and each foreign library has one door."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+LAYERS = (
+    ("run",),
+    ("training", "evaluation"),
+    ("checkpoint", "data", "model", "tokens", "tracking"),
+    ("runtime",),
+    ("config",),
+    ("errors",),
+)
+SIBLINGS_ALLOWED = {("evaluation", "training.loss")}
+DOORS = {
+    "hydra": ("run", "config"),
+    "omegaconf": ("run", "config"),
+    "datasets": ("data",),
+    "accelerate": ("runtime",),
+    "mlflow": ("tracking",),
+    "safetensors": ("checkpoint",),
+    "tokenizers": ("data",),
+}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for file in sorted((ROOT / "src").rglob("*.py")):
+        name = ".".join(file.relative_to(ROOT / "src").with_suffix("").parts)
+        if not name.endswith("__init__"):
+            yield name, file
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(module: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if module.split(".")[0] in names)
+
+
+def test_every_module_has_a_layer() -> None:
+    assert [layer(name) for name, _ in modules()]
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for name, file in modules():
+        for target in imports(file):
+            if not target.startswith("src."):
+                continue
+            target = target.removeprefix("src.")
+            package, other = name.split(".")[0], target.split(".")[0]
+            if package == other or layer(other) > layer(package):
+                continue
+            if not any(package == a and target.startswith(b) for a, b in SIBLINGS_ALLOWED):
+                wrong.append(f"{name} imports {target}")
+    assert not wrong
+
+
+def test_there_is_no_cycle_between_modules() -> None:
+    names = {name for name, _ in modules()}
+    graph = {
+        name: {
+            target
+            for imported in imports(file)
+            for target in (imported.removeprefix("src."), imported.removeprefix("src.").rpartition(".")[0])
+            if target in names and target != name
+        }
+        for name, file in modules()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"cycle: {' -> '.join([*path, name])}"
+        if name not in done:
+            for target in graph[name]:
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_each_foreign_library_has_one_door() -> None:
+    wrong = []
+    for name, file in modules():
+        for target in imports(file):
+            doors = DOORS.get(target.split(".")[0])
+            if doors and name.split(".")[0] not in doors:
+                wrong.append(f"{name} imports {target}")
+    assert not wrong
