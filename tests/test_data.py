@@ -1,0 +1,236 @@
+"""From files to sets: every row is kept, or counted, or named in an error."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from src.config.schema import RunConfig
+from src.data.dataset import Data, build_data, hold_out
+from src.data.encoding import IGNORE_INDEX
+from src.data.formats import BadRow, ThoughtForm, fill, prompt_completion
+from src.data.sources import Record, read_files
+from src.errors import DataError
+from src.tokens import load_tokenizer
+from tests.conftest import GSM8K, ROOT, admitted, read_lines, write_lines
+
+
+def built(*overrides: str) -> tuple[RunConfig, Any, Data]:
+    config = admitted(*overrides).config
+    tokenizer, _ = load_tokenizer(config.model, config.tokens)
+    return config, tokenizer, build_data(config, tokenizer)
+
+
+def only(train: str, *overrides: str) -> list[str]:
+    return [f"data.train_files=['{train}']", "data.validation_files=null", "data.test_files=null", *overrides]
+
+
+ROWS = [{"prompt": f"{i}+1=", "completion": f"<ToW>{i} and one</ToW>{i + 1}"} for i in range(10)]
+
+
+def test_the_same_rows_with_thoughts_without_and_with_other_tags(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", ROWS)
+
+    def completion(*overrides: str) -> str:
+        _, tokenizer, data = built(*only(file, *overrides))
+        ids, labels = data.train[3]
+        return tokenizer.decode([i for i, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX])
+
+    assert completion() == "<ToW>3 and one</ToW>4</s>"
+    assert completion("tokens=none") == "4</s>"
+    assert completion("data.thoughts=drop") == "4</s>"
+    assert completion("tokens=hcot") == "<hCoT>3 and one</hCoT>4</s>"
+
+
+def test_the_report_accounts_for_every_row_and_token(tmp_path: Path) -> None:
+    long = {"prompt": "x" * 200, "completion": "y"}
+    file = write_lines(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "say </s>", "completion": "z" * 200}, long])
+    _, _, data = built(*only(file, "data.max_dropped_fraction=0.1", "data.max_seq_length=40"))
+    report = data.reports["train"]
+    assert (report.rows_read, report.rows_kept, report.rows_truncated) == (12, 11, 1)
+    assert dict(report.rows_dropped) == {"no_supervised_token": 1}
+    assert report.tokens == sum(len(data.train[i][0]) for i in range(11))
+    assert report.supervised_tokens == sum((data.train[i][1] != IGNORE_INDEX).sum() for i in range(11))
+    assert report.new_tokens == {token: {"fed": 10, "supervised": 10} for token in ("<ToW>", "</ToW>")}
+    assert report.control_tokens_as_text == 1
+    json.dumps(report.as_dict())
+
+
+def test_too_many_dropped_rows_stop_the_run_and_say_why(tmp_path: Path) -> None:
+    rows = [*ROWS, *({"prompt": "x" * 200, "completion": "y"} for _ in range(3))]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        built(*only(file, "data.max_seq_length=40"))
+    for words in ("3 of 13 rows", "no supervised token", "max_dropped_fraction = 0.05", "rows.jsonl:11", "data.overflow"):
+        assert words in str(caught.value)
+    with pytest.raises(DataError, match=r"3 rows are longer(.|\n)*rows.jsonl:11"):
+        built(*only(file, "data.max_seq_length=40", "data.overflow=error"))
+    _, _, data = built(*only(file, "data.max_seq_length=40", "data.overflow=drop", "data.max_dropped_fraction=0.3"))
+    assert dict(data.reports["train"].rows_dropped) == {"too_long": 3}
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"prompt": "a", "completion": }', r"rows\.jsonl:3  not JSON: Expecting value at column 31"),
+        (b'{"prompt": "a"', r"rows\.jsonl:3  not JSON"),
+        (b'["a", "b"]', r"rows\.jsonl:3  a JSON object is needed, this is a list"),
+        (b'{"prompt": "\xff", "completion": "b"}', r"rows\.jsonl:3  not UTF-8 \(byte 13\)"),
+        (b'{"question": "a", "completion": "b"}', r"rows\.jsonl:3  no field 'prompt'; there are 'question', 'completion'"),
+        (b'{"prompt": "a", "completion": null}', r"rows\.jsonl:3  'completion' is null, not a text"),
+        (b'{"prompt": 3, "completion": "b"}', r"rows\.jsonl:3  'prompt' is int, not a text"),
+        (b'{"prompt": "a", "completion": ""}', r"rows\.jsonl:3  'completion' is empty"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_stops_the_run_by_file_and_line(tmp_path: Path, line: bytes, told: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    good = json.dumps(ROWS[0]).encode()
+    file.write_bytes(b"\n".join([good, b"", line, good]))
+    with pytest.raises(DataError, match=told):
+        built(*only(str(file)))
+
+
+def test_the_first_ten_bad_rows_are_listed_and_the_rest_counted(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a"}] * 25)
+    with pytest.raises(DataError) as caught:
+        built(*only(file))
+    message = str(caught.value)
+    assert message.startswith("25 rows can't be used")
+    assert len(re.findall(r"rows\.jsonl:\d+", message)) == 10
+    assert "and 15 more" in message
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_set_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(content)
+    with pytest.raises(DataError, match=r"train has no rows: .*rows\.jsonl"):
+        built(*only(str(file)))
+
+
+def test_only_jsonl_is_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,completion\na,b\n")
+    with pytest.raises(DataError, match="only JSONL is read"):
+        built(*only(str(tmp_path / "rows.csv")))
+
+
+def test_a_share_of_train_is_held_out_by_seed(tmp_path: Path) -> None:
+    records = [Record({"i": i}, "file", i) for i in range(100)]
+    train, held_out = hold_out(records, 0.1, seed=5)
+    assert (len(train), len(held_out)) == (90, 10)
+    assert sorted(r.number for r in train + held_out) == list(range(100))
+    assert hold_out(records, 0.1, seed=5)[1] == held_out
+    assert hold_out(records, 0.1, seed=6)[1] != held_out
+    file = write_lines(tmp_path / "rows.jsonl", ROWS)
+    _, _, data = built(*only(file, "data.validation_fraction=0.2"))
+    assert (len(data.train), len(data.validation["validation"])) == (8, 2)
+    assert not set(data.train.places) & set(data.validation["validation"].places)
+
+
+def test_named_validation_sets_and_limit(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", ROWS)
+    _, _, data = built(f"data.validation_files={{easy:['{file}'],hard:['{file}','{file}']}}", "data.limit=15")
+    assert {name: len(rows) for name, rows in data.validation.items()} == {"easy": 10, "hard": 15}
+    assert (len(data.train), len(data.test["test"])) == (15, 15)
+
+
+def test_several_files_come_in_their_order(tmp_path: Path) -> None:
+    files = [write_lines(tmp_path / f"{name}.jsonl", [{"prompt": name}]) for name in "ba"]
+    assert [record.fields["prompt"] for record in read_files(files)] == ["b", "a"]
+    assert [record.place.rpartition("/")[2] for record in read_files(files)] == ["b.jsonl:1", "a.jsonl:1"]
+
+
+def test_templates_and_columns() -> None:
+    data = admitted(
+        "data.columns={prompt:q,completion:a}",
+        "data.prompt_template='question : {prompt} answer :'",
+        "data.completion_template=' {completion}.'",
+    ).config.data
+    thoughts = ThoughtForm(re.compile("<<(.*?)>>", re.DOTALL), ("<T>", "</T>"))
+    example = prompt_completion({"q": "{a} 1+1?", "a": "1+1=<<two>>2"}, data, thoughts)
+    assert example.prompt == "question : {a} 1+1? answer :"
+    assert example.completion == " 1+1=<T>two</T>2."
+    assert example.reference == " 1+1=2."
+    with pytest.raises(BadRow, match=r"data\.columns\.prompt=FIELD"):
+        prompt_completion({"a": "b"}, data, thoughts)
+
+
+def test_braces_in_a_row_mean_nothing() -> None:
+    assert fill("{a}{b}", {"a": "{b}", "b": "\\1 {a}"}) == "{b}\\1 {a}"
+
+
+def test_a_validation_row_without_an_answer_is_named(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "no number"}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1  no answer in it"):
+        built(f"data.validation_files=['{file}']", "data.answer_pattern='#### (.*)'")
+
+
+def test_a_digest_follows_ids_and_labels(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", ROWS)
+    digest = built(*only(file))[2].reports["train"].digest
+    assert built(*only(file))[2].reports["train"].digest == digest
+    assert built(*only(file, "data.thoughts=drop"))[2].reports["train"].digest != digest
+    assert len(digest) <= 36  # MLflow's limit
+
+
+def test_sums_of_validation_and_test_are_never_seen_in_training() -> None:
+    def operands(split: str) -> list[frozenset[str]]:
+        rows = read_lines(ROOT / "data" / "tow_addition" / f"{split}.jsonl")
+        return [frozenset(row["prompt"].rstrip("=").split("+")) for row in rows]
+
+    train, validation, test = map(operands, ("train", "validation", "test"))
+    assert (len(validation), len(test)) == (500, 500)
+    assert len({*train, *validation, *test}) == len(train) + len(validation) + len(test)
+
+
+def test_the_working_of_a_sum_is_right() -> None:
+    for row in read_lines(ROOT / "data" / "tow_addition" / "train.jsonl")[:500]:
+        first, second = row["prompt"].rstrip("=").split("+")
+        carry = 0
+        columns = list(zip(reversed(first), reversed(second), strict=True))
+        thoughts = re.findall("<ToW>(.*?)</ToW>", row["completion"])
+        assert len(thoughts) == len(columns)
+        for thought, (a, b) in zip(thoughts, columns, strict=True):
+            total = int(a) + int(b) + carry
+            assert thought == f"{a}+{b}+{carry}={total:02}"
+            carry = total // 10
+        assert re.sub("<ToW>.*?</ToW>", "", row["completion"]) == str(int(first) + int(second))
+
+
+def test_the_data_script_writes_the_committed_files_again(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "data/make_tow_addition.py", "--out", str(tmp_path)], check=True, capture_output=True)
+    for split in ("train", "validation", "test"):
+        committed = ROOT / "data" / "tow_addition" / f"{split}.jsonl"
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == committed.read_bytes()
+
+
+def test_the_tiny_tokenizer_gives_every_text_back() -> None:
+    tokenizer = AutoTokenizer.from_pretrained("assets/tiny_llama")
+    for text in ("4821+3977=", " a  b\n\t", "안녕하세요", "🙂👩‍👩‍👧", "\r\n\x00"):
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False) == text
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K file is not beside this checkout")
+def test_gsm8k_becomes_question_thoughts_and_answer() -> None:
+    _, tokenizer, data = built(
+        "data=gsm8k", f"data.train_files=['{GSM8K}']", "data.limit=50", "data.max_seq_length=1024"
+    )
+    example = data.train.examples[0]
+    assert "<ToW>48/2=24</ToW>" in data.train.examples[0].completion + data.validation["validation"].examples[0].completion
+    assert example.prompt.endswith("?\n")
+    assert "<ToW>" not in example.reference
+    assert "<<" not in example.completion
+    ids, labels = data.train[0]
+    assert tokenizer.decode(ids[1:-1]) == example.prompt + example.completion
+    learned = [int(i) for i, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]
+    assert tokenizer.decode(learned) == example.completion + "</s>"

@@ -1,0 +1,168 @@
+"""New tokens: added once, started where they should, everything else untouched, noticed when lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from src.config.schema import InitMethod, RunConfig
+from src.errors import ModelError, TokenError
+from src.tokens import (
+    NewTokens,
+    add_tokens,
+    check_new_rows,
+    embedding_matrices,
+    grow_embeddings,
+    initial_rows,
+    load_tokenizer,
+)
+from tests.conftest import admitted
+from tests.kinds import words
+
+
+def model_of(*, tied: bool = False, vocab_size: int = 259) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained("assets/tiny_llama", tie_word_embeddings=tied, vocab_size=vocab_size)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def grown(config: RunConfig, model: Any) -> tuple[Any, Any, NewTokens, dict[str, Tensor], dict[str, Tensor]]:
+    tokenizer, new = load_tokenizer(config.model, config.tokens)
+    before = {name: matrix.detach().clone() for name, matrix in embedding_matrices(model)}
+    return model, tokenizer, new, grow_embeddings(model, tokenizer, new, config.tokens, seed=1), before
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("option", ["tow", "hcot"])
+def test_new_rows_start_as_the_mean_of_the_text_and_old_rows_stay(tied: bool, option: str) -> None:
+    model, tokenizer, new, written, before = grown(admitted(f"tokens={option}").config, model_of(tied=tied))
+    opened, closed = {"tow": ("<ToW>", "</ToW>"), "hcot": ("<hCoT>", "</hCoT>")}[option]
+    assert new.added == {opened: 259, closed: 260}
+    assert set(written) == ({"input"} if tied else {"input", "output"})
+    dash = tokenizer.convert_tokens_to_ids("-")
+    for name, matrix in embedding_matrices(model):
+        assert matrix.shape == (264, 128)  # 261, padded to a multiple of 8
+        assert torch.equal(matrix[:259], before[name])
+        torch.testing.assert_close(matrix[259:261], before[name][dash].expand(2, -1))
+    head = model.get_output_embeddings().weight
+    assert (head is model.get_input_embeddings().weight) == tied
+    check_new_rows(model, new, written)
+
+
+def test_each_method_by_its_numbers() -> None:
+    old = torch.tensor([[0.0, 0.0], [2.0, 4.0], [4.0, 8.0]])
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(method: InitMethod, pieces: list[list[int]]) -> list[list[float]]:
+        return initial_rows(old, method, pieces, generator).tolist()
+
+    assert rows(InitMethod.text, [[1], [0, 2]]) == [[2.0, 4.0], [2.0, 4.0]]
+    assert rows(InitMethod.description, [[2], [1, 2]]) == [[4.0, 8.0], [3.0, 6.0]]
+    assert rows(InitMethod.mean, [[], []]) == [[2.0, 4.0], [2.0, 4.0]]
+    drawn = initial_rows(old, InitMethod.random, [[]] * 4000, generator)
+    torch.testing.assert_close(drawn.mean(dim=0), old.mean(dim=0), rtol=0, atol=0.25)
+    torch.testing.assert_close(drawn.std(dim=0), old.std(dim=0), rtol=0.05, atol=0)
+
+
+def test_one_text_for_each_token_and_descriptions() -> None:
+    config = admitted("tokens.init.text=[ab,'=']").config
+    model, tokenizer, _, _, before = grown(config, model_of())
+    ids = tokenizer("ab=", add_special_tokens=False)["input_ids"]
+    matrix = model.get_input_embeddings().weight
+    torch.testing.assert_close(matrix[259], before["input"][ids[:2]].mean(dim=0))
+    torch.testing.assert_close(matrix[260], before["input"][ids[2]])
+    described = admitted("tokens.init.method=description").config
+    model, tokenizer, _, _, before = grown(described, model_of())
+    ids = tokenizer(described.tokens.init.descriptions["</ToW>"], add_special_tokens=False)["input_ids"]
+    torch.testing.assert_close(model.get_input_embeddings().weight[260], before["input"][ids].mean(dim=0))
+
+
+def test_a_matrix_that_has_room_is_not_resized() -> None:
+    model, _, new, _, before = grown(admitted().config, model_of(vocab_size=300))
+    assert model.get_input_embeddings().weight.shape[0] == 300
+    assert list(new.added.values()) == [259, 260]
+    assert torch.equal(model.get_input_embeddings().weight[261:], before["input"][261:])
+
+
+def test_without_padding_there_are_as_many_rows_as_tokens() -> None:
+    model, *_ = grown(admitted("tokens.pad_to_multiple_of=null").config, model_of())
+    assert model.get_input_embeddings().weight.shape[0] == 261
+    assert model.config.vocab_size == 261
+
+
+def test_what_a_checkpoint_has_learned_of_a_token_is_kept(tmp_path: Path) -> None:
+    model, tokenizer, _, _, _ = grown(admitted().config, model_of())
+    with torch.no_grad():
+        for _, matrix in embedding_matrices(model):
+            matrix[259:261] = 7.0
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = admitted(
+        "model=causal_lm",
+        f"model.checkpoint={tmp_path}",
+        "tokens.additional_special_tokens=['<ToW>','</ToW>','<new>']",
+        "tokens.init.method=mean",
+    ).config
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded, _, new, written, _ = grown(config, loaded)
+    assert new.known == {"<ToW>": 259, "</ToW>": 260}
+    assert new.added == {"<new>": 261}
+    for name, matrix in embedding_matrices(loaded):
+        assert (matrix[259:261] == 7.0).all()
+        torch.testing.assert_close(matrix[261], matrix[:261].mean(dim=0))
+        assert torch.equal(matrix[261:262], written[name])
+
+
+def test_tags_are_one_id_survive_saving_and_are_not_skipped(tmp_path: Path) -> None:
+    config = admitted().config
+    tokenizer, new = load_tokenizer(config.model, config.tokens)
+    tokenizer.save_pretrained(tmp_path)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    for tag, token_id in new.added.items():
+        assert plain(tag, add_special_tokens=False)["input_ids"] == [token_id]
+    ids = plain("a<ToW>b</ToW>c")["input_ids"]
+    assert plain.decode(ids, skip_special_tokens=True) == "a<ToW>b</ToW>c"
+
+
+def test_a_vocabulary_entry_that_was_never_whole_becomes_one_id() -> None:
+    tokenizer = words()
+    tokens = admitted(
+        "tokens.additional_special_tokens=['---',new]", "tokens.thought_open='---'", "tokens.thought_close=new"
+    ).config.tokens
+    new = add_tokens(tokenizer, tokens)
+    assert new.known == {"---": 6}
+    assert tokenizer("a---bnew", add_special_tokens=False)["input_ids"] == [4, 6, 5, new.added["new"]]
+
+
+def test_a_tag_that_is_many_tokens_is_refused() -> None:
+    tokens = admitted("tokens.additional_special_tokens=[]").config.tokens
+    tokenizer = AutoTokenizer.from_pretrained("assets/tiny_llama")
+    with pytest.raises(TokenError, match="<ToW> opens or closes thoughts but is 5 tokens"):
+        add_tokens(tokenizer, tokens)
+
+
+def test_rows_that_were_lost_are_noticed() -> None:
+    model, _, new, written, _ = grown(admitted().config, model_of())
+    with torch.no_grad():
+        model.get_output_embeddings().weight[260] += 1e-3
+    with pytest.raises(ModelError, match="</ToW> lost their starting rows in the output matrix"):
+        check_new_rows(model, new, written)
+
+
+def test_tying_that_appears_after_the_rows_were_written_is_noticed() -> None:
+    model, _, new, written, _ = grown(admitted().config, model_of())
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    with pytest.raises(ModelError, match="tie changed"):
+        check_new_rows(model, new, written)
+
+
+def test_random_rows_come_from_the_seed() -> None:
+    config = admitted("tokens.init.method=random").config
+    first, again = (grown(config, model_of())[3] for _ in range(2))
+    assert torch.equal(first["input"], again["input"])
+    assert not torch.equal(first["input"], first["output"])
