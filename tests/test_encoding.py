@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from src.config.schema import Overflow
-from src.data.encoding import IGNORE_INDEX, Encoder, EncodedRow
+from src.data.encoding import IGNORE_INDEX, EncodedRow, Encoder
 from src.errors import TokenError
 from src.tokens import NewTokens, add_tokens
 from tests.conftest import admitted
@@ -39,7 +39,9 @@ PAIRS = [
 ]
 
 
-def encode(tokenizer: Any, prompt: str, completion: str, length: int = 1000, how: str = "truncate") -> EncodedRow | None:
+def encode(
+    tokenizer: Any, prompt: str, completion: str, length: int = 1000, how: str = "truncate"
+) -> EncodedRow | None:
     (row,) = Encoder(tokenizer).encode_rows([prompt], [completion], length, Overflow[how])
     return row
 

@@ -128,7 +128,9 @@ def groups() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("group", "option"), groups())
 def test_every_option_composes(group: str, option: str) -> None:
     needed = ["model.checkpoint=assets/tiny_llama", "model.weights=random"]
-    needed += ["data.train_files=[data/tow_addition/train.jsonl]"] if (group, option) != ("data", "tow_addition") else []
+    needed += (
+        ["data.train_files=[data/tow_addition/train.jsonl]"] if (group, option) != ("data", "tow_addition") else []
+    )
     assert admitted(f"{group}={option}", *needed)
 
 

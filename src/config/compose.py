@@ -144,7 +144,7 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
 
 
 def forced(override: Override, roots: Sequence[Path]) -> list[str]:
-    """Give the overrides that set a key whether conf/ shows it or not; what may be list or mapping is replaced whole."""
+    """Give the overrides that set a key whether conf/ shows it or not; a list or mapping is replaced whole."""
     text = override.input_line or ""
     if is_group(override, roots) or override.is_delete() or override.key_or_group.startswith("hydra."):
         return [text]

@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,6 +49,8 @@ class RunFolder:
         self.step = 0
         self._config_hash = config_hash
         self._status: dict[str, Any] = {}
+        self.at_end: list[Callable[[], None]] = []
+        """Called once status.json says how the run ended, while the folder is still held."""
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a whole file at once."""
@@ -83,6 +85,8 @@ class RunFolder:
             state, cause = "FAILED", f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         try:
             self.set_status(state=state, cause=cause, ended=now())
+            for call in self.at_end:
+                call()
         except OSError as problem:
             if error is None:
                 raise

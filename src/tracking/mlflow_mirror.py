@@ -59,6 +59,10 @@ class Delivery:
     def run_id(self) -> str | None:
         return self._done["run_id"]
 
+    def begin(self) -> None:
+        """Leave word in the folder that MLflow is to have it, even if it is never reached."""
+        self._remember()
+
     @property
     def num_pending(self) -> int:
         """How many lines of metrics MLflow does not have yet."""
@@ -195,6 +199,7 @@ class MlflowMirror:
 
     def __init__(self, config: MlflowConfig, folder: Path) -> None:
         self._delivery = Delivery(config, folder)
+        self._delivery.begin()
         self.uri = config.uri
         self._is_local = config.uri.startswith("sqlite:")
         self._changed = threading.Event()

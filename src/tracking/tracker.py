@@ -63,6 +63,7 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line of metrics; called once a step, when the step is over, evaluation included."""
         self._folder.append("metrics.jsonl", {"step": step, **metrics})
+        self._folder.step = step
         if evaluated := {name: value for name, value in metrics.items() if name.startswith("eval/")}:
             self.console.evaluation(step, evaluated)
         self._last |= metrics
@@ -70,7 +71,7 @@ class Tracker:
             if name.startswith("eval/"):
                 better = max if greater_is_better(name) else min
                 self._best[f"best/{name}"] = better(self._best.get(f"best/{name}", value), value)
-        self._folder.set_status(tracker_run_id=self._mirror.run_id if self._mirror else None)
+        self._folder.set_status()
         self._poke()
 
     def samples(self, samples: Sequence[Any]) -> None:
@@ -104,18 +105,21 @@ def open_tracking(
     Raises:
         RunFolderError: where the folder can't be made, is in use, or holds another run.
     """
-    mirror: MlflowMirror | None = None
-    try:
-        with open_run_folder(run_dir, frozen, config_hash(frozen), force=force) as folder:
-            if isinstance(config, MlflowConfig):
-                mirror = MlflowMirror(config, run_dir)
-            yield Tracker(folder, console, mirror)
-    finally:
-        if mirror and (undelivered := mirror.close()):
-            console.warn(
-                f"MLflow at {config.uri}: {undelivered}.\n"  # type: ignore[union-attr]
-                f"Everything is in {run_dir}; start the same command with hydra.run.dir={run_dir} to deliver it later."
-            )
+    with open_run_folder(run_dir, frozen, config_hash(frozen), force=force) as folder:
+        mirror = MlflowMirror(config, run_dir) if isinstance(config, MlflowConfig) else None
+        if mirror:
+            folder.at_end.append(lambda: _close(mirror, folder, console))
+        yield Tracker(folder, console, mirror)
+
+
+def _close(mirror: MlflowMirror, folder: RunFolder, console: Console) -> None:
+    if undelivered := mirror.close():
+        console.warn(
+            f"MLflow at {mirror.uri}: {undelivered}.\n"
+            f"Everything is in {folder.path}; to deliver it later, start the same command with "
+            f"hydra.run.dir={folder.path}"
+        )
+    folder.set_status(tracker_run_id=mirror.run_id)
 
 
 def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> None:

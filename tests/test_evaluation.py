@@ -1,0 +1,137 @@
+"""Evaluation: scores by their numbers, losses over tokens, generation that does not depend on its batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from src.config.schema import Device, MixedPrecision, RuntimeConfig, greater_is_better
+from src.data.dataset import build_data
+from src.evaluation.evaluate import Evaluator
+from src.evaluation.generate import Generator, cut_at
+from src.evaluation.metrics import answer, exact_match, perplexity, strip_thoughts
+from src.evaluation.samples import sample
+from src.model.build import build_model, generation_settings
+from src.runtime.session import Runtime, start_runtime
+from src.tokens import grow_embeddings, load_tokenizer
+from src.training.head import ScoredModel
+from tests.conftest import admitted
+
+TAGS = ("<ToW>", "</ToW>")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a<ToW>b</ToW>c", "ac"),
+        ("<ToW>b</ToW><ToW>d\ne</ToW>c", "c"),
+        ("a<ToW>never closed", "a"),
+        ("a</ToW>b", "a</ToW>b"),
+        ("plain", "plain"),
+    ],
+)
+def test_thoughts_are_stripped(text: str, expected: str) -> None:
+    assert strip_thoughts(text, TAGS) == expected
+    assert strip_thoughts(text, None) == text
+
+
+def test_exact_match_is_a_share_of_answers() -> None:
+    assert exact_match([" 8798\n", "8799", ""], ["8798", "8798", "8798"], None) == pytest.approx(1 / 3)
+    pattern = "#### *(-?[0-9.,]*[0-9])"
+    predictions = ["so #### 72.", "#### 5 then #### 7", "no number", "#### -3"]
+    assert exact_match(predictions, ["#### 72", "x\n#### 7", "#### 1", "#### -3"], pattern) == 0.75
+
+
+def test_an_answer_is_the_last_match() -> None:
+    assert answer("#### 1\n#### 22", r"#### (\d+)") == "22"
+    assert answer("none", r"#### (\d+)") is None
+
+
+def test_perplexity_and_directions() -> None:
+    assert perplexity(math.log(32)) == pytest.approx(32)
+    assert perplexity(1e6) == math.inf
+    assert greater_is_better("eval/test/exact_match")
+    assert not greater_is_better("eval/validation/loss")
+    assert not greater_is_better("eval/validation/perplexity")
+
+
+def test_what_stands_behind_eos_is_cut() -> None:
+    assert cut_at([5, 6, 2, 0, 0], 2).ids == [5, 6]
+    assert cut_at([5, 6, 2, 0, 0], 2).stop_reason == "eos"
+    assert cut_at([5, 6], 2).stop_reason == "length"
+
+
+@pytest.fixture
+def runtime() -> Iterator[Runtime]:
+    with start_runtime(RuntimeConfig(device=Device.cpu, deterministic=False), MixedPrecision.no, seed=3) as started:
+        yield started
+
+
+def evaluator(runtime: Runtime, *overrides: str):  # type: ignore[no-untyped-def]
+    config = admitted("data.limit=12", *overrides).config
+    tokenizer, new = load_tokenizer(config.model, config.tokens)
+    data = build_data(config, tokenizer)
+    torch.manual_seed(0)
+    model = build_model(config.model, config.data.max_seq_length).eval()
+    grow_embeddings(model, tokenizer, new, config.tokens, config.seed)
+    settings = generation_settings(config.generation, tokenizer)
+    generator = Generator(model, settings, runtime, config.training.per_device_eval_batch_size)
+    return Evaluator.of(config, ScoredModel(model), generator, data.encoder), data
+
+
+@pytest.mark.parametrize("how", ["greedy", "beam"])
+def test_generation_in_batches_equals_one_by_one(runtime: Runtime, how: str) -> None:
+    overrides = [f"generation={how}", "generation.max_new_tokens=12"]
+    batched, data = evaluator(runtime, *overrides, "training.per_device_eval_batch_size=5")
+    prompts = [data.train.prompt_ids(i)[: 3 + i % 7] for i in range(12)]
+    together = batched.generator.generate(prompts, seed=0)
+    single, _ = evaluator(runtime, *overrides, "training.per_device_eval_batch_size=1")
+    assert together == single.generator.generate(prompts, seed=0)
+    assert len({tuple(completion.ids) for completion in together}) > 3
+
+
+def test_sampling_is_seeded_and_its_settings_count(runtime: Runtime) -> None:
+    one, data = evaluator(runtime, "generation=sample", "generation.max_new_tokens=8", "generation.min_new_tokens=8")
+    prompts = [data.train.prompt_ids(i) for i in range(4)]
+    assert one.generator.generate(prompts, seed=1) == one.generator.generate(prompts, seed=1)
+    assert one.generator.generate(prompts, seed=1) != one.generator.generate(prompts, seed=2)
+    assert {len(completion.ids) for completion in one.generator.generate(prompts, seed=1)} == {8}
+
+
+def test_the_loss_is_weighted_by_tokens_not_by_batches(runtime: Runtime) -> None:
+    results = []
+    for size in (1, 5, 12):
+        one, data = evaluator(runtime, f"training.per_device_eval_batch_size={size}", "evaluation.metrics=[]")
+        results.append(one.evaluate(data.validation["validation"], seed=0))
+    assert set(results[0]) == {"eval/validation/loss", "eval/validation/perplexity"}
+    for result in results[1:]:
+        assert result["eval/validation/loss"] == pytest.approx(results[0]["eval/validation/loss"], rel=1e-6)
+
+
+def test_max_samples_takes_the_first_rows(runtime: Runtime) -> None:
+    few, data = evaluator(runtime, "evaluation.max_samples=3", "evaluation.metrics=[]")
+    all_of_three, three = evaluator(runtime, "data.limit=3", "evaluation.metrics=[]")
+    ours = few.evaluate(data.test["test"], seed=0)
+    assert ours == all_of_three.evaluate(three.test["test"], seed=0)
+
+
+def test_samples_are_what_plain_generate_writes(runtime: Runtime) -> None:
+    one, data = evaluator(runtime, "generation.max_new_tokens=10")
+    (first, *_) = sample(one, data.validation["validation"], 2, step=7)
+    model = one.generator.model
+    assert isinstance(model, AutoModelForCausalLM._model_mapping[type(model.config)])
+    ids = torch.tensor([one.encoder.encode_prompts([first.prompt])[0]])
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, pad_token_id=0)
+    assert one.encoder.decode(plain[0, ids.shape[1] :].tolist()) == first.text
+    assert (first.step, first.reference) == (7, data.validation["validation"].examples[0].reference)
+
+
+def test_evaluating_leaves_the_model_in_the_mode_it_was_in(runtime: Runtime) -> None:
+    one, data = evaluator(runtime, "generation.max_new_tokens=2")
+    one.generator.model.train()
+    one.generator.generate([data.train.prompt_ids(0)], seed=0)
+    assert one.generator.model.training

@@ -1,0 +1,267 @@
+"""Whole runs, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import GSM8K, ROOT, read_lines, towline, write_lines
+
+SMALL = ["debug=smoke", "tracking=none"]
+
+
+def comparable(run: Path) -> list[dict[str, Any]]:
+    """Give metrics.jsonl without what may differ between two identical runs."""
+    return [
+        {key: value for key, value in line.items() if not key.startswith("perf/") and not key.endswith("_seconds")}
+        for line in read_lines(run / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small run with MLflow, finished."""
+    base = tmp_path_factory.mktemp("finished")
+    done = towline("debug=smoke", f"tracking.uri='sqlite:///{base}/mlflow.db'", f"hydra.run.dir={base / 'run'}")
+    assert done.returncode == 0, done.stderr
+    (base / "run" / "stdout.txt").write_text(done.stdout)
+    (base / "run" / "stderr.txt").write_text(done.stderr)
+    return base / "run"
+
+
+def test_the_folder_is_complete(finished: Path) -> None:
+    for name in ("config.yaml", "starts.jsonl", "status.json", "metrics.jsonl", "data_report.json", "samples.jsonl",
+                 "provenance.json", "summary.json", "model/config.json", "model/model.safetensors",
+                 "model/tokenizer.json", "model/generation_config.json"):  # fmt: skip
+        assert (finished / name).is_file(), name
+    assert json.loads((finished / "status.json").read_text())["state"] == "FINISHED"
+    assert yaml.safe_load((finished / "config.yaml").read_text())["training"]["max_train_steps"] == 4
+
+
+def test_metrics_have_a_line_a_step_with_the_evaluation_in_it(finished: Path) -> None:
+    lines = read_lines(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert {"train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_second"} <= line.keys()
+        assert ("eval/validation/exact_match" in line) == (line["step"] in (2, 4))
+        assert ("eval/test/loss" in line) == (line["step"] == 4)
+
+
+def test_the_summary_has_last_best_and_totals(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    lines = read_lines(finished / "metrics.jsonl")
+    assert summary["train/loss"] == lines[-1]["train/loss"]
+    assert summary["best/eval/validation/loss"] == min(lines[i]["eval/validation/loss"] for i in (1, 3))
+    assert (summary["steps"], summary["examples_seen"]) == (4, 16)
+    assert summary["tokens_seen"] == json.loads((finished / "data_report.json").read_text())["train"]["tokens"]
+    assert {"train_seconds", "tokens_per_second", "peak_memory_bytes"} <= summary.keys()
+
+
+def test_the_terminal_says_what_was_assembled_and_where_things_lie(finished: Path) -> None:
+    text = (finished / "stdout.txt").read_text()
+    for words in ("707,456 parameters", "added <ToW>, </ToW>", "train: 16 of 16 rows", "tokens supervised", "step 4/4",
+                  "left", "evaluated at step 4", "expected", "train_seconds", str(finished / "model")):  # fmt: skip
+        assert words in text
+    assert (finished / "stderr.txt").read_text() == ""
+
+
+def test_mlflow_has_the_run(finished: Path) -> None:
+    client = MlflowClient(f"sqlite:///{finished.parent}/mlflow.db")
+    run = client.get_run(json.loads((finished / "status.json").read_text())["tracker_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optimizer.lr"] == "0.002"
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 4
+    assert "samples.jsonl" in {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {one.dataset.name for one in run.inputs.dataset_inputs} == {"train", "validation", "test"}
+
+
+def test_plain_transformers_loads_the_model_and_writes_the_same_samples(finished: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    model, info = AutoModelForCausalLM.from_pretrained(finished / "model", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert [tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in ("<ToW>", "</ToW>")] == [[259], [260]]
+    for sample in [line for line in read_lines(finished / "samples.jsonl") if line["step"] == 4]:
+        inputs = tokenizer(sample["prompt"], return_tensors="pt")
+        generated = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :].tolist()
+        assert tokenizer.decode([i for i in generated if i > 2]) == sample["text"]
+
+
+def test_a_finished_folder_is_left_as_it_is_and_force_starts_again(finished: Path, tmp_path: Path) -> None:
+    where = f"hydra.run.dir={tmp_path / 'run'}"
+    assert towline(*SMALL, where).returncode == 0
+    before = (tmp_path / "run" / "status.json").read_text()
+    done = towline(*SMALL, where)
+    assert (done.returncode, "is finished" in done.stdout) == (0, True)
+    assert (tmp_path / "run" / "status.json").read_text() == before
+    assert towline(*SMALL, where, "force=true", "seed=1").returncode == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 1
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 4
+
+
+def test_the_same_command_and_a_rerun_give_the_same_metrics_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+    assert towline(*SMALL, f"hydra.run.dir={tmp_path / 'again'}").returncode == 0
+    assert towline(f"rerun={tmp_path / 'again'}", f"hydra.run.dir={tmp_path / 'rerun'}").returncode == 0
+    assert comparable(tmp_path / "again") == comparable(finished)
+    assert comparable(tmp_path / "rerun") == comparable(finished)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    arguments = ["tracking=none", "training.logging_steps=1", "evaluation.eval_steps=null", f"hydra.run.dir={run}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "src.run", *arguments],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        while not (run / "metrics.jsonl").is_file():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75
+    assert "Traceback" not in errors
+    assert str(run) in errors
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["cause"]) == ("PREEMPTED", f"stopped by {number.name}")
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert status["step"] == len(lines)
+
+
+def broken(tmp_path: Path, kind: str) -> tuple[list[str], list[str]]:
+    """Give the overrides of a run that can't be, and what its message must say."""
+    file = tmp_path / "rows.jsonl"
+    good = {"prompt": "1+1=", "completion": "2"}
+    rows = [f"data.train_files=['{file}']"]
+    if kind == "a line that is not JSON":
+        file.write_text(json.dumps(good) + "\n{broken\n")
+        return rows, ["rows.jsonl:2", "not JSON"]
+    if kind == "a missing field":
+        write_lines(file, [good, {"question": "1+1="}])
+        return rows, ["rows.jsonl:2", "'prompt'", "'question'"]
+    if kind == "no rows":
+        file.write_text("")
+        return rows, ["no rows", "rows.jsonl"]
+    if kind == "prompts that are too long":
+        write_lines(file, [good, {"prompt": "x" * 200, "completion": "y"}])
+        return rows, ["1 of 2 rows", "max_dropped_fraction", "max_seq_length"]
+    if kind == "more positions than the model has":
+        return ["data.max_seq_length=5000"], ["1024 positions", "data.max_seq_length = 5000"]
+    write_lines(file, [good])
+    return [*rows, "model.checkpoint='nobody/nothing'"], ["nobody/nothing", "can't be loaded"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a line that is not JSON",
+        "a missing field",
+        "no rows",
+        "prompts that are too long",
+        "more positions than the model has",
+        "a model that is nowhere",
+    ],
+)
+def test_bad_input_is_a_short_message_and_exit_2(tmp_path: Path, kind: str) -> None:
+    overrides, told = broken(tmp_path, kind)
+    done = towline(*SMALL, *overrides, f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 15
+    for words in told:
+        assert words in done.stderr
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "FAILED"
+    assert told[0] in status["cause"]
+
+
+def test_a_sweep_runs_every_point_in_its_own_folder(tmp_path: Path) -> None:
+    done = towline(
+        "-m", *SMALL, "training.max_train_steps=1", "seed=1,2", f"hydra.sweep.dir={tmp_path}", "evaluation.metrics=[]"
+    )
+    assert done.returncode == 0, done.stderr
+    seeds = [yaml.safe_load((tmp_path / str(i) / "config.yaml").read_text())["seed"] for i in range(2)]
+    assert seeds == [1, 2]
+    assert comparable(tmp_path / "0") != comparable(tmp_path / "1")
+
+
+def test_the_best_weights_are_exported_when_asked_for(tmp_path: Path) -> None:
+    # with a learning rate this high the first evaluation is the best one
+    overrides = [*SMALL, "optimizer.lr=1", "scheduler=constant", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = towline(*overrides, "checkpoint.load_best_model_at_end=true", "evaluation.metrics=[]")
+    assert done.returncode == 0, done.stderr
+    first = read_lines(tmp_path / "run" / "metrics.jsonl")[1]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval/validation/loss"] > first["eval/validation/loss"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert torch.isfinite(model.get_input_embeddings().weight).all()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    from src.data.dataset import build_data
+    from src.tokens import load_tokenizer
+    from src.training.head import ScoredModel
+    from tests.conftest import admitted
+
+    config = admitted("debug=smoke", "data.limit=4").config
+    rows = build_data(config, load_tokenizer(config.model, config.tokens)[0]).validation["validation"]
+    from src.data.batching import collate
+
+    batch = collate(rows, range(4), 0)
+    with torch.no_grad():
+        loss = ScoredModel(model)(batch.input_ids, batch.labels) / batch.num_supervised
+    assert loss.item() == pytest.approx(first["eval/validation/loss"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def local_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A local model folder with a BPE tokenizer trained on GSM8K's first rows, and these rows."""
+    base = tmp_path_factory.mktemp("local")
+    rows = base / "train.jsonl"
+    rows.write_text("\n".join(GSM8K.read_text(encoding="utf-8").splitlines()[:300]) + "\n", encoding="utf-8")
+    command = ["assets/make_bpe_model.py", "--text", str(rows), "--fields", "question,answer", "--vocab-size", "600",
+               "--hidden-size", "32", "--layers", "1", "--heads", "2", "--out", str(base / "model")]  # fmt: skip
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+    return base / "model", rows
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K file is not beside this checkout")
+def test_real_rows_on_a_local_model_folder(local_model: tuple[Path, Path], tmp_path: Path) -> None:
+    model, rows = local_model
+    done = towline(
+        "experiment=gsm8k_tow",
+        "debug=smoke",
+        "tracking=none",
+        f"model.checkpoint={model}",
+        f"data.train_files=['{rows}']",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "eval/validation/exact_match" in summary
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())
+    assert report["train"]["new_tokens"]["<ToW>"]["supervised"] > 10
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").convert_tokens_to_ids("<ToW>") == 600
+
+
+def test_the_contrast_experiment_runs_small(tmp_path: Path) -> None:
+    done = towline("experiment=without_thoughts", *SMALL, f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    (sample, *_) = read_lines(tmp_path / "run" / "samples.jsonl")
+    assert "<ToW>" not in sample["text"] + sample["reference"]
+    assert json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]["new_tokens"] == {}

@@ -1,0 +1,222 @@
+"""Tracking: the folder is the truth, MLflow a mirror that may be slow, gone, or late."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from src.errors import Interrupted, RunFolderError
+from src.tracking.console import Console, clock
+from src.tracking.journal import FILES, open_run_folder, read_status
+from src.tracking.mlflow_mirror import Delivery, MlflowMirror, flat, plain_name
+from src.tracking.provenance import config_hash, git_state, provenance
+from src.tracking.tracker import deliver_pending, open_tracking
+from tests.conftest import ROOT, admitted, read_lines
+
+
+def mlflow_config(uri: str, *overrides: str):  # type: ignore[no-untyped-def]
+    return admitted("tracking=mlflow", f"tracking.uri='{uri}'", *overrides).config.tracking
+
+
+def track(config: Any, run_dir: Path, *, steps: int = 3) -> None:
+    console = Console(io.StringIO())
+    with open_tracking(config, run_dir, {"seed": 1, "long": "x" * 600}, console, force=False) as tracking:
+        tracking.record("provenance.json", provenance({"seed": 1}, {"a.jsonl": "00"}, "cpu", ROOT))
+        report = {"digest": "abc", "rows_kept": 1, "tokens": 2, "supervised_tokens": 1}
+        tracking.record("data_report.json", {"train": report, "validation": report})
+        for step in range(1, steps + 1):
+            tracking.log(step, {"train/loss": 1.0 / step, "eval/validation/exact_match": step / 10})
+        tracking.finish({"steps": steps})
+
+
+def test_the_folder_holds_what_was_logged(tmp_path: Path) -> None:
+    track(admitted().config.tracking, tmp_path / "run")
+    run = tmp_path / "run"
+    assert read_lines(run / "metrics.jsonl")[2] == {
+        "step": 3, "train/loss": 1 / 3, "eval/validation/exact_match": 0.3,
+    }  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["train/loss"] == 1 / 3
+    assert summary["best/eval/validation/exact_match"] == 0.3
+    status = read_status(run)
+    assert (status["state"], status["step"], status["cause"]) == ("FINISHED", 3, None)
+    assert (status["pid"], status["host"]) == (os.getpid(), socket.gethostname())
+    (start,) = read_lines(run / "starts.jsonl")
+    assert start["config_hash"] == config_hash({"seed": 1, "long": "x" * 600})
+
+
+def test_mlflow_gets_params_metrics_inputs_tags_and_artifacts(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/store/mlflow.db"
+    track(mlflow_config(uri, "tracking.tags={team:a}", "tracking.run_name=mine"), tmp_path / "run")
+    client = MlflowClient(uri)
+    run = client.get_run(read_status(tmp_path / "run")["tracker_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "mine"
+    assert run.data.params == {"seed": "1"}  # the long one is in config.yaml
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert {one.dataset.name: one.dataset.digest for one in run.inputs.dataset_inputs} == {
+        "train": "abc",
+        "validation": "abc",
+    }
+    assert run.data.tags["git_commit"] == git_state(ROOT)["commit"]
+    assert run.data.tags["git_dirty"] in ("True", "False")
+    assert run.data.tags["team"] == "a"
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert artifacts == {"config.yaml", "provenance.json", "data_report.json", "summary.json"}
+    assert (tmp_path / "store" / "mlartifacts").is_dir()
+
+
+def test_a_failed_run_is_failed_in_mlflow_too(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(ValueError, match="broken"), open_tracking(
+        mlflow_config(uri), tmp_path / "run", {"seed": 1}, Console(), force=False
+    ):  # fmt: skip
+        raise ValueError("broken")
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["cause"]) == ("FAILED", "ValueError: broken")
+    assert MlflowClient(uri).get_run(Delivery(mlflow_config(uri), tmp_path / "run").run_id).info.status == "FAILED"
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """A server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def closed_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_tracker_that_is_gone_costs_a_warning_and_is_told_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = mlflow_config(closed_port())
+    track(gone, tmp_path / "run")
+    warning = capsys.readouterr().err
+    assert "3 lines of metrics are not delivered" in warning
+    assert f"hydra.run.dir={tmp_path / 'run'}" in warning
+    assert read_status(tmp_path / "run")["state"] == "FINISHED"
+    back = mlflow_config(f"sqlite:///{tmp_path}/mlflow.db")
+    for _ in range(2):  # the second time there is nothing left to deliver
+        deliver_pending(back, tmp_path / "run", Console())
+    run_id = Delivery(back, tmp_path / "run").run_id
+    client = MlflowClient(back.uri)
+    assert len(client.get_metric_history(run_id, "train/loss")) == 3
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_tracker_that_never_answers_does_not_hold_the_run(tmp_path: Path, silent_server: str) -> None:
+    mirror = MlflowMirror(mlflow_config(silent_server), tmp_path)
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    started = time.monotonic()
+    for _ in range(1000):
+        mirror.poke()
+    undelivered = mirror.close()
+    assert "not delivered" in undelivered
+    assert time.monotonic() - started < 8  # the call that hangs has a time-out of 10 s
+
+
+def test_three_processes_can_start_on_a_fresh_store(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from tests.test_tracking import mlflow_config, track
+track(mlflow_config(sys.argv[1]), Path(sys.argv[2]))
+"""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, uri, str(tmp_path / f"run{i}")], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(3)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "warning" not in errors
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("towline")
+    assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"] * 3
+
+
+def hold(path: Path, *, force: bool = False):  # type: ignore[no-untyped-def]
+    return open_run_folder(path, {"seed": 1}, "hash", force=force)
+
+
+def test_a_second_process_is_refused_with_the_id_of_the_first(tmp_path: Path) -> None:
+    with hold(tmp_path), pytest.raises(RunFolderError, match=f"process {os.getpid()} on {socket.gethostname()}"):
+        hold(tmp_path).__enter__()
+
+
+def test_how_a_run_ended_is_in_its_status(tmp_path: Path) -> None:
+    for error, state in (
+        (Interrupted("SIGINT"), "PREEMPTED"),
+        (KeyboardInterrupt(), "PREEMPTED"),
+        (OSError(), "FAILED"),
+    ):
+        run = tmp_path / type(error).__name__
+        with pytest.raises(type(error)), hold(run) as folder:
+            folder.step = 5
+            raise error
+        assert (read_status(run)["state"], read_status(run)["step"]) == (state, 5)
+
+
+def test_a_folder_with_an_unfinished_run_is_not_overwritten_unless_forced(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted), hold(tmp_path) as folder:
+        folder.append("metrics.jsonl", {"step": 1})
+        raise Interrupted("SIGTERM")
+    (tmp_path / "notes.txt").write_text("mine")
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(RunFolderError, match=r"PREEMPTED at step 0, stopped by SIGTERM(.|\n)*force=true"):
+        hold(tmp_path).__enter__()
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    with hold(tmp_path, force=True):
+        assert not (tmp_path / "metrics.jsonl").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_can_not_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="can't be made"):
+        hold(tmp_path / "file" / "run").__enter__()
+
+
+def test_the_config_hash_is_that_of_what_is_computed() -> None:
+    first = admitted("seed=1").frozen
+    assert config_hash(first) == config_hash(admitted("seed=1", "name=other", "tracking=mlflow").frozen)
+    assert config_hash(first) != config_hash(admitted("seed=2").frozen)
+    assert "tracking.json" in FILES
+
+
+def test_git_state_outside_a_checkout_is_unknown(tmp_path: Path) -> None:
+    assert git_state(tmp_path) == {"commit": None, "dirty": None, "diff": None}
+    assert len(git_state(ROOT)["commit"]) == 40
+
+
+def test_nested_settings_become_flat_names_that_mlflow_takes() -> None:
+    assert dict(flat({"a": {"<ToW>": "x", "b": [1, 2]}, "c": {}, "d": None})) == {
+        "a.<ToW>": "x",
+        "a.b": "[1, 2]",
+        "c": "{}",
+        "d": "null",
+    }
+    assert plain_name("tokens/</ToW>/norm") == "tokens/_/ToW_/norm"
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(7.4, "0:07"), (750, "12:30"), (11100, "3:05:00")])
+def test_durations(seconds: float, shown: str) -> None:
+    assert clock(seconds) == shown
