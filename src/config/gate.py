@@ -157,13 +157,14 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
         parsed.problems.append(Problem(prefix, "a section of keys, not a value", given))
         return parsed
     hints = typing.get_type_hints(schema)
+    typed = OmegaConf.structured(schema)
     values = {}
     complete = True
     for key, value in given.items():
         if key not in hints:
             parsed.problems.append(Problem(_dotted(prefix, key), _unknown(prefix, str(key), list(hints)), value))
             continue
-        part = _parse_value(schema, key, hints[key], value, prefix)
+        part = _parse_value(schema, typed, key, hints[key], value, prefix)
         parsed.problems += part.problems
         complete = complete and not part.problems
         values[key] = part.value
@@ -175,7 +176,7 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
     return parsed
 
 
-def _parse_value(schema: Any, key: str, hint: Any, value: Any, prefix: str) -> _Parsed:
+def _parse_value(schema: Any, typed: Any, key: str, hint: Any, value: Any, prefix: str) -> _Parsed:
     dotted = _dotted(prefix, key)
     if value == "???":
         return _Parsed(None, [Problem(dotted, f"needs a value: {_described(hint)}", has_value=False)])
@@ -184,8 +185,8 @@ def _parse_value(schema: Any, key: str, hint: Any, value: Any, prefix: str) -> _
     if isinstance(value, bool) and bool not in _members(hint) and hint is not Any:
         return _Parsed(None, [Problem(dotted, f"not {_described(hint)}", value)])
     try:
-        merged: Any = OmegaConf.merge(OmegaConf.structured(schema), {key: value})
-        converted = OmegaConf.to_object(merged[key]) if OmegaConf.is_config(merged[key]) else merged[key]
+        typed[key] = value
+        converted = OmegaConf.to_object(typed[key]) if OmegaConf.is_config(typed[key]) else typed[key]
     except OmegaConfBaseException:
         return _Parsed(None, [Problem(dotted, f"not {_described(hint)}", value)])
     metadata = next(f.metadata for f in dataclasses.fields(schema) if f.name == key)

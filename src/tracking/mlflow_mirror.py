@@ -7,6 +7,7 @@ the same files.
 
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import os
@@ -92,7 +93,12 @@ class Delivery:
                 run = client.create_run(
                     experiment_id,
                     run_name=self._config.run_name,
-                    tags=dict(self._config.tags) | {"towline.folder": str(self._folder.resolve())},
+                    tags={
+                        "towline.folder": str(self._folder.resolve()),
+                        "mlflow.source.name": "src.run",
+                        "mlflow.user": getpass.getuser(),
+                        **self._config.tags,
+                    },
                 )
                 self._remember(run_id=run.info.run_id)
         self._client = client
@@ -112,7 +118,8 @@ class Delivery:
     def _create_experiment(self, client: Any) -> str:
         database = self._database()
         location = (database.resolve().parent / "mlartifacts").as_uri() if database else None
-        return client.create_experiment(self._config.experiment_name, artifact_location=location)
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page then shows training runs first
+        return client.create_experiment(self._config.experiment_name, artifact_location=location, tags=kind)
 
     def _log_params(self) -> None:
         import yaml

@@ -85,7 +85,7 @@ class Tracker:
         summary = self._last | self._best | dict(totals)
         self._folder.write_json("summary.json", summary)
         self.console.say()
-        self.console.table(summary)
+        self.console.table({name: value for name, value in summary.items() if not name.startswith("best/")})
         self.console.say()
         for what, name in (("model", "model"), ("numbers", "summary.json"), ("samples", "samples.jsonl")):
             self.console.label(what, str(self._folder.path / name))
