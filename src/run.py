@@ -158,6 +158,8 @@ def sweep(request: Request) -> int:
         sections = OmegaConf.to_container(cfg, resolve=True)
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         codes.append(guarded(Admitted(parse(sections), sections, run_dir)))  # type: ignore[arg-type]
+        if codes[-1] == Interrupted.exit_code:
+            sys.exit(Interrupted.exit_code)  # a stopped run stops the sweep; one that failed does not
 
     sys.argv = [sys.argv[0], *request.line.hydra_argv]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()

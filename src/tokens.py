@@ -42,7 +42,7 @@ def load_tokenizer(model: ModelConfig, tokens: TokensConfig) -> tuple[Any, NewTo
         tokenizer = AutoTokenizer.from_pretrained(
             model.checkpoint, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the libraries raise many kinds
         raise ModelError(f"the tokenizer of {model.checkpoint} can't be loaded: {one_line(error)}") from error
     return tokenizer, add_tokens(tokenizer, tokens)
 

@@ -13,13 +13,15 @@ from src.data.encoding import IGNORE_INDEX, EncodedRow, Encoder
 from src.errors import TokenError
 from src.tokens import NewTokens, add_tokens
 from tests.conftest import admitted
-from tests.kinds import byte_bpe, character_level, words
+from tests.kinds import byte_bpe, character_level, sentencepiece, words
 
 KINDS: dict[str, Callable[[], Any]] = {
     "character level": character_level,
     "byte-level BPE": byte_bpe,
     "adds EOS": lambda: byte_bpe(adds_eos=True),
     "pad is EOS": lambda: byte_bpe(pad_is_eos=True),
+    "SentencePiece": lambda: sentencepiece(legacy=False),
+    "SentencePiece, legacy": lambda: sentencepiece(legacy=True),
     "no BOS": lambda: byte_bpe(bos=False),
 }
 
@@ -75,7 +77,7 @@ def test_ids_are_the_text_and_labels_the_completion(kind: str, prompt: str, comp
 def test_an_added_token_of_the_checkpoint_keeps_its_id_and_control_tokens_are_counted() -> None:
     tokenizer = byte_bpe()
     encoder = Encoder(tokenizer)
-    (ids,) = encoder.encode_texts(["<|turn|></s><s></s>"])
+    (ids,) = encoder.encode_completions(["a"], ["<|turn|></s><s></s>"])
     assert ids[0] == tokenizer.convert_tokens_to_ids("<|turn|>")
     assert len(ids) > 4
     assert encoder.num_control_tokens_as_text == 3
@@ -133,5 +135,5 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
 def test_the_copy_for_texts_leaves_the_tokenizer_as_it_was() -> None:
     tokenizer = byte_bpe()
     before = json.loads(tokenizer.backend_tokenizer.to_str())
-    Encoder(tokenizer).encode_texts(["x </s>"])
+    Encoder(tokenizer).encode_prompts(["x </s>"])
     assert json.loads(tokenizer.backend_tokenizer.to_str()) == before

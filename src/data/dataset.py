@@ -17,6 +17,7 @@ from src.data.report import SplitReport
 from src.data.sources import Record, file_hash, read_files, read_hub
 from src.errors import DataError, listed
 
+CHECK_ROWS = 200  # rows of a set that are decoded again to see whether the tokenizer gives their text back
 ENCODE_ROWS = 2000  # rows encoded at once: enough to fill the tokenizer's threads, little memory
 
 
@@ -167,6 +168,7 @@ class _Builder:
             rows.append(row)
             kept.append(index)
         self._check_dropped(name, records, report, set(kept))
+        report.rows_changed_by_tokenizer = self._count_changed(rows, [examples[i] for i in kept])
         encoded = EncodedSet(name, rows, [examples[i] for i in kept], [records[i].place for i in kept])
         report.rows_kept = len(rows)
         report.rows_truncated = sum(row.truncated for row in rows)
@@ -210,6 +212,11 @@ class _Builder:
                 self.data.overflow,
             )
         return rows
+
+    def _count_changed(self, rows: list[EncodedRow], examples: list[Example]) -> int:
+        """Count, among the first rows that were not cut, those whose ids do not decode to their text."""
+        pairs = [(row, one) for row, one in zip(rows, examples, strict=True) if not row.truncated][:CHECK_ROWS]
+        return sum(self.encoder.decode(row.input_ids.tolist()) != one.prompt + one.completion for row, one in pairs)
 
     def _check_dropped(self, name: str, records: list[Record], report: SplitReport, kept: set[int]) -> None:
         dropped = [record.place for i, record in enumerate(records) if i not in kept]

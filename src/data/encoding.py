@@ -44,27 +44,35 @@ class Encoder:
         self.eos_token_id: int = tokenizer.eos_token_id
         control = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
         self._control = sorted({token for token in control if token})
-        self._text_backend = _without_control_tokens(tokenizer, set(self._control))
+        self._start_backend = _without_control_tokens(tokenizer, set(self._control), continues=False)
+        self._continuation_backend = _without_control_tokens(tokenizer, set(self._control), continues=True)
         self._prefix = _bos(tokenizer)
         self.num_control_tokens_as_text = 0
         """How many BOS, EOS and pad stood in texts and were encoded as text."""
 
-    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts as they stand, without BOS or EOS."""
-        for control in self._control:
-            self.num_control_tokens_as_text += sum(text.count(control) for text in texts)
-        encodings = self._text_backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Encode prompts as generation feeds them: BOS in front where the model wants one."""
-        return [self._prefix + ids for ids in self.encode_texts(prompts)]
+        return [self._prefix + ids for ids in self._encode(prompts, self._start_backend)]
+
+    def encode_completions(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[int]]:
+        """Encode what follows a prompt, without EOS; behind an empty prompt a completion begins the text."""
+        ids = self._encode(completions, self._continuation_backend)
+        beginning = [i for i, prompt in enumerate(prompts) if not prompt]
+        begun = self._start_backend.encode_batch_fast([completions[i] for i in beginning], add_special_tokens=False)
+        for i, encoding in zip(beginning, begun, strict=True):
+            ids[i] = encoding.ids
+        return ids
+
+    def _encode(self, texts: Sequence[str], backend: Tokenizer) -> list[list[int]]:
+        for control in self._control:
+            self.num_control_tokens_as_text += sum(text.count(control) for text in texts)
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_rows(
         self, prompts: Sequence[str], completions: Sequence[str], max_length: int, overflow: Overflow
     ) -> list[EncodedRow | None]:
         """Encode pairs; None where a row is too long and `overflow` does not cut it."""
-        pairs = zip(self.encode_prompts(prompts), self.encode_texts(completions), strict=True)
+        pairs = zip(self.encode_prompts(prompts), self.encode_completions(prompts, completions), strict=True)
         return [self._join(prompt, completion, max_length, overflow) for prompt, completion in pairs]
 
     def _join(self, prompt: list[int], completion: list[int], max_length: int, overflow: Overflow) -> EncodedRow | None:
@@ -101,16 +109,38 @@ def _bos(tokenizer: Any) -> list[int]:
     return [ids[0]] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []
 
 
-def _without_control_tokens(tokenizer: Any, control: set[str]) -> Tokenizer:
+def _without_control_tokens(tokenizer: Any, control: set[str], *, continues: bool) -> Tokenizer:
     """Copy the tokenizer so that control tokens in a text are text, and all other added tokens are still tokens.
 
-    `encode_special_tokens` makes text of whatever is marked special, so in the copy only control tokens are.
+    `encode_special_tokens` makes text of whatever is marked special, so in the copy only control tokens are. With
+    `continues`, the copy is for a text that goes on behind another: it puts no dummy space in front.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in spec["added_tokens"]:
         token["special"] = token["content"] in control
+    if continues:
+        spec = _without_dummy_space(spec)
     copy = Tokenizer.from_str(json.dumps(spec))
     copy.encode_special_tokens = True
     copy.no_padding()
     copy.no_truncation()
     return copy
+
+
+def _without_dummy_space(node: Any) -> Any:
+    """Take out of a tokenizer's specification what puts a space (SentencePiece's '▁') in front of every text."""
+    if isinstance(node, list):
+        return [_without_dummy_space(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    node = {
+        key: value if key in ("model", "added_tokens") else _without_dummy_space(value) for key, value in node.items()
+    }
+    match node.get("type"):
+        case "Metaspace":
+            node["prepend_scheme"] = "never"
+        case "ByteLevel":
+            node["add_prefix_space"] = False
+        case "Prepend":
+            node["prepend"] = ""
+    return node

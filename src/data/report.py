@@ -18,6 +18,7 @@ class SplitReport:
     tokens: int = 0
     supervised_tokens: int = 0
     control_tokens_as_text: int = 0
+    rows_changed_by_tokenizer: int = 0
     new_tokens: dict[str, dict[str, int]] = field(default_factory=dict)
     digest: str = ""
 
@@ -31,4 +32,9 @@ class SplitReport:
         why = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.rows_dropped.items())
         text = f"{self.rows_kept:,} of {self.rows_read:,} rows"
         text += f" ({self.rows_truncated:,} truncated, {dropped:,} dropped{': ' + why if why else ''})"
-        return text + f", {self.supervised_tokens:,} of {self.tokens:,} tokens supervised"
+        text += f", {self.supervised_tokens:,} of {self.tokens:,} tokens supervised"
+        if self.rows_changed_by_tokenizer:
+            text += (
+                f"\n  the tokenizer does not give the text back: {self.rows_changed_by_tokenizer} of the first 200 rows"
+            )
+        return text

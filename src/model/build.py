@@ -23,7 +23,7 @@ def build_model(config: ModelConfig, max_seq_length: int) -> Any:
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         architecture = AutoConfig.from_pretrained(config.checkpoint, **where)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the libraries raise many kinds
         raise ModelError(f"{config.checkpoint}: no model configuration there: {one_line(error)}") from error
     if architecture.is_encoder_decoder:
         raise ModelError(f"{config.checkpoint} is an encoder-decoder model; model.type is {config.type.value}")
@@ -53,7 +53,7 @@ def _load(config: ModelConfig, architecture: Any, where: dict[str, Any]) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             config.checkpoint, dtype=dtype, use_safetensors=True, **attention, **where
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # the libraries raise many kinds
         raise ModelError(f"{config.checkpoint} can't be loaded as {config.type.value}: {one_line(error)}") from error
 
 
