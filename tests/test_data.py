@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from src.data.sources import Record, read_files
 from src.errors import DataError
 from src.tokens import load_tokenizer
 from tests.conftest import GSM8K, ROOT, admitted, read_lines, write_lines
+from tests.kinds import words as word_tokenizer
 
 
 def built(*overrides: str) -> tuple[RunConfig, Any, Data]:
@@ -226,6 +228,19 @@ def test_the_tiny_tokenizer_gives_every_text_back() -> None:
         ids = tokenizer(text)["input_ids"]
         assert ids[0] == tokenizer.bos_token_id
         assert tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False) == text
+
+
+def test_a_tokenizer_that_changes_texts_is_told(tmp_path: Path) -> None:
+    word_tokenizer().save_pretrained(tmp_path)
+    shutil.copy(ROOT / "assets" / "tiny_llama" / "config.json", tmp_path)
+    file = write_lines(
+        tmp_path / "rows.jsonl", [{"prompt": "low", "completion": "ER"}, {"prompt": "", "completion": "a"}]
+    )
+    _, _, data = built(
+        "model=causal_lm", f"model.checkpoint={tmp_path}", "model.weights=random", "tokens=none", *only(file)
+    )
+    assert data.reports["train"].rows_changed_by_tokenizer == 1
+    assert "does not give the text back: 1 of" in data.reports["train"].summary
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K file is not beside this checkout")
