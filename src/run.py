@@ -10,13 +10,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from src.config.compose import CONF, PROJECT_ROOT
 from src.config.gate import Admitted, Request, admit, parse
-from src.config.schema import InitMethod, RunConfig, Weights
 from src.errors import Interrupted, TowlineError
+from src.runtime.signals import stop_on_signals
 
+if "OMP_WAIT_POLICY" not in os.environ:
+    # threads that wait spin for a while; beside other work on the same cores the default is up to seven times slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # docs/decisions/0007
 for switch in ("HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
     os.environ.setdefault(switch, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -35,94 +37,74 @@ def run(admitted: Admitted) -> dict[str, float]:
     config, run_dir = admitted.config, admitted.run_dir
     console = Console()
     console.label("run", f"{config.name} → {run_dir}")
-    with open_tracking(config.tracking, run_dir, admitted.frozen, console, force=config.force) as tracking:
+    with (
+        stop_on_signals() as stop,
+        open_tracking(config.tracking, run_dir, admitted.frozen, console, force=config.force) as tracking,
+    ):
         # imported here: torch takes seconds, and a folder that is in use or a typo should be told at once
         from src.checkpoint.best import BestWeights
         from src.data.dataset import build_data, file_hashes
-        from src.evaluation.evaluate import Evaluator
-        from src.evaluation.generate import Generator
+        from src.evaluation.evaluate import open_evaluation
         from src.evaluation.samples import sample
-        from src.model.build import build_model, generation_settings
+        from src.model.build import build_model, set_generation
         from src.model.export import export
+        from src.overview import overview, unlearned
         from src.runtime.session import start_runtime
         from src.tokens import check_new_rows, grow_embeddings, load_tokenizer
         from src.tracking.provenance import provenance
         from src.training.loop import train
         from src.training.state import prepare
 
-        with start_runtime(config.runtime, config.training.mixed_precision, config.seed) as runtime:
+        with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime:
             hashes = file_hashes(config.data)
             tracking.record("provenance.json", provenance(admitted.frozen, hashes, runtime.description, PROJECT_ROOT))
             tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
             data = build_data(config, tokenizer)
             tracking.record("data_report.json", {name: report.as_dict() for name, report in data.reports.items()})
             model = build_model(config.model, config.data.max_seq_length)
-            new_rows = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed)
+            set_generation(model, config.generation, tokenizer)
+            started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed)
             state = prepare(model, data.train, config, runtime)
-            check_new_rows(state.model, new_tokens, new_rows)
-
-            settings = generation_settings(config.generation, tokenizer)
-            generator = Generator(state.model, settings, runtime, config.training.per_device_eval_batch_size)
-            evaluator = Evaluator.of(config, state.scored, generator, data.encoder)
+            check_new_rows(state.model, started)
+            evaluation = open_evaluation(config, state.scored, state.model, data, runtime)
             best = BestWeights(config.checkpoint, run_dir)
-            tracking.describe(overview(config, state, tokenizer, new_tokens, data, runtime))
+            tracking.warn(unlearned(data))
+            tracking.describe(overview(config, state, tokenizer, new_tokens, started, data, runtime))
 
-            for step in train(state, data.train, config, runtime, settings["pad_token_id"]):
+            stop.is_deferred = True  # from here on there is something to end properly
+            for step in train(state, data.train, config, runtime, evaluation.pad_token_id):
                 tracking.progress(step, state.num_steps, config.training.logging_steps)
-                metrics: dict[str, float] = {}
-                if step.is_due(config.evaluation.eval_steps) or step.is_last:
-                    for rows in data.validation.values():
-                        metrics |= evaluator.evaluate(rows, config.seed)
-                    best.consider(step.number, metrics, state.model)
-                if step.is_last:
-                    best.restore(state.model)  # from here on it is the model that is exported
-                    for rows in data.test.values():
-                        metrics |= evaluator.evaluate(rows, config.seed)
-                if metrics or step.is_due(config.training.logging_steps) or step.is_last:
-                    tracking.log(step.number, step.collect() | metrics)
+                with tracking.line(step, due=step.is_due(config.training.logging_steps) or step.is_last) as metrics:
+                    if step.is_due(config.evaluation.eval_steps) or step.is_last:
+                        for rows in data.validation.values():
+                            metrics |= evaluation.evaluate(rows)
+                        best.consider(step.number, metrics, state.model)
+                    if step.is_last:
+                        best.restore(state.model)  # from here on it is the model that is exported
+                        for rows in data.test.values():
+                            metrics |= evaluation.evaluate(rows)
                 if step.is_due(config.evaluation.sample_steps) or step.is_last:
-                    tracking.samples(sample(evaluator, data.for_samples, config.evaluation.sample_prompts, step.number))
+                    tracking.samples(
+                        sample(evaluation, data.for_samples, config.evaluation.sample_prompts, step.number)
+                    )
 
-            export(state.model, tokenizer, settings, run_dir / "model")
+            export(state.model, tokenizer, run_dir / "model")
             return tracking.finish(state.totals() | {"peak_memory_bytes": runtime.peak_memory_bytes()})
-
-
-def overview(config: RunConfig, state: Any, tokenizer: Any, new_tokens: Any, data: Any, runtime: Any) -> dict[str, str]:
-    """Say in a few lines what was assembled: label -> text."""
-    from src.model.build import num_parameters
-
-    total, trained = num_parameters(state.model)
-    source = "random weights" if config.model.weights is Weights.random else "pretrained weights"
-    dtype = str(state.model.dtype).removeprefix("torch.")
-    model = f"{type(state.model).__name__} of {config.model.checkpoint}, {source}, {dtype}"
-    model += f"\n{total:,} parameters, {'all' if trained == total else f'{trained:,}'} trained"
-    if state.uses_full_logits:
-        model += "\nits loss is not head(hidden states): full logits are computed (slower, more memory)"
-    tokens = f"{len(tokenizer):,} in the vocabulary, {state.model.get_input_embeddings().weight.shape[0]:,} rows"
-    if new_tokens.added:
-        init = config.tokens.init
-        how = f"{init.method.value} {init.text}" if init.method is InitMethod.text else init.method.value
-        tokens += f"; added {', '.join(new_tokens.added)}, started from {how}"
-    if new_tokens.known:
-        tokens += f"; known already, left as learned: {', '.join(new_tokens.known)}"
-    training = config.training
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    epochs = state.num_steps / state.steps_per_epoch
-    steps = f"{state.num_steps:,}, each of {batch} rows: {epochs:.3g} epoch{'s' if epochs > 1 else ''}"
-    sets = "\n".join(f"{name}: {report.summary}" for name, report in data.reports.items())
-    return {"model": model, "tokens": tokens, "data": sets, "steps": steps, "device": runtime.description}
 
 
 def finished_before(admitted: Admitted) -> bool:
     """Leave a folder whose run is finished as it is; what MLflow has not got of it is delivered."""
     from src.tracking.console import Console
-    from src.tracking.journal import is_finished
+    from src.tracking.journal import is_finished, last_config_hash
+    from src.tracking.provenance import config_hash
     from src.tracking.tracker import deliver_pending
 
     if admitted.config.force or not is_finished(admitted.run_dir):
         return False
     console = Console()
     console.label("run", f"{admitted.run_dir} is finished and left as it is (force=true starts it again)")
+    if last_config_hash(admitted.run_dir) != config_hash(admitted.frozen):
+        console.warn("the configuration given here is not the one that this run was made with (its config.yaml)")
     deliver_pending(admitted.config.tracking, admitted.run_dir, console)
     return True
 
@@ -136,7 +118,7 @@ def guarded(admitted: Admitted) -> int:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"\nStopped by {stop or 'Ctrl-C'}. What was logged is in {admitted.run_dir}", file=sys.stderr)
+        print(f"\nStopped by {str(stop) or 'Ctrl-C'}. What was logged is in {admitted.run_dir}", file=sys.stderr)
         return Interrupted.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -163,6 +145,8 @@ def sweep(request: Request) -> int:
 
     sys.argv = [sys.argv[0], *request.line.hydra_argv]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+    if failed := [str(number) for number, code in enumerate(codes) if code]:
+        print(f"\n{len(failed)} of {len(codes)} runs failed: number {', '.join(failed)} of the sweep", file=sys.stderr)
     return max(codes, default=0)
 
 
@@ -173,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TowlineError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return Interrupted.exit_code
     return sweep(request) if request.run is None else guarded(request.run)
 
 

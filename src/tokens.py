@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AddedToken, AutoTokenizer
 
-from src.config.schema import InitMethod, ModelConfig, TokenInitConfig, TokensConfig
+from src.config.schema import InitMethod, ModelConfig, TokensConfig
 from src.errors import ModelError, TokenError, one_line
 
 
@@ -57,7 +57,9 @@ def add_tokens(tokenizer: Any, tokens: TokensConfig) -> NewTokens:
     known = {token: vocabulary[token] for token in tokens.additional_special_tokens if token in vocabulary}
     missing = [token for token in tokens.additional_special_tokens if token not in vocabulary]
     # a known token may be a mere vocabulary entry: marked as added, it is never cut into pieces
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in [*known, *missing]])
+    whole = tokenizer.get_added_vocab()
+    unmarked = [token for token in known if token not in whole]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in [*unmarked, *missing]])
     for tag in filter(None, (tokens.thought_open, tokens.thought_close)):
         ids = tokenizer(tag, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
@@ -85,50 +87,58 @@ def fit_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) 
     model.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
 
 
-def grow_embeddings(model: Any, tokenizer: Any, new: NewTokens, config: TokensConfig, seed: int) -> dict[str, Tensor]:
-    """Make room for the added tokens and write their starting rows into every matrix.
+@dataclass(frozen=True)
+class StartedRows:
+    """The rows that were written: their tokens' ids, and by matrix the values, [tokens, width], to be read back."""
 
-    New rows are made from rows that the checkpoint has learned, never from padding or from one another.
+    ids: dict[str, int]
+    values: dict[str, Tensor]
 
-    Returns:
-        Matrix name -> what was written, [added, width], to be read back later.
+
+def grow_embeddings(model: Any, tokenizer: Any, new: NewTokens, config: TokensConfig, seed: int) -> StartedRows:
+    """Make room for the new tokens and write the starting rows of those that have no learned row yet.
+
+    New rows are made from rows that the checkpoint has learned, never from padding or from one another. A token that
+    the tokenizer knows but the matrix has no row for is as new as one that was added.
+
     Raises:
         TokenError: where a text gives no old token to start from.
     """
     num_rows = int(model.get_input_embeddings().weight.shape[0])
-    num_old = min([num_rows, *new.added.values()])
+    started = {token: i for token, i in new.ids.items() if token in new.added or i >= num_rows}
+    num_old = min([num_rows, *started.values()])
     fit_embeddings(model, len(tokenizer), config.pad_to_multiple_of)
-    written: dict[str, Tensor] = {}
-    if not new.added:
-        return written
-    ids = list(new.added.values())
-    pieces = source_ids(tokenizer, list(new.added), config.init, num_old)
-    for offset, (name, matrix) in enumerate(embedding_matrices(model)):
-        generator = torch.Generator().manual_seed(seed + offset)
-        rows = initial_rows(matrix.detach()[:num_old], config.init.method, pieces, generator)
-        with torch.no_grad():
-            matrix[ids] = rows.to(matrix.dtype)
-        written[name] = matrix.detach()[ids].clone()
-    return written
+    values: dict[str, Tensor] = {}
+    if started:
+        ids = list(started.values())
+        pieces = source_ids(tokenizer, list(started), config, num_old)
+        for offset, (name, matrix) in enumerate(embedding_matrices(model)):
+            generator = torch.Generator().manual_seed(seed + offset)
+            rows = initial_rows(matrix.detach()[:num_old], config.init.method, pieces, generator)
+            with torch.no_grad():
+                matrix[ids] = rows.to(matrix.dtype)
+            values[name] = matrix.detach()[ids].clone()
+    return StartedRows(started, values)
 
 
-def source_ids(tokenizer: Any, added: Sequence[str], init: TokenInitConfig, num_old: int) -> list[list[int]]:
-    """Give for each added token the ids whose rows it starts from; empty lists for methods that use none.
+def source_ids(tokenizer: Any, started: Sequence[str], config: TokensConfig, num_old: int) -> list[list[int]]:
+    """Give for each token that starts the ids whose rows it starts from; empty lists for methods that use none.
 
     Raises:
         TokenError: where a text consists of new tokens only.
     """
+    init, named = config.init, config.additional_special_tokens
     if init.method is InitMethod.text:
-        texts = [init.text[0] if len(init.text) == 1 else init.text[i] for i in range(len(added))]
+        texts = dict(zip(named, init.text * len(named) if len(init.text) == 1 else init.text, strict=True))
     elif init.method is InitMethod.description:
-        texts = [init.descriptions[token] for token in added]
+        texts = dict(init.descriptions)
     else:
-        return [[] for _ in added]
+        return [[] for _ in started]
     pieces = []
-    for token, text in zip(added, texts, strict=True):
-        ids = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i < num_old]
+    for token in started:
+        ids = [i for i in tokenizer(texts[token], add_special_tokens=False)["input_ids"] if i < num_old]
         if not ids:
-            raise TokenError(f"tokens.init: {text!r} gives {token} no known token to start from")
+            raise TokenError(f"tokens.init: {texts[token]!r} gives {token} no known token to start from")
         pieces.append(ids)
     return pieces
 
@@ -156,21 +166,20 @@ def initial_rows(
     return mean + noise * old.float().std(dim=0)
 
 
-def check_new_rows(model: Any, new: NewTokens, written: dict[str, Tensor]) -> None:
+def check_new_rows(model: Any, started: StartedRows) -> None:
     """Read the new rows back, where the model now lies, and compare them bit for bit with what was written.
 
     Raises:
         ModelError: naming the matrix and the tokens that do not start where they should.
     """
-    if not new.added:
+    if not started.ids:
         return
     matrices = dict(embedding_matrices(model))
-    if matrices.keys() != written.keys():
-        raise ModelError(
-            f"embeddings were {' and '.join(written)}, now they are {' and '.join(matrices)}: the tie changed"
-        )
-    for name, expected in written.items():
-        found = matrices[name].detach()[list(new.added.values())].to(expected.device, expected.dtype)
-        wrong = [token for token, same in zip(new.added, (found == expected).all(dim=1), strict=True) if not same]
+    if matrices.keys() != started.values.keys():
+        now, before = " and ".join(matrices), " and ".join(started.values)
+        raise ModelError(f"embeddings were {before}, now they are {now}: the tie changed")
+    for name, expected in started.values.items():
+        found = matrices[name].detach()[list(started.ids.values())].to(expected.device, expected.dtype)
+        wrong = [token for token, same in zip(started.ids, (found == expected).all(dim=1), strict=True) if not same]
         if wrong:
             raise ModelError(f"new tokens {', '.join(wrong)} lost their starting rows in the {name} matrix")

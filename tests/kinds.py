@@ -60,6 +60,17 @@ def sentencepiece(*, legacy: bool) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+def unigram() -> Any:
+    """Unigram whose vocabulary itself holds the control tokens, as T5 and XLNet have them."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(character, -3.0) for character in sorted(set("".join(CORPUS)) | set("</>s")) if character != " "]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
 def words() -> Any:
     """Words in lower case, no BOS, no pad."""
     vocabulary = {"[UNK]": 0, "[SEP]": 1, "low": 2, "er": 3, "a": 4, "b": 5, "---": 6}

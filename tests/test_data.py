@@ -85,7 +85,7 @@ def test_too_many_dropped_rows_stop_the_run_and_say_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        (b'{"prompt": "a", "completion": }', r"rows\.jsonl:3  not JSON: Expecting value at column 31"),
+        (b'{"prompt": "a", "completion": }', r"rows\.jsonl:3  not JSON: Expecting value, column 31"),
         (b'{"prompt": "a"', r"rows\.jsonl:3  not JSON"),
         (b'["a", "b"]', r"rows\.jsonl:3  a JSON object is needed, this is a list"),
         (b'{"prompt": "\xff", "completion": "b"}', r"rows\.jsonl:3  not UTF-8 \(byte 13\)"),
@@ -240,7 +240,7 @@ def test_a_tokenizer_that_changes_texts_is_told(tmp_path: Path) -> None:
         "model=causal_lm", f"model.checkpoint={tmp_path}", "model.weights=random", "tokens=none", *only(file)
     )
     assert data.reports["train"].rows_changed_by_tokenizer == 1
-    assert "does not give the text back: 1 of" in data.reports["train"].summary
+    assert "1 do not come back as they were from the tokenizer" in data.reports["train"].summary
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K file is not beside this checkout")

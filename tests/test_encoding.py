@@ -13,7 +13,7 @@ from src.data.encoding import IGNORE_INDEX, EncodedRow, Encoder
 from src.errors import TokenError
 from src.tokens import NewTokens, add_tokens
 from tests.conftest import admitted
-from tests.kinds import byte_bpe, character_level, sentencepiece, words
+from tests.kinds import byte_bpe, character_level, sentencepiece, unigram, words
 
 KINDS: dict[str, Callable[[], Any]] = {
     "character level": character_level,
@@ -81,6 +81,15 @@ def test_an_added_token_of_the_checkpoint_keeps_its_id_and_control_tokens_are_co
     assert ids[0] == tokenizer.convert_tokens_to_ids("<|turn|>")
     assert len(ids) > 4
     assert encoder.num_control_tokens_as_text == 3
+
+
+def test_a_control_token_in_the_vocabulary_itself_is_no_control_token_in_a_text() -> None:
+    tokenizer = unigram()
+    row = encode(tokenizer, "a </s>b", "b</s> a")
+    assert row is not None
+    assert row.input_ids.tolist().count(tokenizer.eos_token_id) == 1
+    assert row.input_ids[-1] == tokenizer.eos_token_id
+    assert Encoder(tokenizer).decode(row.input_ids.tolist()) == "a </s>bb</s> a"
 
 
 def test_words_without_bos_or_pad() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +13,19 @@ from transformers import AutoModelForCausalLM
 
 from src.config.schema import Device, MixedPrecision, RuntimeConfig, greater_is_better
 from src.data.dataset import build_data
-from src.evaluation.evaluate import Evaluator
-from src.evaluation.generate import Generator, cut_at
+from src.errors import DataError, ModelError, NonFiniteLossError
+from src.evaluation.evaluate import open_evaluation
+from src.evaluation.generate import cut_at
 from src.evaluation.metrics import answer, exact_match, perplexity, strip_thoughts
 from src.evaluation.samples import sample
-from src.model.build import build_model, generation_settings
+from src.model.build import build_model, set_generation
+from src.model.export import export
 from src.runtime.session import Runtime, start_runtime
+from src.runtime.signals import StopRequest
 from src.tokens import grow_embeddings, load_tokenizer
 from src.training.head import ScoredModel
-from tests.conftest import admitted
+from tests.conftest import ROOT, admitted, write_lines
+from tests.kinds import words
 
 TAGS = ("<ToW>", "</ToW>")
 
@@ -67,7 +73,8 @@ def test_what_stands_behind_eos_is_cut() -> None:
 
 @pytest.fixture
 def runtime() -> Iterator[Runtime]:
-    with start_runtime(RuntimeConfig(device=Device.cpu, deterministic=False), MixedPrecision.no, seed=3) as started:
+    cpu = RuntimeConfig(device=Device.cpu, deterministic=False)
+    with start_runtime(cpu, MixedPrecision.no, 3, StopRequest()) as started:
         yield started
 
 
@@ -78,9 +85,8 @@ def evaluator(runtime: Runtime, *overrides: str):  # type: ignore[no-untyped-def
     torch.manual_seed(0)
     model = build_model(config.model, config.data.max_seq_length).eval()
     grow_embeddings(model, tokenizer, new, config.tokens, config.seed)
-    settings = generation_settings(config.generation, tokenizer)
-    generator = Generator(model, settings, runtime, config.training.per_device_eval_batch_size)
-    return Evaluator.of(config, ScoredModel(model), generator, data.encoder), data
+    set_generation(model, config.generation, tokenizer)
+    return open_evaluation(config, ScoredModel(model), model, data, runtime), data
 
 
 @pytest.mark.parametrize("how", ["greedy", "beam"])
@@ -106,7 +112,7 @@ def test_the_loss_is_weighted_by_tokens_not_by_batches(runtime: Runtime) -> None
     results = []
     for size in (1, 5, 12):
         one, data = evaluator(runtime, f"training.per_device_eval_batch_size={size}", "evaluation.metrics=[]")
-        results.append(one.evaluate(data.validation["validation"], seed=0))
+        results.append(one.evaluate(data.validation["validation"]))
     assert set(results[0]) == {"eval/validation/loss", "eval/validation/perplexity"}
     for result in results[1:]:
         assert result["eval/validation/loss"] == pytest.approx(results[0]["eval/validation/loss"], rel=1e-6)
@@ -115,8 +121,8 @@ def test_the_loss_is_weighted_by_tokens_not_by_batches(runtime: Runtime) -> None
 def test_max_samples_takes_the_first_rows(runtime: Runtime) -> None:
     few, data = evaluator(runtime, "evaluation.max_samples=3", "evaluation.metrics=[]")
     all_of_three, three = evaluator(runtime, "data.limit=3", "evaluation.metrics=[]")
-    ours = few.evaluate(data.test["test"], seed=0)
-    assert ours == all_of_three.evaluate(three.test["test"], seed=0)
+    ours = few.evaluate(data.test["test"])
+    assert ours == all_of_three.evaluate(three.test["test"])
 
 
 def test_samples_are_what_plain_generate_writes(runtime: Runtime) -> None:
@@ -135,3 +141,32 @@ def test_evaluating_leaves_the_model_in_the_mode_it_was_in(runtime: Runtime) -> 
     one.generator.model.train()
     one.generator.generate([data.train.prompt_ids(0)], seed=0)
     assert one.generator.model.training
+
+
+def test_tags_that_stand_in_the_data_are_thoughts_in_references_too(runtime: Runtime) -> None:
+    one, data = evaluator(runtime, "data.thought_pattern=null")
+    rows = data.validation["validation"]
+    assert "<ToW>" in rows.examples[0].reference
+    assert one.reference(rows, 0).isdigit()
+
+
+def test_what_can_not_be_generated_from_is_refused_before_training(runtime: Runtime, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"max_new_tokens = 1020 more do not fit into the model's 1024"):
+        evaluator(runtime, "generation.max_new_tokens=1020")
+    words().save_pretrained(tmp_path)
+    shutil.copy(ROOT / "assets" / "tiny_llama" / "config.json", tmp_path)
+    file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "", "completion": "low er"}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1  nothing to generate from"):
+        evaluator(runtime, "model=causal_lm", f"model.checkpoint={tmp_path}", "model.weights=random", "tokens=none",
+                  f"data.validation_files=['{file}']", "data.max_dropped_fraction=1")  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_is_no_result(runtime: Runtime, tmp_path: Path) -> None:
+    one, data = evaluator(runtime, "evaluation.metrics=[]")
+    with torch.no_grad():
+        one.generator.model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError, match="validation became nan"):
+        one.evaluate(data.validation["validation"])
+    with pytest.raises(NonFiniteLossError, match=r"lm_head\.weight"):
+        export(one.generator.model, None, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

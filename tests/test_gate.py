@@ -72,6 +72,27 @@ def refusal(*overrides: str) -> str:
         (["hydra.run.dir=pyproject.toml/deeper/still"], ["pyproject.toml is a file"]),
         (["hydra.run.dirr=x"], ["hydra.run.dirr"]),
         (["rerun=nowhere"], ["no run to repeat there"]),
+        (["data.completion_template={x}", "seed=-1"], ["2 problems", "can't be read", "seed = -1"]),
+        (["hydra.run.dirr=1", "seed=-1"], ["2 problems", "hydra.run.dirr", "seed = -1"]),
+        (["optimizer=null"], ["optimizer = null", "one of adamw, sgd"]),
+        (["hydra.run.dir="], ["a folder of its own"]),
+        (["-m", "seed=1,2", "hydra.sweep.dir=Makefile/x"], ["hydra.sweep.dir", "Makefile is a file"]),
+        (["--config-path", "x"], ["--config-path", "--config-dir"]),
+        (["--config-dir", "nope"], ["--config-dir = nope", "no such folder"]),
+        (["~data.columns.prompt"], ["data.columns", "needs a column for prompt"]),
+        (["data.train_files=[data]"], ["a folder, not a file"]),
+        (["data.prompt_template=hello"], ["without {prompt}"]),
+        (["data.prompt_template='{prompt}{completion}'"], ["give the answer away"]),
+        (["tokens.thought_close='<ToW>'"], ["the same as thought_open"]),
+        (["tracking.uri=nonsense"], ["tracking.uri = nonsense", "sqlite:"]),
+        (["data.test_files={train:[README.md]}"], ["can't be called train"]),
+        (["data.test_files={a/b:[README.md]}"], ["letters, digits"]),
+        (["data.test_files={validation:[README.md]}"], ["has this name already"]),
+        (
+            ["data=gsm8k", "data.train_files=[README.md]", "data.validation_fraction=0",
+             "checkpoint.load_best_model_at_end=true"],
+            ["no validation set"],
+        ),
         (["tracking.uri=${nothing}"], ["tracking", "nothing"]),
     ],
 )  # fmt: skip
@@ -170,6 +191,22 @@ def test_the_last_of_group_experiment_and_command_line_wins(tmp_path: Path) -> N
 def test_several_validation_sets_take_the_place_of_one() -> None:
     config = admitted("data.validation_files={easy:[README.md],hard:[Makefile]}").config
     assert config.data.validation_files == {"easy": ["README.md"], "hard": ["Makefile"]}
+
+
+def test_a_sweep_over_sets_is_admitted() -> None:
+    assert admit(["-m", "data.validation_files={a:[README.md]},{b:[README.md]}", "tracking=none"])
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n", "a: [\n"])
+def test_a_frozen_config_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    assert "no run to repeat there" in refusal(f"rerun={tmp_path}")
+
+
+def test_a_rerun_of_a_run_with_any_name(tmp_path: Path) -> None:
+    frozen = admitted("name='a, b'").frozen
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(frozen))
+    assert admitted(f"rerun={tmp_path}").run_dir.parent == Path("outputs/a, b")
 
 
 def test_rerun_takes_the_frozen_config_and_dotted_overrides_on_top(tmp_path: Path) -> None:

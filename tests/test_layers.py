@@ -9,21 +9,32 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 LAYERS = (
-    ("run",),
+    ("run", "overview"),
     ("training", "evaluation"),
     ("checkpoint", "data", "model", "tokens", "tracking"),
     ("runtime",),
     ("config",),
     ("errors",),
 )
-SIBLINGS_ALLOWED = {("evaluation", "training.loss")}
+SIBLINGS_ALLOWED = {("evaluation", "training.loss"), ("run", "overview")}
 DOORS = {
     "hydra": ("run", "config"),
     "omegaconf": ("run", "config"),
     "datasets": ("data",),
     "accelerate": ("runtime",),
     "mlflow": ("tracking",),
-    "safetensors": ("checkpoint",),
+    "safetensors": ("checkpoint", "model"),
+    "torch": (
+        "tokens",
+        "overview",
+        "data",
+        "model",
+        "training",
+        "evaluation",
+        "runtime",
+        "checkpoint",
+    ),  # not in front of the gate
+    "transformers": ("tokens", "model", "evaluation"),
     "tokenizers": ("data",),
 }
 

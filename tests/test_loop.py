@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.data.batching import Batch, collate, epoch_order, steps_per_epoch, windows
 from src.data.dataset import build_data
-from src.errors import NonFiniteLossError
+from src.errors import Interrupted, NonFiniteLossError
 from src.model.build import build_model
 from src.runtime.session import Runtime, start_runtime
+from src.runtime.signals import StopRequest, stop_on_signals
 from src.tokens import grow_embeddings, load_tokenizer
 from src.training.loop import Meter, step_once, train
 from src.training.state import TrainState, prepare
@@ -33,7 +35,7 @@ class Trained:
 
 @pytest.fixture
 def runtime() -> Iterator[Runtime]:
-    with start_runtime(CPU, MixedPrecision.no, seed=42) as started:
+    with start_runtime(CPU, MixedPrecision.no, 42, StopRequest()) as started:
         yield started
 
 
@@ -166,6 +168,45 @@ def test_a_loss_that_is_not_finite_names_the_rows_and_leaves_the_weights(
         torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(runtime: Runtime) -> None:
+    config, data, state = assembled(runtime, "optimizer=sgd", "data.limit=8", "training.per_device_train_batch_size=4")
+    weight = state.model.model.layers[0].mlp.down_proj.weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = weight.detach().clone()
+    with pytest.raises(NonFiniteLossError, match="gradient's norm became"):
+        next(train(state, data.train, config, runtime, pad_token_id=0))
+    assert torch.equal(weight, before)
+
+
+def test_the_environment_can_not_have_the_loss_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    for steps in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        with start_runtime(CPU, MixedPrecision.no, 1, StopRequest()) as runtime:
+            config, data, state = assembled(runtime, "data.limit=8")
+            norms.append(next(train(state, data.train, config, runtime, pad_token_id=0)).grad_norm)
+    assert norms[0] == norms[1]
+
+
+def test_a_signal_while_training_is_followed_between_micro_batches(runtime: Runtime) -> None:
+    config, data, state = assembled(runtime, "data.limit=8", "training.per_device_train_batch_size=2")
+    steps = train(state, data.train, config, runtime, pad_token_id=0)
+    next(steps)
+    runtime.stop.is_deferred = True
+    runtime.stop(signal.SIGTERM, None)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        next(steps)
+    assert state.step == 1
+    with pytest.raises(KeyboardInterrupt):
+        runtime.stop(signal.SIGINT, None)
+
+
+def test_a_signal_before_training_is_followed_at_once() -> None:
+    with pytest.raises(Interrupted, match="SIGINT"), stop_on_signals():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_every_row_is_fed_once_an_epoch_in_another_order() -> None:
     steps = steps_per_epoch(27, 4, 2)
     assert steps == 4
@@ -192,7 +233,7 @@ def test_collated_rows_keep_ids_labels_and_counts(tmp_path: Path, runtime: Runti
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_mixed_precision_computes_in_its_type_and_learns(precision: str) -> None:
-    with start_runtime(CPU, MixedPrecision[precision], seed=1) as runtime:
+    with start_runtime(CPU, MixedPrecision[precision], 1, StopRequest()) as runtime:
         result = trained(runtime, f"training.mixed_precision={precision}", "data.limit=32", "optimizer.lr=2e-3")
     assert result.losses[-1] < result.losses[0] - 1
     assert all(weight.dtype == torch.float32 for weight in result.weights.values())

@@ -57,7 +57,7 @@ def test_warmup_steps_take_the_place_of_the_ratio() -> None:
 def test_norms_and_biases_do_not_decay_and_frozen_parameters_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1, bias=False))
     model[2].weight.requires_grad = False
-    decaying, other = parameter_groups(model.named_parameters(), 0.1)
+    decaying, other = parameter_groups(model.parameters(), 0.1)
     assert [p is model[0].weight for p in decaying["params"]] == [True]
     assert decaying["weight_decay"] == 0.1
     assert len(other["params"]) == 3
@@ -67,7 +67,7 @@ def test_norms_and_biases_do_not_decay_and_frozen_parameters_are_left_out() -> N
 def test_one_adamw_step_by_hand() -> None:
     config = admitted("optimizer.lr=0.1", "optimizer.weight_decay=0.5", "optimizer.eps=1e-8").config.optimizer
     weight = nn.Parameter(torch.tensor([[2.0]]))
-    optimizer = build_optimizer(config, [("weight", weight)])
+    optimizer = build_optimizer(config, [weight])
     weight.grad = torch.tensor([[3.0]])
     optimizer.step()
     assert weight.item() == pytest.approx(2.0 - 0.1 * 0.5 * 2.0 - 0.1)
@@ -76,7 +76,7 @@ def test_one_adamw_step_by_hand() -> None:
 def test_two_sgd_steps_with_momentum_by_hand() -> None:
     config = admitted("optimizer=sgd", "optimizer.lr=0.1", "optimizer.momentum=0.5").config.optimizer
     weight = nn.Parameter(torch.tensor([[1.0]]))
-    optimizer = build_optimizer(config, [("weight", weight)])
+    optimizer = build_optimizer(config, [weight])
     for _ in range(2):
         weight.grad = torch.tensor([[1.0]])
         optimizer.step()

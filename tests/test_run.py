@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import GSM8K, ROOT, read_lines, towline, write_lines
@@ -70,7 +72,8 @@ def test_the_summary_has_last_best_and_totals(finished: Path) -> None:
 
 def test_the_terminal_says_what_was_assembled_and_where_things_lie(finished: Path) -> None:
     text = (finished / "stdout.txt").read_text()
-    for words in ("707,456 parameters", "added <ToW>, </ToW>", "train: 16 of 16 rows", "tokens supervised", "step 4/4",
+    for words in ("707,456 parameters", "<ToW>, </ToW> start from text", "train: 16 of 16 rows",
+                  "tokens supervised", "step 4/4",
                   "left", "evaluated at step 4", "expected", "train_seconds", str(finished / "model")):  # fmt: skip
         assert words in text
     assert (finished / "stderr.txt").read_text() == ""
@@ -202,6 +205,46 @@ def test_a_sweep_runs_every_point_in_its_own_folder(tmp_path: Path) -> None:
     assert comparable(tmp_path / "0") != comparable(tmp_path / "1")
 
 
+def test_a_signal_stops_a_sweep(tmp_path: Path) -> None:
+    arguments = ["-m", "seed=1,2", "tracking=none", "training.logging_steps=1", f"hydra.sweep.dir={tmp_path}"]
+    process = subprocess.Popen([sys.executable, "-m", "src.run", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "0" / "metrics.jsonl").is_file():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 75
+    finally:
+        process.kill()
+    assert not (tmp_path / "1").exists()
+
+
+def test_one_bad_run_does_not_stop_a_sweep(tmp_path: Path) -> None:
+    arguments = [*SMALL, "data.max_seq_length=128,5000,64", "evaluation.metrics=[]", "training.max_train_steps=1"]
+    done = towline("-m", *arguments, f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 2
+    assert "1 of 3 runs failed: number 1 of the sweep" in done.stderr
+    states = [json.loads((tmp_path / str(i) / "status.json").read_text())["state"] for i in range(3)]
+    assert states == ["FINISHED", "FAILED", "FINISHED"]
+
+
+def test_a_thought_pattern_that_finds_nothing_is_told(tmp_path: Path) -> None:
+    done = towline(*SMALL, "data.thought_pattern='<zz>(.*?)</zz>'", "data.limit=4", "training.max_train_steps=1",
+                   "data.train_files=[data/tow_addition/train.jsonl]", "tokens=hcot",
+                   f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    assert done.returncode == 0
+    assert "<hCoT> is in no training row" in done.stderr
+
+
+def test_a_rate_that_spoils_the_weights_fails_the_run(tmp_path: Path) -> None:
+    overrides = ["optimizer=sgd", "optimizer.lr=1e30", "scheduler=constant", "training.max_grad_norm=null"]
+    done = towline(*SMALL, *overrides, f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "FAILED"
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_the_best_weights_are_exported_when_asked_for(tmp_path: Path) -> None:
     # with a learning rate this high the first evaluation is the best one
     overrides = [*SMALL, "optimizer.lr=1", "scheduler=constant", f"hydra.run.dir={tmp_path / 'run'}"]
@@ -228,40 +271,62 @@ def test_the_best_weights_are_exported_when_asked_for(tmp_path: Path) -> None:
     assert loss.item() == pytest.approx(first["eval/validation/loss"], rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def local_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A local model folder with a BPE tokenizer trained on GSM8K's first rows, and these rows."""
+WORD_PROBLEMS = [
+    {
+        "question": f"Ann has {a} pens and buys {b} more. How many pens has she now?",
+        "answer": f"Ann has {a}+{b} = <<{a}+{b}={a + b}>>{a + b} pens.\n#### {a + b}",
+    }
+    for a in range(10, 30)
+    for b in (3, 14, 25)
+]
+"""Rows in the form of GSM8K, for where its own file is not at hand."""
+
+
+@pytest.fixture(scope="module", params=["rows of its form", "its own rows"])
+def local_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A local model folder with a BPE tokenizer trained on rows like GSM8K's, or on its first 300, and these rows."""
     base = tmp_path_factory.mktemp("local")
     rows = base / "train.jsonl"
-    rows.write_text("\n".join(GSM8K.read_text(encoding="utf-8").splitlines()[:300]) + "\n", encoding="utf-8")
-    command = ["assets/make_bpe_model.py", "--text", str(rows), "--fields", "question,answer", "--vocab-size", "600",
+    if request.param == "rows of its form":
+        write_lines(rows, WORD_PROBLEMS)
+    elif GSM8K.is_file():
+        rows.write_text("\n".join(GSM8K.read_text(encoding="utf-8").splitlines()[:300]) + "\n", encoding="utf-8")
+    else:
+        pytest.skip("the GSM8K file is not beside this checkout")
+    command = ["assets/make_bpe_model.py", "--text", str(rows), "--fields", "question,answer", "--vocab-size", "300",
                "--hidden-size", "32", "--layers", "1", "--heads", "2", "--out", str(base / "model")]  # fmt: skip
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
     return base / "model", rows
 
 
-@pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K file is not beside this checkout")
-def test_real_rows_on_a_local_model_folder(local_model: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("experiment", sorted(file.stem for file in (ROOT / "conf" / "experiment").glob("*.yaml")))
+def test_every_experiment_runs_small(experiment: str, local_model: tuple[Path, Path], tmp_path: Path) -> None:
     model, rows = local_model
-    done = towline(
-        "experiment=gsm8k_tow",
-        "debug=smoke",
-        "tracking=none",
-        f"model.checkpoint={model}",
-        f"data.train_files=['{rows}']",
-        f"hydra.run.dir={tmp_path / 'run'}",
-    )
+    own = [f"model.checkpoint={model}", f"data.train_files=['{rows}']"] if experiment == "gsm8k_tow" else []
+    done = towline(f"experiment={experiment}", *SMALL, *own, f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert "eval/validation/exact_match" in summary
-    report = json.loads((tmp_path / "run" / "data_report.json").read_text())
-    assert report["train"]["new_tokens"]["<ToW>"]["supervised"] > 10
-    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").convert_tokens_to_ids("<ToW>") == 600
+    if experiment == "gsm8k_tow":
+        report = json.loads((tmp_path / "run" / "data_report.json").read_text())
+        assert report["train"]["new_tokens"]["<ToW>"]["supervised"] > 10
+        assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").convert_tokens_to_ids("<ToW>") == 300
 
 
-def test_the_contrast_experiment_runs_small(tmp_path: Path) -> None:
-    done = towline("experiment=without_thoughts", *SMALL, f"hydra.run.dir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
-    (sample, *_) = read_lines(tmp_path / "run" / "samples.jsonl")
-    assert "<ToW>" not in sample["text"] + sample["reference"]
-    assert json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]["new_tokens"] == {}
+def test_weights_that_are_damaged_or_missing_are_refused(local_model: tuple[Path, Path], tmp_path: Path) -> None:
+    model, rows = local_model
+    damaged, lacking = tmp_path / "damaged", tmp_path / "lacking"
+    for folder in (damaged, lacking):
+        shutil.copytree(model, folder)
+    (damaged / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
+    weights = load_file(model / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "down_proj" not in k}, lacking / "model.safetensors", {"format": "pt"}
+    )
+    for folder, told in ((damaged, "can't be loaded"), (lacking, "down_proj")):
+        done = towline("experiment=gsm8k_tow", *SMALL, f"model.checkpoint={folder}", f"data.train_files=['{rows}']",
+                       f"hydra.run.dir={tmp_path / 'run' / folder.name}")  # fmt: skip
+        assert done.returncode == 2
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr

@@ -14,6 +14,7 @@ from src.config.schema import InitMethod, RunConfig
 from src.errors import ModelError, TokenError
 from src.tokens import (
     NewTokens,
+    StartedRows,
     add_tokens,
     check_new_rows,
     embedding_matrices,
@@ -31,7 +32,7 @@ def model_of(*, tied: bool = False, vocab_size: int = 259) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-def grown(config: RunConfig, model: Any) -> tuple[Any, Any, NewTokens, dict[str, Tensor], dict[str, Tensor]]:
+def grown(config: RunConfig, model: Any) -> tuple[Any, Any, NewTokens, StartedRows, dict[str, Tensor]]:
     tokenizer, new = load_tokenizer(config.model, config.tokens)
     before = {name: matrix.detach().clone() for name, matrix in embedding_matrices(model)}
     return model, tokenizer, new, grow_embeddings(model, tokenizer, new, config.tokens, seed=1), before
@@ -40,10 +41,10 @@ def grown(config: RunConfig, model: Any) -> tuple[Any, Any, NewTokens, dict[str,
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("option", ["tow", "hcot"])
 def test_new_rows_start_as_the_mean_of_the_text_and_old_rows_stay(tied: bool, option: str) -> None:
-    model, tokenizer, new, written, before = grown(admitted(f"tokens={option}").config, model_of(tied=tied))
+    model, tokenizer, new, started, before = grown(admitted(f"tokens={option}").config, model_of(tied=tied))
     opened, closed = {"tow": ("<ToW>", "</ToW>"), "hcot": ("<hCoT>", "</hCoT>")}[option]
     assert new.added == {opened: 259, closed: 260}
-    assert set(written) == ({"input"} if tied else {"input", "output"})
+    assert set(started.values) == ({"input"} if tied else {"input", "output"})
     dash = tokenizer.convert_tokens_to_ids("-")
     for name, matrix in embedding_matrices(model):
         assert matrix.shape == (264, 128)  # 261, padded to a multiple of 8
@@ -51,7 +52,7 @@ def test_new_rows_start_as_the_mean_of_the_text_and_old_rows_stay(tied: bool, op
         torch.testing.assert_close(matrix[259:261], before[name][dash].expand(2, -1))
     head = model.get_output_embeddings().weight
     assert (head is model.get_input_embeddings().weight) == tied
-    check_new_rows(model, new, written)
+    check_new_rows(model, started)
 
 
 def test_each_method_by_its_numbers() -> None:
@@ -109,13 +110,45 @@ def test_what_a_checkpoint_has_learned_of_a_token_is_kept(tmp_path: Path) -> Non
         "tokens.init.method=mean",
     ).config
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    loaded, _, new, written, _ = grown(config, loaded)
+    loaded, _, new, started, _ = grown(config, loaded)
     assert new.known == {"<ToW>": 259, "</ToW>": 260}
     assert new.added == {"<new>": 261}
     for name, matrix in embedding_matrices(loaded):
         assert (matrix[259:261] == 7.0).all()
         torch.testing.assert_close(matrix[261], matrix[:261].mean(dim=0))
-        assert torch.equal(matrix[261:262], written[name])
+        assert torch.equal(matrix[261:262], started.values[name])
+
+
+def test_texts_belong_to_their_tokens_when_some_are_known(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("assets/tiny_llama")
+    tokenizer.add_tokens(["<ToW>", "</ToW>"])
+    config = admitted("tokens.additional_special_tokens=['<ToW>','</ToW>','<new>']", "tokens.init.text=[a,b,c]").config
+    new = add_tokens(tokenizer, config.tokens)
+    model = model_of(vocab_size=261)
+    before = model.get_input_embeddings().weight.detach().clone()
+    started = grow_embeddings(model, tokenizer, new, config.tokens, seed=1)
+    assert started.ids == {"<new>": 261}
+    c = tokenizer.convert_tokens_to_ids("c")
+    torch.testing.assert_close(model.get_input_embeddings().weight[261], before[c])
+
+
+def test_a_token_that_the_tokenizer_knows_but_the_matrix_has_no_row_for_starts_as_a_new_one() -> None:
+    tokenizer = AutoTokenizer.from_pretrained("assets/tiny_llama")
+    tokenizer.add_tokens(["<ToW>", "</ToW>"])
+    tokens = admitted().config.tokens
+    new = add_tokens(tokenizer, tokens)
+    assert (new.added, new.known) == ({}, {"<ToW>": 259, "</ToW>": 260})
+    model = model_of()
+    started = grow_embeddings(model, tokenizer, new, tokens, seed=1)
+    assert started.ids == new.known
+    dash = model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("-")]
+    torch.testing.assert_close(model.get_input_embeddings().weight[259], dash)
+
+
+def test_special_tokens_of_the_checkpoint_stay_special() -> None:
+    tokenizer = AutoTokenizer.from_pretrained("assets/tiny_llama")
+    add_tokens(tokenizer, admitted("tokens.additional_special_tokens=['</s>','<ToW>','</ToW>']").config.tokens)
+    assert tokenizer.decode([2, 2], skip_special_tokens=True) == ""
 
 
 def test_tags_are_one_id_survive_saving_and_are_not_skipped(tmp_path: Path) -> None:
@@ -147,22 +180,22 @@ def test_a_tag_that_is_many_tokens_is_refused() -> None:
 
 
 def test_rows_that_were_lost_are_noticed() -> None:
-    model, _, new, written, _ = grown(admitted().config, model_of())
+    model, _, _, started, _ = grown(admitted().config, model_of())
     with torch.no_grad():
         model.get_output_embeddings().weight[260] += 1e-3
     with pytest.raises(ModelError, match="</ToW> lost their starting rows in the output matrix"):
-        check_new_rows(model, new, written)
+        check_new_rows(model, started)
 
 
 def test_tying_that_appears_after_the_rows_were_written_is_noticed() -> None:
-    model, _, new, written, _ = grown(admitted().config, model_of())
+    model, _, _, started, _ = grown(admitted().config, model_of())
     model.get_output_embeddings().weight = model.get_input_embeddings().weight
     with pytest.raises(ModelError, match="tie changed"):
-        check_new_rows(model, new, written)
+        check_new_rows(model, started)
 
 
 def test_random_rows_come_from_the_seed() -> None:
     config = admitted("tokens.init.method=random").config
-    first, again = (grown(config, model_of())[3] for _ in range(2))
+    first, again = (grown(config, model_of())[3].values for _ in range(2))
     assert torch.equal(first["input"], again["input"])
     assert not torch.equal(first["input"], first["output"])

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from src.errors import Interrupted, RunFolderError
 from src.tracking.console import Console, clock
 from src.tracking.journal import FILES, open_run_folder, read_status
-from src.tracking.mlflow_mirror import Delivery, MlflowMirror, flat, plain_name
+from src.tracking.mlflow_mirror import Delivery, MlflowMirror, distinct_names, flat, plain_name
 from src.tracking.provenance import config_hash, git_state, provenance
 from src.tracking.tracker import deliver_pending, open_tracking
 from tests.conftest import ROOT, admitted, read_lines
@@ -43,9 +43,9 @@ def track(config: Any, run_dir: Path, *, steps: int = 3) -> None:
 def test_the_folder_holds_what_was_logged(tmp_path: Path) -> None:
     track(admitted().config.tracking, tmp_path / "run")
     run = tmp_path / "run"
-    assert read_lines(run / "metrics.jsonl")[2] == {
-        "step": 3, "train/loss": 1 / 3, "eval/validation/exact_match": 0.3,
-    }  # fmt: skip
+    line = read_lines(run / "metrics.jsonl")[2]
+    assert line.pop("perf/elapsed_seconds") >= 0
+    assert line == {"step": 3, "train/loss": 1 / 3, "eval/validation/exact_match": 0.3}
     summary = json.loads((run / "summary.json").read_text())
     assert summary["train/loss"] == 1 / 3
     assert summary["best/eval/validation/exact_match"] == 0.3
@@ -130,6 +130,64 @@ def test_a_tracker_that_never_answers_does_not_hold_the_run(tmp_path: Path, sile
     assert time.monotonic() - started < 8  # the call that hangs has a time-out of 10 s
 
 
+def count_calls(delivery: Delivery, failing: dict[str, int]) -> list[str]:
+    """Have the client's calls listed, and let the ones named fail as often as said, after they were carried out."""
+    calls: list[str] = []
+    delivery._connect()
+    client = delivery._client
+
+    class Flaky:
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: Any, **named: Any) -> Any:
+                calls.append(name)
+                result = getattr(client, name)(*arguments, **named)
+                if failing.get(name, 0) > 0:
+                    failing[name] -= 1
+                    raise ConnectionError(f"{name}: the answer was lost")
+                return result
+
+            return call
+
+    delivery._client = Flaky()
+    return calls
+
+
+def test_what_is_delivered_twice_is_there_once_and_dated_by_its_line(tmp_path: Path) -> None:
+    track(admitted().config.tracking, tmp_path / "run")
+    config = mlflow_config(f"sqlite:///{tmp_path}/mlflow.db")
+    delivery = Delivery(config, tmp_path / "run")
+    count_calls(delivery, {"log_batch": 3})
+    for _ in range(3):
+        with pytest.raises(ConnectionError):
+            delivery.deliver()
+    delivery.deliver()
+    history = MlflowClient(config.uri).get_metric_history(delivery.run_id, "train/loss")
+    assert [metric.value for metric in history] == [1.0, 0.5, 1 / 3]
+    assert [metric.timestamp for metric in history] == sorted(metric.timestamp for metric in history)
+
+
+def test_many_lines_take_few_calls(tmp_path: Path) -> None:
+    track(admitted().config.tracking, tmp_path / "run", steps=350)
+    delivery = Delivery(mlflow_config(f"sqlite:///{tmp_path}/mlflow.db"), tmp_path / "run")
+    calls = count_calls(delivery, {})
+    delivery.deliver()
+    assert calls.count("log_batch") == 2 + 4  # params, tags, and 350 lines by the hundred
+    assert delivery.num_pending == 0
+
+
+def test_another_server_gets_a_run_of_its_own(tmp_path: Path) -> None:
+    first, second = (mlflow_config(f"sqlite:///{tmp_path}/{name}.db") for name in "ab")
+    track(first, tmp_path / "run")
+    deliver_pending(second, tmp_path / "run", Console())
+    delivery = Delivery(second, tmp_path / "run")
+    assert len(MlflowClient(second.uri).get_metric_history(delivery.run_id, "train/loss")) == 3
+
+
+def test_params_get_names_of_their_own() -> None:
+    names = distinct_names(["t.<a>", "t.[a]", "t.</a>", "plain"])
+    assert list(names.values()) == ["t._a_", "t._a__2", "t.__a_", "plain"]
+
+
 def test_three_processes_can_start_on_a_fresh_store(tmp_path: Path) -> None:
     code = """
 import sys
@@ -153,13 +211,13 @@ track(mlflow_config(sys.argv[1]), Path(sys.argv[2]))
     assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"] * 3
 
 
-def hold(path: Path, *, force: bool = False):  # type: ignore[no-untyped-def]
+def open_folder(path: Path, *, force: bool = False):  # type: ignore[no-untyped-def]
     return open_run_folder(path, {"seed": 1}, "hash", force=force)
 
 
 def test_a_second_process_is_refused_with_the_id_of_the_first(tmp_path: Path) -> None:
-    with hold(tmp_path), pytest.raises(RunFolderError, match=f"process {os.getpid()} on {socket.gethostname()}"):
-        hold(tmp_path).__enter__()
+    with open_folder(tmp_path), pytest.raises(RunFolderError, match=f"process {os.getpid()} on {socket.gethostname()}"):
+        open_folder(tmp_path).__enter__()
 
 
 def test_how_a_run_ended_is_in_its_status(tmp_path: Path) -> None:
@@ -169,30 +227,62 @@ def test_how_a_run_ended_is_in_its_status(tmp_path: Path) -> None:
         (OSError(), "FAILED"),
     ):
         run = tmp_path / type(error).__name__
-        with pytest.raises(type(error)), hold(run) as folder:
+        with pytest.raises(type(error)), open_folder(run) as folder:
             folder.step = 5
             raise error
         assert (read_status(run)["state"], read_status(run)["step"]) == (state, 5)
+        assert read_status(run)["cause"] in ("stopped by SIGINT", "stopped by Ctrl-C, at once", "OSError: no message")
 
 
 def test_a_folder_with_an_unfinished_run_is_not_overwritten_unless_forced(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted), hold(tmp_path) as folder:
+    with pytest.raises(Interrupted), open_folder(tmp_path) as folder:
         folder.append("metrics.jsonl", {"step": 1})
         raise Interrupted("SIGTERM")
     (tmp_path / "notes.txt").write_text("mine")
     before = (tmp_path / "metrics.jsonl").read_text()
     with pytest.raises(RunFolderError, match=r"PREEMPTED at step 0, stopped by SIGTERM(.|\n)*force=true"):
-        hold(tmp_path).__enter__()
+        open_folder(tmp_path).__enter__()
     assert (tmp_path / "metrics.jsonl").read_text() == before
-    with hold(tmp_path, force=True):
+    with open_folder(tmp_path, force=True):
         assert not (tmp_path / "metrics.jsonl").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_is_no_runs_is_never_emptied(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.yaml").write_text("mine")
+    with pytest.raises(RunFolderError, match=r"no run's folder, but holds config\.yaml, model"):
+        open_folder(tmp_path, force=True).__enter__()
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+def test_numbers_that_json_can_not_hold_are_null(tmp_path: Path) -> None:
+    with open_folder(tmp_path / "run") as folder:
+        folder.append("metrics.jsonl", {"step": 1, "a": float("inf"), "b": float("nan"), "c": 1.5})
+    assert read_lines(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "a": None, "b": None, "c": 1.5}]
+
+
+def test_a_line_that_was_begun_is_written_when_the_run_is_stopped(tmp_path: Path) -> None:
+    class Step:
+        number, lr, loss, tokens_per_second = 1, 0.1, 2.0, 1.0
+
+        def collect(self) -> dict[str, float]:
+            return {"train/loss": 2.0}
+
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted), open_tracking(
+        admitted().config.tracking, run, {"seed": 1}, Console(io.StringIO()), force=False
+    ) as tracking, tracking.line(Step(), due=True) as metrics:  # fmt: skip
+        metrics["eval/easy/loss"] = 1.0
+        raise Interrupted("SIGINT")
+    (line,) = read_lines(run / "metrics.jsonl")
+    assert (line["train/loss"], line["eval/easy/loss"]) == (2.0, 1.0)
 
 
 def test_a_folder_that_can_not_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="can't be made"):
-        hold(tmp_path / "file" / "run").__enter__()
+        open_folder(tmp_path / "file" / "run").__enter__()
 
 
 def test_the_config_hash_is_that_of_what_is_computed() -> None:

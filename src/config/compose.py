@@ -7,6 +7,7 @@ can report all of them together; Hydra by itself stops at the first.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 import uuid
@@ -33,6 +34,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 CONF = PROJECT_ROOT / "conf"
 COMMAND_LINE = "command line"
 LIST_OR_MAPPING = ("data.validation_files", "data.test_files")
+OPTIONAL_GROUPS = ("experiment",)
 GLOBAL_GROUPS = ("debug", "experiment")  # their options reach into other sections; the later wins over the earlier
 
 _identity = {"start_time": "", "uid": ""}
@@ -95,8 +97,13 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     """Take the arguments apart with Hydra's own parsers; each unreadable override is a problem of its own."""
     flags = get_args_parser().parse_intermixed_args(list(argv))
     line = CommandLine(flags=flags, argv=list(argv))
+    if flags.config_path:
+        reason = "conf/ is the configuration; add options of your own with --config-dir DIR"
+        line.problems.append(Problem("--config-path", reason, flags.config_path, True, COMMAND_LINE))
     if flags.config_dir:
         line.roots.append(Path(flags.config_dir).resolve())
+        if not line.roots[-1].is_dir():
+            line.problems.append(Problem("--config-dir", "no such folder", flags.config_dir, True, COMMAND_LINE))
     parser = OverridesParser.create()
     for text in flags.overrides:
         try:
@@ -137,7 +144,7 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
     values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
     for value in values:
         for option in value if isinstance(value, list) else [value]:
-            if option is not None and str(option) not in known:
+            if (option is None and group not in OPTIONAL_GROUPS) or (option is not None and str(option) not in known):
                 near = get_close_matches(str(option), known, n=1)
                 reason = f"no such option; one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
                 yield Problem(group, reason, option, True, COMMAND_LINE)
@@ -145,7 +152,10 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
 
 def forced(override: Override, roots: Sequence[Path]) -> list[str]:
     """Give the overrides that set a key whether conf/ shows it or not; a list or mapping is replaced whole."""
-    text = override.input_line or ""
+    return _forced(override, override.input_line or "", roots)
+
+
+def _forced(override: Override, text: str, roots: Sequence[Path]) -> list[str]:
     if is_group(override, roots) or override.is_delete() or override.key_or_group.startswith("hydra."):
         return [text]
     cleared = [f"++{override.key_or_group}=null"] if override.key_or_group in LIST_OR_MAPPING else []
@@ -157,8 +167,8 @@ def sweep_points(line: CommandLine, *, most: int = 1000) -> Iterator[list[str]]:
     axes = []
     for override in line.overrides:
         if override.is_sweep_override():
-            mark = "" if is_group(override, line.roots) or override.key_or_group.startswith("hydra.") else "++"
-            axes.append([[f"{mark}{override.key_or_group}={value}"] for value in override.sweep_string_iterator()])
+            texts = [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+            axes.append([_forced(override, text, line.roots) for text in texts])
         else:
             axes.append([forced(override, line.roots)])
     for point in itertools.islice(itertools.product(*axes), most):
@@ -169,19 +179,34 @@ def compose(overrides: Sequence[str], line: CommandLine) -> Composed:
     """Compose conf/ with these overrides; Hydra's own complaints come back as problems."""
     refused = {problem.key for problem in line.problems}
     usable = [text for text in overrides if text.lstrip("+~").partition("=")[0] not in refused]
-    if line.flags.config_dir:
-        usable.append(f"hydra.searchpath=[file://{Path(line.flags.config_dir).resolve()}]")
+    if len(line.roots) > 1 and line.roots[-1].is_dir():
+        usable.append(f"hydra.searchpath=[file://{line.roots[-1]}]")
     try:
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="towline"):
             cfg = hydra_compose(line.flags.config_name or "config", overrides=usable, return_hydra_config=True)
-            run_dir = Path(cfg.hydra.run.dir)
+            run_dir = Path(cfg.hydra.sweep.dir if line.flags.multirun else cfg.hydra.run.dir)
             choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items()}
             sections = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]))
-    except (HydraException, OmegaConfBaseException) as error:
-        return Composed({}, Path(), {}, [_from_hydra(error)])
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if len(overrides) < 2:
+            key = overrides[0].lstrip("+~").partition("=")[0] if overrides else ""
+            return Composed({}, Path(), {}, [_from_hydra(error, key)])
+        return _without_culprits(overrides, line, error)
     composed = Composed({}, run_dir, choices)
     assert isinstance(sections, dict)
     resolve_sections(sections, composed)
+    return composed
+
+
+def _without_culprits(overrides: Sequence[str], line: CommandLine, error: Exception) -> Composed:
+    """Find the overrides that can't be composed even alone, and compose the others, so that all problems are told."""
+    alone = {text: compose([text], line).problems for text in overrides}
+    usable = [text for text, problems in alone.items() if not problems]
+    if len(usable) == len(overrides):  # each is good by itself: they don't go together
+        return Composed({}, Path(), {}, [_from_hydra(error)])
+    composed = compose(usable, line)
+    found = [dataclasses.replace(p, where=p.where or COMMAND_LINE) for problems in alone.values() for p in problems]
+    composed.problems = [*found, *composed.problems]
     return composed
 
 
@@ -201,7 +226,8 @@ def resolve_sections(sections: dict[Any, Any], composed: Composed) -> None:
 
 
 def _from_hydra(error: Exception, key: str = "") -> Problem:
-    text = " ".join(str(error).split("\n")[0].split())
+    causes = [str(one).strip() for one in (error, error.__cause__) if one is not None]
+    text = "; ".join(" ".join(cause.split("\n")[0].split()).rstrip(".") for cause in causes)
     return Problem(key or getattr(error, "full_key", None) or "conf", text, has_value=False)
 
 
@@ -212,6 +238,9 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
         sections = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         reason = f"no run to repeat there: {file} can't be read ({error.__class__.__name__})"
+        return Composed({}, Path(), {}, [Problem("rerun", reason, str(folder), True, COMMAND_LINE)])
+    if not isinstance(sections, dict):
+        reason = f"no run to repeat there: {file} holds no configuration"
         return Composed({}, Path(), {}, [Problem("rerun", reason, str(folder), True, COMMAND_LINE)])
     cfg = OmegaConf.create(sections | {"rerun": str(folder), "force": False})
     problems, hydra_overrides = [], []
@@ -224,7 +253,8 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
             problems.append(Problem(key, reason, override.value(), True, COMMAND_LINE))
         elif not override.is_sweep_override():
             OmegaConf.update(cfg, key, override.value(), merge=False, force_add=True)
-    base = compose([f"++name={cfg.get('name')}", *hydra_overrides], CommandLine(line.flags, line.argv))
+    name = str(cfg.get("name")).replace("\\", "\\\\").replace("'", "\\'")
+    base = compose([f"++name='{name}'", *hydra_overrides], CommandLine(line.flags, line.argv))
     composed = Composed({}, base.run_dir, {}, [*base.problems, *problems])
     resolve_sections(OmegaConf.to_container(cfg), composed)  # type: ignore[arg-type]
     return composed

@@ -25,7 +25,7 @@ from src.config import compose as composing
 from src.config import rules
 from src.config.compose import CommandLine, Composed
 from src.config.problems import Problem, refuse
-from src.config.schema import SECTIONS, RunConfig, TopLevelConfig
+from src.config.schema import SECTIONS, Check, RunConfig, TopLevelConfig
 
 
 @dataclass
@@ -112,7 +112,7 @@ def check(composed: Composed, line: CommandLine) -> tuple[Admitted | None, list[
     parsed, problems = _parse_sections(sections)
     problems = [p for p in problems if p.key not in refused]
     problems += _across(parsed)
-    problems += _folder_problems(composed.run_dir)
+    problems += _folder_problems(composed.run_dir, "hydra.sweep.dir" if line.flags.multirun else "hydra.run.dir")
     located = [
         problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
         for problem in problems
@@ -157,6 +157,7 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
         parsed.problems.append(Problem(prefix, "a section of keys, not a value", given))
         return parsed
     hints = typing.get_type_hints(schema)
+    checks = {one.name: one.metadata.get("check") for one in dataclasses.fields(schema)}
     typed = OmegaConf.structured(schema)
     values = {}
     complete = True
@@ -164,7 +165,7 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
         if key not in hints:
             parsed.problems.append(Problem(_dotted(prefix, key), _unknown(prefix, str(key), list(hints)), value))
             continue
-        part = _parse_value(schema, typed, key, hints[key], value, prefix)
+        part = _parse_value(typed, key, hints[key], checks[key], value, prefix)
         parsed.problems += part.problems
         complete = complete and not part.problems
         values[key] = part.value
@@ -176,7 +177,7 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
     return parsed
 
 
-def _parse_value(schema: Any, typed: Any, key: str, hint: Any, value: Any, prefix: str) -> _Parsed:
+def _parse_value(typed: Any, key: str, hint: Any, check: Check | None, value: Any, prefix: str) -> _Parsed:
     dotted = _dotted(prefix, key)
     if value == "???":
         return _Parsed(None, [Problem(dotted, f"needs a value: {_described(hint)}", has_value=False)])
@@ -189,8 +190,6 @@ def _parse_value(schema: Any, typed: Any, key: str, hint: Any, value: Any, prefi
         converted = OmegaConf.to_object(typed[key]) if OmegaConf.is_config(typed[key]) else typed[key]
     except OmegaConfBaseException:
         return _Parsed(None, [Problem(dotted, f"not {_described(hint)}", value)])
-    metadata = next(f.metadata for f in dataclasses.fields(schema) if f.name == key)
-    check = metadata.get("check")
     if check and not check.holds(converted):
         return _Parsed(None, [Problem(dotted, f"not {check.allowed}", value)])
     return _Parsed(converted)
@@ -255,14 +254,15 @@ def _across(parsed: dict[str, _Parsed]) -> Iterator[Problem]:
             yield from rule(**{name: good[name] for name in needed})
 
 
-def _folder_problems(run_dir: Path) -> Iterator[Problem]:
+def _folder_problems(run_dir: Path, key: str) -> Iterator[Problem]:
     """Check that the run's folder is there or can be made, without making it."""
+    where = "the run's folder"
+    if run_dir.resolve() in (Path.cwd(), composing.PROJECT_ROOT):
+        yield Problem(key, "a run needs a folder of its own", str(run_dir), where=where)
     for place in [run_dir, *run_dir.absolute().parents]:
         if place.exists():
             if not place.is_dir():
-                reason = f"can't be made: {place} is a file"
-                yield Problem("hydra.run.dir", reason, str(run_dir), where="the run's folder")
+                yield Problem(key, f"can't be made: {place} is a file", str(run_dir), where=where)
             elif not os.access(place, os.W_OK | os.X_OK):
-                reason = f"can't be made: no permission to write in {place}"
-                yield Problem("hydra.run.dir", reason, str(run_dir), where="the run's folder")
+                yield Problem(key, f"can't be made: no permission to write in {place}", str(run_dir), where=where)
             return

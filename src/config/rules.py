@@ -11,6 +11,7 @@ from pathlib import Path
 
 from src.config.problems import Problem
 from src.config.schema import (
+    PLACEHOLDER,
     CheckpointConfig,
     DataConfig,
     Device,
@@ -19,21 +20,20 @@ from src.config.schema import (
     GenerationConfig,
     InitMethod,
     MixedPrecision,
+    MlflowConfig,
     ModelConfig,
     RuntimeConfig,
     SchedulerConfig,
     Thoughts,
     TokensConfig,
+    TrackingConfig,
     TrainingConfig,
     WarmupScheduleConfig,
     Weights,
-    named_sets,
 )
 
 ROLES = {"prompt_completion": ("prompt", "completion")}
 """What a format calls the parts of a row, in data.columns and in templates."""
-
-PLACEHOLDER = re.compile(r"\{(\w*)\}")
 
 
 def a_source_is_given(data: DataConfig) -> Iterator[Problem]:
@@ -42,24 +42,23 @@ def a_source_is_given(data: DataConfig) -> Iterator[Problem]:
 
 
 def files_exist(data: DataConfig) -> Iterator[Problem]:
-    for key, files in (
-        ("train_files", data.train_files or []),
-        ("validation_files", [f for fs in named_sets(data.validation_files, "validation").values() for f in fs]),
-        ("test_files", [f for fs in named_sets(data.test_files, "test").values() for f in fs]),
-    ):
+    for name, files in data.files().items():
+        key = "train_files" if name == "train" else "test_files" if name in data.test_sets() else "validation_files"
         for file in files:
-            if not Path(file).is_file():
+            if Path(file).is_dir():
+                yield Problem(f"data.{key}", "a folder, not a file", file)
+            elif not Path(file).is_file():
                 yield Problem(f"data.{key}", f"no such file (looked in {Path.cwd()})", file)
 
 
 def set_names_are_plain_and_differ(data: DataConfig) -> Iterator[Problem]:
-    validation = named_sets(data.validation_files, "validation")
-    for name in validation:
-        if not re.fullmatch(r"[\w.-]+", name):
-            yield Problem("data.validation_files", "a set's name may have letters, digits, '_', '-' and '.'", name)
-    if "train" in validation:
-        yield Problem("data.validation_files", "a set can't be called train", "train")
-    for name in validation.keys() & named_sets(data.test_files, "test").keys():
+    for key, names in (("validation_files", data.validation_sets()), ("test_files", data.test_sets())):
+        for name in names:
+            if not re.fullmatch(r"[\w.-]+", name):
+                yield Problem(f"data.{key}", "a set's name may have letters, digits, '_', '-' and '.'", name)
+            if name == "train":
+                yield Problem(f"data.{key}", "a set can't be called train", name)
+    for name in set(data.validation_names()) & set(data.test_sets()):
         yield Problem("data.test_files", "a validation set has this name already", name)
 
 
@@ -67,12 +66,25 @@ def columns_and_templates_fit_the_format(data: DataConfig) -> Iterator[Problem]:
     roles = ROLES[data.format.value]
     for role in data.columns.keys() - set(roles):
         yield Problem(f"data.columns.{role}", f"format {data.format.value} has {', '.join(roles)}", data.columns[role])
+    for role in set(roles) - data.columns.keys():
+        yield Problem("data.columns", f"format {data.format.value} needs a column for {role}", data.columns)
     for key in ("prompt_template", "completion_template"):
         template = getattr(data, key)
         for name in PLACEHOLDER.findall(template or ""):
             if name not in roles:
                 allowed = ", ".join(f"{{{role}}}" for role in roles)
                 yield Problem(f"data.{key}", f"unknown placeholder {{{name}}}; there are {allowed}", template)
+
+
+def templates_hold_their_own_part(data: DataConfig) -> Iterator[Problem]:
+    for key, own in (("prompt_template", "prompt"), ("completion_template", "completion")):
+        template = getattr(data, key)
+        if template is not None and own not in PLACEHOLDER.findall(template):
+            yield Problem(f"data.{key}", f"without {{{own}}} every row would be the same", template)
+    if "completion" in PLACEHOLDER.findall(data.prompt_template or ""):
+        yield Problem(
+            "data.prompt_template", "{completion} in the prompt would give the answer away", data.prompt_template
+        )
 
 
 def patterns_are_regular_expressions(data: DataConfig) -> Iterator[Problem]:
@@ -100,6 +112,17 @@ def kept_thoughts_have_tags(data: DataConfig, tokens: TokensConfig) -> Iterator[
 def thought_tags_come_in_pairs(tokens: TokensConfig) -> Iterator[Problem]:
     if (tokens.thought_open is None) != (tokens.thought_close is None):
         yield Problem("tokens.thought_close", "thought_open and thought_close come together", tokens.thought_close)
+    elif tokens.thought_open is not None and tokens.thought_open == tokens.thought_close:
+        yield Problem(
+            "tokens.thought_close", "the same as thought_open: no thought could be told", tokens.thought_close
+        )
+
+
+def tracker_can_be_reached_by_some_scheme(tracking: TrackingConfig) -> Iterator[Problem]:
+    schemes = ("sqlite:", "postgresql", "mysql", "mssql", "http:", "https:", "databricks")
+    if isinstance(tracking, MlflowConfig) and not tracking.uri.startswith(schemes):
+        reason = f"not an address that MLflow knows; it begins with one of {' '.join(schemes)}"
+        yield Problem("tracking.uri", reason, tracking.uri)
 
 
 def new_tokens_are_distinct(tokens: TokensConfig) -> Iterator[Problem]:
@@ -172,9 +195,7 @@ def best_model_can_be_told(
         return
     scores = ["loss", "perplexity"]
     scores += [m.value for m in (data.metrics if evaluation.metrics is None else evaluation.metrics)]
-    sets = list(named_sets(data.validation_files, "validation")) or (
-        ["validation"] if data.validation_fraction or (data.dataset_name and data.validation_split) else []
-    )
+    sets = data.validation_names()
     allowed = [f"eval/{name}/{score}" for name in sets for score in scores]
     if checkpoint.metric_for_best_model not in allowed:
         reason = f"no evaluation gives this; {'one of ' + ', '.join(allowed) if allowed else 'no validation set'}"
@@ -186,7 +207,9 @@ RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     files_exist,
     set_names_are_plain_and_differ,
     columns_and_templates_fit_the_format,
+    templates_hold_their_own_part,
     patterns_are_regular_expressions,
+    tracker_can_be_reached_by_some_scheme,
     kept_thoughts_have_tags,
     thought_tags_come_in_pairs,
     new_tokens_are_distinct,

@@ -8,6 +8,7 @@ Groups with options of different keys (optimizer, scheduler, tracking) have one 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -194,6 +195,22 @@ class DataConfig:
     batching: Batching = MISSING
     limit: int | None = _key(AT_LEAST_ONE)
     validation_fraction: float = _key(BELOW_ONE)
+
+    def files(self) -> dict[str, list[str]]:
+        """Give the files of every set that has some: set name -> files."""
+        train = {"train": list(self.train_files)} if self.train_files else {}
+        return train | self.validation_sets() | self.test_sets()
+
+    def validation_sets(self) -> dict[str, list[str]]:
+        return named_sets(self.validation_files, "validation")
+
+    def test_sets(self) -> dict[str, list[str]]:
+        return named_sets(self.test_files, "test")
+
+    def validation_names(self) -> list[str]:
+        """Give the names of the validation sets there will be, also of one from the hub or held out from train."""
+        from_hub = not self.train_files and self.dataset_name and self.validation_split
+        return list(self.validation_sets()) or (["validation"] if from_hub or self.validation_fraction else [])
 
 
 @dataclass
@@ -404,6 +421,10 @@ class RunConfig:
     def metrics(self) -> list[Metric]:
         """The metrics that need generated text: evaluation's own, or what the data says."""
         return self.data.metrics if self.evaluation.metrics is None else self.evaluation.metrics
+
+
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+"""Where a template takes a part of the row: {prompt}."""
 
 
 def greater_is_better(metric: str) -> bool:

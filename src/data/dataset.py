@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from src.config.schema import DataConfig, Metric, Overflow, RunConfig, named_sets
+from src.config.schema import DataConfig, Metric, Overflow, RunConfig
 from src.data.encoding import IGNORE_INDEX, EncodedRow, Encoder
 from src.data.formats import FORMATS, BadRow, Example, thought_form
-from src.data.report import SplitReport
+from src.data.report import CHECK_ROWS, SplitReport
 from src.data.sources import Record, file_hash, read_files, read_hub
 from src.errors import DataError, listed
 
-CHECK_ROWS = 200  # rows of a set that are decoded again to see whether the tokenizer gives their text back
 ENCODE_ROWS = 2000  # rows encoded at once: enough to fill the tokenizer's threads, little memory
 
 
@@ -87,9 +86,7 @@ class Data:
 
 def file_hashes(data: DataConfig) -> dict[str, str]:
     """Give the SHA-256 of every data file that the configuration names."""
-    sets = {"train": data.train_files or []}
-    sets |= named_sets(data.validation_files, "validation") | named_sets(data.test_files, "test")
-    return {file: file_hash(file) for files in sets.values() for file in files}
+    return {file: file_hash(file) for files in data.files().values() for file in files}
 
 
 def build_data(config: RunConfig, tokenizer: Any) -> Data:
@@ -113,10 +110,8 @@ def build_data(config: RunConfig, tokenizer: Any) -> Data:
 
 def read_splits(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, list[Record]], dict[str, list[Record]]]:
     """Read train, validation and test rows; without a validation set, hold out `validation_fraction` of train."""
-    validation_files = named_sets(data.validation_files, "validation")
-    test_files = named_sets(data.test_files, "test")
-    validation = {name: read_files(files, data.limit) for name, files in validation_files.items()}
-    test = {name: read_files(files, data.limit) for name, files in test_files.items()}
+    validation = {name: read_files(files, data.limit) for name, files in data.validation_sets().items()}
+    test = {name: read_files(files, data.limit) for name, files in data.test_sets().items()}
     if data.train_files:
         train = read_files(data.train_files)
     else:
@@ -149,13 +144,15 @@ class _Builder:
         self.encoder = encoder
         self.new_tokens = {t: tokenizer.convert_tokens_to_ids(t) for t in config.tokens.additional_special_tokens}
         answers = config.data.answer_pattern if Metric.exact_match in config.metrics else None
-        self.answer_pattern = re.compile(answers) if answers else None
+        self.answer_pattern = re.compile(answers, re.DOTALL) if answers else None
         self.reports: dict[str, SplitReport] = {}
 
     def build(self, name: str, records: list[Record]) -> EncodedSet:
         report = self.reports[name] = SplitReport(rows_read=len(records))
         if not records:
-            raise DataError(f"{name} has no rows: {self._sources(name)}")
+            raise DataError(
+                f"{name} has no rows: {', '.join(self.data.files().get(name, [str(self.data.dataset_name)]))}"
+            )
         examples = self._format(records, with_answers=name != "train")
         rows: list[EncodedRow] = []
         kept: list[int] = []
@@ -180,11 +177,6 @@ class _Builder:
         }
         report.digest = encoded.digest()
         return encoded
-
-    def _sources(self, name: str) -> str:
-        files = {"train": self.data.train_files} | named_sets(self.data.validation_files, "validation")
-        files |= named_sets(self.data.test_files, "test")
-        return ", ".join(files.get(name) or [str(self.data.dataset_name)])
 
     def _format(self, records: list[Record], *, with_answers: bool) -> list[Example]:
         to_example = FORMATS[self.data.format.value]

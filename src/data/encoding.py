@@ -8,6 +8,7 @@ cut. BOS, EOS and pad that stand in a text stay text; every other added token ke
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,7 @@ class Encoder:
         self.eos_token_id: int = tokenizer.eos_token_id
         control = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
         self._control = sorted({token for token in control if token})
+        self._control_ids = set(tokenizer.convert_tokens_to_ids(self._control))
         self._start_backend = _without_control_tokens(tokenizer, set(self._control), continues=False)
         self._continuation_backend = _without_control_tokens(tokenizer, set(self._control), continues=True)
         self._prefix = _bos(tokenizer)
@@ -56,17 +58,35 @@ class Encoder:
 
     def encode_completions(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[int]]:
         """Encode what follows a prompt, without EOS; behind an empty prompt a completion begins the text."""
-        ids = self._encode(completions, self._continuation_backend)
+        ids = self._encode(
+            [c if p else "" for p, c in zip(prompts, completions, strict=True)], self._continuation_backend
+        )
         beginning = [i for i, prompt in enumerate(prompts) if not prompt]
-        begun = self._start_backend.encode_batch_fast([completions[i] for i in beginning], add_special_tokens=False)
-        for i, encoding in zip(beginning, begun, strict=True):
-            ids[i] = encoding.ids
+        for i, begun in zip(
+            beginning, self._encode([completions[i] for i in beginning], self._start_backend), strict=True
+        ):
+            ids[i] = begun
         return ids
 
     def _encode(self, texts: Sequence[str], backend: Tokenizer) -> list[list[int]]:
-        for control in self._control:
-            self.num_control_tokens_as_text += sum(text.count(control) for text in texts)
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoded = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        for i, text in enumerate(texts):
+            if found := sum(text.count(control) for control in self._control):
+                self.num_control_tokens_as_text += found
+                if self._control_ids.intersection(encoded[i]):  # the model's own vocabulary holds the piece
+                    encoded[i] = self._encode_in_pieces(text, backend)
+        return encoded
+
+    def _encode_in_pieces(self, text: str, backend: Tokenizer) -> list[int]:
+        """Encode a text cut inside of every control token that stands in it, so that none can be found whole."""
+        inside = "|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in self._control if len(c) > 1)
+        first, *rest = re.split(inside, text)
+        ids = list(backend.encode(first, add_special_tokens=False).ids)
+        for piece in rest:
+            ids += self._continuation_backend.encode(piece, add_special_tokens=False).ids
+        if self._control_ids.intersection(ids):
+            raise TokenError(f"this tokenizer can't encode a control token as text, and it stands in {text[:80]!r}")
+        return ids
 
     def encode_rows(
         self, prompts: Sequence[str], completions: Sequence[str], max_length: int, overflow: Overflow
@@ -92,10 +112,8 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Give the text of generated ids; BOS, EOS and pad are no text, thought tags are."""
-        tokenizer = self._tokenizer
-        control = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-        kept = [i for i in ids if i not in control]
-        return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        kept = [i for i in ids if i not in self._control_ids]
+        return self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _cut_start(prompt: list[int], excess: int, num_prefix: int) -> list[int]:

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from src.config.schema import DataConfig, RunConfig
-
-PLACEHOLDER = re.compile(r"\{(\w+)\}")
+from src.config.schema import PLACEHOLDER, DataConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class ThoughtForm:
         if self.pattern is None or self.tags is None:
             return self.drop(text)
         opened, closed = self.tags
-        return self.pattern.sub(lambda match: f"{opened}{match.group(1)}{closed}", text)
+        return self.pattern.sub(lambda match: f"{opened}{match.group(1) or ''}{closed}", text)
 
     def drop(self, text: str) -> str:
         """Leave every thought out."""

@@ -6,6 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+CHECK_ROWS = 200
+"""Rows of a set that are decoded again, to see whether the tokenizer gives their text back."""
+
 
 @dataclass
 class SplitReport:
@@ -34,7 +37,6 @@ class SplitReport:
         text += f" ({self.rows_truncated:,} truncated, {dropped:,} dropped{': ' + why if why else ''})"
         text += f", {self.supervised_tokens:,} of {self.tokens:,} tokens supervised"
         if self.rows_changed_by_tokenizer:
-            text += (
-                f"\n  the tokenizer does not give the text back: {self.rows_changed_by_tokenizer} of the first 200 rows"
-            )
+            text += f"\n  of the first {CHECK_ROWS} rows {self.rows_changed_by_tokenizer} do not come back as they were"
+            text += " from the tokenizer"
         return text

@@ -56,7 +56,7 @@ def _read_line(line: bytes, file: str, number: int, records: list[Record], bad: 
     except UnicodeDecodeError as error:
         bad.append(f"{file}:{number}  not UTF-8 (byte {error.start + 1})")
     except json.JSONDecodeError as error:
-        bad.append(f"{file}:{number}  not JSON: {error.msg} at column {error.colno}")
+        bad.append(f"{file}:{number}  not JSON: {error.msg.removesuffix(' at')}, column {error.colno}")
     else:
         if isinstance(fields, dict):
             records.append(Record(fields, file, number))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from src.config.schema import Metric, RunConfig
 from src.data.batching import collate
-from src.data.dataset import EncodedSet
+from src.data.dataset import Data, EncodedSet
 from src.data.encoding import Encoder
+from src.errors import NonFiniteLossError
 from src.evaluation.generate import Generator
 from src.evaluation.metrics import exact_match, perplexity, strip_thoughts
 from src.runtime.session import Runtime
@@ -34,22 +37,11 @@ class Evaluator:
     max_samples: int | None
     batch_size: int
 
-    @classmethod
-    def of(cls, config: RunConfig, scored: nn.Module, generator: Generator, encoder: Encoder) -> Evaluator:
-        """Take the settings from a run's configuration."""
-        return cls(
-            scored=scored,
-            generator=generator,
-            encoder=encoder,
-            runtime=generator.runtime,
-            metrics=config.metrics,
-            tags=config.thought_tags,
-            answer_pattern=config.data.answer_pattern,
-            max_samples=config.evaluation.max_samples,
-            batch_size=config.training.per_device_eval_batch_size,
-        )
+    @property
+    def pad_token_id(self) -> int:
+        return self.generator.pad_token_id
 
-    def evaluate(self, rows: EncodedSet, seed: int) -> dict[str, float]:
+    def evaluate(self, rows: EncodedSet) -> dict[str, float]:
         """Give the set's metrics by their names in metrics.jsonl, `eval/<set>/…`.
 
         Raises:
@@ -59,11 +51,15 @@ class Evaluator:
         loss = self._loss(rows, count)
         values = {"loss": loss, "perplexity": perplexity(loss)}
         if Metric.exact_match in self.metrics:
-            completions = self.generator.generate([rows.prompt_ids(i) for i in range(count)], seed)
-            texts = [strip_thoughts(self.encoder.decode(completion.ids), self.tags) for completion in completions]
-            references = [example.reference for example in rows.examples[:count]]
-            values["exact_match"] = exact_match(texts, references, self.answer_pattern)
+            completions = self.generator.generate([rows.prompt_ids(i) for i in range(count)], self.runtime.seed)
+            answers = [strip_thoughts(self.encoder.decode(completion.ids), self.tags) for completion in completions]
+            references = [self.reference(rows, i) for i in range(count)]
+            values["exact_match"] = exact_match(answers, references, self.answer_pattern)
         return {f"eval/{rows.name}/{name}": value for name, value in values.items()}
+
+    def reference(self, rows: EncodedSet, index: int) -> str:
+        """Give what a row's answer should be, without thoughts, also without those that stand in the data as tags."""
+        return strip_thoughts(rows.examples[index].reference, self.tags)
 
     @torch.no_grad()
     def _loss(self, rows: EncodedSet, count: int) -> float:
@@ -73,9 +69,36 @@ class Evaluator:
         num_supervised = 0
         self.scored.eval()
         for start in range(0, count, self.batch_size):
-            self.runtime.check_stop()
-            batch = collate(rows, order[start : start + self.batch_size], self.generator.settings["pad_token_id"])
+            self.runtime.stop.check()
+            batch = collate(rows, order[start : start + self.batch_size], self.generator.pad_token_id)
             num_supervised += batch.num_supervised
             batch = batch.to(self.runtime.device)
             total += self.scored(batch.input_ids, batch.labels).double().cpu()
-        return total.item() / num_supervised
+        loss = total.item() / num_supervised
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(f"the loss on {rows.name} became {loss}: training has spoilt the weights")
+        return loss
+
+
+def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data, runtime: Runtime) -> Evaluator:
+    """Take the settings from a run's configuration, and see that what will be generated from can be.
+
+    Raises:
+        DataError, ModelError: where a prompt is empty, or leaves no room for what is generated.
+    """
+    generator = Generator(model, runtime, config.training.per_device_eval_batch_size)
+    generated = [*data.validation.values(), *data.test.values()] if config.metrics else []
+    generated += [data.for_samples] if config.evaluation.sample_prompts else []
+    for rows in generated:
+        generator.check_room(rows)
+    return Evaluator(
+        scored=scored,
+        generator=generator,
+        encoder=data.encoder,
+        runtime=runtime,
+        metrics=config.metrics,
+        tags=config.thought_tags,
+        answer_pattern=config.data.answer_pattern,
+        max_samples=config.evaluation.max_samples,
+        batch_size=config.training.per_device_eval_batch_size,
+    )

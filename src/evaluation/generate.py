@@ -7,8 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
+from src.data.dataset import EncodedSet
+from src.errors import DataError, ModelError
 from src.runtime.session import Runtime
+from src.runtime.signals import StopRequest
+
+
+class _WhenAsked(StoppingCriteria):
+    """Ends generation between two tokens when a signal asks the run to stop."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), bool(self._stop.name), device=input_ids.device)
 
 
 @dataclass(frozen=True)
@@ -21,12 +36,32 @@ class Completion:
 
 @dataclass(frozen=True)
 class Generator:
-    """A model with the settings it generates by; `settings` are transformers' own, see model.build."""
+    """A model that generates by its own `generation_config`, see model.build."""
 
     model: Any
-    settings: dict[str, Any]
     runtime: Runtime
     batch_size: int
+
+    @property
+    def pad_token_id(self) -> int:
+        return int(self.model.generation_config.pad_token_id)
+
+    def check_room(self, rows: EncodedSet) -> None:
+        """See that every prompt can be generated from: not empty, and with room behind it.
+
+        Raises:
+            DataError, ModelError: naming the row, or the lengths that do not fit.
+        """
+        lengths = [len(rows.prompt_ids(i)) for i in range(len(rows))]
+        if 0 in lengths:
+            raise DataError(f"{rows.places[lengths.index(0)]}  nothing to generate from: an empty prompt, and no BOS")
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        new = self.model.generation_config.max_new_tokens
+        if positions is not None and max(lengths) + new > positions:
+            raise ModelError(
+                f"{rows.name}: the longest prompt has {max(lengths)} tokens, generation.max_new_tokens = {new} more do "
+                f"not fit into the model's {positions} positions; lower one of data.max_seq_length and max_new_tokens"
+            )
 
     def generate(self, prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         """Generate a completion for each prompt (ids), in the order given.
@@ -35,7 +70,7 @@ class Generator:
         `seed`. The model is in eval mode meanwhile.
 
         Raises:
-            Interrupted: between batches, where a signal asked for it.
+            Interrupted: between two tokens, where a signal asked for it.
         """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         completions: list[Completion | None] = [None] * len(prompts)
@@ -43,7 +78,7 @@ class Generator:
         self.model.eval()
         with self.runtime.isolated_rng(seed), torch.no_grad():
             for start in range(0, len(order), self.batch_size):
-                self.runtime.check_stop()
+                self.runtime.stop.check()
                 some = order[start : start + self.batch_size]
                 for i, completion in zip(some, self._batch([prompts[i] for i in some]), strict=True):
                     completions[i] = completion
@@ -52,21 +87,17 @@ class Generator:
 
     def _batch(self, prompts: Sequence[list[int]]) -> list[Completion]:
         longest = max(map(len, prompts))
-        pad = self.settings["pad_token_id"]
+        pad = self.pad_token_id
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
         real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         with self.runtime.autocast():
             generated = self.model.generate(
                 input_ids=ids.to(self.runtime.device),
                 attention_mask=real.to(self.runtime.device),
-                generation_config=self._configuration(),
+                stopping_criteria=StoppingCriteriaList([_WhenAsked(self.runtime.stop)]),
             )
-        return [cut_at(row, self.settings["eos_token_id"]) for row in generated[:, longest:].tolist()]
-
-    def _configuration(self) -> Any:
-        from transformers import GenerationConfig
-
-        return GenerationConfig(**self.settings)
+        self.runtime.stop.check()
+        return [cut_at(row, self.model.generation_config.eos_token_id) for row in generated[:, longest:].tolist()]
 
 
 def cut_at(ids: list[int], eos_token_id: int) -> Completion:

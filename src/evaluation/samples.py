@@ -33,6 +33,6 @@ def sample(evaluator: Evaluator, rows: EncodedSet, count: int, step: int) -> lis
     for i, completion in zip(chosen, completions, strict=True):
         text = evaluator.encoder.decode(completion.ids)
         answer = strip_thoughts(text, evaluator.tags)
-        example = rows.examples[i]
-        samples.append(Sample(step, example.prompt, text, answer, example.reference, completion.stop_reason))
+        prompt, reference = rows.examples[i].prompt, evaluator.reference(rows, i)
+        samples.append(Sample(step, prompt, text, answer, reference, completion.stop_reason))
     return samples

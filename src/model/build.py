@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.config.schema import GenerationConfig, ModelConfig, Weights
-from src.errors import ModelError, one_line
+from src.errors import ModelError, listed, one_line
 
 
 def build_model(config: ModelConfig, max_seq_length: int) -> Any:
@@ -50,15 +51,23 @@ def _load(config: ModelConfig, architecture: Any, where: dict[str, Any]) -> Any:
             return AutoModelForCausalLM.from_config(
                 architecture, trust_remote_code=config.trust_remote_code, **chosen, **attention
             )
-        return AutoModelForCausalLM.from_pretrained(
-            config.checkpoint, dtype=dtype, use_safetensors=True, **attention, **where
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            config.checkpoint, dtype=dtype, use_safetensors=True, output_loading_info=True, **attention, **where
         )
     except Exception as error:  # the libraries raise many kinds
         raise ModelError(f"{config.checkpoint} can't be loaded as {config.type.value}: {one_line(error)}") from error
+    lacking = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in loaded[kind]]
+    if lacking:
+        raise ModelError(
+            f"{config.checkpoint} lacks weights of its model, they would start at random:\n{listed(lacking)}"
+        )
+    return model
 
 
-def generation_settings(config: GenerationConfig, tokenizer: Any) -> dict[str, Any]:
-    """Give transformers' generation settings; those of sampling only where sampling is on.
+def set_generation(model: Any, config: GenerationConfig, tokenizer: Any) -> None:
+    """Make these the settings that the model generates by, here and after export; its checkpoint's own are let go.
+
+    Settings of sampling are given only where sampling is on.
 
     A tokenizer without a pad token pads with EOS: labels and masks never look at the pad id.
     """
@@ -77,4 +86,4 @@ def generation_settings(config: GenerationConfig, tokenizer: Any) -> dict[str, A
     }
     if config.do_sample:
         settings |= {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-    return settings
+    model.generation_config = transformers.GenerationConfig(**settings)

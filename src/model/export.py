@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from safetensors import SafetensorError
+
+from src.errors import NonFiniteLossError, listed
 
 
-def export(model: Any, tokenizer: Any, settings: dict[str, Any], folder: Path) -> None:
+def export(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write weights (safetensors), configuration, tokenizer and generation settings, beside and then into place.
 
-    Args:
-        settings: transformers' generation settings, so that plain `generate` writes what the run's samples showed.
+    Raises:
+        NonFiniteLossError: where the weights are not all finite, which no evaluation may have seen.
     """
+    spoilt = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if spoilt:
+        raise NonFiniteLossError(f"training has spoilt the weights, they are not finite:\n{listed(spoilt)}")
     beside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
-    model.generation_config = GenerationConfig(**settings)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    try:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+    except SafetensorError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        full = "No space left" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, f"the model can't be written: {error}") from error
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in beside.iterdir():
+        file.chmod(0o666 & ~umask)  # safetensors would keep its file to one user
     os.replace(beside, folder)

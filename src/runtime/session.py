@@ -1,4 +1,4 @@
-"""One session of computing: device, precision, seeds, signals, processes. The door to Accelerate.
+"""One session of computing: device, precision, seeds, processes. The door to Accelerate.
 
 Everything that depends on how many processes there are is asked here, so that no other file knows of ranks.
 """
@@ -8,35 +8,30 @@ from __future__ import annotations
 import os
 import random
 import resource
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch import Tensor, nn
 
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
-from src.errors import Interrupted, TowlineError
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from src.errors import TowlineError
+from src.runtime.signals import StopRequest
 
 
 class Runtime:
     """What a run computes on. Built by `start_runtime`."""
 
-    def __init__(self, accelerator: Accelerator, seed: int) -> None:
+    def __init__(self, accelerator: Accelerator, seed: int, stop: StopRequest) -> None:
         self._accelerator = accelerator
         self.seed = seed
-        self.stop_requested = ""
-        """The name of the signal that asked the run to stop, or ''."""
+        self.stop = stop
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +62,7 @@ class Runtime:
         return self._accelerator.autocast()
 
     def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradients; Accelerate is never told of accumulation, so nothing is divided here."""
+        """Add a loss's gradients. Accelerate is not told of accumulation, so it divides nothing."""
         self._accelerator.backward(loss)
 
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
@@ -77,6 +72,11 @@ class Runtime:
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
         """Clip the gradients to a total norm (None: don't clip) and give the norm before, unscaled."""
         return self._accelerator.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether fp16 gradients are scaled, so that one that overflows skips a step instead of ending the run."""
+        return self._accelerator.scaler is not None
 
     def step_was_skipped(self) -> bool:
         """Whether the last optimizer step did nothing because fp16 gradients overflowed."""
@@ -88,15 +88,6 @@ class Runtime:
             return [float(value) for value in values]
         summed = self._accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum")
         return [float(value) for value in summed.tolist()]
-
-    def check_stop(self) -> None:
-        """Come out of the run here, if a signal asked for it.
-
-        Raises:
-            Interrupted: naming the signal.
-        """
-        if self.stop_requested:
-            raise Interrupted(self.stop_requested)
 
     @contextmanager
     def isolated_rng(self, seed: int) -> Iterator[None]:
@@ -120,10 +111,10 @@ class Runtime:
 
 
 @contextmanager
-def start_runtime(config: RuntimeConfig, mixed_precision: MixedPrecision, seed: int) -> Iterator[Runtime]:
-    """Start computing: choose the device, seed every generator, and take over SIGINT and SIGTERM until the end.
-
-    The first signal asks the run to stop where it can; a second one stops it at once (KeyboardInterrupt).
+def start_runtime(
+    config: RuntimeConfig, mixed_precision: MixedPrecision, seed: int, stop: StopRequest
+) -> Iterator[Runtime]:
+    """Start computing: choose the device and seed every generator.
 
     Raises:
         TowlineError: where the device or the precision can't be had.
@@ -138,29 +129,10 @@ def start_runtime(config: RuntimeConfig, mixed_precision: MixedPrecision, seed: 
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
-    runtime = Runtime(Accelerator(mixed_precision=mixed_precision.value, cpu=use_cpu), seed)
+    once = GradientAccumulationPlugin(num_steps=1)  # else the environment could have Accelerate divide our losses
+    accelerator = Accelerator(mixed_precision=mixed_precision.value, cpu=use_cpu, gradient_accumulation_plugin=once)
     set_seed(seed)
-    with _stop_on_signals(runtime):
-        try:
-            yield runtime
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)  # a sweep's next run chooses afresh
-
-
-@contextmanager
-def _stop_on_signals(runtime: Runtime) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        if runtime.stop_requested:
-            raise KeyboardInterrupt
-        runtime.stop_requested = signal.Signals(number).name
-
-    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
-        yield
+        yield Runtime(accelerator, seed, stop)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        AcceleratorState._reset_state(reset_partial_state=True)  # a sweep's next run chooses afresh

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -54,12 +55,13 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a whole file at once."""
-        write_atomically(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomically(self.path / name, text + "\n")
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Add a line to a file that grows; it is on its way to the disk when this returns."""
         with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n")
 
     def set_status(self, **changes: Any) -> None:
         """Change what status.json says."""
@@ -71,7 +73,7 @@ class RunFolder:
         write_atomically(self.path / "config.yaml", yaml.safe_dump(dict(frozen), sort_keys=False, allow_unicode=True))
         self.append(
             "starts.jsonl",
-            {"time": now(), "command": sys.argv, "config_hash": self._config_hash, "resumed_step": None},
+            {"time": now(), "command": sys.orig_argv, "config_hash": self._config_hash, "resumed_step": None},
         )
         self.set_status(state="RUNNING", cause=None, started=now(), ended=None, **_identity())
 
@@ -80,7 +82,7 @@ class RunFolder:
         if error is None:
             state, cause = "FINISHED", None
         elif isinstance(error, Interrupted | KeyboardInterrupt):
-            state, cause = "PREEMPTED", f"stopped by {error or 'a second signal'}"
+            state, cause = "PREEMPTED", f"stopped by {error if isinstance(error, Interrupted) else 'Ctrl-C, at once'}"
         else:
             state, cause = "FAILED", f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         try:
@@ -101,9 +103,37 @@ def read_status(path: Path) -> dict[str, Any]:
         return {}
 
 
+def last_config_hash(path: Path) -> str | None:
+    """Give the configuration's hash of the last start in a folder; None where there is none."""
+    file = path / "starts.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return json.loads(lines[-1])["config_hash"] if lines else None
+
+
 def is_finished(path: Path) -> bool:
     """Whether the folder holds a run that came to its end."""
     return read_status(path).get("state") == "FINISHED"
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Hold a folder that exists against every other process, until the block ends or the process dies.
+
+    Raises:
+        RunFolderError: naming the process that holds it.
+    """
+    with open(path / LOCK, "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            raise RunFolderError(f"{path} is in use by another process: {holder}") from error
+        lock.truncate(0)
+        identity = _identity()
+        lock.write(f"process {identity['pid']} on {identity['host']} (boot {identity['boot_id']})\n")
+        lock.flush()
+        yield
 
 
 @contextmanager
@@ -115,11 +145,10 @@ def open_run_folder(path: Path, frozen: Mapping[str, Any], config_hash: str, *, 
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (held until the run ends)
+        (path / LOCK).touch()
     except OSError as error:
         raise RunFolderError(f"the run's folder {path} can't be made: {error.strerror}") from error
-    with lock:
-        _hold(lock, path)
+    with hold(path):
         _refuse_leftovers(path, force=force)
         folder = RunFolder(path, config_hash)
         folder.begin(frozen)
@@ -131,26 +160,16 @@ def open_run_folder(path: Path, frozen: Mapping[str, Any], config_hash: str, *, 
         folder.end(None)
 
 
-def _hold(lock: IO[str], path: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        raise RunFolderError(f"{path} is in use by another process: {holder}") from error
-    lock.truncate(0)
-    identity = _identity()
-    lock.write(f"process {identity['pid']} on {identity['host']} (boot {identity['boot_id']})\n")
-    lock.flush()
-
-
 def _refuse_leftovers(path: Path, *, force: bool) -> None:
     there = [name for name in FILES if (path / name).exists()]
     if not there:
         return
+    if not (path / "status.json").exists():
+        raise RunFolderError(f"{path} is no run's folder, but holds {', '.join(there)}; choose another hydra.run.dir")
     if not force:
         status = read_status(path)
-        how = f"{status.get('state', 'UNKNOWN')} at step {status.get('step', 0)}"
+        state = status.get("state", "UNKNOWN")  # nobody holds the folder: what was running has died
+        how = f"{'killed' if state == 'RUNNING' else state} at step {status.get('step', 0)}"
         cause = f", {status['cause']}" if status.get("cause") else ""
         raise RunFolderError(
             f"{path} holds a run that did not finish ({how}{cause}).\n"
@@ -172,6 +191,15 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def finite(node: Any) -> Any:
+    """Put null in place of numbers that JSON can't hold: inf and nan."""
+    if isinstance(node, Mapping):
+        return {key: finite(value) for key, value in node.items()}
+    if isinstance(node, float) and not math.isfinite(node):
+        return None
+    return node
 
 
 def now() -> str:

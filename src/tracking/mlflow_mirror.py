@@ -14,8 +14,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ ARTIFACTS = ("config.yaml", "provenance.json", "data_report.json", "samples.json
 PATIENCE_SECONDS = 1.0
 """How long the end of a run waits for a tracker that delivers nothing."""
 RETRY_SECONDS = 2.0
+METRICS_AT_ONCE = 1000  # MLflow's limit for one call
+LINES_AT_ONCE = 100
 STATES = {"FINISHED": "FINISHED", "FAILED": "FAILED", "PREEMPTED": "KILLED", "PRUNED": "KILLED"}
 
 
@@ -54,7 +57,11 @@ class Delivery:
         self._folder = folder
         self._client_class = quiet_client()
         self._client: Any = None
-        self._done: dict[str, Any] = self._read("tracking.json") or {"uri": config.uri, "run_id": None, "lines": 0}
+        fresh = {"uri": config.uri, "run_id": None, "lines": 0}
+        done = self._read("tracking.json")
+        self._done: dict[str, Any] = done if done and done.get("uri") == config.uri else fresh
+        self.last_success = time.monotonic()
+        """When something was last delivered, by the monotonic clock."""
 
     @property
     def run_id(self) -> str | None:
@@ -96,7 +103,7 @@ class Delivery:
                     tags={
                         "towline.folder": str(self._folder.resolve()),
                         "mlflow.source.name": "src.run",
-                        "mlflow.user": getpass.getuser(),
+                        "mlflow.user": user_name(),
                         **self._config.tags,
                     },
                 )
@@ -126,8 +133,9 @@ class Delivery:
         from mlflow.entities import Param
 
         frozen = yaml.safe_load((self._folder / "config.yaml").read_text(encoding="utf-8"))
-        params = [Param(plain_name(key), value) for key, value in flat(frozen) if len(value) <= MAX_PARAM_CHARACTERS]
-        self._client.log_batch(self.run_id, params=params)
+        params = {key: value for key, value in flat(frozen) if len(value) <= MAX_PARAM_CHARACTERS}
+        names = distinct_names(params)
+        self._client.log_batch(self.run_id, params=[Param(names[key], value) for key, value in params.items()])
 
     def _log_tags(self) -> None:
         from mlflow.entities import RunTag
@@ -163,29 +171,36 @@ class Delivery:
         self._client.log_inputs(self.run_id, inputs)
 
     def _log_metrics(self) -> None:
+        """Log the lines that are new, many at once; each is dated by itself, so that a repeat is no second point."""
         from mlflow.entities import Metric
 
-        for line in self._lines()[int(self._done["lines"]) :]:
-            record = json.loads(line)
-            step, at = record.pop("step"), int(time.time() * 1000)
-            self._client.log_batch(
-                self.run_id, metrics=[Metric(plain_name(k), float(v), at, step) for k, v in record.items()]
-            )
-            self._remember(lines=int(self._done["lines"]) + 1)
+        started = datetime.fromisoformat(read_status(self._folder)["started"]).timestamp()
+        lines = self._lines()[int(self._done["lines"]) :]
+        for first in range(0, len(lines), LINES_AT_ONCE):
+            metrics = []
+            for line in lines[first : first + LINES_AT_ONCE]:
+                record = json.loads(line)
+                step, at = record.pop("step"), int(1000 * (started + record.get("perf/elapsed_seconds", 0.0)))
+                metrics += [Metric(plain_name(k), float(v), at, step) for k, v in record.items() if v is not None]
+            for start in range(0, len(metrics), METRICS_AT_ONCE):
+                self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_AT_ONCE])
+            self._remember(lines=int(self._done["lines"]) + len(lines[first : first + LINES_AT_ONCE]))
 
     def _log_artifacts(self) -> None:
         for name in ARTIFACTS:
             if (self._folder / name).exists():
                 self._client.log_artifact(self.run_id, str(self._folder / name))
+                self.last_success = time.monotonic()
         if self._config.log_model and (self._folder / "model").is_dir():
             self._client.log_artifacts(self.run_id, str(self._folder / "model"), artifact_path="model")
 
-    def _deliver_once(self, what: str, do: Any) -> None:
+    def _deliver_once(self, what: str, do: Callable[[], None]) -> None:
         if not self._done.get(what):
             do()
             self._remember(**{what: True})
 
     def _remember(self, **done: Any) -> None:
+        self.last_success = time.monotonic()
         self._done |= done
         write_atomically(self._folder / "tracking.json", json.dumps(self._done, indent=2) + "\n")
 
@@ -212,7 +227,6 @@ class MlflowMirror:
         self._changed = threading.Event()
         self._closing = threading.Event()
         self._done = threading.Event()
-        self._last_success = time.monotonic()
         self.trouble = ""
         """Why the last attempt failed, or ''."""
         self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
@@ -228,12 +242,13 @@ class MlflowMirror:
 
     def close(self) -> str:
         """Deliver the rest, as long as something is being delivered, and give what is left undone in words, or ''."""
-        self._last_success = time.monotonic()
+        self.trouble = ""
+        self._delivery.last_success = time.monotonic()
         self._closing.set()
         self._changed.set()
         patience = 60.0 if self._is_local else PATIENCE_SECONDS
         while not self._done.wait(0.05):
-            if self.trouble or time.monotonic() - self._last_success > patience:
+            if self.trouble or time.monotonic() - self._delivery.last_success > patience:
                 break
         if self._done.is_set():
             return ""
@@ -248,11 +263,12 @@ class MlflowMirror:
                 self._delivery.deliver()
             except Exception as error:  # whatever MLflow raises: the folder is the truth, so training goes on
                 self.trouble = " ".join(str(error).split())[:200] or type(error).__name__
-                time.sleep(RETRY_SECONDS)
+                self._closing.wait(RETRY_SECONDS)
                 self._changed.set()
+                if closing:
+                    return
             else:
                 self.trouble = ""
-                self._last_success = time.monotonic()
                 if closing:
                     self._done.set()
                     return
@@ -261,6 +277,26 @@ class MlflowMirror:
 def plain_name(name: str) -> str:
     """Give a name that MLflow takes: '<' and '>' of a token, say, become '_'."""
     return re.sub(r"[^\w\-. :/]", "_", name)
+
+
+def distinct_names(names: Iterable[str]) -> dict[str, str]:
+    """Give each param a name of its own that MLflow takes: other characters become '_', repeats get a number."""
+    given: dict[str, str] = {}
+    for name in names:
+        plain = candidate = re.sub(r"[^\w\-. ]", "_", name)
+        number = 2
+        while candidate in given.values():
+            candidate, number = f"{plain}_{number}", number + 1
+        given[name] = candidate
+    return given
+
+
+def user_name() -> str:
+    """Give the user's name, or '' in a container that has none."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return ""
 
 
 def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -48,7 +48,7 @@ def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device
         project: the folder whose git state counts.
     """
     return {
-        "command": sys.argv,
+        "command": sys.orig_argv,
         "config_hash": config_hash(frozen),
         "git": git_state(project),
         "data": dict(data_hashes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import Any, Protocol
 
 from src.config.schema import MlflowConfig, TrackingConfig, greater_is_better
 from src.tracking.console import Console
-from src.tracking.journal import RunFolder, open_run_folder
+from src.tracking.journal import RunFolder, hold, open_run_folder
 from src.tracking.mlflow_mirror import MlflowMirror
 from src.tracking.provenance import config_hash
 
 
 class StepLike(Protocol):
-    """What is shown of a training step."""
+    """What is shown and written of a training step."""
 
     number: int
     lr: float
@@ -26,6 +27,8 @@ class StepLike(Protocol):
     @property
     def tokens_per_second(self) -> float: ...
 
+    def collect(self) -> dict[str, float]: ...
+
 
 class Tracker:
     """Built by `open_tracking`. What is logged is in the folder when a method returns; MLflow follows by itself."""
@@ -34,6 +37,7 @@ class Tracker:
         self.console = console
         self._folder = folder
         self._mirror = mirror
+        self._started = time.monotonic()
         self._last: dict[str, float] = {}
         self._best: dict[str, float] = {}
 
@@ -54,14 +58,35 @@ class Tracker:
             self.console.label("tracking", f"MLflow, {self._mirror.uri}")
         self.console.say()
 
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Show warnings."""
+        for warning in warnings:
+            self.console.warn(warning)
+
     def progress(self, step: StepLike, num_steps: int, logging_steps: int) -> None:
         """Show how far training is."""
         self._folder.step = step.number
         logged = step.number % logging_steps == 0 or step.number == num_steps
         self.console.progress(step.number, num_steps, step.loss, step.lr, step.tokens_per_second, logged=logged)
 
+    @contextmanager
+    def line(self, step: StepLike, *, due: bool) -> Iterator[dict[str, float]]:
+        """Collect what is measured after a step, and write its line when the block ends, also when it is cut short.
+
+        Args:
+            due: whether there is a line even if nothing was measured.
+        """
+        measured: dict[str, float] = {}
+        try:
+            yield measured
+        finally:
+            if measured or due:
+                self.log(step.number, step.collect() | measured)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line of metrics; called once a step, when the step is over, evaluation included."""
+        elapsed = time.monotonic() - self._started
+        metrics = {**metrics, "perf/elapsed_seconds": elapsed}
         self._folder.append("metrics.jsonl", {"step": step, **metrics})
         self._folder.step = step
         if evaluated := {name: value for name, value in metrics.items() if name.startswith("eval/")}:
@@ -123,10 +148,15 @@ def _close(mirror: MlflowMirror, folder: RunFolder, console: Console) -> None:
 
 
 def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> None:
-    """Bring MLflow what it did not get of a run that is finished."""
+    """Bring MLflow what it did not get of a run that is finished.
+
+    Raises:
+        RunFolderError: where another process is at it.
+    """
     if not isinstance(config, MlflowConfig) or not (run_dir / "tracking.json").exists():
         return
-    mirror = MlflowMirror(config, run_dir)
-    mirror.poke()
-    if undelivered := mirror.close():
-        console.warn(f"MLflow at {config.uri}: {undelivered}")
+    with hold(run_dir):
+        mirror = MlflowMirror(config, run_dir)
+        mirror.poke()
+        if undelivered := mirror.close():
+            console.warn(f"MLflow at {config.uri}: {undelivered}")

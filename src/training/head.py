@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from src.training.loss import supervised_positions, token_nll
 
-TOLERANCE = 1e-4
-"""Largest relative difference from the model's own logits at which the shortcut over hidden states is trusted."""
-
 
 class ScoredModel(nn.Module):
     """A causal model that scores itself: input_ids and labels [batch, seq] become the summed nll of the labels."""
@@ -27,7 +24,7 @@ class ScoredModel(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         head = self.model.get_output_embeddings()
-        if self.uses_full_logits or head is None:
+        if self.uses_full_logits:
             logits = self.model(input_ids=input_ids, use_cache=False).logits
             picked, targets = supervised_positions(logits, labels)
             return token_nll(picked, targets, lambda chosen: chosen, logits.shape[-1])
@@ -36,26 +33,28 @@ class ScoredModel(nn.Module):
         return token_nll(states, targets, head, head.weight.shape[0])
 
     @torch.no_grad()
-    def choose_head(self, input_ids: Tensor, labels: Tensor) -> float:
-        """Compare the loss of a short row with the model's own full-logits forward; where they differ, use that one.
+    def choose_head(self, input_ids: Tensor) -> None:
+        """Watch the model's own forward on a short row, [1, seq]: is the head fed the last hidden states, and are the
+        logits what it gives back, bit for bit?
 
-        Many models put something between head and logits (a scale, a cap, a bias), so this is measured, not assumed.
-
-        Args:
-            input_ids, labels: one short row, [1, seq].
-        Returns:
-            The relative difference that was found.
+        Many models put something between head and logits (a scale, a cap, a bias), so this is seen, not assumed. Where
+        it is not so, the model's own forward computes the logits from then on.
         """
+        self.uses_full_logits = True
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return
+        seen: list[tuple[Tensor, Tensor]] = []
+        watch = head.register_forward_hook(lambda _module, given, result: seen.append((given[0], result)))
         training = self.training
         self.eval()
-        self.uses_full_logits = True
-        reference = self(input_ids, labels)
-        self.uses_full_logits = False
         try:
-            shortcut = self(input_ids, labels)
-        except (AttributeError, TypeError):  # no base model of the usual form
-            shortcut = torch.full_like(reference, float("nan"))
-        difference = ((shortcut - reference).abs() / reference.abs().clamp_min(1e-6)).item()
-        self.uses_full_logits = not difference <= TOLERANCE
-        self.train(training)
-        return difference
+            logits = self.model(input_ids=input_ids, use_cache=False).logits
+            base = self.model.base_model(input_ids=input_ids, use_cache=False)
+            hidden = getattr(base, "last_hidden_state", None)
+        finally:
+            watch.remove()
+            self.train(training)
+        if len(seen) == 1 and hidden is not None:
+            fed, given = seen[0]
+            self.uses_full_logits = not (torch.equal(fed, hidden) and torch.equal(given.float(), logits.float()))

@@ -114,7 +114,7 @@ def step_once(
     (num_supervised,) = runtime.sum([sum(batch.num_supervised for batch in batches)])
     sums = []
     for i, batch in enumerate(batches):
-        runtime.check_stop()
+        runtime.stop.check()
         batch = batch.to(runtime.device)
         with runtime.accumulate(state.scored, last=i == len(batches) - 1):
             nll = state.scored(batch.input_ids, batch.labels)
@@ -122,9 +122,13 @@ def step_once(
             runtime.backward(share * runtime.num_processes)  # processes average their gradients; the step sums them
         sums.append(nll.detach())
     nlls = torch.stack(sums).tolist()
-    _refuse_non_finite(nlls, batches, rows, state.step + 1)
+    if bad := [batch for nll, batch in zip(nlls, batches, strict=True) if not math.isfinite(nll)]:
+        value = next(nll for nll in nlls if not math.isfinite(nll))
+        raise _not_finite(f"the loss became {value}", bad, rows, state.step + 1)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    grad_norm = runtime.clip_grad_norm(parameters, config.training.max_grad_norm)
+    grad_norm = float(runtime.clip_grad_norm(parameters, config.training.max_grad_norm))
+    if not math.isfinite(grad_norm) and not runtime.scales_gradients:
+        raise _not_finite(f"the gradient's norm became {grad_norm}", batches, rows, state.step + 1)
     lr = float(state.schedule.get_last_lr()[0])
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -139,15 +143,12 @@ def step_once(
     meter.num_tokens += int(num_tokens)
     state.tokens_seen += int(num_tokens)
     state.examples_seen += int(num_rows)
-    return lr, float(grad_norm)
+    return lr, grad_norm
 
 
-def _refuse_non_finite(nlls: list[float], batches: list[Batch], rows: EncodedSet, step: int) -> None:
-    bad = [batch for nll, batch in zip(nlls, batches, strict=True) if not math.isfinite(nll)]
-    if bad:
-        places = [rows.places[index] for batch in bad for index in batch.rows]
-        value = next(nll for nll in nlls if not math.isfinite(nll))
-        raise NonFiniteLossError(
-            f"the loss became {value} in step {step}. It came from these rows, or from a learning rate that is too "
-            f"high for them:\n{listed(places)}"
-        )
+def _not_finite(what: str, batches: list[Batch], rows: EncodedSet, step: int) -> NonFiniteLossError:
+    places = [rows.places[index] for batch in batches for index in batch.rows]
+    return NonFiniteLossError(
+        f"{what} in step {step}. Either these rows are extreme, or a learning rate that is too high has spoilt the "
+        f"weights in the steps before:\n{listed(places)}"
+    )

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from src.config.schema import RunConfig, TrainingConfig
 from src.data.batching import collate, steps_per_epoch
 from src.data.dataset import EncodedSet
+from src.errors import ModelError
 from src.runtime.session import Runtime
 from src.training.head import ScoredModel
 from src.training.optim import build_optimizer, build_schedule
@@ -52,15 +54,21 @@ def num_train_steps(config: TrainingConfig, per_epoch: int) -> int:
 
 
 def prepare(model: Any, train: EncodedSet, config: RunConfig, runtime: Runtime) -> TrainState:
-    """Place everything on the device and choose how the head is computed."""
+    """Place everything on the device and choose how the head is computed.
+
+    Raises:
+        ModelError: where the weights' type does not go with the precision.
+    """
     training = config.training
     per_epoch = steps_per_epoch(len(train), training.per_device_train_batch_size, training.gradient_accumulation_steps)
     num_steps = num_train_steps(training, per_epoch)
+    if runtime.scales_gradients and any(p.dtype != torch.float32 for p in model.parameters()):
+        raise ModelError("fp16 mixed precision scales gradients of float32 weights only: model.dtype=float32")
     scored = ScoredModel(model).to(runtime.device)
     shortest = min(range(len(train)), key=lambda i: len(train[i][0]))
     row = collate(train, [shortest], pad_token_id=0).to(runtime.device)
-    scored.choose_head(row.input_ids, row.labels)
-    optimizer = build_optimizer(config.optimizer, scored.named_parameters())
+    scored.choose_head(row.input_ids)
+    optimizer = build_optimizer(config.optimizer, scored.parameters())
     schedule = build_schedule(config.scheduler, optimizer, num_steps)
     wrapped, optimizer = runtime.prepare(scored, optimizer)
     return TrainState(wrapped, model, optimizer, schedule, num_steps, per_epoch, scored.uses_full_logits)

@@ -1,0 +1,69 @@
+"""What a run assembled, in a few lines for a person."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from src.config.schema import InitMethod, RunConfig, Weights
+from src.data.dataset import Data
+from src.model.build import num_parameters
+from src.runtime.session import Runtime
+from src.tokens import NewTokens, StartedRows
+from src.training.state import TrainState
+
+
+def overview(
+    config: RunConfig,
+    state: TrainState,
+    tokenizer: Any,
+    new: NewTokens,
+    started: StartedRows,
+    data: Data,
+    runtime: Runtime,
+) -> dict[str, str]:
+    """Give label -> text; a text may have several lines."""
+    sets = "\n".join(f"{name}: {report.summary}" for name, report in data.reports.items())
+    return {
+        "model": _model(config, state),
+        "tokens": _tokens(config, state, tokenizer, new, started),
+        "data": sets,
+        "steps": _steps(config, state),
+        "device": runtime.description,
+    }
+
+
+def _model(config: RunConfig, state: TrainState) -> str:
+    total, trained = num_parameters(state.model)
+    source = "random weights" if config.model.weights is Weights.random else "pretrained weights"
+    dtype = str(state.model.dtype).removeprefix("torch.")
+    text = f"{type(state.model).__name__} of {config.model.checkpoint}, {source}, {dtype}"
+    text += f"\n{total:,} parameters, {'all' if trained == total else f'{trained:,}'} trained"
+    if state.uses_full_logits:
+        text += "\nits logits are more than head(hidden states): all of them are computed (slower, more memory)"
+    return text
+
+
+def _tokens(config: RunConfig, state: TrainState, tokenizer: Any, new: NewTokens, started: StartedRows) -> str:
+    text = f"{len(tokenizer):,} in the vocabulary, {state.model.get_input_embeddings().weight.shape[0]:,} rows"
+    if started.ids:
+        init = config.tokens.init
+        how = f"{init.method.value} {init.text}" if init.method is InitMethod.text else init.method.value
+        text += f"; {', '.join(started.ids)} start from {how}"
+    if learned := [token for token in new.known if token not in started.ids]:
+        text += f"; known already, left as learned: {', '.join(learned)}"
+    return text
+
+
+def _steps(config: RunConfig, state: TrainState) -> str:
+    rows = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
+    epochs = state.num_steps / state.steps_per_epoch
+    return f"{state.num_steps:,}, each of {rows} rows: {epochs:.3g} epoch{'s' if epochs > 1 else ''}"
+
+
+def unlearned(data: Data) -> list[str]:
+    """Warn of new tokens that no training row holds: they would stay as they start."""
+    return [
+        f"{token} is in no training row, so it will not be learned (is data.thought_pattern right?)"
+        for token, count in data.reports["train"].new_tokens.items()
+        if not count["supervised"] and not count["fed"]
+    ]
