@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from src.config.schema import Device, MixedPrecision, RuntimeConfig, greater_is_better
 from src.data.dataset import build_data
-from src.errors import DataError, ModelError, NonFiniteLossError
+from src.errors import DataError, Interrupted, ModelError, NonFiniteLossError
 from src.evaluation.evaluate import open_evaluation
 from src.evaluation.generate import cut_at
 from src.evaluation.metrics import answer, exact_match, perplexity, strip_thoughts
@@ -159,6 +159,21 @@ def test_what_can_not_be_generated_from_is_refused_before_training(runtime: Runt
     with pytest.raises(DataError, match=r"rows\.jsonl:1  nothing to generate from"):
         evaluator(runtime, "model=causal_lm", f"model.checkpoint={tmp_path}", "model.weights=random", "tokens=none",
                   f"data.validation_files=['{file}']", "data.max_dropped_fraction=1")  # fmt: skip
+
+
+def test_a_signal_ends_generation_between_two_tokens(runtime: Runtime) -> None:
+    one, data = evaluator(runtime, "generation.max_new_tokens=500", "generation.min_new_tokens=500")
+    runtime.stop.is_deferred = True
+    calls = []
+
+    def signal_comes(*_: object) -> None:
+        calls.append(1)
+        runtime.stop.name = "SIGTERM"
+
+    one.generator.model.register_forward_hook(signal_comes)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        one.generator.generate([data.train.prompt_ids(0)], seed=0)
+    assert len(calls) == 1
 
 
 def test_a_loss_that_is_not_finite_is_no_result(runtime: Runtime, tmp_path: Path) -> None:

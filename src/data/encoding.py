@@ -58,15 +58,9 @@ class Encoder:
 
     def encode_completions(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[int]]:
         """Encode what follows a prompt, without EOS; behind an empty prompt a completion begins the text."""
-        ids = self._encode(
-            [c if p else "" for p, c in zip(prompts, completions, strict=True)], self._continuation_backend
-        )
-        beginning = [i for i, prompt in enumerate(prompts) if not prompt]
-        for i, begun in zip(
-            beginning, self._encode([completions[i] for i in beginning], self._start_backend), strict=True
-        ):
-            ids[i] = begun
-        return ids
+        following = iter(self._encode([c for p, c in _pairs(prompts, completions) if p], self._continuation_backend))
+        beginning = iter(self._encode([c for p, c in _pairs(prompts, completions) if not p], self._start_backend))
+        return [next(following if prompt else beginning) for prompt in prompts]
 
     def _encode(self, texts: Sequence[str], backend: Tokenizer) -> list[list[int]]:
         encoded = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -114,6 +108,10 @@ class Encoder:
         """Give the text of generated ids; BOS, EOS and pad are no text, thought tags are."""
         kept = [i for i in ids if i not in self._control_ids]
         return self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _pairs(prompts: Sequence[str], completions: Sequence[str]) -> zip[tuple[str, str]]:
+    return zip(prompts, completions, strict=True)
 
 
 def _cut_start(prompt: list[int], excess: int, num_prefix: int) -> list[int]:
