@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -310,3 +312,52 @@ def test_nested_settings_become_flat_names_that_mlflow_takes() -> None:
 @pytest.mark.parametrize(("seconds", "shown"), [(7.4, "0:07"), (750, "12:30"), (11100, "3:05:00")])
 def test_durations(seconds: float, shown: str) -> None:
     assert clock(seconds) == shown
+
+
+def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """Start MLflow's own server on a store in `folder`, and wait until it answers."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+               "--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port),
+               "--workers", "1"]  # fmt: skip
+    server = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=folder
+    )
+    while True:
+        assert server.poll() is None
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return server
+        except OSError:
+            time.sleep(0.2)
+
+
+def stop_server(server: subprocess.Popen[bytes]) -> None:
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def test_a_server_that_dies_during_a_run_and_comes_back_has_everything_once(tmp_path: Path) -> None:
+    uri = closed_port()
+    port = int(uri.rpartition(":")[2])
+    config = mlflow_config(uri)
+    run = tmp_path / "run"
+    console = Console(io.StringIO())
+    server = start_server(tmp_path, port)
+    try:
+        with open_tracking(config, run, {"seed": 1}, console, force=False) as tracking:
+            tracking.log(1, {"train/loss": 1.0})
+            while Delivery(config, run).num_pending:
+                time.sleep(0.1)
+            stop_server(server)
+            tracking.log(2, {"train/loss": 0.5})
+            tracking.finish({"steps": 2})
+        assert read_status(run)["state"] == "FINISHED"
+        server = start_server(tmp_path, port)
+        deliver_pending(config, run, console)
+        client = MlflowClient(uri)
+        run_id = read_status(run)["tracker_run_id"]
+        assert [metric.value for metric in client.get_metric_history(run_id, "train/loss")] == [1.0, 0.5]
+        assert client.get_run(run_id).info.status == "FINISHED"
+        assert "summary.json" in {file.path for file in client.list_artifacts(run_id)}
+    finally:
+        stop_server(server)
