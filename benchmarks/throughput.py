@@ -1,6 +1,6 @@
 """Towline's loop beside transformers' Trainer: the same model, rows, batch and optimizer, in turn, in one process.
 
-    python -m benchmarks.throughput [--steps 40] [--rounds 3] [--vocabulary 259]
+    python -m benchmarks.throughput [--steps 40] [--rounds 3] [--vocabulary 264] [KEY=VALUE …]
 
 Prints seconds a step of both, round by round, and their ratio. `--vocabulary 32000` shows what logits for supervised
 positions only are worth on a vocabulary of the usual size. Not a test: times differ from machine to machine.
@@ -9,6 +9,7 @@ positions only are worth on a vocabulary of the usual size. Not a test: times di
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -22,6 +23,7 @@ from src.config.schema import RunConfig
 from src.data.batching import collate
 from src.data.dataset import Data, build_data
 from src.runtime.session import start_runtime
+from src.runtime.signals import StopRequest
 from src.tokens import load_tokenizer
 from src.training.loop import train
 from src.training.state import prepare
@@ -29,19 +31,22 @@ from src.training.state import prepare
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="other settings, KEY=VALUE as for src.run")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--vocabulary", type=int, default=264, help="rows of the embedding matrices")
+    parser.add_argument("--vocabulary", type=int, help="rows of the embedding matrices; else as many as tokens need")
     given = parser.parse_args()
-    request = admit(["tracking=none", f"training.max_train_steps={given.steps}", "runtime.device=cpu"])
+    fixed = ["tracking=none", f"training.max_train_steps={given.steps}", "runtime.device=cpu"]
+    request = admit([*fixed, *given.overrides])
     assert request.run is not None
     config = request.run.config
     tokenizer, _ = load_tokenizer(config.model, config.tokens)
     data = build_data(config, tokenizer)
+    vocabulary = given.vocabulary or 8 * math.ceil(len(tokenizer) / 8)
     ratios = []
     for number in range(given.rounds):
-        ours = towline(config, data, given.vocabulary) / given.steps
-        theirs = trainer(config, data, given.vocabulary, given.steps) / given.steps
+        ours = towline(config, data, vocabulary) / given.steps
+        theirs = trainer(config, data, vocabulary, given.steps) / given.steps
         ratios.append(theirs / ours)
         print(f"round {number + 1}: Towline {ours:.4f} s/step, Trainer {theirs:.4f} s/step, ratio {ratios[-1]:.2f}")
     print(f"Trainer / Towline, median of {given.rounds}: {statistics.median(ratios):.2f}")
@@ -54,7 +59,7 @@ def model_of(config: RunConfig, vocabulary: int) -> Any:
 
 def towline(config: RunConfig, data: Data, vocabulary: int) -> float:
     """Give the seconds that Towline's loop spends in its steps."""
-    with start_runtime(config.runtime, config.training.mixed_precision, config.seed) as runtime:
+    with start_runtime(config.runtime, config.training.mixed_precision, config.seed, StopRequest()) as runtime:
         state = prepare(model_of(config, vocabulary), data.train, config, runtime)
         for _ in train(state, data.train, config, runtime, pad_token_id=0):
             pass

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from src.config.schema import Reduction
 from src.data.encoding import IGNORE_INDEX
 
-MAX_LOGITS = 2**25
-"""Logits held at once, in elements: 128 MiB in fp32."""
+MAX_LOGITS = 2**26
+"""Logits held at once, in elements: 256 MiB in fp32."""
 
 
 def supervised_positions(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
