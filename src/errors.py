@@ -51,8 +51,11 @@ class NonFiniteLossError(TrainingError):
     """The loss became inf or nan."""
 
 
-class Interrupted(Exception):
-    """The run was asked to stop (SIGINT or SIGTERM) and came to a point where it could."""
+class Interrupted(BaseException):
+    """The run was asked to stop (SIGINT or SIGTERM) and came to a point where it could.
+
+    No Exception, as KeyboardInterrupt is none: whoever catches what a library may raise must not catch this.
+    """
 
     exit_code = 75  # EX_TEMPFAIL: a scheduler may queue the same command again
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.data.batching import Batch, collate, epoch_order, steps_per_epoch, windows
@@ -205,6 +206,13 @@ def test_a_signal_before_training_is_followed_at_once() -> None:
     with pytest.raises(Interrupted, match="SIGINT"), stop_on_signals():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_while_a_library_works_is_no_error_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = admitted().config
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted, match="SIGTERM"), stop_on_signals():
+        load_tokenizer(config.model, config.tokens)
 
 
 def test_every_row_is_fed_once_an_epoch_in_another_order() -> None:
