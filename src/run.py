@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from src.config.compose import CONF, PROJECT_ROOT
 from src.config.gate import Admitted, Request, admit, parse
@@ -137,9 +138,9 @@ def sweep(request: Request) -> int:
     codes = []
 
     def job(cfg: DictConfig) -> None:
-        sections = OmegaConf.to_container(cfg, resolve=True)
+        sections: Any = OmegaConf.to_container(cfg, resolve=True)
         run_dir = Path(HydraConfig.get().runtime.output_dir)
-        codes.append(guarded(Admitted(parse(sections), sections, run_dir)))  # type: ignore[arg-type]
+        codes.append(guarded(Admitted(parse(sections), sections, run_dir)))
         if codes[-1] == Interrupted.exit_code:
             sys.exit(Interrupted.exit_code)  # a stopped run stops the sweep; one that failed does not
 

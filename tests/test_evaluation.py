@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from src.config.schema import Device, MixedPrecision, RuntimeConfig, greater_is_better
-from src.data.dataset import build_data
+from src.data.dataset import Data, build_data
 from src.errors import DataError, Interrupted, ModelError, NonFiniteLossError
-from src.evaluation.evaluate import open_evaluation
+from src.evaluation.evaluate import Evaluator, open_evaluation
 from src.evaluation.generate import cut_at
 from src.evaluation.metrics import answer, exact_match, perplexity, strip_thoughts
 from src.evaluation.samples import sample
@@ -78,7 +78,7 @@ def runtime() -> Iterator[Runtime]:
         yield started
 
 
-def evaluator(runtime: Runtime, *overrides: str):  # type: ignore[no-untyped-def]
+def evaluator(runtime: Runtime, *overrides: str) -> tuple[Evaluator, Data]:
     config = admitted("data.limit=12", *overrides).config
     tokenizer, new = load_tokenizer(config.model, config.tokens)
     data = build_data(config, tokenizer)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from src.config.schema import Device, MixedPrecision, RuntimeConfig
+from src.config.schema import Device, MixedPrecision, RunConfig, RuntimeConfig
 from src.data.batching import Batch, collate, epoch_order, steps_per_epoch, windows
-from src.data.dataset import build_data
+from src.data.dataset import Data, build_data
 from src.errors import Interrupted, NonFiniteLossError
 from src.model.build import build_model
 from src.runtime.session import Runtime, start_runtime
@@ -40,7 +40,7 @@ def runtime() -> Iterator[Runtime]:
         yield started
 
 
-def assembled(runtime: Runtime, *overrides: str):  # type: ignore[no-untyped-def]
+def assembled(runtime: Runtime, *overrides: str) -> tuple[RunConfig, Data, TrainState]:
     config = admitted(*overrides).config
     torch.manual_seed(0)
     tokenizer, new = load_tokenizer(config.model, config.tokens)

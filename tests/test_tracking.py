@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from mlflow import MlflowClient
 
 from src.errors import Interrupted, RunFolderError
 from src.tracking.console import Console, clock
-from src.tracking.journal import FILES, open_run_folder, read_status
+from src.tracking.journal import FILES, RunFolder, open_run_folder, read_status
 from src.tracking.mlflow_mirror import Delivery, MlflowMirror, distinct_names, flat, plain_name
 from src.tracking.provenance import config_hash, git_state, provenance
 from src.tracking.tracker import deliver_pending, open_tracking
 from tests.conftest import ROOT, admitted, read_lines
 
 
-def mlflow_config(uri: str, *overrides: str):  # type: ignore[no-untyped-def]
+def mlflow_config(uri: str, *overrides: str) -> Any:
     return admitted("tracking=mlflow", f"tracking.uri='{uri}'", *overrides).config.tracking
 
 
@@ -193,6 +194,7 @@ def test_params_get_names_of_their_own() -> None:
 def test_three_processes_can_start_on_a_fresh_store(tmp_path: Path) -> None:
     code = """
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tests.test_tracking import mlflow_config, track
 track(mlflow_config(sys.argv[1]), Path(sys.argv[2]))
@@ -213,7 +215,7 @@ track(mlflow_config(sys.argv[1]), Path(sys.argv[2]))
     assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"] * 3
 
 
-def open_folder(path: Path, *, force: bool = False):  # type: ignore[no-untyped-def]
+def open_folder(path: Path, *, force: bool = False) -> AbstractContextManager[RunFolder]:
     return open_run_folder(path, {"seed": 1}, "hash", force=force)
 
 

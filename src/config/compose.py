@@ -256,7 +256,8 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     name = str(cfg.get("name")).replace("\\", "\\\\").replace("'", "\\'")
     base = compose([f"++name='{name}'", *hydra_overrides], CommandLine(line.flags, line.argv))
     composed = Composed({}, base.run_dir, {}, [*base.problems, *problems])
-    resolve_sections(OmegaConf.to_container(cfg), composed)  # type: ignore[arg-type]
+    changed: Any = OmegaConf.to_container(cfg)
+    resolve_sections(changed, composed)
     return composed
 
 

@@ -55,9 +55,6 @@ class Runtime:
         """Place the model on the device and wrap both for precision; steps whose fp16 overflowed are skipped."""
         return self._accelerator.prepare(model, optimizer)
 
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        return self._accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-
     def autocast(self) -> AbstractContextManager[Any]:
         return self._accelerator.autocast()
 
