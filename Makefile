@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint ui clean
+.PHONY: help setup train preflight test lint ui clean clean-cache
 
 help: ## list these targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 setup: $(READY) ## make the environment in .venv, versions as in constraints.txt
 
@@ -21,6 +21,9 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY) ## the default run: a tiny model learns to add, with thoughts; ARGS='KEY=VALUE …' changes it
 	$(BIN)/python -m src.run $(ARGS)
 
+preflight: $(READY) ## everything about a run that can be known without training it; ARGS='KEY=VALUE …'
+	$(BIN)/python -m src.preflight $(ARGS)
+
 test: lint ## every check that CI runs: format, lint, types, tests
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -32,6 +35,9 @@ lint: $(READY) ## format, lint and types only
 ui: $(READY) ## MLflow's page of all runs, on http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db \
 		--host 127.0.0.1 --port $(or $(PORT),5000)
+
+clean-cache: ## remove encoded rows that are kept for the next run (.cache/data)
+	rm -rf .cache/data
 
 clean: ## remove caches and build leftovers; runs, multirun, mlflow.db and .venv stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache *.egg-info

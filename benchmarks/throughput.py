@@ -22,6 +22,7 @@ from src.config.gate import admit
 from src.config.schema import RunConfig
 from src.data.batching import collate
 from src.data.dataset import Data, build_data
+from src.data.sets import EncodedSet
 from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest
 from src.tokens import load_tokenizer
@@ -70,7 +71,8 @@ def trainer(config: RunConfig, data: Data, vocabulary: int, steps: int) -> float
     """Give the seconds that Trainer spends from its first step to its last."""
 
     def together(rows: list[int]) -> dict[str, torch.Tensor]:
-        batch = collate(data.train, rows, pad_token_id=0)
+        assert isinstance(data.train, EncodedSet)
+        batch = collate(data.train, [[row] for row in rows], pad_token_id=0)
         return {"input_ids": batch.input_ids, "labels": batch.labels}
 
     with tempfile.TemporaryDirectory() as folder:
@@ -87,6 +89,7 @@ def trainer(config: RunConfig, data: Data, vocabulary: int, steps: int) -> float
             logging_steps=config.training.logging_steps,
             dataloader_pin_memory=False,
         )
+        assert isinstance(data.train, EncodedSet)
         rows: Any = list(range(len(data.train)))
         run = Trainer(model_of(config, vocabulary), arguments, train_dataset=rows, data_collator=together)
         started = time.perf_counter()

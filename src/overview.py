@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from src.config.schema import InitMethod, RunConfig, Weights
+from src.config.schema import Batching, InitMethod, RunConfig, Weights
 from src.data.dataset import Data
 from src.model.build import num_parameters
 from src.runtime.session import Runtime
@@ -56,8 +56,11 @@ def _tokens(config: RunConfig, state: TrainState, tokenizer: Any, new: NewTokens
 
 def _steps(config: RunConfig, state: TrainState) -> str:
     rows = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
+    sequences = f"{rows} {'sequences of packed rows' if config.data.batching is Batching.packed else 'rows'}"
+    if state.steps_per_epoch is None:
+        return f"{state.num_steps:,}, each of {sequences}, streamed"
     epochs = state.num_steps / state.steps_per_epoch
-    return f"{state.num_steps:,}, each of {rows} rows: {epochs:.3g} epoch{'s' if epochs > 1 else ''}"
+    return f"{state.num_steps:,}, each of {sequences}: {epochs:.3g} epoch{'s' if epochs > 1 else ''}"
 
 
 def unlearned(data: Data) -> list[str]:

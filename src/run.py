@@ -60,15 +60,16 @@ def run(admitted: Admitted) -> dict[str, float]:
             hashes = file_hashes(config.data)
             tracking.record("provenance.json", provenance(admitted.frozen, hashes, runtime.description, PROJECT_ROOT))
             tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
-            data = build_data(config, tokenizer)
+            data = build_data(config, tokenizer, console.working)
             tracking.record("data_report.json", {name: report.as_dict() for name, report in data.reports.items()})
             model = build_model(config.model, config.data.max_seq_length)
-            set_generation(model, config.generation, tokenizer)
+            set_generation(model, config.generation, tokenizer, data.stop_ids)
             started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed)
             state = prepare(model, data.train, config, runtime)
             check_new_rows(state.model, started)
             evaluation = open_evaluation(config, state.scored, state.model, data, runtime)
             best = BestWeights(config.checkpoint, run_dir)
+            samples_of = data.for_samples()
             tracking.warn(unlearned(data))
             tracking.describe(overview(config, state, tokenizer, new_tokens, started, data, runtime))
 
@@ -85,9 +86,7 @@ def run(admitted: Admitted) -> dict[str, float]:
                         for rows in data.test.values():
                             metrics |= evaluation.evaluate(rows)
                 if step.is_due(config.evaluation.sample_steps) or step.is_last:
-                    tracking.samples(
-                        sample(evaluation, data.for_samples, config.evaluation.sample_prompts, step.number)
-                    )
+                    tracking.samples(sample(evaluation, samples_of, config.evaluation.sample_prompts, step.number))
 
             export(state.model, tokenizer, run_dir / "model")
             return tracking.finish(state.totals() | {"peak_memory_bytes": runtime.peak_memory_bytes()})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,9 @@ from src.config.gate import Admitted, admit
 ROOT = Path(__file__).resolve().parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 
+ROWS = tempfile.mkdtemp(prefix="towline-test-rows-")
+"""Where this process's tests keep encoded rows, unless they say otherwise."""
+atexit.register(shutil.rmtree, ROWS, ignore_errors=True)
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -30,7 +36,7 @@ def _project_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def admitted(*overrides: str) -> Admitted:
     """Admit one run without a tracker, unless the overrides say otherwise."""
     chosen = any(override.startswith(("tracking=", "rerun=")) for override in overrides)
-    request = admit(overrides if chosen else ["tracking=none", *overrides])
+    request = admit([*([] if chosen else ["tracking=none"]), f"data.cache_dir={ROWS}", *overrides])
     assert request.run is not None
     return request.run
 

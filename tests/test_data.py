@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from src.config.schema import RunConfig
 from src.data.dataset import Data, build_data, hold_out
 from src.data.encoding import IGNORE_INDEX
-from src.data.formats import BadRow, ThoughtForm, fill, prompt_completion
-from src.data.sources import Record, read_files
+from src.data.examples import Examples, fill
+from src.data.formats import BadRow
+from src.data.readers import Record
 from src.errors import DataError
 from src.tokens import load_tokenizer
 from tests.conftest import GSM8K, ROOT, admitted, read_lines, write_lines
@@ -40,8 +41,7 @@ def test_the_same_rows_with_thoughts_without_and_with_other_tags(tmp_path: Path)
 
     def completion(*overrides: str) -> str:
         _, tokenizer, data = built(*only(file, *overrides))
-        ids, labels = data.train[3]
-        return tokenizer.decode([i for i, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX])
+        return tokenizer.decode([label for label in data.train[3].labels.tolist() if label != IGNORE_INDEX])
 
     assert completion() == "<ToW>3 and one</ToW>4</s>"
     assert completion("tokens=none") == "4</s>"
@@ -56,8 +56,9 @@ def test_the_report_accounts_for_every_row_and_token(tmp_path: Path) -> None:
     report = data.reports["train"]
     assert (report.rows_read, report.rows_kept, report.rows_truncated) == (12, 11, 1)
     assert dict(report.rows_dropped) == {"no_supervised_token": 1}
-    assert report.tokens == sum(len(data.train[i][0]) for i in range(11))
-    assert report.supervised_tokens == sum((data.train[i][1] != IGNORE_INDEX).sum() for i in range(11))
+    assert report.tokens == sum(len(data.train[i].input_ids) for i in range(11))
+    assert report.supervised_tokens == sum(data.train[i].num_supervised for i in range(11))
+    assert report.dropped_places == {"no_supervised_token": [f"{file}:12"]}
     assert report.new_tokens == {token: {"fed": 10, "supervised": 10} for token in ("<ToW>", "</ToW>")}
     assert report.control_tokens_as_text == 1
     json.dumps(report.as_dict())
@@ -76,7 +77,7 @@ def test_too_many_dropped_rows_stop_the_run_and_say_why(tmp_path: Path) -> None:
         "data.overflow",
     ):
         assert words in str(caught.value)
-    with pytest.raises(DataError, match=r"3 rows are longer(.|\n)*rows.jsonl:11"):
+    with pytest.raises(DataError, match=r"3 rows can't be used(.|\n)*rows.jsonl:11  longer than data.max_seq"):
         built(*only(file, "data.max_seq_length=40", "data.overflow=error"))
     _, _, data = built(*only(file, "data.max_seq_length=40", "data.overflow=drop", "data.max_dropped_fraction=0.3"))
     assert dict(data.reports["train"].rows_dropped) == {"too_long": 3}
@@ -91,7 +92,7 @@ def test_too_many_dropped_rows_stop_the_run_and_say_why(tmp_path: Path) -> None:
         (b'{"prompt": "\xff", "completion": "b"}', r"rows\.jsonl:3  not UTF-8 \(byte 13\)"),
         (b'{"question": "a", "completion": "b"}', r"rows\.jsonl:3  no field 'prompt'; there are 'question', 'com"),
         (b'{"prompt": "a", "completion": null}', r"rows\.jsonl:3  'completion' is null, not a text"),
-        (b'{"prompt": 3, "completion": "b"}', r"rows\.jsonl:3  'prompt' is int, not a text"),
+        (b'{"prompt": 3, "completion": "b"}', r"rows\.jsonl:3  'prompt' is a number, not a text"),
         (b'{"prompt": "a", "completion": ""}', r"rows\.jsonl:3  'completion' is empty"),
     ],
 )  # fmt: skip
@@ -121,36 +122,33 @@ def test_an_empty_set_is_refused(tmp_path: Path, content: str) -> None:
         built(*only(str(file)))
 
 
-def test_only_jsonl_is_read(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("prompt,completion\na,b\n")
-    with pytest.raises(DataError, match="only JSONL is read"):
-        built(*only(str(tmp_path / "rows.csv")))
-
-
 def test_a_share_of_train_is_held_out_by_seed(tmp_path: Path) -> None:
-    records = [Record({"i": i}, "file", i) for i in range(100)]
-    train, held_out = hold_out(records, 0.1, seed=5)
-    assert (len(train), len(held_out)) == (90, 10)
-    assert sorted(r.number for r in train + held_out) == list(range(100))
-    assert hold_out(records, 0.1, seed=5)[1] == held_out
-    assert hold_out(records, 0.1, seed=6)[1] != held_out
+    assert len(hold_out(100, 0.1, seed=5)) == 10
+    assert hold_out(100, 0.1, seed=5) == hold_out(100, 0.1, seed=5) != hold_out(100, 0.1, seed=6)
+    assert hold_out(100, 0.0, seed=5) == hold_out(1, 0.5, seed=5) == set()
     file = write_lines(tmp_path / "rows.jsonl", ROWS)
     _, _, data = built(*only(file, "data.validation_fraction=0.2"))
     assert (len(data.train), len(data.validation["validation"])) == (8, 2)
-    assert not set(data.train.places) & set(data.validation["validation"].places)
+    held_out = data.validation["validation"]
+    assert sorted([data.train.place(i) for i in range(8)] + [held_out.place(i) for i in range(2)]) == sorted(
+        f"{file}:{i}" for i in range(1, 11)
+    )
+    assert (data.reports["train"].rows_read, data.reports["validation"].rows_read) == (8, 2)
 
 
 def test_named_validation_sets_and_limit(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", ROWS)
-    _, _, data = built(f"data.validation_files={{easy:['{file}'],hard:['{file}','{file}']}}", "data.limit=15")
+    more = write_lines(tmp_path / "more.jsonl", ROWS)
+    _, _, data = built(f"data.validation_files={{easy:['{file}'],hard:['{file}','{more}']}}", "data.limit=15")
     assert {name: len(rows) for name, rows in data.validation.items()} == {"easy": 10, "hard": 15}
     assert (len(data.train), len(data.test["test"])) == (15, 15)
 
 
 def test_several_files_come_in_their_order(tmp_path: Path) -> None:
-    files = [write_lines(tmp_path / f"{name}.jsonl", [{"prompt": name}]) for name in "ba"]
-    assert [record.fields["prompt"] for record in read_files(files)] == ["b", "a"]
-    assert [record.place.rpartition("/")[2] for record in read_files(files)] == ["b.jsonl:1", "a.jsonl:1"]
+    files = [write_lines(tmp_path / f"{name}.jsonl", [{"prompt": name, "completion": "x"}]) for name in "ba"]
+    _, _, data = built(*only("', '".join(files)))
+    assert [data.train.prompt(i) for i in range(2)] == ["b", "a"]
+    assert [data.train.place(i) for i in range(2)] == [f"{file}:1" for file in files]
 
 
 def test_templates_and_columns() -> None:
@@ -158,14 +156,15 @@ def test_templates_and_columns() -> None:
         "data.columns={prompt:q,completion:a}",
         "data.prompt_template='question : {prompt} answer :'",
         "data.completion_template=' {completion}.'",
+        "data.thought_pattern='<<(.*?)>>'",
     ).config.data
-    thoughts = ThoughtForm(re.compile("<<(.*?)>>", re.DOTALL), ("<T>", "</T>"))
-    example = prompt_completion({"q": "{a} 1+1?", "a": "1+1=<<two>>2"}, data, thoughts)
+    examples = Examples(data, ("<T>", "</T>"), None)
+    example = examples.of(Record({"q": "{a} 1+1?", "a": "1+1=<<two>>2"}, "file", 1))
     assert example.prompt == "question : {a} 1+1? answer :"
     assert example.completion == " 1+1=<T>two</T>2."
     assert example.reference == " 1+1=2."
     with pytest.raises(BadRow, match=r"data\.columns\.prompt=FIELD"):
-        prompt_completion({"a": "b"}, data, thoughts)
+        examples.of(Record({"a": "b"}, "file", 1))
 
 
 def test_braces_in_a_row_mean_nothing() -> None:
@@ -174,7 +173,7 @@ def test_braces_in_a_row_mean_nothing() -> None:
 
 def test_a_validation_row_without_an_answer_is_named(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "no number"}])
-    with pytest.raises(DataError, match=r"rows\.jsonl:1  no answer in it"):
+    with pytest.raises(DataError, match=r"1 row of validation can't be used: no answer(.|\n)*rows\.jsonl:1"):
         built(f"data.validation_files=['{file}']", "data.answer_pattern='#### (.*)'")
 
 
@@ -248,14 +247,11 @@ def test_gsm8k_becomes_question_thoughts_and_answer() -> None:
     _, tokenizer, data = built(
         "data=gsm8k", f"data.train_files=['{GSM8K}']", "data.limit=50", "data.max_seq_length=1024"
     )
-    example = data.train.examples[0]
-    assert (
-        "<ToW>48/2=24</ToW>" in data.train.examples[0].completion + data.validation["validation"].examples[0].completion
-    )
-    assert example.prompt.endswith("?\n")
-    assert "<ToW>" not in example.reference
-    assert "<<" not in example.completion
-    ids, labels = data.train[0]
-    assert tokenizer.decode(ids[1:-1]) == example.prompt + example.completion
-    learned = [int(i) for i, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]
-    assert tokenizer.decode(learned) == example.completion + "</s>"
+    train = data.train
+    assert "<ToW>48/2=24</ToW>" in train.completion(0) + data.validation["validation"].completion(0)
+    assert train.prompt(0).endswith("?\n")
+    assert "<ToW>" not in train.reference(0)
+    assert "<<" not in train.completion(0)
+    row = train[0]
+    assert tokenizer.decode(row.input_ids[1:-1]) == train.prompt(0) + train.completion(0)
+    assert tokenizer.decode(row.labels[row.labels != IGNORE_INDEX]) == train.completion(0) + "</s>"

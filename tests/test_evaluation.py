@@ -66,9 +66,9 @@ def test_perplexity_and_directions() -> None:
 
 
 def test_what_stands_behind_eos_is_cut() -> None:
-    assert cut_at([5, 6, 2, 0, 0], 2).ids == [5, 6]
-    assert cut_at([5, 6, 2, 0, 0], 2).stop_reason == "eos"
-    assert cut_at([5, 6], 2).stop_reason == "length"
+    assert cut_at([5, 6, 2, 0, 0], [2]).ids == [5, 6]
+    assert cut_at([5, 6, 2, 0, 0], [2]).stop_reason == "eos"
+    assert cut_at([5, 6], [2]).stop_reason == "length"
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def evaluator(runtime: Runtime, *overrides: str) -> tuple[Evaluator, Data]:
     torch.manual_seed(0)
     model = build_model(config.model, config.data.max_seq_length).eval()
     grow_embeddings(model, tokenizer, new, config.tokens, config.seed)
-    set_generation(model, config.generation, tokenizer)
+    set_generation(model, config.generation, tokenizer, data.stop_ids)
     return open_evaluation(config, ScoredModel(model), model, data, runtime), data
 
 
@@ -130,10 +130,11 @@ def test_samples_are_what_plain_generate_writes(runtime: Runtime) -> None:
     (first, *_) = sample(one, data.validation["validation"], 2, step=7)
     model = one.generator.model
     assert isinstance(model, AutoModelForCausalLM._model_mapping[type(model.config)])
-    ids = torch.tensor([one.encoder.encode_prompts([first.prompt])[0]])
+    ids = torch.tensor([data.validation["validation"].prompt_ids(0)])
+    assert one.encoder.decode(ids[0].tolist()) == first.prompt
     plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, pad_token_id=0)
     assert one.encoder.decode(plain[0, ids.shape[1] :].tolist()) == first.text
-    assert (first.step, first.reference) == (7, data.validation["validation"].examples[0].reference)
+    assert (first.step, first.reference) == (7, data.validation["validation"].reference(0))
 
 
 def test_evaluating_leaves_the_model_in_the_mode_it_was_in(runtime: Runtime) -> None:
@@ -146,7 +147,7 @@ def test_evaluating_leaves_the_model_in_the_mode_it_was_in(runtime: Runtime) -> 
 def test_tags_that_stand_in_the_data_are_thoughts_in_references_too(runtime: Runtime) -> None:
     one, data = evaluator(runtime, "data.thought_pattern=null")
     rows = data.validation["validation"]
-    assert "<ToW>" in rows.examples[0].reference
+    assert "<ToW>" in rows.reference(0)
     assert one.reference(rows, 0).isdigit()
 
 

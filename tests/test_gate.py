@@ -80,7 +80,11 @@ def refusal(*overrides: str) -> str:
         (["--config-path", "x"], ["--config-path", "--config-dir"]),
         (["--config-dir", "nope"], ["--config-dir = nope", "no such folder"]),
         (["~data.columns.prompt"], ["data.columns", "needs a column for prompt"]),
-        (["data.train_files=[data]"], ["a folder, not a file"]),
+        (["data.train_files=[conf]"], ["a folder without data files"]),
+        (["data.train_files=['data/*.nope']"], ["matches no file"]),
+        (["data.train_files=[README.md]"], ["not a kind that is read", ".parquet"]),
+        (["data.train_files=[data/tow_addition/train.jsonl,./data/tow_addition]"], ["given twice"]),
+        (["data.format=message"], ["not one of dialogue_summary", "did you mean messages?"]),
         (["data.prompt_template=hello"], ["without {prompt}"]),
         (["data.prompt_template='{prompt}{completion}'"], ["give the answer away"]),
         (["tokens.thought_close='<ToW>'"], ["the same as thought_open"]),
@@ -142,7 +146,7 @@ def test_help_lists_every_group_and_key() -> None:
 
 
 def groups() -> list[tuple[str, str]]:
-    files = sorted((ROOT / "conf").glob("*/*.yaml"))
+    files = sorted((ROOT / "conf").glob("*/[!_]*.yaml"))
     return [(file.parent.name, file.stem) for file in files]
 
 
@@ -189,12 +193,12 @@ def test_the_last_of_group_experiment_and_command_line_wins(tmp_path: Path) -> N
 
 
 def test_several_validation_sets_take_the_place_of_one() -> None:
-    config = admitted("data.validation_files={easy:[README.md],hard:[Makefile]}").config
-    assert config.data.validation_files == {"easy": ["README.md"], "hard": ["Makefile"]}
+    config = admitted("data.validation_files={easy:[data/tow_addition/test.jsonl],hard:[data/tow_addition]}").config
+    assert config.data.validation_files == {"easy": ["data/tow_addition/test.jsonl"], "hard": ["data/tow_addition"]}
 
 
 def test_a_sweep_over_sets_is_admitted() -> None:
-    assert admit(["-m", "data.validation_files={a:[README.md]},{b:[README.md]}", "tracking=none"])
+    assert admit(["-m", "data.validation_files={a:[data/tow_addition]},{b:[data/tow_addition]}", "tracking=none"])
 
 
 @pytest.mark.parametrize("content", ["", "- 1\n", "a: [\n"])

@@ -9,7 +9,9 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 LAYERS = (
-    ("run", "overview"),
+    ("run", "preflight"),
+    ("overview", "inspection"),
+    ("forecast",),
     ("training", "evaluation"),
     ("checkpoint", "data", "model", "tokens", "tracking"),
     ("runtime",),
@@ -27,6 +29,8 @@ DOORS = {
     "torch": (
         "tokens",
         "overview",
+        "forecast",
+        "inspection",
         "data",
         "model",
         "training",
@@ -36,6 +40,7 @@ DOORS = {
     ),  # not in front of the gate
     "transformers": ("tokens", "model", "evaluation"),
     "tokenizers": ("data",),
+    "pyarrow": ("data",),
 }
 
 

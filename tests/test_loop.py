@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from src.config.schema import Device, MixedPrecision, RunConfig, RuntimeConfig
-from src.data.batching import Batch, collate, epoch_order, steps_per_epoch, windows
+from src.data.batching import Batch
 from src.data.dataset import Data, build_data
 from src.errors import Interrupted, NonFiniteLossError
 from src.model.build import build_model
@@ -117,7 +116,7 @@ def test_a_micro_batch_without_any_supervised_token_adds_nothing(runtime: Runtim
     def after(batches: list[Batch]) -> tuple[float, TrainState]:
         config, data, state = assembled(runtime, "optimizer=sgd", "scheduler=constant", "data.limit=8")
         meter = Meter()
-        step_once(state, batches, data.train, config, runtime, meter)
+        step_once(state, [(data.train, batch) for batch in batches], config, runtime, meter)
         return meter.loss, state
 
     learned, nothing = [5, 6, 7, 8], [9, 10, 11]
@@ -142,7 +141,7 @@ def test_the_logged_loss_is_over_all_tokens_since_the_line_before(
     nll = num_supervised = 0.0
     for step in train(state, data.train, config, runtime, pad_token_id=0):
         nll, num_supervised = step.meter.nll, step.meter.num_supervised
-    assert num_supervised == data.train.num_supervised
+    assert num_supervised == data.reports["train"].supervised_tokens
     assert step.collect()["train/loss"] == nll / num_supervised
     assert step.meter.num_supervised == 0
 
@@ -213,30 +212,6 @@ def test_a_signal_while_a_library_works_is_no_error_of_the_library(monkeypatch: 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted, match="SIGTERM"), stop_on_signals():
         load_tokenizer(config.model, config.tokens)
-
-
-def test_every_row_is_fed_once_an_epoch_in_another_order() -> None:
-    steps = steps_per_epoch(27, 4, 2)
-    assert steps == 4
-    stream = windows(27, seed=3, batch_size=4, accumulation=2)
-    epochs = [[next(stream) for _ in range(steps)] for _ in range(2)]
-    seen = [[int(row) for _, window in epoch for batch in window for row in batch] for epoch in epochs]
-    assert [epoch for epoch, _ in epochs[0] + epochs[1]] == [0] * 4 + [1] * 4
-    assert sorted(seen[0]) == sorted(seen[1]) == list(range(27))
-    assert seen[0] != seen[1]
-    assert epoch_order(27, 3, 0).tolist() == seen[0]
-
-
-def test_collated_rows_keep_ids_labels_and_counts(tmp_path: Path, runtime: Runtime) -> None:
-    _, data, _ = assembled(runtime, "data.limit=3")
-    batch = collate(data.train, [2, 0], pad_token_id=0)
-    for i, row in enumerate([2, 0]):
-        ids, labels = data.train[row]
-        assert batch.input_ids[i, : len(ids)].tolist() == ids.tolist()
-        assert batch.labels[i, : len(ids)].tolist() == labels.tolist()
-        assert (batch.labels[i, len(ids) :] == -100).all()
-    assert batch.num_tokens == sum(len(data.train[row][0]) for row in (2, 0))
-    assert batch.num_supervised == int((batch.labels != -100).sum())
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -265,7 +265,7 @@ def test_the_best_weights_are_exported_when_asked_for(tmp_path: Path) -> None:
     rows = build_data(config, load_tokenizer(config.model, config.tokens)[0]).validation["validation"]
     from src.data.batching import collate
 
-    batch = collate(rows, range(4), 0)
+    batch = collate(rows, [[i] for i in range(4)], 0)
     with torch.no_grad():
         loss = ScoredModel(model)(batch.input_ids, batch.labels) / batch.num_supervised
     assert loss.item() == pytest.approx(first["eval/validation/loss"], rel=1e-5)

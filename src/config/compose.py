@@ -28,12 +28,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.config.formats import PROJECT_ROOT, fill_mixture
 from src.config.problems import Problem
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 CONF = PROJECT_ROOT / "conf"
 COMMAND_LINE = "command line"
-LIST_OR_MAPPING = ("data.validation_files", "data.test_files")
+LIST_OR_MAPPING = ("data.validation_files", "data.test_files", "data.mixture", "data.columns")
 OPTIONAL_GROUPS = ("experiment",)
 GLOBAL_GROUPS = ("debug", "experiment")  # their options reach into other sections; the later wins over the earlier
 
@@ -135,7 +135,8 @@ def is_group(override: Override, roots: Sequence[Path]) -> bool:
 
 
 def options(group: str, roots: Sequence[Path]) -> list[str]:
-    return sorted({file.stem for root in roots for file in (root / group).glob("*.yaml")})
+    """Give a group's options; a file whose name begins with '_' is only built on."""
+    return sorted({file.stem for root in roots for file in (root / group).glob("[!_]*.yaml")})
 
 
 def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Problem]:
@@ -218,6 +219,8 @@ def resolve_sections(sections: dict[Any, Any], composed: Composed) -> None:
             value = whole._get_node(key)
             resolved = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else whole[key]
             composed.sections[str(key)] = resolved
+            if key == "data":
+                fill_mixture(resolved)
         except OmegaConfBaseException as error:
             if OmegaConf.is_missing(whole, key):
                 composed.sections[str(key)] = "???"

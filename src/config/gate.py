@@ -25,7 +25,7 @@ from src.config import compose as composing
 from src.config import rules
 from src.config.compose import CommandLine, Composed
 from src.config.problems import Problem, refuse
-from src.config.schema import SECTIONS, Check, RunConfig, TopLevelConfig
+from src.config.schema import ENTRY_SECTIONS, SECTIONS, Check, RunConfig, TopLevelConfig
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Admitted:
     config: RunConfig
     frozen: dict[str, Any]
     run_dir: Path
+    own: Any = None
+    """The section that the entry alone reads, where it has one."""
 
 
 @dataclass
@@ -53,21 +55,26 @@ class _Parsed:
     problems: list[Problem] = field(default_factory=list)
 
 
-def admit(argv: Sequence[str]) -> Request:
+def admit(argv: Sequence[str], entry: str | None = None) -> Request:
     """Check everything a command line asks for, every point of a sweep included.
 
+    Args:
+        entry: the name of the section that this entry has for itself; it looks at one run only.
     Raises:
         ConfigError: with all problems together.
     """
     composing.new_identity()
     line = composing.read_command_line(argv)
+    if entry is not None and (line.flags.multirun or line.flags.cfg):
+        line.problems.append(Problem("-m, --cfg", f"python -m src.{entry} looks at one run", has_value=False))
+        raise refuse(line.problems)
     if line.asks_hydra_only:
         return Request(line)
     rerun = line.value_of("rerun")
     if rerun is not None:
         if line.flags.multirun or line.flags.cfg:
             line.problems.append(Problem("rerun", "not together with -m or --cfg", rerun, True, composing.COMMAND_LINE))
-        admitted, problems = check(composing.read_frozen(Path(str(rerun)), line), line)
+        admitted, problems = check(composing.read_frozen(Path(str(rerun)), line), line, entry)
         if problems or line.problems:
             raise refuse([*line.problems, *problems])
         return Request(line, admitted)
@@ -83,7 +90,7 @@ def admit(argv: Sequence[str]) -> Request:
         if problems:
             raise refuse(problems)
     for point in composing.sweep_points(line):
-        admitted, found = check(composing.compose(point, line), line)
+        admitted, found = check(composing.compose(point, line), line, entry)
         problems += found
     if problems:
         raise refuse(problems)
@@ -103,14 +110,15 @@ def parse(sections: dict[str, Any]) -> RunConfig:
     return _assemble(parsed)
 
 
-def check(composed: Composed, line: CommandLine) -> tuple[Admitted | None, list[Problem]]:
+def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tuple[Admitted | None, list[Problem]]:
     """Hold a composed configuration against schema, rules and file system."""
     if not composed.sections:
         return None, composed.problems
     refused = {problem.key for problem in line.problems}  # a section whose option is unknown is told once, not twice
     sections = {key: value for key, value in composed.sections.items() if key not in refused}
+    own = _own_section(sections, entry)
     parsed, problems = _parse_sections(sections)
-    problems = [p for p in problems if p.key not in refused]
+    problems = [p for p in [*problems, *own.problems] if p.key not in refused]
     problems += _across(parsed)
     problems += _folder_problems(composed.run_dir, "hydra.sweep.dir" if line.flags.multirun else "hydra.run.dir")
     located = [
@@ -119,7 +127,8 @@ def check(composed: Composed, line: CommandLine) -> tuple[Admitted | None, list[
     ]
     if located or composed.problems or line.problems:
         return None, composed.problems + located
-    return Admitted(_assemble(parsed), composed.sections, composed.run_dir), []
+    frozen = {key: value for key, value in composed.sections.items() if key != entry}
+    return Admitted(_assemble(parsed), frozen, composed.run_dir, own.value), []
 
 
 def _where(key: str, line: CommandLine, composed: Composed) -> str:
@@ -129,6 +138,15 @@ def _where(key: str, line: CommandLine, composed: Composed) -> str:
 def _assemble(parsed: dict[str, _Parsed]) -> RunConfig:
     top = dataclasses.asdict(parsed[""].value)
     return RunConfig(**top, **{name: part.value for name, part in parsed.items() if name})
+
+
+def _own_section(sections: dict[str, Any], entry: str | None) -> _Parsed:
+    """Take the entry's own section out and parse it; its defaults stand in the schema."""
+    if entry is None:
+        return _Parsed()
+    schema, given = ENTRY_SECTIONS[entry], sections.pop(entry, {})
+    defaults = dataclasses.asdict(schema())
+    return _parse(schema, defaults | given if isinstance(given, dict) else given, entry)
 
 
 def _parse_sections(sections: dict[str, Any]) -> tuple[dict[str, _Parsed], list[Problem]]:
@@ -224,6 +242,8 @@ def _dotted(prefix: str, key: Any) -> str:
 
 
 def _unknown(prefix: str, key: str, known_here: list[str]) -> str:
+    if not prefix and key in ENTRY_SECTIONS:
+        return f"read by python -m src.{key}, and by nothing else"
     near = get_close_matches(key, [*known_here, *(SECTIONS if not prefix else [])], n=1)
     if near:
         return f"unknown key; did you mean {_dotted(prefix, near[0])}?"

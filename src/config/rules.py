@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
+from src.config.files import problems_of
+from src.config.formats import declared_formats, roles
 from src.config.problems import Problem
 from src.config.schema import (
+    AT_LEAST_ONE,
     PLACEHOLDER,
+    POSITIVE,
+    SOURCE_KEYS,
+    STRINGS,
+    Attention,
+    Batching,
     CheckpointConfig,
     DataConfig,
     Device,
@@ -22,8 +31,10 @@ from src.config.schema import (
     MixedPrecision,
     MlflowConfig,
     ModelConfig,
+    ModelType,
     RuntimeConfig,
     SchedulerConfig,
+    SupervisedTurns,
     Thoughts,
     TokensConfig,
     TrackingConfig,
@@ -32,23 +43,54 @@ from src.config.schema import (
     Weights,
 )
 
-ROLES = {"prompt_completion": ("prompt", "completion")}
-"""What a format calls the parts of a row, in data.columns and in templates."""
-
 
 def a_source_is_given(data: DataConfig) -> Iterator[Problem]:
-    if not data.train_files and not data.dataset_name:
+    if not data.train_files and not data.dataset_name and not data.mixture:
         yield Problem("data.train_files", "no training data: give data.train_files=[FILE] or data.dataset_name=HUB_ID")
+    if data.train_files and data.mixture:
+        yield Problem("data.mixture", "not together with data.train_files: name them as a source of the mixture")
 
 
-def files_exist(data: DataConfig) -> Iterator[Problem]:
-    for name, files in data.files().items():
-        key = "train_files" if name == "train" else "test_files" if name in data.test_sets() else "validation_files"
-        for file in files:
-            if Path(file).is_dir():
-                yield Problem(f"data.{key}", "a folder, not a file", file)
-            elif not Path(file).is_file():
-                yield Problem(f"data.{key}", f"no such file (looked in {Path.cwd()})", file)
+def files_can_be_found(data: DataConfig) -> Iterator[Problem]:
+    sets = {"train_files": [data.train_files or []]}
+    sets["validation_files"] = list(data.validation_sets().values())
+    sets["test_files"] = list(data.test_sets().values())
+    for key, lists in sets.items():
+        for patterns in lists:
+            for pattern, reason in problems_of(patterns):
+                yield Problem(f"data.{key}", reason, pattern)
+
+
+def mixture_is_whole(data: DataConfig) -> Iterator[Problem]:
+    sources = data.mixture or {}
+    for name, given in sources.items():
+        key = f"data.mixture.{name}"
+        if not re.fullmatch(r"[\w.-]+", str(name)):
+            yield Problem("data.mixture", "a source's name may have letters, digits, '_', '-' and '.'", name)
+        for unknown in given.keys() - {*SOURCE_KEYS, "weight", "count"}:
+            near = get_close_matches(unknown, [*SOURCE_KEYS, "weight", "count"], n=1)
+            reason = f"did you mean {near[0]}?" if near else f"there are {', '.join(SOURCE_KEYS)}, weight and count"
+            yield Problem(f"{key}.{unknown}", f"unknown key; {reason}", given[unknown])
+        if not given.get("train_files") and not given.get("dataset_name"):
+            yield Problem(key, "no rows: give it train_files or dataset_name", given)
+        files = given.get("train_files") or []
+        if not STRINGS.holds(files):
+            yield Problem(f"{key}.train_files", "not a list of files, globs or folders", files)
+        else:
+            yield from (Problem(f"{key}.train_files", reason, pattern) for pattern, reason in problems_of(files))
+        weight, count = given.get("weight"), given.get("count")
+        if weight is not None and not POSITIVE.holds(weight):
+            yield Problem(f"{key}.weight", f"not {POSITIVE.allowed}", weight)
+        if count is not None and not AT_LEAST_ONE.holds(count):
+            yield Problem(f"{key}.count", f"not {AT_LEAST_ONE.allowed}", count)
+        if given.get("supervised_turns", "all") not in SupervisedTurns.__members__:
+            yield Problem(f"{key}.supervised_turns", "not one of all, last", given["supervised_turns"])
+    for key in ("weight", "count"):
+        having = [name for name, given in sources.items() if given.get(key) is not None]
+        if key == "weight" and having and len(having) < len(sources):
+            yield Problem("data.mixture", "a weight for each source, or for none", sorted(sources.keys() - having))
+    if any("weight" in given for given in sources.values()) and any("count" in given for given in sources.values()):
+        yield Problem("data.mixture", "weights (proportions) or counts (rows), not both", data.mixture)
 
 
 def set_names_are_plain_and_differ(data: DataConfig) -> Iterator[Problem]:
@@ -62,29 +104,93 @@ def set_names_are_plain_and_differ(data: DataConfig) -> Iterator[Problem]:
         yield Problem("data.test_files", "a validation set has this name already", name)
 
 
+def sources(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
+    """Give the key and the settings of everything that rows are read by: data itself, and each source of a mixture."""
+    yield "data", data
+    if data.mixture and not list(mixture_is_whole(data)):
+        yield from ((f"data.mixture.{name}", source.data) for name, source in data.train_sources().items())
+
+
+def formats_are_known(data: DataConfig) -> Iterator[Problem]:
+    known = list(declared_formats())
+    for key, source in sources(data):
+        if source.format not in known:
+            near = get_close_matches(source.format, known, n=1)
+            reason = f"not one of {', '.join(known)}{f'; did you mean {near[0]}?' if near else ''}"
+            yield Problem(f"{key}.format", reason, source.format)
+
+
 def columns_and_templates_fit_the_format(data: DataConfig) -> Iterator[Problem]:
-    roles = ROLES[data.format.value]
-    for role in data.columns.keys() - set(roles):
-        yield Problem(f"data.columns.{role}", f"format {data.format.value} has {', '.join(roles)}", data.columns[role])
-    for role in set(roles) - data.columns.keys():
-        yield Problem("data.columns", f"format {data.format.value} needs a column for {role}", data.columns)
-    for key in ("prompt_template", "completion_template"):
-        template = getattr(data, key)
-        for name in PLACEHOLDER.findall(template or ""):
-            if name not in roles:
-                allowed = ", ".join(f"{{{role}}}" for role in roles)
-                yield Problem(f"data.{key}", f"unknown placeholder {{{name}}}; there are {allowed}", template)
+    for key, source in sources(data):
+        if source.format not in declared_formats():
+            continue
+        parts = roles(source.format)
+        for role in source.columns.keys() - set(parts):
+            reason = f"format {source.format} has {', '.join(parts)}"
+            yield Problem(f"{key}.columns.{role}", reason, source.columns[role])
+        for role in set(parts) - source.columns.keys():
+            yield Problem(f"{key}.columns", f"format {source.format} needs a column for {role}", source.columns)
+        for name in ("prompt_template", "completion_template"):
+            yield from _template_problems(f"{key}.{name}", getattr(source, name), name, parts, source.format)
 
 
-def templates_hold_their_own_part(data: DataConfig) -> Iterator[Problem]:
-    for key, own in (("prompt_template", "prompt"), ("completion_template", "completion")):
-        template = getattr(data, key)
-        if template is not None and own not in PLACEHOLDER.findall(template):
-            yield Problem(f"data.{key}", f"without {{{own}}} every row would be the same", template)
-    if "completion" in PLACEHOLDER.findall(data.prompt_template or ""):
-        yield Problem(
-            "data.prompt_template", "{completion} in the prompt would give the answer away", data.prompt_template
-        )
+def _template_problems(
+    key: str, template: str | None, name: str, parts: tuple[str, ...], format_name: str
+) -> Iterator[Problem]:
+    if template is None:
+        return
+    if len(parts) == 1:
+        yield Problem(key, f"format {format_name} takes no template", template)
+        return
+    named = PLACEHOLDER.findall(template)
+    own = parts[0] if name == "prompt_template" else parts[-1]
+    for part in named:
+        if part not in parts:
+            allowed = ", ".join(f"{{{role}}}" for role in parts)
+            yield Problem(key, f"unknown placeholder {{{part}}}; there are {allowed}", template)
+    if own not in named:
+        yield Problem(key, f"without {{{own}}} every row would be the same", template)
+    if name == "prompt_template" and parts[-1] in named:
+        yield Problem(key, f"{{{parts[-1]}}} in the prompt would give the answer away", template)
+
+
+def cleaning_is_for_dialogues(data: DataConfig) -> Iterator[Problem]:
+    for key, source in sources(data):
+        if source.clean_dialogue and source.format != "dialogue_summary":
+            yield Problem(f"{key}.clean_dialogue", "only format dialogue_summary cleans its dialogue", True)
+
+
+def text_is_no_chat(data: DataConfig) -> Iterator[Problem]:
+    for key, source in sources(data):
+        if source.format == "text" and source.system_prompt is not None:
+            yield Problem(f"{key}.system_prompt", "format text is no chat", source.system_prompt)
+
+
+def streaming_can_work(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
+    if not data.streaming:
+        return
+    if training.max_train_steps is None:
+        reason = "needed with data.streaming: nobody knows how many rows there are"
+        yield Problem("training.max_train_steps", reason, None)
+    if data.validation_fraction and not data.validation_sets():
+        reason = "can't hold out rows of a stream; give data.validation_files, or set this to 0"
+        yield Problem("data.validation_fraction", reason, data.validation_fraction)
+    for name, given in (data.mixture or {}).items():
+        if given.get("weight") is None and given.get("count") is None:
+            yield Problem(f"data.mixture.{name}", "a streamed source needs a weight or a count", given)
+
+
+def encoder_decoders_take_pairs(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
+    if model.type is not ModelType.encoder_decoder:
+        return
+    if data.batching is Batching.packed:
+        yield Problem("data.batching", "an encoder-decoder takes padded or length_grouped", "packed")
+    for key, source in sources(data):
+        if source.format == "text":
+            yield Problem(f"{key}.format", "an encoder-decoder needs something to read: a format with a prompt", "text")
+        if source.format == "messages" and source.supervised_turns is SupervisedTurns.all:
+            reason = "an encoder-decoder writes one turn: data.supervised_turns=last"
+            yield Problem(f"{key}.supervised_turns", reason, "all")
 
 
 def patterns_are_regular_expressions(data: DataConfig) -> Iterator[Problem]:
@@ -175,6 +281,11 @@ def precision_fits_the_device(training: TrainingConfig, runtime: RuntimeConfig) 
         yield Problem("training.mixed_precision", "fp16 needs a GPU; on a CPU use no or bf16", "fp16")
 
 
+def flash_attention_needs_a_gpu(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[Problem]:
+    if model.attn_implementation is Attention.flash_attention_2 and runtime.device is Device.cpu:
+        yield Problem("model.attn_implementation", "needs a GPU; sdpa on a CPU", "flash_attention_2")
+
+
 def warmup_ends_before_the_run(scheduler: SchedulerConfig, training: TrainingConfig) -> Iterator[Problem]:
     warmup = scheduler.warmup_steps if isinstance(scheduler, WarmupScheduleConfig) else None
     if warmup and training.max_train_steps and warmup >= training.max_train_steps:
@@ -204,10 +315,15 @@ def best_model_can_be_told(
 
 RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     a_source_is_given,
-    files_exist,
+    files_can_be_found,
+    mixture_is_whole,
     set_names_are_plain_and_differ,
+    formats_are_known,
     columns_and_templates_fit_the_format,
-    templates_hold_their_own_part,
+    cleaning_is_for_dialogues,
+    text_is_no_chat,
+    streaming_can_work,
+    encoder_decoders_take_pairs,
     patterns_are_regular_expressions,
     tracker_can_be_reached_by_some_scheme,
     kept_thoughts_have_tags,
@@ -217,6 +333,7 @@ RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     checkpoint_can_be_loaded,
     fp16_keeps_float32_weights,
     precision_fits_the_device,
+    flash_attention_needs_a_gpu,
     warmup_ends_before_the_run,
     generation_lengths_fit,
     best_model_can_be_told,

@@ -7,6 +7,7 @@ Groups with options of different keys (optimizer, scheduler, tracking) have one 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -37,9 +38,14 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, dict) for v in value.values())
+
+
 POSITIVE = Check("a number above 0", lambda v: v is None or (_is_number(v) and v > 0))
 NOT_NEGATIVE = Check("a number of at least 0", lambda v: v is None or (_is_number(v) and v >= 0))
 AT_LEAST_ONE = Check("a whole number of at least 1", lambda v: v is None or (_is_int(v) and v >= 1))
+AT_LEAST_TWO = Check("a whole number of at least 2", lambda v: v is None or (_is_int(v) and v >= 2))
 COUNT = Check("a whole number of at least 0", lambda v: v is None or (_is_int(v) and v >= 0))
 FRACTION = Check("a number from 0 to 1", lambda v: v is None or (_is_number(v) and 0 <= v <= 1))
 BELOW_ONE = Check("a number from 0 to below 1", lambda v: v is None or (_is_number(v) and 0 <= v < 1))
@@ -53,7 +59,7 @@ STEPS_OR_EPOCH = Check(
 )
 STRINGS = Check("a list of texts", lambda v: isinstance(v, list) and all(isinstance(s, str) for s in v))
 FILES_OR_SETS = Check(
-    "a list of files, or a mapping from a set's name to its list of files",
+    "a list of files, globs or folders, or a mapping from a set's name to such a list",
     lambda v: (
         v is None
         or STRINGS.holds(v)
@@ -69,6 +75,7 @@ NAME = Check(
 
 class ModelType(Enum):
     causal_lm = "causal_lm"
+    encoder_decoder = "encoder_decoder"
 
 
 class Weights(Enum):
@@ -86,6 +93,7 @@ class Dtype(Enum):
 class Attention(Enum):
     sdpa = "sdpa"
     eager = "eager"
+    flash_attention_2 = "flash_attention_2"
 
 
 class InitMethod(Enum):
@@ -95,8 +103,9 @@ class InitMethod(Enum):
     random = "random"
 
 
-class DataFormat(Enum):
-    prompt_completion = "prompt_completion"
+class SupervisedTurns(Enum):
+    all = "all"
+    last = "last"
 
 
 class Thoughts(Enum):
@@ -113,6 +122,8 @@ class Overflow(Enum):
 
 class Batching(Enum):
     padded = "padded"
+    length_grouped = "length_grouped"
+    packed = "packed"
 
 
 class Metric(Enum):
@@ -173,8 +184,8 @@ class TokensConfig:
 class DataConfig:
     """conf/data: where rows come from, how they become prompt and completion, how long they may be."""
 
-    format: DataFormat = MISSING
-    train_files: Any = _key(Check("a list of files", lambda v: v is None or STRINGS.holds(v)))
+    format: str = MISSING
+    train_files: Any = _key(Check("a list of files, globs or folders", lambda v: v is None or STRINGS.holds(v)))
     validation_files: Any = _key(FILES_OR_SETS)
     test_files: Any = _key(FILES_OR_SETS)
     dataset_name: str | None = MISSING
@@ -182,24 +193,39 @@ class DataConfig:
     train_split: str | None = MISSING
     validation_split: str | None = MISSING
     revision: str | None = MISSING
+    mixture: Any = _key(Check("a mapping from a source's name to its keys", lambda v: v is None or _is_mapping(v)))
     columns: dict[str, str] = MISSING
     prompt_template: str | None = MISSING
     completion_template: str | None = MISSING
+    system_prompt: str | None = MISSING
+    supervised_turns: SupervisedTurns = MISSING
+    clean_dialogue: bool = MISSING
     thoughts: Thoughts | None = MISSING
     thought_pattern: str | None = MISSING
     answer_pattern: str | None = MISSING
     metrics: list[Metric] = MISSING
-    max_seq_length: int = _key(Check("a whole number of at least 2", lambda v: _is_int(v) and v >= 2))
+    max_seq_length: int = _key(AT_LEAST_TWO)
+    max_target_length: int = _key(AT_LEAST_TWO)
     overflow: Overflow = MISSING
     max_dropped_fraction: float = _key(FRACTION)
     batching: Batching = MISSING
+    preprocessing_num_workers: int = _key(AT_LEAST_ONE)
+    streaming: bool = MISSING
+    cache_dir: str | None = MISSING
     limit: int | None = _key(AT_LEAST_ONE)
     validation_fraction: float = _key(BELOW_ONE)
 
+    def train_sources(self) -> dict[str, TrainSource]:
+        """Give the sources of the train set by name: those of the mixture, or the one there is, called train."""
+        if self.mixture:
+            return {name: _mixed_source(self, given) for name, given in self.mixture.items()}
+        return {"train": TrainSource(self, None, None)}
+
     def files(self) -> dict[str, list[str]]:
-        """Give the files of every set that has some: set name -> files."""
-        train = {"train": list(self.train_files)} if self.train_files else {}
-        return train | self.validation_sets() | self.test_sets()
+        """Give the files of every set that has some, as they were named: set name -> files, globs and folders."""
+        sources = [source.data.train_files or [] for source in self.train_sources().values()]
+        train = [file for files in sources for file in files]
+        return ({"train": train} if train else {}) | self.validation_sets() | self.test_sets()
 
     def validation_sets(self) -> dict[str, list[str]]:
         return named_sets(self.validation_files, "validation")
@@ -209,8 +235,53 @@ class DataConfig:
 
     def validation_names(self) -> list[str]:
         """Give the names of the validation sets there will be, also of one from the hub or held out from train."""
-        from_hub = not self.train_files and self.dataset_name and self.validation_split
-        return list(self.validation_sets()) or (["validation"] if from_hub or self.validation_fraction else [])
+        held_out = self.has_hub_validation or self.validation_fraction
+        return list(self.validation_sets()) or (["validation"] if held_out else [])
+
+    @property
+    def has_hub_validation(self) -> bool:
+        """Whether the validation set is a split of the hub's data set that train comes from."""
+        from_hub = bool(self.dataset_name) and not self.train_files and not self.mixture
+        return from_hub and bool(self.validation_split) and not self.validation_sets()
+
+
+@dataclass(frozen=True)
+class TrainSource:
+    """One source of the train set: its own settings, and its share of a mixture.
+
+    `weight` is its proportion, `count` how many rows of it are taken; neither means all of its rows.
+    """
+
+    data: DataConfig
+    weight: float | None
+    count: int | None
+
+
+SOURCE_KEYS = (
+    "train_files",
+    "dataset_name",
+    "dataset_config_name",
+    "train_split",
+    "revision",
+    "format",
+    "columns",
+    "prompt_template",
+    "completion_template",
+    "system_prompt",
+    "supervised_turns",
+    "clean_dialogue",
+    "thought_pattern",
+)
+"""Keys of data that a source of a mixture may have for itself, beside weight and count."""
+
+
+def _mixed_source(data: DataConfig, given: dict[str, Any]) -> TrainSource:
+    """Give a source of a mixture: data's own settings with the source's on top."""
+    own = {key: value for key, value in given.items() if key in SOURCE_KEYS}
+    if "supervised_turns" in own:
+        own["supervised_turns"] = SupervisedTurns[own["supervised_turns"]]
+    alone = {"mixture": None, "train_files": None, "dataset_name": None}
+    return TrainSource(dataclasses.replace(data, **(alone | own)), given.get("weight"), given.get("count"))
 
 
 @dataclass
@@ -356,6 +427,18 @@ class TopLevelConfig:
     force: bool = MISSING
     rerun: str | None = MISSING
 
+
+@dataclass
+class PreflightConfig:
+    """What `python -m src.preflight` shows and writes beside what it always does."""
+
+    rows: int = _key(COUNT, default=4)
+    dump: str | None = None
+    measure: bool = False
+
+
+ENTRY_SECTIONS = {"preflight": PreflightConfig}
+"""Sections that one entry reads, `python -m src.<name>`, and no other takes; they have their defaults here."""
 
 OptimizerConfig = AdamWConfig | SGDConfig
 SchedulerConfig = ConstantScheduleConfig | WarmupScheduleConfig | DecayScheduleConfig

@@ -1,235 +1,268 @@
-"""Sources, formats and encoding in one go: from a configuration to sets of encoded rows and the account of them."""
+"""From a configuration to sets of encoded rows and the account of them: sources, formats, encoding, in this order."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from src.config.schema import DataConfig, Metric, Overflow, RunConfig
-from src.data.encoding import IGNORE_INDEX, EncodedRow, Encoder
-from src.data.formats import FORMATS, BadRow, Example, thought_form
-from src.data.report import CHECK_ROWS, SplitReport
-from src.data.sources import Record, file_hash, read_files, read_hub
+from src.config.files import expand
+from src.config.formats import roles
+from src.config.schema import DataConfig, Metric, ModelType, RunConfig
+from src.data.cache import RowCache, Tell
+from src.data.chat import ChatTemplate, give_chat_template
+from src.data.encoding import Encoder, Lengths
+from src.data.mixture import mix, takes
+from src.data.preparation import Recipe
+from src.data.report import SplitReport
+from src.data.sets import EncodedSet
+from src.data.sources import HubSource, Source, file_hash, file_source
+from src.data.store import Part
+from src.data.stream import StreamedSet
 from src.errors import DataError, listed
 
-ENCODE_ROWS = 2000  # rows encoded at once: enough to fill the tokenizer's threads, little memory
-
-
-class EncodedSet:
-    """The encoded rows of one set, flat in memory, with the examples they came from.
-
-    Row i is `set[i]`: input_ids and labels, [length] each.
-    """
-
-    def __init__(self, name: str, rows: Sequence[EncodedRow], examples: Sequence[Example], places: Sequence[str]):
-        self.name = name
-        self.examples = list(examples)
-        self.places = list(places)
-        lengths = [len(row.input_ids) for row in rows]
-        self._offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-        empty = np.zeros(0, dtype=np.int32)
-        self._input_ids = np.concatenate([row.input_ids for row in rows]) if rows else empty
-        self._labels = np.concatenate([row.labels for row in rows]) if rows else empty
-        self._prompt_lengths = [row.prompt_length for row in rows]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        start, stop = self._offsets[index], self._offsets[index + 1]
-        return self._input_ids[start:stop], self._labels[start:stop]
-
-    def prompt_ids(self, index: int) -> list[int]:
-        """Give the ids that generation is fed for a row: exactly those before its completion in training."""
-        return self[index][0][: self._prompt_lengths[index]].tolist()
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self._offsets[-1])
-
-    @property
-    def num_supervised(self) -> int:
-        return int((self._labels != IGNORE_INDEX).sum())
-
-    def count(self, token_id: int) -> tuple[int, int]:
-        """Count how often a token is fed and how often it is supervised."""
-        return int((self._input_ids == token_id).sum()), int((self._labels == token_id).sum())
-
-    def digest(self) -> str:
-        """Give a hash of all ids and labels, 32 hex digits."""
-        hashed = hashlib.sha256()
-        for array in (self._offsets, self._input_ids, self._labels):
-            hashed.update(array.tobytes())
-        return hashed.hexdigest()[:32]
+TrainSet = EncodedSet | StreamedSet
 
 
 @dataclass
 class Data:
-    """All sets of a run. `encoder` is the one that made them, for generation to use."""
+    """All sets of a run. `encoder` is the one that made them, for generation to use.
 
-    train: EncodedSet
+    `stop_ids` end what is generated: EOS, and the token that ends the assistant's turns in a chat template.
+    """
+
+    train: TrainSet
     validation: dict[str, EncodedSet]
     test: dict[str, EncodedSet]
     reports: dict[str, SplitReport]
     encoder: Encoder
+    stop_ids: list[int]
+    uses_fallback_template: bool = False
 
-    @property
     def for_samples(self) -> EncodedSet:
-        """The set whose first rows are generated as samples: one that is not trained on, where there is one."""
-        return next(iter([*self.validation.values(), *self.test.values(), self.train]))
+        """Give the set whose first rows are generated as samples: one that is not trained on, where there is one."""
+        for rows in [*self.validation.values(), *self.test.values(), self.train]:
+            return first_block(rows)
+        raise AssertionError("there is always a train set")
 
 
 def file_hashes(data: DataConfig) -> dict[str, str]:
     """Give the SHA-256 of every data file that the configuration names."""
-    return {file: file_hash(file) for files in data.files().values() for file in files}
+    return {file: file_hash(file) for patterns in data.files().values() for file in expand(patterns)}
 
 
-def build_data(config: RunConfig, tokenizer: Any) -> Data:
-    """Read, format and encode every set.
+def is_chat(data: DataConfig) -> bool:
+    """Whether rows are written by a chat template: messages always, pairs where there is a system prompt."""
+    return roles(data.format) == ("messages",) or data.system_prompt is not None
 
+
+def build_data(config: RunConfig, tokenizer: Any, tell: Tell = lambda _: None) -> Data:
+    """Read, format and encode every set, or find it in the cache.
+
+    A tokenizer without a chat template is given one where the data needs it.
+
+    Args:
+        tell: is told how far it is, often.
     Raises:
         DataError: where rows can't be read or are malformed, or too few are left.
         TokenError: where the tokenizer can't be used.
     """
-    encoder = Encoder(tokenizer)
-    builder = _Builder(config, encoder, tokenizer)
-    train, validation, test = read_splits(config.data, config.seed)
-    return Data(
-        train=builder.build("train", train),
-        validation={name: builder.build(name, records) for name, records in validation.items()},
-        test={name: builder.build(name, records) for name, records in test.items()},
-        reports=builder.reports,
-        encoder=encoder,
-    )
-
-
-def read_splits(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, list[Record]], dict[str, list[Record]]]:
-    """Read train, validation and test rows; without a validation set, hold out `validation_fraction` of train."""
-    validation = {name: read_files(files, data.limit) for name, files in data.validation_sets().items()}
-    test = {name: read_files(files, data.limit) for name, files in data.test_sets().items()}
-    if data.train_files:
-        train = read_files(data.train_files)
-    else:
-        hub = (str(data.dataset_name), data.dataset_config_name)
-        train = read_hub(*hub, data.train_split or "train", data.revision)
-        if not validation and data.validation_split:
-            validation = {"validation": read_hub(*hub, data.validation_split, data.revision, data.limit)}
-    if not validation and data.validation_fraction > 0:
-        train, held_out = hold_out(train, data.validation_fraction, seed)
-        validation = {"validation": held_out[: data.limit]}
-    return train[: data.limit], validation, test
-
-
-def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Split off a share of the rows by seed, at least one where there are two; both keep the file's order."""
-    num_held_out = min(max(1, round(len(records) * fraction)), len(records) - 1) if len(records) > 1 else 0
-    chosen = set(np.random.default_rng([seed, 0x5EED]).permutation(len(records))[:num_held_out].tolist())
-    return (
-        [record for i, record in enumerate(records) if i not in chosen],
-        [record for i, record in enumerate(records) if i in chosen],
-    )
+    return _Builder(config, tokenizer, tell).build()
 
 
 class _Builder:
-    """What formatting and encoding need for every set alike."""
+    """What every set needs alike."""
 
-    def __init__(self, config: RunConfig, encoder: Encoder, tokenizer: Any) -> None:
-        self.data = config.data
-        self.thoughts = thought_form(config)
-        self.encoder = encoder
+    def __init__(self, config: RunConfig, tokenizer: Any, tell: Tell) -> None:
+        self.config, self.data, self.tokenizer = config, config.data, tokenizer
+        self.sources = self.data.train_sources()
+        self.chats = any(is_chat(data) for data in [self.data, *(source.data for source in self.sources.values())])
+        if self.chats:
+            give_chat_template(tokenizer)
+        self.encoder = Encoder(tokenizer, config.thought_tags)
+        self.cache = RowCache(self.data.cache_dir, tell, self.data.preprocessing_num_workers)
+        is_pair = config.model.type is ModelType.encoder_decoder
+        target = self.data.max_target_length if is_pair else None
+        self.lengths = Lengths(self.data.max_seq_length, target, self.data.overflow)
         self.new_tokens = {t: tokenizer.convert_tokens_to_ids(t) for t in config.tokens.additional_special_tokens}
-        answers = config.data.answer_pattern if Metric.exact_match in config.metrics else None
-        self.answer_pattern = re.compile(answers, re.DOTALL) if answers else None
-        self.reports: dict[str, SplitReport] = {}
+        self.reports: dict[str, SplitReport] = {"train": SplitReport()}
 
-    def build(self, name: str, records: list[Record]) -> EncodedSet:
-        report = self.reports[name] = SplitReport(rows_read=len(records))
-        if not records:
-            raise DataError(
-                f"{name} has no rows: {', '.join(self.data.files().get(name, [str(self.data.dataset_name)]))}"
-            )
-        examples = self._format(records, with_answers=name != "train")
-        rows: list[EncodedRow] = []
-        kept: list[int] = []
-        control_before = self.encoder.num_control_tokens_as_text
-        for index, row in enumerate(self._encode(examples)):
-            reason = _reason_to_drop(row)
-            if reason or row is None:
-                report.rows_dropped[reason] += 1
-                continue
-            rows.append(row)
-            kept.append(index)
-        self._check_dropped(name, records, report, set(kept))
-        report.rows_changed_by_tokenizer = self._count_changed(rows, [examples[i] for i in kept])
-        encoded = EncodedSet(name, rows, [examples[i] for i in kept], [records[i].place for i in kept])
-        report.rows_kept = len(rows)
-        report.rows_truncated = sum(row.truncated for row in rows)
-        report.tokens, report.supervised_tokens = encoded.num_tokens, encoded.num_supervised
-        report.control_tokens_as_text = self.encoder.num_control_tokens_as_text - control_before
-        report.new_tokens = {
-            token: dict(zip(("fed", "supervised"), encoded.count(token_id), strict=True))
-            for token, token_id in self.new_tokens.items()
+    def build(self) -> Data:
+        train, held_out = self._train()
+        validation = {
+            name: self._evaluated(name, file_source(files, self.data.limit))
+            for name, files in self.data.validation_sets().items()
         }
-        report.digest = encoded.digest()
-        return encoded
+        if self.data.has_hub_validation:
+            hub = _hub(self.data, str(self.data.validation_split), self.data.limit)
+            validation = {"validation": self._evaluated("validation", hub)}
+        elif held_out is not None:
+            validation = {"validation": held_out}
+        test = {
+            name: self._evaluated(name, file_source(files, self.data.limit))
+            for name, files in self.data.test_sets().items()
+        }
+        template = ChatTemplate(self.tokenizer, self.encoder.control_tokens) if self.chats else None
+        stops = [self.encoder.eos_token_id]
+        if template and template.end_of_turn:
+            stops.append(self.tokenizer.convert_tokens_to_ids(template.end_of_turn))
+        uses_fallback = template is not None and template.is_fallback
+        return Data(train, validation, test, self.reports, self.encoder, list(dict.fromkeys(stops)), uses_fallback)
 
-    def _format(self, records: list[Record], *, with_answers: bool) -> list[Example]:
-        to_example = FORMATS[self.data.format.value]
-        examples, bad = [], []
-        for record in records:
-            try:
-                example = to_example(record.fields, self.data, self.thoughts)
-                if with_answers and self.answer_pattern and not self.answer_pattern.search(example.reference):
-                    raise BadRow(f"no answer in it: data.answer_pattern {self.answer_pattern.pattern!r} finds nothing")
-                examples.append(example)
-            except BadRow as problem:
-                bad.append(f"{record.place}  {problem}")
-        if bad:
-            raise DataError(f"{len(bad)} row{'s' if len(bad) > 1 else ''} can't be used:\n{listed(bad)}")
-        return examples
+    def _recipe(self, data: DataConfig) -> Recipe:
+        return Recipe(data, self.tokenizer, self.config.thought_tags, self.lengths, is_chat(data))
 
-    def _encode(self, examples: list[Example]) -> list[EncodedRow | None]:
-        rows: list[EncodedRow | None] = []
-        for start in range(0, len(examples), ENCODE_ROWS):
-            some = examples[start : start + ENCODE_ROWS]
-            rows += self.encoder.encode_rows(
-                [example.prompt for example in some],
-                [example.completion for example in some],
-                self.data.max_seq_length,
-                self.data.overflow,
-            )
+    def _train(self) -> tuple[TrainSet, EncodedSet | None]:
+        """Give the train set, and the validation set that was held out of it, where one was."""
+        data = self.data
+        holds_out = data.validation_fraction > 0 and not data.validation_sets() and not data.has_hub_validation
+        is_whole = not holds_out and not data.mixture  # else a limit holds for what comes out in the end
+        sources = {
+            name: _source(source.data, source.count if data.streaming else data.limit if is_whole else None)
+            for name, source in self.sources.items()
+        }
+        if data.streaming:
+            return self._streamed(sources), None
+        parts = {
+            name: self.cache.part(name, source, self._recipe(self.sources[name].data))
+            for name, source in sources.items()
+        }
+        for name, part in parts.items():
+            self._check_dropped(name, part, sources[name])
+        fraction = data.validation_fraction if holds_out else 0.0
+        held = [hold_out(part.account.num_records, fraction, self.config.seed) for part in parts.values()]
+        are_held = [np.isin(part.ordinals, list(out)) for part, out in zip(parts.values(), held, strict=True)]
+        kept = [np.flatnonzero(~is_held) for is_held in are_held]
+        shares = self.sources.values()
+        taken = takes([len(rows) for rows in kept], [s.weight for s in shares], [s.count for s in shares])
+        chosen = mix(kept, taken, self.config.seed) if data.mixture else _all(kept)
+        train = EncodedSet("train", list(parts.values()), chosen[: data.limit])
+        self._report_train(train, list(parts), held)
+        if not len(train):
+            raise DataError("train has no rows that can be used")
+        if not holds_out:
+            return train, None
+        chosen = _all([np.flatnonzero(is_held) for is_held in are_held])
+        held_out = EncodedSet("validation", list(parts.values()), chosen[: data.limit])
+        self._report(held_out, held)
+        self._check_answers(held_out)
+        return train, held_out
+
+    def _streamed(self, sources: dict[str, Source]) -> StreamedSet:
+        shares = {name: source.weight or source.count or 1 for name, source in self.sources.items()}
+        train = StreamedSet(
+            "train",
+            [
+                (source, self._recipe(self.sources[name].data), shares[name] / sum(shares.values()))
+                for name, source in sources.items()
+            ],
+            self.data.preprocessing_num_workers,
+            self.data.max_dropped_fraction,
+            self.data.limit,
+        )
+        first = first_block(train)
+        self._report(first, None)
+        self.reports["train"].is_streamed = True
+        return train
+
+    def _evaluated(self, name: str, source: Source) -> EncodedSet:
+        """Build a set that is evaluated."""
+        part = self.cache.part(name, source, self._recipe(self.data))
+        self._check_dropped(name, part, source)
+        rows = EncodedSet(name, [part])
+        self._report(rows, None)
+        self._check_answers(rows)
         return rows
 
-    def _count_changed(self, rows: list[EncodedRow], examples: list[Example]) -> int:
-        """Count, among the first rows that were not cut, those whose ids do not decode to their text."""
-        pairs = [(row, one) for row, one in zip(rows, examples, strict=True) if not row.truncated][:CHECK_ROWS]
-        return sum(self.encoder.decode(row.input_ids.tolist()) != one.prompt + one.completion for row, one in pairs)
+    def _report(self, rows: EncodedSet, ordinals: list[set[int]] | None) -> SplitReport:
+        """Account for a set: all records of its parts, or those whose ordinals are given for each part."""
+        report = self.reports[rows.name] = SplitReport()
+        for number, part in enumerate(rows.parts):
+            here = None if ordinals is None else ordinals[number]
+            report.rows_read += part.account.num_records if here is None else len(here)
+            report.drop([row for row in part.account.dropped if here is None or row.ordinal in here])
+        report.count(rows, self.encoder, self.new_tokens)
+        left_out = report.rows_read - report.rows_dropped.total() - report.rows_kept
+        if left_out > 0:
+            report.rows_dropped["beyond_limit"] = left_out
+        return report
 
-    def _check_dropped(self, name: str, records: list[Record], report: SplitReport, kept: set[int]) -> None:
-        dropped = [record.place for i, record in enumerate(records) if i not in kept]
-        if not dropped:
+    def _report_train(self, train: EncodedSet, names: list[str], held: list[set[int]]) -> None:
+        in_train = [set(range(part.account.num_records)) - out for part, out in zip(train.parts, held, strict=True)]
+        report = self._report(train, in_train)
+        if not self.data.mixture:
             return
-        limit = self.data.max_seq_length
-        if self.data.overflow is Overflow.error:
+        report.sources = {name: int((train.chosen[:, 0] == number).sum()) for number, name in enumerate(names)}
+        distinct = len(np.unique(train.chosen, axis=0))
+        report.rows_repeated = report.rows_kept - distinct
+        report.rows_dropped.pop("beyond_limit", None)
+        left_out = report.rows_read - report.rows_dropped.total() - distinct
+        if left_out:
+            report.rows_dropped["not_in_mixture"] = left_out
+
+    def _check_dropped(self, name: str, part: Part, source: Source) -> None:
+        """Refuse a source of which nothing is left, or more would be dropped than is allowed."""
+        dropped, read = part.account.dropped, part.account.num_records
+        if not read:
+            raise DataError(f"{name} has no rows: {source.name}")
+        if len(dropped) <= self.data.max_dropped_fraction * read and len(part):
+            return
+        report = SplitReport()
+        report.drop(dropped)
+        reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.rows_dropped.items())
+        raise DataError(
+            f"{name}: {len(dropped)} of {read} rows would be dropped ({reasons}), more than "
+            f"data.max_dropped_fraction = {self.data.max_dropped_fraction:g}.\n"
+            f"{listed([row.place for row in dropped])}\n"
+            f"Raise data.max_seq_length (now {self.lengths.sequence}), choose another data.overflow, or allow a larger "
+            "fraction."
+        )
+
+    def _check_answers(self, rows: EncodedSet) -> None:
+        """Refuse rows whose answer can't be found, where answers are compared."""
+        pattern = self.data.answer_pattern
+        if pattern is None or Metric.exact_match not in self.config.metrics:
+            return
+        search = re.compile(pattern, re.DOTALL).search
+        without = [rows.place(i) for i in range(len(rows)) if not search(rows.reference(i))]
+        if without:
             raise DataError(
-                f"{name}: {len(dropped)} rows are longer than data.max_seq_length = {limit} "
-                f"and data.overflow = error:\n{listed(dropped)}"
-            )
-        if len(dropped) > self.data.max_dropped_fraction * len(records) or not kept:
-            reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.rows_dropped.items())
-            raise DataError(
-                f"{name}: {len(dropped)} of {len(records)} rows would be dropped ({reasons}), more than "
-                f"data.max_dropped_fraction = {self.data.max_dropped_fraction:g}.\n{listed(dropped)}\n"
-                f"Raise data.max_seq_length (now {limit}), choose another data.overflow, or allow a larger fraction."
+                f"{len(without)} row{'s' if len(without) > 1 else ''} of {rows.name} can't be used: no answer in them, "
+                f"data.answer_pattern {pattern!r} finds nothing\n{listed(without)}"
             )
 
 
-def _reason_to_drop(row: EncodedRow | None) -> str:
-    if row is None:
-        return "too_long"
-    return "" if (row.labels != IGNORE_INDEX).any() else "no_supervised_token"
+def _source(data: DataConfig, limit: int | None) -> Source:
+    if data.train_files:
+        return file_source(data.train_files, limit)
+    return _hub(data, data.train_split or "train", limit)
+
+
+def _hub(data: DataConfig, split: str, limit: int | None) -> HubSource:
+    where = (str(data.dataset_name), data.dataset_config_name, split, data.revision)
+    return HubSource(*where, streaming=data.streaming, limit=limit)
+
+
+def _all(rows: Iterable[np.ndarray]) -> np.ndarray:
+    """Give (part, row) of all rows, part after part."""
+    found = [np.stack([np.full(len(some), number), some], axis=1) for number, some in enumerate(rows)]
+    return np.concatenate(found).astype(np.int64)
+
+
+def hold_out(num_records: int, fraction: float, seed: int) -> set[int]:
+    """Choose a share of the records by seed, at least one where there are two; gives their ordinals."""
+    count = min(max(1, round(num_records * fraction)), num_records - 1) if num_records > 1 and fraction else 0
+    return set(np.random.default_rng([seed, 0x5EED]).permutation(num_records)[:count].tolist())
+
+
+def blocks(rows: TrainSet) -> Iterator[EncodedSet]:
+    """Give a train set's rows, a streamed one's block after block."""
+    return rows.blocks() if isinstance(rows, StreamedSet) else iter([rows])
+
+
+def first_block(rows: TrainSet) -> EncodedSet:
+    """Give a train set, or of a streamed one what is read first."""
+    return next(blocks(rows))

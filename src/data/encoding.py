@@ -1,42 +1,79 @@
-"""From prompt and completion to ids and labels. The mask is right by construction, never searched for.
+"""From pieces of text to ids, labels and spans. The mask is right by construction, never searched for.
 
 Prompt and completion are tokenised apart and their ids joined, because that is what generation sees. Supervised are the
 completion's tokens and the EOS behind it, nothing else; EOS goes on as an id, and only behind a completion that was not
-cut. BOS, EOS and pad that stand in a text stay text; every other added token keeps its id.
+cut. BOS, EOS and pad that stand in a text stay text; every other added token keeps its id. What a chat template wrote
+is exempt: its control tokens are meant.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from src.config.schema import Overflow
+from src.data.examples import Example
+from src.data.pieces import any_of, last_turn
 from src.errors import TokenError
 
 IGNORE_INDEX = -100
 """Label of a position that is not learned."""
 
+ANSWER, THOUGHT = 0, 1
+SPAN_KINDS = ("answer", "thought")
+"""What a supervised token can be: of a thought, its tags included, or of the answer."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long a row may be, in tokens.
+
+    `target` is that of an encoder-decoder's completion; None for a causal model, where `sequence` holds for both.
+    """
+
+    sequence: int
+    target: int | None
+    overflow: Overflow
+
+
+@dataclass(slots=True)
 class EncodedRow:
-    """Ids and labels of one row, [length] each; labels are not shifted: label i is id i, or IGNORE_INDEX."""
+    """The ids of one row.
 
-    input_ids: np.ndarray
-    labels: np.ndarray
+    `input_ids` are prompt and completion of a causal model, or what an encoder reads; `target_ids` what a decoder
+    writes, None for a causal model. `spans` are (kind, start, stop) of the supervised positions, in order, within the
+    target or else the input. `prompt_length` counts the ids that generation is fed.
+    """
+
+    input_ids: list[int]
+    target_ids: list[int] | None
+    spans: list[tuple[int, int, int]]
     prompt_length: int
-    truncated: bool
+    is_truncated: bool
+    num_control_tokens: int
+
+    @property
+    def is_supervised(self) -> bool:
+        return bool(self.spans)
+
+
+class Kind(NamedTuple):
+    """How a piece of text is encoded: whether a chat template wrote it, and whether it goes on behind another."""
+
+    is_rendered: bool
+    continues: bool
 
 
 class Encoder:
     """A tokenizer, seen as training and generation use it."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, tags: tuple[str, str] | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise TokenError("this tokenizer has no fast version (tokenizer.json), which encoding needs")
         if tokenizer.eos_token_id is None:
@@ -44,100 +81,236 @@ class Encoder:
         self._tokenizer = tokenizer
         self.eos_token_id: int = tokenizer.eos_token_id
         control = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
-        self._control = sorted({token for token in control if token})
-        self._control_ids = set(tokenizer.convert_tokens_to_ids(self._control))
-        self._start_backend = _without_control_tokens(tokenizer, set(self._control), continues=False)
-        self._continuation_backend = _without_control_tokens(tokenizer, set(self._control), continues=True)
-        self._prefix = _bos(tokenizer)
-        self.num_control_tokens_as_text = 0
-        """How many BOS, EOS and pad stood in texts and were encoded as text."""
+        self.control_tokens = sorted({token for token in control if token})
+        self.bos_token: str = tokenizer.bos_token or ""
+        self._control_ids = set(tokenizer.convert_tokens_to_ids(self.control_tokens))
+        self._prefix, self._suffix = _special_ids(tokenizer(PROBE)["input_ids"], tokenizer)
+        self._target_prefix, _ = _special_ids(tokenizer(text_target=PROBE)["input_ids"], tokenizer)
+        bos = tokenizer.bos_token_id
+        self._causal_prefix = [bos] if bos is not None and self._prefix[:1] == [bos] else []
+        self._tag_ids = None if tags is None else tuple(tokenizer.convert_tokens_to_ids(list(tags)))
 
-    def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Encode prompts as generation feeds them: BOS in front where the model wants one."""
-        return [self._prefix + ids for ids in self._encode(prompts, self._start_backend)]
+    @cached_property
+    def _backends(self) -> dict[Kind, Tokenizer]:
+        """Copies of the tokenizer for each kind of text, made when they are needed."""
+        spec = self._tokenizer.backend_tokenizer.to_str()
+        kinds = [Kind(is_rendered, continues) for is_rendered in (False, True) for continues in (False, True)]
+        return {kind: _copy(spec, self.control_tokens, kind) for kind in kinds}
 
-    def encode_completions(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[int]]:
-        """Encode what follows a prompt, without EOS; behind an empty prompt a completion begins the text."""
-        following = iter(self._encode([c for p, c in _pairs(prompts, completions) if p], self._continuation_backend))
-        beginning = iter(self._encode([c for p, c in _pairs(prompts, completions) if not p], self._start_backend))
-        return [next(following if prompt else beginning) for prompt in prompts]
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether the tokenizer puts a dummy space in front of a text."""
+        spec = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        return _without_dummy_space(spec) != spec
 
-    def _encode(self, texts: Sequence[str], backend: Tokenizer) -> list[list[int]]:
-        encoded = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        for i, text in enumerate(texts):
-            if found := sum(text.count(control) for control in self._control):
-                self.num_control_tokens_as_text += found
-                if self._control_ids.intersection(encoded[i]):  # the model's own vocabulary holds the piece
-                    encoded[i] = self._encode_in_pieces(text, backend)
-        return encoded
+    @cached_property
+    def _added_tokens(self) -> dict[bool, re.Pattern[str]]:
+        """Finds an added token in rendered text, and in raw text, where control tokens are none."""
+        added = self._tokenizer.get_added_vocab()
+        return {True: any_of(added), False: any_of([token for token in added if token not in self.control_tokens])}
 
-    def _encode_in_pieces(self, text: str, backend: Tokenizer) -> list[int]:
+    def encode(self, examples: Sequence[Example], lengths: Lengths) -> list[EncodedRow | None]:
+        """Encode rows; None where one is too long and `overflow` does not cut it."""
+        is_causal = lengths.target is None
+        kinds = [_kinds(example, restarts=not is_causal) for example in examples]
+        texts: dict[Kind, list[str]] = {}
+        for example, of_pieces in zip(examples, kinds, strict=True):
+            for piece, kind in zip(example.pieces, of_pieces, strict=True):
+                texts.setdefault(kind, []).append(piece.text)
+        encoded = {kind: iter(self._encode(some, kind)) for kind, some in texts.items()}
+        join = self._causal_row if is_causal else self._encoder_decoder_row
+        rows = []
+        for example, of_pieces in zip(examples, kinds, strict=True):
+            num_control, ids = 0, []
+            for kind in of_pieces:
+                piece_ids, found = next(encoded[kind])
+                ids.append(piece_ids)
+                num_control += found
+            rows.append(join(example, ids, num_control, lengths))
+        return rows
+
+    def _encode(self, texts: Sequence[str], kind: Kind) -> Iterator[tuple[list[int], int]]:
+        """Give each text's ids, and how many control tokens stood in it and were made text."""
+        backend = self._backends[kind]
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
+            ids, found = encoding.ids, 0
+            if self._adds_space and kind.is_rendered == kind.continues:
+                ids = self._encode_sections(text, kind, ids)
+            if not kind.is_rendered:
+                found = sum(text.count(control) for control in self.control_tokens)
+                if found and self._control_ids.intersection(ids):  # the model's own vocabulary holds the piece
+                    ids = self._encode_cut(text, kind)
+            yield ids, found
+
+    def _encode_sections(self, text: str, kind: Kind, whole: list[int]) -> list[int]:
+        """Encode a text apart before and behind its first added token, where a dummy space needs it.
+
+        Tokenizers of the older kind put one behind every added token too. In a raw text only its very beginning may
+        have one; in rendered text all but a seam have it, as the template's user has it.
+        """
+        found = self._added_tokens[kind.is_rendered].search(text)
+        if found is None:
+            return whole
+        head, tail = text[: found.start()], text[found.start() :]
+        behind = self._backends[Kind(kind.is_rendered, not kind.is_rendered)]
+        before = self._backends[kind].encode(head, add_special_tokens=False).ids if head else []
+        return [*before, *behind.encode(tail, add_special_tokens=False).ids]
+
+    def encode_whole(self, texts: Sequence[str], *, is_rendered: bool) -> list[list[int]]:
+        """Encode each text in one piece, without BOS and EOS: not as rows are, but to compare with."""
+        return [ids for ids, _ in self._encode(texts, Kind(is_rendered, False))]
+
+    def _encode_cut(self, text: str, kind: Kind) -> list[int]:
         """Encode a text cut inside of every control token that stands in it, so that none can be found whole."""
-        inside = "|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in self._control if len(c) > 1)
+        inside = "|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in self.control_tokens if len(c) > 1)
         first, *rest = re.split(inside, text)
-        ids = list(backend.encode(first, add_special_tokens=False).ids)
-        for piece in rest:
-            ids += self._continuation_backend.encode(piece, add_special_tokens=False).ids
+        ids = list(self._backends[kind].encode(first, add_special_tokens=False).ids)
+        if self._adds_space and not kind.continues:
+            ids = self._encode_sections(first, kind, ids)
+        for part in rest:
+            ids += self._backends[Kind(False, True)].encode(part, add_special_tokens=False).ids
         if self._control_ids.intersection(ids):
             raise TokenError(f"this tokenizer can't encode a control token as text, and it stands in {text[:80]!r}")
         return ids
 
-    def encode_rows(
-        self, prompts: Sequence[str], completions: Sequence[str], max_length: int, overflow: Overflow
-    ) -> list[EncodedRow | None]:
-        """Encode pairs; None where a row is too long and `overflow` does not cut it."""
-        pairs = zip(self.encode_prompts(prompts), self.encode_completions(prompts, completions), strict=True)
-        return [self._join(prompt, completion, max_length, overflow) for prompt, completion in pairs]
-
-    def _join(self, prompt: list[int], completion: list[int], max_length: int, overflow: Overflow) -> EncodedRow | None:
-        completion = [*completion, self.eos_token_id]
-        excess = len(prompt) + len(completion) - max_length
+    def _causal_row(
+        self, example: Example, pieces: list[list[int]], num_control: int, lengths: Lengths
+    ) -> EncodedRow | None:
+        """Join a row's pieces behind BOS, with EOS at the end, and cut what is too long."""
+        starts_itself = example.pieces[0].is_rendered and pieces[0][:1] == self._causal_prefix
+        ids = [] if starts_itself else list(self._causal_prefix)
+        first = len(self._causal_prefix)  # what is never cut from the front
+        learned: list[tuple[int, int]] = []
+        prompt_length = len(ids)
+        for piece, piece_ids in zip(example.pieces, pieces, strict=True):
+            if piece.is_learned:
+                if learned and learned[-1][1] == len(ids):
+                    learned[-1] = (learned[-1][0], len(ids) + len(piece_ids))
+                else:
+                    prompt_length = len(ids)
+                    learned.append((len(ids), len(ids) + len(piece_ids)))
+            ids += piece_ids
+        if example.needs_eos:
+            ids.append(self.eos_token_id)
+            learned[-1] = (learned[-1][0], len(ids))
+        excess = len(ids) - lengths.sequence
         if excess > 0:
-            if overflow in (Overflow.drop, Overflow.error):
+            if lengths.overflow in (Overflow.drop, Overflow.error):
                 return None
-            if overflow is Overflow.truncate_prompt:
-                prompt = _cut_start(prompt, excess, len(self._prefix))
-            prompt = prompt[:max_length]
-            completion = completion[: max_length - len(prompt)]
-        ids = np.array(prompt + completion, dtype=np.int32)
-        labels = ids.copy()
-        labels[: max(1, len(prompt))] = IGNORE_INDEX  # the first id of all has nothing before it to be predicted from
-        return EncodedRow(ids, labels, len(prompt), truncated=excess > 0)
+            if lengths.overflow is Overflow.truncate_prompt:
+                cut = max(0, min(excess, prompt_length - first))
+                ids = ids[:first] + ids[first + cut :]
+                learned = [(max(first, start - cut), max(first, stop - cut)) for start, stop in learned]
+                prompt_length -= cut
+            ids = ids[: lengths.sequence]
+            prompt_length = min(prompt_length, len(ids))
+        learned = [(start, min(stop, len(ids))) for start, stop in learned]
+        # the first id of all has nothing before it to be predicted from
+        spans = [(kind, max(1, start), stop) for kind, start, stop in self._spans(ids, learned) if stop > 1]
+        return EncodedRow(ids, None, spans, prompt_length, excess > 0, num_control)
+
+    def _encoder_decoder_row(
+        self, example: Example, pieces: list[list[int]], num_control: int, lengths: Lengths
+    ) -> EncodedRow | None:
+        """Give the prompt to the encoder and the completion to the decoder, as the tokenizer frames them."""
+        assert lengths.target is not None
+        first, stop = last_turn(example.pieces)
+        prompt = [i for ids in pieces[:first] for i in ids]
+        target = [*self._target_prefix, *(i for ids in pieces[first:stop] for i in ids)]
+        if example.needs_eos:
+            target.append(self.eos_token_id)
+        if example.pieces[0].is_rendered and self._prefix and prompt[: len(self._prefix)] == self._prefix:
+            prompt = prompt[len(self._prefix) :]  # the chat template wrote it already
+        room = lengths.sequence - len(self._prefix) - len(self._suffix)
+        excess, target_excess = len(prompt) - room, len(target) - lengths.target
+        is_long = excess > 0 or target_excess > 0
+        if is_long:
+            if lengths.overflow in (Overflow.drop, Overflow.error):
+                return None
+            if excess > 0:
+                prompt = prompt[excess:] if lengths.overflow is Overflow.truncate_prompt else prompt[: max(0, room)]
+            target = target[: lengths.target]
+        input_ids = [*self._prefix, *prompt, *self._suffix]
+        spans = self._spans(target, [(len(self._target_prefix), len(target))]) if stop > first else []
+        return EncodedRow(input_ids, target, spans, len(input_ids), is_long, num_control)
+
+    def _spans(self, ids: list[int], learned: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        """Cut the supervised parts into thoughts, from tag to tag, and answers."""
+        if self._tag_ids is None:
+            return [(ANSWER, start, stop) for start, stop in learned if stop > start]
+        opened, closed = self._tag_ids
+        spans = []
+        for start, stop in learned:
+            while start < stop:
+                opens = _find(ids, opened, start, stop)
+                if opens > start:
+                    spans.append((ANSWER, start, opens))
+                if opens < stop:
+                    start = min(stop, _find(ids, closed, opens, stop) + 1)
+                    spans.append((THOUGHT, opens, start))
+                else:
+                    start = stop
+        return spans
+
+    @property
+    def target_prefix(self) -> list[int]:
+        """What a decoder is fed before it writes, behind its start token."""
+        return self._target_prefix
 
     def decode(self, ids: Sequence[int]) -> str:
         """Give the text of generated ids; BOS, EOS and pad are no text, thought tags are."""
-        kept = [i for i in ids if i not in self._control_ids]
-        return self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.decode_all([i for i in ids if i not in self._control_ids])
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Give the text of ids, control tokens included."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _pairs(prompts: Sequence[str], completions: Sequence[str]) -> zip[tuple[str, str]]:
-    return zip(prompts, completions, strict=True)
+PROBE = "a"
 
 
-def _cut_start(prompt: list[int], excess: int, num_prefix: int) -> list[int]:
-    """Drop `excess` ids from the front of a prompt, behind its BOS, as far as there are any."""
-    return prompt[:num_prefix] + prompt[num_prefix:][excess:]
+def _kinds(example: Example, *, restarts: bool) -> list[Kind]:
+    """Say of each piece how it is encoded; with `restarts` the last turn begins a text of its own, a decoder's."""
+    beginning = last_turn(example.pieces)[0] if restarts else 0
+    kinds, continues = [], False
+    for i, piece in enumerate(example.pieces):
+        continues = continues and i != beginning
+        kinds.append(Kind(piece.is_rendered, continues))
+        continues = continues or bool(piece.text)
+    return kinds
 
 
-def _bos(tokenizer: Any) -> list[int]:
-    """Give [BOS] where the tokenizer itself would put one in front of a text, else []."""
-    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
-    return [ids[0]] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []
+def _find(ids: list[int], wanted: int, start: int, stop: int) -> int:
+    """Give where an id stands first within [start, stop), or stop."""
+    try:
+        return ids.index(wanted, start, stop)
+    except ValueError:
+        return stop
 
 
-def _without_control_tokens(tokenizer: Any, control: set[str], *, continues: bool) -> Tokenizer:
+def _special_ids(ids: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Give the ids that the tokenizer itself puts in front of the probe and behind it."""
+    bare = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start : start + len(bare)] == bare:
+            return ids[:start], ids[start + len(bare) :]
+    raise TokenError("this tokenizer changes a text when it adds its special tokens; it can't be used")
+
+
+def _copy(spec_json: str, control: list[str], kind: Kind) -> Tokenizer:
     """Copy the tokenizer so that control tokens in a text are text, and all other added tokens are still tokens.
 
-    `encode_special_tokens` makes text of whatever is marked special, so in the copy only control tokens are. With
-    `continues`, the copy is for a text that goes on behind another: it puts no dummy space in front.
+    `encode_special_tokens` makes text of whatever is marked special, so in the copy only control tokens are. In
+    rendered text all of them are tokens. The copy for a text that goes on behind another puts no dummy space in front.
     """
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec = json.loads(spec_json)
     for token in spec["added_tokens"]:
         token["special"] = token["content"] in control
-    if continues:
+    if kind.continues:
         spec = _without_dummy_space(spec)
     copy = Tokenizer.from_str(json.dumps(spec))
-    copy.encode_special_tokens = True
+    copy.encode_special_tokens = not kind.is_rendered
     copy.no_padding()
     copy.no_truncation()
     return copy

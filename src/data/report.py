@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+
+from src.data.encoding import THOUGHT, Encoder
+from src.data.sets import EncodedSet
+from src.data.store import DroppedRow
 
 CHECK_ROWS = 200
 """Rows of a set that are decoded again, to see whether the tokenizer gives their text back."""
@@ -12,18 +19,61 @@ CHECK_ROWS = 200
 
 @dataclass
 class SplitReport:
-    """The account of one set of rows; every row that was read is either kept or counted under a reason."""
+    """The account of one set of rows: rows_kept = rows_read - all of rows_dropped + rows_repeated.
+
+    `sources` are the rows of each source of a mixture. A streamed set is accounted for as far as its first block goes.
+    """
 
     rows_read: int = 0
     rows_kept: int = 0
     rows_truncated: int = 0
+    rows_repeated: int = 0
+    rows_cleaned: int = 0
     rows_dropped: Counter[str] = field(default_factory=Counter)
+    dropped_places: dict[str, list[str]] = field(default_factory=dict)
     tokens: int = 0
     supervised_tokens: int = 0
+    thought_tokens: int = 0
+    lengths: dict[str, int] = field(default_factory=dict)
     control_tokens_as_text: int = 0
     rows_changed_by_tokenizer: int = 0
     new_tokens: dict[str, dict[str, int]] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
+    is_streamed: bool = False
     digest: str = ""
+
+    def drop(self, rows: Sequence[DroppedRow]) -> None:
+        """Count rows that were dropped, by reason, with the first ten places of each."""
+        for row in rows:
+            self.rows_dropped[row.reason] += 1
+            places = self.dropped_places.setdefault(row.reason, [])
+            if len(places) < 10:
+                places.append(row.place)
+
+    def count(self, rows: EncodedSet, encoder: Encoder, new_tokens: Mapping[str, int]) -> None:
+        """Count what the rows of a set hold."""
+        self.rows_kept = len(rows)
+        self.rows_truncated = rows.total("is_truncated")
+        self.rows_cleaned = rows.total("was_cleaned")
+        self.control_tokens_as_text = rows.total("num_control_tokens")
+        self.tokens = rows.num_tokens
+        self.lengths = length_summary(rows.lengths + rows.target_lengths)
+        counts = {token: Counter[str]() for token in new_tokens}
+        for chunk, times in rows.masks():
+            spans = chunk.spans.reshape(-1, 3)
+            of_row = np.repeat(times, np.diff(chunk.span_offsets) // 3)
+            sizes = (spans[:, 2] - spans[:, 1]) * of_row
+            self.supervised_tokens += int(sizes.sum())
+            self.thought_tokens += int(sizes[spans[:, 0] == THOUGHT].sum())
+            fed = np.repeat(times, np.diff(chunk.input_offsets))
+            supervised = chunk.supervised() * np.repeat(times, np.diff(chunk.learned_offsets))
+            for token, token_id in new_tokens.items():
+                counts[token]["fed"] += int(fed[chunk.input_ids == token_id].sum())
+                counts[token]["supervised"] += int(supervised[chunk.learned_ids == token_id].sum())
+        self.new_tokens = {token: {key: one[key] for key in ("fed", "supervised")} for token, one in counts.items()}
+        checked = range(min(CHECK_ROWS, len(rows)))
+        self.rows_changed_by_tokenizer = sum(not gives_back(rows, i, encoder) for i in checked)
+        self.digest = rows.digest()
 
     def as_dict(self) -> dict[str, Any]:
         return self.__dict__ | {"rows_dropped": dict(self.rows_dropped)}
@@ -33,10 +83,35 @@ class SplitReport:
         """One line for a person."""
         dropped = self.rows_dropped.total()
         why = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.rows_dropped.items())
-        text = f"{self.rows_kept:,} of {self.rows_read:,} rows"
+        text = "streamed; of the first " if self.is_streamed else ""
+        text += f"{self.rows_kept:,} of {self.rows_read:,} rows"
         text += f" ({self.rows_truncated:,} truncated, {dropped:,} dropped{': ' + why if why else ''})"
         text += f", {self.supervised_tokens:,} of {self.tokens:,} tokens supervised"
+        if len(self.sources) > 1:
+            text += f"\n  mixed of {', '.join(f'{name} {count:,}' for name, count in self.sources.items())}"
         if self.rows_changed_by_tokenizer:
             text += f"\n  of the first {CHECK_ROWS} rows {self.rows_changed_by_tokenizer} do not come back as they were"
             text += " from the tokenizer"
         return text
+
+
+def gives_back(rows: EncodedSet, index: int, encoder: Encoder) -> bool:
+    """Whether a row's ids decode to its text; one that was cut is not looked at."""
+    if rows.is_truncated(index):
+        return True
+    row, prompt, completion = rows[index], rows.prompt(index), rows.completion(index)
+    ids = row.input_ids.tolist()
+    if row.target_ids is not None:
+        return encoder.decode(ids) == prompt and encoder.decode(row.target_ids.tolist()) == completion
+    if encoder.decode(ids) == prompt + completion:
+        return True
+    whole = encoder.decode_all(ids)  # a chat: its control tokens are part of the text
+    return whole.startswith((prompt + completion, encoder.bos_token + prompt + completion))
+
+
+def length_summary(lengths: np.ndarray) -> dict[str, int]:
+    """Give shortest, median, 95th percentile, longest and total of lengths in tokens."""
+    if not len(lengths):
+        return {}
+    shortest, median, p95, longest = np.percentile(lengths, [0, 50, 95, 100], method="nearest").tolist()
+    return {"min": shortest, "median": median, "p95": p95, "max": longest}

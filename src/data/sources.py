@@ -1,92 +1,125 @@
-"""Where rows come from: JSONL files and the hub become records that know their place. The door to datasets."""
+"""Where rows come from: files and the hub become records that know their place. The door to datasets."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
-from src.errors import DataError, listed, one_line
+from src.config.files import expand
+from src.data.readers import MAX_ROW_BYTES, Record, Unreadable, read_file
+from src.errors import DataError, one_line
 
 
 @dataclass(frozen=True)
-class Record:
-    """One row as it was read, with the source and the number of its line or row, for messages."""
+class FileSource:
+    """Rows of data files, one file after the other."""
 
-    fields: dict[str, Any]
-    source: str
-    number: int
+    files: tuple[str, ...]
+    limit: int | None = None
 
     @property
-    def place(self) -> str:
-        return f"{self.source}:{self.number}"
+    def name(self) -> str:
+        return ", ".join(self.files)
+
+    def records(self) -> Iterator[Record | Unreadable]:
+        """Read the rows, at most `limit` of them."""
+        before = {file: _state(file) for file in self.files}
+        yield from itertools.islice((row for file in self.files for row in read_file(file)), self.limit)
+        if changed := [file for file in self.files if _state(file) != before[file]]:
+            raise DataError(f"{', '.join(changed)} changed while being read; start again when it is whole")
+
+    def fingerprint(self) -> Any:
+        """Give what identifies the rows: every file with the hash of its content."""
+        return {"files": [[file, file_hash(file)] for file in self.files], "limit": self.limit}
 
 
-def read_files(files: Sequence[str], limit: int | None = None) -> list[Record]:
-    """Read JSONL files, one object a line, in the order given; blank lines are no rows.
+@dataclass(frozen=True)
+class HubSource:
+    """One split of a data set on the Hugging Face hub, or of a local folder in its form."""
 
-    Raises:
-        DataError: naming file and line of the first ten rows that can't be read.
-    """
-    records: list[Record] = []
-    bad: list[str] = []
-    for file in files:
-        if Path(file).suffix not in (".jsonl", ".ndjson"):
-            raise DataError(f"{file}: only JSONL is read (one JSON object a line, named .jsonl)")
+    dataset_name: str
+    config_name: str | None
+    split: str
+    revision: str | None
+    streaming: bool = False
+    limit: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset_name}/{self.split}"
+
+    def _load(self) -> Any:
+        import datasets  # heavy, and only this needs it
+
+        datasets.disable_progress_bars()
         try:
-            with open(file, "rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if limit is not None and len(records) >= limit:
-                        break
-                    if line.strip():
-                        _read_line(line, file, number, records, bad)
-        except OSError as error:
-            raise DataError(f"{file} can't be read: {error.strerror}") from error
-    if bad:
-        raise DataError(f"{len(bad)} row{'s' if len(bad) > 1 else ''} can't be read:\n{listed(bad)}")
-    return records
+            return datasets.load_dataset(
+                self.dataset_name, self.config_name, split=self.split, revision=self.revision, streaming=self.streaming
+            )
+        except Exception as error:  # the library raises many kinds: network, missing names, broken files
+            raise DataError(
+                f"{self.dataset_name} ({self.config_name or 'default'}, split {self.split}) can't be had from the hub: "
+                f"{one_line(error)}\nWithout a network, give local files: data.train_files=[FILE]"
+            ) from error
+
+    def records(self) -> Iterator[Record | Unreadable]:
+        """Read the rows, at most `limit` of them.
+
+        Raises:
+            DataError: where they can't be had, with the library's own words.
+        """
+        for number, row in enumerate(itertools.islice(self._load(), self.limit), start=1):
+            fields = dict(row)
+            if sum(len(value) for value in fields.values() if isinstance(value, str)) > MAX_ROW_BYTES:
+                yield Unreadable(self.name, number, f"its texts have more than {MAX_ROW_BYTES:,} characters")
+            else:
+                yield Record(fields, self.name, number)
+
+    def fingerprint(self) -> Any:
+        """Give what identifies the rows: the library's own fingerprint follows the content."""
+        return {"hub": [self.name, self.config_name], "rows": self._load()._fingerprint, "limit": self.limit}
 
 
-def _read_line(line: bytes, file: str, number: int, records: list[Record], bad: list[str]) -> None:
-    try:
-        fields = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        bad.append(f"{file}:{number}  not UTF-8 (byte {error.start + 1})")
-    except json.JSONDecodeError as error:
-        bad.append(f"{file}:{number}  not JSON: {error.msg.removesuffix(' at')}, column {error.colno}")
-    else:
-        if isinstance(fields, dict):
-            records.append(Record(fields, file, number))
-        else:
-            bad.append(f"{file}:{number}  a JSON object is needed, this is a {type(fields).__name__}")
+Source = FileSource | HubSource
 
 
-def read_hub(
-    name: str, config_name: str | None, split: str, revision: str | None, limit: int | None = None
-) -> list[Record]:
-    """Read one split of a data set on the Hugging Face hub.
-
-    Raises:
-        DataError: where it can't be had, with the library's own words.
-    """
-    import datasets  # heavy, and only this needs it
-
-    try:
-        rows = datasets.load_dataset(name, config_name, split=split, revision=revision)
-    except Exception as error:  # the library raises many kinds: network, missing names, broken files
-        raise DataError(
-            f"{name} ({config_name or 'default'}, split {split}) can't be had from the hub: {one_line(error)}\n"
-            "Without a network, give local files: data.train_files=[FILE.jsonl]"
-        ) from error
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    return [Record(dict(row), f"{name}/{split}", number) for number, row in enumerate(rows, start=1)]
+def file_source(patterns: Sequence[str], limit: int | None) -> FileSource:
+    """Give the source of files, globs and folders."""
+    return FileSource(tuple(expand(patterns)), limit)
 
 
 def file_hash(file: str) -> str:
-    """Give the SHA-256 of a file's content."""
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    """Give the SHA-256 of a file's content.
+
+    Raises:
+        DataError: where it can't be read.
+    """
+    return _hash(file, _state(file))
+
+
+def _state(file: str) -> tuple[int, int, int]:
+    try:
+        found = os.stat(file)
+    except OSError as error:
+        raise DataError(f"{file} can't be read: {error.strerror}") from error
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=1024)
+def _hash(file: str, _state: tuple[int, int, int]) -> str:
+    try:
+        with open(file, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{file} can't be read: {error.strerror}") from error
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """Give a hash of plain values, 64 hex digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

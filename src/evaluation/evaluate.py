@@ -12,8 +12,9 @@ from torch import nn
 
 from src.config.schema import Metric, RunConfig
 from src.data.batching import collate
-from src.data.dataset import Data, EncodedSet
+from src.data.dataset import Data
 from src.data.encoding import Encoder
+from src.data.sets import EncodedSet
 from src.errors import NonFiniteLossError
 from src.evaluation.generate import Generator
 from src.evaluation.metrics import exact_match, perplexity, strip_thoughts
@@ -59,21 +60,21 @@ class Evaluator:
 
     def reference(self, rows: EncodedSet, index: int) -> str:
         """Give what a row's answer should be, without thoughts, also without those that stand in the data as tags."""
-        return strip_thoughts(rows.examples[index].reference, self.tags)
+        return strip_thoughts(rows.reference(index), self.tags)
 
     @torch.no_grad()
     def _loss(self, rows: EncodedSet, count: int) -> float:
         """Mean nats per supervised token over the first `count` rows; batches of similar length are padded little."""
-        order = sorted(range(count), key=lambda i: len(rows[i][0]))
+        order = sorted(range(count), key=lambda i: rows.lengths[i])
         total = torch.zeros((), dtype=torch.float64)
         num_supervised = 0
         self.scored.eval()
         for start in range(0, count, self.batch_size):
             self.runtime.stop.check()
-            batch = collate(rows, order[start : start + self.batch_size], self.generator.pad_token_id)
+            batch = collate(rows, [[i] for i in order[start : start + self.batch_size]], self.generator.pad_token_id)
             num_supervised += batch.num_supervised
             batch = batch.to(self.runtime.device)
-            total += self.scored(batch.input_ids, batch.labels).double().cpu()
+            total += self.scored(**batch.inputs()).double().cpu()
         loss = total.item() / num_supervised
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"the loss on {rows.name} became {loss}: training has spoilt the weights")
@@ -86,11 +87,11 @@ def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data
     Raises:
         DataError, ModelError: where a prompt is empty, or leaves no room for what is generated.
     """
-    generator = Generator(model, runtime, config.training.per_device_eval_batch_size)
-    generated = [*data.validation.values(), *data.test.values()] if config.metrics else []
-    generated += [data.for_samples] if config.evaluation.sample_prompts else []
-    for rows in generated:
-        generator.check_room(rows)
+    generator = Generator(model, runtime, config.training.per_device_eval_batch_size, data.encoder.target_prefix)
+    for rows in [*data.validation.values(), *data.test.values()] if config.metrics else []:
+        generator.check_room(rows, is_compared=True)
+    if config.evaluation.sample_prompts:
+        generator.check_room(data.for_samples(), is_compared=False)
     return Evaluator(
         scored=scored,
         generator=generator,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from src.data.dataset import EncodedSet
+from src.data.sets import EncodedSet
 from src.errors import DataError, ModelError
 from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
@@ -41,27 +41,35 @@ class Generator:
     model: Any
     runtime: Runtime
     batch_size: int
+    target_prefix: list[int]
+    """What an encoder-decoder's decoder is fed behind its start token, before it writes."""
 
     @property
     def pad_token_id(self) -> int:
         return int(self.model.generation_config.pad_token_id)
 
-    def check_room(self, rows: EncodedSet) -> None:
-        """See that every prompt can be generated from: not empty, and with room behind it.
+    def check_room(self, rows: EncodedSet, *, is_compared: bool) -> None:
+        """See that every prompt can be generated from: with room behind it, and not empty where answers are compared.
 
         Raises:
             DataError, ModelError: naming the row, or the lengths that do not fit.
         """
-        lengths = [len(rows.prompt_ids(i)) for i in range(len(rows))]
-        if 0 in lengths:
-            raise DataError(f"{rows.places[lengths.index(0)]}  nothing to generate from: an empty prompt, and no BOS")
+        lengths = rows.prompt_lengths().tolist()
+        if is_compared and 0 in lengths:
+            raise DataError(f"{rows.place(lengths.index(0))}  nothing to generate from: an empty prompt, and no BOS")
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         new = self.model.generation_config.max_new_tokens
+        if self.is_encoder_decoder:
+            lengths = [1 + len(self.target_prefix)]
         if positions is not None and max(lengths) + new > positions:
             raise ModelError(
                 f"{rows.name}: the longest prompt has {max(lengths)} tokens, generation.max_new_tokens = {new} more do "
                 f"not fit into the model's {positions} positions; lower one of data.max_seq_length and max_new_tokens"
             )
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)
 
     def generate(self, prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         """Generate a completion for each prompt (ids), in the order given.
@@ -88,20 +96,33 @@ class Generator:
     def _batch(self, prompts: Sequence[list[int]]) -> list[Completion]:
         longest = max(map(len, prompts))
         pad = self.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-        real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids = torch.full((len(prompts), longest), pad)
+        real = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            # an encoder's positions count from the left, a decoder's completion goes on at the right
+            here = slice(0, len(prompt)) if self.is_encoder_decoder else slice(longest - len(prompt), longest)
+            ids[i, here], real[i, here] = torch.tensor(prompt), 1
+        decoder = {}
+        if self.is_encoder_decoder:
+            begin = [self.model.generation_config.decoder_start_token_id, *self.target_prefix]
+            decoder["decoder_input_ids"] = torch.tensor([begin] * len(prompts), device=self.runtime.device)
+            longest = len(begin)
         with self.runtime.autocast():
             generated = self.model.generate(
                 input_ids=ids.to(self.runtime.device),
                 attention_mask=real.to(self.runtime.device),
                 stopping_criteria=StoppingCriteriaList([_WhenAsked(self.runtime.stop)]),
+                **decoder,
             )
         self.runtime.stop.check()
-        return [cut_at(row, self.model.generation_config.eos_token_id) for row in generated[:, longest:].tolist()]
+        stops = self.model.generation_config.eos_token_id
+        stops = [stops] if isinstance(stops, int) else stops
+        return [cut_at(row, stops) for row in generated[:, longest:].tolist()]
 
 
-def cut_at(ids: list[int], eos_token_id: int) -> Completion:
-    """Cut generated ids before the first EOS; what stands behind it is padding."""
-    if eos_token_id in ids:
-        return Completion(ids[: ids.index(eos_token_id)], "eos")
+def cut_at(ids: list[int], stop_ids: Sequence[int]) -> Completion:
+    """Cut generated ids before the first one that ends them, EOS or the end of a turn; behind it is padding."""
+    for i, token_id in enumerate(ids):
+        if token_id in stop_ids:
+            return Completion(ids[:i], "eos")
     return Completion(ids, "length")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from src.data.dataset import EncodedSet
+from src.data.sets import EncodedSet
 from src.evaluation.evaluate import Evaluator
 from src.evaluation.metrics import strip_thoughts
 
@@ -28,11 +28,11 @@ class Sample:
 def sample(evaluator: Evaluator, rows: EncodedSet, count: int, step: int) -> list[Sample]:
     """Generate for the first `count` rows of a set; the same prompts and the same random stream every time."""
     chosen = range(min(count, len(rows)))
-    completions = evaluator.generator.generate([rows.prompt_ids(i) for i in chosen], evaluator.runtime.seed)
+    completions = evaluator.generator.generate([rows.first_ids(i) for i in chosen], evaluator.runtime.seed)
     samples = []
     for i, completion in zip(chosen, completions, strict=True):
         text = evaluator.encoder.decode(completion.ids)
         answer = strip_thoughts(text, evaluator.tags)
-        prompt, reference = rows.examples[i].prompt, evaluator.reference(rows, i)
+        prompt, reference = rows.prompt(i), evaluator.reference(rows, i)
         samples.append(Sample(step, prompt, text, answer, reference, completion.stop_reason))
     return samples

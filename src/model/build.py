@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from src.config.schema import GenerationConfig, ModelConfig, Weights
+from src.config.schema import GenerationConfig, ModelConfig, ModelType, Weights
 from src.errors import ModelError, listed, one_line
 
 
@@ -21,19 +22,50 @@ def build_model(config: ModelConfig, max_seq_length: int) -> Any:
     Raises:
         ModelError: where the checkpoint can't be loaded, is of another type, or is too short for the data.
     """
-    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    try:
-        architecture = AutoConfig.from_pretrained(config.checkpoint, **where)
-    except Exception as error:  # the libraries raise many kinds
-        raise ModelError(f"{config.checkpoint}: no model configuration there: {one_line(error)}") from error
-    if architecture.is_encoder_decoder:
-        raise ModelError(f"{config.checkpoint} is an encoder-decoder model; model.type is {config.type.value}")
+    architecture = load_architecture(config)
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_seq_length > positions:
         raise ModelError(
             f"{config.checkpoint} has room for {positions} positions; data.max_seq_length = {max_seq_length} is more"
         )
-    return _load(config, architecture, where)
+    return _load(config, architecture)
+
+
+def load_architecture(config: ModelConfig) -> Any:
+    """Load a checkpoint's configuration, without weights.
+
+    Raises:
+        ModelError: where there is none, or it is of another type than `model.type` says.
+    """
+    try:
+        architecture = AutoConfig.from_pretrained(config.checkpoint, **_where(config))
+    except Exception as error:  # the libraries raise many kinds
+        raise ModelError(f"{config.checkpoint}: no model configuration there: {one_line(error)}") from error
+    found = ModelType.encoder_decoder if architecture.is_encoder_decoder else ModelType.causal_lm
+    if found is not config.type:
+        raise ModelError(f"{config.checkpoint} is of the type {found.value}; model.type is {config.type.value}")
+    return architecture
+
+
+def empty_model(config: ModelConfig) -> Any:
+    """Build the model without weights: its modules and shapes, no memory."""
+    attention = {} if config.attn_implementation is None else {"attn_implementation": "sdpa"}
+    with torch.device("meta"):
+        return _auto(config).from_config(
+            load_architecture(config), trust_remote_code=config.trust_remote_code, **_dtype(config), **attention
+        )
+
+
+def _where(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
+def _auto(config: ModelConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.type is ModelType.encoder_decoder else AutoModelForCausalLM
+
+
+def _dtype(config: ModelConfig) -> dict[str, Any]:
+    return {} if config.dtype.value == "auto" else {"dtype": getattr(torch, config.dtype.value)}
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
@@ -42,17 +74,20 @@ def num_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
-def _load(config: ModelConfig, architecture: Any, where: dict[str, Any]) -> Any:
-    dtype = "auto" if config.dtype.value == "auto" else getattr(torch, config.dtype.value)
+def _load(config: ModelConfig, architecture: Any) -> Any:
     attention = {"attn_implementation": config.attn_implementation.value} if config.attn_implementation else {}
     try:
         if config.weights is Weights.random:
-            chosen = {} if dtype == "auto" else {"dtype": dtype}
-            return AutoModelForCausalLM.from_config(
-                architecture, trust_remote_code=config.trust_remote_code, **chosen, **attention
+            return _auto(config).from_config(
+                architecture, trust_remote_code=config.trust_remote_code, **_dtype(config), **attention
             )
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            config.checkpoint, dtype=dtype, use_safetensors=True, output_loading_info=True, **attention, **where
+        model, loaded = _auto(config).from_pretrained(
+            config.checkpoint,
+            use_safetensors=True,
+            output_loading_info=True,
+            **({"dtype": "auto"} | _dtype(config)),
+            **attention,
+            **_where(config),
         )
     except Exception as error:  # the libraries raise many kinds
         raise ModelError(f"{config.checkpoint} can't be loaded as {config.type.value}: {one_line(error)}") from error
@@ -64,12 +99,15 @@ def _load(config: ModelConfig, architecture: Any, where: dict[str, Any]) -> Any:
     return model
 
 
-def set_generation(model: Any, config: GenerationConfig, tokenizer: Any) -> None:
+def set_generation(model: Any, config: GenerationConfig, tokenizer: Any, stop_ids: Sequence[int]) -> None:
     """Make these the settings that the model generates by, here and after export; its checkpoint's own are let go.
 
     Settings of sampling are given only where sampling is on.
 
     A tokenizer without a pad token pads with EOS: labels and masks never look at the pad id.
+
+    Args:
+        stop_ids: each of them ends what is generated.
     """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     settings: dict[str, Any] = {
@@ -80,10 +118,15 @@ def set_generation(model: Any, config: GenerationConfig, tokenizer: Any) -> None
         "repetition_penalty": config.repetition_penalty,
         "no_repeat_ngram_size": config.no_repeat_ngram_size,
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": stop_ids[0] if len(stop_ids) == 1 else list(stop_ids),
         "pad_token_id": pad,
         "use_cache": True,
     }
+    if model.config.is_encoder_decoder:
+        start = model.config.decoder_start_token_id
+        if start is None:
+            raise ModelError("this encoder-decoder's config.json has no decoder_start_token_id")
+        settings["decoder_start_token_id"] = start
     if config.do_sample:
         settings |= {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     model.generation_config = transformers.GenerationConfig(**settings)

@@ -99,6 +99,11 @@ class Runtime:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
 
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given, so that a clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def peak_memory_bytes(self) -> int:
         """The most memory held so far: of the device on CUDA, else the process's resident set."""
         if self.device.type == "cuda":

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 LABEL = 12  # columns of the label in front of a line
 REFRESH_SECONDS = 0.1
+QUIET_SECONDS = 10.0  # between two lines of progress where nobody watches
 
 
 class Console:
@@ -38,6 +39,20 @@ class Console:
         """Print a warning to the error stream."""
         self._close_line()
         print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def working(self, text: str) -> None:
+        """Show how far long work is that comes before training: in place on a terminal, now and then elsewhere."""
+        now = time.monotonic()
+        if not self._is_live:
+            if now - self._last_refresh >= QUIET_SECONDS:
+                if self._last_refresh:
+                    self.say(text)
+                self._last_refresh = now
+        elif now - self._last_refresh >= REFRESH_SECONDS:
+            self._last_refresh = now
+            self._stream.write(f"\r\x1b[2K{text}")
+            self._stream.flush()
+            self._line_open = True
 
     def progress(
         self, step: int, num_steps: int, loss: float, lr: float, tokens_per_second: float, *, logged: bool

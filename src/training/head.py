@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src.errors import ModelError
 from src.training.loss import supervised_positions, token_nll
+
+PROBE_LENGTH = 12  # tokens of the short rows on which a model is watched
+MOST_LEAKED = 0.05
+"""Of the difference that seeing another row makes: what rounding may look like, and nothing more."""
 
 
 class ScoredModel(nn.Module):
-    """A causal model that scores itself: input_ids and labels [batch, seq] become the summed nll of the labels."""
+    """A model that scores itself: ids and labels [batch, seq] become the summed nll of the labels.
+
+    An encoder-decoder is given `target_ids` [batch, target] too, which its labels belong to.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -22,20 +30,24 @@ class ScoredModel(nn.Module):
         self.uses_full_logits = False
         """Whether the model's own forward computes the logits, because head(hidden) would be something else."""
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        head = self.model.get_output_embeddings()
+    def forward(self, input_ids: Tensor, labels: Tensor, target_ids: Tensor | None = None, **inputs: Any) -> Tensor:
+        inputs |= {"input_ids": input_ids, "use_cache": False}
+        if target_ids is not None:
+            inputs["decoder_input_ids"] = shifted(target_ids, self.model.config.decoder_start_token_id)
+        ahead = target_ids is None
         if self.uses_full_logits:
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
-            picked, targets = supervised_positions(logits, labels)
+            logits = self.model(**inputs).logits
+            picked, targets = supervised_positions(logits, labels, ahead=ahead)
             return token_nll(picked, targets, lambda chosen: chosen, logits.shape[-1])
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        states, targets = supervised_positions(hidden, labels)
+        hidden = self.model.base_model(**inputs).last_hidden_state
+        head = self.model.get_output_embeddings()
+        states, targets = supervised_positions(hidden, labels, ahead=ahead)
         return token_nll(states, targets, head, head.weight.shape[0])
 
     @torch.no_grad()
-    def choose_head(self, input_ids: Tensor) -> None:
-        """Watch the model's own forward on a short row, [1, seq]: is the head fed the last hidden states, and are the
-        logits what it gives back, bit for bit?
+    def choose_head(self) -> None:
+        """Watch the model's own forward on a short row: is the head fed the last hidden states, and are the logits
+        what it gives back, bit for bit?
 
         Many models put something between head and logits (a scale, a cap, a bias), so this is seen, not assumed. Where
         it is not so, the model's own forward computes the logits from then on.
@@ -48,13 +60,64 @@ class ScoredModel(nn.Module):
         watch = head.register_forward_hook(lambda _module, given, result: seen.append((given[0], result)))
         training = self.training
         self.eval()
+        ids = self._probe(PROBE_LENGTH)
+        inputs = {"input_ids": ids, "use_cache": False}
+        if self.model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids
         try:
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
-            base = self.model.base_model(input_ids=input_ids, use_cache=False)
-            hidden = getattr(base, "last_hidden_state", None)
+            logits = self.model(**inputs).logits
+            hidden = getattr(self.model.base_model(**inputs), "last_hidden_state", None)
         finally:
             watch.remove()
             self.train(training)
         if len(seen) == 1 and hidden is not None:
             fed, given = seen[0]
             self.uses_full_logits = not (torch.equal(fed, hidden) and torch.equal(given.float(), logits.float()))
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """See that a row packed behind another gets the logits that it gets alone.
+
+        What tells rows apart is position_ids that begin again; an attention that does not look at them would let every
+        row see the ones before it, and no loss would tell.
+
+        Raises:
+            ModelError: where it does not.
+        """
+        first, second = self._probe(PROBE_LENGTH), self._probe(PROBE_LENGTH).flip(1)
+        both = torch.cat([first, second], dim=1)
+        positions = torch.arange(PROBE_LENGTH, device=both.device)
+        training = self.training
+        self.eval()
+        try:
+            alone = self._logits(second, positions[None])
+            packed = self._logits(both, torch.cat([positions, positions])[None])
+            mixed = self._logits(both, torch.arange(2 * PROBE_LENGTH, device=both.device)[None])
+        except TypeError as error:
+            raise ModelError(
+                f"{type(self.model).__name__} takes no position_ids, so rows can't be packed for it: "
+                "data.batching=length_grouped or padded"
+            ) from error
+        finally:
+            self.train(training)
+        leaked = (packed[:, PROBE_LENGTH:] - alone).norm()
+        seeing = (mixed[:, PROBE_LENGTH:] - alone).norm()
+        if leaked > MOST_LEAKED * seeing:
+            raise ModelError(
+                f"{type(self.model).__name__} lets packed rows see each other with this attention "
+                f"({self.model.config._attn_implementation}); data.batching=length_grouped or padded"
+            )
+
+    def _logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float()
+
+    def _probe(self, length: int) -> Tensor:
+        """Give ids that any vocabulary has, [1, length]."""
+        embeddings = self.model.get_input_embeddings().weight
+        return torch.arange(length, device=embeddings.device)[None] % embeddings.shape[0]
+
+
+def shifted(target_ids: Tensor, start_token_id: int) -> Tensor:
+    """Give what a decoder reads while it writes the targets, [batch, target]: its start token, and all but the last."""
+    start = torch.full_like(target_ids[:, :1], start_token_id)
+    return torch.cat([start, target_ids[:, :-1]], dim=1)

@@ -11,7 +11,8 @@ import torch
 
 from src.config.schema import RunConfig
 from src.data.batching import Batch, collate, windows
-from src.data.dataset import EncodedSet
+from src.data.dataset import TrainSet
+from src.data.sets import EncodedSet
 from src.errors import NonFiniteLossError, listed
 from src.runtime.session import Runtime
 from src.training.loss import step_objective
@@ -74,32 +75,31 @@ class Step:
         return self.meter.read() | {"train/lr": self.lr, "train/grad_norm": self.grad_norm}
 
 
-def train(
-    state: TrainState, rows: EncodedSet, config: RunConfig, runtime: Runtime, pad_token_id: int
-) -> Iterator[Step]:
+def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime, pad_token_id: int) -> Iterator[Step]:
     """Train to the end, yielding every step; `state` is up to date whenever a step is yielded.
 
     Raises:
         NonFiniteLossError: before the weights are touched by it.
         Interrupted: where a signal asked for it; the step that was under way is given up.
     """
-    training = config.training
-    per_step = (training.per_device_train_batch_size, training.gradient_accumulation_steps)
     meter = Meter()
-    for epoch, window in windows(len(rows), config.seed, *per_step):
+    for window in windows(rows, state.plan, config.seed):
         if state.step >= state.num_steps:
             return
         started = time.perf_counter()
-        batches = [collate(rows, indices, pad_token_id) for indices in window]
-        lr, grad_norm = step_once(state, batches, rows, config, runtime, meter)
+        batches = [
+            (block, collate(block, sequences, pad_token_id, flat=state.is_flat))
+            for block, sequences in window.micro_batches
+        ]
+        lr, grad_norm = step_once(state, batches, config, runtime, meter)
         seconds = time.perf_counter() - started
         meter.seconds += seconds
         state.train_seconds += seconds
         yield Step(
             number=state.step,
-            epoch=epoch,
+            epoch=window.epoch,
             is_last=state.step >= state.num_steps,
-            ends_epoch=state.step % state.steps_per_epoch == 0,
+            ends_epoch=window.ends_epoch,
             lr=lr,
             grad_norm=grad_norm,
             meter=meter,
@@ -107,28 +107,36 @@ def train(
 
 
 def step_once(
-    state: TrainState, batches: list[Batch], rows: EncodedSet, config: RunConfig, runtime: Runtime, meter: Meter
+    state: TrainState,
+    batches: list[tuple[EncodedSet, Batch]],
+    config: RunConfig,
+    runtime: Runtime,
+    meter: Meter,
 ) -> tuple[float, float]:
-    """Do one optimizer update over a window of micro-batches, and give its learning rate and gradient norm."""
+    """Do one optimizer update over a window of micro-batches, and give its learning rate and gradient norm.
+
+    Args:
+        batches: each with the set that its row numbers are of.
+    """
     state.scored.train()
-    (num_supervised,) = runtime.sum([sum(batch.num_supervised for batch in batches)])
+    (num_supervised,) = runtime.sum([sum(batch.num_supervised for _, batch in batches)])
     sums = []
-    for i, batch in enumerate(batches):
+    for i, (_, batch) in enumerate(batches):
         runtime.stop.check()
         batch = batch.to(runtime.device)
         with runtime.accumulate(state.scored, last=i == len(batches) - 1):
-            nll = state.scored(batch.input_ids, batch.labels)
+            nll = state.scored(**batch.inputs())
             share = step_objective(nll, num_supervised, config.loss.reduction)
             runtime.backward(share * runtime.num_processes)  # processes average their gradients; the step sums them
         sums.append(nll.detach())
     nlls = torch.stack(sums).tolist()
-    if bad := [batch for nll, batch in zip(nlls, batches, strict=True) if not math.isfinite(nll)]:
+    if bad := [one for nll, one in zip(nlls, batches, strict=True) if not math.isfinite(nll)]:
         value = next(nll for nll in nlls if not math.isfinite(nll))
-        raise _not_finite(f"the loss became {value}", bad, rows, state.step + 1)
+        raise _not_finite(f"the loss became {value}", bad, state.step + 1)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     grad_norm = float(runtime.clip_grad_norm(parameters, config.training.max_grad_norm))
     if not math.isfinite(grad_norm) and not runtime.scales_gradients:
-        raise _not_finite(f"the gradient's norm became {grad_norm}", batches, rows, state.step + 1)
+        raise _not_finite(f"the gradient's norm became {grad_norm}", batches, state.step + 1)
     lr = float(state.schedule.get_last_lr()[0])
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -136,7 +144,7 @@ def step_once(
         state.schedule.step()
     state.step += 1
     nll_sum, num_tokens, num_rows = runtime.sum(
-        [sum(nlls), sum(batch.num_tokens for batch in batches), sum(len(batch.rows) for batch in batches)]
+        [sum(nlls), sum(batch.num_tokens for _, batch in batches), sum(len(batch.rows) for _, batch in batches)]
     )
     meter.nll += nll_sum
     meter.num_supervised += num_supervised
@@ -146,8 +154,8 @@ def step_once(
     return lr, grad_norm
 
 
-def _not_finite(what: str, batches: list[Batch], rows: EncodedSet, step: int) -> NonFiniteLossError:
-    places = [rows.places[index] for batch in batches for index in batch.rows]
+def _not_finite(what: str, batches: list[tuple[EncodedSet, Batch]], step: int) -> NonFiniteLossError:
+    places = [rows.place(index) for rows, batch in batches for index in batch.rows]
     return NonFiniteLossError(
         f"{what} in step {step}. Either these rows are extreme, or a learning rate that is too high has spoilt the "
         f"weights in the steps before:\n{listed(places)}"

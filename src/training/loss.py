@@ -20,18 +20,21 @@ MAX_LOGITS = 2**26
 """Logits held at once, in elements: 256 MiB in fp32."""
 
 
-def supervised_positions(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def supervised_positions(hidden: Tensor, labels: Tensor, *, ahead: bool = True) -> tuple[Tensor, Tensor]:
     """Pick the states that predict a supervised token, and these tokens.
 
     Args:
-        hidden: states, [batch, seq, width]; the one at position i predicts the label at i + 1.
+        hidden: states, [batch, seq, width].
         labels: ids, not shifted, [batch, seq]; IGNORE_INDEX is not scored.
+        ahead: whether the state at position i predicts the label at i + 1, as in a causal model, or the one at i, as
+            in a decoder whose input was shifted.
     Returns:
         States [supervised, width] and targets [supervised].
     """
-    targets = labels[:, 1:]
-    chosen = targets != IGNORE_INDEX
-    return hidden[:, :-1][chosen], targets[chosen]
+    if ahead:
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    chosen = labels != IGNORE_INDEX
+    return hidden[chosen], labels[chosen]
 
 
 def token_nll(states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], num_vocabulary: int) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from src.config.schema import RunConfig, TrainingConfig
-from src.data.batching import collate, steps_per_epoch
-from src.data.dataset import EncodedSet
+from src.config.schema import Attention, Batching, RunConfig, TrainingConfig
+from src.data.batching import Plan, steps_per_epoch
+from src.data.dataset import TrainSet
+from src.data.sets import EncodedSet
 from src.errors import ModelError
 from src.runtime.session import Runtime
 from src.training.head import ScoredModel
@@ -29,8 +30,12 @@ class TrainState:
     """The transformers model inside: for generation and export."""
     optimizer: Any
     schedule: LambdaLR
+    plan: Plan
+    is_flat: bool
+    """Whether packed rows go into one sequence without padding, as FlashAttention takes them."""
     num_steps: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
+    """None where the train set is streamed: nobody knows its end before."""
     uses_full_logits: bool
     step: int = 0
     tokens_seen: int = 0
@@ -48,27 +53,43 @@ class TrainState:
         }
 
 
-def num_train_steps(config: TrainingConfig, per_epoch: int) -> int:
+def batch_plan(config: RunConfig) -> Plan:
+    """Take from the configuration how rows become micro-batches."""
+    training = config.training
+    return Plan(
+        config.data.batching,
+        training.per_device_train_batch_size,
+        training.gradient_accumulation_steps,
+        config.data.max_seq_length,
+    )
+
+
+def num_train_steps(config: TrainingConfig, per_epoch: int | None) -> int:
     """Give the number of optimizer steps of the whole run."""
-    return config.max_train_steps or max(1, math.ceil(config.num_train_epochs * per_epoch))
+    if config.max_train_steps:
+        return config.max_train_steps
+    assert per_epoch is not None  # the gate asks for max_train_steps where the train set is streamed
+    return max(1, math.ceil(config.num_train_epochs * per_epoch))
 
 
-def prepare(model: Any, train: EncodedSet, config: RunConfig, runtime: Runtime) -> TrainState:
+def prepare(model: Any, train: TrainSet, config: RunConfig, runtime: Runtime) -> TrainState:
     """Place everything on the device and choose how the head is computed.
 
     Raises:
-        ModelError: where the weights' type does not go with the precision.
+        ModelError: where the weights' type does not go with the precision, or rows can't be packed for this model.
     """
-    training = config.training
-    per_epoch = steps_per_epoch(len(train), training.per_device_train_batch_size, training.gradient_accumulation_steps)
-    num_steps = num_train_steps(training, per_epoch)
+    plan = batch_plan(config)
+    per_epoch = steps_per_epoch(train, plan, config.seed) if isinstance(train, EncodedSet) else None
+    num_steps = num_train_steps(config.training, per_epoch)
     if runtime.scales_gradients and any(p.dtype != torch.float32 for p in model.parameters()):
         raise ModelError("fp16 mixed precision scales gradients of float32 weights only: model.dtype=float32")
     scored = ScoredModel(model).to(runtime.device)
-    shortest = min(range(len(train)), key=lambda i: len(train[i][0]))
-    row = collate(train, [shortest], pad_token_id=0).to(runtime.device)
-    scored.choose_head(row.input_ids)
+    scored.choose_head()
+    is_flat = False
+    if config.data.batching is Batching.packed:
+        scored.check_packing()
+        is_flat = config.model.attn_implementation is Attention.flash_attention_2
     optimizer = build_optimizer(config.optimizer, scored.parameters())
     schedule = build_schedule(config.scheduler, optimizer, num_steps)
     wrapped, optimizer = runtime.prepare(scored, optimizer)
-    return TrainState(wrapped, model, optimizer, schedule, num_steps, per_epoch, scored.uses_full_logits)
+    return TrainState(wrapped, model, optimizer, schedule, plan, is_flat, num_steps, per_epoch, scored.uses_full_logits)

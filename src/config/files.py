@@ -1,0 +1,82 @@
+"""Which data files a list of patterns means, and what is wrong with the list. No file is opened here."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+TEXT_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "txt"}
+KINDS = TEXT_KINDS | {f"{suffix}.gz": kind for suffix, kind in TEXT_KINDS.items()} | {".parquet": "parquet"}
+"""How a file's name ends, and what is in it."""
+KNOWN = f"{', '.join(TEXT_KINDS)} (each also with .gz behind it) and .parquet"
+
+
+def kind_of(file: str) -> str | None:
+    """Tell a file's kind by the end of its name, in capitals or not; None where nothing here reads it."""
+    suffixes = Path(file.lower()).suffixes
+    return KINDS.get("".join(suffixes[-2:])) or KINDS.get("".join(suffixes[-1:]))
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Give the files that patterns mean: each is a file, a glob, or a folder, of which all known kinds are taken.
+
+    Patterns keep their order, the files of one pattern are sorted. A name that exists is that file, whatever
+    characters it has. Hidden files and folders are taken only by name. What gives no file comes back as it is, and
+    a file that comes twice comes back twice: problems_of tells both.
+    """
+    return [file for pattern in patterns for file in _matches(pattern) or [pattern]]
+
+
+def _matches(pattern: str) -> list[str]:
+    if os.path.isdir(pattern):
+        return _inside(pattern)
+    if os.path.lexists(pattern):
+        return [pattern]
+    return sorted({file for file in glob.glob(pattern, recursive=True) if not os.path.isdir(file)})
+
+
+def _inside(folder: str) -> list[str]:
+    found: list[str] = []
+    not_listed: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=not_listed.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in names if not name.startswith(".") and kind_of(name)]
+    return sorted([*found, *(str(error.filename) for error in not_listed)])
+
+
+def problems_of(patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Tell each pattern that gives no file, or one that is missing, of an unknown kind, or given before."""
+    given: set[str] = set()
+    for pattern in patterns:
+        wrong: dict[str, list[str]] = {}
+        for file in expand([pattern]):
+            real = os.path.realpath(file)
+            if reason := _missing(file, pattern) or _unknown(file) or ("given twice" if real in given else ""):
+                wrong.setdefault(reason, []).append(file)
+            given.add(real)
+        for reason, files in wrong.items():
+            if files == [pattern]:
+                yield pattern, reason
+            else:
+                more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+                yield pattern, f"{files[0]}{more}: {reason}"
+
+
+def _unknown(file: str) -> str:
+    return "" if kind_of(file) else f"not a kind that is read; these are {KNOWN}"
+
+
+def _missing(file: str, pattern: str) -> str:
+    if os.path.isfile(file):
+        return ""
+    if os.path.isdir(file):
+        if not os.access(file, os.R_OK | os.X_OK):
+            return "a folder that can't be listed: no permission"
+        return f"a folder without data files; these are {KNOWN}"
+    if os.path.exists(file):
+        return "not a file that can be read twice"
+    if file == pattern and glob.has_magic(file):
+        return f"matches no file (looked in {Path.cwd()})"
+    return f"no such file (looked in {Path.cwd()})"

@@ -1,0 +1,152 @@
+"""Encoded rows on disk, found again by what made them: content, format, templates, tokenizer, settings and this code.
+
+An entry is a folder that is renamed into its place when it is whole, so a run that is killed leaves none that could be
+used, and a lock lets one run prepare what several want.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from filelock import FileLock, Timeout
+
+from src.data.preparation import Prepared, Recipe, prepared
+from src.data.sources import Source, file_hash, fingerprint_of
+from src.data.store import Account, Part, RowWriter
+from src.errors import DataError, listed
+
+Tell = Callable[[str], None]
+"""Is told how far long work is."""
+
+
+class RowCache:
+    """A folder of prepared rows; without one, a temporary folder that goes when the process ends."""
+
+    def __init__(self, folder: str | None, tell: Tell, num_workers: int = 1) -> None:
+        self._tell = tell
+        self._num_workers = num_workers
+        if folder is None:
+            folder = tempfile.mkdtemp(prefix="towline-rows-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        self._folder = Path(folder)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"data.cache_dir = {folder} can't be made: {error.strerror}; give another, or null for none"
+            ) from error
+
+    def part(self, name: str, source: Source, recipe: Recipe) -> Part:
+        """Give the encoded rows of a source, prepared now or by an earlier run.
+
+        Raises:
+            DataError: listing the rows that can't be used.
+        """
+        entry = self._folder / self._key(source, recipe)
+        if (found := self._open(entry)) is not None:
+            return found
+        with self._held(entry, name):
+            found = self._open(entry)  # another run may have made it meanwhile
+            return self._write(name, source, recipe, entry) if found is None else found
+
+    @contextmanager
+    def _held(self, entry: Path, name: str) -> Iterator[None]:
+        """Be the one run that prepares an entry; the system lets go of it when the process ends, however it ends."""
+        lock = FileLock(f"{entry}.lock")
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=1)
+            except Timeout:
+                self._tell(f"{name}: waiting for another run that prepares the same rows")
+            except OSError as error:
+                raise DataError(f"data.cache_dir = {self._folder} can't be written: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _key(self, source: Source, recipe: Recipe) -> str:
+        tokenizer = tokenizer_fingerprint(recipe.tokenizer)
+        return fingerprint_of(source.fingerprint(), recipe.settings(), tokenizer, _code())[:40]
+
+    def _open(self, entry: Path) -> Part | None:
+        if not entry.is_dir():
+            return None
+        try:
+            return Part.open(entry)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._tell(f"the cached rows in {entry} are damaged and prepared again ({type(error).__name__})")
+            return None
+
+    def _write(self, name: str, source: Source, recipe: Recipe, entry: Path) -> Part:
+        unfinished = entry.with_suffix(".tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed: the lock says that nobody writes it
+        shutil.rmtree(entry, ignore_errors=True)  # damaged
+        writer = RowWriter(unfinished)
+        try:
+            account = write_rows(name, prepared(source.records(), recipe, self._num_workers), writer, self._tell)
+            writer.close(account)
+            os.rename(unfinished, entry)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError(
+                    f"no space left for prepared rows in {self._folder}: make room (make clean-cache removes those of "
+                    "earlier runs), or give another folder with data.cache_dir=DIR"
+                ) from error
+            raise
+        finally:
+            writer.abort()
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return Part.open(entry)
+
+
+def write_rows(name: str, chunks: Iterable[Prepared], writer: RowWriter, tell: Tell) -> Account:
+    """Write prepared rows to the end, or tell all that can't be used.
+
+    Raises:
+        DataError: with the first ten places and how many there are.
+    """
+    account, bad = Account(), list[tuple[str, str]]()
+    for chunk in chunks:
+        account.num_records += chunk.num_records
+        account.dropped += chunk.dropped
+        bad += chunk.bad
+        if not bad:
+            writer.write(chunk.rows)
+        tell(f"{name}: {account.num_records:,} rows prepared")
+    if bad:
+        raise bad_rows(bad)
+    return account
+
+
+def bad_rows(bad: list[tuple[str, str]]) -> DataError:
+    """Build the error that tells the first rows that can't be used, and how many there are."""
+    lines, before = [], ""
+    for place, reason in bad:
+        lines.append(f"{place}  {'the same' if reason == before else reason}")
+        before = reason
+    return DataError(f"{len(bad)} row{'s' if len(bad) > 1 else ''} can't be used:\n{listed(lines)}")
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Give a hash of all that decides how a tokenizer and its chat template write a text as ids."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    backend = tokenizer.backend_tokenizer.to_str()
+    return fingerprint_of(backend, tokenizer.chat_template, special, type(tokenizer).__name__, tokenizers.__version__)
+
+
+@cache
+def _code() -> str:
+    """Give a hash of the code that makes rows: another version of it never gets this one's rows."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return fingerprint_of([file_hash(str(file)) for file in files])

@@ -1,0 +1,126 @@
+"""From a record to an example: thoughts written or left out, templates filled, chats put into the model's own form."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from src.config.formats import roles
+from src.config.schema import PLACEHOLDER, DataConfig
+from src.data.chat import ChatTemplate
+from src.data.formats import Chat, Pair, load_format
+from src.data.pieces import Piece, last_turn
+from src.data.readers import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row in words.
+
+    `pieces` are its text in order, each tokenised apart; `prompt` is all of it before the last learned piece, which is
+    `completion`; `reference` is what the answer should be, without thoughts. EOS goes behind it as an id where
+    `needs_eos`: a chat template has its own ends of turns.
+    """
+
+    pieces: tuple[Piece, ...]
+    prompt: str
+    completion: str
+    reference: str
+    needs_eos: bool = True
+    was_cleaned: bool = False
+
+
+@dataclass(frozen=True)
+class ThoughtForm:
+    """How thoughts are found in the data and how they are written for the model.
+
+    `pattern` finds a thought, its first group is the thought itself; with `tags` it is written between them, without
+    it is left out.
+    """
+
+    pattern: str | None
+    tags: tuple[str, str] | None
+
+    def keep(self, text: str) -> str:
+        """Write every thought between the tags."""
+        if self.pattern is None or self.tags is None:
+            return self.drop(text)
+        opened, closed = self.tags
+        return re.sub(self.pattern, lambda match: f"{opened}{match.group(1) or ''}{closed}", text, flags=re.DOTALL)
+
+    def drop(self, text: str) -> str:
+        """Leave every thought out."""
+        return text if self.pattern is None else re.sub(self.pattern, "", text, flags=re.DOTALL)
+
+
+class Examples:
+    """Makes examples of the records of one source; what it needs is the same for all of them."""
+
+    def __init__(self, data: DataConfig, tags: tuple[str, str] | None, template: ChatTemplate | None) -> None:
+        self._read = load_format(data.format)
+        self._data = data
+        self._thoughts = ThoughtForm(data.thought_pattern, tags)
+        self._template = template
+        self._prompt_role, self._learned_role = roles(data.format)[0], roles(data.format)[-1]
+
+    def of(self, record: Record) -> Example:
+        """Make the example of one record.
+
+        Raises:
+            BadRow: where the record does not have what its format needs.
+        """
+        given = self._read(record.fields, self._data)
+        if isinstance(given, Chat):
+            return self._chat(given)
+        pair = self._pair(given)
+        if self._data.system_prompt is None:
+            return pair
+        messages = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.completion}]
+        if self._data.system_prompt:
+            messages.insert(0, {"role": "system", "content": self._data.system_prompt})
+        return self._render(messages, [True], pair.reference, pair.was_cleaned)
+
+    def _pair(self, pair: Pair) -> Example:
+        parts = pair.parts
+        learned = parts[self._learned_role]
+        completion, reference = self._thoughts.keep(learned), self._thoughts.drop(learned)
+        if (template := self._data.completion_template) is not None:
+            completion = fill(template, parts | {self._learned_role: completion})
+            reference = fill(template, parts | {self._learned_role: reference})
+        if self._prompt_role == self._learned_role:
+            prompt = ""
+        elif self._data.prompt_template is not None:
+            prompt = fill(self._data.prompt_template, parts)
+        else:
+            prompt = parts[self._prompt_role]
+        pieces = (Piece(prompt, is_learned=False), Piece(completion, is_learned=True))
+        return Example(pieces, prompt, completion, reference, was_cleaned=pair.was_cleaned)
+
+    def _chat(self, chat: Chat) -> Example:
+        messages = [dict(message) for message in chat.messages]
+        for message in messages:
+            if message["role"] == "assistant":
+                message["content"] = self._thoughts.keep(message["content"])
+        said = [message["content"] for message in chat.messages if message["role"] == "assistant"]
+        learned = [text for text, is_learned in zip(said, chat.learned, strict=True) if is_learned]
+        return self._render(messages, chat.learned, self._thoughts.drop((learned or said)[-1]), False)
+
+    def _render(
+        self, messages: list[dict[str, str]], learned: list[bool], reference: str, was_cleaned: bool
+    ) -> Example:
+        assert self._template is not None
+        pieces = self._template.render(messages, learned, self._data.supervised_turns)
+        first, stop = last_turn(pieces)
+        return Example(
+            tuple(pieces),
+            prompt="".join(piece.text for piece in pieces[:first]),
+            completion="".join(piece.text for piece in pieces[first:stop]),
+            reference=reference,
+            needs_eos=first < stop == len(pieces) and not self._template.ends_turn(pieces[-1]),
+            was_cleaned=was_cleaned,
+        )
+
+
+def fill(template: str, parts: dict[str, str]) -> str:
+    """Put the parts in place of {their names}; braces in the parts themselves mean nothing."""
+    return PLACEHOLDER.sub(lambda match: parts[match.group(1)], template)

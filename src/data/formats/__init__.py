@@ -1,0 +1,90 @@
+"""How a record becomes a prompt and a completion, or a chat: a pure function a format, in a file of its own.
+
+A format is `src/data/formats/<name>.py` with a function `read(fields, data)` that gives a Pair or a Chat or raises
+BadRow, and `conf/data/<name>.yaml`, whose `columns` name the parts of a row that it takes. No torch here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from src.config.formats import declared_formats
+from src.config.schema import DataConfig
+
+
+class BadRow(Exception):
+    """A record that doesn't have what its format needs; the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The parts of a row by their role, in the format's order: the first is prompted, the last is learned.
+
+    A format with one role has no prompt: all of it is learned.
+    """
+
+    parts: dict[str, str]
+    was_cleaned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Messages in turn; `learned` says for each assistant's message whether the row wants it learned."""
+
+    messages: list[dict[str, str]]
+    learned: list[bool]
+
+
+Format = Callable[[dict[str, Any], DataConfig], Pair | Chat]
+
+
+def load_format(name: str) -> Format:
+    """Give a format's function."""
+    return importlib.import_module(f"{__name__}.{name}").read
+
+
+def read_texts(fields: dict[str, Any], data: DataConfig) -> Pair:
+    """Take the texts that `data.columns` names.
+
+    Raises:
+        BadRow: where one is missing or no text, or the one to be learned is empty.
+    """
+    parts = {role: text_field(fields, data.columns[role], role) for role in declared_formats()[data.format]["columns"]}
+    role, learned = next(reversed(parts.items()))
+    if not learned:
+        raise BadRow(f"{data.columns[role]!r} is empty: nothing to learn")
+    return Pair(parts)
+
+
+def text_field(fields: dict[str, Any], column: str, role: str) -> str:
+    """Take one field that must be a text.
+
+    Raises:
+        BadRow: where it is missing or something else.
+    """
+    value = field(fields, column, role)
+    if not isinstance(value, str):
+        raise BadRow(f"{column!r} is {type_name(value)}, not a text")
+    return value
+
+
+def field(fields: dict[str, Any], column: str, role: str) -> Any:
+    """Take one field, whatever it is.
+
+    Raises:
+        BadRow: where it is missing.
+    """
+    try:
+        return fields[column]
+    except KeyError:
+        there = ", ".join(map(repr, fields)) or "none"
+        raise BadRow(f"no field {column!r}; there are {there} (name yours with data.columns.{role}=FIELD)") from None
+
+
+def type_name(value: Any) -> str:
+    """Say what a value is, in the words of the file rather than Python's."""
+    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -1,0 +1,165 @@
+"""From records to encoded rows, in chunks: here or in worker processes, always in the order of the records."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from src.config.schema import DataConfig, Overflow
+from src.data.chat import ChatTemplate
+from src.data.encoding import EncodedRow, Encoder, Lengths
+from src.data.examples import Example, Examples
+from src.data.formats import BadRow
+from src.data.readers import Record, Unreadable
+from src.data.store import DroppedRow, to_batch
+from src.errors import DataError, TokenError
+
+CHUNK_ROWS = 500  # rows encoded at once: enough to fill the tokenizer's threads, little memory
+THREADS = 2  # of one process: while one waits for the tokenizer, which lets go of Python, the other one works
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what becomes of a record; it can be sent to another process."""
+
+    data: DataConfig
+    tokenizer: Any
+    tags: tuple[str, str] | None
+    lengths: Lengths
+    is_chat: bool
+
+    def settings(self) -> dict[str, Any]:
+        """Give what shapes a row, as plain values; where rows come from and how they are batched does not."""
+        data = self.data
+        shaping = ("format", "columns", "prompt_template", "completion_template", "system_prompt", "thought_pattern")
+        return {key: getattr(data, key) for key in shaping} | {
+            "supervised_turns": data.supervised_turns.name,
+            "clean_dialogue": data.clean_dialogue,
+            "tags": self.tags,
+            "lengths": asdict(self.lengths) | {"overflow": self.lengths.overflow.name},
+        }
+
+
+@dataclass
+class Prepared:
+    """What became of a chunk of records."""
+
+    rows: pa.RecordBatch
+    num_records: int
+    dropped: list[DroppedRow] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    """(place, reason) of rows that can't be used."""
+
+
+Numbered = tuple[int, Record | Unreadable]
+Chunk = tuple[Numbered, ...]
+
+
+class Preparer:
+    """Makes encoded rows of records, chunk by chunk."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._encoder = Encoder(recipe.tokenizer, recipe.tags)
+        template = ChatTemplate(recipe.tokenizer, self._encoder.control_tokens) if recipe.is_chat else None
+        self._examples = Examples(recipe.data, recipe.tags, template)
+        self._lengths = recipe.lengths
+
+    def prepare(self, chunk: Chunk) -> Prepared:
+        """Format and encode a chunk; rows that can't be used come back by their place."""
+        bad: list[tuple[str, str]] = []
+        good: list[tuple[int, Record, Example]] = []
+        for ordinal, record in chunk:
+            if isinstance(record, Unreadable):
+                bad.append((record.place, record.reason))
+                continue
+            try:
+                good.append((ordinal, record, self._examples.of(record)))
+            except (BadRow, TokenError) as problem:
+                bad.append((record.place, str(problem)))
+        rows: list[tuple[int, Record, Example, EncodedRow]] = []
+        dropped: list[DroppedRow] = []
+        encoded = self._encoder.encode([example for _, _, example in good], self._lengths)
+        for (ordinal, record, example), row in zip(good, encoded, strict=True):
+            if row is not None and row.is_supervised:
+                rows.append((ordinal, record, example, row))
+            elif row is None and self._lengths.overflow is Overflow.error:
+                bad.append((record.place, f"longer than {self._longest()}, and data.overflow = error"))
+            else:
+                dropped.append(DroppedRow(ordinal, record.place, "too_long" if row is None else "no_supervised_token"))
+        return Prepared(to_batch(rows), len(chunk), dropped, bad)
+
+    def _longest(self) -> str:
+        target = self._lengths.target
+        words = f"data.max_seq_length = {self._lengths.sequence}"
+        return words if target is None else f"{words} or data.max_target_length = {target}"
+
+
+def prepared(
+    records: Iterable[Record | Unreadable], recipe: Recipe, num_workers: int = 1, chunk_rows: int = CHUNK_ROWS
+) -> Iterator[Prepared]:
+    """Prepare records in chunks, in their order.
+
+    Raises:
+        DataError: where a worker process dies.
+    """
+    chunks = _chunks(enumerate(records), chunk_rows)
+    if num_workers == 1:
+        preparer = Preparer(recipe)
+        with ThreadPoolExecutor(THREADS, "prepare") as pool:
+            yield from _in_order(pool, preparer.prepare, chunks, THREADS)
+        return
+    fresh = multiprocessing.get_context("spawn")  # a fork would copy locks that the tokenizer's threads hold
+    try:
+        with ProcessPoolExecutor(num_workers, fresh, _start_worker, (recipe,)) as pool:
+            yield from _in_order(pool, _work, chunks, 2 * num_workers)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that prepares rows died (out of memory?); try fewer: data.preprocessing_num_workers"
+        ) from error
+
+
+def _chunks(records: Iterator[Numbered], chunk_rows: int) -> Iterator[Chunk]:
+    while chunk := tuple(islice(records, chunk_rows)):
+        yield chunk
+
+
+def _in_order(
+    pool: Executor, prepare: Callable[[Chunk], Prepared], chunks: Iterator[Chunk], num_ahead: int
+) -> Iterator[Prepared]:
+    """Let a pool prepare the chunks, a few ahead of the one that is taken."""
+    ahead: deque[Future[Prepared]] = deque()
+    try:
+        for chunk in chunks:
+            ahead.append(pool.submit(prepare, chunk))
+            if len(ahead) > num_ahead:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_preparer: Preparer | None = None
+
+
+def _start_worker(recipe: Recipe) -> None:
+    """Set a worker process up: one thread each, and it is the parent that answers Ctrl-C."""
+    global _preparer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _preparer = Preparer(recipe)
+
+
+def _work(chunk: Chunk) -> Prepared:
+    assert _preparer is not None
+    return _preparer.prepare(chunk)

@@ -1,0 +1,489 @@
+"""How each kind of file becomes rows. What can't be read is told in its place; nothing is skipped or mended.
+
+Rows are read one after the other, so memory does not grow with the file, but for a .json list: that is read whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from typing import Any
+
+from src.config.files import KNOWN, kind_of
+from src.errors import one_line
+
+MAX_ROW_BYTES = 4 * 2**20
+"""A longer row is refused: more likely a file without line ends, or a quote that nobody closed."""
+
+PARQUET_BATCH_ROWS = 1000
+PARQUET_BUFFER_BYTES = 2**20
+GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row as it was read, with the source and the number of its line or row, counted from 1, for messages."""
+
+    fields: dict[str, Any]
+    source: str
+    number: int
+
+    @property
+    def place(self) -> str:
+        return f"{self.source}:{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A row that can't be read, or with no number a whole file, and why."""
+
+    source: str
+    number: int | None
+    reason: str
+
+    @property
+    def place(self) -> str:
+        return self.source if self.number is None else f"{self.source}:{self.number}"
+
+
+Row = Record | Unreadable
+
+
+class _Refused(ValueError):
+    """A row can't be read, for the reason given."""
+
+
+class _FileEnds(Exception):
+    """Nothing behind this line or row can be read; number is None where it is the file as a whole."""
+
+    def __init__(self, number: int | None, reason: str) -> None:
+        super().__init__(number, reason)
+        self.number, self.reason = number, reason
+
+
+def read_file(file: str) -> Iterator[Row]:
+    """Yield the rows of a file in their order, each as a Record or an Unreadable. Bad content raises nothing.
+
+    Numbers are lines (of CSV and TSV the one where the row begins), of a .json list and of Parquet they are rows.
+    What makes the rest of the file unreadable is yielded last.
+    """
+    kind = kind_of(file)
+    try:
+        if kind is None:
+            raise _FileEnds(None, f"not a kind that is read; these are {KNOWN}")
+        yield from READERS[kind](file)
+    except _FileEnds as end:
+        yield Unreadable(file, end.number, end.reason)
+    except GZIP_ERRORS as error:
+        yield Unreadable(file, None, _gzip_damage(error, begun=False))
+    except OSError as error:
+        yield Unreadable(file, None, f"can't be read: {error.strerror or one_line(error)}")
+
+
+# Bytes and lines
+
+_BOM = b"\xef\xbb\xbf"
+_BOM_FOUND = "begins with a byte order mark; save it as UTF-8 without one"
+_UTF16 = "looks like UTF-16; save it as UTF-8"
+_DISGUISES = {
+    b"\xff\xfe": _UTF16,
+    b"\xfe\xff": _UTF16,
+    b"\x1f\x8b": "looks gzipped; then its name has to end in .gz",
+    b"PK\x03\x04": "looks like a spreadsheet or a zip archive; save it as one of the kinds that are read",
+    b"version https://git-lfs.": "a Git LFS pointer, not the data; `git lfs pull` fetches that",
+}
+_TOO_LONG = f"longer than {MAX_ROW_BYTES // 2**20} MiB; is this really one row?"
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[BufferedReader | gzip.GzipFile]:
+    """Open a file, unpacking .gz, and refuse it where its first bytes are not what its name promises."""
+    zipped = file.lower().endswith(".gz")
+    with gzip.open(file, "rb") if zipped else open(file, "rb") as stream:
+        head = stream.peek(64)
+        if zipped and not head and os.path.getsize(file) == 0:
+            raise EOFError
+        for begin, reason in _DISGUISES.items():
+            if head.startswith(begin):
+                raise _FileEnds(None, reason)
+        if (head[0:4:2] == b"\0\0") != (head[1:4:2] == b"\0\0"):  # ASCII in UTF-16 without a mark
+            raise _FileEnds(None, _UTF16)
+        yield stream
+
+
+def _gzip_damage(error: Exception, *, begun: bool) -> str:
+    if isinstance(error, EOFError):
+        return "cut off: the gzip data ends too early"
+    if not str(error).startswith("Not a gzipped file"):
+        return f"damaged gzip data: {one_line(error)}"
+    return "something that is not gzip stands behind the gzip data" if begun else "not gzip, though its name says so"
+
+
+def _lines(file: str) -> Iterator[tuple[int, str, str]]:
+    """Yield each line with its number, its text with the line end, and what is wrong with it ('' for nothing).
+
+    Where something is wrong the text is only good for telling where a record ends; of a line too long it is ''.
+    """
+    with _opened(file) as stream:
+        number = 0
+        try:
+            while line := stream.readline(MAX_ROW_BYTES + 2):  # 2 for the line end
+                number += 1
+                fault = ""
+                if len(line) > MAX_ROW_BYTES and len(line.rstrip(b"\r\n")) > MAX_ROW_BYTES:
+                    while line and not line.endswith(b"\n"):
+                        line = stream.readline(MAX_ROW_BYTES)
+                    yield number, "", _TOO_LONG
+                    continue
+                if b"\0" in line:
+                    fault = _nul(line)
+                elif number == 1 and line.startswith(_BOM):
+                    fault = _BOM_FOUND
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError as error:
+                    text, fault = line.decode(errors="replace"), fault or _not_utf8(error)
+                yield number, text, fault
+        except GZIP_ERRORS as error:
+            raise _FileEnds(number + 1, _gzip_damage(error, begun=True)) from error
+
+
+def _twice(names: Sequence[str]) -> str:
+    """Quote the name that is there most often; '' where each is there once."""
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    return repr(_short(name)) if times > 1 else ""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _nul(content: bytes) -> str:
+    return f"a NUL byte (byte {content.index(0) + 1}): not a text"
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 (byte {error.start + 1}): 0x{error.object[error.start]:02x}"
+
+
+# Plain text
+
+
+def _text_lines(file: str) -> Iterator[Row]:
+    r"""Yield each line that is not blank as {"text": …}; "\n" and "\r\n" end a line, a lone "\r" stays in it."""
+    for number, text, fault in _lines(file):
+        if fault:
+            yield Unreadable(file, number, fault)
+        elif text.strip():
+            body = text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
+            yield Record({"text": body}, file, number)
+
+
+# JSON
+
+_BLANK = " \t\r\n"
+_skip_blanks = re.compile(f"[{_BLANK}]*").match
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_MORE = "something stands behind the object; one object a line is needed"
+_LIST_NEEDED = "a list of rows is needed: [{…}, …], or one object a line"
+_JSON_NAMES = {list: "list", str: "text", int: "number", float: "number", bool: "truth value", type(None): "null"}
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise _Refused(f"{_twice([name for name, _ in pairs])} stands twice in one object")
+    return fields
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise _Refused(f"{_short(text)} is too large a number")
+    return value
+
+
+def _refuse(text: str) -> float:
+    raise _Refused(f"{text} is no JSON")
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_pairs, parse_float=_finite, parse_constant=_refuse).raw_decode
+_decode_anything = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode  # to find where a refused row ends
+
+
+def _fields(text: str, start: int) -> tuple[dict[str, Any], int]:
+    """Parse the object that begins at start, and give it with the position behind it.
+
+    Raises:
+        JSONDecodeError: not JSON.
+        _Refused: JSON, but not an object that can be taken as it is.
+    """
+    try:
+        fields, end = _decode(text, start)
+        if not isinstance(fields, dict):
+            raise _Refused(f"a JSON object is needed, this is a {_JSON_NAMES[type(fields)]}")
+        if text.find("\\u", start, end) >= 0 and _HALF.search(text, start, end):
+            json.dumps(fields, ensure_ascii=False).encode()
+    except (json.JSONDecodeError, _Refused):
+        raise
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise _Refused(f"{half} is half a character (a surrogate without its other half)") from error
+    except RecursionError as error:
+        raise _Refused("nested too deep") from error
+    except ValueError as error:  # Python's limit on digits
+        raise _Refused("a whole number with too many digits") from error
+    return fields, end
+
+
+def _json_lines(file: str) -> Iterator[Row]:
+    """Yield one row a line; blank lines are no rows."""
+    for number, text, fault in _lines(file):
+        if fault:
+            yield Unreadable(file, number, fault)
+            continue
+        body = text.rstrip(_BLANK)
+        if not body:
+            continue
+        try:
+            fields, end = _fields(body, len(body) - len(body.lstrip(_BLANK)))
+        except json.JSONDecodeError as error:
+            yield Unreadable(file, number, f"{_not_json(error)}, column {error.colno}")
+        except _Refused as refused:
+            yield Unreadable(file, number, str(refused))
+        else:
+            if end == len(body):
+                yield Record(fields, file, number)
+            else:
+                yield Unreadable(file, number, f"{_MORE} (column {end + 1})")
+
+
+def _not_json(error: json.JSONDecodeError) -> str:
+    return f"not JSON: {error.msg.removesuffix(' at')}"
+
+
+def _json(file: str) -> Iterator[Row]:
+    """Yield the rows of a list, which is read whole, or of JSON Lines where the file begins with an object."""
+    with _opened(file) as stream:
+        head = stream.peek(4096).removeprefix(_BOM).lstrip()
+        if not head.startswith(b"{"):
+            yield from _json_list(file, _whole_text(stream))
+            return
+    rows = _json_lines(file)
+    first = next(rows)
+    if isinstance(first, Unreadable) and first.reason.startswith("not JSON"):
+        raise _FileEnds(first.number, f"{_LIST_NEEDED} ({first.reason})")
+    yield first
+    yield from rows
+
+
+def _whole_text(stream: BufferedReader | gzip.GzipFile) -> str:
+    try:
+        content = stream.read()
+    except GZIP_ERRORS as error:
+        raise _FileEnds(None, _gzip_damage(error, begun=True)) from error
+    if content.startswith(_BOM):
+        raise _FileEnds(None, _BOM_FOUND)
+    if 0 in content:
+        raise _FileEnds(None, _nul(content))
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise _FileEnds(None, f"{_not_utf8(error)}, in line {line}") from error
+
+
+def _json_list(file: str, text: str) -> Iterator[Row]:
+    position = _past_blanks(text, 0)
+    if position == len(text):
+        return
+    if text[position] != "[":
+        raise _FileEnds(None, _LIST_NEEDED)
+    position = _past_blanks(text, position + 1)
+    number = 0
+    while number or text[position : position + 1] != "]":
+        number += 1
+        try:
+            row, position = _list_row(file, number, text, position)
+            yield row
+            position = _past_blanks(text, position)
+            if text[position : position + 1] == "]":
+                break
+            if text[position : position + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+            position = _past_blanks(text, position + 1)
+        except json.JSONDecodeError as error:
+            reason = f"{_not_json(error)}, line {error.lineno}, column {error.colno}"
+            raise _FileEnds(number, reason) from error
+    if _past_blanks(text, position + 1) < len(text):
+        raise _FileEnds(number or None, "something stands behind the end of the list")
+
+
+def _list_row(file: str, number: int, text: str, start: int) -> tuple[Row, int]:
+    try:
+        fields, end = _fields(text, start)
+    except _Refused as refused:
+        try:
+            return Unreadable(file, number, str(refused)), _decode_anything(text, start)[1]
+        except RecursionError:
+            raise _FileEnds(number, str(refused)) from refused
+    if (end - start) * 4 > MAX_ROW_BYTES and _text_bytes(fields) > MAX_ROW_BYTES:
+        return Unreadable(file, number, _TOO_LONG), end
+    return Record(fields, file, number), end
+
+
+def _past_blanks(text: str, position: int) -> int:
+    blanks = _skip_blanks(text, position)
+    assert blanks is not None
+    return blanks.end()
+
+
+def _text_bytes(value: Any) -> int:
+    """Add up the sizes of all texts in a value, names of fields apart."""
+    if isinstance(value, str):
+        return len(value.encode())
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_text_bytes, value.values()))
+    return sum(map(_text_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+# CSV and TSV
+
+
+class _TableText:
+    """The lines that a csv.reader is fed with, and what is known of the record that it is reading."""
+
+    def __init__(self, file: str) -> None:
+        self.lines = _lines(file)
+        self.number = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the last record; the next begins on the next line."""
+        self.start, self.characters, self.fault = self.number + 1, 0, ""
+
+    def __iter__(self) -> _TableText:
+        return self
+
+    def __next__(self) -> str:
+        self.number, text, fault = next(self.lines)
+        self.fault = self.fault or fault
+        self.characters += len(text)
+        if self.characters > MAX_ROW_BYTES and self.number > self.start:
+            raise _FileEnds(self.start, f"{_TOO_LONG} Perhaps a quote is never closed")
+        return text
+
+
+def _table(delimiter: str) -> Callable[[str], Iterator[Row]]:
+    """Make the reader of tables whose first record names the columns. All fields are texts."""
+
+    def rows(file: str) -> Iterator[Row]:
+        csv.field_size_limit(max(MAX_ROW_BYTES, csv.field_size_limit()))
+        text = _TableText(file)
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        header: list[str] = []
+        while True:
+            text.begin()
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                cells, text.fault = [], text.fault or _not_a_table(error)
+            if text.fault and not header:
+                raise _FileEnds(text.start, text.fault)
+            if text.fault:
+                yield Unreadable(file, text.start, text.fault)
+            elif cells is None:
+                return
+            elif not header:
+                header = cells
+                _check_header(header, text.start)
+            elif len(cells) == len(header):
+                yield Record(dict(zip(header, cells, strict=True)), file, text.start)
+            elif cells:
+                many = f"{len(cells)} field{'s' if len(cells) > 1 else ''}"
+                yield Unreadable(file, text.start, f"{many}, the header has {len(header)}")
+
+    return rows
+
+
+def _not_a_table(error: csv.Error) -> str:
+    if str(error) == "unexpected end of data":
+        return "a quote is opened in this record and never closed"
+    if str(error).startswith("new-line character"):
+        return "a carriage return inside a field without quotes"
+    return f"wrong quotes: {error}"
+
+
+def _check_header(header: list[str], line: int) -> None:
+    for column, name in enumerate(header, start=1):
+        if not name.strip():
+            raise _FileEnds(line, f"column {column} of the header has no name")
+    if again := _twice(header):
+        raise _FileEnds(line, f"the header has {again} twice")
+
+
+# Parquet
+
+
+def _parquet(file: str) -> Iterator[Row]:
+    """Yield rows in batches, each column of a row group through a small buffer."""
+    import pyarrow as arrow  # heavy, and only this needs it
+    import pyarrow.parquet as parquet
+
+    number = 0
+    with _opened(file):
+        pass
+    try:
+        # pre_buffer, on by default, would hold a whole row group, which often is the whole file
+        with parquet.ParquetFile(
+            file, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+        ) as table:
+            if again := _twice(table.schema_arrow.names):
+                raise _FileEnds(None, f"two columns are called {again}")
+            for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+                for row in _parquet_rows(batch, file, number):
+                    number += 1
+                    yield row
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        raise _FileEnds(number + 1 if number else None, f"not Parquet, or damaged: {one_line(error)}") from error
+
+
+def _parquet_rows(batch: Any, file: str, before: int) -> Iterator[Row]:
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, TypeError, OverflowError) as error:
+        if len(batch) > 1:
+            for i in range(len(batch)):
+                yield from _parquet_rows(batch.slice(i, 1), file, before + i)
+        else:
+            reason = _not_utf8(error) if isinstance(error, UnicodeDecodeError) else one_line(error)
+            yield Unreadable(file, before + 1, reason)
+        return
+    small = batch.nbytes <= MAX_ROW_BYTES
+    for number, fields in enumerate(rows, start=before + 1):
+        if small or _text_bytes(fields) <= MAX_ROW_BYTES:
+            yield Record(fields, file, number)
+        else:
+            yield Unreadable(file, number, _TOO_LONG)
+
+
+READERS: dict[str, Callable[[str], Iterator[Row]]] = {
+    "jsonl": _json_lines,
+    "json": _json,
+    "csv": _table(","),
+    "tsv": _table("\t"),
+    "txt": _text_lines,
+    "parquet": _parquet,
+}

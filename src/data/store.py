@@ -1,0 +1,221 @@
+"""Encoded rows in one Arrow file: written in chunks, read by memory map, so that memory does not grow with the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from src.data.encoding import EncodedRow
+from src.data.examples import Example
+from src.data.readers import Record
+
+ROWS, ACCOUNT = "rows.arrow", "account.json"
+IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    {
+        "input_ids": IDS,
+        "target_ids": IDS,  # of an encoder-decoder; empty for a causal model
+        "spans": IDS,  # kind, start, stop, kind, start, …
+        "prompt_length": pa.int32(),
+        "num_control_tokens": pa.int32(),
+        "is_truncated": pa.bool_(),
+        "was_cleaned": pa.bool_(),
+        "is_rendered": pa.bool_(),  # by a chat template
+        "number": pa.int64(),  # line or row in its source
+        "source": pa.string(),
+        "ordinal": pa.int64(),  # how many records of the set were read before it
+        "prompt": pa.string(),
+        "completion": pa.string(),
+        "reference": pa.string(),  # null: the completion
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedRow:
+    """A row that is not in the set, and why."""
+
+    ordinal: int
+    place: str
+    reason: str
+
+
+@dataclass
+class Account:
+    """What became of the records of one source; kept beside its rows."""
+
+    num_records: int = 0
+    dropped: list[DroppedRow] = field(default_factory=list)
+    digest: str = ""
+
+
+Encoded = tuple[int, Record, Example, EncodedRow]
+"""A row on its way to the file: its ordinal, where it comes from, its words, its ids."""
+
+
+def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
+    """Put rows side by side in columns."""
+    encoded = [row for _, _, _, row in rows]
+    examples = [example for _, _, example, _ in rows]
+    columns = {
+        "input_ids": _lists([row.input_ids for row in encoded]),
+        "target_ids": _lists([row.target_ids or [] for row in encoded]),
+        "spans": _lists([[number for span in row.spans for number in span] for row in encoded]),
+        "prompt_length": [row.prompt_length for row in encoded],
+        "num_control_tokens": [row.num_control_tokens for row in encoded],
+        "is_truncated": [row.is_truncated for row in encoded],
+        "was_cleaned": [example.was_cleaned for example in examples],
+        "is_rendered": [any(piece.is_rendered for piece in example.pieces) for example in examples],
+        "number": [record.number for _, record, _, _ in rows],
+        "source": [record.source for _, record, _, _ in rows],
+        "ordinal": [ordinal for ordinal, _, _, _ in rows],
+        "prompt": [example.prompt for example in examples],
+        "completion": [example.completion for example in examples],
+        "reference": [None if e.reference == e.completion else e.reference for e in examples],
+    }
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _lists(rows: list[list[int]]) -> pa.Array:
+    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    flat = array("i")
+    for row in rows:
+        flat.extend(row)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.frombuffer(flat, dtype=np.int32)))
+
+
+class RowWriter:
+    """Writes a folder of rows; whole only after `close`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True)
+        self._sink = pa.OSFile(str(folder / ROWS), "wb")
+        self._writer = pa.ipc.new_file(self._sink, SCHEMA)
+        self._hash = hashlib.sha256()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        update_digest(self._hash, batch)
+        self._writer.write_batch(batch)
+
+    def close(self, account: Account) -> None:
+        """Write the account and make sure that all of it is on the disk."""
+        account.digest = self._hash.hexdigest()
+        self._writer.close()
+        self._sink.close()
+        (self._folder / ACCOUNT).write_text(json.dumps(dataclasses.asdict(account)), encoding="utf-8")
+        for name in (ROWS, ACCOUNT):
+            with open(self._folder / name, "rb") as written:
+                os.fsync(written.fileno())
+
+    def abort(self) -> None:
+        """Close without an end; what was written is not to be used."""
+        self._sink.close()
+
+
+def update_digest(digest: Any, batch: pa.RecordBatch) -> None:
+    """Add the ids and spans of rows to a hash; texts and places don't count."""
+    for name in ("input_ids", "target_ids", "spans"):
+        offsets, values = _flat(batch.column(name))
+        digest.update(np.diff(offsets).astype(np.int32).tobytes())
+        digest.update(values.tobytes())
+
+
+def _flat(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Give a column's offsets, [rows + 1], and its values one after the other, without copying them."""
+    offsets = lists.offsets.to_numpy()
+    return offsets - offsets[0], lists.values.to_numpy()[offsets[0] : offsets[-1]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows as they lie in the file: ids and spans flat, with the offsets of each row."""
+
+    batch: pa.RecordBatch
+    input_offsets: np.ndarray
+    input_ids: np.ndarray
+    target_offsets: np.ndarray
+    target_ids: np.ndarray
+    span_offsets: np.ndarray
+    spans: np.ndarray
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch) -> Chunk:
+        columns = (_flat(batch.column(name)) for name in ("input_ids", "target_ids", "spans"))
+        return cls(batch, *(values for column in columns for values in column))
+
+    @property
+    def learned_ids(self) -> np.ndarray:
+        """The ids that labels are made of: an encoder-decoder's targets, else the input."""
+        return self.target_ids if len(self.target_ids) else self.input_ids
+
+    @property
+    def learned_offsets(self) -> np.ndarray:
+        return self.target_offsets if len(self.target_ids) else self.input_offsets
+
+    def supervised(self) -> np.ndarray:
+        """Say for each of `learned_ids` whether it is supervised."""
+        spans = self.spans.reshape(-1, 3)
+        begins = np.repeat(self.learned_offsets[:-1], np.diff(self.span_offsets) // 3)
+        change = np.zeros(len(self.learned_ids) + 1, dtype=np.int32)
+        np.add.at(change, spans[:, 1] + begins, 1)
+        np.add.at(change, spans[:, 2] + begins, -1)
+        return np.cumsum(change[:-1]) > 0
+
+
+class Part:
+    """The encoded rows of one source, on disk or in memory."""
+
+    def __init__(self, batches: Sequence[pa.RecordBatch], account: Account) -> None:
+        self.account = account
+        self.chunks = [Chunk.of(batch) for batch in batches]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
+        self.lengths = self._joined([np.diff(c.input_offsets) for c in self.chunks])
+        self.target_lengths = self._joined([np.diff(c.target_offsets) for c in self.chunks])
+        self.ordinals = self.column("ordinal")
+
+    @classmethod
+    def open(cls, folder: Path) -> Part:
+        """Map a folder of rows into memory.
+
+        Raises:
+            OSError, ValueError, KeyError: where it is not whole.
+        """
+        given = json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
+        given["dropped"] = [DroppedRow(**row) for row in given["dropped"]]
+        reader = pa.ipc.open_file(pa.memory_map(str(folder / ROWS)))
+        if reader.schema != SCHEMA:
+            raise ValueError(f"{folder} was written by another version")
+        return cls([reader.get_batch(i) for i in range(reader.num_record_batches)], Account(**given))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def column(self, name: str) -> np.ndarray:
+        """Give a column of numbers, [rows]."""
+        return self._joined([c.batch.column(name).to_numpy(zero_copy_only=False) for c in self.chunks])
+
+    def _joined(self, arrays: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, dtype=np.int64)
+
+    def locate(self, row: int) -> tuple[Chunk, int]:
+        """Give the chunk that holds a row, and its number in there."""
+        i = bisect_right(self._starts, row) - 1
+        return self.chunks[i], row - self._starts[i]
+
+    def value(self, row: int, column: str) -> Any:
+        """Give one value of a row."""
+        chunk, i = self.locate(row)
+        return chunk.batch.column(column)[i].as_py()

@@ -1,0 +1,216 @@
+"""What is right and wrong with data that was prepared, each with a level. An error means: do not train on this."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+import numpy as np
+
+from src.config.schema import Batching, RunConfig
+from src.data.batching import Plan
+from src.data.dataset import Data
+from src.data.encoding import IGNORE_INDEX, Encoder
+from src.data.report import gives_back
+from src.data.sets import EncodedSet
+from src.tokens import NewTokens
+from src.training.state import batch_plan
+
+WHOLE_CHECK_ROWS = 50_000
+"""Rows of a set that are decoded and encoded again, to prove its mask; the first ones."""
+
+MANY_TRUNCATED = 0.05  # share of rows
+MUCH_PADDING = 0.2  # share of positions
+FEW_STEPS = 20
+
+
+class Level(Enum):
+    error = "error"
+    warning = "warning"
+    note = "note"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know, with what to do about it."""
+
+    level: Level
+    text: str
+
+
+@dataclass
+class Proof:
+    """What decoding and encoding the rows again has shown.
+
+    `unlike` are the rows whose ids do not decode to their text, `wrong_mask` those whose supervised ids do not decode
+    to their completion, `seams` those that tokenise otherwise in one piece; cut rows are not looked at.
+    """
+
+    num_checked: int
+    num_cut: int = 0
+    unlike: list[int] = field(default_factory=list)
+    wrong_mask: list[int] = field(default_factory=list)
+    seams: list[int] = field(default_factory=list)
+    num_with_end: int = 0
+    """Rows in which a token that ends generation is learned."""
+
+
+def prove(rows: EncodedSet, encoder: Encoder, stop_ids: list[int]) -> Proof:
+    """Decode rows again and hold them against their text; encode them in one piece and hold that against them."""
+    proof = Proof(min(len(rows), WHOLE_CHECK_ROWS))
+    whole_rows = []
+    for i in range(proof.num_checked):
+        row = rows[i]
+        learned = row.labels[row.labels != IGNORE_INDEX]
+        proof.num_with_end += bool(len(learned)) and int(learned[-1]) in stop_ids
+        if rows.is_truncated(i):
+            proof.num_cut += 1
+            continue
+        whole_rows.append(i)
+        if not gives_back(rows, i, encoder):
+            proof.unlike.append(i)
+        elif not _decodes_to(last_turn(row.labels), rows.completion(i), encoder):
+            proof.wrong_mask.append(i)
+    if not rows.is_encoder_decoder:
+        for is_rendered in (False, True):
+            some = [i for i in whole_rows if rows.is_rendered(i) == is_rendered]
+            texts = [rows.prompt(i) + rows.completion(i) for i in some]
+            for i, whole in zip(some, encoder.encode_whole(texts, is_rendered=is_rendered), strict=True):
+                ids = rows[i].input_ids.tolist()
+                if whole not in (ids[: len(whole)], ids[1 : 1 + len(whole)]):  # with BOS in the text, or before it
+                    proof.seams.append(i)
+    return proof
+
+
+def last_turn(labels: np.ndarray) -> list[int]:
+    """Give the last supervised ids that stand together."""
+    learned = np.flatnonzero(labels != IGNORE_INDEX)
+    breaks = np.flatnonzero(np.diff(learned) > 1)
+    return labels[learned[breaks[-1] + 1 if len(breaks) else 0 :]].tolist()
+
+
+def _decodes_to(ids: list[int], text: str, encoder: Encoder) -> bool:
+    if encoder.decode(ids) == text:
+        return True
+    return text in (encoder.decode_all(ids), encoder.decode_all(ids[:-1]))  # a chat's text holds its control tokens
+
+
+def findings(
+    config: RunConfig, data: Data, train: EncodedSet, proofs: Mapping[str, Proof], new: NewTokens, num_steps: int
+) -> list[Finding]:
+    """Give everything worth knowing before this is trained, the worst first."""
+    found = [
+        *_about_masks(data, train, proofs),
+        *_about_tokens(data, new),
+        *_about_rows(config, data, train),
+        *_about_batches(config, train, num_steps),
+    ]
+    return sorted(found, key=lambda finding: list(Level).index(finding.level))
+
+
+def _about_masks(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> Iterator[Finding]:
+    sets = {rows.name: rows for rows in [train, *data.validation.values(), *data.test.values()]}
+    for name, proof in proofs.items():
+        rows = sets[name]
+        if proof.wrong_mask:
+            text = f"{name}: in {_rows(len(proof.wrong_mask))} what is supervised does not decode to the completion"
+            yield Finding(Level.error, f"{text}: {_places(rows, proof.wrong_mask)}")
+        if proof.unlike:
+            text = f"{name}: {_rows(len(proof.unlike))} of {proof.num_checked:,} come back changed from the tokenizer"
+            yield Finding(Level.warning, f"{text} (it can't write all of them): {_places(rows, proof.unlike)}")
+        if not proof.num_with_end:
+            text = f"{name}: no row teaches the model to stop: none ends with a supervised EOS or end of turn"
+            why = "all are cut" if rows.total("is_truncated") == len(rows) else "does the chat template mark it?"
+            yield Finding(Level.error if name == "train" else Level.warning, f"{text} ({why})")
+        if proof.seams:
+            text = f"{name}: {_rows(len(proof.seams))} would be other tokens if prompt and completion were tokenised"
+            text += " together; apart, as here, is what generation sees"
+            yield Finding(Level.note, f"{text}: {_places(rows, proof.seams)}")
+
+
+def _about_tokens(data: Data, new: NewTokens) -> Iterator[Finding]:
+    counts = data.reports["train"].new_tokens
+    for token in new.ids:
+        if not counts[token]["fed"] and not counts[token]["supervised"]:
+            text = f"{token} is in no training row, so it will not be learned"
+            yield Finding(Level.warning, f"{text} (is data.thought_pattern right?)")
+    for name, report in data.reports.items():
+        if report.control_tokens_as_text:
+            text = f"{name}: BOS, EOS or pad stand in texts {report.control_tokens_as_text:,} time(s); they stay text"
+            yield Finding(Level.note, text)
+
+
+def _about_rows(config: RunConfig, data: Data, train: EncodedSet) -> Iterator[Finding]:
+    for name, report in data.reports.items():
+        share = report.rows_truncated / max(1, report.rows_kept)
+        if share:
+            level = Level.warning if share > MANY_TRUNCATED else Level.note
+            limit = f"data.max_seq_length = {config.data.max_seq_length}"
+            yield Finding(level, f"{name}: {_rows(report.rows_truncated)} ({share:.1%}) are cut at {limit}")
+        for reason, count in report.rows_dropped.items():
+            if reason in ("too_long", "no_supervised_token"):
+                places = ", ".join(report.dropped_places[reason][:3])
+                yield Finding(Level.warning, f"{name}: {_rows(count)} dropped, {reason.replace('_', ' ')}: {places}")
+        if report.rows_cleaned:
+            yield Finding(Level.note, f"{name}: data.clean_dialogue changes {_rows(report.rows_cleaned)}")
+    seen = fingerprints(train)
+    if doubles := len(train) - len(set(seen)) - data.reports["train"].rows_repeated:
+        yield Finding(
+            Level.note, f"train: {_rows(doubles)} {'is' if doubles == 1 else 'are'} exactly like an earlier one"
+        )
+    in_train = set(seen)
+    for rows in [*data.validation.values(), *data.test.values()]:
+        leaked = [i for i, one in enumerate(fingerprints(rows)) if one in in_train]
+        if leaked:
+            text = f"{rows.name}: {_rows(len(leaked))} of {len(rows):,} stand in train too: its score says little"
+            yield Finding(Level.warning, f"{text} ({_places(rows, leaked)})")
+    if not data.validation:
+        text = "there is no validation set: nothing tells when the model begins to learn by heart"
+        yield Finding(Level.note, f"{text} (data.validation_files or data.validation_fraction)")
+    if data.uses_fallback_template:
+        text = "the tokenizer has no chat template; Towline's plain one is used, and saved with the model"
+        yield Finding(Level.note, text)
+
+
+def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iterator[Finding]:
+    wasted = {
+        batching: padding(train, replace(batch_plan(config), batching=batching), config.seed)
+        for batching in Batching
+        if not (batching is Batching.packed and train.is_encoder_decoder)
+    }
+    now = wasted.pop(config.data.batching)
+    others = ", ".join(f"{share:.0%} with {batching.value}" for batching, share in wasted.items())
+    if now > MUCH_PADDING and min(wasted.values()) < now / 2:
+        yield Finding(Level.note, f"{now:.0%} of what is computed is padding; it would be {others} (data.batching)")
+    if num_steps < FEW_STEPS:
+        yield Finding(Level.note, f"only {num_steps} optimizer steps: a smaller batch or more epochs give more")
+
+
+def padding(rows: EncodedSet, plan: Plan, seed: int) -> float:
+    """Give the share of the first epoch's positions that are padding, from 0 to 1."""
+    computed = 0
+    for sequences in plan.micro_batches(rows.lengths, [seed, 0]):
+        longest = max(int(rows.lengths[sequence].sum()) for sequence in sequences)
+        computed += longest * len(sequences)
+    return 1 - int(rows.lengths.sum()) / computed
+
+
+def fingerprints(rows: EncodedSet) -> list[tuple[int, int]]:
+    """Give two checksums of each row's ids, to find equal rows by."""
+    found = []
+    for i in range(len(rows)):
+        row = rows[i]
+        ids = row.input_ids.tobytes() + b"|" + (b"" if row.target_ids is None else row.target_ids.tobytes())
+        found.append((zlib.crc32(ids), zlib.adler32(ids)))
+    return found
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
+
+
+def _places(rows: EncodedSet, indices: list[int]) -> str:
+    more = f", … ({len(indices) - 3:,} more)" if len(indices) > 3 else ""
+    return ", ".join(rows.place(i) for i in indices[:3]) + more

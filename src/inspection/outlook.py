@@ -1,0 +1,173 @@
+"""What a run will take: steps, tokens, memory, disk and time, from its data and the shapes of its model."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from src.config.schema import Batching, Device, MixedPrecision, RunConfig
+from src.data.batching import Plan, Sequences, collate, steps_per_epoch
+from src.data.sets import EncodedSet
+from src.forecast import (
+    DiskForecast,
+    MemoryForecast,
+    TimeForecast,
+    architecture_of,
+    disk_forecast,
+    matmul_flops_per_second,
+    measure_saved_bytes,
+    measured_time_forecast,
+    memory_forecast,
+    time_forecast,
+)
+from src.model.build import build_model
+from src.runtime.session import start_runtime
+from src.runtime.signals import stop_on_signals
+from src.tokens import fit_embeddings
+from src.training.state import batch_plan, num_train_steps, prepare
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One micro-batch that was really computed, the widest of the first epoch, and one of the usual size."""
+
+    widest_tokens: int
+    activation_bytes: int
+    peak_memory_bytes: int
+    seconds: float
+    """Of one of the usual size, forward and backward."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What lies ahead; `num_steps_per_epoch` is None where the train set is streamed."""
+
+    num_steps: int
+    num_steps_per_epoch: int | None
+    num_micro_batches: int
+    tokens_fed: int
+    tokens_computed: int
+    """tokens_fed and padding."""
+    memory: MemoryForecast
+    disk: DiskForecast
+    time: TimeForecast
+    measured: Measured | None
+
+
+def outlook(
+    config: RunConfig, model: Any, tokenizer: Any, train: EncodedSet, run_dir: Path, *, measure: bool
+) -> Outlook:
+    """Reckon with the first epoch's micro-batches.
+
+    Args:
+        model: as built by `empty_model`, resized to the tokenizer.
+        train: the train set, or the first block of one that is streamed.
+    """
+    plan = batch_plan(config)
+    per_epoch = None if config.data.streaming else steps_per_epoch(train, plan, config.seed)
+    num_steps = num_train_steps(config.training, per_epoch)
+    micro_batches = plan.micro_batches(train.lengths, [config.seed, 0])
+    shapes = np.array([_shape(train, sequences) for sequences in micro_batches])
+    computed = shapes[:, 0] * shapes[:, 1]
+    num_micro_batches = num_steps * plan.accumulation
+    if per_epoch is not None:
+        num_micro_batches = round(num_steps / per_epoch * len(micro_batches))
+    widest = int(computed.argmax())
+    batch, seq = (int(number) for number in shapes[widest])
+    supervised = train.supervised_lengths()
+    architecture = architecture_of(model, model.config)
+    device = _device(config)
+    memory = memory_forecast(
+        architecture,
+        config.optimizer,
+        config.training.mixed_precision,
+        batch=batch,
+        seq=seq,
+        num_supervised=int(max(supervised[_rows(sequences)].sum() for sequences in micro_batches)),
+        is_packed=config.data.batching is Batching.packed,
+        device_type=device.type,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        tokenizer_bytes = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    disk = disk_forecast(
+        architecture,
+        run_dir,
+        load_best_model_at_end=config.checkpoint.load_best_model_at_end,
+        tokenizer_bytes=tokenizer_bytes,
+    )
+    measured = _measure(config, tokenizer, train, plan, micro_batches, widest) if measure else None
+    share = num_micro_batches / len(micro_batches)
+    if measured is None:
+        dtype = torch.float32 if config.training.mixed_precision is MixedPrecision.no else torch.bfloat16
+        ahead = time_forecast(
+            architecture,
+            num_tokens=round(share * int(computed.sum())),
+            num_supervised=round(share * int(supervised.sum())),
+            seq=int(shapes[:, 1].mean()),
+            flops_per_second=matmul_flops_per_second(device, dtype),
+        )
+    else:
+        ahead = measured_time_forecast(measured.seconds, num_micro_batches)
+    return Outlook(
+        num_steps,
+        per_epoch,
+        num_micro_batches,
+        tokens_fed=round(share * train.num_tokens),
+        tokens_computed=round(share * int(computed.sum())),
+        memory=memory,
+        disk=disk,
+        time=ahead,
+        measured=measured,
+    )
+
+
+def _rows(sequences: Sequences) -> list[int]:
+    return [row for sequence in sequences for row in sequence]
+
+
+def _shape(rows: EncodedSet, sequences: Sequences) -> tuple[int, int]:
+    """Give how many sequences a micro-batch has, and how long its longest is, targets included."""
+    lengths = rows.lengths + rows.target_lengths
+    return len(sequences), max(int(lengths[sequence].sum()) for sequence in sequences)
+
+
+def _device(config: RunConfig) -> torch.device:
+    use_cuda = config.runtime.device is not Device.cpu and torch.cuda.is_available()
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def _measure(
+    config: RunConfig, tokenizer: Any, train: EncodedSet, plan: Plan, micro_batches: list[Sequences], widest: int
+) -> Measured:
+    """Compute the widest micro-batch, forward and backward, then time one of the usual size."""
+    with (
+        stop_on_signals() as stop,
+        start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime,
+    ):
+        model = build_model(config.model, config.data.max_seq_length)
+        fit_embeddings(model, len(tokenizer), config.tokens.pad_to_multiple_of)
+        state = prepare(model, train, config, runtime)
+        state.scored.train()
+        pad = tokenizer.pad_token_id or 0
+        batch = collate(train, micro_batches[widest], pad, flat=state.is_flat).to(runtime.device)
+        widest_tokens = batch.input_ids.numel()
+        losses: list[torch.Tensor] = []
+        saved = measure_saved_bytes(lambda: losses.append(state.scored(**batch.inputs())), state.model.parameters())
+        runtime.backward(losses[0])
+        usual = sorted(micro_batches, key=lambda sequences: int(np.prod(_shape(train, sequences))))
+        batch = collate(train, usual[len(usual) // 2], pad, flat=state.is_flat).to(runtime.device)
+        seconds = []
+        for _ in range(3):
+            runtime.synchronize()
+            started = time.perf_counter()
+            runtime.backward(state.scored(**batch.inputs()))
+            runtime.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return Measured(widest_tokens, saved, runtime.peak_memory_bytes(), min(seconds))

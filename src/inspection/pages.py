@@ -1,0 +1,140 @@
+"""What preflight prints, a page a question: model, tokens, sets, rows, what it will take, what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from src.config.schema import RunConfig, Weights
+from src.data.dataset import Data
+from src.data.sets import EncodedSet
+from src.forecast import Part, human_bytes
+from src.inspection.drawing import Paint, histogram, painted_row
+from src.inspection.findings import Finding, Level, Proof
+from src.inspection.outlook import Outlook
+from src.model.build import num_parameters
+from src.tokens import NewTokens, source_ids
+from src.tracking.console import Console, clock
+
+COLOURS = {Level.error: "1;31", Level.warning: "33", Level.note: "2"}
+
+
+def show_model(console: Console, config: RunConfig, model: Any) -> None:
+    """Say which model it is, from its configuration alone."""
+    total, _ = num_parameters(model)
+    weights = "random weights" if config.model.weights is Weights.random else "pretrained weights, not loaded here"
+    dtype = str(model.dtype).removeprefix("torch.")
+    text = f"{type(model).__name__} of {config.model.checkpoint}, {weights}, {dtype}\n{total:,} parameters"
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    console.label("model", f"{text}{f', {layers} layers' if layers else ''}")
+
+
+def show_tokens(console: Console, config: RunConfig, model: Any, tokenizer: Any, new: NewTokens, data: Data) -> None:
+    """Say for each new token whether it is one id, how often it is fed and learned, and where its row starts."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    special = ", ".join(
+        f"{name} {token} = {token_id}"
+        for name, token, token_id in (
+            ("BOS", tokenizer.bos_token, tokenizer.bos_token_id),
+            ("EOS", tokenizer.eos_token, tokenizer.eos_token_id),
+            ("pad", tokenizer.pad_token, tokenizer.pad_token_id),
+        )
+        if token is not None
+    )
+    lines = [f"{len(tokenizer):,} in the vocabulary, {rows:,} rows; {special}"]
+    if data.stop_ids[1:]:
+        lines.append(f"generation stops at {', '.join(tokenizer.convert_ids_to_tokens(data.stop_ids))}")
+    counts = data.reports["train"].new_tokens
+    init = config.tokens.init
+    num_old = min([rows, *new.added.values()])
+    for token, token_id in new.ids.items():
+        pieces = source_ids(tokenizer, [token], config.tokens, num_old)[0] if token in new.added else []
+        named = f" {tokenizer.convert_ids_to_tokens(pieces)}" if pieces else ""
+        start = f"starts from {init.method.value}{named}" if token in new.added else "known already, left as learned"
+        ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+        one = f"one id, {token_id}" if len(ids) == 1 else f"{len(ids)} ids"
+        fed, learned = counts[token]["fed"], counts[token]["supervised"]
+        lines.append(f"{token}  {one}; fed {fed:,} times, learned {learned:,} times; {start}")
+    console.label("tokens", "\n".join(lines))
+
+
+def show_sets(console: Console, config: RunConfig, data: Data, sets: Mapping[str, EncodedSet]) -> None:
+    """Say what became of each set's rows, and draw how long they are."""
+    for name, rows in sets.items():
+        report = data.reports[name]
+        share = report.supervised_tokens / max(1, report.tokens)
+        lines = [f"{report.summary} ({share:.0%})"]
+        if report.thought_tokens:
+            lines[0] += f", {report.thought_tokens / max(1, report.supervised_tokens):.0%} of these are thoughts"
+        for reason, places in report.dropped_places.items():
+            lines.append(f"  {reason.replace('_', ' ')}: {', '.join(places)}{' …' if len(places) == 10 else ''}")
+        if report.rows_cleaned:
+            lines.append(f"  {report.rows_cleaned:,} dialogues cleaned")
+        shown = ", ".join(f"{word} {count:,}" for word, count in report.lengths.items())
+        lines.append(f"  tokens a row: {shown}")
+        if name == "train":
+            lines += [f"    {line}" for line in histogram(rows.lengths, config.data.max_seq_length)]
+        console.label(name, "\n".join(lines))
+
+
+def show_rows(console: Console, train: EncodedSet, data: Data, count: int, paint: Paint) -> None:
+    """Show the first rows as the model will see them."""
+    if not count:
+        return
+    console.label("rows", paint.legend)
+    for i in range(min(count, len(train))):
+        console.say(f"  {paint(Paint.BOLD, train.place(i))}")
+        for line in painted_row(train, i, data.encoder, data.stop_ids, paint).split("\n"):
+            console.say(f"    {line}")
+
+
+def show_forecasts(console: Console, config: RunConfig, ahead: Outlook) -> None:
+    """Say how many steps there are, and what they will take of memory, disk and time."""
+    training = config.training
+    rows = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps}"
+    epochs = "" if ahead.num_steps_per_epoch is None else f" ({ahead.num_steps / ahead.num_steps_per_epoch:.3g} epochs)"
+    padded = 1 - ahead.tokens_fed / max(1, ahead.tokens_computed)
+    console.label(
+        "steps",
+        f"{ahead.num_steps:,}{epochs} of {rows} {'sequences' if config.data.batching.value == 'packed' else 'rows'}\n"
+        f"{ahead.tokens_fed:,} tokens fed; {padded:.0%} of what is computed is padding ({config.data.batching.value})",
+    )
+    console.label("memory", _table([*ahead.memory.parts, ahead.memory.total]))
+    if ahead.measured:
+        found = ahead.measured
+        console.label(
+            "measured",
+            f"the widest micro-batch kept {human_bytes(found.activation_bytes)} of activations and logits; "
+            f"{human_bytes(found.peak_memory_bytes)} held in all, libraries included",
+        )
+    console.label("disk", _table([*ahead.disk.parts, ahead.disk.total]))
+    console.label("", f"{human_bytes(ahead.disk.free_bytes)} free in {ahead.disk.place}")
+    seconds = "unknown" if ahead.time.seconds is None else clock(ahead.time.seconds)
+    console.label("time", f"{'at least ' if ahead.time.is_lower_bound else 'about '}{seconds}\n{ahead.time.how}")
+    if ahead.time.is_lower_bound:
+        console.label("", "preflight.measure=true computes a micro-batch and tells it better")
+
+
+def _table(parts: Sequence[Part]) -> str:
+    sizes = ["unknown" if part.bytes is None else human_bytes(part.bytes) for part in parts]
+    width = max(len(part.name) for part in parts)
+    room = max(map(len, sizes))
+    lines = zip(parts, sizes, strict=True)
+    return "\n".join(f"{part.name:<{width}}  {size:>{room}}   {part.how}" for part, size in lines)
+
+
+def show_findings(console: Console, found: Sequence[Finding], proofs: Mapping[str, Proof], paint: Paint) -> int:
+    """Say what was proven and what was found; give the exit code, 1 where a finding is an error."""
+    for name, proof in proofs.items():
+        whole = proof.num_checked - proof.num_cut
+        right = whole - len(proof.wrong_mask) - len(proof.unlike)
+        text = f"{name}: {right:,} of {whole:,} whole rows decode to their text, and what is supervised to the "
+        text += f"completion; {proof.num_with_end:,} teach where to end"
+        console.label("mask" if name == next(iter(proofs)) else "", text)
+    if not found:
+        console.label("findings", "none")
+    for i, finding in enumerate(found):
+        level = f"{finding.level.value:<8}"
+        level = f"\x1b[{COLOURS[finding.level]}m{level}\x1b[0m" if paint.in_colour else level
+        console.label("findings" if i == 0 else "", f"{level} {finding.text}")
+    return 1 if any(finding.level is Level.error for finding in found) else 0

@@ -1,0 +1,135 @@
+"""Everything about a run that can be known without training it: `python -m src.preflight KEY=VALUE …`.
+
+Takes the same choices as src.run, and for itself preflight.rows=N (rows shown), preflight.dump=FILE (every encoded row
+of the train split as JSON lines) and preflight.measure=true (one micro-batch is really computed). Loads no weights
+unless it measures. Exit code 0, 1 where a finding is an error, 2 where something is yours to mend.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.config.gate import Admitted, admit
+from src.errors import Interrupted, TowlineError
+
+if TYPE_CHECKING:
+    from src.data.dataset import Data
+
+for switch in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+    os.environ.setdefault(switch, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def preflight(admitted: Admitted) -> int:
+    """Look at one admitted configuration and say what a run of it would be; give the exit code.
+
+    Raises:
+        TowlineError: what the user can mend.
+    """
+    from src.tracking.console import Console
+
+    config, own = admitted.config, admitted.own
+    folder = Path("outputs", config.name, "preflight")
+    console = Console()
+    console.label("preflight", f"{config.name}: nothing is trained")
+
+    from src.data.dataset import build_data, first_block
+    from src.inspection.drawing import Paint, draw_lengths
+    from src.inspection.findings import findings, prove
+    from src.inspection.outlook import outlook
+    from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets, show_tokens
+    from src.model.build import empty_model
+    from src.tokens import fit_embeddings, load_tokenizer
+
+    tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
+    data = build_data(config, tokenizer, console.working)
+    model = empty_model(config.model)
+    fit_embeddings(model, len(tokenizer), config.tokens.pad_to_multiple_of)
+    train = first_block(data.train)
+    sets = {"train": train} | data.validation | data.test
+    paint = Paint(sys.stdout)
+
+    show_model(console, config, model)
+    show_tokens(console, config, model, tokenizer, new_tokens, data)
+    show_sets(console, config, data, sets)
+    draw_lengths(sets, config.data.max_seq_length, folder / "lengths.png")
+    show_rows(console, train, data, own.rows, paint)
+    proofs = {name: prove(rows, data.encoder, data.stop_ids) for name, rows in sets.items()}
+    ahead = outlook(config, model, tokenizer, train, admitted.run_dir, measure=own.measure)
+    show_forecasts(console, config, ahead)
+    found = findings(config, data, train, proofs, new_tokens, ahead.num_steps)
+    code = show_findings(console, found, proofs, paint)
+    if own.dump is not None:
+        console.label("dump", f"{dump(data, Path(own.dump)):,} rows of train in {own.dump}")
+    write_report(folder / "preflight.json", data, found, ahead)
+    console.label("written", f"{folder}/lengths.png, preflight.json")
+    return code
+
+
+def dump(data: Data, file: Path) -> int:
+    """Write every encoded row of the train split, one JSON object a line, in the order of the files; count them.
+
+    `input_ids` and `labels` are not shifted; `spans` are what is supervised: kind, start and stop within labels. An
+    encoder-decoder's rows have `target_ids` too, which their labels belong to.
+    """
+    from src.data.dataset import blocks
+    from src.data.encoding import SPAN_KINDS
+
+    count = 0
+    try:
+        with open(file, "w", encoding="utf-8") as lines:
+            for rows in blocks(data.train):
+                for i in range(len(rows)):
+                    row = rows[i]
+                    spans = [{"kind": SPAN_KINDS[kind], "start": a, "stop": b} for kind, a, b in row.spans.tolist()]
+                    line: dict[str, Any] = {"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()}
+                    if row.target_ids is not None:
+                        line["target_ids"] = row.target_ids.tolist()
+                    lines.write(json.dumps(line | {"spans": spans}) + "\n")
+                count += len(rows)
+    except OSError as error:
+        raise TowlineError(f"preflight.dump = {file} can't be written: {error.strerror}") from error
+    return count
+
+
+def write_report(file: Path, data: Data, found: Sequence[Any], ahead: Any) -> None:
+    """Write what was found for a program to read."""
+    report = {
+        "findings": [{"level": finding.level.value, "text": finding.text} for finding in found],
+        "data": {name: report.as_dict() for name, report in data.reports.items()},
+        "steps": ahead.num_steps,
+        "memory": {part.name: part.bytes for part in ahead.memory.parts},
+        "disk": {part.name: part.bytes for part in ahead.disk.parts},
+        "time": asdict(ahead.time),
+        "measured": ahead.measured and asdict(ahead.measured),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the command line as a whole, then look at what it asks for."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        print("`python -m src.run --help` lists every group and key.")
+        return 0
+    try:
+        request = admit(arguments, "preflight")
+        assert request.run is not None
+        return preflight(request.run)
+    except TowlineError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return Interrupted.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

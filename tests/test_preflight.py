@@ -1,0 +1,189 @@
+"""Preflight: what it says is so, what it draws is there, and an error in the data gives exit code 1."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from src import preflight
+from src.config.gate import admit
+from src.data.dataset import build_data
+from src.data.encoding import IGNORE_INDEX
+from src.inspection.drawing import Paint, histogram
+from src.tokens import load_tokenizer
+from tests.conftest import GSM8K, ROOT, ROWS, read_lines, write_lines
+
+QUIET = ["tracking=none", f"data.cache_dir={ROWS}"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder of its own, with the project's own files at hand."""
+    for name in ("assets", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(capsys: pytest.CaptureFixture[str], *overrides: str, code: int = 0) -> str:
+    assert preflight.main([*QUIET, *overrides]) == code
+    return capsys.readouterr().out
+
+
+def only(file: str) -> list[str]:
+    return [f"data.train_files=['{file}']", "data.validation_files=null", "data.test_files=null"]
+
+
+def test_it_shows_what_will_be_assembled_without_loading_weights(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = said(capsys, "data.limit=100", "preflight.rows=1")
+    for words in (
+        "LlamaForCausalLM of assets/tiny_llama",
+        "707,456 parameters, 3 layers",
+        "<ToW>  one id, 259; fed 400 times, learned 400 times; starts from text ['-', '-', '-']",
+        "100 of 100 rows (0 truncated, 0 dropped)",
+        "data/tow_addition/train.jsonl:1",
+        "<s>9714+7703={<ToW>4+3+0=07</ToW>",
+        "}[17417]<</s>>",
+        "8 (2 epochs) of 32 x 1 rows",
+        "2 x 707,456 trained parameters x 4 B: exp_avg, exp_avg_sq",
+        "100 of 100 whole rows decode to their text",
+        "100 teach where to end",
+    ):
+        assert words in text
+    assert (here / "outputs/default/preflight/lengths.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((here / "outputs/default/preflight/preflight.json").read_text())
+    assert report["steps"] == 8
+    assert report["memory"]["optimizer state"] == 2 * 4 * 707_456
+    assert report["data"]["train"]["rows_kept"] == 100
+    assert not list(here.glob("outputs/default/2*"))  # no run's folder
+
+
+def test_the_dump_holds_every_row_of_train_in_the_order_of_the_file(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, "data.limit=30", "preflight.dump=rows.jsonl", "preflight.rows=0")
+    request = admit([*QUIET, "data.limit=30"])
+    assert request.run is not None
+    config = request.run.config
+    tokenizer, _ = load_tokenizer(config.model, config.tokens)
+    train = build_data(config, tokenizer).train
+    dumped = read_lines(here / "rows.jsonl")
+    source = read_lines(here / "data/tow_addition/train.jsonl")
+    assert len(dumped) == 30
+    for i, line in enumerate(dumped):
+        assert line["input_ids"] == train[i].input_ids.tolist()
+        assert line["labels"] == train[i].labels.tolist()
+        assert tokenizer.decode(line["input_ids"][1:-1]) == source[i]["prompt"] + source[i]["completion"]
+        covered = np.zeros(len(line["labels"]), dtype=bool)
+        for span in line["spans"]:
+            text = tokenizer.decode(line["input_ids"][span["start"] : span["stop"]])
+            assert text.startswith("<ToW>") == text.endswith("</ToW>") == (span["kind"] == "thought")
+            covered[span["start"] : span["stop"]] = True
+        assert covered.tolist() == [label != IGNORE_INDEX for label in line["labels"]]
+
+
+def test_a_streamed_set_is_dumped_whole(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_lines(here / "rows.jsonl", [{"prompt": f"{i}=", "completion": "x"} for i in range(1200)])
+    overrides = [*only(rows), "data.streaming=true", "training.max_train_steps=3"]
+    assert "streamed" in said(capsys, *overrides, "preflight.dump=dump.jsonl")
+    assert len(read_lines(here / "dump.jsonl")) == 1200
+
+
+def test_rows_of_which_none_teaches_to_stop_are_an_error(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_lines(here / "rows.jsonl", [{"prompt": "a", "completion": "b" * 50}] * 4)
+    text = said(capsys, *only(file), "data.max_seq_length=20", code=1)
+    assert "error    train: no row teaches the model to stop" in text
+    assert "all are cut" in text
+    assert "4 rows (100.0%) are cut at data.max_seq_length = 20" in text
+
+
+def test_rows_of_validation_that_stand_in_train_are_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = write_lines(here / "train.jsonl", [{"prompt": f"{i}", "completion": "x"} for i in (1, 2, 3, 3)])
+    test = write_lines(here / "test.jsonl", [{"prompt": f"{i}", "completion": "x"} for i in (3, 4)])
+    text = said(capsys, *only(train), f"data.validation_files=['{test}']")
+    assert "warning  validation: 1 row of 2 stand in train too" in text
+    assert "test.jsonl:1)" in text
+    assert "train: 1 row is exactly like an earlier one" in text
+    assert "<ToW> is in no training row, so it will not be learned" in text
+
+
+def test_rows_that_merge_over_the_seam_are_counted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.kinds import byte_bpe
+
+    byte_bpe().save_pretrained("model")
+    (here / "model" / "config.json").write_bytes((here / "assets/tiny_llama/config.json").read_bytes())
+    rows = [{"prompt": "lo", "completion": "w"}, {"prompt": "low ", "completion": "1"}]
+    overrides = ["model=causal_lm", "model.checkpoint=model", "model.weights=random", "tokens=none"]
+    text = said(capsys, *only(write_lines(here / "rows.jsonl", rows)), *overrides)
+    assert "train: 1 row would be other tokens if prompt and completion were tokenised together" in text
+    assert "rows.jsonl:1" in text
+
+
+def test_dropped_rows_are_listed_by_reason_and_place(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "x" * (40 if i % 10 == 3 else 4), "completion": "y"} for i in range(40)]
+    file = write_lines(here / "rows.jsonl", rows)
+    text = said(capsys, *only(file), "data.max_seq_length=20", "data.max_dropped_fraction=0.2", "data.overflow=drop")
+    assert f"too long: {file}:4, {file}:14, {file}:24, {file}:34" in text
+
+
+def test_one_micro_batch_is_measured_on_request(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "data.limit=64", "preflight.measure=true", "preflight.rows=0")
+    assert "the widest micro-batch kept" in text
+    report = json.loads((here / "outputs/default/preflight/preflight.json").read_text())
+    saved = report["measured"]["activation_bytes"]
+    assert saved == pytest.approx(report["memory"]["activations"] + report["memory"]["logits"], rel=0.1)
+    assert not report["time"]["is_lower_bound"]
+
+
+def test_what_is_wrong_is_told_as_by_a_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert preflight.main(["preflight.rowz=1", "optimizer.lrr=1"]) == 2
+    told = capsys.readouterr().err
+    assert "did you mean preflight.rows?" in told
+    assert "did you mean optimizer.lr?" in told
+    assert preflight.main([*QUIET, "preflight.dump=nowhere/rows.jsonl", "data.limit=3"]) == 2
+    assert "nowhere/rows.jsonl can't be written: No such file" in capsys.readouterr().err
+    assert preflight.main(["-m", "seed=1,2"]) == 2
+    assert "looks at one run" in capsys.readouterr().err
+
+
+def test_a_run_does_not_take_what_preflight_reads() -> None:
+    from tests.test_gate import refusal
+
+    assert "read by python -m src.preflight" in refusal("preflight.rows=1")
+
+
+def test_colours_on_a_terminal_and_signs_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert Paint(io.StringIO())(Paint.THOUGHT, "a") == "{a}"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert Paint(io.StringIO())(Paint.THOUGHT, "a\nb") == "\x1b[36ma\x1b[0m\n\x1b[36mb\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert Paint(io.StringIO())(Paint.PROMPT, "a") == "a"
+
+
+def test_bars_count_every_row_once() -> None:
+    lengths = np.array([5, 5, 6, 30, 104])
+    lines = list(histogram(lengths, 30))
+    assert sum(int(line.split()[-1]) for line in lines if "max_seq" not in line) + 1 == 5
+    assert lines[0].startswith("  5–14")
+    assert "1  ← data.max_seq_length 30" in lines[2]
+    assert list(histogram(np.array([7, 7]), 50)) == ["7 ████████████████████████████████████████ 2"]
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K file is not beside this checkout")
+def test_gsm8k_from_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "src.preflight", "data=gsm8k", f"data.train_files=['{GSM8K}']"]
+    command += ["data.max_seq_length=1000", "name=gsm8k_test", "preflight.rows=1", f"preflight.dump={tmp_path}/rows"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "7,099 of 7,099 rows" in done.stdout
+    assert len((tmp_path / "rows").read_text().splitlines()) == 7099
