@@ -62,7 +62,7 @@ def run(admitted: Admitted) -> dict[str, float]:
             tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
             data = build_data(config, tokenizer, console.working)
             tracking.record("data_report.json", {name: report.as_dict() for name, report in data.reports.items()})
-            model = build_model(config.model, config.data.max_seq_length)
+            model = build_model(config.model, config.data.max_seq_length, config.data.max_target_length)
             set_generation(model, config.generation, tokenizer, data.stop_ids)
             started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed)
             state = prepare(model, data.train, config, runtime)

@@ -320,9 +320,8 @@ config = admitted(*overrides).config
 tokenizer, _ = load_tokenizer(config.model, config.tokens)
 print("ready", flush=True)
 sys.stdin.readline()
-told = []
-data = build_data(config, tokenizer, told.append)
-print(json.dumps([times_prepared, data.train.digest(), len(data.train), told[:1]]), flush=True)
+data = build_data(config, tokenizer)
+print(json.dumps([times_prepared, data.train.digest(), len(data.train)]), flush=True)
 """
 """Another process: is told what to build and how slowly, says that it is ready, and builds when it is told to."""
 
@@ -359,23 +358,35 @@ class Other:
 @pytest.fixture(scope="module", autouse=True)
 def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Other]]:
     """Start processes early, so that they are ready when a test needs one."""
-    started = [Other(tmp_path_factory.mktemp("tmp")) for _ in range(4)]
+    started = [Other(tmp_path_factory.mktemp("tmp")) for _ in range(3)]
     yield list(started)
     for other in started:
         other.process.kill()
         other.process.communicate()
 
 
-def test_processes_that_start_at_once_prepare_once(tmp_path: Path, file: str, others: list[Other]) -> None:
+def begun(other: Other, cache: Path) -> None:
+    """Let a process build, and come back when it has begun to write rows."""
+    other.say("go")
+    deadline = time.monotonic() + 60
+    while not [rows for rows in cache.glob(f"*.tmp/{ROWS}") if rows.stat().st_size]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_processes_that_want_the_same_rows_prepare_them_once(
+    tmp_path: Path, file: str, counted: Counted, others: list[Other]
+) -> None:
     options = chosen(file, tmp_path / "cache")
-    two = [others.pop().ready(*options, slow=1.5) for _ in range(2)]
-    for other in two:
-        other.say("go")
-    results = [other.result() for other in two]
-    assert sorted(times for times, *_ in results) == [0, 1]
-    assert results[0][1:3] == results[1][1:3]
-    told = next(told for times, *_, told in results if times == 0)
+    config = admitted(*options).config
+    tokenizer, _ = load_tokenizer(config.model, config.tokens)
+    other = others.pop().ready(*options, slow=1.5)
+    begun(other, tmp_path / "cache")
+    told: list[str] = []
+    data = build_data(config, tokenizer, told.append)
     assert told == ["train: waiting for another run that prepares the same rows"]
+    assert counted.times == 0
+    assert other.result() == [1, data.train.digest(), len(ROWS_MADE)]
     assert len(entries(tmp_path / "cache")) == 1
 
 
@@ -384,11 +395,7 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_used(
 ) -> None:
     cache = tmp_path / "cache"
     other = others.pop().ready(*chosen(file, cache), slow=60)
-    other.say("go")
-    deadline = time.monotonic() + 60
-    while not [rows for rows in cache.glob(f"*.tmp/{ROWS}") if rows.stat().st_size]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    begun(other, cache)
     other.process.kill()
     assert other.process.wait(10) == -signal.SIGKILL
     assert [entry.suffix for entry in entries(cache)] == [".tmp"]

@@ -89,10 +89,10 @@ def test_the_system_prompt_goes_in_front_where_the_row_has_none() -> None:
     ("messages", "told"),
     [
         (None, "'messages' is null, not a list of messages"),
-        ("text", "'messages' is str, not a list of messages"),
+        ("text", "'messages' is a text, not a list of messages"),
         ({"role": "user"}, "'messages' is an object, not a list of messages"),
         ([], "'messages' is empty: nothing to learn"),
-        (["text"], "'messages', message 1 is str, not an object with role and content"),
+        (["text"], "'messages', message 1 is a text, not an object with role and content"),
         ([{"role": "user"}], "'messages', message 1 has no 'content'; there are 'role'"),
         ([{"content": "a"}], "'messages', message 1 has no 'role'; there are 'content'"),
         ([{"from": "human", "content": "a"}], "'messages', message 1 has no 'role'; there are 'from', 'content'"),

@@ -326,7 +326,6 @@ CHATS: dict[str, Case] = {
         [CHAT, "model.type=encoder_decoder", "data.supervised_turns=last"],
         ["1 of 3 rows would be dropped (1 no supervised token)", "rows.jsonl:3"],
     ),
-    "csv": ("rows.csv", b'messages\n"[{}]"\n', [CHAT], ["rows.csv:2  'messages' is a text, not a list of messages"]),
 }
 CASES = {
     f"{group}: {name}": case
@@ -345,6 +344,10 @@ def chosen(file: Path, cache: Path, *overrides: str) -> list[str]:
 
 def configured(file: Path, cache: Path, *overrides: str) -> RunConfig:
     return admitted(*chosen(file, cache, *overrides)).config
+
+
+def of(config: RunConfig, file: str) -> RunConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, train_files=[file]))
 
 
 def built(config: RunConfig, tokenizer: Any = None) -> Data:
@@ -468,31 +471,29 @@ def test_a_template_that_needs_a_system_message_gets_one(tmp_path: Path) -> None
     assert data.train.prompt(0).startswith("<s>[system]Be brief.[user]0[assistant]x")
 
 
+SIGNS = ["\uf8d0", "a\uf8d1b", "\uf8d27\uf8d3", "</s>\uf8d20\uf8d3", "\uf8d2</s>", "\uf8d2٠\uf8d3"]
+
+
 @pytest.mark.parametrize("template", [None, PLAIN])
-@pytest.mark.parametrize(
-    "sign", ["\uf8d0", "a\uf8d1b", "\uf8d27\uf8d3", "</s>\uf8d20\uf8d3", "\uf8d2</s>", "\uf8d2٠\uf8d3"]
-)
 @pytest.mark.parametrize("role", ["user", "assistant"])
-def test_characters_that_we_use_as_signs_are_kept_or_refused(
-    tmp_path: Path, role: str, sign: str, template: str | None
-) -> None:
-    chat = {
-        "messages": [said("user", sign if role == "user" else "q"), said("assistant", sign if role != "user" else "a")]
-    }
-    file = Path(write_lines(tmp_path / "rows.jsonl", [chat]))
-    config = configured(file, tmp_path / "cache", CHAT)
+def test_characters_that_we_use_as_signs_are_kept_or_refused(tmp_path: Path, role: str, template: str | None) -> None:
+    config = configured(Path(write_lines(tmp_path / "rows.jsonl", GOOD["messages"])), tmp_path / "cache", CHAT)
     tokenizer, _ = load_tokenizer(config.model, config.tokens)
     tokenizer.chat_template = template
-    try:
-        row = built(config, tokenizer).train[0]
-    except DataError as error:
-        told = str(error)
-    else:
-        learned = tokenizer.decode(row.labels[row.labels >= 0])
-        assert learned.startswith(sign if role == "assistant" else "a")
-        assert sign in tokenizer.decode(row.input_ids)
-        return
-    assert f"{file}:1  " in told
+    for number, sign in enumerate(SIGNS):
+        chat = [said("user", "q"), said("assistant", "a")]
+        chat[role == "assistant"]["content"] = sign
+        file = write_lines(tmp_path / f"{number}.jsonl", [{"messages": chat}])
+        try:
+            row = built(of(config, file), tokenizer).train[0]
+        except DataError as error:
+            told = str(error)
+        else:
+            learned = tokenizer.decode(row.labels[row.labels >= 0])
+            assert learned.startswith(chat[1]["content"])
+            assert sign in tokenizer.decode(row.input_ids)
+            continue
+        assert f"{file}:1  " in told
 
 
 def test_a_text_file_has_no_other_field_than_text(tmp_path: Path) -> None:
@@ -501,6 +502,13 @@ def test_a_text_file_has_no_other_field_than_text(tmp_path: Path) -> None:
     message = refusal(configured(file, tmp_path / "cache"))
     assert f"{file}:1  no field 'prompt'; there are 'text' (name yours with data.columns.prompt=FIELD)" in message
     assert refusal(configured(file, tmp_path / "cache", "data.columns.prompt=text")) != message
+
+
+def test_a_table_has_no_chats(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text('messages\n"[{}]"\n')
+    message = refusal(configured(file, tmp_path / "cache", CHAT))
+    assert f"{file}:2  'messages' is a text, not a list of messages" in message
 
 
 def test_bad_rows_of_several_files_are_listed_in_their_order(tmp_path: Path) -> None:
@@ -551,7 +559,7 @@ def test_one_corrupt_byte_never_loses_a_row(tmp_path: Path) -> None:
         file = tmp_path / f"{seed}.jsonl"
         file.write_bytes(content)
         try:
-            data = built(dataclasses.replace(config, data=dataclasses.replace(config.data, train_files=[str(file)])))
+            data = built(of(config, str(file)))
         except DataError as error:
             told += bool(re.search(rf"{seed}\.jsonl(:\d+)?  ", str(error)))
             refused += 1

@@ -20,6 +20,7 @@ from typing import Any
 import tokenizers
 from filelock import FileLock, Timeout
 
+from src.data.encoding import PROBE
 from src.data.preparation import Prepared, Recipe, prepared
 from src.data.sources import Source, file_hash, fingerprint_of
 from src.data.store import Account, Part, RowWriter
@@ -92,9 +93,12 @@ class RowCache:
         unfinished = entry.with_suffix(".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed: the lock says that nobody writes it
         shutil.rmtree(entry, ignore_errors=True)  # damaged
-        writer = RowWriter(unfinished)
+        writer = None
         try:
+            writer = RowWriter(unfinished)
             account = write_rows(name, prepared(source.records(), recipe, self._num_workers), writer, self._tell)
+            if self._key(source, recipe) != entry.name:
+                raise DataError(f"{source.name} changed while being read; start again when it is whole")
             writer.close(account)
             os.rename(unfinished, entry)
         except OSError as error:
@@ -105,7 +109,8 @@ class RowCache:
                 ) from error
             raise
         finally:
-            writer.abort()
+            if writer is not None:
+                writer.abort()
             shutil.rmtree(unfinished, ignore_errors=True)
         return Part.open(entry)
 
@@ -142,7 +147,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Give a hash of all that decides how a tokenizer and its chat template write a text as ids."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     backend = tokenizer.backend_tokenizer.to_str()
-    return fingerprint_of(backend, tokenizer.chat_template, special, type(tokenizer).__name__, tokenizers.__version__)
+    framed = [list(tokenizer(PROBE)["input_ids"]), list(tokenizer(text_target=PROBE)["input_ids"])]
+    return fingerprint_of(backend, tokenizer.chat_template, special, framed, tokenizers.__version__)
 
 
 @cache

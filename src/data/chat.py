@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from src.config.schema import SupervisedTurns
 from src.data.formats import BadRow
 from src.data.pieces import Piece, any_of
-from src.errors import TokenError
+from src.errors import TokenError, one_line
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def give_chat_template(tokenizer: Any) -> None:
     ids = tokenizer("a")["input_ids"]
     if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id:
         template = tokenizer.get_chat_template()
-        rendered = _tried(lambda chat: tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False))
+        rendered = _tried(lambda chat: _rendered(tokenizer, template, chat))
         if rendered is not None and not rendered.startswith(tokenizer.bos_token):
             tokenizer.chat_template = "{{- bos_token -}}" + template
 
@@ -56,7 +56,7 @@ def _tried(use: Callable[[list[dict[str, str]]], T]) -> T | None:
     for messages in (chat, [{"role": "system", "content": "s"}, *chat]):
         try:
             return use(messages)
-        except (TemplateError, BadRow, TokenError):  # rows will tell, by their place
+        except (BadRow, TokenError):  # rows will tell, by their place
             continue
     return None
 
@@ -101,7 +101,8 @@ class ChatTemplate:
         messages = [m | {"content": self._without_literals(m["content"], literals)} for m in messages]
         wanted = learned if turns is SupervisedTurns.all else [False] * (len(learned) - 1) + learned[-1:]
         parts = self._marked(messages, wanted) if self._marks_learned else self._by_prefix(messages, wanted)
-        return [piece for text, is_learned in parts if text for piece in _pieces(text, is_learned, literals)]
+        pieces = [piece for text, is_learned in parts if text for piece in _pieces(text, is_learned, literals)]
+        return pieces or [Piece("", is_learned=False, is_rendered=True)]
 
     def _marked(self, messages: list[dict[str, str]], wanted: list[bool]) -> Iterator[tuple[str, bool]]:
         """Cut a rendered chat at the template's own marks."""
@@ -148,12 +149,7 @@ class ChatTemplate:
         yield whole[done:], False
 
     def _apply(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise BadRow(f"the chat template refuses it: {error}") from error
+        return _rendered(self._tokenizer, self._template, messages, add_generation_prompt=add_generation_prompt)
 
     def _without_literals(self, content: str, literals: list[str]) -> str:
         """Put a sign in place of each control token that stands in a message, so that it stays text.
@@ -166,6 +162,18 @@ class ChatTemplate:
             return f"{LITERAL_FROM}{len(literals) - 1}{LITERAL_TO}"
 
         return self._literal.sub(sign, content)
+
+
+def _rendered(
+    tokenizer: Any, template: str, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        what = "refuses it" if isinstance(error, TemplateError) else f"fails with a {type(error).__name__}"
+        raise BadRow(f"the chat template {what}: {one_line(error)}") from error
 
 
 def _as_sign(match: re.Match[str]) -> str:

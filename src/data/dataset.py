@@ -136,6 +136,9 @@ class _Builder:
         held = [hold_out(part.account.num_records, fraction, self.config.seed) for part in parts.values()]
         are_held = [np.isin(part.ordinals, list(out)) for part, out in zip(parts.values(), held, strict=True)]
         kept = [np.flatnonzero(~is_held) for is_held in are_held]
+        for name, rows in zip(parts, kept, strict=True):
+            if not len(rows):
+                raise DataError(f"{name}: all its rows are held out or dropped; nothing of it is left to train on")
         shares = self.sources.values()
         taken = takes([len(rows) for rows in kept], [s.weight for s in shares], [s.count for s in shares])
         chosen = mix(kept, taken, self.config.seed) if data.mixture else _all(kept)
@@ -147,7 +150,7 @@ class _Builder:
             return train, None
         chosen = _all([np.flatnonzero(is_held) for is_held in are_held])
         held_out = EncodedSet("validation", list(parts.values()), chosen[: data.limit])
-        self._report(held_out, held)
+        self._report(held_out, held, is_held=True)
         self._check_answers(held_out)
         return train, held_out
 
@@ -162,9 +165,10 @@ class _Builder:
             self.data.preprocessing_num_workers,
             self.data.max_dropped_fraction,
             self.data.limit,
+            until_all_end=any(source.count is not None for source in self.sources.values()),
         )
         first = first_block(train)
-        self._report(first, None)
+        self._report(first)
         self.reports["train"].is_streamed = True
         return train
 
@@ -173,17 +177,21 @@ class _Builder:
         part = self.cache.part(name, source, self._recipe(self.data))
         self._check_dropped(name, part, source)
         rows = EncodedSet(name, [part])
-        self._report(rows, None)
+        self._report(rows)
         self._check_answers(rows)
         return rows
 
-    def _report(self, rows: EncodedSet, ordinals: list[set[int]] | None) -> SplitReport:
-        """Account for a set: all records of its parts, or those whose ordinals are given for each part."""
+    def _report(self, rows: EncodedSet, held: list[set[int]] | None = None, *, is_held: bool = False) -> SplitReport:
+        """Account for a set.
+
+        Args:
+            held: the ordinals of each part's records that are held out of train; None where none are.
+            is_held: whether the set is what was held out, rather than what is left.
+        """
         report = self.reports[rows.name] = SplitReport()
-        for number, part in enumerate(rows.parts):
-            here = None if ordinals is None else ordinals[number]
-            report.rows_read += part.account.num_records if here is None else len(here)
-            report.drop([row for row in part.account.dropped if here is None or row.ordinal in here])
+        for part, out in zip(rows.parts, held or [set() for _ in rows.parts], strict=True):
+            report.rows_read += len(out) if is_held else part.account.num_records - len(out)
+            report.drop([row for row in part.account.dropped if (row.ordinal in out) == is_held])
         report.count(rows, self.encoder, self.new_tokens)
         left_out = report.rows_read - report.rows_dropped.total() - report.rows_kept
         if left_out > 0:
@@ -191,8 +199,7 @@ class _Builder:
         return report
 
     def _report_train(self, train: EncodedSet, names: list[str], held: list[set[int]]) -> None:
-        in_train = [set(range(part.account.num_records)) - out for part, out in zip(train.parts, held, strict=True)]
-        report = self._report(train, in_train)
+        report = self._report(train, held)
         if not self.data.mixture:
             return
         report.sources = {name: int((train.chosen[:, 0] == number).sum()) for number, name in enumerate(names)}
@@ -213,9 +220,10 @@ class _Builder:
         report = SplitReport()
         report.drop(dropped)
         reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.rows_dropped.items())
+        allowed = f"more than data.max_dropped_fraction = {self.data.max_dropped_fraction:g}"
         raise DataError(
-            f"{name}: {len(dropped)} of {read} rows would be dropped ({reasons}), more than "
-            f"data.max_dropped_fraction = {self.data.max_dropped_fraction:g}.\n"
+            f"{name}: {len(dropped)} of {read} rows would be dropped ({reasons}), "
+            f"{allowed if len(part) else 'so nothing would be left'}.\n"
             f"{listed([row.place for row in dropped])}\n"
             f"Raise data.max_seq_length (now {self.lengths.sequence}), choose another data.overflow, or allow a larger "
             "fraction."
@@ -238,12 +246,12 @@ class _Builder:
 def _source(data: DataConfig, limit: int | None) -> Source:
     if data.train_files:
         return file_source(data.train_files, limit)
-    return _hub(data, data.train_split or "train", limit)
+    return _hub(data, data.train_split or "train", limit, streaming=data.streaming)
 
 
-def _hub(data: DataConfig, split: str, limit: int | None) -> HubSource:
+def _hub(data: DataConfig, split: str, limit: int | None, *, streaming: bool = False) -> HubSource:
     where = (str(data.dataset_name), data.dataset_config_name, split, data.revision)
-    return HubSource(*where, streaming=data.streaming, limit=limit)
+    return HubSource(*where, streaming=streaming, limit=limit)
 
 
 def _all(rows: Iterable[np.ndarray]) -> np.ndarray:

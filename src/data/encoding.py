@@ -25,6 +25,9 @@ from src.errors import TokenError
 IGNORE_INDEX = -100
 """Label of a position that is not learned."""
 
+PROBE = "a"
+"""A text that shows what a tokenizer puts around one."""
+
 ANSWER, THOUGHT = 0, 1
 SPAN_KINDS = ("answer", "thought")
 """What a supervised token can be: of a thought, its tags included, or of the answer."""
@@ -265,9 +268,6 @@ class Encoder:
     def decode_all(self, ids: Sequence[int]) -> str:
         """Give the text of ids, control tokens included."""
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-PROBE = "a"
 
 
 def _kinds(example: Example, *, restarts: bool) -> list[Kind]:

@@ -196,9 +196,13 @@ class Part:
         given = json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
         given["dropped"] = [DroppedRow(**row) for row in given["dropped"]]
         reader = pa.ipc.open_file(pa.memory_map(str(folder / ROWS)))
-        if reader.schema != SCHEMA:
-            raise ValueError(f"{folder} was written by another version")
-        return cls([reader.get_batch(i) for i in range(reader.num_record_batches)], Account(**given))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        account, digest = Account(**given), hashlib.sha256()
+        for batch in batches:
+            update_digest(digest, batch)
+        if digest.hexdigest() != account.digest:
+            raise ValueError(f"{folder} does not hold what was written")
+        return cls(batches, account)
 
     def __len__(self) -> int:
         return self._starts[-1]

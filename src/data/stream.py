@@ -19,7 +19,8 @@ class StreamedSet:
     """The rows of the sources, block after block, as often as they are asked for.
 
     Args:
-        sources: each with its share of the rows, from 0 to 1; the first one to end ends the epoch.
+        sources: each with its share of the rows, from 0 to 1.
+        until_all_end: whether an epoch goes on until every source has ended, rather than the first.
         max_dropped_fraction: of the rows read so far in an epoch.
         limit: rows of an epoch.
     """
@@ -31,12 +32,15 @@ class StreamedSet:
         num_workers: int,
         max_dropped_fraction: float,
         limit: int | None,
+        *,
+        until_all_end: bool = False,
     ) -> None:
         self.name = name
         self._sources = sources
         self._num_workers = num_workers
         self._max_dropped_fraction = max_dropped_fraction
         self._limit = limit
+        self._until_all_end = until_all_end
 
     def blocks(self) -> Iterator[EncodedSet]:
         """Read an epoch from its start, a block at a time.
@@ -64,7 +68,7 @@ class StreamedSet:
         if parts:
             yield self._block(parts, given)
         if read == dropped:
-            raise DataError(f"{self.name} has no rows: {', '.join(source.name for source, _, _ in self._sources)}")
+            raise DataError(f"{self.name}: no row is left, all {read:,} are dropped")
 
     def _block(self, parts: list[Part], given: int) -> EncodedSet:
         """Put parts together, without what is beyond the limit."""
@@ -72,14 +76,21 @@ class StreamedSet:
         return block if self._limit is None else EncodedSet(self.name, parts, block.chosen[: self._limit - given])
 
     def _parts(self) -> Iterator[Part]:
-        """Take a chunk of each source in turn, as large as its share, until the first of them ends."""
-        streams = [self._of(source, recipe, share) for source, recipe, share in self._sources]
-        while True:
-            for stream in streams:
+        """Take a chunk of each source in turn, as large as its share."""
+        streams = {i: self._of(*source) for i, source in enumerate(self._sources)}
+        given: set[int] = set()
+        while streams:
+            for i, stream in list(streams.items()):
                 part = next(stream, None)
-                if part is None:
+                if part is not None:
+                    given.add(i)
+                    yield part
+                elif i not in given:
+                    raise DataError(f"{self.name} has no rows: {self._sources[i][0].name}")
+                elif not self._until_all_end:
                     return
-                yield part
+                else:
+                    del streams[i]
 
     def _of(self, source: Source, recipe: Recipe, share: float) -> Iterator[Part]:
         chunk_rows = max(1, round(CHUNK_ROWS * share))

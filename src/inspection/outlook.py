@@ -151,7 +151,7 @@ def _measure(
         stop_on_signals() as stop,
         start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime,
     ):
-        model = build_model(config.model, config.data.max_seq_length)
+        model = build_model(config.model, config.data.max_seq_length, config.data.max_target_length)
         fit_embeddings(model, len(tokenizer), config.tokens.pad_to_multiple_of)
         state = prepare(model, train, config, runtime)
         state.scored.train()

@@ -14,20 +14,22 @@ from src.config.schema import GenerationConfig, ModelConfig, ModelType, Weights
 from src.errors import ModelError, listed, one_line
 
 
-def build_model(config: ModelConfig, max_seq_length: int) -> Any:
+def build_model(config: ModelConfig, max_seq_length: int, max_target_length: int = 0) -> Any:
     """Load the model, or draw its weights at random.
 
     Args:
         max_seq_length: tokens of the longest row, which the model must have room for.
+        max_target_length: tokens of an encoder-decoder's longest target.
     Raises:
         ModelError: where the checkpoint can't be loaded, is of another type, or is too short for the data.
     """
     architecture = load_architecture(config)
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and max_seq_length > positions:
-        raise ModelError(
-            f"{config.checkpoint} has room for {positions} positions; data.max_seq_length = {max_seq_length} is more"
-        )
+    is_pair = config.type is ModelType.encoder_decoder
+    lengths = {"max_seq_length": max_seq_length, "max_target_length": max_target_length if is_pair else 0}
+    for key, length in lengths.items():
+        if positions is not None and length > positions:
+            raise ModelError(f"{config.checkpoint} has room for {positions} positions; data.{key} = {length} is more")
     return _load(config, architecture)
 
 

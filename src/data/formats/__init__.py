@@ -86,5 +86,12 @@ def field(fields: dict[str, Any], column: str, role: str) -> Any:
 
 def type_name(value: Any) -> str:
     """Say what a value is, in the words of the file rather than Python's."""
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
     return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -12,7 +12,7 @@ from src.data.formats import Pair, read_texts
 LINE_END = re.compile(r"\r\n?|\\r\\n|\\n|[\u2028\u2029\x0b\x0c]")
 BLANKS = re.compile(r"[^\S\n]+")
 BLANK_LINES = re.compile(r" ?\n[ \n]*")
-ELLIPSIS = re.compile(r"\.{3,}|…+")
+ELLIPSIS = re.compile(r"[.…]*(?:\.{3}|…)[.…]*")
 REPEATED = re.compile(r"([!?,;:~])\1+")
 
 
