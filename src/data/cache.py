@@ -53,12 +53,14 @@ class RowCache:
         Raises:
             DataError: listing the rows that can't be used.
         """
-        entry = self._folder / self._key(source, recipe)
+        identity = source.fingerprint()
+        tokenizer = tokenizer_fingerprint(recipe.tokenizer)
+        entry = self._folder / fingerprint_of(identity, recipe.settings(), tokenizer, _code())[:40]
         if (found := self._open(entry)) is not None:
             return found
         with self._held(entry, name):
             found = self._open(entry)  # another run may have made it meanwhile
-            return self._write(name, source, recipe, entry) if found is None else found
+            return self._write(name, source, recipe, entry, identity) if found is None else found
 
     @contextmanager
     def _held(self, entry: Path, name: str) -> Iterator[None]:
@@ -76,10 +78,6 @@ class RowCache:
         finally:
             lock.release()
 
-    def _key(self, source: Source, recipe: Recipe) -> str:
-        tokenizer = tokenizer_fingerprint(recipe.tokenizer)
-        return fingerprint_of(source.fingerprint(), recipe.settings(), tokenizer, _code())[:40]
-
     def _open(self, entry: Path) -> Part | None:
         if not entry.is_dir():
             return None
@@ -89,7 +87,7 @@ class RowCache:
             self._tell(f"the cached rows in {entry} are damaged and prepared again ({type(error).__name__})")
             return None
 
-    def _write(self, name: str, source: Source, recipe: Recipe, entry: Path) -> Part:
+    def _write(self, name: str, source: Source, recipe: Recipe, entry: Path, identity: Any) -> Part:
         unfinished = entry.with_suffix(".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed: the lock says that nobody writes it
         shutil.rmtree(entry, ignore_errors=True)  # damaged
@@ -97,7 +95,7 @@ class RowCache:
         try:
             writer = RowWriter(unfinished)
             account = write_rows(name, prepared(source.records(), recipe, self._num_workers), writer, self._tell)
-            if self._key(source, recipe) != entry.name:
+            if source.fingerprint() != identity:
                 raise DataError(f"{source.name} changed while being read; start again when it is whole")
             writer.close(account)
             os.rename(unfinished, entry)
@@ -112,7 +110,7 @@ class RowCache:
             if writer is not None:
                 writer.abort()
             shutil.rmtree(unfinished, ignore_errors=True)
-        return Part.open(entry)
+        return Part.open(entry, is_checked=True)
 
 
 def write_rows(name: str, chunks: Iterable[Prepared], writer: RowWriter, tell: Tell) -> Account:

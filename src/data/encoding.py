@@ -73,6 +73,10 @@ class Kind(NamedTuple):
     continues: bool
 
 
+ALIKE = {is_rendered: Kind(is_rendered, False) for is_rendered in (False, True)}
+"""Kinds of text for a tokenizer that writes a text alike wherever it stands."""
+
+
 class Encoder:
     """A tokenizer, seen as training and generation use it."""
 
@@ -82,6 +86,7 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise TokenError("this tokenizer has no EOS token: a model could not learn where a completion ends")
         self._tokenizer = tokenizer
+        self._copies: dict[Kind, Tokenizer] = {}
         self.eos_token_id: int = tokenizer.eos_token_id
         control = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
         self.control_tokens = sorted({token for token in control if token})
@@ -94,17 +99,19 @@ class Encoder:
         self._tag_ids = None if tags is None else tuple(tokenizer.convert_tokens_to_ids(list(tags)))
 
     @cached_property
-    def _backends(self) -> dict[Kind, Tokenizer]:
-        """Copies of the tokenizer for each kind of text, made when they are needed."""
-        spec = self._tokenizer.backend_tokenizer.to_str()
-        kinds = [Kind(is_rendered, continues) for is_rendered in (False, True) for continues in (False, True)]
-        return {kind: _copy(spec, self.control_tokens, kind) for kind in kinds}
+    def _spec(self) -> dict[str, Any]:
+        return json.loads(self._tokenizer.backend_tokenizer.to_str())
 
     @cached_property
     def _adds_space(self) -> bool:
         """Whether the tokenizer puts a dummy space in front of a text."""
-        spec = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        return _without_dummy_space(spec) != spec
+        return _without_dummy_space(self._spec) != self._spec
+
+    def _backend(self, kind: Kind) -> Tokenizer:
+        """Give the copy of the tokenizer for a kind of text, made when it is needed."""
+        if kind not in self._copies:
+            self._copies[kind] = _copy(self._spec, self.control_tokens, kind)
+        return self._copies[kind]
 
     @cached_property
     def _added_tokens(self) -> dict[bool, re.Pattern[str]]:
@@ -115,7 +122,7 @@ class Encoder:
     def encode(self, examples: Sequence[Example], lengths: Lengths) -> list[EncodedRow | None]:
         """Encode rows; None where one is too long and `overflow` does not cut it."""
         is_causal = lengths.target is None
-        kinds = [_kinds(example, restarts=not is_causal) for example in examples]
+        kinds = [_kinds(example, restarts=not is_causal, seams_differ=self._adds_space) for example in examples]
         texts: dict[Kind, list[str]] = {}
         for example, of_pieces in zip(examples, kinds, strict=True):
             for piece, kind in zip(example.pieces, of_pieces, strict=True):
@@ -134,14 +141,16 @@ class Encoder:
 
     def _encode(self, texts: Sequence[str], kind: Kind) -> Iterator[tuple[list[int], int]]:
         """Give each text's ids, and how many control tokens stood in it and were made text."""
-        backend = self._backends[kind]
+        backend = self._backend(kind)
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         for text, encoding in zip(texts, encodings, strict=True):
             ids, found = encoding.ids, 0
             if self._adds_space and kind.is_rendered == kind.continues:
                 ids = self._encode_sections(text, kind, ids)
             if not kind.is_rendered:
-                found = sum(text.count(control) for control in self.control_tokens)
+                for control in self.control_tokens:
+                    if control in text:
+                        found += text.count(control)
                 if found and self._control_ids.intersection(ids):  # the model's own vocabulary holds the piece
                     ids = self._encode_cut(text, kind)
             yield ids, found
@@ -156,8 +165,8 @@ class Encoder:
         if found is None:
             return whole
         head, tail = text[: found.start()], text[found.start() :]
-        behind = self._backends[Kind(kind.is_rendered, not kind.is_rendered)]
-        before = self._backends[kind].encode(head, add_special_tokens=False).ids if head else []
+        behind = self._backend(Kind(kind.is_rendered, not kind.is_rendered))
+        before = self._backend(kind).encode(head, add_special_tokens=False).ids if head else []
         return [*before, *behind.encode(tail, add_special_tokens=False).ids]
 
     def encode_whole(self, texts: Sequence[str], *, is_rendered: bool) -> list[list[int]]:
@@ -168,11 +177,11 @@ class Encoder:
         """Encode a text cut inside of every control token that stands in it, so that none can be found whole."""
         inside = "|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in self.control_tokens if len(c) > 1)
         first, *rest = re.split(inside, text)
-        ids = list(self._backends[kind].encode(first, add_special_tokens=False).ids)
+        ids = list(self._backend(kind).encode(first, add_special_tokens=False).ids)
         if self._adds_space and not kind.continues:
             ids = self._encode_sections(first, kind, ids)
         for part in rest:
-            ids += self._backends[Kind(False, True)].encode(part, add_special_tokens=False).ids
+            ids += self._backend(Kind(False, True)).encode(part, add_special_tokens=False).ids
         if self._control_ids.intersection(ids):
             raise TokenError(f"this tokenizer can't encode a control token as text, and it stands in {text[:80]!r}")
         return ids
@@ -269,9 +278,21 @@ class Encoder:
         """Give the text of ids, control tokens included."""
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Give the texts of many rows' ids as `decode` does, on all cores."""
+        kept = [[i for i in ids if i not in self._control_ids] for ids in rows]
+        return self._tokenizer.backend_tokenizer.decode_batch(kept, skip_special_tokens=False)
 
-def _kinds(example: Example, *, restarts: bool) -> list[Kind]:
-    """Say of each piece how it is encoded; with `restarts` the last turn begins a text of its own, a decoder's."""
+
+def _kinds(example: Example, *, restarts: bool, seams_differ: bool) -> list[Kind]:
+    """Say of each piece how it is encoded.
+
+    Args:
+        restarts: the last turn begins a text of its own, a decoder's.
+        seams_differ: the tokenizer writes a text that goes on behind another otherwise than one that begins.
+    """
+    if not seams_differ:
+        return [ALIKE[piece.is_rendered] for piece in example.pieces]
     beginning = last_turn(example.pieces)[0] if restarts else 0
     kinds, continues = [], False
     for i, piece in enumerate(example.pieces):
@@ -298,17 +319,14 @@ def _special_ids(ids: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
     raise TokenError("this tokenizer changes a text when it adds its special tokens; it can't be used")
 
 
-def _copy(spec_json: str, control: list[str], kind: Kind) -> Tokenizer:
+def _copy(spec: dict[str, Any], control: list[str], kind: Kind) -> Tokenizer:
     """Copy the tokenizer so that control tokens in a text are text, and all other added tokens are still tokens.
 
     `encode_special_tokens` makes text of whatever is marked special, so in the copy only control tokens are. In
     rendered text all of them are tokens. The copy for a text that goes on behind another puts no dummy space in front.
     """
-    spec = json.loads(spec_json)
-    for token in spec["added_tokens"]:
-        token["special"] = token["content"] in control
-    if kind.continues:
-        spec = _without_dummy_space(spec)
+    added = [token | {"special": token["content"] in control} for token in spec["added_tokens"]]
+    spec = (_without_dummy_space(spec) if kind.continues else spec) | {"added_tokens": added}
     copy = Tokenizer.from_str(json.dumps(spec))
     copy.encode_special_tokens = not kind.is_rendered
     copy.no_padding()

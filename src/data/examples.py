@@ -48,6 +48,11 @@ class ThoughtForm:
         opened, closed = self.tags
         return re.sub(self.pattern, lambda match: f"{opened}{match.group(1) or ''}{closed}", text, flags=re.DOTALL)
 
+    def keep_and_drop(self, text: str) -> tuple[str, str]:
+        """Give a text with its thoughts as the model writes them, and without."""
+        dropped = self.drop(text)
+        return (self.keep(text) if self.tags is not None else dropped), dropped
+
     def drop(self, text: str) -> str:
         """Leave every thought out."""
         return text if self.pattern is None else re.sub(self.pattern, "", text, flags=re.DOTALL)
@@ -82,11 +87,11 @@ class Examples:
 
     def _pair(self, pair: Pair) -> Example:
         parts = pair.parts
-        learned = parts[self._learned_role]
-        completion, reference = self._thoughts.keep(learned), self._thoughts.drop(learned)
+        completion, reference = self._thoughts.keep_and_drop(parts[self._learned_role])
         if (template := self._data.completion_template) is not None:
-            completion = fill(template, parts | {self._learned_role: completion})
-            reference = fill(template, parts | {self._learned_role: reference})
+            completion, reference = (
+                fill(template, parts | {self._learned_role: text}) for text in (completion, reference)
+            )
         if self._prompt_role == self._learned_role:
             prompt = ""
         elif self._data.prompt_template is not None:

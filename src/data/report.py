@@ -71,8 +71,7 @@ class SplitReport:
                 counts[token]["fed"] += int(fed[chunk.input_ids == token_id].sum())
                 counts[token]["supervised"] += int(supervised[chunk.learned_ids == token_id].sum())
         self.new_tokens = {token: {key: one[key] for key in ("fed", "supervised")} for token, one in counts.items()}
-        checked = range(min(CHECK_ROWS, len(rows)))
-        self.rows_changed_by_tokenizer = sum(not gives_back(rows, i, encoder) for i in checked)
+        self.rows_changed_by_tokenizer = len(changed_rows(rows, range(min(CHECK_ROWS, len(rows))), encoder))
         self.digest = rows.digest()
 
     def as_dict(self) -> dict[str, Any]:
@@ -95,18 +94,24 @@ class SplitReport:
         return text
 
 
-def gives_back(rows: EncodedSet, index: int, encoder: Encoder) -> bool:
-    """Whether a row's ids decode to its text; one that was cut is not looked at."""
-    if rows.is_truncated(index):
-        return True
-    row, prompt, completion = rows[index], rows.prompt(index), rows.completion(index)
-    ids = row.input_ids.tolist()
-    if row.target_ids is not None:
-        return encoder.decode(ids) == prompt and encoder.decode(row.target_ids.tolist()) == completion
-    if encoder.decode(ids) == prompt + completion:
-        return True
-    whole = encoder.decode_all(ids)  # a chat: its control tokens are part of the text
-    return whole.startswith((prompt + completion, encoder.bos_token + prompt + completion))
+def changed_rows(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[int]:
+    """Give those of some rows whose ids do not decode to their text; one that was cut is not looked at."""
+    whole = [i for i in indices if not rows.is_truncated(i)]
+    inputs = encoder.decode_batch([rows[i].input_ids.tolist() for i in whole])
+    if not rows.is_encoder_decoder:
+        texts = (rows.prompt(i) + rows.completion(i) for i in whole)
+        unlike = [i for i, found, text in zip(whole, inputs, texts, strict=True) if found != text]
+        return [i for i in unlike if not _is_written_chat(rows, i, encoder)]
+    targets = encoder.decode_batch([rows[i].labels[rows[i].labels >= 0].tolist() for i in whole])
+    pairs = zip(whole, inputs, targets, strict=True)
+    return [i for i, found, target in pairs if (found, target) != (rows.prompt(i), rows.completion(i))]
+
+
+def _is_written_chat(rows: EncodedSet, index: int, encoder: Encoder) -> bool:
+    """Whether a row's ids decode to its text where control tokens count as text: a chat template writes them."""
+    text = rows.prompt(index) + rows.completion(index)
+    whole = encoder.decode_all(rows[index].input_ids.tolist())
+    return whole.startswith((text, encoder.bos_token + text))
 
 
 def length_summary(lengths: np.ndarray) -> dict[str, int]:

@@ -187,9 +187,11 @@ class Part:
         self.ordinals = self.column("ordinal")
 
     @classmethod
-    def open(cls, folder: Path) -> Part:
+    def open(cls, folder: Path, *, is_checked: bool = False) -> Part:
         """Map a folder of rows into memory.
 
+        Args:
+            is_checked: the rows were written just now; else they are read once, to see that they are what was written.
         Raises:
             OSError, ValueError, KeyError: where it is not whole.
         """
@@ -198,9 +200,9 @@ class Part:
         reader = pa.ipc.open_file(pa.memory_map(str(folder / ROWS)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         account, digest = Account(**given), hashlib.sha256()
-        for batch in batches:
+        for batch in batches if not is_checked else []:
             update_digest(digest, batch)
-        if digest.hexdigest() != account.digest:
+        if not is_checked and digest.hexdigest() != account.digest:
             raise ValueError(f"{folder} does not hold what was written")
         return cls(batches, account)
 

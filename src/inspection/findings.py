@@ -13,7 +13,7 @@ from src.config.schema import Batching, RunConfig
 from src.data.batching import Plan
 from src.data.dataset import Data
 from src.data.encoding import IGNORE_INDEX, Encoder
-from src.data.report import gives_back
+from src.data.report import changed_rows
 from src.data.sets import EncodedSet
 from src.tokens import NewTokens
 from src.training.state import batch_plan
@@ -60,28 +60,33 @@ class Proof:
 def prove(rows: EncodedSet, encoder: Encoder, stop_ids: list[int]) -> Proof:
     """Decode rows again and hold them against their text; encode them in one piece and hold that against them."""
     proof = Proof(min(len(rows), WHOLE_CHECK_ROWS))
-    whole_rows = []
+    whole, turns = [], []
     for i in range(proof.num_checked):
-        row = rows[i]
-        learned = row.labels[row.labels != IGNORE_INDEX]
-        proof.num_with_end += bool(len(learned)) and int(learned[-1]) in stop_ids
-        if rows.is_truncated(i):
-            proof.num_cut += 1
-            continue
-        whole_rows.append(i)
-        if not gives_back(rows, i, encoder):
-            proof.unlike.append(i)
-        elif not _decodes_to(last_turn(row.labels), rows.completion(i), encoder):
+        turn = last_turn(rows[i].labels)
+        proof.num_with_end += bool(turn) and turn[-1] in stop_ids
+        if not rows.is_truncated(i):
+            whole.append(i)
+            turns.append(turn)
+    proof.num_cut = proof.num_checked - len(whole)
+    proof.unlike = changed_rows(rows, whole, encoder)
+    unlike = set(proof.unlike)
+    for i, turn, text in zip(whole, turns, encoder.decode_batch(turns), strict=True):
+        wanted = rows.completion(i)
+        # a chat's text holds its control tokens, and EOS stands behind it where the template writes none
+        if i not in unlike and text != wanted and not _is_written(turn, wanted, encoder):
             proof.wrong_mask.append(i)
-    if not rows.is_encoder_decoder:
-        for is_rendered in (False, True):
-            some = [i for i in whole_rows if rows.is_rendered(i) == is_rendered]
-            texts = [rows.prompt(i) + rows.completion(i) for i in some]
-            for i, whole in zip(some, encoder.encode_whole(texts, is_rendered=is_rendered), strict=True):
-                ids = rows[i].input_ids.tolist()
-                if whole not in (ids[: len(whole)], ids[1 : 1 + len(whole)]):  # with BOS in the text, or before it
-                    proof.seams.append(i)
+    for is_rendered in (False, True) if not rows.is_encoder_decoder else ():
+        some = [i for i in whole if rows.is_rendered(i) == is_rendered]
+        texts = [rows.prompt(i) + rows.completion(i) for i in some]
+        for i, together in zip(some, encoder.encode_whole(texts, is_rendered=is_rendered), strict=True):
+            ids = rows[i].input_ids.tolist()
+            if together not in (ids[: len(together)], ids[1 : 1 + len(together)]):  # with BOS in the text, or before it
+                proof.seams.append(i)
     return proof
+
+
+def _is_written(turn: list[int], text: str, encoder: Encoder) -> bool:
+    return text in (encoder.decode_all(turn), encoder.decode_all(turn[:-1]))
 
 
 def last_turn(labels: np.ndarray) -> list[int]:
@@ -89,12 +94,6 @@ def last_turn(labels: np.ndarray) -> list[int]:
     learned = np.flatnonzero(labels != IGNORE_INDEX)
     breaks = np.flatnonzero(np.diff(learned) > 1)
     return labels[learned[breaks[-1] + 1 if len(breaks) else 0 :]].tolist()
-
-
-def _decodes_to(ids: list[int], text: str, encoder: Encoder) -> bool:
-    if encoder.decode(ids) == text:
-        return True
-    return text in (encoder.decode_all(ids), encoder.decode_all(ids[:-1]))  # a chat's text holds its control tokens
 
 
 def findings(
