@@ -40,18 +40,21 @@ def preflight(admitted: Admitted) -> int:
     console.label("preflight", f"{config.name}: nothing is trained")
 
     from src.data.dataset import build_data, first_block
+    from src.evaluation.generate import check_prompts
     from src.inspection.drawing import Paint, draw_lengths
     from src.inspection.findings import findings, prove
     from src.inspection.outlook import outlook
     from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets, show_tokens
-    from src.model.build import empty_model
+    from src.model.build import check_lengths, empty_model
     from src.tokens import fit_embeddings, load_tokenizer
 
     tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
     data = build_data(config, tokenizer, console.working)
     model = empty_model(config.model)
+    check_lengths(config.model, model.config, config.data.max_seq_length, config.data.max_target_length)
     fit_embeddings(model, len(tokenizer), config.tokens.pad_to_multiple_of)
     train = first_block(data.train)
+    check_prompts(config, model, data)
     sets = {"train": train} | data.validation | data.test
     paint = Paint(sys.stdout)
 
@@ -127,8 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TowlineError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         return Interrupted.exit_code
+    except OSError as error:
+        print(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

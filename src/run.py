@@ -61,7 +61,7 @@ def run(admitted: Admitted) -> dict[str, float]:
             tracking.record("provenance.json", provenance(admitted.frozen, hashes, runtime.description, PROJECT_ROOT))
             tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
             data = build_data(config, tokenizer, console.working)
-            tracking.record("data_report.json", {name: report.as_dict() for name, report in data.reports.items()})
+            tracking.record("data_report.json", data.report())
             model = build_model(config.model, config.data.max_seq_length, config.data.max_target_length)
             set_generation(model, config.generation, tokenizer, data.stop_ids)
             started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed)
@@ -88,6 +88,8 @@ def run(admitted: Admitted) -> dict[str, float]:
                 if step.is_due(config.evaluation.sample_steps) or step.is_last:
                     tracking.samples(sample(evaluation, samples_of, config.evaluation.sample_prompts, step.number))
 
+            if config.data.streaming:
+                tracking.record("data_report.json", data.report())  # what was read is known only now
             export(state.model, tokenizer, run_dir / "model")
             return tracking.finish(state.totals() | {"peak_memory_bytes": runtime.peak_memory_bytes()})
 

@@ -250,10 +250,13 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "no mapping": (["data.mixture=[a,b]"], ["data.mixture", "not a mapping from a source's name to its keys"]),
     "no keys": (["data.mixture={a:1}"], ["data.mixture", "not a mapping from a source's name to its keys"]),
     "name": (["data.mixture={a+b:{train_files:[" + F + "]}}"], ["a source's name may have letters, digits"]),
-    "typo": ([mixture(a={"train_files": [F], "wieght": 1})], ["data.mixture.a.wieght", "did you mean weight?"]),
+    "typo": (
+        [mixture(a={"train_files": [F], "wieght": 1})],
+        ["data.mixture.a.wieght", "did you mean data.mixture.a.weight?"],
+    ),
     "unknown": (
         [mixture(a={"train_files": [F], "zzz": 1})],
-        ["data.mixture.a.zzz", "there are train_files, dataset_n"],
+        ["data.mixture.a.zzz", "data.mixture.a has train_files, dataset_n"],
     ),
     "not for a source": ([mixture(a={"train_files": [F], "max_seq_length": 9})], ["data.mixture.a.max_seq_length"]),
     "no rows": ([mixture(a={"weight": 1})], ["data.mixture.a", "no rows: give it train_files or dataset_name"]),
@@ -262,9 +265,15 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "no kind": ([mixture(a={"train_files": ["Makefile"]})], ["not a kind that is read"]),
     "no glob": ([mixture(a={"train_files": ["none*.jsonl"]})], ["matches no file"]),
     "weight 0": ([mixture(a={"train_files": [F], "weight": 0})], ["data.mixture.a.weight", "not a number above 0"]),
-    "weight a text": ([mixture(a={"train_files": [F], "weight": "x"})], ["data.mixture.a.weight", "not a number abo"]),
+    "weight a text": (
+        [mixture(a={"train_files": [F], "weight": "x"})],
+        ["data.mixture.a.weight", "not a number or null"],
+    ),
     "count 0": ([mixture(a={"train_files": [F], "count": 0})], ["data.mixture.a.count", "whole number of at least 1"]),
-    "count 1.5": ([mixture(a={"train_files": [F], "count": 1.5})], ["data.mixture.a.count", "whole number of at le"]),
+    "count 1.5": (
+        [mixture(a={"train_files": [F], "count": 1.5})],
+        ["data.mixture.a.count", "not a whole number or null"],
+    ),
     "turns": (
         [mixture(a={"train_files": [F], "format": "messages", "supervised_turns": "first"})],
         ["data.mixture.a.supervised_turns", "not one of all, last"],
@@ -437,8 +446,11 @@ def test_a_streamed_mixture_takes_chunks_by_share(make: Callable[..., str]) -> N
     }
     blocks = list(streamed(mixture(**sources)).blocks())
     given = [block.prompt(i) for block in blocks for i in range(len(block))]
-    assert len(given) == len(set(given)) == 50
-    for start in range(0, 50, 10):
+    times = Counter(given)
+    assert len(times) == 95  # no row of the larger source is left out; the smaller one begins again
+    assert {times[f"b{i}"] for i in range(60)} == {1}
+    assert {times[f"a{i}"] for i in range(35)} == {4, 5}
+    for start in range(0, 200, 10):
         assert Counter(prompt[0] for prompt in given[start : start + 10]) == {"a": 7, "b": 3}
     assert given[:10] == [*(f"a{i}" for i in range(7)), *(f"b{i}" for i in range(3))]
 
@@ -455,7 +467,7 @@ def test_a_streamed_mixture_gives_the_rows_that_were_counted(make: Callable[...,
 @pytest.mark.usefixtures("small_blocks")
 def test_a_streamed_source_without_rows_is_told(tmp_path: Path, make: Callable[..., str]) -> None:
     empty = write_lines(tmp_path / "empty.jsonl", [])
-    with pytest.raises(DataError, match=r"train has no rows: .*empty\.jsonl"):
+    with pytest.raises(DataError, match=r"no rows: .*empty\.jsonl"):
         streamed(f"data.train_files=['{empty}']")
     for order in (("a", "b"), ("b", "a")):
         sources = {"a": {"train_files": [make("a", 9)], "weight": 1}, "b": {"train_files": [empty], "weight": 1}}

@@ -32,6 +32,7 @@ def declared_formats() -> dict[str, dict[str, Any]]:
     return {name: given for name, given in settings.items() if given.get("format") == name}
 
 
+@cache
 def roles(format_name: str) -> tuple[str, ...]:
     """Give the parts of a row that a format takes, in their order: the first is prompted, the last is learned."""
     return tuple(declared_formats()[format_name]["columns"])
@@ -41,7 +42,7 @@ def fill_mixture(data: Any) -> None:
     """Give each source of a mixture that has a format of its own that format's settings, where it has none itself."""
     mixture = data.get("mixture") if isinstance(data, dict) else None
     for source in mixture.values() if isinstance(mixture, dict) else []:
-        if isinstance(source, dict) and source.get("format") in declared_formats():
+        if isinstance(source, dict) and str(source.get("format")) in declared_formats():
             settings = declared_formats()[source["format"]]
             for key in BELONGS_TO_FORMAT:
                 source.setdefault(key, settings[key])

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.config import compose as composing
 from src.config import rules
+from src.config import schema as schema_module
 from src.config.compose import CommandLine, Composed
 from src.config.problems import Problem, refuse
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, Check, RunConfig, TopLevelConfig
@@ -175,7 +176,7 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
         parsed.problems.append(Problem(prefix, "a section of keys, not a value", given))
         return parsed
     hints = typing.get_type_hints(schema)
-    checks = {one.name: one.metadata.get("check") for one in dataclasses.fields(schema)}
+    rules_of = {one.name: one.metadata for one in dataclasses.fields(schema)}
     typed = OmegaConf.structured(schema)
     values = {}
     complete = True
@@ -183,7 +184,9 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
         if key not in hints:
             parsed.problems.append(Problem(_dotted(prefix, key), _unknown(prefix, str(key), list(hints)), value))
             continue
-        part = _parse_value(typed, key, hints[key], checks[key], value, prefix)
+        part = _parse_value(typed, key, hints[key], rules_of[key].get("check"), value, prefix)
+        if (each := rules_of[key].get("each")) and not part.problems and value is not None:
+            part.problems += _parse_each(getattr(schema_module, each), value, _dotted(prefix, key))
         parsed.problems += part.problems
         complete = complete and not part.problems
         values[key] = part.value
@@ -193,6 +196,15 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
     if complete:
         parsed.value = schema(**values)
     return parsed
+
+
+def _parse_each(schema: Any, given: dict[Any, dict[str, Any]], prefix: str) -> list[Problem]:
+    """Hold each value of a mapping against a dataclass whose keys may all be left out; what is given stays as it is."""
+    problems = []
+    for name, one in given.items():
+        defaults = dict.fromkeys(typing.get_type_hints(schema))
+        problems += _parse(schema, defaults | one, _dotted(prefix, name)).problems
+    return problems
 
 
 def _parse_value(typed: Any, key: str, hint: Any, check: Check | None, value: Any, prefix: str) -> _Parsed:

@@ -14,11 +14,7 @@ from src.config.files import problems_of
 from src.config.formats import declared_formats, roles
 from src.config.problems import Problem
 from src.config.schema import (
-    AT_LEAST_ONE,
     PLACEHOLDER,
-    POSITIVE,
-    SOURCE_KEYS,
-    STRINGS,
     Attention,
     Batching,
     CheckpointConfig,
@@ -67,29 +63,16 @@ def mixture_is_whole(data: DataConfig) -> Iterator[Problem]:
         key = f"data.mixture.{name}"
         if not re.fullmatch(r"[\w.-]+", str(name)):
             yield Problem("data.mixture", "a source's name may have letters, digits, '_', '-' and '.'", name)
-        for unknown in given.keys() - {*SOURCE_KEYS, "weight", "count"}:
-            near = get_close_matches(unknown, [*SOURCE_KEYS, "weight", "count"], n=1)
-            reason = f"did you mean {near[0]}?" if near else f"there are {', '.join(SOURCE_KEYS)}, weight and count"
-            yield Problem(f"{key}.{unknown}", f"unknown key; {reason}", given[unknown])
         if not given.get("train_files") and not given.get("dataset_name"):
             yield Problem(key, "no rows: give it train_files or dataset_name", given)
-        files = given.get("train_files") or []
-        if not STRINGS.holds(files):
-            yield Problem(f"{key}.train_files", "not a list of files, globs or folders", files)
-        else:
-            yield from (Problem(f"{key}.train_files", reason, pattern) for pattern, reason in problems_of(files))
-        weight, count = given.get("weight"), given.get("count")
-        if weight is not None and not POSITIVE.holds(weight):
-            yield Problem(f"{key}.weight", f"not {POSITIVE.allowed}", weight)
-        if count is not None and not AT_LEAST_ONE.holds(count):
-            yield Problem(f"{key}.count", f"not {AT_LEAST_ONE.allowed}", count)
-        if given.get("supervised_turns", "all") not in SupervisedTurns.__members__:
-            yield Problem(f"{key}.supervised_turns", "not one of all, last", given["supervised_turns"])
-    for key in ("weight", "count"):
-        having = [name for name, given in sources.items() if given.get(key) is not None]
-        if key == "weight" and having and len(having) < len(sources):
-            yield Problem("data.mixture", "a weight for each source, or for none", sorted(sources.keys() - having))
-    if any("weight" in given for given in sources.values()) and any("count" in given for given in sources.values()):
+        for pattern, reason in problems_of(given.get("train_files") or []):
+            yield Problem(f"{key}.train_files", reason, pattern)
+    weighted, counted = (
+        {n for n, given in sources.items() if given.get(key) is not None} for key in ("weight", "count")
+    )
+    if weighted and weighted != sources.keys():
+        yield Problem("data.mixture", "a weight for each source, or for none", sorted(sources.keys() - weighted))
+    if weighted and counted:
         yield Problem("data.mixture", "weights (proportions) or counts (rows), not both", data.mixture)
 
 
@@ -172,7 +155,7 @@ def streaming_can_work(data: DataConfig, training: TrainingConfig) -> Iterator[P
     if training.max_train_steps is None:
         reason = "needed with data.streaming: nobody knows how many rows there are"
         yield Problem("training.max_train_steps", reason, None)
-    if data.validation_fraction and not data.validation_sets():
+    if data.validation_fraction and not data.validation_sets() and not data.has_hub_validation:
         reason = "can't hold out rows of a stream; give data.validation_files, or set this to 0"
         yield Problem("data.validation_fraction", reason, data.validation_fraction)
     for name, given in (data.mixture or {}).items():
@@ -194,17 +177,17 @@ def encoder_decoders_take_pairs(data: DataConfig, model: ModelConfig) -> Iterato
 
 
 def patterns_are_regular_expressions(data: DataConfig) -> Iterator[Problem]:
-    for key in ("thought_pattern", "answer_pattern"):
-        pattern = getattr(data, key)
+    patterns = {f"{key}.thought_pattern": source.thought_pattern for key, source in sources(data)}
+    for key, pattern in (patterns | {"data.answer_pattern": data.answer_pattern}).items():
         if pattern is None:
             continue
         try:
             groups = re.compile(pattern).groups
         except re.error as error:
-            yield Problem(f"data.{key}", f"not a regular expression: {error}", pattern)
+            yield Problem(key, f"not a regular expression: {error}", pattern)
         else:
             if groups < 1:
-                yield Problem(f"data.{key}", "needs a group: (…) around what it is looking for", pattern)
+                yield Problem(key, "needs a group: (…) around what it is looking for", pattern)
 
 
 def kept_thoughts_have_tags(data: DataConfig, tokens: TokensConfig) -> Iterator[Problem]:

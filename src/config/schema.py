@@ -26,8 +26,9 @@ class Check:
     holds: Callable[[Any], bool]
 
 
-def _key(check: Check | None = None, default: Any = MISSING) -> Any:
-    return field(default=default, metadata={"check": check} if check else {})
+def _key(check: Check | None = None, default: Any = MISSING, each: str | None = None) -> Any:
+    """Declare a key; with `each` it is a mapping to values of that dataclass."""
+    return field(default=default, metadata={"check": check, "each": each})
 
 
 def _is_number(value: Any) -> bool:
@@ -193,7 +194,9 @@ class DataConfig:
     train_split: str | None = MISSING
     validation_split: str | None = MISSING
     revision: str | None = MISSING
-    mixture: Any = _key(Check("a mapping from a source's name to its keys", lambda v: v is None or _is_mapping(v)))
+    mixture: Any = _key(
+        Check("a mapping from a source's name to its keys", lambda v: v is None or _is_mapping(v)), each="SourceConfig"
+    )
     columns: dict[str, str] = MISSING
     prompt_template: str | None = MISSING
     completion_template: str | None = MISSING
@@ -257,28 +260,31 @@ class TrainSource:
     count: int | None
 
 
-SOURCE_KEYS = (
-    "train_files",
-    "dataset_name",
-    "dataset_config_name",
-    "train_split",
-    "revision",
-    "format",
-    "columns",
-    "prompt_template",
-    "completion_template",
-    "system_prompt",
-    "supervised_turns",
-    "clean_dialogue",
-    "thought_pattern",
-)
-"""Keys of data that a source of a mixture may have for itself, beside weight and count."""
+@dataclass
+class SourceConfig:
+    """A source of a mixture: keys of data that it may have for itself (null: data's own), and its share."""
+
+    train_files: Any = _key(Check("a list of files, globs or folders", lambda v: v is None or STRINGS.holds(v)), None)
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_split: str | None = None
+    revision: str | None = None
+    format: str | None = None
+    columns: dict[str, str] | None = None
+    prompt_template: str | None = None
+    completion_template: str | None = None
+    system_prompt: str | None = None
+    supervised_turns: SupervisedTurns | None = None
+    clean_dialogue: bool | None = None
+    thought_pattern: str | None = None
+    weight: float | None = _key(POSITIVE, None)
+    count: int | None = _key(AT_LEAST_ONE, None)
 
 
 def _mixed_source(data: DataConfig, given: dict[str, Any]) -> TrainSource:
     """Give a source of a mixture: data's own settings with the source's on top."""
-    own = {key: value for key, value in given.items() if key in SOURCE_KEYS}
-    if "supervised_turns" in own:
+    own = {key: value for key, value in given.items() if key not in ("weight", "count")}
+    if isinstance(own.get("supervised_turns"), str):
         own["supervised_turns"] = SupervisedTurns[own["supervised_turns"]]
     alone = {"mixture": None, "train_files": None, "dataset_name": None}
     return TrainSource(dataclasses.replace(data, **(alone | own)), given.get("weight"), given.get("count"))

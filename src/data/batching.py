@@ -31,8 +31,7 @@ class Batch:
     Padding needs no attention mask in a causal model: nothing real stands behind it that could see it. Packed rows are
     told apart by `position_ids` [batch, seq], which begin again at 0 with every row, and with padding too. For an
     encoder-decoder `attention_mask` [batch, seq] says what is real of the input, and `target_ids` and labels are
-    [batch, target]. `row_bounds` are those of FlashAttention's padding-free form: one sequence of all rows,
-    cumulated lengths [rows + 1].
+    [batch, target]. `bounds` tell FlashAttention where the rows of its padding-free form begin: see row_bounds.
     """
 
     input_ids: Tensor
@@ -43,8 +42,7 @@ class Batch:
     position_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     target_ids: Tensor | None = None
-    row_bounds: Tensor | None = None
-    longest: int = 0
+    bounds: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {
@@ -52,21 +50,19 @@ class Batch:
             for name, value in self.__dict__.items()
             if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        bounds = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.bounds.items()}
+        return replace(self, **moved, bounds=bounds)
 
-    def inputs(self) -> dict[str, Tensor | int]:
+    def inputs(self) -> dict[str, Any]:
         """Give what a scored model is called with, by its names."""
-        given: dict[str, Tensor | int | None] = {
+        given: dict[str, Tensor | None] = {
             "input_ids": self.input_ids,
             "labels": self.labels,
             "position_ids": self.position_ids,
             "attention_mask": self.attention_mask,
             "target_ids": self.target_ids,
         }
-        if self.row_bounds is not None:
-            given |= {"cu_seq_lens_q": self.row_bounds, "cu_seq_lens_k": self.row_bounds}
-            given |= {"max_length_q": self.longest, "max_length_k": self.longest}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in given.items() if value is not None} | self.bounds
 
 
 @dataclass(frozen=True)
@@ -211,10 +207,20 @@ def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, flat: 
     if is_packed:
         batch.position_ids = torch.from_numpy(_positions(taken, input_ids.shape[1]))
     if flat:
-        lengths = [len(row.input_ids) for row in each]
-        batch.row_bounds = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
-        batch.longest = max(lengths)
+        batch.bounds = row_bounds([len(row.input_ids) for row in each], batch.input_ids.device)
     return batch
+
+
+def row_bounds(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Give the bounds of rows in one sequence by transformers' names: cumulated lengths [rows + 1], and the longest."""
+    cumulated = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
+    longest = max(lengths)
+    return {
+        "cu_seq_lens_q": cumulated,
+        "cu_seq_lens_k": cumulated,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def _pairs(rows: Sequence[Row], numbers: list[int], pad_token_id: int) -> Batch:

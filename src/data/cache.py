@@ -11,20 +11,23 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from filelock import FileLock, Timeout
 
 from src.data.encoding import PROBE
-from src.data.preparation import Prepared, Recipe, prepared
+from src.data.preparation import Prepared, Recipe, prepared, without_cycles
 from src.data.sources import Source, file_hash, fingerprint_of
 from src.data.store import Account, Part, RowWriter
-from src.errors import DataError, listed
+from src.errors import DataError
+
+MOST_TOLD = 10  # rows that an error names
 
 Tell = Callable[[str], None]
 """Is told how far long work is."""
@@ -94,7 +97,8 @@ class RowCache:
         writer = None
         try:
             writer = RowWriter(unfinished)
-            account = write_rows(name, prepared(source.records(), recipe, self._num_workers), writer, self._tell)
+            with without_cycles():
+                account = write_rows(name, prepared(source.records(), recipe, self._num_workers), writer, self._tell)
             if source.fingerprint() != identity:
                 raise DataError(f"{source.name} changed while being read; start again when it is whole")
             writer.close(account)
@@ -110,7 +114,7 @@ class RowCache:
             if writer is not None:
                 writer.abort()
             shutil.rmtree(unfinished, ignore_errors=True)
-        return Part.open(entry, is_checked=True)
+        return Part.open(entry, verify=False)
 
 
 def write_rows(name: str, chunks: Iterable[Prepared], writer: RowWriter, tell: Tell) -> Account:
@@ -119,26 +123,30 @@ def write_rows(name: str, chunks: Iterable[Prepared], writer: RowWriter, tell: T
     Raises:
         DataError: with the first ten places and how many there are.
     """
-    account, bad = Account(), list[tuple[str, str]]()
+    account, bad, num_bad = Account(), list[tuple[str, str]](), 0
     for chunk in chunks:
         account.num_records += chunk.num_records
         account.dropped += chunk.dropped
-        bad += chunk.bad
-        if not bad:
+        bad += chunk.bad[: MOST_TOLD - len(bad)]
+        num_bad += len(chunk.bad)
+        if not num_bad:
             writer.write(chunk.rows)
         tell(f"{name}: {account.num_records:,} rows prepared")
-    if bad:
-        raise bad_rows(bad)
+    if num_bad:
+        raise bad_rows(bad, num_bad)
     return account
 
 
-def bad_rows(bad: list[tuple[str, str]]) -> DataError:
+def bad_rows(first: Sequence[tuple[str, str]], count: int) -> DataError:
     """Build the error that tells the first rows that can't be used, and how many there are."""
     lines, before = [], ""
-    for place, reason in bad:
+    for place, reason in first[:MOST_TOLD]:
         lines.append(f"{place}  {'the same' if reason == before else reason}")
         before = reason
-    return DataError(f"{len(bad)} row{'s' if len(bad) > 1 else ''} can't be used:\n{listed(lines)}")
+    if count > len(lines):
+        lines.append(f"… and {count - len(lines)} more")
+    told = "\n".join(f"  {line}" for line in lines)
+    return DataError(f"{count} row{'s' if count > 1 else ''} can't be used:\n{told}")
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -146,7 +154,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     backend = tokenizer.backend_tokenizer.to_str()
     framed = [list(tokenizer(PROBE)["input_ids"]), list(tokenizer(text_target=PROBE)["input_ids"])]
-    return fingerprint_of(backend, tokenizer.chat_template, special, framed, tokenizers.__version__)
+    versions = [version(library) for library in ("tokenizers", "transformers", "jinja2")]
+    # a template that writes today's date gives other rows tomorrow
+    today = datetime.now().date().isoformat() if "strftime_now" in str(tokenizer.chat_template) else ""
+    return fingerprint_of(backend, tokenizer.chat_template, special, framed, versions, today)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from src.data.report import SplitReport
 from src.data.sets import EncodedSet
 from src.data.sources import HubSource, Source, file_hash, file_source
 from src.data.store import Part
-from src.data.stream import StreamedSet
+from src.data.stream import StreamedSet, StreamSource
 from src.errors import DataError, listed
 
 TrainSet = EncodedSet | StreamedSet
@@ -44,9 +45,20 @@ class Data:
 
     def for_samples(self) -> EncodedSet:
         """Give the set whose first rows are generated as samples: one that is not trained on, where there is one."""
-        for rows in [*self.validation.values(), *self.test.values(), self.train]:
-            return first_block(rows)
-        raise AssertionError("there is always a train set")
+        return first_block(next(iter([*self.validation.values(), *self.test.values(), self.train])))
+
+    def report(self) -> dict[str, Any]:
+        """Give the account of every set; of a streamed one as far as it was read."""
+        if isinstance(self.train, StreamedSet) and self.train.account.num_records:
+            report, account = self.reports["train"], self.train.account
+            report.rows_read, report.rows_dropped = account.num_records, Counter(account.dropped)
+            report.rows_kept = account.num_kept
+            if beyond := account.num_records - account.dropped.total() - account.num_kept:
+                report.rows_dropped["beyond_limit"] = beyond
+            report.dropped_places = {}
+            for row in account.first_dropped:
+                report.dropped_places.setdefault(row.reason, []).append(row.place)
+        return {name: report.as_dict() for name, report in self.reports.items()}
 
 
 def file_hashes(data: DataConfig) -> dict[str, str]:
@@ -121,7 +133,7 @@ class _Builder:
         holds_out = data.validation_fraction > 0 and not data.validation_sets() and not data.has_hub_validation
         is_whole = not holds_out and not data.mixture  # else a limit holds for what comes out in the end
         sources = {
-            name: _source(source.data, source.count if data.streaming else data.limit if is_whole else None)
+            name: _source(source.data, data.limit if is_whole and not data.streaming else None)
             for name, source in self.sources.items()
         }
         if data.streaming:
@@ -148,8 +160,13 @@ class _Builder:
             raise DataError("train has no rows that can be used")
         if not holds_out:
             return train, None
-        chosen = _all([np.flatnonzero(is_held) for is_held in are_held])
+        rows_held = [np.flatnonzero(is_held) for is_held in are_held]
+        chosen = (
+            mix(rows_held, [len(rows) for rows in rows_held], self.config.seed) if data.mixture else _all(rows_held)
+        )
         held_out = EncodedSet("validation", list(parts.values()), chosen[: data.limit])
+        if not len(held_out):
+            raise DataError("every row that data.validation_fraction holds out is dropped: give a larger fraction")
         self._report(held_out, held, is_held=True)
         self._check_answers(held_out)
         return train, held_out
@@ -159,16 +176,14 @@ class _Builder:
         train = StreamedSet(
             "train",
             [
-                (source, self._recipe(self.sources[name].data), shares[name] / sum(shares.values()))
-                for name, source in sources.items()
+                StreamSource(source, self._recipe(one.data), shares[name] / sum(shares.values()), one.count)
+                for (name, source), one in zip(sources.items(), self.sources.values(), strict=True)
             ],
             self.data.preprocessing_num_workers,
             self.data.max_dropped_fraction,
             self.data.limit,
-            until_all_end=any(source.count is not None for source in self.sources.values()),
         )
-        first = first_block(train)
-        self._report(first)
+        self._report(train.first)
         self.reports["train"].is_streamed = True
         return train
 
@@ -273,4 +288,4 @@ def blocks(rows: TrainSet) -> Iterator[EncodedSet]:
 
 def first_block(rows: TrainSet) -> EncodedSet:
     """Give a train set, or of a streamed one what is read first."""
-    return next(blocks(rows))
+    return rows.first if isinstance(rows, StreamedSet) else rows

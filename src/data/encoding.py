@@ -91,6 +91,7 @@ class Encoder:
         control = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
         self.control_tokens = sorted({token for token in control if token})
         self.bos_token: str = tokenizer.bos_token or ""
+        self.eos_token: str = tokenizer.eos_token
         self._control_ids = set(tokenizer.convert_tokens_to_ids(self.control_tokens))
         self._prefix, self._suffix = _special_ids(tokenizer(PROBE)["input_ids"], tokenizer)
         self._target_prefix, _ = _special_ids(tokenizer(text_target=PROBE)["input_ids"], tokenizer)
@@ -123,10 +124,10 @@ class Encoder:
         """Encode rows; None where one is too long and `overflow` does not cut it."""
         is_causal = lengths.target is None
         kinds = [_kinds(example, restarts=not is_causal, seams_differ=self._adds_space) for example in examples]
-        texts: dict[Kind, list[str]] = {}
+        texts: dict[Kind, list[str]] = {kind: [] for of_pieces in kinds for kind in of_pieces}
         for example, of_pieces in zip(examples, kinds, strict=True):
             for piece, kind in zip(example.pieces, of_pieces, strict=True):
-                texts.setdefault(kind, []).append(piece.text)
+                texts[kind].append(piece.text)
         encoded = {kind: iter(self._encode(some, kind)) for kind, some in texts.items()}
         join = self._causal_row if is_causal else self._encoder_decoder_row
         rows = []
@@ -278,13 +279,13 @@ class Encoder:
         """Give the text of ids, control tokens included."""
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Give the texts of many rows' ids as `decode` does, on all cores."""
-        kept = [[i for i in ids if i not in self._control_ids] for ids in rows]
-        return self._tokenizer.backend_tokenizer.decode_batch(kept, skip_special_tokens=False)
+    def decode_batch(self, rows: Sequence[Sequence[int]], *, with_control: bool = False) -> list[str]:
+        """Give the texts of many rows' ids as `decode` does (or `decode_all`), on all cores."""
+        kept = rows if with_control else [[i for i in ids if i not in self._control_ids] for ids in rows]
+        return self._tokenizer.backend_tokenizer.decode_batch(list(kept), skip_special_tokens=False)
 
 
-def _kinds(example: Example, *, restarts: bool, seams_differ: bool) -> list[Kind]:
+def _kinds(example: Example, *, restarts: bool, seams_differ: bool) -> Sequence[Kind]:
     """Say of each piece how it is encoded.
 
     Args:
@@ -292,7 +293,7 @@ def _kinds(example: Example, *, restarts: bool, seams_differ: bool) -> list[Kind
         seams_differ: the tokenizer writes a text that goes on behind another otherwise than one that begins.
     """
     if not seams_differ:
-        return [ALIKE[piece.is_rendered] for piece in example.pieces]
+        return tuple([ALIKE[piece.is_rendered] for piece in example.pieces])
     beginning = last_turn(example.pieces)[0] if restarts else 0
     kinds, continues = [], False
     for i, piece in enumerate(example.pieces):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from src.config.formats import roles
 from src.config.schema import PLACEHOLDER, DataConfig
@@ -29,6 +30,11 @@ class Example:
     needs_eos: bool = True
     was_cleaned: bool = False
 
+    @property
+    def learned(self) -> str:
+        """All text that is learned, of every turn."""
+        return "".join(piece.text for piece in self.pieces if piece.is_learned)
+
 
 @dataclass(frozen=True)
 class ThoughtForm:
@@ -41,12 +47,16 @@ class ThoughtForm:
     pattern: str | None
     tags: tuple[str, str] | None
 
+    @cached_property
+    def _found(self) -> re.Pattern[str] | None:
+        return None if self.pattern is None else re.compile(self.pattern, re.DOTALL)
+
     def keep(self, text: str) -> str:
         """Write every thought between the tags."""
-        if self.pattern is None or self.tags is None:
+        if self._found is None or self.tags is None:
             return self.drop(text)
         opened, closed = self.tags
-        return re.sub(self.pattern, lambda match: f"{opened}{match.group(1) or ''}{closed}", text, flags=re.DOTALL)
+        return self._found.sub(lambda match: f"{opened}{match.group(1) or ''}{closed}", text)
 
     def keep_and_drop(self, text: str) -> tuple[str, str]:
         """Give a text with its thoughts as the model writes them, and without."""
@@ -55,7 +65,7 @@ class ThoughtForm:
 
     def drop(self, text: str) -> str:
         """Leave every thought out."""
-        return text if self.pattern is None else re.sub(self.pattern, "", text, flags=re.DOTALL)
+        return text if self._found is None else self._found.sub("", text)
 
 
 class Examples:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
+from src.config.formats import roles
 from src.config.schema import DataConfig, Overflow
 from src.data.chat import ChatTemplate
 from src.data.encoding import EncodedRow, Encoder, Lengths
@@ -44,6 +48,7 @@ class Recipe:
         data = self.data
         shaping = ("format", "columns", "prompt_template", "completion_template", "system_prompt", "thought_pattern")
         return {key: getattr(data, key) for key in shaping} | {
+            "roles": roles(data.format),
             "supervised_turns": data.supervised_turns.name,
             "clean_dialogue": data.clean_dialogue,
             "tags": self.tags,
@@ -63,7 +68,7 @@ class Prepared:
 
 
 Numbered = tuple[int, Record | Unreadable]
-Chunk = tuple[Numbered, ...]
+Records = tuple[Numbered, ...]
 
 
 class Preparer:
@@ -75,17 +80,8 @@ class Preparer:
         self._examples = Examples(recipe.data, recipe.tags, template)
         self._lengths = recipe.lengths
 
-    def prepare(self, chunk: Chunk) -> Prepared:
+    def prepare(self, chunk: Records) -> Prepared:
         """Format and encode a chunk; rows that can't be used come back by their place."""
-        collects = gc.isenabled()
-        gc.disable()  # a chunk is many small lists and no cycle: looking for cycles took a quarter of the time
-        try:
-            return self._prepare(chunk)
-        finally:
-            if collects:
-                gc.enable()
-
-    def _prepare(self, chunk: Chunk) -> Prepared:
         bad: list[tuple[str, str]] = []
         good: list[tuple[int, Record, Example]] = []
         for ordinal, record in chunk:
@@ -98,8 +94,9 @@ class Preparer:
                 bad.append((record.place, str(problem)))
         rows: list[tuple[int, Record, Example, EncodedRow]] = []
         dropped: list[DroppedRow] = []
-        encoded = self._encoder.encode([example for _, _, example in good], self._lengths)
-        for (ordinal, record, example), row in zip(good, encoded, strict=True):
+        for (ordinal, record, example), row in zip(good, self._encode(good, bad), strict=True):
+            if isinstance(row, TokenError):
+                continue
             if row is not None and row.is_supervised:
                 rows.append((ordinal, record, example, row))
             elif row is None and self._lengths.overflow is Overflow.error:
@@ -108,10 +105,38 @@ class Preparer:
                 dropped.append(DroppedRow(ordinal, record.place, "too_long" if row is None else "no_supervised_token"))
         return Prepared(to_batch(rows), len(chunk), dropped, bad)
 
+    def _encode(
+        self, good: list[tuple[int, Record, Example]], bad: list[tuple[str, str]]
+    ) -> Sequence[EncodedRow | TokenError | None]:
+        """Encode examples; one that the tokenizer can't write is told by its place."""
+        try:
+            return self._encoder.encode([example for _, _, example in good], self._lengths)
+        except TokenError:
+            rows: list[EncodedRow | TokenError | None] = []
+            for _, record, example in good:
+                try:
+                    rows += self._encoder.encode([example], self._lengths)
+                except TokenError as problem:
+                    rows.append(problem)
+                    bad.append((record.place, str(problem)))
+            return rows
+
     def _longest(self) -> str:
         target = self._lengths.target
         words = f"data.max_seq_length = {self._lengths.sequence}"
         return words if target is None else f"{words} or data.max_target_length = {target}"
+
+
+@contextmanager
+def without_cycles() -> Iterator[None]:
+    """Don't look for cycles meanwhile: rows are many small lists in none of them, and looking took a quarter of it."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def prepared(
@@ -138,13 +163,13 @@ def prepared(
         ) from error
 
 
-def _chunks(records: Iterator[Numbered], chunk_rows: int) -> Iterator[Chunk]:
+def _chunks(records: Iterator[Numbered], chunk_rows: int) -> Iterator[Records]:
     while chunk := tuple(islice(records, chunk_rows)):
         yield chunk
 
 
 def _in_order(
-    pool: Executor, prepare: Callable[[Chunk], Prepared], chunks: Iterator[Chunk], num_ahead: int
+    pool: Executor, prepare: Callable[[Records], Prepared], chunks: Iterator[Records], num_ahead: int
 ) -> Iterator[Prepared]:
     """Let a pool prepare the chunks, a few ahead of the one that is taken."""
     ahead: deque[Future[Prepared]] = deque()
@@ -167,9 +192,19 @@ def _start_worker(recipe: Recipe) -> None:
     global _preparer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.disable()  # see without_cycles
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     _preparer = Preparer(recipe)
 
 
-def _work(chunk: Chunk) -> Prepared:
+def _end_with(sentinel: int) -> None:
+    """End this process when its parent has ended, however that was: nobody else would."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def _work(chunk: Records) -> Prepared:
     assert _preparer is not None
     return _preparer.prepare(chunk)

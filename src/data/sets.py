@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,11 @@ class EncodedSet:
     def completion(self, index: int) -> str:
         return self._value(index, "completion")
 
+    def learned(self, index: int) -> str:
+        """Give the text of all that is learned, of every turn of a chat."""
+        found = self._value(index, "learned")
+        return self.completion(index) if found is None else found
+
     def reference(self, index: int) -> str:
         """Give the completion without thoughts, to compare answers with."""
         found = self._value(index, "reference")
@@ -115,7 +121,7 @@ class EncodedSet:
         """Whether a chat template wrote the row's text."""
         return bool(self._value(index, "is_rendered"))
 
-    @property
+    @cached_property
     def is_encoder_decoder(self) -> bool:
         return bool(self.target_lengths.any())
 

@@ -71,8 +71,16 @@ class HubSource:
         Raises:
             DataError: where they can't be had, with the library's own words.
         """
-        for number, row in enumerate(itertools.islice(self._load(), self.limit), start=1):
-            fields = dict(row)
+        rows, number = iter(itertools.islice(self._load(), self.limit)), 0
+        while True:
+            number += 1
+            try:
+                fields = dict(next(rows))
+            except StopIteration:
+                return
+            except Exception as error:  # a stream meets the network and broken files on its way
+                yield Unreadable(self.name, number, f"the library can't read it: {one_line(error)}")
+                return
             if sum(len(value) for value in fields.values() if isinstance(value, str)) > MAX_ROW_BYTES:
                 yield Unreadable(self.name, number, f"its texts have more than {MAX_ROW_BYTES:,} characters")
             else:

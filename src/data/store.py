@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         "prompt": pa.string(),
         "completion": pa.string(),
         "reference": pa.string(),  # null: the completion
+        "learned": pa.string(),  # all that is learned, of every turn; null: the completion
     }
 )
 
@@ -83,6 +84,7 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
         "prompt": [example.prompt for example in examples],
         "completion": [example.completion for example in examples],
         "reference": [None if e.reference == e.completion else e.reference for e in examples],
+        "learned": [None if (text := e.learned) == e.completion else text for e in examples],
     }
     return pa.record_batch(columns, schema=SCHEMA)
 
@@ -187,11 +189,11 @@ class Part:
         self.ordinals = self.column("ordinal")
 
     @classmethod
-    def open(cls, folder: Path, *, is_checked: bool = False) -> Part:
+    def open(cls, folder: Path, *, verify: bool = True) -> Part:
         """Map a folder of rows into memory.
 
         Args:
-            is_checked: the rows were written just now; else they are read once, to see that they are what was written.
+            verify: read the rows once, to see that they are what was written.
         Raises:
             OSError, ValueError, KeyError: where it is not whole.
         """
@@ -200,9 +202,9 @@ class Part:
         reader = pa.ipc.open_file(pa.memory_map(str(folder / ROWS)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         account, digest = Account(**given), hashlib.sha256()
-        for batch in batches if not is_checked else []:
+        for batch in batches if verify else []:
             update_digest(digest, batch)
-        if not is_checked and digest.hexdigest() != account.digest:
+        if verify and digest.hexdigest() != account.digest:
             raise ValueError(f"{folder} does not hold what was written")
         return cls(batches, account)
 
@@ -220,8 +222,3 @@ class Part:
         """Give the chunk that holds a row, and its number in there."""
         i = bisect_right(self._starts, row) - 1
         return self.chunks[i], row - self._starts[i]
-
-    def value(self, row: int, column: str) -> Any:
-        """Give one value of a row."""
-        chunk, i = self.locate(row)
-        return chunk.batch.column(column)[i].as_py()

@@ -16,7 +16,7 @@ from src.data.dataset import Data
 from src.data.encoding import Encoder
 from src.data.sets import EncodedSet
 from src.errors import NonFiniteLossError
-from src.evaluation.generate import Generator
+from src.evaluation.generate import Generator, check_prompts
 from src.evaluation.metrics import exact_match, perplexity, strip_thoughts
 from src.runtime.session import Runtime
 
@@ -88,10 +88,7 @@ def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data
         DataError, ModelError: where a prompt is empty, or leaves no room for what is generated.
     """
     generator = Generator(model, runtime, config.training.per_device_eval_batch_size, data.encoder.target_prefix)
-    for rows in [*data.validation.values(), *data.test.values()] if config.metrics else []:
-        generator.check_room(rows, is_compared=True)
-    if config.evaluation.sample_prompts:
-        generator.check_room(data.for_samples(), is_compared=False)
+    check_prompts(config, model, data)
     return Evaluator(
         scored=scored,
         generator=generator,

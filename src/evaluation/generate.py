@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from src.data.sets import EncodedSet
+from src.config.schema import RunConfig
+from src.data.dataset import Data
 from src.errors import DataError, ModelError
 from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
@@ -47,25 +48,6 @@ class Generator:
     @property
     def pad_token_id(self) -> int:
         return int(self.model.generation_config.pad_token_id)
-
-    def check_room(self, rows: EncodedSet, *, is_compared: bool) -> None:
-        """See that every prompt can be generated from: with room behind it, and not empty where answers are compared.
-
-        Raises:
-            DataError, ModelError: naming the row, or the lengths that do not fit.
-        """
-        lengths = rows.prompt_lengths().tolist()
-        if is_compared and 0 in lengths:
-            raise DataError(f"{rows.place(lengths.index(0))}  nothing to generate from: an empty prompt, and no BOS")
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        new = self.model.generation_config.max_new_tokens
-        if self.is_encoder_decoder:
-            lengths = [1 + len(self.target_prefix)]
-        if positions is not None and max(lengths) + new > positions:
-            raise ModelError(
-                f"{rows.name}: the longest prompt has {max(lengths)} tokens, generation.max_new_tokens = {new} more do "
-                f"not fit into the model's {positions} positions; lower one of data.max_seq_length and max_new_tokens"
-            )
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -118,6 +100,36 @@ class Generator:
         stops = self.model.generation_config.eos_token_id
         stops = [stops] if isinstance(stops, int) else stops
         return [cut_at(row, stops) for row in generated[:, longest:].tolist()]
+
+
+def check_prompts(config: RunConfig, model: Any, data: Data) -> None:
+    """See that every prompt can be generated from: with room behind it, and not empty where answers are compared.
+
+    Args:
+        model: only its configuration is looked at.
+    Raises:
+        DataError, ModelError: naming the row, or the lengths that do not fit.
+    """
+    for rows in [*data.validation.values(), *data.test.values()] if config.metrics else []:
+        lengths = rows.prompt_lengths().tolist()
+        if 0 in lengths:
+            raise DataError(f"{rows.place(lengths.index(0))}  nothing to generate from: an empty prompt, and no BOS")
+        _check_room(rows.name, max(lengths), config, model, data)
+    if config.evaluation.sample_prompts:
+        rows = data.for_samples()
+        _check_room(rows.name, int(rows.prompt_lengths().max()), config, model, data)
+
+
+def _check_room(name: str, longest: int, config: RunConfig, model: Any, data: Data) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if model.config.is_encoder_decoder:
+        longest = 1 + len(data.encoder.target_prefix)
+    new = config.generation.max_new_tokens
+    if positions is not None and longest + new > positions:
+        raise ModelError(
+            f"{name}: the longest prompt has {longest} tokens, generation.max_new_tokens = {new} more do not fit into "
+            f"the model's {positions} positions; lower one of data.max_seq_length and max_new_tokens"
+        )
 
 
 def cut_at(ids: list[int], stop_ids: Sequence[int]) -> Completion:

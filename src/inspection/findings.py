@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import islice
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from src.training.state import batch_plan
 
 WHOLE_CHECK_ROWS = 50_000
 """Rows of a set that are decoded and encoded again, to prove its mask; the first ones."""
+
+PROVE_ROWS = 2000  # decoded at once
 
 MANY_TRUNCATED = 0.05  # share of rows
 MUCH_PADDING = 0.2  # share of positions
@@ -45,7 +48,8 @@ class Proof:
     """What decoding and encoding the rows again has shown.
 
     `unlike` are the rows whose ids do not decode to their text, `wrong_mask` those whose supervised ids do not decode
-    to their completion, `seams` those that tokenise otherwise in one piece; cut rows are not looked at.
+    to what is to be learned of them, every turn of a chat, `seams` those that tokenise otherwise in one piece; cut rows
+    are not looked at.
     """
 
     num_checked: int
@@ -60,40 +64,67 @@ class Proof:
 def prove(rows: EncodedSet, encoder: Encoder, stop_ids: list[int]) -> Proof:
     """Decode rows again and hold them against their text; encode them in one piece and hold that against them."""
     proof = Proof(min(len(rows), WHOLE_CHECK_ROWS))
-    whole, turns = [], []
-    for i in range(proof.num_checked):
-        turn = last_turn(rows[i].labels)
-        proof.num_with_end += bool(turn) and turn[-1] in stop_ids
-        if not rows.is_truncated(i):
-            whole.append(i)
-            turns.append(turn)
-    proof.num_cut = proof.num_checked - len(whole)
-    proof.unlike = changed_rows(rows, whole, encoder)
-    unlike = set(proof.unlike)
-    for i, turn, text in zip(whole, turns, encoder.decode_batch(turns), strict=True):
-        wanted = rows.completion(i)
-        # a chat's text holds its control tokens, and EOS stands behind it where the template writes none
-        if i not in unlike and text != wanted and not _is_written(turn, wanted, encoder):
-            proof.wrong_mask.append(i)
-    for is_rendered in (False, True) if not rows.is_encoder_decoder else ():
-        some = [i for i in whole if rows.is_rendered(i) == is_rendered]
+    for start in range(0, proof.num_checked, PROVE_ROWS):
+        some = range(start, min(start + PROVE_ROWS, proof.num_checked))
+        proof.num_with_end += sum(_teaches_to_end(rows[i].labels, stop_ids) for i in some)
+        whole = [i for i in some if not rows.is_truncated(i)]
+        proof.num_cut += len(some) - len(whole)
+        unlike = set(changed_rows(rows, whole, encoder))
+        proof.unlike += sorted(unlike)
+        same = [i for i in whole if i not in unlike]
+        learned = zip(same, learned_texts(rows, same, encoder), strict=True)
+        proof.wrong_mask += [
+            i for i, text in learned if text not in (rows.learned(i), rows.learned(i) + encoder.eos_token)
+        ]
+        if not rows.is_encoder_decoder:
+            proof.seams += _seams(rows, whole, encoder)
+    return proof
+
+
+def _teaches_to_end(labels: np.ndarray, stop_ids: list[int]) -> bool:
+    learned = labels[labels != IGNORE_INDEX]
+    return bool(len(learned)) and int(learned[-1]) in stop_ids
+
+
+def learned_texts(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[str]:
+    """Decode what is supervised in each row, EOS included: what its ids say up to the end of each supervised part, less
+    what they say up to its beginning, since some tokenizers decode a text otherwise where it begins.
+    """
+    ends: list[list[int]] = []
+    begins: list[list[int]] = []
+    counts = []
+    for i in indices:
+        row = rows[i]
+        ids = (row.input_ids if row.target_ids is None else row.target_ids).tolist()
+        parts = runs(row.labels)
+        if parts and row.target_ids is None and not rows.prompt_ids(i):
+            parts[0] = (0, parts[0][1])  # nothing stands before the first id to predict it from: no label, but learned
+        begins += [ids[:start] for start, _ in parts]
+        ends += [ids[:stop] for _, stop in parts]
+        counts.append(len(parts))
+    before = encoder.decode_batch(begins, with_control=True)
+    until = encoder.decode_batch(ends, with_control=True)
+    texts = iter(end.removeprefix(begin) for begin, end in zip(before, until, strict=True))
+    return ["".join(islice(texts, count)) for count in counts]
+
+
+def runs(labels: np.ndarray) -> list[tuple[int, int]]:
+    """Give [start, stop) of the supervised positions that stand together."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], labels != IGNORE_INDEX, [False]]).astype(np.int8)))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def _seams(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[int]:
+    """Give the rows that are other tokens when their text is tokenised in one piece."""
+    found = []
+    for is_rendered in (False, True):
+        some = [i for i in indices if rows.is_rendered(i) == is_rendered]
         texts = [rows.prompt(i) + rows.completion(i) for i in some]
         for i, together in zip(some, encoder.encode_whole(texts, is_rendered=is_rendered), strict=True):
             ids = rows[i].input_ids.tolist()
             if together not in (ids[: len(together)], ids[1 : 1 + len(together)]):  # with BOS in the text, or before it
-                proof.seams.append(i)
-    return proof
-
-
-def _is_written(turn: list[int], text: str, encoder: Encoder) -> bool:
-    return text in (encoder.decode_all(turn), encoder.decode_all(turn[:-1]))
-
-
-def last_turn(labels: np.ndarray) -> list[int]:
-    """Give the last supervised ids that stand together."""
-    learned = np.flatnonzero(labels != IGNORE_INDEX)
-    breaks = np.flatnonzero(np.diff(learned) > 1)
-    return labels[learned[breaks[-1] + 1 if len(breaks) else 0 :]].tolist()
+                found.append(i)
+    return sorted(found)
 
 
 def findings(
@@ -114,7 +145,7 @@ def _about_masks(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> 
     for name, proof in proofs.items():
         rows = sets[name]
         if proof.wrong_mask:
-            text = f"{name}: in {_rows(len(proof.wrong_mask))} what is supervised does not decode to the completion"
+            text = f"{name}: in {_rows(len(proof.wrong_mask))} what is supervised is not what is to be learned"
             yield Finding(Level.error, f"{text}: {_places(rows, proof.wrong_mask)}")
         if proof.unlike:
             text = f"{name}: {_rows(len(proof.unlike))} of {proof.num_checked:,} come back changed from the tokenizer"

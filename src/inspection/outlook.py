@@ -92,6 +92,7 @@ def outlook(
         num_supervised=int(max(supervised[_rows(sequences)].sum() for sequences in micro_batches)),
         is_packed=config.data.batching is Batching.packed,
         device_type=device.type,
+        uses_full_logits=_changes_logits(model.config),
     )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -126,6 +127,13 @@ def outlook(
         time=ahead,
         measured=measured,
     )
+
+
+def _changes_logits(config: Any) -> bool:
+    """Whether a model is known to put something between head and logits, so that all of them are computed."""
+    text = config.get_text_config()
+    changes = any(getattr(text, key, None) for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
+    return bool(config.is_encoder_decoder) or changes
 
 
 def _rows(sequences: Sequences) -> list[int]:

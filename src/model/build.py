@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from src.config.schema import GenerationConfig, ModelConfig, ModelType, Weights
+from src.config.schema import Attention, GenerationConfig, ModelConfig, ModelType, Weights
 from src.errors import ModelError, listed, one_line
 
 
@@ -24,13 +24,22 @@ def build_model(config: ModelConfig, max_seq_length: int, max_target_length: int
         ModelError: where the checkpoint can't be loaded, is of another type, or is too short for the data.
     """
     architecture = load_architecture(config)
+    check_lengths(config, architecture, max_seq_length, max_target_length)
+    return _load(config, architecture)
+
+
+def check_lengths(config: ModelConfig, architecture: Any, max_seq_length: int, max_target_length: int) -> None:
+    """See that the model has room for the longest row.
+
+    Raises:
+        ModelError: naming the key that asks for more.
+    """
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     is_pair = config.type is ModelType.encoder_decoder
     lengths = {"max_seq_length": max_seq_length, "max_target_length": max_target_length if is_pair else 0}
     for key, length in lengths.items():
         if positions is not None and length > positions:
             raise ModelError(f"{config.checkpoint} has room for {positions} positions; data.{key} = {length} is more")
-    return _load(config, architecture)
 
 
 def load_architecture(config: ModelConfig) -> Any:
@@ -51,11 +60,17 @@ def load_architecture(config: ModelConfig) -> Any:
 
 def empty_model(config: ModelConfig) -> Any:
     """Build the model without weights: its modules and shapes, no memory."""
-    attention = {} if config.attn_implementation is None else {"attn_implementation": "sdpa"}
+    attention = _attention(config)
+    if config.attn_implementation is Attention.flash_attention_2:  # its package refuses where there is no GPU
+        attention = {"attn_implementation": "sdpa"}
     with torch.device("meta"):
         return _auto(config).from_config(
             load_architecture(config), trust_remote_code=config.trust_remote_code, **_dtype(config), **attention
         )
+
+
+def _attention(config: ModelConfig) -> dict[str, str]:
+    return {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation.value}
 
 
 def _where(config: ModelConfig) -> dict[str, Any]:
@@ -77,7 +92,7 @@ def num_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _load(config: ModelConfig, architecture: Any) -> Any:
-    attention = {"attn_implementation": config.attn_implementation.value} if config.attn_implementation else {}
+    attention = _attention(config)
     try:
         if config.weights is Weights.random:
             return _auto(config).from_config(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src.data.batching import row_bounds
 from src.errors import ModelError
 from src.training.loss import supervised_positions, token_nll
 
@@ -79,12 +80,14 @@ class ScoredModel(nn.Module):
             self.uses_full_logits = not (torch.equal(fed, hidden) and torch.equal(given.float(), logits.float()))
 
     @torch.no_grad()
-    def check_packing(self) -> None:
+    def check_packing(self, *, flat: bool = False) -> None:
         """See that a row packed behind another gets the logits that it gets alone, whatever the other is.
 
         What tells rows apart is position_ids that begin again; an attention that does not look at them would let every
         row see the ones before it, and no loss would tell.
 
+        Args:
+            flat: tell the attention the rows' bounds too, as FlashAttention's padding-free form has them.
         Raises:
             ModelError: where it does not.
         """
@@ -92,12 +95,13 @@ class ScoredModel(nn.Module):
         behind_first, behind_other = torch.cat([first, second], dim=1), torch.cat([second, second], dim=1)
         positions = torch.arange(PROBE_LENGTH, device=first.device)
         restarted = torch.cat([positions, positions])[None]
+        bounds = row_bounds([PROBE_LENGTH, PROBE_LENGTH], first.device) if flat else {}
         training = self.training
         self.eval()
         try:
             alone = self._logits(second, positions[None])
-            packed = self._logits(behind_first, restarted)[:, PROBE_LENGTH:]
-            other = self._logits(behind_other, restarted)[:, PROBE_LENGTH:]
+            packed = self._logits(behind_first, restarted, **bounds)[:, PROBE_LENGTH:]
+            other = self._logits(behind_other, restarted, **bounds)[:, PROBE_LENGTH:]
             mixed = self._logits(behind_first, torch.arange(2 * PROBE_LENGTH, device=first.device)[None])
         except TypeError as error:
             raise ModelError(
@@ -114,8 +118,8 @@ class ScoredModel(nn.Module):
                 f"({self.model.config._attn_implementation}); data.batching=length_grouped or padded"
             )
 
-    def _logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float()
+    def _logits(self, input_ids: Tensor, position_ids: Tensor, **bounds: Any) -> Tensor:
+        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **bounds).logits.float()
 
     def _probe(self, length: int) -> Tensor:
         """Give ids that any vocabulary has, [1, length]."""

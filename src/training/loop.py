@@ -83,9 +83,9 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         Interrupted: where a signal asked for it; the step that was under way is given up.
     """
     meter = Meter()
-    for window in windows(rows, state.plan, config.seed):
-        if state.step >= state.num_steps:
-            return
+    coming = windows(rows, state.plan, config.seed)
+    while state.step < state.num_steps:
+        window = next(coming)
         started = time.perf_counter()
         batches = [
             (block, collate(block, sequences, pad_token_id, flat=state.is_flat))

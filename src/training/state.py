@@ -84,11 +84,12 @@ def prepare(model: Any, train: TrainSet, config: RunConfig, runtime: Runtime) ->
     if runtime.scales_gradients and any(p.dtype != torch.float32 for p in model.parameters()):
         raise ModelError("fp16 mixed precision scales gradients of float32 weights only: model.dtype=float32")
     scored = ScoredModel(model).to(runtime.device)
-    scored.choose_head()
-    is_flat = False
-    if config.data.batching is Batching.packed:
-        scored.check_packing()
-        is_flat = config.model.attn_implementation is Attention.flash_attention_2
+    is_packed = config.data.batching is Batching.packed
+    is_flat = is_packed and config.model.attn_implementation is Attention.flash_attention_2
+    with runtime.autocast():
+        scored.choose_head()
+        if is_packed:
+            scored.check_packing(flat=is_flat)
     optimizer = build_optimizer(config.optimizer, scored.parameters())
     schedule = build_schedule(config.scheduler, optimizer, num_steps)
     wrapped, optimizer = runtime.prepare(scored, optimizer)

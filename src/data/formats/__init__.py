@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from src.config.formats import declared_formats
+from src.config.formats import roles
 from src.config.schema import DataConfig
 
 
@@ -52,9 +52,9 @@ def read_texts(fields: dict[str, Any], data: DataConfig) -> Pair:
     Raises:
         BadRow: where one is missing or no text, or the one to be learned is empty.
     """
-    parts = {role: text_field(fields, data.columns[role], role) for role in declared_formats()[data.format]["columns"]}
-    role, learned = next(reversed(parts.items()))
-    if not learned:
+    parts = {role: text_field(fields, data.columns[role], role) for role in roles(data.format)}
+    role = roles(data.format)[-1]
+    if not parts[role]:
         raise BadRow(f"{data.columns[role]!r} is empty: nothing to learn")
     return Pair(parts)
 
@@ -65,7 +65,7 @@ def text_field(fields: dict[str, Any], column: str, role: str) -> str:
     Raises:
         BadRow: where it is missing or something else.
     """
-    value = field(fields, column, role)
+    value = fields[column] if column in fields else field(fields, column, role)
     if not isinstance(value, str):
         raise BadRow(f"{column!r} is {type_name(value)}, not a text")
     return value
