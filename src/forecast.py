@@ -101,7 +101,7 @@ class Architecture:
         return self.num_parameters - self.num_looked_up - (0 if self.is_tied else self.num_head_parameters)
 
 
-class Part(NamedTuple):
+class Item(NamedTuple):
     """One item of a forecast: its name, its size (None: unknown) and the formula with its numbers."""
 
     name: str
@@ -116,10 +116,10 @@ class MemoryForecast:
     Left out: the libraries themselves, what an allocator wastes, and buffers of a single operation.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Item, ...]
 
     @property
-    def total(self) -> Part:
+    def total(self) -> Item:
         """The sum: the most that can be held at once, since gradients grow while activations go."""
         return _total(self.parts, "sum of all, as in the second micro-batch of a step; libraries come on top")
 
@@ -128,13 +128,13 @@ class MemoryForecast:
 class DiskForecast:
     """What the run's folder gets, and what its disk has."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Item, ...]
     free_bytes: int
     place: Path
     """The nearest folder that exists, where free_bytes were read."""
 
     @property
-    def total(self) -> Part:
+    def total(self) -> Item:
         """The most that lies there at once."""
         how = (
             "at most at once; the best weights go before the model is written" if len(self.parts) > 1 else "at the end"
@@ -341,12 +341,12 @@ def memory_forecast(
     scored = batch * (seq - 1) if num_supervised is None else num_supervised
     size = architecture.bytes_per_parameter
     parts = [
-        Part(
+        Item(
             "parameters",
             architecture.num_parameters * size,
             f"{architecture.num_parameters:,} parameters x {size} B",
         ),
-        Part(
+        Item(
             "gradients",
             architecture.num_trainable * size,
             f"{architecture.num_trainable:,} trained parameters x {size} B",
@@ -358,24 +358,24 @@ def memory_forecast(
     if _casts(architecture, mixed_precision):
         multiplied = architecture.num_multiplied + architecture.num_head_parameters
         how = f"{multiplied:,} parameters of products x 2 B: autocast's {mixed_precision.value} copies, until backward"
-        parts.insert(1, Part("cast weights", 2 * multiplied, how))
+        parts.insert(1, Item("cast weights", 2 * multiplied, how))
     return MemoryForecast(tuple(parts))
 
 
-def optimizer_part(architecture: Architecture, optimizer: OptimizerConfig) -> Part:
+def optimizer_part(architecture: Architecture, optimizer: OptimizerConfig) -> Item:
     """Forecast the optimizer's state, tensor by tensor."""
     if optimizer.type not in OPTIMIZER_STATE:
-        return Part("optimizer state", None, f"unknown: nothing is known of what {optimizer.type} keeps")
+        return Item("optimizer state", None, f"unknown: nothing is known of what {optimizer.type} keeps")
     states = OPTIMIZER_STATE[optimizer.type](optimizer)
     if not states:
-        return Part("optimizer state", 0, f"{optimizer.type} keeps nothing with these settings")
+        return Item("optimizer state", 0, f"{optimizer.type} keeps nothing with these settings")
     sizes: dict[int, list[str]] = {}
     for state in states:
         sizes.setdefault(state.bytes_per_value or architecture.bytes_per_parameter, []).append(state.name)
     trained = architecture.num_trainable
     how = " + ".join(f"{len(names)} x {trained:,} trained parameters x {size} B" for size, names in sizes.items())
     held = sum(len(names) * trained * size for size, names in sizes.items())
-    return Part("optimizer state", held, f"{how}: {', '.join(state.name for state in states)}")
+    return Item("optimizer state", held, f"{how}: {', '.join(state.name for state in states)}")
 
 
 def activation_part(
@@ -386,7 +386,7 @@ def activation_part(
     num_supervised: int,
     is_packed: bool = False,
     device_type: str = "cpu",
-) -> Part:
+) -> Item:
     """Forecast the forward values that autograd keeps for the backward of one micro-batch, without logits.
 
     In the manner of Korthikanti et al. 2022 (arXiv 2205.05198, eq. 1: s·b·h·(34 + 5as/h) bytes a block, for GPT in fp16
@@ -413,7 +413,7 @@ def activation_part(
     block, width, layers = architecture.block, architecture.width, architecture.num_layers
     heads, kv_heads, head_dim = architecture.num_heads, architecture.num_kv_heads, architecture.head_dim
     if block is None or not (width and layers and heads and kv_heads and head_dim):
-        return Part("activations", None, f"unknown for this architecture: {architecture.unknown}")
+        return Item("activations", None, f"unknown for this architecture: {architecture.unknown}")
     q, kv, residual = heads * head_dim, kv_heads * head_dim, architecture.bytes_per_parameter
     casts = _casts(architecture, mixed_precision)
     compute = 2 if casts else residual
@@ -452,7 +452,7 @@ def activation_part(
     how = f"{tokens:,} tokens x {layers} blocks x {a_block:,} B (norms {norms:,}, inputs {inputs:,}, "
     how += f"attention {attention:,}, {f'dropout {dropout:,}, ' if dropout else ''}MLP {mlp:,})"
     how += f" + {human_bytes(outside)} outside; ±{block.tolerance} %"
-    return Part("activations", tokens * layers * a_block + outside, how)
+    return Item("activations", tokens * layers * a_block + outside, how)
 
 
 def logits_part(
@@ -461,7 +461,7 @@ def logits_part(
     num_tokens: int,
     num_supervised: int,
     uses_full_logits: bool = False,
-) -> Part:
+) -> Item:
     """Forecast what scoring holds at once: see src.training.loss.token_nll.
 
     12 bytes a logit at the worst moment, in the backward of log-softmax: its result, the gradient that comes and the
@@ -474,18 +474,18 @@ def logits_part(
     """
     vocabulary = architecture.head_rows
     if vocabulary is None:
-        return Part("logits", None, "unknown: the model names no head")
+        return Item("logits", None, "unknown: the model names no head")
     chunk = max(1, MAX_LOGITS // vocabulary)
     at_once = min(num_supervised, chunk)
     if not uses_full_logits:
         what = "scored positions" if at_once == num_supervised else f"of {num_supervised:,} scored positions at once"
         how = f"{at_once:,} {what} x {vocabulary:,} x 12 B: log-softmax and two gradients of it, fp32"
-        return Part("logits", at_once * vocabulary * 3 * FP32, how)
+        return Item("logits", at_once * vocabulary * 3 * FP32, how)
     size = 2 if _casts(architecture, mixed_precision) else architecture.bytes_per_parameter
     softmax = at_once * (FP32 if size == FP32 else 2 * FP32)
     held = max(size * (num_tokens + num_supervised) + softmax, 2 * size * num_tokens) * vocabulary
     how = f"the model computes all: {num_tokens:,} positions and the {num_supervised:,} scored x {vocabulary:,} x"
-    return Part("logits", held, f"{how} {size} B and log-softmax in fp32; what the model does to them comes on top")
+    return Item("logits", held, f"{how} {size} B and log-softmax in fp32; what the model does to them comes on top")
 
 
 def _casts(architecture: Architecture, mixed_precision: MixedPrecision) -> bool:
@@ -532,9 +532,9 @@ def disk_forecast(
     weights = architecture.num_parameters * architecture.bytes_per_parameter
     how = f"{architecture.num_parameters:,} parameters x {architecture.bytes_per_parameter} B"
     beside = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""
-    parts = [Part("model", weights + tokenizer_bytes, how + beside)]
+    parts = [Item("model", weights + tokenizer_bytes, how + beside)]
     if load_best_model_at_end:
-        parts.append(Part("best weights", weights, f"{how}, until the end; twice while better ones replace them"))
+        parts.append(Item("best weights", weights, f"{how}, until the end; twice while better ones replace them"))
     place = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
     return DiskForecast(tuple(parts), shutil.disk_usage(place).free, place)
 
@@ -628,7 +628,7 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} {unit}"
 
 
-def _total(parts: Sequence[Part], how: str) -> Part:
+def _total(parts: Sequence[Item], how: str) -> Item:
     unknown = [part.name for part in parts if part.bytes is None]
     least = f"at least: {', '.join(unknown)} unknown; " if unknown else ""
-    return Part("total", sum(part.bytes or 0 for part in parts), least + how)
+    return Item("total", sum(part.bytes or 0 for part in parts), least + how)

@@ -10,12 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow
 import pytest
 from tokenizers import processors
@@ -595,3 +597,34 @@ def test_a_part_is_mapped_into_memory_and_not_read(tmp_path: Path, file: str) ->
     part = cache.part("train", file_source([file], None), recipe)
     assert pyarrow.total_allocated_bytes() - before < 1000
     assert len(part) == 40
+
+
+def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    script = (
+        "import os, time\n"
+        "from src.data.preparation import prepared\n"
+        "from tests.conftest import admitted\n"
+        "from tests.test_cache import recipe_of\n"
+        "from src.data.readers import Record\n"
+        "def forever():\n"
+        "    while True:\n"
+        "        yield Record({'prompt': 'a', 'completion': 'b'}, 'rows', 1)\n"
+        "for _ in prepared(forever(), recipe_of(admitted('tokens=none').config), 2):\n"
+        "    print('going', flush=True)\n"
+        "    time.sleep(0.2)\n"
+    )
+    (tmp_path / "endless.py").write_text(f"if __name__ == '__main__':\n{textwrap.indent(script, '    ')}")
+    child = subprocess.Popen(
+        [sys.executable, tmp_path / "endless.py"],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"going\n"
+    workers = psutil.Process(child.pid).children(recursive=True)
+    assert len(workers) >= 2
+    child.kill()
+    child.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive

@@ -255,3 +255,22 @@ def test_gsm8k_becomes_question_thoughts_and_answer() -> None:
     row = train[0]
     assert tokenizer.decode(row.input_ids[1:-1]) == train.prompt(0) + train.completion(0)
     assert tokenizer.decode(row.labels[row.labels != IGNORE_INDEX]) == train.completion(0) + "</s>"
+
+
+def test_a_held_out_set_of_which_nothing_is_left_is_told(tmp_path: Path) -> None:
+    rows = [{"prompt": "x" * (90 if i in hold_out(40, 0.05, seed=42) else 2), "completion": "y"} for i in range(40)]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    overrides = ["data.validation_fraction=0.05", "data.max_seq_length=40", "data.max_dropped_fraction=0.5"]
+    with pytest.raises(DataError, match=r"every row that data\.validation_fraction holds out is dropped"):
+        built(*only(file, *overrides))
+
+
+def test_a_control_token_that_can_not_be_text_is_told_by_its_place(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "b"  # one letter: there is no way to cut it
+    rows = [{"prompt": "low", "completion": "er"}, {"prompt": "a", "completion": "b low"}]
+    config = admitted(*only(write_lines(tmp_path / "rows.jsonl", rows)), "tokens=none").config
+    with pytest.raises(
+        DataError, match=r"1 row can't be used:\n.*rows\.jsonl:2  this tokenizer can't encode a control"
+    ):
+        build_data(config, tokenizer)

@@ -187,3 +187,55 @@ def test_gsm8k_from_the_command_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "7,099 of 7,099 rows" in done.stdout
     assert len((tmp_path / "rows").read_text().splitlines()) == 7099
+
+
+def test_text_without_bos_is_proven_from_its_first_word(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.kinds import byte_bpe
+
+    byte_bpe(bos=False).save_pretrained("model")
+    (here / "model" / "config.json").write_bytes((here / "assets/tiny_llama/config.json").read_bytes())
+    overrides = ["model=causal_lm", "model.checkpoint=model", "model.weights=random", "tokens=none", "data=text"]
+    file = write_lines(here / "rows.jsonl", [{"text": f"a b c {i}"} for i in range(30)])
+    text = said(capsys, *overrides, *only(file))
+    assert "30 of 30 whole rows decode to their text" in text
+    assert "error" not in text
+
+
+def test_every_learned_turn_of_a_chat_is_proven(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b")) * 3]
+    chat[3]["weight"] = 0  # type: ignore[assignment]
+    file = write_lines(here / "rows.jsonl", [{"messages": chat}])
+    text = said(capsys, "data=messages", *only(file))
+    assert "1 of 1 whole rows decode to their text" in text
+    assert text.count("[b]<</s>>") == 2
+
+
+def test_a_wrong_mask_is_an_error(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from src.data.encoding import Encoder
+
+    spans = Encoder._spans
+    monkeypatch.setattr(
+        Encoder, "_spans", lambda self, ids, learned: spans(self, ids, [(a - 1, b) for a, b in learned])
+    )
+    text = said(capsys, "data.limit=20", f"data.cache_dir={here}/cache", code=1)
+    assert "error    train: in 20 rows what is supervised is not what is to be learned" in text
+
+
+def test_what_a_run_would_refuse_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert preflight.main([*QUIET, "data.limit=9", "data.max_seq_length=5000"]) == 2
+    assert "has room for 1024 positions; data.max_seq_length = 5000 is more" in capsys.readouterr().err
+    assert preflight.main([*QUIET, "data.limit=9", "generation.max_new_tokens=1020"]) == 2
+    assert "do not fit into the model's 1024 positions" in capsys.readouterr().err
+
+
+def test_eager_attention_keeps_its_matrix_in_the_forecast(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = {}
+    for attention in ("sdpa", "eager"):
+        said(capsys, "data.limit=9", f"model.attn_implementation={attention}", "preflight.measure=true")
+        report = json.loads((here / "outputs/default/preflight/preflight.json").read_text())
+        kept[attention] = report["memory"]["activations"]
+        forecast = kept[attention] + report["memory"]["logits"]
+        assert report["measured"]["activation_bytes"] == pytest.approx(forecast, rel=0.1)
+    assert kept["eager"] > kept["sdpa"]

@@ -8,7 +8,7 @@ from typing import Any
 from src.config.schema import RunConfig, Weights
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
-from src.forecast import Part, human_bytes
+from src.forecast import Item, human_bytes
 from src.inspection.drawing import Paint, histogram, painted_row
 from src.inspection.findings import Finding, Level, Proof
 from src.inspection.outlook import Outlook
@@ -115,7 +115,7 @@ def show_forecasts(console: Console, config: RunConfig, ahead: Outlook) -> None:
         console.label("", "preflight.measure=true computes a micro-batch and tells it better")
 
 
-def _table(parts: Sequence[Part]) -> str:
+def _table(parts: Sequence[Item]) -> str:
     sizes = ["unknown" if part.bytes is None else human_bytes(part.bytes) for part in parts]
     width = max(len(part.name) for part in parts)
     room = max(map(len, sizes))

@@ -1,12 +1,14 @@
 """How a record becomes a prompt and a completion, or a chat: a pure function a format, in a file of its own.
 
-A format is `src/data/formats/<name>.py` with a function `read(fields, data)` that gives a Pair or a Chat or raises
-BadRow, and `conf/data/<name>.yaml`, whose `columns` name the parts of a row that it takes. No torch here.
+A format is `conf/data/<name>.yaml`, whose `columns` name the parts of a row that it takes; where these are more than
+texts, `src/data/formats/<name>.py` has a function `read(fields, data)` that gives a Pair or a Chat or raises BadRow. No
+torch here.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +44,9 @@ Format = Callable[[dict[str, Any], DataConfig], Pair | Chat]
 
 
 def load_format(name: str) -> Format:
-    """Give a format's function."""
+    """Give a format's function; one without a file of its own reads texts."""
+    if importlib.util.find_spec(f"{__name__}.{name}") is None:
+        return read_texts
     return importlib.import_module(f"{__name__}.{name}").read
 
 
