@@ -4,10 +4,11 @@
     python -m benchmarks.preparation --model models/gsm8k --file train.jsonl [--rounds 5] [KEY=VALUE …]
     python -m benchmarks.preparation --model models/gsm8k --file train.jsonl --memory [KEY=VALUE …]
 
-The file is GSM8K's: JSONL with `question` and `answer`, made prompts and completions for both. Towline starts from a
-file and writes its cache into a new folder each round; TRL starts from rows in memory, caches nothing, and is timed in
-`_prepare_dataset` alone; the plain call encodes all texts as one list and makes no labels. All are given one process;
-the tokenizer takes threads for a list of texts, unless TOKENIZERS_PARALLELISM=false.
+The file is GSM8K's: JSONL with `question` and `answer`, made prompts and completions for both. Towline and TRL start
+from that file with an empty cache each round and leave encoded rows on the disk (TRL: Dataset.from_json, then its
+`_prepare_dataset`). "TRL in memory" is its best case, `_prepare_dataset` alone, on rows that are in memory, with its
+cache off; the plain call encodes all texts as one list and makes no labels. Each runs in a fresh process, warmed up on
+a few rows, one after the other, and is given one process; the tokenizer takes threads for a list of texts.
 
 `--memory` prints the peak of a process that prepares the file's rows, and of one that prepares them ten times over,
 beside one that only imports and loads the tokenizer. Not a test: figures differ from machine to machine.
@@ -16,6 +17,7 @@ beside one that only imports and loads the tokenizer. Not a test: figures differ
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -32,6 +34,8 @@ from src.config.gate import admit
 from src.config.schema import RunConfig
 from src.data.dataset import build_data
 from src.tokens import load_tokenizer
+
+WARM_UP_ROWS = 100
 
 
 def main() -> None:
@@ -50,26 +54,34 @@ def main() -> None:
 
 
 def speed(source: Path, overrides: Sequence[str], rounds: int) -> None:
-    """Print rows a second of the three, round by round, and the median ratios."""
-    rows = list(pairs(source))
+    """Print rows a second of all, round by round, and the median ratios."""
+    contenders = {
+        "Towline": _towline_here,
+        "TRL": _trl_from_file_here,
+        "TRL in memory": _trl_in_memory_here,
+        "tokenizer alone": _plain_here,
+    }
+    ratios: dict[str, list[float]] = {name: [] for name in contenders if name != "Towline"}
     with tempfile.TemporaryDirectory() as folder:
-        file = write(rows, Path(folder) / "rows.jsonl")
-        config = configure(file, Path(folder), overrides)
-        tokenizer, _ = load_tokenizer(config.model, config.tokens)
-        prepare = trl_preparation(rows, tokenizer, config, folder)
-        over_trl, over_tokenizer = [], []
+        file = write(pairs(source), Path(folder) / "rows.jsonl")
+        few = write(itertools.islice(pairs(source), WARM_UP_ROWS), Path(folder) / "few.jsonl")
+        num_rows = sum(1 for _ in pairs(source))
         for number in range(rounds):
-            ours = len(rows) / towline(file, tokenizer, overrides)
-            theirs = len(rows) / prepare()
-            alone = len(rows) / plain(rows, tokenizer)
-            over_trl.append(ours / theirs)
-            over_tokenizer.append(ours / alone)
-            print(
-                f"round {number + 1}: Towline {ours:,.0f} rows/s, TRL {theirs:,.0f} rows/s, "
-                f"tokenizer alone {alone:,.0f} rows/s, Towline / TRL {over_trl[-1]:.2f}"
-            )
-    print(f"Towline / TRL, median of {rounds}: {statistics.median(over_trl):.2f}")
-    print(f"Towline / tokenizer alone, median of {rounds}: {statistics.median(over_tokenizer):.2f}")
+            speeds = {
+                name: num_rows / in_a_fresh_process(run, few, file, overrides) for name, run in contenders.items()
+            }
+            for name, values in ratios.items():
+                values.append(speeds["Towline"] / speeds[name])
+            told = ", ".join(f"{name} {rows:,.0f}" for name, rows in speeds.items())
+            print(f"round {number + 1}, rows/s: {told}; Towline / TRL {ratios['TRL'][-1]:.2f}", flush=True)
+    for name, values in ratios.items():
+        print(f"Towline / {name}, median of {rounds}: {statistics.median(values):.2f}")
+
+
+def in_a_fresh_process(run: Callable[..., float], *given: Any) -> float:
+    """Call a function where no other contender has left anything behind."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(run, *given).result()
 
 
 def memory(source: Path, overrides: Sequence[str]) -> None:
@@ -111,25 +123,60 @@ def configure(file: Path, cache: Path, overrides: Sequence[str]) -> RunConfig:
     return request.run.config
 
 
-def towline(file: Path, tokenizer: Any, overrides: Sequence[str]) -> float:
+def _towline_here(few: Path, file: Path, overrides: Sequence[str]) -> float:
     """Give the seconds that Towline takes, its cache empty before."""
-    with tempfile.TemporaryDirectory() as cache:
-        config = configure(file, Path(cache), overrides)
-        started = time.perf_counter()
-        build_data(config, tokenizer)
-        return time.perf_counter() - started
+    seconds = 0.0
+    for rows in (few, file):
+        with tempfile.TemporaryDirectory() as cache:
+            config = configure(rows, Path(cache), overrides)
+            tokenizer, _ = load_tokenizer(config.model, config.tokens)
+            started = time.perf_counter()
+            build_data(config, tokenizer)
+            seconds = time.perf_counter() - started
+    return seconds
 
 
-def trl_preparation(rows: list[dict[str, str]], tokenizer: Any, config: RunConfig, folder: str) -> Callable[[], float]:
-    """Construct an SFTTrainer, and give what times its preparation of all rows in seconds."""
+def _trl_from_file_here(few: Path, file: Path, overrides: Sequence[str]) -> float:
+    """Give the seconds that TRL takes to read a file and prepare its rows, both caches empty before."""
+    import datasets
+
+    seconds = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        prepare = _trl_preparation(few, Path(folder), overrides)
+        for rows in (few, file):
+            started = time.perf_counter()
+            prepare(datasets.Dataset.from_json(str(rows), cache_dir=f"{folder}/{rows.stem}"))
+            seconds = time.perf_counter() - started
+    return seconds
+
+
+def _trl_in_memory_here(few: Path, file: Path, overrides: Sequence[str]) -> float:
+    """Give the seconds that TRL takes to prepare rows that are in memory, and to keep them there."""
+    import datasets
+
+    datasets.disable_caching()
+    seconds = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        prepare = _trl_preparation(few, Path(folder), overrides)
+        for rows in (few, file):
+            dataset = datasets.Dataset.from_list([json.loads(line) for line in rows.open(encoding="utf-8")])
+            started = time.perf_counter()
+            prepare(dataset)
+            seconds = time.perf_counter() - started
+    return seconds
+
+
+def _trl_preparation(few: Path, folder: Path, overrides: Sequence[str]) -> Callable[[Any], None]:
+    """Construct an SFTTrainer, and give its preparation of a data set."""
     import datasets
     from transformers import AutoConfig, AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    datasets.disable_caching()
     datasets.disable_progress_bars()
+    config = configure(few, folder, overrides)
+    tokenizer, _ = load_tokenizer(config.model, config.tokens)
     arguments = SFTConfig(
-        output_dir=folder,
+        output_dir=str(folder),
         report_to="none",
         use_cpu=True,
         bf16=False,
@@ -138,30 +185,28 @@ def trl_preparation(rows: list[dict[str, str]], tokenizer: Any, config: RunConfi
         max_length=config.data.max_seq_length,
     )
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.checkpoint))
-    few = datasets.Dataset.from_list(rows[:8])
-    trainer = SFTTrainer(model, arguments, train_dataset=few, processing_class=tokenizer)
+    first = datasets.Dataset.from_json(str(few), cache_dir=f"{folder}/first")
+    trainer = SFTTrainer(model, arguments, train_dataset=first, processing_class=tokenizer)
+    return lambda rows: trainer._prepare_dataset(rows, tokenizer, arguments, arguments.packing, None, "train")
 
-    def seconds() -> float:
-        dataset = datasets.Dataset.from_list(rows)
+
+def _plain_here(few: Path, file: Path, overrides: Sequence[str]) -> float:
+    """Give the seconds of one tokenizer call for all texts."""
+    config = configure(few, few.parent, overrides)
+    tokenizer, _ = load_tokenizer(config.model, config.tokens)
+    seconds = 0.0
+    for rows in (few, file):
+        read = [json.loads(line) for line in rows.open(encoding="utf-8")]
+        texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in read]
         started = time.perf_counter()
-        trainer._prepare_dataset(dataset, tokenizer, arguments, arguments.packing, None, "train")
-        return time.perf_counter() - started
-
+        tokenizer(texts)
+        seconds = time.perf_counter() - started
     return seconds
-
-
-def plain(rows: list[dict[str, str]], tokenizer: Any) -> float:
-    """Give the seconds of one call for all texts."""
-    texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows]
-    started = time.perf_counter()
-    tokenizer(texts)
-    return time.perf_counter() - started
 
 
 def peak_mib(file: Path, overrides: Sequence[str], *, prepares: bool = True) -> float:
     """Give the peak resident memory of a fresh process that prepares a file, or only gets ready to."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        return fresh.submit(_peak_mib_here, file, overrides, prepares).result()
+    return in_a_fresh_process(_peak_mib_here, file, overrides, prepares)
 
 
 def _peak_mib_here(file: Path, overrides: Sequence[str], prepares: bool) -> float:

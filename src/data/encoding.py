@@ -128,7 +128,7 @@ class Encoder:
         for example, of_pieces in zip(examples, kinds, strict=True):
             for piece, kind in zip(example.pieces, of_pieces, strict=True):
                 texts[kind].append(piece.text)
-        encoded = {kind: iter(self._encode(some, kind)) for kind, some in texts.items()}
+        encoded = {kind: self._encode(some, kind) for kind, some in texts.items()}
         join = self._causal_row if is_causal else self._encoder_decoder_row
         rows = []
         for example, of_pieces in zip(examples, kinds, strict=True):
@@ -144,14 +144,14 @@ class Encoder:
         """Give each text's ids, and how many control tokens stood in it and were made text."""
         backend = self._backend(kind)
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        together = "" if kind.is_rendered else "\n".join(texts)  # asked once: control tokens are rare
+        control_tokens = [control for control in self.control_tokens if control in together]
         for text, encoding in zip(texts, encodings, strict=True):
             ids, found = encoding.ids, 0
             if self._adds_space and kind.is_rendered == kind.continues:
                 ids = self._encode_sections(text, kind, ids)
-            if not kind.is_rendered:
-                for control in self.control_tokens:
-                    if control in text:
-                        found += text.count(control)
+            if control_tokens:
+                found = sum(text.count(control) for control in control_tokens)
                 if found and self._control_ids.intersection(ids):  # the model's own vocabulary holds the piece
                     ids = self._encode_cut(text, kind)
             yield ids, found
@@ -328,6 +328,7 @@ def _copy(spec: dict[str, Any], control: list[str], kind: Kind) -> Tokenizer:
     """
     added = [token | {"special": token["content"] in control} for token in spec["added_tokens"]]
     spec = (_without_dummy_space(spec) if kind.continues else spec) | {"added_tokens": added}
+    spec["post_processor"] = None  # it would put special tokens around a text; here they are put as ids
     copy = Tokenizer.from_str(json.dumps(spec))
     copy.encode_special_tokens = not kind.is_rendered
     copy.no_padding()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from src.config.formats import roles
 from src.config.schema import PLACEHOLDER, DataConfig
@@ -14,8 +15,7 @@ from src.data.pieces import Piece, last_turn
 from src.data.readers import Record
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
+class Example(NamedTuple):
     """A row in words.
 
     `pieces` are its text in order, each tokenised apart; `prompt` is all of it before the last learned piece, which is

@@ -30,7 +30,7 @@ from src.data.store import DroppedRow, to_batch
 from src.errors import DataError, TokenError
 
 CHUNK_ROWS = 1000  # rows encoded at once: enough to fill the tokenizer's threads, little memory
-THREADS = 2  # of one process: while one waits for the tokenizer, which lets go of Python, the other one works
+THREADS = 3  # of one process: while one waits for the tokenizer, which lets go of Python, another one works
 
 
 @dataclass(frozen=True)

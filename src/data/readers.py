@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
-from typing import Any
+from typing import Any, NamedTuple
 
 from src.config.files import KNOWN, kind_of
 from src.errors import one_line
@@ -30,8 +30,7 @@ PARQUET_BUFFER_BYTES = 2**20
 GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One row as it was read, with the source and the number of its line or row, counted from 1, for messages."""
 
     fields: dict[str, Any]

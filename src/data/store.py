@@ -6,10 +6,10 @@ import dataclasses
 import hashlib
 import json
 import os
-from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
     columns = {
         "input_ids": _lists([row.input_ids for row in encoded]),
         "target_ids": _lists([row.target_ids or [] for row in encoded]),
-        "spans": _lists([[number for span in row.spans for number in span] for row in encoded]),
+        "spans": _lists([list(chain.from_iterable(row.spans)) for row in encoded]),
         "prompt_length": [row.prompt_length for row in encoded],
         "num_control_tokens": [row.num_control_tokens for row in encoded],
         "is_truncated": [row.is_truncated for row in encoded],
@@ -92,10 +92,8 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
 def _lists(rows: list[list[int]]) -> pa.Array:
     offsets = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
-    flat = array("i")
-    for row in rows:
-        flat.extend(row)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.frombuffer(flat, dtype=np.int32)))
+    flat = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(offsets[-1]))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
 
 
 class RowWriter:

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from src.config.formats import roles
 from src.config.schema import DataConfig
@@ -21,8 +21,7 @@ class BadRow(Exception):
     """A record that doesn't have what its format needs; the message says what."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(NamedTuple):
     """The parts of a row by their role, in the format's order: the first is prompted, the last is learned.
 
     A format with one role has no prompt: all of it is learned.

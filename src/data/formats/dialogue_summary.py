@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 from src.config.schema import DataConfig
@@ -22,7 +21,7 @@ def read(fields: dict[str, Any], data: DataConfig) -> Pair:
     if not data.clean_dialogue:
         return pair
     cleaned = clean(pair.parts["dialogue"])
-    return replace(pair, parts=pair.parts | {"dialogue": cleaned}, was_cleaned=cleaned != pair.parts["dialogue"])
+    return pair._replace(parts=pair.parts | {"dialogue": cleaned}, was_cleaned=cleaned != pair.parts["dialogue"])
 
 
 def clean(text: str) -> str:
