@@ -50,6 +50,11 @@ def test_every_run_command_is_admitted(command: str, places: dict[str, str]) -> 
     assert admit(arguments)
 
 
+@pytest.mark.parametrize("command", commands("python -m src.preflight"))
+def test_every_preflight_command_is_admitted(command: str) -> None:
+    assert admit(shlex.split(command, comments=True)[3:], "preflight")
+
+
 def test_there_are_commands_to_check() -> None:
     assert len(commands("python -m src.run")) >= 9
 

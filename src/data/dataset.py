@@ -147,29 +147,37 @@ class _Builder:
         fraction = data.validation_fraction if holds_out else 0.0
         held = [hold_out(part.account.num_records, fraction, self.config.seed) for part in parts.values()]
         are_held = [np.isin(part.ordinals, list(out)) for part, out in zip(parts.values(), held, strict=True)]
-        kept = [np.flatnonzero(~is_held) for is_held in are_held]
-        for name, rows in zip(parts, kept, strict=True):
-            if not len(rows):
-                raise DataError(f"{name}: all its rows are held out or dropped; nothing of it is left to train on")
-        shares = self.sources.values()
-        taken = takes([len(rows) for rows in kept], [s.weight for s in shares], [s.count for s in shares])
-        chosen = mix(kept, taken, self.config.seed) if data.mixture else _all(kept)
-        train = EncodedSet("train", list(parts.values()), chosen[: data.limit])
-        self._report_train(train, list(parts), held)
-        if not len(train):
-            raise DataError("train has no rows that can be used")
+        train = self._left(parts, held, [np.flatnonzero(~is_held) for is_held in are_held])
         if not holds_out:
             return train, None
-        rows_held = [np.flatnonzero(is_held) for is_held in are_held]
-        chosen = (
-            mix(rows_held, [len(rows) for rows in rows_held], self.config.seed) if data.mixture else _all(rows_held)
-        )
-        held_out = EncodedSet("validation", list(parts.values()), chosen[: data.limit])
-        if not len(held_out):
+        return train, self._held_out(parts, held, [np.flatnonzero(is_held) for is_held in are_held])
+
+    def _left(self, parts: dict[str, Part], held: list[set[int]], rows: list[np.ndarray]) -> EncodedSet:
+        """Make the train set of the rows of each part that are left to it, mixed where there is a mixture."""
+        for name, some in zip(parts, rows, strict=True):
+            if not len(some):
+                raise DataError(f"{name}: all its rows are held out or dropped; nothing of it is left to train on")
+        shares = self.sources.values()
+        taken = takes([len(some) for some in rows], [s.weight for s in shares], [s.count for s in shares])
+        train = EncodedSet("train", list(parts.values()), self._chosen(rows, taken))
+        self._report_train(train, list(parts), held)
+        if not len(train):
+            raise DataError("train has no rows: the weights of the mixture leave none of its smallest source")
+        return train
+
+    def _held_out(self, parts: dict[str, Part], held: list[set[int]], rows: list[np.ndarray]) -> EncodedSet:
+        """Make the validation set of the rows of each part that are held out of train."""
+        validation = EncodedSet("validation", list(parts.values()), self._chosen(rows, [len(some) for some in rows]))
+        if not len(validation):
             raise DataError("every row that data.validation_fraction holds out is dropped: give a larger fraction")
-        self._report(held_out, held, is_held=True)
-        self._check_answers(held_out)
-        return train, held_out
+        self._report(validation, held, is_held=True)
+        self._check_answers(validation)
+        return validation
+
+    def _chosen(self, rows: list[np.ndarray], taken: list[int]) -> np.ndarray:
+        """Give (part, row) of a set's rows in their order: part after part, or mixed."""
+        chosen = mix(rows, taken, self.config.seed) if self.data.mixture else _all(rows)
+        return chosen[: self.data.limit]
 
     def _streamed(self, sources: dict[str, Source]) -> StreamedSet:
         shares = {name: source.weight or source.count or 1 for name, source in self.sources.items()}
