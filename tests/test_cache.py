@@ -620,11 +620,11 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert child.stdout is not None
-    assert child.stdout.readline() == b"going\n"
-    workers = psutil.Process(child.pid).children(recursive=True)
-    assert len(workers) >= 2
-    child.kill()
-    child.wait()
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"going\n"
+        workers = psutil.Process(child.pid).children(recursive=True)
+        assert len(workers) >= 2
+        child.kill()
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive

@@ -143,11 +143,11 @@ class Encoder:
     def _encode(self, texts: Sequence[str], kind: Kind) -> Iterator[tuple[list[int], int]]:
         """Give each text's ids, and how many control tokens stood in it and were made text."""
         backend = self._backend(kind)
-        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encoded = [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         together = "" if kind.is_rendered else "\n".join(texts)  # asked once: control tokens are rare
         control_tokens = [control for control in self.control_tokens if control in together]
-        for text, encoding in zip(texts, encodings, strict=True):
-            ids, found = encoding.ids, 0
+        for text, ids in zip(texts, encoded, strict=True):
+            found = 0
             if self._adds_space and kind.is_rendered == kind.continues:
                 ids = self._encode_sections(text, kind, ids)
             if control_tokens:
