@@ -61,12 +61,3 @@ def _steps(config: RunConfig, state: TrainState) -> str:
         return f"{state.num_steps:,}, each of {sequences}, streamed"
     epochs = state.num_steps / state.steps_per_epoch
     return f"{state.num_steps:,}, each of {sequences}: {epochs:.3g} epoch{'s' if epochs > 1 else ''}"
-
-
-def unlearned(data: Data) -> list[str]:
-    """Warn of new tokens that no training row holds: they would stay as they start."""
-    return [
-        f"{token} is in no training row, so it will not be learned (is data.thought_pattern right?)"
-        for token, count in data.reports["train"].new_tokens.items()
-        if not count["supervised"] and not count["fed"]
-    ]

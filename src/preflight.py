@@ -35,6 +35,8 @@ def preflight(admitted: Admitted) -> int:
     from src.tracking.console import Console
 
     config, own = admitted.config, admitted.own
+    if own.dump is not None and not Path(own.dump).absolute().parent.is_dir():
+        raise TowlineError(f"preflight.dump = {own.dump} can't be written: No such file or directory")
     folder = Path("outputs", config.name, "preflight")
     console = Console()
     console.label("preflight", f"{config.name}: nothing is trained")
@@ -66,7 +68,7 @@ def preflight(admitted: Admitted) -> int:
     proofs = {name: prove(rows, data.encoder, data.stop_ids) for name, rows in sets.items()}
     ahead = outlook(config, model, tokenizer, train, admitted.run_dir, measure=own.measure)
     show_forecasts(console, config, ahead)
-    found = findings(config, data, train, proofs, new_tokens, ahead.num_steps)
+    found = findings(config, data, train, proofs, ahead.num_steps)
     code = show_findings(console, found, proofs, paint)
     if own.dump is not None:
         console.label("dump", f"{dump(data, Path(own.dump)):,} rows of train in {own.dump}")
@@ -131,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code
     except (Interrupted, KeyboardInterrupt):
+        print("\nStopped: nothing was trained.", file=sys.stderr)
         return Interrupted.exit_code
     except OSError as error:
         print(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror}", file=sys.stderr)

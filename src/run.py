@@ -49,7 +49,7 @@ def run(admitted: Admitted) -> dict[str, float]:
         from src.evaluation.samples import sample
         from src.model.build import build_model, set_generation
         from src.model.export import export
-        from src.overview import overview, unlearned
+        from src.overview import overview
         from src.runtime.session import start_runtime
         from src.tokens import check_new_rows, grow_embeddings, load_tokenizer
         from src.tracking.provenance import provenance
@@ -70,7 +70,7 @@ def run(admitted: Admitted) -> dict[str, float]:
             evaluation = open_evaluation(config, state.scored, state.model, data, runtime)
             best = BestWeights(config.checkpoint, run_dir)
             samples_of = data.for_samples()
-            tracking.warn(unlearned(data))
+            tracking.warn(data.reports["train"].unlearned(config.thought_tags))
             tracking.describe(overview(config, state, tokenizer, new_tokens, started, data, runtime))
 
             stop.is_deferred = True  # from here on there is something to end properly

@@ -233,7 +233,7 @@ def test_a_thought_pattern_that_finds_nothing_is_told(tmp_path: Path) -> None:
                    "data.train_files=[data/tow_addition/train.jsonl]", "tokens=hcot",
                    f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
     assert done.returncode == 0
-    assert "<hCoT> is in no training row" in done.stderr
+    assert "<hCoT>, </hCoT> are in no training row" in done.stderr
 
 
 def test_a_rate_that_spoils_the_weights_fails_the_run(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -74,8 +74,21 @@ class SplitReport:
         self.rows_changed_by_tokenizer = len(changed_rows(rows, range(min(CHECK_ROWS, len(rows))), encoder))
         self.digest = rows.digest()
 
+    def unlearned(self, tags: tuple[str, str] | None) -> list[str]:
+        """Warn of new tokens that no row holds: they would stay as they start.
+
+        Args:
+            tags: what opens and closes thoughts, where thoughts are kept.
+        """
+        tokens = [token for token, found in self.new_tokens.items() if not found["fed"] and not found["supervised"]]
+        if not tokens:
+            return []
+        are = "is in no training row, so it" if len(tokens) == 1 else "are in no training row, so they"
+        asks = " (is data.thought_pattern right?)" if set(tokens) & set(tags or ()) else ""
+        return [f"{', '.join(tokens)} {are} will not be learned{asks}"]
+
     def as_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"rows_dropped": dict(self.rows_dropped)}
+        return asdict(self) | {"rows_dropped": dict(self.rows_dropped)}
 
     @property
     def summary(self) -> str:
@@ -84,7 +97,8 @@ class SplitReport:
         why = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.rows_dropped.items())
         text = "streamed; of the first " if self.is_streamed else ""
         text += f"{self.rows_kept:,} of {self.rows_read:,} rows"
-        text += f" ({self.rows_truncated:,} truncated, {dropped:,} dropped{': ' + why if why else ''})"
+        text += f" ({self.rows_truncated:,} truncated, {dropped:,} dropped{': ' + why if why else ''}"
+        text += f", {self.rows_repeated:,} repeated)" if self.rows_repeated else ")"
         text += f", {self.supervised_tokens:,} of {self.tokens:,} tokens supervised"
         if len(self.sources) > 1:
             text += f"\n  mixed of {', '.join(f'{name} {count:,}' for name, count in self.sources.items())}"

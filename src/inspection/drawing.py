@@ -109,6 +109,7 @@ def histogram(lengths: np.ndarray, limit: int) -> Iterator[str]:
 def draw_lengths(sets: Mapping[str, EncodedSet], limit: int, file: Path) -> None:
     """Draw, for each set, how long its rows are and how much of each is supervised, as a PNG."""
     from matplotlib.figure import Figure  # heavy, and only this needs it
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 1 + 2.6 * len(sets)), layout="constrained")
     axes = figure.subplots(len(sets), 2, squeeze=False)
@@ -126,6 +127,8 @@ def draw_lengths(sets: Mapping[str, EncodedSet], limit: int, file: Path) -> None
         right.hist(supervised / np.maximum(1, lengths), bins=40, range=(0, 1), color="#6aa06a")
         share = supervised.sum() / max(1, lengths.sum())
         right.set(title=f"{share:.0%} of all tokens supervised", xlabel="supervised share of a row", ylabel="rows")
+        for axis in (left.xaxis, left.yaxis, right.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     for axis in axes.ravel():
         axis.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)

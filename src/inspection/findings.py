@@ -16,7 +16,6 @@ from src.data.dataset import Data
 from src.data.encoding import IGNORE_INDEX, Encoder
 from src.data.report import changed_rows
 from src.data.sets import EncodedSet
-from src.tokens import NewTokens
 from src.training.state import batch_plan
 
 WHOLE_CHECK_ROWS = 50_000
@@ -128,12 +127,12 @@ def _seams(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[i
 
 
 def findings(
-    config: RunConfig, data: Data, train: EncodedSet, proofs: Mapping[str, Proof], new: NewTokens, num_steps: int
+    config: RunConfig, data: Data, train: EncodedSet, proofs: Mapping[str, Proof], num_steps: int
 ) -> list[Finding]:
     """Give everything worth knowing before this is trained, the worst first."""
     found = [
         *_about_masks(data, train, proofs),
-        *_about_tokens(data, new),
+        *_about_tokens(data, config.thought_tags),
         *_about_rows(config, data, train),
         *_about_batches(config, train, num_steps),
     ]
@@ -160,12 +159,9 @@ def _about_masks(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> 
             yield Finding(Level.note, f"{text}: {_places(rows, proof.seams)}")
 
 
-def _about_tokens(data: Data, new: NewTokens) -> Iterator[Finding]:
-    counts = data.reports["train"].new_tokens
-    for token in new.ids:
-        if not counts[token]["fed"] and not counts[token]["supervised"]:
-            text = f"{token} is in no training row, so it will not be learned"
-            yield Finding(Level.warning, f"{text} (is data.thought_pattern right?)")
+def _about_tokens(data: Data, tags: tuple[str, str] | None) -> Iterator[Finding]:
+    for text in data.reports["train"].unlearned(tags):
+        yield Finding(Level.warning, text)
     for name, report in data.reports.items():
         if report.control_tokens_as_text:
             text = f"{name}: BOS, EOS or pad stand in texts {report.control_tokens_as_text:,} time(s); they stay text"

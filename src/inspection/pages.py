@@ -16,6 +16,7 @@ from src.model.build import num_parameters
 from src.tokens import NewTokens, source_ids
 from src.tracking.console import Console, clock
 
+MOST_PIECES = 6  # that a new token starts from, named one by one
 COLOURS = {Level.error: "1;31", Level.warning: "33", Level.note: "2"}
 
 
@@ -49,7 +50,8 @@ def show_tokens(console: Console, config: RunConfig, model: Any, tokenizer: Any,
     num_old = min([rows, *new.added.values()])
     for token, token_id in new.ids.items():
         pieces = source_ids(tokenizer, [token], config.tokens, num_old)[0] if token in new.added else []
-        named = f" {tokenizer.convert_ids_to_tokens(pieces)}" if pieces else ""
+        words = tokenizer.convert_ids_to_tokens(pieces)
+        named = f" {words if len(words) <= MOST_PIECES else f'of {len(words)} pieces'}" if pieces else ""
         start = f"starts from {init.method.value}{named}" if token in new.added else "known already, left as learned"
         ids = tokenizer(token, add_special_tokens=False)["input_ids"]
         one = f"one id, {token_id}" if len(ids) == 1 else f"{len(ids)} ids"
@@ -63,7 +65,8 @@ def show_sets(console: Console, config: RunConfig, data: Data, sets: Mapping[str
     for name, rows in sets.items():
         report = data.reports[name]
         share = report.supervised_tokens / max(1, report.tokens)
-        lines = [f"{report.summary} ({share:.0%})"]
+        lines = report.summary.split("\n")
+        lines[0] += f" ({share:.0%})"
         if report.thought_tokens:
             lines[0] += f", {report.thought_tokens / max(1, report.supervised_tokens):.0%} of these are thoughts"
         for reason, places in report.dropped_places.items():
