@@ -8,7 +8,8 @@ The file is GSM8K's: JSONL with `question` and `answer`, made prompts and comple
 from that file with an empty cache each round and leave encoded rows on the disk (TRL: Dataset.from_json, then its
 `_prepare_dataset`). "TRL in memory" is its best case, `_prepare_dataset` alone, on rows that are in memory, with its
 cache off; the plain call encodes all texts as one list and makes no labels. Each runs in a fresh process, warmed up on
-a few rows, one after the other, and is given one process; the tokenizer takes threads for a list of texts.
+a few rows, one after the other, and is given one process; TRL and the plain call let the tokenizer take a thread a core
+for a list of texts, Towline has threads of its own.
 
 `--memory` prints the peak of a process that prepares the file's rows, and of one that prepares them ten times over,
 beside one that only imports and loads the tokenizer. Not a test: figures differ from machine to machine.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import resource
 import statistics
 import sys
@@ -125,6 +127,7 @@ def configure(file: Path, cache: Path, overrides: Sequence[str]) -> RunConfig:
 
 def _towline_here(few: Path, file: Path, overrides: Sequence[str]) -> float:
     """Give the seconds that Towline takes, its cache empty before."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as src.run does
     seconds = 0.0
     for rows in (few, file):
         with tempfile.TemporaryDirectory() as cache:

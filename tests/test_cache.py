@@ -302,7 +302,7 @@ def test_rows_of_another_version_of_the_code_are_made_anew(
 BUILD = """
 import json, sys, time
 from tests.conftest import admitted
-from src.data import cache
+from src.data import cache, store
 from src.data.dataset import build_data
 from src.data.preparation import prepared
 from src.tokens import load_tokenizer
@@ -318,6 +318,7 @@ def slowly(*given):
         time.sleep(slow)
 
 cache.prepared = slowly
+store.BATCH_ROWS = 1  # what is prepared is written at once
 config = admitted(*overrides).config
 tokenizer, _ = load_tokenizer(config.model, config.tokens)
 print("ready", flush=True)
@@ -579,7 +580,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     recipe, cache = recipe_of(config), RowCache(str(tmp_path / "cache"), lambda _: None)
     cache.part("train", file_source([few], 9), recipe)  # what is made once
     small, large = (peak(lambda f=file: cache.part("train", file_source([f], None), recipe)) for file in (few, many))
-    assert large < 3 * small
+    assert (large - small) / 54_000 < 64  # a few numbers of each row
 
     def build(file: str) -> int:
         data = dataclasses.replace(config.data, train_files=[file])

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -73,6 +74,9 @@ class Kind(NamedTuple):
     continues: bool
 
 
+WRITES_SPACE = ("normalizer", "pre_tokenizer")
+"""Parts of a tokenizer that may put a dummy space in front of a text; what its decoder says of one does not count."""
+
 ALIKE = {is_rendered: Kind(is_rendered, False) for is_rendered in (False, True)}
 """Kinds of text for a tokenizer that writes a text alike wherever it stands."""
 
@@ -87,6 +91,7 @@ class Encoder:
             raise TokenError("this tokenizer has no EOS token: a model could not learn where a completion ends")
         self._tokenizer = tokenizer
         self._copies: dict[Kind, Tokenizer] = {}
+        self._copying = Lock()
         self.eos_token_id: int = tokenizer.eos_token_id
         control = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
         self.control_tokens = sorted({token for token in control if token})
@@ -106,13 +111,14 @@ class Encoder:
     @cached_property
     def _adds_space(self) -> bool:
         """Whether the tokenizer puts a dummy space in front of a text."""
-        return _without_dummy_space(self._spec) != self._spec
+        return any(_without_dummy_space(self._spec[part]) != self._spec[part] for part in WRITES_SPACE)
 
     def _backend(self, kind: Kind) -> Tokenizer:
         """Give the copy of the tokenizer for a kind of text, made when it is needed."""
-        if kind not in self._copies:
-            self._copies[kind] = _copy(self._spec, self.control_tokens, kind)
-        return self._copies[kind]
+        with self._copying:  # threads share an encoder
+            if kind not in self._copies:
+                self._copies[kind] = _copy(self._spec, self.control_tokens, kind)
+            return self._copies[kind]
 
     @cached_property
     def _added_tokens(self) -> dict[bool, re.Pattern[str]]:
@@ -327,8 +333,9 @@ def _copy(spec: dict[str, Any], control: list[str], kind: Kind) -> Tokenizer:
     rendered text all of them are tokens. The copy for a text that goes on behind another puts no dummy space in front.
     """
     added = [token | {"special": token["content"] in control} for token in spec["added_tokens"]]
-    spec = (_without_dummy_space(spec) if kind.continues else spec) | {"added_tokens": added}
-    spec["post_processor"] = None  # it would put special tokens around a text; here they are put as ids
+    bare = {part: _without_dummy_space(spec[part]) for part in WRITES_SPACE} if kind.continues else {}
+    # the post-processor would put special tokens around a text; here they are put as ids
+    spec = spec | bare | {"added_tokens": added, "post_processor": None}
     copy = Tokenizer.from_str(json.dumps(spec))
     copy.encode_special_tokens = not kind.is_rendered
     copy.no_padding()
@@ -337,14 +344,12 @@ def _copy(spec: dict[str, Any], control: list[str], kind: Kind) -> Tokenizer:
 
 
 def _without_dummy_space(node: Any) -> Any:
-    """Take out of a tokenizer's specification what puts a space (SentencePiece's '▁') in front of every text."""
+    """Take out of a part of a tokenizer what puts a space (SentencePiece's '▁') in front of every text."""
     if isinstance(node, list):
         return [_without_dummy_space(item) for item in node]
     if not isinstance(node, dict):
         return node
-    node = {
-        key: value if key in ("model", "added_tokens") else _without_dummy_space(value) for key, value in node.items()
-    }
+    node = {key: _without_dummy_space(value) for key, value in node.items()}
     match node.get("type"):
         case "Metaspace":
             node["prepend_scheme"] = "never"

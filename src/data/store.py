@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from src.data.examples import Example
 from src.data.readers import Record
 
 ROWS, ACCOUNT = "rows.arrow", "account.json"
+BATCH_ROWS = 1000
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     {
@@ -105,20 +105,29 @@ class RowWriter:
         self._sink = pa.OSFile(str(folder / ROWS), "wb")
         self._writer = pa.ipc.new_file(self._sink, SCHEMA)
         self._hash = hashlib.sha256()
+        self._waiting: list[pa.RecordBatch] = []
 
     def write(self, batch: pa.RecordBatch) -> None:
+        """Add rows; small batches are written together, because each costs memory when the file is read."""
+        self._waiting.append(batch)
+        if sum(len(waiting) for waiting in self._waiting) >= BATCH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        batch = pa.concat_batches(self._waiting)
+        self._waiting = []
         update_digest(self._hash, batch)
         self._writer.write_batch(batch)
 
     def close(self, account: Account) -> None:
-        """Write the account and make sure that all of it is on the disk."""
+        """Write the account, whose digest tells a file that did not reach the disk whole when the power went."""
+        self._flush()
         account.digest = self._hash.hexdigest()
         self._writer.close()
         self._sink.close()
         (self._folder / ACCOUNT).write_text(json.dumps(dataclasses.asdict(account)), encoding="utf-8")
-        for name in (ROWS, ACCOUNT):
-            with open(self._folder / name, "rb") as written:
-                os.fsync(written.fileno())
 
     def abort(self) -> None:
         """Close without an end; what was written is not to be used."""
