@@ -7,7 +7,8 @@ TowlineError                exit code 2, printed without a traceback
 ├── TokenError              a tokenizer or a new token can't be used as asked
 ├── ModelError              a model can't be loaded or assembled as asked
 └── TrainingError           exit code 1: the run itself went wrong
-    └── NonFiniteLossError  the loss became inf or nan; names the rows of the batch
+    ├── NonFiniteLossError  the loss became inf or nan; names the rows of the batch
+    └── ExportError         what was written does not load as what was trained
 
 Interrupted                 not an error: the user or the scheduler asked the run to stop (exit code 75)
 """
@@ -49,6 +50,10 @@ class TrainingError(TowlineError):
 
 class NonFiniteLossError(TrainingError):
     """The loss became inf or nan."""
+
+
+class ExportError(TrainingError):
+    """What was written does not load as what was trained."""
 
 
 class Interrupted(BaseException):

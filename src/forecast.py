@@ -6,32 +6,52 @@ What can't be known is None and said to be unknown; it is never filled with a gu
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from src.config.schema import MixedPrecision, OptimizerConfig
-from src.model.build import num_parameters
+from src.config.schema import MixedPrecision, OptimizerConfig, QuantizationConfig
+from src.model.quantization import quantised_layers
 from src.training.loss import MAX_LOGITS
 
 FP32 = 4  # bytes
 LLAMA_TOLERANCE, OTHER_TOLERANCE = 2, 20
 """Percent by which the forecast of activations may miss what autograd saves on CPU, held by tests/test_forecast.py: for
 blocks that compute as Llama's do (Mistral, Qwen), and for all others that are recognised."""
+ADAPTER_TOLERANCE = 5
+"""At least, with an adapter: in the lowest block a little less is kept than is reckoned here."""
+CHECKPOINTING_TOLERANCE = 15
+"""More, where blocks are computed again: against the most that is held while one of them is."""
+
+SCALE_BLOCK = 64  # values that share a scale in 4 bits
+NESTED_BLOCK = 256  # scales that share a scale of their own, where they are quantised too
+STATE_BLOCK = 256  # values of an 8-bit optimizer's state that share a scale
+MIN_8BIT_SIZE = 4096  # values below which a tensor's state keeps 32 bits
 
 
 class Norm(Enum):
     rms = "RMSNorm"
     layer = "LayerNorm"
+
+
+class Source(Enum):
+    """What a matrix of a block reads."""
+
+    attention_norm = "normalised states, for attention"
+    attention = "what attention gives"
+    ffn_norm = "normalised states, for the MLP"
+    ffn = "the MLP's inner units"
 
 
 @dataclass(frozen=True)
@@ -43,6 +63,8 @@ class Block:
     """Whether the MLP is act(gate) * up, as in Llama, or act(up), as in GPT-2."""
     num_ffn_kept: int
     """Values kept for each of the MLP's inner units: gate, act(gate), up and their product make 4 with SiLU."""
+    num_frozen_ffn_kept: int
+    """The same where the last matrix is frozen, so that its input is not kept for it: 3 with SiLU."""
     is_ffn_fused: bool
     """Whether gate and up are one matrix."""
     is_qkv_fused: bool
@@ -52,21 +74,73 @@ class Block:
     """Norms over the whole width."""
     has_qk_norm: bool
     """Whether q and k are normalised too, as in Qwen3."""
+    sources: dict[str, Source]
+    """Each matrix by its name in the block, and what it reads."""
 
     @property
     def tolerance(self) -> int:
-        """Percent by which the forecast of activations may be wrong."""
+        """Percent by which the forecast of activations may be wrong, without adapter and checkpointing."""
         fused = self.is_ffn_fused or self.is_qkv_fused
         as_llama = self.norm is Norm.rms and self.num_norms == 2 and self.is_gated and not fused
         return LLAMA_TOLERANCE if as_llama else OTHER_TOLERANCE
+
+
+class Held(NamedTuple):
+    """Parameters that are held in one form, with all that belongs to it."""
+
+    num: int
+    bytes: int
+    how: str
+
+
+class Trained(NamedTuple):
+    """A tensor that is trained."""
+
+    shape: tuple[int, ...]
+    bytes_per_value: int
+
+    @property
+    def num(self) -> int:
+        return math.prod(self.shape)
+
+
+class Target(NamedTuple):
+    """A matrix with LoRA beside it."""
+
+    source: Source
+    num_in: int
+    num_out: int
+    rank: int
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """What LoRA adds to a model whose own weights are frozen."""
+
+    num_parameters: int
+    targets: tuple[tuple[Target, ...], ...]
+    """Of each block."""
+    trains_rows: bool
+    """Whether rows of new tokens are trained too, so that gradients go all the way down."""
+    has_dropout: bool
+    has_dora: bool
+
+    @property
+    def reached(self) -> tuple[tuple[Target, ...], ...]:
+        """The targets of the blocks that gradients go through: all from the lowest one on that is adapted."""
+        if self.trains_rows:
+            return self.targets
+        lowest = next((i for i, targets in enumerate(self.targets) if targets), len(self.targets))
+        return self.targets[lowest:]
 
 
 @dataclass(frozen=True)
 class Architecture:
     """The sizes of a model that decide what it costs. None where the model does not say."""
 
-    num_parameters: int
-    num_trainable: int
+    held: tuple[Held, ...]
+    trained: tuple[Trained, ...]
     num_looked_up: int
     """Parameters of embedding tables, which cost no multiplication; a tied head is among them."""
     embedding_rows: int
@@ -90,6 +164,29 @@ class Architecture:
     block: Block | None
     unknown: str
     """Why block is None; empty where it is not."""
+    quantised_bits: int | None = None
+    num_quantised: int = 0
+    adapter: AdapterShape | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(held.num for held in self.held)
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(tensor.num for tensor in self.trained)
+
+    @property
+    def trained_bytes(self) -> int:
+        return sum(tensor.num * tensor.bytes_per_value for tensor in self.trained)
+
+    @property
+    def how_trained(self) -> str:
+        """What trained_bytes is the sum of."""
+        sizes: Counter[int] = Counter()
+        for tensor in self.trained:
+            sizes[tensor.bytes_per_value] += tensor.num
+        return " + ".join(f"{num:,} trained parameters x {size} B" for size, num in sizes.items())
 
     @property
     def num_head_parameters(self) -> int:
@@ -99,6 +196,17 @@ class Architecture:
     def num_multiplied(self) -> int:
         """Parameters that every token is multiplied with: all but looked-up tables and the head."""
         return self.num_parameters - self.num_looked_up - (0 if self.is_tied else self.num_head_parameters)
+
+    @property
+    def num_of_adapter(self) -> int:
+        return 0 if self.adapter is None else self.adapter.num_parameters
+
+    @property
+    def num_cast(self) -> int:
+        """Float32 parameters of products, which autocast makes 16-bit copies of."""
+        if self.bytes_per_parameter != FP32:
+            return self.num_of_adapter
+        return self.num_multiplied + self.num_head_parameters - self.num_quantised
 
 
 class Item(NamedTuple):
@@ -136,9 +244,8 @@ class DiskForecast:
     @property
     def total(self) -> Item:
         """The most that lies there at once."""
-        how = (
-            "at most at once; the best weights go before the model is written" if len(self.parts) > 1 else "at the end"
-        )
+        has_best = any(part.name == "best weights" for part in self.parts)
+        how = "at most at once; the best weights go before the model is written" if has_best else "at the end"
         return _total(self.parts, how)
 
     @property
@@ -155,16 +262,17 @@ class TimeForecast:
     how: str
 
 
-def architecture_of(model: Any, config: Any) -> Architecture:
+def architecture_of(model: Any, config: Any, quantization: QuantizationConfig | None = None) -> Architecture:
     """Read the sizes of a transformers model; only shapes and types are looked at.
 
     Args:
         model: may live on the meta device: `with torch.device("meta"): AutoModelForCausalLM.from_config(config)`,
-            resized to the vocabulary that it will have.
+            resized to the vocabulary that it will have. Without an adapter: see with_adapter.
         config: the model's transformers config.
+        quantization: what its weights, not quantised here, will be loaded in.
     """
     text = config.get_text_config()
-    total, trainable = num_parameters(model)
+    held, num_quantised = _held(model, quantization)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     looked_up = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
     width, layers = (getattr(text, key, None) for key in ("hidden_size", "num_hidden_layers"))
@@ -180,8 +288,8 @@ def architecture_of(model: Any, config: Any) -> Architecture:
     else:
         block, unknown = None, f"the config of a {text.model_type} does not name its width, layers and heads"
     return Architecture(
-        num_parameters=total,
-        num_trainable=trainable,
+        held=held,
+        trained=_trained(model),
         num_looked_up=sum(looked_up.values()),
         embedding_rows=embedding.weight.shape[0],
         head_rows=None if head is None else head.weight.shape[0],
@@ -199,7 +307,87 @@ def architecture_of(model: Any, config: Any) -> Architecture:
         has_attention_dropout=_any_above_0(text, "attn_pdrop", "attention_dropout"),
         block=block,
         unknown=unknown,
+        quantised_bits=(8 if quantization.load_in_8bit else 4) if quantization and quantization.is_on else None,
+        num_quantised=num_quantised,
     )
+
+
+def with_adapter(architecture: Architecture, model: Any) -> Architecture:
+    """Add what PEFT has put into a model, and what it has frozen.
+
+    Args:
+        architecture: of the same model before.
+    """
+    added = [p for name, p in model.named_parameters() if "lora_" in name or "trainable_tokens_" in name]
+    sources = architecture.block.sources if architecture.block else {}
+    blocks: Iterable[nn.Module] = _block_lists(model, architecture.num_layers)[0] if sources else ()
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    targets = [
+        tuple(_target(module, sources[name]) for name, module in block.named_modules() if hasattr(module, "lora_A"))
+        for block in blocks
+    ]
+    held = [Held(num, num * size, f"{num:,} of the adapter x {size} B") for size, num in _by_size(added).items()]
+    return replace(
+        architecture,
+        held=(*architecture.held, *held),
+        trained=_trained(model),
+        adapter=AdapterShape(
+            num_parameters=_count(added),
+            targets=tuple(targets),
+            trains_rows=any(p.requires_grad for p in model.get_input_embeddings().parameters()),
+            has_dropout=any(isinstance(m, nn.Dropout) for layer in layers for m in layer.lora_dropout.values()),
+            has_dora=any(len(layer.lora_magnitude_vector) for layer in layers),
+        ),
+    )
+
+
+def _target(layer: Any, source: Source) -> Target:
+    (a,), (b,) = layer.lora_A.values(), layer.lora_B.values()
+    return Target(source, a.in_features, b.out_features, a.out_features, layer.get_base_layer().bias is not None)
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _by_size(tensors: Iterable[Tensor]) -> Counter[int]:
+    """Give bytes of a value -> number of values."""
+    sizes: Counter[int] = Counter()
+    for tensor in tensors:
+        sizes[tensor.itemsize] += tensor.numel()
+    return sizes
+
+
+def _trained(model: nn.Module) -> tuple[Trained, ...]:
+    return tuple(Trained(tuple(p.shape), p.itemsize) for p in model.parameters() if p.requires_grad)
+
+
+def _held(model: nn.Module, quantization: QuantizationConfig | None) -> tuple[tuple[Held, ...], int]:
+    """Give what the parameters will be held in, and how many of them quantised."""
+    layers = quantised_layers(model) if quantization and quantization.is_on else {}
+    quantised = {id(layer.weight): layer.weight for layer in layers.values()}
+    held = [_quantised(list(quantised.values()), quantization)] if quantization and quantised else []
+    sizes = _by_size(p for p in model.parameters() if id(p) not in quantised)
+    held += [Held(num, num * size, f"{num:,} parameters x {size} B") for size, num in sizes.items()]
+    return tuple(held), _count(quantised.values())
+
+
+def _quantised(matrices: Sequence[Tensor], quantization: QuantizationConfig) -> Held:
+    """Give what bitsandbytes holds of matrices [out, in]: in 8 bits a scale for each row, in 4 bits one for each block
+    of values, and tables of what the codes mean, for each matrix its own."""
+    num = _count(matrices)
+    if quantization.load_in_8bit:
+        rows = sum(matrix.shape[0] for matrix in matrices)
+        return Held(num, num + rows * FP32, f"{num:,} in 8 bits, {rows:,} scales x {FP32} B")
+    packed = sum(math.ceil(matrix.numel() / 2) for matrix in matrices)
+    blocks = [math.ceil(matrix.numel() / SCALE_BLOCK) for matrix in matrices]
+    tables = len(matrices) * 16 * FP32
+    how = f"{num:,} in 4 bits, {sum(blocks):,} scales x"
+    if not quantization.bnb_4bit_use_double_quant:
+        return Held(num, packed + sum(blocks) * FP32 + tables, f"{how} {FP32} B")
+    nested = sum(math.ceil(count / NESTED_BLOCK) for count in blocks)
+    tables += len(matrices) * (256 + 1) * FP32  # and the scales' mean
+    return Held(num, packed + sum(blocks) + nested * FP32 + tables, f"{how} 1 B")
 
 
 def _any_above_0(config: Any, *keys: str) -> bool:
@@ -208,7 +396,7 @@ def _any_above_0(config: Any, *keys: str) -> bool:
 
 def _block_of(model: Any, num_layers: int, width: int, q_width: int, kv_width: int) -> tuple[Block | None, str]:
     """Recognise the model's blocks, or say why not: every parameter must be of a matrix or a norm that is known."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
+    lists = _block_lists(model, num_layers)
     if len(lists) != 1:
         return None, f"{len(lists)} lists of {num_layers} blocks were found in it"
     shapes = [{name: p.shape for name, p in block.named_parameters()} for block in lists[0]]
@@ -243,19 +431,46 @@ def _block_of(model: Any, num_layers: int, width: int, q_width: int, kv_width: i
         return None, f"the matrices of its {name} are not q, k, v, o and an MLP"
     activation = next(iter(activations.values()))
     try:
-        num_ffn_kept = _num_ffn_kept(activation, is_gated)
+        num_ffn_kept, num_frozen_ffn_kept = (_num_ffn_kept(activation, is_gated, reads) for reads in (True, False))
     except Exception:  # a module of any kind may stand there
         return None, f"the {type(activation).__name__} of its {name} is no activation function"
     return Block(
         ffn_width=ffn_width,
         is_gated=is_gated,
         num_ffn_kept=num_ffn_kept,
+        num_frozen_ffn_kept=num_frozen_ffn_kept,
         is_ffn_fused=is_ffn_fused,
         is_qkv_fused=attention is fused,
         norm=norms[0][0],
         num_norms=num_wide,
         has_qk_norm=num_wide < len(norms),
+        sources=_sources(lists[0][0], attention, (q_width, width), (ffn_width, width)),
     ), ""
+
+
+def _block_lists(model: nn.Module, num_layers: int | None) -> list[nn.ModuleList]:
+    return [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
+
+
+def _sources(
+    block: nn.Module, attention: Counter[tuple[int, int]], o_shape: tuple[int, int], down_shape: tuple[int, int]
+) -> dict[str, Source]:
+    """Say what each matrix of a block reads. Those of attention lie in one module; of two of a shape o is the last.
+
+    Args:
+        attention: the shapes of attention's matrices, (in, out) as the other ones.
+    """
+    by_parent: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, module in block.named_modules():
+        if shape := _in_and_out(module):
+            by_parent.setdefault(name.rpartition(".")[0], {})[name] = shape
+    sources: dict[str, Source] = {}
+    for matrices in by_parent.values():
+        is_attention = Counter(matrices.values()) == attention
+        norm, inner = (Source.attention_norm, Source.attention) if is_attention else (Source.ffn_norm, Source.ffn)
+        last = [name for name, shape in matrices.items() if shape == (o_shape if is_attention else down_shape)][-1:]
+        sources |= {name: inner if name in last else norm for name in matrices}
+    return sources
 
 
 def _in_and_out(module: nn.Module) -> tuple[int, int] | None:
@@ -289,12 +504,16 @@ def _ffn_of(matrices: Sequence[tuple[int, int]], width: int) -> tuple[int, bool,
     return None
 
 
-def _num_ffn_kept(activation: nn.Module, is_gated: bool) -> int:
+def _num_ffn_kept(activation: nn.Module, is_gated: bool, is_trained: bool) -> int:
     """Count what autograd keeps for each inner unit of an MLP, by doing it once: an activation written in several
-    operations keeps more than one kernel (GPT-2's GELU 5 with what the last matrix reads, a fused one 2, ReLU 1)."""
+    operations keeps more than one kernel (GPT-2's GELU 5 with what the last matrix reads, a fused one 2, ReLU 1).
+
+    Args:
+        is_trained: whether the last matrix is, which then keeps what it reads.
+    """
     tokens, inner = 8, 16
     gate, up = (torch.zeros(tokens, inner, device="cpu", requires_grad=True) for _ in range(2))
-    down = torch.zeros(1, inner, device="cpu", requires_grad=True)
+    down = torch.zeros(1, inner, device="cpu", requires_grad=is_trained)
     kept = measure_saved_bytes(
         lambda: functional.linear(activation(gate) * up if is_gated else activation(gate), down), exclude=[down]
     )
@@ -302,18 +521,45 @@ def _num_ffn_kept(activation: nn.Module, is_gated: bool) -> int:
 
 
 class StateTensor(NamedTuple):
-    """What an optimizer keeps for every trained parameter."""
+    """What an optimizer keeps for one trained tensor."""
 
     name: str
-    bytes_per_value: int | None = None
-    """None: as many as the parameter's own."""
+    num: int
+    bytes_per_value: int
 
 
-OPTIMIZER_STATE: dict[str, Callable[[Any], tuple[StateTensor, ...]]] = {
-    "adamw": lambda config: (StateTensor("exp_avg"), StateTensor("exp_avg_sq")),
-    "sgd": lambda config: (StateTensor("momentum_buffer"),) if config.momentum else (),
+def _as_the_weights(*names: str) -> Callable[[Trained], list[StateTensor]]:
+    return lambda tensor: [StateTensor(name, tensor.num, tensor.bytes_per_value) for name in names]
+
+
+def _in_32_bits(tensor: Trained) -> list[StateTensor]:
+    return [StateTensor(name, tensor.num, FP32) for name in ("state1", "state2")]
+
+
+def _in_8_bits(tensor: Trained) -> list[StateTensor]:
+    if tensor.num < MIN_8BIT_SIZE:
+        return _in_32_bits(tensor)
+    scales = math.ceil(tensor.num / STATE_BLOCK)
+    states = [StateTensor(name, tensor.num, 1) for name in ("state1", "state2")]
+    return states + [StateTensor(name, scales, FP32) for name in ("absmax1", "absmax2")]
+
+
+def _rows_and_columns(tensor: Trained) -> list[StateTensor]:
+    size = tensor.bytes_per_value
+    if len(tensor.shape) < 2:
+        return [StateTensor("variance", tensor.num, size)]
+    names = {"row_var": tensor.shape[-1], "col_var": tensor.shape[-2]}
+    return [StateTensor(name, tensor.num // gone, size) for name, gone in names.items()]
+
+
+OPTIMIZER_STATE: dict[str, Callable[[Any], Callable[[Trained], list[StateTensor]]]] = {
+    "adamw": lambda config: _as_the_weights("exp_avg", "exp_avg_sq"),
+    "adamw_8bit": lambda config: _in_8_bits,
+    "paged_adamw_32bit": lambda config: _in_32_bits,
+    "adafactor": lambda config: _rows_and_columns,
+    "sgd": lambda config: _as_the_weights("momentum_buffer") if config.momentum else _as_the_weights(),
 }
-"""The optimizer's type -> what it keeps, each tensor as large as the trained parameters."""
+"""The optimizer's type -> what it keeps for a tensor that is trained, but for counters and tables of a few values."""
 
 
 def memory_forecast(
@@ -327,6 +573,7 @@ def memory_forecast(
     is_packed: bool = False,
     device_type: str = "cpu",
     uses_full_logits: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> MemoryForecast:
     """Forecast what training holds on its device.
 
@@ -339,43 +586,52 @@ def memory_forecast(
         uses_full_logits: see ScoredModel.
     """
     scored = batch * (seq - 1) if num_supervised is None else num_supervised
-    size = architecture.bytes_per_parameter
     parts = [
         Item(
             "parameters",
-            architecture.num_parameters * size,
-            f"{architecture.num_parameters:,} parameters x {size} B",
+            sum(held.bytes for held in architecture.held),
+            " + ".join(held.how for held in architecture.held),
         ),
-        Item(
-            "gradients",
-            architecture.num_trainable * size,
-            f"{architecture.num_trainable:,} trained parameters x {size} B",
+        Item("gradients", architecture.trained_bytes, architecture.how_trained),
+        optimizer_part(architecture, optimizer, device_type),
+        activation_part(
+            architecture, mixed_precision, batch, seq, scored, is_packed, device_type, gradient_checkpointing
         ),
-        optimizer_part(architecture, optimizer),
-        activation_part(architecture, mixed_precision, batch, seq, scored, is_packed, device_type),
         logits_part(architecture, mixed_precision, batch * seq, scored, uses_full_logits),
     ]
-    if _casts(architecture, mixed_precision):
-        multiplied = architecture.num_multiplied + architecture.num_head_parameters
-        how = f"{multiplied:,} parameters of products x 2 B: autocast's {mixed_precision.value} copies, until backward"
-        parts.insert(1, Item("cast weights", 2 * multiplied, how))
+    num_cast = architecture.num_cast if mixed_precision is not MixedPrecision.no else 0
+    if num_cast:
+        how = f"{num_cast:,} parameters of products x 2 B: autocast's {mixed_precision.value} copies, until backward"
+        if gradient_checkpointing and architecture.adapter is not None and architecture.num_layers:
+            of_head = architecture.num_head_parameters if architecture.bytes_per_parameter == FP32 else 0
+            num_cast = of_head + (num_cast - of_head) // architecture.num_layers
+            how = f"{num_cast:,} parameters of the head and one block x 2 B: autocast's {mixed_precision.value} copies"
+        parts.insert(1, Item("cast weights", 2 * num_cast, how))
     return MemoryForecast(tuple(parts))
 
 
-def optimizer_part(architecture: Architecture, optimizer: OptimizerConfig) -> Item:
+def optimizer_part(architecture: Architecture, optimizer: OptimizerConfig, device_type: str = "cpu") -> Item:
     """Forecast the optimizer's state, tensor by tensor."""
     if optimizer.type not in OPTIMIZER_STATE:
         return Item("optimizer state", None, f"unknown: nothing is known of what {optimizer.type} keeps")
-    states = OPTIMIZER_STATE[optimizer.type](optimizer)
-    if not states:
+    keeps = OPTIMIZER_STATE[optimizer.type](optimizer)
+    counts: Counter[tuple[str, int]] = Counter()
+    for tensor in architecture.trained:
+        for name, num, size in keeps(tensor):
+            counts[name, size] += num
+    if not counts:
         return Item("optimizer state", 0, f"{optimizer.type} keeps nothing with these settings")
-    sizes: dict[int, list[str]] = {}
-    for state in states:
-        sizes.setdefault(state.bytes_per_value or architecture.bytes_per_parameter, []).append(state.name)
-    trained = architecture.num_trainable
-    how = " + ".join(f"{len(names)} x {trained:,} trained parameters x {size} B" for size, names in sizes.items())
-    held = sum(len(names) * trained * size for size, names in sizes.items())
-    return Item("optimizer state", held, f"{how}: {', '.join(state.name for state in states)}")
+    alike: dict[tuple[int, int], list[str]] = {}
+    for (name, size), num in counts.items():
+        alike.setdefault((num, size), []).append(name)
+    how = " + ".join(
+        f"{len(names)} x {num:,} {'trained parameters' if num == architecture.num_trainable else 'values'} x {size} B: "
+        + ", ".join(names)
+        for (num, size), names in alike.items()
+    )
+    if optimizer.type.startswith("paged") and device_type == "cuda":
+        how += "; moved to the CPU's memory where the GPU's is full"
+    return Item("optimizer state", sum(num * size for (_, size), num in counts.items()), how)
 
 
 def activation_part(
@@ -386,6 +642,7 @@ def activation_part(
     num_supervised: int,
     is_packed: bool = False,
     device_type: str = "cpu",
+    gradient_checkpointing: bool = False,
 ) -> Item:
     """Forecast the forward values that autograd keeps for the backward of one micro-batch, without logits.
 
@@ -406,53 +663,164 @@ def activation_part(
         MLP         c·f for all that is kept of it, 4 with a gated SiLU
     Outside the blocks: ids, cosines and sines, the last norm, masks, and the states that are scored.
 
-    Against what autograd saves on CPU: ±2 % for blocks like Llama's (fp32, autocast and 16-bit weights, sdpa and eager)
-    and ±20 % for the other ones (GPT-2 in fp32 and autocast: 6 %). GPT-2 with 16-bit weights and eager attention keeps
-    less: its softmax is not in fp32. All weights are supposed to be trained; where most are frozen, less is kept.
+    With an adapter the weights are frozen, and keep less: see _inputs; norms keep their input only, and blocks below
+    the lowest one that is trained keep nothing. With gradient checkpointing each block keeps its input, and one block
+    at a time is computed again, beside the first gradients of its backward.
+
+    Against what autograd saves on CPU: ±2 % for blocks like Llama's (fp32, autocast and 16-bit weights, sdpa and eager;
+    ±5 % with an adapter, also on quantised weights) and ±20 % for the other ones (GPT-2 in fp32 and autocast: 6 %);
+    with checkpointing 15 more, against the most that is held in backward. GPT-2 with 16-bit weights and eager attention
+    keeps less: its softmax is not in fp32. On CUDA quantised layers keep other types than on CPU: as their code says,
+    not measured.
     """
     block, width, layers = architecture.block, architecture.width, architecture.num_layers
     heads, kv_heads, head_dim = architecture.num_heads, architecture.num_kv_heads, architecture.head_dim
     if block is None or not (width and layers and heads and kv_heads and head_dim):
         return Item("activations", None, f"unknown for this architecture: {architecture.unknown}")
     q, kv, residual = heads * head_dim, kv_heads * head_dim, architecture.bytes_per_parameter
-    casts = _casts(architecture, mixed_precision)
-    compute = 2 if casts else residual
-    mask = 1 if device_type == "cuda" else compute
-
-    norm = (FP32 + residual) * width + FP32 if block.norm is Norm.rms else residual * width + 2 * FP32
+    adapter, tokens = architecture.adapter, batch * seq
+    types = _types(architecture, mixed_precision, device_type)
+    mask = 1 if device_type == "cuda" else types.compute
+    norm = _norm_bytes(block.norm, width, residual, is_trained=adapter is None)
     norms = block.num_norms * norm
     if block.has_qk_norm:
-        norms += (FP32 + compute) * (q + kv) + FP32 * (heads + kv_heads)
-    copies = (1 if block.is_qkv_fused else 3) + (2 if block.is_gated and not block.is_ffn_fused else 1)
-    inputs = compute * width * (copies if casts else 2)
-    falls_back = architecture.has_attention_dropout and device_type != "cuda"
-    is_eager, needs_mask = architecture.attention == "eager", is_packed and architecture.attention == "sdpa"
-    if is_eager or falls_back:
-        wide = compute if is_eager else FP32  # sdpa's substitute computes in fp32
-        attention = wide * 3 * q + compute * q
-        if architecture.has_attention_dropout:
-            squares = FP32 + (1 if device_type == "cuda" else wide) + wide
-        else:
-            squares = FP32 + (compute if compute < FP32 else 0)
-        attention += heads * seq * squares
-    else:
-        attention = compute * (4 * q + seq if needs_mask else 2 * (q + kv)) + FP32 * heads
-        if block.is_qkv_fused and architecture.is_rotary:
-            attention += compute * (q + kv)
-    dropout = 2 * mask * width if architecture.has_dropout else 0
-    mlp = compute * block.num_ffn_kept * block.ffn_width
+        norms += (FP32 + (types.compute if adapter is None else 0)) * (q + kv) + FP32 * (heads + kv_heads)
+    needs_mask = is_packed and architecture.attention == "sdpa"
+    attention, output = _attention_bytes(architecture, types.compute, q, kv, heads, seq, needs_mask, device_type)
 
-    tokens = batch * seq
-    a_block = norms + inputs + attention + dropout + mlp
+    def of_block(targets: Sequence[Target]) -> dict[str, int]:
+        if adapter is None:
+            copies = (1 if block.is_qkv_fused else 3) + (2 if block.is_gated and not block.is_ffn_fused else 1)
+            is_cast = _casts(architecture, mixed_precision)
+            inputs, read = types.compute * width * (copies if is_cast else 2), set(Source)
+        else:
+            inputs, read = _inputs(architecture, adapter, targets, types, device_type)
+            inputs += residual * width * len(read & {Source.attention_norm, Source.ffn_norm})
+        num_ffn = block.num_ffn_kept if Source.ffn in read else block.num_frozen_ffn_kept
+        return {
+            "norms": norms,
+            "inputs": inputs,
+            "attention": attention + (output if Source.attention in read else 0),
+            "dropout": 2 * mask * width if architecture.has_dropout else 0,
+            "MLP": types.inner * num_ffn * block.ffn_width,
+        }
+
+    blocks = [of_block(targets) for targets in (((),) * layers if adapter is None else adapter.reached)]
+    trains_rows = adapter is None or adapter.trains_rows
     first_mask = (1 if device_type == "cuda" else residual) * width if architecture.has_dropout else 0
-    rotary = 2 * seq * head_dim * residual if architecture.is_rotary else 0
-    outside = (
-        tokens * (8 + norm + first_mask + (seq if needs_mask else 0)) + rotary + num_supervised * (compute * width + 8)
-    )
-    how = f"{tokens:,} tokens x {layers} blocks x {a_block:,} B (norms {norms:,}, inputs {inputs:,}, "
-    how += f"attention {attention:,}, {f'dropout {dropout:,}, ' if dropout else ''}MLP {mlp:,})"
-    how += f" + {human_bytes(outside)} outside; ±{block.tolerance} %"
-    return Item("activations", tokens * layers * a_block + outside, how)
+    last_norm = (
+        norm if trains_rows else 0
+    )  # else it makes up for the lowest block's first, below which nothing is trained
+    outside = tokens * (8 * trains_rows + last_norm + first_mask + (seq if needs_mask else 0))
+    outside += 2 * seq * head_dim * residual if architecture.is_rotary else 0
+    outside += num_supervised * (types.compute * width * trains_rows + 8)
+    if adapter is not None and adapter.has_dora and adapter.has_dropout:
+        outside += _dora_weights(architecture, adapter, types)
+    mean = {name: round(sum(one[name] for one in blocks) / len(blocks)) for name in blocks[0]} if blocks else {}
+    inside = ", ".join(f"{name} {size:,}" for name, size in mean.items() if size or name != "dropout")
+    how = f"{sum(mean.values()):,} B ({inside})"
+    tolerance = block.tolerance if adapter is None else max(block.tolerance, ADAPTER_TOLERANCE)
+    if gradient_checkpointing:
+        gradients = block.ffn_width * _inner_gradient_bytes(architecture, types)
+        held = len(blocks) * residual * width + max((sum(one.values()) for one in blocks), default=0) + gradients
+        how = f"{tokens:,} tokens x ({len(blocks)} blocks' inputs x {residual * width:,} B + one block's {how}"
+        how += f" and gradients {gradients:,} B)"
+        tolerance += CHECKPOINTING_TOLERANCE
+    else:
+        held = sum(sum(one.values()) for one in blocks)
+        how = f"{tokens:,} tokens x {len(blocks)} blocks x {how}"
+    return Item("activations", tokens * held + outside, f"{how} + {human_bytes(outside)} outside; ±{tolerance} %")
+
+
+class _Types(NamedTuple):
+    """Bytes a value, by where it is kept; see activation_part for w and c."""
+
+    compute: int
+    inner: int
+    """Of the MLP's inner units."""
+    adapter: int
+    """Of what LoRA's matrices compute with."""
+    is_autocast: bool
+    gives_back: bool
+    """Whether a matrix gives back the type that it was given, as some of bitsandbytes' do, whatever autocast says."""
+
+
+def _types(architecture: Architecture, mixed_precision: MixedPrecision, device_type: str) -> _Types:
+    is_autocast, residual = mixed_precision is not MixedPrecision.no, architecture.bytes_per_parameter
+    compute = 2 if is_autocast else residual
+    gives_back = architecture.quantised_bits == 4 or (architecture.quantised_bits == 8 and device_type == "cuda")
+    return _Types(compute, residual if gives_back else compute, 2 if is_autocast else FP32, is_autocast, gives_back)
+
+
+def _norm_bytes(norm: Norm, width: int, residual: int, *, is_trained: bool) -> int:
+    if norm is Norm.layer:
+        return residual * width + 2 * FP32
+    return (FP32 + (residual if is_trained else 0)) * width + FP32
+
+
+def _attention_bytes(
+    architecture: Architecture, compute: int, q: int, kv: int, heads: int, seq: int, needs_mask: bool, device_type: str
+) -> tuple[int, int]:
+    """Give what attention keeps for each token, and what more where the matrix behind it keeps its input."""
+    is_eager = architecture.attention == "eager"
+    if not is_eager and (device_type == "cuda" or not architecture.has_attention_dropout):
+        kept = compute * (4 * q + seq if needs_mask else 2 * (q + kv)) + FP32 * heads
+        is_copied = architecture.is_rotary and architecture.block is not None and architecture.block.is_qkv_fused
+        return kept + (compute * (q + kv) if is_copied else 0), 0
+    wide = compute if is_eager else FP32  # sdpa's substitute computes in fp32
+    squares = FP32 + (compute if compute < FP32 else 0)
+    if architecture.has_attention_dropout:
+        squares = FP32 + (1 if device_type == "cuda" else wide) + wide
+    return wide * 3 * q + heads * seq * squares, compute * q
+
+
+def _inner_gradient_bytes(architecture: Architecture, types: _Types) -> int:
+    """Count the gradients of what the MLP's last matrix reads, for each inner unit, when backward comes to its block."""
+    adapter = architecture.adapter
+    if adapter is None or not any(t.source is Source.ffn for targets in adapter.reached for t in targets):
+        return types.inner
+    is_copied = types.is_autocast or architecture.bytes_per_parameter != FP32
+    return types.inner + (2 * FP32 if is_copied else FP32)
+
+
+def _inputs(
+    architecture: Architecture, adapter: AdapterShape, targets: Sequence[Target], types: _Types, device_type: str
+) -> tuple[int, set[Source]]:
+    """Count what LoRA keeps for each token of a block, and say which of the values that its matrices read are kept too.
+
+    Frozen matrices keep no input, but for bitsandbytes' 8-bit ones. A of LoRA keeps what it reads: the matrix's own
+    input where it has the right type; else a copy, 2 bytes a value under autocast, 4 without, since PEFT holds A and B
+    in float32. Behind LoRA's dropout it is always a copy, with a mask. B keeps what A gives: rank values. DoRA keeps the
+    results of the matrix and of LoRA.
+    """
+    residual, size = architecture.bytes_per_parameter, types.adapter
+    # PEFT leaves casting to autocast beside quantised weights, if it sees it: on CUDA only
+    leaves_it = architecture.quantised_bits is not None and types.is_autocast and device_type == "cuda"
+    read = set(Source) if architecture.quantised_bits == 8 else set()
+    kept = 0
+    for target in targets:
+        given = {Source.attention: types.compute, Source.ffn: types.inner}.get(target.source, residual)
+        kept += size * target.rank
+        if adapter.has_dropout:
+            mask = 1 if device_type == "cuda" else FP32
+            kept += (size + mask) * target.num_in
+        elif given != size or (types.is_autocast and not leaves_it):
+            kept += size * target.num_in
+        else:
+            read.add(target.source)
+        if adapter.has_dora:
+            result = given if types.gives_back else types.compute
+            if target.has_bias:  # taken off the result again, in its own type
+                result = max(result, residual)
+            kept += (size + (size if adapter.has_dropout else result)) * target.num_out
+    return kept, read
+
+
+def _dora_weights(architecture: Architecture, adapter: AdapterShape, types: _Types) -> int:
+    """Count the copies of weights that DoRA behind a dropout keeps, to multiply with what was dropped once more."""
+    is_copied = types.is_autocast or architecture.quantised_bits is not None or architecture.bytes_per_parameter != FP32
+    num = sum(target.num_in * target.num_out for targets in adapter.reached for target in targets)
+    return num * types.adapter if is_copied else 0
 
 
 def logits_part(
@@ -493,59 +861,87 @@ def _casts(architecture: Architecture, mixed_precision: MixedPrecision) -> bool:
     return mixed_precision is not MixedPrecision.no and architecture.bytes_per_parameter == FP32
 
 
+class _Kept:
+    """A tensor that autograd keeps, for as long as it keeps it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def measure_saved_bytes(compute: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:
     """Run a forward and give the bytes that autograd keeps of it for backward, each storage counted once and whole.
 
-    Autocast's copies of the weights are among them; what `torch.utils.checkpoint` keeps to compute again is not seen.
-    All that is kept stays until the end of the call.
+    Autocast's copies of the weights are among them. Of what `torch.utils.checkpoint` computes again it sees what is
+    kept to do so, not what comes then; of bitsandbytes' 8-bit layers it does not see the inputs that they keep.
 
     Args:
-        compute: a forward without its backward; its result is let go.
+        compute: a forward without its backward; its result is held until it is counted.
         exclude: tensors that are there anyway, such as the model's parameters.
     """
     there = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-    kept: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
+    living: WeakSet[_Kept] = WeakSet()
 
-    def see(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            kept[storage.data_ptr()] = storage
-        return tensor
+    def see(tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        living.add(kept)
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
-        compute()
-    return sum(storage.nbytes() for storage in kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda kept: kept.tensor):
+        result = compute()
+    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage() for kept in living}
+    del result
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in there)
 
 
 def disk_forecast(
-    architecture: Architecture, run_dir: Path, *, load_best_model_at_end: bool, tokenizer_bytes: int = 0
+    architecture: Architecture,
+    run_dir: Path,
+    *,
+    load_best_model_at_end: bool,
+    tokenizer_bytes: int = 0,
+    merge: bool = False,
 ) -> DiskForecast:
-    """Forecast what a run writes that is large: the exported model, and the best weights meanwhile.
+    """Forecast what a run writes that is large: the exported model or adapter, and the best weights meanwhile.
 
-    A matrix that is tied is written once. Best weights are written beside those they replace, so twice their size lies
-    there for a moment; they are gone before the model is written (src/checkpoint/best.py, src/run.py).
+    A matrix that is tied is written once. An adapter is what is trained: its matrices and the rows of new tokens. Best
+    weights are what is trained too, written beside those they replace, so twice their size lies there for a moment;
+    they are gone before the model is written (src/checkpoint/best.py, src/run.py).
 
     Args:
         run_dir: the run's folder; need not exist.
         tokenizer_bytes: files that are exported beside the weights.
+        merge: whether an adapter is also merged into the whole model, in float32 where its weights are quantised.
     """
-    weights = architecture.num_parameters * architecture.bytes_per_parameter
-    how = f"{architecture.num_parameters:,} parameters x {architecture.bytes_per_parameter} B"
     beside = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""
-    parts = [Item("model", weights + tokenizer_bytes, how + beside)]
+    parts = []
+    if architecture.adapter is None or merge:
+        num = architecture.num_parameters - architecture.num_of_adapter
+        wide = (FP32 - architecture.bytes_per_parameter) * architecture.num_quantised
+        whole = num * architecture.bytes_per_parameter + wide
+        how = f"{num:,} parameters x {architecture.bytes_per_parameter} B"
+        if wide:
+            how = f"{num - architecture.num_quantised:,} x {architecture.bytes_per_parameter} B + "
+            how += f"{architecture.num_quantised:,} dequantised parameters x {FP32} B"
+        parts.append(Item("model", whole + tokenizer_bytes, how + beside))
+    if architecture.adapter is not None:
+        with_it, told = (0, "") if merge else (tokenizer_bytes, beside)
+        parts.append(Item("adapter", architecture.trained_bytes + with_it, architecture.how_trained + told))
     if load_best_model_at_end:
-        parts.append(Item("best weights", weights, f"{how}, until the end; twice while better ones replace them"))
+        how = f"{architecture.how_trained}, until the end; twice while better ones replace them"
+        parts.append(Item("best weights", architecture.trained_bytes, how))
     place = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
     return DiskForecast(tuple(parts), shutil.disk_usage(place).free, place)
 
 
-def training_flops(architecture: Architecture, num_tokens: int, num_supervised: int, seq: int) -> int | None:
+def training_flops(
+    architecture: Architecture, num_tokens: int, num_supervised: int, seq: int, gradient_checkpointing: bool = False
+) -> int | None:
     """Count the floating-point operations of forward and backward: 6·N a token, and attention 12·layers·q·seq a token.
 
     Kaplan et al. 2020 (arXiv 2001.08361, section 2.1) and Chowdhery et al. 2022 (PaLM, arXiv 2204.02311, appendix B),
     which do not halve attention for its causal mask. Of 6, 2 are the forward, 2 the gradients that are passed on and 2
-    those of the weights, which frozen weights do without. N leaves out tables that are only looked up, and Towline's
-    head works for supervised positions only.
+    those of the weights, which frozen weights do without; gradient checkpointing does the forward twice. N leaves out
+    tables that are only looked up, and Towline's head works for supervised positions only.
 
     Args:
         num_tokens: positions of the whole training, padding included.
@@ -556,10 +952,11 @@ def training_flops(architecture: Architecture, num_tokens: int, num_supervised: 
     """
     if architecture.is_mixture:
         return None
-    per_parameter = 4 + 2 * architecture.num_trainable / architecture.num_parameters
+    again = 2 if gradient_checkpointing else 0
+    per_parameter = 4 + 2 * architecture.num_trainable / architecture.num_parameters + again
     products = architecture.num_multiplied * num_tokens + architecture.num_head_parameters * num_supervised
     heads_width = (architecture.num_heads or 0) * (architecture.head_dim or 0)
-    attention = 12 * (architecture.num_layers or 0) * heads_width * seq * num_tokens
+    attention = (12 + 2 * again) * (architecture.num_layers or 0) * heads_width * seq * num_tokens
     return round(per_parameter * products) + attention
 
 
@@ -570,14 +967,15 @@ def time_forecast(
     num_supervised: int,
     seq: int,
     flops_per_second: float,
+    gradient_checkpointing: bool = False,
 ) -> TimeForecast:
     """Forecast from below: the run's operations at the full speed of this device's matrix products, and nothing else.
 
     Args:
-        num_tokens, num_supervised, seq: see training_flops.
+        num_tokens, num_supervised, seq, gradient_checkpointing: see training_flops.
         flops_per_second: of matmul_flops_per_second.
     """
-    flops = training_flops(architecture, num_tokens, num_supervised, seq)
+    flops = training_flops(architecture, num_tokens, num_supervised, seq, gradient_checkpointing)
     if flops is None:
         return TimeForecast(None, True, "unknown: a token meets only some experts of this model")
     how = f"at least: {flops:.3g} FLOP at the {flops_per_second:.3g} FLOP/s of this device's matrix products"

@@ -45,16 +45,19 @@ def preflight(admitted: Admitted) -> int:
     from src.evaluation.generate import check_prompts
     from src.inspection.drawing import Paint, draw_lengths
     from src.inspection.findings import findings, prove
-    from src.inspection.outlook import outlook
+    from src.inspection.outlook import device_of, outlook
     from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets, show_tokens
     from src.model.build import check_lengths, empty_model
-    from src.tokens import fit_embeddings, load_tokenizer
+    from src.model.quantization import check_quantisable
+    from src.tokens import grow_embeddings, load_tokenizer
 
     tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
     data = build_data(config, tokenizer, console.working)
     model = empty_model(config.model)
     check_lengths(config.model, model.config, config.data.max_seq_length, config.data.max_target_length)
-    fit_embeddings(model, len(tokenizer), config.tokens.pad_to_multiple_of)
+    if config.quantization.is_on:
+        check_quantisable(model, config.quantization, device_of(config))
+    started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed)
     train = first_block(data.train)
     check_prompts(config, model, data)
     sets = {"train": train} | data.validation | data.test
@@ -66,7 +69,8 @@ def preflight(admitted: Admitted) -> int:
     draw_lengths(sets, config.data.max_seq_length, folder / "lengths.png")
     show_rows(console, train, data, own.rows, paint)
     proofs = {name: prove(rows, data.encoder, data.stop_ids) for name, rows in sets.items()}
-    ahead = outlook(config, model, tokenizer, train, admitted.run_dir, measure=own.measure)
+    new_ids = list(started.ids.values())
+    ahead = outlook(config, model, tokenizer, new_ids, train, admitted.run_dir, measure=own.measure)
     show_forecasts(console, config, ahead)
     found = findings(config, data, train, proofs, ahead.num_steps)
     code = show_findings(console, found, proofs, paint)

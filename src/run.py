@@ -47,50 +47,57 @@ def run(admitted: Admitted) -> dict[str, float]:
         from src.data.dataset import build_data, file_hashes
         from src.evaluation.evaluate import open_evaluation
         from src.evaluation.samples import sample
+        from src.model.adapters import add_adapter
         from src.model.build import build_model, set_generation
+        from src.model.card import model_card
         from src.model.export import export
         from src.overview import overview
         from src.runtime.session import start_runtime
-        from src.tokens import check_new_rows, grow_embeddings, load_tokenizer
+        from src.tokens import check_new_rows, embedding_matrices, grow_embeddings, load_tokenizer
         from src.tracking.provenance import provenance
         from src.training.loop import train
         from src.training.state import prepare
 
         with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime:
-            hashes = file_hashes(config.data)
-            tracking.record("provenance.json", provenance(admitted.frozen, hashes, runtime.description, PROJECT_ROOT))
+            made = provenance(admitted.frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
+            tracking.record("provenance.json", made)
             tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
             data = build_data(config, tokenizer, console.working)
             tracking.record("data_report.json", data.report())
-            model = build_model(config.model, config.data.max_seq_length, config.data.max_target_length)
+            model = build_model(config, runtime.device)
             set_generation(model, config.generation, tokenizer, data.stop_ids)
             started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed)
-            state = prepare(model, data.train, config, runtime)
+            matrices = [matrix.module for matrix in embedding_matrices(model)]
+            new_ids = list(started.ids.values())
+            adapter = add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
+            state = prepare(model, data.train, config, runtime, new_tokens.ids)
             check_new_rows(state.model, started)
             evaluation = open_evaluation(config, state.scored, state.model, data, runtime)
             best = BestWeights(config.checkpoint, run_dir)
             samples_of = data.for_samples()
             tracking.warn(data.reports["train"].unlearned(config.thought_tags))
             tracking.describe(overview(config, state, tokenizer, new_tokens, started, data, runtime))
+            untrained = sample(evaluation, samples_of, config.evaluation.sample_prompts, 0)
 
             stop.is_deferred = True  # from here on there is something to end properly
             for step in train(state, data.train, config, runtime, evaluation.pad_token_id):
                 tracking.progress(step, state.num_steps, config.training.logging_steps)
                 with tracking.line(step, due=step.is_due(config.training.logging_steps) or step.is_last) as metrics:
                     if step.is_due(config.evaluation.eval_steps) or step.is_last:
-                        for rows in data.validation.values():
-                            metrics |= evaluation.evaluate(rows)
+                        metrics |= evaluation.evaluate(data.validation.values(), new_tokens.ids)
+                        metrics |= state.new_rows.telemetry()
                         best.consider(step.number, metrics, state.model)
                     if step.is_last:
                         best.restore(state.model)  # from here on it is the model that is exported
-                        for rows in data.test.values():
-                            metrics |= evaluation.evaluate(rows)
+                        metrics |= evaluation.evaluate(data.test.values())
                 if step.is_due(config.evaluation.sample_steps) or step.is_last:
-                    tracking.samples(sample(evaluation, samples_of, config.evaluation.sample_prompts, step.number))
+                    samples = sample(evaluation, samples_of, config.evaluation.sample_prompts, step.number, untrained)
+                    tracking.samples(samples)
 
             if config.data.streaming:
                 tracking.record("data_report.json", data.report())  # what was read is known only now
-            export(state.model, tokenizer, run_dir / "model")
+            card = model_card(admitted.frozen, data.report(), tracking.latest, made, new_tokens.ids)
+            export(state.model, adapter, tokenizer, run_dir / "model", config, card)
             return tracking.finish(state.totals() | {"peak_memory_bytes": runtime.peak_memory_bytes()})
 
 

@@ -7,12 +7,13 @@ checkpoint has learned of a token it already knows is left alone. New tokens are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AddedToken, AutoTokenizer
 
 from src.config.schema import InitMethod, ModelConfig, TokensConfig
@@ -51,7 +52,7 @@ def add_tokens(tokenizer: Any, tokens: TokensConfig) -> NewTokens:
     """Add the tokens that the vocabulary does not have yet; each is one id ever after.
 
     Raises:
-        TokenError: where a thought's tag is not one id in the end.
+        TokenError: where one is a word of the model's text, or a thought's tag is not one id in the end.
     """
     vocabulary = tokenizer.get_vocab()
     known = {token: vocabulary[token] for token in tokens.additional_special_tokens if token in vocabulary}
@@ -59,6 +60,13 @@ def add_tokens(tokenizer: Any, tokens: TokensConfig) -> NewTokens:
     # a known token may be a mere vocabulary entry: marked as added, it is never cut into pieces
     whole = tokenizer.get_added_vocab()
     unmarked = [token for token in known if token not in whole]
+    texts = [token for token in unmarked if _is_text(tokenizer, token, known[token])]
+    if texts:
+        raise TokenError(
+            f"tokens.additional_special_tokens: {', '.join(map(repr, texts))} {'is' if len(texts) == 1 else 'are'} "
+            "ordinary text of this tokenizer; as a special token it would be cut out of other words too: choose a name "
+            f"that no text has, such as <{texts[0].strip('<>')}>"
+        )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in [*unmarked, *missing]])
     for tag in filter(None, (tokens.thought_open, tokens.thought_close)):
         ids = tokenizer(tag, add_special_tokens=False)["input_ids"]
@@ -70,21 +78,94 @@ def add_tokens(tokenizer: Any, tokens: TokensConfig) -> NewTokens:
     return NewTokens({token: tokenizer.convert_tokens_to_ids(token) for token in missing}, known)
 
 
-def embedding_matrices(model: Any) -> list[tuple[str, nn.Parameter]]:
-    """Give the input and the output matrix, [rows, width] each; one entry where they are tied."""
-    inputs = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
-    if head is None or head.weight is inputs:
-        return [("input", inputs)]
-    return [("input", inputs), ("output", head.weight)]
+@dataclass(frozen=True)
+class Matrix:
+    """The input or the output matrix of a model, also where an adapter trains some of its rows apart."""
+
+    name: str
+    module: Any
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """All rows, [rows, width], as they were before an adapter."""
+        module = self.module
+        while inner := getattr(module, "token_adapter", getattr(module, "base_layer", None)):  # PEFT's wrappers
+            module = inner
+        return module.weight
+
+    @property
+    def apart(self) -> tuple[dict[int, int], nn.Parameter | None]:
+        """Give the rows that an adapter trains in place of the matrix's own: id -> number, and the rows, [n, width]."""
+        adapter = getattr(self.module, "token_adapter", None)
+        if adapter is None:
+            return {}, None
+        (name,) = adapter.active_adapters
+        return {i: n for n, i in enumerate(adapter.token_indices[name])}, adapter.trainable_tokens_delta[name]
+
+    def rows(self, ids: Sequence[int]) -> Tensor:
+        """Give some rows as the model uses them, [ids, width], a copy."""
+        found = self.weight.detach()[list(ids)].clone()
+        numbers, apart = self.apart
+        for i, token_id in enumerate(ids):
+            if apart is not None and token_id in numbers:
+                found[i] = apart.detach()[numbers[token_id]]
+        return found
+
+    def gradient_norms(self, ids: Sequence[int]) -> Tensor:
+        """Give the norm of each row's gradient, [ids]; 0 where it has none."""
+        gradient = self.weight.grad
+        norms = torch.zeros(len(ids)) if gradient is None else gradient[list(ids)].float().norm(dim=1)
+        numbers, apart = self.apart
+        if apart is not None and apart.grad is not None:
+            of_apart = apart.grad.float().norm(dim=1)
+            norms = torch.stack([of_apart[numbers[i]] if i in numbers else norms[n] for n, i in enumerate(ids)])
+        return norms
+
+
+def embedding_matrices(model: Any) -> list[Matrix]:
+    """Give every matrix that has a row for each token, once: input, an encoder's and a decoder's own, output."""
+    found = {"input": model.get_input_embeddings()}
+    found |= {name: stack.get_input_embeddings() for name, stack in _stacks(model).items()}
+    found["output"] = model.get_output_embeddings()
+    matrices = [Matrix(name, module) for name, module in found.items() if module is not None]
+    return list({id(matrix.weight): matrix for matrix in reversed(matrices)}.values())[::-1]
+
+
+def _stacks(model: Any) -> dict[str, Any]:
+    """Give the halves of an encoder-decoder; none of another model."""
+    return {"encoder": model.get_encoder(), "decoder": model.get_decoder()} if model.config.is_encoder_decoder else {}
+
+
+def _is_text(tokenizer: Any, token: str, token_id: int) -> bool:
+    """Whether ordinary text that holds these characters is encoded with this id."""
+    texts = (token, f"{token}{token}", f" {token} ")
+    return any(token_id in tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+
+
+def embedding_parameters(model: Any) -> list[nn.Parameter]:
+    """Give what is trained of the matrices: all rows, or those that an adapter trains apart."""
+    found = [m.weight if m.apart[1] is None else m.apart[1] for m in embedding_matrices(model)]
+    return [parameter for parameter in found if parameter.requires_grad]
 
 
 def fit_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) -> None:
-    """Make the matrices at least `num_tokens` rows long; one that has room is left as it is, never shrunk."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows >= num_tokens:
+    """Make the matrices at least `num_tokens` rows long; one that has room is left as it is, never shrunk.
+
+    Where encoder and decoder have matrices of their own (an untied BART), transformers 5.23 would put one in the place
+    of all, and what they have learned would be lost. So they are put back, as long as the rest.
+    """
+    inputs = model.get_input_embeddings().weight
+    if inputs.shape[0] >= num_tokens:
         return
+    looked_up = [(stack, stack.get_input_embeddings()) for stack in _stacks(model).values()]
+    own = [(stack, module) for stack, module in looked_up if module.weight is not inputs]
     model.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    for stack, module in own:
+        old = module.weight.detach()
+        rest = old.new_zeros(num_rows - len(old), old.shape[1])  # of tokens that are written next, or padding
+        module.weight, module.num_embeddings = nn.Parameter(torch.cat([old, rest])), num_rows
+        stack.set_input_embeddings(module)
 
 
 @dataclass(frozen=True)
@@ -112,12 +193,12 @@ def grow_embeddings(model: Any, tokenizer: Any, new: NewTokens, config: TokensCo
     if started:
         ids = list(started.values())
         pieces = source_ids(tokenizer, list(started), config, num_old)
-        for offset, (name, matrix) in enumerate(embedding_matrices(model)):
+        for offset, matrix in enumerate(embedding_matrices(model)):
             generator = torch.Generator().manual_seed(seed + offset)
-            rows = initial_rows(matrix.detach()[:num_old], config.init.method, pieces, generator)
+            rows = initial_rows(matrix.weight.detach()[:num_old], config.init.method, pieces, generator)
             with torch.no_grad():
-                matrix[ids] = rows.to(matrix.dtype)
-            values[name] = matrix.detach()[ids].clone()
+                matrix.weight[ids] = rows.to(matrix.weight.dtype)
+            values[matrix.name] = matrix.rows(ids)
     return StartedRows(started, values)
 
 
@@ -174,12 +255,47 @@ def check_new_rows(model: Any, started: StartedRows) -> None:
     """
     if not started.ids:
         return
-    matrices = dict(embedding_matrices(model))
+    matrices = {matrix.name: matrix for matrix in embedding_matrices(model)}
     if matrices.keys() != started.values.keys():
         now, before = " and ".join(matrices), " and ".join(started.values)
         raise ModelError(f"embeddings were {before}, now they are {now}: the tie changed")
     for name, expected in started.values.items():
-        found = matrices[name].detach()[list(started.ids.values())].to(expected.device, expected.dtype)
+        found = matrices[name].rows(list(started.ids.values())).to(expected.device, expected.dtype)
         wrong = [token for token, same in zip(started.ids, (found == expected).all(dim=1), strict=True) if not same]
         if wrong:
             raise ModelError(f"new tokens {', '.join(wrong)} lost their starting rows in the {name} matrix")
+
+
+class WatchedRows:
+    """The rows of the configuration's tokens while they are trained: how far they are from where they started."""
+
+    def __init__(self, model: Any, ids: Mapping[str, int]) -> None:
+        self.ids = dict(ids)
+        self._matrices = embedding_matrices(model) if ids else []
+        self._start = {matrix.name: self._rows(matrix) for matrix in self._matrices}
+        self._gradients: dict[str, Tensor] = {}
+
+    def _rows(self, matrix: Matrix) -> Tensor:
+        return matrix.rows(list(self.ids.values())).float()
+
+    def see_gradients(self) -> None:
+        """Take note of the gradients that an optimizer is about to use; nothing waits for the device."""
+        self._gradients = {m.name: m.gradient_norms(list(self.ids.values())) for m in self._matrices}
+
+    def telemetry(self) -> dict[str, float]:
+        """Give `tokens/<token>/…` of every token: norm, cosine_to_start and grad_norm (of the last step, clipped); the
+        output matrix's own, where it is not tied, as output_norm and so on."""
+        metrics = {}
+        for matrix in self._matrices:
+            rows, start = self._rows(matrix), self._start[matrix.name]
+            values = {
+                "norm": rows.norm(dim=1),
+                "cosine_to_start": functional.cosine_similarity(rows, start.to(rows.device), dim=1),
+            }
+            if matrix.name in self._gradients:
+                values["grad_norm"] = self._gradients[matrix.name]
+            prefix = "" if matrix.name == "input" else f"{matrix.name}_"
+            for name, of_tokens in values.items():
+                for token, value in zip(self.ids, of_tokens.tolist(), strict=True):
+                    metrics[f"tokens/{token}/{prefix}{name}"] = value
+        return metrics

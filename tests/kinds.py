@@ -99,7 +99,7 @@ def wordpiece(characters: str) -> Any:
 
 def words() -> Any:
     """Words in lower case, no BOS, no pad."""
-    vocabulary = {"[UNK]": 0, "[SEP]": 1, "low": 2, "er": 3, "a": 4, "b": 5, "---": 6}
+    vocabulary = {"[UNK]": 0, "[SEP]": 1, "low": 2, "er": 3, "a": 4, "b": 5, "---": 6, "<New>": 7}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" "), "removed")

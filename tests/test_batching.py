@@ -265,7 +265,7 @@ def row_losses(scored: ScoredModel, rows: EncodedSet, sequences: Sequences, *, f
             labels = torch.full_like(batch.labels, IGNORE_INDEX)
             labels[i, start:stop] = batch.labels[i, start:stop]
             with torch.no_grad():
-                losses[row] = float(scored(**(batch.inputs() | {"labels": labels})))
+                losses[row] = float(scored(**(batch.inputs() | {"labels": labels})).objective)
             start = stop
     return losses
 
@@ -290,7 +290,7 @@ def test_a_packed_row_has_the_loss_that_it_has_alone(
 def test_the_default_model_is_one_of_them(rows: EncodedSet) -> None:
     config = admitted().config
     torch.manual_seed(0)
-    scored = ScoredModel(build_model(config.model, config.data.max_seq_length)).eval()
+    scored = ScoredModel(build_model(config, torch.device("cpu"))).eval()
     scored.check_packing()
     alone = {row: row_losses(scored, rows, [[row]])[row] for row in (2, 4, 6)}
     assert row_losses(scored, rows, [[2, 4, 6]]) == pytest.approx(alone, rel=1e-5)
@@ -365,7 +365,7 @@ def losses(runtime: Runtime, *overrides: str) -> list[float]:
     """Train 20 steps and give the loss of each."""
     config, data, tokenizer = built("training.max_train_steps=20", "optimizer=sgd", "optimizer.lr=0.05", *overrides)
     torch.manual_seed(0)
-    state = prepare(build_model(config.model, config.data.max_seq_length), data.train, config, runtime)
+    state = prepare(build_model(config, torch.device("cpu")), data.train, config, runtime)
     return [step.collect()["train/loss"] for step in train(state, data.train, config, runtime, tokenizer.pad_token_id)]
 
 
@@ -463,7 +463,7 @@ def test_an_encoder_decoder_has_the_loss_that_its_library_gives(tmp_path: Path, 
     scored.choose_head()
     assert scored.uses_full_logits is full
     with torch.no_grad():
-        ours = float(scored(**batch.inputs()))
+        ours = float(scored(**batch.inputs()).objective)
         assert batch.target_ids is not None
         theirs = model(
             input_ids=batch.input_ids,
@@ -494,7 +494,7 @@ def test_a_bias_behind_the_head_is_seen(tmp_path: Path) -> None:
     scored.choose_head()
     assert scored.uses_full_logits
     with torch.no_grad():
-        ours = float(scored(**batch.inputs()))
+        ours = float(scored(**batch.inputs()).objective)
     assert ours == pytest.approx(sum(expected_loss(model, train, row) for row in range(6)), rel=1e-5)
 
 

@@ -83,7 +83,7 @@ def evaluator(runtime: Runtime, *overrides: str) -> tuple[Evaluator, Data]:
     tokenizer, new = load_tokenizer(config.model, config.tokens)
     data = build_data(config, tokenizer)
     torch.manual_seed(0)
-    model = build_model(config.model, config.data.max_seq_length).eval()
+    model = build_model(config, torch.device("cpu")).eval()
     grow_embeddings(model, tokenizer, new, config.tokens, config.seed)
     set_generation(model, config.generation, tokenizer, data.stop_ids)
     return open_evaluation(config, ScoredModel(model), model, data, runtime), data
@@ -112,8 +112,9 @@ def test_the_loss_is_weighted_by_tokens_not_by_batches(runtime: Runtime) -> None
     results = []
     for size in (1, 5, 12):
         one, data = evaluator(runtime, f"training.per_device_eval_batch_size={size}", "evaluation.metrics=[]")
-        results.append(one.evaluate(data.validation["validation"]))
-    assert set(results[0]) == {"eval/validation/loss", "eval/validation/perplexity"}
+        results.append(one.evaluate(data.validation.values()))
+    names = ("loss", "perplexity", "thought_loss", "answer_loss")
+    assert set(results[0]) == {f"eval/validation/{name}" for name in names}
     for result in results[1:]:
         assert result["eval/validation/loss"] == pytest.approx(results[0]["eval/validation/loss"], rel=1e-6)
 
@@ -121,8 +122,8 @@ def test_the_loss_is_weighted_by_tokens_not_by_batches(runtime: Runtime) -> None
 def test_max_samples_takes_the_first_rows(runtime: Runtime) -> None:
     few, data = evaluator(runtime, "evaluation.max_samples=3", "evaluation.metrics=[]")
     all_of_three, three = evaluator(runtime, "data.limit=3", "evaluation.metrics=[]")
-    ours = few.evaluate(data.test["test"])
-    assert ours == all_of_three.evaluate(three.test["test"])
+    ours = few.evaluate(data.test.values())
+    assert ours == all_of_three.evaluate(three.test.values())
 
 
 def test_samples_are_what_plain_generate_writes(runtime: Runtime) -> None:
@@ -182,7 +183,7 @@ def test_a_loss_that_is_not_finite_is_no_result(runtime: Runtime, tmp_path: Path
     with torch.no_grad():
         one.generator.model.get_output_embeddings().weight.fill_(float("nan"))
     with pytest.raises(NonFiniteLossError, match="validation became nan"):
-        one.evaluate(data.validation["validation"])
+        one.evaluate(data.validation.values())
     with pytest.raises(NonFiniteLossError, match=r"lm_head\.weight"):
-        export(one.generator.model, None, tmp_path / "model")
+        export(one.generator.model, None, None, tmp_path / "model", admitted().config, "card")
     assert not (tmp_path / "model").exists()

@@ -23,10 +23,10 @@ def refusal(*overrides: str) -> str:
     ("overrides", "told"),
     [
         (["optimizer.lrr=1"], ["optimizer.lrr = 1", "did you mean optimizer.lr?", "command line", "1 problem\n"]),
-        (["+optimizer.foo=1"], ["optimizer.foo = 1", "optimizer has type, lr, weight_decay, betas, eps"]),
+        (["+optimizer.foo=1"], ["optimizer.foo = 1", "optimizer has type, lr, embedding_lr, weight_decay, betas, eps"]),
         (["optimizer.lrr=1", "+optimizer.foo=1"], ["2 problems", "optimizer.lrr", "optimizer.foo"]),
         (["training.mixed_precision=fp8", "seed=-1"], ["2 problems", "not one of no, bf16, fp16", "seed = -1"]),
-        (["optimizer=adamx"], ["optimizer = adamx", "one of adamw, sgd", "did you mean adamw?", "1 problem\n"]),
+        (["optimizer=adamx"], ["optimizer = adamx", "one of adafactor, adamw", "did you mean adamw?", "1 problem\n"]),
         (["optimzer=adamw"], ["optimzer", "did you mean optimizer?"]),
         (["scheduler=constant", "scheduler.warmup_steps=3"], ["scheduler.warmup_steps = 3", "unknown key"]),
         (["optimizer.lr=fast"], ["optimizer.lr = fast", "not a number"]),
@@ -74,7 +74,7 @@ def refusal(*overrides: str) -> str:
         (["rerun=nowhere"], ["no run to repeat there"]),
         (["data.completion_template={x}", "seed=-1"], ["2 problems", "can't be read", "seed = -1"]),
         (["hydra.run.dirr=1", "seed=-1"], ["2 problems", "hydra.run.dirr", "seed = -1"]),
-        (["optimizer=null"], ["optimizer = null", "one of adamw, sgd"]),
+        (["optimizer=null"], ["optimizer = null", "one of adafactor, adamw, adamw_8bit, paged_adamw_32bit, sgd"]),
         (["hydra.run.dir="], ["a folder of its own"]),
         (["-m", "seed=1,2", "hydra.sweep.dir=Makefile/x"], ["hydra.sweep.dir", "Makefile is a file"]),
         (["--config-path", "x"], ["--config-path", "--config-dir"]),
@@ -153,6 +153,8 @@ def groups() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("group", "option"), groups())
 def test_every_option_composes(group: str, option: str) -> None:
     needed = ["model.checkpoint=assets/tiny_llama", "model.weights=random"]
+    if group in ("adapter", "quantization"):
+        needed = ["model=causal_lm", "model.checkpoint=hub/id", *(["adapter=lora"] if group != "adapter" else [])]
     needed += (
         ["data.train_files=[data/tow_addition/train.jsonl]"] if (group, option) != ("data", "tow_addition") else []
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 LAYERS = (
-    ("run", "preflight"),
+    ("run", "preflight", "predict"),
     ("overview", "inspection"),
     ("forecast",),
     ("training", "evaluation"),

@@ -44,7 +44,7 @@ def assembled(runtime: Runtime, *overrides: str) -> tuple[RunConfig, Data, Train
     torch.manual_seed(0)
     tokenizer, new = load_tokenizer(config.model, config.tokens)
     data = build_data(config, tokenizer)
-    model = build_model(config.model, config.data.max_seq_length)
+    model = build_model(config, torch.device("cpu"))
     grow_embeddings(model, tokenizer, new, config.tokens, config.seed)
     return config, data, prepare(model, data.train, config, runtime)
 
@@ -99,6 +99,23 @@ def test_loss_does_not_depend_on_how_the_batch_is_cut(
         assert other.grad_norms == pytest.approx(first.grad_norms, rel=1e-3)
         for name, weight in first.weights.items():
             torch.testing.assert_close(other.weights[name], weight, rtol=0, atol=tolerance)
+
+
+def test_weighted_and_smoothed_steps_do_not_depend_on_the_cut_either(runtime: Runtime) -> None:
+    settings = ["loss.thought_weight=0.3", "loss.label_smoothing=0.1", "data.limit=27", "optimizer=sgd"]
+    runs = []
+    for size, accumulation in CUTS:
+        cut = [f"training.per_device_train_batch_size={size}", f"training.gradient_accumulation_steps={accumulation}"]
+        config, data, state = assembled(runtime, "training.max_train_steps=8", *settings, *cut)
+        lines = [step.collect() for step in train(state, data.train, config, runtime, pad_token_id=0)]
+        assert lines[0].keys() >= {"train/loss", "train/objective", "train/thought_loss", "train/answer_loss"}
+        runs.append(lines)
+    for other in runs[1:]:
+        for ours, theirs in zip(runs[0], other, strict=True):
+            for name in ("train/loss", "train/objective", "train/thought_loss", "train/answer_loss"):
+                assert theirs[name] == pytest.approx(ours[name], abs=1e-5)
+    plain = trained(runtime, "data.limit=27", "optimizer=sgd", "training.per_device_train_batch_size=8")
+    assert plain.losses[0] == pytest.approx(runs[0][0]["train/loss"], abs=1e-5)  # unweighted, unsmoothed
 
 
 def hand_made(rows: list[list[int]], supervised_from: list[int]) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,17 +12,21 @@ from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     Gemma2Config,
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import src.training.loss as loss_module
-from src.config.schema import Reduction
+from src.config.schema import LossConfig, Reduction
 from src.data.encoding import IGNORE_INDEX
-from src.training.head import ScoredModel
-from src.training.loss import step_objective, supervised_positions, token_nll
+from src.training.head import ScoredModel, shifted
+from src.training.loss import span_losses, step_objective, sum_of_weights, supervised_positions, token_losses
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +68,7 @@ def test_loss_and_gradients_equal_a_full_logits_reference(
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    found = ScoredModel(model)(input_ids, labels)
+    found = ScoredModel(model)(input_ids, labels).objective
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     for name, parameter in model.named_parameters():
@@ -75,7 +80,7 @@ def test_the_mean_is_the_reference_mean_to_a_millionth() -> None:
     input_ids, labels = batch()
     supervised = (labels[:, 1:] != IGNORE_INDEX).sum().item()
     expected = model(input_ids=input_ids, labels=labels).loss
-    found = step_objective(ScoredModel(model)(input_ids, labels), supervised, Reduction.mean)
+    found = step_objective(ScoredModel(model)(input_ids, labels).objective, supervised, Reduction.mean)
     assert found.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
@@ -83,13 +88,13 @@ def test_right_padding_without_a_mask_changes_nothing() -> None:
     scored = ScoredModel(tiny())
     input_ids, labels = batch(rows=1)
     padded = (functional.pad(input_ids, (0, 7)), functional.pad(labels, (0, 7), value=IGNORE_INDEX))
-    assert scored(*padded).item() == pytest.approx(scored(input_ids, labels).item(), rel=1e-6)
+    assert scored(*padded).objective.item() == pytest.approx(scored(input_ids, labels).objective.item(), rel=1e-6)
 
 
 def test_nothing_supervised_is_zero_and_still_has_gradients() -> None:
     scored = ScoredModel(tiny())
     input_ids, labels = batch()
-    nll = scored(input_ids, torch.full_like(labels, IGNORE_INDEX))
+    nll = scored(input_ids, torch.full_like(labels, IGNORE_INDEX)).objective
     nll.backward()
     assert nll.item() == 0
     gradients = [parameter.grad for parameter in scored.parameters()]
@@ -99,14 +104,14 @@ def test_nothing_supervised_is_zero_and_still_has_gradients() -> None:
 def test_states_predict_the_next_label() -> None:
     hidden = torch.arange(5.0).reshape(1, 5, 1)
     labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 7, 8, IGNORE_INDEX]])
-    states, targets = supervised_positions(hidden, labels)
+    states, targets, _ = supervised_positions(hidden, labels)
     assert states.flatten().tolist() == [1.0, 2.0]
     assert targets.tolist() == [7, 8]
 
 
 def test_the_loss_of_even_odds_is_the_logarithm_of_the_vocabulary() -> None:
-    nll = token_nll(torch.zeros(6, 2), torch.arange(6), nn.Linear(2, 32, bias=False), 32)
-    assert nll.item() == pytest.approx(6 * 3.4657359, rel=1e-6)
+    nll, _ = token_losses(torch.zeros(6, 2), torch.arange(6), nn.Linear(2, 32, bias=False), 32)
+    assert nll.tolist() == pytest.approx([3.4657359] * 6, rel=1e-6)
 
 
 def test_sum_and_mean_differ_by_the_supervised_tokens_of_the_step() -> None:
@@ -148,4 +153,87 @@ def test_a_model_that_changes_its_logits_is_noticed_and_trained_right(family: Ca
     assert scored.uses_full_logits
     with torch.no_grad():
         model.get_output_embeddings().weight *= 50
-    assert scored(input_ids, labels).item() == pytest.approx(reference(model, input_ids, labels).item(), rel=1e-6)
+    found = scored(input_ids, labels).objective.item()
+    assert found == pytest.approx(reference(model, input_ids, labels).item(), rel=1e-6)
+
+
+def t5() -> nn.Module:
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, tie_word_embeddings=True,
+        dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
+def bart() -> nn.Module:
+    config = BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_ffn_dim=32,
+        decoder_attention_heads=2, encoder_ffn_dim=32, max_position_embeddings=64, dropout=0.0, attention_dropout=0.0,
+        scale_embedding=True, decoder_start_token_id=2,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config)
+    model.final_logits_bias.normal_()
+    return model
+
+
+@pytest.mark.parametrize("family", [granite, gemma, t5, bart])
+def test_special_heads_train_as_the_models_own_loss_says(family: Callable[[], nn.Module]) -> None:
+    model = family()
+    is_pair = model.config.is_encoder_decoder
+    own = copy.deepcopy(model)
+    scored = ScoredModel(model)
+    scored.choose_head()
+    assert scored.uses_full_logits
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, own)]
+    for _ in range(5):
+        input_ids, labels = batch(rows=2, vocabulary=64)
+        pair = {"target_ids": input_ids.flip(1)} if is_pair else {}
+        if is_pair:
+            labels = torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, pair["target_ids"])
+        supervised = (labels[:, 0 if is_pair else 1 :] != IGNORE_INDEX).sum().item()
+        ours = step_objective(scored(input_ids, labels, **pair).objective, supervised, Reduction.mean)
+        start = {"decoder_input_ids": shifted(input_ids.flip(1), own.config.decoder_start_token_id)} if is_pair else {}
+        theirs = own(input_ids=input_ids, labels=labels, **start).loss
+        assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+        for optimizer, loss in zip(optimizers, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for ours_after, theirs_after in zip(model.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(ours_after, theirs_after, rtol=1e-4, atol=1e-5)
+
+
+def test_smoothing_is_the_librarys_and_the_nll_stays_unsmoothed(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, states, targets = nn.Linear(4, 9), torch.randn(7, 4), torch.randint(0, 9, (7,))
+    expected = functional.cross_entropy(head(states), targets, reduction="none", label_smoothing=0.1)
+    for most in (2**26, 9 * 2):  # the second: chunks of two
+        monkeypatch.setattr(loss_module, "MAX_LOGITS", most)
+        smoothed, nll = token_losses(states, targets, head, 9, label_smoothing=0.1)
+        torch.testing.assert_close(smoothed, expected)
+        torch.testing.assert_close(nll, functional.cross_entropy(head(states), targets, reduction="none"))
+    smoothed.sum().backward()
+    assert head.weight.grad is not None
+
+
+def test_thoughts_weigh_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    input_ids, labels = batch(rows=2)
+    thoughts = torch.zeros_like(labels, dtype=torch.bool)
+    thoughts[:, 5:8] = True
+    plain = ScoredModel(model)(input_ids, labels, thoughts=thoughts)
+    weighted = ScoredModel(model, LossConfig(Reduction.mean, 0.25, 0.0))(input_ids, labels, thoughts=thoughts)
+    assert torch.equal(plain.nll, weighted.nll)
+    assert weighted.is_thought is not None
+    of_thoughts = weighted.nll[weighted.is_thought].sum()
+    assert int(weighted.is_thought.sum()) == 6
+    assert weighted.objective.item() == pytest.approx((plain.nll.sum() - 0.75 * of_thoughts).item(), rel=1e-6)
+    assert weighted.sums().tolist() == pytest.approx(
+        [weighted.objective.item(), plain.nll.sum().item(), of_thoughts.item()]
+    )
+    assert sum_of_weights(20, 6, LossConfig(Reduction.mean, 0.25, 0.0)) == 15.5
+
+
+def test_losses_of_spans() -> None:
+    assert span_losses(10.0, 5, 0.0, 0) == {}
+    assert span_losses(10.0, 5, 4.0, 2) == {"thought_loss": 2.0, "answer_loss": 2.0}
+    assert span_losses(4.0, 2, 4.0, 2) == {"thought_loss": 2.0}

@@ -267,7 +267,7 @@ def test_the_best_weights_are_exported_when_asked_for(tmp_path: Path) -> None:
 
     batch = collate(rows, [[i] for i in range(4)], 0)
     with torch.no_grad():
-        loss = ScoredModel(model)(batch.input_ids, batch.labels) / batch.num_supervised
+        loss = ScoredModel(model)(batch.input_ids, batch.labels).objective / batch.num_supervised
     assert loss.item() == pytest.approx(first["eval/validation/loss"], rel=1e-5)
 
 

@@ -32,9 +32,13 @@ def model_of(*, tied: bool = False, vocab_size: int = 259) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
+def weights_of(model: Any) -> dict[str, Tensor]:
+    return {matrix.name: matrix.weight.detach() for matrix in embedding_matrices(model)}
+
+
 def grown(config: RunConfig, model: Any) -> tuple[Any, Any, NewTokens, StartedRows, dict[str, Tensor]]:
     tokenizer, new = load_tokenizer(config.model, config.tokens)
-    before = {name: matrix.detach().clone() for name, matrix in embedding_matrices(model)}
+    before = {name: weight.clone() for name, weight in weights_of(model).items()}
     return model, tokenizer, new, grow_embeddings(model, tokenizer, new, config.tokens, seed=1), before
 
 
@@ -46,7 +50,7 @@ def test_new_rows_start_as_the_mean_of_the_text_and_old_rows_stay(tied: bool, op
     assert new.added == {opened: 259, closed: 260}
     assert set(started.values) == ({"input"} if tied else {"input", "output"})
     dash = tokenizer.convert_tokens_to_ids("-")
-    for name, matrix in embedding_matrices(model):
+    for name, matrix in weights_of(model).items():
         assert matrix.shape == (264, 128)  # 261, padded to a multiple of 8
         assert torch.equal(matrix[:259], before[name])
         torch.testing.assert_close(matrix[259:261], before[name][dash].expand(2, -1))
@@ -99,7 +103,7 @@ def test_without_padding_there_are_as_many_rows_as_tokens() -> None:
 def test_what_a_checkpoint_has_learned_of_a_token_is_kept(tmp_path: Path) -> None:
     model, tokenizer, _, _, _ = grown(admitted().config, model_of())
     with torch.no_grad():
-        for _, matrix in embedding_matrices(model):
+        for matrix in weights_of(model).values():
             matrix[259:261] = 7.0
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -113,7 +117,7 @@ def test_what_a_checkpoint_has_learned_of_a_token_is_kept(tmp_path: Path) -> Non
     loaded, _, new, started, _ = grown(config, loaded)
     assert new.known == {"<ToW>": 259, "</ToW>": 260}
     assert new.added == {"<new>": 261}
-    for name, matrix in embedding_matrices(loaded):
+    for name, matrix in weights_of(loaded).items():
         assert (matrix[259:261] == 7.0).all()
         torch.testing.assert_close(matrix[261], matrix[:261].mean(dim=0))
         assert torch.equal(matrix[261:262], started.values[name])
@@ -165,11 +169,19 @@ def test_tags_are_one_id_survive_saving_and_are_not_skipped(tmp_path: Path) -> N
 def test_a_vocabulary_entry_that_was_never_whole_becomes_one_id() -> None:
     tokenizer = words()
     tokens = admitted(
-        "tokens.additional_special_tokens=['---',new]", "tokens.thought_open='---'", "tokens.thought_close=new"
+        "tokens.additional_special_tokens=['<New>',new]", "tokens.thought_open='<New>'", "tokens.thought_close=new"
     ).config.tokens
+    assert 7 not in tokenizer("a <New> b", add_special_tokens=False)["input_ids"]  # texts are put in lower case
     new = add_tokens(tokenizer, tokens)
-    assert new.known == {"---": 6}
-    assert tokenizer("a---bnew", add_special_tokens=False)["input_ids"] == [4, 6, 5, new.added["new"]]
+    assert new.known == {"<New>": 7}
+    assert tokenizer("a<New>bnew", add_special_tokens=False)["input_ids"] == [4, 7, 5, new.added["new"]]
+
+
+@pytest.mark.parametrize("token", ["low", "---"])
+def test_a_word_of_the_model_is_no_special_token(token: str) -> None:
+    tokens = admitted(f"tokens.additional_special_tokens=['<ToW>','{token}','</ToW>']").config.tokens
+    with pytest.raises(TokenError, match=f"'{token}' is ordinary text of this tokenizer.* choose a name .*<{token}>"):
+        add_tokens(words(), tokens)
 
 
 def test_a_tag_that_is_many_tokens_is_refused() -> None:

@@ -20,6 +20,7 @@ import pytest
 from mlflow import MlflowClient
 
 from src.errors import Interrupted, RunFolderError
+from src.evaluation.samples import Sample
 from src.tracking.console import Console, clock
 from src.tracking.journal import FILES, RunFolder, open_run_folder, read_status
 from src.tracking.mlflow_mirror import Delivery, MlflowMirror, distinct_names, flat, plain_name
@@ -40,6 +41,7 @@ def track(config: Any, run_dir: Path, *, steps: int = 3) -> None:
         tracking.record("data_report.json", {"train": report, "validation": report})
         for step in range(1, steps + 1):
             tracking.log(step, {"train/loss": 1.0 / step, "eval/validation/exact_match": step / 10})
+            tracking.samples([Sample(step, "1+1=", "<ToW>2</ToW>2", "2", "2", "eos", 1, 1, "?")])
         tracking.finish({"steps": steps})
 
 
@@ -77,7 +79,12 @@ def test_mlflow_gets_params_metrics_inputs_tags_and_artifacts(tmp_path: Path) ->
     assert run.data.tags["git_dirty"] in ("True", "False")
     assert run.data.tags["team"] == "a"
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert artifacts == {"config.yaml", "provenance.json", "data_report.json", "summary.json"}
+    files = {"config.yaml", "provenance.json", "data_report.json", "summary.json", "samples.jsonl"}
+    assert artifacts == files | {"samples.json"}
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "samples.json")).read_text())
+    assert table["columns"] == list(read_lines(tmp_path / "run" / "samples.jsonl")[0])
+    assert [row[0] for row in table["data"]] == [1, 2, 3]
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "samples.json", "type": "table"}]
     assert (tmp_path / "store" / "mlartifacts").is_dir()
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_model, save_model
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from src.config.schema import CheckpointConfig, greater_is_better
 
@@ -33,13 +35,21 @@ class BestWeights:
         if self._value is None or (value > self._value if self._greater else value < self._value):
             self._file.parent.mkdir(exist_ok=True)
             beside = self._file.with_suffix(".part")
-            save_model(model, str(beside))
+            save_file(_trained(model), beside)
             os.replace(beside, self._file)
             self._value, self.step = value, step
 
     def restore(self, model: Any) -> None:
         """Put the best weights back into the model, if they are wanted, and let go of the file."""
         if self.step is not None:
-            load_model(model, str(self._file), device=str(next(model.parameters()).device))
+            kept = load_file(self._file)
+            with torch.no_grad():
+                for name, parameter in _trained(model).items():
+                    parameter.copy_(kept[name])
             self._file.unlink()
             self._file.parent.rmdir()
+
+
+def _trained(model: Any) -> dict[str, nn.Parameter]:
+    """Give what is trained of a model by name, each parameter once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

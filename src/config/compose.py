@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -236,32 +237,85 @@ def _from_hydra(error: Exception, key: str = "") -> Problem:
 
 def read_frozen(folder: Path, line: CommandLine) -> Composed:
     """Take the frozen config of a run's folder with the command line's dotted overrides on top (`rerun=DIR`)."""
+    sections, problems = _frozen_sections(folder, "rerun", "no run to repeat there")
+    if problems:
+        return Composed({}, Path(), {}, problems)
+    changed, problems = _overridden(sections | {"rerun": str(folder), "force": False}, line, "a rerun")
+    hydra_overrides = [o.input_line or "" for o in line.overrides if o.key_or_group.startswith("hydra.")]
+    name = str(changed.get("name")).replace("\\", "\\\\").replace("'", "\\'")
+    base = compose([f"++name='{name}'", *hydra_overrides], CommandLine(line.flags, line.argv))
+    composed = Composed({}, base.run_dir, {}, [*base.problems, *problems])
+    resolve_sections(changed, composed)
+    return composed
+
+
+def read_finished(folder: Path, line: CommandLine) -> Composed:
+    """Take a finished run's frozen config with the command line's dotted overrides on top (`run=DIR` of src.predict).
+
+    The files that it was trained on may be gone, and its limit of rows was for training: both are let go.
+    """
+    sections, problems = _frozen_sections(folder, "run", "no run there")
+    if problems:
+        return Composed({}, folder, {}, problems)
+    if reason := _unfinished(folder):
+        problems.append(Problem("run", reason, str(folder), True, COMMAND_LINE))
+    if isinstance(sections.get("data"), dict):
+        sections["data"] |= {"train_files": None, "validation_files": None, "limit": None}
+    changed, refused = _overridden(sections | {"rerun": None, "force": False}, line, "a run", own=("run",))
+    composed = Composed({}, folder, {}, [*problems, *refused])
+    resolve_sections(changed, composed)
+    return composed
+
+
+def _unfinished(folder: Path) -> str | None:
+    """Say why a run can't be worked with; None where it came to its end and has a model."""
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "no run that came to its end: its status.json can't be read"
+    if status.get("state") != "FINISHED":
+        return f"no run that came to its end: it is {status.get('state')} at step {status.get('step')}"
+    return None if (folder / "model").is_dir() else "its result is gone: there is no model/ in it"
+
+
+def _frozen_sections(folder: Path, key: str, nothing: str) -> tuple[dict[str, Any], list[Problem]]:
+    """Read a run's frozen config; `nothing` says of the key that named the folder what is not there."""
     file = folder / "config.yaml"
     try:
         sections = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        reason = f"no run to repeat there: {file} can't be read ({error.__class__.__name__})"
-        return Composed({}, Path(), {}, [Problem("rerun", reason, str(folder), True, COMMAND_LINE)])
-    if not isinstance(sections, dict):
-        reason = f"no run to repeat there: {file} holds no configuration"
-        return Composed({}, Path(), {}, [Problem("rerun", reason, str(folder), True, COMMAND_LINE)])
-    cfg = OmegaConf.create(sections | {"rerun": str(folder), "force": False})
-    problems, hydra_overrides = [], []
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = f"{nothing}: {file} can't be read ({error.__class__.__name__})"
+    else:
+        if isinstance(sections, dict):
+            return sections, []
+        reason = f"{nothing}: {file} holds no configuration"
+    return {}, [Problem(key, reason, str(folder), True, COMMAND_LINE)]
+
+
+def _overridden(
+    sections: dict[str, Any], line: CommandLine, who: str, own: Sequence[str] = ()
+) -> tuple[dict[Any, Any], list[Problem]]:
+    """Put the dotted overrides on top of frozen sections; those of groups are refused.
+
+    Args:
+        who: keeps its options, for the message.
+        own: keys of the entry that are none of the configuration.
+    """
+    cfg, problems = OmegaConf.create(sections), []
     for override in line.overrides:
         key = override.key_or_group
-        if key.startswith("hydra."):
-            hydra_overrides.append(override.input_line or "")
-        elif is_group(override, line.roots) or override.is_delete():
-            reason = "a rerun keeps the options of its frozen config; change single keys (SECTION.KEY=VALUE)"
+        if key.startswith("hydra.") or key in own or override.is_sweep_override():
+            continue
+        if is_group(override, line.roots) or override.is_delete():
+            reason = f"{who} keeps the options of its frozen config; change single keys (SECTION.KEY=VALUE)"
             problems.append(Problem(key, reason, override.value(), True, COMMAND_LINE))
-        elif not override.is_sweep_override():
+            continue
+        try:
             OmegaConf.update(cfg, key, override.value(), merge=False, force_add=True)
-    name = str(cfg.get("name")).replace("\\", "\\\\").replace("'", "\\'")
-    base = compose([f"++name='{name}'", *hydra_overrides], CommandLine(line.flags, line.argv))
-    composed = Composed({}, base.run_dir, {}, [*base.problems, *problems])
+        except OmegaConfBaseException as error:
+            problems.append(_from_hydra(error, key))
     changed: Any = OmegaConf.to_container(cfg)
-    resolve_sections(changed, composed)
-    return composed
+    return changed, problems
 
 
 def where_set(key: str, line: CommandLine, choices: dict[str, str]) -> str:

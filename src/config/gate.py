@@ -11,7 +11,7 @@ import inspect
 import os
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
@@ -26,7 +26,7 @@ from src.config import rules
 from src.config import schema as schema_module
 from src.config.compose import CommandLine, Composed
 from src.config.problems import Problem, refuse
-from src.config.schema import ENTRY_SECTIONS, SECTIONS, Check, RunConfig, TopLevelConfig
+from src.config.schema import ENTRY_SECTIONS, SECTIONS, Check, PredictConfig, RunConfig, TopLevelConfig
 
 
 @dataclass
@@ -98,6 +98,40 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
     return Request(line) if line.flags.multirun or line.flags.cfg else Request(line, admitted)
 
 
+def admit_prediction(argv: Sequence[str]) -> Admitted:
+    """Check a command line that generates with a finished run, `run=DIR`; `run_dir` is then that folder.
+
+    Raises:
+        ConfigError: with all problems together.
+    """
+    line = composing.read_command_line(argv)
+    for flag in line.argv:
+        if flag.startswith("-"):
+            line.problems.append(Problem(flag, "python -m src.predict takes KEY=VALUE, and --help", has_value=False))
+    run = line.value_of("run")
+    if run in (None, ""):
+        line.problems.append(Problem("run", "needs a value: the folder of a finished run", has_value=False))
+    if run in (None, "") or "run" in {problem.key for problem in line.problems}:
+        raise refuse([*line.problems, *_unread(line)])
+    admitted, problems = check(composing.read_finished(Path(str(run)), line), line, "predict")
+    problems = [*line.problems, *problems, *_unread(line)]
+    if admitted is None or problems:
+        raise refuse(problems)
+    return admitted
+
+
+def _unread(line: CommandLine) -> Iterator[Problem]:
+    """Tell the overrides of src.predict that are good keys elsewhere, and would change nothing here."""
+    known = {*known_keys(), *SECTIONS}
+    for override in line.overrides:
+        key = override.key_or_group
+        if composing.is_group(override, line.roots) or rules.is_read_by_predict(key):
+            continue
+        if key.startswith("hydra.") or any(key == name or key.startswith(f"{name}.") for name in known):
+            reason = "python -m src.predict does not read it"
+            yield Problem(key, reason, composing.value_text(override), True, composing.COMMAND_LINE)
+
+
 def parse(sections: dict[str, Any]) -> RunConfig:
     """Turn plain containers that were admitted before (a frozen config, a point of a sweep) into the typed config.
 
@@ -120,8 +154,12 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     own = _own_section(sections, entry)
     parsed, problems = _parse_sections(sections)
     problems = [p for p in [*problems, *own.problems] if p.key not in refused]
-    problems += _across(parsed)
-    problems += _folder_problems(composed.run_dir, "hydra.sweep.dir" if line.flags.multirun else "hydra.run.dir")
+    if entry == "predict":
+        problems += _across(parsed, rules.PREDICT_RULES)
+        problems += _output_problems(own.value, composed.run_dir)
+    else:
+        problems += _across(parsed)
+        problems += _folder_problems(composed.run_dir, "hydra.sweep.dir" if line.flags.multirun else "hydra.run.dir")
     located = [
         problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
         for problem in problems
@@ -277,18 +315,29 @@ def known_keys() -> Iterator[str]:
                     yield f"{name}.{key}"
 
 
-def _across(parsed: dict[str, _Parsed]) -> Iterator[Problem]:
+def _across(
+    parsed: dict[str, _Parsed], those: Sequence[Callable[..., Iterator[Problem]]] = rules.RULES
+) -> Iterator[Problem]:
     """Apply each rule whose sections are all good; a rule's parameters name the sections it reads."""
     good = {name: part.value for name, part in parsed.items() if part.value is not None}
-    for rule in rules.RULES:
+    for rule in those:
         needed = inspect.signature(rule).parameters
         if all(name in good for name in needed):
             yield from rule(**{name: good[name] for name in needed})
 
 
-def _folder_problems(run_dir: Path, key: str) -> Iterator[Problem]:
-    """Check that the run's folder is there or can be made, without making it."""
-    where = "the run's folder"
+def _output_problems(own: PredictConfig | None, run_dir: Path) -> Iterator[Problem]:
+    """Check that predictions can be written, and not among the files of a run."""
+    if own is None:
+        return
+    output = own.folder(run_dir)
+    if (output / "config.yaml").exists():
+        yield Problem("predict.output", "a run's folder; predictions need one of their own", str(output))
+    yield from _folder_problems(output, "predict.output", "the folder of the predictions")
+
+
+def _folder_problems(run_dir: Path, key: str, where: str = "the run's folder") -> Iterator[Problem]:
+    """Check that a run's folder is there or can be made, without making it."""
     if run_dir.resolve() in (Path.cwd(), composing.PROJECT_ROOT):
         yield Problem(key, "a run needs a folder of its own", str(run_dir), where=where)
     for place in [run_dir, *run_dir.absolute().parents]:

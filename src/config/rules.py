@@ -15,6 +15,7 @@ from src.config.formats import declared_formats, roles
 from src.config.problems import Problem
 from src.config.schema import (
     PLACEHOLDER,
+    AdapterConfig,
     Attention,
     Batching,
     CheckpointConfig,
@@ -22,12 +23,17 @@ from src.config.schema import (
     Device,
     Dtype,
     EvaluationConfig,
+    ExportConfig,
     GenerationConfig,
     InitMethod,
+    LossConfig,
     MixedPrecision,
     MlflowConfig,
     ModelConfig,
     ModelType,
+    NoAdapterConfig,
+    OptimizerConfig,
+    QuantizationConfig,
     RuntimeConfig,
     SchedulerConfig,
     SupervisedTurns,
@@ -246,11 +252,63 @@ def checkpoint_can_be_loaded(model: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.checkpoint", "a file; a checkpoint is a folder or a hub id", model.checkpoint)
     elif not (folder / "config.json").is_file():
         yield Problem("model.checkpoint", "a folder without config.json: not a model", model.checkpoint)
-    elif model.weights is Weights.pretrained and not any(
-        (folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
-    ):
-        reason = "a folder without weights (model.safetensors); model.weights=random starts without"
-        yield Problem("model.checkpoint", reason, model.checkpoint)
+    elif model.weights is Weights.pretrained:
+        safe, pickled = (
+            any((folder / f"{name}{end}").is_file() for end in ("", ".index.json"))
+            for name in ("model.safetensors", "pytorch_model.bin")
+        )
+        if pickled and not safe and model.use_safetensors:
+            reason = (
+                "only pickled weights (pytorch_model.bin), which may run code; model.use_safetensors=false takes them"
+            )
+            yield Problem("model.checkpoint", reason, model.checkpoint)
+        elif not pickled and not safe:
+            reason = "a folder without weights (model.safetensors); model.weights=random starts without"
+            yield Problem("model.checkpoint", reason, model.checkpoint)
+
+
+def quantised_weights_are_frozen(
+    quantization: QuantizationConfig, adapter: AdapterConfig, model: ModelConfig
+) -> Iterator[Problem]:
+    if not quantization.is_on:
+        return
+    if quantization.load_in_8bit and quantization.load_in_4bit:
+        yield Problem("quantization.load_in_4bit", "8 bits or 4, not both", True)
+    key = "quantization.load_in_8bit" if quantization.load_in_8bit else "quantization.load_in_4bit"
+    if isinstance(adapter, NoAdapterConfig):
+        yield Problem(key, "quantised weights can't be trained; train an adapter on them: adapter=lora", True)
+    if model.weights is Weights.random:
+        yield Problem(key, "only a checkpoint's weights are quantised; model.weights is random", True)
+
+
+def merging_needs_an_adapter(export: ExportConfig, adapter: AdapterConfig) -> Iterator[Problem]:
+    if export.merge and isinstance(adapter, NoAdapterConfig):
+        yield Problem("export.merge", "there is no adapter to merge: adapter is none", True)
+
+
+def adapters_have_a_base_that_lasts(
+    export: ExportConfig, adapter: AdapterConfig, model: ModelConfig
+) -> Iterator[Problem]:
+    is_adapter = not isinstance(adapter, NoAdapterConfig)
+    if is_adapter and model.weights is Weights.random and not export.merge:
+        reason = "an adapter on random weights fits no other model: export.merge=true, or a checkpoint with weights"
+        yield Problem("model.weights", reason, "random")
+
+
+def embedding_lr_has_rows_to_train(
+    optimizer: OptimizerConfig, adapter: AdapterConfig, tokens: TokensConfig
+) -> Iterator[Problem]:
+    is_adapter = not isinstance(adapter, NoAdapterConfig)
+    if optimizer.embedding_lr is not None and is_adapter and not tokens.additional_special_tokens:
+        reason = "with an adapter only rows of new tokens are trained, and tokens has none"
+        yield Problem("optimizer.embedding_lr", reason, optimizer.embedding_lr)
+
+
+def thought_weight_has_thoughts(loss: LossConfig, tokens: TokensConfig, data: DataConfig) -> Iterator[Problem]:
+    if loss.thought_weight != 1 and (tokens.thought_open is None or data.thoughts is Thoughts.drop):
+        yield Problem(
+            "loss.thought_weight", "no thoughts are written: see tokens and data.thoughts", loss.thought_weight
+        )
 
 
 def fp16_keeps_float32_weights(training: TrainingConfig, model: ModelConfig) -> Iterator[Problem]:
@@ -283,17 +341,35 @@ def generation_lengths_fit(generation: GenerationConfig) -> Iterator[Problem]:
 
 
 def best_model_can_be_told(
-    checkpoint: CheckpointConfig, data: DataConfig, evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig, data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConfig
 ) -> Iterator[Problem]:
     if not checkpoint.load_best_model_at_end:
         return
     scores = ["loss", "perplexity"]
+    if tokens.thought_open is not None and data.thoughts is not Thoughts.drop:
+        scores += ["thought_loss", "answer_loss"]
     scores += [m.value for m in (data.metrics if evaluation.metrics is None else evaluation.metrics)]
     sets = data.validation_names()
     allowed = [f"eval/{name}/{score}" for name in sets for score in scores]
     if checkpoint.metric_for_best_model not in allowed:
         reason = f"no evaluation gives this; {'one of ' + ', '.join(allowed) if allowed else 'no validation set'}"
         yield Problem("checkpoint.metric_for_best_model", reason, checkpoint.metric_for_best_model)
+
+
+def something_is_predicted(data: DataConfig) -> Iterator[Problem]:
+    if not data.test_sets():
+        yield Problem("data.test_files", "nothing to predict: give data.test_files=[FILE]", data.test_files)
+    if "metrics" in data.test_sets():
+        yield Problem("data.test_files", "metrics.json is written beside the sets; choose another name", "metrics")
+
+
+def rows_have_prompts(data: DataConfig) -> Iterator[Problem]:
+    if data.format == "text":
+        reason = (
+            "plain text has no prompt; to let the model go on behind it: data.format=prompt_completion "
+            "'data.columns={prompt: text, completion: answer}'"
+        )
+        yield Problem("data.format", reason, data.format)
 
 
 RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
@@ -314,6 +390,11 @@ RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     new_tokens_are_distinct,
     new_tokens_can_be_initialised,
     checkpoint_can_be_loaded,
+    quantised_weights_are_frozen,
+    merging_needs_an_adapter,
+    adapters_have_a_base_that_lasts,
+    embedding_lr_has_rows_to_train,
+    thought_weight_has_thoughts,
     fp16_keeps_float32_weights,
     precision_fits_the_device,
     flash_attention_needs_a_gpu,
@@ -321,3 +402,63 @@ RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     generation_lengths_fit,
     best_model_can_be_told,
 )
+
+PREDICT_RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
+    something_is_predicted,
+    rows_have_prompts,
+    files_can_be_found,
+    set_names_are_plain_and_differ,
+    formats_are_known,
+    columns_and_templates_fit_the_format,
+    cleaning_is_for_dialogues,
+    text_is_no_chat,
+    encoder_decoders_take_pairs,
+    patterns_are_regular_expressions,
+    kept_thoughts_have_tags,
+    precision_fits_the_device,
+    flash_attention_needs_a_gpu,
+    generation_lengths_fit,
+)
+"""The rules for src.predict: nothing about how a run is trained, which its frozen config has behind it."""
+
+READ_BY_PREDICT = (
+    "seed",
+    "force",
+    "run",
+    "predict",
+    "data",
+    "generation",
+    "runtime",
+    "evaluation.metrics",
+    "training.mixed_precision",
+    "training.per_device_eval_batch_size",
+    "model.dtype",
+    "model.attn_implementation",
+    "model.trust_remote_code",
+)
+"""Sections and keys that src.predict reads; another on its command line would change nothing."""
+
+NOT_READ_BY_PREDICT = tuple(
+    f"data.{key}"
+    for key in (
+        "train_files",
+        "validation_files",
+        "dataset_name",
+        "dataset_config_name",
+        "train_split",
+        "validation_split",
+        "revision",
+        "mixture",
+        "batching",
+        "streaming",
+        "validation_fraction",
+    )
+)
+"""Keys of these sections that it does not read after all."""
+
+
+def is_read_by_predict(key: str) -> bool:
+    def is_in(names: tuple[str, ...]) -> bool:
+        return any(key == name or key.startswith(f"{name}.") for name in names)
+
+    return is_in(READ_BY_PREDICT) and not is_in(NOT_READ_BY_PREDICT)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -68,6 +69,23 @@ FILES_OR_SETS = Check(
     ),
 )
 SEED = Check("a whole number from 0 to 2**32 - 1", lambda v: _is_int(v) and 0 <= v < 2**32)
+TEXT_OR_TEXTS = Check(
+    "a text, or a list of texts",
+    lambda v: (isinstance(v, str) and bool(v)) or (STRINGS.holds(v) and bool(v)),
+)
+TEXT_OR_TEXTS_OR_NULL = Check("a text, a list of texts, or null", lambda v: v is None or TEXT_OR_TEXTS.holds(v))
+LORA_INIT = Check(
+    "true, false, gaussian, olora, orthogonal, pissa or pissa_niter_N",
+    lambda v: (
+        isinstance(v, bool)
+        or v in ("gaussian", "olora", "orthogonal", "pissa")
+        or (isinstance(v, str) and re.fullmatch(r"pissa_niter_\d+", v) is not None)
+    ),
+)
+LAYERS = Check(
+    "a layer's number, a list of them, or null",
+    lambda v: v is None or COUNT.holds(v) or (isinstance(v, list) and bool(v) and all(map(_is_int, v))),
+)
 NAME = Check(
     "a name without '/' that does not start with '.'",
     lambda v: bool(v) and "/" not in v and not v.startswith("."),
@@ -129,6 +147,22 @@ class Batching(Enum):
 
 class Metric(Enum):
     exact_match = "exact_match"
+    rouge1 = "rouge1"
+    rouge2 = "rouge2"
+    rougeL = "rougeL"  # noqa: N815  (the field's own name)
+    chrf = "chrf"
+    bleu = "bleu"
+
+
+class QuantType(Enum):
+    nf4 = "nf4"
+    fp4 = "fp4"
+
+
+class LoraBias(Enum):
+    none = "none"
+    all = "all"
+    lora_only = "lora_only"
 
 
 class MixedPrecision(Enum):
@@ -158,7 +192,50 @@ class ModelConfig:
     weights: Weights = MISSING
     dtype: Dtype = MISSING
     attn_implementation: Attention | None = MISSING
+    gradient_checkpointing: bool = MISSING
+    use_safetensors: bool = MISSING
     trust_remote_code: bool = MISSING
+
+
+@dataclass
+class QuantizationConfig:
+    """conf/quantization: bitsandbytes' own keys; both `load_in_…` false means none."""
+
+    load_in_8bit: bool = MISSING
+    load_in_4bit: bool = MISSING
+    bnb_4bit_quant_type: QuantType = MISSING
+    bnb_4bit_compute_dtype: Dtype = MISSING
+    bnb_4bit_use_double_quant: bool = MISSING
+
+    @property
+    def is_on(self) -> bool:
+        return self.load_in_8bit or self.load_in_4bit
+
+
+@dataclass
+class NoAdapterConfig:
+    """conf/adapter/none.yaml: every weight is trained."""
+
+    type: str = _key(Check("none (choose another with adapter=…)", lambda v: v == "none"))
+
+
+@dataclass
+class LoraConfig:
+    """conf/adapter/lora.yaml and those built on it: the keys of PEFT's LoraConfig."""
+
+    type: str = _key(Check("lora (choose another with adapter=…)", lambda v: v == "lora"))
+    r: int = _key(AT_LEAST_ONE)
+    lora_alpha: float = _key(POSITIVE)
+    lora_dropout: float = _key(BELOW_ONE)
+    bias: LoraBias = MISSING
+    target_modules: Any = _key(TEXT_OR_TEXTS)
+    exclude_modules: Any = _key(TEXT_OR_TEXTS_OR_NULL)
+    use_dora: bool = MISSING
+    use_rslora: bool = MISSING
+    init_lora_weights: Any = _key(LORA_INIT)
+    layers_to_transform: Any = _key(LAYERS)
+    rank_pattern: dict[str, int] = MISSING
+    alpha_pattern: dict[str, float] = MISSING
 
 
 @dataclass
@@ -292,13 +369,29 @@ def _mixed_source(data: DataConfig, given: dict[str, Any]) -> TrainSource:
 
 @dataclass
 class AdamWConfig:
-    """conf/optimizer/adamw.yaml: torch.optim.AdamW."""
+    """conf/optimizer/adamw.yaml: torch.optim.AdamW; adamw_8bit and paged_adamw_32bit: bitsandbytes'."""
 
-    type: str = _key(Check("adamw (choose another with optimizer=…)", lambda v: v == "adamw"))
+    type: str = _key(
+        Check(
+            "adamw, adamw_8bit or paged_adamw_32bit (choose another with optimizer=…)",
+            lambda v: v in ("adamw", "adamw_8bit", "paged_adamw_32bit"),
+        )
+    )
     lr: float = _key(POSITIVE)
+    embedding_lr: float | None = _key(POSITIVE)
     weight_decay: float = _key(NOT_NEGATIVE)
     betas: Any = _key(BETAS)
     eps: float = _key(POSITIVE)
+
+
+@dataclass
+class AdafactorConfig:
+    """conf/optimizer/adafactor.yaml: torch.optim.Adafactor."""
+
+    type: str = _key(Check("adafactor (choose another with optimizer=…)", lambda v: v == "adafactor"))
+    lr: float = _key(POSITIVE)
+    embedding_lr: float | None = _key(POSITIVE)
+    weight_decay: float = _key(NOT_NEGATIVE)
 
 
 @dataclass
@@ -307,6 +400,7 @@ class SGDConfig:
 
     type: str = _key(Check("sgd (choose another with optimizer=…)", lambda v: v == "sgd"))
     lr: float = _key(POSITIVE)
+    embedding_lr: float | None = _key(POSITIVE)
     weight_decay: float = _key(NOT_NEGATIVE)
     momentum: float = _key(BELOW_ONE)
 
@@ -394,6 +488,8 @@ class LossConfig:
     """What is minimised: see src.training.loss."""
 
     reduction: Reduction = MISSING
+    thought_weight: float = _key(NOT_NEGATIVE)
+    label_smoothing: float = _key(BELOW_ONE)
 
 
 @dataclass
@@ -414,6 +510,13 @@ class CheckpointConfig:
     metric_for_best_model: str = MISSING
     greater_is_better: bool | None = MISSING
     load_best_model_at_end: bool = MISSING
+
+
+@dataclass
+class ExportConfig:
+    """What the exported model/ holds."""
+
+    merge: bool = MISSING
 
 
 @dataclass
@@ -443,18 +546,39 @@ class PreflightConfig:
     measure: bool = False
 
 
-ENTRY_SECTIONS = {"preflight": PreflightConfig}
+@dataclass
+class PredictConfig:
+    """In which batches `python -m src.predict` generates, and where it writes."""
+
+    batch_size: int | None = _key(AT_LEAST_ONE, default=None)
+    output: str | None = None
+
+    def folder(self, run_dir: Path) -> Path:
+        """Give the folder of the predictions: the one that was asked for, or one in the run's folder."""
+        return run_dir / "predictions" if self.output is None else Path(self.output)
+
+
+ENTRY_SECTIONS: dict[str, type] = {"preflight": PreflightConfig, "predict": PredictConfig}
 """Sections that one entry reads, `python -m src.<name>`, and no other takes; they have their defaults here."""
 
-OptimizerConfig = AdamWConfig | SGDConfig
+AdapterConfig = NoAdapterConfig | LoraConfig
+OptimizerConfig = AdamWConfig | AdafactorConfig | SGDConfig
 SchedulerConfig = ConstantScheduleConfig | WarmupScheduleConfig | DecayScheduleConfig
 TrackingConfig = MlflowConfig | NoTrackingConfig
 
 SECTIONS: dict[str, type | dict[str, type]] = {
     "model": ModelConfig,
+    "quantization": QuantizationConfig,
+    "adapter": {"none": NoAdapterConfig, "lora": LoraConfig},
     "tokens": TokensConfig,
     "data": DataConfig,
-    "optimizer": {"adamw": AdamWConfig, "sgd": SGDConfig},
+    "optimizer": {
+        "adamw": AdamWConfig,
+        "adamw_8bit": AdamWConfig,
+        "paged_adamw_32bit": AdamWConfig,
+        "adafactor": AdafactorConfig,
+        "sgd": SGDConfig,
+    },
     "scheduler": {
         "linear": DecayScheduleConfig,
         "cosine": DecayScheduleConfig,
@@ -467,6 +591,7 @@ SECTIONS: dict[str, type | dict[str, type]] = {
     "loss": LossConfig,
     "evaluation": EvaluationConfig,
     "checkpoint": CheckpointConfig,
+    "export": ExportConfig,
     "runtime": RuntimeConfig,
 }
 """Section name -> its dataclass, or its dataclasses by the section's `type`."""
@@ -481,6 +606,8 @@ class RunConfig:
     force: bool
     rerun: str | None
     model: ModelConfig
+    quantization: QuantizationConfig
+    adapter: AdapterConfig
     tokens: TokensConfig
     data: DataConfig
     optimizer: OptimizerConfig
@@ -491,6 +618,7 @@ class RunConfig:
     loss: LossConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
+    export: ExportConfig
     runtime: RuntimeConfig
 
     @property

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from src.config.schema import Batching
-from src.data.encoding import IGNORE_INDEX
+from src.data.encoding import IGNORE_INDEX, THOUGHT
 from src.data.sets import EncodedSet, Row
 from src.data.stream import StreamedSet
 
@@ -31,7 +31,8 @@ class Batch:
     Padding needs no attention mask in a causal model: nothing real stands behind it that could see it. Packed rows are
     told apart by `position_ids` [batch, seq], which begin again at 0 with every row, and with padding too. For an
     encoder-decoder `attention_mask` [batch, seq] says what is real of the input, and `target_ids` and labels are
-    [batch, target]. `bounds` tell FlashAttention where the rows of its padding-free form begin: see row_bounds.
+    [batch, target]. `thoughts`, of the labels' shape, is true where a label is of a thought; None where no row has
+    one. `bounds` tell FlashAttention where the rows of its padding-free form begin: see row_bounds.
     """
 
     input_ids: Tensor
@@ -42,7 +43,26 @@ class Batch:
     position_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     target_ids: Tensor | None = None
+    thoughts: Tensor | None = None
+    num_thought: int = 0
     bounds: dict[str, Any] = field(default_factory=dict)
+
+    def mark_thoughts(self, sequences: Sequence[Sequence[tuple[np.ndarray, int]]]) -> None:
+        """Mark the labels that are of a thought.
+
+        Args:
+            sequences: of the rows in each sequence their spans, [n, 3], and how many labels they have.
+        """
+        marks = torch.zeros_like(self.labels, dtype=torch.bool)
+        for i, rows in enumerate(sequences):
+            begin = 0
+            for spans, length in rows:
+                for kind, start, stop in spans.tolist():
+                    if kind == THOUGHT:
+                        marks[i, begin + start : begin + stop] = True
+                begin += length
+        self.num_thought = int(marks.sum())
+        self.thoughts = marks if self.num_thought else None
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {
@@ -61,6 +81,7 @@ class Batch:
             "position_ids": self.position_ids,
             "attention_mask": self.attention_mask,
             "target_ids": self.target_ids,
+            "thoughts": self.thoughts,
         }
         return {name: value for name, value in given.items() if value is not None} | self.bounds
 
@@ -206,6 +227,7 @@ def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, flat: 
     )
     if is_packed:
         batch.position_ids = torch.from_numpy(_positions(taken, input_ids.shape[1]))
+    batch.mark_thoughts([[(row.spans, len(row.labels)) for row in sequence] for sequence in taken])
     if flat:
         batch.bounds = row_bounds([len(row.input_ids) for row in each], batch.input_ids.device)
     return batch
@@ -229,7 +251,7 @@ def _pairs(rows: Sequence[Row], numbers: list[int], pad_token_id: int) -> Batch:
     input_ids = _padded([[row.input_ids] for row in rows], pad_token_id)
     labels = _padded([[row.labels] for row in rows], IGNORE_INDEX)
     mask = np.arange(input_ids.shape[1]) < np.array([[len(row.input_ids)] for row in rows])
-    return Batch(
+    batch = Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
         numbers,
@@ -238,6 +260,8 @@ def _pairs(rows: Sequence[Row], numbers: list[int], pad_token_id: int) -> Batch:
         attention_mask=torch.from_numpy(mask.astype(np.int64)),
         target_ids=torch.from_numpy(_padded([[target] for target in targets], pad_token_id)),
     )
+    batch.mark_thoughts([[(row.spans, len(row.labels))] for row in rows])
+    return batch
 
 
 def _padded(sequences: Sequence[Sequence[np.ndarray]], filler: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,15 +13,17 @@ import numpy as np
 
 from src.config.files import expand
 from src.config.formats import roles
-from src.config.schema import DataConfig, Metric, ModelType, RunConfig
+from src.config.schema import DataConfig, Metric, ModelType, Overflow, RunConfig
 from src.data.cache import RowCache, Tell
 from src.data.chat import ChatTemplate, give_chat_template
 from src.data.encoding import Encoder, Lengths
+from src.data.examples import PromptRecord
 from src.data.mixture import mix, takes
 from src.data.preparation import Recipe
+from src.data.readers import Record, Unreadable
 from src.data.report import SplitReport
 from src.data.sets import EncodedSet
-from src.data.sources import HubSource, Source, file_hash, file_source
+from src.data.sources import FileSource, HubSource, Source, file_hash, file_source
 from src.data.store import Part
 from src.data.stream import StreamedSet, StreamSource
 from src.errors import DataError, listed
@@ -61,6 +64,15 @@ class Data:
         return {name: report.as_dict() for name, report in self.reports.items()}
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """The rows of the test sets to be predicted: `prompt_ids` are fed, the answers are only there to compare with."""
+
+    sets: dict[str, EncodedSet]
+    encoder: Encoder
+    stop_ids: list[int]
+
+
 def file_hashes(data: DataConfig) -> dict[str, str]:
     """Give the SHA-256 of every data file that the configuration names."""
     return {file: file_hash(file) for patterns in data.files().values() for file in expand(patterns)}
@@ -83,6 +95,30 @@ def build_data(config: RunConfig, tokenizer: Any, tell: Tell = lambda _: None) -
         TokenError: where the tokenizer can't be used.
     """
     return _Builder(config, tokenizer, tell).build()
+
+
+def build_prompts(config: RunConfig, tokenizer: Any, tell: Tell = lambda _: None) -> Prompts:
+    """Read, format and encode the test sets to be predicted, each prompt as it would be trained and evaluated with.
+
+    A row may have no answer, and the one that it has takes no room: only a row whose prompt alone fills
+    data.max_seq_length is too long. Where data.overflow cuts, it cuts the prompt's start: it must end where the answer
+    begins.
+
+    Raises:
+        DataError, TokenError: as `build_data`.
+    """
+    return _Builder(config, tokenizer, tell).build_prompts()
+
+
+class _PromptSource(FileSource):
+    """Rows of files that are to be predicted."""
+
+    def records(self) -> Iterator[Record | Unreadable]:
+        for row in super().records():
+            yield row if isinstance(row, Unreadable) else PromptRecord(*row)
+
+    def fingerprint(self) -> Any:
+        return super().fingerprint() | {"rows": "to predict"}
 
 
 class _Builder:
@@ -117,12 +153,36 @@ class _Builder:
             name: self._evaluated(name, file_source(files, self.data.limit))
             for name, files in self.data.test_sets().items()
         }
-        template = ChatTemplate(self.tokenizer, self.encoder.control_tokens) if self.chats else None
+        template = self._template()
+        uses_fallback = template is not None and template.is_fallback
+        return Data(train, validation, test, self.reports, self.encoder, self._stop_ids(template), uses_fallback)
+
+    def build_prompts(self) -> Prompts:
+        is_pair = self.lengths.target is not None
+        cuts = self.data.overflow in (Overflow.truncate, Overflow.truncate_prompt)
+        self.lengths = Lengths(
+            self.data.max_seq_length,  # of a causal model with EOS behind it: trained prompts left room for a token too
+            sys.maxsize if is_pair else None,
+            Overflow.truncate_prompt if cuts else self.data.overflow,
+        )
+        sets = {}
+        for name, files in self.data.test_sets().items():
+            source = _PromptSource(tuple(expand(files)), self.data.limit)
+            part = self.cache.part(name, source, self._recipe(self.data))
+            self._check_dropped(name, part, source)
+            sets[name] = EncodedSet(name, [part])
+            if all(sets[name].completion(i) for i in range(len(part))):
+                self._check_answers(sets[name])
+        return Prompts(sets, self.encoder, self._stop_ids(self._template()))
+
+    def _template(self) -> ChatTemplate | None:
+        return ChatTemplate(self.tokenizer, self.encoder.control_tokens) if self.chats else None
+
+    def _stop_ids(self, template: ChatTemplate | None) -> list[int]:
         stops = [self.encoder.eos_token_id]
         if template and template.end_of_turn:
             stops.append(self.tokenizer.convert_tokens_to_ids(template.end_of_turn))
-        uses_fallback = template is not None and template.is_fallback
-        return Data(train, validation, test, self.reports, self.encoder, list(dict.fromkeys(stops)), uses_fallback)
+        return list(dict.fromkeys(stops))
 
     def _recipe(self, data: DataConfig) -> Recipe:
         return Recipe(data, self.tokenizer, self.config.thought_tags, self.lengths, is_chat(data))

@@ -5,14 +5,24 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from src.config.formats import roles
 from src.config.schema import PLACEHOLDER, DataConfig
 from src.data.chat import ChatTemplate
 from src.data.formats import Chat, Pair, load_format
+from src.data.formats.messages import FORMS, ROLES
 from src.data.pieces import Piece, last_turn
 from src.data.readers import Record
+
+FILLER = "-"
+"""Stands where a row to predict has no answer, so that its format can read it; no model ever sees it."""
+
+
+class PromptRecord(Record):
+    """A row whose answer is to be predicted: it may be missing, and takes no room."""
+
+    __slots__ = ()
 
 
 class Example(NamedTuple):
@@ -84,7 +94,24 @@ class Examples:
         Raises:
             BadRow: where the record does not have what its format needs.
         """
-        given = self._read(record.fields, self._data)
+        if isinstance(record, PromptRecord):
+            return self._to_predict(record.fields)
+        return self._of(record.fields)
+
+    def _to_predict(self, fields: dict[str, Any]) -> Example:
+        """Make an example whose last turn is nothing but EOS; its words are kept, '' where there is no answer."""
+        fields, has_answer = with_answer(fields, self._data)
+        example = self._of(fields)
+        first, _ = last_turn(example.pieces)
+        return example._replace(
+            pieces=(*example.pieces[:first], Piece("", is_learned=True)),
+            completion=example.completion if has_answer else "",
+            reference=example.reference if has_answer else "",
+            needs_eos=True,
+        )
+
+    def _of(self, fields: dict[str, Any]) -> Example:
+        given = self._read(fields, self._data)
         if isinstance(given, Chat):
             return self._chat(given)
         pair = self._pair(given)
@@ -134,6 +161,28 @@ class Examples:
             needs_eos=first < stop == len(pieces) and not self._template.ends_turn(pieces[-1]),
             was_cleaned=was_cleaned,
         )
+
+
+def with_answer(fields: dict[str, Any], data: DataConfig) -> tuple[dict[str, Any], bool]:
+    """Give a row's fields with a filler where its answer is missing, and say whether it had one.
+
+    Of a chat the answer is the assistant's last message, whatever its weight.
+    """
+    *others, column = (data.columns[role] for role in roles(data.format))
+    answer = fields.get(column)
+    if roles(data.format) != ("messages",):
+        lacks_only_this = (answer is None or answer == "") and all(other in fields for other in others)
+        return (fields | {column: FILLER}, False) if lacks_only_this else (fields, True)
+    if not isinstance(answer, list) or not answer or not isinstance(answer[-1], dict):
+        return fields, True  # the format says what is wrong with it
+    *before, last = answer
+    who, what = next((form for form in FORMS if form[0] in last), FORMS[0])
+    if ROLES.get(str(last.get(who))) != "assistant":
+        return fields | {column: [*answer, {who: "assistant", what: FILLER}]}, False
+    text = last.get(what)
+    has_answer = bool(text.strip()) if isinstance(text, str) else text is not None
+    last = last | ({"weight": 1} if has_answer else {"weight": 1, what: FILLER})
+    return fields | {column: [*before, last]}, has_answer
 
 
 def fill(template: str, parts: dict[str, str]) -> str:

@@ -1,14 +1,15 @@
-"""Evaluation of one set: the loss over every supervised token, and scores of generated text."""
+"""Evaluation of sets: the loss over every supervised token, and scores of generated text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from src.config.schema import Metric, RunConfig
 from src.data.batching import collate
@@ -17,8 +18,11 @@ from src.data.encoding import Encoder
 from src.data.sets import EncodedSet
 from src.errors import NonFiniteLossError
 from src.evaluation.generate import Generator, check_prompts
-from src.evaluation.metrics import exact_match, perplexity, strip_thoughts
+from src.evaluation.metrics import perplexity, scores, strip_thoughts
 from src.runtime.session import Runtime
+from src.training.loss import span_losses
+
+NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -42,43 +46,86 @@ class Evaluator:
     def pad_token_id(self) -> int:
         return self.generator.pad_token_id
 
-    def evaluate(self, rows: EncodedSet) -> dict[str, float]:
-        """Give the set's metrics by their names in metrics.jsonl, `eval/<set>/…`.
+    def evaluate(self, sets: Iterable[EncodedSet], watched: Mapping[str, int] = NOTHING) -> dict[str, float]:
+        """Give the metrics of sets by their names in metrics.jsonl, `eval/<set>/…`.
 
+        Args:
+            watched: tokens and their ids, of which `tokens/<token>/log_probability` (mean where it is the target, over
+                all the sets) and `…/share_of_targets` are given too.
         Raises:
             Interrupted: between batches, where a signal asked for it.
         """
-        count = min(len(rows), self.max_samples or len(rows))
-        loss = self._loss(rows, count)
-        values = {"loss": loss, "perplexity": perplexity(loss)}
-        if Metric.exact_match in self.metrics:
-            completions = self.generator.generate([rows.prompt_ids(i) for i in range(count)], self.runtime.seed)
-            answers = [strip_thoughts(self.encoder.decode(completion.ids), self.tags) for completion in completions]
-            references = [self.reference(rows, i) for i in range(count)]
-            values["exact_match"] = exact_match(answers, references, self.answer_pattern)
-        return {f"eval/{rows.name}/{name}": value for name, value in values.items()}
+        metrics: dict[str, float] = {}
+        targets = Targets(watched)
+        for rows in sets:
+            count = min(len(rows), self.max_samples or len(rows))
+            values = self._losses(rows, count, targets)
+            if self.metrics:
+                completions = self.generator.generate([rows.prompt_ids(i) for i in range(count)], self.runtime.seed)
+                answers = [strip_thoughts(self.encoder.decode(completion.ids), self.tags) for completion in completions]
+                references = [self.reference(rows, i) for i in range(count)]
+                values |= scores(self.metrics, answers, references, self.answer_pattern)
+            metrics |= {f"eval/{rows.name}/{name}": value for name, value in values.items()}
+        return metrics | targets.metrics()
 
     def reference(self, rows: EncodedSet, index: int) -> str:
         """Give what a row's answer should be, without thoughts, also without those that stand in the data as tags."""
         return strip_thoughts(rows.reference(index), self.tags)
 
     @torch.no_grad()
-    def _loss(self, rows: EncodedSet, count: int) -> float:
-        """Mean nats per supervised token over the first `count` rows; batches of similar length are padded little."""
+    def _losses(self, rows: EncodedSet, count: int, targets: Targets) -> dict[str, float]:
+        """Mean nats per supervised token over the first `count` rows, of all, of thoughts and of answers.
+
+        Batches of similar length are padded little.
+        """
         order = sorted(range(count), key=lambda i: rows.lengths[i])
-        total = torch.zeros((), dtype=torch.float64)
-        num_supervised = 0
+        total, of_thoughts = torch.zeros(2, dtype=torch.float64)
+        num_supervised = num_thought = 0
         self.scored.eval()
         for start in range(0, count, self.batch_size):
             self.runtime.stop.check()
             batch = collate(rows, [[i] for i in order[start : start + self.batch_size]], self.generator.pad_token_id)
             num_supervised += batch.num_supervised
-            batch = batch.to(self.runtime.device)
-            total += self.scored(**batch.inputs()).double().cpu()
+            num_thought += batch.num_thought
+            found = self.scored(**batch.to(self.runtime.device).inputs())
+            nll = found.nll.double().cpu()
+            total += nll.sum()
+            if found.is_thought is not None:
+                of_thoughts += nll[found.is_thought.cpu()].sum()
+            targets.see(found.targets.cpu(), nll)
         loss = total.item() / num_supervised
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"the loss on {rows.name} became {loss}: training has spoilt the weights")
-        return loss
+        losses = {"loss": loss, "perplexity": perplexity(loss)}
+        return losses | span_losses(total.item(), num_supervised, of_thoughts.item(), num_thought)
+
+
+class Targets:
+    """How often tokens are the target, and how likely they are then."""
+
+    def __init__(self, watched: Mapping[str, int]) -> None:
+        self._watched = watched
+        self._counts = dict.fromkeys(watched, 0)
+        self._nlls = dict.fromkeys(watched, 0.0)
+        self._total = 0
+
+    def see(self, targets: Tensor, nll: Tensor) -> None:
+        """Count targets [supervised] and their losses, in nats."""
+        self._total += len(targets)
+        for token, token_id in self._watched.items():
+            here = targets == token_id
+            self._counts[token] += int(here.sum())
+            self._nlls[token] += float(nll[here].sum())
+
+    def metrics(self) -> dict[str, float]:
+        """Give share_of_targets of every token, and log_probability of those that were one."""
+        metrics = {}
+        for token, count in self._counts.items():
+            if count:
+                metrics[f"tokens/{token}/log_probability"] = -self._nlls[token] / count
+            if self._total:
+                metrics[f"tokens/{token}/share_of_targets"] = count / self._total
+        return metrics
 
 
 def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data, runtime: Runtime) -> Evaluator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,11 @@ from src.evaluation.metrics import strip_thoughts
 
 @dataclass(frozen=True)
 class Sample:
-    """One line of samples.jsonl. `text` has the thoughts, `answer` is the same without them."""
+    """One line of samples.jsonl.
+
+    `text` has the thoughts, `answer` is the same without them; `num_opened` and `num_closed` count its thought tags;
+    `untrained` is the text that the model wrote before its first step.
+    """
 
     step: int
     prompt: str
@@ -20,13 +25,23 @@ class Sample:
     answer: str
     reference: str
     stop_reason: str
+    num_opened: int
+    num_closed: int
+    untrained: str
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def sample(evaluator: Evaluator, rows: EncodedSet, count: int, step: int) -> list[Sample]:
-    """Generate for the first `count` rows of a set; the same prompts and the same random stream every time."""
+def sample(
+    evaluator: Evaluator, rows: EncodedSet, count: int, step: int, untrained: Sequence[Sample] = ()
+) -> list[Sample]:
+    """Generate for the first `count` rows of a set; the same prompts and the same random stream every time.
+
+    Args:
+        untrained: what was sampled before training, to stand beside.
+    """
+    opened, closed = evaluator.tags or ("", "")
     chosen = range(min(count, len(rows)))
     completions = evaluator.generator.generate([rows.first_ids(i) for i in chosen], evaluator.runtime.seed)
     samples = []
@@ -34,5 +49,17 @@ def sample(evaluator: Evaluator, rows: EncodedSet, count: int, step: int) -> lis
         text = evaluator.encoder.decode(completion.ids)
         answer = strip_thoughts(text, evaluator.tags)
         prompt, reference = rows.prompt(i), evaluator.reference(rows, i)
-        samples.append(Sample(step, prompt, text, answer, reference, completion.stop_reason))
+        samples.append(
+            Sample(
+                step,
+                prompt,
+                text,
+                answer,
+                reference,
+                completion.stop_reason,
+                num_opened=text.count(opened) if opened else 0,
+                num_closed=text.count(closed) if closed else 0,
+                untrained=untrained[i].text if untrained else text,
+            )
+        )
     return samples

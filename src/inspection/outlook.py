@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from src.config.schema import Batching, Device, MixedPrecision, RunConfig
+from src.config.schema import Batching, Device, LoraConfig, MixedPrecision, RunConfig
 from src.data.batching import Plan, Sequences, collate, steps_per_epoch
 from src.data.sets import EncodedSet
 from src.forecast import (
+    Architecture,
     DiskForecast,
     MemoryForecast,
     TimeForecast,
@@ -25,11 +27,14 @@ from src.forecast import (
     measured_time_forecast,
     memory_forecast,
     time_forecast,
+    with_adapter,
 )
+from src.model.adapters import add_adapter
 from src.model.build import build_model
 from src.runtime.session import start_runtime
 from src.runtime.signals import stop_on_signals
-from src.tokens import fit_embeddings
+from src.tokens import embedding_matrices, fit_embeddings
+from src.training.loss import Scores
 from src.training.state import batch_plan, num_train_steps, prepare
 
 
@@ -61,12 +66,20 @@ class Outlook:
 
 
 def outlook(
-    config: RunConfig, model: Any, tokenizer: Any, train: EncodedSet, run_dir: Path, *, measure: bool
+    config: RunConfig,
+    model: Any,
+    tokenizer: Any,
+    new_ids: Sequence[int],
+    train: EncodedSet,
+    run_dir: Path,
+    *,
+    measure: bool,
 ) -> Outlook:
     """Reckon with the first epoch's micro-batches.
 
     Args:
-        model: as built by `empty_model`, resized to the tokenizer.
+        model: as built by `empty_model`, resized to the tokenizer; gets the adapter.
+        new_ids: tokens that have no learned row yet, which an adapter trains too.
         train: the train set, or the first block of one that is streamed.
     """
     plan = batch_plan(config)
@@ -81,8 +94,9 @@ def outlook(
     widest = int(computed.argmax())
     batch, seq = (int(number) for number in shapes[widest])
     supervised = train.supervised_lengths()
-    architecture = architecture_of(model, model.config)
-    device = _device(config)
+    architecture = planned_architecture(config, model, new_ids)
+    device = device_of(config)
+    gradient_checkpointing = config.model.gradient_checkpointing
     memory = memory_forecast(
         architecture,
         config.optimizer,
@@ -93,6 +107,7 @@ def outlook(
         is_packed=config.data.batching is Batching.packed,
         device_type=device.type,
         uses_full_logits=_changes_logits(model.config),
+        gradient_checkpointing=gradient_checkpointing,
     )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -102,8 +117,9 @@ def outlook(
         run_dir,
         load_best_model_at_end=config.checkpoint.load_best_model_at_end,
         tokenizer_bytes=tokenizer_bytes,
+        merge=config.export.merge,
     )
-    measured = _measure(config, tokenizer, train, plan, micro_batches, widest) if measure else None
+    measured = _measure(config, tokenizer, new_ids, train, plan, micro_batches, widest) if measure else None
     share = num_micro_batches / len(micro_batches)
     if measured is None:
         dtype = torch.float32 if config.training.mixed_precision is MixedPrecision.no else torch.bfloat16
@@ -113,6 +129,7 @@ def outlook(
             num_supervised=round(share * int(supervised.sum())),
             seq=int(shapes[:, 1].mean()),
             flops_per_second=matmul_flops_per_second(device, dtype),
+            gradient_checkpointing=gradient_checkpointing,
         )
     else:
         ahead = measured_time_forecast(measured.seconds, num_micro_batches)
@@ -127,6 +144,20 @@ def outlook(
         time=ahead,
         measured=measured,
     )
+
+
+def planned_architecture(config: RunConfig, model: Any, new_ids: Sequence[int]) -> Architecture:
+    """Read the sizes of the model that will be trained: its weights as they are loaded, and the adapter, put in here.
+
+    Raises:
+        ModelError: where the adapter can't be put into this model.
+    """
+    architecture = architecture_of(model, model.config, config.quantization)
+    if not isinstance(config.adapter, LoraConfig):
+        return architecture
+    adapter = replace(config.adapter, init_lora_weights=True)  # other ways to start compute with the weights
+    add_adapter(model, adapter, config.model, new_ids, [matrix.module for matrix in embedding_matrices(model)])
+    return with_adapter(architecture, model)
 
 
 def _changes_logits(config: Any) -> bool:
@@ -146,36 +177,46 @@ def _shape(rows: EncodedSet, sequences: Sequences) -> tuple[int, int]:
     return len(sequences), max(int(lengths[sequence].sum()) for sequence in sequences)
 
 
-def _device(config: RunConfig) -> torch.device:
+def device_of(config: RunConfig) -> torch.device:
+    """Give the device that a run would take here."""
     use_cuda = config.runtime.device is not Device.cpu and torch.cuda.is_available()
     return torch.device("cuda" if use_cuda else "cpu")
 
 
 def _measure(
-    config: RunConfig, tokenizer: Any, train: EncodedSet, plan: Plan, micro_batches: list[Sequences], widest: int
+    config: RunConfig,
+    tokenizer: Any,
+    new_ids: Sequence[int],
+    train: EncodedSet,
+    plan: Plan,
+    micro_batches: list[Sequences],
+    widest: int,
 ) -> Measured:
     """Compute the widest micro-batch, forward and backward, then time one of the usual size."""
     with (
         stop_on_signals() as stop,
         start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime,
     ):
-        model = build_model(config.model, config.data.max_seq_length, config.data.max_target_length)
+        model = build_model(config, runtime.device)
         fit_embeddings(model, len(tokenizer), config.tokens.pad_to_multiple_of)
+        add_adapter(
+            model, config.adapter, config.model, new_ids, [matrix.module for matrix in embedding_matrices(model)]
+        )
         state = prepare(model, train, config, runtime)
         state.scored.train()
         pad = tokenizer.pad_token_id or 0
         batch = collate(train, micro_batches[widest], pad, flat=state.is_flat).to(runtime.device)
         widest_tokens = batch.input_ids.numel()
-        losses: list[torch.Tensor] = []
-        saved = measure_saved_bytes(lambda: losses.append(state.scored(**batch.inputs())), state.model.parameters())
-        runtime.backward(losses[0])
+        scores: list[Scores] = []
+        saved = measure_saved_bytes(lambda: scores.append(state.scored(**batch.inputs())), state.model.parameters())
+        runtime.backward(scores[0].objective)
         usual = sorted(micro_batches, key=lambda sequences: int(np.prod(_shape(train, sequences))))
         batch = collate(train, usual[len(usual) // 2], pad, flat=state.is_flat).to(runtime.device)
         seconds = []
         for _ in range(3):
             runtime.synchronize()
             started = time.perf_counter()
-            runtime.backward(state.scored(**batch.inputs()))
+            runtime.backward(state.scored(**batch.inputs()).objective)
             runtime.synchronize()
             seconds.append(time.perf_counter() - started)
         return Measured(widest_tokens, saved, runtime.peak_memory_bytes(), min(seconds))

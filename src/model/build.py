@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,22 +11,60 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from src.config.schema import Attention, GenerationConfig, ModelConfig, ModelType, Weights
+from src.config.schema import (
+    Attention,
+    Dtype,
+    GenerationConfig,
+    LoraConfig,
+    ModelConfig,
+    ModelType,
+    RunConfig,
+    Weights,
+)
 from src.errors import ModelError, listed, one_line
+from src.model.adapters import check_targets
+from src.model.quantization import check_quantisable, keep_gradients, quantization_settings
 
 
-def build_model(config: ModelConfig, max_seq_length: int, max_target_length: int = 0) -> Any:
-    """Load the model, or draw its weights at random.
+def build_model(config: RunConfig, device: torch.device) -> Any:
+    """Load the model, or draw its weights at random; weights that are quantised lie on the device at once.
 
-    Args:
-        max_seq_length: tokens of the longest row, which the model must have room for.
-        max_target_length: tokens of an encoder-decoder's longest target.
     Raises:
-        ModelError: where the checkpoint can't be loaded, is of another type, or is too short for the data.
+        ModelError: where the checkpoint can't be loaded, is of another type, or is too short for the data; before any
+            weight is read where that can be known.
     """
-    architecture = load_architecture(config)
-    check_lengths(config, architecture, max_seq_length, max_target_length)
-    return _load(config, architecture)
+    architecture = load_architecture(config.model)
+    check_lengths(config.model, architecture, config.data.max_seq_length, config.data.max_target_length)
+    check_attention(config.model, device)
+    if config.quantization.is_on:
+        check_quantisable(empty_model(config.model), config.quantization, device)
+    if isinstance(config.adapter, LoraConfig):
+        check_targets(empty_model(config.model), config.adapter)
+    settings = quantization_settings(config.quantization, config.model, config.training.mixed_precision)
+    quantised = {} if settings is None else {"quantization_config": settings, "device_map": {"": device}}
+    model = load_weights(config.model, architecture, config.model.checkpoint, **quantised)
+    keep_gradients(model)
+    return model
+
+
+def check_attention(config: ModelConfig, device: torch.device) -> None:
+    """See that the attention that is asked for can be had here.
+
+    Raises:
+        ModelError: saying what is lacking.
+    """
+    if config.attn_implementation is not Attention.flash_attention_2:
+        return
+    has_package = importlib.util.find_spec("flash_attn") is not None
+    is_16_bit = config.dtype in (Dtype.bfloat16, Dtype.float16)
+    lacking = {
+        "a GPU": device.type == "cuda",
+        "the package flash-attn": has_package,
+        "model.dtype=bfloat16 or float16": is_16_bit,
+    }
+    if missing := [what for what, is_there in lacking.items() if not is_there]:
+        reason = f"flash_attention_2 needs {' and '.join(missing)}"
+        raise ModelError(f"model.attn_implementation: {reason}; sdpa is nearly as fast, and always there")
 
 
 def check_lengths(config: ModelConfig, architecture: Any, max_seq_length: int, max_target_length: int) -> None:
@@ -91,7 +130,15 @@ def num_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
-def _load(config: ModelConfig, architecture: Any) -> Any:
+def load_weights(config: ModelConfig, architecture: Any, checkpoint: str, **settings: Any) -> Any:
+    """Load the weights of a checkpoint, each of which must be there, or draw them at random.
+
+    Args:
+        checkpoint: a hub id or a folder.
+        settings: more for from_pretrained.
+    Raises:
+        ModelError: where it can't be.
+    """
     attention = _attention(config)
     try:
         if config.weights is Weights.random:
@@ -99,20 +146,19 @@ def _load(config: ModelConfig, architecture: Any) -> Any:
                 architecture, trust_remote_code=config.trust_remote_code, **_dtype(config), **attention
             )
         model, loaded = _auto(config).from_pretrained(
-            config.checkpoint,
-            use_safetensors=True,
+            checkpoint,
+            use_safetensors=config.use_safetensors or None,
             output_loading_info=True,
             **({"dtype": "auto"} | _dtype(config)),
             **attention,
             **_where(config),
+            **settings,
         )
     except Exception as error:  # the libraries raise many kinds
-        raise ModelError(f"{config.checkpoint} can't be loaded as {config.type.value}: {one_line(error)}") from error
+        raise ModelError(f"{checkpoint} can't be loaded as {config.type.value}: {one_line(error)}") from error
     lacking = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in loaded[kind]]
     if lacking:
-        raise ModelError(
-            f"{config.checkpoint} lacks weights of its model, they would start at random:\n{listed(lacking)}"
-        )
+        raise ModelError(f"{checkpoint} lacks weights of its model, they would start at random:\n{listed(lacking)}")
     return model
 
 

@@ -1,23 +1,38 @@
-"""The result of a run: a folder that plain transformers loads."""
+"""The result of a run: a folder that plain transformers (and PEFT) load. What was written is loaded again."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer
 
-from src.errors import NonFiniteLossError, listed
+from src.config.schema import ModelConfig, RunConfig, Weights
+from src.errors import ExportError, NonFiniteLossError, listed
+from src.model.adapters import Adapter, with_adapter
+from src.model.build import build_model, check_lengths, load_architecture, load_weights
+
+CPU = torch.device("cpu")
 
 
-def export(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write weights (safetensors), configuration, tokenizer and generation settings, beside and then into place.
+def export(model: Any, adapter: Adapter | None, tokenizer: Any, folder: Path, config: RunConfig, card: str) -> None:
+    """Write the result beside, load it again, and put it into place.
 
+    Weights (safetensors), configuration, tokenizer and generation settings. Of an adapter run it is the adapter with
+    the rows of new tokens; with `export.merge` whole weights, and the adapter in a folder of its own inside.
+
+    Args:
+        card: README.md of the folder.
     Raises:
         NonFiniteLossError: where the weights are not all finite, which no evaluation may have seen.
+        ExportError: where what is loaded again is not what was trained.
     """
     spoilt = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if spoilt:
@@ -25,14 +40,94 @@ def export(model: Any, tokenizer: Any, folder: Path) -> None:
     beside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        model.save_pretrained(beside)
+        if adapter is None:
+            _write_whole(model, beside, config)
+        else:
+            place = beside / "adapter" if config.export.merge else beside
+            adapter.save(place)
+            _check_adapter(place, adapter)
+            if config.export.merge:
+                generation = model.generation_config
+                merged = adapter.merged(place)
+                merged.generation_config = generation
+                _write_whole(merged, beside, config)
+            else:
+                model.generation_config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        _check_tokenizer(beside, tokenizer)
+        (beside / "README.md").write_text(card, encoding="utf-8")
     except SafetensorError as error:
         shutil.rmtree(beside, ignore_errors=True)
         full = "No space left" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, f"the model can't be written: {error}") from error
     umask = os.umask(0)
     os.umask(umask)
-    for file in beside.iterdir():
-        file.chmod(0o666 & ~umask)  # safetensors would keep its file to one user
+    for file in beside.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)  # safetensors would keep its file to one user
     os.replace(beside, folder)
+
+
+def _write_whole(model: Any, folder: Path, config: RunConfig) -> None:
+    """Write a plain model, and see that plain transformers gives back each weight and each tie."""
+    model.save_pretrained(folder)
+    loaded = load_weights(
+        replace(config.model, weights=Weights.pretrained), AutoConfig.from_pretrained(folder), str(folder)
+    )
+    there = loaded.state_dict()
+    wrong = [
+        name
+        for name, tensor in model.state_dict().items()
+        if name not in there or not torch.equal(there[name], tensor.to("cpu", there[name].dtype))
+    ]
+    if wrong:
+        raise ExportError(f"{folder} does not load as it was trained; these weights differ:\n{listed(wrong)}")
+    if _is_tied(loaded) != _is_tied(model):
+        raise ExportError(f"{folder} does not load as it was trained: input and output matrix changed their tie")
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _check_adapter(folder: Path, adapter: Adapter) -> None:
+    """See that an adapter's file holds each tensor bit for bit, rows of new tokens included."""
+    there, trained = load_file(folder / "adapter_model.safetensors"), adapter.state()
+    wrong = [n for n, tensor in trained.items() if n not in there or not torch.equal(there[n], tensor.detach().cpu())]
+    if wrong or there.keys() - trained.keys():
+        raise ExportError(f"{folder} does not hold what was trained:\n{listed([*wrong, *(there.keys() - trained)])}")
+
+
+def _check_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """See that the tokenizer that was written gives every token its id."""
+    there = AutoTokenizer.from_pretrained(folder).get_vocab()
+    wrong = [token for token, token_id in tokenizer.get_vocab().items() if there.get(token) != token_id]
+    if wrong:
+        raise ExportError(f"the tokenizer in {folder} gives other ids to:\n{listed(wrong)}")
+
+
+def exported(run_dir: Path, config: ModelConfig) -> ModelConfig:
+    """Give the settings that load what a run exported, model and tokenizer, rather than what it began with."""
+    return replace(config, checkpoint=str(run_dir / "model"), revision=None, weights=Weights.pretrained)
+
+
+def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) -> Any:
+    """Load the model that a run exported, in the precision and with the attention of this configuration.
+
+    An adapter is put on its base, quantised as it was trained.
+
+    Raises:
+        ModelError: where it can't be loaded, or is too short for the data.
+    """
+    folder = run_dir / "model"
+    if not (folder / "adapter_config.json").exists():
+        model = exported(run_dir, config.model)
+        architecture = load_architecture(model)
+        check_lengths(model, architecture, config.data.max_seq_length, config.data.max_target_length)
+        return load_weights(model, architecture, model.checkpoint)
+    base = build_model(config, device)
+    num_tokens = len(AutoTokenizer.from_pretrained(folder))
+    if base.get_input_embeddings().weight.shape[0] < num_tokens:
+        base.resize_token_embeddings(num_tokens, mean_resizing=False)
+    return with_adapter(base, folder)

@@ -89,6 +89,7 @@ class Delivery:
         state = read_status(self._folder).get("state")
         if state in STATES:
             self._deliver_once("artifacts", self._log_artifacts)
+            self._deliver_once("samples", self._log_samples)
             self._deliver_once("ended", lambda: self._client.set_terminated(self.run_id, STATES[str(state)]))
 
     def _connect(self) -> None:
@@ -193,6 +194,16 @@ class Delivery:
                 self.last_success = time.monotonic()
         if self._config.log_model and (self._folder / "model").is_dir():
             self._client.log_artifacts(self.run_id, str(self._folder / "model"), artifact_path="model")
+
+    def _log_samples(self) -> None:
+        """Log the samples as a table, which MLflow's page shows; in the form of its log_table, which would append."""
+        file = self._folder / "samples.jsonl"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        if rows:
+            table = {"columns": list(rows[-1]), "data": [list(row.values()) for row in rows]}
+            self._client.log_dict(self.run_id, table, "samples.json")
+            shown = [{"path": "samples.json", "type": "table"}]
+            self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", json.dumps(shown))
 
     def _deliver_once(self, what: str, do: Callable[[], None]) -> None:
         if not self._done.get(what):

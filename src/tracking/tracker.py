@@ -14,6 +14,9 @@ from src.tracking.journal import RunFolder, hold, open_run_folder
 from src.tracking.mlflow_mirror import MlflowMirror
 from src.tracking.provenance import config_hash
 
+UNSHOWN = ("best/", "tokens/")
+"""Metrics that summary.json has and the table at the end of a run leaves out."""
+
 
 class StepLike(Protocol):
     """What is shown and written of a training step."""
@@ -44,6 +47,11 @@ class Tracker:
     @property
     def folder(self) -> Path:
         return self._folder.path
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The last value of every metric so far."""
+        return dict(self._last)
 
     def record(self, name: str, content: Mapping[str, Any]) -> None:
         """Keep a whole file, such as provenance.json."""
@@ -110,7 +118,7 @@ class Tracker:
         summary = self._last | self._best | dict(totals)
         self._folder.write_json("summary.json", summary)
         self.console.say()
-        self.console.table({name: value for name, value in summary.items() if not name.startswith("best/")})
+        self.console.table({name: value for name, value in summary.items() if not name.startswith(UNSHOWN)})
         self.console.say()
         for what, name in (("model", "model"), ("numbers", "summary.json"), ("samples", "samples.jsonl")):
             self.console.label(what, str(self._folder.path / name))

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src.config.schema import LossConfig, Reduction
 from src.data.batching import row_bounds
 from src.errors import ModelError
-from src.training.loss import supervised_positions, token_nll
+from src.training.loss import Scores, score, supervised_positions
 
+PLAIN = LossConfig(Reduction.mean, thought_weight=1.0, label_smoothing=0.0)
 PROBE_LENGTH = 12  # tokens of the short rows on which a model is watched
 MOST_SEEN = 1e-5
 """How far, relatively, a packed row's logits may move when only the row before it is another: the same sums, so 0 but
@@ -24,30 +26,41 @@ other sums, so they round otherwise."""
 
 
 class ScoredModel(nn.Module):
-    """A model that scores itself: ids and labels [batch, seq] become the summed nll of the labels.
+    """A model that scores itself: ids and labels [batch, seq] become the losses of the labels.
 
-    An encoder-decoder is given `target_ids` [batch, target] too, which its labels belong to.
+    An encoder-decoder is given `target_ids` [batch, target] too, which its labels belong to; `thoughts`, of the labels'
+    shape, is true where a label is of a thought.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, config: LossConfig = PLAIN) -> None:
         super().__init__()
         self.model = model
+        self.config = config
         self.uses_full_logits = False
         """Whether the model's own forward computes the logits, because head(hidden) would be something else."""
+        self.num_logits = int(model.get_input_embeddings().weight.shape[0])
+        """Columns of the logits, to size what is computed at once."""
 
-    def forward(self, input_ids: Tensor, labels: Tensor, target_ids: Tensor | None = None, **inputs: Any) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        target_ids: Tensor | None = None,
+        thoughts: Tensor | None = None,
+        **inputs: Any,
+    ) -> Scores:
         inputs |= {"input_ids": input_ids, "use_cache": False}
         if target_ids is not None:
             inputs["decoder_input_ids"] = shifted(target_ids, self.model.config.decoder_start_token_id)
         ahead = target_ids is None
         if self.uses_full_logits:
             logits = self.model(**inputs).logits
-            picked, targets = supervised_positions(logits, labels, ahead=ahead)
-            return token_nll(picked, targets, lambda chosen: chosen, logits.shape[-1])
+            picked, targets, is_thought = supervised_positions(logits, labels, thoughts, ahead=ahead)
+            return score(picked, targets, is_thought, lambda chosen: chosen, logits.shape[-1], self.config)
         hidden = self.model.base_model(**inputs).last_hidden_state
         head = self.model.get_output_embeddings()
-        states, targets = supervised_positions(hidden, labels, ahead=ahead)
-        return token_nll(states, targets, head, head.weight.shape[0])
+        states, targets, is_thought = supervised_positions(hidden, labels, thoughts, ahead=ahead)
+        return score(states, targets, is_thought, head, self.num_logits, self.config)
 
     @torch.no_grad()
     def choose_head(self) -> None:
@@ -71,6 +84,7 @@ class ScoredModel(nn.Module):
             inputs["decoder_input_ids"] = ids
         try:
             logits = self.model(**inputs).logits
+            self.num_logits = logits.shape[-1]
             hidden = getattr(self.model.base_model(**inputs), "last_hidden_state", None)
         finally:
             watch.remove()

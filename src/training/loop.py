@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from src.config.schema import RunConfig
+from src.config.schema import Reduction, RunConfig
 from src.data.batching import Batch, collate, windows
 from src.data.dataset import TrainSet
 from src.data.sets import EncodedSet
 from src.errors import NonFiniteLossError, listed
 from src.runtime.session import Runtime
-from src.training.loss import step_objective
+from src.training.loss import span_losses, step_objective, sum_of_weights
 from src.training.state import TrainState
 
 
@@ -25,6 +25,10 @@ class Meter:
 
     nll: float = 0.0
     num_supervised: float = 0.0
+    thought_nll: float = 0.0
+    num_thought: float = 0.0
+    objective: float = 0.0
+    num_steps: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
 
@@ -37,11 +41,22 @@ class Meter:
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.seconds if self.seconds else 0.0
 
-    def read(self) -> dict[str, float]:
-        """Give the means since the last line, and start anew."""
+    def read(self, *, with_objective: bool) -> dict[str, float]:
+        """Give the means since the last line, and start anew; losses of thoughts and answers where there are thoughts.
+
+        Args:
+            with_objective: whether what is minimised is something else than the loss.
+        """
         means = {"train/loss": self.loss, "perf/tokens_per_second": self.tokens_per_second}
-        self.nll, self.num_supervised, self.num_tokens, self.seconds = 0.0, 0.0, 0, 0.0
+        means |= {f"train/{name}": loss for name, loss in self.span_losses().items()}
+        if with_objective:
+            means["train/objective"] = self.objective / max(self.num_steps, 1)
+        vars(self).update(vars(Meter()))
         return means
+
+    def span_losses(self) -> dict[str, float]:
+        """Give the mean nats per token of thoughts and of answers; nothing where there are no thoughts."""
+        return span_losses(self.nll, self.num_supervised, self.thought_nll, self.num_thought)
 
 
 @dataclass
@@ -55,6 +70,7 @@ class Step:
     lr: float
     grad_norm: float
     meter: Meter = field(repr=False)
+    with_objective: bool = False
 
     @property
     def loss(self) -> float:
@@ -72,7 +88,8 @@ class Step:
 
     def collect(self) -> dict[str, float]:
         """Give the metrics since they were last collected, and start to sum anew."""
-        return self.meter.read() | {"train/lr": self.lr, "train/grad_norm": self.grad_norm}
+        means = self.meter.read(with_objective=self.with_objective)
+        return means | {"train/lr": self.lr, "train/grad_norm": self.grad_norm}
 
 
 def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime, pad_token_id: int) -> Iterator[Step]:
@@ -83,6 +100,8 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         Interrupted: where a signal asked for it; the step that was under way is given up.
     """
     meter = Meter()
+    loss = config.loss
+    is_another = loss.reduction is Reduction.sum or loss.thought_weight != 1 or loss.label_smoothing > 0
     coming = windows(rows, state.plan, config.seed)
     while state.step < state.num_steps:
         window = next(coming)
@@ -103,6 +122,7 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
             lr=lr,
             grad_norm=grad_norm,
             meter=meter,
+            with_objective=is_another,
         )
 
 
@@ -119,35 +139,49 @@ def step_once(
         batches: each with the set that its row numbers are of.
     """
     state.scored.train()
-    (num_supervised,) = runtime.sum([sum(batch.num_supervised for _, batch in batches)])
+    num_supervised, num_thought = runtime.sum(
+        [sum(batch.num_supervised for _, batch in batches), sum(batch.num_thought for _, batch in batches)]
+    )
+    weights = sum_of_weights(num_supervised, num_thought, config.loss)
     sums = []
     for i, (_, batch) in enumerate(batches):
         runtime.stop.check()
         batch = batch.to(runtime.device)
         with runtime.accumulate(state.scored, last=i == len(batches) - 1):
-            nll = state.scored(**batch.inputs())
-            share = step_objective(nll, num_supervised, config.loss.reduction)
+            scores = state.scored(**batch.inputs())
+            share = step_objective(scores.objective, weights, config.loss.reduction)
             runtime.backward(share * runtime.num_processes)  # processes average their gradients; the step sums them
-        sums.append(nll.detach())
-    nlls = torch.stack(sums).tolist()
-    if bad := [one for nll, one in zip(nlls, batches, strict=True) if not math.isfinite(nll)]:
-        value = next(nll for nll in nlls if not math.isfinite(nll))
+        sums.append(scores.sums())
+    objectives, nlls, thought_nlls = torch.stack(sums, dim=1).tolist()
+    if bad := [one for value, one in zip(objectives, batches, strict=True) if not math.isfinite(value)]:
+        value = next(value for value in objectives if not math.isfinite(value))
         raise _not_finite(f"the loss became {value}", bad, state.step + 1)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     grad_norm = float(runtime.clip_grad_norm(parameters, config.training.max_grad_norm))
     if not math.isfinite(grad_norm) and not runtime.scales_gradients:
         raise _not_finite(f"the gradient's norm became {grad_norm}", batches, state.step + 1)
     lr = float(state.schedule.get_last_lr()[0])
+    state.new_rows.see_gradients()
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     if not runtime.step_was_skipped():
         state.schedule.step()
     state.step += 1
-    nll_sum, num_tokens, num_rows = runtime.sum(
-        [sum(nlls), sum(batch.num_tokens for _, batch in batches), sum(len(batch.rows) for _, batch in batches)]
+    nll, thought_nll, objective, num_tokens, num_rows = runtime.sum(
+        [
+            sum(nlls),
+            sum(thought_nlls),
+            sum(objectives),
+            sum(batch.num_tokens for _, batch in batches),
+            sum(len(batch.rows) for _, batch in batches),
+        ]
     )
-    meter.nll += nll_sum
+    meter.nll += nll
     meter.num_supervised += num_supervised
+    meter.thought_nll += thought_nll
+    meter.num_thought += num_thought
+    meter.objective += objective if config.loss.reduction is Reduction.sum else objective / (weights or 1)
+    meter.num_steps += 1
     meter.num_tokens += int(num_tokens)
     state.tokens_seen += int(num_tokens)
     state.examples_seen += int(num_rows)

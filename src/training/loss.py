@@ -1,72 +1,140 @@
 """The loss, as pure functions of tensors and numbers.
 
-Per optimizer step: the sum of token losses over all micro-batches and processes, divided once by the number of
-supervised tokens of that whole step (mean), or not divided (sum). So how a batch is cut changes nothing.
+Per optimizer step: the sum of weighted token losses over all micro-batches and processes, divided once by the sum of
+weights of that whole step (mean), or not divided (sum). So how a batch is cut changes nothing. A token of an answer
+weighs 1, one of a thought `loss.thought_weight`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from src.config.schema import Reduction
+from src.config.schema import LossConfig, Reduction
 from src.data.encoding import IGNORE_INDEX
 
 MAX_LOGITS = 2**26
 """Logits held at once, in elements: 256 MiB in fp32."""
 
 
-def supervised_positions(hidden: Tensor, labels: Tensor, *, ahead: bool = True) -> tuple[Tensor, Tensor]:
-    """Pick the states that predict a supervised token, and these tokens.
+class Scores(NamedTuple):
+    """What a model makes of a micro-batch; only the objective is attached to the graph.
+
+    `nll` and `targets` [supervised] are of every supervised token in reading order, in nats and ids; `is_thought`
+    [supervised] says which are of a thought, None where no row has any.
+    """
+
+    objective: Tensor
+    """Scalar sum of the weighted, smoothed token losses, float32."""
+    nll: Tensor
+    targets: Tensor
+    is_thought: Tensor | None
+
+    def sums(self) -> Tensor:
+        """Give the objective, the summed nll, and that of thoughts, [3], detached."""
+        thoughts = self.nll.new_zeros(()) if self.is_thought is None else (self.nll * self.is_thought).sum()
+        return torch.stack([self.objective.detach(), self.nll.sum(), thoughts])
+
+
+def supervised_positions(
+    hidden: Tensor, labels: Tensor, thoughts: Tensor | None = None, *, ahead: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pick the states that predict a supervised token, these tokens, and whether they are of a thought.
 
     Args:
         hidden: states, [batch, seq, width].
         labels: ids, not shifted, [batch, seq]; IGNORE_INDEX is not scored.
+        thoughts: true where the label is of a thought, [batch, seq].
         ahead: whether the state at position i predicts the label at i + 1, as in a causal model, or the one at i, as
             in a decoder whose input was shifted.
     Returns:
-        States [supervised, width] and targets [supervised].
+        States [supervised, width], targets [supervised] and what is of a thought [supervised].
     """
     if ahead:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
+        thoughts = None if thoughts is None else thoughts[:, 1:]
     chosen = labels != IGNORE_INDEX
-    return hidden[chosen], labels[chosen]
+    return hidden[chosen], labels[chosen], None if thoughts is None else thoughts[chosen]
 
 
-def token_nll(states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], num_vocabulary: int) -> Tensor:
-    """Sum the negative log-likelihood of the targets, never holding more than MAX_LOGITS logits.
+def token_losses(
+    states: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    num_vocabulary: int,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Give what is minimised of each target, and its negative log-likelihood, with MAX_LOGITS logits at most at once.
 
     Args:
         states: [supervised, width].
         targets: [supervised].
         head: gives logits [n, vocabulary] for states [n, width]; called as a module, so that its hooks run.
         num_vocabulary: columns of the logits, to size the chunks; more than one chunk is computed again in backward.
+        label_smoothing: share of each target that is spread evenly over all columns, as in functional.cross_entropy.
     Returns:
-        Scalar sum in nats, float32; 0, still attached to the graph, where nothing is supervised.
+        Two times [supervised] in nats, float32; without smoothing they are the same. Attached to the graph, also where
+        nothing is supervised.
     """
     chunk = max(1, MAX_LOGITS // num_vocabulary)
 
-    def of_chunk(states: Tensor, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(head(states).float(), targets, reduction="sum")
+    def of_chunk(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(states).float()
+        nll = functional.cross_entropy(logits, targets, reduction="none")
+        if not label_smoothing:
+            return nll, nll
+        smoothed = functional.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+        return smoothed, nll.detach()
 
     if len(targets) <= chunk:
         return of_chunk(states, targets)
-    total = states.new_zeros((), dtype=torch.float32)
+    parts = []
     for start in range(0, len(targets), chunk):
         part = (states[start : start + chunk], targets[start : start + chunk])
-        total = total + checkpoint(of_chunk, *part, use_reentrant=False)
-    return total
+        parts.append(checkpoint(of_chunk, *part, use_reentrant=False))
+    objectives, nlls = zip(*parts, strict=True)
+    return torch.cat(objectives), torch.cat(nlls)
 
 
-def step_objective(nll: Tensor, num_supervised_in_step: float, reduction: Reduction) -> Tensor:
-    """Give the part that a micro-batch's summed nll has in its step's objective.
+def score(
+    states: Tensor,
+    targets: Tensor,
+    is_thought: Tensor | None,
+    head: Callable[[Tensor], Tensor],
+    num_vocabulary: int,
+    config: LossConfig,
+) -> Scores:
+    """Score the supervised tokens of a micro-batch; for the arguments see token_losses."""
+    each, nll = token_losses(states, targets, head, num_vocabulary, config.label_smoothing)
+    if is_thought is not None and config.thought_weight != 1:
+        each = torch.where(is_thought, config.thought_weight * each, each)
+    return Scores(each.sum(), nll.detach(), targets, is_thought)
+
+
+def sum_of_weights(num_supervised: float, num_thought: float, config: LossConfig) -> float:
+    """Give what a mean divides by."""
+    return num_supervised + (config.thought_weight - 1) * num_thought
+
+
+def step_objective(objective: Tensor, weights_in_step: float, reduction: Reduction) -> Tensor:
+    """Give the part that a micro-batch's summed objective has in its step's.
 
     Args:
-        nll: scalar sum over the micro-batch, in nats.
-        num_supervised_in_step: supervised tokens of the whole step, over all micro-batches and processes.
+        objective: scalar sum over the micro-batch, in nats.
+        weights_in_step: sum of weights of the whole step, over all micro-batches and processes; 0 gives 0.
     """
-    return nll if reduction is Reduction.sum else nll / max(num_supervised_in_step, 1)
+    return objective if reduction is Reduction.sum else objective / (weights_in_step or 1)
+
+
+def span_losses(nll: float, num_supervised: float, thought_nll: float, num_thought: float) -> dict[str, float]:
+    """Give the mean nats per token of thoughts and of answers by name; nothing where there are no thoughts."""
+    if not num_thought:
+        return {}
+    answers = num_supervised - num_thought
+    means = {"thought_loss": thought_nll / num_thought}
+    return means | ({"answer_loss": (nll - thought_nll) / answers} if answers else {})

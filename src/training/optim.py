@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from src.config.schema import (
+    AdafactorConfig,
     AdamWConfig,
     DecayScheduleConfig,
     OptimizerConfig,
@@ -18,25 +20,77 @@ from src.config.schema import (
     ScheduleType,
     WarmupScheduleConfig,
 )
+from src.errors import ModelError
+
+ADAFACTOR_EPS = (torch.finfo(torch.float32).eps, 1e-3)
+"""torch's own for float32 weights, and here for all. Its default follows the weights' type, and bfloat16's, 0.008, is
+far above usual gradients: such weights stand still (measured: 100 steps with gradients of 3e-5 moved them by 0.1 %)."""
 
 
-def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Split what is trained into matrices, which decay, and norms and biases (one dimension or none), which do not."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def parameter_groups(
+    parameters: Iterable[nn.Parameter],
+    weight_decay: float,
+    embeddings: Iterable[nn.Parameter] = (),
+    embedding_lr: float | None = None,
+) -> list[dict[str, Any]]:
+    """Split what is trained into matrices, which decay, and norms and biases (one dimension or none), which do not.
+
+    With `embedding_lr` the embeddings form groups of their own, behind the others, that have it as their peak. A
+    parameter that comes twice, such as a tied matrix, is taken once.
+
+    Raises:
+        ModelError: where `embedding_lr` is given and no embedding is trained.
+    """
+    trained = list({id(p): p for p in parameters if p.requires_grad}.values())
+    rows = set() if embedding_lr is None else {id(p) for p in embeddings}
+    others, apart = ([p for p in trained if (id(p) in rows) == is_row] for is_row in (False, True))
+    if embedding_lr is not None and not apart:
+        raise ModelError(
+            f"optimizer.embedding_lr = {embedding_lr}, but no embedding is trained here: optimizer.embedding_lr=null"
+        )
+    groups: list[dict[str, Any]] = []
+    for chosen, rate in ((others, {}), (apart, {"lr": embedding_lr})):
+        groups += [
+            {"params": [p for p in chosen if p.ndim >= 2], "weight_decay": weight_decay, **rate},
+            {"params": [p for p in chosen if p.ndim < 2], "weight_decay": 0.0, **rate},
+        ]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the optimizer over all parameters that are trained."""
-    groups = parameter_groups(parameters, config.weight_decay)
+def build_optimizer(
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter], embeddings: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """Build the optimizer over all parameters that are trained.
+
+    Args:
+        parameters: where they will be trained: build it when the model is on its device.
+        embeddings: those of them that are embedding rows, which `embedding_lr` is for.
+    Raises:
+        ModelError: see parameter_groups.
+    """
+    groups = parameter_groups(parameters, config.weight_decay, embeddings, config.embedding_lr)
     if isinstance(config, AdamWConfig):
         first, second = config.betas
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=True)
+        options: dict[str, Any] = {"lr": config.lr, "betas": (first, second), "eps": config.eps}
+        if config.type == "adamw":
+            return torch.optim.AdamW(groups, **options, fused=True)
+        optimizers = _bitsandbytes_optimizers()
+        if config.type == "adamw_8bit":
+            return optimizers.AdamW8bit(groups, **options)
+        is_on_gpu = any(p.is_cuda for group in groups for p in group["params"])
+        # without a GPU there is no memory to page from, and bitsandbytes would warn of it in the first step
+        return (optimizers.PagedAdamW32bit if is_on_gpu else optimizers.AdamW32bit)(groups, **options)
+    if isinstance(config, AdafactorConfig):
+        return torch.optim.Adafactor(groups, lr=config.lr, eps=ADAFACTOR_EPS)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+
+
+def _bitsandbytes_optimizers() -> Any:
+    """Import bitsandbytes, which takes seconds, without its word about a CPU kernel that it could fetch from a hub."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from bitsandbytes import optim
+
+    return optim
 
 
 def num_warmup_steps(config: SchedulerConfig, num_steps: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from src.data.dataset import TrainSet
 from src.data.sets import EncodedSet
 from src.errors import ModelError
 from src.runtime.session import Runtime
+from src.tokens import WatchedRows, embedding_parameters
 from src.training.head import ScoredModel
 from src.training.optim import build_optimizer, build_schedule
 
@@ -37,6 +40,8 @@ class TrainState:
     steps_per_epoch: int | None
     """None where the train set is streamed: nobody knows its end before."""
     uses_full_logits: bool
+    new_rows: WatchedRows
+    """The rows of the configuration's tokens."""
     step: int = 0
     tokens_seen: int = 0
     examples_seen: int = 0
@@ -72,8 +77,17 @@ def num_train_steps(config: TrainingConfig, per_epoch: int | None) -> int:
     return max(1, math.ceil(config.num_train_epochs * per_epoch))
 
 
-def prepare(model: Any, train: TrainSet, config: RunConfig, runtime: Runtime) -> TrainState:
+def prepare(
+    model: Any,
+    train: TrainSet,
+    config: RunConfig,
+    runtime: Runtime,
+    new_tokens: Mapping[str, int] = MappingProxyType({}),
+) -> TrainState:
     """Place everything on the device and choose how the head is computed.
+
+    Args:
+        new_tokens: the configuration's tokens and their ids, to be watched.
 
     Raises:
         ModelError: where the weights' type does not go with the precision, or rows can't be packed for this model.
@@ -81,16 +95,29 @@ def prepare(model: Any, train: TrainSet, config: RunConfig, runtime: Runtime) ->
     plan = batch_plan(config)
     per_epoch = steps_per_epoch(train, plan, config.seed) if isinstance(train, EncodedSet) else None
     num_steps = num_train_steps(config.training, per_epoch)
-    if runtime.scales_gradients and any(p.dtype != torch.float32 for p in model.parameters()):
+    if runtime.scales_gradients and any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
         raise ModelError("fp16 mixed precision scales gradients of float32 weights only: model.dtype=float32")
-    scored = ScoredModel(model).to(runtime.device)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    scored = ScoredModel(model, config.loss).to(runtime.device)
     is_packed = config.data.batching is Batching.packed
     is_flat = is_packed and config.model.attn_implementation is Attention.flash_attention_2
     with runtime.autocast():
         scored.choose_head()
         if is_packed:
             scored.check_packing(flat=is_flat)
-    optimizer = build_optimizer(config.optimizer, scored.parameters())
+    optimizer = build_optimizer(config.optimizer, scored.parameters(), embedding_parameters(model))
     schedule = build_schedule(config.scheduler, optimizer, num_steps)
     wrapped, optimizer = runtime.prepare(scored, optimizer)
-    return TrainState(wrapped, model, optimizer, schedule, plan, is_flat, num_steps, per_epoch, scored.uses_full_logits)
+    return TrainState(
+        wrapped,
+        model,
+        optimizer,
+        schedule,
+        plan,
+        is_flat,
+        num_steps,
+        per_epoch,
+        scored.uses_full_logits,
+        WatchedRows(model, new_tokens),
+    )

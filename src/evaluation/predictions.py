@@ -1,0 +1,350 @@
+"""Predictions: generated and written a block at a time, so that a stop costs one block. No torch here.
+
+`<set>.jsonl` has a line a row, `<set>.csv` the same once the set is whole, and `<set>.json` what decided them:
+predictions that something else decided are never mixed with them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from src.config.files import expand
+from src.config.rules import is_read_by_predict
+from src.config.schema import RunConfig
+from src.data.sources import file_hash
+from src.errors import ModelError, RunFolderError
+from src.evaluation.metrics import scores, strip_thoughts
+from src.tracking.console import Console, clock
+from src.tracking.journal import write_atomically
+
+if TYPE_CHECKING:
+    from src.data.dataset import Prompts
+    from src.data.sets import EncodedSet
+    from src.evaluation.generate import Generator
+
+BLOCK_BATCHES = 4
+"""Batches that are generated before their rows are written: sorted by length among themselves, they are padded less."""
+
+SAMPLING = ("temperature", "top_k", "top_p")
+DECIDES_NOTHING = (
+    "test_files",  # their content does
+    "answer_pattern",
+    "metrics",
+    "max_target_length",
+    "max_dropped_fraction",
+    "preprocessing_num_workers",
+    "cache_dir",
+)
+"""Keys of data that src.predict reads, but no prediction depends on."""
+
+NOT_THE_MODEL = ("README.md", "generation_config.json")
+"""Files of a model's folder that decide nothing here."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One line: `row` counts the rows of the set's files from 0; `text` has the thoughts, `answer` has not."""
+
+    row: int
+    source: str
+    prompt: str
+    text: str
+    answer: str
+    reference: str | None
+    stop_reason: str
+
+
+COLUMNS = [column.name for column in fields(Prediction)]
+
+
+class PredictedSet:
+    """The files of one set's predictions, in a folder that this process holds.
+
+    Args:
+        decided_by: what decides its predictions, as plain values by name.
+    """
+
+    def __init__(self, folder: Path, name: str, decided_by: Mapping[str, Any]) -> None:
+        self.name = name
+        self.folder = folder
+        self.lines, self.table, self.record = (folder / f"{name}{end}" for end in (".jsonl", ".csv", ".json"))
+        self._decided_by = dict(decided_by)
+
+    def claim(self, *, force: bool) -> list[str]:
+        """Take over what is there of it, or with `force` remove it; give how it was decided otherwise.
+
+        Raises:
+            RunFolderError: where a file is there that src.predict did not write, which nothing removes.
+        """
+        there = [file for file in (self.lines, self.table, self.record) if file.exists()]
+        if not there:
+            return []
+        before = _read(self.record).get("decided_by")
+        if not isinstance(before, dict):
+            names = ", ".join(file.name for file in there)
+            raise RunFolderError(
+                f"{self.folder} holds files that are no predictions of the set {self.name}: {names}; choose another "
+                "predict.output, or another name for the set (data.test_files={NAME: [FILE]})"
+            )
+        if not force:
+            return differences(before, self._decided_by)
+        for file in (self.table, self.lines, self.record):  # the record last: without it nobody removes the others
+            file.unlink(missing_ok=True)
+        return []
+
+    def is_generated(self) -> bool:
+        """Whether every row has its line."""
+        rows = _read(self.record).get("rows")
+        return rows is not None and self.lines.exists() and sum(1 for _ in self.read()) == rows
+
+    def resume(self, rows: Sequence[int], block_rows: int) -> int:
+        """Cut the file back to the end of its last whole block, and give how many rows are in it.
+
+        Args:
+            rows: the number of each row that the set has.
+        Raises:
+            RunFolderError: where more than its end is not as it was written.
+        """
+        write_atomically(self.record, json.dumps({"rows": len(rows), "decided_by": self._decided_by}, indent=2) + "\n")
+        self.lines.touch()
+        count = size = kept = kept_size = 0
+        with open(self.lines, "rb") as file:
+            for line in file:
+                one = _parsed(line)
+                if one is None or count == len(rows) or one["row"] != rows[count]:
+                    break
+                count, size = count + 1, size + len(line)
+                if count % block_rows == 0 or count == len(rows):
+                    kept, kept_size = count, size
+            if file.readline():  # more stands behind what could be a line that was torn
+                raise RunFolderError(
+                    f"{self.lines}, line {count + 1}: not what was written there; force=true starts the set anew"
+                )
+        os.truncate(self.lines, kept_size)
+        if kept < len(rows):
+            self.table.unlink(missing_ok=True)
+        return kept
+
+    def append(self, predictions: Sequence[Prediction]) -> None:
+        """Add lines; they are on the disk when this returns."""
+        text = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions)
+        with open(self.lines, "ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Give the lines that are there; one that is torn, or not in its place, ends them."""
+        before = -1
+        with open(self.lines, "rb") as file:
+            for line in file:
+                one = _parsed(line)
+                if one is None or one["row"] <= before:
+                    return
+                before = one["row"]
+                yield one
+
+    def write_table(self) -> None:
+        """Write the CSV, where it is not there yet."""
+        if self.table.exists():
+            return
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)  # ends lines as RFC 4180 does, and so quotes both kinds of line ends
+        writer.writeheader()
+        writer.writerows(self.read())
+        write_atomically(self.table, text.getvalue())
+
+    def score(self, config: RunConfig) -> tuple[dict[str, float], int]:
+        """Compare the answers with their references, and put the metrics into metrics.json, `eval/<set>/…`.
+
+        Gives the metrics, none where a row has no reference, and how many rows have none.
+        """
+        pairs = [(line["answer"], line["reference"]) for line in self.read()]
+        references = [reference for _, reference in pairs if reference is not None]
+        lacking = len(pairs) - len(references)
+        values = {}
+        if config.metrics and not lacking:
+            found = scores(config.metrics, [given for given, _ in pairs], references, config.data.answer_pattern)
+            values = {f"eval/{self.name}/{metric}": value for metric, value in found.items()}
+        file = self.folder / "metrics.json"
+        before = _read(file)
+        others = {key: value for key, value in before.items() if not key.startswith(f"eval/{self.name}/")}
+        if others | values != before:
+            write_atomically(file, json.dumps(others | values, indent=2) + "\n")
+        return values, lacking
+
+
+def open_sets(
+    folder: Path, config: RunConfig, frozen: Mapping[str, Any], model: Path, batch_size: int
+) -> dict[str, PredictedSet]:
+    """Take over what is in the folder of the sets that are asked for.
+
+    Args:
+        model: the folder of the model that predicts.
+    Raises:
+        RunFolderError: where something else decided what is there, naming what.
+    """
+    common = decided_by(config, frozen, model, batch_size)
+    sets, refused = {}, []
+    for name, files in config.data.test_sets().items():
+        contents = [file_hash(file) for file in expand(files)]
+        sets[name] = PredictedSet(folder, name, {"data.test_files": contents} | common)
+        if found := sets[name].claim(force=config.force):
+            refused.append("\n  ".join([f"{sets[name].lines} holds predictions that something else decided:", *found]))
+    if refused:
+        hint = "force=true starts these sets anew, predict.output=DIR puts the new predictions elsewhere"
+        raise RunFolderError("\n".join([*refused, hint]))
+    return sets
+
+
+def decided_by(config: RunConfig, frozen: Mapping[str, Any], model: Path, batch_size: int) -> dict[str, Any]:
+    """Give what decides the predictions of any set, as plain values by name.
+
+    The seed and the size of the batches decide only where words are drawn.
+    """
+    generation, data = dict(frozen["generation"]), frozen["data"]
+    drawn: dict[str, Any] = {"seed": config.seed, "predict.batch_size": batch_size}
+    if not config.generation.do_sample:
+        drawn = {}
+        generation = {key: value for key, value in generation.items() if key not in SAMPLING}
+    shaping = [key for key in data if is_read_by_predict(f"data.{key}") and key not in DECIDES_NOTHING]
+    files = [file for file in sorted(model.rglob("*")) if file.is_file() and file.name not in NOT_THE_MODEL]
+    return {
+        **{f"generation.{key}": value for key, value in generation.items()},
+        **{f"data.{key}": data[key] for key in shaping},
+        **{f"tokens.{key}": frozen["tokens"][key] for key in ("thought_open", "thought_close")},
+        **drawn,
+        "model.dtype": config.model.dtype.value,
+        "training.mixed_precision": config.training.mixed_precision.value,
+        "model": {str(file.relative_to(model)): file_hash(str(file)) for file in files},
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say of each name whose value is not the same what it was and what it is."""
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    hashed = {"data.test_files": "other content than now", "model": "another model's weights, settings or tokenizer"}
+    return [
+        f"{name}   {hashed[name]}"
+        if name in hashed
+        else f"{name}   {json.dumps(before.get(name))} there, {json.dumps(now.get(name))} now"
+        for name in changed
+    ]
+
+
+def check_room(prompts: Prompts, model: Any, max_new_tokens: int) -> None:
+    """See that behind every prompt there is room for what is generated.
+
+    Raises:
+        ModelError: naming the row.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for rows in prompts.sets.values():
+        lengths = rows.prompt_lengths()
+        longest = int(lengths.argmax())
+        used = 1 + len(prompts.encoder.target_prefix) if model.config.is_encoder_decoder else int(lengths[longest])
+        if positions is not None and used + max_new_tokens > positions:
+            raise ModelError(
+                f"{rows.place(longest)}: {used} tokens, and generation.max_new_tokens = {max_new_tokens} more, do not "
+                f"fit into the model's {positions} positions; lower one of data.max_seq_length and max_new_tokens"
+            )
+
+
+def account(rows: EncodedSet) -> str:
+    """Say what became of a set's rows: how many are predicted, whose prompt was cut, what was left out."""
+    text = f"{len(rows):,} rows"
+    if rows.total("is_truncated"):
+        cut = [rows.place(i) for i in range(len(rows)) if rows.is_truncated(i)]
+        text += f"\n{_some(cut)} cut at the start of the prompt: too long"
+    (part,) = rows.parts
+    for reason in sorted({row.reason for row in part.account.dropped}):
+        left_out = [row.place for row in part.account.dropped if row.reason == reason]
+        why = "an empty prompt" if reason == "no_supervised_token" else "too long"
+        text += f"\n{_some(left_out)} left out: {why}"
+    return text
+
+
+def predict_rows(
+    into: PredictedSet,
+    rows: EncodedSet,
+    generator: Generator,
+    prompts: Prompts,
+    config: RunConfig,
+    console: Console,
+) -> None:
+    """Generate for the rows that have no line yet, block after block.
+
+    A block draws from a stream of its own, by seed and first row, and always begins at the same rows: so nothing
+    depends on where it was stopped.
+
+    Raises:
+        Interrupted: between two tokens, where a signal asked for it; whole blocks are on the disk.
+    """
+    (part,) = rows.parts
+    numbers = part.ordinals.tolist()
+    block_rows = BLOCK_BATCHES * generator.batch_size
+    begin = into.resume(numbers, block_rows)
+    if begin:
+        console.label(into.name, f"{begin:,} of {len(rows):,} rows are there already, going on behind them")
+    started = time.monotonic()
+    for start in range(begin, len(rows), block_rows):
+        block = range(start, min(start + block_rows, len(rows)))
+        seed = int(np.random.SeedSequence([config.seed, start]).generate_state(1)[0])
+        completions = generator.generate([rows.prompt_ids(i) for i in block], seed)
+        texts = [prompts.encoder.decode(completion.ids) for completion in completions]
+        into.append(
+            [
+                Prediction(
+                    row=numbers[i],
+                    source=rows.place(i),
+                    prompt=rows.prompt(i),
+                    text=text,
+                    answer=strip_thoughts(text, config.thought_tags),
+                    reference=_reference(rows, i, config),
+                    stop_reason=completion.stop_reason,
+                )
+                for i, completion, text in zip(block, completions, texts, strict=True)
+            ]
+        )
+        left = (time.monotonic() - started) / (block.stop - begin) * (len(rows) - block.stop)
+        console.working(f"{into.name}: {block.stop:,} of {len(rows):,} rows  {clock(left)} left")
+
+
+def _reference(rows: EncodedSet, index: int, config: RunConfig) -> str | None:
+    """Give what a row's answer should be, without thoughts; None where it has none."""
+    if not rows.completion(index):
+        return None
+    return strip_thoughts(rows.reference(index), config.thought_tags)
+
+
+def _some(places: Sequence[str], most: int = 3) -> str:
+    rest = f" and {len(places) - most:,} more" if len(places) > most else ""
+    return f"{', '.join(places[:most])}{rest}"
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Give what a line says; None of one that is not whole."""
+    try:
+        found = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and list(found) == COLUMNS and isinstance(found["row"], int) else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Give what a JSON file holds; empty where there is no object in it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,195 @@
+"""Adapters: small trained matrices beside a model's frozen weights, and rows for new tokens. The door to PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from src.config.schema import AdapterConfig, LoraConfig, ModelConfig
+from src.errors import ModelError, one_line
+
+NAME = "default"
+"""What PEFT calls the one adapter of a model."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What PEFT put into a model; the model itself is changed in place and used as before."""
+
+    peft_model: Any
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter and the rows of new tokens, nothing of the base."""
+        self.peft_model.save_pretrained(folder, save_embedding_layers=False)  # else PEFT writes both whole matrices
+
+    def state(self) -> dict[str, Tensor]:
+        """Give what `save` writes, by its names."""
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+
+    def merged(self, folder: Path) -> Any:
+        """Give a plain model with the adapter in its weights, which ends this one.
+
+        A quantised base is dequantised first: merged into 4 bits, the adapter would be rounded away.
+
+        Args:
+            folder: where this adapter was saved.
+        """
+        from peft import PeftModel
+
+        base = self.peft_model.unload()
+        if getattr(base, "quantization_method", None) is None:
+            return PeftModel.from_pretrained(base, folder).merge_and_unload()
+        base = base.dequantize(dtype=torch.float32)
+        return PeftModel.from_pretrained(base, folder).merge_and_unload()
+
+
+def with_adapter(base: Any, folder: Path) -> Any:
+    """Put a saved adapter into its base, which has room for the new tokens, and give the model.
+
+    Raises:
+        ModelError: where it does not fit.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, folder).get_base_model()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"the adapter in {folder} does not fit its base: {one_line(error)}") from error
+
+
+def add_adapter(
+    model: Any,
+    config: AdapterConfig,
+    model_config: ModelConfig,
+    new_ids: Sequence[int] = (),
+    matrices: Sequence[nn.Module] = (),
+    *,
+    is_merged: bool = False,
+) -> Adapter | None:
+    """Freeze a model and put an adapter into it, in place; None where the configuration has none.
+
+    Args:
+        new_ids: tokens whose rows are trained too.
+        matrices: the modules that have such rows, each matrix once; PEFT ties the others to them.
+        is_merged: whether the run's result is whole weights.
+    Raises:
+        ModelError: where `target_modules` is not found in the model, or the adapter alone could not be loaded again.
+    """
+    if not isinstance(config, LoraConfig):
+        return None
+    import peft
+
+    check_targets(model, config)
+    if len(matrices) > 2 and new_ids and not is_merged:
+        raise ModelError(
+            f"encoder and decoder of this {type(model).__name__} have token matrices of their own. When others resize "
+            "it for the new tokens, transformers puts one in the place of all, and the adapter would not fit: "
+            "export.merge=true writes whole weights, which load as they are"
+        )
+    names = [name for name, module in model.named_modules() if any(module is one for one in matrices)]
+    settings = {key: value.value if isinstance(value, Enum) else value for key, value in vars(config).items()}
+    del settings["type"]
+    is_pair = model.config.is_encoder_decoder
+    lora = peft.LoraConfig(
+        **settings,
+        task_type="SEQ_2_SEQ_LM" if is_pair else "CAUSAL_LM",
+        trainable_token_indices={name: list(new_ids) for name in names} if new_ids else None,
+        revision=model_config.revision,
+    )
+    try:
+        adapted = peft.get_peft_model(model, lora)
+    except ValueError as error:
+        raise ModelError(f"this adapter can't be put into a {type(model).__name__}: {one_line(error)}") from error
+    lora.base_model_name_or_path = _portable(model_config.checkpoint)
+    lean_tokens(model)
+    return Adapter(adapted)
+
+
+def _portable(checkpoint: str) -> str:
+    """Name the base so that it is found from another folder too."""
+    return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
+
+
+def check_targets(model: Any, config: LoraConfig) -> None:
+    """See that every name of `target_modules` is in the model.
+
+    Raises:
+        ModelError: with the nearest names of those that are.
+    """
+    targets = config.target_modules
+    if targets == "all-linear":
+        return
+    names = [name for name, module in model.named_modules() if name and not isinstance(module, nn.ModuleList)]
+    if isinstance(targets, str):
+        try:
+            found = any(re.fullmatch(targets, name) for name in names)
+        except re.error as error:
+            raise ModelError(f"adapter.target_modules = {targets!r} is no regular expression: {error}") from error
+        missing = [] if found else [targets]
+    else:
+        missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if not missing:
+        return
+    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+    near = {t: get_close_matches(t.rpartition(".")[2], linear, n=1) for t in missing}
+    told = ", ".join(f"{t}{f' (did you mean {near[t][0]}?)' if near[t] else ''}" for t in missing)
+    raise ModelError(
+        f"adapter.target_modules: {told} not found in {type(model).__name__}; its linear layers are "
+        f"{', '.join(linear)}, or all-linear"
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def lean_tokens(model: nn.Module) -> None:
+    """Let PEFT's trained rows be looked up by themselves.
+
+    PEFT 0.21 writes them into a copy of the whole matrix in every forward, and gets a whole matrix of gradients.
+    """
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    class LeanTokens(TrainableTokensLayer):
+        def forward_adapters(self, x: Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+            if self.disable_adapters or self.merged or len(active_adapters) != 1:
+                return super().forward_adapters(x, active_adapters, *args, **kwargs)
+            (name,) = active_adapters
+            ids = torch.tensor(self.token_indices[name], device=x.device)
+            return with_rows(self.base_layer, x, ids, self.trainable_tokens_delta[name], *args, **kwargs)
+
+    for module in model.modules():
+        if type(module) is TrainableTokensLayer:
+            module.__class__ = LeanTokens
+
+
+def with_rows(base: nn.Module, x: Tensor, ids: Tensor, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Compute a lookup or a head as if the matrix had these rows in the place of its own.
+
+    Args:
+        base: an embedding, for ids x [...], or a linear layer, for states x [..., width].
+        ids: of the rows, [n].
+        rows: [n, width].
+    """
+    result = base(x, *args, **kwargs)
+    if isinstance(base, nn.Embedding):
+        at = (x[..., None] == ids).long()  # [..., n]
+        looked_up = functional.embedding(at.argmax(-1), rows).to(result.dtype)
+        scale = getattr(base, "embed_scale", None)
+        if scale is not None:
+            looked_up = looked_up * (scale.to(result.dtype) if isinstance(scale, Tensor) else scale)
+        return torch.where(at.any(-1, keepdim=True), looked_up, result)
+    bias = getattr(base, "bias", None)
+    own = functional.linear(x, rows.to(x.dtype), None if bias is None else bias[ids])
+    return result.index_copy_(-1, ids, own.to(result.dtype))

@@ -1,0 +1,109 @@
+"""The README.md of an exported model: what it is made of, how good it is, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+SHOWN = ("train/loss", "eval/")
+"""Metrics that the card shows: those whose names begin so."""
+
+
+def model_card(
+    frozen: Mapping[str, Any],
+    data: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    provenance: Mapping[str, Any],
+    new_tokens: Mapping[str, int],
+) -> str:
+    """Write the card.
+
+    Args:
+        frozen: the run's configuration, as in config.yaml.
+        data: the account of each set, as in data_report.json.
+        metrics: the last value of every metric.
+        provenance: as in provenance.json.
+        new_tokens: the configuration's tokens and their ids.
+    """
+    model, git = frozen["model"], provenance.get("git", {})
+    head = {"library_name": "peft" if _is_adapter(frozen) else "transformers", "base_model": model["checkpoint"]}
+    commit = git.get("commit") or "unknown"
+    sections = {
+        f"{frozen['name']}": f"{_what(frozen)} Trained with Towline at commit {commit}"
+        f"{', with changes that are not committed' if git.get('dirty') else ''} (config hash "
+        f"{provenance.get('config_hash', 'unknown')}).",
+        "## How to load it": _loading(frozen),
+        "## Data": _table(
+            ("set", "rows", "tokens", "supervised"),
+            [(name, r["rows_kept"], r["tokens"], r["supervised_tokens"]) for name, r in data.items()],
+        ),
+        "## Metrics": _table(
+            ("metric", "value"),
+            [(name, f"{value:.4g}") for name, value in sorted(metrics.items()) if name.startswith(SHOWN)],
+        ),
+        "## New tokens": _table(("token", "id"), [(f"`{token}`", i) for token, i in new_tokens.items()])
+        if new_tokens
+        else "None.",
+        "## Configuration": f"```yaml\n{yaml.safe_dump(dict(frozen), sort_keys=False, allow_unicode=True)}```",
+    }
+    body = "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items())
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {body}\n"
+
+
+def _is_adapter(frozen: Mapping[str, Any]) -> bool:
+    return frozen["adapter"]["type"] != "none" and not frozen["export"]["merge"]
+
+
+def _is_quantised(frozen: Mapping[str, Any]) -> bool:
+    return bool(frozen["quantization"]["load_in_8bit"] or frozen["quantization"]["load_in_4bit"])
+
+
+def _what(frozen: Mapping[str, Any]) -> str:
+    model, adapter = frozen["model"], frozen["adapter"]
+    base = f"{model['checkpoint']}{', from random weights' if model['weights'] == 'random' else ''}"
+    if adapter["type"] == "none":
+        return f"A full fine-tune of {base}."
+    bits = " in 8 bits" if frozen["quantization"]["load_in_8bit"] else " in 4 bits" if _is_quantised(frozen) else ""
+    merged = " The adapter is merged into the weights here." if frozen["export"]["merge"] else ""
+    return f"A {adapter['type']} adapter (r {adapter['r']}) on {base}, whose weights were frozen{bits}.{merged}"
+
+
+def _loading(frozen: Mapping[str, Any]) -> str:
+    is_pair = frozen["model"]["type"] == "encoder_decoder"
+    auto = "AutoModelForSeq2SeqLM" if is_pair else "AutoModelForCausalLM"
+    if not _is_adapter(frozen):
+        lines = ["model = " + auto + ".from_pretrained(FOLDER)", "tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
+        note = ""
+        if _is_quantised(frozen):
+            note = "\n\nThe adapter was trained on quantised weights. These are the same weights dequantised and "
+            note += "merged in float32: their logits are those of training but for rounding (2e-2 at most)."
+        return _code([f"from transformers import {auto}, AutoTokenizer", *lines]) + note
+    checkpoint, revision = frozen["model"]["checkpoint"], frozen["model"]["revision"]
+    where = repr(checkpoint) + (f", revision={revision!r}" if revision else "")
+    lines = [
+        "from peft import PeftModel",
+        f"from transformers import {auto}, AutoTokenizer",
+        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
+        f"base = {auto}.from_pretrained({where})",
+        "if base.get_input_embeddings().weight.shape[0] < len(tokenizer):  # room for the new tokens",
+        "    base.resize_token_embeddings(len(tokenizer))",
+        "model = PeftModel.from_pretrained(base, FOLDER)",
+    ]
+    note = ""
+    if _is_quantised(frozen):
+        note = "\n\nIt was trained on quantised weights: load the base with the same `quantization_config` (below) for "
+        note += "the logits that training saw; on whole weights they differ a little."
+    return _code(lines) + note
+
+
+def _code(lines: list[str]) -> str:
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(
+        "| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in line) + " |" for line in lines
+    )

@@ -1,0 +1,85 @@
+"""Weights in 8 or 4 bits: how bitsandbytes is asked for them, and what it can't do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from src.config.schema import Dtype, MixedPrecision, ModelConfig, QuantizationConfig
+from src.errors import ModelError, listed
+
+PACKS = "support_avx512bf16_for_cpu"
+CPU_BLOCK = 64
+"""On a CPU bitsandbytes 0.50 takes 4-bit layers whose input is a multiple of this only: else it fails in evaluation."""
+
+
+def quantization_settings(config: QuantizationConfig, model: ModelConfig, precision: MixedPrecision) -> Any:
+    """Give transformers' settings, or None where nothing is quantised."""
+    if not config.is_on:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_8bit=config.load_in_8bit,
+        load_in_4bit=config.load_in_4bit,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type.value,
+        bnb_4bit_compute_dtype=compute_dtype(config, model, precision),
+        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+    )
+
+
+def compute_dtype(config: QuantizationConfig, model: ModelConfig, precision: MixedPrecision) -> torch.dtype:
+    """Give what products with 4-bit weights compute in; `auto` is mixed precision's type, else the model's."""
+    if config.bnb_4bit_compute_dtype is not Dtype.auto:
+        return getattr(torch, config.bnb_4bit_compute_dtype.value)
+    mixed = {MixedPrecision.bf16: torch.bfloat16, MixedPrecision.fp16: torch.float16}
+    if precision in mixed:
+        return mixed[precision]
+    return torch.float32 if model.dtype is Dtype.auto else getattr(torch, model.dtype.value)
+
+
+def quantised_layers(empty: Any) -> dict[str, nn.Linear]:
+    """Give the linear layers that are quantised, by name: all but the head, which transformers leaves as it is.
+
+    Args:
+        empty: the model on the meta device.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    kept = get_keys_to_not_convert(empty)
+    return {
+        name: module
+        for name, module in empty.named_modules()
+        if isinstance(module, nn.Linear) and not any(name == key or name.startswith(f"{key}.") for key in kept)
+    }
+
+
+def check_quantisable(empty: Any, config: QuantizationConfig, device: torch.device) -> None:
+    """See, before weights are loaded, that they can be quantised where they will lie.
+
+    Raises:
+        ModelError: naming the layers that can't.
+    """
+    layers = quantised_layers(empty)
+    if not layers:
+        raise ModelError(f"{type(empty).__name__} has no linear layers that could be quantised")
+    if config.load_in_4bit and device.type == "cpu":
+        odd = [f"{name}: {layer.in_features}" for name, layer in layers.items() if layer.in_features % CPU_BLOCK]
+        if odd:
+            raise ModelError(
+                f"on a CPU 4-bit layers need inputs of a multiple of {CPU_BLOCK}, these have others (a GPU takes them, "
+                f"and so does quantization=int8):\n{listed(odd)}"
+            )
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Stop bitsandbytes from packing 4-bit weights for CPUs with AVX512-BF16 when the model is first evaluated.
+
+    Packed weights stay packed when training goes on (0.50), and their product knows no gradient: whatever lies below
+    would silently stop learning, and a layer with a bias fails.
+    """
+    for module in model.modules():
+        if hasattr(module, PACKS):
+            setattr(module, PACKS, False)

@@ -1,0 +1,165 @@
+"""Generate with a finished run: `python -m src.predict run=DIR data.test_files=[FILE,…] KEY=VALUE …`.
+
+The run's frozen config.yaml counts, with single keys on top: data.…, generation.…, seed, evaluation.metrics, runtime.…,
+model.dtype, model.attn_implementation, training.mixed_precision, and
+  predict.batch_size=N   prompts at a time (null: training.per_device_eval_batch_size)
+  predict.output=DIR     where predictions go (null: predictions/ in the run's folder)
+  force=true             start the sets named here anew
+
+Prompts are exactly those of training, made of all rows of data.test_files (a list, or name: list; where none are given
+the run's own), unless data.limit is given here.
+- A row needs no answer: where it is missing or empty the reference is null, and its set gets no metrics.
+- Of a chat the assistant's last message is predicted; a chat may also end with the user.
+- An answer takes no room: a row is too long where its prompt alone fills data.max_seq_length. Then its start is cut
+  (data.overflow=truncate, truncate_prompt), or the row is left out (drop) or refused (error), and that is told.
+- A prompt that leaves the model no room for generation.max_new_tokens is refused before anything is generated.
+
+A set is <set>.jsonl with row (from 0), source (file:line), prompt, text (with thoughts), answer (without), reference
+and stop_reason (eos or length); once it is whole, <set>.csv has the same, and metrics.json has eval/<set>/…. Rows are
+written a few batches at a time: the same command goes on where one was stopped, however that was, to the same file. A
+whole set is left as it is. What another configuration, other rows or another model decided is not gone on with;
+<set>.json says what did.
+
+Exit code 0, 1 where it went wrong, 2 where something is yours to mend, 75 where a signal stopped it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from src.config.gate import Admitted, admit_prediction
+from src.errors import Interrupted, TowlineError
+from src.runtime.signals import StopRequest, stop_on_signals
+
+if TYPE_CHECKING:
+    from src.data.dataset import Prompts
+    from src.evaluation.generate import Generator
+    from src.evaluation.predictions import PredictedSet
+    from src.tracking.console import Console
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # docs/decisions/0007
+for switch in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+    os.environ.setdefault(switch, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of our own, each with its chunk, are faster
+
+
+def predict(admitted: Admitted) -> None:
+    """Generate what is missing of every set, and score it.
+
+    Raises:
+        TowlineError: what the user can mend.
+        Interrupted: where a signal asked it to stop; what was written is kept.
+    """
+    from src.evaluation.predictions import open_sets, predict_rows
+    from src.tracking.console import Console
+    from src.tracking.journal import hold
+
+    config, run_dir, output = admitted.config, admitted.run_dir, folder(admitted)
+    batch_size = admitted.own.batch_size or config.training.per_device_eval_batch_size
+    console = Console()
+    console.label("predict", f"{run_dir} → {output}")
+    output.mkdir(parents=True, exist_ok=True)
+    with stop_on_signals() as stop, hold(output):
+        sets = open_sets(output, config, admitted.frozen, run_dir / "model", batch_size)
+        unfinished = {name: one for name, one in sets.items() if not one.is_generated()}
+        for name, one in sets.items():
+            if name not in unfinished:
+                console.label(name, "finished and left as it is (force=true starts it anew)")
+                finish(one, admitted, console)
+        if not unfinished:
+            return
+        with open_generation(admitted, batch_size, stop, console) as (generator, prompts):
+            for name, one in unfinished.items():
+                predict_rows(one, prompts.sets[name], generator, prompts, config, console)
+                finish(one, admitted, console)
+
+
+@contextmanager
+def open_generation(
+    admitted: Admitted, batch_size: int, stop: StopRequest, console: Console
+) -> Iterator[tuple[Generator, Prompts]]:
+    """Load what the run exported, and the rows to predict."""
+    # imported here: torch takes seconds, and a folder that is in use or holds other predictions should be told at once
+    from src.data.dataset import build_prompts
+    from src.evaluation.generate import Generator
+    from src.evaluation.predictions import account, check_room
+    from src.model.build import set_generation
+    from src.model.export import exported, load_exported
+    from src.runtime.session import start_runtime
+    from src.tokens import load_tokenizer
+
+    config, run_dir = admitted.config, admitted.run_dir
+    with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime:
+        tokenizer, _ = load_tokenizer(exported(run_dir, config.model), config.tokens)
+        prompts = build_prompts(config, tokenizer, console.working)
+        model = load_exported(run_dir, config, runtime.device)
+        if not getattr(model, "is_quantized", False):  # quantised weights lie on the device already
+            model.to(runtime.device)
+        set_generation(model, config.generation, tokenizer, prompts.stop_ids)
+        check_room(prompts, model, config.generation.max_new_tokens)
+        console.label("model", f"{type(model).__name__} of {run_dir / 'model'}, {runtime.description}")
+        for name, rows in prompts.sets.items():
+            console.label(name, account(rows))
+        stop.is_deferred = True  # from here on it is followed between two tokens
+        yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix), prompts
+
+
+def finish(one: PredictedSet, admitted: Admitted, console: Console) -> None:
+    """Write the table of a set that is generated, and its metrics; say where they are."""
+    one.write_table()
+    values, lacking = one.score(admitted.config)
+    console.label(one.name, f"{one.lines}, and {one.table.name}")
+    if lacking and admitted.config.metrics:
+        console.label("", f"no metrics: {lacking:,} row{'s have' if lacking > 1 else ' has'} no reference")
+    elif values:
+        console.table(values)
+
+
+def folder(admitted: Admitted) -> Path:
+    """Give the folder that predictions are written to."""
+    return admitted.own.folder(admitted.run_dir)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the command line as a whole, then generate; every way it can end becomes an exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        print("`python -m src.run --help` lists every group and key.")
+        return 0
+    try:
+        admitted = admit_prediction(arguments)
+    except TowlineError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return Interrupted.exit_code
+    try:
+        predict(admitted)
+    except TowlineError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return error.exit_code
+    except (Interrupted, KeyboardInterrupt) as stop:
+        again = "the same command without force=true" if admitted.config.force else "the same command"
+        where = f"What was predicted is in {folder(admitted)}: {again} goes on from there."
+        print(f"\nStopped by {str(stop) or 'Ctrl-C'}. {where}", file=sys.stderr)
+        return Interrupted.exit_code
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f"What was predicted is in {folder(admitted)}: make room, and the same command goes on from there."
+            print(f"\nThe disk is full: {error.strerror}. {where}", file=sys.stderr)
+            return 1
+        print(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

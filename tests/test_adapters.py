@@ -1,0 +1,392 @@
+"""Adapters, quantised weights and rows of new tokens: where they start, that they alone learn, and that they last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
+
+from src.config.schema import Device, MixedPrecision, RunConfig, RuntimeConfig
+from src.data.batching import collate
+from src.data.dataset import Data, build_data
+from src.errors import ConfigError, ExportError, ModelError
+from src.model import build
+from src.model import export as exporting
+from src.model.adapters import Adapter, add_adapter, with_rows
+from src.model.build import build_model, set_generation
+from src.model.export import export, load_exported
+from src.model.quantization import keep_gradients
+from src.runtime.session import Runtime, start_runtime
+from src.runtime.signals import StopRequest
+from src.tokens import StartedRows, check_new_rows, embedding_matrices, grow_embeddings, load_tokenizer
+from src.training.loop import train
+from src.training.state import TrainState, prepare
+from tests.conftest import admitted
+
+CPU = RuntimeConfig(device=Device.cpu, deterministic=False)
+FAMILIES = {"llama": "assets/tiny_llama", "bart": "assets/tiny_bart"}
+TIES = ("tied", "untied")
+WAYS = {
+    "full": [],
+    "lora": ["adapter=lora"],
+    "dora": ["adapter=dora"],
+    "int8": ["adapter=lora", "quantization=int8"],
+    "qlora": ["adapter=qlora"],
+}
+
+
+@pytest.fixture
+def runtime() -> Iterator[Runtime]:
+    with start_runtime(CPU, MixedPrecision.no, 42, StopRequest()) as started:
+        yield started
+
+
+def auto(source: str) -> Any:
+    return AutoModelForSeq2SeqLM if "bart" in source else AutoModelForCausalLM
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Write small models with weights: family-tie -> folder; BART scales its embeddings and has a bias on logits."""
+    folders = {}
+    for family, source in FAMILIES.items():
+        for tie in TIES:
+            torch.manual_seed(0)
+            extra = {"scale_embedding": True} if family == "bart" else {}
+            config = AutoConfig.from_pretrained(source, tie_word_embeddings=tie == "tied", **extra)
+            model = auto(source).from_config(config)
+            if family == "bart":
+                model.final_logits_bias.normal_()
+            folder = tmp_path_factory.mktemp(f"{family}-{tie}")
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+            folders[f"{family}-{tie}"] = str(folder)
+    return folders
+
+
+class Assembled:
+    """A run as src.run puts it together, up to its first step."""
+
+    def __init__(self, runtime: Runtime, *overrides: str) -> None:
+        self.runtime = runtime
+        self.config: RunConfig = admitted("debug=smoke", "data.limit=16", "optimizer.lr=1e-2", *overrides).config
+        torch.manual_seed(0)
+        self.tokenizer, self.new = load_tokenizer(self.config.model, self.config.tokens)
+        self.data: Data = build_data(self.config, self.tokenizer)
+        self.model = build_model(self.config, runtime.device)
+        set_generation(self.model, self.config.generation, self.tokenizer, self.data.stop_ids)
+        self.started: StartedRows = grow_embeddings(
+            self.model, self.tokenizer, self.new, self.config.tokens, self.config.seed
+        )
+        matrices = [matrix.module for matrix in embedding_matrices(self.model)]
+        ids = list(self.started.ids.values())
+        self.adapter: Adapter | None = add_adapter(
+            self.model, self.config.adapter, self.config.model, ids, matrices, is_merged=self.config.export.merge
+        )
+        self.state: TrainState = prepare(self.model, self.data.train, self.config, runtime, self.new.ids)
+
+    def train(self) -> None:
+        for _ in train(self.state, self.data.train, self.config, self.runtime, pad_token_id=0):
+            pass
+
+    def logits(self, model: Any | None = None) -> Tensor:
+        """Give the logits of real tokens for some rows that hold the new ones, [rows, seq, tokens]."""
+        model = model or self.model
+        model.eval()
+        batch = collate(self.data.train, [[0], [1], [2]], 0)
+        inputs = {"input_ids": batch.input_ids}
+        if batch.target_ids is not None:
+            inputs |= {"attention_mask": batch.attention_mask, "decoder_input_ids": batch.target_ids}
+        with torch.no_grad():
+            return model(**inputs).logits[..., : len(self.tokenizer)].float()
+
+    def export(self, folder: Path) -> Path:
+        export(self.model, self.adapter, self.tokenizer, folder, self.config, "card")
+        return folder
+
+
+def chosen(base: str, *more: str) -> list[str]:
+    kind = "encoder_decoder" if "bart" in base else "causal_lm"
+    return [f"model={kind}", f"model.checkpoint={base}", *more]
+
+
+def plain_base(base: str, tokenizer: Any, quantization: BitsAndBytesConfig | None = None) -> Any:
+    """Load a base as an adapter's card says."""
+    settings = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}
+    model = auto(base).from_pretrained(base, **settings)
+    assert model.get_input_embeddings().weight.shape[0] < len(tokenizer)
+    model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def of_lookups(model: Any) -> dict[str, Tensor]:
+    """Give every matrix by name, also those that are tied to others."""
+    return {matrix.name: matrix.weight.detach() for matrix in embedding_matrices(model)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tie", TIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_new_rows_start_where_they_should_learn_and_last(
+    runtime: Runtime, bases: dict[str, str], tmp_path: Path, family: str, tie: str, way: str
+) -> None:
+    base = bases[f"{family}-{tie}"]
+    merge = ["export.merge=true"] if way != "full" else []
+    run = Assembled(runtime, *chosen(base, *WAYS[way], *merge))
+    original = auto(base).from_pretrained(base)
+    check_new_rows(run.model, run.started)
+    dash = run.tokenizer("---", add_special_tokens=False)["input_ids"]
+    before = of_lookups(original)
+    matrices = embedding_matrices(run.model)
+    assert {matrix.name for matrix in matrices} == before.keys()
+    expected_names = {"llama": {"input", "output"}, "bart": {"input", "encoder", "decoder", "output"}}[family]
+    assert before.keys() == ({"input"} if tie == "tied" else expected_names)
+    ids = list(run.new.ids.values())
+    for matrix in matrices:  # before the first step: new rows as their recipe says, old rows as they were
+        recipe = before[matrix.name][dash].mean(dim=0)
+        torch.testing.assert_close(matrix.rows(ids), recipe.expand(2, -1), rtol=0, atol=1e-7)
+        assert torch.equal(matrix.weight.detach()[: len(before[matrix.name])], before[matrix.name])
+
+    run.train()
+    used = [
+        m for m in matrices if not (family == "bart" and tie == "untied" and m.name == "input")
+    ]  # looked up by none
+    for matrix in used:
+        recipe = before[matrix.name][dash].mean(dim=0)
+        # an encoder reads no thought, and a decoder nothing behind the last closing tag
+        moved = (matrix.rows(ids) - recipe).norm(dim=1)
+        assert matrix.name == "encoder" or moved.min() > 1e-3, matrix.name
+        if way != "full":
+            assert torch.equal(matrix.weight.detach()[: len(before[matrix.name])], before[matrix.name])
+
+    trained = run.logits()
+    folder = run.export(tmp_path / "model")
+    if way == "full":
+        reloaded = auto(base).from_pretrained(folder)
+        torch.testing.assert_close(run.logits(reloaded), trained, rtol=0, atol=1e-5)
+        return
+    settings = {
+        "qlora": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        ),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+    }.get(way)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tolerance = 5e-2 if way == "int8" else 1e-5  # int8 rounds what its layers are fed too
+    merged = auto(base).from_pretrained(folder)
+    torch.testing.assert_close(run.logits(merged), trained, rtol=0, atol=tolerance)
+    assert not hasattr(merged.config, "quantization_config")
+    if (family, tie) == ("bart", "untied"):
+        return  # transformers can't resize such a base: see the test below
+    adapted = PeftModel.from_pretrained(plain_base(base, tokenizer, settings), folder / "adapter")
+    keep_gradients(adapted)  # else bitsandbytes computes in bfloat16 on CPUs that have it: 1e-2
+    torch.testing.assert_close(run.logits(adapted), trained, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_alone_is_what_is_exported_and_loads_as_its_card_says(
+    runtime: Runtime, bases: dict[str, str], tmp_path: Path
+) -> None:
+    run = Assembled(runtime, *chosen(bases["llama-tied"], "adapter=qlora"))
+    run.train()
+    folder = run.export(tmp_path / "model")
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert weights < 4 * 1.1 * sum(p.numel() for p in run.model.parameters() if p.requires_grad)  # no whole matrix
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == bases["llama-tied"]
+    loaded = load_exported(tmp_path, run.config)
+    torch.testing.assert_close(run.logits(loaded), run.logits(), rtol=0, atol=1e-5)
+
+
+def test_only_the_adapter_and_the_new_rows_have_gradients(runtime: Runtime, bases: dict[str, str]) -> None:
+    run = Assembled(runtime, *chosen(bases["llama-untied"], "adapter=lora"))
+    run.model.train()
+    batch = collate(run.data.train, [[0], [1], [2]], 0)
+    run.state.scored(**batch.inputs()).objective.backward()
+    trained = {name for name, parameter in run.model.named_parameters() if parameter.grad is not None}
+    assert trained == {n for n, p in run.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "trainable_tokens_delta" in name for name in trained)
+    rows = [p for name, p in run.model.named_parameters() if "trainable_tokens_delta" in name]
+    assert [tuple(p.shape) for p in rows] == [(2, 128), (2, 128)]
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", ["int8", "qlora"])
+def test_gradients_through_quantised_weights_are_the_same_after_an_evaluation(
+    runtime: Runtime, bases: dict[str, str], family: str, way: str
+) -> None:
+    """Against bitsandbytes 0.50 on a CPU with AVX512-BF16: weights packed in evaluation pass no gradient on."""
+    run = Assembled(runtime, *chosen(bases[f"{family}-tied"], *WAYS[way]))
+
+    def gradients() -> dict[str, Tensor]:
+        run.model.train()
+        run.model.zero_grad()
+        run.state.scored(**collate(run.data.train, [[0], [1]], 0).inputs()).objective.backward()
+        return {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    run.logits()
+    after = gradients()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    first_layer = [
+        norm for name, g in before.items() if "layers.0." in name and "lora_B" in name and (norm := g.norm())
+    ]
+    assert first_layer
+
+
+class Reference(nn.Module):
+    """A matrix with some rows replaced, as PEFT computes it: by a copy."""
+
+    def __init__(self, base: nn.Module, ids: Tensor) -> None:
+        super().__init__()
+        self.base, self.ids = base, ids
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        whole = self.base.weight.index_copy(0, self.ids, rows)
+        if isinstance(self.base, nn.Linear):
+            return functional.linear(x, whole, self.base.bias)
+        return functional.embedding(x, whole)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "head", "head with a bias"])
+def test_rows_of_their_own_compute_as_if_they_stood_in_the_matrix(kind: str) -> None:
+    torch.manual_seed(0)
+    ids = torch.tensor([7, 3])
+    rows = torch.randn(2, 4, requires_grad=True)
+    base = nn.Embedding(9, 4) if kind == "embedding" else nn.Linear(4, 9, bias="bias" in kind)
+    base.requires_grad_(False)
+    x = torch.tensor([[3, 1, 7], [0, 7, 7]]) if kind == "embedding" else torch.randn(2, 3, 4)
+    expected = Reference(base, ids)(x, rows)
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), rows)
+    found = with_rows(base, x, ids, rows)
+    (gradient,) = torch.autograd.grad(found.square().sum(), rows)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_a_known_token_is_left_alone(runtime: Runtime, bases: dict[str, str], tmp_path: Path) -> None:
+    first = Assembled(runtime, *chosen(bases["llama-tied"]))
+    folder = first.export(tmp_path / "model")
+    again = Assembled(
+        runtime, *chosen(str(folder), "adapter=lora", "tokens.additional_special_tokens=['<ToW>','</ToW>','<x>']")
+    )
+    assert again.started.ids == {"<x>": again.new.added["<x>"]}
+    (apart,) = [p for name, p in again.model.named_parameters() if "trainable_tokens_delta" in name and p.shape[0] == 1]
+    assert apart.shape == (1, 128)
+    known = list(again.new.known.values())
+    (matrix,) = embedding_matrices(again.model)
+    (before,) = embedding_matrices(first.model)
+    assert torch.equal(matrix.rows(known), before.rows(known))
+
+
+TARGETS = [
+    ("[q_prj]", r"q_prj \(did you mean q_proj\?\) not found in LlamaForCausalLM; its linear layers are down_proj, "),
+    ("[q_proj,wrong]", r"adapter\.target_modules: wrong not found"),
+    ("'.*attn.*query'", "not found"),
+    ("'(q_proj'", "is no regular expression"),
+]
+
+
+@pytest.mark.parametrize(("targets", "message"), TARGETS)
+def test_targets_that_are_not_there_are_told_before_weights_are_read(
+    runtime: Runtime, bases: dict[str, str], monkeypatch: pytest.MonkeyPatch, targets: str, message: str
+) -> None:
+    monkeypatch.setattr(build, "load_weights", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(ModelError, match=message):
+        Assembled(runtime, *chosen(bases["llama-tied"], "adapter=lora", f"adapter.target_modules={targets}"))
+
+
+@pytest.mark.parametrize("targets", ["[q_proj,v_proj]", "'model.layers.1.*_proj'", "all-linear"])
+def test_targets_are_names_or_a_pattern(runtime: Runtime, bases: dict[str, str], targets: str) -> None:
+    run = Assembled(runtime, *chosen(bases["llama-tied"], "adapter=lora", f"adapter.target_modules={targets}"))
+    adapted = {n.split(".lora_")[0] for n, p in run.model.named_parameters() if p.requires_grad and "lora_" in n}
+    assert len(adapted) == {"[": 6, "'": 7, "a": 21}[targets[0]]
+    assert not any("lm_head" in name for name in adapted)
+
+
+def test_an_untied_encoder_decoder_is_exported_whole_or_not_at_all(runtime: Runtime, bases: dict[str, str]) -> None:
+    with pytest.raises(ModelError, match=r"matrices of their own.* export\.merge=true"):
+        Assembled(runtime, *chosen(bases["bart-untied"], "adapter=lora"))
+
+
+def test_4_bits_on_a_cpu_need_widths_of_64(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.from_pretrained("assets/tiny_llama", intermediate_size=100)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained("assets/tiny_llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(build, "load_weights", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(ModelError, match=r"multiple of 64.*quantization=int8(.|\n)*mlp\.down_proj: 100"):
+        Assembled(runtime, *chosen(str(tmp_path), "adapter=qlora"))
+
+
+REFUSED = [
+    (["quantization=nf4", "model=causal_lm", "model.checkpoint=hub/id"], "quantised weights can't be trained"),
+    (["quantization=int8", "adapter=lora"], "only a checkpoint's weights are quantised"),
+    (["adapter=lora"], "an adapter on random weights fits no other model"),
+    (["export.merge=true"], "there is no adapter to merge"),
+    (["adapter=lora", "export.merge=true", "tokens=none", "optimizer.embedding_lr=1e-3"], "tokens has none"),
+    (["loss.thought_weight=2", "tokens=none"], "no thoughts are written"),
+    (["adapter=lora", "adapter.r=0"], "not a whole number of at least 1"),
+    (["adapter=lora", "adapter.target_modules=[]"], "not a text, or a list of texts"),
+    (["adapter=lora", "adapter.init_lora_weights=pizza"], "pissa_niter_N"),
+    (["adapter=lora", "adapter.rank=8"], "unknown key; adapter has type, r, lora_alpha"),
+    (["quantization=int8", "quantization.load_in_4bit=true", "adapter=lora"], "8 bits or 4, not both"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=lambda value: " ".join(value)[:40])
+def test_what_can_not_work_is_refused_at_the_gate(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        admitted(*overrides)
+
+
+def test_a_result_that_does_not_load_as_it_was_trained_fails_the_run(
+    runtime: Runtime, bases: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Assembled(runtime, *chosen(bases["llama-untied"]))
+
+    def spoilt(*given: Any, **settings: Any) -> Any:
+        model = build.load_weights(*given, **settings)
+        with torch.no_grad():
+            model.get_output_embeddings().weight[run.new.added["</ToW>"]] += 1e-3
+        return model
+
+    monkeypatch.setattr(exporting, "load_weights", spoilt)
+    with pytest.raises(ExportError, match=r"differ:\n  lm_head\.weight"):
+        run.export(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    adapted = Assembled(runtime, *chosen(bases["llama-untied"], "adapter=lora"))
+    file = "adapter_model.safetensors"
+    monkeypatch.setattr(exporting, "load_file", lambda path: load_file(path) | {"more": torch.zeros(1)})
+    with pytest.raises(ExportError, match=r"does not hold what was trained:\n  more"):
+        adapted.export(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / file).exists()
+
+
+def test_rows_are_watched(runtime: Runtime, bases: dict[str, str]) -> None:
+    run = Assembled(runtime, *chosen(bases["llama-untied"], "adapter=lora", "optimizer=sgd", "optimizer.lr=0.5"))
+    watched = run.state.new_rows
+    start = watched.telemetry()
+    for name in ("<ToW>", "</ToW>"):
+        assert start[f"tokens/{name}/cosine_to_start"] == pytest.approx(1.0)
+        assert f"tokens/{name}/grad_norm" not in start
+    run.train()
+    after = watched.telemetry()
+    (inputs, output) = embedding_matrices(run.model)
+    row = inputs.rows([run.new.added["<ToW>"]])[0]
+    assert after["tokens/<ToW>/norm"] == pytest.approx(row.norm().item())
+    assert after["tokens/<ToW>/cosine_to_start"] < 1 - 1e-6
+    assert after["tokens/<ToW>/grad_norm"] > 0
+    assert after["tokens/</ToW>/output_norm"] == pytest.approx(output.rows([run.new.added["</ToW>"]]).norm().item())
