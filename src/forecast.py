@@ -775,7 +775,7 @@ def _attention_bytes(
 
 
 def _inner_gradient_bytes(architecture: Architecture, types: _Types) -> int:
-    """Count the gradients of what the MLP's last matrix reads, for each inner unit, when backward comes to its block."""
+    """Count for each inner unit the gradients of what the MLP's last matrix reads, when backward comes to its block."""
     adapter = architecture.adapter
     if adapter is None or not any(t.source is Source.ffn for targets in adapter.reached for t in targets):
         return types.inner
@@ -790,8 +790,8 @@ def _inputs(
 
     Frozen matrices keep no input, but for bitsandbytes' 8-bit ones. A of LoRA keeps what it reads: the matrix's own
     input where it has the right type; else a copy, 2 bytes a value under autocast, 4 without, since PEFT holds A and B
-    in float32. Behind LoRA's dropout it is always a copy, with a mask. B keeps what A gives: rank values. DoRA keeps the
-    results of the matrix and of LoRA.
+    in float32. Behind LoRA's dropout it is always a copy, with a mask. B keeps what A gives: rank values. DoRA keeps
+    what the matrix gives and what LoRA gives.
     """
     residual, size = architecture.bytes_per_parameter, types.adapter
     # PEFT leaves casting to autocast beside quantised weights, if it sees it: on CUDA only

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from src.config.schema import Batching, InitMethod, RunConfig, Weights
+from src.config.schema import Batching, InitMethod, LoraConfig, RunConfig, Weights
 from src.data.dataset import Data
 from src.model.build import num_parameters
 from src.runtime.session import Runtime
@@ -36,11 +36,23 @@ def _model(config: RunConfig, state: TrainState) -> str:
     total, trained = num_parameters(state.model)
     source = "random weights" if config.model.weights is Weights.random else "pretrained weights"
     dtype = str(state.model.dtype).removeprefix("torch.")
-    text = f"{type(state.model).__name__} of {config.model.checkpoint}, {source}, {dtype}"
-    text += f"\n{total:,} parameters, {'all' if trained == total else f'{trained:,}'} trained"
+    quantization = config.quantization
+    bits = ", frozen in 8 bits" if quantization.load_in_8bit else ""
+    if quantization.load_in_4bit:
+        bits = f", frozen in 4 bits ({quantization.bnb_4bit_quant_type.value})"
+    text = f"{type(state.model).__name__} of {config.model.checkpoint}, {source}, {dtype}{bits}"
+    if isinstance(config.adapter, LoraConfig):
+        text += f"\n{_adapter(config.adapter)}"
+    text += f"\n{total:,} parameters, {'all' if trained == total else f'{trained:,} ({trained / total:.2%})'} trained"
     if state.uses_full_logits:
         text += "\nits logits are more than head(hidden states): all of them are computed (slower, more memory)"
     return text
+
+
+def _adapter(config: LoraConfig) -> str:
+    kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
+    targets = config.target_modules
+    return f"{kind}, r {config.r}, on {targets if isinstance(targets, str) else ', '.join(targets)}"
 
 
 def _tokens(config: RunConfig, state: TrainState, tokenizer: Any, new: NewTokens, started: StartedRows) -> str:

@@ -23,6 +23,7 @@ from src.model import build
 from src.model import export as exporting
 from src.model.adapters import Adapter, add_adapter, with_rows
 from src.model.build import build_model, set_generation
+from src.model.card import model_card
 from src.model.export import export, load_exported
 from src.model.quantization import keep_gradients
 from src.runtime.session import Runtime, start_runtime
@@ -30,7 +31,7 @@ from src.runtime.signals import StopRequest
 from src.tokens import StartedRows, check_new_rows, embedding_matrices, grow_embeddings, load_tokenizer
 from src.training.loop import train
 from src.training.state import TrainState, prepare
-from tests.conftest import admitted
+from tests.conftest import admitted, towline
 
 CPU = RuntimeConfig(device=Device.cpu, deterministic=False)
 FAMILIES = {"llama": "assets/tiny_llama", "bart": "assets/tiny_bart"}
@@ -207,6 +208,35 @@ def test_an_adapter_alone_is_what_is_exported_and_loads_as_its_card_says(
     assert settings["base_model_name_or_path"] == bases["llama-tied"]
     loaded = load_exported(tmp_path, run.config)
     torch.testing.assert_close(run.logits(loaded), run.logits(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["full", "lora", "int8", "qlora", "merged"])
+def test_the_code_on_the_card_loads_the_result(
+    runtime: Runtime, bases: dict[str, str], tmp_path: Path, way: str
+) -> None:
+    overrides = ["adapter=lora", "export.merge=true"] if way == "merged" else WAYS[way]
+    frozen = admitted(*chosen(bases["llama-untied"], *overrides)).frozen
+    run = Assembled(runtime, *chosen(bases["llama-untied"], *overrides))
+    run.train()
+    report = {"train": {"rows_kept": 16, "tokens": 905, "supervised_tokens": 729}}
+    made = {"git": {"commit": "0123abc", "dirty": True}, "config_hash": "4567"}
+    card = model_card(frozen, report, {"eval/test/loss": 1.23456, "perf/x": 1.0}, made, run.new.ids)
+    export(run.model, run.adapter, run.tokenizer, tmp_path / "model", run.config, card)
+    text = (tmp_path / "model" / "README.md").read_text()
+    for part in (
+        "0123abc, with changes",
+        "| train | 16 | 905 | 729 |",
+        "| eval/test/loss | 1.235 |",
+        "| `<ToW>` | 259 |",
+    ):
+        assert part in text
+    assert "perf/x" not in text
+    code = text.split("```python\n")[1].split("```")[0].replace("FOLDER", repr(str(tmp_path / "model")))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    keep_gradients(names["model"])
+    assert names["tokenizer"].get_vocab() == run.tokenizer.get_vocab()
+    torch.testing.assert_close(run.logits(names["model"]), run.logits(), rtol=0, atol=1e-5)
 
 
 def test_only_the_adapter_and_the_new_rows_have_gradients(runtime: Runtime, bases: dict[str, str]) -> None:
@@ -390,3 +420,21 @@ def test_rows_are_watched(runtime: Runtime, bases: dict[str, str]) -> None:
     assert after["tokens/<ToW>/cosine_to_start"] < 1 - 1e-6
     assert after["tokens/<ToW>/grad_norm"] > 0
     assert after["tokens/</ToW>/output_norm"] == pytest.approx(output.rows([run.new.added["</ToW>"]]).norm().item())
+
+
+def test_two_new_tokens_cost_no_matrix_of_memory(tmp_path: Path) -> None:
+    """PEFT by itself would hold a copy of both matrices and their gradients: 131 MB here."""
+    config = AutoConfig.from_pretrained("assets/tiny_llama", vocab_size=32_000, hidden_size=256)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained("assets/tiny_llama").save_pretrained(tmp_path / "base")
+    peaks = []
+    for name, tokens in (("without", "[]"), ("with", "['<a>','</a>']")):
+        done = towline(
+            "debug=smoke", "tracking=none", "model=causal_lm", f"model.checkpoint={tmp_path}/base", "adapter=lora",
+            "tokens=none", f"tokens.additional_special_tokens={tokens}", f"hydra.run.dir={tmp_path}/{name}",
+            "training.per_device_train_batch_size=2",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        peaks.append(json.loads((tmp_path / name / "summary.json").read_text())["peak_memory_bytes"])
+    assert peaks[1] < 1.05 * peaks[0]
+    assert peaks[1] - peaks[0] < 32_000 * 256 * 4 / 2  # half of one matrix

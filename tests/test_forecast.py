@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,13 +29,18 @@ from transformers import (
     Qwen3Config,
 )
 
-from src.config.schema import AdamWConfig, MixedPrecision, SGDConfig
+from src.config.schema import AdafactorConfig, AdamWConfig, LoraBias, LoraConfig, MixedPrecision, SGDConfig
 from src.forecast import (
+    ADAPTER_TOLERANCE,
+    CHECKPOINTING_TOLERANCE,
     LLAMA_TOLERANCE,
     OTHER_TOLERANCE,
     Architecture,
     Block,
+    Held,
     Norm,
+    Source,
+    Trained,
     activation_part,
     architecture_of,
     disk_forecast,
@@ -44,19 +53,27 @@ from src.forecast import (
     optimizer_part,
     time_forecast,
     training_flops,
+    with_adapter,
 )
+from src.inspection.outlook import planned_architecture
+from src.model.adapters import Adapter, add_adapter
+from src.model.build import build_model, empty_model
 from src.model.export import export
+from src.tokens import embedding_matrices, fit_embeddings
 from src.training.head import ScoredModel
 from src.training.loss import MAX_LOGITS
 from src.training.optim import build_optimizer
+from tests.conftest import ROOT, admitted
 
-ADAMW = AdamWConfig(type="adamw", lr=1e-3, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8)
-SGD = SGDConfig(type="sgd", lr=0.1, weight_decay=0.0, momentum=0.0)
-MOMENTUM = SGDConfig(type="sgd", lr=0.1, weight_decay=0.0, momentum=0.9)
+ADAMW = AdamWConfig(type="adamw", lr=1e-3, embedding_lr=None, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8)
+ADAMW_8BIT, PAGED = replace(ADAMW, type="adamw_8bit"), replace(ADAMW, type="paged_adamw_32bit")
+ADAFACTOR = AdafactorConfig(type="adafactor", lr=1e-2, embedding_lr=None, weight_decay=0.0)
+SGD = SGDConfig(type="sgd", lr=0.1, embedding_lr=None, weight_decay=0.0, momentum=0.0)
+MOMENTUM = SGDConfig(type="sgd", lr=0.1, embedding_lr=None, weight_decay=0.0, momentum=0.9)
 
 TOY = Architecture(  # Llama's shape: 10 x 8 embedding, 2 blocks of 592, a norm of 8, 10 x 8 head
-    num_parameters=1352,
-    num_trainable=1352,
+    held=(Held(1352, 4 * 1352, "1,352 parameters x 4 B"),),
+    trained=(Trained((1352,), 4),),
     num_looked_up=80,
     embedding_rows=10,
     head_rows=10,
@@ -76,11 +93,13 @@ TOY = Architecture(  # Llama's shape: 10 x 8 embedding, 2 blocks of 592, a norm 
         ffn_width=16,
         is_gated=True,
         num_ffn_kept=4,
+        num_frozen_ffn_kept=3,
         is_ffn_fused=False,
         is_qkv_fused=False,
         norm=Norm.rms,
         num_norms=2,
         has_qk_norm=False,
+        sources={},
     ),
     unknown="",
 )
@@ -150,7 +169,8 @@ def test_autocast_adds_casts_of_the_weights_and_halves_what_products_keep() -> N
 
 
 def half(architecture: Architecture) -> Architecture:
-    return replace(architecture, bytes_per_parameter=2)
+    held = (Held(architecture.num_parameters, 2 * architecture.num_parameters, ""),)
+    return replace(architecture, bytes_per_parameter=2, held=held, trained=(Trained((1352,), 2),))
 
 
 def test_only_eager_attention_grows_with_the_square_of_the_length() -> None:
@@ -162,29 +182,49 @@ def test_only_eager_attention_grows_with_the_square_of_the_length() -> None:
     assert second_difference(replace(TOY, attention="eager")) == 2 * 8**2 * (2 * 2 * 4)  # 2·8² · layers · heads · 4 B
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("config", "names", "how"),
+    ("config", "names"),
     [
-        (ADAMW, ["exp_avg", "exp_avg_sq"], "2 x 706,176 trained parameters x 4 B: exp_avg, exp_avg_sq"),
-        (MOMENTUM, ["momentum_buffer"], "1 x 706,176 trained parameters x 4 B: momentum_buffer"),
-        (SGD, [], "sgd keeps nothing with these settings"),
+        (ADAMW, {"exp_avg", "exp_avg_sq"}),
+        (ADAMW_8BIT, {"state1", "state2", "absmax1", "absmax2"}),
+        (PAGED, {"state1", "state2"}),
+        (ADAFACTOR, {"row_var", "col_var", "variance"}),
+        (MOMENTUM, {"momentum_buffer"}),
+        (SGD, set()),
     ],
 )
-def test_the_optimizer_keeps_what_is_forecast(config: Any, names: list[str], how: str) -> None:
-    model = AutoModelForCausalLM.from_config(tiny_llama())
+def test_the_optimizer_keeps_what_is_forecast(config: Any, names: set[str], dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_config(qwen3(), dtype=dtype)
     optimizer = build_optimizer(config, model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    kept = {
-        name: sum(state[name].nbytes for state in optimizer.state.values())
-        for name in {name for state in optimizer.state.values() for name, value in state.items() if value is not None}
-        if name != "step"
-    }
+    uncounted = ("step", "qmap1", "qmap2")  # a number a tensor, and what all tensors share
+    kept = [
+        (name, value)
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if value is not None and name not in uncounted
+    ]
     part = optimizer_part(architecture_of(model, model.config), config)
-    assert sorted(kept) == names
-    assert part.bytes == sum(kept.values())
-    assert part.how == how
+    assert {name for name, _ in kept} == names
+    assert part.bytes == sum(value.nbytes for _, value in kept)
+    assert all(name in part.how for name in names)
+
+
+def test_what_an_optimizer_keeps_is_told_with_its_numbers() -> None:
+    many = replace(TOY, trained=(Trained((64, 128), 4), Trained((10, 4), 4), Trained((64,), 4)))
+    assert optimizer_part(many, ADAMW).how == "2 x 8,296 trained parameters x 4 B: exp_avg, exp_avg_sq"
+    assert optimizer_part(many, ADAMW_8BIT).how == (
+        "2 x 8,192 values x 1 B: state1, state2 + 2 x 32 values x 4 B: absmax1, absmax2 "
+        "+ 2 x 104 values x 4 B: state1, state2"
+    )
+    assert optimizer_part(many, ADAFACTOR).how == (
+        "1 x 74 values x 4 B: row_var + 1 x 132 values x 4 B: col_var + 1 x 64 values x 4 B: variance"
+    )
+    assert optimizer_part(many, PAGED, "cuda").how.endswith("moved to the CPU's memory where the GPU's is full")
+    assert optimizer_part(many, SGD).how == "sgd keeps nothing with these settings"
 
 
 def test_an_optimizer_that_is_not_known_is_said_to_be_unknown() -> None:
@@ -194,7 +234,7 @@ def test_an_optimizer_that_is_not_known_is_said_to_be_unknown() -> None:
 
 
 def test_few_trained_parameters_need_few_gradients() -> None:
-    forecast = memory_forecast(replace(TOY, num_trainable=10), ADAMW, MixedPrecision.no, batch=1, seq=4)
+    forecast = memory_forecast(replace(TOY, trained=(Trained((10,), 4),)), ADAMW, MixedPrecision.no, batch=1, seq=4)
     assert [part.bytes for part in forecast.parts[:3]] == [5408, 40, 80]
 
 
@@ -213,6 +253,7 @@ def test_saved_bytes_are_counted_by_storage() -> None:
     assert measure_saved_bytes(lambda: (x * 2).square()) == 32
     assert measure_saved_bytes(lambda: x[:2] * weight[:2], exclude=[weight]) == 32  # of a view, all that it keeps alive
     assert measure_saved_bytes(lambda: x * weight, exclude=[x, weight]) == 0
+    assert measure_saved_bytes(lambda: (x * 2).square().detach()) == 0  # its graph is gone, and what it kept
 
 
 EXACT = {"dtype": torch.float32}
@@ -258,7 +299,7 @@ def test_activations_are_what_autograd_saves(
             saved = measure_saved_bytes(lambda: scored(input_ids, labels), exclude=scored.parameters())  # noqa: B023
         saved -= num_supervised * 259 * 4  # log-softmax: of the logits
         if precision is MixedPrecision.bf16:
-            saved -= 2 * (architecture.num_multiplied + architecture.num_head_parameters)
+            saved -= 2 * architecture.num_cast
         part = activation_part(architecture, precision, batch, seq, num_supervised)
         assert part.bytes == pytest.approx(saved, rel=tolerance / 100)
         assert part.how.endswith(f"±{promised} %")
@@ -285,8 +326,12 @@ def test_an_architecture_is_read_without_weights() -> None:
     assert (read.num_heads, read.num_kv_heads, read.head_dim, read.num_layers) == (4, 2, 64, 2)
     assert read.num_looked_up == read.num_head_parameters == 259 * 128
     assert read.num_multiplied == read.num_parameters - 259 * 128
-    assert read.block == Block(384, True, 4, False, False, Norm.rms, 2, True)
-    assert on_meta(gpt2()).block == Block(512, False, 5, False, True, Norm.layer, 2, False)
+    names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    reads = [Source.attention_norm] * 3 + [Source.attention] + [Source.ffn_norm] * 2 + [Source.ffn]
+    sources = dict(zip(names, reads, strict=True))
+    assert read.block == Block(384, True, 4, 3, False, False, Norm.rms, 2, True, sources)
+    of_gpt2 = {"attn.c_attn": reads[0], "attn.c_proj": reads[3], "mlp.c_fc": reads[4], "mlp.c_proj": reads[6]}
+    assert on_meta(gpt2()).block == Block(512, False, 5, 4, False, True, Norm.layer, 2, False, of_gpt2)
 
 
 MIXTURE = MixtralConfig(
@@ -338,19 +383,329 @@ def test_disk_holds_the_model_and_the_best_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [tiny_llama, qwen3])
 def test_an_export_is_as_large_as_forecast(make: Callable[[], PreTrainedConfig], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(make())
-    export(model, AutoTokenizer.from_pretrained("assets/tiny_llama"), tmp_path / "model")
-    written = sum(file.stat().st_size for file in (tmp_path / "model").iterdir())
+    tokenizer = AutoTokenizer.from_pretrained("assets/tiny_llama")
+    export(model, None, tokenizer, tmp_path / "model", admitted().config, "")
     forecast = disk_forecast(architecture_of(model, model.config), tmp_path, load_best_model_at_end=False)
-    assert forecast.total.bytes == pytest.approx(written, rel=0.01)
+    assert forecast.total.bytes == pytest.approx(written_to(tmp_path / "model"), rel=0.01)
+
+
+def written_to(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+# Adapters, quantised weights and gradient checkpointing
+
+LORA = LoraConfig(
+    type="lora",
+    r=8,
+    lora_alpha=16,
+    lora_dropout=0.0,
+    bias=LoraBias.none,
+    target_modules="all-linear",
+    exclude_modules=None,
+    use_dora=False,
+    use_rslora=False,
+    init_lora_weights=True,
+    layers_to_transform=None,
+    rank_pattern={},
+    alpha_pattern={},
+)
+NEW_IDS = [259, 260]
+
+
+def adapted(
+    make: Callable[[], PreTrainedConfig], options: dict[str, Any], adapter: LoraConfig | None, new_ids: Sequence[int]
+) -> tuple[Any, Architecture]:
+    """Give a real model with an adapter, and what is read of it."""
+    model = AutoModelForCausalLM.from_config(make(), **options)
+    fit_embeddings(model, 261, 8)
+    architecture = architecture_of(model, model.config)
+    if adapter is None:
+        return model, architecture
+    add_adapter(model, adapter, admitted().config.model, new_ids, [one.module for one in embedding_matrices(model)])
+    return model, with_adapter(architecture, model)
+
+
+def scoring(scored: ScoredModel, batch: int, seq: int) -> tuple[Callable[[], Tensor], int]:
+    """Give a forward of random ids whose second half is supervised, and how many positions that are."""
+    input_ids = torch.randint(3, 259, (batch, seq))
+    labels = input_ids.clone()
+    labels[:, : seq // 2] = -100
+    return lambda: scored(input_ids, labels).objective, batch * (seq - seq // 2)
+
+
+def test_an_adapter_is_read_with_its_rows_once_where_matrices_are_tied() -> None:
+    _, bare = adapted(qwen3, EXACT, None, ())
+    _, architecture = adapted(qwen3, EXACT, LORA, NEW_IDS)
+    # q 128 -> 256, k and v 128 -> 128, o 256 -> 128, gate and up 128 -> 384, down 384 -> 128, in two blocks
+    matrices = 2 * 8 * ((128 + 256) * 2 + (128 + 128) * 2 + (128 + 384) * 3)
+    assert architecture.num_trainable == architecture.num_of_adapter == matrices + 2 * 128
+    assert architecture.held == (*bare.held, Held(matrices + 256, 4 * (matrices + 256), "45,312 of the adapter x 4 B"))
+    assert architecture.num_multiplied == bare.num_multiplied + architecture.num_of_adapter
+    assert architecture.adapter is not None
+    assert architecture.adapter.trains_rows
+    targets = architecture.adapter.targets
+    assert len(targets) == 2
+    assert targets[0] == targets[1]
+    assert targets[0][0] == (Source.attention_norm, 128, 256, 8, False)
+    assert targets[0][-1] == (Source.ffn, 384, 128, 8, False)
+
+
+def test_gradients_reach_down_to_the_lowest_block_that_is_adapted() -> None:
+    named = replace(LORA, target_modules=["q_proj", "down_proj"])
+    for layers, new_ids, reached in (([1, 2], [], 2), ([2], [], 1), ([2], NEW_IDS, 3)):
+        _, architecture = adapted(tiny_llama, EXACT, replace(named, layers_to_transform=layers), new_ids)
+        assert architecture.adapter is not None
+        assert len(architecture.adapter.reached) == reached
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (gemma3, ["o_proj", "down_proj"]),
+        (phi3, ["o_proj", "down_proj"]),
+        (neox, ["dense", "dense_4h_to_h"]),
+    ],
+)
+def test_what_a_matrix_reads_is_told_by_its_place(make: Callable[[], PreTrainedConfig], names: list[str]) -> None:
+    block = on_meta(make()).block
+    assert block is not None
+    reading = [[name.rpartition(".")[2] for name, read in block.sources.items() if read is what] for what in Source]
+    assert reading[1] == names[:1]
+    assert reading[3] == names[1:]
+
+
+ONLY_QV = replace(LORA, target_modules=["q_proj", "v_proj"])
+DROPPED = replace(LORA, lora_dropout=0.1)
+DORA = replace(LORA, use_dora=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "precision", "adapter", "new_ids", "tolerance"),
+    [
+        (tiny_llama, EXACT, MixedPrecision.no, LORA, [], 0.2),
+        (tiny_llama, EXACT, MixedPrecision.no, LORA, NEW_IDS, 0.2),
+        (tiny_llama, HALF, MixedPrecision.no, LORA, NEW_IDS, 0.2),
+        (tiny_llama, EXACT, MixedPrecision.bf16, LORA, NEW_IDS, 0.2),
+        (tiny_llama, HALF, MixedPrecision.bf16, LORA, NEW_IDS, 0.2),
+        (tiny_llama, EXACT | EAGER, MixedPrecision.no, LORA, [], 0.2),
+        (tiny_llama, EXACT, MixedPrecision.no, ONLY_QV, [], 0.2),
+        (tiny_llama, HALF, MixedPrecision.bf16, ONLY_QV, [], 3.5),
+        (tiny_llama, EXACT, MixedPrecision.no, replace(ONLY_QV, layers_to_transform=[1, 2]), [], 0.2),
+        (tiny_llama, EXACT, MixedPrecision.no, DROPPED, NEW_IDS, 0.2),
+        (tiny_llama, EXACT, MixedPrecision.bf16, DROPPED, NEW_IDS, 0.2),
+        (tiny_llama, EXACT, MixedPrecision.no, DORA, NEW_IDS, 0.5),
+        (tiny_llama, HALF, MixedPrecision.bf16, replace(DORA, lora_dropout=0.1), NEW_IDS, 0.5),
+        (qwen3, EXACT, MixedPrecision.no, LORA, NEW_IDS, 0.2),
+        (qwen3, EXACT, MixedPrecision.no, ONLY_QV, [], 3),
+        (gpt2, EXACT, MixedPrecision.no, LORA, NEW_IDS, 3),
+        (gpt2, EXACT, MixedPrecision.bf16, LORA, NEW_IDS, 2),
+        (gemma3, EXACT, MixedPrecision.no, LORA, NEW_IDS, 1),
+        (phi3, EXACT, MixedPrecision.no, LORA, NEW_IDS, 5),
+        (neox, EXACT, MixedPrecision.bf16, LORA, NEW_IDS, 12),
+    ],
+)
+def test_activations_with_an_adapter_are_what_autograd_saves(
+    make: Callable[[], PreTrainedConfig],
+    options: dict[str, Any],
+    precision: MixedPrecision,
+    adapter: LoraConfig,
+    new_ids: list[int],
+    tolerance: float,
+) -> None:
+    model, architecture = adapted(make, options, adapter, new_ids)
+    promised = ADAPTER_TOLERANCE if make in (tiny_llama, qwen3) else OTHER_TOLERANCE
+    assert tolerance <= promised
+    scored = ScoredModel(model).train()
+    for batch, seq in ((4, 64), (2, 192)):
+        score, num_supervised = scoring(scored, batch, seq)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is MixedPrecision.bf16):
+            saved = measure_saved_bytes(score, exclude=scored.parameters())
+        saved -= num_supervised * 264 * 4  # log-softmax: of the logits
+        if precision is MixedPrecision.bf16:
+            saved -= 2 * architecture.num_cast
+        part = activation_part(architecture, precision, batch, seq, num_supervised)
+        assert part.bytes == pytest.approx(saved, rel=tolerance / 100)
+        assert part.how.endswith(f"±{promised} %")
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of the storages that are made while it is on, as long as they live."""
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self._forget, storage._cdata)
+        return result
+
+    def _forget(self, key: int) -> None:
+        self.bytes -= self._sizes.pop(key)
+
+
+def held_after(score: Callable[[], Tensor], model: Any, precision: MixedPrecision) -> tuple[int, int]:
+    """Give the bytes that a forward leaves behind, and the most that are held in its backward, gradients aside."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    with Living([*model.parameters(), *model.buffers(), *gradients]) as living:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is MixedPrecision.bf16):
+            loss = score()
+        after = living.peak = living.bytes
+        loss.backward()
+    return after, living.peak
+
+
+@pytest.mark.parametrize("precision", [MixedPrecision.no, MixedPrecision.bf16])
+@pytest.mark.parametrize("adapter", [None, LORA])
+@pytest.mark.parametrize("options", [EXACT, HALF])
+@pytest.mark.parametrize("make", [tiny_llama, qwen3, gpt2])
+def test_checkpointing_holds_the_blocks_inputs_and_one_block(
+    make: Callable[[], PreTrainedConfig], options: dict[str, Any], adapter: LoraConfig | None, precision: MixedPrecision
+) -> None:
+    model, architecture = adapted(make, options, adapter, NEW_IDS)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    score, num_supervised = scoring(ScoredModel(model).train(), 4, 192)
+    _, peak = held_after(score, model, precision)
+    forecast = memory_forecast(
+        architecture, ADAMW, precision, batch=4, seq=192, num_supervised=num_supervised, gradient_checkpointing=True
+    )
+    sizes = {part.name: part.bytes or 0 for part in forecast.parts}
+    promised = CHECKPOINTING_TOLERANCE + (LLAMA_TOLERANCE if make in (tiny_llama, qwen3) else OTHER_TOLERANCE)
+    held = sizes["activations"] + sizes.get("cast weights", 0)  # the logits are gone before a block is computed again
+    assert held == pytest.approx(peak, rel=promised / 100)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with weights, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("weights")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "assets/tiny_llama")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "assets/tiny_llama").save_pretrained(folder)
+    return folder
+
+
+def planned_and_real(weights: Path, *overrides: str) -> tuple[Any, Architecture, Any, Adapter]:
+    """Give the configuration, what is read without weights, and the model with its adapter as a run makes it."""
+    config = admitted("model=causal_lm", f"model.checkpoint={weights}", *overrides).config
+    empty, model = empty_model(config.model), build_model(config, torch.device("cpu"))
+    for one in (empty, model):
+        fit_embeddings(one, 261, 8)
+    architecture = planned_architecture(config, empty, NEW_IDS)
+    matrices = [matrix.module for matrix in embedding_matrices(model)]
+    adapter = add_adapter(model, config.adapter, config.model, NEW_IDS, matrices)
+    assert adapter is not None
+    return config, architecture, model, adapter
+
+
+def real_bytes(model: Any) -> int:
+    """Sum what the parameters hold, with the scales and tables of those that are quantised."""
+    tensors: list[Tensor] = []
+    for parameter in model.parameters():
+        tensors.append(parameter.data)
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            tensors += [state.absmax, state.code]
+            tensors += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+        if (scales := getattr(parameter, "SCB", None)) is not None:
+            tensors.append(scales)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["adapter=lora"],
+        ["adapter=lora", "model.dtype=bfloat16", "optimizer=paged_adamw_32bit"],
+        ["adapter=dora", "adapter.init_lora_weights=pissa", "optimizer=adafactor"],
+        ["adapter=lora", "quantization=int8", "adapter.r=64", "optimizer=adamw_8bit"],
+        ["adapter=qlora", "model.dtype=bfloat16"],
+        ["adapter=qlora", "quantization.bnb_4bit_use_double_quant=false", "adapter.target_modules=[q_proj]"],
+    ],
+    ids=" ".join,
+)
+def test_what_an_adapter_run_holds_is_forecast_to_the_byte(weights: Path, overrides: list[str]) -> None:
+    config, architecture, model, _ = planned_and_real(weights, *overrides)
+    forecast = memory_forecast(architecture, config.optimizer, MixedPrecision.no, batch=1, seq=8)
+    sizes = {part.name: part.bytes for part in forecast.parts}
+    assert sizes["parameters"] == real_bytes(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(config.optimizer, trained)
+    scoring(ScoredModel(model).train(), 2, 16)[0]().backward()
+    assert sizes["gradients"] == sum(p.grad.nbytes for p in trained if p.grad is not None)
+    optimizer.step()
+    uncounted = ("step", "qmap1", "qmap2")
+    kept = [value for state in optimizer.state.values() for name, value in state.items() if name not in uncounted]
+    assert sizes["optimizer state"] == sum(value.nbytes for value in kept)
+
+
+@pytest.mark.parametrize("precision", [MixedPrecision.no, MixedPrecision.bf16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["adapter=qlora"],
+        ["adapter=qlora", "adapter.use_dora=true"],
+        ["adapter=lora", "quantization=int8"],
+        ["adapter=lora", "quantization=int8", "adapter.lora_dropout=0.1"],
+    ],
+    ids=" ".join,
+)
+def test_activations_on_quantised_weights_are_what_a_forward_leaves(
+    weights: Path, overrides: list[str], dtype: str, precision: MixedPrecision
+) -> None:
+    words = [*overrides, f"model.dtype={dtype}", f"training.mixed_precision={precision.value}"]
+    _, architecture, model, _ = planned_and_real(weights, *words)
+    score, num_supervised = scoring(ScoredModel(model).train(), 4, 96)
+    after, _ = held_after(score, model, precision)
+    forecast = memory_forecast(architecture, ADAMW, precision, batch=4, seq=96, num_supervised=num_supervised)
+    sizes = {part.name: part.bytes or 0 for part in forecast.parts}
+    held = sizes["activations"] + sizes.get("cast weights", 0) + num_supervised * 264 * 4
+    assert held == pytest.approx(after, rel=0.01)
+
+
+@pytest.mark.parametrize("overrides", [["adapter=lora"], ["adapter=qlora"], ["adapter=qlora", "model.dtype=bfloat16"]])
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_adapters_export_is_as_large_as_forecast(
+    weights: Path, tmp_path: Path, overrides: list[str], merge: bool
+) -> None:
+    merging = f"export.merge={'true' if merge else 'false'}"
+    config, architecture, model, adapter = planned_and_real(weights, *overrides, merging)
+    tokenizer = AutoTokenizer.from_pretrained(weights)
+    export(model, adapter, tokenizer, tmp_path / "model", config, "")
+    forecast = disk_forecast(architecture, tmp_path, load_best_model_at_end=False, merge=merge)
+    assert [part.name for part in forecast.parts] == (["model", "adapter"] if merge else ["adapter"])
+    assert forecast.total.bytes == pytest.approx(written_to(tmp_path / "model"), rel=0.02)  # names of tensors on top
+
+
+def test_the_best_weights_of_an_adapter_run_are_what_is_trained(tmp_path: Path) -> None:
+    _, architecture = adapted(qwen3, EXACT, LORA, [])
+    forecast = disk_forecast(architecture, tmp_path, load_best_model_at_end=True, tokenizer_bytes=7)
+    trained = 4 * architecture.num_trainable
+    assert [(part.name, part.bytes) for part in forecast.parts] == [("adapter", trained + 7), ("best weights", trained)]
+    merged = disk_forecast(architecture, tmp_path, load_best_model_at_end=False, tokenizer_bytes=7, merge=True)
+    whole = 4 * (architecture.num_parameters - architecture.num_trainable)
+    assert [(part.name, part.bytes) for part in merged.parts] == [("model", whole + 7), ("adapter", trained)]
+    assert merged.total.how == "at the end"
 
 
 def test_flops_are_six_a_parameter_and_attention() -> None:
     attention = 12 * 2 * 8 * 4 * 100
     assert training_flops(TOY, num_tokens=100, num_supervised=10, seq=4) == 6 * (1192 * 100 + 80 * 10) + attention
-    tied = replace(TOY, is_tied=True, num_parameters=1272, num_trainable=1272)
+    tied = replace(TOY, is_tied=True, held=(Held(1272, 5088, ""),), trained=(Trained((1272,), 4),))
     assert training_flops(tied, num_tokens=100, num_supervised=10, seq=4) == 6 * (1192 * 100 + 80 * 10) + attention
-    frozen = replace(TOY, num_trainable=0)
+    frozen = replace(TOY, trained=())
     assert training_flops(frozen, num_tokens=100, num_supervised=10, seq=4) == 4 * (1192 * 100 + 80 * 10) + attention
+    again = 8 * (1192 * 100 + 80 * 10) + attention * 4 // 3  # the forward twice
+    assert training_flops(TOY, 100, 10, 4, gradient_checkpointing=True) == again
 
 
 def test_time_is_bounded_from_below_or_taken_as_measured() -> None:

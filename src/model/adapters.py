@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -19,6 +21,14 @@ from src.errors import ModelError, one_line
 
 NAME = "default"
 """What PEFT calls the one adapter of a model."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Don't show a user that PEFT 0.21 asks transformers 5.23 for something by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        yield
 
 
 @dataclass(frozen=True)
@@ -48,10 +58,10 @@ class Adapter:
         from peft import PeftModel
 
         base = self.peft_model.unload()
-        if getattr(base, "quantization_method", None) is None:
+        if getattr(base, "quantization_method", None) is not None:
+            base = base.dequantize(dtype=torch.float32)
+        with quiet():
             return PeftModel.from_pretrained(base, folder).merge_and_unload()
-        base = base.dequantize(dtype=torch.float32)
-        return PeftModel.from_pretrained(base, folder).merge_and_unload()
 
 
 def with_adapter(base: Any, folder: Path) -> Any:
@@ -63,7 +73,8 @@ def with_adapter(base: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(base, folder).get_base_model()
+        with quiet():
+            return PeftModel.from_pretrained(base, folder).get_base_model()
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"the adapter in {folder} does not fit its base: {one_line(error)}") from error
 
@@ -108,7 +119,8 @@ def add_adapter(
         revision=model_config.revision,
     )
     try:
-        adapted = peft.get_peft_model(model, lora)
+        with quiet():
+            adapted = peft.get_peft_model(model, lora)
     except ValueError as error:
         raise ModelError(f"this adapter can't be put into a {type(model).__name__}: {one_line(error)}") from error
     lora.base_model_name_or_path = _portable(model_config.checkpoint)

@@ -125,9 +125,13 @@ def _dtype(config: ModelConfig) -> dict[str, Any]:
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
-    """Count all parameters and those that are trained."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    """Count all parameters and those that are trained; of weights in 4 bits those that they stand for."""
+    return sum(map(_count, model.parameters())), sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _count(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)  # of bitsandbytes, which packs two values into a byte
+    return parameter.numel() if state is None else state.shape.numel()
 
 
 def load_weights(config: ModelConfig, architecture: Any, checkpoint: str, **settings: Any) -> Any:

@@ -81,21 +81,33 @@ def _loading(frozen: Mapping[str, Any]) -> str:
             note += "merged in float32: their logits are those of training but for rounding (2e-2 at most)."
         return _code([f"from transformers import {auto}, AutoTokenizer", *lines]) + note
     checkpoint, revision = frozen["model"]["checkpoint"], frozen["model"]["revision"]
-    where = repr(checkpoint) + (f", revision={revision!r}" if revision else "")
+    settings = [repr(checkpoint), *([f"revision={revision!r}"] if revision else [])]
+    imports, before, note = [auto, "AutoTokenizer"], [], ""
+    if _is_quantised(frozen):
+        imports.append("BitsAndBytesConfig")
+        before = [f"quantization = BitsAndBytesConfig({_bits(frozen['quantization'])})"]
+        settings.append("quantization_config=quantization")
+        note = (
+            "\n\nThese are the quantised weights that it was trained on; on whole weights its logits differ a little."
+        )
     lines = [
         "from peft import PeftModel",
-        f"from transformers import {auto}, AutoTokenizer",
+        f"from transformers import {', '.join(imports)}",
         "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
-        f"base = {auto}.from_pretrained({where})",
+        *before,
+        f"base = {auto}.from_pretrained({', '.join(settings)})",
         "if base.get_input_embeddings().weight.shape[0] < len(tokenizer):  # room for the new tokens",
         "    base.resize_token_embeddings(len(tokenizer))",
         "model = PeftModel.from_pretrained(base, FOLDER)",
     ]
-    note = ""
-    if _is_quantised(frozen):
-        note = "\n\nIt was trained on quantised weights: load the base with the same `quantization_config` (below) for "
-        note += "the logits that training saw; on whole weights they differ a little."
     return _code(lines) + note
+
+
+def _bits(quantization: Mapping[str, Any]) -> str:
+    if quantization["load_in_8bit"]:
+        return "load_in_8bit=True"
+    kind, double = quantization["bnb_4bit_quant_type"], quantization["bnb_4bit_use_double_quant"]
+    return f"load_in_4bit=True, bnb_4bit_quant_type={kind!r}, bnb_4bit_use_double_quant={double}"
 
 
 def _code(lines: list[str]) -> str:

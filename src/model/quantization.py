@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ def quantization_settings(config: QuantizationConfig, model: ModelConfig, precis
         return None
     from transformers import BitsAndBytesConfig
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it recommends a package that is not needed
     return BitsAndBytesConfig(
         load_in_8bit=config.load_in_8bit,
         load_in_4bit=config.load_in_4bit,

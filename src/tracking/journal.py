@@ -36,6 +36,7 @@ FILES = (
     "tracking.json",
     "checkpoints",
     "model",
+    "predictions",
 )
 """What a run's folder holds; `force=true` removes these and nothing else."""
 

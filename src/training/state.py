@@ -17,6 +17,7 @@ from src.data.batching import Plan, steps_per_epoch
 from src.data.dataset import TrainSet
 from src.data.sets import EncodedSet
 from src.errors import ModelError
+from src.model.build import num_parameters
 from src.runtime.session import Runtime
 from src.tokens import WatchedRows, embedding_parameters
 from src.training.head import ScoredModel
@@ -48,8 +49,14 @@ class TrainState:
     train_seconds: float = 0.0
 
     def totals(self) -> dict[str, float]:
-        """What was done in all; train_seconds are those spent in steps, without evaluation, samples and export."""
+        """What was done in all, and to how many parameters.
+
+        train_seconds are those spent in steps, without evaluation, samples and export.
+        """
+        total, trained = num_parameters(self.model)
         return {
+            "num_parameters": total,
+            "num_trained_parameters": trained,
             "steps": self.step,
             "examples_seen": self.examples_seen,
             "tokens_seen": self.tokens_seen,
