@@ -22,7 +22,7 @@ from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
 
-SIZES = {"validation": 100, "test": 100, "train": 1500}
+SIZES = {"validation": 100, "test": 100, "train": 3000}
 
 
 class Word(str):

@@ -584,6 +584,7 @@ def memory_forecast(
         is_packed: whether several rows share a sequence, so that attention needs a mask.
         device_type: cpu or cuda.
         uses_full_logits: see ScoredModel.
+        gradient_checkpointing: whether each block is computed again in backward.
     """
     scored = batch * (seq - 1) if num_supervised is None else num_supervised
     parts = [
@@ -708,9 +709,8 @@ def activation_part(
     blocks = [of_block(targets) for targets in (((),) * layers if adapter is None else adapter.reached)]
     trains_rows = adapter is None or adapter.trains_rows
     first_mask = (1 if device_type == "cuda" else residual) * width if architecture.has_dropout else 0
-    last_norm = (
-        norm if trains_rows else 0
-    )  # else it makes up for the lowest block's first, below which nothing is trained
+    # where nothing is trained below the lowest block's first norm, that one keeps nothing: it makes up for the last
+    last_norm = norm if trains_rows else 0
     outside = tokens * (8 * trains_rows + last_norm + first_mask + (seq if needs_mask else 0))
     outside += 2 * seq * head_dim * residual if architecture.is_rotary else 0
     outside += num_supervised * (types.compute * width * trains_rows + 8)

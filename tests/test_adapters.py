@@ -307,6 +307,28 @@ def test_rows_of_their_own_compute_as_if_they_stood_in_the_matrix(kind: str) -> 
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("init", ["gaussian", "olora", "orthogonal", "pissa"])
+def test_each_start_of_an_adapter_is_the_same_model_when_loaded(
+    runtime: Runtime, bases: dict[str, str], tmp_path: Path, init: str
+) -> None:
+    run = Assembled(runtime, *chosen(bases["llama-untied"], "adapter=lora", f"adapter.init_lora_weights={init}"))
+    run.train()
+    loaded = load_exported(run.export(tmp_path / "model").parent, run.config)
+    torch.testing.assert_close(run.logits(loaded), run.logits(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_checkpointed_activations_train_alike(runtime: Runtime, bases: dict[str, str], adapter: str) -> None:
+    weights = []
+    for is_on in ("false", "true"):
+        base = chosen(bases["llama-untied"], f"adapter={adapter}", f"model.gradient_checkpointing={is_on}")
+        run = Assembled(runtime, *base)
+        run.train()
+        weights.append({name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad})
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-6)
+
+
 def test_a_known_token_is_left_alone(runtime: Runtime, bases: dict[str, str], tmp_path: Path) -> None:
     first = Assembled(runtime, *chosen(bases["llama-tied"]))
     folder = first.export(tmp_path / "model")
@@ -370,7 +392,11 @@ REFUSED = [
     (["loss.thought_weight=2", "tokens=none"], "no thoughts are written"),
     (["adapter=lora", "adapter.r=0"], "not a whole number of at least 1"),
     (["adapter=lora", "adapter.target_modules=[]"], "not a text, or a list of texts"),
-    (["adapter=lora", "adapter.init_lora_weights=pizza"], "pissa_niter_N"),
+    (["adapter=lora", "adapter.init_lora_weights=pizza"], "gaussian, olora, orthogonal, pissa"),
+    (["adapter=lora", "adapter.init_lora_weights=pissa_niter_4"], "gaussian, olora, orthogonal, pissa"),
+    (["adapter=dora", "quantization=int8", "model=causal_lm", "model.checkpoint=hub/id"], "DoRA on weights in 8 bits"),
+    (["adapter=lora", "adapter.layers_to_transform=0"], "only where adapter.target_modules is a list"),
+    (["adapter=qlora", "adapter.init_lora_weights=pissa"], "changes the base weights"),
     (["adapter=lora", "adapter.rank=8"], "unknown key; adapter has type, r, lora_alpha"),
     (["quantization=int8", "quantization.load_in_4bit=true", "adapter=lora"], "8 bits or 4, not both"),
 ]

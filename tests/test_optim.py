@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 from torch import nn
 from transformers import get_scheduler
 
@@ -217,8 +218,6 @@ def test_every_optimizer_learns(option: str, dtype: torch.dtype) -> None:
 
 def test_8_bit_adamw_learns_as_adamw_with_a_quarter_of_its_state() -> None:
     configs = [admitted(f"optimizer={option}").config.optimizer for option in ("adamw", "adamw_8bit")]
-    from bitsandbytes.optim import GlobalOptimManager
-
     runs = [regression(lambda m, c=c: build_optimizer(c, m.parameters()), torch.float32) for c in configs]
     assert runs[1][0] == pytest.approx(runs[0][0], rel=0.2)
     large, *small = (p for group in runs[1][1].param_groups for p in group["params"])
@@ -240,7 +239,7 @@ def test_8_bit_adamw_stays_close_to_adamw_step_by_step() -> None:
         for optimizer in optimizers:
             step(optimizer, gradient)
         apart = (weights[0] - weights[1]).abs().max().item()
-        assert apart < (1e-6 if i == 0 else 1e-2 * (i + 1) / 2)
+        assert apart < (1e-6 if i == 0 else 0.2 * 1e-2)  # a fifth of one step, after five
 
 
 def test_the_paged_optimizer_keeps_32_bits_and_trains_without_a_gpu() -> None:

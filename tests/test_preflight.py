@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from src import preflight
 from src.config.gate import admit
@@ -239,3 +241,59 @@ def test_eager_attention_keeps_its_matrix_in_the_forecast(here: Path, capsys: py
         forecast = kept[attention] + report["memory"]["logits"]
         assert report["measured"]["activation_bytes"] == pytest.approx(forecast, rel=0.1)
     assert kept["eager"] > kept["sdpa"]
+
+
+@pytest.fixture
+def weights(here: Path) -> list[str]:
+    """Overrides for a checkpoint with weights: the default model's shape."""
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("assets/tiny_llama")).save_pretrained("tiny")
+    AutoTokenizer.from_pretrained("assets/tiny_llama").save_pretrained("tiny")
+    return ["model=causal_lm", "model.checkpoint=tiny", "data.limit=32", "preflight.rows=0"]
+
+
+def forecasts(here: Path) -> dict[str, Any]:
+    return json.loads((here / "outputs/default/preflight/preflight.json").read_text())
+
+
+MATRICES = 3 * (4 * 128 * 128 + 3 * 128 * 384)  # three blocks of tiny_llama
+OF_LORA = 3 * 16 * (4 * (128 + 128) + 3 * (128 + 384)) + 2 * 2 * 128  # r = 16, and two new rows in two matrices
+
+
+def test_an_adapter_run_is_forecast_as_one(here: Path, weights: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, *weights, "adapter=lora", "checkpoint.load_best_model_at_end=true")
+    assert f"{OF_LORA:,} trained parameters x 4 B" in text
+    found = forecasts(here)
+    assert found["memory"]["parameters"] == 4 * (707_456 + OF_LORA)
+    assert found["memory"]["gradients"] == 4 * OF_LORA
+    assert found["memory"]["optimizer state"] == 2 * 4 * OF_LORA
+    assert found["disk"]["best weights"] == 4 * OF_LORA
+    assert found["disk"]["adapter"] - 4 * OF_LORA < 10_000  # the tokenizer
+    lora = found["memory"]["activations"]
+    said(capsys, *weights, "adapter=lora", "model.gradient_checkpointing=true", "export.merge=true")
+    again = forecasts(here)
+    assert again["memory"]["activations"] < lora / 1.5
+    assert again["disk"]["model"] > 4 * 707_456
+    said(capsys, *weights)
+    assert forecasts(here)["memory"]["activations"] > lora
+
+
+def test_a_qlora_run_is_forecast_with_its_weights_in_4_bits(
+    here: Path, weights: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [*weights, "adapter=qlora", "optimizer=paged_adamw_32bit", "model.dtype=bfloat16"]
+    text = said(capsys, *overrides, "preflight.measure=true")
+    assert f"{MATRICES:,} in 4 bits, {MATRICES // 64:,} scales x 1 B" in text
+    found = forecasts(here)
+    of_4_bits = MATRICES // 2 + MATRICES // 64
+    rest = 2 * (707_456 - MATRICES) + 4 * OF_LORA
+    tables = found["memory"]["parameters"] - of_4_bits - rest
+    assert 0 < tables < 21 * 1200  # of 21 layers: what the codes mean, and the scales of scales
+    saved = found["measured"]["activation_bytes"]
+    assert saved == pytest.approx(found["memory"]["activations"] + found["memory"]["logits"], rel=0.1)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(
+    here: Path, weights: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert preflight.main([*QUIET, *weights, "adapter=lora", "adapter.target_modules=[q_projj]"]) == 2
+    assert "did you mean q_proj?" in capsys.readouterr().err

@@ -281,6 +281,19 @@ def quantised_weights_are_frozen(
         yield Problem(key, "only a checkpoint's weights are quantised; model.weights is random", True)
 
 
+def adapters_can_be_made(adapter: AdapterConfig, quantization: QuantizationConfig) -> Iterator[Problem]:
+    if isinstance(adapter, NoAdapterConfig):
+        return
+    if adapter.use_dora and quantization.load_in_8bit:
+        yield Problem("adapter.use_dora", "PEFT can't put DoRA on weights in 8 bits; quantization=nf4, or LoRA", True)
+    if adapter.layers_to_transform is not None and isinstance(adapter.target_modules, str):
+        reason = "PEFT chooses layers only where adapter.target_modules is a list of names"
+        yield Problem("adapter.layers_to_transform", reason, adapter.layers_to_transform)
+    if adapter.init_lora_weights not in (True, False, "gaussian", "orthogonal") and quantization.is_on:
+        reason = "changes the base weights, which a quantised base can't have"
+        yield Problem("adapter.init_lora_weights", reason, adapter.init_lora_weights)
+
+
 def merging_needs_an_adapter(export: ExportConfig, adapter: AdapterConfig) -> Iterator[Problem]:
     if export.merge and isinstance(adapter, NoAdapterConfig):
         yield Problem("export.merge", "there is no adapter to merge: adapter is none", True)
@@ -391,6 +404,7 @@ RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     new_tokens_can_be_initialised,
     checkpoint_can_be_loaded,
     quantised_weights_are_frozen,
+    adapters_can_be_made,
     merging_needs_an_adapter,
     adapters_have_a_base_that_lasts,
     embedding_lr_has_rows_to_train,

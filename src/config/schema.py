@@ -74,13 +74,10 @@ TEXT_OR_TEXTS = Check(
     lambda v: (isinstance(v, str) and bool(v)) or (STRINGS.holds(v) and bool(v)),
 )
 TEXT_OR_TEXTS_OR_NULL = Check("a text, a list of texts, or null", lambda v: v is None or TEXT_OR_TEXTS.holds(v))
+LORA_INITS = ("gaussian", "olora", "orthogonal", "pissa")
 LORA_INIT = Check(
-    "true, false, gaussian, olora, orthogonal, pissa or pissa_niter_N",
-    lambda v: (
-        isinstance(v, bool)
-        or v in ("gaussian", "olora", "orthogonal", "pissa")
-        or (isinstance(v, str) and re.fullmatch(r"pissa_niter_\d+", v) is not None)
-    ),
+    f"true, false, {', '.join(LORA_INITS)}",  # pissa_niter_N draws its start anew when the adapter is loaded
+    lambda v: isinstance(v, bool) or v in LORA_INITS,
 )
 LAYERS = Check(
     "a layer's number, a list of them, or null",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -99,6 +100,7 @@ def add_adapter(
     """
     if not isinstance(config, LoraConfig):
         return None
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it recommends a package
     import peft
 
     check_targets(model, config)
@@ -112,13 +114,14 @@ def add_adapter(
     settings = {key: value.value if isinstance(value, Enum) else value for key, value in vars(config).items()}
     del settings["type"]
     is_pair = model.config.is_encoder_decoder
-    lora = peft.LoraConfig(
-        **settings,
-        task_type="SEQ_2_SEQ_LM" if is_pair else "CAUSAL_LM",
-        trainable_token_indices={name: list(new_ids) for name in names} if new_ids else None,
-        revision=model_config.revision,
-    )
     try:
+        lora = peft.LoraConfig(
+            **settings,
+            task_type="SEQ_2_SEQ_LM" if is_pair else "CAUSAL_LM",
+            trainable_token_indices={name: list(new_ids) for name in names} if new_ids else None,
+            fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's matrices
+            revision=model_config.revision,
+        )
         with quiet():
             adapted = peft.get_peft_model(model, lora)
     except ValueError as error:

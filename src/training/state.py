@@ -105,7 +105,7 @@ def prepare(
     if runtime.scales_gradients and any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
         raise ModelError("fp16 mixed precision scales gradients of float32 weights only: model.dtype=float32")
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     scored = ScoredModel(model, config.loss).to(runtime.device)
     is_packed = config.data.batching is Batching.packed
     is_flat = is_packed and config.model.attn_implementation is Attention.flash_attention_2
