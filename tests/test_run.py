@@ -315,6 +315,25 @@ def test_every_experiment_runs_small(experiment: str, local_model: tuple[Path, P
         assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").convert_tokens_to_ids("<ToW>") == 300
 
 
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_bart"])
+def test_one_experiment_file_goes_all_the_way_with_both_families(model: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = towline("experiment=dialogue_summary", f"model={model}", *SMALL, f"hydra.run.dir={run}")
+    assert (done.returncode, done.stderr) == (0, "")
+    summary = json.loads((run / "summary.json").read_text())
+    assert {f"eval/test/{name}" for name in ("loss", "rouge1", "rouge2", "rougeL")} <= summary.keys()
+    assert summary["num_trained_parameters"] == summary["num_parameters"]
+    sampled = read_lines(run / "samples.jsonl")
+    assert [line["step"] for line in sampled] == [2, 2, 4, 4]
+    assert all(isinstance(line["untrained"], str) and line["num_opened"] == 0 for line in sampled)
+    given = ["-m", "src.predict", f"run={run}", "data.test_files=[data/dialogues/test.jsonl]", "data.limit=3"]
+    predicted = subprocess.run([sys.executable, *given], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (predicted.returncode, predicted.stderr) == (0, "")
+    lines = read_lines(run / "predictions" / "test.jsonl")
+    assert [line["row"] for line in lines] == [0, 1, 2]
+    assert "rougeL" in (run / "predictions" / "metrics.json").read_text()
+
+
 def test_weights_that_are_damaged_or_missing_are_refused(local_model: tuple[Path, Path], tmp_path: Path) -> None:
     model, rows = local_model
     damaged, lacking = tmp_path / "damaged", tmp_path / "lacking"
