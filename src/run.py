@@ -65,7 +65,7 @@ def run(admitted: Admitted) -> dict[str, float]:
             data = build_data(config, tokenizer, console.working)
             tracking.record("data_report.json", data.report())
             model = build_model(config, runtime.device)
-            set_generation(model, config.generation, tokenizer, data.stop_ids)
+            set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
             started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed)
             matrices = [matrix.module for matrix in embedding_matrices(model)]
             new_ids = list(started.ids.values())

@@ -16,7 +16,7 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tests.conftest import GSM8K, ROOT, read_lines, towline, write_lines
 
@@ -326,6 +326,11 @@ def test_one_experiment_file_goes_all_the_way_with_both_families(model: str, tmp
     sampled = read_lines(run / "samples.jsonl")
     assert [line["step"] for line in sampled] == [2, 2, 4, 4]
     assert all(isinstance(line["untrained"], str) and line["num_opened"] == 0 for line in sampled)
+    auto = AutoModelForSeq2SeqLM if model == "tiny_bart" else AutoModelForCausalLM
+    plain, tokenizer = auto.from_pretrained(run / "model"), AutoTokenizer.from_pretrained(run / "model")
+    written = plain.generate(**tokenizer([sampled[2]["prompt"]], return_tensors="pt"))[0]
+    new = written[2:] if model == "tiny_bart" else written[len(tokenizer(sampled[2]["prompt"])["input_ids"]) :]
+    assert tokenizer.decode(new, skip_special_tokens=True) == sampled[2]["text"]
     given = ["-m", "src.predict", f"run={run}", "data.test_files=[data/dialogues/test.jsonl]", "data.limit=3"]
     predicted = subprocess.run([sys.executable, *given], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (predicted.returncode, predicted.stderr) == (0, "")

@@ -166,7 +166,9 @@ def load_weights(config: ModelConfig, architecture: Any, checkpoint: str, **sett
     return model
 
 
-def set_generation(model: Any, config: GenerationConfig, tokenizer: Any, stop_ids: Sequence[int]) -> None:
+def set_generation(
+    model: Any, config: GenerationConfig, tokenizer: Any, stop_ids: Sequence[int], target_prefix: Sequence[int] = ()
+) -> None:
     """Make these the settings that the model generates by, here and after export; its checkpoint's own are let go.
 
     Settings of sampling are given only where sampling is on.
@@ -175,6 +177,7 @@ def set_generation(model: Any, config: GenerationConfig, tokenizer: Any, stop_id
 
     Args:
         stop_ids: each of them ends what is generated.
+        target_prefix: what stands in front of an encoder-decoder's targets and is never learned, so it must be forced.
     """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     settings: dict[str, Any] = {
@@ -194,6 +197,8 @@ def set_generation(model: Any, config: GenerationConfig, tokenizer: Any, stop_id
         if start is None:
             raise ModelError("this encoder-decoder's config.json has no decoder_start_token_id")
         settings["decoder_start_token_id"] = start
+        if len(target_prefix) == 1:  # for those who generate with the exported model; Generator feeds it itself
+            settings["forced_bos_token_id"] = target_prefix[0]
     if config.do_sample:
         settings |= {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     model.generation_config = transformers.GenerationConfig(**settings)
