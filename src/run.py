@@ -97,8 +97,12 @@ def run(admitted: Admitted) -> dict[str, float]:
             if config.data.streaming:
                 tracking.record("data_report.json", data.report())  # what was read is known only now
             card = model_card(admitted.frozen, data.report(), tracking.latest, made, new_tokens.ids)
-            export(state.model, adapter, tokenizer, run_dir / "model", config, card)
-            return tracking.finish(state.totals() | {"peak_memory_bytes": runtime.peak_memory_bytes()})
+            alone = model_card(
+                admitted.frozen | {"export": {"merge": False}}, data.report(), tracking.latest, made, new_tokens.ids
+            )
+            totals = state.totals()  # merging takes the adapter out of the model
+            export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone)
+            return tracking.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()})
 
 
 def finished_before(admitted: Admitted) -> bool:

@@ -60,6 +60,15 @@ def add_tokens(tokenizer: Any, tokens: TokensConfig) -> NewTokens:
     # a known token may be a mere vocabulary entry: marked as added, it is never cut into pieces
     whole = tokenizer.get_added_vocab()
     unmarked = [token for token in known if token not in whole]
+    control = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token} & {
+        tokens.thought_open,
+        tokens.thought_close,
+    }
+    if control - {None}:
+        raise TokenError(
+            f"tokens: {', '.join(sorted(filter(None, control)))} begins, ends or pads the model's texts; it can't "
+            "open or close thoughts"
+        )
     texts = [token for token in unmarked if _is_text(tokenizer, token, known[token])]
     if texts:
         raise TokenError(
@@ -114,7 +123,8 @@ class Matrix:
     def gradient_norms(self, ids: Sequence[int]) -> Tensor:
         """Give the norm of each row's gradient, [ids]; 0 where it has none."""
         gradient = self.weight.grad
-        norms = torch.zeros(len(ids)) if gradient is None else gradient[list(ids)].float().norm(dim=1)
+        device = self.weight.device
+        norms = torch.zeros(len(ids), device=device) if gradient is None else gradient[list(ids)].float().norm(dim=1)
         numbers, apart = self.apart
         if apart is not None and apart.grad is not None:
             of_apart = apart.grad.float().norm(dim=1)
@@ -189,6 +199,9 @@ def grow_embeddings(model: Any, tokenizer: Any, new: NewTokens, config: TokensCo
     started = {token: i for token, i in new.ids.items() if token in new.added or i >= num_rows}
     num_old = min([num_rows, *started.values()])
     fit_embeddings(model, len(tokenizer), config.pad_to_multiple_of)
+    for matrix in embedding_matrices(model):  # padding: ordinary rows, or it could win where all logits are low
+        with torch.no_grad():
+            matrix.weight[max(num_rows, len(tokenizer)) :] = matrix.weight[:num_old].float().mean(dim=0)
     values: dict[str, Tensor] = {}
     if started:
         ids = list(started.values())

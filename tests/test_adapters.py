@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from src.runtime.signals import StopRequest
 from src.tokens import StartedRows, check_new_rows, embedding_matrices, grow_embeddings, load_tokenizer
 from src.training.loop import train
 from src.training.state import TrainState, prepare
-from tests.conftest import admitted, towline
+from tests.conftest import ROOT, admitted, read_lines, towline
 
 CPU = RuntimeConfig(device=Device.cpu, deterministic=False)
 FAMILIES = {"llama": "assets/tiny_llama", "bart": "assets/tiny_bart"}
@@ -307,14 +310,17 @@ def test_rows_of_their_own_compute_as_if_they_stood_in_the_matrix(kind: str) -> 
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("merge", ["false", "true"])
 @pytest.mark.parametrize("init", ["gaussian", "olora", "orthogonal", "pissa"])
 def test_each_start_of_an_adapter_is_the_same_model_when_loaded(
-    runtime: Runtime, bases: dict[str, str], tmp_path: Path, init: str
+    runtime: Runtime, bases: dict[str, str], tmp_path: Path, init: str, merge: str
 ) -> None:
-    run = Assembled(runtime, *chosen(bases["llama-untied"], "adapter=lora", f"adapter.init_lora_weights={init}"))
+    settings = ["adapter=lora", f"adapter.init_lora_weights={init}", f"export.merge={merge}"]
+    run = Assembled(runtime, *chosen(bases["llama-untied"], *settings))
     run.train()
+    trained = run.logits()
     loaded = load_exported(run.export(tmp_path / "model").parent, run.config)
-    torch.testing.assert_close(run.logits(loaded), run.logits(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(run.logits(loaded), trained, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
@@ -345,9 +351,12 @@ def test_a_known_token_is_left_alone(runtime: Runtime, bases: dict[str, str], tm
 
 
 TARGETS = [
+    ("[q_proj,lm_head]", "lm_head can't have an adapter where rows of new tokens are trained in it"),
+    ("[q_proj,embed_tokens]", r"model\.embed_tokens can't have an adapter"),
     ("[q_prj]", r"q_prj \(did you mean q_proj\?\) not found in LlamaForCausalLM; its linear layers are down_proj, "),
     ("[q_proj,wrong]", r"adapter\.target_modules: wrong not found"),
     ("'.*attn.*query'", "not found"),
+    ("q_proj", r"a list of names is written \[q_proj\]"),
     ("'(q_proj'", "is no regular expression"),
 ]
 
@@ -356,9 +365,104 @@ TARGETS = [
 def test_targets_that_are_not_there_are_told_before_weights_are_read(
     runtime: Runtime, bases: dict[str, str], monkeypatch: pytest.MonkeyPatch, targets: str, message: str
 ) -> None:
-    monkeypatch.setattr(build, "load_weights", lambda *_, **__: pytest.fail("weights are read"))
+    if "can't" not in message:  # told once the matrices of the model are known
+        monkeypatch.setattr(build, "load_weights", lambda *_, **__: pytest.fail("weights are read"))
     with pytest.raises(ModelError, match=message):
         Assembled(runtime, *chosen(bases["llama-tied"], "adapter=lora", f"adapter.target_modules={targets}"))
+
+
+def test_modules_that_are_left_out_must_be_there(runtime: Runtime, bases: dict[str, str]) -> None:
+    with pytest.raises(ModelError, match=r"adapter\.exclude_modules: q_prjo \(did you mean q_proj\?\) not found"):
+        Assembled(runtime, *chosen(bases["llama-tied"], "adapter=lora", "adapter.exclude_modules=[q_prjo]"))
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_exported_and_loaded_again(
+    runtime: Runtime, bases: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(bases["llama-untied"], folder)
+    (folder / "own_code.py").write_text(OWN_CODE)
+    settings = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "own", "auto_map": code}))
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        Assembled(runtime, *chosen(str(folder)))
+    run = Assembled(runtime, *chosen(str(folder), "model.trust_remote_code=true"))
+    run.export(tmp_path / "model")
+    assert torch.equal(run.logits(load_exported(tmp_path, run.config)), run.logits())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adapter=none"], "is stored quantised, and such weights can't be trained"),
+        (["adapter=lora", "quantization=int8"], "is stored quantised already: quantization=none"),
+        (["adapter=lora", "export.merge=true"], "nothing can be merged into it"),
+    ],
+)
+def test_weights_that_are_stored_quantised_take_an_adapter_only(
+    runtime: Runtime, bases: dict[str, str], tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(bases["llama-untied"], quantization_config=four_bits)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained("assets/tiny_llama").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        Assembled(runtime, *chosen(str(tmp_path), *overrides))
+    Assembled(runtime, *chosen(str(tmp_path), "adapter=lora")).train()
+
+
+WRONG_MODELS = [
+    ("bart-tied", ["model=causal_lm"], "is of the type encoder_decoder; model.type is causal_lm"),
+    ("llama-tied", ["model=encoder_decoder"], "is of the type causal_lm; model.type is encoder_decoder"),
+    ("llama-tied", ["model=causal_lm", "model.attn_implementation=flash_attention_2", "runtime.device=auto"],
+     "needs a GPU and the package flash-attn"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "overrides", "message"), WRONG_MODELS)
+def test_a_model_that_does_not_go_with_the_choices_is_told_before_weights_are_read(
+    runtime: Runtime,
+    bases: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    overrides: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(build, "load_weights", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(ModelError, match=message):
+        Assembled(runtime, *overrides, f"model.checkpoint={bases[base]}")
+
+
+def test_qlora_goes_all_the_way_by_its_commands(bases: dict[str, str], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases["llama-tied"], base)
+    run = tmp_path / "run"
+    done = towline("debug=smoke", "tracking=none", *chosen(str(base)), "adapter=qlora", f"hydra.run.dir={run}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "frozen in 4 bits (nf4)" in done.stdout
+    summary = json.loads((run / "summary.json").read_text())
+    assert 0 < summary["num_trained_parameters"] < summary["num_parameters"]
+    predict = [sys.executable, "-m", "src.predict", f"run={run}", "data.limit=3"]
+    ends = subprocess.run(predict, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (ends.returncode, ends.stderr) == (0, "")
+    assert len(read_lines(run / "predictions" / "test.jsonl")) == 3
+    shutil.rmtree(base)
+    gone = subprocess.run([*predict, "force=true"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert gone.returncode == 2
+    assert str(base) in gone.stderr
+    assert "Traceback" not in gone.stderr
 
 
 @pytest.mark.parametrize("targets", ["[q_proj,v_proj]", "'model.layers.1.*_proj'", "all-linear"])
@@ -386,6 +490,8 @@ def test_4_bits_on_a_cpu_need_widths_of_64(runtime: Runtime, tmp_path: Path, mon
 REFUSED = [
     (["quantization=nf4", "model=causal_lm", "model.checkpoint=hub/id"], "quantised weights can't be trained"),
     (["quantization=int8", "adapter=lora"], "only a checkpoint's weights are quantised"),
+    (["model.dtype=float16"], "float16 weights can't be trained"),
+    (["data.metrics=[rouge9]"], "rouge9 is not one of exact_match, rouge1, rouge2, rougeL, chrf, bleu; did you"),
     (["adapter=lora"], "an adapter on random weights fits no other model"),
     (["export.merge=true"], "there is no adapter to merge"),
     (["adapter=lora", "export.merge=true", "tokens=none", "optimizer.embedding_lr=1e-3"], "tokens has none"),

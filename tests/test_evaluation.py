@@ -191,3 +191,14 @@ def test_a_loss_that_is_not_finite_is_no_result(runtime: Runtime, tmp_path: Path
     with pytest.raises(NonFiniteLossError, match=r"lm_head\.weight"):
         export(one.generator.model, None, None, tmp_path / "model", admitted().config, "card")
     assert not (tmp_path / "model").exists()
+
+
+def test_what_depends_on_thoughts_is_refused_where_there_are_none(runtime: Runtime, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "completion": "2"}] * 8)
+    plain = ["data=prompt_completion", f"data.train_files=[{file}]", f"data.validation_files=[{file}]"]
+    with pytest.raises(DataError, match=r"loss\.thought_weight = 0\.5, but no row of train has a thought"):
+        evaluator(runtime, *plain, "loss.thought_weight=0.5")
+    best = ["checkpoint.load_best_model_at_end=true", "checkpoint.metric_for_best_model=eval/validation/thought_loss"]
+    with pytest.raises(DataError, match="its rows have no thoughts"):
+        evaluator(runtime, *plain, *best)
+    evaluator(runtime, *best)

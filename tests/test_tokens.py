@@ -53,6 +53,7 @@ def test_new_rows_start_as_the_mean_of_the_text_and_old_rows_stay(tied: bool, op
     for name, matrix in weights_of(model).items():
         assert matrix.shape == (264, 128)  # 261, padded to a multiple of 8
         assert torch.equal(matrix[:259], before[name])
+        torch.testing.assert_close(matrix[261:], before[name].mean(dim=0).expand(3, -1))  # padding stays ordinary
         torch.testing.assert_close(matrix[259:261], before[name][dash].expand(2, -1))
     head = model.get_output_embeddings().weight
     assert (head is model.get_input_embeddings().weight) == tied
@@ -189,6 +190,15 @@ def test_a_tag_that_is_many_tokens_is_refused() -> None:
     tokenizer = AutoTokenizer.from_pretrained("assets/tiny_llama")
     with pytest.raises(TokenError, match="<ToW> opens or closes thoughts but is 5 tokens"):
         add_tokens(tokenizer, tokens)
+
+
+def test_what_ends_a_text_closes_no_thought() -> None:
+    tokens = admitted("tokens.additional_special_tokens=['<T>','</s>']", "tokens.thought_open='<T>'",
+                      "tokens.thought_close='</s>'").config.tokens  # fmt: skip
+    with pytest.raises(
+        TokenError, match="</s> begins, ends or pads the model's texts; it can't open or close thoughts"
+    ):
+        add_tokens(AutoTokenizer.from_pretrained("assets/tiny_llama"), tokens)
 
 
 def test_rows_that_were_lost_are_noticed() -> None:

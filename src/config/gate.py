@@ -257,10 +257,22 @@ def _parse_value(typed: Any, key: str, hint: Any, check: Check | None, value: An
         typed[key] = value
         converted = OmegaConf.to_object(typed[key]) if OmegaConf.is_config(typed[key]) else typed[key]
     except OmegaConfBaseException:
-        return _Parsed(None, [Problem(dotted, f"not {_described(hint)}", value)])
+        return _Parsed(None, [Problem(dotted, _unlike(hint, value), value)])
     if check and not check.holds(converted):
         return _Parsed(None, [Problem(dotted, f"not {check.allowed}", value)])
     return _Parsed(converted)
+
+
+def _unlike(hint: Any, value: Any) -> str:
+    """Say why a value is not what its type allows; of a list of choices, which one is none."""
+    choices = [e for m in _members(hint) for e in typing.get_args(m) if inspect.isclass(e) and issubclass(e, Enum)]
+    if isinstance(value, list) and len(choices) == 1:
+        allowed = [option.name for option in choices[0]]
+        for one in value:
+            if one not in allowed:
+                near = get_close_matches(str(one), allowed, n=1)
+                return f"{one} is not one of {', '.join(allowed)}{f'; did you mean {near[0]}?' if near else ''}"
+    return f"not {_described(hint)}"
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -324,7 +324,13 @@ def thought_weight_has_thoughts(loss: LossConfig, tokens: TokensConfig, data: Da
         )
 
 
-def fp16_keeps_float32_weights(training: TrainingConfig, model: ModelConfig) -> Iterator[Problem]:
+def fp16_keeps_float32_weights(
+    training: TrainingConfig, model: ModelConfig, adapter: AdapterConfig
+) -> Iterator[Problem]:
+    if not isinstance(adapter, NoAdapterConfig):
+        return  # what an adapter trains is float32
+    if model.dtype is Dtype.float16 and training.mixed_precision is not MixedPrecision.fp16:
+        yield Problem("model.dtype", "float16 weights can't be trained: bfloat16 or float32", "float16")
     if training.mixed_precision is MixedPrecision.fp16 and model.dtype in (Dtype.float16, Dtype.bfloat16):
         reason = "fp16 mixed precision scales gradients of float32 weights: model.dtype=float32"
         yield Problem("model.dtype", reason, model.dtype.value)

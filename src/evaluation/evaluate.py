@@ -16,7 +16,7 @@ from src.data.batching import collate
 from src.data.dataset import Data
 from src.data.encoding import Encoder
 from src.data.sets import EncodedSet
-from src.errors import NonFiniteLossError
+from src.errors import DataError, NonFiniteLossError
 from src.evaluation.generate import Generator, check_prompts
 from src.evaluation.metrics import perplexity, scores, strip_thoughts
 from src.runtime.session import Runtime
@@ -100,6 +100,23 @@ class Evaluator:
         return losses | span_losses(total.item(), num_supervised, of_thoughts.item(), num_thought)
 
 
+def check_spans(config: RunConfig, data: Data) -> None:
+    """See that there are thoughts where something depends on them.
+
+    Raises:
+        DataError: naming the key that asks for them.
+    """
+    if config.loss.thought_weight != 1 and not data.reports["train"].thought_tokens:
+        raise DataError(f"loss.thought_weight = {config.loss.thought_weight:g}, but no row of train has a thought")
+    metric = config.checkpoint.metric_for_best_model
+    if not config.checkpoint.load_best_model_at_end or not metric.endswith(("thought_loss", "answer_loss")):
+        return
+    report = data.reports[metric.split("/")[1]]
+    answers = report.supervised_tokens - report.thought_tokens
+    if not report.thought_tokens or not answers:
+        raise DataError(f"checkpoint.metric_for_best_model = {metric}, but its rows have no thoughts, or nothing else")
+
+
 class Targets:
     """How often tokens are the target, and how likely they are then."""
 
@@ -136,6 +153,7 @@ def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data
     """
     generator = Generator(model, runtime, config.training.per_device_eval_batch_size, data.encoder.target_prefix)
     check_prompts(config, model, data)
+    check_spans(config, data)
     return Evaluator(
         scored=scored,
         generator=generator,

@@ -219,6 +219,9 @@ def decided_by(config: RunConfig, frozen: Mapping[str, Any], model: Path, batch_
         generation = {key: value for key, value in generation.items() if key not in SAMPLING}
     shaping = [key for key in data if is_read_by_predict(f"data.{key}") and key not in DECIDES_NOTHING]
     files = [file for file in sorted(model.rglob("*")) if file.is_file() and file.name not in NOT_THE_MODEL]
+    base = Path(config.model.checkpoint)
+    stands_on_base = (model / "adapter_config.json").exists() and base.is_dir()
+    weights = sorted(base.glob("*.safetensors")) if stands_on_base else []
     return {
         **{f"generation.{key}": value for key, value in generation.items()},
         **{f"data.{key}": data[key] for key in shaping},
@@ -227,13 +230,18 @@ def decided_by(config: RunConfig, frozen: Mapping[str, Any], model: Path, batch_
         "model.dtype": config.model.dtype.value,
         "training.mixed_precision": config.training.mixed_precision.value,
         "model": {str(file.relative_to(model)): file_hash(str(file)) for file in files},
+        "base": {file.name: file_hash(str(file)) for file in weights},
     }
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Say of each name whose value is not the same what it was and what it is."""
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    hashed = {"data.test_files": "other content than now", "model": "another model's weights, settings or tokenizer"}
+    hashed = {
+        "data.test_files": "other content than now",
+        "model": "another model's weights, settings or tokenizer",
+        "base": "other weights under the adapter",
+    }
     return [
         f"{name}   {hashed[name]}"
         if name in hashed

@@ -156,7 +156,8 @@ def planned_architecture(config: RunConfig, model: Any, new_ids: Sequence[int]) 
     if not isinstance(config.adapter, LoraConfig):
         return architecture
     adapter = replace(config.adapter, init_lora_weights=True)  # other ways to start compute with the weights
-    add_adapter(model, adapter, config.model, new_ids, [matrix.module for matrix in embedding_matrices(model)])
+    matrices = [matrix.module for matrix in embedding_matrices(model)]
+    add_adapter(model, adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
     return with_adapter(architecture, model)
 
 
@@ -199,9 +200,8 @@ def _measure(
     ):
         model = build_model(config, runtime.device)
         fit_embeddings(model, len(tokenizer), config.tokens.pad_to_multiple_of)
-        add_adapter(
-            model, config.adapter, config.model, new_ids, [matrix.module for matrix in embedding_matrices(model)]
-        )
+        matrices = [matrix.module for matrix in embedding_matrices(model)]
+        add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
         state = prepare(model, train, config, runtime)
         state.scored.train()
         pad = tokenizer.pad_token_id or 0

@@ -58,11 +58,13 @@ class Adapter:
         """
         from peft import PeftModel
 
+        if getattr(self.peft_model.get_base_model(), "quantization_method", None) is None:
+            return self.peft_model.merge_and_unload()
         base = self.peft_model.unload()
-        if getattr(base, "quantization_method", None) is not None:
-            base = base.dequantize(dtype=torch.float32)
+        dtype = base.dtype
+        base = base.to("cpu").dequantize(dtype=torch.float32)  # whole weights may have no room where these lay
         with quiet():
-            return PeftModel.from_pretrained(base, folder).merge_and_unload()
+            return PeftModel.from_pretrained(base, folder).merge_and_unload().to(dtype)
 
 
 def with_adapter(base: Any, folder: Path) -> Any:
@@ -71,6 +73,7 @@ def with_adapter(base: Any, folder: Path) -> Any:
     Raises:
         ModelError: where it does not fit.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import PeftModel
 
     try:
@@ -111,6 +114,12 @@ def add_adapter(
             "export.merge=true writes whole weights, which load as they are"
         )
     names = [name for name, module in model.named_modules() if any(module is one for one in matrices)]
+    own = [*names, *(name for name, module in model.named_modules() if module is model.get_output_embeddings())]
+    if new_ids and (both := [name for name in own if is_target(name, config.target_modules)]):
+        raise ModelError(
+            f"adapter.target_modules: {both[0]} can't have an adapter where rows of new tokens are trained in it: "
+            "leave it out, or use tokens=none"
+        )
     settings = {key: value.value if isinstance(value, Enum) else value for key, value in vars(config).items()}
     del settings["type"]
     is_pair = model.config.is_encoder_decoder
@@ -124,14 +133,14 @@ def add_adapter(
         )
         with quiet():
             adapted = peft.get_peft_model(model, lora)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ModelError(f"this adapter can't be put into a {type(model).__name__}: {one_line(error)}") from error
-    lora.base_model_name_or_path = _portable(model_config.checkpoint)
+    lora.base_model_name_or_path = portable(model_config.checkpoint)
     lean_tokens(model)
     return Adapter(adapted)
 
 
-def _portable(checkpoint: str) -> str:
+def portable(checkpoint: str) -> str:
     """Name the base so that it is found from another folder too."""
     return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
 
@@ -142,25 +151,35 @@ def check_targets(model: Any, config: LoraConfig) -> None:
     Raises:
         ModelError: with the nearest names of those that are.
     """
-    targets = config.target_modules
-    if targets == "all-linear":
-        return
-    names = [name for name, module in model.named_modules() if name and not isinstance(module, nn.ModuleList)]
+    for key, targets in (("target_modules", config.target_modules), ("exclude_modules", config.exclude_modules)):
+        if targets is not None and targets != "all-linear":
+            _check_names(model, key, [targets] if isinstance(targets, str) else targets, isinstance(targets, str))
+
+
+def is_target(name: str, targets: Any) -> bool:
+    """Whether PEFT takes a module of this name for one of the targets: a pattern, or the ends of names."""
     if isinstance(targets, str):
-        try:
-            found = any(re.fullmatch(targets, name) for name in names)
-        except re.error as error:
-            raise ModelError(f"adapter.target_modules = {targets!r} is no regular expression: {error}") from error
-        missing = [] if found else [targets]
-    else:
-        missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+        return targets != "all-linear" and re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _check_names(model: Any, key: str, targets: Sequence[str], is_pattern: bool) -> None:
+    names = [name for name, module in model.named_modules() if name and not isinstance(module, nn.ModuleList)]
+    try:
+        missing = [t for t in targets if not any(is_target(name, t if is_pattern else [t]) for name in names)]
+    except re.error as error:
+        raise ModelError(f"adapter.{key} = {targets[0]!r} is no regular expression: {error}") from error
     if not missing:
         return
+    if is_pattern and any(is_target(name, missing) for name in names):
+        raise ModelError(
+            f"adapter.{key}: a text is a pattern for whole names; a list of names is written [{targets[0]}]"
+        )
     linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
     near = {t: get_close_matches(t.rpartition(".")[2], linear, n=1) for t in missing}
     told = ", ".join(f"{t}{f' (did you mean {near[t][0]}?)' if near[t] else ''}" for t in missing)
     raise ModelError(
-        f"adapter.target_modules: {told} not found in {type(model).__name__}; its linear layers are "
+        f"adapter.{key}: {told} not found in {type(model).__name__}; its linear layers are "
         f"{', '.join(linear)}, or all-linear"
     )
 

@@ -36,6 +36,7 @@ def build_model(config: RunConfig, device: torch.device) -> Any:
     architecture = load_architecture(config.model)
     check_lengths(config.model, architecture, config.data.max_seq_length, config.data.max_target_length)
     check_attention(config.model, device)
+    check_stored_bits(config, architecture)
     if config.quantization.is_on:
         check_quantisable(empty_model(config.model), config.quantization, device)
     if isinstance(config.adapter, LoraConfig):
@@ -45,6 +46,23 @@ def build_model(config: RunConfig, device: torch.device) -> Any:
     model = load_weights(config.model, architecture, config.model.checkpoint, **quantised)
     keep_gradients(model)
     return model
+
+
+def check_stored_bits(config: RunConfig, architecture: Any) -> None:
+    """See that weights which are stored quantised are neither trained, merged nor quantised again.
+
+    Raises:
+        ModelError: saying what to change.
+    """
+    if getattr(architecture, "quantization_config", None) is None:
+        return
+    stored = f"{config.model.checkpoint} is stored quantised"
+    if not isinstance(config.adapter, LoraConfig):
+        raise ModelError(f"{stored}, and such weights can't be trained: adapter=lora, or the whole checkpoint")
+    if config.quantization.is_on:
+        raise ModelError(f"{stored} already: quantization=none")
+    if config.export.merge:
+        raise ModelError(f"{stored}: nothing can be merged into it; export.merge=false")
 
 
 def check_attention(config: ModelConfig, device: torch.device) -> None:
@@ -90,6 +108,9 @@ def load_architecture(config: ModelConfig) -> Any:
     try:
         architecture = AutoConfig.from_pretrained(config.checkpoint, **_where(config))
     except Exception as error:  # the libraries raise many kinds
+        if "custom code" in str(error):
+            reason = "brings Python code of its own; model.trust_remote_code=true runs it"
+            raise ModelError(f"{config.checkpoint} {reason}") from error
         raise ModelError(f"{config.checkpoint}: no model configuration there: {one_line(error)}") from error
     found = ModelType.encoder_decoder if architecture.is_encoder_decoder else ModelType.causal_lm
     if found is not config.type:
@@ -102,10 +123,14 @@ def empty_model(config: ModelConfig) -> Any:
     attention = _attention(config)
     if config.attn_implementation is Attention.flash_attention_2:  # its package refuses where there is no GPU
         attention = {"attn_implementation": "sdpa"}
-    with torch.device("meta"):
-        return _auto(config).from_config(
-            load_architecture(config), trust_remote_code=config.trust_remote_code, **_dtype(config), **attention
-        )
+    architecture = load_architecture(config)
+    try:
+        with torch.device("meta"):
+            return _auto(config).from_config(
+                architecture, trust_remote_code=config.trust_remote_code, **_dtype(config), **attention
+            )
+    except (ValueError, ImportError, TypeError) as error:
+        raise ModelError(f"{config.checkpoint} can't be built as asked: {one_line(error)}") from error
 
 
 def _attention(config: ModelConfig) -> dict[str, str]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from src.model.adapters import portable
+
 SHOWN = ("train/loss", "eval/")
 """Metrics that the card shows: those whose names begin so."""
 
@@ -28,7 +30,10 @@ def model_card(
         new_tokens: the configuration's tokens and their ids.
     """
     model, git = frozen["model"], provenance.get("git", {})
-    head = {"library_name": "peft" if _is_adapter(frozen) else "transformers", "base_model": model["checkpoint"]}
+    head = {
+        "library_name": "peft" if _is_adapter(frozen) else "transformers",
+        "base_model": portable(model["checkpoint"]),
+    }
     commit = git.get("commit") or "unknown"
     sections = {
         f"{frozen['name']}": f"{_what(frozen)} Trained with Towline at commit {commit}"
@@ -78,14 +83,18 @@ def _loading(frozen: Mapping[str, Any]) -> str:
         note = ""
         if _is_quantised(frozen):
             note = "\n\nThe adapter was trained on quantised weights. These are the same weights dequantised and "
-            note += "merged in float32: their logits are those of training but for rounding (2e-2 at most)."
+            note += (
+                f"merged in float32, written as {frozen['model']['dtype']}: their logits are those of training but for "
+            )
+            note += "rounding (2e-2 at most in float32, more in 16 bits and after training in 8 bits)."
         return _code([f"from transformers import {auto}, AutoTokenizer", *lines]) + note
     checkpoint, revision = frozen["model"]["checkpoint"], frozen["model"]["revision"]
-    settings = [repr(checkpoint), *([f"revision={revision!r}"] if revision else [])]
-    imports, before, note = [auto, "AutoTokenizer"], [], ""
+    settings = [repr(portable(checkpoint)), *([f"revision={revision!r}"] if revision else [])]
+    settings += [f"dtype={frozen['model']['dtype']!r}"]
+    imports, before, note = [auto, "AutoTokenizer", "GenerationConfig"], [], ""
     if _is_quantised(frozen):
         imports.append("BitsAndBytesConfig")
-        before = [f"quantization = BitsAndBytesConfig({_bits(frozen['quantization'])})"]
+        before = [f"quantization = BitsAndBytesConfig({_bits(frozen)})"]
         settings.append("quantization_config=quantization")
         note = (
             "\n\nThese are the quantised weights that it was trained on; on whole weights its logits differ a little."
@@ -97,17 +106,23 @@ def _loading(frozen: Mapping[str, Any]) -> str:
         *before,
         f"base = {auto}.from_pretrained({', '.join(settings)})",
         "if base.get_input_embeddings().weight.shape[0] < len(tokenizer):  # room for the new tokens",
-        "    base.resize_token_embeddings(len(tokenizer))",
+        "    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)",
         "model = PeftModel.from_pretrained(base, FOLDER)",
+        "model.generation_config = GenerationConfig.from_pretrained(FOLDER)",
     ]
     return _code(lines) + note
 
 
-def _bits(quantization: Mapping[str, Any]) -> str:
+def _bits(frozen: Mapping[str, Any]) -> str:
+    quantization = frozen["quantization"]
     if quantization["load_in_8bit"]:
         return "load_in_8bit=True"
-    kind, double = quantization["bnb_4bit_quant_type"], quantization["bnb_4bit_use_double_quant"]
-    return f"load_in_4bit=True, bnb_4bit_quant_type={kind!r}, bnb_4bit_use_double_quant={double}"
+    given = [("bnb_4bit_quant_type", quantization["bnb_4bit_quant_type"])]
+    mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(frozen["training"]["mixed_precision"], frozen["model"]["dtype"])
+    chosen = quantization["bnb_4bit_compute_dtype"]
+    given += [("bnb_4bit_compute_dtype", mixed if chosen == "auto" else chosen)]
+    given += [("bnb_4bit_use_double_quant", quantization["bnb_4bit_use_double_quant"])]
+    return ", ".join(["load_in_4bit=True", *(f"{key}={value!r}" for key, value in given if value != "auto")])
 
 
 def _code(lines: list[str]) -> str:

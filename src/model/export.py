@@ -12,17 +12,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from src.config.schema import ModelConfig, RunConfig, Weights
-from src.errors import ExportError, NonFiniteLossError, listed
+from src.errors import ExportError, ModelError, NonFiniteLossError, listed
 from src.model.adapters import Adapter, with_adapter
 from src.model.build import build_model, check_lengths, load_architecture, load_weights
 
 CPU = torch.device("cpu")
 
 
-def export(model: Any, adapter: Adapter | None, tokenizer: Any, folder: Path, config: RunConfig, card: str) -> None:
+def export(
+    model: Any,
+    adapter: Adapter | None,
+    tokenizer: Any,
+    folder: Path,
+    config: RunConfig,
+    card: str,
+    adapter_card: str = "",
+) -> None:
     """Write the result beside, load it again, and put it into place.
 
     Weights (safetensors), configuration, tokenizer and generation settings. Of an adapter run it is the adapter with
@@ -30,6 +38,7 @@ def export(model: Any, adapter: Adapter | None, tokenizer: Any, folder: Path, co
 
     Args:
         card: README.md of the folder.
+        adapter_card: the same of the adapter beside merged weights.
     Raises:
         NonFiniteLossError: where the weights are not all finite, which no evaluation may have seen.
         ExportError: where what is loaded again is not what was trained.
@@ -47,6 +56,9 @@ def export(model: Any, adapter: Adapter | None, tokenizer: Any, folder: Path, co
             adapter.save(place)
             _check_adapter(place, adapter)
             if config.export.merge:
+                (place / "README.md").write_text(adapter_card, encoding="utf-8")
+                model.generation_config.save_pretrained(place)
+                tokenizer.save_pretrained(place)
                 generation = model.generation_config
                 merged = adapter.merged(place)
                 merged.generation_config = generation
@@ -54,7 +66,7 @@ def export(model: Any, adapter: Adapter | None, tokenizer: Any, folder: Path, co
             else:
                 model.generation_config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        _check_tokenizer(beside, tokenizer)
+        _check_tokenizer(beside, tokenizer, trust=config.model.trust_remote_code)
         (beside / "README.md").write_text(card, encoding="utf-8")
     except SafetensorError as error:
         shutil.rmtree(beside, ignore_errors=True)
@@ -71,9 +83,8 @@ def export(model: Any, adapter: Adapter | None, tokenizer: Any, folder: Path, co
 def _write_whole(model: Any, folder: Path, config: RunConfig) -> None:
     """Write a plain model, and see that plain transformers gives back each weight and each tie."""
     model.save_pretrained(folder)
-    loaded = load_weights(
-        replace(config.model, weights=Weights.pretrained), AutoConfig.from_pretrained(folder), str(folder)
-    )
+    where = replace(config.model, checkpoint=str(folder), revision=None, weights=Weights.pretrained)
+    loaded = load_weights(where, load_architecture(where), str(folder))
     there = loaded.state_dict()
     wrong = [
         name
@@ -99,9 +110,9 @@ def _check_adapter(folder: Path, adapter: Adapter) -> None:
         raise ExportError(f"{folder} does not hold what was trained:\n{listed([*wrong, *(there.keys() - trained)])}")
 
 
-def _check_tokenizer(folder: Path, tokenizer: Any) -> None:
+def _check_tokenizer(folder: Path, tokenizer: Any, *, trust: bool) -> None:
     """See that the tokenizer that was written gives every token its id."""
-    there = AutoTokenizer.from_pretrained(folder).get_vocab()
+    there = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust).get_vocab()
     wrong = [token for token, token_id in tokenizer.get_vocab().items() if there.get(token) != token_id]
     if wrong:
         raise ExportError(f"the tokenizer in {folder} gives other ids to:\n{listed(wrong)}")
@@ -126,8 +137,12 @@ def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) 
         architecture = load_architecture(model)
         check_lengths(model, architecture, config.data.max_seq_length, config.data.max_target_length)
         return load_weights(model, architecture, model.checkpoint)
-    base = build_model(config, device)
-    num_tokens = len(AutoTokenizer.from_pretrained(folder))
+    try:
+        base = build_model(config, device)
+    except ModelError as error:
+        raise ModelError(f"the adapter in {folder} needs its base, {config.model.checkpoint}: {error}") from error
+    trust = config.model.trust_remote_code
+    num_tokens = len(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust))
     if base.get_input_embeddings().weight.shape[0] < num_tokens:
         base.resize_token_embeddings(num_tokens, mean_resizing=False)
     return with_adapter(base, folder)

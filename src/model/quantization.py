@@ -42,7 +42,7 @@ def compute_dtype(config: QuantizationConfig, model: ModelConfig, precision: Mix
     return torch.float32 if model.dtype is Dtype.auto else getattr(torch, model.dtype.value)
 
 
-def quantised_layers(empty: Any) -> dict[str, nn.Linear]:
+def quantised_layers(empty: Any) -> dict[str, Any]:
     """Give the linear layers that are quantised, by name: all but the head, which transformers leaves as it is.
 
     Args:
@@ -54,8 +54,14 @@ def quantised_layers(empty: Any) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in empty.named_modules()
-        if isinstance(module, nn.Linear) and not any(name == key or name.startswith(f"{key}.") for key in kept)
+        if (isinstance(module, nn.Linear) or _is_conv(module))
+        and not any(name == key or name.startswith(f"{key}.") for key in kept)
     }
+
+
+def _is_conv(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, whose matrix lies the other way round, [in, out]."""
+    return type(module).__name__ == "Conv1D"
 
 
 def check_quantisable(empty: Any, config: QuantizationConfig, device: torch.device) -> None:
@@ -68,7 +74,8 @@ def check_quantisable(empty: Any, config: QuantizationConfig, device: torch.devi
     if not layers:
         raise ModelError(f"{type(empty).__name__} has no linear layers that could be quantised")
     if config.load_in_4bit and device.type == "cpu":
-        odd = [f"{name}: {layer.in_features}" for name, layer in layers.items() if layer.in_features % CPU_BLOCK]
+        widths = {name: layer.weight.shape[0 if _is_conv(layer) else 1] for name, layer in layers.items()}
+        odd = [f"{name}: {width}" for name, width in widths.items() if width % CPU_BLOCK]
         if odd:
             raise ModelError(
                 f"on a CPU 4-bit layers need inputs of a multiple of {CPU_BLOCK}, these have others (a GPU takes them, "
