@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AddedToken, AutoTokenizer
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from src.config.schema import InitMethod, ModelConfig, TokensConfig
 from src.errors import ModelError, TokenError, one_line
@@ -39,10 +39,14 @@ def load_tokenizer(model: ModelConfig, tokens: TokensConfig) -> tuple[Any, NewTo
         ModelError: where the checkpoint has no tokenizer that can be loaded.
         TokenError: where a thought's tag is not one id.
     """
+    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.checkpoint, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model.checkpoint, **where)
+        except (
+            TypeError
+        ):  # its tokenizer.json is of another kind than the class it names (byte-level T5s): the file counts
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(model.checkpoint, **where)
     except Exception as error:  # the libraries raise many kinds
         raise ModelError(f"the tokenizer of {model.checkpoint} can't be loaded: {one_line(error)}") from error
     return tokenizer, add_tokens(tokenizer, tokens)

@@ -537,6 +537,30 @@ def test_a_result_that_does_not_load_as_it_was_trained_fails_the_run(
     assert not (tmp_path / "adapter" / file).exists()
 
 
+def test_an_adapter_that_does_not_fit_its_base_fails_the_run(
+    runtime: Runtime, bases: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Assembled(runtime, *chosen(bases["llama-untied"], "adapter=lora"))
+    smaller = AutoConfig.from_pretrained(bases["llama-untied"], intermediate_size=64)
+    with torch.device("meta"):
+        monkeypatch.setattr(exporting, "empty_model", lambda _: AutoModelForCausalLM.from_config(smaller))
+        with pytest.raises(ExportError, match=r"can't be loaded onto .*size mismatch"):
+            run.export(tmp_path / "model")
+    monkeypatch.undo()
+    save = type(run.adapter).save
+
+    def other_token(adapter: Adapter, folder: Path) -> None:
+        save(adapter, folder)
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        settings["trainable_token_indices"]["lm_head"] = [5, 6]
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+    monkeypatch.setattr(Adapter, "save", other_token)
+    with pytest.raises(ExportError, match="other tokens have rows of their own"):
+        run.export(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_rows_are_watched(runtime: Runtime, bases: dict[str, str]) -> None:
     run = Assembled(runtime, *chosen(bases["llama-untied"], "adapter=lora", "optimizer=sgd", "optimizer.lr=0.5"))
     watched = run.state.new_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from src.tokens import (
     load_tokenizer,
 )
 from tests.conftest import admitted
-from tests.kinds import words
+from tests.kinds import byte_bpe, words
 
 
 def model_of(*, tied: bool = False, vocab_size: int = 259) -> Any:
@@ -190,6 +191,19 @@ def test_a_tag_that_is_many_tokens_is_refused() -> None:
     tokenizer = AutoTokenizer.from_pretrained("assets/tiny_llama")
     with pytest.raises(TokenError, match="<ToW> opens or closes thoughts but is 5 tokens"):
         add_tokens(tokenizer, tokens)
+
+
+def test_a_tokenizer_of_another_kind_than_its_class_is_read_by_its_file(tmp_path: Path) -> None:
+    """Byte-level BPE under T5's class, as Korean T5s have it, which transformers 5.23 does not construct."""
+    byte_bpe().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "T5TokenizerFast"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    with pytest.raises(TypeError):
+        AutoTokenizer.from_pretrained(tmp_path)
+    config = admitted("model=causal_lm", f"model.checkpoint={tmp_path}", "model.weights=random").config
+    tokenizer, new = load_tokenizer(config.model, config.tokens)
+    assert tokenizer("안녕 <ToW>")["input_ids"][-1] == new.added["<ToW>"]
 
 
 def test_what_ends_a_text_closes_no_thought() -> None:

@@ -48,6 +48,21 @@ class Adapter:
 
         return get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
 
+    def shapes_on(self, empty: Any, folder: Path) -> dict[str, tuple[int, ...]]:
+        """Load what was saved onto an empty base, and give the shapes of what is then there, by the names of `state`.
+
+        Raises:
+            ValueError, RuntimeError, KeyError: where it does not fit.
+        """
+        from peft import PeftModel, get_peft_model_state_dict
+
+        with quiet():
+            loaded = PeftModel.from_pretrained(empty, folder, low_cpu_mem_usage=True)
+        if _trained_ids(loaded) != _trained_ids(self.peft_model):
+            raise ValueError("other tokens have rows of their own")
+        state = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
     def merged(self, folder: Path) -> Any:
         """Give a plain model with the adapter in its weights, which ends this one.
 
@@ -65,6 +80,12 @@ class Adapter:
         base = base.to("cpu").dequantize(dtype=torch.float32)  # whole weights may have no room where these lay
         with quiet():
             return PeftModel.from_pretrained(base, folder).merge_and_unload().to(dtype)
+
+
+def _trained_ids(model: nn.Module) -> dict[str, list[int]]:
+    """Give the tokens whose rows are trained apart, by the module that has them."""
+    found = {name: getattr(module, "token_indices", None) for name, module in model.named_modules()}
+    return {name: list(of_adapter[NAME]) for name, of_adapter in found.items() if of_adapter}
 
 
 def with_adapter(base: Any, folder: Path) -> Any:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from src.config.schema import ModelConfig, RunConfig, Weights
-from src.errors import ExportError, ModelError, NonFiniteLossError, listed
+from src.errors import ExportError, ModelError, NonFiniteLossError, listed, one_line
 from src.model.adapters import Adapter, with_adapter
-from src.model.build import build_model, check_lengths, load_architecture, load_weights
+from src.model.build import build_model, check_lengths, empty_model, load_architecture, load_weights
 
 CPU = torch.device("cpu")
 
@@ -55,6 +55,7 @@ def export(
             place = beside / "adapter" if config.export.merge else beside
             adapter.save(place)
             _check_adapter(place, adapter)
+            _check_fit(place, adapter, len(tokenizer), config.model)
             if config.export.merge:
                 (place / "README.md").write_text(adapter_card, encoding="utf-8")
                 model.generation_config.save_pretrained(place)
@@ -108,6 +109,21 @@ def _check_adapter(folder: Path, adapter: Adapter) -> None:
     wrong = [n for n, tensor in trained.items() if n not in there or not torch.equal(there[n], tensor.detach().cpu())]
     if wrong or there.keys() - trained.keys():
         raise ExportError(f"{folder} does not hold what was trained:\n{listed([*wrong, *(there.keys() - trained)])}")
+
+
+def _check_fit(folder: Path, adapter: Adapter, num_tokens: int, config: ModelConfig) -> None:
+    """See that PEFT loads an adapter onto its base, resized as its card says: every name, shape and token id."""
+    empty = empty_model(config)
+    if empty.get_input_embeddings().weight.shape[0] < num_tokens:
+        empty.resize_token_embeddings(num_tokens, mean_resizing=False)
+    try:
+        there = adapter.shapes_on(empty, folder)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ExportError(f"{folder} can't be loaded onto {config.checkpoint}: {one_line(error)}") from error
+    trained = {name: tuple(tensor.shape) for name, tensor in adapter.state().items()}
+    wrong = sorted(name for name in there.keys() | trained.keys() if there.get(name) != trained.get(name))
+    if wrong:
+        raise ExportError(f"{folder} does not fit {config.checkpoint} as it was trained:\n{listed(wrong)}")
 
 
 def _check_tokenizer(folder: Path, tokenizer: Any, *, trust: bool) -> None:

@@ -86,10 +86,10 @@ class Delivery:
         if (self._folder / "data_report.json").exists():
             self._deliver_once("inputs", self._log_inputs)
         self._log_metrics()
+        self._log_samples()
         state = read_status(self._folder).get("state")
         if state in STATES:
             self._deliver_once("artifacts", self._log_artifacts)
-            self._deliver_once("samples", self._log_samples)
             self._deliver_once("ended", lambda: self._client.set_terminated(self.run_id, STATES[str(state)]))
 
     def _connect(self) -> None:
@@ -196,14 +196,15 @@ class Delivery:
             self._client.log_artifacts(self.run_id, str(self._folder / "model"), artifact_path="model")
 
     def _log_samples(self) -> None:
-        """Log the samples as a table, which MLflow's page shows; in the form of its log_table, which would append."""
+        """Log the samples as a table, anew when there are more, in the form of log_table, which would append."""
         file = self._folder / "samples.jsonl"
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-        if rows:
+        if len(rows) > self._done.get("samples", 0):
             table = {"columns": list(rows[-1]), "data": [list(row.values()) for row in rows]}
             self._client.log_dict(self.run_id, table, "samples.json")
             shown = [{"path": "samples.json", "type": "table"}]
             self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", json.dumps(shown))
+            self._remember(samples=len(rows))
 
     def _deliver_once(self, what: str, do: Callable[[], None]) -> None:
         if not self._done.get(what):
