@@ -910,22 +910,19 @@ def disk_forecast(
     Args:
         run_dir: the run's folder; need not exist.
         tokenizer_bytes: files that are exported beside the weights.
-        merge: whether an adapter is also merged into the whole model, in float32 where its weights are quantised.
+        merge: whether an adapter is also merged into the whole model.
     """
     beside = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""
     parts = []
     if architecture.adapter is None or merge:
         num = architecture.num_parameters - architecture.num_of_adapter
-        wide = (FP32 - architecture.bytes_per_parameter) * architecture.num_quantised
-        whole = num * architecture.bytes_per_parameter + wide
-        how = f"{num:,} parameters x {architecture.bytes_per_parameter} B"
-        if wide:
-            how = f"{num - architecture.num_quantised:,} x {architecture.bytes_per_parameter} B + "
-            how += f"{architecture.num_quantised:,} dequantised parameters x {FP32} B"
+        whole, how = (
+            num * architecture.bytes_per_parameter,
+            f"{num:,} parameters x {architecture.bytes_per_parameter} B",
+        )
         parts.append(Item("model", whole + tokenizer_bytes, how + beside))
     if architecture.adapter is not None:
-        with_it, told = (0, "") if merge else (tokenizer_bytes, beside)
-        parts.append(Item("adapter", architecture.trained_bytes + with_it, architecture.how_trained + told))
+        parts.append(Item("adapter", architecture.trained_bytes + tokenizer_bytes, architecture.how_trained + beside))
     if load_best_model_at_end:
         how = f"{architecture.how_trained}, until the end; twice while better ones replace them"
         parts.append(Item("best weights", architecture.trained_bytes, how))
