@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train preflight test lint ui clean clean-cache
+.PHONY: help setup train resume preflight test lint ui clean clean-cache
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -20,6 +20,10 @@ $(READY): pyproject.toml constraints.txt
 
 train: $(READY) ## the default run: a tiny model learns to add, with thoughts; ARGS='KEY=VALUE …' changes it
 	$(BIN)/python -m src.run $(ARGS)
+
+resume: $(READY) ## go on with the run of a folder, as it was begun: run=DIR; ARGS='KEY=VALUE …' changes it
+	@test -n '$(run)' || { echo "Which run? make resume run=DIR"; exit 2; }
+	$(BIN)/python -m src.run 'rerun="$(run)"' 'hydra.run.dir="$(run)"' $(ARGS)
 
 preflight: $(READY) ## everything about a run that can be known without training it; ARGS='KEY=VALUE …'
 	$(BIN)/python -m src.preflight $(ARGS)

@@ -3,11 +3,13 @@
 TowlineError                exit code 2, printed without a traceback
 ├── ConfigError             the configuration is refused; nothing was loaded or written
 ├── RunFolderError          the run's folder can't be made, is in use, or holds another run
+├── CheckpointError         a checkpoint is damaged, or does not fit the run that would go on from it
 ├── DataError               a file or row can't be used, or too little of the data is left
 ├── TokenError              a tokenizer or a new token can't be used as asked
 ├── ModelError              a model can't be loaded or assembled as asked
 └── TrainingError           exit code 1: the run itself went wrong
     ├── NonFiniteLossError  the loss became inf or nan; names the rows of the batch
+    ├── DiskFullError       no room for a checkpoint; names what it needs and what is free
     └── ExportError         what was written does not load as what was trained
 
 Interrupted                 not an error: the user or the scheduler asked the run to stop (exit code 75)
@@ -28,6 +30,10 @@ class ConfigError(TowlineError):
 
 class RunFolderError(TowlineError):
     """The run's folder can't be made, is in use by another process, or holds another run."""
+
+
+class CheckpointError(TowlineError):
+    """A checkpoint is damaged, or does not fit the run that would go on from it."""
 
 
 class DataError(TowlineError):
@@ -52,12 +58,16 @@ class NonFiniteLossError(TrainingError):
     """The loss became inf or nan."""
 
 
+class DiskFullError(TrainingError):
+    """There is no room for a checkpoint."""
+
+
 class ExportError(TrainingError):
     """What was written does not load as what was trained."""
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop (SIGINT or SIGTERM) and came to a point where it could.
+    """The run was asked to stop (by a signal, or because its time is up) and came to a point where it could.
 
     No Exception, as KeyboardInterrupt is none: whoever catches what a library may raise must not catch this.
     """
@@ -76,3 +86,13 @@ def listed(problems: list[str], *, most: int = 10) -> str:
 def one_line(error: Exception, most: int = 300) -> str:
     """Give a library's error as one line."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def human_bytes(count: float) -> str:
+    """Give a size in binary units: 512 B, 2.8 MiB, 14.0 GiB."""
+    units = ["TiB", "GiB", "MiB", "KiB"]
+    if count < 1024:
+        return f"{count:.0f} B"
+    while round(count) >= 1024 and units:
+        count, unit = count / 1024, units.pop()
+    return f"{count:.1f} {unit}"

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from src.config.schema import MixedPrecision, OptimizerConfig, QuantizationConfig
+from src.checkpoint.store import SMALL_BYTES
+from src.config.schema import CheckpointConfig, MixedPrecision, OptimizerConfig, QuantizationConfig
+from src.errors import human_bytes
 from src.model.quantization import quantised_layers
 from src.training.loss import MAX_LOGITS
 
@@ -243,10 +245,8 @@ class DiskForecast:
 
     @property
     def total(self) -> Item:
-        """The most that lies there at once."""
-        has_best = any(part.name == "best weights" for part in self.parts)
-        how = "at most at once; the best weights go before the model is written" if has_best else "at the end"
-        return _total(self.parts, how)
+        """The sum, as disk_need gives it."""
+        return _total(self.parts, "sum of all, the most that can lie there at once")
 
     @property
     def fits(self) -> bool:
@@ -289,7 +289,7 @@ def architecture_of(model: Any, config: Any, quantization: QuantizationConfig | 
         block, unknown = None, f"the config of a {text.model_type} does not name its width, layers and heads"
     return Architecture(
         held=held,
-        trained=_trained(model),
+        trained=trained_of(model),
         num_looked_up=sum(looked_up.values()),
         embedding_rows=embedding.weight.shape[0],
         head_rows=None if head is None else head.weight.shape[0],
@@ -330,7 +330,7 @@ def with_adapter(architecture: Architecture, model: Any) -> Architecture:
     return replace(
         architecture,
         held=(*architecture.held, *held),
-        trained=_trained(model),
+        trained=trained_of(model),
         adapter=AdapterShape(
             num_parameters=_count(added),
             targets=tuple(targets),
@@ -358,7 +358,8 @@ def _by_size(tensors: Iterable[Tensor]) -> Counter[int]:
     return sizes
 
 
-def _trained(model: nn.Module) -> tuple[Trained, ...]:
+def trained_of(model: nn.Module) -> tuple[Trained, ...]:
+    """Give the shapes of what is trained of a model, each parameter once."""
     return tuple(Trained(tuple(p.shape), p.itemsize) for p in model.parameters() if p.requires_grad)
 
 
@@ -615,11 +616,7 @@ def optimizer_part(architecture: Architecture, optimizer: OptimizerConfig, devic
     """Forecast the optimizer's state, tensor by tensor."""
     if optimizer.type not in OPTIMIZER_STATE:
         return Item("optimizer state", None, f"unknown: nothing is known of what {optimizer.type} keeps")
-    keeps = OPTIMIZER_STATE[optimizer.type](optimizer)
-    counts: Counter[tuple[str, int]] = Counter()
-    for tensor in architecture.trained:
-        for name, num, size in keeps(tensor):
-            counts[name, size] += num
+    counts = _state_counts(architecture.trained, optimizer)
     if not counts:
         return Item("optimizer state", 0, f"{optimizer.type} keeps nothing with these settings")
     alike: dict[tuple[int, int], list[str]] = {}
@@ -633,6 +630,16 @@ def optimizer_part(architecture: Architecture, optimizer: OptimizerConfig, devic
     if optimizer.type.startswith("paged") and device_type == "cuda":
         how += "; moved to the CPU's memory where the GPU's is full"
     return Item("optimizer state", sum(num * size for (_, size), num in counts.items()), how)
+
+
+def _state_counts(trained: Iterable[Trained], optimizer: OptimizerConfig) -> Counter[tuple[str, int]]:
+    """Give name and bytes of a value -> number of values, of an optimizer that is in OPTIMIZER_STATE."""
+    keeps = OPTIMIZER_STATE[optimizer.type](optimizer)
+    counts: Counter[tuple[str, int]] = Counter()
+    for tensor in trained:
+        for name, num, size in keeps(tensor):
+            counts[name, size] += num
+    return counts
 
 
 def activation_part(
@@ -893,27 +900,107 @@ def measure_saved_bytes(compute: Callable[[], object], exclude: Iterable[Tensor]
     return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in there)
 
 
+def checkpoint_bytes(trained: Iterable[Trained], optimizer: OptimizerConfig) -> tuple[int, int]:
+    """Count what a resumable checkpoint holds: bytes of the weights, and of the optimizer's state.
+
+    Left out, as in memory: the state's counters and the tables that all tensors share.
+
+    Args:
+        optimizer: of a type that is in OPTIMIZER_STATE.
+    """
+    trained = tuple(trained)
+    weights = sum(tensor.num * tensor.bytes_per_value for tensor in trained)
+    return weights, sum(num * size for (_, size), num in _state_counts(trained, optimizer).items())
+
+
+def most_saves(config: CheckpointConfig, num_steps: int, steps_per_epoch: int | None) -> int | None:
+    """Count the saves of a run, the last step's and one that a signal asks for included; None where nobody knows.
+
+    Args:
+        steps_per_epoch: None where the train set is streamed.
+    """
+    if config.checkpointing_steps is None:
+        return 1
+    every = steps_per_epoch if config.checkpointing_steps == "epoch" else int(config.checkpointing_steps)
+    return None if every is None else math.ceil(num_steps / every) + 1
+
+
+def disk_need(
+    weights_bytes: int,
+    optimizer_bytes: int,
+    config: CheckpointConfig,
+    export_bytes: int,
+    has_metric: bool,
+    num_saves: int | None = None,
+) -> int:
+    """Sum what a run's folder may come to hold: the checkpoints that are kept, one that is being written, the export.
+
+    No more than this lies there at once: a best checkpoint may be among the newest, which are counted apart from it,
+    and the export is written when no checkpoint is.
+
+    Args:
+        weights_bytes, optimizer_bytes: of one checkpoint, see checkpoint_bytes.
+        export_bytes: of all that is exported.
+        has_metric: whether an evaluation gives what tells the best.
+        num_saves: how many there can be at most, see most_saves; None: any number.
+    """
+    parts = _checkpoint_parts(weights_bytes, optimizer_bytes, config, has_metric, num_saves)
+    return sum(part.bytes or 0 for part in parts) + export_bytes
+
+
+def _checkpoint_parts(
+    weights_bytes: int, optimizer_bytes: int, config: CheckpointConfig, has_metric: bool, num_saves: int | None
+) -> list[Item]:
+    """Forecast the checkpoints when there are most of them: one is written, and the oldest is not deleted yet."""
+    bare = weights_bytes + SMALL_BYTES
+    resumable = bare + optimizer_bytes
+    most = 1 if config.checkpointing_steps is None else num_saves
+    num = config.keep_last + 1 if most is None else min(config.keep_last + 1, most)
+    num_resumable = min(2, num) if config.newest_optimizer_only else num
+    num_bare = num - num_resumable
+    is_one_more = num > (1 if config.newest_optimizer_only else config.keep_last)
+    how = f"{num_resumable - is_one_more} resumable of {human_bytes(resumable)}"
+    if num_bare:
+        how += f", {num_bare} with weights only, of {human_bytes(bare)}"
+    if is_one_more:
+        how += f", and one more{' resumable' if num_bare else ''} while it is written"
+    if config.checkpointing_steps is None:
+        how += ", at a signal"
+    parts = [Item("checkpoints", num_resumable * resumable + num_bare * bare, how)]
+    if has_metric and config.keep_best:
+        how = f"{config.keep_best} with weights only, of {human_bytes(bare)}"
+        parts.append(Item("best checkpoints", config.keep_best * bare, how))
+    return parts
+
+
 def disk_forecast(
     architecture: Architecture,
     run_dir: Path,
+    optimizer: OptimizerConfig,
+    checkpoint: CheckpointConfig,
     *,
-    load_best_model_at_end: bool,
+    has_metric: bool,
+    num_saves: int | None = None,
     tokenizer_bytes: int = 0,
     merge: bool = False,
 ) -> DiskForecast:
-    """Forecast what a run writes that is large: the exported model or adapter, and the best weights meanwhile.
+    """Forecast what a run writes that is large: its checkpoints, and the exported model or adapter.
 
-    A matrix that is tied is written once. An adapter is what is trained: its matrices and the rows of new tokens. Best
-    weights are what is trained too, written beside those they replace, so twice their size lies there for a moment;
-    they are gone before the model is written (src/checkpoint/best.py, src/run.py).
+    A checkpoint is what is trained, and the optimizer's state of it. In the exported model a matrix that is tied is
+    written once. An adapter is what is trained: its matrices and the rows of new tokens.
 
     Args:
         run_dir: the run's folder; need not exist.
+        has_metric, num_saves: see disk_need.
         tokenizer_bytes: files that are exported beside the weights.
         merge: whether an adapter is also merged into the whole model.
     """
+    if optimizer.type in OPTIMIZER_STATE:
+        sizes = checkpoint_bytes(architecture.trained, optimizer)
+        parts = _checkpoint_parts(*sizes, checkpoint, has_metric, num_saves)
+    else:
+        parts = [Item("checkpoints", None, f"unknown: nothing is known of what {optimizer.type} keeps")]
     beside = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""
-    parts = []
     if architecture.adapter is None or merge:
         num = architecture.num_parameters - architecture.num_of_adapter
         whole, how = (
@@ -923,9 +1010,6 @@ def disk_forecast(
         parts.append(Item("model", whole + tokenizer_bytes, how + beside))
     if architecture.adapter is not None:
         parts.append(Item("adapter", architecture.trained_bytes + tokenizer_bytes, architecture.how_trained + beside))
-    if load_best_model_at_end:
-        how = f"{architecture.how_trained}, until the end; twice while better ones replace them"
-        parts.append(Item("best weights", architecture.trained_bytes, how))
     place = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
     return DiskForecast(tuple(parts), shutil.disk_usage(place).free, place)
 
@@ -1011,16 +1095,6 @@ def _seconds_of_product(a: Tensor, b: Tensor) -> float:
     if a.device.type == "cuda":
         torch.cuda.synchronize(a.device)
     return time.perf_counter() - started
-
-
-def human_bytes(count: float) -> str:
-    """Give a size in binary units: 512 B, 2.8 MiB, 14.0 GiB."""
-    units = ["TiB", "GiB", "MiB", "KiB"]
-    if count < 1024:
-        return f"{count:.0f} B"
-    while round(count) >= 1024 and units:
-        count, unit = count / 1024, units.pop()
-    return f"{count:.1f} {unit}"
 
 
 def _total(parts: Sequence[Item], how: str) -> Item:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
-from src.config.schema import Batching, InitMethod, LoraConfig, RunConfig, Weights
+from src.config.schema import Batching, InitMethod, LoraConfig, NoAdapterConfig, RunConfig, Weights
 from src.data.dataset import Data
+from src.errors import human_bytes
+from src.forecast import checkpoint_bytes, disk_need, most_saves, trained_of
 from src.model.build import num_parameters
 from src.runtime.session import Runtime
 from src.tokens import NewTokens, StartedRows
@@ -20,6 +24,7 @@ def overview(
     started: StartedRows,
     data: Data,
     runtime: Runtime,
+    run_dir: Path,
 ) -> dict[str, str]:
     """Give label -> text; a text may have several lines."""
     sets = "\n".join(f"{name}: {report.summary}" for name, report in data.reports.items())
@@ -28,6 +33,7 @@ def overview(
         "tokens": _tokens(config, state, tokenizer, new, started),
         "data": sets,
         "steps": _steps(config, state),
+        "disk": _disk(config, state, run_dir),
         "device": runtime.description,
     }
 
@@ -64,6 +70,25 @@ def _tokens(config: RunConfig, state: TrainState, tokenizer: Any, new: NewTokens
     if learned := [token for token in new.known if token not in started.ids]:
         text += f"; known already, left as learned: {', '.join(learned)}"
     return text
+
+
+def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
+    """Say what checkpoints and the exported model take at most, and whether there is room."""
+    weights, optimizer = checkpoint_bytes(trained_of(state.model), config.optimizer)
+    whole = sum(p.nbytes for p in state.model.parameters())
+    exported = whole if isinstance(config.adapter, NoAdapterConfig) or config.export.merge else weights
+    saves = most_saves(config.checkpoint, state.num_steps, state.steps_per_epoch)
+    has_metric = bool(config.data.validation_names())
+    need = disk_need(weights, optimizer, config.checkpoint, exported, has_metric, saves)
+    there = sum(file.stat().st_size for file in (run_dir / "checkpoints").glob("step-*/*"))
+    free = shutil.disk_usage(run_dir).free
+    text = f"up to {human_bytes(need)} for checkpoints ({human_bytes(weights + optimizer)} each) and the model"
+    if need - there <= free:
+        return f"{text}, {human_bytes(free)} free"
+    return (
+        f"{text}, but only {human_bytes(free)} are free: the run will stop when the disk is full.\n"
+        "Make room, or keep fewer (checkpoint.keep_last, keep_best, newest_optimizer_only)"
+    )
 
 
 def _steps(config: RunConfig, state: TrainState) -> str:

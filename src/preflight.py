@@ -44,8 +44,8 @@ def preflight(admitted: Admitted) -> int:
     from src.data.dataset import build_data, first_block
     from src.evaluation.generate import check_prompts
     from src.inspection.drawing import Paint, draw_lengths
-    from src.inspection.findings import findings, prove
-    from src.inspection.outlook import device_of, outlook
+    from src.inspection.findings import Level, findings, prove
+    from src.inspection.outlook import about_disk, device_of, outlook
     from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets, show_tokens
     from src.model.build import check_lengths, empty_model
     from src.model.quantization import check_quantisable
@@ -72,7 +72,8 @@ def preflight(admitted: Admitted) -> int:
     new_ids = list(started.ids.values())
     ahead = outlook(config, model, tokenizer, new_ids, train, admitted.run_dir, measure=own.measure)
     show_forecasts(console, config, ahead)
-    found = findings(config, data, train, proofs, ahead.num_steps)
+    found = [*findings(config, data, train, proofs, ahead.num_steps), *about_disk(ahead.disk)]
+    found.sort(key=lambda finding: list(Level).index(finding.level))
     code = show_findings(console, found, proofs, paint)
     if own.dump is not None:
         console.label("dump", f"{dump(data, Path(own.dump)):,} rows of train in {own.dump}")

@@ -5,17 +5,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from src.config.compose import CONF, PROJECT_ROOT
 from src.config.gate import Admitted, Request, admit, parse
 from src.errors import Interrupted, TowlineError
-from src.runtime.signals import stop_on_signals
+from src.runtime.signals import StopRequest, stop_on_signals
+
+if TYPE_CHECKING:
+    from src.checkpoint.start import Origin
+    from src.tracking.console import Console
+    from src.tracking.journal import Start
+    from src.tracking.tracker import Tracker
 
 if "OMP_WAIT_POLICY" not in os.environ:
     # threads that wait spin for a while; beside other work on the same cores the default is up to seven times slower
@@ -25,84 +33,151 @@ for switch in ("HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY", "HF_HUB_D
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of our own, each with its chunk, are faster
 
 
-def run(admitted: Admitted) -> dict[str, float]:
-    """Run one admitted configuration to its end and give its summary.
+def run(admitted: Admitted, stop: StopRequest) -> dict[str, float]:
+    """Run one admitted configuration to its end, from the beginning or where it was stopped, and give its summary.
 
     Raises:
         TowlineError: what the user can mend, or that the run went wrong.
-        Interrupted: where a signal asked it to stop; what was logged is kept.
+        Interrupted: where something asked it to stop; it is saved then, if it had begun to train.
     """
+    from src.checkpoint.start import find_origin
     from src.tracking.console import Console
+    from src.tracking.journal import hold
     from src.tracking.tracker import open_tracking
 
     config, run_dir = admitted.config, admitted.run_dir
     console = Console()
     console.label("run", f"{config.name} → {run_dir}")
+    stop.is_deferred = False
+    stop.check()
+    stop.allow(config.training.max_seconds)
+    with hold(run_dir):
+        origin = find_origin(config.checkpoint, admitted.frozen, run_dir, force=config.force)
+        with open_tracking(config.tracking, run_dir, admitted.frozen, console, start_of(admitted, origin)) as tracking:
+            return train_and_export(admitted, origin, tracking, console, stop)
+
+
+def train_and_export(
+    admitted: Admitted, origin: Origin, tracking: Tracker, console: Console, stop: StopRequest
+) -> dict[str, float]:
+    """Do all of a run but what holds its folder; see `run`."""
+    # imported here: torch takes seconds, and a folder that is in use or a typo should be told at once
+    from src.checkpoint.store import open_checkpoints
+    from src.data.dataset import build_data, file_hashes
+    from src.evaluation.evaluate import open_evaluation
+    from src.evaluation.samples import sample
+    from src.model.adapters import add_adapter
+    from src.model.build import build_model, set_generation
+    from src.model.card import model_card
+    from src.model.export import export
+    from src.overview import overview
+    from src.runtime.session import start_runtime
+    from src.tokens import check_new_rows, embedding_matrices, grow_embeddings, load_tokenizer
+    from src.tracking.provenance import provenance
+    from src.training.loop import train
+    from src.training.resume import beginning, facts_of, resume, start_from_weights, starting_model
+    from src.training.state import prepare
+
+    config, run_dir = starting_model(admitted.config), admitted.run_dir
+    if origin.checkpoint is not None:
+        console.label("resumed", f"behind step {origin.step}, from {origin.checkpoint}")
+    tracking.warn(origin.warnings)
     with (
-        stop_on_signals() as stop,
-        open_tracking(config.tracking, run_dir, admitted.frozen, console, force=config.force) as tracking,
+        start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime,
+        open_checkpoints(config.checkpoint, run_dir, tracking.sync) as checkpoints,
     ):
-        # imported here: torch takes seconds, and a folder that is in use or a typo should be told at once
-        from src.checkpoint.best import BestWeights
-        from src.data.dataset import build_data, file_hashes
-        from src.evaluation.evaluate import open_evaluation
-        from src.evaluation.samples import sample
-        from src.model.adapters import add_adapter
-        from src.model.build import build_model, set_generation
-        from src.model.card import model_card
-        from src.model.export import export
-        from src.overview import overview
-        from src.runtime.session import start_runtime
-        from src.tokens import check_new_rows, embedding_matrices, grow_embeddings, load_tokenizer
-        from src.tracking.provenance import provenance
-        from src.training.loop import train
-        from src.training.state import prepare
+        made = provenance(admitted.frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
+        tracking.record_once("provenance.json", made)
+        tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
+        data = build_data(config, tokenizer, console.working)
+        tracking.record("data_report.json", data.report())
+        begin = beginning(origin, data, tokenizer, config, admitted.frozen)
+        model = build_model(config, runtime.device)
+        set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
+        started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed)
+        matrices = [matrix.module for matrix in embedding_matrices(model)]
+        new_ids = list(started.ids.values())
+        adapter = add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
+        state = prepare(model, data.train, config, runtime, new_tokens.ids, begin)
+        check_new_rows(state.model, started)
+        start_from_weights(state, adapter, tokenizer, config)
+        evaluation = open_evaluation(config, state.scored, state.model, data, runtime)
+        samples_of = data.for_samples()
+        tracking.warn(data.reports["train"].unlearned(config.thought_tags))
+        tracking.describe(overview(config, state, tokenizer, new_tokens, started, data, runtime, run_dir))
+        untrained = begin.untrained or [
+            one.text for one in sample(evaluation, samples_of, config.evaluation.sample_prompts, 0)
+        ]
+        facts = facts_of(state, data, tokenizer, runtime)
+        tracking.warn(resume(state, origin, begin, facts, runtime, config))
+        lines = tracking.go_on_from(state.step, is_end=state.step >= state.num_steps)
+        state.settle(is_over=any(line["step"] == state.step for line in lines))
+        tracking.warn(checkpoints.recall(lines, origin.own_step))
 
-        with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime:
-            made = provenance(admitted.frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
-            tracking.record("provenance.json", made)
-            tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
-            data = build_data(config, tokenizer, console.working)
-            tracking.record("data_report.json", data.report())
-            model = build_model(config, runtime.device)
-            set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
-            started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed)
-            matrices = [matrix.module for matrix in embedding_matrices(model)]
-            new_ids = list(started.ids.values())
-            adapter = add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
-            state = prepare(model, data.train, config, runtime, new_tokens.ids)
-            check_new_rows(state.model, started)
-            evaluation = open_evaluation(config, state.scored, state.model, data, runtime)
-            best = BestWeights(config.checkpoint, run_dir)
-            samples_of = data.for_samples()
-            tracking.warn(data.reports["train"].unlearned(config.thought_tags))
-            tracking.describe(overview(config, state, tokenizer, new_tokens, started, data, runtime))
-            untrained = sample(evaluation, samples_of, config.evaluation.sample_prompts, 0)
+        def beside() -> dict[str, Any]:
+            now = dataclasses.replace(facts, step=state.step).as_dict()
+            return {
+                "config": admitted.frozen,
+                "facts": now,
+                "untrained": untrained,
+                "tracker_run_id": tracking.tracker_run_id,
+            }
 
-            stop.is_deferred = True  # from here on there is something to end properly
+        def save() -> None:
+            checkpoints.save(state.step, lambda: state.snapshot(runtime, beside()))
+
+        every, takes_best = config.checkpoint.checkpointing_steps, config.checkpoint.load_best_model_at_end
+        stop.is_deferred = True  # from here on there is something to end properly
+        try:
             for step in train(state, data.train, config, runtime, evaluation.pad_token_id):
                 tracking.progress(step, state.num_steps, config.training.logging_steps)
-                with tracking.line(step, due=step.is_due(config.training.logging_steps) or step.is_last) as metrics:
+                if step.is_due(every) or (step.is_last and (every is not None or takes_best)):
+                    save()  # before the evaluation: a run that is stopped there does it again
+                with tracking.line(step, due=step.is_due(config.training.logging_steps) or step.is_last) as line:
                     if step.is_due(config.evaluation.eval_steps) or step.is_last:
-                        metrics |= evaluation.evaluate(data.validation.values(), new_tokens.ids)
-                        metrics |= state.new_rows.telemetry()
-                        best.consider(step.number, metrics, state.model)
+                        line.metrics |= evaluation.evaluate(data.validation.values(), new_tokens.ids)
+                        line.metrics |= state.new_rows.telemetry()
+                        checkpoints.consider(step.number, line.metrics, lambda: state.only_weights(beside()))
                     if step.is_last:
-                        best.restore(state.model)  # from here on it is the model that is exported
-                        metrics |= evaluation.evaluate(data.test.values())
-                if step.is_due(config.evaluation.sample_steps) or step.is_last:
-                    samples = sample(evaluation, samples_of, config.evaluation.sample_prompts, step.number, untrained)
-                    tracking.samples(samples)
+                        if takes_best and checkpoints.best not in (None, step.number):
+                            state.restore_weights(checkpoints.best_weights())  # from here on it is the model to export
+                        line.metrics |= evaluation.evaluate(data.test.values())
+                    if step.is_due(config.evaluation.sample_steps) or step.is_last:
+                        prompts = config.evaluation.sample_prompts
+                        line.samples = sample(evaluation, samples_of, prompts, step.number, untrained)
+        except Interrupted:
+            save()
+            checkpoints.wait()
+            raise
 
-            if config.data.streaming:
-                tracking.record("data_report.json", data.report())  # what was read is known only now
-            card = model_card(admitted.frozen, data.report(), tracking.latest, made, new_tokens.ids)
-            alone = model_card(
-                admitted.frozen | {"export": {"merge": False}}, data.report(), tracking.latest, made, new_tokens.ids
-            )
-            totals = state.totals()  # merging takes the adapter out of the model
-            export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone)
-            return tracking.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()})
+        if config.data.streaming:
+            tracking.record("data_report.json", data.report())  # what was read is known only now
+        card = model_card(admitted.frozen, data.report(), tracking.latest, made, new_tokens.ids)
+        alone = model_card(
+            admitted.frozen | {"export": {"merge": False}}, data.report(), tracking.latest, made, new_tokens.ids
+        )
+        totals = state.totals()  # merging takes the adapter out of the model
+        checkpoints.finish()
+        export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone)
+        return tracking.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()})
+
+
+def start_of(admitted: Admitted, origin: Origin) -> Start:
+    """Say how the run's folder begins: behind which step, and with which keys other than its frozen config.yaml."""
+    from src.checkpoint.contract import compare_configs
+    from src.config.compose import frozen_sections
+    from src.tracking.journal import Start
+
+    config, frozen = admitted.config, admitted.frozen
+    first, problems = frozen_sections(admitted.run_dir)
+    changes = [] if problems or origin.step is None else compare_configs(first, frozen)
+    return Start(
+        step=origin.step,
+        changed={change.key: change.now for change in changes if change.key not in ("force", "rerun")},
+        may_begin_again=config.checkpoint.resume != "never",
+        is_own=origin.is_own,
+        force=config.force,
+    )
 
 
 def finished_before(admitted: Admitted) -> bool:
@@ -122,26 +197,40 @@ def finished_before(admitted: Admitted) -> bool:
     return True
 
 
-def guarded(admitted: Admitted) -> int:
+def guarded(admitted: Admitted, stop: StopRequest) -> int:
     """Run, and turn every way it can end into an exit code: 0, 1 (it went wrong), 2 (yours to mend), 75 (stopped)."""
+    run_dir = admitted.run_dir
     try:
         if not finished_before(admitted):
-            run(admitted)
+            run(admitted, stop)
     except TowlineError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code
-    except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"\nStopped by {str(stop) or 'Ctrl-C'}. What was logged is in {admitted.run_dir}", file=sys.stderr)
+    except (Interrupted, KeyboardInterrupt) as reason:
+        print(f"\nStopped by {str(reason) or 'Ctrl-C'}. {_how_to_go_on(run_dir)}", file=sys.stderr)
         return Interrupted.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"\nThe disk is full: {error}. What was logged is in {admitted.run_dir}", file=sys.stderr)
+        print(f"\nThe disk is full: {error}. {_how_to_go_on(run_dir)}", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        print(f"\nA fault of the program, or too little memory. {_how_to_go_on(run_dir)}", file=sys.stderr)
         return 1
     return 0
 
 
-def sweep(request: Request) -> int:
+def _how_to_go_on(run_dir: Path) -> str:
+    from src.checkpoint.manifest import newest_resumable
+
+    step = newest_resumable(run_dir / "checkpoints")
+    if step is None:
+        return f"Nothing was saved yet; what was logged is in {run_dir}"
+    return f"Step {step} is saved: make resume run={run_dir}, or the same command with hydra.run.dir={run_dir}"
+
+
+def sweep(request: Request, stop: StopRequest) -> int:
     """Hand a command line that was admitted to Hydra's own main: sweeps, --cfg, --help."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -152,12 +241,16 @@ def sweep(request: Request) -> int:
     def job(cfg: DictConfig) -> None:
         sections: Any = OmegaConf.to_container(cfg, resolve=True)
         run_dir = Path(HydraConfig.get().runtime.output_dir)
-        codes.append(guarded(Admitted(parse(sections), sections, run_dir)))
+        codes.append(guarded(Admitted(parse(sections), sections, run_dir), stop))
         if codes[-1] == Interrupted.exit_code:
             sys.exit(Interrupted.exit_code)  # a stopped run stops the sweep; one that failed does not
 
     sys.argv = [sys.argv[0], *request.line.hydra_argv]
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+    except (Interrupted, KeyboardInterrupt) as reason:  # between two runs
+        print(f"\nStopped by {str(reason) or 'Ctrl-C'}", file=sys.stderr)
+        return Interrupted.exit_code
     if failed := [str(number) for number, code in enumerate(codes) if code]:
         print(f"\n{len(failed)} of {len(codes)} runs failed: number {', '.join(failed)} of the sweep", file=sys.stderr)
     return max(codes, default=0)
@@ -165,14 +258,15 @@ def sweep(request: Request) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then run it."""
-    try:
-        request = admit(sys.argv[1:] if argv is None else argv)
-    except TowlineError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return Interrupted.exit_code
-    return sweep(request) if request.run is None else guarded(request.run)
+    with stop_on_signals() as stop:
+        try:
+            request = admit(sys.argv[1:] if argv is None else argv)
+        except TowlineError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+        except (Interrupted, KeyboardInterrupt):
+            return Interrupted.exit_code
+        return sweep(request, stop) if request.run is None else guarded(request.run, stop)
 
 
 if __name__ == "__main__":

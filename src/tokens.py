@@ -299,6 +299,14 @@ class WatchedRows:
         """Take note of the gradients that an optimizer is about to use; nothing waits for the device."""
         self._gradients = {m.name: m.gradient_norms(list(self.ids.values())) for m in self._matrices}
 
+    def state(self) -> dict[str, list[float]]:
+        """Give what was noted of the last step, as plain values."""
+        return {name: norms.tolist() for name, norms in self._gradients.items()}
+
+    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Take up what `state` gave."""
+        self._gradients = {name: torch.tensor(norms) for name, norms in state.items()}
+
     def telemetry(self) -> dict[str, float]:
         """Give `tokens/<token>/…` of every token: norm, cosine_to_start and grad_norm (of the last step, clipped); the
         output matrix's own, where it is not tied, as output_norm and so on."""

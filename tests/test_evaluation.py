@@ -142,6 +142,16 @@ def test_samples_are_what_plain_generate_writes(runtime: Runtime) -> None:
     assert (first.step, first.reference) == (7, data.validation["validation"].reference(0))
 
 
+def test_what_the_untrained_model_wrote_stands_beside(runtime: Runtime) -> None:
+    one, data = evaluator(runtime, "generation.max_new_tokens=10")
+    first = sample(one, data.validation["validation"], 2, step=0)
+    assert [line.untrained for line in first] == [line.text for line in first]
+    later = sample(one, data.validation["validation"], 2, step=7, untrained=["a", "b"])
+    assert [(line.step, line.untrained, line.text) for line in later] == [
+        (7, written, line.text) for written, line in zip("ab", first, strict=True)
+    ]
+
+
 def test_evaluating_leaves_the_model_in_the_mode_it_was_in(runtime: Runtime) -> None:
     one, data = evaluator(runtime, "generation.max_new_tokens=2")
     one.generator.model.train()

@@ -29,7 +29,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from src.config.schema import AdafactorConfig, AdamWConfig, LoraBias, LoraConfig, MixedPrecision, SGDConfig
+from src.checkpoint.store import SMALL_BYTES
+from src.config.schema import (
+    AdafactorConfig,
+    AdamWConfig,
+    CheckpointConfig,
+    LoraBias,
+    LoraConfig,
+    MixedPrecision,
+    SGDConfig,
+)
+from src.errors import human_bytes
 from src.forecast import (
     ADAPTER_TOLERANCE,
     CHECKPOINTING_TOLERANCE,
@@ -43,15 +53,18 @@ from src.forecast import (
     Trained,
     activation_part,
     architecture_of,
+    checkpoint_bytes,
     disk_forecast,
-    human_bytes,
+    disk_need,
     logits_part,
     matmul_flops_per_second,
     measure_saved_bytes,
     measured_time_forecast,
     memory_forecast,
+    most_saves,
     optimizer_part,
     time_forecast,
+    trained_of,
     training_flops,
     with_adapter,
 )
@@ -70,6 +83,17 @@ ADAMW_8BIT, PAGED = replace(ADAMW, type="adamw_8bit"), replace(ADAMW, type="page
 ADAFACTOR = AdafactorConfig(type="adafactor", lr=1e-2, embedding_lr=None, weight_decay=0.0)
 SGD = SGDConfig(type="sgd", lr=0.1, embedding_lr=None, weight_decay=0.0, momentum=0.0)
 MOMENTUM = SGDConfig(type="sgd", lr=0.1, embedding_lr=None, weight_decay=0.0, momentum=0.9)
+CHECKPOINT = CheckpointConfig(
+    checkpointing_steps="epoch",
+    keep_last=2,
+    keep_best=1,
+    newest_optimizer_only=False,
+    metric_for_best_model="eval/validation/loss",
+    greater_is_better=None,
+    load_best_model_at_end=False,
+    resume="auto",
+    allow_changed=False,
+)
 
 TOY = Architecture(  # Llama's shape: 10 x 8 embedding, 2 blocks of 592, a norm of 8, 10 x 8 head
     held=(Held(1352, 4 * 1352, "1,352 parameters x 4 B"),),
@@ -211,6 +235,10 @@ def test_the_optimizer_keeps_what_is_forecast(config: Any, names: set[str], dtyp
     assert {name for name, _ in kept} == names
     assert part.bytes == sum(value.nbytes for _, value in kept)
     assert all(name in part.how for name in names)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert checkpoint_bytes(trained_of(model), config) == (weights, part.bytes)
+    held = {id(tensor): tensor.nbytes for tensor in tree_leaves(optimizer.state_dict()) if isinstance(tensor, Tensor)}
+    assert weights + (part.bytes or 0) == pytest.approx(weights + sum(held.values()), rel=0.01)  # counters and tables
 
 
 def test_what_an_optimizer_keeps_is_told_with_its_numbers() -> None:
@@ -369,15 +397,79 @@ def test_only_a_mixture_of_experts_is_a_mixture() -> None:
     assert [on_meta(config).is_mixture for config in (MIXTURE, FALCON, tiny_llama(), gpt2())] == [True] + 3 * [False]
 
 
-def test_disk_holds_the_model_and_the_best_weights(tmp_path: Path) -> None:
+def test_disk_holds_checkpoints_and_the_model(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "yet"
-    forecast = disk_forecast(half(TOY), folder, load_best_model_at_end=True, tokenizer_bytes=7)
-    assert [(part.name, part.bytes) for part in forecast.parts] == [("model", 2711), ("best weights", 2704)]
+    forecast = disk_forecast(half(TOY), folder, ADAMW, CHECKPOINT, has_metric=True, tokenizer_bytes=7)
+    resumable, bare = 3 * 2704 + SMALL_BYTES, 2704 + SMALL_BYTES
+    assert forecast.parts == (
+        ("checkpoints", 3 * resumable, "2 resumable of 105.6 KiB, and one more while it is written"),
+        ("best checkpoints", bare, "1 with weights only, of 100.3 KiB"),
+        ("model", 2711, "1,352 parameters x 2 B + 7 B of tokenizer"),
+    )
     assert forecast.place == tmp_path
-    assert forecast.total.bytes == 5415
+    assert forecast.total.bytes == disk_need(2704, 2 * 2704, CHECKPOINT, 2711, has_metric=True)
     assert forecast.fits
-    assert not replace(forecast, free_bytes=5414).fits
-    assert disk_forecast(half(TOY), folder, load_best_model_at_end=False).total.bytes == 2704
+    assert not replace(forecast, free_bytes=forecast.total.bytes - 1).fits
+    assert disk_forecast(TOY, folder, replace(SGD, type="lion"), CHECKPOINT, has_metric=False).total.how.startswith(
+        "at least: checkpoints unknown"
+    )
+
+
+WEIGHTS, STATE, EXPORT = 10**6, 2 * 10**6, 5 * 10**6
+RESUMABLE, BARE = WEIGHTS + STATE + SMALL_BYTES, WEIGHTS + SMALL_BYTES
+
+
+@pytest.mark.parametrize(
+    ("changed", "num_saves", "has_metric", "num_resumable", "num_bare"),
+    [
+        ({}, None, False, 3, 0),
+        ({}, None, True, 3, 1),
+        ({"keep_best": 3}, None, True, 3, 3),
+        ({"keep_best": 0}, None, True, 3, 0),
+        ({"keep_last": 1}, None, False, 2, 0),
+        ({"keep_last": 4, "newest_optimizer_only": True}, None, False, 2, 3),
+        ({"keep_last": 4, "newest_optimizer_only": True}, None, True, 2, 4),
+        ({"keep_last": 1, "newest_optimizer_only": True}, None, False, 2, 0),
+        ({"checkpointing_steps": None}, None, True, 1, 1),
+        ({"checkpointing_steps": None, "newest_optimizer_only": True}, None, False, 1, 0),
+        ({}, 1, False, 1, 0),
+        ({}, 2, False, 2, 0),
+        ({}, 9, False, 3, 0),
+        ({"keep_last": 4, "newest_optimizer_only": True}, 3, False, 2, 1),
+    ],
+)
+def test_disk_is_needed_for_what_is_kept_and_one_more(
+    changed: dict[str, Any], num_saves: int | None, has_metric: bool, num_resumable: int, num_bare: int
+) -> None:
+    need = disk_need(WEIGHTS, STATE, replace(CHECKPOINT, **changed), EXPORT, has_metric, num_saves)
+    assert need == num_resumable * RESUMABLE + num_bare * BARE + EXPORT
+
+
+@pytest.mark.parametrize(
+    ("changed", "num_saves", "how"),
+    [
+        ({"keep_last": 3, "newest_optimizer_only": True}, None, "1 resumable of {r}, 2 with weights only, of {b}, {m}"),
+        ({"keep_last": 3, "newest_optimizer_only": True}, 2, "1 resumable of {r}, and one more while it is written"),
+        ({"keep_last": 3}, 2, "2 resumable of {r}"),
+        ({"checkpointing_steps": None}, None, "1 resumable of {r}, at a signal"),
+    ],
+)
+def test_checkpoints_are_told_with_their_numbers(
+    tmp_path: Path, changed: dict[str, Any], num_saves: int | None, how: str
+) -> None:
+    checkpoint = replace(CHECKPOINT, **changed)
+    part = disk_forecast(half(TOY), tmp_path, ADAMW, checkpoint, has_metric=False, num_saves=num_saves).parts[0]
+    assert part.how == how.format(r="105.6 KiB", b="100.3 KiB", m="and one more resumable while it is written")
+
+
+@pytest.mark.parametrize(
+    ("every", "num_steps", "steps_per_epoch", "most"),
+    [("epoch", 10, 10, 2), ("epoch", 25, 10, 4), (4, 10, None, 4), ("epoch", 10, None, None), (None, 10, 5, 1)],
+)
+def test_saves_are_counted_with_the_last_steps_and_a_signals(
+    every: str | int | None, num_steps: int, steps_per_epoch: int | None, most: int | None
+) -> None:
+    assert most_saves(replace(CHECKPOINT, checkpointing_steps=every), num_steps, steps_per_epoch) == most
 
 
 @pytest.mark.parametrize("make", [tiny_llama, qwen3])
@@ -385,8 +477,9 @@ def test_an_export_is_as_large_as_forecast(make: Callable[[], PreTrainedConfig],
     model = AutoModelForCausalLM.from_config(make())
     tokenizer = AutoTokenizer.from_pretrained("assets/tiny_llama")
     export(model, None, tokenizer, tmp_path / "model", admitted().config, "")
-    forecast = disk_forecast(architecture_of(model, model.config), tmp_path, load_best_model_at_end=False)
-    assert forecast.total.bytes == pytest.approx(written_to(tmp_path / "model"), rel=0.01)
+    forecast = disk_forecast(architecture_of(model, model.config), tmp_path, ADAMW, CHECKPOINT, has_metric=False)
+    assert forecast.parts[1].name == "model"
+    assert forecast.parts[1].bytes == pytest.approx(written_to(tmp_path / "model"), rel=0.01)
 
 
 def written_to(folder: Path) -> int:
@@ -683,20 +776,26 @@ def test_an_adapters_export_is_as_large_as_forecast(
     config, architecture, model, adapter = planned_and_real(weights, *overrides, merging)
     tokenizer = AutoTokenizer.from_pretrained(weights)
     export(model, adapter, tokenizer, tmp_path / "model", config, "")
-    forecast = disk_forecast(architecture, tmp_path, load_best_model_at_end=False, merge=merge)
-    assert [part.name for part in forecast.parts] == (["model", "adapter"] if merge else ["adapter"])
-    assert forecast.total.bytes == pytest.approx(written_to(tmp_path / "model"), rel=0.02)  # names of tensors on top
+    forecast = disk_forecast(architecture, tmp_path, config.optimizer, config.checkpoint, has_metric=False, merge=merge)
+    exported = {part.name: part.bytes or 0 for part in forecast.parts[1:]}
+    assert list(exported) == (["model", "adapter"] if merge else ["adapter"])
+    of_names = pytest.approx(written_to(tmp_path / "model"), rel=0.02)  # names of tensors come on top
+    assert sum(exported.values()) == of_names
 
 
-def test_the_best_weights_of_an_adapter_run_are_what_is_trained(tmp_path: Path) -> None:
+def test_the_checkpoints_of_an_adapter_run_are_what_is_trained(tmp_path: Path) -> None:
     _, architecture = adapted(qwen3, EXACT, LORA, [])
-    forecast = disk_forecast(architecture, tmp_path, load_best_model_at_end=True, tokenizer_bytes=7)
+    forecast = disk_forecast(architecture, tmp_path, ADAMW, CHECKPOINT, has_metric=True, tokenizer_bytes=7)
     trained = 4 * architecture.num_trainable
-    assert [(part.name, part.bytes) for part in forecast.parts] == [("adapter", trained + 7), ("best weights", trained)]
-    merged = disk_forecast(architecture, tmp_path, load_best_model_at_end=False, tokenizer_bytes=7, merge=True)
+    checkpoints = [
+        ("checkpoints", 3 * (3 * trained + SMALL_BYTES)),
+        ("best checkpoints", trained + SMALL_BYTES),
+    ]
+    assert [(part.name, part.bytes) for part in forecast.parts] == [*checkpoints, ("adapter", trained + 7)]
+    merged = disk_forecast(architecture, tmp_path, ADAMW, CHECKPOINT, has_metric=True, tokenizer_bytes=7, merge=True)
     whole = 4 * (architecture.num_parameters - architecture.num_trainable)
-    assert [(part.name, part.bytes) for part in merged.parts] == [("model", whole + 7), ("adapter", trained + 7)]
-    assert merged.total.how == "at the end"
+    exported = [("model", whole + 7), ("adapter", trained + 7)]
+    assert [(part.name, part.bytes) for part in merged.parts] == [*checkpoints, *exported]
 
 
 def test_flops_are_six_a_parameter_and_attention() -> None:

@@ -97,6 +97,19 @@ def refusal(*overrides: str) -> str:
              "checkpoint.load_best_model_at_end=true"],
             ["no validation set"],
         ),
+        (["checkpoint.checkpointing_steps=never"], ["checkpoint.checkpointing_steps = never", "'epoch', or null for"]),
+        (["checkpoint.keep_last=0"], ["checkpoint.keep_last = 0", "not a whole number of at least 1"]),
+        (["checkpoint.keep_best=-1"], ["checkpoint.keep_best = -1", "not a whole number of at least 0"]),
+        (["checkpoint.load_best_model_at_end=true", "checkpoint.keep_best=0"],
+         ["checkpoint.keep_best = 0", "checkpoint.load_best_model_at_end needs at least 1", "1 problem\n"]),
+        (["checkpoint.newest_optimizer_only=maybe"], ["checkpoint.newest_optimizer_only = maybe", "not true or false"]),
+        (["checkpoint.metric_for_best_model=eval/x/loss"], ["no evaluation gives this; one of eval/validation/loss"]),
+        (["checkpoint.greater_is_better=maybe"], ["checkpoint.greater_is_better = maybe", "not true or false"]),
+        (["checkpoint.resume=''"], ["not auto, never, or a folder: a run's or a checkpoint"]),
+        (["checkpoint.resume=conf"], ["checkpoint.resume = conf", "neither auto, never, nor a folder with a che"]),
+        (["checkpoint.allow_changed=some"], ["checkpoint.allow_changed = some", "not true or false"]),
+        (["training.max_seconds=0"], ["training.max_seconds = 0", "not a number above 0"]),
+        (["init_from=conf"], ["init_from = conf", "no weights there: give the folder of a run, of a model or of a ch"]),
         (["tracking.uri=${nothing}"], ["tracking", "nothing"]),
     ],
 )  # fmt: skip
@@ -105,6 +118,40 @@ def test_each_problem_is_told(overrides: list[str], told: list[str]) -> None:
     assert message.startswith("Configuration refused: ")
     for words in told:
         assert words in message
+
+
+def test_folders_to_start_from_are_looked_at(tmp_path: Path) -> None:
+    run, model, other = tmp_path / "run", tmp_path / "model", tmp_path / "with_model"
+    checkpoint = run / "checkpoints" / "step-00000004"
+    for folder in (checkpoint, model, other / "model"):
+        folder.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    (model / "adapter_config.json").write_text("{}")
+    (other / "model" / "config.json").write_text("{}")
+    assert "no weights there" in refusal(f"init_from={model}")
+    for folder in (model, other / "model"):
+        (folder / "some.safetensors").touch()
+    for folder in (run, checkpoint):
+        assert admitted(f"checkpoint.resume={folder}").config.checkpoint.resume_from == folder
+        assert admitted(f"init_from={folder}").config.init_from == str(folder)
+    for folder in (model, other, other / "model"):
+        assert admitted(f"init_from={folder}", "checkpoint.resume=never")
+        assert "neither auto, never, nor a folder with a checkpoint" in refusal(f"checkpoint.resume={folder}")
+    message = refusal(f"init_from={other}", f"checkpoint.resume={run}")
+    assert "1 problem\n" in message
+    assert "starts a new run, checkpoint.resume goes on with one: give one of them" in message
+    for word in ("auto", "never"):
+        assert admitted(f"checkpoint.resume={word}").config.checkpoint.resume_from is None
+
+
+def test_a_best_evaluation_is_asked_for_only_where_one_is_named() -> None:
+    without = ["data.validation_files=null", "data.validation_fraction=0"]
+    assert admitted(*without)
+    assert "no validation set" in refusal(*without, "checkpoint.metric_for_best_model=eval/validation/perplexity")
+    checkpoint = admitted("checkpoint.metric_for_best_model=eval/validation/exact_match").config.checkpoint
+    assert checkpoint.is_greater_better
+    assert not admitted("checkpoint.greater_is_better=false").config.checkpoint.is_greater_better
+    assert not admitted().config.checkpoint.is_greater_better
 
 
 def test_a_refusal_costs_nothing(tmp_path: Path) -> None:
@@ -141,7 +188,7 @@ def test_help_lists_every_group_and_key() -> None:
     text = towline("--help").stdout
     for group in ("model", "tokens", "data", "optimizer", "scheduler", "generation", "tracking", "experiment", "debug"):
         assert f"\n{group}: " in text
-    for key in ("max_seq_length", "gradient_accumulation_steps", "load_best_model_at_end"):
+    for key in ("max_seq_length", "gradient_accumulation_steps", "load_best_model_at_end", "keep_last", "max_seconds"):
         assert f"  {key}:" in text
 
 
@@ -234,3 +281,29 @@ def test_the_frozen_config_is_plain_and_admits_the_same_run(tmp_path: Path) -> N
     again = admitted(f"rerun={tmp_path}").config
     again.rerun = None
     assert again == first.config
+
+
+def test_a_run_goes_on_in_its_own_folder_as_it_last_was(tmp_path: Path) -> None:
+    run, here = tmp_path / "run", [f"rerun={tmp_path / 'run'}", f"hydra.run.dir={tmp_path / 'run'}"]
+    run.mkdir()
+    first = admitted("optimizer.lr=0.5", "seed=7", "data.columns.prompt=question", f"hydra.run.dir={run}")
+    (run / "config.yaml").write_text(yaml.safe_dump(first.frozen))
+
+    def saved(step: str, *overrides: str) -> None:
+        state = {"config": admitted("seed=7", *overrides).frozen}
+        (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
+        (run / "checkpoints" / f"step-{step}" / "state.json").write_text(json.dumps(state))
+
+    assert admitted(*here).config.optimizer == first.config.optimizer  # before anything was saved
+    saved("00000009", "optimizer.lr=0.125")
+    saved("00000010", "optimizer.lr=0.25", "data.columns={prompt: a, completion: b}", "checkpoint.allow_changed=true")
+    again = admitted(*here)
+    assert again.frozen["optimizer"] == first.frozen["optimizer"] | {"lr": 0.25}
+    assert again.config.seed == 7
+    assert again.config.data.columns == {"prompt": "a", "completion": "b"}
+    assert again.run_dir == run
+    assert not again.config.checkpoint.allow_changed  # is asked for anew
+    assert admitted(*here, "optimizer.lr=0.75").config.optimizer.lr == 0.75
+    assert admitted(f"rerun={run}").config.optimizer.lr == 0.5  # elsewhere: the run as it was begun
+    (run / "checkpoints" / "step-00000010" / "state.json").write_text('{"config": {"seed"')
+    assert admitted(*here).config.optimizer.lr == 0.125

@@ -1,10 +1,16 @@
-"""The loop: how a batch is cut changes nothing, the same seed gives the same run, a bad loss stops it by name."""
+"""The loop: how a batch is cut changes nothing, the same seed gives the same run, a bad loss stops it by name.
+
+What stops it otherwise leaves the state as if the step had not begun.
+"""
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,15 +18,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from src.config.schema import Device, MixedPrecision, RunConfig, RuntimeConfig
-from src.data.batching import Batch
+from src.data.batching import Batch, Position
 from src.data.dataset import Data, build_data
-from src.errors import Interrupted, NonFiniteLossError
+from src.errors import CheckpointError, Interrupted, NonFiniteLossError
 from src.model.build import build_model
+from src.runtime import signals
 from src.runtime.session import Runtime, start_runtime
-from src.runtime.signals import StopRequest, stop_on_signals
+from src.runtime.signals import STOP_SIGNALS, StopRequest, stop_on_signals
 from src.tokens import grow_embeddings, load_tokenizer
-from src.training.loop import Meter, step_once, train
-from src.training.state import TrainState, prepare
+from src.training.loop import Step, step_once, train
+from src.training.state import Beginning, Meter, TrainState, Update, num_train_steps, prepare
 from tests.conftest import admitted
 
 CPU = RuntimeConfig(device=Device.cpu, deterministic=False)
@@ -55,7 +62,7 @@ def trained(runtime: Runtime, *overrides: str) -> Trained:
     result = Trained([], [], {})
     for step in train(state, data.train, config, runtime, pad_token_id=0):
         result.losses.append(step.collect()["train/loss"])
-        result.grad_norms.append(step.grad_norm)
+        result.grad_norms.append(step.update.grad_norm)
     result.weights = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     return result
 
@@ -132,9 +139,8 @@ def hand_made(rows: list[list[int]], supervised_from: list[int]) -> Batch:
 def test_a_micro_batch_without_any_supervised_token_adds_nothing(runtime: Runtime) -> None:
     def after(batches: list[Batch]) -> tuple[float, TrainState]:
         config, data, state = assembled(runtime, "optimizer=sgd", "scheduler=constant", "data.limit=8")
-        meter = Meter()
-        step_once(state, [(data.train, batch) for batch in batches], config, runtime, meter)
-        return meter.loss, state
+        step_once(state, [(data.train, batch) for batch in batches], config, runtime)
+        return state.meter.loss, state
 
     learned, nothing = [5, 6, 7, 8], [9, 10, 11]
     loss_with, with_empty = after([hand_made([nothing], [3]), hand_made([learned, [7, 8]], [2, 1])])
@@ -201,21 +207,121 @@ def test_the_environment_can_not_have_the_loss_divided(monkeypatch: pytest.Monke
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
         with start_runtime(CPU, MixedPrecision.no, 1, StopRequest()) as runtime:
             config, data, state = assembled(runtime, "data.limit=8")
-            norms.append(next(train(state, data.train, config, runtime, pad_token_id=0)).grad_norm)
+            norms.append(next(train(state, data.train, config, runtime, pad_token_id=0)).update.grad_norm)
     assert norms[0] == norms[1]
 
 
-def test_a_signal_while_training_is_followed_between_micro_batches(runtime: Runtime) -> None:
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_signal_while_training_is_followed_between_micro_batches(runtime: Runtime, number: signal.Signals) -> None:
     config, data, state = assembled(runtime, "data.limit=8", "training.per_device_train_batch_size=2")
     steps = train(state, data.train, config, runtime, pad_token_id=0)
     next(steps)
     runtime.stop.is_deferred = True
-    runtime.stop(signal.SIGTERM, None)
-    with pytest.raises(Interrupted, match="SIGTERM"):
+    runtime.stop(number, None)
+    with pytest.raises(Interrupted, match=number.name):
         next(steps)
     assert state.step == 1
     with pytest.raises(KeyboardInterrupt):
         runtime.stop(signal.SIGINT, None)
+
+
+class AfterChecks(StopRequest):
+    """A signal comes after so many checks."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.left = count
+
+    def check(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            self.name = "SIGTERM"
+        super().check()
+
+
+def test_a_step_that_is_given_up_leaves_the_state_as_if_it_had_not_begun() -> None:
+    overrides = ["data.limit=8", "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4"]
+    with start_runtime(CPU, MixedPrecision.no, 1, AfterChecks(4 + 3)) as runtime:
+        config, data, state = assembled(runtime, *overrides)
+        steps = train(state, data.train, config, runtime, pad_token_id=0)
+        next(steps)
+        before = deepcopy(state.snapshot(runtime, {}))
+        with pytest.raises(Interrupted):  # before the last of the second step's micro-batches
+            next(steps)
+        after = state.snapshot(runtime, {})
+    assert before.state["position"]["num_sequences"] == 4
+    assert after.state == before.state
+    for ours, theirs in ((before.weights, after.weights), (before.optimizer or {}, after.optimizer or {})):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_only_ctrl_c_is_followed_at_once_when_the_run_was_asked_to_stop_already() -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with stop_on_signals() as stop:
+        stop.is_deferred = True
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Interrupted, match="SIGUSR1"):
+            stop.check()
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that stands still until `now` is set."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_time_that_is_up_stops_a_run_as_a_signal_does(clock: SimpleNamespace) -> None:
+    stop = StopRequest()
+    stop.allow(30)
+    stop.is_deferred = True
+    clock.now += 29.9
+    stop.check()
+    clock.now += 0.1
+    for _ in range(2):
+        with pytest.raises(Interrupted, match=r"^training\.max_seconds = 30$"):
+            stop.check()
+    stop(signal.SIGTERM, None)
+    assert stop.name == "training.max_seconds = 30"
+    with pytest.raises(KeyboardInterrupt):
+        stop(signal.SIGINT, None)
+
+
+def test_what_came_first_is_named_and_each_run_has_its_own_time(clock: SimpleNamespace) -> None:
+    stop = StopRequest()
+    stop.allow(30)
+    clock.now += 20
+    stop.allow(30)  # the next run of a sweep
+    clock.now += 20
+    stop.check()
+    stop.allow(None)
+    clock.now += 1e9
+    stop.check()
+    stop.allow(0.5)
+    stop.is_deferred = True
+    stop(signal.SIGTERM, None)
+    clock.now += 1
+    with pytest.raises(Interrupted, match=r"^SIGTERM$"):
+        stop.check()
+
+
+def test_time_that_is_up_is_followed_between_micro_batches(runtime: Runtime, clock: SimpleNamespace) -> None:
+    config, data, state = assembled(runtime, "data.limit=8", "training.per_device_train_batch_size=2")
+    runtime.stop.allow(2.5)
+    steps = train(state, data.train, config, runtime, pad_token_id=0)
+    for step in steps:
+        clock.now += 1
+        if step.number == 3:
+            break
+    with pytest.raises(Interrupted, match=r"training\.max_seconds = 2\.5"):
+        next(steps)
+    assert state.step == 3
 
 
 def test_a_signal_before_training_is_followed_at_once() -> None:
@@ -247,3 +353,104 @@ def test_evaluating_or_sampling_does_not_move_the_training_stream(runtime: Runti
     with runtime.isolated_rng(99):
         torch.rand(100)
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_step_says_what_is_due_after_it() -> None:
+    step = Step(Update(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0), is_last=False, meter=Meter())
+    assert [every for every in (1, 2, 3, 4, 6, 7, "epoch", None) if step.is_due(every)] == [1, 2, 3, 6, "epoch"]
+    assert not replace(step, update=replace(step.update, ends_epoch=False)).is_due("epoch")
+    assert (step.number, step.epoch, step.lr) == (6, 1, 0.1)
+
+
+def test_a_step_gives_the_means_since_they_were_last_taken_and_what_is_minimised_where_that_differs() -> None:
+    update = Update(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0)
+    meter = Meter(nll=6.0, num_supervised=3, objective=8.0, num_steps=4, num_tokens=50, seconds=5.0)
+    step = Step(update, False, meter, with_objective=True)
+    assert (step.loss, step.tokens_per_second) == (2.0, 10.0)
+    own = {"train/lr": 0.1, "train/grad_norm": 2.0}
+    means = {"train/loss": 2.0, "perf/tokens_per_second": 10.0}
+    assert step.collect() == {**means, "train/objective": 2.0, **own}
+    assert meter == Meter()
+    assert "train/objective" not in Step(update, False, meter).collect()
+
+
+def test_a_step_that_was_not_over_comes_again_and_one_that_was_does_not(runtime: Runtime) -> None:
+    overrides = ["data.limit=12", "training.per_device_train_batch_size=2", "training.max_train_steps=4"]
+
+    def numbers(*, is_over: bool, done: int = 2) -> list[tuple[int, bool, float]]:
+        config, data, state = assembled(runtime, *overrides)
+        first = train(state, data.train, config, runtime, pad_token_id=0)
+        for _ in range(done):
+            next(first)
+        state.is_over = is_over
+        again = train(state, data.train, config, runtime, pad_token_id=0)
+        return [(step.number, step.is_last, step.collect()["train/loss"]) for step in again]
+
+    came_again, went_on = numbers(is_over=False), numbers(is_over=True)
+    assert [number for number, _, _ in came_again] == [2, 3, 4]
+    assert [number for number, _, _ in went_on] == [3, 4]
+    assert came_again[-1] == went_on[-1]
+    assert [one[:2] for one in numbers(is_over=False, done=4)] == [(4, True)]
+    assert numbers(is_over=True, done=4) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "begin", "left", "expected"),
+    [
+        (["training.max_train_steps=7"], Beginning(), None, 7),
+        (["training.max_train_steps=7"], Beginning(5, Position(2, 3)), 1, 7),
+        (["training.num_train_epochs=2"], Beginning(), 10, 20),
+        (["training.num_train_epochs=2.25"], Beginning(), 10, 23),
+        (["training.num_train_epochs=0.01"], Beginning(), 10, 1),
+        (["training.num_train_epochs=3"], Beginning(14, Position(1, 40)), 6, 30),
+        (["training.num_train_epochs=3"], Beginning(14, Position(1, 40)), 3, 27),  # larger batches from here on
+        (["training.num_train_epochs=1"], Beginning(14, Position(1, 40)), 6, 14),  # nothing is left to do
+        (["training.num_train_epochs=2"], Beginning(20, Position(2, 0)), 10, 20),
+    ],
+)
+def test_the_end_is_counted_from_where_a_run_goes_on(
+    overrides: list[str], begin: Beginning, left: int | None, expected: int
+) -> None:
+    assert num_train_steps(admitted(*overrides).config.training, 10, begin, left) == expected
+
+
+def test_a_snapshot_in_fresh_objects_trains_on_bit_for_bit(runtime: Runtime) -> None:
+    overrides = ["data.limit=12", "training.per_device_train_batch_size=2", "training.max_train_steps=5"]
+    config, data, state = assembled(runtime, *overrides)
+    steps = train(state, data.train, config, runtime, pad_token_id=0)
+    for _ in range(3):
+        next(steps)
+    kept = deepcopy(state.snapshot(runtime, {"mine": 1}))
+    assert kept.state["mine"] == 1
+    expected = [step.collect() for step in steps]
+    weights = {name: tensor.clone() for name, tensor in state.weights().items()}
+
+    config, data, fresh = assembled(runtime, *overrides)
+    position = Position.from_dict(json.loads(json.dumps(kept.state))["position"])
+    fresh.position = position
+    torch.manual_seed(99)
+    fresh.restore(replace(kept, state=json.loads(json.dumps(kept.state))), runtime)
+    assert (fresh.step, fresh.last, fresh.meter) == (3, Update(**kept.state["last"]), Meter(**kept.state["meter"]))
+    found = [step.collect() for step in train(fresh, data.train, config, runtime, pad_token_id=0)]
+    assert [plain(line) for line in found] == [plain(line) for line in expected]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in fresh.weights().items())
+    assert (fresh.examples_seen, fresh.tokens_seen) == (state.examples_seen, state.tokens_seen)
+
+
+def plain(line: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if not name.startswith("perf/")}
+
+
+def test_weights_of_another_form_are_told_and_change_nothing(runtime: Runtime) -> None:
+    state = assembled(runtime, "data.limit=8")[2]
+    before = {name: tensor.clone() for name, tensor in state.weights().items()}
+    name, *_, last = before
+    wrong = {key: tensor + 1 for key, tensor in before.items() if key != last}
+    wrong |= {name: torch.zeros(3, 2), "another.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError) as caught:
+        state.restore_weights(wrong)
+    told = str(caught.value)
+    assert f"{last} is missing there" in told
+    assert "another.weight is not trained here" in told
+    assert f"{name}: [3, 2] there, {list(before[name].shape)} here" in told
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state.weights().items())

@@ -28,6 +28,7 @@ from src.errors import ConfigError, DataError
 from src.evaluation import predictions
 from src.evaluation.metrics import strip_thoughts
 from src.run import run as train
+from src.runtime.signals import StopRequest
 from src.tokens import load_tokenizer
 from src.tracking.journal import hold
 from tests.conftest import ROOT, admitted, write_lines
@@ -55,7 +56,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             admitted(f"data.train_files=['{file}']", "data.validation_files=null", f"data.test_files=['{tests}']",
                      "data.limit=90", "training.per_device_train_batch_size=16", "training.max_train_steps=40",
                      "evaluation.eval_steps=null", "evaluation.sample_prompts=0", "generation.max_new_tokens=12",
-                     "training.per_device_eval_batch_size=5", f"hydra.run.dir={base / 'run'}")
+                     "training.per_device_eval_batch_size=5", f"hydra.run.dir={base / 'run'}"),
+            StopRequest(),
         )  # fmt: skip
     finally:
         os.chdir(before)
@@ -158,7 +160,7 @@ def test_sampling_draws_by_seed_and_by_row(said: Command, tmp_path: Path) -> Non
     assert texts[:5] != texts[20:]  # blocks don't repeat one another
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_stop_in_the_middle_is_gone_on_from(
     said: Command, run: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
@@ -178,8 +180,8 @@ def test_a_stop_in_the_middle_is_gone_on_from(
     finally:
         process.kill()
     assert process.returncode == code
-    if number is signal.SIGTERM:
-        assert "Stopped by SIGTERM" in errors
+    if number is not signal.SIGKILL:
+        assert f"Stopped by {number.name}" in errors
         assert "the same command goes on from there" in errors
         assert "Traceback" not in errors
     there = file.read_bytes()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from src import preflight
+from src.checkpoint.store import SMALL_BYTES
 from src.config.gate import admit
 from src.data.dataset import build_data
 from src.data.encoding import IGNORE_INDEX
@@ -260,13 +262,14 @@ OF_LORA = 3 * 16 * (4 * (128 + 128) + 3 * (128 + 384)) + 2 * 2 * 128  # r = 16, 
 
 
 def test_an_adapter_run_is_forecast_as_one(here: Path, weights: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    text = said(capsys, *weights, "adapter=lora", "checkpoint.load_best_model_at_end=true")
+    text = said(capsys, *weights, "adapter=lora")
     assert f"{OF_LORA:,} trained parameters x 4 B" in text
     found = forecasts(here)
     assert found["memory"]["parameters"] == 4 * (707_456 + OF_LORA)
     assert found["memory"]["gradients"] == 4 * OF_LORA
     assert found["memory"]["optimizer state"] == 2 * 4 * OF_LORA
-    assert found["disk"]["best weights"] == 4 * OF_LORA
+    assert found["disk"]["checkpoints"] == 3 * (3 * 4 * OF_LORA + SMALL_BYTES)  # of 2 epochs, and at a signal
+    assert found["disk"]["best checkpoints"] == 4 * OF_LORA + SMALL_BYTES
     assert found["disk"]["adapter"] - 4 * OF_LORA < 10_000  # the tokenizer
     lora = found["memory"]["activations"]
     said(capsys, *weights, "adapter=lora", "model.gradient_checkpointing=true", "export.merge=true")
@@ -275,6 +278,29 @@ def test_an_adapter_run_is_forecast_as_one(here: Path, weights: list[str], capsy
     assert again["disk"]["model"] > 4 * 707_456
     said(capsys, *weights)
     assert forecasts(here)["memory"]["activations"] > lora
+
+
+def test_checkpoints_are_forecast_as_they_are_kept(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "data.limit=100", "checkpoint.checkpointing_steps=1", "checkpoint.newest_optimizer_only=true")
+    bare = 4 * 707_456 + SMALL_BYTES
+    resumable = bare + 2 * 4 * 707_456
+    assert forecasts(here)["disk"]["checkpoints"] == 2 * resumable + bare
+    assert "1 resumable of 8.2 MiB, 1 with weights only, of 2.8 MiB, and one more resumable while it is written" in text
+    rows = ["data.train_files=['data/tow_addition/train.jsonl']", "data.validation_files=null"]
+    text = said(capsys, "data.limit=100", *rows, "training.num_train_epochs=1")
+    assert "2 resumable of 8.2 MiB\n" in text
+    assert "best checkpoints" not in forecasts(here)["disk"]  # no validation set gives the metric
+
+
+def test_a_disk_without_room_is_a_warning(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = SimpleNamespace(free=10 * 2**20)
+    monkeypatch.setattr("src.forecast.shutil.disk_usage", lambda place: full)
+    text = said(capsys, "data.limit=100")
+    assert "warning  the run may write 30." in text
+    assert "and 10.0 MiB are free in" in text
+    assert forecasts(here)["findings"][0]["level"] == "warning"
 
 
 def test_a_qlora_run_is_forecast_with_its_weights_in_4_bits(

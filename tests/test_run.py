@@ -18,7 +18,11 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tests.conftest import GSM8K, ROOT, read_lines, towline, write_lines
+from src.checkpoint.manifest import folder_of, is_resumable, newest_resumable, problems_of, steps_in
+from src.errors import ConfigError, Interrupted, ModelError, RunFolderError
+from src.run import run as train
+from src.runtime.signals import StopRequest
+from tests.conftest import GSM8K, ROOT, admitted, read_lines, towline, write_lines
 
 SMALL = ["debug=smoke", "tracking=none"]
 
@@ -45,9 +49,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_folder_is_complete(finished: Path) -> None:
     for name in ("config.yaml", "starts.jsonl", "status.json", "metrics.jsonl", "data_report.json", "samples.jsonl",
                  "provenance.json", "summary.json", "model/config.json", "model/model.safetensors",
-                 "model/tokenizer.json", "model/generation_config.json"):  # fmt: skip
+                 "model/tokenizer.json", "model/generation_config.json",
+                 "checkpoints/step-00000004/manifest.json"):  # fmt: skip
         assert (finished / name).is_file(), name
-    assert json.loads((finished / "status.json").read_text())["state"] == "FINISHED"
+    status = json.loads((finished / "status.json").read_text())
+    assert (status["state"], status["step"], status["how_to_go_on"]) == ("FINISHED", 4, None)
     assert yaml.safe_load((finished / "config.yaml").read_text())["training"]["max_train_steps"] == 4
 
 
@@ -73,7 +79,7 @@ def test_the_summary_has_last_best_and_totals(finished: Path) -> None:
 def test_the_terminal_says_what_was_assembled_and_where_things_lie(finished: Path) -> None:
     text = (finished / "stdout.txt").read_text()
     for words in ("707,456 parameters", "<ToW>, </ToW> start from text", "train: 16 of 16 rows",
-                  "tokens supervised", "step 4/4",
+                  "tokens supervised", "for checkpoints (", "step 4/4",
                   "left", "evaluated at step 4", "expected", "train_seconds", str(finished / "model")):  # fmt: skip
         assert words in text
     assert (finished / "stderr.txt").read_text() == ""
@@ -119,12 +125,10 @@ def test_the_same_command_and_a_rerun_give_the_same_metrics_bit_for_bit(finished
     assert comparable(tmp_path / "rerun") == comparable(finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_cleanly(tmp_path: Path, number: signal.Signals) -> None:
-    run = tmp_path / "run"
-    arguments = ["tracking=none", "training.logging_steps=1", "evaluation.eval_steps=null", f"hydra.run.dir={run}"]
+def stopped_by(number: signal.Signals, run: Path, *arguments: str) -> str:
+    """Start a run, send it a signal once it trains, and give what it wrote to the error stream."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "src.run", *arguments],
+        [sys.executable, "-m", "src.run", *arguments, f"hydra.run.dir={run}"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -139,13 +143,146 @@ def test_a_signal_ends_a_run_cleanly(tmp_path: Path, number: signal.Signals) -> 
     finally:
         process.kill()
     assert process.returncode == 75
+    return errors
+
+
+def status_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "status.json").read_text())
+
+
+LONG = [
+    *SMALL,
+    "training.max_train_steps=200",
+    "evaluation.eval_steps=null",
+    "evaluation.sample_steps=null",
+    "evaluation.metrics=[]",
+    "checkpoint.checkpointing_steps=null",
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_ends_a_run_cleanly_and_it_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    here = f"hydra.run.dir={run}"
+    errors = stopped_by(number, run, *LONG)
     assert "Traceback" not in errors
-    assert str(run) in errors
-    status = json.loads((run / "status.json").read_text())
+    status = status_of(run)
     assert (status["state"], status["cause"]) == ("PREEMPTED", f"stopped by {number.name}")
+    assert status["how_to_go_on"] == f"make resume run={run}"
+    step = status["step"]
+    assert f"Stopped by {number.name}. Step {step} is saved: make resume run={run}, or the same command with" in errors
     lines = read_lines(run / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    assert status["step"] == len(lines)
+    assert [line["step"] for line in lines] == list(range(1, step + 1))
+    assert steps_in(run / "checkpoints") == [step]
+    checkpoint = folder_of(run / "checkpoints", step)
+    assert is_resumable(checkpoint)
+    assert not list(problems_of(checkpoint))
+
+    again = {
+        signal.SIGINT: [*LONG, here],
+        signal.SIGTERM: [f'rerun="{run}"', f'hydra.run.dir="{run}"'],
+        signal.SIGUSR1: [*LONG, here, "training.max_train_steps=210"],
+    }[number]
+    done = towline(*again)
+    assert done.returncode == 0, done.stderr
+    num_steps = 210 if number is signal.SIGUSR1 else 200
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, num_steps + 1))
+    assert read_lines(run / "metrics.jsonl")[:step] == lines
+    changed = {"training.max_train_steps": 210} if number is signal.SIGUSR1 else {}
+    starts = [
+        (start["resumed_step"], {k: v for k, v in start["changed"].items() if k != "checkpoint.allow_changed"})
+        for start in read_lines(run / "starts.jsonl")
+    ]
+    assert starts == [(None, {}), (step, changed)]
+    assert yaml.safe_load((run / "config.yaml").read_text())["training"]["max_train_steps"] == 200
+    assert status_of(run)["state"] == "FINISHED"
+
+
+class After(StopRequest):
+    """A signal that comes after so many steps, each of one micro-batch."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    def check(self) -> None:
+        if self.is_deferred:
+            self.left -= 1
+            if self.left < 0:
+                self.name = "SIGTERM"
+        super().check()
+
+
+SIX = [
+    *SMALL,
+    "training.max_train_steps=6",
+    "evaluation.eval_steps=null",
+    "evaluation.sample_steps=null",
+    "evaluation.metrics=[]",
+    "scheduler=constant",
+]
+
+
+def stopped_after(steps: int, run: Path, *overrides: str) -> None:
+    with pytest.raises(Interrupted):
+        train(admitted(*overrides, f"hydra.run.dir={run}"), After(steps))
+    assert status_of(run)["step"] == newest_resumable(run / "checkpoints")
+
+
+def test_a_run_goes_on_as_it_last_was(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stopped_after(2, run, *SIX)
+    lr = read_lines(run / "metrics.jsonl")[0]["train/lr"]
+    changed = ["optimizer.lr=0.001", "checkpoint.allow_changed=true"]
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.002 → 0\.001"):
+        train(admitted(*SIX, changed[0], f"hydra.run.dir={run}"), StopRequest())
+    stopped_after(2, run, *SIX, *changed)
+    done = towline(f'rerun="{run}"', f'hydra.run.dir="{run}"')
+    assert done.returncode == 0, done.stderr
+    assert [line["train/lr"] for line in read_lines(run / "metrics.jsonl")] == [lr, lr, *4 * [0.001]]
+    starts = [(start["resumed_step"], start["changed"]) for start in read_lines(run / "starts.jsonl")]
+    own = {"optimizer.lr": 0.001}
+    assert starts == [(None, {}), (2, own | {"checkpoint.allow_changed": True}), (4, own)]
+    assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"] == lr == 0.002
+
+
+def test_a_change_that_was_refused_is_not_taken_up_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stopped_after(2, run, *SIX)
+    with pytest.raises(ConfigError, match="the train rows are other ones: 16 then, 12 now"):
+        train(admitted(*SIX, "data.limit=12", f"hydra.run.dir={run}"), StopRequest())
+    train(admitted(f"rerun={run}", f"hydra.run.dir={run}"), StopRequest())
+    assert status_of(run)["state"] == "FINISHED"
+
+
+def test_a_line_holds_the_means_since_the_line_before_also_behind_a_checkpoint(tmp_path: Path) -> None:
+    overrides = [*SIX, "training.logging_steps=2", "checkpoint.checkpointing_steps=2"]
+    train(admitted(*overrides, f"hydra.run.dir={tmp_path / 'straight'}"), StopRequest())
+    stopped_after(2, tmp_path / "stopped", *overrides)
+    assert [line["step"] for line in read_lines(tmp_path / "stopped" / "metrics.jsonl")] == [2]
+    train(admitted(*overrides, f"hydra.run.dir={tmp_path / 'stopped'}"), StopRequest())
+    assert comparable(tmp_path / "stopped") == comparable(tmp_path / "straight")
+
+
+def test_a_folder_with_an_unfinished_run_is_refused_where_nothing_may_be_gone_on_with(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stopped_after(2, run, *SIX)
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and file.name != "lock"}
+    with pytest.raises(RunFolderError, match=r"PREEMPTED at step 2(.|\n)*force=true"):
+        train(admitted(*SIX, "checkpoint.resume=never", f"hydra.run.dir={run}"), StopRequest())
+    after = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and file.name != "lock"}
+    assert after == before
+    train(admitted(*SIX, "checkpoint.resume=never", "force=true", f"hydra.run.dir={run}"), StopRequest())
+    assert [start["resumed_step"] for start in read_lines(run / "starts.jsonl")] == [None]
+
+
+def test_what_was_mended_needs_no_force(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ModelError, match="1024 positions"):
+        train(admitted(*SIX, "data.max_seq_length=5000", f"hydra.run.dir={run}"), StopRequest())
+    train(admitted(*SIX, f"hydra.run.dir={run}"), StopRequest())
+    assert status_of(run)["state"] == "FINISHED"
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["max_seq_length"] != 5000
 
 
 def broken(tmp_path: Path, kind: str) -> tuple[list[str], list[str]]:
@@ -217,6 +354,30 @@ def test_a_signal_stops_a_sweep(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert not (tmp_path / "1").exists()
+    assert status_of(tmp_path / "0")["step"] == newest_resumable(tmp_path / "0" / "checkpoints")
+
+
+@pytest.mark.parametrize("where", ["src.run.parse", "src.model.export.export"])
+def test_a_signal_between_the_runs_of_a_sweep_stops_it_at_once(tmp_path: Path, where: str) -> None:
+    code = f"""
+import importlib, signal, sys
+from src.run import main
+module, _, name = {where!r}.rpartition(".")
+module = importlib.import_module(module)
+real = getattr(module, name)
+def signal_comes(*given):
+    signal.raise_signal(signal.SIGTERM)
+    return real(*given)
+setattr(module, name, signal_comes)
+sys.argv = ["src.run", "-m", "seed=1,2", *{SIX!r}, "hydra.sweep.dir={tmp_path}"]
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 75
+    assert not (tmp_path / "1" / "status.json").exists()
+    if where == "src.model.export.export":
+        assert status_of(tmp_path / "0")["state"] == "FINISHED"
 
 
 def test_one_bad_run_does_not_stop_a_sweep(tmp_path: Path) -> None:
@@ -247,7 +408,8 @@ def test_a_rate_that_spoils_the_weights_fails_the_run(tmp_path: Path) -> None:
 
 def test_the_best_weights_are_exported_when_asked_for(tmp_path: Path) -> None:
     # with a learning rate this high the first evaluation is the best one
-    overrides = [*SMALL, "optimizer.lr=1", "scheduler=constant", f"hydra.run.dir={tmp_path / 'run'}"]
+    kept = ["checkpoint.checkpointing_steps=1", "checkpoint.keep_last=2"]
+    overrides = [*SMALL, *kept, "optimizer.lr=1", "scheduler=constant", f"hydra.run.dir={tmp_path / 'run'}"]
     done = towline(*overrides, "checkpoint.load_best_model_at_end=true", "evaluation.metrics=[]")
     assert done.returncode == 0, done.stderr
     first = read_lines(tmp_path / "run" / "metrics.jsonl")[1]
@@ -255,11 +417,15 @@ def test_the_best_weights_are_exported_when_asked_for(tmp_path: Path) -> None:
     assert summary["eval/validation/loss"] > first["eval/validation/loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert torch.isfinite(model.get_input_embeddings().weight).all()
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    checkpoints = {step: folder_of(tmp_path / "run" / "checkpoints", step) for step in (2, 3, 4)}
+    assert {file.name for file in (tmp_path / "run" / "checkpoints").iterdir()} == {
+        place.name for place in checkpoints.values()
+    }
+    assert {step: is_resumable(place) for step, place in checkpoints.items()} == {2: False, 3: True, 4: True}
+    assert not [problem for place in checkpoints.values() for problem in problems_of(place)]
     from src.data.dataset import build_data
     from src.tokens import load_tokenizer
     from src.training.head import ScoredModel
-    from tests.conftest import admitted
 
     config = admitted("debug=smoke", "data.limit=4").config
     rows = build_data(config, load_tokenizer(config.model, config.tokens)[0]).validation["validation"]

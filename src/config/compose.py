@@ -237,9 +237,12 @@ def _from_hydra(error: Exception, key: str = "") -> Problem:
 
 def read_frozen(folder: Path, line: CommandLine) -> Composed:
     """Take the frozen config of a run's folder with the command line's dotted overrides on top (`rerun=DIR`)."""
-    sections, problems = _frozen_sections(folder, "rerun", "no run to repeat there")
+    sections, problems = frozen_sections(folder, "rerun", "no run to repeat there")
     if problems:
         return Composed({}, Path(), {}, problems)
+    given = line.value_of("hydra.run.dir")
+    if given is not None and Path(str(given)).resolve() == folder.resolve():
+        sections = _as_it_last_was(folder, sections)
     changed, problems = _overridden(sections | {"rerun": str(folder), "force": False}, line, "a rerun")
     hydra_overrides = [o.input_line or "" for o in line.overrides if o.key_or_group.startswith("hydra.")]
     name = str(changed.get("name")).replace("\\", "\\\\").replace("'", "\\'")
@@ -254,7 +257,7 @@ def read_finished(folder: Path, line: CommandLine) -> Composed:
 
     The files that it was trained on may be gone, and its limit of rows was for training: both are let go.
     """
-    sections, problems = _frozen_sections(folder, "run", "no run there")
+    sections, problems = frozen_sections(folder, "run", "no run there")
     if problems:
         return Composed({}, folder, {}, problems)
     if reason := _unfinished(folder):
@@ -265,6 +268,17 @@ def read_finished(folder: Path, line: CommandLine) -> Composed:
     composed = Composed({}, folder, {}, [*problems, *refused])
     resolve_sections(changed, composed)
     return composed
+
+
+def _as_it_last_was(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
+    """Give the configuration that a run goes on with: its newest checkpoint's, or its first where there is none."""
+    for state in sorted(folder.glob("checkpoints/step-*/state.json"), key=lambda file: int(file.parent.name[5:]))[::-1]:
+        try:
+            sections = json.loads(state.read_text(encoding="utf-8"))["config"]
+        except (OSError, ValueError, LookupError):  # damaged: told when the checkpoints are looked at
+            continue
+        return sections | {"checkpoint": sections["checkpoint"] | {"resume": "auto", "allow_changed": False}}
+    return first
 
 
 def _unfinished(folder: Path) -> str | None:
@@ -278,7 +292,7 @@ def _unfinished(folder: Path) -> str | None:
     return None if (folder / "model").is_dir() else "its result is gone: there is no model/ in it"
 
 
-def _frozen_sections(folder: Path, key: str, nothing: str) -> tuple[dict[str, Any], list[Problem]]:
+def frozen_sections(folder: Path, key: str = "", nothing: str = "") -> tuple[dict[str, Any], list[Problem]]:
     """Read a run's frozen config; `nothing` says of the key that named the folder what is not there."""
     file = folder / "config.yaml"
     try:

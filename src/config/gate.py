@@ -331,7 +331,7 @@ def _across(
     parsed: dict[str, _Parsed], those: Sequence[Callable[..., Iterator[Problem]]] = rules.RULES
 ) -> Iterator[Problem]:
     """Apply each rule whose sections are all good; a rule's parameters name the sections it reads."""
-    good = {name: part.value for name, part in parsed.items() if part.value is not None}
+    good = {name or "top": part.value for name, part in parsed.items() if part.value is not None}
     for rule in those:
         needed = inspect.signature(rule).parameters
         if all(name in good for name in needed):

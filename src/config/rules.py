@@ -39,11 +39,15 @@ from src.config.schema import (
     SupervisedTurns,
     Thoughts,
     TokensConfig,
+    TopLevelConfig,
     TrackingConfig,
     TrainingConfig,
     WarmupScheduleConfig,
     Weights,
 )
+
+DEFAULT_METRIC = "eval/validation/loss"
+"""What conf/ gives for checkpoint.metric_for_best_model."""
 
 
 def a_source_is_given(data: DataConfig) -> Iterator[Problem]:
@@ -362,8 +366,8 @@ def generation_lengths_fit(generation: GenerationConfig) -> Iterator[Problem]:
 def best_model_can_be_told(
     checkpoint: CheckpointConfig, data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConfig
 ) -> Iterator[Problem]:
-    if not checkpoint.load_best_model_at_end:
-        return
+    if not checkpoint.load_best_model_at_end and checkpoint.metric_for_best_model == DEFAULT_METRIC:
+        return  # where no evaluation gives it, no best is kept
     scores = ["loss", "perplexity"]
     if tokens.thought_open is not None and data.thoughts is not Thoughts.drop:
         scores += ["thought_loss", "answer_loss"]
@@ -373,6 +377,39 @@ def best_model_can_be_told(
     if checkpoint.metric_for_best_model not in allowed:
         reason = f"no evaluation gives this; {'one of ' + ', '.join(allowed) if allowed else 'no validation set'}"
         yield Problem("checkpoint.metric_for_best_model", reason, checkpoint.metric_for_best_model)
+
+
+def the_best_is_kept(checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    if checkpoint.load_best_model_at_end and not checkpoint.keep_best:
+        yield Problem("checkpoint.keep_best", "checkpoint.load_best_model_at_end needs at least 1", 0)
+
+
+def folders_to_start_from_are_there(top: TopLevelConfig, checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    folder = checkpoint.resume_from
+    if folder is not None and not _holds_checkpoints(folder):
+        reason = (
+            "neither auto, never, nor a folder with a checkpoint: give a run's folder or one of its checkpoints/step-…"
+        )
+        yield Problem("checkpoint.resume", reason, checkpoint.resume)
+    if top.init_from is None:
+        return
+    start = Path(top.init_from)
+    has_model = any(
+        (place / name).is_file() and (any(place.glob("*.safetensors")) or any(place.glob("*.bin")))
+        for place in (start, start / "model")
+        for name in ("config.json", "adapter_config.json")
+    )
+    if not has_model and not _holds_checkpoints(start):
+        reason = "no weights there: give the folder of a run, of a model or of a checkpoint"
+        yield Problem("init_from", reason, top.init_from)
+    if folder is not None:
+        yield Problem(
+            "init_from", "starts a new run, checkpoint.resume goes on with one: give one of them", top.init_from
+        )
+
+
+def _holds_checkpoints(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file() or any(folder.glob("checkpoints/step-*"))
 
 
 def something_is_predicted(data: DataConfig) -> Iterator[Problem]:
@@ -421,6 +458,8 @@ RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     warmup_ends_before_the_run,
     generation_lengths_fit,
     best_model_can_be_told,
+    the_best_is_kept,
+    folders_to_start_from_are_there,
 )
 
 PREDICT_RULES: tuple[Callable[..., Iterator[Problem]], ...] = (

@@ -472,6 +472,7 @@ class TrainingConfig:
 
     num_train_epochs: float = _key(POSITIVE)
     max_train_steps: int | None = _key(AT_LEAST_ONE)
+    max_seconds: float | None = _key(POSITIVE)
     per_device_train_batch_size: int = _key(AT_LEAST_ONE)
     per_device_eval_batch_size: int = _key(AT_LEAST_ONE)
     gradient_accumulation_steps: int = _key(AT_LEAST_ONE)
@@ -502,11 +503,28 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Which weights the exported model has."""
+    """When the run is saved, which saves are kept, and how a run that was stopped goes on."""
 
+    checkpointing_steps: Any = _key(STEPS_OR_EPOCH)
+    keep_last: int = _key(AT_LEAST_ONE)
+    keep_best: int = _key(COUNT)
+    newest_optimizer_only: bool = MISSING
     metric_for_best_model: str = MISSING
     greater_is_better: bool | None = MISSING
     load_best_model_at_end: bool = MISSING
+    resume: str = _key(Check("auto, never, or a folder: a run's or a checkpoint", bool))
+    allow_changed: bool = MISSING
+
+    @property
+    def is_greater_better(self) -> bool:
+        """Whether a higher value of metric_for_best_model is the better one."""
+        known = greater_is_better(self.metric_for_best_model)
+        return known if self.greater_is_better is None else self.greater_is_better
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The folder that resume names; None for auto and never."""
+        return None if self.resume in ("auto", "never") else Path(self.resume)
 
 
 @dataclass
@@ -532,6 +550,7 @@ class TopLevelConfig:
     seed: int = _key(SEED)
     force: bool = MISSING
     rerun: str | None = MISSING
+    init_from: str | None = MISSING
 
 
 @dataclass
@@ -602,6 +621,7 @@ class RunConfig:
     seed: int
     force: bool
     rerun: str | None
+    init_from: str | None
     model: ModelConfig
     quantization: QuantizationConfig
     adapter: AdapterConfig

@@ -1,11 +1,11 @@
-"""In which order and in which batches rows are fed. Pure: the same seed and epoch always give the same batches."""
+"""In which order and in which batches rows are fed. Pure: the same seed and position always give the same batches."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from src.config.schema import Batching
 from src.data.encoding import IGNORE_INDEX, THOUGHT
 from src.data.sets import EncodedSet, Row
 from src.data.stream import StreamedSet
+from src.errors import DataError
 
 GROUP_BATCHES = 50
 """Batches whose rows are sorted by length together when they are grouped."""
@@ -98,62 +99,120 @@ class Plan:
     accumulation: int
     capacity: int
 
-    def micro_batches(self, lengths: np.ndarray, seed: Sequence[int]) -> list[Sequences]:
+    def micro_batches(self, lengths: np.ndarray, seed: Sequence[int], num_taken: int = 0) -> list[Sequences]:
         """Put every row into exactly one micro-batch.
 
         Args:
             lengths: of each row, in tokens, [rows].
             seed: gives the order.
+            num_taken: sequences, of the first in this order, that are left out because they were fed before.
         """
-        rng = np.random.default_rng(list(seed))
+        sequences = self._sequences(lengths, np.random.default_rng(list(seed)))[num_taken:]
+        return [sequences[start : start + self.batch_size] for start in range(0, len(sequences), self.batch_size)]
+
+    def _sequences(self, lengths: np.ndarray, rng: np.random.Generator) -> Sequences:
+        """Put every row into exactly one sequence; only of length-grouped ones the order follows the batch size."""
         order = rng.permutation(len(lengths))
         if self.batching is Batching.packed:
-            sequences = pack(lengths[order], self.capacity)
-            packed = [[int(order[i]) for i in rows] for rows in sequences]
-            return _cut([packed[i] for i in rng.permutation(len(packed))], self.batch_size)
+            packed = [[int(order[i]) for i in rows] for rows in pack(lengths[order], self.capacity)]
+            return [packed[i] for i in rng.permutation(len(packed))]
         if self.batching is Batching.length_grouped:
             order = _grouped(lengths, order, self.batch_size, rng)
-        return _cut([[row] for row in order.tolist()], self.batch_size)
+        return [[row] for row in order.tolist()]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Position:
+    """Where in the data a run is: what its next window begins with.
+
+    It counts sequences, not micro-batches, so that padded and packed rows can be gone on with in batches of another
+    size: no row of the epoch comes twice, and none is left out.
+
+    Args:
+        num_sequences: rows, or packs of rows, that were taken of this epoch; of this block, where the set is streamed.
+        block: where a streamed set's block is read from, with the account of all before it, in plain JSON values. None
+            where the set is not streamed, or nothing was read yet.
+    """
+
+    epoch: int = 0
+    num_sequences: int = 0
+    block: Mapping[str, Any] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give it as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Position:
+        """Take what `as_dict` gave, also through JSON: both positions are equal."""
+        return cls(given["epoch"], given["num_sequences"], given["block"])
+
+
+@dataclass(frozen=True)
 class Window:
-    """The micro-batches of one optimizer step, each with the set that its row numbers are of."""
+    """The micro-batches of one optimizer step, each with the set that its row numbers are of.
+
+    `after` is what the next window begins with: the next epoch's start, where this one ends.
+    """
 
     epoch: int
-    micro_batches: list[tuple[EncodedSet, Sequences]] = field(default_factory=list)
+    micro_batches: list[tuple[EncodedSet, Sequences]]
+    after: Position
     ends_epoch: bool = False
 
 
-def windows(rows: EncodedSet | StreamedSet, plan: Plan, seed: int) -> Iterator[Window]:
-    """Give, without end, one optimizer step's micro-batches after the other; an epoch's last window may be short."""
-    epoch = 0
+def windows(rows: EncodedSet | StreamedSet, plan: Plan, seed: int, start: Position = Position()) -> Iterator[Window]:
+    """Give, without end, one optimizer step's micro-batches after the other; an epoch's last window may be short.
+
+    Args:
+        start: where to go on; with the next epoch, where a set that was changed has nothing left of this one.
+    Raises:
+        DataError: where there are no rows; of a streamed set, as its `read`.
+    """
+    if isinstance(rows, EncodedSet) and not len(rows):
+        raise DataError(f"{rows.name} has no rows")
     while True:
-        window = Window(epoch)
-        for micro_batch in _epoch(rows, plan, seed, epoch):
-            if len(window.micro_batches) == plan.accumulation:
-                yield window
-                window = Window(epoch)
-            window.micro_batches.append(micro_batch)
-        window.ends_epoch = True
-        yield window
-        epoch += 1
+        micro_batches: list[tuple[EncodedSet, Sequences]] = []
+        for position, micro_batch in _epoch(rows, plan, seed, start):
+            if len(micro_batches) == plan.accumulation:
+                yield Window(start.epoch, micro_batches, position)
+                micro_batches = []
+            micro_batches.append(micro_batch)
+        after = Position(start.epoch + 1, block=rows.start() if isinstance(rows, StreamedSet) else None)
+        if micro_batches:
+            yield Window(start.epoch, micro_batches, after, ends_epoch=True)
+        start = after
 
 
-def _epoch(rows: EncodedSet | StreamedSet, plan: Plan, seed: int, epoch: int) -> Iterator[tuple[EncodedSet, Sequences]]:
+Placed = tuple[Position, tuple[EncodedSet, Sequences]]
+"""A micro-batch with the position that it begins at."""
+
+
+def _epoch(rows: EncodedSet | StreamedSet, plan: Plan, seed: int, start: Position) -> Iterator[Placed]:
+    """Give what is left of an epoch."""
     if isinstance(rows, EncodedSet):
-        yield from ((rows, sequences) for sequences in plan.micro_batches(rows.lengths, [seed, epoch]))
+        yield from _of_set(rows, plan, [seed, start.epoch], start)
         return
-    for number, block in enumerate(rows.blocks()):
-        yield from ((block, sequences) for sequences in plan.micro_batches(block.lengths, [seed, epoch, number]))
+    num_taken = start.num_sequences
+    for block in rows.read(start.block):
+        begin = Position(start.epoch, num_taken, block.begin)
+        yield from _of_set(block.rows, plan, [seed, start.epoch, block.number], begin)
+        num_taken = 0
 
 
-def steps_per_epoch(rows: EncodedSet, plan: Plan, seed: int) -> int:
-    """Count an epoch's optimizer steps; its last one may be short."""
+def _of_set(rows: EncodedSet, plan: Plan, seed: Sequence[int], start: Position) -> Iterator[Placed]:
+    position = start
+    for sequences in plan.micro_batches(rows.lengths, seed, start.num_sequences):
+        yield position, (rows, sequences)
+        position = replace(position, num_sequences=position.num_sequences + len(sequences))
+
+
+def steps_per_epoch(rows: EncodedSet, plan: Plan, seed: int, num_taken: int = 0) -> int:
+    """Count the optimizer steps of an epoch, or of what is left of it; its last one may be short."""
     if plan.batching is Batching.packed:
-        num_micro_batches = len(plan.micro_batches(rows.lengths, [seed, 0]))
+        num_micro_batches = len(plan.micro_batches(rows.lengths, [seed, 0], num_taken))
     else:
-        num_micro_batches = math.ceil(len(rows) / plan.batch_size)
+        num_micro_batches = math.ceil(max(0, len(rows) - num_taken) / plan.batch_size)
     return math.ceil(num_micro_batches / plan.accumulation)
 
 
@@ -195,10 +254,6 @@ def _grouped(lengths: np.ndarray, order: np.ndarray, batch_size: int, rng: np.ra
     num_full = len(grouped) // batch_size
     full = grouped[: num_full * batch_size].reshape(num_full, batch_size)
     return np.concatenate([full[rng.permutation(num_full)].ravel(), grouped[num_full * batch_size :]])
-
-
-def _cut(sequences: Sequences, batch_size: int) -> list[Sequences]:
-    return [sequences[start : start + batch_size] for start in range(0, len(sequences), batch_size)]
 
 
 def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, flat: bool = False) -> Batch:

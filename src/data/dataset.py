@@ -50,6 +50,15 @@ class Data:
         """Give the set whose first rows are generated as samples: one that is not trained on, where there is one."""
         return first_block(next(iter([*self.validation.values(), *self.test.values(), self.train])))
 
+    def train_digest(self) -> str:
+        """Give a hash of the encoded train rows in their order; of a streamed set, of its files and settings."""
+        return self.train.digest()
+
+    @property
+    def num_train_rows(self) -> int | None:
+        """How many rows are trained on in an epoch; None where nobody knows."""
+        return None if isinstance(self.train, StreamedSet) else len(self.train)
+
     def report(self) -> dict[str, Any]:
         """Give the account of every set; of a streamed one as far as it was read."""
         if isinstance(self.train, StreamedSet) and self.train.account.num_records:

@@ -140,14 +140,18 @@ def without_cycles() -> Iterator[None]:
 
 
 def prepared(
-    records: Iterable[Record | Unreadable], recipe: Recipe, num_workers: int = 1, chunk_rows: int = CHUNK_ROWS
+    records: Iterable[Record | Unreadable],
+    recipe: Recipe,
+    num_workers: int = 1,
+    chunk_rows: int = CHUNK_ROWS,
+    first_ordinal: int = 0,
 ) -> Iterator[Prepared]:
-    """Prepare records in chunks, in their order.
+    """Prepare records in chunks, in their order; the first has the ordinal that is given.
 
     Raises:
         DataError: where a worker process dies.
     """
-    chunks = _chunks(enumerate(records), chunk_rows)
+    chunks = _chunks(enumerate(records, first_ordinal), chunk_rows)
     if num_workers == 1:
         preparer = Preparer(recipe)
         with ThreadPoolExecutor(THREADS, "prepare") as pool:

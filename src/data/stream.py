@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 from src.data.cache import bad_rows
 from src.data.preparation import CHUNK_ROWS, Recipe, prepared
 from src.data.readers import Record, Unreadable
 from src.data.sets import EncodedSet
-from src.data.sources import Source
+from src.data.sources import Source, fingerprint_of
 from src.data.store import Account, DroppedRow, Part
 from src.errors import DataError
 
@@ -39,6 +40,72 @@ class StreamAccount:
     dropped: Counter[str] = field(default_factory=Counter)
     first_dropped: list[DroppedRow] = field(default_factory=list)
 
+    def add(self, part: Part) -> None:
+        """Account for a part's records, but for how many are kept: a limit may cut them."""
+        self.num_records += part.account.num_records
+        self.dropped.update(row.reason for row in part.account.dropped)
+        self.first_dropped += part.account.dropped[: 10 - len(self.first_dropped)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give it as plain JSON values."""
+        rows = [asdict(row) for row in self.first_dropped]
+        return vars(self) | {"dropped": dict(self.dropped), "first_dropped": rows}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> StreamAccount:
+        rows = [DroppedRow(**row) for row in given["first_dropped"]]
+        return cls(given["num_records"], given["num_kept"], Counter(given["dropped"]), rows)
+
+
+@dataclass
+class Cursor:
+    """How far an epoch is read. It is all that reading knows, so whoever has it reads on exactly alike.
+
+    Of each source `taken` counts the records since it began, or began again, and `has_ended` says whether it came to
+    its end in this epoch. `turn` is the source that gives the next chunk. The counts are of this epoch, `account` is
+    of all epochs that were read.
+    """
+
+    taken: list[int]
+    has_ended: list[bool]
+    account: StreamAccount
+    turn: int = 0
+    num_blocks: int = 0
+    num_records: int = 0
+    num_dropped: int = 0
+    num_kept: int = 0
+
+    @classmethod
+    def at_start(cls, num_sources: int, account: StreamAccount) -> Cursor:
+        """Give where an epoch begins.
+
+        Args:
+            account: of the epochs before it.
+        """
+        return cls([0] * num_sources, [False] * num_sources, account)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give it as plain JSON values, which stay as they are while this moves on."""
+        lists = {"taken": [*self.taken], "has_ended": [*self.has_ended]}
+        return vars(self) | lists | {"account": self.account.as_dict()}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Cursor:
+        lists = {"taken": [*given["taken"]], "has_ended": [*given["has_ended"]]}
+        return cls(**{**given, **lists, "account": StreamAccount.from_dict(given["account"])})
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that are in memory together: the epoch's `number`-th, from 0.
+
+    `begin` is where they were read from, in plain JSON values: `StreamedSet.read` begins there again with this block.
+    """
+
+    number: int
+    begin: dict[str, Any]
+    rows: EncodedSet
+
 
 class StreamedSet:
     """The rows of the sources, block after block, as often as they are asked for.
@@ -62,7 +129,7 @@ class StreamedSet:
     ) -> None:
         self.name = name
         self.account = StreamAccount()
-        """Of all epochs that were read."""
+        """Of all epochs that were read, also by the runs that this one goes on from."""
         self._sources = sources
         self._num_workers = num_workers
         self._max_dropped_fraction = max_dropped_fraction
@@ -71,35 +138,74 @@ class StreamedSet:
     @cached_property
     def first(self) -> EncodedSet:
         """The first block, to look at before training; it is not accounted for."""
-        block = next(self.blocks())
-        self.account = StreamAccount()
-        return block
+        return next(self._blocks(Cursor.at_start(len(self._sources), StreamAccount()))).rows
+
+    def digest(self) -> str:
+        """Give a hash of what the rows are read from, and how, 32 hex digits."""
+        each = [(one.source.fingerprint(), one.recipe.settings(), one.share, one.count) for one in self._sources]
+        return fingerprint_of(each, self._limit)[:32]
+
+    def start(self) -> dict[str, Any]:
+        """Give where an epoch begins, behind all that was read so far, in plain JSON values."""
+        return Cursor.at_start(len(self._sources), self.account).as_dict()
 
     def blocks(self) -> Iterator[EncodedSet]:
         """Read an epoch from its start, a block at a time.
 
         Raises:
-            DataError: at the first chunk with rows that can't be used, or too many that would be dropped.
+            DataError: as `read`.
         """
-        parts: list[Part] = []
-        read = dropped = given = 0
-        for part in self._parts():
-            read += part.account.num_records
-            dropped += len(part.account.dropped)
+        return (block.rows for block in self.read())
+
+    def read(self, begin: Mapping[str, Any] | None = None) -> Iterator[Block]:
+        """Read an epoch to its end, a block at a time.
+
+        Args:
+            begin: where a block of this set began, or `start`, also in another process: reading goes on with that
+                block, and the account becomes what it was then. The records before it are read, but nothing is made of
+                them. None: at the epoch's start.
+        Raises:
+            DataError: at the first chunk with rows that can't be used, or too many that would be dropped; where `begin`
+                is of another number of sources.
+        """
+        cursor = Cursor.from_dict(self.start() if begin is None else begin)
+        if len(cursor.taken) != len(self._sources):
+            raise DataError(
+                f"{self.name} has {len(self._sources)} sources, and had {len(cursor.taken)} where reading is to go on"
+            )
+        self.account = cursor.account
+        return self._blocks(cursor)
+
+    def _blocks(self, cursor: Cursor) -> Iterator[Block]:
+        """Read from a cursor on, and move it along."""
+        begin, parts = cursor.as_dict(), list[Part]()
+        for part in self._parts(cursor):
             parts.append(part)
             ready = sum(map(len, parts))
-            is_last = self._limit is not None and given + ready >= self._limit
+            is_last = self._limit is not None and cursor.num_kept + ready >= self._limit
             if ready >= BLOCK_ROWS or is_last:
-                self._check_dropped(read, dropped)
-                yield self._block(parts, given)
-                given, parts = given + ready, []
+                yield self._block(parts, begin, cursor)
                 if is_last:
                     return
-        self._check_dropped(read, dropped)
+                begin, parts = cursor.as_dict(), []
+        self._check_dropped(cursor)
         if sum(map(len, parts)):
-            yield self._block(parts, given)
+            yield self._block(parts, begin, cursor)
 
-    def _check_dropped(self, read: int, dropped: int) -> None:
+    def _block(self, parts: list[Part], begin: dict[str, Any], cursor: Cursor) -> Block:
+        """Put parts together, without what is beyond the limit."""
+        self._check_dropped(cursor)
+        rows = EncodedSet(self.name, parts)
+        if self._limit is not None:
+            rows = EncodedSet(self.name, parts, rows.chosen[: max(0, self._limit - cursor.num_kept)])
+        number = cursor.num_blocks
+        cursor.num_blocks += 1
+        cursor.num_kept += len(rows)
+        cursor.account.num_kept += len(rows)
+        return Block(number, begin, rows)
+
+    def _check_dropped(self, cursor: Cursor) -> None:
+        read, dropped = cursor.num_records, cursor.num_dropped
         if read == dropped:
             raise DataError(f"{self.name}: no row is left, all {read:,} are dropped")
         if dropped > self._max_dropped_fraction * read:
@@ -108,57 +214,58 @@ class StreamedSet:
                 f"data.max_dropped_fraction = {self._max_dropped_fraction:g}"
             )
 
-    def _block(self, parts: list[Part], given: int) -> EncodedSet:
-        """Put parts together, without what is beyond the limit, and account for them."""
-        block = EncodedSet(self.name, parts)
-        if self._limit is not None:
-            block = EncodedSet(self.name, parts, block.chosen[: self._limit - given])
-        self.account.num_kept += len(block)
-        for part in parts:
-            self.account.num_records += part.account.num_records
-            self.account.dropped.update(row.reason for row in part.account.dropped)
-            self.account.first_dropped += part.account.dropped[: 10 - len(self.account.first_dropped)]
-        return block
+    def _parts(self, cursor: Cursor) -> Iterator[Part]:
+        """Take a chunk of each source in turn, as large as its share; the cursor is behind it when it is given."""
+        streams = [self._of(one, taken) for one, taken in zip(self._sources, cursor.taken, strict=True)]
+        while not all(cursor.has_ended):
+            i = cursor.turn
+            cursor.turn = (i + 1) % len(streams)
+            is_counted = self._sources[i].count is not None
+            if is_counted and cursor.has_ended[i]:
+                continue
+            part = next(streams[i], None)
+            if part is None:
+                cursor.has_ended[i] = True
+                if is_counted or all(cursor.has_ended):
+                    continue
+                streams[i], cursor.taken[i] = self._of(self._sources[i], 0), 0
+                part = next(streams[i])  # it had rows before
+            cursor.taken[i] += part.account.num_records
+            cursor.num_records += part.account.num_records
+            cursor.num_dropped += len(part.account.dropped)
+            cursor.account.add(part)
+            yield part
 
-    def _parts(self) -> Iterator[Part]:
-        """Take a chunk of each source in turn, as large as its share."""
-        streams = {i: self._of(one) for i, one in enumerate(self._sources)}
-        ended: set[int] = set()
-        while streams:
-            for i, stream in list(streams.items()):
-                part = next(stream, None)
-                if part is None:
-                    ended.add(i)
-                    if len(ended) == len(self._sources):
-                        return
-                    if self._sources[i].count is not None:
-                        del streams[i]
-                        continue
-                    streams[i] = self._of(self._sources[i])
-                    part = next(streams[i])  # it had rows before
-                yield part
-
-    def _of(self, one: StreamSource) -> Iterator[Part]:
+    def _of(self, one: StreamSource, taken: int) -> Iterator[Part]:
+        """Prepare a source's records behind those taken before."""
         chunk_rows = max(1, round(CHUNK_ROWS * one.share))
-        for chunk in prepared(_records(one.source, one.count), one.recipe, self._num_workers, chunk_rows):
+        records = _records(one.source, taken, one.count)
+        for chunk in prepared(records, one.recipe, self._num_workers, chunk_rows, taken):
             if chunk.bad:
                 raise bad_rows(chunk.bad, len(chunk.bad))
             yield Part([chunk.rows], Account(chunk.num_records, chunk.dropped))
 
 
-def _records(source: Source, count: int | None) -> Iterator[Record | Unreadable]:
-    """Read a source, again from its start where it has fewer rows than `count`.
+def _records(source: Source, taken: int, count: int | None) -> Iterator[Record | Unreadable]:
+    """Read a source behind `taken` records, again from its start where it has fewer than `count`.
+
+    What can't be read is given also where it stands before them: the source may end there.
 
     Raises:
         DataError: where it has none.
     """
-    given = 0
-    while True:
-        before = given
-        for record in islice(source.records(), None if count is None else count - given):
-            given += 1
-            yield record
-        if given == before:
+    skip = taken  # of this reading of the source
+    while count is None or taken < count:
+        size = 0
+        for record in islice(source.records(), None if count is None else skip + count - taken):
+            size += 1
+            if size > skip:
+                taken += 1
+                yield record
+            elif isinstance(record, Unreadable):
+                yield record
+        if not size:
             raise DataError(f"no rows: {source.name}")
-        if count is None or given >= count:
+        if count is None:
             return
+        skip = max(0, skip - size) % size

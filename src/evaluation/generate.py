@@ -24,7 +24,7 @@ class _WhenAsked(StoppingCriteria):
         self._stop = stop
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), bool(self._stop.name), device=input_ids.device)
+        return torch.full((input_ids.shape[0],), bool(self._stop.asked()), device=input_ids.device)
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,12 @@ class Sample:
 
 
 def sample(
-    evaluator: Evaluator, rows: EncodedSet, count: int, step: int, untrained: Sequence[Sample] = ()
+    evaluator: Evaluator, rows: EncodedSet, count: int, step: int, untrained: Sequence[str] = ()
 ) -> list[Sample]:
     """Generate for the first `count` rows of a set; the same prompts and the same random stream every time.
 
     Args:
-        untrained: what was sampled before training, to stand beside.
+        untrained: the texts that were sampled before training, to stand beside.
     """
     opened, closed = evaluator.tags or ("", "")
     chosen = range(min(count, len(rows)))
@@ -59,7 +59,7 @@ def sample(
                 completion.stop_reason,
                 num_opened=text.count(opened) if opened else 0,
                 num_closed=text.count(closed) if closed else 0,
-                untrained=untrained[i].text if untrained else text,
+                untrained=untrained[i] if untrained else text,
             )
         )
     return samples

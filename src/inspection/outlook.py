@@ -15,6 +15,7 @@ import torch
 from src.config.schema import Batching, Device, LoraConfig, MixedPrecision, RunConfig
 from src.data.batching import Plan, Sequences, collate, steps_per_epoch
 from src.data.sets import EncodedSet
+from src.errors import human_bytes
 from src.forecast import (
     Architecture,
     DiskForecast,
@@ -26,9 +27,11 @@ from src.forecast import (
     measure_saved_bytes,
     measured_time_forecast,
     memory_forecast,
+    most_saves,
     time_forecast,
     with_adapter,
 )
+from src.inspection.findings import Finding, Level
 from src.model.adapters import add_adapter
 from src.model.build import build_model
 from src.runtime.session import start_runtime
@@ -115,7 +118,10 @@ def outlook(
     disk = disk_forecast(
         architecture,
         run_dir,
-        load_best_model_at_end=config.checkpoint.load_best_model_at_end,
+        config.optimizer,
+        config.checkpoint,
+        has_metric=_is_metric_given(config),
+        num_saves=most_saves(config.checkpoint, num_steps, per_epoch),
         tokenizer_bytes=tokenizer_bytes,
         merge=config.export.merge,
     )
@@ -144,6 +150,21 @@ def outlook(
         time=ahead,
         measured=measured,
     )
+
+
+def about_disk(disk: DiskForecast) -> list[Finding]:
+    """Warn where the disk has no room for what is known of the run's folder."""
+    if disk.fits:
+        return []
+    text = f"the run may write {human_bytes(disk.total.bytes or 0)}, and {human_bytes(disk.free_bytes)} are free in "
+    text += f"{disk.place}: checkpoint.keep_last, keep_best and newest_optimizer_only decide what checkpoints take"
+    return [Finding(Level.warning, text)]
+
+
+def _is_metric_given(config: RunConfig) -> bool:
+    """Whether an evaluation gives the metric that tells the best checkpoint: its set is one of validation."""
+    metric = config.checkpoint.metric_for_best_model
+    return any(metric.startswith(f"eval/{name}/") for name in config.data.validation_names())
 
 
 def planned_architecture(config: RunConfig, model: Any, new_ids: Sequence[int]) -> Architecture:

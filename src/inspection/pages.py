@@ -8,7 +8,8 @@ from typing import Any
 from src.config.schema import RunConfig, Weights
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
-from src.forecast import Item, human_bytes
+from src.errors import human_bytes
+from src.forecast import Item
 from src.inspection.drawing import Paint, histogram, painted_row
 from src.inspection.findings import Finding, Level, Proof
 from src.inspection.outlook import Outlook

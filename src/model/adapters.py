@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,6 +42,20 @@ class Adapter:
     def save(self, folder: Path) -> None:
         """Write the adapter and the rows of new tokens, nothing of the base."""
         self.peft_model.save_pretrained(folder, save_embedding_layers=False)  # else PEFT writes both whole matrices
+
+    def load(self, folder: Path) -> None:
+        """Put what `save` wrote in the place of this adapter and its rows.
+
+        Raises:
+            ModelError: where it is of another form.
+        """
+        from peft import set_peft_model_state_dict
+
+        saved = load_file(folder / "adapter_model.safetensors")
+        shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        if shapes != {name: tuple(tensor.shape) for name, tensor in self.state().items()}:
+            raise ModelError(f"the adapter in {folder} is of another form than adapter=… and tokens=… make here")
+        set_peft_model_state_dict(self.peft_model, saved)
 
     def state(self) -> dict[str, Tensor]:
         """Give what `save` writes, by its names."""

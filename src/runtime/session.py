@@ -9,7 +9,7 @@ import os
 import random
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -99,6 +99,31 @@ class Runtime:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
 
+    def rng_state(self) -> dict[str, Any]:
+        """Take down where every global generator of this process is."""
+        state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def restore_rng(self, state: Mapping[str, Any]) -> None:
+        """Put every generator where `rng_state` found it; one that there was no device for goes its own way."""
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """Give how fp16 gradients are scaled; None where they are not."""
+        scaler = self._accelerator.scaler
+        return None if scaler is None else scaler.state_dict()
+
+    def restore_scaler(self, state: Mapping[str, Any] | None) -> None:
+        """Go on scaling fp16 gradients as `scaler_state` found it."""
+        if self._accelerator.scaler is not None and state:
+            self._accelerator.scaler.load_state_dict(dict(state))
+
     def synchronize(self) -> None:
         """Wait until the device has done all it was given, so that a clock tells the truth."""
         if self.device.type == "cuda":
@@ -110,6 +135,27 @@ class Runtime:
             return int(torch.cuda.max_memory_allocated(self.device))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rng_as_json(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Give generators' states as plain JSON values, exactly."""
+    version, numbers, gauss = state["python"]
+    kind, keys, *rest = state["numpy"]
+    texts = {name: bytes(state[name].tolist()).hex() for name in ("torch", "cuda") if name in state}
+    return {"python": [version, list(numbers), gauss], "numpy": [kind, keys.tolist(), *rest], **texts}
+
+
+def rng_from_json(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Give back what `rng_as_json` was given."""
+    version, numbers, gauss = given["python"]
+    kind, keys, *rest = given["numpy"]
+    tensors = {
+        name: torch.tensor(list(bytes.fromhex(given[name])), dtype=torch.uint8)
+        for name in ("torch", "cuda")
+        if name in given
+    }
+    numpy_state = (kind, np.array(keys, dtype=np.uint32), *rest)
+    return {"python": (version, tuple(numbers), gauss), "numpy": numpy_state, **tensors}
 
 
 @contextmanager

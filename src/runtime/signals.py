@@ -1,42 +1,59 @@
-"""Signals that ask a run to stop: SIGINT (Ctrl-C) and SIGTERM. No torch here.
+"""What asks a run to stop: SIGTERM, SIGUSR1, SIGINT (Ctrl-C), and the time that it was given. No torch here.
 
-While a run is being set up nothing is worth waiting for, so the first signal ends it where it is. Once it trains, the
-first signal is a request, which the run follows where it can end properly; a second one ends it at once.
+While a run is being set up nothing is worth waiting for, so a signal ends it where it is. Once it trains, a signal is a
+request, which the run follows where it can end properly. Schedulers repeat theirs, so only a further SIGINT ends the
+run at once.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from src.errors import Interrupted
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether a signal came, and whether the run is at a place where it must be followed at once."""
+    """Whether the run was asked to stop, and whether it is at a place where that must be followed at once."""
 
     def __init__(self) -> None:
         self.name = ""
         self.is_deferred = False
-        """Set once there is something to end properly: a signal is then followed by the next `check`."""
+        """Set once there is something to end properly: a request is then followed by the next `check`."""
+        self._deadline: float | None = None
+        self._limit = 0.0
+
+    def allow(self, seconds: float | None) -> None:
+        """Have the run stop by itself after so many seconds from now; None: it may take as long as it takes."""
+        self._limit = seconds or 0.0
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+
+    def asked(self) -> str:
+        """Name what asked the run to stop; '' where nothing did."""
+        if not self.name and self._deadline is not None and time.monotonic() >= self._deadline:
+            self.name = f"training.max_seconds = {self._limit:g}"
+        return self.name
 
     def check(self) -> None:
-        """Come out of the run here, if a signal asked for it.
+        """Come out of the run here, if something asked for it.
 
         Raises:
-            Interrupted: naming the signal.
+            Interrupted: naming what asked.
         """
-        if self.name:
-            raise Interrupted(self.name)
+        if name := self.asked():
+            raise Interrupted(name)
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         if self.name:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.name = signal.Signals(number).name
         if not self.is_deferred:
             self.check()
@@ -44,7 +61,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Take over SIGINT and SIGTERM until the end of the block; only Python's main thread can."""
+    """Take over the signals until the end of the block; only Python's main thread can."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -22,6 +22,7 @@ class Console:
         self._line_open = False
         self._last_refresh = 0.0
         self._started: float | None = None
+        self._first_step = 0
 
     def say(self, text: str = "") -> None:
         """Print a line that stays."""
@@ -60,13 +61,13 @@ class Console:
         """Show how far training is; time left is judged by all that happened so far, evaluations included."""
         elapsed = time.monotonic()
         if self._started is None:
-            self._started = elapsed
-        spent = elapsed - self._started
-        left = spent / (step - 1) * (num_steps - step) if step > 1 else 0.0
+            self._started, self._first_step = elapsed, step
+        spent, done = elapsed - self._started, step - self._first_step
+        left = spent / done * (num_steps - step) if done else 0.0
         width = len(str(num_steps))
         line = (
             f"step {step:>{width}}/{num_steps}  loss {loss:.4f}  lr {lr:.1e}  {tokens_per_second:>7,.0f} tokens/s"
-            f"  {clock(left) if step > 1 else '?'} left"
+            f"  {clock(left) if done else '?'} left"
         )
         if not self._is_live:
             if logged:

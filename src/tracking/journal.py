@@ -1,7 +1,10 @@
 """The run's folder: the truth about a run, readable while it runs and whole after it died. No torch here.
 
 A lock guards the folder against a second process; the operating system lets go of it when the process ends, however
-that happens. Every file but the two that grow is written beside and renamed, so that none is ever seen half written.
+that happens. Every file but those that grow is written beside and renamed, so that none is ever seen half written.
+
+A line of metrics.jsonl says that its step is over, evaluation and samples included. A run that goes on from a
+checkpoint cuts off what was logged of later steps, and does again what was not over.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,22 @@ FILES = (
 """What a run's folder holds; `force=true` removes these and nothing else."""
 
 LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a start of a run begins.
+
+    `step` is that of the checkpoint it goes on from; None: it begins at the beginning. `changed` are keys of the
+    configuration that are other ones than in that checkpoint, with their new values. `may_begin_again` allows to do a
+    run again that was stopped before there was a checkpoint. `is_own` is false where the checkpoint is another run's.
+    """
+
+    step: int | None = None
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    may_begin_again: bool = True
+    is_own: bool = True
+    force: bool = False
 
 
 class RunFolder:
@@ -69,14 +89,52 @@ class RunFolder:
         self._status |= changes | {"step": self.step, "updated": now()}
         self.write_json("status.json", self._status)
 
-    def begin(self, frozen: Mapping[str, Any]) -> None:
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Give the lines of a file that grows, without one that a dying process did not finish."""
+        try:
+            text = (self.path / name).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in text.split("\n")[:-1]:
+            try:
+                found.append(json.loads(line))
+            except ValueError:  # nothing behind it counts: lines are written in order
+                break
+        return found
+
+    def cut(self, name: str, last: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Take the lines of steps behind `last` out of a file that grows; gives those that stay, and those taken."""
+        if not (self.path / name).exists():
+            return [], []
+        lines = self.lines(name)
+        kept = [line for line in lines if line["step"] <= last]
+        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in kept)
+        write_atomically(self.path / name, text)
+        return kept, [line for line in lines if line["step"] > last]
+
+    def sync(self) -> None:
+        """Have all lines be on the disk when this returns."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (self.path / name).exists():
+                with open(self.path / name, "rb") as file:
+                    os.fsync(file.fileno())
+
+    def begin(self, frozen: Mapping[str, Any], start: Start) -> None:
         """Write down that a run starts here, and with what."""
-        write_atomically(self.path / "config.yaml", yaml.safe_dump(dict(frozen), sort_keys=False, allow_unicode=True))
-        self.append(
-            "starts.jsonl",
-            {"time": now(), "command": sys.orig_argv, "config_hash": self._config_hash, "resumed_step": None},
-        )
-        self.set_status(state="RUNNING", cause=None, started=now(), ended=None, **_identity())
+        if not (self.path / "config.yaml").exists():
+            text = yaml.safe_dump(dict(frozen), sort_keys=False, allow_unicode=True)
+            write_atomically(self.path / "config.yaml", text)
+        began = now()
+        line = {"time": began, "command": sys.orig_argv, "config_hash": self._config_hash}
+        _end_last_line(self.path / "starts.jsonl")
+        self.append("starts.jsonl", line | {"resumed_step": start.step, "changed": dict(start.changed)})
+        self.step = start.step or 0
+        before = read_status(self.path)
+        kept = {key: before[key] for key in ("started", "tracker_run_id") if key in before}
+        self.set_status(state="RUNNING", cause=None, how_to_go_on=None, started=began, ended=None, **_identity())
+        if kept:
+            self.set_status(**kept)
 
     def end(self, error: BaseException | None) -> None:
         """Write down how the run ended; a disk that is full must not hide the error that ended it."""
@@ -86,8 +144,9 @@ class RunFolder:
             state, cause = "PREEMPTED", f"stopped by {error if isinstance(error, Interrupted) else 'Ctrl-C, at once'}"
         else:
             state, cause = "FAILED", f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+        how = None if error is None else f"make resume run={self.path}"
         try:
-            self.set_status(state=state, cause=cause, ended=now())
+            self.set_status(state=state, cause=cause, how_to_go_on=how, ended=now())
             for call in self.at_end:
                 call()
         except OSError as problem:
@@ -107,8 +166,18 @@ def read_status(path: Path) -> dict[str, Any]:
 def last_config_hash(path: Path) -> str | None:
     """Give the configuration's hash of the last start in a folder; None where there is none."""
     file = path / "starts.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return json.loads(lines[-1])["config_hash"] if lines else None
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
+    for line in reversed(lines):
+        with suppress(ValueError, LookupError, TypeError):  # one that a dying process did not finish
+            return json.loads(line)["config_hash"]
+    return None
+
+
+def _end_last_line(file: Path) -> None:
+    """Have a line that a dying process did not finish be a line of its own."""
+    if file.exists() and not file.read_bytes().endswith(b"\n"):
+        with open(file, "ab") as ended:
+            ended.write(b"\n")
 
 
 def is_finished(path: Path) -> bool:
@@ -118,11 +187,16 @@ def is_finished(path: Path) -> bool:
 
 @contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Hold a folder that exists against every other process, until the block ends or the process dies.
+    """Hold a run's folder against every other process, until the block ends or the process dies; makes it.
 
     Raises:
-        RunFolderError: naming the process that holds it.
+        RunFolderError: where it can't be made, or naming the process that holds it.
     """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / LOCK).touch()
+    except OSError as error:
+        raise RunFolderError(f"the run's folder {path} can't be made: {error.strerror}") from error
     with open(path / LOCK, "a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,46 +212,62 @@ def hold(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_run_folder(path: Path, frozen: Mapping[str, Any], config_hash: str, *, force: bool) -> Iterator[RunFolder]:
-    """Make and hold a run's folder; how the block ends is how the run ended, in status.json.
+def open_run_folder(path: Path, frozen: Mapping[str, Any], config_hash: str, start: Start) -> Iterator[RunFolder]:
+    """Begin in a run's folder that is held; how the block ends is how the run ended, in status.json.
 
     Raises:
-        RunFolderError: where the folder can't be made, another process holds it, or it holds another run.
+        RunFolderError: where the folder holds another run, or one that is not to be gone on with.
     """
+    _clear(path, config_hash, start)
+    folder = RunFolder(path, config_hash)
+    folder.begin(frozen, start)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / LOCK).touch()
-    except OSError as error:
-        raise RunFolderError(f"the run's folder {path} can't be made: {error.strerror}") from error
-    with hold(path):
-        _refuse_leftovers(path, force=force)
-        folder = RunFolder(path, config_hash)
-        folder.begin(frozen)
-        try:
-            yield folder
-        except BaseException as error:
-            folder.end(error)
-            raise
-        folder.end(None)
+        yield folder
+    except BaseException as error:
+        folder.end(error)
+        raise
+    folder.end(None)
 
 
-def _refuse_leftovers(path: Path, *, force: bool) -> None:
+def _clear(path: Path, config_hash: str, start: Start) -> None:
+    """Make room for a start: remove what an earlier one left that is of no use to it.
+
+    Raises:
+        RunFolderError: where that would cost what somebody may want.
+    """
     there = [name for name in FILES if (path / name).exists()]
     if not there:
         return
     if not (path / "status.json").exists():
         raise RunFolderError(f"{path} is no run's folder, but holds {', '.join(there)}; choose another hydra.run.dir")
-    if not force:
-        status = read_status(path)
-        state = status.get("state", "UNKNOWN")  # nobody holds the folder: what was running has died
-        how = f"{'killed' if state == 'RUNNING' else state} at step {status.get('step', 0)}"
-        cause = f", {status['cause']}" if status.get("cause") else ""
+    if start.force:
+        _remove(path, there)
+        return
+    status = read_status(path)
+    step = status.get("step", 0)
+    is_same = last_config_hash(path) == config_hash
+    if start.step is not None and (start.is_own or is_same):
+        return
+    if not start.may_begin_again or (step and not is_same):
+        other = "it was made with another configuration (its config.yaml)"
+        why = other if start.may_begin_again else "checkpoint.resume=never"
         raise RunFolderError(
-            f"{path} holds a run that did not finish ({how}{cause}).\n"
-            "This version keeps no checkpoints to go on from: force=true starts it again and removes what is there "
-            f"({', '.join(there)}), or choose another hydra.run.dir."
+            f"{path} holds a run that did not finish ({ending(status)}), and {why}.\n"
+            f"force=true starts again and removes what is there ({', '.join(there)}); or choose another hydra.run.dir."
         )
-    for name in there:
+    if not is_same:  # it failed before it trained: what it was asked for has been mended since
+        _remove(path, [name for name in there if name != "starts.jsonl"])
+
+
+def ending(status: Mapping[str, Any]) -> str:
+    """Say how a run that nobody works on ended."""
+    state = status.get("state", "UNKNOWN")  # nobody holds the folder: what was running has died
+    how = f"{'killed' if state == 'RUNNING' else state} at step {status.get('step', 0)}"
+    return how + (f", {status['cause']}" if status.get("cause") else "")
+
+
+def _remove(path: Path, names: Iterable[str]) -> None:
+    for name in names:
         if (path / name).is_dir():
             shutil.rmtree(path / name)
         else:

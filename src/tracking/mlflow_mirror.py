@@ -14,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -71,6 +71,20 @@ class Delivery:
         """Leave word in the folder that MLflow is to have it, even if it is never reached."""
         self._remember()
 
+    def rewind(self, num_kept: int, taken: Sequence[Mapping[str, Any]]) -> None:
+        """Take note that a run goes on behind its first lines of metrics: the others will come again.
+
+        Args:
+            taken: the lines behind those that stay, as they were. What of them MLflow has is not brought again where
+                it comes out the same.
+        """
+        delivered = taken[: max(0, int(self._done["lines"]) - num_kept)]
+        ahead = self._done.get("ahead", {})
+        for line in delivered:
+            ahead.setdefault(str(line["step"]), {}).update(line)
+        lines = min(int(self._done["lines"]), num_kept)
+        self._remember(lines=lines, samples=0, ahead=ahead, artifacts=False, ended=False, running=False)
+
     @property
     def num_pending(self) -> int:
         """How many lines of metrics MLflow does not have yet."""
@@ -85,6 +99,8 @@ class Delivery:
             self._deliver_once("tags", self._log_tags)
         if (self._folder / "data_report.json").exists():
             self._deliver_once("inputs", self._log_inputs)
+        if self._done.get("running") is False:  # it had ended before
+            self._deliver_once("running", lambda: self._client.update_run(self.run_id, status="RUNNING"))
         self._log_metrics()
         self._log_samples()
         state = read_status(self._folder).get("state")
@@ -176,13 +192,18 @@ class Delivery:
         from mlflow.entities import Metric
 
         started = datetime.fromisoformat(read_status(self._folder)["started"]).timestamp()
-        lines = self._lines()[int(self._done["lines"]) :]
+        lines, ahead = self._lines()[int(self._done["lines"]) :], self._done.get("ahead", {})
         for first in range(0, len(lines), LINES_AT_ONCE):
             metrics = []
             for line in lines[first : first + LINES_AT_ONCE]:
                 record = json.loads(line)
                 step, at = record.pop("step"), int(1000 * (started + record.get("perf/elapsed_seconds", 0.0)))
-                metrics += [Metric(plain_name(k), float(v), at, step) for k, v in record.items() if v is not None]
+                has = ahead.get(str(step), {})
+                metrics += [
+                    Metric(plain_name(k), float(v), at, step)
+                    for k, v in record.items()
+                    if v is not None and not (k in has and (k.startswith("perf/") or has[k] == v))
+                ]
             for start in range(0, len(metrics), METRICS_AT_ONCE):
                 self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_AT_ONCE])
             self._remember(lines=int(self._done["lines"]) + len(lines[first : first + LINES_AT_ONCE]))
@@ -198,7 +219,8 @@ class Delivery:
     def _log_samples(self) -> None:
         """Log the samples as a table, anew when there are more, in the form of log_table, which would append."""
         file = self._folder / "samples.jsonl"
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        rows = [json.loads(line) for line in text.split("\n")[:-1]]
         if len(rows) > self._done.get("samples", 0):
             table = {"columns": list(rows[-1]), "data": [list(row.values()) for row in rows]}
             self._client.log_dict(self.run_id, table, "samples.json")
@@ -221,7 +243,7 @@ class Delivery:
         if not file.exists():
             return []
         text = file.read_text(encoding="utf-8")
-        return text[: text.rfind("\n") + 1].splitlines()
+        return text.split("\n")[:-1]
 
     def _read(self, name: str) -> dict[str, Any] | None:
         file = self._folder / name
@@ -231,9 +253,11 @@ class Delivery:
 class MlflowMirror:
     """A delivery that runs beside the training, in a thread of its own."""
 
-    def __init__(self, config: MlflowConfig, folder: Path) -> None:
+    def __init__(self, config: MlflowConfig, folder: Path, *, waits: bool = False) -> None:
         self._delivery = Delivery(config, folder)
         self._delivery.begin()
+        self._waits = waits
+        """Whether it is not known yet which lines of the folder stay."""
         self.uri = config.uri
         self._is_local = config.uri.startswith("sqlite:")
         self._changed = threading.Event()
@@ -250,7 +274,15 @@ class MlflowMirror:
 
     def poke(self) -> None:
         """Say that the folder changed; returns at once."""
-        self._changed.set()
+        if not self._waits:
+            self._changed.set()
+
+    def rewind(self, num_kept: int, taken: Sequence[Mapping[str, Any]]) -> None:
+        """See Delivery.rewind; before anything was delivered by this start."""
+        if self._waits:
+            self._delivery.rewind(num_kept, taken)
+            self._waits = False
+            self.poke()
 
     def close(self) -> str:
         """Deliver the rest, as long as something is being delivered, and give what is left undone in words, or ''."""

@@ -36,6 +36,9 @@ PATHS_AND_TRACKING = ("name", "force", "rerun", "tracking")
 def config_hash(frozen: Mapping[str, Any]) -> str:
     """Give a hash of what a configuration computes: without names, folders and tracking. 16 hex digits."""
     computed = {key: value for key, value in frozen.items() if key not in PATHS_AND_TRACKING}
+    if isinstance(checkpoint := computed.get("checkpoint"), Mapping):
+        how = ("resume", "allow_changed")
+        computed["checkpoint"] = {key: value for key, value in checkpoint.items() if key not in how}
     return hashlib.sha256(json.dumps(computed, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

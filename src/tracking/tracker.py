@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from src.config.schema import MlflowConfig, TrackingConfig, greater_is_better
 from src.tracking.console import Console
-from src.tracking.journal import RunFolder, hold, open_run_folder
+from src.tracking.journal import RunFolder, Start, hold, open_run_folder
 from src.tracking.mlflow_mirror import MlflowMirror
 from src.tracking.provenance import config_hash
 
@@ -21,8 +22,11 @@ UNSHOWN = ("best/", "tokens/")
 class StepLike(Protocol):
     """What is shown and written of a training step."""
 
-    number: int
-    lr: float
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def lr(self) -> float: ...
 
     @property
     def loss(self) -> float: ...
@@ -31,6 +35,14 @@ class StepLike(Protocol):
     def tokens_per_second(self) -> float: ...
 
     def collect(self) -> dict[str, float]: ...
+
+
+@dataclass
+class Line:
+    """What is measured and sampled after a step."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: Sequence[Any] = ()
 
 
 class Tracker:
@@ -49,6 +61,15 @@ class Tracker:
         return self._folder.path
 
     @property
+    def tracker_run_id(self) -> str | None:
+        """The run's id in MLflow; None where it has none yet."""
+        return self._mirror.run_id if self._mirror else None
+
+    def sync(self) -> None:
+        """Have all that was logged be on the disk when this returns."""
+        self._folder.sync()
+
+    @property
     def latest(self) -> dict[str, float]:
         """The last value of every metric so far."""
         return dict(self._last)
@@ -57,6 +78,11 @@ class Tracker:
         """Keep a whole file, such as provenance.json."""
         self._folder.write_json(name, content)
         self._poke()
+
+    def record_once(self, name: str, content: Mapping[str, Any]) -> None:
+        """Keep a whole file, unless an earlier start of this run did."""
+        if not (self.folder / name).exists():
+            self.record(name, content)
 
     def describe(self, overview: Mapping[str, str]) -> None:
         """Show what was assembled."""
@@ -77,19 +103,39 @@ class Tracker:
         logged = step.number % logging_steps == 0 or step.number == num_steps
         self.console.progress(step.number, num_steps, step.loss, step.lr, step.tokens_per_second, logged=logged)
 
-    @contextmanager
-    def line(self, step: StepLike, *, due: bool) -> Iterator[dict[str, float]]:
-        """Collect what is measured after a step, and write its line when the block ends, also when it is cut short.
+    def go_on_from(self, step: int, *, is_end: bool) -> list[dict[str, Any]]:
+        """Take out of the journal what comes again: all behind a step, and of the step itself what was not over.
 
         Args:
-            due: whether there is a line even if nothing was measured.
+            is_end: whether it is the run's last step, which is done with only when the run is.
+        Returns: the lines of metrics that stay.
         """
-        measured: dict[str, float] = {}
-        try:
-            yield measured
-        finally:
-            if measured or due:
-                self.log(step.number, step.collect() | measured)
+        is_over = not is_end and any(line["step"] == step for line in self._folder.lines("metrics.jsonl"))
+        last = step if is_over else step - 1
+        self._folder.cut("samples.jsonl", last)
+        kept, taken = self._folder.cut("metrics.jsonl", last)
+        if self._mirror:
+            self._mirror.rewind(len(kept), taken)
+        for line in kept:
+            self._note({name: value for name, value in line.items() if name != "step" and value is not None})
+        self._started -= self._last.get("perf/elapsed_seconds", 0.0)
+        self._folder.step = step
+        return kept
+
+    @contextmanager
+    def line(self, step: StepLike, *, due: bool) -> Iterator[Line]:
+        """Collect what is measured and sampled after a step; it is written when the block has come to its end.
+
+        Args:
+            due: whether there is a line of metrics even if nothing was measured.
+        """
+        line = Line()
+        yield line
+        for sample in line.samples:  # before the line of metrics, which says that the step is over
+            self._folder.append("samples.jsonl", sample.as_dict())
+        if line.metrics or due:
+            self.log(step.number, step.collect() | line.metrics)
+        self.console.samples(line.samples)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line of metrics; called once a step, when the step is over, evaluation included."""
@@ -99,19 +145,16 @@ class Tracker:
         self._folder.step = step
         if evaluated := {name: value for name, value in metrics.items() if name.startswith("eval/")}:
             self.console.evaluation(step, evaluated)
+        self._note(metrics)
+        self._folder.set_status()
+        self._poke()
+
+    def _note(self, metrics: Mapping[str, float]) -> None:
         self._last |= metrics
         for name, value in metrics.items():
             if name.startswith("eval/"):
                 better = max if greater_is_better(name) else min
                 self._best[f"best/{name}"] = better(self._best.get(f"best/{name}", value), value)
-        self._folder.set_status()
-        self._poke()
-
-    def samples(self, samples: Sequence[Any]) -> None:
-        """Keep generated samples and show them."""
-        for sample in samples:
-            self._folder.append("samples.jsonl", sample.as_dict())
-        self.console.samples(samples)
 
     def finish(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Write summary.json: the last value of every metric, the best ones, and the run's totals."""
@@ -131,15 +174,16 @@ class Tracker:
 
 @contextmanager
 def open_tracking(
-    config: TrackingConfig, run_dir: Path, frozen: Mapping[str, Any], console: Console, *, force: bool
+    config: TrackingConfig, run_dir: Path, frozen: Mapping[str, Any], console: Console, start: Start
 ) -> Iterator[Tracker]:
-    """Hold the run's folder and follow the run to its end, however it ends.
+    """Follow a run to its end, however it ends, in a folder that is held.
 
     Raises:
-        RunFolderError: where the folder can't be made, is in use, or holds another run.
+        RunFolderError: where the folder holds another run, or one that is not to be gone on with.
     """
-    with open_run_folder(run_dir, frozen, config_hash(frozen), force=force) as folder:
-        mirror = MlflowMirror(config, run_dir) if isinstance(config, MlflowConfig) else None
+    with open_run_folder(run_dir, frozen, config_hash(frozen), start) as folder:
+        waits = (run_dir / "tracking.json").exists()
+        mirror = MlflowMirror(config, run_dir, waits=waits) if isinstance(config, MlflowConfig) else None
         if mirror:
             folder.at_end.append(lambda: _close(mirror, folder, console))
         yield Tracker(folder, console, mirror)

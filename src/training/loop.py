@@ -15,62 +15,30 @@ from src.data.dataset import TrainSet
 from src.data.sets import EncodedSet
 from src.errors import NonFiniteLossError, listed
 from src.runtime.session import Runtime
-from src.training.loss import span_losses, step_objective, sum_of_weights
-from src.training.state import TrainState
-
-
-@dataclass
-class Meter:
-    """Sums since the last line of metrics, so that a line holds means over all that happened since the one before."""
-
-    nll: float = 0.0
-    num_supervised: float = 0.0
-    thought_nll: float = 0.0
-    num_thought: float = 0.0
-    objective: float = 0.0
-    num_steps: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def loss(self) -> float:
-        """Mean nats per supervised token since the last line."""
-        return self.nll / self.num_supervised if self.num_supervised else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.num_tokens / self.seconds if self.seconds else 0.0
-
-    def read(self, *, with_objective: bool) -> dict[str, float]:
-        """Give the means since the last line, and start anew; losses of thoughts and answers where there are thoughts.
-
-        Args:
-            with_objective: whether what is minimised is something else than the loss.
-        """
-        means = {"train/loss": self.loss, "perf/tokens_per_second": self.tokens_per_second}
-        means |= {f"train/{name}": loss for name, loss in self.span_losses().items()}
-        if with_objective:
-            means["train/objective"] = self.objective / max(self.num_steps, 1)
-        vars(self).update(vars(Meter()))
-        return means
-
-    def span_losses(self) -> dict[str, float]:
-        """Give the mean nats per token of thoughts and of answers; nothing where there are no thoughts."""
-        return span_losses(self.nll, self.num_supervised, self.thought_nll, self.num_thought)
+from src.training.loss import step_objective, sum_of_weights
+from src.training.state import Meter, TrainState, Update
 
 
 @dataclass
 class Step:
     """One optimizer update that is over. `number` counts from 1."""
 
-    number: int
-    epoch: int
+    update: Update
     is_last: bool
-    ends_epoch: bool
-    lr: float
-    grad_norm: float
     meter: Meter = field(repr=False)
     with_objective: bool = False
+
+    @property
+    def number(self) -> int:
+        return self.update.number
+
+    @property
+    def epoch(self) -> int:
+        return self.update.epoch
+
+    @property
+    def lr(self) -> float:
+        return self.update.lr
 
     @property
     def loss(self) -> float:
@@ -84,25 +52,30 @@ class Step:
         """Whether something that happens every N steps, or every epoch, or never (None), happens after this step."""
         if every is None:
             return False
-        return self.ends_epoch if every == "epoch" else self.number % int(every) == 0
+        return self.update.ends_epoch if every == "epoch" else self.number % int(every) == 0
 
     def collect(self) -> dict[str, float]:
         """Give the metrics since they were last collected, and start to sum anew."""
         means = self.meter.read(with_objective=self.with_objective)
-        return means | {"train/lr": self.lr, "train/grad_norm": self.grad_norm}
+        return means | {"train/lr": self.update.lr, "train/grad_norm": self.update.grad_norm}
 
 
 def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime, pad_token_id: int) -> Iterator[Step]:
-    """Train to the end, yielding every step; `state` is up to date whenever a step is yielded.
+    """Train to the end, yielding every step; `state` is that after the step whenever one is yielded.
+
+    A run that goes on from a checkpoint yields that one's step first, where it was not over yet.
 
     Raises:
         NonFiniteLossError: before the weights are touched by it.
-        Interrupted: where a signal asked for it; the step that was under way is given up.
+        Interrupted: where something asked for it; the step that was under way is given up, and `state` is as if it had
+            not begun.
     """
-    meter = Meter()
     loss = config.loss
     is_another = loss.reduction is Reduction.sum or loss.thought_weight != 1 or loss.label_smoothing > 0
-    coming = windows(rows, state.plan, config.seed)
+    state.rng = runtime.rng_state()
+    if state.last is not None and not state.is_over:
+        yield Step(state.last, state.step >= state.num_steps, state.meter, is_another)
+    coming = windows(rows, state.plan, config.seed, state.position)
     while state.step < state.num_steps:
         window = next(coming)
         started = time.perf_counter()
@@ -110,20 +83,13 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
             (block, collate(block, sequences, pad_token_id, flat=state.is_flat))
             for block, sequences in window.micro_batches
         ]
-        lr, grad_norm = step_once(state, batches, config, runtime, meter)
+        lr, grad_norm = step_once(state, batches, config, runtime)
         seconds = time.perf_counter() - started
-        meter.seconds += seconds
+        state.meter.seconds += seconds
         state.train_seconds += seconds
-        yield Step(
-            number=state.step,
-            epoch=window.epoch,
-            is_last=state.step >= state.num_steps,
-            ends_epoch=window.ends_epoch,
-            lr=lr,
-            grad_norm=grad_norm,
-            meter=meter,
-            with_objective=is_another,
-        )
+        state.position, state.rng = window.after, runtime.rng_state()
+        state.last = Update(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
+        yield Step(state.last, state.step >= state.num_steps, state.meter, is_another)
 
 
 def step_once(
@@ -131,7 +97,6 @@ def step_once(
     batches: list[tuple[EncodedSet, Batch]],
     config: RunConfig,
     runtime: Runtime,
-    meter: Meter,
 ) -> tuple[float, float]:
     """Do one optimizer update over a window of micro-batches, and give its learning rate and gradient norm.
 
@@ -166,6 +131,7 @@ def step_once(
     state.optimizer.zero_grad(set_to_none=True)
     if not runtime.step_was_skipped():
         state.schedule.step()
+        state.num_schedule_steps += 1
     state.step += 1
     nll, thought_nll, objective, num_tokens, num_rows = runtime.sum(
         [
@@ -176,6 +142,7 @@ def step_once(
             sum(len(batch.rows) for _, batch in batches),
         ]
     )
+    meter = state.meter
     meter.nll += nll
     meter.num_supervised += num_supervised
     meter.thought_nll += thought_nll

@@ -1,27 +1,97 @@
-"""Everything that changes while a run trains, in one place."""
+"""Everything that changes while a run trains, in one place: what a checkpoint holds, and what it gives back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from src.checkpoint.store import Snapshot
 from src.config.schema import Attention, Batching, RunConfig, TrainingConfig
-from src.data.batching import Plan, steps_per_epoch
+from src.data.batching import Plan, Position, steps_per_epoch
 from src.data.dataset import TrainSet
 from src.data.sets import EncodedSet
-from src.errors import ModelError
+from src.errors import CheckpointError, ModelError, listed
 from src.model.build import num_parameters
-from src.runtime.session import Runtime
+from src.runtime.session import Runtime, rng_as_json, rng_from_json
 from src.tokens import WatchedRows, embedding_parameters
 from src.training.head import ScoredModel
-from src.training.optim import build_optimizer, build_schedule
+from src.training.loss import span_losses
+from src.training.optim import (
+    build_optimizer,
+    build_schedule,
+    optimizer_state,
+    restore_optimizer,
+    restore_schedule,
+)
+
+
+@dataclass
+class Meter:
+    """Sums since the last line of metrics, so that a line holds means over all that happened since the one before."""
+
+    nll: float = 0.0
+    num_supervised: float = 0.0
+    thought_nll: float = 0.0
+    num_thought: float = 0.0
+    objective: float = 0.0
+    num_steps: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per supervised token since the last line."""
+        return self.nll / self.num_supervised if self.num_supervised else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+    def read(self, *, with_objective: bool) -> dict[str, float]:
+        """Give the means since the last line, and start anew; losses of thoughts and answers where there are thoughts.
+
+        Args:
+            with_objective: whether what is minimised is something else than the loss.
+        """
+        means = {"train/loss": self.loss, "perf/tokens_per_second": self.tokens_per_second}
+        means |= {f"train/{name}": loss for name, loss in self.span_losses().items()}
+        if with_objective:
+            means["train/objective"] = self.objective / max(self.num_steps, 1)
+        vars(self).update(vars(Meter()))
+        return means
+
+    def span_losses(self) -> dict[str, float]:
+        """Give the mean nats per token of thoughts and of answers; nothing where there are no thoughts."""
+        return span_losses(self.nll, self.num_supervised, self.thought_nll, self.num_thought)
+
+
+@dataclass(frozen=True)
+class Update:
+    """An optimizer update that was done. `number` counts from 1."""
+
+    number: int
+    epoch: int
+    ends_epoch: bool
+    lr: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins: after how many steps, where in its rows, and what the untrained model wrote, if known."""
+
+    step: int = 0
+    position: Position = Position()
+    untrained: Sequence[str] = ()
+    repeats_epoch: bool = False
+    """Whether the epoch that was under way begins again, because its rows come in another order now."""
 
 
 @dataclass
@@ -47,6 +117,106 @@ class TrainState:
     tokens_seen: int = 0
     examples_seen: int = 0
     train_seconds: float = 0.0
+    num_schedule_steps: int = 0
+    """Fewer than `step` where fp16 gradients overflowed."""
+    position: Position = Position()
+    """Where in the data the next step begins."""
+    meter: Meter = field(default_factory=Meter)
+    last: Update | None = None
+    is_over: bool = True
+    """Whether what follows the last step (evaluation, samples, its line of metrics) is done too."""
+    rng: dict[str, Any] = field(default_factory=dict)
+    """Every global generator as it was when the next step began."""
+
+    @property
+    def parameter_names(self) -> dict[int, str]:
+        """Give the name of every trained parameter, each once: id(parameter) -> name."""
+        return {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Give what is trained, and what a forward may change (persistent buffers), by name; no copies."""
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        return trained | _buffers(self.model)
+
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """Give the weights that stay as they are, which no checkpoint holds; no copies."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
+
+    def snapshot(self, runtime: Runtime, beside: Mapping[str, Any]) -> Snapshot:
+        """Give all that is needed to go on from here as if nothing had happened.
+
+        Args:
+            beside: what else is to be kept, as JSON values.
+        """
+        tensors, values = optimizer_state(self._plain_optimizer, self.parameter_names)
+        state = {
+            "step": self.step,
+            "counters": {name: getattr(self, name) for name in COUNTERS},
+            "position": self.position.as_dict(),
+            "meter": asdict(self.meter),
+            "last": None if self.last is None else asdict(self.last),
+            "rng": [rng_as_json(self.rng)],  # of every process
+            "scaler": runtime.scaler_state(),
+            "optimizer": values,
+            "new_rows": self.new_rows.state(),
+        }
+        return Snapshot(self.weights(), tensors, state | dict(beside))
+
+    def only_weights(self, beside: Mapping[str, Any]) -> Snapshot:
+        """Give what an evaluation's weights are kept with."""
+        return Snapshot(self.weights(), None, {"step": self.step, **beside})
+
+    def restore(self, kept: Snapshot, runtime: Runtime) -> None:
+        """Put everything back as it was when a snapshot was taken, but for the position, which `prepare` was given.
+
+        Raises:
+            CheckpointError: where the model is of another form; nothing has been changed then.
+        """
+        state = kept.state
+        self.restore_weights(kept.weights)
+        restore_optimizer(self._plain_optimizer, self.parameter_names, kept.optimizer or {}, state["optimizer"])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        self.step = state["step"]
+        restore_schedule(self.schedule, self.num_schedule_steps)
+        self.meter = Meter(**state["meter"])
+        self.last = None if state["last"] is None else Update(**state["last"])
+        self.new_rows.restore(state["new_rows"])
+        runtime.restore_scaler(state["scaler"])
+        runtime.restore_rng(rng_from_json(state["rng"][0]))
+
+    def settle(self, *, is_over: bool) -> None:
+        """Say whether what follows the last step was done, its line of metrics included, which begins new sums."""
+        self.is_over = is_over
+        if is_over:
+            self.meter = Meter()
+
+    @torch.no_grad()
+    def restore_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights back by name.
+
+        Raises:
+            CheckpointError: where names or shapes are others; nothing has been changed then.
+        """
+        own = self.weights()
+        wrong = [f"{name} is missing there" for name in own.keys() - weights.keys()]
+        wrong += [f"{name} is not trained here" for name in weights.keys() - own.keys()]
+        wrong += [
+            f"{name}: {list(weights[name].shape)} there, {list(own[name].shape)} here"
+            for name in own.keys() & weights.keys()
+            if own[name].shape != weights[name].shape
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"the weights of the checkpoint are not those of this model:\n{listed(sorted(wrong))}"
+            )
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+    @property
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer inside what Accelerate wrapped."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def totals(self) -> dict[str, float]:
         """What was done in all, and to how many parameters.
@@ -65,6 +235,20 @@ class TrainState:
         }
 
 
+COUNTERS = ("tokens_seen", "examples_seen", "train_seconds", "num_schedule_steps")
+"""What a run counts from its first step on."""
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Give a model's persistent buffers by name; those that are computed anew are left out."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer.detach()
+    return found
+
+
 def batch_plan(config: RunConfig) -> Plan:
     """Take from the configuration how rows become micro-batches."""
     training = config.training
@@ -76,12 +260,22 @@ def batch_plan(config: RunConfig) -> Plan:
     )
 
 
-def num_train_steps(config: TrainingConfig, per_epoch: int | None) -> int:
-    """Give the number of optimizer steps of the whole run."""
+def num_train_steps(
+    config: TrainingConfig, per_epoch: int | None, begin: Beginning = Beginning(), left_of_epoch: int | None = None
+) -> int:
+    """Give the number of optimizer steps of the whole run.
+
+    Args:
+        per_epoch: None where the train set is streamed.
+        begin: where the run goes on.
+        left_of_epoch: steps from there to the end of its epoch; None: all of them.
+    """
     if config.max_train_steps:
         return config.max_train_steps
     assert per_epoch is not None  # the gate asks for max_train_steps where the train set is streamed
-    return max(1, math.ceil(config.num_train_epochs * per_epoch))
+    left = per_epoch if left_of_epoch is None else left_of_epoch
+    behind = math.ceil((config.num_train_epochs - begin.position.epoch - 1) * per_epoch)  # of the epochs to come
+    return max(1, begin.step, begin.step + left + behind)
 
 
 def prepare(
@@ -90,18 +284,23 @@ def prepare(
     config: RunConfig,
     runtime: Runtime,
     new_tokens: Mapping[str, int] = MappingProxyType({}),
+    begin: Beginning = Beginning(),
 ) -> TrainState:
     """Place everything on the device and choose how the head is computed.
 
     Args:
         new_tokens: the configuration's tokens and their ids, to be watched.
+        begin: where the run goes on; what it had come to there is restored later.
 
     Raises:
         ModelError: where the weights' type does not go with the precision, or rows can't be packed for this model.
     """
     plan = batch_plan(config)
-    per_epoch = steps_per_epoch(train, plan, config.seed) if isinstance(train, EncodedSet) else None
-    num_steps = num_train_steps(config.training, per_epoch)
+    per_epoch = left = None
+    if isinstance(train, EncodedSet):
+        per_epoch = steps_per_epoch(train, plan, config.seed)
+        left = steps_per_epoch(train, plan, config.seed, begin.position.num_sequences)
+    num_steps = num_train_steps(config.training, per_epoch, begin, left)
     if runtime.scales_gradients and any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
         raise ModelError("fp16 mixed precision scales gradients of float32 weights only: model.dtype=float32")
     if config.model.gradient_checkpointing:
@@ -127,4 +326,5 @@ def prepare(
         per_epoch,
         scored.uses_full_logits,
         WatchedRows(model, new_tokens),
+        position=begin.position,
     )

@@ -1,0 +1,477 @@
+"""What changed between a checkpoint and the run that goes on from it, and what that means. Pure, no torch.
+
+Two comparisons. Configurations say what was asked for, key by key; `EFFECTS` and `JUDGES` hold every key there is.
+Facts say what came of it: which rows, which ids, which weights. A key whose outcome is a fact (files, templates, a
+model's name) is harmless by itself, because the same outcome by another path is no change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from src.config.schema import Batching
+from src.errors import ConfigError
+
+NOT_THERE = "(not there)"
+"""Stands in a Change for the value of a key that one side does not have."""
+LONGEST_VALUE = 48  # characters of a value in a message
+
+
+class Effect(IntEnum):
+    """What a change means, from harmless to impossible."""
+
+    harmless = 0
+    """Needs no leave: nothing changes in what is trained, or the run only gets longer."""
+    rounding = 1
+    """The same computation, rounded otherwise: goes on, said as a warning, no longer bit for bit."""
+    trajectory = 2
+    """What comes is another training: needs checkpoint.allow_changed=true."""
+    impossible = 3
+    """The saved state does not fit: refused, also with allow_changed."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference. `why` is a few words: needed where it is impossible; of what is harmless, what has to be said."""
+
+    key: str
+    before: Any
+    now: Any
+    effect: Effect
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        if self.effect is Effect.impossible and not self.why:
+            raise ValueError(f"{self.key}: what is refused for good needs a reason")
+
+    @property
+    def values(self) -> str:
+        """The key with what it was and is, shortened; of hashes the key alone."""
+        return self.key if self.key in HASHES else f"{self.key}: {_both(self.before, self.now)}"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a configuration came to, where and when a run was trained.
+
+    Args:
+        step: steps done.
+        num_steps: of the whole run.
+        data: digest of the encoded train rows in their order; of a streamed set, of its files and settings.
+        num_rows: of the train set; None where it is streamed.
+        tokenizer: hash of token -> id.
+        frozen_weights: hash of the weights that are not trained, so not in a checkpoint; None where all are trained.
+        device: "cpu" or "cuda".
+        versions: library -> version.
+        architecture: hash of the model's own settings that no shape shows (positions, norms, dropout); None: unknown.
+    """
+
+    step: int
+    num_steps: int
+    data: str
+    num_rows: int | None
+    tokenizer: str
+    frozen_weights: str | None
+    device: str
+    num_processes: int
+    versions: dict[str, str]
+    architecture: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Facts:
+        """Take back what `as_dict` gave; what a later version added is left out.
+
+        Raises:
+            TypeError: where some are missing.
+        """
+        return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given})
+
+
+HASHES = ("data", "tokenizer", "frozen_weights", "architecture")
+"""Facts whose values say nothing to a reader."""
+
+_TABLE: dict[str, dict[Effect, str]] = {
+    "": {
+        Effect.harmless: "name force rerun",
+        Effect.trajectory: "seed",
+    },
+    "model": {
+        # Facts: architecture, tokenizer, frozen_weights
+        Effect.harmless: "checkpoint revision weights use_safetensors",
+        Effect.rounding: "attn_implementation gradient_checkpointing trust_remote_code",
+        Effect.trajectory: "dtype",
+        Effect.impossible: "type",
+    },
+    "quantization": {
+        Effect.trajectory: "load_in_8bit load_in_4bit bnb_4bit_quant_type bnb_4bit_compute_dtype "
+        "bnb_4bit_use_double_quant",
+    },
+    "adapter": {
+        Effect.trajectory: "lora_alpha lora_dropout use_rslora alpha_pattern",
+        Effect.impossible: "type r bias use_dora rank_pattern",
+    },
+    "tokens": {
+        # Facts: tokenizer and data. pad_to_multiple_of makes room only where tokens don't fit, so it need not change
+        # any size: the shapes that are loaded tell
+        Effect.harmless: "additional_special_tokens thought_open thought_close init.method init.text init.descriptions "
+        "pad_to_multiple_of",
+    },
+    "data": {
+        # what shapes the train rows: Facts.data
+        Effect.harmless: "format train_files dataset_name dataset_config_name train_split revision mixture columns "
+        "prompt_template completion_template system_prompt supervised_turns clean_dialogue thoughts thought_pattern "
+        "max_target_length overflow limit validation_fraction "
+        "validation_files test_files validation_split answer_pattern metrics max_dropped_fraction "
+        "preprocessing_num_workers cache_dir",
+        Effect.trajectory: "batching streaming max_seq_length",
+    },
+    "optimizer": {
+        Effect.trajectory: "lr embedding_lr weight_decay betas eps momentum",
+        Effect.impossible: "type",
+    },
+    "scheduler": {Effect.trajectory: "type warmup_ratio warmup_steps min_lr_ratio"},
+    "generation": {
+        Effect.harmless: "max_new_tokens min_new_tokens num_beams do_sample temperature top_k top_p repetition_penalty "
+        "no_repeat_ngram_size",
+    },
+    "tracking": {Effect.harmless: "type uri experiment_name run_name tags log_model"},
+    "training": {
+        Effect.harmless: "max_seconds per_device_eval_batch_size logging_steps",
+        Effect.trajectory: "max_grad_norm mixed_precision",
+    },
+    "loss": {Effect.trajectory: "reduction thought_weight label_smoothing"},
+    "evaluation": {Effect.harmless: "eval_steps metrics max_samples sample_steps sample_prompts"},
+    "checkpoint": {
+        Effect.harmless: "checkpointing_steps keep_last keep_best newest_optimizer_only metric_for_best_model "
+        "greater_is_better load_best_model_at_end resume allow_changed",
+    },
+    "export": {Effect.harmless: "merge"},
+    "runtime": {
+        Effect.harmless: "device",  # Facts: device
+        Effect.rounding: "deterministic",
+    },
+}
+
+EFFECTS: dict[str, Effect] = {
+    f"{section}.{key}".lstrip("."): effect
+    for section, keys_of in _TABLE.items()
+    for effect, keys in keys_of.items()
+    for key in keys.split()
+}
+"""Every key whose effect does not depend on its values, and its effect. One that stands nowhere is `trajectory`."""
+
+_BEGINS = "says how a run begins, so it changes nothing here"
+
+_WHY = {
+    "seed": "the rows come in another order",
+    "model.type": "another network",
+    "model.dtype": "weights of another precision",
+    "model.weights": _BEGINS,
+    "model.trust_remote_code": "other code may compute",
+    "quantization": "other frozen weights, or another precision",
+    "adapter": "another function of the same matrices",
+    "adapter.type": "other weights are trained",
+    "adapter.r": "matrices of another size",
+    "adapter.bias": "other weights are trained",
+    "adapter.use_dora": "other weights are trained",
+    "adapter.rank_pattern": "matrices of another size",
+    "tokens.init.method": _BEGINS,
+    "tokens.init.text": _BEGINS,
+    "tokens.init.descriptions": _BEGINS,
+    "data.batching": "the rows come in another order",
+    "data.streaming": "the rows come in another order",
+    "data.max_seq_length": "packed sequences of another length",
+    "optimizer": "other updates",
+    "optimizer.type": "an optimizer's state fits no other",
+    "scheduler": "other learning rates",
+    "loss": "something else is minimised",
+    "training.max_grad_norm": "other updates",
+    "training.mixed_precision": "computes in another precision",
+}
+"""Reasons by key; those of a section are for its keys that are not harmless and have none."""
+
+Flat = Mapping[str, Any]
+"""A configuration by dotted keys."""
+
+_READ_WHERE: dict[str, Callable[[Flat], bool]] = {
+    "data.max_seq_length": lambda c: c.get("data.batching") == Batching.packed.name,  # else Facts.data says it all
+    "scheduler.warmup_ratio": lambda c: c.get("scheduler.warmup_steps") is None,
+    "tokens.init.text": lambda c: c.get("tokens.init.method") == "text",
+    "tokens.init.descriptions": lambda c: c.get("tokens.init.method") == "description",
+    "quantization.bnb_4bit_quant_type": lambda c: bool(c.get("quantization.load_in_4bit")),
+    "quantization.bnb_4bit_compute_dtype": lambda c: bool(c.get("quantization.load_in_4bit")),
+    "quantization.bnb_4bit_use_double_quant": lambda c: bool(c.get("quantization.load_in_4bit")),
+}
+"""Keys that only count where another has some value; where neither side's counts, a change is harmless."""
+
+Verdict = tuple[Effect, str]
+
+
+def _init_from(key: str, before: Flat, now: Flat) -> Verdict:
+    return Effect.harmless, "" if now[key] is None else _BEGINS
+
+
+def _length(key: str, before: Flat, now: Flat) -> Verdict:
+    """Judge how long the run is: it may get longer. From epochs to steps or back, Facts.num_steps decides."""
+    steps = "training.max_train_steps"
+    if key != steps and (before.get(steps), now.get(steps)) != (None, None):
+        return Effect.harmless, ""
+    if None not in (before[key], now[key]) and now[key] < before[key]:
+        return Effect.trajectory, "a shorter run"
+    return Effect.harmless, "the learning rate's schedule moves to the new end" if _has_end(now) else ""
+
+
+def _has_end(config: Flat) -> bool:
+    """Whether learning rates depend on how many steps there will be."""
+    decays = config.get("scheduler.type") in ("linear", "cosine")
+    return decays or (config.get("scheduler.warmup_steps") is None and bool(config.get("scheduler.warmup_ratio")))
+
+
+def _batch(key: str, before: Flat, now: Flat) -> Verdict:
+    """Judge how a step's rows are cut: the same rows in other micro-batches are the same step.
+
+    Grouping by length and the ends of streamed blocks go by micro-batches, so there the rows are others.
+    """
+    sizes = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+    first, second = ([one.get(size, 1) for size in sizes] for one in (before, now))
+    is_cut_freely = all(
+        one.get("data.batching") != Batching.length_grouped.name and not one.get("data.streaming")
+        for one in (before, now)
+    )
+    if is_cut_freely and first[0] * first[1] == second[0] * second[1]:
+        return Effect.rounding, "the same rows a step, in other micro-batches"
+    return Effect.trajectory, "other rows a step"
+
+
+def _choice(key: str, before: Flat, now: Flat) -> Verdict:
+    """Judge a choice of modules or layers, whose order says nothing; one layer may be named without a list."""
+    chosen = [
+        frozenset(value) if isinstance(value, list) else frozenset([value]) if isinstance(value, int) else value
+        for value in (before[key], now[key])
+    ]
+    return (Effect.harmless, "") if chosen[0] == chosen[1] else (Effect.impossible, "other matrices are trained")
+
+
+def _init_lora_weights(key: str, before: Flat, now: Flat) -> Verdict:
+    """Judge how an adapter began: some move a part of the base into it, which is then missing from the base."""
+    if {"pissa", "olora"} & {before[key], now[key]}:
+        return Effect.impossible, "the base that these matrices belong to is another one"
+    return Effect.harmless, _BEGINS
+
+
+JUDGES: dict[str, Callable[[str, Flat, Flat], Verdict]] = {
+    "init_from": _init_from,
+    "adapter.target_modules": _choice,
+    "adapter.exclude_modules": _choice,
+    "adapter.layers_to_transform": _choice,
+    "adapter.init_lora_weights": _init_lora_weights,
+    "training.num_train_epochs": _length,
+    "training.max_train_steps": _length,
+    "training.per_device_train_batch_size": _batch,
+    "training.gradient_accumulation_steps": _batch,
+}
+"""Keys whose effect depends on the values."""
+
+
+def compare_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Tell every key that differs, in the order of the configuration, also those that one side does not have.
+
+    Args:
+        before, now: whole frozen configurations as plain containers.
+    """
+    first, second = dict(_flat(before)), dict(_flat(now))
+    sections = list(dict.fromkeys(key.partition(".")[0] for key in [*second, *first]))
+    keys = sorted({**second, **first}, key=lambda key: sections.index(key.partition(".")[0]))
+    changes = []
+    for key in keys:
+        then, today = first.get(key, NOT_THERE), second.get(key, NOT_THERE)
+        if then != today:
+            changes.append(Change(key, then, today, *_judge(key, first, second)))
+    return changes
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Give a configuration by dotted keys; a mapping that is the value of a key stays one."""
+    nested = {key.rpartition(".")[0] for key in EFFECTS}
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and (not prefix or key in nested):
+            yield from _flat(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _judge(key: str, before: Flat, now: Flat) -> Verdict:
+    if key not in before or key not in now:
+        return _judge_lone(key, before, now)
+    if key in JUDGES:
+        return JUDGES[key](key, before, now)
+    if key in _READ_WHERE and not any(_READ_WHERE[key](one) for one in (before, now)):
+        return Effect.harmless, ""
+    return _by_table(key)
+
+
+def _by_table(key: str) -> Verdict:
+    if key not in EFFECTS:
+        return Effect.trajectory, "a key that this version does not know"
+    effect = EFFECTS[key]
+    of_section = "" if effect is Effect.harmless else _WHY.get(key.partition(".")[0], "")
+    return effect, _WHY.get(key, of_section)
+
+
+def _judge_lone(key: str, before: Flat, now: Flat) -> Verdict:
+    """Judge a key that one side does not have.
+
+    With another `type` of the section others come and go, and the type says it all. Else one of the two is of another
+    version: null is how a key says nothing, and whether a state fits is found when it is loaded.
+    """
+    kind = f"{key.partition('.')[0]}.type"
+    if before.get(kind) != now.get(kind) or before.get(key, now.get(key)) is None:
+        return Effect.harmless, ""
+    effect = EFFECTS.get(key, Effect.trajectory)
+    return (effect, "") if effect is Effect.harmless else (min(effect, Effect.trajectory), "a key of another version")
+
+
+def compare_facts(before: Facts, now: Facts) -> list[Change]:
+    """Tell what the configurations came to, where it differs.
+
+    Args:
+        before: as the checkpoint has them; its `step` are the steps done.
+        now: of the run that would go on; its `step` is not looked at.
+    """
+    return [
+        Change(key, getattr(before, key), getattr(now, key), *judge(before, now))
+        for key, judge in _FACTS.items()
+        if getattr(before, key) != getattr(now, key) and not (key == "architecture" and _is_unknown(before, now))
+    ] + [
+        Change(f"versions.{name}", then, today, Effect.rounding)
+        for name in {**now.versions, **before.versions}
+        if (then := before.versions.get(name, NOT_THERE)) != (today := now.versions.get(name, NOT_THERE))
+    ]
+
+
+def _is_unknown(before: Facts, now: Facts) -> bool:
+    return before.architecture is None or now.architecture is None
+
+
+def _rows(before: Facts, now: Facts) -> Verdict:
+    if before.num_rows is None or now.num_rows is None:
+        return Effect.trajectory, "the train set is another one, or is read otherwise"
+    return Effect.trajectory, f"the train rows are other ones: {before.num_rows:,} then, {now.num_rows:,} now"
+
+
+def _base(before: Facts, now: Facts) -> Verdict:
+    if before.frozen_weights is None:
+        return Effect.impossible, "all weights were trained then, now some are frozen"
+    if now.frozen_weights is None:
+        return Effect.impossible, "some weights were frozen then, now all are trained"
+    return Effect.trajectory, "the frozen weights are other ones, or were quantised otherwise"
+
+
+def _steps(before: Facts, now: Facts) -> Verdict:
+    if now.num_steps < before.step:
+        return Effect.impossible, f"already {before.step:,} steps done"
+    if now.num_steps < before.num_steps:
+        return Effect.trajectory, "fewer steps in all"
+    return Effect.harmless, ""
+
+
+_FACTS: dict[str, Callable[[Facts, Facts], Verdict]] = {
+    "data": _rows,
+    "tokenizer": lambda before, now: (Effect.impossible, "ids mean other tokens"),
+    "frozen_weights": _base,
+    "architecture": lambda before, now: (Effect.trajectory, "the model's settings (its config.json) are other ones"),
+    "num_steps": _steps,
+    "device": lambda before, now: (Effect.rounding, ""),
+    # each process takes its batches, so a step has other rows
+    "num_processes": lambda before, now: (Effect.trajectory, "other rows a step"),
+}
+
+
+def check(changes: Sequence[Change], *, allow_changed: bool, where: str) -> list[str]:
+    """Refuse what may not change, all of it together, and give warnings of the rest that has to be said.
+
+    Args:
+        allow_changed: whether another training is meant.
+        where: the checkpoint's folder.
+    Raises:
+        ConfigError: naming each change, and what to do.
+    """
+    least = Effect.impossible if allow_changed else Effect.trajectory
+    if refused := [change for change in changes if change.effect >= least]:
+        raise ConfigError(_refusal(refused, where))
+    of = {effect: [change for change in changes if change.effect is effect] for effect in Effect}
+    warnings = []
+    if others := of[Effect.trajectory]:
+        warnings.append(f"what comes after {where} is another training: {_joined(others)}")
+    if rounded := of[Effect.rounding]:
+        warnings.append(f"goes on from {where}, but no longer bit for bit: {_joined(rounded)}")
+    return [*warnings, *(_joined([change]) for change in of[Effect.harmless] if change.why)]
+
+
+def _joined(changes: Sequence[Change]) -> str:
+    return "; ".join(f"{change.values} ({change.why})" if change.why else change.values for change in changes)
+
+
+def _refusal(refused: Sequence[Change], where: str) -> str:
+    impossible = [change for change in refused if change.effect is Effect.impossible]
+    width = min(60, max(len(change.values) for change in refused))
+    lines = [f"Can't go on from {where}: {len(refused)} change{'s' if len(refused) > 1 else ''} since then"]
+    lines += [f"  {change.values:<{width}}   {change.why}".rstrip() for change in refused]
+    if not impossible:
+        lines.append("What comes would be another training: checkpoint.allow_changed=true goes on all the same.")
+    elif len(impossible) < len(refused):
+        for_good = ", ".join(change.key for change in impossible)
+        lines.append(f"The saved state does not fit {for_good}; checkpoint.allow_changed=true is for the rest only.")
+    else:
+        lines.append("The saved state does not fit.")
+    back = "Put it back as it was" if len(refused) == 1 else "Put them back as they were"
+    lines.append(
+        f"{back} to go on with the same training; or start a new run in another hydra.run.dir "
+        f"(init_from={where} gives it these weights)."
+    )
+    return "\n".join(lines)
+
+
+def _both(before: Any, now: Any) -> str:
+    """Write two values so that a reader sees where they differ, also where they are long."""
+    texts = [_text(before), _text(now)]
+    start = 0
+    if max(map(len, texts)) > LONGEST_VALUE:
+        same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+        start = same - 8 if same > LONGEST_VALUE // 2 else 0  # some of what is alike, for orientation
+    ends = ["…" if len(text) > start + LONGEST_VALUE else "" for text in texts]
+    cut = [("…" if start else "") + t[start : start + LONGEST_VALUE] + end for t, end in zip(texts, ends, strict=True)]
+    return " → ".join(cut)
+
+
+def _text(value: Any) -> str:
+    """Write a value as a person would."""
+    is_plain = isinstance(value, str) and value.isprintable() and value == value.strip() != ""
+    return value if is_plain else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def is_reordered(changes: Sequence[Change], now: Mapping[str, Any]) -> bool:
+    """Whether the order of the epoch that is under way can't be continued, so that it begins again.
+
+    Args:
+        changes: of configuration and facts.
+        now: the whole configuration that goes on.
+    """
+    changed = {change.key for change in changes}
+    ordering = {"seed", "data", "data.batching", "data.streaming"}
+    batching = now["data"]["batching"]
+    if batching == Batching.length_grouped.name:
+        ordering.add("training.per_device_train_batch_size")
+    if batching == Batching.packed.name:
+        ordering.add("data.max_seq_length")
+    return bool(changed & ordering)

@@ -1,0 +1,153 @@
+"""What is whole: a checkpoint's list of its files, with sizes and checksums, written last. No torch here.
+
+Checksums (XXH3, 128 bits) are against damage, not against attack. The list itself is in one canonical form with a
+checksum of its own, so that a changed byte anywhere in it is noticed too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+MANIFEST = "manifest.json"
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+FORMAT = 1
+"""Of the files that a manifest lists; one with a higher number was written by a later version."""
+CHUNK_BYTES = 1 << 22
+
+
+class Entry(NamedTuple):
+    """A file as it should be."""
+
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of a checkpoint. Without the optimizer's state a run can't go on from it; its weights are whole.
+
+    `is_save` is false where the weights alone were written, of an evaluation between two saves.
+    """
+
+    step: int
+    files: Mapping[str, Entry]
+    is_save: bool
+
+    @property
+    def is_resumable(self) -> bool:
+        return OPTIMIZER in self.files
+
+    def text(self) -> str:
+        """Give the canonical form."""
+        files = {name: entry._asdict() for name, entry in self.files.items()}
+        listed: dict[str, Any] = {"format": FORMAT, "step": self.step, "is_save": self.is_save, "files": files}
+        own = xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
+        return json.dumps(listed | {"xxh3_128": own}, indent=2) + "\n"
+
+
+def checksum(file: Path) -> str:
+    """Give the checksum of a file's content, 32 hex digits."""
+    hashed = xxhash.xxh3_128()
+    with open(file, "rb") as content:
+        while chunk := content.read(CHUNK_BYTES):
+            hashed.update(chunk)
+    return hashed.hexdigest()
+
+
+def folder_of(folder: Path, step: int) -> Path:
+    """Name a step's checkpoint in a folder of checkpoints."""
+    return folder / f"step-{step:08}"
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Give the step that a folder's name says; None where it is no name that `folder_of` gives."""
+    match = re.fullmatch(r"step-([0-9]+)", checkpoint.name)
+    return int(match[1]) if match and checkpoint == folder_of(checkpoint.parent, int(match[1])) else None
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Give the steps of the checkpoints in a folder, in order, whole or not.
+
+    What goes by another name (step-9, step-00000009.copy) is somebody's own: not found, so not removed either.
+    """
+    found = (step_of(place) for place in folder.glob("step-*") if place.is_dir())
+    return sorted(step for step in found if step is not None)
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read what a checkpoint should hold.
+
+    Raises:
+        ValueError: naming the manifest and what is wrong with it.
+    """
+    try:
+        text = (checkpoint / MANIFEST).read_bytes().decode()  # as it is: read_text would take \r for \n
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{MANIFEST} can't be read ({type(error).__name__})") from error
+    try:
+        found = json.loads(text)
+        is_later = found["format"] > FORMAT  # whose form is not known
+        files = {} if is_later else {name: Entry(**entry) for name, entry in found["files"].items()}
+        manifest = None if is_later else Manifest(found["step"], files, found["is_save"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} is damaged") from error
+    if manifest is None:
+        raise ValueError(f"{MANIFEST} is of a later version of Towline (format {found['format']}, known: {FORMAT})")
+    if manifest.text() != text:
+        raise ValueError(f"{MANIFEST} is damaged")
+    return manifest
+
+
+def problems_of(checkpoint: Path) -> Iterator[str]:
+    """Tell what is wrong with a checkpoint, file by file; every byte is read. Nothing where it is whole."""
+    try:
+        manifest = read_manifest(checkpoint)
+    except ValueError as error:
+        yield str(error)
+        return
+    if step_of(checkpoint) not in (None, manifest.step):
+        yield f"{MANIFEST} is of step {manifest.step:,}"
+    for name, entry in manifest.files.items():
+        file = checkpoint / name
+        try:
+            size = file.stat().st_size
+            if size != entry.bytes:
+                yield f"{name} has {size:,} bytes instead of {entry.bytes:,}"
+            elif checksum(file) != entry.xxh3_128:
+                yield f"{name} is damaged: its content does not have the checksum that it was written with"
+        except FileNotFoundError:
+            yield f"{name} is missing"
+        except OSError as error:
+            yield f"{name} can't be read: {error.strerror}"
+
+
+def is_resumable(checkpoint: Path) -> bool:
+    """Whether a run could go on from a checkpoint, by its manifest alone."""
+    try:
+        return read_manifest(checkpoint).is_resumable
+    except ValueError:
+        return False
+
+
+def newest_resumable(folder: Path) -> int | None:
+    """Give the last step in a folder that a run could go on from, by the manifests alone."""
+    return next((step for step in reversed(steps_in(folder)) if is_resumable(folder_of(folder, step))), None)
+
+
+def sync(place: Path) -> None:
+    """Have what was written to a file, or renamed in a folder, be on the disk when this returns."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,138 @@
+"""Where a run begins: at the beginning, or at a checkpoint. No torch here, so that a refusal costs nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from src.checkpoint.contract import Change, check, compare_configs
+from src.checkpoint.manifest import STATE, folder_of, is_resumable, problems_of, read_manifest, steps_in
+from src.config.schema import CheckpointConfig
+from src.errors import CheckpointError, listed
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run goes on from, and what has changed since; None and nothing where it begins anew."""
+
+    checkpoint: Path | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """What the checkpoint says beside its tensors."""
+    changes: Sequence[Change] = ()
+    """Keys of the configuration that differ."""
+    warnings: Sequence[str] = ()
+    is_own: bool = False
+    """Whether it is in the run's own folder."""
+
+    @property
+    def step(self) -> int | None:
+        """The step that the run goes on behind; None: it begins anew."""
+        return None if self.checkpoint is None else int(self.state["step"])
+
+    @property
+    def own_step(self) -> int | None:
+        """The same, of a checkpoint in the run's own folder."""
+        return self.step if self.is_own else None
+
+
+def find_origin(config: CheckpointConfig, frozen: Mapping[str, Any], run_dir: Path, *, force: bool) -> Origin:
+    """Find the newest whole checkpoint that a run can go on from, every byte of it read, and compare configurations.
+
+    The run's own folder comes first: a run that went on from another's checkpoint, and was stopped in its turn, goes on
+    with its own. Only a checkpoint of its own that is named is taken before a newer one.
+
+    Args:
+        frozen: the whole configuration, as plain containers.
+        force: begin anew, whatever is there.
+    Raises:
+        CheckpointError: where there are checkpoints, but none is whole.
+        ConfigError: where the configuration has changed too much.
+    """
+    if force or config.resume == "never":
+        return Origin()
+    own, given = run_dir / "checkpoints", config.resume_from
+    warnings: list[str] = []
+    is_own = True
+    if given is not None and given.resolve().parent == own.resolve():
+        found: Path | None = _named(given)
+    else:
+        advice = "force=true starts again at the beginning and removes what is there; or choose another hydra.run.dir"
+        found = _newest(own, warnings, advice)
+        if found is not None and given is not None and given.resolve() != run_dir.resolve():
+            warnings.append(f"the run goes on with its own {found}, not with checkpoint.resume = {given}")
+        elif found is None and given is not None:
+            found, is_own = _of(given, warnings), False
+    if found is None:
+        return Origin()
+    state = json.loads((found / STATE).read_text(encoding="utf-8"))
+    changes = compare_configs(state["config"], frozen)
+    warnings += check(changes, allow_changed=config.allow_changed, where=str(found))
+    return Origin(found, state, changes, warnings, is_own)
+
+
+def newest_weights(folder: Path) -> Path:
+    """Give the newest whole checkpoint of a run's folder, or the one that the folder is; it may hold weights only.
+
+    Raises:
+        CheckpointError: where there is none.
+    """
+    if (folder / "manifest.json").exists():
+        if problems := list(problems_of(folder)):
+            raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
+        return folder
+    places = [folder_of(folder / "checkpoints", step) for step in reversed(steps_in(folder / "checkpoints"))]
+    damaged = []
+    for place in places:
+        problems = list(problems_of(place))
+        if not problems:
+            return place
+        damaged.append(f"{place} is damaged ({'; '.join(problems)})")
+    raise CheckpointError(f"{folder} has no whole checkpoint{':' if damaged else ''}\n{listed(damaged)}".strip())
+
+
+def _of(given: Path, warnings: list[str]) -> Path:
+    """Give the checkpoint that a folder is, or the newest whole one of the run whose folder it is."""
+    if not (given / "checkpoints").is_dir():
+        return _named(given)
+    found = _newest(given / "checkpoints", warnings, "checkpoint.resume=auto starts at the beginning")
+    if found is None:
+        raise CheckpointError(f"{given} has no checkpoint that a run could go on from")
+    return found
+
+
+def _named(checkpoint: Path) -> Path:
+    if problems := list(problems_of(checkpoint)):
+        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}")
+    if not is_resumable(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint} holds weights only, so no run can go on from it; init_from={checkpoint} starts a new run "
+            "with them"
+        )
+    return checkpoint
+
+
+def _newest(folder: Path, warnings: list[str], advice: str) -> Path | None:
+    """Give the newest whole checkpoint in a folder; damaged ones are told.
+
+    Args:
+        advice: what to do where there is none.
+    Raises:
+        CheckpointError: where all that there are are damaged.
+    """
+    damaged: list[str] = []
+    for step in reversed(steps_in(folder)):
+        place = folder_of(folder, step)
+        problems = list(problems_of(place))
+        if not problems and read_manifest(place).is_resumable:
+            warnings += [f"{told}; passed over" for told in damaged]
+            return place
+        if problems:
+            damaged.append(f"{place} is damaged ({'; '.join(problems)})")
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint of {folder.parent} that a run could go on from is whole:\n{listed(damaged)}\n{advice}"
+        )
+    return None

@@ -1,0 +1,362 @@
+"""Saving: checkpoints of a run, each whole or not there at all; which of them stay; the best weights.
+
+A save returns when its bytes are with the operating system. A thread of its own then has them written to the disk,
+reads them back, lists them (src.checkpoint.manifest), puts the folder into its place, and only then removes what is
+not to be kept. So training waits for a copy in memory, not for the disk. Safetensors and JSON, nothing pickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from src.checkpoint.manifest import (
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    Entry,
+    Manifest,
+    checksum,
+    folder_of,
+    is_resumable,
+    newest_resumable,
+    problems_of,
+    read_manifest,
+    steps_in,
+    sync,
+)
+from src.config.schema import CheckpointConfig
+from src.errors import CheckpointError, DiskFullError, human_bytes
+
+SMALL_BYTES = 100_000
+"""What state.json and manifest.json take at most, and what a file system needs beside."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds: tensors by name, and all else as plain JSON values.
+
+    `optimizer` is None where only weights are kept.
+    """
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor] | None
+    state: Mapping[str, Any]
+
+    def files(self) -> dict[str, Mapping[str, Tensor]]:
+        return {WEIGHTS: self.weights} | ({} if self.optimizer is None else {OPTIMIZER: self.optimizer})
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.nbytes for tensors in self.files().values() for t in tensors.values())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Give a hash of names, types, shapes and contents, 32 hex digits."""
+    hashed = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        if tensor.numel():
+            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            hashed.update(content.data)
+    return hashed.hexdigest()
+
+
+def read_snapshot(checkpoint: Path) -> Snapshot:
+    """Load a checkpoint, onto the CPU.
+
+    Raises:
+        CheckpointError: where it is not whole.
+    """
+    refuse_damaged(checkpoint)
+    optimizer = load_file(checkpoint / OPTIMIZER) if is_resumable(checkpoint) else None
+    return Snapshot(load_file(checkpoint / WEIGHTS), optimizer, read_state(checkpoint))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Give what a checkpoint says beside its tensors."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def refuse_damaged(checkpoint: Path) -> None:
+    """See that every byte of a checkpoint is as it was written.
+
+    Raises:
+        CheckpointError: naming the files that are not.
+    """
+    if problems := list(problems_of(checkpoint)):
+        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `checkpoints/` of its folder. Built by `open_checkpoints`.
+
+    Args:
+        before: called by the thread that completes a save, before it does.
+    """
+
+    def __init__(self, config: CheckpointConfig, folder: Path, before: Callable[[], None] = lambda: None) -> None:
+        self._config = config
+        self._folder = folder
+        self._before = before
+        self._umask = os.umask(0)
+        os.umask(self._umask)
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._present: set[int] = set()
+        """Steps whose weights are in the folder, or on their way."""
+        self._ranking: list[tuple[float, int]] = []
+        """Value and step of the best evaluations, the best first, of equals the first; at most keep_best."""
+        self._best_at_save: set[int] = set()
+        """The steps of the best evaluations when the run was last saved: what a run that goes on from there needs."""
+        self.newest: int | None = None
+        """The last step that the run can go on from."""
+
+    def recall(self, lines: Iterable[Mapping[str, Any]], newest: int | None) -> list[str]:
+        """Take up what earlier starts left; gives warnings.
+
+        Args:
+            lines: the lines of metrics so far.
+            newest: the step of this folder that the run goes on from; None where it begins, or comes from elsewhere.
+        """
+        if newest is not None:
+            for step in steps_in(self._folder):
+                if step > newest:  # of a course that was left; the lines behind `newest` are gone too
+                    _remove(self._at(step))
+            if is_resumable(self._at(newest)):  # else it is a copy by another name
+                self.newest, self._present = newest, {newest}
+        for line in lines:
+            self._rank(int(line["step"]), line)
+        problems = {step: next(problems_of(folder_of(self._folder, step)), None) for _, step in self._ranking}
+        lost = {step: problem for step, problem in problems.items() if problem is not None}
+        self._present |= problems.keys() - lost.keys()
+        self._ranking = [(value, step) for value, step in self._ranking if step not in lost]
+        self._best_at_save = self._best_steps
+        return [f"the weights of step {step}, among the best so far, are lost: {lost[step]}" for step in lost]
+
+    def save(self, step: int, take: Callable[[], Snapshot]) -> None:
+        """Save a step, so that the run can go on from it; one that is saved already is left as it is.
+
+        Args:
+            take: gives what is to be saved.
+        Raises:
+            DiskFullError: naming what it needs and what there is; earlier checkpoints are as they were.
+        """
+        if step != self.newest:
+            best = self._best_at_save = self._best_steps
+            self._write(step, take(), lambda: self._tidy(step, best))
+            self.newest = step
+
+    def consider(self, step: int, metrics: Mapping[str, Any], take: Callable[[], Snapshot]) -> None:
+        """Keep the weights of an evaluation that is among the best so far.
+
+        Args:
+            take: gives the weights, where they have to be written.
+        """
+        if self._rank(step, metrics) and step not in self._present:
+            newest, best = self.newest, self._best_steps | self._best_at_save
+            self._write(step, take(), lambda: self._tidy(step, best, newest))
+
+    @property
+    def _best_steps(self) -> set[int]:
+        return {step for _, step in self._ranking}
+
+    def _rank(self, step: int, metrics: Mapping[str, Any]) -> bool:
+        value = metrics.get(self._config.metric_for_best_model)
+        if value is None or not math.isfinite(value):
+            return False
+        ranking = sorted([*self._ranking, (value, step)], key=lambda one: self._order(*one))
+        self._ranking = ranking[: self._config.keep_best]
+        return (value, step) in self._ranking
+
+    def _order(self, value: float, step: int) -> tuple[float, int]:
+        return (-value if self._config.is_greater_better else value), step
+
+    @property
+    def best(self) -> int | None:
+        """The step of the best evaluation so far; None where there was none."""
+        return self._ranking[0][1] if self._ranking else None
+
+    def best_weights(self) -> dict[str, Tensor]:
+        """Load the best evaluation's weights.
+
+        Raises:
+            CheckpointError: where they are damaged.
+        """
+        assert self.best is not None
+        self.wait()
+        checkpoint = folder_of(self._folder, self.best)
+        refuse_damaged(checkpoint)
+        return load_file(checkpoint / WEIGHTS)
+
+    def wait(self) -> None:
+        """Wait until what was saved is whole.
+
+        Raises:
+            DiskFullError, OSError: where it could not be.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            try:
+                pending.result()
+            except (OSError, SafetensorError) as error:
+                self.newest = newest_resumable(self._folder)
+                raise self._full(error, None) from error
+
+    def finish(self) -> None:
+        """At the end of a run: leave the last and the best, as they are now."""
+        self.wait()
+        self._tidy(max(self._present, default=0), self._best_steps, self.newest)
+
+    def close(self) -> None:
+        """Let what was saved become whole, whatever ended the run."""
+        self._worker.shutdown(wait=True)
+
+    def _at(self, step: int) -> Path:
+        return folder_of(self._folder, step)
+
+    def _write(self, step: int, snapshot: Snapshot, then: Callable[[], None]) -> None:
+        self.wait()
+        need, beside = snapshot.num_bytes + SMALL_BYTES, self._beside(step)
+        try:
+            self._folder.mkdir(exist_ok=True)
+            if (free := shutil.disk_usage(self._folder).free) < need:
+                raise OSError(errno.ENOSPC, f"{human_bytes(free)} are free")
+            _remove(beside)
+            beside.mkdir()
+            digests = {}
+            for name, tensors in snapshot.files().items():
+                on_host = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+                digests[name] = tensors_digest(on_host)
+                save_file(on_host, beside / name)
+            (beside / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise self._full(error, need) from error
+        self._present.add(step)
+        self._pending = self._worker.submit(self._complete, step, digests, then)
+
+    def _complete(self, step: int, digests: Mapping[str, str], then: Callable[[], None]) -> None:
+        """Make a written checkpoint whole, put it into its place, and only then do the rest."""
+        try:
+            self._before()
+            self._put(step, digests)
+        except (OSError, SafetensorError):
+            shutil.rmtree(self._beside(step), ignore_errors=True)  # status.json may need its room
+            raise
+        then()
+
+    def _put(self, step: int, digests: Mapping[str, str]) -> None:
+        beside, place = self._beside(step), self._at(step)
+        for file in beside.iterdir():
+            file.chmod(0o666 & ~self._umask)  # safetensors keeps its files to one user
+            sync(file)
+        for name, digest in digests.items():
+            if tensors_digest(load_file(beside / name)) != digest:
+                raise OSError(errno.EIO, f"{name} can't be read back as it was written")
+        files = {name: Entry((beside / name).stat().st_size, checksum(beside / name)) for name in [*digests, STATE]}
+        _list(beside, Manifest(step, files, is_save=OPTIMIZER in files))
+        if place.exists():
+            _remove(place)
+        os.replace(beside, place)
+        sync(self._folder)
+
+    def _tidy(self, last: int, best: set[int], newest: int | None = None) -> None:
+        """Remove what is not to be kept, now that the last is whole.
+
+        Steps behind it are of a course that was left: the run went on from an earlier checkpoint.
+
+        Args:
+            best: steps whose weights stay.
+            newest: the last step that the run can go on from; None: that is `last`.
+        """
+        newest = last if newest is None else newest
+        manifests = {}
+        for step in steps_in(self._folder):
+            with suppress(ValueError):  # damaged: it went unnoticed so far, and is of no use
+                manifests[step] = read_manifest(self._at(step))
+        saves = [step for step, manifest in manifests.items() if manifest.is_save and step <= newest]
+        recent = saves[-self._config.keep_last :]
+        for step in steps_in(self._folder):
+            if step > last or step not in manifests or (step not in recent and step not in best):
+                _remove(self._at(step))
+            elif step not in recent or (self._config.newest_optimizer_only and step != newest):
+                self._shrink(manifests[step])
+
+    def _shrink(self, manifest: Manifest) -> None:
+        """Leave a checkpoint's weights only."""
+        if manifest.is_resumable:
+            files = {name: entry for name, entry in manifest.files.items() if name != OPTIMIZER}
+            _list(self._at(manifest.step), Manifest(manifest.step, files, manifest.is_save))
+        (self._at(manifest.step) / OPTIMIZER).unlink(missing_ok=True)  # of an earlier start that got no further, too
+
+    def _beside(self, step: int) -> Path:
+        return self._folder / f".{self._at(step).name}.part"
+
+    def _full(self, error: Exception, need: int | None) -> Exception:
+        """Put a disk that is full into words; other errors stay what they are."""
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not is_full and "No space left" not in str(error):
+            return (
+                error if isinstance(error, OSError) else OSError(errno.EIO, f"a checkpoint can't be written: {error}")
+            )
+        needs = "more than there is" if need is None else human_bytes(need)
+        there = "there is no earlier checkpoint"
+        if self.newest is not None:
+            there = f"the checkpoint of step {self.newest} is whole, and the same command goes on from it"
+        place = self._folder if self._folder.exists() else self._folder.parent
+        free = human_bytes(shutil.disk_usage(place).free)
+        return DiskFullError(
+            f"the disk is full: a checkpoint needs {needs}, {free} are free in {self._folder}; "
+            f"{there}. Make room, or keep fewer (checkpoint.keep_last, keep_best, newest_optimizer_only)"
+        )
+
+
+@contextmanager
+def open_checkpoints(
+    config: CheckpointConfig, run_dir: Path, before: Callable[[], None] = lambda: None
+) -> Iterator[Checkpoints]:
+    """Open the checkpoints of a run's folder, which is held; what an earlier start left half written is removed."""
+    folder = run_dir / "checkpoints"
+    for left in folder.glob(".step-*"):
+        shutil.rmtree(left)
+    checkpoints = Checkpoints(config, folder, before)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+def _list(folder: Path, manifest: Manifest) -> None:
+    """Write a checkpoint's manifest, so that there is always a whole one."""
+    beside = folder / f".{MANIFEST}.part"
+    beside.write_text(manifest.text(), encoding="utf-8")
+    sync(beside)
+    os.replace(beside, folder / MANIFEST)
+    sync(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, so that nobody finds half of it where it was."""
+    if folder.exists():
+        gone = folder.with_name(f".{folder.name.lstrip('.')}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(folder, gone)
+        shutil.rmtree(gone)

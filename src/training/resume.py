@@ -1,0 +1,146 @@
+"""Going on from a checkpoint, and beginning with old weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from src.checkpoint.contract import Facts, check, compare_facts, is_reordered
+from src.checkpoint.start import Origin, newest_weights
+from src.checkpoint.store import read_snapshot, tensors_digest
+from src.config.schema import RunConfig, Weights
+from src.data.batching import Position
+from src.data.dataset import Data
+from src.errors import CheckpointError, ModelError
+from src.model.adapters import Adapter
+from src.runtime.session import Runtime
+from src.tokens import WatchedRows, load_tokenizer
+from src.training.state import Beginning, TrainState
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "numpy")
+"""Whose versions may change how numbers are rounded."""
+
+NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
+"""Settings of a model that say nothing, or that other facts and keys say."""
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Give a hash of which id each token has, 32 hex digits."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]
+
+
+def architecture_hash(model: Any) -> str:
+    """Give a hash of a model's own settings, without where they came from, 32 hex digits."""
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in NOT_COMPUTED}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def facts_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runtime) -> Facts:
+    """Give what a checkpoint must have in common with the run that goes on from it."""
+    frozen = state.frozen_weights()
+    return Facts(
+        step=state.step,
+        num_steps=state.num_steps,
+        data=data.train_digest(),
+        num_rows=data.num_train_rows,
+        tokenizer=tokenizer_hash(tokenizer),
+        frozen_weights=tensors_digest(frozen) if frozen else None,
+        device=runtime.device.type,
+        num_processes=runtime.num_processes,
+        versions={name: metadata.version(name) for name in PACKAGES},
+        architecture=architecture_hash(state.model),
+    )
+
+
+def beginning(origin: Origin, data: Data, tokenizer: Any, config: RunConfig, frozen: Mapping[str, Any]) -> Beginning:
+    """Say where a run begins in its rows; before the model is loaded, so that other rows or tokens cost nothing.
+
+    Raises:
+        ConfigError: where these have changed too much since the checkpoint.
+    """
+    if origin.checkpoint is None:
+        return Beginning()
+    before = Facts.from_dict(origin.state["facts"])
+    now = replace(before, data=data.train_digest(), num_rows=data.num_train_rows, tokenizer=tokenizer_hash(tokenizer))
+    named = ", ".join(change.key for change in origin.changes if change.key.startswith("data."))
+    changes = [
+        replace(change, why=f"{change.why}; changed: {named}") if change.key == "data" and named else change
+        for change in [*origin.changes, *compare_facts(before, now)]
+    ]
+    check(changes, allow_changed=config.checkpoint.allow_changed, where=str(origin.checkpoint))
+    position = Position.from_dict(origin.state["position"])
+    was_begun = position.num_sequences > 0 or bool(position.block and position.block["num_blocks"])
+    repeats = was_begun and is_reordered(changes, frozen)
+    if repeats:
+        position = Position(position.epoch)
+    return Beginning(int(origin.state["step"]), position, origin.state["untrained"], repeats)
+
+
+def resume(
+    state: TrainState, origin: Origin, begin: Beginning, facts: Facts, runtime: Runtime, config: RunConfig
+) -> list[str]:
+    """Put everything back as it was at a checkpoint; gives warnings. Where the run begins anew, nothing is done.
+
+    Raises:
+        ConfigError: where data, tokenizer or model have changed too much.
+        CheckpointError: where the model is of another form.
+    """
+    if origin.checkpoint is None:
+        return []
+    changes = compare_facts(Facts.from_dict(origin.state["facts"]), facts)
+    warnings = check(changes, allow_changed=config.checkpoint.allow_changed, where=str(origin.checkpoint))
+    state.restore(read_snapshot(origin.checkpoint), runtime)
+    if begin.repeats_epoch:
+        warnings.append(f"the rows of epoch {begin.position.epoch + 1} come in another order, so it begins again")
+    return warnings
+
+
+def starting_model(config: RunConfig) -> RunConfig:
+    """Give the configuration with the whole model of `init_from` as what the run starts with, where it is one."""
+    folder = _exported(config)
+    if folder is None or (folder / "adapter_config.json").exists():
+        return config
+    model = replace(config.model, checkpoint=str(folder), revision=None, weights=Weights.pretrained)
+    return replace(config, model=model)
+
+
+def start_from_weights(state: TrainState, adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> None:
+    """Put the adapter or the checkpoint of `init_from` into the model; a whole model was loaded as it was built.
+
+    Raises:
+        CheckpointError, ModelError: where they do not fit the model.
+    """
+    if config.init_from is None:
+        return
+    folder = _exported(config)
+    if folder is None:
+        checkpoint = newest_weights(Path(config.init_from))
+        kept = read_snapshot(checkpoint)
+        if kept.state["facts"]["tokenizer"] != tokenizer_hash(tokenizer):
+            raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
+        state.restore_weights(kept.weights)
+    elif (folder / "adapter_config.json").exists():
+        if adapter is None:
+            raise ModelError(
+                f"init_from: {folder} is an adapter, so it needs one here too (adapter=lora); "
+                "a run with export.merge=true gives whole weights"
+            )
+        saved, _ = load_tokenizer(replace(config.model, checkpoint=str(folder), revision=None), config.tokens)
+        if tokenizer_hash(saved) != tokenizer_hash(tokenizer):
+            raise ModelError(f"init_from: the tokens of {folder} have other ids than here")
+        adapter.load(folder)
+    state.new_rows = WatchedRows(state.model, state.new_rows.ids)
+
+
+def _exported(config: RunConfig) -> Path | None:
+    """Give the folder of the model that `init_from` means; None where there is none, so that a checkpoint is meant."""
+    if config.init_from is None:
+        return None
+    start = Path(config.init_from)
+    names = ("config.json", "adapter_config.json")
+    return next((place for place in (start / "model", start) if any((place / name).exists() for name in names)), None)
