@@ -110,6 +110,8 @@ def train_and_export(
         ]
         facts = facts_of(state, data, tokenizer, runtime)
         tracking.warn(resume(state, origin, begin, facts, runtime, config))
+        if origin.own_step is not None:
+            tracking.warn(checkpoints.leave(origin.own_step))
         lines = tracking.go_on_from(state.step, is_end=state.step >= state.num_steps)
         state.settle(is_over=any(line["step"] == state.step for line in lines))
         tracking.warn(checkpoints.recall(lines, origin.own_step))
@@ -157,8 +159,8 @@ def train_and_export(
             admitted.frozen | {"export": {"merge": False}}, data.report(), tracking.latest, made, new_tokens.ids
         )
         totals = state.totals()  # merging takes the adapter out of the model
-        checkpoints.finish()
         export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone)
+        checkpoints.finish()
         return tracking.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()})
 
 

@@ -34,9 +34,11 @@ def places(tmp_path: Path) -> dict[str, str]:
     model = tmp_path / "gsm8k"
     shutil.copytree(ROOT / "assets" / "tiny_llama", model)
     (model / "model.safetensors").touch()
+    shutil.copytree(model, frozen / "model")
     (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "#### 1"}\n')
     return {
         "rerun=outputs/mine": f"rerun={frozen}",
+        "init_from=outputs/mine": f"init_from={frozen}",
         "models/gsm8k": str(model),
         "[train.jsonl]": f"[{tmp_path}/train.jsonl]",
     }

@@ -129,6 +129,14 @@ class Checkpoints:
         self.newest: int | None = None
         """The last step that the run can go on from."""
 
+    def leave(self, newest: int) -> list[str]:
+        """Remove the steps of a course that is left, behind the one that the run goes on from; tells them."""
+        left = [step for step in steps_in(self._folder) if step > newest]
+        for step in left:
+            _remove(self._at(step))
+        steps = ", ".join(map(str, left))
+        return [f"the run goes on behind step {newest}; what was saved later is removed: {steps}"] if left else []
+
     def recall(self, lines: Iterable[Mapping[str, Any]], newest: int | None) -> list[str]:
         """Take up what earlier starts left; gives warnings.
 
@@ -137,9 +145,7 @@ class Checkpoints:
             newest: the step of this folder that the run goes on from; None where it begins, or comes from elsewhere.
         """
         if newest is not None:
-            for step in steps_in(self._folder):
-                if step > newest:  # of a course that was left; the lines behind `newest` are gone too
-                    _remove(self._at(step))
+            self.leave(newest)
             if is_resumable(self._at(newest)):  # else it is a copy by another name
                 self.newest, self._present = newest, {newest}
         for line in lines:
