@@ -12,8 +12,8 @@ Every way begins with nothing of it on the disk and nothing left to be written:
     at once               what the loop waits for a save that comes straight behind another
 
 Prints the ratios of the medians, stall / torch.save first, which should be at most 1.2, then the medians with the least
-and the most. Not a test: figures differ from machine to machine, and with what else it does. 500 MiB take about five
-seconds a round, twice that in memory and three times that on the disk, which is the one of --folder, or else that of
+and the most. Not a test: figures differ from machine to machine, and with what else it does. Nine rounds of 500 MiB
+take half a minute, twice that in memory and three times that on the disk, which is the one of --folder, or else that of
 temporary files.
 """
 

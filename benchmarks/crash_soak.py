@@ -90,6 +90,8 @@ PREEMPTED = 75
 
 POLL_SECONDS = 0.005
 LONGEST_START_SECONDS = 300.0
+PATIENCE = 1.1
+"""With each kill of a run its next moments are drawn from a time so much longer, so that every run comes to its end."""
 PHASES = (
     ("model/export.py", ("export",), "export"),
     ("tracking/tracker.py", ("finish",), "end"),
@@ -178,9 +180,9 @@ class Tally:
     steps: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Straight:
-    """A run that nothing stopped, and how long it took."""
+    """A run that nothing stopped. How long one takes follows what else the machine does."""
 
     folder: Path
     seconds: float
@@ -327,11 +329,13 @@ class Soak:
         tally, straight = self.tallies[name], self._straight[name]
         saved: int | None = None
         for start in itertools.count(1):
-            moment = draw.uniform(0, straight.seconds)
+            moment = draw.uniform(0, straight.seconds * PATIENCE ** (start - 1))
             child = self._start(name, folder, start)
             tally.num_starts += 1
             hit = yield from self._until_it_ends(child, moment)
             seconds = time.time() - child.began
+            if start == 1 and child.code == 0:
+                straight.seconds = seconds
             before, saved = saved, newest_whole(folder)
             tally.num_damaged += child.errors.count("passed over")
             try:

@@ -183,10 +183,13 @@ def test_a_stop_in_an_evaluation_has_it_done_again_whole(tmp_path: Path) -> None
     assert_same(tmp_path / "straight", tmp_path / "broken")
 
 
-def test_a_run_that_was_killed_while_it_exported_only_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("killed_in", ["src.model.export.export", "src.tracking.tracker.Tracker.finish"])
+def test_a_run_that_was_killed_while_or_after_it_exported_only_exports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
+) -> None:
     start(tmp_path / "straight", *TWELVE)
     with monkeypatch.context() as patched:
-        patched.setattr("src.model.export.export", lambda *_: (_ for _ in ()).throw(Killed()))
+        patched.setattr(killed_in, lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             start(tmp_path / "broken", *TWELVE)
     assert read_lines(tmp_path / "broken" / "metrics.jsonl")[-1]["step"] == 12

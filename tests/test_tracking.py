@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -783,3 +783,29 @@ def test_a_server_that_dies_during_a_run_and_comes_back_has_everything_once(tmp_
         assert "summary.json" in {file.path for file in client.list_artifacts(run_id)}
     finally:
         stop_server(server)
+
+
+@pytest.mark.parametrize("killed_at", range(6))
+def test_a_start_that_is_killed_while_it_begins_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    written = iter(range(100))
+
+    def dying(*given: Any, **named: Any) -> None:
+        if next(written) == killed_at:
+            raise Killed
+        real(*given, **named)
+
+    from src.tracking import journal
+
+    real = journal.write_atomically
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "write_atomically", dying)
+        with suppress(Killed), open_folder(tmp_path):
+            pass
+    with open_folder(tmp_path):
+        assert read_status(tmp_path)["state"] == "RUNNING"
+    assert (tmp_path / "config.yaml").exists()

@@ -78,6 +78,8 @@ def export(
     for file in beside.rglob("*"):
         if file.is_file():
             file.chmod(0o666 & ~umask)  # safetensors would keep its file to one user
+    if folder.exists():  # of a start that was killed before status.json said that it was finished
+        shutil.rmtree(folder)
     os.replace(beside, folder)
 
 

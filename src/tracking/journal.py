@@ -122,19 +122,17 @@ class RunFolder:
 
     def begin(self, frozen: Mapping[str, Any], start: Start) -> None:
         """Write down that a run starts here, and with what."""
+        self.step, began = start.step or 0, now()
+        before = read_status(self.path)
+        kept = {key: before[key] for key in ("started", "tracker_run_id") if key in before}
+        fresh = {"state": "RUNNING", "cause": None, "how_to_go_on": None, "started": began, "ended": None}
+        self.set_status(**(fresh | kept | _identity()))  # first: it is what makes the folder a run's
         if not (self.path / "config.yaml").exists():
             text = yaml.safe_dump(dict(frozen), sort_keys=False, allow_unicode=True)
             write_atomically(self.path / "config.yaml", text)
-        began = now()
         line = {"time": began, "command": sys.orig_argv, "config_hash": self._config_hash}
         _end_last_line(self.path / "starts.jsonl")
         self.append("starts.jsonl", line | {"resumed_step": start.step, "changed": dict(start.changed)})
-        self.step = start.step or 0
-        before = read_status(self.path)
-        kept = {key: before[key] for key in ("started", "tracker_run_id") if key in before}
-        self.set_status(state="RUNNING", cause=None, how_to_go_on=None, started=began, ended=None, **_identity())
-        if kept:
-            self.set_status(**kept)
 
     def end(self, error: BaseException | None) -> None:
         """Write down how the run ended; a disk that is full must not hide the error that ended it."""
@@ -220,8 +218,8 @@ def open_run_folder(path: Path, frozen: Mapping[str, Any], config_hash: str, sta
     """
     _clear(path, config_hash, start)
     folder = RunFolder(path, config_hash)
-    folder.begin(frozen, start)
     try:
+        folder.begin(frozen, start)
         yield folder
     except BaseException as error:
         folder.end(error)
@@ -267,7 +265,7 @@ def ending(status: Mapping[str, Any]) -> str:
 
 
 def _remove(path: Path, names: Iterable[str]) -> None:
-    for name in names:
+    for name in sorted(names, key=lambda name: name == "status.json"):  # last: it is what makes the folder a run's
         if (path / name).is_dir():
             shutil.rmtree(path / name)
         else:
