@@ -13,7 +13,7 @@ what was done saved. Exit code 0: all of that held. 1: the first difference, and
 
 A start is a fork of a process that has imported everything and computed nothing, which saves seconds; `--fresh` has it
 be `python -m src.run`. Moments are drawn from the seed, but where they fall depends on the machine. A kill takes about
-three seconds of one core, with `--fresh` ten; 100 kills with two jobs on two cores about three minutes. Run it from the
+four seconds of one core, with `--fresh` ten, so 100 of them two jobs on two cores about four minutes. Run it from the
 project's root.
 """
 
@@ -512,7 +512,7 @@ def check_end(
     status = read_status(folder)
     is_own = status.get("pid") == child.pid  # else it never came to hold its folder
     state = status.get("state")
-    if (saved or -1) < (before or -1):
+    if before is not None and (saved is None or saved < before):
         raise Difference(f"step {before} was saved, and now the last is {saved}")
     if is_own and (resumed := read_lines(folder / "starts.jsonl")[-1]["resumed_step"]) != before:
         raise Difference(f"it went on from step {resumed}, and not from {before}")

@@ -25,6 +25,7 @@ from src.checkpoint.store import SMALL_BYTES
 from src.config.schema import CheckpointConfig, MixedPrecision, OptimizerConfig, QuantizationConfig
 from src.errors import human_bytes
 from src.model.quantization import quantised_layers
+from src.runtime.sharding import whole_shape
 from src.training.loss import MAX_LOGITS
 
 FP32 = 4  # bytes
@@ -360,7 +361,7 @@ def _by_size(tensors: Iterable[Tensor]) -> Counter[int]:
 
 def trained_of(model: nn.Module) -> tuple[Trained, ...]:
     """Give the shapes of what is trained of a model, each parameter once."""
-    return tuple(Trained(tuple(p.shape), p.itemsize) for p in model.parameters() if p.requires_grad)
+    return tuple(Trained(whole_shape(p), p.itemsize) for p in model.parameters() if p.requires_grad)
 
 
 def _held(model: nn.Module, quantization: QuantizationConfig | None) -> tuple[tuple[Held, ...], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from src.errors import human_bytes
 from src.forecast import checkpoint_bytes, disk_need, most_saves, trained_of
 from src.model.build import num_parameters
 from src.runtime.session import Runtime
-from src.tokens import NewTokens, StartedRows
+from src.runtime.sharding import whole_shape
+from src.tokens import NewTokens, StartedRows, num_rows
 from src.training.state import TrainState
 
 
@@ -62,7 +64,7 @@ def _adapter(config: LoraConfig) -> str:
 
 
 def _tokens(config: RunConfig, state: TrainState, tokenizer: Any, new: NewTokens, started: StartedRows) -> str:
-    text = f"{len(tokenizer):,} in the vocabulary, {state.model.get_input_embeddings().weight.shape[0]:,} rows"
+    text = f"{len(tokenizer):,} in the vocabulary, {num_rows(state.model):,} rows"
     if started.ids:
         init = config.tokens.init
         how = f"{init.method.value} {init.text}" if init.method is InitMethod.text else init.method.value
@@ -75,7 +77,7 @@ def _tokens(config: RunConfig, state: TrainState, tokenizer: Any, new: NewTokens
 def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
     """Say what checkpoints and the exported model take at most, and whether there is room."""
     weights, optimizer = checkpoint_bytes(trained_of(state.model), config.optimizer)
-    whole = sum(p.nbytes for p in state.model.parameters())
+    whole = sum(math.prod(whole_shape(p)) * p.element_size() for p in state.model.parameters())
     exported = whole if isinstance(config.adapter, NoAdapterConfig) or config.export.merge else weights
     saves = most_saves(config.checkpoint, state.num_steps, state.steps_per_epoch)
     has_metric = bool(config.data.validation_names())

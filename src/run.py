@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config.compose import CONF, PROJECT_ROOT
 from src.config.gate import Admitted, Request, admit, parse
-from src.errors import Interrupted, TowlineError
+from src.errors import Interrupted, TowlineError, TrainingError
+from src.runtime.launch import is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -32,6 +35,9 @@ for switch in ("HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY", "HF_HUB_D
     os.environ.setdefault(switch, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of our own, each with its chunk, are faster
 
+FROZEN = "--frozen"
+"""In front of a frozen configuration's file and the run's folder: this is one of several processes."""
+
 
 def run(admitted: Admitted, stop: StopRequest) -> dict[str, float]:
     """Run one admitted configuration to its end, from the beginning or where it was stopped, and give its summary.
@@ -43,25 +49,29 @@ def run(admitted: Admitted, stop: StopRequest) -> dict[str, float]:
     from src.checkpoint.start import find_origin
     from src.tracking.console import Console
     from src.tracking.journal import hold
-    from src.tracking.tracker import open_tracking
+    from src.tracking.tracker import Bystander, open_tracking
 
     config, run_dir = admitted.config, admitted.run_dir
     console = Console()
-    console.label("run", f"{config.name} → {run_dir}")
     stop.is_deferred = False
     stop.check()
     stop.allow(config.training.max_seconds)
-    with hold(run_dir):
+    place = place_of()
+    if place is not None and not place.is_main:
+        return train_and_export(admitted, None, Bystander(console), console, stop)
+    console.label("run", f"{config.name} → {run_dir}")
+    with nullcontext() if admitted.is_held else hold(run_dir):
         origin = find_origin(config.checkpoint, admitted.frozen, run_dir, force=config.force)
         with open_tracking(config.tracking, run_dir, admitted.frozen, console, start_of(admitted, origin)) as tracking:
             return train_and_export(admitted, origin, tracking, console, stop)
 
 
 def train_and_export(
-    admitted: Admitted, origin: Origin, tracking: Tracker, console: Console, stop: StopRequest
+    admitted: Admitted, found: Origin | None, tracking: Tracker, console: Console, stop: StopRequest
 ) -> dict[str, float]:
     """Do all of a run but what holds its folder; see `run`."""
     # imported here: torch takes seconds, and a folder that is in use or a typo should be told at once
+    from src.checkpoint.start import Origin
     from src.checkpoint.store import open_checkpoints
     from src.data.dataset import build_data, file_hashes
     from src.evaluation.evaluate import open_evaluation
@@ -70,28 +80,38 @@ def train_and_export(
     from src.model.build import build_model, set_generation
     from src.model.card import model_card
     from src.model.export import export
+    from src.model.whole import whole_models
     from src.overview import overview
     from src.runtime.session import start_runtime
+    from src.runtime.sharding import deepspeed_settings, gathered
     from src.tokens import check_new_rows, embedding_matrices, grow_embeddings, load_tokenizer
     from src.tracking.provenance import provenance
     from src.training.loop import train
-    from src.training.resume import beginning, facts_of, resume, start_from_weights, starting_model
+    from src.training.resume import beginning, facts_of, resume, same_step, start_from_weights, starting_model
     from src.training.state import prepare
 
-    config, run_dir = starting_model(admitted.config), admitted.run_dir
-    if origin.checkpoint is not None:
-        console.label("resumed", f"behind step {origin.step}, from {origin.checkpoint}")
-    tracking.warn(origin.warnings)
+    asked = admitted.config
     with (
-        start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime,
-        open_checkpoints(config.checkpoint, run_dir, tracking.sync) as checkpoints,
+        start_runtime(
+            asked.runtime, asked.training.mixed_precision, asked.seed, stop, deepspeed_settings(asked, num_processes())
+        ) as runtime,
+        ExitStack() as until_the_end,
     ):
-        made = provenance(admitted.frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
+        # what the first process composed and found is what counts, in all of them
+        frozen, run_dir, origin = runtime.from_main((admitted.frozen, admitted.run_dir, found or Origin()))
+        config, warnings = same_step(starting_model(parse(frozen)), origin, runtime.num_processes)
+        if origin.checkpoint is not None:
+            tracking.describe({"resumed": f"behind step {origin.step}, from {origin.checkpoint}"})
+        tracking.warn([*origin.warnings, *warnings])
+        checkpoints = until_the_end.enter_context(
+            open_checkpoints(config.checkpoint, run_dir, tracking.sync, writes=runtime.is_main)
+        )
+        made = provenance(frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
         tracking.record_once("provenance.json", made)
         tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer, console.working)
         tracking.record("data_report.json", data.report())
-        begin = beginning(origin, data, tokenizer, config, admitted.frozen)
+        begin = beginning(origin, data, tokenizer, config, frozen)
         model = build_model(config, runtime.device)
         set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
         started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed)
@@ -100,7 +120,7 @@ def train_and_export(
         adapter = add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
         state = prepare(model, data.train, config, runtime, new_tokens.ids, begin)
         check_new_rows(state.model, started)
-        start_from_weights(state, adapter, tokenizer, config)
+        start_from_weights(state, adapter, tokenizer, runtime, config)
         evaluation = open_evaluation(config, state.scored, state.model, data, runtime)
         samples_of = data.for_samples()
         tracking.warn(data.reports["train"].unlearned(config.thought_tags))
@@ -112,14 +132,14 @@ def train_and_export(
         tracking.warn(resume(state, origin, begin, facts, runtime, config))
         if origin.own_step is not None:
             tracking.warn(checkpoints.leave(origin.own_step))
-        lines = tracking.go_on_from(state.step, is_end=state.step >= state.num_steps)
+        lines = runtime.from_main(tracking.go_on_from(state.step, is_end=state.step >= state.num_steps))
         state.settle(is_over=any(line["step"] == state.step for line in lines))
         tracking.warn(checkpoints.recall(lines, origin.own_step))
 
         def beside() -> dict[str, Any]:
             now = dataclasses.replace(facts, step=state.step).as_dict()
             return {
-                "config": admitted.frozen,
+                "config": frozen,
                 "facts": now,
                 "untrained": untrained,
                 "tracker_run_id": tracking.tracker_run_id,
@@ -129,6 +149,7 @@ def train_and_export(
             checkpoints.save(state.step, lambda: state.snapshot(runtime, beside()))
 
         every, takes_best = config.checkpoint.checkpointing_steps, config.checkpoint.load_best_model_at_end
+        runtime.wait()
         stop.is_deferred = True  # from here on there is something to end properly
         try:
             for step in train(state, data.train, config, runtime, evaluation.pad_token_id):
@@ -139,10 +160,12 @@ def train_and_export(
                     if step.is_due(config.evaluation.eval_steps) or step.is_last:
                         line.metrics |= evaluation.evaluate(data.validation.values(), new_tokens.ids)
                         line.metrics |= state.new_rows.telemetry()
-                        checkpoints.consider(step.number, line.metrics, lambda: state.only_weights(beside()))
+                        checkpoints.consider(step.number, line.metrics, lambda: state.only_weights(runtime, beside()))
                     if step.is_last:
                         if takes_best and checkpoints.best not in (None, step.number):
-                            state.restore_weights(checkpoints.best_weights())  # from here on it is the model to export
+                            checkpoints.wait()
+                            runtime.wait()
+                            state.restore_weights(checkpoints.best_weights(), runtime)
                         line.metrics |= evaluation.evaluate(data.test.values())
                     if step.is_due(config.evaluation.sample_steps) or step.is_last:
                         prompts = config.evaluation.sample_prompts
@@ -154,12 +177,13 @@ def train_and_export(
 
         if config.data.streaming:
             tracking.record("data_report.json", data.report())  # what was read is known only now
-        card = model_card(admitted.frozen, data.report(), tracking.latest, made, new_tokens.ids)
-        alone = model_card(
-            admitted.frozen | {"export": {"merge": False}}, data.report(), tracking.latest, made, new_tokens.ids
-        )
+        card = model_card(frozen, data.report(), tracking.latest, made, new_tokens.ids)
+        alone = model_card(frozen | {"export": {"merge": False}}, data.report(), tracking.latest, made, new_tokens.ids)
         totals = state.totals()  # merging takes the adapter out of the model
-        export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone)
+        with gathered(state.model.parameters()):
+            if runtime.is_main:
+                with whole_models():
+                    export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone)
         checkpoints.finish()
         return tracking.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()})
 
@@ -203,8 +227,11 @@ def guarded(admitted: Admitted, stop: StopRequest) -> int:
     """Run, and turn every way it can end into an exit code: 0, 1 (it went wrong), 2 (yours to mend), 75 (stopped)."""
     run_dir = admitted.run_dir
     try:
-        if not finished_before(admitted):
-            run(admitted, stop)
+        if finished_before(admitted):
+            return 0
+        if is_launched(admitted.config.runtime):
+            return run_as_many(admitted, stop)
+        run(admitted, stop)
     except TowlineError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code
@@ -221,6 +248,38 @@ def guarded(admitted: Admitted, stop: StopRequest) -> int:
         print(f"\nA fault of the program, or too little memory. {_how_to_go_on(run_dir)}", file=sys.stderr)
         return 1
     return 0
+
+
+def run_as_many(admitted: Admitted, stop: StopRequest) -> int:
+    """Run in several processes, which get the configuration as it was composed here; gives their exit code.
+
+    Raises:
+        TowlineError: where the folder or its checkpoints can't be used, or a process ended in failure.
+    """
+    from src.checkpoint.start import find_origin
+    from src.tracking.journal import hold, note_failure
+
+    config, run_dir = admitted.config, admitted.run_dir
+    with nullcontext() if config.runtime.machine_rank else hold(run_dir):
+        find_origin(config.checkpoint, admitted.frozen, run_dir, force=config.force)  # refused before anything starts
+        run_dir.mkdir(parents=True, exist_ok=True)
+        frozen = run_dir / f".frozen-{config.runtime.machine_rank}.json"
+        frozen.write_text(json.dumps(admitted.frozen), encoding="utf-8")
+        stop.is_deferred = True  # it is passed on
+        try:
+            command = [sys.executable, "-m", "src.run", FROZEN, str(frozen), str(run_dir)]
+            return launch(config.runtime, command, run_dir, stop)
+        except TrainingError as error:
+            note_failure(run_dir, str(error))
+            raise
+        finally:
+            frozen.unlink()
+
+
+def as_frozen(file: str, run_dir: str) -> Admitted:
+    """Take the configuration that the starting process froze."""
+    sections = json.loads(Path(file).read_text(encoding="utf-8"))
+    return Admitted(parse(sections), sections, Path(run_dir), is_held=True)
 
 
 def _how_to_go_on(run_dir: Path) -> str:
@@ -261,8 +320,11 @@ def sweep(request: Request, stop: StopRequest) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then run it."""
     with stop_on_signals() as stop:
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        if arguments[:1] == [FROZEN]:
+            return guarded(as_frozen(*arguments[1:]), stop)
         try:
-            request = admit(sys.argv[1:] if argv is None else argv)
+            request = admit(arguments)
         except TowlineError as error:
             print(error, file=sys.stderr)
             return error.exit_code

@@ -18,6 +18,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from src.config.schema import InitMethod, ModelConfig, TokensConfig
 from src.errors import ModelError, TokenError, one_line
+from src.runtime.sharding import gathered, whole_shape
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,12 @@ class Matrix:
 
     def rows(self, ids: Sequence[int]) -> Tensor:
         """Give some rows as the model uses them, [ids, width], a copy."""
-        found = self.weight.detach()[list(ids)].clone()
         numbers, apart = self.apart
-        for i, token_id in enumerate(ids):
-            if apart is not None and token_id in numbers:
-                found[i] = apart.detach()[numbers[token_id]]
+        with gathered([self.weight, *([] if apart is None else [apart])]):
+            found = self.weight.detach()[list(ids)].clone()
+            for i, token_id in enumerate(ids):
+                if apart is not None and token_id in numbers:
+                    found[i] = apart.detach()[numbers[token_id]]
         return found
 
     def gradient_norms(self, ids: Sequence[int]) -> Tensor:
@@ -143,6 +145,11 @@ def embedding_matrices(model: Any) -> list[Matrix]:
     found["output"] = model.get_output_embeddings()
     matrices = [Matrix(name, module) for name, module in found.items() if module is not None]
     return list({id(matrix.weight): matrix for matrix in reversed(matrices)}.values())[::-1]
+
+
+def num_rows(model: Any) -> int:
+    """Count the rows of a model's token matrix."""
+    return whole_shape(embedding_matrices(model)[0].weight)[0]
 
 
 def _stacks(model: Any) -> dict[str, Any]:
@@ -169,14 +176,15 @@ def fit_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) 
     of all, and what they have learned would be lost. So they are put back, as long as the rest.
     """
     inputs = model.get_input_embeddings().weight
-    if inputs.shape[0] >= num_tokens:
+    if whole_shape(inputs)[0] >= num_tokens:
         return
     looked_up = [(stack, stack.get_input_embeddings()) for stack in _stacks(model).values()]
     own = [(stack, module) for stack, module in looked_up if module.weight is not inputs]
     model.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
-    num_rows = model.get_input_embeddings().weight.shape[0]
+    num_rows = whole_shape(model.get_input_embeddings().weight)[0]
     for stack, module in own:
-        old = module.weight.detach()
+        with gathered([module.weight]):
+            old = module.weight.detach().clone()
         rest = old.new_zeros(num_rows - len(old), old.shape[1])  # of tokens that are written next, or padding
         module.weight, module.num_embeddings = nn.Parameter(torch.cat([old, rest])), num_rows
         stack.set_input_embeddings(module)
@@ -199,12 +207,12 @@ def grow_embeddings(model: Any, tokenizer: Any, new: NewTokens, config: TokensCo
     Raises:
         TokenError: where a text gives no old token to start from.
     """
-    num_rows = int(model.get_input_embeddings().weight.shape[0])
+    num_rows = whole_shape(model.get_input_embeddings().weight)[0]
     started = {token: i for token, i in new.ids.items() if token in new.added or i >= num_rows}
     num_old = min([num_rows, *started.values()])
     fit_embeddings(model, len(tokenizer), config.pad_to_multiple_of)
     for matrix in embedding_matrices(model):  # padding: ordinary rows, or it could win where all logits are low
-        with torch.no_grad():
+        with gathered([matrix.weight], writes=True), torch.no_grad():
             matrix.weight[max(num_rows, len(tokenizer)) :] = matrix.weight[:num_old].float().mean(dim=0)
     values: dict[str, Tensor] = {}
     if started:
@@ -212,8 +220,8 @@ def grow_embeddings(model: Any, tokenizer: Any, new: NewTokens, config: TokensCo
         pieces = source_ids(tokenizer, list(started), config, num_old)
         for offset, matrix in enumerate(embedding_matrices(model)):
             generator = torch.Generator().manual_seed(seed + offset)
-            rows = initial_rows(matrix.weight.detach()[:num_old], config.init.method, pieces, generator)
-            with torch.no_grad():
+            with gathered([matrix.weight], writes=True), torch.no_grad():
+                rows = initial_rows(matrix.weight[:num_old], config.init.method, pieces, generator)
                 matrix.weight[ids] = rows.to(matrix.weight.dtype)
             values[matrix.name] = matrix.rows(ids)
     return StartedRows(started, values)
@@ -298,6 +306,10 @@ class WatchedRows:
     def see_gradients(self) -> None:
         """Take note of the gradients that an optimizer is about to use; nothing waits for the device."""
         self._gradients = {m.name: m.gradient_norms(list(self.ids.values())) for m in self._matrices}
+
+    def forget_gradients(self) -> None:
+        """Have no gradients to tell of: DeepSpeed shares them out, and no process has a row's own."""
+        self._gradients = {}
 
     def state(self) -> dict[str, list[float]]:
         """Give what was noted of the last step, as plain values."""

@@ -352,6 +352,9 @@ class WithoutPositions(torch.nn.Module):
     def get_input_embeddings(self) -> Any:
         return self.inner.get_input_embeddings()
 
+    def get_output_embeddings(self) -> Any:
+        return self.inner.get_output_embeddings()
+
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
         return self.inner(input_ids=input_ids, use_cache=use_cache)
 

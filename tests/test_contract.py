@@ -42,6 +42,7 @@ FACTS = Facts(
     frozen_weights="w1",
     device="cpu",
     num_processes=1,
+    step_sequences=8,
     versions={"torch": "2.8", "peft": "0.21"},
     architecture="a1",
 )
@@ -327,7 +328,8 @@ def test_a_change_for_good_needs_a_reason() -> None:
         ({"num_steps": 100}, [("num_steps", TRAJECTORY, "fewer steps")]),
         ({"num_steps": 99}, [("num_steps", IMPOSSIBLE, "already 100 steps done")]),
         ({"device": "cuda"}, [("device", ROUNDING, "")]),
-        ({"num_processes": 2}, [("num_processes", TRAJECTORY, "other rows a step")]),
+        ({"num_processes": 2}, [("num_processes", ROUNDING, "another order")]),
+        ({"step_sequences": 16}, [("step_sequences", TRAJECTORY, "other rows a step")]),
         ({"versions": {"torch": "2.9", "peft": "0.21"}}, [("versions.torch", ROUNDING, "")]),
         ({"versions": {"torch": "2.8"}}, [("versions.peft", ROUNDING, "")]),
         ({"versions": {"peft": "0.21", "torch": "2.8", "new": "1"}}, [("versions.new", ROUNDING, "")]),

@@ -61,7 +61,7 @@ def refusal(*overrides: str) -> str:
         (["training.max_train_steps=5", "scheduler.warmup_steps=5"], ["warm-up would never end"]),
         (["generation.min_new_tokens=99"], ["more than generation.max_new_tokens"]),
         (["checkpoint.load_best_model_at_end=true", "checkpoint.metric_for_best_model=eval/x/loss"], ["no evaluation"]),
-        (["deepspeed=zero3"], ["deepspeed = zero3", "unknown key"]),
+        (["deepspeed=zero9"], ["deepspeed = zero9", "zero3"]),
         (["seed=1,2"], ["add -m"]),
         (["name=a/b"], ["without '/'"]),
         (["data.prompt_template=a=b"], ["needs quotes", "data.prompt_template=\"a=b\""]),

@@ -24,6 +24,7 @@ DOORS = {
     "omegaconf": ("run", "config"),
     "datasets": ("data",),
     "accelerate": ("runtime",),
+    "deepspeed": ("runtime",),
     "mlflow": ("tracking",),
     "safetensors": ("checkpoint", "model"),
     "torch": (

@@ -26,7 +26,7 @@ from src.runtime import signals
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import STOP_SIGNALS, StopRequest, stop_on_signals
 from src.tokens import grow_embeddings, load_tokenizer
-from src.training.loop import Step, step_once, train
+from src.training.loop import Fed, Step, step_once, train
 from src.training.state import Beginning, Meter, TrainState, Update, num_train_steps, prepare
 from tests.conftest import admitted
 
@@ -139,7 +139,7 @@ def hand_made(rows: list[list[int]], supervised_from: list[int]) -> Batch:
 def test_a_micro_batch_without_any_supervised_token_adds_nothing(runtime: Runtime) -> None:
     def after(batches: list[Batch]) -> tuple[float, TrainState]:
         config, data, state = assembled(runtime, "optimizer=sgd", "scheduler=constant", "data.limit=8")
-        step_once(state, [(data.train, batch) for batch in batches], config, runtime)
+        step_once(state, [Fed(data.train, batch) for batch in batches], config, runtime)
         return state.meter.loss, state
 
     learned, nothing = [5, 6, 7, 8], [9, 10, 11]
@@ -423,7 +423,7 @@ def test_a_snapshot_in_fresh_objects_trains_on_bit_for_bit(runtime: Runtime) -> 
     kept = deepcopy(state.snapshot(runtime, {"mine": 1}))
     assert kept.state["mine"] == 1
     expected = [step.collect() for step in steps]
-    weights = {name: tensor.clone() for name, tensor in state.weights().items()}
+    weights = {name: tensor.clone() for name, tensor in state.weights(runtime).items()}
 
     config, data, fresh = assembled(runtime, *overrides)
     position = Position.from_dict(json.loads(json.dumps(kept.state))["position"])
@@ -433,7 +433,7 @@ def test_a_snapshot_in_fresh_objects_trains_on_bit_for_bit(runtime: Runtime) -> 
     assert (fresh.step, fresh.last, fresh.meter) == (3, Update(**kept.state["last"]), Meter(**kept.state["meter"]))
     found = [step.collect() for step in train(fresh, data.train, config, runtime, pad_token_id=0)]
     assert [plain(line) for line in found] == [plain(line) for line in expected]
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in fresh.weights().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in fresh.weights(runtime).items())
     assert (fresh.examples_seen, fresh.tokens_seen) == (state.examples_seen, state.tokens_seen)
 
 
@@ -443,14 +443,14 @@ def plain(line: dict[str, float]) -> dict[str, float]:
 
 def test_weights_of_another_form_are_told_and_change_nothing(runtime: Runtime) -> None:
     state = assembled(runtime, "data.limit=8")[2]
-    before = {name: tensor.clone() for name, tensor in state.weights().items()}
+    before = {name: tensor.clone() for name, tensor in state.weights(runtime).items()}
     name, *_, last = before
     wrong = {key: tensor + 1 for key, tensor in before.items() if key != last}
     wrong |= {name: torch.zeros(3, 2), "another.weight": torch.zeros(1)}
     with pytest.raises(CheckpointError) as caught:
-        state.restore_weights(wrong)
+        state.restore_weights(wrong, runtime)
     told = str(caught.value)
     assert f"{last} is missing there" in told
     assert "another.weight is not trained here" in told
     assert f"{name}: [3, 2] there, {list(before[name].shape)} here" in told
-    assert all(torch.equal(tensor, before[key]) for key, tensor in state.weights().items())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state.weights(runtime).items())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -67,6 +68,7 @@ class Facts:
         tokenizer: hash of token -> id.
         frozen_weights: hash of the weights that are not trained, so not in a checkpoint; None where all are trained.
         device: "cpu" or "cuda".
+        step_sequences: rows, or packs of rows, that a step takes from all processes.
         versions: library -> version.
         architecture: hash of the model's own settings that no shape shows (positions, norms, dropout); None: unknown.
     """
@@ -79,6 +81,7 @@ class Facts:
     frozen_weights: str | None
     device: str
     num_processes: int
+    step_sequences: int
     versions: dict[str, str]
     architecture: str | None = None
 
@@ -143,6 +146,11 @@ _TABLE: dict[str, dict[Effect, str]] = {
         Effect.harmless: "max_new_tokens min_new_tokens num_beams do_sample temperature top_k top_p repetition_penalty "
         "no_repeat_ngram_size",
     },
+    "deepspeed": {  # another way to share out the same computation
+        Effect.harmless: "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
+        "gradient_clipping wall_clock_breakdown",
+        Effect.rounding: "type bf16 fp16 communication_data_type zero_optimization",
+    },
     "tracking": {Effect.harmless: "type uri experiment_name run_name tags log_model"},
     "training": {
         Effect.harmless: "max_seconds per_device_eval_batch_size logging_steps",
@@ -156,7 +164,8 @@ _TABLE: dict[str, dict[Effect, str]] = {
     },
     "export": {Effect.harmless: "merge"},
     "runtime": {
-        Effect.harmless: "device",  # Facts: device
+        # Facts: device, num_processes, step_sequences
+        Effect.harmless: "device num_processes num_machines machine_rank main_process_ip main_process_port",
         Effect.rounding: "deterministic",
     },
 }
@@ -193,6 +202,7 @@ _WHY = {
     "optimizer": "other updates",
     "optimizer.type": "an optimizer's state fits no other",
     "scheduler": "other learning rates",
+    "deepspeed": "sums in another order",
     "loss": "something else is minimised",
     "training.max_grad_norm": "other updates",
     "training.mixed_precision": "computes in another precision",
@@ -241,13 +251,18 @@ def _batch(key: str, before: Flat, now: Flat) -> Verdict:
 
     Grouping by length and the ends of streamed blocks go by micro-batches, so there the rows are others.
     """
-    sizes = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
-    first, second = ([one.get(size, 1) for size in sizes] for one in (before, now))
+    sizes = (
+        "training.per_device_train_batch_size",
+        "training.gradient_accumulation_steps",
+        "runtime.num_processes",
+        "runtime.num_machines",
+    )
+    first, second = (math.prod(one.get(size, 1) for size in sizes) for one in (before, now))
     is_cut_freely = all(
         one.get("data.batching") != Batching.length_grouped.name and not one.get("data.streaming")
         for one in (before, now)
     )
-    if is_cut_freely and first[0] * first[1] == second[0] * second[1]:
+    if is_cut_freely and first == second:
         return Effect.rounding, "the same rows a step, in other micro-batches"
     return Effect.trajectory, "other rows a step"
 
@@ -392,8 +407,8 @@ _FACTS: dict[str, Callable[[Facts, Facts], Verdict]] = {
     "architecture": lambda before, now: (Effect.trajectory, "the model's settings (its config.json) are other ones"),
     "num_steps": _steps,
     "device": lambda before, now: (Effect.rounding, ""),
-    # each process takes its batches, so a step has other rows
-    "num_processes": lambda before, now: (Effect.trajectory, "other rows a step"),
+    "num_processes": lambda before, now: (Effect.rounding, "sums in another order"),
+    "step_sequences": lambda before, now: (Effect.trajectory, "other rows a step"),
 }
 
 

@@ -110,12 +110,16 @@ class Checkpoints:
 
     Args:
         before: called by the thread that completes a save, before it does.
+        writes: whether this process writes; of several, one does.
     """
 
-    def __init__(self, config: CheckpointConfig, folder: Path, before: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, config: CheckpointConfig, folder: Path, before: Callable[[], None] = lambda: None, *, writes: bool = True
+    ) -> None:
         self._config = config
         self._folder = folder
         self._before = before
+        self._writes = writes
         self._umask = os.umask(0)
         os.umask(self._umask)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -131,7 +135,7 @@ class Checkpoints:
 
     def leave(self, newest: int) -> list[str]:
         """Remove the steps of a course that is left, behind the one that the run goes on from; tells them."""
-        left = [step for step in steps_in(self._folder) if step > newest]
+        left = [step for step in steps_in(self._folder) if step > newest] if self._writes else []
         for step in left:
             _remove(self._at(step))
         steps = ", ".join(map(str, left))
@@ -229,7 +233,8 @@ class Checkpoints:
     def finish(self) -> None:
         """At the end of a run: leave the last and the best, as they are now."""
         self.wait()
-        self._tidy(max(self._present, default=0), self._best_steps, self.newest)
+        if self._writes:
+            self._tidy(max(self._present, default=0), self._best_steps, self.newest)
 
     def close(self) -> None:
         """Let what was saved become whole, whatever ended the run."""
@@ -239,6 +244,9 @@ class Checkpoints:
         return folder_of(self._folder, step)
 
     def _write(self, step: int, snapshot: Snapshot, then: Callable[[], None]) -> None:
+        if not self._writes:
+            self._present.add(step)
+            return
         self.wait()
         need, beside = snapshot.num_bytes + SMALL_BYTES, self._beside(step)
         try:
@@ -337,13 +345,18 @@ class Checkpoints:
 
 @contextmanager
 def open_checkpoints(
-    config: CheckpointConfig, run_dir: Path, before: Callable[[], None] = lambda: None
+    config: CheckpointConfig, run_dir: Path, before: Callable[[], None] = lambda: None, *, writes: bool = True
 ) -> Iterator[Checkpoints]:
-    """Open the checkpoints of a run's folder, which is held; what an earlier start left half written is removed."""
+    """Open the checkpoints of a run's folder, which is held; what an earlier start left half written is removed.
+
+    Args:
+        before: see Checkpoints.
+        writes: whether this process writes them; the others only know of them.
+    """
     folder = run_dir / "checkpoints"
-    for left in folder.glob(".step-*"):
+    for left in folder.glob(".step-*") if writes else ():
         shutil.rmtree(left)
-    checkpoints = Checkpoints(config, folder, before)
+    checkpoints = Checkpoints(config, folder, before, writes=writes)
     try:
         yield checkpoints
     finally:

@@ -38,6 +38,8 @@ class Admitted:
     run_dir: Path
     own: Any = None
     """The section that the entry alone reads, where it has one."""
+    is_held: bool = False
+    """Whether the process that started this one holds the run's folder."""
 
 
 @dataclass

@@ -5,10 +5,14 @@ A rule's parameters name the sections it reads; the gate calls it when these sec
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from src.config.files import problems_of
 from src.config.formats import declared_formats, roles
@@ -20,6 +24,7 @@ from src.config.schema import (
     Batching,
     CheckpointConfig,
     DataConfig,
+    DeepSpeedConfig,
     Device,
     Dtype,
     EvaluationConfig,
@@ -44,8 +49,26 @@ from src.config.schema import (
     TrainingConfig,
     WarmupScheduleConfig,
     Weights,
+    ZeroConfig,
 )
 
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+ZERO_KEYS = tuple(
+    re.findall(
+        r"\w+",
+        """
+    stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce allgather_partitions
+    allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights elastic_checkpoint offload_param
+    offload_optimizer zenflow sub_group_size stage3_prefetch_bucket_size stage3_param_persistence_threshold
+    stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance
+    stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold stage3_allgather_sequential
+    stage3_use_all_reduce_for_fetch_params ignore_unused_parameters round_robin_gradients parameter_alignment
+    zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients
+    memory_efficient_linear override_module_apply log_trace_cache_warnings enable_sanity_checks leaf_module
+    """,
+    )
+)
+"""Of `zero_optimization` in DeepSpeed 0.19."""
 DEFAULT_METRIC = "eval/validation/loss"
 """What conf/ gives for checkpoint.metric_for_best_model."""
 
@@ -408,6 +431,77 @@ def folders_to_start_from_are_there(top: TopLevelConfig, checkpoint: CheckpointC
         )
 
 
+def machines_can_meet(runtime: RuntimeConfig) -> Iterator[Problem]:
+    if runtime.machine_rank >= runtime.num_machines:
+        reason = f"counts from 0 to runtime.num_machines - 1, which is {runtime.num_machines - 1}"
+        yield Problem("runtime.machine_rank", reason, runtime.machine_rank)
+    if runtime.num_machines > 1 and runtime.main_process_ip is None:
+        yield Problem("runtime.main_process_ip", "several machines need the address of the one with rank 0", None)
+
+
+def zero_settings_are_known(deepspeed: DeepSpeedConfig) -> Iterator[Problem]:
+    if not isinstance(deepspeed, ZeroConfig):
+        return
+    for key, value in deepspeed.zero_optimization.items():
+        if key not in ZERO_KEYS:
+            near = get_close_matches(str(key), ZERO_KEYS, n=1)
+            reason = f"not a key of DeepSpeed's{f'; did you mean {near[0]}?' if near else ''}"
+            yield Problem(f"deepspeed.zero_optimization.{key}", reason, value)
+    if deepspeed.zero_optimization.get("stage") not in (1, 2, 3):
+        reason = "1, 2 or 3 (deepspeed=none shares nothing out)"
+        yield Problem("deepspeed.zero_optimization.stage", reason, deepspeed.zero_optimization.get("stage"))
+    if deepspeed.stage == 3 and deepspeed.zero_optimization.get(GATHER) is not True:
+        yield Problem(f"deepspeed.zero_optimization.{GATHER}", "must be true, or nothing could be exported", False)
+
+
+def zero_agrees_with_the_rest(
+    deepspeed: DeepSpeedConfig, training: TrainingConfig, runtime: RuntimeConfig
+) -> Iterator[Problem]:
+    """What another section owns may be `auto`, or the same."""
+    if not isinstance(deepspeed, ZeroConfig):
+        return
+    size, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    owned: dict[str, tuple[Any, str]] = {
+        "train_micro_batch_size_per_gpu": (size, "training.per_device_train_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "training.gradient_accumulation_steps"),
+        "gradient_clipping": (training.max_grad_norm or 0, "training.max_grad_norm"),
+        "train_batch_size": (
+            size * accumulation * runtime.world_size,
+            f"{size} rows x {accumulation} micro-batches x {runtime.world_size} processes",
+        ),
+    }
+    for key, (value, owner) in owned.items():
+        if getattr(deepspeed, key) not in ("auto", value):
+            yield Problem(f"deepspeed.{key}", f"{owner} says {value}: auto, or the same", getattr(deepspeed, key))
+    for name in ("bf16", "fp16"):
+        is_on = training.mixed_precision.value == name
+        if (given := getattr(deepspeed, name).get("enabled", "auto")) not in ("auto", is_on):
+            reason = f"training.mixed_precision = {training.mixed_precision.value}: auto, or {str(is_on).lower()}"
+            yield Problem(f"deepspeed.{name}.enabled", reason, given)
+
+
+def zero_can_share_out(
+    deepspeed: DeepSpeedConfig, optimizer: OptimizerConfig, quantization: QuantizationConfig, model: ModelConfig
+) -> Iterator[Problem]:
+    if not isinstance(deepspeed, ZeroConfig):
+        return
+    if optimizer.type not in ("adamw", "sgd"):
+        reason = (
+            f"deepspeed shares out the state of adamw and sgd (deepspeed.zero_optimization.stage = {deepspeed.stage})"
+        )
+        yield Problem("optimizer.type", reason, optimizer.type)
+    if deepspeed.stage == 3 and quantization.is_on:
+        reason = "weights in 4 or 8 bits can't be shared out (deepspeed.zero_optimization.stage = 3): deepspeed=zero2"
+        yield Problem("quantization", reason, has_value=False)
+    if deepspeed.offloads("optimizer"):
+        if optimizer.type != "adamw":
+            yield Problem("optimizer.type", "offloaded updates are AdamW's: deepspeed without offload", optimizer.type)
+        places = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+        if missing := [tool for tool in ("g++", "ninja") if shutil.which(tool, path=places) is None]:
+            reason = f"DeepSpeed compiles its update on the CPU, and {' and '.join(missing)} can't be found here"
+            yield Problem("deepspeed.zero_optimization.offload_optimizer", reason, has_value=False)
+
+
 def _holds_checkpoints(folder: Path) -> bool:
     return (folder / "manifest.json").is_file() or any(folder.glob("checkpoints/step-*"))
 
@@ -460,6 +554,10 @@ RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     best_model_can_be_told,
     the_best_is_kept,
     folders_to_start_from_are_there,
+    machines_can_meet,
+    zero_settings_are_known,
+    zero_agrees_with_the_rest,
+    zero_can_share_out,
 )
 
 PREDICT_RULES: tuple[Callable[..., Iterator[Problem]], ...] = (

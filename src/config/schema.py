@@ -49,6 +49,7 @@ NOT_NEGATIVE = Check("a number of at least 0", lambda v: v is None or (_is_numbe
 AT_LEAST_ONE = Check("a whole number of at least 1", lambda v: v is None or (_is_int(v) and v >= 1))
 AT_LEAST_TWO = Check("a whole number of at least 2", lambda v: v is None or (_is_int(v) and v >= 2))
 COUNT = Check("a whole number of at least 0", lambda v: v is None or (_is_int(v) and v >= 0))
+PORT = Check("a port's number, from 1 to 65535", lambda v: v is None or (_is_int(v) and 1 <= v <= 65535))
 FRACTION = Check("a number from 0 to 1", lambda v: v is None or (_is_number(v) and 0 <= v <= 1))
 BELOW_ONE = Check("a number from 0 to below 1", lambda v: v is None or (_is_number(v) and 0 <= v < 1))
 BETAS = Check(
@@ -69,6 +70,9 @@ FILES_OR_SETS = Check(
     ),
 )
 SEED = Check("a whole number from 0 to 2**32 - 1", lambda v: _is_int(v) and 0 <= v < 2**32)
+AUTO_OR_COUNT = Check("a whole number of at least 1, or auto", lambda v: v == "auto" or AT_LEAST_ONE.holds(v))
+AUTO_OR_NUMBER = Check("a number of at least 0, or auto", lambda v: v == "auto" or NOT_NEGATIVE.holds(v))
+MAPPING = Check("a mapping of DeepSpeed's keys", lambda v: isinstance(v, dict))
 TEXT_OR_TEXTS = Check(
     "a text, or a list of texts",
     lambda v: (isinstance(v, str) and bool(v)) or (STRINGS.holds(v) and bool(v)),
@@ -448,6 +452,42 @@ class GenerationConfig:
 
 
 @dataclass
+class NoDeepSpeedConfig:
+    """conf/deepspeed/none.yaml: every process holds the whole model."""
+
+    type: str = _key(Check("none (choose another with deepspeed=…)", lambda v: v == "none"))
+
+    @property
+    def stage(self) -> int:
+        return 0
+
+
+@dataclass
+class ZeroConfig:
+    """conf/deepspeed/zero1.yaml and its like: DeepSpeed's own JSON; what another section owns is `auto`."""
+
+    type: str = _key(Check("zero (choose another with deepspeed=…)", lambda v: v == "zero"))
+    train_batch_size: Any = _key(AUTO_OR_COUNT)
+    train_micro_batch_size_per_gpu: Any = _key(AUTO_OR_COUNT)
+    gradient_accumulation_steps: Any = _key(AUTO_OR_COUNT)
+    gradient_clipping: Any = _key(AUTO_OR_NUMBER)
+    bf16: Any = _key(MAPPING)
+    fp16: Any = _key(MAPPING)
+    communication_data_type: str | None = MISSING
+    wall_clock_breakdown: bool = MISSING
+    zero_optimization: Any = _key(MAPPING)
+
+    @property
+    def stage(self) -> int:
+        """What is shared out: optimizer state from 1 on, gradients from 2 on, weights with 3."""
+        return int(self.zero_optimization.get("stage", 0))
+
+    def offloads(self, what: str) -> bool:
+        """Whether `optimizer` or `param` lies elsewhere than where it is computed with."""
+        return (self.zero_optimization.get(f"offload_{what}") or {}).get("device", "none") != "none"
+
+
+@dataclass
 class MlflowConfig:
     """conf/tracking/mlflow.yaml: an MLflow server or store that mirrors the run's folder."""
 
@@ -539,7 +579,17 @@ class RuntimeConfig:
     """On what the run computes."""
 
     device: Device = MISSING
+    num_processes: int = _key(AT_LEAST_ONE)
+    num_machines: int = _key(AT_LEAST_ONE)
+    machine_rank: int = _key(COUNT)
+    main_process_ip: str | None = MISSING
+    main_process_port: int | None = _key(PORT)
     deterministic: bool = MISSING
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        return self.num_processes * self.num_machines
 
 
 @dataclass
@@ -577,6 +627,7 @@ class PredictConfig:
 ENTRY_SECTIONS: dict[str, type] = {"preflight": PreflightConfig, "predict": PredictConfig}
 """Sections that one entry reads, `python -m src.<name>`, and no other takes; they have their defaults here."""
 
+DeepSpeedConfig = NoDeepSpeedConfig | ZeroConfig
 AdapterConfig = NoAdapterConfig | LoraConfig
 OptimizerConfig = AdamWConfig | AdafactorConfig | SGDConfig
 SchedulerConfig = ConstantScheduleConfig | WarmupScheduleConfig | DecayScheduleConfig
@@ -602,6 +653,7 @@ SECTIONS: dict[str, type | dict[str, type]] = {
         "constant_with_warmup": WarmupScheduleConfig,
     },
     "generation": GenerationConfig,
+    "deepspeed": {"none": NoDeepSpeedConfig, "zero": ZeroConfig},
     "tracking": {"mlflow": MlflowConfig, "none": NoTrackingConfig},
     "training": TrainingConfig,
     "loss": LossConfig,
@@ -630,6 +682,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     generation: GenerationConfig
+    deepspeed: DeepSpeedConfig
     tracking: TrackingConfig
     training: TrainingConfig
     loss: LossConfig

@@ -66,7 +66,7 @@ class Evaluator:
                 references = [self.reference(rows, i) for i in range(count)]
                 values |= scores(self.metrics, answers, references, self.answer_pattern)
             metrics |= {f"eval/{rows.name}/{name}": value for name, value in values.items()}
-        return metrics | targets.metrics()
+        return metrics | targets.metrics(self.runtime)
 
     def reference(self, rows: EncodedSet, index: int) -> str:
         """Give what a row's answer should be, without thoughts, also without those that stand in the data as tags."""
@@ -82,22 +82,26 @@ class Evaluator:
         total, of_thoughts = torch.zeros(2, dtype=torch.float64)
         num_supervised = num_thought = 0
         self.scored.eval()
-        for start in range(0, count, self.batch_size):
-            self.runtime.stop.check()
+        for start, counts in self.runtime.share(range(0, count, self.batch_size)):
+            self.runtime.check_stop()
             batch = collate(rows, [[i] for i in order[start : start + self.batch_size]], self.generator.pad_token_id)
+            found = self.scored(**batch.to(self.runtime.device).inputs())
+            if not counts:
+                continue
             num_supervised += batch.num_supervised
             num_thought += batch.num_thought
-            found = self.scored(**batch.to(self.runtime.device).inputs())
             nll = found.nll.double().cpu()
             total += nll.sum()
             if found.is_thought is not None:
                 of_thoughts += nll[found.is_thought.cpu()].sum()
             targets.see(found.targets.cpu(), nll)
-        loss = total.item() / num_supervised
+        sums = [total.item(), float(num_supervised), of_thoughts.item(), float(num_thought)]
+        nll, all_supervised, thought_nll, all_thought = self.runtime.sum(sums)
+        loss = nll / all_supervised
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"the loss on {rows.name} became {loss}: training has spoilt the weights")
         losses = {"loss": loss, "perplexity": perplexity(loss)}
-        return losses | span_losses(total.item(), num_supervised, of_thoughts.item(), num_thought)
+        return losses | span_losses(nll, all_supervised, thought_nll, all_thought)
 
 
 def check_spans(config: RunConfig, data: Data) -> None:
@@ -134,14 +138,16 @@ class Targets:
             self._counts[token] += int(here.sum())
             self._nlls[token] += float(nll[here].sum())
 
-    def metrics(self) -> dict[str, float]:
-        """Give share_of_targets of every token, and log_probability of those that were one."""
+    def metrics(self, runtime: Runtime) -> dict[str, float]:
+        """Give share_of_targets of every token, and log_probability of those that were one, over all processes."""
         metrics = {}
-        for token, count in self._counts.items():
+        total, *sums = runtime.sum([float(self._total), *self._counts.values(), *self._nlls.values()])
+        counts, nlls = sums[: len(self._counts)], sums[len(self._counts) :]
+        for token, count, nll in zip(self._watched, counts, nlls, strict=True):
             if count:
-                metrics[f"tokens/{token}/log_probability"] = -self._nlls[token] / count
-            if self._total:
-                metrics[f"tokens/{token}/share_of_targets"] = count / self._total
+                metrics[f"tokens/{token}/log_probability"] = -nll / count
+            if total:
+                metrics[f"tokens/{token}/share_of_targets"] = count / total
         return metrics
 
 

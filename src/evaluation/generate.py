@@ -56,24 +56,27 @@ class Generator:
     def generate(self, prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         """Generate a completion for each prompt (ids), in the order given.
 
-        Prompts of similar length go together, so that little is padded. Sampling draws from a stream of its own, by
-        `seed`. The model is in eval mode meanwhile.
+        Prompts of similar length go together, so that little is padded. Each batch draws its samples from a stream of
+        its own, by `seed`, so that it does not matter which process generates it. The model is in eval mode meanwhile.
 
         Raises:
             Interrupted: between two tokens, where a signal asked for it.
         """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        completions: list[Completion | None] = [None] * len(prompts)
+        own: dict[int, Completion] = {}
         training = self.model.training
         self.model.eval()
-        with self.runtime.isolated_rng(seed), torch.no_grad():
-            for start in range(0, len(order), self.batch_size):
-                self.runtime.stop.check()
-                some = order[start : start + self.batch_size]
-                for i, completion in zip(some, self._batch([prompts[i] for i in some]), strict=True):
-                    completions[i] = completion
+        for start, counts in self.runtime.share(range(0, len(order), self.batch_size)):
+            self.runtime.check_stop()
+            some = order[start : start + self.batch_size]
+            with self.runtime.isolated_rng(seed + start), torch.no_grad():
+                written = self._batch([prompts[i] for i in some])
+            if counts:
+                own |= dict(zip(some, written, strict=True))
+        self.runtime.check_stop()
         self.model.train(training)
-        return [completion for completion in completions if completion is not None]
+        completions = {i: one for of_process in self.runtime.gather(own) for i, one in of_process.items()}
+        return [completions[i] for i in range(len(prompts))]
 
     def _batch(self, prompts: Sequence[list[int]]) -> list[Completion]:
         longest = max(map(len, prompts))
@@ -93,10 +96,10 @@ class Generator:
             generated = self.model.generate(
                 input_ids=ids.to(self.runtime.device),
                 attention_mask=real.to(self.runtime.device),
+                synced_gpus=self.runtime.zero_stage == 3,  # each computes as long as another writes
                 stopping_criteria=StoppingCriteriaList([_WhenAsked(self.runtime.stop)]),
                 **decoder,
             )
-        self.runtime.stop.check()
         stops = self.model.generation_config.eos_token_id
         stops = [stops] if isinstance(stops, int) else stops
         return [cut_at(row, stops) for row in generated[:, longest:].tolist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -85,7 +86,8 @@ def outlook(
         new_ids: tokens that have no learned row yet, which an adapter trains too.
         train: the train set, or the first block of one that is streamed.
     """
-    plan = batch_plan(config)
+    processes = config.runtime.world_size
+    plan = batch_plan(config, processes)
     per_epoch = None if config.data.streaming else steps_per_epoch(train, plan, config.seed)
     num_steps = num_train_steps(config.training, per_epoch)
     micro_batches = plan.micro_batches(train.lengths, [config.seed, 0])
@@ -126,7 +128,7 @@ def outlook(
         merge=config.export.merge,
     )
     measured = _measure(config, tokenizer, new_ids, train, plan, micro_batches, widest) if measure else None
-    share = num_micro_batches / len(micro_batches)
+    share = num_micro_batches / len(micro_batches) / processes
     if measured is None:
         dtype = torch.float32 if config.training.mixed_precision is MixedPrecision.no else torch.bfloat16
         ahead = time_forecast(
@@ -138,7 +140,7 @@ def outlook(
             gradient_checkpointing=gradient_checkpointing,
         )
     else:
-        ahead = measured_time_forecast(measured.seconds, num_micro_batches)
+        ahead = measured_time_forecast(measured.seconds, math.ceil(num_micro_batches / processes))
     return Outlook(
         num_steps,
         per_epoch,

@@ -20,6 +20,8 @@ from torch.nn import functional
 
 from src.config.schema import AdapterConfig, LoraConfig, ModelConfig
 from src.errors import ModelError, one_line
+from src.model.whole import whole_models
+from src.runtime.sharding import gathered
 
 NAME = "default"
 """What PEFT calls the one adapter of a model."""
@@ -167,7 +169,8 @@ def add_adapter(
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's matrices
             revision=model_config.revision,
         )
-        with quiet():
+        # PEFT 0.21 would gather the rows that it starts from on CUDA devices only
+        with quiet(), whole_models(), gathered(parameter for module in matrices for parameter in module.parameters()):
             adapted = peft.get_peft_model(model, lora)
     except (ValueError, TypeError) as error:
         raise ModelError(f"this adapter can't be put into a {type(model).__name__}: {one_line(error)}") from error

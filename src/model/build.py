@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from src.config.schema import (
 from src.errors import ModelError, listed, one_line
 from src.model.adapters import check_targets
 from src.model.quantization import check_quantisable, keep_gradients, quantization_settings
+from src.model.whole import whole_models
+from src.runtime.sharding import whole_shape
 
 
 def build_model(config: RunConfig, device: torch.device) -> Any:
@@ -125,7 +128,7 @@ def empty_model(config: ModelConfig) -> Any:
         attention = {"attn_implementation": "sdpa"}
     architecture = load_architecture(config)
     try:
-        with torch.device("meta"):
+        with whole_models(), torch.device("meta"):
             return _auto(config).from_config(
                 architecture, trust_remote_code=config.trust_remote_code, **_dtype(config), **attention
             )
@@ -151,12 +154,14 @@ def _dtype(config: ModelConfig) -> dict[str, Any]:
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
     """Count all parameters and those that are trained; of weights in 4 bits those that they stand for."""
-    return sum(map(_count, model.parameters())), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(map(_count, model.parameters())), sum(
+        math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad
+    )
 
 
 def _count(parameter: nn.Parameter) -> int:
     state = getattr(parameter, "quant_state", None)  # of bitsandbytes, which packs two values into a byte
-    return parameter.numel() if state is None else state.shape.numel()
+    return math.prod(whole_shape(parameter)) if state is None else state.shape.numel()
 
 
 def load_weights(config: ModelConfig, architecture: Any, checkpoint: str, **settings: Any) -> Any:

@@ -11,25 +11,40 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    set_seed,
+)
 from torch import Tensor, nn
 
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
-from src.errors import TowlineError
+from src.errors import Interrupted, TowlineError
+from src.runtime.launch import place_of
+from src.runtime.sharding import Sharded
 from src.runtime.signals import StopRequest
+
+T = TypeVar("T")
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 class Runtime:
     """What a run computes on. Built by `start_runtime`."""
 
-    def __init__(self, accelerator: Accelerator, seed: int, stop: StopRequest) -> None:
+    def __init__(self, accelerator: Accelerator, seed: int, stop: StopRequest, zero_stage: int = 0) -> None:
         self._accelerator = accelerator
+        self.zero_stage = zero_stage
+        """What is shared out over the processes, see ZeroConfig.stage; 0: nothing."""
+        self.sharded: Sharded | None = None
+        """The model and the optimizer, where they are shared out; from `prepare` on."""
         self.seed = seed
         self.stop = stop
 
@@ -42,6 +57,16 @@ class Runtime:
         return self._accelerator.num_processes
 
     @property
+    def rank(self) -> int:
+        """The number of this process among all, from 0."""
+        return self._accelerator.process_index
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self._accelerator.is_main_process
+
+    @property
     def description(self) -> str:
         """Device and precision in a few words."""
         if self.device.type == "cuda":
@@ -49,26 +74,56 @@ class Runtime:
         else:
             place = f"{self.device.type}, {torch.get_num_threads()} threads"
         precision = self._accelerator.mixed_precision
-        return f"{place}, {'no mixed precision' if precision == 'no' else f'{precision} mixed precision'}"
+        many = f"{self.num_processes} processes, each on " if self.num_processes > 1 else ""
+        return f"{many}{place}, {'no mixed precision' if precision == 'no' else f'{precision} mixed precision'}"
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """Place the model on the device and wrap both for precision; steps whose fp16 overflowed are skipped."""
-        return self._accelerator.prepare(model, optimizer)
+        """Place the model on the device and wrap both for precision and processes.
+
+        Steps whose fp16 overflowed are skipped.
+        """
+        wrapped, optimizer = self._accelerator.prepare(model, optimizer)
+        if self.zero_stage:
+            self.sharded = Sharded(wrapped)
+        return wrapped, optimizer
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self._accelerator.autocast()
 
-    def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradients. Accelerate is not told of accumulation, so it divides nothing."""
-        self._accelerator.backward(loss)
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add a loss's gradients, as they are: nothing is divided by how many micro-batches there are.
+
+        Args:
+            last: whether it is the step's last micro-batch, after which processes exchange their gradients.
+        """
+        if self.sharded is None:
+            self._accelerator.backward(loss)
+        else:
+            self.sharded.backward(loss, last=last)
 
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         """Hold back the exchange of gradients for all but the last micro-batch of a step."""
-        return nullcontext() if last else self._accelerator.no_sync(model)
+        return nullcontext() if last or self.sharded is not None else self._accelerator.no_sync(model)
 
-    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-        """Clip the gradients to a total norm (None: don't clip) and give the norm before, unscaled."""
-        return self._accelerator.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float | None) -> float:
+        """Clip the gradients to a total norm (None: don't clip) and give the norm before, unscaled.
+
+        Where they are shared out, DeepSpeed clips as it updates, so the update is done here.
+        """
+        if self.sharded is not None:
+            return self.sharded.update()
+        return float(self._accelerator.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm))
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """Give a trained parameter whole; of all processes alike."""
+        return parameter.detach() if self.sharded is None else self.sharded.weight(parameter)
+
+    def put_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Put a whole value in a trained parameter's place."""
+        if self.sharded is None:
+            parameter.copy_(value)
+        else:
+            self.sharded.put_weight(parameter, value)
 
     @property
     def scales_gradients(self) -> bool:
@@ -85,6 +140,52 @@ class Runtime:
             return [float(value) for value in values]
         summed = self._accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum")
         return [float(value) for value in summed.tolist()]
+
+    def gather(self, value: T) -> list[T]:
+        """Give every process's value to all, by rank; any that can be pickled."""
+        if self.num_processes == 1:
+            return [value]
+        values: list[Any] = [None] * self.num_processes
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: T) -> T:
+        """Give the main process's value to all."""
+        if self.num_processes == 1:
+            return value
+        values: list[Any] = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self._accelerator.wait_for_everyone()
+
+    def share(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+        """Give this process its share of items, and whether each counts.
+
+        Every process gets as many, because they compute together: where they don't divide, some get one that does not
+        count.
+        """
+        n = self.num_processes
+        for start in range(0, len(items), n):
+            is_there = start + self.rank < len(items)
+            yield items[start + self.rank if is_there else start], is_there
+
+    def check_stop(self, asked: float | None = None) -> None:
+        """Come out of the run here, if something asked any process for it; all come out at once.
+
+        Args:
+            asked: how many were asked, where that was summed already.
+        Raises:
+            Interrupted: naming what asked.
+        """
+        if self.num_processes == 1:
+            self.stop.check()
+            return
+        (asked,) = self.sum([float(bool(self.stop.asked()))]) if asked is None else (asked,)
+        if asked:
+            raise Interrupted(next(name for name in self.gather(self.stop.name) if name))
 
     @contextmanager
     def isolated_rng(self, seed: int) -> Iterator[None]:
@@ -113,6 +214,11 @@ class Runtime:
         torch.set_rng_state(state["torch"])
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def seed_apart(self, step: int = 0) -> None:
+        """Give every process but the first random numbers of its own; before, all draw the same to build the same."""
+        if self.rank:
+            set_seed((self.seed + 1000 * self.rank + step) % 2**32)
 
     def scaler_state(self) -> dict[str, Any] | None:
         """Give how fp16 gradients are scaled; None where they are not."""
@@ -160,7 +266,11 @@ def rng_from_json(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def start_runtime(
-    config: RuntimeConfig, mixed_precision: MixedPrecision, seed: int, stop: StopRequest
+    config: RuntimeConfig,
+    mixed_precision: MixedPrecision,
+    seed: int,
+    stop: StopRequest,
+    deepspeed: Mapping[str, Any] | None = None,
 ) -> Iterator[Runtime]:
     """Start computing: choose the device and seed every generator.
 
@@ -172,15 +282,29 @@ def start_runtime(
         raise TowlineError("runtime.device = cuda, but torch finds no CUDA device here; use auto or cpu")
     if mixed_precision is MixedPrecision.fp16 and use_cpu:
         raise TowlineError("training.mixed_precision = fp16 needs a GPU, and there is none; use no or bf16")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise TowlineError("started as one of several processes: this version trains with one process only")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     once = GradientAccumulationPlugin(num_steps=1)  # else the environment could have Accelerate divide our losses
-    accelerator = Accelerator(mixed_precision=mixed_precision.value, cpu=use_cpu, gradient_accumulation_plugin=once)
+    together = [InitProcessGroupKwargs(backend="gloo")] if use_cpu and (place_of() or deepspeed) else []
+    if deepspeed:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        # it compiles at first use, with the ninja that it was installed with
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+        os.environ.setdefault("DS_ACCELERATOR", "cpu" if use_cpu else "cuda")
+        for name, alone in ALONE.items():
+            os.environ.setdefault(name, alone)  # one process is a group of its own
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision.value,
+        cpu=use_cpu and not deepspeed,  # else Accelerate would not use it
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=dict(deepspeed)) if deepspeed else None,
+        gradient_accumulation_plugin=once,
+        kwargs_handlers=together,
+    )
     set_seed(seed)
     try:
-        yield Runtime(accelerator, seed, stop)
+        yield Runtime(accelerator, seed, stop, deepspeed["zero_optimization"]["stage"] if deepspeed else 0)
     finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)  # a sweep's next run chooses afresh

@@ -24,6 +24,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name = ""
+        self.number = signal.SIGTERM
+        """The signal that asked, to be passed on to other processes."""
         self.is_deferred = False
         """Set once there is something to end properly: a request is then followed by the next `check`."""
         self._deadline: float | None = None
@@ -54,7 +56,8 @@ class StopRequest:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        self.name = signal.Signals(number).name
+        self.number = signal.Signals(number)
+        self.name = self.number.name
         if not self.is_deferred:
             self.check()
 

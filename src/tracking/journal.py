@@ -178,6 +178,19 @@ def _end_last_line(file: Path) -> None:
             ended.write(b"\n")
 
 
+def note_failure(path: Path, cause: str) -> None:
+    """Write down that a run failed whose own process can't say so any more."""
+    status = read_status(path)
+    if status.get("state") == "RUNNING":
+        ended = {
+            "state": "FAILED",
+            "cause": cause.split("\n")[0],
+            "how_to_go_on": f"make resume run={path}",
+            "ended": now(),
+        }
+        write_atomically(path / "status.json", json.dumps(status | ended, indent=2, ensure_ascii=False) + "\n")
+
+
 def is_finished(path: Path) -> bool:
     """Whether the folder holds a run that came to its end."""
     return read_status(path).get("state") == "FINISHED"

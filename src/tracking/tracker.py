@@ -172,6 +172,52 @@ class Tracker:
             self._mirror.poke()
 
 
+class Bystander(Tracker):
+    """The tracker of a process that is not the first: it keeps and shows nothing."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @property
+    def latest(self) -> dict[str, float]:
+        return {}
+
+    @property
+    def tracker_run_id(self) -> str | None:
+        return None
+
+    def sync(self) -> None:
+        pass
+
+    def record(self, name: str, content: Mapping[str, Any]) -> None:
+        pass
+
+    def record_once(self, name: str, content: Mapping[str, Any]) -> None:
+        pass
+
+    def describe(self, overview: Mapping[str, str]) -> None:
+        pass
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        pass
+
+    def progress(self, step: StepLike, num_steps: int, logging_steps: int) -> None:
+        pass
+
+    def go_on_from(self, step: int, *, is_end: bool) -> list[dict[str, Any]]:
+        return []
+
+    @contextmanager
+    def line(self, step: StepLike, *, due: bool) -> Iterator[Line]:
+        line = Line()
+        yield line
+        if line.metrics or due:
+            step.collect()
+
+    def finish(self, totals: Mapping[str, float]) -> dict[str, float]:
+        return {}
+
+
 @contextmanager
 def open_tracking(
     config: TrackingConfig, run_dir: Path, frozen: Mapping[str, Any], console: Console, start: Start

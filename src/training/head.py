@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from src.config.schema import LossConfig, Reduction
 from src.data.batching import row_bounds
 from src.errors import ModelError
+from src.tokens import num_rows
 from src.training.loss import Scores, score, supervised_positions
 
 PLAIN = LossConfig(Reduction.mean, thought_weight=1.0, label_smoothing=0.0)
@@ -38,7 +39,7 @@ class ScoredModel(nn.Module):
         self.config = config
         self.uses_full_logits = False
         """Whether the model's own forward computes the logits, because head(hidden) would be something else."""
-        self.num_logits = int(model.get_input_embeddings().weight.shape[0])
+        self.num_logits = num_rows(model)
         """Columns of the logits, to size what is computed at once."""
 
     def forward(
@@ -137,8 +138,7 @@ class ScoredModel(nn.Module):
 
     def _probe(self, length: int) -> Tensor:
         """Give ids that any vocabulary has, [1, length]."""
-        embeddings = self.model.get_input_embeddings().weight
-        return torch.arange(length, device=embeddings.device)[None] % embeddings.shape[0]
+        return torch.arange(length, device=self.model.device)[None] % num_rows(self.model)
 
 
 def shifted(target_ids: Tensor, start_token_id: int) -> Tensor:

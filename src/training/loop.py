@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,16 @@ from src.errors import NonFiniteLossError, listed
 from src.runtime.session import Runtime
 from src.training.loss import step_objective, sum_of_weights
 from src.training.state import Meter, TrainState, Update
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A micro-batch with the set that its row numbers are of, and whether it counts: one that does not only keeps this
+    process in step with the others."""
+
+    rows: EncodedSet
+    batch: Batch
+    counts: bool = True
 
 
 @dataclass
@@ -80,8 +90,8 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         window = next(coming)
         started = time.perf_counter()
         batches = [
-            (block, collate(block, sequences, pad_token_id, flat=state.is_flat))
-            for block, sequences in window.micro_batches
+            Fed(block, collate(block, sequences, pad_token_id, flat=state.is_flat), counts)
+            for (block, sequences), counts in runtime.share(window.micro_batches)
         ]
         lr, grad_norm = step_once(state, batches, config, runtime)
         seconds = time.perf_counter() - started
@@ -92,56 +102,56 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         yield Step(state.last, state.step >= state.num_steps, state.meter, is_another)
 
 
-def step_once(
-    state: TrainState,
-    batches: list[tuple[EncodedSet, Batch]],
-    config: RunConfig,
-    runtime: Runtime,
-) -> tuple[float, float]:
+def step_once(state: TrainState, batches: Sequence[Fed], config: RunConfig, runtime: Runtime) -> tuple[float, float]:
     """Do one optimizer update over a window of micro-batches, and give its learning rate and gradient norm.
 
     Args:
-        batches: each with the set that its row numbers are of.
+        batches: this process's; every process has as many.
     """
     state.scored.train()
-    num_supervised, num_thought = runtime.sum(
-        [sum(batch.num_supervised for _, batch in batches), sum(batch.num_thought for _, batch in batches)]
+    counted = [fed.batch for fed in batches if fed.counts]
+    num_supervised, num_thought, num_tokens, num_rows, asked = runtime.sum(
+        [
+            sum(batch.num_supervised for batch in counted),
+            sum(batch.num_thought for batch in counted),
+            sum(batch.num_tokens for batch in counted),
+            sum(len(batch.rows) for batch in counted),
+            float(bool(runtime.stop.asked())),
+        ]
     )
+    runtime.check_stop(asked)
     weights = sum_of_weights(num_supervised, num_thought, config.loss)
     sums = []
-    for i, (_, batch) in enumerate(batches):
-        runtime.stop.check()
-        batch = batch.to(runtime.device)
+    for i, fed in enumerate(batches):
+        if i and runtime.num_processes == 1:
+            runtime.stop.check()
+        batch = fed.batch.to(runtime.device)
         with runtime.accumulate(state.scored, last=i == len(batches) - 1):
             scores = state.scored(**batch.inputs())
-            share = step_objective(scores.objective, weights, config.loss.reduction)
-            runtime.backward(share * runtime.num_processes)  # processes average their gradients; the step sums them
-        sums.append(scores.sums())
-    objectives, nlls, thought_nlls = torch.stack(sums, dim=1).tolist()
-    if bad := [one for value, one in zip(objectives, batches, strict=True) if not math.isfinite(value)]:
-        value = next(value for value in objectives if not math.isfinite(value))
-        raise _not_finite(f"the loss became {value}", bad, state.step + 1)
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    grad_norm = float(runtime.clip_grad_norm(parameters, config.training.max_grad_norm))
-    if not math.isfinite(grad_norm) and not runtime.scales_gradients:
-        raise _not_finite(f"the gradient's norm became {grad_norm}", batches, state.step + 1)
+            share = step_objective(scores.objective, weights, config.loss.reduction) * fed.counts
+            # processes average their gradients; the step sums them
+            runtime.backward(share * runtime.num_processes, last=i == len(batches) - 1)
+        sums.append(scores.sums() * fed.counts)
+    own = torch.stack(sums, dim=1).tolist()
+    objective, nll, thought_nll = runtime.sum([sum(values) for values in own])
+    if not math.isfinite(objective):
+        bad = [fed for value, fed in zip(own[0], batches, strict=True) if not math.isfinite(value)]
+        raise _not_finite(f"the loss became {objective}", runtime.gather(_places(bad)), state.step + 1)
     lr = float(state.schedule.get_last_lr()[0])
-    state.new_rows.see_gradients()
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    grad_norm = runtime.clip_grad_norm(parameters, config.training.max_grad_norm)
+    if not math.isfinite(grad_norm) and not runtime.scales_gradients:
+        raise _not_finite(f"the gradient's norm became {grad_norm}", runtime.gather(_places(batches)), state.step + 1)
+    if runtime.sharded is not None:
+        state.new_rows.forget_gradients()
+    else:
+        state.new_rows.see_gradients()
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
     if not runtime.step_was_skipped():
         state.schedule.step()
         state.num_schedule_steps += 1
     state.step += 1
-    nll, thought_nll, objective, num_tokens, num_rows = runtime.sum(
-        [
-            sum(nlls),
-            sum(thought_nlls),
-            sum(objectives),
-            sum(batch.num_tokens for _, batch in batches),
-            sum(len(batch.rows) for _, batch in batches),
-        ]
-    )
     meter = state.meter
     meter.nll += nll
     meter.num_supervised += num_supervised
@@ -155,9 +165,13 @@ def step_once(
     return lr, grad_norm
 
 
-def _not_finite(what: str, batches: list[tuple[EncodedSet, Batch]], step: int) -> NonFiniteLossError:
-    places = [rows.place(index) for rows, batch in batches for index in batch.rows]
+def _places(batches: Sequence[Fed]) -> list[str]:
+    return [fed.rows.place(index) for fed in batches for index in fed.batch.rows]
+
+
+def _not_finite(what: str, places: Sequence[Sequence[str]], step: int) -> NonFiniteLossError:
+    """Name the rows of all processes that a number that is not finite came of."""
     return NonFiniteLossError(
         f"{what} in step {step}. Either these rows are extreme, or a learning rate that is too high has spoilt the "
-        f"weights in the steps before:\n{listed(places)}"
+        f"weights in the steps before:\n{listed([place for some in places for place in some])}"
     )

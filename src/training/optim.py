@@ -21,6 +21,7 @@ from src.config.schema import (
     WarmupScheduleConfig,
 )
 from src.errors import CheckpointError, ModelError
+from src.runtime.sharding import whole_shape
 
 ADAFACTOR_EPS = (torch.finfo(torch.float32).eps, 1e-3)
 """torch's own for float32 weights, and here for all. Its default follows the weights' type, and bfloat16's, 0.008, is
@@ -54,8 +55,8 @@ def parameter_groups(
     groups: list[dict[str, Any]] = []
     for chosen, rate in ((others, {}), (apart, {"lr": embedding_lr})):
         groups += [
-            {"params": [p for p in chosen if p.ndim >= 2], "weight_decay": weight_decay, **rate},
-            {"params": [p for p in chosen if p.ndim < 2], "weight_decay": 0.0, **rate},
+            {"params": [p for p in chosen if len(whole_shape(p)) >= 2], "weight_decay": weight_decay, **rate},
+            {"params": [p for p in chosen if len(whole_shape(p)) < 2], "weight_decay": 0.0, **rate},
         ]
     return [group for group in groups if group["params"]]
 

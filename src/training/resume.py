@@ -25,6 +25,8 @@ from src.training.state import Beginning, TrainState
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "numpy")
 """Whose versions may change how numbers are rounded."""
 
+BATCH_KEYS = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+
 NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
 """Settings of a model that say nothing, or that other facts and keys say."""
 
@@ -52,6 +54,7 @@ def facts_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runtime) ->
         frozen_weights=tensors_digest(frozen) if frozen else None,
         device=runtime.device.type,
         num_processes=runtime.num_processes,
+        step_sequences=state.plan.batch_size * state.plan.accumulation,
         versions={name: metadata.version(name) for name in PACKAGES},
         architecture=architecture_hash(state.model),
     )
@@ -100,6 +103,26 @@ def resume(
     return warnings
 
 
+def same_step(config: RunConfig, origin: Origin, num_processes: int) -> tuple[RunConfig, list[str]]:
+    """Have a step take as many rows as before, where only the number of processes changed; gives warnings.
+
+    Accumulation makes up for it. Where that does not divide, nothing is changed, and the contract tells.
+    """
+    if origin.checkpoint is None:
+        return config, []
+    before, training = origin.state["facts"], config.training
+    size = training.per_device_train_batch_size * num_processes
+    is_asked_alike = not any(change.key in BATCH_KEYS for change in origin.changes)
+    accumulation, rest = divmod(before["step_sequences"], size)
+    if not is_asked_alike or rest or accumulation == training.gradient_accumulation_steps:
+        return config, []
+    told = (
+        f"{num_processes} processes instead of {before['num_processes']}: gradient_accumulation_steps is "
+        f"{accumulation} instead of {training.gradient_accumulation_steps}, so that a step takes the same rows"
+    )
+    return replace(config, training=replace(training, gradient_accumulation_steps=accumulation)), [told]
+
+
 def starting_model(config: RunConfig) -> RunConfig:
     """Give the configuration with the whole model of `init_from` as what the run starts with, where it is one."""
     folder = _exported(config)
@@ -109,7 +132,9 @@ def starting_model(config: RunConfig) -> RunConfig:
     return replace(config, model=model)
 
 
-def start_from_weights(state: TrainState, adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> None:
+def start_from_weights(
+    state: TrainState, adapter: Adapter | None, tokenizer: Any, runtime: Runtime, config: RunConfig
+) -> None:
     """Put the adapter or the checkpoint of `init_from` into the model; a whole model was loaded as it was built.
 
     Raises:
@@ -123,7 +148,7 @@ def start_from_weights(state: TrainState, adapter: Adapter | None, tokenizer: An
         kept = read_snapshot(checkpoint)
         if kept.state["facts"]["tokenizer"] != tokenizer_hash(tokenizer):
             raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
-        state.restore_weights(kept.weights)
+        state.restore_weights(kept.weights, runtime)
     elif (folder / "adapter_config.json").exists():
         if adapter is None:
             raise ModelError(

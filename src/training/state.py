@@ -20,6 +20,7 @@ from src.data.sets import EncodedSet
 from src.errors import CheckpointError, ModelError, listed
 from src.model.build import num_parameters
 from src.runtime.session import Runtime, rng_as_json, rng_from_json
+from src.runtime.sharding import gathered, whole_shape
 from src.tokens import WatchedRows, embedding_parameters
 from src.training.head import ScoredModel
 from src.training.loss import span_losses
@@ -133,14 +134,21 @@ class TrainState:
         """Give the name of every trained parameter, each once: id(parameter) -> name."""
         return {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def weights(self) -> dict[str, Tensor]:
-        """Give what is trained, and what a forward may change (persistent buffers), by name; no copies."""
-        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+    def weights(self, runtime: Runtime) -> dict[str, Tensor]:
+        """Give what is trained, and what a forward may change (persistent buffers), by name; whole, but no copies."""
+        trained = {name: runtime.weight(p) for name, p in self.model.named_parameters() if p.requires_grad}
         return trained | _buffers(self.model)
 
     def frozen_weights(self) -> dict[str, Tensor]:
-        """Give the weights that stay as they are, which no checkpoint holds; no copies."""
-        return {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
+        """Give the weights that stay as they are, which no checkpoint holds; copies only where they are shared out."""
+        frozen = {}
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                with gathered([parameter]):
+                    frozen[name] = (
+                        parameter.detach().cpu().clone() if hasattr(parameter, "ds_id") else parameter.detach()
+                    )
+        return frozen
 
     def snapshot(self, runtime: Runtime, beside: Mapping[str, Any]) -> Snapshot:
         """Give all that is needed to go on from here as if nothing had happened.
@@ -148,23 +156,27 @@ class TrainState:
         Args:
             beside: what else is to be kept, as JSON values.
         """
-        tensors, values = optimizer_state(self._plain_optimizer, self.parameter_names)
+        if runtime.sharded is None:
+            tensors, values = optimizer_state(self._plain_optimizer, self.parameter_names)
+        else:
+            tensors = runtime.sharded.optimizer_state(self.parameter_names)
+            values = {name: {} for name in self.parameter_names.values()}
         state = {
             "step": self.step,
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "position": self.position.as_dict(),
             "meter": asdict(self.meter),
             "last": None if self.last is None else asdict(self.last),
-            "rng": [rng_as_json(self.rng)],  # of every process
+            "rng": runtime.gather(rng_as_json(self.rng)),
             "scaler": runtime.scaler_state(),
             "optimizer": values,
             "new_rows": self.new_rows.state(),
         }
-        return Snapshot(self.weights(), tensors, state | dict(beside))
+        return Snapshot(self.weights(runtime), tensors, state | dict(beside))
 
-    def only_weights(self, beside: Mapping[str, Any]) -> Snapshot:
+    def only_weights(self, runtime: Runtime, beside: Mapping[str, Any]) -> Snapshot:
         """Give what an evaluation's weights are kept with."""
-        return Snapshot(self.weights(), None, {"step": self.step, **beside})
+        return Snapshot(self.weights(runtime), None, {"step": self.step, **beside})
 
     def restore(self, kept: Snapshot, runtime: Runtime) -> None:
         """Put everything back as it was when a snapshot was taken, but for the position, which `prepare` was given.
@@ -173,8 +185,11 @@ class TrainState:
             CheckpointError: where the model is of another form; nothing has been changed then.
         """
         state = kept.state
-        self.restore_weights(kept.weights)
-        restore_optimizer(self._plain_optimizer, self.parameter_names, kept.optimizer or {}, state["optimizer"])
+        self.restore_weights(kept.weights, runtime)
+        if runtime.sharded is None:
+            restore_optimizer(self._plain_optimizer, self.parameter_names, kept.optimizer or {}, state["optimizer"])
+        else:
+            runtime.sharded.restore_optimizer(self.parameter_names, kept.optimizer or {})
         for name, value in state["counters"].items():
             setattr(self, name, value)
         self.step = state["step"]
@@ -183,7 +198,10 @@ class TrainState:
         self.last = None if state["last"] is None else Update(**state["last"])
         self.new_rows.restore(state["new_rows"])
         runtime.restore_scaler(state["scaler"])
-        runtime.restore_rng(rng_from_json(state["rng"][0]))
+        if runtime.rank < len(state["rng"]):
+            runtime.restore_rng(rng_from_json(state["rng"][runtime.rank]))
+        else:  # there were fewer processes
+            runtime.seed_apart(self.step)
 
     def settle(self, *, is_over: bool) -> None:
         """Say whether what follows the last step was done, its line of metrics included, which begins new sums."""
@@ -192,26 +210,31 @@ class TrainState:
             self.meter = Meter()
 
     @torch.no_grad()
-    def restore_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def restore_weights(self, weights: Mapping[str, Tensor], runtime: Runtime) -> None:
         """Put weights back by name.
 
         Raises:
             CheckpointError: where names or shapes are others; nothing has been changed then.
         """
-        own = self.weights()
-        wrong = [f"{name} is missing there" for name in own.keys() - weights.keys()]
-        wrong += [f"{name} is not trained here" for name in weights.keys() - own.keys()]
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        buffers = _buffers(self.model)
+        shapes = {name: whole_shape(p) for name, p in trained.items()}
+        shapes |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+        wrong = [f"{name} is missing there" for name in shapes.keys() - weights.keys()]
+        wrong += [f"{name} is not trained here" for name in weights.keys() - shapes.keys()]
         wrong += [
-            f"{name}: {list(weights[name].shape)} there, {list(own[name].shape)} here"
-            for name in own.keys() & weights.keys()
-            if own[name].shape != weights[name].shape
+            f"{name}: {list(weights[name].shape)} there, {list(shape)} here"
+            for name, shape in shapes.items()
+            if name in weights and shape != tuple(weights[name].shape)
         ]
         if wrong:
             raise CheckpointError(
                 f"the weights of the checkpoint are not those of this model:\n{listed(sorted(wrong))}"
             )
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
+        for name, parameter in trained.items():
+            runtime.put_weight(parameter, weights[name])
+        for name, buffer in buffers.items():
+            buffer.copy_(weights[name])
 
     @property
     def _plain_optimizer(self) -> torch.optim.Optimizer:
@@ -249,13 +272,13 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def batch_plan(config: RunConfig) -> Plan:
-    """Take from the configuration how rows become micro-batches."""
+def batch_plan(config: RunConfig, num_processes: int = 1) -> Plan:
+    """Take from the configuration how rows become micro-batches; a step takes them from all processes."""
     training = config.training
     return Plan(
         config.data.batching,
         training.per_device_train_batch_size,
-        training.gradient_accumulation_steps,
+        training.gradient_accumulation_steps * num_processes,
         config.data.max_seq_length,
     )
 
@@ -295,7 +318,7 @@ def prepare(
     Raises:
         ModelError: where the weights' type does not go with the precision, or rows can't be packed for this model.
     """
-    plan = batch_plan(config)
+    plan = batch_plan(config, runtime.num_processes)
     per_epoch = left = None
     if isinstance(train, EncodedSet):
         per_epoch = steps_per_epoch(train, plan, config.seed)
@@ -308,13 +331,16 @@ def prepare(
     scored = ScoredModel(model, config.loss).to(runtime.device)
     is_packed = config.data.batching is Batching.packed
     is_flat = is_packed and config.model.attn_implementation is Attention.flash_attention_2
-    with runtime.autocast():
+    optimizer = build_optimizer(config.optimizer, scored.parameters(), embedding_parameters(model))
+    schedule = build_schedule(config.scheduler, optimizer, num_steps)
+    plain = optimizer
+    wrapped, optimizer = runtime.prepare(scored, optimizer)
+    if runtime.sharded is not None:
+        vars(plain)["_opt_called"] = True  # DeepSpeed updates by another one, and torch would warn of the schedule
+    with runtime.autocast():  # behind `prepare`: weights that are shared out come together for a forward only then
         scored.choose_head()
         if is_packed:
             scored.check_packing(flat=is_flat)
-    optimizer = build_optimizer(config.optimizer, scored.parameters(), embedding_parameters(model))
-    schedule = build_schedule(config.scheduler, optimizer, num_steps)
-    wrapped, optimizer = runtime.prepare(scored, optimizer)
     return TrainState(
         wrapped,
         model,

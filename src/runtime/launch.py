@@ -1,0 +1,161 @@
+"""Several processes from one command: start them, watch them, end them together. No torch here.
+
+The parent has composed, checked and frozen the configuration, and holds the run's folder; workers get the frozen file.
+Each worker has a session of its own, so that Ctrl-C reaches the parent only, which passes each request on once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.config.schema import RuntimeConfig
+from src.errors import Interrupted, TrainingError
+from src.runtime.signals import StopRequest
+
+GRACE_SECONDS = 5.0
+"""How long the others may take to end by themselves once one process has ended in failure."""
+POLL_SECONDS = 0.1
+TAIL_LINES = 30
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among all of a run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """Give the place that a launcher (ours, torchrun, accelerate launch) gave this process; None where none did."""
+    if int(environment.get("WORLD_SIZE", "1")) < 2:
+        return None
+    rank = int(environment["RANK"])
+    return Place(rank, int(environment.get("LOCAL_RANK", rank)), int(environment["WORLD_SIZE"]))
+
+
+def num_processes() -> int:
+    """Count the processes that this one is one of."""
+    place = place_of()
+    return 1 if place is None else place.world_size
+
+
+def log_file(run_dir: Path, rank: int) -> Path:
+    """Name the file that holds what a process other than the first prints."""
+    return run_dir / "logs" / f"rank-{rank}.log"
+
+
+def is_launched(config: RuntimeConfig) -> bool:
+    """Whether this process has to start others, rather than to train by itself."""
+    return place_of() is None and config.num_processes * config.num_machines > 1
+
+
+def launch(config: RuntimeConfig, command: Sequence[str], run_dir: Path, stop: StopRequest) -> int:
+    """Start a run's processes of this machine, and wait for their end; gives the exit code that they agree on.
+
+    Args:
+        command: starts one process.
+        stop: is passed on to all of them, once.
+    Raises:
+        TrainingError: where one ended in failure; the others are ended, and its last words are in the message.
+    """
+    port = config.main_process_port or _free_port()
+    first, count = config.machine_rank * config.num_processes, config.num_processes
+    shared = {
+        "WORLD_SIZE": str(config.num_machines * count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": config.main_process_ip or "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if "OMP_NUM_THREADS" not in os.environ:
+        shared["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // count))
+    places = [{"RANK": str(first + i), "LOCAL_RANK": str(i)} for i in range(count)]
+    with _processes(command, [os.environ | shared | place for place in places], run_dir) as workers:
+        return _watch(workers, first, run_dir, stop)
+
+
+@contextmanager
+def _processes(
+    command: Sequence[str], environments: Sequence[Mapping[str, str]], run_dir: Path
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        for environment in environments:
+            rank = int(environment["RANK"])
+            if rank == 0:
+                workers.append(subprocess.Popen(command, env=environment, start_new_session=True))
+                continue
+            file = log_file(run_dir, rank)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "ab") as log:
+                workers.append(
+                    subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
+                )
+        yield workers
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+        for worker in workers:
+            worker.wait()
+
+
+def _watch(workers: Sequence[subprocess.Popen[bytes]], first: int, run_dir: Path, stop: StopRequest) -> int:
+    passed_on = False
+    while True:
+        codes = [worker.poll() for worker in workers]
+        if all(code is not None for code in codes) or any(
+            code not in (None, 0, Interrupted.exit_code) for code in codes
+        ):
+            break
+        if stop.name and not passed_on:
+            passed_on = True
+            for worker in workers:
+                worker.send_signal(stop.number)
+        time.sleep(POLL_SECONDS)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+        time.sleep(POLL_SECONDS)
+    codes = [worker.poll() for worker in workers]
+    failed = {first + i: code for i, code in enumerate(codes) if code not in (None, 0, Interrupted.exit_code)}
+    if not failed or (passed_on and Interrupted.exit_code in codes):  # one that was left behind is no cause
+        return max(code or 0 for code in codes if code is None or code >= 0)
+    rank, code = min(failed.items(), key=lambda one: (one[1] >= 0, one[0]))  # one that a signal killed is the cause
+    return _told(rank, code, run_dir)
+
+
+def _told(rank: int, code: int, run_dir: Path) -> int:
+    """Say which process failed; what the first one printed is on the terminal already."""
+    if code > 0 and rank == 0:
+        return code
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    words = ""
+    if rank and (file := log_file(run_dir, rank)).exists():
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        words = f"; the end of {file}:\n" + "\n".join(f"  {line}" for line in lines)
+    raise TrainingError(f"process {rank} {how}, so the others were ended too{words}")
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def worker_command(frozen: Path, run_dir: Path) -> list[str]:
+    """Give the command that starts a process with a configuration that was frozen for it."""
+    return [sys.executable, "-m", "src.run", "--frozen", str(frozen), str(run_dir)]

@@ -1,0 +1,542 @@
+"""Runs in several processes: the numbers of one process, whatever is shared out, and an end when any of them ends.
+
+Everything here is `python -m src.run` on two processes over gloo; only the one-process runs that they are compared with
+are made in the process of the tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from src.checkpoint.manifest import newest_resumable, problems_of
+from src.config import rules
+from src.config.gate import admit
+from src.data.batching import windows
+from src.data.dataset import build_data
+from src.data.sets import EncodedSet
+from src.errors import ConfigError
+from src.run import run
+from src.runtime.signals import StopRequest
+from src.tokens import load_tokenizer
+from src.training.state import batch_plan
+from tests.conftest import ROOT, admitted, read_lines, write_lines
+
+T = TypeVar("T")
+Rows = list[dict[str, Any]]
+
+ROWS = 77  # at 8 a step: the tenth takes 5, in micro-batches of 2, 2 and 1
+STEPS = 20
+LIMIT = 120.0
+"""Seconds that anything is waited for."""
+TINY = (
+    "runtime.device=cpu",
+    "data.test_files=null",
+    "optimizer.weight_decay=0.1",  # on matrices only, which have another shape where they are shared out
+    "training.num_train_epochs=2",
+    "training.per_device_train_batch_size=2",
+    "training.per_device_eval_batch_size=4",
+    "training.logging_steps=3",
+    "evaluation.eval_steps=10",
+    "evaluation.max_samples=5",
+    "evaluation.sample_prompts=1",
+    "generation.max_new_tokens=4",
+    "checkpoint.checkpointing_steps=6",
+    "checkpoint.keep_last=9",
+)
+ALONE = ("training.gradient_accumulation_steps=4",)
+TWO = ("runtime.num_processes=2", "training.gradient_accumulation_steps=2")
+ZERO3 = ("deepspeed=zero3", "deepspeed.zero_optimization.stage3_param_persistence_threshold=0")
+SHARED_OUT = {"none": (), "zero1": ("deepspeed=zero1",), "zero2": ("deepspeed=zero2",), "zero3": ZERO3}
+SUM = ("loss.reduction=sum", "optimizer.lr=1e-3", "training.max_grad_norm=1")
+LORA = ("adapter=lora", "adapter.lora_dropout=0", "optimizer.lr=1e-2")
+
+
+class Ended:
+    """A command that came to its end."""
+
+    def __init__(self, code: int, output: str) -> None:
+        self.code, self.output = code, output
+
+
+class Laboratory:
+    """Runs by name in one folder, from the same weights, on the same rows; each is made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        sums = [(3 + 7 * i * i, 10 ** (i % 4) + 5 * i) for i in range(ROWS)]
+        rows = [
+            {"prompt": f"{a}+{b}=", "completion": "<ToW>1+1+0=02</ToW>" * (i * 5 % 4) + str(a + b)}
+            for i, (a, b) in enumerate(sums)
+        ]
+        self.rows = f"data.train_files=['{write_lines(folder / 'train.jsonl', rows)}']"
+        self._alone(self.at("base"), "tokens=none", "training.max_train_steps=2", *TINY, self.rows, *ALONE)
+        self.exact = self.at("base") / "model"
+        self.roomy = self.at("roomy")
+        model = AutoModelForCausalLM.from_pretrained(self.exact)
+        model.resize_token_embeddings(264, mean_resizing=False)
+        model.save_pretrained(self.roomy)
+        AutoTokenizer.from_pretrained(self.exact).save_pretrained(self.roomy)
+
+    def asked(self, name: str, *overrides: str) -> list[str]:
+        """Give a command line.
+
+        The model has rows for the new tokens already, so that ZeRO-3 has shared them out when they are written; a
+        matrix that has to grow is whole until it is prepared.
+        """
+        base = [
+            "model=causal_lm",
+            f"hydra.run.dir={self.at(name)}",
+            self.rows,
+            f"data.cache_dir={self.folder / 'rows'}",
+        ]
+        chosen = {
+            override.partition("=")[0]: override for override in (*TINY, f"model.checkpoint={self.roomy}", *overrides)
+        }
+        return [*base, "tracking=none", *chosen.values()]
+
+    def at(self, name: str) -> Path:
+        return self.folder / name
+
+    @functools.cache  # noqa: B019
+    def alone(self, name: str, *overrides: str) -> Path:
+        """Give the folder of a run that was made in one process: this one."""
+        return self._alone(self.at(name), *self.asked(name, *ALONE, *overrides))
+
+    @functools.cache  # noqa: B019
+    def together(self, name: str, *overrides: str) -> Path:
+        """Give the folder of a run that was made in two processes."""
+        self.finish(name, *TWO, *overrides)
+        return self.at(name)
+
+    def finish(self, name: str, *overrides: str) -> str:
+        with started(self.asked(name, *overrides), self.folder / f"{name}.log") as one:
+            end = wait_for_end(one)
+        assert end.code == 0, end.output
+        return end.output
+
+    @contextmanager
+    def under_way(self, name: str, *overrides: str, behind: int) -> Iterator[Started]:
+        """Give a run once a step behind this one is in its journal."""
+        with started(self.asked(name, *overrides), self.folder / f"{name}.log") as one:
+            journal = self.at(name) / "metrics.jsonl"
+            until(lambda: one.popen.poll() is not None or any(step > behind for step in steps_of(journal)))
+            assert one.popen.poll() is None, one.output
+            yield one
+
+    @staticmethod
+    def _alone(run_dir: Path, *overrides: str) -> Path:
+        run(admitted(f"hydra.run.dir={run_dir}", *overrides), StopRequest())
+        return run_dir
+
+
+class Started:
+    """A command that is under way, with what it prints."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], log: Path) -> None:
+        self.popen, self.log = popen, log
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def started(
+    arguments: Sequence[str], log: Path, command: Sequence[str] = ("-m", "src.run"), **environment: str
+) -> Iterator[Started]:
+    """Start Python on something; it and all it started are ended at the end of the block, if they live still."""
+    with open(log, "wb") as file:
+        popen = subprocess.Popen(
+            [sys.executable, *command, *arguments],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield Started(popen, log)
+    finally:
+        if popen.poll() is None:
+            left = [psutil.Process(popen.pid), *psutil.Process(popen.pid).children(recursive=True)]
+            for process in left:
+                process.kill()
+        popen.wait()
+
+
+def wait_for_end(one: Started) -> Ended:
+    return Ended(one.popen.wait(timeout=LIMIT), one.output)
+
+
+def until(found: Callable[[], T]) -> T:
+    """Give what is found, as soon as there is something."""
+    deadline = time.monotonic() + LIMIT
+    while not (result := found()):
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        time.sleep(0.02)
+    return result
+
+
+def steps_of(journal: Path) -> list[int]:
+    lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def workers_of(run_dir: Path) -> dict[int, psutil.Process]:
+    """Give a run's living processes by rank."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "--frozen" in words and str(run_dir) in words:
+            try:
+                found[int(process.environ()["RANK"])] = process
+            except (psutil.Error, KeyError):  # it ended, or has not begun
+                continue
+    return found
+
+
+def plain(line: dict[str, Any]) -> dict[str, Any]:
+    """Leave clocks out."""
+    return {key: value for key, value in line.items() if not key.startswith("perf/")}
+
+
+def metrics(run_dir: Path) -> Rows:
+    return [plain(line) for line in read_lines(run_dir / "metrics.jsonl")]
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    return dict(json.loads((run_dir / "status.json").read_text(encoding="utf-8")))
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    return dict(json.loads((run_dir / "summary.json").read_text(encoding="utf-8")))
+
+
+def assert_same_numbers(ours: Path, theirs: Path) -> None:
+    """Hold the losses of every line together, and what was counted."""
+    lines = list(zip(metrics(ours), metrics(theirs), strict=True))
+    assert [one["step"] for one, _ in lines] == [other["step"] for _, other in lines]
+    assert lines[-1][0]["step"] == STEPS
+    keys = ("train/loss", "train/thought_loss", "train/answer_loss", "eval/validation/loss")
+    compared = 0
+    for one, other in lines:
+        assert one.keys() <= other.keys()
+        assert all(key.startswith("tokens/") and "grad_norm" in key for key in other.keys() - one.keys())  # shared out
+        assert one["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=1e-3)
+        for key in keys:
+            if key in other:
+                assert one[key] == pytest.approx(other[key], rel=0, abs=1e-4), (key, one["step"])
+                compared += 1
+    assert compared > 25
+    for key in ("examples_seen", "tokens_seen", "steps"):
+        assert summary(ours)[key] == summary(theirs)[key], key
+    assert summary(ours)["examples_seen"] == 2 * ROWS
+    one, other = (
+        load_file(place / "checkpoints" / f"step-{STEPS:08}" / "model.safetensors") for place in (ours, theirs)
+    )
+    assert one.keys() == other.keys()
+    assert not [name for name in one if (one[name] - other[name]).abs().max() > 1e-4]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("processes"))
+
+
+# The same numbers
+
+
+@pytest.mark.parametrize("what", list(SHARED_OUT))
+def test_two_processes_give_the_losses_of_one(lab: Laboratory, what: str) -> None:
+    assert_same_numbers(lab.together(what, *SHARED_OUT[what]), lab.alone("one"))
+
+
+@pytest.mark.parametrize("what", ["none", "zero2"])
+def test_losses_that_are_summed_are_those_of_one_process_too(lab: Laboratory, what: str) -> None:
+    ours = lab.together(f"{what}-sum", *SHARED_OUT[what], *SUM)
+    assert_same_numbers(ours, lab.alone("one-sum", *SUM))
+    assert metrics(ours) != metrics(lab.together(what, *SHARED_OUT[what]))
+
+
+def test_an_adapter_and_new_rows_beside_it_are_trained_alike_and_exported(lab: Laboratory) -> None:
+    from peft import PeftModel
+
+    asked = (*LORA, f"model.checkpoint={lab.exact}")  # its matrices have to grow
+    ours, theirs = lab.together("lora3", *ZERO3, *asked), lab.alone("lora1", *asked)
+    assert_same_numbers(ours, theirs)
+    tokenizer = AutoTokenizer.from_pretrained(ours / "model")
+    ids = torch.tensor([tokenizer("12+3=<ToW>1</ToW>15")["input_ids"]])
+    logits = []
+    for place in (ours, theirs):
+        model = AutoModelForCausalLM.from_pretrained(lab.exact)
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8, mean_resizing=False)
+        adapted = PeftModel.from_pretrained(model, place / "model").eval()
+        logits.append(adapted(ids).logits[..., : len(tokenizer)])  # behind: padding, of no token
+    assert (logits[0] - logits[1]).abs().max() < 1e-3
+    untouched = AutoModelForCausalLM.from_pretrained(lab.exact).eval()(ids[:, :3]).logits
+    assert (logits[0][:, :3, : untouched.shape[-1]] - untouched).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("epoch_of", [1, 3])
+def test_a_step_takes_the_same_rows_of_any_number_of_processes(lab: Laboratory, epoch_of: int) -> None:
+    def taken(num_processes: int) -> list[Any]:
+        config = admitted(*lab.asked("none-such", f"training.gradient_accumulation_steps={4 // num_processes}")).config
+        tokenizer = load_tokenizer(config.model, config.tokens)[0]
+        train = build_data(config, tokenizer).train
+        assert isinstance(train, EncodedSet)
+        found = []
+        for window in windows(train, batch_plan(config, num_processes), config.seed):
+            found.append((window.after, [row for _, part in window.micro_batches for rows in part for row in rows]))
+            if window.epoch == epoch_of - 1 and window.ends_epoch:
+                return found
+        raise AssertionError("windows never end")
+
+    one = taken(1)
+    assert one == taken(2) == taken(4)
+    rows = [row for _, some in one for row in some]
+    for start in range(0, len(rows), ROWS):
+        assert sorted(rows[start : start + ROWS]) == list(range(ROWS))
+
+
+# Stops
+
+
+def test_a_run_shared_out_that_was_stopped_is_the_run_that_was_not(lab: Laboratory) -> None:
+    straight = lab.together("zero3", *ZERO3)
+    with lab.under_way("stopped", *TWO, *ZERO3, behind=2) as one:
+        one.popen.send_signal(signal.SIGTERM)
+        end = wait_for_end(one)
+    run_dir = lab.at("stopped")
+    assert end.code == 75, end.output
+    assert "Stopped by SIGTERM" in end.output
+    newest = newest_resumable(run_dir / "checkpoints")
+    assert newest is not None
+    assert newest == status(run_dir)["step"] < STEPS
+    assert status(run_dir)["state"] == "PREEMPTED"
+    assert not list(problems_of(run_dir / "checkpoints" / f"step-{newest:08}"))
+    assert not workers_of(run_dir)
+    assert "resumed" in lab.finish("stopped", *TWO, *ZERO3)
+    assert metrics(run_dir) == metrics(straight)
+    for file in ("model/model.safetensors", f"checkpoints/step-{STEPS:08}/optimizer.safetensors"):
+        ours, theirs = load_file(run_dir / file), load_file(straight / file)
+        assert ours.keys() == theirs.keys()
+        assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def test_one_process_that_is_killed_ends_all_and_the_run_goes_on(lab: Laboratory) -> None:
+    run_dir = lab.at("killed")
+    for rank, behind in ((1, 6), (0, 9)):
+        with lab.under_way("killed", *TWO, behind=behind) as one:
+            workers = until(lambda: found if len(found := workers_of(run_dir)) == 2 else None)
+            parent = psutil.Process(one.popen.pid)
+            everything = [parent, *parent.children(recursive=True)]
+            workers[rank].kill()
+            end = wait_for_end(one)
+        assert end.code == 1, end.output
+        assert f"process {rank} was ended by SIGKILL" in end.output
+        assert not [process for process in everything if process.is_running()]
+        assert not workers_of(run_dir)
+        told = status(run_dir)
+        assert told["state"] == "FAILED"
+        assert told["cause"]
+        if rank == 0:  # the one that would write it down
+            assert "SIGKILL" in told["cause"]
+    lab.finish("killed", *TWO)
+    assert status(run_dir)["state"] == "FINISHED"
+    assert summary(run_dir)["examples_seen"] == 2 * ROWS
+    assert metrics(run_dir) == metrics(lab.together("none"))
+
+
+def test_the_number_of_processes_may_change_over_stops_in_an_epoch(lab: Laboratory) -> None:
+    one_epoch = ("training.num_train_epochs=1", "training.per_device_train_batch_size=1", "training.logging_steps=2")
+    one_epoch += ("training.gradient_accumulation_steps=1",)  # two rows a step: 39 steps, the last takes one
+    seen = []
+    for number, behind in ((2, 4), (1, 14)):
+        asked = (*one_epoch, f"runtime.num_processes={number}")
+        with lab.under_way("changed", *asked, behind=behind) as one:
+            one.popen.send_signal(signal.SIGTERM)
+            end = wait_for_end(one)
+        assert end.code == 75, end.output
+        newest = newest_resumable(lab.at("changed") / "checkpoints")
+        state = json.loads((lab.at("changed") / "checkpoints" / f"step-{newest:08}" / "state.json").read_text())
+        assert state["counters"]["examples_seen"] == state["position"]["num_sequences"] == 2 * state["step"]
+        seen.append((newest, end.output))
+    output = lab.finish("changed", *one_epoch, "runtime.num_processes=2")
+    assert seen[0][0] < seen[1][0] < 39
+    assert "instead of" not in seen[0][1]
+    assert "1 processes instead of 2" in seen[1][1]
+    assert "gradient_accumulation_steps is 2 instead of 1" in seen[1][1]
+    assert "num_processes" in output
+    assert summary(lab.at("changed"))["examples_seen"] == ROWS
+    assert summary(lab.at("changed"))["steps"] == 39
+
+
+# The export
+
+
+def test_what_was_shared_out_is_exported_whole(lab: Laboratory) -> None:
+    run_dir = lab.together("zero3", *ZERO3)
+    exported = AutoModelForCausalLM.from_pretrained(run_dir / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    first, last = (load_file(run_dir / "checkpoints" / f"step-{step:08}" / "model.safetensors") for step in (6, STEPS))
+    again = AutoModelForCausalLM.from_config(exported.config).eval()
+    left_out, unknown = again.load_state_dict(last, strict=False)
+    assert not unknown
+    assert all("lm_head" in name for name in left_out)
+    again.tie_weights()
+    ids = torch.tensor([tokenizer("4930+61=<ToW>0+1+0=01</ToW>4991")["input_ids"]])
+    with torch.no_grad():
+        assert (exported(ids).logits - again(ids).logits).abs().max() < 1e-5
+    new = tokenizer.convert_tokens_to_ids(["<ToW>", "</ToW>"])
+    assert len(set(new)) == 2
+    for name, rows in last.items():
+        if "embed_tokens" in name or "lm_head" in name:
+            assert all(not torch.equal(rows[i], first[name][i]) for i in new)
+    told = [line for line in metrics(run_dir) if "tokens/<ToW>/cosine_to_start" in line][-1]
+    assert told["tokens/<ToW>/cosine_to_start"] < 0.999
+    assert told["tokens/</ToW>/cosine_to_start"] < 0.999
+
+
+LOSING = """
+import sys
+
+from src.runtime import sharding
+
+whole = sharding.gathered
+sharding.gathered = lambda parameters, *, writes=False: whole(parameters)
+
+from src.run import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_new_rows_that_do_not_stay_are_noticed(lab: Laboratory, tmp_path: Path) -> None:
+    driver = tmp_path / "driver.py"
+    driver.write_text(LOSING, encoding="utf-8")
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    asked, command = lab.asked("lost", *TWO, *ZERO3), [str(driver)]
+    with (
+        started(asked, tmp_path / "0.log", command, RANK="0", LOCAL_RANK="0", **place) as first,
+        started(asked, tmp_path / "1.log", command, RANK="1", LOCAL_RANK="1", **place) as second,
+    ):
+        ends = [wait_for_end(one) for one in (first, second)]
+    assert all(end.code not in (0, 75) for end in ends), [end.output for end in ends]
+    assert "lost their starting rows" in ends[0].output
+    assert status(lab.at("lost"))["state"] == "FAILED"
+
+
+# Other launchers
+
+
+def test_torchrun_makes_one_run_of_its_processes(lab: Laboratory) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m")
+    asked = lab.asked("torchrun/run", *TWO[1:], "training.max_train_steps=3")
+    with started(["src.run", *asked], lab.folder / "torchrun.log", torchrun) as one:
+        end = wait_for_end(one)
+    assert end.code == 0, end.output
+    assert [place.name for place in lab.at("torchrun").iterdir()] == ["run"]
+    assert status(lab.at("torchrun/run"))["state"] == "FINISHED"
+    assert summary(lab.at("torchrun/run"))["examples_seen"] == 24
+
+
+def test_two_machines_make_one_run(lab: Laboratory) -> None:
+    meet = ("runtime.num_machines=2", "runtime.main_process_ip=127.0.0.1", f"runtime.main_process_port={free_port()}")
+    asked = lab.asked("machines", *meet, *TWO[1:], "training.max_train_steps=3")
+    with (
+        started([*asked, "runtime.machine_rank=1"], lab.folder / "machine-1.log") as second,
+        started(asked, lab.folder / "machine-0.log") as first,
+    ):
+        ends = [wait_for_end(one) for one in (first, second)]
+    assert [end.code for end in ends] == [0, 0], [end.output for end in ends]
+    assert status(lab.at("machines"))["state"] == "FINISHED"
+    assert summary(lab.at("machines"))["examples_seen"] == 24
+
+
+# The gate
+
+OFFLOAD = ["deepspeed=zero2_offload"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["runtime.num_machines=2", "runtime.machine_rank=2", "runtime.main_process_ip=a"],
+         ["runtime.machine_rank = 2", "from 0 to runtime.num_machines - 1, which is 1"]),
+        (["runtime.num_machines=2"], ["runtime.main_process_ip", "the address of the one with rank 0"]),
+        (["runtime.num_processes=0"], ["runtime.num_processes = 0", "at least 1"]),
+        (["runtime.main_process_port=70000"], ["runtime.main_process_port = 70000", "from 1 to 65535"]),
+        (["deepspeed=zero4"], ["deepspeed = zero4", "zero3"]),
+        (["deepspeed=zero2", "+deepspeed.zero_optimization.reduce_bucket=1"],
+         ["deepspeed.zero_optimization.reduce_bucket = 1", "did you mean reduce_bucket_size?"]),
+        (["deepspeed=zero2", "deepspeed.zero_optimization.stage=0"],
+         ["deepspeed.zero_optimization.stage = 0", "1, 2 or 3", "deepspeed=none"]),
+        (["deepspeed=zero3", "deepspeed.zero_optimization.stage3_gather_16bit_weights_on_model_save=false"],
+         ["stage3_gather_16bit_weights_on_model_save = false", "must be true"]),
+        (["deepspeed=zero1", "deepspeed.train_batch_size=7"],
+         ["deepspeed.train_batch_size = 7", "rows x ", "processes says", "auto, or the same"]),
+        (["deepspeed=zero1", "deepspeed.train_micro_batch_size_per_gpu=999"],
+         ["deepspeed.train_micro_batch_size_per_gpu = 999", "training.per_device_train_batch_size says"]),
+        (["deepspeed=zero1", "deepspeed.gradient_accumulation_steps=999"],
+         ["deepspeed.gradient_accumulation_steps = 999", "training.gradient_accumulation_steps says"]),
+        (["deepspeed=zero1", "deepspeed.gradient_clipping=999"],
+         ["deepspeed.gradient_clipping = 999", "training.max_grad_norm says"]),
+        (["deepspeed=zero1", "deepspeed.bf16.enabled=true"],
+         ["deepspeed.bf16.enabled = true", "training.mixed_precision = no: auto, or false"]),
+        (["deepspeed=zero1", "deepspeed.fp16.enabled=true"],
+         ["deepspeed.fp16.enabled = true", "training.mixed_precision = no: auto, or false"]),
+        (["deepspeed=zero2", "optimizer=adafactor"], ["optimizer.type = adafactor", "adamw and sgd"]),
+        (["deepspeed=zero3", "model=qwen3_0_6b", "adapter=qlora", "quantization=nf4"],
+         ["quantization", "deepspeed=zero2"]),
+    ],
+)  # fmt: skip
+def test_what_could_not_be_shared_out_is_refused(overrides: list[str], told: list[str]) -> None:
+    message = refusal(*overrides)
+    for words in told:
+        assert words in message
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        admit(overrides)
+    return str(caught.value)
+
+
+def test_offload_needs_a_compiler_and_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules.shutil, "which", lambda tool, **_: None if tool == "ninja" else f"/usr/bin/{tool}")
+    message = refusal(*OFFLOAD)
+    assert "deepspeed.zero_optimization.offload_optimizer" in message
+    assert "and ninja can't be found here" in message
+    assert "g++" not in message
+    monkeypatch.setattr(rules.shutil, "which", lambda tool, **_: f"/usr/bin/{tool}")
+    admitted(*OFFLOAD)
+    assert "offloaded updates are AdamW's" in refusal(*OFFLOAD, "optimizer=sgd")
+
+
+def test_what_is_auto_or_the_same_is_admitted() -> None:
+    same = ("training.per_device_train_batch_size=3", "training.gradient_accumulation_steps=2", *TWO[:1])
+    given = ("deepspeed.train_batch_size=12", "deepspeed.train_micro_batch_size_per_gpu=3")
+    given += ("deepspeed.gradient_accumulation_steps=2", "deepspeed.bf16.enabled=false")
+    admitted("deepspeed=zero2", *same, *given)
