@@ -322,7 +322,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with stop_on_signals() as stop:
         arguments = list(sys.argv[1:] if argv is None else argv)
         if arguments[:1] == [FROZEN]:
-            return guarded(as_frozen(*arguments[1:]), stop)
+            code = guarded(as_frozen(*arguments[1:]), stop)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # threads of the libraries that connect processes may abort one that takes itself down
         try:
             request = admit(arguments)
         except TowlineError as error:

@@ -222,8 +222,7 @@ def grow_embeddings(model: Any, tokenizer: Any, new: NewTokens, config: TokensCo
             generator = torch.Generator().manual_seed(seed + offset)
             with gathered([matrix.weight], writes=True), torch.no_grad():
                 rows = initial_rows(matrix.weight[:num_old], config.init.method, pieces, generator)
-                matrix.weight[ids] = rows.to(matrix.weight.dtype)
-            values[matrix.name] = matrix.rows(ids)
+                matrix.weight[ids] = values[matrix.name] = rows.to(matrix.weight.dtype)
     return StartedRows(started, values)
 
 

@@ -116,8 +116,9 @@ def same_step(config: RunConfig, origin: Origin, num_processes: int) -> tuple[Ru
     accumulation, rest = divmod(before["step_sequences"], size)
     if not is_asked_alike or rest or accumulation == training.gradient_accumulation_steps:
         return config, []
+    count = f"{num_processes} process{'es' if num_processes > 1 else ''}"
     told = (
-        f"{num_processes} processes instead of {before['num_processes']}: gradient_accumulation_steps is "
+        f"{count} instead of {before['num_processes']}: gradient_accumulation_steps is "
         f"{accumulation} instead of {training.gradient_accumulation_steps}, so that a step takes the same rows"
     )
     return replace(config, training=replace(training, gradient_accumulation_steps=accumulation)), [told]
