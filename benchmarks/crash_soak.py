@@ -201,25 +201,25 @@ def main() -> int:
     names = given.variants.split(",")
     if unknown := set(names) - VARIANTS.keys():
         parser.error(f"no such variant: {', '.join(sorted(unknown))}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     if not given.fresh:
         get_ready()
     folder = Path(tempfile.mkdtemp(prefix="towline-soak-"))
     soak = Soak(names, given.overrides, signal.Signals[f"SIG{given.signal}"], given.seed, folder, is_fresh=given.fresh)
+    found: Difference | None = None
     try:
         soak.straight_runs(given.jobs)
         soak.broken_runs(given.jobs, given.kills)
     except Difference as difference:
-        print(f"\n{soak.account()}\nDIFFERENT: {difference}\nfolders: {folder}")
-        return 1
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        found = difference
     finally:
         soak.close()
-    shutil.rmtree(folder)
-    print(f"\n{soak.account()}\n{soak.num_kills} kills, {soak.num_starts} starts, all equal")
-    return 0
+        if found is None:
+            shutil.rmtree(folder)
+    told = "all equal" if found is None else f"and then:\nDIFFERENT: {found}\nfolders: {folder}"
+    print(f"\n{soak.account()}\n{soak.num_kills} kills, {soak.num_starts} starts, {told}")
+    return 0 if found is None else 1
 
 
 def get_ready() -> None:
@@ -415,7 +415,7 @@ def forked(arguments: Sequence[str], log: Path) -> int:
     code = 1
     try:
         os.setpgid(0, 0)  # Ctrl-C is for the soak, which then ends its children
-        for number in (*STOP_SIGNALS, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         for descriptor, file in ((1, log), (2, errors_of(log))):
             opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -447,7 +447,7 @@ def spawned(arguments: Sequence[str], log: Path) -> int:
             (os.POSIX_SPAWN_OPEN, 2, str(errors_of(log)), flags, 0o644),
         ],
         setpgroup=0,
-        setsigdef=[*STOP_SIGNALS, signal.SIGTERM],
+        setsigdef=STOP_SIGNALS,
     )
 
 
@@ -456,7 +456,7 @@ def errors_of(log: Path) -> Path:
 
 
 def phase_of(stack: str, output: str, *, is_fresh: bool) -> str:
-    """Say what a start is doing, by its stack, innermost frame first, and by what it has printed."""
+    """Say what a start is doing, by its stack and by what it has printed; of a fresh one the latter only, roughly."""
     frames = re.findall(r'File "(.+)", line \d+ in (\S+)', stack)
     for file, functions, phase in PHASES:
         if any(name.endswith(f"src/{file}") and function in functions for name, function in frames):

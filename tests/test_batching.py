@@ -347,7 +347,7 @@ class WithoutPositions(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = model_of(*SEPARATE["Llama"])
-        self.config = self.inner.config
+        self.config, self.device = self.inner.config, self.inner.device
 
     def get_input_embeddings(self) -> Any:
         return self.inner.get_input_embeddings()
