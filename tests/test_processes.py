@@ -386,7 +386,7 @@ def test_the_number_of_processes_may_change_over_stops_in_an_epoch(lab: Laborato
     output = lab.finish("changed", *one_epoch, "runtime.num_processes=2")
     assert seen[0][0] < seen[1][0] < 39
     assert "instead of" not in seen[0][1]
-    assert "1 processes instead of 2" in seen[1][1]
+    assert "1 process instead of 2" in seen[1][1]
     assert "gradient_accumulation_steps is 2 instead of 1" in seen[1][1]
     assert "num_processes" in output
     assert summary(lab.at("changed"))["examples_seen"] == ROWS
