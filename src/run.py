@@ -318,22 +318,27 @@ def sweep(request: Request, stop: StopRequest) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check the command line as a whole, then run it."""
+    """Check the command line as a whole, then run it; one of several processes ends here."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     with stop_on_signals() as stop:
-        arguments = list(sys.argv[1:] if argv is None else argv)
-        if arguments[:1] == [FROZEN]:
-            code = guarded(as_frozen(*arguments[1:]), stop)
+        code = guarded(as_frozen(*arguments[1:]), stop) if arguments[:1] == [FROZEN] else admit_and_run(arguments, stop)
+        if place_of() is not None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)  # threads of the libraries that connect processes may abort one that takes itself down
-        try:
-            request = admit(arguments)
-        except TowlineError as error:
-            print(error, file=sys.stderr)
-            return error.exit_code
-        except (Interrupted, KeyboardInterrupt):
-            return Interrupted.exit_code
-        return sweep(request, stop) if request.run is None else guarded(request.run, stop)
+    return code
+
+
+def admit_and_run(arguments: Sequence[str], stop: StopRequest) -> int:
+    """Check a command line, then run it; gives the exit code."""
+    try:
+        request = admit(arguments)
+    except TowlineError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except (Interrupted, KeyboardInterrupt):
+        return Interrupted.exit_code
+    return sweep(request, stop) if request.run is None else guarded(request.run, stop)
 
 
 if __name__ == "__main__":

@@ -448,6 +448,33 @@ def test_new_rows_that_do_not_stay_are_noticed(lab: Laboratory, tmp_path: Path) 
     assert status(lab.at("lost"))["state"] == "FAILED"
 
 
+GROUPS = """
+import sys
+
+from torch import distributed, nn
+
+from src.config.gate import admit
+from src.config.schema import MixedPrecision
+from src.runtime.session import start_runtime
+from src.runtime.signals import StopRequest
+
+sys.setswitchinterval(100)
+config = admit(["tracking=none", "runtime.device=cpu"]).run.config.runtime
+for _ in range(100):
+    with start_runtime(config, MixedPrecision.no, 0, StopRequest()):
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+        distributed.all_gather_object([None], "a")
+    del model
+"""
+
+
+def test_a_process_does_not_hang_when_it_leaves_the_others(tmp_path: Path) -> None:
+    with started(["-c", GROUPS], tmp_path / "log", ()) as one:  # about one in ten hung
+        end = wait_for_end(one)
+    assert end.code == 0, end.output
+
+
 # Other launchers
 
 

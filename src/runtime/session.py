@@ -34,6 +34,9 @@ from src.runtime.signals import StopRequest
 
 T = TypeVar("T")
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+OVER: list[Any] = []
+"""Groups of processes that are no longer used, kept from being taken down: torch 2.13 waits there for a thread of gloo's
+while it holds Python's lock, which that thread waits for if the last exchange was just now (docs/decisions/0021)."""
 
 
 class Runtime:
@@ -306,5 +309,6 @@ def start_runtime(
         yield Runtime(accelerator, seed, stop, deepspeed["zero_optimization"]["stage"] if deepspeed else 0)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            OVER.append(torch.distributed.group.WORLD)
             torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)  # a sweep's next run chooses afresh
