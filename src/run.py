@@ -83,7 +83,7 @@ def train_and_export(
     from src.model.whole import whole_models
     from src.overview import overview
     from src.runtime.session import start_runtime
-    from src.runtime.sharding import deepspeed_settings, gathered
+    from src.runtime.sharding import bring_together, deepspeed_settings
     from src.tokens import check_new_rows, embedding_matrices, grow_embeddings, load_tokenizer
     from src.tracking.provenance import provenance
     from src.training.loop import train
@@ -180,10 +180,10 @@ def train_and_export(
         card = model_card(frozen, data.report(), tracking.latest, made, new_tokens.ids)
         alone = model_card(frozen | {"export": {"merge": False}}, data.report(), tracking.latest, made, new_tokens.ids)
         totals = state.totals()  # merging takes the adapter out of the model
-        with gathered(state.model.parameters()):
-            if runtime.is_main:
-                with whole_models():
-                    export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone)
+        bring_together(state.model, keeps=runtime.is_main)
+        if runtime.is_main:
+            with whole_models():
+                export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone)
         checkpoints.finish()
         return tracking.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()})
 

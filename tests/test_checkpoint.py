@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import subprocess
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 import xxhash
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from src.checkpoint import store
@@ -32,10 +35,12 @@ from src.checkpoint.manifest import (
     steps_in,
 )
 from src.checkpoint.start import Origin, find_origin, newest_weights
-from src.checkpoint.store import SMALL_BYTES, Checkpoints, Snapshot, open_checkpoints, read_snapshot, tensors_digest
+from src.checkpoint.store import SMALL_BYTES, Checkpoints, Snapshot, open_checkpoints, read_snapshot
+from src.checkpoint.tensors import tensors_digest, write_tensors
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError, ConfigError, DiskFullError, human_bytes
 from src.run import run
+from src.runtime.sharding import Whole
 from src.runtime.signals import StopRequest
 from tests.conftest import admitted, read_lines, towline
 
@@ -532,8 +537,8 @@ class Killed(BaseException):
     """The process is gone."""
 
 
-OPERATIONS = ((os, "fsync"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (os, "chmod"),
-              (store, "save_file"), (store, "load_file"), (Path, "write_text"))  # fmt: skip
+OPERATIONS = ((os, "fsync"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"),
+              (store, "write_tensors"), (store, "load_file"), (Path, "write_text"))  # fmt: skip
 
 
 class Fate:
@@ -787,7 +792,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
         keep(checkpoints, 2)
         checkpoints.wait()
         before, free = content(run_dir), shutil.disk_usage(run_dir).free
-        monkeypatch.setattr(store, "save_file", lambda tensors, file: pytest.fail("it can't be done"))
+        monkeypatch.setattr(store, "write_tensors", lambda file, tensors: pytest.fail("it can't be done"))
         with pytest.raises(DiskFullError) as told:
             keep(checkpoints, 3)
         monkeypatch.undo()
@@ -1050,3 +1055,44 @@ def test_a_digest_is_of_the_content_alone(name: str) -> None:
     if tensor.dim():
         turned = tensor.movedim(0, -1).contiguous().movedim(-1, 0)
         assert tensors_digest({"x": turned, "y": torch.stack([tensor, tensor], dim=-1)[..., 1]}) == digest
+
+
+def test_what_is_shared_out_comes_together_tensor_by_tensor_in_every_process(tmp_path: Path) -> None:
+    alive = 0
+
+    def of(value: float, order: list[float]) -> Whole:
+        def gather() -> Tensor:
+            nonlocal alive
+            order.append(value)
+            tensor = torch.full((1000,), value)
+            alive += 1
+            weakref.finalize(tensor, left)
+            assert alive <= 2, "no more than one is held beside the one that comes"
+            return tensor
+
+        def left() -> None:
+            nonlocal alive
+            alive -= 1
+
+        return Whole(torch.float32, (1000,), gather)
+
+    orders: list[list[float]] = [[], []]
+    for order, writes in zip(orders, (True, False), strict=True):
+        given = {f"w{i}": of(float(i), order) for i in range(5)} | {"plain": torch.tensor(3, dtype=torch.int8)}
+        moments = {f"w{i}/exp_avg": of(float(10 + i), order) for i in range(5)}
+        with open_checkpoints(PLAIN, tmp_path, writes=writes) as checkpoints:
+            checkpoints.save(1, lambda given=given, moments=moments: Snapshot(given, moments, {"step": 1}))
+    assert orders[0] == orders[1] == [*map(float, range(5)), *map(float, range(10, 15))]
+    back = read_snapshot(at(tmp_path, 1))
+    assert all(torch.equal(back.weights[f"w{i}"], torch.full((1000,), float(i))) for i in range(5))
+    assert int(back.weights["plain"]) == 3
+
+
+def test_a_file_of_ours_is_read_as_one_of_safetensors_own(tmp_path: Path) -> None:
+    digest = write_tensors(tmp_path / "ours", TENSORS)
+    save_file(TENSORS, tmp_path / "theirs")
+    ours, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
+    assert {name: bits(tensor) for name, tensor in ours.items()} == {n: bits(t) for n, t in theirs.items()}
+    assert digest == tensors_digest(theirs)
+    with safe_open(tmp_path / "ours", "pt") as file:
+        assert set(file.keys()) == set(TENSORS)

@@ -17,12 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-import torch
-import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from src.checkpoint.manifest import (
@@ -41,25 +39,28 @@ from src.checkpoint.manifest import (
     steps_in,
     sync,
 )
+from src.checkpoint.tensors import one_by_one, tensors_digest, write_tensors
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError, DiskFullError, human_bytes
+from src.runtime.sharding import Whole
 
+T_co = TypeVar("T_co", bound=Tensor | Whole, covariant=True)
 SMALL_BYTES = 100_000
 """What state.json and manifest.json take at most, and what a file system needs beside."""
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(Generic[T_co]):
     """What a checkpoint holds: tensors by name, and all else as plain JSON values.
 
-    `optimizer` is None where only weights are kept.
+    `optimizer` is None where only weights are kept. What is shared out comes together as it is written.
     """
 
-    weights: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor] | None
+    weights: Mapping[str, T_co]
+    optimizer: Mapping[str, T_co] | None
     state: Mapping[str, Any]
 
-    def files(self) -> dict[str, Mapping[str, Tensor]]:
+    def files(self) -> dict[str, Mapping[str, T_co]]:
         return {WEIGHTS: self.weights} | ({} if self.optimizer is None else {OPTIMIZER: self.optimizer})
 
     @property
@@ -67,19 +68,7 @@ class Snapshot:
         return sum(t.nbytes for tensors in self.files().values() for t in tensors.values())
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Give a hash of names, types, shapes and contents, 32 hex digits."""
-    hashed = xxhash.xxh3_128()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        if tensor.numel():
-            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            hashed.update(content.data)
-    return hashed.hexdigest()
-
-
-def read_snapshot(checkpoint: Path) -> Snapshot:
+def read_snapshot(checkpoint: Path) -> Snapshot[Tensor]:
     """Load a checkpoint, onto the CPU.
 
     Raises:
@@ -120,8 +109,6 @@ class Checkpoints:
         self._folder = folder
         self._before = before
         self._writes = writes
-        self._umask = os.umask(0)
-        os.umask(self._umask)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._present: set[int] = set()
@@ -161,7 +148,7 @@ class Checkpoints:
         self._best_at_save = self._best_steps
         return [f"the weights of step {step}, among the best so far, are lost: {lost[step]}" for step in lost]
 
-    def save(self, step: int, take: Callable[[], Snapshot]) -> None:
+    def save(self, step: int, take: Callable[[], Snapshot[Tensor | Whole]]) -> None:
         """Save a step, so that the run can go on from it; one that is saved already is left as it is.
 
         Args:
@@ -174,7 +161,7 @@ class Checkpoints:
             self._write(step, take(), lambda: self._tidy(step, best))
             self.newest = step
 
-    def consider(self, step: int, metrics: Mapping[str, Any], take: Callable[[], Snapshot]) -> None:
+    def consider(self, step: int, metrics: Mapping[str, Any], take: Callable[[], Snapshot[Tensor | Whole]]) -> None:
         """Keep the weights of an evaluation that is among the best so far.
 
         Args:
@@ -243,8 +230,11 @@ class Checkpoints:
     def _at(self, step: int) -> Path:
         return folder_of(self._folder, step)
 
-    def _write(self, step: int, snapshot: Snapshot, then: Callable[[], None]) -> None:
+    def _write(self, step: int, snapshot: Snapshot[Tensor | Whole], then: Callable[[], None]) -> None:
         if not self._writes:
+            for tensors in snapshot.files().values():
+                for _ in one_by_one(tensors):
+                    continue  # it takes part where they come together
             self._present.add(step)
             return
         self.wait()
@@ -255,13 +245,9 @@ class Checkpoints:
                 raise OSError(errno.ENOSPC, f"{human_bytes(free)} are free")
             _remove(beside)
             beside.mkdir()
-            digests = {}
-            for name, tensors in snapshot.files().items():
-                on_host = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-                digests[name] = tensors_digest(on_host)
-                save_file(on_host, beside / name)
+            digests = {name: write_tensors(beside / name, tensors) for name, tensors in snapshot.files().items()}
             (beside / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise self._full(error, need) from error
         self._present.add(step)
@@ -280,7 +266,6 @@ class Checkpoints:
     def _put(self, step: int, digests: Mapping[str, str]) -> None:
         beside, place = self._beside(step), self._at(step)
         for file in beside.iterdir():
-            file.chmod(0o666 & ~self._umask)  # safetensors keeps its files to one user
             sync(file)
         for name, digest in digests.items():
             if tensors_digest(load_file(beside / name)) != digest:

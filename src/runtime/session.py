@@ -29,14 +29,14 @@ from torch import Tensor, nn
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.errors import Interrupted, TowlineError
 from src.runtime.launch import place_of
-from src.runtime.sharding import Sharded
+from src.runtime.sharding import Sharded, Whole
 from src.runtime.signals import StopRequest
 
 T = TypeVar("T")
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 OVER: list[Any] = []
-"""Groups of processes that are no longer used, kept from being taken down: torch 2.13 waits there for a thread of gloo's
-while it holds Python's lock, which that thread waits for if the last exchange was just now (docs/decisions/0021)."""
+"""Groups of processes that are over, kept from being taken down: torch 2.13 waits there for a thread of gloo's while it
+holds Python's lock, which that thread waits for if the last exchange was just now (docs/decisions/0021)."""
 
 
 class Runtime:
@@ -117,8 +117,8 @@ class Runtime:
             return self.sharded.update()
         return float(self._accelerator.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm))
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
-        """Give a trained parameter whole; of all processes alike."""
+    def weight(self, parameter: nn.Parameter) -> Tensor | Whole:
+        """Give a trained parameter as it is updated, no copy; of one that is shared out, how it comes together."""
         return parameter.detach() if self.sharded is None else self.sharded.weight(parameter)
 
     def put_weight(self, parameter: nn.Parameter, value: Tensor) -> None:

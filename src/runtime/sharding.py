@@ -5,9 +5,11 @@ Everything here is called by all processes together, and gives all of them the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,18 @@ def deepspeed_settings(config: RunConfig, num_processes: int) -> dict[str, Any] 
     return settings | {"zero_allow_untested_optimizer": True, "steps_per_print": 2**31}
 
 
+class Whole(NamedTuple):
+    """A tensor that is shared out, as what it is whole. `gather` gives it; all processes call it together."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    gather: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Give a parameter's shape, also where this process holds a part of it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -52,6 +66,35 @@ def gathered(parameters: Iterable[nn.Parameter], *, writes: bool = False) -> Abs
     from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(shared_out, modifier_rank=0 if writes else None)
+
+
+def whole(parameter: nn.Parameter) -> Tensor | Whole:
+    """Give a parameter as it is computed with; of one that is shared out, how it comes together."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+
+    def gather() -> Tensor:
+        with gathered([parameter]):
+            return parameter.detach().to("cpu", copy=True)
+
+    return Whole(parameter.dtype, whole_shape(parameter), gather)
+
+
+def bring_together(model: nn.Module, *, keeps: bool) -> None:
+    """Have what is shared out whole on the CPU, one parameter after the other; the model computes no more.
+
+    Args:
+        keeps: whether this process gets the whole ones; one is enough, the others only come along.
+    """
+    together: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not hasattr(parameter, "ds_id"):
+                continue
+            if id(parameter) not in together:
+                value = one.gather() if isinstance(one := whole(parameter), Whole) else one
+                together[id(parameter)] = nn.Parameter(value, parameter.requires_grad) if keeps else parameter
+            module._parameters[name] = together[id(parameter)]
 
 
 class Sharded:
@@ -87,11 +130,11 @@ class Sharded:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
-        """Give a trained parameter whole, in float32 where that is what is updated; on the CPU."""
+    def weight(self, parameter: nn.Parameter) -> Whole:
+        """Give a trained parameter in float32, as it is updated."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return safe_get_full_fp32_param(parameter).detach().to("cpu")
+        return Whole(torch.float32, whole_shape(parameter), partial(safe_get_full_fp32_param, parameter))
 
     def put_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Put a whole value in a trained parameter's place."""
@@ -101,18 +144,19 @@ class Sharded:
         with gathered([parameter], writes=True), torch.no_grad():  # what is computed with, beside what is updated
             parameter.copy_(value)
 
-    def optimizer_state(self, names: Mapping[int, str]) -> dict[str, Tensor]:
-        """Give the optimizer's tensors whole, as `<parameter>/<key>`, on the CPU."""
+    def optimizer_state(self, names: Mapping[int, str]) -> dict[str, Tensor | Whole]:
+        """Give the optimizer's tensors as `<parameter>/<key>`."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link()
         kept: dict[str, Any] = next(iter(self._zero.optimizer.state.values()), {})
         keys = [key for key, value in kept.items() if isinstance(value, Tensor) and value.ndim]
-        tensors = {}
+        tensors: dict[str, Tensor | Whole] = {}
         for parameter in self._trained():
-            name = names[id(parameter)]
+            name, shape = names[id(parameter)], whole_shape(parameter)
             for key in keys:
-                tensors[f"{name}/{key}"] = safe_get_full_optimizer_state(parameter, key).to("cpu", copy=True)
+                gather = partial(safe_get_full_optimizer_state, parameter, key)
+                tensors[f"{name}/{key}"] = Whole(kept[key].dtype, shape, gather)
             if "step" in kept:
                 tensors[f"{name}/step"] = torch.tensor(float(kept["step"]))
         return tensors

@@ -12,7 +12,8 @@ from typing import Any
 
 from src.checkpoint.contract import Facts, check, compare_facts, is_reordered
 from src.checkpoint.start import Origin, newest_weights
-from src.checkpoint.store import read_snapshot, tensors_digest
+from src.checkpoint.store import read_snapshot
+from src.checkpoint.tensors import tensors_digest
 from src.config.schema import RunConfig, Weights
 from src.data.batching import Position
 from src.data.dataset import Data

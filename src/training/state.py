@@ -20,7 +20,7 @@ from src.data.sets import EncodedSet
 from src.errors import CheckpointError, ModelError, listed
 from src.model.build import num_parameters
 from src.runtime.session import Runtime, rng_as_json, rng_from_json
-from src.runtime.sharding import gathered, whole_shape
+from src.runtime.sharding import Whole, whole, whole_shape
 from src.tokens import WatchedRows, embedding_parameters
 from src.training.head import ScoredModel
 from src.training.loss import span_losses
@@ -134,28 +134,22 @@ class TrainState:
         """Give the name of every trained parameter, each once: id(parameter) -> name."""
         return {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def weights(self, runtime: Runtime) -> dict[str, Tensor]:
-        """Give what is trained, and what a forward may change (persistent buffers), by name; whole, but no copies."""
+    def weights(self, runtime: Runtime) -> dict[str, Tensor | Whole]:
+        """Give what is trained, and what a forward may change (persistent buffers), by name; no copies."""
         trained = {name: runtime.weight(p) for name, p in self.model.named_parameters() if p.requires_grad}
         return trained | _buffers(self.model)
 
-    def frozen_weights(self) -> dict[str, Tensor]:
-        """Give the weights that stay as they are, which no checkpoint holds; copies only where they are shared out."""
-        frozen = {}
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                with gathered([parameter]):
-                    frozen[name] = (
-                        parameter.detach().cpu().clone() if hasattr(parameter, "ds_id") else parameter.detach()
-                    )
-        return frozen
+    def frozen_weights(self) -> dict[str, Tensor | Whole]:
+        """Give the weights that stay as they are, which no checkpoint holds; no copies."""
+        return {name: whole(p) for name, p in self.model.named_parameters() if not p.requires_grad}
 
-    def snapshot(self, runtime: Runtime, beside: Mapping[str, Any]) -> Snapshot:
+    def snapshot(self, runtime: Runtime, beside: Mapping[str, Any]) -> Snapshot[Tensor | Whole]:
         """Give all that is needed to go on from here as if nothing had happened.
 
         Args:
             beside: what else is to be kept, as JSON values.
         """
+        tensors: Mapping[str, Tensor | Whole]
         if runtime.sharded is None:
             tensors, values = optimizer_state(self._plain_optimizer, self.parameter_names)
         else:
@@ -174,11 +168,11 @@ class TrainState:
         }
         return Snapshot(self.weights(runtime), tensors, state | dict(beside))
 
-    def only_weights(self, runtime: Runtime, beside: Mapping[str, Any]) -> Snapshot:
+    def only_weights(self, runtime: Runtime, beside: Mapping[str, Any]) -> Snapshot[Tensor | Whole]:
         """Give what an evaluation's weights are kept with."""
         return Snapshot(self.weights(runtime), None, {"step": self.step, **beside})
 
-    def restore(self, kept: Snapshot, runtime: Runtime) -> None:
+    def restore(self, kept: Snapshot[Tensor], runtime: Runtime) -> None:
         """Put everything back as it was when a snapshot was taken, but for the position, which `prepare` was given.
 
         Raises:

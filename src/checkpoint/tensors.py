@@ -1,0 +1,90 @@
+"""Tensors by name in a safetensors file, written one after the other: no process has to hold all that is shared out."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from src.runtime.sharding import Whole
+
+Tensors = Mapping[str, Tensor | Whole]
+
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+"""What safetensors calls them."""
+
+
+def tensors_digest(tensors: Tensors) -> str:
+    """Give a hash of names, types, shapes and contents, 32 hex digits."""
+    hashed = xxhash.xxh3_128()
+    for name, tensor in one_by_one(tensors):
+        _add(hashed, name, tensor)
+    return hashed.hexdigest()
+
+
+def one_by_one(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
+    """Give each tensor whole and on the CPU, in the order in which they are written; all processes come along."""
+    for name in _in_order(tensors):
+        given = tensors[name]
+        tensor = given.gather() if isinstance(given, Whole) else given
+        yield name, tensor.detach().to("cpu").contiguous()
+
+
+def write_tensors(file: Path, tensors: Tensors) -> str:
+    """Write a file that safetensors reads; gives the digest of what should be in it.
+
+    Raises:
+        OSError: where it can't be written.
+    """
+    header, end = {}, 0
+    for name in _in_order(tensors):
+        one = tensors[name]
+        start, end = end, end + one.nbytes
+        header[name] = {"dtype": TYPES[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that every tensor begins where its type may
+    hashed = xxhash.xxh3_128()
+    with open(file, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in one_by_one(tensors):
+            _add(hashed, name, tensor)
+            if tensor.numel():
+                out.write(_content(tensor))
+    return hashed.hexdigest()
+
+
+def _in_order(tensors: Tensors) -> list[str]:
+    """Put the widest types first, so that none begins where its type may not."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def _add(hashed: xxhash.xxh3_128, name: str, tensor: Tensor) -> None:
+    hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    if tensor.numel():
+        hashed.update(_content(tensor))
+
+
+def _content(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
