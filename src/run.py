@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from src.config.compose import CONF, PROJECT_ROOT
 from src.config.gate import Admitted, Request, admit, parse
 from src.errors import Interrupted, TowlineError, TrainingError
-from src.runtime.launch import is_launched, launch, num_processes, place_of
+from src.runtime.launch import follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -84,10 +84,18 @@ def train_and_export(
     from src.overview import overview
     from src.runtime.session import start_runtime
     from src.runtime.sharding import bring_together, deepspeed_settings
-    from src.tokens import check_new_rows, embedding_matrices, grow_embeddings, load_tokenizer
+    from src.tokens import as_they_are, check_new_rows, embedding_matrices, grow_embeddings, load_tokenizer
     from src.tracking.provenance import provenance
     from src.training.loop import train
-    from src.training.resume import beginning, facts_of, resume, same_step, start_from_weights, starting_model
+    from src.training.resume import (
+        beginning,
+        facts_of,
+        resume,
+        same_step,
+        start_from_adapter,
+        start_from_checkpoint,
+        starting_model,
+    )
     from src.training.state import prepare
 
     asked = admitted.config
@@ -108,6 +116,11 @@ def train_and_export(
         )
         made = provenance(frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
         tracking.record_once("provenance.json", made)
+        if (settings := deepspeed_settings(config, runtime.num_processes)) is not None:
+            tracking.record("deepspeed.json", settings)
+        if config.data.cache_dir is None:
+            folder = until_the_end.enter_context(runtime.shared_folder())
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=str(folder)))
         tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer, console.working)
         tracking.record("data_report.json", data.report())
@@ -118,9 +131,11 @@ def train_and_export(
         matrices = [matrix.module for matrix in embedding_matrices(model)]
         new_ids = list(started.ids.values())
         adapter = add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
+        if start_from_adapter(adapter, tokenizer, config):
+            started = as_they_are(model, started)
         state = prepare(model, data.train, config, runtime, new_tokens.ids, begin)
         check_new_rows(state.model, started)
-        start_from_weights(state, adapter, tokenizer, runtime, config)
+        tracking.warn(start_from_checkpoint(state, tokenizer, runtime, config))
         evaluation = open_evaluation(config, state.scored, state.model, data, runtime)
         samples_of = data.for_samples()
         tracking.warn(data.reports["train"].unlearned(config.thought_tags))
@@ -173,6 +188,7 @@ def train_and_export(
         except Interrupted:
             save()
             checkpoints.wait()
+            runtime.wait()  # a launcher may end all once the first has left
             raise
 
         if config.data.streaming:
@@ -257,10 +273,11 @@ def run_as_many(admitted: Admitted, stop: StopRequest) -> int:
         TowlineError: where the folder or its checkpoints can't be used, or a process ended in failure.
     """
     from src.checkpoint.start import find_origin
-    from src.tracking.journal import hold, note_failure
+    from src.tracking.journal import hold, note_end
 
     config, run_dir = admitted.config, admitted.run_dir
-    with nullcontext() if config.runtime.machine_rank else hold(run_dir):
+    is_first = config.runtime.machine_rank == 0
+    with hold(run_dir) if is_first else nullcontext() as lock:
         find_origin(config.checkpoint, admitted.frozen, run_dir, force=config.force)  # refused before anything starts
         run_dir.mkdir(parents=True, exist_ok=True)
         frozen = run_dir / f".frozen-{config.runtime.machine_rank}.json"
@@ -268,9 +285,10 @@ def run_as_many(admitted: Admitted, stop: StopRequest) -> int:
         stop.is_deferred = True  # it is passed on
         try:
             command = [sys.executable, "-m", "src.run", FROZEN, str(frozen), str(run_dir)]
-            return launch(config.runtime, command, run_dir, stop)
-        except TrainingError as error:
-            note_failure(run_dir, str(error))
+            return launch(config.runtime, command, run_dir, stop, [] if lock is None else [lock])
+        except (TrainingError, KeyboardInterrupt) as reason:
+            if is_first:
+                note_end(run_dir, reason)
             raise
         finally:
             frozen.unlink()
@@ -321,7 +339,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then run it; one of several processes ends here."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     with stop_on_signals() as stop:
-        code = guarded(as_frozen(*arguments[1:]), stop) if arguments[:1] == [FROZEN] else admit_and_run(arguments, stop)
+        if arguments[:1] == [FROZEN]:
+            follow_parent()
+            code = guarded(as_frozen(*arguments[1:]), stop)
+        else:
+            code = admit_and_run(arguments, stop)
         if place_of() is not None:
             sys.stdout.flush()
             sys.stderr.flush()

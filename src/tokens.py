@@ -198,6 +198,12 @@ class StartedRows:
     values: dict[str, Tensor]
 
 
+def as_they_are(model: Any, started: StartedRows) -> StartedRows:
+    """Give the same tokens with their rows of now, of a model whose rows have been learned since they started."""
+    ids = list(started.ids.values())
+    return StartedRows(started.ids, {matrix.name: matrix.rows(ids) for matrix in embedding_matrices(model)})
+
+
 def grow_embeddings(model: Any, tokenizer: Any, new: NewTokens, config: TokensConfig, seed: int) -> StartedRows:
     """Make room for the new tokens and write the starting rows of those that have no learned row yet.
 
@@ -274,6 +280,8 @@ def initial_rows(
 def check_new_rows(model: Any, started: StartedRows) -> None:
     """Read the new rows back, where the model now lies, and compare them bit for bit with what was written.
 
+    What the model lies in may have fewer bits than what was written: the same, rounded, is right then.
+
     Raises:
         ModelError: naming the matrix and the tokens that do not start where they should.
     """
@@ -284,8 +292,9 @@ def check_new_rows(model: Any, started: StartedRows) -> None:
         now, before = " and ".join(matrices), " and ".join(started.values)
         raise ModelError(f"embeddings were {before}, now they are {now}: the tie changed")
     for name, expected in started.values.items():
-        found = matrices[name].rows(list(started.ids.values())).to(expected.device, expected.dtype)
-        wrong = [token for token, same in zip(started.ids, (found == expected).all(dim=1), strict=True) if not same]
+        found = matrices[name].rows(list(started.ids.values()))
+        is_same = (found == expected.to(found.device, found.dtype)).all(dim=1)
+        wrong = [token for token, same in zip(started.ids, is_same, strict=True) if not same]
         if wrong:
             raise ModelError(f"new tokens {', '.join(wrong)} lost their starting rows in the {name} matrix")
 

@@ -28,11 +28,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from src.checkpoint.manifest import newest_resumable, problems_of
 from src.config import rules
 from src.config.gate import admit
+from src.config.schema import MixedPrecision
 from src.data.batching import windows
 from src.data.dataset import build_data
 from src.data.sets import EncodedSet
-from src.errors import ConfigError
+from src.errors import ConfigError, TrainingError
 from src.run import run
+from src.runtime.launch import launch
+from src.runtime.session import start_runtime
+from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
 from src.tokens import load_tokenizer
 from src.training.state import batch_plan
@@ -273,11 +277,41 @@ def test_two_processes_give_the_losses_of_one(lab: Laboratory, what: str) -> Non
     assert_same_numbers(lab.together(what, *SHARED_OUT[what]), lab.alone("one"))
 
 
-@pytest.mark.parametrize("what", ["none", "zero2"])
+@pytest.mark.parametrize("what", list(SHARED_OUT))
 def test_losses_that_are_summed_are_those_of_one_process_too(lab: Laboratory, what: str) -> None:
     ours = lab.together(f"{what}-sum", *SHARED_OUT[what], *SUM)
     assert_same_numbers(ours, lab.alone("one-sum", *SUM))
     assert metrics(ours) != metrics(lab.together(what, *SHARED_OUT[what]))
+
+
+def test_what_deepspeed_is_given_is_written_down(lab: Laboratory) -> None:
+    given = json.loads((lab.together("zero3", *ZERO3) / "deepspeed.json").read_text(encoding="utf-8"))
+    assert (given["train_batch_size"], given["train_micro_batch_size_per_gpu"]) == (8, 2)
+    assert (given["gradient_clipping"], given["zero_optimization"]["stage"]) == (1.0, 3)
+    assert "auto" not in json.dumps(given)
+
+
+def test_processes_draw_random_numbers_of_their_own(lab: Laboratory) -> None:
+    for place in (lab.together("none"), lab.together("zero3", *ZERO3)):
+        state = json.loads((place / "checkpoints" / "step-00000006" / "state.json").read_text(encoding="utf-8"))
+        first, second = (drawn["torch"] for drawn in state["rng"])
+        assert first != second  # else dropout would be alike in all
+
+
+def test_rows_that_lie_in_16_bits_are_the_recipe_rounded(lab: Laboratory) -> None:
+    few = ("deepspeed=zero2", "training.mixed_precision=bf16", "training.max_train_steps=2")
+    lab.finish("bf16", *ALONE, *few)
+    assert status(lab.at("bf16"))["state"] == "FINISHED"
+
+
+def test_an_adapter_that_a_run_begins_with_is_what_is_shared_out(lab: Laboratory) -> None:
+    lora = (*LORA, f"model.checkpoint={lab.exact}")
+    first = lab.alone("lora1", *lora)
+    still = ("optimizer.lr=1e-12", "optimizer.weight_decay=0", "training.max_train_steps=1")
+    lab.finish("from-lora1", *TWO, *ZERO3, *lora, *still, f"init_from={first}")
+    ours, theirs = (load_file(p / "model" / "adapter_model.safetensors") for p in (lab.at("from-lora1"), first))
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if (ours[name] - theirs[name]).abs().max() > 1e-6]
 
 
 def test_an_adapter_and_new_rows_beside_it_are_trained_alike_and_exported(lab: Laboratory) -> None:
@@ -361,12 +395,27 @@ def test_one_process_that_is_killed_ends_all_and_the_run_goes_on(lab: Laboratory
         told = status(run_dir)
         assert told["state"] == "FAILED"
         assert told["cause"]
-        if rank == 0:  # the one that would write it down
-            assert "SIGKILL" in told["cause"]
+        assert "SIGKILL" in told["cause"]
+    with lab.under_way("killed", *TWO, behind=12) as one:  # the one that started them
+        workers = list(until(lambda: found if len(found := workers_of(run_dir)) == 2 else None).values())
+        for worker in workers:
+            worker.suspend()
+        one.popen.kill()
+        one.popen.wait()
+        with started(lab.asked("killed", *TWO), lab.folder / "second.log") as second:
+            end = wait_for_end(second)
+        assert end.code == 2, end.output
+        assert f"is in use by another process: process {one.popen.pid}" in end.output
+        for worker in workers:
+            worker.resume()
+        psutil.wait_procs(workers, timeout=LIMIT)
+    assert status(run_dir)["state"] == "PREEMPTED"
     lab.finish("killed", *TWO)
     assert status(run_dir)["state"] == "FINISHED"
     assert summary(run_dir)["examples_seen"] == 2 * ROWS
     assert metrics(run_dir) == metrics(lab.together("none"))
+    ours, theirs = (load_file(place / "model/model.safetensors") for place in (run_dir, lab.together("none")))
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
 def test_the_number_of_processes_may_change_over_stops_in_an_epoch(lab: Laboratory) -> None:
@@ -475,6 +524,58 @@ def test_a_process_does_not_hang_when_it_leaves_the_others(tmp_path: Path) -> No
     assert end.code == 0, end.output
 
 
+TROUBLE = """
+import os, sys, time
+rank, what = os.environ["RANK"], sys.argv[1]
+if what == "fails" and rank == "0":
+    time.sleep(0.5)
+    sys.exit("closed by peer")
+if what == "fails":
+    print("the cause", file=sys.stderr)
+    sys.exit(3)
+os.fstat(int(sys.argv[2]))
+if rank == "1":
+    open(sys.argv[3], "w").close()
+time.sleep(60)
+"""
+
+
+def launched(tmp_path: Path, *arguments: str, stop: StopRequest, locks: Sequence[int] = ()) -> int:
+    """Launch two processes that do as TROUBLE says."""
+    config = admitted("runtime.num_processes=2").config.runtime
+    return launch(config, [sys.executable, "-c", TROUBLE, *arguments], tmp_path, stop, locks)
+
+
+def test_the_process_that_failed_first_is_named_with_its_words(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"process 1 ended with exit code 3.*\n  the cause$"):
+        launched(tmp_path, "fails", stop=StopRequest())
+
+
+def test_processes_that_are_stopped_before_they_can_say_so_are_stopped(tmp_path: Path) -> None:
+    class WhenBegun(StopRequest):
+        @property
+        def name(self) -> str:
+            return "SIGTERM" if (tmp_path / "begun").exists() else ""
+
+        @name.setter
+        def name(self, value: str) -> None:
+            pass
+
+    with open(tmp_path / "lock", "w") as lock:
+        number = str(lock.fileno())
+        begun = str(tmp_path / "begun")
+        assert launched(tmp_path, "waits", number, begun, stop=WhenBegun(), locks=[lock.fileno()]) == 75
+
+
+def test_the_environment_is_as_it_was_behind_a_run_of_deepspeeds(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    config = admitted("deepspeed=zero1", "runtime.device=cpu").config
+    settings = deepspeed_settings(config, 1)
+    with start_runtime(config.runtime, MixedPrecision.no, 0, StopRequest(), settings) as runtime:
+        assert runtime.num_processes == 1
+    assert dict(os.environ) == before
+
+
 # Other launchers
 
 
@@ -513,6 +614,12 @@ OFFLOAD = ["deepspeed=zero2_offload"]
         (["runtime.num_machines=2", "runtime.machine_rank=2", "runtime.main_process_ip=a"],
          ["runtime.machine_rank = 2", "from 0 to runtime.num_machines - 1, which is 1"]),
         (["runtime.num_machines=2"], ["runtime.main_process_ip", "the address of the one with rank 0"]),
+        (["runtime.num_machines=2", "runtime.main_process_ip=a"],
+         ["hydra.run.dir", "one folder that all of them reach"]),
+        (["deepspeed=zero3", "adapter=dora"], ["adapter.use_dora = true", "whole matrices", "deepspeed=zero2"]),
+        (["deepspeed=zero3", "adapter=lora", "adapter.init_lora_weights=pissa"],
+         ["adapter.init_lora_weights = pissa", "whole matrices"]),
+        (["deepspeed=zero2", "training.mixed_precision=fp16"], ["training.mixed_precision = fp16", "bf16"]),
         (["runtime.num_processes=0"], ["runtime.num_processes = 0", "at least 1"]),
         (["runtime.main_process_port=70000"], ["runtime.main_process_port = 70000", "from 1 to 65535"]),
         (["deepspeed=zero4"], ["deepspeed = zero4", "zero3"]),

@@ -237,6 +237,7 @@ def test_a_run_goes_on_as_it_last_was(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.002 → 0\.001"):
         train(admitted(*SIX, changed[0], f"hydra.run.dir={run}"), StopRequest())
     stopped_after(2, run, *SIX, *changed)
+    shutil.copytree(run / "checkpoints" / "step-00000002", run / "checkpoints" / "step-00000009.mine")
     done = towline(f'rerun="{run}"', f'hydra.run.dir="{run}"')
     assert done.returncode == 0, done.stderr
     assert [line["train/lr"] for line in read_lines(run / "metrics.jsonl")] == [lr, lr, *4 * [0.001]]

@@ -73,8 +73,10 @@ def find_origin(config: CheckpointConfig, frozen: Mapping[str, Any], run_dir: Pa
     return Origin(found, state, changes, warnings, is_own)
 
 
-def newest_weights(folder: Path) -> Path:
-    """Give the newest whole checkpoint of a run's folder, or the one that the folder is; it may hold weights only.
+def newest_weights(folder: Path) -> tuple[Path, list[str]]:
+    """Give the newest whole checkpoint of a run's folder, or the one that the folder is, and warnings.
+
+    It may hold weights only.
 
     Raises:
         CheckpointError: where there is none.
@@ -82,13 +84,13 @@ def newest_weights(folder: Path) -> Path:
     if (folder / "manifest.json").exists():
         if problems := list(problems_of(folder)):
             raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
-        return folder
+        return folder, []
     places = [folder_of(folder / "checkpoints", step) for step in reversed(steps_in(folder / "checkpoints"))]
-    damaged = []
+    damaged: list[str] = []
     for place in places:
         problems = list(problems_of(place))
         if not problems:
-            return place
+            return place, [f"init_from: {told}; {place} is taken" for told in damaged]
         damaged.append(f"{place} is damaged ({'; '.join(problems)})")
     raise CheckpointError(f"{folder} has no whole checkpoint{':' if damaged else ''}\n{listed(damaged)}".strip())
 

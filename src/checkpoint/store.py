@@ -240,7 +240,9 @@ class Checkpoints:
         self.wait()
         need, beside = snapshot.num_bytes + SMALL_BYTES, self._beside(step)
         try:
-            self._folder.mkdir(exist_ok=True)
+            if not self._folder.exists():
+                self._folder.mkdir()
+                sync(self._folder.parent)
             if (free := shutil.disk_usage(self._folder).free) < need:
                 raise OSError(errno.ENOSPC, f"{human_bytes(free)} are free")
             _remove(beside)

@@ -272,7 +272,8 @@ def read_finished(folder: Path, line: CommandLine) -> Composed:
 
 def _as_it_last_was(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
     """Give the configuration that a run goes on with: its newest checkpoint's, or its first where there is none."""
-    for state in sorted(folder.glob("checkpoints/step-*/state.json"), key=lambda file: int(file.parent.name[5:]))[::-1]:
+    found = [state for state in folder.glob("checkpoints/step-*/state.json") if state.parent.name[5:].isdigit()]
+    for state in sorted(found, key=lambda file: int(file.parent.name[5:]), reverse=True):
         try:
             sections = json.loads(state.read_text(encoding="utf-8"))["config"]
         except (OSError, ValueError, LookupError):  # damaged: told when the checkpoints are looked at

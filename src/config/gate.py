@@ -26,7 +26,7 @@ from src.config import rules
 from src.config import schema as schema_module
 from src.config.compose import CommandLine, Composed
 from src.config.problems import Problem, refuse
-from src.config.schema import ENTRY_SECTIONS, SECTIONS, Check, PredictConfig, RunConfig, TopLevelConfig
+from src.config.schema import ENTRY_SECTIONS, SECTIONS, Check, PredictConfig, RunConfig, RuntimeConfig, TopLevelConfig
 
 
 @dataclass
@@ -161,6 +161,7 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
         problems += _output_problems(own.value, composed.run_dir)
     else:
         problems += _across(parsed)
+        problems += _meeting_problems(parsed, line)
         problems += _folder_problems(composed.run_dir, "hydra.sweep.dir" if line.flags.multirun else "hydra.run.dir")
     located = [
         problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
@@ -348,6 +349,14 @@ def _output_problems(own: PredictConfig | None, run_dir: Path) -> Iterator[Probl
     if (output / "config.yaml").exists():
         yield Problem("predict.output", "a run's folder; predictions need one of their own", str(output))
     yield from _folder_problems(output, "predict.output", "the folder of the predictions")
+
+
+def _meeting_problems(parsed: dict[str, _Parsed], line: CommandLine) -> Iterator[Problem]:
+    """Several machines, each with this command, need one folder; the default one has the time in its name."""
+    runtime = parsed["runtime"].value if "runtime" in parsed else None
+    if isinstance(runtime, RuntimeConfig) and runtime.num_machines > 1 and line.value_of("hydra.run.dir") is None:
+        reason = "several machines need one folder that all of them reach: give it"
+        yield Problem("hydra.run.dir", reason, has_value=False, where=composing.COMMAND_LINE)
 
 
 def _folder_problems(run_dir: Path, key: str, where: str = "the run's folder") -> Iterator[Problem]:

@@ -31,6 +31,7 @@ from src.config.schema import (
     ExportConfig,
     GenerationConfig,
     InitMethod,
+    LoraConfig,
     LossConfig,
     MixedPrecision,
     MlflowConfig,
@@ -481,10 +482,23 @@ def zero_agrees_with_the_rest(
 
 
 def zero_can_share_out(
-    deepspeed: DeepSpeedConfig, optimizer: OptimizerConfig, quantization: QuantizationConfig, model: ModelConfig
+    deepspeed: DeepSpeedConfig,
+    optimizer: OptimizerConfig,
+    quantization: QuantizationConfig,
+    adapter: AdapterConfig,
+    training: TrainingConfig,
 ) -> Iterator[Problem]:
     if not isinstance(deepspeed, ZeroConfig):
         return
+    if training.mixed_precision is MixedPrecision.fp16:
+        reason = "deepspeed's scaling of fp16 losses is not kept in checkpoints: bf16, or deepspeed=none"
+        yield Problem("training.mixed_precision", reason, training.mixed_precision.value)
+    if deepspeed.stage == 3 and isinstance(adapter, LoraConfig):
+        reason = "computes with whole matrices, which deepspeed=zero3 shares out: deepspeed=zero2"
+        if adapter.use_dora:
+            yield Problem("adapter.use_dora", reason, adapter.use_dora)
+        if adapter.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+            yield Problem("adapter.init_lora_weights", reason, adapter.init_lora_weights)
     if optimizer.type not in ("adamw", "sgd"):
         reason = (
             f"deepspeed shares out the state of adamw and sgd (deepspeed.zero_optimization.stage = {deepspeed.stage})"

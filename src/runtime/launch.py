@@ -1,11 +1,13 @@
 """Several processes from one command: start them, watch them, end them together. No torch here.
 
 The parent has composed, checked and frozen the configuration, and holds the run's folder; workers get the frozen file.
-Each worker has a session of its own, so that Ctrl-C reaches the parent only, which passes each request on once.
+Each worker has a session of its own, so that Ctrl-C reaches the parent only, which passes each request on once. A
+worker whose parent dies is asked to stop, and holds the run's folder until it has.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -16,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from src.config.schema import RuntimeConfig
 from src.errors import Interrupted, TrainingError
@@ -23,8 +26,13 @@ from src.runtime.signals import StopRequest
 
 GRACE_SECONDS = 5.0
 """How long the others may take to end by themselves once one process has ended in failure."""
-POLL_SECONDS = 0.1
+LEAVE_SECONDS = 120.0
+"""How long the others may take once one process has stopped, as it was asked to; they save together."""
+POLL_SECONDS = 0.02
 TAIL_LINES = 30
+PORT = 29500
+"""Where the processes of several machines meet, unless the configuration says where."""
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -64,16 +72,25 @@ def is_launched(config: RuntimeConfig) -> bool:
     return place_of() is None and config.num_processes * config.num_machines > 1
 
 
-def launch(config: RuntimeConfig, command: Sequence[str], run_dir: Path, stop: StopRequest) -> int:
+def follow_parent() -> None:
+    """Have this process asked to stop when the one that started it dies; only Linux can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def launch(
+    config: RuntimeConfig, command: Sequence[str], run_dir: Path, stop: StopRequest, locks: Sequence[int] = ()
+) -> int:
     """Start a run's processes of this machine, and wait for their end; gives the exit code that they agree on.
 
     Args:
         command: starts one process.
         stop: is passed on to all of them, once.
+        locks: descriptors that hold something as long as one of the processes lives.
     Raises:
         TrainingError: where one ended in failure; the others are ended, and its last words are in the message.
     """
-    port = config.main_process_port or _free_port()
+    port = config.main_process_port or (PORT if config.num_machines > 1 else free_port())
     first, count = config.machine_rank * config.num_processes, config.num_processes
     shared = {
         "WORLD_SIZE": str(config.num_machines * count),
@@ -84,27 +101,26 @@ def launch(config: RuntimeConfig, command: Sequence[str], run_dir: Path, stop: S
     if "OMP_NUM_THREADS" not in os.environ:
         shared["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // count))
     places = [{"RANK": str(first + i), "LOCAL_RANK": str(i)} for i in range(count)]
-    with _processes(command, [os.environ | shared | place for place in places], run_dir) as workers:
+    with _processes(command, [os.environ | shared | place for place in places], run_dir, locks) as workers:
         return _watch(workers, first, run_dir, stop)
 
 
 @contextmanager
 def _processes(
-    command: Sequence[str], environments: Sequence[Mapping[str, str]], run_dir: Path
+    command: Sequence[str], environments: Sequence[Mapping[str, str]], run_dir: Path, locks: Sequence[int]
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     workers: list[subprocess.Popen[bytes]] = []
     try:
         for environment in environments:
             rank = int(environment["RANK"])
+            settings: dict[str, Any] = {"env": environment, "start_new_session": True, "pass_fds": locks}
             if rank == 0:
-                workers.append(subprocess.Popen(command, env=environment, start_new_session=True))
+                workers.append(subprocess.Popen(command, **settings))
                 continue
             file = log_file(run_dir, rank)
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "ab") as log:
-                workers.append(
-                    subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
-                )
+                workers.append(subprocess.Popen(command, **settings, stdout=log, stderr=log))
         yield workers
     finally:
         for worker in workers:
@@ -115,25 +131,28 @@ def _processes(
 
 
 def _watch(workers: Sequence[subprocess.Popen[bytes]], first: int, run_dir: Path, stop: StopRequest) -> int:
-    passed_on = False
+    """Wait until all have ended, or one has failed; those that are left then are ended."""
+    passed_on, deadline = 0, float("inf")
     while True:
         codes = [worker.poll() for worker in workers]
-        if all(code is not None for code in codes) or any(
-            code not in (None, 0, Interrupted.exit_code) for code in codes
-        ):
+        stopped = (0, Interrupted.exit_code, *([-passed_on] if passed_on else []))  # one that had hardly begun
+        failed = {first + i: code for i, code in enumerate(codes) if code is not None and code not in stopped}
+        if failed or all(code is not None for code in codes) or time.monotonic() > deadline:
             break
         if stop.name and not passed_on:
-            passed_on = True
+            passed_on = stop.number
             for worker in workers:
                 worker.send_signal(stop.number)
+        if passed_on and deadline == float("inf") and any(code is not None for code in codes):
+            deadline = time.monotonic() + LEAVE_SECONDS
         time.sleep(POLL_SECONDS)
+    if not failed:
+        return Interrupted.exit_code if any(codes) or None in codes else 0
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
         time.sleep(POLL_SECONDS)
-    codes = [worker.poll() for worker in workers]
-    failed = {first + i: code for i, code in enumerate(codes) if code not in (None, 0, Interrupted.exit_code)}
-    if not failed or (passed_on and Interrupted.exit_code in codes):  # one that was left behind is no cause
-        return max(code or 0 for code in codes if code is None or code >= 0)
+    if passed_on and Interrupted.exit_code in [worker.poll() for worker in workers]:
+        return Interrupted.exit_code  # one that was left behind is no cause
     rank, code = min(failed.items(), key=lambda one: (one[1] >= 0, one[0]))  # one that a signal killed is the cause
     return _told(rank, code, run_dir)
 
@@ -150,12 +169,7 @@ def _told(rank: int, code: int, run_dir: Path) -> int:
     raise TrainingError(f"process {rank} {how}, so the others were ended too{words}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
-
-
-def worker_command(frozen: Path, run_dir: Path) -> list[str]:
-    """Give the command that starts a process with a configuration that was frozen for it."""
-    return [sys.executable, "-m", "src.run", "--frozen", str(frozen), str(run_dir)]

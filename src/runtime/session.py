@@ -9,8 +9,10 @@ import os
 import random
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     set_seed,
@@ -28,12 +31,15 @@ from torch import Tensor, nn
 
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.errors import Interrupted, TowlineError
-from src.runtime.launch import place_of
+from src.runtime.launch import free_port, place_of
 from src.runtime.sharding import Sharded, Whole
 from src.runtime.signals import StopRequest
 
 T = TypeVar("T")
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+LONGEST_WAIT = timedelta(hours=6)
+"""How long a process may wait for the others, as while one of them reads a large checkpoint. One that has died is
+noticed by who started it."""
 OVER: list[Any] = []
 """Groups of processes that are over, kept from being taken down: torch 2.13 waits there for a thread of gloo's while it
 holds Python's lock, which that thread waits for if the last exchange was just now (docs/decisions/0021)."""
@@ -191,6 +197,12 @@ class Runtime:
             raise Interrupted(next(name for name in self.gather(self.stop.name) if name))
 
     @contextmanager
+    def shared_folder(self) -> Iterator[Path]:
+        """Give all processes one temporary folder for the length of the block."""
+        with tempfile.TemporaryDirectory(prefix="towline-") if self.is_main else nullcontext("") as folder:
+            yield Path(self.from_main(folder))
+
+    @contextmanager
     def isolated_rng(self, seed: int) -> Iterator[None]:
         """Draw from a stream of one's own, so that how often one evaluates changes nothing in training."""
         cuda_devices = [self.device] if self.device.type == "cuda" else []
@@ -285,23 +297,29 @@ def start_runtime(
         raise TowlineError("runtime.device = cuda, but torch finds no CUDA device here; use auto or cpu")
     if mixed_precision is MixedPrecision.fp16 and use_cpu:
         raise TowlineError("training.mixed_precision = fp16 needs a GPU, and there is none; use no or bf16")
+    environment = dict(os.environ)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
-    once = GradientAccumulationPlugin(num_steps=1)  # else the environment could have Accelerate divide our losses
-    together = [InitProcessGroupKwargs(backend="gloo")] if use_cpu and (place_of() or deepspeed) else []
+    # given, or the environment could have Accelerate divide our losses
+    accumulation = GradientAccumulationPlugin(num_steps=deepspeed["gradient_accumulation_steps"] if deepspeed else 1)
+    together = []
+    if place_of() or deepspeed:
+        together.append(InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=LONGEST_WAIT))
+    if place_of() and not deepspeed:
+        together.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
     if deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         # it compiles at first use, with the ninja that it was installed with
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if use_cpu else "cuda")
-        for name, alone in ALONE.items():
-            os.environ.setdefault(name, alone)  # one process is a group of its own
+        if place_of() is None:  # one process is a group of its own
+            os.environ.update(ALONE, MASTER_PORT=str(free_port()))
     accelerator = Accelerator(
         mixed_precision=mixed_precision.value,
         cpu=use_cpu and not deepspeed,  # else Accelerate would not use it
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=dict(deepspeed)) if deepspeed else None,
-        gradient_accumulation_plugin=once,
+        gradient_accumulation_plugin=accumulation,
         kwargs_handlers=together,
     )
     set_seed(seed)
@@ -312,3 +330,5 @@ def start_runtime(
             OVER.append(torch.distributed.group.WORLD)
             torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)  # a sweep's next run chooses afresh
+        os.environ.clear()
+        os.environ.update(environment)

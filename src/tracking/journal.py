@@ -30,6 +30,7 @@ from src.errors import Interrupted, RunFolderError
 
 FILES = (
     "config.yaml",
+    "deepspeed.json",
     "starts.jsonl",
     "status.json",
     "metrics.jsonl",
@@ -178,13 +179,13 @@ def _end_last_line(file: Path) -> None:
             ended.write(b"\n")
 
 
-def note_failure(path: Path, cause: str) -> None:
-    """Write down that a run failed whose own process can't say so any more."""
+def note_end(path: Path, reason: BaseException) -> None:
+    """Write down how a run ended whose own process can't say so any more, or does not know why it failed."""
     status = read_status(path)
-    if status.get("state") == "RUNNING":
+    if status.get("state") in ("RUNNING", "FAILED"):
         ended = {
-            "state": "FAILED",
-            "cause": cause.split("\n")[0],
+            "state": "PREEMPTED" if isinstance(reason, KeyboardInterrupt) else "FAILED",
+            "cause": str(reason).split("\n")[0] or "Ctrl-C",
             "how_to_go_on": f"make resume run={path}",
             "ended": now(),
         }
@@ -197,8 +198,10 @@ def is_finished(path: Path) -> bool:
 
 
 @contextmanager
-def hold(path: Path) -> Iterator[None]:
+def hold(path: Path) -> Iterator[int]:
     """Hold a run's folder against every other process, until the block ends or the process dies; makes it.
+
+    Gives the descriptor that holds it: processes that inherit it hold it too, as long as they live.
 
     Raises:
         RunFolderError: where it can't be made, or naming the process that holds it.
@@ -219,7 +222,7 @@ def hold(path: Path) -> Iterator[None]:
         identity = _identity()
         lock.write(f"process {identity['pid']} on {identity['host']} (boot {identity['boot_id']})\n")
         lock.flush()
-        yield
+        yield lock.fileno()
 
 
 @contextmanager

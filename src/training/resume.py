@@ -88,13 +88,15 @@ def beginning(origin: Origin, data: Data, tokenizer: Any, config: RunConfig, fro
 def resume(
     state: TrainState, origin: Origin, begin: Beginning, facts: Facts, runtime: Runtime, config: RunConfig
 ) -> list[str]:
-    """Put everything back as it was at a checkpoint; gives warnings. Where the run begins anew, nothing is done.
+    """Put everything back as it was at a checkpoint; gives warnings. Where the run begins anew, only the processes get
+    random numbers that differ.
 
     Raises:
         ConfigError: where data, tokenizer or model have changed too much.
         CheckpointError: where the model is of another form.
     """
     if origin.checkpoint is None:
+        runtime.seed_apart()
         return []
     changes = compare_facts(Facts.from_dict(origin.state["facts"]), facts)
     warnings = check(changes, allow_changed=config.checkpoint.allow_changed, where=str(origin.checkpoint))
@@ -134,34 +136,42 @@ def starting_model(config: RunConfig) -> RunConfig:
     return replace(config, model=model)
 
 
-def start_from_weights(
-    state: TrainState, adapter: Adapter | None, tokenizer: Any, runtime: Runtime, config: RunConfig
-) -> None:
-    """Put the adapter or the checkpoint of `init_from` into the model; a whole model was loaded as it was built.
+def start_from_adapter(adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> bool:
+    """Put the adapter of `init_from` into the model, before it is shared out; False where it names none.
 
     Raises:
-        CheckpointError, ModelError: where they do not fit the model.
+        ModelError: where it does not fit the model.
     """
-    if config.init_from is None:
-        return
     folder = _exported(config)
-    if folder is None:
-        checkpoint = newest_weights(Path(config.init_from))
-        kept = read_snapshot(checkpoint)
-        if kept.state["facts"]["tokenizer"] != tokenizer_hash(tokenizer):
-            raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
-        state.restore_weights(kept.weights, runtime)
-    elif (folder / "adapter_config.json").exists():
-        if adapter is None:
-            raise ModelError(
-                f"init_from: {folder} is an adapter, so it needs one here too (adapter=lora); "
-                "a run with export.merge=true gives whole weights"
-            )
-        saved, _ = load_tokenizer(replace(config.model, checkpoint=str(folder), revision=None), config.tokens)
-        if tokenizer_hash(saved) != tokenizer_hash(tokenizer):
-            raise ModelError(f"init_from: the tokens of {folder} have other ids than here")
-        adapter.load(folder)
+    if folder is None or not (folder / "adapter_config.json").exists():
+        return False
+    if adapter is None:
+        raise ModelError(
+            f"init_from: {folder} is an adapter, so it needs one here too (adapter=lora); "
+            "a run with export.merge=true gives whole weights"
+        )
+    saved, _ = load_tokenizer(replace(config.model, checkpoint=str(folder), revision=None), config.tokens)
+    if tokenizer_hash(saved) != tokenizer_hash(tokenizer):
+        raise ModelError(f"init_from: the tokens of {folder} have other ids than here")
+    adapter.load(folder)
+    return True
+
+
+def start_from_checkpoint(state: TrainState, tokenizer: Any, runtime: Runtime, config: RunConfig) -> list[str]:
+    """Put the checkpoint of `init_from` into the model, where it names one; gives warnings.
+
+    Raises:
+        CheckpointError: where it does not fit the model.
+    """
+    if config.init_from is None or _exported(config) is not None:
+        return []
+    checkpoint, warnings = newest_weights(Path(config.init_from))
+    kept = read_snapshot(checkpoint)
+    if kept.state["facts"]["tokenizer"] != tokenizer_hash(tokenizer):
+        raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
+    state.restore_weights(kept.weights, runtime)
     state.new_rows = WatchedRows(state.model, state.new_rows.ids)
+    return warnings
 
 
 def _exported(config: RunConfig) -> Path | None:
