@@ -228,11 +228,30 @@ class MemoryForecast:
     """
 
     parts: tuple[Item, ...]
+    on_cpu: tuple[Item, ...] = ()
+    """What is offloaded: held by the CPU instead, by each process."""
 
     @property
     def total(self) -> Item:
         """The sum: the most that can be held at once, since gradients grow while activations go."""
         return _total(self.parts, "sum of all, as in the second micro-batch of a step; libraries come on top")
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How processes share out what one would hold, by DeepSpeed's ZeRO; sizes in elements."""
+
+    stage: int
+    num_processes: int
+    is_bf16: bool = False
+    """Whether the weights themselves are cast to bfloat16, and float32 ones are kept to be updated."""
+    optimizer_on_cpu: bool = False
+    weights_on_cpu: bool = False
+    bucket: int = 500_000_000
+    """Gradients that are exchanged together."""
+    num_buckets: int = 1
+    max_live: int = 1_000_000_000
+    """The most weights that are together at once, with stage 3."""
 
 
 @dataclass(frozen=True)
@@ -576,8 +595,9 @@ def memory_forecast(
     device_type: str = "cpu",
     uses_full_logits: bool = False,
     gradient_checkpointing: bool = False,
+    sharing: Sharing | None = None,
 ) -> MemoryForecast:
-    """Forecast what training holds on its device.
+    """Forecast what training holds on its device, in each process.
 
     Args:
         batch: rows of a micro-batch.
@@ -587,20 +607,30 @@ def memory_forecast(
         device_type: cpu or cuda.
         uses_full_logits: see ScoredModel.
         gradient_checkpointing: whether each block is computed again in backward.
+        sharing: None where each process holds everything.
     """
+    if sharing is not None and sharing.is_bf16:
+        architecture = _in_bf16(architecture)
     scored = batch * (seq - 1) if num_supervised is None else num_supervised
-    parts = [
-        Item(
-            "parameters",
-            sum(held.bytes for held in architecture.held),
-            " + ".join(held.how for held in architecture.held),
-        ),
-        Item("gradients", architecture.trained_bytes, architecture.how_trained),
-        optimizer_part(architecture, optimizer, device_type),
+    parameters = Item(
+        "parameters",
+        sum(held.bytes for held in architecture.held),
+        " + ".join(held.how for held in architecture.held),
+    )
+    computed = [
         activation_part(
             architecture, mixed_precision, batch, seq, scored, is_packed, device_type, gradient_checkpointing
         ),
         logits_part(architecture, mixed_precision, batch * seq, scored, uses_full_logits),
+    ]
+    if sharing is not None:
+        parts, on_cpu = _shared_out(architecture, parameters, optimizer, sharing)
+        return MemoryForecast((*parts, *computed), tuple(on_cpu))
+    parts = [
+        parameters,
+        Item("gradients", architecture.trained_bytes, architecture.how_trained),
+        optimizer_part(architecture, optimizer, device_type),
+        *computed,
     ]
     num_cast = architecture.num_cast if mixed_precision is not MixedPrecision.no else 0
     if num_cast:
@@ -611,6 +641,49 @@ def memory_forecast(
             how = f"{num_cast:,} parameters of the head and one block x 2 B: autocast's {mixed_precision.value} copies"
         parts.insert(1, Item("cast weights", 2 * num_cast, how))
     return MemoryForecast(tuple(parts))
+
+
+def _in_bf16(architecture: Architecture) -> Architecture:
+    """Give the sizes of a model whose weights are cast to bfloat16, but for those that are quantised."""
+    held = tuple(
+        held if architecture.quantised_bits and held is architecture.held[0] else Held(held.num, 2 * held.num, how)
+        for held in architecture.held
+        for how in [f"{held.num:,} parameters x 2 B"]
+    )
+    trained = tuple(Trained(tensor.shape, 2) for tensor in architecture.trained)
+    return replace(architecture, held=held, trained=trained, bytes_per_parameter=2)
+
+
+def _shared_out(
+    architecture: Architecture, parameters: Item, optimizer: OptimizerConfig, sharing: Sharing
+) -> tuple[list[Item], list[Item]]:
+    """Forecast weights, gradients and optimizer state of one process, and what of them lies on the CPU.
+
+    Source: deepspeed 0.19.8, stage_1_and_2.py and stage3.py; counted in tests/test_processes.py. It keeps a second copy
+    of what it updates, in float32, also of weights that are float32 themselves.
+    """
+    n, num, size = sharing.num_processes, architecture.num_trainable, architecture.bytes_per_parameter
+
+    def share(item: Item) -> Item:
+        how = item.how if n == 1 else f"({item.how}) / {n}"
+        return Item(item.name, None if item.bytes is None else math.ceil(item.bytes / n), how)
+
+    in_32_bits = replace(architecture, trained=tuple(Trained(tensor.shape, FP32) for tensor in architecture.trained))
+    gradients = Item("gradients", architecture.trained_bytes, architecture.how_trained)
+    updated = share(Item("updated weights", num * FP32, f"{num:,} trained parameters x {FP32} B"))
+    state = share(optimizer_part(in_32_bits, optimizer))
+    buckets = sharing.num_buckets * sharing.bucket * size
+    how = f"{sharing.num_buckets} x {sharing.bucket:,} gradients x {size} B"
+    on_device, on_cpu = [Item("gradient buckets", buckets, how)], list[Item]()
+    if sharing.stage == 3:
+        num_live = min(architecture.num_parameters, sharing.max_live)
+        on_device.append(Item("gathered weights", num_live * size, f"up to {num_live:,} at once x {size} B"))
+    weights = share(parameters) if sharing.stage == 3 else parameters
+    (on_cpu if sharing.weights_on_cpu else on_device).insert(0, weights)
+    if sharing.optimizer_on_cpu:
+        return on_device, [*on_cpu, share(Item("gradients", num * FP32, in_32_bits.how_trained)), updated, state]
+    # stage 1 keeps them whole from one micro-batch to the next
+    return [*on_device, gradients if sharing.stage == 1 else share(gradients), updated, state], on_cpu
 
 
 def optimizer_part(architecture: Architecture, optimizer: OptimizerConfig, device_type: str = "cpu") -> Item:

@@ -115,6 +115,7 @@ def write_report(file: Path, data: Data, found: Sequence[Any], ahead: Any) -> No
         "data": {name: report.as_dict() for name, report in data.reports.items()},
         "steps": ahead.num_steps,
         "memory": {part.name: part.bytes for part in ahead.memory.parts},
+        "memory_on_cpu": {part.name: part.bytes for part in ahead.memory.on_cpu},
         "disk": {part.name: part.bytes for part in ahead.disk.parts},
         "time": asdict(ahead.time),
         "measured": ahead.measured and asdict(ahead.measured),

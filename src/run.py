@@ -143,13 +143,14 @@ def train_and_export(
         untrained = begin.untrained or [
             one.text for one in sample(evaluation, samples_of, config.evaluation.sample_prompts, 0)
         ]
-        facts = facts_of(state, data, tokenizer, runtime)
+        facts = facts_of(state, data, tokenizer, runtime, config)
         tracking.warn(resume(state, origin, begin, facts, runtime, config))
         if origin.own_step is not None:
             tracking.warn(checkpoints.leave(origin.own_step))
         lines = runtime.from_main(tracking.go_on_from(state.step, is_end=state.step >= state.num_steps))
         state.settle(is_over=any(line["step"] == state.step for line in lines))
-        tracking.warn(checkpoints.recall(lines, origin.own_step))
+        is_comparable = origin.state.get("facts", {}).get("validation") in (None, facts.validation)
+        tracking.warn(checkpoints.recall(lines if is_comparable else [], origin.own_step))
 
         def beside() -> dict[str, Any]:
             now = dataclasses.replace(facts, step=state.step).as_dict()

@@ -216,6 +216,21 @@ def test_the_best_weights_are_exported_after_a_resume_too(tmp_path: Path, fates:
     assert all(torch.equal(kept[name], exported[name]) for name in kept)
 
 
+def test_evaluations_of_other_rows_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # the greatest loss counts as the best, which is the first
+    best = ("checkpoint.load_best_model_at_end=true", "checkpoint.greater_is_better=true")
+    with pytest.raises(Interrupted):
+        start(tmp_path / "run", *TWELVE, *best, fate=Fate(14))
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] in ([4], [4, 5])
+    capsys.readouterr()
+    start(tmp_path / "run", *TWELVE, *best, "evaluation.max_samples=3")
+    told = capsys.readouterr()
+    assert "evaluated on other rows, so the best so far is forgotten" in " ".join((told.out + told.err).split())
+    kept = load_file(tmp_path / "run" / "checkpoints" / "step-00000008" / "model.safetensors")
+    exported = weights_of(tmp_path / "run")
+    assert all(torch.equal(kept[name], exported[name]) for name in kept)
+
+
 def test_rows_are_neither_encoded_nor_collated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = (
         *TWELVE,

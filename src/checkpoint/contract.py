@@ -71,6 +71,7 @@ class Facts:
         step_sequences: rows, or packs of rows, that a step takes from all processes.
         versions: library -> version.
         architecture: hash of the model's own settings that no shape shows (positions, norms, dropout); None: unknown.
+        validation: hash of the rows that evaluations are of; None: unknown.
     """
 
     step: int
@@ -84,6 +85,7 @@ class Facts:
     step_sequences: int
     versions: dict[str, str]
     architecture: str | None = None
+    validation: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
@@ -99,7 +101,7 @@ class Facts:
         return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given})
 
 
-HASHES = ("data", "tokenizer", "frozen_weights", "architecture")
+HASHES = ("data", "tokenizer", "frozen_weights", "architecture", "validation")
 """Facts whose values say nothing to a reader."""
 
 _TABLE: dict[str, dict[Effect, str]] = {
@@ -366,7 +368,7 @@ def compare_facts(before: Facts, now: Facts) -> list[Change]:
     return [
         Change(key, getattr(before, key), getattr(now, key), *judge(before, now))
         for key, judge in _FACTS.items()
-        if getattr(before, key) != getattr(now, key) and not (key == "architecture" and _is_unknown(before, now))
+        if getattr(before, key) != getattr(now, key) and not _is_unknown(key, before, now)
     ] + [
         Change(f"versions.{name}", then, today, Effect.rounding)
         for name in {**now.versions, **before.versions}
@@ -374,8 +376,8 @@ def compare_facts(before: Facts, now: Facts) -> list[Change]:
     ]
 
 
-def _is_unknown(before: Facts, now: Facts) -> bool:
-    return before.architecture is None or now.architecture is None
+def _is_unknown(key: str, before: Facts, now: Facts) -> bool:
+    return key in ("architecture", "validation") and None in (getattr(before, key), getattr(now, key))
 
 
 def _rows(before: Facts, now: Facts) -> Verdict:
@@ -405,6 +407,7 @@ _FACTS: dict[str, Callable[[Facts, Facts], Verdict]] = {
     "tokenizer": lambda before, now: (Effect.impossible, "ids mean other tokens"),
     "frozen_weights": _base,
     "architecture": lambda before, now: (Effect.trajectory, "the model's settings (its config.json) are other ones"),
+    "validation": lambda before, now: (Effect.harmless, "evaluated on other rows, so the best so far is forgotten"),
     "num_steps": _steps,
     "device": lambda before, now: (Effect.rounding, ""),
     "num_processes": lambda before, now: (Effect.rounding, "sums in another order"),

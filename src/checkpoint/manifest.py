@@ -23,6 +23,10 @@ FORMAT = 1
 CHUNK_BYTES = 1 << 22
 
 
+class LaterVersionError(ValueError):
+    """A manifest whose form this version does not know: nothing is wrong with it."""
+
+
 class Entry(NamedTuple):
     """A file as it should be."""
 
@@ -86,7 +90,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """Read what a checkpoint should hold.
 
     Raises:
-        ValueError: naming the manifest and what is wrong with it.
+        LaterVersionError, ValueError: naming the manifest and what is wrong with it.
     """
     try:
         text = (checkpoint / MANIFEST).read_bytes().decode()  # as it is: read_text would take \r for \n
@@ -102,7 +106,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{MANIFEST} is damaged") from error
     if manifest is None:
-        raise ValueError(f"{MANIFEST} is of a later version of Towline (format {found['format']}, known: {FORMAT})")
+        raise LaterVersionError(
+            f"{MANIFEST} is of a later version of Towline (format {found['format']}, known: {FORMAT})"
+        )
     if manifest.text() != text:
         raise ValueError(f"{MANIFEST} is damaged")
     return manifest
@@ -129,6 +135,17 @@ def problems_of(checkpoint: Path) -> Iterator[str]:
             yield f"{name} is missing"
         except OSError as error:
             yield f"{name} can't be read: {error.strerror}"
+
+
+def is_later(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written by a later version."""
+    try:
+        read_manifest(checkpoint)
+    except LaterVersionError:
+        return True
+    except ValueError:
+        return False
+    return False
 
 
 def is_resumable(checkpoint: Path) -> bool:

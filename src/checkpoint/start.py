@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src.checkpoint.contract import Change, check, compare_configs
-from src.checkpoint.manifest import STATE, folder_of, is_resumable, problems_of, read_manifest, steps_in
+from src.checkpoint.manifest import STATE, folder_of, is_later, is_resumable, problems_of, read_manifest, steps_in
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError, listed
 
@@ -122,11 +122,15 @@ def _newest(folder: Path, warnings: list[str], advice: str) -> Path | None:
     Args:
         advice: what to do where there is none.
     Raises:
-        CheckpointError: where all that there are are damaged.
+        CheckpointError: where all that there are are damaged, or a newer one was written by a later version.
     """
     damaged: list[str] = []
     for step in reversed(steps_in(folder)):
         place = folder_of(folder, step)
+        if is_later(place):
+            raise CheckpointError(
+                f"{place} was written by a later version of Towline, which can go on from it; {advice}"
+            )
         problems = list(problems_of(place))
         if not problems and read_manifest(place).is_resumable:
             warnings += [f"{told}; passed over" for told in damaged]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections import Counter
@@ -53,6 +54,11 @@ class Data:
     def train_digest(self) -> str:
         """Give a hash of the encoded train rows in their order; of a streamed set, of its files and settings."""
         return self.train.digest()
+
+    def validation_digest(self, count: int | None) -> str:
+        """Give a hash of the rows that are evaluated, the first `count` of each set; None: all."""
+        told = [f"{name} {count} {rows.digest()}" for name, rows in self.validation.items()]
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
 
     @property
     def num_train_rows(self) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from src.config.schema import Batching, Device, LoraConfig, MixedPrecision, RunConfig
+from src.config.schema import Batching, Device, LoraConfig, MixedPrecision, RunConfig, ZeroConfig
 from src.data.batching import Plan, Sequences, collate, steps_per_epoch
 from src.data.sets import EncodedSet
 from src.errors import human_bytes
@@ -21,6 +21,7 @@ from src.forecast import (
     Architecture,
     DiskForecast,
     MemoryForecast,
+    Sharing,
     TimeForecast,
     architecture_of,
     disk_forecast,
@@ -113,6 +114,7 @@ def outlook(
         device_type=device.type,
         uses_full_logits=_changes_logits(model.config),
         gradient_checkpointing=gradient_checkpointing,
+        sharing=sharing_of(config),
     )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -151,6 +153,25 @@ def outlook(
         disk=disk,
         time=ahead,
         measured=measured,
+    )
+
+
+def sharing_of(config: RunConfig) -> Sharing | None:
+    """Say how the configuration shares out what one process would hold."""
+    zero = config.deepspeed
+    if not isinstance(zero, ZeroConfig):
+        return None
+    given = zero.zero_optimization
+    overlaps = given.get("overlap_comm", False) and zero.stage < 3
+    return Sharing(
+        zero.stage,
+        config.runtime.world_size,
+        is_bf16=config.training.mixed_precision is MixedPrecision.bf16,
+        optimizer_on_cpu=zero.offloads("optimizer"),
+        weights_on_cpu=zero.offloads("param"),
+        bucket=int(given.get("reduce_bucket_size", Sharing.bucket)),
+        num_buckets=2 if overlaps else 1,
+        max_live=int(given.get("stage3_max_live_parameters", Sharing.max_live)),
     )
 
 

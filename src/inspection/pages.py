@@ -104,6 +104,8 @@ def show_forecasts(console: Console, config: RunConfig, ahead: Outlook) -> None:
         f"{ahead.tokens_fed:,} tokens fed; {padded:.0%} of what is computed is padding ({config.data.batching.value})",
     )
     console.label("memory", _table([*ahead.memory.parts, ahead.memory.total]))
+    if ahead.memory.on_cpu:
+        console.label("on the CPU", _table(ahead.memory.on_cpu))
     if ahead.measured:
         found = ahead.measured
         console.label(

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.errors import Interrupted, TowlineError
 from src.runtime.launch import free_port, place_of
-from src.runtime.sharding import Sharded, Whole
+from src.runtime.sharding import Sharded, Whole, forget_groups
 from src.runtime.signals import StopRequest
 
 T = TypeVar("T")
@@ -328,7 +328,7 @@ def start_runtime(
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             OVER.append(torch.distributed.group.WORLD)
-            torch.distributed.destroy_process_group()
+            forget_groups() if deepspeed else torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)  # a sweep's next run chooses afresh
         os.environ.clear()
         os.environ.update(environment)

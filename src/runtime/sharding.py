@@ -37,6 +37,13 @@ def deepspeed_settings(config: RunConfig, num_processes: int) -> dict[str, Any] 
     return settings | {"zero_allow_untested_optimizer": True, "steps_per_print": 2**31}
 
 
+def forget_groups() -> None:
+    """Leave the group of processes, also as far as DeepSpeed knows of it."""
+    from deepspeed import comm
+
+    comm.destroy_process_group()
+
+
 class Whole(NamedTuple):
     """A tensor that is shared out, as what it is whole. `gather` gives it; all processes call it together."""
 

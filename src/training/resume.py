@@ -43,7 +43,7 @@ def architecture_hash(model: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def facts_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runtime) -> Facts:
+def facts_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runtime, config: RunConfig) -> Facts:
     """Give what a checkpoint must have in common with the run that goes on from it."""
     frozen = state.frozen_weights()
     return Facts(
@@ -58,6 +58,7 @@ def facts_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runtime) ->
         step_sequences=state.plan.batch_size * state.plan.accumulation,
         versions={name: metadata.version(name) for name in PACKAGES},
         architecture=architecture_hash(state.model),
+        validation=data.validation_digest(config.evaluation.max_samples),
     )
 
 
