@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -50,16 +51,44 @@ def admitted(*overrides: str) -> Admitted:
     return request.run
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["src.run", "transformers", "peft", "mlflow", "src.training.loop", "src.model.export"])
+"""Where commands come from that the tests give by the dozen: a process that has imported what takes seconds."""
+
+
 def towline(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Start `python -m src.run` as a user would."""
-    return subprocess.run(
-        [sys.executable, "-m", "src.run", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | environment,
-    )
+    """Give `python -m src.run` as a user would, in a process of its own; with an environment, one from nothing."""
+    if environment:
+        return subprocess.run(
+            [sys.executable, "-m", "src.run", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | environment,
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("out", "err")]
+        process = FORKS.Process(target=_give, args=(arguments, dict(os.environ), *files))
+        process.start()
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(arguments, 300)
+        out, err = (file.read_text(encoding="utf-8") for file in files)
+        return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
+
+
+def _give(arguments: tuple[str, ...], environment: dict[str, str], out: Path, err: Path) -> None:
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    from src import run
+
+    sys.argv = [run.__file__, *arguments]
+    sys.exit(run.main())
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
