@@ -29,7 +29,7 @@ from src.checkpoint.manifest import newest_resumable, problems_of
 from src.config import rules
 from src.config.gate import admit
 from src.config.schema import MixedPrecision
-from src.data.batching import windows
+from src.data.batching import collate, windows
 from src.data.dataset import build_data
 from src.data.sets import EncodedSet
 from src.errors import ConfigError, TrainingError
@@ -42,6 +42,7 @@ from src.runtime.session import start_runtime
 from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
 from src.tokens import fit_embeddings, load_tokenizer
+from src.training.head import ScoredModel
 from src.training.state import batch_plan
 from tests.conftest import ROOT, admitted, read_lines, write_lines
 
@@ -136,6 +137,7 @@ class Laboratory:
         with started(self.asked(name, *overrides), self.folder / f"{name}.log") as one:
             end = wait_for_end(one)
         assert end.code == 0, end.output
+        assert "Warning" not in end.output
         return end.output
 
     @contextmanager
@@ -381,6 +383,7 @@ def count():
 def counted(self, loss, *, last=True):
     global most
     add_gradients(self, loss, last=last)
+    gc.collect()
     most = max(most, count())
 
 
@@ -538,6 +541,12 @@ def test_what_was_shared_out_is_exported_whole(lab: Laboratory) -> None:
     ids = torch.tensor([tokenizer("4930+61=<ToW>0+1+0=01</ToW>4991")["input_ids"]])
     with torch.no_grad():
         assert (exported(ids).logits - again(ids).logits).abs().max() < 1e-5
+    config = admitted(*lab.asked("zero3", *TWO, *ZERO3)).config
+    rows = build_data(config, load_tokenizer(config.model, config.tokens)[0]).validation["validation"]
+    batch = collate(rows, [[i] for i in range(5)], 0)  # those that were evaluated
+    with torch.no_grad():
+        loss = ScoredModel(exported)(batch.input_ids, batch.labels).objective / batch.num_supervised
+    assert loss.item() == pytest.approx(summary(run_dir)["eval/validation/loss"], rel=0, abs=1e-5)
     new = tokenizer.convert_tokens_to_ids(["<ToW>", "</ToW>"])
     assert len(set(new)) == 2
     for name, rows in last.items():

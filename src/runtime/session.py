@@ -10,6 +10,7 @@ import random
 import resource
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.errors import Interrupted, TowlineError
 from src.runtime.launch import free_port, place_of
-from src.runtime.sharding import Sharded, Whole, forget_groups
+from src.runtime.sharding import Sharded, Whole, forget_groups, use_gloo_alone
 from src.runtime.signals import StopRequest
 
 T = TypeVar("T")
@@ -310,9 +311,13 @@ def start_runtime(
         together.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
     if deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        # DeepSpeed 0.19 calls what torch 2.13 has other names for
+        warnings.filterwarnings("ignore", ".torch.distributed.* is deprecated", FutureWarning)
         # it compiles at first use, with the ninja that it was installed with
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if use_cpu else "cuda")
+        if use_cpu:
+            use_gloo_alone()
         if place_of() is None:  # one process is a group of its own
             os.environ.update(ALONE, MASTER_PORT=str(free_port()))
     accelerator = Accelerator(

@@ -37,6 +37,14 @@ def deepspeed_settings(config: RunConfig, num_processes: int) -> dict[str, Any] 
     return settings | {"zero_allow_untested_optimizer": True, "steps_per_print": 2**31}
 
 
+def use_gloo_alone() -> None:
+    """Have DeepSpeed exchange over gloo on a CPU, without the kernels that it would compile at first use, half a minute
+    without a word. Where the CPU lacks their instructions, the other processes would wait for good."""
+    from deepspeed import ops
+
+    vars(ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False  # asking for it would run compilers
+
+
 def forget_groups() -> None:
     """Leave the group of processes, also as far as DeepSpeed knows of it."""
     from deepspeed import comm
