@@ -405,11 +405,9 @@ def test_memory_is_forecast_as_it_is_held(lab: Laboratory, tmp_path: Path) -> No
     few = ("training.max_train_steps=2", "training.num_train_epochs=1", "evaluation.metrics=[]", *TWO)
     few += ("checkpoint.checkpointing_steps=null",)
     options = {
-        "none": (),
         "zero1": ("deepspeed=zero1",),
         "zero2": ("deepspeed=zero2", "training.mixed_precision=bf16"),
         "zero3": ZERO3,
-        "zero3-bf16": (*ZERO3, "training.mixed_precision=bf16"),
         "zero3-lora": (*ZERO3, "adapter=lora"),
     }
     asked = {name: lab.asked(f"counted-{name}", *few, *option) for name, option in options.items()}
