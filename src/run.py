@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -260,7 +261,10 @@ def guarded(admitted: Admitted, stop: StopRequest) -> int:
             raise
         print(f"\nThe disk is full: {error}. {_how_to_go_on(run_dir)}", file=sys.stderr)
         return 1
-    except Exception:
+    except Exception as error:
+        if place_of() is not None and "by peer" in str(error):  # who started us says which one, and why
+            print("\nAnother process of this run has ended, so this one can't go on.", file=sys.stderr)
+            return 1
         traceback.print_exc()
         print(f"\nA fault of the program, or too little memory. {_how_to_go_on(run_dir)}", file=sys.stderr)
         return 1
@@ -287,7 +291,7 @@ def run_as_many(admitted: Admitted, stop: StopRequest) -> int:
         try:
             command = [sys.executable, "-m", "src.run", FROZEN, str(frozen), str(run_dir)]
             return launch(config.runtime, command, run_dir, stop, [] if lock is None else [lock])
-        except (TrainingError, KeyboardInterrupt) as reason:
+        except (TrainingError, Interrupted, KeyboardInterrupt) as reason:
             if is_first:
                 note_end(run_dir, reason)
             raise
@@ -307,7 +311,8 @@ def _how_to_go_on(run_dir: Path) -> str:
     step = newest_resumable(run_dir / "checkpoints")
     if step is None:
         return f"Nothing was saved yet; what was logged is in {run_dir}"
-    return f"Step {step} is saved: make resume run={run_dir}, or the same command with hydra.run.dir={run_dir}"
+    here = shlex.quote(f"hydra.run.dir={run_dir}")
+    return f"Step {step} is saved: make resume run={shlex.quote(str(run_dir))}, or the same command with {here}"
 
 
 def sweep(request: Request, stop: StopRequest) -> int:

@@ -32,7 +32,7 @@ from src.config.schema import MixedPrecision
 from src.data.batching import collate, windows
 from src.data.dataset import build_data
 from src.data.sets import EncodedSet
-from src.errors import ConfigError, TrainingError
+from src.errors import ConfigError, Interrupted, TrainingError
 from src.forecast import memory_forecast
 from src.inspection.outlook import planned_architecture, sharing_of
 from src.model.build import empty_model
@@ -488,6 +488,7 @@ def test_one_process_that_is_killed_ends_all_and_the_run_goes_on(lab: Laboratory
             end = wait_for_end(second)
         assert end.code == 2, end.output
         assert f"is in use by another process: process {one.popen.pid}" in end.output
+        assert "it has died, but processes that it started are still at work" in end.output
         for worker in workers:
             worker.resume()
         psutil.wait_procs(workers, timeout=LIMIT)
@@ -613,7 +614,7 @@ def test_a_process_does_not_hang_when_it_leaves_the_others(tmp_path: Path) -> No
 
 
 TROUBLE = """
-import os, sys, time
+import os, signal, sys, time
 rank, what = os.environ["RANK"], sys.argv[1]
 if what == "fails" and rank == "0":
     time.sleep(0.5)
@@ -621,8 +622,12 @@ if what == "fails" and rank == "0":
 if what == "fails":
     print("the cause", file=sys.stderr)
     sys.exit(3)
-os.fstat(int(sys.argv[2]))
+if what == "is deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if rank == "1" else lambda *_: sys.exit(75))
+else:
+    os.fstat(int(sys.argv[2]))
 if rank == "1":
+    time.sleep(0.5)
     open(sys.argv[3], "w").close()
 time.sleep(60)
 """
@@ -639,20 +644,34 @@ def test_the_process_that_failed_first_is_named_with_its_words(tmp_path: Path) -
         launched(tmp_path, "fails", stop=StopRequest())
 
 
+class WhenBegun(StopRequest):
+    """Asks for a stop as soon as there is a file."""
+
+    file: Path
+
+    @property
+    def name(self) -> str:
+        return "SIGTERM" if self.file.exists() else ""
+
+    @name.setter
+    def name(self, value: str) -> None:
+        pass
+
+
 def test_processes_that_are_stopped_before_they_can_say_so_are_stopped(tmp_path: Path) -> None:
-    class WhenBegun(StopRequest):
-        @property
-        def name(self) -> str:
-            return "SIGTERM" if (tmp_path / "begun").exists() else ""
-
-        @name.setter
-        def name(self, value: str) -> None:
-            pass
-
+    stop = WhenBegun()
+    stop.file = tmp_path / "begun"
     with open(tmp_path / "lock", "w") as lock:
-        number = str(lock.fileno())
-        begun = str(tmp_path / "begun")
-        assert launched(tmp_path, "waits", number, begun, stop=WhenBegun(), locks=[lock.fileno()]) == 75
+        number = lock.fileno()
+        assert launched(tmp_path, "waits", str(number), str(stop.file), stop=stop, locks=[number]) == 75
+
+
+def test_a_process_that_can_not_follow_a_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.runtime.launch.LEAVE_SECONDS", 0.5)
+    stop = WhenBegun()
+    stop.file = tmp_path / "begun"
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        launched(tmp_path, "is deaf", "", str(stop.file), stop=stop)
 
 
 def test_the_environment_is_as_it_was_behind_a_run_of_deepspeeds(tmp_path: Path) -> None:

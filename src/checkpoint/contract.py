@@ -411,7 +411,10 @@ _FACTS: dict[str, Callable[[Facts, Facts], Verdict]] = {
     "num_steps": _steps,
     "device": lambda before, now: (Effect.rounding, ""),
     "num_processes": lambda before, now: (Effect.rounding, "sums in another order"),
-    "step_sequences": lambda before, now: (Effect.trajectory, "other rows a step"),
+    "step_sequences": lambda before, now: (
+        Effect.trajectory,
+        "other rows a step: rows x accumulation x processes",
+    ),
 }
 
 

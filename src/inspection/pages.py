@@ -96,6 +96,9 @@ def show_forecasts(console: Console, config: RunConfig, ahead: Outlook) -> None:
     """Say how many steps there are, and what they will take of memory, disk and time."""
     training = config.training
     rows = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps}"
+    processes = config.runtime.world_size
+    rows += f" x {processes} processes" if processes > 1 else ""
+    each = ", for each process" if processes > 1 else ""
     epochs = "" if ahead.num_steps_per_epoch is None else f" ({ahead.num_steps / ahead.num_steps_per_epoch:.3g} epochs)"
     padded = 1 - ahead.tokens_fed / max(1, ahead.tokens_computed)
     console.label(
@@ -103,7 +106,7 @@ def show_forecasts(console: Console, config: RunConfig, ahead: Outlook) -> None:
         f"{ahead.num_steps:,}{epochs} of {rows} {'sequences' if config.data.batching.value == 'packed' else 'rows'}\n"
         f"{ahead.tokens_fed:,} tokens fed; {padded:.0%} of what is computed is padding ({config.data.batching.value})",
     )
-    console.label("memory", _table([*ahead.memory.parts, ahead.memory.total]))
+    console.label("memory", _table([*ahead.memory.parts, ahead.memory.total._replace(name=f"total{each}")]))
     if ahead.memory.on_cpu:
         console.label("on the CPU", _table(ahead.memory.on_cpu))
     if ahead.measured:

@@ -7,12 +7,11 @@ worker whose parent dies is asked to stop, and holds the run's folder until it h
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,13 +25,15 @@ from src.runtime.signals import StopRequest
 
 GRACE_SECONDS = 5.0
 """How long the others may take to end by themselves once one process has ended in failure."""
-LEAVE_SECONDS = 120.0
-"""How long the others may take once one process has stopped, as it was asked to; they save together."""
+LEAVE_SECONDS = 20.0
+"""How long the others may take once one process has stopped, as it was asked to. They save together, so one that takes
+longer waits for what will not come."""
+ORPHAN_SECONDS = 300.0
+"""How long a process may take to save and end whose parent died."""
 POLL_SECONDS = 0.02
 TAIL_LINES = 30
 PORT = 29500
 """Where the processes of several machines meet, unless the configuration says where."""
-PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,17 @@ def is_launched(config: RuntimeConfig) -> bool:
 
 
 def follow_parent() -> None:
-    """Have this process asked to stop when the one that started it dies; only Linux can."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Have this process asked to stop when the one that started it dies, and ended where it can't hear that."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS * 10)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
+        os._exit(Interrupted.exit_code)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def launch(
@@ -89,6 +98,7 @@ def launch(
         locks: descriptors that hold something as long as one of the processes lives.
     Raises:
         TrainingError: where one ended in failure; the others are ended, and its last words are in the message.
+        Interrupted: where they were asked to stop, and one could not follow and is ended.
     """
     port = config.main_process_port or (PORT if config.num_machines > 1 else free_port())
     first, count = config.machine_rank * config.num_processes, config.num_processes
@@ -146,8 +156,10 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]], first: int, run_dir: Path
         if passed_on and deadline == float("inf") and any(code is not None for code in codes):
             deadline = time.monotonic() + LEAVE_SECONDS
         time.sleep(POLL_SECONDS)
+    if None in codes and not failed:
+        raise Interrupted(stop.name)
     if not failed:
-        return Interrupted.exit_code if any(codes) or None in codes else 0
+        return Interrupted.exit_code if any(codes) else 0
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
         time.sleep(POLL_SECONDS)

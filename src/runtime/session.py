@@ -335,5 +335,7 @@ def start_runtime(
             OVER.append(torch.distributed.group.WORLD)
             forget_groups() if deepspeed else torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)  # a sweep's next run chooses afresh
-        os.environ.clear()
-        os.environ.update(environment)
+        if deepspeed:  # no more than it has to be: threads of the libraries may read it
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+            os.environ.update(environment.items() - os.environ.items())

@@ -13,6 +13,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -143,7 +144,7 @@ class RunFolder:
             state, cause = "PREEMPTED", f"stopped by {error if isinstance(error, Interrupted) else 'Ctrl-C, at once'}"
         else:
             state, cause = "FAILED", f"{type(error).__name__}: {str(error).strip() or 'no message'}"
-        how = None if error is None else f"make resume run={self.path}"
+        how = None if error is None else how_to_go_on(self.path)
         try:
             self.set_status(state=state, cause=cause, how_to_go_on=how, ended=now())
             for call in self.at_end:
@@ -152,6 +153,11 @@ class RunFolder:
             if error is None:
                 raise
             print(f"status.json could not be written: {problem}", file=sys.stderr)
+
+
+def how_to_go_on(path: Path) -> str:
+    """Give the command that goes on with a run."""
+    return f"make resume run={shlex.quote(str(path))}"
 
 
 def read_status(path: Path) -> dict[str, Any]:
@@ -182,11 +188,12 @@ def _end_last_line(file: Path) -> None:
 def note_end(path: Path, reason: BaseException) -> None:
     """Write down how a run ended whose own process can't say so any more, or does not know why it failed."""
     status = read_status(path)
+    is_stop = isinstance(reason, (Interrupted, KeyboardInterrupt))
     if status.get("state") in ("RUNNING", "FAILED"):
         ended = {
-            "state": "PREEMPTED" if isinstance(reason, KeyboardInterrupt) else "FAILED",
-            "cause": str(reason).split("\n")[0] or "Ctrl-C",
-            "how_to_go_on": f"make resume run={path}",
+            "state": "PREEMPTED" if is_stop else "FAILED",
+            "cause": f"stopped by {str(reason) or 'Ctrl-C'}" if is_stop else str(reason).split("\n")[0].rstrip(":"),
+            "how_to_go_on": how_to_go_on(path),
             "ended": now(),
         }
         write_atomically(path / "status.json", json.dumps(status | ended, indent=2, ensure_ascii=False) + "\n")
@@ -217,7 +224,8 @@ def hold(path: Path) -> Iterator[int]:
         except BlockingIOError as error:
             lock.seek(0)
             holder = lock.read().strip() or "unknown"
-            raise RunFolderError(f"{path} is in use by another process: {holder}") from error
+            left = "" if _is_alive(holder) else "; it has died, but processes that it started are still at work"
+            raise RunFolderError(f"{path} is in use by another process: {holder}{left}") from error
         lock.truncate(0)
         identity = _identity()
         lock.write(f"process {identity['pid']} on {identity['host']} (boot {identity['boot_id']})\n")
@@ -277,7 +285,7 @@ def ending(status: Mapping[str, Any]) -> str:
     """Say how a run that nobody works on ended."""
     state = status.get("state", "UNKNOWN")  # nobody holds the folder: what was running has died
     how = f"{'killed' if state == 'RUNNING' else state} at step {status.get('step', 0)}"
-    return how + (f", {status['cause']}" if status.get("cause") else "")
+    return how + (f", {status['cause'].splitlines()[0]}" if status.get("cause") else "")
 
 
 def _remove(path: Path, names: Iterable[str]) -> None:
@@ -310,6 +318,14 @@ def finite(node: Any) -> Any:
 def now() -> str:
     """Give the time, UTC, as ISO 8601 with seconds."""
     return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds")
+
+
+def _is_alive(holder: str) -> bool:
+    """Whether the process that a lock names lives; of another machine's that is not known, so it does."""
+    words = holder.split()
+    if len(words) < 4 or words[3] != socket.gethostname():
+        return True
+    return Path("/proc", words[1]).exists() or not Path("/proc/self").exists()
 
 
 def _identity() -> dict[str, Any]:

@@ -125,7 +125,8 @@ def same_step(config: RunConfig, origin: Origin, num_processes: int) -> tuple[Ru
         f"{count} instead of {before['num_processes']}: gradient_accumulation_steps is "
         f"{accumulation} instead of {training.gradient_accumulation_steps}, so that a step takes the same rows"
     )
-    return replace(config, training=replace(training, gradient_accumulation_steps=accumulation)), [told]
+    warnings = [] if num_processes == before["num_processes"] else [told]  # else told by the start that changed it
+    return replace(config, training=replace(training, gradient_accumulation_steps=accumulation)), warnings
 
 
 def starting_model(config: RunConfig) -> RunConfig:
