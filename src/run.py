@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from src.config.compose import CONF, PROJECT_ROOT
 from src.config.gate import Admitted, Request, admit, parse
 from src.errors import Interrupted, TowlineError, TrainingError
-from src.runtime.launch import follow_parent, is_launched, launch, num_processes, place_of
+from src.runtime.launch import copy_output, follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -347,6 +347,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with stop_on_signals() as stop:
         if arguments[:1] == [FROZEN]:
             follow_parent()
+            if (place := place_of()) is not None and place.is_main:
+                copy_output(Path(arguments[2]))
             code = guarded(as_frozen(*arguments[1:]), stop)
         else:
             code = admit_and_run(arguments, stop)

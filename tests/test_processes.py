@@ -297,6 +297,12 @@ def test_what_deepspeed_is_given_is_written_down(lab: Laboratory) -> None:
     assert "auto" not in json.dumps(given)
 
 
+def test_each_process_has_a_log(lab: Laboratory) -> None:
+    run_dir = lab.together("none")
+    assert sorted(file.name for file in (run_dir / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert (run_dir / "logs" / "rank-0.log").read_text(encoding="utf-8") == (lab.folder / "none.log").read_text("utf-8")
+
+
 def test_processes_draw_random_numbers_of_their_own(lab: Laboratory) -> None:
     for place in (lab.together("none"), lab.together("zero3", *ZERO3)):
         state = json.loads((place / "checkpoints" / "step-00000006" / "state.json").read_text(encoding="utf-8"))

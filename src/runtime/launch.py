@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,13 +65,39 @@ def num_processes() -> int:
 
 
 def log_file(run_dir: Path, rank: int) -> Path:
-    """Name the file that holds what a process other than the first prints."""
+    """Name the file that holds what a process prints."""
     return run_dir / "logs" / f"rank-{rank}.log"
 
 
 def is_launched(config: RuntimeConfig) -> bool:
     """Whether this process has to start others, rather than to train by itself."""
     return place_of() is None and config.num_processes * config.num_machines > 1
+
+
+class _Copied:
+    """A stream that is also written to a file; all else is the stream's."""
+
+    def __init__(self, stream: Any, log: Any) -> None:
+        self._stream, self._log = stream, log
+
+    def write(self, text: str) -> int:
+        self._log.write(text)
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._log.flush()
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def copy_output(run_dir: Path) -> None:
+    """Have the first process's output in its log too; the others' is nowhere else."""
+    file = log_file(run_dir, 0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    log = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, it is closed with the process
+    sys.stdout, sys.stderr = _Copied(sys.stdout, log), _Copied(sys.stderr, log)
 
 
 def follow_parent() -> None:
