@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY) ## the default run: a tiny model learns to add, with thoughts; ARGS='KEY=VALUE …' changes it
 	$(BIN)/python -m src.run $(ARGS)
 
-resume: $(READY) ## go on with the run of a folder, as it was begun: run=DIR; ARGS='KEY=VALUE …' changes it
+resume: $(READY) ## go on with the run of a folder, as it last was: run=DIR; ARGS='KEY=VALUE …' changes it
 	@test -n '$(run)' || { echo "Which run? make resume run=DIR"; exit 2; }
 	$(BIN)/python -m src.run 'rerun="$(run)"' 'hydra.run.dir="$(run)"' $(ARGS)
 

@@ -91,6 +91,7 @@ def train_and_export(
     from src.training.resume import (
         beginning,
         facts_of,
+        first_comparable,
         resume,
         same_step,
         start_from_adapter,
@@ -150,14 +151,15 @@ def train_and_export(
             tracking.warn(checkpoints.leave(origin.own_step))
         lines = runtime.from_main(tracking.go_on_from(state.step, is_end=state.step >= state.num_steps))
         state.settle(is_over=any(line["step"] == state.step for line in lines))
-        is_comparable = origin.state.get("facts", {}).get("validation") in (None, facts.validation)
-        tracking.warn(checkpoints.recall(lines if is_comparable else [], origin.own_step))
+        comparable_from = first_comparable(origin, facts, state)
+        tracking.warn(checkpoints.recall([line for line in lines if line["step"] >= comparable_from], origin.own_step))
 
         def beside() -> dict[str, Any]:
             now = dataclasses.replace(facts, step=state.step).as_dict()
             return {
                 "config": frozen,
                 "facts": now,
+                "comparable_from": comparable_from,
                 "untrained": untrained,
                 "tracker_run_id": tracking.tracker_run_id,
             }

@@ -223,9 +223,15 @@ def test_evaluations_of_other_rows_are_not_compared(tmp_path: Path, capsys: pyte
         start(tmp_path / "run", *TWELVE, *best, fate=Fate(14))
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] in ([4], [4, 5])
     capsys.readouterr()
-    start(tmp_path / "run", *TWELVE, *best, "evaluation.max_samples=3")
+    fewer = "evaluation.max_samples=3"
+    with pytest.raises(Interrupted):
+        start(tmp_path / "run", *TWELVE, *best, fewer, fate=Fate(8))
     told = capsys.readouterr()
     assert "evaluated on other rows, so the best so far is forgotten" in " ".join((told.out + told.err).split())
+    assert {4, 8} <= {line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")} < set(range(12))
+    start(tmp_path / "run", *TWELVE, *best, fewer)
+    told = capsys.readouterr()
+    assert "are lost" not in told.out + told.err
     kept = load_file(tmp_path / "run" / "checkpoints" / "step-00000008" / "model.safetensors")
     exported = weights_of(tmp_path / "run")
     assert all(torch.equal(kept[name], exported[name]) for name in kept)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,9 +86,27 @@ def export(
     os.replace(beside, folder)
 
 
+@contextmanager
+def _without_deepspeed() -> Iterator[None]:
+    """Save without importing DeepSpeed, where the run does not use it.
+
+    Accelerate 1.15 would, and MLflow with it, a second in all, to see that the model is none of DeepSpeed's.
+    """
+    other: Any = sys.modules.get("accelerate.utils.other")
+    if other is None or "deepspeed" in sys.modules:
+        yield
+        return
+    asked, other.is_deepspeed_available = other.is_deepspeed_available, lambda: False
+    try:
+        yield
+    finally:
+        other.is_deepspeed_available = asked
+
+
 def _write_whole(model: Any, folder: Path, config: RunConfig) -> None:
     """Write a plain model, and see that plain transformers gives back each weight and each tie."""
-    model.save_pretrained(folder)
+    with _without_deepspeed():
+        model.save_pretrained(folder)
     where = replace(config.model, checkpoint=str(folder), revision=None, weights=Weights.pretrained)
     loaded = load_weights(where, load_architecture(where), str(folder))
     there = loaded.state_dict()

@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from src.errors import Interrupted, RunFolderError
@@ -325,7 +326,7 @@ def _is_alive(holder: str) -> bool:
     words = holder.split()
     if len(words) < 4 or words[3] != socket.gethostname():
         return True
-    return Path("/proc", words[1]).exists() or not Path("/proc/self").exists()
+    return psutil.pid_exists(int(words[1]))
 
 
 def _identity() -> dict[str, Any]:

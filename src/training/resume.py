@@ -107,6 +107,16 @@ def resume(
     return warnings
 
 
+def first_comparable(origin: Origin, facts: Facts, state: TrainState) -> int:
+    """Give the first step whose evaluation is of the rows of now: those before say nothing of which is the best."""
+    if origin.checkpoint is None:
+        return 0
+    before = Facts.from_dict(origin.state["facts"]).validation
+    if before not in (None, facts.validation):
+        return state.step + 1 if state.is_over else state.step
+    return int(origin.state.get("comparable_from", 0))
+
+
 def same_step(config: RunConfig, origin: Origin, num_processes: int) -> tuple[RunConfig, list[str]]:
     """Have a step take as many rows as before, where only the number of processes changed; gives warnings.
 
