@@ -269,10 +269,10 @@ def test_changes_come_in_the_order_of_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("data.fold", 3, TRAJECTORY),
-        ("data.fold", None, HARMLESS),
-        ("fold", 3, TRAJECTORY),
-        ("fold.number", 3, TRAJECTORY),
+        ("data.flavour", 3, TRAJECTORY),
+        ("data.flavour", None, HARMLESS),
+        ("flavour", 3, TRAJECTORY),
+        ("flavour.number", 3, TRAJECTORY),
         ("evaluation.eval_steps", "epoch", HARMLESS),
         ("runtime.deterministic", False, ROUNDING),
         ("adapter.use_dora", False, TRAJECTORY),  # nobody knows; the state itself tells when it is loaded
@@ -294,8 +294,8 @@ def test_a_key_that_only_one_version_has(key: str, value: Any, expected: Effect,
 
 
 def test_an_unknown_key_that_both_have_is_another_training() -> None:
-    (change,) = compare_configs({"data": {"fold": 1}}, {"data": {"fold": 2}})
-    assert change == Change("data.fold", 1, 2, TRAJECTORY, "a key that this version does not know")
+    (change,) = compare_configs({"data": {"flavour": 1}}, {"data": {"flavour": 2}})
+    assert change == Change("data.flavour", 1, 2, TRAJECTORY, "a key that this version does not know")
 
 
 @pytest.mark.parametrize("key", [key for key, effect in EFFECTS.items() if effect is IMPOSSIBLE])

@@ -134,7 +134,7 @@ _TABLE: dict[str, dict[Effect, str]] = {
         # what shapes the train rows: Facts.data
         Effect.harmless: "format train_files dataset_name dataset_config_name train_split revision mixture columns "
         "prompt_template completion_template system_prompt supervised_turns clean_dialogue thoughts thought_pattern "
-        "max_target_length overflow limit validation_fraction "
+        "max_target_length overflow limit validation_fraction num_folds fold group_column "
         "validation_files test_files validation_split answer_pattern metrics max_dropped_fraction "
         "preprocessing_num_workers cache_dir",
         Effect.trajectory: "batching streaming max_seq_length",

@@ -110,13 +110,16 @@ def mixture_is_whole(data: DataConfig) -> Iterator[Problem]:
         yield Problem("data.mixture", "weights (proportions) or counts (rows), not both", data.mixture)
 
 
-def set_names_are_plain_and_differ(data: DataConfig) -> Iterator[Problem]:
+def set_names_are_plain(data: DataConfig) -> Iterator[Problem]:
     for key, names in (("validation_files", data.validation_sets()), ("test_files", data.test_sets())):
         for name in names:
             if not re.fullmatch(r"[\w.-]+", name):
                 yield Problem(f"data.{key}", "a set's name may have letters, digits, '_', '-' and '.'", name)
             if name == "train":
                 yield Problem(f"data.{key}", "a set can't be called train", name)
+
+
+def validation_and_test_sets_differ(data: DataConfig) -> Iterator[Problem]:
     for name in set(data.validation_names()) & set(data.test_sets()):
         yield Problem("data.test_files", "a validation set has this name already", name)
 
@@ -189,12 +192,28 @@ def streaming_can_work(data: DataConfig, training: TrainingConfig) -> Iterator[P
     if training.max_train_steps is None:
         reason = "needed with data.streaming: nobody knows how many rows there are"
         yield Problem("training.max_train_steps", reason, None)
-    if data.validation_fraction and not data.validation_sets() and not data.has_hub_validation:
+    if data.held_out_fraction:
         reason = "can't hold out rows of a stream; give data.validation_files, or set this to 0"
         yield Problem("data.validation_fraction", reason, data.validation_fraction)
     for name, given in (data.mixture or {}).items():
         if given.get("weight") is None and given.get("count") is None:
             yield Problem(f"data.mixture.{name}", "a streamed source needs a weight or a count", given)
+
+
+def folds_can_be_made(data: DataConfig) -> Iterator[Problem]:
+    if data.num_folds is None:
+        for key in ("fold", "group_column"):
+            if (given := getattr(data, key)) is not None:
+                yield Problem(f"data.{key}", "is for cross-validation: needs data.num_folds", given)
+        return
+    last = data.num_folds - 1
+    if data.fold is None:
+        reason = f"which one is the validation set? data.fold=0 … {last}, or all of them with -m sweep=kfold"
+        yield Problem("data.num_folds", reason, data.num_folds)
+    elif data.fold > last:
+        yield Problem("data.fold", f"counts from 0 to data.num_folds - 1, which is {last}", data.fold)
+    if data.streaming:
+        yield Problem("data.num_folds", "can't divide the rows of a stream: data.streaming=false", data.num_folds)
 
 
 def encoder_decoders_take_pairs(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
@@ -392,15 +411,19 @@ def best_model_can_be_told(
 ) -> Iterator[Problem]:
     if not checkpoint.load_best_model_at_end and checkpoint.metric_for_best_model == DEFAULT_METRIC:
         return  # where no evaluation gives it, no best is kept
-    scores = ["loss", "perplexity"]
-    if tokens.thought_open is not None and data.thoughts is not Thoughts.drop:
-        scores += ["thought_loss", "answer_loss"]
-    scores += [m.value for m in (data.metrics if evaluation.metrics is None else evaluation.metrics)]
-    sets = data.validation_names()
-    allowed = [f"eval/{name}/{score}" for name in sets for score in scores]
+    scores = scores_of(data, evaluation, tokens)
+    allowed = [f"eval/{name}/{score}" for name in data.validation_names() for score in scores]
     if checkpoint.metric_for_best_model not in allowed:
         reason = f"no evaluation gives this; {'one of ' + ', '.join(allowed) if allowed else 'no validation set'}"
         yield Problem("checkpoint.metric_for_best_model", reason, checkpoint.metric_for_best_model)
+
+
+def scores_of(data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConfig) -> list[str]:
+    """Name what an evaluation gives of each set: eval/<set>/<score>."""
+    scores = ["loss", "perplexity"]
+    if tokens.thought_open is not None and data.thoughts is not Thoughts.drop:
+        scores += ["thought_loss", "answer_loss"]
+    return scores + [m.value for m in (data.metrics if evaluation.metrics is None else evaluation.metrics)]
 
 
 def the_best_is_kept(checkpoint: CheckpointConfig) -> Iterator[Problem]:
@@ -540,12 +563,14 @@ RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     a_source_is_given,
     files_can_be_found,
     mixture_is_whole,
-    set_names_are_plain_and_differ,
+    set_names_are_plain,
+    validation_and_test_sets_differ,
     formats_are_known,
     columns_and_templates_fit_the_format,
     cleaning_is_for_dialogues,
     text_is_no_chat,
     streaming_can_work,
+    folds_can_be_made,
     encoder_decoders_take_pairs,
     patterns_are_regular_expressions,
     tracker_can_be_reached_by_some_scheme,
@@ -578,7 +603,7 @@ PREDICT_RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     something_is_predicted,
     rows_have_prompts,
     files_can_be_found,
-    set_names_are_plain_and_differ,
+    set_names_are_plain,
     formats_are_known,
     columns_and_templates_fit_the_format,
     cleaning_is_for_dialogues,
@@ -623,6 +648,9 @@ NOT_READ_BY_PREDICT = tuple(
         "batching",
         "streaming",
         "validation_fraction",
+        "num_folds",
+        "fold",
+        "group_column",
     )
 )
 """Keys of these sections that it does not read after all."""

@@ -44,6 +44,10 @@ def _is_mapping(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(v, dict) for v in value.values())
 
 
+def _is_params(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str | int | float | list) for v in value.values())
+
+
 POSITIVE = Check("a number above 0", lambda v: v is None or (_is_number(v) and v > 0))
 NOT_NEGATIVE = Check("a number of at least 0", lambda v: v is None or (_is_number(v) and v >= 0))
 AT_LEAST_ONE = Check("a whole number of at least 1", lambda v: v is None or (_is_int(v) and v >= 1))
@@ -295,6 +299,9 @@ class DataConfig:
     cache_dir: str | None = MISSING
     limit: int | None = _key(AT_LEAST_ONE)
     validation_fraction: float = _key(BELOW_ONE)
+    num_folds: int | None = _key(AT_LEAST_TWO)
+    fold: int | None = _key(COUNT)
+    group_column: str | None = MISSING
 
     def train_sources(self) -> dict[str, TrainSource]:
         """Give the sources of the train set by name: those of the mixture, or the one there is, called train."""
@@ -303,27 +310,38 @@ class DataConfig:
         return {"train": TrainSource(self, None, None)}
 
     def files(self) -> dict[str, list[str]]:
-        """Give the files of every set that has some, as they were named: set name -> files, globs and folders."""
+        """Give the files of every set that has some, as they were named: set name -> files, globs and folders.
+
+        Those that a fold of train takes the place of are not among them: nobody reads them.
+        """
         sources = [source.data.train_files or [] for source in self.train_sources().values()]
         train = [file for files in sources for file in files]
         return ({"train": train} if train else {}) | self.validation_sets() | self.test_sets()
 
     def validation_sets(self) -> dict[str, list[str]]:
-        return named_sets(self.validation_files, "validation")
+        """Give the files of each validation set that is read from files."""
+        return {} if self.num_folds is not None else named_sets(self.validation_files, "validation")
 
     def test_sets(self) -> dict[str, list[str]]:
         return named_sets(self.test_files, "test")
 
     def validation_names(self) -> list[str]:
         """Give the names of the validation sets there will be, also of one from the hub or held out from train."""
-        held_out = self.has_hub_validation or self.validation_fraction
-        return list(self.validation_sets()) or (["validation"] if held_out else [])
+        has_another = self.has_hub_validation or self.num_folds is not None or self.held_out_fraction
+        return list(self.validation_sets()) or (["validation"] if has_another else [])
 
     @property
     def has_hub_validation(self) -> bool:
         """Whether the validation set is a split of the hub's data set that train comes from."""
         from_hub = bool(self.dataset_name) and not self.train_files and not self.mixture
-        return from_hub and bool(self.validation_split) and not self.validation_sets()
+        has_another = self.num_folds is not None or bool(self.validation_sets())
+        return from_hub and bool(self.validation_split) and not has_another
+
+    @property
+    def held_out_fraction(self) -> float:
+        """The share of train that is the validation set: validation_fraction, or 0 where another takes its place."""
+        has_another = self.num_folds is not None or bool(self.validation_sets()) or self.has_hub_validation
+        return 0.0 if has_another else self.validation_fraction
 
 
 @dataclass(frozen=True)
@@ -601,6 +619,53 @@ class TopLevelConfig:
     force: bool = MISSING
     rerun: str | None = MISSING
     init_from: str | None = MISSING
+
+
+class Sampler(Enum):
+    grid = "grid"
+    random = "random"
+    tpe = "tpe"
+
+
+class Pruner(Enum):
+    none = "none"
+    median = "median"
+    asha = "asha"
+
+
+class Replicate(Enum):
+    none = "none"
+    seeds = "seeds"
+    folds = "folds"
+
+
+class Direction(Enum):
+    minimize = "minimize"
+    maximize = "maximize"
+
+
+@dataclass
+class SweepConfig:
+    """conf/sweep: what `-m` makes of several values. A sweep has it; none of its runs does."""
+
+    name: str = _key(NAME)
+    params: Any = _key(Check("a mapping from a key to its values, as they stand behind KEY=", lambda v: _is_params(v)))
+    metric: str = MISSING
+    direction: Direction = MISSING
+    sampler: Sampler = MISSING
+    pruner: Pruner = MISSING
+    replicate: Replicate = MISSING
+    num_seeds: int = _key(AT_LEAST_ONE)
+    n_trials: int | None = _key(AT_LEAST_ONE)
+    n_jobs: int = _key(AT_LEAST_ONE)
+    seed: int = _key(SEED)
+    min_resource: int = _key(AT_LEAST_ONE)
+    reduction_factor: int = _key(AT_LEAST_TWO)
+    max_seconds: float | None = _key(POSITIVE)
+    dry_run: bool = MISSING
+    fail_fast: bool = MISSING
+    max_retries: int = _key(COUNT)
+    storage: str | None = MISSING
 
 
 @dataclass

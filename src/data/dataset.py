@@ -19,6 +19,7 @@ from src.data.cache import RowCache, Tell
 from src.data.chat import ChatTemplate, give_chat_template
 from src.data.encoding import Encoder, Lengths
 from src.data.examples import PromptRecord
+from src.data.folds import deal, deal_groups, read_groups, told
 from src.data.mixture import mix, takes
 from src.data.preparation import Recipe
 from src.data.readers import Record, Unreadable
@@ -140,7 +141,7 @@ class _Builder:
     """What every set needs alike."""
 
     def __init__(self, config: RunConfig, tokenizer: Any, tell: Tell) -> None:
-        self.config, self.data, self.tokenizer = config, config.data, tokenizer
+        self.config, self.data, self.tokenizer, self.tell = config, config.data, tokenizer, tell
         self.sources = self.data.train_sources()
         self.chats = any(is_chat(data) for data in [self.data, *(source.data for source in self.sources.values())])
         if self.chats:
@@ -205,27 +206,45 @@ class _Builder:
     def _train(self) -> tuple[TrainSet, EncodedSet | None]:
         """Give the train set, and the validation set that was held out of it, where one was."""
         data = self.data
-        holds_out = data.validation_fraction > 0 and not data.validation_sets() and not data.has_hub_validation
-        is_whole = not holds_out and not data.mixture  # else a limit holds for what comes out in the end
+        has_folds, fraction = data.num_folds is not None, data.held_out_fraction
+        # with folds a limit is of records, so that each row that is used is validated once; else of what comes out
+        is_first = has_folds or not (fraction or data.mixture)
         sources = {
-            name: _source(source.data, data.limit if is_whole and not data.streaming else None)
+            name: _source(source.data, data.limit if is_first and not data.streaming else None)
             for name, source in self.sources.items()
         }
         if data.streaming:
             return self._streamed(sources), None
+        groups, identity = self._groups(sources)
         parts = {
             name: self.cache.part(name, source, self._recipe(self.sources[name].data))
             for name, source in sources.items()
         }
         for name, part in parts.items():
             self._check_dropped(name, part, sources[name])
-        fraction = data.validation_fraction if holds_out else 0.0
-        held = [hold_out(part.account.num_records, fraction, self.config.seed) for part in parts.values()]
+        if identity is not None and identity != [source.fingerprint() for source in sources.values()]:
+            raise DataError("train changed while being read; start again when it is whole")
+        sizes = [part.account.num_records for part in parts.values()]
+        held = self._folded(sizes, groups) if has_folds else [hold_out(n, fraction, self.config.seed) for n in sizes]
         are_held = [np.isin(part.ordinals, list(out)) for part, out in zip(parts.values(), held, strict=True)]
         train = self._left(parts, held, [np.flatnonzero(~is_held) for is_held in are_held])
-        if not holds_out:
+        if not has_folds and not fraction:
             return train, None
         return train, self._held_out(parts, held, [np.flatnonzero(is_held) for is_held in are_held])
+
+    def _groups(self, sources: dict[str, Source]) -> tuple[list[list[str]] | None, list[Any] | None]:
+        """Read the group of each record, and say which rows that was read from; None where there are no groups."""
+        if (column := self.data.group_column) is None:
+            return None, None
+        identity = [source.fingerprint() for source in sources.values()]
+        return read_groups(sources, column, self.tell), identity
+
+    def _folded(self, sizes: list[int], groups: list[list[str]] | None) -> list[set[int]]:
+        """Give the ordinals of each part's records that are in the fold to validate with."""
+        num_folds, seed = self.data.num_folds, self.config.seed
+        assert num_folds is not None
+        folds = deal(sizes, num_folds, seed) if groups is None else deal_groups(groups, num_folds, seed)
+        return [set(np.flatnonzero(of_part == self.data.fold).tolist()) for of_part in folds]
 
     def _left(self, parts: dict[str, Part], held: list[set[int]], rows: list[np.ndarray]) -> EncodedSet:
         """Make the train set of the rows of each part that are left to it, mixed where there is a mixture."""
@@ -234,7 +253,7 @@ class _Builder:
                 raise DataError(f"{name}: all its rows are held out or dropped; nothing of it is left to train on")
         shares = self.sources.values()
         taken = takes([len(some) for some in rows], [s.weight for s in shares], [s.count for s in shares])
-        train = EncodedSet("train", list(parts.values()), self._chosen(rows, taken))
+        train = EncodedSet("train", list(parts.values()), self._chosen(rows, taken)[: self.data.limit])
         self._report_train(train, list(parts), held)
         if not len(train):
             raise DataError("train has no rows: the weights of the mixture leave none of its smallest source")
@@ -242,17 +261,23 @@ class _Builder:
 
     def _held_out(self, parts: dict[str, Part], held: list[set[int]], rows: list[np.ndarray]) -> EncodedSet:
         """Make the validation set of the rows of each part that are held out of train."""
-        validation = EncodedSet("validation", list(parts.values()), self._chosen(rows, [len(some) for some in rows]))
+        has_folds = self.data.num_folds is not None
+        limit = None if has_folds else self.data.limit  # of folds the records were limited
+        chosen = self._chosen(rows, [len(some) for some in rows])[:limit]
+        validation = EncodedSet("validation", list(parts.values()), chosen)
         if not len(validation):
-            raise DataError("every row that data.validation_fraction holds out is dropped: give a larger fraction")
-        self._report(validation, held, is_held=True)
+            raise DataError(
+                f"every row of fold {self.data.fold} is dropped: give fewer folds (data.num_folds)"
+                if has_folds
+                else "every row that data.validation_fraction holds out is dropped: give a larger fraction"
+            )
+        self._report(validation, held, is_held=True).fold = told(self.data)
         self._check_answers(validation)
         return validation
 
     def _chosen(self, rows: list[np.ndarray], taken: list[int]) -> np.ndarray:
         """Give (part, row) of a set's rows in their order: part after part, or mixed."""
-        chosen = mix(rows, taken, self.config.seed) if self.data.mixture else _all(rows)
-        return chosen[: self.data.limit]
+        return mix(rows, taken, self.config.seed) if self.data.mixture else _all(rows)
 
     def _streamed(self, sources: dict[str, Source]) -> StreamedSet:
         shares = {name: source.weight or source.count or 1 for name, source in self.sources.items()}

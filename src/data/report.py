@@ -21,7 +21,8 @@ CHECK_ROWS = 200
 class SplitReport:
     """The account of one set of rows: rows_kept = rows_read - all of rows_dropped + rows_repeated.
 
-    `sources` are the rows of each source of a mixture. A streamed set is accounted for as far as its first block goes.
+    `sources` are the rows of each source of a mixture; `fold` says which fold of train the set is. A streamed set is
+    accounted for as far as its first block goes.
     """
 
     rows_read: int = 0
@@ -39,6 +40,7 @@ class SplitReport:
     rows_changed_by_tokenizer: int = 0
     new_tokens: dict[str, dict[str, int]] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
+    fold: str = ""
     is_streamed: bool = False
     digest: str = ""
 
@@ -95,7 +97,7 @@ class SplitReport:
         """One line for a person."""
         dropped = self.rows_dropped.total()
         why = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.rows_dropped.items())
-        text = "streamed; of the first " if self.is_streamed else ""
+        text = "streamed; of the first " if self.is_streamed else f"{self.fold}; " if self.fold else ""
         text += f"{self.rows_kept:,} of {self.rows_read:,} rows"
         text += f" ({self.rows_truncated:,} truncated, {dropped:,} dropped{': ' + why if why else ''}"
         text += f", {self.rows_repeated:,} repeated)" if self.rows_repeated else ")"
