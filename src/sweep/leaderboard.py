@@ -1,0 +1,264 @@
+"""The leaderboard: what the ranking gave, as files, as a table in the terminal and as pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import re
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.sweep.ranking import Direction, Row, number
+from src.tracking.journal import finite, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+FIRST, REST, FAINT = "#4878a8", "#8a8a8a", "#dddddd"
+WIDE_LABEL = 24  # characters; longer ones take the place of the differences in the terminal
+LABEL_WIDTH, LABEL_LINES = 44, 4  # characters of a label's line in a picture, and lines
+MOST_SHOWN = 60  # settings in a picture
+DECADES = 2  # values that span more are drawn on a logarithmic axis
+
+
+COLUMNS: Mapping[str, Callable[[Row], Any]] = {
+    "rank": lambda row: row.rank,
+    "tied": lambda row: str(row.is_tied).lower(),
+    "model": lambda row: row.group,
+    "setting": lambda row: row.label,
+    "mean": lambda row: row.mean,
+    "low": lambda row: row.low,
+    "high": lambda row: row.high,
+    "n": lambda row: row.n,
+    "difference": lambda row: row.difference,
+    "difference_low": lambda row: row.difference_low,
+    "difference_high": lambda row: row.difference_high,
+    "p_value": lambda row: row.p_value,
+    "failed": lambda row: row.failed,
+    "pruned": lambda row: row.pruned,
+    "unfinished": lambda row: row.unfinished,
+    "trials": lambda row: _spaced(row.trials),
+    "seeds": lambda row: _spaced(seed for seed, _ in row.values),
+    "folds": lambda row: _spaced(fold for _, fold in row.values if fold is not None),
+    "values": lambda row: _spaced(row.values.values()),
+    "setting_id": lambda row: row.setting,
+    "verdict": lambda row: row.verdict,
+}
+"""Of leaderboard.csv; `model` only where models are compared."""
+
+
+def write(rows: Sequence[Row], folder: Path, metric: str, direction: Direction, conclusion: str) -> None:
+    """Write leaderboard.csv, leaderboard.json and leaderboard.md into a folder, each at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "leaderboard.csv", _csv(rows))
+    content = {
+        "metric": metric,
+        "direction": direction,
+        "conclusion": conclusion,
+        "rows": [_plain(row) for row in rows],
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / "leaderboard.json", text + "\n")
+    write_atomically(folder / "leaderboard.md", _markdown(rows, metric, direction, conclusion))
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    values = [{"seed": seed, "fold": fold, "value": value} for (seed, fold), value in row.values.items()]
+    return finite(asdict(row) | {"n": row.n, "values": values})
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    columns = {name: read for name, read in COLUMNS.items() if name != "model" or _has_groups(rows)}
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([read(row) for read in columns.values()] for row in rows)
+    return file.getvalue()
+
+
+def _spaced(items: Iterable[Any]) -> str:
+    return " ".join(str(item) for item in items)
+
+
+def _markdown(rows: Sequence[Row], metric: str, direction: Direction, conclusion: str) -> str:
+    parts = [f"# {metric}, {direction}d", _escaped(conclusion)]
+    for group, members in _groups(rows):
+        if group:
+            parts.append(f"## {_escaped(group)}")
+        lines = [["rank", "setting", "mean", "n", "difference", "verdict", "trials"], ["---"] * 7]
+        lines += [
+            [_rank(row), _code(_label(row)), _mean(row), str(row.n), _difference(row), row.verdict, _spaced(row.trials)]
+            for row in members
+        ]
+        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in cells))
+    parts.append("Intervals are 95 %; differences are to the reference: the best mean over two replicates or more.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*<])", r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    """Write text that Markdown leaves alone: `<ToW>` would be a tag, `*` emphasis."""
+    text = " ".join(text.split()) or "—"
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def table(rows: Sequence[Row], metric: str, direction: Direction) -> Table:
+    """Give a table for the terminal; it can be read at 80 columns."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE, title=f"{metric}, {direction}d", title_justify="left", pad_edge=False)
+    has_room = max((len(_label(row)) for row in rows), default=0) <= WIDE_LABEL
+    made.add_column("rank", no_wrap=True)
+    made.add_column("setting", overflow="fold", min_width=12)
+    made.add_column("mean", overflow="fold", no_wrap=not has_room)
+    made.add_column("n", justify="right", no_wrap=True)
+    if has_room:
+        made.add_column("difference", overflow="fold")
+    made.add_column("verdict", overflow="fold")
+    for group, members in _groups(rows):
+        if group:
+            made.add_section()
+            made.add_row("", Text(group, style="bold"))
+        for row in members:
+            style = "" if row.rank == 1 else "dim"
+            difference = [_difference(row)] if has_room else []
+            cells = [_rank(row), _label(row), _mean(row), str(row.n), *difference, row.verdict]
+            made.add_row(*(Text(cell) for cell in cells), style=style)
+    return made
+
+
+def _has_groups(rows: Sequence[Row]) -> bool:
+    return any(row.group for row in rows)
+
+
+def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """Give the rows of each group, the group of the best row first."""
+    for group in dict.fromkeys(row.group for row in rows):
+        yield group, [row for row in rows if row.group == group]
+
+
+def _label(row: Row) -> str:
+    return row.label or row.group or row.name
+
+
+def _rank(row: Row) -> str:
+    return "–" if row.rank is None else f"{row.rank}{' tie' if row.is_tied else ''}"
+
+
+def _mean(row: Row) -> str:
+    return "–" if row.mean is None else _with_half(row.mean, row.low, row.high)
+
+
+def _difference(row: Row) -> str:
+    if row.difference is None:
+        return "–"
+    sign = "+" if row.difference > 0 else ""
+    return sign + _with_half(row.difference, row.difference_low, row.difference_high)
+
+
+def _with_half(middle: float, low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return number(middle, None)
+    half = (high - low) / 2
+    return f"{number(middle, half)} ± {number(half, half)}"
+
+
+def plot(rows: Sequence[Row], file: Path, metric: str, direction: Direction) -> None:
+    """Draw each setting's mean with its interval, and a dot below for each replicate, the best on top, as a PNG."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row.mean is not None][:MOST_SHOWN]
+    labels = [_in_lines(row.name) for row in shown]
+    most_lines = max((label.count("\n") + 1 for label in labels), default=1)
+    height = (0.27 + 0.13 * most_lines) * max(2, len(shown))  # inches
+    figure = Figure(figsize=(9, 1.4 + height), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(shown):
+        colour = FIRST if row.rank == 1 else REST
+        axes.axhline(place, color=FAINT, linewidth=0.6, zorder=0)
+        half = 0 if row.low is None or row.high is None else (row.high - row.low) / 2
+        axes.errorbar(
+            row.mean or 0, place, xerr=half, color=colour, linewidth=1.6, capsize=3, marker="|", markersize=13
+        )
+        values = list(row.values.values())
+        axes.plot(values, [place + 0.22] * len(values), "o", color=colour, markersize=4.5, alpha=0.6, markeredgewidth=0)
+    axes.set_yticks(range(len(shown)), labels, parse_math=False, fontsize="small")
+    axes.set_ylim(max(1, len(shown) - 1) + 0.6, -0.6)
+    ends = [end for row in shown for end in (row.low, row.high) if end is not None]
+    _set_span([value for row in shown for value in row.values.values()], ends, axes.set_xscale, axes.set_xlim)
+    axes.set_xlabel(f"{metric} ({direction}d)", parse_math=False)
+    lacking = sum(row.mean is None for row in rows)
+    title = "mean, 95 % interval, one dot a replicate" + (f"; {lacking} without a value" if lacking else "")
+    if (left := len(rows) - lacking - len(shown)) > 0:
+        title += f"; the best {len(shown)}, {left} more not shown"
+    axes.set_title(title, fontsize="medium", loc="left")
+    _save(figure, file)
+
+
+def plot_history(values: Sequence[float], file: Path, metric: str, direction: Direction) -> None:
+    """Draw the value of each finished trial, in the order in which they finished, and the best so far, as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    finite_values = [value for value in values if math.isfinite(value)]
+    best = list(itertools.accumulate(finite_values, min if direction == "minimize" else max))
+    places = range(1, len(best) + 1)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(places, finite_values, "o", color=REST, markersize=5, alpha=0.7, markeredgewidth=0, label="a trial")
+    axes.step(places, best, where="post", color=FIRST, linewidth=1.6, label="best so far")
+    _set_span(finite_values, [], axes.set_yscale, axes.set_ylim)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("finished trials")
+    axes.set_ylabel(f"{metric} ({direction}d)", parse_math=False)
+    axes.legend(frameon=False, fontsize="small")
+    _save(figure, file)
+
+
+def _set_span(
+    values: Sequence[float], ends: Sequence[float], set_scale: Callable[..., Any], set_limits: Callable[..., Any]
+) -> None:
+    """Scale an axis so that the values can be told apart; an interval much wider than they are runs out of it."""
+    if not values:
+        return
+    low, high = min(values), max(values)
+    if low > 0 and high > 10**DECADES * low:
+        set_scale("log")
+        set_limits(low / 1.5, high * 1.5)
+        return
+    span = (high - low) or abs(low) / 10 or 1.0
+    start, stop = max(min([low, *ends]), low - span), min(max([high, *ends]), high + span)
+    margin = (stop - start or span) / 20
+    set_limits(start - margin, stop + margin)
+
+
+def _in_lines(label: str) -> str:
+    return "\n".join(textwrap.wrap(label, LABEL_WIDTH, max_lines=LABEL_LINES, placeholder=" …"))
+
+
+def _save(figure: Figure, file: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.part")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a label in letters that the font lacks is drawn as boxes
+        FigureCanvasAgg(figure).print_figure(beside, dpi=120, format="png")
+    os.replace(beside, file)
