@@ -7,12 +7,14 @@ TowlineError                exit code 2, printed without a traceback
 ├── DataError               a file or row can't be used, or too little of the data is left
 ├── TokenError              a tokenizer or a new token can't be used as asked
 ├── ModelError              a model can't be loaded or assembled as asked
+├── SweepError              a sweep can't be started or gone on with
 └── TrainingError           exit code 1: the run itself went wrong
     ├── NonFiniteLossError  the loss became inf or nan; names the rows of the batch
     ├── DiskFullError       no room for a checkpoint; names what it needs and what is free
     └── ExportError         what was written does not load as what was trained
 
 Interrupted                 not an error: the user or the scheduler asked the run to stop (exit code 75)
+Pruned                      not an error: the sweep asked the run to end early (exit code 0)
 """
 
 from __future__ import annotations
@@ -48,6 +50,10 @@ class ModelError(TowlineError):
     """A model can't be loaded or assembled as asked."""
 
 
+class SweepError(TowlineError):
+    """A sweep can't be started or gone on with."""
+
+
 class TrainingError(TowlineError):
     """The run itself went wrong, after it had started well."""
 
@@ -73,6 +79,12 @@ class Interrupted(BaseException):
     """
 
     exit_code = 75  # EX_TEMPFAIL: a scheduler may queue the same command again
+
+
+class Pruned(BaseException):
+    """The sweep that a run belongs to has it end early: others look better at the same evaluation."""
+
+    exit_code = 0
 
 
 def listed(problems: list[str], *, most: int = 10) -> str:

@@ -12,19 +12,20 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config.compose import CONF, PROJECT_ROOT
 from src.config.gate import Admitted, Request, admit, parse
-from src.errors import Interrupted, TowlineError, TrainingError
+from src.errors import Interrupted, Pruned, TowlineError, TrainingError
 from src.runtime.launch import copy_output, follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
     from src.checkpoint.start import Origin
+    from src.sweep.sweeper import SweepRequest
     from src.tracking.console import Console
     from src.tracking.journal import Start
     from src.tracking.tracker import Tracker
@@ -85,6 +86,7 @@ def train_and_export(
     from src.overview import overview
     from src.runtime.session import start_runtime
     from src.runtime.sharding import bring_together, deepspeed_settings
+    from src.sweep.pruning import Pruning, end_early
     from src.tokens import as_they_are, check_new_rows, embedding_matrices, grow_embeddings, load_tokenizer
     from src.tracking.provenance import provenance
     from src.training.loop import train
@@ -109,7 +111,8 @@ def train_and_export(
     ):
         # what the first process composed and found is what counts, in all of them
         frozen, run_dir, origin = runtime.from_main((admitted.frozen, admitted.run_dir, found or Origin()))
-        config, warnings = same_step(starting_model(parse(frozen)), origin, runtime.num_processes)
+        given = asked if frozen is admitted.frozen else parse(frozen)
+        config, warnings = same_step(starting_model(given), origin, runtime.num_processes)
         if origin.checkpoint is not None:
             tracking.describe({"resumed": f"behind step {origin.step}, from {origin.checkpoint}"})
         tracking.warn([*origin.warnings, *warnings])
@@ -167,6 +170,7 @@ def train_and_export(
         def save() -> None:
             checkpoints.save(state.step, lambda: state.snapshot(runtime, beside()))
 
+        pruning = Pruning(admitted.trial if runtime.is_main else None, lines, console.warn)
         every, takes_best = config.checkpoint.checkpointing_steps, config.checkpoint.load_best_model_at_end
         runtime.wait()
         stop.is_deferred = True  # from here on there is something to end properly
@@ -189,7 +193,9 @@ def train_and_export(
                     if step.is_due(config.evaluation.sample_steps) or step.is_last:
                         prompts = config.evaluation.sample_prompts
                         line.samples = sample(evaluation, samples_of, prompts, step.number, untrained)
-        except Interrupted:
+                if admitted.trial is not None and step.is_due(config.evaluation.eval_steps) and not step.is_last:
+                    end_early(runtime.from_main(pruning.verdict(line.metrics)))
+        except (Interrupted, Pruned):
             save()
             checkpoints.wait()
             runtime.wait()  # a launcher may end all once the first has left
@@ -255,6 +261,9 @@ def guarded(admitted: Admitted, stop: StopRequest) -> int:
     except TowlineError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code
+    except Pruned as reason:
+        print(f"\nEnded early: {reason}")
+        return Pruned.exit_code
     except (Interrupted, KeyboardInterrupt) as reason:
         print(f"\nStopped by {str(reason) or 'Ctrl-C'}. {_how_to_go_on(run_dir)}", file=sys.stderr)
         return Interrupted.exit_code
@@ -288,7 +297,7 @@ def run_as_many(admitted: Admitted, stop: StopRequest) -> int:
         find_origin(config.checkpoint, admitted.frozen, run_dir, force=config.force)  # refused before anything starts
         run_dir.mkdir(parents=True, exist_ok=True)
         frozen = run_dir / f".frozen-{config.runtime.machine_rank}.json"
-        frozen.write_text(json.dumps(admitted.frozen), encoding="utf-8")
+        frozen.write_text(json.dumps({"config": admitted.frozen, "trial": admitted.trial}), encoding="utf-8")
         stop.is_deferred = True  # it is passed on
         try:
             command = [sys.executable, "-m", "src.run", FROZEN, str(frozen), str(run_dir)]
@@ -303,8 +312,8 @@ def run_as_many(admitted: Admitted, stop: StopRequest) -> int:
 
 def as_frozen(file: str, run_dir: str) -> Admitted:
     """Take the configuration that the starting process froze."""
-    sections = json.loads(Path(file).read_text(encoding="utf-8"))
-    return Admitted(parse(sections), sections, Path(run_dir), is_held=True)
+    given = json.loads(Path(file).read_text(encoding="utf-8"))
+    return Admitted(parse(given["config"]), given["config"], Path(run_dir), is_held=True, trial=given["trial"])
 
 
 def _how_to_go_on(run_dir: Path) -> str:
@@ -317,30 +326,64 @@ def _how_to_go_on(run_dir: Path) -> str:
     return f"Step {step} is saved: make resume run={shlex.quote(str(run_dir))}, or the same command with {here}"
 
 
-def sweep(request: Request, stop: StopRequest) -> int:
-    """Hand a command line that was admitted to Hydra's own main: sweeps, --cfg, --help."""
+def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None) -> int:
+    """Be a trial of a sweep: run a frozen configuration; gives the exit code."""
+    with stop_on_signals() as stop:
+        follow_parent()
+        return guarded(Admitted(parse(config), config, Path(run_dir), trial=link), stop)
+
+
+def by_hydra(request: Request, stop: StopRequest) -> int:
+    """Hand a command line that was admitted to Hydra's own main: sweeps, --cfg, --help.
+
+    Raises:
+        TowlineError: where a sweep is refused, before anything of it starts.
+    """
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig, OmegaConf
 
-    codes = []
+    codes, process = [], os.getpid()
 
     def job(cfg: DictConfig) -> None:
+        """Run a point of a sweep of another sweeper's (hydra/sweeper=…)."""
         sections: Any = OmegaConf.to_container(cfg, resolve=True)
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         codes.append(guarded(Admitted(parse(sections), sections, run_dir), stop))
+        if codes[-1] and os.getpid() != process:  # what is counted here is not seen there
+            raise TrainingError(f"the run in {run_dir} ended with exit code {codes[-1]}")
         if codes[-1] == Interrupted.exit_code:
             sys.exit(Interrupted.exit_code)  # a stopped run stops the sweep; one that failed does not
 
+    asked = own_sweep(request, stop) if request.line.flags.multirun else None
+    if asked is not None:
+        setattr(job, asked.ATTRIBUTE, asked)
     sys.argv = [sys.argv[0], *request.line.hydra_argv]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-    except (Interrupted, KeyboardInterrupt) as reason:  # between two runs
+    except (Interrupted, KeyboardInterrupt) as reason:  # before the first run, or between two
         print(f"\nStopped by {str(reason) or 'Ctrl-C'}", file=sys.stderr)
         return Interrupted.exit_code
+    if asked is not None:
+        return asked.code
     if failed := [str(number) for number, code in enumerate(codes) if code]:
         print(f"\n{len(failed)} of {len(codes)} runs failed: number {', '.join(failed)} of the sweep", file=sys.stderr)
     return max(codes, default=0)
+
+
+def own_sweep(request: Request, stop: StopRequest) -> SweepRequest | None:
+    """Compose and check every point of a sweep, and get ready for it; None where another sweeper will run it.
+
+    Raises:
+        ConfigError: with all problems of all points.
+    """
+    from src.run import run_trial as by_name  # other processes find it there, not in __main__
+    from src.sweep.plan import plan_sweep
+    from src.sweep.sweeper import request_sweep
+
+    plan = plan_sweep(request.line)
+    is_own = request.line.value_of("hydra/sweeper") in (None, "towline")
+    return request_sweep(plan, stop, by_name) if is_own else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -365,12 +408,12 @@ def admit_and_run(arguments: Sequence[str], stop: StopRequest) -> int:
     """Check a command line, then run it; gives the exit code."""
     try:
         request = admit(arguments)
+        return by_hydra(request, stop) if request.run is None else guarded(request.run, stop)
     except TowlineError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except (Interrupted, KeyboardInterrupt):
         return Interrupted.exit_code
-    return sweep(request, stop) if request.run is None else guarded(request.run, stop)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-LONGEST_FIRST = ("test_processes.py", "test_run.py", "test_resume.py", "test_soak.py", "test_tracking.py")
+LONGEST_FIRST = (
+    *("test_processes.py", "test_run.py", "test_sweep.py", "test_resume.py", "test_soak.py", "test_tracking.py"),
+)
 """Files that take minutes begin, so that no worker has one of them left when the other is done."""
 
 
@@ -109,3 +111,26 @@ def rows_of_different_length(tmp_path: Path) -> Callable[..., str]:
         return write_lines(tmp_path / "train.jsonl", rows)
 
     return write
+
+
+@pytest.fixture
+def swept(tmp_path: Path) -> Callable[..., int]:
+    """Lead a sweep in this process, its trials in processes of their own; gives the exit code."""
+
+    def run(*arguments: str) -> int:
+        from src.run import run_trial
+        from src.runtime.signals import StopRequest
+        from src.sweep.sweeper import lead
+        from src.sweep.workers import Workers
+        from tests.sweeps import planned
+
+        plan = planned(f"hydra.sweep.dir={tmp_path / 'sweep'}", *arguments)
+        workers = Workers(run_trial, plan.config.n_jobs, 1, uses_gpus=False)
+        return lead(plan, StopRequest(), workers)
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "sweep"

@@ -10,12 +10,15 @@ import yaml
 
 from src.config.gate import admit, known_keys
 from src.errors import ConfigError
+from src.sweep.plan import plan_sweep
 from tests.conftest import ROOT, admitted, towline
 
 
 def refusal(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        admit(overrides)
+        request = admit(overrides)
+        if request.line.flags.multirun:
+            plan_sweep(request.line)
     return str(caught.value)
 
 
@@ -205,7 +208,11 @@ def test_every_option_composes(group: str, option: str) -> None:
     needed += (
         ["data.train_files=[data/tow_addition/train.jsonl]"] if (group, option) != ("data", "tow_addition") else []
     )
-    assert admitted(f"{group}={option}", *needed)
+    if group != "sweep":
+        assert admitted(f"{group}={option}", *needed)
+        return
+    more = {"kfold": ["data.num_folds=2"], "models": ["experiment=dialogue_summary"]}.get(option, [])
+    assert plan_sweep(admit(["-m", f"sweep={option}", "optimizer.lr=1e-3,1e-2", *more]).line).admitted
 
 
 @pytest.mark.parametrize(("group", "option"), groups())

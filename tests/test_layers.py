@@ -12,7 +12,7 @@ LAYERS = (
     ("run", "preflight", "predict"),
     ("overview", "inspection"),
     ("forecast",),
-    ("training", "evaluation"),
+    ("training", "evaluation", "sweep"),
     ("checkpoint", "data", "model", "tokens", "tracking"),
     ("runtime",),
     ("config",),
@@ -20,12 +20,13 @@ LAYERS = (
 )
 SIBLINGS_ALLOWED = {("evaluation", "training.loss"), ("run", "overview")}
 DOORS = {
-    "hydra": ("run", "config"),
-    "omegaconf": ("run", "config"),
+    "hydra": ("run", "config", "sweep"),
+    "omegaconf": ("run", "config", "sweep"),
     "datasets": ("data",),
     "accelerate": ("runtime",),
     "deepspeed": ("runtime",),
     "mlflow": ("tracking",),
+    "optuna": ("sweep",),
     "safetensors": ("checkpoint", "model"),
     "torch": (
         "tokens",
@@ -38,6 +39,7 @@ DOORS = {
         "evaluation",
         "runtime",
         "checkpoint",
+        "sweep",  # the process of a trial sets its threads
     ),  # not in front of the gate
     "transformers": ("tokens", "model", "evaluation"),
     "tokenizers": ("data",),

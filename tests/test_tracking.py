@@ -23,7 +23,8 @@ from src.errors import Interrupted, RunFolderError
 from src.evaluation.samples import Sample
 from src.tracking.console import Console, clock
 from src.tracking.journal import FILES, RunFolder, Start, hold, last_config_hash, open_run_folder, read_status
-from src.tracking.mlflow_mirror import Delivery, MlflowMirror, distinct_names, flat, plain_name
+from src.tracking.mlflow_mirror import Delivery, MlflowMirror
+from src.tracking.mlflow_store import distinct_names, flat, plain_name
 from src.tracking.provenance import config_hash, git_state, provenance
 from src.tracking.tracker import Tracker, deliver_pending, open_tracking
 from tests.conftest import ROOT, admitted, read_lines, write_lines

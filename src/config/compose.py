@@ -7,8 +7,9 @@ can report all of them together; Hydra by itself stops at the first.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
-import itertools
+import hashlib
 import json
 import os
 import uuid
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.formats import PROJECT_ROOT, fill_mixture
@@ -38,10 +40,17 @@ LIST_OR_MAPPING = ("data.validation_files", "data.test_files", "data.mixture", "
 OPTIONAL_GROUPS = ("experiment",)
 GLOBAL_GROUPS = ("debug", "experiment")  # their options reach into other sections; the later wins over the earlier
 
-_identity = {"start_time": "", "uid": ""}
+HOW_NOT_WHAT = (
+    *("name", "tracking", "sweep.name", "sweep.n_trials", "sweep.n_jobs", "sweep.max_seconds", "sweep.dry_run"),
+    *("sweep.fail_fast", "sweep.max_retries", "sweep.storage", "force"),
+)
+"""Keys of a sweep's command that change how it is done, or how long it goes on, and not what it compares."""
+
+_identity = {"start_time": "", "uid": "", "sweep_id": ""}
 OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
 OmegaConf.register_new_resolver("start_time", lambda: _identity["start_time"], replace=True)
 OmegaConf.register_new_resolver("uid", lambda: _identity["uid"], replace=True)
+OmegaConf.register_new_resolver("sweep_id", lambda: _identity["sweep_id"], replace=True)
 
 
 def new_identity() -> None:
@@ -83,6 +92,17 @@ class CommandLine:
         """Give the value that the command line sets for a key, or None."""
         return next((o.value() for o in reversed(self.overrides) if o.key_or_group == key), None)
 
+    @property
+    def sweep_id(self) -> str:
+        """Give a hash of what the command compares, in whatever order it is written. 8 hex digits."""
+        texts = sorted(
+            override.input_line or ""
+            for override in self.overrides
+            if not any(f"{override.key_or_group}.".startswith(f"{key}.") for key in HOW_NOT_WHAT)
+            and not override.key_or_group.startswith(("hydra.", "hydra/"))
+        )
+        return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
+
 
 @dataclass
 class Composed:
@@ -123,6 +143,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
             line.problems.append(Problem(override.key_or_group, reason, value_text(override), True, COMMAND_LINE))
         elif is_group(override, line.roots):
             line.problems += _unknown_options(override, line.roots)
+    _identity["sweep_id"] = line.sweep_id
     return line
 
 
@@ -143,6 +164,13 @@ def options(group: str, roots: Sequence[Path]) -> list[str]:
 def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Problem]:
     group = override.key_or_group
     known = options(group, roots)
+    if isinstance(override.value(), Glob):
+        if not override.value().filter(known):
+            yield Problem(group, f"matches none of {', '.join(known)}", value_text(override), True, COMMAND_LINE)
+        return
+    if override.is_sweep_override() and not override.is_discrete_sweep():
+        yield Problem(group, "options are named: A,B,C or glob(…)", value_text(override), True, COMMAND_LINE)
+        return
     values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
     for value in values:
         for option in value if isinstance(value, list) else [value]:
@@ -152,51 +180,93 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
                 yield Problem(group, reason, option, True, COMMAND_LINE)
 
 
-def forced(override: Override, roots: Sequence[Path]) -> list[str]:
-    """Give the overrides that set a key whether conf/ shows it or not; a list or mapping is replaced whole."""
-    return _forced(override, override.input_line or "", roots)
+def forced(override: Override, roots: Sequence[Path], text: str | None = None) -> list[str]:
+    """Give the overrides that set a key whether conf/ shows it or not; a list or mapping is replaced whole.
 
-
-def _forced(override: Override, text: str, roots: Sequence[Path]) -> list[str]:
-    if is_group(override, roots) or override.is_delete() or override.key_or_group.startswith("hydra."):
+    Args:
+        text: one value of a sweep, as KEY=VALUE; None: the override as it was given.
+    """
+    text = override.input_line or "" if text is None else text
+    if is_group(override, roots) or override.is_delete() or override.key_or_group.startswith(("hydra.", "hydra/")):
         return [text]
     cleared = [f"++{override.key_or_group}=null"] if override.key_or_group in LIST_OR_MAPPING else []
     return [*cleared, "++" + text.lstrip("+")]
 
 
-def sweep_points(line: CommandLine, *, most: int = 1000) -> Iterator[list[str]]:
-    """Give the overrides of each point of a grid (the first `most`), forced, or of the one run there is."""
-    axes = []
-    for override in line.overrides:
-        if override.is_sweep_override():
-            texts = [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
-            axes.append([_forced(override, text, line.roots) for text in texts])
-        else:
-            axes.append([forced(override, line.roots)])
-    for point in itertools.islice(itertools.product(*axes), most):
-        yield [text for texts in point for text in texts]
+def values_of(override: Override, roots: Sequence[Path]) -> list[str]:
+    """Give each value of a discrete sweep as KEY=VALUE."""
+    key = override.key_or_group
+    if isinstance(override.value(), Glob):
+        return [f"{key}={option}" for option in override.value().filter(options(key, roots))]
+    if isinstance(override.value(), RangeSweep) and not override.value().step:
+        return []
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
-def compose(overrides: Sequence[str], line: CommandLine) -> Composed:
+class Points:
+    """Composes the points of a sweep. What they have in common is composed once for each choice of groups.
+
+    Args:
+        fixed: overrides that all points have, forced.
+    """
+
+    def __init__(self, fixed: Sequence[str], line: CommandLine) -> None:
+        self._fixed, self._line = list(fixed), line
+        self._bases: dict[tuple[str, ...], Composed] = {}
+
+    def moved(self, line: CommandLine) -> Points:
+        """Compose the same of other options."""
+        return Points(self._fixed, line)
+
+    def compose(self, own: Sequence[str]) -> Composed:
+        """Compose a point of its own overrides, forced."""
+        groups = tuple(text for text in own if not text.startswith("++"))
+        if groups not in self._bases:
+            self._bases[groups] = compose([*self._fixed, *groups], self._line, resolve=False)
+        base = self._bases[groups]
+        if base.problems:
+            return compose([*self._fixed, *own], self._line)
+        composed = Composed({}, base.run_dir, base.choices)
+        whole = OmegaConf.create(copy.deepcopy(base.sections))
+        for text in own:
+            if text.startswith("++"):
+                override = _parsed(text)
+                try:
+                    OmegaConf.update(whole, override.key_or_group, override.value(), merge=True, force_add=True)
+                except OmegaConfBaseException as error:
+                    composed.problems.append(_from_hydra(error, override.key_or_group))
+        if not composed.problems:
+            resolve_sections(whole, composed)
+        return composed
+
+
+@lru_cache(maxsize=10_000)
+def _parsed(text: str) -> Override:
+    return OverridesParser.create().parse_override(text)
+
+
+def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True) -> Composed:
     """Compose conf/ with these overrides; Hydra's own complaints come back as problems."""
     refused = {problem.key for problem in line.problems}
     usable = [text for text in overrides if text.lstrip("+~").partition("=")[0] not in refused]
     if len(line.roots) > 1 and line.roots[-1].is_dir():
         usable.append(f"hydra.searchpath=[file://{line.roots[-1]}]")
     try:
-        with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="towline"):
+        with initialize_config_dir(config_dir=str(line.roots[0]), version_base="1.3", job_name="towline"):
             cfg = hydra_compose(line.flags.config_name or "config", overrides=usable, return_hydra_config=True)
             run_dir = Path(cfg.hydra.sweep.dir if line.flags.multirun else cfg.hydra.run.dir)
             choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items()}
-            sections = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]))
+            sections: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if len(overrides) < 2:
             key = overrides[0].lstrip("+~").partition("=")[0] if overrides else ""
             return Composed({}, Path(), {}, [_from_hydra(error, key)])
         return _without_culprits(overrides, line, error)
     composed = Composed({}, run_dir, choices)
-    assert isinstance(sections, dict)
-    resolve_sections(sections, composed)
+    if resolve:
+        resolve_sections(OmegaConf.create(sections), composed)
+    else:
+        composed.sections = sections
     return composed
 
 
@@ -212,12 +282,11 @@ def _without_culprits(overrides: Sequence[str], line: CommandLine, error: Except
     return composed
 
 
-def resolve_sections(sections: dict[Any, Any], composed: Composed) -> None:
+def resolve_sections(whole: DictConfig, composed: Composed) -> None:
     """Resolve `${…}` in every section; one that can't be resolved is a problem of its own."""
-    whole = OmegaConf.create(sections)
-    for key in sections:
+    for key in whole:
         try:
-            value = whole._get_node(key)
+            value: Any = whole._get_node(key)
             resolved = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else whole[key]
             composed.sections[str(key)] = resolved
             if key == "data":
@@ -248,7 +317,7 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     name = str(changed.get("name")).replace("\\", "\\\\").replace("'", "\\'")
     base = compose([f"++name='{name}'", *hydra_overrides], CommandLine(line.flags, line.argv))
     composed = Composed({}, base.run_dir, {}, [*base.problems, *problems])
-    resolve_sections(changed, composed)
+    resolve_sections(OmegaConf.create(changed), composed)
     return composed
 
 
@@ -266,7 +335,7 @@ def read_finished(folder: Path, line: CommandLine) -> Composed:
         sections["data"] |= {"train_files": None, "validation_files": None, "limit": None}
     changed, refused = _overridden(sections | {"rerun": None, "force": False}, line, "a run", own=("run",))
     composed = Composed({}, folder, {}, [*problems, *refused])
-    resolve_sections(changed, composed)
+    resolve_sections(OmegaConf.create(changed), composed)
     return composed
 
 

@@ -11,7 +11,7 @@ import inspect
 import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
@@ -26,7 +26,16 @@ from src.config import rules
 from src.config import schema as schema_module
 from src.config.compose import CommandLine, Composed
 from src.config.problems import Problem, refuse
-from src.config.schema import ENTRY_SECTIONS, SECTIONS, Check, PredictConfig, RunConfig, RuntimeConfig, TopLevelConfig
+from src.config.schema import (
+    ENTRY_SECTIONS,
+    SECTIONS,
+    Check,
+    PredictConfig,
+    RunConfig,
+    RuntimeConfig,
+    SweepConfig,
+    TopLevelConfig,
+)
 
 
 @dataclass
@@ -40,11 +49,15 @@ class Admitted:
     """The section that the entry alone reads, where it has one."""
     is_held: bool = False
     """Whether the process that started this one holds the run's folder."""
+    sweep: SweepConfig | None = None
+    """What makes a sweep of it, with -m."""
+    trial: Mapping[str, Any] | None = None
+    """Of a run in a sweep that may end it early: where to ask, see src.sweep.pruning."""
 
 
 @dataclass
 class Request:
-    """What the command line asks for: one run that was admitted, or something that Hydra's main does."""
+    """What the command line asks for: one run that was admitted, a sweep (-m), or something that Hydra's main does."""
 
     line: CommandLine
     run: Admitted | None = None
@@ -59,7 +72,7 @@ class _Parsed:
 
 
 def admit(argv: Sequence[str], entry: str | None = None) -> Request:
-    """Check everything a command line asks for, every point of a sweep included.
+    """Check everything a command line asks for, but the points of a sweep: see src.sweep.plan.
 
     Args:
         entry: the name of the section that this entry has for itself; it looks at one run only.
@@ -81,23 +94,12 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
         if problems or line.problems:
             raise refuse([*line.problems, *problems])
         return Request(line, admitted)
-    problems = list(line.problems)
-    admitted = None
     if line.flags.multirun:
-        for override in line.overrides:
-            if override.is_sweep_override() and override.is_interval_sweep():
-                reason = "a search space; a grid takes values: A,B,C, range(…) or choice(…)"
-                problems.append(
-                    Problem(override.key_or_group, reason, composing.value_text(override), True, "command line")
-                )
-        if problems:
-            raise refuse(problems)
-    for point in composing.sweep_points(line):
-        admitted, found = check(composing.compose(point, line), line, entry)
-        problems += found
-    if problems:
-        raise refuse(problems)
-    return Request(line) if line.flags.multirun or line.flags.cfg else Request(line, admitted)
+        return Request(line)
+    admitted, problems = check(composing.compose(line.forced, line), line, entry)
+    if problems or line.problems:
+        raise refuse([*line.problems, *problems])
+    return Request(line) if line.flags.cfg else Request(line, admitted)
 
 
 def admit_prediction(argv: Sequence[str]) -> Admitted:
@@ -140,6 +142,7 @@ def parse(sections: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: where they are not a good configuration after all.
     """
+    sections = {key: value for key, value in sections.items() if key != "sweep"}
     parsed, problems = _parse_sections(sections)
     problems += list(_across(parsed))
     if problems:
@@ -154,8 +157,9 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     refused = {problem.key for problem in line.problems}  # a section whose option is unknown is told once, not twice
     sections = {key: value for key, value in composed.sections.items() if key not in refused}
     own = _own_section(sections, entry)
+    sweep = _sweep_section(sections, line, composed)
     parsed, problems = _parse_sections(sections)
-    problems = [p for p in [*problems, *own.problems] if p.key not in refused]
+    problems = [p for p in [*problems, *own.problems, *sweep.problems] if p.key not in refused]
     if entry == "predict":
         problems += _across(parsed, rules.PREDICT_RULES)
         problems += _output_problems(own.value, composed.run_dir)
@@ -169,8 +173,8 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     ]
     if located or composed.problems or line.problems:
         return None, composed.problems + located
-    frozen = {key: value for key, value in composed.sections.items() if key != entry}
-    return Admitted(_assemble(parsed), frozen, composed.run_dir, own.value), []
+    frozen = {key: value for key, value in composed.sections.items() if key not in (entry, "sweep")}
+    return Admitted(_assemble(parsed), frozen, composed.run_dir, own.value, sweep=sweep.value), []
 
 
 def _where(key: str, line: CommandLine, composed: Composed) -> str:
@@ -189,6 +193,26 @@ def _own_section(sections: dict[str, Any], entry: str | None) -> _Parsed:
     schema, given = ENTRY_SECTIONS[entry], sections.pop(entry, {})
     defaults = dataclasses.asdict(schema())
     return _parse(schema, defaults | given if isinstance(given, dict) else given, entry)
+
+
+def sweep_of(composed: Composed) -> tuple[SweepConfig | None, list[Problem]]:
+    """Take the sweep's own section from a composed configuration, whatever the others hold."""
+    parsed = _parse(SweepConfig, composed.sections.get("sweep", {}), "sweep")
+    return parsed.value, parsed.problems
+
+
+def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Composed) -> _Parsed:
+    """Take the sweep section out and parse it; without -m nothing may ask for one."""
+    given = sections.pop("sweep", None)
+    if line.flags.multirun or line.flags.cfg:
+        return _parse(SweepConfig, given, "sweep")
+    asked = [o for o in line.overrides if o.key_or_group == "sweep" or o.key_or_group.startswith("sweep.")]
+    if composed.choices.get("sweep") == "none":
+        asked = [override for override in asked if override.key_or_group != "sweep"]
+    reason = "is read by a sweep only: add -m"
+    return _Parsed(
+        None, [Problem(o.key_or_group, reason, composing.value_text(o), True, composing.COMMAND_LINE) for o in asked]
+    )
 
 
 def _parse_sections(sections: dict[str, Any]) -> tuple[dict[str, _Parsed], list[Problem]]:
@@ -309,7 +333,7 @@ def _dotted(prefix: str, key: Any) -> str:
 def _unknown(prefix: str, key: str, known_here: list[str]) -> str:
     if not prefix and key in ENTRY_SECTIONS:
         return f"read by python -m src.{key}, and by nothing else"
-    near = get_close_matches(key, [*known_here, *(SECTIONS if not prefix else [])], n=1)
+    near = get_close_matches(key, [*known_here, *([*SECTIONS, "sweep"] if not prefix else [])], n=1)
     if near:
         return f"unknown key; did you mean {_dotted(prefix, near[0])}?"
     elsewhere = [dotted for dotted in known_keys() if dotted.rpartition(".")[2] == key]

@@ -29,17 +29,17 @@ class StopRequest:
         self.is_deferred = False
         """Set once there is something to end properly: a request is then followed by the next `check`."""
         self._deadline: float | None = None
-        self._limit = 0.0
+        self._limit = ""
 
-    def allow(self, seconds: float | None) -> None:
-        """Have the run stop by itself after so many seconds from now; None: it may take as long as it takes."""
-        self._limit = seconds or 0.0
+    def allow(self, seconds: float | None, key: str = "training.max_seconds") -> None:
+        """Have it stop by itself after so many seconds from now, the value of a key; None: it may take its time."""
+        self._limit = f"{key} = {seconds or 0.0:g}"
         self._deadline = None if seconds is None else time.monotonic() + seconds
 
     def asked(self) -> str:
         """Name what asked the run to stop; '' where nothing did."""
         if not self.name and self._deadline is not None and time.monotonic() >= self._deadline:
-            self.name = f"training.max_seconds = {self._limit:g}"
+            self.name = self._limit
         return self.name
 
     def check(self) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 import yaml
 
-from src.errors import Interrupted, RunFolderError
+from src.errors import Interrupted, Pruned, RunFolderError
 
 FILES = (
     "config.yaml",
@@ -72,6 +72,8 @@ class RunFolder:
     def __init__(self, path: Path, config_hash: str) -> None:
         self.path = path
         self.step = 0
+        self.num_steps: int | None = None
+        """How many steps there will be; None as long as that is not known."""
         self._config_hash = config_hash
         self._status: dict[str, Any] = {}
         self.at_end: list[Callable[[], None]] = []
@@ -89,7 +91,8 @@ class RunFolder:
 
     def set_status(self, **changes: Any) -> None:
         """Change what status.json says."""
-        self._status |= changes | {"step": self.step, "updated": now()}
+        known = {} if self.num_steps is None else {"num_steps": self.num_steps}
+        self._status |= changes | {"step": self.step, **known, "updated": now()}
         self.write_json("status.json", self._status)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
@@ -141,6 +144,8 @@ class RunFolder:
         """Write down how the run ended; a disk that is full must not hide the error that ended it."""
         if error is None:
             state, cause = "FINISHED", None
+        elif isinstance(error, Pruned):
+            state, cause = "PRUNED", str(error)
         elif isinstance(error, Interrupted | KeyboardInterrupt):
             state, cause = "PREEMPTED", f"stopped by {error if isinstance(error, Interrupted) else 'Ctrl-C, at once'}"
         else:

@@ -99,7 +99,7 @@ class Tracker:
 
     def progress(self, step: StepLike, num_steps: int, logging_steps: int) -> None:
         """Show how far training is."""
-        self._folder.step = step.number
+        self._folder.step, self._folder.num_steps = step.number, num_steps
         logged = step.number % logging_steps == 0 or step.number == num_steps
         self.console.progress(step.number, num_steps, step.loss, step.lr, step.tokens_per_second, logged=logged)
 

@@ -1,0 +1,30 @@
+"""Hands src/sweep to Hydra, which loads sweepers from this package only. Imported at every start: nothing heavy here.
+
+There is no `__init__.py` beside it, which would hide the launchers that other packages put here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class TowlineSweeper(Sweeper):
+    """Hydra's face of `src.sweep.sweeper.sweep`."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._context, self._task, self._config = hydra_context, task_function, config
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from src.sweep.sweeper import sweep
+
+        return sweep(self._task, self._config, self._context)
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="towline", node={"_target_": "hydra_plugins.towline.TowlineSweeper"}, provider="towline"
+)

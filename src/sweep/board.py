@@ -1,0 +1,144 @@
+"""What a sweep says in the terminal: a live table while it runs, a line an event elsewhere, and the results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.sweep.record import Standing
+from src.sweep.trial import Trial
+from src.tracking.console import Console, clock
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLOURS = {"FINISHED": "green", "FAILED": "red", "PRUNED": "yellow", "PREEMPTED": "yellow", "RUNNING": "cyan"}
+REFRESH_SECONDS = 0.5
+QUIET_SECONDS = 30.0  # between two lines of progress where nobody watches
+MARGIN = 8
+"""Lines of the terminal that the table leaves free."""
+
+
+@dataclass
+class Entry:
+    """A trial in the table."""
+
+    trial: Trial
+    standing: Standing
+    is_best: bool = False
+
+
+class Board:
+    """Shows how far a sweep is. On a terminal the table is drawn anew in place; elsewhere only events are printed."""
+
+    def __init__(self, name: str, metric: str) -> None:
+        from rich.console import Console as Terminal
+        from rich.live import Live
+
+        self._terminal = Terminal()
+        self._name, self._metric = name, metric
+        self._last = time.monotonic()
+        self._live = (
+            Live(console=self._terminal, auto_refresh=False, transient=True) if self._terminal.is_terminal else None
+        )
+
+    def __enter__(self) -> Board:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, above the table."""
+        self._terminal.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def is_due(self) -> bool:
+        """Whether it is time to show how far it is."""
+        return time.monotonic() - self._last >= (REFRESH_SECONDS if self._live else QUIET_SECONDS)
+
+    def show(self, entries: Sequence[Entry], summary: str) -> None:
+        """Show how far the sweep is."""
+        self._last = time.monotonic()
+        if self._live is None:
+            self.say(summary)
+            return
+        self._live.update(self._table(entries, summary), refresh=True)
+
+    def _table(self, entries: Sequence[Entry], summary: str) -> Table:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE, title=f"{self._name}   {summary}", title_justify="left", pad_edge=False)
+        for heading in ("trial", "overrides", "state", "step", self._metric, "left"):
+            table.add_column(heading, justify="left" if heading in ("overrides", "state") else "right", overflow="fold")
+        shown, hidden = _chosen(entries, self._terminal.size.height - MARGIN)
+        for entry in shown:
+            state = entry.standing.state
+            table.add_row(*_cells(entry), style="dim" if state == "WAITING" else "bold" if entry.is_best else "")
+            table.columns[2]._cells[-1] = Text(state.lower(), style=COLOURS.get(state, ""))
+        if hidden:
+            table.add_row("…", f"and {hidden} more")
+        return table
+
+    def table(self, table: Any) -> None:
+        """Print a table of results."""
+        self._terminal.print(table)
+
+
+def _chosen(entries: Sequence[Entry], most: int) -> tuple[list[Entry], int]:
+    """Choose what there is room for: what runs, then the best and what failed, then the others."""
+    order = {"RUNNING": 0, "FAILED": 2, "WAITING": 4}
+    urgent = sorted(entries, key=lambda entry: 1 if entry.is_best else order.get(entry.standing.state, 3))
+    shown = {entry.trial.number for entry in urgent[: max(3, most)]}
+    return [entry for entry in entries if entry.trial.number in shown], len(entries) - len(shown)
+
+
+def _cells(entry: Entry) -> tuple[str, ...]:
+    standing = entry.standing
+    value = standing.last if standing.value is None else standing.value
+    step = f"{standing.step}/{standing.num_steps}" if standing.num_steps else str(standing.step or "")
+    left = ""
+    if standing.state == "RUNNING" and standing.num_steps and standing.step and standing.elapsed_seconds:
+        left = clock(standing.elapsed_seconds / standing.step * (standing.num_steps - standing.step))
+    shown = "" if value is None else f"{value:.4g}{' best' if entry.is_best else ''}"
+    return str(entry.trial.number), entry.trial.label, standing.state.lower(), step, shown, left
+
+
+def counted(counts: Mapping[str, int], total: int | None, left_seconds: float | None) -> str:
+    """Say in a line how far a sweep is."""
+    done = sum(counts.get(state, 0) for state in ("FINISHED", "PRUNED", "FAILED"))
+    parts = [f"{done} of {total if total is not None else '?'} trials done"]
+    parts += [f"{counts[state]} {state.lower()}" for state in ("RUNNING", "FAILED", "PRUNED") if counts.get(state)]
+    if left_seconds is not None:
+        parts.append(f"about {clock(left_seconds)} left")
+    return ", ".join(parts)
+
+
+def listing(trials: Sequence[Trial], standings: Mapping[int, Standing], console: Console) -> None:
+    """Print the trials that a sweep has, and how each stands."""
+    width = max((len(trial.label) for trial in trials), default=0)
+    for trial in trials:
+        standing = standings[trial.number]
+        value = "" if standing.value is None else f"  {standing.value:.4g}"
+        console.say(f"  {trial.number:>4}  {trial.label:<{width}}  {standing.state.lower()}{value}")
+
+
+def failures(failed: Sequence[tuple[Trial, Standing]], console: Console) -> None:
+    """Print what went wrong, each with its cause and where it is told at length."""
+    for trial, standing in failed:
+        console.say(f"  {trial.number:>4}  {trial.label}")
+        console.say(f"        {standing.cause or 'no cause is known'}")
+        if standing.log is not None:
+            console.say(f"        {_near(standing.log)}")
+
+
+def _near(file: Path) -> str:
+    """Give a path as a person would, from here where it lies below."""
+    return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)

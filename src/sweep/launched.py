@@ -1,0 +1,135 @@
+"""Trials handed to one of Hydra's launchers (submitit: this machine or SLURM), in batches. No torch here.
+
+The launcher composes each job by itself, where it runs; it is given the sweep's own copy of conf/, and the trial takes
+its frozen configuration from the sweep's folder. A file asks trials to stop, wherever they run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from src.errors import one_line
+from src.sweep.plan import Plan
+from src.sweep.workers import Job, RunTrial, log_file, print_into
+
+STOP_FILE = "stop"
+LAUNCH = "launch"
+POLL_SECONDS = 1.0
+
+
+def is_own_launcher(config: DictConfig) -> bool:
+    """Whether trials are this machine's processes: Hydra's basic launcher, which is the default, means that."""
+    return str(config.hydra.launcher._target_).endswith(".BasicLauncher")
+
+
+class Launched:
+    """Runs trials by a launcher, a batch after the other: all there are, or `n_jobs` where a sampler proposes them."""
+
+    def __init__(self, config: DictConfig, context: HydraContext, plan: Plan, run_trial: RunTrial) -> None:
+        self._config, self._context, self._plan = config, context, plan
+        self._task = _Task(run_trial)
+        self._batch: list[Job] = []
+        self._results: list[tuple[Job, int]] = []
+        self._thread: threading.Thread | None = None
+
+    @property
+    def room(self) -> int:
+        if self._thread is not None:
+            return 0
+        return (len(self._plan.trials) if self._plan.is_listed else self._plan.config.n_jobs) - len(self._batch)
+
+    @property
+    def running(self) -> list[int]:
+        return [job.number for job in self._batch]
+
+    def get_ready(self) -> None:
+        """Take back what an earlier start asked."""
+        (self._plan.folder / STOP_FILE).unlink(missing_ok=True)
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Take trials into the next batch."""
+        folder = self._plan.folder / LAUNCH
+        folder.mkdir(parents=True, exist_ok=True)
+        for job in jobs:
+            text = json.dumps({"config": job.config, "link": job.link})
+            (folder / f"{job.number}.json").write_text(text, encoding="utf-8")
+            self._batch.append(job)
+
+    def go(self) -> None:
+        """Hand the batch to the launcher."""
+        if self._batch and self._thread is None:
+            self._thread = threading.Thread(target=self._launch, name="launcher", daemon=True)
+            self._thread.start()
+
+    def _launch(self) -> None:
+        folder = self._plan.folder.resolve()
+        try:
+            returns = self._launcher(folder).launch(
+                [[f"hydra.sweep.dir='{folder}'", f"hydra.sweep.subdir='{job.number}'"] for job in self._batch],
+                initial_job_idx=self._batch[0].number,
+            )
+            codes = [one.return_value if isinstance(one._return_value, int) else 1 for one in returns]
+        except Exception as error:  # the launcher's own, a job that the scheduler killed
+            self.trouble = one_line(error)
+            codes = [1] * len(self._batch)
+        self._results = list(zip(self._batch, codes, strict=True))
+
+    def _launcher(self, folder: Path) -> Any:
+        search_path = create_config_search_path(str(folder / "conf" / "0"))
+        context = HydraContext(config_loader=ConfigLoaderImpl(search_path), callbacks=self._context.callbacks)
+        config = OmegaConf.masked_copy(self._config, list(self._config))
+        with open_dict(config):
+            config.hydra.sweep.dir = str(folder)
+            config.hydra.overrides.hydra = []
+        return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=self._task, config=config)
+
+    def wait(self, seconds: float) -> list[tuple[Job, int]]:
+        if self._thread is not None:
+            self._thread.join(seconds)
+            if not self._thread.is_alive():
+                self._thread, self._batch, ended = None, [], self._results
+                return ended
+        return []
+
+    def ask_to_stop(self, number: int = signal.SIGTERM) -> None:
+        (self._plan.folder / STOP_FILE).touch()
+
+    def stop_at_once(self) -> None:
+        """Ask once more: what runs elsewhere can't be ended from here."""
+        self.ask_to_stop()
+
+
+class _Task:
+    """Hydra's task function of a launched trial. It is pickled; what Hydra composed is not used."""
+
+    def __init__(self, run_trial: RunTrial) -> None:
+        self.run_trial = run_trial
+
+    def __call__(self, _: DictConfig) -> int:
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        given: Mapping[str, Any] = json.loads(
+            (run_dir.parent / LAUNCH / f"{run_dir.name}.json").read_text(encoding="utf-8")
+        )
+        print_into(log_file(run_dir))
+        threading.Thread(target=_stop_when_asked, args=(run_dir.parent / STOP_FILE,), daemon=True).start()
+        return self.run_trial(given["config"], str(run_dir), given["link"])
+
+
+def _stop_when_asked(file: Path) -> None:
+    while not file.exists():
+        time.sleep(POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)

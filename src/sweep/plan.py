@@ -1,0 +1,290 @@
+"""What a sweep will run: every point composed and held against the gate before the first one starts. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from src.config.compose import COMMAND_LINE, CommandLine, Points, forced
+from src.config.gate import Admitted, check, sweep_of
+from src.config.problems import Problem, refuse
+from src.config.rules import scores_of
+from src.config.schema import (
+    Direction,
+    Pruner,
+    Replicate,
+    RunConfig,
+    Sampler,
+    SweepConfig,
+    greater_is_better,
+)
+from src.sweep.record import Record, differing
+from src.sweep.space import MOST_POINTS, Axis, axes_of, points, size
+from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of
+
+MOST_PROBES = 200
+"""Points that are looked at where they can't all be."""
+
+
+NO_REPLICATE = ("++seed=0", "++data.fold=null")
+"""What a setting is composed with to be told from others."""
+
+
+@dataclass
+class Plan:
+    """A sweep that was admitted. Built by `plan_sweep`."""
+
+    line: CommandLine
+    config: SweepConfig
+    folder: Path
+    force: bool
+    axes: list[Axis]
+    """What is varied from setting to setting."""
+    replicates: list[Axis]
+    """What is varied within a setting, and averaged."""
+    composer: Points
+    trials: list[Trial] = field(default_factory=list)
+    """All there will be; empty where a sampler has to propose them."""
+    changed_conf: list[str] = field(default_factory=list)
+    """Files of conf/ that are others now than those that the sweep was, and is, composed of."""
+
+    admitted: RunConfig | None = None
+    """The first configuration that was admitted."""
+    _settings: dict[tuple[str, ...], str] = field(default_factory=dict)
+    command: list[str] = field(default_factory=lambda: list(sys.orig_argv))
+
+    @property
+    def sample(self) -> RunConfig:
+        """A configuration that stands for all in what they have in common: where to, on what, tracked by whom."""
+        assert self.admitted is not None
+        return self.admitted
+
+    @property
+    def name(self) -> str:
+        """The sweep's name: its folder's, where the command gives none."""
+        return self.config.name if self.line.value_of("sweep.name") else self.folder.resolve().name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The sweep's own keys as plain values."""
+        given = dataclasses.asdict(self.config)
+        return {key: value.name if isinstance(value, Enum) else value for key, value in given.items()}
+
+    def compose_from(self, roots: list[Path]) -> None:
+        """Compose what is proposed from now on of other options."""
+        self.line = dataclasses.replace(self.line, roots=roots)
+        self.composer = self.composer.moved(self.line)
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether it is known beforehand which trials there will be."""
+        return bool(self.trials)
+
+    @property
+    def num_replicates(self) -> int:
+        """How many trials a setting has, where they are averaged."""
+        return size(self.replicates) or 1
+
+    @property
+    def space(self) -> dict[str, str]:
+        """What is varied, as it was written."""
+        return {axis.key: axis.text for axis in [*self.axes, *self.replicates]}
+
+    def unit(self, own: Sequence[str], unit: int, first: int) -> tuple[list[Trial], list[Problem]]:
+        """Compose the trials of one setting, or tell why it is refused.
+
+        Args:
+            own: the setting's overrides, each as KEY=VALUE.
+            unit: its number.
+            first: the number of its first trial.
+        """
+        trials, problems = [], []
+        for number, replicate in enumerate(points(self.replicates), start=first):
+            admitted, found = self._admit([*own, *replicate])
+            problems += found
+            if admitted is not None:
+                texts = (*own, *replicate)
+                trials.append(trial_of(number, unit, texts, admitted.frozen, self._setting(texts)))
+        return trials, problems
+
+    def _setting(self, overrides: Sequence[str]) -> str:
+        """Give the hash that all replicates of a setting share, also where their paths have the seed in them."""
+        own = tuple(text for text in overrides if text.partition("=")[0] not in REPLICATED)
+        if own not in self._settings:
+            composed = self.composer.compose([*self._forced(own), *NO_REPLICATE])
+            self._settings[own] = setting_of({key: v for key, v in composed.sections.items() if key != "sweep"})
+        return self._settings[own]
+
+    def _forced(self, overrides: Sequence[str]) -> list[str]:
+        by_key = {axis.key: axis.override for axis in [*self.axes, *self.replicates]}
+        return [one for text in overrides for one in forced(by_key[text.partition("=")[0]], self.line.roots, text)]
+
+    def _admit(self, overrides: Sequence[str]) -> tuple[Admitted | None, list[Problem]]:
+        by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
+        admitted, problems = check(self.composer.compose(self._forced(overrides)), self.line)
+        if admitted is not None and admitted.sweep is not None:
+            problems = list(_metric_problems(admitted.sweep, admitted.config))
+            self.admitted = self.admitted or admitted.config
+        return (None if problems else admitted), [self._located(problem, by_key) for problem in problems]
+
+    def _located(self, problem: Problem, axes: Mapping[str, Axis]) -> Problem:
+        where = axes[problem.key].where if problem.key in axes else ""
+        return dataclasses.replace(problem, where=where) if where else problem
+
+
+def plan_sweep(line: CommandLine) -> Plan:
+    """Compose and check everything that a sweep's command line asks for.
+
+    Where a sampler proposes the settings, every value is checked beside the first ones of the others.
+
+    Raises:
+        ConfigError: with all problems together.
+    """
+    problems = list(line.problems)
+    plan = _open(line, problems)
+    if plan is not None and (kept := _kept(plan)):
+        changed = differing(kept, line.roots)
+        line = dataclasses.replace(line, roots=kept)
+        problems[:] = line.problems
+        plan = _open(line, problems)
+        if plan is not None:
+            plan.changed_conf = changed
+    if plan is None:
+        raise refuse(problems)
+    problems += (of_axes := list(_axis_problems(plan)))
+    config, num_settings = plan.config, size(plan.axes)
+    wanted = config.n_trials
+    is_proposed = config.sampler is not Sampler.grid and wanted is not None and wanted < (num_settings or math.inf)
+    if of_axes or num_settings is None or is_proposed:
+        for own in itertools.islice(_probes(plan.axes), 10 if of_axes else MOST_PROBES):
+            problems += plan.unit(own, 0, 0)[1]
+    else:
+        for unit, own in enumerate(itertools.islice(points(plan.axes), wanted)):
+            trials, found = plan.unit(own, unit, len(plan.trials))
+            plan.trials += trials
+            problems += found
+    if problems:
+        raise refuse(problems)
+    plan.trials = _distinct(plan.trials)
+    return plan
+
+
+def _kept(plan: Plan) -> list[Path]:
+    """Give the options that the same command was composed of before; empty where it begins anew."""
+    if plan.force:
+        return []
+    record = Record(plan.folder)
+    return record.conf() if record.read().get("id") == plan.line.sweep_id else []
+
+
+def _open(line: CommandLine, problems: list[Problem]) -> Plan | None:
+    """Read the sweep's own settings and what it varies; None where that can't be made out."""
+    _, fixed = axes_of(line, {}, [])
+    first = Points(fixed, line).compose([])
+    sweep, found = sweep_of(first)
+    if sweep is None or not first.sections:
+        problems += first.problems or found
+        return None
+    axes, fixed = axes_of(line, sweep.params, problems)
+    _add_replicates(line, sweep, first.sections, axes, fixed, problems)
+    is_averaged = sweep.sampler is not Sampler.grid or sweep.replicate is not Replicate.none
+    replicates = [axis for axis in axes if is_averaged and axis.key in REPLICATED]
+    of_setting = [axis for axis in axes if axis not in replicates]
+    force = bool(first.sections.get("force"))
+    return Plan(line, sweep, first.run_dir, force, of_setting, replicates, Points(fixed, line))
+
+
+def _add_replicates(
+    line: CommandLine,
+    sweep: SweepConfig,
+    sections: Mapping[str, Any],
+    axes: list[Axis],
+    fixed: list[str],
+    problems: list[Problem],
+) -> None:
+    """Add the seeds or folds that sweep.replicate asks for, where the command does not say which."""
+    alone = dataclasses.replace(line, overrides=[], problems=[])
+    varied = {axis.key for axis in axes}
+    if sweep.replicate is Replicate.seeds and "seed" not in varied and isinstance(seed := sections.get("seed"), int):
+        fixed[:] = [one for one in fixed if not one.startswith("++seed=")]
+        axes += axes_of(alone, {"seed": f"range({seed},{seed + sweep.num_seeds})"}, problems)[0]
+    if sweep.replicate is Replicate.folds and "data.fold" not in varied:
+        data = sections.get("data")
+        num_folds = data.get("num_folds") if isinstance(data, dict) else None
+        if isinstance(num_folds, int):
+            fixed[:] = [one for one in fixed if not one.startswith("++data.fold=")]
+            axes += axes_of(alone, {"data.fold": f"range(0,{num_folds})"}, problems)[0]
+        else:
+            problems.append(Problem("data.num_folds", "sweep.replicate=folds needs it: how many folds", num_folds))
+
+
+def _axis_problems(plan: Plan) -> Iterator[Problem]:
+    config = plan.config
+    num_settings = size(plan.axes)
+    for axis in [*plan.axes, *plan.replicates]:
+        where = axis.where or COMMAND_LINE
+        if axis.interval and axis.key in REPLICATED:
+            yield Problem(axis.key, "a replicate needs values: A,B,C or range(…)", axis.text, where=where)
+        elif axis.interval and config.sampler is Sampler.grid:
+            reason = (
+                "a search space; a grid takes values: A,B,C, range(…) or choice(…). Or search: sweep=tpe, sweep=asha"
+            )
+            yield Problem(axis.key, reason, axis.text, where=where)
+        elif axis.interval and config.n_trials is None:
+            yield Problem("sweep.n_trials", f"{axis.key} is an interval, so how many are tried?", None)
+    if config.sampler is not Sampler.grid and not plan.axes:
+        yield Problem(
+            "sweep.sampler", "nothing is varied: give KEY=A,B or KEY=interval(LOW,HIGH)", config.sampler.value
+        )
+    total = (num_settings or 0) * plan.num_replicates
+    if total > MOST_POINTS and (config.sampler is Sampler.grid or config.n_trials is None):
+        reason = f"{total:,} combinations, more than {MOST_POINTS:,}; search among them: sweep=tpe sweep.n_trials=N"
+        yield Problem("-m", reason, has_value=False, where=COMMAND_LINE)
+
+
+def _metric_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
+    """Tell a metric that no run gives, and a direction that would call the worst the best."""
+    metric = sweep.metric.removeprefix("best/")
+    kind, _, rest = metric.partition("/")
+    set_name, _, score = rest.rpartition("/")
+    if kind == "eval":
+        scores = scores_of(config.data, config.evaluation, config.tokens)
+        later = [] if sweep.pruner is not Pruner.none else list(config.data.test_sets())
+        sets = [*config.data.validation_names(), *later]
+        if score not in scores or set_name not in sets:
+            allowed = ", ".join(f"eval/{name}/{one}" for name in sets for one in scores)
+            reason = f"no evaluation gives this; {'one of ' + allowed if allowed else 'there is no validation set'}"
+            if set_name in config.data.test_sets() and later == [] and score in scores:
+                reason = (
+                    "known at the end only, so no run can end early by it: sweep.pruner=none, or a validation set's"
+                )
+            yield Problem("sweep.metric", reason, sweep.metric)
+            return
+    if kind == "eval" or metric == "train/loss":
+        better = Direction.maximize if greater_is_better(metric) else Direction.minimize
+        if sweep.direction is not better:
+            reason = f"{sweep.metric} is better when it is {'higher' if better is Direction.maximize else 'lower'}"
+            yield Problem("sweep.direction", f"{reason}: {better.value}", sweep.direction.value)
+
+
+def _probes(axes: Sequence[Axis]) -> Iterator[tuple[str, ...]]:
+    """Give points in which every value stands once: each axis in turn, the others at their first."""
+    first = [axis.ends[0] for axis in axes]
+    yield tuple(first)
+    for place, axis in enumerate(axes):
+        for end in axis.ends[1:]:
+            yield (*first[:place], end, *first[place + 1 :])
+
+
+def _distinct(trials: Sequence[Trial]) -> list[Trial]:
+    """Leave out a trial that computes the same as one before it; numbers stay without gaps."""
+    first = {trial.identity: trial for trial in reversed(trials)}
+    kept = [trial for trial in trials if first[trial.identity] is trial]
+    return [dataclasses.replace(trial, number=number) for number, trial in enumerate(kept)]

@@ -1,0 +1,68 @@
+"""A run's side of pruning: at every evaluation it asks its sweep's study whether to go on. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from src.config.schema import Pruner
+from src.errors import Pruned, one_line
+from src.sweep.study import open_storage, optuna, pruner_of
+
+
+class Pruning:
+    """Asks whether a run is worth going on.
+
+    Args:
+        link: the trial's study, storage and metric, as `link_of` made it; None: nobody is asked.
+        done: the lines of metrics that the run goes on behind.
+        warn: is told where the study can't be asked; the run goes on then.
+    """
+
+    def __init__(
+        self, link: Mapping[str, Any] | None, done: Sequence[Mapping[str, Any]], warn: Callable[[str], None]
+    ) -> None:
+        self._link, self._warn = link, warn
+        self._metric = str(link["metric"]).removeprefix("best/") if link else ""
+        self._count = sum(self._metric in line for line in done)
+        self._trial: Any = None
+
+    @property
+    def is_on(self) -> bool:
+        return self._link is not None
+
+    def verdict(self, metrics: Mapping[str, float]) -> str:
+        """Report an evaluation; gives why the run should end here, or ''."""
+        value = metrics.get(self._metric)
+        if self._link is None or value is None:
+            return ""
+        self._count += 1
+        if not math.isfinite(value):
+            return ""  # a failure, which the end of the run tells
+        try:
+            trial = self._trial or self._open(self._link)
+            trial.report(value, self._count)
+            is_worse = trial.should_prune()
+        except Exception as error:  # whatever the storage raises: a run does not end because nobody answers
+            self._warn(f"the sweep's study can't be asked whether to go on, so the run goes on: {one_line(error)}")
+            return ""
+        others = f"{self._metric} {value:.4g} at evaluation {self._count}"
+        return f"{others}: other trials of the sweep were better ({self._link['pruner']})" if is_worse else ""
+
+    def _open(self, link: Mapping[str, Any]) -> Any:
+        pruner = pruner_of(Pruner[link["pruner"]], link["min_resource"], link["reduction_factor"])
+        storage = open_storage(link["storage"])
+        study = optuna().load_study(study_name=link["study"], storage=storage, pruner=pruner)
+        self._trial = optuna().trial.Trial(study, link["trial_id"])
+        return self._trial
+
+
+def end_early(reason: str) -> None:
+    """Come out of a run that is not worth going on with.
+
+    Raises:
+        Pruned: where there is a reason.
+    """
+    if reason:
+        raise Pruned(reason)

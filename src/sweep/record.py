@@ -1,0 +1,187 @@
+"""A sweep's folder: what it was made of, which trials it has, and how each of them stands. No torch here.
+
+`sweep.json` says what the sweep is and how far, `trials.jsonl` holds every trial with its frozen configuration, `conf/`
+the options that it was composed of, and each trial's own folder is the truth about that run.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.errors import RunFolderError, SweepError
+from src.sweep.trial import Trial
+from src.sweep.workers import log_file
+from src.tracking.journal import LOCK, hold, read_status, write_atomically
+
+SWEEP, TRIALS, CONF = "sweep.json", "trials.jsonl", "conf"
+STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a trial stands, by its folder."""
+
+    state: str
+    """One of STATES."""
+    value: float | None = None
+    cause: str = ""
+    log: Path | None = None
+    step: int = 0
+    num_steps: int | None = None
+    last: float | None = None
+    """The newest value of the metric, of one that has not finished."""
+    elapsed_seconds: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing more to run."""
+        return self.state in ("FINISHED", "PRUNED")
+
+
+class Record:
+    """The folder of one sweep."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run_dir(self, number: int) -> Path:
+        return self.folder / str(number)
+
+    def read(self) -> dict[str, Any]:
+        """Give what sweep.json says; empty where there is no sweep.
+
+        Raises:
+            SweepError: where the folder is something else.
+        """
+        file = self.folder / SWEEP
+        if file.exists():
+            try:
+                return json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise SweepError(f"{file} can't be read: {error}; choose another sweep.name") from error
+        others = [one.name for one in self.folder.glob("*") if one.name != LOCK]
+        if others and not (self.folder / TRIALS).exists():
+            held = ", ".join(sorted(others)[:5])
+            raise SweepError(f"{self.folder} is no sweep's folder, but holds {held}; choose another sweep.name")
+        return {}
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        write_atomically(self.folder / SWEEP, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def trials(self) -> list[Trial]:
+        """Give the trials that were written down, without a line that a dying process did not finish."""
+        file = self.folder / TRIALS
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+        return [Trial.from_dict(json.loads(line)) for line in lines]
+
+    def write_trials(self, trials: Sequence[Trial]) -> None:
+        text = "".join(json.dumps(trial.as_dict(), ensure_ascii=False) + "\n" for trial in trials)
+        write_atomically(self.folder / TRIALS, text)
+
+    def keep_conf(self, roots: Sequence[Path]) -> None:
+        """Keep the options that this sweep is composed of."""
+        beside = self.folder / f".{CONF}.part"
+        shutil.rmtree(beside, ignore_errors=True)
+        for number, root in enumerate(roots):
+            shutil.copytree(root, beside / str(number))
+        shutil.rmtree(self.folder / CONF, ignore_errors=True)
+        beside.rename(self.folder / CONF)
+
+    def conf(self) -> list[Path]:
+        """Give the kept options, one folder a root; empty where there are none."""
+        return sorted((self.folder / CONF).resolve().glob("[0-9]*"))
+
+    def clear(self) -> None:
+        """Remove everything: the sweep is done anew."""
+        for one in self.folder.glob("*"):
+            if one.is_dir():
+                shutil.rmtree(one)
+            elif one.name != LOCK:
+                one.unlink()
+
+    def standing(self, number: int, metric: str, *, is_running: bool = False) -> Standing:
+        """Tell how a trial stands.
+
+        Args:
+            metric: the objective, by its name in summary.json.
+            is_running: whether its process lives; a status that says so by itself may be a dead one's.
+        """
+        run_dir = self.run_dir(number)
+        status = read_status(run_dir)
+        state = status.get("state", "WAITING")
+        log = log_file(run_dir) if log_file(run_dir).exists() else None
+        step, num_steps = status.get("step", 0), status.get("num_steps")
+        cause = (status.get("cause") or "").strip().split("\n")[0].rstrip(":")
+        if is_running:
+            return Standing("RUNNING", None, "", log, step, num_steps, *_newest(run_dir, metric))
+        if state == "FINISHED":
+            value, missing = _objective(run_dir, metric)
+            return Standing("FAILED" if missing else state, value, missing, log, step, num_steps)
+        if state == "RUNNING":
+            state, cause = "FAILED", f"killed at step {step}"
+        return Standing(
+            state, None, cause, log, step, num_steps, *(_newest(run_dir, metric) if state != "WAITING" else ())
+        )
+
+    def held(self, numbers: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """Give the trials whose folder a living process holds, and which."""
+        for number in numbers:
+            if (self.run_dir(number) / LOCK).exists():
+                try:
+                    with hold(self.run_dir(number)):
+                        pass
+                except RunFolderError as error:
+                    yield number, str(error)
+
+
+def differing(kept: Sequence[Path], roots: Sequence[Path]) -> list[str]:
+    """Name the files of conf/ that are others now than those that were kept."""
+    if len(kept) != len(roots):
+        return [str(root) for root in roots]
+    return [name for pair in zip(kept, roots, strict=True) for name in _differing(filecmp.dircmp(*pair, ignore=[]))]
+
+
+def _differing(compared: filecmp.dircmp[str], prefix: str = "") -> list[str]:
+    _, *others = filecmp.cmpfiles(compared.left, compared.right, compared.common_files, shallow=False)
+    here = [*compared.left_only, *compared.right_only, *(name for found in others for name in found)]
+    below = [name for folder, inner in compared.subdirs.items() for name in _differing(inner, f"{prefix}{folder}/")]
+    return [*(f"{prefix}{name}" for name in sorted(here)), *below]
+
+
+def _objective(run_dir: Path, metric: str) -> tuple[float | None, str]:
+    """Give a finished run's value of the metric, or why it has none."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return None, f"summary.json can't be read: {type(error).__name__}"
+    value = summary.get(metric)
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value), ""
+    if metric in summary:
+        return None, f"{metric} is no finite number"
+    known = ", ".join(name for name in summary if name.startswith(metric.split("/")[0]))
+    return None, f"no {metric} came of it{f'; there are {known}' if known else ''}"
+
+
+def _newest(run_dir: Path, metric: str) -> tuple[float | None, float]:
+    """Give the newest value of the metric, and how many seconds the run had taken by its last line."""
+    value, elapsed = None, 0.0
+    file, name = run_dir / "metrics.jsonl", metric.removeprefix("best/")
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if file.exists() else []
+    for text in reversed(lines):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        elapsed = max(elapsed, line.get("perf/elapsed_seconds") or 0.0)
+        if line.get(name) is not None:
+            value = float(line[name])
+            break
+    return value, elapsed

@@ -1,0 +1,151 @@
+"""What a sweep varies: axes, each with its values or an interval, and the points that they span. No Optuna here."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+
+from src.config.compose import COMMAND_LINE, CommandLine, forced, is_group, options, value_text, values_of
+from src.config.problems import Problem
+
+SWEEP_FILE = "sweep.params"
+MOST_POINTS = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Numbers from low to high, both included; whole ones, or on a log scale."""
+
+    low: float
+    high: float
+    is_log: bool
+    is_int: bool
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A key that is varied: over values, each as KEY=VALUE, or over an interval."""
+
+    override: Override
+    values: tuple[str, ...] = ()
+    interval: Interval | None = None
+    where: str = ""
+
+    @property
+    def key(self) -> str:
+        return self.override.key_or_group
+
+    @property
+    def text(self) -> str:
+        """What is varied, as it is written behind KEY=."""
+        return value_text(self.override)
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Values that stand for all of them where they can't all be looked at, each as KEY=VALUE."""
+        if self.interval is None:
+            return self.values
+        return tuple(self.at(number) for number in (self.interval.low, self.interval.high))
+
+    def at(self, number: float) -> str:
+        """Give a number of the interval as KEY=VALUE."""
+        assert self.interval is not None
+        return f"{self.key}={int(number) if self.interval.is_int else repr(float(number))}"
+
+
+def axes_of(line: CommandLine, params: Mapping[str, Any], problems: list[Problem]) -> tuple[list[Axis], list[str]]:
+    """Give what is varied, by the command line and by an option's params, and the overrides that all points have.
+
+    The command line goes before params: a key that it gives, varied or not, is its own.
+
+    Returns: axes, and the fixed overrides, forced.
+    """
+    given = [override for override in line.overrides if override.key_or_group not in _refused(line)]
+    named = [override.key_or_group for override in given]
+    problems += [
+        Problem(key, "given twice, and it is varied", has_value=False, where=COMMAND_LINE)
+        for key in dict.fromkeys(override.key_or_group for override in given if override.is_sweep_override())
+        if named.count(key) > 1
+    ]
+    own = [(override, SWEEP_FILE) for override in _parsed_params(line, params, problems) if _of(override) not in named]
+    axes, fixed = [], []
+    for override, where in [*own, *((override, "") for override in given)]:
+        if not override.is_sweep_override():
+            fixed += forced(override, line.roots)
+        elif (axis := _axis(override, line, where, problems)) is not None:
+            axes.append(axis)
+    return axes, fixed
+
+
+def _refused(line: CommandLine) -> set[str]:
+    return {problem.key for problem in line.problems}
+
+
+def _of(override: Override) -> str:
+    return override.key_or_group
+
+
+def _parsed_params(line: CommandLine, params: Mapping[str, Any], problems: list[Problem]) -> Iterator[Override]:
+    parser = OverridesParser.create()
+    for key, value in params.items():
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        try:
+            override = parser.parse_override(f"{key}={text}")
+        except HydraException:
+            reason = "can't be read; values are written as behind KEY= on the command line"
+            problems.append(Problem(f"{SWEEP_FILE}.{key}", reason, text))
+            continue
+        if is_group(override, line.roots) and not _are_options(override, line):
+            reason = f"no such option; one of {', '.join(options(key, line.roots))}"
+            problems.append(Problem(f"{SWEEP_FILE}.{key}", reason, text))
+            continue
+        yield override
+
+
+def _are_options(override: Override, line: CommandLine) -> bool:
+    if override.is_sweep_override() and not override.is_discrete_sweep():
+        return False
+    texts = values_of(override, line.roots) if override.is_sweep_override() else [override.input_line or ""]
+    known = options(override.key_or_group, line.roots)
+    return bool(texts) and all(text.partition("=")[2] in known for text in texts)
+
+
+def _axis(override: Override, line: CommandLine, where: str, problems: list[Problem]) -> Axis | None:
+    """Give what an override varies, or tell why it can't be varied."""
+    sweep = override.value()
+    if isinstance(sweep, IntervalSweep):
+        low, high = sweep.start or 0.0, sweep.end or 0.0
+        axis = Axis(override, (), Interval(low, high, "log" in sweep.tags, isinstance(low, int)), where)
+    else:
+        axis = Axis(override, tuple(dict.fromkeys(values_of(override, line.roots))), None, where)
+    if reason := _unfit(axis):
+        problems.append(Problem(axis.key, reason, axis.text, where=where or COMMAND_LINE))
+        return None
+    return axis
+
+
+def _unfit(axis: Axis) -> str:
+    if axis.key.startswith(("hydra.", "hydra/", "sweep.")) or axis.key == "sweep":
+        return "is the sweep's own: one value, not several"
+    if (interval := axis.interval) is None:
+        return "" if axis.values else "there is no value in it"
+    if not (math.isfinite(interval.low) and math.isfinite(interval.high) and interval.low < interval.high):
+        return "an interval goes from a lower to a higher number"
+    return "a log scale needs numbers above 0" if interval.is_log and interval.low <= 0 else ""
+
+
+def size(axes: Sequence[Axis]) -> int | None:
+    """Count the points that axes span; None where one is an interval."""
+    return None if any(axis.interval for axis in axes) else math.prod(len(axis.values) for axis in axes)
+
+
+def points(axes: Sequence[Axis]) -> Iterator[tuple[str, ...]]:
+    """Give every combination of values, the last axis fastest, as Hydra's own sweeper does."""
+    yield from itertools.product(*(axis.ends for axis in axes))

@@ -1,0 +1,254 @@
+"""A sweep from its admitted plan to its exit code. Hydra reaches it through hydra_plugins/towline.py. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from src.config.schema import Device, MlflowConfig, NoAdapterConfig, Pruner, Replicate
+from src.errors import Interrupted, TowlineError
+from src.runtime.signals import StopRequest
+from src.sweep import leaderboard
+from src.sweep.board import Board, failures, listing
+from src.sweep.conduct import Conductor, reclaim
+from src.sweep.launched import Launched, is_own_launcher
+from src.sweep.plan import Plan
+from src.sweep.ranking import Result, conclusion, rank
+from src.sweep.record import Record
+from src.sweep.study import open_study
+from src.sweep.trial import Trial
+from src.sweep.workers import READY_FOR, RunTrial, Workers
+from src.tracking.console import Console
+from src.tracking.journal import hold
+from src.tracking.sweep_tracker import open_sweep_tracking
+
+
+@dataclasses.dataclass
+class SweepRequest:
+    """What the entry asks for: an admitted plan, and the means to run a trial; `code` is the exit code at the end."""
+
+    plan: Plan
+    stop: StopRequest
+    run_trial: RunTrial
+    workers: Workers
+    code: int = 0
+    ATTRIBUTE: ClassVar[str] = "towline_sweep"
+    """Where Hydra's task function has it."""
+
+
+def request_sweep(plan: Plan, stop: StopRequest, run_trial: RunTrial) -> SweepRequest:
+    """Get ready for a sweep: the fork server begins its imports while Hydra composes."""
+    config = plan.sample
+    workers = Workers(
+        run_trial,
+        plan.config.n_jobs,
+        config.runtime.num_processes,
+        uses_gpus=config.runtime.device is not Device.cpu,
+        needs=_needs(plan),
+    )
+    if not plan.config.dry_run:
+        workers.warm_up()
+    return SweepRequest(plan, stop, run_trial, workers)
+
+
+def _needs(plan: Plan) -> list[str]:
+    """Name the modules that some trials will import and others not."""
+    config, varied = plan.sample, {axis.key.partition(".")[0] for axis in plan.axes}
+    wanted = {
+        "adapter": not isinstance(config.adapter, NoAdapterConfig) or "adapter" in varied,
+        "mlflow": isinstance(config.tracking, MlflowConfig),
+        "pruning": plan.config.pruner is not Pruner.none,
+        "hub": any(source.data.dataset_name for source in config.data.train_sources().values()) or "data" in varied,
+    }
+    more = [module for need, is_wanted in wanted.items() if is_wanted for module in READY_FOR[need]]
+    return [*more, *(f"transformers.models.{kind}.modeling_{kind}" for kind in _kinds_of_model(plan))]
+
+
+def _kinds_of_model(plan: Plan) -> set[str]:
+    """Give what transformers calls the models of a sweep, of those that lie here."""
+    folders = {trial.config["model"]["checkpoint"] for trial in plan.trials} | {plan.sample.model.checkpoint}
+    files = [Path(folder, "config.json") for folder in folders if Path(folder, "config.json").is_file()]
+    kinds = {json.loads(file.read_text(encoding="utf-8")).get("model_type") for file in files}
+    return {kind for kind in kinds if isinstance(kind, str)}
+
+
+def sweep(task: Callable[..., Any], config: Any, context: Any) -> int:
+    """Be Hydra's sweeper: run the sweep that the task function carries.
+
+    Args:
+        task, config, context: what Hydra sets a sweeper up with; a launcher other than Hydra's own is made of them.
+    """
+    request: SweepRequest = getattr(task, SweepRequest.ATTRIBUTE)
+    launched = None if is_own_launcher(config) else Launched(config, context, request.plan, request.run_trial)
+    try:
+        request.code = lead(request.plan, request.stop, launched or request.workers)
+    except TowlineError as error:  # Hydra would show where it came from
+        print(f"\n{error}", file=sys.stderr)
+        request.code = error.exit_code
+    finally:
+        request.workers.close()
+    return request.code
+
+
+def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
+    """Lead a sweep to its end, from the beginning or where it was stopped; gives the exit code.
+
+    Raises:
+        SweepError, RunFolderError: where the folder or the study can't be used.
+        Interrupted: where it was stopped before it began.
+    """
+    console = Console()
+    record = Record(plan.folder)
+    if plan.config.dry_run:
+        return _dry_run(plan, record, console)
+    console.label("sweep", f"{plan.name} → {plan.folder}")
+    for key, text in plan.space.items():
+        console.label("", f"{key}={text}")
+    if plan.changed_conf:
+        console.warn(
+            f"conf/ has changed since this sweep began ({', '.join(plan.changed_conf[:5])}); it goes on with what it "
+            "began with. force=true or another sweep.name begins with what is there now."
+        )
+    stop.is_deferred = True
+    stop.allow(plan.config.max_seconds, "sweep.max_seconds")
+    with ExitStack() as until_the_end:
+        until_the_end.enter_context(hold(plan.folder))
+        board = until_the_end.enter_context(Board(plan.name, plan.config.metric))
+        record.read()  # a folder that is something else is told before anything is written
+        reclaim(record, [trial.number for trial in record.trials()], board, stop)
+        workers.get_ready()
+        if plan.force:
+            record.clear()
+        trials, todo = _merged(record.trials(), plan)
+        record.keep_conf(plan.line.roots)
+        plan.compose_from(record.conf())
+        record.write_trials(trials)
+        study = open_study(plan, force=plan.force)
+        conductor = Conductor(plan, record, trials, todo, study, workers, stop)
+        conductor.write("RUNNING")
+        tracker = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
+        tracker.ready()
+        conductor.poke = tracker.poke
+        try:
+            why = conductor.run(board)
+        except KeyboardInterrupt:
+            why = "Ctrl-C, at once"
+        code, state = _outcome(conductor, why, stop)
+        _tell(plan, conductor, board, console)
+        conductor.write(state)
+    _close(plan, conductor, why, console)
+    return code
+
+
+def _dry_run(plan: Plan, record: Record, console: Console) -> int:
+    """Show what would run, and write nothing."""
+    recorded = [] if plan.force else record.trials()
+    trials, todo = _merged(recorded, plan)
+    standings = {trial.number: record.standing(trial.number, plan.config.metric) for trial in trials}
+    if plan.force:
+        standings = {number: dataclasses.replace(one, state="WAITING", value=None) for number, one in standings.items()}
+    console.label("sweep", f"{plan.name} → {plan.folder}")
+    for key, text in plan.space.items():
+        console.label("", f"{key}={text}")
+    listing(trials, standings, console)
+    left = sum(not standings[number].is_over for number in todo)
+    if plan.is_listed:
+        console.say(f"{len(trials)} trials, {left} to run, {plan.config.n_jobs} at a time. Nothing was run or written.")
+    else:
+        console.say(
+            f"{plan.config.n_trials} settings of {plan.num_replicates} trials, proposed by {plan.config.sampler.name} "
+            "as results come in. Nothing was run or written."
+        )
+    return 0
+
+
+def _merged(recorded: Sequence[Trial], plan: Plan) -> tuple[list[Trial], list[int]]:
+    """Put a plan's trials together with those that the folder has; the same configuration is the same trial.
+
+    Returns: all of them, and the numbers of those that the plan asks for.
+    """
+    if not plan.is_listed:
+        return list(recorded), [trial.number for trial in recorded]
+    merged = {trial.identity: trial for trial in recorded}
+    units: dict[int, int] = {}
+    for planned in plan.trials:
+        if (known := merged.get(planned.identity)) is not None:
+            units.setdefault(planned.unit, known.unit)
+    next_unit = max((trial.unit for trial in recorded), default=-1) + 1
+    for planned in plan.trials:
+        if planned.unit not in units:
+            units[planned.unit], next_unit = next_unit, next_unit + 1
+        known = merged.get(planned.identity)
+        number = len(merged) if known is None else known.number
+        merged[planned.identity] = dataclasses.replace(planned, number=number, unit=units[planned.unit])
+    return list(merged.values()), [merged[planned.identity].number for planned in plan.trials]
+
+
+def _outcome(conductor: Conductor, why: str, stop: StopRequest) -> tuple[int, str]:
+    """Give the exit code and the sweep's state."""
+    counts = conductor.counts()
+    if stop.name or why.startswith("Ctrl-C"):
+        return Interrupted.exit_code, "PREEMPTED"
+    if counts["FAILED"]:
+        return 1, "FAILED"
+    if any(counts[state] for state in ("PREEMPTED", "WAITING", "RUNNING")) and why != "":
+        return 1, "FAILED"
+    return (Interrupted.exit_code, "PREEMPTED") if counts["PREEMPTED"] else (0, "FINISHED")
+
+
+def _tell(plan: Plan, conductor: Conductor, board: Board, console: Console) -> None:
+    """Rank the settings, and write and show what came of it."""
+    metric = plan.config.metric
+    direction: Literal["minimize", "maximize"] = plan.config.direction.value
+    is_folded = plan.config.replicate is Replicate.folds or any(
+        axis.key == "data.fold" for axis in [*plan.axes, *plan.replicates]
+    )
+    rows = rank(
+        [_result(conductor, trial) for trial in conductor.trials.values()],
+        direction=direction,
+        num_folds=plan.sample.data.num_folds if is_folded else None,
+    )
+    said = conclusion(rows, metric, direction)
+    leaderboard.write(rows, plan.folder, metric, direction, said)
+    if conductor.history:
+        leaderboard.plot(rows, plan.folder / "plots" / "settings.png", metric, direction)
+        values = [point["value"] for point in conductor.history]
+        leaderboard.plot_history(values, plan.folder / "plots" / "history.png", metric, direction)
+    board.__exit__()
+    board.table(leaderboard.table(rows, metric, direction))
+    console.say(said)
+
+
+def _result(conductor: Conductor, trial: Trial) -> Result:
+    standing = conductor.standings[trial.number]
+    label = trial.setting_label or (
+        "" if any(text.startswith("model=") for text in trial.overrides) else conductor.plan.name
+    )
+    model = next((text.partition("=")[2] for text in trial.overrides if text.startswith("model=")), "")
+    if model:
+        label = " ".join(text for text in label.split(" ") if text != f"model={model}")
+    replicate = (trial.seed, trial.fold)
+    return Result(trial.number, trial.setting, label, model, replicate, standing.state, standing.value)
+
+
+def _close(plan: Plan, conductor: Conductor, why: str, console: Console) -> None:
+    """Say how it ended, what failed, and what to do."""
+    failed = [
+        (trial, standing)
+        for number, trial in sorted(conductor.trials.items())
+        if (standing := conductor.standings[number]).state == "FAILED"
+    ]
+    if failed:
+        console.say(f"\n{len(failed)} of {len(conductor.trials)} trials failed:")
+        failures(failed, console)
+        console.say("The same command tries them again, and leaves what is done as it is.")
+    if why:
+        console.say(f"\nStopped: {why}. {conductor.summary()}. The same command goes on.")
+    console.say()
+    console.label("sweep", f"{conductor.summary()}")
+    console.label("numbers", str(plan.folder / "leaderboard.md"))

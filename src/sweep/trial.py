@@ -1,0 +1,65 @@
+"""A trial: a run inside a sweep, with its frozen configuration and what it is told apart by. No torch here."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from src.tracking.provenance import config_hash
+
+REPLICATED = ("seed", "data.fold")
+"""Keys in which the trials of one setting differ."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run inside a sweep, its configuration frozen."""
+
+    number: int
+    unit: int
+    """The trial of the Optuna study that it belongs to; where replicates are averaged, those of a setting share one."""
+    overrides: tuple[str, ...]
+    """What sets it apart from the other trials, each as KEY=VALUE."""
+    identity: str
+    setting: str
+    seed: int
+    fold: int | None
+    config: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        return " ".join(self.overrides)
+
+    @property
+    def setting_label(self) -> str:
+        """What sets its setting apart from the others."""
+        return " ".join(text for text in self.overrides if text.partition("=")[0] not in REPLICATED)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"config": dict(self.config)}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Trial:
+        return cls(**{**given, "overrides": tuple(given["overrides"])})
+
+
+def trial_of(number: int, unit: int, overrides: tuple[str, ...], frozen: Mapping[str, Any], setting: str) -> Trial:
+    """Make a trial of a configuration that was admitted."""
+    config = copy.deepcopy(dict(frozen)) | {"force": False}
+    fold = config["data"].get("fold")
+    return Trial(number, unit, overrides, identity_of(config), setting, config["seed"], fold, config)
+
+
+def identity_of(config: Mapping[str, Any]) -> str:
+    """Give a hash of what a configuration computes: without paths and tracking. 16 hex digits."""
+    data = {key: value for key, value in config["data"].items() if key != "cache_dir"}
+    return config_hash({**config, "data": data})
+
+
+def setting_of(config: Mapping[str, Any]) -> str:
+    """Give the identity without seed and fold: what all replicates of a setting share."""
+    data = {key: value for key, value in config["data"].items() if key != "fold"}
+    return identity_of({**config, "data": data, "seed": None})

@@ -1,0 +1,217 @@
+"""Trials as processes of this machine: forked from a server that has imported what takes seconds. No torch here.
+
+Nothing heavy is imported in the process that leads the sweep, so no CUDA begins there; where the system has no fork
+server, each trial is a process from nothing. Every trial leads a session of its own, so that Ctrl-C reaches the sweep
+only, which passes it on once; one whose sweep dies is asked to stop and saves.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from src.runtime.devices import shares, threads_each, visible_gpus
+
+RunTrial = Callable[[dict[str, Any], str, Mapping[str, Any] | None], int]
+"""Runs a frozen configuration in a folder, with a link to the study (see src.sweep.pruning); gives the exit code."""
+READY = (
+    *(
+        "src.run",
+        "torch",
+        "transformers",
+        "transformers.generation.utils",
+        "accelerate",
+        "src.checkpoint.store",
+        "src.data.dataset",
+    ),
+    *("src.evaluation.evaluate", "src.evaluation.samples", "src.model.build", "src.model.card", "src.model.export"),
+    *("src.model.whole", "src.overview", "src.runtime.session", "src.sweep.pruning", "src.tracking.tracker"),
+    *("src.training.loop", "src.training.resume", "src.training.state"),
+)
+"""What the fork server imports before the first trial."""
+READY_FOR = {
+    "adapter": ("peft",),
+    "mlflow": (
+        *("mlflow", "mlflow.store.tracking.sqlalchemy_workspace_store", "mlflow.store.tracking.rest_store"),
+        *("alembic.command", "sqlalchemy.dialects.sqlite"),
+    ),
+    "pruning": ("optuna", "optuna.storages._rdb.storage"),
+    "hub": ("datasets",),
+}
+"""And what only some trials need."""
+GRACE_SECONDS = 5.0
+"""How long trials may take to end at once, when asked twice."""
+
+
+def log_file(run_dir: Path) -> Path:
+    """Name the file that holds what a trial prints."""
+    return run_dir / "logs" / "output.log"
+
+
+@dataclass
+class Job:
+    """A trial that is to run, or runs."""
+
+    number: int
+    config: dict[str, Any]
+    run_dir: Path
+    link: Mapping[str, Any] | None = None
+
+
+@dataclass
+class _Worker:
+    job: Job
+    slot: int
+    process: BaseProcess
+
+
+class Workers:
+    """Runs up to `n_jobs` trials at the same time, each with its share of threads and GPUs.
+
+    Args:
+        gpus_each: how many GPUs a trial computes on, where it uses any.
+        needs: modules that its trials will import besides READY.
+    """
+
+    def __init__(
+        self, run_trial: RunTrial, n_jobs: int, gpus_each: int, *, uses_gpus: bool, needs: Sequence[str] = ()
+    ) -> None:
+        can_fork = "forkserver" in multiprocessing.get_all_start_methods()
+        self._context: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
+        if can_fork:
+            self._context.set_forkserver_preload([*READY, *needs])
+        self._run_trial, self._n_jobs = run_trial, n_jobs
+        self._threads = threads_each(n_jobs)
+        self._gpus = shares(visible_gpus() if uses_gpus else [], n_jobs, gpus_each)
+        self._working: dict[int, _Worker] = {}
+
+    @property
+    def room(self) -> int:
+        """How many trials may be started now."""
+        return self._n_jobs - len(self._working)
+
+    @property
+    def running(self) -> list[int]:
+        """The numbers of the trials at work."""
+        return [worker.job.number for worker in self._working.values()]
+
+    def warm_up(self) -> None:
+        """Have the fork server begin its imports; returns at once. What libraries say of themselves is not shown."""
+        if self._context.get_start_method() != "forkserver":
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        kept, nowhere = [os.dup(number) for number in (1, 2)], os.open(os.devnull, os.O_WRONLY)
+        try:
+            for number in (1, 2):
+                os.dup2(nowhere, number)
+            forkserver.ensure_running()
+        finally:
+            for number, before in zip((1, 2), kept, strict=True):
+                os.dup2(before, number)
+                os.close(before)
+            os.close(nowhere)
+
+    def get_ready(self) -> None:
+        """Nothing is left of an earlier start."""
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Start trials, no more than there is room for."""
+        for job in jobs:
+            slot = next(i for i in range(self._n_jobs) if i not in self._working)
+            settings = _Settings(
+                {**os.environ, **self._environment(slot)}, self._threads, str(Path.cwd()), list(sys.orig_argv)
+            )
+            given = (self._run_trial, settings, job.config, str(job.run_dir), job.link)
+            process = self._context.Process(target=_work, args=given, name=f"trial-{job.number}")
+            process.start()
+            self._working[slot] = _Worker(job, slot, process)
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        own = {} if self._threads is None else {"OMP_NUM_THREADS": str(self._threads)}
+        return own | ({"CUDA_VISIBLE_DEVICES": ",".join(self._gpus[slot])} if self._gpus[slot] else {})
+
+    def go(self) -> None:
+        """Trials run as soon as they are started."""
+
+    def wait(self, seconds: float) -> list[tuple[Job, int]]:
+        """Wait until a trial ends, or so long; gives those that have ended, with their exit codes."""
+        multiprocessing.connection.wait([worker.process.sentinel for worker in self._working.values()], seconds)
+        ended = [worker for worker in self._working.values() if worker.process.exitcode is not None]
+        for worker in ended:
+            worker.process.join()
+            del self._working[worker.slot]
+        return [(worker.job, worker.process.exitcode or 0) for worker in ended]
+
+    def ask_to_stop(self, number: int = signal.SIGTERM) -> None:
+        """Ask every trial to save and end."""
+        for worker in self._working.values():
+            with suppress(ProcessLookupError):
+                os.kill(worker.process.pid or 0, number)
+
+    def stop_at_once(self) -> None:
+        """End every trial, and all that they started."""
+        processes = []
+        for worker in self._working.values():
+            with suppress(psutil.NoSuchProcess):
+                leader = psutil.Process(worker.process.pid)
+                processes += [leader, *leader.children(recursive=True)]
+        self.ask_to_stop(signal.SIGINT)
+        _, alive = psutil.wait_procs(processes, timeout=GRACE_SECONDS)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=GRACE_SECONDS)
+        self.wait(0)
+
+    def close(self) -> None:
+        """End the fork server; the trials have ended."""
+        if self._context.get_start_method() == "forkserver":
+            forkserver._forkserver._stop()  # type: ignore[attr-defined]  # else it ends a moment after this process
+
+
+@dataclass(frozen=True)
+class _Settings:
+    environment: dict[str, str]
+    threads: int | None
+    folder: str
+    command: list[str]
+
+
+def _work(
+    run_trial: RunTrial, settings: _Settings, config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None
+) -> None:
+    """Be a trial, from its first line to its exit code."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(settings.environment)
+    os.chdir(settings.folder)
+    sys.orig_argv[:] = settings.command
+    print_into(log_file(Path(run_dir)))
+    if settings.threads is not None:
+        import torch  # the fork server has it, and read the environment before this trial had one of its own
+
+        torch.set_num_threads(settings.threads)
+    sys.exit(run_trial(config, run_dir, link))
+
+
+def print_into(file: Path) -> None:
+    """Have all that this process prints go into a file, behind what is there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    into = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        os.dup2(into, number)
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.close(into)

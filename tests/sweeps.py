@@ -1,0 +1,58 @@
+"""What the tests of sweeps share: sweeps of runs of a second, and how they stand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from src.config import compose
+from src.sweep.plan import Plan, plan_sweep
+from tests.conftest import ROWS, read_lines
+
+TINY = (
+    "debug=smoke",
+    f"data.cache_dir={ROWS}",
+    "evaluation.metrics=[]",
+    "evaluation.sample_prompts=0",
+    "checkpoint.keep_best=0",
+)
+
+
+def planned(*arguments: str) -> Plan:
+    compose.new_identity()
+    return plan_sweep(compose.read_command_line(["-m", *TINY, *untracked(arguments), *arguments]))
+
+
+def untracked(arguments: Sequence[str]) -> list[str]:
+    return [] if any(one.startswith("tracking") for one in arguments) else ["tracking=none"]
+
+
+def states(folder: Path) -> list[str]:
+    numbers = sorted(int(file.parent.name) for file in folder.glob("*/status.json"))
+    return [json.loads((folder / str(n) / "status.json").read_text())["state"] for n in numbers]
+
+
+def starts(folder: Path) -> list[int]:
+    """Count how often each trial was started."""
+    numbers = sorted(int(file.parent.name) for file in folder.glob("*/starts.jsonl"))
+    return [len(read_lines(folder / str(n) / "starts.jsonl")) for n in numbers]
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [json.loads(file.read_text())["step"] for file in folder.glob("*/status.json")]
+
+
+def board_of(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "leaderboard.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def study_of(folder: Path) -> Any:
+    import optuna
+
+    storage = f"sqlite:///{folder / 'study.db'}"
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage)

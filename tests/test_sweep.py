@@ -1,0 +1,459 @@
+"""Sweeps: what they plan, resume, skip, prune and survive, on real runs of a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from src.errors import ConfigError, RunFolderError, SweepError
+from src.sweep.record import Record
+from src.tracking.journal import hold
+from tests.conftest import ROOT, read_lines, write_lines
+from tests.sweeps import TINY, board_of, planned, starts, states, steps_of, study_of, untracked
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        planned(*arguments)
+    return str(refused.value)
+
+
+# ---- what is planned
+
+
+def test_a_grid_is_numbered_as_hydra_does() -> None:
+    plan = planned("optimizer.lr=1e-3,1e-2", "seed=1,2")
+    assert [trial.label for trial in plan.trials] == [
+        "optimizer.lr=0.001 seed=1",
+        "optimizer.lr=0.001 seed=2",
+        "optimizer.lr=0.01 seed=1",
+        "optimizer.lr=0.01 seed=2",
+    ]
+    assert len({trial.identity for trial in plan.trials}) == 4
+    assert len({trial.setting for trial in plan.trials}) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "labels"),
+    [
+        (["seed=range(3)"], ["seed=0", "seed=1", "seed=2"]),
+        (["seed=choice(7,5)"], ["seed=7", "seed=5"]),
+        (["seed=1,1,2"], ["seed=1", "seed=2"]),
+        (["optimizer=adamw,sgd"], ["optimizer=adamw", "optimizer=sgd"]),
+        (["tokens=glob([t*,h*])"], ["tokens=hcot", "tokens=tow"]),
+        (["sweep=seeds"], ["seed=42", "seed=43", "seed=44"]),
+        (["sweep=seeds", "sweep.num_seeds=2", "seed=7"], ["seed=7", "seed=8"]),
+        (["sweep=seeds", "seed=3,9"], ["seed=3", "seed=9"]),
+        (["sweep=kfold", "data.num_folds=3"], ["data.fold=0", "data.fold=1", "data.fold=2"]),
+        (["sweep.params={seed: '1,2'}"], ["seed=1", "seed=2"]),
+        (["sweep.params={seed: [1,2], optimizer.lr: 1e-2}"], ["seed=1", "seed=2"]),
+        (["sweep.params={seed: '1,2'}", "seed=5,6"], ["seed=5", "seed=6"]),
+        (["sweep.params={seed: '1,2', tokens: 'tow,none'}", "seed=5"], ["tokens=tow", "tokens=none"]),
+    ],
+)  # fmt: skip
+def test_what_is_varied(arguments: list[str], labels: list[str]) -> None:
+    assert [trial.label for trial in planned(*arguments).trials] == labels
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["optimizer.lr=1e-3,0", "seed=1,-1"], ["2 problems", "optimizer.lr = 0", "seed = -1"]),
+        (["optimizer.lrr=1,2"], ["optimizer.lrr = 1", "did you mean optimizer.lr?"]),
+        (["optimizer.lr=interval(0.1,1)"], ["a search space", "sweep=tpe"]),
+        (["sweep=tpe", "optimizer.lr=interval(1,0)"], ["from a lower to a higher"]),
+        (["sweep=tpe", "optimizer.lr=tag(log,interval(0,1))"], ["a log scale needs numbers above 0"]),
+        (["sweep=tpe", "optimizer.lr=interval(0.1,1)", "optimizer.weight_decay=0,-1"], ["optimizer.weight_decay = -1"]),
+        (["sweep=tpe", "sweep.n_trials=null", "optimizer.lr=interval(0.1,1)"], ["sweep.n_trials", "how many"]),
+        (["sweep=tpe"], ["nothing is varied"]),
+        (["sweep=tpe", "seed=interval(1,5)", "optimizer.lr=1,2"], ["a replicate needs values"]),
+        (["sweep=kfold"], ["data.num_folds", "how many folds"]),
+        (["seed=1,2", "seed=3"], ["given twice"]),
+        (["seed=range(5,3)"], ["there is no value in it"]),
+        (["seed=range(20000)"], ["20,000 combinations", "sweep=tpe"]),
+        (["sweep.n_jobs=1,2"], ["is the sweep's own"]),
+        (["sweep.metric=eval/validation/accuracy", "seed=1,2"], ["no evaluation gives this", "eval/validation/loss"]),
+        (["sweep.direction=maximize", "seed=1,2"], ["better when it is lower: minimize"]),
+        (["sweep=asha", "sweep.metric=eval/test/loss", "seed=1,2", "optimizer.lr=1,2"], ["known at the end only"]),
+        (["sweep.params={tokens: 'tow,nope'}"], ["sweep.params.tokens", "no such option; one of dialogue"]),
+        (["tokens=glob(x*)"], ["matches none of"]),
+        (["sweep.n_job=2"], ["did you mean sweep.n_jobs?"]),
+        (["model=tiny_llama,tiny_lama", "optimizer.lr=1,0"], ["2 problems", "tiny_lama", "optimizer.lr = 0"]),
+    ],
+)
+def test_a_bad_point_is_refused_before_anything_starts(arguments: list[str], told: list[str]) -> None:
+    said = refusal(*arguments)
+    for words in told:
+        assert words in said
+
+
+def test_the_same_command_is_the_same_sweep_however_it_is_written() -> None:
+    first = planned("optimizer.lr=1e-3,1e-2", "seed=1,2").folder
+    assert planned("seed=1,2", "optimizer.lr=1e-3,1e-2", "sweep.n_jobs=2", "sweep.max_retries=3").folder == first
+    assert planned("optimizer.lr=1e-3,1e-2", "seed=1,3").folder != first
+    assert planned("optimizer.lr=1e-3,1e-2", "seed=1,2", "sweep.name=mine").folder == Path("multirun/mine")
+
+
+def test_names_and_tracking_are_no_part_of_an_identity() -> None:
+    (plain,), (named,) = (planned("seed=1", *more).trials for more in ([], ["name=other", "data.cache_dir=null"]))
+    assert plain.identity == named.identity
+    (other,) = planned("seed=1", "optimizer.lr=1e-5").trials
+    assert other.identity != plain.identity
+
+
+# ---- what is run
+
+
+def test_a_grid_runs_ranks_and_is_left_alone_when_it_is_done(swept: Callable[..., int], folder: Path) -> None:
+    grid = ("optimizer.lr=1e-4,1e-2", "seed=1,2,3", "sweep.n_jobs=2")
+    assert swept(*grid) == 0
+    assert states(folder) == ["FINISHED"] * 6
+    best, other = board_of(folder)
+    assert (best["rank"], best["setting"], best["n"]) == ("1", "optimizer.lr=0.01", "3")
+    assert (other["rank"], other["tied"]) == ("2", "false")
+    values = [json.loads((folder / str(n) / "summary.json").read_text())["eval/validation/loss"] for n in (3, 4, 5)]
+    assert float(best["mean"]) == pytest.approx(sum(values) / 3, rel=1e-6)
+    assert [trial.value for trial in study_of(folder).trials if trial.params["optimizer.lr"] == "0.01"] == values
+    assert sum(1 for _ in folder.glob("plots/*.png")) == 2
+    log = (folder / "3" / "logs" / "output.log").read_text()
+    assert log.startswith("run         default")
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("[0-9]/*.json*")}
+
+    assert swept(*grid) == 0
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("[0-9]/*.json*")} == before
+    assert len(study_of(folder).trials) == 6
+
+
+def test_a_trial_computes_what_the_same_run_alone_does(swept: Callable[..., int], folder: Path, tmp_path: Path) -> None:
+    from tests.conftest import towline
+
+    assert swept("seed=7") == 0
+    assert towline(*TINY, "tracking=none", "seed=7", f"hydra.run.dir={tmp_path / 'alone'}").returncode == 0
+    alone, trial = ([{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_lines(one)]
+                    for one in (tmp_path / "alone" / "metrics.jsonl", folder / "0" / "metrics.jsonl"))  # fmt: skip
+    assert alone == trial
+
+
+def test_more_values_are_added_to_a_sweep_that_is_named(swept: Callable[..., int], folder: Path) -> None:
+    assert swept("optimizer.lr=1e-3,1e-2", "seed=1") == 0
+    assert swept("optimizer.lr=1e-3,1e-2", "seed=1,2") == 0
+    assert starts(folder) == [1, 1, 1, 1]
+    labels = [trial.label for trial in Record(folder).trials()]
+    assert labels[0] == "optimizer.lr=0.001 seed=1"
+    assert sorted(trial.params["optimizer.lr"] for trial in study_of(folder).trials) == [
+        "0.001",
+        "0.001",
+        "0.01",
+        "0.01",
+    ]
+
+
+def test_force_begins_anew(swept: Callable[..., int], folder: Path) -> None:
+    assert swept("seed=1,2") == 0
+    assert swept("seed=1,2", "force=true") == 0
+    assert starts(folder) == [1, 1]
+    assert len(study_of(folder).trials) == 2
+
+
+def test_a_trial_that_fails_is_told_and_tried_again_by_the_same_command(
+    swept: Callable[..., int], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"{i}=", "completion": "x"} for i in range(8)]
+    for seed in (1, 2, 3):
+        write_lines(tmp_path / f"{seed}.jsonl", rows)
+    (tmp_path / "2.jsonl").write_text("{damaged\n")
+    grid = ("seed=1,2,3", f"'data.train_files=[\"{tmp_path}/${{seed}}.jsonl\"]'".strip("'"))
+    assert swept(*grid) == 1
+    said = capsys.readouterr().out
+    assert "1 of 3 trials failed:" in said
+    assert "DataError" in said
+    assert str(folder / "1" / "logs" / "output.log") in said
+    assert states(folder) == ["FINISHED", "FAILED", "FINISHED"]
+    assert starts(folder) == [1, 1, 1], "a mistake in a file is not tried twice by itself"
+    (row,) = board_of(folder)
+    assert (row["n"], row["failed"]) == ("2", "1")
+
+    write_lines(tmp_path / "2.jsonl", rows)
+    assert swept(*grid) == 0
+    assert starts(folder) == [1, 2, 1]
+    assert [row["n"] for row in board_of(folder)] == ["3"]
+
+
+def test_editing_yaml_changes_nothing_for_a_sweep_that_began(
+    swept: Callable[..., int], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own" / "experiment"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("# @package _global_\noptimizer:\n  lr: 0.01\n")
+    grid = (f"--config-dir={own.parent}", "experiment=mine", "seed=1,2", "sweep.max_retries=0")
+    assert swept(*grid) == 0
+    shutil.rmtree(folder / "1")  # as if it had not begun
+    (own / "mine.yaml").write_text("# @package _global_\noptimizer:\n  lr: 0.5\n")
+    assert swept(*grid) == 0
+    assert "conf/ has changed" in capsys.readouterr().err
+    assert [trial.config["optimizer"]["lr"] for trial in Record(folder).trials()] == [0.01, 0.01]
+
+
+def test_a_missing_objective_is_a_failure(swept: Callable[..., int], folder: Path) -> None:
+    assert swept("seed=1", "sweep.metric=train/thing") == 1
+    assert json.loads((folder / "sweep.json").read_text())["counts"]["FAILED"] == 1
+    assert states(folder) == ["FINISHED"]
+
+
+def test_fail_fast_stops_the_others(swept: Callable[..., int], folder: Path) -> None:
+    assert swept("optimizer.lr=1e30,1e-3", "training.max_grad_norm=null", "seed=1,2", "sweep.fail_fast=true") == 1
+    assert len(states(folder)) < 4
+
+
+def test_asha_finds_the_best_in_at_most_half_of_the_steps(swept: Callable[..., int], folder: Path) -> None:
+    rates = "optimizer.lr=1e-7,2e-7,5e-7,1e-6,2e-6,5e-6,1e-5,2e-5,5e-5,1e-4,3e-4,2e-3"
+    long = ("training.max_train_steps=9", "training.num_train_epochs=9", "evaluation.eval_steps=1", "data.limit=36",
+            "scheduler=constant", "checkpoint.checkpointing_steps=null", "sweep.n_jobs=2")  # fmt: skip
+    assert swept("sweep=asha", rates, *long) == 0
+    assert board_of(folder)[0]["setting"] == "optimizer.lr=0.002"
+    assert len(states(folder)) == 12
+    assert sum(steps_of(folder)) <= 12 * 9 / 2
+    pruned = [trial for trial in study_of(folder).trials if trial.state.name == "PRUNED"]
+    assert len(pruned) == states(folder).count("PRUNED") > 0
+    before = starts(folder)
+    assert swept("sweep=asha", rates, *long) == 0
+    assert starts(folder) == before
+
+
+def test_tpe_proposes_on_a_scale_averages_seeds_and_goes_on(swept: Callable[..., int], folder: Path) -> None:
+    search = ("sweep=tpe", "sweep.pruner=none", "optimizer.lr=tag(log,interval(1e-5,1e-2))", "seed=1,2")
+    assert swept(*search, "sweep.n_trials=2") == 0
+    assert swept(*search, "sweep.n_trials=4", "sweep.n_jobs=2") == 0
+    assert states(folder) == ["FINISHED"] * 8
+    study = study_of(folder)
+    assert len({trial.params["optimizer.lr"] for trial in study.trials}) == 4
+    for number, trial in enumerate(study.trials):
+        values = [
+            json.loads((folder / str(one.number) / "summary.json").read_text())["eval/validation/loss"]
+            for one in Record(folder).trials()
+            if one.unit == number
+        ]
+        assert trial.value == pytest.approx(sum(values) / 2, rel=1e-12)
+    assert starts(folder) == [1] * 8
+
+
+def test_a_sampler_that_repeats_itself_costs_no_runs(swept: Callable[..., int], folder: Path) -> None:
+    sampled = ("sweep=tpe", "sweep.sampler=random", "sweep.pruner=none", "sweep.n_trials=3")
+    assert swept(*sampled, "optimizer.lr=1e-3,1e-2", "optimizer.weight_decay=0,0.1") == 0
+    assert len({trial.identity for trial in Record(folder).trials()}) == 3
+    assert starts(folder) == [1, 1, 1]
+
+
+def test_folds_are_averaged(swept: Callable[..., int], folder: Path) -> None:
+    assert swept("sweep=kfold", "data.num_folds=2", "optimizer.lr=1e-4,1e-2") == 0
+    assert [row["n"] for row in board_of(folder)] == ["2", "2"]
+    assert [len(study_of(folder).trials), study_of(folder).best_trial.params] == [2, {"optimizer.lr": "0.01"}]
+
+
+def test_a_study_that_is_gone_is_made_of_the_folder(swept: Callable[..., int], folder: Path) -> None:
+    assert swept("seed=1,2") == 0
+    values = [trial.value for trial in study_of(folder).trials]
+    (folder / "study.db").unlink()
+    assert swept("seed=1,2") == 0
+    assert [trial.value for trial in study_of(folder).trials] == values
+    assert starts(folder) == [1, 1]
+
+
+def test_a_folder_of_something_else_is_left_alone(swept: Callable[..., int], folder: Path) -> None:
+    folder.mkdir()
+    (folder / "thesis.txt").touch()
+    with pytest.raises(SweepError, match=r"no sweep's folder, but holds thesis\.txt"):
+        swept("seed=1,2")
+    assert {file.name for file in folder.iterdir()} <= {"thesis.txt", "lock"}
+
+
+def test_a_second_sweep_on_the_same_folder_is_refused(swept: Callable[..., int], folder: Path) -> None:
+    with hold(folder), pytest.raises(RunFolderError, match=f"process {os.getpid()} on"):
+        swept("seed=1,2")
+
+
+def test_models_are_compared_in_groups(swept: Callable[..., int], folder: Path) -> None:
+    assert swept("model=tiny_llama,tiny_bart", "data.batching=padded", "seed=1,2", "sweep.n_jobs=2") == 0
+    assert {row["model"] for row in board_of(folder)} == {"tiny_llama", "tiny_bart"}
+    assert "## tiny_bart" in (folder / "leaderboard.md").read_text()
+
+
+# ---- from the command line
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "src.run", "-m", *TINY, *untracked(arguments), *arguments]
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        running.append(
+            subprocess.Popen(
+                command(*arguments),
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def until(holds: Callable[[], Any], what: str, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def pid_of(folder: Path, number: int) -> int | None:
+    """Give the process of a trial that trains."""
+    try:
+        status = json.loads((folder / str(number) / "status.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return status["pid"] if status["state"] == "RUNNING" and status["step"] > 0 else None
+
+
+def left_of(folder: Path) -> list[psutil.Process]:
+    """Find the processes that have a file of the sweep open or as an argument."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        try:
+            files = [file.path for file in process.open_files()]
+            if process.pid != os.getpid() and any(
+                str(folder) in one for one in [*files, *(process.info["cmdline"] or [])]
+            ):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_grid_survives_a_failure_a_kill_and_the_death_of_its_parent(
+    started: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(64)]
+    rates = ("1e-05", "0.0001", "0.001", "0.002", "0.004", "0.008")
+    for rate in rates:
+        for seed in (1, 2):
+            write_lines(tmp_path / f"rows-{rate}-{seed}.jsonl", rows)
+    damaged = tmp_path / "rows-0.001-1.jsonl"  # trial 4's
+    damaged.write_text('{"prompt": 1}\n')
+    grid = (
+        f"optimizer.lr={','.join(rates)}", "seed=1,2", f"hydra.sweep.dir={folder}", "sweep.n_jobs=2",
+        f"data.train_files=['{tmp_path}/rows-${{optimizer.lr}}-${{seed}}.jsonl']", "data.limit=64",
+        "training.max_train_steps=50", "training.num_train_epochs=9", "checkpoint.checkpointing_steps=10",
+        "evaluation.eval_steps=null",
+    )  # fmt: skip
+
+    dry = subprocess.run(command(*grid, "sweep.dry_run=true"), cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert dry.returncode == 0
+    assert "12 trials, 12 to run, 2 at a time. Nothing was run or written." in dry.stdout
+    assert not folder.exists()
+    bad = subprocess.run(command(*grid, "training.per_device_train_batch_size=4,0"), cwd=ROOT, capture_output=True)
+    assert bad.returncode == 2
+    assert not folder.exists()
+
+    first = started(*grid)
+    until(lambda: pid_of(folder, 7), "trial 7 trains")
+    os.kill(pid_of(folder, 7) or 0, signal.SIGKILL)
+    first.kill()
+    first.communicate()
+    finished = {int(file.parent.name) for file in folder.glob("*/summary.json")}
+    assert len(finished) >= 5
+
+    second = started(*grid)
+    said, _ = second.communicate(timeout=200)
+    assert second.returncode == 1, said
+    assert "1 of 12 trials failed:" in said
+    assert "DataError" in said
+    assert str(folder / "4" / "logs" / "output.log") in said
+    assert [states(folder)[n] for n in range(12)] == ["FINISHED"] * 4 + ["FAILED"] + ["FINISHED"] * 7
+    assert [starts(folder)[n] for n in finished] == [1] * len(finished)
+    listed = [line.split("  ", 3)[1].strip() for line in dry.stdout.splitlines() if "waiting" in line]
+    assert len(listed) == 12
+    assert sorted(row["n"] for row in board_of(folder)) == ["1", "2", "2", "2", "2", "2"]
+    for number in range(12):
+        steps = [line["step"] for line in read_lines(folder / str(number) / "metrics.jsonl")] if number != 4 else []
+        assert steps == sorted(set(steps)), "no step twice"
+
+    write_lines(damaged, rows)
+    before = starts(folder)
+    third = started(*grid)
+    said, _ = third.communicate(timeout=200)
+    assert third.returncode == 0, said
+    assert starts(folder) == [count + (number == 4) for number, count in enumerate(before)]
+    assert [row["n"] for row in board_of(folder)] == ["2"] * 6
+    assert not left_of(folder)
+
+
+LONG = ("training.max_train_steps=100000", "training.num_train_epochs=90000", "evaluation.eval_steps=null",
+        "checkpoint.checkpointing_steps=null", "sweep.n_jobs=2", "seed=1,2,3,4")  # fmt: skip
+
+
+def test_ctrl_c_once_has_trials_save_and_the_sweep_goes_on(
+    started: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    process = started(*LONG, f"hydra.sweep.dir={folder}")
+    until(lambda: pid_of(folder, 0) and pid_of(folder, 1), "two trials train")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "Stopped: SIGINT" in said
+    assert states(folder) == ["PREEMPTED", "PREEMPTED"]
+    for number in (0, 1):
+        status = json.loads((folder / str(number) / "status.json").read_text())
+        assert (folder / str(number) / "checkpoints" / f"step-{status['step']:08d}" / "manifest.json").exists()
+    assert json.loads((folder / "sweep.json").read_text())["state"] == "PREEMPTED"
+    assert not left_of(folder)
+
+
+def test_ctrl_c_twice_ends_all_at_once(started: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    process = started(*LONG, f"hydra.sweep.dir={folder}")
+    until(lambda: pid_of(folder, 0) and pid_of(folder, 1), "two trials train")
+    for number in (0, 1):
+        os.kill(pid_of(folder, number) or 0, signal.SIGSTOP)  # trials that can't end by themselves
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert not left_of(folder)
+
+
+def test_submitit_runs_trials_in_batches(started: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    process = started("hydra/launcher=submitit_local", "optimizer.lr=1e-4,1e-2", f"hydra.sweep.dir={folder}")
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert states(folder) == ["FINISHED", "FINISHED"]
+    assert board_of(folder)[0]["setting"] == "optimizer.lr=0.01"
+    assert yaml.safe_load((folder / "1" / "config.yaml").read_text())["optimizer"]["lr"] == 0.01
+    assert list((folder / ".submitit").glob("*/*_log.out"))

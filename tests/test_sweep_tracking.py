@@ -1,0 +1,279 @@
+"""A sweep in MLflow: a parent run with its trials nested under it, brought up to date from the folder alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from src.config.schema import MlflowConfig, NoTrackingConfig
+from src.errors import Pruned
+from src.tracking.console import Console
+from src.tracking.journal import hold, read_status
+from src.tracking.mlflow_sweep import SweepDelivery
+from src.tracking.sweep_tracker import open_sweep_tracking
+from tests.conftest import write_lines
+from tests.sweeps import planned, states
+from tests.test_tracking import closed_port, count_calls, do_step, stopped, track, tracked
+
+LONG = ",".join(str(value) for value in range(200))
+STARTED = "2026-01-01T00:00:00+00:00"
+AT = 1_767_225_600_000
+"""The same in MLflow's milliseconds."""
+ENDED = {"state": "FINISHED", "counts": {"FINISHED": 2, "FAILED": 1, "PRUNED": 0}}
+
+
+def config(uri: str) -> MlflowConfig:
+    return MlflowConfig("mlflow", uri, "towline", "run", {"team": "a"}, False)
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that has its tables and nothing in them: making one takes seconds."""
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def uri(tmp_path: Path, empty_store: Path) -> str:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write(tmp_path / "rates")
+    return tmp_path / "rates"
+
+
+def write(place: Path, second: int = 0, **changes: Any) -> None:
+    """Write sweep.json, so many seconds after the start, and trials.jsonl."""
+    place.mkdir(exist_ok=True)
+    history = [
+        {"trial": 0, "value": 0.5, "best": 0.5, "elapsed_seconds": 1.5},
+        {"trial": 1, "value": 0.7, "best": 0.5, "elapsed_seconds": 2.5},
+    ]
+    sweep = {
+        "name": "rates", "state": "RUNNING", "started": STARTED, "updated": STARTED.replace("00+", f"{second:02}+"),
+        "space": {"optimizer.lr": "1e-3,1e-2", "seed": LONG},
+        "sweep": {"metric": "eval/validation/loss", "n_trials": None},
+        "counts": {"FINISHED": 2, "FAILED": 0, "PRUNED": 0}, "history": history,
+    }  # fmt: skip
+    (place / "sweep.json").write_text(json.dumps(sweep | changes))
+    trials = [{"number": n, "identity": f"identity{n}", "setting": "same", "config": {"seed": n}} for n in range(3)]
+    write_lines(place / "trials.jsonl", trials)
+
+
+def deliver(place: Path, uri: str) -> Any:
+    """Deliver as another process would, and give the sweep's run."""
+    SweepDelivery(config(uri), place).deliver()
+    return run_of(uri)
+
+
+def run_of(uri: str, name: str = "rates") -> Any:
+    (found,) = MlflowClient(uri).search_runs(["1"], filter_string=f"attributes.run_name = '{name}'")
+    return found
+
+
+def points(uri: str, name: str) -> list[tuple[int, float, int]]:
+    history = MlflowClient(uri).get_metric_history(run_of(uri).info.run_id, name)
+    return sorted((point.step, point.value, point.timestamp - AT) for point in history)
+
+
+def nested(uri: str) -> dict[str, Any]:
+    """Give the runs under the sweep's by the number of their trial."""
+    under = f"tags.`mlflow.parentRunId` = '{run_of(uri).info.run_id}'"
+    found = MlflowClient(uri).search_runs(["1"], filter_string=under)
+    return {child.data.tags["towline.trial"]: child for child in found}
+
+
+def test_what_was_delivered_is_not_delivered_again(place: Path, uri: str) -> None:
+    for _ in range(2):
+        run = deliver(place, uri)
+    assert run.data.params == {
+        "space.optimizer.lr": "1e-3,1e-2",  # the long one is in sweep.json
+        "sweep.metric": "eval/validation/loss",
+        "sweep.n_trials": "null",
+    }
+    tags = {"team": "a", "towline.sweep": "rates", "towline.folder": str(place), "mlflow.source.name": "src.run"}
+    assert tags.items() <= run.data.tags.items()
+    assert points(uri, "value") == [(1, 0.5, 1500), (2, 0.7, 2500)]
+    assert points(uri, "best") == [(1, 0.5, 1500), (2, 0.5, 2500)]
+    assert points(uri, "trials_finished") == [(2, 2, 0)]
+    write(place, second=9, counts={"FINISHED": 2, "FAILED": 1, "PRUNED": 0})
+    deliver(place, uri)
+    assert points(uri, "trials_finished") == [(2, 2, 0)]
+    assert points(uri, "trials_failed") == [(2, 0, 0), (2, 1, 9000)]
+
+
+def test_an_answer_that_was_lost_makes_no_second_point(place: Path, uri: str) -> None:
+    delivery = SweepDelivery(config(uri), place)
+    count_calls(delivery, {"log_batch": 3})
+    for _ in range(3):  # params, history, counts
+        with pytest.raises(ConnectionError):
+            delivery.deliver()
+    delivery.deliver()
+    assert [len(points(uri, name)) for name in ("value", "best", "trials_failed")] == [2, 2, 1]
+
+
+def test_a_sweep_that_goes_on_is_running_again_and_ends_again(place: Path, uri: str) -> None:
+    client = MlflowClient(uri)
+    for second, (state, status) in enumerate(
+        [("PREEMPTED", "KILLED"), ("RUNNING", "RUNNING"), ("FAILED", "FAILED"), ("FINISHED", "FINISHED")]
+    ):
+        write(place, second, state=state)
+        run = deliver(place, uri)
+        assert run.info.status == status
+        logged = json.loads(Path(client.download_artifacts(run.info.run_id, "sweep.json")).read_text())
+        assert logged["state"] == ("PREEMPTED" if state == "RUNNING" else state)
+
+
+def test_the_end_brings_the_leaderboard(place: Path, uri: str) -> None:
+    rows = [{"label": "lr=1e-3", "mean": 0.5, "trials": [0, 1]}, {"label": "lr=1e-2", "mean": None, "trials": []}]
+    (place / "leaderboard.json").write_text(json.dumps({"metric": "loss", "rows": rows}))
+    (place / "plots").mkdir()
+    (place / "plots" / "history.png").write_bytes(b"picture")
+    assert not MlflowClient(uri).list_artifacts(deliver(place, uri).info.run_id)
+    write(place, **ENDED)
+    run = deliver(place, uri)
+    client = MlflowClient(uri)
+    found = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert found == {"sweep.json", "leaderboard.json", "leaderboard_table.json", "plots"}
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "plots")] == ["plots/history.png"]
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "leaderboard_table.json")).read_text())
+    assert table["columns"] == ["label", "mean", "trials"]
+    assert table["data"] == [["lr=1e-3", 0.5, "[0, 1]"], ["lr=1e-2", None, "[]"]]
+    shown = [{"path": "leaderboard_table.json", "type": "table"}]
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == shown
+
+
+def test_trials_are_nested_and_say_what_became_of_them(place: Path, uri: str) -> None:
+    track(config(uri), place / "0")
+    stopped(config(uri), place / "1", steps=1)
+    track(NoTrackingConfig("none"), place / "2")
+    deliver(place, uri)
+    children = nested(uri)
+    assert {number: child.data.tags["towline.state"] for number, child in children.items()} == {
+        "0": "FINISHED",
+        "1": "PREEMPTED",
+    }
+    tags = {"towline.sweep": "rates", "towline.identity": "identity1", "towline.setting": "same"}
+    assert tags.items() <= children["1"].data.tags.items()
+    (place / "1" / "status.json").write_text(json.dumps(read_status(place / "1") | {"state": "FAILED"}))
+    delivery = SweepDelivery(config(uri), place)
+    calls = count_calls(delivery, {})
+    for _ in range(2):
+        delivery.deliver()
+    assert calls == ["log_batch"]  # the one that has changed
+    assert nested(uri)["1"].data.tags["towline.state"] == "FAILED"
+
+
+def test_a_trial_whose_run_was_deleted_does_not_stop_the_others(place: Path, uri: str) -> None:
+    for number in "01":
+        track(config(uri), place / number)
+    MlflowClient(uri).delete_run(read_status(place / "0")["tracker_run_id"])
+    write(place, **ENDED)
+    delivery = SweepDelivery(config(uri), place)
+    with pytest.raises(Exception, match="deleted"):
+        delivery.deliver()
+    assert list(nested(uri)) == ["1"]
+    assert run_of(uri).info.status == "FINISHED"
+
+
+def test_a_store_that_is_gone_costs_a_warning_and_everything_is_caught_up_with(
+    place: Path, uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = config(closed_port())
+    track(gone, place / "0")
+    write(place, **ENDED)
+    capsys.readouterr()
+    started = time.monotonic()
+    with open_sweep_tracking(gone, place, Console(io.StringIO())) as tracker:
+        tracker.ready()
+        assert (tracker.uri, tracker.run_id) == (gone.uri, None)
+    assert time.monotonic() - started < 6  # two seconds, and what a busy machine adds
+    warning = capsys.readouterr().err
+    assert "values of 2 trials, or what became of the sweep or a trial, are not delivered" in warning
+    assert f"Everything is in {place}; to deliver it later, give the same command again" in warning
+    for _ in range(2):
+        with open_sweep_tracking(config(uri), place, Console(io.StringIO())) as tracker:
+            tracker.ready()
+            assert tracker.run_id is not None
+    assert capsys.readouterr().err == ""
+    assert run_of(uri).info.status == "FINISHED"
+    assert len(points(uri, "best")) == 2
+    (child,) = nested(uri).values()  # what its own process could not deliver
+    assert (child.info.status, child.data.tags["towline.state"]) == ("FINISHED", "FINISHED")
+    assert len(MlflowClient(uri).get_metric_history(child.info.run_id, "train/loss")) == 3
+
+
+def test_a_trial_that_a_process_is_at_is_left_to_it(place: Path, uri: str) -> None:
+    track(config(closed_port()), place / "0")
+    write(place, **ENDED)
+    with hold(place / "0"), pytest.raises(Exception, match="in use by another process"):
+        deliver(place, uri)
+    assert run_of(uri).info.status == "FINISHED"
+    deliver(place, uri)
+    assert list(nested(uri)) == ["0"]
+
+
+def test_a_store_that_never_answers_does_not_hold_the_sweep(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        silent = config(f"http://127.0.0.1:{server.getsockname()[1]}")
+        started = time.monotonic()
+        with open_sweep_tracking(silent, place, Console(io.StringIO())) as tracker:
+            tracker.ready()
+            for _ in range(100):
+                tracker.poke()
+        assert time.monotonic() - started < 8  # the call that hangs has a time-out of 10 s
+    assert "not delivered (no answer)" in capsys.readouterr().err
+
+
+def test_without_a_tracker_nothing_is_done(place: Path) -> None:
+    before = sorted(place.iterdir())
+    with open_sweep_tracking(NoTrackingConfig("none"), place, Console()) as tracker:
+        tracker.ready()
+        tracker.poke()
+        assert (tracker.uri, tracker.run_id) == (None, None)
+    assert sorted(place.iterdir()) == before
+
+
+def test_a_run_that_ended_early_is_killed_in_mlflow(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(Pruned), tracked(config(uri), tmp_path / "run") as tracking:
+        do_step(tracking, 1, 1.0)
+        raise Pruned("others look better")
+    assert read_status(tmp_path / "run")["state"] == "PRUNED"
+    run = run_of(uri, "run")
+    assert run.info.status == "KILLED"
+    assert "config.yaml" in {file.path for file in MlflowClient(uri).list_artifacts(run.info.run_id)}
+
+
+def test_trials_that_start_together_on_a_fresh_store_are_nested(
+    swept: Callable[..., int], folder: Path, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert swept("tracking=mlflow", f"tracking.uri={uri}", "seed=1,2,3", "sweep.n_jobs=3") == 0
+    assert states(folder) == ["FINISHED"] * 3
+    client = MlflowClient(uri)
+    parent = run_of(uri, "sweep")
+    children = client.search_runs(["1"], filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert {child.data.tags["towline.trial"] for child in children} == {"0", "1", "2"}
+    assert {child.data.tags["towline.state"] for child in children} == {"FINISHED"}
+    assert {child.data.tags["towline.identity"] for child in children} == {
+        t.identity for t in planned("seed=1,2,3").trials
+    }
+    assert len({child.data.tags["towline.setting"] for child in children}) == 1
+    assert parent.info.status == "FINISHED"
+    values = [child.data.metrics["eval/validation/loss"] for child in children]
+    assert parent.data.metrics["best"] == pytest.approx(min(values))
+    artifacts = {one.path for one in client.list_artifacts(parent.info.run_id)}
+    assert {"sweep.json", "leaderboard.csv", "leaderboard.md", "plots", "leaderboard_table.json"} <= artifacts
