@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from src.config.gate import admit
+from src.sweep.plan import plan_sweep
 from tests.conftest import ROOT, admitted, towline
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,8 +49,8 @@ def places(tmp_path: Path) -> dict[str, str]:
 def test_every_run_command_is_admitted(command: str, places: dict[str, str]) -> None:
     for written, here in places.items():
         command = command.replace(written, here)
-    arguments = shlex.split(command, comments=True)[3:]
-    assert admit(arguments)
+    request = admit(shlex.split(command, comments=True)[3:])
+    assert plan_sweep(request.line).admitted if request.line.flags.multirun else request
 
 
 @pytest.mark.parametrize("command", commands("python -m src.preflight"))

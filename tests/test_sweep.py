@@ -18,7 +18,10 @@ import pytest
 import yaml
 
 from src.errors import ConfigError, RunFolderError, SweepError
+from src.runtime.devices import shares, visible_gpus
 from src.sweep.record import Record
+from src.sweep.space import Interval
+from src.sweep.study import _is_rung
 from src.tracking.journal import hold
 from tests.conftest import ROOT, read_lines, write_lines
 from tests.sweeps import TINY, board_of, planned, starts, states, steps_of, study_of, untracked
@@ -111,6 +114,44 @@ def test_names_and_tracking_are_no_part_of_an_identity() -> None:
     assert plain.identity == named.identity
     (other,) = planned("seed=1", "optimizer.lr=1e-5").trials
     assert other.identity != plain.identity
+
+
+def test_intervals_keep_their_scale_and_whole_numbers() -> None:
+    plan = planned(
+        "sweep=tpe", "optimizer.lr=tag(log,interval(1e-5,1e-2))", "data.max_seq_length=int(interval(64,128))"
+    )
+    log, whole = (axis.interval for axis in plan.axes)
+    assert log == Interval(1e-5, 1e-2, is_log=True, is_int=False)
+    assert whole == Interval(64, 128, is_log=False, is_int=True)
+    assert [axis.ends for axis in plan.axes] == [
+        ("optimizer.lr=1e-05", "optimizer.lr=0.01"),
+        ("data.max_seq_length=64", "data.max_seq_length=128"),
+    ]
+
+
+def test_paths_with_the_seed_in_them_are_one_setting() -> None:
+    plan = planned("seed=1,2", "optimizer.lr=1e-3,1e-2", "init_from=null", "data.prompt_template='{prompt}${seed}'")
+    assert len({trial.setting for trial in plan.trials}) == 2
+    assert len({trial.identity for trial in plan.trials}) == 4
+
+
+@pytest.mark.parametrize(("devices", "jobs", "each", "given"), [
+    ([], 2, 1, [[], []]),
+    (["0", "1"], 2, 1, [["0"], ["1"]]),
+    (["0", "1", "2", "3"], 2, 2, [["0", "1"], ["2", "3"]]),
+    (["0"], 2, 1, [["0"], ["0"]]),
+    (["3", "5"], 3, 1, [["3"], ["5"], ["3"]]),
+])  # fmt: skip
+def test_gpus_are_divided(devices: list[str], jobs: int, each: int, given: list[list[str]]) -> None:
+    assert shares(devices, jobs, each) == given
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ",".join(devices)}) == devices
+
+
+@pytest.mark.parametrize(
+    ("step", "is_one"), [(1, False), (2, True), (3, False), (4, False), (6, True), (12, False), (18, True)]
+)
+def test_rungs(step: int, is_one: bool) -> None:
+    assert _is_rung(step, min_resource=2, reduction_factor=3) is is_one
 
 
 # ---- what is run

@@ -39,6 +39,8 @@ class _Progress:
     """What is known of a trial besides its folder."""
 
     attempts: int = 0
+    started: float = 0.0
+    """When it was last started, by the monotonic clock."""
     is_running: bool = False
     is_settled: bool = False
     """Whether this start of the sweep is done with it."""
@@ -243,6 +245,7 @@ class Conductor:
         number = self._study_number(trial)
         progress = self._progress[trial.number]
         progress.attempts += 1
+        progress.started = time.monotonic()
         progress.is_running = True
         step = self.standings[trial.number].step
         board.say(f"trial {trial.number}  {trial.label or self.plan.name}  {'goes on' if step else 'starts'}")
@@ -287,7 +290,7 @@ class Conductor:
             progress.is_settled = True
             if standing.state == "FINISHED":
                 self._note(trial.number, standing)
-            self._durations.append(max(standing.elapsed_seconds, 0.1))
+            self._durations.append(time.monotonic() - progress.started)
             self._end_unit(trial.unit)
 
     def _ended(self, job: Job, code: int) -> Standing:
@@ -392,8 +395,11 @@ class Conductor:
         """Say in a line how far the sweep is."""
         counts = self.counts()
         left = self.total - sum(counts[state] for state in ("FINISHED", "PRUNED", "FAILED"))
-        mean = sum(self._durations) / len(self._durations) if self._durations else None
-        return counted(counts, self.total, None if mean is None else mean * left / self.plan.config.n_jobs)
+        if not left or not self._durations:
+            return counted(counts, self.total, None)
+        mean, now_at = sum(self._durations) / len(self._durations), time.monotonic()
+        spent = sum(min(mean, now_at - self._progress[number].started) for number in self.workers.running)
+        return counted(counts, self.total, (mean * left - spent) / self.plan.config.n_jobs)
 
     def _look(self) -> None:
         for number in self.workers.running:
