@@ -80,6 +80,7 @@ def refusal(*overrides: str) -> str:
         (["optimizer=null"], ["optimizer = null", "one of adafactor, adamw, adamw_8bit, paged_adamw_32bit, sgd"]),
         (["hydra.run.dir="], ["a folder of its own"]),
         (["-m", "seed=1,2", "hydra.sweep.dir=Makefile/x"], ["hydra.sweep.dir", "Makefile is a file"]),
+        (["-m", "--cfg", "job", "seed=1,2"], ["-m, --cfg", "sweep.dry_run=true"]),
         (["--config-path", "x"], ["--config-path", "--config-dir"]),
         (["--config-dir", "nope"], ["--config-dir = nope", "no such folder"]),
         (["~data.columns.prompt"], ["data.columns", "needs a column for prompt"]),

@@ -94,6 +94,9 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
         if problems or line.problems:
             raise refuse([*line.problems, *problems])
         return Request(line, admitted)
+    if line.flags.multirun and line.flags.cfg:
+        reason = "one of them: --cfg shows one run's configuration, sweep.dry_run=true the trials of a sweep"
+        raise refuse([*line.problems, Problem("-m, --cfg", reason, has_value=False)])
     if line.flags.multirun:
         return Request(line)
     admitted, problems = check(composing.compose(line.forced, line), line, entry)

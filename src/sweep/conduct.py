@@ -452,8 +452,10 @@ def _is_certain(cause: str) -> bool:
     return not issubclass(kind, TrainingError) or kind is errors.NonFiniteLossError
 
 
-def reclaim(record: Record, numbers: Sequence[int], board: Board, stop: StopRequest) -> None:
-    """Wait for trials that an earlier start left at work: they have been asked to stop, and save.
+def reclaim(
+    record: Record, numbers: Sequence[int], workers: Workers | Launched, board: Board, stop: StopRequest
+) -> None:
+    """Wait for trials that an earlier start left at work: they are asked to stop, and save.
 
     Raises:
         Interrupted: where something asks to stop meanwhile.
@@ -462,6 +464,8 @@ def reclaim(record: Record, numbers: Sequence[int], board: Board, stop: StopRequ
     deadline = time.monotonic() + ORPHAN_SECONDS
     told: set[int] = set()
     while held := list(record.held(numbers)):
+        if not told:
+            workers.ask_to_stop()  # processes of this machine know by themselves that their sweep has died
         for number, by_whom in held:
             if number not in told:
                 board.say(f"trial {number}  waits: {by_whom}")

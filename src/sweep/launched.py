@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.errors import one_line
 from src.sweep.plan import Plan
-from src.sweep.workers import Job, RunTrial, log_file, print_into
+from src.sweep.workers import Job, RunTrial, log_file, note, print_into
 
 STOP_FILE = "stop"
 LAUNCH = "launch"
@@ -84,7 +84,8 @@ class Launched:
             )
             codes = [one.return_value if isinstance(one._return_value, int) else 1 for one in returns]
         except Exception as error:  # the launcher's own, a job that the scheduler killed
-            self.trouble = one_line(error)
+            for job in self._batch:
+                note(log_file(job.run_dir), f"the launcher could not run it: {one_line(error)}")
             codes = [1] * len(self._batch)
         self._results = list(zip(self._batch, codes, strict=True))
 

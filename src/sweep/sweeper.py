@@ -120,7 +120,7 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
         until_the_end.enter_context(hold(plan.folder))
         board = until_the_end.enter_context(Board(plan.name, plan.config.metric))
         record.read()  # a folder that is something else is told before anything is written
-        reclaim(record, [trial.number for trial in record.trials()], board, stop)
+        reclaim(record, [trial.number for trial in record.trials()], workers, board, stop)
         workers.get_ready()
         if plan.force:
             record.clear()

@@ -207,6 +207,13 @@ def _work(
     sys.exit(run_trial(config, run_dir, link))
 
 
+def note(file: Path, text: str) -> None:
+    """Add a line to what a trial printed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", encoding="utf-8") as log:
+        log.write(f"{text}\n")
+
+
 def print_into(file: Path) -> None:
     """Have all that this process prints go into a file, behind what is there."""
     file.parent.mkdir(parents=True, exist_ok=True)
