@@ -290,6 +290,16 @@ def test_tpe_proposes_on_a_scale_averages_seeds_and_goes_on(swept: Callable[...,
     assert starts(folder) == [1] * 8
 
 
+def test_a_missing_replicate_is_run_behind_its_first_that_is_done(swept: Callable[..., int], folder: Path) -> None:
+    grid = ("sweep=tpe", "optimizer.lr=1e-3,1e-2", "seed=1,2", "sweep.n_jobs=2")
+    assert swept(*grid) == 0
+    shutil.rmtree(folder / "1")
+    assert swept(*grid) == 0
+    assert starts(folder) == [1, 1, 1, 1]
+    assert [row["n"] for row in board_of(folder)] == ["2", "2"]
+    assert len(json.loads((folder / "sweep.json").read_text())["history"]) == 5
+
+
 def test_a_sampler_that_repeats_itself_costs_no_runs(swept: Callable[..., int], folder: Path) -> None:
     sampled = ("sweep=tpe", "sweep.sampler=random", "sweep.pruner=none", "sweep.n_trials=3")
     assert swept(*sampled, "optimizer.lr=1e-3,1e-2", "optimizer.weight_decay=0,0.1") == 0

@@ -135,7 +135,9 @@ class Conductor:
     def _may_start(self, trial: Trial) -> bool:
         """Where trials of a setting are averaged and may end early, the first of them asks for all."""
         pilot = self._pilot(trial)
-        return pilot is None or pilot.number == trial.number or self._progress[pilot.number].is_settled
+        if pilot is None or pilot.number == trial.number:
+            return True
+        return self._progress[pilot.number].is_settled or self.standings[pilot.number].state == "FINISHED"
 
     def _pilot(self, trial: Trial) -> Trial | None:
         if self.plan.config.pruner is Pruner.none or self.plan.num_replicates == 1:
@@ -286,6 +288,7 @@ class Conductor:
                 continue
             if standing.state == "PRUNED" and self.plan.config.pruner is Pruner.asha:
                 self._resting.add(job.number)
+                progress.attempts = 0  # what comes when it goes on is another attempt
                 continue
             progress.is_settled = True
             if standing.state == "FINISHED":
@@ -334,9 +337,7 @@ class Conductor:
         trials = self._of_unit(unit)
         states = {self.standings[trial.number].state for trial in trials}
         if "PRUNED" in states:
-            for trial in trials:  # the first asked for all
-                if trial.number in self._queue:
-                    self._queue.remove(trial.number)
+            self._prune_rest(trials)
         elif not all(self._progress[t.number].is_settled or self.standings[t.number].is_over for t in trials):
             return
         if "PREEMPTED" in states or (number := self._units.get(unit)) is None or number not in self._open:
@@ -345,13 +346,24 @@ class Conductor:
         self.study.end(number, state, self._mean(unit) if state == "FINISHED" else None)
         self._open.discard(number)
 
+    def _prune_rest(self, trials: Sequence[Trial]) -> None:
+        """Take those out that wait: the first of their setting asked for all, and is not worth going on with."""
+        for trial in trials:
+            if trial.number in self._queue:
+                self._queue.remove(trial.number)
+                self.standings[trial.number] = Standing("PRUNED", cause="the first trial of its setting was")
+
     def _reconcile(self) -> None:
         """Tell the study what it missed: a sweep that was killed, or a study that is gone."""
+        noted = {point["trial"] for point in self.history}
         for unit in sorted({trial.unit for trial in self.trials.values()}):
             trials = self._of_unit(unit)
             states = {self.standings[trial.number].state for trial in trials}
             if self._resting & {trial.number for trial in trials}:
                 continue
+            for trial in trials:
+                if self.standings[trial.number].state == "FINISHED" and trial.number not in noted:
+                    self._note(trial.number, self.standings[trial.number])
             if states == {"FINISHED"} or "PRUNED" in states:
                 if unit not in self._units:
                     self._study_number(trials[0])
