@@ -90,6 +90,7 @@ def test_what_is_varied(arguments: list[str], labels: list[str]) -> None:
         (["sweep.metric=eval/validation/accuracy", "seed=1,2"], ["no evaluation gives this", "eval/validation/loss"]),
         (["sweep.direction=maximize", "seed=1,2"], ["better when it is lower: minimize"]),
         (["sweep=asha", "sweep.metric=eval/test/loss", "seed=1,2", "optimizer.lr=1,2"], ["known at the end only"]),
+        (["checkpoint.resume=never", "seed=1,2"], ["checkpoint.resume = never", "a sweep goes on"]),
         (["sweep.params={tokens: 'tow,nope'}"], ["sweep.params.tokens", "no such option; one of dialogue"]),
         (["tokens=glob(x*)"], ["matches none of"]),
         (["sweep.n_job=2"], ["did you mean sweep.n_jobs?"]),
@@ -497,6 +498,16 @@ def test_ctrl_c_twice_ends_all_at_once(started: Callable[..., subprocess.Popen[s
     process.communicate(timeout=60)
     assert process.returncode == 75
     assert not left_of(folder)
+
+
+def test_a_search_from_the_command_line_proposes_while_hydra_is_at_work(
+    started: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    search = ("sweep=tpe", "optimizer.lr=tag(log,interval(1e-5,1e-2))", "sweep.n_trials=2")
+    process = started(*search, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert states(tmp_path / "sweep") == ["FINISHED", "FINISHED"]
 
 
 def test_submitit_runs_trials_in_batches(started: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:

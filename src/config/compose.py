@@ -14,6 +14,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
@@ -25,6 +26,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.errors import HydraException
@@ -252,7 +254,10 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
     if len(line.roots) > 1 and line.roots[-1].is_dir():
         usable.append(f"hydra.searchpath=[file://{line.roots[-1]}]")
     try:
-        with initialize_config_dir(config_dir=str(line.roots[0]), version_base="1.3", job_name="towline"):
+        with (
+            _beside_hydra(),
+            initialize_config_dir(config_dir=str(line.roots[0]), version_base="1.3", job_name="towline"),
+        ):
             cfg = hydra_compose(line.flags.config_name or "config", overrides=usable, return_hydra_config=True)
             run_dir = Path(cfg.hydra.sweep.dir if line.flags.multirun else cfg.hydra.run.dir)
             choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items()}
@@ -268,6 +273,17 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
     else:
         composed.sections = sections
     return composed
+
+
+@contextmanager
+def _beside_hydra() -> Iterator[None]:
+    """Compose also while Hydra's own main is at work, which a sweep's proposals are; Hydra takes two for a mistake."""
+    main = GlobalHydra.instance()
+    before, main.hydra = main.hydra, None
+    try:
+        yield
+    finally:
+        main.hydra = before
 
 
 def _without_culprits(overrides: Sequence[str], line: CommandLine, error: Exception) -> Composed:

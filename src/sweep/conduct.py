@@ -16,7 +16,7 @@ from typing import Any
 
 from src import errors
 from src.config.schema import Direction, Pruner, Sampler
-from src.errors import Interrupted, RunFolderError, TowlineError, TrainingError
+from src.errors import Interrupted, Pruned, RunFolderError, TowlineError, TrainingError
 from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
 from src.sweep.board import Board, Entry, counted
@@ -30,6 +30,9 @@ from src.tracking.journal import note_end, now
 
 POLL_SECONDS = 0.1
 POKE_SECONDS = 2.0
+LAST_SECONDS = 2.0
+"""How long it may take to hear of trials that were ended at once."""
+EXIT_CODES = {"PRUNED": Pruned.exit_code, "PREEMPTED": Interrupted.exit_code}
 MOST_REPEATS = 25
 """How often in a row a sampler may propose what was tried before it is taken to have nothing new."""
 
@@ -39,6 +42,8 @@ class _Progress:
     """What is known of a trial besides its folder."""
 
     attempts: int = 0
+    passed: int = 0
+    """The evaluation of the last rung that it was let through."""
     started: float = 0.0
     """When it was last started, by the monotonic clock."""
     is_running: bool = False
@@ -130,6 +135,7 @@ class Conductor:
         if number is None:
             return None
         self._resting.discard(by_study[number])
+        self._progress[by_study[number]].passed = self.study.last_evaluation(number)
         return self.trials[by_study[number]]
 
     def _may_start(self, trial: Trial) -> bool:
@@ -206,7 +212,9 @@ class Conductor:
                 self._follow(board, stopping=bool(why))
         except KeyboardInterrupt:
             self.workers.stop_at_once()
-            self._take_in(self.workers.wait(0), board)
+            deadline = time.monotonic() + LAST_SECONDS
+            while self.workers.running and time.monotonic() < deadline:
+                self._take_in(self.workers.wait(POLL_SECONDS), board)
             raise
 
     def _leave_resting(self) -> str:
@@ -252,7 +260,7 @@ class Conductor:
         step = self.standings[trial.number].step
         board.say(f"trial {trial.number}  {trial.label or self.plan.name}  {'goes on' if step else 'starts'}")
         self.standings[trial.number] = Standing("RUNNING", step=step)
-        link = self._link(number) if self._asks(trial) else None
+        link = self._link(number, progress.passed) if self._asks(trial) else None
         self.workers.start([Job(trial.number, dict(trial.config), self.record.run_dir(trial.number), link)])
 
     def _asks(self, trial: Trial) -> bool:
@@ -260,7 +268,8 @@ class Conductor:
         pilot = self._pilot(trial)
         return self.plan.config.pruner is not Pruner.none and (pilot is None or pilot.number == trial.number)
 
-    def _link(self, number: int) -> dict[str, Any]:
+    def _link(self, number: int, passed: int) -> dict[str, Any]:
+        """Say where a trial asks whether to go on, and behind which evaluation: it has passed the rungs before."""
         config = self.plan.config
         return {
             "study": self.study.name,
@@ -270,6 +279,7 @@ class Conductor:
             "pruner": config.pruner.name,
             "min_resource": config.min_resource,
             "reduction_factor": config.reduction_factor,
+            "passed": passed,
         }
 
     def _take_in(self, ended: Sequence[tuple[Job, int]], board: Board) -> None:
@@ -305,6 +315,10 @@ class Conductor:
         if standing.cause.startswith("killed"):
             note_end(job.run_dir, TrainingError(how))
             return replace(standing, cause=how)
+        if (
+            standing.state in EXIT_CODES and code != EXIT_CODES[standing.state]
+        ):  # it says how it ended before this start
+            return Standing("FAILED", None, f"{how}{_last_words(standing.log)}", standing.log, standing.step)
         return standing
 
     def _is_worth_trying(self, standing: Standing, progress: _Progress) -> bool:

@@ -130,7 +130,7 @@ class Plan:
         by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
         admitted, problems = check(self.composer.compose(self._forced(overrides)), self.line)
         if admitted is not None and admitted.sweep is not None:
-            problems = list(_metric_problems(admitted.sweep, admitted.config))
+            problems = list(_sweep_problems(admitted.sweep, admitted.config))
             self.admitted = self.admitted or admitted.config
         return (None if problems else admitted), [self._located(problem, by_key) for problem in problems]
 
@@ -249,8 +249,10 @@ def _axis_problems(plan: Plan) -> Iterator[Problem]:
         yield Problem("-m", reason, has_value=False, where=COMMAND_LINE)
 
 
-def _metric_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
-    """Tell a metric that no run gives, and a direction that would call the worst the best."""
+def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
+    """Tell a metric that no run gives, a direction that would call the worst the best, and runs that can't go on."""
+    if config.checkpoint.resume == "never":
+        yield Problem("checkpoint.resume", "a sweep goes on with its trials: auto", "never")
     metric = sweep.metric.removeprefix("best/")
     kind, _, rest = metric.partition("/")
     set_name, _, score = rest.rpartition("/")

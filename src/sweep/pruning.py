@@ -43,7 +43,7 @@ class Pruning:
         try:
             trial = self._trial or self._open(self._link)
             trial.report(value, self._count)
-            is_worse = trial.should_prune()
+            is_worse = self._count > self._link["passed"] and trial.should_prune()
         except Exception as error:  # whatever the storage raises: a run does not end because nobody answers
             self._warn(f"the sweep's study can't be asked whether to go on, so the run goes on: {one_line(error)}")
             return ""

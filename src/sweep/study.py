@@ -140,6 +140,10 @@ class Study:
                 return trial.number
         return None
 
+    def last_evaluation(self, number: int) -> int:
+        """Give the number of the last evaluation that a trial reported."""
+        return self._study.get_trials(deepcopy=False)[number].last_step or 0
+
     def begin(self, unit: int, overrides: Sequence[str]) -> int:
         """Note that a unit which was not proposed is being tried; gives its number."""
         given = dict(text.split("=", 1) for text in overrides)

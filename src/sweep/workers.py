@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from src.errors import SweepError, one_line
 from src.runtime.devices import shares, threads_each, visible_gpus
 
 RunTrial = Callable[[dict[str, Any], str, Mapping[str, Any] | None], int]
@@ -117,8 +118,10 @@ class Workers:
         try:
             for number in (1, 2):
                 os.dup2(nowhere, number)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it must outlive a Ctrl-C while it imports
             forkserver.ensure_running()
         finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             for number, before in zip((1, 2), kept, strict=True):
                 os.dup2(before, number)
                 os.close(before)
@@ -136,7 +139,10 @@ class Workers:
             )
             given = (self._run_trial, settings, job.config, str(job.run_dir), job.link)
             process = self._context.Process(target=_work, args=given, name=f"trial-{job.number}")
-            process.start()
+            try:
+                process.start()
+            except (EOFError, OSError) as error:
+                raise SweepError(f"the process that trials are forked from has died ({one_line(error)})") from error
             self._working[slot] = _Worker(job, slot, process)
 
     def _environment(self, slot: int) -> dict[str, str]:
@@ -174,7 +180,6 @@ class Workers:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive, timeout=GRACE_SECONDS)
-        self.wait(0)
 
     def close(self) -> None:
         """End the fork server; the trials have ended."""
@@ -195,6 +200,7 @@ def _work(
 ) -> None:
     """Be a trial, from its first line to its exit code."""
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ.clear()
     os.environ.update(settings.environment)
     os.chdir(settings.folder)
