@@ -328,9 +328,12 @@ def _how_to_go_on(run_dir: Path) -> str:
 
 def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None) -> int:
     """Be a trial of a sweep: run a frozen configuration; gives the exit code."""
-    with stop_on_signals() as stop:
-        follow_parent()
-        return guarded(Admitted(parse(config), config, Path(run_dir), trial=link), stop)
+    try:
+        with stop_on_signals() as stop:
+            follow_parent()
+            return guarded(Admitted(parse(config), config, Path(run_dir), trial=link), stop)
+    except (Interrupted, KeyboardInterrupt):  # before there was anything to end
+        return Interrupted.exit_code
 
 
 def by_hydra(request: Request, stop: StopRequest) -> int:
@@ -355,7 +358,8 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
         if codes[-1] == Interrupted.exit_code:
             sys.exit(Interrupted.exit_code)  # a stopped run stops the sweep; one that failed does not
 
-    asked = own_sweep(request, stop) if request.line.flags.multirun else None
+    is_sweep = request.line.flags.multirun and not request.line.asks_hydra_only
+    asked = own_sweep(request, stop) if is_sweep else None
     if asked is not None:
         setattr(job, asked.ATTRIBUTE, asked)
     sys.argv = [sys.argv[0], *request.line.hydra_argv]

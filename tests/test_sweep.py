@@ -90,6 +90,8 @@ def test_what_is_varied(arguments: list[str], labels: list[str]) -> None:
         (["sweep.metric=eval/validation/accuracy", "seed=1,2"], ["no evaluation gives this", "eval/validation/loss"]),
         (["sweep.direction=maximize", "seed=1,2"], ["better when it is lower: minimize"]),
         (["sweep=asha", "sweep.metric=eval/test/loss", "seed=1,2", "optimizer.lr=1,2"], ["known at the end only"]),
+        (["sweep.metric=loss", "seed=1,2"], ["no run gives this", "train/loss"]),
+        (["hydra.run.dir=outputs/x", "seed=1,2"], ["multirun/<sweep.name>"]),
         (["checkpoint.resume=never", "seed=1,2"], ["checkpoint.resume = never", "a sweep goes on"]),
         (["sweep.params={tokens: 'tow,nope'}"], ["sweep.params.tokens", "no such option; one of dialogue"]),
         (["tokens=glob(x*)"], ["matches none of"]),
@@ -249,7 +251,7 @@ def test_editing_yaml_changes_nothing_for_a_sweep_that_began(
 
 
 def test_a_missing_objective_is_a_failure(swept: Callable[..., int], folder: Path) -> None:
-    assert swept("seed=1", "sweep.metric=train/thing") == 1
+    assert swept("seed=1", "sweep.metric=train/objective") == 1  # it is not told where it is the loss
     assert json.loads((folder / "sweep.json").read_text())["counts"]["FAILED"] == 1
     assert states(folder) == ["FINISHED"]
 
@@ -484,6 +486,17 @@ def test_ctrl_c_once_has_trials_save_and_the_sweep_goes_on(
         assert (folder / str(number) / "checkpoints" / f"step-{status['step']:08d}" / "manifest.json").exists()
     assert json.loads((folder / "sweep.json").read_text())["state"] == "PREEMPTED"
     assert not left_of(folder)
+
+
+def test_trials_save_and_end_when_their_sweep_is_killed(
+    started: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    process = started(*LONG, f"hydra.sweep.dir={folder}")
+    until(lambda: pid_of(folder, 0) and pid_of(folder, 1), "two trials train")
+    process.kill()
+    until(lambda: states(folder) == ["PREEMPTED", "PREEMPTED"], "both have saved", 30)
+    until(lambda: not left_of(folder), "nothing is left", 30)
 
 
 def test_ctrl_c_twice_ends_all_at_once(started: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:

@@ -88,6 +88,9 @@ class CommandLine:
     def hydra_argv(self) -> list[str]:
         """The same arguments for Hydra's own main: flags first, then the overrides with every key forced."""
         flags = [argument for argument in self.argv if argument not in self.flags.overrides]
+        varied = [override for override in self.overrides if override.is_sweep_override()]
+        if self.asks_hydra_only:  # it shows one configuration
+            return [*flags, *(text for o in self.overrides if o not in varied for text in forced(o, self.roots))]
         return [*flags, *self.forced]
 
     def value_of(self, key: str) -> Any:

@@ -113,7 +113,7 @@ def _cells(entry: Entry) -> tuple[str, ...]:
 
 def counted(counts: Mapping[str, int], total: int | None, left_seconds: float | None) -> str:
     """Say in a line how far a sweep is."""
-    done = sum(counts.get(state, 0) for state in ("FINISHED", "PRUNED", "FAILED"))
+    done = sum(counts.get(state, 0) for state in ("FINISHED", "PRUNED"))
     parts = [f"{done} of {total if total is not None else '?'} trials done"]
     parts += [f"{counts[state]} {state.lower()}" for state in ("RUNNING", "FAILED", "PRUNED") if counts.get(state)]
     if left_seconds is not None:

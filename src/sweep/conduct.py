@@ -74,6 +74,8 @@ class Conductor:
         self._open = study.running()
         self._metric, self._is_min = plan.config.metric, plan.config.direction is Direction.minimize
         self._has_given_up = False
+        self.refusal = ""
+        """Why the last proposal that can't be run is none."""
         rests = plan.config.pruner is Pruner.asha
         self._resting = {
             number
@@ -162,6 +164,8 @@ class Conductor:
             unit = max(units, default=-1) + 1
             found, problems = self.plan.unit(proposal.overrides, unit, len(self.trials))
             known = {trial.identity: trial for trial in self.trials.values()}
+            if problems:
+                self.refusal = f"{problems[0].given}: {problems[0].reason}"
             if problems or all(trial.identity in known for trial in found):
                 same = [known[trial.identity].unit for trial in found if trial.identity in known]
                 self._repeat(proposal.number, same[0] if same else None)
@@ -196,6 +200,10 @@ class Conductor:
             KeyboardInterrupt: where it was asked twice to stop; every trial has been ended then.
         """
         self._reconcile()
+        if (self._queue or not self.plan.is_listed) and not self.workers.is_ready(POLL_SECONDS):
+            board.say("importing what the trials need")
+            while not self.workers.is_ready(POLL_SECONDS) and not self._why_stop():
+                pass
         why = ""
         try:
             while True:
@@ -289,8 +297,7 @@ class Conductor:
             progress.is_running = False
             standing = self._ended(job, code)
             self.standings[job.number] = standing
-            is_stopped = standing.state == "PREEMPTED" and bool(self.stop.asked())
-            is_again = not is_stopped and self._is_worth_trying(standing, progress)
+            is_again = not self.stop.asked() and self._is_worth_trying(standing, progress)
             told = f"{_told(standing, self._metric)}{', tried again' if is_again else ''}"
             board.say(f"trial {trial.number}  {trial.label or self.plan.name}  {told}")
             if is_again:
@@ -310,6 +317,8 @@ class Conductor:
         """Tell how a trial stands whose process has ended, and have its own folder say so."""
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         standing = self.record.standing(job.number, self._metric)
+        if standing.state == "WAITING" and self.stop.asked() and code in (Interrupted.exit_code, -signal.SIGTERM):
+            return standing
         if standing.state == "WAITING":
             return Standing("FAILED", None, f"{how} before it began{_last_words(standing.log)}", standing.log)
         if standing.cause.startswith("killed"):
@@ -459,6 +468,8 @@ class Conductor:
 
 
 def _told(standing: Standing, metric: str) -> str:
+    if standing.state == "WAITING":
+        return "stopped before it began"
     if standing.state == "FINISHED":
         return f"finished, {metric} {standing.value:.6g}"
     return f"{standing.state.lower()}{f': {standing.cause}' if standing.cause else ''}"

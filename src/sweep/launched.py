@@ -60,6 +60,10 @@ class Launched:
         """Take back what an earlier start asked."""
         (self._plan.folder / STOP_FILE).unlink(missing_ok=True)
 
+    def is_ready(self, seconds: float) -> bool:
+        """A launcher is asked at any time."""
+        return True
+
     def start(self, jobs: Sequence[Job]) -> None:
         """Take trials into the next batch."""
         folder = self._plan.folder / LAUNCH

@@ -33,6 +33,11 @@ MOST_PROBES = 200
 """Points that are looked at where they can't all be."""
 
 
+KNOWN_METRICS = (
+    *("train/loss", "train/objective", "train/thought_loss", "train/answer_loss", "train/grad_norm"),
+    *("train_seconds", "tokens_per_second", "tokens_seen", "peak_memory_bytes", "perf/tokens_per_second"),
+)
+"""What a summary has besides evaluations, as far as somebody may want to compare it."""
 NO_REPLICATE = ("++seed=0", "++data.fold=null")
 """What a setting is composed with to be told from others."""
 
@@ -158,6 +163,9 @@ def plan_sweep(line: CommandLine) -> Plan:
             plan.changed_conf = changed
     if plan is None:
         raise refuse(problems)
+    if line.value_of("hydra.run.dir") is not None:
+        reason = "of a single run; a sweep's folder is multirun/<sweep.name>, or hydra.sweep.dir=DIR"
+        problems.append(Problem("hydra.run.dir", reason, has_value=False, where=COMMAND_LINE))
     problems += (of_axes := list(_axis_problems(plan)))
     config, num_settings = plan.config, size(plan.axes)
     wanted = config.n_trials
@@ -269,6 +277,10 @@ def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
                 )
             yield Problem("sweep.metric", reason, sweep.metric)
             return
+    elif metric not in KNOWN_METRICS and not metric.startswith("tokens/"):
+        allowed = f"a name of summary.json: eval/<set>/<score>, {', '.join(KNOWN_METRICS)}"
+        yield Problem("sweep.metric", f"no run gives this; {allowed}", sweep.metric)
+        return
     if kind == "eval" or metric == "train/loss":
         better = Direction.maximize if greater_is_better(metric) else Direction.minimize
         if sweep.direction is not better:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.errors import RunFolderError, SweepError
+from src.errors import SweepError
 from src.sweep.trial import Trial
 from src.sweep.workers import log_file
-from src.tracking.journal import LOCK, hold, read_status, write_atomically
+from src.tracking.journal import LOCK, holder_of, read_status, write_atomically
 
 SWEEP, TRIALS, CONF = "sweep.json", "trials.jsonl", "conf"
 STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
@@ -118,7 +118,7 @@ class Record:
         state = status.get("state", "WAITING")
         log = log_file(run_dir) if log_file(run_dir).exists() else None
         step, num_steps = status.get("step", 0), status.get("num_steps")
-        cause = (status.get("cause") or "").strip().split("\n")[0].rstrip(":")
+        cause = " ".join(line.strip() for line in (status.get("cause") or "").strip().split("\n")[:2]).rstrip(":")
         if is_running:
             return Standing("RUNNING", None, "", log, step, num_steps, *_newest(run_dir, metric))
         if state == "FINISHED":
@@ -133,12 +133,8 @@ class Record:
     def held(self, numbers: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Give the trials whose folder a living process holds, and which."""
         for number in numbers:
-            if (self.run_dir(number) / LOCK).exists():
-                try:
-                    with hold(self.run_dir(number)):
-                        pass
-                except RunFolderError as error:
-                    yield number, str(error)
+            if (self.run_dir(number) / LOCK).exists() and (holder := holder_of(self.run_dir(number))):
+                yield number, f"{self.run_dir(number)} is in use by another process: {holder}"
 
 
 def differing(kept: Sequence[Path], roots: Sequence[Path]) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -90,9 +92,21 @@ def sweep(task: Callable[..., Any], config: Any, context: Any) -> int:
     except TowlineError as error:  # Hydra would show where it came from
         print(f"\n{error}", file=sys.stderr)
         request.code = error.exit_code
+    except OSError as error:
+        if not _is_full(error):
+            raise
+        print(
+            f"\nThe disk is full: {request.plan.folder}. The same command goes on once there is room.", file=sys.stderr
+        )
+        request.code = 1
     finally:
         request.workers.close()
     return request.code
+
+
+def _is_full(error: OSError) -> bool:
+    """Whether there was no room; what copies a folder gives all errors in one."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or (isinstance(error, shutil.Error) and "No space" in str(error))
 
 
 def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
@@ -149,7 +163,9 @@ def _dry_run(plan: Plan, record: Record, console: Console) -> int:
     """Show what would run, and write nothing."""
     recorded = [] if plan.force else record.trials()
     trials, todo = _merged(recorded, plan)
-    standings = {trial.number: record.standing(trial.number, plan.config.metric) for trial in trials}
+    held = {number for number, _ in record.held([trial.number for trial in trials])}
+    metric = plan.config.metric
+    standings = {t.number: record.standing(t.number, metric, is_running=t.number in held) for t in trials}
     if plan.force:
         standings = {number: dataclasses.replace(one, state="WAITING", value=None) for number, one in standings.items()}
     console.label("sweep", f"{plan.name} → {plan.folder}")
@@ -194,7 +210,7 @@ def _outcome(conductor: Conductor, why: str, stop: StopRequest) -> tuple[int, st
     counts = conductor.counts()
     if stop.name or why.startswith("Ctrl-C"):
         return Interrupted.exit_code, "PREEMPTED"
-    if counts["FAILED"]:
+    if counts["FAILED"] or (conductor.refusal and not conductor.trials):
         return 1, "FAILED"
     if any(counts[state] for state in ("PREEMPTED", "WAITING", "RUNNING")) and why != "":
         return 1, "FAILED"
@@ -247,6 +263,8 @@ def _close(plan: Plan, conductor: Conductor, why: str, console: Console) -> None
         console.say(f"\n{len(failed)} of {len(conductor.trials)} trials failed:")
         failures(failed, console)
         console.say("The same command tries them again, and leaves what is done as it is.")
+    if conductor.refusal and not conductor.trials:
+        console.say(f"\nNothing that was proposed can be run; the last: {conductor.refusal}")
     if why:
         console.say(f"\nStopped: {why}. {conductor.summary()}. The same command goes on.")
     console.say()

@@ -49,6 +49,8 @@ class Trial:
 def trial_of(number: int, unit: int, overrides: tuple[str, ...], frozen: Mapping[str, Any], setting: str) -> Trial:
     """Make a trial of a configuration that was admitted."""
     config = copy.deepcopy(dict(frozen)) | {"force": False}
+    if config["tracking"].get("run_name") == config["name"]:  # so that MLflow's list tells them apart
+        config["tracking"]["run_name"] = " ".join(overrides) or config["name"]
     fold = config["data"].get("fold")
     return Trial(number, unit, overrides, identity_of(config), setting, config["seed"], fold, config)
 

@@ -12,6 +12,7 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ class Workers:
         self._threads = threads_each(n_jobs)
         self._gpus = shares(visible_gpus() if uses_gpus else [], n_jobs, gpus_each)
         self._working: dict[int, _Worker] = {}
+        self._first: threading.Thread | None = None
 
     @property
     def room(self) -> int:
@@ -129,6 +131,20 @@ class Workers:
 
     def get_ready(self) -> None:
         """Nothing is left of an earlier start."""
+
+    def is_ready(self, seconds: float) -> bool:
+        """Wait until trials start at once, or so long; whether they do."""
+        if self._first is None:
+            self._first = threading.Thread(target=self._start_nothing, name="fork-server", daemon=True)
+            self._first.start()
+        self._first.join(seconds)
+        return not self._first.is_alive()
+
+    def _start_nothing(self) -> None:
+        with suppress(EOFError, OSError):  # it has died: the first trial tells
+            process = self._context.Process(target=_nothing)
+            process.start()
+            process.join()
 
     def start(self, jobs: Sequence[Job]) -> None:
         """Start trials, no more than there is room for."""
@@ -184,7 +200,15 @@ class Workers:
     def close(self) -> None:
         """End the fork server; the trials have ended."""
         if self._context.get_start_method() == "forkserver":
-            forkserver._forkserver._stop()  # type: ignore[attr-defined]  # else it ends a moment after this process
+            server: Any = forkserver._forkserver
+            if server._forkserver_pid is not None:
+                os.kill(server._forkserver_pid, signal.SIGKILL)  # it may be in the middle of its imports
+            server._stop()
+
+
+def _nothing() -> None:
+    """Be a process that shows that processes can be had."""
+    _let_go_of_the_server()
 
 
 @dataclass(frozen=True)
@@ -200,6 +224,7 @@ def _work(
 ) -> None:
     """Be a trial, from its first line to its exit code."""
     os.setsid()
+    _let_go_of_the_server()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ.clear()
     os.environ.update(settings.environment)
@@ -211,6 +236,14 @@ def _work(
 
         torch.set_num_threads(settings.threads)
     sys.exit(run_trial(config, run_dir, link))
+
+
+def _let_go_of_the_server() -> None:
+    """Close what would keep the fork server alive when its sweep has died: this trial has to notice that."""
+    server: Any = forkserver._forkserver
+    if (kept := server._forkserver_alive_fd) is not None:
+        os.close(kept)
+        server._forkserver_alive_fd = None
 
 
 def note(file: Path, text: str) -> None:

@@ -239,6 +239,16 @@ def hold(path: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
+def holder_of(path: Path) -> str:
+    """Name the process that holds a folder with a lock in it; '' where none does. Nothing is written."""
+    with open(path / LOCK, encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return lock.read().strip() or "unknown"
+    return ""
+
+
 @contextmanager
 def open_run_folder(path: Path, frozen: Mapping[str, Any], config_hash: str, start: Start) -> Iterator[RunFolder]:
     """Begin in a run's folder that is held; how the block ends is how the run ended, in status.json.
