@@ -28,8 +28,8 @@ def shares(devices: Sequence[str], count: int, each: int) -> list[list[str]]:
     return [[devices[(job * wanted + i) % len(devices)] for i in range(wanted)] for job in range(count)]
 
 
-def threads_each(count: int, environment: Mapping[str, str] = os.environ) -> int | None:
-    """Give how many CPU threads each of `count` jobs computes with; None where that is left to torch."""
+def threads_each(count: int, processes: int = 1, environment: Mapping[str, str] = os.environ) -> int | None:
+    """Give how many CPU threads each process of `count` jobs computes with; None where that is left to torch."""
     if "OMP_NUM_THREADS" in environment or count == 1:
         return None
-    return max(1, len(os.sched_getaffinity(0)) // count)
+    return max(1, len(os.sched_getaffinity(0)) // (count * processes))

@@ -81,8 +81,9 @@ class Board:
         shown, hidden = _chosen(entries, self._terminal.size.height - MARGIN)
         for entry in shown:
             state = entry.standing.state
-            table.add_row(*_cells(entry), style="dim" if state == "WAITING" else "bold" if entry.is_best else "")
-            table.columns[2]._cells[-1] = Text(state.lower(), style=COLOURS.get(state, ""))
+            cells = [Text(cell) for cell in _cells(entry)]
+            cells[2].stylize(COLOURS.get(state, ""))
+            table.add_row(*cells, style="dim" if state == "WAITING" else "bold" if entry.is_best else "")
         if hidden:
             table.add_row("…", f"and {hidden} more")
         return table

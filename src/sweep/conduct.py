@@ -46,7 +46,6 @@ class _Progress:
     """The evaluation of the last rung that it was let through."""
     started: float = 0.0
     """When it was last started, by the monotonic clock."""
-    is_running: bool = False
     is_settled: bool = False
     """Whether this start of the sweep is done with it."""
     cause: str = ""
@@ -69,6 +68,8 @@ class Conductor:
         self.trials = {trial.number: trial for trial in trials}
         self.standings = {number: record.standing(number, plan.config.metric) for number in self.trials}
         self._progress = {number: _Progress() for number in self.trials}
+        self.todo = set(todo)
+        """The numbers of the trials that the command asks for."""
         self._queue = self._ordered(todo)
         self._units = study.numbers()
         self._open = study.running()
@@ -86,7 +87,9 @@ class Conductor:
         self.poke: Callable[[], None] = lambda: None
         """Called when sweep.json says something new."""
         before = record.read()
-        self.history: list[dict[str, Any]] = list(before.get("history", []))
+        judged = [before.get("sweep", {}).get(key) for key in ("metric", "direction")]
+        is_same = judged == [plan.config.metric, plan.config.direction.value]
+        self.history: list[dict[str, Any]] = list(before.get("history", [])) if is_same else []
         self._started, self._started_at = before.get("started") or now(), time.time()
         self._seconds_before = float(before.get("elapsed_seconds", 0.0))
         self._durations: list[float] = []
@@ -162,7 +165,8 @@ class Conductor:
                 return False
             proposal = self.study.propose()
             unit = max(units, default=-1) + 1
-            found, problems = self.plan.unit(proposal.overrides, unit, len(self.trials))
+            first = max(self.trials, default=-1) + 1
+            found, problems = self.plan.unit(proposal.overrides, unit, first)
             known = {trial.identity: trial for trial in self.trials.values()}
             if problems:
                 self.refusal = f"{problems[0].given}: {problems[0].reason}"
@@ -170,10 +174,13 @@ class Conductor:
                 same = [known[trial.identity].unit for trial in found if trial.identity in known]
                 self._repeat(proposal.number, same[0] if same else None)
                 continue
+            fresh = [trial for trial in found if trial.identity not in known]
+            unit = next((known[trial.identity].unit for trial in found if trial.identity in known), unit)
+            self.refusal = ""
             self.study.belongs(proposal.number, unit)
             self._units[unit] = proposal.number
             self._open.add(proposal.number)
-            self._add([trial for trial in found if trial.identity not in known])
+            self._add([replace(trial, number=first + i, unit=unit) for i, trial in enumerate(fresh)])
             return True
         self._has_given_up = True
         return False
@@ -186,6 +193,7 @@ class Conductor:
     def _add(self, trials: Sequence[Trial]) -> None:
         for trial in trials:
             self.trials[trial.number] = trial
+            self.todo.add(trial.number)
             self.standings[trial.number] = Standing("WAITING")
             self._progress[trial.number] = _Progress()
             self._queue.append(trial.number)
@@ -211,7 +219,7 @@ class Conductor:
                 if why and self.workers.running:
                     self.workers.ask_to_stop()
                     board.say(f"stopping: {why}; {len(self.workers.running)} running trials save and end")
-                while not why and self.workers.room and (trial := self._next()) is not None:
+                while not self._why_stop() and self.workers.room and (trial := self._next()) is not None:
                     self._start(trial, board)
                     self.write("RUNNING")
                 self.workers.go()
@@ -264,7 +272,6 @@ class Conductor:
         progress = self._progress[trial.number]
         progress.attempts += 1
         progress.started = time.monotonic()
-        progress.is_running = True
         step = self.standings[trial.number].step
         board.say(f"trial {trial.number}  {trial.label or self.plan.name}  {'goes on' if step else 'starts'}")
         self.standings[trial.number] = Standing("RUNNING", step=step)
@@ -294,10 +301,9 @@ class Conductor:
         """Note how trials ended, and have those tried again that are worth it."""
         for job, code in ended:
             trial, progress = self.trials[job.number], self._progress[job.number]
-            progress.is_running = False
             standing = self._ended(job, code)
             self.standings[job.number] = standing
-            is_again = not self.stop.asked() and self._is_worth_trying(standing, progress)
+            is_again = not self._why_stop() and self._is_worth_trying(standing, progress)
             told = f"{_told(standing, self._metric)}{', tried again' if is_again else ''}"
             board.say(f"trial {trial.number}  {trial.label or self.plan.name}  {told}")
             if is_again:
@@ -391,7 +397,9 @@ class Conductor:
                 if unit not in self._units:
                     self._study_number(trials[0])
                 self._end_unit(unit)
-        for number in self._open - set(self._units.values()):  # a proposal that was not written down
+        known = {unit: number for unit, number in self._units.items() if unit in {t.unit for t in self.trials.values()}}
+        self._units = known
+        for number in self._open - set(known.values()):  # a proposal that was not written down
             self.study.end(number, "FAILED")
 
     # ---- what is shown and written
@@ -414,6 +422,11 @@ class Conductor:
         if not valued:
             return None
         return self.trials[(min if self._is_min else max)(valued, key=lambda one: one[0])[1]]
+
+    @property
+    def has_given_up_on_refusals(self) -> bool:
+        """Whether the sampler came to propose nothing but what can't be run."""
+        return self._has_given_up and bool(self.refusal)
 
     def counts(self) -> dict[str, int]:
         counted_states = Counter(standing.state for standing in self.standings.values())

@@ -22,13 +22,20 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from src.errors import one_line
+from src.errors import Interrupted, one_line
 from src.sweep.plan import Plan
 from src.sweep.workers import Job, RunTrial, log_file, note, print_into
+from src.tracking.journal import LOCK, holder_of, read_status
 
 STOP_FILE = "stop"
 LAUNCH = "launch"
 POLL_SECONDS = 1.0
+CODES = {"FINISHED": 0, "PRUNED": 0, "PREEMPTED": Interrupted.exit_code}
+"""What a trial's exit code was that no launcher told."""
+
+
+def _is_held(run_dir: Path) -> bool:
+    return (run_dir / LOCK).exists() and bool(holder_of(run_dir))
 
 
 def is_own_launcher(config: DictConfig) -> bool:
@@ -88,9 +95,13 @@ class Launched:
             )
             codes = [one.return_value if isinstance(one._return_value, int) else 1 for one in returns]
         except Exception as error:  # the launcher's own, a job that the scheduler killed
-            for job in self._batch:
-                note(log_file(job.run_dir), f"the launcher could not run it: {one_line(error)}")
-            codes = [1] * len(self._batch)
+            while any(_is_held(job.run_dir) for job in self._batch):  # it tells of the first, the others go on
+                time.sleep(POLL_SECONDS)
+            states = [read_status(job.run_dir).get("state") for job in self._batch]
+            for job, state in zip(self._batch, states, strict=True):
+                if state not in CODES:
+                    note(log_file(job.run_dir), f"the launcher says: {one_line(error)}")
+            codes = [CODES.get(str(state), 1) for state in states]
         self._results = list(zip(self._batch, codes, strict=True))
 
     def _launcher(self, folder: Path) -> Any:

@@ -155,7 +155,7 @@ def plan_sweep(line: CommandLine) -> Plan:
     problems = list(line.problems)
     plan = _open(line, problems)
     if plan is not None and (kept := _kept(plan)):
-        changed = differing(kept, line.roots)
+        changed = [] if line.problems else differing(kept, line.roots)
         line = dataclasses.replace(line, roots=kept)
         problems[:] = line.problems
         plan = _open(line, problems)

@@ -66,7 +66,7 @@ class Record:
                 return json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise SweepError(f"{file} can't be read: {error}; choose another sweep.name") from error
-        others = [one.name for one in self.folder.glob("*") if one.name != LOCK]
+        others = [one.name for one in self.folder.glob("*") if one.name not in (LOCK, CONF, f".{CONF}.part")]
         if others and not (self.folder / TRIALS).exists():
             held = ", ".join(sorted(others)[:5])
             raise SweepError(f"{self.folder} is no sweep's folder, but holds {held}; choose another sweep.name")
@@ -100,11 +100,12 @@ class Record:
 
     def clear(self) -> None:
         """Remove everything: the sweep is done anew."""
-        for one in self.folder.glob("*"):
+        last = (self.folder / SWEEP, self.folder / TRIALS)  # they are what makes the folder a sweep's
+        for one in [*(one for one in self.folder.glob("*") if one not in last), *last]:
             if one.is_dir():
                 shutil.rmtree(one)
             elif one.name != LOCK:
-                one.unlink()
+                one.unlink(missing_ok=True)
 
     def standing(self, number: int, metric: str, *, is_running: bool = False) -> Standing:
         """Tell how a trial stands.

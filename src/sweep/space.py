@@ -121,8 +121,9 @@ def _axis(override: Override, line: CommandLine, where: str, problems: list[Prob
     """Give what an override varies, or tell why it can't be varied."""
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
-        low, high = sweep.start or 0.0, sweep.end or 0.0
-        axis = Axis(override, (), Interval(low, high, "log" in sweep.tags, isinstance(low, int)), where)
+        low, high = (0.0 if end is None else end for end in (sweep.start, sweep.end))
+        is_int = isinstance(low, int) and isinstance(high, int)
+        axis = Axis(override, (), Interval(low, high, "log" in sweep.tags, is_int), where)
     else:
         axis = Axis(override, tuple(dict.fromkeys(values_of(override, line.roots))), None, where)
     if reason := _unfit(axis):

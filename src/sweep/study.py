@@ -18,7 +18,7 @@ from src.errors import SweepError, one_line
 from src.sweep.plan import Plan
 from src.sweep.space import Axis
 
-UNIT, FOLDER, SPACE = "towline.unit", "towline.folder", "towline.space"
+UNIT, FOLDER, SPACE, METRIC = "towline.unit", "towline.folder", "towline.space", "towline.metric"
 LOCK_SECONDS = 60
 """How long a process waits for another one's write to a SQLite file."""
 STATES = {"FINISHED": "COMPLETE", "PRUNED": "PRUNED", "FAILED": "FAIL"}
@@ -148,6 +148,7 @@ class Study:
         """Note that a unit which was not proposed is being tried; gives its number."""
         given = dict(text.split("=", 1) for text in overrides)
         params = {key: self._param(key, given[key]) for key in self._distributions if key in given}
+        params = {key: value for key, value in params.items() if self._has(key, value)}  # others are of another command
         library = optuna()
         self._study.add_trial(
             library.trial.create_trial(
@@ -194,10 +195,20 @@ class Study:
             trial.distributions = kept
             self._study.add_trial(trial)
 
+    def _has(self, key: str, value: Any) -> bool:
+        """Whether the study knows a value of a key."""
+        known = self._distributions[key]
+        if (interval := self._axes[key].interval) is None:
+            return value in known.choices
+        return value is not None and interval.low <= value <= interval.high
+
     def _param(self, key: str, text: str) -> Any:
         if (interval := self._axes[key].interval) is None:
             return text
-        return int(text) if interval.is_int else float(text)
+        try:
+            return int(text) if interval.is_int else float(text)
+        except ValueError:  # of another command, when it was no interval
+            return None
 
 
 def _distribution(axis: Axis) -> Any:
@@ -222,17 +233,19 @@ def open_study(plan: Plan, *, force: bool) -> Study:
     storage = open_storage(storage_url(config, plan.folder))
     known = {study.study_name: study for study in storage.get_all_studies()}
     here, written = str(plan.folder.resolve()), json.dumps(plan.space, sort_keys=True)
+    judged = f"{config.metric} {config.direction.value}"
     before: list[Any] = []
     num_before = 0
     if (old := known.get(name)) is not None:
-        if old.user_attrs.get(FOLDER) != here:
+        if config.storage is not None and old.user_attrs.get(FOLDER) != here:  # its own file moves with the folder
             raise SweepError(
                 f"{config.storage} has a study {name} already, of {old.user_attrs.get(FOLDER)}; "
                 "choose another sweep.name"
             )
         num_before = 0 if force else storage.get_n_trials(old._study_id)
-        if force or old.user_attrs.get(SPACE) != written:  # a study's choices can't change: it is made of its trials
-            before = [] if force else storage.get_all_trials(old._study_id)
+        is_same = old.user_attrs.get(METRIC) == judged  # else its values are others, and come from the folder
+        if force or not is_same or old.user_attrs.get(SPACE) != written:  # a study's choices can't change
+            before = [] if force or not is_same else storage.get_all_trials(old._study_id)
             library.delete_study(study_name=name, storage=storage)
     study = library.create_study(
         study_name=name,
@@ -244,6 +257,7 @@ def open_study(plan: Plan, *, force: bool) -> Study:
     )
     study.set_user_attr(FOLDER, here)
     study.set_user_attr(SPACE, written)
+    study.set_user_attr(METRIC, judged)
     opened = Study(study, plan.axes)
     opened.take_over(before)
     return opened

@@ -207,14 +207,12 @@ def _merged(recorded: Sequence[Trial], plan: Plan) -> tuple[list[Trial], list[in
 
 def _outcome(conductor: Conductor, why: str, stop: StopRequest) -> tuple[int, str]:
     """Give the exit code and the sweep's state."""
-    counts = conductor.counts()
+    states = {conductor.standings[number].state for number in conductor.todo}
     if stop.name or why.startswith("Ctrl-C"):
         return Interrupted.exit_code, "PREEMPTED"
-    if counts["FAILED"] or (conductor.refusal and not conductor.trials):
+    if "FAILED" in states or conductor.has_given_up_on_refusals:
         return 1, "FAILED"
-    if any(counts[state] for state in ("PREEMPTED", "WAITING", "RUNNING")) and why != "":
-        return 1, "FAILED"
-    return (Interrupted.exit_code, "PREEMPTED") if counts["PREEMPTED"] else (0, "FINISHED")
+    return (Interrupted.exit_code, "PREEMPTED") if "PREEMPTED" in states else (0, "FINISHED")
 
 
 def _tell(plan: Plan, conductor: Conductor, board: Board, console: Console) -> None:
@@ -257,13 +255,13 @@ def _close(plan: Plan, conductor: Conductor, why: str, console: Console) -> None
     failed = [
         (trial, standing)
         for number, trial in sorted(conductor.trials.items())
-        if (standing := conductor.standings[number]).state == "FAILED"
+        if number in conductor.todo and (standing := conductor.standings[number]).state == "FAILED"
     ]
     if failed:
         console.say(f"\n{len(failed)} of {len(conductor.trials)} trials failed:")
         failures(failed, console)
         console.say("The same command tries them again, and leaves what is done as it is.")
-    if conductor.refusal and not conductor.trials:
+    if conductor.has_given_up_on_refusals:
         console.say(f"\nNothing that was proposed can be run; the last: {conductor.refusal}")
     if why:
         console.say(f"\nStopped: {why}. {conductor.summary()}. The same command goes on.")

@@ -83,7 +83,7 @@ class Workers:
     """Runs up to `n_jobs` trials at the same time, each with its share of threads and GPUs.
 
     Args:
-        gpus_each: how many GPUs a trial computes on, where it uses any.
+        gpus_each: how many processes a trial has, and so how many GPUs it computes on, where it uses any.
         needs: modules that its trials will import besides READY.
     """
 
@@ -95,7 +95,7 @@ class Workers:
         if can_fork:
             self._context.set_forkserver_preload([*READY, *needs])
         self._run_trial, self._n_jobs = run_trial, n_jobs
-        self._threads = threads_each(n_jobs)
+        self._threads = threads_each(n_jobs, gpus_each)
         self._gpus = shares(visible_gpus() if uses_gpus else [], n_jobs, gpus_each)
         self._working: dict[int, _Worker] = {}
         self._first: threading.Thread | None = None
