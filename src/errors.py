@@ -8,6 +8,7 @@ TowlineError                exit code 2, printed without a traceback
 ├── TokenError              a tokenizer or a new token can't be used as asked
 ├── ModelError              a model can't be loaded or assembled as asked
 ├── SweepError              a sweep can't be started or gone on with
+│   └── StudyError          the storage of its study can't be opened, or does not answer
 └── TrainingError           exit code 1: the run itself went wrong
     ├── NonFiniteLossError  the loss became inf or nan; names the rows of the batch
     ├── DiskFullError       no room for a checkpoint; names what it needs and what is free
@@ -18,6 +19,9 @@ Pruned                      not an error: the sweep asked the run to end early (
 """
 
 from __future__ import annotations
+
+import errno
+import os
 
 
 class TowlineError(Exception):
@@ -54,6 +58,10 @@ class SweepError(TowlineError):
     """A sweep can't be started or gone on with."""
 
 
+class StudyError(SweepError):
+    """The storage of a sweep's study can't be opened, or does not answer."""
+
+
 class TrainingError(TowlineError):
     """The run itself went wrong, after it had started well."""
 
@@ -85,6 +93,12 @@ class Pruned(BaseException):
     """The sweep that a run belongs to has it end early: others look better at the same evaluation."""
 
     exit_code = 0
+
+
+def is_disk_full(error: BaseException | str) -> bool:
+    """Whether there was no room for what was written, by an error or by how it is told; some libraries only tell."""
+    told = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), DiskFullError.__name__)
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in told)
 
 
 def listed(problems: list[str], *, most: int = 10) -> str:

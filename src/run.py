@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import shlex
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.config.compose import CONF, PROJECT_ROOT
 from src.config.gate import Admitted, Request, admit, parse
-from src.errors import Interrupted, Pruned, TowlineError, TrainingError
+from src.errors import Interrupted, Pruned, TowlineError, TrainingError, is_disk_full
 from src.runtime.launch import copy_output, follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
 
@@ -268,7 +267,7 @@ def guarded(admitted: Admitted, stop: StopRequest) -> int:
         print(f"\nStopped by {str(reason) or 'Ctrl-C'}. {_how_to_go_on(run_dir)}", file=sys.stderr)
         return Interrupted.exit_code
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         print(f"\nThe disk is full: {error}. {_how_to_go_on(run_dir)}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,6 +94,10 @@ def test_what_is_varied(arguments: list[str], labels: list[str]) -> None:
         (["sweep.metric=loss", "seed=1,2"], ["no run gives this", "train/loss"]),
         (["hydra.run.dir=outputs/x", "seed=1,2"], ["multirun/<sweep.name>"]),
         (["checkpoint.resume=never", "seed=1,2"], ["checkpoint.resume = never", "a sweep goes on"]),
+        (
+            ["model=tiny_llama,tiny_bart", "data.batching=packed", "seed=1,2", "training.logging_steps=0"],
+            ["2 problems", "(command line)", "(command line; at model=tiny_bart seed=1 and 1 more)"],
+        ),
         (["sweep.params={tokens: 'tow,nope'}"], ["sweep.params.tokens", "no such option; one of dialogue"]),
         (["tokens=glob(x*)"], ["matches none of"]),
         (["sweep.n_job=2"], ["did you mean sweep.n_jobs?"]),
@@ -110,6 +115,7 @@ def test_the_same_command_is_the_same_sweep_however_it_is_written() -> None:
     assert planned("seed=1,2", "optimizer.lr=1e-3,1e-2", "sweep.n_jobs=2", "sweep.max_retries=3").folder == first
     assert planned("optimizer.lr=1e-3,1e-2", "seed=1,3").folder != first
     assert planned("optimizer.lr=1e-3,1e-2", "seed=1,2", "sweep.name=mine").folder == Path("multirun/mine")
+    assert planned("optimizer.lr=1e-3,1e-2", "seed=1,2", "--config-dir=tests").folder != first
 
 
 def test_names_and_tracking_are_no_part_of_an_identity() -> None:
@@ -342,6 +348,60 @@ def test_a_study_that_is_gone_is_made_of_the_folder(swept: Callable[..., int], f
     assert swept("seed=1,2") == 0
     assert [trial.value for trial in study_of(folder).trials] == values
     assert starts(folder) == [1, 1]
+
+
+def lose(file: Path, once: Path) -> threading.Thread:
+    """Take a file away as soon as another one is there."""
+
+    def wait() -> None:
+        until(once.exists, f"{once} is there")
+        file.unlink()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_grid_goes_on_without_its_study(
+    swept: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = lose(folder / "study.db", once=folder / "0" / "summary.json")
+    assert swept("seed=1,2,3") == 0
+    lost.join()
+    assert capsys.readouterr().out.count("the study's storage") == 1
+    assert len(board_of(folder)) == 1
+    assert swept("seed=1,2,3") == 0
+    assert starts(folder) == [1, 1, 1]
+    assert len({trial.value for trial in study_of(folder).trials if trial.state.name == "COMPLETE"}) == 3
+
+
+def test_a_search_without_its_study_stops_and_goes_on(
+    swept: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = ("sweep=tpe", "sweep.pruner=none", "optimizer.lr=tag(log,interval(1e-5,1e-2))", "sweep.n_trials=3")
+    lost = lose(folder / "study.db", once=folder / "0" / "summary.json")
+    assert swept(*search) == 1
+    lost.join()
+    assert "Stopped: the study's storage" in capsys.readouterr().out
+    assert json.loads((folder / "sweep.json").read_text())["state"] == "FAILED"
+    assert swept(*search) == 0
+    assert states(folder) == ["FINISHED"] * 3
+    assert starts(folder)[0] == 1
+    assert len(study_of(folder).trials) == 3
+
+
+def test_a_dry_run_says_what_of_a_sweep_is_left(
+    swept: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = ("sweep.name=n", "optimizer.lr=1e-4,1e-2", "seed=1,2")
+    assert swept(*grid) == 0
+    shutil.rmtree(folder / "1")
+    shutil.rmtree(folder / "2")
+    capsys.readouterr()
+    assert swept("sweep.name=n", "optimizer.lr=1e-4", "seed=1,2", "sweep.dry_run=true") == 0
+    listed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if "seed=" in line]
+    assert listed[2].endswith("seed=2 waiting to run")
+    assert listed[3].endswith("seed=1 waiting")
 
 
 def test_a_folder_of_something_else_is_left_alone(swept: Callable[..., int], folder: Path) -> None:

@@ -199,7 +199,6 @@ def test_a_store_that_is_gone_costs_a_warning_and_everything_is_caught_up_with(
     started = time.monotonic()
     with open_sweep_tracking(gone, place, Console(io.StringIO())) as tracker:
         tracker.ready()
-        assert (tracker.uri, tracker.run_id) == (gone.uri, None)
     assert time.monotonic() - started < 6  # two seconds, and what a busy machine adds
     warning = capsys.readouterr().err
     assert "values of 2 trials, or what became of the sweep or a trial, are not delivered" in warning
@@ -207,7 +206,7 @@ def test_a_store_that_is_gone_costs_a_warning_and_everything_is_caught_up_with(
     for _ in range(2):
         with open_sweep_tracking(config(uri), place, Console(io.StringIO())) as tracker:
             tracker.ready()
-            assert tracker.run_id is not None
+            assert (place / "tracking.json").exists()
     assert capsys.readouterr().err == ""
     assert run_of(uri).info.status == "FINISHED"
     assert len(points(uri, "best")) == 2
@@ -243,7 +242,6 @@ def test_without_a_tracker_nothing_is_done(place: Path) -> None:
     with open_sweep_tracking(NoTrackingConfig("none"), place, Console()) as tracker:
         tracker.ready()
         tracker.poke()
-        assert (tracker.uri, tracker.run_id) == (None, None)
     assert sorted(place.iterdir()) == before
 
 

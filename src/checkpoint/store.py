@@ -41,7 +41,7 @@ from src.checkpoint.manifest import (
 )
 from src.checkpoint.tensors import one_by_one, tensors_digest, write_tensors
 from src.config.schema import CheckpointConfig
-from src.errors import CheckpointError, DiskFullError, human_bytes
+from src.errors import CheckpointError, DiskFullError, human_bytes, is_disk_full
 from src.runtime.sharding import Whole
 
 T_co = TypeVar("T_co", bound=Tensor | Whole, covariant=True)
@@ -313,8 +313,7 @@ class Checkpoints:
 
     def _full(self, error: Exception, need: int | None) -> Exception:
         """Put a disk that is full into words; other errors stay what they are."""
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not is_full and "No space left" not in str(error):
+        if not is_disk_full(error):
             return (
                 error if isinstance(error, OSError) else OSError(errno.EIO, f"a checkpoint can't be written: {error}")
             )

@@ -106,6 +106,7 @@ class CommandLine:
             if not any(f"{override.key_or_group}.".startswith(f"{key}.") for key in HOW_NOT_WHAT)
             and not override.key_or_group.startswith(("hydra.", "hydra/"))
         )
+        texts += [f"--{name}={given}" for name in ("config_dir", "config_name") if (given := getattr(self.flags, name))]
         return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
 
 

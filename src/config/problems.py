@@ -21,6 +21,8 @@ class Problem:
     value: Any = None
     has_value: bool = True
     where: str = ""
+    point: str = ""
+    """Of a sweep: what was set where it is wrong."""
 
     @property
     def given(self) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from src.config.schema import ModelConfig, RunConfig, Weights
-from src.errors import ExportError, ModelError, NonFiniteLossError, listed, one_line
+from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, listed, one_line
 from src.model.adapters import Adapter, with_adapter
 from src.model.build import build_model, check_lengths, empty_model, load_architecture, load_weights
 
@@ -74,8 +74,9 @@ def export(
         (beside / "README.md").write_text(card, encoding="utf-8")
     except SafetensorError as error:
         shutil.rmtree(beside, ignore_errors=True)
-        full = "No space left" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, f"the model can't be written: {error}") from error
+        raise OSError(
+            errno.ENOSPC if is_disk_full(error) else errno.EIO, f"the model can't be written: {error}"
+        ) from error
     umask = os.umask(0)
     os.umask(umask)
     for file in beside.rglob("*"):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.sweep.record import Standing
-from src.sweep.trial import Trial
+from src.sweep.trial import Trial, short
 from src.tracking.console import Console, clock
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ class Board:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the table away; what is said afterwards stays."""
         if self._live:
             self._live.stop()
 
@@ -109,26 +113,34 @@ def _cells(entry: Entry) -> tuple[str, ...]:
     if standing.state == "RUNNING" and standing.num_steps and standing.step and standing.elapsed_seconds:
         left = clock(standing.elapsed_seconds / standing.step * (standing.num_steps - standing.step))
     shown = "" if value is None else f"{value:.4g}{' best' if entry.is_best else ''}"
-    return str(entry.trial.number), entry.trial.label, standing.state.lower(), step, shown, left
+    return str(entry.trial.number), short(entry.trial.label), standing.state.lower(), step, shown, left
 
 
-def counted(counts: Mapping[str, int], total: int | None, left_seconds: float | None) -> str:
+def some(count: int, noun: str) -> str:
+    """Give a number of things in words."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def counted(counts: Mapping[str, int], total: int, left_seconds: float | None) -> str:
     """Say in a line how far a sweep is."""
     done = sum(counts.get(state, 0) for state in ("FINISHED", "PRUNED"))
-    parts = [f"{done} of {total if total is not None else '?'} trials done"]
+    parts = [f"{done} of {some(total, 'trial')} done"]
     parts += [f"{counts[state]} {state.lower()}" for state in ("RUNNING", "FAILED", "PRUNED") if counts.get(state)]
     if left_seconds is not None:
         parts.append(f"about {clock(left_seconds)} left")
     return ", ".join(parts)
 
 
-def listing(trials: Sequence[Trial], standings: Mapping[int, Standing], console: Console) -> None:
-    """Print the trials that a sweep has, and how each stands."""
+def listing(
+    trials: Sequence[Trial], standings: Mapping[int, Standing], marked: Collection[int], console: Console
+) -> None:
+    """Print the trials that a sweep has, and how each stands; those that are marked are to run."""
     width = max((len(trial.label) for trial in trials), default=0)
     for trial in trials:
         standing = standings[trial.number]
         value = "" if standing.value is None else f"  {standing.value:.4g}"
-        console.say(f"  {trial.number:>4}  {trial.label:<{width}}  {standing.state.lower()}{value}")
+        mark = "  to run" if trial.number in marked else ""
+        console.say(f"  {trial.number:>4}  {trial.label:<{width}}  {standing.state.lower()}{value}{mark}")
 
 
 def failures(failed: Sequence[tuple[Trial, Standing]], console: Console) -> None:

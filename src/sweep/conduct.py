@@ -9,22 +9,30 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from src import errors
 from src.config.schema import Direction, Pruner, Sampler
-from src.errors import Interrupted, Pruned, RunFolderError, TowlineError, TrainingError
+from src.errors import (
+    Interrupted,
+    NonFiniteLossError,
+    Pruned,
+    RunFolderError,
+    StudyError,
+    TowlineError,
+    TrainingError,
+    is_disk_full,
+)
 from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
 from src.sweep.board import Board, Entry, counted
 from src.sweep.launched import Launched
 from src.sweep.plan import Plan
 from src.sweep.record import STATES, Record, Standing
-from src.sweep.study import Study, storage_url
-from src.sweep.trial import Trial
+from src.sweep.study import Proposal, Study
+from src.sweep.trial import Trial, short
 from src.sweep.workers import Job, Workers
 from src.tracking.journal import note_end, now
 
@@ -63,25 +71,30 @@ class Conductor:
         study: Study,
         workers: Workers | Launched,
         stop: StopRequest,
+        board: Board,
     ) -> None:
-        self.plan, self.record, self.study, self.workers, self.stop = plan, record, study, workers, stop
+        self.plan, self.record, self.study, self.workers = plan, record, study, workers
+        self.stop, self.board = stop, board
         self.trials = {trial.number: trial for trial in trials}
         self.standings = {number: record.standing(number, plan.config.metric) for number in self.trials}
         self._progress = {number: _Progress() for number in self.trials}
         self.todo = set(todo)
         """The numbers of the trials that the command asks for."""
         self._queue = self._ordered(todo)
-        self._units = study.numbers()
-        self._open = study.running()
         self._metric, self._is_min = plan.config.metric, plan.config.direction is Direction.minimize
         self._has_given_up = False
         self.refusal = ""
         """Why the last proposal that can't be run is none."""
+        self.fault = ""
+        """What keeps every trial from being run or judged, and stops the sweep."""
+        self._needs_study = not plan.is_listed or plan.config.pruner is not Pruner.none
+        self._has_study = True
+        """Whether it has answered so far."""
         rests = plan.config.pruner is Pruner.asha
         self._resting = {
             number
             for number, standing in self.standings.items()
-            if rests and standing.state == "PRUNED" and self._units.get(self.trials[number].unit) in self._open
+            if rests and standing.state == "PRUNED" and study.is_open(self.trials[number].unit)
         }
         """Trials that ended at a rung, and go on once they are among its best."""
         self.poke: Callable[[], None] = lambda: None
@@ -134,14 +147,18 @@ class Conductor:
 
     def _promoted(self, *, at_least_one: bool = False) -> Trial | None:
         """Take a resting trial that is worth going on with by now."""
-        by_study = {self._units[self.trials[number].unit]: number for number in self._resting}
+        by_unit = {self.trials[number].unit: number for number in self._resting}
         factor = self.plan.config.reduction_factor
-        number = self.study.promotable(list(by_study), factor, at_least_one=at_least_one)
-        if number is None:
+        try:
+            unit = self.study.promotable(by_unit, factor, at_least_one=at_least_one)
+            if unit is None:
+                return None
+            self._progress[by_unit[unit]].passed = self.study.last_evaluation(unit)
+        except StudyError as error:
+            self._lacks_study(error)
             return None
-        self._resting.discard(by_study[number])
-        self._progress[by_study[number]].passed = self.study.last_evaluation(number)
-        return self.trials[by_study[number]]
+        self._resting.discard(by_unit[unit])
+        return self.trials[by_unit[unit]]
 
     def _may_start(self, trial: Trial) -> bool:
         """Where trials of a setting are averaged and may end early, the first of them asks for all."""
@@ -163,32 +180,33 @@ class Conductor:
             units = {trial.unit for trial in self.trials.values()}
             if len(units) >= (self.plan.config.n_trials or 0):
                 return False
-            proposal = self.study.propose()
-            unit = max(units, default=-1) + 1
-            first = max(self.trials, default=-1) + 1
-            found, problems = self.plan.unit(proposal.overrides, unit, first)
-            known = {trial.identity: trial for trial in self.trials.values()}
-            if problems:
-                self.refusal = f"{problems[0].given}: {problems[0].reason}"
-            if problems or all(trial.identity in known for trial in found):
-                same = [known[trial.identity].unit for trial in found if trial.identity in known]
-                self._repeat(proposal.number, same[0] if same else None)
-                continue
-            fresh = [trial for trial in found if trial.identity not in known]
-            unit = next((known[trial.identity].unit for trial in found if trial.identity in known), unit)
-            self.refusal = ""
-            self.study.belongs(proposal.number, unit)
-            self._units[unit] = proposal.number
-            self._open.add(proposal.number)
-            self._add([replace(trial, number=first + i, unit=unit) for i, trial in enumerate(fresh)])
-            return True
+            try:
+                proposal = self.study.propose()
+                if self._take(proposal, max(units, default=-1) + 1):
+                    return True
+            except StudyError as error:
+                self._lacks_study(error)
+                return False
         self._has_given_up = True
         return False
 
-    def _repeat(self, number: int, unit: int | None) -> None:
-        """Answer a proposal that was tried already with what came of it, one that can't be run with a failure."""
-        value = None if unit is None else self._mean(unit)
-        self.study.end(number, "FAILED" if value is None else "FINISHED", value)
+    def _take(self, proposal: Proposal, unit: int) -> bool:
+        """Make a proposal trials of a unit; where it can't be run, or was tried, it is answered at once."""
+        first = max(self.trials, default=-1) + 1
+        found, problems = self.plan.unit(proposal.overrides, unit, first)
+        known = {trial.identity: trial.unit for trial in self.trials.values()}
+        same = next((known[trial.identity] for trial in found if trial.identity in known), None)
+        fresh = [trial for trial in found if trial.identity not in known]
+        if problems:
+            self.refusal = f"{problems[0].given}: {problems[0].reason}"
+        if problems or not fresh:
+            self.study.answer(proposal, None if same is None else self._mean(same))
+            return False
+        self.refusal = ""
+        unit = unit if same is None else same  # another seed of a setting that was tried
+        self.study.accept(proposal, unit)
+        self._add([replace(trial, number=first + i, unit=unit) for i, trial in enumerate(fresh)])
+        return True
 
     def _add(self, trials: Sequence[Trial]) -> None:
         for trial in trials:
@@ -201,15 +219,18 @@ class Conductor:
 
     # ---- running them
 
-    def run(self, board: Board) -> str:
+    def run(self) -> str:
         """Run what is left; gives why it ended before all was done, or ''.
 
         Raises:
             KeyboardInterrupt: where it was asked twice to stop; every trial has been ended then.
         """
-        self._reconcile()
+        try:
+            self._reconcile()
+        except StudyError as error:
+            self._lacks_study(error)
         if (self._queue or not self.plan.is_listed) and not self.workers.is_ready(POLL_SECONDS):
-            board.say("importing what the trials need")
+            self.board.say("importing what the trials need")
             while not self.workers.is_ready(POLL_SECONDS) and not self._why_stop():
                 pass
         why = ""
@@ -218,19 +239,19 @@ class Conductor:
                 why = why or self._why_stop()
                 if why and self.workers.running:
                     self.workers.ask_to_stop()
-                    board.say(f"stopping: {why}; {len(self.workers.running)} running trials save and end")
+                    self.board.say(f"stopping: {why}; {len(self.workers.running)} running trials save and end")
                 while not self._why_stop() and self.workers.room and (trial := self._next()) is not None:
-                    self._start(trial, board)
+                    self._start(trial)
                     self.write("RUNNING")
                 self.workers.go()
                 if not self.workers.running:
                     return why or self._leave_resting()
-                self._follow(board, stopping=bool(why))
+                self._follow(stopping=bool(why))
         except KeyboardInterrupt:
             self.workers.stop_at_once()
             deadline = time.monotonic() + LAST_SECONDS
             while self.workers.running and time.monotonic() < deadline:
-                self._take_in(self.workers.wait(POLL_SECONDS), board)
+                self._take_in(self.workers.wait(POLL_SECONDS))
             raise
 
     def _leave_resting(self) -> str:
@@ -242,11 +263,11 @@ class Conductor:
             self._end_unit(self.trials[number].unit)
         return ""
 
-    def _follow(self, board: Board, *, stopping: bool) -> None:
+    def _follow(self, *, stopping: bool) -> None:
         """Wait until a trial ends or something else is to be done."""
         while self.workers.running:
             if ended := self.workers.wait(POLL_SECONDS):
-                self._take_in(ended, board)
+                self._take_in(ended)
                 self.write("RUNNING")
                 if not stopping:
                     return
@@ -255,11 +276,13 @@ class Conductor:
             if time.monotonic() - self._poked > POKE_SECONDS:  # trials have come to be known there
                 self._poked = time.monotonic()
                 self.poke()
-            if board.is_due():
+            if self.board.is_due():
                 self._look()
-                board.show(self._entries(), self.summary())
+                self.board.show(self._entries(), self.summary())
 
     def _why_stop(self) -> str:
+        if self.fault:
+            return self.fault
         if self.plan.config.fail_fast and any(one.state == "FAILED" for one in self._settled()):
             return "sweep.fail_fast, and a trial failed"
         return self.stop.asked()
@@ -267,15 +290,25 @@ class Conductor:
     def _settled(self) -> Iterator[Standing]:
         return (self.standings[number] for number, one in self._progress.items() if one.is_settled)
 
-    def _start(self, trial: Trial, board: Board) -> None:
-        number = self._study_number(trial)
+    def _start(self, trial: Trial) -> None:
+        asks = self._asks(trial)
+        try:
+            self.study.begin(trial.unit, trial.overrides)
+            link = self._link(trial) if asks else None
+        except StudyError as error:
+            self._lacks_study(error)
+            if self.fault:
+                self._queue.insert(0, trial.number)
+                return
+            link = None
         progress = self._progress[trial.number]
         progress.attempts += 1
         progress.started = time.monotonic()
         step = self.standings[trial.number].step
-        board.say(f"trial {trial.number}  {trial.label or self.plan.name}  {'goes on' if step else 'starts'}")
+        self.board.say(
+            f"trial {trial.number}  {short(trial.label) or self.plan.name}  {'goes on' if step else 'starts'}"
+        )
         self.standings[trial.number] = Standing("RUNNING", step=step)
-        link = self._link(number, progress.passed) if self._asks(trial) else None
         self.workers.start([Job(trial.number, dict(trial.config), self.record.run_dir(trial.number), link)])
 
     def _asks(self, trial: Trial) -> bool:
@@ -283,29 +316,29 @@ class Conductor:
         pilot = self._pilot(trial)
         return self.plan.config.pruner is not Pruner.none and (pilot is None or pilot.number == trial.number)
 
-    def _link(self, number: int, passed: int) -> dict[str, Any]:
+    def _link(self, trial: Trial) -> dict[str, Any]:
         """Say where a trial asks whether to go on, and behind which evaluation: it has passed the rungs before."""
         config = self.plan.config
         return {
-            "study": self.study.name,
-            "storage": storage_url(config, self.plan.folder),
-            "trial_id": self.study.trial_id(number),
+            **self.study.link(trial.unit),
             "metric": config.metric,
             "pruner": config.pruner.name,
             "min_resource": config.min_resource,
             "reduction_factor": config.reduction_factor,
-            "passed": passed,
+            "passed": self._progress[trial.number].passed,
         }
 
-    def _take_in(self, ended: Sequence[tuple[Job, int]], board: Board) -> None:
+    def _take_in(self, ended: Sequence[tuple[Job, int]]) -> None:
         """Note how trials ended, and have those tried again that are worth it."""
         for job, code in ended:
             trial, progress = self.trials[job.number], self._progress[job.number]
             standing = self._ended(job, code)
             self.standings[job.number] = standing
-            is_again = not self._why_stop() and self._is_worth_trying(standing, progress)
+            if is_disk_full(standing.cause):
+                self.fault = f"the disk is full: {self.record.folder}"
+            is_again = not self._why_stop() and self._is_worth_trying(standing, code, progress)
             told = f"{_told(standing, self._metric)}{', tried again' if is_again else ''}"
-            board.say(f"trial {trial.number}  {trial.label or self.plan.name}  {told}")
+            self.board.say(f"trial {trial.number}  {short(trial.label) or self.plan.name}  {told}")
             if is_again:
                 self._queue.append(job.number)
                 continue
@@ -336,21 +369,22 @@ class Conductor:
             return Standing("FAILED", None, f"{how}{_last_words(standing.log)}", standing.log, standing.step)
         return standing
 
-    def _is_worth_trying(self, standing: Standing, progress: _Progress) -> bool:
+    def _is_worth_trying(self, standing: Standing, code: int, progress: _Progress) -> bool:
+        """Whether a trial may end otherwise when it is run again: not after a mistake in what it is given."""
         if standing.is_over or progress.attempts > self.plan.config.max_retries:
             return False
-        return standing.state == "PREEMPTED" or not _is_certain(standing.cause)
+        is_certain = code in (0, TowlineError.exit_code) or standing.cause.startswith(NonFiniteLossError.__name__)
+        return standing.state == "PREEMPTED" or not is_certain
 
     # ---- what the study is told
 
-    def _study_number(self, trial: Trial) -> int:
-        """Give the study's number for a trial's unit, which is begun there where it is not."""
-        number = self._units.get(trial.unit)
-        if number is None or number not in self._open:
-            number = self.study.begin(trial.unit, trial.overrides)
-            self._units[trial.unit] = number
-            self._open.add(number)
-        return number
+    def _lacks_study(self, error: StudyError) -> None:
+        """Go on without a study that does not answer, where that is possible; the next start makes it of the folder."""
+        if self._needs_study:
+            self.fault = self.fault or str(error)
+        elif self._has_study:
+            self._has_study = False
+            self.board.say(f"WARNING: {error}. The sweep goes on; the same command brings it up to date")
 
     def _of_unit(self, unit: int) -> list[Trial]:
         return [trial for trial in self.trials.values() if trial.unit == unit]
@@ -369,18 +403,20 @@ class Conductor:
             self._prune_rest(trials)
         elif not all(self._progress[t.number].is_settled or self.standings[t.number].is_over for t in trials):
             return
-        if "PREEMPTED" in states or (number := self._units.get(unit)) is None or number not in self._open:
+        if "PREEMPTED" in states:
             return
         state = next(one for one in ("PRUNED", "FAILED", "FINISHED") if one in states)
-        self.study.end(number, state, self._mean(unit) if state == "FINISHED" else None)
-        self._open.discard(number)
+        try:
+            self.study.end(unit, state, self._mean(unit) if state == "FINISHED" else None)
+        except StudyError as error:
+            self._lacks_study(error)
 
     def _prune_rest(self, trials: Sequence[Trial]) -> None:
         """Take those out that wait: the first of their setting asked for all, and is not worth going on with."""
         for trial in trials:
             if trial.number in self._queue:
                 self._queue.remove(trial.number)
-                self.standings[trial.number] = Standing("PRUNED", cause="the first trial of its setting was")
+        self.standings |= early_replicates(trials, self.standings)
 
     def _reconcile(self) -> None:
         """Tell the study what it missed: a sweep that was killed, or a study that is gone."""
@@ -394,13 +430,10 @@ class Conductor:
                 if self.standings[trial.number].state == "FINISHED" and trial.number not in noted:
                     self._note(trial.number, self.standings[trial.number])
             if states == {"FINISHED"} or "PRUNED" in states:
-                if unit not in self._units:
-                    self._study_number(trials[0])
+                if not self.study.knows(unit):
+                    self.study.begin(unit, trials[0].overrides)
                 self._end_unit(unit)
-        known = {unit: number for unit, number in self._units.items() if unit in {t.unit for t in self.trials.values()}}
-        self._units = known
-        for number in self._open - set(known.values()):  # a proposal that was not written down
-            self.study.end(number, "FAILED")
+        self.study.keep_only({trial.unit for trial in self.trials.values()})
 
     # ---- what is shown and written
 
@@ -443,7 +476,7 @@ class Conductor:
         """Say in a line how far the sweep is."""
         counts = self.counts()
         left = self.total - sum(counts[state] for state in ("FINISHED", "PRUNED", "FAILED"))
-        if not left or not self._durations:
+        if not left or not self._durations or not self.workers.running:
             return counted(counts, self.total, None)
         mean, now_at = sum(self._durations) / len(self._durations), time.monotonic()
         spent = sum(min(mean, now_at - self._progress[number].started) for number in self.workers.running)
@@ -458,26 +491,33 @@ class Conductor:
         return [Entry(trial, self.standings[number], trial is best) for number, trial in sorted(self.trials.items())]
 
     def write(self, state: str) -> None:
-        best = self.best
-        self.record.write(
-            {
-                "name": self.plan.name,
-                "id": self.plan.line.sweep_id,
-                "state": state,
-                "started": self._started,
-                "updated": now(),
-                "elapsed_seconds": round(self._elapsed(), 3),
-                "command": self.plan.command,
-                "space": self.plan.space,
-                "sweep": self.plan.settings,
-                "num_trials": self.total,
-                "counts": self.counts(),
-                "best": best
-                and {"trial": best.number, "value": self.standings[best.number].value, "overrides": best.label},
-                "history": self.history,
-            }
-        )
+        """Write sweep.json; a full disk stops the sweep."""
+        try:
+            self.record.write(self._content(state))
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            self.fault = f"the disk is full: {self.record.folder}"
         self.poke()
+
+    def _content(self, state: str) -> dict[str, Any]:
+        best = self.best
+        return {
+            "name": self.plan.name,
+            "id": self.plan.line.sweep_id,
+            "state": state,
+            "started": self._started,
+            "updated": now(),
+            "elapsed_seconds": round(self._elapsed(), 3),
+            "command": self.plan.command,
+            "space": self.plan.space,
+            "sweep": self.plan.settings,
+            "num_trials": self.total,
+            "counts": self.counts(),
+            "best": best
+            and {"trial": best.number, "value": self.standings[best.number].value, "overrides": best.label},
+            "history": self.history,
+        }
 
 
 def _told(standing: Standing, metric: str) -> str:
@@ -494,12 +534,11 @@ def _last_words(log: Path | None) -> str:
     return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
 
 
-def _is_certain(cause: str) -> bool:
-    """Whether a run that failed for this cause would fail again: a mistake in what it was given, or in its numbers."""
-    kind = getattr(errors, cause.partition(":")[0], None)
-    if not (isinstance(kind, type) and issubclass(kind, TowlineError)):
-        return cause.startswith("no ") or "finite number" in cause
-    return not issubclass(kind, TrainingError) or kind is errors.NonFiniteLossError
+def early_replicates(trials: Sequence[Trial], standings: Mapping[int, Standing]) -> dict[int, Standing]:
+    """Give how trials stand that wait behind the first of their setting, which ended early."""
+    pruned = {trial.unit for trial in trials if standings[trial.number].state == "PRUNED"}
+    waiting = [t.number for t in trials if t.unit in pruned and standings[t.number].state == "WAITING"]
+    return {number: Standing("PRUNED", cause="the first trial of its setting was") for number in waiting}
 
 
 def reclaim(

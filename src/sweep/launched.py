@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import threading
 import time
@@ -50,12 +51,13 @@ class Launched:
         self._config, self._context, self._plan = config, context, plan
         self._task = _Task(run_trial)
         self._batch: list[Job] = []
-        self._results: list[tuple[Job, int]] = []
-        self._thread: threading.Thread | None = None
+        self._is_launched = False
+        self._ended: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+        """The exit codes of a batch that was launched, in its order."""
 
     @property
     def room(self) -> int:
-        if self._thread is not None:
+        if self._is_launched:
             return 0
         return (len(self._plan.trials) if self._plan.is_listed else self._plan.config.n_jobs) - len(self._batch)
 
@@ -82,27 +84,27 @@ class Launched:
 
     def go(self) -> None:
         """Hand the batch to the launcher."""
-        if self._batch and self._thread is None:
-            self._thread = threading.Thread(target=self._launch, name="launcher", daemon=True)
-            self._thread.start()
+        if self._batch and not self._is_launched:
+            self._is_launched = True
+            threading.Thread(target=self._launch, args=(tuple(self._batch),), name="launcher", daemon=True).start()
 
-    def _launch(self) -> None:
+    def _launch(self, batch: Sequence[Job]) -> None:
         folder = self._plan.folder.resolve()
         try:
             returns = self._launcher(folder).launch(
-                [[f"hydra.sweep.dir='{folder}'", f"hydra.sweep.subdir='{job.number}'"] for job in self._batch],
-                initial_job_idx=self._batch[0].number,
+                [[f"hydra.sweep.dir='{folder}'", f"hydra.sweep.subdir='{job.number}'"] for job in batch],
+                initial_job_idx=batch[0].number,
             )
             codes = [one.return_value if isinstance(one._return_value, int) else 1 for one in returns]
         except Exception as error:  # the launcher's own, a job that the scheduler killed
-            while any(_is_held(job.run_dir) for job in self._batch):  # it tells of the first, the others go on
+            while any(_is_held(job.run_dir) for job in batch):  # it tells of the first, the others go on
                 time.sleep(POLL_SECONDS)
-            states = [read_status(job.run_dir).get("state") for job in self._batch]
-            for job, state in zip(self._batch, states, strict=True):
+            states = [read_status(job.run_dir).get("state") for job in batch]
+            for job, state in zip(batch, states, strict=True):
                 if state not in CODES:
                     note(log_file(job.run_dir), f"the launcher says: {one_line(error)}")
             codes = [CODES.get(str(state), 1) for state in states]
-        self._results = list(zip(self._batch, codes, strict=True))
+        self._ended.put(codes)
 
     def _launcher(self, folder: Path) -> Any:
         search_path = create_config_search_path(str(folder / "conf" / "0"))
@@ -114,12 +116,13 @@ class Launched:
         return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=self._task, config=config)
 
     def wait(self, seconds: float) -> list[tuple[Job, int]]:
-        if self._thread is not None:
-            self._thread.join(seconds)
-            if not self._thread.is_alive():
-                self._thread, self._batch, ended = None, [], self._results
-                return ended
-        return []
+        """Wait until the batch has ended, or so long; gives its trials with their exit codes."""
+        try:
+            codes = self._ended.get(timeout=seconds)
+        except queue.Empty:
+            return []
+        self._is_launched, batch, self._batch = False, self._batch, []
+        return list(zip(batch, codes, strict=True))
 
     def ask_to_stop(self, number: int = signal.SIGTERM) -> None:
         (self._plan.folder / STOP_FILE).touch()

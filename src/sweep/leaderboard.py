@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.sweep.ranking import Direction, Row, number
+from src.sweep.trial import short
 from src.tracking.journal import finite, write_atomically
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def table(rows: Sequence[Row], metric: str, direction: Direction) -> Table:
     from rich.text import Text
 
     made = Table(box=box.SIMPLE, title=f"{metric}, {direction}d", title_justify="left", pad_edge=False)
-    has_room = max((len(_label(row)) for row in rows), default=0) <= WIDE_LABEL
+    has_room = max((len(short(_label(row))) for row in rows), default=0) <= WIDE_LABEL
     made.add_column("rank", no_wrap=True)
     made.add_column("setting", overflow="fold", min_width=12)
     made.add_column("mean", overflow="fold", no_wrap=not has_room)
@@ -137,7 +138,7 @@ def table(rows: Sequence[Row], metric: str, direction: Direction) -> Table:
         for row in members:
             style = "" if row.rank == 1 else "dim"
             difference = [_difference(row)] if has_room else []
-            cells = [_rank(row), _label(row), _mean(row), str(row.n), *difference, row.verdict]
+            cells = [_rank(row), short(_label(row)), _mean(row), str(row.n), *difference, row.verdict]
             made.add_row(*(Text(cell) for cell in cells), style=style)
     return made
 
@@ -183,7 +184,7 @@ def plot(rows: Sequence[Row], file: Path, metric: str, direction: Direction) -> 
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if row.mean is not None][:MOST_SHOWN]
-    labels = [_in_lines(row.name) for row in shown]
+    labels = [_in_lines(short(row.name)) for row in shown]
     most_lines = max((label.count("\n") + 1 for label in labels), default=1)
     height = (0.27 + 0.13 * most_lines) * max(2, len(shown))  # inches
     figure = Figure(figsize=(9, 1.4 + height), layout="constrained")
@@ -206,6 +207,9 @@ def plot(rows: Sequence[Row], file: Path, metric: str, direction: Direction) -> 
     title = "mean, 95 % interval, one dot a replicate" + (f"; {lacking} without a value" if lacking else "")
     if (left := len(rows) - lacking - len(shown)) > 0:
         title += f"; the best {len(shown)}, {left} more not shown"
+    left_end, right_end = axes.get_xlim()
+    if any(not left_end <= end <= right_end for end in ends):
+        title += "; one without an end is wider than this picture"
     axes.set_title(title, fontsize="medium", loc="left")
     _save(figure, file)
 

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -137,11 +137,11 @@ class Plan:
         if admitted is not None and admitted.sweep is not None:
             problems = list(_sweep_problems(admitted.sweep, admitted.config))
             self.admitted = self.admitted or admitted.config
-        return (None if problems else admitted), [self._located(problem, by_key) for problem in problems]
-
-    def _located(self, problem: Problem, axes: Mapping[str, Axis]) -> Problem:
-        where = axes[problem.key].where if problem.key in axes else ""
-        return dataclasses.replace(problem, where=where) if where else problem
+        located = []
+        for problem in problems:
+            where = (by_key[problem.key].where if problem.key in by_key else "") or problem.where
+            located.append(dataclasses.replace(problem, where=where, point=" ".join(overrides)))
+        return (None if problems else admitted), located
 
 
 def plan_sweep(line: CommandLine) -> Plan:
@@ -167,21 +167,39 @@ def plan_sweep(line: CommandLine) -> Plan:
         reason = "of a single run; a sweep's folder is multirun/<sweep.name>, or hydra.sweep.dir=DIR"
         problems.append(Problem("hydra.run.dir", reason, has_value=False, where=COMMAND_LINE))
     problems += (of_axes := list(_axis_problems(plan)))
+    of_points: list[Problem] = []
+    num_points = 0
     config, num_settings = plan.config, size(plan.axes)
     wanted = config.n_trials
     is_proposed = config.sampler is not Sampler.grid and wanted is not None and wanted < (num_settings or math.inf)
     if of_axes or num_settings is None or is_proposed:
         for own in itertools.islice(_probes(plan.axes), 10 if of_axes else MOST_PROBES):
-            problems += plan.unit(own, 0, 0)[1]
+            of_points += plan.unit(own, 0, 0)[1]
+            num_points += plan.num_replicates
     else:
         for unit, own in enumerate(itertools.islice(points(plan.axes), wanted)):
             trials, found = plan.unit(own, unit, len(plan.trials))
             plan.trials += trials
-            problems += found
-    if problems:
+            of_points += found
+            num_points += plan.num_replicates
+    if problems := [*problems, *_at_points(of_points, num_points, plan.space)]:
         raise refuse(problems)
     plan.trials = _distinct(plan.trials)
     return plan
+
+
+def _at_points(problems: Sequence[Problem], num_points: int, varied: Collection[str]) -> Iterator[Problem]:
+    """Name the first point that has a problem, where others have not, and its key does not say which."""
+    found: dict[tuple[str, str, str], list[Problem]] = {}
+    for problem in problems:
+        found.setdefault((problem.given, problem.reason, problem.where), []).append(problem)
+    for same in found.values():
+        points_of = list(dict.fromkeys(problem.point for problem in same))
+        where = same[0].where
+        if len(points_of) < num_points and same[0].key not in varied:
+            more = f" and {len(points_of) - 1} more" if len(points_of) > 1 else ""
+            where = f"{where}; at {points_of[0]}{more}"
+        yield dataclasses.replace(same[0], where=where)
 
 
 def _kept(plan: Plan) -> list[Path]:
@@ -259,8 +277,11 @@ def _axis_problems(plan: Plan) -> Iterator[Problem]:
 
 def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
     """Tell a metric that no run gives, a direction that would call the worst the best, and runs that can't go on."""
-    if config.checkpoint.resume == "never":
-        yield Problem("checkpoint.resume", "a sweep goes on with its trials: auto", "never")
+    if (resume := config.checkpoint.resume) != "auto":
+        reason = "a sweep goes on with its trials: auto" + (
+            "" if resume == "never" else "; to begin with weights, init_from"
+        )
+        yield Problem("checkpoint.resume", reason, resume)
     metric = sweep.metric.removeprefix("best/")
     kind, _, rest = metric.partition("/")
     set_name, _, score = rest.rpartition("/")

@@ -28,10 +28,6 @@ class Pruning:
         self._count = sum(self._metric in line for line in done)
         self._trial: Any = None
 
-    @property
-    def is_on(self) -> bool:
-        return self._link is not None
-
     def verdict(self, metrics: Mapping[str, float]) -> str:
         """Report an evaluation; gives why the run should end here, or ''."""
         value = metrics.get(self._metric)

@@ -86,7 +86,9 @@ class Record:
         write_atomically(self.folder / TRIALS, text)
 
     def keep_conf(self, roots: Sequence[Path]) -> None:
-        """Keep the options that this sweep is composed of."""
+        """Keep the options that this sweep is composed of, unless they are those that were kept."""
+        if list(roots) == self.conf():
+            return
         beside = self.folder / f".{CONF}.part"
         shutil.rmtree(beside, ignore_errors=True)
         for number, root in enumerate(roots):

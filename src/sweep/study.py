@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from src.config.schema import Pruner, Sampler, SweepConfig
-from src.errors import SweepError, one_line
+from src.errors import StudyError, SweepError, one_line
 from src.sweep.plan import Plan
 from src.sweep.space import Axis
 
@@ -50,7 +51,22 @@ def open_storage(url: str) -> Any:
     try:
         return optuna().storages.RDBStorage(url, engine_kwargs=settings)
     except Exception as error:  # of the database's own driver, or that there is none
-        raise SweepError(f"the study's storage {url} can't be opened: {one_line(error)}") from error
+        raise StudyError(f"the study's storage {url} can't be opened: {one_line(error)}") from error
+
+
+@contextmanager
+def answering(url: str) -> Iterator[None]:
+    """Ask a storage.
+
+    Raises:
+        StudyError: where it does not answer, or lost what it had.
+    """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (optuna().exceptions.OptunaError, SQLAlchemyError, KeyError, OSError) as error:
+        raise StudyError(f"the study's storage {url} does not answer as it should: {one_line(error)}") from error
 
 
 def storage_url(config: SweepConfig, folder: Path) -> str:
@@ -79,7 +95,9 @@ def _halving(min_resource: int, reduction_factor: int) -> Any:
             step = trial.last_step
             if step is None or not _is_rung(step, min_resource, reduction_factor):
                 return False
-            return not _is_among_best(study, trial.intermediate_values[step], step, reduction_factor)
+            return not _is_among_best(
+                study.get_trials(deepcopy=False), _sign(study), trial.intermediate_values[step], step, reduction_factor
+            )
 
     return Halving()
 
@@ -90,79 +108,102 @@ def _is_rung(step: int, min_resource: int, reduction_factor: int) -> bool:
     return step == min_resource
 
 
-def _is_among_best(study: Any, value: float, step: int, reduction_factor: int) -> bool:
+def _sign(study: Any) -> int:
+    """Give what makes the study's better values the lower ones."""
+    return -1 if study.direction == optuna().study.StudyDirection.MAXIMIZE else 1
+
+
+def _is_among_best(trials: Sequence[Any], sign: int, value: float, step: int, reduction_factor: int) -> bool:
     """Whether a value is among the best of those that came to a rung: one of so many of them goes on."""
-    trials = study.get_trials(deepcopy=False)
-    sign = -1 if study.direction == optuna().study.StudyDirection.MAXIMIZE else 1
     values = sorted(sign * trial.intermediate_values[step] for trial in trials if step in trial.intermediate_values)
     num_kept = len(values) // reduction_factor
     return num_kept > 0 and sign * value <= values[num_kept - 1]
 
 
 class Study:
-    """The study of one sweep. Built by `open_study`."""
+    """The study of one sweep, asked and told by unit. Built by `open_study`.
 
-    def __init__(self, study: Any, axes: Sequence[Axis]) -> None:
-        self._study = study
+    Every method that reaches the storage raises StudyError where it does not answer, or lost what it had.
+    """
+
+    def __init__(self, study: Any, axes: Sequence[Axis], url: str) -> None:
+        self._study, self._url = study, url
         self._axes = {axis.key: axis for axis in axes}
         self._distributions = {axis.key: _distribution(axis) for axis in axes}
+        self._numbers: dict[int, int] = {}
+        self._open: set[int] = set()
 
     @property
     def name(self) -> str:
         return self._study.study_name
 
-    def numbers(self) -> dict[int, int]:
-        """Give the study's newest trial of every unit: unit -> its number there."""
-        return {t.user_attrs[UNIT]: t.number for t in self._study.get_trials(deepcopy=False) if UNIT in t.user_attrs}
+    def read(self) -> None:
+        """Read which units the study has, the newest trial of each, and which of them have not ended."""
+        trials = self._trials()
+        self._numbers = {trial.user_attrs[UNIT]: trial.number for trial in trials if UNIT in trial.user_attrs}
+        self._open = {trial.number for trial in trials if not trial.state.is_finished()}
 
-    def running(self) -> set[int]:
-        """Give the numbers of the trials that have not been ended."""
-        trials = self._study.get_trials(deepcopy=False)
-        return {trial.number for trial in trials if not trial.state.is_finished()}
+    def knows(self, unit: int) -> bool:
+        """Whether a unit was ever tried, as far as the study knows."""
+        return unit in self._numbers
 
-    def trial_id(self, number: int) -> int:
-        """Give what the storage calls a trial."""
-        return self._study.get_trials(deepcopy=False)[number]._trial_id
+    def is_open(self, unit: int) -> bool:
+        """Whether a unit is being tried, as far as the study knows."""
+        return self._numbers.get(unit) in self._open
 
-    def promotable(self, resting: Sequence[int], reduction_factor: int, *, at_least_one: bool = False) -> int | None:
-        """Give the number of a resting trial that is among the best of its rung by now, of the highest rung first.
+    def link(self, unit: int) -> dict[str, Any]:
+        """Say where a unit's run asks whether to go on."""
+        with answering(self._url):
+            trial_id = self._trials()[self._numbers[unit]]._trial_id
+        return {"study": self.name, "storage": self._url, "trial_id": trial_id}
+
+    def promotable(self, resting: Iterable[int], reduction_factor: int, *, at_least_one: bool = False) -> int | None:
+        """Give a resting unit that is among the best of its rung by now, of the highest rung first.
 
         Args:
             at_least_one: give the best one, where none is.
         """
-        trials = [self._study.get_trials(deepcopy=False)[number] for number in resting]
-        sign = -1 if self._study.direction == optuna().study.StudyDirection.MAXIMIZE else 1
-        trials = [trial for trial in trials if trial.last_step is not None]
-        trials.sort(key=lambda trial: (-trial.last_step, sign * trial.intermediate_values[trial.last_step]))
-        for trial in trials:
+        sign = _sign(self._study)
+        with answering(self._url):
+            trials = self._trials()
+            known = [(unit, trials[self._numbers[unit]]) for unit in resting]
+        known = [(unit, trial) for unit, trial in known if trial.last_step is not None]
+        known.sort(key=lambda one: (-one[1].last_step, sign * one[1].intermediate_values[one[1].last_step]))
+        for unit, trial in known:
             value = trial.intermediate_values[trial.last_step]
-            if at_least_one or _is_among_best(self._study, value, trial.last_step, reduction_factor):
-                return trial.number
+            if at_least_one or _is_among_best(trials, sign, value, trial.last_step, reduction_factor):
+                return unit
         return None
 
-    def last_evaluation(self, number: int) -> int:
-        """Give the number of the last evaluation that a trial reported."""
-        return self._study.get_trials(deepcopy=False)[number].last_step or 0
+    def last_evaluation(self, unit: int) -> int:
+        """Give the number of the last evaluation that a unit's run reported."""
+        with answering(self._url):
+            return self._trials()[self._numbers[unit]].last_step or 0
 
-    def begin(self, unit: int, overrides: Sequence[str]) -> int:
-        """Note that a unit which was not proposed is being tried; gives its number."""
+    def begin(self, unit: int, overrides: Sequence[str]) -> None:
+        """Note that a unit is being tried, where the study does not know that: one of a grid, or one tried again."""
+        if self.is_open(unit):
+            return
         given = dict(text.split("=", 1) for text in overrides)
         params = {key: self._param(key, given[key]) for key in self._distributions if key in given}
         params = {key: value for key, value in params.items() if self._has(key, value)}  # others are of another command
         library = optuna()
-        self._study.add_trial(
-            library.trial.create_trial(
-                state=library.trial.TrialState.RUNNING,
-                params=params,
-                distributions={key: self._distributions[key] for key in params},
-                user_attrs={UNIT: unit},
-            )
+        trial = library.trial.create_trial(
+            state=library.trial.TrialState.RUNNING,
+            params=params,
+            distributions={key: self._distributions[key] for key in params},
+            user_attrs={UNIT: unit},
         )
-        return self._study.get_trials(deepcopy=False)[-1].number
+        with answering(self._url):
+            self._study.add_trial(trial)
+            number = self._trials()[-1].number
+        self._numbers[unit] = number
+        self._open.add(number)
 
     def propose(self) -> Proposal:
-        """Ask the sampler for a setting."""
-        trial = self._study.ask(self._distributions)
+        """Ask the sampler for a setting; it is answered by `accept` or `answer`."""
+        with answering(self._url):
+            trial = self._study.ask(self._distributions)
         texts = [f"{key}={trial.params[key]}" for key in self._distributions]
         return Proposal(
             trial.number,
@@ -172,14 +213,37 @@ class Study:
             ),
         )
 
-    def belongs(self, number: int, unit: int) -> None:
-        """Note which unit a proposal became."""
-        self._study._storage.set_trial_user_attr(self.trial_id(number), UNIT, unit)
+    def accept(self, proposal: Proposal, unit: int) -> None:
+        """Note which unit a proposal becomes."""
+        with answering(self._url):
+            self._study._storage.set_trial_user_attr(self._trials()[proposal.number]._trial_id, UNIT, unit)
+        self._numbers[unit] = proposal.number
+        self._open.add(proposal.number)
 
-    def end(self, number: int, state: str, value: float | None = None) -> None:
-        """Note how a unit ended: FINISHED with its value, PRUNED or FAILED."""
+    def answer(self, proposal: Proposal, value: float | None) -> None:
+        """Answer a proposal that becomes no unit: with what is known of it, or that it can't be run."""
+        self._end(proposal.number, "FAILED" if value is None else "FINISHED", value)
+
+    def end(self, unit: int, state: str, value: float | None = None) -> None:
+        """Note how a unit that is being tried ended: FINISHED with its value, PRUNED or FAILED."""
+        if self.is_open(unit):
+            self._end(self._numbers[unit], state, value)
+            self._open.discard(self._numbers[unit])
+
+    def keep_only(self, units: Collection[int]) -> None:
+        """Forget units that the sweep does not have, and end proposals that became none: nobody wrote them down."""
+        self._numbers = {unit: number for unit, number in self._numbers.items() if unit in units}
+        for number in self._open - set(self._numbers.values()):
+            self._end(number, "FAILED", None)
+        self._open &= set(self._numbers.values())
+
+    def _end(self, number: int, state: str, value: float | None) -> None:
         states = optuna().trial.TrialState
-        self._study.tell(number, value, state=states[STATES[state]], skip_if_finished=True)
+        with answering(self._url):
+            self._study.tell(number, value, state=states[STATES[state]], skip_if_finished=True)
+
+    def _trials(self) -> list[Any]:
+        return self._study.get_trials(deepcopy=False)
 
     def take_over(self, trials: Sequence[Any]) -> None:
         """Add trials of a study whose choices were others: those that either knew are choices now."""
@@ -221,31 +285,36 @@ def _distribution(axis: Axis) -> Any:
     return distributions.FloatDistribution(float(low), float(high), log=axis.interval.is_log)
 
 
-def open_study(plan: Plan, *, force: bool) -> Study:
-    """Open a sweep's study, or begin it.
+def open_study(plan: Plan, num_tried: int) -> Study:
+    """Open a sweep's study, or begin it; anew with force=true.
 
     Args:
-        force: begin it anew.
+        num_tried: how many trials the sweep's folder has; a study that is gone is made of them.
     Raises:
         SweepError: where the storage can't be opened, or has this name for another folder's study.
     """
+    url = storage_url(plan.config, plan.folder)
+    storage = open_storage(url)
+    with answering(url):
+        return _opened(plan, storage, url, num_tried)
+
+
+def _opened(plan: Plan, storage: Any, url: str, num_before: int) -> Study:
     library, config, name = optuna(), plan.config, plan.name
-    storage = open_storage(storage_url(config, plan.folder))
     known = {study.study_name: study for study in storage.get_all_studies()}
     here, written = str(plan.folder.resolve()), json.dumps(plan.space, sort_keys=True)
     judged = f"{config.metric} {config.direction.value}"
     before: list[Any] = []
-    num_before = 0
     if (old := known.get(name)) is not None:
         if config.storage is not None and old.user_attrs.get(FOLDER) != here:  # its own file moves with the folder
             raise SweepError(
                 f"{config.storage} has a study {name} already, of {old.user_attrs.get(FOLDER)}; "
                 "choose another sweep.name"
             )
-        num_before = 0 if force else storage.get_n_trials(old._study_id)
+        num_before = 0 if plan.force else max(num_before, storage.get_n_trials(old._study_id))
         is_same = old.user_attrs.get(METRIC) == judged  # else its values are others, and come from the folder
-        if force or not is_same or old.user_attrs.get(SPACE) != written:  # a study's choices can't change
-            before = [] if force or not is_same else storage.get_all_trials(old._study_id)
+        if plan.force or not is_same or old.user_attrs.get(SPACE) != written:  # a study's choices can't change
+            before = [] if plan.force or not is_same else storage.get_all_trials(old._study_id)
             library.delete_study(study_name=name, storage=storage)
     study = library.create_study(
         study_name=name,
@@ -258,8 +327,9 @@ def open_study(plan: Plan, *, force: bool) -> Study:
     study.set_user_attr(FOLDER, here)
     study.set_user_attr(SPACE, written)
     study.set_user_attr(METRIC, judged)
-    opened = Study(study, plan.axes)
+    opened = Study(study, plan.axes, url)
     opened.take_over(before)
+    opened.read()
     return opened
 
 

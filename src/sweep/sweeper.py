@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,11 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from src.config.schema import Device, MlflowConfig, NoAdapterConfig, Pruner, Replicate
-from src.errors import Interrupted, TowlineError
+from src.errors import Interrupted, TowlineError, is_disk_full
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
-from src.sweep.board import Board, failures, listing
-from src.sweep.conduct import Conductor, reclaim
+from src.sweep.board import Board, failures, listing, some
+from src.sweep.conduct import Conductor, early_replicates, reclaim
 from src.sweep.launched import Launched, is_own_launcher
 from src.sweep.plan import Plan
 from src.sweep.ranking import Result, conclusion, rank
@@ -93,7 +91,7 @@ def sweep(task: Callable[..., Any], config: Any, context: Any) -> int:
         print(f"\n{error}", file=sys.stderr)
         request.code = error.exit_code
     except OSError as error:
-        if not _is_full(error):
+        if not is_disk_full(error):
             raise
         print(
             f"\nThe disk is full: {request.plan.folder}. The same command goes on once there is room.", file=sys.stderr
@@ -102,11 +100,6 @@ def sweep(task: Callable[..., Any], config: Any, context: Any) -> int:
     finally:
         request.workers.close()
     return request.code
-
-
-def _is_full(error: OSError) -> bool:
-    """Whether there was no room; what copies a folder gives all errors in one."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or (isinstance(error, shutil.Error) and "No space" in str(error))
 
 
 def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
@@ -142,14 +135,14 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
         record.keep_conf(plan.line.roots)
         plan.compose_from(record.conf())
         record.write_trials(trials)
-        study = open_study(plan, force=plan.force)
-        conductor = Conductor(plan, record, trials, todo, study, workers, stop)
+        study = open_study(plan, len(trials))
+        conductor = Conductor(plan, record, trials, todo, study, workers, stop, board)
         conductor.write("RUNNING")
         tracker = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
         tracker.ready()
         conductor.poke = tracker.poke
         try:
-            why = conductor.run(board)
+            why = conductor.run()
         except KeyboardInterrupt:
             why = "Ctrl-C, at once"
         code, state = _outcome(conductor, why, stop)
@@ -171,14 +164,17 @@ def _dry_run(plan: Plan, record: Record, console: Console) -> int:
     console.label("sweep", f"{plan.name} → {plan.folder}")
     for key, text in plan.space.items():
         console.label("", f"{key}={text}")
-    listing(trials, standings, console)
-    left = sum(not standings[number].is_over for number in todo)
+    standings |= early_replicates(trials, standings)
+    to_run = {number for number in todo if not standings[number].is_over}
+    listing(trials, standings, to_run if len(to_run) < len(trials) else (), console)
     if plan.is_listed:
-        console.say(f"{len(trials)} trials, {left} to run, {plan.config.n_jobs} at a time. Nothing was run or written.")
+        jobs = f", {plan.config.n_jobs} at a time" if plan.config.n_jobs > 1 else ""
+        console.say(f"{some(len(trials), 'trial')}, {len(to_run)} to run{jobs}. Nothing was run or written.")
     else:
+        each = f" of {plan.num_replicates} trials" if plan.num_replicates > 1 else ""
         console.say(
-            f"{plan.config.n_trials} settings of {plan.num_replicates} trials, proposed by {plan.config.sampler.name} "
-            "as results come in. Nothing was run or written."
+            f"{some(plan.config.n_trials or 0, 'setting')}{each}, proposed by {plan.config.sampler.name} as results "
+            "come in. Nothing was run or written."
         )
     return 0
 
@@ -208,6 +204,8 @@ def _merged(recorded: Sequence[Trial], plan: Plan) -> tuple[list[Trial], list[in
 def _outcome(conductor: Conductor, why: str, stop: StopRequest) -> tuple[int, str]:
     """Give the exit code and the sweep's state."""
     states = {conductor.standings[number].state for number in conductor.todo}
+    if conductor.fault:
+        return 1, "FAILED"
     if stop.name or why.startswith("Ctrl-C"):
         return Interrupted.exit_code, "PREEMPTED"
     if "FAILED" in states or conductor.has_given_up_on_refusals:
@@ -233,7 +231,7 @@ def _tell(plan: Plan, conductor: Conductor, board: Board, console: Console) -> N
         leaderboard.plot(rows, plan.folder / "plots" / "settings.png", metric, direction)
         values = [point["value"] for point in conductor.history]
         leaderboard.plot_history(values, plan.folder / "plots" / "history.png", metric, direction)
-    board.__exit__()
+    board.close()
     board.table(leaderboard.table(rows, metric, direction))
     console.say(said)
 
@@ -258,7 +256,7 @@ def _close(plan: Plan, conductor: Conductor, why: str, console: Console) -> None
         if number in conductor.todo and (standing := conductor.standings[number]).state == "FAILED"
     ]
     if failed:
-        console.say(f"\n{len(failed)} of {len(conductor.trials)} trials failed:")
+        console.say(f"\n{len(failed)} of {some(len(conductor.trials), 'trial')} failed:")
         failures(failed, console)
         console.say("The same command tries them again, and leaves what is done as it is.")
     if conductor.has_given_up_on_refusals:

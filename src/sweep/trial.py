@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from src.tracking.provenance import config_hash
 
+_LONG_NUMBER = re.compile(r"(?<==)\d*\.\d{6,}(e-?\d+)?(?= |$)")
 REPLICATED = ("seed", "data.fold")
 """Keys in which the trials of one setting differ."""
 
@@ -44,6 +46,11 @@ class Trial:
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Trial:
         return cls(**{**given, "overrides": tuple(given["overrides"])})
+
+
+def short(label: str) -> str:
+    """Give a label for the terminal: a searched number with four digits."""
+    return _LONG_NUMBER.sub(lambda found: f"{float(found[0]):.4g}", label)
 
 
 def trial_of(number: int, unit: int, overrides: tuple[str, ...], frozen: Mapping[str, Any], setting: str) -> Trial:

@@ -18,16 +18,6 @@ class SweepTracker:
     def __init__(self, mirror: Mirror | None) -> None:
         self._mirror = mirror
 
-    @property
-    def uri(self) -> str | None:
-        """Where MLflow is; None: there is no tracker."""
-        return self._mirror.uri if self._mirror else None
-
-    @property
-    def run_id(self) -> str | None:
-        """The id of the sweep's run in MLflow; None where it has none yet."""
-        return self._mirror.run_id if self._mirror else None
-
     def ready(self) -> None:
         """Have the store be there before trials open it; a server that is slow or gone is waited for a second."""
         if self._mirror:
