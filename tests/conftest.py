@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from src.config.gate import Admitted, admit
+from src.sweep.workers import READY, READY_FOR
 
 ROOT = Path(__file__).resolve().parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -53,8 +54,10 @@ def admitted(*overrides: str) -> Admitted:
     return request.run
 
 
+NEEDS = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "bart")]
+NEEDS += [name for names in READY_FOR.values() for name in names]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["src.run", "transformers", "peft", "mlflow", "src.training.loop", "src.model.export"])
+FORKS.set_forkserver_preload([*READY, *NEEDS])
 """Where commands come from that the tests give by the dozen: a process that has imported what takes seconds."""
 
 
@@ -125,7 +128,7 @@ def swept(tmp_path: Path) -> Callable[..., int]:
         from tests.sweeps import planned
 
         plan = planned(f"hydra.sweep.dir={tmp_path / 'sweep'}", *arguments)
-        workers = Workers(run_trial, plan.config.n_jobs, 1, uses_gpus=False)
+        workers = Workers(run_trial, plan.config.n_jobs, 1, uses_gpus=False, needs=NEEDS)
         return lead(plan, StopRequest(), workers)
 
     return run

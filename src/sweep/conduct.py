@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from src.config.schema import Direction, Pruner, Sampler
 from src.errors import (
@@ -41,6 +41,7 @@ POKE_SECONDS = 2.0
 LAST_SECONDS = 2.0
 """How long it may take to hear of trials that were ended at once."""
 EXIT_CODES = {"PRUNED": Pruned.exit_code, "PREEMPTED": Interrupted.exit_code}
+T = TypeVar("T")
 MOST_REPEATS = 25
 """How often in a row a sampler may propose what was tried before it is taken to have nothing new."""
 
@@ -149,16 +150,13 @@ class Conductor:
         """Take a resting trial that is worth going on with by now."""
         by_unit = {self.trials[number].unit: number for number in self._resting}
         factor = self.plan.config.reduction_factor
-        try:
-            unit = self.study.promotable(by_unit, factor, at_least_one=at_least_one)
-            if unit is None:
-                return None
-            self._progress[by_unit[unit]].passed = self.study.last_evaluation(unit)
-        except StudyError as error:
-            self._lacks_study(error)
+        promoted = self._asked(lambda: self.study.promotable(by_unit, factor, at_least_one=at_least_one))
+        if promoted is None:
             return None
-        self._resting.discard(by_unit[unit])
-        return self.trials[by_unit[unit]]
+        number = by_unit[promoted.unit]
+        self._progress[number].passed = promoted.evaluation
+        self._resting.discard(number)
+        return self.trials[number]
 
     def _may_start(self, trial: Trial) -> bool:
         """Where trials of a setting are averaged and may end early, the first of them asks for all."""
@@ -180,13 +178,11 @@ class Conductor:
             units = {trial.unit for trial in self.trials.values()}
             if len(units) >= (self.plan.config.n_trials or 0):
                 return False
-            try:
-                proposal = self.study.propose()
-                if self._take(proposal, max(units, default=-1) + 1):
-                    return True
-            except StudyError as error:
-                self._lacks_study(error)
+            proposal = self._asked(self.study.propose)
+            if proposal is None:
                 return False
+            if self._take(proposal, max(units, default=-1) + 1):
+                return True
         self._has_given_up = True
         return False
 
@@ -200,11 +196,12 @@ class Conductor:
         if problems:
             self.refusal = f"{problems[0].given}: {problems[0].reason}"
         if problems or not fresh:
-            self.study.answer(proposal, None if same is None else self._mean(same))
+            value = None if same is None else self._mean(same)
+            self._asked(lambda: self.study.answer(proposal, value))
             return False
         self.refusal = ""
         unit = unit if same is None else same  # another seed of a setting that was tried
-        self.study.accept(proposal, unit)
+        self._asked(lambda: self.study.accept(proposal, unit))
         self._add([replace(trial, number=first + i, unit=unit) for i, trial in enumerate(fresh)])
         return True
 
@@ -225,10 +222,7 @@ class Conductor:
         Raises:
             KeyboardInterrupt: where it was asked twice to stop; every trial has been ended then.
         """
-        try:
-            self._reconcile()
-        except StudyError as error:
-            self._lacks_study(error)
+        self._asked(self._reconcile)
         if (self._queue or not self.plan.is_listed) and not self.workers.is_ready(POLL_SECONDS):
             self.board.say("importing what the trials need")
             while not self.workers.is_ready(POLL_SECONDS) and not self._why_stop():
@@ -291,16 +285,11 @@ class Conductor:
         return (self.standings[number] for number, one in self._progress.items() if one.is_settled)
 
     def _start(self, trial: Trial) -> None:
-        asks = self._asks(trial)
-        try:
-            self.study.begin(trial.unit, trial.overrides)
-            link = self._link(trial) if asks else None
-        except StudyError as error:
-            self._lacks_study(error)
-            if self.fault:
-                self._queue.insert(0, trial.number)
-                return
-            link = None
+        self._asked(lambda: self.study.begin(trial.unit, trial.overrides))
+        link = self._asked(lambda: self._link(trial)) if self._asks(trial) else None
+        if self.fault:
+            self._queue.insert(0, trial.number)
+            return
         progress = self._progress[trial.number]
         progress.attempts += 1
         progress.started = time.monotonic()
@@ -378,13 +367,22 @@ class Conductor:
 
     # ---- what the study is told
 
-    def _lacks_study(self, error: StudyError) -> None:
-        """Go on without a study that does not answer, where that is possible; the next start makes it of the folder."""
-        if self._needs_study:
-            self.fault = self.fault or str(error)
-        elif self._has_study:
+    def _asked(self, ask: Callable[[], T]) -> T | None:
+        """Ask or tell the study; None where it does not answer: that stops a sweep which can't do without it.
+
+        One that can is made up for by the next start, from the folder.
+        """
+        if not self._has_study:
+            return None
+        try:
+            return ask()
+        except StudyError as error:
             self._has_study = False
-            self.board.say(f"WARNING: {error}. The sweep goes on; the same command brings it up to date")
+            if self._needs_study:
+                self.fault = str(error)
+            else:
+                self.board.say(f"WARNING: {error}. The sweep goes on without; the same command makes up for it")
+            return None
 
     def _of_unit(self, unit: int) -> list[Trial]:
         return [trial for trial in self.trials.values() if trial.unit == unit]
@@ -406,10 +404,8 @@ class Conductor:
         if "PREEMPTED" in states:
             return
         state = next(one for one in ("PRUNED", "FAILED", "FINISHED") if one in states)
-        try:
-            self.study.end(unit, state, self._mean(unit) if state == "FINISHED" else None)
-        except StudyError as error:
-            self._lacks_study(error)
+        value = self._mean(unit) if state == "FINISHED" else None
+        self._asked(lambda: self.study.end(unit, state, value))
 
     def _prune_rest(self, trials: Sequence[Trial]) -> None:
         """Take those out that wait: the first of their setting asked for all, and is not worth going on with."""

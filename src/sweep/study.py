@@ -33,6 +33,14 @@ class Proposal:
     overrides: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Promotion:
+    """A unit that rested at a rung and goes on, behind this evaluation."""
+
+    unit: int
+    evaluation: int
+
+
 def optuna() -> Any:
     """Import Optuna, which says less than it would by itself."""
     import optuna as library
@@ -66,7 +74,8 @@ def answering(url: str) -> Iterator[None]:
     try:
         yield
     except (optuna().exceptions.OptunaError, SQLAlchemyError, KeyError, OSError) as error:
-        raise StudyError(f"the study's storage {url} does not answer as it should: {one_line(error)}") from error
+        cause = getattr(error.__cause__, "orig", None) or error  # what the driver says; Optuna only guesses
+        raise StudyError(f"the study's storage {url} does not answer as it should: {one_line(cause)}") from error
 
 
 def storage_url(config: SweepConfig, folder: Path) -> str:
@@ -157,7 +166,9 @@ class Study:
             trial_id = self._trials()[self._numbers[unit]]._trial_id
         return {"study": self.name, "storage": self._url, "trial_id": trial_id}
 
-    def promotable(self, resting: Iterable[int], reduction_factor: int, *, at_least_one: bool = False) -> int | None:
+    def promotable(
+        self, resting: Iterable[int], reduction_factor: int, *, at_least_one: bool = False
+    ) -> Promotion | None:
         """Give a resting unit that is among the best of its rung by now, of the highest rung first.
 
         Args:
@@ -172,13 +183,8 @@ class Study:
         for unit, trial in known:
             value = trial.intermediate_values[trial.last_step]
             if at_least_one or _is_among_best(trials, sign, value, trial.last_step, reduction_factor):
-                return unit
+                return Promotion(unit, trial.last_step)
         return None
-
-    def last_evaluation(self, unit: int) -> int:
-        """Give the number of the last evaluation that a unit's run reported."""
-        with answering(self._url):
-            return self._trials()[self._numbers[unit]].last_step or 0
 
     def begin(self, unit: int, overrides: Sequence[str]) -> None:
         """Note that a unit is being tried, where the study does not know that: one of a grid, or one tried again."""

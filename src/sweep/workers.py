@@ -39,8 +39,15 @@ READY = (
         "src.data.dataset",
     ),
     *("src.evaluation.evaluate", "src.evaluation.samples", "src.model.build", "src.model.card", "src.model.export"),
-    *("src.model.whole", "src.overview", "src.runtime.session", "src.sweep.pruning", "src.tracking.tracker"),
-    *("src.training.loop", "src.training.resume", "src.training.state"),
+    *(
+        "src.model.whole",
+        "src.overview",
+        "src.runtime.session",
+        "src.sweep.pruning",
+        "src.sweep.warm",
+        "src.tracking.tracker",
+    ),
+    *("src.training.loop", "src.training.resume", "src.training.state", "pandas"),  # pyarrow imports pandas at work
 )
 """What the fork server imports before the first trial."""
 READY_FOR = {
