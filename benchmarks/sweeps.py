@@ -3,6 +3,8 @@
     python -m benchmarks.sweeps                    # 16 trials of about 3 s of training, on two CPU cores
     python -m benchmarks.sweeps --trials 4 --rounds 1
 
+hydra-joblib-launcher is no dependency of Towline: pip install hydra-joblib-launcher.
+
 Each way is a whole process, started as a user would. `basic` runs the trials in one process, one after the other;
 `joblib` (hydra-joblib-launcher) in two. What a trial adds is the wall time of a trial less that of its own training and
 evaluation: (wall - start) * jobs / trials - the trial's seconds, by its own clock.
@@ -62,17 +64,16 @@ def main() -> None:
                 found[way].append(timed(way, asked.trials, asked.steps, cache))
     finally:
         shutil.rmtree(cache)
-    own = statistics.median(wall for wall, _ in found["towline, 2 jobs"])
+    own = [wall for wall, _ in found["towline, 2 jobs"]]
     print(f"{asked.trials} trials of {asked.steps} steps, medians of {asked.rounds} rounds")
     print(f"{'':<18}{'wall s':>8}{'s a trial':>11}{'own clock s':>13}{'added s':>9}{'/ towline':>11}")
     for way, times in found.items():
         wall = statistics.median(wall for wall, _ in times)
+        ratio = statistics.median(wall / ours for (wall, _), ours in zip(times, own, strict=True))  # of each round
         inside = statistics.median(inside for _, inside in times)
         jobs = 2 if "2 jobs" in way else 1
         each = wall * jobs / asked.trials
-        print(
-            f"{way:<18}{wall:>8.1f}{wall / asked.trials:>11.2f}{inside:>13.2f}{each - inside:>9.2f}{wall / own:>11.2f}"
-        )
+        print(f"{way:<18}{wall:>8.1f}{wall / asked.trials:>11.2f}{inside:>13.2f}{each - inside:>9.2f}{ratio:>11.2f}")
 
 
 if __name__ == "__main__":

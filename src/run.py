@@ -384,9 +384,10 @@ def own_sweep(request: Request, stop: StopRequest) -> SweepRequest | None:
     from src.sweep.plan import plan_sweep
     from src.sweep.sweeper import request_sweep
 
-    plan = plan_sweep(request.line)
-    is_own = request.line.value_of("hydra/sweeper") in (None, "towline")
-    return request_sweep(plan, stop, by_name) if is_own else None
+    if request.line.value_of("hydra/sweeper") in (None, "towline"):
+        return request_sweep(request.line, stop, by_name)
+    plan_sweep(request.line)
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -128,7 +128,7 @@ def swept(tmp_path: Path) -> Callable[..., int]:
         from tests.sweeps import planned
 
         plan = planned(f"hydra.sweep.dir={tmp_path / 'sweep'}", *arguments)
-        workers = Workers(run_trial, plan.config.n_jobs, 1, uses_gpus=False, needs=NEEDS)
+        workers = Workers(run_trial, plan.config.n_jobs, 1, uses_gpus=False)
         return lead(plan, StopRequest(), workers)
 
     return run

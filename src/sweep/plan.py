@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -144,11 +144,13 @@ class Plan:
         return (None if problems else admitted), located
 
 
-def plan_sweep(line: CommandLine) -> Plan:
+def plan_sweep(line: CommandLine, begin: Callable[[Plan], None] = lambda plan: None) -> Plan:
     """Compose and check everything that a sweep's command line asks for.
 
     Where a sampler proposes the settings, every value is checked beside the first ones of the others.
 
+    Args:
+        begin: called once, when the first point has been found good, while others may still be found bad.
     Raises:
         ConfigError: with all problems together.
     """
@@ -172,16 +174,15 @@ def plan_sweep(line: CommandLine) -> Plan:
     config, num_settings = plan.config, size(plan.axes)
     wanted = config.n_trials
     is_proposed = config.sampler is not Sampler.grid and wanted is not None and wanted < (num_settings or math.inf)
-    if of_axes or num_settings is None or is_proposed:
-        for own in itertools.islice(_probes(plan.axes), 10 if of_axes else MOST_PROBES):
-            of_points += plan.unit(own, 0, 0)[1]
-            num_points += plan.num_replicates
-    else:
-        for unit, own in enumerate(itertools.islice(points(plan.axes), wanted)):
-            trials, found = plan.unit(own, unit, len(plan.trials))
-            plan.trials += trials
-            of_points += found
-            num_points += plan.num_replicates
+    is_listed = not (of_axes or num_settings is None or is_proposed)
+    most = wanted if is_listed else (10 if of_axes else MOST_PROBES)
+    for unit, own in enumerate(itertools.islice((points if is_listed else _probes)(plan.axes), most)):
+        trials, found = plan.unit(own, unit, len(plan.trials))
+        plan.trials += trials if is_listed else []
+        of_points += found
+        if unit == 0 and not [*problems, *of_points]:
+            begin(plan)
+        num_points += plan.num_replicates
     if problems := [*problems, *_at_points(of_points, num_points, plan.space)]:
         raise refuse(problems)
     plan.trials = _distinct(plan.trials)

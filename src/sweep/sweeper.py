@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from src.config.compose import CommandLine
 from src.config.schema import Device, MlflowConfig, NoAdapterConfig, Pruner, Replicate
 from src.errors import Interrupted, TowlineError, is_disk_full
 from src.runtime.signals import StopRequest
@@ -17,12 +18,12 @@ from src.sweep import leaderboard
 from src.sweep.board import Board, failures, listing, some
 from src.sweep.conduct import Conductor, early_replicates, reclaim
 from src.sweep.launched import Launched, is_own_launcher
-from src.sweep.plan import Plan
+from src.sweep.plan import Plan, plan_sweep
 from src.sweep.ranking import Result, conclusion, rank
 from src.sweep.record import Record
 from src.sweep.study import open_study
 from src.sweep.trial import Trial
-from src.sweep.workers import READY_FOR, RunTrial, Workers
+from src.sweep.workers import READY_FOR, RunTrial, Workers, end_fork_server, start_fork_server
 from src.tracking.console import Console
 from src.tracking.journal import hold
 from src.tracking.sweep_tracker import open_sweep_tracking
@@ -41,23 +42,28 @@ class SweepRequest:
     """Where Hydra's task function has it."""
 
 
-def request_sweep(plan: Plan, stop: StopRequest, run_trial: RunTrial) -> SweepRequest:
-    """Get ready for a sweep: the fork server begins its imports while Hydra composes."""
-    config = plan.sample
-    workers = Workers(
-        run_trial,
-        plan.config.n_jobs,
-        config.runtime.num_processes,
-        uses_gpus=config.runtime.device is not Device.cpu,
-        needs=_needs(plan),
-    )
-    if not plan.config.dry_run:
-        workers.warm_up()
+def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> SweepRequest:
+    """Compose and check every point of a command line; the fork server begins its imports behind the first good one.
+
+    Raises:
+        ConfigError: with all problems of all points.
+    """
+    with ExitStack() as if_refused:
+
+        def begin(plan: Plan) -> None:
+            if not plan.config.dry_run:
+                if_refused.callback(end_fork_server)
+                start_fork_server(_needs(plan))
+
+        plan = plan_sweep(line, begin)
+        if_refused.pop_all()
+    runtime = plan.sample.runtime
+    workers = Workers(run_trial, plan.config.n_jobs, runtime.num_processes, uses_gpus=runtime.device is not Device.cpu)
     return SweepRequest(plan, stop, run_trial, workers)
 
 
 def _needs(plan: Plan) -> list[str]:
-    """Name the modules that some trials will import and others not."""
+    """Name the modules that trials like the first will import, and others not."""
     config, varied = plan.sample, {axis.key.partition(".")[0] for axis in plan.axes}
     wanted = {
         "adapter": not isinstance(config.adapter, NoAdapterConfig) or "adapter" in varied,
@@ -66,15 +72,9 @@ def _needs(plan: Plan) -> list[str]:
         "hub": any(source.data.dataset_name for source in config.data.train_sources().values()) or "data" in varied,
     }
     more = [module for need, is_wanted in wanted.items() if is_wanted for module in READY_FOR[need]]
-    return [*more, *(f"transformers.models.{kind}.modeling_{kind}" for kind in _kinds_of_model(plan))]
-
-
-def _kinds_of_model(plan: Plan) -> set[str]:
-    """Give what transformers calls the models of a sweep, of those that lie here."""
-    folders = {trial.config["model"]["checkpoint"] for trial in plan.trials} | {plan.sample.model.checkpoint}
-    files = [Path(folder, "config.json") for folder in folders if Path(folder, "config.json").is_file()]
-    kinds = {json.loads(file.read_text(encoding="utf-8")).get("model_type") for file in files}
-    return {kind for kind in kinds if isinstance(kind, str)}
+    file = Path(config.model.checkpoint, "config.json")
+    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+    return [*more, f"transformers.models.{kind}.modeling_{kind}"] if kind else more
 
 
 def sweep(task: Callable[..., Any], config: Any, context: Any) -> int:
@@ -98,7 +98,7 @@ def sweep(task: Callable[..., Any], config: Any, context: Any) -> int:
         )
         request.code = 1
     finally:
-        request.workers.close()
+        end_fork_server()
     return request.code
 
 

@@ -29,24 +29,10 @@ from src.runtime.devices import shares, threads_each, visible_gpus
 RunTrial = Callable[[dict[str, Any], str, Mapping[str, Any] | None], int]
 """Runs a frozen configuration in a folder, with a link to the study (see src.sweep.pruning); gives the exit code."""
 READY = (
-    *(
-        "src.run",
-        "torch",
-        "transformers",
-        "transformers.generation.utils",
-        "accelerate",
-        "src.checkpoint.store",
-        "src.data.dataset",
-    ),
-    *("src.evaluation.evaluate", "src.evaluation.samples", "src.model.build", "src.model.card", "src.model.export"),
-    *(
-        "src.model.whole",
-        "src.overview",
-        "src.runtime.session",
-        "src.sweep.pruning",
-        "src.sweep.warm",
-        "src.tracking.tracker",
-    ),
+    *("src.run", "torch", "transformers", "transformers.generation.utils", "accelerate"),
+    *("src.checkpoint.store", "src.data.dataset", "src.evaluation.evaluate", "src.evaluation.samples"),
+    *("src.model.build", "src.model.card", "src.model.export", "src.model.warm", "src.model.whole", "src.overview"),
+    *("src.runtime.session", "src.sweep.pruning", "src.tracking.tracker"),
     *("src.training.loop", "src.training.resume", "src.training.state", "pandas"),  # pyarrow imports pandas at work
 )
 """What the fork server imports before the first trial."""
@@ -60,6 +46,7 @@ READY_FOR = {
     "hub": ("datasets",),
 }
 """And what only some trials need."""
+CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 GRACE_SECONDS = 5.0
 """How long trials may take to end at once, when asked twice."""
 
@@ -86,21 +73,48 @@ class _Worker:
     process: BaseProcess
 
 
+def start_fork_server(needs: Sequence[str]) -> None:
+    """Have the fork server begin its imports; returns at once. What libraries say of themselves is not shown.
+
+    Args:
+        needs: modules that trials will import besides READY.
+    """
+    if not CAN_FORK:
+        return
+    multiprocessing.set_forkserver_preload([*READY, *needs])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept, nowhere = [os.dup(number) for number in (1, 2)], os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in (1, 2):
+            os.dup2(nowhere, number)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it must outlive a Ctrl-C while it imports
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for number, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, number)
+            os.close(before)
+        os.close(nowhere)
+
+
+def end_fork_server() -> None:
+    """End the fork server, if there is one; what it forked has ended, or ends by itself."""
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid is not None:
+        os.kill(server._forkserver_pid, signal.SIGKILL)  # it may be in the middle of its imports
+        server._stop()
+
+
 class Workers:
     """Runs up to `n_jobs` trials at the same time, each with its share of threads and GPUs.
 
     Args:
         gpus_each: how many processes a trial has, and so how many GPUs it computes on, where it uses any.
-        needs: modules that its trials will import besides READY.
     """
 
-    def __init__(
-        self, run_trial: RunTrial, n_jobs: int, gpus_each: int, *, uses_gpus: bool, needs: Sequence[str] = ()
-    ) -> None:
-        can_fork = "forkserver" in multiprocessing.get_all_start_methods()
-        self._context: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
-        if can_fork:
-            self._context.set_forkserver_preload([*READY, *needs])
+    def __init__(self, run_trial: RunTrial, n_jobs: int, gpus_each: int, *, uses_gpus: bool) -> None:
+        self._context: Any = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
         self._run_trial, self._n_jobs = run_trial, n_jobs
         self._threads = threads_each(n_jobs, gpus_each)
         self._gpus = shares(visible_gpus() if uses_gpus else [], n_jobs, gpus_each)
@@ -116,25 +130,6 @@ class Workers:
     def running(self) -> list[int]:
         """The numbers of the trials at work."""
         return [worker.job.number for worker in self._working.values()]
-
-    def warm_up(self) -> None:
-        """Have the fork server begin its imports; returns at once. What libraries say of themselves is not shown."""
-        if self._context.get_start_method() != "forkserver":
-            return
-        sys.stdout.flush()
-        sys.stderr.flush()
-        kept, nowhere = [os.dup(number) for number in (1, 2)], os.open(os.devnull, os.O_WRONLY)
-        try:
-            for number in (1, 2):
-                os.dup2(nowhere, number)
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it must outlive a Ctrl-C while it imports
-            forkserver.ensure_running()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            for number, before in zip((1, 2), kept, strict=True):
-                os.dup2(before, number)
-                os.close(before)
-            os.close(nowhere)
 
     def get_ready(self) -> None:
         """Nothing is left of an earlier start."""
@@ -203,14 +198,6 @@ class Workers:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive, timeout=GRACE_SECONDS)
-
-    def close(self) -> None:
-        """End the fork server; the trials have ended."""
-        if self._context.get_start_method() == "forkserver":
-            server: Any = forkserver._forkserver
-            if server._forkserver_pid is not None:
-                os.kill(server._forkserver_pid, signal.SIGKILL)  # it may be in the middle of its imports
-            server._stop()
 
 
 def _nothing() -> None:
