@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ TINY = (
 def planned(*arguments: str) -> Plan:
     compose.new_identity()
     return plan_sweep(compose.read_command_line(["-m", *TINY, *untracked(arguments), *arguments]))
+
+
+def sleep_before_it_begins(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None) -> int:
+    """Be a trial that has not come to its first line."""
+    Path(run_dir, "sleeps").touch()
+    time.sleep(600)
+    return 0
 
 
 def untracked(arguments: Sequence[str]) -> list[str]:

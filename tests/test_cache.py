@@ -6,7 +6,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -481,31 +480,18 @@ def test_a_folder_that_can_not_be_written_is_told(tmp_path: Path, file: str, mon
         built(admitted(*chosen(file, tmp_path / "cache")).config)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a disk of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True).returncode:
-        pytest.skip("a small disk can't be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("left", ["for some rows", "for none"])
-def test_a_full_disk_is_told_and_no_entry_left(tmp_path: Path, small_disk: Path, left: str) -> None:
+def test_a_full_disk_is_told_and_no_entry_left(tmp_path: Path, small_disk: Callable[[str], Path], left: str) -> None:
+    disk = small_disk("size=1m")
     rows = [{"prompt": "ab" * 50, "completion": "c" * 50}] * 6000
     file = write_lines(tmp_path / "rows.jsonl", rows)
     if left == "for none":
-        (small_disk / "filler").write_bytes(bytes(1024 * 1024 - 4096))
+        (disk / "filler").write_bytes(bytes(1024 * 1024 - 4096))
     with pytest.raises(DataError) as caught:
-        built(admitted(*chosen(file, small_disk / "cache")).config)
-    for words in ("no space left", str(small_disk / "cache"), "data.cache_dir=DIR"):
+        built(admitted(*chosen(file, disk / "cache")).config)
+    for words in ("no space left", str(disk / "cache"), "data.cache_dir=DIR"):
         assert words in str(caught.value)
-    assert entries(small_disk / "cache") == []
+    assert entries(disk / "cache") == []
     config = admitted(*chosen(file, tmp_path / "cache")).config
     assert len(built(config).train) == 6000
 

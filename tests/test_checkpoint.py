@@ -9,9 +9,8 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -741,28 +740,6 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
 
 
 # A disk that is full
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mount a file system in memory with such options; mounted again, it gets them while it is in use."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(options: str) -> Path:
-        more = "remount," if os.path.ismount(place) else ""
-        command = ["mount", "-t", "tmpfs", "-o", f"{more}{options}", "tmpfs", str(place)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError as error:
-            pytest.skip(f"a small file system can't be mounted: {error}")
-        if done.returncode:
-            pytest.skip(f"a small file system can't be mounted (that needs root): {done.stderr.strip()}")
-        return place
-
-    yield mount
-    if os.path.ismount(place):
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def large(step: int, *, num_bytes: int, full: bool = True) -> Snapshot:

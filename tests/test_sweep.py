@@ -20,12 +20,15 @@ import yaml
 
 from src.errors import ConfigError, RunFolderError, SweepError
 from src.runtime.devices import shares, visible_gpus
+from src.runtime.signals import StopRequest
 from src.sweep.record import Record
 from src.sweep.space import Interval
 from src.sweep.study import _is_rung
+from src.sweep.sweeper import lead
+from src.sweep.workers import Workers
 from src.tracking.journal import hold
 from tests.conftest import ROOT, read_lines, write_lines
-from tests.sweeps import TINY, board_of, planned, starts, states, steps_of, study_of, untracked
+from tests.sweeps import TINY, board_of, planned, sleep_before_it_begins, starts, states, steps_of, study_of, untracked
 
 
 def refusal(*arguments: str) -> str:
@@ -350,6 +353,63 @@ def test_a_study_that_is_gone_is_made_of_the_folder(swept: Callable[..., int], f
     assert starts(folder) == [1, 1]
 
 
+def test_values_that_come_and_go_are_one_study(swept: Callable[..., int], folder: Path) -> None:
+    assert swept("sweep.name=n", "optimizer.lr=1e-5,1e-4") == 0
+    for _ in range(2):
+        assert swept("sweep.name=n", "optimizer.lr=1e-4,1e-3") == 0
+        shutil.rmtree(folder / "2")
+    assert swept("sweep.name=n", "optimizer.lr=1e-4,1e-3") == 0
+    assert {trial.params["optimizer.lr"] for trial in study_of(folder).trials} == {"1e-05", "0.0001", "0.001"}
+
+
+def test_an_interval_may_become_narrower(swept: Callable[..., int], folder: Path) -> None:
+    search = ("sweep.name=n", "sweep=tpe", "sweep.pruner=none")
+    assert swept(*search, "sweep.n_trials=2", "optimizer.lr=tag(log,interval(1e-7,1e-2))") == 0
+    assert swept(*search, "sweep.n_trials=3", "optimizer.lr=tag(log,interval(1e-3,1e-2))") == 0
+    trials = study_of(folder).trials
+    assert [trial.value is not None for trial in trials] == [True] * 3
+    assert trials[-1].params["optimizer.lr"] >= 1e-3
+
+
+def test_a_first_seed_that_failed_and_is_not_asked_for_holds_nobody_up(
+    swept: Callable[..., int], folder: Path, tmp_path: Path
+) -> None:
+    for seed in (2, 3):
+        write_lines(tmp_path / f"rows-{seed}.jsonl", [{"prompt": f"{i}+1=", "completion": str(i)} for i in range(16)])
+    (tmp_path / "rows-1.jsonl").write_text('{"prompt": 1}\n')
+    files = f"data.train_files=['{tmp_path}/rows-${{seed}}.jsonl']"
+    search = ("sweep.name=n", "sweep=tpe", "optimizer.lr=1e-3,1e-2", files)
+    assert swept(*search, "seed=1,2") == 1
+    assert sorted(states(folder)) == ["FAILED", "FAILED", "FINISHED", "FINISHED"]
+    assert swept(*search, "seed=2,3") == 0
+    assert states(folder).count("FINISHED") == 4
+    assert [row["n"] for row in board_of(folder)] == ["2", "2"]
+    assert not [trial for trial in study_of(folder).trials if not trial.state.is_finished()]
+
+
+def test_a_stop_before_a_trial_began_leaves_it_for_the_next_start(swept: Callable[..., int], folder: Path) -> None:
+    plan, stop = planned("seed=1,2", f"hydra.sweep.dir={folder}"), StopRequest()
+    workers = Workers(sleep_before_it_begins, 2, 1, uses_gpus=False)
+
+    def ask() -> None:
+        until(lambda: len(list(folder.glob("*/sleeps"))) == 2, "both trials are there")
+        stop(signal.SIGTERM, None)
+
+    threading.Thread(target=ask, daemon=True).start()
+    assert lead(plan, stop, workers) == 75
+    assert json.loads((folder / "sweep.json").read_text())["state"] == "PREEMPTED"
+    for number in (0, 1):
+        (folder / str(number) / "sleeps").unlink()
+    assert swept("seed=1,2") == 0
+    assert starts(folder) == [1, 1]
+
+
+def test_a_first_start_that_died_while_it_wrote_is_no_other_folder(swept: Callable[..., int], folder: Path) -> None:
+    folder.mkdir()
+    (folder / ".trials.jsonl.part").touch()
+    assert swept("seed=1") == 0
+
+
 def lose(file: Path, once: Path) -> threading.Thread:
     """Take a file away as soon as another one is there."""
 
@@ -415,6 +475,30 @@ def test_a_folder_of_something_else_is_left_alone(swept: Callable[..., int], fol
 def test_a_second_sweep_on_the_same_folder_is_refused(swept: Callable[..., int], folder: Path) -> None:
     with hold(folder), pytest.raises(RunFolderError, match=f"process {os.getpid()} on"):
         swept("seed=1,2")
+
+
+def test_trials_of_two_processes_rest_and_go_on(swept: Callable[..., int], folder: Path) -> None:
+    rungs = ("sweep.pruner=asha", "sweep.reduction_factor=2", "evaluation.eval_steps=1", "training.max_train_steps=2",
+             "scheduler=constant")  # fmt: skip
+    assert swept("optimizer.lr=1e-2,1e-7", "runtime.num_processes=2", *rungs) == 0
+    assert states(folder) == ["FINISHED", "PRUNED"]
+    assert starts(folder) == [2, 1]
+    assert steps_of(folder) == [2, 1]
+    assert not left_of(folder)
+
+
+def test_a_full_disk_stops_the_sweep_which_goes_on_with_room(
+    swept: Callable[..., int], small_disk: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = small_disk("size=12m") / "sweep"
+    grid = ("seed=1,2,3", f"hydra.sweep.dir={folder}")
+    assert swept(*grid) == 1
+    assert f"Stopped: the disk is full: {folder}." in capsys.readouterr().out
+    assert states(folder)[-1] == "FAILED"
+    assert len(states(folder)) < 3
+    small_disk("size=100m")
+    assert swept(*grid) == 0
+    assert states(folder) == ["FINISHED"] * 3
 
 
 def test_models_are_compared_in_groups(swept: Callable[..., int], folder: Path) -> None:

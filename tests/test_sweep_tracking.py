@@ -115,6 +115,23 @@ def test_what_was_delivered_is_not_delivered_again(place: Path, uri: str) -> Non
     assert points(uri, "trials_failed") == [(2, 0, 0), (2, 1, 9000)]
 
 
+def test_judged_by_another_metric_it_is_another_run_with_the_same_trials(place: Path, uri: str) -> None:
+    track(config(uri), place / "0")
+    write(place, **ENDED)
+    before = deliver(place, uri).info.run_id
+    other = [{"trial": 0, "value": 0.25, "best": 0.25, "elapsed_seconds": 1.5}]
+    write(place, history=other, sweep={"metric": "eval/test/exact_match", "direction": "maximize"})
+    SweepDelivery(config(uri), place).deliver()
+    client = MlflowClient(uri)
+    runs = client.search_runs(["1"], filter_string="tags.`towline.sweep` = 'rates' and attributes.run_name = 'rates'")
+    (now,) = (run for run in runs if run.info.run_id != before)
+    assert now.data.params["sweep.metric"] == "eval/test/exact_match"
+    assert [point.value for point in client.get_metric_history(now.info.run_id, "value")] == [0.25]
+    assert [point.value for point in client.get_metric_history(before, "value")] == [0.5, 0.7]
+    under = f"tags.`mlflow.parentRunId` = '{now.info.run_id}'"
+    assert len(client.search_runs(["1"], filter_string=under)) == 1
+
+
 def test_an_answer_that_was_lost_makes_no_second_point(place: Path, uri: str) -> None:
     delivery = SweepDelivery(config(uri), place)
     count_calls(delivery, {"log_batch": 3})

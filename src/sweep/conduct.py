@@ -18,7 +18,6 @@ from src.config.schema import Direction, Pruner, Sampler
 from src.errors import (
     Interrupted,
     NonFiniteLossError,
-    Pruned,
     RunFolderError,
     StudyError,
     TowlineError,
@@ -40,7 +39,8 @@ POLL_SECONDS = 0.1
 POKE_SECONDS = 2.0
 LAST_SECONDS = 2.0
 """How long it may take to hear of trials that were ended at once."""
-EXIT_CODES = {"PRUNED": Pruned.exit_code, "PREEMPTED": Interrupted.exit_code}
+UNENDED = {"PREEMPTED", "RUNNING", "WAITING"}
+"""States of trials that the same command goes on with."""
 T = TypeVar("T")
 MOST_REPEATS = 25
 """How often in a row a sampler may propose what was tried before it is taken to have nothing new."""
@@ -55,9 +55,10 @@ class _Progress:
     """The evaluation of the last rung that it was let through."""
     started: float = 0.0
     """When it was last started, by the monotonic clock."""
+    status: int | None = None
+    """When its status.json was last written before that, in nanoseconds."""
     is_settled: bool = False
     """Whether this start of the sweep is done with it."""
-    cause: str = ""
 
 
 class Conductor:
@@ -85,7 +86,8 @@ class Conductor:
         self._metric, self._is_min = plan.config.metric, plan.config.direction is Direction.minimize
         self._has_given_up = False
         self.refusal = ""
-        """Why the last proposal that can't be run is none."""
+        """Why the last proposal can't be run."""
+        self._has_only_refusals = False
         self.fault = ""
         """What keeps every trial from being run or judged, and stops the sweep."""
         self._needs_study = not plan.is_listed or plan.config.pruner is not Pruner.none
@@ -95,7 +97,7 @@ class Conductor:
         self._resting = {
             number
             for number, standing in self.standings.items()
-            if rests and standing.state == "PRUNED" and study.is_open(self.trials[number].unit)
+            if rests and standing.state == "PRUNED" and number in todo and study.is_open(self.trials[number].unit)
         }
         """Trials that ended at a rung, and go on once they are among its best."""
         self.poke: Callable[[], None] = lambda: None
@@ -168,12 +170,13 @@ class Conductor:
     def _pilot(self, trial: Trial) -> Trial | None:
         if self.plan.config.pruner is Pruner.none or self.plan.num_replicates == 1:
             return None
-        return min((one for one in self.trials.values() if one.unit == trial.unit), key=lambda one: one.number)
+        return min((one for one in self._of_unit(trial.unit) if one.number in self.todo), key=lambda one: one.number)
 
     def _propose(self) -> bool:
         """Have the sampler propose another setting; whether there is one to run."""
         if self.plan.is_listed or self._has_given_up:
             return False
+        self._has_only_refusals = True
         for _ in range(MOST_REPEATS):
             units = {trial.unit for trial in self.trials.values()}
             if len(units) >= (self.plan.config.n_trials or 0):
@@ -181,8 +184,10 @@ class Conductor:
             proposal = self._asked(self.study.propose)
             if proposal is None:
                 return False
+            self.refusal = ""
             if self._take(proposal, max(units, default=-1) + 1):
                 return True
+            self._has_only_refusals &= bool(self.refusal)
         self._has_given_up = True
         return False
 
@@ -199,7 +204,6 @@ class Conductor:
             value = None if same is None else self._mean(same)
             self._asked(lambda: self.study.answer(proposal, value))
             return False
-        self.refusal = ""
         unit = unit if same is None else same  # another seed of a setting that was tried
         self._asked(lambda: self.study.accept(proposal, unit))
         self._add([replace(trial, number=first + i, unit=unit) for i, trial in enumerate(fresh)])
@@ -222,6 +226,10 @@ class Conductor:
         Raises:
             KeyboardInterrupt: where it was asked twice to stop; every trial has been ended then.
         """
+        noted = {point["trial"] for point in self.history}
+        for number, standing in sorted(self.standings.items()):
+            if standing.state == "FINISHED" and number not in noted:
+                self._note(number, standing)
         self._asked(self._reconcile)
         if (self._queue or not self.plan.is_listed) and not self.workers.is_ready(POLL_SECONDS):
             self.board.say("importing what the trials need")
@@ -293,6 +301,7 @@ class Conductor:
         progress = self._progress[trial.number]
         progress.attempts += 1
         progress.started = time.monotonic()
+        progress.status = _written(self.record.run_dir(trial.number))
         step = self.standings[trial.number].step
         self.board.say(
             f"trial {trial.number}  {short(trial.label) or self.plan.name}  {'goes on' if step else 'starts'}"
@@ -328,6 +337,8 @@ class Conductor:
             is_again = not self._why_stop() and self._is_worth_trying(standing, code, progress)
             told = f"{_told(standing, self._metric)}{', tried again' if is_again else ''}"
             self.board.say(f"trial {trial.number}  {short(trial.label) or self.plan.name}  {told}")
+            if standing.state == "WAITING":
+                continue
             if is_again:
                 self._queue.append(job.number)
                 continue
@@ -345,17 +356,15 @@ class Conductor:
         """Tell how a trial stands whose process has ended, and have its own folder say so."""
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         standing = self.record.standing(job.number, self._metric)
-        if standing.state == "WAITING" and self.stop.asked() and code in (Interrupted.exit_code, -signal.SIGTERM):
-            return standing
-        if standing.state == "WAITING":
+        if self._progress[job.number].status == _written(job.run_dir):  # this start ended before it wrote anything
+            if self._why_stop() or standing.state == "FINISHED":
+                return standing
             return Standing("FAILED", None, f"{how} before it began{_last_words(standing.log)}", standing.log)
         if standing.cause.startswith("killed"):
+            if held := list(self.record.held([job.number])):
+                return replace(standing, cause=held[0][1])
             note_end(job.run_dir, TrainingError(how))
             return replace(standing, cause=how)
-        if (
-            standing.state in EXIT_CODES and code != EXIT_CODES[standing.state]
-        ):  # it says how it ended before this start
-            return Standing("FAILED", None, f"{how}{_last_words(standing.log)}", standing.log, standing.step)
         return standing
 
     def _is_worth_trying(self, standing: Standing, code: int, progress: _Progress) -> bool:
@@ -385,7 +394,12 @@ class Conductor:
             return None
 
     def _of_unit(self, unit: int) -> list[Trial]:
-        return [trial for trial in self.trials.values() if trial.unit == unit]
+        """Give the trials of a unit that count: those that are done, and those that the command asks for."""
+        return [
+            trial
+            for number, trial in self.trials.items()
+            if trial.unit == unit and (number in self.todo or self.standings[number].is_over)
+        ]
 
     def _mean(self, unit: int) -> float | None:
         """Give the mean of a unit's values; None where one is missing."""
@@ -396,12 +410,12 @@ class Conductor:
     def _end_unit(self, unit: int) -> None:
         """Tell the study what came of a unit all of whose trials are done with."""
         trials = self._of_unit(unit)
-        states = {self.standings[trial.number].state for trial in trials}
-        if "PRUNED" in states:
+        if any(self.standings[trial.number].state == "PRUNED" for trial in trials):
             self._prune_rest(trials)
         elif not all(self._progress[t.number].is_settled or self.standings[t.number].is_over for t in trials):
             return
-        if "PREEMPTED" in states:
+        states = {self.standings[trial.number].state for trial in trials}
+        if states & UNENDED:
             return
         state = next(one for one in ("PRUNED", "FAILED", "FINISHED") if one in states)
         value = self._mean(unit) if state == "FINISHED" else None
@@ -416,15 +430,11 @@ class Conductor:
 
     def _reconcile(self) -> None:
         """Tell the study what it missed: a sweep that was killed, or a study that is gone."""
-        noted = {point["trial"] for point in self.history}
         for unit in sorted({trial.unit for trial in self.trials.values()}):
             trials = self._of_unit(unit)
             states = {self.standings[trial.number].state for trial in trials}
             if self._resting & {trial.number for trial in trials}:
                 continue
-            for trial in trials:
-                if self.standings[trial.number].state == "FINISHED" and trial.number not in noted:
-                    self._note(trial.number, self.standings[trial.number])
             if states == {"FINISHED"} or "PRUNED" in states:
                 if not self.study.knows(unit):
                     self.study.begin(unit, trials[0].overrides)
@@ -455,7 +465,15 @@ class Conductor:
     @property
     def has_given_up_on_refusals(self) -> bool:
         """Whether the sampler came to propose nothing but what can't be run."""
-        return self._has_given_up and bool(self.refusal)
+        return self._has_given_up and self._has_only_refusals
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that the command asks for is done, and nothing rests."""
+        if any(not self.standings[number].is_over for number in self.todo) or self._resting:
+            return False
+        num_units = len({trial.unit for trial in self.trials.values()})
+        return self.plan.is_listed or self._has_given_up or num_units >= (self.plan.config.n_trials or 0)
 
     def counts(self) -> dict[str, int]:
         counted_states = Counter(standing.state for standing in self.standings.values())
@@ -476,7 +494,7 @@ class Conductor:
             return counted(counts, self.total, None)
         mean, now_at = sum(self._durations) / len(self._durations), time.monotonic()
         spent = sum(min(mean, now_at - self._progress[number].started) for number in self.workers.running)
-        return counted(counts, self.total, (mean * left - spent) / self.plan.config.n_jobs)
+        return counted(counts, self.total, max(0.0, mean * left - spent) / self.plan.config.n_jobs)
 
     def _look(self) -> None:
         for number in self.workers.running:
@@ -522,6 +540,12 @@ def _told(standing: Standing, metric: str) -> str:
     if standing.state == "FINISHED":
         return f"finished, {metric} {standing.value:.6g}"
     return f"{standing.state.lower()}{f': {standing.cause}' if standing.cause else ''}"
+
+
+def _written(run_dir: Path) -> int | None:
+    """Tell when a run's status.json was last written, in nanoseconds; None where there is none."""
+    file = run_dir / "status.json"
+    return file.stat().st_mtime_ns if file.exists() else None
 
 
 def _last_words(log: Path | None) -> str:

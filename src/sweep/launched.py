@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,8 @@ class Launched:
         return [job.number for job in self._batch]
 
     def get_ready(self) -> None:
-        """Take back what an earlier start asked."""
+        """Take back what an earlier start asked, and its jobs that still wait somewhere: they will find nothing."""
+        shutil.rmtree(self._plan.folder / LAUNCH, ignore_errors=True)
         (self._plan.folder / STOP_FILE).unlink(missing_ok=True)
 
     def is_ready(self, seconds: float) -> bool:
@@ -78,7 +81,7 @@ class Launched:
         folder = self._plan.folder / LAUNCH
         folder.mkdir(parents=True, exist_ok=True)
         for job in jobs:
-            text = json.dumps({"config": job.config, "link": job.link})
+            text = json.dumps({"config": job.config, "link": job.link, "batch": self._task.batch})
             (folder / f"{job.number}.json").write_text(text, encoding="utf-8")
             self._batch.append(job)
 
@@ -86,12 +89,14 @@ class Launched:
         """Hand the batch to the launcher."""
         if self._batch and not self._is_launched:
             self._is_launched = True
-            threading.Thread(target=self._launch, args=(tuple(self._batch),), name="launcher", daemon=True).start()
+            threading.Thread(
+                target=self._launch, args=(tuple(self._batch), self._task), name="launcher", daemon=True
+            ).start()
 
-    def _launch(self, batch: Sequence[Job]) -> None:
-        folder = self._plan.folder.resolve()
+    def _launch(self, batch: Sequence[Job], task: _Task) -> None:
+        folder, codes = self._plan.folder.resolve(), [1] * len(batch)
         try:
-            returns = self._launcher(folder).launch(
+            returns = self._launcher(folder, task).launch(
                 [[f"hydra.sweep.dir='{folder}'", f"hydra.sweep.subdir='{job.number}'"] for job in batch],
                 initial_job_idx=batch[0].number,
             )
@@ -104,16 +109,18 @@ class Launched:
                 if state not in CODES:
                     note(log_file(job.run_dir), f"the launcher says: {one_line(error)}")
             codes = [CODES.get(str(state), 1) for state in states]
-        self._ended.put(codes)
+        finally:
+            self._ended.put(codes)
 
-    def _launcher(self, folder: Path) -> Any:
+    def _launcher(self, folder: Path, task: _Task) -> Any:
         search_path = create_config_search_path(str(folder / "conf" / "0"))
         context = HydraContext(config_loader=ConfigLoaderImpl(search_path), callbacks=self._context.callbacks)
         config = OmegaConf.masked_copy(self._config, list(self._config))
         with open_dict(config):
             config.hydra.sweep.dir = str(folder)
             config.hydra.overrides.hydra = []
-        return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=self._task, config=config)
+            config.hydra.job.config_name = "config"
+        return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
 
     def wait(self, seconds: float) -> list[tuple[Job, int]]:
         """Wait until the batch has ended, or so long; gives its trials with their exit codes."""
@@ -122,6 +129,7 @@ class Launched:
         except queue.Empty:
             return []
         self._is_launched, batch, self._batch = False, self._batch, []
+        self._task = _Task(self._task.run_trial)
         return list(zip(batch, codes, strict=True))
 
     def ask_to_stop(self, number: int = signal.SIGTERM) -> None:
@@ -136,19 +144,22 @@ class _Task:
     """Hydra's task function of a launched trial. It is pickled; what Hydra composed is not used."""
 
     def __init__(self, run_trial: RunTrial) -> None:
-        self.run_trial = run_trial
+        self.run_trial, self.batch = run_trial, uuid.uuid4().hex
 
     def __call__(self, _: DictConfig) -> int:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
-        given: Mapping[str, Any] = json.loads(
-            (run_dir.parent / LAUNCH / f"{run_dir.name}.json").read_text(encoding="utf-8")
-        )
+        file = run_dir.parent / LAUNCH / f"{run_dir.name}.json"
+        given: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if given.get("batch") != self.batch:  # the sweep gave this job up while it waited
+            return Interrupted.exit_code
         print_into(log_file(run_dir))
         threading.Thread(target=_stop_when_asked, args=(run_dir.parent / STOP_FILE,), daemon=True).start()
         return self.run_trial(given["config"], str(run_dir), given["link"])
 
 
 def _stop_when_asked(file: Path) -> None:
-    while not file.exists():
+    """Have this process stop, again and again: what it is told before it listens is lost."""
+    while True:
+        if file.exists():
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(POLL_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)

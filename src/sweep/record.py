@@ -66,7 +66,7 @@ class Record:
                 return json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise SweepError(f"{file} can't be read: {error}; choose another sweep.name") from error
-        others = [one.name for one in self.folder.glob("*") if one.name not in (LOCK, CONF, f".{CONF}.part")]
+        others = [one.name for one in self.folder.glob("*") if one.name not in (LOCK, CONF) and one.suffix != ".part"]
         if others and not (self.folder / TRIALS).exists():
             held = ", ".join(sorted(others)[:5])
             raise SweepError(f"{self.folder} is no sweep's folder, but holds {held}; choose another sweep.name")

@@ -73,7 +73,7 @@ def answering(url: str) -> Iterator[None]:
 
     try:
         yield
-    except (optuna().exceptions.OptunaError, SQLAlchemyError, KeyError, OSError) as error:
+    except (optuna().exceptions.OptunaError, SQLAlchemyError, LookupError, ValueError, OSError) as error:
         cause = getattr(error.__cause__, "orig", None) or error  # what the driver says; Optuna only guesses
         raise StudyError(f"the study's storage {url} does not answer as it should: {one_line(cause)}") from error
 
@@ -135,8 +135,8 @@ class Study:
     Every method that reaches the storage raises StudyError where it does not answer, or lost what it had.
     """
 
-    def __init__(self, study: Any, axes: Sequence[Axis], url: str) -> None:
-        self._study, self._url = study, url
+    def __init__(self, study: Any, axes: Sequence[Axis], storage: Any, url: str) -> None:
+        self._study, self._storage, self._url = study, storage, url
         self._axes = {axis.key: axis for axis in axes}
         self._distributions = {axis.key: _distribution(axis) for axis in axes}
         self._numbers: dict[int, int] = {}
@@ -155,6 +155,11 @@ class Study:
     def knows(self, unit: int) -> bool:
         """Whether a unit was ever tried, as far as the study knows."""
         return unit in self._numbers
+
+    def close(self) -> None:
+        """Let go of the storage."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
 
     def is_open(self, unit: int) -> bool:
         """Whether a unit is being tried, as far as the study knows."""
@@ -251,16 +256,24 @@ class Study:
     def _trials(self) -> list[Any]:
         return self._study.get_trials(deepcopy=False)
 
-    def take_over(self, trials: Sequence[Any]) -> None:
-        """Add trials of a study whose choices were others: those that either knew are choices now."""
+    def widen(self, trials: Sequence[Any]) -> None:
+        """Take what other trials chose among the choices: a study's can't change while it has trials."""
         categorical = optuna().distributions.CategoricalDistribution
         for trial in trials:
             for key, one in trial.distributions.items():
                 known = self._distributions.get(key)
                 if isinstance(one, categorical) and isinstance(known, categorical):
-                    self._distributions[key] = categorical(list(dict.fromkeys([*known.choices, *one.choices])))
+                    new = [choice for choice in one.choices if choice not in known.choices]
+                    self._distributions[key] = categorical([*known.choices, *new])
+
+    def take_over(self, trials: Sequence[Any]) -> None:
+        """Add trials of a study whose choices were others, with those of their values that are choices now."""
         for trial in trials:
-            kept = {k: d for k, d in self._distributions.items() if type(trial.distributions.get(k)) is type(d)}
+            kept = {
+                key: one
+                for key, one in self._distributions.items()
+                if type(trial.distributions.get(key)) is type(one) and self._has(key, trial.params[key])
+            }
             trial.params = {key: trial.params[key] for key in kept}
             trial.distributions = kept
             self._study.add_trial(trial)
@@ -312,7 +325,8 @@ def _opened(plan: Plan, storage: Any, url: str, num_before: int) -> Study:
     judged = f"{config.metric} {config.direction.value}"
     before: list[Any] = []
     if (old := known.get(name)) is not None:
-        if config.storage is not None and old.user_attrs.get(FOLDER) != here:  # its own file moves with the folder
+        of_another = old.user_attrs.get(FOLDER, here if not storage.get_n_trials(old._study_id) else None) != here
+        if of_another and config.storage is not None:  # its own file moves with the folder
             raise SweepError(
                 f"{config.storage} has a study {name} already, of {old.user_attrs.get(FOLDER)}; "
                 "choose another sweep.name"
@@ -331,10 +345,11 @@ def _opened(plan: Plan, storage: Any, url: str, num_before: int) -> Study:
         load_if_exists=True,
     )
     study.set_user_attr(FOLDER, here)
-    study.set_user_attr(SPACE, written)
     study.set_user_attr(METRIC, judged)
-    opened = Study(study, plan.axes, url)
+    opened = Study(study, plan.axes, storage, url)
+    opened.widen(before or study.get_trials(deepcopy=False))
     opened.take_over(before)
+    study.set_user_attr(SPACE, written)  # it is whole only now
     opened.read()
     return opened
 

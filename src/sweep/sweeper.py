@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from src.errors import Interrupted, TowlineError, is_disk_full
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
 from src.sweep.board import Board, failures, listing, some
-from src.sweep.conduct import Conductor, early_replicates, reclaim
+from src.sweep.conduct import UNENDED, Conductor, early_replicates, reclaim
 from src.sweep.launched import Launched, is_own_launcher
 from src.sweep.plan import Plan, plan_sweep
 from src.sweep.ranking import Result, conclusion, rank
@@ -72,9 +72,10 @@ def _needs(plan: Plan) -> list[str]:
         "hub": any(source.data.dataset_name for source in config.data.train_sources().values()) or "data" in varied,
     }
     more = [module for need, is_wanted in wanted.items() if is_wanted for module in READY_FOR[need]]
-    file = Path(config.model.checkpoint, "config.json")
-    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
-    return [*more, f"transformers.models.{kind}.modeling_{kind}"] if kind else more
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no file here, or none that can be used: its trial tells
+        kind = json.loads(Path(config.model.checkpoint, "config.json").read_text(encoding="utf-8"))["model_type"]
+        more.append(f"transformers.models.{kind}.modeling_{kind}")
+    return more
 
 
 def sweep(task: Callable[..., Any], config: Any, context: Any) -> int:
@@ -135,7 +136,7 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
         record.keep_conf(plan.line.roots)
         plan.compose_from(record.conf())
         record.write_trials(trials)
-        study = open_study(plan, len(trials))
+        study = until_the_end.enter_context(closing(open_study(plan, len(trials))))
         conductor = Conductor(plan, record, trials, todo, study, workers, stop, board)
         conductor.write("RUNNING")
         tracker = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
@@ -204,13 +205,15 @@ def _merged(recorded: Sequence[Trial], plan: Plan) -> tuple[list[Trial], list[in
 def _outcome(conductor: Conductor, why: str, stop: StopRequest) -> tuple[int, str]:
     """Give the exit code and the sweep's state."""
     states = {conductor.standings[number].state for number in conductor.todo}
+    if conductor.is_complete:
+        return 0, "FINISHED"
     if conductor.fault:
         return 1, "FAILED"
     if stop.name or why.startswith("Ctrl-C"):
         return Interrupted.exit_code, "PREEMPTED"
     if "FAILED" in states or conductor.has_given_up_on_refusals:
         return 1, "FAILED"
-    return (Interrupted.exit_code, "PREEMPTED") if "PREEMPTED" in states else (0, "FINISHED")
+    return (Interrupted.exit_code, "PREEMPTED") if states & UNENDED else (0, "FINISHED")
 
 
 def _tell(plan: Plan, conductor: Conductor, board: Board, console: Console) -> None:
@@ -261,7 +264,7 @@ def _close(plan: Plan, conductor: Conductor, why: str, console: Console) -> None
         console.say("The same command tries them again, and leaves what is done as it is.")
     if conductor.has_given_up_on_refusals:
         console.say(f"\nNothing that was proposed can be run; the last: {conductor.refusal}")
-    if why:
+    if why and not conductor.is_complete:
         console.say(f"\nStopped: {why}. {conductor.summary()}. The same command goes on.")
     console.say()
     console.label("sweep", f"{conductor.summary()}")

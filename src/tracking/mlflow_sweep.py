@@ -47,6 +47,15 @@ class SweepDelivery(FolderDelivery):
     def _num_delivered(self) -> int:
         return int(self._done.get("history", 0))
 
+    def _connect(self) -> None:
+        """Find the sweep's run, or begin one; judged by another metric it is another run, with the same trials."""
+        sweep = self._read("sweep.json").get("sweep", {})
+        judged = [sweep.get("metric"), sweep.get("direction")]
+        if self._done.get("judged", judged) != judged:
+            self._done = {"uri": self.uri, "run_id": None}
+        super()._connect()
+        self._remember(judged=judged)
+
     def _bring(self) -> None:
         sweep = self._read("sweep.json")
         state, version = sweep["state"], f"{sweep['state']} {sweep['updated']}"
