@@ -6,8 +6,8 @@
 hydra-joblib-launcher is no dependency of Towline: pip install hydra-joblib-launcher.
 
 Each way is a whole process, started as a user would. `basic` runs the trials in one process, one after the other;
-`joblib` (hydra-joblib-launcher) in two. What a trial adds is the wall time of a trial less that of its own training and
-evaluation: (wall - start) * jobs / trials - the trial's seconds, by its own clock.
+`joblib` (hydra-joblib-launcher) in two. `start` ends with the first line of the first trial. What a trial adds to its
+own clock, which begins with its first line and ends with its last metrics, is (wall - start) * jobs / trials - clock.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 WAYS = {
     "towline, 2 jobs": ["sweep.n_jobs=2"],
@@ -30,8 +31,16 @@ WAYS = {
 }
 
 
-def timed(way: str, trials: int, steps: int, cache: Path) -> tuple[float, float]:
-    """Run one way of sweeping; gives its wall seconds, and the mean of what its trials took by their own clocks."""
+class Timing(NamedTuple):
+    """Of one sweep, in seconds: all of it, until the first line of its first trial, and its trials' own clocks, mean."""
+
+    wall: float
+    start: float
+    clock: float
+
+
+def timed(way: str, trials: int, steps: int, cache: Path) -> Timing:
+    """Run one way of sweeping."""
     with tempfile.TemporaryDirectory(prefix="towline-bench-") as folder:
         command = [
             *(sys.executable, "-m", "src.run", "-m", *WAYS[way], f"hydra.sweep.dir={folder}/sweep"),
@@ -39,14 +48,16 @@ def timed(way: str, trials: int, steps: int, cache: Path) -> tuple[float, float]
             *("evaluation.eval_steps=null", "evaluation.sample_prompts=0", "checkpoint.checkpointing_steps=null"),
             *(f"tracking.uri=sqlite:///{folder}/mlflow.db", f"data.cache_dir={cache}", "evaluation.max_samples=100"),
         ]
-        started = time.perf_counter()
+        began, started = time.time(), time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wall = time.perf_counter() - started
         if done.returncode:
             raise SystemExit(f"{way} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
         lines = [file.read_text().splitlines()[-1] for file in Path(folder, "sweep").glob("*/metrics.jsonl")]
         assert len(lines) == trials
-        return wall, statistics.mean(json.loads(line)["perf/elapsed_seconds"] for line in lines)
+        first = min(file.stat().st_mtime for file in Path(folder, "sweep").glob("*/config.yaml"))
+        clock = statistics.mean(json.loads(line)["perf/elapsed_seconds"] for line in lines)
+        return Timing(wall, first - began, clock)
 
 
 def main() -> None:
@@ -56,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     cache = Path(tempfile.mkdtemp(prefix="towline-bench-cache-"))
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    found: dict[str, list[Timing]] = {way: [] for way in WAYS}
     try:
         timed("towline, 1 job", 1, 1, cache)  # the rows are encoded once
         for _ in range(asked.rounds):
@@ -64,16 +75,14 @@ def main() -> None:
                 found[way].append(timed(way, asked.trials, asked.steps, cache))
     finally:
         shutil.rmtree(cache)
-    own = [wall for wall, _ in found["towline, 2 jobs"]]
-    print(f"{asked.trials} trials of {asked.steps} steps, medians of {asked.rounds} rounds")
-    print(f"{'':<18}{'wall s':>8}{'s a trial':>11}{'own clock s':>13}{'added s':>9}{'/ towline':>11}")
+    print(f"{asked.trials} trials of {asked.steps} steps, medians of {asked.rounds} rounds, in seconds")
+    print(f"{'':<18}{'wall':>8}{'start':>8}{'clock':>8}{'added':>8}{'wall / towline, 2 jobs':>24}")
     for way, times in found.items():
-        wall = statistics.median(wall for wall, _ in times)
-        ratio = statistics.median(wall / ours for (wall, _), ours in zip(times, own, strict=True))  # of each round
-        inside = statistics.median(inside for _, inside in times)
-        jobs = 2 if "2 jobs" in way else 1
-        each = wall * jobs / asked.trials
-        print(f"{way:<18}{wall:>8.1f}{wall / asked.trials:>11.2f}{inside:>13.2f}{each - inside:>9.2f}{ratio:>11.2f}")
+        wall, start, clock = (statistics.median(one) for one in zip(*times, strict=True))
+        added = (wall - start) * (2 if "2 jobs" in way else 1) / asked.trials - clock
+        ours = zip(times, found["towline, 2 jobs"], strict=True)  # in the same round
+        ratio = statistics.median(one.wall / our.wall for one, our in ours)
+        print(f"{way:<18}{wall:>8.1f}{start:>8.1f}{clock:>8.2f}{added:>8.2f}{ratio:>24.2f}")
 
 
 if __name__ == "__main__":

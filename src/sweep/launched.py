@@ -94,6 +94,7 @@ class Launched:
             ).start()
 
     def _launch(self, batch: Sequence[Job], task: _Task) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of its processes too: the sweep passes Ctrl-C on
         folder, codes = self._plan.folder.resolve(), [1] * len(batch)
         try:
             returns = self._launcher(folder, task).launch(
