@@ -32,7 +32,7 @@ WAYS = {
 
 
 class Timing(NamedTuple):
-    """Of one sweep, in seconds: all of it, until the first line of its first trial, and its trials' own clocks, mean."""
+    """Seconds of one sweep: all, until its first trial's first line, and the mean of its trials' own clocks."""
 
     wall: float
     start: float
