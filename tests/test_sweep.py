@@ -539,11 +539,13 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             process.stdout.close()
 
 
-def until(holds: Callable[[], Any], what: str, seconds: float = 120.0) -> None:
+def until(holds: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
+    """Wait until something holds; gives it."""
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not (found := holds()):
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
+    return found
 
 
 def pid_of(folder: Path, number: int) -> int | None:
@@ -597,8 +599,7 @@ def test_a_grid_survives_a_failure_a_kill_and_the_death_of_its_parent(
     assert not folder.exists()
 
     first = started(*grid)
-    until(lambda: pid_of(folder, 7), "trial 7 trains")
-    os.kill(pid_of(folder, 7) or 0, signal.SIGKILL)
+    os.kill(until(lambda: pid_of(folder, 7), "trial 7 trains"), signal.SIGKILL)
     first.kill()
     first.communicate()
     finished = {int(file.parent.name) for file in folder.glob("*/summary.json")}
@@ -665,9 +666,9 @@ def test_trials_save_and_end_when_their_sweep_is_killed(
 def test_ctrl_c_twice_ends_all_at_once(started: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     process = started(*LONG, f"hydra.sweep.dir={folder}")
-    until(lambda: pid_of(folder, 0) and pid_of(folder, 1), "two trials train")
     for number in (0, 1):
-        os.kill(pid_of(folder, number) or 0, signal.SIGSTOP)  # trials that can't end by themselves
+        pid = until(lambda number=number: pid_of(folder, number), f"trial {number} trains")
+        os.kill(pid, signal.SIGSTOP)  # one that can't end by itself
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
