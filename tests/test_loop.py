@@ -454,3 +454,9 @@ def test_weights_of_another_form_are_told_and_change_nothing(runtime: Runtime) -
     assert "another.weight is not trained here" in told
     assert f"{name}: [3, 2] there, {list(before[name].shape)} here" in told
     assert all(torch.equal(tensor, before[key]) for key, tensor in state.weights(runtime).items())
+
+
+def test_deterministic_is_on_for_the_runs_that_ask_for_it() -> None:
+    for deterministic in (False, True, False):
+        with start_runtime(replace(CPU, deterministic=deterministic), MixedPrecision.no, 1, StopRequest()):
+            assert torch.are_deterministic_algorithms_enabled() is deterministic

@@ -301,7 +301,8 @@ def start_runtime(
     environment = dict(os.environ)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic or torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(config.deterministic)  # imports torch's compiler, which takes a second
     # given, or the environment could have Accelerate divide our losses
     accumulation = GradientAccumulationPlugin(num_steps=deepspeed["gradient_accumulation_steps"] if deepspeed else 1)
     together = []
