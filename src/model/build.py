@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from src.config.schema import (
     Attention,
@@ -194,6 +195,11 @@ def load_weights(config: ModelConfig, architecture: Any, checkpoint: str, **sett
     if lacking:
         raise ModelError(f"{checkpoint} lacks weights of its model, they would start at random:\n{listed(lacking)}")
     return model
+
+
+def know_weight_names() -> None:
+    """Have transformers make its table of all models' weight names, which it keeps: a quarter of a second."""
+    get_checkpoint_conversion_mapping("llama")
 
 
 def set_generation(

@@ -7,6 +7,7 @@ only, which passes it on once; one whose sweep dies is asked to stop and saves.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -31,8 +32,8 @@ RunTrial = Callable[[dict[str, Any], str, Mapping[str, Any] | None], int]
 READY = (
     *("src.run", "torch", "transformers", "transformers.generation.utils", "accelerate"),
     *("src.checkpoint.store", "src.data.dataset", "src.evaluation.evaluate", "src.evaluation.samples"),
-    *("src.model.build", "src.model.card", "src.model.export", "src.model.warm", "src.model.whole", "src.overview"),
-    *("src.runtime.session", "src.sweep.pruning", "src.tracking.tracker"),
+    *("src.model.build", "src.model.card", "src.model.export", "src.model.whole", "src.overview"),
+    *("src.runtime.session", "src.sweep.pruning", "src.sweep.warm", "src.tracking.tracker"),
     *("src.training.loop", "src.training.resume", "src.training.state", "pandas"),  # pyarrow imports pandas at work
 )
 """What the fork server imports before the first trial."""
@@ -218,6 +219,7 @@ def _work(
 ) -> None:
     """Be a trial, from its first line to its exit code."""
     os.setsid()
+    gc.freeze()  # collecting what the fork server made would copy all its memory
     _let_go_of_the_server()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ.clear()

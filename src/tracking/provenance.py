@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device
         "git": git_state(project),
         "data": dict(data_hashes),
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": versions(),
         "hardware": {
             "device": device,
             "machine": platform.machine(),
@@ -65,6 +66,12 @@ def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device
             "memory_bytes": psutil.virtual_memory().total,
         },
     }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Give the versions of the libraries that a result depends on, of those that are installed."""
+    return {name: version for name in PACKAGES if (version := _version(name))}
 
 
 def git_state(project: Path) -> dict[str, Any]:
