@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 from src.config.gate import Admitted, admit_prediction
 from src.errors import Interrupted, TowlineError
+from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def open_generation(
     from src.runtime.session import start_runtime
     from src.tokens import load_tokenizer
 
+    collect_from_here()
     config, run_dir = admitted.config, admitted.run_dir
     with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime:
         tokenizer, _ = load_tokenizer(exported(run_dir, config.model), config.tokens)
@@ -162,4 +164,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    rest_while_importing()
     sys.exit(main())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.config.gate import Admitted, admit
 from src.errors import Interrupted, TowlineError
+from src.runtime.collector import collect_from_here, rest_while_importing
 
 if TYPE_CHECKING:
     from src.data.dataset import Data
@@ -51,6 +52,7 @@ def preflight(admitted: Admitted) -> int:
     from src.model.quantization import check_quantisable
     from src.tokens import grow_embeddings, load_tokenizer
 
+    collect_from_here()
     tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
     data = build_data(config, tokenizer, console.working)
     model = empty_model(config.model)
@@ -147,4 +149,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    rest_while_importing()
     sys.exit(main())

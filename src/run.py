@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from src.config.compose import CONF, PROJECT_ROOT
 from src.config.gate import Admitted, Request, admit, parse
 from src.errors import Interrupted, Pruned, TowlineError, TrainingError, is_disk_full
+from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.launch import copy_output, follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
 
@@ -101,6 +102,7 @@ def train_and_export(
     )
     from src.training.state import prepare
 
+    collect_from_here()
     asked = admitted.config
     with (
         start_runtime(
@@ -290,6 +292,7 @@ def run_as_many(admitted: Admitted, stop: StopRequest) -> int:
     from src.checkpoint.start import find_origin
     from src.tracking.journal import hold, note_end
 
+    collect_from_here()
     config, run_dir = admitted.config, admitted.run_dir
     is_first = config.runtime.machine_rank == 0
     with hold(run_dir) if is_first else nullcontext() as lock:
@@ -421,4 +424,5 @@ def admit_and_run(arguments: Sequence[str], stop: StopRequest) -> int:
 
 
 if __name__ == "__main__":
+    rest_while_importing()
     sys.exit(main())

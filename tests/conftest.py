@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from src.config.gate import Admitted, admit
-from src.sweep.workers import READY, READY_FOR
+from src.sweep.workers import READY_FOR, WARM
 
 ROOT = Path(__file__).resolve().parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -57,7 +57,7 @@ def admitted(*overrides: str) -> Admitted:
 NEEDS = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "bart")]
 NEEDS += [name for names in READY_FOR.values() for name in names]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([*READY, *NEEDS])
+FORKS.set_forkserver_preload([WARM, *NEEDS])
 """Where commands come from that the tests give by the dozen: a process that has imported what takes seconds."""
 
 

@@ -57,6 +57,12 @@ COLUMNS: Mapping[str, Callable[[Row], Any]] = {
 """Of leaderboard.csv; `model` only where models are compared."""
 
 
+def get_ready() -> None:
+    """Import what ranks and draws, which takes half a second."""
+    import matplotlib.figure  # noqa: F401
+    import scipy.special  # noqa: F401
+
+
 def write(rows: Sequence[Row], folder: Path, metric: str, direction: Direction, conclusion: str) -> None:
     """Write leaderboard.csv, leaderboard.json and leaderboard.md into a folder, each at once."""
     folder.mkdir(parents=True, exist_ok=True)

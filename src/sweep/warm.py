@@ -1,11 +1,36 @@
-"""What every trial would do once for itself, done by the fork server, which imports this: no threads, no CUDA."""
+"""What the fork server is before its first trial, by importing this: all that is the same for every trial.
+
+No threads, no CUDA. What only some trials need is imported behind it, see src.sweep.workers.
+"""
 
 from __future__ import annotations
 
-from src.config.formats import declared_formats
-from src.model.build import know_weight_names
-from src.tracking.provenance import versions
+from importlib import import_module
 
-declared_formats()
-know_weight_names()
-versions()
+from src.runtime.collector import rest_while_importing
+
+NEEDED = (
+    *("src.run", "torch", "transformers", "transformers.generation.utils", "accelerate"),
+    *("src.checkpoint.store", "src.data.dataset", "src.evaluation.evaluate", "src.evaluation.samples"),
+    *("src.model.build", "src.model.card", "src.model.export", "src.model.whole", "src.overview"),
+    *("src.runtime.session", "src.sweep.pruning", "src.tracking.tracker"),
+    *("src.training.loop", "src.training.resume", "src.training.state", "pandas"),  # pyarrow imports pandas at work
+)
+
+
+def get_ready() -> None:
+    """Import what every trial needs, and do what each would do for itself."""
+    rest_while_importing()  # each trial looks for garbage again, when it is ready to
+    for name in NEEDED:
+        import_module(name)
+
+    from src.config.formats import declared_formats
+    from src.model.build import know_weight_names
+    from src.tracking.provenance import versions
+
+    declared_formats()
+    know_weight_names()
+    versions()
+
+
+get_ready()

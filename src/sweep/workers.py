@@ -7,7 +7,6 @@ only, which passes it on once; one whose sweep dies is asked to stop and saves.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -25,17 +24,12 @@ from typing import Any
 import psutil
 
 from src.errors import SweepError, one_line
+from src.runtime.collector import rest_while_importing
 from src.runtime.devices import shares, threads_each, visible_gpus
 
 RunTrial = Callable[[dict[str, Any], str, Mapping[str, Any] | None], int]
 """Runs a frozen configuration in a folder, with a link to the study (see src.sweep.pruning); gives the exit code."""
-READY = (
-    *("src.run", "torch", "transformers", "transformers.generation.utils", "accelerate"),
-    *("src.checkpoint.store", "src.data.dataset", "src.evaluation.evaluate", "src.evaluation.samples"),
-    *("src.model.build", "src.model.card", "src.model.export", "src.model.whole", "src.overview"),
-    *("src.runtime.session", "src.sweep.pruning", "src.sweep.warm", "src.tracking.tracker"),
-    *("src.training.loop", "src.training.resume", "src.training.state", "pandas"),  # pyarrow imports pandas at work
-)
+WARM = "src.sweep.warm"
 """What the fork server imports before the first trial."""
 READY_FOR = {
     "adapter": ("peft",),
@@ -46,7 +40,7 @@ READY_FOR = {
     "pruning": ("optuna", "optuna.storages._rdb.storage"),
     "hub": ("datasets",),
 }
-"""And what only some trials need."""
+"""And behind that, what only some trials need."""
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 GRACE_SECONDS = 5.0
 """How long trials may take to end at once, when asked twice."""
@@ -78,11 +72,11 @@ def start_fork_server(needs: Sequence[str]) -> None:
     """Have the fork server begin its imports; returns at once. What libraries say of themselves is not shown.
 
     Args:
-        needs: modules that trials will import besides READY.
+        needs: modules that trials will import besides those that all do.
     """
     if not CAN_FORK:
         return
-    multiprocessing.set_forkserver_preload([*READY, *needs])
+    multiprocessing.set_forkserver_preload([WARM, *needs])
     sys.stdout.flush()
     sys.stderr.flush()
     kept, nowhere = [os.dup(number) for number in (1, 2)], os.open(os.devnull, os.O_WRONLY)
@@ -219,7 +213,7 @@ def _work(
 ) -> None:
     """Be a trial, from its first line to its exit code."""
     os.setsid()
-    gc.freeze()  # collecting what the fork server made would copy all its memory
+    rest_while_importing()  # the fork server did; looking for garbage there would copy all its memory
     _let_go_of_the_server()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ.clear()
