@@ -6,14 +6,23 @@
 hydra-joblib-launcher is no dependency of Towline: pip install hydra-joblib-launcher.
 
 Each way is a whole process, started as a user would. `basic` runs the trials in one process, one after the other;
-`joblib` (hydra-joblib-launcher) in two. `start` ends with the first line of the first trial. What a trial adds to its
-own clock, which begins with its first line and ends with its last metrics, is (wall - start) * jobs / trials - clock.
+`joblib` (hydra-joblib-launcher) in two. Of each way:
+
+    wall    from the command to its end
+    start   until the first trial has its folder and prints its first line
+    train   train_seconds of a trial, the mean, as the next two are
+    beside  what else there is until a trial's last metrics: setting up, evaluating, and in the first trials of the
+            other launchers the imports, which Towline's fork server has done in `start`
+    added   from a trial's last metrics to the first line of the one that takes its place: exporting the model,
+            ending the trial, starting the next
+    end     from the last metrics of all until the command has ended
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -32,11 +41,21 @@ WAYS = {
 
 
 class Timing(NamedTuple):
-    """Seconds of one sweep: all, until its first trial's first line, and the mean of its trials' own clocks."""
+    """Seconds of one sweep, see above."""
 
     wall: float
     start: float
-    clock: float
+    train: float
+    beside: float
+    added: float
+    end: float
+
+
+class Trial(NamedTuple):
+    """When a trial printed its first line and when it logged its last metrics, in seconds since the epoch."""
+
+    first: float
+    last: float
 
 
 def timed(way: str, trials: int, steps: int, cache: Path) -> Timing:
@@ -53,17 +72,34 @@ def timed(way: str, trials: int, steps: int, cache: Path) -> Timing:
         wall = time.perf_counter() - started
         if done.returncode:
             raise SystemExit(f"{way} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-        lines = [file.read_text().splitlines()[-1] for file in Path(folder, "sweep").glob("*/metrics.jsonl")]
-        assert len(lines) == trials
-        first = min(file.stat().st_mtime for file in Path(folder, "sweep").glob("*/config.yaml"))
-        clock = statistics.mean(json.loads(line)["perf/elapsed_seconds"] for line in lines)
-        return Timing(wall, first - began, clock)
+        files = list(Path(folder, "sweep").glob("*/metrics.jsonl"))
+        assert len(files) == trials
+        seen = [Trial(file.with_name("config.yaml").stat().st_mtime, file.stat().st_mtime) for file in files]
+        sums = [json.loads(file.with_name("summary.json").read_text()) for file in files]
+        train = statistics.mean(summary["train_seconds"] for summary in sums)
+        beside = statistics.mean(trial.last - trial.first for trial in seen) - train
+        start, end = min(trial.first for trial in seen) - began, began + wall - max(trial.last for trial in seen)
+        gaps = between(seen)
+        return Timing(wall, start, train, beside, statistics.mean(gaps) if gaps else math.nan, end)
+
+
+def between(trials: list[Trial]) -> list[float]:
+    """Give the seconds between each trial and the one whose place it took."""
+    gaps: list[float] = []
+    free: list[float] = []
+    """When the last trial of each place logged its last metrics."""
+    for trial in sorted(trials):
+        if over := [last for last in free if last <= trial.first]:
+            gaps.append(trial.first - min(over))
+            free.remove(min(over))
+        free.append(trial.last)
+    return gaps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=45)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     cache = Path(tempfile.mkdtemp(prefix="towline-bench-cache-"))
@@ -73,16 +109,18 @@ def main() -> None:
         for _ in range(asked.rounds):
             for way in WAYS:
                 found[way].append(timed(way, asked.trials, asked.steps, cache))
+                print(f"{way}: {found[way][-1].wall:.1f} s", file=sys.stderr)
     finally:
         shutil.rmtree(cache)
     print(f"{asked.trials} trials of {asked.steps} steps, medians of {asked.rounds} rounds, in seconds")
-    print(f"{'':<18}{'wall':>8}{'start':>8}{'clock':>8}{'added':>8}{'wall / towline, 2 jobs':>24}")
+    print(
+        f"{'':<18}{'wall':>8}{'start':>8}{'train':>8}{'beside':>8}{'added':>8}{'end':>8}{'wall / towline, 2 jobs':>24}"
+    )
     for way, times in found.items():
-        wall, start, clock = (statistics.median(one) for one in zip(*times, strict=True))
-        added = (wall - start) * (2 if "2 jobs" in way else 1) / asked.trials - clock
+        columns = "".join(f"{statistics.median(one):>8.2f}" for one in zip(*times, strict=True))
         ours = zip(times, found["towline, 2 jobs"], strict=True)  # in the same round
         ratio = statistics.median(one.wall / our.wall for one, our in ours)
-        print(f"{way:<18}{wall:>8.1f}{start:>8.1f}{clock:>8.2f}{added:>8.2f}{ratio:>24.2f}")
+        print(f"{way:<18}{columns}{ratio:>24.2f}")
 
 
 if __name__ == "__main__":

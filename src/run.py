@@ -387,6 +387,7 @@ def own_sweep(request: Request, stop: StopRequest) -> SweepRequest | None:
     from src.sweep.plan import plan_sweep
     from src.sweep.sweeper import request_sweep
 
+    collect_from_here()  # composing leaves many cycles
     if request.line.value_of("hydra/sweeper") in (None, "towline"):
         return request_sweep(request.line, stop, by_name)
     plan_sweep(request.line)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import gc
+import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from src import predict, preflight, run
-from src.sweep.workers import Job, Workers
+from src.data import dataset
+from src.evaluation import predictions
+from src.sweep import sweeper
+from src.sweep.workers import WARM, Job, Workers
+from src.tracking import journal
+from src.training import loop
 from tests.conftest import ROOT, ROWS
 
 BEGUN = """
@@ -50,29 +56,57 @@ def test_what_was_imported_is_not_looked_at_and_nothing_is_at_the_end(begin: str
     assert done.stdout.splitlines() == said
 
 
-def test_a_run_its_preflight_and_its_predictions_look_for_garbage(tmp_path: Path) -> None:
-    folder = f"hydra.run.dir={tmp_path / 'run'}"
-    line = ["debug=smoke", "tracking=none", f"data.cache_dir={ROWS}", folder]
-    mains = {run.main: line, preflight.main: line[:-1], predict.main: [f"run={tmp_path / 'run'}", "data.limit=1"]}
-    for main, arguments in mains.items():
-        gc.disable()
-        try:
-            assert main(arguments) == 0
-            assert gc.isenabled(), main
-        finally:
-            gc.enable()
-            gc.unfreeze()
+def test_commands_rest_from_their_first_line() -> None:
+    given = "import gc, runpy, sys\ntry: runpy.run_module(sys.argv[1], run_name='__main__')\nexcept SystemExit: {tell}"
+    command = [sys.executable, "-c", given.format(tell="print(gc.isenabled())")]
+    for entry in ("src.run", "src.preflight", "src.predict"):
+        done = subprocess.run([*command, entry, "nonsense=1"], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert done.stdout.split() == ["False"], entry
 
 
-def tell_whether_it_collects(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None) -> int:
-    Path(run_dir, "collects").write_text(str(gc.isenabled()), encoding="utf-8")
+def test_what_takes_long_looks_for_garbage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[bool] = []
+
+    def watched(work: Callable[..., Any]) -> Callable[..., Any]:
+        def do(*args: Any, **options: Any) -> Any:
+            looks.append(gc.isenabled())
+            return work(*args, **options)
+
+        return do
+
+    run_dir, in_use = tmp_path / "run", tmp_path / "in-use"
+    tiny = ["debug=smoke", "tracking=none", f"data.cache_dir={ROWS}"]
+    commands = {
+        (loop, "train"): (run.main, [*tiny, f"hydra.run.dir={run_dir}"]),
+        (predictions, "predict_rows"): (predict.main, [f"run={run_dir}", "data.limit=1"]),
+        (dataset, "build_data"): (preflight.main, [*tiny, f"hydra.run.dir={tmp_path / 'ahead'}"]),
+        (sweeper, "plan_sweep"): (run.main, ["-m", *tiny, "sweep.dry_run=true", "seed=1,2"]),
+        (journal, "hold"): (run.main, [*tiny, f"hydra.run.dir={in_use}", "runtime.num_processes=2"]),
+    }
+    for (module, name), (main, arguments) in commands.items():
+        looks.clear()
+        with monkeypatch.context() as patched, journal.hold(in_use):
+            patched.setattr(module, name, watched(getattr(module, name)))
+            gc.disable()
+            try:
+                code = main(arguments)
+            finally:
+                gc.enable()
+                gc.unfreeze()
+        assert code == (2 if name == "hold" else 0), arguments
+        assert looks == [True], arguments
+
+
+def tell_how_it_begins(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None) -> int:
+    lacking = [name for name in sys.modules[WARM].NEEDED if name not in sys.modules]
+    found = {"collects": gc.isenabled(), "lacking": lacking}
+    Path(run_dir, "found.json").write_text(json.dumps(found), encoding="utf-8")
     return 0
 
 
-def test_a_trial_begins_without_looking_through_what_the_fork_server_imported(tmp_path: Path) -> None:
-    workers = Workers(tell_whether_it_collects, 1, 1, uses_gpus=False)
+def test_a_trial_begins_with_all_imported_and_without_looking_through_it(tmp_path: Path) -> None:
+    workers = Workers(tell_how_it_begins, 1, 1, uses_gpus=False)
     workers.start([Job(0, {}, tmp_path)])
-    while not (ended := workers.wait(10)):
-        pass
-    assert [code for _, code in ended] == [0]
-    assert (tmp_path / "collects").read_text(encoding="utf-8") == "False"
+    assert [code for _, code in workers.wait(120)] == [0]
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert found == {"collects": False, "lacking": []}

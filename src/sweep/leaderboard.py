@@ -13,6 +13,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +58,10 @@ COLUMNS: Mapping[str, Callable[[Row], Any]] = {
 """Of leaderboard.csv; `model` only where models are compared."""
 
 
-def get_ready() -> None:
-    """Import what ranks and draws, which takes half a second."""
-    import matplotlib.figure  # noqa: F401
-    import scipy.special  # noqa: F401
+def import_what_draws() -> None:
+    """Import what ranking and drawing will need, which takes half a second."""
+    for name in ("matplotlib.backends.backend_agg", "matplotlib.figure", "matplotlib.ticker", "scipy.special"):
+        import_module(name)
 
 
 def write(rows: Sequence[Row], folder: Path, metric: str, direction: Direction, conclusion: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 from src.config.compose import CommandLine
 from src.config.schema import Device, MlflowConfig, NoAdapterConfig, Pruner, Replicate
 from src.errors import Interrupted, TowlineError, is_disk_full
-from src.runtime.collector import collect_from_here
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
 from src.sweep.board import Board, failures, listing, some
@@ -142,8 +141,7 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
         conductor.write("RUNNING")
         tracker = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
         tracker.ready()
-        leaderboard.get_ready()  # while the fork server imports, and not when all are waiting for the table
-        collect_from_here()
+        leaderboard.import_what_draws()  # while the fork server imports, and not when all are waiting for the table
         conductor.poke = tracker.poke
         try:
             why = conductor.run()

@@ -1,10 +1,11 @@
-"""What the fork server is before its first trial, by importing this: all that is the same for every trial.
+"""Imported by the fork server only: makes it what every trial begins with, with no threads and no CUDA.
 
-No threads, no CUDA. What only some trials need is imported behind it, see src.sweep.workers.
+What only some trials need it imports behind this, see src.sweep.workers.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 
 from src.runtime.collector import rest_while_importing
@@ -18,11 +19,12 @@ NEEDED = (
 )
 
 
-def get_ready() -> None:
+def warm_up() -> None:
     """Import what every trial needs, and do what each would do for itself."""
     rest_while_importing()  # each trial looks for garbage again, when it is ready to
     for name in NEEDED:
-        import_module(name)
+        with suppress(ImportError):  # a trial tells
+            import_module(name)
 
     from src.config.formats import declared_formats
     from src.model.build import know_weight_names
@@ -33,4 +35,4 @@ def get_ready() -> None:
     versions()
 
 
-get_ready()
+warm_up()
