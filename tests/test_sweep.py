@@ -24,7 +24,7 @@ from src.runtime.signals import StopRequest
 from src.sweep.record import Record
 from src.sweep.space import Interval
 from src.sweep.study import _is_rung
-from src.sweep.sweeper import lead
+from src.sweep.sweeper import _needs, lead
 from src.sweep.workers import Workers
 from src.tracking.journal import hold
 from tests.conftest import ROOT, read_lines, write_lines
@@ -259,6 +259,14 @@ def test_editing_yaml_changes_nothing_for_a_sweep_that_began(
     assert swept(*grid) == 0
     assert "conf/ has changed" in capsys.readouterr().err
     assert [trial.config["optimizer"]["lr"] for trial in Record(folder).trials()] == [0.01, 0.01]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "\udcff"])
+def test_a_model_without_a_usable_config_is_left_to_its_trials_to_tell(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="utf-8", errors="surrogateescape")
+    needs = _needs(planned(f"model.checkpoint={tmp_path}", "seed=1,2"))
+    assert not [name for name in needs if name.startswith("transformers.models")]
+    assert "transformers.models.llama.modeling_llama" in _needs(planned("seed=1,2"))
 
 
 def test_a_missing_objective_is_a_failure(swept: Callable[..., int], folder: Path) -> None:

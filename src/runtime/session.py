@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.errors import Interrupted, TowlineError
+from src.runtime.allocation import keep_freed_memory
 from src.runtime.launch import free_port, place_of
 from src.runtime.sharding import Sharded, Whole, forget_groups, use_gloo_alone
 from src.runtime.signals import StopRequest
@@ -298,6 +299,8 @@ def start_runtime(
         raise TowlineError("runtime.device = cuda, but torch finds no CUDA device here; use auto or cpu")
     if mixed_precision is MixedPrecision.fp16 and use_cpu:
         raise TowlineError("training.mixed_precision = fp16 needs a GPU, and there is none; use no or bf16")
+    if use_cpu:
+        keep_freed_memory()
     environment = dict(os.environ)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
