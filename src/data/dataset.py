@@ -15,6 +15,7 @@ import numpy as np
 from src.config.files import expand
 from src.config.formats import roles
 from src.config.schema import DataConfig, Metric, ModelType, Overflow, RunConfig
+from src.data.answers import AnswerFrame
 from src.data.cache import RowCache, Tell
 from src.data.chat import ChatTemplate, give_chat_template
 from src.data.encoding import Encoder, Lengths
@@ -37,7 +38,8 @@ TrainSet = EncodedSet | StreamedSet
 class Data:
     """All sets of a run. `encoder` is the one that made them, for generation to use.
 
-    `stop_ids` end what is generated: EOS, and the token that ends the assistant's turns in a chat template.
+    `stop_ids` end what is generated: EOS, and the tokens that end the assistant's turns in a chat template; `frame` is
+    what that template writes around an answer.
     """
 
     train: TrainSet
@@ -46,6 +48,7 @@ class Data:
     reports: dict[str, SplitReport]
     encoder: Encoder
     stop_ids: list[int]
+    frame: AnswerFrame = AnswerFrame()
     uses_fallback_template: bool = False
 
     def for_samples(self) -> EncodedSet:
@@ -87,6 +90,7 @@ class Prompts:
     sets: dict[str, EncodedSet]
     encoder: Encoder
     stop_ids: list[int]
+    frame: AnswerFrame = AnswerFrame()
 
 
 def file_hashes(data: DataConfig) -> dict[str, str]:
@@ -170,8 +174,16 @@ class _Builder:
             for name, files in self.data.test_sets().items()
         }
         template = self._template()
-        uses_fallback = template is not None and template.is_fallback
-        return Data(train, validation, test, self.reports, self.encoder, self._stop_ids(template), uses_fallback)
+        return Data(
+            train,
+            validation,
+            test,
+            self.reports,
+            self.encoder,
+            self._stop_ids(template),
+            AnswerFrame() if template is None else template.frame,
+            uses_fallback_template=template is not None and template.is_fallback,
+        )
 
     def build_prompts(self) -> Prompts:
         is_pair = self.lengths.target is not None
@@ -189,16 +201,16 @@ class _Builder:
             sets[name] = EncodedSet(name, [part])
             if all(sets[name].completion(i) for i in range(len(part))):
                 self._check_answers(sets[name])
-        return Prompts(sets, self.encoder, self._stop_ids(self._template()))
+        template = self._template()
+        frame = AnswerFrame() if template is None else template.frame
+        return Prompts(sets, self.encoder, self._stop_ids(template), frame)
 
     def _template(self) -> ChatTemplate | None:
         return ChatTemplate(self.tokenizer, self.encoder.control_tokens) if self.chats else None
 
     def _stop_ids(self, template: ChatTemplate | None) -> list[int]:
-        stops = [self.encoder.eos_token_id]
-        if template and template.end_of_turn:
-            stops.append(self.tokenizer.convert_tokens_to_ids(template.end_of_turn))
-        return list(dict.fromkeys(stops))
+        ends = self.tokenizer.convert_tokens_to_ids(list(template.ends)) if template else []
+        return list(dict.fromkeys([self.encoder.eos_token_id, *ends]))
 
     def _recipe(self, data: DataConfig) -> Recipe:
         return Recipe(data, self.tokenizer, self.config.thought_tags, self.lengths, is_chat(data))

@@ -285,6 +285,17 @@ class Encoder:
         """Give the text of ids, control tokens included."""
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def as_written(self, text: str) -> str:
+        """Return a text as this tokenizer can write it: encoded and decoded again.
+
+        A text with characters that it does not know at all comes back as it was.
+        """
+        backend = self._backend(Kind(is_rendered=False, continues=True))
+        ids = backend.encode(text, add_special_tokens=False).ids
+        if self._tokenizer.unk_token_id in ids:
+            return text
+        return self.decode_all(ids)
+
     def decode_batch(self, rows: Sequence[Sequence[int]], *, with_control: bool = False) -> list[str]:
         """Give the texts of many rows' ids as `decode` does (or `decode_all`), on all cores."""
         kept = rows if with_control else [[i for i in ids if i not in self._control_ids] for ids in rows]

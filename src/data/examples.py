@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from src.config.formats import roles
-from src.config.schema import PLACEHOLDER, DataConfig
+from src.config.schema import PLACEHOLDER, DataConfig, Thoughts
+from src.data.answers import strip_thoughts
 from src.data.chat import ChatTemplate
 from src.data.formats import Chat, Pair, load_format
-from src.data.formats.messages import FORMS, ROLES
+from src.data.formats.messages import LEARNED_KEYS, ROLES, THOUGHT, form_of
 from src.data.pieces import Piece, last_turn
 from src.data.readers import Record
 
@@ -29,8 +30,10 @@ class Example(NamedTuple):
     """A row in words.
 
     `pieces` are its text in order, each tokenised apart; `prompt` is all of it before the last learned piece, which is
-    `completion`; `reference` is what the answer should be, without thoughts. EOS goes behind it as an id where
-    `needs_eos`: a chat template has its own ends of turns.
+    `completion`; `reference` is the answer that a perfect model would write, without thoughts and without what a chat
+    template adds. EOS follows as an id where `needs_eos`: a chat template has its own ends of turns. `changes` says
+    what the template does to the texts of the messages (see chat.Rendered), `unread` which keys of the row nothing
+    reads.
     """
 
     pieces: tuple[Piece, ...]
@@ -39,6 +42,8 @@ class Example(NamedTuple):
     reference: str
     needs_eos: bool = True
     was_cleaned: bool = False
+    changes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def learned(self) -> str:
@@ -120,7 +125,7 @@ class Examples:
         messages = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.completion}]
         if self._data.system_prompt:
             messages.insert(0, {"role": "system", "content": self._data.system_prompt})
-        return self._render(messages, [True], pair.reference, pair.was_cleaned)
+        return self._render(messages, [True], pair.unread)._replace(was_cleaned=pair.was_cleaned)
 
     def _pair(self, pair: Pair) -> Example:
         parts = pair.parts
@@ -136,30 +141,41 @@ class Examples:
         else:
             prompt = parts[self._prompt_role]
         pieces = (Piece(prompt, is_learned=False), Piece(completion, is_learned=True))
-        return Example(pieces, prompt, completion, reference, was_cleaned=pair.was_cleaned)
+        return Example(pieces, prompt, completion, reference, was_cleaned=pair.was_cleaned, unread=pair.unread)
 
     def _chat(self, chat: Chat) -> Example:
-        messages = [dict(message) for message in chat.messages]
-        for message in messages:
-            if message["role"] == "assistant":
-                message["content"] = self._thoughts.keep(message["content"])
-        said = [message["content"] for message in chat.messages if message["role"] == "assistant"]
-        learned = [text for text, is_learned in zip(said, chat.learned, strict=True) if is_learned]
-        return self._render(messages, chat.learned, self._thoughts.drop((learned or said)[-1]), False)
+        return self._render([self._with_thoughts(message) for message in chat.messages], chat.learned, chat.unread)
 
-    def _render(
-        self, messages: list[dict[str, str]], learned: list[bool], reference: str, was_cleaned: bool
-    ) -> Example:
+    def _with_thoughts(self, message: dict[str, str]) -> dict[str, str]:
+        """Return an assistant's message with its thoughts written as they are to be learned.
+
+        A thought beside the content is written between the tags, in front of it; without tags it is left to the chat
+        template, unless thoughts are dropped.
+        """
+        if message["role"] != "assistant":
+            return message
+        content, thought = self._thoughts.keep(message["content"]), message.get(THOUGHT)
+        if thought is None:
+            return message | {"content": content}
+        if self._thoughts.tags is not None:
+            opened, closed = self._thoughts.tags
+            return {"role": "assistant", "content": f"{opened}{thought}{closed}{content}"}
+        if self._data.thoughts is Thoughts.drop:
+            return {"role": "assistant", "content": content}
+        return message | {"content": content}
+
+    def _render(self, messages: list[dict[str, str]], learned: list[bool], unread: tuple[str, ...]) -> Example:
         assert self._template is not None
-        pieces = self._template.render(messages, learned, self._data.supervised_turns)
-        first, stop = last_turn(pieces)
+        chat = self._template.render(messages, learned, self._data.supervised_turns)
+        first, stop = last_turn(chat.pieces)
         return Example(
-            tuple(pieces),
-            prompt="".join(piece.text for piece in pieces[:first]),
-            completion="".join(piece.text for piece in pieces[first:stop]),
-            reference=reference,
-            needs_eos=first < stop == len(pieces) and not self._template.ends_turn(pieces[-1]),
-            was_cleaned=was_cleaned,
+            tuple(chat.pieces),
+            prompt="".join(piece.text for piece in chat.pieces[:first]),
+            completion="".join(piece.text for piece in chat.pieces[first:stop]),
+            reference=self._template.frame.answer(strip_thoughts(chat.answer, self._thoughts.tags)),
+            needs_eos=first < stop == len(chat.pieces) and not chat.has_end,
+            changes=chat.changes,
+            unread=unread,
         )
 
 
@@ -176,12 +192,13 @@ def with_answer(fields: dict[str, Any], data: DataConfig) -> tuple[dict[str, Any
     if not isinstance(answer, list) or not answer or not isinstance(answer[-1], dict):
         return fields, True  # the format says what is wrong with it
     *before, last = answer
-    who, what = next((form for form in FORMS if form[0] in last), FORMS[0])
+    who, what = form_of(last)
     if ROLES.get(str(last.get(who))) != "assistant":
         return fields | {column: [*answer, {who: "assistant", what: FILLER}]}, False
     text = last.get(what)
     has_answer = bool(text.strip()) if isinstance(text, str) else text is not None
-    last = last | ({"weight": 1} if has_answer else {"weight": 1, what: FILLER})
+    last = {key: value for key, value in last.items() if key not in LEARNED_KEYS}
+    last |= {} if has_answer else {what: FILLER}
     return fields | {column: [*before, last]}, has_answer
 
 

@@ -50,6 +50,7 @@ class Recipe:
         return {key: getattr(data, key) for key in shaping} | {
             "roles": roles(data.format),
             "supervised_turns": data.supervised_turns.name,
+            "thoughts": data.thoughts and data.thoughts.name,
             "clean_dialogue": data.clean_dialogue,
             "tags": self.tags,
             "lengths": asdict(self.lengths) | {"overflow": self.lengths.overflow.name},

@@ -38,6 +38,9 @@ class SplitReport:
     lengths: dict[str, int] = field(default_factory=dict)
     control_tokens_as_text: int = 0
     rows_changed_by_tokenizer: int = 0
+    template_changes: dict[str, int] = field(default_factory=dict)
+    template_change_places: dict[str, list[str]] = field(default_factory=dict)
+    unread_keys: dict[str, int] = field(default_factory=dict)
     new_tokens: dict[str, dict[str, int]] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
     fold: str = ""
@@ -58,6 +61,8 @@ class SplitReport:
         self.rows_truncated = rows.total("is_truncated")
         self.rows_cleaned = rows.total("was_cleaned")
         self.control_tokens_as_text = rows.total("num_control_tokens")
+        self.template_changes, self.template_change_places = rows.count_lines("changes")
+        self.unread_keys, _ = rows.count_lines("unread")
         self.tokens = rows.num_tokens
         self.lengths = length_summary(rows.lengths + rows.target_lengths)
         counts = {token: Counter[str]() for token in new_tokens}

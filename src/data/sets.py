@@ -114,6 +114,10 @@ class EncodedSet:
         found = self._value(index, "reference")
         return self.completion(index) if found is None else found
 
+    def changes(self, index: int) -> list[str]:
+        """Return what the chat template did to the texts of a row's messages, see chat.Rendered."""
+        return (self._value(index, "changes") or "").splitlines()
+
     def is_truncated(self, index: int) -> bool:
         return bool(self._value(index, "is_truncated"))
 
@@ -154,6 +158,22 @@ class EncodedSet:
                 if times[start:stop].any():
                     yield chunk, times[start:stop]
                 start = stop
+
+    def count_lines(self, column: str) -> tuple[dict[str, int], dict[str, list[str]]]:
+        """Count the lines of a column of texts, and return the places of the first three rows of each."""
+        counts: dict[str, int] = {}
+        places: dict[str, list[str]] = {}
+        for chunk, times in self.masks():
+            texts = chunk.batch.column(column)
+            if texts.null_count == len(texts):
+                continue
+            for text, count, row in zip(texts.to_pylist(), times.tolist(), range(len(texts)), strict=True):
+                for line in text.splitlines() if text and count else ():
+                    counts[line] = counts.get(line, 0) + count
+                    if len(seen := places.setdefault(line, [])) < 3:
+                        source, number = (chunk.batch.column(name)[row].as_py() for name in ("source", "number"))
+                        seen.append(f"{source}:{number}")
+        return counts, places
 
     def total(self, column: str) -> int:
         """Add up a column of numbers or of true and false."""

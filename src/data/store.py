@@ -39,6 +39,8 @@ SCHEMA = pa.schema(
         "completion": pa.string(),
         "reference": pa.string(),  # null: the completion
         "learned": pa.string(),  # all that is learned, of every turn; null: the completion
+        "changes": pa.string(),  # by the chat template, a line each: see chat.Rendered; null: none
+        "unread": pa.string(),  # keys that nothing reads, a line each; null: none
     }
 )
 
@@ -85,6 +87,8 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
         "completion": [example.completion for example in examples],
         "reference": [None if e.reference == e.completion else e.reference for e in examples],
         "learned": [None if (text := e.learned) == e.completion else text for e in examples],
+        "changes": ["\n".join(example.changes) or None for example in examples],
+        "unread": ["\n".join(example.unread) or None for example in examples],
     }
     return pa.record_batch(columns, schema=SCHEMA)
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from src.config.schema import Metric, RunConfig
 from src.data.batching import collate
 from src.data.dataset import Data
-from src.data.encoding import Encoder
 from src.data.sets import EncodedSet
 from src.errors import DataError, NonFiniteLossError
+from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import Generator, check_prompts
-from src.evaluation.metrics import perplexity, scores, strip_thoughts
+from src.evaluation.metrics import perplexity, scores
 from src.runtime.session import Runtime
 from src.training.loss import span_losses
 
@@ -27,17 +27,13 @@ NOTHING: Mapping[str, int] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What every set's evaluation needs alike.
-
-    `tags` open and close thoughts in generated text; `max_samples` is how many rows of a set, the first ones, count.
-    """
+    """What every set's evaluation needs alike; `max_samples` is how many rows of a set, the first ones, count."""
 
     scored: nn.Module
     generator: Generator
-    encoder: Encoder
+    reader: AnswerReader
     runtime: Runtime
     metrics: Sequence[Metric]
-    tags: tuple[str, str] | None
     answer_pattern: str | None
     max_samples: int | None
     batch_size: int
@@ -62,15 +58,12 @@ class Evaluator:
             values = self._losses(rows, count, targets)
             if self.metrics:
                 completions = self.generator.generate([rows.prompt_ids(i) for i in range(count)], self.runtime.seed)
-                answers = [strip_thoughts(self.encoder.decode(completion.ids), self.tags) for completion in completions]
-                references = [self.reference(rows, i) for i in range(count)]
+                texts = [self.reader.encoder.decode(completion.ids) for completion in completions]
+                answers = [self.reader.answer(rows, i, text) for i, text in enumerate(texts)]
+                references = self.reader.references(rows, range(count))
                 values |= scores(self.metrics, answers, references, self.answer_pattern)
             metrics |= {f"eval/{rows.name}/{name}": value for name, value in values.items()}
         return metrics | targets.metrics(self.runtime)
-
-    def reference(self, rows: EncodedSet, index: int) -> str:
-        """Give what a row's answer should be, without thoughts, also without those that stand in the data as tags."""
-        return strip_thoughts(rows.reference(index), self.tags)
 
     @torch.no_grad()
     def _losses(self, rows: EncodedSet, count: int, targets: Targets) -> dict[str, float]:
@@ -163,10 +156,9 @@ def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data
     return Evaluator(
         scored=scored,
         generator=generator,
-        encoder=data.encoder,
+        reader=AnswerReader(data.encoder, config.thought_tags, data.frame),
         runtime=runtime,
         metrics=config.metrics,
-        tags=config.thought_tags,
         answer_pattern=config.data.answer_pattern,
         max_samples=config.evaluation.max_samples,
         batch_size=config.training.per_device_eval_batch_size,

@@ -23,7 +23,7 @@ from src.config.rules import is_read_by_predict
 from src.config.schema import RunConfig
 from src.data.sources import file_hash
 from src.errors import ModelError, RunFolderError
-from src.evaluation.metrics import scores, strip_thoughts
+from src.evaluation.metrics import scores
 from src.tracking.console import Console, clock
 from src.tracking.journal import write_atomically
 
@@ -298,6 +298,9 @@ def predict_rows(
     Raises:
         Interrupted: between two tokens, where a signal asked for it; whole blocks are on the disk.
     """
+    from src.evaluation.answers import AnswerReader  # not for those who only look at what is there
+
+    reader = AnswerReader(prompts.encoder, config.thought_tags, prompts.frame)
     (part,) = rows.parts
     numbers = part.ordinals.tolist()
     block_rows = BLOCK_BATCHES * generator.batch_size
@@ -317,8 +320,8 @@ def predict_rows(
                     source=rows.place(i),
                     prompt=rows.prompt(i),
                     text=text,
-                    answer=strip_thoughts(text, config.thought_tags),
-                    reference=_reference(rows, i, config),
+                    answer=reader.answer(rows, i, text),
+                    reference=reader.reference(rows, i) if rows.completion(i) else None,
                     stop_reason=completion.stop_reason,
                 )
                 for i, completion, text in zip(block, completions, texts, strict=True)
@@ -326,13 +329,6 @@ def predict_rows(
         )
         left = (time.monotonic() - started) / (block.stop - begin) * (len(rows) - block.stop)
         console.working(f"{into.name}: {block.stop:,} of {len(rows):,} rows  {clock(left)} left")
-
-
-def _reference(rows: EncodedSet, index: int, config: RunConfig) -> str | None:
-    """Give what a row's answer should be, without thoughts; None where it has none."""
-    if not rows.completion(index):
-        return None
-    return strip_thoughts(rows.reference(index), config.thought_tags)
 
 
 def _some(places: Sequence[str], most: int = 3) -> str:

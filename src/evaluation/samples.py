@@ -8,7 +8,6 @@ from typing import Any
 
 from src.data.sets import EncodedSet
 from src.evaluation.evaluate import Evaluator
-from src.evaluation.metrics import strip_thoughts
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,15 @@ def sample(
     Args:
         untrained: the texts that were sampled before training, to stand beside.
     """
-    opened, closed = evaluator.tags or ("", "")
+    reader = evaluator.reader
+    opened, closed = reader.tags or ("", "")
     chosen = range(min(count, len(rows)))
     completions = evaluator.generator.generate([rows.first_ids(i) for i in chosen], evaluator.runtime.seed)
     samples = []
     for i, completion in zip(chosen, completions, strict=True):
-        text = evaluator.encoder.decode(completion.ids)
-        answer = strip_thoughts(text, evaluator.tags)
-        prompt, reference = rows.prompt(i), evaluator.reference(rows, i)
+        text = reader.encoder.decode(completion.ids)
+        answer, reference = reader.answer(rows, i, text), reader.reference(rows, i)
+        prompt = rows.prompt(i)
         samples.append(
             Sample(
                 step,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,19 +24,25 @@ class BadRow(Exception):
 class Pair(NamedTuple):
     """The parts of a row by their role, in the format's order: the first is prompted, the last is learned.
 
-    A format with one role has no prompt: all of it is learned.
+    A format with one role has no prompt: all of it is learned. `unread` names the row's fields that nothing reads.
     """
 
     parts: dict[str, str]
     was_cleaned: bool = False
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages in turn; `learned` says for each assistant's message whether the row wants it learned."""
+    """Messages in turn: role, content and, of the assistant's, `reasoning_content` where it thought something.
+
+    `learned` says for each assistant's message whether the row wants it learned; `unread` names the keys of the row and
+    of its messages that hold something and that nothing reads.
+    """
 
     messages: list[dict[str, str]]
     learned: list[bool]
+    unread: tuple[str, ...] = ()
 
 
 Format = Callable[[dict[str, Any], DataConfig], Pair | Chat]
@@ -59,7 +65,26 @@ def read_texts(fields: dict[str, Any], data: DataConfig) -> Pair:
     role = roles(data.format)[-1]
     if not parts[role]:
         raise BadRow(f"{data.columns[role]!r} is empty: nothing to learn")
-    return Pair(parts)
+    return Pair(parts, unread=tuple(unread_fields(fields, data.columns.values())))
+
+
+def is_blank(value: Any) -> bool:
+    """Return whether a value says nothing: null, a blank text, an empty list, or a struct of such values.
+
+    Tables such as Parquet fill what a record lacks with these.
+    """
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return not value.strip() or value.strip() in ("[]", "{}", "null")
+    if isinstance(value, list | tuple):
+        return not value
+    return isinstance(value, dict) and all(map(is_blank, value.values()))
+
+
+def unread_fields(fields: Mapping[str, Any], read: Collection[str]) -> list[str]:
+    """Return the names of the fields that hold something and are not among those that are read."""
+    return [name for name, value in fields.items() if name not in read and not is_blank(value)]
 
 
 def text_field(fields: dict[str, Any], column: str, role: str) -> str:

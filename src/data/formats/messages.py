@@ -1,11 +1,16 @@
-"""A chat as a list of messages, OpenAI's form ({"role", "content"}) or ShareGPT's ({"from", "value"})."""
+"""A chat as a list of messages, OpenAI's form ({"role", "content"}) or ShareGPT's ({"from", "value"}).
+
+Tables hold every key in every message, so a key that is null, an empty text or an empty list counts as absent, and a
+message may have the keys of both forms. A key that holds something and that nothing here reads is named in the chat.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from src.config.schema import DataConfig
-from src.data.formats import BadRow, Chat, field, type_name
+from src.data.formats import BadRow, Chat, field, is_blank, type_name, unread_fields
 
 ROLES = {
     "system": "system",
@@ -15,13 +20,29 @@ ROLES = {
     "gpt": "assistant",
 }
 FORMS = (("role", "content"), ("from", "value"))
+LEARNED_KEYS = ("weight", "train", "loss")
+"""Each says whether an assistant's message is learned."""
+
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Each holds what the assistant thought before it answered."""
+
+THOUGHT = THOUGHT_KEYS[0]
+"""The key of a thought in the messages of a Chat."""
+
+SYSTEM = "system"
+"""The field of a row that is its system message."""
+
+UNSUPPORTED_KEYS = ("tool_calls", "function_call", "tool_call_id")
+UNSUPPORTED_FIELDS = ("tools", "functions")
+WITHOUT = "leave these rows out, or write the calls into the texts and remove the key"
 
 
 def read(fields: dict[str, Any], data: DataConfig) -> Chat:
-    """Take the messages, with `data.system_prompt` in front where they have no system message of their own.
+    """Return the messages, after the row's own system message or `data.system_prompt` where they have none.
 
     Raises:
-        BadRow: where they are no chat that begins with a user, goes on in turn and ends with the assistant.
+        BadRow: where they are no chat that begins with a user, alternates and ends with the assistant; where the row
+            needs what is not supported.
     """
     column = data.columns["messages"]
     given = field(fields, column, "messages")
@@ -29,41 +50,109 @@ def read(fields: dict[str, Any], data: DataConfig) -> Chat:
         raise BadRow(f"{column!r} is {type_name(given)}, not a list of messages")
     if not given:
         raise BadRow(f"{column!r} is empty: nothing to learn")
+    for key in UNSUPPORTED_FIELDS:
+        if not is_blank(fields.get(key)):
+            raise BadRow(f"the row has {key}, which is not supported: {WITHOUT}")
     messages: list[dict[str, str]] = []
     learned: list[bool] = []
+    unread: dict[str, None] = {}
     for number, one in enumerate(given, start=1):
-        role, content, is_learned = _message(one, f"{column!r}, message {number}")
-        _check_turn(role, [m["role"] for m in messages], f"{column!r}, message {number}")
-        messages.append({"role": role, "content": content})
-        if role == "assistant":
+        message, is_learned, not_read = _message(one, f"{column!r}, message {number}")
+        _check_turn(message["role"], [m["role"] for m in messages], f"{column!r}, message {number}")
+        messages.append(message)
+        unread |= dict.fromkeys(f"{column}[].{key}" for key in not_read)
+        if message["role"] == "assistant":
             learned.append(is_learned)
     if messages[-1]["role"] != "assistant":
         raise BadRow(f"{column!r} ends with the {messages[-1]['role']}: there is no answer to learn")
-    if data.system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": data.system_prompt})
-    return Chat(messages, learned)
+    own = _own_system(fields, messages)
+    if (system := own or data.system_prompt) and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return Chat(messages, learned, (*unread_fields(fields, [column, SYSTEM]), *unread))
 
 
-def _message(one: Any, where: str) -> tuple[str, str, bool]:
+def form_of(message: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the keys of a message's role and content: those of the form that it fills, or else names."""
+    filled = [form for form in FORMS if any(not is_blank(message.get(key)) for key in form)]
+    named = [form for form in FORMS if any(key in message for key in form)]
+    return next(iter([*filled, *named]), FORMS[0])
+
+
+def _own_system(fields: Mapping[str, Any], messages: list[dict[str, str]]) -> str | None:
+    """Return the system message that stands beside the messages, None where there is none."""
+    own = fields.get(SYSTEM)
+    if is_blank(own):
+        return None
+    if not isinstance(own, str):
+        raise BadRow(f"{SYSTEM!r} is {type_name(own)}, not a text")
+    if messages[0]["role"] == "system" and messages[0]["content"] != own:
+        raise BadRow(f"{SYSTEM!r} and the first message are two system messages that differ; keep one of them")
+    return own
+
+
+def _message(one: Any, where: str) -> tuple[dict[str, str], bool, list[str]]:
+    """Return a message, whether it may be learned, and its keys that nothing reads."""
     if not isinstance(one, dict):
         raise BadRow(f"{where} is {type_name(one)}, not an object with role and content")
-    role_key, content_key = next((form for form in FORMS if any(key in one for key in form)), FORMS[0])
+    role_key, content_key = form_of(one)
     for key in (role_key, content_key):
         if key not in one:
             raise BadRow(f"{where} has no {key!r}; there are {', '.join(map(repr, one)) or 'none'}")
-    for key in ("tool_calls", "function_call"):
-        if one.get(key):
-            raise BadRow(f"{where} has {key}, which is not supported")
-    role, content, weight = one[role_key], one[content_key], one.get("weight")
+    for key in UNSUPPORTED_KEYS:
+        if not is_blank(one.get(key)):
+            raise BadRow(f"{where} has {key}, which is not supported: {WITHOUT}")
+    role, content = one[role_key], one[content_key]
     if not isinstance(role, str) or role not in ROLES:
         raise BadRow(f"{where} has the role {role!r}; one of {', '.join(ROLES)} is needed")
     if not isinstance(content, str):
         raise BadRow(f"{where}: {content_key!r} is {type_name(content)}, not a text")
     if not content.strip():
         raise BadRow(f"{where}: {content_key!r} is empty")
-    if weight not in (None, 0, 1):
-        raise BadRow(f"{where} has the weight {weight!r}; 0 (not learned) or 1 is needed")
-    return ROLES[role], content, weight != 0
+    message = {"role": ROLES[role], "content": content}
+    _check_other_form(one, message, (role_key, content_key), where)
+    read_keys = {key for form in FORMS for key in form} | set(LEARNED_KEYS)
+    if message["role"] == "assistant":
+        read_keys |= set(THOUGHT_KEYS)
+        if thought := _thought(one, where):
+            message[THOUGHT] = thought
+    return message, _is_learned(one, where), unread_fields(one, read_keys)
+
+
+def _check_other_form(one: Mapping[str, Any], message: Mapping[str, str], form: tuple[str, str], where: str) -> None:
+    """Refuse a message whose keys of the other form say something else."""
+    for role_key, content_key in FORMS:
+        if (role_key, content_key) == form:
+            continue
+        said = {role_key: ROLES.get(str(one.get(role_key))), content_key: one.get(content_key)}
+        meant = {role_key: message["role"], content_key: message["content"]}
+        if wrong := [key for key in said if not is_blank(one.get(key)) and said[key] != meant[key]]:
+            raise BadRow(f"{where}: {wrong[0]!r} contradicts {form[wrong[0] == content_key]!r}; keep one of them")
+
+
+def _thought(one: Mapping[str, Any], where: str) -> str | None:
+    """Return what an assistant's message says was thought, None where it says nothing."""
+    found = {key: one[key] for key in THOUGHT_KEYS if not is_blank(one.get(key))}
+    for key, value in found.items():
+        if not isinstance(value, str):
+            raise BadRow(f"{where}: {key!r} is {type_name(value)}, not a text")
+    if len(set(found.values())) > 1:
+        raise BadRow(f"{where}: {' and '.join(map(repr, found))} are two different thoughts; keep one of them")
+    return next(iter(found.values()), None)
+
+
+def _is_learned(one: Mapping[str, Any], where: str) -> bool:
+    """Return whether a message may be learned: `weight`, `train` and `loss` mean the same; absent means yes."""
+    said = {}
+    for key in LEARNED_KEYS:
+        value = one.get(key)
+        if value not in (None, 0, 1):
+            wanted = "0 (not learned) or 1" if key == "weight" else "false (not learned) or true"
+            raise BadRow(f"{where} has the {key} {value!r}; {wanted} is needed")
+        if value is not None:
+            said[key] = bool(value)
+    if len(set(said.values())) > 1:
+        raise BadRow(f"{where}: {' and '.join(said)} contradict each other about whether it is learned")
+    return next(iter(said.values()), True)
 
 
 def _check_turn(role: str, before: list[str], where: str) -> None:
