@@ -6,16 +6,29 @@ import math
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from src.config.schema import Metric
-from src.evaluation.metrics import bleu, chrf, rouge, scores, words
+from src.evaluation.metrics import (
+    answer,
+    bleu,
+    bleu_words,
+    chrf,
+    exact_match,
+    is_full_marks,
+    rouge,
+    scores,
+    unscorable,
+    words,
+)
 
 NAMES = ["rouge1", "rouge2", "rougeL"]
 REFERENCE = "The cat sat on the mat."
+BY_PROPERTY = settings(derandomize=True, deadline=None, database=None)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +58,7 @@ def test_korean_counts() -> None:
     assert rouge(NAMES, [prediction], [reference]) == pytest.approx(expected)
 
 
+@BY_PROPERTY
 @given(st.text(st.characters(max_codepoint=127), max_size=60))
 def test_ascii_is_cut_as_rouge_score_cuts_it(text: str) -> None:
     assert words(text) == DefaultTokenizer().tokenize(text)
@@ -61,10 +75,64 @@ def test_ascii_is_cut_as_rouge_score_cuts_it(text: str) -> None:
         ("ＡＢ１", ["ab1"]),
         (unicodedata.normalize("NFD", "학교에 갔다"), ["학교에", "갔다"]),
         ("☀️ 해", ["해"]),
+        ("☀\u20e3해 1\ufe0f\u20e3", ["해", "1\u20e3"]),
+        ("ฉันทำงาน น้ำ", ["ฉั", "น", "ทำ", "ง", "า", "น", "น้ำ"]),
+        ("ราคา iPhone15 ๒๕๖๗", ["ร", "า", "ค", "า", "iphone15", "๒๕๖๗"]),
+        ("ພາສາ", ["ພ", "າ", "ສ", "າ"]),
+        ("ខ្ញុំ ទៅ", ["ខ្ញុំ", "ទៅ"]),
+        ("မြန်မာ ၁၂", ["မြ", "န်", "မ", "ာ", "၁၂"]),
+        ("བོད་སྐད།", ["བོ", "ད", "སྐ", "ད"]),
+        ("ꦧꦱꦗꦮ", ["ꦧ", "ꦱ", "ꦗ", "ꦮ"]),
+        ("ᬩᬮᬶ", ["ᬩ", "ᬮᬶ"]),
+        ("ᨲ᩠ᨿᨾ", ["ᨲ᩠ᨿ", "ᨾ"]),
+        ("か\u309aガ", ["か\u309a", "ガ"]),
+        ("ক্‍ষ বাংলা", ["ক্ষ", "বাংলা"]),
+        ("शक्‍ति", ["शक्ति"]),
+        ("می‌خواهم كتـــاب", ["میخواهم", "كتاب"]),
+        ("co\u00adope\u200brate \u200fx\u2069", ["cooperate", "x"]),
+        ("👩‍👩‍👧a 👍🏽", ["a"]),
+        (unicodedata.normalize("NFD", "Tiếng Việt"), ["tiếng", "việt"]),
+        ("ʻOkina ΟΔΟΣ", ["ʻokina", "οδος"]),
     ],
 )
 def test_words_of_many_scripts(text: str, expected: list[str]) -> None:
     assert words(text) == expected
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        assert words(unicodedata.normalize(form, text)) == expected
+
+
+UNSPACED = ["ກ", "ก", "က", "ក", "ཀ", "ꦲ", "ᬅ", "ᨠ", "ᦀ", "ᥐ", "ꪀ", "ꨀ", "𑜀", "ᯀ", "𑀅", "漢", "か", "ㄅ", "ꀀ"]
+
+
+@pytest.mark.parametrize("letter", UNSPACED, ids=[unicodedata.name(letter, letter) for letter in UNSPACED])
+def test_scripts_without_spaces_are_cut_into_clusters(letter: str) -> None:
+    assert words(f"{letter}{letter}x{letter}") == [letter, letter, "x", letter]
+    # half of the clusters are right, in a text that is one word between its spaces
+    assert rouge(["rouge1"], [letter + "xy"], [letter * 2]) == {"rouge1": pytest.approx(0.5)}
+
+
+FORMAT_CHARACTERS = (
+    "\u200b\u200c\u200d\u2060\ufeff\u00ad\u0640\u07fa\ufe0f\ufe00\U000e0100"
+    "\u200e\u200f\u202a\u2066\u061c\u034f\u180b\u3164"
+)
+SOME_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+@BY_PROPERTY
+@given(st.lists(SOME_TEXT, max_size=4), st.sampled_from(FORMAT_CHARACTERS))
+@example(["e", "\u0301 x"], "\u200d")
+@example(["a\u0323", "\u0302"], "\u200c")
+@example(["Σ", "Σ", "Α", "Σ"], "\u0640")
+@example(["abc", "DEF 1", "2"], "\u00ad")
+@example(["ก", "ำ"], "\u200b")
+def test_characters_that_are_not_seen_cut_no_word_and_make_no_difference(parts: list[str], character: str) -> None:
+    assert words(character.join(parts)) == words("".join(parts))
+
+
+@BY_PROPERTY
+@given(SOME_TEXT)
+def test_words_are_words(text: str) -> None:
+    assert words(" ".join(words(text))) == words(text)
 
 
 def test_chrf() -> None:
@@ -82,6 +150,60 @@ def test_bleu() -> None:
     assert bleu(["the cat sat on"], ["the cat sat on a mat"]) == pytest.approx(100 * math.exp(1 - 6 / 4))
     assert bleu(["철수는 영희와 학교에 갔다."], ["철수는 영희와 학교에 갔다."]) == pytest.approx(100)
     assert bleu([""], ["the cat sat on a mat"]) == 0
+
+
+@BY_PROPERTY
+@given(
+    st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0x2FFF), max_size=40)
+    | st.text("a1.,-&<>/'\n ", max_size=20)
+)
+@example("<skipped> a-\nb &quot;c&amp;lt; 1,000.5-6, end.")
+def test_bleu_words_are_those_of_mteval_13a(text: str) -> None:
+    cut = Tokenizer13a()(unicodedata.normalize("NFC", text).rstrip()).split()
+    assert bleu_words(text) == cut
+    assert unscorable(Metric.bleu, text) == (len(cut) < 4)
+
+
+PATTERN = r"答 *(\w+)"
+TEXTS = [
+    "The cat sat on the mat.", "one two", "one", "...", "", " ", "\n", "¿?", "a b c", "a, b.", "1-2",
+    "<skipped> a b c d", "a-\nb c d", "철수는 영희와 학교에 갔다.", "ภาษาไทย", "ก", "བོད།", "日本", "日", "👍🏽",
+    "\u200b", "\u0301", "答 72", "答", unicodedata.normalize("NFD", "答 é"), "a\u00a0b c d", "a\u3000b\u2003c d",
+    "x" * 99 + " yz", "?" * 120 + " é", "a" * 150,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", Metric)
+@pytest.mark.parametrize("pattern", [None, PATTERN])
+def test_what_can_not_be_scored_is_what_gets_no_full_marks_though_equal(metric: Metric, pattern: str | None) -> None:
+    full = 100 if metric in (Metric.chrf, Metric.bleu) else 1
+    for text in TEXTS:
+        scored = scores([metric], [text], [text], pattern)[metric.value]
+        assert unscorable(metric, text, pattern) == (scored != full), text
+        assert is_full_marks(metric, text, text, pattern) == (scored == full), text
+
+
+@BY_PROPERTY
+@given(st.text("ab é.1", max_size=12), st.text("ab é.1", max_size=12))
+@example("é a b c", "e\u0301 a  b c")
+@example("A b c d", "a b c d")
+@example("b a b", "a b b")
+def test_full_marks_are_what_the_scores_say(prediction: str, reference: str) -> None:
+    for metric in Metric:
+        scored = scores([metric], [prediction], [reference], None)[metric.value]
+        full = 100 if metric in (Metric.chrf, Metric.bleu) else 1
+        assert is_full_marks(metric, prediction, reference) == (scored == pytest.approx(full, rel=1e-9))
+
+
+def test_letters_composed_or_not_are_the_same_under_every_metric() -> None:
+    composed = "Tiếng Việt ở Đà Nẵng, 철수는 학교에 갔다"
+    apart = unicodedata.normalize("NFD", composed)
+    assert composed != apart
+    for prediction, reference in ((composed, apart), (apart, composed)):
+        assert all(is_full_marks(metric, prediction, reference) for metric in Metric)
+        pattern = unicodedata.normalize("NFD", "Việt (.*)")
+        assert exact_match([prediction], [reference], pattern) == 1
+    assert answer(apart, "Nẵng, (.)") == "철"
 
 
 def test_scores_are_those_asked_for_in_that_order() -> None:
