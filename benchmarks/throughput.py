@@ -25,7 +25,7 @@ from src.data.dataset import Data, build_data
 from src.data.sets import EncodedSet
 from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest
-from src.tokens import load_tokenizer
+from src.tokens import load_tokenizer, num_token_ids
 from src.training.loop import train
 from src.training.state import prepare
 
@@ -43,7 +43,7 @@ def main() -> None:
     config = request.run.config
     tokenizer, _ = load_tokenizer(config.model, config.tokens)
     data = build_data(config, tokenizer)
-    vocabulary = given.vocabulary or 8 * math.ceil(len(tokenizer) / 8)
+    vocabulary = given.vocabulary or 8 * math.ceil(num_token_ids(tokenizer) / 8)
     ratios = []
     for number in range(given.rounds):
         ours = towline(config, data, vocabulary) / given.steps

@@ -12,9 +12,10 @@ from src.data.dataset import Data
 from src.errors import human_bytes
 from src.forecast import checkpoint_bytes, disk_need, most_saves, trained_of
 from src.model.build import num_parameters
+from src.model.embeddings import StartedRows, num_rows
 from src.runtime.session import Runtime
 from src.runtime.sharding import whole_shape
-from src.tokens import NewTokens, StartedRows, num_rows
+from src.tokens import NewTokens
 from src.training.state import TrainState
 
 
@@ -68,7 +69,12 @@ def _tokens(config: RunConfig, state: TrainState, tokenizer: Any, new: NewTokens
     if started.ids:
         init = config.tokens.init
         how = f"{init.method.value} {init.text}" if init.method is InitMethod.text else init.method.value
-        text += f"; {', '.join(started.ids)} start from {how}"
+        named = [token for token in started.ids if token in new.ids]
+        text += f"; {', '.join(named)} start from {how}" if named else ""
+        if rest := len(started.ids) - len(named):
+            text += f"; {rest:,} that the checkpoint has no rows for start from the mean"
+    if unlearned := [token for token in new.known if token in started.ids]:
+        text += f"; known already, but never learned: {', '.join(unlearned)}"
     if learned := [token for token in new.known if token not in started.ids]:
         text += f"; known already, left as learned: {', '.join(learned)}"
     return text

@@ -47,10 +47,13 @@ def preflight(admitted: Admitted) -> int:
     from src.inspection.drawing import Paint, draw_lengths
     from src.inspection.findings import Level, findings, prove
     from src.inspection.outlook import about_disk, device_of, outlook
-    from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets, show_tokens
+    from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets
+    from src.inspection.starts import about_starts, show_tokens
     from src.model.build import check_lengths, empty_model
+    from src.model.embeddings import grow_embeddings
     from src.model.quantization import check_quantisable
-    from src.tokens import grow_embeddings, load_tokenizer
+    from src.model.unlearned import stored_unlearned_tokens
+    from src.tokens import load_tokenizer
 
     collect_from_here()
     tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
@@ -59,14 +62,15 @@ def preflight(admitted: Admitted) -> int:
     check_lengths(config.model, model.config, config.data.max_seq_length, config.data.max_target_length)
     if config.quantization.is_on:
         check_quantisable(model, config.quantization, device_of(config))
-    started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed)
+    unlearned = stored_unlearned_tokens(model, tokenizer, new_tokens, config.model)
+    started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned or ())
     train = first_block(data.train)
     check_prompts(config, model, data)
     sets = {"train": train} | data.validation | data.test
     paint = Paint(sys.stdout)
 
     show_model(console, config, model)
-    show_tokens(console, config, model, tokenizer, new_tokens, data)
+    show_tokens(console, config, model, tokenizer, new_tokens, started, data, are_weights_seen=unlearned is not None)
     show_sets(console, config, data, sets)
     draw_lengths(sets, config.data.max_seq_length, folder / "lengths.png")
     show_rows(console, train, data, own.rows, paint)
@@ -74,7 +78,8 @@ def preflight(admitted: Admitted) -> int:
     new_ids = list(started.ids.values())
     ahead = outlook(config, model, tokenizer, new_ids, train, admitted.run_dir, measure=own.measure)
     show_forecasts(console, config, ahead)
-    found = [*findings(config, data, train, proofs, ahead.num_steps), *about_disk(ahead.disk)]
+    found = findings(config, data, train, proofs, ahead.num_steps)
+    found += [*about_starts(new_tokens, started), *about_disk(ahead.disk)]
     found.sort(key=lambda finding: list(Level).index(finding.level))
     code = show_findings(console, found, proofs, paint)
     if own.dump is not None:

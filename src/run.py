@@ -81,13 +81,15 @@ def train_and_export(
     from src.model.adapters import add_adapter
     from src.model.build import build_model, set_generation
     from src.model.card import model_card
+    from src.model.embeddings import as_they_are, check_new_rows, embedding_matrices, grow_embeddings
     from src.model.export import export
+    from src.model.unlearned import unlearned_tokens
     from src.model.whole import whole_models
     from src.overview import overview
     from src.runtime.session import start_runtime
     from src.runtime.sharding import bring_together, deepspeed_settings
     from src.sweep.pruning import Pruning, end_early
-    from src.tokens import as_they_are, check_new_rows, embedding_matrices, grow_embeddings, load_tokenizer
+    from src.tokens import load_tokenizer
     from src.tracking.provenance import provenance
     from src.training.loop import train
     from src.training.resume import (
@@ -133,7 +135,8 @@ def train_and_export(
         begin = beginning(origin, data, tokenizer, config, frozen)
         model = build_model(config, runtime.device)
         set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
-        started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed)
+        unlearned = unlearned_tokens(model, tokenizer, new_tokens, config.model)
+        started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned)
         matrices = [matrix.module for matrix in embedding_matrices(model)]
         new_ids = list(started.ids.values())
         adapter = add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)

@@ -27,11 +27,13 @@ from src.model import export as exporting
 from src.model.adapters import Adapter, add_adapter, with_rows
 from src.model.build import build_model, set_generation
 from src.model.card import model_card
+from src.model.embeddings import StartedRows, check_new_rows, embedding_matrices, grow_embeddings
 from src.model.export import export, load_exported
 from src.model.quantization import keep_gradients
+from src.model.unlearned import unlearned_tokens
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
-from src.tokens import StartedRows, check_new_rows, embedding_matrices, grow_embeddings, load_tokenizer
+from src.tokens import load_tokenizer
 from src.training.loop import train
 from src.training.state import TrainState, prepare
 from tests.conftest import ROOT, admitted, read_lines, towline
@@ -88,8 +90,9 @@ class Assembled:
         self.data: Data = build_data(self.config, self.tokenizer)
         self.model = build_model(self.config, runtime.device)
         set_generation(self.model, self.config.generation, self.tokenizer, self.data.stop_ids)
+        unlearned = unlearned_tokens(self.model, self.tokenizer, self.new, self.config.model)
         self.started: StartedRows = grow_embeddings(
-            self.model, self.tokenizer, self.new, self.config.tokens, self.config.seed
+            self.model, self.tokenizer, self.new, self.config.tokens, self.config.seed, unlearned
         )
         matrices = [matrix.module for matrix in embedding_matrices(self.model)]
         ids = list(self.started.ids.values())
@@ -336,7 +339,7 @@ def test_checkpointed_activations_train_alike(runtime: Runtime, bases: dict[str,
 
 
 def test_a_known_token_is_left_alone(runtime: Runtime, bases: dict[str, str], tmp_path: Path) -> None:
-    first = Assembled(runtime, *chosen(bases["llama-tied"]))
+    first = Assembled(runtime, *chosen(bases["llama-tied"], "tokens.init.text=[a,b]"))
     folder = first.export(tmp_path / "model")
     again = Assembled(
         runtime, *chosen(str(folder), "adapter=lora", "tokens.additional_special_tokens=['<ToW>','</ToW>','<x>']")

@@ -19,10 +19,11 @@ from src.evaluation.generate import cut_at
 from src.evaluation.metrics import answer, exact_match, perplexity, strip_thoughts
 from src.evaluation.samples import sample
 from src.model.build import build_model, set_generation
+from src.model.embeddings import grow_embeddings
 from src.model.export import export
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
-from src.tokens import grow_embeddings, load_tokenizer
+from src.tokens import load_tokenizer
 from src.training.head import ScoredModel
 from tests.conftest import ROOT, admitted, write_lines
 from tests.kinds import words

@@ -71,8 +71,8 @@ from src.forecast import (
 from src.inspection.outlook import planned_architecture
 from src.model.adapters import Adapter, add_adapter
 from src.model.build import build_model, empty_model
+from src.model.embeddings import embedding_matrices, fit_embeddings
 from src.model.export import export
-from src.tokens import embedding_matrices, fit_embeddings
 from src.training.head import ScoredModel
 from src.training.loss import MAX_LOGITS
 from src.training.optim import build_optimizer

@@ -13,7 +13,8 @@ LAYERS = (
     ("overview", "inspection"),
     ("forecast",),
     ("training", "evaluation", "sweep"),
-    ("checkpoint", "data", "model", "tokens", "tracking"),
+    ("checkpoint", "data", "model", "tracking"),
+    ("tokens",),
     ("runtime",),
     ("config",),
     ("errors",),
@@ -42,7 +43,7 @@ DOORS = {
         "sweep",  # the process of a trial sets its threads
     ),  # not in front of the gate
     "transformers": ("tokens", "model", "evaluation"),
-    "tokenizers": ("data",),
+    "tokenizers": ("data", "tokens"),
     "pyarrow": ("data",),
 }
 

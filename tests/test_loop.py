@@ -22,10 +22,11 @@ from src.data.batching import Batch, Position
 from src.data.dataset import Data, build_data
 from src.errors import CheckpointError, Interrupted, NonFiniteLossError
 from src.model.build import build_model
+from src.model.embeddings import grow_embeddings
 from src.runtime import signals
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import STOP_SIGNALS, StopRequest, stop_on_signals
-from src.tokens import grow_embeddings, load_tokenizer
+from src.tokens import load_tokenizer
 from src.training.loop import Fed, Step, step_once, train
 from src.training.state import Beginning, Meter, TrainState, Update, num_train_steps, prepare
 from tests.conftest import admitted

@@ -36,12 +36,13 @@ from src.errors import ConfigError, Interrupted, TrainingError
 from src.forecast import memory_forecast
 from src.inspection.outlook import planned_architecture, sharing_of
 from src.model.build import empty_model
+from src.model.embeddings import fit_embeddings
 from src.run import run
 from src.runtime.launch import launch
 from src.runtime.session import start_runtime
 from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
-from src.tokens import fit_embeddings, load_tokenizer
+from src.tokens import load_tokenizer
 from src.training.head import ScoredModel
 from src.training.state import batch_plan
 from tests.conftest import ROOT, admitted, read_lines, write_lines

@@ -13,16 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from src.config.schema import InitMethod, RunConfig
 from src.errors import ModelError, TokenError
-from src.tokens import (
-    NewTokens,
-    StartedRows,
-    add_tokens,
-    check_new_rows,
-    embedding_matrices,
-    grow_embeddings,
-    initial_rows,
-    load_tokenizer,
-)
+from src.model.embeddings import StartedRows, check_new_rows, embedding_matrices, grow_embeddings, initial_rows
+from src.tokens import NewTokens, add_tokens, load_tokenizer
 from tests.conftest import admitted
 from tests.kinds import byte_bpe, words
 
@@ -66,12 +58,13 @@ def test_each_method_by_its_numbers() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def rows(method: InitMethod, pieces: list[list[int]]) -> list[list[float]]:
-        return initial_rows(old, method, pieces, generator).tolist()
+        return initial_rows(old, method, [old[some] for some in pieces], generator).tolist()
 
     assert rows(InitMethod.text, [[1], [0, 2]]) == [[2.0, 4.0], [2.0, 4.0]]
     assert rows(InitMethod.description, [[2], [1, 2]]) == [[4.0, 8.0], [3.0, 6.0]]
+    assert rows(InitMethod.text, [[1, 2], []]) == [[3.0, 6.0], [2.0, 4.0]]  # one that nobody named has no text
     assert rows(InitMethod.mean, [[], []]) == [[2.0, 4.0], [2.0, 4.0]]
-    drawn = initial_rows(old, InitMethod.random, [[]] * 4000, generator)
+    drawn = initial_rows(old, InitMethod.random, [old[:0]] * 4000, generator)
     torch.testing.assert_close(drawn.mean(dim=0), old.mean(dim=0), rtol=0, atol=0.25)
     torch.testing.assert_close(drawn.std(dim=0), old.std(dim=0), rtol=0.05, atol=0)
 
@@ -106,7 +99,7 @@ def test_what_a_checkpoint_has_learned_of_a_token_is_kept(tmp_path: Path) -> Non
     model, tokenizer, _, _, _ = grown(admitted().config, model_of())
     with torch.no_grad():
         for matrix in weights_of(model).values():
-            matrix[259:261] = 7.0
+            matrix[259:261] = torch.tensor([[7.0], [8.0]])
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     config = admitted(
@@ -120,7 +113,8 @@ def test_what_a_checkpoint_has_learned_of_a_token_is_kept(tmp_path: Path) -> Non
     assert new.known == {"<ToW>": 259, "</ToW>": 260}
     assert new.added == {"<new>": 261}
     for name, matrix in weights_of(loaded).items():
-        assert (matrix[259:261] == 7.0).all()
+        assert (matrix[259] == 7.0).all()
+        assert (matrix[260] == 8.0).all()
         torch.testing.assert_close(matrix[261], matrix[:261].mean(dim=0))
         assert torch.equal(matrix[261:262], started.values[name])
 

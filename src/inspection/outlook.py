@@ -36,9 +36,10 @@ from src.forecast import (
 from src.inspection.findings import Finding, Level
 from src.model.adapters import add_adapter
 from src.model.build import build_model
+from src.model.embeddings import embedding_matrices, fit_embeddings
 from src.runtime.session import start_runtime
 from src.runtime.signals import stop_on_signals
-from src.tokens import embedding_matrices, fit_embeddings
+from src.tokens import num_token_ids
 from src.training.loss import Scores
 from src.training.state import batch_plan, num_train_steps, prepare
 
@@ -243,7 +244,7 @@ def _measure(
         start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime,
     ):
         model = build_model(config, runtime.device)
-        fit_embeddings(model, len(tokenizer), config.tokens.pad_to_multiple_of)
+        fit_embeddings(model, num_token_ids(tokenizer), config.tokens.pad_to_multiple_of)
         matrices = [matrix.module for matrix in embedding_matrices(model)]
         add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
         state = prepare(model, train, config, runtime)

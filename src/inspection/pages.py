@@ -14,10 +14,8 @@ from src.inspection.drawing import Paint, histogram, painted_row
 from src.inspection.findings import Finding, Level, Proof
 from src.inspection.outlook import Outlook
 from src.model.build import num_parameters
-from src.tokens import NewTokens, source_ids
 from src.tracking.console import Console, clock
 
-MOST_PIECES = 6  # that a new token starts from, named one by one
 COLOURS = {Level.error: "1;31", Level.warning: "33", Level.note: "2"}
 
 
@@ -29,36 +27,6 @@ def show_model(console: Console, config: RunConfig, model: Any) -> None:
     text = f"{type(model).__name__} of {config.model.checkpoint}, {weights}, {dtype}\n{total:,} parameters"
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     console.label("model", f"{text}{f', {layers} layers' if layers else ''}")
-
-
-def show_tokens(console: Console, config: RunConfig, model: Any, tokenizer: Any, new: NewTokens, data: Data) -> None:
-    """Say for each new token whether it is one id, how often it is fed and learned, and where its row starts."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    special = ", ".join(
-        f"{name} {token} = {token_id}"
-        for name, token, token_id in (
-            ("BOS", tokenizer.bos_token, tokenizer.bos_token_id),
-            ("EOS", tokenizer.eos_token, tokenizer.eos_token_id),
-            ("pad", tokenizer.pad_token, tokenizer.pad_token_id),
-        )
-        if token is not None
-    )
-    lines = [f"{len(tokenizer):,} in the vocabulary, {rows:,} rows; {special}"]
-    if data.stop_ids[1:]:
-        lines.append(f"generation stops at {', '.join(tokenizer.convert_ids_to_tokens(data.stop_ids))}")
-    counts = data.reports["train"].new_tokens
-    init = config.tokens.init
-    num_old = min([rows, *new.added.values()])
-    for token, token_id in new.ids.items():
-        pieces = source_ids(tokenizer, [token], config.tokens, num_old)[0] if token in new.added else []
-        words = tokenizer.convert_ids_to_tokens(pieces)
-        named = f" {words if len(words) <= MOST_PIECES else f'of {len(words)} pieces'}" if pieces else ""
-        start = f"starts from {init.method.value}{named}" if token in new.added else "known already, left as learned"
-        ids = tokenizer(token, add_special_tokens=False)["input_ids"]
-        one = f"one id, {token_id}" if len(ids) == 1 else f"{len(ids)} ids"
-        fed, learned = counts[token]["fed"], counts[token]["supervised"]
-        lines.append(f"{token}  {one}; fed {fed:,} times, learned {learned:,} times; {start}")
-    console.label("tokens", "\n".join(lines))
 
 
 def show_sets(console: Console, config: RunConfig, data: Data, sets: Mapping[str, EncodedSet]) -> None:

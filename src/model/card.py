@@ -105,8 +105,9 @@ def _loading(frozen: Mapping[str, Any]) -> str:
         "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
         *before,
         f"base = {auto}.from_pretrained({', '.join(settings)})",
-        "if base.get_input_embeddings().weight.shape[0] < len(tokenizer):  # room for the new tokens",
-        "    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)",
+        "num_ids = max(tokenizer.get_vocab().values()) + 1",
+        "if base.get_input_embeddings().weight.shape[0] < num_ids:  # room for the new tokens",
+        "    base.resize_token_embeddings(num_ids, mean_resizing=False)",
         "model = PeftModel.from_pretrained(base, FOLDER)",
         "model.generation_config = GenerationConfig.from_pretrained(FOLDER)",
     ]

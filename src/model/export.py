@@ -21,6 +21,7 @@ from src.config.schema import ModelConfig, RunConfig, Weights
 from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, listed, one_line
 from src.model.adapters import Adapter, with_adapter
 from src.model.build import build_model, check_lengths, empty_model, load_architecture, load_weights
+from src.tokens import num_token_ids
 
 CPU = torch.device("cpu")
 
@@ -58,7 +59,7 @@ def export(
             place = beside / "adapter" if config.export.merge else beside
             adapter.save(place)
             _check_adapter(place, adapter)
-            _check_fit(place, adapter, len(tokenizer), config.model)
+            _check_fit(place, adapter, num_token_ids(tokenizer), config.model)
             if config.export.merge:
                 (place / "README.md").write_text(adapter_card, encoding="utf-8")
                 model.generation_config.save_pretrained(place)
@@ -182,7 +183,7 @@ def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) 
     except ModelError as error:
         raise ModelError(f"the adapter in {folder} needs its base, {config.model.checkpoint}: {error}") from error
     trust = config.model.trust_remote_code
-    num_tokens = len(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust))
+    num_tokens = num_token_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust))
     if base.get_input_embeddings().weight.shape[0] < num_tokens:
         base.resize_token_embeddings(num_tokens, mean_resizing=False)
     return with_adapter(base, folder)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from src.config.schema import LossConfig, Reduction
 from src.data.batching import row_bounds
 from src.errors import ModelError
-from src.tokens import num_rows
+from src.model.embeddings import num_rows
 from src.training.loss import Scores, score, supervised_positions
 
 PLAIN = LossConfig(Reduction.mean, thought_weight=1.0, label_smoothing=0.0)

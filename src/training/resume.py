@@ -19,8 +19,9 @@ from src.data.batching import Position
 from src.data.dataset import Data
 from src.errors import CheckpointError, ModelError
 from src.model.adapters import Adapter
+from src.model.embeddings import WatchedRows
 from src.runtime.session import Runtime
-from src.tokens import WatchedRows, load_tokenizer
+from src.tokens import load_tokenizer
 from src.training.state import Beginning, TrainState
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "numpy")

@@ -19,9 +19,9 @@ from src.data.dataset import TrainSet
 from src.data.sets import EncodedSet
 from src.errors import CheckpointError, ModelError, listed
 from src.model.build import num_parameters
+from src.model.embeddings import WatchedRows, embedding_parameters
 from src.runtime.session import Runtime, rng_as_json, rng_from_json
 from src.runtime.sharding import Whole, whole, whole_shape
-from src.tokens import WatchedRows, embedding_parameters
 from src.training.head import ScoredModel
 from src.training.loss import span_losses
 from src.training.optim import (

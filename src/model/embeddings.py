@@ -1,0 +1,281 @@
+"""The matrices with a row for each token: made longer, started where tokens are new, read back, watched.
+
+Only rows of tokens that start here are written, by their ids, in every matrix, and rows that did not exist before; what
+a checkpoint has learned stays bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from src.config.schema import InitMethod, TokensConfig
+from src.errors import ModelError, TokenError
+from src.runtime.sharding import gathered, whole_shape
+from src.tokens import NewTokens, num_token_ids
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The input or the output matrix of a model, also where an adapter trains some of its rows apart."""
+
+    name: str
+    module: Any
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """All rows, [rows, width], as they were before an adapter."""
+        module = self.module
+        while inner := getattr(module, "token_adapter", getattr(module, "base_layer", None)):  # PEFT's wrappers
+            module = inner
+        return module.weight
+
+    @property
+    def apart(self) -> tuple[dict[int, int], nn.Parameter | None]:
+        """Give the rows that an adapter trains in place of the matrix's own: id -> number, and the rows, [n, width]."""
+        adapter = getattr(self.module, "token_adapter", None)
+        if adapter is None:
+            return {}, None
+        (name,) = adapter.active_adapters
+        return {i: n for n, i in enumerate(adapter.token_indices[name])}, adapter.trainable_tokens_delta[name]
+
+    def rows(self, ids: Sequence[int]) -> Tensor:
+        """Give some rows as the model uses them, [ids, width], a copy."""
+        numbers, apart = self.apart
+        with gathered([self.weight, *([] if apart is None else [apart])]):
+            found = self.weight.detach()[list(ids)].clone()
+            for i, token_id in enumerate(ids):
+                if apart is not None and token_id in numbers:
+                    found[i] = apart.detach()[numbers[token_id]]
+        return found
+
+    def gradient_norms(self, ids: Sequence[int]) -> Tensor:
+        """Give the norm of each row's gradient, [ids]; 0 where it has none."""
+        gradient = self.weight.grad
+        device = self.weight.device
+        norms = torch.zeros(len(ids), device=device) if gradient is None else gradient[list(ids)].float().norm(dim=1)
+        numbers, apart = self.apart
+        if apart is not None and apart.grad is not None:
+            of_apart = apart.grad.float().norm(dim=1)
+            norms = torch.stack([of_apart[numbers[i]] if i in numbers else norms[n] for n, i in enumerate(ids)])
+        return norms
+
+
+def embedding_matrices(model: Any) -> list[Matrix]:
+    """Give every matrix that has a row for each token, once: input, an encoder's and a decoder's own, output."""
+    found = {"input": model.get_input_embeddings()}
+    found |= {name: stack.get_input_embeddings() for name, stack in _stacks(model).items()}
+    found["output"] = model.get_output_embeddings()
+    matrices = [Matrix(name, module) for name, module in found.items() if module is not None]
+    return list({id(matrix.weight): matrix for matrix in reversed(matrices)}.values())[::-1]
+
+
+def num_rows(model: Any) -> int:
+    """Count the rows of a model's token matrix."""
+    return whole_shape(embedding_matrices(model)[0].weight)[0]
+
+
+def _stacks(model: Any) -> dict[str, Any]:
+    """Give the halves of an encoder-decoder; none of another model."""
+    return {"encoder": model.get_encoder(), "decoder": model.get_decoder()} if model.config.is_encoder_decoder else {}
+
+
+def embedding_parameters(model: Any) -> list[nn.Parameter]:
+    """Give what is trained of the matrices: all rows, or those that an adapter trains apart."""
+    found = [m.weight if m.apart[1] is None else m.apart[1] for m in embedding_matrices(model)]
+    return [parameter for parameter in found if parameter.requires_grad]
+
+
+def fit_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) -> None:
+    """Make the matrices at least `num_tokens` rows long; one that has room is left as it is, never shrunk.
+
+    Where encoder and decoder have matrices of their own (an untied BART), transformers 5.23 would put one in the place
+    of all, and what they have learned would be lost. So they are put back, as long as the rest.
+    """
+    inputs = model.get_input_embeddings().weight
+    if whole_shape(inputs)[0] >= num_tokens:
+        return
+    looked_up = [(stack, stack.get_input_embeddings()) for stack in _stacks(model).values()]
+    own = [(stack, module) for stack, module in looked_up if module.weight is not inputs]
+    model.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
+    num_rows = whole_shape(model.get_input_embeddings().weight)[0]
+    for stack, module in own:
+        with gathered([module.weight]):
+            old = module.weight.detach().clone()
+        rest = old.new_zeros(num_rows - len(old), old.shape[1])  # of tokens that are written next, or padding
+        module.weight, module.num_embeddings = nn.Parameter(torch.cat([old, rest])), num_rows
+        stack.set_input_embeddings(module)
+
+
+@dataclass(frozen=True)
+class StartedRows:
+    """The tokens whose rows were written: their ids, the ids of the tokens that each started from (none where it is no
+    text's), and by matrix the values, [tokens, width], to be read back."""
+
+    ids: dict[str, int]
+    sources: dict[str, list[int]]
+    values: dict[str, Tensor]
+
+
+def as_they_are(model: Any, started: StartedRows) -> StartedRows:
+    """Return the same tokens with their rows of now, of a model whose rows have been learned since they started."""
+    ids = list(started.ids.values())
+    return replace(started, values={matrix.name: matrix.rows(ids) for matrix in embedding_matrices(model)})
+
+
+def grow_embeddings(
+    model: Any, tokenizer: Any, new: NewTokens, config: TokensConfig, seed: int, unlearned: Collection[str] = ()
+) -> StartedRows:
+    """Make room for all tokens and write the starting rows of those that have no learned row yet.
+
+    They are made from rows that the checkpoint has learned, never from padding or from one another. A token that the
+    tokenizer knows but the matrix has no row for is as new as one that was added; one that nobody named starts from the
+    mean. Nothing else that was there is written.
+
+    Args:
+        unlearned: tokens that have a row which the checkpoint never learned (src.model.unlearned).
+    Raises:
+        TokenError: where a text gives no learned token to start from.
+    """
+    num_old = whole_shape(model.get_input_embeddings().weight)[0]
+    vocabulary = tokenizer.get_vocab()
+    started = {token: i for token, i in new.ids.items() if token in new.added or i >= num_old or token in unlearned}
+    rowless = sorted((i, token) for token, i in vocabulary.items() if i >= num_old and token not in started)
+    started |= {token: i for i, token in rowless}
+    learned = sorted({i for token, i in vocabulary.items() if token not in started and token not in unlearned})
+    sources = dict(zip(started, source_ids(tokenizer, list(started), config, learned), strict=True))
+    fit_embeddings(model, num_token_ids(tokenizer), config.pad_to_multiple_of)
+    ids, values = list(started.values()), {}
+    padding = sorted(set(range(num_old, num_rows(model))) - set(ids))
+    for offset, matrix in enumerate(embedding_matrices(model) if ids or padding else []):
+        generator = torch.Generator().manual_seed(seed + offset)
+        with gathered([matrix.weight], writes=True), torch.no_grad():
+            old = matrix.weight[: len(learned)] if learned[-1] < len(learned) else matrix.weight[learned]
+            if padding:  # ordinary rows, or it could win where all logits are low
+                matrix.weight[padding] = old.float().mean(dim=0).to(matrix.weight.dtype)
+            if ids:
+                pieces = [matrix.weight[some] for some in sources.values()]
+                rows = initial_rows(old, config.init.method, pieces, generator)
+                matrix.weight[ids] = values[matrix.name] = rows.to(matrix.weight.dtype)
+    return StartedRows(started, sources, values)
+
+
+def source_ids(
+    tokenizer: Any, started: Sequence[str], config: TokensConfig, learned: Collection[int]
+) -> list[list[int]]:
+    """Return for each token that starts the ids whose rows it starts from; empty lists where it is no text's.
+
+    Args:
+        learned: the ids whose rows the checkpoint has learned.
+    Raises:
+        TokenError: where a text consists of tokens that are not learned.
+    """
+    init, named = config.init, config.additional_special_tokens
+    texts: dict[str, str] = {}
+    if init.method is InitMethod.text:
+        texts = dict(zip(named, init.text * len(named) if len(init.text) == 1 else init.text, strict=True))
+    elif init.method is InitMethod.description:
+        texts = dict(init.descriptions)
+    known, pieces = set(learned), []
+    for token in started:
+        text = texts.get(token)
+        ids = [] if text is None else tokenizer(text, add_special_tokens=False)["input_ids"]
+        pieces.append([i for i in ids if i in known])
+        if text is not None and not pieces[-1]:
+            raise TokenError(f"tokens.init: {text!r} gives {token} no known token to start from")
+    return pieces
+
+
+def initial_rows(old: Tensor, method: InitMethod, pieces: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """Compute where new tokens start. Pure.
+
+    Args:
+        old: the rows the checkpoint has learned, [old, width].
+        method: text and description take the mean of each token's `pieces`; mean, and a token without pieces, the mean
+            of all old rows; random draws from a normal with their mean and standard deviation, per column.
+        pieces: for each new token the rows it starts from, [pieces, width].
+        generator: used by random only.
+    Returns:
+        float32 rows, [len(pieces), width].
+    """
+    if method in (InitMethod.text, InitMethod.description) and all(map(len, pieces)):
+        return torch.stack([rows.float().mean(dim=0) for rows in pieces])
+    mean = old.float().mean(dim=0)
+    if method is InitMethod.random:
+        noise = torch.randn(len(pieces), old.shape[1], generator=generator).to(old.device)
+        return mean + noise * old.float().std(dim=0)
+    return torch.stack([rows.float().mean(dim=0) if len(rows) else mean for rows in pieces])
+
+
+def check_new_rows(model: Any, started: StartedRows) -> None:
+    """Read the new rows back, where the model now lies, and compare them bit for bit with what was written.
+
+    What the model lies in may have fewer bits than what was written: the same, rounded, is right then.
+
+    Raises:
+        ModelError: naming the matrix and the tokens that do not start where they should.
+    """
+    if not started.ids:
+        return
+    matrices = {matrix.name: matrix for matrix in embedding_matrices(model)}
+    if matrices.keys() != started.values.keys():
+        now, before = " and ".join(matrices), " and ".join(started.values)
+        raise ModelError(f"embeddings were {before}, now they are {now}: the tie changed")
+    for name, expected in started.values.items():
+        found = matrices[name].rows(list(started.ids.values()))
+        is_same = (found == expected.to(found.device, found.dtype)).all(dim=1)
+        wrong = [token for token, same in zip(started.ids, is_same, strict=True) if not same]
+        if wrong:
+            raise ModelError(f"new tokens {', '.join(wrong)} lost their starting rows in the {name} matrix")
+
+
+class WatchedRows:
+    """The rows of the configuration's tokens while they are trained: how far they are from where they started."""
+
+    def __init__(self, model: Any, ids: Mapping[str, int]) -> None:
+        self.ids = dict(ids)
+        self._matrices = embedding_matrices(model) if ids else []
+        self._start = {matrix.name: self._rows(matrix) for matrix in self._matrices}
+        self._gradients: dict[str, Tensor] = {}
+
+    def _rows(self, matrix: Matrix) -> Tensor:
+        return matrix.rows(list(self.ids.values())).float()
+
+    def see_gradients(self) -> None:
+        """Take note of the gradients that an optimizer is about to use; nothing waits for the device."""
+        self._gradients = {m.name: m.gradient_norms(list(self.ids.values())) for m in self._matrices}
+
+    def forget_gradients(self) -> None:
+        """Have no gradients to tell of: DeepSpeed shares them out, and no process has a row's own."""
+        self._gradients = {}
+
+    def state(self) -> dict[str, list[float]]:
+        """Give what was noted of the last step, as plain values."""
+        return {name: norms.tolist() for name, norms in self._gradients.items()}
+
+    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Take up what `state` gave."""
+        self._gradients = {name: torch.tensor(norms) for name, norms in state.items()}
+
+    def telemetry(self) -> dict[str, float]:
+        """Give `tokens/<token>/…` of every token: norm, cosine_to_start and grad_norm (of the last step, clipped); the
+        output matrix's own, where it is not tied, as output_norm and so on."""
+        metrics = {}
+        for matrix in self._matrices:
+            rows, start = self._rows(matrix), self._start[matrix.name]
+            values = {
+                "norm": rows.norm(dim=1),
+                "cosine_to_start": functional.cosine_similarity(rows, start.to(rows.device), dim=1),
+            }
+            if matrix.name in self._gradients:
+                values["grad_norm"] = self._gradients[matrix.name]
+            prefix = "" if matrix.name == "input" else f"{matrix.name}_"
+            for name, of_tokens in values.items():
+                for token, value in zip(self.ids, of_tokens.tolist(), strict=True):
+                    metrics[f"tokens/{token}/{prefix}{name}"] = value
+        return metrics

@@ -1,0 +1,131 @@
+"""Tokens that a checkpoint has a row for but never learned, such as reserved ones (docs/decisions/0017)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from src.config.schema import Dtype, ModelConfig, Weights
+from src.model.embeddings import embedding_matrices
+from src.runtime.sharding import gathered
+from src.tokens import NewTokens
+
+SMALL = 0.01
+"""A row whose norm is below this share of its matrix's median norm was never learned."""
+
+ROWS = 8192  # whose norms are computed at once
+
+
+def unlearned_tokens(model: Any, tokenizer: Any, new: NewTokens, config: ModelConfig) -> frozenset[str]:
+    """Return the added tokens whose rows no matrix of the model has learned; none where weights are random.
+
+    Args:
+        model: with its weights as loaded, before anything is written into them.
+    """
+    if config.weights is Weights.random or not new.ids:
+        return frozenset()
+    added = tokenizer.get_added_vocab()
+    found = set(added)
+    for matrix in embedding_matrices(model):
+        with gathered([matrix.weight]):
+            found &= never_learned(matrix.weight.detach(), added)
+    return frozenset(found)
+
+
+def stored_unlearned_tokens(empty: Any, tokenizer: Any, new: NewTokens, config: ModelConfig) -> frozenset[str] | None:
+    """Return the same by reading the matrices alone from the checkpoint's files; None where they are not found here.
+
+    Args:
+        empty: the model on the meta device, before it is resized.
+    """
+    if config.weights is Weights.random or not new.ids:
+        return frozenset()
+    added = tokenizer.get_added_vocab()
+    found = set(added)
+    for names, shape in _matrix_names(empty):
+        weight = _read(config, names, shape)
+        if weight is None:
+            return None
+        if config.dtype is not Dtype.auto:  # rows may be equal, or not, once they are rounded as the run rounds them
+            weight = weight.to(getattr(torch, config.dtype.value))
+        found &= never_learned(weight, added)
+    return frozenset(found)
+
+
+def never_learned(weight: Tensor, added: dict[str, int]) -> set[str]:
+    """Return the tokens whose row is bit for bit that of another of them, or next to nothing. Pure.
+
+    Args:
+        weight: [rows, width].
+        added: token -> id; those that have no row here are left out.
+    """
+    norms = torch.cat([torch.linalg.vector_norm(some, dim=1, dtype=torch.float32) for some in weight.split(ROWS)])
+    least = SMALL * norms.median()
+    ids = {token: i for token, i in added.items() if i < len(weight)}
+    bits = weight[list(ids.values())].contiguous().cpu().view(torch.uint8).numpy()
+    rows = {token: row.tobytes() for token, row in zip(ids, bits, strict=True)}
+    counts = Counter(rows.values())
+    is_small = dict(zip(ids, (norms[list(ids.values())] < least).tolist(), strict=True))
+    return {token for token, row in rows.items() if counts[row] > 1 or is_small[token]}
+
+
+def _matrix_names(empty: Any) -> list[tuple[list[str], tuple[int, ...]]]:
+    """Return every matrix of the tokens by the names of its parameter, of which a file has one, and its shape."""
+    found = []
+    for matrix in embedding_matrices(empty):
+        weight = matrix.weight
+        modules = empty.named_modules(remove_duplicate=False)
+        names = [f"{name}.weight" for name, module in modules if getattr(module, "weight", None) is weight]
+        found.append((names, tuple(weight.shape)))
+    return found
+
+
+def _read(config: ModelConfig, names: list[str], shape: tuple[int, ...]) -> Tensor | None:
+    """Read one tensor of a checkpoint on this machine; None where none of these names, or of that shape, is there.
+
+    A file's names may lack a module's prefix, or have one more.
+    """
+    index = _file(config, SAFE_WEIGHTS_INDEX_NAME)
+    try:
+        if index is not None:
+            places: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        elif (single := _file(config, SAFE_WEIGHTS_NAME)) is not None:
+            with safe_open(single, framework="pt") as file:
+                places = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+        else:
+            return None
+        alike = [key for key in places if any(_is_same(key, name) for name in names)]
+        for key in sorted(alike, key=lambda key: key not in names):
+            path = _file(config, places[key])
+            if path is None:
+                return None
+            with safe_open(path, framework="pt") as file:
+                if tuple(file.get_slice(key).get_shape()) == shape:
+                    return file.get_tensor(key)
+    except (SafetensorError, OSError, KeyError, ValueError):  # the run will say what is wrong with its files
+        return None
+    return None
+
+
+def _is_same(key: str, name: str) -> bool:
+    return key == name or name.endswith(f".{key}") or key.endswith(f".{name}")
+
+
+def _file(config: ModelConfig, name: str) -> str | None:
+    """Return where a file of the checkpoint is on this machine; nothing is fetched."""
+    return cached_file(
+        config.checkpoint,
+        name,
+        revision=config.revision,
+        local_files_only=True,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
