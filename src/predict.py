@@ -68,7 +68,7 @@ def predict(admitted: Admitted) -> None:
     console.label("predict", f"{run_dir} → {output}")
     output.mkdir(parents=True, exist_ok=True)
     with stop_on_signals() as stop, hold(output):
-        sets = open_sets(output, config, admitted.frozen, run_dir / "model", batch_size)
+        sets = open_sets(output, config, admitted.frozen, run_dir / "model")
         unfinished = {name: one for name, one in sets.items() if not one.is_generated()}
         for name, one in sets.items():
             if name not in unfinished:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -13,6 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from src.config.schema import RunConfig
 from src.data.dataset import Data
 from src.errors import DataError, ModelError
+from src.evaluation.decoding import Decoding, row_streams
 from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
 
@@ -53,12 +55,14 @@ class Generator:
     def is_encoder_decoder(self) -> bool:
         return bool(self.model.config.is_encoder_decoder)
 
-    def generate(self, prompts: Sequence[list[int]], seed: int) -> list[Completion]:
+    def generate(self, prompts: Sequence[list[int]], seed: int, first_row: int = 0) -> list[Completion]:
         """Generate a completion for each prompt (ids), in the order given.
 
-        Prompts of similar length go together, so that little is padded. Each batch draws its samples from a stream of
-        its own, by `seed`, so that it does not matter which process generates it. The model is in eval mode meanwhile.
+        Prompts of similar length go together, so that little is padded. Which ones do decides nothing: each is decoded
+        as it would be alone, and draws from a stream of its own, by `seed` and its row.
 
+        Args:
+            first_row: the number of the first prompt's row, where the prompts are a part of more.
         Raises:
             Interrupted: between two tokens, where a signal asked for it.
         """
@@ -66,11 +70,13 @@ class Generator:
         own: dict[int, Completion] = {}
         training = self.model.training
         self.model.eval()
-        for start, counts in self.runtime.share(range(0, len(order), self.batch_size)):
+        size = 1 if self._samples_beams else self.batch_size
+        for start, counts in self.runtime.share(range(0, len(order), size)):
             self.runtime.check_stop()
-            some = order[start : start + self.batch_size]
-            with self.runtime.isolated_rng(seed + start), torch.no_grad():
-                written = self._batch([prompts[i] for i in some])
+            some = order[start : start + size]
+            rows = [first_row + i for i in some]
+            with self.runtime.isolated_rng(_seed_of(seed, rows[0])), torch.no_grad():
+                written = self._batch([prompts[i] for i in some], rows, seed)
             if counts:
                 own |= dict(zip(some, written, strict=True))
         self.runtime.check_stop()
@@ -78,7 +84,14 @@ class Generator:
         completions = {i: one for of_process in self.runtime.gather(own) for i, one in of_process.items()}
         return [completions[i] for i in range(len(prompts))]
 
-    def _batch(self, prompts: Sequence[list[int]]) -> list[Completion]:
+    @property
+    def _samples_beams(self) -> bool:
+        """Whether transformers draws among the beams, from the global stream, so that each prompt needs it alone."""
+        settings = self.model.generation_config
+        return bool(settings.do_sample and (settings.num_beams or 1) > 1)
+
+    def _batch(self, prompts: Sequence[list[int]], rows: Sequence[int], seed: int) -> list[Completion]:
+        settings = self.model.generation_config
         longest = max(map(len, prompts))
         pad = self.pad_token_id
         ids = torch.full((len(prompts), longest), pad)
@@ -89,20 +102,31 @@ class Generator:
             ids[i, here], real[i, here] = torch.tensor(prompt), 1
         decoder = {}
         if self.is_encoder_decoder:
-            begin = [self.model.generation_config.decoder_start_token_id, *self.target_prefix]
+            begin = [settings.decoder_start_token_id, *self.target_prefix]
             decoder["decoder_input_ids"] = torch.tensor([begin] * len(prompts), device=self.runtime.device)
             longest = len(begin)
+        draws = settings.do_sample and not self._samples_beams
+        decoding = Decoding(
+            prompts,
+            row_streams(seed, rows, settings.max_new_tokens) if draws else None,
+            synced_gpus=self.runtime.zero_stage == 3,  # each computes as long as another writes
+        )
         with self.runtime.autocast():
             generated = self.model.generate(
                 input_ids=ids.to(self.runtime.device),
                 attention_mask=real.to(self.runtime.device),
-                synced_gpus=self.runtime.zero_stage == 3,  # each computes as long as another writes
+                custom_generate=decoding,
                 stopping_criteria=StoppingCriteriaList([_WhenAsked(self.runtime.stop)]),
                 **decoder,
             )
-        stops = self.model.generation_config.eos_token_id
+        stops = settings.eos_token_id
         stops = [stops] if isinstance(stops, int) else stops
         return [cut_at(row, stops) for row in generated[:, longest:].tolist()]
+
+
+def _seed_of(seed: int, row: int) -> int:
+    """Return a seed for the global generators, by a call's seed and the row's number."""
+    return int(np.random.SeedSequence([seed, row]).generate_state(1)[0])
 
 
 def check_prompts(config: RunConfig, model: Any, data: Data) -> None:

@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from src.config.files import expand
 from src.config.rules import is_read_by_predict
 from src.config.schema import RunConfig
@@ -184,9 +182,7 @@ class PredictedSet:
         return values, lacking
 
 
-def open_sets(
-    folder: Path, config: RunConfig, frozen: Mapping[str, Any], model: Path, batch_size: int
-) -> dict[str, PredictedSet]:
+def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str, PredictedSet]:
     """Take over what is in the folder of the sets that are asked for.
 
     Args:
@@ -194,7 +190,7 @@ def open_sets(
     Raises:
         RunFolderError: where something else decided what is there, naming what.
     """
-    common = decided_by(config, frozen, model, batch_size)
+    common = decided_by(config, frozen, model)
     sets, refused = {}, []
     for name, files in config.data.test_sets().items():
         contents = [file_hash(file) for file in expand(files)]
@@ -207,13 +203,13 @@ def open_sets(
     return sets
 
 
-def decided_by(config: RunConfig, frozen: Mapping[str, Any], model: Path, batch_size: int) -> dict[str, Any]:
+def decided_by(config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str, Any]:
     """Give what decides the predictions of any set, as plain values by name.
 
-    The seed and the size of the batches decide only where words are drawn.
+    The seed decides only where words are drawn, the size of the batches nothing.
     """
     generation, data = dict(frozen["generation"]), frozen["data"]
-    drawn: dict[str, Any] = {"seed": config.seed, "predict.batch_size": batch_size}
+    drawn: dict[str, Any] = {"seed": config.seed}
     if not config.generation.do_sample:
         drawn = {}
         generation = {key: value for key, value in generation.items() if key not in SAMPLING}
@@ -292,8 +288,8 @@ def predict_rows(
 ) -> None:
     """Generate for the rows that have no line yet, block after block.
 
-    A block draws from a stream of its own, by seed and first row, and always begins at the same rows: so nothing
-    depends on where it was stopped.
+    A row draws from a stream of its own, by seed and its place in the set, so nothing depends on the blocks or on where
+    it was stopped.
 
     Raises:
         Interrupted: between two tokens, where a signal asked for it; whole blocks are on the disk.
@@ -310,8 +306,7 @@ def predict_rows(
     started = time.monotonic()
     for start in range(begin, len(rows), block_rows):
         block = range(start, min(start + block_rows, len(rows)))
-        seed = int(np.random.SeedSequence([config.seed, start]).generate_state(1)[0])
-        completions = generator.generate([rows.prompt_ids(i) for i in block], seed)
+        completions = generator.generate([rows.prompt_ids(i) for i in block], config.seed, first_row=start)
         texts = [prompts.encoder.decode(completion.ids) for completion in completions]
         into.append(
             [
