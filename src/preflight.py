@@ -49,7 +49,7 @@ def preflight(admitted: Admitted) -> int:
     from src.inspection.outlook import about_disk, device_of, outlook
     from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets
     from src.inspection.starts import about_starts, show_tokens
-    from src.model.build import check_lengths, empty_model
+    from src.model.build import check_adapter_of, check_lengths, empty_model
     from src.model.embeddings import grow_embeddings
     from src.model.quantization import check_quantisable
     from src.model.unlearned import stored_unlearned_tokens
@@ -62,6 +62,7 @@ def preflight(admitted: Admitted) -> int:
     check_lengths(config.model, model.config, config.data.max_seq_length, config.data.max_target_length)
     if config.quantization.is_on:
         check_quantisable(model, config.quantization, device_of(config))
+    check_adapter_of(config)
     unlearned = stored_unlearned_tokens(model, tokenizer, new_tokens, config.model)
     started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned or ())
     train = first_block(data.train)

@@ -213,7 +213,7 @@ def train_and_export(
         bring_together(state.model, keeps=runtime.is_main)
         if runtime.is_main:
             with whole_models():
-                export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone)
+                tracking.warn(export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone))
         checkpoints.finish()
         return tracking.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()})
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
@@ -20,11 +20,15 @@ from torch.nn import functional
 
 from src.config.schema import AdapterConfig, LoraConfig, ModelConfig
 from src.errors import ModelError, one_line
+from src.model.embeddings import tied_as_it_is
 from src.model.whole import whole_models
 from src.runtime.sharding import gathered
 
 NAME = "default"
 """What PEFT calls the one adapter of a model."""
+
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+"""Values of init_lora_weights that leave the base's weights as they are."""
 
 
 @contextmanager
@@ -40,6 +44,8 @@ class Adapter:
     """What PEFT put into a model; the model itself is changed in place and used as before."""
 
     peft_model: Any
+    needs_merging: str = ""
+    """Why plain PEFT can't load the adapter alone again, so that only merged weights are a result; mostly nothing."""
 
     def save(self, folder: Path) -> None:
         """Write the adapter and the rows of new tokens, nothing of the base."""
@@ -80,23 +86,30 @@ class Adapter:
         state = get_peft_model_state_dict(loaded, save_embedding_layers=False)
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
-    def merged(self, folder: Path) -> Any:
-        """Give a plain model with the adapter in its weights, which ends this one.
+    def on_float32(self, folder: Path) -> tuple[Any, torch.dtype]:
+        """Return this adapter on its base in whole weights, to be made float32, and the type that the base had.
 
-        A quantised base is dequantised first: merged into 4 bits, the adapter would be rounded away.
+        Weights that are quantised are dequantised, and those of less than float32 are moved to the CPU: where they lay
+        they may have no room.
 
         Args:
             folder: where this adapter was saved.
         """
         from peft import PeftModel
 
-        if getattr(self.peft_model.get_base_model(), "quantization_method", None) is None:
-            return self.peft_model.merge_and_unload()
+        model = self.peft_model.get_base_model()
+        if getattr(model, "quantization_method", None) is None:
+            dtype = model.dtype
+            if dtype != torch.float32:
+                model.to("cpu")
+            return self.peft_model, dtype
         base = self.peft_model.unload()
         dtype = base.dtype
-        base = base.to("cpu").dequantize(dtype=torch.float32)  # whole weights may have no room where these lay
-        with quiet():
-            return PeftModel.from_pretrained(base, folder).merge_and_unload().to(dtype)
+        base = base.to("cpu").dequantize(dtype=torch.float32)
+        with quiet(), tied_as_it_is(base):
+            whole = PeftModel.from_pretrained(base, folder)
+        lean_tokens(whole)
+        return whole, dtype
 
 
 def _trained_ids(model: nn.Module) -> dict[str, list[int]]:
@@ -115,7 +128,7 @@ def with_adapter(base: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     try:
-        with quiet():
+        with quiet(), tied_as_it_is(base):
             return PeftModel.from_pretrained(base, folder).get_base_model()
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"the adapter in {folder} does not fit its base: {one_line(error)}") from error
@@ -145,12 +158,9 @@ def add_adapter(
     import peft
 
     check_targets(model, config)
-    if len(matrices) > 2 and new_ids and not is_merged:
-        raise ModelError(
-            f"encoder and decoder of this {type(model).__name__} have token matrices of their own. When others resize "
-            "it for the new tokens, transformers puts one in the place of all, and the adapter would not fit: "
-            "export.merge=true writes whole weights, which load as they are"
-        )
+    needs_merging = _lost_when_loaded(model, matrices) if new_ids else ""
+    if needs_merging and not is_merged:
+        raise ModelError(f"{needs_merging}: export.merge=true writes whole weights, which load as they are")
     names = [name for name, module in model.named_modules() if any(module is one for one in matrices)]
     own = [*names, *(name for name, module in model.named_modules() if module is model.get_output_embeddings())]
     if new_ids and (both := [name for name in own if is_target(name, config.target_modules)]):
@@ -170,13 +180,110 @@ def add_adapter(
             revision=model_config.revision,
         )
         # PEFT 0.21 would gather the rows that it starts from on CUDA devices only
-        with quiet(), whole_models(), gathered(parameter for module in matrices for parameter in module.parameters()):
+        whole_matrices = gathered(parameter for module in matrices for parameter in module.parameters())
+        with quiet(), whole_models(), tied_as_it_is(model), whole_matrices:
             adapted = peft.get_peft_model(model, lora)
     except (ValueError, TypeError) as error:
         raise ModelError(f"this adapter can't be put into a {type(model).__name__}: {one_line(error)}") from error
+    if config.use_dora:
+        _check_norms(model)
     lora.base_model_name_or_path = portable(model_config.checkpoint)
     lean_tokens(model)
-    return Adapter(adapted)
+    return Adapter(adapted, needs_merging)
+
+
+def _check_norms(model: nn.Module) -> None:
+    """See that DoRA, which divides by the norm of each of a matrix's outputs, has no 0 to divide by.
+
+    Raises:
+        ModelError: naming the matrix and the outputs.
+    """
+    for name, module in model.named_modules():
+        for layer in getattr(module, "lora_magnitude_vector", {}).values():
+            with gathered([layer.weight]):
+                zeros = [] if layer.weight.is_meta else (layer.weight == 0).nonzero().flatten().tolist()
+            if zeros:
+                raise ModelError(
+                    f"adapter.use_dora: DoRA divides by norms, and {name} has rows of zeros (the first is {zeros[0]}; "
+                    f"a padding token's, as a rule): leave {name.rpartition('.')[2]} out of adapter.target_modules, or "
+                    "adapter=lora"
+                )
+
+
+def _lost_when_loaded(model: Any, matrices: Sequence[nn.Module]) -> str:
+    """Return why an adapter with rows of new tokens would be another model when plain PEFT loads it; mostly nothing."""
+    kind = type(model).__name__
+    if len(matrices) > 2:
+        return (
+            f"encoder and decoder of this {kind} have token matrices of their own. When others resize it for the new "
+            "tokens, transformers puts one in the place of all, and the adapter would not fit"
+        )
+    if len(matrices) > 1 and model.config.tie_word_embeddings:
+        return (
+            f"input and output matrix of this {kind} are two, but its configuration calls them tied, and plain PEFT "
+            "would put the same rows into both"
+        )
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        return f"the head of this {kind} has a bias, which PEFT 0.21 leaves out where a head has rows of new tokens"
+    return ""
+
+
+def check_adapter(empty: Any, config: LoraConfig, model_config: ModelConfig, *, is_merged: bool) -> None:
+    """See that an adapter goes into a model, and changes nothing else where it is written into the weights.
+
+    Args:
+        empty: the model on the meta device; gets the adapter.
+    Raises:
+        ModelError: saying what does not go together.
+    """
+    check_targets(empty, config)
+    start = config.init_lora_weights
+    if is_merged:
+        why, remedy = "export.merge=true writes the adapter into it", "export.merge=false keeps the adapter apart"
+    elif start not in PLAIN_STARTS:
+        why, remedy = f"adapter.init_lora_weights={start} changes it", "adapter.init_lora_weights=true leaves it alone"
+    else:
+        return
+    owners = _owners(empty)
+    add_adapter(empty, replace(config, init_lora_weights=True), model_config, is_merged=is_merged)
+    _check_shared(empty, owners, why, remedy)
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Return the modules that have each parameter: id(parameter) -> names, several where it is tied."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _check_shared(model: nn.Module, owners: Mapping[int, Sequence[str]], why: str, remedy: str) -> None:
+    """See that no matrix with an adapter is another module's too, which would change with it.
+
+    Args:
+        owners: those of the model's parameters before the adapter was put into it.
+        why: what writes into the matrix.
+        remedy: what to do instead.
+    Raises:
+        ModelError: naming the modules.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        matrices = module.get_base_layer().parameters(recurse=False)
+        name = name.replace(".base_layer", "")  # several adapters in one module, of experts
+        others = sorted({one for matrix in matrices for one in owners.get(id(matrix), [])} - {name})
+        if others:
+            both = " and ".join(filter(None, [", ".join(others[:-1]), others[-1]]))
+            raise ModelError(
+                f"adapter.target_modules: {name} has its matrix in common with {both} (tied weights), and {why}: "
+                f"{both} would change too, and the result would not be the model that is trained. Leave "
+                f"{name.rpartition('.')[2]} out of adapter.target_modules (all-linear does), or {remedy}"
+            )
 
 
 def portable(checkpoint: str) -> str:

@@ -24,7 +24,7 @@ from src.config.schema import (
     Weights,
 )
 from src.errors import ModelError, listed, one_line
-from src.model.adapters import check_targets
+from src.model.adapters import check_adapter
 from src.model.quantization import check_quantisable, keep_gradients, quantization_settings
 from src.model.whole import whole_models
 from src.runtime.sharding import whole_shape
@@ -43,13 +43,22 @@ def build_model(config: RunConfig, device: torch.device) -> Any:
     check_stored_bits(config, architecture)
     if config.quantization.is_on:
         check_quantisable(empty_model(config.model), config.quantization, device)
-    if isinstance(config.adapter, LoraConfig):
-        check_targets(empty_model(config.model), config.adapter)
+    check_adapter_of(config)
     settings = quantization_settings(config.quantization, config.model, config.training.mixed_precision)
     quantised = {} if settings is None else {"quantization_config": settings, "device_map": {"": device}}
     model = load_weights(config.model, architecture, config.model.checkpoint, **quantised)
     keep_gradients(model)
     return model
+
+
+def check_adapter_of(config: RunConfig) -> None:
+    """See that the adapter goes into the model, and can be merged where it is to be; no weight is read for that.
+
+    Raises:
+        ModelError: saying what does not go together.
+    """
+    if isinstance(config.adapter, LoraConfig):
+        check_adapter(empty_model(config.model), config.adapter, config.model, is_merged=config.export.merge)
 
 
 def check_stored_bits(config: RunConfig, architecture: Any) -> None:

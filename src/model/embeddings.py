@@ -6,7 +6,8 @@ a checkpoint has learned stays bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,6 +92,22 @@ def embedding_parameters(model: Any) -> list[nn.Parameter]:
     return [parameter for parameter in found if parameter.requires_grad]
 
 
+@contextmanager
+def tied_as_it_is(model: Any) -> Iterator[None]:
+    """Have the libraries see whether input and output matrix are really one.
+
+    Some configurations of transformers 5.23 always say so (T5's), also where a checkpoint has two: what it has learned
+    of one would be lost when the model is resized, and PEFT would put the same rows into both.
+    """
+    said = model.config.tie_word_embeddings
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    model.config.tie_word_embeddings = said and (head is None or head.weight is inputs.weight)
+    try:
+        yield
+    finally:
+        model.config.tie_word_embeddings = said
+
+
 def fit_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) -> None:
     """Make the matrices at least `num_tokens` rows long; one that has room is left as it is, never shrunk.
 
@@ -102,7 +119,8 @@ def fit_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) 
         return
     looked_up = [(stack, stack.get_input_embeddings()) for stack in _stacks(model).values()]
     own = [(stack, module) for stack, module in looked_up if module.weight is not inputs]
-    model.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
+    with tied_as_it_is(model):
+        model.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
     num_rows = whole_shape(model.get_input_embeddings().weight)[0]
     for stack, module in own:
         with gathered([module.weight]):

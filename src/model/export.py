@@ -21,6 +21,8 @@ from src.config.schema import ModelConfig, RunConfig, Weights
 from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, listed, one_line
 from src.model.adapters import Adapter, with_adapter
 from src.model.build import build_model, check_lengths, empty_model, load_architecture, load_weights
+from src.model.embeddings import fit_embeddings
+from src.model.merging import merge
 from src.tokens import num_token_ids
 
 CPU = torch.device("cpu")
@@ -34,15 +36,18 @@ def export(
     config: RunConfig,
     card: str,
     adapter_card: str = "",
-) -> None:
+) -> list[str]:
     """Write the result beside, load it again, and put it into place.
 
     Weights (safetensors), configuration, tokenizer and generation settings. Of an adapter run it is the adapter with
-    the rows of new tokens; with `export.merge` whole weights, and the adapter in a folder of its own inside.
+    the rows of new tokens; with `export.merge` whole weights, and the adapter in a folder of its own inside. Where
+    merging would give another model than was trained, the result is the adapter, and the warnings say so.
 
     Args:
         card: README.md of the folder.
-        adapter_card: the same of the adapter beside merged weights.
+        adapter_card: the same of the adapter beside merged weights, or in their place.
+    Returns:
+        warnings.
     Raises:
         NonFiniteLossError: where the weights are not all finite, which no evaluation may have seen.
         ExportError: where what is loaded again is not what was trained.
@@ -50,6 +55,7 @@ def export(
     spoilt = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if spoilt:
         raise NonFiniteLossError(f"training has spoilt the weights, they are not finite:\n{listed(spoilt)}")
+    warnings: list[str] = []
     beside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -59,17 +65,21 @@ def export(
             place = beside / "adapter" if config.export.merge else beside
             adapter.save(place)
             _check_adapter(place, adapter)
-            _check_fit(place, adapter, num_token_ids(tokenizer), config.model)
+            if not adapter.needs_merging:
+                _check_fit(place, adapter, num_token_ids(tokenizer), config.model)
+            model.generation_config.save_pretrained(place)
             if config.export.merge:
                 (place / "README.md").write_text(adapter_card, encoding="utf-8")
-                model.generation_config.save_pretrained(place)
                 tokenizer.save_pretrained(place)
                 generation = model.generation_config
-                merged = adapter.merged(place)
-                merged.generation_config = generation
-                _write_whole(merged, beside, config)
-            else:
-                model.generation_config.save_pretrained(beside)
+                named = tokenizer.convert_tokens_to_ids(config.tokens.additional_special_tokens)
+                merged, problem = merge(adapter, place, named)
+                if problem:
+                    warnings.append(_kept(problem, place, adapter, config))
+                    card = adapter_card
+                else:
+                    merged.generation_config = generation
+                    _write_whole(merged, beside, config)
         tokenizer.save_pretrained(beside)
         _check_tokenizer(beside, tokenizer, trust=config.model.trust_remote_code)
         (beside / "README.md").write_text(card, encoding="utf-8")
@@ -86,6 +96,24 @@ def export(
     if folder.exists():  # of a start that was killed before status.json said that it was finished
         shutil.rmtree(folder)
     os.replace(beside, folder)
+    return warnings
+
+
+def _kept(problem: str, place: Path, adapter: Adapter, config: RunConfig) -> str:
+    """Move an adapter to where merged weights would have been; return a warning.
+
+    Raises:
+        ExportError: where the adapter alone is no result.
+    """
+    lost = adapter.needs_merging
+    if config.model.weights is Weights.random:
+        lost = "its base, random weights, is nowhere else"
+    if lost:
+        raise ExportError(f"export.merge: {problem}. The adapter alone is no result: {lost}")
+    for file in place.iterdir():
+        file.rename(place.parent / file.name)
+    place.rmdir()
+    return f"export.merge: {problem}. So model/ holds the adapter, as with export.merge=false; its README.md loads it"
 
 
 @contextmanager
@@ -183,7 +211,5 @@ def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) 
     except ModelError as error:
         raise ModelError(f"the adapter in {folder} needs its base, {config.model.checkpoint}: {error}") from error
     trust = config.model.trust_remote_code
-    num_tokens = num_token_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust))
-    if base.get_input_embeddings().weight.shape[0] < num_tokens:
-        base.resize_token_embeddings(num_tokens, mean_resizing=False)
+    fit_embeddings(base, num_token_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)), None)
     return with_adapter(base, folder)

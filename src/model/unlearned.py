@@ -50,12 +50,13 @@ def stored_unlearned_tokens(empty: Any, tokenizer: Any, new: NewTokens, config: 
     added = tokenizer.get_added_vocab()
     found = set(added)
     for names, shape in _matrix_names(empty):
-        weight = _read(config, names, shape)
-        if weight is None:
+        weights = _read(config, names, shape)
+        if not weights:
             return None
-        if config.dtype is not Dtype.auto:  # rows may be equal, or not, once they are rounded as the run rounds them
-            weight = weight.to(getattr(torch, config.dtype.value))
-        found &= never_learned(weight, added)
+        for weight in weights:
+            if config.dtype is not Dtype.auto:  # rows may become equal when they are rounded as the run rounds them
+                weight = weight.to(getattr(torch, config.dtype.value))
+            found &= never_learned(weight, added)
     return frozenset(found)
 
 
@@ -77,7 +78,7 @@ def never_learned(weight: Tensor, added: dict[str, int]) -> set[str]:
 
 
 def _matrix_names(empty: Any) -> list[tuple[list[str], tuple[int, ...]]]:
-    """Return every matrix of the tokens by the names of its parameter, of which a file has one, and its shape."""
+    """Return every matrix of the tokens: the names of its parameter, of which a file has some, and its shape."""
     found = []
     for matrix in embedding_matrices(empty):
         weight = matrix.weight
@@ -87,11 +88,12 @@ def _matrix_names(empty: Any) -> list[tuple[list[str], tuple[int, ...]]]:
     return found
 
 
-def _read(config: ModelConfig, names: list[str], shape: tuple[int, ...]) -> Tensor | None:
-    """Read one tensor of a checkpoint on this machine; None where none of these names, or of that shape, is there.
+def _read(config: ModelConfig, names: list[str], shape: tuple[int, ...]) -> list[Tensor]:
+    """Read the tensors of a checkpoint on this machine that have one of these names and this shape.
 
     A file's names may lack a module's prefix, or have one more.
     """
+    found: list[Tensor] = []
     index = _file(config, SAFE_WEIGHTS_INDEX_NAME)
     try:
         if index is not None:
@@ -100,18 +102,17 @@ def _read(config: ModelConfig, names: list[str], shape: tuple[int, ...]) -> Tens
             with safe_open(single, framework="pt") as file:
                 places = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
         else:
-            return None
-        alike = [key for key in places if any(_is_same(key, name) for name in names)]
-        for key in sorted(alike, key=lambda key: key not in names):
+            return []
+        for key in [key for key in places if any(_is_same(key, name) for name in names)]:
             path = _file(config, places[key])
             if path is None:
-                return None
+                return []
             with safe_open(path, framework="pt") as file:
                 if tuple(file.get_slice(key).get_shape()) == shape:
-                    return file.get_tensor(key)
+                    found.append(file.get_tensor(key))
     except (SafetensorError, OSError, KeyError, ValueError):  # the run will say what is wrong with its files
-        return None
-    return None
+        return []
+    return found
 
 
 def _is_same(key: str, name: str) -> bool:

@@ -96,7 +96,9 @@ def whole(parameter: nn.Parameter) -> Tensor | Whole:
 
 
 def bring_together(model: nn.Module, *, keeps: bool) -> None:
-    """Have what is shared out whole on the CPU, one parameter after the other; the model computes no more.
+    """Have what is shared out whole on the CPU, one parameter after the other.
+
+    There the model computes as a plain one: what DeepSpeed hooked into its modules is taken off them.
 
     Args:
         keeps: whether this process gets the whole ones; one is enough, the others only come along.
@@ -110,6 +112,11 @@ def bring_together(model: nn.Module, *, keeps: bool) -> None:
                 value = one.gather() if isinstance(one := whole(parameter), Whole) else one
                 together[id(parameter)] = nn.Parameter(value, parameter.requires_grad) if keeps else parameter
             module._parameters[name] = together[id(parameter)]
+    if together and keeps:
+        for module in model.modules():
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+        model.to("cpu")
 
 
 class Sharded:

@@ -1,0 +1,113 @@
+"""An adapter merged into its base, and looked at: the whole weights must compute what was trained.
+
+The sum is made in float32 and rounded once, to the type that the base has (docs/decisions/0016).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.errors import one_line
+from src.model.adapters import Adapter
+from src.model.embeddings import num_rows
+
+TOLERANCE = 1e-4
+"""How far logits may move by the other order of sums in float32; of the largest one where that is above 1."""
+
+ROUNDED = 2.0
+"""How far they may be from those of float32 in the type that is written, as a multiple of what that type, or quantised
+weights, made of them in training."""
+
+PROBE_LENGTH = 32
+FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, MemoryError)
+"""What merging raises where PEFT does not know how to, or memory is too small for it."""
+
+
+def merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str]:
+    """Return a plain model with the adapter in its weights, and "", or None and what is wrong with it.
+
+    The model that holds the adapter is used up. Weights that are quantised or of 16 bits are made float32 on the CPU
+    first: quantised again, or rounded twice, the adapter would be rounded away.
+
+    Args:
+        folder: where the adapter was saved.
+        ids: tokens to look at above all, such as new ones.
+    """
+    try:
+        return _merge(adapter, folder, ids)
+    except FAILURES as error:
+        return None, f"the adapter can't be merged: {one_line(error)}"
+
+
+@torch.no_grad()
+def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str]:
+    model = adapter.peft_model.get_base_model()
+    model.eval()
+    probe = probe_ids(model, ids)
+    as_trained = logits(model, probe)
+    kept = [p for p in model.parameters() if p.dtype == torch.float32]
+    whole, dtype = adapter.on_float32(folder)
+    buffers = _make_float32(whole.get_base_model())
+    exact = logits(whole.get_base_model(), probe)
+    merged = whole.merge_and_unload()
+    limit = TOLERANCE * max(1.0, exact.abs().max().item())
+    if not (change := _distance(logits(merged, probe), exact)) <= limit:
+        return None, (
+            f"merging changes the model: logits of {probe.numel()} tokens move by {change:.2g}, and rounding moves "
+            f"them by {limit:.2g} at most"
+        )
+    was_float32 = set(map(id, kept))
+    for parameter in merged.parameters():
+        if id(parameter) not in was_float32:
+            parameter.data = parameter.data.to(dtype)
+    for module, name, before in buffers:
+        setattr(module, name, getattr(module, name).to(before))
+    limit = max(limit, ROUNDED * _distance(as_trained, exact))
+    if not (change := _distance(logits(merged, probe), exact)) <= limit:
+        kind = str(dtype).removeprefix("torch.")
+        return None, (
+            f"the merged weights lose too much in {kind} (model.dtype): logits of {probe.numel()} tokens move by "
+            f"{change:.2g}, and training itself rounded by {limit / ROUNDED:.2g}"
+        )
+    return merged, ""
+
+
+def _distance(some: Tensor, others: Tensor) -> float:
+    return (some - others).abs().max().item()
+
+
+def probe_ids(model: Any, ids: Sequence[int]) -> Tensor:
+    """Return a short row, [1, length], that holds these tokens, and others from all over the vocabulary."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE_LENGTH
+    length = min(PROBE_LENGTH, positions)
+    first = list(dict.fromkeys(ids))[: length // 2]
+    rest = torch.linspace(0, num_rows(model) - 1, length - len(first)).long().tolist()
+    return torch.tensor([[*first, *rest]])
+
+
+def logits(model: Any, probe: Tensor) -> Tensor:
+    """Compute a model's logits on a row, float32 on the CPU, [1, length, rows]."""
+    ids = probe.to(model.get_input_embeddings().weight.device)
+    inputs = {"input_ids": ids, "use_cache": False}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    return model(**inputs).logits.detach().float().cpu()
+
+
+def _make_float32(model: nn.Module) -> list[tuple[nn.Module, str, torch.dtype]]:
+    """Make all weights of 16 bits float32 in place; return the buffers that were others, and their types."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    buffers = []
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and buffer.dtype != torch.float32:
+                buffers.append((module, name, buffer.dtype))
+                setattr(module, name, buffer.float())
+    return buffers
