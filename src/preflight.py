@@ -42,10 +42,11 @@ def preflight(admitted: Admitted) -> int:
     console = Console()
     console.label("preflight", f"{config.name}: nothing is trained")
 
+    from src.data.advice import Level
     from src.data.dataset import build_data, first_block
     from src.evaluation.generate import check_prompts
     from src.inspection.drawing import Paint, draw_lengths
-    from src.inspection.findings import Level, findings, prove
+    from src.inspection.findings import findings, judge_of, prove
     from src.inspection.outlook import about_disk, device_of, outlook
     from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets
     from src.inspection.starts import about_starts, show_tokens
@@ -75,12 +76,16 @@ def preflight(admitted: Admitted) -> int:
     show_sets(console, config, data, sets)
     draw_lengths(sets, config.data.max_seq_length, folder / "lengths.png")
     show_rows(console, train, data, own.rows, paint)
-    proofs = {name: prove(rows, data.encoder, data.stop_ids) for name, rows in sets.items()}
+    judge = judge_of(config, data)
+    proofs = {name: prove(rows, judge) for name, rows in sets.items()}
     new_ids = list(started.ids.values())
     ahead = outlook(config, model, tokenizer, new_ids, train, admitted.run_dir, measure=own.measure)
     show_forecasts(console, config, ahead)
-    found = findings(config, data, train, proofs, ahead.num_steps)
-    found += [*about_starts(new_tokens, started), *about_disk(ahead.disk)]
+    found = [
+        *findings(config, data, tokenizer, train, proofs, ahead.num_steps),
+        *about_starts(new_tokens, started),
+        *about_disk(ahead.disk),
+    ]
     found.sort(key=lambda finding: list(Level).index(finding.level))
     code = show_findings(console, found, proofs, paint)
     if own.dump is not None:

@@ -75,6 +75,7 @@ def train_and_export(
     # imported here: torch takes seconds, and a folder that is in use or a typo should be told at once
     from src.checkpoint.start import Origin
     from src.checkpoint.store import open_checkpoints
+    from src.data.advice import Level, advice
     from src.data.dataset import build_data, file_hashes
     from src.evaluation.evaluate import open_evaluation
     from src.evaluation.samples import sample
@@ -92,6 +93,7 @@ def train_and_export(
     from src.tokens import load_tokenizer
     from src.tracking.provenance import provenance
     from src.training.loop import train
+    from src.training.optim import cannot_learn
     from src.training.resume import (
         beginning,
         facts_of,
@@ -147,7 +149,8 @@ def train_and_export(
         tracking.warn(start_from_checkpoint(state, tokenizer, runtime, config))
         evaluation = open_evaluation(config, state.scored, state.model, data, runtime)
         samples_of = data.for_samples()
-        tracking.warn(data.reports["train"].unlearned(config.thought_tags))
+        tracking.warn([one.text for one in advice(config, data, tokenizer) if one.level is not Level.note])
+        tracking.warn(cannot_learn(config.scheduler, state.num_steps))
         tracking.describe(overview(config, state, tokenizer, new_tokens, started, data, runtime, run_dir))
         untrained = begin.untrained or [
             one.text for one in sample(evaluation, samples_of, config.evaluation.sample_prompts, 0)
@@ -181,6 +184,7 @@ def train_and_export(
         try:
             for step in train(state, data.train, config, runtime, evaluation.pad_token_id):
                 tracking.progress(step, state.num_steps, config.training.logging_steps)
+                tracking.warn(step.warnings)
                 if step.is_due(every) or (step.is_last and (every is not None or takes_best)):
                     save()  # before the evaluation: a run that is stopped there does it again
                 with tracking.line(step, due=step.is_due(config.training.logging_steps) or step.is_last) as line:

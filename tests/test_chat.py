@@ -79,6 +79,80 @@ def test_an_answer_of_weight_zero_is_not_learned() -> None:
     assert parsed(messages) == Chat(chat("a", "b", "c", "d", "e", "f"), [False, True, True])
 
 
+@pytest.mark.parametrize("key", ["weight", "train", "loss"])
+def test_train_and_loss_mean_what_weight_means(key: str) -> None:
+    for value in (0, False):
+        messages: list[Any] = chat("a", "b", "c", "d")
+        messages[1][key] = value
+        assert parsed(messages) == Chat(chat("a", "b", "c", "d"), [False, True])
+    for value in (1, True, None):
+        messages = chat("a", "b")
+        messages[1][key] = value
+        assert parsed(messages) == Chat(chat("a", "b"), [True])
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_a_thought_beside_the_content_is_read(key: str) -> None:
+    messages: list[Any] = chat("a", "b")
+    messages[1] |= {"reasoning_content": None, "thinking": "", key: "because"}
+    expected = chat("a", "b")
+    expected[1]["reasoning_content"] = "because"
+    assert parsed(messages) == Chat(expected, [True])
+
+
+def test_what_tables_fill_in_says_nothing() -> None:
+    openai: list[Any] = [
+        {"role": "user", "content": "a", "from": None, "value": None, "tool_calls": None, "name": None, "meta": {}},
+        {
+            "role": "assistant",
+            "content": "b",
+            "from": None,
+            "value": None,
+            "tool_calls": [],
+            "name": "",
+            "refusal": None,
+        },
+    ]
+    sharegpt: list[Any] = [
+        {"role": None, "content": None, "from": "human", "value": "a", "audio": {"id": None, "data": None}},
+        {"role": None, "content": None, "from": "gpt", "value": "b", "audio": None},
+    ]
+    both: list[Any] = [
+        {"role": "user", "content": "a", "from": "human", "value": "a"},
+        {"role": "assistant", "content": "b", "from": "gpt", "value": "b"},
+    ]
+    assert parsed(openai) == parsed(sharegpt) == parsed(both) == Chat(chat("a", "b"), [True])
+
+
+def test_keys_that_nothing_reads_are_named() -> None:
+    messages: list[Any] = chat("a", "b", "c", "d")
+    messages[0] |= {"name": "Bob", "reasoning_content": "of a user"}
+    messages[2]["name"] = "Bob"
+    fields = {"messages": messages, "id": 7, "source": "crawl", "tools": [], "system": None, "score": 0.0}
+    found = read(fields, configured().data)
+    assert found.unread == ("id", "source", "score", "messages[].name", "messages[].reasoning_content")
+
+
+def test_a_rows_own_system_message_is_its_system_turn() -> None:
+    with_system = chat("a", "b", system="own")
+    given = {"messages": chat("a", "b"), "system": "own"}
+    assert read(given, configured().data).messages == with_system
+    assert read(given, configured("data.system_prompt=mine").data).messages == with_system
+    assert read({"messages": with_system, "system": "own"}, configured().data).messages == with_system
+    with pytest.raises(BadRow, match="'system' and the first message are two system messages that differ"):
+        read({"messages": with_system, "system": "other"}, configured().data)
+    with pytest.raises(BadRow, match="'system' is a number, not a text"):
+        read({"messages": chat("a", "b"), "system": 3}, configured().data)
+
+
+@pytest.mark.parametrize("key", ["tools", "functions"])
+def test_tools_of_a_row_are_refused(key: str) -> None:
+    with pytest.raises(BadRow, match=rf"the row has {key}, which is not supported: leave these rows out"):
+        read({"messages": chat("a", "b"), key: [{"type": "function"}]}, configured().data)
+    for nothing in (None, [], "", "[]", {}):
+        assert read({"messages": chat("a", "b"), key: nothing}, configured().data).unread == ()
+
+
 def test_the_system_prompt_goes_in_front_where_the_row_has_none() -> None:
     assert parsed(chat("a", "b"), "data.system_prompt=mine").messages == chat("a", "b", system="mine")
     assert parsed(chat("a", "b", system="own"), "data.system_prompt=mine").messages == chat("a", "b", system="own")
@@ -107,6 +181,16 @@ def test_the_system_prompt_goes_in_front_where_the_row_has_none() -> None:
         ([message("user"), message("assistant") | {"function_call": {"name": "f"}}], "message 2 has function_call, "),
         ([message("user"), message("assistant") | {"weight": 0.5}], "weight 0.5; 0 (not learned) or 1 is needed"),
         ([message("user"), message("assistant") | {"weight": "1"}], "weight '1'; 0 (not learned) or 1 is needed"),
+        ([message("user"), message("assistant") | {"train": "no"}], "the train 'no'; false (not learned) or true"),
+        ([message("user"), message("assistant") | {"loss": 2}], "the loss 2; false (not learned) or true is needed"),
+        ([message("user"), message("assistant") | {"train": True, "weight": 0}], "weight and train contradict"),
+        ([message("user"), message("assistant") | {"thinking": 3}], "message 2: 'thinking' is a number, not a text"),
+        (
+            [message("user"), message("assistant") | {"thinking": "x", "reasoning_content": "y"}],
+            "'reasoning_content' and 'thinking' are two different thoughts",
+        ),
+        ([message("user") | {"from": "gpt", "value": "text"}], "message 1: 'from' contradicts 'role'"),
+        ([message("user") | {"from": "human", "value": "other"}], "message 1: 'value' contradicts 'content'"),
         ([message("system"), message("system")], "message 2 is a second system message"),
         ([message("user"), message("system")], "message 2 is a system message behind the first turn"),
         ([message("assistant")], "message 1: the assistant can't speak first"),
@@ -467,10 +551,15 @@ def test_a_template_that_drops_earlier_thinking_is_refused_but_for_the_last_turn
 
 
 def test_a_generation_prompt_that_is_not_how_the_turn_begins_is_refused(tmp_path: Path) -> None:
-    tokenizer = with_template(CHATML.replace("assistant\\n' }}{%- endif", "assistant\\n<think>\\n' }}{%- endif"))
+    tokenizer = with_template(CHATML.replace("assistant\\n' }}{%- endif", "assistant (in English)\\n' }}{%- endif"))
     with pytest.raises((DataError, TokenError)) as caught:
         built(tmp_path, tokenizer, [chat("question", "answer")])
-    for words in ("generation prompt is not how the assistant's turn begins", "<think>", "answer", "{% generation %}"):
+    for words in (
+        "generation prompt is not how the assistant's turn begins",
+        "(in English)",
+        "answer",
+        "{% generation %}",
+    ):
         assert words in str(caught.value)
 
 

@@ -37,17 +37,19 @@ class AnswerFrame:
         """Return the answer of an assistant's turn, given without its end; '' where a thought is never closed."""
         begun = turn.lstrip()
         if self.thought_close and (self.opens_thought or (self.thought_open and begun.startswith(self.thought_open))):
-            thought, close, answer = turn.partition(self.thought_close)
-            if close:
-                turn = answer.lstrip("\n")
-            elif not self.opens_thought or self.thought_open in thought:
+            _, close, answer = turn.partition(self.thought_close)
+            if not close:
                 return ""
+            turn = answer.lstrip()
         elif self.before and turn.startswith(self.before):
             turn = turn[len(self.before) :]
         elif self.before.strip() and begun.startswith(self.before.strip()):
             turn = begun[len(self.before.strip()) :].lstrip()
-        if self.after and turn.endswith(self.after):
-            return turn[: -len(self.after)]
-        if self.after.strip() and turn.rstrip().endswith(self.after.strip()):
-            return turn.rstrip()[: -len(self.after.strip())].rstrip()
-        return turn
+        if self.end_text:
+            return turn.partition(self.end_text)[0].removesuffix(self.after.partition(self.end_text)[0])
+        return turn.removesuffix(self.after)
+
+    @property
+    def end_text(self) -> str:
+        """What ends a turn where it is ordinary text for the tokenizer, '' where nothing or a token does."""
+        return self.after.strip()

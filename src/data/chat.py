@@ -42,10 +42,14 @@ MARKER = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 LITERAL = re.compile(f"{LITERAL_FROM}(\\d+){LITERAL_TO}")
 SIGN = re.compile(f"({LEARNED_FROM}|{LEARNED_TO})|({TEXT_FROM}|{TEXT_TO})(\\d+){NUMBER_END}")
 
-OPENED_THOUGHT = re.compile(r"\s*(?:<(?P<angle>[^\s<>/]+)>|\[(?P<square>[^\s\[\]/]+)\])(?P<gap>\s*)")
-"""A generation prompt's end that opens a thought: <think>, [THINK] and their like, alone."""
-EMPTY_THOUGHT = re.compile(r"\s*(<(?P<name>[^\s<>/]+)>)\s*(</(?P=name)>)\s*")
+NAMES_THOUGHT = r"(?=[^\s<>\[\]/]*(?i:think|thought|reason))"
+OPENED_THOUGHT = re.compile(
+    rf"(?:<{NAMES_THOUGHT}(?P<angle>[^\s<>/]+)>|\[{NAMES_THOUGHT}(?P<square>[^\s\[\]/]+)\])(?P<gap>\s*)"
+)
+"""The end of a generation prompt that opens a thought: <think>, [THINK] and their like."""
+EMPTY_THOUGHT = re.compile(r"(<(?P<name>[^\s<>/]+)>)\s*(</(?P=name)>)\s*")
 """A thought without words, which some generation prompts end with, and some templates write before every answer."""
+PROMPTED_THOUGHT = re.compile(rf"(?:{EMPTY_THOUGHT.pattern}|{OPENED_THOUGHT.pattern})\Z")
 
 TRIMMED, CHANGED, MISSING = "trimmed", "changed", "missing"
 NOT_LEARNED = "turn not learned"
@@ -55,10 +59,12 @@ NOT_LEARNED = "turn not learned"
 class Turn(NamedTuple):
     """A turn that is learned: [start, stop) of the rendered chat, which `text` takes the place of.
 
-    `opened` is written before it and not learned: the end of a generation prompt that the template leaves out once the
-    turn is written. `answer` is `text` up to `end`, the token that ends the turn ('' where there is none).
+    `message` is the number of its message. `opened` is written before it and not learned: the end of a generation
+    prompt that the template leaves out once the turn is written. `answer` is `text` up to `end`, the token that ends
+    the turn ('' where there is none).
     """
 
+    message: int
     start: int
     stop: int
     text: str
@@ -82,7 +88,8 @@ class Rendered(NamedTuple):
 
     `answer` is the last learned turn without the token that ends it, '' where none is learned; `has_end` says that
     it has such a token. `changes` names what the template does to the texts of the messages: "system missing",
-    "assistant trimmed", "thought changed", …, or "turn not learned".
+    "assistant trimmed", "thought changed", "earlier thought missing" (of a turn that is not learned), …, or "turn not
+    learned".
     """
 
     pieces: list[Piece]
@@ -128,12 +135,13 @@ class ChatTemplate:
         added = [token for token in tokenizer.get_added_vocab() if token.strip()]  # some are only white space
         self._added_token = any_of({*added, *control_tokens})
         self._thought_key: str | None = None
+        self.frame = AnswerFrame()
+        """What it writes around an answer."""
         self.ends: tuple[str, ...] = ()
         """The added tokens that end the assistant's turns: generation must stop there."""
         turns = [turn for chat in (("b",), ("b", "c")) for probe in _probes(*chat) for turn, _ in self._probed(probe)]
         self.ends = tuple(dict.fromkeys(turn.end for turn in turns if turn.end))
         self.frame = self._frame()
-        """What it writes around an answer."""
 
     @property
     def is_fallback(self) -> bool:
@@ -204,7 +212,7 @@ class ChatTemplate:
             if is_wanted:
                 said_until = content.end if content.end is not None and start <= content.end <= stop else None
                 answer, end = self._until_end(whole[start:stop], None if said_until is None else said_until - start)
-                turns.append(Turn(start, stop, whole[start:stop], answer, end))
+                turns.append(Turn(content.message, start, stop, whole[start:stop], answer, end))
         return turns
 
     def _by_prefix(
@@ -224,26 +232,29 @@ class ChatTemplate:
             i, is_last = content.message, content.message == len(messages) - 1
             prompt, _regions = self._plain(messages[:i], add_generation_prompt=True)
             alone = whole if is_last else self._plain(messages[: i + 1])[0]
-            start = _common(prompt, alone)
+            start = len(prompt) if alone.startswith(prompt) else _before_thought(prompt)
+            if not alone.startswith(prompt[:start]):
+                raise TokenError(_prompt_is_another(prompt, alone))
             only_prompted = prompt[start:]
-            if only_prompted and not (
-                OPENED_THOUGHT.fullmatch(only_prompted) or EMPTY_THOUGHT.fullmatch(only_prompted)
-            ):
-                raise TokenError(_prompt_is_another(prompt, alone, start))
             if is_last and only_prompted:
                 turns.append(self._prompted_turn(messages[i], whole, start, only_prompted, content))
                 continue
-            turn = None if only_prompted else self._turn(alone, whole, start, content.end)
+            turn = None if only_prompted else self._turn(i, alone, whole, start, content.end)
             if turn is not None:
                 turns.append(turn)
-            elif not all(_stands(part, whole) for part in parts if part.message == i):
+            elif not all(self._stands(part, whole) for part in parts if part.message == i):
                 raise TokenError(
                     "the chat template writes an earlier turn otherwise once more turns follow, so it can't be learned "
                     "as generation would write it; learn the last turn only: data.supervised_turns=last"
                 )
         return turns
 
-    def _turn(self, alone: str, whole: str, start: int, said_until: int | None) -> Turn | None:
+    def _stands(self, part: Part, whole: str) -> bool:
+        """Return whether a text that the template has a place for is in the rendered chat."""
+        has_place = part.name != "thought" or bool(self._thought_key or self.frame.thought_close)
+        return not has_place or _stands(part, whole)
+
+    def _turn(self, message: int, alone: str, whole: str, start: int, said_until: int | None) -> Turn | None:
         """Return the turn that ends `alone`, a chat up to it; None where `whole`, the whole chat, has it otherwise."""
         if said_until is not None and (said_until < start or whole[:said_until] != alone[:said_until]):
             if alone is not whole:
@@ -253,10 +264,16 @@ class ChatTemplate:
         answer, end = self._until_end(text, None if said_until is None else said_until - start)
         if end:
             text = answer + end
-        elif said_until is not None:  # white space that only a last turn has is not looked for in others
-            answer = text = alone[start : said_until + _common(alone[said_until:], whole[said_until:])]
+        elif not whole.startswith(alone):  # white space that only a last turn has is not looked for in others
+            answer = text = text.rstrip()
         stop = start + len(text)
-        return Turn(start, stop, text, answer, end) if whole[:stop] == alone[:stop] else None
+        if whole[:stop] == alone[:stop]:
+            return Turn(message, start, stop, text, answer, end)
+        stop = start + len(answer)  # a token that ends only the chat, after a text that ends each turn
+        ends_in_words = said_until is not None and bool(alone[said_until:stop].strip())
+        return (
+            Turn(message, start, stop, answer, answer, "") if ends_in_words and whole[:stop] == alone[:stop] else None
+        )
 
     def _prompted_turn(self, message: dict[str, str], whole: str, start: int, prompted: str, content: Part) -> Turn:
         """Return a last turn that the template writes without the thought its generation prompt ends with.
@@ -276,7 +293,7 @@ class ChatTemplate:
         answer, end = self._until_end(whole[start:], said_until)
         stop = start + len(answer) + len(end)
         answer = begun + answer.lstrip()
-        return Turn(start, stop, answer + end, answer, end, prompted)
+        return Turn(content.message, start, stop, answer + end, answer, end, prompted)
 
     def _until_end(self, turn: str, said_until: int | None) -> tuple[str, str]:
         """Return a turn's text up to the token that ends it, and that token; all of it and '' where it has none.
@@ -330,8 +347,9 @@ class ChatTemplate:
                         close = turn.answer[thought.end - turn.start : answer.begin - turn.start].strip()
                         return AnswerFrame(before, after, opening, close, opens_thought=bool(close and not opening))
         self._thought_key = None
-        empty = EMPTY_THOUGHT.fullmatch(before)
-        return AnswerFrame(before, after, *(empty.group(1, 3) if empty else ("", "")))
+        empty = EMPTY_THOUGHT.fullmatch(before.lstrip())
+        opening, close = (str(empty[1]), str(empty[3])) if empty else ("", "")
+        return AnswerFrame(before, after, opening, close)
 
     def _plain(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
@@ -384,8 +402,10 @@ class ChatTemplate:
         return message | {k: self._literal.sub(sign, message[k]) for k in ("content", THOUGHT) if k in message}
 
 
-def _is_thought(text: str) -> bool:
-    return (OPENED_THOUGHT.fullmatch(text) or EMPTY_THOUGHT.fullmatch(text)) is not None
+def _before_thought(prompt: str) -> int:
+    """Return where the thought begins, opened or empty, that a generation prompt ends with; its length without one."""
+    found = PROMPTED_THOUGHT.search(prompt)
+    return len(prompt) if found is None else found.start()
 
 
 def _thought_tags(opened: re.Match[str]) -> tuple[str, str]:
@@ -454,7 +474,10 @@ def _squeezed(text: str) -> str:
 def _changes(whole: str, parts: Sequence[Part], turns: Sequence[Turn]) -> Iterator[str]:
     """Name what became of the texts of messages that are not in the rendered chat as they were given."""
     prompted = turns[-1] if turns and turns[-1].opened else None
+    learned = {turn.message for turn in turns}
     for part in parts:
+        if part.name in ("assistant", "thought") and part.message not in learned:
+            part = part._replace(name=f"earlier {part.name}")
         if prompted is not None and part.message == parts[-1].message:
             if _squeezed(part.text) not in _squeezed(prompted.opened + prompted.text):
                 yield f"{part.name} {CHANGED if part.end is not None else MISSING}"
@@ -475,14 +498,8 @@ def _missed(wanted: Sequence[bool], turns: Sequence[Turn]) -> Iterator[str]:
         yield NOT_LEARNED
 
 
-def _common(one: str, other: str) -> int:
-    """Return how many characters two texts begin with alike."""
-    if other.startswith(one):
-        return len(one)
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _prompt_is_another(prompt: str, alone: str, differs: int) -> str:
+def _prompt_is_another(prompt: str, alone: str) -> str:
+    differs = next((i for i, (a, b) in enumerate(zip(prompt, alone, strict=False)) if a != b), 0)
     same = max(0, differs - 20)
     return (
         "the chat template's generation prompt is not how the assistant's turn begins in a chat "

@@ -81,18 +81,10 @@ class SplitReport:
         self.rows_changed_by_tokenizer = len(changed_rows(rows, range(min(CHECK_ROWS, len(rows))), encoder))
         self.digest = rows.digest()
 
-    def unlearned(self, tags: tuple[str, str] | None) -> list[str]:
-        """Warn of new tokens that no row holds: they would stay as they start.
-
-        Args:
-            tags: what opens and closes thoughts, where thoughts are kept.
-        """
-        tokens = [token for token, found in self.new_tokens.items() if not found["fed"] and not found["supervised"]]
-        if not tokens:
-            return []
-        are = "is in no training row, so it" if len(tokens) == 1 else "are in no training row, so they"
-        asks = " (is data.thought_pattern right?)" if set(tokens) & set(tags or ()) else ""
-        return [f"{', '.join(tokens)} {are} will not be learned{asks}"]
+    @property
+    def unlearned(self) -> list[str]:
+        """The new tokens that no row holds: they would stay as they start."""
+        return [token for token, found in self.new_tokens.items() if not found["fed"] and not found["supervised"]]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"rows_dropped": dict(self.rows_dropped)}
@@ -109,6 +101,11 @@ class SplitReport:
         text += f", {self.supervised_tokens:,} of {self.tokens:,} tokens supervised"
         if len(self.sources) > 1:
             text += f"\n  mixed of {', '.join(f'{name} {count:,}' for name, count in self.sources.items())}"
+        if self.unread_keys:
+            keys = ", ".join(
+                f"{key} ({count:,} row{'' if count == 1 else 's'})" for key, count in self.unread_keys.items()
+            )
+            text += f"\n  keys that nothing reads: {keys}"
         if self.rows_changed_by_tokenizer:
             text += f"\n  of the first {CHECK_ROWS} rows {self.rows_changed_by_tokenizer} do not come back as they were"
             text += " from the tokenizer"

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
-from src.config.schema import Batching, RunConfig
+from src.config.schema import Batching, Metric, RunConfig
+from src.data.advice import Finding, Level, advice
 from src.data.batching import Plan
+from src.data.chat import CHANGED, MISSING
 from src.data.dataset import Data
 from src.data.encoding import IGNORE_INDEX, Encoder
 from src.data.report import changed_rows
 from src.data.sets import EncodedSet
+from src.evaluation.answers import AnswerReader
+from src.evaluation.generate import cut_at
+from src.evaluation.metrics import is_full_marks, unscorable
+from src.training.optim import cannot_learn
 from src.training.state import batch_plan
 
 WHOLE_CHECK_ROWS = 50_000
@@ -28,27 +35,16 @@ MUCH_PADDING = 0.2  # share of positions
 FEW_STEPS = 20
 
 
-class Level(Enum):
-    error = "error"
-    warning = "warning"
-    note = "note"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing to know, with what to do about it."""
-
-    level: Level
-    text: str
-
-
 @dataclass
 class Proof:
     """What decoding and encoding the rows again has shown.
 
     `unlike` are the rows whose ids do not decode to their text, `wrong_mask` those whose supervised ids do not decode
-    to what is to be learned of them, every turn of a chat, `seams` those that tokenise otherwise in one piece; cut rows
-    are not looked at.
+    to what is to be learned of them, every turn of a chat, `seams` those that tokenise otherwise in one piece,
+    `altered` those of whose messages the chat template leaves out or changes one. `misjudged` are rows whose own
+    answer, decoded from what they teach and cut where generation stops, gets less than full marks against their
+    reference, with the metric, that answer and the reference; `unscorable` counts the references by metrics that can't
+    score them. Cut rows are not looked at.
     """
 
     num_checked: int
@@ -56,12 +52,35 @@ class Proof:
     unlike: list[int] = field(default_factory=list)
     wrong_mask: list[int] = field(default_factory=list)
     seams: list[int] = field(default_factory=list)
+    altered: list[int] = field(default_factory=list)
+    misjudged: list[tuple[int, Metric, str, str]] = field(default_factory=list)
+    unscorable: Counter[Metric] = field(default_factory=Counter)
     num_with_end: int = 0
     """Rows in which a token that ends generation is learned."""
 
 
-def prove(rows: EncodedSet, encoder: Encoder, stop_ids: list[int]) -> Proof:
-    """Decode rows again and hold them against their text; encode them in one piece and hold that against them."""
+@dataclass(frozen=True)
+class Judge:
+    """How answers are read and scored, and where generation stops."""
+
+    reader: AnswerReader
+    stop_ids: list[int]
+    metrics: Sequence[Metric]
+    answer_pattern: str | None
+
+
+def judge_of(config: RunConfig, data: Data) -> Judge:
+    """Return how a run scores answers; one without metrics is judged by exact match of the whole answer."""
+    reader = AnswerReader(data.encoder, config.thought_tags, data.frame)
+    if not config.metrics:
+        return Judge(reader, data.stop_ids, [Metric.exact_match], None)
+    return Judge(reader, data.stop_ids, config.metrics, config.data.answer_pattern)
+
+
+def prove(rows: EncodedSet, judge: Judge) -> Proof:
+    """Decode rows again and compare them with their text and their answers with their references; encode them in one
+    piece and compare that with their ids."""
+    encoder, stop_ids = judge.reader.encoder, judge.stop_ids
     proof = Proof(min(len(rows), WHOLE_CHECK_ROWS))
     for start in range(0, proof.num_checked, PROVE_ROWS):
         some = range(start, min(start + PROVE_ROWS, proof.num_checked))
@@ -77,7 +96,47 @@ def prove(rows: EncodedSet, encoder: Encoder, stop_ids: list[int]) -> Proof:
         ]
         if not rows.is_encoder_decoder:
             proof.seams += _seams(rows, whole, encoder)
+        proof.altered += [i for i in some if any(_alters(change) for change in rows.changes(i))]
+        _judge(rows, whole, judge, proof)
     return proof
+
+
+def _alters(change: str) -> bool:
+    return change.endswith((MISSING, CHANGED))
+
+
+def _judge(rows: EncodedSet, indices: Sequence[int], judge: Judge, proof: Proof) -> None:
+    """Score what rows teach, cut where generation would stop, against their references."""
+    learned = [_last_learned(rows, i) for i in indices]
+    texts = judge.reader.encoder.decode_batch([cut_at(ids, judge.stop_ids).ids for ids in learned])
+    for i, text in zip(indices, texts, strict=True):
+        answer, reference = judge.reader.answer(rows, i, text), judge.reader.plain_reference(rows, i)
+        if answer != reference:
+            reference = judge.reader.reference(rows, i)
+        for metric in judge.metrics:
+            if is_full_marks(metric, answer, reference, judge.answer_pattern):
+                continue
+            if not unscorable(metric, reference, judge.answer_pattern):
+                proof.misjudged.append((i, metric, answer, reference))
+                break
+            proof.unscorable[metric] += 1
+
+
+def _last_learned(rows: EncodedSet, index: int) -> list[int]:
+    """Return the ids of what is learned last in a row: what a model should generate for it."""
+    row = rows[index]
+    ids = row.input_ids if row.target_ids is None else row.target_ids
+    parts = _learned_parts(rows, index)
+    return ids[slice(*parts[-1])].tolist() if parts else []
+
+
+def _learned_parts(rows: EncodedSet, index: int) -> list[tuple[int, int]]:
+    """Return [start, stop) of what is learned in a row."""
+    row = rows[index]
+    parts = runs(row.labels)
+    if parts and row.target_ids is None and not rows.prompt_ids(index):
+        parts[0] = (0, parts[0][1])  # nothing stands before the first id to predict it from: no label, but learned
+    return parts
 
 
 def _teaches_to_end(labels: np.ndarray, stop_ids: list[int]) -> bool:
@@ -95,9 +154,7 @@ def learned_texts(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) ->
     for i in indices:
         row = rows[i]
         ids = (row.input_ids if row.target_ids is None else row.target_ids).tolist()
-        parts = runs(row.labels)
-        if parts and row.target_ids is None and not rows.prompt_ids(i):
-            parts[0] = (0, parts[0][1])  # nothing stands before the first id to predict it from: no label, but learned
+        parts = _learned_parts(rows, i)
         begins += [ids[:start] for start, _ in parts]
         ends += [ids[:stop] for _, stop in parts]
         counts.append(len(parts))
@@ -127,12 +184,20 @@ def _seams(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[i
 
 
 def findings(
-    config: RunConfig, data: Data, train: EncodedSet, proofs: Mapping[str, Proof], num_steps: int
+    config: RunConfig,
+    data: Data,
+    tokenizer: Any,
+    train: EncodedSet,
+    proofs: Mapping[str, Proof],
+    num_steps: int,
 ) -> list[Finding]:
     """Give everything worth knowing before this is trained, the worst first."""
     found = [
         *_about_masks(data, train, proofs),
-        *_about_tokens(data, config.thought_tags),
+        *_about_answers(data, train, proofs),
+        *advice(config, data, tokenizer),
+        *(Finding(Level.warning, text) for text in cannot_learn(config.scheduler, num_steps)),
+        *_about_control_tokens(data),
         *_about_rows(config, data, train),
         *_about_batches(config, train, num_steps),
     ]
@@ -159,9 +224,24 @@ def _about_masks(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> 
             yield Finding(Level.note, f"{text}: {_places(rows, proof.seams)}")
 
 
-def _about_tokens(data: Data, tags: tuple[str, str] | None) -> Iterator[Finding]:
-    for text in data.reports["train"].unlearned(tags):
-        yield Finding(Level.warning, text)
+def _about_answers(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> Iterator[Finding]:
+    sets = {rows.name: rows for rows in [train, *data.validation.values(), *data.test.values()]}
+    for name, proof in proofs.items():
+        if proof.misjudged:
+            row, metric, answer, reference = proof.misjudged[0]
+            text = f"{name}: of {_rows(len(proof.misjudged))} even what they teach gets less than full marks"
+            example = f"{sets[name].place(row)} by {metric.value}: {_short(answer)} against {_short(reference)}"
+            yield Finding(Level.warning, f"{text} ({example})")
+        for metric, count in proof.unscorable.items():
+            text = f"{name}: {metric.value} can't score {_rows(count)}: their references are too short for it, or lack"
+            yield Finding(Level.note, f"{text} what it compares, so nothing gets full marks there")
+
+
+def _short(text: str, most: int = 60) -> str:
+    return repr(text if len(text) <= most else f"{text[:most]}…")
+
+
+def _about_control_tokens(data: Data) -> Iterator[Finding]:
     for name, report in data.reports.items():
         if report.control_tokens_as_text:
             text = f"{name}: BOS, EOS or pad stand in texts {report.control_tokens_as_text:,} time(s); they stay text"

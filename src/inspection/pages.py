@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from src.config.schema import RunConfig, Weights
+from src.data.advice import Finding, Level
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import human_bytes
 from src.forecast import Item
 from src.inspection.drawing import Paint, histogram, painted_row
-from src.inspection.findings import Finding, Level, Proof
+from src.inspection.findings import Proof
 from src.inspection.outlook import Outlook
 from src.model.build import num_parameters
 from src.tracking.console import Console, clock
@@ -104,9 +105,11 @@ def show_findings(console: Console, found: Sequence[Finding], proofs: Mapping[st
     """Say what was proven and what was found; give the exit code, 1 where a finding is an error."""
     for name, proof in proofs.items():
         whole = proof.num_checked - proof.num_cut
-        right = whole - len(proof.wrong_mask) - len(proof.unlike)
+        right = whole - len({*proof.wrong_mask, *proof.unlike, *proof.altered})
         text = f"{name}: {right:,} of {whole:,} whole rows decode to their text, and what is supervised to the "
         text += f"completion; {proof.num_with_end:,} teach where to end"
+        if proof.altered:
+            text += f"; in {len(proof.altered):,} the chat template leaves out or changes a message"
         console.label("mask" if name == next(iter(proofs)) else "", text)
     if not found:
         console.label("findings", "none")

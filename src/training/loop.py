@@ -58,6 +58,16 @@ class Step:
     def tokens_per_second(self) -> float:
         return self.meter.tokens_per_second
 
+    @property
+    def warnings(self) -> list[str]:
+        """What the first step shows of a run that can't learn."""
+        if self.number > 1 or self.update.grad_norm != 0:
+            return []
+        return [
+            "no trained parameter got a gradient in step 1, so nothing was learned: what is trained "
+            "(adapter.target_modules) takes no part in the loss, or the loss weighs every token 0"
+        ]
+
     def is_due(self, every: int | str | None) -> bool:
         """Whether something that happens every N steps, or every epoch, or never (None), happens after this step."""
         if every is None:

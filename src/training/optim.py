@@ -181,6 +181,24 @@ def lr_factor(kind: ScheduleType, step: int, num_steps: int, warmup: int, min_ra
     return min_ratio + (1.0 - min_ratio) * remaining
 
 
+def cannot_learn(config: SchedulerConfig, num_steps: int) -> list[str]:
+    """Say how a warm-up keeps a run of so many updates from learning; nothing where it does not."""
+    warmup = num_warmup_steps(config, num_steps)
+    if not warmup or warmup < num_steps:
+        return []
+    key = "scheduler.warmup_ratio" if _has_ratio(config) else "scheduler.warmup_steps"
+    if num_steps == 1:
+        return [f"the run has one step, and a warm-up begins at a learning rate of 0: nothing is learned ({key}=0)"]
+    return [
+        f"the warm-up takes {warmup:,} steps and the run has {num_steps:,}: the learning rate never reaches "
+        f"optimizer.lr; give it more steps, or a smaller {key}"
+    ]
+
+
+def _has_ratio(config: SchedulerConfig) -> bool:
+    return isinstance(config, WarmupScheduleConfig) and config.warmup_steps is None
+
+
 def build_schedule(config: SchedulerConfig, optimizer: torch.optim.Optimizer, num_steps: int) -> LambdaLR:
     """Build the schedule over `num_steps` updates."""
     warmup = num_warmup_steps(config, num_steps)

@@ -65,7 +65,7 @@ def read_texts(fields: dict[str, Any], data: DataConfig) -> Pair:
     role = roles(data.format)[-1]
     if not parts[role]:
         raise BadRow(f"{data.columns[role]!r} is empty: nothing to learn")
-    return Pair(parts, unread=tuple(unread_fields(fields, data.columns.values())))
+    return Pair(parts, unread=tuple(unread_fields(fields, [*data.columns.values(), data.group_column or ""])))
 
 
 def is_blank(value: Any) -> bool:

@@ -68,7 +68,7 @@ def read(fields: dict[str, Any], data: DataConfig) -> Chat:
     own = _own_system(fields, messages)
     if (system := own or data.system_prompt) and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    return Chat(messages, learned, (*unread_fields(fields, [column, SYSTEM]), *unread))
+    return Chat(messages, learned, (*unread_fields(fields, [column, SYSTEM, data.group_column or ""]), *unread))
 
 
 def form_of(message: Mapping[str, Any]) -> tuple[str, str]:

@@ -1,0 +1,167 @@
+"""What a user should know of the rows before they are trained on, in a run and in preflight alike. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from itertools import islice
+from typing import Any
+
+from src.config.schema import RunConfig
+from src.data.chat import CHANGED, MISSING, NOT_LEARNED, TRIMMED
+from src.data.dataset import Data, first_block, is_chat
+from src.data.encoding import Encoder
+from src.data.report import SplitReport
+from src.data.sets import EncodedSet
+
+MARK = re.compile(
+    r"<\|(?:im_start|im_end|im_sep|start_header_id|end_header_id|eot_id|begin_of_text|end_of_text|endoftext|"
+    r"system|user|assistant|end|turn|start|message|channel|return)\|>"
+    r"|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<｜[^｜<>]{1,40}｜>"
+)
+"""What the chat templates of well-known model families write between the messages."""
+
+MARK_ROWS = 1000
+"""Rows of a set that are searched for such marks; the first ones."""
+
+
+class Level(Enum):
+    error = "error"
+    warning = "warning"
+    note = "note"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know, with what to do about it; an error means: do not train on this."""
+
+    level: Level
+    text: str
+
+
+def advice(config: RunConfig, data: Data, tokenizer: Any) -> list[Finding]:
+    """Return what the chat template does to the rows, keys that nothing reads, and hints where a choice looks wrong."""
+    return [
+        *(finding for name, report in data.reports.items() for finding in _about_template(name, report)),
+        *(finding for name, report in data.reports.items() for finding in _about_keys(name, report)),
+        *_about_marks(config, data),
+        *_about_unused_template(config, tokenizer),
+        *_about_tokens(config, data),
+    ]
+
+
+def _about_template(name: str, report: SplitReport) -> Iterator[Finding]:
+    """Say which texts of messages the chat template leaves out, changes or trims."""
+    for change, count in report.template_changes.items():
+        where = f"{name}: in {_rows(count)} ({', '.join(report.template_change_places[change])})"
+        part, _, what = change.rpartition(" ")
+        if change == NOT_LEARNED:
+            yield Finding(
+                Level.warning,
+                f"{where} an earlier turn is not learned: the chat template writes it otherwise than generation would; "
+                "data.supervised_turns=last says so, or mark what is learned with {% generation %} in the template",
+            )
+        elif what == TRIMMED:
+            text = f"{where} the chat template trims white space of the {_message(part)}; trim the rows alike"
+            yield Finding(Level.warning, text)
+        elif what in (MISSING, CHANGED):
+            is_learned = part in ("assistant", "thought")
+            does = "leaves out" if what == MISSING else "changes or cuts"
+            text = f"{where} the chat template {does} the {_message(part)}"
+            yield Finding(Level.error if is_learned else Level.warning, f"{text}: {REMEDIES[part]}")
+
+
+def _message(part: str) -> str:
+    return part if part.endswith("thought") else f"{part} message"
+
+
+OWN_TAGS = "tokens=tow (or another) writes thoughts between tags of its own, data.thoughts=drop leaves them out"
+REMEDIES = {
+    "system": "use a template with a system message, or write it into the user's first one",
+    "user": "use another template, or write the rows as it takes them",
+    "assistant": f"the model would not learn it. Of thoughts in the content: find them with data.thought_pattern; then "
+    f"{OWN_TAGS}; else use another template",
+    "thought": f"the model would not learn it. {OWN_TAGS}, or use a template with a place for them",
+    "earlier assistant": "the turns after it are learned without it; use another template where it matters",
+    "earlier thought": "the turns after it are learned without it; data.thoughts=drop says so",
+}
+
+
+def _about_keys(name: str, report: SplitReport) -> Iterator[Finding]:
+    """Name the keys of rows and messages that hold something and that nothing reads."""
+    for key, count in report.unread_keys.items():
+        is_of_message = "[]." in key
+        what = "a key of messages" if is_of_message else "a key"
+        text = f"{name}: {key} is {what} that nothing reads; it holds something in {_rows(count)}"
+        yield Finding(Level.warning if is_of_message else Level.note, text)
+
+
+def _about_marks(config: RunConfig, data: Data) -> Iterator[Finding]:
+    """Warn of chat marks written by hand that are ordinary text for this tokenizer."""
+    remedy = "data=messages writes chats in the model's own template; data.system_prompt makes chats of pairs"
+    for key, source in (("data", config.data), *((f"data.mixture.{n}", s.data) for n, s in _mixed(config))):
+        for name in ("prompt_template", "completion_template"):
+            if marks := _as_text(MARK.findall(getattr(source, name) or ""), data.encoder):
+                text = f"{key}.{name} writes {_named(marks)}"
+                yield Finding(Level.warning, f"{text}: ordinary text here, no turns of a chat; {remedy}")
+    for rows in [first_block(data.train), *data.validation.values(), *data.test.values()]:
+        found = {row: here for row, marks in _marked_rows(rows) if (here := _as_text(marks, data.encoder))}
+        if found:
+            first = next(iter(found))
+            text = f"{rows.name}: {_rows(len(found))} of the first {MARK_ROWS:,} hold {_named(found[first])}"
+            text += f" ({rows.place(first)}): ordinary text here, no turns of a chat; {remedy}"
+            yield Finding(Level.warning, text)
+
+
+def _mixed(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    return iter(config.data.train_sources().items() if config.data.mixture else ())
+
+
+def _marked_rows(rows: EncodedSet) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows whose own text holds marks, and these; what a chat template wrote is not looked at."""
+    for i in islice(range(len(rows)), MARK_ROWS):
+        if not rows.is_rendered(i) and (marks := MARK.findall(rows.prompt(i) + rows.completion(i))):
+            yield i, marks
+
+
+def _as_text(marks: list[str], encoder: Encoder) -> list[str]:
+    """Return those of some marks that this tokenizer takes for ordinary text, each once."""
+    marks = list(dict.fromkeys(marks))
+    encoded = encoder.encode_whole(marks, is_rendered=False) if marks else []
+    return [mark for mark, ids in zip(marks, encoded, strict=True) if len(ids) > 1]
+
+
+def _named(marks: list[str]) -> str:
+    return ", ".join(marks[:3]) + (", …" if len(marks) > 3 else "")
+
+
+def _about_unused_template(config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
+    """Warn where a tokenizer has a chat template and no row is written by it."""
+    sources = [config.data, *(source.data for _, source in _mixed(config))]
+    if tokenizer.chat_template and not any(is_chat(source) for source in sources):
+        yield Finding(
+            Level.warning,
+            f"the tokenizer has a chat template, and data.format = {config.data.format} does not use it: an instruct "
+            "model knows prompts in its template only; data.system_prompt='' (or a text) writes pairs as chats, "
+            "data=messages reads chats. For a base model this is as it should be",
+        )
+
+
+def _about_tokens(config: RunConfig, data: Data) -> Iterator[Finding]:
+    """Warn of new tokens that no training row holds."""
+    tokens = data.reports["train"].unlearned
+    if not tokens:
+        return
+    are = "is in no training row, so it" if len(tokens) == 1 else "are in no training row, so they"
+    text = f"{', '.join(tokens)} {are} will not be learned"
+    if set(tokens) & set(config.thought_tags or ()):
+        text += " (is data.thought_pattern right? Where the rows have no thoughts choose tokens=none)"
+    elif len(tokens) == len(config.tokens.additional_special_tokens):
+        text += " (tokens=none adds none)"
+    yield Finding(Level.warning, text)
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
