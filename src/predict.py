@@ -89,7 +89,7 @@ def open_generation(
     """Load what the run exported, and the rows to predict."""
     # imported here: torch takes seconds, and a folder that is in use or holds other predictions should be told at once
     from src.data.dataset import build_prompts
-    from src.evaluation.generate import Generator
+    from src.evaluation.generate import Generator, end_text
     from src.evaluation.predictions import account, check_room
     from src.model.build import set_generation
     from src.model.export import exported, load_exported
@@ -110,7 +110,8 @@ def open_generation(
         for name, rows in prompts.sets.items():
             console.label(name, account(rows))
         stop.is_deferred = True  # from here on it is followed between two tokens
-        yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix), prompts
+        end = end_text(prompts.frame, prompts.encoder)
+        yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, end), prompts
 
 
 def finish(one: PredictedSet, admitted: Admitted, console: Console) -> None:

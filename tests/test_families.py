@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from src.config.schema import Metric
+from src.config.schema import Device, Metric, MixedPrecision, RuntimeConfig
 from src.data.advice import Level, advice
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import DataError
 from src.evaluation.answers import AnswerReader
+from src.evaluation.generate import Generator, end_text
 from src.evaluation.metrics import scores
 from src.inspection.findings import judge_of, prove
+from src.model.build import set_generation
+from src.runtime.session import start_runtime
+from src.runtime.signals import StopRequest
 from tests.chat_templates import DEEPSEEK_R1, FAMILIES, LLAMA_3_NO_PROMPT, PHI_3
 from tests.kinds import byte_bpe
-from tests.test_chat import built, configured, learned, with_template
+from tests.test_chat import built, chat, configured, learned, with_template
 
 ANSWER, FIRST = "It is the Danube, of course.", "Well, I think it is the Nile."
 THOUGHT = "Vienna lies on it."
@@ -203,3 +210,35 @@ def test_a_thought_that_the_generation_prompt_closes_is_left_empty(tmp_path: Pat
     assert learned(tokenizer, data.train) == [f"{ANSWER}<｜end｜>"]
     assert tokenizer.decode(data.train.prompt_ids(0)).endswith("<｜Assistant｜><think>\n\n</think>\n\n")
     assert data.reports["train"].template_changes == {"thought missing": 1}
+
+
+def test_generation_stops_after_a_text_that_ends_turns(tmp_path: Path) -> None:
+    """On a model without layers whose every token has one successor: it would write on for ever."""
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = PHI_3.replace("<|end|>", "<#>")
+    data = built(tmp_path, tokenizer, [chat("a", "Wok")])
+    assert isinstance(data.train, EncodedSet)
+    written = tokenizer("Wok<#>", add_special_tokens=False)["input_ids"]
+    assert len(set(written)) == len(written)
+    size = len(tokenizer) + len(tokenizer) % 2  # rotary positions need an even width
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=size, hidden_size=size, intermediate_size=8, num_hidden_layers=0, num_attention_heads=1)
+    )
+    model.get_input_embeddings().weight.data = torch.eye(size)
+    head = torch.zeros(size, size)
+    prompt = data.train.prompt_ids(0)
+    for before, after in pairwise([prompt[-1], *written, prompt[-1]]):
+        head[after, before] = 1
+    model.get_output_embeddings().weight.data = head
+    settings = configured("generation.max_new_tokens=20").generation
+    set_generation(model, settings, tokenizer, data.stop_ids)
+    cpu = RuntimeConfig(device=Device.cpu, deterministic=False)
+    with start_runtime(cpu, MixedPrecision.no, 1, StopRequest()) as runtime:
+        alone = Generator(model, runtime, 2, []).generate([prompt], seed=1)[0]
+        assert data.encoder.decode(alone.ids).startswith("Wok<#>\nWok<#>")
+        assert alone.stop_reason == "length"
+        end = end_text(data.frame, data.encoder)
+        for found in Generator(model, runtime, 2, [], end).generate([prompt, [*prompt[:2], *prompt]], seed=1):
+            assert data.encoder.decode(found.ids) == "Wok<#>"
+            assert found.stop_reason == "eos"
+            assert data.frame.answer("Wok<#>") == "Wok"

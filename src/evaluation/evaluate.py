@@ -17,7 +17,7 @@ from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import DataError, NonFiniteLossError
 from src.evaluation.answers import AnswerReader
-from src.evaluation.generate import Generator, check_prompts
+from src.evaluation.generate import Generator, check_prompts, end_text
 from src.evaluation.metrics import perplexity, scores
 from src.runtime.session import Runtime
 from src.training.loss import span_losses
@@ -150,7 +150,13 @@ def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data
     Raises:
         DataError, ModelError: where a prompt is empty, or leaves no room for what is generated.
     """
-    generator = Generator(model, runtime, config.training.per_device_eval_batch_size, data.encoder.target_prefix)
+    generator = Generator(
+        model,
+        runtime,
+        config.training.per_device_eval_batch_size,
+        data.encoder.target_prefix,
+        end_text(data.frame, data.encoder),
+    )
     check_prompts(config, model, data)
     check_spans(config, data)
     return Evaluator(

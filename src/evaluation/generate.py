@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from src.config.schema import RunConfig
+from src.data.answers import AnswerFrame
 from src.data.dataset import Data
+from src.data.encoding import Encoder
 from src.errors import DataError, ModelError
 from src.evaluation.decoding import Decoding, row_streams
 from src.runtime.session import Runtime
@@ -27,6 +30,36 @@ class _WhenAsked(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.full((input_ids.shape[0],), bool(self._stop.asked()), device=input_ids.device)
+
+
+@dataclass(frozen=True)
+class EndText:
+    """A text that ends what is generated, where a chat template ends turns with words that are no token."""
+
+    text: str
+    encoder: Encoder
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        return self.text in self.encoder.decode(ids)
+
+    def cut(self, completion: Completion) -> Completion:
+        """Cut a completion after the token that completes the text; one without it is left as it is."""
+        ids = completion.ids
+        if not self.ends(ids):
+            return completion
+        return Completion(ids[: bisect_left(range(len(ids) + 1), True, key=lambda n: self.ends(ids[:n]))], "eos")
+
+
+class _AfterText(StoppingCriteria):
+    """Ends each row after a text; `begin` is where the generated ids begin."""
+
+    def __init__(self, end: EndText, begin: int) -> None:
+        self._end, self._begin = end, begin
+        self._window = len(end.text.encode()) + 1  # a token writes a byte at least; the last one may write more
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        written = input_ids[:, self._begin :][:, -self._window :].tolist()
+        return torch.tensor([self._end.ends(ids) for ids in written], device=input_ids.device)
 
 
 @dataclass(frozen=True)
@@ -46,6 +79,7 @@ class Generator:
     batch_size: int
     target_prefix: list[int]
     """What an encoder-decoder's decoder is fed behind its start token, before it writes."""
+    end: EndText | None = None
 
     @property
     def pad_token_id(self) -> int:
@@ -111,17 +145,26 @@ class Generator:
             row_streams(seed, rows, settings.max_new_tokens) if draws else None,
             synced_gpus=self.runtime.zero_stage == 3,  # each computes as long as another writes
         )
+        criteria: list[StoppingCriteria] = [_WhenAsked(self.runtime.stop)]
+        if self.end is not None:
+            criteria.append(_AfterText(self.end, longest))
         with self.runtime.autocast():
             generated = self.model.generate(
                 input_ids=ids.to(self.runtime.device),
                 attention_mask=real.to(self.runtime.device),
                 custom_generate=decoding,
-                stopping_criteria=StoppingCriteriaList([_WhenAsked(self.runtime.stop)]),
+                stopping_criteria=StoppingCriteriaList(criteria),
                 **decoder,
             )
         stops = settings.eos_token_id
         stops = [stops] if isinstance(stops, int) else stops
-        return [cut_at(row, stops) for row in generated[:, longest:].tolist()]
+        completions = [cut_at(row, stops) for row in generated[:, longest:].tolist()]
+        return completions if self.end is None else [self.end.cut(completion) for completion in completions]
+
+
+def end_text(frame: AnswerFrame, encoder: Encoder) -> EndText | None:
+    """Return the text that ends turns in a chat template; None where a token does, or nothing."""
+    return EndText(frame.end_text, encoder) if frame.end_text else None
 
 
 def _seed_of(seed: int, row: int) -> int:

@@ -40,8 +40,9 @@ def show_tokens(
         if token is not None
     )
     lines = [f"{len(tokenizer):,} in the vocabulary, {num_rows(model):,} rows; {special}"]
-    if data.stop_ids[1:]:
-        lines.append(f"generation stops at {', '.join(tokenizer.convert_ids_to_tokens(data.stop_ids))}")
+    if data.stop_ids[1:] or data.frame.end_text:
+        stops = [*tokenizer.convert_ids_to_tokens(data.stop_ids), *filter(None, [data.frame.end_text])]
+        lines.append(f"generation stops at {', '.join(stops)}")
     counts = data.reports["train"].new_tokens
     for token, token_id in new.ids.items():
         start = "known already, left as learned"
