@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume preflight test lint ui clean clean-cache
+.PHONY: help setup train resume preflight test test-slow lint ui clean clean-cache
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -30,6 +30,9 @@ preflight: $(READY) ## everything about a run that can be known without training
 
 test: lint ## every check that CI runs: format, lint, types, tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(READY) ## checks on a real pretrained chat model in models/smollm2 (or TOWLINE_SMOLLM2=DIR)
+	$(BIN)/python -m pytest -m slow -n 1 $(ARGS)
 
 lint: $(READY) ## format, lint and types only
 	$(BIN)/ruff format --check .

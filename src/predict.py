@@ -88,6 +88,7 @@ def open_generation(
 ) -> Iterator[tuple[Generator, Prompts]]:
     """Load what the run exported, and the rows to predict."""
     # imported here: torch takes seconds, and a folder that is in use or holds other predictions should be told at once
+    from src.data.advice import about_template
     from src.data.dataset import build_prompts
     from src.evaluation.generate import Generator, end_text
     from src.evaluation.predictions import account, check_room
@@ -109,6 +110,8 @@ def open_generation(
         console.label("model", f"{type(model).__name__} of {run_dir / 'model'}, {runtime.description}")
         for name, rows in prompts.sets.items():
             console.label(name, account(rows))
+            for finding in about_template(name, *rows.count_lines("changes")):
+                console.warn(finding.text)
         stop.is_deferred = True  # from here on it is followed between two tokens
         end = end_text(prompts.frame, prompts.encoder)
         yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, end), prompts

@@ -23,6 +23,9 @@ from src.sweep.workers import READY_FOR, WARM
 ROOT = Path(__file__).resolve().parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 
+SMOLLM2 = Path(os.environ.get("TOWLINE_SMOLLM2", ROOT / "models" / "smollm2"))
+"""A folder with SmolLM2-135M-Instruct, for tests that are marked slow."""
+
 ROWS = tempfile.mkdtemp(prefix="towline-test-rows-")
 """Where this process's tests keep encoded rows, unless they say otherwise."""
 atexit.register(shutil.rmtree, ROWS, ignore_errors=True)
@@ -39,6 +42,14 @@ LONGEST_FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Return the folder of a real pretrained chat model of 135M parameters, tied, with 49,152 tokens."""
+    if not (SMOLLM2 / "model.safetensors").is_file():
+        pytest.skip(f"SmolLM2-135M-Instruct is not in {SMOLLM2}; TOWLINE_SMOLLM2 names another folder")
+    return SMOLLM2
 
 
 @pytest.fixture(autouse=True)

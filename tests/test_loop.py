@@ -72,6 +72,16 @@ def rows_of(file: str) -> list[str]:
     return [f"data.train_files=[{file}]", "data.validation_files=null", "data.test_files=null"]
 
 
+def test_a_run_whose_loss_moves_nothing_says_so_once(runtime: Runtime) -> None:
+    """Rows cut within their first thought, and thoughts that weigh nothing."""
+    cut = ["loss.thought_weight=0", "data.max_seq_length=16", "data.limit=64", "training.max_train_steps=2"]
+    for overrides, said in ((cut, [1, 0]), ([*cut, "loss.thought_weight=1"], [0, 0])):
+        config, data, state = assembled(runtime, *overrides)
+        warned = [step.warnings for step in train(state, data.train, config, runtime, pad_token_id=0)]
+        assert [len(of_step) for of_step in warned] == said
+        assert all("no trained parameter got a gradient in step 1" in text for text in warned[0])
+
+
 CUTS = [(8, 1), (4, 2), (1, 8)]
 
 

@@ -14,7 +14,14 @@ from src.config.schema import MixedPrecision, ScheduleType
 from src.errors import ModelError
 from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest
-from src.training.optim import build_optimizer, build_schedule, lr_factor, num_warmup_steps, parameter_groups
+from src.training.optim import (
+    build_optimizer,
+    build_schedule,
+    cannot_learn,
+    lr_factor,
+    num_warmup_steps,
+    parameter_groups,
+)
 from tests.conftest import ROOT, admitted
 
 
@@ -51,6 +58,18 @@ def test_schedules_are_those_of_transformers(name: str) -> None:
         for optimizer, schedule in zip((ours, theirs), schedules, strict=True):
             optimizer.step()
             schedule.step()
+
+
+def test_a_warm_up_that_takes_the_whole_run_is_reported() -> None:
+    def said(num_steps: int, *overrides: str) -> str:
+        return " ".join(cannot_learn(admitted(*overrides).config.scheduler, num_steps))
+
+    assert "one step" in said(1, "scheduler.warmup_ratio=0.03")
+    assert "scheduler.warmup_ratio=0" in said(1, "scheduler.warmup_ratio=0.03")
+    long = ["scheduler.warmup_steps=50", "training.num_train_epochs=3"]
+    assert "the warm-up takes 50 steps and the run has 50" in said(50, *long)
+    assert "smaller scheduler.warmup_steps" in said(12, *long)
+    assert said(51, *long) == said(1, "scheduler.warmup_ratio=0") == said(1, "scheduler=constant") == ""
 
 
 def test_warmup_steps_take_the_place_of_the_ratio() -> None:

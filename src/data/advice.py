@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
@@ -44,7 +44,11 @@ class Finding:
 def advice(config: RunConfig, data: Data, tokenizer: Any) -> list[Finding]:
     """Return what the chat template does to the rows, keys that nothing reads, and hints where a choice looks wrong."""
     return [
-        *(finding for name, report in data.reports.items() for finding in _about_template(name, report)),
+        *(
+            finding
+            for name, report in data.reports.items()
+            for finding in about_template(name, report.template_changes, report.template_change_places)
+        ),
         *(finding for name, report in data.reports.items() for finding in _about_keys(name, report)),
         *_about_marks(config, data),
         *_about_unused_template(config, tokenizer),
@@ -52,10 +56,15 @@ def advice(config: RunConfig, data: Data, tokenizer: Any) -> list[Finding]:
     ]
 
 
-def _about_template(name: str, report: SplitReport) -> Iterator[Finding]:
-    """Say which texts of messages the chat template leaves out, changes or trims."""
-    for change, count in report.template_changes.items():
-        where = f"{name}: in {_rows(count)} ({', '.join(report.template_change_places[change])})"
+def about_template(name: str, changes: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
+    """Say which texts of messages the chat template leaves out, changes or trims.
+
+    Args:
+        changes: how many rows of the set each change is in, see chat.Rendered.
+        places: of the first of these rows.
+    """
+    for change, count in changes.items():
+        where = f"{name}: in {_rows(count)} ({', '.join(places[change])})"
         part, _, what = change.rpartition(" ")
         if change == NOT_LEARNED:
             yield Finding(
