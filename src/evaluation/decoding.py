@@ -80,9 +80,9 @@ class Decoding:
         own = []
         for prompt, padding in zip(self.prompts, paddings, strict=True):
             alone = copy.copy(config)
-            alone.max_length = config.max_length - padding  # counted from the prompt's start, as the settings' lengths
+            alone.max_length = config.max_length - padding
             if config.min_new_tokens is not None:
-                alone.min_length = config.min_length - padding
+                alone.min_length = 0  # transformers made it of min_new_tokens and the padded prompt
             own.append(
                 model._get_logits_processor(
                     generation_config=alone,
