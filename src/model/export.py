@@ -22,7 +22,7 @@ from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full
 from src.model.adapters import Adapter, with_adapter
 from src.model.build import build_model, check_lengths, empty_model, load_architecture, load_weights
 from src.model.embeddings import fit_embeddings
-from src.model.merging import merge
+from src.model.merging import merge, probe_ids
 from src.tokens import num_token_ids
 
 CPU = torch.device("cpu")
@@ -72,8 +72,8 @@ def export(
                 (place / "README.md").write_text(adapter_card, encoding="utf-8")
                 tokenizer.save_pretrained(place)
                 generation = model.generation_config
-                named = tokenizer.convert_tokens_to_ids(config.tokens.additional_special_tokens)
-                merged, problem = merge(adapter, place, named)
+                probe = probe_ids(tokenizer, config.tokens.additional_special_tokens)
+                merged, problem = merge(adapter, place, probe)
                 if problem:
                     warnings.append(_kept(problem, place, adapter, config))
                     card = adapter_card

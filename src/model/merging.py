@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from src.errors import one_line
 from src.model.adapters import Adapter
-from src.model.embeddings import num_rows
 
 TOLERANCE = 1e-4
 """How far logits may move by the other order of sums in float32; of the largest one where that is above 1."""
@@ -23,12 +22,14 @@ ROUNDED = 2.0
 """How far they may be from those of float32 in the type that is written, as a multiple of what that type, or quantised
 weights, made of them in training."""
 
-PROBE_LENGTH = 32
+PROBE = (
+    "The bridge was closed on Monday, so we took the long way round: 12 miles more, and 30 minutes. Was it worth it?"
+)
 FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, MemoryError)
 """What merging raises where PEFT does not know how to, or memory is too small for it."""
 
 
-def merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str]:
+def merge(adapter: Adapter, folder: Path, probe: Sequence[int]) -> tuple[Any, str]:
     """Return a plain model with the adapter in its weights, and "", or None and what is wrong with it.
 
     The model that holds the adapter is used up. Weights that are quantised or of 16 bits are made float32 on the CPU
@@ -36,10 +37,10 @@ def merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str]
 
     Args:
         folder: where the adapter was saved.
-        ids: tokens to look at above all, such as new ones.
+        probe: the row on which the models are compared.
     """
     try:
-        return _merge(adapter, folder, ids)
+        return _merge(adapter, folder, probe)
     except FAILURES as error:
         return None, f"the adapter can't be merged: {one_line(error)}"
 
@@ -48,7 +49,8 @@ def merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str]
 def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str]:
     model = adapter.peft_model.get_base_model()
     model.eval()
-    probe = probe_ids(model, ids)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    probe = torch.tensor([ids[:positions]])
     as_trained = logits(model, probe)
     kept = [p for p in model.parameters() if p.dtype == torch.float32]
     whole, dtype = adapter.on_float32(folder)
@@ -67,8 +69,8 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
             parameter.data = parameter.data.to(dtype)
     for module, name, before in buffers:
         setattr(module, name, getattr(module, name).to(before))
-    limit = max(limit, ROUNDED * _distance(as_trained, exact))
-    if not (change := _distance(logits(merged, probe), exact)) <= limit:
+    limit = max(limit, ROUNDED * _usual_distance(as_trained, exact))
+    if not (change := _usual_distance(logits(merged, probe), exact)) <= limit:
         kind = str(dtype).removeprefix("torch.")
         return None, (
             f"the merged weights lose too much in {kind} (model.dtype): logits of {probe.numel()} tokens move by "
@@ -77,17 +79,27 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
     return merged, ""
 
 
+def _usual_distance(some: Tensor, others: Tensor) -> float:
+    """Return the root mean square, since what rounding does to the one logit that it moves most is chance."""
+    return (some - others).square().mean().sqrt().item()
+
+
 def _distance(some: Tensor, others: Tensor) -> float:
     return (some - others).abs().max().item()
 
 
-def probe_ids(model: Any, ids: Sequence[int]) -> Tensor:
-    """Return a short row, [1, length], that holds these tokens, and others from all over the vocabulary."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE_LENGTH
-    length = min(PROBE_LENGTH, positions)
-    first = list(dict.fromkeys(ids))[: length // 2]
-    rest = torch.linspace(0, num_rows(model) - 1, length - len(first)).long().tolist()
-    return torch.tensor([[*first, *rest]])
+def probe_ids(tokenizer: Any, named: Sequence[str]) -> list[int]:
+    """Return a short row of ordinary text, with the tokens that a configuration names in the middle of it.
+
+    Ordinary, because a model rounds tokens that make no sense together far more than text.
+    """
+    half = len(PROBE) // 2
+    parts = [
+        tokenizer(PROBE[:half])["input_ids"],
+        tokenizer.convert_tokens_to_ids(list(named)),
+        tokenizer(PROBE[half:], add_special_tokens=False)["input_ids"],
+    ]
+    return [token_id for part in parts for token_id in part]
 
 
 def logits(model: Any, probe: Tensor) -> Tensor:
