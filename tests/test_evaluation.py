@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from src.config.schema import Device, MixedPrecision, RuntimeConfig, greater_is_better
+from src.config.schema import Device, Metric, MixedPrecision, RuntimeConfig, greater_is_better
 from src.data.dataset import Data, build_data
 from src.errors import DataError, Interrupted, ModelError, NonFiniteLossError
 from src.evaluation.evaluate import Evaluator, open_evaluation
@@ -137,9 +137,9 @@ def test_samples_are_what_plain_generate_writes(runtime: Runtime) -> None:
     model = one.generator.model
     assert isinstance(model, AutoModelForCausalLM._model_mapping[type(model.config)])
     ids = torch.tensor([data.validation["validation"].prompt_ids(0)])
-    assert one.encoder.decode(ids[0].tolist()) == first.prompt
+    assert one.reader.encoder.decode(ids[0].tolist()) == first.prompt
     plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, pad_token_id=0)
-    assert one.encoder.decode(plain[0, ids.shape[1] :].tolist()) == first.text
+    assert one.reader.encoder.decode(plain[0, ids.shape[1] :].tolist()) == first.text
     assert (first.step, first.reference) == (7, data.validation["validation"].reference(0))
 
 
@@ -164,7 +164,7 @@ def test_tags_that_stand_in_the_data_are_thoughts_in_references_too(runtime: Run
     one, data = evaluator(runtime, "data.thought_pattern=null")
     rows = data.validation["validation"]
     assert "<ToW>" in rows.reference(0)
-    assert one.reference(rows, 0).isdigit()
+    assert one.reader.reference(rows, 0).isdigit()
 
 
 def test_what_can_not_be_generated_from_is_refused_before_training(runtime: Runtime, tmp_path: Path) -> None:
@@ -213,3 +213,8 @@ def test_what_depends_on_thoughts_is_refused_where_there_are_none(runtime: Runti
     with pytest.raises(DataError, match="its rows have no thoughts"):
         evaluator(runtime, *plain, *best)
     evaluator(runtime, *best)
+
+
+def test_summaries_are_scored_without_being_asked_for() -> None:
+    rouge = [Metric.rouge1, Metric.rouge2, Metric.rougeL]
+    assert admitted("data=dialogue_summary", "data.train_files=[data/dialogues/train.jsonl]").config.metrics == rouge
