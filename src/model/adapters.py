@@ -33,8 +33,10 @@ PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Don't show a user that PEFT 0.21 asks transformers 5.23 for something by its old name."""
+    """Don't show a user that PEFT 0.21 asks transformers 5.23 for something by its old name, and that adapters on tied
+    matrices don't merge: such merges are refused here."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* a tied layer is part of the adapter", UserWarning)
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
         yield
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from src.errors import one_line
 from src.model.adapters import Adapter
+from src.model.embeddings import tied_as_it_is
 
 TOLERANCE = 1e-4
 """How far logits may move by the other order of sums in float32; of the largest one where that is above 1."""
@@ -56,7 +57,8 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
     whole, dtype = adapter.on_float32(folder)
     buffers = _make_float32(whole.get_base_model())
     exact = logits(whole.get_base_model(), probe)
-    merged = whole.merge_and_unload()
+    with tied_as_it_is(whole.get_base_model()):
+        merged = whole.merge_and_unload()
     limit = TOLERANCE * max(1.0, exact.abs().max().item())
     if not (change := _distance(logits(merged, probe), exact)) <= limit:
         return None, (
