@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from src.config.schema import Device, Metric, MixedPrecision, RuntimeConfig, greater_is_better
+from src.data.answers import strip_thoughts
 from src.data.dataset import Data, build_data
 from src.errors import DataError, Interrupted, ModelError, NonFiniteLossError
 from src.evaluation.evaluate import Evaluator, open_evaluation
 from src.evaluation.generate import cut_at
-from src.evaluation.metrics import answer, exact_match, perplexity, strip_thoughts
+from src.evaluation.metrics import answer, exact_match, perplexity
 from src.evaluation.samples import sample
 from src.model.build import build_model, set_generation
 from src.model.embeddings import grow_embeddings

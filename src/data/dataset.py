@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -369,8 +370,8 @@ class _Builder:
         pattern = self.data.answer_pattern
         if pattern is None or Metric.exact_match not in self.config.metrics:
             return
-        search = re.compile(pattern, re.DOTALL).search
-        without = [rows.place(i) for i in range(len(rows)) if not search(rows.reference(i))]
+        search = re.compile(normalize("NFC", pattern), re.DOTALL).search  # as exact match compares
+        without = [rows.place(i) for i in range(len(rows)) if not search(normalize("NFC", rows.reference(i)))]
         if without:
             raise DataError(
                 f"{len(without)} row{'s' if len(without) > 1 else ''} of {rows.name} can't be used: no answer in them, "

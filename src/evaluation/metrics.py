@@ -97,14 +97,6 @@ def unscorable(metric: Metric, reference: str, answer_pattern: str | None = None
     return len(words(reference[:100])) <= needed and len(words(reference)) < needed
 
 
-def strip_thoughts(text: str, tags: tuple[str, str] | None) -> str:
-    """Leave out everything from each opening tag to its closing tag; a thought never closed goes to the end."""
-    if tags is None:
-        return text
-    opened, closed = map(re.escape, tags)
-    return re.sub(f"{opened}.*?(?:{closed}|\\Z)", "", text, flags=re.DOTALL)
-
-
 def answer(text: str, pattern: str | None) -> str | None:
     """Return what a text answers: all of it, or the last match of the pattern's first group; None without a match.
 
