@@ -79,12 +79,16 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return folders
 
 
+SMALL = ("debug=smoke", "data.limit=16", "optimizer.lr=1e-2")
+
+
 class Assembled:
     """A run as src.run puts it together, up to its first step."""
 
-    def __init__(self, runtime: Runtime, *overrides: str) -> None:
+    def __init__(self, runtime: Runtime, *overrides: str, config: RunConfig | None = None) -> None:
         self.runtime = runtime
-        self.config: RunConfig = admitted("debug=smoke", "data.limit=16", "optimizer.lr=1e-2", *overrides).config
+        asked = (*SMALL, *overrides)
+        self.config: RunConfig = admitted(*asked).config if config is None else config
         torch.manual_seed(0)
         self.tokenizer, self.new = load_tokenizer(self.config.model, self.config.tokens)
         self.data: Data = build_data(self.config, self.tokenizer)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from src import preflight
-from src.config.schema import Device, MixedPrecision, RuntimeConfig
+from src.config.schema import Device, LoraConfig, MixedPrecision, RunConfig, RuntimeConfig
 from src.errors import ExportError, ModelError
 from src.model import build
 from src.model.export import export, load_exported
@@ -25,7 +26,7 @@ from src.run import run
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
 from tests.conftest import admitted
-from tests.test_adapters import Assembled, chosen
+from tests.test_adapters import SMALL, Assembled, chosen
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 WAYS = {"lora": "adapter=lora", "dora": "adapter=dora", "qlora": "adapter=qlora"}
@@ -34,10 +35,9 @@ TARGETS = ["all-linear", "[lm_head]", "[embed_tokens]", "[lm_head,embed_tokens]"
 
 @pytest.fixture
 def runtime() -> Iterator[Runtime]:
-    with start_runtime(
-        RuntimeConfig(device=Device.cpu, deterministic=False), MixedPrecision.no, 42, StopRequest()
-    ) as r:
-        yield r
+    cpu = RuntimeConfig(device=Device.cpu, deterministic=False)
+    with start_runtime(cpu, MixedPrecision.no, 42, StopRequest()) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +72,20 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return folders
 
 
-def assembled(runtime: Runtime, base: str, *overrides: str) -> Assembled:
-    kind = "encoder_decoder" if "t5" in base else "causal_lm"
+@cache
+def composed(kind: str, *overrides: str) -> RunConfig:
     lengths = ["data.max_seq_length=128", "data.max_target_length=128"]
-    return Assembled(runtime, f"model={kind}", f"model.checkpoint={base}", *lengths, *overrides)
+    return admitted(*SMALL, f"model={kind}", "model.checkpoint=hub/id", *lengths, *overrides).config
+
+
+def assembled(runtime: Runtime, base: str, *overrides: str, targets: str = "all-linear") -> Assembled:
+    """Put a run together; configurations that differ in base and targets only are composed once."""
+    config = composed("encoder_decoder" if "t5" in base else "causal_lm", *overrides)
+    config = replace(config, model=replace(config.model, checkpoint=base))
+    if targets != "all-linear":
+        assert isinstance(config.adapter, LoraConfig)
+        config.adapter = replace(config.adapter, target_modules=targets.strip("[]").split(","))
+    return Assembled(runtime, config=config)
 
 
 def assert_merged_is_trained(run: Assembled, folder: Path, tolerance: float = 1e-4) -> None:
@@ -100,23 +110,23 @@ def test_merged_weights_are_what_was_trained_or_it_is_refused_before(
     targets: str,
     tokens: str,
 ) -> None:
-    asked = [WAYS[way], f"adapter.target_modules={targets}", f"tokens={tokens}", "export.merge=true"]
+    asked = [WAYS[way], f"tokens={tokens}", "export.merge=true"]
     if targets != "all-linear" and tie == "tied":
         monkeypatch.setattr(build, "load_weights", lambda *_, **__: pytest.fail("weights are read"))
         with pytest.raises(ModelError, match=r"has its matrix in common with .*, and export\.merge=true writes the"):
-            assembled(runtime, bases[tie], *asked)
+            assembled(runtime, bases[tie], *asked, targets=targets)
     elif targets != "all-linear" and tokens == "tow":
         with pytest.raises(ModelError, match="can't have an adapter where rows of new tokens are trained in it"):
-            assembled(runtime, bases[tie], *asked)
+            assembled(runtime, bases[tie], *asked, targets=targets)
     else:
-        assert_merged_is_trained(assembled(runtime, bases[tie], *asked), tmp_path)
+        assert_merged_is_trained(assembled(runtime, bases[tie], *asked, targets=targets), tmp_path)
 
 
 @pytest.mark.parametrize("targets", ["[lm_head]", "[embed_tokens]"])
 def test_an_adapter_on_a_tied_matrix_is_kept_apart(
     runtime: Runtime, bases: dict[str, str], tmp_path: Path, targets: str
 ) -> None:
-    run = assembled(runtime, bases["tied"], "adapter=lora", f"adapter.target_modules={targets}", "tokens=none")
+    run = assembled(runtime, bases["tied"], "adapter=lora", "tokens=none", targets=targets)
     run.train()
     run.export(tmp_path / "model")
     torch.testing.assert_close(run.logits(load_exported(tmp_path, run.config)), run.logits(), rtol=0, atol=1e-6)
@@ -217,7 +227,7 @@ def test_a_run_whose_merge_failed_says_so_and_is_finished(
     bases: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = admitted("debug=smoke", *chosen(bases["tied"], "adapter=lora", "export.merge=true"), "data.limit=8")
-    run(dataclasses.replace(asked, run_dir=tmp_path / "run"), StopRequest())
+    run(replace(asked, run_dir=tmp_path / "run"), StopRequest())
     assert "warning: export.merge: merging changes the model" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "FINISHED"
     card = (tmp_path / "run" / "model" / "README.md").read_text()
@@ -250,4 +260,4 @@ def test_a_tied_head_that_an_adapter_would_spoil_is_refused_without_merging_too(
     runtime: Runtime, bases: dict[str, str], settings: list[str], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        assembled(runtime, bases["tied"], "adapter=lora", "adapter.target_modules=[lm_head]", "tokens=none", *settings)
+        assembled(runtime, bases["tied"], "adapter=lora", "tokens=none", *settings, targets="[lm_head]")
