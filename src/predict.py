@@ -90,7 +90,7 @@ def open_generation(
     # imported here: torch takes seconds, and a folder that is in use or holds other predictions should be told at once
     from src.data.advice import about_template
     from src.data.dataset import build_prompts
-    from src.evaluation.generate import Generator, end_text
+    from src.evaluation.generate import EndText, Generator
     from src.evaluation.predictions import account, check_room
     from src.model.build import set_generation
     from src.model.export import exported, load_exported
@@ -113,7 +113,7 @@ def open_generation(
             for finding in about_template(name, *rows.count_lines("changes")):
                 console.warn(finding.text)
         stop.is_deferred = True  # from here on it is followed between two tokens
-        end = end_text(prompts.frame, prompts.encoder)
+        end = EndText.of(prompts.frame, prompts.encoder)
         yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, end), prompts
 
 

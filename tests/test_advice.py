@@ -73,6 +73,33 @@ def test_a_template_that_trims_is_reported(tmp_path: Path) -> None:
     assert the_one(said(data, tokenizer), "rows.jsonl:2", "trims white space of the assistant message") is Level.warning
 
 
+def test_white_space_is_compared_beside_the_templates_own(tmp_path: Path) -> None:
+    data = built(tmp_path, with_template(LLAMA_3), [chat("\n\nq?", "\n\nThe answer"), chat("q?", "an answer")])
+    assert data.reports["train"].template_changes == {"user trimmed": 1, "assistant trimmed": 1}
+    kept = [chat("a", "<think>\nIt lies there.\n</think>\n\nThe answer"), chat("\n a \n", "b")]
+    data = built(tmp_path, with_template(QWEN_3), kept)
+    assert data.reports["train"].template_changes == {}
+    thought: list[Any] = chat("a", "b")
+    thought[1]["reasoning_content"] = "It lies there.\n"
+    data = built(tmp_path, with_template(QWEN_3), [thought, chat("a", "\n\nThe answer")])
+    assert data.reports["train"].template_changes == {"thought trimmed": 1, "assistant trimmed": 1}
+
+
+def test_earlier_turns_without_an_end_are_counted(tmp_path: Path) -> None:
+    endless = CHATML.replace("<|im_end|>", "").replace("<|im_start|>", "\\n# ")
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = endless
+    data = built(tmp_path, tokenizer, [chat("a", "b", "c", "d"), chat("a", "b")])
+    assert data.reports["train"].template_changes == {"turn without end": 1}
+    assert the_one(said(data, tokenizer), "in 1 row (", "has no end that could be learned") is Level.warning
+
+
+def test_an_empty_prompt_is_not_missing(tmp_path: Path) -> None:
+    overrides = ["data=prompt_completion", "data.system_prompt=''"]
+    data = built(tmp_path, with_template(CHATML), [{"prompt": "", "completion": "b"}], *overrides)
+    assert data.reports["train"].template_changes == {}
+
+
 def test_a_text_that_happens_to_stand_elsewhere_is_still_missed(tmp_path: Path) -> None:
     """The words of a message that is left out may stand in the template's own text or in another message."""
     data = built(tmp_path, with_template(CUTS), [chat("user", "b", system="user"), chat("ab", "b", system="a")])

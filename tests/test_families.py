@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.config.schema import Device, Metric, MixedPrecision, RuntimeConfig
@@ -16,15 +17,15 @@ from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import DataError
 from src.evaluation.answers import AnswerReader
-from src.evaluation.generate import Generator, end_text
+from src.evaluation.generate import EndText, Generator
 from src.evaluation.metrics import scores
 from src.inspection.findings import judge_of, prove
 from src.model.build import set_generation
 from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest
 from tests.chat_templates import DEEPSEEK_R1, FAMILIES, LLAMA_3_NO_PROMPT, PHI_3
-from tests.kinds import byte_bpe
-from tests.test_chat import built, chat, configured, learned, with_template
+from tests.kinds import byte_bpe, sentencepiece
+from tests.test_chat import built, by_tokenizer, chat, configured, learned, with_template
 
 ANSWER, FIRST = "It is the Danube, of course.", "Well, I think it is the Nile."
 THOUGHT = "Vienna lies on it."
@@ -212,6 +213,90 @@ def test_a_thought_that_the_generation_prompt_closes_is_left_empty(tmp_path: Pat
     assert data.reports["train"].template_changes == {"thought missing": 1}
 
 
+@pytest.mark.parametrize("family", ["Llama 2", "Mistral", "Zephyr", "Vicuna", "Phi 3"])
+@pytest.mark.parametrize("kind", ["tokens take the space after them", "older SentencePiece"])
+def test_ids_of_several_turns_are_the_templates(tmp_path: Path, family: str, kind: str) -> None:
+    tokenizer = sentencepiece(legacy=True) if "older" in kind else byte_bpe()
+    template, added = FAMILIES[family]
+    rstrip = "take" in kind
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True, rstrip=rstrip) for token in added])
+    tokenizer.chat_template = template
+    chats = [chat("low lower", "answer", "a b c", "answer two", system="s x"), chat("a", "b", "c", "d", "e", "f")]
+    data = built(tmp_path, tokenizer, chats)
+    assert isinstance(data.train, EncodedSet)
+    for i, messages in enumerate(chats):
+        theirs = by_tokenizer(tokenizer, messages)
+        assert data.train[i].input_ids[: len(theirs)].tolist() == theirs
+        assert data.train.prompt_ids(i) == by_tokenizer(tokenizer, messages[:-1], add_generation_prompt=True)
+    proof = prove(data.train, judge_of(configured(), data))
+    assert (proof.unlike, proof.wrong_mask, proof.misjudged) == ([], [], [])
+
+
+def test_a_reference_is_the_whole_answer_where_it_holds_the_text_that_ends_turns(tmp_path: Path) -> None:
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = (
+        "{%- for m in messages -%}{{ '### ' + m.role + ': ' + m.content + '\n###\n' }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '### assistant: ' }}{%- endif -%}"
+    )
+    answer = "A title.\n### Heading\nand the rest of a long answer"
+    data = built(tmp_path, tokenizer, [chat("a", answer), chat("a", ANSWER)])
+    assert isinstance(data.train, EncodedSet)
+    assert data.frame.end_text == "\n###"
+    assert [data.train.reference(i) for i in range(2)] == [answer, ANSWER]
+    proof = prove(data.train, judge_of(configured(), data))
+    assert proof.misjudged == [(0, Metric.exact_match, "A title.", answer)]  # generation would stop there
+
+
+def test_a_sign_before_and_after_an_answer_ends_nothing(tmp_path: Path) -> None:
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = FAMILIES["Zephyr"][0].replace("m.content", "m.content | tojson")
+    data = built(tmp_path, tokenizer, [chat("a", "it is so here")])
+    found, references = marks(data)
+    assert references == ["it is so here"]
+    assert data.frame.end_text == ""
+    assert_full_marks(found)
+
+
+def test_marks_that_hold_header_and_newline_are_cut_to_the_turn(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("ChatML")
+    tokenizer.chat_template = (
+        "{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
+        "{%- generation -%}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{%- endgeneration -%}"
+        "{%- else -%}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+    )
+    data = built(tmp_path, tokenizer, [row(turns=2, system=True, thought="none")])
+    assert isinstance(data.train, EncodedSet)
+    assert learned(tokenizer, data.train) == [f"{FIRST}<|im_end|>", f"{ANSWER}<|im_end|>"]
+    proof = prove(data.train, judge_of(configured(), data))
+    assert (proof.num_with_end, proof.misjudged) == (1, [])
+
+
+def test_where_only_the_next_message_ends_a_turn_its_first_token_is_learned(tmp_path: Path) -> None:
+    """GLM 4 writes no end: the token that begins the user's message is what generation stops at."""
+    tokenizer = tokenizer_of("Phi 3")
+    tokenizer.chat_template = FAMILIES["Phi 3"][0].replace("<|end|>\\n", "").replace("{{ eos_token }}", "{{ '' }}")
+    data = built(tmp_path, tokenizer, [row(turns=2, system=False, thought="none")])
+    assert isinstance(data.train, EncodedSet)
+    assert learned(tokenizer, data.train) == [f"{FIRST}<|user|>", f"{ANSWER}</s>"]
+    assert data.stop_ids == tokenizer.convert_tokens_to_ids(["</s>", "<|user|>"])
+    assert data.reports["train"].template_changes == {}
+
+
+def test_a_thoughts_close_that_nobody_knows_is_not_invented(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("ChatML")
+    tokenizer.chat_template = FAMILIES["ChatML"][0].replace("assistant\\n' }}", "assistant\\n<|begin_thought|>' }}")
+    with pytest.raises(DataError, match="generation prompt is not how the assistant's turn begins"):
+        built(tmp_path, tokenizer, [row(turns=1, system=False, thought="none")])
+
+
+def test_a_chat_whose_only_turn_to_learn_is_written_otherwise_is_refused(tmp_path: Path) -> None:
+    messages = row(turns=2, system=False, thought="none")["messages"]
+    messages[-1]["weight"] = 0
+    with pytest.raises(DataError, match="there is no other to learn; give the last turn no weight of 0"):
+        built(tmp_path, tokenizer_of("Qwen 3"), [messages])
+
+
 def test_generation_stops_after_a_text_that_ends_turns(tmp_path: Path) -> None:
     """On a model without layers whose every token has one successor: it would write on for ever."""
     tokenizer = byte_bpe()
@@ -237,7 +322,7 @@ def test_generation_stops_after_a_text_that_ends_turns(tmp_path: Path) -> None:
         alone = Generator(model, runtime, 2, []).generate([prompt], seed=1)[0]
         assert data.encoder.decode(alone.ids).startswith("Wok<#>\nWok<#>")
         assert alone.stop_reason == "length"
-        end = end_text(data.frame, data.encoder)
+        end = EndText.of(data.frame, data.encoder)
         for found in Generator(model, runtime, 2, [], end).generate([prompt, [*prompt[:2], *prompt]], seed=1):
             assert data.encoder.decode(found.ids) == "Wok<#>"
             assert found.stop_reason == "eos"

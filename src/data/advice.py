@@ -10,7 +10,8 @@ from itertools import islice
 from typing import Any
 
 from src.config.schema import RunConfig
-from src.data.chat import CHANGED, MISSING, NOT_LEARNED, TRIMMED
+from src.data.chat import ENDLESS, NOT_LEARNED
+from src.data.chat_signs import CHANGED, MISSING, TRIMMED
 from src.data.dataset import Data, first_block, is_chat
 from src.data.encoding import Encoder
 from src.data.report import SplitReport
@@ -71,6 +72,12 @@ def about_template(name: str, changes: Mapping[str, int], places: Mapping[str, S
                 Level.warning,
                 f"{where} an earlier turn is not learned: the chat template writes it otherwise than generation would; "
                 "data.supervised_turns=last says so, or mark what is learned with {% generation %} in the template",
+            )
+        elif change == ENDLESS:
+            yield Finding(
+                Level.warning,
+                f"{where} an earlier turn has no end that could be learned: the chat template writes none there; "
+                "data.supervised_turns=last learns the last turn, with EOS",
             )
         elif what == TRIMMED:
             text = f"{where} the chat template trims white space of the {_message(part)}; trim the rows alike"

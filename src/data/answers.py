@@ -33,23 +33,42 @@ class AnswerFrame:
     thought_close: str = ""
     opens_thought: bool = False
 
-    def answer(self, turn: str) -> str:
-        """Return the answer of an assistant's turn, given without its end; '' where a thought is never closed."""
-        begun = turn.lstrip()
-        if self.thought_close and (self.opens_thought or (self.thought_open and begun.startswith(self.thought_open))):
-            _, close, answer = turn.partition(self.thought_close)
-            if not close:
-                return ""
-            turn = answer.lstrip()
-        elif self.before and turn.startswith(self.before):
-            turn = turn[len(self.before) :]
-        elif self.before.strip() and begun.startswith(self.before.strip()):
-            turn = begun[len(self.before.strip()) :].lstrip()
-        if self.end_text:
-            return turn.partition(self.end_text)[0].removesuffix(self.after.partition(self.end_text)[0])
-        return turn.removesuffix(self.after)
-
     @property
     def end_text(self) -> str:
-        """What ends a turn where it is ordinary text for the tokenizer, '' where nothing or a token does."""
-        return self.after.strip()
+        """The text that ends a turn where the template writes one that is no token, such as '<|end|>'; or ''.
+
+        One sign, or what stands before an answer too, such as a quotation mark, would end answers too early.
+        """
+        mark = self.after.strip()
+        return self.after.rstrip() if len(mark) > 1 and mark not in self.before else ""
+
+    def answer(self, turn: str) -> str:
+        """Return the answer of an assistant's turn, given without the token that ends it.
+
+        Taken off are a thought, or else what stands before an answer without one, then the text that ends the turn
+        with all that follows it, or else what stands after an answer.
+        """
+        said = self._begun(turn)
+        return said.partition(self.end_text)[0] if self.end_text else said.removesuffix(self.after)
+
+    def is_over(self, turn: str) -> bool:
+        """Return whether a turn has come to the text that ends it."""
+        return bool(self.end_text) and self.end_text in self._begun(turn)
+
+    def without_thought(self, answer: str) -> str:
+        """Return an answer without the template's own form of a thought, where it begins with one."""
+        is_thought = bool(self.thought_open) and answer.lstrip().startswith(self.thought_open)
+        return self._after_thought(answer) if is_thought else answer
+
+    def _begun(self, turn: str) -> str:
+        """Return a turn from where its answer begins; '' where a thought is never closed."""
+        begun = turn.lstrip()
+        if self.thought_close and (self.opens_thought or (self.thought_open and begun.startswith(self.thought_open))):
+            return self._after_thought(turn)
+        if turn.startswith(self.before):
+            return turn[len(self.before) :]
+        before = self.before.strip()
+        return begun[len(before) :].lstrip() if before and begun.startswith(before) else turn
+
+    def _after_thought(self, turn: str) -> str:
+        return turn.partition(self.thought_close)[2].lstrip() if self.thought_close else turn

@@ -4,7 +4,7 @@ Learned is what the assistant says and the token that ends its turn. A template 
 taken at its word. In any other the turn begins where the generation prompt ends, because that is what generation is
 fed, and ends with the first added token after the message's own text.
 
-The texts of messages are found again in the rendered text by signs around them, never by searching for their words.
+The texts of messages are found again in the rendered text by signs around them, see chat_signs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,30 @@ from jinja2 import TemplateError
 
 from src.config.schema import SupervisedTurns
 from src.data.answers import AnswerFrame
+from src.data.chat_signs import (
+    CHANGED,
+    LEARNED_FROM,
+    LEARNED_TO,
+    LITERAL_FROM,
+    LITERAL_TO,
+    MISSING,
+    SIGNS,
+    TRIMMED,
+    Messages,
+    Part,
+    locate,
+    read_signs,
+    squeezed,
+)
 from src.data.formats import BadRow
 from src.data.formats.messages import THOUGHT, THOUGHT_KEYS
 from src.data.pieces import Piece, any_of
 from src.errors import TokenError, one_line
+
+REWRITTEN = (
+    "the chat template writes an earlier turn otherwise once more turns follow, so it can't be learned as generation "
+    "would write it"
+)
 
 FALLBACK_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -34,13 +54,8 @@ FALLBACK_TEMPLATE = (
 )
 """For tokenizers without a template of their own; the exported tokenizer has it too."""
 
-# characters of a private use area stand for what must be found again in rendered text
-LEARNED_FROM, LEARNED_TO, LITERAL_FROM, LITERAL_TO = "\uf8d0", "\uf8d1", "\uf8d2", "\uf8d3"
-TEXT_FROM, TEXT_TO, NUMBER_END = "\uf8d4", "\uf8d5", "\uf8d6"
-SIGNS = (LEARNED_FROM, LEARNED_TO, LITERAL_FROM, LITERAL_TO, TEXT_FROM, TEXT_TO, NUMBER_END)
 MARKER = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 LITERAL = re.compile(f"{LITERAL_FROM}(\\d+){LITERAL_TO}")
-SIGN = re.compile(f"({LEARNED_FROM}|{LEARNED_TO})|({TEXT_FROM}|{TEXT_TO})(\\d+){NUMBER_END}")
 
 NAMES_THOUGHT = r"(?=[^\s<>\[\]/]*(?i:think|thought|reason))"
 OPENED_THOUGHT = re.compile(
@@ -51,17 +66,16 @@ EMPTY_THOUGHT = re.compile(r"(<(?P<name>[^\s<>/]+)>)\s*(</(?P=name)>)\s*")
 """A thought without words, which some generation prompts end with, and some templates write before every answer."""
 PROMPTED_THOUGHT = re.compile(rf"(?:{EMPTY_THOUGHT.pattern}|{OPENED_THOUGHT.pattern})\Z")
 
-TRIMMED, CHANGED, MISSING = "trimmed", "changed", "missing"
-NOT_LEARNED = "turn not learned"
-"""What can become of a text of a message, and of a turn: see Rendered.changes."""
+NOT_LEARNED, ENDLESS = "turn not learned", "turn without end"
+"""What can be wrong with a turn, see Rendered.changes."""
 
 
 class Turn(NamedTuple):
-    """A turn that is learned: [start, stop) of the rendered chat, which `text` takes the place of.
+    """A turn that is learned, of the message with this number.
 
-    `message` is the number of its message. `opened` is written before it and not learned: the end of a generation
-    prompt that the template leaves out once the turn is written. `answer` is `text` up to `end`, the token that ends
-    the turn ('' where there is none).
+    `text` takes the place of [start, stop) of the rendered chat, which it mostly is. `answer` is `text` up to `end`,
+    the token that ends the turn ('' where there is none). `opened` is written before it and not learned: the end of a
+    generation prompt that the template leaves out once the turn is written; `text` continues it then.
     """
 
     message: int
@@ -73,27 +87,18 @@ class Turn(NamedTuple):
     opened: str = ""
 
 
-class Part(NamedTuple):
-    """A text of a message: its content or its thought. [begin, end) is where it is in the rendered chat."""
-
-    message: int
-    name: str
-    text: str
-    begin: int | None
-    end: int | None
-
-
 class Rendered(NamedTuple):
     """A chat as its template writes it.
 
-    `answer` is the last learned turn without the token that ends it, '' where none is learned; `has_end` says that
-    it has such a token. `changes` names what the template does to the texts of the messages: "system missing",
-    "assistant trimmed", "thought changed", "earlier thought missing" (of a turn that is not learned), …, or "turn not
-    learned".
+    `answer` is what the last learned turn says: the message's own text as it is written, or, where `is_framed`, the
+    turn up to the token that ends it; '' where none is learned. `has_end` says that it has such a token. `changes`
+    names what the template does to the texts of the messages: "system missing", "assistant trimmed", "thought changed",
+    "earlier thought missing" (of a turn that is not learned), …, or to turns: "turn not learned", "turn without end".
     """
 
     pieces: list[Piece]
     answer: str
+    is_framed: bool
     has_end: bool
     changes: tuple[str, ...]
 
@@ -115,7 +120,7 @@ def give_chat_template(tokenizer: Any) -> None:
             return
 
 
-def _probes(*turns: str, **thought: str) -> Iterator[list[dict[str, str]]]:
+def _probes(*turns: str, **thought: str) -> Iterator[Messages]:
     """Yield a short chat without and with a system message, for templates that refuse one of them."""
     answers = [{"role": "assistant", "content": text} | thought for text in turns or ("b",)]
     chat = [message for answer in answers for message in ({"role": "user", "content": "a"}, answer)]
@@ -169,12 +174,22 @@ class ChatTemplate:
                 pieces += _pieces(text, is_learned, literals)
             done = turn.stop
         pieces += _pieces(whole[done:], False, literals)
+        answer, is_framed = _answer(found[-1], whole, parts) if found else ("", False)
         return Rendered(
             pieces or [Piece("", is_learned=False, is_rendered=True)],
-            answer=_with_literals(found[-1].answer, literals) if found else "",
+            answer=_with_literals(answer, literals),
+            is_framed=is_framed,
             has_end=bool(found and found[-1].end),
-            changes=tuple(dict.fromkeys([*_changes(whole, parts, found), *_missed(wanted, found)])),
+            changes=tuple(dict.fromkeys([*_changes(whole, parts, found), *self._missed(wanted, found)])),
         )
+
+    def _missed(self, wanted: Sequence[bool], turns: Sequence[Turn]) -> Iterator[str]:
+        """Name what is wrong with turns that should be learned."""
+        if len(turns) < sum(wanted):
+            yield NOT_LEARNED
+        end = self.frame.end_text
+        if any(not turn.end and not (end and end in turn.text) for turn in turns[:-1]):
+            yield ENDLESS
 
     def _remedy(self, messages: Sequence[dict[str, str]]) -> str:
         """Say what to do about a chat that the template refuses, where that is known."""
@@ -186,73 +201,85 @@ class ChatTemplate:
             return ""
         return " (it takes this chat without the system message: leave it out, or write it into the user's first one)"
 
-    def _turns(self, messages: list[dict[str, str]], wanted: list[bool]) -> tuple[str, list[Part], list[Turn]]:
+    def _turns(self, messages: Messages, wanted: Sequence[bool]) -> tuple[str, list[Part], list[Turn]]:
         """Return a rendered chat, the texts of its messages, and the turns of it that are learned."""
         whole, regions = self._plain(messages)
-        parts = self._located(messages, whole)
-        find = self._marked if self._marks_learned else self._by_prefix
-        return whole, parts, find(messages, wanted, whole, parts, regions)
+        parts = locate(messages, whole, self._apply)
+        contents = [part for part in parts if part.name == "assistant"]
+        if self._marks_learned:
+            return whole, parts, list(self._marked(messages, wanted, whole, contents, regions))
+        turns = []
+        for content, is_wanted in zip(contents, wanted, strict=True):
+            if is_wanted and (turn := self._by_prefix(messages, whole, content)) is not None:
+                turns.append(turn)
+            elif is_wanted and not all(self._stands(p, whole) for p in parts if p.message == content.message):
+                raise TokenError(f"{REWRITTEN}; learn the last turn only: data.supervised_turns=last")
+        if any(wanted) and not turns:
+            raise TokenError(f"{REWRITTEN}, and there is no other to learn; give the last turn no weight of 0")
+        return whole, parts, turns
 
     def _marked(
         self,
-        messages: list[dict[str, str]],
-        wanted: list[bool],
+        messages: Messages,
+        wanted: Sequence[bool],
         whole: str,
-        parts: list[Part],
-        regions: list[tuple[int, int]],
-    ) -> list[Turn]:
-        """Take turns as the template marks them."""
+        contents: Sequence[Part],
+        regions: Sequence[tuple[int, int]],
+    ) -> Iterator[Turn]:
+        """Take turns as the template marks them, but for what the generation prompt writes and what follows their end.
+
+        Args:
+            regions: [start, stop) of what it marks.
+        """
         if len(regions) != len(wanted):
             raise TokenError(
                 f"the chat template marks {len(regions)} turns with {{% generation %}}, the assistant has {len(wanted)}"
             )
-        contents = [part for part in parts if part.name == "assistant"]
-        turns = []
         for (start, stop), content, is_wanted in zip(regions, contents, wanted, strict=True):
-            if is_wanted:
-                said_until = content.end if content.end is not None and start <= content.end <= stop else None
-                answer, end = self._until_end(whole[start:stop], None if said_until is None else said_until - start)
-                turns.append(Turn(content.message, start, stop, whole[start:stop], answer, end))
-        return turns
-
-    def _by_prefix(
-        self,
-        messages: list[dict[str, str]],
-        wanted: list[bool],
-        whole: str,
-        parts: list[Part],
-        _: list[tuple[int, int]],
-    ) -> list[Turn]:
-        """Take turns from where the generation prompt ends to the token that ends them."""
-        turns = []
-        contents = [part for part in parts if part.name == "assistant"]
-        for content, is_wanted in zip(contents, wanted, strict=True):
             if not is_wanted:
                 continue
-            i, is_last = content.message, content.message == len(messages) - 1
-            prompt, _regions = self._plain(messages[:i], add_generation_prompt=True)
-            alone = whole if is_last else self._plain(messages[: i + 1])[0]
-            start = len(prompt) if alone.startswith(prompt) else _before_thought(prompt)
-            if not alone.startswith(prompt[:start]):
-                raise TokenError(_prompt_is_another(prompt, alone))
-            only_prompted = prompt[start:]
-            if is_last and only_prompted:
-                turns.append(self._prompted_turn(messages[i], whole, start, only_prompted, content))
-                continue
-            turn = None if only_prompted else self._turn(i, alone, whole, start, content.end)
-            if turn is not None:
-                turns.append(turn)
-            elif not all(self._stands(part, whole) for part in parts if part.message == i):
-                raise TokenError(
-                    "the chat template writes an earlier turn otherwise once more turns follow, so it can't be learned "
-                    "as generation would write it; learn the last turn only: data.supervised_turns=last"
-                )
-        return turns
+            prompt, _ = self._plain(messages[: content.message], add_generation_prompt=True)
+            if start < len(prompt) <= stop and whole.startswith(prompt):
+                start = len(prompt)
+            said_until = content.end if content.end is not None and start <= content.end <= stop else None
+            answer, end = self._until_end(whole[start:stop], None if said_until is None else said_until - start)
+            yield Turn(content.message, start, start + len(answer + end), answer + end, answer, end)
+
+    def _by_prefix(self, messages: Messages, whole: str, content: Part) -> Turn | None:
+        """Take a turn from where the generation prompt ends to the token that ends it.
+
+        None where the whole chat has it otherwise than a chat that ends with it.
+        """
+        i, is_last = content.message, content.message == len(messages) - 1
+        prompt, _ = self._plain(messages[:i], add_generation_prompt=True)
+        alone = whole if is_last else self._plain(messages[: i + 1])[0]
+        start = len(prompt) if alone.startswith(prompt) else self._before_thought(prompt)
+        if not alone.startswith(prompt[:start]):
+            raise TokenError(_prompt_is_another(prompt, alone))
+        only_prompted = prompt[start:]
+        if not only_prompted:
+            return self._turn(i, alone, whole, start, content.end)
+        return self._prompted_turn(messages[i], whole, start, only_prompted, content) if is_last else None
+
+    def _before_thought(self, prompt: str) -> int:
+        """Return where the thought begins, opened or empty, that a generation prompt ends with; its length without one.
+
+        What closes an opened thought must be known to the template or the tokenizer.
+        """
+        found = PROMPTED_THOUGHT.search(prompt)
+        if found is None:
+            return len(prompt)
+        opened = OPENED_THOUGHT.fullmatch(found.group())
+        if opened is not None:
+            close = _thought_tags(opened)[1]
+            if close not in self._template and not self._added_token.fullmatch(close):
+                return len(prompt)
+        return found.start()
 
     def _stands(self, part: Part, whole: str) -> bool:
         """Return whether a text that the template has a place for is in the rendered chat."""
         has_place = part.name != "thought" or bool(self._thought_key or self.frame.thought_close)
-        return not has_place or _stands(part, whole)
+        return not has_place or part.stands_in(whole)
 
     def _turn(self, message: int, alone: str, whole: str, start: int, said_until: int | None) -> Turn | None:
         """Return the turn that ends `alone`, a chat up to it; None where `whole`, the whole chat, has it otherwise."""
@@ -268,6 +295,10 @@ class ChatTemplate:
             answer = text = text.rstrip()
         stop = start + len(text)
         if whole[:stop] == alone[:stop]:
+            if not end and alone is not whole and (follows := self._added_token.match(whole, stop)):
+                # nothing but the beginning of the next message ends this turn (GLM 4), so it must end generation
+                end = follows.group()
+                text, stop = text + end, stop + len(end)
             return Turn(message, start, stop, text, answer, end)
         stop = start + len(answer)  # a token that ends only the chat, after a text that ends each turn
         ends_in_words = said_until is not None and bool(alone[said_until:stop].strip())
@@ -308,7 +339,7 @@ class ChatTemplate:
         at, end = max(ends, default=(len(turn), ""))
         return turn[:at], end
 
-    def _probed(self, chat: list[dict[str, str]]) -> list[tuple[Turn, list[Part]]]:
+    def _probed(self, chat: Messages) -> list[tuple[Turn, list[Part]]]:
         """Return the turns of a probe with the texts of its messages; none where the template refuses it."""
         wanted = [True for message in chat if message["role"] == "assistant"]
         try:
@@ -326,10 +357,9 @@ class ChatTemplate:
         begin, end = parts[-1].begin, parts[-1].end
         if turn.opened:
             opened = OPENED_THOUGHT.fullmatch(turn.opened)
+            close = _thought_tags(opened)[1] if opened else ""
             after = turn.answer[turn.answer.rfind("b") + 1 :]
-            return AnswerFrame(
-                after=after, thought_close=_thought_tags(opened)[1] if opened else "", opens_thought=True
-            )
+            return AnswerFrame(after=after, thought_close=close, opens_thought=bool(close))
         if begin is None or end is None or not turn.start <= begin <= end <= turn.start + len(turn.answer):
             return AnswerFrame()
         before, after = turn.answer[: begin - turn.start], turn.answer[end - turn.start :]
@@ -351,35 +381,12 @@ class ChatTemplate:
         opening, close = (str(empty[1]), str(empty[3])) if empty else ("", "")
         return AnswerFrame(before, after, opening, close)
 
-    def _plain(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def _plain(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """Return a rendered chat, and [start, stop) of what the template marks as learned."""
-        text, marks, _ = _read_signs(self._apply(messages, add_generation_prompt=add_generation_prompt))
+        text, marks, _ = read_signs(self._apply(messages, add_generation_prompt=add_generation_prompt))
         return text, marks
 
-    def _located(self, messages: list[dict[str, str]], whole: str) -> list[Part]:
-        """Find the texts of messages in the rendered chat: content after content, each followed by its thought."""
-        given = []
-        for i, message in enumerate(messages):
-            given.append((i, message["role"], "content", message["content"]))
-            if THOUGHT in message:
-                given.append((i, "thought", THOUGHT, message[THOUGHT]))
-        signed = [dict(message) for message in messages]
-        for number, (i, _, key, text) in enumerate(given):
-            signed[i][key] = _between_signs(text, number)
-        try:
-            text, _, places = _read_signs(self._apply(signed))
-        except BadRow:  # a template that looks at how a text begins
-            text, places = "", {}
-        if text != whole:
-            return list(_searched(given, whole))
-        return [
-            Part(i, name, given_text, *places.get(number, (None, None)))
-            for number, (i, name, _, given_text) in enumerate(given)
-        ]
-
-    def _apply(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    def _apply(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         if any(THOUGHT in message for message in messages):
             messages = [self._with_thought(message) for message in messages]
         return _rendered(self._tokenizer, self._template, messages, add_generation_prompt=add_generation_prompt)
@@ -402,10 +409,12 @@ class ChatTemplate:
         return message | {k: self._literal.sub(sign, message[k]) for k in ("content", THOUGHT) if k in message}
 
 
-def _before_thought(prompt: str) -> int:
-    """Return where the thought begins, opened or empty, that a generation prompt ends with; its length without one."""
-    found = PROMPTED_THOUGHT.search(prompt)
-    return len(prompt) if found is None else found.start()
+def _answer(turn: Turn, whole: str, parts: Sequence[Part]) -> tuple[str, bool]:
+    """Return what a turn says, and whether that is the turn rather than the message's own text."""
+    content = next(part for part in parts if (part.message, part.name) == (turn.message, "assistant"))
+    if turn.opened or content.begin is None or content.end is None or content.begin < turn.start:
+        return turn.answer, True
+    return whole[content.begin : content.end], False
 
 
 def _thought_tags(opened: re.Match[str]) -> tuple[str, str]:
@@ -415,87 +424,21 @@ def _thought_tags(opened: re.Match[str]) -> tuple[str, str]:
     return f"[{opened['square']}]", f"[/{opened['square']}]"
 
 
-def _between_signs(text: str, number: int) -> str:
-    """Put signs around a text, inside the white space at its ends, which a template may trim."""
-    core = text.strip()
-    if not core:
-        return text
-    start = text.index(core)
-    begin, end = f"{TEXT_FROM}{number}{NUMBER_END}", f"{TEXT_TO}{number}{NUMBER_END}"
-    return text[:start] + begin + core + end + text[start + len(core) :]
-
-
-def _read_signs(text: str) -> tuple[str, list[tuple[int, int]], dict[int, tuple[int | None, int | None]]]:
-    """Return a text without signs, [start, stop) of what is marked as learned, and of each text by its number."""
-    parts: list[str] = []
-    learned: list[int] = []
-    begins: dict[int, int] = {}
-    ends: dict[int, int] = {}
-    done = length = 0
-    for match in SIGN.finditer(text):
-        parts.append(text[done : match.start()])
-        length += match.start() - done
-        done = match.end()
-        if match.group(1):
-            learned.append(length)
-        else:
-            (begins if match.group(2) == TEXT_FROM else ends).setdefault(int(match.group(3)), length)
-    parts.append(text[done:])
-    numbers = begins.keys() | ends.keys()
-    places = {number: (begins.get(number), ends.get(number)) for number in numbers}
-    return "".join(parts), list(zip(learned[::2], learned[1::2], strict=False)), places
-
-
-def _searched(given: Sequence[tuple[int, str, str, str]], whole: str) -> Iterator[Part]:
-    """Find texts by their words, each after the one before: for a template that changes with the signs."""
-    done = 0
-    for i, name, _, text in given:
-        core = text.strip()
-        at = whole.find(core, done)
-        if at >= 0:
-            done = at + len(core)
-        yield Part(i, name, text, at if at >= 0 else None, done if at >= 0 else None)
-
-
-def _stands(part: Part, whole: str) -> bool:
-    """Return whether a text of a message is in the rendered chat, but for white space."""
-    core = part.text.strip()
-    if part.begin is not None and part.end is not None:
-        return whole[part.begin : part.end] == core
-    if part.end is not None:  # the template took the text apart, and may have put it together again
-        return _squeezed(whole[: part.end]).endswith(_squeezed(core))
-    return part.begin is not None and _squeezed(whole[part.begin :]).startswith(_squeezed(core))
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
 def _changes(whole: str, parts: Sequence[Part], turns: Sequence[Turn]) -> Iterator[str]:
     """Name what became of the texts of messages that are not in the rendered chat as they were given."""
     prompted = turns[-1] if turns and turns[-1].opened else None
     learned = {turn.message for turn in turns}
     for part in parts:
-        if part.name in ("assistant", "thought") and part.message not in learned:
-            part = part._replace(name=f"earlier {part.name}")
-        if prompted is not None and part.message == parts[-1].message:
-            if _squeezed(part.text) not in _squeezed(prompted.opened + prompted.text):
-                yield f"{part.name} {CHANGED if part.end is not None else MISSING}"
-        elif not _stands(part, whole):
-            is_there = part.begin is not None or part.end is not None
-            yield f"{part.name} {CHANGED if is_there else MISSING}"
-        elif part.begin is None or part.end is None:
-            yield f"{part.name} {TRIMMED}"
-        else:
-            before = part.text[: len(part.text) - len(part.text.lstrip())]
-            after = part.text[len(part.text.rstrip()) :]
-            if not (whole[: part.begin].endswith(before) and whole[part.end :].startswith(after)):
-                yield f"{part.name} {TRIMMED}"
-
-
-def _missed(wanted: Sequence[bool], turns: Sequence[Turn]) -> Iterator[str]:
-    if len(turns) < sum(wanted):
-        yield NOT_LEARNED
+        change = part.change_in(whole)
+        if prompted is not None and part.message == prompted.message:
+            written = prompted.opened + prompted.text
+            if squeezed(part.core) in squeezed(written):
+                change = None if part.text in written else TRIMMED
+            else:
+                change = MISSING if part.end is None else CHANGED
+        if change is not None:
+            is_earlier = part.name in ("assistant", "thought") and part.message not in learned
+            yield f"{'earlier ' if is_earlier else ''}{part.name} {change}"
 
 
 def _prompt_is_another(prompt: str, alone: str) -> str:
@@ -508,9 +451,7 @@ def _prompt_is_another(prompt: str, alone: str) -> str:
     )
 
 
-def _rendered(
-    tokenizer: Any, template: str, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
-) -> str:
+def _rendered(tokenizer: Any, template: str, messages: Messages, *, add_generation_prompt: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt

@@ -129,11 +129,11 @@ class Encoder:
     def encode(self, examples: Sequence[Example], lengths: Lengths) -> list[EncodedRow | None]:
         """Encode rows; None where one is too long and `overflow` does not cut it."""
         is_causal = lengths.target is None
-        kinds = [_kinds(example, restarts=not is_causal, seams_differ=self._adds_space) for example in examples]
+        kinds = [self._kinds(example, restarts=not is_causal) for example in examples]
         texts: dict[Kind, list[str]] = {kind: [] for of_pieces in kinds for kind in of_pieces}
         for example, of_pieces in zip(examples, kinds, strict=True):
-            for piece, kind in zip(example.pieces, of_pieces, strict=True):
-                texts[kind].append(piece.text)
+            for text, kind in zip(self._texts(example), of_pieces, strict=True):
+                texts[kind].append(text)
         encoded = {kind: self._encode(some, kind) for kind, some in texts.items()}
         join = self._causal_row if is_causal else self._encoder_decoder_row
         rows = []
@@ -145,6 +145,49 @@ class Encoder:
                 num_control += found
             rows.append(join(example, ids, num_control, lengths))
         return rows
+
+    def _kinds(self, example: Example, *, restarts: bool) -> Sequence[Kind]:
+        """Return how each piece is encoded.
+
+        Args:
+            restarts: the last turn begins a text of its own, a decoder's.
+        """
+        if not self._adds_space:
+            return [ALIKE[piece.is_rendered] for piece in example.pieces]
+        beginning = last_turn(example.pieces)[0] if restarts else 0
+        kinds, continues = [], False
+        for i, piece in enumerate(example.pieces):
+            continues = continues and i != beginning
+            kinds.append(Kind(piece.is_rendered, continues))
+            if piece.text:
+                continues = not (piece.is_rendered and piece.text.endswith(self._before_space))
+        return kinds
+
+    def _texts(self, example: Example) -> Iterator[str]:
+        """Yield what is encoded of each piece: of a template's text without the white space that a token took."""
+        before = ""
+        for piece in example.pieces:
+            text = piece.text
+            if piece.is_rendered and before.endswith(self._take_space):
+                text = text.lstrip()
+            yield text
+            before = (piece.text or before) if piece.is_rendered else ""
+
+    @cached_property
+    def _take_space(self) -> tuple[str, ...]:
+        """The added tokens that take the white space after them, as Phi-3's do."""
+        tokens = self._tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in tokens if token.rstrip)
+
+    @cached_property
+    def _before_space(self) -> tuple[str, ...]:
+        """The added tokens behind which the tokenizer writes a dummy space: all of them with an older SentencePiece."""
+        added = tuple(self._tokenizer.get_added_vocab())
+        if not added:
+            return ()
+        backend = self._backend(Kind(is_rendered=True, continues=False))
+        after, alone = (backend.encode(text, add_special_tokens=False).ids for text in (added[0] + PROBE, PROBE))
+        return added if after[1:] == alone else ()
 
     def _encode(self, texts: Sequence[str], kind: Kind) -> Iterator[tuple[list[int], int]]:
         """Give each text's ids, and how many control tokens stood in it and were made text."""
@@ -300,24 +343,6 @@ class Encoder:
         """Give the texts of many rows' ids as `decode` does (or `decode_all`), on all cores."""
         kept = rows if with_control else [[i for i in ids if i not in self._control_ids] for ids in rows]
         return self._tokenizer.backend_tokenizer.decode_batch(list(kept), skip_special_tokens=False)
-
-
-def _kinds(example: Example, *, restarts: bool, seams_differ: bool) -> Sequence[Kind]:
-    """Say of each piece how it is encoded.
-
-    Args:
-        restarts: the last turn begins a text of its own, a decoder's.
-        seams_differ: the tokenizer writes a text that goes on behind another otherwise than one that begins.
-    """
-    if not seams_differ:
-        return tuple([ALIKE[piece.is_rendered] for piece in example.pieces])
-    beginning = last_turn(example.pieces)[0] if restarts else 0
-    kinds, continues = [], False
-    for i, piece in enumerate(example.pieces):
-        continues = continues and i != beginning
-        kinds.append(Kind(piece.is_rendered, continues))
-        continues = continues or bool(piece.text)
-    return kinds
 
 
 def _find(ids: list[int], wanted: int, start: int, stop: int) -> int:

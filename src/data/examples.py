@@ -168,11 +168,12 @@ class Examples:
         assert self._template is not None
         chat = self._template.render(messages, learned, self._data.supervised_turns)
         first, stop = last_turn(chat.pieces)
+        frame, answer = self._template.frame, strip_thoughts(chat.answer, self._thoughts.tags)
         return Example(
             tuple(chat.pieces),
             prompt="".join(piece.text for piece in chat.pieces[:first]),
             completion="".join(piece.text for piece in chat.pieces[first:stop]),
-            reference=self._template.frame.answer(strip_thoughts(chat.answer, self._thoughts.tags)),
+            reference=frame.answer(answer) if chat.is_framed else frame.without_thought(answer),
             needs_eos=first < stop == len(chat.pieces) and not chat.has_end,
             changes=chat.changes,
             unread=unread,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from src.data.chat_signs import squeezed
 from src.data.encoding import THOUGHT, Encoder
 from src.data.sets import EncodedSet
 from src.data.store import DroppedRow
@@ -122,14 +123,29 @@ def changed_rows(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> 
         return [i for i in unlike if not _is_written_chat(rows, i, encoder)]
     targets = encoder.decode_batch([rows[i].labels[rows[i].labels >= 0].tolist() for i in whole])
     pairs = zip(whole, inputs, targets, strict=True)
-    return [i for i, found, target in pairs if (found, target) != (rows.prompt(i), rows.completion(i))]
+    unlike = [i for i, found, target in pairs if (found, target) != (rows.prompt(i), rows.completion(i))]
+    return [i for i in unlike if not _is_written_pair(rows, i, encoder)]
 
 
 def _is_written_chat(rows: EncodedSet, index: int, encoder: Encoder) -> bool:
-    """Whether a row's ids decode to its text where control tokens count as text: a chat template writes them."""
-    text = rows.prompt(index) + rows.completion(index)
-    whole = encoder.decode_all(rows[index].input_ids.tolist())
+    """Return whether a row's ids decode to its text where control tokens count as text: a chat template writes them.
+
+    White space is left out of account there: some tokens take it, and others write a space that is none of the text's.
+    """
+    if not rows.is_rendered(index):
+        return False
+    text = squeezed(rows.prompt(index) + rows.completion(index))
+    whole = squeezed(encoder.decode_all(rows[index].input_ids.tolist()))
     return whole.startswith((text, encoder.bos_token + text))
+
+
+def _is_written_pair(rows: EncodedSet, index: int, encoder: Encoder) -> bool:
+    """Return the same of an encoder-decoder's row: its prompt is read, its completion written."""
+    row = rows[index]
+    if row.target_ids is None or not rows.is_rendered(index):
+        return False
+    read, written = (squeezed(encoder.decode_all(ids.tolist())) for ids in (row.input_ids, row.target_ids))
+    return squeezed(rows.prompt(index)) in read and squeezed(rows.completion(index)) in written
 
 
 def length_summary(lengths: np.ndarray) -> dict[str, int]:

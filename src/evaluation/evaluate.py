@@ -17,7 +17,7 @@ from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import DataError, NonFiniteLossError
 from src.evaluation.answers import AnswerReader
-from src.evaluation.generate import Generator, check_prompts, end_text
+from src.evaluation.generate import EndText, Generator, check_prompts
 from src.evaluation.metrics import perplexity, scores
 from src.runtime.session import Runtime
 from src.training.loss import span_losses
@@ -155,7 +155,7 @@ def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data
         runtime,
         config.training.per_device_eval_batch_size,
         data.encoder.target_prefix,
-        end_text(data.frame, data.encoder),
+        EndText.of(data.frame, data.encoder),
     )
     check_prompts(config, model, data)
     check_spans(config, data)

@@ -36,11 +36,17 @@ class _WhenAsked(StoppingCriteria):
 class EndText:
     """A text that ends what is generated, where a chat template ends turns with words that are no token."""
 
-    text: str
+    frame: AnswerFrame
     encoder: Encoder
 
+    @classmethod
+    def of(cls, frame: AnswerFrame, encoder: Encoder) -> EndText | None:
+        """Return the text that ends turns in a chat template; None where a token does, or nothing."""
+        return cls(frame, encoder) if frame.end_text else None
+
     def ends(self, ids: Sequence[int]) -> bool:
-        return self.text in self.encoder.decode(ids)
+        """Return whether generated ids have come to it; in a thought it ends nothing."""
+        return self.frame.is_over(self.encoder.decode(ids))
 
     def cut(self, completion: Completion) -> Completion:
         """Cut a completion after the token that completes the text; one without it is left as it is."""
@@ -55,11 +61,13 @@ class _AfterText(StoppingCriteria):
 
     def __init__(self, end: EndText, begin: int) -> None:
         self._end, self._begin = end, begin
-        self._window = len(end.text.encode()) + 1  # a token writes a byte at least; the last one may write more
+        self._window = len(end.frame.end_text.encode()) + 1  # a token writes a byte at least; the last may write more
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        written = input_ids[:, self._begin :][:, -self._window :].tolist()
-        return torch.tensor([self._end.ends(ids) for ids in written], device=input_ids.device)
+        written = input_ids[:, self._begin :].tolist()
+        text, decode = self._end.frame.end_text, self._end.encoder.decode
+        is_over = [text in decode(ids[-self._window :]) and self._end.ends(ids) for ids in written]
+        return torch.tensor(is_over, device=input_ids.device)
 
 
 @dataclass(frozen=True)
@@ -160,11 +168,6 @@ class Generator:
         stops = [stops] if isinstance(stops, int) else stops
         completions = [cut_at(row, stops) for row in generated[:, longest:].tolist()]
         return completions if self.end is None else [self.end.cut(completion) for completion in completions]
-
-
-def end_text(frame: AnswerFrame, encoder: Encoder) -> EndText | None:
-    """Return the text that ends turns in a chat template; None where a token does, or nothing."""
-    return EndText(frame.end_text, encoder) if frame.end_text else None
 
 
 def _seed_of(seed: int, row: int) -> int:

@@ -14,13 +14,13 @@ import numpy as np
 from src.config.schema import Batching, Metric, RunConfig
 from src.data.advice import Finding, Level, advice
 from src.data.batching import Plan
-from src.data.chat import CHANGED, MISSING
+from src.data.chat_signs import CHANGED, MISSING, squeezed
 from src.data.dataset import Data
 from src.data.encoding import IGNORE_INDEX, Encoder
 from src.data.report import changed_rows
 from src.data.sets import EncodedSet
 from src.evaluation.answers import AnswerReader
-from src.evaluation.generate import cut_at
+from src.evaluation.generate import EndText, cut_at
 from src.evaluation.metrics import is_full_marks, unscorable
 from src.training.optim import cannot_learn
 from src.training.state import batch_plan
@@ -65,6 +65,7 @@ class Judge:
 
     reader: AnswerReader
     stop_ids: list[int]
+    end: EndText | None
     metrics: Sequence[Metric]
     answer_pattern: str | None
 
@@ -72,9 +73,10 @@ class Judge:
 def judge_of(config: RunConfig, data: Data) -> Judge:
     """Return how a run scores answers; one without metrics is judged by exact match of the whole answer."""
     reader = AnswerReader(data.encoder, config.thought_tags, data.frame)
+    end = EndText.of(data.frame, data.encoder)
     if not config.metrics:
-        return Judge(reader, data.stop_ids, [Metric.exact_match], None)
-    return Judge(reader, data.stop_ids, config.metrics, config.data.answer_pattern)
+        return Judge(reader, data.stop_ids, end, [Metric.exact_match], None)
+    return Judge(reader, data.stop_ids, end, config.metrics, config.data.answer_pattern)
 
 
 def prove(rows: EncodedSet, judge: Judge) -> Proof:
@@ -84,21 +86,27 @@ def prove(rows: EncodedSet, judge: Judge) -> Proof:
     proof = Proof(min(len(rows), WHOLE_CHECK_ROWS))
     for start in range(0, proof.num_checked, PROVE_ROWS):
         some = range(start, min(start + PROVE_ROWS, proof.num_checked))
-        proof.num_with_end += sum(_teaches_to_end(rows[i].labels, stop_ids) for i in some)
+        proof.num_with_end += sum(_teaches_to_end(rows, i, stop_ids) for i in some)
         whole = [i for i in some if not rows.is_truncated(i)]
         proof.num_cut += len(some) - len(whole)
         unlike = set(changed_rows(rows, whole, encoder))
         proof.unlike += sorted(unlike)
         same = [i for i in whole if i not in unlike]
         learned = zip(same, learned_texts(rows, same, encoder), strict=True)
-        proof.wrong_mask += [
-            i for i, text in learned if text not in (rows.learned(i), rows.learned(i) + encoder.eos_token)
-        ]
+        proof.wrong_mask += [i for i, text in learned if not _is_what_is_learned(text, rows, i, encoder.eos_token)]
         if not rows.is_encoder_decoder:
             proof.seams += _seams(rows, whole, encoder)
         proof.altered += [i for i in some if any(_alters(change) for change in rows.changes(i))]
         _judge(rows, whole, judge, proof)
     return proof
+
+
+def _is_what_is_learned(text: str, rows: EncodedSet, index: int, eos: str) -> bool:
+    """Return whether a decoded text is what is to be learned of a row; a chat's tokens may add or take white space."""
+    wanted = rows.learned(index)
+    if text in (wanted, wanted + eos):
+        return True
+    return rows.is_rendered(index) and squeezed(text) in (squeezed(wanted), squeezed(wanted) + eos)
 
 
 def _alters(change: str) -> bool:
@@ -108,7 +116,10 @@ def _alters(change: str) -> bool:
 def _judge(rows: EncodedSet, indices: Sequence[int], judge: Judge, proof: Proof) -> None:
     """Score what rows teach, cut where generation would stop, against their references."""
     learned = [_last_learned(rows, i) for i in indices]
-    texts = judge.reader.encoder.decode_batch([cut_at(ids, judge.stop_ids).ids for ids in learned])
+    cut = [cut_at(ids, judge.stop_ids) for ids in learned]
+    if judge.end is not None:
+        cut = [judge.end.cut(one) for one in cut]
+    texts = judge.reader.encoder.decode_batch([one.ids for one in cut])
     for i, text in zip(indices, texts, strict=True):
         answer, reference = judge.reader.answer(rows, i, text), judge.reader.plain_reference(rows, i)
         if answer != reference:
@@ -139,9 +150,8 @@ def _learned_parts(rows: EncodedSet, index: int) -> list[tuple[int, int]]:
     return parts
 
 
-def _teaches_to_end(labels: np.ndarray, stop_ids: list[int]) -> bool:
-    learned = labels[labels != IGNORE_INDEX]
-    return bool(len(learned)) and int(learned[-1]) in stop_ids
+def _teaches_to_end(rows: EncodedSet, index: int, stop_ids: list[int]) -> bool:
+    return not set(stop_ids).isdisjoint(_last_learned(rows, index))
 
 
 def learned_texts(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[str]:
