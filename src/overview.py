@@ -29,7 +29,7 @@ def overview(
     runtime: Runtime,
     run_dir: Path,
 ) -> dict[str, str]:
-    """Give label -> text; a text may have several lines."""
+    """Return label -> text; a text may have several lines."""
     sets = "\n".join(f"{name}: {report.summary}" for name, report in data.reports.items())
     return {
         "model": _model(config, state),

@@ -122,7 +122,7 @@ def test_whatever_the_ids_only_new_rows_are_written_and_the_export_loads(
         assert torch.equal(weight[old], before[name][old])
         learned = before[name][[i for i in ids if i not in rowless.values()]]
         torch.testing.assert_close(weight[new.added["<ToW>"]], learned.mean(dim=0))
-    tokens = sorted(vocabulary.values())  # a hole behind the matrix is padding, which nothing keeps
+    tokens = sorted(vocabulary.values())  # a hole past the end of the matrix is padding, which nothing keeps
     expected = model.eval()(input_ids=row).logits[..., tokens]
 
     assert export(model, adapter, tokenizer, out / "model", config, "card") == []

@@ -185,6 +185,17 @@ def test_weights_of_16_bits_are_merged_as_closely_as_they_compute(
     assert 0 < by_merging <= 2 * by_casting
 
 
+def test_attention_that_computes_on_gpus_only_is_no_reason_to_keep_the_adapter(
+    runtime: Runtime, bases: dict[str, str], tmp_path: Path
+) -> None:
+    run = assembled(runtime, bases["tied"], "adapter=lora", "export.merge=true")
+    run.train()
+    trained = run.logits()
+    run.model.config._attn_implementation = "flash_attention_2"
+    assert export(run.model, run.adapter, run.tokenizer, tmp_path / "model", run.config, "card", "card") == []
+    torch.testing.assert_close(run.logits(load_exported(tmp_path, run.config)), trained, rtol=0, atol=1e-5)
+
+
 @pytest.fixture
 def wrong_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have PEFT merge another function than the adapter's."""

@@ -236,7 +236,7 @@ def test_preflight_finds_matrices_under_other_names_and_says_where_it_finds_none
     assert text.count("known already; whether it was ever learned is seen when the weights are loaded") == 3
 
 
-def test_a_run_says_so_and_goes_on_with_the_same_rows(bases: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_says_so_and_resumes_with_the_same_rows(bases: dict[str, str], tmp_path: Path) -> None:
     command = [
         "debug=smoke", "tracking=none", *chosen(bases["tied"], "adapter=lora"), f"hydra.run.dir={tmp_path}/run",
         "data.limit=8", "checkpoint.checkpointing_steps=1", "training.max_train_steps=2",

@@ -218,13 +218,13 @@ def _rows(sequences: Sequences) -> list[int]:
 
 
 def _shape(rows: EncodedSet, sequences: Sequences) -> tuple[int, int]:
-    """Give how many sequences a micro-batch has, and how long its longest is, targets included."""
+    """Return how many sequences a micro-batch has, and how long its longest is, targets included."""
     lengths = rows.lengths + rows.target_lengths
     return len(sequences), max(int(lengths[sequence].sum()) for sequence in sequences)
 
 
 def device_of(config: RunConfig) -> torch.device:
-    """Give the device that a run would take here."""
+    """Return the device that a run would take here."""
     use_cuda = config.runtime.device is not Device.cpu and torch.cuda.is_available()
     return torch.device("cuda" if use_cuda else "cpu")
 

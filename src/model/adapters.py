@@ -68,7 +68,7 @@ class Adapter:
         set_peft_model_state_dict(self.peft_model, saved)
 
     def state(self) -> dict[str, Tensor]:
-        """Give what `save` writes, by its names."""
+        """Return what `save` writes, by its names."""
         from peft import get_peft_model_state_dict
 
         return get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
@@ -115,7 +115,7 @@ class Adapter:
 
 
 def _trained_ids(model: nn.Module) -> dict[str, list[int]]:
-    """Give the tokens whose rows are trained apart, by the module that has them."""
+    """Return the tokens whose rows are trained apart, by the module that has them."""
     found = {name: getattr(module, "token_indices", None) for name, module in model.named_modules()}
     return {name: list(of_adapter[NAME]) for name, of_adapter in found.items() if of_adapter}
 
@@ -325,9 +325,9 @@ def _check_names(model: Any, key: str, targets: Sequence[str], is_pattern: bool)
         )
     linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
     near = {t: get_close_matches(t.rpartition(".")[2], linear, n=1) for t in missing}
-    told = ", ".join(f"{t}{f' (did you mean {near[t][0]}?)' if near[t] else ''}" for t in missing)
+    listed_names = ", ".join(f"{t}{f' (did you mean {near[t][0]}?)' if near[t] else ''}" for t in missing)
     raise ModelError(
-        f"adapter.{key}: {told} not found in {type(model).__name__}; its linear layers are "
+        f"adapter.{key}: {listed_names} not found in {type(model).__name__}; its linear layers are "
         f"{', '.join(linear)}, or all-linear"
     )
 

@@ -38,7 +38,7 @@ class Matrix:
 
     @property
     def apart(self) -> tuple[dict[int, int], nn.Parameter | None]:
-        """Give the rows that an adapter trains in place of the matrix's own: id -> number, and the rows, [n, width]."""
+        """Return rows that an adapter trains in place of the matrix's own: id -> number, and the rows, [n, width]."""
         adapter = getattr(self.module, "token_adapter", None)
         if adapter is None:
             return {}, None
@@ -46,7 +46,7 @@ class Matrix:
         return {i: n for n, i in enumerate(adapter.token_indices[name])}, adapter.trainable_tokens_delta[name]
 
     def rows(self, ids: Sequence[int]) -> Tensor:
-        """Give some rows as the model uses them, [ids, width], a copy."""
+        """Return some rows as the model uses them, [ids, width], a copy."""
         numbers, apart = self.apart
         with gathered([self.weight, *([] if apart is None else [apart])]):
             found = self.weight.detach()[list(ids)].clone()
@@ -56,7 +56,7 @@ class Matrix:
         return found
 
     def gradient_norms(self, ids: Sequence[int]) -> Tensor:
-        """Give the norm of each row's gradient, [ids]; 0 where it has none."""
+        """Return the norm of each row's gradient, [ids]; 0 where it has none."""
         gradient = self.weight.grad
         device = self.weight.device
         norms = torch.zeros(len(ids), device=device) if gradient is None else gradient[list(ids)].float().norm(dim=1)
@@ -68,7 +68,7 @@ class Matrix:
 
 
 def embedding_matrices(model: Any) -> list[Matrix]:
-    """Give every matrix that has a row for each token, once: input, an encoder's and a decoder's own, output."""
+    """Return every matrix that has a row for each token, once: input, an encoder's and a decoder's own, output."""
     found = {"input": model.get_input_embeddings()}
     found |= {name: stack.get_input_embeddings() for name, stack in _stacks(model).items()}
     found["output"] = model.get_output_embeddings()
@@ -82,12 +82,12 @@ def num_rows(model: Any) -> int:
 
 
 def _stacks(model: Any) -> dict[str, Any]:
-    """Give the halves of an encoder-decoder; none of another model."""
+    """Return the halves of an encoder-decoder; none of another model."""
     return {"encoder": model.get_encoder(), "decoder": model.get_decoder()} if model.config.is_encoder_decoder else {}
 
 
 def embedding_parameters(model: Any) -> list[nn.Parameter]:
-    """Give what is trained of the matrices: all rows, or those that an adapter trains apart."""
+    """Return what is trained of the matrices: all rows, or those that an adapter trains apart."""
     found = [m.weight if m.apart[1] is None else m.apart[1] for m in embedding_matrices(model)]
     return [parameter for parameter in found if parameter.requires_grad]
 
@@ -273,7 +273,7 @@ class WatchedRows:
         self._gradients = {}
 
     def state(self) -> dict[str, list[float]]:
-        """Give what was noted of the last step, as plain values."""
+        """Return what was noted of the last step, as plain values."""
         return {name: norms.tolist() for name, norms in self._gradients.items()}
 
     def restore(self, state: Mapping[str, Sequence[float]]) -> None:
@@ -281,8 +281,10 @@ class WatchedRows:
         self._gradients = {name: torch.tensor(norms) for name, norms in state.items()}
 
     def telemetry(self) -> dict[str, float]:
-        """Give `tokens/<token>/…` of every token: norm, cosine_to_start and grad_norm (of the last step, clipped); the
-        output matrix's own, where it is not tied, as output_norm and so on."""
+        """Return `tokens/<token>/…` of every token: norm, cosine_to_start and grad_norm (of the last step, clipped).
+
+        The output matrix's own, where it is not tied, are output_norm and so on.
+        """
         metrics = {}
         for matrix in self._matrices:
             rows, start = self._rows(matrix), self._start[matrix.name]

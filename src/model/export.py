@@ -188,7 +188,7 @@ def _check_tokenizer(folder: Path, tokenizer: Any, *, trust: bool) -> None:
 
 
 def exported(run_dir: Path, config: ModelConfig) -> ModelConfig:
-    """Give the settings that load what a run exported, model and tokenizer, rather than what it began with."""
+    """Return the settings that load what a run exported, model and tokenizer, rather than what it began with."""
     return replace(config, checkpoint=str(run_dir / "model"), revision=None, weights=Weights.pretrained)
 
 

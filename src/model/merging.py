@@ -50,6 +50,8 @@ def merge(adapter: Adapter, folder: Path, probe: Sequence[int]) -> tuple[Any, st
 def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str]:
     model = adapter.peft_model.get_base_model()
     model.eval()
+    if "flash" in model.config._attn_implementation:  # which computes in 16 bits only, on GPUs
+        model.set_attn_implementation("sdpa")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     probe = torch.tensor([ids[:positions]])
     as_trained = logits(model, probe)
@@ -95,10 +97,10 @@ def probe_ids(tokenizer: Any, named: Sequence[str]) -> list[int]:
 
     Ordinary, because a model rounds tokens that make no sense together far more than text.
     """
-    half = len(PROBE) // 2
+    half, vocabulary = len(PROBE) // 2, tokenizer.get_vocab()
     parts = [
         tokenizer(PROBE[:half])["input_ids"],
-        tokenizer.convert_tokens_to_ids(list(named)),
+        [vocabulary[token] for token in named if token in vocabulary],
         tokenizer(PROBE[half:], add_special_tokens=False)["input_ids"],
     ]
     return [token_id for part in parts for token_id in part]

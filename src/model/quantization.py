@@ -17,7 +17,7 @@ CPU_BLOCK = 64
 
 
 def quantization_settings(config: QuantizationConfig, model: ModelConfig, precision: MixedPrecision) -> Any:
-    """Give transformers' settings, or None where nothing is quantised."""
+    """Return transformers' settings, or None where nothing is quantised."""
     if not config.is_on:
         return None
     from transformers import BitsAndBytesConfig
@@ -33,7 +33,7 @@ def quantization_settings(config: QuantizationConfig, model: ModelConfig, precis
 
 
 def compute_dtype(config: QuantizationConfig, model: ModelConfig, precision: MixedPrecision) -> torch.dtype:
-    """Give what products with 4-bit weights compute in; `auto` is mixed precision's type, else the model's."""
+    """Return what products with 4-bit weights compute in; `auto` is mixed precision's type, else the model's."""
     if config.bnb_4bit_compute_dtype is not Dtype.auto:
         return getattr(torch, config.bnb_4bit_compute_dtype.value)
     mixed = {MixedPrecision.bf16: torch.bfloat16, MixedPrecision.fp16: torch.float16}
@@ -43,7 +43,7 @@ def compute_dtype(config: QuantizationConfig, model: ModelConfig, precision: Mix
 
 
 def quantised_layers(empty: Any) -> dict[str, Any]:
-    """Give the linear layers that are quantised, by name: all but the head, which transformers leaves as it is.
+    """Return the linear layers that are quantised, by name: all but the head, which transformers leaves as it is.
 
     Args:
         empty: the model on the meta device.

@@ -34,18 +34,18 @@ NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype",
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Give a hash of which id each token has, 32 hex digits."""
+    """Return a hash of which id each token has, 32 hex digits."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]
 
 
 def architecture_hash(model: Any) -> str:
-    """Give a hash of a model's own settings, without where they came from, 32 hex digits."""
+    """Return a hash of a model's own settings, without where they came from, 32 hex digits."""
     settings = {key: value for key, value in model.config.to_dict().items() if key not in NOT_COMPUTED}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def facts_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runtime, config: RunConfig) -> Facts:
-    """Give what a checkpoint must have in common with the run that goes on from it."""
+    """Return what a checkpoint must have in common with the run that goes on from it."""
     frozen = state.frozen_weights()
     return Facts(
         step=state.step,
@@ -109,7 +109,7 @@ def resume(
 
 
 def first_comparable(origin: Origin, facts: Facts, state: TrainState) -> int:
-    """Give the first step whose evaluation is of the rows of now: those before say nothing of which is the best."""
+    """Return the first step whose evaluation is of the rows of now: those before say nothing of which is the best."""
     if origin.checkpoint is None:
         return 0
     before = Facts.from_dict(origin.state["facts"]).validation
@@ -141,7 +141,7 @@ def same_step(config: RunConfig, origin: Origin, num_processes: int) -> tuple[Ru
 
 
 def starting_model(config: RunConfig) -> RunConfig:
-    """Give the configuration with the whole model of `init_from` as what the run starts with, where it is one."""
+    """Return the configuration with the whole model of `init_from` as what the run starts with, where it is one."""
     folder = _exported(config)
     if folder is None or (folder / "adapter_config.json").exists():
         return config
@@ -188,7 +188,7 @@ def start_from_checkpoint(state: TrainState, tokenizer: Any, runtime: Runtime, c
 
 
 def _exported(config: RunConfig) -> Path | None:
-    """Give the folder of the model that `init_from` means; None where there is none, so that a checkpoint is meant."""
+    """Return the folder of the model that `init_from` means; None where it means a checkpoint."""
     if config.init_from is None:
         return None
     start = Path(config.init_from)
