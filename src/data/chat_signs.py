@@ -95,6 +95,8 @@ def locate(messages: Messages, whole: str, render: Callable[[Messages], str]) ->
 
 def read_signs(text: str) -> tuple[str, list[tuple[int, int]], dict[int, tuple[int | None, int | None]]]:
     """Return a text without signs, [start, stop) of what is marked as learned, and of each text by its number."""
+    if LEARNED_FROM not in text and TEXT_FROM not in text and TEXT_TO not in text:
+        return text, [], {}
     parts: list[str] = []
     learned: list[int] = []
     begins: dict[int, int] = {}
