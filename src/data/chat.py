@@ -1,8 +1,8 @@
 """Chats in the model's own form: the tokenizer's template, cut where a turn begins and ends that is learned.
 
-Learned is what the assistant says and the token that ends its turn. A template that marks it with {% generation %} is
-taken at its word. In any other the turn begins where the generation prompt ends, because that is what generation is
-fed, and ends with the first added token after the message's own text.
+Learned is what the assistant says and the token that ends its turn. The turn begins where the generation prompt ends,
+because that is what generation is fed, or where a template marks it with {% generation %}, and it ends with the first
+added token after the message's own text (docs/decisions/0011).
 
 The texts of messages are found again in the rendered text by signs around them, see chat_signs.
 """
