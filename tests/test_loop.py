@@ -351,8 +351,9 @@ def test_a_signal_while_a_library_works_is_no_error_of_the_library(monkeypatch: 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_mixed_precision_computes_in_its_type_and_learns(precision: str) -> None:
+    few = ["data.limit=8", "training.per_device_train_batch_size=8"]  # bf16 is slow on a CPU
     with start_runtime(CPU, MixedPrecision[precision], 1, StopRequest()) as runtime:
-        result = trained(runtime, f"training.mixed_precision={precision}", "data.limit=32", "optimizer.lr=2e-3")
+        result = trained(runtime, f"training.mixed_precision={precision}", *few, "optimizer.lr=2e-3")
     assert result.losses[-1] < result.losses[0] - 1
     assert all(weight.dtype == torch.float32 for weight in result.weights.values())
 

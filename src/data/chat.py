@@ -238,12 +238,18 @@ class ChatTemplate:
         for (start, stop), content, is_wanted in zip(regions, contents, wanted, strict=True):
             if not is_wanted:
                 continue
-            prompt, _ = self._plain(messages[: content.message], add_generation_prompt=True)
-            if start < len(prompt) <= stop and whole.startswith(prompt):
-                start = len(prompt)
+            start = self._after_prompt(messages[: content.message], whole, start, stop)
             said_until = content.end if content.end is not None and start <= content.end <= stop else None
             answer, end = self._until_end(whole[start:stop], None if said_until is None else said_until - start)
             yield Turn(content.message, start, start + len(answer + end), answer + end, answer, end)
+
+    def _after_prompt(self, before: Messages, whole: str, start: int, stop: int) -> int:
+        """Return where a marked turn begins without a header that the generation prompt writes too."""
+        try:
+            prompt, _ = self._plain(before, add_generation_prompt=True)
+        except BadRow:  # a template that knows whole chats only
+            return start
+        return len(prompt) if start < len(prompt) <= stop and whole.startswith(prompt) else start
 
     def _by_prefix(self, messages: Messages, whole: str, content: Part) -> Turn | None:
         """Take a turn from where the generation prompt ends to the token that ends it.
