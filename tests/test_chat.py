@@ -16,7 +16,8 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from src.config.schema import Overflow, RunConfig
-from src.data.chat import FALLBACK_TEMPLATE, ChatTemplate, give_chat_template
+from src.data.chat import ChatTemplate
+from src.data.chat_render import FALLBACK_TEMPLATE, give_chat_template
 from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX, Encoder, Lengths
 from src.data.examples import Example, Examples

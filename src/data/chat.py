@@ -13,14 +13,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from src.config.schema import SupervisedTurns
 from src.data.answers import AnswerFrame
+from src.data.chat_render import FALLBACK_TEMPLATE, MARKER, as_sign, probes, render
 from src.data.chat_signs import (
     CHANGED,
-    LEARNED_FROM,
-    LEARNED_TO,
     LITERAL_FROM,
     LITERAL_TO,
     MISSING,
@@ -35,26 +32,13 @@ from src.data.chat_signs import (
 from src.data.formats import BadRow
 from src.data.formats.messages import THOUGHT, THOUGHT_KEYS
 from src.data.pieces import Piece, any_of
-from src.errors import TokenError, one_line
+from src.errors import TokenError
 
 REWRITTEN = (
     "the chat template writes an earlier turn otherwise once more turns follow, so it can't be learned as generation "
     "would write it"
 )
 
-FALLBACK_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'system' -%}{{ message.content + '\n\n' }}"
-    "{%- elif message.role == 'user' -%}{{ 'User:\n' + message.content + '\n\n' }}"
-    "{%- else -%}{{ 'Assistant:\n' }}"
-    "{%- generation -%}{{ message.content + eos_token }}{%- endgeneration -%}"
-    "{{ '' if loop.last else '\n\n' }}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ 'Assistant:\n' }}{%- endif -%}"
-)
-"""For tokenizers without a template of their own; the exported tokenizer has it too."""
-
-MARKER = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 LITERAL = re.compile(f"{LITERAL_FROM}(\\d+){LITERAL_TO}")
 
 NAMES_THOUGHT = r"(?=[^\s<>\[\]/]*(?i:think|thought|reason))"
@@ -103,31 +87,6 @@ class Rendered(NamedTuple):
     changes: tuple[str, ...]
 
 
-def give_chat_template(tokenizer: Any) -> None:
-    """See to it that the tokenizer has a chat template, and that it writes BOS where the tokenizer would put one."""
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = FALLBACK_TEMPLATE
-    ids = tokenizer("a")["input_ids"]
-    if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id:
-        template = tokenizer.get_chat_template()
-        for chat in _probes():
-            try:
-                rendered = _rendered(tokenizer, template, chat)
-            except BadRow:  # rows will say so, with their place
-                continue
-            if not rendered.startswith(tokenizer.bos_token):
-                tokenizer.chat_template = "{{- bos_token -}}" + template
-            return
-
-
-def _probes(*turns: str, **thought: str) -> Iterator[Messages]:
-    """Yield a short chat without and with a system message, for templates that refuse one of them."""
-    answers = [{"role": "assistant", "content": text} | thought for text in turns or ("b",)]
-    chat = [message for answer in answers for message in ({"role": "user", "content": "a"}, answer)]
-    yield chat
-    yield [{"role": "system", "content": "s"}, *chat]
-
-
 class ChatTemplate:
     """A tokenizer's chat template, as training sees it."""
 
@@ -135,7 +94,7 @@ class ChatTemplate:
         template = tokenizer.get_chat_template()
         self._tokenizer = tokenizer
         self._marks_learned = bool(MARKER.search(template))
-        self._template = MARKER.sub(_as_sign, template)
+        self._template = MARKER.sub(as_sign, template)
         self._literal = any_of([*control_tokens, *SIGNS])
         added = [token for token in tokenizer.get_added_vocab() if token.strip()]  # some are only white space
         self._added_token = any_of({*added, *control_tokens})
@@ -144,7 +103,7 @@ class ChatTemplate:
         """What it writes around an answer."""
         self.ends: tuple[str, ...] = ()
         """The added tokens that end the assistant's turns: generation must stop there."""
-        turns = [turn for chat in (("b",), ("b", "c")) for probe in _probes(*chat) for turn, _ in self._probed(probe)]
+        turns = [turn for chat in (("b",), ("b", "c")) for probe in probes(*chat) for turn, _ in self._probed(probe)]
         self.ends = tuple(dict.fromkeys(turn.end for turn in turns if turn.end))
         self.frame = self._frame()
 
@@ -356,7 +315,7 @@ class ChatTemplate:
 
     def _frame(self) -> AnswerFrame:
         """Find what the template writes around an answer and around a thought, by probes of one turn."""
-        plain = next((found for probe in _probes() for found in self._probed(probe)), None)
+        plain = next((found for probe in probes() for found in self._probed(probe)), None)
         if plain is None:
             return AnswerFrame()
         turn, parts = plain
@@ -373,7 +332,7 @@ class ChatTemplate:
             if key not in self._template:
                 continue
             self._thought_key = key
-            for probe in _probes(**{THOUGHT: "t"}):
+            for probe in probes(**{THOUGHT: "t"}):
                 for turn, parts in self._probed(probe):
                     answer, thought = parts[-2], parts[-1]
                     if thought.begin is None or thought.end is None or answer.begin is None:
@@ -395,7 +354,7 @@ class ChatTemplate:
     def _apply(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         if any(THOUGHT in message for message in messages):
             messages = [self._with_thought(message) for message in messages]
-        return _rendered(self._tokenizer, self._template, messages, add_generation_prompt=add_generation_prompt)
+        return render(self._tokenizer, self._template, messages, add_generation_prompt=add_generation_prompt)
 
     def _with_thought(self, message: dict[str, str]) -> dict[str, str]:
         """Return a message with its thought under the key that the template reads."""
@@ -455,22 +414,6 @@ def _prompt_is_another(prompt: str, alone: str) -> str:
         f"(…{prompt[same:][:60]!r} there, …{alone[same:][:60]!r} here); "
         "mark what is learned in the template with {% generation %} … {% endgeneration %}"
     )
-
-
-def _rendered(tokenizer: Any, template: str, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # a template is a program: it may raise anything
-        what = "refuses it" if isinstance(error, TemplateError) else f"fails with a {type(error).__name__}"
-        raise BadRow(f"the chat template {what}: {one_line(error)}") from error
-
-
-def _as_sign(match: re.Match[str]) -> str:
-    """Turn a {% generation %} tag into a sign in the text, with the tag's own control of white space."""
-    before, end, behind = match.group(1), match.group(2), match.group(3)
-    return f"{{%{before} if true %}}{LEARNED_TO if end else LEARNED_FROM}{{% endif {behind}%}}"
 
 
 def _with_literals(text: str, literals: list[str]) -> str:

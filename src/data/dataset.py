@@ -18,7 +18,8 @@ from src.config.formats import roles
 from src.config.schema import DataConfig, Metric, ModelType, Overflow, RunConfig
 from src.data.answers import AnswerFrame
 from src.data.cache import RowCache, Tell
-from src.data.chat import ChatTemplate, give_chat_template
+from src.data.chat import ChatTemplate
+from src.data.chat_render import give_chat_template
 from src.data.encoding import Encoder, Lengths
 from src.data.examples import PromptRecord
 from src.data.folds import deal, deal_groups, read_groups, told
