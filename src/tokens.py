@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -21,10 +21,14 @@ from src.errors import ModelError, TokenError, listed, one_line
 
 @dataclass(frozen=True)
 class NewTokens:
-    """The tokens of conf/tokens, by what became of them: `added` (token -> id) were not in the vocabulary before."""
+    """The tokens of conf/tokens, by what became of them: `added` (token -> id) were not in the vocabulary before.
+
+    `tags` open and close thoughts and are named nowhere else; the vocabulary has them.
+    """
 
     added: dict[str, int]
     known: dict[str, int]
+    tags: dict[str, int] = field(default_factory=dict)
 
     @property
     def ids(self) -> dict[str, int]:
@@ -97,6 +101,7 @@ def add_tokens(tokenizer: Any, tokens: TokensConfig) -> NewTokens:
     first = num_token_ids(tokenizer)
     added = {token: first + n for n, token in enumerate(missing)}
     _add_with_ids(tokenizer, known | added, [*unmarked, *missing])
+    tags = {}
     for tag in filter(None, (tokens.thought_open, tokens.thought_close)):
         ids = tokenizer(tag, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
@@ -104,7 +109,9 @@ def add_tokens(tokenizer: Any, tokens: TokensConfig) -> NewTokens:
                 f"tokens: {tag} opens or closes thoughts but is {len(ids)} tokens; "
                 "name it in tokens.additional_special_tokens"
             )
-    return NewTokens(added, known)
+        if tag not in known | added:
+            tags[tag] = ids[0]
+    return NewTokens(added, known, tags)
 
 
 def _is_text(tokenizer: Any, token: str, token_id: int) -> bool:

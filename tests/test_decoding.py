@@ -19,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
@@ -154,6 +156,25 @@ def test_neither_the_pad_nor_the_size_of_batches_decides(model: Any, runtime: Ru
     settings = WAYS[way] | SETTINGS["all"]
     expected = generator(model, runtime, 6, EOS, **settings).generate(prompts(), seed=5)
     assert generator(model, runtime, size, PAD, **settings).generate(prompts(), seed=5) == expected
+
+
+def test_positions_that_stretch_with_the_longest_row_are_computed_alone(runtime: Runtime) -> None:
+    """Phi-3-128k computes all rows of a batch otherwise once one of them is longer than what it was trained on."""
+    half = [1.0] * 4
+    stretched = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": half, "long_factor": [4.0] * 4}
+    torch.manual_seed(7)
+    config = Phi3Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, original_max_position_embeddings=16, pad_token_id=0,
+        rope_parameters=stretched | {"original_max_position_embeddings": 16},
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config).double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 8
+    one = generator(model, runtime, 6, EOS)
+    together = one.generate(prompts(), seed=5)
+    assert [each.ids for each in together] == [one.generate([prompt], seed=5)[0].ids for prompt in prompts()]
 
 
 def test_a_text_ends_where_no_token_is_left(runtime: Runtime) -> None:

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from src import preflight
 from src.config.schema import Device, LoraConfig, MixedPrecision, RunConfig, RuntimeConfig
@@ -223,6 +223,52 @@ def test_a_merge_that_changes_the_model_is_seen_and_the_adapter_kept(
     keep_gradients(loaded)
     tolerance = 1e-5 if "model.dtype=bfloat16" not in way else 2e-2
     torch.testing.assert_close(run.logits(loaded), trained, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("fault", ["other weights", "a lost adapter"])
+def test_a_base_made_float32_wrongly_is_seen_and_the_adapter_kept(
+    runtime: Runtime, bases: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    run = assembled(runtime, bases["untied"], "adapter=qlora", "adapter.lora_alpha=512", "export.merge=true")
+    run.train()
+    if fault == "other weights":
+        right = PreTrainedModel.dequantize
+
+        def dequantize(self: Any, **settings: Any) -> Any:
+            whole = right(self, **settings)
+            for name, parameter in whole.named_parameters():
+                parameter.data *= 1.5 if "mlp" in name else 1
+            return whole
+
+        monkeypatch.setattr(PreTrainedModel, "dequantize", dequantize)
+    else:
+        load = PeftModel.from_pretrained
+
+        def from_pretrained(*given: Any, **settings: Any) -> Any:
+            loaded = load(*given, **settings)
+            for name, parameter in loaded.named_parameters():
+                parameter.data *= 0 if "lora_B" in name else 1
+            return loaded
+
+        monkeypatch.setattr(PeftModel, "from_pretrained", from_pretrained)
+    (warning,) = export(run.model, run.adapter, run.tokenizer, tmp_path / "model", run.config, "merged", "adapter")
+    assert "can't be made float32 as they were trained" in warning
+    assert (tmp_path / "model" / "adapter_config.json").exists()
+
+
+def test_a_library_that_fails_to_merge_costs_no_run(
+    runtime: Runtime, bases: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = assembled(runtime, bases["untied"], "adapter=lora", "export.merge=true")
+    run.train()
+
+    def fails(*_: Any) -> None:
+        raise KeyError("base_layer")
+
+    monkeypatch.setattr(Linear, "get_delta_weight", fails)
+    (warning,) = export(run.model, run.adapter, run.tokenizer, tmp_path / "model", run.config, "merged", "adapter")
+    assert "the adapter can't be merged" in warning
+    assert (tmp_path / "model" / "adapter_config.json").exists()
 
 
 @pytest.mark.usefixtures("wrong_sums")

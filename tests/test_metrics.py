@@ -6,6 +6,7 @@ import math
 import unicodedata
 
 import pytest
+import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
@@ -215,3 +216,8 @@ def test_scores_are_those_asked_for_in_that_order() -> None:
     assert scores([Metric.chrf], predictions, references, None) == {"chrf": found["chrf"]}
     assert list(scores([Metric.rougeL, Metric.exact_match], predictions, references, None)) == ["rougeL", "exact_match"]
     assert scores([], predictions, references, None) == {}
+
+
+@pytest.mark.parametrize("text", ["ໝາ", "ໜຶ່ງ", "ทำ", "ນ້ຳ", "ภาษา"])
+def test_letters_that_a_normal_form_takes_apart_stay_one_cluster(text: str) -> None:
+    assert len(words(text)) == len(regex.findall(r"\X", text))

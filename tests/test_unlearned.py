@@ -92,6 +92,22 @@ def test_a_row_is_unlearned_where_it_is_anothers_or_next_to_nothing() -> None:
     assert never_learned(weight, {}) == set()
 
 
+def test_padding_decides_nothing() -> None:
+    weight = torch.zeros(40, 2)
+    weight[0], weight[1], weight[2] = torch.tensor([3.0, 4.0]), torch.tensor([5.0, 0.0]), torch.tensor([0.04, 0.0])
+    assert never_learned(weight, {"a": 0, "b": 1, "c": 2}) == {"c"}  # the median of rows that are not 0 is 5
+
+
+def test_a_tag_that_is_named_nowhere_else_starts_too(runtime: Runtime, bases: dict[str, str]) -> None:
+    tags = ["tokens=none", "tokens.thought_open='<|r0|>'", "tokens.thought_close='<|learned|>'"]
+    base = ["model=causal_lm", f"model.checkpoint={bases['untied']}"]
+    run = Assembled(runtime, *base, *tags, "adapter=lora")
+    assert run.new.tags == {"<|r0|>": 259, "<|learned|>": 262}
+    assert set(run.started.ids) == {"<|r0|>"}
+    trained = [p for name, p in run.model.named_parameters() if "trainable_tokens_delta" in name]
+    assert [len(rows) for rows in trained] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [

@@ -112,7 +112,8 @@ class Generator:
         own: dict[int, Completion] = {}
         training = self.model.training
         self.model.eval()
-        size = 1 if self._samples_beams else self.batch_size
+        is_alone = self._samples_beams or self._stretches(max(map(len, prompts), default=0))
+        size = 1 if is_alone else self.batch_size
         for start, counts in self.runtime.share(range(0, len(order), size)):
             self.runtime.check_stop()
             some = order[start : start + size]
@@ -131,6 +132,20 @@ class Generator:
         """Whether transformers draws among the beams, from the global stream, so that each prompt needs it alone."""
         settings = self.model.generation_config
         return bool(settings.do_sample and (settings.num_beams or 1) > 1)
+
+    def _stretches(self, longest: int) -> bool:
+        """Return whether positions depend on the longest row of a batch: some models compute them otherwise beyond a
+        border (longrope as in Phi-3-128k, dynamic), for all rows at once.
+        """
+        settings = self.model.config.get_text_config()
+        rope = getattr(settings, "rope_parameters", None) or {}
+        kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+        borders = [
+            kind.get("original_max_position_embeddings") or settings.max_position_embeddings
+            for kind in kinds
+            if kind.get("rope_type") in ("longrope", "dynamic")
+        ]
+        return bool(borders) and longest + self.model.generation_config.max_new_tokens > min(borders)
 
     def _batch(self, prompts: Sequence[list[int]], rows: Sequence[int], seed: int) -> list[Completion]:
         settings = self.model.generation_config

@@ -131,15 +131,21 @@ def words(text: str) -> list[str]:
     return [word for run in RUN.findall(folded(text)) for word in WORD.findall(run)]
 
 
+TAKEN_APART = {"\u0e4d\u0e32": "\u0e33", "\u0ecd\u0eb2": "\u0eb3", "\u0eab\u0e99": "\u0edc", "\u0eab\u0ea1": "\u0edd"}
+"""What NFKC makes of the vowel am of Thai and Lao and of Lao's ho no and ho mo, and these."""
+
+
 def folded(text: str) -> str:
     """Write a text as ROUGE compares it: NFKC, lower case, and without format characters.
 
-    NFKC joins Hangul that is written letter by letter, makes wide letters plain ones, and takes the vowel am of Thai
-    and Lao apart, which is put together again: it is one cluster with its consonant.
+    NFKC joins Hangul that is written letter by letter, makes wide letters plain ones, and takes some letters of Thai
+    and Lao apart, which are put together again: each is one cluster with its signs.
     """
     seen = INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
     lower = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", seen).lower())
-    return lower.replace("\u0e4d\u0e32", "\u0e33").replace("\u0ecd\u0eb2", "\u0eb3")
+    for apart, together in TAKEN_APART.items():
+        lower = lower.replace(apart, together)
+    return lower
 
 
 def nfc(text: str) -> str:

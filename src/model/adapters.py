@@ -165,7 +165,9 @@ def add_adapter(
         raise ModelError(f"{needs_merging}: export.merge=true writes whole weights, which load as they are")
     names = [name for name, module in model.named_modules() if any(module is one for one in matrices)]
     own = [*names, *(name for name, module in model.named_modules() if module is model.get_output_embeddings())]
-    if new_ids and (both := [name for name in own if is_target(name, config.target_modules)]):
+    left_out = config.exclude_modules or []
+    both = [name for name in own if is_target(name, config.target_modules) and not is_target(name, left_out)]
+    if new_ids and both:
         raise ModelError(
             f"adapter.target_modules: {both[0]} can't have an adapter where rows of new tokens are trained in it: "
             "leave it out, or use tokens=none"

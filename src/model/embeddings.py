@@ -163,6 +163,7 @@ def grow_embeddings(
     num_old = whole_shape(model.get_input_embeddings().weight)[0]
     vocabulary = tokenizer.get_vocab()
     started = {token: i for token, i in new.ids.items() if token in new.added or i >= num_old or token in unlearned}
+    started |= {tag: i for tag, i in new.tags.items() if tag in unlearned}
     rowless = sorted((i, token) for token, i in vocabulary.items() if i >= num_old and token not in started)
     started |= {token: i for i, token in rowless}
     learned = sorted({i for token, i in vocabulary.items() if token not in started and token not in unlearned})

@@ -26,8 +26,10 @@ weights, made of them in training."""
 PROBE = (
     "The bridge was closed on Monday, so we took the long way round: 12 miles more, and 30 minutes. Was it worth it?"
 )
-FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, MemoryError)
-"""What merging raises where PEFT does not know how to, or memory is too small for it."""
+REBUILT = 0.1
+"""How far the logits of the float32 model that is merged may be from those in training, as a share of their spread.
+
+Rounding to 8 or 16 bits stays well below; weights made float32 wrongly, or an adapter that was lost, do not."""
 
 
 def merge(adapter: Adapter, folder: Path, probe: Sequence[int]) -> tuple[Any, str]:
@@ -42,7 +44,7 @@ def merge(adapter: Adapter, folder: Path, probe: Sequence[int]) -> tuple[Any, st
     """
     try:
         return _merge(adapter, folder, probe)
-    except FAILURES as error:
+    except Exception as error:  # PEFT and bitsandbytes raise many kinds; the adapter is saved already
         return None, f"the adapter can't be merged: {one_line(error)}"
 
 
@@ -59,6 +61,11 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
     whole, dtype = adapter.on_float32(folder)
     buffers = _make_float32(whole.get_base_model())
     exact = logits(whole.get_base_model(), probe)
+    if not (change := _usual_distance(as_trained, exact)) <= REBUILT * exact.std().item():
+        return None, (
+            f"the weights can't be made float32 as they were trained: logits of {probe.numel()} tokens move by "
+            f"{change:.2g}, and their spread is {exact.std().item():.2g}"
+        )
     with tied_as_it_is(whole.get_base_model()):
         merged = whole.merge_and_unload()
     limit = TOLERANCE * max(1.0, exact.abs().max().item())

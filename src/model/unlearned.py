@@ -29,9 +29,9 @@ def unlearned_tokens(model: Any, tokenizer: Any, new: NewTokens, config: ModelCo
     Args:
         model: with its weights as loaded, before anything is written into them.
     """
-    if config.weights is Weights.random or not new.ids:
+    if config.weights is Weights.random or not (new.ids or new.tags):
         return frozenset()
-    added = tokenizer.get_added_vocab()
+    added = _known(tokenizer, new)
     found = set(added)
     for matrix in embedding_matrices(model):
         with gathered([matrix.weight]):
@@ -45,9 +45,9 @@ def stored_unlearned_tokens(empty: Any, tokenizer: Any, new: NewTokens, config: 
     Args:
         empty: the model on the meta device, before it is resized.
     """
-    if config.weights is Weights.random or not new.ids:
+    if config.weights is Weights.random or not (new.ids or new.tags):
         return frozenset()
-    added = tokenizer.get_added_vocab()
+    added = _known(tokenizer, new)
     found = set(added)
     for names, shape in _matrix_names(empty):
         weights = _read(config, names, shape)
@@ -60,6 +60,11 @@ def stored_unlearned_tokens(empty: Any, tokenizer: Any, new: NewTokens, config: 
     return frozenset(found)
 
 
+def _known(tokenizer: Any, new: NewTokens) -> dict[str, int]:
+    """Return the added tokens that the checkpoint had, token -> id: the ids of new ones may be rows of its padding."""
+    return {token: i for token, i in tokenizer.get_added_vocab().items() if token not in new.added}
+
+
 def never_learned(weight: Tensor, added: dict[str, int]) -> set[str]:
     """Return the tokens whose row is bit for bit that of another of them, or next to nothing. Pure.
 
@@ -68,7 +73,7 @@ def never_learned(weight: Tensor, added: dict[str, int]) -> set[str]:
         added: token -> id; those that have no row here are left out.
     """
     norms = torch.cat([torch.linalg.vector_norm(some, dim=1, dtype=torch.float32) for some in weight.split(ROWS)])
-    least = SMALL * norms.median()
+    least = SMALL * norms[norms > 0].median()  # rows of zeros are padding, of which there may be many
     ids = {token: i for token, i in added.items() if i < len(weight)}
     bits = weight[list(ids.values())].contiguous().cpu().view(torch.uint8).numpy()
     rows = {token: row.tobytes() for token, row in zip(ids, bits, strict=True)}
