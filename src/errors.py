@@ -3,6 +3,7 @@
 TowlineError                exit code 2, printed without a traceback
 ├── ConfigError             the configuration is refused; nothing was loaded or written
 ├── RunFolderError          the run's folder can't be made, is in use, or holds another run
+├── DamagedFileError        a file that Towline wrote can't be read back; it is left as it is
 ├── CheckpointError         a checkpoint is damaged, or does not fit the run that would go on from it
 ├── DataError               a file or row can't be used, or too little of the data is left
 ├── TokenError              a tokenizer or a new token can't be used as asked
@@ -36,6 +37,10 @@ class ConfigError(TowlineError):
 
 class RunFolderError(TowlineError):
     """The run's folder can't be made, is in use by another process, or holds another run."""
+
+
+class DamagedFileError(TowlineError):
+    """A file that Towline wrote can't be read back as it was written; it is left as it is."""
 
 
 class CheckpointError(TowlineError):

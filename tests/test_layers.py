@@ -17,6 +17,7 @@ LAYERS = (
     ("tokens",),
     ("runtime",),
     ("config",),
+    ("records",),
     ("errors",),
 )
 SIBLINGS_ALLOWED = {("evaluation", "training.loss"), ("run", "overview")}

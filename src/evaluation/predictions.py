@@ -22,8 +22,8 @@ from src.config.schema import RunConfig
 from src.data.sources import file_hash
 from src.errors import ModelError, RunFolderError
 from src.evaluation.metrics import scores
+from src.records import write_atomically
 from src.tracking.console import Console, clock
-from src.tracking.journal import write_atomically
 
 if TYPE_CHECKING:
     from src.data.dataset import Prompts

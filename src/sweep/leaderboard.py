@@ -17,9 +17,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.records import finite, write_atomically
 from src.sweep.ranking import Direction, Row, number
 from src.sweep.trial import short
-from src.tracking.journal import finite, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import SweepError
+from src.records import write_atomically
 from src.sweep.trial import Trial
 from src.sweep.workers import log_file
-from src.tracking.journal import LOCK, holder_of, read_status, write_atomically
+from src.tracking.journal import LOCK, holder_of, read_status
 
 SWEEP, TRIALS, CONF = "sweep.json", "trials.jsonl", "conf"
 STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")

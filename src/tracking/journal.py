@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import shlex
 import shutil
@@ -29,6 +28,7 @@ import psutil
 import yaml
 
 from src.errors import Interrupted, Pruned, RunFolderError
+from src.records import finite, write_atomically, write_json
 
 FILES = (
     "config.yaml",
@@ -81,8 +81,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a whole file at once."""
-        text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomically(self.path / name, text + "\n")
+        write_json(self.path / name, content)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Add a line to a file that grows; it is on its way to the disk when this returns."""
@@ -310,25 +309,6 @@ def _remove(path: Path, names: Iterable[str]) -> None:
             shutil.rmtree(path / name)
         else:
             (path / name).unlink()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that nobody sees half of it."""
-    beside = path.with_name(f".{path.name}.part")  # one writer a file: the lock's holder
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def finite(node: Any) -> Any:
-    """Put null in place of numbers that JSON can't hold: inf and nan."""
-    if isinstance(node, Mapping):
-        return {key: finite(value) for key, value in node.items()}
-    if isinstance(node, float) and not math.isfinite(node):
-        return None
-    return node
 
 
 def now() -> str:

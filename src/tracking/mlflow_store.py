@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock
 
 from src.config.schema import MlflowConfig
-from src.tracking.journal import write_atomically
+from src.records import write_atomically
 
 MAX_PARAM_CHARACTERS = 500  # older stores refuse more; the file that they come from is an artifact and holds everything
 METRICS_AT_ONCE = 1000  # MLflow's limit for one call

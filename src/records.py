@@ -1,0 +1,284 @@
+"""Files that Towline writes and reads back: each is read whole, or refused by name. No torch here.
+
+A file may be damaged in any way when it is read again: cut, overwritten, another file, no file at all. One reader looks
+at its kind before it is opened, at its size before it is read, and at what it says before anyone believes it. What it
+refuses is never removed or written over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+import yaml
+
+from src.errors import DamagedFileError
+
+LARGEST_BYTES = 1 << 28
+"""Of a file that is read whole; those that Towline writes take less than a thousandth."""
+LARGEST_YAML_BYTES = 1 << 22
+MOST_YAML_VALUES = 200_000
+"""Values that a YAML file may have once its aliases are written out: a few lines of them can stand for billions."""
+DEEPEST = 100
+"""Levels of lists and mappings."""
+
+Types = type | tuple[type, ...]
+NUMBER = (int, float)
+OPTIONAL_TEXT = (str, type(None))
+
+
+class Line(NamedTuple):
+    """A line of a file that grows: what it says, and its bytes with the end of the line."""
+
+    content: dict[str, Any]
+    raw: bytes
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that nobody sees half of it."""
+    beside = path.with_name(f".{path.name}.part")  # one writer a file: the lock's holder
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object atomically; numbers that JSON can't hold become null."""
+    write_atomically(path, json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(node: Any) -> Any:
+    """Return the values with null in place of numbers that JSON can't hold: inf and nan."""
+    if isinstance(node, Mapping):
+        return {key: finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [finite(value) for value in node]
+    if isinstance(node, float) and not math.isfinite(node):
+        return None
+    return node
+
+
+def read_json(
+    file: Path, keys: Mapping[str, Types] | None = None, *, may_lack: Collection[str] = (), remedy: str = ""
+) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Args:
+        keys: the types of its keys; those that are not named may hold anything.
+        may_lack: of the keys, those that may be missing.
+        remedy: what to do where it is damaged.
+    Raises:
+        FileNotFoundError: where there is no such file.
+        DamagedFileError: naming the file, what is wrong with it, and the remedy.
+    """
+    try:
+        content = _parse(read_bytes(file))
+        check_keys(content, keys or {}, may_lack)
+    except ValueError as error:
+        raise damaged(file, str(error), remedy) from error
+    return content
+
+
+def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
+    """Return the mapping that a YAML file holds; aliases that refer to themselves or multiply are refused.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        DamagedFileError: naming the file, what is wrong with it, and the remedy.
+    """
+    try:
+        text = read_bytes(file, LARGEST_YAML_BYTES).decode()
+        node = yaml.compose(text, yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode):
+            raise ValueError("no mapping of keys to values")
+        _count_values(node, {}, 0)
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise damaged(file, f"{place}{problem}", remedy) from error
+    except (ValueError, TypeError) as error:  # TypeError: of a key that can be none
+        raise damaged(file, _said(error), remedy) from error
+    except RecursionError as error:
+        raise damaged(file, f"values are nested more than {DEEPEST} deep", remedy) from error
+    return content
+
+
+def read_lines(
+    file: Path, check: Callable[[dict[str, Any], dict[str, Any] | None], None] | None = None, *, remedy: str = ""
+) -> list[Line]:
+    """Return the lines of a file that grows, without a last one that a dying process did not finish.
+
+    Args:
+        check: raises ValueError for a line, given the one before it, that is none of this file.
+        remedy: what to do where a line is damaged; `{number}` in it stands for the line's number.
+    Raises:
+        DamagedFileError: naming file and line.
+    """
+    try:
+        *whole, _torn = read_bytes(file, None).split(b"\n")
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise damaged(file, str(error), remedy.format(number=1)) from error
+    lines: list[Line] = []
+    for number, raw in enumerate(whole, 1):
+        try:
+            content = _parse(raw)
+            if check is not None:
+                check(content, lines[-1].content if lines else None)
+        except ValueError as error:
+            raise damaged(file, f"line {number}: {error}", remedy.format(number=number)) from error
+        lines.append(Line(content, raw + b"\n"))
+    return lines
+
+
+def read_bytes(file: Path, most: int | None = LARGEST_BYTES) -> bytes:
+    """Return the content of a plain file.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is no plain file, can't be read, or has more than `most` bytes.
+    """
+    try:
+        found = os.stat(file)
+        if not stat.S_ISREG(found.st_mode):  # a pipe would wait for ever, a device may have no end
+            raise ValueError("not a plain file")
+        if most is not None and found.st_size > most:
+            raise ValueError(f"{found.st_size:,} bytes, where {most:,} are the most")
+        return file.read_bytes()
+    except FileNotFoundError:
+        if file.is_symlink():
+            raise ValueError("a link to what is not there") from None
+        raise
+    except OSError as error:
+        raise ValueError(f"it can't be read: {error.strerror}") from error
+
+
+def check_keys(content: Mapping[str, Any], keys: Mapping[str, Types], may_lack: Collection[str] = ()) -> None:
+    """Check that an object has the keys that it needs, each with a value of its type.
+
+    Raises:
+        ValueError: naming the first key that has not.
+    """
+    for key, types in keys.items():
+        if key not in content:
+            if key not in may_lack:
+                raise ValueError(f"{key} is missing")
+        elif not _is_of(content[key], types):
+            raise ValueError(f"{key} can't be {_short(content[key])}")
+
+
+def damaged(file: Path, reason: str, remedy: str) -> DamagedFileError:
+    """Return the error that tells a file that can't be used."""
+    return DamagedFileError(f"{file} is damaged: {reason}.{f' {remedy}' if remedy else ''}")
+
+
+class Digest:
+    """Counts and hashes what a file that grows has got so far, as it is written."""
+
+    def __init__(self, content: bytes = b"") -> None:
+        self._num_bytes = 0
+        self._hash = xxhash.xxh3_128()
+        self.add(content)
+
+    def add(self, content: bytes) -> None:
+        self._num_bytes += len(content)
+        self._hash.update(content)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"num_bytes": self._num_bytes, "xxh3_128": self._hash.hexdigest()}
+
+
+DIGEST_KEYS: Mapping[str, Types] = {"num_bytes": int, "xxh3_128": str}
+
+
+def begins_with(content: bytes, digest: Mapping[str, Any]) -> bool:
+    """Return whether a file's content begins with what `Digest.as_dict` tells."""
+    return Digest(content[: digest["num_bytes"]]).as_dict() == dict(digest)
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    """Return the object that JSON text holds.
+
+    Raises:
+        ValueError: saying why it holds none.
+    """
+    try:
+        content = json.loads(raw.decode(), parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no text: byte {error.start} is {raw[error.start]:#04x}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON: {error.msg}, at character {error.pos + 1}") from error
+    except RecursionError as error:
+        raise ValueError(f"values are nested more than {DEEPEST} deep") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"no JSON object but {_short(content)}")
+    _check_depth(content)
+    return content
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number that JSON has")
+
+
+def _check_depth(node: Any, depth: int = 0) -> None:
+    if depth > DEEPEST:
+        raise ValueError(f"values are nested more than {DEEPEST} deep")
+    if isinstance(node, dict | list):
+        for value in node.values() if isinstance(node, dict) else node:
+            if isinstance(value, dict | list):
+                _check_depth(value, depth + 1)
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) -> int:
+    """Return how many values a YAML node has once its aliases are written out.
+
+    Args:
+        counts: of each node by its identity; None while it is being counted.
+    Raises:
+        ValueError: where it holds itself, is nested too deep, or has too many.
+    """
+    if id(node) in counts:
+        known = counts[id(node)]
+        if known is None:
+            raise ValueError(f"line {node.start_mark.line + 1}: an anchor that holds itself")
+        return known
+    if depth > DEEPEST:
+        raise ValueError(f"line {node.start_mark.line + 1}: values are nested more than {DEEPEST} deep")
+    counts[id(node)] = None
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    elif isinstance(node, yaml.MappingNode):
+        inner = [one for pair in node.value for one in pair]
+    count = 1 + sum(_count_values(one, counts, depth + 1) for one in inner)
+    if count > MOST_YAML_VALUES:
+        raise ValueError(
+            f"line {node.start_mark.line + 1}: aliases that stand for more than {MOST_YAML_VALUES:,} values"
+        )
+    counts[id(node)] = count
+    return count
+
+
+def _is_of(value: Any, types: Types) -> bool:
+    allowed = types if isinstance(types, tuple) else (types,)
+    return isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
