@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import sys
 
 
 class TowlineError(Exception):
@@ -117,6 +119,32 @@ def listed(problems: list[str], *, most: int = 10) -> str:
 def one_line(error: Exception, most: int = 300) -> str:
     """Give a library's error as one line."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls but for tab and line end: C0, DEL, C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks and overrides of direction
+    "\u2028\u2029\ud800-\udfff]"  # other line ends, and halves of characters that no terminal is sent
+)
+
+
+def visible(text: str, *, is_line: bool = False) -> str:
+    r"""Return a text with its control characters written out, as \x1b, so that a terminal does not obey them.
+
+    Line ends and tabs stay, unless it is to be one line.
+    """
+    seen = _UNSEEN.sub(_written_out, text)
+    return seen.replace("\n", "\\n").replace("\t", "\\t") if is_line else seen
+
+
+def _written_out(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def report(message: object) -> None:
+    """Print a message to the error stream, its control characters written out."""
+    print(visible(str(message)), file=sys.stderr, flush=True)
 
 
 def human_bytes(count: float) -> str:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src.config.gate import Admitted, admit_prediction
-from src.errors import Interrupted, TowlineError
+from src.errors import Interrupted, TowlineError, report
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.signals import StopRequest, stop_on_signals
 
@@ -143,26 +143,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         admitted = admit_prediction(arguments)
     except TowlineError as error:
-        print(error, file=sys.stderr)
+        report(error)
         return error.exit_code
     except KeyboardInterrupt:
         return Interrupted.exit_code
     try:
         predict(admitted)
     except TowlineError as error:
-        print(f"\n{error}", file=sys.stderr)
+        report(f"\n{error}")
         return error.exit_code
     except (Interrupted, KeyboardInterrupt) as stop:
         again = "the same command without force=true" if admitted.config.force else "the same command"
         where = f"What was predicted is in {folder(admitted)}: {again} goes on from there."
-        print(f"\nStopped by {str(stop) or 'Ctrl-C'}. {where}", file=sys.stderr)
+        report(f"\nStopped by {str(stop) or 'Ctrl-C'}. {where}")
         return Interrupted.exit_code
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f"What was predicted is in {folder(admitted)}: make room, and the same command goes on from there."
-            print(f"\nThe disk is full: {error.strerror}. {where}", file=sys.stderr)
+            report(f"\nThe disk is full: {error.strerror}. {where}")
             return 1
-        print(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror}", file=sys.stderr)
+        report(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror}")
         return 2
     return 0
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config.gate import Admitted, admit
-from src.errors import Interrupted, TowlineError
+from src.errors import Interrupted, TowlineError, report
 from src.runtime.collector import collect_from_here, rest_while_importing
 
 if TYPE_CHECKING:
@@ -149,13 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         assert request.run is not None
         return preflight(request.run)
     except TowlineError as error:
-        print(f"\n{error}", file=sys.stderr)
+        report(f"\n{error}")
         return error.exit_code
     except (Interrupted, KeyboardInterrupt):
-        print("\nStopped: nothing was trained.", file=sys.stderr)
+        report("\nStopped: nothing was trained.")
         return Interrupted.exit_code
     except OSError as error:
-        print(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror}", file=sys.stderr)
+        report(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror}")
         return 2
 
 

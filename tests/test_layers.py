@@ -17,7 +17,7 @@ LAYERS = (
     ("tokens",),
     ("runtime",),
     ("config",),
-    ("records",),
+    ("records", "markdown"),
     ("errors",),
 )
 SIBLINGS_ALLOWED = {("evaluation", "training.loss"), ("run", "overview")}

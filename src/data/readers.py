@@ -20,7 +20,7 @@ from io import BufferedReader
 from typing import Any, NamedTuple
 
 from src.config.files import KNOWN, kind_of
-from src.errors import one_line
+from src.errors import one_line, visible
 
 MAX_ROW_BYTES = 4 * 2**20
 """A longer row is refused: more likely a file without line ends, or a quote that nobody closed."""
@@ -39,7 +39,7 @@ class Record(NamedTuple):
 
     @property
     def place(self) -> str:
-        return f"{self.source}:{self.number}"
+        return visible(f"{self.source}:{self.number}", is_line=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Unreadable:
 
     @property
     def place(self) -> str:
-        return self.source if self.number is None else f"{self.source}:{self.number}"
+        return visible(self.source if self.number is None else f"{self.source}:{self.number}", is_line=True)
 
 
 Row = Record | Unreadable

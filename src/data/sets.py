@@ -12,6 +12,7 @@ import numpy as np
 
 from src.data.encoding import IGNORE_INDEX
 from src.data.store import Chunk, Part
+from src.errors import visible
 
 
 @dataclass(slots=True)
@@ -84,7 +85,7 @@ class EncodedSet:
 
     def place(self, index: int) -> str:
         """Say where a row comes from: file and line."""
-        return f"{self._value(index, 'source')}:{self._value(index, 'number')}"
+        return visible(f"{self._value(index, 'source')}:{self._value(index, 'number')}", is_line=True)
 
     def prompt_ids(self, index: int) -> list[int]:
         """Give the ids that generation is fed for a row: exactly those before its completion in training."""
@@ -172,7 +173,7 @@ class EncodedSet:
                     counts[line] = counts.get(line, 0) + count
                     if len(seen := places.setdefault(line, [])) < 3:
                         source, number = (chunk.batch.column(name)[row].as_py() for name in ("source", "number"))
-                        seen.append(f"{source}:{number}")
+                        seen.append(visible(f"{source}:{number}", is_line=True))
         return counts, places
 
     def total(self, column: str) -> int:

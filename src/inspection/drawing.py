@@ -12,6 +12,7 @@ import numpy as np
 
 from src.data.encoding import IGNORE_INDEX, THOUGHT, Encoder
 from src.data.sets import EncodedSet
+from src.errors import visible
 
 BAR_WIDTH = 40
 NUM_BARS = 10
@@ -19,7 +20,10 @@ MOST_TEXT = 1200  # characters of a row that are shown
 
 
 class Paint:
-    """Colours for a terminal; elsewhere signs around the text that say the same."""
+    """Colours for a terminal; elsewhere signs around the text that say the same.
+
+    Control characters of the text itself are written out.
+    """
 
     PROMPT, ANSWER, THOUGHT, END, BOLD = "prompt", "answer", "thought", "end", "bold"
 
@@ -30,6 +34,7 @@ class Paint:
     def __call__(self, kind: str, text: str) -> str:
         if not text:
             return ""
+        text = visible(text)
         if self.in_colour:  # line by line, as a pager needs it
             return "\n".join(f"\x1b[{CODES[kind]}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
         before, behind = SIGNS[kind]

@@ -9,7 +9,7 @@ from src.config.schema import RunConfig, Weights
 from src.data.advice import Finding, Level
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
-from src.errors import human_bytes
+from src.errors import human_bytes, visible
 from src.forecast import Item
 from src.inspection.drawing import Paint, histogram, painted_row
 from src.inspection.findings import Proof
@@ -54,11 +54,11 @@ def show_rows(console: Console, train: EncodedSet, data: Data, count: int, paint
     """Show the first rows as the model will see them."""
     if not count:
         return
-    console.label("rows", paint.legend)
+    console.label("rows", paint.legend, is_painted=True)
     for i in range(min(count, len(train))):
-        console.say(f"  {paint(Paint.BOLD, train.place(i))}")
+        console.say(f"  {paint(Paint.BOLD, train.place(i))}", is_painted=True)
         for line in painted_row(train, i, data.encoder, data.stop_ids, paint).split("\n"):
-            console.say(f"    {line}")
+            console.say(f"    {line}", is_painted=True)
 
 
 def show_forecasts(console: Console, config: RunConfig, ahead: Outlook) -> None:
@@ -116,5 +116,5 @@ def show_findings(console: Console, found: Sequence[Finding], proofs: Mapping[st
     for i, finding in enumerate(found):
         level = f"{finding.level.value:<8}"
         level = f"\x1b[{COLOURS[finding.level]}m{level}\x1b[0m" if paint.in_colour else level
-        console.label("findings" if i == 0 else "", f"{level} {finding.text}")
+        console.label("findings" if i == 0 else "", f"{level} {visible(finding.text)}", is_painted=True)
     return 1 if any(finding.level is Level.error for finding in found) else 0

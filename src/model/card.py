@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from src.markdown import code, fenced, inline, table
 from src.model.adapters import portable
 
 SHOWN = ("train/loss", "eval/")
@@ -36,22 +37,25 @@ def model_card(
     }
     commit = git.get("commit") or "unknown"
     sections = {
-        f"{frozen['name']}": f"{_what(frozen)} Trained with Towline at commit {commit}"
+        inline(frozen["name"]): f"{_what(frozen)} Trained with Towline at commit {commit}"
         f"{', with changes that are not committed' if git.get('dirty') else ''} (config hash "
         f"{provenance.get('config_hash', 'unknown')}).",
         "## How to load it": _loading(frozen),
-        "## Data": _table(
+        "## Data": table(
             ("set", "rows", "tokens", "supervised"),
-            [(name, r["rows_kept"], r["tokens"], r["supervised_tokens"]) for name, r in data.items()],
+            [
+                (inline(name), *(f"{of_set[key]:,}" for key in ("rows_kept", "tokens", "supervised_tokens")))
+                for name, of_set in data.items()
+            ],
         ),
-        "## Metrics": _table(
+        "## Metrics": table(
             ("metric", "value"),
-            [(name, f"{value:.4g}") for name, value in sorted(metrics.items()) if name.startswith(SHOWN)],
+            [(inline(name), f"{value:.4g}") for name, value in sorted(metrics.items()) if name.startswith(SHOWN)],
         ),
-        "## New tokens": _table(("token", "id"), [(f"`{token}`", i) for token, i in new_tokens.items()])
+        "## New tokens": table(("token", "id"), [(code(token), f"{i:,}") for token, i in new_tokens.items()])
         if new_tokens
         else "None.",
-        "## Configuration": f"```yaml\n{yaml.safe_dump(dict(frozen), sort_keys=False, allow_unicode=True)}```",
+        "## Configuration": fenced(yaml.safe_dump(dict(frozen), sort_keys=False, allow_unicode=True), "yaml"),
     }
     body = "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items())
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {body}\n"
@@ -67,7 +71,7 @@ def _is_quantised(frozen: Mapping[str, Any]) -> bool:
 
 def _what(frozen: Mapping[str, Any]) -> str:
     model, adapter = frozen["model"], frozen["adapter"]
-    base = f"{model['checkpoint']}{', from random weights' if model['weights'] == 'random' else ''}"
+    base = f"{inline(model['checkpoint'])}{', from random weights' if model['weights'] == 'random' else ''}"
     if adapter["type"] == "none":
         return f"A full fine-tune of {base}."
     bits = " in 8 bits" if frozen["quantization"]["load_in_8bit"] else " in 4 bits" if _is_quantised(frozen) else ""
@@ -127,11 +131,4 @@ def _bits(frozen: Mapping[str, Any]) -> str:
 
 
 def _code(lines: list[str]) -> str:
-    return "```python\n" + "\n".join(lines) + "\n```"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(
-        "| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in line) + " |" for line in lines
-    )
+    return fenced("\n".join(lines), "python")

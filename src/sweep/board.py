@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.errors import visible
 from src.sweep.record import Standing
 from src.sweep.trial import Trial, short
 from src.tracking.console import Console, clock
@@ -60,7 +61,7 @@ class Board:
 
     def say(self, text: str) -> None:
         """Print a line that stays, above the table."""
-        self._terminal.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._terminal.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     def is_due(self) -> bool:
         """Whether it is time to show how far it is."""
@@ -79,13 +80,15 @@ class Board:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE, title=f"{self._name}   {summary}", title_justify="left", pad_edge=False)
+        table = Table(box=box.SIMPLE, title=Text(f"{self._name}   {summary}"), title_justify="left", pad_edge=False)
         for heading in ("trial", "overrides", "state", "step", self._metric, "left"):
-            table.add_column(heading, justify="left" if heading in ("overrides", "state") else "right", overflow="fold")
+            table.add_column(
+                Text(heading), justify="left" if heading in ("overrides", "state") else "right", overflow="fold"
+            )
         shown, hidden = _chosen(entries, self._terminal.size.height - MARGIN)
         for entry in shown:
             state = entry.standing.state
-            cells = [Text(cell) for cell in _cells(entry)]
+            cells = [Text(visible(cell, is_line=True)) for cell in _cells(entry)]
             cells[2].stylize(COLOURS.get(state, ""))
             table.add_row(*cells, style="dim" if state == "WAITING" else "bold" if entry.is_best else "")
         if hidden:

@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.errors import visible
+from src.markdown import code, inline
+from src.markdown import table as markdown_table
 from src.records import finite, write_atomically
 from src.sweep.ranking import Direction, Row, number
 from src.sweep.trial import short
@@ -98,29 +100,25 @@ def _spaced(items: Iterable[Any]) -> str:
 
 
 def _markdown(rows: Sequence[Row], metric: str, direction: Direction, conclusion: str) -> str:
-    parts = [f"# {metric}, {direction}d", _escaped(conclusion)]
+    parts = [f"# {inline(metric)}, {direction}d", inline(conclusion)]
     for group, members in _groups(rows):
         if group:
-            parts.append(f"## {_escaped(group)}")
-        lines = [["rank", "setting", "mean", "n", "difference", "verdict", "trials"], ["---"] * 7]
-        lines += [
-            [_rank(row), _code(_label(row)), _mean(row), str(row.n), _difference(row), row.verdict, _spaced(row.trials)]
+            parts.append(f"## {inline(group)}")
+        lines = [
+            [
+                _rank(row),
+                code(_label(row)),
+                _mean(row),
+                str(row.n),
+                _difference(row),
+                inline(row.verdict),
+                _spaced(row.trials),
+            ]
             for row in members
         ]
-        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in cells))
+        parts.append(markdown_table(["rank", "setting", "mean", "n", "difference", "verdict", "trials"], lines))
     parts.append("Intervals are 95 %; differences are to the reference: the best mean over two replicates or more.")
     return "\n\n".join(parts) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*<])", r"\\\1", text)
-
-
-def _code(text: str) -> str:
-    """Write text that Markdown leaves alone: `<ToW>` would be a tag, `*` emphasis."""
-    text = " ".join(text.split()) or "—"
-    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def table(rows: Sequence[Row], metric: str, direction: Direction) -> Table:
@@ -129,7 +127,7 @@ def table(rows: Sequence[Row], metric: str, direction: Direction) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=box.SIMPLE, title=f"{metric}, {direction}d", title_justify="left", pad_edge=False)
+    made = Table(box=box.SIMPLE, title=Text(f"{metric}, {direction}d"), title_justify="left", pad_edge=False)
     has_room = max((len(short(_label(row))) for row in rows), default=0) <= WIDE_LABEL
     made.add_column("rank", no_wrap=True)
     made.add_column("setting", overflow="fold", min_width=12)
@@ -141,12 +139,12 @@ def table(rows: Sequence[Row], metric: str, direction: Direction) -> Table:
     for group, members in _groups(rows):
         if group:
             made.add_section()
-            made.add_row("", Text(group, style="bold"))
+            made.add_row("", Text(visible(group, is_line=True), style="bold"))
         for row in members:
             style = "" if row.rank == 1 else "dim"
             difference = [_difference(row)] if has_room else []
             cells = [_rank(row), short(_label(row)), _mean(row), str(row.n), *difference, row.verdict]
-            made.add_row(*(Text(cell) for cell in cells), style=style)
+            made.add_row(*(Text(visible(cell, is_line=True)) for cell in cells), style=style)
     return made
 
 

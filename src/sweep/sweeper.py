@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from src.config.compose import CommandLine
 from src.config.schema import Device, MlflowConfig, NoAdapterConfig, Pruner, Replicate
-from src.errors import Interrupted, TowlineError, is_disk_full
+from src.errors import Interrupted, TowlineError, is_disk_full, report
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
 from src.sweep.board import Board, failures, listing, some
@@ -89,14 +88,12 @@ def sweep(task: Callable[..., Any], config: Any, context: Any) -> int:
     try:
         request.code = lead(request.plan, request.stop, launched or request.workers)
     except TowlineError as error:  # Hydra would show where it came from
-        print(f"\n{error}", file=sys.stderr)
+        report(f"\n{error}")
         request.code = error.exit_code
     except OSError as error:
         if not is_disk_full(error):
             raise
-        print(
-            f"\nThe disk is full: {request.plan.folder}. The same command goes on once there is room.", file=sys.stderr
-        )
+        report(f"\nThe disk is full: {request.plan.folder}. The same command goes on once there is room.")
         request.code = 1
     finally:
         end_fork_server()

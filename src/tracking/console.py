@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from src.errors import report, visible
+
 LABEL = 12  # columns of the label in front of a line
 REFRESH_SECONDS = 0.1
 QUIET_SECONDS = 10.0  # between two lines of progress where nobody watches
@@ -24,22 +26,26 @@ class Console:
         self._started: float | None = None
         self._first_step = 0
 
-    def say(self, text: str = "") -> None:
-        """Print a line that stays."""
-        self._close_line()
-        print(text, file=self._stream, flush=True)
+    def say(self, text: str = "", *, is_painted: bool = False) -> None:
+        """Print a line that stays.
 
-    def label(self, label: str, text: str) -> None:
+        Args:
+            is_painted: its control characters are colours, meant for the terminal; else they are written out.
+        """
+        self._close_line()
+        print(text if is_painted else visible(text), file=self._stream, flush=True)
+
+    def label(self, label: str, text: str, *, is_painted: bool = False) -> None:
         """Print a line with its label in a column of its own; further lines of the text are indented below."""
         first, *rest = text.split("\n")
-        self.say(f"{label:<{LABEL}}{first}")
+        self.say(f"{label:<{LABEL}}{first}", is_painted=is_painted)
         for line in rest:
-            self.say(" " * LABEL + line)
+            self.say(" " * LABEL + line, is_painted=is_painted)
 
     def warn(self, text: str) -> None:
         """Print a warning to the error stream."""
         self._close_line()
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        report(f"warning: {text}")
 
     def working(self, text: str) -> None:
         """Show how far long work is that comes before training: in place on a terminal, now and then elsewhere."""
@@ -51,7 +57,7 @@ class Console:
                 self._last_refresh = now
         elif now - self._last_refresh >= REFRESH_SECONDS:
             self._last_refresh = now
-            self._stream.write(f"\r\x1b[2K{text}")
+            self._stream.write(f"\r\x1b[2K{visible(text, is_line=True)}")
             self._stream.flush()
             self._line_open = True
 
