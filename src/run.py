@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.config.compose import CONF, PROJECT_ROOT
 from src.config.gate import Admitted, Request, admit, parse
-from src.errors import Interrupted, Pruned, TowlineError, TrainingError, is_disk_full
+from src.errors import Interrupted, Pruned, TowlineError, TrainingError, is_disk_full, report, visible
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.launch import copy_output, follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
@@ -267,25 +267,24 @@ def guarded(admitted: Admitted, stop: StopRequest) -> int:
             return run_as_many(admitted, stop)
         run(admitted, stop)
     except TowlineError as error:
-        print(f"\n{error}", file=sys.stderr)
+        report(f"\n{error}")
         return error.exit_code
     except Pruned as reason:
-        print(f"\nEnded early: {reason}")
+        print(visible(f"\nEnded early: {reason}"))
         return Pruned.exit_code
     except (Interrupted, KeyboardInterrupt) as reason:
-        print(f"\nStopped by {str(reason) or 'Ctrl-C'}. {_how_to_go_on(run_dir)}", file=sys.stderr)
+        report(f"\nStopped by {str(reason) or 'Ctrl-C'}. {_how_to_go_on(run_dir)}")
         return Interrupted.exit_code
     except OSError as error:
         if not is_disk_full(error):
             raise
-        print(f"\nThe disk is full: {error}. {_how_to_go_on(run_dir)}", file=sys.stderr)
+        report(f"\nThe disk is full: {error}. {_how_to_go_on(run_dir)}")
         return 1
     except Exception as error:
         if place_of() is not None and "by peer" in str(error):  # who started us says which one, and why
-            print("\nAnother process of this run has ended, so this one can't go on.", file=sys.stderr)
+            report("\nAnother process of this run has ended, so this one can't go on.")
             return 1
-        traceback.print_exc()
-        print(f"\nA fault of the program, or too little memory. {_how_to_go_on(run_dir)}", file=sys.stderr)
+        report(f"{traceback.format_exc()}\nA fault of the program, or too little memory. {_how_to_go_on(run_dir)}")
         return 1
     return 0
 
@@ -375,12 +374,12 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     except (Interrupted, KeyboardInterrupt) as reason:  # before the first run, or between two
-        print(f"\nStopped by {str(reason) or 'Ctrl-C'}", file=sys.stderr)
+        report(f"\nStopped by {str(reason) or 'Ctrl-C'}")
         return Interrupted.exit_code
     if asked is not None:
         return asked.code
     if failed := [str(number) for number, code in enumerate(codes) if code]:
-        print(f"\n{len(failed)} of {len(codes)} runs failed: number {', '.join(failed)} of the sweep", file=sys.stderr)
+        report(f"\n{len(failed)} of {len(codes)} runs failed: number {', '.join(failed)} of the sweep")
     return max(codes, default=0)
 
 
@@ -425,7 +424,7 @@ def admit_and_run(arguments: Sequence[str], stop: StopRequest) -> int:
         request = admit(arguments)
         return by_hydra(request, stop) if request.run is None else guarded(request.run, stop)
     except TowlineError as error:
-        print(error, file=sys.stderr)
+        report(error)
         return error.exit_code
     except (Interrupted, KeyboardInterrupt):
         return Interrupted.exit_code
