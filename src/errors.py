@@ -6,6 +6,7 @@ TowlineError                exit code 2, printed without a traceback
 ├── DamagedFileError        a file that Towline wrote can't be read back; it is left as it is
 ├── CheckpointError         a checkpoint is damaged, or does not fit the run that would go on from it
 ├── DataError               a file or row can't be used, or too little of the data is left
+│   └── LimitError          a text takes more time or memory than any should
 ├── TokenError              a tokenizer or a new token can't be used as asked
 ├── ModelError              a model can't be loaded or assembled as asked
 ├── SweepError              a sweep can't be started or gone on with
@@ -51,6 +52,10 @@ class CheckpointError(TowlineError):
 
 class DataError(TowlineError):
     """A file or row can't be used, or too little of the data is left."""
+
+
+class LimitError(DataError):
+    """A text takes more time or memory than any should: by a pattern, or by a chat template."""
 
 
 class TokenError(TowlineError):

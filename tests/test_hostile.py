@@ -10,14 +10,20 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from src.errors import report, visible
+from src import patterns
+from src.config.schema import Metric
+from src.data.dataset import build_data
+from src.errors import ConfigError, DataError, LimitError, report, visible
+from src.evaluation.metrics import scores
 from src.inspection.drawing import Paint
 from src.markdown import code, fenced, inline, table
 from src.model.card import model_card
+from src.patterns import Pattern
 from src.sweep import leaderboard
 from src.sweep.ranking import Row
+from src.tokens import load_tokenizer
 from src.tracking.console import Console
-from tests.conftest import admitted
+from tests.conftest import admitted, write_lines
 
 TERMINAL = "\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\r\u202egnp.exe\u2066\ud800"
 PAGES = [
@@ -104,6 +110,58 @@ def test_a_card_and_a_leaderboard_hold_no_markup_of_names(tmp_path: Path) -> Non
     for text in (card.split("---\n", 2)[2], board):
         found = kinds(text)
         assert not {"link_open", "html_block", "html_inline"} & set(found)
-        headings = READER.render(text).count("owned")
-        assert headings and not re.search(r"<h\d>owned", READER.render(text))
+        assert "owned" in READER.render(text)
+        assert not re.search(r"<h\d>owned", READER.render(text))
     assert kinds(card.split("---\n", 2)[2]).count("fence") == 2
+
+
+EXPLOSIVE = r"(?:a|aa)+$|(b)"
+LONG = "a" * 60 + "c"
+
+
+@pytest.fixture
+def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+
+
+def test_a_pattern_that_explodes_is_told(short_limit: None) -> None:
+    pattern = Pattern("data.thought_pattern", EXPLOSIVE)
+    for use in (lambda: pattern.sub("", LONG), lambda: pattern.is_in(LONG), lambda: pattern.groups(LONG)):
+        with pytest.raises(LimitError, match=r"data\.thought_pattern = .* 61 characters"):
+            use()
+    assert pattern.groups("abb") == ["b", "b"]
+    with pytest.raises(ConfigError, match=r"data\.answer_pattern"):
+        Pattern("data.answer_pattern", "(")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        (r"<<(.*?)>>", "1<<2\n>>3<<>>"), (r"\\boxed{([^}]*)}", r"so \boxed{7} is it"), (r"x{e}(a)", "x{e}a xa ya"),
+        (r"(a){2}|b{,2}(c)|d{}(e)", "aabbcd{}e"), (r"[{}](a)", "{a}a"), (r"[]{e}]+(b)", "]{e}b"), (r"(?i)(É)", "é"),
+        (r"(a*)", "baac"), (r"\N{DIGIT ONE}(.)", "12"), (r"^(.)|(.)$", "a\nb"), (r"[^]{]{2}(\{)", "ab{"),
+        (r"#### *(-?[0-9.,]*[0-9])", "#### -1,000.5 #### 7."), (r"\{(?P<n>\w+)\}", "{a}{b_1}"),
+    ],
+)  # fmt: skip
+def test_a_pattern_finds_what_re_finds(pattern: str, text: str) -> None:
+    found = Pattern("data.answer_pattern", pattern)
+    same = re.compile(pattern, re.DOTALL)
+    assert found.groups(text) == [match.group(1) for match in same.finditer(text)]
+    assert found.sub("<>", text) == same.sub("<>", text)
+    assert found.is_in(text) == bool(same.search(text))
+
+
+def test_a_row_on_which_a_pattern_explodes_is_told_by_its_place(short_limit: None, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": c} for c in ("b", LONG, LONG)])
+    for given in (
+        ["data=prompt_completion", f"data.thought_pattern='{EXPLOSIVE}'", "tokens=none"],
+        ["data=prompt_completion", f"data.answer_pattern='{EXPLOSIVE}'", "evaluation.metrics=[exact_match]"],
+    ):
+        config = admitted(*given, f"data.train_files=[{file}]", f"data.test_files=[{file}]").config
+        with pytest.raises(DataError, match=rf"{re.escape(str(file))}:2: data\.\w+_pattern"):
+            build_data(config, load_tokenizer(config.model, config.tokens)[0])
+
+
+def test_a_generated_text_on_which_a_pattern_explodes_is_told_by_its_row(short_limit: None) -> None:
+    with pytest.raises(DataError, match=r"^row 1: data.answer_pattern"):
+        scores([Metric.exact_match], ["b", LONG], ["b", "b"], EXPLOSIVE, "row {}".format)

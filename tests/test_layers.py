@@ -17,7 +17,7 @@ LAYERS = (
     ("tokens",),
     ("runtime",),
     ("config",),
-    ("records", "markdown"),
+    ("records", "markdown", "patterns"),
     ("errors",),
 )
 SIBLINGS_ALLOWED = {("evaluation", "training.loss"), ("run", "overview")}

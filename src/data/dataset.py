@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -32,6 +31,7 @@ from src.data.sources import FileSource, HubSource, Source, file_hash, file_sour
 from src.data.store import Part
 from src.data.stream import StreamedSet, StreamSource
 from src.errors import DataError, listed
+from src.patterns import Pattern, at
 
 TrainSet = EncodedSet | StreamedSet
 
@@ -371,8 +371,12 @@ class _Builder:
         pattern = self.data.answer_pattern
         if pattern is None or Metric.exact_match not in self.config.metrics:
             return
-        search = re.compile(normalize("NFC", pattern), re.DOTALL).search  # as exact match compares
-        without = [rows.place(i) for i in range(len(rows)) if not search(normalize("NFC", rows.reference(i)))]
+        found = Pattern("data.answer_pattern", normalize("NFC", pattern))  # as exact match compares
+        without = []
+        for i in range(len(rows)):
+            with at(rows.place, i):
+                if not found.is_in(normalize("NFC", rows.reference(i))):
+                    without.append(rows.place(i))
         if without:
             raise DataError(
                 f"{len(without)} row{'s' if len(without) > 1 else ''} of {rows.name} can't be used: no answer in them, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from src.data.formats import Chat, Pair, load_format
 from src.data.formats.messages import LEARNED_KEYS, ROLES, THOUGHT, form_of
 from src.data.pieces import Piece, last_turn
 from src.data.readers import Record
+from src.patterns import Pattern
 
 FILLER = "-"
 """Stands where a row to predict has no answer, so that its format can read it; no model ever sees it."""
@@ -63,8 +63,8 @@ class ThoughtForm:
     tags: tuple[str, str] | None
 
     @cached_property
-    def _found(self) -> re.Pattern[str] | None:
-        return None if self.pattern is None else re.compile(self.pattern, re.DOTALL)
+    def _found(self) -> Pattern | None:
+        return None if self.pattern is None else Pattern("data.thought_pattern", self.pattern)
 
     def keep(self, text: str) -> str:
         """Write every thought between the tags."""

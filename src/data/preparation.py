@@ -28,6 +28,7 @@ from src.data.formats import BadRow
 from src.data.readers import Record, Unreadable
 from src.data.store import DroppedRow, to_batch
 from src.errors import DataError, TokenError
+from src.patterns import at
 
 CHUNK_ROWS = 250  # rows encoded at once by a thread: what they take fits into a core's cache
 THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's share, a fifth, is one thread's at a time
@@ -82,7 +83,11 @@ class Preparer:
         self._lengths = recipe.lengths
 
     def prepare(self, chunk: Records) -> Prepared:
-        """Format and encode a chunk; rows that can't be used come back by their place."""
+        """Format and encode a chunk; rows that can't be used come back by their place.
+
+        Raises:
+            DataError: where a row takes too much time or memory, so that many would stop everything.
+        """
         bad: list[tuple[str, str]] = []
         good: list[tuple[int, Record, Example]] = []
         for ordinal, record in chunk:
@@ -90,7 +95,8 @@ class Preparer:
                 bad.append((record.place, record.reason))
                 continue
             try:
-                good.append((ordinal, record, self._examples.of(record)))
+                with at("{0.place}".format, record):
+                    good.append((ordinal, record, self._examples.of(record)))
             except (BadRow, TokenError) as problem:
                 bad.append((record.place, str(problem)))
         rows: list[tuple[int, Record, Example, EncodedRow]] = []

@@ -61,7 +61,7 @@ class Evaluator:
                 texts = [self.reader.encoder.decode(completion.ids) for completion in completions]
                 answers = [self.reader.answer(rows, i, text) for i, text in enumerate(texts)]
                 references = self.reader.references(rows, range(count))
-                values |= scores(self.metrics, answers, references, self.answer_pattern)
+                values |= scores(self.metrics, answers, references, self.answer_pattern, rows.place)
             metrics |= {f"eval/{rows.name}/{name}": value for name, value in values.items()}
         return metrics | targets.metrics(self.runtime)
 

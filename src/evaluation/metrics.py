@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import regex
 
 from src.config.schema import Metric
+from src.patterns import Pattern, at
 
 ROUGE = (Metric.rouge1, Metric.rouge2, Metric.rougeL)
 FULL_MARKS = {metric: 100.0 if metric in (Metric.chrf, Metric.bleu) else 1.0 for metric in Metric}
@@ -48,15 +49,24 @@ MTEVAL_13A = (
 
 
 def scores(
-    metrics: Sequence[Metric], predictions: Sequence[str], references: Sequence[str], answer_pattern: str | None
+    metrics: Sequence[Metric],
+    predictions: Sequence[str],
+    references: Sequence[str],
+    answer_pattern: str | None,
+    place: Callable[[int], str] = "text {}".format,
 ) -> dict[str, float]:
     """Return the metrics asked for by name, in that order: exact match and ROUGE from 0 to 1, chrF and BLEU to 100.
 
     Only exact match looks at `answer_pattern`; the others compare whole texts.
+
+    Args:
+        place: says where the row of a prediction comes from.
+    Raises:
+        DataError: naming the row on which the pattern does not come to an end.
     """
     values = rouge([metric.value for metric in metrics if metric in ROUGE], predictions, references)
     if Metric.exact_match in metrics:
-        values["exact_match"] = exact_match(predictions, references, answer_pattern)
+        values["exact_match"] = exact_match(predictions, references, answer_pattern, place)
     if Metric.chrf in metrics:
         values["chrf"] = chrf(predictions, references)
     if Metric.bleu in metrics:
@@ -101,19 +111,30 @@ def answer(text: str, pattern: str | None) -> str | None:
     """Return what a text answers: all of it, or the last match of the pattern's first group; None without a match.
 
     Text and pattern are taken in NFC: "é" is the same letter, written as one character or as two.
+
+    Raises:
+        LimitError: where the pattern does not come to an end.
     """
     text = nfc(text)
     if pattern is None:
         return text.strip()
-    groups = [match.group(1) for match in re.finditer(nfc(pattern), text, flags=re.DOTALL)]
+    groups = Pattern("data.answer_pattern", nfc(pattern)).groups(text)
     return groups[-1].strip() if groups and groups[-1] is not None else None
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[str], pattern: str | None) -> float:
+def exact_match(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    pattern: str | None,
+    place: Callable[[int], str] = "text {}".format,
+) -> float:
     """Compute the share of predictions whose answer is the reference's, from 0 to 1; no answer is no match."""
-    pairs = zip(predictions, references, strict=True)
-    hits = [(given := answer(p, pattern)) is not None and given == answer(r, pattern) for p, r in pairs]
-    return sum(hits) / len(hits)
+    hits = 0
+    for number, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+        with at(place, number):
+            given = answer(prediction, pattern)
+            hits += given is not None and given == answer(reference, pattern)
+    return hits / len(predictions)
 
 
 def words(text: str) -> list[str]:

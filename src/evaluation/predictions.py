@@ -167,12 +167,15 @@ class PredictedSet:
 
         Gives the metrics, none where a row has no reference, and how many rows have none.
         """
-        pairs = [(line["answer"], line["reference"]) for line in self.read()]
+        lines = list(self.read())
+        pairs = [(line["answer"], line["reference"]) for line in lines]
         references = [reference for _, reference in pairs if reference is not None]
         lacking = len(pairs) - len(references)
         values = {}
         if config.metrics and not lacking:
-            found = scores(config.metrics, [given for given, _ in pairs], references, config.data.answer_pattern)
+            places = [line["source"] for line in lines]
+            answers, pattern = [given for given, _ in pairs], config.data.answer_pattern
+            found = scores(config.metrics, answers, references, pattern, places.__getitem__)
             values = {f"eval/{self.name}/{metric}": value for metric, value in found.items()}
         file = self.folder / "metrics.json"
         before = _read(file)

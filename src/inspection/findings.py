@@ -22,6 +22,7 @@ from src.data.sets import EncodedSet
 from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import EndText, cut_at
 from src.evaluation.metrics import is_full_marks, unscorable
+from src.patterns import at
 from src.training.optim import cannot_learn
 from src.training.state import batch_plan
 
@@ -124,13 +125,18 @@ def _judge(rows: EncodedSet, indices: Sequence[int], judge: Judge, proof: Proof)
         answer, reference = judge.reader.answer(rows, i, text), judge.reader.plain_reference(rows, i)
         if answer != reference:
             reference = judge.reader.reference(rows, i)
-        for metric in judge.metrics:
-            if is_full_marks(metric, answer, reference, judge.answer_pattern):
-                continue
-            if not unscorable(metric, reference, judge.answer_pattern):
-                proof.misjudged.append((i, metric, answer, reference))
-                break
-            proof.unscorable[metric] += 1
+        with at(rows.place, i):
+            _judge_answer(i, answer, reference, judge, proof)
+
+
+def _judge_answer(row: int, answer: str, reference: str, judge: Judge, proof: Proof) -> None:
+    for metric in judge.metrics:
+        if is_full_marks(metric, answer, reference, judge.answer_pattern):
+            continue
+        if not unscorable(metric, reference, judge.answer_pattern):
+            proof.misjudged.append((row, metric, answer, reference))
+            break
+        proof.unscorable[metric] += 1
 
 
 def _last_learned(rows: EncodedSet, index: int) -> list[int]:

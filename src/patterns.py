@@ -1,0 +1,86 @@
+r"""Regular expressions of the user's, applied to rows within a limit of time, as Python's `re` would read them.
+
+The engine is that of the package regex, which can stop: `(a+)+$` on a long row would keep `re` busy for centuries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import regex
+
+from src.errors import ConfigError, DataError, LimitError
+
+SECONDS = 5.0
+"""Of processor time, for one pattern on one text; texts of a few MiB take milliseconds."""
+
+_BRACES = re.compile(r"\\N\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|\{", re.DOTALL)
+
+
+class Pattern:
+    """A pattern whose `.` takes line ends too; `key` is told where it does not come to an end.
+
+    Raises:
+        ConfigError: where it is no regular expression.
+    """
+
+    def __init__(self, key: str, pattern: str) -> None:
+        self._key, self._text = key, pattern
+        try:
+            self._compiled = _compiled(pattern)
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise ConfigError(f"{key} = {pattern} is no regular expression: {error}") from error
+
+    def sub(self, replacement: Callable[[Any], str] | str, text: str) -> str:
+        """Return a text with all matches replaced; raise LimitError where that takes too long, as all others here."""
+        with self._limited(text):
+            return self._compiled.sub(replacement, text, timeout=SECONDS)
+
+    def is_in(self, text: str) -> bool:
+        """Return whether there is a match in a text."""
+        with self._limited(text):
+            return self._compiled.search(text, timeout=SECONDS) is not None
+
+    def groups(self, text: str) -> list[str | None]:
+        """Return the first group of each match in a text."""
+        with self._limited(text):
+            return [match.group(1) for match in self._compiled.finditer(text, timeout=SECONDS)]
+
+    @contextmanager
+    def _limited(self, text: str) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError as error:
+            raise LimitError(
+                f"{self._key} = {self._text} does not come to an end within {SECONDS:g} s on a text of {len(text):,} "
+                "characters; write it without a repetition inside a repetition, such as (a+)+"
+            ) from error
+
+
+@contextmanager
+def at(place: Callable[..., str], *of: Any) -> Iterator[None]:
+    """Tell the place of what goes beyond a limit in this block.
+
+    Args:
+        place: returns it, given `of`.
+    Raises:
+        DataError: naming it.
+    """
+    try:
+        yield
+    except LimitError as problem:
+        raise DataError(f"{place(*of)}: {problem}") from problem
+
+
+@lru_cache(maxsize=256)
+def _compiled(pattern: str) -> Any:
+    return regex.compile(_BRACES.sub(_as_re_reads, pattern), regex.DOTALL | regex.VERSION0)
+
+
+def _as_re_reads(match: re.Match[str]) -> str:
+    """Escape a brace that is no repetition: to `re` it is a sign like others, here it could allow errors."""
+    return {"{": r"\{", "{}": r"\{\}"}.get(match.group(), match.group())
