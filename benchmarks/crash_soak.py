@@ -44,9 +44,10 @@ from typing import Any, NoReturn
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 from src.checkpoint.manifest import folder_of, is_resumable, problems_of, steps_in
+from src.config.frozen import read_status
 from src.run import main as towline
 from src.runtime.signals import STOP_SIGNALS
-from src.tracking.journal import is_finished, read_status
+from src.tracking.journal import is_finished
 
 HEAVY = (
     "torch",

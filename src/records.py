@@ -129,7 +129,7 @@ def read_lines(
     except FileNotFoundError:
         return []
     except ValueError as error:
-        raise damaged(file, str(error), remedy.format(number=1)) from error
+        raise damaged(file, str(error), "Nothing was changed: restore it from a copy") from error
     lines: list[Line] = []
     for number, raw in enumerate(whole, 1):
         try:
@@ -137,7 +137,7 @@ def read_lines(
             if check is not None:
                 check(content, lines[-1].content if lines else None)
         except ValueError as error:
-            raise damaged(file, f"line {number}: {error}", remedy.format(number=number)) from error
+            raise damaged(file, f"line {number}: {error}", remedy.replace("{number}", str(number))) from error
         lines.append(Line(content, raw + b"\n"))
     return lines
 

@@ -162,7 +162,9 @@ def train_and_export(
         lines = runtime.from_main(tracking.go_on_from(state.step, is_end=state.step >= state.num_steps))
         state.settle(is_over=any(line["step"] == state.step for line in lines))
         comparable_from = first_comparable(origin, facts, state)
-        tracking.warn(checkpoints.recall([line for line in lines if line["step"] >= comparable_from], origin.own_step))
+        evaluated = [*(origin.state.get("best", ()) if origin.is_own else ()), *lines]
+        comparable = {line["step"]: line for line in evaluated if line["step"] >= comparable_from}
+        tracking.warn(checkpoints.recall(comparable.values(), origin.own_step))
 
         def beside() -> dict[str, Any]:
             now = dataclasses.replace(facts, step=state.step).as_dict()
@@ -170,6 +172,8 @@ def train_and_export(
                 "config": frozen,
                 "facts": now,
                 "comparable_from": comparable_from,
+                "best": checkpoints.best_evaluations,
+                "journal": tracking.journal,
                 "untrained": untrained,
                 "tracker_run_id": tracking.tracker_run_id,
             }
@@ -225,26 +229,29 @@ def train_and_export(
 def start_of(admitted: Admitted, origin: Origin) -> Start:
     """Say how the run's folder begins: behind which step, and with which keys other than its frozen config.yaml."""
     from src.checkpoint.contract import compare_configs
-    from src.config.compose import frozen_sections
+    from src.config.frozen import CONFIG, read_config
     from src.tracking.journal import Start
 
     config, frozen = admitted.config, admitted.frozen
-    first, problems = frozen_sections(admitted.run_dir)
-    changes = [] if problems or origin.step is None else compare_configs(first, frozen)
+    is_there = not config.force and os.path.lexists(admitted.run_dir / CONFIG)
+    first = read_config(admitted.run_dir) if is_there else frozen
+    changes = [] if origin.step is None else compare_configs(first, frozen)
     return Start(
         step=origin.step,
         changed={change.key: change.now for change in changes if change.key not in ("force", "rerun")},
         may_begin_again=config.checkpoint.resume != "never",
         is_own=origin.is_own,
         force=config.force,
+        journal=origin.state.get("journal", {}) if origin.is_own else {},
+        allow_changed=config.checkpoint.allow_changed,
     )
 
 
 def finished_before(admitted: Admitted) -> bool:
     """Leave a folder whose run is finished as it is; what MLflow has not got of it is delivered."""
+    from src.config.frozen import config_hash
     from src.tracking.console import Console
     from src.tracking.journal import is_finished, last_config_hash
-    from src.tracking.provenance import config_hash
     from src.tracking.tracker import deliver_pending
 
     if admitted.config.force or not is_finished(admitted.run_dir):
@@ -276,9 +283,7 @@ def guarded(admitted: Admitted, stop: StopRequest) -> int:
         report(f"\nStopped by {str(reason) or 'Ctrl-C'}. {_how_to_go_on(run_dir)}")
         return Interrupted.exit_code
     except OSError as error:
-        if not is_disk_full(error):
-            raise
-        report(f"\nThe disk is full: {error}. {_how_to_go_on(run_dir)}")
+        report(f"{_what_failed(error)} {_how_to_go_on(run_dir)}")
         return 1
     except Exception as error:
         if place_of() is not None and "by peer" in str(error):  # who started us says which one, and why
@@ -324,10 +329,24 @@ def as_frozen(file: str, run_dir: str) -> Admitted:
     return Admitted(parse(given["config"]), given["config"], Path(run_dir), is_held=True, trial=given["trial"])
 
 
+def _what_failed(error: OSError) -> str:
+    """Tell what the operating system refused; a library's own error, which has no number, with its traceback."""
+    if is_disk_full(error):
+        return f"\nThe disk is full: {error}."
+    if error.errno is None:
+        return f"{traceback.format_exc()}\nA file could not be used: {error}."
+    return f"\nThe operating system refused a file: {error}."
+
+
 def _how_to_go_on(run_dir: Path) -> str:
     from src.checkpoint.manifest import newest_resumable
 
-    step = newest_resumable(run_dir / "checkpoints")
+    if not run_dir.is_dir():
+        return f"{run_dir} is not there any more: it was moved or removed. What was saved is where it was moved to."
+    try:
+        step = newest_resumable(run_dir / "checkpoints")
+    except OSError as error:
+        return f"What was saved in {run_dir} can't be looked at now: {error.strerror}"
     if step is None:
         return f"Nothing was saved yet; what was logged is in {run_dir}"
     here = shlex.quote(f"hydra.run.dir={run_dir}")

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from src.config.frozen import read_status
 from src.config.schema import MlflowConfig, NoTrackingConfig
 from src.errors import Pruned
 from src.tracking.console import Console
-from src.tracking.journal import hold, read_status
+from src.tracking.journal import hold
 from src.tracking.mlflow_sweep import SweepDelivery
 from src.tracking.sweep_tracker import open_sweep_tracking
 from tests.conftest import write_lines

@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from src.config.frozen import config_hash, read_status
 from src.errors import Interrupted, RunFolderError
 from src.evaluation.samples import Sample
 from src.tracking.console import Console, clock
-from src.tracking.journal import FILES, RunFolder, Start, hold, last_config_hash, open_run_folder, read_status
+from src.tracking.journal import FILES, RunFolder, Start, hold, last_config_hash, open_run_folder
 from src.tracking.mlflow_mirror import Delivery, MlflowMirror
 from src.tracking.mlflow_store import distinct_names, flat, plain_name
-from src.tracking.provenance import config_hash, git_state, provenance
+from src.tracking.provenance import git_state, provenance
 from src.tracking.tracker import Tracker, deliver_pending, open_tracking
 from tests.conftest import ROOT, admitted, read_lines, write_lines
 
@@ -413,11 +414,11 @@ def test_lines_behind_a_step_are_cut_and_one_that_was_not_finished_is_none(tmp_p
         assert folder.lines("metrics.jsonl") == []
         assert folder.cut("metrics.jsonl", 3) == ([], [])
         assert not file.exists()
-        whole = [{"step": step, "a": 0.1 * step, "b": "안녕" if step % 2 else None} for step in range(1, 6)]
+        whole = [{"step": step, "a": 0.1 * step, "안녕": step / 7 if step % 2 else None} for step in range(1, 6)]
         for line in whole:
             folder.append("metrics.jsonl", line)
         before = file.read_bytes().splitlines(keepends=True)
-        file.write_bytes(file.read_bytes() + '{"step": 6, "b": "안'.encode()[:-1])
+        file.write_bytes(file.read_bytes() + '{"step": 6, "안'.encode()[:-1])
         assert folder.lines("metrics.jsonl") == whole
         assert folder.cut("metrics.jsonl", 3) == (whole[:3], whole[3:])
         assert file.read_bytes() == b"".join(before[:3])
@@ -434,7 +435,7 @@ ODD = "one\u2028two\u2029three\u0085four\x1cfive\r\nsix\x0b"
 
 def test_a_text_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
     with open_folder(tmp_path) as folder:
-        written = [{"step": step, "text": ODD} for step in (1, 2, 3)]
+        written = [{"step": step, "prompt": ODD, "text": ODD} for step in (1, 2, 3)]
         for line in written:
             folder.append("samples.jsonl", line)
         assert folder.lines("samples.jsonl") == written
@@ -515,7 +516,7 @@ def test_what_comes_again_is_taken_out(tmp_path: Path, step: int, is_end: bool, 
             do_step(tracking, number, 1 / number)
         raise Interrupted("SIGTERM")
     with open(run / "samples.jsonl", "a") as file:  # step 7 was stopped between its samples and its line
-        file.write(json.dumps({"step": 7}) + "\n")
+        file.write(json.dumps({"step": 7, "prompt": "1+1=", "text": "2"}) + "\n")
     with tracked(admitted().config.tracking, run, Start(step=step or None)) as tracking:
         assert [line["step"] for line in tracking.go_on_from(step, is_end=is_end)] == kept
         assert steps_of(run) == steps_of(run, "samples.jsonl") == kept

@@ -132,7 +132,7 @@ class Checkpoints:
         """Take up what earlier starts left; gives warnings.
 
         Args:
-            lines: the lines of metrics so far.
+            lines: the lines of metrics so far, or of the best evaluations among them.
             newest: the step of this folder that the run goes on from; None where it begins, or comes from elsewhere.
         """
         if newest is not None:
@@ -190,6 +190,11 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step of the best evaluation so far; None where there was none."""
         return self._ranking[0][1] if self._ranking else None
+
+    @property
+    def best_evaluations(self) -> list[dict[str, float]]:
+        """The best evaluations so far, the best first, each as a line of metrics that has the metric alone."""
+        return [{"step": step, self._config.metric_for_best_model: value} for value, step in self._ranking]
 
     def best_weights(self) -> dict[str, Tensor]:
         """Load the best evaluation's weights.

@@ -10,11 +10,11 @@ import argparse
 import copy
 import dataclasses
 import hashlib
-import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
@@ -30,9 +30,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, Node, OmegaConf
+from omegaconf._utils import _DEFAULT_MARKER_
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers.oc import env as environment_variable
 
+from src.config import secrets
 from src.config.formats import PROJECT_ROOT, fill_mixture
 from src.config.problems import Problem
 
@@ -48,6 +51,7 @@ HOW_NOT_WHAT = (
 )
 """Keys of a sweep's command that change how it is done, or how long it goes on, and not what it compares."""
 
+_is_storing: ContextVar[bool] = ContextVar("is_storing", default=False)
 _identity = {"start_time": "", "uid": "", "sweep_id": ""}
 OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
 OmegaConf.register_new_resolver("start_time", lambda: _identity["start_time"], replace=True)
@@ -118,6 +122,8 @@ class Composed:
     run_dir: Path
     choices: dict[str, str]
     problems: list[Problem] = field(default_factory=list)
+    stored: dict[str, Any] = field(default_factory=dict)
+    """The sections as files may have them: without secrets."""
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
@@ -240,7 +246,7 @@ class Points:
                 try:
                     OmegaConf.update(whole, override.key_or_group, override.value(), merge=True, force_add=True)
                 except OmegaConfBaseException as error:
-                    composed.problems.append(_from_hydra(error, override.key_or_group))
+                    composed.problems.append(problem_of(error, override.key_or_group))
         if not composed.problems:
             resolve_sections(whole, composed)
         return composed
@@ -269,7 +275,7 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if len(overrides) < 2:
             key = overrides[0].lstrip("+~").partition("=")[0] if overrides else ""
-            return Composed({}, Path(), {}, [_from_hydra(error, key)])
+            return Composed({}, Path(), {}, [problem_of(error, key)])
         return _without_culprits(overrides, line, error)
     composed = Composed({}, run_dir, choices)
     if resolve:
@@ -295,7 +301,7 @@ def _without_culprits(overrides: Sequence[str], line: CommandLine, error: Except
     alone = {text: compose([text], line).problems for text in overrides}
     usable = [text for text, problems in alone.items() if not problems]
     if len(usable) == len(overrides):  # each is good by itself: they don't go together
-        return Composed({}, Path(), {}, [_from_hydra(error)])
+        return Composed({}, Path(), {}, [problem_of(error)])
     composed = compose(usable, line)
     found = [dataclasses.replace(p, where=p.where or COMMAND_LINE) for problems in alone.values() for p in problems]
     composed.problems = [*found, *composed.problems]
@@ -304,122 +310,56 @@ def _without_culprits(overrides: Sequence[str], line: CommandLine, error: Except
 
 def resolve_sections(whole: DictConfig, composed: Composed) -> None:
     """Resolve `${…}` in every section; one that can't be resolved is a problem of its own."""
+    reads_environment = "oc.env" in str(OmegaConf.to_container(whole))
     for key in whole:
         try:
-            value: Any = whole._get_node(key)
-            resolved = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else whole[key]
-            composed.sections[str(key)] = resolved
-            if key == "data":
-                fill_mixture(resolved)
+            composed.sections[str(key)] = resolved = _resolved(whole, key)
+            with _storing():
+                composed.stored[str(key)] = secrets.masked(_resolved(whole, key) if reads_environment else resolved)
         except OmegaConfBaseException as error:
             if OmegaConf.is_missing(whole, key):
                 composed.sections[str(key)] = "???"
             else:
-                composed.problems.append(_from_hydra(error, str(key)))
+                composed.problems.append(problem_of(error, str(key)))
 
 
-def _from_hydra(error: Exception, key: str = "") -> Problem:
+def _resolved(whole: DictConfig, key: Any) -> Any:
+    value: Any = whole._get_node(key)
+    resolved = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else whole[key]
+    if key == "data":
+        fill_mixture(resolved)
+    return resolved
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    """Resolve what is to be stored: a secret of the environment stays the interpolation that it comes by."""
+    before = _is_storing.set(True)
+    try:
+        yield
+    finally:
+        _is_storing.reset(before)
+
+
+def _environment(key: str, default: Any = _DEFAULT_MARKER_, *, _node_: Node) -> str | None:
+    """Resolve `${oc.env:KEY}` and `${oc.env:KEY,DEFAULT}`, as OmegaConf does, but for secrets that are to be stored."""
+    value = environment_variable(key, default)
+    if value is None or key not in os.environ:
+        return value
+    if secrets.is_secret_variable(key):
+        secrets.know(value)
+    if _is_storing.get() and secrets.is_stored_interpolation(_node_._get_full_key(None), key):
+        return f"${{oc.env:{key}}}"
+    return value
+
+
+OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+
+
+def problem_of(error: Exception, key: str = "") -> Problem:
     causes = [str(one).strip() for one in (error, error.__cause__) if one is not None]
     text = "; ".join(" ".join(cause.split("\n")[0].split()).rstrip(".") for cause in causes)
     return Problem(key or getattr(error, "full_key", None) or "conf", text, has_value=False)
-
-
-def read_frozen(folder: Path, line: CommandLine) -> Composed:
-    """Take the frozen config of a run's folder with the command line's dotted overrides on top (`rerun=DIR`)."""
-    sections, problems = frozen_sections(folder, "rerun", "no run to repeat there")
-    if problems:
-        return Composed({}, Path(), {}, problems)
-    given = line.value_of("hydra.run.dir")
-    if given is not None and Path(str(given)).resolve() == folder.resolve():
-        sections = _as_it_last_was(folder, sections)
-    changed, problems = _overridden(sections | {"rerun": str(folder), "force": False}, line, "a rerun")
-    hydra_overrides = [o.input_line or "" for o in line.overrides if o.key_or_group.startswith("hydra.")]
-    name = str(changed.get("name")).replace("\\", "\\\\").replace("'", "\\'")
-    base = compose([f"++name='{name}'", *hydra_overrides], CommandLine(line.flags, line.argv))
-    composed = Composed({}, base.run_dir, {}, [*base.problems, *problems])
-    resolve_sections(OmegaConf.create(changed), composed)
-    return composed
-
-
-def read_finished(folder: Path, line: CommandLine) -> Composed:
-    """Take a finished run's frozen config with the command line's dotted overrides on top (`run=DIR` of src.predict).
-
-    The files that it was trained on may be gone, and its limit of rows was for training: both are let go.
-    """
-    sections, problems = frozen_sections(folder, "run", "no run there")
-    if problems:
-        return Composed({}, folder, {}, problems)
-    if reason := _unfinished(folder):
-        problems.append(Problem("run", reason, str(folder), True, COMMAND_LINE))
-    if isinstance(sections.get("data"), dict):
-        sections["data"] |= {"train_files": None, "validation_files": None, "limit": None}
-    changed, refused = _overridden(sections | {"rerun": None, "force": False}, line, "a run", own=("run",))
-    composed = Composed({}, folder, {}, [*problems, *refused])
-    resolve_sections(OmegaConf.create(changed), composed)
-    return composed
-
-
-def _as_it_last_was(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
-    """Give the configuration that a run goes on with: its newest checkpoint's, or its first where there is none."""
-    found = [state for state in folder.glob("checkpoints/step-*/state.json") if state.parent.name[5:].isdigit()]
-    for state in sorted(found, key=lambda file: int(file.parent.name[5:]), reverse=True):
-        try:
-            sections = json.loads(state.read_text(encoding="utf-8"))["config"]
-        except (OSError, ValueError, LookupError):  # damaged: told when the checkpoints are looked at
-            continue
-        return sections | {"checkpoint": sections["checkpoint"] | {"resume": "auto", "allow_changed": False}}
-    return first
-
-
-def _unfinished(folder: Path) -> str | None:
-    """Say why a run can't be worked with; None where it came to its end and has a model."""
-    try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "no run that came to its end: its status.json can't be read"
-    if status.get("state") != "FINISHED":
-        return f"no run that came to its end: it is {status.get('state')} at step {status.get('step')}"
-    return None if (folder / "model").is_dir() else "its result is gone: there is no model/ in it"
-
-
-def frozen_sections(folder: Path, key: str = "", nothing: str = "") -> tuple[dict[str, Any], list[Problem]]:
-    """Read a run's frozen config; `nothing` says of the key that named the folder what is not there."""
-    file = folder / "config.yaml"
-    try:
-        sections = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = f"{nothing}: {file} can't be read ({error.__class__.__name__})"
-    else:
-        if isinstance(sections, dict):
-            return sections, []
-        reason = f"{nothing}: {file} holds no configuration"
-    return {}, [Problem(key, reason, str(folder), True, COMMAND_LINE)]
-
-
-def _overridden(
-    sections: dict[str, Any], line: CommandLine, who: str, own: Sequence[str] = ()
-) -> tuple[dict[Any, Any], list[Problem]]:
-    """Put the dotted overrides on top of frozen sections; those of groups are refused.
-
-    Args:
-        who: keeps its options, for the message.
-        own: keys of the entry that are none of the configuration.
-    """
-    cfg, problems = OmegaConf.create(sections), []
-    for override in line.overrides:
-        key = override.key_or_group
-        if key.startswith("hydra.") or key in own or override.is_sweep_override():
-            continue
-        if is_group(override, line.roots) or override.is_delete():
-            reason = f"{who} keeps the options of its frozen config; change single keys (SECTION.KEY=VALUE)"
-            problems.append(Problem(key, reason, override.value(), True, COMMAND_LINE))
-            continue
-        try:
-            OmegaConf.update(cfg, key, override.value(), merge=False, force_add=True)
-        except OmegaConfBaseException as error:
-            problems.append(_from_hydra(error, key))
-    changed: Any = OmegaConf.to_container(cfg)
-    return changed, problems
 
 
 def where_set(key: str, line: CommandLine, choices: dict[str, str]) -> str:

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config import compose as composing
-from src.config import rules
+from src.config import frozen, rules, secrets
 from src.config import schema as schema_module
 from src.config.compose import CommandLine, Composed
 from src.config.problems import Problem, refuse
@@ -36,6 +36,7 @@ from src.config.schema import (
     SweepConfig,
     TopLevelConfig,
 )
+from src.errors import DamagedFileError
 
 
 @dataclass
@@ -90,7 +91,7 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
     if rerun is not None:
         if line.flags.multirun or line.flags.cfg:
             line.problems.append(Problem("rerun", "not together with -m or --cfg", rerun, True, composing.COMMAND_LINE))
-        admitted, problems = check(composing.read_frozen(Path(str(rerun)), line), line, entry)
+        admitted, problems = check(frozen.read_frozen(Path(str(rerun)), line), line, entry)
         if problems or line.problems:
             raise refuse([*line.problems, *problems])
         return Request(line, admitted)
@@ -120,7 +121,7 @@ def admit_prediction(argv: Sequence[str]) -> Admitted:
         line.problems.append(Problem("run", "needs a value: the folder of a finished run", has_value=False))
     if run in (None, "") or "run" in {problem.key for problem in line.problems}:
         raise refuse([*line.problems, *_unread(line)])
-    admitted, problems = check(composing.read_finished(Path(str(run)), line), line, "predict")
+    admitted, problems = check(frozen.read_finished(Path(str(run)), line), line, "predict")
     problems = [*line.problems, *problems, *_unread(line)]
     if admitted is None or problems:
         raise refuse(problems)
@@ -145,7 +146,7 @@ def parse(sections: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: where they are not a good configuration after all.
     """
-    sections = {key: value for key, value in sections.items() if key != "sweep"}
+    sections = secrets.reveal({key: value for key, value in sections.items() if key != "sweep"}, [])
     parsed, problems = _parse_sections(sections)
     problems += list(_across(parsed))
     if problems:
@@ -169,15 +170,19 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     else:
         problems += _across(parsed)
         problems += _meeting_problems(parsed, line)
-        problems += _folder_problems(composed.run_dir, "hydra.sweep.dir" if line.flags.multirun else "hydra.run.dir")
+        if not _is_left(composed, line):
+            problems += _folder_problems(
+                composed.run_dir, "hydra.sweep.dir" if line.flags.multirun else "hydra.run.dir"
+            )
     located = [
         problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
         for problem in problems
     ]
     if located or composed.problems or line.problems:
         return None, composed.problems + located
-    frozen = {key: value for key, value in composed.sections.items() if key not in (entry, "sweep")}
-    return Admitted(_assemble(parsed), frozen, composed.run_dir, own.value, sweep=sweep.value), []
+    secrets.hand_down(composed.sections)
+    stored = {key: value for key, value in composed.stored.items() if key not in (entry, "sweep")}
+    return Admitted(_assemble(parsed), stored, composed.run_dir, own.value, sweep=sweep.value), []
 
 
 def _where(key: str, line: CommandLine, composed: Composed) -> str:
@@ -384,6 +389,16 @@ def _meeting_problems(parsed: dict[str, _Parsed], line: CommandLine) -> Iterator
     if isinstance(runtime, RuntimeConfig) and runtime.num_machines > 1 and line.value_of("hydra.run.dir") is None:
         reason = "several machines need one folder that all of them reach: give it"
         yield Problem("hydra.run.dir", reason, has_value=False, where=composing.COMMAND_LINE)
+
+
+def _is_left(composed: Composed, line: CommandLine) -> bool:
+    """Return whether the folder holds a finished run, which is left as it is and needs no permission to write."""
+    if line.flags.multirun or composed.sections.get("force"):
+        return False
+    try:
+        return frozen.read_status(composed.run_dir).get("state") == "FINISHED"
+    except DamagedFileError:  # told when the run begins
+        return False
 
 
 def _folder_problems(run_dir: Path, key: str, where: str = "the run's folder") -> Iterator[Problem]:

@@ -25,7 +25,7 @@ MLFLOW_LOGINS = (("MLFLOW_TRACKING_TOKEN",), ("MLFLOW_TRACKING_USERNAME", "MLFLO
 SHORTEST_KNOWN = 4
 """Characters of a secret that is looked for in other texts; shorter ones stand in too many that have nothing to do."""
 
-_SECRET_NAME = re.compile(r"(TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIALS?)S?$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIALS?)S?$", re.I)
 _AUTHORITY = re.compile(r"(?<=://)(?:[^/\s?#'\"<>]*|[^/\s:@'\"<>]*:(?!\d+/)[^\s@'\"<>]*)@")
 _QUERY = re.compile(
     r"([?&;][\w.-]*(?:token|key|password|passwd|pwd|secret|sig|signature)=)[^&#\s'\"<>]+", re.IGNORECASE

@@ -25,10 +25,11 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from src.config.frozen import read_status
 from src.errors import Interrupted, one_line
 from src.sweep.plan import Plan
 from src.sweep.workers import Job, RunTrial, log_file, note, print_into
-from src.tracking.journal import LOCK, holder_of, read_status
+from src.tracking.journal import LOCK, holder_of
 
 STOP_FILE = "stop"
 LAUNCH = "launch"

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.config.frozen import read_status
 from src.errors import SweepError
 from src.records import write_atomically
 from src.sweep.trial import Trial
 from src.sweep.workers import log_file
-from src.tracking.journal import LOCK, holder_of, read_status
+from src.tracking.journal import LOCK, holder_of
 
 SWEEP, TRIALS, CONF = "sweep.json", "trials.jsonl", "conf"
 STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from src.tracking.provenance import config_hash
+from src.config.frozen import config_hash
 
 _LONG_NUMBER = re.compile(r"(?<==)\d*\.\d{6,}(e-?\d+)?(?= |$)")
 REPLICATED = ("seed", "data.fold")

@@ -4,7 +4,9 @@ A lock guards the folder against a second process; the operating system lets go 
 that happens. Every file but those that grow is written beside and renamed, so that none is ever seen half written.
 
 A line of metrics.jsonl says that its step is over, evaluation and samples included. A run that goes on from a
-checkpoint cuts off what was logged of later steps, and does again what was not over.
+checkpoint cuts off what was logged of later steps, and does again what was not over. Only a last line that a dying
+process did not finish may be missing: a file that is otherwise not as it was written is refused before anything is
+changed, because which evaluation was the best is read from it.
 """
 
 from __future__ import annotations
@@ -17,18 +19,31 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import psutil
 import yaml
 
-from src.errors import Interrupted, Pruned, RunFolderError
-from src.records import finite, write_atomically, write_json
+from src.config import secrets, trust
+from src.config.frozen import CONFIG, STARTS, STATUS, read_starts, read_status
+from src.errors import DamagedFileError, Interrupted, Pruned, RunFolderError, report
+from src.records import (
+    Digest,
+    Line,
+    begins_with,
+    check_keys,
+    damaged,
+    finite,
+    read_lines,
+    write_atomically,
+    write_json,
+)
 
 FILES = (
     "config.yaml",
@@ -48,6 +63,12 @@ FILES = (
 """What a run's folder holds; `force=true` removes these and nothing else."""
 
 LOCK = "lock"
+LONGEST_HOLDER = 500
+"""Characters that are read of what a lock says."""
+
+
+GROWING = ("metrics.jsonl", "samples.jsonl")
+"""Files that grow, a line or more a step."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +85,24 @@ class Start:
     may_begin_again: bool = True
     is_own: bool = True
     force: bool = False
+    journal: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What the files that grow began with when the checkpoint was saved, see RunFolder.journal."""
+    allow_changed: bool = False
 
 
 class RunFolder:
     """A run's folder that this process holds. Built by `open_run_folder`."""
 
-    def __init__(self, path: Path, config_hash: str) -> None:
+    def __init__(self, path: Path, config_hash: str, warnings: Sequence[str] = ()) -> None:
         self.path = path
+        self.warnings = warnings
+        """What is not as it was in what the run goes on with."""
         self.step = 0
         self.num_steps: int | None = None
         """How many steps there will be; None as long as that is not known."""
         self._config_hash = config_hash
         self._status: dict[str, Any] = {}
+        self._digests: dict[str, Digest] = {}
         self.at_end: list[Callable[[], None]] = []
         """Called once status.json says how the run ended, while the folder is still held."""
 
@@ -85,42 +112,45 @@ class RunFolder:
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Add a line to a file that grows; it is on its way to the disk when this returns."""
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n")
+        raw = (json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        with open(self.path / name, "ab") as file:
+            file.write(raw)
+        if name in self._digests:
+            self._digests[name].add(raw)
+
+    @property
+    def journal(self) -> dict[str, dict[str, Any]]:
+        """Size and checksum of the files that grow, as they are now; empty before `cut` has looked at them."""
+        return {name: digest.as_dict() for name, digest in self._digests.items()}
 
     def set_status(self, **changes: Any) -> None:
         """Change what status.json says."""
         known = {} if self.num_steps is None else {"num_steps": self.num_steps}
-        self._status |= changes | {"step": self.step, **known, "updated": now()}
-        self.write_json("status.json", self._status)
+        journal = {"journal": self.journal} if self._digests else {}
+        self._status |= changes | {"step": self.step, **known, "updated": now(), **journal}
+        self.write_json(STATUS, self._status)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Give the lines of a file that grows, without one that a dying process did not finish."""
-        try:
-            text = (self.path / name).read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
-            return []
-        found = []
-        for line in text.split("\n")[:-1]:
-            try:
-                found.append(json.loads(line))
-            except ValueError:  # nothing behind it counts: lines are written in order
-                break
-        return found
+        """Return the lines of a file that grows, without one that a dying process did not finish.
+
+        Raises:
+            DamagedFileError: naming another line that can't be read.
+        """
+        return [line.content for line in read_growing(self.path, name)]
 
     def cut(self, name: str, last: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Take the lines of steps behind `last` out of a file that grows; gives those that stay, and those taken."""
-        if not (self.path / name).exists():
-            return [], []
-        lines = self.lines(name)
-        kept = [line for line in lines if line["step"] <= last]
-        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in kept)
-        write_atomically(self.path / name, text)
-        return kept, [line for line in lines if line["step"] > last]
+        """Cut the lines of steps after `last` off a file that grows; return those that stay, and those cut off."""
+        lines = read_growing(self.path, name)
+        kept = [line for line in lines if line.content["step"] <= last]
+        raw = b"".join(line.raw for line in kept)
+        if (self.path / name).exists():
+            write_atomically(self.path / name, raw.decode())
+        self._digests[name] = Digest(raw)
+        return [line.content for line in kept], [line.content for line in lines[len(kept) :]]
 
     def sync(self) -> None:
         """Have all lines be on the disk when this returns."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in GROWING:
             if (self.path / name).exists():
                 with open(self.path / name, "rb") as file:
                     os.fsync(file.fileno())
@@ -129,15 +159,16 @@ class RunFolder:
         """Write down that a run starts here, and with what."""
         self.step, began = start.step or 0, now()
         before = read_status(self.path)
-        kept = {key: before[key] for key in ("started", "tracker_run_id") if key in before}
+        kept = {key: before[key] for key in ("started", "tracker_run_id", "journal") if key in before}
         fresh = {"state": "RUNNING", "cause": None, "how_to_go_on": None, "started": began, "ended": None}
         self.set_status(**(fresh | kept | _identity()))  # first: it is what makes the folder a run's
-        if not (self.path / "config.yaml").exists():
+        line = {"time": began, "command": secrets.cleaned(sys.orig_argv), "config_hash": self._config_hash}
+        signed = {} if (signature := trust.signature(self.path, frozen)) is None else {"signature": signature}
+        _cut_torn_line(self.path / STARTS)
+        self.append(STARTS, line | {"resumed_step": start.step, "changed": dict(start.changed)} | signed)
+        if not (self.path / CONFIG).exists():  # last: its hash is among the starts, see config.frozen.read_config
             text = yaml.safe_dump(dict(frozen), sort_keys=False, allow_unicode=True)
-            write_atomically(self.path / "config.yaml", text)
-        line = {"time": began, "command": sys.orig_argv, "config_hash": self._config_hash}
-        _end_last_line(self.path / "starts.jsonl")
-        self.append("starts.jsonl", line | {"resumed_step": start.step, "changed": dict(start.changed)})
+            write_atomically(self.path / CONFIG, text)
 
     def end(self, error: BaseException | None) -> None:
         """Write down how the run ended; a disk that is full must not hide the error that ended it."""
@@ -151,13 +182,13 @@ class RunFolder:
             state, cause = "FAILED", f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         how = None if error is None else how_to_go_on(self.path)
         try:
-            self.set_status(state=state, cause=cause, how_to_go_on=how, ended=now())
+            self.set_status(state=state, cause=cause and secrets.clean(cause), how_to_go_on=how, ended=now())
             for call in self.at_end:
                 call()
         except OSError as problem:
             if error is None:
                 raise
-            print(f"status.json could not be written: {problem}", file=sys.stderr)
+            report(f"status.json could not be written: {problem}")
 
 
 def how_to_go_on(path: Path) -> str:
@@ -165,43 +196,96 @@ def how_to_go_on(path: Path) -> str:
     return f"make resume run={shlex.quote(str(path))}"
 
 
-def read_status(path: Path) -> dict[str, Any]:
-    """Give what status.json of a folder says; empty where there is none."""
-    try:
-        return json.loads((path / "status.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
+def read_growing(path: Path, name: str) -> list[Line]:
+    """Return the lines of a run's metrics.jsonl or samples.jsonl, without one that was not finished.
+
+    Raises:
+        DamagedFileError: naming file and line, and how to repair it.
+    """
+    remedy = (
+        "Nothing was changed. Restore the line from a copy; or remove it "
+        f"(sed -i '{{number}}d' {shlex.quote(str(path / name))}) and go on without what it said, with "
+        "checkpoint.allow_changed=true"
+    )
+    return read_lines(path / name, _check_metrics if name == "metrics.jsonl" else _check_sample, remedy=remedy)
+
+
+def _check_metrics(line: dict[str, Any], before: dict[str, Any] | None) -> None:
+    check_keys(line, {"step": int})
+    if line["step"] <= (before["step"] if before else -1):
+        raise ValueError(f"step {line['step']} comes after step {before['step'] if before else 0}")
+    check_keys(line, dict.fromkeys(line, (int, float, NoneType)))
+
+
+def _check_sample(line: dict[str, Any], before: dict[str, Any] | None) -> None:
+    check_keys(line, {"step": int, "prompt": str, "text": str})
+    if line["step"] < (before["step"] if before else 0):
+        raise ValueError(f"step {line['step']} comes after step {before['step'] if before else 0}")
+
+
+def check_journal(path: Path, status: Mapping[str, Any], start: Start) -> list[str]:
+    """Check that the files that grow are as they were written, before a run goes on with them; return warnings.
+
+    A file may be shorter than status.json says, which reaches the disk first; what it began with when the checkpoint
+    was saved it must still begin with.
+
+    Raises:
+        DamagedFileError: naming the file, where checkpoint.allow_changed does not allow it.
+    """
+    found = []
+    for name in GROWING:
+        content = b"".join(line.raw for line in read_growing(path, name))
+        saved, last = start.journal.get(name), (status.get("journal") or {}).get(name)
+        reason = ""
+        if saved is not None and not begins_with(content, saved):
+            size = saved["num_bytes"]
+            reason = f"it does not begin with the {size:,} bytes that it had when step {start.step} was saved"
+        elif last is not None and len(content) >= last["num_bytes"] and not begins_with(content, last):
+            reason = "its content does not have the checksum that it was written with (status.json)"
+        if reason:
+            remedy = "Restore it from a copy; or go on with it as it is, with checkpoint.allow_changed=true"
+            found.append(damaged(path / name, reason, remedy))
+    if found and not start.allow_changed:
+        raise found[0]
+    return [str(error) for error in found]
 
 
 def last_config_hash(path: Path) -> str | None:
-    """Give the configuration's hash of the last start in a folder; None where there is none."""
-    file = path / "starts.jsonl"
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
-    for line in reversed(lines):
-        with suppress(ValueError, LookupError, TypeError):  # one that a dying process did not finish
-            return json.loads(line)["config_hash"]
-    return None
+    """Return the configuration's hash of the last start in a folder; None where there is none.
+
+    Raises:
+        DamagedFileError: naming the line of starts.jsonl that can't be read.
+    """
+    starts = read_starts(path)
+    return starts[-1]["config_hash"] if starts else None
 
 
-def _end_last_line(file: Path) -> None:
-    """Have a line that a dying process did not finish be a line of its own."""
-    if file.exists() and not file.read_bytes().endswith(b"\n"):
-        with open(file, "ab") as ended:
-            ended.write(b"\n")
+def _cut_torn_line(file: Path) -> None:
+    """Remove a last line that a dying process did not finish."""
+    content = file.read_bytes() if file.exists() else b""
+    if not content.endswith(b"\n") and content:
+        os.truncate(file, content.rfind(b"\n") + 1)
 
 
 def note_end(path: Path, reason: BaseException) -> None:
     """Write down how a run ended whose own process can't say so any more, or does not know why it failed."""
-    status = read_status(path)
+    try:
+        status = read_status(path)
+    except DamagedFileError:  # told when the folder is next looked at
+        return
     is_stop = isinstance(reason, (Interrupted, KeyboardInterrupt))
     if status.get("state") in ("RUNNING", "FAILED"):
         ended = {
             "state": "PREEMPTED" if is_stop else "FAILED",
-            "cause": f"stopped by {str(reason) or 'Ctrl-C'}" if is_stop else str(reason).split("\n")[0].rstrip(":"),
+            "cause": f"stopped by {str(reason) or 'Ctrl-C'}" if is_stop else _cause(reason),
             "how_to_go_on": how_to_go_on(path),
             "ended": now(),
         }
-        write_atomically(path / "status.json", json.dumps(status | ended, indent=2, ensure_ascii=False) + "\n")
+        write_json(path / STATUS, status | ended)
+
+
+def _cause(reason: BaseException) -> str:
+    return secrets.clean(str(reason)).split("\n")[0].rstrip(":")
 
 
 def is_finished(path: Path) -> bool:
@@ -223,12 +307,14 @@ def hold(path: Path) -> Iterator[int]:
         (path / LOCK).touch()
     except OSError as error:
         raise RunFolderError(f"the run's folder {path} can't be made: {error.strerror}") from error
-    with open(path / LOCK, "a+", encoding="utf-8") as lock:
+    if not (path / LOCK).is_file():
+        raise RunFolderError(f"{path / LOCK} is no plain file: remove it, it holds nothing")
+    with open(path / LOCK, "a+", encoding="utf-8", errors="replace") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            holder = lock.read().strip() or "unknown"
+            holder = lock.read(LONGEST_HOLDER).strip() or "unknown"
             left = "" if _is_alive(holder) else "; it has died, but processes that it started are still at work"
             raise RunFolderError(f"{path} is in use by another process: {holder}{left}") from error
         lock.truncate(0)
@@ -240,11 +326,13 @@ def hold(path: Path) -> Iterator[int]:
 
 def holder_of(path: Path) -> str:
     """Name the process that holds a folder with a lock in it; '' where none does. Nothing is written."""
-    with open(path / LOCK, encoding="utf-8") as lock:
+    if not (path / LOCK).is_file():
+        return ""
+    with open(path / LOCK, encoding="utf-8", errors="replace") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return lock.read().strip() or "unknown"
+            return lock.read(LONGEST_HOLDER).strip() or "unknown"
     return ""
 
 
@@ -255,8 +343,8 @@ def open_run_folder(path: Path, frozen: Mapping[str, Any], config_hash: str, sta
     Raises:
         RunFolderError: where the folder holds another run, or one that is not to be gone on with.
     """
-    _clear(path, config_hash, start)
-    folder = RunFolder(path, config_hash)
+    warnings = _clear(path, config_hash, start)
+    folder = RunFolder(path, config_hash, warnings)
     try:
         folder.begin(frozen, start)
         yield folder
@@ -266,25 +354,26 @@ def open_run_folder(path: Path, frozen: Mapping[str, Any], config_hash: str, sta
     folder.end(None)
 
 
-def _clear(path: Path, config_hash: str, start: Start) -> None:
-    """Make room for a start: remove what an earlier one left that is of no use to it.
+def _clear(path: Path, config_hash: str, start: Start) -> list[str]:
+    """Make room for a start: remove what an earlier one left that is of no use to it; return warnings.
 
     Raises:
         RunFolderError: where that would cost what somebody may want.
+        DamagedFileError: where what it goes on with can't be read.
     """
-    there = [name for name in FILES if (path / name).exists()]
+    there = [name for name in FILES if os.path.lexists(path / name)]
     if not there:
-        return
-    if not (path / "status.json").exists():
+        return []
+    if STATUS not in there and not {CONFIG, STARTS} <= set(there):
         raise RunFolderError(f"{path} is no run's folder, but holds {', '.join(there)}; choose another hydra.run.dir")
     if start.force:
         _remove(path, there)
-        return
+        return []
     status = read_status(path)
-    step = status.get("step", 0)
+    step = status.get("step", 1)  # not known: it may have trained
     is_same = last_config_hash(path) == config_hash
     if start.step is not None and (start.is_own or is_same):
-        return
+        return check_journal(path, status, start)
     if not start.may_begin_again or (step and not is_same):
         other = "it was made with another configuration (its config.yaml)"
         why = other if start.may_begin_again else "checkpoint.resume=never"
@@ -293,19 +382,21 @@ def _clear(path: Path, config_hash: str, start: Start) -> None:
             f"force=true starts again and removes what is there ({', '.join(there)}); or choose another hydra.run.dir."
         )
     if not is_same:  # it failed before it trained: what it was asked for has been mended since
-        _remove(path, [name for name in there if name != "starts.jsonl"])
+        _remove(path, [name for name in there if name != STARTS])
+        return []
+    return check_journal(path, status, start)
 
 
 def ending(status: Mapping[str, Any]) -> str:
     """Say how a run that nobody works on ended."""
-    state = status.get("state", "UNKNOWN")  # nobody holds the folder: what was running has died
+    state = status.get("state", "RUNNING")  # nobody holds the folder: what was running has died
     how = f"{'killed' if state == 'RUNNING' else state} at step {status.get('step', 0)}"
     return how + (f", {status['cause'].splitlines()[0]}" if status.get("cause") else "")
 
 
 def _remove(path: Path, names: Iterable[str]) -> None:
-    for name in sorted(names, key=lambda name: name == "status.json"):  # last: it is what makes the folder a run's
-        if (path / name).is_dir():
+    for name in sorted(names, key=lambda name: name == STATUS):  # last: it is what makes the folder a run's
+        if (path / name).is_dir() and not (path / name).is_symlink():
             shutil.rmtree(path / name)
         else:
             (path / name).unlink()
@@ -319,7 +410,7 @@ def now() -> str:
 def _is_alive(holder: str) -> bool:
     """Whether the process that a lock names lives; of another machine's that is not known, so it does."""
     words = holder.split()
-    if len(words) < 4 or words[3] != socket.gethostname():
+    if len(words) < 4 or words[3] != socket.gethostname() or not words[1].isdecimal():
         return True
     return psutil.pid_exists(int(words[1]))
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from src.config.frozen import read_status
 from src.config.schema import MlflowConfig
-from src.tracking.journal import read_status
 from src.tracking.mirror import Mirror
 from src.tracking.mlflow_store import STATES, FolderDelivery, flat, milliseconds
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from src.config.frozen import read_status
 from src.config.schema import MlflowConfig
-from src.tracking.journal import hold, read_status
+from src.tracking.journal import hold
 from src.tracking.mlflow_mirror import Delivery
 from src.tracking.mlflow_store import STATES, FolderDelivery, flat, milliseconds
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -15,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from src.config.frozen import config_hash
 
 PACKAGES = (
     "torch",
@@ -29,18 +29,6 @@ PACKAGES = (
 )
 MAX_DIFF = 200_000
 """Characters of `git diff` that are kept."""
-
-PATHS_AND_TRACKING = ("name", "force", "rerun", "tracking")
-"""Parts of a configuration that say nothing about what is computed."""
-
-
-def config_hash(frozen: Mapping[str, Any]) -> str:
-    """Give a hash of what a configuration computes: without names, folders and tracking. 16 hex digits."""
-    computed = {key: value for key, value in frozen.items() if key not in PATHS_AND_TRACKING}
-    if isinstance(checkpoint := computed.get("checkpoint"), Mapping):
-        how = ("resume", "allow_changed")
-        computed["checkpoint"] = {key: value for key, value in checkpoint.items() if key not in how}
-    return hashlib.sha256(json.dumps(computed, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device: str, project: Path) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from src.config.frozen import config_hash
 from src.config.schema import MlflowConfig, TrackingConfig, greater_is_better
 from src.tracking.console import Console
 from src.tracking.journal import RunFolder, Start, hold, open_run_folder
 from src.tracking.mlflow_mirror import MlflowMirror
-from src.tracking.provenance import config_hash
 
 UNSHOWN = ("best/", "tokens/")
 """Metrics that summary.json has and the table at the end of a run leaves out."""
@@ -68,6 +68,11 @@ class Tracker:
     def sync(self) -> None:
         """Have all that was logged be on the disk when this returns."""
         self._folder.sync()
+
+    @property
+    def journal(self) -> dict[str, dict[str, Any]]:
+        """Size and checksum of the files that grow, by which a damaged one is noticed."""
+        return self._folder.journal
 
     @property
     def latest(self) -> dict[str, float]:
@@ -179,6 +184,10 @@ class Bystander(Tracker):
         self.console = console
 
     @property
+    def journal(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    @property
     def latest(self) -> dict[str, float]:
         return {}
 
@@ -232,7 +241,9 @@ def open_tracking(
         mirror = MlflowMirror(config, run_dir, waits=waits) if isinstance(config, MlflowConfig) else None
         if mirror:
             folder.at_end.append(lambda: _close(mirror, folder, console))
-        yield Tracker(folder, console, mirror)
+        tracker = Tracker(folder, console, mirror)
+        tracker.warn(folder.warnings)
+        yield tracker
 
 
 def _close(mirror: MlflowMirror, folder: RunFolder, console: Console) -> None:

@@ -1,0 +1,226 @@
+"""A run's frozen configuration: how it is told apart, read back, and repeated with changes. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.config import secrets, trust
+from src.config.compose import (
+    COMMAND_LINE,
+    CommandLine,
+    Composed,
+    compose,
+    is_group,
+    problem_of,
+    resolve_sections,
+)
+from src.config.problems import Problem
+from src.errors import DamagedFileError
+from src.records import Digest, Types, check_keys, damaged, read_bytes, read_json, read_lines, read_yaml
+
+CONFIG, STARTS, STATUS = "config.yaml", "starts.jsonl", "status.json"
+START_KEYS: Mapping[str, Types] = {"time": str, "command": list, "config_hash": str}
+STATUS_KEYS: Mapping[str, Types] = {"state": str, "step": int}
+STATES = ("RUNNING", "FINISHED", "FAILED", "PREEMPTED", "PRUNED")
+PATHS_AND_TRACKING = ("name", "force", "rerun", "tracking")
+"""Parts of a configuration that say nothing about what is computed."""
+
+
+def config_hash(frozen: Mapping[str, Any]) -> str:
+    """Return a hash of what a configuration computes: without names, folders and tracking. 16 hex digits."""
+    computed = {key: value for key, value in frozen.items() if key not in PATHS_AND_TRACKING}
+    if isinstance(checkpoint := computed.get("checkpoint"), Mapping):
+        how = ("resume", "allow_changed")
+        computed["checkpoint"] = {key: value for key, value in checkpoint.items() if key not in how}
+    return hashlib.sha256(json.dumps(computed, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a folder's starts.jsonl: one for each time that its run was started.
+
+    Raises:
+        DamagedFileError: naming the line that is none.
+    """
+    remedy = f"Remove that line (sed -i '{{number}}d' {STARTS}): the run needs no more than that one of them is right."
+    lines = read_lines(folder / STARTS, lambda line, _: check_keys(line, START_KEYS), remedy=remedy)
+    return [line.content for line in lines]
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """Return what status.json of a folder says; empty where there is none.
+
+    Raises:
+        DamagedFileError: where it can't be read.
+    """
+    remedy = "Move it away: the same command then goes on from the last checkpoint, and writes it anew."
+    try:
+        status = read_json(folder / STATUS, STATUS_KEYS, remedy=remedy)
+    except FileNotFoundError:
+        return {}
+    if status["state"] not in STATES or status["step"] < 0:
+        reason = f"state {status['state']}, step {status['step']}, where state is one of {', '.join(STATES)}"
+        raise damaged(folder / STATUS, reason, remedy)
+    return status
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration that a run's folder was begun with, as it is stored.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        DamagedFileError: where it can't be read, or is not the one that a start wrote down.
+    """
+    file = folder / CONFIG
+    remedy = "Restore it; or move it away, and give the run's own command again, which writes it anew."
+    sections = read_yaml(file, remedy)
+    starts = read_starts(folder)
+    if starts and config_hash(sections) not in {start["config_hash"] for start in starts}:
+        reason = f"it is not the configuration that this run was started with, by the hash in {STARTS}"
+        raise damaged(file, reason, f"Changes belong on the command line (SECTION.KEY=VALUE). {remedy}")
+    return sections
+
+
+def read_frozen(folder: Path, line: CommandLine) -> Composed:
+    """Return the frozen config of a run's folder with the command line's dotted overrides on top (`rerun=DIR`)."""
+    sections, problems = frozen_sections(folder, "rerun", "no run to repeat there")
+    if problems:
+        return Composed({}, Path(), {}, problems)
+    given = line.value_of("hydra.run.dir")
+    if given is not None and Path(str(given)).resolve() == folder.resolve():
+        sections = _as_it_last_was(folder, sections)
+    problems += _code_problems(folder, sections, line)
+    changed, refused = _overridden(sections | {"rerun": str(folder), "force": False}, line, "a rerun")
+    hydra_overrides = [o.input_line or "" for o in line.overrides if o.key_or_group.startswith("hydra.")]
+    name = str(changed.get("name")).replace("\\", "\\\\").replace("'", "\\'")
+    base = compose([f"++name='{name}'", *hydra_overrides], CommandLine(line.flags, line.argv))
+    composed = Composed({}, base.run_dir, {}, [*base.problems, *problems, *refused])
+    _resolve(changed, composed)
+    return composed
+
+
+def read_finished(folder: Path, line: CommandLine) -> Composed:
+    """Return a finished run's frozen config with the command line's dotted overrides on top (`run=DIR` of src.predict).
+
+    The files that it was trained on may be gone, and its limit of rows was for training: both are let go. So is the
+    tracker, which nothing is sent to.
+    """
+    sections, problems = frozen_sections(folder, "run", "no run there")
+    if problems:
+        return Composed({}, folder, {}, problems)
+    if reason := _unfinished(folder):
+        problems.append(Problem("run", reason, str(folder), True, COMMAND_LINE))
+    problems += _code_problems(folder, sections, line)
+    if isinstance(sections.get("data"), dict):
+        sections["data"] |= {"train_files": None, "validation_files": None, "limit": None}
+    own = {"rerun": None, "force": False, "tracking": {"type": "none"}}
+    changed, refused = _overridden(sections | own, line, "a run", own=("run",))
+    composed = Composed({}, folder, {}, [*problems, *refused])
+    _resolve(changed, composed)
+    return composed
+
+
+def frozen_sections(folder: Path, key: str, nothing: str) -> tuple[dict[str, Any], list[Problem]]:
+    """Read a run's frozen config; `nothing` says of the key that named the folder what is not there."""
+    try:
+        return read_config(folder), []
+    except FileNotFoundError:
+        reason = f"{nothing}: {folder / CONFIG} can't be read (FileNotFoundError)"
+    except DamagedFileError as error:
+        reason = f"{nothing}: {error}"
+    return {}, [Problem(key, reason, str(folder), True, COMMAND_LINE)]
+
+
+def _as_it_last_was(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration that a run goes on with: its newest checkpoint's, or its first where there is none."""
+    found = [state for state in folder.glob("checkpoints/step-*/state.json") if state.parent.name[5:].isdigit()]
+    for state in sorted(found, key=lambda file: int(file.parent.name[5:]), reverse=True):
+        try:
+            listed = read_json(state.with_name("manifest.json"), {"files": dict})["files"]
+            if Digest(read_bytes(state)).as_dict()["xxh3_128"] != listed[state.name]["xxh3_128"]:
+                continue
+            sections = read_json(state, {"config": dict})["config"]
+        except (OSError, ValueError, LookupError, TypeError, DamagedFileError):
+            continue  # damaged: told when the checkpoints are looked at
+        return sections | {"checkpoint": sections["checkpoint"] | {"resume": "auto", "allow_changed": False}}
+    return first
+
+
+def _unfinished(folder: Path) -> str | None:
+    """Return why a run can't be worked with; None where it came to its end and has a model."""
+    try:
+        status = read_status(folder)
+    except DamagedFileError as error:
+        return f"no run that came to its end: {error}"
+    if not status:
+        return "no run that came to its end: it has no status.json"
+    if status["state"] != "FINISHED":
+        return f"no run that came to its end: it is {status['state']} at step {status['step']}"
+    return None if (folder / "model").is_dir() else "its result is gone: there is no model/ in it"
+
+
+def _code_problems(folder: Path, sections: Mapping[str, Any], line: CommandLine) -> list[Problem]:
+    """Return a problem for each key that would run a checkpoint's code on the word of somebody else's folder."""
+    asked = [key for key in trust.code_keys(sections) if line.value_of(key) is None]
+    if not asked or trust.is_signed(folder, sections, (start.get("signature") for start in read_starts(folder))):
+        return []
+    return [
+        Problem(
+            key,
+            "lets the checkpoint run code, and this folder was not started here by you; where you trust it, say so "
+            f"yourself: {key}={str(trust.RUNS_CODE[key.partition('.')[2]]).lower()}",
+            str(trust.RUNS_CODE[key.partition(".")[2]]).lower(),
+            where="frozen config",
+        )
+        for key in asked
+    ]
+
+
+def _overridden(
+    sections: dict[str, Any], line: CommandLine, who: str, own: Sequence[str] = ()
+) -> tuple[dict[Any, Any], list[Problem]]:
+    """Put the dotted overrides on top of frozen sections; those of groups are refused.
+
+    Args:
+        who: keeps its options, for the message.
+        own: keys of the entry that are none of the configuration.
+    """
+    cfg, problems = OmegaConf.create(_escaped(sections)), []
+    for override in line.overrides:
+        key = override.key_or_group
+        if key.startswith("hydra.") or key in own or override.is_sweep_override():
+            continue
+        if is_group(override, line.roots) or override.is_delete():
+            reason = f"{who} keeps the options of its frozen config; change single keys (SECTION.KEY=VALUE)"
+            problems.append(Problem(key, reason, override.value(), True, COMMAND_LINE))
+            continue
+        try:
+            OmegaConf.update(cfg, key, override.value(), merge=False, force_add=True)
+        except OmegaConfBaseException as error:
+            problems.append(problem_of(error, key))
+    changed: Any = OmegaConf.to_container(cfg)
+    return changed, problems
+
+
+def _resolve(changed: dict[Any, Any], composed: Composed) -> None:
+    """Resolve what the command line added, and put the secrets in that were not stored."""
+    resolve_sections(OmegaConf.create(changed), composed)
+    missing: list[tuple[str, str]] = []
+    composed.sections = secrets.reveal(composed.sections, missing)
+    composed.problems += [Problem(key, reason, has_value=False, where="frozen config") for key, reason in missing]
+
+
+def _escaped(node: Any) -> Any:
+    """Return containers in which every text stands for itself: nothing in a frozen config is resolved once more."""
+    if isinstance(node, Mapping):
+        return {key: _escaped(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_escaped(value) for value in node]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node

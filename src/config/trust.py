@@ -1,0 +1,81 @@
+"""Whether a frozen configuration may switch on code that a checkpoint brings. No torch here.
+
+`model.trust_remote_code` and `model.use_safetensors=false` let a checkpoint run code. On the command line or in conf/
+they are the user's own word; in the config.yaml of a folder they may be somebody else's. So a start signs them, with a
+key that only this user can read, for the folder that it starts in. A folder from elsewhere has no such signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+RUNS_CODE = {"trust_remote_code": True, "use_safetensors": False}
+"""Keys of the model section, and the value with which a checkpoint may run code."""
+KEY_BYTES = 32
+SIGNED = ("checkpoint", "revision", *RUNS_CODE)
+
+
+def code_keys(sections: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a configuration that let a checkpoint run code."""
+    model = sections.get("model")
+    if not isinstance(model, Mapping):
+        return []
+    return [f"model.{key}" for key, value in RUNS_CODE.items() if model.get(key) is value]
+
+
+def signature(folder: Path, sections: Mapping[str, Any]) -> str | None:
+    """Return this user's signature of what may run code in a run's folder; None where nothing may, or there is no key.
+
+    A missing key is made. Where that can't be done the command line has to repeat itself, which is all that is lost.
+    """
+    if not code_keys(sections):
+        return None
+    try:
+        key = _make_key()
+    except OSError:
+        return None
+    return _sign(key, folder, sections)
+
+
+def is_signed(folder: Path, sections: Mapping[str, Any], signatures: Iterable[Any]) -> bool:
+    """Return whether this user started a run with this configuration in this folder."""
+    try:
+        key = _key_file().read_bytes()
+    except OSError:
+        return False
+    expected = _sign(key, folder, sections)
+    return len(key) == KEY_BYTES and any(
+        isinstance(one, str) and hmac.compare_digest(one.encode(), expected.encode()) for one in signatures
+    )
+
+
+def _sign(key: bytes, folder: Path, sections: Mapping[str, Any]) -> str:
+    signed = [str(folder.resolve()), *(sections["model"].get(name) for name in SIGNED)]
+    return hmac.new(key, json.dumps(signed, default=str).encode(), hashlib.sha256).hexdigest()
+
+
+def _key_file() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "towline" / "key"
+
+
+def _make_key() -> bytes:
+    file = _key_file()
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        beside = file.with_name(f".key.{os.getpid()}")
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as made:
+            made.write(secrets.token_bytes(KEY_BYTES))
+        try:
+            os.link(beside, file)
+        except FileExistsError:  # another start was faster: there is one key
+            pass
+        finally:
+            beside.unlink()
+    return file.read_bytes()
