@@ -241,8 +241,8 @@ def test_the_code_on_the_card_loads_the_result(
     ):
         assert part in text
     assert "perf/x" not in text
-    code = text.split("```python\n")[1].split("```")[0].replace("FOLDER", repr(str(tmp_path / "model")))
-    names: dict[str, Any] = {}
+    code = text.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"FOLDER": str(tmp_path / "model"), "BASE": bases["llama-untied"]}
     exec(code, names)
     keep_gradients(names["model"])
     assert names["tokenizer"].get_vocab() == run.tokenizer.get_vocab()

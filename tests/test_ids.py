@@ -214,8 +214,8 @@ def test_rows_are_counted_by_the_highest_id_wherever_they_are_counted(tmp_path: 
     frozen = admitted("adapter=lora", "model=causal_lm", f"model.checkpoint={base}").frozen
     export(model, adapter, tokenizer, out / "model", config, model_card(frozen, {}, {}, {}, new.ids))
     card = (out / "model" / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", repr(str(out / "model")))
-    names: dict[str, Any] = {}
+    code = card.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"FOLDER": str(out / "model"), "BASE": str(base)}
     exec(code, names)
     assert names["base"].get_input_embeddings().weight.shape[0] == 18
     row = torch.tensor([[16, 2, 17]])

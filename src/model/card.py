@@ -1,15 +1,26 @@
-"""The README.md of an exported model: what it is made of, how good it is, and how to load it."""
+"""The README.md of an exported model: what it is made of, how good it is, and how to load it.
+
+People publish it. So it has what shaped the model, and no paths of the machine, no tracker and no user's name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from src.markdown import code, fenced, inline, table
-from src.model.adapters import portable
 
+SHAPING = (
+    *("seed", "init_from", "model", "quantization", "adapter", "tokens", "data", "optimizer", "scheduler", "training"),
+    *("loss", "deepspeed", "generation", "export"),
+)
+"""The parts of a configuration that shape a model."""
+PATHS = ("init_from", "checkpoint", "train_files", "validation_files", "test_files", "dataset_name", "config_file")
+"""Keys whose values may be paths; of these the card has the names."""
+NOT_SHAPING = ("cache_dir", "preprocessing_num_workers", "max_seconds", "logging_steps")
 SHOWN = ("train/loss", "eval/")
 """Metrics that the card shows: those whose names begin so."""
 
@@ -33,7 +44,7 @@ def model_card(
     model, git = frozen["model"], provenance.get("git", {})
     head = {
         "library_name": "peft" if _is_adapter(frozen) else "transformers",
-        "base_model": portable(model["checkpoint"]),
+        "base_model": _name(model["checkpoint"]),
     }
     commit = git.get("commit") or "unknown"
     sections = {
@@ -55,10 +66,40 @@ def model_card(
         "## New tokens": table(("token", "id"), [(code(token), f"{i:,}") for token, i in new_tokens.items()])
         if new_tokens
         else "None.",
-        "## Configuration": fenced(yaml.safe_dump(dict(frozen), sort_keys=False, allow_unicode=True), "yaml"),
+        "## Configuration": fenced(yaml.safe_dump(shaping(frozen), sort_keys=False, allow_unicode=True), "yaml"),
     }
     body = "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items())
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {body}\n"
+
+
+def shaping(frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a configuration that shaped the model, with names in place of paths."""
+    return _without_paths({key: frozen[key] for key in SHAPING if key in frozen})
+
+
+def _without_paths(node: Any) -> Any:
+    if not isinstance(node, Mapping):
+        return node
+    return {
+        key: _names(value) if key in PATHS else _without_paths(value)
+        for key, value in node.items()
+        if key not in NOT_SHAPING
+    }
+
+
+def _names(node: Any) -> Any:
+    """Return files and folders by their names, in lists and in sets by name too."""
+    if isinstance(node, Mapping):
+        return {key: _names(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_names(value) for value in node]
+    return _name(node) if isinstance(node, str) else node
+
+
+def _name(place: str) -> str:
+    """Return a path's last part; the id of a model or a dataset on a hub, which is no path here, stays whole."""
+    is_path = Path(place).exists() or place.startswith(("/", "~", ".")) or place.count("/") > 1
+    return Path(place).resolve().name if is_path else place
 
 
 def _is_adapter(frozen: Mapping[str, Any]) -> bool:
@@ -71,7 +112,7 @@ def _is_quantised(frozen: Mapping[str, Any]) -> bool:
 
 def _what(frozen: Mapping[str, Any]) -> str:
     model, adapter = frozen["model"], frozen["adapter"]
-    base = f"{inline(model['checkpoint'])}{', from random weights' if model['weights'] == 'random' else ''}"
+    base = f"{inline(_name(model['checkpoint']))}{', from random weights' if model['weights'] == 'random' else ''}"
     if adapter["type"] == "none":
         return f"A full fine-tune of {base}."
     bits = " in 8 bits" if frozen["quantization"]["load_in_8bit"] else " in 4 bits" if _is_quantised(frozen) else ""
@@ -93,7 +134,8 @@ def _loading(frozen: Mapping[str, Any]) -> str:
             note += "rounding (2e-2 at most in float32, more in 16 bits and after training in 8 bits)."
         return _code([f"from transformers import {auto}, AutoTokenizer", *lines]) + note
     checkpoint, revision = frozen["model"]["checkpoint"], frozen["model"]["revision"]
-    settings = [repr(portable(checkpoint)), *([f"revision={revision!r}"] if revision else [])]
+    is_local = _name(checkpoint) != checkpoint
+    settings = ["BASE" if is_local else repr(checkpoint), *([f"revision={revision!r}"] if revision else [])]
     settings += [f"dtype={frozen['model']['dtype']!r}"]
     imports, before, note = [auto, "AutoTokenizer", "GenerationConfig"], [], ""
     if _is_quantised(frozen):
@@ -103,6 +145,8 @@ def _loading(frozen: Mapping[str, Any]) -> str:
         note = (
             "\n\nThese are the quantised weights that it was trained on; on whole weights its logits differ a little."
         )
+    if is_local:
+        note += f"\n\nBASE is the folder of the model that it was trained on, {inline(_name(checkpoint))}."
     lines = [
         "from peft import PeftModel",
         f"from transformers import {', '.join(imports)}",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from src.config import secrets
 from src.config.schema import Direction, Pruner, Sampler
 from src.errors import (
     Interrupted,
@@ -318,7 +319,7 @@ class Conductor:
         """Say where a trial asks whether to go on, and behind which evaluation: it has passed the rungs before."""
         config = self.plan.config
         return {
-            **self.study.link(trial.unit),
+            **secrets.masked(self.study.link(trial.unit)),
             "metric": config.metric,
             "pruner": config.pruner.name,
             "min_resource": config.min_resource,
@@ -509,9 +510,7 @@ class Conductor:
         try:
             self.record.write(self._content(state))
         except OSError as error:
-            if not is_disk_full(error):
-                raise
-            self.fault = f"the disk is full: {self.record.folder}"
+            self.fault = f"{'the disk is full' if is_disk_full(error) else error}: {self.record.folder}"
         self.poke()
 
     def _content(self, state: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from src.config.schema import Pruner
+from src.config.secrets import reveal
 from src.errors import Pruned, one_line
 from src.sweep.study import open_storage, optuna, pruner_of
 
@@ -48,7 +49,7 @@ class Pruning:
 
     def _open(self, link: Mapping[str, Any]) -> Any:
         pruner = pruner_of(Pruner[link["pruner"]], link["min_resource"], link["reduction_factor"])
-        storage = open_storage(link["storage"])
+        storage = open_storage(reveal(link["storage"], [], "sweep.storage"))
         study = optuna().load_study(study_name=link["study"], storage=storage, pruner=pruner)
         self._trial = optuna().trial.Trial(study, link["trial_id"])
         return self._trial

@@ -9,19 +9,29 @@ from __future__ import annotations
 import filecmp
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.config import secrets
 from src.config.frozen import read_status
-from src.errors import SweepError
-from src.records import write_atomically
-from src.sweep.trial import Trial
+from src.errors import DamagedFileError, SweepError
+from src.records import Types, damaged, read_json, read_lines, write_atomically, write_json
+from src.sweep.trial import Trial, check_trial
 from src.sweep.workers import log_file
-from src.tracking.journal import LOCK, holder_of
+from src.tracking.journal import LOCK, holder_of, read_growing
 
+REMEDY = "Restore it from a copy; or force=true begins the sweep anew, another sweep.name begins another."
+SWEEP_KEYS: Mapping[str, Types] = {
+    **dict.fromkeys(("name", "id", "state", "started", "updated"), str),
+    **dict.fromkeys(("space", "sweep", "counts"), dict),
+    "history": list,
+    "elapsed_seconds": (int, float),
+}
+HISTORY_KEYS = {"value", "best", "elapsed_seconds"}
 SWEEP, TRIALS, CONF = "sweep.json", "trials.jsonl", "conf"
 STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
 
@@ -61,27 +71,45 @@ class Record:
 
         Raises:
             SweepError: where the folder is something else.
+            DamagedFileError: where it can't be read.
         """
-        file = self.folder / SWEEP
-        if file.exists():
-            try:
-                return json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise SweepError(f"{file} can't be read: {error}; choose another sweep.name") from error
+        try:
+            content = read_json(self.folder / SWEEP, SWEEP_KEYS, remedy=REMEDY)
+        except FileNotFoundError:
+            self.refuse_other()
+            return {}
+        for entry in content["history"]:
+            if not isinstance(entry, dict) or HISTORY_KEYS - entry.keys():
+                raise damaged(self.folder / SWEEP, f"history holds {str(entry)[:40]}", REMEDY)
+        return content
+
+    def refuse_other(self) -> None:
+        """Refuse a folder that is no sweep's.
+
+        Raises:
+            SweepError: naming what it holds.
+        """
+        if os.path.lexists(self.folder / SWEEP):
+            return
         others = [one.name for one in self.folder.glob("*") if one.name not in (LOCK, CONF) and one.suffix != ".part"]
         if others and not (self.folder / TRIALS).exists():
             held = ", ".join(sorted(others)[:5])
             raise SweepError(f"{self.folder} is no sweep's folder, but holds {held}; choose another sweep.name")
-        return {}
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the trials that have a folder."""
+        return sorted(int(one.name) for one in self.folder.glob("[0-9]*") if one.name.isdecimal() and one.is_dir())
 
     def write(self, content: Mapping[str, Any]) -> None:
-        write_atomically(self.folder / SWEEP, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.folder / SWEEP, secrets.masked(content))
 
     def trials(self) -> list[Trial]:
-        """Give the trials that were written down, without a line that a dying process did not finish."""
-        file = self.folder / TRIALS
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-        return [Trial.from_dict(json.loads(line)) for line in lines]
+        """Return the trials that were written down.
+
+        Raises:
+            DamagedFileError: naming the line that is none, or not the one that was written.
+        """
+        return [Trial.from_dict(line.content) for line in read_lines(self.folder / TRIALS, check_trial, remedy=REMEDY)]
 
     def write_trials(self, trials: Sequence[Trial]) -> None:
         text = "".join(json.dumps(trial.as_dict(), ensure_ascii=False) + "\n" for trial in trials)
@@ -119,9 +147,12 @@ class Record:
             is_running: whether its process lives; a status that says so by itself may be a dead one's.
         """
         run_dir = self.run_dir(number)
-        status = read_status(run_dir)
-        state = status.get("state", "WAITING")
         log = log_file(run_dir) if log_file(run_dir).exists() else None
+        try:
+            status = read_status(run_dir)
+        except DamagedFileError as error:
+            return Standing("FAILED", None, str(error), log)
+        state = status.get("state", "WAITING")
         step, num_steps = status.get("step", 0), status.get("num_steps")
         cause = " ".join(line.strip() for line in (status.get("cause") or "").strip().split("\n")[:2]).rstrip(":")
         if is_running:
@@ -159,9 +190,11 @@ def _differing(compared: filecmp.dircmp[str], prefix: str = "") -> list[str]:
 def _objective(run_dir: Path, metric: str) -> tuple[float | None, str]:
     """Give a finished run's value of the metric, or why it has none."""
     try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return None, f"summary.json can't be read: {type(error).__name__}"
+        summary = read_json(run_dir / "summary.json")
+    except FileNotFoundError:
+        return None, "summary.json is missing"
+    except DamagedFileError as error:
+        return None, str(error)
     value = summary.get(metric)
     if isinstance(value, int | float) and math.isfinite(value):
         return float(value), ""
@@ -174,13 +207,12 @@ def _objective(run_dir: Path, metric: str) -> tuple[float | None, str]:
 def _newest(run_dir: Path, metric: str) -> tuple[float | None, float]:
     """Give the newest value of the metric, and how many seconds the run had taken by its last line."""
     value, elapsed = None, 0.0
-    file, name = run_dir / "metrics.jsonl", metric.removeprefix("best/")
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if file.exists() else []
-    for text in reversed(lines):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
+    name = metric.removeprefix("best/")
+    try:
+        lines = read_growing(run_dir, "metrics.jsonl")
+    except DamagedFileError:  # told by the run itself, when it goes on
+        lines = []
+    for line in (one.content for one in reversed(lines)):
         elapsed = max(elapsed, line.get("perf/elapsed_seconds") or 0.0)
         if line.get(name) is not None:
             value = float(line[name])

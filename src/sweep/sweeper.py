@@ -91,9 +91,8 @@ def sweep(task: Callable[..., Any], config: Any, context: Any) -> int:
         report(f"\n{error}")
         request.code = error.exit_code
     except OSError as error:
-        if not is_disk_full(error):
-            raise
-        report(f"\nThe disk is full: {request.plan.folder}. The same command goes on once there is room.")
+        what = "The disk is full" if is_disk_full(error) else f"The operating system refused a file: {error}"
+        report(f"\n{what}: {request.plan.folder}. The same command goes on once that is mended.")
         request.code = 1
     finally:
         end_fork_server()
@@ -124,8 +123,10 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
     with ExitStack() as until_the_end:
         until_the_end.enter_context(hold(plan.folder))
         board = until_the_end.enter_context(Board(plan.name, plan.config.metric))
-        record.read()  # a folder that is something else is told before anything is written
-        reclaim(record, [trial.number for trial in record.trials()], workers, board, stop)
+        record.refuse_other()  # before anything is written
+        if not plan.force:
+            record.read()
+        reclaim(record, record.numbers(), workers, board, stop)
         workers.get_ready()
         if plan.force:
             record.clear()

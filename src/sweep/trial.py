@@ -7,11 +7,21 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from src.config.frozen import config_hash
+from src.config.secrets import without_credentials
+from src.records import Types, check_keys
 
 _LONG_NUMBER = re.compile(r"(?<==)\d*\.\d{6,}(e-?\d+)?(?= |$)")
+TRIAL_KEYS: Mapping[str, Types] = {
+    **dict.fromkeys(("number", "unit", "seed"), int),
+    "overrides": list,
+    **dict.fromkeys(("identity", "setting"), str),
+    "fold": (int, NoneType),
+    "config": dict,
+}
 REPLICATED = ("seed", "data.fold")
 """Keys in which the trials of one setting differ."""
 
@@ -48,6 +58,23 @@ class Trial:
         return cls(**{**given, "overrides": tuple(given["overrides"])})
 
 
+def check_trial(line: Mapping[str, Any], _before: Any = None) -> None:
+    """Check that a line of trials.jsonl is the trial that was written: by its types, and the hash of what it computes.
+
+    Raises:
+        ValueError: saying what it is not.
+    """
+    check_keys(line, TRIAL_KEYS)
+    if line.keys() != TRIAL_KEYS.keys():
+        raise ValueError(f"it has the keys {', '.join(line)}, where {', '.join(TRIAL_KEYS)} are those of a trial")
+    try:
+        found = identity_of(line["config"]), setting_of(line["config"]), line["config"]["seed"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its configuration is none ({type(error).__name__}: {error})") from error
+    if found != (line["identity"], line["setting"], line["seed"]):
+        raise ValueError("its configuration is not the one that its hashes were made of")
+
+
 def short(label: str) -> str:
     """Give a label for the terminal: a searched number with four digits."""
     return _LONG_NUMBER.sub(lambda found: f"{float(found[0]):.4g}", label)
@@ -59,6 +86,7 @@ def trial_of(number: int, unit: int, overrides: tuple[str, ...], frozen: Mapping
     if config["tracking"].get("run_name") == config["name"]:  # so that MLflow's list tells them apart
         config["tracking"]["run_name"] = " ".join(overrides) or config["name"]
     fold = config["data"].get("fold")
+    overrides = tuple(without_credentials(text) for text in overrides)
     return Trial(number, unit, overrides, identity_of(config), setting, config["seed"], fold, config)
 
 

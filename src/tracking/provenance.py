@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from src.config import secrets
 from src.config.frozen import config_hash
 
 PACKAGES = (
@@ -40,7 +41,7 @@ def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device
         project: the folder whose git state counts.
     """
     return {
-        "command": sys.orig_argv,
+        "command": secrets.cleaned(sys.orig_argv),
         "config_hash": config_hash(frozen),
         "git": git_state(project),
         "data": dict(data_hashes),
@@ -68,7 +69,8 @@ def git_state(project: Path) -> dict[str, Any]:
     status = _git(project, ["status", "--porcelain"])
     if commit is None or status is None:
         return {"commit": None, "dirty": None, "diff": None}
-    diff = _git(project, ["diff", "HEAD"]) or ""
+    secrets.know_environment()
+    diff = secrets.clean_code(_git(project, ["diff", "HEAD"]) or "")
     return {"commit": commit.strip(), "dirty": bool(status.strip()), "diff": diff[:MAX_DIFF]}
 
 
