@@ -68,11 +68,11 @@ def check_trial(line: Mapping[str, Any], _before: Any = None) -> None:
     if line.keys() != TRIAL_KEYS.keys():
         raise ValueError(f"it has the keys {', '.join(line)}, where {', '.join(TRIAL_KEYS)} are those of a trial")
     try:
-        found = identity_of(line["config"]), setting_of(line["config"]), line["config"]["seed"]
+        found = identity_of(line["config"]), line["config"]["seed"]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its configuration is none ({type(error).__name__}: {error})") from error
-    if found != (line["identity"], line["setting"], line["seed"]):
-        raise ValueError("its configuration is not the one that its hashes were made of")
+    if found != (line["identity"], line["seed"]):
+        raise ValueError("its configuration is not the one that its identity is the hash of")
 
 
 def short(label: str) -> str:

@@ -1,0 +1,305 @@
+"""Files of a run's folder that are damaged: told by name, nothing lost on their word, nothing garbage trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src.checkpoint.manifest import problems_of
+from src.config.frozen import config_hash, read_config
+from src.config.trust import is_signed, signature
+from src.errors import DamagedFileError
+from src.records import Digest, begins_with, read_json, read_lines, read_yaml
+from src.tracking.journal import LOCK
+from tests.conftest import read_lines as lines_of
+from tests.conftest import towline
+from tests.test_resume import Fate, Killed, start
+
+RUN = (
+    *("tracking=none", "data.limit=40", "training.max_train_steps=9", "training.per_device_train_batch_size=4"),
+    *("training.logging_steps=1", "evaluation.eval_steps=2", "evaluation.max_samples=8", "evaluation.metrics=[]"),
+    *("evaluation.sample_steps=3", "evaluation.sample_prompts=1", "generation.max_new_tokens=2"),
+    *("checkpoint.checkpointing_steps=3", "checkpoint.load_best_model_at_end=true", "scheduler=constant"),
+    "optimizer.lr=1.0",  # the first evaluation is the best
+)
+NUM_CHECKS = 16
+"""How often the run has asked whether it should stop when it dies behind step 7."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    done = towline(*RUN, f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the same run as a kill behind step 7 leaves it: saved at 3 and 6, the best evaluation at 2."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.raises(Killed):
+        start(folder, *RUN, fate=Fate(NUM_CHECKS, dead=True))
+    assert lines_of(folder / "metrics.jsonl")[-1]["step"] == 7
+    assert saved(folder) == [2, 3, 6]
+    return folder
+
+
+@pytest.fixture
+def run(killed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(killed, tmp_path / "run"))
+
+
+def saved(folder: Path) -> list[int]:
+    places = sorted((folder / "checkpoints").glob("step-*"))
+    assert not [problem for place in places for problem in problems_of(place)]
+    return [int(place.name[5:]) for place in places]
+
+
+def go_on(folder: Path, *overrides: str) -> Any:
+    return towline(*RUN, f"hydra.run.dir={folder}", *overrides)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != LOCK
+    }
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    summary = json.loads((folder / "summary.json").read_text())
+    unequal = ("perf/", "train_seconds", "tokens_per_second", "peak_memory")
+    return {name: value for name, value in summary.items() if not name.startswith(unequal)}
+
+
+def test_a_damaged_line_of_metrics_is_told_and_the_best_weights_live(run: Path) -> None:
+    file = run / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:3] + b"\0" + file.read_bytes()[4:])
+    before = contents(run)
+    done = go_on(run)
+    assert done.returncode == 2
+    assert f"{file} is damaged: line 1" in done.stderr
+    assert "sed -i '1d'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert contents(run) == before
+
+
+def test_what_was_told_to_repair_it_repairs_it_and_the_best_weights_are_still_known(run: Path) -> None:
+    file = run / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[3:]))  # the best evaluation is gone
+    refused = go_on(run)
+    assert refused.returncode == 2
+    assert "checkpoint.allow_changed=true" in refused.stderr
+    assert saved(run) == [2, 3, 6]
+    done = go_on(run, "checkpoint.allow_changed=true")
+    assert done.returncode == 0, done.stderr
+    assert "does not begin with" in done.stderr
+    assert 2 in saved(run)
+    test = [line for line in lines_of(run / "metrics.jsonl") if "eval/test/loss" in line]
+    assert test[0]["step"] == 9
+
+
+LINES = (
+    *("[]", "{}", '{"step": "3"}', '{"step": 1}'),
+    *('{"step": 3, "train/loss": "NaN"}', '{"step": 3, "train/loss": NaN}'),
+)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_that_is_none_of_metrics_is_told(tmp_path: Path, line: str) -> None:
+    from src.tracking.journal import read_growing
+
+    whole = [json.dumps({"step": step, "train/loss": 0.5}) + "\n" for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(whole) + line + '\n{"step": 4}\n{"step": 5, "tr')
+    with pytest.raises(DamagedFileError, match="line 3"):
+        read_growing(tmp_path, "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_text("".join(whole) + '{"step": 4}\n' + line)  # torn: it has no end
+    assert [one.content["step"] for one in read_growing(tmp_path, "metrics.jsonl")] == [1, 2, 4]
+
+
+def test_a_changed_digit_in_a_journal_is_noticed(run: Path) -> None:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    number = json.loads(lines[1])["eval/validation/loss"]
+    file.write_text("".join(lines).replace(repr(number), repr(number + 1)))
+    done = go_on(run)
+    assert (done.returncode, "metrics.jsonl is damaged" in done.stderr) == (2, True)
+    assert saved(run) == [2, 3, 6]
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}, *a{i}]\n" for i in range(60))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("status.json", "[]"),
+        ("status.json", '{"state": "FINISHED"}'),
+        ("status.json", '{"state": "DONE", "step": 3}'),
+        ("status.json", "[" * 100_000),
+        ("config.yaml", "a: &a [*a]"),
+        ("config.yaml", BOMB),
+        ("starts.jsonl", "{}\n"),
+        ("samples.jsonl", '{"step": 3}\n'),
+        ("samples.jsonl", None),
+        ("metrics.jsonl", None),
+        ("status.json", None),
+        ("starts.jsonl", None),
+        ("config.yaml", None),
+    ],
+)
+def test_every_file_that_is_read_back_is_told_by_name(run: Path, name: str, damage: str | None) -> None:
+    (run / name).unlink()
+    if damage is None:
+        (run / name).mkdir()
+    else:
+        (run / name).write_text(damage)
+    before = contents(run)
+    done = go_on(run)
+    assert (done.returncode, name in done.stderr) == (2, True), done.stderr
+    assert "Traceback" not in done.stderr
+    assert contents(run) == before
+
+
+def test_a_pipe_in_a_files_place_is_not_waited_for(run: Path) -> None:
+    for name in ("status.json", "lock"):
+        kept = (run / name).read_bytes()
+        (run / name).unlink()
+        os.mkfifo(run / name)
+        done = go_on(run)
+        assert (done.returncode, name in done.stderr) == (2, True), done.stderr
+        (run / name).unlink()
+        (run / name).write_bytes(kept)
+
+
+@pytest.mark.parametrize("name", ["status.json", "config.yaml", "tracking.json", "data_report.json", "provenance.json"])
+def test_a_run_goes_on_without_a_file_that_it_can_do_without(run: Path, finished: Path, name: str) -> None:
+    (run / name).unlink(missing_ok=True)
+    done = go_on(run)
+    assert done.returncode == 0, done.stderr
+    assert (run / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
+    assert numbers(run) == numbers(finished)
+
+
+def test_a_configuration_that_was_changed_by_hand_is_not_repeated(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    file = folder / "config.yaml"
+    file.write_text(file.read_text().replace("lr: 1.0", "lr: 2.0"))
+    done = towline(f"rerun={folder}")
+    assert (done.returncode, "config.yaml is damaged" in done.stderr) == (2, True)
+    assert "command line" in done.stderr
+
+
+def test_the_configuration_of_a_folder_is_the_one_that_its_start_wrote_down(finished: Path) -> None:
+    (start,) = lines_of(finished / "starts.jsonl")
+    assert config_hash(read_config(finished)) == start["config_hash"]
+
+
+def test_yaml_that_multiplies_or_holds_itself_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("a: &a [1, 2]\nb: *a\n")
+    assert read_yaml(file) == {"a": [1, 2], "b": [1, 2]}
+    for text, reason in (
+        ("a: &a {b: *a}", "holds itself"),
+        ("a: " + "[" * 200 + "]" * 200, "nested"),
+        ("- 1", "no mapping"),
+        ("a: [", "line 1"),
+        ("a: !!python/object/apply:os.system [ls]", "line 1"),
+        ("? [a]\n: b", "line 1"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DamagedFileError, match=reason):
+            read_yaml(file)
+
+
+def test_json_is_held_against_the_types_of_its_keys(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    with pytest.raises(FileNotFoundError):
+        read_json(file)
+    file.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DamagedFileError, match="a link to what is not there"):
+        read_json(file)
+    file.unlink()
+    for text, reason in (
+        ("{", "no JSON"),
+        ("3", "no JSON object but 3"),
+        ("{}", "a is missing"),
+        ('{"a": true}', "a can't be true"),
+        ('{"a": "1"}', 'a can\'t be "1"'),
+        ('{"a": Infinity}', "Infinity is no number"),
+        ("[" * 5000, "nested"),
+        ('{"a": 1, "b": ' + "[" * 200 + "]" * 200 + "}", "nested"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DamagedFileError, match=reason):
+            read_json(file, {"a": int})
+    file.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(DamagedFileError, match="no text: byte 7 is 0xff"):
+        read_json(file)
+    file.write_text('{"a": 1}')
+    assert read_json(file, {"a": int, "b": str}, may_lack=("b",)) == {"a": 1}
+
+
+def test_a_digest_is_of_a_beginning(tmp_path: Path) -> None:
+    digest = Digest(b"one\n")
+    digest.add(b"two\n")
+    assert begins_with(b"one\ntwo\nthree\n", digest.as_dict())
+    assert not begins_with(b"one\n", digest.as_dict())
+    assert not begins_with(b"one\ntwO\nthree\n", digest.as_dict())
+    assert read_lines(tmp_path / "none.jsonl") == []
+
+
+TRUSTING: dict[str, Any] = {
+    "model": {"checkpoint": "x", "revision": None, "trust_remote_code": True, "use_safetensors": True}
+}
+
+
+def test_code_of_a_checkpoint_runs_on_this_users_word_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    here, there = tmp_path / "here", tmp_path / "there"
+    signed = signature(here, TRUSTING)
+    key = tmp_path / "state" / "towline" / "key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert is_signed(here, TRUSTING, [None, signed])
+    assert not is_signed(there, TRUSTING, [signed])
+    other = {"model": TRUSTING["model"] | {"checkpoint": "y"}}
+    assert not is_signed(here, other, [signed])
+    key.write_bytes(bytes(32))
+    assert not is_signed(here, TRUSTING, [signed])
+    harmless = {"model": TRUSTING["model"] | {"trust_remote_code": False}}
+    assert signature(here, harmless) is None
+
+
+@pytest.mark.parametrize("command", ["src.run", "src.predict"])
+def test_a_folder_from_elsewhere_switches_nothing_on(
+    finished: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from src.config.gate import admit, admit_prediction
+    from src.errors import ConfigError
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    text = (folder / "config.yaml").read_text().replace("trust_remote_code: false", "trust_remote_code: true")
+    (folder / "config.yaml").write_text(text)
+    (start,) = lines_of(folder / "starts.jsonl")
+    import yaml
+
+    start["config_hash"] = config_hash(yaml.safe_load(text))
+    (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    ask: Callable[..., Any] = admit if command == "src.run" else admit_prediction
+    given = [f"rerun={folder}"] if command == "src.run" else [f"run={folder}"]
+    with pytest.raises(ConfigError, match=r"model\.trust_remote_code=true"):
+        ask(given)
+    assert ask([*given, "model.trust_remote_code=true"])
+    start["signature"] = signature(folder, yaml.safe_load(text))
+    (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    assert ask(given)
