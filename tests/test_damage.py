@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of the same run as a kill behind step 7 leaves it: saved at 3 and 6, the best evaluation at 2."""
+    """Return the folder of the same run as a kill behind step 7 leaves it: saved at 3 and 6, best at 2."""
     folder = tmp_path_factory.mktemp("killed") / "run"
     with pytest.raises(Killed):
         start(folder, *RUN, fate=Fate(NUM_CHECKS, dead=True))
