@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from markdown_it import MarkdownIt
+from transformers.utils import chat_template_utils
 
-from src import patterns
+from src import patterns, templates
 from src.config.schema import Metric
+from src.data.chat_render import render
 from src.data.dataset import build_data
+from src.data.formats import BadRow
 from src.errors import ConfigError, DataError, LimitError, report, visible
 from src.evaluation.metrics import scores
 from src.inspection.drawing import Paint
@@ -23,6 +27,7 @@ from src.sweep import leaderboard
 from src.sweep.ranking import Row
 from src.tokens import load_tokenizer
 from src.tracking.console import Console
+from tests import chat_templates
 from tests.conftest import admitted, write_lines
 
 TERMINAL = "\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\r\u202egnp.exe\u2066\ud800"
@@ -165,3 +170,143 @@ def test_a_row_on_which_a_pattern_explodes_is_told_by_its_place(short_limit: Non
 def test_a_generated_text_on_which_a_pattern_explodes_is_told_by_its_row(short_limit: None) -> None:
     with pytest.raises(DataError, match=r"^row 1: data.answer_pattern"):
         scores([Metric.exact_match], ["b", LONG], ["b", "b"], EXPLOSIVE, "row {}".format)
+
+
+R = "{% for i in range(100000) %}"
+NESTED = "".join(f"{{% set n{i} = namespace() %}}" for i in range(40)) + "".join(
+    f"{{% set n{i + 1}.a = n{i} %}}{{% set n{i + 1}.b = n{i} %}}" for i in reversed(range(39))
+)
+"""A value that would take a terabyte to write out: each of 40 holds the one before it twice."""
+A = "{% set x = 'a' * 1000000 %}"
+BOMBS = [
+    R * 3 + "{% endfor %}" * 3,
+    R * 2 + "x" * 1000 + "{% endfor %}" * 2,
+    "{% for i in range(10 ** 9) %}{% endfor %}",
+    R + "{% for j in range(100000) if j > 100000 %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{{ f(n - 1) }}{{ f(n - 1) }}{% endmacro %}{% if 1 %}" + "{% macro g(n) %}{% if n %}{{ g(n - 1) }}"
+    "{{ g(n - 1) }}{% endif %}{% endmacro %}{{ g(60) }}{% endif %}",
+    "{{ 'a' * 10 ** 10 }}",
+    "{{ 10 ** 10 * 'a' }}",
+    "{{ ([1] * 10 ** 10)|length }}",
+    "{{ 9 ** (9 ** 9) }}",
+    "{% set n = namespace(x=3) %}" + R + "{% set n.x = n.x * n.x %}{% endfor %}",
+    "{% set n = namespace(x='a') %}" + R + "{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% set n = namespace(x='a') %}" + R + "{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x=[1]) %}" + R + "{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x=[1]) %}" + R + "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "{% set n = namespace(x=1) %}" + R + "{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x }}",
+    "{% set x0 = 'a' %}"
+    + "".join(f"{{% set x{i + 1} %}}{{{{ x{i} }}}}{{{{ x{i} }}}}{{% endset %}}" for i in range(60)),
+    "{{ 'a'|center(10 ** 10) }}",
+    "{{ '%10000000000d'|format(1) }}",
+    "{{ '{:>10000000000}'.format(1) }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ '%*d' % (10000000000, 1) }}",
+    "{{ '{:>{}}'.format(1, 10 ** 10) }}",
+    "{{ '{a:>10000000000}'.format_map({'a': 1}) }}",
+    "{% set f = '{:>10000000000}'|attr('format') %}{{ f(1) }}",
+    "{{ 'a'.ljust(10 ** 10) }}",
+    "{{ '1'.zfill(10 ** 10) }}",
+    "{{ '\t'.expandtabs(10 ** 10) }}",
+    A + "{{ x.replace('a', x) }}",
+    A + "{{ x|replace('', x) }}",
+    A + "{{ x.join(x) }}",
+    A + "{{ range(100000)|join(x) }}",
+    A + "{{ range(100000)|map('string')|join(x) }}",
+    A + "{{ x.translate({97: x}) }}",
+    A + "{{ x|wordwrap(1, wrapstring=x) }}",
+    "{{ ('a\n' * 1000000)|indent(1000000) }}",
+    "{{ range(100000)|map('center', 1000000)|join }}",
+    "{{ messages|tojson(indent=10 ** 10) }}",
+    "{{ (1).to_bytes(10 ** 10, 'big') }}",
+    "{{ [1]|batch(10 ** 10, 0)|list }}",
+    NESTED + "{{ n39 }}",
+    NESTED + "{{ n39 ~ '' }}",
+    NESTED + "{{ '%s' % n39 }}",
+    NESTED + "{{ [n39]|join }}",
+    NESTED + "{{ raise_exception(n39) }}",
+    NESTED + "{{ n39|string }}",
+    "{% generation %}" + R * 2 + "{% endfor %}" * 2 + "{% endgeneration %}",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(admitted("tokens=none").config.model, admitted("tokens=none").config.tokens)[0]
+
+
+@pytest.fixture
+def short_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 0.05)
+    monkeypatch.setattr(templates, "MAX_SIZE", 2**22)
+    monkeypatch.setattr(templates, "MAX_MADE", 2**24)
+    monkeypatch.setattr(templates, "MAX_PRODUCT", 2**24)
+
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("template", BOMBS)
+def test_a_template_without_end_is_told(template: str, tokenizer: Any, short_time: None) -> None:
+    with pytest.raises(LimitError, match=r"^the chat template of .*, line [12], "):
+        render(tokenizer, template, CHAT)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, value in vars(chat_templates).items() if name.isupper() and "{%" in value]
+)
+def test_counting_changes_nothing_of_a_template(name: str, tokenizer: Any) -> None:
+    template = getattr(chat_templates, name)
+    render_or_none(tokenizer, template, CHAT)  # counts from here on
+    for chat in (CHAT, CHAT * 3, [{"role": "system", "content": " s "}, *CHAT * 2]):
+        for prompts in (False, True):
+            given = dict(messages=chat, add_generation_prompt=prompts, tools=None, **tokenizer.special_tokens_map)
+            plain = chat_template_utils._cached_compile_jinja_template(template)
+            counted = chat_template_utils._compile_jinja_template(template)
+            assert rendered(counted, given) == rendered(plain, given)
+
+
+def rendered(template: Any, given: dict[str, Any]) -> str:
+    try:
+        return template.render(**given)
+    except TemplateError as error:
+        return repr(error)
+
+
+def render_or_none(tokenizer: Any, template: str, chat: list[dict[str, str]]) -> str | None:
+    try:
+        return render(tokenizer, template, chat)
+    except BadRow:
+        return None
+
+
+def test_values_of_a_template_are_those_of_plain_python(tokenizer: Any) -> None:
+    template = """
+    {{ 'a' + 'b' + 'c' }} {{ [1] + [2, 3] }} {{ 1 + 2 * 3 - 4 }} {{ 'a' ~ 1 ~ none }} {{ 2 ** 3 ** 2 }} {{ 7 % 4 }}
+    {% set x, y = (1, messages[0].role) %}{{ x }}{{ y }} {{ {'k': [x, y]} }} {{ 'x'.join(['1', '2']) }} {{ undefined }}
+    {% for a, b in [(1, 2), (3, 4)] %}{{ a * b }}{{ loop.last }}{% endfor %}{% for a in [] %}{% else %}none{% endfor %}
+    {{ '%s-%05d'|format('a', 42) }} {{ '{}:{:>4}'.format('a', 1) }} {{ 'aXb'.replace('X', '--') }}
+    {{ 'a,b'.split(',') }}
+    {{ ' t '|trim }} {{ messages|length }} {{ messages|map(attribute='role')|join('+') }}
+    {{ messages|tojson(indent=1) }}
+    {% macro m(a, b=2) %}<{{ a }}{{ b }}{{ caller() if caller }}>{% endmacro %}{{ m(1) }}{% call m(3) %}c{% endcall %}
+    {% set block %}in {{ x }}{% endset %}{{ block|upper }}{% filter lower %}ABC{{ y|upper }}{% endfilter %}
+    """
+    render(tokenizer, template, CHAT)
+    given = dict(messages=CHAT, **tokenizer.special_tokens_map)
+    plain = chat_template_utils._cached_compile_jinja_template(template)
+    assert rendered(chat_template_utils._compile_jinja_template(template), given) == rendered(plain, given)
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_a_template_without_end_is_told_by_row(always: bool, short_time: None, tmp_path: Path) -> None:
+    chats = [[CHAT[0] | {"content": content}, CHAT[1]] for content in ("a", "boom", "boom")]
+    file = write_lines(tmp_path / "rows.jsonl", [{"messages": chat} for chat in chats])
+    config = admitted("data=messages", f"data.train_files=[{file}]", "tokens=none").config
+    tokenizer, _ = load_tokenizer(config.model, config.tokens)
+    loops = R * 3 + "{% endfor %}" * 3
+    loops = loops if always else "{% if messages[0].content == 'boom' %}" + loops + "{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}\n" + loops
+    place = f"{re.escape(file)}:{1 if always else 2}"
+    with pytest.raises(DataError, match=rf"^{place}: the chat template of .*, line 2, does not come to an end"):
+        build_data(config, tokenizer)

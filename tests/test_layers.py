@@ -9,12 +9,12 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 LAYERS = (
-    ("run", "preflight", "predict"),
+    ("run", "preflight", "predict", "sync"),
     ("overview", "inspection"),
     ("forecast",),
     ("training", "evaluation", "sweep"),
     ("checkpoint", "data", "model", "tracking"),
-    ("tokens",),
+    ("tokens", "templates"),
     ("runtime",),
     ("config",),
     ("records", "markdown", "patterns"),
@@ -43,7 +43,7 @@ DOORS = {
         "checkpoint",
         "sweep",  # the process of a trial sets its threads
     ),  # not in front of the gate
-    "transformers": ("tokens", "model", "evaluation"),
+    "transformers": ("tokens", "templates", "model", "evaluation"),
     "tokenizers": ("data", "tokens"),
     "pyarrow": ("data",),
 }

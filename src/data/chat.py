@@ -32,7 +32,7 @@ from src.data.chat_signs import (
 from src.data.formats import BadRow
 from src.data.formats.messages import THOUGHT, THOUGHT_KEYS
 from src.data.pieces import Piece, any_of
-from src.errors import TokenError
+from src.errors import LimitError, TokenError
 
 REWRITTEN = (
     "the chat template writes an earlier turn otherwise once more turns follow, so it can't be learned as generation "
@@ -99,6 +99,7 @@ class ChatTemplate:
         added = [token for token in tokenizer.get_added_vocab() if token.strip()]  # some are only white space
         self._added_token = any_of({*added, *control_tokens})
         self._thought_key: str | None = None
+        self._limit: LimitError | None = None
         self.frame = AnswerFrame()
         """What it writes around an answer."""
         self.ends: tuple[str, ...] = ()
@@ -311,6 +312,9 @@ class ChatTemplate:
             _, parts, turns = self._turns(chat, wanted)
         except (BadRow, TokenError):  # rows will say so, with their place
             return []
+        except LimitError as problem:  # the first row will say so at once
+            self._limit = problem
+            return []
         return [(turn, parts) for turn in turns]
 
     def _frame(self) -> AnswerFrame:
@@ -352,6 +356,8 @@ class ChatTemplate:
         return text, marks
 
     def _apply(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        if self._limit is not None:
+            raise self._limit
         if any(THOUGHT in message for message in messages):
             messages = [self._with_thought(message) for message in messages]
         return render(self._tokenizer, self._template, messages, add_generation_prompt=add_generation_prompt)

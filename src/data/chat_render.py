@@ -8,9 +8,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from src import templates
 from src.data.chat_signs import LEARNED_FROM, LEARNED_TO, Messages
 from src.data.formats import BadRow
-from src.errors import one_line
+from src.errors import LimitError, one_line
 
 FALLBACK_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -40,6 +41,8 @@ def give_chat_template(tokenizer: Any) -> None:
                 rendered = render(tokenizer, template, chat)
             except BadRow:  # rows will say so, with their place
                 continue
+            except LimitError:
+                return
             if not rendered.startswith(tokenizer.bos_token):
                 tokenizer.chat_template = "{{- bos_token -}}" + template
             return
@@ -58,11 +61,12 @@ def render(tokenizer: Any, template: str, messages: Messages, *, add_generation_
 
     Raises:
         BadRow: where the template refuses it.
+        LimitError: where it takes too much time or memory.
     """
     try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return templates.render(tokenizer, template, messages, add_generation_prompt=add_generation_prompt)
+    except LimitError:
+        raise
     except Exception as error:  # a template is a program: it may raise anything
         what = "refuses it" if isinstance(error, TemplateError) else f"fails with a {type(error).__name__}"
         raise BadRow(f"the chat template {what}: {one_line(error)}") from error
