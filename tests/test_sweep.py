@@ -89,7 +89,7 @@ def test_what_is_varied(arguments: list[str], labels: list[str]) -> None:
         (["sweep=kfold"], ["data.num_folds", "how many folds"]),
         (["seed=1,2", "seed=3"], ["given twice"]),
         (["seed=range(5,3)"], ["there is no value in it"]),
-        (["seed=range(20000)"], ["20,000 combinations", "sweep=tpe"]),
+        (["seed=range(200000)"], ["200,000 values, more than sweep.max_points, 100,000", "sweep=tpe"]),
         (["sweep.n_jobs=1,2"], ["is the sweep's own"]),
         (["sweep.metric=eval/validation/accuracy", "seed=1,2"], ["no evaluation gives this", "eval/validation/loss"]),
         (["sweep.direction=maximize", "seed=1,2"], ["better when it is lower: minimize"]),

@@ -10,6 +10,7 @@ import argparse
 import copy
 import dataclasses
 import hashlib
+import math
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from hydra import compose as hydra_compose
@@ -28,7 +30,7 @@ from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf._utils import _DEFAULT_MARKER_
@@ -36,10 +38,12 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers.oc import env as environment_variable
 
 from src.config import secrets
-from src.config.formats import PROJECT_ROOT, fill_mixture
-from src.config.problems import Problem
+from src.config.files import unusable
+from src.config.formats import fill_mixture
+from src.config.options import CONF, PROJECT_ROOT, OptionFileError, broken_options, placed, read_option, shown
+from src.config.problems import LONGEST_KEY, LONGEST_VALUE, Problem, refuse, shortened
+from src.errors import report
 
-CONF = PROJECT_ROOT / "conf"
 COMMAND_LINE = "command line"
 LIST_OR_MAPPING = ("data.validation_files", "data.test_files", "data.mixture", "data.columns")
 OPTIONAL_GROUPS = ("experiment",)
@@ -47,9 +51,14 @@ GLOBAL_GROUPS = ("debug", "experiment")  # their options reach into other sectio
 
 HOW_NOT_WHAT = (
     *("name", "tracking", "sweep.name", "sweep.n_trials", "sweep.n_jobs", "sweep.max_seconds", "sweep.dry_run"),
-    *("sweep.fail_fast", "sweep.max_retries", "sweep.storage", "force"),
+    *("sweep.fail_fast", "sweep.max_retries", "sweep.max_points", "sweep.storage", "force"),
 )
 """Keys of a sweep's command that change how it is done, or how long it goes on, and not what it compares."""
+
+MOST_NESTED = 20
+"""Levels of a key or of a value: more than any has, and few enough for all that read them."""
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError)
+"""What Hydra and OmegaConf raise for mistakes in overrides and options; some are Python's own."""
 
 _is_storing: ContextVar[bool] = ContextVar("is_storing", default=False)
 _identity = {"start_time": "", "uid": "", "sweep_id": ""}
@@ -92,10 +101,13 @@ class CommandLine:
     def hydra_argv(self) -> list[str]:
         """The same arguments for Hydra's own main: flags first, then the overrides with every key forced."""
         flags = [argument for argument in self.argv if argument not in self.flags.overrides]
-        varied = [override for override in self.overrides if override.is_sweep_override()]
-        if self.asks_hydra_only:  # it shows one configuration
-            return [*flags, *(text for o in self.overrides if o not in varied for text in forced(o, self.roots))]
-        return [*flags, *self.forced]
+        return [*flags, *(self.shown if self.asks_hydra_only else self.forced)]
+
+    @property
+    def shown(self) -> list[str]:
+        """The overrides of the one configuration that Hydra shows: without what is varied."""
+        fixed = (override for override in self.overrides if not override.is_sweep_override())
+        return [text for override in fixed for text in forced(override, self.roots)]
 
     def value_of(self, key: str) -> Any:
         """Give the value that the command line sets for a key, or None."""
@@ -127,28 +139,28 @@ class Composed:
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
-    """Take the arguments apart with Hydra's own parsers; each unreadable override is a problem of its own."""
-    flags = get_args_parser().parse_intermixed_args(list(argv))
+    """Take the arguments apart with Hydra's own parsers; each unreadable override is a problem of its own.
+
+    Raises:
+        ConfigError: where the flags can't be made out.
+    """
+    flags = _read_flags(argv)
     line = CommandLine(flags=flags, argv=list(argv))
     if flags.config_path:
         reason = "conf/ is the configuration; add options of your own with --config-dir DIR"
         line.problems.append(Problem("--config-path", reason, flags.config_path, True, COMMAND_LINE))
     if flags.config_dir:
-        line.roots.append(Path(flags.config_dir).resolve())
-        if not line.roots[-1].is_dir():
-            line.problems.append(Problem("--config-dir", "no such folder", flags.config_dir, True, COMMAND_LINE))
-    parser = OverridesParser.create()
+        if not (reason := unusable(flags.config_dir)):
+            line.roots.append(Path(flags.config_dir).resolve())
+            reason = "" if line.roots[-1].is_dir() else "no such folder"
+        if reason:
+            line.problems.append(Problem("--config-dir", reason, flags.config_dir, True, COMMAND_LINE))
     for text in flags.overrides:
-        try:
-            line.overrides += parser.parse_overrides([text])
-        except HydraException:
-            key, _, value = text.partition("=")
-            reason = (
-                "not KEY=VALUE"
-                if "=" not in text
-                else f"can't be read; a value with '=', ',' or spaces needs quotes of its own: '{key}=\"{value}\"'"
-            )
-            line.problems.append(Problem(key, reason, value, "=" in text, COMMAND_LINE))
+        read = read_override(text)
+        if isinstance(read, Problem):
+            line.problems.append(read)
+        else:
+            line.overrides.append(read)
     for override in line.overrides:
         if override.is_sweep_override() and not flags.multirun:
             reason = "several values are a sweep: add -m; or quote a value that has commas, or write a list [a,b]"
@@ -159,13 +171,56 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     return line
 
 
+def _read_flags(argv: Sequence[str]) -> argparse.Namespace:
+    def refuse_flags(message: str) -> NoReturn:
+        raise refuse([Problem("command line", message, has_value=False)])
+
+    parser = get_args_parser()
+    parser.error = refuse_flags
+    return parser.parse_intermixed_args(list(argv))
+
+
+def read_override(text: str) -> Override | Problem:
+    """Parse one override, or return what is wrong with it."""
+    key, sign, value = text.partition("=")
+
+    def wrong(reason: str) -> Problem:
+        return Problem(key, reason, value, bool(sign), COMMAND_LINE)
+
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return wrong("not text in UTF-8")
+    if key.count(".") + key.count("/") + key.count("[") > MOST_NESTED:
+        return wrong(f"a key of more than {MOST_NESTED} parts")
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except RecursionError:
+        return wrong(f"nested deeper than {MOST_NESTED} levels")
+    except (HydraException, ValueError):  # the latter of numbers with thousands of digits
+        if not sign:
+            return wrong("not KEY=VALUE")
+        again = f"'{shortened(key, LONGEST_KEY)}=\"{shortened(value, LONGEST_VALUE)}\"'"
+        return wrong(f"can't be read; a value with '=', ',' or spaces needs quotes of its own: {again}")
+    given = override.value()
+    if _is_nested_deeper(given.list if isinstance(given, ChoiceSweep) else given, MOST_NESTED):
+        return wrong(f"nested deeper than {MOST_NESTED} levels")
+    return override
+
+
+def _is_nested_deeper(value: Any, levels: int) -> bool:
+    """Return whether lists and mappings, or the interpolations of a text, are nested deeper than so many levels."""
+    if isinstance(value, str):
+        return value.count("${") > levels
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(inner) and (levels == 0 or any(_is_nested_deeper(one, levels - 1) for one in inner))
+
+
 def value_text(override: Override) -> str:
     return (override.input_line or "").partition("=")[2]
 
 
 def is_group(override: Override, roots: Sequence[Path]) -> bool:
     """Whether an override chooses an option of a group, rather than the value of a key."""
-    return any((root / override.key_or_group).is_dir() for root in roots)
+    return any(os.path.isdir(root / override.key_or_group) for root in roots)
 
 
 def options(group: str, roots: Sequence[Path]) -> list[str]:
@@ -180,7 +235,7 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
         if not override.value().filter(known):
             yield Problem(group, f"matches none of {', '.join(known)}", value_text(override), True, COMMAND_LINE)
         return
-    if override.is_sweep_override() and not override.is_discrete_sweep():
+    if isinstance(override.value(), RangeSweep | IntervalSweep):
         yield Problem(group, "options are named: A,B,C or glob(…)", value_text(override), True, COMMAND_LINE)
         return
     values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
@@ -205,14 +260,25 @@ def forced(override: Override, roots: Sequence[Path], text: str | None = None) -
     return [*cleared, "++" + text.lstrip("+")]
 
 
+def num_values(override: Override, roots: Sequence[Path]) -> float:
+    """Count the values of a discrete sweep without writing them out; infinite where they never end."""
+    sweep = override.value()
+    if not isinstance(sweep, RangeSweep):
+        return len(values_of(override, roots))
+    start, stop, step = sweep.start or 0, sweep.stop or 0, sweep.step
+    if not all(isinstance(end, int) or math.isfinite(end) for end in (start, stop, step)):
+        return math.inf
+    if not step:
+        return 0
+    return max(0, math.ceil((Fraction(stop) - Fraction(start)) / Fraction(step)))
+
+
 def values_of(override: Override, roots: Sequence[Path]) -> list[str]:
-    """Give each value of a discrete sweep as KEY=VALUE."""
+    """Return each value of a discrete sweep as KEY=VALUE, each once; see `num_values` for how many there are."""
     key = override.key_or_group
     if isinstance(override.value(), Glob):
         return [f"{key}={option}" for option in override.value().filter(options(key, roots))]
-    if isinstance(override.value(), RangeSweep) and not override.value().step:
-        return []
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    return list(dict.fromkeys(f"{key}={value}" for value in override.sweep_string_iterator()))
 
 
 class Points:
@@ -245,7 +311,7 @@ class Points:
                 override = _parsed(text)
                 try:
                     OmegaConf.update(whole, override.key_or_group, override.value(), merge=True, force_add=True)
-                except OmegaConfBaseException as error:
+                except COMPOSITION_ERRORS as error:
                     composed.problems.append(problem_of(error, override.key_or_group))
         if not composed.problems:
             resolve_sections(whole, composed)
@@ -269,10 +335,15 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
             initialize_config_dir(config_dir=str(line.roots[0]), version_base="1.3", job_name="towline"),
         ):
             cfg = hydra_compose(line.flags.config_name or "config", overrides=usable, return_hydra_config=True)
-            run_dir = Path(cfg.hydra.sweep.dir if line.flags.multirun else cfg.hydra.run.dir)
+            run_dir = Path(str(cfg.hydra.sweep.dir if line.flags.multirun else cfg.hydra.run.dir))
             choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items()}
             sections: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except RecursionError:
+        reason = f"an option that builds on itself, or values nested deeper than {MOST_NESTED} levels"
+        return Composed({}, Path(), {}, [Problem("conf", reason, has_value=False)])
+    except COMPOSITION_ERRORS as error:
+        if broken := _broken_by(error, line):
+            return Composed({}, Path(), {}, broken)
         if len(overrides) < 2:
             key = overrides[0].lstrip("+~").partition("=")[0] if overrides else ""
             return Composed({}, Path(), {}, [problem_of(error, key)])
@@ -294,6 +365,21 @@ def _beside_hydra() -> Iterator[None]:
         yield
     finally:
         main.hydra = before
+
+
+def _broken_by(error: Exception, line: CommandLine) -> list[Problem]:
+    """Return the files that made a composition fail because they can't be read; a YAML error knows which it is."""
+    if isinstance(error, yaml.YAMLError):
+        return [Problem("conf", placed(error), has_value=False)]
+    if isinstance(error, UnicodeDecodeError) or (isinstance(error, OSError) and not isinstance(error, HydraException)):
+        return [Problem("conf", reason, has_value=False) for reason in broken_options(line.roots)]
+    return []
+
+
+def warn_of_broken_options(line: CommandLine) -> None:
+    """Print a warning that names the option files that can't be read; what was composed did without them."""
+    if broken := list(broken_options(line.roots)):
+        report(f"warning: {'; '.join(broken)}. Nothing here needs {'it' if len(broken) == 1 else 'them'}.")
 
 
 def _without_culprits(overrides: Sequence[str], line: CommandLine, error: Exception) -> Composed:
@@ -383,13 +469,17 @@ def _defining_file(file: Path, key: str, group: str) -> str | None:
     """Give the option file that defines a key, following its defaults within the group."""
     if not file.is_file():
         return None
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    try:
+        content = read_option(file)
+    except OptionFileError:
+        return None  # in another root: one that was composed can be read
     node: Any = content
     for part in key.split(".") if group in GLOBAL_GROUPS else key.split(".")[1:]:
         node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
     if node is not _ABSENT:
-        return os.path.relpath(file, PROJECT_ROOT) if file.is_relative_to(PROJECT_ROOT) else str(file)
-    for parent in content.get("defaults", []):
+        return shown(file)
+    parents = content.get("defaults")
+    for parent in parents if isinstance(parents, list) else []:
         if (
             isinstance(parent, str)
             and parent != "_self_"

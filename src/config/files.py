@@ -1,7 +1,8 @@
-"""Which data files a list of patterns means, and what is wrong with the list. No file is opened here."""
+"""Which data files a list of patterns means, and what is wrong with a path or a list. No file is opened here."""
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,47 @@ TEXT_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "c
 KINDS = TEXT_KINDS | {f"{suffix}.gz": kind for suffix, kind in TEXT_KINDS.items()} | {".parquet": "parquet"}
 """How a file's name ends, and what is in it."""
 KNOWN = f"{', '.join(TEXT_KINDS)} (each also with .gz behind it) and .parquet"
+MOST_NAME_BYTES = 255
+"""Of one name in UTF-8: what file systems take."""
+MOST_PATH_BYTES = 3800
+"""Of a whole path: the operating system takes 4,095, and there are files in a folder."""
+
+
+def unusable(path: str) -> str:
+    """Return why there can't be a file or folder of that path, whether it is there now or not; '' where there can."""
+    try:
+        names = [len(name.encode()) for name in path.split("/")]
+        if max(names) > MOST_NAME_BYTES:
+            return f"a name in it has {max(names):,} bytes in UTF-8, and file systems take {MOST_NAME_BYTES}"
+        if (length := sum(names) + len(names) - 1) > MOST_PATH_BYTES:
+            return f"a path of {length:,} bytes in UTF-8, and at most {MOST_PATH_BYTES:,} can be worked with"
+        os.stat(path)
+    except FileNotFoundError:
+        return ""
+    except PermissionError:
+        return f"no permission to look into {_last_folder(path)}"
+    except NotADirectoryError:
+        return f"{_last_file(path)} is a file, so nothing can be in it"
+    except OSError as error:
+        return "links that lead in a circle" if error.errno == errno.ELOOP else str(error.strerror)
+    except UnicodeEncodeError:
+        return "holds a character that can't be written in UTF-8"
+    except ValueError:
+        return "holds the character NUL, which no path can"
+    return ""
+
+
+def _ancestors(path: str) -> list[str]:
+    """Return the folders that a path goes through, the innermost first."""
+    return [str(folder) for folder in Path(path).parents]
+
+
+def _last_folder(path: str) -> str:
+    return next((folder for folder in _ancestors(path) if os.path.isdir(folder)), path)
+
+
+def _last_file(path: str) -> str:
+    return next((place for place in _ancestors(path) if os.path.exists(place)), path)
 
 
 def kind_of(file: str) -> str | None:
@@ -50,10 +92,18 @@ def problems_of(patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Tell each pattern that gives no file, or one that is missing, of an unknown kind, or given before."""
     given: set[str] = set()
     for pattern in patterns:
+        if reason := unusable(pattern):
+            yield pattern, reason
+            continue
         wrong: dict[str, list[str]] = {}
         for file in expand([pattern]):
             real = os.path.realpath(file)
-            if reason := _missing(file, pattern) or _unknown(file) or ("given twice" if real in given else ""):
+            if (
+                reason := unusable(file)
+                or _missing(file, pattern)
+                or _unknown(file)
+                or ("given twice" if real in given else "")
+            ):
                 wrong.setdefault(reason, []).append(file)
             given.add(real)
         for reason, files in wrong.items():

@@ -10,10 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
+from src.config.options import CONF, OptionFileError, read_option, shown
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = PROJECT_ROOT / "conf" / "data"
+OPTIONS = CONF / "data"
 BELONGS_TO_FORMAT = (
     "columns",
     "prompt_template",
@@ -27,9 +26,25 @@ BELONGS_TO_FORMAT = (
 
 @cache
 def declared_formats() -> dict[str, dict[str, Any]]:
-    """Give every format's own settings, by its name."""
-    settings = {file.stem: _option(file) for file in sorted(OPTIONS.glob("[!_]*.yaml"))}
-    return {name: given for name, given in settings.items() if given.get("format") == name}
+    """Return every format's own settings, by its name; without those whose files can't be read."""
+    return {name: given for name, (given, _) in _options().items() if given.get("format") == name}
+
+
+def broken_format(name: str) -> str:
+    """Return why the file that declares a format can't be read; '' where it can, or there is none."""
+    return _options().get(name, ({}, ""))[1]
+
+
+@cache
+def _options() -> dict[str, tuple[dict[str, Any], str]]:
+    """Return the settings of each option of data, or why they can't be read."""
+    found: dict[str, tuple[dict[str, Any], str]] = {}
+    for file in sorted(OPTIONS.glob("[!_]*.yaml")):
+        try:
+            found[file.stem] = _option(file), ""
+        except OptionFileError as error:
+            found[file.stem] = {}, str(error)
+    return found
 
 
 @cache
@@ -42,17 +57,20 @@ def fill_mixture(data: Any) -> None:
     """Give each source of a mixture that has a format of its own that format's settings, where it has none itself."""
     mixture = data.get("mixture") if isinstance(data, dict) else None
     for source in mixture.values() if isinstance(mixture, dict) else []:
-        if isinstance(source, dict) and str(source.get("format")) in declared_formats():
-            settings = declared_formats()[source["format"]]
+        name = source.get("format") if isinstance(source, dict) else None
+        if isinstance(name, str) and name in declared_formats():
+            settings = declared_formats()[name]
             for key in BELONGS_TO_FORMAT:
                 source.setdefault(key, settings[key])
 
 
-def _option(file: Path) -> dict[str, Any]:
-    """Read an option file with the options of its own group that it builds on."""
-    content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    merged: dict[str, Any] = {}
-    for parent in content.pop("defaults", []):
-        if parent != "_self_":
-            merged |= _option(file.with_name(f"{parent}.yaml"))
+def _option(file: Path, builders: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return what an option file holds, with the options of its own group that it builds on."""
+    if file in builders:
+        raise OptionFileError(f"{shown(file)}: builds on itself")
+    content = read_option(file)
+    parents, merged = content.pop("defaults", []), dict[str, Any]()
+    for parent in parents if isinstance(parents, list) else []:
+        if isinstance(parent, str) and parent != "_self_":
+            merged |= _option(file.with_name(f"{parent}.yaml"), (*builders, file))
     return merged | content

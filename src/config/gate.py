@@ -25,11 +25,13 @@ from src.config import compose as composing
 from src.config import frozen, rules, secrets
 from src.config import schema as schema_module
 from src.config.compose import CommandLine, Composed
+from src.config.files import unusable
 from src.config.problems import Problem, refuse
 from src.config.schema import (
     ENTRY_SECTIONS,
     SECTIONS,
     Check,
+    Keys,
     PredictConfig,
     RunConfig,
     RuntimeConfig,
@@ -86,9 +88,15 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
         line.problems.append(Problem("-m, --cfg", f"python -m src.{entry} looks at one run", has_value=False))
         raise refuse(line.problems)
     if line.asks_hydra_only:
+        shown = composing.compose(line.shown, line)
+        if line.problems or shown.problems:
+            raise refuse([*line.problems, *shown.problems])
+        composing.warn_of_broken_options(line)
         return Request(line)
     rerun = line.value_of("rerun")
     if rerun is not None:
+        if reason := unusable(str(rerun)):
+            raise refuse([*line.problems, Problem("rerun", reason, str(rerun), True, composing.COMMAND_LINE)])
         if line.flags.multirun or line.flags.cfg:
             line.problems.append(Problem("rerun", "not together with -m or --cfg", rerun, True, composing.COMMAND_LINE))
         admitted, problems = check(frozen.read_frozen(Path(str(rerun)), line), line, entry)
@@ -103,6 +111,7 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
     admitted, problems = check(composing.compose(line.forced, line), line, entry)
     if problems or line.problems:
         raise refuse([*line.problems, *problems])
+    composing.warn_of_broken_options(line)
     return Request(line) if line.flags.cfg else Request(line, admitted)
 
 
@@ -119,6 +128,8 @@ def admit_prediction(argv: Sequence[str]) -> Admitted:
     run = line.value_of("run")
     if run in (None, ""):
         line.problems.append(Problem("run", "needs a value: the folder of a finished run", has_value=False))
+    elif reason := unusable(str(run)):
+        line.problems.append(Problem("run", reason, str(run), True, composing.COMMAND_LINE))
     if run in (None, "") or "run" in {problem.key for problem in line.problems}:
         raise refuse([*line.problems, *_unread(line)])
     admitted, problems = check(frozen.read_finished(Path(str(run)), line), line, "predict")
@@ -170,10 +181,7 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     else:
         problems += _across(parsed)
         problems += _meeting_problems(parsed, line)
-        if not _is_left(composed, line):
-            problems += _folder_problems(
-                composed.run_dir, "hydra.sweep.dir" if line.flags.multirun else "hydra.run.dir"
-            )
+        problems += _run_dir_problems(composed, line)
     located = [
         problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
         for problem in problems
@@ -233,7 +241,7 @@ def _parse_sections(sections: dict[str, Any]) -> tuple[dict[str, _Parsed], list[
         given = sections[name]
         if isinstance(given, dict) and isinstance(schema, dict):
             kind = given.get("type")
-            if kind not in schema:
+            if not isinstance(kind, str) or kind not in schema:
                 reason = f"not one of {', '.join(schema)}; choose with {name}=…"
                 parsed[name] = _Parsed(None, [Problem(f"{name}.type", reason, kind)])
                 continue
@@ -259,7 +267,9 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
             continue
         part = _parse_value(typed, key, hints[key], rules_of[key].get("check"), value, prefix)
         if (each := rules_of[key].get("each")) and not part.problems and value is not None:
-            part.problems += _parse_each(getattr(schema_module, each), value, _dotted(prefix, key))
+            part = _parse_each(getattr(schema_module, each), value, _dotted(prefix, key))
+        if (inner := rules_of[key].get("inner")) and not part.problems:
+            part.problems += _check_inner(inner, value, _dotted(prefix, key))
         parsed.problems += part.problems
         complete = complete and not part.problems
         values[key] = part.value
@@ -271,12 +281,34 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
     return parsed
 
 
-def _parse_each(schema: Any, given: dict[Any, dict[str, Any]], prefix: str) -> list[Problem]:
-    """Hold each value of a mapping against a dataclass whose keys may all be left out; what is given stays as it is."""
-    problems = []
+def _parse_each(schema: Any, given: dict[str, dict[Any, Any]], prefix: str) -> _Parsed:
+    """Hold each value of a mapping against a dataclass whose keys may all be left out, and stay so."""
+    parsed = _Parsed({})
     for name, one in given.items():
         defaults = dict.fromkeys(typing.get_type_hints(schema))
-        problems += _parse(schema, defaults | one, _dotted(prefix, name)).problems
+        part = _parse(schema, defaults | one, _dotted(prefix, name))
+        parsed.problems += part.problems
+        if part.value is not None:
+            parsed.value[name] = {key: getattr(part.value, key) for key in one}
+    return parsed
+
+
+def _check_inner(known: Keys, given: dict[Any, Any], prefix: str) -> list[Problem]:
+    """Hold a mapping of another library's against the keys that it may have."""
+    problems = []
+    for key, value in given.items():
+        dotted = _dotted(prefix, key)
+        rule = known.get(key) if isinstance(key, str) else None
+        if rule is None:
+            near = get_close_matches(str(key), known, n=1)
+            reason = f"not a key of DeepSpeed's{f'; did you mean {near[0]}?' if near else ''}"
+            problems.append(Problem(dotted, reason, value))
+        elif isinstance(rule, Check):
+            problems += [Problem(dotted, reason, value)] if (reason := rule.reason(value)) else []
+        elif isinstance(value, dict):
+            problems += _check_inner(rule, value, dotted)
+        elif value is not None:
+            problems.append(Problem(dotted, "not a mapping of DeepSpeed's keys, or null", value))
     return problems
 
 
@@ -291,10 +323,10 @@ def _parse_value(typed: Any, key: str, hint: Any, check: Check | None, value: An
     try:
         typed[key] = value
         converted = OmegaConf.to_object(typed[key]) if OmegaConf.is_config(typed[key]) else typed[key]
-    except OmegaConfBaseException:
+    except (OmegaConfBaseException, OverflowError):  # the latter of a whole number that no float holds
         return _Parsed(None, [Problem(dotted, _unlike(hint, value), value)])
-    if check and not check.holds(converted):
-        return _Parsed(None, [Problem(dotted, f"not {check.allowed}", value)])
+    if check and (reason := check.reason(converted)):
+        return _Parsed(None, [Problem(dotted, reason, value)])
     return _Parsed(converted)
 
 
@@ -378,7 +410,7 @@ def _output_problems(own: PredictConfig | None, run_dir: Path) -> Iterator[Probl
     if own is None:
         return
     output = own.folder(run_dir)
-    if (output / "config.yaml").exists():
+    if os.path.exists(output / "config.yaml"):
         yield Problem("predict.output", "a run's folder; predictions need one of their own", str(output))
     yield from _folder_problems(output, "predict.output", "the folder of the predictions")
 
@@ -389,6 +421,14 @@ def _meeting_problems(parsed: dict[str, _Parsed], line: CommandLine) -> Iterator
     if isinstance(runtime, RuntimeConfig) and runtime.num_machines > 1 and line.value_of("hydra.run.dir") is None:
         reason = "several machines need one folder that all of them reach: give it"
         yield Problem("hydra.run.dir", reason, has_value=False, where=composing.COMMAND_LINE)
+
+
+def _run_dir_problems(composed: Composed, line: CommandLine) -> Iterator[Problem]:
+    key = "hydra.sweep.dir" if line.flags.multirun else "hydra.run.dir"
+    if reason := unusable(str(composed.run_dir)):
+        yield Problem(key, f"can't be made: {reason}", str(composed.run_dir), where="the run's folder")
+    elif not _is_left(composed, line):
+        yield from _folder_problems(composed.run_dir, key)
 
 
 def _is_left(composed: Composed, line: CommandLine) -> bool:
@@ -406,7 +446,7 @@ def _folder_problems(run_dir: Path, key: str, where: str = "the run's folder") -
     if run_dir.resolve() in (Path.cwd(), composing.PROJECT_ROOT):
         yield Problem(key, "a run needs a folder of its own", str(run_dir), where=where)
     for place in [run_dir, *run_dir.absolute().parents]:
-        if place.exists():
+        if os.path.exists(place):
             if not place.is_dir():
                 yield Problem(key, f"can't be made: {place} is a file", str(run_dir), where=where)
             elif not os.access(place, os.W_OK | os.X_OK):

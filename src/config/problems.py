@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from src.errors import ConfigError
+from src.errors import ConfigError, visible
 
+LONGEST_KEY, LONGEST_VALUE, LONGEST_REASON = 100, 60, 2000
+"""Characters that are shown of each."""
 HINT = "Nothing was loaded or written. `python -m src.run --help` lists every group and key."
 
 
@@ -27,15 +29,24 @@ class Problem:
     @property
     def given(self) -> str:
         """The key and its value as a person would write them."""
+        key = shortened(self.key, LONGEST_KEY)
         if not self.has_value:
-            return self.key
+            return key
         value = self.value if isinstance(self.value, str) else json.dumps(self.value, ensure_ascii=False, default=str)
-        return f"{self.key} = {value if len(value) <= 60 else value[:57] + '…'}"
+        return f"{key} = {shortened(value, LONGEST_VALUE)}"
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text as one line of at most so many characters, its control characters written out."""
+    seen = visible(text[: most + 1], is_line=True)
+    return seen if len(seen) <= most else seen[: most - 3] + "…"
 
 
 def refuse(problems: Sequence[Problem]) -> ConfigError:
     """Build the one error that tells all problems, in columns."""
-    unique = list(dict.fromkeys((p.given, p.reason, p.where) for p in problems))
+    unique = list(
+        dict.fromkeys((p.given, shortened(p.reason, LONGEST_REASON), visible(p.where, is_line=True)) for p in problems)
+    )
     width = min(44, max(len(given) for given, _, _ in unique))
     lines = [f"Configuration refused: {len(unique)} problem{'s' if len(unique) > 1 else ''}"]
     for given, reason, where in unique:

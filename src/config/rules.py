@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config.files import problems_of
-from src.config.formats import declared_formats, roles
+from src.config.formats import broken_format, declared_formats, roles
 from src.config.problems import Problem
 from src.config.schema import (
     PLACEHOLDER,
@@ -52,24 +52,13 @@ from src.config.schema import (
     Weights,
     ZeroConfig,
 )
+from src.errors import ConfigError
+from src.patterns import Pattern
 
 GATHER = "stage3_gather_16bit_weights_on_model_save"
-ZERO_KEYS = tuple(
-    re.findall(
-        r"\w+",
-        """
-    stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce allgather_partitions
-    allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights elastic_checkpoint offload_param
-    offload_optimizer zenflow sub_group_size stage3_prefetch_bucket_size stage3_param_persistence_threshold
-    stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance
-    stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold stage3_allgather_sequential
-    stage3_use_all_reduce_for_fetch_params ignore_unused_parameters round_robin_gradients parameter_alignment
-    zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients
-    memory_efficient_linear override_module_apply log_trace_cache_warnings enable_sanity_checks leaf_module
-    """,
-    )
-)
-"""Of `zero_optimization` in DeepSpeed 0.19."""
+PLAIN_NAME = re.compile(r"[\w.-]{1,60}")
+PLAIN = "letters, digits, '_', '-' and '.', at most 60 of them"
+"""Names that files and metrics are called after; a letter has up to four bytes, and file systems take 255."""
 DEFAULT_METRIC = "eval/validation/loss"
 """What conf/ gives for checkpoint.metric_for_best_model."""
 
@@ -95,8 +84,8 @@ def mixture_is_whole(data: DataConfig) -> Iterator[Problem]:
     sources = data.mixture or {}
     for name, given in sources.items():
         key = f"data.mixture.{name}"
-        if not re.fullmatch(r"[\w.-]+", str(name)):
-            yield Problem("data.mixture", "a source's name may have letters, digits, '_', '-' and '.'", name)
+        if not PLAIN_NAME.fullmatch(name):
+            yield Problem("data.mixture", f"a source's name may have {PLAIN}", name)
         if not given.get("train_files") and not given.get("dataset_name"):
             yield Problem(key, "no rows: give it train_files or dataset_name", given)
         for pattern, reason in problems_of(given.get("train_files") or []):
@@ -113,8 +102,8 @@ def mixture_is_whole(data: DataConfig) -> Iterator[Problem]:
 def set_names_are_plain(data: DataConfig) -> Iterator[Problem]:
     for key, names in (("validation_files", data.validation_sets()), ("test_files", data.test_sets())):
         for name in names:
-            if not re.fullmatch(r"[\w.-]+", name):
-                yield Problem(f"data.{key}", "a set's name may have letters, digits, '_', '-' and '.'", name)
+            if not PLAIN_NAME.fullmatch(name):
+                yield Problem(f"data.{key}", f"a set's name may have {PLAIN}", name)
             if name == "train":
                 yield Problem(f"data.{key}", "a set can't be called train", name)
 
@@ -134,7 +123,9 @@ def sources(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
 def formats_are_known(data: DataConfig) -> Iterator[Problem]:
     known = list(declared_formats())
     for key, source in sources(data):
-        if source.format not in known:
+        if broken := broken_format(source.format):
+            yield Problem(f"{key}.format", f"the file that declares it can't be read: {broken}", source.format)
+        elif source.format not in known:
             near = get_close_matches(source.format, known, n=1)
             reason = f"not one of {', '.join(known)}{f'; did you mean {near[0]}?' if near else ''}"
             yield Problem(f"{key}.format", reason, source.format)
@@ -234,13 +225,40 @@ def patterns_are_regular_expressions(data: DataConfig) -> Iterator[Problem]:
     for key, pattern in (patterns | {"data.answer_pattern": data.answer_pattern}).items():
         if pattern is None:
             continue
+        if reason := _no_regular_expression(pattern):
+            yield Problem(key, reason, pattern)
+            continue
+        if re.compile(pattern).groups < 1:
+            yield Problem(key, "needs a group: (…) around what it is looking for", pattern)
         try:
-            groups = re.compile(pattern).groups
-        except re.error as error:
-            yield Problem(key, f"not a regular expression: {error}", pattern)
-        else:
-            if groups < 1:
-                yield Problem(key, "needs a group: (…) around what it is looking for", pattern)
+            Pattern(key, pattern)
+        except ConfigError as error:  # of the engine that applies it to rows
+            yield Problem(key, str(error).partition(" is no ")[2] or str(error), pattern)
+
+
+def adapter_patterns_are_regular_expressions(adapter: AdapterConfig) -> Iterator[Problem]:
+    if isinstance(adapter, NoAdapterConfig):
+        return
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := getattr(adapter, key), str) and (reason := _no_regular_expression(pattern)):
+            yield Problem(f"adapter.{key}", reason, pattern)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in getattr(adapter, key).items():
+            if reason := _no_regular_expression(pattern):
+                yield Problem(f"adapter.{key}.{pattern}", reason, value)
+
+
+def _no_regular_expression(pattern: str) -> str:
+    """Return why a text is no regular expression; '' where it is one."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"not a regular expression: {error}"
+    except OverflowError:
+        return "not a regular expression: a repetition of more than 2**32 - 2 times"
+    except RecursionError:
+        return "not a regular expression: its groups are nested too deep"
+    return ""
 
 
 def kept_thoughts_have_tags(data: DataConfig, tokens: TokensConfig) -> Iterator[Problem]:
@@ -291,17 +309,17 @@ def new_tokens_can_be_initialised(tokens: TokensConfig) -> Iterator[Problem]:
 
 def checkpoint_can_be_loaded(model: ModelConfig) -> Iterator[Problem]:
     folder = Path(model.checkpoint)
-    if not folder.exists():
-        if folder.is_absolute() or model.checkpoint.startswith((".", "~")) or Path(folder.parts[0]).is_dir():
+    if not os.path.exists(folder):
+        if folder.is_absolute() or model.checkpoint.startswith((".", "~")) or os.path.isdir(folder.parts[0]):
             yield Problem("model.checkpoint", f"no such folder (looked in {Path.cwd()})", model.checkpoint)
         return
     if not folder.is_dir():
         yield Problem("model.checkpoint", "a file; a checkpoint is a folder or a hub id", model.checkpoint)
-    elif not (folder / "config.json").is_file():
+    elif not os.path.isfile(folder / "config.json"):
         yield Problem("model.checkpoint", "a folder without config.json: not a model", model.checkpoint)
     elif model.weights is Weights.pretrained:
         safe, pickled = (
-            any((folder / f"{name}{end}").is_file() for end in ("", ".index.json"))
+            any(os.path.isfile(folder / f"{name}{end}") for end in ("", ".index.json"))
             for name in ("model.safetensors", "pytorch_model.bin")
         )
         if pickled and not safe and model.use_safetensors:
@@ -442,7 +460,7 @@ def folders_to_start_from_are_there(top: TopLevelConfig, checkpoint: CheckpointC
         return
     start = Path(top.init_from)
     has_model = any(
-        (place / name).is_file() and (any(place.glob("*.safetensors")) or any(place.glob("*.bin")))
+        os.path.isfile(place / name) and (any(place.glob("*.safetensors")) or any(place.glob("*.bin")))
         for place in (start, start / "model")
         for name in ("config.json", "adapter_config.json")
     )
@@ -463,17 +481,9 @@ def machines_can_meet(runtime: RuntimeConfig) -> Iterator[Problem]:
         yield Problem("runtime.main_process_ip", "several machines need the address of the one with rank 0", None)
 
 
-def zero_settings_are_known(deepspeed: DeepSpeedConfig) -> Iterator[Problem]:
+def zero_weights_can_be_exported(deepspeed: DeepSpeedConfig) -> Iterator[Problem]:
     if not isinstance(deepspeed, ZeroConfig):
         return
-    for key, value in deepspeed.zero_optimization.items():
-        if key not in ZERO_KEYS:
-            near = get_close_matches(str(key), ZERO_KEYS, n=1)
-            reason = f"not a key of DeepSpeed's{f'; did you mean {near[0]}?' if near else ''}"
-            yield Problem(f"deepspeed.zero_optimization.{key}", reason, value)
-    if deepspeed.zero_optimization.get("stage") not in (1, 2, 3):
-        reason = "1, 2 or 3 (deepspeed=none shares nothing out)"
-        yield Problem("deepspeed.zero_optimization.stage", reason, deepspeed.zero_optimization.get("stage"))
     if deepspeed.stage == 3 and deepspeed.zero_optimization.get(GATHER) is not True:
         yield Problem(f"deepspeed.zero_optimization.{GATHER}", "must be true, or nothing could be exported", False)
 
@@ -540,7 +550,7 @@ def zero_can_share_out(
 
 
 def _holds_checkpoints(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file() or any(folder.glob("checkpoints/step-*"))
+    return os.path.isfile(folder / "manifest.json") or any(folder.glob("checkpoints/step-*"))
 
 
 def something_is_predicted(data: DataConfig) -> Iterator[Problem]:
@@ -573,6 +583,7 @@ RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     folds_can_be_made,
     encoder_decoders_take_pairs,
     patterns_are_regular_expressions,
+    adapter_patterns_are_regular_expressions,
     tracker_can_be_reached_by_some_scheme,
     kept_thoughts_have_tags,
     thought_tags_come_in_pairs,
@@ -594,7 +605,7 @@ RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     the_best_is_kept,
     folders_to_start_from_are_there,
     machines_can_meet,
-    zero_settings_are_known,
+    zero_weights_can_be_exported,
     zero_agrees_with_the_rest,
     zero_can_share_out,
 )

@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
+
+from src.config.files import unusable
 
 
 @dataclass(frozen=True)
@@ -26,36 +28,95 @@ class Check:
     allowed: str
     holds: Callable[[Any], bool]
 
+    def reason(self, value: Any) -> str:
+        """Return why a value is refused; '' where it is not."""
+        return "" if self.holds(value) else f"not {self.allowed}"
 
-def _key(check: Check | None = None, default: Any = MISSING, each: str | None = None) -> Any:
-    """Declare a key; with `each` it is a mapping to values of that dataclass."""
-    return field(default=default, metadata={"check": check, "each": each})
+
+class PathCheck(Check):
+    """A condition on a path: that there can be one, whether it is there now or not."""
+
+    def reason(self, value: Any) -> str:
+        return "" if value is None else unusable(value) or super().reason(value)
+
+
+Keys = Mapping[str, "Check | Keys"]
+"""What a mapping of another library's may hold: a condition on each key's value, or the keys of a mapping in it."""
+
+
+def _key(check: Check | None = None, default: Any = MISSING, each: str | None = None, inner: Keys | None = None) -> Any:
+    """Declare a key; with `each` it is a mapping to values of that dataclass, with `inner` one of another library's."""
+    return field(default=default, metadata={"check": check, "each": each, "inner": inner})
+
+
+MOST_INT = 2**63 - 1
+"""What torch, numpy, Arrow and SQLite count with."""
+MOST_FLOAT32 = 3.4e38
+"""What weights, losses and gradients are computed in."""
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST_INT
 
 
 def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, dict) for v in value.values())
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(k, str) and isinstance(v, dict) for k, v in value.items())
+    )
 
 
 def _is_params(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str | int | float | list) for v in value.values())
 
 
+def _up_to(most: int, because: str, least: int = 1) -> Check:
+    """Return the condition of a whole number beyond whose bound only a fault of the program waits."""
+    allowed = f"a whole number of at least {least} and at most {most:,}: {because}"
+    return Check(allowed, lambda v: v is None or (_is_int(v) and least <= v <= most))
+
+
+def _in_float32(least: float, least_in_words: str) -> Check:
+    """Return the condition of a number that is computed with in 32 bits, where others become 0 or infinite."""
+    allowed = f"a number {least_in_words} and at most 3.4e38, the largest in 32 bits"
+    return Check(allowed, lambda v: v is None or (_is_number(v) and least <= v <= MOST_FLOAT32))
+
+
 POSITIVE = Check("a number above 0", lambda v: v is None or (_is_number(v) and v > 0))
 NOT_NEGATIVE = Check("a number of at least 0", lambda v: v is None or (_is_number(v) and v >= 0))
+WEIGHT = Check(
+    "a number above 0 and at most 3.4e38, the largest in 32 bits",
+    lambda v: POSITIVE.holds(v) and (v is None or v <= MOST_FLOAT32),
+)
+WEIGHT_OR_ZERO = _in_float32(0, "of at least 0")
+EPS = _in_float32(1.2e-38, "of at least 1.2e-38")
+"""What a sum is divided by: below, it is 0 in 32 bits."""
+SCALE = _in_float32(1e-30, "of at least 1e-30")
+"""What scores are divided by, which may be in the hundreds: below, they are infinite in 32 bits."""
 AT_LEAST_ONE = Check("a whole number of at least 1", lambda v: v is None or (_is_int(v) and v >= 1))
 AT_LEAST_TWO = Check("a whole number of at least 2", lambda v: v is None or (_is_int(v) and v >= 2))
 COUNT = Check("a whole number of at least 0", lambda v: v is None or (_is_int(v) and v >= 0))
 PORT = Check("a port's number, from 1 to 65535", lambda v: v is None or (_is_int(v) and 1 <= v <= 65535))
 FRACTION = Check("a number from 0 to 1", lambda v: v is None or (_is_number(v) and 0 <= v <= 1))
 BELOW_ONE = Check("a number from 0 to below 1", lambda v: v is None or (_is_number(v) and 0 <= v < 1))
+RANK = _up_to(65_536, "wider than any layer")
+ROWS_MULTIPLE = _up_to(65_536, "more rows than most vocabularies have, for padding alone")
+BEAMS = _up_to(1_000, "each beam holds every row of a batch once more")
+PROCESSES = _up_to(1_024, "more processes than one machine has cores for")
+MACHINES = _up_to(65_536, "more machines than any cluster has")
+RANKS = Check(
+    "a mapping from a module's name or pattern to its r, from 1 to 65,536",
+    lambda v: isinstance(v, dict) and all(one is not None and RANK.holds(one) for one in v.values()),
+)
+ALPHAS = Check(
+    "a mapping from a module's name or pattern to its lora_alpha, above 0 and at most 3.4e38",
+    lambda v: isinstance(v, dict) and all(one is not None and WEIGHT.holds(one) for one in v.values()),
+)
 BETAS = Check(
     "two numbers from 0 to below 1",
     lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
@@ -77,6 +138,12 @@ SEED = Check("a whole number from 0 to 2**32 - 1", lambda v: _is_int(v) and 0 <=
 AUTO_OR_COUNT = Check("a whole number of at least 1, or auto", lambda v: v == "auto" or AT_LEAST_ONE.holds(v))
 AUTO_OR_NUMBER = Check("a number of at least 0, or auto", lambda v: v == "auto" or NOT_NEGATIVE.holds(v))
 MAPPING = Check("a mapping of DeepSpeed's keys", lambda v: isinstance(v, dict))
+SWITCH = Check("true or false", lambda v: isinstance(v, bool))
+SIZE = Check(
+    "a whole number of at least 0",
+    lambda v: COUNT.holds(int(v) if isinstance(v, float) and v.is_integer() else v) and v is not None,
+)
+"""Also written as 5e8, as DeepSpeed's users do."""
 TEXT_OR_TEXTS = Check(
     "a text, or a list of texts",
     lambda v: (isinstance(v, str) and bool(v)) or (STRINGS.holds(v) and bool(v)),
@@ -91,10 +158,12 @@ LAYERS = Check(
     "a layer's number, a list of them, or null",
     lambda v: v is None or COUNT.holds(v) or (isinstance(v, list) and bool(v) and all(map(_is_int, v))),
 )
-NAME = Check(
+NAME = PathCheck(
     "a name without '/' that does not start with '.'",
     lambda v: bool(v) and "/" not in v and not v.startswith("."),
 )
+PATH = PathCheck("a path that there can be", lambda v: True)
+CHECKPOINT = PathCheck("a folder with a checkpoint, or the name of one on a hub", bool)
 
 
 class ModelType(Enum):
@@ -192,7 +261,7 @@ class ModelConfig:
     """conf/model: which network, from where, in which precision."""
 
     type: ModelType = MISSING
-    checkpoint: str = MISSING
+    checkpoint: str = _key(CHECKPOINT)
     revision: str | None = MISSING
     weights: Weights = MISSING
     dtype: Dtype = MISSING
@@ -229,8 +298,8 @@ class LoraConfig:
     """conf/adapter/lora.yaml and those built on it: the keys of PEFT's LoraConfig."""
 
     type: str = _key(Check("lora (choose another with adapter=…)", lambda v: v == "lora"))
-    r: int = _key(AT_LEAST_ONE)
-    lora_alpha: float = _key(POSITIVE)
+    r: int = _key(RANK)
+    lora_alpha: float = _key(WEIGHT)
     lora_dropout: float = _key(BELOW_ONE)
     bias: LoraBias = MISSING
     target_modules: Any = _key(TEXT_OR_TEXTS)
@@ -239,8 +308,8 @@ class LoraConfig:
     use_rslora: bool = MISSING
     init_lora_weights: Any = _key(LORA_INIT)
     layers_to_transform: Any = _key(LAYERS)
-    rank_pattern: dict[str, int] = MISSING
-    alpha_pattern: dict[str, float] = MISSING
+    rank_pattern: dict[str, int] = _key(RANKS)
+    alpha_pattern: dict[str, float] = _key(ALPHAS)
 
 
 @dataclass
@@ -260,7 +329,7 @@ class TokensConfig:
     thought_open: str | None = MISSING
     thought_close: str | None = MISSING
     init: TokenInitConfig = field(default_factory=TokenInitConfig)
-    pad_to_multiple_of: int | None = _key(AT_LEAST_ONE)
+    pad_to_multiple_of: int | None = _key(ROWS_MULTIPLE)
 
 
 @dataclass
@@ -294,9 +363,9 @@ class DataConfig:
     overflow: Overflow = MISSING
     max_dropped_fraction: float = _key(FRACTION)
     batching: Batching = MISSING
-    preprocessing_num_workers: int = _key(AT_LEAST_ONE)
+    preprocessing_num_workers: int = _key(PROCESSES)
     streaming: bool = MISSING
-    cache_dir: str | None = MISSING
+    cache_dir: str | None = _key(PATH)
     limit: int | None = _key(AT_LEAST_ONE)
     validation_fraction: float = _key(BELOW_ONE)
     num_folds: int | None = _key(AT_LEAST_TWO)
@@ -377,11 +446,20 @@ class SourceConfig:
     count: int | None = _key(AT_LEAST_ONE, None)
 
 
+NEVER_NULL = ("format", "columns", "supervised_turns", "clean_dialogue")
+"""Keys of a source that data can't be without."""
+
+
 def _mixed_source(data: DataConfig, given: dict[str, Any]) -> TrainSource:
-    """Give a source of a mixture: data's own settings with the source's on top."""
-    own = {key: value for key, value in given.items() if key not in ("weight", "count")}
-    if isinstance(own.get("supervised_turns"), str):
-        own["supervised_turns"] = SupervisedTurns[own["supervised_turns"]]
+    """Return a source of a mixture: data's own settings with the source's on top.
+
+    A null of the source's means none where data may have none, and data's own value elsewhere.
+    """
+    own = {
+        key: value
+        for key, value in given.items()
+        if key not in ("weight", "count") and (value is not None or key not in NEVER_NULL)
+    }
     alone = {"mixture": None, "train_files": None, "dataset_name": None}
     return TrainSource(dataclasses.replace(data, **(alone | own)), given.get("weight"), given.get("count"))
 
@@ -396,11 +474,11 @@ class AdamWConfig:
             lambda v: v in ("adamw", "adamw_8bit", "paged_adamw_32bit"),
         )
     )
-    lr: float = _key(POSITIVE)
-    embedding_lr: float | None = _key(POSITIVE)
-    weight_decay: float = _key(NOT_NEGATIVE)
-    betas: Any = _key(BETAS)
-    eps: float = _key(POSITIVE)
+    lr: float = _key(WEIGHT)
+    embedding_lr: float | None = _key(WEIGHT)
+    weight_decay: float = _key(WEIGHT_OR_ZERO)
+    betas: list[float] = _key(BETAS)
+    eps: float = _key(EPS)
 
 
 @dataclass
@@ -408,9 +486,9 @@ class AdafactorConfig:
     """conf/optimizer/adafactor.yaml: torch.optim.Adafactor."""
 
     type: str = _key(Check("adafactor (choose another with optimizer=…)", lambda v: v == "adafactor"))
-    lr: float = _key(POSITIVE)
-    embedding_lr: float | None = _key(POSITIVE)
-    weight_decay: float = _key(NOT_NEGATIVE)
+    lr: float = _key(WEIGHT)
+    embedding_lr: float | None = _key(WEIGHT)
+    weight_decay: float = _key(WEIGHT_OR_ZERO)
 
 
 @dataclass
@@ -418,9 +496,9 @@ class SGDConfig:
     """conf/optimizer/sgd.yaml: torch.optim.SGD."""
 
     type: str = _key(Check("sgd (choose another with optimizer=…)", lambda v: v == "sgd"))
-    lr: float = _key(POSITIVE)
-    embedding_lr: float | None = _key(POSITIVE)
-    weight_decay: float = _key(NOT_NEGATIVE)
+    lr: float = _key(WEIGHT)
+    embedding_lr: float | None = _key(WEIGHT)
+    weight_decay: float = _key(WEIGHT_OR_ZERO)
     momentum: float = _key(BELOW_ONE)
 
 
@@ -460,12 +538,12 @@ class GenerationConfig:
 
     max_new_tokens: int = _key(AT_LEAST_ONE)
     min_new_tokens: int = _key(COUNT)
-    num_beams: int = _key(AT_LEAST_ONE)
+    num_beams: int = _key(BEAMS)
     do_sample: bool = MISSING
-    temperature: float = _key(POSITIVE)
+    temperature: float = _key(SCALE)
     top_k: int = _key(COUNT)
     top_p: float = _key(Check("a number above 0 and at most 1", lambda v: _is_number(v) and 0 < v <= 1))
-    repetition_penalty: float = _key(POSITIVE)
+    repetition_penalty: float = _key(SCALE)
     no_repeat_ngram_size: int = _key(COUNT)
 
 
@@ -480,6 +558,52 @@ class NoDeepSpeedConfig:
         return 0
 
 
+_SIZES = """reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size
+    stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters
+    stage3_max_reuse_distance stage3_module_granularity_threshold zero_hpz_partition_size"""
+_SWITCHES = """contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions
+    compute_grad_norm load_from_fp32_weights elastic_checkpoint stage3_gather_16bit_weights_on_model_save
+    stage3_allgather_sequential
+    stage3_use_all_reduce_for_fetch_params ignore_unused_parameters round_robin_gradients parameter_alignment
+    zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear
+    override_module_apply log_trace_cache_warnings enable_sanity_checks"""
+_OFFLOAD: Keys = {
+    "device": Check("none, cpu or nvme", lambda v: v in ("none", "cpu", "nvme")),
+    "nvme_path": PathCheck("a folder, or null", lambda v: v is None or isinstance(v, str)),
+    "buffer_count": SIZE,
+    "pin_memory": SWITCH,
+}
+ZERO_KEYS: Keys = {
+    "stage": Check("1, 2 or 3 (deepspeed=none shares nothing out)", lambda v: _is_int(v) and v in (1, 2, 3)),
+    **dict.fromkeys(_SIZES.split(), SIZE),
+    **dict.fromkeys(_SWITCHES.split(), SWITCH),
+    "overlap_comm": Check("true, false or null", lambda v: v is None or isinstance(v, bool)),
+    "offload_param": {**_OFFLOAD, "buffer_size": SIZE, "max_in_cpu": SIZE},
+    "offload_optimizer": {
+        **_OFFLOAD,
+        **dict.fromkeys(("pipeline_read", "pipeline_write", "fast_init", "super_offload"), SWITCH),
+        **dict.fromkeys(("ratio", "cpuadam_cores_perc"), FRACTION),
+    },
+    "zenflow": Check("a mapping, or null", lambda v: v is None or isinstance(v, dict)),
+    "leaf_module": MAPPING,
+}
+"""Of `zero_optimization` in DeepSpeed 0.19."""
+AUTO_OR_SWITCH = Check("true, false or auto", lambda v: v == "auto" or isinstance(v, bool))
+BF16_KEYS: Keys = {
+    "enabled": AUTO_OR_SWITCH,
+    **dict.fromkeys(
+        ("immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"),
+        SWITCH,
+    ),
+}
+FP16_KEYS: Keys = {
+    "enabled": AUTO_OR_SWITCH,
+    **dict.fromkeys(("auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads"), SWITCH),
+    **dict.fromkeys(("initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"), SIZE),
+    "loss_scale": NOT_NEGATIVE,
+}
+
+
 @dataclass
 class ZeroConfig:
     """conf/deepspeed/zero1.yaml and its like: DeepSpeed's own JSON; what another section owns is `auto`."""
@@ -489,16 +613,21 @@ class ZeroConfig:
     train_micro_batch_size_per_gpu: Any = _key(AUTO_OR_COUNT)
     gradient_accumulation_steps: Any = _key(AUTO_OR_COUNT)
     gradient_clipping: Any = _key(AUTO_OR_NUMBER)
-    bf16: Any = _key(MAPPING)
-    fp16: Any = _key(MAPPING)
-    communication_data_type: str | None = MISSING
+    bf16: Any = _key(MAPPING, inner=BF16_KEYS)
+    fp16: Any = _key(MAPPING, inner=FP16_KEYS)
+    communication_data_type: str | None = _key(
+        Check("fp32, fp16, bf16 or null", lambda v: v in (None, "fp32", "fp16", "bf16"))
+    )
     wall_clock_breakdown: bool = MISSING
-    zero_optimization: Any = _key(MAPPING)
+    zero_optimization: Any = _key(
+        Check("a mapping of DeepSpeed's keys, with a stage", lambda v: isinstance(v, dict) and "stage" in v),
+        inner=ZERO_KEYS,
+    )
 
     @property
     def stage(self) -> int:
         """What is shared out: optimizer state from 1 on, gradients from 2 on, weights with 3."""
-        return int(self.zero_optimization.get("stage", 0))
+        return int(self.zero_optimization["stage"])
 
     def offloads(self, what: str) -> bool:
         """Whether `optimizer` or `param` lies elsewhere than where it is computed with."""
@@ -534,7 +663,7 @@ class TrainingConfig:
     per_device_train_batch_size: int = _key(AT_LEAST_ONE)
     per_device_eval_batch_size: int = _key(AT_LEAST_ONE)
     gradient_accumulation_steps: int = _key(AT_LEAST_ONE)
-    max_grad_norm: float | None = _key(POSITIVE)
+    max_grad_norm: float | None = _key(WEIGHT)
     mixed_precision: MixedPrecision = MISSING
     logging_steps: int = _key(AT_LEAST_ONE)
 
@@ -544,7 +673,7 @@ class LossConfig:
     """What is minimised: see src.training.loss."""
 
     reduction: Reduction = MISSING
-    thought_weight: float = _key(NOT_NEGATIVE)
+    thought_weight: float = _key(WEIGHT_OR_ZERO)
     label_smoothing: float = _key(BELOW_ONE)
 
 
@@ -570,7 +699,7 @@ class CheckpointConfig:
     metric_for_best_model: str = MISSING
     greater_is_better: bool | None = MISSING
     load_best_model_at_end: bool = MISSING
-    resume: str = _key(Check("auto, never, or a folder: a run's or a checkpoint", bool))
+    resume: str = _key(PathCheck("auto, never, or a folder: a run's or a checkpoint", bool))
     allow_changed: bool = MISSING
 
     @property
@@ -597,8 +726,8 @@ class RuntimeConfig:
     """On what the run computes."""
 
     device: Device = MISSING
-    num_processes: int = _key(AT_LEAST_ONE)
-    num_machines: int = _key(AT_LEAST_ONE)
+    num_processes: int = _key(PROCESSES)
+    num_machines: int = _key(MACHINES)
     machine_rank: int = _key(COUNT)
     main_process_ip: str | None = MISSING
     main_process_port: int | None = _key(PORT)
@@ -617,8 +746,8 @@ class TopLevelConfig:
     name: str = _key(NAME)
     seed: int = _key(SEED)
     force: bool = MISSING
-    rerun: str | None = MISSING
-    init_from: str | None = MISSING
+    rerun: str | None = _key(PATH)
+    init_from: str | None = _key(PATH)
 
 
 class Sampler(Enum):
@@ -657,7 +786,8 @@ class SweepConfig:
     replicate: Replicate = MISSING
     num_seeds: int = _key(AT_LEAST_ONE)
     n_trials: int | None = _key(AT_LEAST_ONE)
-    n_jobs: int = _key(AT_LEAST_ONE)
+    max_points: int = _key(AT_LEAST_ONE)
+    n_jobs: int = _key(PROCESSES)
     seed: int = _key(SEED)
     min_resource: int = _key(AT_LEAST_ONE)
     reduction_factor: int = _key(AT_LEAST_TWO)
@@ -673,7 +803,7 @@ class PreflightConfig:
     """What `python -m src.preflight` shows and writes beside what it always does."""
 
     rows: int = _key(COUNT, default=4)
-    dump: str | None = None
+    dump: str | None = _key(PATH, default=None)
     measure: bool = False
 
 
@@ -682,7 +812,7 @@ class PredictConfig:
     """In which batches `python -m src.predict` generates, and where it writes."""
 
     batch_size: int | None = _key(AT_LEAST_ONE, default=None)
-    output: str | None = None
+    output: str | None = _key(PATH, default=None)
 
     def folder(self, run_dir: Path) -> Path:
         """Give the folder of the predictions: the one that was asked for, or one in the run's folder."""

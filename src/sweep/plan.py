@@ -12,7 +12,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from src.config.compose import COMMAND_LINE, CommandLine, Points, forced
+from src.config.compose import COMMAND_LINE, CommandLine, Points, forced, warn_of_broken_options
+from src.config.files import unusable
 from src.config.gate import Admitted, check, sweep_of
 from src.config.problems import Problem, refuse
 from src.config.rules import scores_of
@@ -26,7 +27,7 @@ from src.config.schema import (
     greater_is_better,
 )
 from src.sweep.record import Record, differing
-from src.sweep.space import MOST_POINTS, Axis, axes_of, points, size
+from src.sweep.space import Axis, axes_of, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of
 
 MOST_PROBES = 200
@@ -168,6 +169,8 @@ def plan_sweep(line: CommandLine, begin: Callable[[Plan], None] = lambda plan: N
     if line.value_of("hydra.run.dir") is not None:
         reason = "of a single run; a sweep's folder is multirun/<sweep.name>, or hydra.sweep.dir=DIR"
         problems.append(Problem("hydra.run.dir", reason, has_value=False, where=COMMAND_LINE))
+    if too_many := list(_counted(plan)):
+        raise refuse([*problems, *too_many])  # before any of them is written out
     problems += (of_axes := list(_axis_problems(plan)))
     of_points: list[Problem] = []
     num_points = 0
@@ -186,6 +189,7 @@ def plan_sweep(line: CommandLine, begin: Callable[[Plan], None] = lambda plan: N
     if problems := [*problems, *_at_points(of_points, num_points, plan.space)]:
         raise refuse(problems)
     plan.trials = _distinct(plan.trials)
+    warn_of_broken_options(plan.line)
     return plan
 
 
@@ -204,8 +208,8 @@ def _at_points(problems: Sequence[Problem], num_points: int, varied: Collection[
 
 
 def _kept(plan: Plan) -> list[Path]:
-    """Give the options that the same command was composed of before; empty where it begins anew."""
-    if plan.force:
+    """Return the options that the same command was composed of before; empty where it begins anew."""
+    if plan.force or unusable(str(plan.folder)):
         return []
     record = Record(plan.folder)
     return record.conf() if record.read().get("id") == plan.line.sweep_id else []
@@ -252,9 +256,27 @@ def _add_replicates(
             problems.append(Problem("data.num_folds", "sweep.replicate=folds needs it: how many folds", num_folds))
 
 
+def _counted(plan: Plan) -> Iterator[Problem]:
+    """Count what the axes span, and tell a grid of more points than sweep.max_points, or an axis of more values."""
+    axes, most = [*plan.axes, *plan.replicates], plan.config.max_points
+    too_long = [axis for axis in axes if axis.num_values > most]
+    for axis in too_long:
+        count = "a range that never ends" if math.isinf(axis.num_values) else f"{int(axis.num_values):,} values"
+        reason = f"{count}, more than sweep.max_points, {most:,}; search among them: KEY=interval(LOW,HIGH), sweep=tpe"
+        yield Problem(axis.key, reason, axis.text, where=axis.where or COMMAND_LINE)
+    total = size(axes)
+    is_grid = plan.config.sampler is Sampler.grid or plan.config.n_trials is None
+    if is_grid and total is not None and total > most and (len(axes) > 1 or not too_long):
+        product = " x ".join(f"{int(axis.num_values):,} of {axis.key}" for axis in axes)
+        reason = (
+            f"{total:,} points ({product}), more than sweep.max_points, {most:,}; search among them: sweep=tpe "
+            "sweep.n_trials=N, or allow more"
+        )
+        yield Problem("-m", reason, has_value=False, where=COMMAND_LINE)
+
+
 def _axis_problems(plan: Plan) -> Iterator[Problem]:
     config = plan.config
-    num_settings = size(plan.axes)
     for axis in [*plan.axes, *plan.replicates]:
         where = axis.where or COMMAND_LINE
         if axis.interval and axis.key in REPLICATED:
@@ -270,10 +292,6 @@ def _axis_problems(plan: Plan) -> Iterator[Problem]:
         yield Problem(
             "sweep.sampler", "nothing is varied: give KEY=A,B or KEY=interval(LOW,HIGH)", config.sampler.value
         )
-    total = (num_settings or 0) * plan.num_replicates
-    if total > MOST_POINTS and (config.sampler is Sampler.grid or config.n_trials is None):
-        reason = f"{total:,} combinations, more than {MOST_POINTS:,}; search among them: sweep=tpe sweep.n_trials=N"
-        yield Problem("-m", reason, has_value=False, where=COMMAND_LINE)
 
 
 def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:

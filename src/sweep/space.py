@@ -6,17 +6,27 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
-from src.config.compose import COMMAND_LINE, CommandLine, forced, is_group, options, value_text, values_of
+from src.config.compose import (
+    COMMAND_LINE,
+    CommandLine,
+    forced,
+    is_group,
+    num_values,
+    options,
+    read_override,
+    value_text,
+    values_of,
+)
 from src.config.problems import Problem
+from src.config.schema import MOST_INT
 
 SWEEP_FILE = "sweep.params"
-MOST_POINTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -31,12 +41,19 @@ class Interval:
 
 @dataclass(frozen=True)
 class Axis:
-    """A key that is varied: over values, each as KEY=VALUE, or over an interval."""
+    """A key that is varied: over `num_values` values, or over an interval."""
 
     override: Override
-    values: tuple[str, ...] = ()
+    roots: tuple[Path, ...]
+    num_values: float = 0
+    """Counted, not written out: a range may be longer than the memory; infinite where it never ends."""
     interval: Interval | None = None
     where: str = ""
+
+    @cached_property
+    def values(self) -> tuple[str, ...]:
+        """The values, each as KEY=VALUE; of an interval there are none."""
+        return () if self.interval else tuple(values_of(self.override, self.roots))
 
     @property
     def key(self) -> str:
@@ -93,12 +110,10 @@ def _of(override: Override) -> str:
 
 
 def _parsed_params(line: CommandLine, params: Mapping[str, Any], problems: list[Problem]) -> Iterator[Override]:
-    parser = OverridesParser.create()
     for key, value in params.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        try:
-            override = parser.parse_override(f"{key}={text}")
-        except HydraException:
+        override = read_override(f"{key}={text}")
+        if isinstance(override, Problem):
             reason = "can't be read; values are written as behind KEY= on the command line"
             problems.append(Problem(f"{SWEEP_FILE}.{key}", reason, text))
             continue
@@ -110,7 +125,7 @@ def _parsed_params(line: CommandLine, params: Mapping[str, Any], problems: list[
 
 
 def _are_options(override: Override, line: CommandLine) -> bool:
-    if override.is_sweep_override() and not override.is_discrete_sweep():
+    if isinstance(override.value(), RangeSweep | IntervalSweep):
         return False
     texts = values_of(override, line.roots) if override.is_sweep_override() else [override.input_line or ""]
     known = options(override.key_or_group, line.roots)
@@ -123,9 +138,9 @@ def _axis(override: Override, line: CommandLine, where: str, problems: list[Prob
     if isinstance(sweep, IntervalSweep):
         low, high = (0.0 if end is None else end for end in (sweep.start, sweep.end))
         is_int = isinstance(low, int) and isinstance(high, int)
-        axis = Axis(override, (), Interval(low, high, "log" in sweep.tags, is_int), where)
+        axis = Axis(override, tuple(line.roots), 0, Interval(low, high, "log" in sweep.tags, is_int), where)
     else:
-        axis = Axis(override, tuple(dict.fromkeys(values_of(override, line.roots))), None, where)
+        axis = Axis(override, tuple(line.roots), num_values(override, line.roots), None, where)
     if reason := _unfit(axis):
         problems.append(Problem(axis.key, reason, axis.text, where=where or COMMAND_LINE))
         return None
@@ -136,15 +151,19 @@ def _unfit(axis: Axis) -> str:
     if axis.key.startswith(("hydra.", "hydra/", "sweep.")) or axis.key == "sweep":
         return "is the sweep's own: one value, not several"
     if (interval := axis.interval) is None:
-        return "" if axis.values else "there is no value in it"
+        return "" if axis.num_values else "there is no value in it"
+    if any(abs(end) > MOST_INT for end in (interval.low, interval.high) if isinstance(end, int)):
+        return "numbers that do not fit in 64 bits"
     if not (math.isfinite(interval.low) and math.isfinite(interval.high) and interval.low < interval.high):
         return "an interval goes from a lower to a higher number"
     return "a log scale needs numbers above 0" if interval.is_log and interval.low <= 0 else ""
 
 
 def size(axes: Sequence[Axis]) -> int | None:
-    """Count the points that axes span; None where one is an interval."""
-    return None if any(axis.interval for axis in axes) else math.prod(len(axis.values) for axis in axes)
+    """Count the points that axes span, without writing them out; None where one is an interval or never ends."""
+    if any(axis.interval or math.isinf(axis.num_values) for axis in axes):
+        return None
+    return math.prod(int(axis.num_values) for axis in axes)
 
 
 def points(axes: Sequence[Axis]) -> Iterator[tuple[str, ...]]:
