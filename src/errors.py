@@ -27,6 +27,8 @@ import os
 import re
 import sys
 
+from src import secrets
+
 
 class TowlineError(Exception):
     """Base of all errors that are reported as a message instead of a traceback."""
@@ -134,11 +136,11 @@ _UNSEEN = re.compile(
 
 
 def visible(text: str, *, is_line: bool = False) -> str:
-    r"""Return a text with its control characters written out, as \x1b, so that a terminal does not obey them.
+    r"""Return a text as it may be shown: without secrets, and with its control characters written out, as \x1b.
 
-    Line ends and tabs stay, unless it is to be one line.
+    So no terminal obeys them. Line ends and tabs stay, unless it is to be one line.
     """
-    seen = _UNSEEN.sub(_written_out, text)
+    seen = _UNSEEN.sub(_written_out, secrets.clean(text))
     return seen.replace("\n", "\\n").replace("\t", "\\t") if is_line else seen
 
 

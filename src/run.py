@@ -6,22 +6,24 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.config.compose import CONF, PROJECT_ROOT
+from src.config.compose import CONF, PROJECT_ROOT, Composed, resolve_sections
 from src.config.gate import Admitted, Request, admit, parse
 from src.errors import Interrupted, Pruned, TowlineError, TrainingError, is_disk_full, report, visible
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.launch import copy_output, follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
+from src.secrets import as_variables, clean
 
 if TYPE_CHECKING:
     from src.checkpoint.start import Origin
@@ -371,15 +373,16 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig
 
     codes, process = [], os.getpid()
 
     def job(cfg: DictConfig) -> None:
         """Run a point of a sweep of another sweeper's (hydra/sweeper=…)."""
-        sections: Any = OmegaConf.to_container(cfg, resolve=True)
         run_dir = Path(HydraConfig.get().runtime.output_dir)
-        codes.append(guarded(Admitted(parse(sections), sections, run_dir), stop))
+        point = Composed({}, run_dir, {})
+        resolve_sections(cfg, point)
+        codes.append(guarded(Admitted(parse(point.sections), point.stored, run_dir), stop))
         if codes[-1] and os.getpid() != process:  # what is counted here is not seen there
             raise TrainingError(f"the run in {run_dir} ended with exit code {codes[-1]}")
         if codes[-1] == Interrupted.exit_code:
@@ -389,9 +392,12 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
     asked = own_sweep(request, stop) if is_sweep else None
     if asked is not None:
         setattr(job, asked.ATTRIBUTE, asked)
-    sys.argv = [sys.argv[0], *request.line.hydra_argv]
+    sys.argv = [sys.argv[0], *as_variables(request.line.hydra_argv)]
+    shown = io.StringIO()
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+        with redirect_stdout(shown) if request.line.flags.cfg else nullcontext():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+        sys.stdout.write(clean(shown.getvalue()))
     except (Interrupted, KeyboardInterrupt) as reason:  # before the first run, or between two
         report(f"\nStopped by {str(reason) or 'Ctrl-C'}")
         return Interrupted.exit_code

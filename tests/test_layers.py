@@ -19,6 +19,7 @@ LAYERS = (
     ("config",),
     ("records", "markdown", "patterns"),
     ("errors",),
+    ("secrets",),
 )
 SIBLINGS_ALLOWED = {("evaluation", "training.loss"), ("run", "overview")}
 DOORS = {

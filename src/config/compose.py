@@ -12,8 +12,9 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from omegaconf._utils import _DEFAULT_MARKER_
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers.oc import env as environment_variable
 
-from src.config import secrets
+from src import secrets
 from src.config.files import unusable
 from src.config.formats import fill_mixture
 from src.config.options import CONF, PROJECT_ROOT, OptionFileError, broken_options, placed, read_option, shown
@@ -399,7 +400,8 @@ def resolve_sections(whole: DictConfig, composed: Composed) -> None:
     reads_environment = "oc.env" in str(OmegaConf.to_container(whole))
     for key in whole:
         try:
-            composed.sections[str(key)] = resolved = _resolved(whole, key)
+            resolved = _resolved(whole, key)
+            composed.sections[str(key)] = secrets.reveal({str(key): resolved}, [])[str(key)]
             with _storing():
                 composed.stored[str(key)] = secrets.masked(_resolved(whole, key) if reads_environment else resolved)
         except OmegaConfBaseException as error:
@@ -407,6 +409,7 @@ def resolve_sections(whole: DictConfig, composed: Composed) -> None:
                 composed.sections[str(key)] = "???"
             else:
                 composed.problems.append(problem_of(error, str(key)))
+    secrets.hand_down(composed.sections)
 
 
 def _resolved(whole: DictConfig, key: Any) -> Any:
@@ -415,6 +418,15 @@ def _resolved(whole: DictConfig, key: Any) -> Any:
     if key == "data":
         fill_mixture(resolved)
     return resolved
+
+
+def escaped(node: Any) -> Any:
+    """Return containers in which every text stands for itself when OmegaConf reads them: nothing is resolved again."""
+    if isinstance(node, Mapping):
+        return {key: escaped(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [escaped(value) for value in node]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,15 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import secrets, trust
+from src import secrets
+from src.config import trust
 from src.config.compose import (
     COMMAND_LINE,
+    COMPOSITION_ERRORS,
     CommandLine,
     Composed,
     compose,
+    escaped,
     is_group,
     problem_of,
     resolve_sections,
@@ -192,7 +194,7 @@ def _overridden(
         who: keeps its options, for the message.
         own: keys of the entry that are none of the configuration.
     """
-    cfg, problems = OmegaConf.create(_escaped(sections)), []
+    cfg, problems = OmegaConf.create(escaped(sections)), []
     for override in line.overrides:
         key = override.key_or_group
         if key.startswith("hydra.") or key in own or override.is_sweep_override():
@@ -203,7 +205,7 @@ def _overridden(
             continue
         try:
             OmegaConf.update(cfg, key, override.value(), merge=False, force_add=True)
-        except OmegaConfBaseException as error:
+        except COMPOSITION_ERRORS as error:
             problems.append(problem_of(error, key))
     changed: Any = OmegaConf.to_container(cfg)
     return changed, problems
@@ -215,12 +217,3 @@ def _resolve(changed: dict[Any, Any], composed: Composed) -> None:
     missing: list[tuple[str, str]] = []
     composed.sections = secrets.reveal(composed.sections, missing)
     composed.problems += [Problem(key, reason, has_value=False, where="frozen config") for key, reason in missing]
-
-
-def _escaped(node: Any) -> Any:
-    """Return containers in which every text stands for itself: nothing in a frozen config is resolved once more."""
-    if isinstance(node, Mapping):
-        return {key: _escaped(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_escaped(value) for value in node]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node

@@ -21,8 +21,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src import secrets
 from src.config import compose as composing
-from src.config import frozen, rules, secrets
+from src.config import frozen, rules
 from src.config import schema as schema_module
 from src.config.compose import CommandLine, Composed
 from src.config.files import unusable
@@ -188,7 +189,6 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     ]
     if located or composed.problems or line.problems:
         return None, composed.problems + located
-    secrets.hand_down(composed.sections)
     stored = {key: value for key, value in composed.stored.items() if key not in (entry, "sweep")}
     return Admitted(_assemble(parsed), stored, composed.run_dir, own.value, sweep=sweep.value), []
 
@@ -321,7 +321,7 @@ def _parse_value(typed: Any, key: str, hint: Any, check: Check | None, value: An
     if isinstance(value, bool) and bool not in _members(hint) and hint is not Any:
         return _Parsed(None, [Problem(dotted, f"not {_described(hint)}", value)])
     try:
-        typed[key] = value
+        typed[key] = composing.escaped(value)
         converted = OmegaConf.to_object(typed[key]) if OmegaConf.is_config(typed[key]) else typed[key]
     except (OmegaConfBaseException, OverflowError):  # the latter of a whole number that no float holds
         return _Parsed(None, [Problem(dotted, _unlike(hint, value), value)])

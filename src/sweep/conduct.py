@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from src.config import secrets
+from src import secrets
 from src.config.schema import Direction, Pruner, Sampler
 from src.errors import (
     Interrupted,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from src.config.schema import Pruner
-from src.config.secrets import reveal
 from src.errors import Pruned, one_line
+from src.secrets import reveal
 from src.sweep.study import open_storage, optuna, pruner_of
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.config import secrets
+from src import secrets
 from src.config.frozen import read_status
 from src.errors import DamagedFileError, SweepError
 from src.records import Types, damaged, read_json, read_lines, write_atomically, write_json
@@ -122,7 +122,7 @@ class Record:
         beside = self.folder / f".{CONF}.part"
         shutil.rmtree(beside, ignore_errors=True)
         for number, root in enumerate(roots):
-            shutil.copytree(root, beside / str(number))
+            shutil.copytree(root, beside / str(number), copy_function=_copy_without_secrets)
         shutil.rmtree(self.folder / CONF, ignore_errors=True)
         beside.rename(self.folder / CONF)
 
@@ -173,6 +173,15 @@ class Record:
                 yield number, f"{self.run_dir(number)} is in use by another process: {holder}"
 
 
+def _copy_without_secrets(source: str, target: str) -> str:
+    """Copy a file; credentials of URLs in it are masked, and come back as those of a frozen configuration do."""
+    shutil.copy2(source, target)
+    content = Path(source).read_text(encoding="utf-8", errors="surrogateescape")
+    if (masked := secrets.without_credentials(content)) != content:
+        Path(target).write_text(masked, encoding="utf-8", errors="surrogateescape")
+    return target
+
+
 def differing(kept: Sequence[Path], roots: Sequence[Path]) -> list[str]:
     """Name the files of conf/ that are others now than those that were kept."""
     if len(kept) != len(roots):
@@ -182,9 +191,15 @@ def differing(kept: Sequence[Path], roots: Sequence[Path]) -> list[str]:
 
 def _differing(compared: filecmp.dircmp[str], prefix: str = "") -> list[str]:
     _, *others = filecmp.cmpfiles(compared.left, compared.right, compared.common_files, shallow=False)
+    others = [[name for name in found if not _is_masked_copy(compared, name)] for found in others]
     here = [*compared.left_only, *compared.right_only, *(name for found in others for name in found)]
     below = [name for folder, inner in compared.subdirs.items() for name in _differing(inner, f"{prefix}{folder}/")]
     return [*(f"{prefix}{name}" for name in sorted(here)), *below]
+
+
+def _is_masked_copy(compared: filecmp.dircmp[str], name: str) -> bool:
+    kept, now = (Path(folder, name).read_bytes().decode(errors="replace") for folder in (compared.left, compared.right))
+    return secrets.without_credentials(now) == kept
 
 
 def _objective(run_dir: Path, metric: str) -> tuple[float | None, str]:

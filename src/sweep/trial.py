@@ -11,8 +11,8 @@ from types import NoneType
 from typing import Any
 
 from src.config.frozen import config_hash
-from src.config.secrets import without_credentials
 from src.records import Types, check_keys
+from src.secrets import without_credentials
 
 _LONG_NUMBER = re.compile(r"(?<==)\d*\.\d{6,}(e-?\d+)?(?= |$)")
 TRIAL_KEYS: Mapping[str, Types] = {

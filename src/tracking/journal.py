@@ -30,7 +30,8 @@ from typing import Any
 import psutil
 import yaml
 
-from src.config import secrets, trust
+from src import secrets
+from src.config import trust
 from src.config.frozen import CONFIG, STARTS, STATUS, read_starts, read_status
 from src.errors import DamagedFileError, Interrupted, Pruned, RunFolderError, report
 from src.records import (

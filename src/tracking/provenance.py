@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from src.config import secrets
+from src import secrets
 from src.config.frozen import config_hash
 
 PACKAGES = (

@@ -13,20 +13,24 @@ import json
 import netrc
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 MASK = "***"
 HANDED_DOWN = "TOWLINE_SECRETS"
 """The environment variable by which processes that this one starts get the URLs that are masked in what they read."""
+OWN_VARIABLE = "TOWLINE_URL_"
 MLFLOW_LOGINS = (("MLFLOW_TRACKING_TOKEN",), ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"))
 """Variables, each group enough by itself, that MLflow takes a server's credentials from."""
 SHORTEST_KNOWN = 4
 """Characters of a secret that is looked for in other texts; shorter ones stand in too many that have nothing to do."""
 
 _SECRET_NAME = re.compile(r"(TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIALS?)S?$", re.I)
-_AUTHORITY = re.compile(r"(?<=://)(?:[^/\s?#'\"<>]*|[^/\s:@'\"<>]*:(?!\d+/)[^\s@'\"<>]*)@")
+_LOGIN = r"(?:[^/\s?#'\"<>]*|[^/\s:@'\"<>]*:(?!\d+/)[^\s@'\"<>]*)@"
+_AUTHORITY = re.compile(rf"(?<=://){_LOGIN}")
+_URL_WITH_LOGIN = re.compile(rf"[A-Za-z][\w+.-]*://{_LOGIN}[^\s,'\"\]}}]*")
 _QUERY = re.compile(
     r"([?&;][\w.-]*(?:token|key|password|passwd|pwd|secret|sig|signature)=)[^&#\s'\"<>]+", re.IGNORECASE
 )
@@ -109,6 +113,21 @@ def hand_down(node: Any) -> None:
         os.environ[HANDED_DOWN] = json.dumps(given)
 
 
+def as_variables(texts: Sequence[str]) -> list[str]:
+    """Return overrides in which variables of the environment, set here, stand for every URL that has credentials.
+
+    So that what Hydra writes and prints of a command line has none.
+    """
+
+    def variable(url: re.Match[str]) -> str:
+        without_credentials(url[0])
+        name = next(n for i in count(1) if os.environ.get(n := f"{OWN_VARIABLE}{i}", url[0]) == url[0])
+        os.environ[name] = url[0]
+        return f"${{oc.env:{name}}}"
+
+    return [_URL_WITH_LOGIN.sub(variable, text) for text in texts]
+
+
 def reveal(node: Any, missing: list[tuple[str, str]], key: str = "") -> Any:
     """Return stored containers with their secrets in place, from what was handed down and the environment.
 
@@ -125,6 +144,8 @@ def reveal(node: Any, missing: list[tuple[str, str]], key: str = "") -> Any:
 
 def is_stored_interpolation(key: str, variable: str) -> bool:
     """Return whether a variable that the environment gives to a key is stored as an interpolation."""
+    if variable.startswith(OWN_VARIABLE):  # it is of this process alone
+        return False
     return key.partition(".")[0] == "tracking" or key == "sweep.storage" or is_secret_variable(variable)
 
 

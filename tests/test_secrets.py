@@ -1,0 +1,240 @@
+"""Secrets are resolved in memory, and found in nothing that is written or printed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from src import secrets
+from src.config.gate import admit, admit_prediction, parse
+from src.errors import ConfigError
+from src.tracking.provenance import git_state
+from tests.conftest import ROOT, towline
+
+PLANTED = "pl4nted-s3cret"
+NOBODY = "127.0.0.1:1"
+SMALL = (
+    *("data.limit=16", "training.max_train_steps=2", "training.per_device_train_batch_size=4", "data.cache_dir=null"),
+    *("evaluation.max_samples=4", "evaluation.sample_prompts=1", "generation.max_new_tokens=2"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(secrets, "_known", set())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (secrets.HANDED_DOWN, *(name for names in secrets.MLFLOW_LOGINS for name in names)):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("https://me:pw@host/x", "https://***@host/x"),
+        ("https://token@host", "https://***@host"),
+        ("postgresql+psycopg2://u:p%40x@h:5432/d", "postgresql+psycopg2://***@h:5432/d"),
+        ("postgresql://u:p@q@h/d", "postgresql://***@h/d"),
+        ("mysql://u:a/b@h/d", "mysql://***@h/d"),
+        ("mysql://h/d?user=me&password=abc#x", "mysql://h/d?user=me&password=***#x"),
+        ("https://h/d?access_token=abc", "https://h/d?access_token=***"),
+        ("see https://me:pw@a, or https://b:80/c@d", "see https://***@a, or https://b:80/c@d"),
+        ("sqlite:////home/me@work/a.db", "sqlite:////home/me@work/a.db"),
+        ("git@github.com:a/b.git", "git@github.com:a/b.git"),
+        ("1 + 1 = 2 @ home", "1 + 1 = 2 @ home"),
+    ],
+)
+def test_credentials_of_urls_are_masked(text: str, masked: str) -> None:
+    assert secrets.without_credentials(text) == masked
+    assert secrets.without_credentials(masked) == masked
+
+
+def test_what_is_known_is_masked_wherever_it_stands() -> None:
+    secrets.without_credentials(f"https://me:{PLANTED}%21@host")
+    assert secrets.clean(f"no answer for {PLANTED}! and {PLANTED}%21") == "no answer for *** and ***"
+    secrets.know("abc")  # too short: it stands in too many words
+    assert secrets.clean("abcdef") == "abcdef"
+
+
+def test_code_keeps_its_words_and_loses_its_secrets() -> None:
+    code = f'+HF_TOKEN = "{PLANTED}"\n+export OPENAI_API_KEY={PLANTED}\n+tokens = tokenizer(x)\n+key = value\n'
+    assert (
+        secrets.clean_code(code)
+        == "+HF_TOKEN = ***\n+export OPENAI_API_KEY=***\n+tokens = tokenizer(x)\n+key = value\n"
+    )
+
+
+def test_a_secret_in_a_difference_that_is_not_committed_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_PASSWORD", PLANTED)
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+        (tmp_path / "a.yaml").write_text("uri: none\n")
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "a.yaml").write_text(f"uri: https://me:{PLANTED}x@host\nother: {PLANTED}\nkept: 1\n")
+    diff = git_state(tmp_path)["diff"]
+    assert PLANTED not in diff
+    assert "+kept: 1" in diff
+
+
+def test_the_environment_is_stored_as_what_it_comes_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_STORE", "http://somewhere/x")
+    monkeypatch.setenv("HUB_TOKEN", PLANTED)
+    monkeypatch.setenv("WORDS", "Answer briefly.")
+    given = (
+        "tracking=mlflow",
+        "tracking.uri=${oc.env:MY_STORE}",
+        "tracking.tags={team: '${oc.env:HUB_TOKEN}'}",
+        "data.system_prompt=${oc.env:WORDS}",
+        "tracking.experiment_name='${tracking.uri}-${oc.env:WORDS}'",
+    )
+    run = admit(given).run
+    assert run is not None
+    tracking: Any = run.config.tracking
+    assert tracking.uri == "http://somewhere/x"
+    assert tracking.tags == {"team": PLANTED}
+    assert tracking.experiment_name == "http://somewhere/x-Answer briefly."
+    assert run.frozen["tracking"]["uri"] == "${oc.env:MY_STORE}"
+    assert run.frozen["tracking"]["tags"] == {"team": "${oc.env:HUB_TOKEN}"}
+    assert run.frozen["tracking"]["experiment_name"] == "${oc.env:MY_STORE}-${oc.env:WORDS}"
+    assert run.frozen["data"]["system_prompt"] == "Answer briefly."
+    assert secrets.clean(f"a {PLANTED}") == "a ***"
+    assert parse(run.frozen) == run.config
+
+
+def test_a_url_on_the_command_line_comes_back_in_processes_that_this_one_starts() -> None:
+    run = admit(["tracking=mlflow", f"tracking.uri=http://me:{PLANTED}@host/x"]).run
+    assert run is not None
+    assert PLANTED not in json.dumps(run.frozen)
+    assert parse(run.frozen) == run.config
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a run's folder that was begun with a URL with credentials."""
+    run = admit(["tracking=mlflow", f"tracking.uri=http://me:{PLANTED}@host:5000/x"]).run
+    assert run is not None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(run.frozen))
+    return tmp_path / "run"
+
+
+def test_a_secret_that_is_missing_is_refused_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(secrets.HANDED_DOWN)
+    with pytest.raises(ConfigError, match=r"tracking\.uri .*credentials were not stored.*MLFLOW_TRACKING_USERNAME"):
+        admit([f"rerun={folder}"])
+    again = f"http://me:{PLANTED}@host:5000/x"
+    assert uri_of(f"rerun={folder}", f"tracking.uri={again}") == again
+
+
+@pytest.mark.parametrize("way", ["variables", "netrc"])
+def test_credentials_that_the_tracker_finds_by_itself_are_left_to_it(
+    folder: Path, way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(secrets.HANDED_DOWN)
+    if way == "variables":
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PLANTED)
+    else:
+        (tmp_path / ".netrc").write_text(f"machine host login me password {PLANTED}\n")
+        (tmp_path / ".netrc").chmod(0o600)
+    assert uri_of(f"rerun={folder}") == "http://host:5000/x"
+
+
+def uri_of(*arguments: str) -> str:
+    run = admit(list(arguments)).run
+    assert run is not None
+    tracking: Any = run.config.tracking
+    return str(tracking.uri)
+
+
+def test_a_variable_that_is_missing_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_STORE", "http://somewhere/x")
+    run = admit(["tracking=mlflow", "tracking.uri=${oc.env:MY_STORE}"]).run
+    assert run is not None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run.frozen))
+    assert uri_of(f"rerun={tmp_path}") == "http://somewhere/x"
+    monkeypatch.delenv("MY_STORE")
+    with pytest.raises(ConfigError, match=r"tracking\.uri .*variable MY_STORE is not set"):
+        admit([f"rerun={tmp_path}"])
+
+
+@pytest.mark.parametrize("text", ["${seed}", r"\${seed}", r"\\${oc.env:HOME}", "${", "a${b}c$d", "\\", r"a\$b\\"])
+def test_a_text_of_a_frozen_configuration_stands_for_itself(tmp_path: Path, text: str) -> None:
+    run = admit(["tracking=none"]).run
+    assert run is not None
+    run.frozen["data"]["system_prompt"] = text
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run.frozen))
+    again = admit([f"rerun={tmp_path}"]).run
+    assert again is not None
+    assert again.config.data.system_prompt == text
+    assert again.frozen["data"]["system_prompt"] == text
+
+
+def test_refusals_show_no_secret() -> None:
+    for arguments in (
+        [f"tracking.uri=http://me:{PLANTED}@h/x", "tracking.tags=3", "optimizer.lr=x"],
+        [f"tracking.url=http://me:{PLANTED}@h/x"],
+        [f"tracking.uri=[http://me:{PLANTED}@h/x]"],
+        [f"+tracking.uri=http://me:{PLANTED}@h/x=y"],
+    ):
+        done = towline(*arguments)
+        assert done.returncode == 2
+        assert PLANTED not in done.stdout + done.stderr
+    with pytest.raises(ConfigError) as refused:
+        admit_prediction([f"run=http://me:{PLANTED}@h"])
+    assert PLANTED not in secrets.clean(str(refused.value))
+
+
+def found_in(folder: Path) -> list[str]:
+    return [str(file) for file in folder.rglob("*") if file.is_file() and PLANTED.encode() in file.read_bytes()]
+
+
+def test_the_planted_secret_is_found_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant it in every way in, then look at all that a run, a repeat, predictions and sweeps write and print."""
+    own = tmp_path / "own" / "experiment"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text(
+        f"# @package _global_\ntracking:\n  uri: http://me:{PLANTED}@{NOBODY}/x\n"
+        "  tags:\n    login: ${oc.env:SERVICE_TOKEN}\n    store: ${oc.env:MY_STORE}\n"
+    )
+    monkeypatch.setenv("SERVICE_TOKEN", PLANTED)
+    monkeypatch.setenv("MY_STORE", f"postgresql://me:{PLANTED}@{NOBODY}/x")
+    mine = (f"--config-dir={own.parent}", "experiment=mine")
+    run = tmp_path / "out" / "run"
+    commands = [
+        (*mine, *SMALL, f"hydra.run.dir={run}"),
+        (*mine, *SMALL, f"hydra.run.dir={run}", "training.max_train_steps=3"),
+        (f"rerun={run}", f"hydra.run.dir={tmp_path}/out/again", f"tracking.uri=http://me:{PLANTED}@{NOBODY}/y"),
+        (f"rerun={run}", f"hydra.run.dir={tmp_path}/out/third"),
+        (*SMALL, "tracking.uri='${oc.env:MY_STORE}'", f"hydra.run.dir={tmp_path}/out/database"),
+        ("-m", *mine, *SMALL, "seed=1,2", f"hydra.sweep.dir={tmp_path}/out/sweep"),
+        ("-m", *mine, *SMALL, "sweep=asha", "optimizer.lr=1e-3,2e-3", f"hydra.sweep.dir={tmp_path}/out/asha",
+         "sweep.storage=${oc.env:MY_STORE}"),
+        ("--cfg", "job", *mine),
+        ("--cfg", "job", "--resolve", *mine),
+    ]  # fmt: skip
+    codes = []
+    for command in commands:
+        done = towline(*command)
+        codes.append(done.returncode)
+        assert PLANTED not in done.stdout + done.stderr, command
+        assert "Traceback" not in done.stderr, done.stderr
+    predicted = subprocess.run(
+        [sys.executable, "-m", "src.predict", f"run={run}", "generation.max_new_tokens=2", "data.limit=2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert predicted.returncode == 0, predicted.stderr
+    assert PLANTED not in predicted.stdout + predicted.stderr
+    assert codes == [0, 0, 0, 2, 0, 0, 2, 0, 0], codes
+    assert not found_in(tmp_path / "out")
+    card = (run / "model" / "README.md").read_text()
+    assert not [word for word in ("tracking", str(ROOT), str(tmp_path), "cache_dir") if word in card]
