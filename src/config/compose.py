@@ -192,6 +192,7 @@ def read_override(text: str) -> Override | Problem:
         return wrong("not text in UTF-8")
     if key.count(".") + key.count("/") + key.count("[") > MOST_NESTED:
         return wrong(f"a key of more than {MOST_NESTED} parts")
+    secrets.without_credentials(text)  # what is in it is known from here on
     try:
         override = OverridesParser.create().parse_override(text)
     except RecursionError:
