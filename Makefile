@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume preflight test test-slow lint ui clean clean-cache
+.PHONY: help setup train resume sync preflight test test-slow lint ui clean clean-cache
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -24,6 +24,10 @@ train: $(READY) ## the default run: a tiny model learns to add, with thoughts; A
 resume: $(READY) ## go on with the run of a folder, as it last was: run=DIR; ARGS='KEY=VALUE …' changes it
 	@test -n '$(run)' || { echo "Which run? make resume run=DIR"; exit 2; }
 	$(BIN)/python -m src.run 'rerun="$(run)"' 'hydra.run.dir="$(run)"' $(ARGS)
+
+sync: $(READY) ## bring MLflow what it lacks of a run or sweep that nobody is at: run=DIR or run=[A,B]; ARGS='KEY=VALUE …'
+	@test -n '$(run)' || { echo "Which run? make sync run=DIR"; exit 2; }
+	$(BIN)/python -m src.sync 'run="$(run)"' $(ARGS)
 
 preflight: $(READY) ## everything about a run that can be known without training it; ARGS='KEY=VALUE …'
 	$(BIN)/python -m src.preflight $(ARGS)

@@ -7,29 +7,48 @@ gone costs a warning, and what is missing can be delivered later from the same f
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from src.config.frozen import read_status
 from src.config.schema import MlflowConfig
+from src.errors import DamagedFileError
+from src.records import damaged, read_yaml
+from src.tracking.journal import read_growing
 from src.tracking.mirror import Mirror
-from src.tracking.mlflow_store import STATES, FolderDelivery, flat, milliseconds
+from src.tracking.mlflow_store import KILLED, STATES, FolderDelivery, flat, milliseconds, plain_name, read_tracking
 
 ARTIFACTS = ("config.yaml", "provenance.json", "data_report.json", "samples.jsonl", "summary.json")
 LINES_AT_ONCE = 100
 
+Points = dict[str, dict[str, list[float]]]
+"""Values that MLflow has by step, as a text, and metric, by the name that it has there."""
+
 
 class Delivery(FolderDelivery):
     """What of a run's folder MLflow has."""
+
+    _found: Points | None = None
+    """What the store has, where tracking.json could not be believed, until all lines were held against it."""
 
     @property
     def _run_name(self) -> str:
         return self._config.run_name
 
     @property
+    def _began(self) -> str:
+        return str(read_status(self._folder).get("started") or "")
+
+    @property
     def _own_tags(self) -> Mapping[str, str]:
         return {}
+
+    def _id_elsewhere(self) -> str | None:
+        try:
+            return read_status(self._folder).get("tracker_run_id")
+        except DamagedFileError:
+            return None
 
     def rewind(self, num_kept: int, taken: Sequence[Mapping[str, Any]]) -> None:
         """Take note that a run goes on behind its first lines of metrics: the others will come again.
@@ -38,45 +57,85 @@ class Delivery(FolderDelivery):
             taken: the lines behind those that stay, as they were. What of them MLflow has is not brought again where
                 it comes out the same.
         """
-        delivered = taken[: max(0, self._num_delivered - num_kept)]
-        ahead = self._done.get("ahead", {})
-        for line in delivered:
-            ahead.setdefault(str(line["step"]), {}).update(line)
+        points: Points = self._done.get("points", {})
+        for line in taken[: max(0, self._num_delivered - num_kept)]:
+            _add(points, line)
         lines = min(self._num_delivered, num_kept)
-        self._remember(lines=lines, samples=0, ahead=ahead, artifacts=False, ended=False, running=False)
+        self._remember(lines=lines, samples=0, points=points, ended=None, running=False)
 
     @property
     def num_pending(self) -> int:
         """How many lines of metrics MLflow does not have yet."""
-        return len(self._lines("metrics.jsonl")) - self._num_delivered
+        return max(0, len(self._metrics()) - self._num_delivered)
 
     @property
     def pending(self) -> str:
-        return f"{self.num_pending} lines of metrics"
+        try:
+            left = self.num_pending
+        except DamagedFileError:
+            return "lines of metrics"
+        return f"{left:,} lines of metrics" if left else "what became of the run, or files of it,"
+
+    @property
+    def progress(self) -> str:
+        try:
+            return f"{self._num_delivered:,} of {len(self._metrics()):,} lines of metrics"
+        except DamagedFileError:
+            return f"{self._num_delivered:,} lines of metrics"
 
     @property
     def _num_delivered(self) -> int:
         return int(self._done.get("lines", 0))
 
+    def _metrics(self) -> list[dict[str, Any]]:
+        return self._lines("metrics.jsonl", read_growing)
+
     def _bring(self) -> None:
+        status = read_status(self._folder)
+        state = STATES.get(str(status.get("state")), KILLED if self._is_over else None)
+        if state is not None:  # first: whatever else does not arrive, nobody shall wait for a run that is over
+            self._deliver_once("ended", lambda: self._set_ended(state, status.get("ended")), state)
+        elif self._done.get("running") is False:  # it had ended before
+            self._deliver_once("running", self._set_running)
         self._deliver_once("params", self._log_config)
         if (self._folder / "provenance.json").exists():
             self._deliver_once("tags", self._log_provenance)
         if (self._folder / "data_report.json").exists():
             self._deliver_once("inputs", self._log_inputs)
-        if self._done.get("running") is False:  # it had ended before
-            self._deliver_once("running", self._set_running)
         self._log_metrics()
         self._log_samples()
-        state = str(read_status(self._folder).get("state"))
-        if state in STATES:
-            self._deliver_once("artifacts", self._log_artifacts)
-            self._deliver_once("ended", lambda: self._set_ended(state))
+        if state is not None:
+            self._log_files(ARTIFACTS)
+            if self._config.log_model:
+                self._log_model()
+            self._end_others()
+
+    def _last_values(self) -> Mapping[str, set[float]]:
+        newest: dict[str, tuple[int, set[float]]] = {}
+
+        def note(name: str, step: int, values: Iterable[float]) -> None:
+            at, known = newest.get(name, (-1, set()))
+            if step >= at:
+                newest[name] = (step, set(values) | (known if step == at else set()))
+
+        for line in self._metrics()[: self._num_delivered]:
+            for name, value in line.items():
+                if name != "step" and value is not None:
+                    note(plain_name(name), line["step"], [float(value)])
+        for step, points in self._done.get("points", {}).items():
+            for name, values in points.items():
+                note(name, int(step), values)
+        return {name: values for name, (_, values) in newest.items()}
+
+    def _look_up(self, run: Any) -> dict[str, Any]:
+        self._found = {}
+        for name in run.data.metrics:
+            for point in self._client.get_metric_history(run.info.run_id, name):
+                _add(self._found, {"step": point.step, name: point.value})
+        return {"lines": 0, "doubtful": True, "running": run.info.status == "RUNNING"}
 
     def _log_config(self) -> None:
-        import yaml
-
-        self._log_params(dict(flat(yaml.safe_load((self._folder / "config.yaml").read_text(encoding="utf-8")))))
+        self._log_params(dict(flat(read_yaml(self._folder / "config.yaml"))))
 
     def _log_provenance(self) -> None:
         made = self._read("provenance.json")
@@ -112,33 +171,39 @@ class Delivery(FolderDelivery):
 
     def _log_metrics(self) -> None:
         """Log the lines that are new, many at once; each is dated by itself, so that a repeat is no second point."""
-        started = read_status(self._folder)["started"]
-        lines, ahead = self._lines("metrics.jsonl")[self._num_delivered :], self._done.get("ahead", {})
-        for first in range(0, len(lines), LINES_AT_ONCE):
+        lines, began = self._metrics(), self._began
+        if lines and not began:
+            raise damaged(self._folder / "status.json", "started is missing", "")
+        known: Points = self._done.get("points", {}) if self._found is None else self._found
+        while some := lines[self._num_delivered : self._num_delivered + LINES_AT_ONCE]:
             points = []
-            some = lines[first : first + LINES_AT_ONCE]
             for line in some:
-                record = json.loads(line)
-                step, at = record.pop("step"), milliseconds(started, record.get("perf/elapsed_seconds", 0.0))
-                has = ahead.get(str(step), {})
+                has = known.get(str(line["step"]), {})
+                at = milliseconds(began, line.get("perf/elapsed_seconds") or 0.0)
                 points += [
-                    (name, value, at, step)
-                    for name, value in record.items()
-                    if value is not None and not (name in has and (name.startswith("perf/") or has[name] == value))
+                    (name, value, at, line["step"])
+                    for name, value in line.items()
+                    if name != "step" and value is not None and not _is_there(has, name, value)
                 ]
             self._log_points(points)
-            self._remember(lines=self._num_delivered + len(some))
+            known = _others(known, some)
+            self._remember(lines=self._num_delivered + len(some), **({"points": known} if self._found is None else {}))
+        if self._found is not None:
+            self._found = None
+            self._remember(points=known, doubtful=None)
 
-    def _log_artifacts(self) -> None:
-        self._log_files(ARTIFACTS)
-        if self._config.log_model and (self._folder / "model").is_dir():
-            self._client.log_artifacts(self.run_id, str(self._folder / "model"), artifact_path="model")
+    def _log_model(self) -> None:
+        """Log the files of model/, each by itself, so that a repeat goes on where it was."""
+        for file in sorted((self._folder / "model").rglob("*")):
+            name = file.relative_to(self._folder)
+            self._log_files([str(name)], artifact_path=str(name.parent))
 
     def _log_samples(self) -> None:
         """Log the samples as a table, anew when there are more."""
-        rows = [json.loads(line) for line in self._lines("samples.jsonl")]
+        rows = self._lines("samples.jsonl", read_growing)
         if len(rows) > self._done.get("samples", 0):
-            self._log_table("samples.json", list(rows[-1]), [list(row.values()) for row in rows])
+            columns = list(rows[-1])
+            self._log_table("samples.json", columns, [[row.get(column) for column in columns] for row in rows])
             self._remember(samples=len(rows))
 
 
@@ -147,14 +212,73 @@ class MlflowMirror(Mirror):
 
     Args:
         waits: whether it is not known yet which lines of the folder stay.
+        former: the run in MLflow that the folder had before, and that this one takes the place of.
+        tell: is told, once each, what is not as it should be.
     """
 
-    def __init__(self, config: MlflowConfig, folder: Path, *, waits: bool = False) -> None:
-        self._run = Delivery(config, folder)
-        super().__init__(self._run, waits=waits)
+    def __init__(
+        self,
+        config: MlflowConfig,
+        folder: Path,
+        *,
+        waits: bool = False,
+        is_over: bool = False,
+        former: Mapping[str, Any] | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self._run = Delivery(config, folder, is_over=is_over, tell=tell)
+        if former is not None:
+            self._run.replace(former)
+        super().__init__(self._run, waits=waits, tell=tell)
 
     def rewind(self, num_kept: int, taken: Sequence[Mapping[str, Any]]) -> None:
         """See Delivery.rewind; before anything was delivered by this start."""
         if self._waits:
             self._run.rewind(num_kept, taken)
             self.release()
+
+
+def tracked_before(folder: Path) -> dict[str, Any] | None:
+    """Return what a folder's tracking.json says, which a start may remove; None where it has or says nothing."""
+    try:
+        return read_tracking(folder)
+    except (FileNotFoundError, DamagedFileError):
+        return None
+
+
+def _add(points: Points, line: Mapping[str, Any]) -> None:
+    """Add what a line of metrics says to points that MLflow has."""
+    at = points.setdefault(str(line["step"]), {})
+    for name, value in line.items():
+        if name != "step" and value is not None:
+            values = at.setdefault(plain_name(name), [])
+            if float(value) not in values:
+                values.append(float(value))
+
+
+def _others(points: Points, lines: Iterable[Mapping[str, Any]]) -> Points:
+    """Return the points without what lines say that MLflow has now: what is left are values of an earlier attempt."""
+    if not points:
+        return points
+    said: Points = {}
+    for line in lines:
+        _add(said, line)
+    return {step: left for step, at in points.items() if (left := _without(at, said.get(step, {})))}
+
+
+def _without(at: Mapping[str, list[float]], said: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    left = {
+        name: []
+        if name.startswith("perf/") and name in said
+        else [one for one in values if one not in said.get(name, ())]
+        for name, values in at.items()
+    }
+    return {name: values for name, values in left.items() if values}
+
+
+def _is_there(has: Mapping[str, list[float]], name: str, value: float) -> bool:
+    """Return whether a step has a value already; of speeds and times any will do, as no two are the same."""
+    values = has.get(plain_name(name))
+    if values is None:
+        return False
+    return name.startswith("perf/") or float(value) in values

@@ -1,48 +1,127 @@
 """A folder as one run in MLflow, whatever the folder is of. The door to mlflow.
 
 `tracking.json` in the folder remembers what was delivered, so that the rest can be delivered later, by another process,
-from the same files.
+from the same files. It may be wrong: damaged, or older or newer than the store, which somebody may have restored,
+emptied or lost. So each delivery begins by looking at what the store has of the run.
 """
 
 from __future__ import annotations
 
 import getpass
+import hashlib
 import json
 import logging
 import os
 import re
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from filelock import FileLock
-
+from src import secrets
 from src.config.schema import MlflowConfig
-from src.records import write_atomically
+from src.errors import DamagedFileError
+from src.records import NUMBER, OPTIONAL_TEXT, Line, Types, check_keys, damaged, read_json, write_json
+from src.tracking.console import Console
+from src.tracking.mlflow_errors import StoreError, is_gone, is_missing, status_of
+from src.tracking.sqlite_store import OPENING_SECONDS, SqliteStore
 
+TRACKING = "tracking.json"
+TRACKING_KEYS: Mapping[str, Types] = {
+    "uri": str,
+    "run_id": OPTIONAL_TEXT,
+    "lines": int,
+    "samples": int,
+    "history": int,
+    "points": dict,
+    "trials": dict,
+    "files": dict,
+    "replaced": list,
+}
+REQUEST_SECONDS = 60
+"""How long a server may take for an answer; slow ones are waited for, by a thread that nobody waits for."""
 MAX_PARAM_CHARACTERS = 500  # older stores refuse more; the file that they come from is an artifact and holds everything
+MAX_NAME_CHARACTERS = 250
 METRICS_AT_ONCE = 1000  # MLflow's limit for one call
+SLOWEST_UPLOAD = 500_000
+"""Bytes a second: a file that is uploaded may take that long."""
 STATES = {"FINISHED": "FINISHED", "FAILED": "FAILED", "PREEMPTED": "KILLED", "PRUNED": "KILLED"}
 """How a run or a sweep ended, in MLflow's words."""
+KILLED = "KILLED"
+"""How one ended that nobody is at, and that says it runs."""
 
 
 def quiet_client() -> Any:
     """Import MLflow with its retries cut short (by default an unreachable server blocks a call for minutes)."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
+    os.environ.setdefault("MLFLOW_ALLOW_HTTP_REDIRECTS", "false")  # a POST would come back as a GET
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # it would print tracebacks of what is told in words
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("mlflow", "alembic", "urllib3"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
     return MlflowClient
+
+
+class Cancelled(Exception):
+    """Nobody waits for this delivery any more, and the folder may be another process's."""
+
+
+class Watch:
+    """What a delivery is doing, for those who wait for it."""
+
+    def __init__(self) -> None:
+        self.since = time.monotonic()
+        """When the last call began or ended, by the monotonic clock."""
+        self.is_calling = False
+        self.num_calls = 0
+        """How many calls have succeeded."""
+        self.num_brought = 0
+        """How many of them brought something."""
+        self.extra_seconds = 0.0
+        """How much longer than others the present call may take."""
+        self.is_cancelled = False
+
+    def check(self) -> None:
+        """Raise Cancelled where nobody waits any more."""
+        if self.is_cancelled:
+            raise Cancelled("given up")
+
+    def call(self, method: Callable[..., Any], *given: Any, brings: bool, **named: Any) -> Any:
+        """Return what a call returns."""
+        self.check()
+        self.since, self.is_calling = time.monotonic(), True
+        try:
+            result = method(*given, **named)
+        finally:
+            self.since, self.is_calling = time.monotonic(), False
+        self.num_calls += 1
+        self.num_brought += brings
+        return result
+
+
+class Watched:
+    """MLflow's client, each of its calls watched."""
+
+    def __init__(self, client: Any, watch: Watch) -> None:
+        self.client = client
+        self._watch = watch
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method, brings = getattr(self.client, name), not name.startswith(("get_", "search_", "list_"))
+
+        def call(*given: Any, **named: Any) -> Any:
+            return self._watch.call(method, *given, brings=brings, **named)
+
+        return call
 
 
 class FolderDelivery(ABC):
@@ -50,23 +129,42 @@ class FolderDelivery(ABC):
 
     Args:
         within: the delivery that this one is a part of; what succeeds here succeeds there.
+        is_over: whether nobody is at the folder's run or sweep, so that one that says it runs was killed.
+        tell: is told, once each, what is not as it should be and costs nothing.
     """
 
-    def __init__(self, config: MlflowConfig, folder: Path, within: FolderDelivery | None = None) -> None:
+    def __init__(
+        self,
+        config: MlflowConfig,
+        folder: Path,
+        *,
+        within: FolderDelivery | None = None,
+        is_over: bool = False,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
         self._config = config
         self._folder = folder
-        self._within = within
+        self._is_over = is_over
+        self._tell = tell or Console().warn
+        self._told: set[str] = set()
         self._client_class = quiet_client()
         self._client: Any = None
-        done = self._read("tracking.json")
-        self._done: dict[str, Any] = done if done.get("uri") == config.uri else {"uri": config.uri, "run_id": None}
-        self.last_success = time.monotonic()
-        """When something was last delivered, by the monotonic clock."""
+        self._address = config.uri
+        self._has_failed = False
+        self._sqlite: SqliteStore | None = within._sqlite if within else None
+        self._growing: dict[str, tuple[tuple[int, int], list[dict[str, Any]]]] = {}
+        self.watch: Watch = within.watch if within else Watch()
+        self._done: dict[str, Any] = self._recall()
 
     @property
     @abstractmethod
     def pending(self) -> str:
         """What MLflow does not have yet, as words in the plural."""
+
+    @property
+    @abstractmethod
+    def progress(self) -> str:
+        """How much of the folder MLflow has."""
 
     @abstractmethod
     def _bring(self) -> None:
@@ -78,26 +176,44 @@ class FolderDelivery(ABC):
 
     @property
     @abstractmethod
+    def _began(self) -> str:
+        """When the run or sweep was begun, as its folder says; '' where it does not."""
+
+    @property
+    @abstractmethod
     def _own_tags(self) -> Mapping[str, str]:
         """Tags that only this kind of folder has."""
 
+    @abstractmethod
+    def _last_values(self) -> Mapping[str, set[float]]:
+        """Return for each metric which values MLflow may show as its last, by what was delivered."""
+
+    @abstractmethod
+    def _look_up(self, run: Any) -> dict[str, Any]:
+        """Return what is delivered by what the store has of the run, in the form of tracking.json."""
+
     @property
     def uri(self) -> str:
-        return self._config.uri
+        """The store's address, without credentials."""
+        return secrets.without_credentials(self._config.uri)
 
     @property
     def run_id(self) -> str | None:
         return self._done["run_id"]
 
     @property
-    def is_local(self) -> bool:
-        """Whether the store is a file, which takes what it is given, unlike a server that may be gone."""
-        return self._database() is not None
-
-    @property
     def is_connected(self) -> bool:
         """Whether the store was found, and has a run for the folder."""
         return self._client is not None
+
+    def is_being_made(self) -> bool:
+        """Return whether the store is a file that is being made."""
+        return self._sqlite is not None and self._sqlite.is_being_made()
+
+    def replace(self, former: Mapping[str, Any]) -> None:
+        """Take the place of a run that the folder had before, by what its tracking.json said."""
+        if former["run_id"] is not None and secrets.without_credentials(former["uri"]) == self.uri:
+            self._done["replaced"] = [*former.get("replaced", []), former["run_id"]]
 
     def begin(self) -> None:
         """Leave word in the folder that MLflow is to have it, even if it is never reached."""
@@ -105,47 +221,193 @@ class FolderDelivery(ABC):
 
     def deliver(self) -> None:
         """Bring MLflow up to date with the folder as it is now, connecting first where that was not done."""
-        if not self.is_connected:
-            self._connect()
-        self._bring()
+        try:
+            self._open_store()
+            if not self.is_connected:
+                self._connect()
+            self._bring()
+        except Exception as error:
+            self._has_failed = True
+            if is_gone(error):
+                self._client = None  # what became of the run is looked at again
+            raise
+        self._has_failed = False
+
+    def tell_once(self, text: str) -> None:
+        """Tell something, unless it was told."""
+        text = secrets.clean(text)
+        if text not in self._told:
+            self._told.add(text)
+            self._tell(text)
+
+    def _open_store(self) -> None:
+        """Have the store be there and answer, in a few seconds.
+
+        Raises:
+            StoreError: where it is not, or does not.
+        """
+        self.watch.check()
+        self.watch.since = time.monotonic()
+        if self._config.uri.startswith("sqlite"):
+            self._sqlite = self._sqlite or SqliteStore(self._config.uri, self.tell_once)
+            if self._sqlite.open():
+                self._let_go()
+        elif self._address.startswith("http") and (self._has_failed or not self.is_connected):
+            reach(self._address)
+
+    def _let_go(self) -> None:
+        """Have MLflow open the file anew: it is another one, and what it has of the run must be looked at."""
+        client = self._client or Watched(self._client_class(tracking_uri=self._address), self.watch)
+        while isinstance(client, Watched):
+            client = client.client
+        client._tracking_client.store.engine.dispose()
+        self._client = None
 
     def _connect(self) -> None:
-        with self._store_lock():
-            client = self._client_class(tracking_uri=self._config.uri)
-            if self.run_id is None:
-                experiment = client.get_experiment_by_name(self._config.experiment_name)
-                experiment_id = experiment.experiment_id if experiment else self._create_experiment(client)
-                run = client.create_run(
-                    experiment_id,
-                    run_name=self._run_name,
-                    tags={
-                        "towline.folder": str(self._folder.resolve()),
-                        "mlflow.source.name": "src.run",
-                        "mlflow.user": user_name(),
-                        **self._own_tags,
-                        **self._config.tags,
-                    },
-                )
-                self._remember(run_id=run.info.run_id)
-        self._client = client
+        """Find the folder's run, or begin one, and see what the store has of it."""
+        try:
+            self._client = self._open_run()
+        except Exception as error:
+            if not self._follow(error):
+                raise
+            self._client = self._open_run()
 
-    def _store_lock(self) -> AbstractContextManager[Any]:
-        """Let one process at a time open a SQLite store: several on a fresh one die in its migration."""
-        database = self._database()
-        if database is None:
-            return nullcontext()
-        database.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(f"{database}.lock")
+    def _open_run(self) -> Any:
+        client = Watched(self._client_class(tracking_uri=self._address), self.watch)
+        run = self._find_run(client)
+        if run is None:
+            self._begin_run(client)
+        elif run.info.run_id != self.run_id or self._done.get("doubtful") or not self._has_what_it_should(run):
+            self._remember(doubtful=True)
+            self._client = client
+            try:
+                found = self._look_up(run)
+            finally:
+                self._client = None
+            kept = {name: self._done[name] for name in ("uri", "replaced", "retried") if name in self._done}
+            self._done = kept | {"run_id": run.info.run_id} | found
+            self._remember()
+        elif run.info.status == "RUNNING" and self._done.get("ended"):
+            self._remember(ended=None)
+        return client
 
-    def _database(self) -> Path | None:
-        prefix = "sqlite:///"
-        return Path(self._config.uri.removeprefix(prefix)) if self._config.uri.startswith(prefix) else None
+    def _find_run(self, client: Any) -> Any:
+        """Return the folder's run; None where there is none that can be logged to."""
+        if self.run_id is not None:
+            run = _run_of(client, self.run_id)
+            if run is not None and self._is_own(run):
+                return run
+        if not self._done.get("doubtful") and not self._done.get("creating"):
+            return None
+        experiment = client.get_experiment_by_name(self._config.experiment_name)
+        if experiment is None or experiment.lifecycle_stage == "deleted":
+            return None
+        filters = self._filter(self._identity)
+        found = client.search_runs([experiment.experiment_id], filters, max_results=1, order_by=["start_time DESC"])
+        return found[0] if found else None
+
+    def _is_own(self, run: Any) -> bool:
+        """Return whether a run is the folder's, which may have been moved, or its status lost."""
+        tags, own = run.data.tags, self._identity
+        return "towline.started" not in tags or any(tags.get(name) == value for name, value in own.items())
+
+    @property
+    def _identity(self) -> dict[str, str]:
+        """Tags that tell the folder's run from every other."""
+        return {"towline.folder": str(self._folder.resolve()), "towline.started": self._began}
+
+    @staticmethod
+    def _filter(tags: Mapping[str, str]) -> str:
+        """Return a filter for runs with such tags; a value with both kinds of quotes can't be asked for."""
+        quoted = {name: f'"{value}"' if "'" in value else f"'{value}'" for name, value in tags.items() if value}
+        return " and ".join(f"tags.`{name}` = {value}" for name, value in quoted.items() if value[0] not in value[1:-1])
+
+    def _begin_run(self, client: Any) -> None:
+        experiment_id = self._experiment(client)
+        retried = bool(self._done.get("creating"))
+        self._remember(creating=True)  # if the answer is lost, the run is looked for before another is begun
+        run = client.create_run(
+            experiment_id,
+            start_time=milliseconds(self._began) if self._began else None,
+            run_name=self._run_name,
+            tags={
+                **self._identity,
+                "towline.host": socket.gethostname(),
+                "mlflow.source.name": "src.run",
+                "mlflow.user": user_name(),
+                **self._own_tags,
+                **self._config.tags,
+            },
+        )
+        replaced = [one for one in self._done.get("replaced", []) if one != run.info.run_id]
+        self._done = {"uri": self.uri, "run_id": run.info.run_id, "replaced": replaced, "retried": retried}
+        self._remember()
+
+    def _experiment(self, client: Any) -> str:
+        """Return the id of the experiment, which is made where there is none."""
+        name = self._config.experiment_name
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return self._create_experiment(client)
+            except Exception as error:
+                if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = client.get_experiment_by_name(name)  # another process was faster
+                if experiment is None:
+                    raise
+        if experiment.lifecycle_stage == "deleted":
+            raise StoreError(
+                f"the experiment {name} is deleted there. Restore it (mlflow experiments restore --experiment-id "
+                f"{experiment.experiment_id}), or choose another with tracking.experiment_name=…"
+            )
+        return experiment.experiment_id
 
     def _create_experiment(self, client: Any) -> str:
-        database = self._database()
-        location = (database.resolve().parent / "mlartifacts").as_uri() if database else None
+        location = None
+        if self._sqlite is not None and self._sqlite.is_file:
+            location = (self._sqlite.file.resolve().parent / "mlartifacts").as_uri()
         kind = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page then shows training runs first
         return client.create_experiment(self._config.experiment_name, artifact_location=location, tags=kind)
+
+    def _has_what_it_should(self, run: Any) -> bool:
+        """Return whether a run's last values are those that were delivered."""
+        has = run.data.metrics
+        return all(has.get(plain_name(name)) in values for name, values in self._last_values().items())
+
+    def _follow(self, error: Exception) -> bool:
+        """Go to where a server redirects: the same host only, as the credentials would go with it.
+
+        Raises:
+            StoreError: naming where else it redirects.
+        """
+        status = status_of(error)
+        if status is None or not 300 <= status < 400:
+            return False
+        target = redirected(self._address)
+        if target is None or (urlsplit(target).scheme, "https") == ("http", urlsplit(self._address).scheme):
+            raise StoreError(f"the server redirects ({status}): is tracking.uri right?") from error
+        here, there = urlsplit(self._address), urlsplit(target)
+        if there.hostname != here.hostname:
+            raise StoreError(f"the server redirects ({status}) to {target}: if that is right, give it as tracking.uri")
+        login, at, _ = here.netloc.rpartition("@")
+        self._address = there._replace(netloc=f"{login}{at}{there.netloc}").geturl()
+        return True
+
+    def _end_others(self) -> None:
+        """End runs that nobody is at and that this one takes the place of, where they say that they run."""
+        others = list(self._done.get("replaced") or [])
+        if self._done.get("retried"):
+            run = self._client.get_run(self.run_id)
+            same = f"{self._filter(self._identity)} and attributes.status = 'RUNNING'"
+            found = self._client.search_runs([run.info.experiment_id], same)
+            others += [one.info.run_id for one in found if one.info.run_id != self.run_id]
+        for run_id in others:
+            run = _run_of(self._client, run_id)
+            if run is not None and run.info.status == "RUNNING":
+                self._client.set_terminated(run_id, KILLED)
+        if others or self._done.get("retried"):
+            self._remember(replaced=[], retried=False)
 
     def _log_params(self, values: Mapping[str, str]) -> None:
         """Log what is short enough; what is longer is in the file that it comes from."""
@@ -153,7 +415,9 @@ class FolderDelivery(ABC):
 
         params = {key: value for key, value in values.items() if len(value) <= MAX_PARAM_CHARACTERS}
         names = distinct_names(params)
-        self._client.log_batch(self.run_id, params=[Param(names[key], value) for key, value in params.items()])
+        given = [Param(names[key], value) for key, value in params.items()]
+        for first in range(0, len(given), 100):  # MLflow's limit for one call
+            self._client.log_batch(self.run_id, params=given[first : first + 100])
 
     def _log_tags(self, tags: Mapping[str, Any], run_id: str | None = None) -> None:
         """Set tags, those that have a value, of this run or of another, in one call."""
@@ -171,11 +435,20 @@ class FolderDelivery(ABC):
             self._client.log_batch(self.run_id, metrics=metrics[first : first + METRICS_AT_ONCE])
 
     def _log_files(self, names: Iterable[str], *, artifact_path: str | None = None) -> None:
-        """Log those of the files that are there."""
+        """Log those of the files that are there, each once as it is."""
         for name in names:
-            if (self._folder / name).exists():
-                self._client.log_artifact(self.run_id, str(self._folder / name), artifact_path)
-                self._succeed()
+            file = self._folder / name
+            if not file.is_file():
+                continue
+            status = file.stat()
+            version, known = [status.st_size, status.st_mtime_ns], self._done.get("files", {})
+            if known.get(name) != version:
+                self.watch.extra_seconds = status.st_size / SLOWEST_UPLOAD
+                try:
+                    self._client.log_artifact(self.run_id, str(file), artifact_path)
+                finally:
+                    self.watch.extra_seconds = 0.0
+                self._remember(files=known | {name: version})
 
     def _log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a table for MLflow's page, in the form of log_table, which would append."""
@@ -186,8 +459,9 @@ class FolderDelivery(ABC):
     def _set_running(self) -> None:
         self._client.update_run(self.run_id, status="RUNNING")
 
-    def _set_ended(self, state: str) -> None:
-        self._client.set_terminated(self.run_id, STATES[state])
+    def _set_ended(self, state: str, at: str | None) -> None:
+        """End the run; `at`, where known, is when, as ISO 8601."""
+        self._client.set_terminated(self.run_id, state, None if at is None else milliseconds(at))
 
     def _deliver_once(self, what: str, do: Callable[[], None], version: Any = True) -> None:
         """Do what was not done yet for this version of what the folder holds."""
@@ -195,51 +469,161 @@ class FolderDelivery(ABC):
             do()
             self._remember(**{what: version})
 
+    def _recall(self) -> dict[str, Any]:
+        """Return what tracking.json says; where it says nothing that can be used, what is to be looked up."""
+        file = self._folder / TRACKING
+        try:
+            done = read_tracking(self._folder)
+        except FileNotFoundError:
+            done = {}
+        except DamagedFileError as error:
+            kept = file.with_name(f"{TRACKING}.damaged")
+            number = 2
+            while os.path.lexists(kept):
+                kept, number = file.with_name(f"{TRACKING}.damaged-{number}"), number + 1
+            try:
+                os.replace(file, kept)
+                where = f" It is kept as {kept.name}."
+            except OSError:
+                where = ""
+            self.tell_once(f"{error} What MLflow has of the run is looked up there.{where}")
+            return {"uri": self.uri, "run_id": self._id_elsewhere(), "doubtful": True}
+        if not done and (run_id := self._id_elsewhere()) is not None:
+            return {"uri": self.uri, "run_id": run_id, "doubtful": True}
+        if done and secrets.without_credentials(done["uri"]) == self.uri:
+            return done | {"uri": self.uri}
+        return {"uri": self.uri, "run_id": None}
+
+    def _id_elsewhere(self) -> str | None:
+        """Return the run's id by another file than tracking.json; None where no other has it."""
+        return None
+
     def _remember(self, **done: Any) -> None:
-        self._succeed()
+        self.watch.check()
         self._done |= done
-        write_atomically(self._folder / "tracking.json", json.dumps(self._done, indent=2) + "\n")
+        try:
+            write_json(self._folder / TRACKING, self._done)
+        except OSError as error:
+            lost = "how far MLflow has got is not remembered, and is looked up there the next time"
+            self.tell_once(f"{self._folder / TRACKING} can't be written ({error.strerror}): {lost}")
 
-    def _succeed(self) -> None:
-        self.last_success = time.monotonic()
-        if self._within:
-            self._within._succeed()
-
-    def _lines(self, name: str) -> list[str]:
-        """Give the whole lines of a file that grows."""
+    def _lines(self, name: str, read: Callable[[Path, str], list[Line]]) -> list[dict[str, Any]]:
+        """Return what the whole lines of a file that grows say."""
         file = self._folder / name
-        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-        return text.split("\n")[:-1]
+        try:
+            status = os.stat(file)
+        except FileNotFoundError:
+            return []
+        version = (status.st_ino, status.st_size)
+        known, lines = self._growing.get(name, ((0, 0), []))
+        if known != version:
+            lines = [line.content for line in read(self._folder, name)]
+            self._growing[name] = (version, lines)
+        return lines
 
     def _read(self, name: str) -> dict[str, Any]:
-        file = self._folder / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        try:
+            return read_json(self._folder / name)
+        except FileNotFoundError:
+            return {}
+
+
+def read_tracking(folder: Path) -> dict[str, Any]:
+    """Return what tracking.json of a folder says.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        DamagedFileError: where it can't be read.
+    """
+    done = read_json(folder / TRACKING, TRACKING_KEYS, may_lack=[key for key in TRACKING_KEYS if key != "uri"])
+    try:
+        for step, points in done.get("points", {}).items():
+            int(step)
+            check_keys(done["points"], {step: dict})
+            check_keys(points, dict.fromkeys(points, list))
+            for values in points.values():
+                check_keys(
+                    {str(place): value for place, value in enumerate(values)},
+                    dict.fromkeys(map(str, range(len(values))), NUMBER),
+                )
+        if any(done.get(name, 0) < 0 for name in ("lines", "samples", "history")):
+            raise ValueError("a number of lines is negative")
+    except ValueError as error:
+        raise damaged(folder / TRACKING, str(error), "") from error
+    return {"run_id": None} | done
+
+
+def reach(uri: str) -> None:
+    """Raise a StoreError where a server can't be connected to in a few seconds; one behind a proxy is not tried."""
+    from requests.utils import get_environ_proxies, select_proxy
+
+    address = urlsplit(uri)
+    if address.hostname is None or select_proxy(uri, get_environ_proxies(uri, None)):
+        return
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname, port), timeout=OPENING_SECONDS).close()
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise StoreError(f"can't be reached: {said}", is_lasting=False) from error
+
+
+def redirected(uri: str) -> str | None:
+    """Return the address that a server's API is redirected to; None where that can't be told."""
+    import requests
+
+    path = "/api/2.0/mlflow/experiments/get-by-name"
+    try:
+        answer = requests.get(f"{uri.rstrip('/')}{path}", allow_redirects=False, timeout=REQUEST_SECONDS)
+    except requests.RequestException:
+        return None
+    target = answer.headers.get("Location", "").partition("?")[0]
+    if not target.startswith(("http://", "https://")) or not target.endswith(path):
+        return None
+    return target.removesuffix(path)
+
+
+def _run_of(client: Any, run_id: str) -> Any:
+    """Return a run; None where there is none, or it was deleted."""
+    try:
+        run = client.get_run(run_id)
+    except Exception as error:
+        if is_missing(error):
+            return None
+        raise
+    return None if run.info.lifecycle_stage == "deleted" else run
 
 
 def milliseconds(time_of: str, later_seconds: float = 0.0) -> int:
-    """Give a time of ISO 8601, or one so much later, as MLflow counts it."""
+    """Return a time of ISO 8601, or one so much later, as MLflow counts it."""
     return int(1000 * (datetime.fromisoformat(time_of).timestamp() + later_seconds))
 
 
 def plain_name(name: str) -> str:
-    """Give a name that MLflow takes: '<' and '>' of a token, say, become '_'."""
-    return re.sub(r"[^\w\-. :/]", "_", name)
+    """Return a name that MLflow takes: '<' and '>' of a token, say, become '_', and a very long one is cut."""
+    plain = re.sub(r"[^\w\-. :/]", "_", name)
+    if len(plain) <= MAX_NAME_CHARACTERS:
+        return plain
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{plain[: MAX_NAME_CHARACTERS - 9]}_{digest}"
 
 
 def distinct_names(names: Iterable[str]) -> dict[str, str]:
-    """Give each param a name of its own that MLflow takes: other characters become '_', repeats get a number."""
+    """Return for each param a name of its own that MLflow takes: other characters become '_', repeats get a number."""
     given: dict[str, str] = {}
+    taken: set[str] = set()
     for name in names:
-        plain = candidate = re.sub(r"[^\w\-. ]", "_", name)
+        plain = candidate = re.sub(r"[^\w\-. ]", "_", name)[: MAX_NAME_CHARACTERS - 9]
         number = 2
-        while candidate in given.values():
+        while candidate in taken:
             candidate, number = f"{plain}_{number}", number + 1
         given[name] = candidate
+        taken.add(candidate)
     return given
 
 
 def user_name() -> str:
-    """Give the user's name, or '' in a container that has none."""
+    """Return the user's name, or '' in a container that has none."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):
@@ -247,7 +631,7 @@ def user_name() -> str:
 
 
 def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Give a nested configuration as dotted keys and texts."""
+    """Yield a nested configuration as dotted keys and texts."""
     if isinstance(node, Mapping) and node:
         for key, value in node.items():
             yield from flat(value, f"{prefix}.{key}" if prefix else str(key))

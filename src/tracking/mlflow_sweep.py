@@ -3,46 +3,80 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from src.config.frozen import read_status
 from src.config.schema import MlflowConfig
+from src.errors import DamagedFileError
+from src.records import Line, Types, check_keys, read_json, read_lines, read_yaml
+from src.secrets import without_credentials
 from src.tracking.journal import hold
+from src.tracking.mlflow_errors import StoreError
 from src.tracking.mlflow_mirror import Delivery
-from src.tracking.mlflow_store import STATES, FolderDelivery, flat, milliseconds
+from src.tracking.mlflow_store import KILLED, STATES, FolderDelivery, flat, milliseconds, read_tracking
 
 ARTIFACTS = ("sweep.json", "leaderboard.csv", "leaderboard.json", "leaderboard.md")
 COUNTED = ("FINISHED", "FAILED", "PRUNED")
 TRIALS_AT_ONCE = 100
 OF_A_TRIAL = ("experiment_name", "run_name", "tags", "log_model")
 """Of the tracker's configuration, what a trial may have of its own."""
+SWEEP_KEYS: Mapping[str, Types] = {
+    **dict.fromkeys(("name", "state", "started", "updated"), str),
+    **dict.fromkeys(("space", "sweep", "counts"), dict),
+    "history": list,
+}
+TRIAL_KEYS: Mapping[str, Types] = {"number": int, "identity": str, "setting": str}
 
 
 class SweepDelivery(FolderDelivery):
     """What of a sweep's folder MLflow has.
 
     A trial's run is its own process's to write, but for the tags that tie it to the sweep. What that process did not
-    deliver is brought from here when the sweep is over and nobody else is at the trial.
+    deliver is brought from here when the sweep is over and nobody else is at the trial. Where the sweep is known to be
+    over because nobody holds it, what the store has of each trial is looked at, and not only of those that lack some.
     """
 
     @property
     def _run_name(self) -> str:
-        return self._read("sweep.json")["name"]
+        return self._sweep["name"]
+
+    @property
+    def _began(self) -> str:
+        return self._sweep["started"]
 
     @property
     def _own_tags(self) -> Mapping[str, str]:
         return {"towline.sweep": self._run_name}
 
     @property
+    def _identity(self) -> dict[str, str]:
+        return super()._identity | {"towline.judged": json.dumps(self._judged)}
+
+    @property
+    def _sweep(self) -> dict[str, Any]:
+        return read_json(self._folder / "sweep.json", SWEEP_KEYS)
+
+    @property
+    def _judged(self) -> list[Any]:
+        sweep = self._sweep["sweep"]
+        return [sweep.get("metric"), sweep.get("direction")]
+
+    @property
     def pending(self) -> str:
-        new = len(self._read("sweep.json").get("history", ())) - self._num_delivered
-        return f"values of {new} trials, or what became of the sweep or a trial,"
+        try:
+            new = len(self._sweep["history"]) - self._num_delivered
+        except (OSError, DamagedFileError):
+            return "values of the sweep"
+        return f"values of {max(0, new)} trials, or what became of the sweep or a trial,"
+
+    @property
+    def progress(self) -> str:
+        return f"values of {self._num_delivered:,} trials, {self.watch.num_calls:,} calls"
 
     @property
     def _num_delivered(self) -> int:
@@ -50,26 +84,52 @@ class SweepDelivery(FolderDelivery):
 
     def _connect(self) -> None:
         """Find the sweep's run, or begin one; judged by another metric it is another run, with the same trials."""
-        sweep = self._read("sweep.json").get("sweep", {})
-        judged = [sweep.get("metric"), sweep.get("direction")]
-        if self._done.get("judged", judged) != judged:
+        if self._done.get("judged", self._judged) != self._judged:
             self._done = {"uri": self.uri, "run_id": None}
         super()._connect()
-        self._remember(judged=judged)
+        self._remember(judged=self._judged)
 
     def _bring(self) -> None:
-        sweep = self._read("sweep.json")
-        state, version = sweep["state"], f"{sweep['state']} {sweep['updated']}"
-        self._deliver_once("params", lambda: self._log_search(sweep))
-        if state not in STATES and self._done.get("ended"):  # it goes on
+        sweep = self._sweep
+        version = f"{sweep['state']} {sweep['updated']}"
+        state = STATES.get(sweep["state"], KILLED if self._is_over else None)
+        if state is not None:  # first: whatever else does not arrive, nobody shall wait for a sweep that is over
+            self._deliver_once("ended", lambda: self._set_ended(state, sweep["updated"]), version)
+        elif self._done.get("ended"):  # it goes on
             self._set_running()
             self._remember(ended=None)
+        self._deliver_once("former", self._end_former)
+        self._deliver_once("params", lambda: self._log_search(sweep))
         self._log_history(sweep)
         self._deliver_once("counts", lambda: self._log_counts(sweep), self._counts(sweep))
-        if state in STATES:
-            self._deliver_once("artifacts", self._log_artifacts, version)
-            self._deliver_once("ended", lambda: self._set_ended(state), version)
-        self._bring_trials(is_over=state in STATES)
+        if state is not None:
+            self._log_artifacts()
+            self._end_others()
+        self._bring_trials(is_over=state is not None)
+
+    def _last_values(self) -> Mapping[str, set[float]]:
+        delivered = self._sweep["history"][: self._num_delivered]
+        values = {name: [one[name] for one in delivered if one[name] is not None] for name in ("value", "best")}
+        counts = {name: {float(value)} for name, value in (self._done.get("counts") or {}).items()}
+        return {name: {float(several[-1])} for name, several in values.items() if several} | counts
+
+    def _look_up(self, run: Any) -> dict[str, Any]:
+        """Return the counts that the store has; values are dated by themselves, so that a repeat is no second point."""
+        has = run.data.metrics
+        names = self._counts(self._sweep)
+        return {"counts": {name: has[name] for name in names if name in has} or None, "judged": self._judged}
+
+    def _end_former(self) -> None:
+        """End runs of a sweep that was in this folder before: it was begun anew, so nobody is at them."""
+        run = self._client.get_run(self.run_id)
+        folder, before = str(self._folder.resolve()), milliseconds(self._began)
+        if "'" in folder or "%" in folder:
+            return
+        running = f"attributes.status = 'RUNNING' and attributes.start_time < {before}"
+        here = f"{running} and tags.`towline.host` = '{socket.gethostname()}' and tags.`towline.folder`"
+        for which in (f"= '{folder}'", f"LIKE '{folder}/%'"):
+            for one in self._client.search_runs([run.info.experiment_id], f"{here} {which}"):
+                self._client.set_terminated(one.info.run_id, KILLED)
 
     def _log_search(self, sweep: Mapping[str, Any]) -> None:
         """Log what is searched and how; what is longer than a param may be is in sweep.json, an artifact."""
@@ -103,7 +163,9 @@ class SweepDelivery(FolderDelivery):
         self._log_files((f"plots/{file.name}" for file in plots), artifact_path="plots")
         if rows := self._read("leaderboard.json").get("rows"):
             columns = list(dict.fromkeys(chain.from_iterable(rows)))
-            self._log_table("leaderboard_table.json", columns, [[_cell(row.get(c)) for c in columns] for row in rows])
+            table = [[_cell(row.get(column)) for column in columns] for row in rows]
+            version = (self._done.get("files") or {}).get("leaderboard.json")
+            self._deliver_once("table", lambda: self._log_table("leaderboard_table.json", columns, table), version)
 
     def _bring_trials(self, *, is_over: bool) -> None:
         """Bring what is new of each trial; one that can't be brought does not stop the others.
@@ -112,8 +174,7 @@ class SweepDelivery(FolderDelivery):
             Exception: the first trial's that could not be brought.
         """
         problems = []
-        for line in self._lines("trials.jsonl"):
-            trial = json.loads(line)
+        for trial in self._lines("trials.jsonl", _read_trials):
             folder = self._folder / str(trial["number"])
             try:
                 if is_over:
@@ -121,22 +182,29 @@ class SweepDelivery(FolderDelivery):
                 self._tie(trial, folder)
             except Exception as error:  # whatever MLflow raises, of a run that somebody deleted for example
                 problems.append(error)
+                self.watch.check()
+                if isinstance(error, StoreError):  # the store's, and so every trial's
+                    break
         if problems:
             raise problems[0]
 
     def _bring_rest_of(self, folder: Path) -> None:
-        done = _tracking(folder)
-        if not done or (done["uri"] == self.uri and done.get("ended")):
+        if not (folder / "config.yaml").exists():
+            return
+        own = read_yaml(folder / "config.yaml").get("tracking", {})
+        done = self._tracking(folder)
+        if not self._is_over and (done is None or (self._is_here(done) and done.get("ended"))):
+            return
+        if done is None and own.get("type") != "mlflow":
             return
         with hold(folder):
-            own = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")).get("tracking", {})
             config: MlflowConfig = replace(self._config, **{key: own[key] for key in OF_A_TRIAL if key in own})
-            Delivery(config, folder, within=self).deliver()
+            Delivery(config, folder, within=self, is_over=True, tell=self.tell_once).deliver()
 
     def _tie(self, trial: Mapping[str, Any], folder: Path) -> None:
         """Nest a trial's run under the sweep's, and say in its tags which trial it is and what became of it."""
-        done, number = _tracking(folder), str(trial["number"])
-        if done.get("uri") != self.uri or not done.get("run_id"):
+        done, number = self._tracking(folder), str(trial["number"])
+        if not self._is_here(done) or not done or not done.get("run_id"):
             return
         said = {"run_id": done["run_id"], "state": read_status(folder).get("state")}
         known = self._done.get("trials", {})
@@ -155,12 +223,34 @@ class SweepDelivery(FolderDelivery):
         )
         self._remember(trials=known | {number: said})
 
+    @staticmethod
+    def _tracking(folder: Path) -> dict[str, Any] | None:
+        """Return what a trial's tracking.json says; None where there is none, and nothing where it is damaged."""
+        try:
+            return read_tracking(folder)
+        except FileNotFoundError:
+            return None
+        except DamagedFileError:
+            return {"uri": "", "run_id": None}
 
-def _tracking(folder: Path) -> dict[str, Any]:
-    file = folder / "tracking.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    def _is_here(self, done: Mapping[str, Any] | None) -> bool:
+        """Return whether a trial's run is in the same store."""
+        return done is not None and without_credentials(done["uri"]) == self.uri
+
+
+def sweep_tracking(folder: Path) -> dict[str, Any]:
+    """Return the tracker's configuration of a sweep's trials, as it is stored; empty where there is no trial."""
+    for line in read_lines(folder / "trials.jsonl"):
+        found = line.content.get("config", {}).get("tracking")
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _read_trials(folder: Path, name: str) -> list[Line]:
+    return read_lines(folder / name, lambda line, _: check_keys(line, TRIAL_KEYS))
 
 
 def _cell(value: Any) -> Any:
-    """Give what a cell of a table shows: a text in place of what has parts."""
+    """Return what a cell of a table shows: a text in place of what has parts."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from src.config.schema import MlflowConfig, TrackingConfig
 from src.tracking.console import Console
-from src.tracking.mirror import Mirror
+from src.tracking.mirror import AT_THE_END, Mirror
 from src.tracking.mlflow_sweep import SweepDelivery
 
 
@@ -35,12 +36,15 @@ def open_sweep_tracking(config: TrackingConfig, folder: Path, console: Console) 
 
     What sweep.json says when the block is left is how the sweep ended.
     """
-    mirror = Mirror(SweepDelivery(config, folder)) if isinstance(config, MlflowConfig) else None
+    mirror = None
+    if isinstance(config, MlflowConfig):
+        mirror = Mirror(SweepDelivery(config, folder, tell=console.warn), tell=console.warn)
     try:
         yield SweepTracker(mirror)
     finally:
-        if mirror and (undelivered := mirror.close()):
+        if mirror and (undelivered := mirror.close(AT_THE_END, console.working)):
             console.warn(
                 f"MLflow at {mirror.uri}: {undelivered}.\n"
-                f"Everything is in {folder}; to deliver it later, give the same command again"
+                f"Everything is in {folder}; to deliver it later, give the same command again, or "
+                f"make sync run={shlex.quote(str(folder))}"
             )

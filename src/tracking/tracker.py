@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from src.config.frozen import config_hash
+from src.config.frozen import config_hash, read_status
 from src.config.schema import MlflowConfig, TrackingConfig, greater_is_better
 from src.tracking.console import Console
 from src.tracking.journal import RunFolder, Start, hold, open_run_folder
-from src.tracking.mlflow_mirror import MlflowMirror
+from src.tracking.mirror import AT_THE_END, TO_THE_END, WHEN_STOPPED
+from src.tracking.mlflow_mirror import MlflowMirror, tracked_before
+from src.tracking.mlflow_store import TRACKING
 
 UNSHOWN = ("best/", "tokens/")
 """Metrics that summary.json has and the table at the end of a run leaves out."""
@@ -236,10 +240,14 @@ def open_tracking(
     Raises:
         RunFolderError: where the folder holds another run, or one that is not to be gone on with.
     """
+    former = tracked_before(run_dir)
     with open_run_folder(run_dir, frozen, config_hash(frozen), start) as folder:
-        waits = (run_dir / "tracking.json").exists()
-        mirror = MlflowMirror(config, run_dir, waits=waits) if isinstance(config, MlflowConfig) else None
-        if mirror:
+        mirror = None
+        if isinstance(config, MlflowConfig):
+            is_known = os.path.lexists(run_dir / TRACKING)
+            waits = is_known or (run_dir / "metrics.jsonl").exists()  # until it is known which lines stay
+            replaced = None if is_known else former
+            mirror = MlflowMirror(config, run_dir, waits=waits, former=replaced, tell=console.warn)
             folder.at_end.append(lambda: _close(mirror, folder, console))
         tracker = Tracker(folder, console, mirror)
         tracker.warn(folder.warnings)
@@ -247,25 +255,36 @@ def open_tracking(
 
 
 def _close(mirror: MlflowMirror, folder: RunFolder, console: Console) -> None:
-    if undelivered := mirror.close():
+    is_stopped = read_status(folder.path).get("state") == "PREEMPTED"
+    if undelivered := mirror.close(WHEN_STOPPED if is_stopped else AT_THE_END, console.working):
         console.warn(
             f"MLflow at {mirror.uri}: {undelivered}.\n"
-            f"Everything is in {folder.path}; to deliver it later, start the same command with "
-            f"hydra.run.dir={folder.path}"
+            f"Everything is in {folder.path}; to deliver it later: {how_to_deliver(folder.path)}, or the same command "
+            f"with hydra.run.dir={folder.path}"
         )
     folder.set_status(tracker_run_id=mirror.run_id)
 
 
+def how_to_deliver(folder: Path) -> str:
+    """Return the command that brings MLflow what it lacks of a run or sweep."""
+    return f"make sync run={shlex.quote(str(folder))}"
+
+
 def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> None:
-    """Bring MLflow what it did not get of a run that is finished.
+    """Bring MLflow what it did not get of a run that is finished, and wait for it as long as calls succeed.
 
     Raises:
         RunFolderError: where another process is at it.
     """
-    if not isinstance(config, MlflowConfig) or not (run_dir / "tracking.json").exists():
+    if not isinstance(config, MlflowConfig):
+        return
+    if not os.path.lexists(run_dir / TRACKING) and not read_status(run_dir).get("tracker_run_id"):
+        return
+    if not os.access(run_dir, os.W_OK):
+        console.warn(f"{run_dir} can't be written to: whether MLflow has everything of it is not looked at")
         return
     with hold(run_dir):
-        mirror = MlflowMirror(config, run_dir)
+        mirror = MlflowMirror(config, run_dir, is_over=True, tell=console.warn)
         mirror.poke()
-        if undelivered := mirror.close():
-            console.warn(f"MLflow at {config.uri}: {undelivered}")
+        if undelivered := mirror.close(TO_THE_END, console.working):
+            console.warn(f"MLflow at {mirror.uri}: {undelivered}; to try again: {how_to_deliver(run_dir)}")

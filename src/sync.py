@@ -1,0 +1,234 @@
+"""Bring MLflow what it lacks of runs and sweeps: `python -m src.sync run=DIR KEY=VALUE …`.
+
+DIR is the folder of a run or a sweep, of one that finished, failed, was stopped or killed: anything that no process is
+at. run=[A,B] takes several, as does run=… given again. A sweep is brought with all its trials.
+
+Each folder's own config.yaml says which tracker; a secret that was not stored in it comes from the environment. Keys:
+  tracking.uri=…              another store; what of the folder is not there is delivered anew
+  tracking.experiment_name=…  where a new run begins, if the folder has none in the store that can be written to
+
+What a store has is looked at first, so a store that was emptied or restored from a copy gets what it lacks, and nothing
+twice. It waits as long as calls succeed; Ctrl-C ends it, and the same command goes on from there.
+
+Exit code 0 where all is delivered, 1 where something is left (it is said what, and why), 2 where something is yours to
+mend.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src import secrets
+from src.config.compose import COMMAND_LINE, CommandLine, read_command_line
+from src.config.files import unusable
+from src.config.frozen import CONFIG, STATUS, read_config
+from src.config.problems import Problem, refuse
+from src.config.rules import tracker_can_be_reached_by_some_scheme
+from src.config.schema import MlflowConfig
+from src.errors import DamagedFileError, Interrupted, RunFolderError, TowlineError
+from src.records import Types, check_keys
+from src.runtime.collector import rest_while_importing
+
+if TYPE_CHECKING:
+    from src.tracking.console import Console
+    from src.tracking.mlflow_store import FolderDelivery
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "1")
+
+SWEEP = "sweep.json"
+KEYS = ("tracking.uri", "tracking.experiment_name")
+TRACKER_KEYS: dict[str, Types] = {
+    **dict.fromkeys(("uri", "experiment_name", "run_name"), str),
+    "tags": dict,
+    "log_model": bool,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder, and where it is delivered to."""
+
+    folder: Path
+    is_sweep: bool
+    config: MlflowConfig
+
+
+def sync(source: Source, console: Console) -> tuple[int, str]:
+    """Deliver what is missing of a folder; return the exit code, and the signal that ended it or ''.
+
+    Raises:
+        RunFolderError: where a process is at the folder, or it can't be written to.
+    """
+    from src.tracking.journal import hold
+    from src.tracking.mirror import TO_THE_END, Mirror
+
+    with hold(source.folder):
+        delivery = _delivery(source, console)
+        console.label("sync", f"{source.folder} → MLflow, {delivery.uri}")
+        mirror = Mirror(delivery)
+        left = mirror.close(TO_THE_END, console.working)
+        if left:
+            console.warn(f"{source.folder}: {left}. The same command goes on from there")
+            return 1, mirror.ended_by
+        console.label("delivered", f"{delivery.progress}, as run {delivery.run_id}")
+        return 0, mirror.ended_by
+
+
+def _delivery(source: Source, console: Console) -> FolderDelivery:
+    from src.tracking.mlflow_mirror import Delivery
+    from src.tracking.mlflow_sweep import SweepDelivery
+
+    kind = SweepDelivery if source.is_sweep else Delivery
+    return kind(source.config, source.folder, is_over=True, tell=console.warn)
+
+
+def admit_sync(argv: Sequence[str]) -> list[Source]:
+    """Check a command line; return what is to be delivered where.
+
+    Raises:
+        ConfigError: with all problems together.
+    """
+    line = read_command_line(argv)
+    problems = [*line.problems, *_unread(line)]
+    folders = list(_folders(line))
+    if not folders:
+        problems.append(Problem("run", "needs a value: the folder of a run or a sweep", has_value=False))
+    sources = []
+    for folder in folders:
+        try:
+            sources.append(_source(folder, line))
+        except _Refused as reason:
+            problems += reason.problems
+    if problems:
+        raise refuse(problems)
+    return sources
+
+
+class _Refused(Exception):
+    """A folder that can't be delivered."""
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__()
+        self.problems = problems
+
+
+def _unread(line: CommandLine) -> Iterator[Problem]:
+    for flag in line.argv:
+        if flag.startswith("-"):
+            yield Problem(flag, "python -m src.sync takes KEY=VALUE, and --help", has_value=False)
+    for override in line.overrides:
+        key = override.key_or_group
+        if key not in ("run", *KEYS):
+            yield Problem(key, f"not read here; there are run, {' and '.join(KEYS)}", has_value=False)
+
+
+def _folders(line: CommandLine) -> Iterator[Path]:
+    """Yield the folders that run=… names, each once."""
+    given: list[str] = []
+    for override in line.overrides:
+        if override.key_or_group == "run":
+            value = override.value()
+            given += map(str, value) if isinstance(value, list) else _split(str(value or ""))
+    yield from dict.fromkeys(Path(one) for one in given if one)
+
+
+def _split(text: str) -> list[str]:
+    """Return the folders of a list that came as a text, as from `make sync run=[A,B]`."""
+    if text.startswith("[") and text.endswith("]") and not unusable(text) and not Path(text).exists():
+        return [one.strip().strip("\"'") for one in text[1:-1].split(",")]
+    return [text]
+
+
+def _source(folder: Path, line: CommandLine) -> Source:
+    """Return a folder with its tracker.
+
+    Raises:
+        _Refused: where it is no run's or sweep's, or has no tracker that can be used.
+    """
+    if reason := unusable(str(folder)):
+        raise _Refused(Problem("run", reason, str(folder), True, COMMAND_LINE))
+    is_sweep = os.path.lexists(folder / SWEEP)
+    if not is_sweep and not os.path.lexists(folder / STATUS):
+        reason = f"no folder of a run or a sweep: it has neither {STATUS} nor {SWEEP}"
+        raise _Refused(Problem("run", reason, str(folder), True, COMMAND_LINE))
+    try:
+        stored = _stored(folder, is_sweep)
+    except FileNotFoundError as error:
+        raise _Refused(Problem("run", f"{CONFIG} is missing in it", str(folder), True, COMMAND_LINE)) from error
+    except DamagedFileError as error:
+        raise _Refused(Problem("run", str(error), str(folder), True, COMMAND_LINE)) from error
+    given = {key.partition(".")[2]: str(value) for key in KEYS if (value := line.value_of(key)) is not None}
+    if stored.get("type") != "mlflow" and "uri" not in given:
+        reason = "it has no tracker (tracking=none); to deliver it nevertheless give tracking.uri=…"
+        raise _Refused(Problem("run", reason, str(folder), True, COMMAND_LINE))
+    missing: list[tuple[str, str]] = []
+    tracking = secrets.reveal({"tracking": stored | given}, missing)["tracking"]
+    if missing:
+        where = str(folder / CONFIG)
+        raise _Refused(*(Problem(key, reason, has_value=False, where=where) for key, reason in missing))
+    try:
+        check_keys(tracking, TRACKER_KEYS)
+    except ValueError as error:
+        raise _Refused(Problem("tracking", str(error), has_value=False, where=str(folder / CONFIG))) from error
+    config = MlflowConfig("mlflow", **{key: tracking[key] for key in TRACKER_KEYS})
+    if problems := list(tracker_can_be_reached_by_some_scheme(config)):
+        raise _Refused(*problems)
+    return Source(folder, is_sweep, config)
+
+
+def _stored(folder: Path, is_sweep: bool) -> dict[str, Any]:
+    """Return a folder's tracker as it is stored, with what one needs that has none.
+
+    Raises:
+        FileNotFoundError, DamagedFileError: where its configuration can't be read.
+    """
+    if is_sweep:
+        from src.tracking.mlflow_sweep import sweep_tracking
+
+        found: Any = sweep_tracking(folder)
+        name = folder.name
+    else:
+        sections = read_config(folder)
+        found, name = sections.get("tracking"), str(sections.get("name") or folder.name)
+    own = {"experiment_name": "towline", "run_name": name, "tags": {}, "log_model": False}
+    return own | (found if isinstance(found, dict) else {})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the command line as a whole, then deliver; every way it can end becomes an exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    code = 0
+    try:
+        sources = admit_sync(arguments)
+        from src.tracking.console import Console
+
+        console = Console()
+        for source in sources:
+            try:
+                ended, by = sync(source, console)
+            except RunFolderError as error:
+                print(error, file=sys.stderr)
+                ended, by = error.exit_code, ""
+            code = max(code, ended)
+            if by:
+                break
+    except TowlineError as error:
+        print(secrets.clean(str(error)), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nStopped by Ctrl-C. The same command goes on.", file=sys.stderr)
+        return Interrupted.exit_code
+    return code
+
+
+if __name__ == "__main__":
+    rest_while_importing()
+    sys.exit(main())

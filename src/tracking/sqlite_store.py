@@ -1,0 +1,260 @@
+"""A SQLite file as MLflow's store: made whole before anybody sees it, and looked at before MLflow opens it.
+
+MLflow migrates a fresh file in place, in some sixty steps that no transaction holds together: a process that dies in
+them leaves a file that MLflow can never open again. So a fresh store is made beside its place, under a lock, and
+renamed. A file that is there is looked at first; MLflow would migrate it in place too, or wait minutes for a lock.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from filelock import FileLock, Timeout
+
+from src.tracking.mlflow_errors import StoreError
+
+OPENING_SECONDS = 5.0
+"""How long a store may take to open; not counted while it is being made."""
+LOCKED_SECONDS = 2.0
+"""How long to wait for another process that writes to the file."""
+COMPANIONS = ("-journal", "-wal", "-shm")
+"""Files that SQLite keeps beside a database; one that belongs to another database would destroy this one."""
+BROKEN_OFF = "_alembic_tmp_"
+"""What the tables are called that a migration copies to."""
+
+AWAY = "or move it away: what MLflow lacks is then delivered to a new one"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a file holds."""
+
+    is_empty: bool = False
+    fault: str = ""
+    """Why MLflow can't open it; '' where it can."""
+    remedy: str = ""
+    must_stay: bool = True
+    """Whether it may hold what somebody wants; else it may be made anew."""
+
+
+class SqliteStore:
+    """The file of a SQLite URI.
+
+    Args:
+        tell: is told what was done to a file that could not be used.
+    """
+
+    def __init__(self, uri: str, tell: Callable[[str], None]) -> None:
+        from sqlalchemy.engine import make_url
+
+        self._url = make_url(uri)
+        dialect = self._url.get_dialect()()
+        (name, *_), options = dialect.create_connect_args(self._url)
+        self._is_file_uri = bool(options.get("uri"))
+        if self._is_file_uri and name.startswith("file:"):
+            name = unquote(name.removeprefix("file:").partition("?")[0])
+        self.is_file = name not in ("", ":memory:") and "mode=memory" not in uri
+        self.file = Path(name).absolute()
+        self._part = self.file.with_name(f".{self.file.name}.part")
+        self._tell = tell
+        self._seen: tuple[int, int] | None = None
+
+    def open(self) -> bool:
+        """Have the file be a whole store that can be written to; one that is not there is made.
+
+        Returns: whether it is another file than at the last call.
+
+        Raises:
+            StoreError: naming the file, what is wrong with it and what to do.
+        """
+        if not self.is_file:
+            return False
+        try:
+            found = self._look()
+            if found.is_empty or found.fault:
+                self._mend()
+            self._try_to_write()
+            status = self.file.stat()
+        except OSError as error:
+            raise StoreError(f"{error.filename or self.file} can't be used: {error.strerror}") from error
+        before, self._seen = self._seen, (status.st_dev, status.st_ino)
+        return before not in (None, self._seen)
+
+    def is_being_made(self) -> bool:
+        """Return whether this or another process is making the file, and comes on with it."""
+        return any(self._changed_ago(file) < OPENING_SECONDS for file in (self._part, _beside(self._part, "-journal")))
+
+    def _mend(self) -> None:
+        """Make a file that is not there or empty, or was never made whole and holds no runs."""
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - takes seconds, in which others would wait
+
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            found = self._look_until_quiet()
+            if not found.is_empty and not found.fault:
+                return  # another process was faster
+            if found.fault and found.must_stay:
+                raise StoreError(f"{self.file} {found.fault}. {found.remedy}")
+            kept = self._move_away("half-made" if found.fault else "leftover")
+            self._make()
+            if found.fault:
+                self._tell(f"{self.file} {found.fault}, and it held no runs: it was made anew. The old one is {kept}")
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Hold the store against other processes that would make it."""
+        lock = FileLock(f"{self.file}.lock")
+        waiting_since = time.monotonic()
+        while True:
+            try:
+                lock.acquire(timeout=0.2)
+                break
+            except Timeout as error:
+                if self.is_being_made():
+                    waiting_since = time.monotonic()
+                elif time.monotonic() - waiting_since > OPENING_SECONDS:
+                    held = f"{self.file}.lock is held by another process, which makes no store"
+                    raise StoreError(held, is_lasting=False) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _look_until_quiet(self) -> _Found:
+        """Look at the file; one that can't be used is looked at again until nobody has changed it for a while."""
+        while True:
+            found = self._look()
+            files = (self.file, *(_beside(self.file, name) for name in COMPANIONS))
+            if not found.fault or min(map(self._changed_ago, files)) > OPENING_SECONDS:
+                return found
+            time.sleep(0.2)
+
+    def _look(self) -> _Found:
+        """Return what the file holds.
+
+        Raises:
+            StoreError: where it is no SQLite database that can be read.
+        """
+        try:
+            mode = self.file.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return _Found(is_empty=True)
+        elsewhere = "Move it away, or give another tracking.uri"
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "no plain file"
+            raise StoreError(f"{self.file} is {kind}, not a SQLite database. {elsewhere}")
+        try:
+            with closing(self._connect()) as database:
+                return self._inspect(database)
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise self._locked() from error
+            raise StoreError(f"{self.file} can't be opened: {error}. {elsewhere}") from error
+        except sqlite3.DatabaseError as error:
+            raise StoreError(f"{self.file} is damaged, or no SQLite database: {error}. {elsewhere}") from error
+
+    def _inspect(self, database: sqlite3.Connection) -> _Found:
+        """Return what a database holds that can be read."""
+        found = database.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
+        tables = {name for (name,) in found}
+        if not tables:
+            return _Found(is_empty=True)
+        broken_off = sorted(name for name in tables if name.startswith(BROKEN_OFF))
+        foreign = {name for name in tables if not name.startswith("alembic_")}
+        if foreign and not broken_off and not tables & {"experiments", "runs"}:
+            some = ", ".join(sorted(foreign)[:3])
+            raise StoreError(f"{self.file} holds tables of something else ({some}): give MLflow a file of its own")
+        with_runs = [table for table in ("runs", f"{BROKEN_OFF}runs") if table in tables]
+        must_stay = any(database.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in with_runs)
+        if broken_off:
+            fault = f"is a store whose migration was broken off (it has a table {broken_off[0]})"
+            return _Found(fault=fault, remedy=f"Restore it from a copy, {AWAY}", must_stay=must_stay)
+        versions = database.execute("SELECT version_num FROM alembic_version") if "alembic_version" in tables else []
+        for (version,) in versions:
+            uri = self._url.render_as_string()
+            return _compare_version(str(version), uri, must_stay=must_stay)
+        fault = "is a store that was never made whole (it has no version)"
+        return _Found(fault=fault, remedy=f"Restore it from a copy, {AWAY}", must_stay=must_stay)
+
+    def _try_to_write(self) -> None:
+        """Raise a StoreError where another process has the file locked, or it can't be written."""
+        try:
+            with closing(self._connect()) as database:
+                database.execute("BEGIN IMMEDIATE")
+                database.execute("ROLLBACK")
+        except sqlite3.DatabaseError as error:
+            if "locked" in str(error):
+                raise self._locked() from error
+            raise StoreError(f"{self.file} can't be written: {error}") from error
+
+    def _locked(self) -> StoreError:
+        return StoreError(f"{self.file} is locked by another process", is_lasting=False)
+
+    def _connect(self) -> sqlite3.Connection:
+        uri = f"file:{quote(str(self.file))}?mode=rw"
+        return sqlite3.connect(uri, uri=True, timeout=LOCKED_SECONDS, isolation_level=None)
+
+    def _make(self) -> None:
+        """Make a store beside, with all its tables, and rename it."""
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        for left in (self._part, *(_beside(self._part, name) for name in COMPANIONS)):
+            left.unlink(missing_ok=True)  # of a process that died
+        self._part.touch()
+        database = f"file:{quote(str(self._part))}" if self._is_file_uri else str(self._part)
+        url = self._url.set(database=database).render_as_string(hide_password=False)
+        SqlAlchemyStore(url, (self.file.parent / "mlartifacts").as_uri()).engine.dispose()
+        with open(self._part, "rb") as made:
+            os.fsync(made.fileno())
+        os.replace(self._part, self.file)
+
+    def _move_away(self, what: str) -> Path | None:
+        """Rename the file and its companions, if there are any; return the file's new name."""
+        names = [name for name in ("", *COMPANIONS) if _beside(self.file, name).exists()]
+        if not names:
+            return None
+        kept, number = _beside(self.file, f".{what}"), 2
+        while any(_beside(kept, name).exists() for name in ("", *COMPANIONS)):
+            kept, number = _beside(self.file, f".{what}-{number}"), number + 1
+        for name in names:
+            os.replace(_beside(self.file, name), _beside(kept, name))
+        return kept
+
+    @staticmethod
+    def _changed_ago(file: Path) -> float:
+        """Return how many seconds ago a file was changed; inf where there is none."""
+        try:
+            return max(0.0, time.time() - file.stat().st_mtime)
+        except OSError:
+            return float("inf")
+
+
+def _compare_version(version: str, uri: str, *, must_stay: bool) -> _Found:
+    """Return what it means for this MLflow that a store has a version."""
+    import mlflow
+    from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
+
+    known = ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
+    if version == known.get_current_head():
+        return _Found()
+    try:
+        known.get_revision(version)
+    except CommandError:
+        fault = f"is a store of a newer MLflow than {mlflow.__version__} (version {version})"
+        return _Found(fault=fault, remedy="Install that MLflow, or give another tracking.uri")
+    fault = f"is a store of an older MLflow than {mlflow.__version__} (version {version})"
+    remedy = f"Make a copy and run `mlflow db upgrade '{uri}'`, {AWAY}"
+    return _Found(fault=fault, remedy=remedy, must_stay=must_stay)
+
+
+def _beside(file: Path, ending: str) -> Path:
+    return file.with_name(file.name + ending)
