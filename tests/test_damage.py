@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from src.checkpoint.manifest import problems_of
 from src.config.frozen import config_hash, read_config
+from src.config.gate import admit, admit_prediction
 from src.config.trust import is_signed, signature
-from src.errors import DamagedFileError
+from src.errors import ConfigError, DamagedFileError
 from src.records import Digest, begins_with, read_json, read_lines, read_yaml
-from src.tracking.journal import LOCK
+from src.run import guarded
+from src.tracking.journal import LOCK, read_growing
+from tests.conftest import admitted, towline
 from tests.conftest import read_lines as lines_of
-from tests.conftest import towline
 from tests.test_resume import Fate, Killed, start
 
 RUN = (
@@ -116,8 +120,6 @@ LINES = (
 
 @pytest.mark.parametrize("line", LINES)
 def test_a_line_that_is_none_of_metrics_is_told(tmp_path: Path, line: str) -> None:
-    from src.tracking.journal import read_growing
-
     whole = [json.dumps({"step": step, "train/loss": 0.5}) + "\n" for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(whole) + line + '\n{"step": 4}\n{"step": 5, "tr')
     with pytest.raises(DamagedFileError, match="line 3"):
@@ -283,16 +285,11 @@ def test_code_of_a_checkpoint_runs_on_this_users_word_only(tmp_path: Path, monke
 def test_a_folder_from_elsewhere_switches_nothing_on(
     finished: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from src.config.gate import admit, admit_prediction
-    from src.errors import ConfigError
-
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     text = (folder / "config.yaml").read_text().replace("trust_remote_code: false", "trust_remote_code: true")
     (folder / "config.yaml").write_text(text)
     (start,) = lines_of(folder / "starts.jsonl")
-    import yaml
-
     start["config_hash"] = config_hash(yaml.safe_load(text))
     (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
     ask: Callable[..., Any] = admit if command == "src.run" else admit_prediction
@@ -303,3 +300,61 @@ def test_a_folder_from_elsewhere_switches_nothing_on(
     start["signature"] = signature(folder, yaml.safe_load(text))
     (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
     assert ask(given)
+
+
+class Meanwhile(Fate):
+    """Does something to the run when it first asks whether to stop in training."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        super().__init__()
+        self.do = do
+
+    def check(self) -> None:
+        super().check()
+        if self.seen == 12:
+            self.do()
+
+
+def ends_with(folder: Path, do: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run, do something to it meanwhile, and return what it said at last; its exit code is 1."""
+    assert guarded(admitted(f"hydra.run.dir={folder}", *RUN), Meanwhile(do)) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_a_folder_that_is_moved_away_ends_the_run_and_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    said = ends_with(folder, lambda: folder.rename(moved), capsys)
+    assert f"{folder} is not there any more" in said
+    assert not folder.exists()
+    assert 3 in saved(moved)
+    assert go_on(moved).returncode == 0
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EFBIG])
+def test_an_error_of_the_system_says_what_is_safe_and_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, finished: Path
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patched:
+
+        def refuse(*_: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        said = ends_with(folder, lambda: patched.setattr(os, "replace", refuse), capsys)
+    assert os.strerror(number) in said
+    assert f"Step 3 is saved: make resume run={folder}" in said
+    assert go_on(folder).returncode == 0
+    assert numbers(folder) == numbers(finished)
+
+
+def test_a_finished_run_where_nothing_may_be_written_is_left_as_it_is(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: not mode & os.W_OK)
+    assert guarded(admitted(f"hydra.run.dir={finished}", *RUN), Fate()) == 0
+    with pytest.raises(ConfigError, match="no permission"):
+        admitted(f"hydra.run.dir={finished}", *RUN, "force=true")
