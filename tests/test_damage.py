@@ -20,6 +20,8 @@ from src.config.trust import is_signed, signature
 from src.errors import ConfigError, DamagedFileError
 from src.records import Digest, begins_with, read_json, read_lines, read_yaml
 from src.run import guarded
+from src.sweep.record import Record
+from src.sweep.trial import trial_of
 from src.tracking.journal import LOCK, read_growing
 from tests.conftest import admitted, towline
 from tests.conftest import read_lines as lines_of
@@ -358,3 +360,55 @@ def test_a_finished_run_where_nothing_may_be_written_is_left_as_it_is(
     assert guarded(admitted(f"hydra.run.dir={finished}", *RUN), Fate()) == 0
     with pytest.raises(ConfigError, match="no permission"):
         admitted(f"hydra.run.dir={finished}", *RUN, "force=true")
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Record:
+    """Return the folder of a sweep of two trials."""
+    record = Record(tmp_path / "sweep")
+    record.folder.mkdir()
+    frozen = admitted("data.limit=8").frozen
+    trials = [trial_of(n, n, (f"seed={n}",), frozen | {"seed": n}, "setting") for n in (0, 1)]
+    record.write_trials(trials)
+    content = dict.fromkeys(("name", "id", "state", "started", "updated"), "x")
+    history = [{"trial": 0, "value": 1.0, "best": 1.0, "elapsed_seconds": 0.1}]
+    more = {"space": {}, "sweep": {}, "counts": {}, "history": history, "elapsed_seconds": 1.0}
+    record.write(content | more)
+    assert record.read()["history"] == history
+    assert record.trials() == trials
+    return record
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"history": [3]}', "{\x00}"])
+def test_a_sweeps_file_is_told_by_name(sweep: Record, text: str) -> None:
+    file = sweep.folder / "sweep.json"
+    file.write_text(text)
+    with pytest.raises(DamagedFileError, match=r"sweep\.json is damaged.*force=true"):
+        sweep.read()
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("1.0", "7.0"), ('"seed": 1', '"seed": 2'), ('"config"', '"konfig"'), ("{", "[")]
+)
+def test_a_trial_whose_configuration_changed_is_not_trained(sweep: Record, before: str, after: str) -> None:
+    file = sweep.folder / "trials.jsonl"
+    first, second = file.read_text().splitlines(keepends=True)
+    assert before in second
+    file.write_text(first + second.replace(before, after))
+    with pytest.raises(DamagedFileError, match=r"trials\.jsonl is damaged: line 2"):
+        sweep.trials()
+    file.write_text(first + second[:-9])  # torn
+    assert [trial.number for trial in sweep.trials()] == [0]
+
+
+def test_a_trial_with_damaged_files_has_failed_by_name(sweep: Record) -> None:
+    folder = sweep.run_dir(0)
+    folder.mkdir()
+    (folder / "status.json").write_text("{")
+    standing = sweep.standing(0, "eval/validation/loss")
+    assert (standing.state, "status.json is damaged" in standing.cause) == ("FAILED", True)
+    (folder / "status.json").write_text('{"state": "FINISHED", "step": 3}')
+    (folder / "summary.json").write_text("[1]")
+    standing = sweep.standing(0, "eval/validation/loss")
+    assert (standing.state, "summary.json is damaged" in standing.cause) == ("FAILED", True)
