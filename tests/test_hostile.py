@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
 from jinja2 import TemplateError
 from markdown_it import MarkdownIt
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import chat_template_utils
 
 from src import patterns, templates
@@ -17,10 +25,12 @@ from src.config.schema import Metric
 from src.data.chat_render import render
 from src.data.dataset import build_data
 from src.data.formats import BadRow
-from src.errors import ConfigError, DataError, LimitError, report, visible
+from src.errors import ConfigError, DataError, LimitError, ModelError, report, visible
 from src.evaluation.metrics import scores
 from src.inspection.drawing import Paint
 from src.markdown import code, fenced, inline, table
+from src.model.adapters import with_adapter
+from src.model.build import build_model
 from src.model.card import model_card
 from src.patterns import Pattern
 from src.sweep import leaderboard
@@ -310,3 +320,128 @@ def test_a_template_without_end_is_told_by_row(always: bool, short_time: None, t
     place = f"{re.escape(file)}:{1 if always else 2}"
     with pytest.raises(DataError, match=rf"^{place}: the chat template of .*, line 2, does not come to an end"):
         build_data(config, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint with three layers."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = AutoConfig.from_pretrained("assets/tiny_llama")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for file in Path("assets/tiny_llama").glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def changed(checkpoint: Path, folder: Path, settings: dict[str, Any], change: Change) -> str:
+    """Write a checkpoint with other settings and weights; return its place."""
+    shutil.copytree(checkpoint, folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def spoil(name: str, value: float) -> Change:
+    def change(weights: dict[str, Any]) -> None:
+        weights[name].view(-1)[5] = value
+
+    return change
+
+
+def add(name: str) -> Change:
+    return lambda weights: weights.update({name: torch.zeros(3)})
+
+
+def nothing(_: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "told"),
+    [
+        ({"num_hidden_layers": -1}, nothing, r"describes no model: num_hidden_layers = -1"),
+        ({"num_hidden_layers": 0}, nothing, r"describes no model: num_hidden_layers = 0"),
+        ({"num_hidden_layers": 10**7}, nothing, r"num_hidden_layers = 10000000 \(at most"),
+        ({"vocab_size": -3}, nothing, r"describes no model: vocab_size = -3"),
+        ({"num_hidden_layers": 2}, nothing, r"has 9 weights \(model\.layers\.2\.\w+.* no place"),
+        ({"num_hidden_layers": 4}, nothing, r"lacks 9 weights \(model\.layers\.3\..* at random"),
+        ({"intermediate_size": 32}, nothing, r"has 9 weights \(.*\[128, 384\], \[128, 32\] in config.json"),
+        (
+            {},
+            spoil("model.layers.1.mlp.up_proj.weight", math.nan),
+            r"1 weight \(model\.layers\.1\.mlp\.up_proj\.weight\)",
+        ),
+        ({}, spoil("model.norm.weight", -math.inf), r"1 weight \(model\.norm\.weight\) with values that are NaN"),
+        ({}, lambda weights: weights.pop("model.norm.weight"), r"lacks 1 weight \(model\.norm\.weight\)"),
+        (
+            {},
+            add("model.layers.0.self_attn.q_proj.bias"),
+            r"has 1 weight \(model\.layers\.0\.self_attn\.q_proj\.bias\)",
+        ),
+        ({}, add("model.layers.0.mlp.\x1b[2J"), r"has 1 weight \(model\.layers\.0\.mlp\.\\x1b\[2J\)"),
+    ],
+)
+def test_weights_that_are_not_the_models_are_its_checkpoints_fault(
+    settings: dict[str, Any], change: Change, told: str, checkpoint: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = changed(checkpoint, tmp_path / "model", settings, change)
+    config = admitted(f"model.checkpoint={folder}", "model.weights=pretrained").config
+    with pytest.raises(ModelError, match=told):
+        build_model(config, torch.device("cpu"))
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_parts_of_another_kind_of_model_are_left_out_with_a_warning(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(weights: dict[str, Any]) -> None:
+        weights |= {name: torch.zeros(3) for name in ("v_head.weight", "model.vision.weight")}
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(16)  # older transformers wrote it
+
+    folder = changed(checkpoint, tmp_path / "model", {}, change)
+    config = admitted(f"model.checkpoint={folder}", "model.weights=pretrained").config
+    build_model(config, torch.device("cpu"))
+    told = capsys.readouterr().err
+    assert re.search(r"warning: .* has 2 weights \(model\.vision\.weight, v_head\.weight\) of parts .* left out", told)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_weights_that_are_not_finite_are_told_of_quantised_ones_too(
+    quantization: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = changed(checkpoint, tmp_path / "model", {}, spoil(name, math.nan))
+    given = [f"model.checkpoint={folder}", "model.weights=pretrained", f"quantization={quantization}", "adapter=lora"]
+    with pytest.raises(ModelError, match=rf"1 weight \({re.escape(name)}\)"):
+        build_model(admitted(*given).config, torch.device("cpu"))
+
+
+def test_an_adapter_whose_weights_are_not_its_own_is_told(tmp_path: Path) -> None:
+    def base() -> Any:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("assets/tiny_llama"))
+
+    peft.get_peft_model(base(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with_adapter(base(), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = load_file(file)
+    name = next(iter(whole))
+    cases = {
+        r"values that are NaN": whole | {name: whole[name] * math.nan},
+        r"lacks 1 weight": {key: tensor for key, tensor in whole.items() if key != name},
+        r"no place for": whole | {"base_model.model.lm_head.lora_A.weight": torch.zeros(2)},
+    }
+    for told, weights in cases.items():
+        save_file(weights, file, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=told):
+            with_adapter(base(), tmp_path)
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ModelError, match=r"^the adapter in .* can't be read"):
+        with_adapter(base(), tmp_path)

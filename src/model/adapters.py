@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,6 +22,7 @@ from torch.nn import functional
 from src.config.schema import AdapterConfig, LoraConfig, ModelConfig
 from src.errors import ModelError, one_line
 from src.model.embeddings import tied_as_it_is
+from src.model.weights import check_finite, check_names
 from src.model.whole import whole_models
 from src.runtime.sharding import gathered
 
@@ -65,6 +67,7 @@ class Adapter:
         shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
         if shapes != {name: tuple(tensor.shape) for name, tensor in self.state().items()}:
             raise ModelError(f"the adapter in {folder} is of another form than adapter=… and tokens=… make here")
+        check_finite(f"the adapter in {folder}", saved.items())
         set_peft_model_state_dict(self.peft_model, saved)
 
     def state(self) -> dict[str, Tensor]:
@@ -124,16 +127,25 @@ def with_adapter(base: Any, folder: Path) -> Any:
     """Put a saved adapter into its base, which has room for the new tokens, and give the model.
 
     Raises:
-        ModelError: where it does not fit.
+        ModelError: where it does not fit, lacks a weight or has one too many, or one that is not finite.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
+    what = f"the adapter in {folder}"
     try:
-        with quiet(), tied_as_it_is(base):
-            return PeftModel.from_pretrained(base, folder).get_base_model()
+        with quiet(), tied_as_it_is(base), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are told below
+            loaded = PeftModel.from_pretrained(base, folder)
+        saved = load_file(folder / "adapter_model.safetensors")
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"the adapter in {folder} does not fit its base: {one_line(error)}") from error
+        raise ModelError(f"{what} does not fit its base: {one_line(error)}") from error
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{what} can't be read: {one_line(error)}") from error
+    names = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
+    check_names(what, missing=names - saved.keys(), left_over=saved.keys() - names)
+    check_finite(what, saved.items())
+    return loaded.get_base_model()
 
 
 def add_adapter(

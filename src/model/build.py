@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +25,10 @@ from src.config.schema import (
     RunConfig,
     Weights,
 )
-from src.errors import ModelError, listed, one_line
+from src.errors import ModelError, one_line, report
 from src.model.adapters import check_adapter
 from src.model.quantization import check_quantisable, keep_gradients, quantization_settings
+from src.model.weights import check_loaded, check_sizes
 from src.model.whole import whole_models
 from src.runtime.sharding import whole_shape
 
@@ -116,7 +119,7 @@ def load_architecture(config: ModelConfig) -> Any:
     """Load a checkpoint's configuration, without weights.
 
     Raises:
-        ModelError: where there is none, or it is of another type than `model.type` says.
+        ModelError: where there is none, it describes no model, or one of another type than `model.type` says.
     """
     try:
         architecture = AutoConfig.from_pretrained(config.checkpoint, **_where(config))
@@ -125,6 +128,7 @@ def load_architecture(config: ModelConfig) -> Any:
             reason = "brings Python code of its own; model.trust_remote_code=true runs it"
             raise ModelError(f"{config.checkpoint} {reason}") from error
         raise ModelError(f"{config.checkpoint}: no model configuration there: {one_line(error)}") from error
+    check_sizes(config.checkpoint, architecture)
     found = ModelType.encoder_decoder if architecture.is_encoder_decoder else ModelType.causal_lm
     if found is not config.type:
         raise ModelError(f"{config.checkpoint} is of the type {found.value}; model.type is {config.type.value}")
@@ -142,7 +146,7 @@ def empty_model(config: ModelConfig) -> Any:
             return _auto(config).from_config(
                 architecture, trust_remote_code=config.trust_remote_code, **_dtype(config), **attention
             )
-    except (ValueError, ImportError, TypeError) as error:
+    except Exception as error:  # as many as there are models
         raise ModelError(f"{config.checkpoint} can't be built as asked: {one_line(error)}") from error
 
 
@@ -175,7 +179,9 @@ def _count(parameter: nn.Parameter) -> int:
 
 
 def load_weights(config: ModelConfig, architecture: Any, checkpoint: str, **settings: Any) -> Any:
-    """Load the weights of a checkpoint, each of which must be there, or draw them at random.
+    """Load the weights of a checkpoint, or draw them at random.
+
+    All of the model's must be there, and be finite; a warning names parts of the checkpoint that it has no use for.
 
     Args:
         checkpoint: a hub id or a folder.
@@ -189,21 +195,37 @@ def load_weights(config: ModelConfig, architecture: Any, checkpoint: str, **sett
             return _auto(config).from_config(
                 architecture, trust_remote_code=config.trust_remote_code, **_dtype(config), **attention
             )
-        model, loaded = _auto(config).from_pretrained(
-            checkpoint,
-            use_safetensors=config.use_safetensors or None,
-            output_loading_info=True,
-            **({"dtype": "auto"} | _dtype(config)),
-            **attention,
-            **_where(config),
-            **settings,
-        )
+        with _without_report():
+            model, loaded = _auto(config).from_pretrained(
+                checkpoint,
+                use_safetensors=config.use_safetensors or None,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below
+                **({"dtype": "auto"} | _dtype(config)),
+                **attention,
+                **_where(config),
+                **settings,
+            )
     except Exception as error:  # the libraries raise many kinds
         raise ModelError(f"{checkpoint} can't be loaded as {config.type.value}: {one_line(error)}") from error
-    lacking = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in loaded[kind]]
-    if lacking:
-        raise ModelError(f"{checkpoint} lacks weights of its model, they would start at random:\n{listed(lacking)}")
+    for warning in check_loaded(checkpoint, model, loaded):
+        report(f"warning: {warning}")
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers' own table of weights that do not fit off the terminal in this block: names stand raw in it."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def know_weight_names() -> None:

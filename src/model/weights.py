@@ -1,0 +1,159 @@
+"""Whether the weights of a checkpoint are those of its model, and finite: told as its fault, before training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.errors import ModelError, visible
+
+MOST_LAYERS = 10_000
+"""More are no model but a slip: only naming their weights would take minutes."""
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "vocab_size",
+    "encoder_layers",
+    "decoder_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "num_heads",
+)
+"""Settings of a model that are positive numbers, by the names that transformers has for them."""
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def check_sizes(checkpoint: str, architecture: Any) -> None:
+    """See that a configuration describes a model that there can be.
+
+    Raises:
+        ModelError: naming the settings of its config.json that can't be.
+    """
+    text = architecture.get_text_config()
+    sizes = {name: getattr(text, name, None) for name in SIZES}
+    wrong = [f"{name} = {size}" for name, size in sizes.items() if isinstance(size, int) and size < 1]
+    wrong += [
+        f"{name} = {size} (at most {MOST_LAYERS:,})"
+        for name, size in sizes.items()
+        if name.endswith("layers") and isinstance(size, int) and size > MOST_LAYERS
+    ]
+    if wrong:
+        raise ModelError(f"{checkpoint}: its config.json describes no model: {', '.join(wrong)}")
+
+
+def check_loaded(checkpoint: str, model: nn.Module, found: Mapping[str, Any]) -> list[str]:
+    """See that each weight of a model came from its checkpoint, and each of the checkpoint's has a place in the model.
+
+    Args:
+        found: what transformers says of loading: `missing_keys`, `unexpected_keys`, and `mismatched_keys`, each of
+            these with the shapes in the checkpoint and in the model.
+    Returns:
+        warnings: of whole parts that only models of another kind have, such as the head of a reward model.
+    Raises:
+        ModelError: naming the weights that are missing, left over, of another shape, or not finite.
+    """
+    if mismatched := found["mismatched_keys"]:
+        shapes = {name: f" {list(there)}, {list(wanted)} in config.json" for name, there, wanted in mismatched}
+        raise ModelError(f"{checkpoint} has {_weights(shapes, shapes)} of other shapes than its config.json says")
+    beside = {name for name in found["unexpected_keys"] if _is_beside(model, name)}
+    check_names(checkpoint, missing=found["missing_keys"], left_over=set(found["unexpected_keys"]) - beside)
+    check_finite(checkpoint, numbers(model))
+    if not beside:
+        return []
+    return [f"{checkpoint} has {_weights(beside)} of parts that this kind of model does not have; they are left out"]
+
+
+def check_names(checkpoint: str, *, missing: Collection[str], left_over: Collection[str]) -> None:
+    """Raise ModelError, naming the weights that a checkpoint lacks, and those that its model has no place for."""
+    faults = []
+    if missing:
+        faults.append(f"{checkpoint} lacks {_weights(missing)} of its model, which would start at random")
+    if left_over:
+        faults.append(
+            f"{checkpoint} has {_weights(left_over)} that its model has no place for: is its configuration another's?"
+        )
+    if faults:
+        raise ModelError("\n".join(faults))
+
+
+def check_finite(checkpoint: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """See that weights are finite, in one pass over them.
+
+    Raises:
+        ModelError: naming those that are not.
+    """
+    names, finite = [], []
+    for name, values in weights:
+        # of one byte are packed numbers, which have scales, and types that can't be compared
+        if values.is_meta or not values.is_floating_point() or values.element_size() == 1 or not values.numel():
+            continue
+        names.append(name)
+        finite.append(torch.stack(values.aminmax()).isfinite().all())  # both are nan where one value is
+    spoilt = dict.fromkeys(name for name, is_finite in zip(names, finite, strict=True) if not is_finite)
+    if spoilt:
+        raise ModelError(
+            f"{checkpoint} has {_weights(spoilt)} with values that are NaN or infinite; nothing learns there"
+        )
+
+
+def numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's weights by name; of those that are shared out this process's part, of quantised ones the scales.
+
+    A name may come more than once.
+    """
+    for name, parameter in model.named_parameters():
+        for values in (_share(parameter), *_scales(parameter)):
+            yield name, values
+
+
+def _share(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter's values in this process, under ZeRO-3 without the padding behind the last one's."""
+    share = getattr(parameter, "ds_tensor", None)
+    if share is None:
+        return parameter.detach()
+    begin = torch.distributed.get_rank() * share.numel()
+    return share.detach().flatten()[: max(0, parameter.ds_numel - begin)]  # type: ignore[attr-defined]
+
+
+def _scales(parameter: nn.Parameter) -> list[Tensor]:
+    """Return the scales that bitsandbytes keeps of quantised values: not finite where one of these was not."""
+    state = getattr(parameter, "quant_state", None)
+    nested = getattr(state, "state2", None)
+    scales = [getattr(parameter, "SCB", None), getattr(state, "absmax", None)]
+    scales += [getattr(nested, "absmax", None), getattr(state, "offset", None)]
+    return [scale for scale in scales if isinstance(scale, Tensor)]
+
+
+def _is_beside(model: nn.Module, name: str) -> bool:
+    """Return whether a name belongs to a part beside all that the model has, rather than inside one of its parts."""
+    trunk = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    return all(_deepest(module, name) in (model, trunk) for module in (model, trunk))
+
+
+def _deepest(module: nn.Module, name: str) -> nn.Module:
+    for part in name.split(".")[:-1]:
+        child = module._modules.get(part)
+        if child is None:
+            break
+        module = child
+    return module
+
+
+def _weights(names: Iterable[str], notes: Mapping[str, str] | None = None, most: int = 3) -> str:
+    """Count weights and name the first, those of all layers in one."""
+    notes = notes or {}
+    kinds: dict[str, str] = {}
+    count = 0
+    for name in sorted(names):
+        count += 1
+        kinds.setdefault(_NUMBER.sub("*", name), name)
+    shown = [visible(name, is_line=True) + notes.get(name, "") for name in list(kinds.values())[:most]]
+    more = ", …" if count > len(shown) else ""
+    return f"{count:,} weight{'' if count == 1 else 's'} ({', '.join(shown)}{more})"
