@@ -175,7 +175,7 @@ def train_and_export(
                 "facts": now,
                 "comparable_from": comparable_from,
                 "best": checkpoints.best_evaluations,
-                "journal": tracking.journal,
+                "journal": tracking.journal_before(state.step),
                 "untrained": untrained,
                 "tracker_run_id": tracking.tracker_run_id,
             }

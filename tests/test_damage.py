@@ -22,7 +22,7 @@ from src.records import Digest, begins_with, read_json, read_lines, read_yaml
 from src.run import guarded
 from src.sweep.record import Record
 from src.sweep.trial import trial_of
-from src.tracking.journal import LOCK, read_growing
+from src.tracking.journal import LOCK, RunFolder, read_growing
 from tests.conftest import admitted, towline
 from tests.conftest import read_lines as lines_of
 from tests.test_resume import Fate, Killed, start
@@ -260,6 +260,19 @@ def test_a_digest_is_of_a_beginning(tmp_path: Path) -> None:
     assert not begins_with(b"one\n", digest.as_dict())
     assert not begins_with(b"one\ntwO\nthree\n", digest.as_dict())
     assert read_lines(tmp_path / "none.jsonl") == []
+
+
+def test_lines_of_a_step_that_may_be_done_again_are_not_counted_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "hash")
+    folder.cut("samples.jsonl", 0)
+    sizes = []
+    for step in (1, 3, 3):
+        folder.append("samples.jsonl", {"step": step, "prompt": "", "text": ""})
+        sizes.append((tmp_path / "samples.jsonl").stat().st_size)
+    counted = [folder.journal_before(step)["samples.jsonl"]["num_bytes"] for step in (3, 4)]
+    assert counted == [sizes[0], sizes[2]]
+    folder.cut("samples.jsonl", 3)
+    assert [folder.journal_before(step)["samples.jsonl"]["num_bytes"] for step in (3, 4)] == counted
 
 
 TRUSTING: dict[str, Any] = {

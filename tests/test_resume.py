@@ -32,8 +32,8 @@ SHORT = (
 SIXTY = (
     *SHORT,
     "training.max_train_steps=60",
-    "training.per_device_train_batch_size=3",
-    "training.gradient_accumulation_steps=4",
+    "training.per_device_train_batch_size=2",
+    "training.gradient_accumulation_steps=2",
     "training.logging_steps=7",
     "evaluation.eval_steps=11",
     "evaluation.sample_steps=25",
@@ -113,9 +113,9 @@ def test_sixty_steps_with_stops_equal_sixty_steps_straight(
     fates = [
         Fate(5),  # in the second step's window
         Fate(3, dead=True),  # nothing came of this start
-        Fate(52, dead=True),
-        Fate(39),
-        Fate(47),
+        Fate(30, dead=True),
+        Fate(23),
+        Fate(27),
         Fate(1),  # at once
     ]
     broken(tmp_path / "broken", overrides, fates)

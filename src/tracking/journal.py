@@ -87,8 +87,25 @@ class Start:
     is_own: bool = True
     force: bool = False
     journal: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What the files that grow began with when the checkpoint was saved, see RunFolder.journal."""
+    """What the files that grow began with when the checkpoint was saved, see RunFolder.journal_before."""
     allow_changed: bool = False
+
+
+class _Growing:
+    """What a file that grows has got: all of it, and without the lines of its last step, which may be done again."""
+
+    def __init__(self) -> None:
+        self.digest = Digest()
+        self._last_step = -1
+        self._without_last = self.digest.as_dict()
+
+    def add(self, step: int, raw: bytes) -> None:
+        if step > self._last_step:
+            self._last_step, self._without_last = step, self.digest.as_dict()
+        self.digest.add(raw)
+
+    def before(self, step: int) -> dict[str, Any]:
+        return self._without_last if step <= self._last_step else self.digest.as_dict()
 
 
 class RunFolder:
@@ -103,7 +120,7 @@ class RunFolder:
         """How many steps there will be; None as long as that is not known."""
         self._config_hash = config_hash
         self._status: dict[str, Any] = {}
-        self._digests: dict[str, Digest] = {}
+        self._growing: dict[str, _Growing] = {}
         self.at_end: list[Callable[[], None]] = []
         """Called once status.json says how the run ended, while the folder is still held."""
 
@@ -116,19 +133,18 @@ class RunFolder:
         raw = (json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n").encode()
         with open(self.path / name, "ab") as file:
             file.write(raw)
-        if name in self._digests:
-            self._digests[name].add(raw)
+        if name in self._growing:
+            self._growing[name].add(line["step"], raw)
 
-    @property
-    def journal(self) -> dict[str, dict[str, Any]]:
-        """Size and checksum of the files that grow, as they are now; empty before `cut` has looked at them."""
-        return {name: digest.as_dict() for name, digest in self._digests.items()}
+    def journal_before(self, step: int) -> dict[str, dict[str, Any]]:
+        """Return size and checksum of what the files that grow have of the steps before; nothing before a `cut`."""
+        return {name: file.before(step) for name, file in self._growing.items()}
 
     def set_status(self, **changes: Any) -> None:
         """Change what status.json says."""
         known = {} if self.num_steps is None else {"num_steps": self.num_steps}
-        journal = {"journal": self.journal} if self._digests else {}
-        self._status |= changes | {"step": self.step, **known, "updated": now(), **journal}
+        journal = {"journal": {name: file.digest.as_dict() for name, file in self._growing.items()}}
+        self._status |= changes | {"step": self.step, **known, "updated": now(), **(journal if self._growing else {})}
         self.write_json(STATUS, self._status)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
@@ -146,7 +162,9 @@ class RunFolder:
         raw = b"".join(line.raw for line in kept)
         if (self.path / name).exists():
             write_atomically(self.path / name, raw.decode())
-        self._digests[name] = Digest(raw)
+        self._growing[name] = _Growing()
+        for line in kept:
+            self._growing[name].add(line.content["step"], line.raw)
         return [line.content for line in kept], [line.content for line in lines[len(kept) :]]
 
     def sync(self) -> None:

@@ -73,10 +73,9 @@ class Tracker:
         """Have all that was logged be on the disk when this returns."""
         self._folder.sync()
 
-    @property
-    def journal(self) -> dict[str, dict[str, Any]]:
-        """Size and checksum of the files that grow, by which a damaged one is noticed."""
-        return self._folder.journal
+    def journal_before(self, step: int) -> dict[str, dict[str, Any]]:
+        """Return size and checksum of what was logged of the steps before, by which a damaged journal is noticed."""
+        return self._folder.journal_before(step)
 
     @property
     def latest(self) -> dict[str, float]:
@@ -129,6 +128,7 @@ class Tracker:
             self._note({name: value for name, value in line.items() if name != "step" and value is not None})
         self._started -= self._last.get("perf/elapsed_seconds", 0.0)
         self._folder.step = step
+        self._folder.set_status()  # before lines come again: what it says of the journals must not be older than they
         return kept
 
     @contextmanager
@@ -187,8 +187,7 @@ class Bystander(Tracker):
     def __init__(self, console: Console) -> None:
         self.console = console
 
-    @property
-    def journal(self) -> dict[str, dict[str, Any]]:
+    def journal_before(self, step: int) -> dict[str, dict[str, Any]]:
         return {}
 
     @property
