@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -12,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pyarrow as pa
 import pytest
 import torch
 from jinja2 import TemplateError
 from markdown_it import MarkdownIt
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import chat_template_utils
 
 from src import patterns, templates
 from src.config.schema import Metric
+from src.data import readers
 from src.data.chat_render import render
 from src.data.dataset import build_data
 from src.data.formats import BadRow
@@ -445,3 +449,83 @@ def test_an_adapter_whose_weights_are_not_its_own_is_told(tmp_path: Path) -> Non
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ModelError, match=r"^the adapter in .* can't be read"):
         with_adapter(base(), tmp_path)
+
+
+def test_json_is_read_alike_in_pieces_of_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    texts = [
+        '[{"a": "x\\n\\u00e9 한", "b": [1, 2.5e1, true, null]},\n {"a": 1},{}]\n', "[]", " [ ] ", "[1, 22, -3.5]",
+        '[{"a": 1}',
+        '[{"a": 1} {"a": 2}]', '[{"a": 1},]', '[{"a": tru}]', '[{"a": "x}]', '[{"a": 1}]]', '[{"a": 1},\n{"a" 2}]', "{",
+        '[{"a": NaN}, {"a": -Infinity}]', '[{"a": 1, "a": 2}, {"b": "\\ud800"}]', "[[[1]], {}]", '["x", true]', "x", "",
+        '[{"a": "' + "é" * 50 + '"}, 3', "[" * 3000,
+    ]  # fmt: skip
+    contents = [text.encode() for text in texts]
+    contents += [
+        b'[{"a": "\xc3"}]',
+        b'[{"a": 1},\n {"a": "\xff"}]',
+        b'[{"a": 1}, \0]',
+        b'\xef\xbb\xbf[{"a": 1}]',
+        b"[\xc3",
+    ]
+    for number, content in enumerate(contents):
+        file = tmp_path / f"{number}.json"
+        file.write_bytes(content)
+        whole = list(readers.read_file(str(file)))
+        numbered = [row for row in whole if row.number is not None]
+        for size in (1, 2, 3, 7, 64):
+            monkeypatch.setattr(readers, "JSON_CHUNK_BYTES", size)
+            pieces = list(readers.read_file(str(file)))
+            assert pieces[-1:] == whole[-1:]
+            assert [row for row in pieces if row.number is not None][: len(numbered)] == numbered
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("zeros.jsonl", b"\0", ":1 longer than 64 MiB"),
+        ("letters.txt", b"a", ":1 longer than 64 MiB"),
+        ("newlines.jsonl", b"\n", r":\d+ more than 4 MiB without a row"),
+        ("newlines.csv", b"\n", r":\d+ more than 4 MiB without a row"),
+        ("spaces.json", b" ", "more than 4 MiB without a row"),
+        ("string.json", b'[{"a": "a', ":1 longer than 64 MiB"),
+        ("lists.json", b"[", ":1 nested too deep"),
+    ],
+)
+def test_a_small_file_that_unpacks_to_gigabytes_is_refused_by_its_line(
+    name: str, content: bytes, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 2**12)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 2**16)
+    monkeypatch.setattr(readers, "MAX_BLANK_BYTES", 2**16)
+    file = tmp_path / f"{name}.gz"
+    begin = content[:-1] if name == "string.json" else b""
+    with gzip.open(file, "wb", compresslevel=1) as out:
+        out.write(begin + content[-1:] * 2**18)
+    (row,) = readers.read_file(str(file))
+    assert isinstance(row, readers.Unreadable)
+    assert re.match(f"{re.escape(str(file))}{told}", f"{row.place}{'' if row.number is None else ' '}{row.reason}")
+
+
+def test_a_table_of_one_gigantic_value_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = str(tmp_path / "rows.parquet")
+    parquet.write_table(pa.table({"prompt": ["a", "b" * 2**20]}), file, row_group_size=1, use_dictionary=False)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 2**16)
+    good, bad = readers.read_file(file)
+    assert isinstance(good, readers.Record)
+    assert (bad.place, str(bad.reason).split(",")[0]) == (f"{file}:2", "longer than 64 MiB")  # type: ignore[union-attr]
+
+
+def test_rows_that_repeat_a_large_value_are_read_a_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = str(tmp_path / "rows.parquet")
+    parquet.write_table(pa.table({"prompt": ["b" * 1000] * 100, "n": range(100)}), file, compression="zstd")
+    group = parquet.ParquetFile(file).metadata.row_group(0)
+    assert readers._rows_at_once(group, 1) == readers.PARQUET_BATCH_ROWS
+    monkeypatch.setattr(readers, "PARQUET_BATCH_BYTES", 10_000)
+    assert readers._rows_at_once(group, 1) == 10_000 // group.column(0).total_uncompressed_size
+    rows = list(readers.read_file(file))
+    assert [(row.number, row.fields["n"]) for row in rows if isinstance(row, readers.Record)] == [
+        (n + 1, n) for n in range(100)
+    ]

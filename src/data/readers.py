@@ -1,10 +1,11 @@
 """How each kind of file becomes rows. What can't be read is told in its place; nothing is skipped or mended.
 
-Rows are read one after the other, so memory does not grow with the file, but for a .json list: that is read whole.
+Rows are read one after the other, so memory does not grow with the file, however much a compressed one unpacks to.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -25,7 +26,16 @@ from src.errors import one_line, visible
 MAX_ROW_BYTES = 4 * 2**20
 """A longer row is refused: more likely a file without line ends, or a quote that nobody closed."""
 
+MAX_LINE_BYTES = 64 * 2**20
+"""Nothing is read behind a longer line, or a longer row of a .json list."""
+
+MAX_BLANK_BYTES = 4 * 2**20
+"""Nothing is read behind more lines without a row, or more white space."""
+
+JSON_CHUNK_BYTES = 2**20
 PARQUET_BATCH_ROWS = 1000
+PARQUET_BATCH_BYTES = 2**30
+"""What a batch of rows may unpack to at most."""
 PARQUET_BUFFER_BYTES = 2**20
 GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
@@ -102,6 +112,8 @@ _DISGUISES = {
     b"version https://git-lfs.": "a Git LFS pointer, not the data; `git lfs pull` fetches that",
 }
 _TOO_LONG = f"longer than {MAX_ROW_BYTES // 2**20} MiB; is this really one row?"
+_ENDLESS = f"longer than {MAX_LINE_BYTES // 2**20} MiB, so nothing behind it is read; is this really one row?"
+_BLANK_FILE = f"more than {MAX_BLANK_BYTES // 2**20} MiB without a row, so nothing behind it is read"
 
 
 @contextmanager
@@ -134,14 +146,21 @@ def _lines(file: str) -> Iterator[tuple[int, str, str]]:
     Where something is wrong the text is only good for telling where a record ends; of a line too long it is ''.
     """
     with _opened(file) as stream:
-        number = 0
+        number = blank = 0
         try:
             while line := stream.readline(MAX_ROW_BYTES + 2):  # 2 for the line end
                 number += 1
                 fault = ""
+                blank = blank + len(line) if line.isspace() else 0
+                if blank > MAX_BLANK_BYTES:
+                    raise _FileEnds(number, _BLANK_FILE)
                 if len(line) > MAX_ROW_BYTES and len(line.rstrip(b"\r\n")) > MAX_ROW_BYTES:
+                    length = len(line)
                     while line and not line.endswith(b"\n"):
                         line = stream.readline(MAX_ROW_BYTES)
+                        length += len(line)
+                        if length > MAX_LINE_BYTES:
+                            raise _FileEnds(number, _ENDLESS)
                     yield number, "", _TOO_LONG
                     continue
                 if b"\0" in line:
@@ -167,12 +186,12 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
-def _nul(content: bytes) -> str:
-    return f"a NUL byte (byte {content.index(0) + 1}): not a text"
+def _nul(content: bytes, before: int = 0) -> str:
+    return f"a NUL byte (byte {before + content.index(0) + 1}): not a text"
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8 (byte {error.start + 1}): 0x{error.object[error.start]:02x}"
+def _not_utf8(error: UnicodeDecodeError, before: int = 0) -> str:
+    return f"not UTF-8 (byte {before + error.start + 1}): 0x{error.object[error.start]:02x}"
 
 
 # Plain text
@@ -272,11 +291,11 @@ def _not_json(error: json.JSONDecodeError) -> str:
 
 
 def _json(file: str) -> Iterator[Row]:
-    """Yield the rows of a list, which is read whole, or of JSON Lines where the file begins with an object."""
+    """Yield the rows of a list, or of JSON Lines where the file begins with an object."""
     with _opened(file) as stream:
         head = stream.peek(4096).removeprefix(_BOM).lstrip()
         if not head.startswith(b"{"):
-            yield from _json_list(file, _whole_text(stream))
+            yield from _json_list(file, _JsonText(stream))
             return
     rows = _json_lines(file)
     first = next(rows)
@@ -286,45 +305,118 @@ def _json(file: str) -> Iterator[Row]:
     yield from rows
 
 
-def _whole_text(stream: BufferedReader | gzip.GzipFile) -> str:
-    try:
-        content = stream.read()
-    except GZIP_ERRORS as error:
-        raise _FileEnds(None, _gzip_damage(error, begun=True)) from error
-    if content.startswith(_BOM):
-        raise _FileEnds(None, _BOM_FOUND)
-    if 0 in content:
-        raise _FileEnds(None, _nul(content))
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise _FileEnds(None, f"{_not_utf8(error)}, in line {line}") from error
+class _JsonText:
+    """The text of a file, of which only what is being parsed is in memory: `text` from `position` on.
 
+    Raises:
+        _FileEnds: from each method, where the file can't be read on.
+    """
 
-def _json_list(file: str, text: str) -> Iterator[Row]:
-    position = _past_blanks(text, 0)
-    if position == len(text):
-        return
-    if text[position] != "[":
-        raise _FileEnds(None, _LIST_NEEDED)
-    position = _past_blanks(text, position + 1)
-    number = 0
-    while number or text[position : position + 1] != "]":
-        number += 1
+    def __init__(self, stream: BufferedReader | gzip.GzipFile) -> None:
+        self._stream = stream
+        self._waiting = b""  # the beginning of a character
+        self._bytes = self._lines = 0  # before those that wait
+        self._line, self._column = 1, 0  # where the text begins
+        self.text, self.position, self.is_whole = "", 0, False
+
+    def read_on(self) -> None:
+        """Let go of the text before the position, and read at least as much as is left."""
+        passed = self.text[: self.position]
+        if (newlines := passed.count("\n")) > 0:
+            self._line, self._column = self._line + newlines, len(passed) - passed.rindex("\n") - 1
+        else:
+            self._column += len(passed)
+        left, self.position = self.text[self.position :], 0
+        if len(left) > MAX_LINE_BYTES:
+            raise _FileEnds(None, _ENDLESS)
         try:
-            row, position = _list_row(file, number, text, position)
-            yield row
-            position = _past_blanks(text, position)
-            if text[position : position + 1] == "]":
+            chunk = self._stream.read(max(JSON_CHUNK_BYTES, len(left)))
+        except GZIP_ERRORS as error:
+            raise _FileEnds(None, _gzip_damage(error, begun=True)) from error
+        self.is_whole = not chunk
+        self.text = left + self._decoded(self._waiting + chunk)
+
+    def _decoded(self, content: bytes) -> str:
+        if not self._bytes and content.startswith(_BOM):
+            raise _FileEnds(None, _BOM_FOUND)
+        if 0 in content:
+            raise _FileEnds(None, _nul(content, self._bytes))
+        try:
+            text, used = codecs.utf_8_decode(content, "strict", self.is_whole)
+        except UnicodeDecodeError as error:
+            line = self._lines + content.count(b"\n", 0, error.start) + 1
+            raise _FileEnds(None, f"{_not_utf8(error, self._bytes)}, in line {line}") from error
+        self._waiting = content[used:]
+        self._bytes += used
+        self._lines += text.count("\n")
+        return text
+
+    def skip_blanks(self) -> str:
+        """Move behind white space; return the character there, '' at the end of the file."""
+        skipped = 0
+        while True:
+            blanks = _skip_blanks(self.text, self.position)
+            assert blanks is not None
+            skipped += blanks.end() - self.position
+            self.position = blanks.end()
+            if self.position < len(self.text) or self.is_whole:
+                return self.text[self.position : self.position + 1]
+            if skipped > MAX_BLANK_BYTES:
+                raise _FileEnds(None, _BLANK_FILE)
+            self.read_on()
+
+    def row(self, file: str, number: int) -> Row:
+        """Parse the row that begins here, and move behind it.
+
+        Raises:
+            JSONDecodeError: where it is not JSON.
+        """
+        while True:
+            try:
+                row, end = _list_row(file, number, self.text, self.position)
+            except json.JSONDecodeError as error:
+                if self.is_whole or not _is_cut(error):
+                    raise
+            else:
+                if end < len(self.text) or self.is_whole:
+                    self.position = end
+                    return row
+            self.read_on()
+
+    def place(self, error: json.JSONDecodeError) -> str:
+        """Say where in the file an error is."""
+        column = error.colno + (self._column if error.lineno == 1 else 0)
+        return f"line {self._line + error.lineno - 1}, column {column}"
+
+
+def _is_cut(error: json.JSONDecodeError) -> bool:
+    """Return whether a text may only be no JSON because it ends too early, within a string or a word."""
+    return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - len("-Infinity")
+
+
+def _json_list(file: str, text: _JsonText) -> Iterator[Row]:
+    if not (first := text.skip_blanks()):
+        return
+    if first != "[":
+        raise _FileEnds(None, _LIST_NEEDED)
+    text.position += 1
+    number, following = 0, text.skip_blanks()
+    try:
+        while number or following != "]":
+            number += 1
+            yield text.row(file, number)
+            if (following := text.skip_blanks()) == "]":
                 break
-            if text[position : position + 1] != ",":
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-            position = _past_blanks(text, position + 1)
-        except json.JSONDecodeError as error:
-            reason = f"{_not_json(error)}, line {error.lineno}, column {error.colno}"
-            raise _FileEnds(number, reason) from error
-    if _past_blanks(text, position + 1) < len(text):
+            if following != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text.text, text.position)
+            text.position += 1
+            text.skip_blanks()
+    except json.JSONDecodeError as error:
+        raise _FileEnds(number, f"{_not_json(error)}, {text.place(error)}") from error
+    except _FileEnds as end:
+        raise _FileEnds(number if end.reason in (_ENDLESS, _BLANK_FILE) else end.number, end.reason) from end
+    text.position += 1
+    if text.skip_blanks():
         raise _FileEnds(number or None, "something stands behind the end of the list")
 
 
@@ -339,12 +431,6 @@ def _list_row(file: str, number: int, text: str, start: int) -> tuple[Row, int]:
     if (end - start) * 4 > MAX_ROW_BYTES and _text_bytes(fields) > MAX_ROW_BYTES:
         return Unreadable(file, number, _TOO_LONG), end
     return Record(fields, file, number), end
-
-
-def _past_blanks(text: str, position: int) -> int:
-    blanks = _skip_blanks(text, position)
-    assert blanks is not None
-    return blanks.end()
 
 
 def _text_bytes(value: Any) -> int:
@@ -451,12 +537,33 @@ def _parquet(file: str) -> Iterator[Row]:
         ) as table:
             if again := _twice(table.schema_arrow.names):
                 raise _FileEnds(None, f"two columns are called {again}")
-            for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
-                for row in _parquet_rows(batch, file, number):
-                    number += 1
-                    yield row
+            for i in range(table.num_row_groups):
+                rows = _rows_at_once(table.metadata.row_group(i), number + 1)
+                for batch in table.iter_batches(batch_size=rows, row_groups=[i]):
+                    for row in _parquet_rows(batch, file, number):
+                        number += 1
+                        yield row
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise _FileEnds(number + 1 if number else None, f"not Parquet, or damaged: {one_line(error)}") from error
+
+
+def _rows_at_once(group: Any, first: int) -> int:
+    """Return how many rows of a group are read together, so that they fit into memory whatever is in them.
+
+    What is stored once may stand in every row (a dictionary), so a row may be as large as all that a column stores.
+
+    Args:
+        first: the number of the group's first row.
+    Raises:
+        _FileEnds: where its rows can't be read in any number.
+    """
+    most = 1
+    for column in map(group.column, range(group.num_columns)):
+        size, count = column.total_uncompressed_size, max(1, column.num_values)
+        if size / count > MAX_LINE_BYTES:
+            raise _FileEnds(first, _ENDLESS)
+        most = max(most, size if column.has_dictionary_page else size // count)
+    return max(1, min(PARQUET_BATCH_ROWS, PARQUET_BATCH_BYTES // most))
 
 
 def _parquet_rows(batch: Any, file: str, before: int) -> Iterator[Row]:
