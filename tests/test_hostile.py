@@ -25,7 +25,7 @@ from transformers.utils import chat_template_utils
 
 from src import patterns, templates
 from src.config.schema import Metric
-from src.data import readers
+from src.data import cache, readers
 from src.data.chat_render import render
 from src.data.dataset import build_data
 from src.data.formats import BadRow
@@ -529,3 +529,23 @@ def test_rows_that_repeat_a_large_value_are_read_a_few_at_a_time(
     assert [(row.number, row.fields["n"]) for row in rows if isinstance(row, readers.Record)] == [
         (n + 1, n) for n in range(100)
     ]
+
+
+def test_prepared_rows_leave_room_on_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "c" * 100}] * 2000)
+    given = [
+        "data=prompt_completion",
+        f"data.train_files=[{file}]",
+        "tokens=none",
+        f"data.cache_dir={tmp_path / 'rows'}",
+    ]
+    config = admitted(*given).config
+    tokenizer, _ = load_tokenizer(config.model, config.tokens)
+    monkeypatch.setattr(cache, "ROOM_BYTES", 2**17)
+    free = shutil.disk_usage(tmp_path)._replace(total=2**40, free=2**28)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(DataError, match=r"no space left for prepared rows .* data\.limit"):
+        build_data(config, tokenizer)
+    assert not list((tmp_path / "rows").glob("*.tmp"))
+    few = admitted(*given, "data.limit=100").config
+    assert len(build_data(few, tokenizer).train) == 100

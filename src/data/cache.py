@@ -29,6 +29,10 @@ from src.errors import DataError
 
 MOST_TOLD = 10  # rows that an error names
 
+MOST_KEPT_FREE, SHARE_KEPT_FREE = 512 * 2**20, 0.05
+"""What prepared rows leave free: so many bytes, or this share of a small disk. The first ROOM_BYTES may take it."""
+ROOM_BYTES = 64 * 2**20
+
 Tell = Callable[[str], None]
 """Is told how far long work is."""
 
@@ -98,23 +102,42 @@ class RowCache:
         try:
             writer = RowWriter(unfinished)
             with without_cycles():
-                account = write_rows(name, prepared(source.records(), recipe, self._num_workers), writer, self._tell)
+                chunks = self._within_the_disk(prepared(source.records(), recipe, self._num_workers))
+                account = write_rows(name, chunks, writer, self._tell)
             if source.fingerprint() != identity:
                 raise DataError(f"{source.name} changed while being read; start again when it is whole")
             writer.close(account)
             os.rename(unfinished, entry)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DataError(
-                    f"no space left for prepared rows in {self._folder}: make room (make clean-cache removes those of "
-                    "earlier runs), or give another folder with data.cache_dir=DIR"
-                ) from error
+                raise self._no_space() from error
             raise
         finally:
             if writer is not None:
                 writer.abort()
             shutil.rmtree(unfinished, ignore_errors=True)
         return Part.open(entry, verify=False)
+
+    def _within_the_disk(self, chunks: Iterable[Prepared]) -> Iterator[Prepared]:
+        """Yield the chunks while there is room for them and something left for others.
+
+        Raises:
+            DataError: where there is not.
+        """
+        written = 0
+        for chunk in chunks:
+            written += chunk.rows.nbytes
+            if written > ROOM_BYTES:
+                disk = shutil.disk_usage(self._folder)
+                if disk.free < min(MOST_KEPT_FREE, SHARE_KEPT_FREE * disk.total):
+                    raise self._no_space()
+            yield chunk
+
+    def _no_space(self) -> DataError:
+        return DataError(
+            f"no space left for prepared rows in {self._folder}: make room (make clean-cache removes those of earlier "
+            "runs), give another folder with data.cache_dir=DIR, or take fewer rows with data.limit"
+        )
 
 
 def write_rows(name: str, chunks: Iterable[Prepared], writer: RowWriter, tell: Tell) -> Account:
