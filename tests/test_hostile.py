@@ -549,3 +549,10 @@ def test_prepared_rows_leave_room_on_the_disk(monkeypatch: pytest.MonkeyPatch, t
     assert not list((tmp_path / "rows").glob("*.tmp"))
     few = admitted(*given, "data.limit=100").config
     assert len(build_data(few, tokenizer).train) == 100
+
+
+def test_names_of_keys_stay_one_line(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "completion": "c", "a\r\n\x1b[2J b": 1}]
+    config = admitted("data=prompt_completion", f"data.train_files=[{write_lines(tmp_path / 'r.jsonl', rows)}]").config
+    data = build_data(config, load_tokenizer(config.model, config.tokens)[0])
+    assert data.reports["train"].unread_keys == {"a\\x0d\\n\\x1b[2J b": 1}

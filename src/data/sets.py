@@ -169,7 +169,7 @@ class EncodedSet:
             if texts.null_count == len(texts):
                 continue
             for text, count, row in zip(texts.to_pylist(), times.tolist(), range(len(texts)), strict=True):
-                for line in text.splitlines() if text and count else ():
+                for line in text.split("\n") if text and count else ():
                     counts[line] = counts.get(line, 0) + count
                     if len(seen := places.setdefault(line, [])) < 3:
                         source, number = (chunk.batch.column(name)[row].as_py() for name in ("source", "number"))

@@ -18,6 +18,7 @@ import pyarrow as pa
 from src.data.encoding import EncodedRow
 from src.data.examples import Example
 from src.data.readers import Record
+from src.errors import visible
 
 ROWS, ACCOUNT = "rows.arrow", "account.json"
 BATCH_ROWS = 1000
@@ -88,7 +89,7 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
         "reference": [None if e.reference == e.completion else e.reference for e in examples],
         "learned": [None if (text := e.learned) == e.completion else text for e in examples],
         "changes": ["\n".join(example.changes) or None for example in examples],
-        "unread": ["\n".join(example.unread) or None for example in examples],
+        "unread": ["\n".join(visible(key, is_line=True) for key in example.unread) or None for example in examples],
     }
     return pa.record_batch(columns, schema=SCHEMA)
 
