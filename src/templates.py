@@ -57,7 +57,8 @@ class _Budget:
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.until = seconds, time.thread_time() + seconds
-        self.left, self.count = MAX_MADE, 0
+        self.left: float = MAX_MADE
+        self.count = 0
 
     def spend(self, size: int) -> None:
         """Count something that was made.
@@ -79,10 +80,14 @@ LARGE, LOOKS_EVERY = 2**16, 63
 """The clock is looked at after something so large, and now and then; LOOKS_EVERY is a power of two less one."""
 
 
+UNBOUNDED = _Budget(math.inf)
+UNBOUNDED.left = math.inf
+
+
 class _Rendering(threading.local):
     """The budget of the chat that a thread renders."""
 
-    budget = _Budget(math.inf)
+    budget = UNBOUNDED
 
 
 _rendering = _Rendering()
@@ -106,6 +111,8 @@ def render(tokenizer: Any, template: str, messages: list[dict[str, str]], *, add
         name, line = getattr(tokenizer, "name_or_path", "") or "the tokenizer", _line(error)
         reason = str(error) if isinstance(error, LimitError) else "needs more memory than there is"
         raise LimitError(f"the chat template of {name}{f', line {line},' if line else ''} {reason}") from None
+    finally:
+        _rendering.budget = UNBOUNDED  # whoever else renders in this thread has no part in it
 
 
 def _line(error: BaseException) -> int | None:

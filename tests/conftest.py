@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from src.config.frozen import config_hash
 from src.config.gate import Admitted, admit
 from src.sweep.workers import READY_FOR, WARM
 
@@ -114,6 +116,13 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> str:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(file)
+
+
+def write_config(folder: Path, frozen: dict[str, Any]) -> None:
+    """Have a run's folder be one that was begun with another configuration."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(frozen), encoding="utf-8")
+    starts = [line | {"config_hash": config_hash(frozen)} for line in read_lines(folder / "starts.jsonl")]
+    write_lines(folder / "starts.jsonl", starts)
 
 
 @pytest.fixture

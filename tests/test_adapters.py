@@ -364,7 +364,6 @@ TARGETS = [
     ("[q_proj,wrong]", r"adapter\.target_modules: wrong not found"),
     ("'.*attn.*query'", "not found"),
     ("q_proj", r"a list of names is written \[q_proj\]"),
-    ("'(q_proj'", "is no regular expression"),
 ]
 
 

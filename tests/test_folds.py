@@ -27,7 +27,7 @@ from src.errors import ConfigError, DataError
 from src.run import run as train
 from src.runtime.signals import StopRequest
 from src.tokens import load_tokenizer
-from tests.conftest import ROOT, admitted, write_lines
+from tests.conftest import ROOT, admitted, write_config, write_lines
 from tests.test_mixture import check_account, mixture, whole
 
 PATIENTS = ["a"] * 6 + ["b"] * 4 + ["c"] * 3 + ["d"] * 3 + ["e"] * 2 + ["f"] * 2
@@ -290,7 +290,7 @@ def test_a_run_says_which_fold_it_is_and_its_result_predicts(
     frozen = yaml.safe_load((run / "config.yaml").read_text())
     frozen["data"] |= {"streaming": True, "group_column": "gone"}
     shutil.copytree(run, tmp_path / "other")
-    (tmp_path / "other" / "config.yaml").write_text(yaml.safe_dump(frozen))
+    write_config(tmp_path / "other", frozen)
     assert admit_prediction([f"run={tmp_path / 'other'}", tests])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from src.checkpoint.manifest import Entry, Manifest, checksum
 from src.config.gate import admit, known_keys
 from src.errors import ConfigError
 from src.sweep.plan import plan_sweep
@@ -300,7 +301,10 @@ def test_a_run_goes_on_in_its_own_folder_as_it_last_was(tmp_path: Path) -> None:
     def saved(step: str, *overrides: str) -> None:
         state = {"config": admitted("seed=7", *overrides).frozen}
         (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
-        (run / "checkpoints" / f"step-{step}" / "state.json").write_text(json.dumps(state))
+        place = run / "checkpoints" / f"step-{step}"
+        (place / "state.json").write_text(json.dumps(state))
+        listed = {"state.json": Entry((place / "state.json").stat().st_size, checksum(place / "state.json"))}
+        (place / "manifest.json").write_text(Manifest(int(step), listed, is_save=True).text())
 
     assert admitted(*here).config.optimizer == first.config.optimizer  # before anything was saved
     saved("00000009", "optimizer.lr=0.125")

@@ -31,7 +31,7 @@ from src.run import run as train
 from src.runtime.signals import StopRequest
 from src.tokens import load_tokenizer
 from src.tracking.journal import hold
-from tests.conftest import ROOT, admitted, write_lines
+from tests.conftest import ROOT, admitted, write_config, write_lines
 
 LEARNED = [
     {"prompt": "ab" * (i % 5) + f"{i % 7}=", "completion": f"<ToW>{i % 7}</ToW>{'xyz'[i % 3] * (1 + i % 7)}"}
@@ -384,7 +384,7 @@ def test_a_folder_that_is_no_finished_run_is_told(run: Path, rows: str, tmp_path
     shutil.rmtree(other / "model")
     assert "there is no model/ in it" in refusal(*own)
     (other / "config.yaml").write_text("- 1\n")
-    assert "holds no configuration" in refusal(*own)
+    assert "config.yaml is damaged: no mapping" in refusal(*own)
 
 
 def test_the_runs_own_test_set_gets_the_score_of_its_evaluation(run: Path) -> None:
@@ -401,7 +401,7 @@ def test_what_was_for_training_is_let_go(run: Path, rows: str, tmp_path: Path) -
     gone = ["gone.jsonl"]
     frozen["data"] |= {"validation_files": {"mine": gone}, "mixture": {"a": {"train_files": gone}}, "streaming": True}
     frozen["model"]["checkpoint"] = "./gone"
-    (other / "config.yaml").write_text(yaml.safe_dump(frozen))
+    write_config(other, frozen)
     data = admit_prediction([f"run={other}", f"data.test_files={{mine: ['{rows}']}}"]).config.data
     assert (data.test_sets(), data.limit) == ({"mine": [rows]}, None)
     assert admit_prediction([f"run={other}", "data.limit=3"]).config.data.limit == 3

@@ -288,7 +288,7 @@ def _parse_each(schema: Any, given: dict[str, dict[Any, Any]], prefix: str) -> _
         defaults = dict.fromkeys(typing.get_type_hints(schema))
         part = _parse(schema, defaults | one, _dotted(prefix, name))
         parsed.problems += part.problems
-        if part.value is not None:
+        if part.value is not None and not part.problems:
             parsed.value[name] = {key: getattr(part.value, key) for key in one}
     return parsed
 
