@@ -186,11 +186,11 @@ class Mirror:
         if closing:
             if told.is_lasting or failures >= self._patience.attempts:
                 return False
-            time.sleep(min(RETRY_SECONDS ** (failures - 1), 8.0))
+            time.sleep(min(RETRY_SECONDS * 2 ** (failures - 2), 8.0))
         else:
             if told.is_lasting and self._tell is not None:
                 self._delivery.tell_once(f"MLflow: {told}")
-            self._closing.wait(min(RETRY_SECONDS**failures, LONGEST_RETRY_SECONDS))
+            self._closing.wait(min(RETRY_SECONDS * 2 ** min(failures - 1, 10), LONGEST_RETRY_SECONDS))
         self._changed.set()
         return True
 

@@ -29,9 +29,6 @@ Points = dict[str, dict[str, list[float]]]
 class Delivery(FolderDelivery):
     """What of a run's folder MLflow has."""
 
-    _found: Points | None = None
-    """What the store has, where tracking.json could not be believed, until all lines were held against it."""
-
     @property
     def _run_name(self) -> str:
         return self._config.run_name
@@ -43,6 +40,15 @@ class Delivery(FolderDelivery):
     @property
     def _own_tags(self) -> Mapping[str, str]:
         return {}
+
+    @property
+    def _journal(self) -> str:
+        return "metrics.jsonl"
+
+    @property
+    def _says_too_much(self) -> bool:
+        samples = self._lines("samples.jsonl", read_growing)
+        return self._num_delivered > len(self._metrics()) or self._done.get("samples", 0) > len(samples)
 
     def _id_elsewhere(self) -> str | None:
         try:
@@ -111,6 +117,7 @@ class Delivery(FolderDelivery):
             self._end_others()
 
     def _last_values(self) -> Mapping[str, set[float]]:
+        lines, num = self._metrics(), self._num_delivered
         newest: dict[str, tuple[int, set[float]]] = {}
 
         def note(name: str, step: int, values: Iterable[float]) -> None:
@@ -118,21 +125,27 @@ class Delivery(FolderDelivery):
             if step >= at:
                 newest[name] = (step, set(values) | (known if step == at else set()))
 
-        for line in self._metrics()[: self._num_delivered]:
+        for line in lines[:num]:
             for name, value in line.items():
                 if name != "step" and value is not None:
                     note(plain_name(name), line["step"], [float(value)])
         for step, points in self._done.get("points", {}).items():
             for name, values in points.items():
                 note(name, int(step), values)
+        for line in lines[num : num + LINES_AT_ONCE]:  # they may have arrived, and only word of it be lost
+            for name, value in line.items():
+                if name != "step" and value is not None and plain_name(name) in newest:
+                    newest[plain_name(name)][1].add(float(value))
         return {name: values for name, (_, values) in newest.items()}
 
     def _look_up(self, run: Any) -> dict[str, Any]:
-        self._found = {}
+        points: Points = {}
         for name in run.data.metrics:
             for point in self._client.get_metric_history(run.info.run_id, name):
-                _add(self._found, {"step": point.step, name: point.value})
-        return {"lines": 0, "doubtful": True, "running": run.info.status == "RUNNING"}
+                _add(points, {"step": point.step, name: point.value})
+        lines = self._metrics()
+        num = next((place for place, line in enumerate(lines) if _missing(points, line)), len(lines))
+        return {"lines": num, "points": _others(points, lines[:num]), "running": run.info.status == "RUNNING"}
 
     def _log_config(self) -> None:
         self._log_params(dict(flat(read_yaml(self._folder / "config.yaml"))))
@@ -174,23 +187,15 @@ class Delivery(FolderDelivery):
         lines, began = self._metrics(), self._began
         if lines and not began:
             raise damaged(self._folder / "status.json", "started is missing", "")
-        known: Points = self._done.get("points", {}) if self._found is None else self._found
+        known: Points = self._done.get("points", {})
         while some := lines[self._num_delivered : self._num_delivered + LINES_AT_ONCE]:
             points = []
             for line in some:
-                has = known.get(str(line["step"]), {})
                 at = milliseconds(began, line.get("perf/elapsed_seconds") or 0.0)
-                points += [
-                    (name, value, at, line["step"])
-                    for name, value in line.items()
-                    if name != "step" and value is not None and not _is_there(has, name, value)
-                ]
+                points += [(name, value, at, line["step"]) for name, value in _missing(known, line).items()]
             self._log_points(points)
             known = _others(known, some)
-            self._remember(lines=self._num_delivered + len(some), **({"points": known} if self._found is None else {}))
-        if self._found is not None:
-            self._found = None
-            self._remember(points=known, doubtful=None)
+            self._remember(lines=self._num_delivered + len(some), points=known)
 
     def _log_model(self) -> None:
         """Log the files of model/, each by itself, so that a repeat goes on where it was."""
@@ -276,9 +281,12 @@ def _without(at: Mapping[str, list[float]], said: Mapping[str, list[float]]) -> 
     return {name: values for name, values in left.items() if values}
 
 
-def _is_there(has: Mapping[str, list[float]], name: str, value: float) -> bool:
-    """Return whether a step has a value already; of speeds and times any will do, as no two are the same."""
-    values = has.get(plain_name(name))
-    if values is None:
-        return False
-    return name.startswith("perf/") or float(value) in values
+def _missing(points: Points, line: Mapping[str, Any]) -> dict[str, float]:
+    """Return what of a line is not among points; of speeds and times any value will do, as no two are the same."""
+    has = points.get(str(line["step"]), {})
+    values = {name: float(value) for name, value in line.items() if name != "step" and value is not None}
+    return {
+        name: value
+        for name, value in values.items()
+        if plain_name(name) not in has or not (name.startswith("perf/") or value in has[plain_name(name)])
+    }

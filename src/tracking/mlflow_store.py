@@ -27,7 +27,7 @@ from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
 from src.records import NUMBER, OPTIONAL_TEXT, Line, Types, check_keys, damaged, read_json, write_json
 from src.tracking.console import Console
-from src.tracking.mlflow_errors import StoreError, is_gone, is_missing, status_of
+from src.tracking.mlflow_errors import StoreError, explained, is_gone, is_missing, status_of
 from src.tracking.sqlite_store import OPENING_SECONDS, SqliteStore
 
 TRACKING = "tracking.json"
@@ -44,6 +44,10 @@ TRACKING_KEYS: Mapping[str, Types] = {
 }
 REQUEST_SECONDS = 60
 """How long a server may take for an answer; slow ones are waited for, by a thread that nobody waits for."""
+CALLS_AGAIN = 2
+"""How often a call that a server failed at once is made again, before all that the delivery began with is."""
+AGAIN_SECONDS = 0.5
+AT_ONCE_SECONDS = 5.0
 MAX_PARAM_CHARACTERS = 500  # older stores refuse more; the file that they come from is an artifact and holds everything
 MAX_NAME_CHARACTERS = 250
 METRICS_AT_ONCE = 1000  # MLflow's limit for one call
@@ -109,17 +113,33 @@ class Watch:
 
 
 class Watched:
-    """MLflow's client, each of its calls watched."""
+    """MLflow's client, each of its calls watched.
 
-    def __init__(self, client: Any, watch: Watch) -> None:
-        self.client = client
+    Args:
+        calls_again: how often a call is made again that failed at once, in a way that does not last. All calls here can
+            be repeated but create_run.
+    """
+
+    def __init__(self, client: Any, watch: Watch, *, calls_again: int = 0) -> None:
+        self._client = client
         self._watch = watch
+        self._calls_again = calls_again
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        method, brings = getattr(self.client, name), not name.startswith(("get_", "search_", "list_"))
+        method, brings = getattr(self._client, name), not name.startswith(("get_", "search_", "list_"))
+        calls_again = 0 if name == "create_run" else self._calls_again
 
         def call(*given: Any, **named: Any) -> Any:
-            return self._watch.call(method, *given, brings=brings, **named)
+            for left in reversed(range(calls_again + 1)):
+                began = time.monotonic()
+                try:
+                    return self._watch.call(method, *given, brings=brings, **named)
+                except Exception as error:
+                    is_late = time.monotonic() - began > AT_ONCE_SECONDS
+                    if left == 0 or is_late or is_missing(error) or explained(error).is_lasting:
+                        raise
+                time.sleep(AGAIN_SECONDS)
+            raise AssertionError("a last call returns or raises")
 
         return call
 
@@ -183,6 +203,16 @@ class FolderDelivery(ABC):
     @abstractmethod
     def _own_tags(self) -> Mapping[str, str]:
         """Tags that only this kind of folder has."""
+
+    @property
+    @abstractmethod
+    def _journal(self) -> str:
+        """The file that is there if there may be something to deliver."""
+
+    @property
+    @abstractmethod
+    def _says_too_much(self) -> bool:
+        """Whether tracking.json says that more was delivered than the folder holds."""
 
     @abstractmethod
     def _last_values(self) -> Mapping[str, set[float]]:
@@ -249,19 +279,11 @@ class FolderDelivery(ABC):
         self.watch.check()
         self.watch.since = time.monotonic()
         if self._config.uri.startswith("sqlite"):
-            self._sqlite = self._sqlite or SqliteStore(self._config.uri, self.tell_once)
+            self._sqlite = self._sqlite or SqliteStore(self._config.uri, self.tell_once, self.watch.check)
             if self._sqlite.open():
-                self._let_go()
+                self._client = None  # what another file has of the run must be looked at
         elif self._address.startswith("http") and (self._has_failed or not self.is_connected):
             reach(self._address)
-
-    def _let_go(self) -> None:
-        """Have MLflow open the file anew: it is another one, and what it has of the run must be looked at."""
-        client = self._client or Watched(self._client_class(tracking_uri=self._address), self.watch)
-        while isinstance(client, Watched):
-            client = client.client
-        client._tracking_client.store.engine.dispose()
-        self._client = None
 
     def _connect(self) -> None:
         """Find the folder's run, or begin one, and see what the store has of it."""
@@ -273,19 +295,21 @@ class FolderDelivery(ABC):
             self._client = self._open_run()
 
     def _open_run(self) -> Any:
-        client = Watched(self._client_class(tracking_uri=self._address), self.watch)
+        calls_again = CALLS_AGAIN if self._address.startswith("http") else 0
+        client = Watched(self._client_class(tracking_uri=self._address), self.watch, calls_again=calls_again)
         run = self._find_run(client)
         if run is None:
             self._begin_run(client)
-        elif run.info.run_id != self.run_id or self._done.get("doubtful") or not self._has_what_it_should(run):
+        elif run.info.run_id != self.run_id or self._done.get("doubtful") or not self._is_believable(run):
             self._remember(doubtful=True)
             self._client = client
             try:
                 found = self._look_up(run)
             finally:
                 self._client = None
-            kept = {name: self._done[name] for name in ("uri", "replaced", "retried") if name in self._done}
-            self._done = kept | {"run_id": run.info.run_id} | found
+            kept = {name: self._done[name] for name in ("uri", "replaced") if name in self._done}
+            retried = bool(self._done.get("retried") or self._done.get("creating"))
+            self._done = kept | {"run_id": run.info.run_id, "retried": retried} | found
             self._remember()
         elif run.info.status == "RUNNING" and self._done.get("ended"):
             self._remember(ended=None)
@@ -297,7 +321,7 @@ class FolderDelivery(ABC):
             run = _run_of(client, self.run_id)
             if run is not None and self._is_own(run):
                 return run
-        if not self._done.get("doubtful") and not self._done.get("creating"):
+        elif not self._done.get("doubtful") and not self._done.get("creating"):
             return None
         experiment = client.get_experiment_by_name(self._config.experiment_name)
         if experiment is None or experiment.lifecycle_stage == "deleted":
@@ -326,19 +350,23 @@ class FolderDelivery(ABC):
         experiment_id = self._experiment(client)
         retried = bool(self._done.get("creating"))
         self._remember(creating=True)  # if the answer is lost, the run is looked for before another is begun
-        run = client.create_run(
-            experiment_id,
-            start_time=milliseconds(self._began) if self._began else None,
-            run_name=self._run_name,
-            tags={
-                **self._identity,
-                "towline.host": socket.gethostname(),
-                "mlflow.source.name": "src.run",
-                "mlflow.user": user_name(),
-                **self._own_tags,
-                **self._config.tags,
-            },
-        )
+        began = milliseconds(self._began) if self._began else None
+        tags = {
+            **self._identity,
+            "towline.host": socket.gethostname(),
+            "mlflow.source.name": "src.run",
+            "mlflow.user": user_name(),
+            **self._own_tags,
+            **self._config.tags,
+        }
+        try:
+            run = client.create_run(experiment_id, start_time=began, run_name=self._run_name, tags=tags)
+        except Exception as error:
+            if explained(error).is_lasting or not self._address.startswith("http"):
+                raise
+            time.sleep(AGAIN_SECONDS)
+            retried = True  # if the first was begun nevertheless, it goes when this one ends
+            run = client.create_run(experiment_id, start_time=began, run_name=self._run_name, tags=tags)
         replaced = [one for one in self._done.get("replaced", []) if one != run.info.run_id]
         self._done = {"uri": self.uri, "run_id": run.info.run_id, "replaced": replaced, "retried": retried}
         self._remember()
@@ -370,8 +398,10 @@ class FolderDelivery(ABC):
         kind = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page then shows training runs first
         return client.create_experiment(self._config.experiment_name, artifact_location=location, tags=kind)
 
-    def _has_what_it_should(self, run: Any) -> bool:
-        """Return whether a run's last values are those that were delivered."""
+    def _is_believable(self, run: Any) -> bool:
+        """Return whether tracking.json says no more than the folder holds, and a run's last values are as it says."""
+        if self._says_too_much:
+            return False
         has = run.data.metrics
         return all(has.get(plain_name(name)) in values for name, values in self._last_values().items())
 
@@ -395,16 +425,23 @@ class FolderDelivery(ABC):
         return True
 
     def _end_others(self) -> None:
-        """End runs that nobody is at and that this one takes the place of, where they say that they run."""
-        others = list(self._done.get("replaced") or [])
+        """End runs that nobody is at and that this one takes the place of, where they say that they run.
+
+        One that was begun when an answer was lost, and that nothing was ever brought to, is deleted.
+        """
+        others, twins = list(self._done.get("replaced") or []), []
         if self._done.get("retried"):
             run = self._client.get_run(self.run_id)
             same = f"{self._filter(self._identity)} and attributes.status = 'RUNNING'"
             found = self._client.search_runs([run.info.experiment_id], same)
-            others += [one.info.run_id for one in found if one.info.run_id != self.run_id]
-        for run_id in others:
+            twins = [one.info.run_id for one in found if one.info.run_id != self.run_id]
+        for run_id in (*others, *twins):
             run = _run_of(self._client, run_id)
-            if run is not None and run.info.status == "RUNNING":
+            if run is None or run.info.status != "RUNNING":
+                continue
+            if run_id in twins and not run.data.metrics and not run.data.params:
+                self._client.delete_run(run_id)
+            else:
                 self._client.set_terminated(run_id, KILLED)
         if others or self._done.get("retried"):
             self._remember(replaced=[], retried=False)
@@ -488,11 +525,11 @@ class FolderDelivery(ABC):
                 where = ""
             self.tell_once(f"{error} What MLflow has of the run is looked up there.{where}")
             return {"uri": self.uri, "run_id": self._id_elsewhere(), "doubtful": True}
-        if not done and (run_id := self._id_elsewhere()) is not None:
-            return {"uri": self.uri, "run_id": run_id, "doubtful": True}
         if done and secrets.without_credentials(done["uri"]) == self.uri:
             return done | {"uri": self.uri}
-        return {"uri": self.uri, "run_id": None}
+        run_id = None if done else self._id_elsewhere()
+        may_be_known = bool(done) or run_id is not None or os.path.lexists(self._folder / self._journal)
+        return {"uri": self.uri, "run_id": run_id} | ({"doubtful": True} if may_be_known else {})
 
     def _id_elsewhere(self) -> str | None:
         """Return the run's id by another file than tracking.json; None where no other has it."""

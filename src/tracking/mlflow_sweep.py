@@ -54,6 +54,14 @@ class SweepDelivery(FolderDelivery):
         return {"towline.sweep": self._run_name}
 
     @property
+    def _journal(self) -> str:
+        return "trials.jsonl"
+
+    @property
+    def _says_too_much(self) -> bool:
+        return self._num_delivered > len(self._sweep["history"])
+
+    @property
     def _identity(self) -> dict[str, str]:
         return super()._identity | {"towline.judged": json.dumps(self._judged)}
 

@@ -50,9 +50,11 @@ class SqliteStore:
 
     Args:
         tell: is told what was done to a file that could not be used.
+        check: is called again and again while another process is waited for, and before the file is made; raises where
+            it is not wanted any more.
     """
 
-    def __init__(self, uri: str, tell: Callable[[str], None]) -> None:
+    def __init__(self, uri: str, tell: Callable[[str], None], check: Callable[[], None] = lambda: None) -> None:
         from sqlalchemy.engine import make_url
 
         self._url = make_url(uri)
@@ -65,6 +67,9 @@ class SqliteStore:
         self.file = Path(name).absolute()
         self._part = self.file.with_name(f".{self.file.name}.part")
         self._tell = tell
+        self._check = check
+        if self.is_file:
+            _keep_no_connections()
         self._seen: tuple[int, int] | None = None
 
     def open(self) -> bool:
@@ -103,6 +108,7 @@ class SqliteStore:
                 return  # another process was faster
             if found.fault and found.must_stay:
                 raise StoreError(f"{self.file} {found.fault}. {found.remedy}")
+            self._check()
             kept = self._move_away("half-made" if found.fault else "leftover")
             self._make()
             if found.fault:
@@ -114,6 +120,7 @@ class SqliteStore:
         lock = FileLock(f"{self.file}.lock")
         waiting_since = time.monotonic()
         while True:
+            self._check()
             try:
                 lock.acquire(timeout=0.2)
                 break
@@ -135,6 +142,7 @@ class SqliteStore:
             files = (self.file, *(_beside(self.file, name) for name in COMPANIONS))
             if not found.fault or min(map(self._changed_ago, files)) > OPENING_SECONDS:
                 return found
+            self._check()
             time.sleep(0.2)
 
     def _look(self) -> _Found:
@@ -235,6 +243,12 @@ class SqliteStore:
             return max(0.0, time.time() - file.stat().st_mtime)
         except OSError:
             return float("inf")
+
+
+def _keep_no_connections() -> None:
+    """Have MLflow open a file anew for each call: a connection that is kept stays with a file that was replaced."""
+    if not any(os.environ.get(f"MLFLOW_SQLALCHEMYSTORE_{name}") for name in ("POOL_SIZE", "MAX_OVERFLOW")):
+        os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
 
 
 def _compare_version(version: str, uri: str, *, must_stay: bool) -> _Found:
