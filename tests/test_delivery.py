@@ -131,7 +131,7 @@ def die_in_migration(file: str, statement: int) -> None:
 
 def test_a_kill_at_any_point_of_the_first_migration_costs_nothing(tmp_path: Path) -> None:
     file = tmp_path / "mlflow.db"
-    child = FORKS.Process(target=die_in_migrations, args=(str(file), range(1, 1600, 160)))  # of 1,683
+    child = FORKS.Process(target=die_in_migrations, args=(str(file), range(1, 1600, 500)))  # of 1,683
     child.start()
     child.join(100)
     assert child.exitcode == 0
@@ -225,7 +225,7 @@ class Proxy(http.server.ThreadingHTTPServer):
 
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", 0), _Through)
-        self.port, self.mode, self.num_calls, self.delay = port, "well", 0, 0.3
+        self.port, self.mode, self.num_calls, self.delay = port, "well", 0, 0.15
         self.uri = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -365,13 +365,13 @@ def test_a_server_that_takes_its_time_or_many_attempts_has_everything_in_the_end
 def test_what_a_slow_server_has_taken_is_not_brought_again(tmp_path: Path, proxy: Proxy) -> None:
     config, run = config_of(proxy.uri, "bit by bit"), tmp_path / "run"
     proxy.mode = "500"
-    track(config, run, steps=250)
-    proxy.mode, proxy.delay = "slow", 0.2
+    track(config, run, steps=150)
+    proxy.mode, proxy.delay = "slow", 0.1
     seen = []
     for _ in range(40):  # each has time for a few calls
         with hold(run):
             again = Mirror(Delivery(config, run, is_over=True))
-            left = again.close(Patience(call_seconds=1.5, total_seconds=1.0))
+            left = again.close(Patience(call_seconds=1.5, total_seconds=0.8))
         seen.append(read_tracking(run).get("lines", 0))
         if not left:
             break
