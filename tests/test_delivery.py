@@ -227,7 +227,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Through)
         self.port, self.mode, self.num_calls, self.delay = port, "well", 0, 0.15
         self.uri = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
 
 class _Through(http.server.BaseHTTPRequestHandler):
