@@ -88,7 +88,7 @@ def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
     saves = most_saves(config.checkpoint, state.num_steps, state.steps_per_epoch)
     has_metric = bool(config.data.validation_names())
     need = disk_need(weights, optimizer, config.checkpoint, exported, has_metric, saves)
-    there = sum(file.stat().st_size for file in (run_dir / "checkpoints").glob("step-*/*"))
+    there = sum(file.lstat().st_size for file in (run_dir / "checkpoints").glob("step-*/*"))
     free = shutil.disk_usage(run_dir).free
     text = f"up to {human_bytes(need)} for checkpoints ({human_bytes(weights + optimizer)} each) and the model"
     if need - there <= free:

@@ -263,6 +263,34 @@ def test_a_digest_is_of_a_beginning(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "none.jsonl") == []
 
 
+def test_best_weights_that_are_lost_are_told_before_another_model_is_exported(run: Path) -> None:
+    weights = run / "checkpoints" / "step-00000002" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    done = go_on(run)
+    assert (done.returncode, "step-00000002 is damaged: model.safetensors has" in done.stderr) == (2, True)
+    assert "checkpoint.allow_changed=true" in done.stderr
+    done = go_on(run, "checkpoint.allow_changed=true")
+    assert (done.returncode, "the weights of step 2" in done.stderr) == (0, True)
+
+
+def test_a_checkpoint_of_other_kinds_of_files_is_passed_over(run: Path, finished: Path) -> None:
+    manifest = run / "checkpoints" / "step-00000006" / "manifest.json"
+    manifest.unlink()
+    manifest.symlink_to("nowhere")
+    os.mkfifo(run / "checkpoints" / "step-00000003" / "fifo")
+    done = go_on(run)
+    assert (done.returncode, "passed over" in done.stderr) == (0, True), done.stderr
+    assert numbers(run) == numbers(finished)
+    for name in ("manifest.json", "model.safetensors"):
+        file = run / "checkpoints" / "step-00000009" / name
+        content = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        assert list(problems_of(file.parent))
+        file.unlink()
+        file.write_bytes(content)
+
+
 def test_lines_of_a_step_that_may_be_done_again_are_not_counted_on(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, "hash")
     folder.cut("samples.jsonl", 0)

@@ -499,3 +499,17 @@ def test_an_encoder_decoders_prompt_is_cut_at_its_start(tmp_path: Path) -> None:
     found = build_prompts(config, tokenizer).sets["test"]
     assert tokenizer.decode(found.prompt_ids(0), skip_special_tokens=True) == "efgh"
     assert len(found.reference(0)) == 500
+
+
+def test_predictions_that_were_changed_are_not_taken_for_what_was_written(run: Path, rows: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    own = [f"run={run}", f"data.test_files=['{rows}']", f"predict.output={out}"]
+    assert predict.main(own) == 0
+    lines, table = (out / "test.jsonl").read_bytes(), (out / "test.csv").read_bytes()
+    (out / "test.csv").write_text("other")
+    assert predict.main(own) == 0
+    assert (out / "test.csv").read_bytes() == table
+    (out / "test.jsonl").write_bytes(lines.replace(b'"stop_reason": "', b'"stop_reason": "x', 1))
+    assert predict.main(own) == 2
+    assert predict.main([*own, "force=true"]) == 0
+    assert (out / "test.jsonl").read_bytes() == lines

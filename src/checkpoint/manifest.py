@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from src.records import read_bytes
+
 MANIFEST = "manifest.json"
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 FORMAT = 1
@@ -93,17 +95,19 @@ def read_manifest(checkpoint: Path) -> Manifest:
         LaterVersionError, ValueError: naming the manifest and what is wrong with it.
     """
     try:
-        text = (checkpoint / MANIFEST).read_bytes().decode()  # as it is: read_text would take \r for \n
+        text = read_bytes(checkpoint / MANIFEST).decode()  # as it is: read_text would take \r for \n
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{MANIFEST} can't be read ({type(error).__name__})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{MANIFEST} is damaged") from error
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST} is damaged: {error}") from error
     try:
         found = json.loads(text)
         is_later = found["format"] > FORMAT  # whose form is not known
         files = {} if is_later else {name: Entry(**entry) for name, entry in found["files"].items()}
         manifest = None if is_later else Manifest(found["step"], files, found["is_save"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} is damaged") from error
     if manifest is None:
         raise LaterVersionError(
@@ -127,7 +131,9 @@ def problems_of(checkpoint: Path) -> Iterator[str]:
         file = checkpoint / name
         try:
             size = file.stat().st_size
-            if size != entry.bytes:
+            if not file.is_file():  # a pipe would be waited for
+                yield f"{name} is no plain file"
+            elif size != entry.bytes:
                 yield f"{name} has {size:,} bytes instead of {entry.bytes:,}"
             elif checksum(file) != entry.xxh3_128:
                 yield f"{name} is damaged: its content does not have the checksum that it was written with"

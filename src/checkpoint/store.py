@@ -134,6 +134,8 @@ class Checkpoints:
         Args:
             lines: the lines of metrics so far, or of the best evaluations among them.
             newest: the step of this folder that the run goes on from; None where it begins, or comes from elsewhere.
+        Raises:
+            CheckpointError: where the best weights are lost, and are to be exported.
         """
         if newest is not None:
             self.leave(newest)
@@ -143,6 +145,12 @@ class Checkpoints:
             self._rank(int(line["step"]), line)
         problems = {step: next(problems_of(folder_of(self._folder, step)), None) for _, step in self._ranking}
         lost = {step: problem for step, problem in problems.items() if problem is not None}
+        if self.best in lost and self._config.load_best_model_at_end and not self._config.allow_changed:
+            raise CheckpointError(
+                f"{folder_of(self._folder, self.best)} is damaged: {lost[self.best]}. It has the best weights so far, "
+                "which load_best_model_at_end is to export. Restore it; or checkpoint.allow_changed=true goes on "
+                "without them"
+            )
         self._present |= problems.keys() - lost.keys()
         self._ranking = [(value, step) for value, step in self._ranking if step not in lost]
         self._best_at_save = self._best_steps

@@ -22,7 +22,7 @@ from src.config.schema import RunConfig
 from src.data.sources import file_hash
 from src.errors import ModelError, RunFolderError
 from src.evaluation.metrics import scores
-from src.records import write_atomically
+from src.records import Digest, begins_with, damaged, write_atomically, write_json
 from src.tracking.console import Console, clock
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class PredictedSet:
         self.folder = folder
         self.lines, self.table, self.record = (folder / f"{name}{end}" for end in (".jsonl", ".csv", ".json"))
         self._decided_by = dict(decided_by)
+        self._num_rows, self._digest = 0, Digest()
 
     def claim(self, *, force: bool) -> list[str]:
         """Take over what is there of it, or with `force` remove it; give how it was decided otherwise.
@@ -113,7 +114,7 @@ class PredictedSet:
         Raises:
             RunFolderError: where more than its end is not as it was written.
         """
-        write_atomically(self.record, json.dumps({"rows": len(rows), "decided_by": self._decided_by}, indent=2) + "\n")
+        self._note(len(rows), _read(self.record).get("written"))
         self.lines.touch()
         count = size = kept = kept_size = 0
         with open(self.lines, "rb") as file:
@@ -131,7 +132,28 @@ class PredictedSet:
         os.truncate(self.lines, kept_size)
         if kept < len(rows):
             self.table.unlink(missing_ok=True)
+        self._digest = Digest(self.lines.read_bytes())
+        self._note(len(rows), self._digest.as_dict())
         return kept
+
+    def _note(self, num_rows: int, written: Mapping[str, Any] | None) -> None:
+        """Write down what decides the predictions, and what was written of them."""
+        self._num_rows = num_rows
+        write_json(self.record, {"rows": num_rows, "decided_by": self._decided_by, "written": written})
+
+    def check(self) -> None:
+        """Check that what is there is what was written; a file that is shorter is gone on with.
+
+        Raises:
+            DamagedFileError: where it is something else.
+        """
+        written = _read(self.record).get("written")
+        if not isinstance(written, dict) or not self.lines.is_file():
+            return
+        content, size = self.lines.read_bytes(), written.get("num_bytes")
+        if isinstance(size, int) and len(content) >= size and not begins_with(content, written):
+            remedy = f"Restore it; or force=true starts the set {self.name} anew."
+            raise damaged(self.lines, "it is not what was written there, by the checksum in its .json", remedy)
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Add lines; they are on the disk when this returns."""
@@ -140,6 +162,8 @@ class PredictedSet:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+        self._digest.add(text.encode())
+        self._note(self._num_rows, self._digest.as_dict())
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Give the lines that are there; one that is torn, or not in its place, ends them."""
@@ -153,14 +177,13 @@ class PredictedSet:
                 yield one
 
     def write_table(self) -> None:
-        """Write the CSV, where it is not there yet."""
-        if self.table.exists():
-            return
+        """Write the CSV, where it is not there as it should be."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS)  # ends lines as RFC 4180 does, and so quotes both kinds of line ends
         writer.writeheader()
         writer.writerows(self.read())
-        write_atomically(self.table, text.getvalue())
+        if not self.table.is_file() or self.table.read_bytes() != text.getvalue().encode():
+            write_atomically(self.table, text.getvalue())
 
     def score(self, config: RunConfig) -> tuple[dict[str, float], int]:
         """Compare the answers with their references, and put the metrics into metrics.json, `eval/<set>/…`.
@@ -198,7 +221,9 @@ def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model:
     for name, files in config.data.test_sets().items():
         contents = [file_hash(file) for file in expand(files)]
         sets[name] = PredictedSet(folder, name, {"data.test_files": contents} | common)
-        if found := sets[name].claim(force=config.force):
+        found = sets[name].claim(force=config.force)
+        sets[name].check()
+        if found:
             refused.append("\n  ".join([f"{sets[name].lines} holds predictions that something else decided:", *found]))
     if refused:
         hint = "force=true starts these sets anew, predict.output=DIR puts the new predictions elsewhere"
