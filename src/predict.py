@@ -58,6 +58,7 @@ def predict(admitted: Admitted) -> None:
         TowlineError: what the user can mend.
         Interrupted: where a signal asked it to stop; what was written is kept.
     """
+    from src.checkpoint.exported import check_exported
     from src.evaluation.predictions import open_sets, predict_rows
     from src.tracking.console import Console
     from src.tracking.journal import hold
@@ -66,6 +67,7 @@ def predict(admitted: Admitted) -> None:
     batch_size = admitted.own.batch_size or config.training.per_device_eval_batch_size
     console = Console()
     console.label("predict", f"{run_dir} → {output}")
+    check_exported(run_dir)
     output.mkdir(parents=True, exist_ok=True)
     with stop_on_signals() as stop, hold(output):
         sets = open_sets(output, config, admitted.frozen, run_dir / "model")

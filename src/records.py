@@ -23,6 +23,7 @@ from src.errors import DamagedFileError
 LARGEST_BYTES = 1 << 28
 """Of a file that is read whole; those that Towline writes take less than a thousandth."""
 LARGEST_YAML_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 22
 MOST_YAML_VALUES = 200_000
 """Values that a YAML file may have once its aliases are written out: a few lines of them can stand for billions."""
 DEEPEST = 100
@@ -199,7 +200,13 @@ class Digest:
         return {"num_bytes": self._num_bytes, "xxh3_128": self._hash.hexdigest()}
 
 
-DIGEST_KEYS: Mapping[str, Types] = {"num_bytes": int, "xxh3_128": str}
+def file_digest(file: Path) -> dict[str, Any]:
+    """Return size and checksum of a file's content, as `Digest.as_dict`."""
+    digest = Digest()
+    with open(file, "rb") as content:
+        while chunk := content.read(CHUNK_BYTES):
+            digest.add(chunk)
+    return digest.as_dict()
 
 
 def begins_with(content: bytes, digest: Mapping[str, Any]) -> bool:

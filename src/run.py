@@ -50,7 +50,7 @@ def run(admitted: Admitted, stop: StopRequest) -> dict[str, float]:
         TowlineError: what the user can mend, or that the run went wrong.
         Interrupted: where something asked it to stop; it is saved then, if it had begun to train.
     """
-    from src.checkpoint.start import find_origin
+    from src.checkpoint.start import check_best, find_origin
     from src.tracking.console import Console
     from src.tracking.journal import hold
     from src.tracking.tracker import Bystander, open_tracking
@@ -66,6 +66,7 @@ def run(admitted: Admitted, stop: StopRequest) -> dict[str, float]:
     console.label("run", f"{config.name} → {run_dir}")
     with nullcontext() if admitted.is_held else hold(run_dir):
         origin = find_origin(config.checkpoint, admitted.frozen, run_dir, force=config.force)
+        check_best(config.checkpoint, origin, run_dir)
         with open_tracking(config.tracking, run_dir, admitted.frozen, console, start_of(admitted, origin)) as tracking:
             return train_and_export(admitted, origin, tracking, console, stop)
 
@@ -75,6 +76,7 @@ def train_and_export(
 ) -> dict[str, float]:
     """Do all of a run but what holds its folder; see `run`."""
     # imported here: torch takes seconds, and a folder that is in use or a typo should be told at once
+    from src.checkpoint.exported import exported_digests
     from src.checkpoint.start import Origin
     from src.checkpoint.store import open_checkpoints
     from src.data.advice import Level, advice
@@ -225,7 +227,8 @@ def train_and_export(
             with whole_models():
                 tracking.warn(export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone))
         checkpoints.finish()
-        return tracking.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()})
+        exported = exported_digests(run_dir / "model") if runtime.is_main else None
+        return tracking.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()}, exported)
 
 
 def start_of(admitted: Admitted, origin: Origin) -> Start:

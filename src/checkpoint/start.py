@@ -73,6 +73,27 @@ def find_origin(config: CheckpointConfig, frozen: Mapping[str, Any], run_dir: Pa
     return Origin(found, state, changes, warnings, is_own)
 
 
+def check_best(config: CheckpointConfig, origin: Origin, run_dir: Path) -> None:
+    """Check that the best weights so far are whole where they are to be exported, before anything is changed.
+
+    Raises:
+        CheckpointError: naming the checkpoint and what is wrong with it.
+    """
+    known = [line["step"] for line in origin.state.get("best", ()) if config.metric_for_best_model in line]
+    if known and origin.is_own and config.load_best_model_at_end and not config.allow_changed:
+        place = folder_of(run_dir / "checkpoints", known[0])
+        if problem := next(problems_of(place), None):
+            raise CheckpointError(lost_best(place, problem))
+
+
+def lost_best(checkpoint: Path, problem: str) -> str:
+    """Tell that the weights that are to be exported are damaged."""
+    return (
+        f"{checkpoint} is damaged: {problem}. It has the best weights so far, which load_best_model_at_end is to "
+        "export. Restore it; or checkpoint.allow_changed=true goes on without them"
+    )
+
+
 def newest_weights(folder: Path) -> tuple[Path, list[str]]:
     """Give the newest whole checkpoint of a run's folder, or the one that the folder is, and warnings.
 

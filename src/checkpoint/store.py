@@ -39,6 +39,7 @@ from src.checkpoint.manifest import (
     steps_in,
     sync,
 )
+from src.checkpoint.start import lost_best
 from src.checkpoint.tensors import one_by_one, tensors_digest, write_tensors
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError, DiskFullError, human_bytes, is_disk_full
@@ -146,11 +147,7 @@ class Checkpoints:
         problems = {step: next(problems_of(folder_of(self._folder, step)), None) for _, step in self._ranking}
         lost = {step: problem for step, problem in problems.items() if problem is not None}
         if self.best in lost and self._config.load_best_model_at_end and not self._config.allow_changed:
-            raise CheckpointError(
-                f"{folder_of(self._folder, self.best)} is damaged: {lost[self.best]}. It has the best weights so far, "
-                "which load_best_model_at_end is to export. Restore it; or checkpoint.allow_changed=true goes on "
-                "without them"
-            )
+            raise CheckpointError(lost_best(folder_of(self._folder, self.best), lost[self.best]))
         self._present |= problems.keys() - lost.keys()
         self._ranking = [(value, step) for value, step in self._ranking if step not in lost]
         self._best_at_save = self._best_steps

@@ -63,6 +63,7 @@ FILES = (
 )
 """What a run's folder holds; `force=true` removes these and nothing else."""
 
+FOLDERS = ("checkpoints", "model", "predictions")
 LOCK = "lock"
 LONGEST_HOLDER = 500
 """Characters that are read of what a lock says."""
@@ -388,6 +389,9 @@ def _clear(path: Path, config_hash: str, start: Start) -> list[str]:
     if start.force:
         _remove(path, there)
         return []
+    for name in there:
+        if name not in FOLDERS and not (path / name).is_file():
+            raise damaged(path / name, "it is no plain file", "Move it away: the same command writes it anew")
     status = read_status(path)
     step = status.get("step", 1)  # not known: it may have trained
     is_same = last_config_hash(path) == config_hash

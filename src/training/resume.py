@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from src.checkpoint.contract import Facts, check, compare_facts, is_reordered
+from src.checkpoint.exported import check_exported
 from src.checkpoint.start import Origin, newest_weights
 from src.checkpoint.store import read_snapshot
 from src.checkpoint.tensors import tensors_digest
+from src.config.frozen import STATUS
 from src.config.schema import RunConfig, Weights
 from src.data.batching import Position
 from src.data.dataset import Data
@@ -193,4 +195,6 @@ def _exported(config: RunConfig) -> Path | None:
         return None
     start = Path(config.init_from)
     names = ("config.json", "adapter_config.json")
+    if (start / "model").is_dir() and (start / STATUS).exists():
+        check_exported(start)
     return next((place for place in (start / "model", start) if any((place / name).exists() for name in names)), None)
