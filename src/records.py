@@ -211,7 +211,8 @@ def file_digest(file: Path) -> dict[str, Any]:
 
 def begins_with(content: bytes, digest: Mapping[str, Any]) -> bool:
     """Return whether a file's content begins with what `Digest.as_dict` tells."""
-    return Digest(content[: digest["num_bytes"]]).as_dict() == dict(digest)
+    size = digest.get("num_bytes")
+    return isinstance(size, int) and size >= 0 and Digest(content[:size]).as_dict() == dict(digest)
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

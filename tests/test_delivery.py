@@ -670,3 +670,17 @@ def test_errors_are_told_in_words() -> None:
     assert not explained(ValueError("API request failed with exception: timed out")).is_lasting
     assert "a page" in str(explained(ValueError("not in a valid JSON format. Response body: '<html>secret</html>'")))
     assert len(str(explained(ValueError("x" * 5000)))) <= 400
+
+
+@pytest.mark.parametrize("name", ["provenance.json", "data_report.json"])
+@pytest.mark.parametrize("text", ["", "[]", '{"git": 3, "train": 3}'])
+def test_a_damaged_description_holds_up_no_metrics(
+    tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+) -> None:
+    uri, run = f"sqlite:///{database}", tmp_path / "run"
+    with tracked(config_of(uri), run) as tracking:
+        (run / name).write_text(text)
+        tracking.log(1, {"train/loss": 1.0})
+        tracking.finish({"steps": 1})
+    assert f"{name} is damaged" in capsys.readouterr().err
+    check(uri, run)

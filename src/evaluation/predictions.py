@@ -62,6 +62,7 @@ class Prediction:
     stop_reason: str
 
 
+RECORD_KEYS = {"rows", "decided_by", "written"}
 COLUMNS = [column.name for column in fields(Prediction)]
 
 
@@ -142,18 +143,21 @@ class PredictedSet:
         write_json(self.record, {"rows": num_rows, "decided_by": self._decided_by, "written": written})
 
     def check(self) -> None:
-        """Check that what is there is what was written; a file that is shorter is gone on with.
+        """Check that what is there is what was written; what was cut off is generated again.
 
         Raises:
             DamagedFileError: where it is something else.
         """
-        written = _read(self.record).get("written")
-        if not isinstance(written, dict) or not self.lines.is_file():
+        remedy = f"Restore it; or force=true starts the set {self.name} anew."
+        record = _read(self.record)
+        if others := record.keys() - RECORD_KEYS:
+            raise damaged(self.record, f"it has the keys {', '.join(sorted(others))}", remedy)
+        if not isinstance(record.get("written"), dict) or not self.lines.is_file():
             return
-        content, size = self.lines.read_bytes(), written.get("num_bytes")
-        if isinstance(size, int) and len(content) >= size and not begins_with(content, written):
-            remedy = f"Restore it; or force=true starts the set {self.name} anew."
-            raise damaged(self.lines, "it is not what was written there, by the checksum in its .json", remedy)
+        content, size = self.lines.read_bytes(), record["written"].get("num_bytes")
+        is_cut = isinstance(size, int) and len(content) < size and not self.is_generated()
+        if not is_cut and not begins_with(content, record["written"]):
+            raise damaged(self.lines, f"it is not what {self.record.name} says was written there", remedy)
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Add lines; they are on the disk when this returns."""
@@ -222,9 +226,10 @@ def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model:
         contents = [file_hash(file) for file in expand(files)]
         sets[name] = PredictedSet(folder, name, {"data.test_files": contents} | common)
         found = sets[name].claim(force=config.force)
-        sets[name].check()
         if found:
             refused.append("\n  ".join([f"{sets[name].lines} holds predictions that something else decided:", *found]))
+        else:
+            sets[name].check()
     if refused:
         hint = "force=true starts these sets anew, predict.output=DIR puts the new predictions elsewhere"
         raise RunFolderError("\n".join([*refused, hint]))

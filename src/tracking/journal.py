@@ -146,6 +146,7 @@ class RunFolder:
         known = {} if self.num_steps is None else {"num_steps": self.num_steps}
         journal = {"journal": {name: file.digest.as_dict() for name, file in self._growing.items()}}
         self._status |= changes | {"step": self.step, **known, "updated": now(), **(journal if self._growing else {})}
+        self.sync()  # what it says of the files that grow is on the disk before it says so
         self.write_json(STATUS, self._status)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
@@ -155,6 +156,13 @@ class RunFolder:
             DamagedFileError: naming another line that can't be read.
         """
         return [line.content for line in read_growing(self.path, name)]
+
+    def announce_cut(self, last: int) -> None:
+        """Have status.json know what `cut` will leave, so that it never says more than there is."""
+        kept = {
+            name: [line for line in read_growing(self.path, name) if line.content["step"] <= last] for name in GROWING
+        }
+        self.set_status(journal={name: Digest(b"".join(one.raw for one in kept[name])).as_dict() for name in GROWING})
 
     def cut(self, name: str, last: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Cut the lines of steps after `last` off a file that grows; return those that stay, and those cut off."""
@@ -246,8 +254,7 @@ def _check_sample(line: dict[str, Any], before: dict[str, Any] | None) -> None:
 def check_journal(path: Path, status: Mapping[str, Any], start: Start) -> list[str]:
     """Check that the files that grow are as they were written, before a run goes on with them; return warnings.
 
-    A file may be shorter than status.json says, which reaches the disk first; what it began with when the checkpoint
-    was saved it must still begin with.
+    Each must begin with what the checkpoint says that it had of the steps before, and with all that status.json says.
 
     Raises:
         DamagedFileError: naming the file, where checkpoint.allow_changed does not allow it.
@@ -260,7 +267,7 @@ def check_journal(path: Path, status: Mapping[str, Any], start: Start) -> list[s
         if saved is not None and not begins_with(content, saved):
             size = saved["num_bytes"]
             reason = f"it does not begin with the {size:,} bytes that it had when step {start.step} was saved"
-        elif last is not None and len(content) >= last["num_bytes"] and not begins_with(content, last):
+        elif last is not None and not begins_with(content, last):
             reason = "its content does not have the checksum that it was written with (status.json)"
         if reason:
             remedy = "Restore it from a copy; or go on with it as it is, with checkpoint.allow_changed=true"
@@ -324,9 +331,12 @@ def hold(path: Path) -> Iterator[int]:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / LOCK).touch()
     except OSError as error:
         raise RunFolderError(f"the run's folder {path} can't be made: {error.strerror}") from error
+    try:
+        (path / LOCK).touch()
+    except OSError as error:
+        raise RunFolderError(f"the run's folder can't be held: {path / LOCK}: {error.strerror}") from error
     if not (path / LOCK).is_file():
         raise RunFolderError(f"{path / LOCK} is no plain file: remove it, it holds nothing")
     with open(path / LOCK, "a+", encoding="utf-8", errors="replace") as lock:

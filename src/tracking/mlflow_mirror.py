@@ -7,14 +7,15 @@ gone costs a warning, and what is missing can be delivered later from the same f
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.config.frozen import read_status
+from src.config.frozen import CONFIG, read_status
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
-from src.records import damaged, read_yaml
+from src.records import Types, check_keys, damaged, read_json, read_yaml
 from src.tracking.journal import read_growing
 from src.tracking.mirror import Mirror
 from src.tracking.mlflow_store import KILLED, STATES, FolderDelivery, flat, milliseconds, plain_name, read_tracking
@@ -24,6 +25,11 @@ LINES_AT_ONCE = 100
 
 Points = dict[str, dict[str, list[float]]]
 """Values that MLflow has by step, as a text, and metric, by the name that it has there."""
+
+
+PROVENANCE, DATA_REPORT = "provenance.json", "data_report.json"
+PROVENANCE_KEYS: Mapping[str, Types] = {"git": dict, "hardware": dict}
+REPORT_KEYS: Mapping[str, Types] = {"digest": str, "rows_kept": int, "tokens": int, "supervised_tokens": int}
 
 
 class Delivery(FolderDelivery):
@@ -103,11 +109,9 @@ class Delivery(FolderDelivery):
             self._deliver_once("ended", lambda: self._set_ended(state, status.get("ended")), state)
         elif self._done.get("running") is False:  # it had ended before
             self._deliver_once("running", self._set_running)
-        self._deliver_once("params", self._log_config)
-        if (self._folder / "provenance.json").exists():
-            self._deliver_once("tags", self._log_provenance)
-        if (self._folder / "data_report.json").exists():
-            self._deliver_once("inputs", self._log_inputs)
+        self._describe("params", CONFIG, self._log_config)
+        self._describe("tags", PROVENANCE, self._log_provenance)
+        self._describe("inputs", DATA_REPORT, self._log_inputs)
         self._log_metrics()
         self._log_samples()
         if state is not None:
@@ -115,6 +119,14 @@ class Delivery(FolderDelivery):
             if self._config.log_model:
                 self._log_model()
             self._end_others()
+
+    def _describe(self, what: str, name: str, do: Callable[[], None]) -> None:
+        """Log what describes the run, from a file that is there; a damaged one holds up nothing else."""
+        if os.path.lexists(self._folder / name):
+            try:
+                self._deliver_once(what, do)
+            except DamagedFileError as error:
+                self.tell_once(f"{error} MLflow does not get the {what} of the run.")
 
     def _last_values(self) -> Mapping[str, set[float]]:
         lines, num = self._metrics(), self._num_delivered
@@ -151,7 +163,8 @@ class Delivery(FolderDelivery):
         self._log_params(dict(flat(read_yaml(self._folder / "config.yaml"))))
 
     def _log_provenance(self) -> None:
-        made = self._read("provenance.json")
+        may_lack = (*PROVENANCE_KEYS, "config_hash")
+        made = read_json(self._folder / PROVENANCE, {**PROVENANCE_KEYS, "config_hash": str}, may_lack=may_lack)
         git = made.get("git", {})
         self._log_tags(
             {
@@ -178,9 +191,23 @@ class Delivery(FolderDelivery):
                 ),
                 [InputTag("mlflow.data.context", name)],
             )
-            for name, report in self._read("data_report.json").items()
+            for name, report in self._reports().items()
         ]
         self._client.log_inputs(self.run_id, inputs)
+
+    def _reports(self) -> dict[str, Any]:
+        """Return the report of each set.
+
+        Raises:
+            DamagedFileError: where one has not what MLflow is to have.
+        """
+        reports = read_json(self._folder / DATA_REPORT)
+        for name, report in reports.items():
+            try:
+                check_keys(report if isinstance(report, dict) else {}, REPORT_KEYS)
+            except ValueError as error:
+                raise damaged(self._folder / DATA_REPORT, f"{name}: {error}", "") from error
+        return reports
 
     def _log_metrics(self) -> None:
         """Log the lines that are new, many at once; each is dated by itself, so that a repeat is no second point."""

@@ -120,6 +120,7 @@ class Tracker:
         """
         is_over = not is_end and any(line["step"] == step for line in self._folder.lines("metrics.jsonl"))
         last = step if is_over else step - 1
+        self._folder.announce_cut(last)
         self._folder.cut("samples.jsonl", last)
         kept, taken = self._folder.cut("metrics.jsonl", last)
         if self._mirror:
