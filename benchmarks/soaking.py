@@ -425,4 +425,5 @@ def exported(folder: Path) -> dict[str, tuple[str, bytes]]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []  # a pruned trial has no samples
+    return [json.loads(line) for line in lines]
