@@ -513,3 +513,8 @@ def test_predictions_that_were_changed_are_not_taken_for_what_was_written(run: P
     assert predict.main(own) == 2
     assert predict.main([*own, "force=true"]) == 0
     assert (out / "test.jsonl").read_bytes() == lines
+    record = (out / "test.json").read_text()
+    (out / "test.json").write_text(record.replace('"data.prompt_template": null', '"data.Prompt_template": null'))
+    assert predict.main(own) == 2
+    (out / "test.json").write_text(record)
+    assert predict.main(own) == 0

@@ -150,7 +150,7 @@ class PredictedSet:
         """
         remedy = f"Restore it; or force=true starts the set {self.name} anew."
         record = _read(self.record)
-        if others := record.keys() - RECORD_KEYS:
+        if others := record.keys() - RECORD_KEYS | record.get("decided_by", {}).keys() - self._decided_by.keys():
             raise damaged(self.record, f"it has the keys {', '.join(sorted(others))}", remedy)
         if not isinstance(record.get("written"), dict) or not self.lines.is_file():
             return
