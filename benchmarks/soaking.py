@@ -372,12 +372,14 @@ def compare_journals(straight: Path, broken: Path) -> None:
 def compare_mlflow(folder: Path, database: Path) -> None:
     """Check that MLflow's store has each value of a run's metrics.jsonl once, and nothing else.
 
+    A step that came again after a kill has the clocks of its first time there (decision 0005).
+
     Raises:
         Difference: saying what is missing, and what is too much.
     """
     run_id = json.loads((folder / TRACKING).read_text())["run_id"]
     logged = Counter(
-        (line["step"], plain_name(name), None if value is None else float(value))
+        (line["step"], plain_name(name), None if value is None or is_clock(name) else float(value))
         for line in read_lines(folder / "metrics.jsonl")
         for name, value in line.items()
         if name != "step"
@@ -387,7 +389,7 @@ def compare_mlflow(folder: Path, database: Path) -> None:
         rows = store.execute("SELECT step, key, value, is_nan FROM metrics WHERE run_uuid = ?", (run_id,)).fetchall()
     if count != 1:
         raise Difference(f"MLflow has {count} runs of {folder}")
-    there = Counter((step, name, None if is_nan else value) for step, name, value, is_nan in rows)
+    there = Counter((step, name, None if is_nan or is_clock(name) else value) for step, name, value, is_nan in rows)
     if wrong := [*(logged - there), *(there - logged)]:
         missing, added = (logged - there).total(), (there - logged).total()
         raise Difference(f"MLflow lacks {missing} values of metrics.jsonl and has {added} more, as {wrong[:3]}")
@@ -395,8 +397,11 @@ def compare_mlflow(folder: Path, database: Path) -> None:
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values without what may differ between two identical runs."""
-    clocks = ("perf/", "tokens_per_second", "peak_memory_bytes")
-    return {key: one for key, one in values.items() if not key.startswith(clocks) and not key.endswith("_seconds")}
+    return {key: one for key, one in values.items() if not is_clock(key)}
+
+
+def is_clock(name: str) -> bool:
+    return name.startswith(("perf/", "tokens_per_second", "peak_memory_bytes")) or name.endswith("_seconds")
 
 
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
