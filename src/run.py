@@ -6,24 +6,26 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext, redirect_stdout
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config.compose import CONF, PROJECT_ROOT, Composed, resolve_sections
 from src.config.gate import Admitted, Request, admit, parse
+from src.config.quoting import shell_override
+from src.config.show import shown_config
+from src.config.source import install, with_lists
 from src.errors import Interrupted, Pruned, TowlineError, TrainingError, is_disk_full, report, visible
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.launch import copy_output, follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
-from src.secrets import as_variables, clean
+from src.secrets import as_variables
 
 if TYPE_CHECKING:
     from src.checkpoint.start import Origin
@@ -354,7 +356,7 @@ def _how_to_go_on(run_dir: Path) -> str:
         return f"What was saved in {run_dir} can't be looked at now: {error.strerror}"
     if step is None:
         return f"Nothing was saved yet; what was logged is in {run_dir}"
-    here = shlex.quote(f"hydra.run.dir={run_dir}")
+    here = shell_override("hydra.run.dir", str(run_dir))
     return f"Step {step} is saved: make resume run={shlex.quote(str(run_dir))}, or the same command with {here}"
 
 
@@ -369,14 +371,14 @@ def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | No
 
 
 def by_hydra(request: Request, stop: StopRequest) -> int:
-    """Hand a command line that was admitted to Hydra's own main: sweeps, --cfg, --help.
+    """Hand a command line that was admitted to Hydra's own main: sweeps and --help.
 
     Raises:
         TowlineError: where a sweep is refused, before anything of it starts.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig
+    from omegaconf import DictConfig, OmegaConf
 
     codes, process = [], os.getpid()
 
@@ -384,7 +386,8 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
         """Run a point of a sweep of another sweeper's (hydra/sweeper=…)."""
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         point = Composed({}, run_dir, {})
-        resolve_sections(cfg, point)
+        sections: Any = OmegaConf.to_container(cfg)
+        resolve_sections(OmegaConf.create(with_lists(sections)), point)
         codes.append(guarded(Admitted(parse(point.sections), point.stored, run_dir), stop))
         if codes[-1] and os.getpid() != process:  # what is counted here is not seen there
             raise TrainingError(f"the run in {run_dir} ended with exit code {codes[-1]}")
@@ -396,11 +399,9 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
     if asked is not None:
         setattr(job, asked.ATTRIBUTE, asked)
     sys.argv = [sys.argv[0], *as_variables(request.line.hydra_argv)]
-    shown = io.StringIO()
+    install()
     try:
-        with redirect_stdout(shown) if request.line.flags.cfg else nullcontext():
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-        sys.stdout.write(clean(shown.getvalue()))
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     except (Interrupted, KeyboardInterrupt) as reason:  # before the first run, or between two
         report(f"\nStopped by {str(reason) or 'Ctrl-C'}")
         return Interrupted.exit_code
@@ -418,14 +419,10 @@ def own_sweep(request: Request, stop: StopRequest) -> SweepRequest | None:
         ConfigError: with all problems of all points.
     """
     from src.run import run_trial as by_name  # other processes find it there, not in __main__
-    from src.sweep.plan import plan_sweep
     from src.sweep.sweeper import request_sweep
 
     collect_from_here()  # composing leaves many cycles
-    if request.line.value_of("hydra/sweeper") in (None, "towline"):
-        return request_sweep(request.line, stop, by_name)
-    plan_sweep(request.line)
-    return None
+    return request_sweep(request.line, stop, by_name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -450,6 +447,9 @@ def admit_and_run(arguments: Sequence[str], stop: StopRequest) -> int:
     """Check a command line, then run it; gives the exit code."""
     try:
         request = admit(arguments)
+        if request.line.flags.cfg:
+            sys.stdout.write(shown_config(request.line))
+            return 0
         return by_hydra(request, stop) if request.run is None else guarded(request.run, stop)
     except TowlineError as error:
         report(error)

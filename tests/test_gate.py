@@ -49,7 +49,7 @@ def refusal(*overrides: str) -> str:
         (["model.checkpoint=conf"], ["without config.json"]),
         (["data.train_files=[nope.jsonl]"], ["data.train_files = nope.jsonl", "no such file"]),
         (["data.train_files=null"], ["data.train_files", "no training data"]),
-        (["data.train_files=nope.jsonl"], ["not a list of files"]),
+        (["data.train_files=[3]"], ["not a file, a glob or a folder"]),
         (["data.test_files={a:[x.jsonl],b:3}"], ["data.test_files", "mapping"]),
         (["data.validation_files={train:[README.md]}"], ["can't be called train"]),
         (["data.columns.question=q"], ["data.columns.question", "has prompt, completion"]),

@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     ),
     "not for a source": ([mixture(a={"train_files": [F], "max_seq_length": 9})], ["data.mixture.a.max_seq_length"]),
     "no rows": ([mixture(a={"weight": 1})], ["data.mixture.a", "no rows: give it train_files or dataset_name"]),
-    "no list": ([mixture(a={"train_files": F})], ["data.mixture.a.train_files", "not a list of files, globs or fol"]),
+    "no list": ([mixture(a={"train_files": [3]})], ["data.mixture.a.train_files", "not a file, a glob or a fol"]),
     "no file": ([mixture(a={"train_files": ["none.jsonl"]})], ["data.mixture.a.train_files", "no such file"]),
     "no kind": ([mixture(a={"train_files": ["Makefile"]})], ["not a kind that is read"]),
     "no glob": ([mixture(a={"train_files": ["none*.jsonl"]})], ["matches no file"]),

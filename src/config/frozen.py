@@ -23,7 +23,9 @@ from src.config.compose import (
     problem_of,
     resolve_sections,
 )
+from src.config.formats import declare_frozen
 from src.config.problems import Problem
+from src.config.quoting import override as override_text
 from src.errors import DamagedFileError
 from src.records import Digest, Types, check_keys, damaged, read_bytes, read_json, read_lines, read_yaml
 
@@ -100,8 +102,9 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     problems += _code_problems(folder, sections, line)
     changed, refused = _overridden(sections | {"rerun": str(folder), "force": False}, line, "a rerun")
     hydra_overrides = [o.input_line or "" for o in line.overrides if o.key_or_group.startswith("hydra.")]
-    name = str(changed.get("name")).replace("\\", "\\\\").replace("'", "\\'")
-    base = compose([f"++name='{name}'", *hydra_overrides], CommandLine(line.flags, line.argv))
+    base = compose(
+        [f"++{override_text('name', str(changed.get('name')))}", *hydra_overrides], CommandLine(line.flags, line.argv)
+    )
     composed = Composed({}, base.run_dir, {}, [*base.problems, *problems, *refused])
     _resolve(changed, composed)
     return composed
@@ -131,7 +134,9 @@ def read_finished(folder: Path, line: CommandLine) -> Composed:
 def frozen_sections(folder: Path, key: str, nothing: str) -> tuple[dict[str, Any], list[Problem]]:
     """Read a run's frozen config; `nothing` says of the key that named the folder what is not there."""
     try:
-        return read_config(folder), []
+        sections = read_config(folder)
+        declare_frozen(sections.get("data"))
+        return sections, []
     except FileNotFoundError:
         reason = f"{nothing}: {folder / CONFIG} can't be read (FileNotFoundError)"
     except DamagedFileError as error:

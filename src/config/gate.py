@@ -27,6 +27,8 @@ from src.config import frozen, rules
 from src.config import schema as schema_module
 from src.config.compose import CommandLine, Composed
 from src.config.files import unusable
+from src.config.formats import declare_frozen
+from src.config.hydra_keys import DESCRIBES_A_SWEEP, asks_for_sweep, hydra_problems
 from src.config.problems import Problem, refuse
 from src.config.schema import (
     ENTRY_SECTIONS,
@@ -109,7 +111,11 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
         raise refuse([*line.problems, Problem("-m, --cfg", reason, has_value=False)])
     if line.flags.multirun:
         return Request(line)
-    admitted, problems = check(composing.compose(line.forced, line), line, entry)
+    composed = composing.compose(line.forced, line)
+    if entry is None and asks_for_sweep(composed) and not line.flags.cfg:
+        line.flags.multirun = True
+        return Request(line)
+    admitted, problems = check(composed, line, entry)
     if problems or line.problems:
         raise refuse([*line.problems, *problems])
     composing.warn_of_broken_options(line)
@@ -159,6 +165,7 @@ def parse(sections: dict[str, Any]) -> RunConfig:
         ConfigError: where they are not a good configuration after all.
     """
     sections = secrets.reveal({key: value for key, value in sections.items() if key != "sweep"}, [])
+    declare_frozen(sections.get("data"))
     parsed, problems = _parse_sections(sections)
     problems += list(_across(parsed))
     if problems:
@@ -174,8 +181,9 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     sections = {key: value for key, value in composed.sections.items() if key not in refused}
     own = _own_section(sections, entry)
     sweep = _sweep_section(sections, line, composed)
+    of_hydra = [] if entry == "predict" else list(hydra_problems(composed, line))
     parsed, problems = _parse_sections(sections)
-    problems = [p for p in [*problems, *own.problems, *sweep.problems] if p.key not in refused]
+    problems = [p for p in [*problems, *own.problems, *sweep.problems, *of_hydra] if p.key not in refused]
     if entry == "predict":
         problems += _across(parsed, rules.PREDICT_RULES)
         problems += _output_problems(own.value, composed.run_dir)
@@ -223,12 +231,17 @@ def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Compos
     if line.flags.multirun or line.flags.cfg:
         return _parse(SweepConfig, given, "sweep")
     asked = [o for o in line.overrides if o.key_or_group == "sweep" or o.key_or_group.startswith("sweep.")]
-    if composed.choices.get("sweep") == "none":
+    option = composed.choices.get("sweep", "none")
+    if option == "none":
         asked = [override for override in asked if override.key_or_group != "sweep"]
     reason = "is read by a sweep only: add -m"
-    return _Parsed(
-        None, [Problem(o.key_or_group, reason, composing.value_text(o), True, composing.COMMAND_LINE) for o in asked]
-    )
+    problems = [Problem(o.key_or_group, reason, composing.value_text(o), True, composing.COMMAND_LINE) for o in asked]
+    if not asked and isinstance(given, dict):  # a file asks
+        if given.get("params"):
+            problems.append(Problem("sweep.params", DESCRIBES_A_SWEEP, given["params"]))
+        elif option != "none":
+            problems.append(Problem("sweep", DESCRIBES_A_SWEEP, option))
+    return _Parsed(None, problems)
 
 
 def _parse_sections(sections: dict[str, Any]) -> tuple[dict[str, _Parsed], list[Problem]]:
@@ -380,6 +393,20 @@ def _unknown(prefix: str, key: str, known_here: list[str]) -> str:
     if elsewhere:
         return f"unknown key; did you mean {elsewhere[0]}?"
     return f"unknown key; {prefix or 'the top level'} has {', '.join(known_here)}"
+
+
+def is_whole_number(key: str) -> bool:
+    """Return whether a key's value has to be a whole number, whichever option of its group is chosen."""
+    section, _, name = key.rpartition(".")
+    given: Any = SECTIONS.get(section, {}) if section else TopLevelConfig
+    found = []
+    for schema in given.values() if isinstance(given, dict) else [given]:
+        if name in (hints := typing.get_type_hints(schema)):
+            check = next(one.metadata.get("check") for one in dataclasses.fields(schema) if one.name == name)
+            members = _members(hints[name])
+            of_any = hints[name] is Any and check is not None and not check.reason(2) and bool(check.reason(1.5))
+            found.append((int in members and float not in members) or of_any)
+    return bool(found) and all(found)
 
 
 def known_keys() -> Iterator[str]:

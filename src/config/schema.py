@@ -72,7 +72,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _is_params(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, str | int | float | list) for v in value.values())
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
 def _up_to(most: int, because: str, least: int = 1) -> Check:
@@ -127,7 +127,7 @@ STEPS_OR_EPOCH = Check(
 )
 STRINGS = Check("a list of texts", lambda v: isinstance(v, list) and all(isinstance(s, str) for s in v))
 FILES_OR_SETS = Check(
-    "a list of files, globs or folders, or a mapping from a set's name to such a list",
+    "a file, a glob or a folder, a list of them, or a mapping from a set's name to such",
     lambda v: (
         v is None
         or STRINGS.holds(v)
@@ -337,7 +337,9 @@ class DataConfig:
     """conf/data: where rows come from, how they become prompt and completion, how long they may be."""
 
     format: str = MISSING
-    train_files: Any = _key(Check("a list of files, globs or folders", lambda v: v is None or STRINGS.holds(v)))
+    train_files: Any = _key(
+        Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v))
+    )
     validation_files: Any = _key(FILES_OR_SETS)
     test_files: Any = _key(FILES_OR_SETS)
     dataset_name: str | None = MISSING
@@ -429,7 +431,9 @@ class TrainSource:
 class SourceConfig:
     """A source of a mixture: keys of data that it may have for itself (null: data's own), and its share."""
 
-    train_files: Any = _key(Check("a list of files, globs or folders", lambda v: v is None or STRINGS.holds(v)), None)
+    train_files: Any = _key(
+        Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v)), None
+    )
     dataset_name: str | None = None
     dataset_config_name: str | None = None
     train_split: str | None = None
@@ -778,7 +782,9 @@ class SweepConfig:
     """conf/sweep: what `-m` makes of several values. A sweep has it; none of its runs does."""
 
     name: str = _key(NAME)
-    params: Any = _key(Check("a mapping from a key to its values, as they stand behind KEY=", lambda v: _is_params(v)))
+    params: Any = _key(
+        Check("a mapping from a key to its values: a list, or a text as it stands behind KEY=", lambda v: _is_params(v))
+    )
     metric: str = MISSING
     direction: Direction = MISSING
     sampler: Sampler = MISSING

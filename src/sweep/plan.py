@@ -12,9 +12,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from src.config.compose import COMMAND_LINE, CommandLine, Points, forced, warn_of_broken_options
+from src.config.compose import COMMAND_LINE, Assignment, CommandLine, Points, warn_of_broken_options
 from src.config.files import unusable
 from src.config.gate import Admitted, check, sweep_of
+from src.config.hydra_keys import SWEEPER_PARAMS, is_own_sweeper, sweeper_params
 from src.config.problems import Problem, refuse
 from src.config.rules import scores_of
 from src.config.schema import (
@@ -27,7 +28,7 @@ from src.config.schema import (
     greater_is_better,
 )
 from src.sweep.record import Record, differing
-from src.sweep.space import Axis, axes_of, points, size
+from src.sweep.space import SWEEP_FILE, Axis, axes_of, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of
 
 MOST_PROBES = 200
@@ -56,6 +57,8 @@ class Plan:
     replicates: list[Axis]
     """What is varied within a setting, and averaged."""
     composer: Points
+    is_own_sweeper: bool = True
+    """Whether Towline runs it; another sweeper of Hydra's varies the command line only."""
     trials: list[Trial] = field(default_factory=list)
     """All there will be; empty where a sampler has to propose them."""
     changed_conf: list[str] = field(default_factory=list)
@@ -128,9 +131,9 @@ class Plan:
             self._settings[own] = setting_of({key: v for key, v in composed.sections.items() if key != "sweep"})
         return self._settings[own]
 
-    def _forced(self, overrides: Sequence[str]) -> list[str]:
-        by_key = {axis.key: axis.override for axis in [*self.axes, *self.replicates]}
-        return [one for text in overrides for one in forced(by_key[text.partition("=")[0]], self.line.roots, text)]
+    def _forced(self, overrides: Sequence[str]) -> list[str | Assignment]:
+        by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
+        return [one for text in overrides for one in by_key[text.partition("=")[0]].forced(text)]
 
     def _admit(self, overrides: Sequence[str]) -> tuple[Admitted | None, list[Problem]]:
         by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
@@ -203,7 +206,7 @@ def _at_points(problems: Sequence[Problem], num_points: int, varied: Collection[
         where = same[0].where
         if len(points_of) < num_points and same[0].key not in varied:
             more = f" and {len(points_of) - 1} more" if len(points_of) > 1 else ""
-            where = f"{where}; at {points_of[0]}{more}"
+            where = "; ".join(filter(None, [where, f"at {points_of[0]}{more}"]))
         yield dataclasses.replace(same[0], where=where)
 
 
@@ -223,13 +226,15 @@ def _open(line: CommandLine, problems: list[Problem]) -> Plan | None:
     if sweep is None or not first.sections:
         problems += first.problems or found
         return None
-    axes, fixed = axes_of(line, sweep.params, problems)
+    is_own = is_own_sweeper(first)
+    params = {SWEEP_FILE: sweep.params, SWEEPER_PARAMS: sweeper_params(first)} if is_own else {}
+    axes, fixed = axes_of(line, params, problems)
     _add_replicates(line, sweep, first.sections, axes, fixed, problems)
     is_averaged = sweep.sampler is not Sampler.grid or sweep.replicate is not Replicate.none
     replicates = [axis for axis in axes if is_averaged and axis.key in REPLICATED]
     of_setting = [axis for axis in axes if axis not in replicates]
     force = bool(first.sections.get("force"))
-    return Plan(line, sweep, first.run_dir, force, of_setting, replicates, Points(fixed, line))
+    return Plan(line, sweep, first.run_dir, force, of_setting, replicates, Points(fixed, line), is_own_sweeper=is_own)
 
 
 def _add_replicates(
@@ -237,23 +242,29 @@ def _add_replicates(
     sweep: SweepConfig,
     sections: Mapping[str, Any],
     axes: list[Axis],
-    fixed: list[str],
+    fixed: list[str | Assignment],
     problems: list[Problem],
 ) -> None:
     """Add the seeds or folds that sweep.replicate asks for, where the command does not say which."""
     alone = dataclasses.replace(line, overrides=[], problems=[])
     varied = {axis.key for axis in axes}
     if sweep.replicate is Replicate.seeds and "seed" not in varied and isinstance(seed := sections.get("seed"), int):
-        fixed[:] = [one for one in fixed if not one.startswith("++seed=")]
-        axes += axes_of(alone, {"seed": f"range({seed},{seed + sweep.num_seeds})"}, problems)[0]
+        fixed[:] = [one for one in fixed if _key_of(one) != "seed"]
+        axes += axes_of(alone, {SWEEP_FILE: {"seed": f"range({seed},{seed + sweep.num_seeds})"}}, problems)[0]
     if sweep.replicate is Replicate.folds and "data.fold" not in varied:
         data = sections.get("data")
         num_folds = data.get("num_folds") if isinstance(data, dict) else None
-        if isinstance(num_folds, int):
-            fixed[:] = [one for one in fixed if not one.startswith("++data.fold=")]
-            axes += axes_of(alone, {"data.fold": f"range(0,{num_folds})"}, problems)[0]
+        if isinstance(data, dict) and data.get("fold") is not None:
+            reason = "sweep.replicate=folds trains every fold: leave it out, or name those you want: data.fold=0,1"
+            problems.append(Problem("data.fold", reason, data["fold"]))
+        elif isinstance(num_folds, int):
+            axes += axes_of(alone, {SWEEP_FILE: {"data.fold": f"range(0,{num_folds})"}}, problems)[0]
         else:
             problems.append(Problem("data.num_folds", "sweep.replicate=folds needs it: how many folds", num_folds))
+
+
+def _key_of(fixed: str | Assignment) -> str:
+    return fixed.key if isinstance(fixed, Assignment) else fixed.lstrip("+").partition("=")[0]
 
 
 def _counted(plan: Plan) -> Iterator[Problem]:

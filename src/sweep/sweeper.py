@@ -41,21 +41,24 @@ class SweepRequest:
     """Where Hydra's task function has it."""
 
 
-def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> SweepRequest:
+def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> SweepRequest | None:
     """Compose and check every point of a command line; the fork server begins its imports behind the first good one.
 
+    Returns: None where another sweeper of Hydra's will run it.
     Raises:
         ConfigError: with all problems of all points.
     """
     with ExitStack() as if_refused:
 
         def begin(plan: Plan) -> None:
-            if not plan.config.dry_run:
+            if not plan.config.dry_run and plan.is_own_sweeper:
                 if_refused.callback(end_fork_server)
                 start_fork_server(_needs(plan))
 
         plan = plan_sweep(line, begin)
         if_refused.pop_all()
+    if not plan.is_own_sweeper:
+        return None
     runtime = plan.sample.runtime
     workers = Workers(run_trial, plan.config.n_jobs, runtime.num_processes, uses_gpus=runtime.device is not Device.cpu)
     return SweepRequest(plan, stop, run_trial, workers)
