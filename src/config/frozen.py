@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     given = line.value_of("hydra.run.dir")
     if given is not None and Path(str(given)).resolve() == folder.resolve():
         sections = _as_it_last_was(folder, sections)
-    problems += _code_problems(folder, sections, line)
+    problems += code_problems(folder, sections, line, _signatures(folder))
     changed, refused = _overridden(sections | {"rerun": str(folder), "force": False}, line, "a rerun")
     hydra_overrides = [o.input_line or "" for o in line.overrides if o.key_or_group.startswith("hydra.")]
     base = compose(
@@ -121,7 +121,7 @@ def read_finished(folder: Path, line: CommandLine) -> Composed:
         return Composed({}, folder, {}, problems)
     if reason := _unfinished(folder):
         problems.append(Problem("run", reason, str(folder), True, COMMAND_LINE))
-    problems += _code_problems(folder, sections, line)
+    problems += code_problems(folder, sections, line, _signatures(folder))
     if isinstance(sections.get("data"), dict):
         sections["data"] |= {"train_files": None, "validation_files": None, "limit": None}
     own = {"rerun": None, "force": False, "tracking": {"type": "none"}}
@@ -172,10 +172,20 @@ def _unfinished(folder: Path) -> str | None:
     return None if (folder / "model").is_dir() else "its result is gone: there is no model/ in it"
 
 
-def _code_problems(folder: Path, sections: Mapping[str, Any], line: CommandLine) -> list[Problem]:
-    """Return a problem for each key that would run a checkpoint's code on the word of somebody else's folder."""
+def _signatures(folder: Path) -> Iterator[Any]:
+    yield from (start.get("signature") for start in read_starts(folder))
+
+
+def code_problems(
+    folder: Path, sections: Mapping[str, Any], line: CommandLine, signatures: Iterable[Any]
+) -> list[Problem]:
+    """Return a problem for each key that would run a checkpoint's code on the word of somebody else's folder.
+
+    Args:
+        signatures: those that are in the folder, of the configurations that were started there.
+    """
     asked = [key for key in trust.code_keys(sections) if line.value_of(key) is None]
-    if not asked or trust.is_signed(folder, sections, (start.get("signature") for start in read_starts(folder))):
+    if not asked or trust.is_signed(folder, sections, signatures):
         return []
     return [
         Problem(

@@ -530,6 +530,7 @@ class Conductor:
             "best": best
             and {"trial": best.number, "value": self.standings[best.number].value, "overrides": best.label},
             "history": self.history,
+            **({"signatures": self.plan.signatures} if self.plan.signatures else {}),
         }
 
 

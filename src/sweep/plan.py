@@ -14,6 +14,7 @@ from typing import Any
 
 from src.config.compose import COMMAND_LINE, Assignment, CommandLine, Points, warn_of_broken_options
 from src.config.files import unusable
+from src.config.frozen import code_problems
 from src.config.gate import Admitted, check, sweep_of
 from src.config.hydra_keys import SWEEPER_PARAMS, is_own_sweeper, sweeper_params
 from src.config.problems import Problem, refuse
@@ -27,6 +28,7 @@ from src.config.schema import (
     SweepConfig,
     greater_is_better,
 )
+from src.config.trust import signature
 from src.sweep.record import Record, differing
 from src.sweep.space import SWEEP_FILE, Axis, axes_of, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of
@@ -66,6 +68,10 @@ class Plan:
 
     admitted: RunConfig | None = None
     """The first configuration that was admitted."""
+    is_repeated: bool = False
+    """Whether it is composed of the options that a folder kept, which may be somebody else's."""
+    signatures: list[str] = field(default_factory=list)
+    """This user's, of admitted configurations that let a checkpoint run code; see src.config.trust."""
     _settings: dict[tuple[str, ...], str] = field(default_factory=dict)
     command: list[str] = field(default_factory=lambda: list(sys.orig_argv))
 
@@ -139,13 +145,25 @@ class Plan:
         by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
         admitted, problems = check(self.composer.compose(self._forced(overrides)), self.line)
         if admitted is not None and admitted.sweep is not None:
-            problems = list(_sweep_problems(admitted.sweep, admitted.config))
+            problems = [*_sweep_problems(admitted.sweep, admitted.config), *self.code_problems(admitted.frozen)]
             self.admitted = self.admitted or admitted.config
         located = []
         for problem in problems:
             where = (by_key[problem.key].where if problem.key in by_key else "") or problem.where
             located.append(dataclasses.replace(problem, where=where, point=" ".join(overrides)))
         return (None if problems else admitted), located
+
+    def code_problems(self, frozen: Mapping[str, Any], *, is_kept: bool = False) -> list[Problem]:
+        """Return why a configuration may not let a checkpoint run code; one that may is signed for this folder.
+
+        Args:
+            is_kept: whether the folder holds the configuration, rather than the options that it was composed of.
+        """
+        if (self.is_repeated or is_kept) and (found := code_problems(self.folder, frozen, self.line, self.signatures)):
+            return found
+        if (signed := signature(self.folder, frozen)) is not None and signed not in self.signatures:
+            self.signatures.append(signed)
+        return []
 
 
 def plan_sweep(line: CommandLine, begin: Callable[[Plan], None] = lambda plan: None) -> Plan:
@@ -164,9 +182,10 @@ def plan_sweep(line: CommandLine, begin: Callable[[Plan], None] = lambda plan: N
         changed = [] if line.problems else differing(kept, line.roots)
         line = dataclasses.replace(line, roots=kept)
         problems[:] = line.problems
+        signatures = plan.signatures
         plan = _open(line, problems)
         if plan is not None:
-            plan.changed_conf = changed
+            plan.changed_conf, plan.is_repeated, plan.signatures = changed, True, signatures
     if plan is None:
         raise refuse(problems)
     if line.value_of("hydra.run.dir") is not None:
@@ -215,7 +234,9 @@ def _kept(plan: Plan) -> list[Path]:
     if plan.force or unusable(str(plan.folder)):
         return []
     record = Record(plan.folder)
-    return record.conf() if record.read().get("id") == plan.line.sweep_id else []
+    content = record.read()
+    plan.signatures = content.get("signatures", [])
+    return record.conf() if content.get("id") == plan.line.sweep_id else []
 
 
 def _open(line: CommandLine, problems: list[Problem]) -> Plan | None:

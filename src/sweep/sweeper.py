@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from src.config.compose import CommandLine
+from src.config.problems import refuse
 from src.config.schema import Device, MlflowConfig, NoAdapterConfig, Pruner, Replicate
 from src.errors import Interrupted, TowlineError, is_disk_full, report
 from src.runtime.signals import StopRequest
@@ -134,6 +135,9 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
         if plan.force:
             record.clear()
         trials, todo = _merged(record.trials(), plan)
+        kept = [] if plan.is_listed else trials  # those that are listed were composed, and looked at, just now
+        if found := [problem for trial in kept for problem in plan.code_problems(trial.config, is_kept=True)]:
+            raise refuse(found)
         record.keep_conf(plan.line.roots)
         plan.compose_from(record.conf())
         record.write_trials(trials)
