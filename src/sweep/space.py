@@ -126,7 +126,7 @@ def axes_of(
         elif isinstance(value, list) and len(value) > 1:
             listed = {label(override.key_or_group, one): one for one in value}
             _add(Axis(override, tuple(line.roots), len(listed), None, source, listed), axes, problems)
-        elif is_group(override, line.roots):
+        elif is_group(override, line.roots) and not isinstance(value, dict):
             fixed += forced(override, line.roots, f"{key}={value[0] if isinstance(value, list) else value}")
         else:
             fixed.append(Assignment(override.key_or_group, value[0] if isinstance(value, list) else value))
@@ -152,7 +152,7 @@ def _override_of(key: str, value: Any, line: CommandLine, source: str, problems:
         wrong("is the sweep's own: it stands beside params, or on the command line")
     elif value == []:
         wrong("there is no value in it")
-    elif is_group(override, line.roots):
+    elif is_group(override, line.roots) and not isinstance(value, dict):  # a mapping is of the section's keys
         known = options(override.key_or_group, line.roots)
         if isinstance(value, str):
             is_good = _are_options(override, line)
