@@ -93,10 +93,10 @@ def test_lists_of_a_sweep_file_are_values(own: Path) -> None:
     }
     trials = planned(*put(own, "sweep/mine", {"defaults": ["_keys"], "params": params}), "sweep=mine").trials
     found = [(trial.config["data"]["system_prompt"], trial.config["data"]["metrics"]) for trial in trials]
-    assert found == [(text, metrics) for text in params[SYSTEM] for metrics in params["data.metrics"]]
+    assert found == [(text, metrics) for metrics in params["data.metrics"] for text in params[SYSTEM]]
     assert all(trial.config["data"]["test_files"] == {"x": [ADDITION]} for trial in trials)
     assert all(trial.config["optimizer"]["lr"] == 1e-3 for trial in trials)
-    assert trials[0].overrides == (f"{SYSTEM}=null", "data.metrics=[]")
+    assert trials[0].overrides == ("data.metrics=[]", f"{SYSTEM}=null")
 
 
 def test_the_command_line_goes_before_a_sweep_file(own: Path) -> None:
