@@ -42,6 +42,7 @@ from src import secrets
 from src.config.files import unusable
 from src.config.formats import fill_mixture
 from src.config.options import CONF, PROJECT_ROOT, OptionFileError, broken_options, placed, read_option, shown
+from src.config.peers import flag_hint
 from src.config.problems import LONGEST_KEY, LONGEST_VALUE, Problem, refuse, shortened
 from src.errors import report
 
@@ -174,7 +175,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
 
 def _read_flags(argv: Sequence[str]) -> argparse.Namespace:
     def refuse_flags(message: str) -> NoReturn:
-        raise refuse([Problem("command line", message, has_value=False)])
+        raise refuse([Problem("command line", f"{message}{flag_hint(message)}", has_value=False)])
 
     parser = get_args_parser()
     parser.error = refuse_flags
