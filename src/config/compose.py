@@ -88,6 +88,8 @@ class CommandLine:
     overrides: list[Override] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     roots: list[Path] = field(default_factory=lambda: [CONF])
+    topics: list[str] = field(default_factory=list)
+    """Groups, sections and keys that --help is asked about."""
 
     @property
     def asks_hydra_only(self) -> bool:
@@ -158,6 +160,9 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         if reason:
             line.problems.append(Problem("--config-dir", reason, flags.config_dir, True, COMMAND_LINE))
     for text in flags.overrides:
+        if flags.help and "=" not in text:
+            line.topics.append(text.removesuffix("."))
+            continue
         read = read_override(text)
         if isinstance(read, Problem):
             line.problems.append(read)

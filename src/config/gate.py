@@ -65,6 +65,8 @@ class Request:
 
     line: CommandLine
     run: Admitted | None = None
+    shown: Composed | None = None
+    """What --help shows the values of."""
 
 
 @dataclass
@@ -93,7 +95,7 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
         if line.problems or shown.problems:
             raise refuse([*line.problems, *shown.problems])
         composing.warn_of_broken_options(line)
-        return Request(line)
+        return Request(line, shown=shown)
     rerun = line.value_of("rerun")
     if rerun is not None:
         if reason := unusable(str(rerun)):

@@ -60,7 +60,7 @@ def _read(group: str, file: Path, changed: int, size: int) -> Option:
     """Read an option file once, as long as it stays what it is."""
     content = dict(read_option(file))
     text = file.read_text(encoding="utf-8")
-    parents, choices = _defaults(content.pop("defaults", None))
+    parents, choices = defaults_of(content.pop("defaults", None))
     top_keys = tuple(map(str, content))
     said, package = comments.of_keys(text), comments.package(text)
     if package == GLOBAL and group not in GLOBAL_GROUPS:  # as qlora, which chooses in another group too
@@ -71,7 +71,7 @@ def _read(group: str, file: Path, changed: int, size: int) -> Option:
     return Option(group, file.stem, file, content, parents, choices, about, said, top_keys, package, written)
 
 
-def _defaults(given: Any) -> tuple[tuple[str, ...], dict[str, str]]:
+def defaults_of(given: Any) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the options of its own group that a defaults list names, and its choices in other groups."""
     parents: list[str] = []
     choices: dict[str, str] = {}

@@ -763,7 +763,7 @@ def find(name: str) -> Iterator[tuple[Peer, Counterpart]]:
 
 def flag_hint(message: str) -> str:
     """Return what to write in place of the flags that a message of argparse's names; '' where it names none."""
-    given = re.findall(r"(?<!\S)--([\w.-]+)", message)
+    given = re.findall(r"(?<!\S)--([\w.-]+)", message) if message.startswith("unrecognized arguments") else []
     written = {next((here.key for _, here in find(name) if here.key), name) for name in given}
     return (
         f"; keys are written without dashes: {' '.join(f'{key}=VALUE' for key in sorted(written))}" if written else ""
