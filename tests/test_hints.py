@@ -179,7 +179,7 @@ def test_a_run_that_was_started_keeps_its_options(tmp_path: Path) -> None:
 
 def entries() -> Iterator[tuple[str, str, Counterpart]]:
     for peer in PEERS:
-        yield from ((peer.name, name, here) for name, here in peer.table.items())
+        yield from ((peer.title, name, here) for name, here in peer.table.items())
 
 
 def is_known(key: str) -> bool:

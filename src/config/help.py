@@ -267,14 +267,18 @@ def without_types(keys: Sequence[Key]) -> list[Key]:
     return [key for key in keys if key.leaf != "type"]
 
 
-def default_text(by_option: Mapping[str, Any]) -> str:
-    """Return a key's values by option, each once: 0.01 (adafactor), 0.1 (sgd)."""
+def by_value(by_option: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the options that have a key by the value that it has there, as YAML has it."""
     having: dict[str, list[str]] = {}
     for option, value in by_option.items():
         having.setdefault(shown_value(value), []).append(option)
-    if len(having) == 1:
-        return next(iter(having))
-    return ", ".join(f"{text} ({', '.join(names)})" for text, names in having.items())
+    return having
+
+
+def default_text(by_option: Mapping[str, Any]) -> str:
+    """Return a key's values by option, each once: 0.01 (adafactor), 0.1 (sgd)."""
+    having = by_value(by_option)
+    return ", ".join(f"{text} ({', '.join(names)})" if len(having) > 1 else text for text, names in having.items())
 
 
 def inner_keys(known: Keys) -> dict[str, list[str]]:

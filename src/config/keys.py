@@ -61,6 +61,8 @@ class Key:
     @property
     def allowed(self) -> str:
         """What it may be, in words."""
+        if self.types and self.leaf == "type":
+            return f"one of {', '.join(self.types)}" if self.types[1:] else self.types[0]
         if self.check is None:
             return described(self.hint)
         is_optional = type(None) in members(self.hint) and "null" not in self.check.allowed

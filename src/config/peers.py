@@ -114,7 +114,7 @@ BF16, FP16 = {"true": "bf16", "false": "no"}, {"true": "fp16", "false": "no"}
 NF4, INT8 = {"true": "nf4", "false": "none"}, {"true": "int8", "false": "none"}
 PACKED, GROUPED = {"true": "packed", "false": "padded"}, {"true": "length_grouped", "false": "padded"}
 LORA_OR_NONE = {"true": "lora", "false": "none"}
-ALL_LINEAR = {"true": "all-linear", "all": "all-linear", "all_linear": "all-linear"}
+ALL_LINEAR = {"all": "all-linear", "all_linear": "all-linear"}
 FLASH = {"true": "flash_attention_2", "false": "null"}
 INVERTED = {"true": "false", "false": "true"}
 NO_CLIPPING = {"0": "null", "0.0": "null"}
@@ -365,7 +365,7 @@ AXOLOTL = _table(
         "lora_model_dir": _same("init_from"),
         "lora_r": TRL["lora_r"],
         "lora_target_modules": TRL["lora_target_modules"],
-        "lora_target_linear": _only("adapter.target_modules", ALL_LINEAR),
+        "lora_target_linear": _only("adapter.target_modules", {"true": "all-linear"}),
         **_alike("adapter", "lora_alpha lora_dropout"),
         "peft_layers_to_transform": _same("adapter.layers_to_transform"),
         "peft_use_dora": _same("adapter.use_dora"),
@@ -725,29 +725,29 @@ ELSEWHERE = _table(
 
 @dataclass(frozen=True)
 class Peer:
-    """Another trainer: what it is called and its table."""
+    """Another trainer: its title and what is said of it in docs/coming_from.md, and its table."""
 
-    name: str
+    title: str
     about: str
     table: Mapping[str, Counterpart]
 
 
 PEERS = (
-    Peer("transformers' TrainingArguments", "transformers 5.23", TRAINING_ARGUMENTS),
+    Peer("transformers", "`TrainingArguments` of transformers 5.23.", TRAINING_ARGUMENTS),
     Peer(
-        "TrainingArguments before",
-        "Names of transformers 4, and of Seq2SeqTrainingArguments.",
+        "transformers 4",
+        "What `TrainingArguments` and `Seq2SeqTrainingArguments` had before.",
         TRAINING_ARGUMENTS_BEFORE,
     ),
     Peer(
         "TRL",
-        "SFTConfig takes every name of TrainingArguments too; of the script `trl sft` there are ModelConfig and "
-        "ScriptArguments.",
+        "`SFTConfig`, and `ModelConfig` and `ScriptArguments` of the command `trl sft`. `SFTConfig` has all names of "
+        "`TrainingArguments` besides.",
         TRL,
     ),
-    Peer("LLaMA-Factory", "It takes every name of TrainingArguments too.", LLAMA_FACTORY),
-    Peer("axolotl", "It takes most names of TrainingArguments too.", AXOLOTL),
-    Peer("Elsewhere", "PEFT, bitsandbytes, Lightning, scripts of the field, and short names.", ELSEWHERE),
+    Peer("LLaMA-Factory", "It takes all names of `TrainingArguments` besides.", LLAMA_FACTORY),
+    Peer("axolotl", "It takes most names of `TrainingArguments` besides.", AXOLOTL),
+    Peer("Elsewhere", "Of PEFT, bitsandbytes, Lightning and the field's scripts, and short names.", ELSEWHERE),
 )
 """In the order in which a name is looked up."""
 
