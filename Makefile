@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume sync preflight test test-slow lint ui clean clean-cache
+.PHONY: help setup train resume sync preflight test test-slow docs lint ui clean clean-cache
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -37,6 +37,9 @@ test: lint ## every check that CI runs: format, lint, types, tests
 
 test-slow: $(READY) ## checks on a real pretrained chat model in models/smollm2 (or TOWLINE_SMOLLM2=DIR)
 	$(BIN)/python -m pytest -m slow -n 1 $(ARGS)
+
+docs: $(READY) ## write docs/configuration.md and docs/coming_from.md anew, from the schema, conf/ and the tables
+	$(BIN)/python -m src.config.pages
 
 lint: $(READY) ## format, lint and types only
 	$(BIN)/ruff format --check .

@@ -1,10 +1,8 @@
 """Generate with a finished run: `python -m src.predict run=DIR data.test_files=[FILE,…] KEY=VALUE …`.
 
 The run's frozen config.yaml counts, with single keys on top: data.…, generation.…, seed, evaluation.metrics, runtime.…,
-model.dtype, model.attn_implementation, training.mixed_precision, and
-  predict.batch_size=N   prompts at a time (null: training.per_device_eval_batch_size)
-  predict.output=DIR     where predictions go (null: predictions/ in the run's folder)
-  force=true             start the sets named here anew
+model.dtype, model.attn_implementation, training.mixed_precision, keys of its own, and force=true, which starts the sets
+named here anew.
 
 Prompts are exactly those of training, made of all rows of data.test_files (a list, or name: list; where none are given
 the run's own), unless data.limit is given here.
@@ -34,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src.config.gate import Admitted, admit_prediction
+from src.config.help import help_of_entry
 from src.errors import Interrupted, TowlineError, report
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.signals import StopRequest, stop_on_signals
@@ -138,11 +137,9 @@ def folder(admitted: Admitted) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then generate; every way it can end becomes an exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        print("`python -m src.run --help` lists every group and key.")
-        return 0
     try:
+        if {"-h", "--help"} & set(arguments):
+            return help_of_entry("predict", __doc__, arguments)
         admitted = admit_prediction(arguments)
     except TowlineError as error:
         report(error)

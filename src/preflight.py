@@ -1,8 +1,7 @@
 """Everything about a run that can be known without training it: `python -m src.preflight KEY=VALUE …`.
 
-Takes the same choices as src.run, and for itself preflight.rows=N (rows shown), preflight.dump=FILE (every encoded row
-of the train split as JSON lines) and preflight.measure=true (one micro-batch is really computed). Loads no weights
-unless it measures. Exit code 0, 1 where a finding is an error, 2 where something is yours to mend.
+Takes the same choices as src.run, and keys of its own. Loads no weights unless it measures. Exit code 0, 1 where a
+finding is an error, 2 where something is yours to mend.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config.gate import Admitted, admit
+from src.config.help import help_of_entry
 from src.errors import Interrupted, TowlineError, report
 from src.runtime.collector import collect_from_here, rest_while_importing
 
@@ -140,11 +140,9 @@ def write_report(file: Path, data: Data, found: Sequence[Any], ahead: Any) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then look at what it asks for."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        print("`python -m src.run --help` lists every group and key.")
-        return 0
     try:
+        if {"-h", "--help"} & set(arguments):
+            return help_of_entry("preflight", __doc__, arguments)
         request = admit(arguments, "preflight")
         assert request.run is not None
         return preflight(request.run)

@@ -371,7 +371,7 @@ def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | No
 
 
 def by_hydra(request: Request, stop: StopRequest) -> int:
-    """Hand a command line that was admitted to Hydra's own main: sweeps and --help.
+    """Hand a command line that was admitted to Hydra's own main: sweeps and --info.
 
     Raises:
         TowlineError: where a sweep is refused, before anything of it starts.
@@ -450,6 +450,11 @@ def admit_and_run(arguments: Sequence[str], stop: StopRequest) -> int:
         if request.line.flags.cfg:
             sys.stdout.write(shown_config(request.line))
             return 0
+        if request.line.flags.help:
+            from src.config.help import help_of_run
+
+            assert request.shown is not None
+            return help_of_run(request.shown, request.line)
         return by_hydra(request, stop) if request.run is None else guarded(request.run, stop)
     except TowlineError as error:
         report(error)

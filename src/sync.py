@@ -27,6 +27,7 @@ from src import secrets
 from src.config.compose import COMMAND_LINE, CommandLine, read_command_line
 from src.config.files import unusable
 from src.config.frozen import CONFIG, STATUS, read_config
+from src.config.help import help_of_entry
 from src.config.problems import Problem, refuse
 from src.config.rules import tracker_can_be_reached_by_some_scheme
 from src.config.schema import MlflowConfig
@@ -202,11 +203,10 @@ def _stored(folder: Path, is_sweep: bool) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then deliver; every way it can end becomes an exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0
     code = 0
     try:
+        if {"-h", "--help"} & set(arguments):
+            return help_of_entry("sync", __doc__, arguments)
         sources = admit_sync(arguments)
         from src.tracking.console import Console
 

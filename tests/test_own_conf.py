@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.engine import make_url
 
 from src.config.compose import CONF, read_override, values_of
-from src.config.gate import Request, admit, is_whole_number
+from src.config.gate import Request, admit
+from src.config.keys import is_whole_number
 from src.config.quoting import in_url, override, override_value
 from src.errors import ConfigError
 from src.sweep.plan import Plan, plan_sweep
@@ -37,7 +37,7 @@ def put(own: Path, name: str, content: str | dict[str, Any], *, is_global: bool 
     """Write an option of the user's, and give the flags by which it is found."""
     file = own / f"{name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = content if isinstance(content, str) else yaml.safe_dump(content, allow_unicode=True)
+    text = content if isinstance(content, str) else json.dumps(content)  # which is YAML, with every text in quotes
     file.write_text("# @package _global_\n" * is_global + text, encoding="utf-8")
     return ["--config-dir", str(own)]
 
@@ -93,10 +93,10 @@ def test_lists_of_a_sweep_file_are_values(own: Path) -> None:
     }
     trials = planned(*put(own, "sweep/mine", {"defaults": ["_keys"], "params": params}), "sweep=mine").trials
     found = [(trial.config["data"]["system_prompt"], trial.config["data"]["metrics"]) for trial in trials]
-    assert found == [(text, metrics) for metrics in params["data.metrics"] for text in params[SYSTEM]]
+    assert found == [(text, metrics) for text in params[SYSTEM] for metrics in params["data.metrics"]]
     assert all(trial.config["data"]["test_files"] == {"x": [ADDITION]} for trial in trials)
     assert all(trial.config["optimizer"]["lr"] == 1e-3 for trial in trials)
-    assert trials[0].overrides == ("data.metrics=[]", f"{SYSTEM}=null")
+    assert trials[0].overrides == (f"{SYSTEM}=null", "data.metrics=[]")
 
 
 def test_the_command_line_goes_before_a_sweep_file(own: Path) -> None:

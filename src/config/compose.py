@@ -56,6 +56,7 @@ from src.config.options import (
     read_option,
     shown,
 )
+from src.config.peers import flag_hint
 from src.config.problems import Problem, refuse
 from src.config.quoting import in_url, shell_override
 from src.config.quoting import override as override_text
@@ -112,6 +113,8 @@ class CommandLine:
     overrides: list[Override] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     roots: list[Path] = field(default_factory=lambda: [CONF])
+    topics: list[str] = field(default_factory=list)
+    """Groups, sections and keys that --help is asked about."""
 
     @property
     def asks_hydra_only(self) -> bool:
@@ -192,6 +195,9 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         if reason:
             line.problems.append(Problem("--config-dir", reason, flags.config_dir, True, COMMAND_LINE))
     for text in flags.overrides:
+        if flags.help and "=" not in text:
+            line.topics.append(text.removesuffix("."))
+            continue
         read = read_override(text)
         if isinstance(read, Problem):
             line.problems.append(read)
@@ -229,7 +235,7 @@ def _add_roots(override: Override, line: CommandLine) -> None:
 
 def _read_flags(argv: Sequence[str]) -> argparse.Namespace:
     def refuse_flags(message: str) -> NoReturn:
-        raise refuse([Problem("command line", message, has_value=False)])
+        raise refuse([Problem("command line", f"{message}{flag_hint(message)}", has_value=False)])
 
     parser = get_args_parser()
     parser.error = refuse_flags

@@ -9,17 +9,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from src import secrets
 from src.config import compose as composing
@@ -28,7 +25,9 @@ from src.config import schema as schema_module
 from src.config.compose import CommandLine, Composed
 from src.config.files import unusable
 from src.config.formats import declare_frozen
+from src.config.hints import Situation, UnknownKey, explained
 from src.config.hydra_keys import DESCRIBES_A_SWEEP, asks_for_sweep, hydra_problems
+from src.config.keys import known_keys
 from src.config.problems import Problem, refuse
 from src.config.schema import (
     ENTRY_SECTIONS,
@@ -41,6 +40,7 @@ from src.config.schema import (
     SweepConfig,
     TopLevelConfig,
 )
+from src.config.values import convert, described
 from src.errors import DamagedFileError
 
 
@@ -67,6 +67,8 @@ class Request:
 
     line: CommandLine
     run: Admitted | None = None
+    shown: Composed | None = None
+    """What --help shows the values of."""
 
 
 @dataclass
@@ -95,7 +97,7 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
         if line.problems or shown.problems:
             raise refuse([*line.problems, *shown.problems])
         composing.warn_of_broken_options(line)
-        return Request(line)
+        return Request(line, shown=shown)
     rerun = line.value_of("rerun")
     if rerun is not None:
         if reason := unusable(str(rerun)):
@@ -169,7 +171,7 @@ def parse(sections: dict[str, Any]) -> RunConfig:
     parsed, problems = _parse_sections(sections)
     problems += list(_across(parsed))
     if problems:
-        raise refuse(problems)
+        raise refuse(list(explained(problems, Situation(sections, {}))))
     return _assemble(parsed)
 
 
@@ -191,9 +193,11 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
         problems += _across(parsed)
         problems += _meeting_problems(parsed, line)
         problems += _run_dir_problems(composed, line)
+    reads = rules.is_read_by_predict if entry == "predict" else lambda key: True
+    situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
     located = [
         problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
-        for problem in problems
+        for problem in explained(problems, situation)
     ]
     if located or composed.problems or line.problems:
         return None, composed.problems + located
@@ -222,7 +226,7 @@ def _own_section(sections: dict[str, Any], entry: str | None) -> _Parsed:
 def sweep_of(composed: Composed) -> tuple[SweepConfig | None, list[Problem]]:
     """Take the sweep's own section from a composed configuration, whatever the others hold."""
     parsed = _parse(SweepConfig, composed.sections.get("sweep", {}), "sweep")
-    return parsed.value, parsed.problems
+    return parsed.value, list(explained(parsed.problems, Situation(composed.sections, composed.choices, is_sweep=True)))
 
 
 def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Composed) -> _Parsed:
@@ -276,7 +280,7 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
     complete = True
     for key, value in given.items():
         if key not in hints:
-            parsed.problems.append(Problem(_dotted(prefix, key), _unknown(prefix, str(key), list(hints)), value))
+            parsed.problems.append(UnknownKey(_dotted(prefix, key), "unknown key", value, siblings=tuple(hints)))
             continue
         part = _parse_value(typed, key, hints[key], rules_of[key].get("check"), value, prefix)
         if (each := rules_of[key].get("each")) and not part.problems and value is not None:
@@ -328,97 +332,15 @@ def _check_inner(known: Keys, given: dict[Any, Any], prefix: str) -> list[Proble
 def _parse_value(typed: Any, key: str, hint: Any, check: Check | None, value: Any, prefix: str) -> _Parsed:
     dotted = _dotted(prefix, key)
     if value == "???":
-        return _Parsed(None, [Problem(dotted, f"needs a value: {_described(hint)}", has_value=False)])
+        return _Parsed(None, [Problem(dotted, f"needs a value: {described(hint)}", has_value=False)])
     if dataclasses.is_dataclass(hint):
         return _parse(hint, value, dotted)
-    if isinstance(value, bool) and bool not in _members(hint) and hint is not Any:
-        return _Parsed(None, [Problem(dotted, f"not {_described(hint)}", value)])
-    try:
-        typed[key] = composing.escaped(value)
-        converted = OmegaConf.to_object(typed[key]) if OmegaConf.is_config(typed[key]) else typed[key]
-    except (OmegaConfBaseException, OverflowError):  # the latter of a whole number that no float holds
-        return _Parsed(None, [Problem(dotted, _unlike(hint, value), value)])
-    if check and (reason := check.reason(converted)):
-        return _Parsed(None, [Problem(dotted, reason, value)])
-    return _Parsed(converted)
-
-
-def _unlike(hint: Any, value: Any) -> str:
-    """Say why a value is not what its type allows; of a list of choices, which one is none."""
-    choices = [e for m in _members(hint) for e in typing.get_args(m) if inspect.isclass(e) and issubclass(e, Enum)]
-    if isinstance(value, list) and len(choices) == 1:
-        allowed = [option.name for option in choices[0]]
-        for one in value:
-            if one not in allowed:
-                near = get_close_matches(str(one), allowed, n=1)
-                return f"{one} is not one of {', '.join(allowed)}{f'; did you mean {near[0]}?' if near else ''}"
-    return f"not {_described(hint)}"
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def _described(hint: Any) -> str:
-    """Say in words what a type allows."""
-    members = _members(hint)
-    words = []
-    for member in members:
-        if member is type(None):
-            words.append("null")
-        elif inspect.isclass(member) and issubclass(member, Enum):
-            words.append(("one of " if len(member) > 1 else "") + ", ".join(option.name for option in member))
-        elif typing.get_origin(member) is list:
-            (inner,) = typing.get_args(member)
-            words.append(f"a list ({_described(inner)} each)")
-        elif typing.get_origin(member) is dict:
-            words.append("a mapping from text to text")
-        else:
-            known = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-            words.append(known.get(member, "a value"))
-    return " or ".join(words)
+    converted, reason = convert(typed, key, hint, check, composing.escaped(value))
+    return _Parsed(None, [Problem(dotted, reason, value)]) if reason else _Parsed(converted)
 
 
 def _dotted(prefix: str, key: Any) -> str:
     return f"{prefix}.{key}" if prefix else str(key)
-
-
-def _unknown(prefix: str, key: str, known_here: list[str]) -> str:
-    if not prefix and key in ENTRY_SECTIONS:
-        return f"read by python -m src.{key}, and by nothing else"
-    near = get_close_matches(key, [*known_here, *([*SECTIONS, "sweep"] if not prefix else [])], n=1)
-    if near:
-        return f"unknown key; did you mean {_dotted(prefix, near[0])}?"
-    elsewhere = [dotted for dotted in known_keys() if dotted.rpartition(".")[2] == key]
-    if elsewhere:
-        return f"unknown key; did you mean {elsewhere[0]}?"
-    return f"unknown key; {prefix or 'the top level'} has {', '.join(known_here)}"
-
-
-def is_whole_number(key: str) -> bool:
-    """Return whether a key's value has to be a whole number, whichever option of its group is chosen."""
-    section, _, name = key.rpartition(".")
-    given: Any = SECTIONS.get(section, {}) if section else TopLevelConfig
-    found = []
-    for schema in given.values() if isinstance(given, dict) else [given]:
-        if name in (hints := typing.get_type_hints(schema)):
-            check = next(one.metadata.get("check") for one in dataclasses.fields(schema) if one.name == name)
-            members = _members(hints[name])
-            of_any = hints[name] is Any and check is not None and not check.reason(2) and bool(check.reason(1.5))
-            found.append((int in members and float not in members) or of_any)
-    return bool(found) and all(found)
-
-
-def known_keys() -> Iterator[str]:
-    """Give every dotted key that some configuration can have."""
-    yield from typing.get_type_hints(TopLevelConfig)
-    for name, schema in SECTIONS.items():
-        for cls in schema.values() if isinstance(schema, dict) else [schema]:
-            for key, hint in typing.get_type_hints(cls).items():
-                if dataclasses.is_dataclass(hint):
-                    yield from (f"{name}.{key}.{inner}" for inner in typing.get_type_hints(hint))
-                else:
-                    yield f"{name}.{key}"
 
 
 def _across(

@@ -44,9 +44,31 @@ Keys = Mapping[str, "Check | Keys"]
 """What a mapping of another library's may hold: a condition on each key's value, or the keys of a mapping in it."""
 
 
-def _key(check: Check | None = None, default: Any = MISSING, each: str | None = None, inner: Keys | None = None) -> Any:
-    """Declare a key; with `each` it is a mapping to values of that dataclass, with `inner` one of another library's."""
-    return field(default=default, metadata={"check": check, "each": each, "inner": inner})
+TYPE_TEXT = "set by the option; choose with {group}=…"
+
+
+def _key(
+    check: Check | None = None,
+    default: Any = MISSING,
+    each: str | None = None,
+    inner: Keys | None = None,
+    text: str = "",
+) -> Any:
+    """Declare a key.
+
+    Args:
+        each: the dataclass of the values of a mapping.
+        inner: the keys of another library's mapping.
+        text: what the key means, where no line of conf/ has it and says so.
+    """
+    return field(default=default, metadata={"check": check, "each": each, "inner": inner, "text": text})
+
+
+def _type(group: str, *kinds: str) -> Any:
+    """Declare the key that says which of a group's dataclasses an option is of; each option sets it."""
+    listed = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[1:] else kinds)
+    check = Check(f"{listed} (choose another with {group}=…)", lambda v: v in kinds)
+    return _key(check, text=TYPE_TEXT.format(group=group))
 
 
 MOST_INT = 2**63 - 1
@@ -260,7 +282,7 @@ class Device(Enum):
 class ModelConfig:
     """conf/model: which network, from where, in which precision."""
 
-    type: ModelType = MISSING
+    type: ModelType = _key(text=TYPE_TEXT.format(group="model"))
     checkpoint: str = _key(CHECKPOINT)
     revision: str | None = MISSING
     weights: Weights = MISSING
@@ -290,14 +312,14 @@ class QuantizationConfig:
 class NoAdapterConfig:
     """conf/adapter/none.yaml: every weight is trained."""
 
-    type: str = _key(Check("none (choose another with adapter=…)", lambda v: v == "none"))
+    type: str = _type("adapter", "none")
 
 
 @dataclass
 class LoraConfig:
     """conf/adapter/lora.yaml and those built on it: the keys of PEFT's LoraConfig."""
 
-    type: str = _key(Check("lora (choose another with adapter=…)", lambda v: v == "lora"))
+    type: str = _type("adapter", "lora")
     r: int = _key(RANK)
     lora_alpha: float = _key(WEIGHT)
     lora_dropout: float = _key(BELOW_ONE)
@@ -446,8 +468,8 @@ class SourceConfig:
     supervised_turns: SupervisedTurns | None = None
     clean_dialogue: bool | None = None
     thought_pattern: str | None = None
-    weight: float | None = _key(POSITIVE, None)
-    count: int | None = _key(AT_LEAST_ONE, None)
+    weight: float | None = _key(POSITIVE, None, text="its proportion of the mixture, in which no row comes twice")
+    count: int | None = _key(AT_LEAST_ONE, None, text="how many of its rows are taken; above what it has, some twice")
 
 
 NEVER_NULL = ("format", "columns", "supervised_turns", "clean_dialogue")
@@ -472,12 +494,7 @@ def _mixed_source(data: DataConfig, given: dict[str, Any]) -> TrainSource:
 class AdamWConfig:
     """conf/optimizer/adamw.yaml: torch.optim.AdamW; adamw_8bit and paged_adamw_32bit: bitsandbytes'."""
 
-    type: str = _key(
-        Check(
-            "adamw, adamw_8bit or paged_adamw_32bit (choose another with optimizer=…)",
-            lambda v: v in ("adamw", "adamw_8bit", "paged_adamw_32bit"),
-        )
-    )
+    type: str = _type("optimizer", "adamw", "adamw_8bit", "paged_adamw_32bit")
     lr: float = _key(WEIGHT)
     embedding_lr: float | None = _key(WEIGHT)
     weight_decay: float = _key(WEIGHT_OR_ZERO)
@@ -489,7 +506,7 @@ class AdamWConfig:
 class AdafactorConfig:
     """conf/optimizer/adafactor.yaml: torch.optim.Adafactor."""
 
-    type: str = _key(Check("adafactor (choose another with optimizer=…)", lambda v: v == "adafactor"))
+    type: str = _type("optimizer", "adafactor")
     lr: float = _key(WEIGHT)
     embedding_lr: float | None = _key(WEIGHT)
     weight_decay: float = _key(WEIGHT_OR_ZERO)
@@ -499,7 +516,7 @@ class AdafactorConfig:
 class SGDConfig:
     """conf/optimizer/sgd.yaml: torch.optim.SGD."""
 
-    type: str = _key(Check("sgd (choose another with optimizer=…)", lambda v: v == "sgd"))
+    type: str = _type("optimizer", "sgd")
     lr: float = _key(WEIGHT)
     embedding_lr: float | None = _key(WEIGHT)
     weight_decay: float = _key(WEIGHT_OR_ZERO)
@@ -517,14 +534,14 @@ class ScheduleType(Enum):
 class ConstantScheduleConfig:
     """conf/scheduler/constant.yaml: the learning rate never changes."""
 
-    type: ScheduleType = MISSING
+    type: ScheduleType = _key(text=TYPE_TEXT.format(group="scheduler"))
 
 
 @dataclass
 class WarmupScheduleConfig:
     """conf/scheduler/constant_with_warmup.yaml: linear warm-up, then constant."""
 
-    type: ScheduleType = MISSING
+    type: ScheduleType = _key(text=TYPE_TEXT.format(group="scheduler"))
     warmup_ratio: float = _key(BELOW_ONE)
     warmup_steps: int | None = _key(COUNT)
 
@@ -555,7 +572,7 @@ class GenerationConfig:
 class NoDeepSpeedConfig:
     """conf/deepspeed/none.yaml: every process holds the whole model."""
 
-    type: str = _key(Check("none (choose another with deepspeed=…)", lambda v: v == "none"))
+    type: str = _type("deepspeed", "none")
 
     @property
     def stage(self) -> int:
@@ -612,7 +629,7 @@ FP16_KEYS: Keys = {
 class ZeroConfig:
     """conf/deepspeed/zero1.yaml and its like: DeepSpeed's own JSON; what another section owns is `auto`."""
 
-    type: str = _key(Check("zero (choose another with deepspeed=…)", lambda v: v == "zero"))
+    type: str = _type("deepspeed", "zero")
     train_batch_size: Any = _key(AUTO_OR_COUNT)
     train_micro_batch_size_per_gpu: Any = _key(AUTO_OR_COUNT)
     gradient_accumulation_steps: Any = _key(AUTO_OR_COUNT)
@@ -642,7 +659,7 @@ class ZeroConfig:
 class MlflowConfig:
     """conf/tracking/mlflow.yaml: an MLflow server or store that mirrors the run's folder."""
 
-    type: str = _key(Check("mlflow (choose another with tracking=…)", lambda v: v == "mlflow"))
+    type: str = _type("tracking", "mlflow")
     uri: str = MISSING
     experiment_name: str = MISSING
     run_name: str = MISSING
@@ -654,7 +671,7 @@ class MlflowConfig:
 class NoTrackingConfig:
     """conf/tracking/none.yaml: the run's folder only."""
 
-    type: str = _key(Check("none (choose another with tracking=…)", lambda v: v == "none"))
+    type: str = _type("tracking", "none")
 
 
 @dataclass
@@ -808,17 +825,23 @@ class SweepConfig:
 class PreflightConfig:
     """What `python -m src.preflight` shows and writes beside what it always does."""
 
-    rows: int = _key(COUNT, default=4)
-    dump: str | None = _key(PATH, default=None)
-    measure: bool = False
+    rows: int = _key(COUNT, default=4, text="rows of train that are shown, each part in the colour of what is learned")
+    dump: str | None = _key(PATH, default=None, text="a file that gets every encoded row of train as JSON lines")
+    measure: bool = _key(
+        default=False, text="true: one micro-batch is computed, so that memory and time are measured; loads the weights"
+    )
 
 
 @dataclass
 class PredictConfig:
     """In which batches `python -m src.predict` generates, and where it writes."""
 
-    batch_size: int | None = _key(AT_LEAST_ONE, default=None)
-    output: str | None = _key(PATH, default=None)
+    batch_size: int | None = _key(
+        AT_LEAST_ONE, default=None, text="prompts at a time; null: training.per_device_eval_batch_size"
+    )
+    output: str | None = _key(
+        PATH, default=None, text="the folder of the predictions; null: predictions/ in the run's folder"
+    )
 
     def folder(self, run_dir: Path) -> Path:
         """Give the folder of the predictions: the one that was asked for, or one in the run's folder."""

@@ -13,7 +13,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from src.config.options import GLOBAL_GROUPS, OptionFileError, check_option, shown
+from src.config.options import check_option
 
 LIST_OR_MAPPING = ("data.validation_files", "data.test_files")
 """Keys whose value is a list in some files and a mapping in others, which Hydra can't put in each other's place."""
@@ -34,17 +34,7 @@ class FileConfigSource(file_config_source.FileConfigSource):  # Hydra tells sour
         if file.exists():
             check_option(file)
         result = super().load_config(config_path)
-        group = os.path.dirname(config_path)
-        package = result.header.get("package") or group.replace("/", ".")
-        if (
-            group.partition("/")[0] in GLOBAL_GROUPS
-            and package == group.replace("/", ".")
-            and set(result.config) - {"defaults"}
-        ):
-            raise OptionFileError(
-                f"{shown(file)}: its first line must be `# @package _global_`; without it its keys are those of a "
-                f"section {package}"
-            )
+        package = result.header.get("package") or os.path.dirname(config_path).replace("/", ".")
         for key in LIST_OR_MAPPING:
             inner = key if package == "_global_" else key.removeprefix(f"{package}.")
             if package == "_global_" or inner != key:

@@ -25,7 +25,7 @@ from src.config.compose import (
     value_text,
     values_of,
 )
-from src.config.gate import is_whole_number
+from src.config.keys import is_whole_number
 from src.config.problems import Problem
 from src.config.quoting import label
 from src.config.schema import MOST_INT

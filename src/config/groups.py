@@ -1,0 +1,145 @@
+"""What the options of a group hold and say, as their files have it: for hints, help and reference. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from src.config import comments
+from src.config.compose import GLOBAL_GROUPS, options
+from src.config.keys import Key
+from src.config.options import OptionFileError, read_option
+
+GLOBAL = "_global_"
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option file: the values that it sets for its own group, what it builds on, and its comments."""
+
+    group: str
+    name: str
+    file: Path
+    values: dict[str, Any] = field(default_factory=dict)
+    """Its own values: of its group, or of all sections for a group whose options reach into others."""
+    parents: tuple[str, ...] = ()
+    """Options of its own group that it builds on."""
+    choices: dict[str, str] = field(default_factory=dict)
+    """What it chooses in other groups."""
+    about: tuple[str, ...] = ()
+    """The lines at its head: when to choose it."""
+    comments: dict[str, str] = field(default_factory=dict)
+    """What is said of its keys, by their names within `values`."""
+    top_keys: tuple[str, ...] = ()
+    """The keys that stand at the top of the file."""
+    package: str | None = None
+    """Where its header puts its keys; None for the group's own section."""
+    written_package: str | None = None
+    """What it says of that anywhere, also where Hydra does not look."""
+
+
+def read(group: str, name: str, roots: tuple[Path, ...]) -> Option | None:
+    """Return an option of a group (its name may begin with '_') from the first folder that has it; None where none has.
+
+    Raises:
+        OptionFileError: where its file can't be read.
+    """
+    for root in roots:
+        file = root / group / f"{name}.yaml"
+        if file.is_file():
+            stat = file.stat()
+            return _read(group, file, stat.st_mtime_ns, stat.st_size)
+    return None
+
+
+@lru_cache(maxsize=1_000)
+def _read(group: str, file: Path, changed: int, size: int) -> Option:
+    """Read an option file once, as long as it stays what it is."""
+    content = dict(read_option(file))
+    text = file.read_text(encoding="utf-8")
+    parents, choices = defaults_of(content.pop("defaults", None))
+    top_keys = tuple(map(str, content))
+    said, package = comments.of_keys(text), comments.package(text)
+    if package == GLOBAL and group not in GLOBAL_GROUPS:  # as qlora, which chooses in another group too
+        own = content.get(group)
+        content = own if isinstance(own, dict) else {}
+        said = {key.removeprefix(f"{group}."): words for key, words in said.items() if key.startswith(f"{group}.")}
+    about, written = tuple(comments.about(text)), comments.written_package(text)
+    return Option(group, file.stem, file, content, parents, choices, about, said, top_keys, package, written)
+
+
+def defaults_of(given: Any) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the options of its own group that a defaults list names, and its choices in other groups."""
+    parents: list[str] = []
+    choices: dict[str, str] = {}
+    for one in given if isinstance(given, list) else []:
+        if isinstance(one, str) and one != "_self_":
+            parents.append(one.partition("@")[0])
+        elif isinstance(one, dict):
+            choices |= {
+                str(group).removeprefix("override").removeprefix("optional").strip().lstrip("/"): str(option)
+                for group, option in one.items()
+            }
+    return tuple(parents), choices
+
+
+def lineage(group: str, name: str, roots: tuple[Path, ...]) -> Iterator[Option]:
+    """Yield an option and all that it builds on within its group, the nearest first."""
+    seen, waiting = set[str](), [name]
+    while waiting:
+        one = waiting.pop(0)
+        if one not in seen and (found := read(group, one, roots)) is not None:
+            seen.add(one)
+            yield found
+            waiting[:0] = reversed(found.parents)
+
+
+def values_of(group: str, name: str, roots: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the values of an option with those of the options that it builds on."""
+    whole: dict[str, Any] = {}
+    for option in reversed(list(lineage(group, name, roots))):
+        whole = _merged(whole, option.values)
+    return whole
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = dict(below)
+    for key, value in above.items():
+        before = both.get(key)
+        both[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return both
+
+
+def readable(group: str, roots: Sequence[Path]) -> list[str]:
+    """Return the names of a group's options whose files, and those they build on, can be read."""
+    names = []
+    for name in options(group, roots):
+        try:
+            list(lineage(group, name, tuple(roots)))
+        except OptionFileError:
+            continue
+        names.append(name)
+    return names
+
+
+def with_key(key: Key, roots: Sequence[Path]) -> list[str]:
+    """Return the options of a key's group that have the key; all of them where the group has one form."""
+    names = readable(key.section, roots)
+    if not key.types:
+        return names
+    return [name for name in names if values_of(key.section, name, tuple(roots)).get("type") in key.types]
+
+
+def first_with_key(key: Key, roots: Sequence[Path]) -> list[str]:
+    """Return those options that have a key and build on no other option that has it."""
+    names = with_key(key, roots)
+    above = {name: {one.name for one in lineage(key.section, name, tuple(roots))} - {name} for name in names}
+    return [name for name in names if not above[name] & set(names)]
+
+
+def groups(roots: Sequence[Path]) -> list[str]:
+    """Return the names of all groups."""
+    return sorted({folder.name for root in roots for folder in root.iterdir() if folder.is_dir()})

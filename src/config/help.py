@@ -1,0 +1,336 @@
+"""What `--help` prints, in 80 columns: all groups and keys; one group, section or key; or an entry's own keys.
+
+No torch here. Values are those of the command line that asks, so `--help experiment=…` shows what that chooses.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from src.config import groups, peers, reference
+from src.config.compose import GLOBAL_GROUPS, CommandLine, Composed, compose, options, read_command_line, where_set
+from src.config.groups import Option
+from src.config.keys import Key, all_keys, source_keys
+from src.config.options import OptionFileError
+from src.config.problems import Problem, refuse, shortened
+from src.config.schema import ENTRY_SECTIONS, Check, Keys
+from src.errors import visible
+
+WIDTH = 80
+LEFT = 34
+"""Columns of keys and their values, before what they mean."""
+NOTHING: Any = object()
+YamlDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+USAGE = (
+    ("python -m src.run GROUP=OPTION … SECTION.KEY=VALUE …", "one run"),
+    ("python -m src.run -m KEY=A,B …", "a sweep: several runs"),
+    ("python -m src.run rerun=DIR SECTION.KEY=VALUE …", "a run's folder again"),
+    ("python -m src.run --cfg job …", "the configuration, no run"),
+    ("python -m src.run --help optimizer", "one group or section"),
+    ("python -m src.run --help optimizer.lr", "one key"),
+)
+OVERVIEW = "Towline: a few YAML choices become a fine-tune that is tracked, repeatable and comparable."
+MORE = "Every group and key: python -m src.run --help. One of them: --help optimizer, --help optimizer.lr."
+ELSEWHERE = (
+    "Others: python -m src.preflight, src.predict and src.sync, each with --help. Every key: docs/configuration.md."
+)
+
+
+class Page:
+    """What is chosen and set, and the folders whose options are shown."""
+
+    def __init__(self, composed: Composed, line: CommandLine) -> None:
+        self.composed, self.line, self.roots = composed, line, line.roots
+
+    def chosen(self, group: str) -> str:
+        """Return a group's option; '' for none."""
+        option = self.composed.choices.get(group, "")
+        return "" if option == "None" else option
+
+    def value(self, key: Key) -> Any:
+        """Return a key's value now; NOTHING where what was chosen has no such key."""
+        if key.section in ENTRY_SECTIONS:
+            return reference.defaults(key)[""]
+        node: Any = self.composed.stored
+        for part in key.name.split("."):
+            if not isinstance(node, dict) or part not in node:
+                return NOTHING
+            node = node[part]
+        return node
+
+    def meaning(self, key: Key) -> str:
+        return reference.meaning(key, self.roots, self.chosen(key.section))
+
+    def overview(self) -> Iterator[str]:
+        """Yield the lines of all groups and keys."""
+        yield from textwrap.wrap(OVERVIEW, WIDTH)
+        yield ""
+        for command, does in USAGE:
+            yield f"{command:<54} {does}"
+        yield ""
+        yield "== Groups (GROUP=OPTION): what is chosen, and what else there is =="
+        yield ""
+        for group in groups.groups(self.roots):
+            if known := options(group, self.roots):
+                chosen = self.chosen(group)
+                others = [one for one in known if one != chosen]
+                yield from wrapped(f"{group}: {chosen or 'null'} ({', '.join(others)})", hanging=4)
+        yield ""
+        yield "== Keys (SECTION.KEY=VALUE): their values now, and what they mean =="
+        yield ""
+        for section in reference.sections():
+            if section in ENTRY_SECTIONS:
+                continue
+            keys = [key for key in without_types(reference.keys_of(section)) if self.value(key) is not NOTHING]
+            if section:
+                yield f"{section}:" if keys else f"{section}: no keys with {self.chosen(section)}, see --help {section}"
+            for key in keys:
+                yield from self.short(key)
+        yield ""
+        yield from textwrap.wrap(ELSEWHERE, WIDTH)
+
+    def short(self, key: Key) -> Iterator[str]:
+        """Yield a key with its value, and what it means beside it."""
+        indent = "  " if key.section else ""
+        name = f"{indent}{reference.name_in(key)}: "
+        left = name + shortened(shown_value(self.value(key)), WIDTH - len(name))
+        said = textwrap.wrap(self.meaning(key), WIDTH - LEFT)
+        if len(left) < LEFT and said:
+            left = f"{left:<{LEFT}}{said.pop(0)}"
+        yield left
+        yield from (f"{'':<{LEFT}}{line}" for line in said)
+
+    def group(self, name: str) -> Iterator[str]:
+        """Yield a group's options, and the keys of the section of that name."""
+        chosen = self.chosen(name)
+        yield f"{name}: {chosen or 'none'} is chosen; choose with {name}=OPTION"
+        for option in options(name, self.roots):
+            yield ""
+            yield f"  {option}"
+            try:
+                (found, *_) = list(groups.lineage(name, option, tuple(self.roots)))
+            except OptionFileError as error:
+                yield from wrapped(f"can't be read: {error}", indent=6)
+                continue
+            for paragraph in paragraphs(found.about):
+                yield from wrapped(paragraph, indent=6)
+            if found.parents or found.choices or name in GLOBAL_GROUPS:
+                yield from wrapped(self.sets(found), indent=6, hanging=2)
+        if keys := without_types(reference.keys_of(name)):
+            yield ""
+            yield from self.keys(name, keys)
+
+    def sets(self, option: Option) -> str:
+        """Return what an option builds on and sets, in one line."""
+        public = [one for one in option.parents if not one.startswith("_")]
+        given = [f"{key}: {shortened(shown_value(value), 60)}" for key, value in reference.changes(option).items()]
+        parts = [*([f"as {', '.join(public)}"] if public else []), *([f"sets {'; '.join(given)}"] if given else [])]
+        said = ", and ".join(parts) or "sets nothing"
+        return f"{said[0].upper()}{said[1:]}"
+
+    def keys(self, section: str, keys: Sequence[Key]) -> Iterator[str]:
+        yield f"Keys ({section}.KEY=VALUE):"
+        for key in keys:
+            yield ""
+            yield from self.long(key)
+
+    def long(self, key: Key) -> Iterator[str]:
+        """Yield all there is to know of a key."""
+        value, by_option = self.value(key), reference.defaults(key, self.roots)
+        now = "" if value is NOTHING else f": {shortened(shown_value(value), WIDTH)}"
+        yield from wrapped(f"{key.name}{now}", indent=2, hanging=4)
+        yield from wrapped(reference.meaning(key, self.roots), indent=6)
+        for option, said in reference.remarks(key, self.roots).items():
+            yield from wrapped(f"With {option}: {said}", indent=6, hanging=2)
+        yield from wrapped(f"Allowed: {key.allowed}", indent=6, hanging=2)
+        yield from wrapped(f"Default: {default_text(by_option)}", indent=6, hanging=2)
+        if key.types and set(by_option) != set(options(key.section, self.roots)):
+            yield from wrapped(f"A key of {key.section}={', '.join(by_option)}", indent=6, hanging=2)
+        if key.inner:
+            for allowed, inner in inner_keys(key.inner).items():
+                yield from wrapped(f"In it, {allowed}: {', '.join(inner)}", indent=6, hanging=2)
+        if key.metadata.get("each"):
+            yield from wrapped(f"Each may have {', '.join(one.leaf for one in source_keys())}", indent=6, hanging=2)
+
+    def topic(self, name: str) -> Iterator[str]:
+        """Yield what there is to know of a group, a section, a key or a key's last part.
+
+        Raises:
+            LookupError: where there is none of that name.
+        """
+        known = all_keys()
+        inside = [key for key in known.values() if key.name.startswith(f"{name}.")]
+        if reference.is_group(name, self.roots):
+            yield from self.group(name)
+        elif name in known:
+            yield from self.long(known[name])
+            if name.partition(".")[0] not in ENTRY_SECTIONS and self.value(known[name]) is not NOTHING:
+                place = where_set(name, self.line, self.composed.choices)
+                yield from wrapped(f"Set by {place}", indent=6)
+        elif inside:
+            yield from self.keys(name, inside)
+        elif found := [key for key in known.values() if key.leaf == name]:
+            for key in found:
+                yield from self.long(key)
+        elif theirs := next((here.key for _, here in peers.find(name) if here.key), ""):
+            yield f"{name} of other trainers is {theirs} here."
+            yield ""
+            yield from self.topic(theirs)
+        else:
+            raise LookupError(name)
+
+    def unknown(self, name: str) -> Problem:
+        """Return that there is no such group, section or key, and what was probably meant."""
+        known = (*groups.groups(self.roots), *reference.sections()[1:])
+        near = [*get_close_matches(name, dict.fromkeys((*known, *all_keys())), n=1), *by_leaf(name)]
+        reason = f"did you mean {near[0]}?" if near else f"groups and sections are {', '.join(dict.fromkeys(known))}"
+        return Problem(name, f"no group, section or key; {reason}", has_value=False, where="--help")
+
+
+def by_leaf(name: str) -> list[str]:
+    """Return a key whose last part is like a name's, where there is one."""
+    near = get_close_matches(name.rpartition(".")[2], [key.leaf for key in all_keys().values()], n=1)
+    return [key.name for key in all_keys().values() if key.leaf in near][:1]
+
+
+def help_of_run(composed: Composed, line: CommandLine) -> int:
+    """Print what `python -m src.run --help …` asks for, and return the exit code.
+
+    Raises:
+        ConfigError: where it asks for something that there is not.
+    """
+    return _show(_of_run(composed, line))
+
+
+def help_of_entry(entry: str, about: str | None, arguments: Sequence[str]) -> int:
+    """Print what another entry does and its own keys, or the topics that it is asked for; return the exit code.
+
+    Args:
+        about: the docstring of the entry.
+    Raises:
+        ConfigError: where the arguments can't be read, or ask for something that there is not.
+    """
+    line = read_command_line(arguments)
+    if line.problems:
+        raise refuse(line.problems)
+    if line.topics:
+        composed = compose(line.shown, line)
+        if composed.problems:
+            raise refuse(composed.problems)
+        return help_of_run(composed, line)
+    page = Page(Composed({}, Path(), {}), line)
+    own = reference.keys_of(entry) if entry in ENTRY_SECTIONS else []
+    lines = [
+        *reflowed(about or ""),
+        *(["", f"{entry}:"] if own else []),
+        *(line for key in own for line in page.short(key)),
+    ]
+    return _show("\n".join([*lines, "", *textwrap.wrap(MORE, WIDTH)]))
+
+
+def _of_run(composed: Composed, line: CommandLine) -> str:
+    page = Page(composed, line)
+    if not line.topics:
+        return "\n".join(page.overview())
+    found, problems = [], []
+    for name in line.topics:
+        try:
+            found.append("\n".join(page.topic(name)))
+        except LookupError:
+            problems.append(page.unknown(name))
+    if problems:
+        raise refuse(problems)
+    return "\n\n".join(found)
+
+
+def _show(text: str) -> int:
+    """Print a text; a reader that has seen enough (`| head`) may leave. Return the exit code."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+    return 0
+
+
+def without_types(keys: Sequence[Key]) -> list[Key]:
+    """Return keys but for those that each option sets for itself."""
+    return [key for key in keys if key.leaf != "type"]
+
+
+def by_value(by_option: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the options that have a key by the value that it has there, as YAML has it."""
+    having: dict[str, list[str]] = {}
+    for option, value in by_option.items():
+        having.setdefault(shown_value(value), []).append(option)
+    return having
+
+
+def default_text(by_option: Mapping[str, Any]) -> str:
+    """Return a key's values by option, each once: 0.01 (adafactor), 0.1 (sgd)."""
+    having = by_value(by_option)
+    return ", ".join(f"{text} ({', '.join(names)})" if len(having) > 1 else text for text, names in having.items())
+
+
+def inner_keys(known: Keys) -> dict[str, list[str]]:
+    """Return the keys that another library's mapping may have, by what they may be."""
+    by_allowed: dict[str, list[str]] = {}
+    for name, rule in known.items():
+        allowed = rule.allowed if isinstance(rule, Check) else f"a mapping of {', '.join(rule)}"
+        by_allowed.setdefault(allowed, []).append(name)
+    return by_allowed
+
+
+def shown_value(value: Any) -> str:
+    """Return a value as YAML has it, in one line."""
+    if value == "???":
+        return "(needs a value)"
+    text: str = yaml.dump(
+        value, Dumper=YamlDumper, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False
+    )
+    return text.strip().removesuffix("...").strip()
+
+
+def paragraphs(lines: Sequence[str]) -> list[str]:
+    """Return the lines at a file's head as paragraphs: one that begins with a word and a colon is one of its own."""
+    joined: list[str] = []
+    for line in lines:
+        if joined and line and not re.match(r"[A-Z]\w*: |python -m ", line):
+            joined[-1] += f" {line}"
+        else:
+            joined.append(line)
+    return joined
+
+
+def wrapped(text: str, indent: int = 0, hanging: int = 0) -> list[str]:
+    """Return a text as lines of at most 80 columns."""
+    first, rest = " " * indent, " " * (indent + hanging)
+    return textwrap.wrap(
+        visible(text, is_line=True), WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
+    )
+
+
+def reflowed(text: str) -> list[str]:
+    """Return a docstring in lines of at most 80 columns; lines that begin a list or are indented stay lines."""
+    blocks: list[tuple[int, int, str]] = []
+    in_list = False
+    for line in text.strip().splitlines():
+        bare = line.strip()
+        begins_list = bare.startswith("- ")
+        is_item = begins_list or (line.startswith("  ") and not in_list)
+        if not bare or is_item or not blocks or not blocks[-1][2]:
+            blocks.append((len(line) - len(line.lstrip()), 2 if is_item else 0, bare))
+            in_list = begins_list
+        else:
+            indent, hanging, said = blocks[-1]
+            blocks[-1] = (indent, hanging, f"{said} {bare}")
+    return [line for indent, hanging, said in blocks for line in wrapped(said, indent, hanging) or [""]]

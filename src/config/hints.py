@@ -1,0 +1,316 @@
+"""What an unknown key should have been: its place, its name here, or the option that has it. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from src.config import groups, peers
+from src.config.compose import GLOBAL_GROUPS
+from src.config.groups import GLOBAL, Option
+from src.config.keys import Key, all_keys
+from src.config.options import CONF, OptionFileError, shown
+from src.config.peers import Counterpart
+from src.config.problems import Problem
+from src.config.schema import ENTRY_SECTIONS, SECTIONS
+
+LIKE_HERE, LIKE_ELSEWHERE = 0.6, 0.8
+"""How much of a name must be alike for a key of the same section, and of another, to be meant."""
+HERE_FIRST = 0.1
+"""How much less alike a name of the same section may be than one from elsewhere."""
+MOST_SUGGESTED = 3
+_PLAIN = re.compile(r"[\w./:+\-\[\],]+")
+"""What neither Hydra nor a shell takes for anything but itself."""
+
+
+@dataclass(frozen=True)
+class UnknownKey(Problem):
+    """A key that its section does not have, told by `explained` once it is known what was chosen."""
+
+    siblings: tuple[str, ...] = ()
+    """The keys that the section has."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the configuration is whose keys are explained."""
+
+    sections: Mapping[str, Any]
+    choices: Mapping[str, str]
+    """Each group's option; empty for a frozen configuration, which keeps its options."""
+    roots: Sequence[Path] = (CONF,)
+    is_sweep: bool = False
+    is_read: Callable[[str], bool] = field(default=lambda key: True)
+    """Whether the entry reads a key."""
+
+    def chosen(self, group: str) -> str:
+        """Return the option of a group, or of a frozen configuration its type; '' where that is not known."""
+        if group in self.choices:
+            return self.choices[group]
+        section = self.sections.get(group)
+        kind = section.get("type") if isinstance(section, Mapping) else None
+        return kind if isinstance(kind, str) else ""
+
+    def has(self, key: Key) -> bool:
+        """Return whether what was chosen has a key."""
+        section = self.sections.get(key.section)
+        kind = section.get("type") if isinstance(section, Mapping) else None
+        return not key.types or kind in key.types
+
+
+def explained(problems: Sequence[Problem], situation: Situation) -> Iterator[Problem]:
+    """Yield the problems, unknown keys with what was probably meant; a section that is unknown as its single keys."""
+    for problem in problems:
+        if not isinstance(problem, UnknownKey):
+            yield problem
+        elif misplaced := _misplaced(problem, situation):
+            yield misplaced
+        else:
+            for key, value in _single(problem.key, problem.value):
+                yield Problem(key, _reason(key, value, problem, situation), value, where=problem.where)
+
+
+def _misplaced(problem: UnknownKey, situation: Situation) -> Problem | None:
+    """Return what is wrong with an option file that puts its keys where none are, where that is why one is unknown."""
+    if "." in problem.key:
+        return None
+    for option in _chosen_options(situation):
+        expected = GLOBAL if option.group in GLOBAL_GROUPS or option.group not in _sections() else None
+        if option.package == expected:
+            continue
+        puts = option.package or option.group
+        if puts != GLOBAL and puts.partition(".")[0] == problem.key:
+            late = (
+                "; it stands too low, only blank lines may come before it" if option.written_package == GLOBAL else ""
+            )
+            reason = f"its first line must be `# @package {GLOBAL}`: without it its keys are those of `{puts}`{late}"
+        elif puts == GLOBAL and problem.key in option.top_keys and option.group in _sections():
+            reason = f"without its line `# @package {GLOBAL}` this would be {option.group}.{problem.key}"
+        else:
+            continue
+        return Problem(problem.key, reason, has_value=False, where=shown(option.file))
+    return None
+
+
+def _chosen_options(situation: Situation) -> Iterator[Option]:
+    for group, name in situation.choices.items():
+        if "/" not in group:
+            try:
+                yield from groups.lineage(group, name, tuple(situation.roots))
+            except OptionFileError:
+                continue  # told as such
+
+
+def _sections() -> tuple[str, ...]:
+    return (*SECTIONS, "sweep")
+
+
+def _single(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the keys of an unknown section with their values; what another trainer has as a mapping stays whole."""
+    is_whole = key in all_keys() or any(here.is_whole for _, here in peers.find(_leaf(key)))
+    if isinstance(value, dict) and value and not is_whole:
+        for name, inner in value.items():
+            yield from _single(f"{key}.{name}", inner)
+    else:
+        yield key, value
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _reason(key: str, value: Any, problem: UnknownKey, situation: Situation) -> str:
+    """Return what to do about an unknown key."""
+    if problem.key in ENTRY_SECTIONS:
+        return f"read by python -m src.{problem.key}, and by nothing else"
+    if other := _of_another_option(key, situation):
+        return other
+    suggested, because = _by_name(_leaf(key), value, situation)
+    if not suggested and not because:
+        suggested = _alike(key, value, problem, situation)
+    if suggested:
+        note = next((one.note for one in suggested if one.note), "")
+        texts = dict.fromkeys(one.text for one in suggested[:MOST_SUGGESTED])
+        return f"unknown key; did you mean {' or '.join(texts)}?{f' ({note})' if note else ''}"
+    if because:
+        return f"unknown key; {because}"
+    prefix = problem.key.rpartition(".")[0]
+    return f"unknown key; {prefix or 'the top level'} has {', '.join(problem.siblings)}"
+
+
+def _of_another_option(key: str, situation: Situation) -> str:
+    """Return which option has a key that the chosen one lacks; '' where none has it."""
+    known = all_keys().get(key)
+    chosen = situation.chosen(known.section) if known else ""
+    if known is None or not known.types or not chosen:
+        return ""
+    section, name = known.section, key.removeprefix(f"{known.section}.")
+    if section not in situation.choices:
+        return f"unknown key: {section} is {chosen} in this run and has no {name}; its options stay as they are"
+    having = groups.first_with_key(known, situation.roots)
+    if not having:
+        return ""
+    told = f"{section}={', '.join(having)}"
+    if chosen == "none":
+        return f"unknown key: {section}={chosen} has no {name}; choose {told}"
+    return f"unknown key: {section}={chosen} has no {name}, which is a key of {told}"
+
+
+@dataclass(frozen=True)
+class _Suggestion:
+    """A key, KEY=VALUE, or choices and KEY=VALUE, as they can be typed; and what to know of it."""
+
+    text: str
+    note: str = ""
+
+
+def _by_name(leaf: str, value: Any, situation: Situation) -> tuple[list[_Suggestion], str]:
+    """Return what the tables of other trainers, and keys of that very name elsewhere, suggest; or why there is none."""
+    suggested: list[_Suggestion] = []
+    sections, reasons = set[str](), list[str]()
+    for _, here in peers.find(leaf):
+        if here.key:
+            suggested += _of_counterpart(here, value, situation)
+            sections.add(here.key.partition(".")[0])
+        else:
+            reasons.append(f"there is no counterpart, because {here.note}")
+    same = [key for key in _offered(situation) if key.leaf == leaf != "type" and key.section not in sections]
+    near = [key for key in same if situation.has(key)]
+    for key in near or (same if not suggested else []):
+        suggested += _of_key(key, _typed(key, value), situation)
+    return suggested, reasons[0] if reasons else ""
+
+
+def _offered(situation: Situation) -> Iterator[Key]:
+    """Yield the keys that can be suggested."""
+    for key in all_keys().values():
+        if key.section in ENTRY_SECTIONS or (key.section == "sweep" and not situation.is_sweep):
+            continue
+        if situation.is_read(key.name) and (situation.choices or situation.has(key)):
+            yield key
+
+
+def _of_counterpart(here: Counterpart, value: Any, situation: Situation) -> list[_Suggestion]:
+    """Return what a table suggests for a value: the key, with its value where that is another one here."""
+    given = here.value(value)
+    replaced = [better for choice, better in here.instead_of.items() if _is_chosen(choice, situation)]
+    known = all_keys().get(here.key)
+    if known is None:
+        return _of_group(here, given, replaced, situation)
+    text = _typed(known, given) if given is not None else ""
+    is_other = peers.value_text(value) in here.values
+    return _of_key(known, text, situation, replaced, is_other=is_other, note="" if text else here.note or known.allowed)
+
+
+def _of_group(here: Counterpart, given: Any, replaced: Sequence[str], situation: Situation) -> list[_Suggestion]:
+    """Return the choice of a group's option, or all there are where it can't be said which; or a key of Hydra's."""
+    if here.key.startswith("hydra."):
+        return [_Suggestion(here.key)] if situation.is_read(here.key) else []
+    if not situation.choices:  # a run that was started keeps its options
+        return []
+    options = groups.readable(here.key, situation.roots)
+    if given in options:
+        return [_Suggestion(" ".join(_with_needs([*replaced, f"{here.key}={given}"], situation)))]
+    return [_Suggestion(f"one of {here.key}={', '.join(options)}", here.note)]
+
+
+def _is_chosen(choice: str, situation: Situation) -> bool:
+    group, _, option = choice.partition("=")
+    return situation.choices.get(group) == option
+
+
+def _with_needs(choices: list[str], situation: Situation) -> list[str]:
+    """Return choices with what they need besides: an adapter on random weights can only be exported merged."""
+    model, export = (situation.sections.get(name) for name in ("model", "export"))
+    is_random = isinstance(model, Mapping) and model.get("weights") == "random" and "model=causal_lm" not in choices
+    is_merged = isinstance(export, Mapping) and export.get("merge") is True
+    adapts = any(choice.startswith("adapter=") and choice != "adapter=none" for choice in choices)
+    return [*choices, "export.merge=true"] if adapts and is_random and not is_merged else choices
+
+
+def _of_key(
+    key: Key,
+    text: str,
+    situation: Situation,
+    replaced: Sequence[str] = (),
+    *,
+    is_other: bool = False,
+    note: str = "",
+) -> list[_Suggestion]:
+    """Return a key as a suggestion; with choices that it needs, or another value than was given, as KEY=VALUE.
+
+    Args:
+        text: KEY=VALUE; '' where the value can't be had there.
+        replaced: choices to make for other reasons.
+    """
+    if not situation.is_read(key.name) or (not situation.choices and not situation.has(key)):
+        return []
+    needed = [] if situation.has(key) else groups.first_with_key(key, situation.roots)[:1]
+    choices = _with_needs([*replaced, *(f"{key.section}={option}" for option in needed)], situation)
+    if text:
+        return [_Suggestion(" ".join([*choices, text if choices or is_other else key.name]), note)]
+    return [_Suggestion(f"{key.name}, with {' '.join(choices)}" if choices else key.name, note)]
+
+
+def _typed(key: Key, value: Any) -> str:
+    """Return KEY=VALUE as it can be typed without any quotes; '' where it can't, or the key takes no such value."""
+    text = _plain(key.name, value)
+    return text if text and key.takes(OverridesParser.create().parse_override(text).value()) else ""
+
+
+def _plain(key: str, value: Any) -> str:
+    """Return KEY=VALUE as it can be typed without any quotes; '' where it can't."""
+    if isinstance(value, list):
+        inner = [_plain("key", one).partition("=")[2] for one in value]
+        written = f"[{','.join(inner)}]" if all(inner) else ""
+    else:
+        written = peers.value_text(value)
+    text = f"{key}={written}"
+    if not written or not _PLAIN.fullmatch(written):
+        return ""
+    try:
+        read = OverridesParser.create().parse_override(text)
+    except HydraException:
+        return ""
+    if read.is_sweep_override():
+        return ""
+    return text
+
+
+def _alike(key: str, value: Any, problem: UnknownKey, situation: Situation) -> list[_Suggestion]:
+    """Return what a key or a section of a similar name suggests."""
+    section, _, rest = key.partition(".")
+    if rest and section not in _sections():
+        meant = [f"{name}.{rest}" for name in _sections() if _likeness(section, name) >= LIKE_HERE]
+        if found := [name for name in meant if name in all_keys()]:
+            return [_Suggestion(name) for name in found]
+    prefix, leaf = problem.key.rpartition(".")[0], key.rpartition(".")[2]
+    here = [f"{prefix}.{name}" if prefix else name for name in problem.siblings] if key == problem.key else []
+    if here and not prefix:
+        here += _sections()
+    alike = {name: _likeness(leaf, name.rpartition(".")[2]) + HERE_FIRST for name in here}
+    alike = {name: likeness for name, likeness in alike.items() if likeness >= LIKE_HERE + HERE_FIRST}
+    elsewhere = {one.name: one.leaf for one in _offered(situation)} | {name: name for name in peers.names()}
+    for name, their_leaf in elsewhere.items():
+        if name not in alike and (likeness := _likeness(leaf, their_leaf)) >= LIKE_ELSEWHERE:
+            alike[name] = likeness
+    if not alike:
+        return []
+    best = max(alike, key=alike.__getitem__)
+    if best in here:
+        return [_Suggestion(best)]
+    known = all_keys().get(best)
+    return _of_key(known, _typed(known, value), situation) if known else _by_name(best, value, situation)[0]
+
+
+def _likeness(one: str, other: str) -> float:
+    """Return how much of two names is alike, from 0 to 1."""
+    matcher = SequenceMatcher(None, one, other)
+    return matcher.ratio() if matcher.real_quick_ratio() >= LIKE_HERE else 0.0

@@ -1,0 +1,118 @@
+"""Every key that a configuration can have, as the schema declares it: for hints, help and reference. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from src.config import schema as declared
+from src.config.schema import ENTRY_SECTIONS, SECTIONS, Check, Keys, SweepConfig, TopLevelConfig
+from src.config.values import convert, described, members
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key, dotted from the top: its type, its condition, and what the schema itself says of it.
+
+    `types` are the section's types whose options have the key; empty where the section has one form.
+    """
+
+    name: str
+    owner: type
+    types: tuple[str, ...] = ()
+
+    @property
+    def section(self) -> str:
+        """The section that it stands in; '' for the top level."""
+        return self.name.partition(".")[0] if "." in self.name else ""
+
+    @property
+    def leaf(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def hint(self) -> Any:
+        return _hints(self.owner)[self.leaf]
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return next(one.metadata for one in dataclasses.fields(self.owner) if one.name == self.leaf)
+
+    @property
+    def check(self) -> Check | None:
+        return self.metadata.get("check")
+
+    @property
+    def inner(self) -> Keys:
+        """The keys of another library's that its mapping may have."""
+        return self.metadata.get("inner") or {}
+
+    @property
+    def text(self) -> str:
+        """What it means, where that is not said by its line in conf/."""
+        return self.metadata.get("text", "")
+
+    @property
+    def allowed(self) -> str:
+        """What it may be, in words."""
+        if self.types and self.leaf == "type":
+            return f"one of {', '.join(self.types)}" if self.types[1:] else self.types[0]
+        if self.check is None:
+            return described(self.hint)
+        is_optional = type(None) in members(self.hint) and "null" not in self.check.allowed
+        return self.check.allowed + (", or null" if is_optional else "")
+
+    def takes(self, value: Any) -> bool:
+        """Return whether the key may have this value, as far as can be said from the key alone."""
+        return not convert(OmegaConf.structured(self.owner), self.leaf, self.hint, self.check, value)[1]
+
+
+@cache
+def _hints(owner: type) -> dict[str, Any]:
+    return typing.get_type_hints(owner)
+
+
+@cache
+def all_keys() -> dict[str, Key]:
+    """Return every key by its dotted name: those of a run, of a sweep, and of one entry alone."""
+    found = {key.name: key for key in _of("", TopLevelConfig)}
+    for name, schema in {**SECTIONS, "sweep": SweepConfig, **ENTRY_SECTIONS}.items():
+        if not isinstance(schema, dict):
+            found |= {key.name: key for key in _of(name, schema)}
+            continue
+        for kind, owner in schema.items():
+            for key in _of(name, owner):
+                before = found.get(key.name, key)
+                found[key.name] = dataclasses.replace(before, types=(*before.types, kind))
+    return found
+
+
+def known_keys() -> Iterator[str]:
+    """Yield every dotted key that the configuration of some run can have."""
+    yield from (key.name for key in all_keys().values() if not key.section or key.section in SECTIONS)
+
+
+def _of(prefix: str, owner: type) -> Iterator[Key]:
+    for name, hint in _hints(owner).items():
+        dotted = f"{prefix}.{name}" if prefix else name
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _of(dotted, hint)
+        else:
+            yield Key(dotted, owner)
+
+
+def source_keys() -> list[Key]:
+    """Return the keys that a source of `data.mixture` may have for itself, by their names within it."""
+    return [Key(f"data.mixture.NAME.{name}", declared.SourceConfig) for name in _hints(declared.SourceConfig)]
+
+
+def is_whole_number(key: str) -> bool:
+    """Return whether a key's value has to be a whole number."""
+    found = all_keys().get(key)
+    return found is not None and found.takes(2) and not found.takes(1.5)

@@ -1,0 +1,116 @@
+"""What each key means, may be and is by default, from the schema and the files of conf/. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from src.config import comments, groups
+from src.config.compose import GLOBAL_GROUPS
+from src.config.groups import Option
+from src.config.keys import Key, all_keys
+from src.config.options import CONF, OptionFileError, read_option
+
+TOP = CONF / "config.yaml"
+Roots = Sequence[Path]
+
+
+@cache
+def _top() -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of conf/config.yaml, and what it says of them."""
+    return read_option(TOP), comments.of_keys(TOP.read_text(encoding="utf-8"))
+
+
+@cache
+def default_choices() -> dict[str, str]:
+    """Return the option of each group that conf/config.yaml chooses; null for none."""
+    choices = groups.defaults_of(_top()[0].get("defaults"))[1]
+    return {group: option for group, option in choices.items() if "/" not in group}
+
+
+def is_group(name: str, roots: Roots = (CONF,)) -> bool:
+    return bool(name) and any((root / name).is_dir() for root in roots)
+
+
+def sections() -> list[str]:
+    """Return the names of all sections, in the order in which they are told; '' is the top level."""
+    return list(dict.fromkeys(key.section for key in all_keys().values()))
+
+
+def keys_of(section: str) -> list[Key]:
+    return [key for key in all_keys().values() if key.section == section]
+
+
+def name_in(key: Key) -> str:
+    """Return a key's name within its section."""
+    return key.name.removeprefix(f"{key.section}.")
+
+
+def meaning(key: Key, roots: Roots = (CONF,), chosen: str = "") -> str:
+    """Return what a key means: what is said of it in general, and by the chosen option.
+
+    In general it is said by its line in conf/config.yaml or in the option that this file chooses, by the schema, or by
+    another option, in this order.
+    """
+    if not is_group(key.section, roots):
+        return _top()[1].get(key.name) or key.text
+    general = _own(key, default_choices().get(key.section, ""), roots) or key.text
+    for option in [] if general else groups.readable(key.section, roots):
+        general = general or _own(key, option, roots)
+    own = _own(key, chosen, roots)
+    return "; ".join(dict.fromkeys(said for said in (general, own) if said))
+
+
+def remarks(key: Key, roots: Roots = (CONF,)) -> dict[str, str]:
+    """Return what options say of a key that is not said in general, by the option."""
+    if not is_group(key.section, roots):
+        return {}
+    general = meaning(key, roots)
+    own = {option: _own(key, option, roots) for option in groups.with_key(key, roots)}
+    return {option: said for option, said in own.items() if said and said not in general}
+
+
+def _own(key: Key, option: str, roots: Roots) -> str:
+    """Return what an option's file says of a key, or the nearest one that it builds on."""
+    try:
+        lineage = list(groups.lineage(key.section, option, tuple(roots))) if option else []
+    except OptionFileError:  # told as such
+        return ""
+    return next((said for one in lineage if (said := one.comments.get(name_in(key)))), "")
+
+
+def defaults(key: Key, roots: Roots = (CONF,)) -> dict[str, Any]:
+    """Return the value of a key in each option that has it; under '' where its section has no options."""
+    if is_group(key.section, roots):
+        values = {one: groups.values_of(key.section, one, tuple(roots)) for one in groups.with_key(key, roots)}
+        return {option: value_at(given, name_in(key)) for option, given in values.items()}
+    section = _top()[0].get(key.section, {}) if key.section else _top()[0]
+    if name_in(key) in section:
+        return {"": section[name_in(key)]}
+    return {"": getattr(key.owner(), key.leaf)}
+
+
+def value_at(node: Any, name: str) -> Any:
+    """Return the value of a dotted name in mappings; None where there is none."""
+    for part in name.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def changes(option: Option) -> dict[str, Any]:
+    """Return what an option sets by itself, key by key; what it chooses in other groups comes first."""
+    found: dict[str, Any] = dict(option.choices)
+    in_group = "" if option.group in GLOBAL_GROUPS else f"{option.group}."
+
+    def walk(node: Mapping[Any, Any], prefix: str) -> None:
+        for name, value in node.items():
+            dotted = f"{prefix}{name}"
+            if isinstance(value, Mapping) and value and dotted not in all_keys():
+                walk(value, f"{dotted}.")
+            else:
+                found[dotted] = value
+
+    walk(option.values, in_group)
+    return found

@@ -1,0 +1,69 @@
+"""One value held against the type and the condition that its key declares, and both in words. No torch here."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from difflib import get_close_matches
+from enum import Enum
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.config.schema import Check
+
+
+def convert(typed: Any, key: str, hint: Any, check: Check | None, value: Any) -> tuple[Any, str]:
+    """Return a value as its key's type, and why it can't be one ('' where it can).
+
+    Args:
+        typed: the structured config of the dataclass that declares the key.
+        value: whose texts stand for themselves, see `src.config.compose.escaped`.
+    """
+    if isinstance(value, bool) and bool not in members(hint) and hint is not Any:
+        return None, f"not {described(hint)}"
+    try:
+        typed[key] = value
+        converted = OmegaConf.to_object(typed[key]) if OmegaConf.is_config(typed[key]) else typed[key]
+    except (OmegaConfBaseException, OverflowError):  # the latter of a whole number that no float holds
+        return None, _unlike(hint, value)
+    return converted, check.reason(converted) if check else ""
+
+
+def _unlike(hint: Any, value: Any) -> str:
+    """Return why a value is not what its type allows; of a list of choices, which one is none."""
+    choices = [e for m in members(hint) for e in typing.get_args(m) if inspect.isclass(e) and issubclass(e, Enum)]
+    if isinstance(value, list) and len(choices) == 1:
+        allowed = [option.name for option in choices[0]]
+        for one in value:
+            if one not in allowed:
+                near = get_close_matches(str(one), allowed, n=1)
+                return f"{one} is not one of {', '.join(allowed)}{f'; did you mean {near[0]}?' if near else ''}"
+    return f"not {described(hint)}"
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """Return the types that a union is of; a type that is none as the only one."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def described(hint: Any) -> str:
+    """Return in words what a type allows."""
+    words = []
+    all_members = members(hint)
+    for member in all_members:
+        if member is type(None):
+            words.append("null")
+        elif inspect.isclass(member) and issubclass(member, Enum):
+            words.append(("one of " if len(member) > 1 else "") + ", ".join(option.name for option in member))
+        elif typing.get_origin(member) is list:
+            (inner,) = typing.get_args(member)
+            words.append(f"a list ({described(inner)} each)")
+        elif typing.get_origin(member) is dict:
+            words.append("a mapping from text to text")
+        else:
+            known = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+            words.append(known.get(member, "a value"))
+    return " or ".join(words)

@@ -1,0 +1,319 @@
+"""Hints: an unknown key is told its place, its name here or the option that has it; what is suggested is admitted."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from transformers import TrainingArguments
+from trl import ModelConfig, ScriptArguments, SFTConfig
+
+from src.config import groups, peers
+from src.config.compose import CONF
+from src.config.gate import admit, admit_prediction
+from src.config.keys import all_keys
+from src.config.peers import PEERS, Counterpart
+from src.errors import ConfigError
+from src.sweep.plan import plan_sweep
+from tests.conftest import ROOT, admitted
+
+PRETRAINED = ("model=causal_lm", "model.checkpoint=hub/id")
+"""A model that an adapter, and weights in 4 bits, are for."""
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        request = admit(overrides)
+        if request.line.flags.multirun:
+            plan_sweep(request.line)
+    return str(caught.value)
+
+
+def suggestions(message: str) -> Iterator[list[str]]:
+    """Yield what each problem of a refusal suggests, as arguments of a command."""
+    for line in message.splitlines():
+        if found := re.search(r"did you mean (one of )?(.*?)\?(?:\s|$)", line):
+            several, text = found.groups()
+            yield from (shlex.split(one.partition(", ")[0] if several else one) for one in text.split(" or "))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        # an option that has it, and the one that was chosen
+        (["adapter.r=8"], "adapter=none has no r; choose adapter=lora "),
+        (["optimizer.momentum=0.9"], "optimizer=adamw has no momentum, which is a key of optimizer=sgd "),
+        (["optimizer=sgd", "optimizer.eps=1e-6"], "optimizer=sgd has no eps, which is a key of optimizer=adamw "),
+        (["scheduler=constant", "scheduler.min_lr_ratio=0"], "has no min_lr_ratio, which is a key of scheduler=cosine"),
+        (["tracking=none", "tracking.uri=x"], "tracking=none has no uri; choose tracking=mlflow "),
+        (["deepspeed.zero_optimization.stage=3"], "deepspeed=none has no zero_optimization; choose deepspeed=zero1, z"),
+        # the same name elsewhere before a similar one here
+        (["training.eval_steps=5"], "did you mean evaluation.eval_steps? "),
+        (["model.batching=packed"], "did you mean data.batching? "),
+        (["data.label_smoothing=0.1"], "did you mean loss.label_smoothing? "),
+        (["training.seed=1"], "did you mean seed? "),
+        (["tokens.text=[a]"], "did you mean tokens.init.text? "),
+        (["revision=main"], "did you mean model.revision or data.revision? "),
+        (["loss.momentum=0.9"], "did you mean optimizer=sgd optimizer.momentum=0.9? "),
+        # a section that is none, key by key
+        (["optimzer.lr=1"], "optimzer.lr = 1   unknown key; did you mean optimizer.lr? "),
+        (["trainer.max_epochs=3"], "trainer.max_epochs = 3   unknown key; did you mean training.num_train_epochs? "),
+        ([*PRETRAINED, "peft.lora.r=8"], "peft.lora.r = 8   unknown key; did you mean adapter=lora adapter.r=8? "),
+        # similar names
+        (["optimizer.lrr=1"], "did you mean optimizer.lr? "),
+        (["lerning_rate=1"], "did you mean optimizer.lr? "),
+        (["training.logingSteps=1"], "did you mean training.logging_steps? "),
+        (["qqq=1"], "unknown key; the top level has name, seed"),
+        # other trainers' names, wherever they stand
+        (["learning_rate=1e-4"], "did you mean optimizer.lr? "),
+        (["training.learning_rate=1e-4"], "did you mean optimizer.lr? "),
+        (["+learning_rate=1e-4"], "did you mean optimizer.lr? "),
+        (["++training.learningRate=1e-4"], "did you mean optimizer.lr? "),
+        (["lr=1e-4"], "did you mean optimizer.lr? "),
+        (["per_device_train_batch_size=4"], "did you mean training.per_device_train_batch_size? "),
+        (["micro_batch_size=4"], "did you mean training.per_device_train_batch_size? "),
+        (["num_epochs=4"], "did you mean training.num_train_epochs? "),
+        (["sequence_len=512"], "did you mean data.max_seq_length? "),
+        (["cutoff_len=512"], "did you mean data.max_seq_length? "),
+        (["save_steps=10"], "did you mean checkpoint.checkpointing_steps? "),
+        (["save_total_limit=3"], "did you mean checkpoint.keep_last? "),
+        # with their values, where these are others here
+        (["bf16=true"], "did you mean training.mixed_precision=bf16? "),
+        (["fp16=false"], "did you mean training.mixed_precision=no? "),
+        (["training.bf16=auto"], "did you mean training.mixed_precision? (one of no, bf16, fp16)"),
+        (["report_to=none"], "did you mean tracking=none? "),
+        (["report_to=[mlflow]"], "did you mean tracking=mlflow? "),
+        (["report_to=wandb"], "did you mean one of tracking=mlflow, none? (MLflow is the only tracker"),
+        (["packing=true"], "did you mean data.batching=packed? "),
+        (["group_by_length=true"], "did you mean data.batching=length_grouped? "),
+        (["max_steps=-1"], "did you mean training.max_train_steps=null? "),
+        (["max_steps=10"], "did you mean training.max_train_steps? "),
+        (["eval_strategy=no"], "did you mean evaluation.eval_steps=null? "),
+        (["optim=adamw_torch"], "did you mean optimizer=adamw? "),
+        (["lr_scheduler_type=cosine_with_min_lr"], "did you mean scheduler=cosine? "),
+        (["adam_beta2=0.99"], "did you mean optimizer.betas? (both in one list"),
+        ([*PRETRAINED, "load_in_4bit=true"], "did you mean adapter=lora quantization=nf4? "),
+        ([*PRETRAINED, "adapter=dora", "load_in_4bit=true"], "did you mean quantization=nf4? "),
+        ([*PRETRAINED, "use_peft=true"], "did you mean adapter=lora? "),
+        ([*PRETRAINED, "lora_r=8"], "did you mean adapter=lora adapter.r=8? "),
+        ([*PRETRAINED, "adapter=lora", "lora_r=8"], "did you mean adapter.r? "),
+        ([*PRETRAINED, "lora_target='q_proj, v_proj'"], "adapter=lora adapter.target_modules=[q_proj,v_proj]? "),
+        (["lora_r=8"], "did you mean adapter=lora export.merge=true adapter.r=8? "),
+        (["base_model=hub/id"], "did you mean model=causal_lm model.checkpoint=hub/id? "),
+        # and where there is none
+        (["tf32=true"], "unknown key; there is no counterpart, because PyTorch's own setting is left as it is "),
+        (["dpo_beta=0.1"], "there is no counterpart, because there is supervised fine-tuning only"),
+        (["--learning_rate=1e-4"], "unrecognized arguments: --learning_rate=1e-4; keys are written without dashes: o"),
+    ],
+)  # fmt: skip
+def test_what_was_meant(overrides: list[str], told: str) -> None:
+    message = refusal(*overrides)
+    assert told in message
+    for one in suggestions(message):
+        assert admit([*overrides[:-1], *one]) if all("=" in part for part in one) else one[0] in all_keys()
+
+
+def test_a_key_of_a_source_of_a_mixture() -> None:
+    message = refusal("data.mixture={a: {train_files: [data/tow_addition], weigth: 1}}", "data.train_files=null")
+    assert "data.mixture.a.weigth = 1   unknown key; did you mean data.mixture.a.weight?" in message
+
+
+def test_hints_of_a_sweep_and_of_a_file(tmp_path: Path) -> None:
+    assert "did you mean optimizer.lr?" in refusal("-m", "learning_rate=1e-4,1e-3")
+    assert "did you mean sweep.n_trials?" in refusal("-m", "seed=1,2", "sweep.num_trials=3")
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text("# @package _global_\ntraining:\n  learning_rate: 1e-4\n  bf16: true\nlora_config: {r: 8}\n")
+    message = refusal("--config-dir", str(tmp_path), "experiment=mine", *PRETRAINED)
+    assert f"training.learning_rate = 0.0001   unknown key; did you mean optimizer.lr?   ({file})" in message
+    assert "training.bf16 = true              unknown key; did you mean training.mixed_precision=bf16?" in message
+    assert "lora_config.r = 8                 unknown key; did you mean adapter=lora adapter.r=8?" in message
+    file.write_text("# @package _global_\ndefaults:\n  - override /optimizer: sgd\noptimizer: {eps: 1}\n")
+    message = refusal("--config-dir", str(tmp_path), "experiment=mine")
+    assert f"optimizer=sgd has no eps, which is a key of optimizer=adamw   ({file})" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (
+            "experiment/mine",
+            "name: x\n",
+            "its first line must be `# @package _global_`: without it its keys are those of",
+        ),
+        ("experiment/mine", "# A run.\n# @package _global_\nname: x\n", "it stands too low"),
+        ("experiment/mine", "# @package _globl_\nname: x\n", "its keys are those of `_globl_`"),
+        ("debug/mine", "data: {limit: 3}\n", "its first line must be `# @package _global_`"),
+        ("optimizer/mine", "# @package _global_\ndefaults: [adamw@optimizer]\nlr: 1\n", "this would be optimizer.lr"),
+    ],
+)
+def test_an_option_whose_keys_go_astray_is_told_by_its_file(name: str, content: str, told: str, tmp_path: Path) -> None:
+    file = tmp_path / f"{name}.yaml"
+    file.parent.mkdir()
+    file.write_text(content)
+    message = refusal("--config-dir", str(tmp_path), f"{name.partition('/')[0]}=mine")
+    assert told in message
+    assert "1 problem\n" in message
+    assert str(file) in message
+
+
+def test_a_run_that_was_started_keeps_its_options(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(admitted().frozen))
+    message = refusal(
+        f"rerun={tmp_path}", "adapter.r=8", "report_to=none", "learning_rate=1e-4", "bf16=true", "lora_r=8"
+    )
+    assert "adapter is none in this run and has no r" in message
+    assert list(suggestions(message)) == [["optimizer.lr"], ["training.mixed_precision=bf16"]]
+    (tmp_path / "status.json").write_text('{"state": "FINISHED", "step": 1}')
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        admit_prediction([f"run={tmp_path}", "learning_rate=1", "eval_batch_size=7", "max_tokens=3"])
+    assert list(suggestions(str(caught.value))) == [["training.per_device_eval_batch_size"], ["data.max_seq_length"]]
+
+
+def entries() -> Iterator[tuple[str, str, Counterpart]]:
+    for peer in PEERS:
+        yield from ((peer.title, name, here) for name, here in peer.table.items())
+
+
+def is_known(key: str) -> bool:
+    """Return whether there is such a key, section or group."""
+    sections = {one.section for one in all_keys().values()}
+    return key in {*all_keys(), *sections, "hydra.run.dir"} or (CONF / key).is_dir()
+
+
+@pytest.mark.parametrize("theirs", [TrainingArguments, SFTConfig, ModelConfig, ScriptArguments])
+def test_every_argument_of_the_installed_trainers_is_in_the_tables(theirs: type) -> None:
+    known = {*peers.TRAINING_ARGUMENTS, *(peers.TRL if theirs is not TrainingArguments else ())}
+    assert {one.name for one in dataclasses.fields(theirs)} - known == set()
+
+
+def test_the_first_table_has_no_name_that_is_none() -> None:
+    assert set(peers.TRAINING_ARGUMENTS) == {one.name for one in dataclasses.fields(TrainingArguments)}
+
+
+def test_the_tables_of_trainers_that_are_not_installed_are_large() -> None:
+    for table in (peers.AXOLOTL, peers.LLAMA_FACTORY):
+        assert len(table) >= 80
+        assert sum(bool(here.key) for here in table.values()) >= 40
+
+
+def test_every_entry_has_a_key_that_there_is_or_says_why_there_is_none() -> None:
+    for peer, name, here in entries():
+        assert is_known(here.key) if here.key else len(here.note) > 10, f"{peer}: {name}"
+        assert here.key or not (here.values or here.is_same), f"{peer}: {name}"
+
+
+def test_every_value_of_the_tables_is_one_that_the_key_takes() -> None:
+    for peer, name, here in entries():
+        for theirs, ours in here.values.items():
+            if here.key in all_keys():
+                value = OverridesParser.create().parse_override(f"key={ours}").value()
+                assert all_keys()[here.key].takes(value), f"{peer}: {name}: {theirs} -> {ours}"
+            else:
+                assert ours in groups.readable(here.key, (CONF,)), f"{peer}: {name}: {theirs} -> {ours}"
+
+
+def test_the_same_name_is_the_same_everywhere_but_where_trainers_differ() -> None:
+    meant: dict[str, set[str]] = {}
+    for _, name, here in entries():
+        meant.setdefault(name, set()).add(here.key)
+    assert {name for name, keys in meant.items() if len(keys) > 1} == set()
+
+
+SAMPLES = (True, 8, 0.5, "epoch", "text", ["text"], "auto", "none")
+ROWS = ["data/tow_addition/train.jsonl"]
+SAMPLES_OF = {
+    **dict.fromkeys(("data.train_files", "data.validation_files", "data.test_files"), ROWS),
+    "checkpoint.resume": "never",
+    "checkpoint.metric_for_best_model": "eval/validation/loss",
+    "tracking.uri": "http://localhost",
+    "runtime.device": "cuda",
+    "scheduler": "cosine",
+    "optimizer": "adamw",
+    "adapter": "lora",
+    "init_from": None,
+    "export.merge": "false",
+    "data.num_folds": None,
+    "data.streaming": None,
+    "adapter.layers_to_transform": None,
+    "runtime.num_machines": None,
+    "runtime.machine_rank": None,
+}
+"""Values where the file system or other keys leave no choice; None for keys that can't be given alone."""
+
+
+def arguments() -> Iterator[tuple[str, str]]:
+    """Yield each argument of the tables that is no key here, with each value that it can have."""
+    for _, name, here in entries():
+        if not here.key or is_known(name):
+            continue
+        known = all_keys().get(here.key)
+        sample = SAMPLES_OF.get(here.key, next((one for one in SAMPLES if known and known.takes(one)), None))
+        yield from ((name, theirs) for theirs in here.values)
+        if here.is_same and sample is not None:
+            yield name, f"[{','.join(sample)}]" if isinstance(sample, list) else peers.value_text(sample)
+
+
+def batches(commands: Iterable[Sequence[str]]) -> list[list[Sequence[str]]]:
+    """Return commands in as few batches as it takes where no key comes twice in one."""
+    made: list[tuple[set[str], list[Sequence[str]]]] = []
+    for command in commands:
+        keys = {part.partition("=")[0] for part in command}
+        for seen, batch in made:
+            if not keys & seen:
+                seen |= keys
+                batch.append(command)
+                break
+        else:
+            made.append((keys, [command]))
+    return [batch for _, batch in made]
+
+
+def admit_all(commands: Sequence[Sequence[str]]) -> None:
+    """Admit commands, together as far as they go together."""
+    try:
+        admit([*PRETRAINED, *dict.fromkeys(part for command in commands for part in command)])
+    except ConfigError:
+        assert len(commands) > 1, commands
+        half = len(commands) // 2
+        admit_all(commands[:half])
+        admit_all(commands[half:])
+
+
+def test_what_the_tables_suggest_is_admitted() -> None:
+    """Give each argument with each value that it can have, and what the refusal suggests in its place."""
+    given = [[f"{name}='{value}'" if ":" in value else f"{name}={value}"] for name, value in sorted(set(arguments()))]
+    tried: set[tuple[str, ...]] = set()
+    for batch in batches(given):
+        values = [one.partition("=")[2] for (one,) in batch]
+        message = refusal(*PRETRAINED, *(one for (one,) in batch))
+        found = [list(suggestions(line)) for line in message.splitlines()[1:-1]]
+        assert all(found), message
+        for value, of_one in zip(values, found, strict=True):
+            tried |= {tuple(one if "=" in one[-1] else [*one[1:], f"{one[0]}={value}"]) for one in of_one}
+    for batch in batches(sorted(tried)):
+        admit_all(batch)
+    assert len(given) > 200
+    assert len(tried) > 80
+
+
+def test_what_notes_name_is_there() -> None:
+    for code in sorted({code for _, _, here in entries() for code in re.findall(r"`([^`]*)`", here.note)}):
+        if code.startswith("python -m src."):
+            assert (ROOT / "src" / f"{code.split()[2].removeprefix('src.')}.py").is_file()
+        elif code.startswith("make "):
+            assert f"\n{code.removeprefix('make ')}: " in (ROOT / "Makefile").read_text()
+        elif "=" in code:
+            needed = ["adapter=lora"] if code.startswith("quantization=") else []
+            needed += ["training.max_train_steps=9"] if code == "data.streaming=true" else []
+            rows = f"data.train_files={ROWS}".replace("'", "")
+            assert admit([*PRETRAINED, rows, *needed, *shlex.split(code)]), code
+        elif re.fullmatch(r"[a-z_.]+", code) and code != "summary.json":
+            assert is_known(code), code
