@@ -37,6 +37,7 @@ from src.config.gate import Admitted, admit_prediction
 from src.errors import Interrupted, TowlineError, report
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.signals import StopRequest, stop_on_signals
+from src.terminal import columns_of, wrapped
 
 if TYPE_CHECKING:
     from src.data.dataset import Prompts
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then generate; every way it can end becomes an exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(arguments):
-        print(__doc__)
+        print(wrapped(__doc__, columns_of(sys.stdout)))
         print("`python -m src.run --help` lists every group and key.")
         return 0
     try:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from src.config.gate import Admitted, admit
 from src.errors import Interrupted, TowlineError, report
 from src.runtime.collector import collect_from_here, rest_while_importing
+from src.terminal import columns_of, wrapped
 
 if TYPE_CHECKING:
     from src.data.dataset import Data
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then look at what it asks for."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(arguments):
-        print(__doc__)
+        print(wrapped(__doc__, columns_of(sys.stdout)))
         print("`python -m src.run --help` lists every group and key.")
         return 0
     try:

@@ -24,6 +24,7 @@ from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.launch import copy_output, follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
 from src.secrets import as_variables, clean
+from src.terminal import columns_of, wrapped
 
 if TYPE_CHECKING:
     from src.checkpoint.start import Origin
@@ -282,19 +283,22 @@ def guarded(admitted: Admitted, stop: StopRequest) -> int:
         report(f"\n{error}")
         return error.exit_code
     except Pruned as reason:
-        print(visible(f"\nEnded early: {reason}"))
+        print(wrapped(visible(f"\nEnded early: {reason}"), columns_of(sys.stdout)))
         return Pruned.exit_code
     except (Interrupted, KeyboardInterrupt) as reason:
         report(f"\nStopped by {str(reason) or 'Ctrl-C'}. {_how_to_go_on(run_dir)}")
         return Interrupted.exit_code
     except OSError as error:
+        if error.errno is None and not is_disk_full(error):  # a library's own
+            report(traceback.format_exc(), wraps=False)
         report(f"{_what_failed(error)} {_how_to_go_on(run_dir)}")
         return 1
     except Exception as error:
         if place_of() is not None and "by peer" in str(error):  # who started us says which one, and why
             report("\nAnother process of this run has ended, so this one can't go on.")
             return 1
-        report(f"{traceback.format_exc()}\nA fault of the program, or too little memory. {_how_to_go_on(run_dir)}")
+        report(traceback.format_exc(), wraps=False)
+        report(f"A fault of the program, or too little memory. {_how_to_go_on(run_dir)}")
         return 1
     return 0
 
@@ -335,11 +339,11 @@ def as_frozen(file: str, run_dir: str) -> Admitted:
 
 
 def _what_failed(error: OSError) -> str:
-    """Tell what the operating system refused; a library's own error, which has no number, with its traceback."""
+    """Tell what the operating system refused, or a library, whose own error has no number."""
     if is_disk_full(error):
         return f"\nThe disk is full: {error}."
     if error.errno is None:
-        return f"{traceback.format_exc()}\nA file could not be used: {error}."
+        return f"A file could not be used: {error}."
     return f"\nThe operating system refused a file: {error}."
 
 
@@ -396,14 +400,15 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
     if asked is not None:
         setattr(job, asked.ATTRIBUTE, asked)
     sys.argv = [sys.argv[0], *as_variables(request.line.hydra_argv)]
-    shown = io.StringIO()
+    shown, flags = io.StringIO(), request.line.flags
     try:
-        with redirect_stdout(shown) if request.line.flags.cfg else nullcontext():
+        with redirect_stdout(shown) if flags.cfg or flags.help else nullcontext():
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-        sys.stdout.write(clean(shown.getvalue()))
     except (Interrupted, KeyboardInterrupt) as reason:  # before the first run, or between two
         report(f"\nStopped by {str(reason) or 'Ctrl-C'}")
         return Interrupted.exit_code
+    finally:  # Hydra exits by itself behind its help
+        sys.stdout.write(wrapped(clean(shown.getvalue()), columns_of(sys.stdout) if flags.help else None))
     if asked is not None:
         return asked.code
     if failed := [str(number) for number, code in enumerate(codes) if code]:

@@ -30,9 +30,10 @@ from src.config.frozen import CONFIG, STATUS, read_config
 from src.config.problems import Problem, refuse
 from src.config.rules import tracker_can_be_reached_by_some_scheme
 from src.config.schema import MlflowConfig
-from src.errors import DamagedFileError, Interrupted, RunFolderError, TowlineError
+from src.errors import DamagedFileError, Interrupted, RunFolderError, TowlineError, report
 from src.records import Types, check_keys
 from src.runtime.collector import rest_while_importing
+from src.terminal import columns_of, wrapped
 
 if TYPE_CHECKING:
     from src.tracking.console import Console
@@ -203,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then deliver; every way it can end becomes an exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(arguments):
-        print(__doc__)
+        print(wrapped(__doc__, columns_of(sys.stdout)))
         return 0
     code = 0
     try:
@@ -215,16 +216,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 ended, by = sync(source, console)
             except RunFolderError as error:
-                print(error, file=sys.stderr)
+                report(error)
                 ended, by = error.exit_code, ""
             code = max(code, ended)
             if by:
                 break
     except TowlineError as error:
-        print(secrets.clean(str(error)), file=sys.stderr)
+        report(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nStopped by Ctrl-C. The same command goes on.", file=sys.stderr)
+        report("\nStopped by Ctrl-C. The same command goes on.")
         return Interrupted.exit_code
     return code
 
