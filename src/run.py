@@ -85,7 +85,7 @@ def train_and_export(
     from src.evaluation.evaluate import open_evaluation
     from src.evaluation.samples import sample
     from src.model.adapters import add_adapter
-    from src.model.build import build_model, set_generation
+    from src.model.build import build_model, set_generation, with_zero_sizes
     from src.model.card import model_card
     from src.model.embeddings import as_they_are, check_new_rows, embedding_matrices, grow_embeddings
     from src.model.export import export
@@ -113,10 +113,9 @@ def train_and_export(
 
     collect_from_here()
     asked = admitted.config
+    sharing = deepspeed_settings(with_zero_sizes(asked), num_processes())
     with (
-        start_runtime(
-            asked.runtime, asked.training.mixed_precision, asked.seed, stop, deepspeed_settings(asked, num_processes())
-        ) as runtime,
+        start_runtime(asked.runtime, asked.training.mixed_precision, asked.seed, stop, sharing) as runtime,
         ExitStack() as until_the_end,
     ):
         # what the first process composed and found is what counts, in all of them
@@ -131,7 +130,7 @@ def train_and_export(
         )
         made = provenance(frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
         tracking.record_once("provenance.json", made)
-        if (settings := deepspeed_settings(config, runtime.num_processes)) is not None:
+        if (settings := deepspeed_settings(with_zero_sizes(config), runtime.num_processes)) is not None:
             tracking.record("deepspeed.json", settings)
         if config.data.cache_dir is None:
             folder = until_the_end.enter_context(runtime.shared_folder())

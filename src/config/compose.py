@@ -39,6 +39,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers.oc import env as environment_variable
 
 from src import secrets
+from src.config.deepspeed import read_deepspeed_file
 from src.config.files import unusable
 from src.config.formats import fill_mixture
 from src.config.options import CONF, PROJECT_ROOT, OptionFileError, broken_options, placed, read_option, shown
@@ -410,6 +411,7 @@ def resolve_sections(whole: DictConfig, composed: Composed) -> None:
                 composed.sections[str(key)] = "???"
             else:
                 composed.problems.append(problem_of(error, str(key)))
+    composed.problems += read_deepspeed_file(composed.sections.get("deepspeed"), composed.stored.get("deepspeed"))
     secrets.hand_down(composed.sections)
 
 
