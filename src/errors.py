@@ -28,6 +28,7 @@ import re
 import sys
 
 from src import secrets
+from src.terminal import columns_of, wrapped
 
 
 class TowlineError(Exception):
@@ -149,9 +150,14 @@ def _written_out(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-def report(message: object) -> None:
-    """Print a message to the error stream, its control characters written out."""
-    print(visible(str(message)), file=sys.stderr, flush=True)
+def report(message: object, *, wraps: bool = True) -> None:
+    """Print a message to the error stream, its control characters written out.
+
+    Args:
+        wraps: whether its lines are made to fit a terminal; those of a traceback are not.
+    """
+    text = visible(str(message))
+    print(wrapped(text, columns_of(sys.stderr)) if wraps else text, file=sys.stderr, flush=True)
 
 
 def human_bytes(count: float) -> str:

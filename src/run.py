@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ from src.errors import Interrupted, Pruned, TowlineError, TrainingError, is_disk
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.launch import copy_output, follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
-from src.secrets import as_variables
+from src.secrets import as_variables, clean
+from src.terminal import columns_of, wrapped
 
 if TYPE_CHECKING:
     from src.checkpoint.start import Origin
@@ -86,7 +88,7 @@ def train_and_export(
     from src.evaluation.evaluate import open_evaluation
     from src.evaluation.samples import sample
     from src.model.adapters import add_adapter
-    from src.model.build import build_model, set_generation
+    from src.model.build import build_model, set_generation, with_zero_sizes
     from src.model.card import model_card
     from src.model.embeddings import as_they_are, check_new_rows, embedding_matrices, grow_embeddings
     from src.model.export import export
@@ -114,10 +116,9 @@ def train_and_export(
 
     collect_from_here()
     asked = admitted.config
+    sharing = deepspeed_settings(with_zero_sizes(asked), num_processes())
     with (
-        start_runtime(
-            asked.runtime, asked.training.mixed_precision, asked.seed, stop, deepspeed_settings(asked, num_processes())
-        ) as runtime,
+        start_runtime(asked.runtime, asked.training.mixed_precision, asked.seed, stop, sharing) as runtime,
         ExitStack() as until_the_end,
     ):
         # what the first process composed and found is what counts, in all of them
@@ -132,7 +133,7 @@ def train_and_export(
         )
         made = provenance(frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
         tracking.record_once("provenance.json", made)
-        if (settings := deepspeed_settings(config, runtime.num_processes)) is not None:
+        if (settings := deepspeed_settings(with_zero_sizes(config), runtime.num_processes)) is not None:
             tracking.record("deepspeed.json", settings)
         if config.data.cache_dir is None:
             folder = until_the_end.enter_context(runtime.shared_folder())
@@ -284,19 +285,22 @@ def guarded(admitted: Admitted, stop: StopRequest) -> int:
         report(f"\n{error}")
         return error.exit_code
     except Pruned as reason:
-        print(visible(f"\nEnded early: {reason}"))
+        print(wrapped(visible(f"\nEnded early: {reason}"), columns_of(sys.stdout)))
         return Pruned.exit_code
     except (Interrupted, KeyboardInterrupt) as reason:
         report(f"\nStopped by {str(reason) or 'Ctrl-C'}. {_how_to_go_on(run_dir)}")
         return Interrupted.exit_code
     except OSError as error:
+        if error.errno is None and not is_disk_full(error):  # a library's own
+            report(traceback.format_exc(), wraps=False)
         report(f"{_what_failed(error)} {_how_to_go_on(run_dir)}")
         return 1
     except Exception as error:
         if place_of() is not None and "by peer" in str(error):  # who started us says which one, and why
             report("\nAnother process of this run has ended, so this one can't go on.")
             return 1
-        report(f"{traceback.format_exc()}\nA fault of the program, or too little memory. {_how_to_go_on(run_dir)}")
+        report(traceback.format_exc(), wraps=False)
+        report(f"A fault of the program, or too little memory. {_how_to_go_on(run_dir)}")
         return 1
     return 0
 
@@ -337,11 +341,11 @@ def as_frozen(file: str, run_dir: str) -> Admitted:
 
 
 def _what_failed(error: OSError) -> str:
-    """Tell what the operating system refused; a library's own error, which has no number, with its traceback."""
+    """Tell what the operating system refused, or a library, whose own error has no number."""
     if is_disk_full(error):
         return f"\nThe disk is full: {error}."
     if error.errno is None:
-        return f"{traceback.format_exc()}\nA file could not be used: {error}."
+        return f"A file could not be used: {error}."
     return f"\nThe operating system refused a file: {error}."
 
 
@@ -400,11 +404,15 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
         setattr(job, asked.ATTRIBUTE, asked)
     sys.argv = [sys.argv[0], *as_variables(request.line.hydra_argv)]
     install()
+    shown = io.StringIO()
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+        with redirect_stdout(shown) if request.line.asks_hydra_only else nullcontext():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     except (Interrupted, KeyboardInterrupt) as reason:  # before the first run, or between two
         report(f"\nStopped by {str(reason) or 'Ctrl-C'}")
         return Interrupted.exit_code
+    finally:  # Hydra exits by itself behind what it shows
+        sys.stdout.write(clean(shown.getvalue()))
     if asked is not None:
         return asked.code
     if failed := [str(number) for number, code in enumerate(codes) if code]:

@@ -44,6 +44,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers.oc import env as environment_variable
 
 from src import secrets
+from src.config.deepspeed import read_deepspeed_file
 from src.config.files import unusable
 from src.config.formats import declare_options, fill_mixture
 from src.config.options import (
@@ -588,6 +589,7 @@ def _resolve_sections(whole: DictConfig, composed: Composed) -> None:
                 composed.sections[str(key)] = "???"
             else:
                 composed.problems.append(problem_of(error, str(key)))
+    composed.problems += read_deepspeed_file(composed.sections.get("deepspeed"), composed.stored.get("deepspeed"))
 
 
 def _resolved(whole: DictConfig, key: Any) -> Any:

@@ -23,6 +23,7 @@ from src.config.compose import (
     problem_of,
     resolve_sections,
 )
+from src.config.deepspeed import KEY as DEEPSPEED_FILE
 from src.config.formats import declare_frozen
 from src.config.problems import Problem
 from src.config.quoting import override as override_text
@@ -35,14 +36,16 @@ STATUS_KEYS: Mapping[str, Types] = {"state": str, "step": int}
 STATES = ("RUNNING", "FINISHED", "FAILED", "PREEMPTED", "PRUNED")
 PATHS_AND_TRACKING = ("name", "force", "rerun", "tracking")
 """Parts of a configuration that say nothing about what is computed."""
+HOW_NOT_WHAT = {"checkpoint": ("resume", "allow_changed"), "deepspeed": ("config_file", "sha256")}
+"""Keys of other parts that don't either."""
 
 
 def config_hash(frozen: Mapping[str, Any]) -> str:
     """Return a hash of what a configuration computes: without names, folders and tracking. 16 hex digits."""
     computed = {key: value for key, value in frozen.items() if key not in PATHS_AND_TRACKING}
-    if isinstance(checkpoint := computed.get("checkpoint"), Mapping):
-        how = ("resume", "allow_changed")
-        computed["checkpoint"] = {key: value for key, value in checkpoint.items() if key not in how}
+    for section, how in HOW_NOT_WHAT.items():
+        if isinstance(given := computed.get(section), Mapping):
+            computed[section] = {key: value for key, value in given.items() if key not in how}
     return hashlib.sha256(json.dumps(computed, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -100,6 +103,9 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     if given is not None and Path(str(given)).resolve() == folder.resolve():
         sections = _as_it_last_was(folder, sections)
     problems += code_problems(folder, sections, line, _signatures(folder))
+    if (file := line.value_of(DEEPSPEED_FILE)) is not None:
+        reason = "read where a run begins (deepspeed=file); of one that is repeated change single keys: deepspeed.KEY=…"
+        problems.append(Problem(DEEPSPEED_FILE, reason, file, True, COMMAND_LINE))
     changed, refused = _overridden(sections | {"rerun": str(folder), "force": False}, line, "a rerun")
     hydra_overrides = [o.input_line or "" for o in line.overrides if o.key_or_group.startswith("hydra.")]
     base = compose(

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from src import secrets
 from src.config import compose as composing
-from src.config import frozen, rules
+from src.config import deepspeed, frozen, rules
 from src.config import schema as schema_module
 from src.config.compose import CommandLine, Composed
 from src.config.files import unusable
@@ -180,6 +180,8 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     if not composed.sections:
         return None, composed.problems
     refused = {problem.key for problem in line.problems}  # a section whose option is unknown is told once, not twice
+    if deepspeed.KEY in {problem.key for problem in composed.problems}:  # its file can't be read
+        refused.add("deepspeed")
     sections = {key: value for key, value in composed.sections.items() if key not in refused}
     own = _own_section(sections, entry)
     sweep = _sweep_section(sections, line, composed)
@@ -193,20 +195,23 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
         problems += _across(parsed)
         problems += _meeting_problems(parsed, line)
         problems += _run_dir_problems(composed, line)
+    of_file = [problem for problem in composed.problems if problem.key.startswith("deepspeed.")]
     reads = rules.is_read_by_predict if entry == "predict" else lambda key: True
     situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
     located = [
         problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
-        for problem in explained(problems, situation)
+        for problem in explained([*of_file, *problems], situation)
     ]
     if located or composed.problems or line.problems:
-        return None, composed.problems + located
+        return None, [problem for problem in composed.problems if problem not in of_file] + located
     stored = {key: value for key, value in composed.stored.items() if key not in (entry, "sweep")}
     return Admitted(_assemble(parsed), stored, composed.run_dir, own.value, sweep=sweep.value), []
 
 
 def _where(key: str, line: CommandLine, composed: Composed) -> str:
-    return composing.where_set(key, line, composed.choices)
+    where = composing.where_set(key, line, composed.choices)
+    file = deepspeed.file_behind(key, composed.sections.get("deepspeed"))
+    return file if file and where != composing.COMMAND_LINE else where
 
 
 def _assemble(parsed: dict[str, _Parsed]) -> RunConfig:
