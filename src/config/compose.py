@@ -573,7 +573,7 @@ def resolve_sections(whole: DictConfig, composed: Composed) -> None:
     """Resolve `${…}` in every section; one that can't be resolved is a problem of its own."""
     with hydra_resolved(composed.hydra):
         _resolve_sections(whole, composed)
-    secrets.hand_down(composed.sections)
+    secrets.hand_down(composed.sections, composed.stored, is_new=composed.hydra is not None)
 
 
 def _resolve_sections(whole: DictConfig, composed: Composed) -> None:
@@ -583,7 +583,8 @@ def _resolve_sections(whole: DictConfig, composed: Composed) -> None:
             resolved = _resolved(whole, key)
             composed.sections[str(key)] = secrets.reveal({str(key): resolved}, [])[str(key)]
             with _storing():
-                composed.stored[str(key)] = secrets.masked(_resolved(whole, key) if reads_environment else resolved)
+                kept = secrets.placed(_resolved(whole, key), str(key)) if reads_environment else resolved
+                composed.stored[str(key)] = secrets.masked(kept)
         except OmegaConfBaseException as error:
             if OmegaConf.is_missing(whole, key):
                 composed.sections[str(key)] = "???"
@@ -624,7 +625,7 @@ def escaped(node: Any) -> Any:
 
 @contextmanager
 def _storing() -> Iterator[None]:
-    """Resolve what is to be stored: a secret of the environment stays the interpolation that it comes by."""
+    """Resolve what is to be stored: a placeholder stands for each secret of the environment."""
     before = _is_storing.set(True)
     try:
         yield
@@ -637,11 +638,9 @@ def _environment(key: str, default: Any = _DEFAULT_MARKER_, *, _node_: Node) -> 
     value = environment_variable(key, default)
     if value is None or key not in os.environ:
         return value
-    if secrets.is_secret_variable(key):
-        secrets.know(value)
-    if _is_storing.get() and secrets.is_stored_interpolation(_node_._get_full_key(None), key):
-        return f"${{oc.env:{key}}}"
-    return value
+    place = _node_._get_full_key(None)
+    secrets.know_given(place, key, value)
+    return secrets.placeholder(key) if _is_storing.get() and secrets.is_stored_interpolation(place, key) else value
 
 
 OmegaConf.register_new_resolver("oc.env", _environment, replace=True)

@@ -166,10 +166,13 @@ def parse(sections: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: where they are not a good configuration after all.
     """
-    sections = secrets.reveal({key: value for key, value in sections.items() if key != "sweep"}, [])
+    missing: list[tuple[str, str]] = []
+    sections = secrets.reveal({key: value for key, value in sections.items() if key != "sweep"}, missing)
     declare_frozen(sections.get("data"))
     parsed, problems = _parse_sections(sections)
     problems += list(_across(parsed))
+    # a tracker is the first process's; but what a model is trained on must not be the words that stand for it
+    problems += [Problem(key, reason, has_value=False) for key, reason in missing if not secrets.is_secret_key(key)]
     if problems:
         raise refuse(list(explained(problems, Situation(sections, {}))))
     return _assemble(parsed)
@@ -196,11 +199,14 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
         problems += _meeting_problems(parsed, line)
         problems += _run_dir_problems(composed, line)
     of_file = [problem for problem in composed.problems if problem.key.startswith("deepspeed.")]
+    # told once: without its value a key is nothing else
+    unresolved = {problem.key for problem in composed.problems if problem not in of_file}
     reads = rules.is_read_by_predict if entry == "predict" else lambda key: True
     situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
     located = [
         problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
         for problem in explained([*of_file, *problems], situation)
+        if problem.key not in unresolved
     ]
     if located or composed.problems or line.problems:
         return None, [problem for problem in composed.problems if problem not in of_file] + located
