@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src.config.gate import Admitted, admit_prediction
-from src.errors import Interrupted, TowlineError, report
+from src.errors import Interrupted, TowlineError, report, show_libraries_visibly
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.signals import StopRequest, stop_on_signals
 
@@ -142,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         print("`python -m src.run --help` lists every group and key.")
         return 0
+    show_libraries_visibly()
     try:
         admitted = admit_prediction(arguments)
     except TowlineError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config.gate import Admitted, admit
-from src.errors import Interrupted, TowlineError, report
+from src.errors import Interrupted, TowlineError, report, show_libraries_visibly
 from src.runtime.collector import collect_from_here, rest_while_importing
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         print("`python -m src.run --help` lists every group and key.")
         return 0
+    show_libraries_visibly()
     try:
         request = admit(arguments, "preflight")
         assert request.run is not None

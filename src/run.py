@@ -21,7 +21,16 @@ from src.config.gate import Admitted, Request, admit, parse
 from src.config.quoting import shell_override
 from src.config.show import shown_config
 from src.config.source import install, with_lists
-from src.errors import Interrupted, Pruned, TowlineError, TrainingError, is_disk_full, report, visible
+from src.errors import (
+    Interrupted,
+    Pruned,
+    TowlineError,
+    TrainingError,
+    is_disk_full,
+    report,
+    show_libraries_visibly,
+    visible,
+)
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.launch import copy_output, follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
@@ -274,6 +283,7 @@ def finished_before(admitted: Admitted) -> bool:
 def guarded(admitted: Admitted, stop: StopRequest) -> int:
     """Run, and turn every way it can end into an exit code: 0, 1 (it went wrong), 2 (yours to mend), 75 (stopped)."""
     run_dir = admitted.run_dir
+    show_libraries_visibly()
     try:
         if finished_before(admitted):
             return 0
@@ -399,7 +409,7 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
     if asked is not None:
         setattr(job, asked.ATTRIBUTE, asked)
     sys.argv = [sys.argv[0], *as_variables(request.line.hydra_argv)]
-    install()
+    install(hides_credentials=True)
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     except (Interrupted, KeyboardInterrupt) as reason:  # before the first run, or between two
