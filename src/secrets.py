@@ -48,7 +48,7 @@ _AUTHORITY = re.compile(rf"(?<=://){_LOGIN}")
 _URL = re.compile(rf"[A-Za-z][\w+.-]*://{_of_url()}*")
 _GIVEN_URL = re.compile(rf"[A-Za-z][\w+.-]*://(?:{_LOGIN})?[^\s,'\"\]}}]*")
 _PARAMETER = re.compile(
-    rf"([?&;#])([\w.%+\[\]-]+)=(\$\{{oc\.env:[^{{}}]*\}}|{_of_url('&#')}+?)(?=[)\]}},.]*(?:[&#]|\Z))"
+    rf"([?&;#])([\w.%+\[\]-]+)=(\$\{{oc\.env:[^{{}}]*\}}|{_of_url('&#')}+?)(?=[)\]}},.:]*(?:[&#]|\Z))"
 )
 _SECRET_PARAMETER = re.compile(
     r"(?:token|key|password|passwd|passphrase|pwd|secret|sig|signature|credentials?|jwt|odbc_connect)$"

@@ -61,6 +61,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("http://h?api%5Fkey=abc", "http://h?api%5Fkey=***"),
         ("{uri: http://h?api_key=abc, other: 1}", "{uri: http://h?api_key=***, other: 1}"),
         ("http://me:${oc.env:PW}@h?key=${oc.env:PW}", "http://me:${oc.env:PW}@h?key=${oc.env:PW}"),
+        ("at http://h?auth=abc: no answer", "at http://h?auth=***: no answer"),
         ("git@github.com:a/b.git", "git@github.com:a/b.git"),
         ("1 + 1 = 2 @ home", "1 + 1 = 2 @ home"),
     ],
