@@ -388,7 +388,7 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig, OmegaConf, flag_override
 
     codes, process = [], os.getpid()
 
@@ -397,6 +397,8 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         point = Composed({}, run_dir, {})
         sections: Any = OmegaConf.to_container(cfg)
+        with flag_override(cfg, ["readonly", "struct"], [False, False]):
+            cfg.merge_with(as_variables(sections))  # a launcher composes again where it runs, and pickles what it has
         resolve_sections(OmegaConf.create(with_lists(sections)), point)
         codes.append(guarded(Admitted(parse(point.sections), point.stored, run_dir), stop))
         if codes[-1] and os.getpid() != process:  # what is counted here is not seen there

@@ -144,19 +144,29 @@ def test_what_hydra_prints_of_option_files_has_no_credentials(flags: tuple[str, 
     assert PLANTED not in done.stdout + done.stderr
 
 
-def test_what_another_sweeper_writes_and_pickles_has_no_credentials(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
+def test_what_another_sweeper_writes_and_pickles_has_no_credentials(launcher: str, tmp_path: Path) -> None:
     own = tmp_path / "conf" / "tracking"
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text(
         f"defaults: [mlflow]\nuri: http://me:{PLANTED}@{NOBODY}/?key={PLANTED}\ntags: {{a: 'https://u:{PLANTED}@h/'}}\n"
     )
     done = towline(
-        *("-m", f"--config-dir={own.parent}", "tracking=mine", "hydra/sweeper=basic", *SMALL, "seed=1"),
+        *(
+            "-m",
+            f"--config-dir={own.parent}",
+            "tracking=mine",
+            "hydra/sweeper=basic",
+            f"hydra/launcher={launcher}",
+            *SMALL,
+            "seed=1",
+        ),
         f"hydra.sweep.dir={tmp_path}/out",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert PLANTED not in done.stdout + done.stderr
     assert (tmp_path / "out" / "multirun.yaml").exists()
+    assert len(list(tmp_path.glob("out/.submitit/*/*_result.pkl"))) == (launcher == "submitit_local")
     assert not found_in(tmp_path / "out")
 
 
