@@ -23,9 +23,11 @@ Pruned                      not an error: the sweep asked the run to end early (
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import sys
+import warnings
 
 from src import secrets
 from src.terminal import columns_of, wrapped
@@ -148,6 +150,25 @@ def visible(text: str, *, is_line: bool = False) -> str:
 def _written_out(match: re.Match[str]) -> str:
     code = ord(match.group())
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+class _VisibleRecord(logging.LogRecord):
+    """What a library logs, as it may be shown."""
+
+    def getMessage(self) -> str:  # noqa: N802
+        return visible(super().getMessage())
+
+
+def show_libraries_visibly() -> None:
+    """Have what libraries log or warn of shown as `visible` has it: they quote texts of checkpoints and data."""
+    logging.setLogRecordFactory(_VisibleRecord)
+    warnings.formatwarning = _visible_warning
+
+
+def _visible_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"{filename}:{lineno}: {category.__name__}: {visible(str(message))}\n"
 
 
 def report(message: object, *, wraps: bool = True) -> None:

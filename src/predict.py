@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 from src.config.gate import Admitted, admit_prediction
 from src.config.help import help_of_entry
-from src.errors import Interrupted, TowlineError, report
+from src.errors import Interrupted, TowlineError, report, show_libraries_visibly
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.signals import StopRequest, stop_on_signals
 
@@ -137,6 +137,7 @@ def folder(admitted: Admitted) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then generate; every way it can end becomes an exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    show_libraries_visibly()
     try:
         if {"-h", "--help"} & set(arguments):
             return help_of_entry("predict", __doc__, arguments)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.config.gate import Admitted, admit
 from src.config.help import help_of_entry
-from src.errors import Interrupted, TowlineError, report
+from src.errors import Interrupted, TowlineError, report, show_libraries_visibly
 from src.runtime.collector import collect_from_here, rest_while_importing
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def write_report(file: Path, data: Data, found: Sequence[Any], ahead: Any) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then look at what it asks for."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    show_libraries_visibly()
     try:
         if {"-h", "--help"} & set(arguments):
             return help_of_entry("preflight", __doc__, arguments)

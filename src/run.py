@@ -22,7 +22,16 @@ from src.config.gate import Admitted, Request, admit, parse
 from src.config.quoting import shell_override
 from src.config.show import shown_config
 from src.config.source import install, with_lists
-from src.errors import Interrupted, Pruned, TowlineError, TrainingError, is_disk_full, report, visible
+from src.errors import (
+    Interrupted,
+    Pruned,
+    TowlineError,
+    TrainingError,
+    is_disk_full,
+    report,
+    show_libraries_visibly,
+    visible,
+)
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.launch import copy_output, follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
@@ -275,6 +284,7 @@ def finished_before(admitted: Admitted) -> bool:
 def guarded(admitted: Admitted, stop: StopRequest) -> int:
     """Run, and turn every way it can end into an exit code: 0, 1 (it went wrong), 2 (yours to mend), 75 (stopped)."""
     run_dir = admitted.run_dir
+    show_libraries_visibly()
     try:
         if finished_before(admitted):
             return 0
@@ -382,7 +392,7 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig, OmegaConf, flag_override
 
     codes, process = [], os.getpid()
 
@@ -391,6 +401,8 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         point = Composed({}, run_dir, {})
         sections: Any = OmegaConf.to_container(cfg)
+        with flag_override(cfg, ["readonly", "struct"], [False, False]):
+            cfg.merge_with(as_variables(sections))  # a launcher composes again where it runs, and pickles what it has
         resolve_sections(OmegaConf.create(with_lists(sections)), point)
         codes.append(guarded(Admitted(parse(point.sections), point.stored, run_dir), stop))
         if codes[-1] and os.getpid() != process:  # what is counted here is not seen there
@@ -403,7 +415,7 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
     if asked is not None:
         setattr(job, asked.ATTRIBUTE, asked)
     sys.argv = [sys.argv[0], *as_variables(request.line.hydra_argv)]
-    install()
+    install(hides_credentials=True)
     shown = io.StringIO()
     try:
         with redirect_stdout(shown) if request.line.asks_hydra_only else nullcontext():

@@ -13,7 +13,7 @@ import json
 import netrc
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -48,7 +48,7 @@ _AUTHORITY = re.compile(rf"(?<=://){_LOGIN}")
 _URL = re.compile(rf"[A-Za-z][\w+.-]*://{_of_url()}*")
 _GIVEN_URL = re.compile(rf"[A-Za-z][\w+.-]*://(?:{_LOGIN})?[^\s,'\"\]}}]*")
 _PARAMETER = re.compile(
-    rf"([?&;#])([\w.%+\[\]-]+)=(\$\{{oc\.env:[^{{}}]*\}}|{_of_url('&#')}+?)(?=[)\]}},.]*(?:[&#]|\Z))"
+    rf"([?&;#])([\w.%+\[\]-]+)=(\$\{{oc\.env:[^{{}}]*\}}|{_of_url('&#')}+?)(?=[)\]}},.:]*(?:[&#]|\Z))"
 )
 _SECRET_PARAMETER = re.compile(
     r"(?:token|key|password|passwd|passphrase|pwd|secret|sig|signature|credentials?|jwt|odbc_connect)$"
@@ -330,20 +330,32 @@ def hand_down(node: Any, stored: Any, *, is_new: bool = True) -> None:
         os.environ[HANDED_DOWN] = json.dumps(given)
 
 
-def as_variables(texts: Sequence[str]) -> list[str]:
-    """Return overrides in which variables of the environment, set here, stand for every URL that has credentials.
+def as_variables(node: Any) -> Any:
+    """Return overrides, or what a file has, with variables of the environment, set here, for URLs with credentials.
 
-    So that what Hydra writes and prints of a command line has none.
+    So that what Hydra writes, pickles and prints of them has none.
     """
+    if isinstance(node, Mapping):
+        return {key: as_variables(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [as_variables(value) for value in node]
+    return _GIVEN_URL.sub(_with_variables, node) if isinstance(node, str) else node
 
-    def variable(url: re.Match[str]) -> str:
-        if without_credentials(url[0]) == url[0]:
-            return url[0]
-        name = next(n for i in count(1) if os.environ.get(n := f"{OWN_VARIABLE}{i}", url[0]) == url[0])
-        os.environ[name] = url[0]
-        return f"${{oc.env:{name}}}"
 
-    return [_GIVEN_URL.sub(variable, text) for text in texts]
+def _with_variables(url: re.Match[str]) -> str:
+    if without_credentials(url[0]) == url[0]:
+        return url[0]
+    if "${" in url[0]:  # the value of a variable is not resolved again
+        return _AUTHORITY.sub(
+            lambda login: f"{_variable(login[0][:-1])}@" if "${" not in login[0] else login[0], url[0]
+        )
+    return _variable(url[0])
+
+
+def _variable(value: str) -> str:
+    name = next(n for i in count(1) if os.environ.get(n := f"{OWN_VARIABLE}{i}", value) == value)
+    os.environ[name] = value
+    return f"${{oc.env:{name}}}"
 
 
 def reveal(node: Any, missing: list[tuple[str, str]], key: str = "") -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import yaml
 
 from src import secrets
 from src.config.gate import admit, admit_prediction, parse
-from src.errors import ConfigError
+from src.errors import ConfigError, show_libraries_visibly
+from src.model.card import _as_yaml, shaping
+from src.tracking.journal import LOCK
 from src.tracking.provenance import git_state
 from tests.conftest import ROOT, towline
 
@@ -57,6 +61,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("http://h?api%5Fkey=abc", "http://h?api%5Fkey=***"),
         ("{uri: http://h?api_key=abc, other: 1}", "{uri: http://h?api_key=***, other: 1}"),
         ("http://me:${oc.env:PW}@h?key=${oc.env:PW}", "http://me:${oc.env:PW}@h?key=${oc.env:PW}"),
+        ("at http://h?auth=abc: no answer", "at http://h?auth=***: no answer"),
         ("git@github.com:a/b.git", "git@github.com:a/b.git"),
         ("1 + 1 = 2 @ home", "1 + 1 = 2 @ home"),
     ],
@@ -118,6 +123,130 @@ def test_an_address_with_a_secret_in_its_query_alone_becomes_a_variable() -> Non
     (text,) = secrets.as_variables(["tracking.uri=http://h/x?api_key=abcdefgh"])
     assert text.startswith("tracking.uri=${oc.env:TOWLINE_URL_")
     assert secrets.as_variables(["a=http://h/x?y=1"]) == ["a=http://h/x?y=1"]
+
+
+def test_a_login_beside_an_interpolation_becomes_a_variable_alone() -> None:
+    (text,) = secrets.as_variables([f"tracking.uri=http://me:{PLANTED}@${{oc.env:HOST}}/x"])
+    assert text.endswith("}@${oc.env:HOST}/x")
+    assert PLANTED not in text
+
+
+@pytest.mark.parametrize("flags", [("--info", "config"), ("--info", "all"), ("--help",)])
+def test_what_hydra_prints_of_option_files_has_no_credentials(flags: tuple[str, ...], tmp_path: Path) -> None:
+    own = tmp_path / "experiment"
+    own.mkdir()
+    (own / "mine.yaml").write_text(
+        f"# @package _global_\ntracking:\n  uri: http://me:{PLANTED}@{NOBODY}/\n  tags: {{a: 'https://u:{PLANTED}@h/'}}\n"
+    )
+    done = towline(f"--config-dir={tmp_path}", "experiment=mine", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "mlflow" in done.stdout
+    assert PLANTED not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
+def test_what_another_sweeper_writes_and_pickles_has_no_credentials(launcher: str, tmp_path: Path) -> None:
+    own = tmp_path / "conf" / "tracking"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text(
+        f"defaults: [mlflow]\nuri: http://me:{PLANTED}@{NOBODY}/?key={PLANTED}\ntags: {{a: 'https://u:{PLANTED}@h/'}}\n"
+    )
+    done = towline(
+        *(
+            "-m",
+            f"--config-dir={own.parent}",
+            "tracking=mine",
+            "hydra/sweeper=basic",
+            f"hydra/launcher={launcher}",
+            *SMALL,
+            "seed=1",
+        ),
+        f"hydra.sweep.dir={tmp_path}/out",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert PLANTED not in done.stdout + done.stderr
+    assert (tmp_path / "out" / "multirun.yaml").exists()
+    assert len(list(tmp_path.glob("out/.submitit/*/*_result.pkl"))) == (launcher == "submitit_local")
+    assert not found_in(tmp_path / "out")
+
+
+def test_the_store_gets_no_credentials_that_it_needs_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("FOO_KEY", PLANTED)
+    store = f"sqlite:///{tmp_path}/store.db"
+    done = towline(
+        *(
+            *SMALL,
+            f"tracking.uri={store}",
+            f"hydra.run.dir={tmp_path}/run",
+            "tracking.experiment_name=a-${oc.env:FOO_KEY}",
+        ),
+        f"tracking.run_name='https://h/?token={PLANTED}'",
+        f"tracking.tags={{login: 'https://u:{PLANTED}@h/', key: '${{oc.env:FOO_KEY}}'}}",
+    )
+    assert done.returncode == 0, done.stderr
+    client = MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("a-***").experiment_id])
+    assert run.info.run_name == "https://h/?token=***"
+    assert (run.data.tags["login"], run.data.tags["key"]) == ("https://***@h/", "***")
+    assert not found_in(tmp_path)
+
+
+def test_what_a_library_logs_is_written_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    before = logging.getLogRecordFactory()
+    handler = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger("some.library")
+    logger.addHandler(handler)
+    try:
+        show_libraries_visibly()
+        logger.warning("a model of type %s", f"\x1b[31mRED http://u:{PLANTED}@h/")
+        assert warnings.formatwarning("\x1b]0;x\x07", UserWarning, "f.py", 1) == "f.py:1: UserWarning: \\x1b]0;x\\x07\n"
+    finally:
+        logger.removeHandler(handler)
+        logging.setLogRecordFactory(before)
+    assert "a model of type \\x1b[31mRED http://***@h/" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_named_like_an_escape_is_written_out_by_sync(tmp_path: Path) -> None:
+    folder = tmp_path / "s\x1b[31mZZ\x1b]0;PWN\x07"
+    (folder / ".lock").mkdir(parents=True)
+    (folder / "status.json").write_text("{}")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"tracking": {"type": "mlflow", "uri": "sqlite:///a.db"}}))
+    for lock in ("lock", ".lock", LOCK):
+        (folder / lock).mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "src.sync", f"run={folder}", f"tracking.uri=sqlite:///{tmp_path}/a.db"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "ZZ" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("node", "card"),
+    [
+        ({"a": {"nvme_path": "/tmp/x/nvme"}}, {"a": {"nvme_path": "nvme"}}),
+        ({"a": ["/tmp/x y/b.json", "~/models/base"]}, {"a": ["b.json", "base"]}),
+        ({"prompt_template": "/no_think {prompt}", "b": "/a/b/ {prompt}"},) * 2,
+        ({"b": "a/b", "lr": 1.0, "name": "org/model"},) * 2,
+    ],
+)
+def test_the_card_has_names_for_paths_under_any_key(node: Any, card: Any) -> None:
+    assert shaping({"deepspeed": node}) == {"deepspeed": card}
+
+
+def test_marks_of_direction_are_written_out_in_the_card() -> None:
+    dumped = _as_yaml({"a": "한\u202eb"})
+    assert "\u202e" not in dumped
+    assert yaml.safe_load(dumped) == {"a": "한\u202eb"}
+    assert "한" in _as_yaml({"a": "한"})
 
 
 def test_code_keeps_its_words_and_loses_its_secrets() -> None:

@@ -14,6 +14,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.config.options import check_option
+from src.secrets import as_variables
 
 LIST_OR_MAPPING = ("data.validation_files", "data.test_files")
 """Keys whose value is a list in some files and a mapping in others, which Hydra can't put in each other's place."""
@@ -23,6 +24,9 @@ _LIST = "towline-list:"
 
 class FileConfigSource(file_config_source.FileConfigSource):  # Hydra tells sources of a scheme apart by this name
     """Hydra's source of files, with mistakes placed and with lists that a mapping may take the place of."""
+
+    hides_credentials = False
+    """Whether variables stand for URLs with credentials, as Hydra's own main writes, pickles and prints what it has."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Read an option file.
@@ -39,6 +43,10 @@ class FileConfigSource(file_config_source.FileConfigSource):  # Hydra tells sour
             inner = key if package == "_global_" else key.removeprefix(f"{package}.")
             if package == "_global_" or inner != key:
                 _as_text(result.config, inner)
+        if self.hides_credentials:
+            content = OmegaConf.to_container(result.config)
+            if (hidden := as_variables(content)) != content:
+                result.config = OmegaConf.create(hidden)
         return result
 
 
@@ -62,7 +70,8 @@ def with_lists(sections: dict[str, Any]) -> dict[str, Any]:
     return sections
 
 
-def install() -> None:
+def install(*, hides_credentials: bool = False) -> None:
     """Have Hydra read files by the source above, wherever it composes."""
+    FileConfigSource.hides_credentials |= hides_credentials
     Plugins.instance()  # registers Hydra's own sources, and would refuse another that was there before
     SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource

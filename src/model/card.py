@@ -5,12 +5,15 @@ People publish it. So it has what shaped the model, and no paths of the machine,
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from src.errors import visible
 from src.markdown import code, fenced, inline, table
 
 SHAPING = (
@@ -19,7 +22,7 @@ SHAPING = (
 )
 """The parts of a configuration that shape a model."""
 PATHS = ("init_from", "checkpoint", "train_files", "validation_files", "test_files", "dataset_name", "config_file")
-"""Keys whose values may be paths; of these the card has the names."""
+"""Keys whose values may be paths from here; of these the card has the names, and so of every path from the root."""
 NOT_SHAPING = ("cache_dir", "preprocessing_num_workers", "max_seconds", "logging_steps")
 SHOWN = ("train/loss", "eval/")
 """Metrics that the card shows: those whose names begin so."""
@@ -66,10 +69,18 @@ def model_card(
         "## New tokens": table(("token", "id"), [(code(token), f"{i:,}") for token, i in new_tokens.items()])
         if new_tokens
         else "None.",
-        "## Configuration": fenced(yaml.safe_dump(shaping(frozen), sort_keys=False, allow_unicode=True), "yaml"),
+        "## Configuration": fenced(_as_yaml(shaping(frozen)), "yaml"),
     }
     body = "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items())
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {body}\n"
+
+
+def _as_yaml(node: Any) -> str:
+    """Return YAML in which no sign changes how others are read: YAML leaves marks of direction as they are."""
+    dumped = yaml.safe_dump(node, sort_keys=False, allow_unicode=True)
+    if visible(dumped) == dumped:
+        return dumped
+    return yaml.safe_dump(node, sort_keys=False)  # every other sign than ASCII is written out
 
 
 def shaping(frozen: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,10 +89,16 @@ def shaping(frozen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_paths(node: Any) -> Any:
+    if isinstance(node, list | tuple):
+        return [_without_paths(value) for value in node]
+    if isinstance(node, str):
+        return _name(node) if _is_from_root(node) else node
     if not isinstance(node, Mapping):
         return node
     return {
-        key: _names(value) if key in PATHS else _without_paths(value)
+        key: _names(value)
+        if key in PATHS or str(key).endswith(("_path", "_dir", "_file", "_folder"))
+        else _without_paths(value)
         for key, value in node.items()
         if key not in NOT_SHAPING
     }
@@ -100,6 +117,14 @@ def _name(place: str) -> str:
     """Return a path's last part; the id of a model or a dataset on a hub, which is no path here, stays whole."""
     is_path = Path(place).exists() or place.startswith(("/", "~", ".")) or place.count("/") > 1
     return Path(place).resolve().name if is_path else place
+
+
+_FROM_ROOT = re.compile(r"(?:file:/+|/|~[\w.-]*/|[A-Za-z]:[\\/])[^/\\{}<>()*\n]+(?:[/\\][^{}<>()*\n]*)+")
+"""A path from the root or a home, of several parts; templates and patterns are none."""
+
+
+def _is_from_root(text: str) -> bool:
+    return _FROM_ROOT.fullmatch(text) is not None or (text.startswith("/") and os.path.exists(text))
 
 
 def _is_adapter(frozen: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,12 @@ class FolderDelivery(ABC):
         is_over: bool = False,
         tell: Callable[[str], None] | None = None,
     ) -> None:
-        self._config = config
+        self._config = replace(
+            config,  # a store needs no secrets
+            experiment_name=secrets.clean(config.experiment_name),
+            run_name=secrets.clean(config.run_name),
+            tags=secrets.cleaned(config.tags),
+        )
         self._folder = folder
         self._is_over = is_over
         self._tell = tell or Console().warn
@@ -459,7 +465,7 @@ class FolderDelivery(ABC):
         """Log what is short enough; what is longer is in the file that it comes from."""
         from mlflow.entities import Param
 
-        params = {key: value for key, value in values.items() if len(value) <= MAX_PARAM_CHARACTERS}
+        params = {key: secrets.clean(value) for key, value in values.items() if len(value) <= MAX_PARAM_CHARACTERS}
         names = distinct_names(params)
         given = [Param(names[key], value) for key, value in params.items()]
         for first in range(0, len(given), 100):  # MLflow's limit for one call
