@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.config.compose import CONF, PROJECT_ROOT, Composed, resolve_sections
 from src.config.gate import Admitted, Request, admit, parse
-from src.errors import Interrupted, Pruned, TowlineError, TrainingError, is_disk_full, report, visible
+from src.errors import Interrupted, Pruned, TowlineError, TrainingError, is_disk_full, report, show, visible
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.launch import copy_output, follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
@@ -392,15 +392,17 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
             sys.exit(Interrupted.exit_code)  # a stopped run stops the sweep; one that failed does not
 
     is_sweep = request.line.flags.multirun and not request.line.asks_hydra_only
+    is_shown = bool(request.line.flags.cfg or request.line.asks_hydra_only)
     asked = own_sweep(request, stop) if is_sweep else None
     if asked is not None:
         setattr(job, asked.ATTRIBUTE, asked)
     sys.argv = [sys.argv[0], *as_variables(request.line.hydra_argv)]
     shown = io.StringIO()
     try:
-        with redirect_stdout(shown) if request.line.flags.cfg else nullcontext():
+        with redirect_stdout(shown) if is_shown else nullcontext():
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-        sys.stdout.write(clean(shown.getvalue()))
+        if is_shown:
+            show(clean(shown.getvalue()).removesuffix("\n"))
     except (Interrupted, KeyboardInterrupt) as reason:  # before the first run, or between two
         report(f"\nStopped by {str(reason) or 'Ctrl-C'}")
         return Interrupted.exit_code

@@ -172,14 +172,21 @@ def test_other_entries(shown, entry, own: str) -> None:  # type: ignore[no-untyp
     assert "unrecognized arguments: --learning_rate" in shown("--learning_rate", entry=entry.main, code=2)
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "src.run", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["--info", "config"]])
+def test_a_reader_that_leaves_early_is_no_error(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "src.run", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.close()
         assert process.stderr is not None
         assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+@pytest.mark.parametrize(
+    "topic", ["..", ".", "", "/", "x" * 5000, "\udcff", "a.b.c.", "hydra", "_self_", "*", "안" * 200]
+)
+def test_topics_that_no_one_would_ask_for_are_refused(shown, topic: str) -> None:  # type: ignore[no-untyped-def]
+    assert "no group, section or key" in shown(topic, code=2)
 
 
 TEXT = """# @package _global_

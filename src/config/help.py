@@ -5,9 +5,7 @@ No torch here. Values are those of the command line that asks, so `--help experi
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -23,7 +21,7 @@ from src.config.keys import Key, all_keys, source_keys
 from src.config.options import OptionFileError
 from src.config.problems import Problem, refuse, shortened
 from src.config.schema import ENTRY_SECTIONS, Check, Keys
-from src.errors import visible
+from src.errors import show, visible
 
 WIDTH = 80
 LEFT = 34
@@ -209,7 +207,8 @@ def help_of_run(composed: Composed, line: CommandLine) -> int:
     Raises:
         ConfigError: where it asks for something that there is not.
     """
-    return _show(_of_run(composed, line))
+    show(_of_run(composed, line))
+    return 0
 
 
 def help_of_entry(entry: str, about: str | None, arguments: Sequence[str]) -> int:
@@ -235,7 +234,8 @@ def help_of_entry(entry: str, about: str | None, arguments: Sequence[str]) -> in
         *(["", f"{entry}:"] if own else []),
         *(line for key in own for line in page.short(key)),
     ]
-    return _show("\n".join([*lines, "", *textwrap.wrap(MORE, WIDTH)]))
+    show("\n".join([*lines, "", *textwrap.wrap(MORE, WIDTH)]))
+    return 0
 
 
 def _of_run(composed: Composed, line: CommandLine) -> str:
@@ -251,15 +251,6 @@ def _of_run(composed: Composed, line: CommandLine) -> str:
     if problems:
         raise refuse(problems)
     return "\n\n".join(found)
-
-
-def _show(text: str) -> int:
-    """Print a text; a reader that has seen enough (`| head`) may leave. Return the exit code."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
-    return 0
 
 
 def without_types(keys: Sequence[Key]) -> list[Key]:

@@ -31,7 +31,7 @@ def default_choices() -> dict[str, str]:
 
 
 def is_group(name: str, roots: Roots = (CONF,)) -> bool:
-    return bool(name) and any((root / name).is_dir() for root in roots)
+    return name in groups.groups(roots)
 
 
 def sections() -> list[str]:
