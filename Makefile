@@ -22,12 +22,12 @@ train: $(READY) ## the default run: a tiny model learns to add, with thoughts; A
 	$(BIN)/python -m src.run $(ARGS)
 
 resume: $(READY) ## go on with the run of a folder, as it last was: run=DIR; ARGS='KEY=VALUE …' changes it
-	@test -n '$(run)' || { echo "Which run? make resume run=DIR"; exit 2; }
-	$(BIN)/python -m src.run 'rerun="$(run)"' 'hydra.run.dir="$(run)"' $(ARGS)
+	@test -n "$$run" || { echo "Which run? make resume run=DIR"; exit 2; }
+	$(BIN)/python -m src.run "rerun=$$run" "hydra.run.dir=$$run" $(ARGS)
 
 sync: $(READY) ## bring MLflow what it lacks of a run or sweep that nobody is at: run=DIR or run=[A,B]; ARGS='KEY=VALUE …'
-	@test -n '$(run)' || { echo "Which run? make sync run=DIR"; exit 2; }
-	$(BIN)/python -m src.sync 'run="$(run)"' $(ARGS)
+	@test -n "$$run" || { echo "Which run? make sync run=DIR"; exit 2; }
+	$(BIN)/python -m src.sync "run=$$run" $(ARGS)
 
 preflight: $(READY) ## everything about a run that can be known without training it; ARGS='KEY=VALUE …'
 	$(BIN)/python -m src.preflight $(ARGS)
@@ -47,7 +47,7 @@ lint: $(READY) ## format, lint and types only
 	$(BIN)/mypy
 
 ui: $(READY) ## MLflow's page of all runs, on http://127.0.0.1:5000
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db \
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db \
 		--host 127.0.0.1 --port $(or $(PORT),5000)
 
 clean-cache: ## remove encoded rows that are kept for the next run (.cache/data)

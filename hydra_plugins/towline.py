@@ -16,6 +16,9 @@ from omegaconf import DictConfig
 class TowlineSweeper(Sweeper):
     """Hydra's face of `src.sweep.sweeper.sweep`."""
 
+    def __init__(self, params: DictConfig | None = None) -> None:
+        """Take what Hydra passes; `params` is read when the sweep is planned."""
+
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._task, self._config = hydra_context, task_function, config
 
@@ -26,5 +29,8 @@ class TowlineSweeper(Sweeper):
 
 
 ConfigStore.instance().store(
-    group="hydra/sweeper", name="towline", node={"_target_": "hydra_plugins.towline.TowlineSweeper"}, provider="towline"
+    group="hydra/sweeper",
+    name="towline",
+    node={"_target_": "hydra_plugins.towline.TowlineSweeper", "params": None},
+    provider="towline",
 )

@@ -28,6 +28,7 @@ import re
 import sys
 
 from src import secrets
+from src.terminal import columns_of, wrapped
 
 
 class TowlineError(Exception):
@@ -149,15 +150,20 @@ def _written_out(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-def report(message: object) -> None:
-    """Print a message to the error stream, its control characters written out."""
-    print(visible(str(message)), file=sys.stderr, flush=True)
+def report(message: object, *, wraps: bool = True) -> None:
+    """Print a message to the error stream, its control characters written out.
+
+    Args:
+        wraps: whether its lines are made to fit a terminal; those of a traceback are not.
+    """
+    text = visible(str(message))
+    print(wrapped(text, columns_of(sys.stderr)) if wraps else text, file=sys.stderr, flush=True)
 
 
-def show(text: str) -> None:
+def show(text: str, end: str = "\n") -> None:
     """Print what was asked for; a reader that has seen enough of it (`| head`) may leave."""
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
 

@@ -19,11 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from src.config.compose import CONF, PROJECT_ROOT, Composed, resolve_sections
 from src.config.gate import Admitted, Request, admit, parse
+from src.config.quoting import shell_override
+from src.config.show import shown_config
+from src.config.source import install, with_lists
 from src.errors import Interrupted, Pruned, TowlineError, TrainingError, is_disk_full, report, show, visible
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.launch import copy_output, follow_parent, is_launched, launch, num_processes, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
 from src.secrets import as_variables, clean
+from src.terminal import columns_of, wrapped
 
 if TYPE_CHECKING:
     from src.checkpoint.start import Origin
@@ -84,7 +88,7 @@ def train_and_export(
     from src.evaluation.evaluate import open_evaluation
     from src.evaluation.samples import sample
     from src.model.adapters import add_adapter
-    from src.model.build import build_model, set_generation
+    from src.model.build import build_model, set_generation, with_zero_sizes
     from src.model.card import model_card
     from src.model.embeddings import as_they_are, check_new_rows, embedding_matrices, grow_embeddings
     from src.model.export import export
@@ -112,10 +116,9 @@ def train_and_export(
 
     collect_from_here()
     asked = admitted.config
+    sharing = deepspeed_settings(with_zero_sizes(asked), num_processes())
     with (
-        start_runtime(
-            asked.runtime, asked.training.mixed_precision, asked.seed, stop, deepspeed_settings(asked, num_processes())
-        ) as runtime,
+        start_runtime(asked.runtime, asked.training.mixed_precision, asked.seed, stop, sharing) as runtime,
         ExitStack() as until_the_end,
     ):
         # what the first process composed and found is what counts, in all of them
@@ -130,7 +133,7 @@ def train_and_export(
         )
         made = provenance(frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
         tracking.record_once("provenance.json", made)
-        if (settings := deepspeed_settings(config, runtime.num_processes)) is not None:
+        if (settings := deepspeed_settings(with_zero_sizes(config), runtime.num_processes)) is not None:
             tracking.record("deepspeed.json", settings)
         if config.data.cache_dir is None:
             folder = until_the_end.enter_context(runtime.shared_folder())
@@ -282,19 +285,22 @@ def guarded(admitted: Admitted, stop: StopRequest) -> int:
         report(f"\n{error}")
         return error.exit_code
     except Pruned as reason:
-        print(visible(f"\nEnded early: {reason}"))
+        print(wrapped(visible(f"\nEnded early: {reason}"), columns_of(sys.stdout)))
         return Pruned.exit_code
     except (Interrupted, KeyboardInterrupt) as reason:
         report(f"\nStopped by {str(reason) or 'Ctrl-C'}. {_how_to_go_on(run_dir)}")
         return Interrupted.exit_code
     except OSError as error:
+        if error.errno is None and not is_disk_full(error):  # a library's own
+            report(traceback.format_exc(), wraps=False)
         report(f"{_what_failed(error)} {_how_to_go_on(run_dir)}")
         return 1
     except Exception as error:
         if place_of() is not None and "by peer" in str(error):  # who started us says which one, and why
             report("\nAnother process of this run has ended, so this one can't go on.")
             return 1
-        report(f"{traceback.format_exc()}\nA fault of the program, or too little memory. {_how_to_go_on(run_dir)}")
+        report(traceback.format_exc(), wraps=False)
+        report(f"A fault of the program, or too little memory. {_how_to_go_on(run_dir)}")
         return 1
     return 0
 
@@ -335,11 +341,11 @@ def as_frozen(file: str, run_dir: str) -> Admitted:
 
 
 def _what_failed(error: OSError) -> str:
-    """Tell what the operating system refused; a library's own error, which has no number, with its traceback."""
+    """Tell what the operating system refused, or a library, whose own error has no number."""
     if is_disk_full(error):
         return f"\nThe disk is full: {error}."
     if error.errno is None:
-        return f"{traceback.format_exc()}\nA file could not be used: {error}."
+        return f"A file could not be used: {error}."
     return f"\nThe operating system refused a file: {error}."
 
 
@@ -354,7 +360,7 @@ def _how_to_go_on(run_dir: Path) -> str:
         return f"What was saved in {run_dir} can't be looked at now: {error.strerror}"
     if step is None:
         return f"Nothing was saved yet; what was logged is in {run_dir}"
-    here = shlex.quote(f"hydra.run.dir={run_dir}")
+    here = shell_override("hydra.run.dir", str(run_dir))
     return f"Step {step} is saved: make resume run={shlex.quote(str(run_dir))}, or the same command with {here}"
 
 
@@ -369,14 +375,14 @@ def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | No
 
 
 def by_hydra(request: Request, stop: StopRequest) -> int:
-    """Hand a command line that was admitted to Hydra's own main: sweeps, --cfg, --info.
+    """Hand a command line that was admitted to Hydra's own main: sweeps and --info.
 
     Raises:
         TowlineError: where a sweep is refused, before anything of it starts.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig
+    from omegaconf import DictConfig, OmegaConf
 
     codes, process = [], os.getpid()
 
@@ -384,7 +390,8 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
         """Run a point of a sweep of another sweeper's (hydra/sweeper=…)."""
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         point = Composed({}, run_dir, {})
-        resolve_sections(cfg, point)
+        sections: Any = OmegaConf.to_container(cfg)
+        resolve_sections(OmegaConf.create(with_lists(sections)), point)
         codes.append(guarded(Admitted(parse(point.sections), point.stored, run_dir), stop))
         if codes[-1] and os.getpid() != process:  # what is counted here is not seen there
             raise TrainingError(f"the run in {run_dir} ended with exit code {codes[-1]}")
@@ -392,20 +399,20 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
             sys.exit(Interrupted.exit_code)  # a stopped run stops the sweep; one that failed does not
 
     is_sweep = request.line.flags.multirun and not request.line.asks_hydra_only
-    is_shown = bool(request.line.flags.cfg or request.line.asks_hydra_only)
     asked = own_sweep(request, stop) if is_sweep else None
     if asked is not None:
         setattr(job, asked.ATTRIBUTE, asked)
     sys.argv = [sys.argv[0], *as_variables(request.line.hydra_argv)]
+    install()
     shown = io.StringIO()
     try:
-        with redirect_stdout(shown) if is_shown else nullcontext():
+        with redirect_stdout(shown) if request.line.asks_hydra_only else nullcontext():
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-        if is_shown:
-            show(clean(shown.getvalue()).removesuffix("\n"))
     except (Interrupted, KeyboardInterrupt) as reason:  # before the first run, or between two
         report(f"\nStopped by {str(reason) or 'Ctrl-C'}")
         return Interrupted.exit_code
+    finally:  # Hydra exits by itself behind what it shows
+        show(clean(shown.getvalue()), end="")
     if asked is not None:
         return asked.code
     if failed := [str(number) for number, code in enumerate(codes) if code]:
@@ -420,14 +427,10 @@ def own_sweep(request: Request, stop: StopRequest) -> SweepRequest | None:
         ConfigError: with all problems of all points.
     """
     from src.run import run_trial as by_name  # other processes find it there, not in __main__
-    from src.sweep.plan import plan_sweep
     from src.sweep.sweeper import request_sweep
 
     collect_from_here()  # composing leaves many cycles
-    if request.line.value_of("hydra/sweeper") in (None, "towline"):
-        return request_sweep(request.line, stop, by_name)
-    plan_sweep(request.line)
-    return None
+    return request_sweep(request.line, stop, by_name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -452,6 +455,9 @@ def admit_and_run(arguments: Sequence[str], stop: StopRequest) -> int:
     """Check a command line, then run it; gives the exit code."""
     try:
         request = admit(arguments)
+        if request.line.flags.cfg:
+            show(shown_config(request.line), end="")
+            return 0
         if request.line.flags.help:
             from src.config.help import help_of_run
 

@@ -14,9 +14,10 @@ import netrc
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import count
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, unquote_plus, urlsplit
 
 MASK = "***"
 HANDED_DOWN = "TOWLINE_SECRETS"
@@ -26,20 +27,47 @@ MLFLOW_LOGINS = (("MLFLOW_TRACKING_TOKEN",), ("MLFLOW_TRACKING_USERNAME", "MLFLO
 """Variables, each group enough by itself, that MLflow takes a server's credentials from."""
 SHORTEST_KNOWN = 4
 """Characters of a secret that is looked for in other texts; shorter ones stand in too many that have nothing to do."""
+SHORTEST_INSIDE = 8
+"""Characters of a secret that is looked for inside words as well; shorter ones are masked only as a whole word."""
+SHORTEST_TOKEN = 16
+"""Characters of a word that is taken for a token where it has both letters and digits."""
 
 _SECRET_NAME = re.compile(r"(TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIALS?)S?$", re.I)
-_LOGIN = r"(?:[^/\s?#'\"<>]*|[^/\s:@'\"<>]*:(?!\d+/)[^\s@'\"<>]*)@"
-_AUTHORITY = re.compile(rf"(?<=://){_LOGIN}")
-_URL_WITH_LOGIN = re.compile(rf"[A-Za-z][\w+.-]*://{_LOGIN}[^\s,'\"\]}}]*")
-_QUERY = re.compile(
-    r"([?&;][\w.-]*(?:token|key|password|passwd|pwd|secret|sig|signature)=)[^&#\s'\"<>]+", re.IGNORECASE
-)
-_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([A-Za-z_]\w*)\s*(?:,([^{}]*))?\}")
-_ASSIGNMENT = re.compile(
-    r"(\b[A-Z0-9_]*(?:TOKEN|KEY|PASSWORD|SECRET)[\"']?\s*[:=]\s*)(\"[^\"\n]{4,}\"|'[^'\n]{4,}'|[^\s\"',;()\[\]{}]{8,})"
-)
 
-_known: set[str] = set()
+
+def _of_url(without: str = "") -> str:
+    """Return a pattern of one character of a URL, but for some.
+
+    RFC 3986 has apostrophes in it; one that ends a quotation is none of them.
+    """
+    return rf"(?:[^\s\"<>'{without}]|'(?![\s,:;}}\])]|\Z))"
+
+
+_LOGIN = rf"(?:{_of_url('/?#')}*|{_of_url('/:@')}*:(?!\d+/){_of_url('@')}*)@"
+_AUTHORITY = re.compile(rf"(?<=://){_LOGIN}")
+_URL = re.compile(rf"[A-Za-z][\w+.-]*://{_of_url()}*")
+_GIVEN_URL = re.compile(rf"[A-Za-z][\w+.-]*://(?:{_LOGIN})?[^\s,'\"\]}}]*")
+_PARAMETER = re.compile(
+    rf"([?&;#])([\w.%+\[\]-]+)=(\$\{{oc\.env:[^{{}}]*\}}|{_of_url('&#')}+?)(?=[)\]}},.]*(?:[&#]|\Z))"
+)
+_SECRET_PARAMETER = re.compile(
+    r"(?:token|key|password|passwd|passphrase|pwd|secret|sig|signature|credentials?|jwt|odbc_connect)$"
+    r"|(?:^|[^a-z])(?:pass|pw|auth|authorization|oauth)$",
+    re.IGNORECASE,
+)
+_ODBC_PASSWORD = re.compile(r"(?:PWD|PASSWORD)\s*=\s*(\{[^}]*\}|[^;]*)", re.IGNORECASE)
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([A-Za-z_]\w*)\s*(?:,([^{}]*))?\}")
+_ONLY_ENVIRONMENT = re.compile(rf"(?:{_ENVIRONMENT.pattern})+")
+_PLACE = re.compile("\ue000([A-Za-z_]\\w*)\ue001")
+"""Where a variable's value belongs, until it is known under which key that is; see `placeholder`."""
+_MASKED_URL = re.compile(r"://[^\s\"<>]*?(?:\*\*\*@|[=/#]\*\*\*(?![\w*]))")
+_PLAIN_SEGMENT = re.compile(r"[A-Za-z_.~-]*|v?\d+(?:\.\d+)*")
+"""Segments of a path that give nobody access: words, and versions of an interface."""
+
+_known: dict[str, str] = {}
+"""Secrets, and what is shown in place of each."""
+_came_by: dict[str, str] = {}
+"""What the environment gave to keys whose values are secret, and the interpolation that each was given by."""
 
 
 def is_secret_variable(name: str) -> bool:
@@ -47,10 +75,22 @@ def is_secret_variable(name: str) -> bool:
     return bool(_SECRET_NAME.search(name))
 
 
-def know(value: str) -> None:
+def is_secret_key(key: str) -> bool:
+    """Return whether what the environment gives to a key is stored as the interpolation that it comes by."""
+    return key.partition(".")[0] == "tracking" or key == "sweep.storage"
+
+
+def looks_like_token(word: str) -> bool:
+    """Return whether a word is a token by its looks: long, of letters and digits, and of more than short words."""
+    if len(word) < SHORTEST_TOKEN or re.search(r"[\s/\\]", word) or not re.search(r"[A-Za-z]", word):
+        return False
+    return any(re.search(r"\d", run) for run in re.findall(r"[A-Za-z0-9]{12,}", word))
+
+
+def know(value: str, shown: str = MASK) -> None:
     """Have a secret be masked in all that is printed or written from now on."""
-    if len(value) >= SHORTEST_KNOWN and value != MASK:
-        _known.add(value)
+    if len(value) >= SHORTEST_KNOWN and value != shown and value != MASK:
+        _known[value] = shown
 
 
 def know_environment() -> None:
@@ -60,31 +100,192 @@ def know_environment() -> None:
             know(value)
 
 
+def know_given(key: str, variable: str, value: str) -> None:
+    """Have masked what is secret of the value that a variable gives to a key."""
+    if is_secret_variable(variable):
+        know(value)
+    if is_secret_key(key) and not variable.startswith(OWN_VARIABLE):
+        if len(value) >= SHORTEST_KNOWN:
+            _came_by[value] = f"${{oc.env:{variable}}}"
+        _know_address(value)
+
+
+def as_stored(text: str) -> str:
+    """Return a text of a secret key as a file or a message may have it.
+
+    The interpolation stands for what the environment gave.
+    """
+    for value in sorted(_came_by, key=len, reverse=True):
+        if value in text:
+            text = text.replace(value, _came_by[value])
+    return without_credentials(text)
+
+
+def _know_address(value: str) -> None:
+    """Have masked what may give access in a value of the environment, and keep the rest of it to be read."""
+    without_credentials(value)
+    if looks_like_token(value):
+        know(value)
+    for found in _URL.finditer(value):
+        url = found[0]
+        shown = _shown_address(url)
+        know(url, shown)
+        know(url.rstrip("/"), shown.rstrip("/"))
+        for _, name, given in _PARAMETER.findall(url):
+            is_secret = _SECRET_PARAMETER.search(unquote_plus(name)) or re.search(r"\d.*[A-Za-z]|[A-Za-z].*\d", given)
+            for one in dict.fromkeys((given, unquote_plus(given))):
+                know(one if is_secret else f"{name}={one}", MASK if is_secret else f"{name}={MASK}")
+        know(url.partition("#")[2])
+        for segment in _path_of(url):
+            if looks_like_token(segment):
+                know(segment)
+            elif url.startswith("http") and not _PLAIN_SEGMENT.fullmatch(segment):
+                know(f"/{segment}", f"/{MASK}")
+
+
+def _path_of(url: str) -> list[str]:
+    """Return the segments of a URL's path."""
+    rest = _AUTHORITY.sub("", url).partition("://")[2]
+    return re.split(r"[?#]", rest, maxsplit=1)[0].split("/")[1:]
+
+
+def _shown_address(url: str) -> str:
+    """Return a URL as it may be shown: host, port, and of its path the plain words; a file's path is shown whole."""
+    scheme, _, rest = without_credentials(url).partition("://")
+    place, mark, fragment = rest.partition("#")
+    place, asked, query = place.partition("?")
+    host, *segments = place.split("/")
+    is_network = scheme.startswith("http")
+
+    def may_be_shown(segment: str) -> bool:
+        is_plain = _PLAIN_SEGMENT.fullmatch(segment) is not None and len(segment) < 2 * SHORTEST_TOKEN
+        return is_plain if is_network else not looks_like_token(segment)
+
+    path = "/".join([host, *(one if may_be_shown(one) else MASK for one in segments)])
+    query = re.sub(r"=[^&]+", f"={MASK}", query) if "=" in query else MASK if query else ""
+    return f"{scheme}://{path}{asked}{query}{mark}{MASK if fragment else ''}"
+
+
 def without_credentials(text: str) -> str:
     """Return a text with the credentials of every URL in it masked; these are known from then on."""
     if "://" not in text:
         return text
-    for found in _AUTHORITY.finditer(text):
-        user, _, password = found[0][:-1].partition(":")
-        for part in (password or user, unquote(password or user)):
+    return _URL.sub(lambda url: _PARAMETER.sub(_without_value, _AUTHORITY.sub(_without_login, url[0])), text)
+
+
+def _without_login(found: re.Match[str]) -> str:
+    user, _, password = found[0][:-1].partition(":")
+    if _ONLY_ENVIRONMENT.fullmatch(password or user) or _ONLY_ENVIRONMENT.fullmatch(found[0][:-1]):
+        return found[0]  # as it is stored
+    for part in dict.fromkeys((password or user, unquote(password or user))):
+        if password or looks_like_token(part):  # a user's name is a word that stands elsewhere too
             know(part)
-    for found in _QUERY.finditer(text):
-        know(found[0].partition("=")[2])
-    return _QUERY.sub(rf"\g<1>{MASK}", _AUTHORITY.sub(f"{MASK}@", text))
+    return f"{MASK}@"
+
+
+def _without_value(found: re.Match[str]) -> str:
+    mark, name, value = found.groups()
+    if not _SECRET_PARAMETER.search(unquote_plus(name)) or _ONLY_ENVIRONMENT.fullmatch(value):
+        return found[0]
+    for one in dict.fromkeys((value, unquote_plus(value))):
+        know(one)
+        for password in _ODBC_PASSWORD.findall(one):
+            know(password.strip("{}"))
+    return f"{mark}{name}={MASK}"
 
 
 def clean(text: str) -> str:
     """Return a text without secrets: those of URLs in it, and every one that is known."""
-    text = without_credentials(text)
-    for value in sorted(_known, key=len, reverse=True):
-        if value in text:
-            text = text.replace(value, MASK)
-    return text
+    without_credentials(text)  # what is in it is known from here on
+    if _known:
+        text = _any_of(tuple(_known)).sub(lambda found: _known[found[0]], text)
+    return without_credentials(text)
+
+
+@lru_cache(maxsize=4)
+def _any_of(values: tuple[str, ...]) -> re.Pattern[str]:
+    def alone(value: str) -> str:
+        inside = re.escape(value)
+        return inside if len(value) >= SHORTEST_INSIDE else rf"(?<![^\W_]){inside}(?![^\W_])"
+
+    return re.compile("|".join(alone(value) for value in sorted(values, key=len, reverse=True)))
 
 
 def clean_code(text: str) -> str:
-    """Return code, such as a difference, without secrets; also without what is assigned to a secret's name in it."""
-    return _ASSIGNMENT.sub(rf"\g<1>{MASK}", clean(text))
+    """Return code, such as a difference, without secrets.
+
+    Also without what is assigned to a secret's name in it, in Python, a shell, YAML or JSON, and words that are tokens
+    by their first letters.
+    """
+    text = _PRIVATE_KEY.sub(rf"\g<1>{MASK}", clean(text))
+    text = _BLOCK.sub(lambda found: found[1] + f"{found[2]}{found[3]}  {MASK}\n", text)
+    for pattern in (_BARE, _YAML, _LITERAL):
+        text = pattern.sub(_without_literal if pattern is _LITERAL else _without_bare, text)
+    return _FAMOUS.sub(_without_token, text)
+
+
+_NAME = (
+    r"(?<![A-Za-z0-9])(?P<name>[\w.-]*(?:token|key|pass(?:word|wd|phrase)?|pwd|secret|credential|auth(?:orization)?)s?)"
+)
+_QUOTED = (
+    r"[rbfu]{0,2}(?:\"\"\"(?:\\.|[^\\])*?\"\"\"|'{3}(?:\\.|[^\\])*?'{3}|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*')"
+)
+_LITERAL = re.compile(
+    rf"(?P<before>{_NAME}(?:[\"'][ \t]*\]?)?[ \t]*(?P<sign>:[ \t]*[A-Za-z_][\w.\[\] |\"']*?=|:?=>?|:|,)[ \t]*"
+    rf"(?:\([ \t]*(?:\n[+\- ][ \t]*)?)?)(?P<value>{_QUOTED}(?:[ \t]*(?:\n[+\- ][ \t]*)?{_QUOTED})*)",
+    re.IGNORECASE,
+)
+_WORD = r"(?P<value>[^\s\"'`,;()\[\]{}]{4,})"
+_BARE = re.compile(rf"(?P<before>{_NAME}(?P<sign>[ \t]*=[ \t]*)){_WORD}(?![\w.]*[(\[])", re.IGNORECASE)
+_YAML = re.compile(
+    rf"^(?P<before>[+\- ]?[ \t]*(?:- )?[\"']?{_NAME}[\"']?(?P<sign>:[ \t]+)){_WORD}(?=[ \t]*(?:#.*|,)?$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_BLOCK = re.compile(
+    rf"^(([+\- ]?)([ \t]*)(?:- )?{_NAME}[\"']?:\s+[|>][+-]?[ \t]*\n)(?:\2\3[ \t]+\S.*(?:\n|\Z))+",
+    re.IGNORECASE | re.MULTILINE,
+)
+_PRIVATE_KEY = re.compile(r"(?<=-----)(BEGIN [A-Z ]*PRIVATE KEY-----)[\s\S]+?(?=-----END|\Z)")
+_FAMOUS = re.compile(
+    r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|xox[a-z]-|glpat-|AKIA|AIza|eyJ|(?:Bearer|Basic) +)[\w.~+/=-]{8,}"
+)
+_OF_A_TOKENIZER = re.compile(
+    r"(?:^|_)(?:pad|eos|bos|unk|sep|cls|mask|new|special|stop|additional_special)_tokens?$", re.I
+)
+_NO_VALUES = re.compile(
+    r"(?:str|int|float|bool|bytes|dict|list|tuple|object|any|none|null|true|false|optional|self)\b.*|\$.*|\*\*\*", re.I
+)
+
+
+def _is_given_a_secret(name: str, value: str) -> bool:
+    """Return whether code gives a secret to a name."""
+    if _OF_A_TOKENIZER.search(name) or value == MASK or value.startswith("${") or name.endswith("tokens"):
+        return False
+    if re.search(r"keys?$", name, re.I):
+        is_named = bool(re.search(r"[_-]key$|api_?keys?$", name, re.I)) and len(value) >= SHORTEST_KNOWN
+        return is_named or looks_like_token(value)
+    return len(value) >= SHORTEST_KNOWN
+
+
+def _without_literal(found: re.Match[str]) -> str:
+    inner = re.sub(r"^[rbfuRBFU]{0,2}[\"']+|[\"']+$", "", found["value"])
+    is_pair = found["sign"] != "," or found["name"].isupper()  # setdefault("HF_TOKEN", "…")
+    return f"{found['before']}{MASK}" if is_pair and _is_given_a_secret(found["name"], inner) else found[0]
+
+
+def _without_bare(found: re.Match[str]) -> str:
+    """Mask a value without quotes: of a shell or YAML whatever it is, of other code what is no name."""
+    value, is_word = found["value"], found["value"].isidentifier() or "." in found["value"]
+    if not _is_given_a_secret(found["name"], value) or _NO_VALUES.fullmatch(value):
+        return found[0]
+    is_code = found["sign"].strip() == "=" and (found["sign"] != "=" or not found["name"].isupper())
+    if is_code and is_word and not (any(one.isdigit() for one in value) and len(value) >= SHORTEST_INSIDE):
+        return found[0]
+    return f"{found['before']}{MASK}"
+
+
+def _without_token(found: re.Match[str]) -> str:
+    return MASK if any(one.isdigit() for one in found[0]) else found[0]
 
 
 def cleaned(node: Any) -> Any:
@@ -96,19 +297,35 @@ def cleaned(node: Any) -> Any:
     return clean(node) if isinstance(node, str) else node
 
 
-def masked(node: Any) -> Any:
-    """Return plain containers with the credentials of URLs masked in every text."""
+def masked(node: Any, key: str = "") -> Any:
+    """Return plain containers to be stored: credentials of URLs masked in every text.
+
+    Args:
+        key: of the containers. Below keys whose values are secret the interpolation stands for what the environment
+            gave.
+    """
     if isinstance(node, Mapping):
-        return {key: masked(value) for key, value in node.items()}
+        return {name: masked(value, f"{key}.{name}" if key else str(name)) for name, value in node.items()}
     if isinstance(node, list | tuple):
-        return [masked(value) for value in node]
-    return without_credentials(node) if isinstance(node, str) else node
+        return [masked(value, key) for value in node]
+    if not isinstance(node, str):
+        return node
+    return as_stored(node) if is_secret_key(key) else without_credentials(node)
 
 
-def hand_down(node: Any) -> None:
-    """Have processes that this one starts find what is masked in plain containers: by their environment."""
+def hand_down(node: Any, stored: Any, *, is_new: bool = True) -> None:
+    """Have processes that this one starts find what is masked in stored containers: by their environment.
+
+    Args:
+        node: the containers with their secrets.
+        stored: the same without.
+        is_new: whether these come from what somebody wrote, in which a mask is a text, and not from a frozen file.
+    """
     given = _handed_down()
-    given |= {f"{key} {stored}": text for key, text in _texts(node) if (stored := without_credentials(text)) != text}
+    for (key, text), (_, kept) in zip(_texts(node), _texts(stored), strict=False):
+        without_credentials(text)
+        if MASK in kept and (kept != text or (is_new and _MASKED_URL.search(text))):
+            given[f"{key} {kept}"] = text
     if given:
         os.environ[HANDED_DOWN] = json.dumps(given)
 
@@ -120,12 +337,13 @@ def as_variables(texts: Sequence[str]) -> list[str]:
     """
 
     def variable(url: re.Match[str]) -> str:
-        without_credentials(url[0])
+        if without_credentials(url[0]) == url[0]:
+            return url[0]
         name = next(n for i in count(1) if os.environ.get(n := f"{OWN_VARIABLE}{i}", url[0]) == url[0])
         os.environ[name] = url[0]
         return f"${{oc.env:{name}}}"
 
-    return [_URL_WITH_LOGIN.sub(variable, text) for text in texts]
+    return [_GIVEN_URL.sub(variable, text) for text in texts]
 
 
 def reveal(node: Any, missing: list[tuple[str, str]], key: str = "") -> Any:
@@ -146,10 +364,38 @@ def is_stored_interpolation(key: str, variable: str) -> bool:
     """Return whether a variable that the environment gives to a key is stored as an interpolation."""
     if variable.startswith(OWN_VARIABLE):  # it is of this process alone
         return False
-    return key.partition(".")[0] == "tracking" or key == "sweep.storage" or is_secret_variable(variable)
+    return is_secret_key(key) or is_secret_variable(variable)
+
+
+def placeholder(variable: str) -> str:
+    """Return what stands for a variable until `placed` knows the key that it ends up under.
+
+    That need not be the key that has the interpolation: others may refer to it.
+    """
+    return f"\ue000{variable}\ue001"
+
+
+def placed(node: Any, key: str = "") -> Any:
+    """Return containers to be stored: for each placeholder the interpolation, or the value where `reveal` reads none.
+
+    What is secret of such a value is masked.
+    """
+    if isinstance(node, Mapping):
+        return {name: placed(value, f"{key}.{name}" if key else str(name)) for name, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [placed(value, key) for value in node]
+    return _PLACE.sub(lambda found: _stored_value(found[1], key), node) if isinstance(node, str) else node
+
+
+def _stored_value(variable: str, key: str) -> str:
+    if is_stored_interpolation(key, variable):
+        return f"${{oc.env:{variable}}}"
+    return _URL.sub(lambda url: _shown_address(url[0]), os.environ.get(variable, ""))
 
 
 def _revealed(text: str, missing: list[tuple[str, str]], key: str) -> str:
+    if MASK in text and (handed := _handed_down().get(f"{key} {text}")) is not None:
+        return handed
     for found in _ENVIRONMENT.finditer(text):
         variable, default = found[1], found[2]
         if not is_stored_interpolation(key, variable):
@@ -158,15 +404,10 @@ def _revealed(text: str, missing: list[tuple[str, str]], key: str) -> str:
         if value is None:
             missing.append((key, f"the environment variable {variable} is not set, and its value was not stored"))
             continue
-        if is_secret_variable(variable):
-            know(value)
+        if variable in os.environ:
+            know_given(key, variable, value)
         text = text.replace(found[0], value)
-    if f"{MASK}@" in text or f"={MASK}" in text:
-        if (handed := _handed_down().get(f"{key} {text}")) is not None:
-            return handed
-        if "://" in text:
-            return _with_login(text, missing, key)
-    return text
+    return _with_login(text, missing, key) if _MASKED_URL.search(text) else text
 
 
 def _with_login(url: str, missing: list[tuple[str, str]], key: str) -> str:

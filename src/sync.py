@@ -31,7 +31,7 @@ from src.config.help import help_of_entry
 from src.config.problems import Problem, refuse
 from src.config.rules import tracker_can_be_reached_by_some_scheme
 from src.config.schema import MlflowConfig
-from src.errors import DamagedFileError, Interrupted, RunFolderError, TowlineError
+from src.errors import DamagedFileError, Interrupted, RunFolderError, TowlineError, report
 from src.records import Types, check_keys
 from src.runtime.collector import rest_while_importing
 
@@ -215,16 +215,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 ended, by = sync(source, console)
             except RunFolderError as error:
-                print(error, file=sys.stderr)
+                report(error)
                 ended, by = error.exit_code, ""
             code = max(code, ended)
             if by:
                 break
     except TowlineError as error:
-        print(secrets.clean(str(error)), file=sys.stderr)
+        report(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nStopped by Ctrl-C. The same command goes on.", file=sys.stderr)
+        report("\nStopped by Ctrl-C. The same command goes on.")
         return Interrupted.exit_code
     return code
 

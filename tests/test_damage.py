@@ -21,11 +21,13 @@ from src.config.trust import is_signed, signature
 from src.errors import ConfigError, DamagedFileError
 from src.records import Digest, begins_with, read_json, read_lines, read_yaml
 from src.run import guarded
+from src.sweep.plan import Plan
 from src.sweep.record import Record
 from src.sweep.trial import trial_of
 from src.tracking.journal import LOCK, RunFolder, read_growing
 from tests.conftest import admitted, towline
 from tests.conftest import read_lines as lines_of
+from tests.sweeps import planned
 from tests.test_resume import Fate, Killed, start
 
 RUN = (
@@ -323,6 +325,40 @@ def test_code_of_a_checkpoint_runs_on_this_users_word_only(tmp_path: Path, monke
     assert not is_signed(here, TRUSTING, [signed])
     harmless = {"model": TRUSTING["model"] | {"trust_remote_code": False}}
     assert signature(here, harmless) is None
+
+
+def keep(plan: Plan) -> None:
+    """Leave a sweep's folder as its first start does."""
+    record = Record(plan.folder)
+    record.keep_conf(plan.line.roots)
+    texts = dict.fromkeys(("name", "state", "started", "updated"), "x") | {"id": plan.line.sweep_id}
+    mappings: dict[str, Any] = {key: {} for key in ("space", "sweep", "counts")}
+    record.write(texts | mappings | {"history": [], "elapsed_seconds": 0, "signatures": plan.signatures})
+
+
+def test_a_sweeps_folder_from_elsewhere_switches_nothing_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    folder, own = tmp_path / "sweep", tmp_path / "own"
+    command = ("seed=1", f"hydra.sweep.dir={folder}")
+    plan = planned(*command)
+    keep(plan)
+    option = folder / "conf" / "0" / "model" / "causal_lm.yaml"
+    text = option.read_text().replace("trust_remote_code: false", "trust_remote_code: true")
+    option.write_text(text)
+    with pytest.raises(ConfigError, match=r"model\.trust_remote_code.*not started here by you") as caught:
+        planned(*command)
+    assert "say so yourself: model.trust_remote_code=true" in str(caught.value)
+    (own / "model").mkdir(parents=True)
+    (own / "model" / "mine.yaml").write_text("defaults:\n  - tiny_llama\ntrust_remote_code: true\n")
+    command = ("seed=1", "model=mine", f"hydra.sweep.dir={tmp_path / 'mine'}", "--config-dir", str(own))
+    plan = planned(*command)  # this user's own options are this user's word, and stay it when the sweep is repeated
+    keep(plan)
+    assert len(plan.signatures) == 1
+    assert planned(*command).is_repeated
+    key = tmp_path / "state" / "towline" / "key"
+    key.write_bytes(bytes(32))
+    with pytest.raises(ConfigError, match=r"model\.trust_remote_code"):
+        planned(*command)
 
 
 @pytest.mark.parametrize("command", ["src.run", "src.predict"])

@@ -49,7 +49,7 @@ def refusal(*overrides: str) -> str:
         (["model.checkpoint=conf"], ["without config.json"]),
         (["data.train_files=[nope.jsonl]"], ["data.train_files = nope.jsonl", "no such file"]),
         (["data.train_files=null"], ["data.train_files", "no training data"]),
-        (["data.train_files=nope.jsonl"], ["not a list of files"]),
+        (["data.train_files=[3]"], ["not a file, a glob or a folder"]),
         (["data.test_files={a:[x.jsonl],b:3}"], ["data.test_files", "mapping"]),
         (["data.validation_files={train:[README.md]}"], ["can't be called train"]),
         (["data.columns.question=q"], ["data.columns.question", "has prompt, completion"]),
@@ -195,13 +195,16 @@ def groups() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("group", "option"), groups())
-def test_every_option_composes(group: str, option: str) -> None:
+def test_every_option_composes(group: str, option: str, tmp_path: Path) -> None:
     needed = ["model.checkpoint=assets/tiny_llama", "model.weights=random"]
     if group in ("adapter", "quantization"):
         needed = ["model=causal_lm", "model.checkpoint=hub/id", *(["adapter=lora"] if group != "adapter" else [])]
     needed += (
         ["data.train_files=[data/tow_addition/train.jsonl]"] if (group, option) != ("data", "tow_addition") else []
     )
+    if (group, option) == ("deepspeed", "file"):
+        (tmp_path / "ds_config.json").write_text('{"zero_optimization": {"stage": 2}}')
+        needed.append(f"deepspeed.config_file={tmp_path}/ds_config.json")
     if group != "sweep":
         assert admitted(f"{group}={option}", *needed)
         return

@@ -19,7 +19,7 @@ LAYERS = (
     ("config",),
     ("records", "markdown", "patterns"),
     ("errors",),
-    ("secrets",),
+    ("secrets", "terminal"),
 )
 SIBLINGS_ALLOWED = {("evaluation", "training.loss"), ("run", "overview")}
 DOORS = {

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.checkpoint.manifest import newest_resumable, problems_of
+from src.checkpoint.start import find_origin
 from src.config import rules
 from src.config.gate import admit
 from src.config.schema import MixedPrecision
@@ -296,6 +297,34 @@ def test_what_deepspeed_is_given_is_written_down(lab: Laboratory) -> None:
     assert (given["train_batch_size"], given["train_micro_batch_size_per_gpu"]) == (8, 2)
     assert (given["gradient_clipping"], given["zero_optimization"]["stage"]) == (1.0, 3)
     assert "auto" not in json.dumps(given)
+
+
+def test_a_file_of_deepspeeds_trains_as_one_process_and_is_not_needed_again(lab: Laboratory, tmp_path: Path) -> None:
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": 0}  # fmt: skip
+    content = {
+        "train_batch_size": 8, "gradient_clipping": "auto", "steps_per_print": 1, "zero_optimization": zero,
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.1}},
+        "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 4, "warmup_num_steps": "auto"}},
+    }  # fmt: skip
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    short = ("training.max_train_steps=4", "training.logging_steps=1", "evaluation.eval_steps=null")
+    ours = lab.together("file", "deepspeed=file", f"deepspeed.config_file={file}", *short)
+    losses = [[line["train/loss"] for line in metrics(one)] for one in (ours, lab.alone("one-of-four", *short))]
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-4)
+    given = json.loads((ours / "deepspeed.json").read_text(encoding="utf-8"))
+    width = json.loads((lab.roomy / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    assert given["zero_optimization"]["reduce_bucket_size"] == width**2
+    assert given["zero_optimization"]["stage3_prefetch_bucket_size"] == int(0.9 * width**2)
+    assert "auto" not in json.dumps(given)
+    file.unlink()
+    again = admit(
+        [f"rerun={ours}", f"hydra.run.dir={ours}", "training.max_train_steps=5", "deepspeed.scheduler={}"]
+    ).run
+    assert again is not None
+    found = find_origin(again.config.checkpoint, again.frozen, ours, force=False)
+    assert (found.step, [change.key for change in found.changes if change.effect > 1]) == (4, [])
 
 
 def test_each_process_has_a_log(lab: Laboratory) -> None:

@@ -243,7 +243,7 @@ ENDS: dict[str, tuple[str, bytes, int, str, str]] = {  # name, content, rows bef
     "csv BOM": ("rows.csv", codecs.BOM_UTF8 + b"a,b\n1,2\n", 0, ":1", BOM),
     "txt NUL": ("rows.txt", b"\0" * 9, 0, ":1", "a NUL byte (byte 1)"),
     "json NUL": ("rows.json", b'[{"a": "\0"}]', 0, "", "a NUL byte (byte 9)"),
-    "json not UTF-8": ("rows.json", b'[{},\n{"a": "\xff"}]', 0, "", "not UTF-8 (byte 13): 0xff, in line 2"),
+    "json not UTF-8": ("rows.json", b'[{},\n{"a": "\xff"}]', 1, "", "not UTF-8 (byte 13): 0xff, in line 2"),
     "json text": ("rows.json", b'"a"', 0, "", "a list of rows is needed: [{…}, …], or one object a line"),
     "json one object": ("rows.json", b'{\n "a": 1\n}', 0, ":1", "a list of rows is needed"),
     "json not closed": ("rows.json", b"[{},\n{}\n", 2, ":2", "not JSON: Expecting ',' delimiter, line 3, column 1"),

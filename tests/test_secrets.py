@@ -27,7 +27,8 @@ SMALL = (
 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(secrets, "_known", set())
+    monkeypatch.setattr(secrets, "_known", {})
+    monkeypatch.setattr(secrets, "_came_by", {})
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in (secrets.HANDED_DOWN, *(name for names in secrets.MLFLOW_LOGINS for name in names)):
         monkeypatch.setenv(name, "")
@@ -46,6 +47,16 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("https://h/d?access_token=abc", "https://h/d?access_token=***"),
         ("see https://me:pw@a, or https://b:80/c@d", "see https://***@a, or https://b:80/c@d"),
         ("sqlite:////home/me@work/a.db", "sqlite:////home/me@work/a.db"),
+        ("http://u:it's-pw@h/x", "http://***@h/x"),
+        ("{'a':'http://h','b':'c@d'}", "{'a':'http://h','b':'c@d'}"),
+        ("{'a':'http://u:p@h'}", "{'a':'http://***@h'}"),
+        ("mssql+pyodbc:///?odbc_connect=DRIVER%3DX%3BPWD%3Dsecret", "mssql+pyodbc:///?odbc_connect=***"),
+        ("http://h?pass=abc&x=1", "http://h?pass=***&x=1"),
+        ("http://h?auth=it's&bypass=1", "http://h?auth=***&bypass=1"),
+        ("http://h/#access_token=abc", "http://h/#access_token=***"),
+        ("http://h?api%5Fkey=abc", "http://h?api%5Fkey=***"),
+        ("{uri: http://h?api_key=abc, other: 1}", "{uri: http://h?api_key=***, other: 1}"),
+        ("http://me:${oc.env:PW}@h?key=${oc.env:PW}", "http://me:${oc.env:PW}@h?key=${oc.env:PW}"),
         ("git@github.com:a/b.git", "git@github.com:a/b.git"),
         ("1 + 1 = 2 @ home", "1 + 1 = 2 @ home"),
     ],
@@ -62,12 +73,107 @@ def test_what_is_known_is_masked_wherever_it_stands() -> None:
     assert secrets.clean("abcdef") == "abcdef"
 
 
+def test_a_name_alone_is_masked_only_where_it_stands_as_one() -> None:
+    assert secrets.clean("http://alicehome@h/ in /tmp/alicehome/q1") == "http://***@h/ in /tmp/alicehome/q1"
+    assert secrets.clean("http://ghp0123456789abcdefgh@h/") == "http://***@h/"
+    assert secrets.clean("it is ghp0123456789abcdefgh") == "it is ***"
+    secrets.without_credentials("http://me:post@h/")
+    assert secrets.clean("post: poster, postgres") == "***: poster, postgres"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("https://host/mlflow/api/2.0", "https://host/mlflow/api/2.0"),
+        ("sqlite:////home/x1/mlflow2.db", "sqlite:////home/x1/mlflow2.db"),
+        ("myproject", "myproject"),
+        ("exp-2026-run-17-of-thoughts", "exp-2026-run-17-of-thoughts"),
+        (f"http://me:{PLANTED}@h:1/x?y=1", "http://***@h:1/x?y=***"),
+        ("http://h/cap06PLANT?auth=auth06PLANT#frag06", "http://h/***?auth=***#***"),
+        ("postgresql://h/runs?sslkey=file06key&mode=require", "postgresql://h/runs?sslkey=***&mode=***"),
+        ("PLANT0123456789abcdef", "***"),
+    ],
+)
+def test_of_an_address_of_the_environment_is_shown_what_gives_no_access(
+    value: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORE", value)
+    admitted = admit(["tracking=mlflow", "tracking.tags={store: '${oc.env:STORE}'}"]).run
+    assert admitted is not None
+    assert secrets.clean(f"at {value} it is") == f"at {shown} it is"
+    assert secrets.as_stored(value) == "${oc.env:STORE}"
+    path = secrets.clean("url: /cap06PLANT/api?auth=auth06PLANT")
+    assert ("cap06" in path) == ("cap06" not in value)
+
+
+def test_a_problem_with_what_the_environment_gave_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORE", "PLANT21http://a")
+    with pytest.raises(ConfigError, match=r"tracking\.uri = \$\{oc\.env:STORE\} +not an address") as refused:
+        admit(["tracking=mlflow", "tracking.uri=${oc.env:STORE}"])
+    assert "PLANT21" not in str(refused.value)
+
+
+def test_an_address_with_a_secret_in_its_query_alone_becomes_a_variable() -> None:
+    (text,) = secrets.as_variables(["tracking.uri=http://h/x?api_key=abcdefgh"])
+    assert text.startswith("tracking.uri=${oc.env:TOWLINE_URL_")
+    assert secrets.as_variables(["a=http://h/x?y=1"]) == ["a=http://h/x?y=1"]
+
+
 def test_code_keeps_its_words_and_loses_its_secrets() -> None:
     code = f'+HF_TOKEN = "{PLANTED}"\n+export OPENAI_API_KEY={PLANTED}\n+tokens = tokenizer(x)\n+key = value\n'
     assert (
         secrets.clean_code(code)
         == "+HF_TOKEN = ***\n+export OPENAI_API_KEY=***\n+tokens = tokenizer(x)\n+key = value\n"
     )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'os.environ["HF_TOKEN"] = "{}"',
+        "os.environ.setdefault('HF_TOKEN', '{}')",
+        'HF_TOKEN: str = "{}"',
+        'token: str | None = "{}"',
+        "export DB_PASSWORD={}",
+        "docker run -e DB_PASSWORD={} image",
+        "api_key: {}",
+        "  apiKey: '{}'",
+        '{{"client_secret": "{}"}}',
+        'login(token="{}")',
+        'login("hf_{}0123")',
+        "MY_SECRET='''{}'''",
+        'MY_SECRET = """first\n+{}\n+last"""',
+        'password = (\n+    "first"\n+    "{}"\n+)',
+        "secret: |\n+  first\n+  {}",
+        "-----BEGIN RSA PRIVATE KEY-----\n+{}\n+-----END RSA PRIVATE KEY-----",
+        'headers = {{"Authorization": "Bearer {}"}}',
+        "curl -H 'X: Bearer {}012345'",
+    ],
+)
+def test_what_code_assigns_to_the_name_of_a_secret_is_masked(code: str) -> None:
+    for planted in ("pl4nt", "PLANTED", "PLANT40abcdef0123456789"):
+        masked = secrets.clean_code(f"+{code.format(planted)}\n kept = 1\n")
+        assert planted not in masked
+        assert masked.endswith("kept = 1\n"), masked
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "+tokens = tokenizer(text)",
+        '+pad_token = "<pad>"',
+        "+def login(token: str, key: str = None) -> None:",
+        "+password = getpass()",
+        '+token = os.environ["HF_TOKEN"]',
+        "+for key, value in items: key = value",
+        '+sorted(rows, key="length")',
+        "+uri: ${oc.env:HF_TOKEN}",
+        "+api_key: ${oc.env:API_KEY}",
+    ],
+)
+def test_code_without_secrets_stays_as_it_is(code: str) -> None:
+    assert secrets.clean_code(code) == code
 
 
 def test_a_secret_in_a_difference_that_is_not_committed_is_not_kept(
@@ -106,6 +212,47 @@ def test_the_environment_is_stored_as_what_it_comes_by(monkeypatch: pytest.Monke
     assert run.frozen["data"]["system_prompt"] == "Answer briefly."
     assert secrets.clean(f"a {PLANTED}") == "a ***"
     assert parse(run.frozen) == run.config
+
+
+def refers(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> Any:
+    monkeypatch.setenv(variable, value)
+    given = f"tracking.experiment_name=${{oc.env:{variable}}}"
+    run = admit(["tracking=mlflow", given, 'data.prompt_template="${tracking.experiment_name}: {prompt}"']).run
+    assert run is not None
+    assert run.config.data.prompt_template == f"{value}: {{prompt}}"
+    assert run.frozen["tracking"]["experiment_name"] == f"${{oc.env:{variable}}}"
+    return run
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "stored"),
+    [
+        ("WORDS", "Sum", "Sum: {prompt}"),
+        ("SUM_KEY", PLANTED, "${oc.env:SUM_KEY}: {prompt}"),
+        ("STORE", f"http://me:{PLANTED}@h/x", "http://***@h/x: {prompt}"),
+    ],
+)
+def test_a_key_that_refers_to_the_tracker_means_the_same_in_every_process(
+    variable: str, value: str, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = refers(monkeypatch, variable, value)
+    assert run.frozen["data"]["prompt_template"] == stored
+    assert parse(run.frozen) == run.config
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run.frozen))
+    again = admit([f"rerun={tmp_path}"]).run
+    assert again is not None
+    assert again.config.data.prompt_template == run.config.data.prompt_template
+
+
+@pytest.mark.parametrize(("variable", "value"), [("SUM_KEY", PLANTED), ("STORE", f"http://me:{PLANTED}@h/x")])
+def test_no_row_is_made_of_the_words_that_stand_for_a_secret(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = refers(monkeypatch, variable, value)
+    monkeypatch.delenv(variable)
+    monkeypatch.delenv(secrets.HANDED_DOWN, raising=False)
+    with pytest.raises(ConfigError, match=r"data\.prompt_template .*not stored"):
+        parse(run.frozen)
 
 
 def test_a_url_on_the_command_line_comes_back_in_processes_that_this_one_starts() -> None:
@@ -161,8 +308,12 @@ def test_a_variable_that_is_missing_is_refused_by_name(tmp_path: Path, monkeypat
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(run.frozen))
     assert uri_of(f"rerun={tmp_path}") == "http://somewhere/x"
     monkeypatch.delenv("MY_STORE")
-    with pytest.raises(ConfigError, match=r"tracking\.uri .*variable MY_STORE is not set"):
+    with pytest.raises(ConfigError, match=r"tracking\.uri .*variable MY_STORE is not set") as refused:
         admit([f"rerun={tmp_path}"])
+    assert str(refused.value).count("tracking") == 1
+    with pytest.raises(ConfigError, match="MY_STORE") as refused:
+        admit(["tracking=mlflow", "tracking.uri=${oc.env:MY_STORE}"])
+    assert "1 problem\n" in str(refused.value)
 
 
 @pytest.mark.parametrize("text", ["${seed}", r"\${seed}", r"\\${oc.env:HOME}", "${", "a${b}c$d", "\\", r"a\$b\\"])

@@ -20,6 +20,7 @@ import pytest
 from mlflow import MlflowClient
 
 from src.config.frozen import config_hash, read_status
+from src.config.quoting import shell_override
 from src.errors import Interrupted, RunFolderError
 from src.evaluation.samples import Sample
 from src.tracking.console import Console, clock
@@ -176,7 +177,7 @@ def test_a_tracker_that_is_gone_costs_a_warning_and_is_told_later(
     track(gone, tmp_path / "run")
     warning = capsys.readouterr().err
     assert "3 lines of metrics are not delivered" in warning
-    assert f"hydra.run.dir={tmp_path / 'run'}" in warning
+    assert shell_override("hydra.run.dir", str(tmp_path / "run")) in warning
     assert read_status(tmp_path / "run")["state"] == "FINISHED"
     back = mlflow_config(f"sqlite:///{tmp_path}/mlflow.db")
     for _ in range(2):  # the second time there is nothing left to deliver

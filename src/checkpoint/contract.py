@@ -150,8 +150,8 @@ _TABLE: dict[str, dict[Effect, str]] = {
     },
     "deepspeed": {  # another way to share out the same computation
         Effect.harmless: "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
-        "gradient_clipping wall_clock_breakdown",
-        Effect.rounding: "type bf16 fp16 communication_data_type zero_optimization",
+        "gradient_clipping wall_clock_breakdown config_file sha256 optimizer scheduler aio",
+        Effect.rounding: "bf16 fp16 communication_data_type zero_optimization",
     },
     "tracking": {Effect.harmless: "type uri experiment_name run_name tags log_model"},
     "training": {
@@ -285,8 +285,16 @@ def _init_lora_weights(key: str, before: Flat, now: Flat) -> Verdict:
     return Effect.harmless, _BEGINS
 
 
+def _shared_out(key: str, before: Flat, now: Flat) -> Verdict:
+    """Judge whether DeepSpeed shares out; an option and a file of the user's that say the same are the same."""
+    if {before[key], now[key]} <= {"zero", "file"}:
+        return Effect.harmless, ""
+    return Effect.rounding, _WHY["deepspeed"]
+
+
 JUDGES: dict[str, Callable[[str, Flat, Flat], Verdict]] = {
     "init_from": _init_from,
+    "deepspeed.type": _shared_out,
     "adapter.target_modules": _choice,
     "adapter.exclude_modules": _choice,
     "adapter.layers_to_transform": _choice,

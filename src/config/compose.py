@@ -26,30 +26,50 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra._internal.utils import get_args_parser
+from hydra import version
+from hydra._internal.config_loader_impl import get_overrides_dirname
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf._utils import _DEFAULT_MARKER_
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers.oc import env as environment_variable
 
 from src import secrets
+from src.config.deepspeed import read_deepspeed_file
 from src.config.files import unusable
-from src.config.formats import fill_mixture
-from src.config.options import CONF, PROJECT_ROOT, OptionFileError, broken_options, placed, read_option, shown
+from src.config.formats import declare_options, fill_mixture
+from src.config.options import (
+    CONF,
+    GLOBAL_GROUPS,
+    PROJECT_ROOT,
+    OptionFileError,
+    broken_options,
+    parents_of,
+    read_option,
+    shown,
+)
 from src.config.peers import flag_hint
-from src.config.problems import LONGEST_KEY, LONGEST_VALUE, Problem, refuse, shortened
-from src.errors import report
+from src.config.problems import Problem, refuse
+from src.config.quoting import in_url, shell_override
+from src.config.quoting import override as override_text
+from src.config.source import install, with_lists
+from src.errors import report, visible
 
 COMMAND_LINE = "command line"
-LIST_OR_MAPPING = ("data.validation_files", "data.test_files", "data.mixture", "data.columns")
+REPLACED_WHOLE = ("data.validation_files", "data.test_files", "data.mixture", "data.columns")
+"""Keys whose value on the command line takes the place of the whole list or mapping."""
+FOLDERS = ("rerun", "run", "init_from", "hydra.run.dir", "hydra.sweep.dir")
+"""Keys whose value is a folder: one that is there needs no quotes."""
 OPTIONAL_GROUPS = ("experiment",)
-GLOBAL_GROUPS = ("debug", "experiment")  # their options reach into other sections; the later wins over the earlier
 
 HOW_NOT_WHAT = (
     *("name", "tracking", "sweep.name", "sweep.n_trials", "sweep.n_jobs", "sweep.max_seconds", "sweep.dry_run"),
@@ -57,14 +77,20 @@ HOW_NOT_WHAT = (
 )
 """Keys of a sweep's command that change how it is done, or how long it goes on, and not what it compares."""
 
+LAUNCHER = "hydra.launcher."
+LONGEST_HINT = 200
 MOST_NESTED = 20
 """Levels of a key or of a value: more than any has, and few enough for all that read them."""
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError)
+COMPOSITION_ERRORS = (
+    *(HydraException, OmegaConfBaseException, yaml.YAMLError),
+    *(OSError, ValueError, TypeError, AttributeError),
+)
 """What Hydra and OmegaConf raise for mistakes in overrides and options; some are Python's own."""
 
 _is_storing: ContextVar[bool] = ContextVar("is_storing", default=False)
 _identity = {"start_time": "", "uid": "", "sweep_id": ""}
 OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
+OmegaConf.register_new_resolver("project_url", lambda: in_url(PROJECT_ROOT), replace=True)
 OmegaConf.register_new_resolver("start_time", lambda: _identity["start_time"], replace=True)
 OmegaConf.register_new_resolver("uid", lambda: _identity["uid"], replace=True)
 OmegaConf.register_new_resolver("sweep_id", lambda: _identity["sweep_id"], replace=True)
@@ -105,7 +131,15 @@ class CommandLine:
     def hydra_argv(self) -> list[str]:
         """The same arguments for Hydra's own main: flags first, then the overrides with every key forced."""
         flags = [argument for argument in self.argv if argument not in self.flags.overrides]
-        return [*flags, *(self.shown if self.asks_hydra_only else self.forced)]
+        if self.flags.multirun and not {"-m", "--multirun"} & set(flags):
+            flags.append("-m")
+        given = 1 if self.flags.config_dir else 0
+        more = [override_text("hydra.searchpath", [f"file://{one}" for one in self.roots[1 + given :]])]
+        return [
+            *flags,
+            *(more if len(self.roots) > 1 + given else []),
+            *(self.shown if self.asks_hydra_only else self.forced),
+        ]
 
     @property
     def shown(self) -> list[str]:
@@ -140,6 +174,8 @@ class Composed:
     problems: list[Problem] = field(default_factory=list)
     stored: dict[str, Any] = field(default_factory=dict)
     """The sections as files may have them: without secrets."""
+    hydra: DictConfig | None = None
+    """All that Hydra composed, its own section included; None of a frozen configuration."""
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
@@ -166,16 +202,36 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         read = read_override(text)
         if isinstance(read, Problem):
             line.problems.append(read)
+        elif read.key_or_group == "hydra.searchpath":
+            _add_roots(read, line)
         else:
             line.overrides.append(read)
+    if line.value_of("hydra.mode") == "MULTIRUN":
+        flags.multirun = True
+    for root in line.roots[1:]:
+        declare_options(root / "data")
     for override in line.overrides:
         if override.is_sweep_override() and not flags.multirun:
-            reason = "several values are a sweep: add -m; or quote a value that has commas, or write a list [a,b]"
-            line.problems.append(Problem(override.key_or_group, reason, value_text(override), True, COMMAND_LINE))
+            text = value_text(override)
+            hint = quoting_hint(override.key_or_group, text)
+            reason = f"several values are a sweep: add -m; or write a list [a,b]; or, of one value, quote it{hint}"
+            line.problems.append(Problem(override.key_or_group, reason, text, True, COMMAND_LINE))
         elif is_group(override, line.roots):
             line.problems += _unknown_options(override, line.roots)
     _identity["sweep_id"] = line.sweep_id
     return line
+
+
+def _add_roots(override: Override, line: CommandLine) -> None:
+    """Take folders of options from `hydra.searchpath=[…]`, as --config-dir gives one."""
+    given = override.value()
+    for place in given if isinstance(given, list) else [given]:
+        folder = str(place).removeprefix("file://")
+        if "://" in folder or unusable(folder) or not Path(folder).is_dir():
+            reason = "no such folder; a list of folders: hydra.searchpath=[file:///DIR], or --config-dir DIR"
+            line.problems.append(Problem("hydra.searchpath", reason, str(place), True, COMMAND_LINE))
+        else:
+            line.roots.append(Path(folder).resolve())
 
 
 def _read_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -199,6 +255,8 @@ def read_override(text: str) -> Override | Problem:
     if key.count(".") + key.count("/") + key.count("[") > MOST_NESTED:
         return wrong(f"a key of more than {MOST_NESTED} parts")
     secrets.without_credentials(text)  # what is in it is known from here on
+    if key in FOLDERS and value and os.path.isdir(value):
+        text = override_text(key, value)  # whatever its name has in it: there is such a folder
     try:
         override = OverridesParser.create().parse_override(text)
     except RecursionError:
@@ -206,12 +264,19 @@ def read_override(text: str) -> Override | Problem:
     except (HydraException, ValueError):  # the latter of numbers with thousands of digits
         if not sign:
             return wrong("not KEY=VALUE")
-        again = f"'{shortened(key, LONGEST_KEY)}=\"{shortened(value, LONGEST_VALUE)}\"'"
-        return wrong(f"can't be read; a value with '=', ',' or spaces needs quotes of its own: {again}")
+        return wrong(
+            f"can't be read; a value with '=', ',' or spaces needs quotes of its own{quoting_hint(key, value)}"
+        )
     given = override.value()
     if _is_nested_deeper(given.list if isinstance(given, ChoiceSweep) else given, MOST_NESTED):
         return wrong(f"nested deeper than {MOST_NESTED} levels")
     return override
+
+
+def quoting_hint(key: str, value: str) -> str:
+    """Return how a text is typed in a shell so that it is one value, after a colon; '' of one too long to show."""
+    text = shell_override(key, value)
+    return f": {text}" if len(text) <= LONGEST_HINT and visible(text, is_line=True) == text else ""
 
 
 def _is_nested_deeper(value: Any, levels: int) -> bool:
@@ -232,15 +297,30 @@ def is_group(override: Override, roots: Sequence[Path]) -> bool:
 
 
 def options(group: str, roots: Sequence[Path]) -> list[str]:
-    """Give a group's options; a file whose name begins with '_' is only built on."""
-    return sorted({file.stem for root in roots for file in (root / group).glob("[!_]*.yaml")})
+    """Return a group's options, those in folders of its own included (`mine/a`).
+
+    A file or folder whose name begins with '_' is only built on.
+    """
+    found = set()
+    for root in roots:
+        for file in (root / group).rglob("*.yaml"):
+            name = file.relative_to(root / group).with_suffix("")
+            if not any(part.startswith("_") for part in name.parts):
+                found.add(name.as_posix())
+    return sorted(found)
+
+
+def matching(pattern: Glob, names: Sequence[str]) -> list[str]:
+    """Return the options that a glob means: in the folder that it names, not in folders below."""
+    depths = {given.count("/") for given in pattern.include}
+    return [name for name in pattern.filter(list(names)) if name.count("/") in depths]
 
 
 def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Problem]:
     group = override.key_or_group
     known = options(group, roots)
     if isinstance(override.value(), Glob):
-        if not override.value().filter(known):
+        if not matching(override.value(), known):
             yield Problem(group, f"matches none of {', '.join(known)}", value_text(override), True, COMMAND_LINE)
         return
     if isinstance(override.value(), RangeSweep | IntervalSweep):
@@ -256,15 +336,17 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
 
 
 def forced(override: Override, roots: Sequence[Path], text: str | None = None) -> list[str]:
-    """Give the overrides that set a key whether conf/ shows it or not; a list or mapping is replaced whole.
+    """Give the overrides that set a key whether conf/ shows it or not; some are replaced whole.
 
     Args:
         text: one value of a sweep, as KEY=VALUE; None: the override as it was given.
     """
     text = override.input_line or "" if text is None else text
+    if override.key_or_group in OPTIONAL_GROUPS and text.partition("=")[2] == "null":
+        return [f"~{override.key_or_group}"]
     if is_group(override, roots) or override.is_delete() or override.key_or_group.startswith(("hydra.", "hydra/")):
         return [text]
-    cleared = [f"++{override.key_or_group}=null"] if override.key_or_group in LIST_OR_MAPPING else []
+    cleared = [f"++{override.key_or_group}=null"] if override.key_or_group in REPLACED_WHOLE else []
     return [*cleared, "++" + text.lstrip("+")]
 
 
@@ -285,8 +367,22 @@ def values_of(override: Override, roots: Sequence[Path]) -> list[str]:
     """Return each value of a discrete sweep as KEY=VALUE, each once; see `num_values` for how many there are."""
     key = override.key_or_group
     if isinstance(override.value(), Glob):
-        return [f"{key}={option}" for option in override.value().filter(options(key, roots))]
+        return [f"{key}={option}" for option in matching(override.value(), options(key, roots))]
     return list(dict.fromkeys(f"{key}={value}" for value in override.sweep_string_iterator()))
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A key's value as a file has it, which no grammar has to read."""
+
+    key: str
+    value: Any
+
+    def apply(self, whole: DictConfig) -> None:
+        """Set the key as the command line would."""
+        if self.key in REPLACED_WHOLE:
+            OmegaConf.update(whole, self.key, None, force_add=True)
+        OmegaConf.update(whole, self.key, escaped(self.value), merge=True, force_add=True)
 
 
 class Points:
@@ -296,7 +392,7 @@ class Points:
         fixed: overrides that all points have, forced.
     """
 
-    def __init__(self, fixed: Sequence[str], line: CommandLine) -> None:
+    def __init__(self, fixed: Sequence[str | Assignment], line: CommandLine) -> None:
         self._fixed, self._line = list(fixed), line
         self._bases: dict[tuple[str, ...], Composed] = {}
 
@@ -304,23 +400,29 @@ class Points:
         """Compose the same of other options."""
         return Points(self._fixed, line)
 
-    def compose(self, own: Sequence[str]) -> Composed:
+    def compose(self, own: Sequence[str | Assignment]) -> Composed:
         """Compose a point of its own overrides, forced."""
-        groups = tuple(text for text in own if not text.startswith("++"))
+        texts = [text for text in self._fixed if isinstance(text, str)]
+        groups = tuple(text for text in own if isinstance(text, str) and not text.startswith("++"))
         if groups not in self._bases:
-            self._bases[groups] = compose([*self._fixed, *groups], self._line, resolve=False)
+            self._bases[groups] = compose([*texts, *groups], self._line, resolve=False)
         base = self._bases[groups]
         if base.problems:
-            return compose([*self._fixed, *own], self._line)
-        composed = Composed({}, base.run_dir, base.choices)
+            return compose([*texts, *(text for text in own if isinstance(text, str))], self._line)
+        composed = Composed({}, base.run_dir, base.choices, hydra=base.hydra)
         whole = OmegaConf.create(copy.deepcopy(base.sections))
-        for text in own:
-            if text.startswith("++"):
-                override = _parsed(text)
-                try:
-                    OmegaConf.update(whole, override.key_or_group, override.value(), merge=True, force_add=True)
-                except COMPOSITION_ERRORS as error:
-                    composed.problems.append(problem_of(error, override.key_or_group))
+        files = [one for one in self._fixed if isinstance(one, Assignment)]
+        for one in [*files, *(texts if files else []), *own]:  # the command line's once more: it goes before files
+            if isinstance(one, str) and not one.startswith("++"):
+                continue
+            key = one.key if isinstance(one, Assignment) else _parsed(one).key_or_group
+            try:
+                if isinstance(one, Assignment):
+                    one.apply(whole)
+                else:
+                    OmegaConf.update(whole, key, _parsed(one).value(), merge=True, force_add=True)
+            except COMPOSITION_ERRORS as error:
+                composed.problems.append(problem_of(error, key))
         if not composed.problems:
             resolve_sections(whole, composed)
         return composed
@@ -335,53 +437,74 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
     """Compose conf/ with these overrides; Hydra's own complaints come back as problems."""
     refused = {problem.key for problem in line.problems}
     usable = [text for text in overrides if text.lstrip("+~").partition("=")[0] not in refused]
-    if len(line.roots) > 1 and line.roots[-1].is_dir():
-        usable.append(f"hydra.searchpath=[file://{line.roots[-1]}]")
     try:
-        with (
-            _beside_hydra(),
-            initialize_config_dir(config_dir=str(line.roots[0]), version_base="1.3", job_name="towline"),
-        ):
-            cfg = hydra_compose(line.flags.config_name or "config", overrides=usable, return_hydra_config=True)
+        cfg = hydra_config(usable, line)
+        with hydra_resolved(cfg):
             run_dir = Path(str(cfg.hydra.sweep.dir if line.flags.multirun else cfg.hydra.run.dir))
-            choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items()}
-            sections: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]))
     except RecursionError:
         reason = f"an option that builds on itself, or values nested deeper than {MOST_NESTED} levels"
         return Composed({}, Path(), {}, [Problem("conf", reason, has_value=False)])
+    except OptionFileError as error:
+        return Composed({}, Path(), {}, [Problem("conf", str(error), has_value=False)])
     except COMPOSITION_ERRORS as error:
-        if broken := _broken_by(error, line):
-            return Composed({}, Path(), {}, broken)
         if len(overrides) < 2:
-            key = overrides[0].lstrip("+~").partition("=")[0] if overrides else ""
-            return Composed({}, Path(), {}, [problem_of(error, key)])
+            return Composed({}, Path(), {}, _problems_of(overrides, line))
         return _without_culprits(overrides, line, error)
-    composed = Composed({}, run_dir, choices)
+    choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items()}
+    sections: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]))
+    composed = Composed({}, run_dir, choices, hydra=cfg)
     if resolve:
-        resolve_sections(OmegaConf.create(sections), composed)
+        resolve_sections(OmegaConf.create(with_lists(sections)), composed)
     else:
-        composed.sections = sections
+        composed.sections = with_lists(sections)
     return composed
 
 
-@contextmanager
-def _beside_hydra() -> Iterator[None]:
-    """Compose also while Hydra's own main is at work, which a sweep's proposals are; Hydra takes two for a mistake."""
+def hydra_config(overrides: Sequence[str], line: CommandLine) -> DictConfig:
+    """Have Hydra compose these overrides, and return all of it, the section `hydra` included, unresolved.
+
+    Raises:
+        OptionFileError: where a file can't be read.
+        HydraException, OmegaConfBaseException, …: see COMPOSITION_ERRORS.
+    """
+    install()
+    version.setbase("1.3")
+    path = create_config_search_path(str(line.roots[0]))
+    for root in line.roots[1:]:
+        path.prepend("command-line", f"file://{root}", SearchPathQuery(provider="schema", path=None))
     main = GlobalHydra.instance()
-    before, main.hydra = main.hydra, None
+    before, main.hydra = main.hydra, None  # Hydra's own main may be at work, as it is when a sweep proposes points
+    try:
+        hydra = Hydra.create_main_hydra2("towline", path)
+        cfg = hydra.compose_config(
+            line.flags.config_name or "config",
+            list(overrides),
+            RunMode.RUN,
+            with_log_configuration=False,
+            from_shell=False,
+        )
+    finally:
+        main.hydra = before
+    given = [one for one in line.overrides if not one.is_hydra_override() and not one.is_sweep_override()]
+    for override in given:
+        override.input_line = secrets.without_credentials(override.input_line or "")
+    form = cfg.hydra.job.config.override_dirname
+    cfg.hydra.overrides.task = [str(one.input_line) for one in given]  # as they were typed, not as they are forced
+    cfg.hydra.job.override_dirname = get_overrides_dirname(given, form.exclude_keys, form.item_sep, form.kv_sep)
+    return cfg
+
+
+@contextmanager
+def hydra_resolved(cfg: DictConfig | None) -> Iterator[None]:
+    """Resolve `${hydra:…}` by what was composed."""
+    known = HydraConfig.instance()
+    before = known.cfg
+    if cfg is not None:
+        known.set_config(cfg)
     try:
         yield
     finally:
-        main.hydra = before
-
-
-def _broken_by(error: Exception, line: CommandLine) -> list[Problem]:
-    """Return the files that made a composition fail because they can't be read; a YAML error knows which it is."""
-    if isinstance(error, yaml.YAMLError):
-        return [Problem("conf", placed(error), has_value=False)]
-    if isinstance(error, UnicodeDecodeError) or (isinstance(error, OSError) and not isinstance(error, HydraException)):
-        return [Problem("conf", reason, has_value=False) for reason in broken_options(line.roots)]
-    return []
+        known.cfg = before
 
 
 def warn_of_broken_options(line: CommandLine) -> None:
@@ -391,8 +514,14 @@ def warn_of_broken_options(line: CommandLine) -> None:
 
 
 def _without_culprits(overrides: Sequence[str], line: CommandLine, error: Exception) -> Composed:
-    """Find the overrides that can't be composed even alone, and compose the others, so that all problems are told."""
-    alone = {text: compose([text], line).problems for text in overrides}
+    """Find the overrides that can't be composed beside the chosen options, and compose the others.
+
+    So all problems are told.
+    """
+    groups = [text for text in overrides if "/" in text.partition("=")[0] or not text.startswith(("+", "~", "hydra."))]
+    alone = {text: _problems_of([text], line) for text in groups}
+    chosen = [text for text, problems in alone.items() if not problems]
+    alone |= {text: _problems_of([*chosen, text], line) for text in overrides if text not in groups}
     usable = [text for text, problems in alone.items() if not problems]
     if len(usable) == len(overrides):  # each is good by itself: they don't go together
         return Composed({}, Path(), {}, [problem_of(error)])
@@ -402,21 +531,66 @@ def _without_culprits(overrides: Sequence[str], line: CommandLine, error: Except
     return composed
 
 
+def _problems_of(overrides: Sequence[str], line: CommandLine) -> list[Problem]:
+    """Return why these overrides can't be composed; the last of them is to blame."""
+    try:
+        hydra_config(overrides, line)
+    except OptionFileError as error:
+        return [Problem("conf", str(error), has_value=False)]
+    except (*COMPOSITION_ERRORS, RecursionError) as error:
+        key = overrides[-1].lstrip("+~").partition("=")[0] if overrides else ""
+        problem = problem_of(error, key)
+        if key.startswith(LAUNCHER) and (reason := _unknown_to_launcher(key, overrides[:-1], line)):
+            problem = dataclasses.replace(problem, reason=reason)
+        return [problem]
+    return []
+
+
+def _unknown_to_launcher(key: str, chosen: Sequence[str], line: CommandLine) -> str:
+    """Return why the launcher that was chosen does not have a key; '' where it has."""
+    cfg = hydra_config(chosen, line)
+    name, known = key.removeprefix(LAUNCHER), [str(one) for one in cfg.hydra.launcher if one != "_target_"]
+    if name.partition(".")[0] in known:
+        return ""
+    launcher = cfg.hydra.runtime.choices["hydra/launcher"]
+    store = ConfigStore.instance()
+    having = [
+        file.removesuffix(".yaml")
+        for file in store.list("hydra/launcher")
+        if name in store.load(f"hydra/launcher/{file}").node
+    ]
+    near = get_close_matches(name, known, n=1)
+    if having:
+        remedy = f"choose hydra/launcher={' or '.join(having)}"
+    elif near:
+        remedy = f"did you mean {LAUNCHER}{near[0]}?"
+    else:
+        remedy = f"it has {', '.join(known)}" if known else "it has no keys"
+    return f"hydra/launcher={launcher} has no {name}; {remedy}"
+
+
 def resolve_sections(whole: DictConfig, composed: Composed) -> None:
     """Resolve `${…}` in every section; one that can't be resolved is a problem of its own."""
+    with hydra_resolved(composed.hydra):
+        _resolve_sections(whole, composed)
+    secrets.hand_down(composed.sections, composed.stored, is_new=composed.hydra is not None)
+
+
+def _resolve_sections(whole: DictConfig, composed: Composed) -> None:
     reads_environment = "oc.env" in str(OmegaConf.to_container(whole))
     for key in whole:
         try:
             resolved = _resolved(whole, key)
             composed.sections[str(key)] = secrets.reveal({str(key): resolved}, [])[str(key)]
             with _storing():
-                composed.stored[str(key)] = secrets.masked(_resolved(whole, key) if reads_environment else resolved)
+                kept = secrets.placed(_resolved(whole, key), str(key)) if reads_environment else resolved
+                composed.stored[str(key)] = secrets.masked(kept)
         except OmegaConfBaseException as error:
             if OmegaConf.is_missing(whole, key):
                 composed.sections[str(key)] = "???"
             else:
                 composed.problems.append(problem_of(error, str(key)))
-    secrets.hand_down(composed.sections)
+    composed.problems += read_deepspeed_file(composed.sections.get("deepspeed"), composed.stored.get("deepspeed"))
 
 
 def _resolved(whole: DictConfig, key: Any) -> Any:
@@ -424,7 +598,20 @@ def _resolved(whole: DictConfig, key: Any) -> Any:
     resolved = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else whole[key]
     if key == "data":
         fill_mixture(resolved)
+        list_single_files(resolved)
     return resolved
+
+
+def list_single_files(data: Any) -> None:
+    """Put a list in the place of each single file, in place."""
+    mixture = data.get("mixture") if isinstance(data, dict) else None
+    sources = [one for one in mixture.values() if isinstance(one, dict)] if isinstance(mixture, dict) else []
+    for given in (data, *sources) if isinstance(data, dict) else ():
+        for key in ("train_files", "validation_files", "test_files"):
+            if isinstance(files := given.get(key), str):
+                given[key] = [files]
+            elif isinstance(files, dict):
+                given[key] = {name: [one] if isinstance(one, str) else one for name, one in files.items()}
 
 
 def escaped(node: Any) -> Any:
@@ -438,7 +625,7 @@ def escaped(node: Any) -> Any:
 
 @contextmanager
 def _storing() -> Iterator[None]:
-    """Resolve what is to be stored: a secret of the environment stays the interpolation that it comes by."""
+    """Resolve what is to be stored: a placeholder stands for each secret of the environment."""
     before = _is_storing.set(True)
     try:
         yield
@@ -451,11 +638,9 @@ def _environment(key: str, default: Any = _DEFAULT_MARKER_, *, _node_: Node) -> 
     value = environment_variable(key, default)
     if value is None or key not in os.environ:
         return value
-    if secrets.is_secret_variable(key):
-        secrets.know(value)
-    if _is_storing.get() and secrets.is_stored_interpolation(_node_._get_full_key(None), key):
-        return f"${{oc.env:{key}}}"
-    return value
+    place = _node_._get_full_key(None)
+    secrets.know_given(place, key, value)
+    return secrets.placeholder(key) if _is_storing.get() and secrets.is_stored_interpolation(place, key) else value
 
 
 OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
@@ -485,7 +670,7 @@ def where_set(key: str, line: CommandLine, choices: dict[str, str]) -> str:
 
 
 def _defining_file(file: Path, key: str, group: str) -> str | None:
-    """Give the option file that defines a key, following its defaults within the group."""
+    """Return the option file that defines a key, following the options of its own group that it builds on."""
     if not file.is_file():
         return None
     try:
@@ -497,15 +682,8 @@ def _defining_file(file: Path, key: str, group: str) -> str | None:
         node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
     if node is not _ABSENT:
         return shown(file)
-    parents = content.get("defaults")
-    for parent in parents if isinstance(parents, list) else []:
-        if (
-            isinstance(parent, str)
-            and parent != "_self_"
-            and (found := _defining_file(file.with_name(f"{parent}.yaml"), key, group))
-        ):
-            return found
-    return None
+    found = (_defining_file(parent, key, group) for parent in parents_of(content, file, group))
+    return next((one for one in found if one), None)
 
 
 _ABSENT = object()

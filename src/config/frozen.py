@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from src.config.compose import (
     problem_of,
     resolve_sections,
 )
+from src.config.deepspeed import KEY as DEEPSPEED_FILE
+from src.config.formats import declare_frozen
 from src.config.problems import Problem
+from src.config.quoting import override as override_text
 from src.errors import DamagedFileError
 from src.records import Digest, Types, check_keys, damaged, read_bytes, read_json, read_lines, read_yaml
 
@@ -33,14 +36,16 @@ STATUS_KEYS: Mapping[str, Types] = {"state": str, "step": int}
 STATES = ("RUNNING", "FINISHED", "FAILED", "PREEMPTED", "PRUNED")
 PATHS_AND_TRACKING = ("name", "force", "rerun", "tracking")
 """Parts of a configuration that say nothing about what is computed."""
+HOW_NOT_WHAT = {"checkpoint": ("resume", "allow_changed"), "deepspeed": ("config_file", "sha256")}
+"""Keys of other parts that don't either."""
 
 
 def config_hash(frozen: Mapping[str, Any]) -> str:
     """Return a hash of what a configuration computes: without names, folders and tracking. 16 hex digits."""
     computed = {key: value for key, value in frozen.items() if key not in PATHS_AND_TRACKING}
-    if isinstance(checkpoint := computed.get("checkpoint"), Mapping):
-        how = ("resume", "allow_changed")
-        computed["checkpoint"] = {key: value for key, value in checkpoint.items() if key not in how}
+    for section, how in HOW_NOT_WHAT.items():
+        if isinstance(given := computed.get(section), Mapping):
+            computed[section] = {key: value for key, value in given.items() if key not in how}
     return hashlib.sha256(json.dumps(computed, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -97,11 +102,15 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     given = line.value_of("hydra.run.dir")
     if given is not None and Path(str(given)).resolve() == folder.resolve():
         sections = _as_it_last_was(folder, sections)
-    problems += _code_problems(folder, sections, line)
+    problems += code_problems(folder, sections, line, _signatures(folder))
+    if (file := line.value_of(DEEPSPEED_FILE)) is not None:
+        reason = "read where a run begins (deepspeed=file); of one that is repeated change single keys: deepspeed.KEY=…"
+        problems.append(Problem(DEEPSPEED_FILE, reason, file, True, COMMAND_LINE))
     changed, refused = _overridden(sections | {"rerun": str(folder), "force": False}, line, "a rerun")
     hydra_overrides = [o.input_line or "" for o in line.overrides if o.key_or_group.startswith("hydra.")]
-    name = str(changed.get("name")).replace("\\", "\\\\").replace("'", "\\'")
-    base = compose([f"++name='{name}'", *hydra_overrides], CommandLine(line.flags, line.argv))
+    base = compose(
+        [f"++{override_text('name', str(changed.get('name')))}", *hydra_overrides], CommandLine(line.flags, line.argv)
+    )
     composed = Composed({}, base.run_dir, {}, [*base.problems, *problems, *refused])
     _resolve(changed, composed)
     return composed
@@ -118,7 +127,7 @@ def read_finished(folder: Path, line: CommandLine) -> Composed:
         return Composed({}, folder, {}, problems)
     if reason := _unfinished(folder):
         problems.append(Problem("run", reason, str(folder), True, COMMAND_LINE))
-    problems += _code_problems(folder, sections, line)
+    problems += code_problems(folder, sections, line, _signatures(folder))
     if isinstance(sections.get("data"), dict):
         sections["data"] |= {"train_files": None, "validation_files": None, "limit": None}
     own = {"rerun": None, "force": False, "tracking": {"type": "none"}}
@@ -131,7 +140,9 @@ def read_finished(folder: Path, line: CommandLine) -> Composed:
 def frozen_sections(folder: Path, key: str, nothing: str) -> tuple[dict[str, Any], list[Problem]]:
     """Read a run's frozen config; `nothing` says of the key that named the folder what is not there."""
     try:
-        return read_config(folder), []
+        sections = read_config(folder)
+        declare_frozen(sections.get("data"))
+        return sections, []
     except FileNotFoundError:
         reason = f"{nothing}: {folder / CONFIG} can't be read (FileNotFoundError)"
     except DamagedFileError as error:
@@ -167,10 +178,20 @@ def _unfinished(folder: Path) -> str | None:
     return None if (folder / "model").is_dir() else "its result is gone: there is no model/ in it"
 
 
-def _code_problems(folder: Path, sections: Mapping[str, Any], line: CommandLine) -> list[Problem]:
-    """Return a problem for each key that would run a checkpoint's code on the word of somebody else's folder."""
+def _signatures(folder: Path) -> Iterator[Any]:
+    yield from (start.get("signature") for start in read_starts(folder))
+
+
+def code_problems(
+    folder: Path, sections: Mapping[str, Any], line: CommandLine, signatures: Iterable[Any]
+) -> list[Problem]:
+    """Return a problem for each key that would run a checkpoint's code on the word of somebody else's folder.
+
+    Args:
+        signatures: those that are in the folder, of the configurations that were started there.
+    """
     asked = [key for key in trust.code_keys(sections) if line.value_of(key) is None]
-    if not asked or trust.is_signed(folder, sections, (start.get("signature") for start in read_starts(folder))):
+    if not asked or trust.is_signed(folder, sections, signatures):
         return []
     return [
         Problem(

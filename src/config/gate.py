@@ -20,11 +20,13 @@ from omegaconf import OmegaConf
 
 from src import secrets
 from src.config import compose as composing
-from src.config import frozen, rules
+from src.config import deepspeed, frozen, rules
 from src.config import schema as schema_module
 from src.config.compose import CommandLine, Composed
 from src.config.files import unusable
+from src.config.formats import declare_frozen
 from src.config.hints import Situation, UnknownKey, explained
+from src.config.hydra_keys import DESCRIBES_A_SWEEP, asks_for_sweep, hydra_problems
 from src.config.keys import known_keys
 from src.config.problems import Problem, refuse
 from src.config.schema import (
@@ -111,7 +113,11 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
         raise refuse([*line.problems, Problem("-m, --cfg", reason, has_value=False)])
     if line.flags.multirun:
         return Request(line)
-    admitted, problems = check(composing.compose(line.forced, line), line, entry)
+    composed = composing.compose(line.forced, line)
+    if entry is None and asks_for_sweep(composed) and not line.flags.cfg:
+        line.flags.multirun = True
+        return Request(line)
+    admitted, problems = check(composed, line, entry)
     if problems or line.problems:
         raise refuse([*line.problems, *problems])
     composing.warn_of_broken_options(line)
@@ -160,9 +166,13 @@ def parse(sections: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: where they are not a good configuration after all.
     """
-    sections = secrets.reveal({key: value for key, value in sections.items() if key != "sweep"}, [])
+    missing: list[tuple[str, str]] = []
+    sections = secrets.reveal({key: value for key, value in sections.items() if key != "sweep"}, missing)
+    declare_frozen(sections.get("data"))
     parsed, problems = _parse_sections(sections)
     problems += list(_across(parsed))
+    # a tracker is the first process's; but what a model is trained on must not be the words that stand for it
+    problems += [Problem(key, reason, has_value=False) for key, reason in missing if not secrets.is_secret_key(key)]
     if problems:
         raise refuse(list(explained(problems, Situation(sections, {}))))
     return _assemble(parsed)
@@ -173,11 +183,14 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     if not composed.sections:
         return None, composed.problems
     refused = {problem.key for problem in line.problems}  # a section whose option is unknown is told once, not twice
+    if deepspeed.KEY in {problem.key for problem in composed.problems}:  # its file can't be read
+        refused.add("deepspeed")
     sections = {key: value for key, value in composed.sections.items() if key not in refused}
     own = _own_section(sections, entry)
     sweep = _sweep_section(sections, line, composed)
+    of_hydra = [] if entry == "predict" else list(hydra_problems(composed, line))
     parsed, problems = _parse_sections(sections)
-    problems = [p for p in [*problems, *own.problems, *sweep.problems] if p.key not in refused]
+    problems = [p for p in [*problems, *own.problems, *sweep.problems, *of_hydra] if p.key not in refused]
     if entry == "predict":
         problems += _across(parsed, rules.PREDICT_RULES)
         problems += _output_problems(own.value, composed.run_dir)
@@ -185,20 +198,26 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
         problems += _across(parsed)
         problems += _meeting_problems(parsed, line)
         problems += _run_dir_problems(composed, line)
+    of_file = [problem for problem in composed.problems if problem.key.startswith("deepspeed.")]
+    # told once: without its value a key is nothing else
+    unresolved = {problem.key for problem in composed.problems if problem not in of_file}
     reads = rules.is_read_by_predict if entry == "predict" else lambda key: True
     situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
     located = [
         problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
-        for problem in explained(problems, situation)
+        for problem in explained([*of_file, *problems], situation)
+        if problem.key not in unresolved
     ]
     if located or composed.problems or line.problems:
-        return None, composed.problems + located
+        return None, [problem for problem in composed.problems if problem not in of_file] + located
     stored = {key: value for key, value in composed.stored.items() if key not in (entry, "sweep")}
     return Admitted(_assemble(parsed), stored, composed.run_dir, own.value, sweep=sweep.value), []
 
 
 def _where(key: str, line: CommandLine, composed: Composed) -> str:
-    return composing.where_set(key, line, composed.choices)
+    where = composing.where_set(key, line, composed.choices)
+    file = deepspeed.file_behind(key, composed.sections.get("deepspeed"))
+    return file if file and where != composing.COMMAND_LINE else where
 
 
 def _assemble(parsed: dict[str, _Parsed]) -> RunConfig:
@@ -227,12 +246,17 @@ def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Compos
     if line.flags.multirun or line.flags.cfg:
         return _parse(SweepConfig, given, "sweep")
     asked = [o for o in line.overrides if o.key_or_group == "sweep" or o.key_or_group.startswith("sweep.")]
-    if composed.choices.get("sweep") == "none":
+    option = composed.choices.get("sweep", "none")
+    if option == "none":
         asked = [override for override in asked if override.key_or_group != "sweep"]
     reason = "is read by a sweep only: add -m"
-    return _Parsed(
-        None, [Problem(o.key_or_group, reason, composing.value_text(o), True, composing.COMMAND_LINE) for o in asked]
-    )
+    problems = [Problem(o.key_or_group, reason, composing.value_text(o), True, composing.COMMAND_LINE) for o in asked]
+    if not asked and isinstance(given, dict):  # a file asks
+        if given.get("params"):
+            problems.append(Problem("sweep.params", DESCRIBES_A_SWEEP, given["params"]))
+        elif option != "none":
+            problems.append(Problem("sweep", DESCRIBES_A_SWEEP, option))
+    return _Parsed(None, problems)
 
 
 def _parse_sections(sections: dict[str, Any]) -> tuple[dict[str, _Parsed], list[Problem]]:

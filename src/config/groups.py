@@ -133,11 +133,26 @@ def with_key(key: Key, roots: Sequence[Path]) -> list[str]:
     return [name for name in names if values_of(key.section, name, tuple(roots)).get("type") in key.types]
 
 
+def setting(key: Key, roots: Sequence[Path]) -> dict[str, Any]:
+    """Return the value of a key in each option that has the key and gives it one, by the option."""
+    name, found = key.name.removeprefix(f"{key.section}."), dict[str, Any]()
+    for option in with_key(key, roots):
+        node: Any = values_of(key.section, option, tuple(roots))
+        for part in name.split("."):
+            node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+        if node is not _ABSENT:
+            found[option] = node
+    return found
+
+
 def first_with_key(key: Key, roots: Sequence[Path]) -> list[str]:
-    """Return those options that have a key and build on no other option that has it."""
-    names = with_key(key, roots)
+    """Return those options that give a key a value and build on no other option that does."""
+    names = list(setting(key, roots)) or with_key(key, roots)
     above = {name: {one.name for one in lineage(key.section, name, tuple(roots))} - {name} for name in names}
     return [name for name in names if not above[name] & set(names)]
+
+
+_ABSENT = object()
 
 
 def groups(roots: Sequence[Path]) -> list[str]:

@@ -152,8 +152,8 @@ class Page:
             yield from wrapped(f"With {option}: {said}", indent=6, hanging=2)
         yield from wrapped(f"Allowed: {key.allowed}", indent=6, hanging=2)
         yield from wrapped(f"Default: {default_text(by_option)}", indent=6, hanging=2)
-        if key.types and set(by_option) != set(options(key.section, self.roots)):
-            yield from wrapped(f"A key of {key.section}={', '.join(by_option)}", indent=6, hanging=2)
+        if key.types and (having := groups.with_key(key, self.roots)) != options(key.section, self.roots):
+            yield from wrapped(f"A key of {key.section}={', '.join(having)}", indent=6, hanging=2)
         if key.inner:
             for allowed, inner in inner_keys(key.inner).items():
                 yield from wrapped(f"In it, {allowed}: {', '.join(inner)}", indent=6, hanging=2)

@@ -110,3 +110,9 @@ def _of(prefix: str, owner: type) -> Iterator[Key]:
 def source_keys() -> list[Key]:
     """Return the keys that a source of `data.mixture` may have for itself, by their names within it."""
     return [Key(f"data.mixture.NAME.{name}", declared.SourceConfig) for name in _hints(declared.SourceConfig)]
+
+
+def is_whole_number(key: str) -> bool:
+    """Return whether a key's value has to be a whole number."""
+    found = all_keys().get(key)
+    return found is not None and found.takes(2) and not found.takes(1.5)

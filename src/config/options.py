@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+GLOBAL_GROUPS = ("debug", "experiment")
+"""Groups whose options reach into other sections; the later wins over the earlier."""
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 CONF = PROJECT_ROOT / "conf"
 DEEPEST = 50
 """Levels that the values of a file may be nested: more than any has, and few enough for all that read them."""
+LONGEST_LINE = 80
+"""Characters that are shown of a line."""
 YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it is built in
 
 
@@ -29,38 +33,87 @@ def read_option(file: Path) -> dict[str, Any]:
     """Return the keys that an option file holds; an empty one has none.
 
     Raises:
-        OptionFileError: naming file, line and column.
+        OptionFileError: naming file, line and column, and showing the line.
     """
+    text = _checked_text(file)
+    try:
+        return yaml.load(text, YamlLoader) or {}
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a number with thousands of digits
+        raise OptionFileError(f"{shown(file)}: {' '.join(str(error).split())}") from error
+
+
+def parents_of(content: Mapping[str, Any], file: Path, group: str) -> Iterator[Path]:
+    """Yield the files that an option of a group builds on, as far as they belong to that group.
+
+    Args:
+        content: what the option's file holds.
+    """
+    root = file
+    for _ in Path(group, file.name).parts:
+        root = root.parent
+    entries = content.get("defaults")
+    for entry in entries if isinstance(entries, list) else []:
+        if not isinstance(entry, str) or not (name := entry.partition("@")[0]) or name == "_self_":
+            continue
+        parent = root / f"{name.strip('/')}.yaml" if name.startswith("/") else file.parent / f"{name}.yaml"
+        if parent.is_relative_to(root / group) and parent != file:
+            yield parent
+
+
+def check_option(file: Path) -> None:
+    """Raise OptionFileError, naming file, line and column and showing the line, where an option file is none."""
+    _checked_text(file)
+
+
+def _checked_text(file: Path) -> str:
     try:
         text = file.read_text(encoding="utf-8")
         node = yaml.compose(text, YamlLoader)
-        if node is not None:
-            _check(node, file)
-        content = yaml.load(text, YamlLoader)
-    except yaml.YAMLError as error:
-        raise OptionFileError(placed(error, file)) from error
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        column = error.start - error.object.rfind(b"\n", 0, error.start)
-        raise OptionFileError(f"{shown(file)}, line {line}, column {column}: not text in UTF-8") from error
+        line = error.object[: error.start].count(b"\n")
+        column = error.start - error.object.rfind(b"\n", 0, error.start) - 1
+        text = error.object.decode(errors="replace")
+        raise _located(file, text, line, column, "not text in UTF-8") from error
+    except yaml.YAMLError as error:
+        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        if mark is None:  # of a character that YAML does not allow
+            position, found = getattr(error, "position", None), getattr(error, "reason", "")
+            before = text[:position] if isinstance(position, int) else ""
+            column = len(before) - before.rfind("\n") - 1
+            raise _located(file, text, before.count("\n"), column, found or " ".join(str(error).split())) from error
+        raise _located(
+            file, text, mark.line, mark.column, _explained(reason or str(error), text[mark.index :])
+        ) from error
     except RecursionError as error:
         raise OptionFileError(f"{shown(file)}: values are nested more than {DEEPEST} deep") from error
-    except (OSError, ValueError) as error:  # ValueError: of a number with thousands of digits
-        raise OptionFileError(f"{shown(file)}: {getattr(error, 'strerror', None) or error}") from error
-    return content or {}
+    except OSError as error:
+        raise OptionFileError(f"{shown(file)}: {error.strerror or error}") from error
+    if node is not None:
+        _check(node, file, text)
+    return text
 
 
-def placed(error: yaml.YAMLError, file: Path | None = None) -> str:
-    """Return what a YAML error says in one line: file, line, column and what is wrong there.
+def _explained(reason: str, rest: str) -> str:
+    """Return what is wrong in YAML's words, with what mostly mends it. `rest` is the file from there on."""
+    if rest.startswith("\t"):
+        return "a tab, where YAML indents with spaces"
+    remedies = {
+        "mapping values are not allowed": "a text with ': ' needs quotes, and keys of one level the same indentation",
+        "that cannot start any token": "a text that begins with it needs quotes",
+        "expected <block end>": "keys of one level need the same indentation",
+        "did not find expected": "keys of one level need the same indentation, and brackets and quotes their ends",
+        "could not find expected ':'": "a key needs ': ' behind it",
+    }
+    remedy = next((text for words, text in remedies.items() if words in reason), "")
+    return f"{reason} ({remedy})" if remedy else reason
 
-    Args:
-        file: that was read; None where the error knows.
-    """
-    mark = getattr(error, "problem_mark", None)
-    name = file or Path(str(getattr(mark, "name", None) or getattr(error, "name", "conf")))
-    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    reason = getattr(error, "problem", None) or getattr(error, "reason", None) or " ".join(str(error).split())
-    return f"{shown(name)}{place}: {reason}"
+
+def _located(file: Path, text: str, line: int, column: int, reason: str) -> OptionFileError:
+    """Return the error of a place in a file. `line` and `column` count from 0."""
+    lines = text.split("\n")
+    at = lines[line].strip() if line < len(lines) else ""
+    seen = f", in the line: {at if len(at) <= LONGEST_LINE else at[:LONGEST_LINE] + '…'}" if at else ""
+    return OptionFileError(f"{shown(file)}, line {line + 1}, column {column + 1}: {reason}{seen}")
 
 
 def broken_options(roots: Sequence[Path]) -> Iterator[str]:
@@ -73,32 +126,32 @@ def broken_options(roots: Sequence[Path]) -> Iterator[str]:
                 yield str(error)
 
 
-def _check(node: yaml.Node, file: Path) -> None:
+def _check(node: yaml.Node, file: Path, text: str) -> None:
     """Raise OptionFileError where a file holds no mapping, a key twice, or values that are nested too deep."""
     if not isinstance(node, yaml.MappingNode) and node.tag != "tag:yaml.org,2002:null":
-        raise OptionFileError(f"{_place(node, file)}: no keys with values (KEY: VALUE)")
+        raise _at(node, file, text, "no keys with values (KEY: VALUE)")
     level = [node]
     for _ in range(DEEPEST):
         inner: list[yaml.Node] = []
         for one in level:
             if isinstance(one, yaml.MappingNode):
-                _check_keys(one, file)
+                _check_keys(one, file, text)
                 inner += [value for _, value in one.value]
             elif isinstance(one, yaml.SequenceNode):
                 inner += one.value
         level = list({id(one): one for one in inner}.values())  # aliases that multiply are looked at once
     if level:
-        raise OptionFileError(f"{_place(level[0], file)}: nested more than {DEEPEST} deep")
+        raise _at(level[0], file, text, f"nested more than {DEEPEST} deep")
 
 
-def _check_keys(node: yaml.MappingNode, file: Path) -> None:
+def _check_keys(node: yaml.MappingNode, file: Path, text: str) -> None:
     seen = set()
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
             if key.value in seen:
-                raise OptionFileError(f"{_place(key, file)}: the key {key.value} a second time")
+                raise _at(key, file, text, f"the key {key.value} a second time")
             seen.add(key.value)
 
 
-def _place(node: yaml.Node, file: Path) -> str:
-    return f"{shown(file)}, line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
+def _at(node: yaml.Node, file: Path, text: str, reason: str) -> OptionFileError:
+    return _located(file, text, node.start_mark.line, node.start_mark.column, reason)

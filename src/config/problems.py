@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.errors import ConfigError, visible
+from src.secrets import masked
 
 LONGEST_KEY, LONGEST_VALUE, LONGEST_REASON = 100, 60, 2000
 """Characters that are shown of each."""
@@ -32,7 +33,8 @@ class Problem:
         key = shortened(self.key, LONGEST_KEY)
         if not self.has_value:
             return key
-        value = self.value if isinstance(self.value, str) else json.dumps(self.value, ensure_ascii=False, default=str)
+        value = masked(self.value, self.key)
+        value = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         return f"{key} = {shortened(value, LONGEST_VALUE)}"
 
 

@@ -82,21 +82,13 @@ def _own(key: Key, option: str, roots: Roots) -> str:
 
 
 def defaults(key: Key, roots: Roots = (CONF,)) -> dict[str, Any]:
-    """Return the value of a key in each option that has it; under '' where its section has no options."""
+    """Return the value of a key in each option that gives it one; under '' where its section has no options."""
     if is_group(key.section, roots):
-        values = {one: groups.values_of(key.section, one, tuple(roots)) for one in groups.with_key(key, roots)}
-        return {option: value_at(given, name_in(key)) for option, given in values.items()}
+        return groups.setting(key, roots)
     section = _top()[0].get(key.section, {}) if key.section else _top()[0]
     if name_in(key) in section:
         return {"": section[name_in(key)]}
     return {"": getattr(key.owner(), key.leaf)}
-
-
-def value_at(node: Any, name: str) -> Any:
-    """Return the value of a dotted name in mappings; None where there is none."""
-    for part in name.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
 
 
 def changes(option: Option) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _is_params(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, str | int | float | list) for v in value.values())
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
 def _up_to(most: int, because: str, least: int = 1) -> Check:
@@ -149,7 +149,7 @@ STEPS_OR_EPOCH = Check(
 )
 STRINGS = Check("a list of texts", lambda v: isinstance(v, list) and all(isinstance(s, str) for s in v))
 FILES_OR_SETS = Check(
-    "a list of files, globs or folders, or a mapping from a set's name to such a list",
+    "a file, a glob or a folder, a list of them, or a mapping from a set's name to such",
     lambda v: (
         v is None
         or STRINGS.holds(v)
@@ -359,7 +359,9 @@ class DataConfig:
     """conf/data: where rows come from, how they become prompt and completion, how long they may be."""
 
     format: str = MISSING
-    train_files: Any = _key(Check("a list of files, globs or folders", lambda v: v is None or STRINGS.holds(v)))
+    train_files: Any = _key(
+        Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v))
+    )
     validation_files: Any = _key(FILES_OR_SETS)
     test_files: Any = _key(FILES_OR_SETS)
     dataset_name: str | None = MISSING
@@ -451,7 +453,9 @@ class TrainSource:
 class SourceConfig:
     """A source of a mixture: keys of data that it may have for itself (null: data's own), and its share."""
 
-    train_files: Any = _key(Check("a list of files, globs or folders", lambda v: v is None or STRINGS.holds(v)), None)
+    train_files: Any = _key(
+        Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v)), None
+    )
     dataset_name: str | None = None
     dataset_config_name: str | None = None
     train_split: str | None = None
@@ -584,6 +588,15 @@ _SWITCHES = """contiguous_gradients reduce_scatter use_multi_rank_bucket_allredu
     stage3_use_all_reduce_for_fetch_params ignore_unused_parameters round_robin_gradients parameter_alignment
     zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear
     override_module_apply log_trace_cache_warnings enable_sanity_checks"""
+AUTO_OR_SIZE = Check(
+    "a whole number of at least 0, or auto: by the model's width", lambda v: v == "auto" or SIZE.holds(v)
+)
+WIDTH_SIZES: Mapping[str, Callable[[int], int]] = {
+    "reduce_bucket_size": lambda width: width * width,
+    "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
+    "stage3_param_persistence_threshold": lambda width: 10 * width,
+}
+"""What `auto` is there, by the model's hidden size; as transformers and accelerate fill it in."""
 _OFFLOAD: Keys = {
     "device": Check("none, cpu or nvme", lambda v: v in ("none", "cpu", "nvme")),
     "nvme_path": PathCheck("a folder, or null", lambda v: v is None or isinstance(v, str)),
@@ -593,6 +606,7 @@ _OFFLOAD: Keys = {
 ZERO_KEYS: Keys = {
     "stage": Check("1, 2 or 3 (deepspeed=none shares nothing out)", lambda v: _is_int(v) and v in (1, 2, 3)),
     **dict.fromkeys(_SIZES.split(), SIZE),
+    **dict.fromkeys(WIDTH_SIZES, AUTO_OR_SIZE),
     **dict.fromkeys(_SWITCHES.split(), SWITCH),
     "overlap_comm": Check("true, false or null", lambda v: v is None or isinstance(v, bool)),
     "offload_param": {**_OFFLOAD, "buffer_size": SIZE, "max_in_cpu": SIZE},
@@ -649,6 +663,69 @@ class ZeroConfig:
     def offloads(self, what: str) -> bool:
         """Whether `optimizer` or `param` lies elsewhere than where it is computed with."""
         return (self.zero_optimization.get(f"offload_{what}") or {}).get("device", "none") != "none"
+
+
+_AUTO_OR_BETAS = Check(f"{BETAS.allowed}, or auto", lambda v: v == "auto" or BETAS.holds(v))
+DEEPSPEED_OPTIMIZERS = {"adamw": "adamw", "adam": "adamw", "sgd": "sgd"}
+"""The optimizer of DeepSpeed's, in lower case -> optimizer.type; its Adam is AdamW unless adam_w_mode is false."""
+DEEPSPEED_OPTIMIZER_KEYS: Keys = {
+    "type": Check(
+        "AdamW, Adam or SGD, which optimizer=adamw and sgd are here",
+        lambda v: isinstance(v, str) and v.lower() in DEEPSPEED_OPTIMIZERS,
+    ),
+    "params": {
+        **dict.fromkeys(("lr", "eps", "weight_decay", "momentum"), AUTO_OR_NUMBER),
+        "betas": _AUTO_OR_BETAS,
+        "torch_adam": SWITCH,
+        **dict.fromkeys(("adam_w_mode", "bias_correction"), Check("true", lambda v: v is True)),
+        **dict.fromkeys(("amsgrad", "nesterov"), Check("false", lambda v: v is False)),
+        "dampening": Check("0", lambda v: _is_number(v) and v == 0),
+    },
+    "legacy_fusion": SWITCH,
+}
+DEEPSPEED_SCHEDULES = {
+    "WarmupLR": ScheduleType.constant_with_warmup,
+    "WarmupDecayLR": ScheduleType.linear,
+    "WarmupCosineLR": ScheduleType.cosine,
+}
+"""The schedule of DeepSpeed's -> scheduler.type, as transformers maps them."""
+DEEPSPEED_SCHEDULER_KEYS: Keys = {
+    "type": Check(
+        f"one of {', '.join(f'{theirs} (scheduler={ours.value})' for theirs, ours in DEEPSPEED_SCHEDULES.items())}",
+        lambda v: v in DEEPSPEED_SCHEDULES,
+    ),
+    "params": {
+        **dict.fromkeys(
+            ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_min_ratio"),
+            AUTO_OR_NUMBER,
+        ),
+        "cos_min_ratio": AUTO_OR_NUMBER,
+        "warmup_type": Check("linear, as warm-ups are here", lambda v: v in ("linear", "auto")),
+        "last_batch_iteration": Check("-1", lambda v: v == -1),
+    },
+}
+
+
+AIO_KEYS: Keys = {
+    **dict.fromkeys(("block_size", "queue_depth", "intra_op_parallelism", "thread_count"), SIZE),
+    **dict.fromkeys(("single_submit", "overlap_events", "use_gds"), SWITCH),
+}
+
+
+@dataclass
+class ZeroFileConfig(ZeroConfig):
+    """conf/deepspeed/file.yaml: a DeepSpeed JSON of the user's, with what it said; see src.config.deepspeed.
+
+    `sha256` is of the file that was read; null: it is still to be read. `optimizer` and `scheduler` are compared with
+    the sections that own them, and not handed on.
+    """
+
+    type: str = _type("deepspeed", "file")
+    config_file: str | None = _key(PATH)
+    sha256: str | None = MISSING
+    optimizer: Any = _key(MAPPING, inner=DEEPSPEED_OPTIMIZER_KEYS)
+    scheduler: Any = _key(MAPPING, inner=DEEPSPEED_SCHEDULER_KEYS)
+    aio: Any = _key(MAPPING, inner=AIO_KEYS)
 
 
 @dataclass
@@ -795,7 +872,9 @@ class SweepConfig:
     """conf/sweep: what `-m` makes of several values. A sweep has it; none of its runs does."""
 
     name: str = _key(NAME)
-    params: Any = _key(Check("a mapping from a key to its values, as they stand behind KEY=", lambda v: _is_params(v)))
+    params: Any = _key(
+        Check("a mapping from a key to its values: a list, or a text as it stands behind KEY=", lambda v: _is_params(v))
+    )
     metric: str = MISSING
     direction: Direction = MISSING
     sampler: Sampler = MISSING
@@ -845,7 +924,7 @@ class PredictConfig:
 ENTRY_SECTIONS: dict[str, type] = {"preflight": PreflightConfig, "predict": PredictConfig}
 """Sections that one entry reads, `python -m src.<name>`, and no other takes; they have their defaults here."""
 
-DeepSpeedConfig = NoDeepSpeedConfig | ZeroConfig
+DeepSpeedConfig = NoDeepSpeedConfig | ZeroConfig  # of which ZeroFileConfig is one
 AdapterConfig = NoAdapterConfig | LoraConfig
 OptimizerConfig = AdamWConfig | AdafactorConfig | SGDConfig
 SchedulerConfig = ConstantScheduleConfig | WarmupScheduleConfig | DecayScheduleConfig
@@ -871,7 +950,7 @@ SECTIONS: dict[str, type | dict[str, type]] = {
         "constant_with_warmup": WarmupScheduleConfig,
     },
     "generation": GenerationConfig,
-    "deepspeed": {"none": NoDeepSpeedConfig, "zero": ZeroConfig},
+    "deepspeed": {"none": NoDeepSpeedConfig, "zero": ZeroConfig, "file": ZeroFileConfig},
     "tracking": {"mlflow": MlflowConfig, "none": NoTrackingConfig},
     "training": TrainingConfig,
     "loss": LossConfig,

@@ -77,8 +77,6 @@ class Data:
             report, account = self.reports["train"], self.train.account
             report.rows_read, report.rows_dropped = account.num_records, Counter(account.dropped)
             report.rows_kept = account.num_kept
-            if beyond := account.num_records - account.dropped.total() - account.num_kept:
-                report.rows_dropped["beyond_limit"] = beyond
             report.dropped_places = {}
             for row in account.first_dropped:
                 report.dropped_places.setdefault(row.reason, []).append(row.place)
@@ -221,12 +219,7 @@ class _Builder:
         """Give the train set, and the validation set that was held out of it, where one was."""
         data = self.data
         has_folds, fraction = data.num_folds is not None, data.held_out_fraction
-        # with folds a limit is of records, so that each row that is used is validated once; else of what comes out
-        is_first = has_folds or not (fraction or data.mixture)
-        sources = {
-            name: _source(source.data, data.limit if is_first and not data.streaming else None)
-            for name, source in self.sources.items()
-        }
+        sources = {name: _source(source.data, data.limit) for name, source in self.sources.items()}
         if data.streaming:
             return self._streamed(sources), None
         groups, identity = self._groups(sources)
@@ -267,7 +260,7 @@ class _Builder:
                 raise DataError(f"{name}: all its rows are held out or dropped; nothing of it is left to train on")
         shares = self.sources.values()
         taken = takes([len(some) for some in rows], [s.weight for s in shares], [s.count for s in shares])
-        train = EncodedSet("train", list(parts.values()), self._chosen(rows, taken)[: self.data.limit])
+        train = EncodedSet("train", list(parts.values()), self._chosen(rows, taken))
         self._report_train(train, list(parts), held)
         if not len(train):
             raise DataError("train has no rows: the weights of the mixture leave none of its smallest source")
@@ -276,8 +269,7 @@ class _Builder:
     def _held_out(self, parts: dict[str, Part], held: list[set[int]], rows: list[np.ndarray]) -> EncodedSet:
         """Make the validation set of the rows of each part that are held out of train."""
         has_folds = self.data.num_folds is not None
-        limit = None if has_folds else self.data.limit  # of folds the records were limited
-        chosen = self._chosen(rows, [len(some) for some in rows])[:limit]
+        chosen = self._chosen(rows, [len(some) for some in rows])
         validation = EncodedSet("validation", list(parts.values()), chosen)
         if not len(validation):
             raise DataError(
@@ -303,7 +295,6 @@ class _Builder:
             ],
             self.data.preprocessing_num_workers,
             self.data.max_dropped_fraction,
-            self.data.limit,
         )
         self._report(train.first)
         self.reports["train"].is_streamed = True
@@ -330,9 +321,6 @@ class _Builder:
             report.rows_read += len(out) if is_held else part.account.num_records - len(out)
             report.drop([row for row in part.account.dropped if (row.ordinal in out) == is_held])
         report.count(rows, self.encoder, self.new_tokens)
-        left_out = report.rows_read - report.rows_dropped.total() - report.rows_kept
-        if left_out > 0:
-            report.rows_dropped["beyond_limit"] = left_out
         return report
 
     def _report_train(self, train: EncodedSet, names: list[str], held: list[set[int]]) -> None:
@@ -342,7 +330,6 @@ class _Builder:
         report.sources = {name: int((train.chosen[:, 0] == number).sum()) for number, name in enumerate(names)}
         distinct = len(np.unique(train.chosen, axis=0))
         report.rows_repeated = report.rows_kept - distinct
-        report.rows_dropped.pop("beyond_limit", None)
         left_out = report.rows_read - report.rows_dropped.total() - distinct
         if left_out:
             report.rows_dropped["not_in_mixture"] = left_out

@@ -317,6 +317,7 @@ class _JsonText:
         self._waiting = b""  # the beginning of a character
         self._bytes = self._lines = 0  # before those that wait
         self._line, self._column = 1, 0  # where the text begins
+        self._fault: _FileEnds | None = None  # of what comes after the text
         self.text, self.position, self.is_whole = "", 0, False
 
     def read_on(self) -> None:
@@ -327,6 +328,8 @@ class _JsonText:
         else:
             self._column += len(passed)
         left, self.position = self.text[self.position :], 0
+        if self._fault is not None:
+            raise self._fault
         if len(left) > MAX_LINE_BYTES:
             raise _FileEnds(None, _ENDLESS)
         try:
@@ -337,15 +340,18 @@ class _JsonText:
         self.text = left + self._decoded(self._waiting + chunk)
 
     def _decoded(self, content: bytes) -> str:
+        """Decode bytes up to the first that is no text; what stands before it can still be read."""
         if not self._bytes and content.startswith(_BOM):
             raise _FileEnds(None, _BOM_FOUND)
         if 0 in content:
-            raise _FileEnds(None, _nul(content, self._bytes))
+            self._fault = _FileEnds(None, _nul(content, self._bytes))
+            content = content[: content.index(0)]
         try:
             text, used = codecs.utf_8_decode(content, "strict", self.is_whole)
         except UnicodeDecodeError as error:
             line = self._lines + content.count(b"\n", 0, error.start) + 1
-            raise _FileEnds(None, f"{_not_utf8(error, self._bytes)}, in line {line}") from error
+            self._fault = _FileEnds(None, f"{_not_utf8(error, self._bytes)}, in line {line}")
+            text, used = codecs.utf_8_decode(content[: error.start])
         self._waiting = content[used:]
         self._bytes += used
         self._lines += text.count("\n")

@@ -7,8 +7,9 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from src.config.files import expand
@@ -52,14 +53,25 @@ class HubSource:
         return f"{self.dataset_name}/{self.split}"
 
     def _load(self) -> Any:
+        """Return the rows; read while they are taken where that is asked for, or where only the first are wanted."""
         import datasets  # heavy, and only this needs it
 
         datasets.disable_progress_bars()
+        load = partial(
+            datasets.load_dataset, self.dataset_name, self.config_name, split=self.split, revision=self.revision
+        )
+        if self.limit is not None and not self.streaming:
+            with suppress(Exception):  # a part of a split, or a data set that is only in the library's own cache
+                return load(streaming=True)
+        with self._told():
+            return load(streaming=self.streaming)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn what the library raises (of many kinds: network, missing names, broken files) into a DataError."""
         try:
-            return datasets.load_dataset(
-                self.dataset_name, self.config_name, split=self.split, revision=self.revision, streaming=self.streaming
-            )
-        except Exception as error:  # the library raises many kinds: network, missing names, broken files
+            yield
+        except Exception as error:
             raise DataError(
                 f"{self.dataset_name} ({self.config_name or 'default'}, split {self.split}) can't be had from the hub: "
                 f"{one_line(error)}\nWithout a network, give local files: data.train_files=[FILE]"
@@ -87,8 +99,17 @@ class HubSource:
                 yield Record(fields, self.name, number)
 
     def fingerprint(self) -> Any:
-        """Give what identifies the rows: the library's own fingerprint follows the content."""
-        return {"hub": [self.name, self.config_name], "rows": self._load()._fingerprint, "limit": self.limit}
+        """Return what identifies the rows: the library's own hash follows the files and how they are read.
+
+        Raises:
+            DataError: as `records`.
+        """
+        import datasets
+
+        with self._told():
+            found = datasets.load_dataset_builder(self.dataset_name, self.config_name, revision=self.revision)
+        rows = [found.config_id, str(found.config.version), found.hash]
+        return {"hub": [self.name, self.config_name], "rows": rows, "limit": self.limit}
 
 
 Source = FileSource | HubSource

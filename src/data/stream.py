@@ -36,12 +36,15 @@ class StreamAccount:
     """What became of the records read so far."""
 
     num_records: int = 0
-    num_kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     first_dropped: list[DroppedRow] = field(default_factory=list)
 
+    @property
+    def num_kept(self) -> int:
+        return self.num_records - self.dropped.total()
+
     def add(self, part: Part) -> None:
-        """Account for a part's records, but for how many are kept: a limit may cut them."""
+        """Account for a part's records."""
         self.num_records += part.account.num_records
         self.dropped.update(row.reason for row in part.account.dropped)
         self.first_dropped += part.account.dropped[: 10 - len(self.first_dropped)]
@@ -54,7 +57,7 @@ class StreamAccount:
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> StreamAccount:
         rows = [DroppedRow(**row) for row in given["first_dropped"]]
-        return cls(given["num_records"], given["num_kept"], Counter(given["dropped"]), rows)
+        return cls(given["num_records"], Counter(given["dropped"]), rows)
 
 
 @dataclass
@@ -73,7 +76,6 @@ class Cursor:
     num_blocks: int = 0
     num_records: int = 0
     num_dropped: int = 0
-    num_kept: int = 0
 
     @classmethod
     def at_start(cls, num_sources: int, account: StreamAccount) -> Cursor:
@@ -116,7 +118,6 @@ class StreamedSet:
 
     Args:
         max_dropped_fraction: of the rows read so far in an epoch, from the first block's end on.
-        limit: rows of an epoch.
     """
 
     def __init__(
@@ -125,7 +126,6 @@ class StreamedSet:
         sources: Sequence[StreamSource],
         num_workers: int,
         max_dropped_fraction: float,
-        limit: int | None,
     ) -> None:
         self.name = name
         self.account = StreamAccount()
@@ -133,7 +133,6 @@ class StreamedSet:
         self._sources = sources
         self._num_workers = num_workers
         self._max_dropped_fraction = max_dropped_fraction
-        self._limit = limit
 
     @cached_property
     def first(self) -> EncodedSet:
@@ -143,7 +142,7 @@ class StreamedSet:
     def digest(self) -> str:
         """Give a hash of what the rows are read from, and how, 32 hex digits."""
         each = [(one.source.fingerprint(), one.recipe.settings(), one.share, one.count) for one in self._sources]
-        return fingerprint_of(each, self._limit)[:32]
+        return fingerprint_of(each)[:32]
 
     def start(self) -> dict[str, Any]:
         """Give where an epoch begins, behind all that was read so far, in plain JSON values."""
@@ -181,27 +180,19 @@ class StreamedSet:
         begin, parts = cursor.as_dict(), list[Part]()
         for part in self._parts(cursor):
             parts.append(part)
-            ready = sum(map(len, parts))
-            is_last = self._limit is not None and cursor.num_kept + ready >= self._limit
-            if ready >= BLOCK_ROWS or is_last:
+            if sum(map(len, parts)) >= BLOCK_ROWS:
                 yield self._block(parts, begin, cursor)
-                if is_last:
-                    return
                 begin, parts = cursor.as_dict(), []
         self._check_dropped(cursor)
         if sum(map(len, parts)):
             yield self._block(parts, begin, cursor)
 
     def _block(self, parts: list[Part], begin: dict[str, Any], cursor: Cursor) -> Block:
-        """Put parts together, without what is beyond the limit."""
+        """Put parts together."""
         self._check_dropped(cursor)
         rows = EncodedSet(self.name, parts)
-        if self._limit is not None:
-            rows = EncodedSet(self.name, parts, rows.chosen[: max(0, self._limit - cursor.num_kept)])
         number = cursor.num_blocks
         cursor.num_blocks += 1
-        cursor.num_kept += len(rows)
-        cursor.account.num_kept += len(rows)
         return Block(number, begin, rows)
 
     def _check_dropped(self, cursor: Cursor) -> None:

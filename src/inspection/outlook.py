@@ -35,7 +35,7 @@ from src.forecast import (
 )
 from src.inspection.findings import Finding, Level
 from src.model.adapters import add_adapter
-from src.model.build import build_model
+from src.model.build import build_model, with_zero_sizes
 from src.model.embeddings import embedding_matrices, fit_embeddings
 from src.runtime.session import start_runtime
 from src.runtime.signals import stop_on_signals
@@ -115,7 +115,7 @@ def outlook(
         device_type=device.type,
         uses_full_logits=_changes_logits(model.config),
         gradient_checkpointing=gradient_checkpointing,
-        sharing=sharing_of(config),
+        sharing=sharing_of(with_zero_sizes(config)),
     )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

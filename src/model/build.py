@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from src.config.schema import (
+    WIDTH_SIZES,
     Attention,
     Dtype,
     GenerationConfig,
@@ -24,6 +26,7 @@ from src.config.schema import (
     ModelType,
     RunConfig,
     Weights,
+    ZeroConfig,
 )
 from src.errors import ModelError, one_line, report
 from src.model.adapters import check_adapter
@@ -52,6 +55,27 @@ def build_model(config: RunConfig, device: torch.device) -> Any:
     model = load_weights(config.model, architecture, config.model.checkpoint, **quantised)
     keep_gradients(model)
     return model
+
+
+def with_zero_sizes(config: RunConfig) -> RunConfig:
+    """Return the configuration with the sizes that DeepSpeed takes from the model's width in place of `auto`.
+
+    Raises:
+        ModelError: where the model has no width.
+    """
+    zero = config.deepspeed
+    if not isinstance(zero, ZeroConfig):
+        return config
+    autos = [key for key in WIDTH_SIZES if zero.zero_optimization.get(key) == "auto"]
+    if not autos:
+        return config
+    architecture = load_architecture(config.model).get_text_config()
+    width = getattr(architecture, "hidden_size", None) or max(getattr(architecture, "hidden_sizes", ()), default=0)
+    if not width:
+        named = ", ".join(f"deepspeed.zero_optimization.{key}" for key in autos)
+        raise ModelError(f"{config.model.checkpoint} has no hidden_size to fill `auto` in by: give numbers for {named}")
+    sizes = zero.zero_optimization | {key: WIDTH_SIZES[key](width) for key in autos}
+    return replace(config, deepspeed=replace(zero, zero_optimization=sizes))
 
 
 def check_adapter_of(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -14,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from src.config.schema import MixedPrecision, RunConfig, ZeroConfig
+from src.config.schema import MixedPrecision, RunConfig, ZeroConfig, ZeroFileConfig
 
 
 def deepspeed_settings(config: RunConfig, num_processes: int) -> dict[str, Any] | None:
-    """Give DeepSpeed's JSON with every `auto` resolved; None where it is not used."""
+    """Return DeepSpeed's JSON with every `auto` resolved but those by the model's width; None where it is not used."""
     zero, training = config.deepspeed, config.training
     if not isinstance(zero, ZeroConfig):
         return None
@@ -29,7 +30,10 @@ def deepspeed_settings(config: RunConfig, num_processes: int) -> dict[str, Any] 
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": training.max_grad_norm or 0.0,
     }
-    settings = {key: value for key, value in vars(zero).items() if key != "type" and value is not None}
+    handed_on = [field.name for field in fields(ZeroConfig) if field.name != "type"]
+    settings = {key: value for key in handed_on if (value := getattr(zero, key)) is not None}
+    if isinstance(zero, ZeroFileConfig) and zero.aio:
+        settings["aio"] = zero.aio
     settings |= {key: value for key, value in owned.items() if settings[key] == "auto"}
     for name in ("bf16", "fp16"):
         is_on = training.mixed_precision is MixedPrecision[name]

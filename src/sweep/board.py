@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from src.errors import visible
 from src.sweep.record import Standing
 from src.sweep.trial import Trial, short
+from src.terminal import columns_of, wrapped
 from src.tracking.console import Console, clock
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class Board:
 
     def say(self, text: str) -> None:
         """Print a line that stays, above the table."""
-        self._terminal.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+        shown = wrapped(visible(text), columns_of(self._terminal.file))
+        self._terminal.print(shown, markup=False, highlight=False, soft_wrap=True)
 
     def is_due(self) -> bool:
         """Whether it is time to show how far it is."""
@@ -78,17 +80,18 @@ class Board:
     def _table(self, entries: Sequence[Entry], summary: str) -> Table:
         from rich import box
         from rich.table import Table
-        from rich.text import Text
 
-        table = Table(box=box.SIMPLE, title=Text(f"{self._name}   {summary}"), title_justify="left", pad_edge=False)
+        from src.sweep.cells import Cell
+
+        table = Table(box=box.SIMPLE, title=Cell(f"{self._name}   {summary}"), title_justify="left", pad_edge=False)
         for heading in ("trial", "overrides", "state", "step", self._metric, "left"):
             table.add_column(
-                Text(heading), justify="left" if heading in ("overrides", "state") else "right", overflow="fold"
+                Cell(heading), justify="left" if heading in ("overrides", "state") else "right", overflow="fold"
             )
         shown, hidden = _chosen(entries, self._terminal.size.height - MARGIN)
         for entry in shown:
             state = entry.standing.state
-            cells = [Text(visible(cell, is_line=True)) for cell in _cells(entry)]
+            cells = [Cell(cell) for cell in _cells(entry)]
             cells[2].stylize(COLOURS.get(state, ""))
             table.add_row(*cells, style="dim" if state == "WAITING" else "bold" if entry.is_best else "")
         if hidden:

@@ -319,7 +319,7 @@ class Conductor:
         """Say where a trial asks whether to go on, and behind which evaluation: it has passed the rungs before."""
         config = self.plan.config
         return {
-            **secrets.masked(self.study.link(trial.unit)),
+            **secrets.masked(self.study.link(trial.unit), "sweep"),
             "metric": config.metric,
             "pruner": config.pruner.name,
             "min_resource": config.min_resource,
@@ -530,6 +530,7 @@ class Conductor:
             "best": best
             and {"trial": best.number, "value": self.standings[best.number].value, "overrides": best.label},
             "history": self.history,
+            **({"signatures": self.plan.signatures} if self.plan.signatures else {}),
         }
 
 

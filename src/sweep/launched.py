@@ -26,6 +26,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.config.frozen import read_status
+from src.config.quoting import override
 from src.errors import Interrupted, one_line
 from src.sweep.plan import Plan
 from src.sweep.workers import Job, RunTrial, log_file, note, print_into
@@ -99,7 +100,10 @@ class Launched:
         folder, codes = self._plan.folder.resolve(), [1] * len(batch)
         try:
             returns = self._launcher(folder, task).launch(
-                [[f"hydra.sweep.dir='{folder}'", f"hydra.sweep.subdir='{job.number}'"] for job in batch],
+                [
+                    [override("hydra.sweep.dir", str(folder)), override("hydra.sweep.subdir", str(job.number))]
+                    for job in batch
+                ],
                 initial_job_idx=batch[0].number,
             )
             codes = [one.return_value if isinstance(one._return_value, int) else 1 for one in returns]

@@ -16,7 +16,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.errors import visible
 from src.markdown import code, inline
 from src.markdown import table as markdown_table
 from src.records import finite, write_atomically
@@ -125,9 +124,10 @@ def table(rows: Sequence[Row], metric: str, direction: Direction) -> Table:
     """Give a table for the terminal; it can be read at 80 columns."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
-    made = Table(box=box.SIMPLE, title=Text(f"{metric}, {direction}d"), title_justify="left", pad_edge=False)
+    from src.sweep.cells import Cell
+
+    made = Table(box=box.SIMPLE, title=Cell(f"{metric}, {direction}d"), title_justify="left", pad_edge=False)
     has_room = max((len(short(_label(row))) for row in rows), default=0) <= WIDE_LABEL
     made.add_column("rank", no_wrap=True)
     made.add_column("setting", overflow="fold", min_width=12)
@@ -139,12 +139,12 @@ def table(rows: Sequence[Row], metric: str, direction: Direction) -> Table:
     for group, members in _groups(rows):
         if group:
             made.add_section()
-            made.add_row("", Text(visible(group, is_line=True), style="bold"))
+            made.add_row("", Cell(group, style="bold"))
         for row in members:
             style = "" if row.rank == 1 else "dim"
             difference = [_difference(row)] if has_room else []
             cells = [_rank(row), short(_label(row)), _mean(row), str(row.n), *difference, row.verdict]
-            made.add_row(*(Text(visible(cell, is_line=True)) for cell in cells), style=style)
+            made.add_row(*map(Cell, cells), style=style)
     return made
 
 

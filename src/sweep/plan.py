@@ -12,9 +12,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from src.config.compose import COMMAND_LINE, CommandLine, Points, forced, warn_of_broken_options
+from src.config.compose import COMMAND_LINE, Assignment, CommandLine, Points, warn_of_broken_options
 from src.config.files import unusable
+from src.config.frozen import code_problems
 from src.config.gate import Admitted, check, sweep_of
+from src.config.hydra_keys import SWEEPER_PARAMS, is_own_sweeper, sweeper_params
 from src.config.problems import Problem, refuse
 from src.config.rules import scores_of
 from src.config.schema import (
@@ -26,8 +28,9 @@ from src.config.schema import (
     SweepConfig,
     greater_is_better,
 )
+from src.config.trust import signature
 from src.sweep.record import Record, differing
-from src.sweep.space import Axis, axes_of, points, size
+from src.sweep.space import SWEEP_FILE, Axis, axes_of, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of
 
 MOST_PROBES = 200
@@ -56,6 +59,8 @@ class Plan:
     replicates: list[Axis]
     """What is varied within a setting, and averaged."""
     composer: Points
+    is_own_sweeper: bool = True
+    """Whether Towline runs it; another sweeper of Hydra's varies the command line only."""
     trials: list[Trial] = field(default_factory=list)
     """All there will be; empty where a sampler has to propose them."""
     changed_conf: list[str] = field(default_factory=list)
@@ -63,6 +68,10 @@ class Plan:
 
     admitted: RunConfig | None = None
     """The first configuration that was admitted."""
+    is_repeated: bool = False
+    """Whether it is composed of the options that a folder kept, which may be somebody else's."""
+    signatures: list[str] = field(default_factory=list)
+    """This user's, of admitted configurations that let a checkpoint run code; see src.config.trust."""
     _settings: dict[tuple[str, ...], str] = field(default_factory=dict)
     command: list[str] = field(default_factory=lambda: list(sys.orig_argv))
 
@@ -128,21 +137,33 @@ class Plan:
             self._settings[own] = setting_of({key: v for key, v in composed.sections.items() if key != "sweep"})
         return self._settings[own]
 
-    def _forced(self, overrides: Sequence[str]) -> list[str]:
-        by_key = {axis.key: axis.override for axis in [*self.axes, *self.replicates]}
-        return [one for text in overrides for one in forced(by_key[text.partition("=")[0]], self.line.roots, text)]
+    def _forced(self, overrides: Sequence[str]) -> list[str | Assignment]:
+        by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
+        return [one for text in overrides for one in by_key[text.partition("=")[0]].forced(text)]
 
     def _admit(self, overrides: Sequence[str]) -> tuple[Admitted | None, list[Problem]]:
         by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
         admitted, problems = check(self.composer.compose(self._forced(overrides)), self.line)
         if admitted is not None and admitted.sweep is not None:
-            problems = list(_sweep_problems(admitted.sweep, admitted.config))
+            problems = [*_sweep_problems(admitted.sweep, admitted.config), *self.code_problems(admitted.frozen)]
             self.admitted = self.admitted or admitted.config
         located = []
         for problem in problems:
             where = (by_key[problem.key].where if problem.key in by_key else "") or problem.where
             located.append(dataclasses.replace(problem, where=where, point=" ".join(overrides)))
         return (None if problems else admitted), located
+
+    def code_problems(self, frozen: Mapping[str, Any], *, is_kept: bool = False) -> list[Problem]:
+        """Return why a configuration may not let a checkpoint run code; one that may is signed for this folder.
+
+        Args:
+            is_kept: whether the folder holds the configuration, rather than the options that it was composed of.
+        """
+        if (self.is_repeated or is_kept) and (found := code_problems(self.folder, frozen, self.line, self.signatures)):
+            return found
+        if (signed := signature(self.folder, frozen)) is not None and signed not in self.signatures:
+            self.signatures.append(signed)
+        return []
 
 
 def plan_sweep(line: CommandLine, begin: Callable[[Plan], None] = lambda plan: None) -> Plan:
@@ -161,9 +182,10 @@ def plan_sweep(line: CommandLine, begin: Callable[[Plan], None] = lambda plan: N
         changed = [] if line.problems else differing(kept, line.roots)
         line = dataclasses.replace(line, roots=kept)
         problems[:] = line.problems
+        signatures = plan.signatures
         plan = _open(line, problems)
         if plan is not None:
-            plan.changed_conf = changed
+            plan.changed_conf, plan.is_repeated, plan.signatures = changed, True, signatures
     if plan is None:
         raise refuse(problems)
     if line.value_of("hydra.run.dir") is not None:
@@ -203,7 +225,7 @@ def _at_points(problems: Sequence[Problem], num_points: int, varied: Collection[
         where = same[0].where
         if len(points_of) < num_points and same[0].key not in varied:
             more = f" and {len(points_of) - 1} more" if len(points_of) > 1 else ""
-            where = f"{where}; at {points_of[0]}{more}"
+            where = "; ".join(filter(None, [where, f"at {points_of[0]}{more}"]))
         yield dataclasses.replace(same[0], where=where)
 
 
@@ -212,7 +234,9 @@ def _kept(plan: Plan) -> list[Path]:
     if plan.force or unusable(str(plan.folder)):
         return []
     record = Record(plan.folder)
-    return record.conf() if record.read().get("id") == plan.line.sweep_id else []
+    content = record.read()
+    plan.signatures = content.get("signatures", [])
+    return record.conf() if content.get("id") == plan.line.sweep_id else []
 
 
 def _open(line: CommandLine, problems: list[Problem]) -> Plan | None:
@@ -223,13 +247,15 @@ def _open(line: CommandLine, problems: list[Problem]) -> Plan | None:
     if sweep is None or not first.sections:
         problems += first.problems or found
         return None
-    axes, fixed = axes_of(line, sweep.params, problems)
+    is_own = is_own_sweeper(first)
+    params = {SWEEP_FILE: sweep.params, SWEEPER_PARAMS: sweeper_params(first)} if is_own else {}
+    axes, fixed = axes_of(line, params, problems)
     _add_replicates(line, sweep, first.sections, axes, fixed, problems)
     is_averaged = sweep.sampler is not Sampler.grid or sweep.replicate is not Replicate.none
     replicates = [axis for axis in axes if is_averaged and axis.key in REPLICATED]
     of_setting = [axis for axis in axes if axis not in replicates]
     force = bool(first.sections.get("force"))
-    return Plan(line, sweep, first.run_dir, force, of_setting, replicates, Points(fixed, line))
+    return Plan(line, sweep, first.run_dir, force, of_setting, replicates, Points(fixed, line), is_own_sweeper=is_own)
 
 
 def _add_replicates(
@@ -237,23 +263,29 @@ def _add_replicates(
     sweep: SweepConfig,
     sections: Mapping[str, Any],
     axes: list[Axis],
-    fixed: list[str],
+    fixed: list[str | Assignment],
     problems: list[Problem],
 ) -> None:
     """Add the seeds or folds that sweep.replicate asks for, where the command does not say which."""
     alone = dataclasses.replace(line, overrides=[], problems=[])
     varied = {axis.key for axis in axes}
     if sweep.replicate is Replicate.seeds and "seed" not in varied and isinstance(seed := sections.get("seed"), int):
-        fixed[:] = [one for one in fixed if not one.startswith("++seed=")]
-        axes += axes_of(alone, {"seed": f"range({seed},{seed + sweep.num_seeds})"}, problems)[0]
+        fixed[:] = [one for one in fixed if _key_of(one) != "seed"]
+        axes += axes_of(alone, {SWEEP_FILE: {"seed": f"range({seed},{seed + sweep.num_seeds})"}}, problems)[0]
     if sweep.replicate is Replicate.folds and "data.fold" not in varied:
         data = sections.get("data")
         num_folds = data.get("num_folds") if isinstance(data, dict) else None
-        if isinstance(num_folds, int):
-            fixed[:] = [one for one in fixed if not one.startswith("++data.fold=")]
-            axes += axes_of(alone, {"data.fold": f"range(0,{num_folds})"}, problems)[0]
+        if isinstance(data, dict) and data.get("fold") is not None:
+            reason = "sweep.replicate=folds trains every fold: leave it out, or name those you want: data.fold=0,1"
+            problems.append(Problem("data.fold", reason, data["fold"]))
+        elif isinstance(num_folds, int):
+            axes += axes_of(alone, {SWEEP_FILE: {"data.fold": f"range(0,{num_folds})"}}, problems)[0]
         else:
             problems.append(Problem("data.num_folds", "sweep.replicate=folds needs it: how many folds", num_folds))
+
+
+def _key_of(fixed: str | Assignment) -> str:
+    return fixed.key if isinstance(fixed, Assignment) else fixed.lstrip("+").partition("=")[0]
 
 
 def _counted(plan: Plan) -> Iterator[Problem]:

@@ -78,6 +78,8 @@ class Record:
         except FileNotFoundError:
             self.refuse_other()
             return {}
+        if not isinstance(content.get("signatures", []), list):
+            raise damaged(self.folder / SWEEP, "signatures is no list", REMEDY)
         for entry in content["history"]:
             if not isinstance(entry, dict) or HISTORY_KEYS - entry.keys():
                 raise damaged(self.folder / SWEEP, f"history holds {str(entry)[:40]}", REMEDY)

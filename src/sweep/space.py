@@ -14,6 +14,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from src.config.compose import (
     COMMAND_LINE,
+    OPTIONAL_GROUPS,
+    Assignment,
     CommandLine,
     forced,
     is_group,
@@ -23,7 +25,9 @@ from src.config.compose import (
     value_text,
     values_of,
 )
+from src.config.keys import is_whole_number
 from src.config.problems import Problem
+from src.config.quoting import label
 from src.config.schema import MOST_INT
 
 SWEEP_FILE = "sweep.params"
@@ -44,16 +48,27 @@ class Axis:
     """A key that is varied: over `num_values` values, or over an interval."""
 
     override: Override
+    """What is varied; where a file lists the values, the key alone counts."""
     roots: tuple[Path, ...]
     num_values: float = 0
     """Counted, not written out: a range may be longer than the memory; infinite where it never ends."""
     interval: Interval | None = None
     where: str = ""
+    listed: Mapping[str, Any] | None = None
+    """The values as a file lists them, by KEY=VALUE."""
 
     @cached_property
     def values(self) -> tuple[str, ...]:
         """The values, each as KEY=VALUE; of an interval there are none."""
+        if self.listed is not None:
+            return tuple(self.listed)
         return () if self.interval else tuple(values_of(self.override, self.roots))
+
+    def forced(self, text: str) -> list[str | Assignment]:
+        """Return what sets one of the values, given as KEY=VALUE."""
+        if self.listed is not None and text in self.listed and not is_group(self.override, self.roots):
+            return [Assignment(self.key, self.listed[text])]
+        return list(forced(self.override, self.roots, text))
 
     @property
     def key(self) -> str:
@@ -62,6 +77,8 @@ class Axis:
     @property
     def text(self) -> str:
         """What is varied, as it is written behind KEY=."""
+        if self.listed is not None:
+            return ",".join(text.partition("=")[2] for text in self.listed)
         return value_text(self.override)
 
     @property
@@ -77,27 +94,44 @@ class Axis:
         return f"{self.key}={int(number) if self.interval.is_int else repr(float(number))}"
 
 
-def axes_of(line: CommandLine, params: Mapping[str, Any], problems: list[Problem]) -> tuple[list[Axis], list[str]]:
-    """Give what is varied, by the command line and by an option's params, and the overrides that all points have.
+def axes_of(
+    line: CommandLine, params: Mapping[str, Mapping[str, Any]], problems: list[Problem]
+) -> tuple[list[Axis], list[str | Assignment]]:
+    """Return what is varied, by the command line and by params, and the overrides that all points have, forced.
 
     The command line goes before params: a key that it gives, varied or not, is its own.
 
-    Returns: axes, and the fixed overrides, forced.
+    Args:
+        params: by the key that they stand under, each key's values: a list has them as they are, a text as they
+            stand behind KEY= on the command line.
     """
-    given = [override for override in line.overrides if override.key_or_group not in _refused(line)]
-    named = [override.key_or_group for override in given]
+    typed = [override for override in line.overrides if override.key_or_group not in _refused(line)]
+    named = [override.key_or_group for override in typed]
     problems += [
         Problem(key, "given twice, and it is varied", has_value=False, where=COMMAND_LINE)
-        for key in dict.fromkeys(override.key_or_group for override in given if override.is_sweep_override())
+        for key in dict.fromkeys(override.key_or_group for override in typed if override.is_sweep_override())
         if named.count(key) > 1
     ]
-    own = [(override, SWEEP_FILE) for override in _parsed_params(line, params, problems) if _of(override) not in named]
-    axes, fixed = [], []
-    for override, where in [*own, *((override, "") for override in given)]:
-        if not override.is_sweep_override():
-            fixed += forced(override, line.roots)
-        elif (axis := _axis(override, line, where, problems)) is not None:
-            axes.append(axis)
+    axes: list[Axis] = []
+    fixed: list[str | Assignment] = []
+    for source, key, value in ((source, *item) for source, given in params.items() for item in given.items()):
+        override = _override_of(key, value, line, source, problems)
+        if override is None or override.key_or_group in named:
+            continue
+        if sum(key in other for other in params.values()) > 1:
+            problems.append(Problem(key, f"is in {' and in '.join(params)}: one of them", has_value=False))
+            continue
+        if isinstance(value, str):
+            _take(override, line, source, axes, fixed, problems)
+        elif isinstance(value, list) and len(value) > 1:
+            listed = {label(override.key_or_group, one): one for one in value}
+            _add(Axis(override, tuple(line.roots), len(listed), None, source, listed), axes, problems)
+        elif is_group(override, line.roots) and not isinstance(value, dict):
+            fixed += forced(override, line.roots, f"{key}={value[0] if isinstance(value, list) else value}")
+        else:
+            fixed.append(Assignment(override.key_or_group, value[0] if isinstance(value, list) else value))
+    for override in typed:
+        _take(override, line, "", axes, fixed, problems)
     return axes, fixed
 
 
@@ -105,23 +139,37 @@ def _refused(line: CommandLine) -> set[str]:
     return {problem.key for problem in line.problems}
 
 
-def _of(override: Override) -> str:
-    return override.key_or_group
+def _override_of(key: str, value: Any, line: CommandLine, source: str, problems: list[Problem]) -> Override | None:
+    """Return a key of params as an override, or None where it, or an option among its values, is none."""
+
+    def wrong(reason: str) -> None:
+        problems.append(Problem(f"{source}.{key}", reason, value))
+
+    override = read_override(f"{key}={value if isinstance(value, str) else 'null'}")
+    if isinstance(override, Problem):
+        wrong("can't be read; values are written as behind KEY= on the command line, or as a list")
+    elif is_sweeps_own(override.key_or_group):
+        wrong("is the sweep's own: it stands beside params, or on the command line")
+    elif value == []:
+        wrong("there is no value in it")
+    elif is_group(override, line.roots) and not isinstance(value, dict):  # a mapping is of the section's keys
+        known = options(override.key_or_group, line.roots)
+        if isinstance(value, str):
+            is_good = _are_options(override, line)
+        else:
+            optional = [None] if override.key_or_group in OPTIONAL_GROUPS else []
+            is_good = all(one in (*known, *optional) for one in (value if isinstance(value, list) else [value]))
+        if is_good:
+            return override
+        wrong(f"no such option; one of {', '.join(known)}")
+    else:
+        return override
+    return None
 
 
-def _parsed_params(line: CommandLine, params: Mapping[str, Any], problems: list[Problem]) -> Iterator[Override]:
-    for key, value in params.items():
-        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        override = read_override(f"{key}={text}")
-        if isinstance(override, Problem):
-            reason = "can't be read; values are written as behind KEY= on the command line"
-            problems.append(Problem(f"{SWEEP_FILE}.{key}", reason, text))
-            continue
-        if is_group(override, line.roots) and not _are_options(override, line):
-            reason = f"no such option; one of {', '.join(options(key, line.roots))}"
-            problems.append(Problem(f"{SWEEP_FILE}.{key}", reason, text))
-            continue
-        yield override
+def is_sweeps_own(key: str) -> bool:
+    """Return whether a key says how a sweep is done, so that it can't differ from trial to trial."""
+    return key.startswith(("hydra.", "hydra/", "sweep.")) or key in ("sweep", "hydra")
 
 
 def _are_options(override: Override, line: CommandLine) -> bool:
@@ -132,23 +180,44 @@ def _are_options(override: Override, line: CommandLine) -> bool:
     return bool(texts) and all(text.partition("=")[2] in known for text in texts)
 
 
-def _axis(override: Override, line: CommandLine, where: str, problems: list[Problem]) -> Axis | None:
-    """Give what an override varies, or tell why it can't be varied."""
+def _take(
+    override: Override,
+    line: CommandLine,
+    where: str,
+    axes: list[Axis],
+    fixed: list[str | Assignment],
+    problems: list[Problem],
+) -> None:
+    """Add what an override varies, or fixes."""
+    if override.is_sweep_override():
+        _add(_axis(override, line, where), axes, problems)
+    else:
+        fixed += forced(override, line.roots)
+
+
+def _add(axis: Axis, axes: list[Axis], problems: list[Problem]) -> None:
+    """Add an axis, or say why it can't be one."""
+    if reason := _unfit(axis):
+        problems.append(Problem(axis.key, reason, axis.text, where=axis.where or COMMAND_LINE))
+    else:
+        axes.append(axis)
+
+
+def _axis(override: Override, line: CommandLine, where: str) -> Axis:
+    """Return what an override varies."""
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
         low, high = (0.0 if end is None else end for end in (sweep.start, sweep.end))
-        is_int = isinstance(low, int) and isinstance(high, int)
-        axis = Axis(override, tuple(line.roots), 0, Interval(low, high, "log" in sweep.tags, is_int), where)
-    else:
-        axis = Axis(override, tuple(line.roots), num_values(override, line.roots), None, where)
-    if reason := _unfit(axis):
-        problems.append(Problem(axis.key, reason, axis.text, where=where or COMMAND_LINE))
-        return None
-    return axis
+        is_int = all(float(end).is_integer() for end in (low, high)) and (
+            (isinstance(low, int) and isinstance(high, int)) or is_whole_number(override.key_or_group)
+        )
+        low, high = (int(low), int(high)) if is_int else (low, high)
+        return Axis(override, tuple(line.roots), 0, Interval(low, high, "log" in sweep.tags, is_int), where)
+    return Axis(override, tuple(line.roots), num_values(override, line.roots), None, where)
 
 
 def _unfit(axis: Axis) -> str:
-    if axis.key.startswith(("hydra.", "hydra/", "sweep.")) or axis.key == "sweep":
+    if is_sweeps_own(axis.key):
         return "is the sweep's own: one value, not several"
     if (interval := axis.interval) is None:
         return "" if axis.num_values else "there is no value in it"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.config.quoting import in_url
 from src.config.schema import Pruner, Sampler, SweepConfig
 from src.errors import StudyError, SweepError, one_line
 from src.sweep.plan import Plan
@@ -79,7 +80,7 @@ def answering(url: str) -> Iterator[None]:
 
 
 def storage_url(config: SweepConfig, folder: Path) -> str:
-    return config.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+    return config.storage or f"sqlite:///{in_url((folder / 'study.db').resolve())}"
 
 
 def pruner_of(kind: Pruner, min_resource: int, reduction_factor: int) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from src.config.compose import CommandLine
+from src.config.problems import refuse
 from src.config.schema import Device, MlflowConfig, NoAdapterConfig, Pruner, Replicate
 from src.errors import Interrupted, TowlineError, is_disk_full, report
 from src.runtime.signals import StopRequest
@@ -41,21 +42,24 @@ class SweepRequest:
     """Where Hydra's task function has it."""
 
 
-def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> SweepRequest:
+def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> SweepRequest | None:
     """Compose and check every point of a command line; the fork server begins its imports behind the first good one.
 
+    Returns: None where another sweeper of Hydra's will run it.
     Raises:
         ConfigError: with all problems of all points.
     """
     with ExitStack() as if_refused:
 
         def begin(plan: Plan) -> None:
-            if not plan.config.dry_run:
+            if not plan.config.dry_run and plan.is_own_sweeper:
                 if_refused.callback(end_fork_server)
                 start_fork_server(_needs(plan))
 
         plan = plan_sweep(line, begin)
         if_refused.pop_all()
+    if not plan.is_own_sweeper:
+        return None
     runtime = plan.sample.runtime
     workers = Workers(run_trial, plan.config.n_jobs, runtime.num_processes, uses_gpus=runtime.device is not Device.cpu)
     return SweepRequest(plan, stop, run_trial, workers)
@@ -131,6 +135,9 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
         if plan.force:
             record.clear()
         trials, todo = _merged(record.trials(), plan)
+        kept = [] if plan.is_listed else trials  # those that are listed were composed, and looked at, just now
+        if found := [problem for trial in kept for problem in plan.code_problems(trial.config, is_kept=True)]:
+            raise refuse(found)
         record.keep_conf(plan.line.roots)
         plan.compose_from(record.conf())
         record.write_trials(trials)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from src.errors import report, visible
+from src.terminal import columns_of, cut_to, filled, shortened, width, wrapped
 
 LABEL = 12  # columns of the label in front of a line
+LONGEST_SAMPLE = 300  # characters of a text of a sample that are shown
 REFRESH_SECONDS = 0.1
 QUIET_SECONDS = 10.0  # between two lines of progress where nobody watches
 
@@ -26,21 +27,23 @@ class Console:
         self._started: float | None = None
         self._first_step = 0
 
-    def say(self, text: str = "", *, is_painted: bool = False) -> None:
-        """Print a line that stays.
+    def say(self, text: str = "", *, is_painted: bool = False, hang: int | None = None) -> None:
+        """Print lines that stay, each made to fit a terminal.
 
         Args:
             is_painted: its control characters are colours, meant for the terminal; else they are written out.
+            hang: columns in front of a continued line, see `wrapped`.
         """
-        self._close_line()
-        print(text if is_painted else visible(text), file=self._stream, flush=True)
+        text = text if is_painted else visible(text)
+        self._print(wrapped(text, columns_of(self._stream), hang=hang))
 
     def label(self, label: str, text: str, *, is_painted: bool = False) -> None:
         """Print a line with its label in a column of its own; further lines of the text are indented below."""
-        first, *rest = text.split("\n")
-        self.say(f"{label:<{LABEL}}{first}", is_painted=is_painted)
-        for line in rest:
-            self.say(" " * LABEL + line, is_painted=is_painted)
+        text = text if is_painted else visible(text)
+        columns = columns_of(self._stream)
+        lines = wrapped(text, None if columns is None else columns - LABEL).split("\n")
+        for number, line in enumerate(lines):
+            self._print(f"{visible(label) if number == 0 else '':<{LABEL}}{line}")
 
     def warn(self, text: str) -> None:
         """Print a warning to the error stream."""
@@ -57,9 +60,7 @@ class Console:
                 self._last_refresh = now
         elif now - self._last_refresh >= REFRESH_SECONDS:
             self._last_refresh = now
-            self._stream.write(f"\r\x1b[2K{visible(text, is_line=True)}")
-            self._stream.flush()
-            self._line_open = True
+            self._rewrite(cut_to(visible(text, is_line=True), self._room))
 
     def progress(
         self, step: int, num_steps: int, loss: float, lr: float, tokens_per_second: float, *, logged: bool
@@ -70,43 +71,74 @@ class Console:
             self._started, self._first_step = elapsed, step
         spent, done = elapsed - self._started, step - self._first_step
         left = spent / done * (num_steps - step) if done else 0.0
-        width = len(str(num_steps))
-        line = (
-            f"step {step:>{width}}/{num_steps}  loss {loss:.4f}  lr {lr:.1e}  {tokens_per_second:>7,.0f} tokens/s"
-            f"  {clock(left) if done else '?'} left"
-        )
+        parts = {
+            "step": f"step {step:>{len(str(num_steps))}}/{num_steps}",
+            "loss": f"loss {loss:.4f}",
+            "lr": f"lr {lr:.1e}",
+            "speed": f"{tokens_per_second:>7,.0f} tokens/s",
+            "left": f"{clock(left) if done else '?'} left",
+        }
         if not self._is_live:
             if logged:
-                self.say(line)
+                self.say("  ".join(parts.values()))
         elif elapsed - self._last_refresh >= REFRESH_SECONDS or step == num_steps:
             self._last_refresh = elapsed
-            self._stream.write(f"\r\x1b[2K{line}")
-            self._stream.flush()
-            self._line_open = True
+            for least in ("speed", "lr", "loss"):
+                if self._room is not None and width("  ".join(parts.values())) > self._room:
+                    del parts[least]
+            self._rewrite("  ".join(parts.values()))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print an evaluation's metrics, a line a set."""
+        """Print an evaluation's metrics, a set after the other."""
         by_set: dict[str, list[str]] = {}
         for name, value in metrics.items():
             _, set_name, metric = name.split("/", 2)
-            by_set.setdefault(set_name, []).append(f"{metric} {value:.4f}")
+            by_set.setdefault(set_name, []).append(visible(f"{metric} {value:.4f}"))
         for set_name, values in by_set.items():
-            self.say(f"  evaluated at step {step}: {set_name}  {'  '.join(values)}")
+            begin = visible(f"  evaluated at step {step}: {set_name}")
+            self._print(filled(begin, values, columns_of(self._stream), hang=6))
 
     def samples(self, samples: Sequence[Any]) -> None:
-        """Print samples: prompt, what the model wrote, and what was expected."""
+        """Print samples: the prompt, the text that the model wrote, the answer in it, and what was expected.
+
+        Text and answer are shown once where they are the same; line ends and such are written out.
+        """
         for one in samples:
-            self.say(f"  {_shown(one.prompt)} → {_shown(one.text)}   [{one.stop_reason}]")
-            self.say(f"      answer {_shown(one.answer)}   expected {_shown(one.reference)}")
+            texts = {"text": one.text, "answer": one.answer, "expected": one.reference}
+            if one.text == one.answer:
+                del texts["text"]
+            lines = {name: _shown(text) for name, text in texts.items()}
+            lines[next(iter(lines))] += f"   [{one.stop_reason}]"
+            self._part("  prompt", _shown(one.prompt))
+            for name, line in lines.items():
+                self._part(f"    {name}", line)
+
+    def _part(self, name: str, text: str) -> None:
+        self.say(f"{name:<{LABEL + 2}}{text}", hang=LABEL + 2)
 
     def table(self, summary: Mapping[str, Any]) -> None:
         """Print the run's final numbers."""
-        width = max(len(name) for name in summary)
+        longest = max(len(name) for name in summary)
         for name, value in summary.items():
             shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
             if isinstance(value, float) and value and abs(value) < 1e-3:
                 shown = f"{value:.3e}"
-            self.say(f"  {name:<{width}}  {shown:>16}")
+            self.say(f"  {name:<{longest}}  {shown:>16}")
+
+    @property
+    def _room(self) -> int | None:
+        """Columns of a line that is rewritten; the last one stays free, or the terminal begins another line."""
+        columns = columns_of(self._stream)
+        return None if columns is None else columns - 1
+
+    def _rewrite(self, line: str) -> None:
+        self._stream.write(f"\r\x1b[2K{line}")
+        self._stream.flush()
+        self._line_open = True
+
+    def _print(self, text: str) -> None:
+        self._close_line()
+        print(text, file=self._stream, flush=True)
 
     def _close_line(self) -> None:
         if self._line_open:
@@ -122,4 +154,4 @@ def clock(seconds: float) -> str:
 
 
 def _shown(text: str) -> str:
-    return textwrap.shorten(repr(text)[1:-1], width=300, placeholder=" …")
+    return shortened(repr(text)[1:-1], LONGEST_SAMPLE) or "(nothing)"

@@ -228,6 +228,15 @@ class FolderDelivery(ABC):
         return secrets.without_credentials(self._config.uri)
 
     @property
+    def stored_uri(self) -> str:
+        """The store's address as files have it: what the environment gave of it is the name of the variable."""
+        return secrets.as_stored(self._config.uri)
+
+    def is_its_store(self, uri: str) -> bool:
+        """Return whether an address that a tracking.json has is that of this store."""
+        return secrets.as_stored(uri) == self.stored_uri
+
+    @property
     def run_id(self) -> str | None:
         return self._done["run_id"]
 
@@ -242,7 +251,7 @@ class FolderDelivery(ABC):
 
     def replace(self, former: Mapping[str, Any]) -> None:
         """Take the place of a run that the folder had before, by what its tracking.json said."""
-        if former["run_id"] is not None and secrets.without_credentials(former["uri"]) == self.uri:
+        if former["run_id"] is not None and self.is_its_store(former["uri"]):
             self._done["replaced"] = [*former.get("replaced", []), former["run_id"]]
 
     def begin(self) -> None:
@@ -368,7 +377,7 @@ class FolderDelivery(ABC):
             retried = True  # if the first was begun nevertheless, it goes when this one ends
             run = client.create_run(experiment_id, start_time=began, run_name=self._run_name, tags=tags)
         replaced = [one for one in self._done.get("replaced", []) if one != run.info.run_id]
-        self._done = {"uri": self.uri, "run_id": run.info.run_id, "replaced": replaced, "retried": retried}
+        self._done = {"uri": self.stored_uri, "run_id": run.info.run_id, "replaced": replaced, "retried": retried}
         self._remember()
 
     def _experiment(self, client: Any) -> str:
@@ -524,12 +533,12 @@ class FolderDelivery(ABC):
             except OSError:
                 where = ""
             self.tell_once(f"{error} What MLflow has of the run is looked up there.{where}")
-            return {"uri": self.uri, "run_id": self._id_elsewhere(), "doubtful": True}
-        if done and secrets.without_credentials(done["uri"]) == self.uri:
-            return done | {"uri": self.uri}
+            return {"uri": self.stored_uri, "run_id": self._id_elsewhere(), "doubtful": True}
+        if done and self.is_its_store(done["uri"]):
+            return done | {"uri": self.stored_uri}
         run_id = None if done else self._id_elsewhere()
         may_be_known = bool(done) or run_id is not None or os.path.lexists(self._folder / self._journal)
-        return {"uri": self.uri, "run_id": run_id} | ({"doubtful": True} if may_be_known else {})
+        return {"uri": self.stored_uri, "run_id": run_id} | ({"doubtful": True} if may_be_known else {})
 
     def _id_elsewhere(self) -> str | None:
         """Return the run's id by another file than tracking.json; None where no other has it."""

@@ -14,7 +14,6 @@ from src.config.frozen import read_status
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
 from src.records import Line, Types, check_keys, read_json, read_lines, read_yaml
-from src.secrets import without_credentials
 from src.tracking.journal import hold
 from src.tracking.mlflow_errors import StoreError
 from src.tracking.mlflow_mirror import Delivery
@@ -93,7 +92,7 @@ class SweepDelivery(FolderDelivery):
     def _connect(self) -> None:
         """Find the sweep's run, or begin one; judged by another metric it is another run, with the same trials."""
         if self._done.get("judged", self._judged) != self._judged:
-            self._done = {"uri": self.uri, "run_id": None}
+            self._done = {"uri": self.stored_uri, "run_id": None}
         super()._connect()
         self._remember(judged=self._judged)
 
@@ -243,7 +242,7 @@ class SweepDelivery(FolderDelivery):
 
     def _is_here(self, done: Mapping[str, Any] | None) -> bool:
         """Return whether a trial's run is in the same store."""
-        return done is not None and without_credentials(done["uri"]) == self.uri
+        return done is not None and self.is_its_store(done["uri"])
 
 
 def sweep_tracking(folder: Path) -> dict[str, Any]:

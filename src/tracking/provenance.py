@@ -45,6 +45,7 @@ def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device
         "config_hash": config_hash(frozen),
         "git": git_state(project),
         "data": dict(data_hashes),
+        **_deepspeed_file(frozen),
         "python": platform.python_version(),
         "versions": versions(),
         "hardware": {
@@ -55,6 +56,12 @@ def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device
             "memory_bytes": psutil.virtual_memory().total,
         },
     }
+
+
+def _deepspeed_file(frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON of DeepSpeed's that was read when the configuration was composed, with its SHA-256."""
+    section = frozen.get("deepspeed", {})
+    return {"deepspeed": {section["config_file"]: section["sha256"]}} if section.get("type") == "file" else {}
 
 
 @cache

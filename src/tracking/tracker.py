@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from src.config.frozen import config_hash, read_status
+from src.config.quoting import shell_override
 from src.config.schema import MlflowConfig, TrackingConfig, greater_is_better
 from src.tracking.console import Console
 from src.tracking.journal import RunFolder, Start, hold, open_run_folder
@@ -265,7 +266,7 @@ def _close(mirror: MlflowMirror, folder: RunFolder, console: Console) -> None:
         console.warn(
             f"MLflow at {mirror.uri}: {undelivered}.\n"
             f"Everything is in {folder.path}; to deliver it later: {how_to_deliver(folder.path)}, or the same command "
-            f"with hydra.run.dir={folder.path}"
+            f"with {shell_override('hydra.run.dir', str(folder.path))}"
         )
     folder.set_status(tracker_run_id=mirror.run_id)
 

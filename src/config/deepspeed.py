@@ -1,0 +1,238 @@
+"""A DeepSpeed JSON of the user's (deepspeed=file), read into the section that the other options fill. No torch here.
+
+It is read once, when a configuration is composed: the frozen one has what the file said. What it leaves out is what
+conf/deepspeed/_zero.yaml says; keys of the command line come on top.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from src.config.files import unusable
+from src.config.options import CONF, OptionFileError, read_option
+from src.config.problems import Problem
+from src.errors import visible
+
+KEY = "deepspeed.config_file"
+MOST_BYTES = 2**20
+"""A larger file is no configuration."""
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+OWN_KEYS = ("type", "config_file", "sha256")
+"""Keys of the section that are Towline's, and no key of DeepSpeed's."""
+FORMER_NAMES: dict[str, str] = {"bfloat16": "bf16"}
+"""Names that DeepSpeed still takes -> those of now."""
+BLOCKS = {
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "amp": "training.mixed_precision",
+    "torch_autocast": "training.mixed_precision",
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "tracking"),
+    **dict.fromkeys(("checkpoint", "nebula"), "checkpoint"),
+    **dict.fromkeys(
+        (
+            *("autotuning", "comms_logger", "compile", "compression_training", "curriculum_learning", "data_types"),
+            *("data_efficiency", "eigenvalue", "elasticity", "flops_profiler", "hybrid_engine", "pipeline"),
+            *("progressive_layer_drop", "sparse_attention", "tensor_parallel", "weight_quantization"),
+        ),
+        "",
+    ),
+}
+"""Blocks of DeepSpeed's that are not handed on -> the section that has their subject. Switched off they may stay."""
+FIXED: dict[str, tuple[Any, ...]] = {
+    "prescale_gradients": (False,),
+    "gradient_predivide_factor": (1, 1.0),
+    "gradient_allreduce_op": ("mean",),
+    "sparse_gradients": (False,),
+    "disable_allgather": (False,),
+    "dump_state": (False,),
+    "memory_breakdown": (False,),
+    "dataloader_drop_last": (False,),
+    "zero_allow_untested_optimizer": (True,),
+    "zero_force_ds_cpu_optimizer": (True,),
+}
+"""Keys of DeepSpeed's that have one value here -> that value."""
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_TOKEN = re.compile(rf"{_STRING}|[{{}}\[\]:]")
+_CONSTANT = re.compile(rf"{_STRING}|-?Infinity|NaN")
+UNHEARD = ("steps_per_print", "log_level", "$schema", "comment", "_comment")
+"""Keys that change nothing that is computed: Towline prints by itself, as accelerate does."""
+
+
+def read_deepspeed_file(section: Any, stored: Any) -> list[Problem]:
+    """Put what the file says into a section that names one and was not read yet; return what is wrong with the file.
+
+    Args:
+        section, stored: the section as it is used, and as it is written; both are filled.
+    """
+    if not isinstance(section, dict) or section.get("type") != "file" or section.get("sha256") is not None:
+        return []
+    assert isinstance(stored, dict)
+    file = section.get("config_file")
+    if not isinstance(file, str) or not file:
+        return [Problem(KEY, "needs a value: the JSON file of DeepSpeed's that deepspeed=file reads", has_value=False)]
+    try:
+        content, digest = _read(file)
+        defaults = read_option(CONF / "deepspeed" / "_zero.yaml")
+    except (_Unreadable, OptionFileError) as reason:
+        return [Problem(KEY, str(reason), file)]
+    problems = list(_unused(content, file))
+    for one in (section, stored):
+        given = {key: value for key, value in one.items() if key not in OWN_KEYS}
+        one |= _merged(defaults, content, given, {"type": "file", "sha256": digest})
+        _fill_defaults(one["zero_optimization"])
+    return problems
+
+
+def file_behind(key: str, section: Any) -> str:
+    """Return the file that gave a key of the section its value, with the line where it says so; '' where none did."""
+    name = key.removeprefix("deepspeed.")
+    if not isinstance(section, dict) or section.get("type") != "file" or section.get("sha256") is None:
+        return ""
+    if name == key or name in OWN_KEYS:
+        return ""
+    file, path = str(section["config_file"]), tuple(name.split("."))
+    with suppress(OSError, ValueError):  # it was read a moment ago
+        text = Path(file).read_text(encoding="utf-8-sig")
+        begin = next((begin for found, begin in _keys(text) if found == path), None)
+        if begin is not None:
+            return f"{visible(file, is_line=True)}, line {text.count(chr(10), 0, begin) + 1}"
+    return visible(file, is_line=True)
+
+
+class _Unreadable(ValueError):
+    """A file holds no configuration of DeepSpeed's, for the reason given."""
+
+
+def _read(file: str) -> tuple[dict[str, Any], str]:
+    """Return a file's content, and its SHA-256.
+
+    Raises:
+        _Unreadable: naming the file, and line and column where they are known.
+    """
+    if reason := unusable(file):
+        raise _Unreadable(reason)
+    place = visible(file, is_line=True)
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read(MOST_BYTES + 1)
+    except FileNotFoundError as error:
+        raise _Unreadable(f"no such file (looked in {Path.cwd()})") from error
+    except OSError as error:
+        raise _Unreadable(f"can't be read: {error.strerror}") from error
+    if len(content) > MOST_BYTES:
+        raise _Unreadable(f"larger than {MOST_BYTES // 2**20} MiB; is this a configuration of DeepSpeed's?")
+
+    def at(position: int) -> str:
+        lines = text[:position].split("\n")
+        return f"{place}, line {len(lines)}, column {len(lines[-1]) + 1}"
+
+    text = ""
+    try:
+        text = content.decode("utf-8-sig")
+        found = json.loads(text, parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise _Unreadable(f"{place}, line {line}: not UTF-8 (byte {error.start + 1} of the file)") from error
+    except json.JSONDecodeError as error:
+        raise _Unreadable(f"{at(error.pos)}: not JSON: {error.msg.removesuffix(' at')}") from error
+    except _NoNumber as error:
+        where = next(token.start() for token in _CONSTANT.finditer(text) if not token.group().startswith('"'))
+        raise _Unreadable(f"{at(where)}: not JSON: {error} is no number") from error
+    except RecursionError as error:
+        raise _Unreadable(f"{place}: nested too deep") from error
+    except ValueError as error:  # Python's limit on digits
+        raise _Unreadable(f"{place}: a whole number with too many digits") from error
+    if not isinstance(found, dict):
+        raise _Unreadable(f"{at(0)}: an object is needed: {{…}}")
+    seen = set[tuple[str, ...]]()
+    for path, begin in _keys(text):
+        if path in seen:
+            raise _Unreadable(f"{at(begin)}: the key {path[-1]} a second time")
+        seen.add(path)
+    for former, name in FORMER_NAMES.items():
+        if former in found:
+            found[name] = found.pop(former)
+    return found, hashlib.sha256(content).hexdigest()
+
+
+def _keys(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield the path of each key of a JSON text, and where it begins."""
+    path, last = list[str](), ""
+    begin = 0
+    for token in _TOKEN.finditer(text):
+        if token.group() == ":":
+            path[-1] = json.loads(last)
+            yield tuple(path), begin
+        elif token.group() in "{[":
+            path.append("")
+        elif token.group() in "}]":
+            path.pop()
+        else:
+            last, begin = token.group(), token.start()
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise _NoNumber(constant)
+
+
+class _NoNumber(Exception):
+    """NaN or an infinity, which are no JSON."""
+
+
+def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return mappings on top of one another, key by key."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            before = result.get(key)
+            result[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, Mapping) else value
+    return result
+
+
+def _unused(content: dict[str, Any], file: str) -> Iterator[Problem]:
+    """Take out of a file's content what is not handed on; yield what of it asks for something that is not done."""
+    for key in [key for key in content if key in UNHEARD]:
+        del content[key]
+    for key in OWN_KEYS:
+        if key in content:
+            yield Problem(f"deepspeed.{key}", "not a key of DeepSpeed's", content.pop(key), where=file)
+    for key, allowed in FIXED.items():
+        if key in content and (value := content.pop(key)) not in allowed:
+            yield Problem(f"deepspeed.{key}", f"is {json.dumps(allowed[0])} here: leave it out, or the same", value)
+    for key, owner in BLOCKS.items():
+        if key in content and not _is_off(value := content.pop(key)):
+            instead = f"{owner} decides that here" if owner else "not handed on to DeepSpeed by Towline"
+            yield Problem(f"deepspeed.{key}", f"{instead}: leave it out, or switch it off", value)
+
+
+def _is_off(block: Any) -> bool:
+    """Return whether a block asks for nothing: not enabled, or all that it has is off."""
+    if not isinstance(block, dict):
+        return not block
+    if "enabled" in block:
+        return block["enabled"] in (False, None, "auto")
+    return all(value in (False, None, 0, "auto") for value in block.values())
+
+
+def _fill_defaults(zero: Any) -> None:
+    """Fill in what accelerate fills in where its own configuration says nothing, and what an export needs."""
+    if not isinstance(zero, dict):
+        return
+    if zero.get("stage") == "auto":
+        zero["stage"] = 2
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(offload := zero.get(key), dict):
+            zero[key] = offload | {
+                name: default
+                for name, default in (("device", "none"), ("nvme_path", None))
+                if offload.get(name) == "auto"
+            }
+    if zero.get("stage") == 3 and zero.get(GATHER, "auto") == "auto":
+        zero[GATHER] = True
+    elif zero.get(GATHER) == "auto":
+        del zero[GATHER]

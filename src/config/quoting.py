@@ -1,0 +1,81 @@
+"""Values as text: how one is written behind `KEY=` so that Hydra's grammar reads it unchanged. No torch here.
+
+Source of the grammar: hydra/grammar/OverrideLexer.g4 and OverrideParser.g4 of Hydra 1.3.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+from typing import Any
+
+_BARE = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
+"""Texts that need no quotes, but for words that stand for something else."""
+_RESERVED = ("null", "true", "false", "nan", "inf")
+_BARE_KEY = re.compile(r"[A-Za-z_][\w./-]*(?: [\w./-]+)*", re.ASCII)
+
+
+class Unwritable(ValueError):
+    """A value has no form in Hydra's grammar: it has to be given in a file."""
+
+
+def override_value(value: Any) -> str:
+    """Return a JSON-like value as the text behind `KEY=` that is read as this value.
+
+    Raises:
+        Unwritable: where a mapping has a key that can't be quoted there.
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else {"nan": "nan", "inf": "inf", "-inf": "-inf"}[str(value)]
+    if isinstance(value, str):
+        return value if _BARE.fullmatch(value) and value.lower() not in _RESERVED else quoted(value)
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(override_value, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_key(key)}:{override_value(one)}" for key, one in value.items()) + "}"
+    raise Unwritable(f"a {type(value).__name__} can't be written on a command line")
+
+
+def quoted(text: str) -> str:
+    """Return a text in quotes, as Hydra's grammar has them: of backslashes only those before a quote are doubled."""
+    mark = "'" if '"' in text and "'" not in text else '"'
+    inner = re.sub(rf"(\\*)({mark}|\Z)", lambda m: m[1] * 2 + ("\\" + mark if m[2] else ""), text)
+    return f"{mark}{inner}{mark}"
+
+
+def override(key: str, value: Any) -> str:
+    """Return `KEY=VALUE` for Hydra's parser; `shell_override` for a shell in front of it."""
+    return f"{key}={override_value(value)}"
+
+
+def shell_override(key: str, value: Any) -> str:
+    """Return `KEY=VALUE` as it is typed in a shell."""
+    return shlex.quote(override(key, value))
+
+
+def label(key: str, value: Any) -> str:
+    """Return `KEY=VALUE` to be read by people and to tell values apart; as it may be typed, where it can be."""
+    try:
+        return override(key, value)
+    except Unwritable:
+        return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+def in_url(path: str | os.PathLike[str]) -> str:
+    """Return a path as it stands in a `sqlite:///` URL: what SQLAlchemy would decode, or take for a query, is coded."""
+    return os.fspath(path).replace("%", "%25").replace("?", "%3F")
+
+
+def _key(key: Any) -> str:
+    if isinstance(key, str) and _BARE_KEY.fullmatch(key) and key.lower() not in _RESERVED:
+        return key
+    raise Unwritable(f"the key {key!r} of a mapping can't be quoted on a command line: put it into a file")

@@ -1,0 +1,37 @@
+"""`--cfg job|hydra|all`: what a command line is composed to, as YAML. No torch here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import Container, OmegaConf
+
+from src.config.compose import CommandLine, hydra_config, hydra_resolved
+from src.config.problems import Problem, refuse
+from src.config.source import with_lists
+from src.secrets import clean
+
+
+def shown_config(line: CommandLine) -> str:
+    """Return the configuration that a command line asks to see, `--package` and `--resolve` obeyed.
+
+    Raises:
+        ConfigError: where there is no such package.
+    """
+    flags = line.flags
+    cfg = hydra_config(line.forced, line)
+    with hydra_resolved(cfg):
+        names = [str(name) for name in cfg]
+        kept = {"job": [name for name in names if name != "hydra"], "hydra": ["hydra"]}.get(flags.cfg, names)
+        sections: Any = OmegaConf.to_container(cfg)
+        whole = OmegaConf.create(with_lists(sections))
+        package = None if flags.package == "_global_" else flags.package
+        chosen: Any = OmegaConf.masked_copy(whole, kept) if package is None else OmegaConf.select(whole, package)
+        if chosen is None:
+            raise refuse([Problem("--package", "no such section or key", package, True, "command line")])
+        if not isinstance(chosen, Container):
+            return clean(f"{chosen}\n")
+        if flags.resolve:
+            OmegaConf.resolve(chosen)
+        header = "" if package is None else f"# @package {package}\n"
+        return clean(header + OmegaConf.to_yaml(chosen))

@@ -1,0 +1,179 @@
+"""How a text is laid out on a terminal: lines end between words, keep their indent, and break no number. Pure text."""
+
+from __future__ import annotations
+
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import accumulate
+from typing import IO
+from unicodedata import category, east_asian_width
+
+NARROWEST = 20
+"""Columns of a terminal below which lines are left as they are."""
+DEFAULT_COLUMNS = 80
+"""Of a terminal that does not say how wide it is."""
+LAST_COLUMN = 0.72
+"""Share of the width within which the last column of a table may begin, for its text to be continued below it."""
+
+_PAINT = re.compile(r"\x1b\[[0-9;]*m")
+_NUMBER = re.compile(r"[+±-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:[.:_]\d+)*(?:[eE][+-]?\d+)?%?")
+_UNIT = r"(?<=\d) (?=(?:[KMGT]i)?B\b)"
+_PLAIN_WORD = re.compile(rf"(?:{_UNIT}|\S)+")
+_WORD = re.compile(rf"[^\s`]*`[^`\n]*`\S*|{_PLAIN_WORD.pattern}")
+_COLUMN = re.compile(r"\S {3,}(?=\S)")
+_AFTER = ("/\\,;:=&>)]}", "._-")
+"""Characters behind which a word that has no room in any line is best divided, and next best."""
+
+
+def columns_of(stream: IO[str]) -> int | None:
+    """Return the columns of the terminal that a stream writes to; None for a file or a pipe, whose lines stay whole.
+
+    COLUMNS in the environment counts for a terminal that does not say how wide it is, and for nothing else: libraries
+    (readline) set it for all processes that they start, whatever these write to.
+    """
+    if not stream.isatty():
+        return None
+    with suppress(OSError, ValueError):  # a stream of Python's own has no number
+        if found := os.get_terminal_size(stream.fileno()).columns:
+            return found
+    given = os.environ.get("COLUMNS", "")
+    return int(given) if given.isdecimal() and int(given) else DEFAULT_COLUMNS
+
+
+def wrapped(text: str, columns: int | None, *, hang: int | None = None) -> str:
+    """Return a text whose lines fit into so many columns.
+
+    Args:
+        columns: None: lines are left as they are.
+        hang: columns in front of a continued line; None: as many as the line begins with, or where the last column of
+            a table (three spaces or more) begins.
+    """
+    if columns is None or columns < NARROWEST:
+        return text
+    return "\n".join(shown for line in text.split("\n") for shown in _wrapped_line(line, columns, hang))
+
+
+def filled(begin: str, items: Sequence[str], columns: int | None, *, hang: int) -> str:
+    """Return a text of items that are two spaces apart, none of them divided."""
+    lines = [begin]
+    for item in items:
+        longer = f"{lines[-1]}  {item}"
+        if columns is None or width(longer) <= columns or not lines[-1].strip():
+            lines[-1] = longer
+        else:
+            lines.append(" " * hang + item)
+    return "\n".join(lines)
+
+
+def cut_to(text: str, columns: int | None) -> str:
+    """Return as many of a line's first words as fit into so many columns, with … where some are missing."""
+    if columns is None or width(text) <= columns:
+        return text
+    (start, stop), *_ = divided(text, columns - 2, columns - 2)
+    return f"{text[start:stop]} …"
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text of at most so many characters, with … where its end is missing; no number is cut."""
+    if len(text) <= most:
+        return text
+    inside = (m for m in _NUMBER.finditer(text) if m.start() < most - 2 < m.end())
+    stop = next((m.start() for m in inside), most - 2)
+    return f"{text[:stop].rstrip()} …"
+
+
+def width(text: str) -> int:
+    """Count the columns that a line takes; what paints it takes none."""
+    return sum(_widths(text))
+
+
+def divided(line: str, first: int, rest: int) -> list[tuple[int, int]]:
+    """Divide a line between words; one that is longer than a line is divided too, but not within a number.
+
+    Args:
+        first: columns that there are for the first piece.
+        rest: columns that there are for each of the others.
+    Returns: (start, stop) of each piece, without the white space between them.
+    """
+    total, whole = [0, *accumulate(_widths(line))], _undivided(line)
+    pieces: list[tuple[int, int]] = []
+    start = stop = 0  # of the piece that is being filled
+    for begin, end in _words(line, rest):
+        room = rest if pieces else first
+        while total[end] - total[start] > room:
+            is_longer = total[end] - total[begin] > rest
+            cut = _cut(line, begin, end, total, total[start] + room, whole) if is_longer else None
+            if cut is not None and (begin == start or line[cut - 1] in _AFTER[0]):
+                pieces.append((start, cut))
+                start = begin = stop = cut
+            elif stop > start:
+                pieces.append((start, stop))
+                start = begin
+            else:  # nothing of it can be divided
+                break
+            room = rest
+        stop = end
+    return [*pieces, (start, max(start, len(line.rstrip())))]
+
+
+def _words(line: str, columns: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of what is not divided: words, and what is quoted as code where it has room in a line."""
+    for word in _WORD.finditer(line):
+        if len(word.group()) <= columns:
+            yield word.span()
+        else:
+            yield from (part.span() for part in _PLAIN_WORD.finditer(line, *word.span()))
+
+
+def _undivided(line: str) -> set[int]:
+    """Return the places of a line that are within a number, or within what paints it."""
+    found = (*_NUMBER.finditer(line), *_PAINT.finditer(line))
+    return {place for one in found for place in range(one.start() + 1, one.end())}
+
+
+def _cut(line: str, begin: int, end: int, total: Sequence[int], most: int, whole: set[int]) -> int | None:
+    """Return the best place at which a word may be divided so that it ends within so many columns."""
+    end = min(end - 1, bisect_right(total, most) - 1)
+    places = [i for i in range(end, begin, -1) if i not in whole and total[i + 1] > total[i]]
+    half = (total[begin] + most) // 2
+    for characters in _AFTER:
+        for place in places:
+            if line[place - 1] in characters and total[place] > half:
+                return place
+    return places[0] if places else None
+
+
+def _wrapped_line(line: str, columns: int, hang: int | None) -> Iterator[str]:
+    if width(line) <= columns:
+        yield line
+        return
+    indent = _hanging(line, columns) if hang is None else min(hang, columns // 2)
+    for number, (start, stop) in enumerate(divided(line, columns, columns - indent)):
+        yield (" " * indent if number else "") + line[start:stop]
+
+
+def _hanging(line: str, columns: int) -> int:
+    """Return where a line is continued: below its last column, where it is of a table, else below its first word."""
+    plain = _PAINT.sub("", line)
+    begins = [width(plain[: found.end()]) for found in _COLUMN.finditer(plain)]
+    text = plain.lstrip(" ")
+    own = len(plain) - len(text) + 2 * text.startswith("- ")  # of a list
+    return max([own, *(begin for begin in begins if begin <= LAST_COLUMN * columns)])
+
+
+def _widths(text: str) -> list[int]:
+    if text.isascii() and "\x1b" not in text:
+        return [1] * len(text)
+    found = [_width(character) for character in text]
+    for paint in _PAINT.finditer(text):
+        found[paint.start() : paint.end()] = [0] * (paint.end() - paint.start())
+    return found
+
+
+def _width(character: str) -> int:
+    if category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if east_asian_width(character) in "WF" else 1

@@ -1,0 +1,237 @@
+"""What is printed on a terminal fits its lines: indents stay, and no number is broken."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from rich.console import Console as Terminal
+
+from src import preflight
+from src.config.problems import Problem, refuse
+from src.errors import report
+from src.evaluation.samples import Sample
+from src.sweep.board import Board, Entry
+from src.sweep.record import Standing
+from src.sweep.trial import Trial
+from src.terminal import columns_of, cut_to, filled, shortened, width, wrapped
+from src.tracking.console import Console
+from tests.conftest import ROOT, read_lines
+
+NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:[.:]\d+)*(?:e[+-]?\d+)?")
+
+
+class Screen(io.StringIO):
+    """A terminal of 80 columns that remembers what was written."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def lines(self) -> list[str]:
+        return [line.rpartition("\x1b[2K")[2] for line in self.getvalue().removesuffix("\n").split("\n")]
+
+
+# Lines
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "lines"),
+    [
+        ("one two three four five six", 20, ["one two three four", "five six"]),
+        ("  keeps its indent, 12,345.678 too", 24, ["  keeps its indent,", "  12,345.678 too"]),
+        ("up to 21.9 MiB for it, 76.7 GiB free", 30, ["up to 21.9 MiB for it,", "76.7 GiB free"]),
+        ("weights   2.7 MiB   707,456 weights", 30, ["weights   2.7 MiB   707,456", " " * 20 + "weights"]),
+        ("- of a list of some words and more", 20, ["- of a list of some", "  words and more"]),
+        ("[" + "0123456789," * 3 + "]", 24, ["[0123456789,0123456789,", "0123456789,]"]),
+        ("0123456789" * 3, 20, ["0123456789" * 3]),
+        ("a path /with/some/folders/and/a/name.txt", 24, ["a path /with/some/", "folders/and/a/name.txt"]),
+        ("do `make sync run=DIR` now, please", 22, ["do `make sync run=DIR`", "now, please"]),
+        ("run `a command longer than a line` now", 20, ["run `a command", "longer than a line`", "now"]),
+        ("한국어 문장은 두 칸을 차지합니다", 20, ["한국어 문장은 두", "칸을 차지합니다"]),
+        ("質問に答える文章はとても長い", 20, ["質問に答える文章はと", "ても長い"]),
+        ("\x1b[1mpainted words take\x1b[0m no room", 22, ["\x1b[1mpainted words take\x1b[0m no", "room"]),
+        ("", 20, [""]),
+        ("below the narrowest nothing is done", 19, ["below the narrowest nothing is done"]),
+    ],
+)  # fmt: skip
+def test_lines_end_between_words(text: str, columns: int, lines: list[str]) -> None:
+    assert wrapped(text, columns).split("\n") == lines
+    assert wrapped(text, None) == text
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(
+    some.lists(some.text("ab .,/:;-e1234567890 <>", min_size=1, max_size=60), min_size=1, max_size=3),
+    some.integers(20, 70),
+)
+def test_nothing_is_lost_and_no_number_broken(parts: list[str], columns: int) -> None:
+    text = "\n".join(parts)
+    shown = wrapped(text, columns)
+    assert re.sub(r"\s", "", shown) == re.sub(r"\s", "", text)
+    assert NUMBER.findall(shown) == NUMBER.findall(text)
+    for line in shown.split("\n"):
+        assert width(line.rstrip()) <= columns or max(map(len, NUMBER.findall(line))) > columns // 4
+
+
+def test_items_are_not_divided() -> None:
+    begin, items = "  evaluated: test", ["loss 0.1234", "perplexity 1.1234", "exact match 0.5"]
+    assert filled(begin, items, 38, hang=6).split("\n") == [
+        "  evaluated: test  loss 0.1234",
+        "      perplexity 1.1234",
+        "      exact match 0.5",
+    ]
+    assert filled(begin, items, None, hang=6) == f"{begin}  {'  '.join(items)}"
+
+
+def test_a_text_is_cut_between_words_and_beside_numbers() -> None:
+    assert cut_to("rows: 12,345 prepared so far", 20) == "rows: 12,345 …"
+    assert cut_to("rows: 12,345", 20) == "rows: 12,345"
+    assert shortened("a" * 10, 10) == "a" * 10
+    assert shortened("one two 123456789", 14) == "one two …"
+    assert shortened("x" * 400, 300) == "x" * 298 + " …"
+
+
+def test_how_wide_a_stream_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert columns_of(io.StringIO()) is None
+    assert columns_of(Screen()) == 80
+    monkeypatch.setenv("COLUMNS", "66")
+    assert (columns_of(Screen()), columns_of(io.StringIO())) == (66, None)
+
+
+# What a run says
+
+
+def sample_of(text: str, answer: str, reference: str = "15201") -> Sample:
+    return Sample(3, "7311+7890=", text, answer, reference, "eos", 0, 0, text)
+
+
+def test_samples_show_their_parts_apart_and_equal_ones_once() -> None:
+    screen = Screen()
+    console = Console(screen)
+    console.samples([sample_of("<ToW>1+0+0=01</ToW>15201", "15201"), sample_of("15201", "15201"), sample_of("", "")])
+    assert screen.lines == [
+        "  prompt      7311+7890=",
+        "    text      <ToW>1+0+0=01</ToW>15201   [eos]",
+        "    answer    15201",
+        "    expected  15201",
+        "  prompt      7311+7890=",
+        "    answer    15201   [eos]",
+        "    expected  15201",
+        "  prompt      7311+7890=",
+        "    answer    (nothing)   [eos]",
+        "    expected  15201",
+    ]
+
+
+def test_long_samples_stay_in_their_column() -> None:
+    screen = Screen()
+    thoughts = "".join(f"<ToW>{i}+{i + 1}+0={2 * i + 1:02}</ToW>" for i in range(1000, 1020))
+    Console(screen).samples([sample_of(f"{thoughts}15201", "15201", "a word and another, " * 9)])
+    assert max(map(len, screen.lines)) <= 80
+    assert {line[14:15] != " " and line[:14].strip() for line in screen.lines} == {
+        "prompt",
+        "text",
+        "answer",
+        "expected",
+        "",
+    }
+    shown = "".join(line[14:] for line in screen.lines[1:6])
+    assert shown.startswith(thoughts[:250])
+
+
+def test_progress_fits_into_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns, parts in ((80, 5), (60, 4), (45, 3), (33, 2)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        screen = Screen()
+        Console(screen).progress(100_000, 100_000, 1.5, 2e-5, 1_234_567.0, logged=True)
+        (line,) = screen.lines
+        assert len(line) < columns
+        assert (line.startswith("step 100000/100000"), line.endswith("? left")) == (True, True)
+        assert len(re.split(r"  +", line)) == parts
+        Console(screen).working("word " * 40)
+        assert len(screen.lines[-1]) < columns
+
+
+def test_errors_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    problem = Problem("optimizer.lrr", "unknown key; did you mean optimizer.lr?", 0.0001, where="from the command line")
+    report(refuse([problem, Problem("training.mixed_precision", "not one of no, bf16, fp16", "fp8")]))
+    assert screen.lines[1:3] == [
+        "  optimizer.lrr = 0.0001           unknown key; did you mean optimizer.lr?",
+        "                                   (from the command line)",
+    ]
+
+
+def test_the_table_of_a_sweep_breaks_no_number() -> None:
+    overrides = (
+        "optimizer.lr=0.0001235",
+        "training.per_device_train_batch_size=16",
+        "data.train_files=[/a/20261121/b-105749.jsonl]",
+    )
+    trial = Trial(12, 12, overrides, "a", "b", 1, None, {})
+    board = Board("a sweep", "eval/validation/thought_loss")
+    terminal = Terminal(file=io.StringIO(), width=80)
+    running = Standing("RUNNING", last=0.123456, step=1200, num_steps=12_000, elapsed_seconds=500)
+    terminal.print(board._table([Entry(trial, running)], "3 of 12345 trials done, 1 running, about 1:12:33 left"))
+    text = terminal.file.getvalue()  # type: ignore[attr-defined]
+    for number in ("0.0001235", "16", "20261121", "105749", "1200/12000", "0.1235", "1:15:00", "12345", "1:12:33"):
+        assert number in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_preflight_at_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    screen, file = Screen(), io.StringIO()
+    for stream in (screen, file):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert preflight.main(["tracking=none", "debug=smoke", f"data.cache_dir='{tmp_path}'", "preflight.rows=1"]) == 0
+    lines = [line for line in screen.lines if not line.endswith(" rows prepared")]  # in place, as long as it took
+    assert max(map(len, lines)) <= 80 < max(map(len, file.getvalue().splitlines()))
+    timed = re.compile(r"\d+:\d+|[\d.]+e[+-]\d+|[\d.]+ [KMG]iB free")  # of this moment
+    narrow, wide = (NUMBER.findall(timed.sub("", text)) for text in ("\n".join(lines), file.getvalue()))
+    assert narrow == wide
+
+
+def test_a_run_on_a_terminal_of_80_columns(tmp_path: Path) -> None:
+    """A real terminal of 80 columns: no line is longer, those that are continued are indented, numbers are whole."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "src.run", "debug=smoke", "training.max_train_steps=2", "tracking=none",
+        f"hydra.run.dir={run}", f"data.cache_dir={tmp_path}/rows"]  # fmt: skip
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=follower, stderr=follower, stdin=follower)
+    os.close(follower)
+    written = b""
+    while True:
+        try:
+            written += os.read(leader, 2**16)
+        except OSError:  # the other end is closed
+            break
+    os.close(leader)
+    assert process.wait() == 0
+    lines = [line.rpartition("\x1b[2K")[2] for line in written.decode().replace("\r\n", "\n").split("\n")]
+    assert max(map(width, lines)) <= 80
+    said = "\n".join(lines)
+    last = read_lines(run / "metrics.jsonl")[-1]
+    for name in ("loss", "perplexity", "thought_loss", "answer_loss"):
+        assert f"{name} {last[f'eval/validation/{name}']:.4f}" in said
+    train = json.loads((run / "data_report.json").read_text())["train"]
+    assert re.search(rf"{train['supervised_tokens']:,} of {train['tokens']:,} tokens\s+supervised", said)
+    assert re.search(
+        r"^data        train: 16 of 16 rows .*\n {12}supervised\n {12}validation: ", said, flags=re.MULTILINE
+    )
+    assert re.search(r"^  evaluated at step 2: test .*\n {6}\w+ ", said, flags=re.MULTILINE)
