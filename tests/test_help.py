@@ -142,6 +142,13 @@ def test_options_of_the_users_own_have_their_words_too(shown, tmp_path: Path) ->
     assert "\n  mine\n      Mine: for long runs.\n      As adamw, and sets optimizer.lr: 0.125\n" in text
     assert "With mine: what I found to work" in text
     assert "\n  optimizer.lr: 0.125\n" in text
+    (tmp_path / "optimizer" / "deep").mkdir()
+    inner = "# Deeper.\ndefaults:\n  - /optimizer/sgd@_here_\n  - _self_\nmomentum: 0.5 # more of it\n"
+    (tmp_path / "optimizer" / "deep" / "one.yaml").write_text(inner)
+    text = shown("optimizer", "--config-dir", str(tmp_path), "optimizer=deep/one")
+    assert "\n  deep/one\n      Deeper.\n      As sgd, and sets optimizer.momentum: 0.5\n" in text
+    assert "With deep/one: more of it" in text
+    assert "Default: 0.5 (deep/one), 0.0 (sgd) A key of optimizer=deep/one, sgd" in words(text)
     mine.write_text("lr: [\n")
     done = shown("optimizer", "--config-dir", str(tmp_path))
     assert "\n  mine\n      can't be read: " in done

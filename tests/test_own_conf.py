@@ -70,7 +70,7 @@ def test_values_of_a_sweep_are_written_so_that_hydra_reads_them_unchanged(values
     assert all(same(one, value) for one, value in zip(each, values, strict=True))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(TEXT | st.none(), min_size=2, max_size=3, unique=True))
 def test_a_value_arrives_unchanged_from_files_and_the_command_line(own: Path, texts: list[str | None]) -> None:
     as_written = [text if text is None else text.replace("\\${", "${").replace("${", "\\${") for text in texts]

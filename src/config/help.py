@@ -130,7 +130,7 @@ class Page:
 
     def sets(self, option: Option) -> str:
         """Return what an option builds on and sets, in one line."""
-        public = [one for one in option.parents if not one.startswith("_")]
+        public = [one.removeprefix(f"/{option.group}/") for one in option.parents if not one.startswith("_")]
         given = [f"{key}: {shortened(shown_value(value), 60)}" for key, value in reference.changes(option).items()]
         parts = [*([f"as {', '.join(public)}"] if public else []), *([f"sets {'; '.join(given)}"] if given else [])]
         said = ", and ".join(parts) or "sets nothing"

@@ -52,12 +52,12 @@ def meaning(key: Key, roots: Roots = (CONF,), chosen: str = "") -> str:
     """Return what a key means: what is said of it in general, and by the chosen option.
 
     In general it is said by its line in conf/config.yaml or in the option that this file chooses, by the schema, or by
-    another option, in this order.
+    another option of conf/, in this order.
     """
     if not is_group(key.section, roots):
         return _top()[1].get(key.name) or key.text
     general = _own(key, default_choices().get(key.section, ""), roots) or key.text
-    for option in [] if general else groups.readable(key.section, roots):
+    for option in [] if general else [*groups.readable(key.section, [CONF]), *groups.readable(key.section, roots)]:
         general = general or _own(key, option, roots)
     own = _own(key, chosen, roots)
     return "; ".join(dict.fromkeys(said for said in (general, own) if said))
