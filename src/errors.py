@@ -181,6 +181,14 @@ def report(message: object, *, wraps: bool = True) -> None:
     print(wrapped(text, columns_of(sys.stderr)) if wraps else text, file=sys.stderr, flush=True)
 
 
+def show(text: str, end: str = "\n") -> None:
+    """Print what was asked for; a reader that has seen enough of it (`| head`) may leave."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+
+
 def human_bytes(count: float) -> str:
     """Give a size in binary units: 512 B, 2.8 MiB, 14.0 GiB."""
     units = ["TiB", "GiB", "MiB", "KiB"]

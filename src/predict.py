@@ -1,8 +1,8 @@
 """Generate with a finished run: `python -m src.predict run=DIR data.test_files=[FILE,…] KEY=VALUE …`.
 
 The run's frozen config.yaml counts, with single keys on top: data.…, generation.…, seed, evaluation.metrics, runtime.…,
-model.dtype, model.attn_implementation, training.mixed_precision, keys of its own, and force=true, which starts the sets
-named here anew.
+model.dtype, model.attn_implementation, training.mixed_precision, and keys of its own: predict.batch_size=N and
+predict.output=DIR. force=true starts the sets named here anew.
 
 Prompts are exactly those of training, made of all rows of data.test_files (a list, or name: list; where none are given
 the run's own), unless data.limit is given here.

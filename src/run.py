@@ -29,6 +29,7 @@ from src.errors import (
     TrainingError,
     is_disk_full,
     report,
+    show,
     show_libraries_visibly,
     visible,
 )
@@ -424,7 +425,7 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
         report(f"\nStopped by {str(reason) or 'Ctrl-C'}")
         return Interrupted.exit_code
     finally:  # Hydra exits by itself behind what it shows
-        sys.stdout.write(clean(shown.getvalue()))
+        show(clean(shown.getvalue()), end="")
     if asked is not None:
         return asked.code
     if failed := [str(number) for number, code in enumerate(codes) if code]:
@@ -468,7 +469,7 @@ def admit_and_run(arguments: Sequence[str], stop: StopRequest) -> int:
     try:
         request = admit(arguments)
         if request.line.flags.cfg:
-            sys.stdout.write(shown_config(request.line))
+            show(shown_config(request.line), end="")
             return 0
         if request.line.flags.help:
             from src.config.help import help_of_run

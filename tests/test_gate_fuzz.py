@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from src.config import peers
 from src.config.compose import CONF
 from src.config.gate import admit, admit_prediction, known_keys
 from src.errors import ConfigError
@@ -21,6 +22,7 @@ SEED, NUM_LINES = 17, 60
 GROUPS = sorted(place.name for place in CONF.iterdir() if place.is_dir())
 KEYS = sorted(
     {*known_keys(), *GROUPS, "sweep.params", "sweep.n_jobs", "sweep.storage", "hydra.run.dir", "rerun", "run"}
+    | {f"{section}{name}" for section in ("", "training.", "x.y.") for name in list(peers.names().values())[::60]}
 )
 VALUES = (
     *("null", "true", "[]", "{}", "''", "[null]", "[1]", "[[1]]", "[[[]]]", "{a: 1}", "{a: {b: [1]}}", "{1: 2}"),

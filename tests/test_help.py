@@ -142,6 +142,13 @@ def test_options_of_the_users_own_have_their_words_too(shown, tmp_path: Path) ->
     assert "\n  mine\n      Mine: for long runs.\n      As adamw, and sets optimizer.lr: 0.125\n" in text
     assert "With mine: what I found to work" in text
     assert "\n  optimizer.lr: 0.125\n" in text
+    (tmp_path / "optimizer" / "deep").mkdir()
+    inner = "# Deeper.\ndefaults:\n  - /optimizer/sgd@_here_\n  - _self_\nmomentum: 0.5 # more of it\n"
+    (tmp_path / "optimizer" / "deep" / "one.yaml").write_text(inner)
+    text = shown("optimizer", "--config-dir", str(tmp_path), "optimizer=deep/one")
+    assert "\n  deep/one\n      Deeper.\n      As sgd, and sets optimizer.momentum: 0.5\n" in text
+    assert "With deep/one: more of it" in text
+    assert "Default: 0.5 (deep/one), 0.0 (sgd) A key of optimizer=deep/one, sgd" in words(text)
     mine.write_text("lr: [\n")
     done = shown("optimizer", "--config-dir", str(tmp_path))
     assert "\n  mine\n      can't be read: " in done
@@ -172,14 +179,21 @@ def test_other_entries(shown, entry, own: str) -> None:  # type: ignore[no-untyp
     assert "unrecognized arguments: --learning_rate" in shown("--learning_rate", entry=entry.main, code=2)
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "src.run", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["--info", "config"]])
+def test_a_reader_that_leaves_early_is_no_error(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "src.run", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.close()
         assert process.stderr is not None
         assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+@pytest.mark.parametrize(
+    "topic", ["..", ".", "", "/", "x" * 5000, "\udcff", "a.b.c.", "hydra", "_self_", "*", "안" * 200]
+)
+def test_topics_that_no_one_would_ask_for_are_refused(shown, topic: str) -> None:  # type: ignore[no-untyped-def]
+    assert "no group, section or key" in shown(topic, code=2)
 
 
 TEXT = """# @package _global_

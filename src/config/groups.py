@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from src.config import comments
@@ -51,12 +51,12 @@ def read(group: str, name: str, roots: tuple[Path, ...]) -> Option | None:
         file = root / group / f"{name}.yaml"
         if file.is_file():
             stat = file.stat()
-            return _read(group, file, stat.st_mtime_ns, stat.st_size)
+            return _read(group, name, file, stat.st_mtime_ns, stat.st_size)
     return None
 
 
 @lru_cache(maxsize=1_000)
-def _read(group: str, file: Path, changed: int, size: int) -> Option:
+def _read(group: str, name: str, file: Path, changed: int, size: int) -> Option:
     """Read an option file once, as long as it stays what it is."""
     content = dict(read_option(file))
     text = file.read_text(encoding="utf-8")
@@ -68,7 +68,7 @@ def _read(group: str, file: Path, changed: int, size: int) -> Option:
         content = own if isinstance(own, dict) else {}
         said = {key.removeprefix(f"{group}."): words for key, words in said.items() if key.startswith(f"{group}.")}
     about, written = tuple(comments.about(text)), comments.written_package(text)
-    return Option(group, file.stem, file, content, parents, choices, about, said, top_keys, package, written)
+    return Option(group, name, file, content, parents, choices, about, said, top_keys, package, written)
 
 
 def defaults_of(given: Any) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -94,7 +94,16 @@ def lineage(group: str, name: str, roots: tuple[Path, ...]) -> Iterator[Option]:
         if one not in seen and (found := read(group, one, roots)) is not None:
             seen.add(one)
             yield found
-            waiting[:0] = reversed(found.parents)
+            beside = PurePath(one).parent
+            waiting[:0] = [_in_group(group, parent, beside, roots) for parent in reversed(found.parents)]
+
+
+def _in_group(group: str, name: str, beside: PurePath, roots: tuple[Path, ...]) -> str:
+    """Return the name within its group of an option that another one builds on, which may be in a folder of its own."""
+    if name.startswith("/"):
+        return name.strip("/").removeprefix(f"{group}/")
+    nearest = (beside / name).as_posix()
+    return nearest if any((root / group / f"{nearest}.yaml").is_file() for root in roots) else name
 
 
 def values_of(group: str, name: str, roots: tuple[Path, ...]) -> dict[str, Any]:
@@ -133,11 +142,26 @@ def with_key(key: Key, roots: Sequence[Path]) -> list[str]:
     return [name for name in names if values_of(key.section, name, tuple(roots)).get("type") in key.types]
 
 
+def setting(key: Key, roots: Sequence[Path]) -> dict[str, Any]:
+    """Return the value of a key in each option that has the key and gives it one, by the option."""
+    name, found = key.name.removeprefix(f"{key.section}."), dict[str, Any]()
+    for option in with_key(key, roots):
+        node: Any = values_of(key.section, option, tuple(roots))
+        for part in name.split("."):
+            node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+        if node is not _ABSENT:
+            found[option] = node
+    return found
+
+
 def first_with_key(key: Key, roots: Sequence[Path]) -> list[str]:
-    """Return those options that have a key and build on no other option that has it."""
-    names = with_key(key, roots)
+    """Return those options that give a key a value and build on no other option that does."""
+    names = list(setting(key, roots)) or with_key(key, roots)
     above = {name: {one.name for one in lineage(key.section, name, tuple(roots))} - {name} for name in names}
     return [name for name in names if not above[name] & set(names)]
+
+
+_ABSENT = object()
 
 
 def groups(roots: Sequence[Path]) -> list[str]:

@@ -5,9 +5,7 @@ No torch here. Values are those of the command line that asks, so `--help experi
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -23,7 +21,7 @@ from src.config.keys import Key, all_keys, source_keys
 from src.config.options import OptionFileError
 from src.config.problems import Problem, refuse, shortened
 from src.config.schema import ENTRY_SECTIONS, Check, Keys
-from src.errors import visible
+from src.errors import show, visible
 
 WIDTH = 80
 LEFT = 34
@@ -132,7 +130,7 @@ class Page:
 
     def sets(self, option: Option) -> str:
         """Return what an option builds on and sets, in one line."""
-        public = [one for one in option.parents if not one.startswith("_")]
+        public = [one.removeprefix(f"/{option.group}/") for one in option.parents if not one.startswith("_")]
         given = [f"{key}: {shortened(shown_value(value), 60)}" for key, value in reference.changes(option).items()]
         parts = [*([f"as {', '.join(public)}"] if public else []), *([f"sets {'; '.join(given)}"] if given else [])]
         said = ", and ".join(parts) or "sets nothing"
@@ -154,8 +152,8 @@ class Page:
             yield from wrapped(f"With {option}: {said}", indent=6, hanging=2)
         yield from wrapped(f"Allowed: {key.allowed}", indent=6, hanging=2)
         yield from wrapped(f"Default: {default_text(by_option)}", indent=6, hanging=2)
-        if key.types and set(by_option) != set(options(key.section, self.roots)):
-            yield from wrapped(f"A key of {key.section}={', '.join(by_option)}", indent=6, hanging=2)
+        if key.types and (having := groups.with_key(key, self.roots)) != options(key.section, self.roots):
+            yield from wrapped(f"A key of {key.section}={', '.join(having)}", indent=6, hanging=2)
         if key.inner:
             for allowed, inner in inner_keys(key.inner).items():
                 yield from wrapped(f"In it, {allowed}: {', '.join(inner)}", indent=6, hanging=2)
@@ -209,7 +207,8 @@ def help_of_run(composed: Composed, line: CommandLine) -> int:
     Raises:
         ConfigError: where it asks for something that there is not.
     """
-    return _show(_of_run(composed, line))
+    show(_of_run(composed, line))
+    return 0
 
 
 def help_of_entry(entry: str, about: str | None, arguments: Sequence[str]) -> int:
@@ -235,7 +234,8 @@ def help_of_entry(entry: str, about: str | None, arguments: Sequence[str]) -> in
         *(["", f"{entry}:"] if own else []),
         *(line for key in own for line in page.short(key)),
     ]
-    return _show("\n".join([*lines, "", *textwrap.wrap(MORE, WIDTH)]))
+    show("\n".join([*lines, "", *textwrap.wrap(MORE, WIDTH)]))
+    return 0
 
 
 def _of_run(composed: Composed, line: CommandLine) -> str:
@@ -251,15 +251,6 @@ def _of_run(composed: Composed, line: CommandLine) -> str:
     if problems:
         raise refuse(problems)
     return "\n\n".join(found)
-
-
-def _show(text: str) -> int:
-    """Print a text; a reader that has seen enough (`| head`) may leave. Return the exit code."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
-    return 0
 
 
 def without_types(keys: Sequence[Key]) -> list[Key]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
-
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 
 from src.config import groups, peers
 from src.config.compose import GLOBAL_GROUPS
@@ -19,6 +15,7 @@ from src.config.keys import Key, all_keys
 from src.config.options import CONF, OptionFileError, shown
 from src.config.peers import Counterpart
 from src.config.problems import Problem
+from src.config.quoting import Unwritable, shell_override
 from src.config.schema import ENTRY_SECTIONS, SECTIONS
 
 LIKE_HERE, LIKE_ELSEWHERE = 0.6, 0.8
@@ -26,8 +23,8 @@ LIKE_HERE, LIKE_ELSEWHERE = 0.6, 0.8
 HERE_FIRST = 0.1
 """How much less alike a name of the same section may be than one from elsewhere."""
 MOST_SUGGESTED = 3
-_PLAIN = re.compile(r"[\w./:+\-\[\],]+")
-"""What neither Hydra nor a shell takes for anything but itself."""
+LONGEST = 100
+"""Characters of KEY=VALUE that are suggested; of longer ones the key alone is."""
 
 
 @dataclass(frozen=True)
@@ -199,12 +196,12 @@ def _offered(situation: Situation) -> Iterator[Key]:
 
 def _of_counterpart(here: Counterpart, value: Any, situation: Situation) -> list[_Suggestion]:
     """Return what a table suggests for a value: the key, with its value where that is another one here."""
-    given = here.value(value)
+    given, is_known = here.value(value)
     replaced = [better for choice, better in here.instead_of.items() if _is_chosen(choice, situation)]
     known = all_keys().get(here.key)
     if known is None:
         return _of_group(here, given, replaced, situation)
-    text = _typed(known, given) if given is not None else ""
+    text = _typed(known, given) if is_known else ""
     is_other = peers.value_text(value) in here.values
     return _of_key(known, text, situation, replaced, is_other=is_other, note="" if text else here.note or known.allowed)
 
@@ -260,28 +257,14 @@ def _of_key(
 
 
 def _typed(key: Key, value: Any) -> str:
-    """Return KEY=VALUE as it can be typed without any quotes; '' where it can't, or the key takes no such value."""
-    text = _plain(key.name, value)
-    return text if text and key.takes(OverridesParser.create().parse_override(text).value()) else ""
-
-
-def _plain(key: str, value: Any) -> str:
-    """Return KEY=VALUE as it can be typed without any quotes; '' where it can't."""
-    if isinstance(value, list):
-        inner = [_plain("key", one).partition("=")[2] for one in value]
-        written = f"[{','.join(inner)}]" if all(inner) else ""
-    else:
-        written = peers.value_text(value)
-    text = f"{key}={written}"
-    if not written or not _PLAIN.fullmatch(written):
+    """Return KEY=VALUE as it is typed in a shell; '' where it can't be, is long, or the key takes no such value."""
+    if not key.takes(value):
         return ""
     try:
-        read = OverridesParser.create().parse_override(text)
-    except HydraException:
+        text = shell_override(key.name, value)
+    except Unwritable:
         return ""
-    if read.is_sweep_override():
-        return ""
-    return text
+    return text if len(text) <= LONGEST else ""
 
 
 def _alike(key: str, value: Any, problem: UnknownKey, situation: Situation) -> list[_Suggestion]:

@@ -48,9 +48,8 @@ def parents_of(content: Mapping[str, Any], file: Path, group: str) -> Iterator[P
     Args:
         content: what the option's file holds.
     """
-    root = file
-    for _ in Path(group, file.name).parts:
-        root = root.parent
+    inside = next((one for one in file.parents if one.name == Path(group).name), file.parent)
+    root = inside.parents[len(Path(group).parts) - 1]
     entries = content.get("defaults")
     for entry in entries if isinstance(entries, list) else []:
         if not isinstance(entry, str) or not (name := entry.partition("@")[0]) or name == "_self_":

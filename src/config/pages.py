@@ -78,8 +78,8 @@ def _row(key: Key) -> list[str]:
     by_option = reference.defaults(key)
     said = [inline(reference.meaning(key))]
     said += [f"{code(option)}: {inline(remark)}" for option, remark in reference.remarks(key).items()]
-    if key.types and set(by_option) != set(options(key.section, [CONF])):
-        first, *others = by_option
+    if key.types and (of_some := groups.with_key(key, [CONF])) != options(key.section, [CONF]):
+        first, *others = of_some
         said.append(f"only with {', '.join([code(f'{key.section}={first}'), *map(code, others)])}")
     having = by_value(by_option)
     default = [code(text) + (f": {', '.join(names)}" if len(having) > 1 else "") for text, names in having.items()]

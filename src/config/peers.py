@@ -34,16 +34,15 @@ class Counterpart:
         """Whether a mapping of theirs has no keys that are keys of their own."""
         return not self.is_same and not self.values
 
-    def value(self, given: Any) -> Any:
-        """Return a value of theirs as it is here; None where that can't be said (null is the text)."""
+    def value(self, given: Any) -> tuple[Any, bool]:
+        """Return a value of theirs as it is here, and whether that can be said."""
         text = value_text(given)
         if text in self.values:
-            return self.values[text]
-        if not self.is_same:
-            return None
+            ours = self.values[text]
+            return ({"null": None, "true": True, "false": False, "[]": []}.get(ours, ours), True)
         if self.is_list and isinstance(given, str):
-            return [part.strip() for part in given.split(",")]
-        return "null" if given is None else given
+            return [part.strip() for part in given.split(",")], self.is_same
+        return given, self.is_same
 
 
 def value_text(value: Any) -> str:

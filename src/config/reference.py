@@ -31,7 +31,7 @@ def default_choices() -> dict[str, str]:
 
 
 def is_group(name: str, roots: Roots = (CONF,)) -> bool:
-    return bool(name) and any((root / name).is_dir() for root in roots)
+    return name in groups.groups(roots)
 
 
 def sections() -> list[str]:
@@ -52,12 +52,12 @@ def meaning(key: Key, roots: Roots = (CONF,), chosen: str = "") -> str:
     """Return what a key means: what is said of it in general, and by the chosen option.
 
     In general it is said by its line in conf/config.yaml or in the option that this file chooses, by the schema, or by
-    another option, in this order.
+    another option of conf/, in this order.
     """
     if not is_group(key.section, roots):
         return _top()[1].get(key.name) or key.text
     general = _own(key, default_choices().get(key.section, ""), roots) or key.text
-    for option in [] if general else groups.readable(key.section, roots):
+    for option in [] if general else [*groups.readable(key.section, [CONF]), *groups.readable(key.section, roots)]:
         general = general or _own(key, option, roots)
     own = _own(key, chosen, roots)
     return "; ".join(dict.fromkeys(said for said in (general, own) if said))
@@ -82,21 +82,13 @@ def _own(key: Key, option: str, roots: Roots) -> str:
 
 
 def defaults(key: Key, roots: Roots = (CONF,)) -> dict[str, Any]:
-    """Return the value of a key in each option that has it; under '' where its section has no options."""
+    """Return the value of a key in each option that gives it one; under '' where its section has no options."""
     if is_group(key.section, roots):
-        values = {one: groups.values_of(key.section, one, tuple(roots)) for one in groups.with_key(key, roots)}
-        return {option: value_at(given, name_in(key)) for option, given in values.items()}
+        return groups.setting(key, roots)
     section = _top()[0].get(key.section, {}) if key.section else _top()[0]
     if name_in(key) in section:
         return {"": section[name_in(key)]}
     return {"": getattr(key.owner(), key.leaf)}
-
-
-def value_at(node: Any, name: str) -> Any:
-    """Return the value of a dotted name in mappings; None where there is none."""
-    for part in name.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
 
 
 def changes(option: Option) -> dict[str, Any]:

@@ -720,7 +720,7 @@ class ZeroFileConfig(ZeroConfig):
     the sections that own them, and not handed on.
     """
 
-    type: str = _key(Check("file (choose another with deepspeed=…)", lambda v: v == "file"))
+    type: str = _type("deepspeed", "file")
     config_file: str | None = _key(PATH)
     sha256: str | None = MISSING
     optimizer: Any = _key(MAPPING, inner=DEEPSPEED_OPTIMIZER_KEYS)
