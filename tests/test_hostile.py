@@ -673,3 +673,22 @@ def test_names_of_keys_stay_one_line(tmp_path: Path) -> None:
     config = admitted("data=prompt_completion", f"data.train_files=[{write_lines(tmp_path / 'r.jsonl', rows)}]").config
     data = build_data(config, load_tokenizer(config.model, config.tokens)[0])
     assert data.reports["train"].unread_keys == {"a\\x0d\\n\\x1b[2J b": 1}
+
+
+def test_a_row_on_which_the_tokenizer_fails_is_told_by_its_place(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("assets/tiny_llama", tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"Regex": "(([0-9]+)+)+!"}, "behavior": "Isolated", "invert": False}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, spec["pre_tokenizer"]]}
+    file.write_text(json.dumps(spec), encoding="utf-8")
+    rows = [{"prompt": prompt, "completion": "b"} for prompt in ("a", "12!", "1" * 60, "1" * 60)]
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    config = admitted("data=prompt_completion", f"data.train_files=[{data}]", "tokens=none",
+                      f"model.checkpoint={tmp_path / 'model'}").config  # fmt: skip
+    tokenizer, _ = load_tokenizer(config.model, config.tokens)
+    with pytest.raises(DataError, match=rf"^{re.escape(data)}:3: the tokenizer fails: .* does not come to an end"):
+        build_data(config, tokenizer)
+    assert "panicked" not in capfd.readouterr().err

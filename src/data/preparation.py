@@ -21,7 +21,7 @@ import pyarrow as pa
 from src.config.formats import roles
 from src.config.schema import DataConfig, Overflow
 from src.data.chat import ChatTemplate
-from src.data.encoding import EncodedRow, Encoder, Lengths
+from src.data.encoding import BrokenTokenizerError, EncodedRow, Encoder, Lengths
 from src.data.examples import Example, Examples
 from src.data.formats import BadRow
 from src.data.readers import ENTRY_BYTES, Record, Unreadable, size_of
@@ -117,7 +117,11 @@ class Preparer:
     def _encode(
         self, good: list[tuple[int, Record, Example]], bad: list[tuple[str, str]]
     ) -> Sequence[EncodedRow | TokenError | None]:
-        """Encode examples; one that the tokenizer can't write is told by its place."""
+        """Encode examples; one that the tokenizer can't write is told by its place.
+
+        Raises:
+            DataError: where the tokenizer fails, by the place of the first row on which it does.
+        """
         try:
             return self._encoder.encode([example for _, _, example in good], self._lengths)
         except TokenError:
@@ -125,6 +129,8 @@ class Preparer:
             for _, record, example in good:
                 try:
                     rows += self._encoder.encode([example], self._lengths)
+                except BrokenTokenizerError as problem:
+                    raise DataError(f"{record.place}: {problem}") from problem
                 except TokenError as problem:
                     rows.append(problem)
                     bad.append((record.place, str(problem)))
