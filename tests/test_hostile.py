@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,23 @@ BOMBS = [
     NESTED + "{{ raise_exception(n39) }}",
     NESTED + "{{ n39|string }}",
     "{% generation %}" + R * 2 + "{% endfor %}" * 2 + "{% endgeneration %}",
+    "{% set b = range(99999)|list %}{% for y in b %}{% for x in b if -1 in b %}{% endfor %}{% endfor %}",
+    "{% set b = range(99999)|list %}{% for y in b if b == b|list and -1 in b %}{% endfor %}",
+    "{% set b = range(99999)|list %}{{ b|select('in', b)|list }}",
+    "{% set b = range(99999)|list %}{{ b|map('in', b)|list }}{{ b|reject('in', b)|first }}",
+    A + "{{ range(99999)|map(attribute='a', default=x)|sort }}",
+    A + "{{ range(99999)|map(attribute='a', default=x)|unique|list }}",
+    A + "{{ range(99999)|map(attribute='a', default=x)|max }}",
+    A + "{{ (x * 2)|wordwrap(1) }}",
+    A + "{{ (x * 2)|title }}",
+    A + "{{ x|wordwrap(1) }}",
+    A + "{{ (x * 2)|striptags }}",
+    A + "{{ (x * 2)|urlize }}",
+    A + "{{ (x * 4)|list }}",
+    A + "{{ (x * 4).split() }}",
+    "{{ ('a,' * 1000000).split(',') }}",
+    "{{ ('a\n' * 1000000).splitlines() }}",
+    "{{ strftime_now('%c' * 100000) }}",
 ]
 
 
@@ -692,3 +710,30 @@ def test_a_row_on_which_the_tokenizer_fails_is_told_by_its_place(
     with pytest.raises(DataError, match=rf"^{re.escape(data)}:3: the tokenizer fails: .* does not come to an end"):
         build_data(config, tokenizer)
     assert "panicked" not in capfd.readouterr().err
+
+
+def test_what_interrupts_a_template_harms_nothing_else(tokenizer: Any, short_time: None) -> None:
+    endless = "{% set b = range(99999)|list %}{% for y in b %}{% for x in b if -1 in b %}{% endfor %}{% endfor %}"
+    for _ in range(3):
+        with pytest.raises(LimitError, match=r"line 1, does not come to an end within 0.05\d* s"):
+            render(tokenizer, endless, CHAT)
+        assert sum(i for i in range(10**6)) == 499999500000  # no interruption comes after
+        assert render(tokenizer, "{{ messages[0].content }}", CHAT) == "a"
+    with ThreadPoolExecutor(4) as pool:  # nor in threads that render at the same time
+        templates_given = [endless, "{% for m in messages %}{{ m.content }}{% endfor %}"] * 8
+        found = list(pool.map(lambda template: told(tokenizer, template), templates_given))
+    assert found == ["limit", "ab"] * 8
+
+
+def told(tokenizer: Any, template: str) -> str:
+    try:
+        return render(tokenizer, template, CHAT)
+    except LimitError:
+        return "limit"
+
+
+def test_filters_of_ordinary_templates_take_long_texts(tokenizer: Any) -> None:
+    chat = [{"role": "user", "content": "word, " * 600_000}]
+    for text in ("content.split('</think>')[-1]", "content.split(',')|length ~ ''", "content|trim|upper|lower|trim",
+                 "content.splitlines()|first", "content|replace('z', 'y')"):  # fmt: skip
+        assert len(render(tokenizer, "{% set content = messages[0].content %}{{ " + text + " }}", chat)) > 1
