@@ -737,3 +737,27 @@ def test_filters_of_ordinary_templates_take_long_texts(tokenizer: Any) -> None:
     for text in ("content.split('</think>')[-1]", "content.split(',')|length ~ ''", "content|trim|upper|lower|trim",
                  "content.splitlines()|first", "content|replace('z', 'y')"):  # fmt: skip
         assert len(render(tokenizer, "{% set content = messages[0].content %}{{ " + text + " }}", chat)) > 1
+
+
+@pytest.mark.parametrize(("group", "bad"), [(False, b"x\n"), (True, b"x\n"), (True, b'{"prompt": 1}\n')])
+def test_a_file_of_rubbish_is_not_read_to_its_end(
+    group: bool, bad: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cache, "MOST_BAD", 500)
+    good = b'{"prompt": "p", "completion": "c", "g": 1}\n{"prompt": "p", "completion": "c", "g": 2}\n'
+    folds = ["data.num_folds=2", "data.fold=0", "data.group_column=g"] if group else []
+
+    def refused(content: bytes) -> str:
+        file = tmp_path / "rows.jsonl.gz"
+        file.write_bytes(gzip.compress(content))
+        config = admitted("data=prompt_completion", f"data.train_files=[{file}]", "tokens=none", *folds).config
+        with pytest.raises(DataError) as error:
+            build_data(config, load_tokenizer(config.model, config.tokens)[0])
+        return str(error.value).replace(str(file), "FILE")
+
+    message = refused(bad * 100_000)
+    assert message.startswith("500 rows can't be used:\n  FILE:1  ")
+    assert message.endswith("stopped at FILE:500, after 500 rows that can't be used and fewer that can")
+    half = refused((good + bad + bad) * 300)  # not more of them than of the good ones, so all are counted
+    assert half.startswith("600 rows can't be used:")
+    assert half.endswith("… and 590 more")

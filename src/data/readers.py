@@ -193,6 +193,8 @@ def _lines(file: str) -> Iterator[tuple[int, str, str]]:
                     while line and not line.endswith(b"\n"):
                         line = stream.readline(MAX_ROW_BYTES)
                         length += len(line)
+                        if unpacked is not None:
+                            unpacked.add(len(line), number)
                         if length > MAX_LINE_BYTES:
                             raise _FileEnds(number, _ENDLESS)
                     yield number, "", _TOO_LONG
