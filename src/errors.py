@@ -126,7 +126,7 @@ def listed(problems: list[str], *, most: int = 10) -> str:
     return "\n".join(lines)
 
 
-def one_line(error: Exception, most: int = 300) -> str:
+def one_line(error: BaseException, most: int = 300) -> str:
     """Give a library's error as one line."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 

@@ -3,17 +3,20 @@
 transformers renders them in a sandbox that keeps them from files and Python's insides, not from loops without end or
 texts without limit. So each template is compiled to count what it does: every turn of a loop and call of a macro, every
 text that is written, and every value that an operator, a filter or a function makes. What grows by multiplication is
-measured before it is made.
+measured before it is made. Whatever is not counted is interrupted from another thread once the time is over
+(docs/decisions/0035).
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MappingView
+from queue import SimpleQueue
 from typing import Any
 
 from jinja2 import nodes, pass_context
@@ -36,6 +39,10 @@ MAX_NUMBER = 10**6
 """Of a number given to a filter or function, such as a width."""
 MAX_BITS = 10**6
 """Of a whole number."""
+MAX_LABORIOUS = 2**20
+"""Characters of a text that is given to one of LABORIOUS."""
+MAX_TIME_FORMAT = 1000
+"""Characters of a format of dates."""
 ENTRY, NAMED_ENTRY = 16, 128
 
 GROWING = {
@@ -48,14 +55,23 @@ SHALLOW = {
     "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique",
 }  # fmt: skip
 """Filters that do not write out what they are given."""
+LISTED = {"groupby", "max", "min", "sort", "sum", "unique"}
+"""Filters that compare or add up what they are given, in one go: it is measured before, an iterator too."""
+LABORIOUS = {"pprint", "striptags", "title", "urlize", "wordcount", "wordwrap", "xmlattr"}
+"""Filters that take a text apart, at many times its size or in a time that grows with its square."""
+BY_CHARACTER = {"batch", "groupby", "join", "list", "slice", "sort", "unique"}
+"""Filters that make a list of a text's characters."""
+LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 
 
 class _Budget:
     """What one chat may still take."""
 
-    __slots__ = ("count", "left", "seconds", "until")
+    __slots__ = ("begun", "count", "is_fired", "is_over", "left", "lock", "seconds", "thread", "until")
 
     def __init__(self, seconds: float) -> None:
+        self.thread, self.begun = threading.get_ident(), time.monotonic()
+        self.lock, self.is_over, self.is_fired = threading.Lock(), False, False
         self.seconds, self.until = seconds, time.thread_time() + seconds
         self.left: float = MAX_MADE
         self.count = 0
@@ -73,11 +89,76 @@ class _Budget:
         if self.left < 0:
             raise LimitError(f"makes more than {MAX_MADE:,} characters")
         if (size > LARGE or not self.count & LOOKS_EVERY) and time.thread_time() > self.until:
-            raise LimitError(f"does not come to an end within {self.seconds:.3g} s")
+            raise LimitError(self.late)
+
+    @property
+    def is_late_elsewhere(self) -> bool:
+        """Whether the time is over, asked in another thread while this one renders."""
+        if not hasattr(time, "pthread_getcpuclockid"):  # macOS
+            return time.monotonic() - self.begun > WALL_TIMES * self.seconds
+        return time.clock_gettime(time.pthread_getcpuclockid(self.thread)) > self.until
+
+    @property
+    def late(self) -> str:
+        return f"does not come to an end within {self.seconds:.3g} s"
 
 
 LARGE, LOOKS_EVERY = 2**16, 63
 """The clock is looked at after something so large, and now and then; LOOKS_EVERY is a power of two less one."""
+
+
+class _OutOfTime(BaseException):
+    """Raised in a thread whose rendering takes too long; no Exception, so that no template's code catches it."""
+
+
+class _Watch:
+    """A thread that interrupts renderings whose time is over: of what is not counted, only Python code can be."""
+
+    def __init__(self) -> None:
+        self._begun: SimpleQueue[_Budget] = SimpleQueue()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, budget: _Budget) -> None:
+        if self._thread is None or not self._thread.is_alive():  # not yet started, or before a fork
+            with self._starting:
+                if self._thread is None or not self._thread.is_alive():
+                    self._thread = threading.Thread(target=self._watch, name="templates", daemon=True)
+                    self._thread.start()
+        self._begun.put(budget)
+
+    def end(self, budget: _Budget) -> None:
+        """Interrupt this rendering no more. May be called again: an interruption may come in the midst of this."""
+        with budget.lock:
+            budget.is_over = True
+            if budget.is_fired:
+                _raise_in(budget.thread, None)
+
+    def _watch(self) -> None:
+        running: list[_Budget] = []
+        while True:
+            if not running:
+                running.append(self._begun.get())
+            time.sleep(WATCH_SECONDS)
+            while not self._begun.empty():
+                running.append(self._begun.get())
+            for budget in running:
+                with budget.lock:
+                    if not budget.is_over and budget.is_late_elsewhere:
+                        budget.is_fired = True
+                        _raise_in(budget.thread, _OutOfTime)
+            running = [budget for budget in running if not budget.is_over]
+
+
+WATCH_SECONDS = 0.05
+WALL_TIMES = 10
+"""Time on the clock for each second of processor time, where another thread's processor time can't be asked for."""
+_watch = _Watch()
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Have a thread raise an error as soon as it runs Python code; None: no more."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error and ctypes.py_object(error))
 
 
 UNBOUNDED = _Budget(math.inf)
@@ -102,14 +183,21 @@ def render(tokenizer: Any, template: str, messages: list[dict[str, str]], *, add
     """
     _count_in_transformers()
     size = sum(len(text) for message in messages for text in message.values())
-    _rendering.budget = _Budget(SECONDS + SECONDS_PER_MIB * size / 2**20)
+    budget = _Budget(SECONDS + SECONDS_PER_MIB * size / 2**20)
     try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except (LimitError, MemoryError) as error:
+        try:
+            _rendering.budget = budget
+            _watch.begin(budget)
+            return tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        finally:
+            _watch.end(budget)
+    except (LimitError, MemoryError, _OutOfTime) as error:
+        _watch.end(budget)
         name, line = getattr(tokenizer, "name_or_path", "") or "the tokenizer", _line(error)
-        reason = str(error) if isinstance(error, LimitError) else "needs more memory than there is"
+        reasons = {MemoryError: "needs more memory than there is", _OutOfTime: budget.late}
+        reason = reasons.get(type(error), str(error))
         raise LimitError(f"the chat template of {name}{f', line {line},' if line else ''} {reason}") from None
     finally:
         _rendering.budget = UNBOUNDED  # whoever else renders in this thread has no part in it
@@ -119,7 +207,10 @@ def _line(error: BaseException) -> int | None:
     """Return the line of the template in which an error was raised."""
     found, frame = None, error.__traceback__
     while frame is not None:
-        if "__jinja_template__" in frame.tb_frame.f_globals or frame.tb_frame.f_code.co_filename == "<template>":
+        if (template := frame.tb_frame.f_globals.get("__jinja_template__")) is not None:  # its code in Python
+            line = frame.tb_lineno or frame.tb_frame.f_lineno or 1  # an instruction may be of no line
+            found = template.get_corresponding_lineno(line)
+        elif frame.tb_frame.f_code.co_filename == "<template>":
             found = frame.tb_lineno
         frame = frame.tb_next
     return found
@@ -162,8 +253,9 @@ class _Counting(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """Call a function, method or macro, measured before and counted after."""
+        name = getattr(__function, "__name__", "")
+        _check_pieces(name, _text_of(__function), args, kwargs)
         if args or kwargs:
-            name = getattr(__function, "__name__", "")
             if name in GROWING:
                 args = tuple(map(_listed, args))
             _check_call(name, _text_of(__function), args, kwargs)
@@ -342,15 +434,18 @@ def _length(value: Any) -> int:
 def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a filter that is measured before and counted after."""
     skipped = 1 if hasattr(function, "jinja_pass_arg") else 0
-    is_growing, is_shallow = name in GROWING, name in SHALLOW
+    is_listed = name in GROWING or name in LISTED
+    is_shallow = name in SHALLOW and name not in LISTED
 
     @functools.wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:
         given = args[skipped:]
-        if is_growing:
+        if is_listed:
             given = tuple(map(_listed, given))
-        if given and not is_shallow and type(given[0]) is not str:
-            _spent(given[0])
+        if given:
+            if not is_shallow and type(given[0]) is not str:
+                _spent(given[0])
+            _check_pieces(name, given[0], given[1:], kwargs)
         if kwargs or len(given) > 1:
             _check_call(name, given[0], given[1:], kwargs)
         return _spent(function(*args[:skipped], *given, **kwargs))
@@ -378,6 +473,29 @@ def _check_call(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[st
     if name in ("format", "format_map") and isinstance(value, str):  # the widths in it
         times += [min(int(number), MAX_PRODUCT) for number in re.findall(r"\d{1,15}", value)]
     _check((size + 1) * max(times, default=1), MAX_PRODUCT)
+
+
+def _check_pieces(name: str, text: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a filter or method before it takes a text into too many pieces.
+
+    Args:
+        text: what it is applied to, or whose method it is.
+    """
+    if name == "strftime_now" and any(len(one) > MAX_TIME_FORMAT for one in args if isinstance(one, str)):
+        raise LimitError(f"gives {name} a format of more than {MAX_TIME_FORMAT:,} characters")
+    if not isinstance(text, str) or len(text) * ENTRY <= LARGE:
+        return
+    if name in LABORIOUS and len(text) > MAX_LABORIOUS:
+        raise LimitError(f"gives {name} a text of more than {MAX_LABORIOUS:,} characters")
+    pieces = 0
+    if name in BY_CHARACTER:
+        pieces = len(text)
+    elif name in ("split", "rsplit"):
+        by = args[0] if args else kwargs.get("sep")
+        pieces = text.count(by) if isinstance(by, str) and by else len(text) // 2
+    elif name == "splitlines":
+        pieces = sum(map(text.count, LINE_ENDS))
+    _check(ENTRY * pieces, MAX_SIZE)
 
 
 def _check(size: int, most: int) -> None:

@@ -8,7 +8,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import chat_template_utils
 
 from src import patterns, templates
-from src.config.schema import Metric
-from src.data import cache, readers
+from src.config.schema import Metric, Overflow
+from src.data import cache, preparation, readers
 from src.data.chat_render import render
 from src.data.dataset import build_data
+from src.data.encoding import Lengths
 from src.data.formats import BadRow
+from src.data.preparation import Recipe
 from src.errors import ConfigError, DataError, LimitError, ModelError, report, visible
 from src.evaluation.metrics import scores
 from src.inspection.drawing import Paint
@@ -241,6 +244,23 @@ BOMBS = [
     NESTED + "{{ raise_exception(n39) }}",
     NESTED + "{{ n39|string }}",
     "{% generation %}" + R * 2 + "{% endfor %}" * 2 + "{% endgeneration %}",
+    "{% set b = range(99999)|list %}{% for y in b %}{% for x in b if -1 in b %}{% endfor %}{% endfor %}",
+    "{% set b = range(99999)|list %}{% for y in b if b == b|list and -1 in b %}{% endfor %}",
+    "{% set b = range(99999)|list %}{{ b|select('in', b)|list }}",
+    "{% set b = range(99999)|list %}{{ b|map('in', b)|list }}{{ b|reject('in', b)|first }}",
+    A + "{{ range(99999)|map(attribute='a', default=x)|sort }}",
+    A + "{{ range(99999)|map(attribute='a', default=x)|unique|list }}",
+    A + "{{ range(99999)|map(attribute='a', default=x)|max }}",
+    A + "{{ (x * 2)|wordwrap(1) }}",
+    A + "{{ (x * 2)|title }}",
+    A + "{{ x|wordwrap(1) }}",
+    A + "{{ (x * 2)|striptags }}",
+    A + "{{ (x * 2)|urlize }}",
+    A + "{{ (x * 4)|list }}",
+    A + "{{ (x * 4).split() }}",
+    "{{ ('a,' * 1000000).split(',') }}",
+    "{{ ('a\n' * 1000000).splitlines() }}",
+    "{{ strftime_now('%c' * 100000) }}",
 ]
 
 
@@ -516,19 +536,134 @@ def test_a_table_of_one_gigantic_value_is_not_read(monkeypatch: pytest.MonkeyPat
     assert (bad.place, str(bad.reason).split(",")[0]) == (f"{file}:2", "longer than 64 MiB")  # type: ignore[union-attr]
 
 
+def numbers(file: str) -> list[int]:
+    """Return the field n of all rows of a file, which must be readable."""
+    rows = list(readers.read_file(file))
+    assert all(isinstance(row, readers.Record) and row.number == i for i, row in enumerate(rows, start=1))
+    return [row.fields["n"] for row in rows if isinstance(row, readers.Record)]
+
+
 def test_rows_that_repeat_a_large_value_are_read_a_few_at_a_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = str(tmp_path / "rows.parquet")
     parquet.write_table(pa.table({"prompt": ["b" * 1000] * 100, "n": range(100)}), file, compression="zstd")
-    group = parquet.ParquetFile(file).metadata.row_group(0)
-    assert readers._rows_at_once(group, 1) == readers.PARQUET_BATCH_ROWS
+    metadata = parquet.ParquetFile(file).metadata
+    columns = readers._columns(file, metadata, 0)
+    assert (columns[0].largest, columns[1].largest) == (1004, 16)  # a text, and its length in 4 bytes
+    assert readers._rows_at_once(columns, 1) == readers.PARQUET_BATCH_ROWS
     monkeypatch.setattr(readers, "PARQUET_BATCH_BYTES", 10_000)
-    assert readers._rows_at_once(group, 1) == 10_000 // group.column(0).total_uncompressed_size
-    rows = list(readers.read_file(file))
-    assert [(row.number, row.fields["n"]) for row in rows if isinstance(row, readers.Record)] == [
-        (n + 1, n) for n in range(100)
-    ]
+    assert readers._rows_at_once(columns, 1) == 9
+    assert numbers(file) == list(range(100))
+
+
+def repeated(count: int, size: int) -> pa.Array:
+    """Return a column that has one text very often, and stores it once."""
+    return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array(["b" * size]))
+
+
+@pytest.mark.parametrize("store_schema", [True, False])
+def test_a_small_table_that_unpacks_to_gigabytes_takes_little_memory(store_schema: bool, tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    table = pa.table({"prompt": repeated(20_000, 2**20), "n": range(20_000)})
+    parquet.write_table(table, file, compression="zstd", store_schema=store_schema)
+    assert file.stat().st_size < 200_000
+    before, most = pa.total_allocated_bytes(), 0
+    for row in readers.read_file(str(file)):
+        most = max(most, pa.total_allocated_bytes() - before)
+        if isinstance(row, readers.Unreadable):
+            break
+        assert row.fields == {"prompt": "b" * 2**20, "n": row.number - 1}
+    assert most < 2.5 * readers.PARQUET_BATCH_BYTES
+    assert "unpacks to more than 1.0 GiB and 500 times its size" in row.reason
+    assert 1000 < (row.number or 0) < 1100
+
+
+def test_one_row_that_repeats_a_large_value_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    file = str(tmp_path / "rows.parquet")
+    texts = pa.StructArray.from_arrays([repeated(5000, 2**20), pa.array(["user"] * 5000)], ["content", "role"])
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 4999, 5000], pa.int32()), texts)
+    parquet.write_table(pa.table({"messages": lists}), file, compression="zstd", store_schema=False)
+    first, bad, last = readers.read_file(file)
+    assert isinstance(first, readers.Record)
+    assert isinstance(last, readers.Record)
+    assert first.fields == last.fields == {"messages": [{"content": "b" * 2**20, "role": "user"}]}
+    assert bad == readers.Unreadable(file, 2, "longer than 4 MiB; is this really one row?")
+
+
+def test_tables_are_read_alike_in_pieces_of_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = str(tmp_path / "rows.parquet")
+    messages = [[{"role": "user", "content": "é" * 99}, {"role": None, "content": None}], None, [], [None]]
+    table = pa.table(
+        {
+            "messages": messages * 5,
+            "text": ["a" * 500, None, "", "한"] * 5,
+            "bytes": [b"x", None, b"", b"y"] * 5,
+            "map": pa.array([[("k", "v" * 70)], None, [], [("k", None)]] * 5, pa.map_(pa.string(), pa.string())),
+            "pair": pa.array([["a", "b"], ["", "é"], ["c", None], ["", ""]] * 5, pa.list_(pa.string(), 2)),
+            "kind": pa.array(["a", "b", None, "a"] * 5).dictionary_encode(),
+            "number": [1.5, 2.0, None, 3.0] * 5,
+        }
+    )
+    parquet.write_table(table, file, row_group_size=7)
+    whole = list(readers.read_file(file))
+    assert [row.fields for row in whole if isinstance(row, readers.Record)] == table.to_pylist()
+    for batch, piece in ((1, 1), (100_000, 1), (100_000, 300), (2000, 2000)):
+        monkeypatch.setattr(readers, "PARQUET_BATCH_BYTES", batch)
+        monkeypatch.setattr(readers, "PARQUET_PIECE_BYTES", piece)
+        monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1000)
+        assert list(readers.read_file(file)) == whole
+
+
+def test_a_packed_file_of_many_times_its_size_is_not_read_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(readers, "MAX_UNPACKED_BYTES", 2**20)
+    for name, content in (("a.jsonl.gz", b'{"a": 1}\n' * 2**17), ("a.json.gz", b"[" + b'{"a": 1},' * 2**17)):
+        file = tmp_path / name
+        file.write_bytes(gzip.compress(content))
+        monkeypatch.setattr(readers, "MAX_UNPACKED_TIMES", 100)
+        *good, bad = readers.read_file(str(file))
+        assert isinstance(bad, readers.Unreadable)
+        assert re.search(r"unpacks to more than 1.0 MiB and 100 times its size", bad.reason)
+        assert 10**5 < len(good) < 2**17
+        monkeypatch.setattr(readers, "MAX_UNPACKED_TIMES", 1000)
+        assert sum(isinstance(row, readers.Record) for row in readers.read_file(str(file))) == 2**17
+
+
+def test_rows_on_their_way_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = admitted(
+        "data=prompt_completion", "data.train_files=[data/tow_addition/train.jsonl]", "tokens=none"
+    ).config
+    recipe = Recipe(
+        config.data,
+        load_tokenizer(config.model, config.tokens)[0],
+        None,
+        Lengths(64, None, Overflow.truncate),
+        is_chat=False,
+    )
+    texts = ["a" * size for size in [10] * 600 + [3000] * 300 + [20_000] * 3 + [10] * 40 + [3000] * 10]
+    taken = 0
+
+    def records() -> Iterator[readers.Record]:
+        nonlocal taken
+        for number, text in enumerate(texts, start=1):
+            taken += len(text)
+            yield readers.Record({"prompt": "p", "completion": text}, "file", number)
+
+    whole = [row for chunk in preparation.prepared(records(), recipe) for row in chunk.rows.to_pylist()]
+    monkeypatch.setattr(preparation, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(preparation, "BYTES_AHEAD", 30_000)
+    taken = done = most = 0
+    rows: list[Any] = []
+    for chunk in preparation.prepared(records(), recipe):
+        most = max(most, taken - done)
+        rows += chunk.rows.to_pylist()
+        done = sum(map(len, texts[: len(rows)]))
+    assert rows == whole
+    assert most < 30_000 + 2 * 20_000  # what is prepared, the chunk that waits, and the row that ended it
+    sizes = [len(chunk) for chunk, _ in preparation._chunks(enumerate(records()), 250)]
+    assert sizes[:4] == [71, 71, 71, 37]  # of 11 bytes and two entries each; a chunk ends with the 250th row
 
 
 def test_prepared_rows_leave_room_on_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -556,3 +691,73 @@ def test_names_of_keys_stay_one_line(tmp_path: Path) -> None:
     config = admitted("data=prompt_completion", f"data.train_files=[{write_lines(tmp_path / 'r.jsonl', rows)}]").config
     data = build_data(config, load_tokenizer(config.model, config.tokens)[0])
     assert data.reports["train"].unread_keys == {"a\\x0d\\n\\x1b[2J b": 1}
+
+
+def test_a_row_on_which_the_tokenizer_fails_is_told_by_its_place(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("assets/tiny_llama", tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"Regex": "(([0-9]+)+)+!"}, "behavior": "Isolated", "invert": False}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, spec["pre_tokenizer"]]}
+    file.write_text(json.dumps(spec), encoding="utf-8")
+    rows = [{"prompt": prompt, "completion": "b"} for prompt in ("a", "12!", "1" * 60, "1" * 60)]
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    config = admitted("data=prompt_completion", f"data.train_files=[{data}]", "tokens=none",
+                      f"model.checkpoint={tmp_path / 'model'}").config  # fmt: skip
+    tokenizer, _ = load_tokenizer(config.model, config.tokens)
+    with pytest.raises(DataError, match=rf"^{re.escape(data)}:3: the tokenizer fails: .* does not come to an end"):
+        build_data(config, tokenizer)
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_what_interrupts_a_template_harms_nothing_else(tokenizer: Any, short_time: None) -> None:
+    endless = "{% set b = range(99999)|list %}{% for y in b %}{% for x in b if -1 in b %}{% endfor %}{% endfor %}"
+    for _ in range(3):
+        with pytest.raises(LimitError, match=r"line 1, does not come to an end within 0.05\d* s"):
+            render(tokenizer, endless, CHAT)
+        assert sum(i for i in range(10**6)) == 499999500000  # no interruption comes after
+        assert render(tokenizer, "{{ messages[0].content }}", CHAT) == "a"
+    with ThreadPoolExecutor(4) as pool:  # nor in threads that render at the same time
+        templates_given = [endless, "{% for m in messages %}{{ m.content }}{% endfor %}"] * 8
+        found = list(pool.map(lambda template: told(tokenizer, template), templates_given))
+    assert found == ["limit", "ab"] * 8
+
+
+def told(tokenizer: Any, template: str) -> str:
+    try:
+        return render(tokenizer, template, CHAT)
+    except LimitError:
+        return "limit"
+
+
+def test_filters_of_ordinary_templates_take_long_texts(tokenizer: Any) -> None:
+    chat = [{"role": "user", "content": "word, " * 600_000}]
+    for text in ("content.split('</think>')[-1]", "content.split(',')|length ~ ''", "content|trim|upper|lower|trim",
+                 "content.splitlines()|first", "content|replace('z', 'y')"):  # fmt: skip
+        assert len(render(tokenizer, "{% set content = messages[0].content %}{{ " + text + " }}", chat)) > 1
+
+
+@pytest.mark.parametrize(("group", "bad"), [(False, b"x\n"), (True, b"x\n"), (True, b'{"prompt": 1}\n')])
+def test_a_file_of_rubbish_is_not_read_to_its_end(
+    group: bool, bad: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cache, "MOST_BAD", 500)
+    good = b'{"prompt": "p", "completion": "c", "g": 1}\n{"prompt": "p", "completion": "c", "g": 2}\n'
+    folds = ["data.num_folds=2", "data.fold=0", "data.group_column=g"] if group else []
+
+    def refused(content: bytes) -> str:
+        file = tmp_path / "rows.jsonl.gz"
+        file.write_bytes(gzip.compress(content))
+        config = admitted("data=prompt_completion", f"data.train_files=[{file}]", "tokens=none", *folds).config
+        with pytest.raises(DataError) as error:
+            build_data(config, load_tokenizer(config.model, config.tokens)[0])
+        return str(error.value).replace(str(file), "FILE")
+
+    message = refused(bad * 100_000)
+    assert message.startswith("500 rows can't be used:\n  FILE:1  ")
+    assert message.endswith("stopped at FILE:500, after 500 rows that can't be used and fewer that can")
+    half = refused((good + bad + bad) * 300)  # not more of them than of the good ones, so all are counted
+    assert half.startswith("600 rows can't be used:")
+    assert half.endswith("… and 590 more")

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from src.config.schema import Batching
-from src.data import stream
+from src.data import preparation, stream
 from src.data.batching import Plan, windows
 from src.data.dataset import Data, TrainSet, build_data
 from src.data.formats.dialogue_summary import clean
@@ -438,7 +438,11 @@ def test_a_limit_holds_for_an_epoch_of_a_stream(make: Callable[..., str], limit:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_streamed_mixture_takes_chunks_by_share(make: Callable[..., str]) -> None:
+@pytest.mark.parametrize("chunk_bytes", [2**20, 500, 1])
+def test_a_streamed_mixture_takes_chunks_by_share(
+    make: Callable[..., str], chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "CHUNK_BYTES", chunk_bytes)  # rows of one chunk, of three or so, of one each
     sources = {
         "a": {"train_files": [make("a", 35)], "weight": 0.7},
         "b": {"train_files": [make("b", 60)], "weight": 0.3},
@@ -452,6 +456,22 @@ def test_a_streamed_mixture_takes_chunks_by_share(make: Callable[..., str]) -> N
     for start in range(0, 200, 10):
         assert Counter(prompt[0] for prompt in given[start : start + 10]) == {"a": 7, "b": 3}
     assert given[:10] == [*(f"a{i}" for i in range(7)), *(f"b{i}" for i in range(3))]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("chunk_bytes", [500, 1])
+def test_long_rows_are_streamed_in_small_blocks_that_can_be_read_again(
+    make: Callable[..., str], chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 1500)
+    files = f"data.train_files=['{make('a', 57)}']"
+    found = [(block.begin, prompts(block.rows)) for block in streamed(files).read()]
+    assert [prompt for _, rows in found for prompt in rows] == [f"a{i}" for i in range(57)]
+    assert {len(rows) for _, rows in found[:-1]} < set(range(1, 20))  # fewer than BLOCK_ROWS
+    for i, (begin, _) in enumerate(found):
+        again = streamed(files).read(begin)
+        assert [prompts(block.rows) for block in again] == [rows for _, rows in found[i:]]
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -28,6 +28,8 @@ from src.data.store import Account, Part, RowWriter
 from src.errors import DataError
 
 MOST_TOLD = 10  # rows that an error names
+MOST_BAD = 10_000
+"""Where so many rows can't be used, and fewer can, nothing more is read: the file is something else."""
 
 MOST_KEPT_FREE, SHARE_KEPT_FREE = 512 * 2**20, 0.05
 """What prepared rows leave free: so many bytes, or this share of a small disk. The first ROOM_BYTES may take it."""
@@ -141,10 +143,10 @@ class RowCache:
 
 
 def write_rows(name: str, chunks: Iterable[Prepared], writer: RowWriter, tell: Tell) -> Account:
-    """Write prepared rows to the end, or tell all that can't be used.
+    """Write prepared rows to the end, or tell those that can't be used.
 
     Raises:
-        DataError: with the first ten places and how many there are.
+        DataError: with the first ten places and how many there are, up to where too many are.
     """
     account, bad, num_bad = Account(), list[tuple[str, str]](), 0
     for chunk in chunks:
@@ -155,19 +157,32 @@ def write_rows(name: str, chunks: Iterable[Prepared], writer: RowWriter, tell: T
         if not num_bad:
             writer.write(chunk.rows)
         tell(f"{name}: {account.num_records:,} rows prepared")
+        if are_too_many(num_bad, account.num_records):
+            raise bad_rows(bad, num_bad, chunk.bad[-1][0])
     if num_bad:
         raise bad_rows(bad, num_bad)
     return account
 
 
-def bad_rows(first: Sequence[tuple[str, str]], count: int) -> DataError:
-    """Build the error that tells the first rows that can't be used, and how many there are."""
+def are_too_many(num_bad: int, num_records: int) -> bool:
+    """Return whether so many of the records read so far can't be used that the others are not looked at."""
+    return num_bad >= MOST_BAD and 2 * num_bad > num_records
+
+
+def bad_rows(first: Sequence[tuple[str, str]], count: int, stopped_at: str = "") -> DataError:
+    """Build the error that tells the first rows that can't be used, and how many there are.
+
+    Args:
+        stopped_at: the place of the last row that was looked at, where not all were.
+    """
     lines, before = [], ""
     for place, reason in first[:MOST_TOLD]:
         lines.append(f"{place}  {'the same' if reason == before else reason}")
         before = reason
     if count > len(lines):
         lines.append(f"… and {count - len(lines)} more")
+    if stopped_at:
+        lines.append(f"stopped at {stopped_at}, after {count:,} rows that can't be used and fewer that can")
     told = "\n".join(f"  {line}" for line in lines)
     return DataError(f"{count} row{'s' if count > 1 else ''} can't be used:\n{told}")
 

@@ -9,8 +9,11 @@ is exempt: its control tokens are meant.
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -21,7 +24,7 @@ from tokenizers import Tokenizer
 from src.config.schema import Overflow
 from src.data.examples import Example
 from src.data.pieces import any_of, last_turn
-from src.errors import TokenError
+from src.errors import TokenError, one_line
 
 IGNORE_INDEX = -100
 """Label of a position that is not learned."""
@@ -81,6 +84,68 @@ ALIKE = {is_rendered: Kind(is_rendered, False) for is_rendered in (False, True)}
 """Kinds of text for a tokenizer that writes a text alike wherever it stands."""
 
 
+class BrokenTokenizerError(TokenError):
+    """A tokenizer's own code fails on a text."""
+
+
+REPEATS_A_GROUP = re.compile(r"\)[+*{]")
+"""In a regular expression: it may take a time that grows with a power of the text's length."""
+
+_only_one = Lock()
+
+
+@contextmanager
+def _running(text: str = "", *, is_quiet: bool = False) -> Iterator[None]:
+    """Tell what the tokenizers library raises in this block as the tokenizer's fault.
+
+    It raises plain exceptions, and panics, which are no Exception: a regular expression of tokenizer.json that gives up
+    on a text is one.
+
+    Args:
+        text: that it is run on, where it is one.
+        is_quiet: keep what a panic writes to the error stream by itself from it.
+    Raises:
+        BrokenTokenizerError: naming what it raised.
+    """
+    try:
+        with _kept_from_stderr() if is_quiet else nullcontext():
+            yield
+    except (TokenError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
+        on = f" on {text[:60]!r}{'…' if len(text) > 60 else ''}" if text else ""
+        explodes = "; a regular expression in its tokenizer.json does not come to an end"
+        raise BrokenTokenizerError(
+            f"the tokenizer fails{on}: {one_line(error)}{explodes if 'retry-limit' in str(error) else ''}"
+        ) from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"  # of Rust; it can't be imported
+
+
+@contextmanager
+def _kept_from_stderr() -> Iterator[None]:
+    """Keep from the error stream what is written there in this block, and write it afterwards unless it was a panic."""
+    with _only_one, tempfile.TemporaryFile() as kept:
+        stream = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if _is_panic(error):
+                kept.truncate(0)
+            raise
+        finally:
+            os.dup2(stream, 2)
+            os.close(stream)
+            kept.seek(0)
+            if text := kept.read():
+                os.write(2, text)
+
+
 class Encoder:
     """A tokenizer, seen as training and generation use it."""
 
@@ -98,8 +163,9 @@ class Encoder:
         self.bos_token: str = tokenizer.bos_token or ""
         self.eos_token: str = tokenizer.eos_token
         self._control_ids = set(tokenizer.convert_tokens_to_ids(self.control_tokens))
-        self._prefix, self._suffix = _special_ids(tokenizer(PROBE)["input_ids"], tokenizer)
-        self._target_prefix, _ = _special_ids(tokenizer(text_target=PROBE)["input_ids"], tokenizer)
+        with _running(PROBE):
+            self._prefix, self._suffix = _special_ids(tokenizer(PROBE)["input_ids"], tokenizer)
+            self._target_prefix, _ = _special_ids(tokenizer(text_target=PROBE)["input_ids"], tokenizer)
         bos = tokenizer.bos_token_id
         self._causal_prefix = [bos] if bos is not None and self._prefix[:1] == [bos] else []
         self._tag_ids = None if tags is None else tuple(tokenizer.convert_tokens_to_ids(list(tags)))
@@ -107,6 +173,11 @@ class Encoder:
     @cached_property
     def _spec(self) -> dict[str, Any]:
         return json.loads(self._tokenizer.backend_tokenizer.to_str())
+
+    @cached_property
+    def _may_explode(self) -> bool:
+        """Whether a regular expression of the tokenizer's repeats a group."""
+        return any(map(REPEATS_A_GROUP.search, _patterns([self._spec[part] for part in WRITES_SPACE])))
 
     @cached_property
     def _adds_space(self) -> bool:
@@ -186,13 +257,14 @@ class Encoder:
         if not added:
             return ()
         backend = self._backend(Kind(is_rendered=True, continues=False))
-        after, alone = (backend.encode(text, add_special_tokens=False).ids for text in (added[0] + PROBE, PROBE))
+        after, alone = (_ids(backend, text) for text in (added[0] + PROBE, PROBE))
         return added if after[1:] == alone else ()
 
     def _encode(self, texts: Sequence[str], kind: Kind) -> Iterator[tuple[list[int], int]]:
         """Give each text's ids, and how many control tokens stood in it and were made text."""
         backend = self._backend(kind)
-        encoded = [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _running(is_quiet=self._may_explode):
+            encoded = [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         together = "" if kind.is_rendered else "\n".join(texts)  # asked once: control tokens are rare
         control_tokens = [control for control in self.control_tokens if control in together]
         for text, ids in zip(texts, encoded, strict=True):
@@ -216,8 +288,7 @@ class Encoder:
             return whole
         head, tail = text[: found.start()], text[found.start() :]
         behind = self._backend(Kind(kind.is_rendered, not kind.is_rendered))
-        before = self._backend(kind).encode(head, add_special_tokens=False).ids if head else []
-        return [*before, *behind.encode(tail, add_special_tokens=False).ids]
+        return [*(_ids(self._backend(kind), head) if head else []), *_ids(behind, tail)]
 
     def encode_whole(self, texts: Sequence[str], *, is_rendered: bool) -> list[list[int]]:
         """Encode each text in one piece, without BOS and EOS: not as rows are, but to compare with."""
@@ -227,11 +298,11 @@ class Encoder:
         """Encode a text cut inside of every control token that stands in it, so that none can be found whole."""
         inside = "|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in self.control_tokens if len(c) > 1)
         first, *rest = re.split(inside, text)
-        ids = list(self._backend(kind).encode(first, add_special_tokens=False).ids)
+        ids = _ids(self._backend(kind), first)
         if self._adds_space and not kind.continues:
             ids = self._encode_sections(first, kind, ids)
         for part in rest:
-            ids += self._backend(Kind(False, True)).encode(part, add_special_tokens=False).ids
+            ids += _ids(self._backend(Kind(False, True)), part)
         if self._control_ids.intersection(ids):
             raise TokenError(f"this tokenizer can't encode a control token as text, and it stands in {text[:80]!r}")
         return ids
@@ -326,7 +397,8 @@ class Encoder:
 
     def decode_all(self, ids: Sequence[int]) -> str:
         """Give the text of ids, control tokens included."""
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        with _running():
+            return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def as_written(self, text: str) -> str:
         """Return a text as this tokenizer can write it: encoded and decoded again.
@@ -334,7 +406,7 @@ class Encoder:
         A text with characters that it does not know at all comes back as it was.
         """
         backend = self._backend(Kind(is_rendered=False, continues=True))
-        ids = backend.encode(text, add_special_tokens=False).ids
+        ids = _ids(backend, text)
         if self._tokenizer.unk_token_id in ids:
             return text
         return self.decode_all(ids)
@@ -342,7 +414,14 @@ class Encoder:
     def decode_batch(self, rows: Sequence[Sequence[int]], *, with_control: bool = False) -> list[str]:
         """Give the texts of many rows' ids as `decode` does (or `decode_all`), on all cores."""
         kept = rows if with_control else [[i for i in ids if i not in self._control_ids] for ids in rows]
-        return self._tokenizer.backend_tokenizer.decode_batch(list(kept), skip_special_tokens=False)
+        with _running():
+            return self._tokenizer.backend_tokenizer.decode_batch(list(kept), skip_special_tokens=False)
+
+
+def _ids(backend: Tokenizer, text: str) -> list[int]:
+    """Encode a text by itself."""
+    with _running(text):
+        return backend.encode(text, add_special_tokens=False).ids
 
 
 def _find(ids: list[int], wanted: int, start: int, stop: int) -> int:
@@ -377,6 +456,15 @@ def _copy(spec: dict[str, Any], control: list[str], kind: Kind) -> Tokenizer:
     copy.no_padding()
     copy.no_truncation()
     return copy
+
+
+def _patterns(node: Any) -> Iterator[str]:
+    """Yield the regular expressions in a part of a tokenizer."""
+    if isinstance(node, dict) and isinstance(node.get("Regex"), str):
+        yield node["Regex"]
+    elif isinstance(node, dict | list):
+        for inner in node.values() if isinstance(node, dict) else node:
+            yield from _patterns(inner)
 
 
 def _without_dummy_space(node: Any) -> Any:

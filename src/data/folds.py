@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from src.config.schema import DataConfig
-from src.data.cache import MOST_TOLD, Tell, bad_rows
+from src.data.cache import MOST_TOLD, Tell, are_too_many, bad_rows
 from src.data.formats import BadRow, type_name
 from src.data.readers import Unreadable
 from src.data.sources import Source
@@ -88,14 +88,23 @@ def read_groups(sources: Mapping[str, Source], column: str, tell: Tell) -> list[
         DataError: listing the records whose group isn't known.
     """
     groups, bad, num_bad = list[list[str]](), list[tuple[str, str]](), 0
+    unread, num_unread, num_records = list[tuple[str, str]](), 0, 0
     for name, source in sources.items():
         of_source: list[str] = []
         for number, record in enumerate(source.records(), start=1):
+            num_records += 1
             try:
-                of_source.append("" if isinstance(record, Unreadable) else _group(record.fields, column))
+                if isinstance(record, Unreadable):
+                    unread += [(record.place, record.reason)][: MOST_TOLD - len(unread)]
+                    num_unread += 1
+                    of_source.append("")
+                else:
+                    of_source.append(_group(record.fields, column))
             except BadRow as problem:
                 bad += [(record.place, str(problem))][: MOST_TOLD - len(bad)]
                 num_bad += 1
+            if are_too_many(num_bad + num_unread, num_records):
+                raise bad_rows(bad + unread, num_bad + num_unread, record.place)
             if number % TELL_RECORDS == 0:
                 tell(f"{name}: groups of {number:,} rows read")
         groups.append(of_source)

@@ -14,7 +14,6 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -22,15 +21,18 @@ import pyarrow as pa
 from src.config.formats import roles
 from src.config.schema import DataConfig, Overflow
 from src.data.chat import ChatTemplate
-from src.data.encoding import EncodedRow, Encoder, Lengths
+from src.data.encoding import BrokenTokenizerError, EncodedRow, Encoder, Lengths
 from src.data.examples import Example, Examples
 from src.data.formats import BadRow
-from src.data.readers import Record, Unreadable
+from src.data.readers import ENTRY_BYTES, Record, Unreadable, size_of
 from src.data.store import DroppedRow, to_batch
 from src.errors import DataError, TokenError
 from src.patterns import at
 
 CHUNK_ROWS = 250  # rows encoded at once by a thread: what they take fits into a core's cache
+CHUNK_BYTES = 2**20  # of their fields, or one row that is larger
+BYTES_AHEAD = 8 * 2**20
+"""Of the fields of all chunks that are being prepared: the tokenizer takes up to 150 bytes for each of them."""
 THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's share, a fifth, is one thread's at a time
 
 
@@ -70,7 +72,7 @@ class Prepared:
 
 
 Numbered = tuple[int, Record | Unreadable]
-Records = tuple[Numbered, ...]
+Records = Sequence[Numbered]
 
 
 class Preparer:
@@ -115,7 +117,11 @@ class Preparer:
     def _encode(
         self, good: list[tuple[int, Record, Example]], bad: list[tuple[str, str]]
     ) -> Sequence[EncodedRow | TokenError | None]:
-        """Encode examples; one that the tokenizer can't write is told by its place."""
+        """Encode examples; one that the tokenizer can't write is told by its place.
+
+        Raises:
+            DataError: where the tokenizer fails, by the place of the first row on which it does.
+        """
         try:
             return self._encoder.encode([example for _, _, example in good], self._lengths)
         except TokenError:
@@ -123,6 +129,8 @@ class Preparer:
             for _, record, example in good:
                 try:
                     rows += self._encoder.encode([example], self._lengths)
+                except BrokenTokenizerError as problem:
+                    raise DataError(f"{record.place}: {problem}") from problem
                 except TokenError as problem:
                     rows.append(problem)
                     bad.append((record.place, str(problem)))
@@ -155,6 +163,8 @@ def prepared(
 ) -> Iterator[Prepared]:
     """Prepare records in chunks, in their order; the first has the ordinal that is given.
 
+    Chunks are smaller where rows are long, so that memory does not depend on what is in them.
+
     Raises:
         DataError: where a worker process dies.
     """
@@ -162,35 +172,54 @@ def prepared(
     if num_workers == 1:
         preparer = Preparer(recipe)
         with ThreadPoolExecutor(THREADS, "prepare") as pool:
-            yield from _in_order(pool, preparer.prepare, chunks, THREADS)
+            yield from _in_order(pool, preparer.prepare, chunks, THREADS, BYTES_AHEAD)
         return
     fresh = multiprocessing.get_context("spawn")  # a fork would copy locks that the tokenizer's threads hold
     try:
         with ProcessPoolExecutor(num_workers, fresh, _start_worker, (recipe,)) as pool:
-            yield from _in_order(pool, _work, chunks, 2 * num_workers)
+            yield from _in_order(pool, _work, chunks, 2 * num_workers, max(BYTES_AHEAD, 2 * num_workers * CHUNK_BYTES))
     except BrokenProcessPool as error:
         raise DataError(
             "a process that prepares rows died (out of memory?); try fewer: data.preprocessing_num_workers"
         ) from error
 
 
-def _chunks(records: Iterator[Numbered], chunk_rows: int) -> Iterator[Records]:
-    while chunk := tuple(islice(records, chunk_rows)):
-        yield chunk
+def _chunks(records: Iterator[Numbered], chunk_rows: int) -> Iterator[tuple[Records, int]]:
+    """Yield records in chunks, each with its size in bytes; one ends at every multiple of chunk_rows."""
+    chunk: list[Numbered] = []
+    total = 0
+    for numbered in records:
+        ordinal, record = numbered
+        size = size_of(record) if isinstance(record, Record) else ENTRY_BYTES
+        if chunk and (ordinal % chunk_rows == 0 or total + size > CHUNK_BYTES):
+            yield chunk, total
+            chunk, total = [], 0
+        chunk.append(numbered)
+        total += size
+    if chunk:
+        yield chunk, total
 
 
 def _in_order(
-    pool: Executor, prepare: Callable[[Records], Prepared], chunks: Iterator[Records], num_ahead: int
+    pool: Executor,
+    prepare: Callable[[Records], Prepared],
+    chunks: Iterator[tuple[Records, int]],
+    num_ahead: int,
+    bytes_ahead: int,
 ) -> Iterator[Prepared]:
     """Let a pool prepare the chunks, a few ahead of the one that is taken."""
-    ahead: deque[Future[Prepared]] = deque()
+    ahead: deque[tuple[Future[Prepared], int]] = deque()
+    total = 0
     try:
-        for chunk in chunks:
-            ahead.append(pool.submit(prepare, chunk))
-            if len(ahead) > num_ahead:
-                yield ahead.popleft().result()
+        for chunk, size in chunks:
+            while ahead and (len(ahead) > num_ahead or total + size > bytes_ahead):
+                done, its_size = ahead.popleft()
+                yield done.result()
+                total -= its_size
+            ahead.append((pool.submit(prepare, chunk), size))
+            total += size
         while ahead:
-            yield ahead.popleft().result()
+            yield ahead.popleft()[0].result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -15,13 +15,14 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from io import BufferedReader
 from typing import Any, NamedTuple
 
 from src.config.files import KNOWN, kind_of
-from src.errors import one_line, visible
+from src.errors import human_bytes, one_line, visible
 
 MAX_ROW_BYTES = 4 * 2**20
 """A longer row is refused: more likely a file without line ends, or a quote that nobody closed."""
@@ -32,11 +33,19 @@ MAX_LINE_BYTES = 64 * 2**20
 MAX_BLANK_BYTES = 4 * 2**20
 """Nothing is read behind more lines without a row, or more white space."""
 
+MAX_UNPACKED_BYTES, MAX_UNPACKED_TIMES = 2**30, 500
+"""Nothing is read behind so many bytes that a compressed file unpacks to, where that is so many times its size."""
+
 JSON_CHUNK_BYTES = 2**20
-PARQUET_BATCH_ROWS = 1000
-PARQUET_BATCH_BYTES = 2**30
-"""What a batch of rows may unpack to at most."""
+PARQUET_BATCH_ROWS = 100
+PARQUET_BATCH_BYTES = 64 * 2**20
+"""What a batch of rows may unpack to."""
+PARQUET_PIECE_BYTES = 4 * 2**20
+"""What of a batch becomes rows at once."""
 PARQUET_BUFFER_BYTES = 2**20
+
+ENTRY_BYTES = 64
+"""What an entry of a list or object takes in memory, besides its text."""
 GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -116,6 +125,28 @@ _ENDLESS = f"longer than {MAX_LINE_BYTES // 2**20} MiB, so nothing behind it is 
 _BLANK_FILE = f"more than {MAX_BLANK_BYTES // 2**20} MiB without a row, so nothing behind it is read"
 
 
+class _Unpacked:
+    """How much a file has unpacked to."""
+
+    def __init__(self, file: str) -> None:
+        self._most = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_TIMES * os.path.getsize(file))
+        self._size = 0
+
+    def add(self, size: int, number: int | None) -> None:
+        """Count bytes of this line or row.
+
+        Raises:
+            _FileEnds: where they are too many.
+        """
+        self._size += size
+        if self._size > self._most:
+            raise _FileEnds(
+                number,
+                f"the file unpacks to more than {human_bytes(MAX_UNPACKED_BYTES)} and {MAX_UNPACKED_TIMES} times its "
+                "size, so nothing behind this is read; if that is meant, store it unpacked",
+            )
+
+
 @contextmanager
 def _opened(file: str) -> Iterator[BufferedReader | gzip.GzipFile]:
     """Open a file, unpacking .gz, and refuse it where its first bytes are not what its name promises."""
@@ -147,9 +178,12 @@ def _lines(file: str) -> Iterator[tuple[int, str, str]]:
     """
     with _opened(file) as stream:
         number = blank = 0
+        unpacked = _Unpacked(file) if isinstance(stream, gzip.GzipFile) else None
         try:
             while line := stream.readline(MAX_ROW_BYTES + 2):  # 2 for the line end
                 number += 1
+                if unpacked is not None:
+                    unpacked.add(len(line), number)
                 fault = ""
                 blank = blank + len(line) if line.isspace() else 0
                 if blank > MAX_BLANK_BYTES:
@@ -159,6 +193,8 @@ def _lines(file: str) -> Iterator[tuple[int, str, str]]:
                     while line and not line.endswith(b"\n"):
                         line = stream.readline(MAX_ROW_BYTES)
                         length += len(line)
+                        if unpacked is not None:
+                            unpacked.add(len(line), number)
                         if length > MAX_LINE_BYTES:
                             raise _FileEnds(number, _ENDLESS)
                     yield number, "", _TOO_LONG
@@ -295,7 +331,7 @@ def _json(file: str) -> Iterator[Row]:
     with _opened(file) as stream:
         head = stream.peek(4096).removeprefix(_BOM).lstrip()
         if not head.startswith(b"{"):
-            yield from _json_list(file, _JsonText(stream))
+            yield from _json_list(file, _JsonText(file, stream))
             return
     rows = _json_lines(file)
     first = next(rows)
@@ -312,8 +348,9 @@ class _JsonText:
         _FileEnds: from each method, where the file can't be read on.
     """
 
-    def __init__(self, stream: BufferedReader | gzip.GzipFile) -> None:
+    def __init__(self, file: str, stream: BufferedReader | gzip.GzipFile) -> None:
         self._stream = stream
+        self._unpacked = _Unpacked(file)
         self._waiting = b""  # the beginning of a character
         self._bytes = self._lines = 0  # before those that wait
         self._line, self._column = 1, 0  # where the text begins
@@ -336,6 +373,7 @@ class _JsonText:
             chunk = self._stream.read(max(JSON_CHUNK_BYTES, len(left)))
         except GZIP_ERRORS as error:
             raise _FileEnds(None, _gzip_damage(error, begun=True)) from error
+        self._unpacked.add(len(chunk), None)
         self.is_whole = not chunk
         self.text = left + self._decoded(self._waiting + chunk)
 
@@ -450,6 +488,29 @@ def _text_bytes(value: Any) -> int:
     return sum(map(_text_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
+def size_of(record: Record) -> int:
+    """Return what a record's fields take in memory, roughly, in bytes: texts what they take as UTF-8."""
+    size, waiting = ENTRY_BYTES * len(record.fields), []
+    for value in record.fields.values():
+        if type(value) is str:
+            size += len(value) if value.isascii() else 3 * len(value)
+        else:
+            waiting.append(value)
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            size += len(one) if one.isascii() else 3 * len(one)
+        elif isinstance(one, dict):
+            size += ENTRY_BYTES * len(one)
+            waiting += one.values()
+        elif isinstance(one, list | tuple):
+            size += ENTRY_BYTES * len(one)
+            waiting += one
+        elif isinstance(one, bytes):
+            size += len(one)
+    return size
+
+
 # CSV and TSV
 
 
@@ -533,30 +594,107 @@ def _parquet(file: str) -> Iterator[Row]:
     import pyarrow as arrow  # heavy, and only this needs it
     import pyarrow.parquet as parquet
 
-    number = 0
+    # pre_buffer, on by default, would hold a whole row group, which often is the whole file
+    opened = partial(
+        parquet.ParquetFile,
+        file,
+        buffer_size=PARQUET_BUFFER_BYTES,
+        pre_buffer=False,
+        page_checksum_verification=True,
+    )
+    number, unpacked = 0, _Unpacked(file)
     with _opened(file):
         pass
     try:
-        # pre_buffer, on by default, would hold a whole row group, which often is the whole file
-        with parquet.ParquetFile(
-            file, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
-        ) as table:
-            if again := _twice(table.schema_arrow.names):
+        with opened() as plain:
+            if again := _twice(plain.schema_arrow.names):
                 raise _FileEnds(None, f"two columns are called {again}")
-            for i in range(table.num_row_groups):
-                rows = _rows_at_once(table.metadata.row_group(i), number + 1)
-                for batch in table.iter_batches(batch_size=rows, row_groups=[i]):
-                    for row in _parquet_rows(batch, file, number):
-                        number += 1
-                        yield row
+            for i in range(plain.metadata.num_row_groups):
+                columns = _columns(file, plain.metadata, i)
+                rows = _rows_at_once(columns, number + 1)
+                repeated = [column.path for column in columns if column.repeats_in_a_row]
+                with opened(read_dictionary=repeated) if repeated else nullcontext(plain) as table:
+                    for batch in table.iter_batches(batch_size=rows, row_groups=[i]):
+                        sizes = _sizes_of_rows(batch, plain.schema_arrow)
+                        kept = batch.nbytes if sizes is None else sum(min(size, MAX_ROW_BYTES) for size in sizes)
+                        unpacked.add(kept, number + 1)
+                        for row in _batch_rows(batch, file, number, plain.schema_arrow, sizes):
+                            number += 1
+                            yield row
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise _FileEnds(number + 1 if number else None, f"not Parquet, or damaged: {one_line(error)}") from error
 
 
-def _rows_at_once(group: Any, first: int) -> int:
-    """Return how many rows of a group are read together, so that they fit into memory whatever is in them.
+@dataclass(frozen=True)
+class _Column:
+    """What is known of a column of a row group before it is read.
 
-    What is stored once may stand in every row (a dictionary), so a row may be as large as all that a column stores.
+    `size` is what it stores, uncompressed, in bytes; `largest` the most that one value can take, `values_per_row` how
+    many a row has on average. Where `repeats_in_a_row` a row may hold a large value very often that is stored once.
+    """
+
+    path: str
+    num_values: int
+    values_per_row: int
+    size: int
+    largest: int
+    repeats_in_a_row: bool
+
+
+def _columns(file: str, metadata: Any, group: int) -> list[_Column]:
+    """Describe the columns of a row group."""
+    columns, rows = [], metadata.row_group(group)
+    with open(file, "rb") as stream:
+        for i in range(rows.num_columns):
+            column, schema = rows.column(i), metadata.schema.column(i)
+            size, num_values = column.total_uncompressed_size, max(1, column.num_values)
+            dictionary = _dictionary_bytes(stream, column, size)
+            largest = size if "DELTA_BYTE_ARRAY" in column.encodings else max(dictionary, size // num_values)
+            columns.append(
+                _Column(
+                    column.path_in_schema,
+                    num_values,
+                    -(-num_values // max(1, rows.num_rows)),
+                    size,
+                    largest if column.physical_type.endswith("BYTE_ARRAY") else 16,
+                    schema.max_repetition_level > 0
+                    and column.physical_type == "BYTE_ARRAY"
+                    and dictionary * num_values > PARQUET_BATCH_BYTES
+                    and size - dictionary < MOST_OF_AN_INDEX * num_values,
+                )
+            )
+    return columns
+
+
+MOST_OF_AN_INDEX = 16
+"""Bytes of a value that is stored as the number of an entry of the dictionary."""
+
+
+def _dictionary_bytes(stream: BufferedReader, column: Any, most: int) -> int:
+    """Return the size of a column's dictionary as the header of its page has it; 0 where there is none.
+
+    A value that is stored once, in the dictionary, may stand in every row.
+
+    Args:
+        most: returned where the header can't be read.
+    """
+    if not any(encoding.endswith("_DICTIONARY") for encoding in column.encodings):
+        return 0
+    stream.seek(column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset)
+    header = stream.read(16)
+    # Thrift's compact protocol: field 1, the kind of page, and field 2, its size, as zigzag numbers of 7 bits a byte
+    if header[:3] != b"\x15\x04\x15":
+        return most
+    size = 0
+    for i, byte in enumerate(header[3:8]):
+        size |= (byte & 0x7F) << 7 * i
+        if byte < 0x80:
+            return size >> 1
+    return most
+
+
+def _rows_at_once(columns: Sequence[_Column], first: int) -> int:
+    """Return how many rows of a group are read together, so that they fit into memory whatever is in them.
 
     Args:
         first: the number of the group's first row.
@@ -564,28 +702,90 @@ def _rows_at_once(group: Any, first: int) -> int:
         _FileEnds: where its rows can't be read in any number.
     """
     most = 1
-    for column in map(group.column, range(group.num_columns)):
-        size, count = column.total_uncompressed_size, max(1, column.num_values)
-        if size / count > MAX_LINE_BYTES:
+    for column in columns:
+        if column.size / column.num_values > MAX_LINE_BYTES:
             raise _FileEnds(first, _ENDLESS)
-        most = max(most, size if column.has_dictionary_page else size // count)
+        most = max(most, (4 if column.repeats_in_a_row else column.largest) * column.values_per_row)
     return max(1, min(PARQUET_BATCH_ROWS, PARQUET_BATCH_BYTES // most))
 
 
-def _parquet_rows(batch: Any, file: str, before: int) -> Iterator[Row]:
+def _sizes_of_rows(batch: Any, schema: Any) -> list[int] | None:
+    """Return what each row of a batch takes in memory, roughly, in bytes; None where all of them together are small."""
+    is_plain = batch.schema.equals(schema) and not any(map(_has_dictionary, schema.types))
+    is_small = is_plain and batch.nbytes <= MAX_ROW_BYTES
+    return None if is_small or not batch.num_columns else sum(map(_sizes, batch.columns)).tolist()
+
+
+def _batch_rows(batch: Any, file: str, before: int, schema: Any, sizes: list[int] | None) -> Iterator[Row]:
+    """Yield the rows of a batch; few of them are Python values at a time, and none that is far too long.
+
+    Args:
+        before: how many rows come before it.
+        schema: of the rows, without dictionaries that only the reading made.
+        sizes: of its rows, see `_sizes_of_rows`.
+    """
+    if sizes is None:
+        yield from _parquet_rows(batch, file, before, schema, is_small=True)
+        return
+    begin = waiting = 0
+    for i, size in enumerate(sizes):
+        if i > begin and waiting + size > PARQUET_PIECE_BYTES:
+            yield from _parquet_rows(batch.slice(begin, i - begin), file, before + begin, schema)
+            begin, waiting = i, 0
+        waiting += size
+        if size > MAX_LINE_BYTES:
+            yield Unreadable(file, before + i + 1, _TOO_LONG)
+            begin, waiting = i + 1, 0
+    if begin < len(batch):
+        yield from _parquet_rows(batch.slice(begin), file, before + begin, schema)
+
+
+def _has_dictionary(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return True
+    return types.is_nested(kind) and any(_has_dictionary(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _sizes(array: Any) -> Any:
+    """Return what each value of a column takes in memory, roughly, in bytes, [rows]."""
+    import numpy as np
+    from pyarrow import compute, types
+
+    kind = array.type
+    sizes = np.full(len(array), ENTRY_BYTES, dtype=np.int64)
+    if types.is_dictionary(kind):
+        of_entries = np.append(_sizes(array.dictionary), 0)  # the last stands for null
+        sizes += of_entries[array.indices.fill_null(len(array.dictionary)).to_numpy(zero_copy_only=False)]
+    elif types.is_struct(kind):
+        sizes += sum(map(_sizes, array.flatten()))
+    elif types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
+        inner = [array.keys, array.items] if types.is_map(kind) else [array.values]
+        until = np.append(0, np.cumsum(sum(map(_sizes, inner))))
+        offsets = array.offsets.to_numpy()
+        sizes += until[offsets[1:]] - until[offsets[:-1]]
+    elif types.is_fixed_size_list(kind):
+        inner = array.values.slice(array.offset * kind.list_size, len(array) * kind.list_size)
+        sizes += _sizes(inner).reshape(len(array), -1).sum(axis=1)
+    elif str(kind) in ("string", "large_string", "binary", "large_binary"):
+        sizes += compute.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+    return sizes
+
+
+def _parquet_rows(batch: Any, file: str, before: int, schema: Any, *, is_small: bool = False) -> Iterator[Row]:
     try:
-        rows = batch.to_pylist()
+        rows = (batch if batch.schema.equals(schema) else batch.cast(schema)).to_pylist()
     except (ValueError, TypeError, OverflowError) as error:
         if len(batch) > 1:
             for i in range(len(batch)):
-                yield from _parquet_rows(batch.slice(i, 1), file, before + i)
+                yield from _parquet_rows(batch.slice(i, 1), file, before + i, schema)
         else:
             reason = _not_utf8(error) if isinstance(error, UnicodeDecodeError) else one_line(error)
             yield Unreadable(file, before + 1, reason)
         return
-    small = batch.nbytes <= MAX_ROW_BYTES
     for number, fields in enumerate(rows, start=before + 1):
-        if small or _text_bytes(fields) <= MAX_ROW_BYTES:
+        if is_small or _text_bytes(fields) <= MAX_ROW_BYTES:
             yield Record(fields, file, number)
         else:
             yield Unreadable(file, number, _TOO_LONG)

@@ -21,7 +21,7 @@ from src.data.readers import Record
 from src.errors import visible
 
 ROWS, ACCOUNT = "rows.arrow", "account.json"
-BATCH_ROWS = 1000
+BATCH_ROWS, BATCH_BYTES = 1000, 32 * 2**20
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     {
@@ -115,7 +115,8 @@ class RowWriter:
     def write(self, batch: pa.RecordBatch) -> None:
         """Add rows; small batches are written together, because each costs memory when the file is read."""
         self._waiting.append(batch)
-        if sum(len(waiting) for waiting in self._waiting) >= BATCH_ROWS:
+        num_bytes = sum(waiting.nbytes for waiting in self._waiting)
+        if num_bytes >= BATCH_BYTES or sum(len(waiting) for waiting in self._waiting) >= BATCH_ROWS:
             self._flush()
 
     def _flush(self) -> None:
@@ -222,6 +223,10 @@ class Part:
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(chunk.batch.nbytes for chunk in self.chunks)
 
     def column(self, name: str) -> np.ndarray:
         """Give a column of numbers, [rows]."""

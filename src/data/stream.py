@@ -9,6 +9,8 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
+
 from src.data.cache import bad_rows
 from src.data.preparation import CHUNK_ROWS, Recipe, prepared
 from src.data.readers import Record, Unreadable
@@ -17,8 +19,8 @@ from src.data.sources import Source, fingerprint_of
 from src.data.store import Account, DroppedRow, Part
 from src.errors import DataError
 
-BLOCK_ROWS = 10_000
-"""Rows that are in memory at a time: they are shuffled, grouped or packed among themselves."""
+BLOCK_ROWS, BLOCK_BYTES = 10_000, 512 * 2**20
+"""Rows in memory at a time, shuffled, grouped or packed among themselves; fewer where they are long."""
 
 
 @dataclass(frozen=True)
@@ -177,12 +179,14 @@ class StreamedSet:
 
     def _blocks(self, cursor: Cursor) -> Iterator[Block]:
         """Read from a cursor on, and move it along."""
-        begin, parts = cursor.as_dict(), list[Part]()
+        begin, parts, size = cursor.as_dict(), list[Part](), 0
         for part in self._parts(cursor):
             parts.append(part)
-            if sum(map(len, parts)) >= BLOCK_ROWS:
+            size += part.num_bytes
+            ready = sum(map(len, parts))
+            if ready >= BLOCK_ROWS or (ready and size >= BLOCK_BYTES):
                 yield self._block(parts, begin, cursor)
-                begin, parts = cursor.as_dict(), []
+                begin, parts, size = cursor.as_dict(), [], 0
         self._check_dropped(cursor)
         if sum(map(len, parts)):
             yield self._block(parts, begin, cursor)
@@ -231,10 +235,20 @@ class StreamedSet:
         """Prepare a source's records behind those taken before."""
         chunk_rows = max(1, round(CHUNK_ROWS * one.share))
         records = _records(one.source, taken, one.count)
+        batches, account = list[pa.RecordBatch](), Account()
         for chunk in prepared(records, one.recipe, self._num_workers, chunk_rows, taken):
             if chunk.bad:
                 raise bad_rows(chunk.bad, len(chunk.bad))
-            yield Part([chunk.rows], Account(chunk.num_records, chunk.dropped))
+            batches.append(chunk.rows)
+            account.num_records += chunk.num_records
+            account.dropped += chunk.dropped
+            taken += chunk.num_records
+            # of long rows a chunk has fewer; of several sources each gives its share all the same
+            if len(self._sources) == 1 or taken % chunk_rows == 0:
+                yield Part(batches, account)
+                batches, account = [], Account()
+        if batches:
+            yield Part(batches, account)
 
 
 def _records(source: Source, taken: int, count: int | None) -> Iterator[Record | Unreadable]:
