@@ -11,70 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from src.config import peers
-from src.config.compose import CONF
-from src.config.gate import admit, admit_prediction, known_keys
+from benchmarks.conf_fuzz import ask, files, lines
+from src.config.gate import admit, admit_prediction
 from src.errors import ConfigError
 from src.sweep.plan import plan_sweep
 from tests.conftest import admitted, towline
 
-SEED, NUM_LINES = 17, 60
-GROUPS = sorted(place.name for place in CONF.iterdir() if place.is_dir())
-KEYS = sorted(
-    {*known_keys(), *GROUPS, "sweep.params", "sweep.n_jobs", "sweep.storage", "hydra.run.dir", "rerun", "run"}
-    | {f"{section}{name}" for section in ("", "training.", "x.y.") for name in list(peers.names().values())[::60]}
-)
-VALUES = (
-    *("null", "true", "[]", "{}", "''", "[null]", "[1]", "[[1]]", "[[[]]]", "{a: 1}", "{a: {b: [1]}}", "{1: 2}"),
-    *("0", "-1", "1", "1.5", "1e400", "-inf", "nan", ".inf", "9" * 30, "-" + "9" * 30, "1e-300", "0x10", "1_000"),
-    *("text", "'*'", "'('", "'(a+)+$'", "'[a-'", "'a{99999999999}'", "'(?P<x>a)(?P<x>b)'", "'" + "(" * 500 + "'"),
-    *("x" * 300, "안" * 100, "'a\tb'", "'a\nb'", "'\x1b[31m'", "🦜", "'../..'", "/", "/dev/null", "/proc/self/fd/0"),
-    *(
-        "~",
-        "'~root'",
-        "'${seed}'",
-        "'${nothing}'",
-        "'${oc.env:NOT_SET}'",
-        "'${'",
-        "'%41'",
-        "'?'",
-        "a=b",
-        "'a=b'",
-        "'a,b'",
-    ),
-    *("???", "@", "_self_", "'{'", "none", "tow", "lora", "auto", "epoch", "cpu", "adamw", "zero3"),
-)
-VARIED = (
-    *("1,2", "a,b", "range(0,3)", "range(3,0)", "range(0,1,0)", "interval(0,1)", "choice(1,a)", "glob(*)"),
-    "tag(log,interval(0,1))",
-)
-
-
-def lines(seed: int, count: int) -> list[list[str]]:
-    """Draw command lines: of one to three overrides, some of them sweeps."""
-    draw = random.Random(seed)
-    drawn = []
-    for _ in range(count):
-        is_sweep = draw.random() < 0.15
-        values = (*VALUES, *VARIED) if is_sweep or draw.random() < 0.1 else VALUES
-        overrides = [
-            f"{draw.choice(['', '', '', '+', '++'])}{draw.choice(KEYS)}={draw.choice(values)}"
-            for _ in range(draw.choice([1, 1, 1, 2, 3]))
-        ]
-        drawn.append([*(["-m"] if is_sweep else []), *overrides])
-    return drawn
-
-
-def ask(line: list[str], seed: int) -> None:
-    """Give a command line to one of the entries' gates; anything but a refusal is a fault."""
-    kind = random.Random(f"{seed} {line}").choice(["run", "run", "run", "preflight", "predict"])
-    with suppress(ConfigError):
-        if kind == "predict":
-            admit_prediction([part for part in line if part != "-m"])
-        else:
-            request = admit(line, None if kind == "run" else kind)
-            if request.run is None and request.line.flags.multirun:
-                plan_sweep(request.line)
+SEED, NUM_LINES, NUM_FILES = 17, 60, 60
 
 
 def test_no_command_line_ends_in_a_traceback() -> None:
@@ -83,6 +26,17 @@ def test_no_command_line_ends_in_a_traceback() -> None:
             ask(line, SEED)
         except Exception as error:
             raise AssertionError(f"line {number} of seed {SEED}: {json.dumps(line)}") from error
+
+
+def test_no_mutated_file_ends_in_a_traceback(tmp_path: Path) -> None:
+    said = set()
+    for line in files(SEED, NUM_FILES, tmp_path):
+        try:
+            said.add(ask(line, SEED))
+        except Exception as error:
+            text = next(Path(line[line.index("--config-dir") + 1]).rglob("mutated.yaml")).read_bytes()
+            raise AssertionError(f"{line}: {text!r}") from error
+    assert said == {"admitted", "refused"}
 
 
 def refusal(*arguments: str) -> str:
