@@ -509,7 +509,7 @@ REFUSED = [
     (["adapter=dora", "quantization=int8", "model=causal_lm", "model.checkpoint=hub/id"], "DoRA on weights in 8 bits"),
     (["adapter=lora", "adapter.layers_to_transform=0"], "only where adapter.target_modules is a list"),
     (["adapter=qlora", "adapter.init_lora_weights=pissa"], "changes the base weights"),
-    (["adapter=lora", "adapter.rank=8"], "unknown key; adapter has type, r, lora_alpha"),
+    (["adapter=lora", "adapter.rank=8"], "unknown key; did you mean adapter.r?"),
     (["quantization=int8", "quantization.load_in_4bit=true", "adapter=lora"], "8 bits or 4, not both"),
 ]
 

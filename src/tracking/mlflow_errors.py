@@ -11,6 +11,8 @@ MOST_CHARACTERS = 400
 
 _STATUS = re.compile(r"error code (\d{3})\b|too many (\d{3}) error")
 _GONE = re.compile(r"must be in (the )?'?active'? state|already deleted|is deleted", re.IGNORECASE)
+_TAKEN = re.compile(r"UNIQUE constraint failed|duplicate key value|Duplicate entry")
+"""What SQLite, PostgreSQL and MySQL say of a row that two add at once, such as a data set that runs share."""
 _LASTING_CODES = (
     "INVALID_PARAMETER_VALUE",
     "BAD_REQUEST",
@@ -56,6 +58,8 @@ def explained(error: Exception) -> StoreError:
             "what answers there is no MLflow but a page, of a login or a proxy for example: is tracking.uri right? "
             f"{_body(text)}"
         )
+    if _TAKEN.search(text):
+        return StoreError("another run wrote the same at the same moment", is_lasting=False)
     status = status_of(error)
     if status is not None:
         said = _WORDS.get(status, f"the server {'redirects' if status < 400 else 'fails'} ({status})")
