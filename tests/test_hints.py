@@ -52,7 +52,7 @@ def suggestions(message: str) -> Iterator[list[str]]:
         (["optimizer=sgd", "optimizer.eps=1e-6"], "optimizer=sgd has no eps, which is a key of optimizer=adamw "),
         (["scheduler=constant", "scheduler.min_lr_ratio=0"], "has no min_lr_ratio, which is a key of scheduler=cosine"),
         (["tracking=none", "tracking.uri=x"], "tracking=none has no uri; choose tracking=mlflow "),
-        (["deepspeed.zero_optimization.stage=3"], "deepspeed=none has no zero_optimization; choose deepspeed=file, z"),
+        (["deepspeed.zero_optimization.stage=3"], "deepspeed=none has no zero_optimization; choose deepspeed=zero1, z"),
         # the same name elsewhere before a similar one here
         (["training.eval_steps=5"], "did you mean evaluation.eval_steps? "),
         (["model.batching=packed"], "did you mean data.batching? "),
