@@ -73,7 +73,7 @@ def predict(admitted: Admitted) -> None:
         unfinished = {name: one for name, one in sets.items() if not one.is_generated()}
         for name, one in sets.items():
             if name not in unfinished:
-                console.label(name, "finished and left as it is (force=true starts it anew)")
+                console.label(name, "finished and left as it is (predict.output=DIR predicts elsewhere)")
                 finish(one, admitted, console)
         if not unfinished:
             return

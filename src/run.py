@@ -66,7 +66,7 @@ def run(admitted: Admitted, stop: StopRequest) -> dict[str, float]:
     """
     from src.checkpoint.start import check_best, find_origin
     from src.tracking.console import Console
-    from src.tracking.journal import hold
+    from src.tracking.journal import hold, metrics_at
     from src.tracking.tracker import Bystander, open_tracking
 
     config, run_dir = admitted.config, admitted.run_dir
@@ -80,7 +80,7 @@ def run(admitted: Admitted, stop: StopRequest) -> dict[str, float]:
     console.label("run", f"{config.name} → {run_dir}")
     with nullcontext() if admitted.is_held else hold(run_dir):
         origin = find_origin(config.checkpoint, admitted.frozen, run_dir, force=config.force)
-        check_best(config.checkpoint, origin, run_dir)
+        check_best(config.checkpoint, origin, run_dir, metrics_at(run_dir, origin.own_step))
         with open_tracking(config.tracking, run_dir, admitted.frozen, console, start_of(admitted, origin)) as tracking:
             return train_and_export(admitted, origin, tracking, console, stop)
 
@@ -114,6 +114,7 @@ def train_and_export(
     from src.training.optim import cannot_learn
     from src.training.resume import (
         beginning,
+        ended_there,
         facts_of,
         first_comparable,
         resume,
@@ -143,15 +144,15 @@ def train_and_export(
         )
         made = provenance(frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
         tracking.record_once("provenance.json", made)
-        if (settings := deepspeed_settings(with_zero_sizes(config), runtime.num_processes)) is not None:
-            tracking.record("deepspeed.json", settings)
         if config.data.cache_dir is None:
             folder = until_the_end.enter_context(runtime.shared_folder())
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=str(folder)))
         tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer, console.working)
-        tracking.record("data_report.json", data.report())
         begin = beginning(origin, data, tokenizer, config, frozen)
+        tracking.record("data_report.json", data.report())
+        if (settings := deepspeed_settings(with_zero_sizes(config), runtime.num_processes)) is not None:
+            tracking.record("deepspeed.json", settings)
         model = build_model(config, runtime.device)
         set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
         unlearned = unlearned_tokens(model, tokenizer, new_tokens, config.model)
@@ -176,10 +177,14 @@ def train_and_export(
         tracking.warn(resume(state, origin, begin, facts, runtime, config))
         if origin.own_step is not None:
             tracking.warn(checkpoints.leave(origin.own_step))
-        lines = runtime.from_main(tracking.go_on_from(state.step, is_end=state.step >= state.num_steps))
+        tracking.expect(state.num_steps, state.steps_per_epoch)
+        is_end = state.step >= state.num_steps or ended_there(origin)
+        lines, again = runtime.from_main((tracking.go_on_from(state.step, is_end=is_end), tracking.cut_line))
         state.settle(is_over=any(line["step"] == state.step for line in lines))
         comparable_from = first_comparable(origin, facts, state)
         evaluated = [*(origin.state.get("best", ()) if origin.is_own else ()), *lines]
+        if again is not None and state.evaluates_again(config.evaluation.eval_steps):
+            evaluated.append(again)
         comparable = {line["step"]: line for line in evaluated if line["step"] >= comparable_from}
         tracking.warn(checkpoints.recall(comparable.values(), origin.own_step))
 
@@ -239,7 +244,7 @@ def train_and_export(
         if runtime.is_main:
             with whole_models():
                 tracking.warn(export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone))
-        checkpoints.finish()
+        checkpoints.finish(was_due=state.last is not None and state.last.is_due(config.evaluation.eval_steps))
         exported = exported_digests(run_dir / "model") if runtime.is_main else None
         return tracking.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()}, exported)
 
@@ -266,19 +271,35 @@ def start_of(admitted: Admitted, origin: Origin) -> Start:
 
 
 def finished_before(admitted: Admitted) -> bool:
-    """Leave a folder whose run is finished as it is; what MLflow has not got of it is delivered."""
-    from src.config.frozen import config_hash
+    """Leave a folder whose run is finished as it is, unless more steps are asked of it; deliver what MLflow lacks.
+
+    Raises:
+        RunFolderError, CheckpointError: where it is asked for more and can't go on.
+    """
+    from src.checkpoint.longer import check_longer, how_to_go_on_for_longer, is_asked_for_more
+    from src.config.frozen import config_hash, read_starts
     from src.tracking.console import Console
-    from src.tracking.journal import is_finished, last_config_hash
+    from src.tracking.journal import is_finished
     from src.tracking.tracker import deliver_pending
 
-    if admitted.config.force or not is_finished(admitted.run_dir):
+    config, run_dir = admitted.config, admitted.run_dir
+    if config.force or not is_finished(run_dir):
+        return False
+    if is_asked_for_more(config.training, run_dir):
+        check_longer(config.checkpoint, run_dir)
         return False
     console = Console()
-    console.label("run", f"{admitted.run_dir} is finished and left as it is (force=true starts it again)")
-    if last_config_hash(admitted.run_dir) != config_hash(admitted.frozen):
-        console.warn("the configuration given here is not the one that this run was made with (its config.yaml)")
-    deliver_pending(admitted.config.tracking, admitted.run_dir, console)
+    console.label(
+        "run",
+        f"{run_dir} is finished and left as it is; {how_to_go_on_for_longer(config.training, run_dir)} (force=true "
+        "removes it and starts again)",
+    )
+    if config_hash(admitted.frozen) not in {start["config_hash"] for start in read_starts(run_dir)}:
+        console.warn(
+            "the configuration given here is not the one that this run was made with (its config.yaml); for another "
+            "run choose another hydra.run.dir"
+        )
+    deliver_pending(config.tracking, run_dir, console)
     return True
 
 

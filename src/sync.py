@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from src import secrets
 from src.config.compose import COMMAND_LINE, CommandLine, read_command_line
 from src.config.files import unusable
-from src.config.frozen import CONFIG, STATUS, read_config
+from src.config.frozen import CONFIG, STATUS, SWEEP, read_config
 from src.config.help import help_of_entry
 from src.config.problems import Problem, refuse
 from src.config.rules import tracker_can_be_reached_by_some_scheme
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "1")
 
-SWEEP = "sweep.json"
 KEYS = ("tracking.uri", "tracking.experiment_name")
 TRACKER_KEYS: dict[str, Types] = {
     **dict.fromkeys(("uri", "experiment_name", "run_name"), str),

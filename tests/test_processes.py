@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -495,6 +496,23 @@ def test_a_run_shared_out_that_was_stopped_is_the_run_that_was_not(lab: Laborato
         ours, theirs = load_file(run_dir / file), load_file(straight / file)
         assert ours.keys() == theirs.keys()
         assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def test_a_finished_run_of_two_processes_goes_on_for_longer_as_one_of_one_does(lab: Laboratory) -> None:
+    longer = ("training.num_train_epochs=2.3",)
+    for name, run_dir in (("longer", lab.together("none")), ("longer-alone", lab.alone("one"))):
+        shutil.copytree(run_dir, lab.at(name))
+    with started([f"rerun={lab.at('longer')}", f"hydra.run.dir={lab.at('longer')}", *longer],
+                 lab.folder / "longer.log") as one:  # fmt: skip
+        end = wait_for_end(one)
+    assert end.code == 0, end.output
+    run(admitted(f"rerun={lab.at('longer-alone')}", f"hydra.run.dir={lab.at('longer-alone')}", *longer), StopRequest())
+    ours, theirs = metrics(lab.at("longer")), metrics(lab.at("longer-alone"))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert (ours[-1]["step"], status(lab.at("longer"))["state"]) == (23, "FINISHED")
+    for one_line, other in zip(ours, theirs, strict=True):
+        assert one_line["train/loss"] == pytest.approx(other["train/loss"], rel=0, abs=1e-4)
+    assert [line["resumed_step"] for line in read_lines(lab.at("longer") / "starts.jsonl")] == [None, STEPS]
 
 
 def test_one_process_that_is_killed_ends_all_and_the_run_goes_on(lab: Laboratory) -> None:

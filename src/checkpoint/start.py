@@ -59,7 +59,7 @@ def find_origin(config: CheckpointConfig, frozen: Mapping[str, Any], run_dir: Pa
     if given is not None and given.resolve().parent == own.resolve():
         found: Path | None = _named(given)
     else:
-        advice = "force=true starts again at the beginning and removes what is there; or choose another hydra.run.dir"
+        advice = "Restore one from a copy, or choose another hydra.run.dir; force=true removes all and begins again"
         found = _newest(own, warnings, advice)
         if found is not None and given is not None and given.resolve() != run_dir.resolve():
             warnings.append(f"the run goes on with its own {found}, not with checkpoint.resume = {given}")
@@ -73,15 +73,21 @@ def find_origin(config: CheckpointConfig, frozen: Mapping[str, Any], run_dir: Pa
     return Origin(found, state, changes, warnings, is_own)
 
 
-def check_best(config: CheckpointConfig, origin: Origin, run_dir: Path) -> None:
+def check_best(config: CheckpointConfig, origin: Origin, run_dir: Path, line: Mapping[str, Any] | None = None) -> None:
     """Check that the best weights so far are whole where they are to be exported, before anything is changed.
 
+    Args:
+        line: what was measured after the checkpoint's step, which it does not know; its weights are the checkpoint's.
     Raises:
         CheckpointError: naming the checkpoint and what is wrong with it.
     """
-    known = [line["step"] for line in origin.state.get("best", ()) if config.metric_for_best_model in line]
-    if known and origin.is_own and config.load_best_model_at_end and not config.allow_changed:
-        place = folder_of(run_dir / "checkpoints", known[0])
+    if not (origin.is_own and config.load_best_model_at_end) or config.allow_changed:
+        return
+    metric, sign = config.metric_for_best_model, -1 if config.is_greater_better else 1
+    lines = [*origin.state.get("best", ()), *([] if line is None else [line])]
+    values = [(sign * value, one["step"]) for one in lines if (value := one.get(metric)) is not None]
+    if values and (best := min(values)[1]) != origin.step:
+        place = folder_of(run_dir / "checkpoints", best)
         if problem := next(problems_of(place), None):
             raise CheckpointError(lost_best(place, problem))
 

@@ -184,7 +184,8 @@ class Checkpoints:
         value = metrics.get(self._config.metric_for_best_model)
         if value is None or not math.isfinite(value):
             return False
-        ranking = sorted([*self._ranking, (value, step)], key=lambda one: self._order(*one))
+        others = [one for one in self._ranking if one[1] != step]  # it may be evaluated again
+        ranking = sorted([*others, (value, step)], key=lambda one: self._order(*one))
         self._ranking = ranking[: self._config.keep_best]
         return (value, step) in self._ranking
 
@@ -227,11 +228,17 @@ class Checkpoints:
                 self.newest = newest_resumable(self._folder)
                 raise self._full(error, None) from error
 
-    def finish(self) -> None:
-        """At the end of a run: leave the last and the best, as they are now."""
+    def finish(self, *, was_due: bool = True) -> None:
+        """At the end of a run: leave the last and the best, as they are now.
+
+        Args:
+            was_due: whether the last step would be evaluated if it were not the last. Else a run that goes on for
+                longer needs the best of before too.
+        """
         self.wait()
         if self._writes:
-            self._tidy(max(self._present, default=0), self._best_steps, self.newest)
+            best = self._best_steps if was_due else self._best_steps | self._best_at_save
+            self._tidy(max(self._present, default=0), best, self.newest)
 
     def close(self) -> None:
         """Let what was saved become whole, whatever ended the run."""

@@ -31,11 +31,15 @@ from src.errors import DamagedFileError
 from src.records import Digest, Types, check_keys, damaged, read_bytes, read_json, read_lines, read_yaml
 
 CONFIG, STARTS, STATUS = "config.yaml", "starts.jsonl", "status.json"
+SWEEP = "sweep.json"
+"""Of the folder that a sweep's trials have theirs in."""
 START_KEYS: Mapping[str, Types] = {"time": str, "command": list, "config_hash": str}
 STATUS_KEYS: Mapping[str, Types] = {"state": str, "step": int}
 STATES = ("RUNNING", "FINISHED", "FAILED", "PREEMPTED", "PRUNED")
 PATHS_AND_TRACKING = ("name", "force", "rerun", "tracking")
 """Parts of a configuration that say nothing about what is computed."""
+LENGTH = ("num_train_epochs", "max_train_steps")
+"""Keys of training that say how long a run is."""
 HOW_NOT_WHAT = {"checkpoint": ("resume", "allow_changed"), "deepspeed": ("config_file", "sha256")}
 """Keys of other parts that don't either."""
 
@@ -151,7 +155,19 @@ def frozen_sections(folder: Path, key: str, nothing: str) -> tuple[dict[str, Any
 
 
 def _as_it_last_was(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration that a run goes on with: its newest checkpoint's, or its first where there is none."""
+    """Return the configuration that a run goes on with: its newest checkpoint's, or its first where there is none.
+
+    How long it is to be is what its last start said, which may not have come to a checkpoint yet.
+    """
+    sections = _of_newest_checkpoint(folder, first)
+    starts, status = read_starts(folder), read_status(folder)
+    if status.get("state") == "FINISHED" or not starts or not isinstance(changed := starts[-1].get("changed"), dict):
+        return sections
+    length = {key: changed.get(f"training.{key}", first["training"][key]) for key in LENGTH}
+    return sections | {"training": sections["training"] | length}
+
+
+def _of_newest_checkpoint(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
     found = [state for state in folder.glob("checkpoints/step-*/state.json") if state.parent.name[5:].isdigit()]
     for state in sorted(found, key=lambda file: int(file.parent.name[5:]), reverse=True):
         try:

@@ -231,7 +231,9 @@ def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model:
         else:
             sets[name].check()
     if refused:
-        hint = "force=true starts these sets anew, predict.output=DIR puts the new predictions elsewhere"
+        hint = (
+            "predict.output=DIR puts the new predictions elsewhere; force=true removes these sets and starts them anew"
+        )
         raise RunFolderError("\n".join([*refused, hint]))
     return sets
 

@@ -93,9 +93,12 @@ def export(
     for file in beside.rglob("*"):
         if file.is_file():
             file.chmod(0o666 & ~umask)  # safetensors would keep its file to one user
-    if folder.exists():  # of a start that was killed before status.json said that it was finished
-        shutil.rmtree(folder)
+    former = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():  # of a run that went on for longer, or was killed before status.json said that it was finished
+        os.replace(folder, former)
     os.replace(beside, folder)
+    shutil.rmtree(former, ignore_errors=True)
     return warnings
 
 

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from src import secrets
-from src.config.frozen import read_status
+from src.config.frozen import SWEEP, read_status
 from src.errors import DamagedFileError, SweepError
 from src.records import Types, damaged, read_json, read_lines, write_atomically, write_json
 from src.sweep.trial import Trial, check_trial
 from src.sweep.workers import log_file
 from src.tracking.journal import LOCK, holder_of, read_growing
 
-REMEDY = "Restore it from a copy; or force=true begins the sweep anew, another sweep.name begins another."
+REMEDY = "Restore it from a copy; or another sweep.name begins another, force=true removes this one and begins anew."
 SWEEP_KEYS: Mapping[str, Types] = {
     **dict.fromkeys(("name", "id", "state", "started", "updated"), str),
     **dict.fromkeys(("space", "sweep", "counts"), dict),
@@ -32,7 +32,7 @@ SWEEP_KEYS: Mapping[str, Types] = {
     "elapsed_seconds": (int, float),
 }
 HISTORY_KEYS = {"value", "best", "elapsed_seconds"}
-SWEEP, TRIALS, CONF = "sweep.json", "trials.jsonl", "conf"
+TRIALS, CONF = "trials.jsonl", "conf"
 STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
 
 

@@ -120,7 +120,7 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
     if plan.changed_conf:
         console.warn(
             f"conf/ has changed since this sweep began ({', '.join(plan.changed_conf[:5])}); it goes on with what it "
-            "began with. force=true or another sweep.name begins with what is there now."
+            "began with. Another sweep.name begins with what is there now; so does force=true, which removes the sweep."
         )
     stop.is_deferred = True
     stop.allow(plan.config.max_seconds, "sweep.max_seconds")

@@ -119,9 +119,12 @@ class RunFolder:
         self.step = 0
         self.num_steps: int | None = None
         """How many steps there will be; None as long as that is not known."""
+        self.steps_per_epoch: int | None = None
         self._config_hash = config_hash
         self._status: dict[str, Any] = {}
         self._growing: dict[str, _Growing] = {}
+        self._finished: Mapping[str, Any] | None = None
+        """What status.json said before this start, where it said that the run is finished."""
         self.at_end: list[Callable[[], None]] = []
         """Called once status.json says how the run ended, while the folder is still held."""
 
@@ -143,7 +146,7 @@ class RunFolder:
 
     def set_status(self, **changes: Any) -> None:
         """Change what status.json says."""
-        known = {} if self.num_steps is None else {"num_steps": self.num_steps}
+        known = {"num_steps": self.num_steps, "steps_per_epoch": self.steps_per_epoch} if self.num_steps else {}
         journal = {"journal": {name: file.digest.as_dict() for name, file in self._growing.items()}}
         self._status |= changes | {"step": self.step, **known, "updated": now(), **(journal if self._growing else {})}
         self.sync()  # what it says of the files that grow is on the disk before it says so
@@ -187,6 +190,7 @@ class RunFolder:
         """Write down that a run starts here, and with what."""
         self.step, began = start.step or 0, now()
         before = read_status(self.path)
+        self._finished = before if before.get("state") == "FINISHED" else None
         kept = {key: before[key] for key in ("started", "tracker_run_id", "journal") if key in before}
         fresh = {"state": "RUNNING", "cause": None, "how_to_go_on": None, "started": began, "ended": None}
         self.set_status(**(fresh | kept | _identity()))  # first: it is what makes the folder a run's
@@ -209,8 +213,11 @@ class RunFolder:
         else:
             state, cause = "FAILED", f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         how = None if error is None else how_to_go_on(self.path)
+        ended = {"state": state, "cause": cause and secrets.clean(cause), "how_to_go_on": how, "ended": now()}
+        if self._finished is not None and not self._growing:  # nothing was changed yet: it is as finished as before
+            self.step, self.num_steps, ended = self._finished["step"], None, dict(self._finished)
         try:
-            self.set_status(state=state, cause=cause and secrets.clean(cause), how_to_go_on=how, ended=now())
+            self.set_status(**ended)
             for call in self.at_end:
                 call()
         except OSError as problem:
@@ -249,6 +256,16 @@ def _check_sample(line: dict[str, Any], before: dict[str, Any] | None) -> None:
     check_keys(line, {"step": int, "prompt": str, "text": str})
     if line["step"] < (before["step"] if before else 0):
         raise ValueError(f"step {line['step']} comes after step {before['step'] if before else 0}")
+
+
+def metrics_at(path: Path, step: int | None) -> dict[str, Any] | None:
+    """Return the line of metrics of a step; None where there is none.
+
+    Raises:
+        DamagedFileError: as `read_growing`.
+    """
+    lines = read_growing(path, "metrics.jsonl") if step is not None else []
+    return next((line.content for line in lines if line.content["step"] == step), None)
 
 
 def check_journal(path: Path, status: Mapping[str, Any], start: Start) -> list[str]:
@@ -412,7 +429,8 @@ def _clear(path: Path, config_hash: str, start: Start) -> list[str]:
         why = other if start.may_begin_again else "checkpoint.resume=never"
         raise RunFolderError(
             f"{path} holds a run that did not finish ({ending(status)}), and {why}.\n"
-            f"force=true starts again and removes what is there ({', '.join(there)}); or choose another hydra.run.dir."
+            f"Give it as it was ({how_to_go_on(path)}), or choose another hydra.run.dir; force=true removes what is "
+            f"there ({', '.join(there)}) and starts again."
         )
     if not is_same:  # it failed before it trained: what it was asked for has been mended since
         _remove(path, [name for name in there if name != STARTS])

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from src.config.frozen import read_status
+from src.config.frozen import SWEEP, read_status
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
 from src.records import Line, Types, check_keys, read_json, read_lines, read_yaml
@@ -19,7 +19,7 @@ from src.tracking.mlflow_errors import StoreError
 from src.tracking.mlflow_mirror import Delivery
 from src.tracking.mlflow_store import KILLED, STATES, FolderDelivery, flat, milliseconds, read_tracking
 
-ARTIFACTS = ("sweep.json", "leaderboard.csv", "leaderboard.json", "leaderboard.md")
+ARTIFACTS = (SWEEP, "leaderboard.csv", "leaderboard.json", "leaderboard.md")
 COUNTED = ("FINISHED", "FAILED", "PRUNED")
 TRIALS_AT_ONCE = 100
 OF_A_TRIAL = ("experiment_name", "run_name", "tags", "log_model")
@@ -66,7 +66,7 @@ class SweepDelivery(FolderDelivery):
 
     @property
     def _sweep(self) -> dict[str, Any]:
-        return read_json(self._folder / "sweep.json", SWEEP_KEYS)
+        return read_json(self._folder / SWEEP, SWEEP_KEYS)
 
     @property
     def _judged(self) -> list[Any]:

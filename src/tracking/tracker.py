@@ -60,6 +60,8 @@ class Tracker:
         self._started = time.monotonic()
         self._last: dict[str, float] = {}
         self._best: dict[str, float] = {}
+        self.cut_line: dict[str, Any] | None = None
+        """The line of metrics of the step that is done again, as it was; see `go_on_from`."""
 
     @property
     def folder(self) -> Path:
@@ -106,9 +108,13 @@ class Tracker:
         for warning in warnings:
             self.console.warn(warning)
 
+    def expect(self, num_steps: int, steps_per_epoch: int | None) -> None:
+        """Take note of how long the run will be; steps_per_epoch is None where nobody knows."""
+        self._folder.num_steps, self._folder.steps_per_epoch = num_steps, steps_per_epoch
+
     def progress(self, step: StepLike, num_steps: int, logging_steps: int) -> None:
         """Show how far training is."""
-        self._folder.step, self._folder.num_steps = step.number, num_steps
+        self._folder.step = step.number
         logged = step.number % logging_steps == 0 or step.number == num_steps
         self.console.progress(step.number, num_steps, step.loss, step.lr, step.tokens_per_second, logged=logged)
 
@@ -116,7 +122,7 @@ class Tracker:
         """Take out of the journal what comes again: all behind a step, and of the step itself what was not over.
 
         Args:
-            is_end: whether it is the run's last step, which is done with only when the run is.
+            is_end: whether it is the run's last step, or was; it is done with only when the run is.
         Returns: the lines of metrics that stay.
         """
         is_over = not is_end and any(line["step"] == step for line in self._folder.lines("metrics.jsonl"))
@@ -124,6 +130,7 @@ class Tracker:
         self._folder.announce_cut(last)
         self._folder.cut("samples.jsonl", last)
         kept, taken = self._folder.cut("metrics.jsonl", last)
+        self.cut_line = next((line for line in taken if line["step"] == step), None)
         if self._mirror:
             self._mirror.rewind(len(kept), taken)
         for line in kept:
@@ -193,6 +200,10 @@ class Bystander(Tracker):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.cut_line = None
+
+    def expect(self, num_steps: int, steps_per_epoch: int | None) -> None:
+        pass
 
     def journal_before(self, step: int) -> dict[str, dict[str, Any]]:
         return {}

@@ -69,10 +69,8 @@ class Step:
         ]
 
     def is_due(self, every: int | str | None) -> bool:
-        """Whether something that happens every N steps, or every epoch, or never (None), happens after this step."""
-        if every is None:
-            return False
-        return self.update.ends_epoch if every == "epoch" else self.number % int(every) == 0
+        """Return whether something that happens every N steps, or every epoch, or never (None), happens after it."""
+        return self.update.is_due(every)
 
     def collect(self) -> dict[str, float]:
         """Give the metrics since they were last collected, and start to sum anew."""

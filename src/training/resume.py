@@ -110,6 +110,11 @@ def resume(
     return warnings
 
 
+def ended_there(origin: Origin) -> bool:
+    """Return whether a run's own checkpoint was its last: what belongs to the end of a run came of its step."""
+    return origin.is_own and origin.own_step is not None and origin.own_step >= origin.state["facts"]["num_steps"]
+
+
 def first_comparable(origin: Origin, facts: Facts, state: TrainState) -> int:
     """Return the first step whose evaluation is of the rows of now: those before say nothing of which is the best."""
     if origin.checkpoint is None:

@@ -83,6 +83,12 @@ class Update:
     lr: float
     grad_norm: float
 
+    def is_due(self, every: int | str | None) -> bool:
+        """Return whether something that happens every N steps, or every epoch, or never (None), happens after it."""
+        if every is None:
+            return False
+        return self.ends_epoch if every == "epoch" else self.number % int(every) == 0
+
 
 @dataclass(frozen=True)
 class Beginning:
@@ -196,6 +202,10 @@ class TrainState:
             runtime.restore_rng(rng_from_json(state["rng"][runtime.rank]))
         else:  # there were fewer processes
             runtime.seed_apart(self.step)
+
+    def evaluates_again(self, eval_steps: int | str | None) -> bool:
+        """Return whether an evaluation follows the last step where what follows it is done again."""
+        return self.last is not None and (self.step >= self.num_steps or self.last.is_due(eval_steps))
 
     def settle(self, *, is_over: bool) -> None:
         """Say whether what follows the last step was done, its line of metrics included, which begins new sums."""

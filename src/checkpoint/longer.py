@@ -1,0 +1,80 @@
+"""Whether a run that is finished is asked for more steps, and whether it can go on. No torch here."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from pathlib import Path
+
+from src.checkpoint.manifest import newest_resumable
+from src.config.frozen import SWEEP, read_config, read_status
+from src.config.schema import CheckpointConfig, TrainingConfig
+from src.errors import CheckpointError, RunFolderError
+
+LEAST_SHARE = 1e-6
+"""Of a step: what a number of epochs may be off by when it becomes one of steps."""
+
+
+def is_asked_for_more(training: TrainingConfig, run_dir: Path) -> bool:
+    """Return whether a configuration asks for more steps than the finished run of a folder has done.
+
+    Raises:
+        DamagedFileError: where the folder's own files can't be read.
+    """
+    status = read_status(run_dir)
+    if training.max_train_steps is not None:
+        return training.max_train_steps > status["step"]
+    if (per_epoch := status.get("steps_per_epoch")) is not None:
+        return math.ceil(training.num_train_epochs * per_epoch - LEAST_SHARE) > status["step"]
+    first = read_config(run_dir).get("training", {})  # of a version that did not note it, or of a stream
+    return first.get("max_train_steps") is None and training.num_train_epochs > first.get("num_train_epochs", math.inf)
+
+
+def how_to_go_on_for_longer(training: TrainingConfig, run_dir: Path) -> str:
+    """Return in words what makes a finished run go on."""
+    status = read_status(run_dir)
+    if training.max_train_steps is not None:
+        return f"a training.max_train_steps above {status['step']:,} goes on with it (null: num_train_epochs counts)"
+    per_epoch = status.get("steps_per_epoch")
+    above = f" above {status['step'] / per_epoch:g}" if per_epoch else ", larger than it was,"
+    return f"a training.num_train_epochs{above} goes on with it"
+
+
+def check_longer(config: CheckpointConfig, run_dir: Path) -> None:
+    """Check that a finished run can go on for longer in its folder, before anything is changed.
+
+    Raises:
+        RunFolderError: where the folder is not to be gone on with.
+        CheckpointError: where it keeps no checkpoint that could be gone on from.
+    """
+    step, here = read_status(run_dir)["step"], _quoted(run_dir)
+    finished = f"{run_dir} is finished at step {step:,}"
+    if (run_dir.parent / SWEEP).is_file():
+        raise RunFolderError(
+            f"{finished}, as a trial of the sweep in {run_dir.parent}, which compares it as it is.\n"
+            f"To go on with it for longer in a folder of its own: rerun={here} checkpoint.resume={here} "
+            "hydra.run.dir=ANOTHER, with the same keys"
+        )
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{finished}, and can't go on there: no permission to write. {_new_run(run_dir)}")
+    if config.resume == "never":
+        raise RunFolderError(
+            f"{finished}, and checkpoint.resume=never: without it the same command goes on from there; or choose "
+            "another hydra.run.dir."
+        )
+    if newest_resumable(run_dir / "checkpoints") is None:
+        raise CheckpointError(
+            f"{finished}, and keeps no checkpoint that it could go on from (checkpoint.checkpointing_steps=null "
+            f"saves none). {_new_run(run_dir)}"
+        )
+
+
+def _new_run(run_dir: Path) -> str:
+    return (
+        f"It is left as it is; a new run in another hydra.run.dir begins with its weights: init_from={_quoted(run_dir)}"
+    )
+
+
+def _quoted(run_dir: Path) -> str:
+    return shlex.quote(str(run_dir))
