@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,14 @@ from tests.conftest import ROOT, admitted
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 
 
+Shown = Callable[..., str]
+
+
 @pytest.fixture
-def shown(capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+def shown(capsys: pytest.CaptureFixture[str]) -> Shown:
     """Return a function that gives `--help` some arguments and returns what is printed."""
 
-    def ask(*arguments: str, entry=main, code: int = 0) -> str:  # type: ignore[no-untyped-def]
+    def ask(*arguments: str, entry: Callable[[list[str]], int] = main, code: int = 0) -> str:
         assert entry([*arguments, "--help"]) == code
         printed = capsys.readouterr()
         lines = (printed.err if code else printed.out).splitlines()
@@ -38,7 +42,7 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_the_overview_has_every_group_with_its_options_and_every_key_with_its_meaning(shown) -> None:  # type: ignore[no-untyped-def]
+def test_the_overview_has_every_group_with_its_options_and_every_key_with_its_meaning(shown: Shown) -> None:
     text = shown()
     for group in GROUPS:
         (listed,) = re.findall(rf"^{group}: (\w+ \(.*?\))$", text, flags=re.MULTILINE | re.DOTALL)
@@ -71,7 +75,7 @@ def test_a_meaning_stands_in_one_place() -> None:
                 assert not is_key or said.setdefault((name, text), file.stem) == file.stem, (file.stem, name)
 
 
-def test_values_and_meanings_follow_what_is_chosen(shown) -> None:  # type: ignore[no-untyped-def]
+def test_values_and_meanings_follow_what_is_chosen(shown: Shown) -> None:
     text = shown("optimizer=sgd", "optimizer.lr=0.5", "experiment=without_thoughts")
     assert re.search(r"^  lr: 0.5 +the peak of the learning rate", text, flags=re.MULTILINE)
     assert re.search(r"^  momentum: 0.0 +how much of the last step", text, flags=re.MULTILINE)
@@ -82,7 +86,7 @@ def test_values_and_meanings_follow_what_is_chosen(shown) -> None:  # type: igno
     assert "\n  checkpoint: (needs a value) " in shown("model=causal_lm")
 
 
-def test_a_group_has_all_its_options_and_their_keys(shown) -> None:  # type: ignore[no-untyped-def]
+def test_a_group_has_all_its_options_and_their_keys(shown: Shown) -> None:
     text = shown("optimizer")
     assert text.startswith("optimizer: adamw is chosen; choose with optimizer=OPTION\n")
     for option in ("adafactor", "adamw", "adamw_8bit", "paged_adamw_32bit", "sgd"):
@@ -97,13 +101,13 @@ def test_a_group_has_all_its_options_and_their_keys(shown) -> None:  # type: ign
     assert "As adamw, and sets optimizer.type: adamw_8bit" in words(text)
 
 
-def test_options_that_reach_into_other_sections_say_what_they_set(shown) -> None:  # type: ignore[no-untyped-def]
+def test_options_that_reach_into_other_sections_say_what_they_set(shown: Shown) -> None:
     assert "Sets data.limit: 8; training.max_train_steps: 60;" in words(shown("debug"))
     assert "Sets tokens: none; name: without_thoughts; training.num_train_epochs: 6.0" in words(shown("experiment"))
     assert "As lora, and sets quantization: nf4" in words(shown("adapter"))
 
 
-def test_one_key_a_section_and_several_topics(shown) -> None:  # type: ignore[no-untyped-def]
+def test_one_key_a_section_and_several_topics(shown: Shown) -> None:
     text = shown("data.overflow", "data.overflow=drop")
     assert text.splitlines()[0] == "  data.overflow: drop"
     assert "Allowed: one of truncate, truncate_prompt, drop, error\n" in text
@@ -118,14 +122,14 @@ def test_one_key_a_section_and_several_topics(shown) -> None:  # type: ignore[no
     assert "In it, 1, 2 or 3 (deepspeed=none shares nothing out): stage" in words(shown("deepspeed"))
 
 
-def test_a_last_part_and_names_of_other_trainers_are_found(shown) -> None:  # type: ignore[no-untyped-def]
+def test_a_last_part_and_names_of_other_trainers_are_found(shown: Shown) -> None:
     assert re.findall(r"^  (\S+): ", shown("revision"), flags=re.MULTILINE) == ["model.revision", "data.revision"]
     assert shown("learning_rate").startswith(
         "learning_rate of other trainers is optimizer.lr here.\n\n  optimizer.lr: "
     )
 
 
-def test_unknown_topics_are_refused_together(shown) -> None:  # type: ignore[no-untyped-def]
+def test_unknown_topics_are_refused_together(shown: Shown) -> None:
     text = shown("optimizerr", "training.loging_steps", "qqqq", "optimizer", code=2)
     assert text.startswith("Configuration refused: 3 problems\n")
     assert "no group, section or key; did you mean optimizer?   (--help)" in text
@@ -134,7 +138,7 @@ def test_unknown_topics_are_refused_together(shown) -> None:  # type: ignore[no-
     assert "no such option" in shown("optimizer=adamx", code=2)
 
 
-def test_options_of_the_users_own_have_their_words_too(shown, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_options_of_the_users_own_have_their_words_too(shown: Shown, tmp_path: Path) -> None:
     mine = tmp_path / "optimizer" / "mine.yaml"
     mine.parent.mkdir()
     mine.write_text("# Mine: for long runs.\ndefaults:\n  - adamw\n  - _self_\n# what I found\n# to work\nlr: 0.125\n")
@@ -154,7 +158,7 @@ def test_options_of_the_users_own_have_their_words_too(shown, tmp_path: Path) ->
     assert "\n  mine\n      can't be read: " in done
 
 
-def test_passwords_are_not_shown(shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_passwords_are_not_shown(shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_PASSWORD", "sesame-open")
     mine = tmp_path / "tracking" / "mine.yaml"
     mine.parent.mkdir()
@@ -170,7 +174,7 @@ def test_passwords_are_not_shown(shown, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("entry", "own"), [(preflight, "  dump: null "), (predict, "  batch_size: null "), (sync, "")])
-def test_other_entries(shown, entry, own: str) -> None:  # type: ignore[no-untyped-def]
+def test_other_entries(shown: Shown, entry: Callable[[list[str]], int], own: str) -> None:
     text = shown(entry=entry.main)
     assert f"python -m src.{entry.__name__.removeprefix('src.')}" in words(text)
     assert own in text
@@ -192,7 +196,7 @@ def test_a_reader_that_leaves_early_is_no_error(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "topic", ["..", ".", "", "/", "x" * 5000, "\udcff", "a.b.c.", "hydra", "_self_", "*", "안" * 200]
 )
-def test_topics_that_no_one_would_ask_for_are_refused(shown, topic: str) -> None:  # type: ignore[no-untyped-def]
+def test_topics_that_no_one_would_ask_for_are_refused(shown: Shown, topic: str) -> None:
     assert "no group, section or key" in shown(topic, code=2)
 
 

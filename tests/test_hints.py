@@ -20,19 +20,11 @@ from src.config.gate import admit, admit_prediction
 from src.config.keys import all_keys
 from src.config.peers import PEERS, Counterpart
 from src.errors import ConfigError
-from src.sweep.plan import plan_sweep
 from tests.conftest import ROOT, admitted
+from tests.test_gate import refusal
 
 PRETRAINED = ("model=causal_lm", "model.checkpoint=hub/id")
 """A model that an adapter, and weights in 4 bits, are for."""
-
-
-def refusal(*overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        request = admit(overrides)
-        if request.line.flags.multirun:
-            plan_sweep(request.line)
-    return str(caught.value)
 
 
 def suggestions(message: str) -> Iterator[list[str]]:

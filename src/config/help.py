@@ -6,7 +6,6 @@ No torch here. Values are those of the command line that asks, so `--help experi
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from src import terminal
 from src.config import groups, peers, reference
 from src.config.compose import GLOBAL_GROUPS, CommandLine, Composed, compose, options, read_command_line, where_set
 from src.config.groups import Option
@@ -71,7 +71,7 @@ class Page:
 
     def overview(self) -> Iterator[str]:
         """Yield the lines of all groups and keys."""
-        yield from textwrap.wrap(OVERVIEW, WIDTH)
+        yield from wrapped(OVERVIEW)
         yield ""
         for command, does in USAGE:
             yield f"{command:<54} {does}"
@@ -95,14 +95,14 @@ class Page:
             for key in keys:
                 yield from self.short(key)
         yield ""
-        yield from textwrap.wrap(ELSEWHERE, WIDTH)
+        yield from wrapped(ELSEWHERE)
 
     def short(self, key: Key) -> Iterator[str]:
         """Yield a key with its value, and what it means beside it."""
         indent = "  " if key.section else ""
         name = f"{indent}{reference.name_in(key)}: "
         left = name + shortened(shown_value(self.value(key)), WIDTH - len(name))
-        said = textwrap.wrap(self.meaning(key), WIDTH - LEFT)
+        said = wrapped(self.meaning(key), columns=WIDTH - LEFT)
         if len(left) < LEFT and said:
             left = f"{left:<{LEFT}}{said.pop(0)}"
         yield left
@@ -234,7 +234,7 @@ def help_of_entry(entry: str, about: str | None, arguments: Sequence[str]) -> in
         *(["", f"{entry}:"] if own else []),
         *(line for key in own for line in page.short(key)),
     ]
-    show("\n".join([*lines, "", *textwrap.wrap(MORE, WIDTH)]))
+    show("\n".join([*lines, "", *wrapped(MORE)]))
     return 0
 
 
@@ -302,12 +302,10 @@ def paragraphs(lines: Sequence[str]) -> list[str]:
     return joined
 
 
-def wrapped(text: str, indent: int = 0, hanging: int = 0) -> list[str]:
-    """Return a text as lines of at most 80 columns."""
-    first, rest = " " * indent, " " * (indent + hanging)
-    return textwrap.wrap(
-        visible(text, is_line=True), WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
-    )
+def wrapped(text: str, indent: int = 0, hanging: int = 0, columns: int = WIDTH) -> list[str]:
+    """Return a text as lines of at most so many columns."""
+    line = " " * indent + visible(text, is_line=True)
+    return terminal.wrapped(line, columns, hang=indent + hanging).split("\n") if text else []
 
 
 def reflowed(text: str) -> list[str]:
