@@ -489,13 +489,12 @@ def admit_and_run(arguments: Sequence[str], stop: StopRequest) -> int:
     """Check a command line, then run it; gives the exit code."""
     try:
         request = admit(arguments)
-        if request.line.flags.cfg:
-            show(shown_config(request.line), end="")
+        if request.shown is not None and request.line.flags.cfg:
+            show(shown_config(request.shown, request.line), end="")
             return 0
-        if request.line.flags.help:
+        if request.shown is not None and request.line.flags.help:
             from src.config.help import help_of_run
 
-            assert request.shown is not None
             return help_of_run(request.shown, request.line)
         return by_hydra(request, stop) if request.run is None else guarded(request.run, stop)
     except TowlineError as error:

@@ -68,7 +68,7 @@ class Request:
     line: CommandLine
     run: Admitted | None = None
     shown: Composed | None = None
-    """What --help shows the values of."""
+    """What --help and --cfg show the values of."""
 
 
 @dataclass
@@ -121,7 +121,7 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
     if problems or line.problems:
         raise refuse([*line.problems, *problems])
     composing.warn_of_broken_options(line)
-    return Request(line) if line.flags.cfg else Request(line, admitted)
+    return Request(line, shown=composed) if line.flags.cfg else Request(line, admitted)
 
 
 def admit_prediction(argv: Sequence[str]) -> Admitted:

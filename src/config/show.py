@@ -6,20 +6,20 @@ from typing import Any
 
 from omegaconf import Container, OmegaConf
 
-from src.config.compose import CommandLine, hydra_config, hydra_resolved
+from src.config.compose import CommandLine, Composed, hydra_resolved
 from src.config.problems import Problem, refuse
 from src.config.source import with_lists
 from src.secrets import clean
 
 
-def shown_config(line: CommandLine) -> str:
-    """Return the configuration that a command line asks to see, `--package` and `--resolve` obeyed.
+def shown_config(composed: Composed, line: CommandLine) -> str:
+    """Return the configuration that a command line was composed to, `--package` and `--resolve` obeyed.
 
     Raises:
         ConfigError: where there is no such package.
     """
-    flags = line.flags
-    cfg = hydra_config(line.forced, line)
+    flags, cfg = line.flags, composed.hydra
+    assert cfg is not None  # without problems there always is one
     with hydra_resolved(cfg):
         names = [str(name) for name in cfg]
         kept = {"job": [name for name in names if name != "hydra"], "hydra": ["hydra"]}.get(flags.cfg, names)
