@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import xxhash
 import yaml
@@ -209,10 +209,20 @@ def file_digest(file: Path) -> dict[str, Any]:
     return digest.as_dict()
 
 
-def begins_with(content: bytes, digest: Mapping[str, Any]) -> bool:
-    """Return whether a file's content begins with what `Digest.as_dict` tells."""
-    size = digest.get("num_bytes")
-    return isinstance(size, int) and size >= 0 and Digest(content[:size]).as_dict() == dict(digest)
+def begins_with(content: bytes, digest: object) -> bool:
+    """Return whether a file's content begins with what `Digest.as_dict` tells; False of what is no such thing."""
+    return is_digest(digest) and Digest(content[: digest["num_bytes"]]).as_dict() == dict(digest)
+
+
+def is_digest(value: object) -> TypeGuard[Mapping[str, Any]]:
+    """Return whether a value is what `Digest.as_dict` gives."""
+    keys: Mapping[str, Types] = {"num_bytes": int, "xxh3_128": str}
+    return (
+        isinstance(value, Mapping)
+        and value.keys() == keys.keys()
+        and all(_is_of(value[key], types) for key, types in keys.items())
+        and value["num_bytes"] >= 0
+    )
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.checkpoint.manifest import newest_resumable, problems_of, steps_in
+from src.checkpoint.manifest import newest_resumable, problems_of
+from src.config.places import steps_in
 from src.errors import CheckpointError, ConfigError, Interrupted, ModelError
 from src.run import run
 from src.runtime.signals import StopRequest

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from src.config.places import clear, set_aside
 from src.config.schema import ModelConfig, RunConfig, Weights
 from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, listed, one_line
 from src.model.adapters import Adapter, with_adapter
@@ -57,7 +58,7 @@ def export(
         raise NonFiniteLossError(f"training has spoilt the weights, they are not finite:\n{listed(spoilt)}")
     warnings: list[str] = []
     beside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
+    clear(beside)
     try:
         if adapter is None:
             _write_whole(model, beside, config)
@@ -93,12 +94,13 @@ def export(
     for file in beside.rglob("*"):
         if file.is_file():
             file.chmod(0o666 & ~umask)  # safetensors would keep its file to one user
-    former = folder.with_name(f".{folder.name}.gone")
-    shutil.rmtree(former, ignore_errors=True)
-    if folder.exists():  # of a run that went on for longer, or was killed before status.json said that it was finished
-        os.replace(folder, former)
+    former = set_aside(folder)  # of a run that got longer, or was killed before status.json said that it was finished
     os.replace(beside, folder)
-    shutil.rmtree(former, ignore_errors=True)
+    try:
+        if former is not None:
+            clear(former)
+    except OSError as error:  # it takes room, and is in nobody's way
+        warnings.append(f"{former}, the model of before, can't be removed: {error.strerror}")
     return warnings
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from src import secrets
-from src.config.frozen import SWEEP, read_status
+from src.config.frozen import SWEEP, is_finished, read_status
 from src.errors import DamagedFileError, SweepError
 from src.records import Types, damaged, read_json, read_lines, write_atomically, write_json
 from src.sweep.trial import Trial, check_trial
@@ -207,6 +207,7 @@ def _is_masked_copy(compared: filecmp.dircmp[str], name: str) -> bool:
 def _objective(run_dir: Path, metric: str) -> tuple[float | None, str]:
     """Give a finished run's value of the metric, or why it has none."""
     try:
+        is_finished(run_dir)  # by more than its word
         summary = read_json(run_dir / "summary.json")
     except FileNotFoundError:
         return None, "summary.json is missing"

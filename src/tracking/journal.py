@@ -33,6 +33,7 @@ import yaml
 from src import secrets
 from src.config import trust
 from src.config.frozen import CONFIG, STARTS, STATUS, read_starts, read_status
+from src.config.places import CHECKPOINTS
 from src.errors import DamagedFileError, Interrupted, Pruned, RunFolderError, report
 from src.records import (
     Digest,
@@ -57,13 +58,13 @@ FILES = (
     "provenance.json",
     "summary.json",
     "tracking.json",
-    "checkpoints",
+    CHECKPOINTS,
     "model",
     "predictions",
 )
 """What a run's folder holds; `force=true` removes these and nothing else."""
 
-FOLDERS = ("checkpoints", "model", "predictions")
+FOLDERS = (CHECKPOINTS, "model", "predictions")
 LOCK = "lock"
 LONGEST_HOLDER = 500
 """Characters that are read of what a lock says."""
@@ -332,11 +333,6 @@ def _cause(reason: BaseException) -> str:
     return secrets.clean(str(reason)).split("\n")[0].rstrip(":")
 
 
-def is_finished(path: Path) -> bool:
-    """Whether the folder holds a run that came to its end."""
-    return read_status(path).get("state") == "FINISHED"
-
-
 @contextmanager
 def hold(path: Path) -> Iterator[int]:
     """Hold a run's folder against every other process, until the block ends or the process dies; makes it.
@@ -417,8 +413,10 @@ def _clear(path: Path, config_hash: str, start: Start) -> list[str]:
         _remove(path, there)
         return []
     for name in there:
-        if name not in FOLDERS and not (path / name).is_file():
-            raise damaged(path / name, "it is no plain file", "Move it away: the same command writes it anew")
+        is_folder = name in FOLDERS
+        if not ((path / name).is_dir() if is_folder else (path / name).is_file()):
+            kind = "folder" if is_folder else "plain file"
+            raise damaged(path / name, f"it is no {kind}", "Move it away: the same command writes it anew")
     status = read_status(path)
     step = status.get("step", 1)  # not known: it may have trained
     is_same = last_config_hash(path) == config_hash
@@ -435,7 +433,18 @@ def _clear(path: Path, config_hash: str, start: Start) -> list[str]:
     if not is_same:  # it failed before it trained: what it was asked for has been mended since
         _remove(path, [name for name in there if name != STARTS])
         return []
-    return check_journal(path, status, start)
+    return [*check_journal(path, status, start), *_begins_again(path)]
+
+
+def _begins_again(path: Path) -> list[str]:
+    """Say what was logged of a run that has no checkpoint: it is done again."""
+    lines = read_growing(path, "metrics.jsonl")
+    if not lines:
+        return []
+    return [
+        f"there is no checkpoint in {path / CHECKPOINTS}, so the run begins again: what was logged up to step "
+        f"{lines[-1].content['step']} is removed, and comes again"
+    ]
 
 
 def ending(status: Mapping[str, Any]) -> str:
