@@ -26,6 +26,14 @@ LARGEST_YAML_BYTES = 1 << 22
 CHUNK_BYTES = 1 << 22
 MOST_YAML_VALUES = 200_000
 """Values that a YAML file may have once its aliases are written out: a few lines of them can stand for billions."""
+TAG = "tag:yaml.org,2002:"
+"""In front of the names of YAML's own kinds of values."""
+PLAIN_KINDS: Mapping[type[yaml.Node], Collection[str]] = {
+    yaml.ScalarNode: ("str", "int", "float", "bool", "null"),
+    yaml.SequenceNode: ("seq",),
+    yaml.MappingNode: ("map",),
+}
+"""Of them, those that JSON has too, by the kind of node."""
 DEEPEST = 100
 """Levels of lists and mappings."""
 
@@ -89,7 +97,9 @@ def read_json(
 
 
 def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
-    """Return the mapping that a YAML file holds; aliases that refer to themselves or multiply are refused.
+    """Return the mapping that a YAML file holds, of what JSON knows too: its keys are texts, and no value is a date.
+
+    Aliases that refer to themselves or multiply are refused.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -101,7 +111,7 @@ def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
         if not isinstance(node, yaml.MappingNode):
             raise ValueError("no mapping of keys to values")
         _count_values(node, {}, 0)
-        content = yaml.safe_load(text)
+        content = yaml.SafeLoader("").construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -279,6 +289,11 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) ->
         inner = node.value
     elif isinstance(node, yaml.MappingNode):
         inner = [one for pair in node.value for one in pair]
+        if other := next((key for key, _ in node.value if key.tag != f"{TAG}str"), None):
+            raise ValueError(f"line {other.start_mark.line + 1}: a key that is no text")
+    if not _is_plain(node):
+        given = _short(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+        raise ValueError(f"line {node.start_mark.line + 1}: {given} can't be of the kind {node.tag.removeprefix(TAG)}")
     count = 1 + sum(_count_values(one, counts, depth + 1) for one in inner)
     if count > MOST_YAML_VALUES:
         raise ValueError(
@@ -286,6 +301,19 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) ->
         )
     counts[id(node)] = count
     return count
+
+
+def _is_plain(node: yaml.Node) -> bool:
+    """Return whether a YAML value is one that JSON has, and can be what its tag says that it is."""
+    if node.tag.removeprefix(TAG) not in PLAIN_KINDS[type(node)]:
+        return False
+    if not isinstance(node, yaml.ScalarNode):
+        return True
+    try:
+        yaml.SafeLoader("").construct_object(node)
+    except (ValueError, LookupError, ArithmeticError):
+        return False
+    return True
 
 
 def _is_of(value: Any, types: Types) -> bool:

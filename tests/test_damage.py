@@ -155,6 +155,8 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}, *a{i}]\
         ("status.json", "[" * 100_000),
         ("config.yaml", "a: &a [*a]"),
         ("config.yaml", BOMB),
+        ("config.yaml", "1: x"),
+        ("config.yaml", "runtime: !!bool abc"),
         ("starts.jsonl", "{}\n"),
         ("samples.jsonl", '{"step": 3}\n'),
         ("samples.jsonl", None),
@@ -287,7 +289,26 @@ def test_yaml_that_multiplies_or_holds_itself_is_refused(tmp_path: Path) -> None
         ("- 1", "no mapping"),
         ("a: [", "line 1"),
         ("a: !!python/object/apply:os.system [ls]", "line 1"),
-        ("? [a]\n: b", "line 1"),
+        *(
+            (f"x: 1\n{key}: b", "line 2: a key that is no text")
+            for key in ("? [a]\n", "1", "2020-01-01", "null", "true")
+        ),
+        ("a: {b: 1, 2: 3}", "line 1: a key that is no text"),
+        ("a: &x {b: 1}\nc: {<<: *x}", "line 2: a key that is no text"),
+        *(
+            (f"x: 1\na: !!{kind} abc", f"line 2: .abc. can't be of the kind {kind}")
+            for kind in ("bool", "int", "float")
+        ),
+        *((f"x: 1\na: !!{kind} abc", f"line 2: .abc. can't be of the kind {kind}") for kind in ("timestamp", "binary")),
+        ("a: 2020-01-01", "line 1: .2020-01-01. can't be of the kind timestamp"),
+        *(
+            (f"a: !!{kind} [b: 1]", f"line 1: .*can't be of the kind {kind}")
+            for kind in ("omap", "pairs", "str", "map")
+        ),
+        ("a: !!set {b, c}", "line 1: .*can't be of the kind set"),
+        ("!!set {b}", "line 1: .*can't be of the kind set"),
+        ("a: !mine b", "line 1: .b. can't be of the kind !mine"),
+        (f"a: !!int {'9' * 5000}", "line 1: .9999.*can't be of the kind int"),
     ):
         file.write_text(text)
         with pytest.raises(DamagedFileError, match=reason):
