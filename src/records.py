@@ -198,16 +198,16 @@ class Digest:
     """Counts and hashes what a file that grows has got so far, as it is written."""
 
     def __init__(self, content: bytes = b"") -> None:
-        self._num_bytes = 0
+        self.num_bytes = 0
         self._hash = xxhash.xxh3_128()
         self.add(content)
 
     def add(self, content: bytes) -> None:
-        self._num_bytes += len(content)
+        self.num_bytes += len(content)
         self._hash.update(content)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"num_bytes": self._num_bytes, "xxh3_128": self._hash.hexdigest()}
+        return {"num_bytes": self.num_bytes, "xxh3_128": self._hash.hexdigest()}
 
 
 def file_digest(file: Path) -> dict[str, Any]:

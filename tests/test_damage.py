@@ -558,9 +558,9 @@ class Meanwhile(Fate):
             self.do()
 
 
-def ends_with(folder: Path, do: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run, do something to it meanwhile, and return what it said at last; its exit code is 1."""
-    assert guarded(admitted(f"hydra.run.dir={folder}", *RUN), Meanwhile(do)) == 1
+def ends_with(folder: Path, do: Callable[[], object], capsys: pytest.CaptureFixture[str], code: int = 1) -> str:
+    """Run, do something to it meanwhile, and return what it said at last."""
+    assert guarded(admitted(f"hydra.run.dir={folder}", *RUN), Meanwhile(do)) == code
     said = capsys.readouterr().err
     assert "Traceback" not in said
     return said
@@ -575,6 +575,40 @@ def test_a_folder_that_is_moved_away_ends_the_run_and_is_whole(
     assert not folder.exists()
     assert 3 in saved(moved)
     assert go_on(moved).returncode == 0
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "removed": Path.unlink,
+    "emptied": lambda file: file.write_bytes(b""),
+    "added to": lambda file: file.write_bytes(file.read_bytes() + b"{}\n"),
+    "a byte": lambda file: file.write_bytes(file.read_bytes()[:-3] + bytes([file.read_bytes()[-3] ^ 1]) + b"}\n"),
+}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_journal_that_is_changed_while_the_run_goes_on_ends_it_by_name(
+    tmp_path: Path, finished: Path, name: str, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    kept: list[bytes] = []
+
+    def do() -> None:
+        kept.append((folder / name).read_bytes())
+        CHANGES[change](folder / name)
+
+    said = ends_with(folder, do, capsys, 2)
+    assert f"{folder / name} is damaged" in said
+    assert "while the run went on" in said
+    assert json.loads((folder / "status.json").read_text())["state"] == "FAILED"
+    done = go_on(folder)
+    assert (done.returncode, f"{folder / name} is damaged" in done.stderr) == (2, True)
+    if (name, change) == ("samples.jsonl", "removed"):  # of the other file its lines since then are lost
+        (folder / name).write_bytes(kept[0])
+        assert go_on(folder).returncode == 0
+        assert numbers(folder) == numbers(finished)
+    elif change in ("removed", "emptied"):
+        assert go_on(folder, "checkpoint.allow_changed=true").returncode == 0
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EFBIG])

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from src.config.places import clear, set_aside
 from src.config.schema import ModelConfig, RunConfig, Weights
 from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, listed, one_line
-from src.model.adapters import Adapter, with_adapter
+from src.model.adapters import WEIGHTS, Adapter, with_adapter
 from src.model.build import build_model, check_lengths, empty_model, load_architecture, load_weights
 from src.model.embeddings import fit_embeddings
 from src.model.merging import merge, probe_ids
@@ -163,7 +163,7 @@ def _is_tied(model: Any) -> bool:
 
 def _check_adapter(folder: Path, adapter: Adapter) -> None:
     """See that an adapter's file holds each tensor bit for bit, rows of new tokens included."""
-    there, trained = load_file(folder / "adapter_model.safetensors"), adapter.state()
+    there, trained = load_file(folder / WEIGHTS), adapter.state()
     wrong = [n for n, tensor in trained.items() if n not in there or not torch.equal(there[n], tensor.detach().cpu())]
     if wrong or there.keys() - trained.keys():
         raise ExportError(f"{folder} does not hold what was trained:\n{listed([*wrong, *(there.keys() - trained)])}")

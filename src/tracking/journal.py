@@ -42,6 +42,7 @@ from src.records import (
     check_keys,
     damaged,
     finite,
+    read_bytes,
     read_lines,
     write_atomically,
     write_json,
@@ -134,12 +135,36 @@ class RunFolder:
         write_json(self.path / name, content)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Add a line to a file that grows; it is on its way to the disk when this returns."""
+        """Add a line to a file that grows; it is on its way to the disk when this returns.
+
+        Raises:
+            DamagedFileError: where the file is not as long as it was left: a line more would hide that it has a hole.
+        """
+        if name in self._growing:
+            there = (self.path / name).stat().st_size if (self.path / name).exists() else 0
+            if there != (written := self._growing[name].digest.num_bytes):
+                raise _changed_meanwhile(self.path / name, f"it has {there:,} bytes instead of {written:,}")
         raw = (json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n").encode()
         with open(self.path / name, "ab") as file:
             file.write(raw)
         if name in self._growing:
             self._growing[name].add(line["step"], raw)
+
+    def check_growing(self) -> None:
+        """Check that the files that grow are what was written, at the end of a run.
+
+        Raises:
+            DamagedFileError: naming the one that is not.
+        """
+        for name, file in self._growing.items():
+            try:
+                there = Digest(read_bytes(self.path / name, None)).as_dict()
+            except FileNotFoundError:
+                there = Digest().as_dict()
+            except ValueError as error:
+                raise _changed_meanwhile(self.path / name, str(error)) from error
+            if there != file.digest.as_dict():
+                raise _changed_meanwhile(self.path / name, "its content does not have the checksum of what was written")
 
     def journal_before(self, step: int) -> dict[str, dict[str, Any]]:
         """Return size and checksum of what the files that grow have of the steps before; nothing before a `cut`."""
@@ -267,6 +292,15 @@ def metrics_at(path: Path, step: int | None) -> dict[str, Any] | None:
     """
     lines = read_growing(path, "metrics.jsonl") if step is not None else []
     return next((line.content for line in lines if line.content["step"] == step), None)
+
+
+def _changed_meanwhile(file: Path, reason: str) -> DamagedFileError:
+    """Return the error that tells a file that grows which somebody else changed or removed while the run went on."""
+    remedy = (
+        "It was changed or removed while the run went on. Restore it from a copy; or go on without what it said, with "
+        "checkpoint.allow_changed=true"
+    )
+    return damaged(file, reason, remedy)
 
 
 def check_journal(path: Path, status: Mapping[str, Any], start: Start) -> list[str]:
