@@ -175,6 +175,22 @@ def read_bytes(file: Path, most: int | None = LARGEST_BYTES) -> bytes:
         raise ValueError(f"it can't be read: {error.strerror}") from error
 
 
+def names_in(folder: Path) -> list[str]:
+    """Return the names of what is in a folder, in order; none where there is no such folder.
+
+    Raises:
+        ValueError: where something is in its place that can't be looked into, which is not the same as an empty folder.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        if os.path.lexists(folder):
+            raise ValueError("a link to what is not there") from None
+        return []
+    except OSError as error:
+        raise ValueError(str(error.strerror)) from error
+
+
 def check_keys(content: Mapping[str, Any], keys: Mapping[str, Types], may_lack: Collection[str] = ()) -> None:
     """Check that an object has the keys that it needs, each with a value of its type.
 

@@ -282,6 +282,14 @@ def test_what_may_not_be_read_is_neither_passed_over_nor_removed(tmp_path: Path)
         ):
             origin(tmp_path)
         place.chmod(mode)
+    at(tmp_path, 3).chmod(0)
+    with (
+        unprivileged(),
+        open_checkpoints(PLAIN, tmp_path) as checkpoints,
+        pytest.raises(CheckpointError, match=r"step-00000003 can't be read: Permission denied.*make it readable"),
+    ):
+        checkpoints.leave(2)  # as one that was named
+    at(tmp_path, 3).chmod(0o755)
     assert content(tmp_path / "checkpoints") == before
     for place in (at(tmp_path, 1), at(tmp_path, 2) / "manifest.json"):
         place.chmod(0)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from src.checkpoint.exported import check_exported
 from src.checkpoint.manifest import problems_of
 from src.config.frozen import config_hash, is_finished, read_config, read_status
 from src.config.gate import admit, admit_prediction
@@ -652,6 +653,28 @@ def sweep(tmp_path: Path) -> Record:
     assert record.read()["history"] == history
     assert record.trials() == trials
     return record
+
+
+def test_options_of_a_sweep_that_cannot_be_looked_into_are_not_taken_for_none(sweep: Record) -> None:
+    assert sweep.conf() == []
+    (sweep.folder / "conf").symlink_to("nowhere")
+    with pytest.raises(DamagedFileError, match="conf is damaged: it can't be looked into: a link to what is not there"):
+        sweep.conf()
+    (sweep.folder / "conf").unlink()
+    (sweep.folder / "conf" / "0").mkdir(parents=True)
+    (sweep.folder / "conf" / "notes").mkdir()
+    assert sweep.conf() == [(sweep.folder / "conf" / "0").resolve()]
+
+
+def test_a_model_that_may_not_be_read_is_told_by_name(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    check_exported(folder)
+    (folder / "model" / "config.json").chmod(0)
+    with (
+        unprivileged(),
+        pytest.raises(DamagedFileError, match=r"config\.json is damaged: it can't be read: Permission"),
+    ):
+        check_exported(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"history": [3]}', "{\x00}"])

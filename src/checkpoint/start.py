@@ -121,7 +121,7 @@ def problem_of_best(checkpoint: Path, written: str | None) -> str | None:
         CheckpointError: where it can't be read, so that nobody knows whether it is whole.
     """
     if refusal := refusal_of(checkpoint):
-        raise CheckpointError(_unreadable(checkpoint, refusal, "It has some of the best weights so far"))
+        raise CheckpointError(unreadable(checkpoint, refusal, "It has some of the best weights so far"))
     if problem := next(problems_of(checkpoint), None):
         return problem
     if written is not None and weights_checksum(checkpoint) != written:
@@ -129,7 +129,8 @@ def problem_of_best(checkpoint: Path, written: str | None) -> str | None:
     return None
 
 
-def _unreadable(checkpoint: Path, refusal: str, why: str) -> str:
+def unreadable(checkpoint: Path, refusal: str, why: str) -> str:
+    """Tell that a checkpoint can't be read, so that nobody knows whether it is whole."""
     return f"{checkpoint}: {refusal}. {why}. Nothing was changed: make it readable, or move it away to do without it"
 
 
@@ -198,7 +199,7 @@ def _newest(folder: Path, warnings: list[str], advice: str) -> Path | None:
         place = folder_of(folder, step)
         if refusal := refusal_of(place):
             raise CheckpointError(
-                _unreadable(place, refusal, "A run can't go on past what may be its newest checkpoint")
+                unreadable(place, refusal, "A run can't go on past what may be its newest checkpoint")
             )
         if is_later(place):
             raise CheckpointError(

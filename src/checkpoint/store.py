@@ -39,7 +39,7 @@ from src.checkpoint.manifest import (
     sync,
     weights_checksum,
 )
-from src.checkpoint.start import WEIGHTS_KEY, lost_best, problem_of_best
+from src.checkpoint.start import WEIGHTS_KEY, lost_best, problem_of_best, unreadable
 from src.checkpoint.tensors import one_by_one, tensors_digest, write_tensors
 from src.config.places import CHECKPOINTS, clear, folder_of, remove, steps_in
 from src.config.schema import CheckpointConfig
@@ -127,8 +127,15 @@ class Checkpoints:
         """What an earlier start left, and that can't be removed."""
 
     def leave(self, newest: int) -> list[str]:
-        """Remove the steps of a course that is left, behind the one that the run goes on from; tells them."""
+        """Remove the steps of a course that is left, behind the one that the run goes on from; tells them.
+
+        Raises:
+            CheckpointError: where one of them can't be read, and may be whole.
+        """
         left = [step for step in steps_in(self._folder) if step > newest] if self._writes else []
+        for step in left:
+            if refusal := refusal_of(self._at(step)):
+                raise CheckpointError(unreadable(self._at(step), refusal, "It is behind where the run goes on"))
         for step in left:
             remove(self._at(step))
         steps = ", ".join(map(str, left))

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from src.errors import CheckpointError
+from src.records import names_in
 
 CHECKPOINTS = "checkpoints"
 """The folder in a run's folder that has one of its own for each checkpoint."""
@@ -35,13 +36,10 @@ def steps_in(folder: Path) -> list[int]:
             same as no checkpoints.
     """
     try:
-        found = [step_of(folder / name) for name in os.listdir(folder)]
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and not os.path.lexists(folder):
-            return []
-        reason = "a link to what is not there" if isinstance(error, FileNotFoundError) else error.strerror
+        found = [step_of(folder / name) for name in names_in(folder)]
+    except ValueError as error:
         raise CheckpointError(
-            f"{folder} can't be looked into: {reason}. Put the folder with the checkpoints back, or make it readable; "
+            f"{folder} can't be looked into: {error}. Put the folder with the checkpoints back, or make it readable; "
             "once what is there is moved away, the run counts as one without checkpoints"
         ) from error
     return sorted(step for step in found if step is not None)
