@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from src import secrets
-from src.config.frozen import SWEEP, read_status
+from src.config.frozen import SWEEP, is_finished, read_status
 from src.errors import DamagedFileError, SweepError
-from src.records import Types, damaged, read_json, read_lines, write_atomically, write_json
+from src.records import Types, damaged, names_in, read_json, read_lines, write_atomically, write_json
 from src.sweep.trial import Trial, check_trial
 from src.sweep.workers import log_file
 from src.tracking.journal import LOCK, holder_of, read_growing
@@ -129,8 +129,16 @@ class Record:
         beside.rename(self.folder / CONF)
 
     def conf(self) -> list[Path]:
-        """Give the kept options, one folder a root; empty where there are none."""
-        return sorted((self.folder / CONF).resolve().glob("[0-9]*"))
+        """Give the kept options, one folder a root; empty where there are none.
+
+        Raises:
+            DamagedFileError: where they can't be looked into, so that others would be taken for them.
+        """
+        place = self.folder / CONF
+        try:
+            return [place.resolve() / name for name in sorted(filter(str.isdecimal, names_in(place)), key=int)]
+        except ValueError as error:
+            raise damaged(place, f"it can't be looked into: {error}", REMEDY) from error
 
     def clear(self) -> None:
         """Remove everything: the sweep is done anew."""
@@ -207,6 +215,7 @@ def _is_masked_copy(compared: filecmp.dircmp[str], name: str) -> bool:
 def _objective(run_dir: Path, metric: str) -> tuple[float | None, str]:
     """Give a finished run's value of the metric, or why it has none."""
     try:
+        is_finished(run_dir)  # by more than its word
         summary = read_json(run_dir / "summary.json")
     except FileNotFoundError:
         return None, "summary.json is missing"
