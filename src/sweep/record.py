@@ -6,20 +6,30 @@ the options that it was composed of, and each trial's own folder is the truth ab
 
 from __future__ import annotations
 
-import filecmp
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from src import secrets
 from src.config.frozen import SWEEP, read_status
+from src.config.options import option_files
 from src.errors import DamagedFileError, SweepError
-from src.records import Types, damaged, read_json, read_lines, write_atomically, write_json
+from src.records import (
+    LARGEST_YAML_BYTES,
+    Types,
+    damaged,
+    read_bytes,
+    read_json,
+    read_lines,
+    write_atomically,
+    write_json,
+)
 from src.sweep.trial import Trial, check_trial
 from src.sweep.workers import log_file
 from src.tracking.journal import LOCK, holder_of, read_growing
@@ -124,13 +134,18 @@ class Record:
         beside = self.folder / f".{CONF}.part"
         shutil.rmtree(beside, ignore_errors=True)
         for number, root in enumerate(roots):
-            shutil.copytree(root, beside / str(number), copy_function=_copy_without_secrets)
+            (beside / str(number)).mkdir(parents=True)
+            for name, content in _contents(root).items():
+                file = beside / str(number) / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(_without_secrets(content))
         shutil.rmtree(self.folder / CONF, ignore_errors=True)
         beside.rename(self.folder / CONF)
 
     def conf(self) -> list[Path]:
         """Give the kept options, one folder a root; empty where there are none."""
-        return sorted((self.folder / CONF).resolve().glob("[0-9]*"))
+        found = [one for one in (self.folder / CONF).resolve().glob("[0-9]*") if one.name.isdecimal()]
+        return sorted(found, key=lambda one: int(one.name))
 
     def clear(self) -> None:
         """Remove everything: the sweep is done anew."""
@@ -175,33 +190,31 @@ class Record:
                 yield number, f"{self.run_dir(number)} is in use by another process: {holder}"
 
 
-def _copy_without_secrets(source: str, target: str) -> str:
-    """Copy a file; credentials of URLs in it are masked, and come back as those of a frozen configuration do."""
-    shutil.copy2(source, target)
-    content = Path(source).read_text(encoding="utf-8", errors="surrogateescape")
-    if (masked := secrets.without_credentials(content)) != content:
-        Path(target).write_text(masked, encoding="utf-8", errors="surrogateescape")
-    return target
+def _contents(root: Path) -> dict[str, bytes]:
+    """Return what the option files in a folder hold, by their names in it; those that can't be read are left out."""
+    found = {}
+    for file in option_files(root):
+        with suppress(OSError, ValueError):  # it was a warning when the command was checked, or nothing can choose it
+            found[str(file.relative_to(root))] = read_bytes(file, LARGEST_YAML_BYTES)
+    return found
+
+
+def _without_secrets(content: bytes) -> bytes:
+    """Mask credentials of URLs in a file's content; they come back as those of a frozen configuration do."""
+    return secrets.without_credentials(content.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
 
 def differing(kept: Sequence[Path], roots: Sequence[Path]) -> list[str]:
-    """Name the files of conf/ that are others now than those that were kept."""
+    """Return the option files of `roots` that are others now than those that were kept."""
     if len(kept) != len(roots):
         return [str(root) for root in roots]
-    return [name for pair in zip(kept, roots, strict=True) for name in _differing(filecmp.dircmp(*pair, ignore=[]))]
+    return [name for pair in zip(kept, roots, strict=True) for name in _differing(*map(_contents, pair))]
 
 
-def _differing(compared: filecmp.dircmp[str], prefix: str = "") -> list[str]:
-    _, *others = filecmp.cmpfiles(compared.left, compared.right, compared.common_files, shallow=False)
-    others = [[name for name in found if not _is_masked_copy(compared, name)] for found in others]
-    here = [*compared.left_only, *compared.right_only, *(name for found in others for name in found)]
-    below = [name for folder, inner in compared.subdirs.items() for name in _differing(inner, f"{prefix}{folder}/")]
-    return [*(f"{prefix}{name}" for name in sorted(here)), *below]
-
-
-def _is_masked_copy(compared: filecmp.dircmp[str], name: str) -> bool:
-    kept, now = (Path(folder, name).read_bytes().decode(errors="replace") for folder in (compared.left, compared.right))
-    return secrets.without_credentials(now) == kept
+def _differing(kept: Mapping[str, bytes], now: Mapping[str, bytes]) -> list[str]:
+    """Return the names of files that are not the same; what was kept has no credentials."""
+    names = sorted(kept.keys() | now.keys())
+    return [name for name in names if name not in kept or name not in now or kept[name] != _without_secrets(now[name])]
 
 
 def _objective(run_dir: Path, metric: str) -> tuple[float | None, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any, ClassVar, Literal
 from src.config.compose import CommandLine
 from src.config.problems import refuse
 from src.config.schema import Device, MlflowConfig, NoAdapterConfig, Pruner, Replicate
-from src.errors import Interrupted, TowlineError, is_disk_full, report
+from src.errors import DamagedFileError, Interrupted, TowlineError, is_disk_full, report
+from src.records import read_json
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
 from src.sweep.board import Board, failures, listing, some
@@ -75,8 +75,8 @@ def _needs(plan: Plan) -> list[str]:
         "hub": any(source.data.dataset_name for source in config.data.train_sources().values()) or "data" in varied,
     }
     more = [module for need, is_wanted in wanted.items() if is_wanted for module in READY_FOR[need]]
-    with suppress(OSError, ValueError, KeyError, TypeError):  # no file here, or none that can be used: its trial tells
-        kind = json.loads(Path(config.model.checkpoint, "config.json").read_text(encoding="utf-8"))["model_type"]
+    with suppress(OSError, DamagedFileError):  # no file here, or none that can be used: its trial tells
+        kind = read_json(Path(config.model.checkpoint, "config.json"), {"model_type": str})["model_type"]
         more.append(f"transformers.models.{kind}.modeling_{kind}")
     return more
 
