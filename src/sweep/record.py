@@ -14,16 +14,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from src import secrets
-from src.config.frozen import SWEEP, read_status
+from src.config.frozen import STATUS, SWEEP, config_hash, read_starts, read_status
 from src.config.options import option_files
-from src.errors import DamagedFileError, SweepError
+from src.config.schema import greater_is_better
+from src.errors import DamagedFileError, SweepError, listed
 from src.records import (
     LARGEST_YAML_BYTES,
+    NUMBER,
+    OPTIONAL_TEXT,
+    Digest,
     Types,
+    begins_with,
+    check_keys,
     damaged,
+    file_digest,
     read_bytes,
     read_json,
     read_lines,
@@ -33,16 +41,14 @@ from src.records import (
 from src.sweep.trial import Trial, check_trial
 from src.sweep.workers import log_file
 from src.tracking.journal import LOCK, holder_of, read_growing
+from src.tracking.sweep_files import holds_another, read_sweep
 
 REMEDY = "Restore it from a copy; or another sweep.name begins another, force=true removes this one and begins anew."
-SWEEP_KEYS: Mapping[str, Types] = {
-    **dict.fromkeys(("name", "id", "state", "started", "updated"), str),
-    **dict.fromkeys(("space", "sweep", "counts"), dict),
-    "history": list,
-    "elapsed_seconds": (int, float),
-}
-HISTORY_KEYS = {"value", "best", "elapsed_seconds"}
-TRIALS, CONF = "trials.jsonl", "conf"
+MORE_KEYS: Mapping[str, Types] = {"id": str, "elapsed_seconds": NUMBER}
+"""Of sweep.json, what only the sweep itself reads."""
+STATUS_KEYS: Mapping[str, Types] = {"cause": OPTIONAL_TEXT, "num_steps": (int, NoneType)}
+"""Of a trial's status.json, what the sweep shows."""
+TRIALS, CONF, SUMMARY = "trials.jsonl", "conf", "summary.json"
 STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
 
 
@@ -60,6 +66,10 @@ class Standing:
     last: float | None = None
     """The newest value of the metric, of one that has not finished."""
     elapsed_seconds: float = 0.0
+    warning: str = ""
+    """What is damaged of a trial that counts nevertheless."""
+    is_damaged: bool = False
+    """Whether its cause is something in its folder that has to be mended first."""
 
     @property
     def is_over(self) -> bool:
@@ -84,16 +94,10 @@ class Record:
             DamagedFileError: where it can't be read.
         """
         try:
-            content = read_json(self.folder / SWEEP, SWEEP_KEYS, remedy=REMEDY)
+            return read_sweep(self.folder, MORE_KEYS, REMEDY)
         except FileNotFoundError:
             self.refuse_other()
             return {}
-        if not isinstance(content.get("signatures", []), list):
-            raise damaged(self.folder / SWEEP, "signatures is no list", REMEDY)
-        for entry in content["history"]:
-            if not isinstance(entry, dict) or HISTORY_KEYS - entry.keys():
-                raise damaged(self.folder / SWEEP, f"history holds {str(entry)[:40]}", REMEDY)
-        return content
 
     def refuse_other(self) -> None:
         """Refuse a folder that is no sweep's.
@@ -126,6 +130,54 @@ class Record:
     def write_trials(self, trials: Sequence[Trial]) -> None:
         text = "".join(json.dumps(trial.as_dict(), ensure_ascii=False) + "\n" for trial in trials)
         write_atomically(self.folder / TRIALS, text)
+
+    def check_places(self, trials: Sequence[Trial]) -> None:
+        """Check that the folder of each trial holds that trial's run, or none yet.
+
+        Raises:
+            DamagedFileError: naming those that hold another one, and whose.
+        """
+        owners = {config_hash(trial.config): trial.number for trial in trials}
+        found = []
+        for trial in trials:
+            folder = self.run_dir(trial.number)
+            try:
+                if reason := holds_another(folder, trial.config):
+                    starts = read_starts(folder)
+                    owner = owners.get(starts[-1]["config_hash"]) if starts else None
+                    found.append(f"{folder}: {reason}{'' if owner is None else f', that of trial {owner}'}")
+            except DamagedFileError:
+                continue  # it is that trial's failure, see `standing`
+        if found:
+            raise DamagedFileError(
+                f"{len(found)} of the folders of {self.folder} are not those of their trials by {TRIALS}:\n"
+                f"{listed(found)}\nNothing was changed. Give each its name again; or move one away, and the same "
+                "command runs that trial anew."
+            )
+
+    def obstacle(self, number: int) -> str:
+        """Return what is in the way of a trial's folder, and what to do; '' where nothing is."""
+        log = log_file(self.run_dir(number))
+        for place, is_right, kind in (
+            (self.run_dir(number), os.path.isdir, "folder"),
+            (log.parent, os.path.isdir, "folder"),
+            (log, os.path.isfile, "plain file"),
+        ):
+            if os.path.lexists(place) and not is_right(place):
+                return f"{place} is no {kind}. Move it away: the same command then runs the trial"
+        return ""
+
+    def make_room(self, number: int) -> str:
+        """Make the place for what a trial prints; return why that can't be done, or ''."""
+        log = log_file(self.run_dir(number))
+        if reason := self.obstacle(number):
+            return reason
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.open("ab").close()
+        except OSError as error:
+            return f"{error.filename or log} can't be written: {error.strerror}"
+        return ""
 
     def keep_conf(self, roots: Sequence[Path]) -> None:
         """Keep the options that this sweep is composed of, unless they are those that were kept."""
@@ -164,19 +216,28 @@ class Record:
             is_running: whether its process lives; a status that says so by itself may be a dead one's.
         """
         run_dir = self.run_dir(number)
-        log = log_file(run_dir) if log_file(run_dir).exists() else None
+        obstacle = self.obstacle(number)
+        if obstacle and not run_dir.is_dir():
+            return Standing("FAILED", None, obstacle, is_damaged=True)
+        log = log_file(run_dir) if os.path.isfile(log_file(run_dir)) else None
         try:
             status = read_status(run_dir)
+            _check_status(status, run_dir)
         except DamagedFileError as error:
-            return Standing("FAILED", None, str(error), log)
+            return Standing("FAILED", None, str(error), log, is_damaged=True)
         state = status.get("state", "WAITING")
         step, num_steps = status.get("step", 0), status.get("num_steps")
         cause = " ".join(line.strip() for line in (status.get("cause") or "").strip().split("\n")[:2]).rstrip(":")
         if is_running:
             return Standing("RUNNING", None, "", log, step, num_steps, *_newest(run_dir, metric))
+        if obstacle and state not in ("FINISHED", "PRUNED"):
+            return Standing("FAILED", None, obstacle, is_damaged=True)
+        if state in ("FINISHED", "PRUNED") and (problem := _foreign_journal(run_dir, status)):
+            return Standing("FAILED", None, problem, log, step, num_steps, is_damaged=True)
         if state == "FINISHED":
-            value, missing = _objective(run_dir, metric)
-            return Standing("FAILED" if missing else state, value, missing, log, step, num_steps)
+            value, problem, warning = _objective(run_dir, metric, status)
+            state = "FAILED" if problem else state
+            return Standing(state, value, problem, log, step, num_steps, warning=warning)
         if state == "RUNNING":
             state, cause = "FAILED", f"killed at step {step}"
         return Standing(
@@ -217,21 +278,70 @@ def _differing(kept: Mapping[str, bytes], now: Mapping[str, bytes]) -> list[str]
     return [name for name in names if name not in kept or name not in now or kept[name] != _without_secrets(now[name])]
 
 
-def _objective(run_dir: Path, metric: str) -> tuple[float | None, str]:
-    """Give a finished run's value of the metric, or why it has none."""
+def _check_status(status: Mapping[str, Any], run_dir: Path) -> None:
     try:
-        summary = read_json(run_dir / "summary.json")
+        check_keys(status, STATUS_KEYS, may_lack=STATUS_KEYS)
+    except ValueError as error:
+        raise damaged(run_dir / STATUS, str(error), _how_to_mend(run_dir)) from error
+
+
+def _how_to_mend(run_dir: Path) -> str:
+    return f"Restore it from a copy; or move {run_dir} away: the same command then runs the trial anew"
+
+
+def _foreign_journal(run_dir: Path, status: Mapping[str, Any]) -> str:
+    """Return why a status.json is not the one of the run whose metrics lie beside it; '' where it is."""
+    digest = (status.get("journal") or {}).get("metrics.jsonl")
+    try:
+        if digest is None or begins_with(read_bytes(run_dir / "metrics.jsonl", None), digest):
+            return ""
+        reason = "its content does not have the checksum that it was written with (status.json)"
     except FileNotFoundError:
-        return None, "summary.json is missing"
-    except DamagedFileError as error:
-        return None, str(error)
+        return ""
+    except ValueError as error:
+        reason = str(error)
+    return str(damaged(run_dir / "metrics.jsonl", reason, _how_to_mend(run_dir)))
+
+
+def _objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[float | None, str, str]:
+    """Return a finished run's value of the metric, or why it has none, and a warning.
+
+    Where summary.json is damaged or missing, the value is that of metrics.jsonl, which has the same.
+    """
+    file = run_dir / SUMMARY
+    try:
+        summary = read_json(file)
+        if status.get("summary") not in (None, file_digest(file)):
+            raise damaged(file, "it does not have the checksum that it was written with (status.json)", "")
+    except (FileNotFoundError, DamagedFileError) as error:
+        problem = str(error).rstrip(".") if isinstance(error, DamagedFileError) else f"{file} is missing"
+        if (logged := _logged(run_dir, metric, status)) is not None:
+            return logged, "", f"{problem}; its value is that of {run_dir / 'metrics.jsonl'}"
+        return None, f"{problem}. {_how_to_mend(run_dir)}", ""
     value = summary.get(metric)
     if isinstance(value, int | float) and math.isfinite(value):
-        return float(value), ""
+        return float(value), "", ""
     if metric in summary:
-        return None, f"{metric} is no finite number"
+        return None, f"{metric} is no finite number", ""
     known = ", ".join(name for name in summary if name.startswith(metric.split("/")[0]))
-    return None, f"no {metric} came of it{f'; there are {known}' if known else ''}"
+    return None, f"no {metric} came of it{f'; there are {known}' if known else ''}", ""
+
+
+def _logged(run_dir: Path, metric: str, status: Mapping[str, Any]) -> float | None:
+    """Return a finished run's value of a metric by its journal; None where that has none, or is not whole."""
+    try:
+        lines = read_growing(run_dir, "metrics.jsonl")
+    except DamagedFileError:
+        return None
+    if (status.get("journal") or {}).get("metrics.jsonl") != Digest(b"".join(line.raw for line in lines)).as_dict():
+        return None
+    name = metric.removeprefix("best/")
+    values = [line.content[name] for line in lines if name in line.content]
+    if not values or None in values:
+        return None
+    if name == metric:
+        return float(values[-1])
+    return float((max if greater_is_better(name) else min)(values))
 
 
 def _newest(run_dir: Path, metric: str) -> tuple[float | None, float]:
