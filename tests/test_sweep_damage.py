@@ -349,6 +349,30 @@ def test_a_sweeps_file_of_wrong_shapes_is_told_by_name(sweep: Path, changes: dic
             read_sweep(sweep)
 
 
+def test_options_that_were_kept_are_those_that_are_composed(sweep: Path) -> None:
+    option = sweep / "conf" / "0" / "optimizer" / "adamw.yaml"
+    whole = option.read_text()
+    for damage in (
+        remove,
+        cut,
+        pipe,
+        lambda file: file.write_text(whole.replace("weight_decay: ", "weight_decay: 0.5")),
+    ):
+        damage(option)
+        with pytest.raises(DamagedFileError, match=r"conf is damaged: .*0/optimizer/adamw\.yaml"):
+            start(sweep)
+        option.unlink(missing_ok=True)
+        option.write_text(whole)
+    (option.parent / "more.yaml").write_text("lr: 3\n")
+    with pytest.raises(DamagedFileError, match=r"0/optimizer/more\.yaml"):
+        start(sweep)
+    (sweep / "conf").rename(sweep.parent / "away")
+    assert start(sweep) == 0
+    assert starts(sweep) == [1] * 4
+    (sweep / "conf" / "manifest.json").unlink()  # as an earlier version left it
+    assert start(sweep) == 0
+
+
 # ---- the study
 
 

@@ -243,7 +243,10 @@ def _kept(plan: Plan) -> list[Path]:
     record = Record(plan.folder)
     content = record.read()
     plan.signatures = content.get("signatures", [])
-    return record.conf() if content.get("id") == plan.line.sweep_id else []
+    if content.get("id") != plan.line.sweep_id:
+        return []
+    record.check_conf()
+    return record.conf()
 
 
 def _open(line: CommandLine, problems: list[Problem]) -> Plan | None:

@@ -48,6 +48,8 @@ MORE_KEYS: Mapping[str, Types] = {"id": str, "elapsed_seconds": NUMBER}
 """Of sweep.json, what only the sweep itself reads."""
 STATUS_KEYS: Mapping[str, Types] = {"cause": OPTIONAL_TEXT, "num_steps": (int, NoneType)}
 """Of a trial's status.json, what the sweep shows."""
+MANIFEST = "manifest.json"
+"""In the folder of the kept options: size and checksum of each."""
 TRIALS, CONF, SUMMARY = "trials.jsonl", "conf", "summary.json"
 STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
 
@@ -185,14 +187,37 @@ class Record:
             return
         beside = self.folder / f".{CONF}.part"
         shutil.rmtree(beside, ignore_errors=True)
+        digests = {}
         for number, root in enumerate(roots):
             (beside / str(number)).mkdir(parents=True)
             for name, content in _contents(root).items():
-                file = beside / str(number) / name
+                file, kept = beside / str(number) / name, _without_secrets(content)
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(_without_secrets(content))
+                file.write_bytes(kept)
+                digests[f"{number}/{name}"] = Digest(kept).as_dict()
+        write_json(beside / MANIFEST, {"files": digests})
         shutil.rmtree(self.folder / CONF, ignore_errors=True)
         beside.rename(self.folder / CONF)
+
+    def check_conf(self) -> None:
+        """Check that the kept options are those that were kept; an earlier version did not write down what they were.
+
+        Raises:
+            DamagedFileError: naming those that are not.
+        """
+        folder = self.folder / CONF
+        remedy = f"Restore it from a copy; or move {folder} away: the same command is then composed of conf/ as it is"
+        try:
+            kept = read_json(folder / MANIFEST, {"files": dict}, remedy=remedy)["files"]
+        except FileNotFoundError:
+            return
+        found = {
+            f"{root.name}/{name}": Digest(content).as_dict()
+            for root in self.conf()
+            for name, content in _contents(root).items()
+        }
+        if others := sorted(name for name in kept.keys() | found.keys() if kept.get(name) != found.get(name)):
+            raise damaged(folder, f"not as it was written: {', '.join(others[:5])}", remedy)
 
     def conf(self) -> list[Path]:
         """Give the kept options, one folder a root; empty where there are none."""

@@ -18,14 +18,14 @@ from src.tracking.journal import hold
 from src.tracking.mlflow_errors import StoreError
 from src.tracking.mlflow_mirror import Delivery
 from src.tracking.mlflow_store import KILLED, STATES, FolderDelivery, flat, milliseconds, read_tracking
-from src.tracking.sweep_files import check_checksum, read_sweep
+from src.tracking.sweep_files import check_checksum, holds_another, read_sweep
 
 ARTIFACTS = (SWEEP, "leaderboard.csv", "leaderboard.json", "leaderboard.md")
 COUNTED = ("FINISHED", "FAILED", "PRUNED")
 TRIALS_AT_ONCE = 100
 OF_A_TRIAL = ("experiment_name", "run_name", "tags", "log_model")
 """Of the tracker's configuration, what a trial may have of its own."""
-TRIAL_KEYS: Mapping[str, Types] = {"number": int, "identity": str, "setting": str}
+TRIAL_KEYS: Mapping[str, Types] = {"number": int, "identity": str, "setting": str, "config": dict}
 
 
 class SweepDelivery(FolderDelivery):
@@ -213,6 +213,8 @@ class SweepDelivery(FolderDelivery):
         known = self._done.get("trials", {})
         if known.get(number) == said:
             return
+        if reason := holds_another(folder, trial["config"]):
+            raise DamagedFileError(f"{folder} is not the folder of trial {number}: {reason}. Give it its name again")
         self._log_tags(
             {
                 "mlflow.parentRunId": self.run_id,

@@ -84,7 +84,9 @@ def _checksum(line: Mapping[str, Any]) -> str:
 
 def identity_of(config: Mapping[str, Any]) -> str:
     """Return a hash of what a configuration computes: without paths and tracking. 16 hex digits."""
-    data = {key: value for key, value in config["data"].items() if key != "cache_dir"}
+    data = config.get("data")
+    if isinstance(data, Mapping):
+        data = {key: value for key, value in data.items() if key != "cache_dir"}
     return config_hash({**config, "data": data})
 
 
@@ -106,8 +108,4 @@ def holds_another(folder: Path, config: Mapping[str, Any]) -> str:
             return f"{STARTS} says that it holds another run"
         is_over = read_status(folder).get("state") in ("FINISHED", "PRUNED")
         return f"neither {STARTS} nor {CONFIG} says whose run it holds" if is_over else ""
-    try:
-        is_same = identity_of(found) == identity_of(config)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise damaged(folder / CONFIG, f"no configuration of a run ({type(error).__name__}: {error})", "") from error
-    return "" if is_same else f"{CONFIG} says that it holds another run"
+    return "" if identity_of(found) == identity_of(config) else f"{CONFIG} says that it holds another run"
