@@ -110,7 +110,7 @@ def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
         node = yaml.compose(text, yaml.SafeLoader)
         if not isinstance(node, yaml.MappingNode):
             raise ValueError("no mapping of keys to values")
-        _count_values(node, {}, 0)
+        count_values(node)
         content = yaml.SafeLoader("").construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -284,13 +284,20 @@ def _check_depth(node: Any, depth: int = 0) -> None:
                 _check_depth(value, depth + 1)
 
 
-def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) -> int:
+def count_values(node: yaml.Node) -> int:
     """Return how many values a YAML node has once its aliases are written out.
+
+    Raises:
+        ValueError: where it holds itself, is nested too deep, or has too many.
+    """
+    return _count_values(node, {}, 0)
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) -> int:
+    """Do what `count_values` does, of a node at a depth.
 
     Args:
         counts: of each node by its identity; None while it is being counted.
-    Raises:
-        ValueError: where it holds itself, is nested too deep, or has too many.
     """
     if id(node) in counts:
         known = counts[id(node)]
@@ -313,7 +320,7 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) ->
     count = 1 + sum(_count_values(one, counts, depth + 1) for one in inner)
     if count > MOST_YAML_VALUES:
         raise ValueError(
-            f"line {node.start_mark.line + 1}: aliases that stand for more than {MOST_YAML_VALUES:,} values"
+            f"line {node.start_mark.line + 1}: more than {MOST_YAML_VALUES:,} values, with those that aliases stand for"
         )
     counts[id(node)] = count
     return count

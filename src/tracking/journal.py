@@ -41,6 +41,7 @@ from src.records import (
     begins_with,
     check_keys,
     damaged,
+    file_digest,
     finite,
     read_bytes,
     read_lines,
@@ -239,7 +240,14 @@ class RunFolder:
         else:
             state, cause = "FAILED", f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         how = None if error is None else how_to_go_on(self.path)
-        ended = {"state": state, "cause": cause and secrets.clean(cause), "how_to_go_on": how, "ended": now()}
+        ended: dict[str, Any] = {
+            "state": state,
+            "cause": cause and secrets.clean(cause),
+            "how_to_go_on": how,
+            "ended": now(),
+        }
+        if error is None and (self.path / "summary.json").is_file():
+            ended["summary"] = file_digest(self.path / "summary.json")
         if self._finished is not None and not self._growing:  # nothing was changed yet: it is as finished as before
             self.step, self.num_steps, ended = self._finished["step"], None, dict(self._finished)
         try:
