@@ -14,22 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from src import secrets
-from src.config.frozen import STATUS, SWEEP, config_hash, read_starts, read_status
+from src.config.frozen import SWEEP, config_hash, read_starts, read_status
 from src.config.options import option_files
 from src.config.schema import greater_is_better
 from src.errors import DamagedFileError, SweepError, listed
 from src.records import (
     LARGEST_YAML_BYTES,
     NUMBER,
-    OPTIONAL_TEXT,
     Digest,
     Types,
     begins_with,
-    check_keys,
     damaged,
     file_digest,
     names_in,
