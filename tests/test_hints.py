@@ -53,6 +53,35 @@ def suggestions(message: str) -> Iterator[list[str]]:
         (["tokens.text=[a]"], "did you mean tokens.init.text? "),
         (["revision=main"], "did you mean model.revision or data.revision? "),
         (["loss.momentum=0.9"], "did you mean optimizer=sgd optimizer.momentum=0.9? "),
+        # a name that its section makes clear: as one word with it, or among the words of its keys
+        (["evaluation.steps=10"], "did you mean evaluation.eval_steps? "),
+        (["evaluations.steps=10"], "did you mean evaluation.eval_steps? "),
+        (["evaluation.batch_size=4"], "did you mean training.per_device_eval_batch_size? "),
+        (["checkpoint.steps=10"], "did you mean checkpoint.checkpointing_steps? "),
+        (["checkpoint.metric=eval/validation/loss"], "did you mean checkpoint.metric_for_best_model? "),
+        (["logging.steps=5"], "did you mean training.logging_steps? "),
+        (["training.steps=5"], "did you mean training.max_train_steps? "),
+        (["training.epochs=5"], "did you mean training.num_train_epochs? "),
+        (["generation.max_length=5"], "did you mean generation.max_new_tokens? "),
+        (["generation.max_tokens=5"], "did you mean generation.max_new_tokens? "),
+        (["generate.max_tokens=5"], "did you mean generation.max_new_tokens? "),
+        (["loss.weight=3"], "did you mean loss.thought_weight? "),
+        (["tracking.experiment=x"], "did you mean tracking.experiment_name? "),
+        (["tracking.name=x"], "did you mean tracking.run_name? "),
+        (["tracking=none", "tracking.name=x"], "did you mean tracking=mlflow tracking.run_name=x? "),
+        (["tracking.url=http://x"], "did you mean tracking.uri? "),
+        (["optimizer.beta1=0.9"], "did you mean optimizer.betas? (both in one list"),
+        (["model.name=hub/id"], "did you mean model=causal_lm model.checkpoint=hub/id? "),
+        (["data.name=hub/id"], "did you mean data=prompt_completion data.dataset_name=hub/id? "),
+        ([*PRETRAINED, "adapter.alpha=4"], "did you mean adapter=lora adapter.lora_alpha=4? "),
+        (["wandb.project=x"], "did you mean tracking.experiment_name? "),
+        (["early_stopping.patience=3"], "there is no counterpart, because a run trains as long as"),
+        # what chooses an option elsewhere, and what is deep in another library's mapping
+        (["optimizer.name=sgd"], "did you mean optimizer=sgd? "),
+        (["optimizer.name=adamw_torch"], "did you mean optimizer=adamw? "),
+        (["scheduler.name=nope"], "did you mean one of scheduler=constant, constant_with_warmup, cosine, linear? "),
+        ([*PRETRAINED, "deepspeed.stage=3"], "did you mean deepspeed=zero3? "),
+        ([*PRETRAINED, "deepspeed.stage=2"], "did you mean deepspeed=zero2? "),
         # a section that is none, key by key
         (["optimzer.lr=1"], "optimzer.lr = 1   unknown key; did you mean optimizer.lr? "),
         (["trainer.max_epochs=3"], "trainer.max_epochs = 3   unknown key; did you mean training.num_train_epochs? "),
@@ -137,6 +166,28 @@ def test_hints_of_a_sweep_and_of_a_file(tmp_path: Path) -> None:
     file.write_text("# @package _global_\ndefaults:\n  - override /optimizer: sgd\noptimizer: {eps: 1}\n")
     message = refusal("--config-dir", str(tmp_path), "experiment=mine")
     assert f"optimizer=sgd has no eps, which is a key of optimizer=adamw   ({file})" in message
+
+
+def test_hints_name_every_key_that_may_be_meant() -> None:
+    message = refusal(f"data.files={ROWS}".replace("'", ""))
+    assert "did you mean data.train_files or data.validation_files or data.test_files?" in message
+    message = refusal("deepspeed=zero2", "deepspeed.stage=3", "deepspeed.offload_optimizer.device=cpu")
+    assert "did you mean deepspeed.zero_optimization.stage?" in message
+    assert "did you mean deepspeed.zero_optimization.offload_optimizer.device?" in message
+
+
+def test_keys_that_are_not_indented(tmp_path: Path) -> None:
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text("# @package _global_\noptimizer:\nlr: 1e-3\ntraining:\nnum_train_epochs: 2\n")
+    lines = refusal("--config-dir", str(tmp_path), "experiment=mine").splitlines()[1:-1]
+    below = "a section of keys, not a value; its keys have to be indented below it"
+    assert [re.sub(r" +", " ", line.strip().removesuffix(f"   ({file})")) for line in lines] == [
+        "lr = 0.001 unknown key; did you mean optimizer.lr? (indented below `optimizer:`)",
+        "num_train_epochs = 2 unknown key; did you mean training.num_train_epochs? (indented below `training:`)",
+        f"optimizer = null {below}",
+        f"training = null {below}",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,8 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
     """Hold one mapping against one dataclass, key by key, so that every problem is found."""
     parsed = _Parsed()
     if not isinstance(given, dict):
-        parsed.problems.append(Problem(prefix, "a section of keys, not a value", given))
+        below = "; its keys have to be indented below it" if given is None else ""
+        parsed.problems.append(Problem(prefix, f"a section of keys, not a value{below}", given))
         return parsed
     hints = typing.get_type_hints(schema)
     rules_of = {one.name: one.metadata for one in dataclasses.fields(schema)}

@@ -760,6 +760,16 @@ def find(name: str) -> Iterator[tuple[Peer, Counterpart]]:
                 yield peer, here
 
 
+def options_of(group: str) -> dict[str, str]:
+    """Return what other trainers call the options of a group, each with the option's name."""
+    found: dict[str, str] = {}
+    for peer in PEERS:
+        for here in peer.table.values():
+            if here.key == group and here.is_same:
+                found |= here.values
+    return found
+
+
 def flag_hint(message: str) -> str:
     """Return what to write in place of the flags that a message of argparse's names; '' where it names none."""
     given = re.findall(r"(?<!\S)--([\w.-]+)", message) if message.startswith("unrecognized arguments") else []
