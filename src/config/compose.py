@@ -12,9 +12,8 @@ import dataclasses
 import hashlib
 import math
 import os
-import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -44,6 +43,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers.oc import env as environment_variable
 
 from src import secrets
+from src.config import mistyped
 from src.config.deepspeed import read_deepspeed_file
 from src.config.files import unusable
 from src.config.formats import declare_options, fill_mixture
@@ -61,16 +61,14 @@ from src.config.options import (
 )
 from src.config.peers import flag_hint
 from src.config.problems import Problem, refuse
-from src.config.quoting import in_url, shell_override
+from src.config.quoting import escaped, in_url
 from src.config.quoting import override as override_text
 from src.config.source import install, with_lists
-from src.errors import report, visible
+from src.errors import report
 
 COMMAND_LINE = "command line"
 REPLACED_WHOLE = ("data.validation_files", "data.test_files", "data.mixture", "data.columns")
 """Keys whose value on the command line takes the place of the whole list or mapping."""
-FOLDERS = ("rerun", "run", "init_from", "hydra.run.dir", "hydra.sweep.dir")
-"""Keys whose value is a folder: one that is there needs no quotes."""
 OPTIONAL_GROUPS = ("experiment",)
 
 HOW_NOT_WHAT = (
@@ -80,7 +78,6 @@ HOW_NOT_WHAT = (
 """Keys of a sweep's command that change how it is done, or how long it goes on, and not what it compares."""
 
 LAUNCHER = "hydra.launcher."
-LONGEST_HINT = 200
 MOST_NESTED = 20
 """Levels of a key or of a value: more than any has, and few enough for all that read them."""
 COMPOSITION_ERRORS = (
@@ -214,8 +211,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     for override in line.overrides:
         if override.is_sweep_override() and not flags.multirun:
             text = value_text(override)
-            hint = quoting_hint(override.key_or_group, text)
-            reason = f"several values are a sweep: add -m; or write a list [a,b]; or, of one value, quote it{hint}"
+            reason = mistyped.several(override, text, is_group=is_group(override, line.roots))
             line.problems.append(Problem(override.key_or_group, reason, text, True, COMMAND_LINE))
         elif is_group(override, line.roots):
             line.problems += _unknown_options(override, line.roots)
@@ -256,8 +252,10 @@ def read_override(text: str) -> Override | Problem:
         return wrong("not text in UTF-8")
     if key.count(".") + key.count("/") + key.count("[") > MOST_NESTED:
         return wrong(f"a key of more than {MOST_NESTED} parts")
+    if not key.strip("+~ "):
+        return wrong("not KEY=VALUE in one word")
     secrets.without_credentials(text)  # what is in it is known from here on
-    if key in FOLDERS and value and os.path.isdir(value):
+    if key in mistyped.FOLDERS and value and os.path.isdir(value):
         text = override_text(key, value)  # whatever its name has in it: there is such a folder
     try:
         override = OverridesParser.create().parse_override(text)
@@ -265,20 +263,14 @@ def read_override(text: str) -> Override | Problem:
         return wrong(f"nested deeper than {MOST_NESTED} levels")
     except (HydraException, ValueError):  # the latter of numbers with thousands of digits
         if not sign:
-            return wrong("not KEY=VALUE")
-        return wrong(
-            f"can't be read; a value with '=', ',' or spaces needs quotes of its own{quoting_hint(key, value)}"
-        )
+            return wrong("not KEY=VALUE in one word")
+        return wrong(mistyped.unreadable(key, value))
     given = override.value()
     if _is_nested_deeper(given.list if isinstance(given, ChoiceSweep) else given, MOST_NESTED):
         return wrong(f"nested deeper than {MOST_NESTED} levels")
+    if reason := mistyped.broken_interpolation(key, given):
+        return wrong(reason)
     return override
-
-
-def quoting_hint(key: str, value: str) -> str:
-    """Return how a text is typed in a shell so that it is one value, after a colon; '' of one too long to show."""
-    text = shell_override(key, value)
-    return f": {text}" if len(text) <= LONGEST_HINT and visible(text, is_line=True) == text else ""
 
 
 def _is_nested_deeper(value: Any, levels: int) -> bool:
@@ -614,15 +606,6 @@ def list_single_files(data: Any) -> None:
                 given[key] = [files]
             elif isinstance(files, dict):
                 given[key] = {name: [one] if isinstance(one, str) else one for name, one in files.items()}
-
-
-def escaped(node: Any) -> Any:
-    """Return containers in which every text stands for itself when OmegaConf reads them: nothing is resolved again."""
-    if isinstance(node, Mapping):
-        return {key: escaped(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [escaped(value) for value in node]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from src.config.compose import (
     CommandLine,
     Composed,
     compose,
-    escaped,
     is_group,
     problem_of,
     resolve_sections,
@@ -28,6 +27,7 @@ from src.config.deepspeed import KEY as DEEPSPEED_FILE
 from src.config.formats import declare_frozen
 from src.config.places import CHECKPOINTS, folder_of, steps_in
 from src.config.problems import Problem
+from src.config.quoting import escaped
 from src.config.quoting import override as override_text
 from src.errors import DamagedFileError
 from src.records import (

@@ -29,6 +29,7 @@ from src.config.hints import Situation, UnknownKey, explained
 from src.config.hydra_keys import DESCRIBES_A_SWEEP, asks_for_sweep, hydra_problems
 from src.config.keys import known_keys
 from src.config.problems import Problem, refuse
+from src.config.quoting import escaped
 from src.config.schema import (
     ENTRY_SECTIONS,
     SECTIONS,
@@ -347,7 +348,7 @@ def _parse_value(typed: Any, key: str, hint: Any, check: Check | None, value: An
         return _Parsed(None, [Problem(dotted, f"needs a value: {described(hint)}", has_value=False)])
     if dataclasses.is_dataclass(hint):
         return _parse(hint, value, dotted)
-    converted, reason = convert(typed, key, hint, check, composing.escaped(value))
+    converted, reason = convert(typed, key, hint, check, escaped(value))
     return _Parsed(None, [Problem(dotted, reason, value)]) if reason else _Parsed(converted)
 
 

@@ -159,6 +159,8 @@ def _reason(key: str, value: Any, problem: UnknownKey, situation: Situation) -> 
         return f"read by python -m src.{problem.key}, and by nothing else"
     if other := _of_another_option(key, situation):
         return other
+    if (dotted := key.replace("/", ".")) != key and dotted in all_keys():
+        return f"unknown key; did you mean {dotted}?"
     suggested, because = _in_section(key, value, situation), ""
     if not suggested:
         suggested, because = _by_name(_leaf(key), value, situation)
