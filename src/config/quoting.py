@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-_BARE = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
+_BARE = re.compile(r"(?:[A-Za-z_]|\.{0,2}/)[\w./-]*", re.ASCII)
 """Texts that need no quotes, but for words that stand for something else."""
 _RESERVED = ("null", "true", "false", "nan", "inf")
 _BARE_KEY = re.compile(r"[A-Za-z_][\w./-]*(?: [\w./-]+)*", re.ASCII)
