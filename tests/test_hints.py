@@ -19,6 +19,7 @@ from src.config.compose import CONF
 from src.config.gate import admit, admit_prediction
 from src.config.keys import all_keys
 from src.config.peers import PEERS, Counterpart
+from src.config.quoting import shell_override
 from src.errors import ConfigError
 from tests.conftest import ROOT, admitted
 from tests.test_gate import refusal
@@ -166,6 +167,54 @@ def test_hints_of_a_sweep_and_of_a_file(tmp_path: Path) -> None:
     file.write_text("# @package _global_\ndefaults:\n  - override /optimizer: sgd\noptimizer: {eps: 1}\n")
     message = refusal("--config-dir", str(tmp_path), "experiment=mine")
     assert f"optimizer=sgd has no eps, which is a key of optimizer=adamw   ({file})" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("optimizer=adamw_torch", "did you mean optimizer=adamw?"),
+        ("optimizer=adamw_torch_fused", "did you mean optimizer=adamw?"),
+        ("optimizer=adamw_bnb_8bit", "did you mean optimizer=adamw_8bit?"),
+        ("optimizer=adamx", "did you mean adamw?"),
+        ("optimizer=lion", "one of adafactor, adamw, adamw_8bit, paged_adamw_32bit, sgd "),
+        ("scheduler=cosine_with_min_lr", "did you mean scheduler=cosine?"),
+        ("adapter=full", "did you mean adapter=none?"),
+        ("tracking=wandb", "one of mlflow, none; MLflow is the only tracker, beside the run's own folder "),
+        ("tracking=all", "did you mean tracking=mlflow?"),
+        ("model=hub/id", "did you mean model=causal_lm model.checkpoint=hub/id?"),
+        ("model=gpt2", "did you mean model=causal_lm model.checkpoint=gpt2?"),
+        ("model=tiny_lama", "did you mean tiny_llama?"),
+        ("data=openai/gsm8k", "did you mean data=prompt_completion data.dataset_name=openai/gsm8k?"),
+        (
+            "data=data/tow_addition/train.jsonl",
+            "did you mean data=prompt_completion 'data.train_files=[data/tow_addition/train.jsonl]'?",
+        ),
+        ("data=tow_additions", "did you mean tow_addition?"),
+    ],
+)
+def test_options_of_other_names(given: str, told: str) -> None:
+    message = refusal(given)
+    assert told in message
+    for one in suggestions(message):
+        assert admit(one if "=" in one[0] else [f"{given.partition('=')[0]}={one[0]}"])
+    assert len(refusal(f"model={'x' * 5000}")) < 1000
+
+
+@pytest.mark.parametrize("name", ["ds_config.json", "my configs/it's, (b).json"])
+def test_a_json_of_deepspeeds_is_an_option_with_a_file(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    (typed,) = suggestions(refusal(shell_quoted("deepspeed", str(file))))
+    assert typed[0] == "deepspeed=file"
+    run = admit([*PRETRAINED, *typed]).run
+    assert run is not None
+    assert run.frozen["deepspeed"]["config_file"] == str(file)
+    assert run.frozen["deepspeed"]["zero_optimization"]["stage"] == 2
+
+
+def shell_quoted(key: str, value: str) -> str:
+    return shlex.split(shell_override(key, value))[0]
 
 
 def test_hints_name_every_key_that_may_be_meant() -> None:
@@ -355,7 +404,9 @@ def test_what_the_tables_suggest_is_admitted() -> None:
     assert len(tried) > 80
 
 
-def test_what_notes_name_is_there() -> None:
+def test_what_notes_name_is_there(tmp_path: Path) -> None:
+    file = tmp_path / "ds_config.json"
+    file.write_text('{"zero_optimization": {"stage": 2}}')
     for code in sorted({code for _, _, here in entries() for code in re.findall(r"`([^`]*)`", here.note)}):
         if code.startswith("python -m src."):
             assert (ROOT / "src" / f"{code.split()[2].removeprefix('src.')}.py").is_file()
@@ -365,6 +416,7 @@ def test_what_notes_name_is_there() -> None:
             needed = ["adapter=lora"] if code.startswith("quantization=") else []
             needed += ["training.max_train_steps=9"] if code == "data.streaming=true" else []
             rows = f"data.train_files={ROWS}".replace("'", "")
-            assert admit([*PRETRAINED, rows, *needed, *shlex.split(code)]), code
+            typed = code.replace("ds_config.json", str(file))
+            assert admit([*PRETRAINED, rows, *needed, *shlex.split(typed)]), code
         elif re.fullmatch(r"[a-z_.]+", code) and code != "summary.json":
             assert is_known(code), code

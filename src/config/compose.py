@@ -59,7 +59,7 @@ from src.config.options import (
     shown,
     unfit_folder,
 )
-from src.config.peers import flag_hint
+from src.config.peers import flag_hint, option_hint
 from src.config.problems import Problem, refuse
 from src.config.quoting import escaped, in_url
 from src.config.quoting import override as override_text
@@ -325,7 +325,8 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
         for option in value if isinstance(value, list) else [value]:
             if (option is None and group not in OPTIONAL_GROUPS) or (option is not None and str(option) not in known):
                 near = get_close_matches(str(option), known, n=1)
-                reason = f"no such option; one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
+                meant = "" if option is None else option_hint(group, str(option), near[0] if near else "")
+                reason = f"no such option; one of {', '.join(known)}{meant}"
                 yield Problem(group, reason, option, True, COMMAND_LINE)
 
 
