@@ -298,7 +298,7 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
         part = _parse_value(typed, key, hints[key], rules_of[key].get("check"), value, prefix)
         if (each := rules_of[key].get("each")) and not part.problems and value is not None:
             part = _parse_each(getattr(schema_module, each), value, _dotted(prefix, key))
-        if (inner := rules_of[key].get("inner")) and not part.problems:
+        if (inner := rules_of[key].get("inner")) and isinstance(value, dict):
             part.problems += _check_inner(inner, value, _dotted(prefix, key))
         parsed.problems += part.problems
         complete = complete and not part.problems
@@ -345,7 +345,8 @@ def _check_inner(known: Keys, given: dict[Any, Any], prefix: str) -> list[Proble
 def _parse_value(typed: Any, key: str, hint: Any, check: Check | None, value: Any, prefix: str) -> _Parsed:
     dotted = _dotted(prefix, key)
     if value == "???":
-        return _Parsed(None, [Problem(dotted, f"needs a value: {described(hint)}", has_value=False)])
+        allowed = check.allowed if check else described(hint)
+        return _Parsed(None, [Problem(dotted, f"needs a value: {allowed}", has_value=False)])
     if dataclasses.is_dataclass(hint):
         return _parse(hint, value, dotted)
     converted, reason = convert(typed, key, hint, check, escaped(value))
