@@ -77,6 +77,10 @@ def told(*arguments: str) -> str:
         (f'{SYSTEM}="Pay ${{"', f"{BROKEN}: ", [f'{SYSTEM}="Pay \\${{"']),
         (f"{SYSTEM}=a, ${{", f"{BROKEN}: ", [f'{SYSTEM}="a, \\${{"']),
         ('optimizer.lr="${"', BROKEN, None),
+        # what OmegaConf takes for no value at all
+        (f"{SYSTEM}=???", "??? stands for a value that is missing, and can't be given as a text", None),
+        (f'{SYSTEM}="???"', "??? stands for a value that is missing, and can't be given as a text", None),
+        ("data.metrics=[???]", "??? stands for a value that is missing, and can't be given as a text", None),
     ],
 )  # fmt: skip
 def test_what_is_shown_can_be_pasted(argument: str, reason: str, typed: list[str] | None) -> None:

@@ -30,7 +30,6 @@ from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -47,6 +46,7 @@ from src.config import mistyped
 from src.config.deepspeed import read_deepspeed_file
 from src.config.files import unusable
 from src.config.formats import declare_options, fill_mixture
+from src.config.hydra_hints import unknown_group_option, unknown_key
 from src.config.options import (
     CONF,
     GLOBAL_GROUPS,
@@ -77,7 +77,6 @@ HOW_NOT_WHAT = (
 )
 """Keys of a sweep's command that change how it is done, or how long it goes on, and not what it compares."""
 
-LAUNCHER = "hydra.launcher."
 MOST_NESTED = 20
 """Levels of a key or of a value: more than any has, and few enough for all that read them."""
 COMPOSITION_ERRORS = (
@@ -213,7 +212,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
             text = value_text(override)
             reason = mistyped.several(override, text, is_group=is_group(override, line.roots))
             line.problems.append(Problem(override.key_or_group, reason, text, True, COMMAND_LINE))
-        elif is_group(override, line.roots):
+        elif is_group(override, line.roots) and not override.key_or_group.startswith("hydra/"):  # told by Hydra
             line.problems += _unknown_options(override, line.roots)
     _identity["sweep_id"] = line.sweep_id
     return line
@@ -268,7 +267,7 @@ def read_override(text: str) -> Override | Problem:
     given = override.value()
     if _is_nested_deeper(given.list if isinstance(given, ChoiceSweep) else given, MOST_NESTED):
         return wrong(f"nested deeper than {MOST_NESTED} levels")
-    if reason := mistyped.broken_interpolation(key, given):
+    if reason := mistyped.unusable_text(key, given):
         return wrong(reason)
     return override
 
@@ -535,33 +534,18 @@ def _problems_of(overrides: Sequence[str], line: CommandLine) -> list[Problem]:
     except (*COMPOSITION_ERRORS, RecursionError) as error:
         key = overrides[-1].lstrip("+~").partition("=")[0] if overrides else ""
         problem = problem_of(error, key)
-        if key.startswith(LAUNCHER) and (reason := _unknown_to_launcher(key, overrides[:-1], line)):
+        if overrides and (reason := _unknown_to_hydra(overrides[-1], overrides[:-1], line)):
             problem = dataclasses.replace(problem, reason=reason)
         return [problem]
     return []
 
 
-def _unknown_to_launcher(key: str, chosen: Sequence[str], line: CommandLine) -> str:
-    """Return why the launcher that was chosen does not have a key; '' where it has."""
-    cfg = hydra_config(chosen, line)
-    name, known = key.removeprefix(LAUNCHER), [str(one) for one in cfg.hydra.launcher if one != "_target_"]
-    if name.partition(".")[0] in known:
-        return ""
-    launcher = cfg.hydra.runtime.choices["hydra/launcher"]
-    store = ConfigStore.instance()
-    having = [
-        file.removesuffix(".yaml")
-        for file in store.list("hydra/launcher")
-        if name in store.load(f"hydra/launcher/{file}").node
-    ]
-    near = get_close_matches(name, known, n=1)
-    if having:
-        remedy = f"choose hydra/launcher={' or '.join(having)}"
-    elif near:
-        remedy = f"did you mean {LAUNCHER}{near[0]}?"
-    else:
-        remedy = f"it has {', '.join(known)}" if known else "it has no keys"
-    return f"hydra/launcher={launcher} has no {name}; {remedy}"
+def _unknown_to_hydra(text: str, others: Sequence[str], line: CommandLine) -> str:
+    """Return why Hydra has no such key or option of its own; '' where it has, or where it is none of Hydra's."""
+    key, _, value = text.lstrip("+~").partition("=")
+    if key.startswith("hydra/"):
+        return unknown_group_option(key, value, line.roots)
+    return unknown_key(key, value, hydra_config(others, line)) if key.startswith("hydra.") else ""
 
 
 def resolve_sections(whole: DictConfig, composed: Composed) -> None:

@@ -18,6 +18,7 @@ from omegaconf.errors import GrammarParseError
 from src.config.keys import all_keys
 from src.config.quoting import Unwritable, quoted, shell_override
 from src.config.schema import SECTIONS
+from src.config.values import MISSING_TEXT, holds_missing
 from src.errors import visible
 
 FOLDERS = ("rerun", "run", "init_from", "hydra.run.dir", "hydra.sweep.dir")
@@ -76,9 +77,11 @@ def several(override: Override, text: str, *, is_group: bool) -> str:
     return reason
 
 
-def broken_interpolation(key: str, value: Any) -> str:
-    """Return what is wrong with an interpolation of a value that was read; '' where they are all good."""
+def unusable_text(key: str, value: Any) -> str:
+    """Return what is wrong with the texts of a value that was read, as OmegaConf takes them; '' where all are good."""
     given = value.list if isinstance(value, ChoiceSweep) else value
+    if holds_missing(_plain(given)):
+        return MISSING_TEXT
     broken = next((text for text in _texts(given) if not is_interpolated_well(text)), None)
     if broken is None:
         return ""
