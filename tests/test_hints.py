@@ -135,6 +135,7 @@ def suggestions(message: str) -> Iterator[list[str]]:
         (["tf32=true"], "unknown key; there is no counterpart, because PyTorch's own setting is left as it is "),
         (["dpo_beta=0.1"], "there is no counterpart, because there is supervised fine-tuning only"),
         (["--learning_rate=1e-4"], "unrecognized arguments: --learning_rate=1e-4; keys are written without dashes: o"),
+        (["--help=optimizer"], "there is no = behind --help: --help optimizer"),
     ],
 )  # fmt: skip
 def test_what_was_meant(overrides: list[str], told: str) -> None:
@@ -152,6 +153,12 @@ def test_what_was_meant(overrides: list[str], told: str) -> None:
 def test_a_key_of_a_source_of_a_mixture() -> None:
     message = refusal("data.mixture={a: {train_files: [data/tow_addition], weigth: 1}}", "data.train_files=null")
     assert "data.mixture.a.weigth = 1   unknown key; did you mean data.mixture.a.weight?" in message
+
+
+def test_another_trainers_name_in_a_source_of_a_mixture() -> None:
+    source = "{train_file: [data/tow_addition/train.jsonl]}"
+    message = refusal(f"data.mixture={{a: {source}}}", "data.train_files=null")
+    assert "unknown key; did you mean data.mixture.a.train_files?" in message
 
 
 def test_hints_of_a_sweep_and_of_a_file(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def _reason(key: str, value: Any, problem: UnknownKey, situation: Situation) -> 
         return other
     if (dotted := key.replace("/", ".")) != key and dotted in all_keys():
         return f"unknown key; did you mean {dotted}?"
-    suggested, because = _in_section(key, value, situation), ""
+    suggested, because = _of_source(key, problem) or _in_section(key, value, situation), ""
     if not suggested:
         suggested, because = _by_name(_leaf(key), value, situation)
     if not suggested and not because:
@@ -200,6 +200,14 @@ class _Suggestion:
 
     text: str
     note: str = ""
+
+
+def _of_source(key: str, problem: UnknownKey) -> list[_Suggestion]:
+    """Return what another trainer's name means within one source of a mixture."""
+    prefix, _, leaf = key.rpartition(".")
+    names = [_leaf(here.key) for _, here in peers.find(leaf) if here.key.startswith("data.")]
+    is_source = key == problem.key and prefix.startswith("data.mixture.")
+    return [_Suggestion(f"{prefix}.{name}") for name in dict.fromkeys(names) if is_source and name in problem.siblings]
 
 
 def _in_section(key: str, value: Any, situation: Situation) -> list[_Suggestion]:

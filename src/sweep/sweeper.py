@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from src.config.compose import CommandLine
 from src.config.problems import refuse
 from src.config.schema import Device, MlflowConfig, NoAdapterConfig, Pruner, Replicate
-from src.errors import DamagedFileError, Interrupted, StudyError, TowlineError, is_disk_full, report
+from src.errors import DamagedFileError, Interrupted, StudyError, TowlineError, is_disk_full, report, visible
 from src.records import read_json
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
@@ -116,7 +116,7 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
         return _dry_run(plan, record, console)
     console.label("sweep", f"{plan.name} → {plan.folder}")
     for key, text in plan.space.items():
-        console.label("", f"{key}={text}")
+        console.label("", visible(f"{key}={text}", is_line=True))
     if plan.changed_conf:
         console.warn(
             f"conf/ has changed since this sweep began ({', '.join(plan.changed_conf[:5])}); it goes on with what it "
@@ -196,7 +196,7 @@ def _dry_run(plan: Plan, record: Record, console: Console) -> int:
         standings = {number: dataclasses.replace(one, state="WAITING", value=None) for number, one in standings.items()}
     console.label("sweep", f"{plan.name} → {plan.folder}")
     for key, text in plan.space.items():
-        console.label("", f"{key}={text}")
+        console.label("", visible(f"{key}={text}", is_line=True))
     standings |= early_replicates(trials, standings)
     to_run = {number for number in todo if not standings[number].is_over}
     listing(trials, standings, to_run if len(to_run) < len(trials) else (), console)
