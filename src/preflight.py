@@ -79,7 +79,7 @@ def preflight(admitted: Admitted) -> int:
     judge = judge_of(config, data)
     proofs = {name: prove(rows, judge) for name, rows in sets.items()}
     new_ids = list(started.ids.values())
-    ahead = outlook(config, model, tokenizer, new_ids, train, admitted.run_dir, measure=own.measure)
+    ahead = outlook(config, model, tokenizer, new_ids, data, admitted.run_dir, measure=own.measure)
     show_forecasts(console, config, ahead)
     found = [
         *findings(config, data, tokenizer, train, proofs, ahead.num_steps),
@@ -127,10 +127,10 @@ def write_report(file: Path, data: Data, found: Sequence[Any], ahead: Any) -> No
         "findings": [{"level": finding.level.value, "text": finding.text} for finding in found],
         "data": {name: report.as_dict() for name, report in data.reports.items()},
         "steps": ahead.num_steps,
-        "memory": {part.name: part.bytes for part in ahead.memory.parts},
+        "memory": {part.name: part.bytes for part in [*ahead.memory.parts, *ahead.memory.instead, ahead.memory.total]},
         "memory_on_cpu": {part.name: part.bytes for part in ahead.memory.on_cpu},
         "disk": {part.name: part.bytes for part in ahead.disk.parts},
-        "time": asdict(ahead.time),
+        "time": {part.name: part._asdict() for part in ahead.time.parts},
         "measured": ahead.measured and asdict(ahead.measured),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
