@@ -63,8 +63,8 @@ from benchmarks.soaking import (
     spawned,
     work,
 )
-from src.config.frozen import read_status
-from src.tracking.journal import LOCK, holder_of, is_finished
+from src.config.frozen import is_finished, read_status
+from src.tracking.journal import LOCK, holder_of
 
 NUM_STEPS = 14
 SETTINGS = (

@@ -28,7 +28,8 @@ from typing import Any, NoReturn
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-from src.checkpoint.manifest import folder_of, is_resumable, problems_of, steps_in
+from src.checkpoint.manifest import is_resumable, problems_of
+from src.config.places import folder_of, steps_in
 from src.run import main as run_main
 from src.runtime.signals import STOP_SIGNALS
 from src.tracking.mlflow_store import TRACKING, plain_name

@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import xxhash
 import yaml
@@ -26,6 +26,14 @@ LARGEST_YAML_BYTES = 1 << 22
 CHUNK_BYTES = 1 << 22
 MOST_YAML_VALUES = 200_000
 """Values that a YAML file may have once its aliases are written out: a few lines of them can stand for billions."""
+TAG = "tag:yaml.org,2002:"
+"""In front of the names of YAML's own kinds of values."""
+PLAIN_KINDS: Mapping[type[yaml.Node], Collection[str]] = {
+    yaml.ScalarNode: ("str", "int", "float", "bool", "null"),
+    yaml.SequenceNode: ("seq",),
+    yaml.MappingNode: ("map",),
+}
+"""Of them, those that JSON has too, by the kind of node."""
 DEEPEST = 100
 """Levels of lists and mappings."""
 
@@ -89,7 +97,9 @@ def read_json(
 
 
 def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
-    """Return the mapping that a YAML file holds; aliases that refer to themselves or multiply are refused.
+    """Return the mapping that a YAML file holds, of what JSON knows too: its keys are texts, and no value is a date.
+
+    Aliases that refer to themselves or multiply are refused.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -100,8 +110,8 @@ def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
         node = yaml.compose(text, yaml.SafeLoader)
         if not isinstance(node, yaml.MappingNode):
             raise ValueError("no mapping of keys to values")
-        _count_values(node, {}, 0)
-        content = yaml.safe_load(text)
+        count_values(node)
+        content = yaml.SafeLoader("").construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -165,6 +175,22 @@ def read_bytes(file: Path, most: int | None = LARGEST_BYTES) -> bytes:
         raise ValueError(f"it can't be read: {error.strerror}") from error
 
 
+def names_in(folder: Path) -> list[str]:
+    """Return the names of what is in a folder, in order; none where there is no such folder.
+
+    Raises:
+        ValueError: where something is in its place that can't be looked into, which is not the same as an empty folder.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        if os.path.lexists(folder):
+            raise ValueError("a link to what is not there") from None
+        return []
+    except OSError as error:
+        raise ValueError(str(error.strerror)) from error
+
+
 def check_keys(content: Mapping[str, Any], keys: Mapping[str, Types], may_lack: Collection[str] = ()) -> None:
     """Check that an object has the keys that it needs, each with a value of its type.
 
@@ -188,16 +214,16 @@ class Digest:
     """Counts and hashes what a file that grows has got so far, as it is written."""
 
     def __init__(self, content: bytes = b"") -> None:
-        self._num_bytes = 0
+        self.num_bytes = 0
         self._hash = xxhash.xxh3_128()
         self.add(content)
 
     def add(self, content: bytes) -> None:
-        self._num_bytes += len(content)
+        self.num_bytes += len(content)
         self._hash.update(content)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"num_bytes": self._num_bytes, "xxh3_128": self._hash.hexdigest()}
+        return {"num_bytes": self.num_bytes, "xxh3_128": self._hash.hexdigest()}
 
 
 def file_digest(file: Path) -> dict[str, Any]:
@@ -209,10 +235,20 @@ def file_digest(file: Path) -> dict[str, Any]:
     return digest.as_dict()
 
 
-def begins_with(content: bytes, digest: Mapping[str, Any]) -> bool:
-    """Return whether a file's content begins with what `Digest.as_dict` tells."""
-    size = digest.get("num_bytes")
-    return isinstance(size, int) and size >= 0 and Digest(content[:size]).as_dict() == dict(digest)
+def begins_with(content: bytes, digest: object) -> bool:
+    """Return whether a file's content begins with what `Digest.as_dict` tells; False of what is no such thing."""
+    return is_digest(digest) and Digest(content[: digest["num_bytes"]]).as_dict() == dict(digest)
+
+
+def is_digest(value: object) -> TypeGuard[Mapping[str, Any]]:
+    """Return whether a value is what `Digest.as_dict` gives."""
+    keys: Mapping[str, Types] = {"num_bytes": int, "xxh3_128": str}
+    return (
+        isinstance(value, Mapping)
+        and value.keys() == keys.keys()
+        and all(_is_of(value[key], types) for key, types in keys.items())
+        and value["num_bytes"] >= 0
+    )
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
@@ -248,13 +284,20 @@ def _check_depth(node: Any, depth: int = 0) -> None:
                 _check_depth(value, depth + 1)
 
 
-def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) -> int:
+def count_values(node: yaml.Node) -> int:
     """Return how many values a YAML node has once its aliases are written out.
+
+    Raises:
+        ValueError: where it holds itself, is nested too deep, or has too many.
+    """
+    return _count_values(node, {}, 0)
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) -> int:
+    """Do what `count_values` does, of a node at a depth.
 
     Args:
         counts: of each node by its identity; None while it is being counted.
-    Raises:
-        ValueError: where it holds itself, is nested too deep, or has too many.
     """
     if id(node) in counts:
         known = counts[id(node)]
@@ -269,13 +312,31 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) ->
         inner = node.value
     elif isinstance(node, yaml.MappingNode):
         inner = [one for pair in node.value for one in pair]
+        if other := next((key for key, _ in node.value if key.tag != f"{TAG}str"), None):
+            raise ValueError(f"line {other.start_mark.line + 1}: a key that is no text")
+    if not _is_plain(node):
+        given = _short(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+        raise ValueError(f"line {node.start_mark.line + 1}: {given} can't be of the kind {node.tag.removeprefix(TAG)}")
     count = 1 + sum(_count_values(one, counts, depth + 1) for one in inner)
     if count > MOST_YAML_VALUES:
         raise ValueError(
-            f"line {node.start_mark.line + 1}: aliases that stand for more than {MOST_YAML_VALUES:,} values"
+            f"line {node.start_mark.line + 1}: more than {MOST_YAML_VALUES:,} values, with those that aliases stand for"
         )
     counts[id(node)] = count
     return count
+
+
+def _is_plain(node: yaml.Node) -> bool:
+    """Return whether a YAML value is one that JSON has, and can be what its tag says that it is."""
+    if node.tag.removeprefix(TAG) not in PLAIN_KINDS[type(node)]:
+        return False
+    if not isinstance(node, yaml.ScalarNode):
+        return True
+    try:
+        yaml.SafeLoader("").construct_object(node)
+    except (ValueError, LookupError, ArithmeticError):
+        return False
+    return True
 
 
 def _is_of(value: Any, types: Types) -> bool:

@@ -91,7 +91,7 @@ def train_and_export(
     """Do all of a run but what holds its folder; see `run`."""
     # imported here: torch takes seconds, and a folder that is in use or a typo should be told at once
     from src.checkpoint.exported import exported_digests
-    from src.checkpoint.start import Origin
+    from src.checkpoint.start import Origin, written_weights
     from src.checkpoint.store import open_checkpoints
     from src.data.advice import Level, advice
     from src.data.dataset import build_data, file_hashes
@@ -142,6 +142,7 @@ def train_and_export(
         checkpoints = until_the_end.enter_context(
             open_checkpoints(config.checkpoint, run_dir, tracking.sync, writes=runtime.is_main)
         )
+        tracking.warn(checkpoints.warnings)
         made = provenance(frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
         tracking.record_once("provenance.json", made)
         if config.data.cache_dir is None:
@@ -186,7 +187,7 @@ def train_and_export(
         if again is not None and state.evaluates_again(config.evaluation.eval_steps):
             evaluated.append(again)
         comparable = {line["step"]: line for line in evaluated if line["step"] >= comparable_from}
-        tracking.warn(checkpoints.recall(comparable.values(), origin.own_step))
+        tracking.warn(checkpoints.recall(comparable.values(), origin.own_step, written_weights(origin)))
 
         def beside() -> dict[str, Any]:
             now = dataclasses.replace(facts, step=state.step).as_dict()
@@ -277,9 +278,8 @@ def finished_before(admitted: Admitted) -> bool:
         RunFolderError, CheckpointError: where it is asked for more and can't go on.
     """
     from src.checkpoint.longer import check_longer, how_to_go_on_for_longer, is_asked_for_more
-    from src.config.frozen import config_hash, read_starts
+    from src.config.frozen import config_hash, is_finished, read_starts
     from src.tracking.console import Console
-    from src.tracking.journal import is_finished
     from src.tracking.tracker import deliver_pending
 
     config, run_dir = admitted.config, admitted.run_dir
@@ -383,13 +383,14 @@ def _what_failed(error: OSError) -> str:
 
 def _how_to_go_on(run_dir: Path) -> str:
     from src.checkpoint.manifest import newest_resumable
+    from src.config.places import CHECKPOINTS
 
     if not run_dir.is_dir():
         return f"{run_dir} is not there any more: it was moved or removed. What was saved is where it was moved to."
     try:
-        step = newest_resumable(run_dir / "checkpoints")
-    except OSError as error:
-        return f"What was saved in {run_dir} can't be looked at now: {error.strerror}"
+        step = newest_resumable(run_dir / CHECKPOINTS)
+    except (OSError, TowlineError) as error:
+        return f"What was saved in {run_dir} can't be looked at now: {error}"
     if step is None:
         return f"Nothing was saved yet; what was logged is in {run_dir}"
     here = shell_override("hydra.run.dir", str(run_dir))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,24 @@ def write_config(folder: Path, frozen: dict[str, Any]) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(frozen), encoding="utf-8")
     starts = [line | {"config_hash": config_hash(frozen)} for line in read_lines(folder / "starts.jsonl")]
     write_lines(folder / "starts.jsonl", starts)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Have permissions count for this thread, and those that it starts, as they do for a user who is not root."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # version 3; effective, permitted, …
+    if libc.capget(header, sets):
+        pytest.skip(f"root's rights can't be looked at: {os.strerror(ctypes.get_errno())}")
+    effective = sets[0]
+    sets[0] = effective & ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    if libc.capset(header, sets):
+        pytest.skip(f"root's rights can't be given up: {os.strerror(ctypes.get_errno())}")
+    try:
+        yield
+    finally:
+        sets[0] = effective
+        libc.capset(header, sets)
 
 
 @pytest.fixture

@@ -26,22 +26,21 @@ from src.checkpoint import store
 from src.checkpoint.manifest import (
     Entry,
     checksum,
-    folder_of,
     is_resumable,
     newest_resumable,
     problems_of,
     read_manifest,
-    steps_in,
 )
 from src.checkpoint.start import Origin, find_origin, newest_weights
 from src.checkpoint.store import SMALL_BYTES, Checkpoints, Snapshot, open_checkpoints, read_snapshot
 from src.checkpoint.tensors import tensors_digest, write_tensors
+from src.config.places import folder_of, steps_in
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError, ConfigError, DiskFullError, human_bytes
 from src.run import run
 from src.runtime.sharding import Whole
 from src.runtime.signals import StopRequest
-from tests.conftest import admitted, read_lines, towline
+from tests.conftest import admitted, read_lines, towline, unprivileged
 
 LOSS = "eval/validation/loss"
 PLAIN = CheckpointConfig(
@@ -199,6 +198,175 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_taken(tmp_path: Path, na
     assert origin(tmp_path, force=True) == Origin()
 
 
+def plain_file(place: Path) -> None:
+    place.write_text("mine")
+
+
+def dangling_link(place: Path) -> None:
+    place.symlink_to("nowhere")
+
+
+def endless_link(place: Path) -> None:
+    place.symlink_to(place.name)
+
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "file": plain_file,
+    "dangling": dangling_link,
+    "endless": endless_link,
+    "pipe": os.mkfifo,
+}
+"""What may stand where a folder should."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_folder_in_a_checkpoints_place_is_told_and_in_nobodys_way(tmp_path: Path, kind: str) -> None:
+    save(tmp_path, 1, 2)
+    KINDS[kind](at(tmp_path, 4))
+    found = origin(tmp_path)
+    what = "a link to what is not there" if "dangling endless".count(kind) else "no folder"
+    assert (found.step, found.warnings) == (2, [f"{at(tmp_path, 4)} is damaged (it is {what}); passed over"])
+    with open_checkpoints(replace(PLAIN, keep_last=2), tmp_path) as checkpoints:
+        checkpoints.recall([], 2)
+        KINDS[kind](at(tmp_path, 3))  # meanwhile
+        put(checkpoints, 3)
+        put(checkpoints, 4)
+        checkpoints.wait()
+    assert kept(tmp_path) == {3: "all", 4: "all"}
+
+
+def test_a_checkpoint_that_lies_elsewhere_is_one_and_stays_there(tmp_path: Path) -> None:
+    save(tmp_path / "run", 1, 2)
+    elsewhere = at(tmp_path / "run", 2).rename(tmp_path / "elsewhere")
+    at(tmp_path / "run", 2).symlink_to(elsewhere)
+    before = content(elsewhere)
+    found = origin(tmp_path / "run")
+    assert (found.step, found.warnings) == (2, [])
+    save(tmp_path / "run", 3, keep_last=1)
+    assert kept(tmp_path / "run") == {3: "all"}
+    assert content(elsewhere) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_leftovers_of_any_kind_are_in_nobodys_way(tmp_path: Path, kind: str) -> None:
+    save(tmp_path, 1)
+    for end in ("part", "gone", "part.gone"):
+        KINDS[kind](tmp_path / "checkpoints" / f".step-00000002.{end}")
+    save(tmp_path, 2, keep_last=1)
+    assert kept(tmp_path) == {2: "all"}
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling", "endless", "pipe"])
+def test_a_folder_that_cannot_be_looked_into_is_not_one_without_checkpoints(tmp_path: Path, kind: str) -> None:
+    KINDS[kind](tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"checkpoints can't be looked into: .*Put the folder .* back"):
+        origin(tmp_path)
+    with pytest.raises(CheckpointError, match="can't be looked into"):
+        newest_weights(tmp_path)
+    with pytest.raises(CheckpointError, match="can't be looked into"):
+        origin(tmp_path / "elsewhere", tmp_path)
+    assert steps_in(tmp_path / "nowhere") == []
+    assert origin(tmp_path, "never") == Origin()
+
+
+def test_what_may_not_be_read_is_neither_passed_over_nor_removed(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3)
+    before = content(tmp_path / "checkpoints")
+    files = [at(tmp_path, 3) / name for name in ("manifest.json", "model.safetensors", "optimizer.safetensors")]
+    for place in (tmp_path / "checkpoints", at(tmp_path, 3), *files):
+        mode = place.stat().st_mode
+        place.chmod(0)
+        with (
+            unprivileged(),
+            pytest.raises(CheckpointError, match=rf"{place.name}.*Permission denied.*make it readable"),
+        ):
+            origin(tmp_path)
+        place.chmod(mode)
+    at(tmp_path, 3).chmod(0)
+    with (
+        unprivileged(),
+        open_checkpoints(PLAIN, tmp_path) as checkpoints,
+        pytest.raises(CheckpointError, match=r"step-00000003 can't be read: Permission denied.*make it readable"),
+    ):
+        checkpoints.leave(2)  # as one that was named
+    at(tmp_path, 3).chmod(0o755)
+    assert content(tmp_path / "checkpoints") == before
+    for place in (at(tmp_path, 1), at(tmp_path, 2) / "manifest.json"):
+        place.chmod(0)
+    with unprivileged(), open_checkpoints(replace(PLAIN, keep_last=1), tmp_path) as checkpoints:
+        checkpoints.recall([], 3)
+        put(checkpoints, 4)
+        checkpoints.wait()
+        checkpoints.finish()
+    for place in (at(tmp_path, 1), at(tmp_path, 2) / "manifest.json"):
+        place.chmod(0o755)
+    assert kept(tmp_path) == {1: "all", 2: "all", 4: "all"}
+
+
+def test_leftovers_that_may_not_be_removed_are_told_and_in_nobodys_way(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    left = [tmp_path / "checkpoints" / name for name in (".step-00000001.gone", ".step-00000001.gone-2")]
+    for place in left:
+        (place / "inner").mkdir(parents=True)
+        place.chmod(0o500)
+    with unprivileged(), open_checkpoints(replace(PLAIN, keep_last=1), tmp_path) as checkpoints:
+        told = sorted(checkpoints.warnings)
+        checkpoints.recall([], 1)
+        put(checkpoints, 2)
+        checkpoints.wait()
+    assert [f"{place}, left by an earlier start, can't be removed: Permission denied" for place in left] == told
+    assert whole(tmp_path) == {2: "all"}
+
+
+def test_the_best_that_may_not_be_read_are_told_and_not_given_up(tmp_path: Path) -> None:
+    with open_checkpoints(PLAIN, tmp_path) as checkpoints:
+        rate(checkpoints, 2, 1.0)
+        put(checkpoints, 3)
+        checkpoints.wait()
+        best = checkpoints.best_evaluations
+    weights = at(tmp_path, 2) / "model.safetensors"
+    weights.chmod(0)
+    for allow_changed in (False, True):
+        with (
+            unprivileged(),
+            open_checkpoints(replace(PLAIN, allow_changed=allow_changed), tmp_path) as checkpoints,
+            pytest.raises(CheckpointError, match=r"model\.safetensors can't be read: Permission denied.*best weights"),
+        ):
+            checkpoints.recall(best, 3)
+    weights.chmod(0o644)
+    assert kept(tmp_path) == {2: "weights", 3: "all"}
+
+
+def test_the_best_weights_are_those_that_this_run_wrote(tmp_path: Path) -> None:
+    config = replace(PLAIN, load_best_model_at_end=True)
+    for name, scale in (("own", 1), ("other", 2)):
+        with open_checkpoints(config, tmp_path / name) as checkpoints:
+            (tmp_path / name).mkdir()
+            checkpoints.consider(2, {LOSS: 1.0}, lambda scale=scale: made_of(2 * scale, full=False))
+            put(checkpoints, 3)
+            checkpoints.wait()
+            best = checkpoints.best_evaluations
+            if name == "own":
+                known, known_best = {2: str(best[0]["weights"])}, best
+    assert known[2] == read_manifest(at(tmp_path / "own", 2)).files["model.safetensors"].xxh3_128
+    with open_checkpoints(config, tmp_path / "own") as checkpoints:
+        assert checkpoints.recall(known_best, 3, known) == []
+        assert checkpoints.best_evaluations == known_best
+        shutil.rmtree(at(tmp_path / "own", 2))
+        shutil.copytree(at(tmp_path / "other", 2), at(tmp_path / "own", 2))
+        with pytest.raises(CheckpointError, match="it is another run's"):
+            checkpoints.best_weights()
+    with (
+        open_checkpoints(config, tmp_path / "own") as checkpoints,
+        pytest.raises(CheckpointError, match=r"another run's.*load_best_model_at_end"),
+    ):
+        checkpoints.recall(known_best, 3, known)
+    with open_checkpoints(replace(config, load_best_model_at_end=False), tmp_path / "own") as checkpoints:
+        (told,) = checkpoints.recall(known_best, 3, known)
+    assert "the weights of step 2" in told
+    assert "another run's" in told
+
+
 def test_several_damaged_files_are_all_named(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (at(tmp_path, 1) / "model.safetensors").unlink()
@@ -284,7 +452,7 @@ def test_other_files_do_no_harm(tmp_path: Path) -> None:
     (at(tmp_path, 2) / "notes.txt").write_text("mine")
     (at(tmp_path, 2) / "plots").mkdir()
     (at(tmp_path, 2) / ".manifest.json.part").write_text("{")
-    for name in ("step-00000003", "step-", "step-x", "step--0000001", "notes.txt"):
+    for name in ("step-", "step-x", "step-²", "step-０0000003", "step--0000001", "notes.txt"):
         (tmp_path / "checkpoints" / name).touch()
     (tmp_path / "checkpoints" / "step-00000009.old").mkdir()
     assert not list(problems_of(at(tmp_path, 2)))

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from src.checkpoint.exported import check_exported
 from src.checkpoint.manifest import problems_of
-from src.config.frozen import config_hash, read_config
+from src.config.frozen import config_hash, is_finished, read_config, read_status
 from src.config.gate import admit, admit_prediction
 from src.config.trust import is_signed, signature
 from src.errors import ConfigError, DamagedFileError
@@ -25,7 +26,7 @@ from src.sweep.plan import Plan
 from src.sweep.record import Record
 from src.sweep.trial import trial_of
 from src.tracking.journal import LOCK, RunFolder, read_growing
-from tests.conftest import admitted, towline
+from tests.conftest import ROWS, admitted, towline, unprivileged
 from tests.conftest import read_lines as lines_of
 from tests.sweeps import planned
 from tests.test_resume import Fate, Killed, start
@@ -155,6 +156,8 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}, *a{i}]\
         ("status.json", "[" * 100_000),
         ("config.yaml", "a: &a [*a]"),
         ("config.yaml", BOMB),
+        ("config.yaml", "1: x"),
+        ("config.yaml", "runtime: !!bool abc"),
         ("starts.jsonl", "{}\n"),
         ("samples.jsonl", '{"step": 3}\n'),
         ("samples.jsonl", None),
@@ -175,6 +178,72 @@ def test_every_file_that_is_read_back_is_told_by_name(run: Path, name: str, dama
     assert (done.returncode, name in done.stderr) == (2, True), done.stderr
     assert "Traceback" not in done.stderr
     assert contents(run) == before
+
+
+DIGEST = {"num_bytes": 3, "xxh3_128": "0"}
+SHAPES: tuple[dict[str, Any], ...] = (
+    *({"journal": value} for value in (3, "x", [], {"metrics.jsonl": 3}, {"metrics.jsonl": None})),
+    *({"journal": {"metrics.jsonl": DIGEST | one}} for one in ({"num_bytes": "3"}, {"num_bytes": -1}, {"x": 1})),
+    *({"model": value} for value in (3, {"model.safetensors": []}, {"model.safetensors": {"num_bytes": 3}})),
+    *({key: 5} for key in ("cause", "how_to_go_on", "started", "ended", "updated", "tracker_run_id")),
+    *({key: "5"} for key in ("num_steps", "steps_per_epoch", "pid", "step")),
+    *({key: []} for key in ("state", "num_steps", "cause")),
+)
+
+
+@pytest.mark.parametrize("change", SHAPES, ids=str)
+def test_every_value_of_a_status_is_held_against_its_shape(tmp_path: Path, change: dict[str, Any]) -> None:
+    whole = {
+        "state": "FAILED",
+        "step": 8,
+        "cause": "x",
+        "how_to_go_on": None,
+        "started": "x",
+        "ended": "x",
+        "pid": 1,
+        "num_steps": 9,
+        "steps_per_epoch": None,
+        "journal": {"metrics.jsonl": DIGEST},
+        "model": None,
+    }
+    (tmp_path / "status.json").write_text(json.dumps(whole))
+    assert read_status(tmp_path) == whole
+    (tmp_path / "status.json").write_text(json.dumps(whole | change))
+    with pytest.raises(DamagedFileError, match=rf"status\.json is damaged: .*{next(iter(change))}.*Move it away"):
+        read_status(tmp_path)
+
+
+@pytest.mark.parametrize("change", SHAPES[:4:3], ids=str)
+def test_a_status_of_another_shape_ends_no_command_with_a_traceback(run: Path, change: dict[str, Any]) -> None:
+    file = run / "status.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    before = contents(run)
+    done = go_on(run)
+    assert (done.returncode, f"{file} is damaged: journal" in done.stderr) == (2, True)
+    assert "Traceback" not in done.stderr
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("more", [(), ("training.max_train_steps=12",)])
+def test_another_runs_word_that_it_is_finished_is_not_taken(
+    run: Path, finished: Path, more: tuple[str, ...], sweep: Record
+) -> None:
+    shutil.copy(finished / "status.json", run / "status.json")
+    before = contents(run)
+    done = go_on(run, *more)
+    assert (done.returncode, f"{run / 'status.json'} is damaged: it says FINISHED" in done.stderr) == (2, True)
+    assert contents(run) == before
+    shutil.copytree(run, sweep.run_dir(0))
+    shutil.copy(finished / "summary.json", sweep.run_dir(0))
+    standing = sweep.standing(0, "eval/validation/loss")
+    assert (standing.state, standing.value, "it says FINISHED" in standing.cause) == ("FAILED", None, True)
+    (run / "status.json").unlink()  # as it was told
+    assert go_on(run).returncode == 0
+    assert numbers(run) == numbers(finished)
+    assert is_finished(run)
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(DamagedFileError, match=r"metrics\.jsonl does not begin with"):
+        is_finished(run)
 
 
 def test_a_pipe_in_a_files_place_is_not_waited_for(run: Path) -> None:
@@ -221,7 +290,26 @@ def test_yaml_that_multiplies_or_holds_itself_is_refused(tmp_path: Path) -> None
         ("- 1", "no mapping"),
         ("a: [", "line 1"),
         ("a: !!python/object/apply:os.system [ls]", "line 1"),
-        ("? [a]\n: b", "line 1"),
+        *(
+            (f"x: 1\n{key}: b", "line 2: a key that is no text")
+            for key in ("? [a]\n", "1", "2020-01-01", "null", "true")
+        ),
+        ("a: {b: 1, 2: 3}", "line 1: a key that is no text"),
+        ("a: &x {b: 1}\nc: {<<: *x}", "line 2: a key that is no text"),
+        *(
+            (f"x: 1\na: !!{kind} abc", f"line 2: .abc. can't be of the kind {kind}")
+            for kind in ("bool", "int", "float")
+        ),
+        *((f"x: 1\na: !!{kind} abc", f"line 2: .abc. can't be of the kind {kind}") for kind in ("timestamp", "binary")),
+        ("a: 2020-01-01", "line 1: .2020-01-01. can't be of the kind timestamp"),
+        *(
+            (f"a: !!{kind} [b: 1]", f"line 1: .*can't be of the kind {kind}")
+            for kind in ("omap", "pairs", "str", "map")
+        ),
+        ("a: !!set {b, c}", "line 1: .*can't be of the kind set"),
+        ("!!set {b}", "line 1: .*can't be of the kind set"),
+        ("a: !mine b", "line 1: .b. can't be of the kind !mine"),
+        (f"a: !!int {'9' * 5000}", "line 1: .9999.*can't be of the kind int"),
     ):
         file.write_text(text)
         with pytest.raises(DamagedFileError, match=reason):
@@ -273,6 +361,82 @@ def test_best_weights_that_are_lost_are_told_before_another_model_is_exported(ru
     assert "checkpoint.allow_changed=true" in done.stderr
     done = go_on(run, "checkpoint.allow_changed=true")
     assert (done.returncode, "the weights of step 2" in done.stderr) == (0, True)
+
+
+@pytest.mark.parametrize("more", [(), ("checkpoint.allow_changed=true",)])
+def test_checkpoints_that_cannot_be_looked_into_are_not_taken_for_none(run: Path, more: tuple[str, ...]) -> None:
+    same = (f"data.cache_dir={ROWS}", *more)  # the run could begin again
+    away = (run / "checkpoints").rename(run.with_name("away"))
+    (run / "checkpoints").symlink_to("nowhere")
+    before = contents(run)
+    for arguments in ((*RUN, f"hydra.run.dir={run}", *same), (f"rerun={run}", f"hydra.run.dir={run}", *more)):
+        done = towline(*arguments)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+        assert f"{run / 'checkpoints'} can't be looked into: a link to what is not there" in done.stderr
+        assert contents(run) == before
+    (run / "checkpoints").unlink()
+    away.rename(run / "checkpoints")
+    assert go_on(run, *same).returncode == 0
+
+
+def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    for place in ("checkpoints", "checkpoints/step-00000006", "checkpoints/step-00000002/model.safetensors"):
+        mode = (run / place).stat().st_mode
+        (run / place).chmod(0)
+        with unprivileged():
+            assert guarded(admitted(f"hydra.run.dir={run}", *RUN), Fate()) == 2
+        (run / place).chmod(mode)
+        said = capsys.readouterr().err
+        assert str(run / place).removesuffix("/model.safetensors") in said
+        assert "Permission denied" in said
+        assert contents(run) == before
+
+
+def test_what_was_logged_of_a_run_without_checkpoints_is_not_dropped_without_a_word(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    done = go_on(run, f"data.cache_dir={ROWS}")
+    assert done.returncode == 0, done.stderr
+    assert "the run begins again: what was logged up to step 7 is removed" in done.stderr
+
+
+def test_another_runs_best_weights_are_not_exported(run: Path, finished: Path, tmp_path: Path) -> None:
+    other, best = tmp_path / "other", "checkpoints/step-00000002"
+    with pytest.raises(Killed):
+        start(other, *RUN, "seed=7", fate=Fate(NUM_CHECKS, dead=True))
+    own = (run / best).rename(tmp_path / "own")
+    shutil.copytree(other / best, run / best)
+    before = contents(run)
+    done = go_on(run)
+    assert (done.returncode, "step-00000002" in done.stderr, "another run's" in done.stderr) == (2, True, True)
+    assert contents(run) == before
+    shutil.rmtree(run / best)
+    own.rename(run / best)
+    assert go_on(run).returncode == 0
+    assert numbers(run) == numbers(finished)
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling"])
+def test_what_is_no_folder_in_the_models_place_is_told_before_it_is_trained(run: Path, kind: str) -> None:
+    (run / "model").write_text("mine") if kind == "file" else (run / "model").symlink_to("nowhere")
+    before = contents(run)
+    done = go_on(run)
+    assert (done.returncode, f"{run / 'model'} is damaged: it is no folder" in done.stderr) == (2, True)
+    assert contents(run) == before
+
+
+def test_a_model_that_lies_elsewhere_is_replaced_and_stays_there(run: Path, finished: Path, tmp_path: Path) -> None:
+    elsewhere = Path(shutil.copytree(finished / "model", tmp_path / "elsewhere"))
+    (elsewhere / "mine.txt").write_text("mine")
+    (run / "model").symlink_to(elsewhere)
+    for name in (".model.gone", ".model.part"):
+        (run / name).write_text("left")
+    before = contents(elsewhere)
+    done = go_on(run)
+    assert done.returncode == 0, done.stderr
+    assert contents(elsewhere) == before
+    assert contents(run / "model").keys() == contents(finished / "model").keys()
+    assert not list(run.glob(".model*"))
 
 
 def test_a_checkpoint_of_other_kinds_of_files_is_passed_over(run: Path, finished: Path) -> None:
@@ -342,6 +506,7 @@ def test_a_sweeps_folder_from_elsewhere_switches_nothing_on(tmp_path: Path, monk
     command = ("seed=1", f"hydra.sweep.dir={folder}")
     plan = planned(*command)
     keep(plan)
+    (folder / "conf" / "manifest.json").unlink()  # whoever changes the one changes the other
     option = folder / "conf" / "0" / "model" / "causal_lm.yaml"
     text = option.read_text().replace("trust_remote_code: false", "trust_remote_code: true")
     option.write_text(text)
@@ -395,9 +560,9 @@ class Meanwhile(Fate):
             self.do()
 
 
-def ends_with(folder: Path, do: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run, do something to it meanwhile, and return what it said at last; its exit code is 1."""
-    assert guarded(admitted(f"hydra.run.dir={folder}", *RUN), Meanwhile(do)) == 1
+def ends_with(folder: Path, do: Callable[[], object], capsys: pytest.CaptureFixture[str], code: int = 1) -> str:
+    """Run, do something to it meanwhile, and return what it said at last."""
+    assert guarded(admitted(f"hydra.run.dir={folder}", *RUN), Meanwhile(do)) == code
     said = capsys.readouterr().err
     assert "Traceback" not in said
     return said
@@ -412,6 +577,40 @@ def test_a_folder_that_is_moved_away_ends_the_run_and_is_whole(
     assert not folder.exists()
     assert 3 in saved(moved)
     assert go_on(moved).returncode == 0
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "removed": Path.unlink,
+    "emptied": lambda file: file.write_bytes(b""),
+    "added to": lambda file: file.write_bytes(file.read_bytes() + b"{}\n"),
+    "a byte": lambda file: file.write_bytes(file.read_bytes()[:-3] + bytes([file.read_bytes()[-3] ^ 1]) + b"}\n"),
+}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_journal_that_is_changed_while_the_run_goes_on_ends_it_by_name(
+    tmp_path: Path, finished: Path, name: str, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    kept: list[bytes] = []
+
+    def do() -> None:
+        kept.append((folder / name).read_bytes())
+        CHANGES[change](folder / name)
+
+    said = ends_with(folder, do, capsys, 2)
+    assert f"{folder / name} is damaged" in said
+    assert "while the run went on" in said
+    assert json.loads((folder / "status.json").read_text())["state"] == "FAILED"
+    done = go_on(folder)
+    assert (done.returncode, f"{folder / name} is damaged" in done.stderr) == (2, True)
+    if (name, change) == ("samples.jsonl", "removed"):  # of the other file its lines since then are lost
+        (folder / name).write_bytes(kept[0])
+        assert go_on(folder).returncode == 0
+        assert numbers(folder) == numbers(finished)
+    elif change in ("removed", "emptied"):
+        assert go_on(folder, "checkpoint.allow_changed=true").returncode == 0
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EFBIG])
@@ -455,6 +654,28 @@ def sweep(tmp_path: Path) -> Record:
     assert record.read()["history"] == history
     assert record.trials() == trials
     return record
+
+
+def test_options_of_a_sweep_that_cannot_be_looked_into_are_not_taken_for_none(sweep: Record) -> None:
+    assert sweep.conf() == []
+    (sweep.folder / "conf").symlink_to("nowhere")
+    with pytest.raises(DamagedFileError, match="conf is damaged: it can't be looked into: a link to what is not there"):
+        sweep.conf()
+    (sweep.folder / "conf").unlink()
+    (sweep.folder / "conf" / "0").mkdir(parents=True)
+    (sweep.folder / "conf" / "notes").mkdir()
+    assert sweep.conf() == [(sweep.folder / "conf" / "0").resolve()]
+
+
+def test_a_model_that_may_not_be_read_is_told_by_name(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    check_exported(folder)
+    (folder / "model" / "config.json").chmod(0)
+    with (
+        unprivileged(),
+        pytest.raises(DamagedFileError, match=r"config\.json is damaged: it can't be read: Permission"),
+    ):
+        check_exported(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"history": [3]}', "{\x00}"])

@@ -355,7 +355,7 @@ UNREADABLE: dict[str, tuple[str | bytes, str]] = {
     "digits": (f'{{"a": {"9" * 5000}}}', "too many digits"),
     "nested": ('{"a": ' + "[" * 100_000, "nested too deep"),
     "not UTF-8": (b'{\n"a": "\xe9"}', "line 2: not UTF-8 (byte 9 of the file)"),
-    "large": (b" " * (2**20 + 1), "larger than 1 MiB"),
+    "large": (b" " * (2**20 + 1), "1,048,577 bytes, where 1,048,576 are the most"),
 }
 
 
@@ -376,7 +376,7 @@ def test_a_file_that_is_not_there_or_not_named_is_told(file: Path) -> None:
     assert "deepspeed.config_file" in line
     assert "needs a value" in line
     (line,) = refused("deepspeed=file", f"deepspeed.config_file={file.parent}")
-    assert "Is a directory" in line
+    assert "not a plain file" in line
     (line,) = refused("deepspeed=zero2", f"deepspeed.config_file={file}")
     assert "deepspeed.config_file" in line
     assert "unknown key" in line

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -468,6 +469,12 @@ def test_an_adapter_whose_weights_are_not_its_own_is_told(tmp_path: Path) -> Non
             with_adapter(base(), tmp_path)
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ModelError, match=r"^the adapter in .* can't be read"):
+        with_adapter(base(), tmp_path)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(
+        ModelError, match=r"^the adapter in .* can't be read: adapter_model.safetensors is no plain file"
+    ):
         with_adapter(base(), tmp_path)
 
 

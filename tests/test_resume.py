@@ -7,6 +7,7 @@ the middle of steps, evaluations and samples. `Killed` leaves nothing saved behi
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.checkpoint.manifest import newest_resumable, problems_of, steps_in
+from src.checkpoint.manifest import newest_resumable, problems_of
+from src.config.places import steps_in
 from src.errors import CheckpointError, ConfigError, Interrupted, ModelError
 from src.run import run
 from src.runtime.signals import StopRequest
@@ -347,6 +349,13 @@ def test_an_old_adapter_starts_a_new_run(tmp_path: Path) -> None:
         start(tmp_path / "full", *TWELVE, *base, *once)
     with pytest.raises(ModelError, match="of another form"):
         start(tmp_path / "rank", *lora, *once, "adapter.r=3")
+    cut = Path(shutil.copytree(tmp_path / "old" / "model", tmp_path / "cut"))
+    weights = cut / "adapter_model.safetensors"
+    for content in (weights.read_bytes()[:-9], weights.read_bytes()[:99], b"", None):
+        weights.unlink()
+        os.mkfifo(weights) if content is None else weights.write_bytes(content)
+        with pytest.raises(ModelError, match=r"the adapter in .*cut can't be read: .*adapter_model\.safetensors"):
+            start(tmp_path / "cut_off", *lora, *once, f"init_from={cut}")
     shutil.rmtree(tmp_path / "old" / "model")
     start(tmp_path / "from_checkpoint", *lora, *once)
     after = weights_of(tmp_path / "from_checkpoint")

@@ -18,7 +18,8 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from src.checkpoint.manifest import folder_of, is_resumable, newest_resumable, problems_of, steps_in
+from src.checkpoint.manifest import is_resumable, newest_resumable, problems_of
+from src.config.places import folder_of, steps_in
 from src.errors import ConfigError, Interrupted, ModelError, RunFolderError
 from src.run import run as train
 from src.runtime.signals import StopRequest

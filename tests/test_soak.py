@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from src.checkpoint.manifest import folder_of, newest_resumable, problems_of
+from src.checkpoint.manifest import newest_resumable, problems_of
+from src.config.places import folder_of
 from tests.conftest import ROOT, read_lines, towline
 from tests.test_resume import assert_same
 

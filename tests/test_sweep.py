@@ -74,6 +74,12 @@ def test_what_is_varied(arguments: list[str], labels: list[str]) -> None:
     assert [trial.label for trial in planned(*arguments).trials] == labels
 
 
+EIGHT = (
+    *("optimizer.lr", "optimizer.weight_decay", "optimizer.eps", "loss.thought_weight", "loss.label_smoothing"),
+    *("training.max_grad_norm", "training.num_train_epochs", "scheduler.warmup_ratio"),
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -90,6 +96,20 @@ def test_what_is_varied(arguments: list[str], labels: list[str]) -> None:
         (["seed=1,2", "seed=3"], ["given twice"]),
         (["seed=range(5,3)"], ["there is no value in it"]),
         (["seed=range(200000)"], ["200,000 values, more than sweep.max_points, 100,000", "sweep=tpe"]),
+        (["optimizer.lr=range(0,1,5e-324)"], ["about 1e323 values, more than sweep.max_points", "1 problem"]),
+        (["hydra/sweeper=basic", "optimizer.lr=range(0,1,5e-324)"], ["about 1e323 values"]),
+        (["sweep=tpe", "optimizer.lr=range(0,1,5e-324)"], ["about 1e323 values"]),
+        (["sweep.params={optimizer.lr: 'range(0,1,5e-324)'}"], ["about 1e323 values", "(sweep.params)"]),
+        (
+            [f"{key}=range(0,1e308,5e-324)" for key in EIGHT],  # more digits than Python writes
+            ["9 problems", "about 1e5050 points (about 1e631 of optimizer.lr x"],
+        ),
+        (["optimizer.lr=range(0,1e400)"], ["a range that never ends"]),
+        (["seed=range(0," + "9" * 400 + ")"], ["about 1e400 values"]),
+        (
+            ["hydra/sweeper=basic", "sweep=tpe", "seed=range(0,5000)", "optimizer.lr=range(1,5000)"],
+            ["24,995,000 points"],
+        ),
         (["sweep.n_jobs=1,2"], ["is the sweep's own"]),
         (["sweep.metric=eval/validation/accuracy", "seed=1,2"], ["no evaluation gives this", "eval/validation/loss"]),
         (["sweep.direction=maximize", "seed=1,2"], ["better when it is lower: minimize"]),

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from src.config.frozen import read_status
 from src.config.schema import MlflowConfig, NoTrackingConfig
-from src.errors import Pruned
+from src.errors import DamagedFileError, Pruned
 from src.tracking import sweep_tracker
 from src.tracking.console import Console
 from src.tracking.journal import hold
@@ -25,7 +25,7 @@ from src.tracking.mlflow_sweep import SweepDelivery
 from src.tracking.sweep_tracker import open_sweep_tracking
 from tests.conftest import write_lines
 from tests.sweeps import planned, states
-from tests.test_tracking import closed_port, count_calls, do_step, stopped, track, tracked
+from tests.test_tracking import FROZEN, closed_port, count_calls, do_step, stopped, track, tracked
 
 LONG = ",".join(str(value) for value in range(200))
 STARTED = "2026-01-01T00:00:00+00:00"
@@ -72,7 +72,7 @@ def write(place: Path, second: int = 0, **changes: Any) -> None:
         "counts": {"FINISHED": 2, "FAILED": 0, "PRUNED": 0}, "history": history,
     }  # fmt: skip
     (place / "sweep.json").write_text(json.dumps(sweep | changes))
-    trials = [{"number": n, "identity": f"identity{n}", "setting": "same", "config": {"seed": n}} for n in range(3)]
+    trials = [{"number": n, "identity": f"identity{n}", "setting": "same", "config": FROZEN} for n in range(3)]
     write_lines(place / "trials.jsonl", trials)
 
 
@@ -195,6 +195,15 @@ def test_trials_are_nested_and_say_what_became_of_them(place: Path, uri: str) ->
         delivery.deliver()
     assert calls == ["log_batch"]  # the one that has changed
     assert nested(uri)["1"].data.tags["towline.state"] == "FAILED"
+
+
+def test_a_run_in_the_folder_of_another_trial_is_not_tagged_as_that_trial(place: Path, uri: str) -> None:
+    track(config(uri), place / "0")
+    with tracked(config(uri), place / "1", frozen=FROZEN | {"seed": 5}) as tracking:
+        do_step(tracking, 1, 1.0)
+    with pytest.raises(DamagedFileError, match=r"1 is not the folder of trial 1: config\.yaml"):
+        deliver(place, uri)
+    assert list(nested(uri)) == ["0"]
 
 
 def test_a_trial_whose_run_was_deleted_does_not_stop_the_others(place: Path, uri: str) -> None:

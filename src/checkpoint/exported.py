@@ -28,7 +28,11 @@ def check_exported(run_dir: Path) -> None:
     folder, written = run_dir / MODEL, read_status(run_dir).get(MODEL)
     if not isinstance(written, dict):
         return
-    there = exported_digests(folder)
+    try:
+        there = exported_digests(folder)
+    except OSError as error:
+        remedy = "Make it readable, or restore it from a copy."
+        raise damaged(Path(error.filename or folder), f"it can't be read: {error.strerror}", remedy) from error
     again = "Restore it from a copy; or have it exported again: move status.json away, and give the run's command."
     for name in sorted(written):
         if name not in there:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from src.checkpoint.manifest import newest_resumable
 from src.config.frozen import SWEEP, read_config, read_status
+from src.config.places import CHECKPOINTS
 from src.config.schema import CheckpointConfig, TrainingConfig
 from src.errors import CheckpointError, RunFolderError
 
@@ -63,7 +64,7 @@ def check_longer(config: CheckpointConfig, run_dir: Path) -> None:
             f"{finished}, and checkpoint.resume=never: without it the same command goes on from there; or choose "
             "another hydra.run.dir."
         )
-    if newest_resumable(run_dir / "checkpoints") is None:
+    if newest_resumable(run_dir / CHECKPOINTS) is None:
         raise CheckpointError(
             f"{finished}, and keeps no checkpoint that it could go on from (checkpoint.checkpointing_steps=null "
             f"saves none). {_new_run(run_dir)}"

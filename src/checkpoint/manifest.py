@@ -6,9 +6,9 @@ checksum of its own, so that a changed byte anywhere in it is noticed too.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from src.config.places import folder_of, step_of, steps_in
 from src.records import read_bytes
 
 MANIFEST = "manifest.json"
@@ -23,6 +24,8 @@ WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state
 FORMAT = 1
 """Of the files that a manifest lists; one with a higher number was written by a later version."""
 CHUNK_BYTES = 1 << 22
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+"""Errors of opening what is not there: nothing, a link to nothing or to itself, or what can't be opened at all."""
 
 
 class LaterVersionError(ValueError):
@@ -68,26 +71,6 @@ def checksum(file: Path) -> str:
     return hashed.hexdigest()
 
 
-def folder_of(folder: Path, step: int) -> Path:
-    """Name a step's checkpoint in a folder of checkpoints."""
-    return folder / f"step-{step:08}"
-
-
-def step_of(checkpoint: Path) -> int | None:
-    """Give the step that a folder's name says; None where it is no name that `folder_of` gives."""
-    match = re.fullmatch(r"step-([0-9]+)", checkpoint.name)
-    return int(match[1]) if match and checkpoint == folder_of(checkpoint.parent, int(match[1])) else None
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Give the steps of the checkpoints in a folder, in order, whole or not.
-
-    What goes by another name (step-9, step-00000009.copy) is somebody's own: not found, so not removed either.
-    """
-    found = (step_of(place) for place in folder.glob("step-*") if place.is_dir())
-    return sorted(step for step in found if step is not None)
-
-
 def read_manifest(checkpoint: Path) -> Manifest:
     """Read what a checkpoint should hold.
 
@@ -120,6 +103,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 def problems_of(checkpoint: Path) -> Iterator[str]:
     """Tell what is wrong with a checkpoint, file by file; every byte is read. Nothing where it is whole."""
+    if os.path.lexists(checkpoint) and not checkpoint.is_dir():
+        yield "it is a link to what is not there" if checkpoint.is_symlink() else "it is no folder"
+        return
     try:
         manifest = read_manifest(checkpoint)
     except ValueError as error:
@@ -141,6 +127,30 @@ def problems_of(checkpoint: Path) -> Iterator[str]:
             yield f"{name} is missing"
         except OSError as error:
             yield f"{name} can't be read: {error.strerror}"
+
+
+def weights_checksum(checkpoint: Path) -> str:
+    """Return the checksum of a checkpoint's weights, by its manifest.
+
+    Raises:
+        ValueError: as `read_manifest`.
+    """
+    return read_manifest(checkpoint).files[WEIGHTS].xxh3_128
+
+
+def refusal_of(checkpoint: Path) -> str | None:
+    """Return what of a checkpoint the operating system refuses to open, and why; None where it refuses nothing.
+
+    What is refused may be whole: that nobody may read it says nothing of it. What is missing, or of another kind, is
+    not refused, see `problems_of`.
+    """
+    for place in (checkpoint, *(checkpoint / name for name in (MANIFEST, WEIGHTS, OPTIMIZER, STATE))):
+        try:
+            os.close(os.open(place, os.O_RDONLY | os.O_NONBLOCK))  # a pipe would be waited for
+        except OSError as error:
+            if error.errno not in ABSENT:
+                return f"{place.name} can't be read: {error.strerror}"
+    return None
 
 
 def is_later(checkpoint: Path) -> bool:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from src.checkpoint.contract import Change, check, compare_configs
-from src.checkpoint.manifest import STATE, folder_of, is_later, is_resumable, problems_of, read_manifest, steps_in
+from src.checkpoint.manifest import (
+    STATE,
+    WEIGHTS,
+    is_later,
+    is_resumable,
+    problems_of,
+    read_manifest,
+    refusal_of,
+    weights_checksum,
+)
+from src.config.places import CHECKPOINTS, folder_of, steps_in
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError, listed
+
+WEIGHTS_KEY = "weights"
+"""Of a best evaluation in a checkpoint's state: the checksum of its weights."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +62,12 @@ def find_origin(config: CheckpointConfig, frozen: Mapping[str, Any], run_dir: Pa
         frozen: the whole configuration, as plain containers.
         force: begin anew, whatever is there.
     Raises:
-        CheckpointError: where there are checkpoints, but none is whole.
+        CheckpointError: where there are checkpoints, but none is whole, or what is there can't be looked into.
         ConfigError: where the configuration has changed too much.
     """
     if force or config.resume == "never":
         return Origin()
-    own, given = run_dir / "checkpoints", config.resume_from
+    own, given = run_dir / CHECKPOINTS, config.resume_from
     warnings: list[str] = []
     is_own = True
     if given is not None and given.resolve().parent == own.resolve():
@@ -87,9 +101,37 @@ def check_best(config: CheckpointConfig, origin: Origin, run_dir: Path, line: Ma
     lines = [*origin.state.get("best", ()), *([] if line is None else [line])]
     values = [(sign * value, one["step"]) for one in lines if (value := one.get(metric)) is not None]
     if values and (best := min(values)[1]) != origin.step:
-        place = folder_of(run_dir / "checkpoints", best)
-        if problem := next(problems_of(place), None):
+        place = folder_of(run_dir / CHECKPOINTS, best)
+        if problem := problem_of_best(place, written_weights(origin).get(best)):
             raise CheckpointError(lost_best(place, problem))
+
+
+def written_weights(origin: Origin) -> dict[int, str]:
+    """Return the checksums of a run's best weights, by step, as the checkpoint that it goes on from has them."""
+    best = origin.state.get("best", ()) if origin.is_own else ()
+    return {one["step"]: one[WEIGHTS_KEY] for one in best if WEIGHTS_KEY in one}
+
+
+def problem_of_best(checkpoint: Path, written: str | None) -> str | None:
+    """Return what is wrong with the checkpoint of one of the best evaluations; None where nothing is.
+
+    Args:
+        written: the checksum of the weights that the run wrote there; None: not known.
+    Raises:
+        CheckpointError: where it can't be read, so that nobody knows whether it is whole.
+    """
+    if refusal := refusal_of(checkpoint):
+        raise CheckpointError(unreadable(checkpoint, refusal, "It has some of the best weights so far"))
+    if problem := next(problems_of(checkpoint), None):
+        return problem
+    if written is not None and weights_checksum(checkpoint) != written:
+        return f"{WEIGHTS} is whole, but not what this run wrote there: it is another run's"
+    return None
+
+
+def unreadable(checkpoint: Path, refusal: str, why: str) -> str:
+    """Tell that a checkpoint can't be read, so that nobody knows whether it is whole."""
+    return f"{checkpoint}: {refusal}. {why}. Nothing was changed: make it readable, or move it away to do without it"
 
 
 def lost_best(checkpoint: Path, problem: str) -> str:
@@ -106,13 +148,13 @@ def newest_weights(folder: Path) -> tuple[Path, list[str]]:
     It may hold weights only.
 
     Raises:
-        CheckpointError: where there is none.
+        CheckpointError: where there is none, or what is there can't be looked into.
     """
     if (folder / "manifest.json").exists():
         if problems := list(problems_of(folder)):
             raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
         return folder, []
-    places = [folder_of(folder / "checkpoints", step) for step in reversed(steps_in(folder / "checkpoints"))]
+    places = [folder_of(folder / CHECKPOINTS, step) for step in reversed(steps_in(folder / CHECKPOINTS))]
     damaged: list[str] = []
     for place in places:
         problems = list(problems_of(place))
@@ -124,9 +166,9 @@ def newest_weights(folder: Path) -> tuple[Path, list[str]]:
 
 def _of(given: Path, warnings: list[str]) -> Path:
     """Give the checkpoint that a folder is, or the newest whole one of the run whose folder it is."""
-    if not (given / "checkpoints").is_dir():
+    if not os.path.lexists(given / CHECKPOINTS):
         return _named(given)
-    found = _newest(given / "checkpoints", warnings, "checkpoint.resume=auto starts at the beginning")
+    found = _newest(given / CHECKPOINTS, warnings, "checkpoint.resume=auto starts at the beginning")
     if found is None:
         raise CheckpointError(f"{given} has no checkpoint that a run could go on from")
     return found
@@ -149,11 +191,16 @@ def _newest(folder: Path, warnings: list[str], advice: str) -> Path | None:
     Args:
         advice: what to do where there is none.
     Raises:
-        CheckpointError: where all that there are are damaged, or a newer one was written by a later version.
+        CheckpointError: where all that there are are damaged, or a newer one was written by a later version or can't be
+            read.
     """
     damaged: list[str] = []
     for step in reversed(steps_in(folder)):
         place = folder_of(folder, step)
+        if refusal := refusal_of(place):
+            raise CheckpointError(
+                unreadable(place, refusal, "A run can't go on past what may be its newest checkpoint")
+            )
         if is_later(place):
             raise CheckpointError(
                 f"{place} was written by a later version of Towline, which can go on from it; {advice}"

@@ -31,16 +31,17 @@ from src.checkpoint.manifest import (
     Entry,
     Manifest,
     checksum,
-    folder_of,
     is_resumable,
     newest_resumable,
     problems_of,
     read_manifest,
-    steps_in,
+    refusal_of,
     sync,
+    weights_checksum,
 )
-from src.checkpoint.start import lost_best
+from src.checkpoint.start import WEIGHTS_KEY, lost_best, problem_of_best, unreadable
 from src.checkpoint.tensors import one_by_one, tensors_digest, write_tensors
+from src.config.places import CHECKPOINTS, clear, folder_of, remove, steps_in
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError, DiskFullError, human_bytes, is_disk_full
 from src.runtime.sharding import Whole
@@ -118,37 +119,54 @@ class Checkpoints:
         """Value and step of the best evaluations, the best first, of equals the first; at most keep_best."""
         self._best_at_save: set[int] = set()
         """The steps of the best evaluations when the run was last saved: what a run that goes on from there needs."""
+        self._written: dict[int, str] = {}
+        """Checksums of the files of weights that this run wrote, by step."""
         self.newest: int | None = None
         """The last step that the run can go on from."""
+        self.warnings: list[str] = []
+        """What an earlier start left, and that can't be removed."""
 
     def leave(self, newest: int) -> list[str]:
-        """Remove the steps of a course that is left, behind the one that the run goes on from; tells them."""
+        """Remove the steps of a course that is left, behind the one that the run goes on from; tells them.
+
+        Raises:
+            CheckpointError: where one of them can't be read, and may be whole.
+        """
         left = [step for step in steps_in(self._folder) if step > newest] if self._writes else []
         for step in left:
-            _remove(self._at(step))
+            if refusal := refusal_of(self._at(step)):
+                raise CheckpointError(unreadable(self._at(step), refusal, "It is behind where the run goes on"))
+        for step in left:
+            remove(self._at(step))
         steps = ", ".join(map(str, left))
         return [f"the run goes on behind step {newest}; what was saved later is removed: {steps}"] if left else []
 
-    def recall(self, lines: Iterable[Mapping[str, Any]], newest: int | None) -> list[str]:
+    def recall(
+        self, lines: Iterable[Mapping[str, Any]], newest: int | None, written: Mapping[int, str] | None = None
+    ) -> list[str]:
         """Take up what earlier starts left; gives warnings.
 
         Args:
             lines: the lines of metrics so far, or of the best evaluations among them.
             newest: the step of this folder that the run goes on from; None where it begins, or comes from elsewhere.
+            written: what weights the run wrote, see src.checkpoint.start.written_weights.
         Raises:
-            CheckpointError: where the best weights are lost, and are to be exported.
+            CheckpointError: where the best weights are lost, and are to be exported; or where some of the best can't be
+                read, so that nobody knows whether they are.
         """
+        written = written or {}
         if newest is not None:
             self.leave(newest)
             if is_resumable(self._at(newest)):  # else it is a copy by another name
                 self.newest, self._present = newest, {newest}
         for line in lines:
             self._rank(int(line["step"]), line)
-        problems = {step: next(problems_of(folder_of(self._folder, step)), None) for _, step in self._ranking}
+        problems = {step: problem_of_best(self._at(step), written.get(step)) for _, step in self._ranking}
         lost = {step: problem for step, problem in problems.items() if problem is not None}
         if self.best in lost and self._config.load_best_model_at_end and not self._config.allow_changed:
             raise CheckpointError(lost_best(folder_of(self._folder, self.best), lost[self.best]))
         self._present |= problems.keys() - lost.keys()
+        self._written = {step: weights_checksum(self._at(step)) for step in self._present} if self._writes else {}
         self._ranking = [(value, step) for value, step in self._ranking if step not in lost]
         self._best_at_save = self._best_steps
         return [f"the weights of step {step}, among the best so far, are lost: {lost[step]}" for step in lost]
@@ -163,7 +181,7 @@ class Checkpoints:
         """
         if step != self.newest:
             best = self._best_at_save = self._best_steps
-            self._write(step, take(), lambda: self._tidy(step, best))
+            self._write(step, take, lambda: self._tidy(step, best))
             self.newest = step
 
     def consider(self, step: int, metrics: Mapping[str, Any], take: Callable[[], Snapshot[Tensor | Whole]]) -> None:
@@ -174,7 +192,7 @@ class Checkpoints:
         """
         if self._rank(step, metrics) and step not in self._present:
             newest, best = self.newest, self._best_steps | self._best_at_save
-            self._write(step, take(), lambda: self._tidy(step, best, newest))
+            self._write(step, take, lambda: self._tidy(step, best, newest))
 
     @property
     def _best_steps(self) -> set[int]:
@@ -198,9 +216,14 @@ class Checkpoints:
         return self._ranking[0][1] if self._ranking else None
 
     @property
-    def best_evaluations(self) -> list[dict[str, float]]:
-        """The best evaluations so far, the best first, each as a line of metrics that has the metric alone."""
-        return [{"step": step, self._config.metric_for_best_model: value} for value, step in self._ranking]
+    def best_evaluations(self) -> list[dict[str, Any]]:
+        """The best evaluations so far, the best first, each as a line of metrics that has the metric alone; and where
+        its weights are whole by now, their checksum as `weights`."""
+        return [
+            {"step": step, self._config.metric_for_best_model: value}
+            | ({WEIGHTS_KEY: self._written[step]} if step in self._written else {})
+            for value, step in self._ranking
+        ]
 
     def best_weights(self) -> dict[str, Tensor]:
         """Load the best evaluation's weights.
@@ -210,8 +233,9 @@ class Checkpoints:
         """
         assert self.best is not None
         self.wait()
-        checkpoint = folder_of(self._folder, self.best)
-        refuse_damaged(checkpoint)
+        checkpoint = self._at(self.best)
+        if problem := problem_of_best(checkpoint, self._written.get(self.best)):
+            raise CheckpointError(f"{checkpoint} is damaged: {problem}")
         return load_file(checkpoint / WEIGHTS)
 
     def wait(self) -> None:
@@ -247,22 +271,23 @@ class Checkpoints:
     def _at(self, step: int) -> Path:
         return folder_of(self._folder, step)
 
-    def _write(self, step: int, snapshot: Snapshot[Tensor | Whole], then: Callable[[], None]) -> None:
+    def _write(self, step: int, take: Callable[[], Snapshot[Tensor | Whole]], then: Callable[[], None]) -> None:
         if not self._writes:
-            for tensors in snapshot.files().values():
+            for tensors in take().files().values():
                 for _ in one_by_one(tensors):
                     continue  # it takes part where they come together
             self._present.add(step)
             return
         self.wait()
+        snapshot = take()  # which says what weights are whole by now
         need, beside = snapshot.num_bytes + SMALL_BYTES, self._beside(step)
         try:
-            if not self._folder.exists():
+            if not os.path.lexists(self._folder):
                 self._folder.mkdir()
                 sync(self._folder.parent)
             if (free := shutil.disk_usage(self._folder).free) < need:
                 raise OSError(errno.ENOSPC, f"{human_bytes(free)} are free")
-            _remove(beside)
+            remove(beside)
             beside.mkdir()
             digests = {name: write_tensors(beside / name, tensors) for name, tensors in snapshot.files().items()}
             (beside / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
@@ -291,9 +316,9 @@ class Checkpoints:
                 raise OSError(errno.EIO, f"{name} can't be read back as it was written")
         files = {name: Entry((beside / name).stat().st_size, checksum(beside / name)) for name in [*digests, STATE]}
         _list(beside, Manifest(step, files, is_save=OPTIMIZER in files))
-        if place.exists():
-            _remove(place)
+        remove(place)
         os.replace(beside, place)
+        self._written[step] = files[WEIGHTS].xxh3_128
         sync(self._folder)
 
     def _tidy(self, last: int, best: set[int], newest: int | None = None) -> None:
@@ -306,16 +331,17 @@ class Checkpoints:
             newest: the last step that the run can go on from; None: that is `last`.
         """
         newest = last if newest is None else newest
+        there = [step for step in steps_in(self._folder) if refusal_of(self._at(step)) is None]  # else it may be whole
         manifests = {}
-        for step in steps_in(self._folder):
-            with suppress(ValueError):  # damaged: it went unnoticed so far, and is of no use
+        for step in there:
+            with suppress(ValueError):  # damaged: it went unnoticed so far
                 manifests[step] = read_manifest(self._at(step))
         saves = [step for step, manifest in manifests.items() if manifest.is_save and step <= newest]
         recent = saves[-self._config.keep_last :]
-        for step in steps_in(self._folder):
-            if step > last or step not in manifests or (step not in recent and step not in best):
-                _remove(self._at(step))
-            elif step not in recent or (self._config.newest_optimizer_only and step != newest):
+        for step in there:
+            if step > last or (step not in recent and step not in best):
+                remove(self._at(step))
+            elif step in manifests and (step not in recent or (self._config.newest_optimizer_only and step != newest)):
                 self._shrink(manifests[step])
 
     def _shrink(self, manifest: Manifest) -> None:
@@ -356,10 +382,13 @@ def open_checkpoints(
         before: see Checkpoints.
         writes: whether this process writes them; the others only know of them.
     """
-    folder = run_dir / "checkpoints"
-    for left in folder.glob(".step-*") if writes else ():
-        shutil.rmtree(left)
+    folder = run_dir / CHECKPOINTS
     checkpoints = Checkpoints(config, folder, before, writes=writes)
+    for left in folder.glob(".step-*") if writes else ():
+        try:
+            clear(left)
+        except OSError as error:  # it takes room, and is in nobody's way
+            checkpoints.warnings.append(f"{left}, left by an earlier start, can't be removed: {error.strerror}")
     try:
         yield checkpoints
     finally:
@@ -373,12 +402,3 @@ def _list(folder: Path, manifest: Manifest) -> None:
     sync(beside)
     os.replace(beside, folder / MANIFEST)
     sync(folder)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, so that nobody finds half of it where it was."""
-    if folder.exists():
-        gone = folder.with_name(f".{folder.name.lstrip('.')}.gone")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.replace(folder, gone)
-        shutil.rmtree(gone)

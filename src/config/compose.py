@@ -53,9 +53,11 @@ from src.config.options import (
     PROJECT_ROOT,
     OptionFileError,
     broken_options,
+    option_files,
     parents_of,
     read_option,
     shown,
+    unfit_folder,
 )
 from src.config.peers import flag_hint
 from src.config.problems import Problem, refuse
@@ -190,11 +192,10 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         reason = "conf/ is the configuration; add options of your own with --config-dir DIR"
         line.problems.append(Problem("--config-path", reason, flags.config_path, True, COMMAND_LINE))
     if flags.config_dir:
-        if not (reason := unusable(flags.config_dir)):
-            line.roots.append(Path(flags.config_dir).resolve())
-            reason = "" if line.roots[-1].is_dir() else "no such folder"
-        if reason:
+        if reason := unusable(flags.config_dir) or unfit_folder(Path(flags.config_dir)):
             line.problems.append(Problem("--config-dir", reason, flags.config_dir, True, COMMAND_LINE))
+        else:
+            line.roots.append(Path(flags.config_dir).resolve())
     for text in flags.overrides:
         if flags.help and "=" not in text:
             line.topics.append(text.removesuffix("."))
@@ -227,8 +228,9 @@ def _add_roots(override: Override, line: CommandLine) -> None:
     given = override.value()
     for place in given if isinstance(given, list) else [given]:
         folder = str(place).removeprefix("file://")
-        if "://" in folder or unusable(folder) or not Path(folder).is_dir():
-            reason = "no such folder; a list of folders: hydra.searchpath=[file:///DIR], or --config-dir DIR"
+        reason = "no such folder" if "://" in folder else unusable(folder) or unfit_folder(Path(folder))
+        if reason:
+            reason += "; a list of folders: hydra.searchpath=[file:///DIR], or --config-dir DIR"
             line.problems.append(Problem("hydra.searchpath", reason, str(place), True, COMMAND_LINE))
         else:
             line.roots.append(Path(folder).resolve())
@@ -299,11 +301,11 @@ def is_group(override: Override, roots: Sequence[Path]) -> bool:
 def options(group: str, roots: Sequence[Path]) -> list[str]:
     """Return a group's options, those in folders of its own included (`mine/a`).
 
-    A file or folder whose name begins with '_' is only built on.
+    A file or folder whose name begins with '_' is only built on, and one whose name begins with '.' is none.
     """
     found = set()
     for root in roots:
-        for file in (root / group).rglob("*.yaml"):
+        for file in option_files(root / group):
             name = file.relative_to(root / group).with_suffix("")
             if not any(part.startswith("_") for part in name.parts):
                 found.add(name.as_posix())
@@ -671,7 +673,7 @@ def where_set(key: str, line: CommandLine, choices: dict[str, str]) -> str:
 
 def _defining_file(file: Path, key: str, group: str) -> str | None:
     """Return the option file that defines a key, following the options of its own group that it builds on."""
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
     try:
         content = read_option(file)

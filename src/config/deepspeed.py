@@ -18,6 +18,7 @@ from src.config.files import unusable
 from src.config.options import CONF, OptionFileError, read_option
 from src.config.problems import Problem
 from src.errors import visible
+from src.records import read_bytes
 
 KEY = "deepspeed.config_file"
 MOST_BYTES = 2**20
@@ -118,14 +119,11 @@ def _read(file: str) -> tuple[dict[str, Any], str]:
         raise _Unreadable(reason)
     place = visible(file, is_line=True)
     try:
-        with open(file, "rb") as stream:
-            content = stream.read(MOST_BYTES + 1)
+        content = read_bytes(Path(file), MOST_BYTES)
     except FileNotFoundError as error:
         raise _Unreadable(f"no such file (looked in {Path.cwd()})") from error
-    except OSError as error:
-        raise _Unreadable(f"can't be read: {error.strerror}") from error
-    if len(content) > MOST_BYTES:
-        raise _Unreadable(f"larger than {MOST_BYTES // 2**20} MiB; is this a configuration of DeepSpeed's?")
+    except ValueError as error:
+        raise _Unreadable(f"{place}: {error}; is this a configuration of DeepSpeed's?") from error
 
     def at(position: int) -> str:
         lines = text[:position].split("\n")

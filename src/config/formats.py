@@ -6,11 +6,12 @@ starts from that option's settings.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from src.config.options import CONF, OptionFileError, parents_of, read_option, shown
+from src.config.options import CONF, OptionFileError, option_files, parents_of, read_option, shown
 
 OPTIONS = CONF / "data"
 BELONGS_TO_FORMAT = (
@@ -66,7 +67,9 @@ def _built_in() -> dict[str, dict[str, Any]]:
 def _options(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
     """Return the settings of each option of data in a folder, or why they can't be read."""
     found: dict[str, tuple[dict[str, Any], str]] = {}
-    for file in sorted(folder.glob("[!_]*.yaml")):
+    for file in option_files(folder):
+        if file.parent != folder or file.name.startswith("_"):
+            continue
         try:
             found[file.stem] = _option(file), ""
         except OptionFileError as error:
@@ -97,7 +100,7 @@ def _option(file: Path, builders: tuple[Path, ...] = ()) -> dict[str, Any]:
     content = read_option(file)
     merged = dict[str, Any]()
     for parent in parents_of(content, file, OPTIONS.name):
-        place = parent if parent.exists() else OPTIONS / parent.name
+        place = parent if os.path.lexists(parent) else OPTIONS / parent.name
         merged |= _option(place, (*builders, file))
     content.pop("defaults", None)
     return merged | content

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -25,16 +26,38 @@ from src.config.compose import (
 )
 from src.config.deepspeed import KEY as DEEPSPEED_FILE
 from src.config.formats import declare_frozen
+from src.config.places import CHECKPOINTS, folder_of, steps_in
 from src.config.problems import Problem
 from src.config.quoting import override as override_text
 from src.errors import DamagedFileError
-from src.records import Digest, Types, check_keys, damaged, read_bytes, read_json, read_lines, read_yaml
+from src.records import (
+    OPTIONAL_TEXT,
+    Digest,
+    Types,
+    begins_with,
+    check_keys,
+    damaged,
+    is_digest,
+    read_bytes,
+    read_json,
+    read_lines,
+    read_yaml,
+)
 
 CONFIG, STARTS, STATUS = "config.yaml", "starts.jsonl", "status.json"
 SWEEP = "sweep.json"
 """Of the folder that a sweep's trials have theirs in."""
 START_KEYS: Mapping[str, Types] = {"time": str, "command": list, "config_hash": str}
 STATUS_KEYS: Mapping[str, Types] = {"state": str, "step": int}
+"""What status.json always has."""
+MORE_STATUS_KEYS: Mapping[str, Types] = {
+    **dict.fromkeys(("cause", "how_to_go_on", "started", "ended", "updated", "host", "boot_id"), OPTIONAL_TEXT),
+    **dict.fromkeys(("pid", "num_steps", "steps_per_epoch"), (int, NoneType)),
+    **dict.fromkeys(("journal", "model"), (dict, NoneType)),
+    "tracker_run_id": OPTIONAL_TEXT,
+}
+"""What it may have; `journal` and `model` have size and checksum of files, by name."""
+STATUS_REMEDY = "Move it away: the same command then goes on from the last checkpoint, and writes it anew."
 STATES = ("RUNNING", "FINISHED", "FAILED", "PREEMPTED", "PRUNED")
 PATHS_AND_TRACKING = ("name", "force", "rerun", "tracking")
 """Parts of a configuration that say nothing about what is computed."""
@@ -70,15 +93,46 @@ def read_status(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedFileError: where it can't be read.
     """
-    remedy = "Move it away: the same command then goes on from the last checkpoint, and writes it anew."
+    file, keys = folder / STATUS, {**STATUS_KEYS, **MORE_STATUS_KEYS}
     try:
-        status = read_json(folder / STATUS, STATUS_KEYS, remedy=remedy)
+        status = read_json(file, keys, may_lack=MORE_STATUS_KEYS, remedy=STATUS_REMEDY)
     except FileNotFoundError:
         return {}
     if status["state"] not in STATES or status["step"] < 0:
         reason = f"state {status['state']}, step {status['step']}, where state is one of {', '.join(STATES)}"
-        raise damaged(folder / STATUS, reason, remedy)
+        raise damaged(file, reason, STATUS_REMEDY)
+    for key in ("journal", "model"):
+        for name, digest in (status.get(key) or {}).items():
+            if not is_digest(digest):
+                raise damaged(file, f"{key} has no size and checksum of {name}", STATUS_REMEDY)
     return status
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a folder holds a run that came to its end.
+
+    Raises:
+        DamagedFileError: where status.json can't be read, or says so of journals that are not those of the folder.
+    """
+    status = read_status(folder)
+    if status.get("state") != "FINISHED":
+        return False
+    for name, digest in (status.get("journal") or {}).items():
+        try:
+            content = read_bytes(folder / name, None)
+        except FileNotFoundError:
+            content = b""
+        except ValueError as error:
+            raise damaged(folder / name, str(error), "Restore it from a copy.") from error
+        if not begins_with(content, digest):
+            reason = (
+                f"it says FINISHED, and {name} does not begin with the {digest['num_bytes']:,} bytes that it had then"
+            )
+            remedy = (
+                f"Restore whichever of both is not this run's; or move {STATUS} away, and the same command goes on."
+            )
+            raise damaged(folder / STATUS, reason, remedy)
+    return True
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -168,8 +222,8 @@ def _as_it_last_was(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_newest_checkpoint(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
-    found = [state for state in folder.glob("checkpoints/step-*/state.json") if state.parent.name[5:].isdigit()]
-    for state in sorted(found, key=lambda file: int(file.parent.name[5:]), reverse=True):
+    saved = folder / CHECKPOINTS
+    for state in (folder_of(saved, step) / "state.json" for step in reversed(steps_in(saved))):
         try:
             listed = read_json(state.with_name("manifest.json"), {"files": dict})["files"]
             if Digest(read_bytes(state)).as_dict()["xxh3_128"] != listed[state.name]["xxh3_128"]:

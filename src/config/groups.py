@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,7 +12,7 @@ from typing import Any
 from src.config import comments
 from src.config.compose import GLOBAL_GROUPS, options
 from src.config.keys import Key
-from src.config.options import OptionFileError, read_option
+from src.config.options import OptionFileError, is_hidden, option_text, read_option
 
 GLOBAL = "_global_"
 
@@ -49,17 +50,18 @@ def read(group: str, name: str, roots: tuple[Path, ...]) -> Option | None:
     """
     for root in roots:
         file = root / group / f"{name}.yaml"
-        if file.is_file():
+        if os.path.isfile(file):
             stat = file.stat()
             return _read(group, name, file, stat.st_mtime_ns, stat.st_size)
+        if os.path.lexists(file):
+            read_option(file)  # tells why it is none
     return None
 
 
 @lru_cache(maxsize=1_000)
 def _read(group: str, name: str, file: Path, changed: int, size: int) -> Option:
     """Read an option file once, as long as it stays what it is."""
-    content = dict(read_option(file))
-    text = file.read_text(encoding="utf-8")
+    content, text = dict(read_option(file)), option_text(file)
     parents, choices = defaults_of(content.pop("defaults", None))
     top_keys = tuple(map(str, content))
     said, package = comments.of_keys(text), comments.package(text)
@@ -103,7 +105,7 @@ def _in_group(group: str, name: str, beside: PurePath, roots: tuple[Path, ...]) 
     if name.startswith("/"):
         return name.strip("/").removeprefix(f"{group}/")
     nearest = (beside / name).as_posix()
-    return nearest if any((root / group / f"{nearest}.yaml").is_file() for root in roots) else name
+    return nearest if any(os.path.lexists(root / group / f"{nearest}.yaml") for root in roots) else name
 
 
 def values_of(group: str, name: str, roots: tuple[Path, ...]) -> dict[str, Any]:
@@ -166,4 +168,5 @@ _ABSENT = object()
 
 def groups(roots: Sequence[Path]) -> list[str]:
     """Return the names of all groups."""
-    return sorted({folder.name for root in roots for folder in root.iterdir() if folder.is_dir()})
+    found = {name for root in roots for name in os.listdir(root) if os.path.isdir(root / name)}
+    return sorted(name for name in found if not is_hidden(name))

@@ -17,6 +17,7 @@ from typing import Any
 from src.config.deepspeed import GATHER
 from src.config.files import problems_of
 from src.config.formats import broken_format, declared_formats, roles
+from src.config.places import CHECKPOINTS, steps_in
 from src.config.problems import Problem
 from src.config.schema import (
     DEEPSPEED_OPTIMIZERS,
@@ -56,7 +57,7 @@ from src.config.schema import (
     ZeroConfig,
     ZeroFileConfig,
 )
-from src.errors import ConfigError
+from src.errors import CheckpointError, ConfigError
 from src.patterns import Pattern
 
 PLAIN_NAME = re.compile(r"[\w.-]{1,60}")
@@ -605,7 +606,11 @@ def zero_can_share_out(
 
 
 def _holds_checkpoints(folder: Path) -> bool:
-    return os.path.isfile(folder / "manifest.json") or any(folder.glob("checkpoints/step-*"))
+    """Return whether there are checkpoints, or what can't be looked into: told where they are looked for."""
+    try:
+        return os.path.isfile(folder / "manifest.json") or bool(steps_in(folder / CHECKPOINTS))
+    except CheckpointError:
+        return True
 
 
 def something_is_predicted(data: DataConfig) -> Iterator[Problem]:

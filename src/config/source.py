@@ -13,7 +13,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from src.config.options import check_option
+from src.config.options import OptionFileError, is_hidden, read_option
 from src.secrets import as_variables
 
 LIST_OR_MAPPING = ("data.validation_files", "data.test_files")
@@ -34,9 +34,10 @@ class FileConfigSource(file_config_source.FileConfigSource):  # Hydra tells sour
         Raises:
             OptionFileError: naming file, line and column.
         """
-        file = Path(os.path.realpath(os.path.join(self.path, self._normalize_file_name(config_path))))
-        if file.exists():
-            check_option(file)
+        if any(is_hidden(part) and part != ".." for part in Path(config_path).parts):
+            raise OptionFileError(f"{config_path}: a name that begins with '.' is no option's; give it another")
+        if os.path.lexists(place := self._place(config_path)):
+            read_option(place)
         result = super().load_config(config_path)
         package = result.header.get("package") or os.path.dirname(config_path).replace("/", ".")
         for key in LIST_OR_MAPPING:
@@ -48,6 +49,14 @@ class FileConfigSource(file_config_source.FileConfigSource):  # Hydra tells sour
             if (hidden := as_variables(content)) != content:
                 result.config = OmegaConf.create(hidden)
         return result
+
+    def is_config(self, config_path: str) -> bool:
+        """Return whether there is an option, one that can't be read included: `load_config` says why."""
+        place = self._place(config_path)
+        return os.path.lexists(place) and not os.path.isdir(place)
+
+    def _place(self, config_path: str) -> Path:
+        return Path(self.path, self._normalize_file_name(config_path))
 
 
 def _as_text(config: Any, key: str) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from src.records import read_bytes
+
 RUNS_CODE = {"trust_remote_code": True, "use_safetensors": False}
 """Keys of the model section, and the value with which a checkpoint may run code."""
 KEY_BYTES = 32
@@ -39,7 +41,7 @@ def signature(folder: Path, sections: Mapping[str, Any]) -> str | None:
         return None
     try:
         key = _make_key()
-    except OSError:
+    except (OSError, ValueError, RuntimeError):
         return None
     return _sign(key, folder, sections)
 
@@ -47,8 +49,8 @@ def signature(folder: Path, sections: Mapping[str, Any]) -> str | None:
 def is_signed(folder: Path, sections: Mapping[str, Any], signatures: Iterable[Any]) -> bool:
     """Return whether this user started a run with this configuration in this folder."""
     try:
-        key = _key_file().read_bytes()
-    except OSError:
+        key = read_bytes(_key_file(), KEY_BYTES)
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: this user has no home
         return False
     expected = _sign(key, folder, sections)
     return len(key) == KEY_BYTES and any(
@@ -78,4 +80,4 @@ def _make_key() -> bytes:
             pass
         finally:
             beside.unlink()
-    return file.read_bytes()
+    return read_bytes(file, KEY_BYTES)

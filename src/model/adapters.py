@@ -26,6 +26,8 @@ from src.model.weights import check_finite, check_names
 from src.model.whole import whole_models
 from src.runtime.sharding import gathered
 
+WEIGHTS = "adapter_model.safetensors"
+"""What PEFT calls the file of an adapter's weights."""
 NAME = "default"
 """What PEFT calls the one adapter of a model."""
 
@@ -59,11 +61,11 @@ class Adapter:
         """Put what `save` wrote in the place of this adapter and its rows.
 
         Raises:
-            ModelError: where it is of another form.
+            ModelError: where it can't be read, or is of another form.
         """
         from peft import set_peft_model_state_dict
 
-        saved = load_file(folder / "adapter_model.safetensors")
+        saved = _read_adapter(folder)
         shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
         if shapes != {name: tuple(tensor.shape) for name, tensor in self.state().items()}:
             raise ModelError(f"the adapter in {folder} is of another form than adapter=… and tokens=… make here")
@@ -123,6 +125,25 @@ def _trained_ids(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(of_adapter[NAME]) for name, of_adapter in found.items() if of_adapter}
 
 
+def _read_adapter(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a saved adapter, by the names that PEFT writes.
+
+    Raises:
+        ModelError: where they can't be read.
+    """
+    file = folder / WEIGHTS
+    try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise OSError(f"{WEIGHTS} is no plain file")
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise _not_read(folder, error) from error
+
+
+def _not_read(folder: Path, error: Exception) -> ModelError:
+    return ModelError(f"the adapter in {folder} can't be read: {one_line(error)} ({WEIGHTS})")
+
+
 def with_adapter(base: Any, folder: Path) -> Any:
     """Put a saved adapter into its base, which has room for the new tokens, and give the model.
 
@@ -132,16 +153,15 @@ def with_adapter(base: Any, folder: Path) -> Any:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import PeftModel, get_peft_model_state_dict
 
-    what = f"the adapter in {folder}"
+    what, saved = f"the adapter in {folder}", _read_adapter(folder)
     try:
         with quiet(), tied_as_it_is(base), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are told below
             loaded = PeftModel.from_pretrained(base, folder)
-        saved = load_file(folder / "adapter_model.safetensors")
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"{what} does not fit its base: {one_line(error)}") from error
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{what} can't be read: {one_line(error)}") from error
+        raise _not_read(folder, error) from error
     names = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
     check_names(what, missing=names - saved.keys(), left_over=saved.keys() - names)
     check_finite(what, saved.items())

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from src.config.places import clear, set_aside
 from src.config.schema import ModelConfig, RunConfig, Weights
 from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, listed, one_line
-from src.model.adapters import Adapter, with_adapter
+from src.model.adapters import WEIGHTS, Adapter, with_adapter
 from src.model.build import build_model, check_lengths, empty_model, load_architecture, load_weights
 from src.model.embeddings import fit_embeddings
 from src.model.merging import merge, probe_ids
@@ -57,7 +58,7 @@ def export(
         raise NonFiniteLossError(f"training has spoilt the weights, they are not finite:\n{listed(spoilt)}")
     warnings: list[str] = []
     beside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
+    clear(beside)
     try:
         if adapter is None:
             _write_whole(model, beside, config)
@@ -93,12 +94,13 @@ def export(
     for file in beside.rglob("*"):
         if file.is_file():
             file.chmod(0o666 & ~umask)  # safetensors would keep its file to one user
-    former = folder.with_name(f".{folder.name}.gone")
-    shutil.rmtree(former, ignore_errors=True)
-    if folder.exists():  # of a run that went on for longer, or was killed before status.json said that it was finished
-        os.replace(folder, former)
+    former = set_aside(folder)  # of a run that got longer, or was killed before status.json said that it was finished
     os.replace(beside, folder)
-    shutil.rmtree(former, ignore_errors=True)
+    try:
+        if former is not None:
+            clear(former)
+    except OSError as error:  # it takes room, and is in nobody's way
+        warnings.append(f"{former}, the model of before, can't be removed: {error.strerror}")
     return warnings
 
 
@@ -161,7 +163,7 @@ def _is_tied(model: Any) -> bool:
 
 def _check_adapter(folder: Path, adapter: Adapter) -> None:
     """See that an adapter's file holds each tensor bit for bit, rows of new tokens included."""
-    there, trained = load_file(folder / "adapter_model.safetensors"), adapter.state()
+    there, trained = load_file(folder / WEIGHTS), adapter.state()
     wrong = [n for n, tensor in trained.items() if n not in there or not torch.equal(there[n], tensor.detach().cpu())]
     if wrong or there.keys() - trained.keys():
         raise ExportError(f"{folder} does not hold what was trained:\n{listed([*wrong, *(there.keys() - trained)])}")

@@ -10,11 +10,13 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from src import secrets
+from src.config.frozen import STATUS
 from src.config.schema import Direction, Pruner, Sampler
 from src.errors import (
     Interrupted,
@@ -25,6 +27,7 @@ from src.errors import (
     TrainingError,
     is_disk_full,
 )
+from src.records import read_bytes
 from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
 from src.sweep.board import Board, Entry, counted
@@ -71,12 +74,13 @@ class Conductor:
         record: Record,
         trials: list[Trial],
         todo: Sequence[int],
-        study: Study,
+        study: Study | None,
         workers: Workers | Launched,
         stop: StopRequest,
         board: Board,
     ) -> None:
-        self.plan, self.record, self.study, self.workers = plan, record, study, workers
+        self.plan, self.record, self.workers = plan, record, workers
+        self._study = study
         self.stop, self.board = stop, board
         self.trials = {trial.number: trial for trial in trials}
         self.standings = {number: record.standing(number, plan.config.metric) for number in self.trials}
@@ -91,14 +95,13 @@ class Conductor:
         self._has_only_refusals = False
         self.fault = ""
         """What keeps every trial from being run or judged, and stops the sweep."""
-        self._needs_study = not plan.is_listed or plan.config.pruner is not Pruner.none
-        self._has_study = True
+        self._has_study = study is not None
         """Whether it has answered so far."""
         rests = plan.config.pruner is Pruner.asha
         self._resting = {
             number
             for number, standing in self.standings.items()
-            if rests and standing.state == "PRUNED" and number in todo and study.is_open(self.trials[number].unit)
+            if rests and standing.state == "PRUNED" and number in todo and self.study.is_open(self.trials[number].unit)
         }
         """Trials that ended at a rung, and go on once they are among its best."""
         self.poke: Callable[[], None] = lambda: None
@@ -302,6 +305,9 @@ class Conductor:
         progress = self._progress[trial.number]
         progress.attempts += 1
         progress.started = time.monotonic()
+        if reason := self.record.make_room(trial.number):
+            self._settle(trial, Standing("FAILED", None, reason), TowlineError.exit_code)
+            return
         progress.status = _written(self.record.run_dir(trial.number))
         step = self.standings[trial.number].step
         self.board.say(
@@ -330,35 +336,38 @@ class Conductor:
     def _take_in(self, ended: Sequence[tuple[Job, int]]) -> None:
         """Note how trials ended, and have those tried again that are worth it."""
         for job, code in ended:
-            trial, progress = self.trials[job.number], self._progress[job.number]
-            standing = self._ended(job, code)
-            self.standings[job.number] = standing
-            if is_disk_full(standing.cause):
-                self.fault = f"the disk is full: {self.record.folder}"
-            is_again = not self._why_stop() and self._is_worth_trying(standing, code, progress)
-            told = f"{_told(standing, self._metric)}{', tried again' if is_again else ''}"
-            self.board.say(f"trial {trial.number}  {short(trial.label) or self.plan.name}  {told}")
-            if standing.state == "WAITING":
-                continue
-            if is_again:
-                self._queue.append(job.number)
-                continue
-            if standing.state == "PRUNED" and self.plan.config.pruner is Pruner.asha:
-                self._resting.add(job.number)
-                progress.attempts = 0  # what comes when it goes on is another attempt
-                continue
-            progress.is_settled = True
-            if standing.state == "FINISHED":
-                self._note(trial.number, standing)
-            self._durations.append(time.monotonic() - progress.started)
-            self._end_unit(trial.unit)
+            self._settle(self.trials[job.number], self._ended(job, code), code)
+
+    def _settle(self, trial: Trial, standing: Standing, code: int) -> None:
+        progress = self._progress[trial.number]
+        self.standings[trial.number] = standing
+        if is_disk_full(standing.cause):
+            self.fault = f"the disk is full: {self.record.folder}"
+        is_again = not self._why_stop() and self._is_worth_trying(standing, code, progress)
+        told = f"{_told(standing, self._metric)}{', tried again' if is_again else ''}"
+        self.board.say(f"trial {trial.number}  {short(trial.label) or self.plan.name}  {told}")
+        if standing.state == "WAITING":
+            return
+        if is_again:
+            self._queue.append(trial.number)
+            return
+        if standing.state == "PRUNED" and self.plan.config.pruner is Pruner.asha:
+            self._resting.add(trial.number)
+            progress.attempts = 0  # what comes when it goes on is another attempt
+            return
+        progress.is_settled = True
+        if standing.state == "FINISHED":
+            self._note(trial.number, standing)
+        self._durations.append(time.monotonic() - progress.started)
+        self._end_unit(trial.unit)
 
     def _ended(self, job: Job, code: int) -> Standing:
         """Tell how a trial stands whose process has ended, and have its own folder say so."""
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         standing = self.record.standing(job.number, self._metric)
         if self._progress[job.number].status == _written(job.run_dir):  # this start ended before it wrote anything
-            if self._why_stop() or standing.state == "FINISHED":
+            is_left = code == 0 and standing.state != "WAITING"  # its run is finished, whatever its value is
+            if self._why_stop() or is_left or standing.state == "FINISHED" or standing.is_damaged:
                 return standing
             return Standing("FAILED", None, f"{how} before it began{_last_words(standing.log)}", standing.log)
         if standing.cause.startswith("killed"):
@@ -370,12 +379,17 @@ class Conductor:
 
     def _is_worth_trying(self, standing: Standing, code: int, progress: _Progress) -> bool:
         """Whether a trial may end otherwise when it is run again: not after a mistake in what it is given."""
-        if standing.is_over or progress.attempts > self.plan.config.max_retries:
+        if standing.is_over or standing.is_damaged or progress.attempts > self.plan.config.max_retries:
             return False
         is_certain = code in (0, TowlineError.exit_code) or standing.cause.startswith(NonFiniteLossError.__name__)
         return standing.state == "PREEMPTED" or not is_certain
 
     # ---- what the study is told
+
+    @property
+    def study(self) -> Study:
+        assert self._study is not None  # see _has_study
+        return self._study
 
     def _asked(self, ask: Callable[[], T]) -> T | None:
         """Ask or tell the study; None where it does not answer: that stops a sweep which can't do without it.
@@ -388,7 +402,7 @@ class Conductor:
             return ask()
         except StudyError as error:
             self._has_study = False
-            if self._needs_study:
+            if self.plan.needs_study:
                 self.fault = str(error)
             else:
                 self.board.say(f"WARNING: {error}. The sweep goes on without; the same command makes up for it")
@@ -544,13 +558,19 @@ def _told(standing: Standing, metric: str) -> str:
 
 def _written(run_dir: Path) -> int | None:
     """Tell when a run's status.json was last written, in nanoseconds; None where there is none."""
-    file = run_dir / "status.json"
-    return file.stat().st_mtime_ns if file.exists() else None
+    try:
+        return (run_dir / STATUS).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _last_words(log: Path | None) -> str:
     """Give the last line that a trial printed."""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log else []
+    said = b""
+    if log is not None:
+        with suppress(OSError, ValueError):  # it is gone by now, or not a file
+            said = read_bytes(log)
+    lines = said.decode(errors="replace").split("\n")
     return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
 
 

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.config.frozen import read_status
 from src.config.quoting import override
-from src.errors import Interrupted, one_line
+from src.errors import DamagedFileError, Interrupted, one_line
 from src.sweep.plan import Plan
 from src.sweep.workers import Job, RunTrial, log_file, note, print_into
 from src.tracking.journal import LOCK, holder_of
@@ -41,6 +41,14 @@ CODES = {"FINISHED": 0, "PRUNED": 0, "PREEMPTED": Interrupted.exit_code}
 
 def _is_held(run_dir: Path) -> bool:
     return (run_dir / LOCK).exists() and bool(holder_of(run_dir))
+
+
+def _state(run_dir: Path) -> str | None:
+    """Return a run's state by its status.json; None where there is none, or none that can be read."""
+    try:
+        return read_status(run_dir).get("state")
+    except DamagedFileError:  # the sweep tells it when it looks at the trial
+        return None
 
 
 def is_own_launcher(config: DictConfig) -> bool:
@@ -110,7 +118,7 @@ class Launched:
         except Exception as error:  # the launcher's own, a job that the scheduler killed
             while any(_is_held(job.run_dir) for job in batch):  # it tells of the first, the others go on
                 time.sleep(POLL_SECONDS)
-            states = [read_status(job.run_dir).get("state") for job in batch]
+            states = [_state(job.run_dir) for job in batch]
             for job, state in zip(batch, states, strict=True):
                 if state not in CODES:
                     note(log_file(job.run_dir), f"the launcher says: {one_line(error)}")

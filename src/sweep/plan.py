@@ -30,9 +30,11 @@ from src.config.schema import (
 )
 from src.config.trust import signature
 from src.sweep.record import Record, differing
-from src.sweep.space import SWEEP_FILE, Axis, axes_of, points, size
+from src.sweep.space import SWEEP_FILE, Axis, axes_of, is_endless, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of
 
+MOST_WRITTEN = 10**15
+"""From here on a number of points is told by its size."""
 MOST_PROBES = 200
 """Points that are looked at where they can't all be."""
 
@@ -101,6 +103,11 @@ class Plan:
     def is_listed(self) -> bool:
         """Whether it is known beforehand which trials there will be."""
         return bool(self.trials)
+
+    @property
+    def needs_study(self) -> bool:
+        """Return whether trials depend on the study: on what it proposes, or ends early."""
+        return not self.is_listed or self.config.pruner is not Pruner.none
 
     @property
     def num_replicates(self) -> int:
@@ -236,7 +243,10 @@ def _kept(plan: Plan) -> list[Path]:
     record = Record(plan.folder)
     content = record.read()
     plan.signatures = content.get("signatures", [])
-    return record.conf() if content.get("id") == plan.line.sweep_id else []
+    if content.get("id") != plan.line.sweep_id:
+        return []
+    record.check_conf()
+    return record.conf()
 
 
 def _open(line: CommandLine, problems: list[Problem]) -> Plan | None:
@@ -293,18 +303,23 @@ def _counted(plan: Plan) -> Iterator[Problem]:
     axes, most = [*plan.axes, *plan.replicates], plan.config.max_points
     too_long = [axis for axis in axes if axis.num_values > most]
     for axis in too_long:
-        count = "a range that never ends" if math.isinf(axis.num_values) else f"{int(axis.num_values):,} values"
+        count = "a range that never ends" if is_endless(axis.num_values) else f"{_written(axis.num_values)} values"
         reason = f"{count}, more than sweep.max_points, {most:,}; search among them: KEY=interval(LOW,HIGH), sweep=tpe"
         yield Problem(axis.key, reason, axis.text, where=axis.where or COMMAND_LINE)
     total = size(axes)
-    is_grid = plan.config.sampler is Sampler.grid or plan.config.n_trials is None
+    is_grid = plan.config.sampler is Sampler.grid or plan.config.n_trials is None or not plan.is_own_sweeper
     if is_grid and total is not None and total > most and (len(axes) > 1 or not too_long):
-        product = " x ".join(f"{int(axis.num_values):,} of {axis.key}" for axis in axes)
+        product = " x ".join(f"{_written(axis.num_values)} of {axis.key}" for axis in axes)
         reason = (
-            f"{total:,} points ({product}), more than sweep.max_points, {most:,}; search among them: sweep=tpe "
+            f"{_written(total)} points ({product}), more than sweep.max_points, {most:,}; search among them: sweep=tpe "
             "sweep.n_trials=N, or allow more"
         )
         yield Problem("-m", reason, has_value=False, where=COMMAND_LINE)
+
+
+def _written(count: float) -> str:
+    """Return a number of values in digits, or one that is too long for that by its size."""
+    return f"{int(count):,}" if count < MOST_WRITTEN else f"about 1e{math.floor(math.log10(count))}"
 
 
 def _axis_problems(plan: Plan) -> Iterator[Problem]:

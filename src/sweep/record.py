@@ -6,33 +6,47 @@ the options that it was composed of, and each trial's own folder is the truth ab
 
 from __future__ import annotations
 
-import filecmp
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from src import secrets
-from src.config.frozen import SWEEP, read_status
-from src.errors import DamagedFileError, SweepError
-from src.records import Types, damaged, read_json, read_lines, write_atomically, write_json
+from src.config.frozen import SWEEP, config_hash, read_starts, read_status
+from src.config.options import option_files
+from src.config.schema import greater_is_better
+from src.errors import DamagedFileError, SweepError, listed
+from src.records import (
+    LARGEST_YAML_BYTES,
+    NUMBER,
+    Digest,
+    Types,
+    begins_with,
+    damaged,
+    file_digest,
+    names_in,
+    read_bytes,
+    read_json,
+    read_lines,
+    write_atomically,
+    write_json,
+)
 from src.sweep.trial import Trial, check_trial
 from src.sweep.workers import log_file
 from src.tracking.journal import LOCK, holder_of, read_growing
+from src.tracking.sweep_files import holds_another, read_sweep
 
 REMEDY = "Restore it from a copy; or another sweep.name begins another, force=true removes this one and begins anew."
-SWEEP_KEYS: Mapping[str, Types] = {
-    **dict.fromkeys(("name", "id", "state", "started", "updated"), str),
-    **dict.fromkeys(("space", "sweep", "counts"), dict),
-    "history": list,
-    "elapsed_seconds": (int, float),
-}
-HISTORY_KEYS = {"value", "best", "elapsed_seconds"}
-TRIALS, CONF = "trials.jsonl", "conf"
+MORE_KEYS: Mapping[str, Types] = {"id": str, "elapsed_seconds": NUMBER}
+"""Of sweep.json, what only the sweep itself reads."""
+MANIFEST = "manifest.json"
+"""In the folder of the kept options: size and checksum of each."""
+TRIALS, CONF, SUMMARY = "trials.jsonl", "conf", "summary.json"
 STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
 
 
@@ -50,6 +64,10 @@ class Standing:
     last: float | None = None
     """The newest value of the metric, of one that has not finished."""
     elapsed_seconds: float = 0.0
+    warning: str = ""
+    """What is damaged of a trial that counts nevertheless."""
+    is_damaged: bool = False
+    """Whether its cause is something in its folder that has to be mended first."""
 
     @property
     def is_over(self) -> bool:
@@ -74,16 +92,10 @@ class Record:
             DamagedFileError: where it can't be read.
         """
         try:
-            content = read_json(self.folder / SWEEP, SWEEP_KEYS, remedy=REMEDY)
+            return read_sweep(self.folder, MORE_KEYS, REMEDY)
         except FileNotFoundError:
             self.refuse_other()
             return {}
-        if not isinstance(content.get("signatures", []), list):
-            raise damaged(self.folder / SWEEP, "signatures is no list", REMEDY)
-        for entry in content["history"]:
-            if not isinstance(entry, dict) or HISTORY_KEYS - entry.keys():
-                raise damaged(self.folder / SWEEP, f"history holds {str(entry)[:40]}", REMEDY)
-        return content
 
     def refuse_other(self) -> None:
         """Refuse a folder that is no sweep's.
@@ -117,20 +129,103 @@ class Record:
         text = "".join(json.dumps(trial.as_dict(), ensure_ascii=False) + "\n" for trial in trials)
         write_atomically(self.folder / TRIALS, text)
 
+    def check_places(self, trials: Sequence[Trial]) -> None:
+        """Check that the folder of each trial holds that trial's run, or none yet.
+
+        Raises:
+            DamagedFileError: naming those that hold another one, and whose.
+        """
+        owners = {config_hash(trial.config): trial.number for trial in trials}
+        found = []
+        for trial in trials:
+            folder = self.run_dir(trial.number)
+            try:
+                if reason := holds_another(folder, trial.config):
+                    starts = read_starts(folder)
+                    owner = owners.get(starts[-1]["config_hash"]) if starts else None
+                    found.append(f"{folder}: {reason}{'' if owner is None else f', that of trial {owner}'}")
+            except DamagedFileError:
+                continue  # it is that trial's failure, see `standing`
+        if found:
+            raise DamagedFileError(
+                f"{len(found)} of the folders of {self.folder} are not those of their trials by {TRIALS}:\n"
+                f"{listed(found)}\nNothing was changed. Give each its name again; or move one away, and the same "
+                "command runs that trial anew."
+            )
+
+    def obstacle(self, number: int) -> str:
+        """Return what is in the way of a trial's folder, and what to do; '' where nothing is."""
+        log = log_file(self.run_dir(number))
+        for place, is_right, kind in (
+            (self.run_dir(number), os.path.isdir, "folder"),
+            (log.parent, os.path.isdir, "folder"),
+            (log, os.path.isfile, "plain file"),
+        ):
+            if os.path.lexists(place) and not is_right(place):
+                return f"{place} is no {kind}. Move it away: the same command then runs the trial"
+        return ""
+
+    def make_room(self, number: int) -> str:
+        """Make the place for what a trial prints; return why that can't be done, or ''."""
+        log = log_file(self.run_dir(number))
+        if reason := self.obstacle(number):
+            return reason
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.open("ab").close()
+        except OSError as error:
+            return f"{error.filename or log} can't be written: {error.strerror}"
+        return ""
+
     def keep_conf(self, roots: Sequence[Path]) -> None:
         """Keep the options that this sweep is composed of, unless they are those that were kept."""
         if list(roots) == self.conf():
             return
         beside = self.folder / f".{CONF}.part"
         shutil.rmtree(beside, ignore_errors=True)
+        digests = {}
         for number, root in enumerate(roots):
-            shutil.copytree(root, beside / str(number), copy_function=_copy_without_secrets)
+            (beside / str(number)).mkdir(parents=True)
+            for name, content in _contents(root).items():
+                file, kept = beside / str(number) / name, _without_secrets(content)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(kept)
+                digests[f"{number}/{name}"] = Digest(kept).as_dict()
+        write_json(beside / MANIFEST, {"files": digests})
         shutil.rmtree(self.folder / CONF, ignore_errors=True)
         beside.rename(self.folder / CONF)
 
+    def check_conf(self) -> None:
+        """Check that the kept options are those that were kept; an earlier version did not write down what they were.
+
+        Raises:
+            DamagedFileError: naming those that are not.
+        """
+        folder = self.folder / CONF
+        remedy = f"Restore it from a copy; or move {folder} away: the same command is then composed of conf/ as it is"
+        try:
+            kept = read_json(folder / MANIFEST, {"files": dict}, remedy=remedy)["files"]
+        except FileNotFoundError:
+            return
+        found = {
+            f"{root.name}/{name}": Digest(content).as_dict()
+            for root in self.conf()
+            for name, content in _contents(root).items()
+        }
+        if others := sorted(name for name in kept.keys() | found.keys() if kept.get(name) != found.get(name)):
+            raise damaged(folder, f"not as it was written: {', '.join(others[:5])}", remedy)
+
     def conf(self) -> list[Path]:
-        """Give the kept options, one folder a root; empty where there are none."""
-        return sorted((self.folder / CONF).resolve().glob("[0-9]*"))
+        """Give the kept options, one folder a root; empty where there are none.
+
+        Raises:
+            DamagedFileError: where they can't be looked into, so that others would be taken for them.
+        """
+        place = self.folder / CONF
+        try:
+            return [place.resolve() / name for name in sorted(filter(str.isdecimal, names_in(place)), key=int)]
+        except ValueError as error:
+            raise damaged(place, f"it can't be looked into: {error}", REMEDY) from error
 
     def clear(self) -> None:
         """Remove everything: the sweep is done anew."""
@@ -149,19 +244,27 @@ class Record:
             is_running: whether its process lives; a status that says so by itself may be a dead one's.
         """
         run_dir = self.run_dir(number)
-        log = log_file(run_dir) if log_file(run_dir).exists() else None
+        obstacle = self.obstacle(number)
+        if obstacle and not run_dir.is_dir():
+            return Standing("FAILED", None, obstacle, is_damaged=True)
+        log = log_file(run_dir) if os.path.isfile(log_file(run_dir)) else None
         try:
             status = read_status(run_dir)
         except DamagedFileError as error:
-            return Standing("FAILED", None, str(error), log)
+            return Standing("FAILED", None, str(error), log, is_damaged=True)
         state = status.get("state", "WAITING")
         step, num_steps = status.get("step", 0), status.get("num_steps")
         cause = " ".join(line.strip() for line in (status.get("cause") or "").strip().split("\n")[:2]).rstrip(":")
         if is_running:
             return Standing("RUNNING", None, "", log, step, num_steps, *_newest(run_dir, metric))
+        if obstacle and state not in ("FINISHED", "PRUNED"):
+            return Standing("FAILED", None, obstacle, is_damaged=True)
+        if state in ("FINISHED", "PRUNED") and (problem := _foreign_journal(run_dir, status)):
+            return Standing("FAILED", None, problem, log, step, num_steps, is_damaged=True)
         if state == "FINISHED":
-            value, missing = _objective(run_dir, metric)
-            return Standing("FAILED" if missing else state, value, missing, log, step, num_steps)
+            value, problem, warning = _objective(run_dir, metric, status)
+            state = "FAILED" if problem else state
+            return Standing(state, value, problem, log, step, num_steps, warning=warning)
         if state == "RUNNING":
             state, cause = "FAILED", f"killed at step {step}"
         return Standing(
@@ -175,50 +278,90 @@ class Record:
                 yield number, f"{self.run_dir(number)} is in use by another process: {holder}"
 
 
-def _copy_without_secrets(source: str, target: str) -> str:
-    """Copy a file; credentials of URLs in it are masked, and come back as those of a frozen configuration do."""
-    shutil.copy2(source, target)
-    content = Path(source).read_text(encoding="utf-8", errors="surrogateescape")
-    if (masked := secrets.without_credentials(content)) != content:
-        Path(target).write_text(masked, encoding="utf-8", errors="surrogateescape")
-    return target
+def _contents(root: Path) -> dict[str, bytes]:
+    """Return what the option files in a folder hold, by their names in it; those that can't be read are left out."""
+    found = {}
+    for file in option_files(root):
+        with suppress(OSError, ValueError):  # it was a warning when the command was checked, or nothing can choose it
+            found[str(file.relative_to(root))] = read_bytes(file, LARGEST_YAML_BYTES)
+    return found
+
+
+def _without_secrets(content: bytes) -> bytes:
+    """Mask credentials of URLs in a file's content; they come back as those of a frozen configuration do."""
+    return secrets.without_credentials(content.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
 
 def differing(kept: Sequence[Path], roots: Sequence[Path]) -> list[str]:
-    """Name the files of conf/ that are others now than those that were kept."""
+    """Return the option files of `roots` that are others now than those that were kept."""
     if len(kept) != len(roots):
         return [str(root) for root in roots]
-    return [name for pair in zip(kept, roots, strict=True) for name in _differing(filecmp.dircmp(*pair, ignore=[]))]
+    return [name for pair in zip(kept, roots, strict=True) for name in _differing(*map(_contents, pair))]
 
 
-def _differing(compared: filecmp.dircmp[str], prefix: str = "") -> list[str]:
-    _, *others = filecmp.cmpfiles(compared.left, compared.right, compared.common_files, shallow=False)
-    others = [[name for name in found if not _is_masked_copy(compared, name)] for found in others]
-    here = [*compared.left_only, *compared.right_only, *(name for found in others for name in found)]
-    below = [name for folder, inner in compared.subdirs.items() for name in _differing(inner, f"{prefix}{folder}/")]
-    return [*(f"{prefix}{name}" for name in sorted(here)), *below]
+def _differing(kept: Mapping[str, bytes], now: Mapping[str, bytes]) -> list[str]:
+    """Return the names of files that are not the same; what was kept has no credentials."""
+    names = sorted(kept.keys() | now.keys())
+    return [name for name in names if name not in kept or name not in now or kept[name] != _without_secrets(now[name])]
 
 
-def _is_masked_copy(compared: filecmp.dircmp[str], name: str) -> bool:
-    kept, now = (Path(folder, name).read_bytes().decode(errors="replace") for folder in (compared.left, compared.right))
-    return secrets.without_credentials(now) == kept
+def _how_to_mend(run_dir: Path) -> str:
+    return f"Restore it from a copy; or move {run_dir} away: the same command then runs the trial anew"
 
 
-def _objective(run_dir: Path, metric: str) -> tuple[float | None, str]:
-    """Give a finished run's value of the metric, or why it has none."""
+def _foreign_journal(run_dir: Path, status: Mapping[str, Any]) -> str:
+    """Return why a status.json is not the one of the run whose metrics lie beside it; '' where it is."""
+    digest = (status.get("journal") or {}).get("metrics.jsonl")
     try:
-        summary = read_json(run_dir / "summary.json")
+        if digest is None or begins_with(read_bytes(run_dir / "metrics.jsonl", None), digest):
+            return ""
+        reason = "its content does not have the checksum that it was written with (status.json)"
     except FileNotFoundError:
-        return None, "summary.json is missing"
-    except DamagedFileError as error:
-        return None, str(error)
+        return ""
+    except ValueError as error:
+        reason = str(error)
+    return str(damaged(run_dir / "metrics.jsonl", reason, _how_to_mend(run_dir)))
+
+
+def _objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[float | None, str, str]:
+    """Return a finished run's value of the metric, or why it has none, and a warning.
+
+    Where summary.json is damaged or missing, the value is that of metrics.jsonl, which has the same.
+    """
+    file = run_dir / SUMMARY
+    try:
+        summary = read_json(file)
+        if status.get("summary") not in (None, file_digest(file)):
+            raise damaged(file, "it does not have the checksum that it was written with (status.json)", "")
+    except (FileNotFoundError, DamagedFileError) as error:
+        problem = str(error).rstrip(".") if isinstance(error, DamagedFileError) else f"{file} is missing"
+        if (logged := _logged(run_dir, metric, status)) is not None:
+            return logged, "", f"{problem}; its value is that of {run_dir / 'metrics.jsonl'}"
+        return None, f"{problem}. {_how_to_mend(run_dir)}", ""
     value = summary.get(metric)
     if isinstance(value, int | float) and math.isfinite(value):
-        return float(value), ""
+        return float(value), "", ""
     if metric in summary:
-        return None, f"{metric} is no finite number"
+        return None, f"{metric} is no finite number", ""
     known = ", ".join(name for name in summary if name.startswith(metric.split("/")[0]))
-    return None, f"no {metric} came of it{f'; there are {known}' if known else ''}"
+    return None, f"no {metric} came of it{f'; there are {known}' if known else ''}", ""
+
+
+def _logged(run_dir: Path, metric: str, status: Mapping[str, Any]) -> float | None:
+    """Return a finished run's value of a metric by its journal; None where that has none, or is not whole."""
+    try:
+        lines = read_growing(run_dir, "metrics.jsonl")
+    except DamagedFileError:
+        return None
+    if (status.get("journal") or {}).get("metrics.jsonl") != Digest(b"".join(line.raw for line in lines)).as_dict():
+        return None
+    name = metric.removeprefix("best/")
+    values = [line.content[name] for line in lines if name in line.content]
+    if not values or None in values:
+        return None
+    if name == metric:
+        return float(values[-1])
+    return float((max if greater_is_better(name) else min)(values))
 
 
 def _newest(run_dir: Path, metric: str) -> tuple[float | None, float]:

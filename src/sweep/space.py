@@ -208,7 +208,7 @@ def _axis(override: Override, line: CommandLine, where: str) -> Axis:
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
         low, high = (0.0 if end is None else end for end in (sweep.start, sweep.end))
-        is_int = all(float(end).is_integer() for end in (low, high)) and (
+        is_int = all(isinstance(end, int) or end.is_integer() for end in (low, high)) and (
             (isinstance(low, int) and isinstance(high, int)) or is_whole_number(override.key_or_group)
         )
         low, high = (int(low), int(high)) if is_int else (low, high)
@@ -228,9 +228,14 @@ def _unfit(axis: Axis) -> str:
     return "a log scale needs numbers above 0" if interval.is_log and interval.low <= 0 else ""
 
 
+def is_endless(count: float) -> bool:
+    """Return whether a number of values never ends. It may be a whole number that no float can hold."""
+    return count == math.inf
+
+
 def size(axes: Sequence[Axis]) -> int | None:
     """Count the points that axes span, without writing them out; None where one is an interval or never ends."""
-    if any(axis.interval or math.isinf(axis.num_values) for axis in axes):
+    if any(axis.interval or is_endless(axis.num_values) for axis in axes):
         return None
     return math.prod(int(axis.num_values) for axis in axes)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from src.sweep.plan import Plan
 from src.sweep.space import Axis
 
 UNIT, FOLDER, SPACE, METRIC = "towline.unit", "towline.folder", "towline.space", "towline.metric"
+FILE = "study.db"
+"""In the sweep's folder, where `sweep.storage` names no other place."""
 LOCK_SECONDS = 60
 """How long a process waits for another one's write to a SQLite file."""
 STATES = {"FINISHED": "COMPLETE", "PRUNED": "PRUNED", "FAILED": "FAIL"}
@@ -60,7 +63,7 @@ def open_storage(url: str) -> Any:
     try:
         return optuna().storages.RDBStorage(url, engine_kwargs=settings)
     except Exception as error:  # of the database's own driver, or that there is none
-        raise StudyError(f"the study's storage {url} can't be opened: {one_line(error)}") from error
+        raise _refused(url, f"can't be opened: {one_line(error)}") from error
 
 
 @contextmanager
@@ -76,11 +79,24 @@ def answering(url: str) -> Iterator[None]:
         yield
     except (optuna().exceptions.OptunaError, SQLAlchemyError, LookupError, ValueError, OSError) as error:
         cause = getattr(error.__cause__, "orig", None) or error  # what the driver says; Optuna only guesses
-        raise StudyError(f"the study's storage {url} does not answer as it should: {one_line(cause)}") from error
+        raise _refused(url, f"does not answer as it should: {one_line(cause)}") from error
+
+
+def _refused(url: str, reason: str) -> StudyError:
+    """Return the error that says what is wrong with a storage, and what to do."""
+    from sqlalchemy.engine import make_url
+
+    if url.startswith("sqlite:") and (file := make_url(url).database):
+        remedy = f"Move {file} away: the same command makes the study anew, of what the sweep's folder has"
+    else:
+        remedy = (
+            "Mend it, or choose another sweep.storage: there the study is made anew, of what the sweep's folder has"
+        )
+    return StudyError(f"the study's storage {url} {reason}. {remedy}")
 
 
 def storage_url(config: SweepConfig, folder: Path) -> str:
-    return config.storage or f"sqlite:///{in_url((folder / 'study.db').resolve())}"
+    return config.storage or f"sqlite:///{in_url((folder / FILE).resolve())}"
 
 
 def pruner_of(kind: Pruner, min_resource: int, reduction_factor: int) -> Any:
@@ -311,9 +327,12 @@ def open_study(plan: Plan, num_tried: int) -> Study:
     Args:
         num_tried: how many trials the sweep's folder has; a study that is gone is made of them.
     Raises:
-        SweepError: where the storage can't be opened, or has this name for another folder's study.
+        StudyError: where the storage can't be opened, or what it has can't be read, with what to do.
+        SweepError: where it has this name for another folder's study.
     """
-    url = storage_url(plan.config, plan.folder)
+    url, file = storage_url(plan.config, plan.folder), plan.folder / FILE
+    if plan.config.storage is None and os.path.lexists(file) and not os.path.isfile(file):
+        raise _refused(url, "is no plain file")
     storage = open_storage(url)
     with answering(url):
         return _opened(plan, storage, url, num_tried)

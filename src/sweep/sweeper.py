@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,7 +11,8 @@ from typing import Any, ClassVar, Literal
 from src.config.compose import CommandLine
 from src.config.problems import refuse
 from src.config.schema import Device, MlflowConfig, NoAdapterConfig, Pruner, Replicate
-from src.errors import Interrupted, TowlineError, is_disk_full, report
+from src.errors import DamagedFileError, Interrupted, StudyError, TowlineError, is_disk_full, report
+from src.records import read_json
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
 from src.sweep.board import Board, failures, listing, some
@@ -20,8 +20,8 @@ from src.sweep.conduct import UNENDED, Conductor, early_replicates, reclaim
 from src.sweep.launched import Launched, is_own_launcher
 from src.sweep.plan import Plan, plan_sweep
 from src.sweep.ranking import Result, conclusion, rank
-from src.sweep.record import Record
-from src.sweep.study import open_study
+from src.sweep.record import Record, Standing
+from src.sweep.study import Study, open_study
 from src.sweep.trial import Trial
 from src.sweep.workers import READY_FOR, RunTrial, Workers, end_fork_server, start_fork_server
 from src.tracking.console import Console
@@ -75,8 +75,8 @@ def _needs(plan: Plan) -> list[str]:
         "hub": any(source.data.dataset_name for source in config.data.train_sources().values()) or "data" in varied,
     }
     more = [module for need, is_wanted in wanted.items() if is_wanted for module in READY_FOR[need]]
-    with suppress(OSError, ValueError, KeyError, TypeError):  # no file here, or none that can be used: its trial tells
-        kind = json.loads(Path(config.model.checkpoint, "config.json").read_text(encoding="utf-8"))["model_type"]
+    with suppress(OSError, DamagedFileError):  # no file here, or none that can be used: its trial tells
+        kind = read_json(Path(config.model.checkpoint, "config.json"), {"model_type": str})["model_type"]
         more.append(f"transformers.models.{kind}.modeling_{kind}")
     return more
 
@@ -134,15 +134,18 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
         workers.get_ready()
         if plan.force:
             record.clear()
-        trials, todo = _merged(record.trials(), plan)
+        recorded = record.trials()
+        record.check_places(recorded)
+        trials, todo = _merged(recorded, plan)
         kept = [] if plan.is_listed else trials  # those that are listed were composed, and looked at, just now
         if found := [problem for trial in kept for problem in plan.code_problems(trial.config, is_kept=True)]:
             raise refuse(found)
         record.keep_conf(plan.line.roots)
         plan.compose_from(record.conf())
         record.write_trials(trials)
-        study = until_the_end.enter_context(closing(open_study(plan, len(trials))))
+        study = _study(plan, len(trials), until_the_end, console)
         conductor = Conductor(plan, record, trials, todo, study, workers, stop, board)
+        _warn_of_damage(conductor.standings, console)
         conductor.write("RUNNING")
         tracker = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
         tracker.ready()
@@ -159,13 +162,36 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
     return code
 
 
+def _study(plan: Plan, num_tried: int, until_the_end: ExitStack, console: Console) -> Study | None:
+    """Open the sweep's study; None where its own file can't be used, and the sweep can do without.
+
+    Raises:
+        SweepError: where it can't.
+    """
+    try:
+        return until_the_end.enter_context(closing(open_study(plan, num_tried)))
+    except StudyError as error:
+        if plan.needs_study or plan.config.storage is not None:
+            raise
+        console.warn(f"{error}. The sweep goes on without it")
+        return None
+
+
+def _warn_of_damage(standings: Mapping[int, Standing], console: Console) -> None:
+    for number, standing in sorted(standings.items()):
+        if standing.warning:
+            console.warn(f"trial {number}: {standing.warning}")
+
+
 def _dry_run(plan: Plan, record: Record, console: Console) -> int:
     """Show what would run, and write nothing."""
     recorded = [] if plan.force else record.trials()
+    record.check_places(recorded)
     trials, todo = _merged(recorded, plan)
     held = {number for number, _ in record.held([trial.number for trial in trials])}
     metric = plan.config.metric
     standings = {t.number: record.standing(t.number, metric, is_running=t.number in held) for t in trials}
+    _warn_of_damage(standings, console)
     if plan.force:
         standings = {number: dataclasses.replace(one, state="WAITING", value=None) for number, one in standings.items()}
     console.label("sweep", f"{plan.name} → {plan.folder}")

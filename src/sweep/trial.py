@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-from src.config.frozen import config_hash
 from src.records import Types, check_keys
 from src.secrets import without_credentials
+from src.tracking.sweep_files import CHECKSUM, check_checksum, identity_of, with_checksum
 
 _LONG_NUMBER = re.compile(r"(?<==)\d*\.\d{6,}(e-?\d+)?(?= |$)")
 TRIAL_KEYS: Mapping[str, Types] = {
@@ -51,28 +51,35 @@ class Trial:
         return " ".join(text for text in self.overrides if text.partition("=")[0] not in REPLICATED)
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"config": dict(self.config)}
+        """Return a line of trials.jsonl."""
+        return with_checksum(dataclasses.asdict(self) | {"config": dict(self.config)})
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Trial:
-        return cls(**{**given, "overrides": tuple(given["overrides"])})
+        fields = {key: given[key] for key in TRIAL_KEYS}
+        return cls(**{**fields, "overrides": tuple(given["overrides"])})
 
 
-def check_trial(line: Mapping[str, Any], _before: Any = None) -> None:
-    """Check that a line of trials.jsonl is the trial that was written: by its types, and the hash of what it computes.
+def check_trial(line: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> None:
+    """Check that a line of trials.jsonl is the trial that was written: its types, its checksum, its place.
 
     Raises:
         ValueError: saying what it is not.
     """
     check_keys(line, TRIAL_KEYS)
-    if line.keys() != TRIAL_KEYS.keys():
+    if line.keys() - {CHECKSUM} != TRIAL_KEYS.keys():
         raise ValueError(f"it has the keys {', '.join(line)}, where {', '.join(TRIAL_KEYS)} are those of a trial")
+    check_checksum(line)
+    if not all(isinstance(text, str) for text in line["overrides"]):
+        raise ValueError(f"overrides can't be {line['overrides']}")
     try:
-        found = identity_of(line["config"]), line["config"]["seed"]
+        found = identity_of(line["config"]), line["config"]["seed"], line["config"]["data"].get("fold")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its configuration is none ({type(error).__name__}: {error})") from error
-    if found != (line["identity"], line["seed"]):
+    if found != (line["identity"], line["seed"], line["fold"]):
         raise ValueError("its configuration is not the one that its identity is the hash of")
+    if line["number"] != (next_number := 0 if before is None else before["number"] + 1):
+        raise ValueError(f"it is trial {line['number']}, where {next_number} is the next: a line is missing or moved")
 
 
 def short(label: str) -> str:
@@ -88,12 +95,6 @@ def trial_of(number: int, unit: int, overrides: tuple[str, ...], frozen: Mapping
     fold = config["data"].get("fold")
     overrides = tuple(without_credentials(text) for text in overrides)
     return Trial(number, unit, overrides, identity_of(config), setting, config["seed"], fold, config)
-
-
-def identity_of(config: Mapping[str, Any]) -> str:
-    """Give a hash of what a configuration computes: without paths and tracking. 16 hex digits."""
-    data = {key: value for key, value in config["data"].items() if key != "cache_dir"}
-    return config_hash({**config, "data": data})
 
 
 def setting_of(config: Mapping[str, Any]) -> str:

@@ -33,6 +33,7 @@ import yaml
 from src import secrets
 from src.config import trust
 from src.config.frozen import CONFIG, STARTS, STATUS, read_starts, read_status
+from src.config.places import CHECKPOINTS
 from src.errors import DamagedFileError, Interrupted, Pruned, RunFolderError, report
 from src.records import (
     Digest,
@@ -40,7 +41,9 @@ from src.records import (
     begins_with,
     check_keys,
     damaged,
+    file_digest,
     finite,
+    read_bytes,
     read_lines,
     write_atomically,
     write_json,
@@ -57,13 +60,13 @@ FILES = (
     "provenance.json",
     "summary.json",
     "tracking.json",
-    "checkpoints",
+    CHECKPOINTS,
     "model",
     "predictions",
 )
 """What a run's folder holds; `force=true` removes these and nothing else."""
 
-FOLDERS = ("checkpoints", "model", "predictions")
+FOLDERS = (CHECKPOINTS, "model", "predictions")
 LOCK = "lock"
 LONGEST_HOLDER = 500
 """Characters that are read of what a lock says."""
@@ -133,12 +136,36 @@ class RunFolder:
         write_json(self.path / name, content)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Add a line to a file that grows; it is on its way to the disk when this returns."""
+        """Add a line to a file that grows; it is on its way to the disk when this returns.
+
+        Raises:
+            DamagedFileError: where the file is not as long as it was left: a line more would hide that it has a hole.
+        """
+        if name in self._growing:
+            there = (self.path / name).stat().st_size if (self.path / name).exists() else 0
+            if there != (written := self._growing[name].digest.num_bytes):
+                raise _changed_meanwhile(self.path / name, f"it has {there:,} bytes instead of {written:,}")
         raw = (json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n").encode()
         with open(self.path / name, "ab") as file:
             file.write(raw)
         if name in self._growing:
             self._growing[name].add(line["step"], raw)
+
+    def check_growing(self) -> None:
+        """Check that the files that grow are what was written, at the end of a run.
+
+        Raises:
+            DamagedFileError: naming the one that is not.
+        """
+        for name, file in self._growing.items():
+            try:
+                there = Digest(read_bytes(self.path / name, None)).as_dict()
+            except FileNotFoundError:
+                there = Digest().as_dict()
+            except ValueError as error:
+                raise _changed_meanwhile(self.path / name, str(error)) from error
+            if there != file.digest.as_dict():
+                raise _changed_meanwhile(self.path / name, "its content does not have the checksum of what was written")
 
     def journal_before(self, step: int) -> dict[str, dict[str, Any]]:
         """Return size and checksum of what the files that grow have of the steps before; nothing before a `cut`."""
@@ -213,7 +240,14 @@ class RunFolder:
         else:
             state, cause = "FAILED", f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         how = None if error is None else how_to_go_on(self.path)
-        ended = {"state": state, "cause": cause and secrets.clean(cause), "how_to_go_on": how, "ended": now()}
+        ended: dict[str, Any] = {
+            "state": state,
+            "cause": cause and secrets.clean(cause),
+            "how_to_go_on": how,
+            "ended": now(),
+        }
+        if error is None and (self.path / "summary.json").is_file():
+            ended["summary"] = file_digest(self.path / "summary.json")
         if self._finished is not None and not self._growing:  # nothing was changed yet: it is as finished as before
             self.step, self.num_steps, ended = self._finished["step"], None, dict(self._finished)
         try:
@@ -266,6 +300,15 @@ def metrics_at(path: Path, step: int | None) -> dict[str, Any] | None:
     """
     lines = read_growing(path, "metrics.jsonl") if step is not None else []
     return next((line.content for line in lines if line.content["step"] == step), None)
+
+
+def _changed_meanwhile(file: Path, reason: str) -> DamagedFileError:
+    """Return the error that tells a file that grows which somebody else changed or removed while the run went on."""
+    remedy = (
+        "It was changed or removed while the run went on. Restore it from a copy; or go on without what it said, with "
+        "checkpoint.allow_changed=true"
+    )
+    return damaged(file, reason, remedy)
 
 
 def check_journal(path: Path, status: Mapping[str, Any], start: Start) -> list[str]:
@@ -330,11 +373,6 @@ def note_end(path: Path, reason: BaseException) -> None:
 
 def _cause(reason: BaseException) -> str:
     return secrets.clean(str(reason)).split("\n")[0].rstrip(":")
-
-
-def is_finished(path: Path) -> bool:
-    """Whether the folder holds a run that came to its end."""
-    return read_status(path).get("state") == "FINISHED"
 
 
 @contextmanager
@@ -417,8 +455,10 @@ def _clear(path: Path, config_hash: str, start: Start) -> list[str]:
         _remove(path, there)
         return []
     for name in there:
-        if name not in FOLDERS and not (path / name).is_file():
-            raise damaged(path / name, "it is no plain file", "Move it away: the same command writes it anew")
+        is_folder = name in FOLDERS
+        if not ((path / name).is_dir() if is_folder else (path / name).is_file()):
+            kind = "folder" if is_folder else "plain file"
+            raise damaged(path / name, f"it is no {kind}", "Move it away: the same command writes it anew")
     status = read_status(path)
     step = status.get("step", 1)  # not known: it may have trained
     is_same = last_config_hash(path) == config_hash
@@ -435,7 +475,18 @@ def _clear(path: Path, config_hash: str, start: Start) -> list[str]:
     if not is_same:  # it failed before it trained: what it was asked for has been mended since
         _remove(path, [name for name in there if name != STARTS])
         return []
-    return check_journal(path, status, start)
+    return [*check_journal(path, status, start), *_begins_again(path)]
+
+
+def _begins_again(path: Path) -> list[str]:
+    """Say what was logged of a run that has no checkpoint: it is done again."""
+    lines = read_growing(path, "metrics.jsonl")
+    if not lines:
+        return []
+    return [
+        f"there is no checkpoint in {path / CHECKPOINTS}, so the run begins again: what was logged up to step "
+        f"{lines[-1].content['step']} is removed, and comes again"
+    ]
 
 
 def ending(status: Mapping[str, Any]) -> str:

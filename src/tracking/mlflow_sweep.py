@@ -13,23 +13,19 @@ from typing import Any
 from src.config.frozen import SWEEP, read_status
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
-from src.records import Line, Types, check_keys, read_json, read_lines, read_yaml
+from src.records import Line, Types, check_keys, read_lines, read_yaml
 from src.tracking.journal import hold
 from src.tracking.mlflow_errors import StoreError
 from src.tracking.mlflow_mirror import Delivery
 from src.tracking.mlflow_store import KILLED, STATES, FolderDelivery, flat, milliseconds, read_tracking
+from src.tracking.sweep_files import check_checksum, holds_another, read_sweep
 
 ARTIFACTS = (SWEEP, "leaderboard.csv", "leaderboard.json", "leaderboard.md")
 COUNTED = ("FINISHED", "FAILED", "PRUNED")
 TRIALS_AT_ONCE = 100
 OF_A_TRIAL = ("experiment_name", "run_name", "tags", "log_model")
 """Of the tracker's configuration, what a trial may have of its own."""
-SWEEP_KEYS: Mapping[str, Types] = {
-    **dict.fromkeys(("name", "state", "started", "updated"), str),
-    **dict.fromkeys(("space", "sweep", "counts"), dict),
-    "history": list,
-}
-TRIAL_KEYS: Mapping[str, Types] = {"number": int, "identity": str, "setting": str}
+TRIAL_KEYS: Mapping[str, Types] = {"number": int, "identity": str, "setting": str, "config": dict}
 
 
 class SweepDelivery(FolderDelivery):
@@ -66,7 +62,7 @@ class SweepDelivery(FolderDelivery):
 
     @property
     def _sweep(self) -> dict[str, Any]:
-        return read_json(self._folder / SWEEP, SWEEP_KEYS)
+        return read_sweep(self._folder)
 
     @property
     def _judged(self) -> list[Any]:
@@ -217,6 +213,8 @@ class SweepDelivery(FolderDelivery):
         known = self._done.get("trials", {})
         if known.get(number) == said:
             return
+        if reason := holds_another(folder, trial["config"]):
+            raise DamagedFileError(f"{folder} is not the folder of trial {number}: {reason}. Give it its name again")
         self._log_tags(
             {
                 "mlflow.parentRunId": self.run_id,
@@ -255,7 +253,12 @@ def sweep_tracking(folder: Path) -> dict[str, Any]:
 
 
 def _read_trials(folder: Path, name: str) -> list[Line]:
-    return read_lines(folder / name, lambda line, _: check_keys(line, TRIAL_KEYS))
+    return read_lines(folder / name, _check_trial)
+
+
+def _check_trial(line: dict[str, Any], _before: Any) -> None:
+    check_keys(line, TRIAL_KEYS)
+    check_checksum(line)
 
 
 def _cell(value: Any) -> Any:

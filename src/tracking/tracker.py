@@ -179,7 +179,10 @@ class Tracker:
 
         Args:
             exported: size and checksum of each file of model/, for status.json.
+        Raises:
+            DamagedFileError: where what was logged is not in the folder any more.
         """
+        self._folder.check_growing()
         summary = self._last | self._best | dict(totals)
         self._folder.write_json("summary.json", summary)
         self._folder.set_status(model=exported)

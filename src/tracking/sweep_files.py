@@ -1,0 +1,111 @@
+"""What a sweep's folder says of itself: sweep.json, the lines of trials.jsonl, and whose run a trial's folder holds.
+
+Read by the sweep and by its mirror. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from src.config.frozen import CONFIG, STARTS, SWEEP, config_hash, read_config, read_starts, read_status
+from src.records import NUMBER, Digest, Types, check_keys, damaged, read_json
+
+CHECKSUM = "checksum"
+SWEEP_KEYS: Mapping[str, Types] = {
+    **dict.fromkeys(("name", "state", "started", "updated"), str),
+    **dict.fromkeys(("space", "sweep", "counts"), dict),
+    "history": list,
+}
+POINT_KEYS: Mapping[str, Types] = {
+    "trial": int,
+    **dict.fromkeys(("value", "best"), (*NUMBER, type(None))),
+    "elapsed_seconds": NUMBER,
+}
+"""Of an entry of `history`: a trial that finished, in the order in which they did."""
+
+
+def read_sweep(folder: Path, more: Mapping[str, Types] | None = None, remedy: str = "") -> dict[str, Any]:
+    """Return what sweep.json of a folder says.
+
+    Args:
+        more: the types of further keys.
+    Raises:
+        FileNotFoundError: where there is none.
+        DamagedFileError: naming it, what is wrong with it, and the remedy.
+    """
+    content = read_json(folder / SWEEP, {**SWEEP_KEYS, **(more or {})}, remedy=remedy)
+    try:
+        for number, point in enumerate(content["history"]):
+            _check_point(point, number)
+        _check_counts(content["counts"])
+        check_keys(content, {"signatures": list}, may_lack=("signatures",))
+    except ValueError as error:
+        raise damaged(folder / SWEEP, str(error), remedy) from error
+    return content
+
+
+def _check_counts(counts: Mapping[str, Any]) -> None:
+    try:
+        check_keys(counts, dict.fromkeys(counts, int))
+    except ValueError as error:
+        raise ValueError(f"counts: {error}") from error
+
+
+def _check_point(point: Any, number: int) -> None:
+    try:
+        if not isinstance(point, dict):
+            raise ValueError(f"no object but {json.dumps(point)[:40]}")
+        check_keys(point, POINT_KEYS)
+    except ValueError as error:
+        raise ValueError(f"history, entry {number + 1}: {error}") from error
+
+
+def with_checksum(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line of trials.jsonl with a checksum of all that it says."""
+    return {**line, CHECKSUM: _checksum(line)}
+
+
+def check_checksum(line: Mapping[str, Any]) -> None:
+    """Check that a line of trials.jsonl is as it was written; those of an earlier version have no checksum.
+
+    Raises:
+        ValueError: where it is not.
+    """
+    if CHECKSUM in line and line[CHECKSUM] != _checksum({key: line[key] for key in line if key != CHECKSUM}):
+        raise ValueError("it does not have the checksum that it was written with")
+
+
+def _checksum(line: Mapping[str, Any]) -> str:
+    return str(Digest(json.dumps(line, sort_keys=True).encode()).as_dict()["xxh3_128"])
+
+
+def identity_of(config: Mapping[str, Any]) -> str:
+    """Return a hash of what a configuration computes: without paths and tracking. 16 hex digits."""
+    data = config.get("data")
+    if isinstance(data, Mapping):
+        data = {key: value for key, value in data.items() if key != "cache_dir"}
+    return config_hash({**config, "data": data})
+
+
+def holds_another(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return why what came of a trial can't be read in a folder; '' where it holds the trial's run, or none yet.
+
+    Args:
+        config: the trial's frozen configuration.
+    Raises:
+        DamagedFileError: where a file that tells can't be read.
+    """
+    starts = read_starts(folder)
+    if starts and starts[-1]["config_hash"] == config_hash(config):
+        return ""
+    try:
+        found = read_config(folder)  # where paths were others, so is the hash of a start
+    except FileNotFoundError:
+        if starts:
+            return f"{STARTS} says that it holds another run"
+        is_over = read_status(folder).get("state") in ("FINISHED", "PRUNED")
+        return f"neither {STARTS} nor {CONFIG} says whose run it holds" if is_over else ""
+    return "" if identity_of(found) == identity_of(config) else f"{CONFIG} says that it holds another run"
