@@ -6,6 +6,7 @@ import http.client
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -23,14 +24,14 @@ from sqlalchemy.engine import Engine
 
 from src import sync
 from src.config.schema import MlflowConfig
-from src.tracking import mirror, mlflow_store, sqlite_store, tracker
+from src.tracking import mirror, mlflow_calls, sqlite_store, tracker
 from src.tracking.journal import Start, hold
 from src.tracking.mirror import Mirror, Patience
 from src.tracking.mlflow_errors import StoreError, explained
 from src.tracking.mlflow_mirror import Delivery
 from src.tracking.mlflow_store import read_tracking
 from src.tracking.sqlite_store import SqliteStore
-from tests.conftest import FORKS, read_lines
+from tests.conftest import FORKS, admitted, read_lines
 from tests.test_tracking import closed_port, killed, start_server, stop_server, stopped, track, tracked
 
 SOON = Patience(call_seconds=1.5, total_seconds=4.0)
@@ -48,7 +49,7 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (tracker, mirror):
         monkeypatch.setattr(module, "TO_THE_END", SOON)
     monkeypatch.setattr(mirror, "RETRY_SECONDS", 0.2)
-    monkeypatch.setattr(mlflow_store, "AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(mlflow_calls, "AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(sqlite_store, "LOCKED_SECONDS", 0.3)
 
 
@@ -219,13 +220,14 @@ def test_tables_of_something_else_are_left_alone(tmp_path: Path) -> None:
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Stands in front of a server and does what `mode` says to each call."""
+    """Stands in front of a server and does what `mode` says to each call whose method and path `only` matches."""
 
     daemon_threads = True
 
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", 0), _Through)
         self.port, self.mode, self.num_calls, self.delay = port, "well", 0, 0.15
+        self.only, self.asked = "", []  # type: tuple[str, list[str]]
         self.uri = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -236,7 +238,9 @@ class _Through(http.server.BaseHTTPRequestHandler):
     def handle_one_call(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.num_calls += 1
-        mode = self.server.mode
+        asked = f"{self.command} {self.path.partition('?')[0]}"
+        self.server.asked.append(asked)
+        mode = self.server.mode if re.search(self.server.only, asked) else "well"
         if mode.isdigit():
             return self.answer(int(mode), b"no", {"Location": f"{self.server.uri}/login"} if mode == "302" else {})
         if mode == "moved":
@@ -244,6 +248,8 @@ class _Through(http.server.BaseHTTPRequestHandler):
             return self.answer(308, b"", {"Location": there})
         if mode == "html":
             return self.answer(200, b"<html><body>Log in</body></html>")
+        if mode.startswith("says "):
+            return self.answer(200, mode.removeprefix("says ").encode())
         if mode.startswith("flaky") and self.server.num_calls % 2:
             if mode == "flaky":
                 return self.answer(503, b"busy")
@@ -274,6 +280,8 @@ class _Through(http.server.BaseHTTPRequestHandler):
         if mode == "lost":
             self.close_connection = True
             return None
+        if mode.startswith("does it and says "):
+            content = mode.removeprefix("does it and says ").encode()
         return self.answer(answer.status, content, {"Content-Type": answer.getheader("Content-Type", "text/plain")})
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_one_call  # noqa: N815
@@ -327,8 +335,6 @@ WORDS = {
 def test_a_server_that_fails_costs_a_warning_and_has_everything_once_it_is_well(
     tmp_path: Path, proxy: Proxy, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     experiment, run = f"mode {mode}", tmp_path / "run"
     uri = closed_port() if mode == "gone" else proxy.uri
     proxy.mode = mode
@@ -346,6 +352,62 @@ def test_a_server_that_fails_costs_a_warning_and_has_everything_once_it_is_well(
     else:
         assert deliver(config_of(uri, experiment), run) == ""
     check(proxy.uri, run, experiment)
+
+
+CALLS = ("log-inputs", "set-tag", "mlflow-artifacts", "runs/log-batch", "runs/update")
+
+
+@pytest.mark.parametrize("only", CALLS)
+def test_waiting_ends_where_one_call_fails_for_ever_behind_others_that_succeed(
+    tmp_path: Path, proxy: Proxy, only: str
+) -> None:
+    experiment, run = f"always {only}", tmp_path / "run"
+    track(admitted().config.tracking, run)
+    proxy.mode, proxy.only = "500", only
+    waiting = Mirror(Delivery(config_of(proxy.uri, experiment), run, is_over=True))
+    assert "fails (500)" in waiting.close(Patience(call_seconds=10.0, total_seconds=60.0))
+    assert len({*proxy.asked}) < len(proxy.asked) < 100
+    proxy.mode = "well"
+    assert deliver(config_of(proxy.uri, experiment), run) == ""
+    check(proxy.uri, run, experiment)
+
+
+ASKED = ("runs/get", "runs/log-batch", "runs/update", "experiments/create", "experiments/get-by-name", "")
+SAID = [("runs/create", ""), ("runs/create", '{"run": {"info": {"run_id": ""}}}'), ("runs/create", '{"run": 3}')]
+SAID += [("runs/create", "[]"), ("runs/get", '{"run": {"info": {"run_id": "a", "artifact_uri": "b"}}}')]
+
+
+@pytest.mark.parametrize(("only", "said"), [*SAID, *((only, "{}") for only in (*ASKED, "runs/create"))])
+def test_an_answer_that_is_none_is_not_taken_for_one(tmp_path: Path, proxy: Proxy, only: str, said: str) -> None:
+    experiment, run = f"{only} says {said}", tmp_path / "run"
+    config = config_of(proxy.uri, experiment)
+    track(admitted().config.tracking, run)
+    proxy.mode, proxy.only = f"says {said}", only
+    waiting = Mirror(Delivery(config, run, is_over=True), tell=print)
+    assert "not delivered" in waiting.close(Patience(call_seconds=10.0, total_seconds=60.0, attempts=1))
+    assert read_tracking(run)["run_id"] != ""
+    proxy.mode = "well"
+    assert deliver(config, run) == ""
+    check(proxy.uri, run, experiment)
+
+
+@pytest.mark.parametrize("mode", ["html", "says {}", "does it and says {}"])
+def test_a_page_in_the_place_of_an_artifact_is_no_delivery(tmp_path: Path, proxy: Proxy, mode: str) -> None:
+    experiment, run = f"artifacts {mode}", tmp_path / "run"
+    config = config_of(proxy.uri, experiment)
+    proxy.mode, proxy.only = mode, "PUT .*mlflow-artifacts"
+    track(config, run)
+    left = deliver(config, run)
+    assert ("not delivered" in left) == (not mode.startswith("does it")), left
+    (run / "summary.json").write_text((run / "summary.json").read_text().replace("3", "4"))  # of the same size
+    left = deliver(config, run)
+    assert ("not delivered" in left) == (not mode.startswith("does it")), left
+    proxy.mode = "well"
+    assert deliver(config, run) == ""
+    check(proxy.uri, run, experiment)
+    (found,) = runs_in(proxy.uri, experiment)
+    there = MlflowClient(proxy.uri).download_artifacts(found.info.run_id, "summary.json", str(tmp_path))
+    assert Path(there).read_bytes() == (run / "summary.json").read_bytes()
 
 
 @pytest.mark.parametrize("mode", ["slow", "flaky", "flaky line", "moved"])

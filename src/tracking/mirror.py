@@ -1,7 +1,7 @@
 """A delivery that runs beside the work, in a thread of its own: the work never waits for a tracker.
 
-What waits is the end of a run, for as long as calls succeed and within bounds, and the command that delivers what is
-left, for as long as calls succeed.
+What waits is the end of a run, for as long as calls bring something new and within bounds, and the command that
+delivers what is left, for as long as calls bring something new.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Patience:
     Args:
         call_seconds: for one call.
         total_seconds: in all; while calls succeed.
-        attempts: how often what fails is tried, with nothing brought in between.
+        attempts: how often what fails is tried, with nothing brought in between that was not brought before.
         signals: what ends the waiting.
     """
 

@@ -194,6 +194,7 @@ class Delivery(FolderDelivery):
             for name, report in self._reports().items()
         ]
         self._client.log_inputs(self.run_id, inputs)
+        self._arrived.inputs |= {one.dataset.name for one in inputs}
 
     def _reports(self) -> dict[str, Any]:
         """Return the report of each set.

@@ -14,12 +14,14 @@ import logging
 import os
 import re
 import socket
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,7 +29,10 @@ from src import secrets
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
 from src.records import NUMBER, OPTIONAL_TEXT, Line, Types, check_keys, damaged, read_json, write_json
+from src.tracking import mlflow_calls
+from src.tracking.artifacts import Artifacts
 from src.tracking.console import Console
+from src.tracking.mlflow_calls import CALLS_AGAIN, RUN_ID, Watch, Watched
 from src.tracking.mlflow_errors import StoreError, explained, is_gone, is_missing, status_of
 from src.tracking.sqlite_store import OPENING_SECONDS, SqliteStore
 
@@ -42,18 +47,14 @@ TRACKING_KEYS: Mapping[str, Types] = {
     "trials": dict,
     "files": dict,
     "replaced": list,
+    "counts": (dict, NoneType),
+    "judged": list,
 }
 REQUEST_SECONDS = 60
 """How long a server may take for an answer; slow ones are waited for, by a thread that nobody waits for."""
-CALLS_AGAIN = 2
-"""How often a call that a server failed at once is made again, before all that the delivery began with is."""
-AGAIN_SECONDS = 0.5
-AT_ONCE_SECONDS = 5.0
 MAX_PARAM_CHARACTERS = 500  # older stores refuse more; the file that they come from is an artifact and holds everything
 MAX_NAME_CHARACTERS = 250
 METRICS_AT_ONCE = 1000  # MLflow's limit for one call
-SLOWEST_UPLOAD = 500_000
-"""Bytes a second: a file that is uploaded may take that long."""
 STATES = {"FINISHED": "FINISHED", "FAILED": "FAILED", "PREEMPTED": "KILLED", "PRUNED": "KILLED"}
 """How a run or a sweep ended, in MLflow's words."""
 KILLED = "KILLED"
@@ -68,6 +69,7 @@ def quiet_client() -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # it would print tracebacks of what is told in words
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic", "urllib3"):
@@ -76,73 +78,22 @@ def quiet_client() -> Any:
     return MlflowClient
 
 
-class Cancelled(Exception):
-    """Nobody waits for this delivery any more, and the folder may be another process's."""
+@dataclass
+class Arrived:
+    """What was brought to a run and not seen there yet, by name."""
 
+    params: set[str] = field(default_factory=set)
+    tags: set[str] = field(default_factory=set)
+    metrics: set[str] = field(default_factory=set)
+    inputs: set[str] = field(default_factory=set)
+    status: str | None = None
 
-class Watch:
-    """What a delivery is doing, for those who wait for it."""
-
-    def __init__(self) -> None:
-        self.since = time.monotonic()
-        """When the last call began or ended, by the monotonic clock."""
-        self.is_calling = False
-        self.num_calls = 0
-        """How many calls have succeeded."""
-        self.num_brought = 0
-        """How many of them brought something."""
-        self.extra_seconds = 0.0
-        """How much longer than others the present call may take."""
-        self.is_cancelled = False
-
-    def check(self) -> None:
-        """Raise Cancelled where nobody waits any more."""
-        if self.is_cancelled:
-            raise Cancelled("given up")
-
-    def call(self, method: Callable[..., Any], *given: Any, brings: bool, **named: Any) -> Any:
-        """Return what a call returns."""
-        self.check()
-        self.since, self.is_calling = time.monotonic(), True
-        try:
-            result = method(*given, **named)
-        finally:
-            self.since, self.is_calling = time.monotonic(), False
-        self.num_calls += 1
-        self.num_brought += brings
-        return result
-
-
-class Watched:
-    """MLflow's client, each of its calls watched.
-
-    Args:
-        calls_again: how often a call is made again that failed at once, in a way that does not last. All calls here can
-            be repeated but create_run.
-    """
-
-    def __init__(self, client: Any, watch: Watch, *, calls_again: int = 0) -> None:
-        self._client = client
-        self._watch = watch
-        self._calls_again = calls_again
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method, brings = getattr(self._client, name), not name.startswith(("get_", "search_", "list_"))
-        calls_again = 0 if name == "create_run" else self._calls_again
-
-        def call(*given: Any, **named: Any) -> Any:
-            for left in reversed(range(calls_again + 1)):
-                began = time.monotonic()
-                try:
-                    return self._watch.call(method, *given, brings=brings, **named)
-                except Exception as error:
-                    is_late = time.monotonic() - began > AT_ONCE_SECONDS
-                    if left == 0 or is_late or is_missing(error) or explained(error).is_lasting:
-                        raise
-                time.sleep(AGAIN_SECONDS)
-            raise AssertionError("a last call returns or raises")
-
-        return call
+    def is_in(self, run: Any) -> bool:
+        """Return whether a run has all of it."""
+        inputs = {one.dataset.name for one in run.inputs.dataset_inputs} if run.inputs else set()
+        has = self.params <= run.data.params.keys() and self.tags <= run.data.tags.keys()
+        has = has and self.metrics <= run.data.metrics.keys() and self.inputs <= inputs
+        return has and self.status in (None, run.info.status)
 
 
 class FolderDelivery(ABC):
@@ -175,6 +126,8 @@ class FolderDelivery(ABC):
         self._told: set[str] = set()
         self._client_class = quiet_client()
         self._client: Any = None
+        self._artifacts: Any = None
+        self._arrived = Arrived()
         self._address = config.uri
         self._has_failed = False
         self._sqlite: SqliteStore | None = within._sqlite if within else None
@@ -271,6 +224,7 @@ class FolderDelivery(ABC):
             if not self.is_connected:
                 self._connect()
             self._bring()
+            self._look_at_what_arrived()
         except Exception as error:
             self._has_failed = True
             if is_gone(error):
@@ -310,24 +264,31 @@ class FolderDelivery(ABC):
             self._client = self._open_run()
 
     def _open_run(self) -> Any:
-        calls_again = CALLS_AGAIN if self._address.startswith("http") else 0
-        client = Watched(self._client_class(tracking_uri=self._address), self.watch, calls_again=calls_again)
-        run = self._find_run(client)
-        if run is None:
-            self._begin_run(client)
-        elif run.info.run_id != self.run_id or self._done.get("doubtful") or not self._is_believable(run):
+        is_server = self._address.startswith("http")
+        calls_again = CALLS_AGAIN if is_server else 0
+        made = self._client_class(tracking_uri=self._address)
+        client = Watched(made, self.watch, self._folder, calls_again=calls_again, is_server=is_server)
+        self._arrived = Arrived()
+        run = found = self._find_run(client)
+        if found is None:
+            run = self._begin_run(client)
+        elif found.info.run_id != self.run_id or self._done.get("doubtful") or not self._is_believable(found):
             self._remember(doubtful=True)
             self._client = client
             try:
-                found = self._look_up(run)
+                has = self._look_up(run)
             finally:
                 self._client = None
             kept = {name: self._done[name] for name in ("uri", "replaced") if name in self._done}
             retried = bool(self._done.get("retried") or self._done.get("creating"))
-            self._done = kept | {"run_id": run.info.run_id, "retried": retried} | found
+            self._done = kept | {"run_id": run.info.run_id, "retried": retried} | has
             self._remember()
         elif run.info.status == "RUNNING" and self._done.get("ended"):
             self._remember(ended=None)
+        place = run.info.artifact_uri
+        self._artifacts = Artifacts(
+            place, self._address, self.watch, self._folder, is_new=found is None, calls_again=calls_again
+        )
         return client
 
     def _find_run(self, client: Any) -> Any:
@@ -361,7 +322,7 @@ class FolderDelivery(ABC):
         quoted = {name: f'"{value}"' if "'" in value else f"'{value}'" for name, value in tags.items() if value}
         return " and ".join(f"tags.`{name}` = {value}" for name, value in quoted.items() if value[0] not in value[1:-1])
 
-    def _begin_run(self, client: Any) -> None:
+    def _begin_run(self, client: Any) -> Any:
         experiment_id = self._experiment(client)
         retried = bool(self._done.get("creating"))
         self._remember(creating=True)  # if the answer is lost, the run is looked for before another is begun
@@ -379,12 +340,13 @@ class FolderDelivery(ABC):
         except Exception as error:
             if explained(error).is_lasting or not self._address.startswith("http"):
                 raise
-            time.sleep(AGAIN_SECONDS)
+            time.sleep(mlflow_calls.AGAIN_SECONDS)
             retried = True  # if the first was begun nevertheless, it goes when this one ends
             run = client.create_run(experiment_id, start_time=began, run_name=self._run_name, tags=tags)
         replaced = [one for one in self._done.get("replaced", []) if one != run.info.run_id]
         self._done = {"uri": self.stored_uri, "run_id": run.info.run_id, "replaced": replaced, "retried": retried}
         self._remember()
+        return run
 
     def _experiment(self, client: Any) -> str:
         """Return the id of the experiment, which is made where there is none."""
@@ -419,6 +381,22 @@ class FolderDelivery(ABC):
             return False
         has = run.data.metrics
         return all(has.get(plain_name(name)) in values for name, values in self._last_values().items())
+
+    def _look_at_what_arrived(self) -> None:
+        """See that a server has what it took: one that answers anything, or what stands in front of it, may not.
+
+        Raises:
+            StoreError: where it has not.
+        """
+        if not self._address.startswith("http") or self._arrived == Arrived():
+            return
+        run = self._client.get_run(self.run_id)
+        if self._arrived.is_in(run) and self._is_believable(run):
+            self._arrived = Arrived()
+            return
+        self._remember(doubtful=True)
+        self._client = None
+        raise StoreError("the server took what it was brought, and does not have it", is_lasting=False)
 
     def _follow(self, error: Exception) -> bool:
         """Go to where a server redirects: the same host only, as the credentials would go with it.
@@ -470,6 +448,7 @@ class FolderDelivery(ABC):
         given = [Param(names[key], value) for key, value in params.items()]
         for first in range(0, len(given), 100):  # MLflow's limit for one call
             self._client.log_batch(self.run_id, params=given[first : first + 100])
+        self._arrived.params |= {param.key for param in given}
 
     def _log_tags(self, tags: Mapping[str, Any], run_id: str | None = None) -> None:
         """Set tags, those that have a value, of this run or of another, in one call."""
@@ -477,6 +456,8 @@ class FolderDelivery(ABC):
 
         given = [RunTag(key, str(value)) for key, value in tags.items() if value is not None]
         self._client.log_batch(run_id or self.run_id, tags=given)
+        if run_id is None:
+            self._arrived.tags |= {tag.key for tag in given}
 
     def _log_points(self, points: Iterable[tuple[str, float, int, int]]) -> None:
         """Log metrics: name, value, time in milliseconds, step. The same point again is no second one."""
@@ -485,6 +466,7 @@ class FolderDelivery(ABC):
         metrics = [Metric(plain_name(name), float(value), at, step) for name, value, at, step in points]
         for first in range(0, len(metrics), METRICS_AT_ONCE):
             self._client.log_batch(self.run_id, metrics=metrics[first : first + METRICS_AT_ONCE])
+        self._arrived.metrics |= {metric.key for metric in metrics}
 
     def _log_files(self, names: Iterable[str], *, artifact_path: str | None = None) -> None:
         """Log those of the files that are there, each once as it is."""
@@ -495,25 +477,27 @@ class FolderDelivery(ABC):
             status = file.stat()
             version, known = [status.st_size, status.st_mtime_ns], self._done.get("files", {})
             if known.get(name) != version:
-                self.watch.extra_seconds = status.st_size / SLOWEST_UPLOAD
-                try:
-                    self._client.log_artifact(self.run_id, str(file), artifact_path)
-                finally:
-                    self.watch.extra_seconds = 0.0
+                self._artifacts.bring(file, artifact_path)
                 self._remember(files=known | {name: version})
 
     def _log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a table for MLflow's page, in the form of log_table, which would append."""
-        self._client.log_dict(self.run_id, {"columns": list(columns), "data": [list(row) for row in rows]}, name)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, name)
+            file.write_text(json.dumps({"columns": list(columns), "data": [list(row) for row in rows]}, indent=2))
+            self._artifacts.bring(file)
         shown = json.dumps([{"path": name, "type": "table"}])
         self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", shown)
+        self._arrived.tags.add("mlflow.loggedArtifacts")
 
     def _set_running(self) -> None:
         self._client.update_run(self.run_id, status="RUNNING")
+        self._arrived.status = "RUNNING"
 
     def _set_ended(self, state: str, at: str | None) -> None:
         """End the run; `at`, where known, is when, as ISO 8601."""
         self._client.set_terminated(self.run_id, state, None if at is None else milliseconds(at))
+        self._arrived.status = state
 
     def _deliver_once(self, what: str, do: Callable[[], None], version: Any = True) -> None:
         """Do what was not done yet for this version of what the folder holds."""
@@ -600,6 +584,10 @@ def read_tracking(folder: Path) -> dict[str, Any]:
                 )
         if any(done.get(name, 0) < 0 for name in ("lines", "samples", "history")):
             raise ValueError("a number of lines is negative")
+        for run_id in (done.get("run_id"), *done.get("replaced", [])):
+            if run_id is not None and not (isinstance(run_id, str) and RUN_ID.fullmatch(run_id)):
+                raise ValueError(f"{json.dumps(run_id)} is no id of a run")
+        check_keys(done.get("counts") or {}, dict.fromkeys(done.get("counts") or {}, NUMBER))
     except ValueError as error:
         raise damaged(folder / TRACKING, str(error), "") from error
     return {"run_id": None} | done
