@@ -174,15 +174,21 @@ class Tracker:
                 better = max if greater_is_better(name) else min
                 self._best[f"best/{name}"] = better(self._best.get(f"best/{name}", value), value)
 
-    def finish(self, totals: Mapping[str, float], exported: Mapping[str, Any] | None = None) -> dict[str, float]:
+    def finish(
+        self,
+        totals: Mapping[str, float],
+        exported: Mapping[str, Any] | None = None,
+        base: Mapping[str, Any] | None = None,
+    ) -> dict[str, float]:
         """Write summary.json: the last value of every metric, the best ones, and the run's totals.
 
         Args:
             exported: size and checksum of each file of model/, for status.json.
+            base: the same of the local model that an adapter in model/ stands on.
         """
         summary = self._last | self._best | dict(totals)
         self._folder.write_json("summary.json", summary)
-        self._folder.set_status(model=exported)
+        self._folder.set_status(model=exported, base=base)
         self.console.say()
         self.console.table({name: value for name, value in summary.items() if not name.startswith(UNSHOWN)})
         self.console.say()
@@ -244,7 +250,12 @@ class Bystander(Tracker):
         if line.metrics or due:
             step.collect()
 
-    def finish(self, totals: Mapping[str, float], exported: Mapping[str, Any] | None = None) -> dict[str, float]:
+    def finish(
+        self,
+        totals: Mapping[str, float],
+        exported: Mapping[str, Any] | None = None,
+        base: Mapping[str, Any] | None = None,
+    ) -> dict[str, float]:
         return {}
 
 
