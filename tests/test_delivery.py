@@ -10,6 +10,8 @@ import re
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +26,7 @@ from sqlalchemy.engine import Engine
 
 from src import sync
 from src.config.schema import MlflowConfig
+from src.records import Digest
 from src.tracking import mirror, mlflow_calls, sqlite_store, tracker
 from src.tracking.journal import Start, hold
 from src.tracking.mirror import Mirror, Patience
@@ -31,7 +34,7 @@ from src.tracking.mlflow_errors import StoreError, explained
 from src.tracking.mlflow_mirror import Delivery
 from src.tracking.mlflow_store import read_tracking
 from src.tracking.sqlite_store import SqliteStore
-from tests.conftest import FORKS, admitted, read_lines
+from tests.conftest import FORKS, ROOT, admitted, read_lines
 from tests.test_tracking import closed_port, killed, start_server, stop_server, stopped, track, tracked
 
 SOON = Patience(call_seconds=1.5, total_seconds=4.0)
@@ -200,6 +203,58 @@ def test_leftovers_of_another_database_do_not_spoil_a_new_one(tmp_path: Path) ->
     track(config_of(uri), tmp_path / "run")
     check(uri, tmp_path / "run")
     assert (tmp_path / "mlflow.db.leftover-wal").exists()
+
+
+@pytest.mark.parametrize("kind", ["dangling", "of an unmounted disk", "in a circle"])
+def test_a_link_to_what_is_not_there_is_told_and_stays(
+    tmp_path: Path, template: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    link, run = tmp_path / "mlflow.db", tmp_path / "run"
+    target = {"dangling": tmp_path / "there.db", "in a circle": link}.get(kind, tmp_path / "disk" / "there.db")
+    link.symlink_to(target)
+    uri = f"sqlite:///{link}"
+    track(config_of(uri), run)
+    told = capsys.readouterr().err
+    assert str(link) in told
+    assert ("leads in a circle" if kind == "in a circle" else f"a link to {target}, which is not there") in told
+    assert link.readlink() == target
+    assert {file.name for file in tmp_path.iterdir()} == {"mlflow.db", "run"}
+    as_stored(run, uri=uri)
+    assert synced(capsys, f"run={run}")[0] == 2
+    if kind == "in a circle":
+        link.unlink()
+    else:
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(template, target)
+    assert deliver(config_of(uri), run) == ""
+    check(uri, run)
+    assert link.is_symlink() == (kind != "in a circle")
+
+
+def test_an_empty_file_behind_a_link_becomes_the_store_and_the_link_stays(
+    tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SqliteStore, "_make", lambda self: shutil.copy(template, self.file))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "there.db").touch()
+    (tmp_path / "mlflow.db").symlink_to(tmp_path / "disk" / "there.db")
+    uri, run = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run"
+    track(config_of(uri), run)
+    check(uri, run)
+    assert (tmp_path / "mlflow.db").is_symlink()
+    assert (tmp_path / "disk" / "there.db").stat().st_size > 0
+
+
+@pytest.mark.parametrize("ending", ["-journal", "-wal", "-shm"])
+@pytest.mark.parametrize("place", ["pipe", "folder", "dangling"])
+def test_what_stands_in_the_place_of_a_companion_is_told(
+    tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str], ending: str, place: str
+) -> None:
+    companion = Path(f"{database}{ending}")
+    companion.touch()
+    in_place(place)(companion)
+    track(config_of(f"sqlite:///{database}"), tmp_path / "run")
+    assert f"{companion} is no plain file" in capsys.readouterr().err
 
 
 def test_the_file_of_a_uri_is_the_one_that_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -732,6 +787,118 @@ def test_errors_are_told_in_words() -> None:
     assert not explained(ValueError("API request failed with exception: timed out")).is_lasting
     assert "a page" in str(explained(ValueError("not in a valid JSON format. Response body: '<html>secret</html>'")))
     assert len(str(explained(ValueError("x" * 5000)))) <= 400
+
+
+def in_place(place: str) -> Callable[[Path], Any]:
+    def spoil(file: Path) -> None:
+        file.unlink()
+        if place == "pipe":
+            os.mkfifo(file)
+        elif place == "folder":
+            file.mkdir()
+        else:
+            file.symlink_to(file.with_name("nowhere"))
+
+    return spoil
+
+
+def changed(**values: Any) -> Callable[[Path], Any]:
+    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+KINDS = {place: in_place(place) for place in ("pipe", "folder", "dangling")} | {
+    "deep": lambda file: file.write_text("[" * 100_000),
+    "no text": lambda file: file.write_bytes(b"\xff\xfe\n"),
+}
+ANYWHERE = ("status.json", "metrics.jsonl", "samples.jsonl", "provenance.json", "data_report.json", "config.yaml")
+SPOILT = [(name, kind, KINDS[kind]) for name in ANYWHERE for kind in KINDS]
+SPOILT += [(name, kind, KINDS[kind]) for name in ("summary.json", "lock") for kind in ("pipe", "folder", "dangling")]
+SPOILT += [
+    (name, kind, spoil)
+    for name in ("metrics.jsonl", "samples.jsonl")
+    for kind, spoil in {
+        "gone": Path.unlink,
+        "empty": lambda file: file.write_bytes(b""),
+        "without its last line": lambda file: file.write_bytes(b"".join(file.read_bytes().splitlines(True)[:-1])),
+        "of another run": lambda file: file.write_bytes(file.read_bytes().replace(b'"step": 2', b'"step": 3', 1)),
+    }.items()
+]
+SPOILT += [
+    ("status.json", f"{key} {value}", changed(**{key: value}))
+    for key, values in {
+        "started": ("x", 5, [], "0001-01-01T00:00:00"),
+        "ended": ("2026-99-99", 5),
+        "updated": ("x",),
+    }.items()
+    for value in values
+]
+SPOILT += [
+    ("metrics.jsonl", text, lambda file, text=text: file.write_text(text + "\n"))
+    for text in ('{"step": 1, "a": 1e999}', f'{{"step": 1, "a": 1{"0" * 400}}}', f'{{"step": 1{"0" * 30}, "a": 1}}',
+                 '{"step": 1, "a": 1, "perf/elapsed_seconds": 1e300}', '{"step": 1, "a": "b"}', "[]")
+]  # fmt: skip
+NOT_HELD_UP = {"status.json", "samples.jsonl", "provenance.json", "data_report.json", "summary.json"}
+
+
+@pytest.mark.parametrize(("name", "kind", "spoil"), SPOILT, ids=[f"{name} {kind[:30]}" for name, kind, _ in SPOILT])
+def test_sync_tells_a_file_that_it_can_not_use_and_brings_the_rest(
+    tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str,
+    spoil: Callable[[Path], Any],
+) -> None:  # fmt: skip
+    run, uri = tmp_path / "run", f"sqlite:///{database}"
+    track(admitted().config.tracking, run)
+    as_stored(run, uri=uri)
+    written = {one: Digest((run / one).read_bytes()).as_dict() for one in ("metrics.jsonl", "samples.jsonl")}
+    changed(journal=written)(run / "status.json")
+    spoil(run / name)
+    if (name, kind) == ("lock", "dangling"):
+        return  # it becomes a file where it leads to
+    signal.alarm(60)
+    code, told = synced(capsys, f"run={run}")
+    signal.alarm(0)
+    assert code == 2, told
+    assert str(run / name) in told
+    assert "Traceback" not in told
+    if name in NOT_HELD_UP:
+        (found,) = runs_in(uri)
+        history = MlflowClient(uri).get_metric_history(found.info.run_id, "train/loss")
+        assert sorted((point.step, point.value) for point in history) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+        assert found.info.status == ("RUNNING" if name == "status.json" else "FINISHED")
+        assert ("summary.json" in {file.path for file in MlflowClient(uri).list_artifacts(found.info.run_id)}) == (
+            name != "summary.json"
+        )
+
+
+def test_what_is_told_to_do_with_a_damaged_status_has_the_rest_delivered(
+    tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, uri = tmp_path / "run", f"sqlite:///{database}"
+    track(admitted().config.tracking, run)
+    as_stored(run, uri=uri)
+    whole = (run / "status.json").read_text()
+    changed(started="x")(run / "status.json")
+    code, told = synced(capsys, f"run={run}")
+    assert (code, "Move it away" in told, "is damaged: started can't be" in told) == (2, True, True)
+    (run / "status.json").rename(run / "away")
+    assert synced(capsys, f"run={run}")[0] == 0
+    check(uri, run, status="KILLED")  # nothing says how it ended
+    (run / "status.json").write_text(whole)  # as the run's own command writes it
+    assert synced(capsys, f"run={run}")[0] == 0
+    check(uri, run)
+
+
+def test_a_folder_whose_lock_can_not_be_written_is_told(tmp_path: Path, database: Path) -> None:
+    run = tmp_path / "run"
+    track(admitted().config.tracking, run)
+    as_stored(run, uri=f"sqlite:///{database}")
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); from src.sync import main; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{limited} sys.exit(main())", f"run={run}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"{run / 'lock'} can't be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["provenance.json", "data_report.json"])

@@ -28,13 +28,14 @@ from src.config.formats import declare_frozen
 from src.config.problems import Problem
 from src.config.quoting import override as override_text
 from src.errors import DamagedFileError
-from src.records import Digest, Types, check_keys, damaged, read_bytes, read_json, read_lines, read_yaml
+from src.records import Digest, Types, check_keys, check_times, damaged, read_bytes, read_json, read_lines, read_yaml
 
 CONFIG, STARTS, STATUS = "config.yaml", "starts.jsonl", "status.json"
 SWEEP = "sweep.json"
 """Of the folder that a sweep's trials have theirs in."""
 START_KEYS: Mapping[str, Types] = {"time": str, "command": list, "config_hash": str}
 STATUS_KEYS: Mapping[str, Types] = {"state": str, "step": int}
+TIMES = ("started", "ended", "updated")
 STATES = ("RUNNING", "FINISHED", "FAILED", "PREEMPTED", "PRUNED")
 PATHS_AND_TRACKING = ("name", "force", "rerun", "tracking")
 """Parts of a configuration that say nothing about what is computed."""
@@ -78,6 +79,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     if status["state"] not in STATES or status["step"] < 0:
         reason = f"state {status['state']}, step {status['step']}, where state is one of {', '.join(STATES)}"
         raise damaged(folder / STATUS, reason, remedy)
+    check_times(folder / STATUS, status, TIMES, remedy)
     return status
 
 

@@ -80,6 +80,8 @@ class Mirror:
         """The signal that ended the waiting, or ''."""
         self.trouble = ""
         """Why the last attempt failed, or ''."""
+        self.needs_mending = False
+        """Whether trying again is of no use before somebody has mended what `trouble` says."""
         self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
         self._thread.start()
 
@@ -119,7 +121,7 @@ class Mirror:
             show: is told how far it is, again and again.
         """
         self._patience = patience
-        self.trouble = ""
+        self.trouble, self.needs_mending = "", False
         started, signs = time.monotonic(), _SignsOfLife(self._delivery)
         self._closing.set()
         self._changed.set()
@@ -170,7 +172,7 @@ class Mirror:
                 if not self._go_on(error, failures, closing=closing):
                     break
             else:
-                self.trouble, failures = "", 0
+                self.trouble, self.needs_mending, failures = "", False, 0
                 if closing:
                     self._is_delivered = True
                     break
@@ -182,7 +184,7 @@ class Mirror:
     def _go_on(self, error: Exception, failures: int, *, closing: bool) -> bool:
         """Tell what an error says, and wait; return whether to try again."""
         told = explained(error)
-        self.trouble = str(told)
+        self.trouble, self.needs_mending = str(told), told.is_lasting
         if closing:
             if told.is_lasting or failures >= self._patience.attempts:
                 return False

@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -28,7 +29,7 @@ from urllib.parse import urlsplit
 from src import secrets
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
-from src.records import NUMBER, OPTIONAL_TEXT, Line, Types, check_keys, damaged, read_json, write_json
+from src.records import NUMBER, OPTIONAL_TEXT, Line, Types, check_keys, check_plain, damaged, read_json, write_json
 from src.tracking import mlflow_calls
 from src.tracking.artifacts import Artifacts
 from src.tracking.console import Console
@@ -128,6 +129,7 @@ class FolderDelivery(ABC):
         self._client: Any = None
         self._artifacts: Any = None
         self._arrived = Arrived()
+        self._damage: list[DamagedFileError] = []
         self._address = config.uri
         self._has_failed = False
         self._sqlite: SqliteStore | None = within._sqlite if within else None
@@ -157,6 +159,11 @@ class FolderDelivery(ABC):
     @abstractmethod
     def _began(self) -> str:
         """When the run or sweep was begun, as its folder says; '' where it does not."""
+
+    @property
+    def _dated_from(self) -> str:
+        """When the run or sweep was begun, by whatever says so; '' where nothing does."""
+        return self._began
 
     @property
     @abstractmethod
@@ -218,7 +225,12 @@ class FolderDelivery(ABC):
         self._remember()
 
     def deliver(self) -> None:
-        """Bring MLflow up to date with the folder as it is now, connecting first where that was not done."""
+        """Bring MLflow up to date with the folder as it is now, connecting first where that was not done.
+
+        Raises:
+            DamagedFileError: naming a file that can't be read; what others say was brought nevertheless.
+        """
+        self._damage = []
         try:
             self._open_store()
             if not self.is_connected:
@@ -231,6 +243,15 @@ class FolderDelivery(ABC):
                 self._client = None  # what became of the run is looked at again
             raise
         self._has_failed = False
+        if self._damage:
+            raise self._damage[0]
+
+    def _part(self, do: Callable[[], None]) -> None:
+        """Do a part of a delivery; a file that it can't read holds up no other part, and is told in the end."""
+        try:
+            do()
+        except DamagedFileError as error:
+            self._damage.append(error)
 
     def tell_once(self, text: str) -> None:
         """Tell something, unless it was told."""
@@ -326,7 +347,7 @@ class FolderDelivery(ABC):
         experiment_id = self._experiment(client)
         retried = bool(self._done.get("creating"))
         self._remember(creating=True)  # if the answer is lost, the run is looked for before another is begun
-        began = milliseconds(self._began) if self._began else None
+        began = milliseconds(self._dated_from) if self._dated_from else None
         tags = {
             **self._identity,
             "towline.host": socket.gethostname(),
@@ -471,14 +492,18 @@ class FolderDelivery(ABC):
     def _log_files(self, names: Iterable[str], *, artifact_path: str | None = None) -> None:
         """Log those of the files that are there, each once as it is."""
         for name in names:
-            file = self._folder / name
-            if not file.is_file():
-                continue
-            status = file.stat()
-            version, known = [status.st_size, status.st_mtime_ns], self._done.get("files", {})
-            if known.get(name) != version:
-                self._artifacts.bring(file, artifact_path)
-                self._remember(files=known | {name: version})
+            self._part(partial(self._log_file, name, artifact_path))
+
+    def _log_file(self, name: str, artifact_path: str | None) -> None:
+        file = self._folder / name
+        check_plain(file, "Move it away, or restore it from a copy.")
+        if not file.exists():
+            return
+        status = file.stat()
+        version, known = [status.st_size, status.st_mtime_ns], self._done.get("files", {})
+        if known.get(name) != version:
+            self._artifacts.bring(file, artifact_path)
+            self._remember(files=known | {name: version})
 
     def _log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a table for MLflow's page, in the form of log_table, which would append."""
@@ -548,11 +573,11 @@ class FolderDelivery(ABC):
         file = self._folder / name
         try:
             status = os.stat(file)
-        except FileNotFoundError:
-            return []
-        version = (status.st_ino, status.st_size)
+            version = (status.st_ino, status.st_size)
+        except OSError:  # that it is not there, or can't be read, is for its reader to say
+            version = (-1, -1)
         known, lines = self._growing.get(name, ((0, 0), []))
-        if known != version:
+        if known != version or version == (-1, -1):
             lines = [line.content for line in read(self._folder, name)]
             self._growing[name] = (version, lines)
         return lines
@@ -676,4 +701,4 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for key, value in node.items():
             yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
     else:
-        yield prefix, node if isinstance(node, str) else json.dumps(node, ensure_ascii=False)
+        yield prefix, node if isinstance(node, str) else json.dumps(node, ensure_ascii=False, default=str)
