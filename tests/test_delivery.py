@@ -701,6 +701,89 @@ def test_a_run_that_was_killed_does_not_stay_running(
     assert sorted(one.info.status for one in runs_in(uri)) == ["FINISHED", "KILLED", "KILLED"]
 
 
+def statuses(uri: str) -> list[str]:
+    return sorted(one.info.status for one in runs_in(uri))
+
+
+def go_on(config: Any, run: Path, start: Start = Start(step=2)) -> None:  # noqa: B008
+    """Have the run go on behind step 2, or begin anew, with such a tracker, and finish."""
+    with tracked(config, run, start) as tracking:
+        tracking.go_on_from(0 if start.force else 2, is_end=False)
+        for step in range(1 if start.force else 3, 5):
+            tracking.log(step, {"train/loss": 1 / step})
+        tracking.finish({"steps": 4})
+
+
+@pytest.fixture
+def stores(tmp_path: Path, template: Path) -> list[str]:
+    """Two stores."""
+    return [f"sqlite:///{shutil.copy(template, tmp_path / f'{name}.db')}" for name in "ab"]
+
+
+@pytest.mark.parametrize("start", [Start(step=2), Start(force=True)], ids=["goes on", "force"])
+@pytest.mark.parametrize("has_other", [True, False], ids=["another store", "none"])
+def test_a_run_that_goes_on_elsewhere_does_not_stay_running_where_it_was(
+    tmp_path: Path, stores: list[str], start: Start, has_other: bool
+) -> None:
+    first, second = stores
+    run = tmp_path / "run"
+    killed(config_of(first), run, steps=2)
+    assert statuses(first) == ["RUNNING"]
+    time.sleep(1.1 if start.force else 0)  # runs of a folder are told apart by the second in which they began
+    go_on(config_of(second) if has_other else admitted().config.tracking, run, start)
+    assert statuses(first) == ["KILLED"]
+    if has_other:
+        check(second, run)
+        assert read_tracking(run)["elsewhere"] == []
+    assert deliver(config_of(first), run) == ""  # back again: the same run, unless it is another
+    assert statuses(first) == (["FINISHED", "KILLED"] if start.force else ["FINISHED"])
+    if not start.force:
+        check(first, run)
+    if has_other:
+        check(second, run)
+
+
+def test_a_killed_run_that_is_brought_elsewhere_does_not_stay_running_where_it_was(
+    tmp_path: Path, stores: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = stores
+    run = tmp_path / "run"
+    killed(config_of(first), run, steps=2)
+    as_stored(run, uri=first)
+    assert synced(capsys, f"run={run}", f"tracking.uri={second}")[0] == 0
+    assert (statuses(first), statuses(second)) == (["KILLED"], ["KILLED"])
+    Path(first.removeprefix("sqlite:///")).unlink()
+    assert synced(capsys, f"run={run}")[0] == 0
+    assert statuses(first) == ["KILLED"]
+
+
+def test_a_former_store_that_is_gone_costs_a_warning_and_is_asked_again(
+    tmp_path: Path, proxy: Proxy, database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, uri, experiment = tmp_path / "run", f"sqlite:///{database}", "former"
+    killed(config_of(proxy.uri, experiment), run, steps=2)
+    proxy.mode = "500"
+    capsys.readouterr()
+    go_on(config_of(uri), run)
+    assert "can't be ended" in capsys.readouterr().err
+    check(uri, run)
+    proxy.mode = "well"
+    assert [one.info.status for one in runs_in(proxy.uri, experiment)] == ["RUNNING"]
+    assert deliver(config_of(uri), run) == ""
+    assert [one.info.status for one in runs_in(proxy.uri, experiment)] == ["KILLED"]
+
+
+def test_a_copy_of_a_folder_does_not_end_the_run_of_the_original(tmp_path: Path, stores: list[str]) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    killed(config_of(stores[0]), run, steps=2)
+    shutil.copytree(run, copy)
+    go_on(admitted().config.tracking, copy)
+    assert statuses(stores[0]) == ["RUNNING"]
+    run.rename(tmp_path / "moved")
+    go_on(admitted().config.tracking, tmp_path / "moved")
+    assert statuses(stores[0]) == ["KILLED"]
+
+
 def test_a_damaged_journal_is_told_and_its_repair_delivered(
     tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -342,3 +342,28 @@ def test_the_tracker_of_a_sweep_is_found_behind_lines_that_have_none(place: Path
     lines = [{"number": 0, "config": 3}, {"number": 1, "config": {"tracking": [1]}}]
     write_lines(place / "trials.jsonl", [*lines, {"number": 2, "config": {"tracking": {"type": "mlflow"}}}])
     assert sweep_tracking(place) == {"type": "mlflow"}
+
+
+@pytest.mark.parametrize("has_other", [True, False], ids=["another store", "none"])
+def test_a_sweep_that_goes_on_elsewhere_does_not_stay_running_where_it_was(
+    place: Path, uri: str, tmp_path: Path, empty_store: Path, has_other: bool
+) -> None:
+    other = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'other.db')}"
+    SweepDelivery(config(uri), place).deliver()
+    assert run_of(uri).info.status == "RUNNING"
+    tracker = config(other) if has_other else NoTrackingConfig()
+    with open_sweep_tracking(tracker, place, Console(io.StringIO())):
+        write(place, second=9, **ENDED)
+    assert run_of(uri).info.status == "KILLED"
+    if has_other:
+        assert run_of(other).info.status == "FINISHED"
+    SweepDelivery(config(uri), place, is_over=True).deliver()
+    assert run_of(uri).info.status == "FINISHED"
+
+
+def test_a_sweep_that_is_judged_anew_leaves_no_run_that_runs(place: Path, uri: str) -> None:
+    SweepDelivery(config(uri), place).deliver()
+    write(place, second=9, sweep={"metric": "eval/validation/exact_match"}, **ENDED)
+    SweepDelivery(config(uri), place, is_over=True).deliver()
+    found = MlflowClient(uri).search_runs(["1"], filter_string="attributes.run_name = 'rates'")
+    assert sorted(run.info.status for run in found) == ["FINISHED", "KILLED"]

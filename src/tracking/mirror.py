@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from src.tracking.former import WAIT_SECONDS, FormerRuns
 from src.tracking.mlflow_errors import explained
 from src.tracking.mlflow_store import FolderDelivery
 from src.tracking.sqlite_store import OPENING_SECONDS
@@ -67,6 +68,8 @@ class Mirror:
         self, delivery: FolderDelivery, *, waits: bool = False, tell: Callable[[str], None] | None = None
     ) -> None:
         self._delivery = delivery
+        self._former = FormerRuns(delivery.tell_once)
+        self._delivery.end_elsewhere = self._former.end
         self._delivery.begin()
         self._waits = waits
         self._tell = tell
@@ -132,6 +135,9 @@ class Mirror:
                 if show is not None and time.monotonic() - started > 1.0:
                     show(f"MLflow has {self._delivery.progress}{f'; {self.trouble}' if self.trouble else ''}")
         self.ended_by = asked[0] if asked else ""
+        if self._over.is_set() and not asked and self._delivery.elsewhere:
+            self._former.wait(min(WAIT_SECONDS, patience.total_seconds))
+            self._delivery.forget_elsewhere(self._former.ended)
         if self._is_delivered:
             return ""
         self._delivery.watch.is_cancelled = True

@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -48,6 +48,7 @@ TRACKING_KEYS: Mapping[str, Types] = {
     "trials": dict,
     "files": dict,
     "replaced": list,
+    "elsewhere": list,
     "counts": (dict, NoneType),
     "judged": list,
 }
@@ -58,6 +59,8 @@ MAX_NAME_CHARACTERS = 250
 METRICS_AT_ONCE = 1000  # MLflow's limit for one call
 STATES = {"FINISHED": "FINISHED", "FAILED": "FAILED", "PREEMPTED": "KILLED", "PRUNED": "KILLED"}
 """How a run or a sweep ended, in MLflow's words."""
+Former = tuple[str, str]
+"""A run that a folder had before: its store's address as files have it, and its id there."""
 KILLED = "KILLED"
 """How one ended that nobody is at, and that says it runs."""
 
@@ -135,6 +138,8 @@ class FolderDelivery(ABC):
         self._sqlite: SqliteStore | None = within._sqlite if within else None
         self._growing: dict[str, tuple[tuple[int, int], list[dict[str, Any]]]] = {}
         self.watch: Watch = within.watch if within else Watch()
+        self.end_elsewhere: Callable[[Former, Path], None] | None = within.end_elsewhere if within else None
+        """Has a run ended that the folder had in another store; returns at once."""
         self._done: dict[str, Any] = self._recall()
 
     @property
@@ -217,8 +222,31 @@ class FolderDelivery(ABC):
 
     def replace(self, former: Mapping[str, Any]) -> None:
         """Take the place of a run that the folder had before, by what its tracking.json said."""
+        self._done |= self._former_runs(former)
         if former["run_id"] is not None and self.is_its_store(former["uri"]):
-            self._done["replaced"] = [*former.get("replaced", []), former["run_id"]]
+            self._done["replaced"] = [*self._done["replaced"], former["run_id"]]
+
+    def _former_runs(self, done: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the runs that this one takes the place of, by what a tracking.json says: here, and in other stores."""
+        here = list(done.get("replaced", [])) if self.is_its_store(done["uri"]) else []
+        elsewhere = []
+        for one in former_runs(done):
+            if self.is_its_store(one[0]):
+                here += [one[1]] if one[1] != done["run_id"] else []
+            else:
+                elsewhere.append({"uri": one[0], "run_id": one[1]})
+        return {"replaced": here, "elsewhere": elsewhere}
+
+    @property
+    def elsewhere(self) -> list[Former]:
+        """The runs that the folder had in other stores, which nobody has ended yet."""
+        return [(one["uri"], one["run_id"]) for one in self._done.get("elsewhere", [])]
+
+    def forget_elsewhere(self, ended: Collection[Former]) -> None:
+        """Take note of runs in other stores that don't run any more."""
+        left = [{"uri": uri, "run_id": run_id} for uri, run_id in self.elsewhere if (uri, run_id) not in ended]
+        if len(left) < len(self.elsewhere):
+            self._remember(elsewhere=left)
 
     def begin(self) -> None:
         """Leave word in the folder that MLflow is to have it, even if it is never reached."""
@@ -231,6 +259,9 @@ class FolderDelivery(ABC):
             DamagedFileError: naming a file that can't be read; what others say was brought nevertheless.
         """
         self._damage = []
+        if self.end_elsewhere is not None:
+            for one in self.elsewhere:
+                self.end_elsewhere(one, self._folder)
         try:
             self._open_store()
             if not self.is_connected:
@@ -300,7 +331,7 @@ class FolderDelivery(ABC):
                 has = self._look_up(run)
             finally:
                 self._client = None
-            kept = {name: self._done[name] for name in ("uri", "replaced") if name in self._done}
+            kept = {name: self._done[name] for name in ("uri", "replaced", "elsewhere") if name in self._done}
             retried = bool(self._done.get("retried") or self._done.get("creating"))
             self._done = kept | {"run_id": run.info.run_id, "retried": retried} | has
             self._remember()
@@ -315,7 +346,7 @@ class FolderDelivery(ABC):
     def _find_run(self, client: Any) -> Any:
         """Return the folder's run; None where there is none that can be logged to."""
         if self.run_id is not None:
-            run = _run_of(client, self.run_id)
+            run = run_of(client, self.run_id)
             if run is not None and self._is_own(run):
                 return run
         elif not self._done.get("doubtful") and not self._done.get("creating"):
@@ -365,7 +396,9 @@ class FolderDelivery(ABC):
             retried = True  # if the first was begun nevertheless, it goes when this one ends
             run = client.create_run(experiment_id, start_time=began, run_name=self._run_name, tags=tags)
         replaced = [one for one in self._done.get("replaced", []) if one != run.info.run_id]
-        self._done = {"uri": self.stored_uri, "run_id": run.info.run_id, "replaced": replaced, "retried": retried}
+        kept = {"elsewhere": self._done["elsewhere"]} if self._done.get("elsewhere") else {}
+        begun = {"uri": self.stored_uri, "run_id": run.info.run_id, "replaced": replaced, "retried": retried}
+        self._done = begun | kept
         self._remember()
         return run
 
@@ -450,7 +483,9 @@ class FolderDelivery(ABC):
             found = self._client.search_runs([run.info.experiment_id], same)
             twins = [one.info.run_id for one in found if one.info.run_id != self.run_id]
         for run_id in (*others, *twins):
-            run = _run_of(self._client, run_id)
+            if run_id == self.run_id:  # it is the folder's again
+                continue
+            run = run_of(self._client, run_id)
             if run is None or run.info.status != "RUNNING":
                 continue
             if run_id in twins and not run.data.metrics and not run.data.params:
@@ -553,7 +588,8 @@ class FolderDelivery(ABC):
             return done | {"uri": self.stored_uri}
         run_id = None if done else self._id_elsewhere()
         may_be_known = bool(done) or run_id is not None or os.path.lexists(self._folder / self._journal)
-        return {"uri": self.stored_uri, "run_id": run_id} | ({"doubtful": True} if may_be_known else {})
+        former = self._former_runs(done) if done else {}
+        return {"uri": self.stored_uri, "run_id": run_id} | former | ({"doubtful": True} if may_be_known else {})
 
     def _id_elsewhere(self) -> str | None:
         """Return the run's id by another file than tracking.json; None where no other has it."""
@@ -609,13 +645,23 @@ def read_tracking(folder: Path) -> dict[str, Any]:
                 )
         if any(done.get(name, 0) < 0 for name in ("lines", "samples", "history")):
             raise ValueError("a number of lines is negative")
-        for run_id in (done.get("run_id"), *done.get("replaced", [])):
+        for one in done.get("elsewhere", []):
+            check_keys({"elsewhere": one}, {"elsewhere": dict})
+            check_keys(one, {"uri": str, "run_id": str})
+        others = [*done.get("replaced", []), *(one["run_id"] for one in done.get("elsewhere", []))]
+        for run_id in (done.get("run_id"), *others):
             if run_id is not None and not (isinstance(run_id, str) and RUN_ID.fullmatch(run_id)):
                 raise ValueError(f"{json.dumps(run_id)} is no id of a run")
         check_keys(done.get("counts") or {}, dict.fromkeys(done.get("counts") or {}, NUMBER))
     except ValueError as error:
         raise damaged(folder / TRACKING, str(error), "") from error
     return {"run_id": None} | done
+
+
+def former_runs(done: Mapping[str, Any]) -> list[Former]:
+    """Return the runs that may say that they run, by what a tracking.json says, and that nothing is brought to now."""
+    own = [(done["uri"], done["run_id"])] if done["run_id"] is not None and not done.get("ended") else []
+    return [*((one["uri"], one["run_id"]) for one in done.get("elsewhere", [])), *own]
 
 
 def reach(uri: str) -> None:
@@ -648,7 +694,7 @@ def redirected(uri: str) -> str | None:
     return target.removesuffix(path)
 
 
-def _run_of(client: Any, run_id: str) -> Any:
+def run_of(client: Any, run_id: str) -> Any:
     """Return a run; None where there is none, or it was deleted."""
     try:
         run = client.get_run(run_id)

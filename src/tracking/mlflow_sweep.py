@@ -95,7 +95,9 @@ class SweepDelivery(FolderDelivery):
     def _connect(self) -> None:
         """Find the sweep's run, or begin one; judged by another metric it is another run, with the same trials."""
         if self._done.get("judged", self._judged) != self._judged:
-            self._done = {"uri": self.stored_uri, "run_id": None}
+            kept = {name: self._done[name] for name in ("elsewhere",) if name in self._done}
+            replaced = [*self._done.get("replaced", []), *([] if self.run_id is None else [self.run_id])]
+            self._done = {"uri": self.stored_uri, "run_id": None, "replaced": replaced} | kept
         super()._connect()
         self._remember(judged=self._judged)
 
@@ -277,7 +279,7 @@ def _tracking_of(folder: Path) -> dict[str, Any]:
     own = read_yaml(file).get("tracking", {})
     try:
         check_keys({"tracking": own}, {"tracking": dict})
-        check_keys(own, {"type": str, **OF_A_TRIAL}, may_lack=OF_A_TRIAL)
+        check_keys(own, {"type": str, **OF_A_TRIAL}, may_lack=("type", *OF_A_TRIAL))
     except ValueError as error:
         raise damaged(file, f"tracking: {error}", "Restore it from a copy.") from error
     return dict(own)

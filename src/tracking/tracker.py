@@ -15,6 +15,7 @@ from src.config.frozen import config_hash, read_status
 from src.config.quoting import shell_override
 from src.config.schema import MlflowConfig, TrackingConfig, greater_is_better
 from src.tracking.console import Console
+from src.tracking.former import WAIT_SECONDS, end_all_of
 from src.tracking.journal import RunFolder, Start, hold, open_run_folder
 from src.tracking.mirror import AT_THE_END, TO_THE_END, WHEN_STOPPED
 from src.tracking.mlflow_mirror import MlflowMirror, tracked_before
@@ -277,6 +278,9 @@ def open_tracking(
             replaced = None if is_known else former
             mirror = MlflowMirror(config, run_dir, waits=waits, former=replaced, tell=console.warn)
             folder.at_end.append(lambda: _close(mirror, folder, console))
+        elif former is not None:
+            wait = end_all_of(former, run_dir, console.warn)
+            folder.at_end.append(lambda: wait(WAIT_SECONDS))
         tracker = Tracker(folder, console, mirror)
         tracker.warn(folder.warnings)
         yield tracker
