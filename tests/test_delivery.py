@@ -35,7 +35,7 @@ from src.tracking.mlflow_mirror import Delivery
 from src.tracking.mlflow_store import read_tracking
 from src.tracking.sqlite_store import SqliteStore
 from tests.conftest import FORKS, ROOT, admitted, read_lines
-from tests.test_tracking import closed_port, killed, start_server, stop_server, stopped, track, tracked
+from tests.test_tracking import closed_port, do_step, killed, start_server, stop_server, stopped, track, tracked
 
 SOON = Patience(call_seconds=1.5, total_seconds=4.0)
 PATIENT = Patience(call_seconds=10.0, total_seconds=40.0)
@@ -477,6 +477,24 @@ def test_a_server_that_takes_its_time_or_many_attempts_has_everything_in_the_end
             break
     proxy.mode = "well"
     check(proxy.uri, run, experiment)
+
+
+def test_a_last_step_that_is_done_again_with_other_times_is_delivered(
+    tmp_path: Path, proxy: Proxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = config_of(proxy.uri, "last step"), tmp_path / "run"
+    stopped(config, run, steps=3)
+    with tracked(config, run, Start(step=3)) as tracking:
+        tracking.go_on_from(3, is_end=True)
+        time.sleep(0.01)
+        do_step(tracking, 3, 1 / 3)
+        tracking.finish({"steps": 3})
+    assert capsys.readouterr().err == ""
+    assert deliver(config, run) == ""
+    (found,) = runs_in(proxy.uri, "last step")
+    history = MlflowClient(proxy.uri).get_metric_history(found.info.run_id, "train/loss")
+    assert sorted((point.step, point.value) for point in history) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert found.info.status == "FINISHED"
 
 
 def test_what_a_slow_server_has_taken_is_not_brought_again(tmp_path: Path, proxy: Proxy) -> None:
