@@ -20,12 +20,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import yaml
@@ -394,7 +394,11 @@ def hold(path: Path) -> Iterator[int]:
         raise RunFolderError(f"the run's folder can't be held: {path / LOCK}: {error.strerror}") from error
     if not (path / LOCK).is_file():
         raise RunFolderError(f"{path / LOCK} is no plain file: remove it, it holds nothing")
-    with open(path / LOCK, "a+", encoding="utf-8", errors="replace") as lock:
+    try:
+        lock = open(path / LOCK, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise RunFolderError(f"the run's folder can't be held: {path / LOCK}: {error.strerror}") from error
+    with closing(lock):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -402,11 +406,26 @@ def hold(path: Path) -> Iterator[int]:
             holder = lock.read(LONGEST_HOLDER).strip() or "unknown"
             left = "" if _is_alive(holder) else "; it has died, but processes that it started are still at work"
             raise RunFolderError(f"{path} is in use by another process: {holder}{left}") from error
-        lock.truncate(0)
-        identity = _identity()
-        lock.write(f"process {identity['pid']} on {identity['host']} (boot {identity['boot_id']})\n")
-        lock.flush()
+        except OSError as error:  # a file system without locks
+            raise RunFolderError(f"the run's folder can't be held: {path / LOCK}: {error.strerror}") from error
+        _say_who_holds(lock, path / LOCK)
         yield lock.fileno()
+
+
+def _say_who_holds(lock: TextIO, file: Path) -> None:
+    """Write into a lock which process holds it.
+
+    Raises:
+        RunFolderError: where it can't be written.
+    """
+    identity = _identity()
+    try:
+        os.ftruncate(lock.fileno(), 0)
+        os.write(
+            lock.fileno(), f"process {identity['pid']} on {identity['host']} (boot {identity['boot_id']})\n".encode()
+        )
+    except OSError as error:
+        raise RunFolderError(f"the run's folder can't be held: {file} can't be written: {error.strerror}") from error
 
 
 def holder_of(path: Path) -> str:
