@@ -286,6 +286,11 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.uri = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print what went wrong here; a client that did not wait, or a server that is gone, did not."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
 
 class _Through(http.server.BaseHTTPRequestHandler):
     server: Proxy
