@@ -236,7 +236,7 @@ def test_another_runs_word_that_it_is_finished_is_not_taken(
     shutil.copytree(run, sweep.run_dir(0))
     shutil.copy(finished / "summary.json", sweep.run_dir(0))
     standing = sweep.standing(0, "eval/validation/loss")
-    assert (standing.state, standing.value, "it says FINISHED" in standing.cause) == ("FAILED", None, True)
+    assert (standing.state, standing.value, "metrics.jsonl" in standing.cause) == ("FAILED", None, True)
     (run / "status.json").unlink()  # as it was told
     assert go_on(run).returncode == 0
     assert numbers(run) == numbers(finished)
