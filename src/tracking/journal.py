@@ -141,7 +141,7 @@ class RunFolder:
         Raises:
             DamagedFileError: where the file is not as long as it was left: a line more would hide that it has a hole.
         """
-        if name in self._growing:
+        if name in self._growing and self.path.is_dir():  # else writing tells that the folder is gone
             there = (self.path / name).stat().st_size if (self.path / name).exists() else 0
             if there != (written := self._growing[name].digest.num_bytes):
                 raise _changed_meanwhile(self.path / name, f"it has {there:,} bytes instead of {written:,}")
@@ -156,7 +156,9 @@ class RunFolder:
 
         Raises:
             DamagedFileError: naming the one that is not.
+            OSError: where the folder is not there any more.
         """
+        os.listdir(self.path)  # a folder that is gone is told as that
         for name, file in self._growing.items():
             try:
                 there = Digest(read_bytes(self.path / name, None)).as_dict()
