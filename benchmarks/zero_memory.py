@@ -68,7 +68,7 @@ def main() -> None:
                 model.activation_checkpointing_enable({"use_reentrant": False})
                 autocast = None if is_bf16 else torch.bfloat16
                 with counted(model.bfloat16() if is_bf16 else model, config.loss, CPU, autocast) as counter:
-                    steps[name, is_bf16] = counter.count_training(shape)
+                    steps[name, is_bf16] = counter.count_training(shape, 1 if sharding is None else 2)
             found = memory_forecast(
                 parameters, config.optimizer, shape, steps[name, is_bf16], device_type="cuda", sharding=sharding
             )

@@ -10,9 +10,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
-from unittest.mock import patch
 from weakref import WeakSet
 
 import torch
@@ -21,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import masking_utils
 
 from src.config.schema import LossConfig
 from src.errors import one_line
 from src.forecast.quantised import is_quantised, put_fake_weight
+from src.model.masks import taken_for_single_rows
 from src.training.head import ScoredModel
 
 aten = torch.ops.aten
@@ -81,6 +80,15 @@ class TrainingCount:
     """Of peak_bytes: gradients of parameters."""
     flops: int
     """Multiplications and additions of matrix products and attention, forward and backward."""
+    has_gradients: bool = True
+    """Whether gradients of parameters are among them."""
+
+    def without_gradients(self) -> TrainingCount:
+        """Return what is held beside gradients, where those were all there at the worst moment, as from the second
+        micro-batch on.
+        """
+        peak = self.peak_bytes - self.peak_gradient_bytes
+        return replace(self, peak_bytes=peak, peak_gradient_bytes=0, has_gradients=False)
 
 
 class ForwardCount(NamedTuple):
@@ -219,8 +227,8 @@ class ModelCounter:
         held = [*self._scored.parameters(), *self._scored.buffers()]
         live = LiveTensors(held, num_supervised)
         with ExitStack() as stack:
-            if not is_packed:  # transformers looks at the positions' values, which fake ones have none of
-                stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None))
+            if not is_packed:
+                stack.enter_context(taken_for_single_rows())
             stack.enter_context(self._mode)
             stack.enter_context(live)
             try:

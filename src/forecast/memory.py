@@ -12,6 +12,7 @@ from src.forecast.counting import ForwardCount, MicroBatchShape, TrainingCount
 from src.forecast.items import Item, total
 from src.forecast.optimizer_state import optimizer_part
 from src.forecast.parameters import FP32, ModelParameters, TrainableTensor
+from src.runtime.allocation import KEPT_IN_ALL
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def memory_forecast(
 
     Args:
         shape: of the micro-batch that was counted.
-        step: its count; None where the model can't be counted.
+        step: its count; None where the model can't be counted. Where processes share gradients, of two micro-batches.
         instead: names and counts of moments that are not training.
         uncounted: why step is None.
         device_type: cpu or cuda.
@@ -82,19 +83,29 @@ def memory_forecast(
     """
     if sharding is not None and sharding.is_bf16:
         parameters = parameters.in_bf16()
-    always = (
-        [] if libraries_bytes is None else [Item("libraries and data", libraries_bytes, "measured in this process")]
-    )
-    always.append(Item("parameters", parameters.bytes, parameters.how))
+    beside = _of_a_process(libraries_bytes, step)
+    always = [Item("parameters", parameters.bytes, parameters.how)]
+    if sharding is not None and step is not None:  # its gradients are sharded, and among the items of _sharded
+        step = step.without_gradients()
     counted = _counted(parameters, shape, step, uncounted)
     others = tuple(
         Item(name, count.peak_bytes, "counted; instead of activations and backward") for name, count in instead
     )
     if sharding is not None:
-        sharded, on_cpu = _sharded(parameters, always.pop(), optimizer, sharding)
-        return MemoryForecast((*always, *sharded, *counted), others, tuple(on_cpu))
+        sharded, on_cpu = _sharded(parameters, always[0], optimizer, sharding)
+        return MemoryForecast((*beside, *sharded, *counted), others, tuple(on_cpu))
     always.append(optimizer_part(parameters, optimizer, device_type))
-    return MemoryForecast((*always, *counted), others)
+    return MemoryForecast((*beside, *always, *counted), others)
+
+
+def _of_a_process(libraries_bytes: int | None, step: TrainingCount | None) -> list[Item]:
+    if libraries_bytes is None:
+        return []
+    kept = KEPT_IN_ALL if step is None else min(KEPT_IN_ALL, step.peak_bytes)
+    return [
+        Item("libraries and data", libraries_bytes, "measured: what such a run imports, and its rows"),
+        Item("free blocks", kept, "at most, that malloc keeps for the next step"),
+    ]
 
 
 def _counted(
@@ -105,8 +116,10 @@ def _counted(
         return [Item(name, None, f"unknown: {uncounted}") for name in STEP_PARTS]
     kept = f"kept for backward, counted by a forward of {shape.batch:,} x {shape.seq:,} tokens, "
     kept += f"{shape.num_supervised:,} of them scored"
-    on_top = f"on top when most is held: {human_bytes(step.peak_gradient_bytes)} of gradients, and single operations "
-    on_top += f"(logits); {human_bytes(parameters.trained_bytes)} of gradients when it is over"
+    on_top = "on top when most is held: single operations (logits)"
+    if step.has_gradients:
+        on_top += f" and {human_bytes(step.peak_gradient_bytes)} of gradients; when it is over they are "
+        on_top += human_bytes(parameters.trained_bytes)
     return [Item(activations, step.saved_bytes, kept), Item(backward, step.peak_bytes - step.saved_bytes, on_top)]
 
 

@@ -11,19 +11,6 @@ from torch import Tensor, nn
 from src.forecast.parameters import NESTED_BLOCK, SCALE_BLOCK
 
 
-def put_quantised_layers(model: Any, settings: Any) -> None:
-    """Replace the linear layers of a model by bitsandbytes' own, in place, as transformers does on loading.
-
-    Args:
-        model: on the meta device, without adapter.
-        settings: transformers' BitsAndBytesConfig.
-    """
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
-
-
 def is_quantised(module: nn.Module) -> bool:
     """Return whether a layer is one of bitsandbytes' for 8 or 4 bits."""
     return type(module).__name__ in ("Linear4bit", "Linear8bitLt") and hasattr(module, "in_features")

@@ -29,14 +29,13 @@ from src.forecast.counting import (
 from src.forecast.disk import DiskForecast, disk_forecast, most_saves
 from src.forecast.memory import MemoryForecast, Sharding, memory_forecast
 from src.forecast.parameters import ModelParameters, parameters_of, with_adapter
-from src.forecast.quantised import put_quantised_layers
 from src.forecast.time import TimeForecast, counted_time, matmul_flops_per_second, measured_time
 from src.inspection import workload
 from src.inspection.findings import Finding, Level
 from src.model.adapters import add_adapter
 from src.model.build import build_model, with_zero_sizes
 from src.model.embeddings import embedding_matrices, fit_embeddings
-from src.model.quantization import quantization_settings
+from src.model.quantization import put_quantised_layers, quantization_settings
 from src.runtime.session import start_runtime
 from src.runtime.signals import stop_on_signals
 from src.tokens import num_token_ids
@@ -90,6 +89,7 @@ def outlook(
     new_ids: Sequence[int],
     data: Data,
     run_dir: Path,
+    libraries_bytes: int | None,
     *,
     measure: bool,
 ) -> Outlook:
@@ -98,6 +98,7 @@ def outlook(
     Args:
         model: as built by `empty_model`, resized to the tokenizer; gets quantised layers and the adapter.
         new_ids: tokens that have no learned row yet, which an adapter trains too.
+        libraries_bytes: what the process holds before there is a model; None where nobody knows.
     """
     train = first_block(data.train)
     processes = config.runtime.world_size
@@ -110,7 +111,6 @@ def outlook(
     if per_epoch is not None:
         num_micro_batches = round(num_steps / per_epoch * len(micro_batches))
     device = device_of(config)
-    libraries = resident_bytes() if device.type == "cpu" else None
     parameters = planned_parameters(config, model, new_ids)
     counts = _count(config, model, work, num_micro_batches / processes, device)
     memory = memory_forecast(
@@ -122,7 +122,7 @@ def outlook(
         uncounted=counts.reason,
         device_type=device.type,
         sharding=sharding_of(with_zero_sizes(config)),
-        libraries_bytes=libraries,
+        libraries_bytes=libraries_bytes if device.type == "cpu" else None,
     )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -179,7 +179,9 @@ def _count(
         model, autocast = model.to(torch.bfloat16), None
     try:
         with counted(model, config.loss, device, autocast) as counter:
-            counts.step = counter.count_training(work.widest, config.training.gradient_accumulation_steps)
+            is_sharded = isinstance(config.deepspeed, ZeroConfig)
+            accumulation = 2 if is_sharded else config.training.gradient_accumulation_steps
+            counts.step = counter.count_training(work.widest, accumulation)
             usual = counter.count_training(workload.mean_shape(work.micro_batches)).flops
             counts.flops["training"] = num_micro_batches * usual
             _count_evaluation(counter, counts, work, processes)
