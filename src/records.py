@@ -118,6 +118,7 @@ def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
         if not isinstance(node, yaml.MappingNode):
             raise ValueError("no mapping of keys to values")
         count_values(node)
+        _check_kinds(node, set())
         content = yaml.SafeLoader("").construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -363,11 +364,6 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) ->
         inner = node.value
     elif isinstance(node, yaml.MappingNode):
         inner = [one for pair in node.value for one in pair]
-        if other := next((key for key, _ in node.value if key.tag != f"{TAG}str"), None):
-            raise ValueError(f"line {other.start_mark.line + 1}: a key that is no text")
-    if not _is_plain(node):
-        given = _short(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
-        raise ValueError(f"line {node.start_mark.line + 1}: {given} can't be of the kind {node.tag.removeprefix(TAG)}")
     count = 1 + sum(_count_values(one, counts, depth + 1) for one in inner)
     if count > MOST_YAML_VALUES:
         raise ValueError(
@@ -375,6 +371,29 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) ->
         )
     counts[id(node)] = count
     return count
+
+
+def _check_kinds(node: yaml.Node, seen: set[int]) -> None:
+    """Check that a YAML node has text keys and values that JSON has too.
+
+    Args:
+        seen: nodes that were checked, by their identity.
+    Raises:
+        ValueError: naming the line.
+    """
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if not _is_plain(node):
+        given = _short(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+        raise ValueError(f"line {node.start_mark.line + 1}: {given} can't be of the kind {node.tag.removeprefix(TAG)}")
+    inner = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        if other := next((key for key, _ in node.value if key.tag != f"{TAG}str"), None):
+            raise ValueError(f"line {other.start_mark.line + 1}: a key that is no text")
+        inner = [value for _, value in node.value]
+    for one in inner:
+        _check_kinds(one, seen)
 
 
 def _is_plain(node: yaml.Node) -> bool:
