@@ -350,30 +350,37 @@ PADDED_PAIRS = MicroBatchShape(4, 64, num_supervised=100, target_seq=48, has_pad
 PACKED = MicroBatchShape(2, 192, num_supervised=150, is_packed=True)
 
 
+NO, BF16 = MixedPrecision.no, MixedPrecision.bf16
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # PEFT sets it itself where it must be
-@pytest.mark.parametrize("precision", [MixedPrecision.no, MixedPrecision.bf16])
 @pytest.mark.parametrize(
-    ("make", "options", "adapter", "shape"),
+    ("make", "options", "adapter", "shape", "precision"),
     [
-        (tiny_llama, EXACT, None, CAUSAL),
-        (tiny_llama, HALF, None, CAUSAL),
-        (tiny_llama, EXACT | EAGER, None, CAUSAL),
-        (tiny_llama, EXACT, LORA, CAUSAL),
-        (tiny_llama, HALF, ONLY_QV, CAUSAL),
-        (tiny_llama, EXACT, DROPPED, CAUSAL),
-        (tiny_llama, EXACT, DORA, CAUSAL),
-        (qwen3, EXACT, None, CAUSAL),
-        (qwen3, EXACT, None, PACKED),
-        (qwen3, EXACT, LORA, PACKED),
-        (gpt2, EXACT, None, CAUSAL),
-        (gpt2, EXACT | EAGER, LORA, CAUSAL),
-        (gemma2, EXACT, None, CAUSAL),
-        (gemma3, EXACT, None, CAUSAL),
-        (phi3, EXACT, LORA, CAUSAL),
-        (neox, EXACT, None, CAUSAL),
-        (falcon, EXACT, None, CAUSAL),
-        (mixtral, EXACT, None, CAUSAL),
-        (t5, EXACT, None, PADDED_PAIRS),
+        (tiny_llama, EXACT, None, CAUSAL, NO),
+        (tiny_llama, EXACT, None, CAUSAL, BF16),
+        (tiny_llama, HALF, None, CAUSAL, NO),
+        (tiny_llama, EXACT | EAGER, None, CAUSAL, BF16),
+        (tiny_llama, EXACT, LORA, CAUSAL, BF16),
+        (tiny_llama, HALF, ONLY_QV, CAUSAL, NO),
+        (tiny_llama, HALF, ONLY_QV, CAUSAL, BF16),
+        (tiny_llama, EXACT, DROPPED, CAUSAL, NO),
+        (tiny_llama, EXACT, DORA, CAUSAL, BF16),
+        (qwen3, EXACT, None, CAUSAL, BF16),
+        (qwen3, EXACT, None, PACKED, NO),
+        (qwen3, EXACT, LORA, PACKED, BF16),
+        (gpt2, EXACT, None, CAUSAL, NO),
+        (gpt2, EXACT | EAGER, LORA, CAUSAL, BF16),
+        (gemma2, EXACT, None, CAUSAL, NO),
+        (gemma2, EXACT, None, CAUSAL, BF16),
+        (gemma3, EXACT, None, CAUSAL, NO),
+        (phi3, EXACT, LORA, CAUSAL, NO),
+        (neox, EXACT, None, CAUSAL, BF16),
+        (falcon, EXACT, None, CAUSAL, NO),
+        (mixtral, EXACT, None, CAUSAL, NO),
+        (mixtral, EXACT, None, CAUSAL, BF16),
+        (t5, EXACT, None, PADDED_PAIRS, NO),
+        (t5, EXACT, None, PADDED_PAIRS, BF16),
     ],
 )
 def test_a_step_holds_what_was_counted(
@@ -417,9 +424,19 @@ def test_a_head_with_a_bias_of_zeros_counts_as_more_than_a_head() -> None:
     assert saved < found.saved_bytes < 1.05 * saved
 
 
-@pytest.mark.parametrize("precision", [MixedPrecision.no, MixedPrecision.bf16])
-@pytest.mark.parametrize("adapter", [None, LORA])
-@pytest.mark.parametrize("make", [tiny_llama, gpt2, gemma2, bart])
+@pytest.mark.parametrize(
+    ("make", "adapter", "precision"),
+    [
+        (tiny_llama, None, NO),
+        (tiny_llama, LORA, BF16),
+        (gpt2, LORA, NO),
+        (gpt2, None, BF16),
+        (gemma2, None, NO),
+        (gemma2, LORA, BF16),
+        (bart, None, BF16),
+        (bart, LORA, NO),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_checkpointing_is_counted_with_the_block_that_is_computed_again(
     make: Callable[[], PreTrainedConfig], adapter: LoraConfig | None, precision: MixedPrecision
@@ -653,8 +670,7 @@ def test_what_an_adapter_run_holds_is_forecast_to_the_byte(weights: Path, overri
     assert sizes["optimizer state"] == sum(value.nbytes for value in kept)
 
 
-@pytest.mark.parametrize("precision", [MixedPrecision.no, MixedPrecision.bf16])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", NO), ("float32", BF16), ("bfloat16", BF16)])
 @pytest.mark.parametrize(
     "overrides",
     [
