@@ -114,7 +114,8 @@ def _counted(
     activations, backward = STEP_PARTS
     if step is None:
         return [Item(name, None, f"unknown: {uncounted}") for name in STEP_PARTS]
-    kept = f"kept for backward, counted by a forward of {shape.batch:,} x {shape.seq:,} tokens, "
+    length = f"{shape.seq:,}" if shape.target_seq is None else f"({shape.seq:,} + {shape.target_seq:,})"
+    kept = f"kept for backward, counted by a forward of {shape.batch:,} x {length} tokens, "
     kept += f"{shape.num_supervised:,} of them scored"
     on_top = "on top when most is held: single operations (logits)"
     if step.has_gradients:
