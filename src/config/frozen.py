@@ -26,6 +26,7 @@ from src.config.compose import (
 )
 from src.config.deepspeed import KEY as DEEPSPEED_FILE
 from src.config.formats import declare_frozen
+from src.config.hydra_keys import hydra_problems
 from src.config.places import CHECKPOINTS, folder_of, steps_in
 from src.config.problems import Problem
 from src.config.quoting import override as override_text
@@ -169,7 +170,8 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     base = compose(
         [f"++{override_text('name', str(changed.get('name')))}", *hydra_overrides], CommandLine(line.flags, line.argv)
     )
-    composed = Composed({}, base.run_dir, {}, [*base.problems, *problems, *refused])
+    composed = Composed({}, base.run_dir, {}, [*base.problems, *problems, *refused], failed=base.failed)
+    composed.problems += hydra_problems(base, line)
     _resolve(changed, composed)
     return composed
 

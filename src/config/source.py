@@ -12,8 +12,9 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from src.config.options import OptionFileError, is_hidden, read_option
+from src.config.options import OptionFileError, error_of_text, is_hidden, read_option
 from src.secrets import as_variables
 
 LIST_OR_MAPPING = ("data.validation_files", "data.test_files")
@@ -38,7 +39,10 @@ class FileConfigSource(file_config_source.FileConfigSource):  # Hydra tells sour
             raise OptionFileError(f"{config_path}: a name that begins with '.' is no option's; give it another")
         if os.path.lexists(place := self._place(config_path)):
             read_option(place)
-        result = super().load_config(config_path)
+        try:
+            result = super().load_config(config_path)
+        except OmegaConfBaseException as error:
+            raise error_of_text(place, _unfinished) or error from error
         package = result.header.get("package") or os.path.dirname(config_path).replace("/", ".")
         for key in LIST_OR_MAPPING:
             inner = key if package == "_global_" else key.removeprefix(f"{package}.")
@@ -57,6 +61,15 @@ class FileConfigSource(file_config_source.FileConfigSource):  # Hydra tells sour
 
     def _place(self, config_path: str) -> Path:
         return Path(self.path, self._normalize_file_name(config_path))
+
+
+def _unfinished(text: str) -> str:
+    """Return why OmegaConf can't read a text; '' where it can."""
+    try:
+        OmegaConf.create({"": text})
+    except GrammarParseError:
+        return "`${` begins an interpolation that can't be read; where it is text, write `\\${`"
+    return ""
 
 
 def _as_text(config: Any, key: str) -> None:
