@@ -106,6 +106,19 @@ def test_what_can_not_be_resolved_in_a_file_has_its_line_and_is_told_once(own: P
     assert any("optimizer.lrr" in one for one in problems(f"--config-dir={own}", "experiment=mine", "optimizer.lrr=1"))
 
 
+def test_all_else_is_told_beside_what_can_not_be_resolved() -> None:
+    given = ["optimizer.lr=${nope}", "optimizer.lrr=1", "loss.reduction=sun", "data.limit=-1"]
+    told = problems(*given, "data.train_files=[${nope}]", "training.max_grad_norm=${optimizer.lr}")
+    starts = ["optimizer.lr = ", "data.train_files[0] = ", "optimizer.lrr = 1", "loss.reduction = sun", "data.limit ="]
+    assert len(told) == len(starts)
+    assert all(any(one.startswith(start) for one in told) for start in starts)
+    assert all(one.endswith("(command line)") for one in told)
+    told = problems("-m", "seed=1,2", "sweep.name=${nope}", "sweep.n_jobs=0")
+    assert [one.partition(" = ")[0] for one in told] == ["sweep.name", "sweep.n_jobs"]
+    (found,) = problems("deepspeed=file", "deepspeed.config_file=${nope}")
+    assert found.startswith("deepspeed.config_file = ${nope} can't be resolved")
+
+
 # Hydra's flags and keys
 
 
@@ -113,6 +126,7 @@ def test_what_can_not_be_resolved_in_a_file_has_its_line_and_is_told_once(own: P
     ("arguments", "told"),
     [
         (["--experimental-rerun", "/no/such"], ["--experimental-rerun = /no/such", "rerun=DIR"]),
+        (["--run", "-m", "seed=1,2"], ["--run, -m", "one of them"]),
         (["--resolve"], ["--resolve", "--cfg job"]),
         (["--package", "data"], ["--package", "--cfg job"]),
         (["hydra.output_subdir=foo"], ["hydra.output_subdir = foo", "leave it out"]),
@@ -355,7 +369,13 @@ def test_mistakes_of_a_primary_configuration_are_its_own(own: Path) -> None:
     assert nmae.endswith(f"({own}/whole.yaml, line 6)")
     assert lrr.endswith(f"({own}/whole.yaml, line 5)")
     (told,) = problems(*flags, "-cn", "wohle")
-    assert told.startswith("--config-name = wohle no such file; one of config, whole; did you mean whole?")
+    assert told.startswith(
+        "--config-name = wohle no such file in conf/ or --config-dir; one of config, whole; did you mean whole?"
+    )
+    for name in ("../own/whole", str(own / "whole"), "mine/whole"):
+        (told,) = problems(*flags, "-cn", name)
+        assert "no such file in conf/ or --config-dir; one of config, whole" in told
+    assert admit(["-cn", "config.yaml", "--cfg", "job"]).shown is not None
     put(own, "twice", "defaults:\n  - config\n  - optimizer: sgd\n  - _self_\n")
     assert "twice.yaml, line 3, column 5: " in refusal(*flags, "-cn", "twice")
 

@@ -165,7 +165,9 @@ class CommandLine:
     @property
     def shown(self) -> list[str]:
         """The overrides of the one configuration that Hydra shows: without what is varied."""
-        fixed = (override for override in self.overrides if not override.is_sweep_override())
+        fixed = [override for override in self.overrides if not override.is_sweep_override()]
+        if self.flags.hydra_help:  # which composes Hydra's own section alone
+            fixed = [override for override in fixed if override.is_hydra_override()]
         return [text for override in fixed for text in forced(override, self.roots)]
 
     def value_of(self, key: str) -> Any:
@@ -202,7 +204,7 @@ class Composed:
     files: tuple[Merged, ...] = ()
     """What Hydra composed it of, the later over the earlier; empty of a frozen configuration."""
     failed: set[str] = field(default_factory=set)
-    """Sections, and `hydra.run.dir` or `hydra.sweep.dir`, that could not be resolved; `problems` says why."""
+    """Keys that could not be resolved, of a section the outermost ones; `problems` says why."""
 
     @property
     def has_run_dir(self) -> bool:
@@ -221,6 +223,8 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     if flags.config_path:
         reason = "conf/ is the configuration; add options of your own with --config-dir DIR"
         line.problems.append(Problem("--config-path", reason, flags.config_path, True, COMMAND_LINE))
+    if flags.run and flags.multirun:
+        line.problems.append(Problem("--run, -m", "one run, or a sweep: one of them", has_value=False))
     if flags.experimental_rerun:
         reason = "a run is repeated from its folder: rerun=DIR, with changes of single keys behind it"
         line.problems.append(Problem("--experimental-rerun", reason, flags.experimental_rerun, True, COMMAND_LINE))
@@ -257,10 +261,12 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
             line.problems.append(SeveralValues(override.key_or_group, reason, text, True, COMMAND_LINE))
         if is_group(override, line.roots):
             line.problems += _unknown_options(override, line.roots)
-    if flags.config_name and not os.path.lexists(primary_file(line)):
+    parts = Path(flags.config_name or "").parts
+    if flags.config_name and (parts[0] == "/" or ".." in parts or not os.path.lexists(primary_file(line))):
         known = sorted({file.stem for root in line.roots for file in root.glob("*.yaml") if not is_hidden(file.name)})
         near = get_close_matches(flags.config_name, known, n=1)
-        reason = f"no such file; one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
+        reason = f"no such file in conf/ or --config-dir; one of {', '.join(known)}"
+        reason += f"; did you mean {near[0]}?" if near else ""
         line.problems.append(Problem(PRIMARY, reason, flags.config_name, True, COMMAND_LINE))
     _identity["sweep_id"] = line.sweep_id
     return line
@@ -503,7 +509,7 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
             composed.run_dir = Path(str(folder.dir))
         except UNRESOLVED:
             composed.failed.add(str(folder._get_full_key("dir")))
-            composed.problems += unresolved(folder, ["dir"])
+            composed.problems += unresolved(folder, ["dir"]).values()
     sections: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]))
     if resolve:
         resolve_sections(OmegaConf.create(with_lists(sections)), composed)
@@ -644,17 +650,29 @@ def _resolve_sections(whole: DictConfig, composed: Composed) -> None:
             else:
                 failed.append(str(key))
     if failed:
-        composed.problems = unresolved(whole, failed, composed.problems)
-        composed.failed |= set(failed)
-    composed.problems += read_deepspeed_file(composed.sections.get("deepspeed"), composed.stored.get("deepspeed"))
+        _leave_out(whole, failed, composed)
+    if (stored := composed.stored.get("deepspeed")) is not None:
+        composed.problems += read_deepspeed_file(composed.sections["deepspeed"], stored)
 
 
-def unresolved(whole: DictConfig, keys: Sequence[str], others: Sequence[Problem] = ()) -> list[Problem]:
-    """Return a problem for each value under these keys whose `${…}` can't be resolved.
+def _leave_out(whole: DictConfig, failed: Sequence[str], composed: Composed) -> None:
+    """Tell why sections can't be resolved, and take the rest of each, in which `???` stands for what can't be."""
+    found = unresolved(whole, failed)
+    composed.problems = [*composed.problems, *found.values()]
+    composed.problems = _to_blame(composed.problems)
+    for section, _, rest in {key.partition("[")[0]: key.partition("[")[0].partition(".") for key in found}.values():
+        child = rest.partition(".")[0]
+        composed.failed.add(f"{section}.{child}" if child else section)
+        if child:
+            whole[section][child] = "???"
+    for key in failed:
+        if key not in composed.failed:
+            composed.sections[key] = _resolved(whole, key)
 
-    Values that take it from one of these, those of `others` among them, are not told as well.
-    """
-    found = {problem.key: problem for problem in others}
+
+def unresolved(whole: DictConfig, keys: Sequence[str]) -> dict[str, Problem]:
+    """Return a problem for each value under these keys whose `${…}` can't be resolved, by its dotted key."""
+    found = {}
     for key in keys:
         for name, node in _values(whole._get_node(key), str(whole._get_full_key(key))):
             try:
@@ -662,13 +680,18 @@ def unresolved(whole: DictConfig, keys: Sequence[str], others: Sequence[Problem]
             except UNRESOLVED as error:
                 reason = f"can't be resolved: {_why_unresolved(error)}; where `${{` is text, write `\\${{`"
                 found[name] = Problem(name, reason, str(node._value()))
-    sources = {name: _INTERPOLATED.findall(str(problem.value)) for name, problem in found.items()}
-    blamed = {
-        name
-        for name, others_of in sources.items()
-        if any(one != name and (one in found or any(key.startswith(f"{one}.") for key in found)) for one in others_of)
-    }
-    return [problem for name, problem in found.items() if name not in blamed or len(blamed) == len(found)]
+    return found
+
+
+def _to_blame(problems: Sequence[Problem]) -> list[Problem]:
+    """Return the problems without those of values that only take what can't be resolved from another one."""
+    keys = [problem.key for problem in problems]
+
+    def is_taken(problem: Problem) -> bool:
+        sources = _INTERPOLATED.findall(str(problem.value))
+        return any(one != problem.key and any(f"{key}.".startswith(f"{one}.") for key in keys) for one in sources)
+
+    return [problem for problem in problems if not is_taken(problem)] or list(problems)
 
 
 def _why_unresolved(error: Exception) -> str:
@@ -759,15 +782,13 @@ def problem_of(error: Exception, key: str = "") -> Problem:
 
 def where_set(key: str, line: CommandLine, composed: Composed) -> str | Place:
     """Return where a key got its value: the place in a file, a file alone, the command line or the environment."""
+    inside = key.partition("[")[0]
     for override in line.overrides:
         given = override.key_or_group
-        if is_group(override, line.roots):
-            continue
-        if key == given or key.startswith(given + ".") or given.startswith(key + "."):
+        if not is_group(override, line.roots) and (f"{inside}.".startswith(f"{given}.") or given.startswith(f"{key}.")):
             return COMMAND_LINE
     if not composed.files:
         return "frozen config"
-    inside = key.partition("[")[0]
     for one in reversed(composed.files):
         if (inner := one.within(inside)) and (place := find_key(one.file, inner)) is not None:
             variable = next((name for name in _VARIABLE.findall(place.value or "") if os.environ.get(name)), None)

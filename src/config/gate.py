@@ -212,7 +212,7 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
         problems += _across(parsed)
         problems += _meeting_problems(parsed, line)
         problems += _run_dir_problems(composed, line)
-    of_file = [problem for problem in composed.problems if problem.key.startswith("deepspeed.")]
+    of_file = [one for one in composed.problems if one.key.startswith("deepspeed.") and one.key not in composed.failed]
     # told once: without its value a key is nothing else
     unresolved = {problem.key for problem in composed.problems if problem not in of_file} | composed.failed
     reads = rules.is_read_by_predict if entry == "predict" else lambda key: True
@@ -311,7 +311,7 @@ def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Compos
     given = sections.pop("sweep", None)
     if line.flags.multirun or line.flags.cfg or not isinstance(given, dict | None):
         return _parse(SweepConfig, given, "sweep")
-    found = list(describes_a_sweep(composed)) if "sweep" not in composed.failed else []
+    found = list(describes_a_sweep(composed))
     asked = [o for o in line.overrides if f"{o.key_or_group}.".startswith("sweep.") and not _asks_for_none(o)]
     reason = "is read by a sweep only: add -m" if entry is None else f"python -m src.{entry} looks at one run"
     problems = [Problem(o.key_or_group, reason, composing.value_text(o), True, composing.COMMAND_LINE) for o in asked]

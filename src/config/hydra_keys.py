@@ -68,7 +68,7 @@ def params_problems(composed: Composed) -> list[Problem]:
         return []
     with hydra_resolved(composed.hydra):
         if found := unresolved(sweeper, ["params"]):
-            return found
+            return list(found.values())
     if isinstance(given, DictConfig):
         return []
     return [Problem(SWEEPER_PARAMS, "not a mapping from a key to its values, as they stand behind KEY=", str(given))]

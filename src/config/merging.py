@@ -218,7 +218,8 @@ def _absolute(name: str, path: str) -> str:
 
 def _file_of(read: ConfigResult, path: str) -> Path | None:
     """Return the file that was read; None of what Hydra's plugins have in memory."""
-    return Path(read.path.removeprefix(FILE), f"{path}.yaml") if read.path.startswith(FILE) else None
+    name = f"{path.removesuffix('.yaml')}.yaml"
+    return Path(read.path.removeprefix(FILE), name) if read.path.startswith(FILE) else None
 
 
 def _make_room(cfg: DictConfig, given: Any) -> None:
