@@ -236,6 +236,41 @@ def test_a_list_where_a_mapping_is_and_the_reverse_are_told_by_key_and_line(own:
 
 
 @pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("optimizer.betas={a: 1}", 'optimizer.betas = {"a": 1} not a list'),
+        ("optimizer.betas.x=3", 'optimizer.betas = {"x": 3} not a list'),
+        ("tokens.additional_special_tokens={a: b}", 'tokens.additional_special_tokens = {"a": "b"} not a list'),
+        ("training=[a]", 'training = ["a"] a section of keys'),
+        ("data.columns=[a]", 'data.columns = ["a"] not a mapping'),
+        ("hydra.run=3", "hydra.run int is not a subclass of RunDir"),
+        ("hydra.run.dir=null", "hydra.run.dir field 'hydra.run.dir' is not Optional"),
+    ],
+)
+def test_a_list_where_a_mapping_is_is_told_on_the_command_line_too(
+    text: str, told: str, own: Path, tmp_path: Path
+) -> None:
+    (found,) = problems(text)
+    assert found.replace("Invalid type assigned: ", "").startswith(told)
+    (found,) = problems("-m", "seed=1,2", text.replace("hydra.run", "hydra.sweep"))
+    if text.startswith("hydra."):
+        return
+    assert found.startswith(told)
+    key, _, value = text.partition("=")
+    flags = put(own, "sweep/mine", {"defaults": ["_keys"], "params": {key: [yaml.safe_load(value)]}})
+    assert any(one.startswith(told) for one in problems("-m", *flags, "sweep=mine", "seed=1,2"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(admitted().frozen))
+    assert any(one.startswith(told) for one in problems(f"rerun={tmp_path}", text))
+
+
+def test_a_sweep_of_files_that_differ_in_kind_runs_as_it_was_admitted(own: Path) -> None:
+    flags = put(own, "sweep/mine", {"defaults": ["_keys"], "params": {"data": ["tow_addition", "text"]}})
+    put(own, "experiment/mine", {"sweep": {"params": {"data": {"limit": 9}}}})
+    done = towline("-m", *flags, "sweep=mine", "experiment=mine", "seed=1,2", "tracking=none", "sweep.dry_run=true")
+    assert (done.returncode, "2 trials, 2 to run" in done.stdout) == (0, True), done.stderr
+
+
+@pytest.mark.parametrize(
     ("content", "column", "told"),
     [
         ("hydra: 3", 1, "hydra: has keys of its own"),
@@ -256,20 +291,24 @@ def test_what_hydra_can_not_have_is_placed(own: Path, content: str, column: int,
 
 @pytest.mark.parametrize("value", [["a"], {"a": "b"}, "a text", None, True, 7], ids=str)
 def test_any_value_in_any_key_of_a_file_is_admitted_or_told_by_its_key(own: Path, value: Any) -> None:
-    names = [key.name for key in all_keys().values() if key.section in SECTIONS][::7]
-    for name in [*names, *SECTIONS]:
-        first, *parts = name.split(".")
-        content: Any = value
-        for part in reversed(parts):
-            content = {part: content}
-        flags = put(own, "experiment/mine", {first: content})
+    sections: dict[str, list[str]] = {}
+    for key in all_keys().values():
+        if key.section in SECTIONS:
+            sections.setdefault(key.section, []).append(key.name.split(".")[1])
+    contents: list[dict[str, Any]] = [dict.fromkeys(SECTIONS, value)]
+    contents += [
+        {section: {names[number % len(names)]: value} for section, names in sections.items()} for number in (0, 3, 8)
+    ]
+    for content in contents:
+        flags = put(own, "experiment/mine", content)
         try:
             admit([*flags, "experiment=mine"])
-            told = ""
+            told = []
         except ConfigError as error:
-            told = str(error)
-        assert not told or first in told, (name, told)
-        assert not told or "experiment/mine.yaml, line" in told or f"{first}." in told, (name, told)
+            told = str(error).split("\n")[1:-1]
+        for line in told:
+            assert line.split()[0].split(".")[0] in content, line
+    assert value is None or told
 
 
 # The entries of defaults

@@ -47,7 +47,7 @@ from src import secrets
 from src.config.deepspeed import read_deepspeed_file
 from src.config.files import unusable
 from src.config.formats import declare_options, fill_mixture
-from src.config.merging import BASE, Loader, Merged, has_content
+from src.config.merging import BASE, Loader, Merged, has_content, make_room
 from src.config.options import (
     CONF,
     PROJECT_ROOT,
@@ -64,7 +64,7 @@ from src.config.peers import flag_hint
 from src.config.problems import Problem, refuse
 from src.config.quoting import in_url, shell_override
 from src.config.quoting import override as override_text
-from src.config.source import install, with_lists
+from src.config.source import install
 from src.errors import report, visible
 
 COMMAND_LINE = "command line"
@@ -467,6 +467,7 @@ class Points:
             if isinstance(one, str) and not one.startswith("++"):
                 continue
             key = one.key if isinstance(one, Assignment) else _parsed(one).key_or_group
+            make_room(whole, key, one.value if isinstance(one, Assignment) else _parsed(one).value())
             try:
                 if isinstance(one, Assignment):
                     one.apply(whole)
@@ -512,9 +513,9 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
             composed.problems += unresolved(folder, ["dir"]).values()
     sections: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]))
     if resolve:
-        resolve_sections(OmegaConf.create(with_lists(sections)), composed)
+        resolve_sections(OmegaConf.create(sections), composed)
     else:
-        composed.sections = with_lists(sections)
+        composed.sections = sections
     return composed
 
 
@@ -776,6 +777,7 @@ OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 def problem_of(error: Exception, key: str = "") -> Problem:
     causes = [str(one).strip() for one in (error, error.__cause__) if one is not None]
+    causes = [text for text in causes if text and not text.startswith("Error merging override")] or causes
     text = "; ".join(" ".join(cause.split("\n")[0].split()).rstrip(".") for cause in causes)
     return Problem(key or getattr(error, "full_key", None) or "conf", text, has_value=False)
 

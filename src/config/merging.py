@@ -15,7 +15,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.default_element import ConfigDefault, GroupDefault, InputDefault, ResultDefault
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import Container, DictConfig, OmegaConf, flag_override
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.options import OptionFileError, error_at, error_in_defaults
@@ -74,8 +74,8 @@ class Loader(ConfigLoaderImpl):
             raise
 
     def _parse_overrides_and_create_caching_repo(self, *arguments: Any) -> Any:
-        parsed, self._repo = super()._parse_overrides_and_create_caching_repo(*arguments)
-        return parsed, self._repo
+        self._overrides, self._repo = super()._parse_overrides_and_create_caching_repo(*arguments)
+        return self._overrides, self._repo
 
     def _load_single_config(self, default: ResultDefault, repo: Any) -> ConfigResult:
         read = repo.load_config(config_path=default.config_path)
@@ -97,6 +97,9 @@ class Loader(ConfigLoaderImpl):
                 except OmegaConfBaseException:
                     _make_room(cfg, given)
                     self._merge(cfg, given)
+        for override in self._overrides:
+            if not override.is_delete():
+                make_room(cfg, override.key_or_group, override.value())
         section = cfg.get(HYDRA)
         if isinstance(section, DictConfig) and section._get_flag(HAS_DEFAULTS):
             with flag_override(section, ["readonly", "struct"], False):
@@ -231,6 +234,25 @@ def _make_room(cfg: DictConfig, given: Any) -> None:
             _make_room(old, new)
         elif len(kinds) == 2:
             cfg[key] = None
+
+
+def make_room(cfg: DictConfig, key: str, value: Any) -> None:
+    """Take a list out of the way to a key, and what it has where that is a list and the value a mapping or the reverse.
+
+    So the value is taken, and the gate tells it; nothing is done within Hydra's own section.
+    """
+    *way, last = key.split(".")
+    node: Any = cfg
+    for count, part in enumerate([*way, last]):
+        if isinstance(node, ListConfig) and has_content(node):
+            OmegaConf.update(cfg, ".".join(way[:count]), None)
+        if (count == 0 and part == HYDRA) or not (isinstance(node, DictConfig) and has_content(node)):
+            return
+        above, node = node, node._get_node(part)
+    kinds = {DictConfig: dict, ListConfig: list}
+    there = next((kind for one, kind in kinds.items() if isinstance(node, one) and has_content(node)), None)
+    if there is not None and isinstance(value, dict | list) and not isinstance(value, there):
+        above[last] = None
 
 
 def _misfit(section: Any, given: Any, key: str) -> tuple[str, str] | None:

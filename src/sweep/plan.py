@@ -255,7 +255,8 @@ def _open(line: CommandLine, problems: list[Problem]) -> Plan | None:
     first = Points(fixed, line).compose([])
     sweep, found = sweep_of(first)
     if sweep is None or not first.sections or not first.has_run_dir:
-        problems += [*located_problems(first, line), *(one for one in found if one.key not in first.failed)]
+        of_sweep = [problem for problem in found if first.sections and problem.key not in first.failed]
+        problems += [*located_problems(first, line), *of_sweep]
         return None
     is_own = is_own_sweeper(first)
     params = {SWEEP_FILE: sweep.params, SWEEPER_PARAMS: sweeper_params(first)} if is_own else {}
