@@ -119,6 +119,14 @@ def test_all_else_is_told_beside_what_can_not_be_resolved() -> None:
     assert found.startswith("deepspeed.config_file = ${nope} can't be resolved")
 
 
+def test_what_takes_a_missing_value_is_never_admitted(own: Path) -> None:
+    content = {"sweep": {"foo": "???"}, "training": {"max_train_steps": "${sweep.foo}"}}
+    (told,) = problems(*put(own, "experiment/mine", content), "experiment=mine", "tracking=none")
+    assert told.startswith("training.max_train_steps takes a value that is missing")
+    (told,) = problems("name=${optimizer.lr}", "optimizer.lr=???")
+    assert told.startswith("optimizer.lr needs a value")
+
+
 # Hydra's flags and keys
 
 
@@ -126,6 +134,15 @@ def test_all_else_is_told_beside_what_can_not_be_resolved() -> None:
     ("arguments", "told"),
     [
         (["--experimental-rerun", "/no/such"], ["--experimental-rerun = /no/such", "rerun=DIR"]),
+        (["hydra.mode=???"], ["hydra.mode", "needs a value"]),
+        (["hydra.run.dir=???"], ["hydra.run.dir", "needs a value"]),
+        (["-m", "seed=1,2", "hydra.sweep.dir=???"], ["hydra.sweep.dir", "needs a value"]),
+        (["hydra.job.chdir=???"], ["hydra.job.chdir", "needs a value"]),
+        (["hydra.mode=${nope}"], ["hydra.mode = ${nope}", "no interpolation"]),
+        (["-m", "seed=1,2", "hydra.sweep.subdir=???"], ["hydra.sweep.subdir", "needs a value"]),
+        (["-m", "seed=1,2", "hydra.launcher=3"], ["hydra.launcher = 3", "hydra/launcher=NAME"]),
+        (["-m", "seed=1,2", "hydra.sweeper=null"], ["hydra.sweeper", "hydra/sweeper=NAME"]),
+        (["name=???"], ["name", "needs a value: a text"]),
         (["--run", "-m", "seed=1,2"], ["--run, -m", "one of them"]),
         (["--resolve"], ["--resolve", "--cfg job"]),
         (["--package", "data"], ["--package", "--cfg job"]),

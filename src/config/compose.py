@@ -40,7 +40,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf._utils import _DEFAULT_MARKER_
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from omegaconf.resolvers.oc import env as environment_variable
 
 from src import secrets
@@ -108,6 +108,8 @@ OmegaConf.register_new_resolver("uid", lambda: _identity["uid"], replace=True)
 OmegaConf.register_new_resolver("sweep_id", lambda: _identity["sweep_id"], replace=True)
 
 
+_TAKES_MISSING = re.compile(r"Missing mandatory value: (?!hydra\.)")
+"""What OmegaConf says of a value that takes a missing one, of which the gate tells that it needs a value."""
 _VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 _INTERPOLATED = re.compile(r"(?<!\\)\$\{\s*([A-Za-z_][\w.]*)\s*\}")
 """What a text takes from another key."""
@@ -508,9 +510,9 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
         folder = cfg.hydra._get_node("sweep" if line.flags.multirun else "run")
         try:
             composed.run_dir = Path(str(folder.dir))
-        except UNRESOLVED:
+        except UNRESOLVED as error:
             composed.failed.add(str(folder._get_full_key("dir")))
-            composed.problems += unresolved(folder, ["dir"]).values()
+            composed.problems += unresolved(folder, {"dir": error}).values()
     sections: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]))
     if resolve:
         resolve_sections(OmegaConf.create(sections), composed)
@@ -637,7 +639,7 @@ def resolve_sections(whole: DictConfig, composed: Composed) -> None:
 
 def _resolve_sections(whole: DictConfig, composed: Composed) -> None:
     reads_environment = "oc.env" in str(OmegaConf.to_container(whole))
-    failed: list[str] = []
+    failed: dict[str, Exception] = {}
     for key in whole:
         try:
             resolved = _resolved(whole, key)
@@ -645,22 +647,21 @@ def _resolve_sections(whole: DictConfig, composed: Composed) -> None:
             with _storing():
                 kept = secrets.placed(_resolved(whole, key), str(key)) if reads_environment else resolved
                 composed.stored[str(key)] = secrets.masked(kept)
-        except UNRESOLVED:
+        except UNRESOLVED as error:
             if OmegaConf.is_missing(whole, key):
                 composed.sections[str(key)] = "???"
             else:
-                failed.append(str(key))
+                failed[str(key)] = error
     if failed:
         _leave_out(whole, failed, composed)
     if (stored := composed.stored.get("deepspeed")) is not None:
         composed.problems += read_deepspeed_file(composed.sections["deepspeed"], stored)
 
 
-def _leave_out(whole: DictConfig, failed: Sequence[str], composed: Composed) -> None:
+def _leave_out(whole: DictConfig, failed: Mapping[str, Exception], composed: Composed) -> None:
     """Tell why sections can't be resolved, and take the rest of each, in which `???` stands for what can't be."""
     found = unresolved(whole, failed)
-    composed.problems = [*composed.problems, *found.values()]
-    composed.problems = _to_blame(composed.problems)
+    composed.problems = _to_blame([*composed.problems, *found.values()])
     for section, _, rest in {key.partition("[")[0]: key.partition("[")[0].partition(".") for key in found}.values():
         child = rest.partition(".")[0]
         composed.failed.add(f"{section}.{child}" if child else section)
@@ -671,21 +672,31 @@ def _leave_out(whole: DictConfig, failed: Sequence[str], composed: Composed) -> 
             composed.sections[key] = _resolved(whole, key)
 
 
-def unresolved(whole: DictConfig, keys: Sequence[str]) -> dict[str, Problem]:
-    """Return a problem for each value under these keys whose `${…}` can't be resolved, by its dotted key."""
-    found = {}
-    for key in keys:
-        for name, node in _values(whole._get_node(key), str(whole._get_full_key(key))):
+def unresolved(whole: DictConfig, failed: Mapping[str, Exception]) -> dict[str, Problem]:
+    """Return a problem for each value whose `${…}` can't be resolved, by its dotted key.
+
+    Args:
+        failed: the keys that hold such values, and what OmegaConf said of each.
+    """
+    found: dict[str, Problem] = {}
+    for key, cause in failed.items():
+        before, full_key = len(found), str(whole._get_full_key(key))
+        for name, node in _values(whole._get_node(key), full_key):
             try:
                 node._dereference_node()
             except UNRESOLVED as error:
                 reason = f"can't be resolved: {_why_unresolved(error)}; where `${{` is text, write `\\${{`"
                 found[name] = Problem(name, reason, str(node._value()))
+        if len(found) == before:  # it is missing, or takes what can't be resolved from elsewhere
+            is_missing = isinstance(cause, MissingMandatoryValue)
+            reason = "needs a value" if is_missing else f"can't be resolved: {_why_unresolved(cause)}"
+            found[full_key] = Problem(full_key, reason, has_value=False)
     return found
 
 
 def _to_blame(problems: Sequence[Problem]) -> list[Problem]:
-    """Return the problems without those of values that only take what can't be resolved from another one."""
+    """Return the problems without those of values that take from another one what can't be resolved, or is missing."""
+    problems = [problem for problem in problems if not _TAKES_MISSING.search(problem.reason)]
     keys = [problem.key for problem in problems]
 
     def is_taken(problem: Problem) -> bool:

@@ -223,6 +223,8 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
         for problem in explained([*of_file, *problems], situation)
         if problem.key not in unresolved
     ]
+    if composed.failed and not (located or composed.problems or line.problems):
+        located = [Problem(key, "takes a value that is missing", has_value=False) for key in sorted(composed.failed)]
     if located or composed.problems or line.problems:
         return None, located_problems(composed, line, but=of_file) + located
     stored = {key: value for key, value in composed.stored.items() if key not in (entry, "sweep")}

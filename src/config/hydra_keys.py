@@ -19,6 +19,7 @@ from src.config.compose import (
     unresolved,
     value_text,
 )
+from src.config.merging import has_content
 from src.config.options import CONF, read_option
 from src.config.problems import Problem
 
@@ -44,7 +45,7 @@ SUBDIR = "${hydra:job.num}"
 
 def asks_for_sweep(composed: Composed) -> bool:
     """Return whether a file says `hydra.mode: MULTIRUN`, which is the same as -m."""
-    return composed.hydra is not None and _name(composed.hydra.hydra.mode) == "MULTIRUN"
+    return composed.hydra is not None and _name(composed.hydra.hydra._get_node("mode")) == "MULTIRUN"
 
 
 def sweeper_params(composed: Composed) -> dict[str, Any]:
@@ -52,7 +53,8 @@ def sweeper_params(composed: Composed) -> dict[str, Any]:
     if composed.hydra is None:
         return {}
     with hydra_resolved(composed.hydra), suppress(*UNRESOLVED):  # told by `params_problems`
-        given = composed.hydra.hydra.sweeper.get("params")
+        sweeper = composed.hydra.hydra._get_node("sweeper")
+        given = sweeper.get("params") if isinstance(sweeper, DictConfig) else None
         found: Any = OmegaConf.to_container(given, resolve=True) if isinstance(given, DictConfig) else {}
         return dict(found or {})
     return {}
@@ -62,13 +64,15 @@ def params_problems(composed: Composed) -> list[Problem]:
     """Return what is wrong with `hydra.sweeper.params` as a whole."""
     if composed.hydra is None:
         return []
-    sweeper = composed.hydra.hydra.sweeper
+    sweeper = composed.hydra.hydra._get_node("sweeper")
     given = sweeper._get_node("params") if isinstance(sweeper, DictConfig) and "params" in sweeper else None
     if given is None or (isinstance(given, Node) and given._is_none()):
         return []
     with hydra_resolved(composed.hydra):
-        if found := unresolved(sweeper, ["params"]):
-            return list(found.values())
+        try:
+            OmegaConf.to_container(sweeper, resolve=True)
+        except UNRESOLVED as error:
+            return list(unresolved(sweeper, {"params": error}).values())
     if isinstance(given, DictConfig):
         return []
     return [Problem(SWEEPER_PARAMS, "not a mapping from a key to its values, as they stand behind KEY=", str(given))]
@@ -76,9 +80,22 @@ def params_problems(composed: Composed) -> list[Problem]:
 
 def hydra_problems(composed: Composed, line: CommandLine) -> Iterator[Problem]:
     """Yield what is asked of Hydra and would not happen, with what to type instead."""
+    missing = {one.key_or_group for one in line.overrides if one.is_hydra_override() and one.value() == "???"}
+    for key in missing - composed.failed:
+        yield Problem(key, "needs a value", has_value=False)
+    yield from (problem for problem in _problems(composed, line) if problem.key not in missing)
+
+
+def _problems(composed: Composed, line: CommandLine) -> Iterator[Problem]:
     if composed.hydra is None:
         return
     section: Any = OmegaConf.to_container(composed.hydra.hydra)
+    for name in ("launcher", "sweeper"):
+        if not isinstance(section[name], dict):
+            reason = f"is chosen by its name, hydra/{name}=NAME, and has keys of its own, hydra.{name}.KEY"
+            yield Problem(f"hydra.{name}", reason, section[name])
+    if "${" in str(section["mode"]):
+        yield Problem("hydra.mode", "RUN or MULTIRUN, and no interpolation", section["mode"])
     is_sweep, is_own = line.flags.multirun, is_own_sweeper(composed)
     if is_sweep and _name(section["mode"]) == "RUN":
         yield Problem("hydra.mode", "says one run, and -m a sweep: leave one of them out", "RUN")
@@ -139,7 +156,8 @@ def _not_read(composed: Composed, line: CommandLine) -> Iterator[Problem]:
     for group in ("hydra/job_logging", "hydra/hydra_logging"):
         if (option := composed.choices.get(group, "none")) not in ("none", "default") and line.value_of(group) is None:
             yield Problem(group, NOT_READ, option)
-    given: Any = OmegaConf.to_container(composed.hydra.hydra.launcher) if composed.hydra is not None else {}
+    node = composed.hydra.hydra._get_node("launcher") if composed.hydra is not None else None
+    given: Any = OmegaConf.to_container(node) if isinstance(node, DictConfig) and has_content(node) else {}
     launcher, store = composed.choices.get("hydra/launcher", ""), ConfigStore.instance()
     if f"{launcher}.yaml" in store.list("hydra/launcher"):
         known = [str(key) for key in store.load(f"hydra/launcher/{launcher}.yaml").node]
