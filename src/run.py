@@ -21,7 +21,7 @@ from src.config.compose import CONF, PROJECT_ROOT, Composed, resolve_sections
 from src.config.gate import Admitted, Request, admit, parse
 from src.config.quoting import shell_override
 from src.config.show import shown_config
-from src.config.source import install, with_lists
+from src.config.source import install
 from src.errors import (
     Interrupted,
     Pruned,
@@ -426,7 +426,7 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
         sections: Any = OmegaConf.to_container(cfg)
         with flag_override(cfg, ["readonly", "struct"], [False, False]):
             cfg.merge_with(as_variables(sections))  # a launcher composes again where it runs, and pickles what it has
-        resolve_sections(OmegaConf.create(with_lists(sections)), point)
+        resolve_sections(OmegaConf.create(sections), point)
         codes.append(guarded(Admitted(parse(point.sections), point.stored, run_dir), stop))
         if codes[-1] and os.getpid() != process:  # what is counted here is not seen there
             raise TrainingError(f"the run in {run_dir} ended with exit code {codes[-1]}")

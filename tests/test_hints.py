@@ -168,7 +168,7 @@ def test_hints_of_a_sweep_and_of_a_file(tmp_path: Path) -> None:
     file.parent.mkdir()
     file.write_text("# @package _global_\ntraining:\n  learning_rate: 1e-4\n  bf16: true\nlora_config: {r: 8}\n")
     message = refusal("--config-dir", str(tmp_path), "experiment=mine", *PRETRAINED)
-    assert f"training.learning_rate = 0.0001   unknown key; did you mean optimizer.lr?   ({file})" in message
+    assert f"training.learning_rate = 0.0001   unknown key; did you mean optimizer.lr?   ({file}, line 3)" in message
     assert "training.bf16 = true              unknown key; did you mean training.mixed_precision=bf16?" in message
     assert "lora_config.r = 8                 unknown key; did you mean adapter=lora adapter.r=8?" in message
     file.write_text("# @package _global_\ndefaults:\n  - override /optimizer: sgd\noptimizer: {eps: 1}\n")

@@ -311,6 +311,24 @@ def test_without_a_checkpoint_it_says_what_works(tmp_path: Path, capsys: pytest.
     assert asked(tmp_path / "new", *unsaved, ONE, f"init_from={folder}") == 0
 
 
+@pytest.mark.parametrize("damage", ["[1]", "3", "{", "\0", "[" * 100_000, None])
+def test_checkpoints_that_are_all_damaged_are_told_by_name(
+    short: Path, capsys: pytest.CaptureFixture[str], damage: str | None
+) -> None:
+    manifests = sorted((short / "checkpoints").glob("*/manifest.json"))
+    for manifest in manifests:
+        manifest.unlink()
+        if damage is None:
+            manifest.mkdir()
+        else:
+            manifest.write_text(damage)
+    told = refused(short, capsys, *CONSTANT, TWO)
+    assert "checkpointing_steps" not in told
+    for manifest in manifests:
+        assert f"{manifest.parent}: manifest.json is " in told
+    assert f"init_from={short}" in told
+
+
 def test_the_newest_checkpoint_that_is_whole_is_gone_on_from(
     short: Path, straight: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -187,7 +187,7 @@ BROKEN = {
     "at": ("name: @x\n", "line 1, column 7", "needs quotes"),
     "twice": ("seed: 1\nname: a\nseed: 2\n", "line 3, column 1", "the key seed a second time, in the line: seed: 2"),
     "list": ("- seed\n", "line 1, column 1", "no keys with values"),
-    "bracket": ("name: [a\n", "line 2, column 1", ""),
+    "bracket": ("name: [a\n", "line 1, column 7", "[ without its end"),
     "bytes": ("name: \x07\n", "line 1, column 7", ""),
 }
 

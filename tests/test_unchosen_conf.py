@@ -45,7 +45,7 @@ BROKEN = {
     "no int": ("a: !!int ''\n", "no value of !!int"),
     "no time": ("a: !!timestamp x\n", "no value of !!timestamp"),
     "too long a number": ("a: " + "9" * 5_000, "too many digits"),
-    "no pairs": ("a: !!omap [1]\n", "line 1, column 12"),
+    "no pairs": ("a: !!omap [1]\n", "line 1, column 4: no value of !!omap"),
 }
 
 

@@ -6,9 +6,9 @@ import math
 import os
 from pathlib import Path
 
-from src.checkpoint.manifest import newest_resumable
+from src.checkpoint.manifest import newest_resumable, read_manifest
 from src.config.frozen import SWEEP, read_config, read_status
-from src.config.places import CHECKPOINTS
+from src.config.places import CHECKPOINTS, folder_of, steps_in
 from src.config.quoting import shell_override
 from src.config.schema import CheckpointConfig, TrainingConfig
 from src.errors import CheckpointError, RunFolderError
@@ -65,10 +65,22 @@ def check_longer(config: CheckpointConfig, run_dir: Path) -> None:
             "another hydra.run.dir."
         )
     if newest_resumable(run_dir / CHECKPOINTS) is None:
-        raise CheckpointError(
-            f"{finished}, and keeps no checkpoint that it could go on from (checkpoint.checkpointing_steps=null "
-            f"saves none). {_new_run(run_dir)}"
-        )
+        raise CheckpointError(f"{finished}, and {_why_none(run_dir / CHECKPOINTS)}. {_new_run(run_dir)}")
+
+
+def _why_none(folder: Path) -> str:
+    """Return why a folder has no checkpoint that a run could go on from."""
+    damaged = []
+    for step in reversed(steps_in(folder)):
+        try:
+            read_manifest(folder_of(folder, step))
+        except ValueError as error:
+            damaged.append(f"{folder_of(folder, step)}: {error}")
+    if damaged:
+        return f"no checkpoint there can be gone on from: {'; '.join(damaged)}; restore one from a copy"
+    if steps_in(folder):
+        return "keeps no checkpoint that it could go on from, but only weights of evaluations"
+    return "keeps no checkpoint that it could go on from (checkpoint.checkpointing_steps=null saves none)"
 
 
 def _new_run(run_dir: Path) -> str:

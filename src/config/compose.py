@@ -12,8 +12,9 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -36,9 +37,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, Node, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf._utils import _DEFAULT_MARKER_
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from omegaconf.resolvers.oc import env as environment_variable
 
 from src import secrets
@@ -47,15 +48,16 @@ from src.config.deepspeed import read_deepspeed_file
 from src.config.files import unusable
 from src.config.formats import declare_options, fill_mixture
 from src.config.hydra_hints import unknown_group_option, unknown_key
+from src.config.merging import BASE, Loader, Merged, has_content, make_room
 from src.config.options import (
     CONF,
-    GLOBAL_GROUPS,
     PROJECT_ROOT,
     OptionFileError,
+    Place,
     broken_options,
+    find_key,
+    is_hidden,
     option_files,
-    parents_of,
-    read_option,
     shown,
     unfit_folder,
 )
@@ -63,13 +65,15 @@ from src.config.peers import flag_hint, option_hint
 from src.config.problems import Problem, refuse
 from src.config.quoting import escaped, in_url
 from src.config.quoting import override as override_text
-from src.config.source import install, with_lists
+from src.config.source import install
 from src.errors import report
 
 COMMAND_LINE = "command line"
-REPLACED_WHOLE = ("data.validation_files", "data.test_files", "data.mixture", "data.columns")
+REPLACED_WHOLE = ("data.validation_files", "data.test_files", "data.mixture", "data.columns", "sweep.params")
 """Keys whose value on the command line takes the place of the whole list or mapping."""
 OPTIONAL_GROUPS = ("experiment",)
+PRIMARY = "--config-name"
+"""The flag that names the file which a configuration begins with."""
 
 HOW_NOT_WHAT = (
     *("name", "tracking", "sweep.name", "sweep.n_trials", "sweep.n_jobs", "sweep.max_seconds", "sweep.dry_run"),
@@ -77,6 +81,8 @@ HOW_NOT_WHAT = (
 )
 """Keys of a sweep's command that change how it is done, or how long it goes on, and not what it compares."""
 
+VARIED_BY_HYDRA = ("hydra.sweeper.params", "hydra/sweeper")
+"""Keys of Hydra's own section that say what a sweep compares, or who runs it."""
 MOST_NESTED = 20
 """Levels of a key or of a value: more than any has, and few enough for all that read them."""
 COMPOSITION_ERRORS = (
@@ -84,6 +90,11 @@ COMPOSITION_ERRORS = (
     *(OSError, ValueError, TypeError, AttributeError),
 )
 """What Hydra and OmegaConf raise for mistakes in overrides and options; some are Python's own."""
+
+NONE_WHERE_EMPTY = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME")
+"""Variables that count as not set where they are empty, as MLflow reads them."""
+UNRESOLVED = (OmegaConfBaseException, RecursionError)
+"""What OmegaConf raises for an interpolation that can't be resolved."""
 
 _is_storing: ContextVar[bool] = ContextVar("is_storing", default=False)
 _identity = {"start_time": "", "uid": "", "sweep_id": ""}
@@ -94,10 +105,21 @@ OmegaConf.register_new_resolver("uid", lambda: _identity["uid"], replace=True)
 OmegaConf.register_new_resolver("sweep_id", lambda: _identity["sweep_id"], replace=True)
 
 
+_TAKES_MISSING = re.compile(r"Missing mandatory value: (?!hydra\.)")
+"""What OmegaConf says of a value that takes a missing one, of which the gate tells that it needs a value."""
+_VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)")
+_INTERPOLATED = re.compile(r"(?<!\\)\$\{\s*([A-Za-z_][\w.]*)\s*\}")
+"""What a text takes from another key."""
+
+
 def new_identity() -> None:
     """Give the next run folder a name of its own: seconds alone would collide."""
     _identity["start_time"] = datetime.now().strftime("%Y%m%d-%H%M%S")
     _identity["uid"] = uuid.uuid4().hex[:6]
+
+
+class SeveralValues(Problem):
+    """Several values for a key, which only a sweep can have."""
 
 
 @dataclass
@@ -142,7 +164,9 @@ class CommandLine:
     @property
     def shown(self) -> list[str]:
         """The overrides of the one configuration that Hydra shows: without what is varied."""
-        fixed = (override for override in self.overrides if not override.is_sweep_override())
+        fixed = [override for override in self.overrides if not override.is_sweep_override()]
+        if self.flags.hydra_help:  # which composes Hydra's own section alone
+            fixed = [override for override in fixed if override.is_hydra_override()]
         return [text for override in fixed for text in forced(override, self.roots)]
 
     def value_of(self, key: str) -> Any:
@@ -156,8 +180,10 @@ class CommandLine:
             override.input_line or ""
             for override in self.overrides
             if not any(f"{override.key_or_group}.".startswith(f"{key}.") for key in HOW_NOT_WHAT)
-            and not override.key_or_group.startswith(("hydra.", "hydra/"))
+            and not (override.is_hydra_override() and override.key_or_group not in VARIED_BY_HYDRA)
         )
+        given = 2 if self.flags.config_dir else 1
+        texts += [f"hydra.searchpath={root}" for root in self.roots[given:]]
         texts += [f"--{name}={given}" for name in ("config_dir", "config_name") if (given := getattr(self.flags, name))]
         return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
 
@@ -174,6 +200,15 @@ class Composed:
     """The sections as files may have them: without secrets."""
     hydra: DictConfig | None = None
     """All that Hydra composed, its own section included; None of a frozen configuration."""
+    files: tuple[Merged, ...] = ()
+    """What Hydra composed it of, the later over the earlier; empty of a frozen configuration."""
+    failed: set[str] = field(default_factory=set)
+    """Keys that could not be resolved, of a section the outermost ones; `problems` says why."""
+
+    @property
+    def has_run_dir(self) -> bool:
+        """Whether it could be made out where the run's folder will be."""
+        return not self.failed & {"hydra.run.dir", "hydra.sweep.dir"}
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
@@ -187,6 +222,16 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     if flags.config_path:
         reason = "conf/ is the configuration; add options of your own with --config-dir DIR"
         line.problems.append(Problem("--config-path", reason, flags.config_path, True, COMMAND_LINE))
+    if flags.run and flags.multirun:
+        line.problems.append(Problem("--run, -m", "one run, or a sweep: one of them", has_value=False))
+    if flags.experimental_rerun:
+        reason = "a run is repeated from its folder: rerun=DIR, with changes of single keys behind it"
+        line.problems.append(Problem("--experimental-rerun", reason, flags.experimental_rerun, True, COMMAND_LINE))
+    for flag in ("package", "resolve"):
+        if getattr(flags, flag) and not flags.cfg and not flags.help:
+            line.problems.append(
+                Problem(f"--{flag}", "says how --cfg shows a configuration: add --cfg job", has_value=False)
+            )
     if flags.config_dir:
         if reason := unusable(flags.config_dir) or unfit_folder(Path(flags.config_dir)):
             line.problems.append(Problem("--config-dir", reason, flags.config_dir, True, COMMAND_LINE))
@@ -211,9 +256,16 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         if override.is_sweep_override() and not flags.multirun:
             text = value_text(override)
             reason = mistyped.several(override, text, is_group=is_group(override, line.roots))
-            line.problems.append(Problem(override.key_or_group, reason, text, True, COMMAND_LINE))
-        elif is_group(override, line.roots) and not override.key_or_group.startswith("hydra/"):  # told by Hydra
+            line.problems.append(SeveralValues(override.key_or_group, reason, text, True, COMMAND_LINE))
+        if is_group(override, line.roots) and not override.key_or_group.startswith("hydra/"):  # told by Hydra
             line.problems += _unknown_options(override, line.roots)
+    parts = Path(flags.config_name or "").parts
+    if flags.config_name and (parts[0] == "/" or ".." in parts or not os.path.lexists(primary_file(line))):
+        known = sorted({file.stem for root in line.roots for file in root.glob("*.yaml") if not is_hidden(file.name)})
+        near = get_close_matches(flags.config_name, known, n=1)
+        reason = f"no such file in conf/ or --config-dir; one of {', '.join(known)}"
+        reason += f"; did you mean {near[0]}?" if near else ""
+        line.problems.append(Problem(PRIMARY, reason, flags.config_name, True, COMMAND_LINE))
     _identity["sweep_id"] = line.sweep_id
     return line
 
@@ -403,13 +455,14 @@ class Points:
         base = self._bases[groups]
         if base.problems:
             return compose([*texts, *(text for text in own if isinstance(text, str))], self._line)
-        composed = Composed({}, base.run_dir, base.choices, hydra=base.hydra)
+        composed = Composed({}, base.run_dir, base.choices, hydra=base.hydra, files=base.files)
         whole = OmegaConf.create(copy.deepcopy(base.sections))
         files = [one for one in self._fixed if isinstance(one, Assignment)]
         for one in [*files, *(texts if files else []), *own]:  # the command line's once more: it goes before files
             if isinstance(one, str) and not one.startswith("++"):
                 continue
             key = one.key if isinstance(one, Assignment) else _parsed(one).key_or_group
+            make_room(whole, key, one.value if isinstance(one, Assignment) else _parsed(one).value())
             try:
                 if isinstance(one, Assignment):
                     one.apply(whole)
@@ -430,11 +483,11 @@ def _parsed(text: str) -> Override:
 def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True) -> Composed:
     """Compose conf/ with these overrides; Hydra's own complaints come back as problems."""
     refused = {problem.key for problem in line.problems}
+    if PRIMARY in refused:
+        return Composed({}, Path(), {})
     usable = [text for text in overrides if text.lstrip("+~").partition("=")[0] not in refused]
     try:
-        cfg = hydra_config(usable, line)
-        with hydra_resolved(cfg):
-            run_dir = Path(str(cfg.hydra.sweep.dir if line.flags.multirun else cfg.hydra.run.dir))
+        cfg, files = _composed(usable, line)
     except RecursionError:
         reason = f"an option that builds on itself, or values nested deeper than {MOST_NESTED} levels"
         return Composed({}, Path(), {}, [Problem("conf", reason, has_value=False)])
@@ -442,15 +495,22 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
         return Composed({}, Path(), {}, [Problem("conf", str(error), has_value=False)])
     except COMPOSITION_ERRORS as error:
         if len(overrides) < 2:
-            return Composed({}, Path(), {}, _problems_of(overrides, line))
+            return Composed({}, Path(), {}, _problems_of(overrides, line) or [problem_of(error)])
         return _without_culprits(overrides, line, error)
     choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items()}
+    composed = Composed({}, Path(), choices, hydra=cfg, files=files)
+    with hydra_resolved(cfg):
+        folder = cfg.hydra._get_node("sweep" if line.flags.multirun else "run")
+        try:
+            composed.run_dir = Path(str(folder.dir))
+        except UNRESOLVED as error:
+            composed.failed.add(str(folder._get_full_key("dir")))
+            composed.problems += unresolved(folder, {"dir": error}).values()
     sections: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]))
-    composed = Composed({}, run_dir, choices, hydra=cfg)
     if resolve:
-        resolve_sections(OmegaConf.create(with_lists(sections)), composed)
+        resolve_sections(OmegaConf.create(sections), composed)
     else:
-        composed.sections = with_lists(sections)
+        composed.sections = sections
     return composed
 
 
@@ -461,6 +521,11 @@ def hydra_config(overrides: Sequence[str], line: CommandLine) -> DictConfig:
         OptionFileError: where a file can't be read.
         HydraException, OmegaConfBaseException, …: see COMPOSITION_ERRORS.
     """
+    return _composed(overrides, line)[0]
+
+
+def _composed(overrides: Sequence[str], line: CommandLine) -> tuple[DictConfig, tuple[Merged, ...]]:
+    """Do what `hydra_config` does, and return what it was composed of too."""
     install()
     version.setbase("1.3")
     path = create_config_search_path(str(line.roots[0]))
@@ -469,14 +534,9 @@ def hydra_config(overrides: Sequence[str], line: CommandLine) -> DictConfig:
     main = GlobalHydra.instance()
     before, main.hydra = main.hydra, None  # Hydra's own main may be at work, as it is when a sweep proposes points
     try:
-        hydra = Hydra.create_main_hydra2("towline", path)
-        cfg = hydra.compose_config(
-            line.flags.config_name or "config",
-            list(overrides),
-            RunMode.RUN,
-            with_log_configuration=False,
-            from_shell=False,
-        )
+        loader = Loader(path)
+        main.hydra = Hydra("towline", loader)
+        cfg = loader.load_configuration(line.flags.config_name or BASE, list(overrides), RunMode.RUN, from_shell=False)
     finally:
         main.hydra = before
     given = [one for one in line.overrides if not one.is_hydra_override() and not one.is_sweep_override()]
@@ -485,7 +545,7 @@ def hydra_config(overrides: Sequence[str], line: CommandLine) -> DictConfig:
     form = cfg.hydra.job.config.override_dirname
     cfg.hydra.overrides.task = [str(one.input_line) for one in given]  # as they were typed, not as they are forced
     cfg.hydra.job.override_dirname = get_overrides_dirname(given, form.exclude_keys, form.item_sep, form.kv_sep)
-    return cfg
+    return cfg, loader.files
 
 
 @contextmanager
@@ -557,6 +617,7 @@ def resolve_sections(whole: DictConfig, composed: Composed) -> None:
 
 def _resolve_sections(whole: DictConfig, composed: Composed) -> None:
     reads_environment = "oc.env" in str(OmegaConf.to_container(whole))
+    failed: dict[str, Exception] = {}
     for key in whole:
         try:
             resolved = _resolved(whole, key)
@@ -564,12 +625,88 @@ def _resolve_sections(whole: DictConfig, composed: Composed) -> None:
             with _storing():
                 kept = secrets.placed(_resolved(whole, key), str(key)) if reads_environment else resolved
                 composed.stored[str(key)] = secrets.masked(kept)
-        except OmegaConfBaseException as error:
+        except UNRESOLVED as error:
             if OmegaConf.is_missing(whole, key):
                 composed.sections[str(key)] = "???"
             else:
-                composed.problems.append(problem_of(error, str(key)))
-    composed.problems += read_deepspeed_file(composed.sections.get("deepspeed"), composed.stored.get("deepspeed"))
+                failed[str(key)] = error
+    if failed:
+        _leave_out(whole, failed, composed)
+    if (stored := composed.stored.get("deepspeed")) is not None:
+        composed.problems += read_deepspeed_file(composed.sections["deepspeed"], stored)
+
+
+def _leave_out(whole: DictConfig, failed: Mapping[str, Exception], composed: Composed) -> None:
+    """Tell why sections can't be resolved, and take the rest of each, in which `???` stands for what can't be."""
+    found = unresolved(whole, failed)
+    composed.problems = _to_blame([*composed.problems, *found.values()])
+    for section, _, rest in {key.partition("[")[0]: key.partition("[")[0].partition(".") for key in found}.values():
+        child = rest.partition(".")[0]
+        composed.failed.add(f"{section}.{child}" if child else section)
+        if child:
+            whole[section][child] = "???"
+    for key in failed:
+        if key not in composed.failed:
+            composed.sections[key] = _resolved(whole, key)
+
+
+def unresolved(whole: DictConfig, failed: Mapping[str, Exception]) -> dict[str, Problem]:
+    """Return a problem for each value whose `${…}` can't be resolved, by its dotted key.
+
+    Args:
+        failed: the keys that hold such values, and what OmegaConf said of each.
+    """
+    found: dict[str, Problem] = {}
+    for key, cause in failed.items():
+        before, full_key = len(found), str(whole._get_full_key(key))
+        for name, node in _values(whole._get_node(key), full_key):
+            try:
+                node._dereference_node()
+            except UNRESOLVED as error:
+                reason = f"can't be resolved: {_why_unresolved(error)}; where `${{` is text, write `\\${{`"
+                found[name] = Problem(name, reason, str(node._value()))
+        if len(found) == before:  # it is missing, or takes what can't be resolved from elsewhere
+            is_missing = isinstance(cause, MissingMandatoryValue)
+            reason = "needs a value" if is_missing else f"can't be resolved: {_why_unresolved(cause)}"
+            found[full_key] = Problem(full_key, reason, has_value=False)
+    return found
+
+
+def _to_blame(problems: Sequence[Problem]) -> list[Problem]:
+    """Return the problems without those of values that take from another one what can't be resolved, or is missing."""
+    problems = [problem for problem in problems if not _TAKES_MISSING.search(problem.reason)]
+    keys = [problem.key for problem in problems]
+
+    def is_taken(problem: Problem) -> bool:
+        sources = _INTERPOLATED.findall(str(problem.value))
+        return any(one != problem.key and any(f"{key}.".startswith(f"{one}.") for key in keys) for one in sources)
+
+    return [problem for problem in problems if not is_taken(problem)] or list(problems)
+
+
+def _why_unresolved(error: Exception) -> str:
+    text = " ".join(str(error).split("\n")[0].split()).rstrip(".")
+    if isinstance(error, RecursionError) or "Recursive interpolation" in text:
+        return "it takes its value from itself"
+    if "argument" in text:
+        return "what stands before the colon needs other arguments behind it"
+    if found := re.fullmatch(r"Interpolation key '(.*)' not found", text):
+        return f"there is no key {found[1]}"
+    return re.sub(r"^\w+ raised while resolving interpolation: ", "", text).strip("\"'")
+
+
+def _values(node: Any, key: str) -> Iterator[tuple[str, Node]]:
+    """Yield each value in a node, unresolved, by its dotted key."""
+    if isinstance(node, DictConfig | ListConfig) and has_content(node):
+        inner: dict[str, Any] = {}
+        if isinstance(node, DictConfig):
+            inner = {f"{key}.{name!s}": node._get_node(name) for name in node}
+        elif isinstance(node, ListConfig):
+            inner = {f"{key}[{number}]": node._get_node(number) for number in range(len(node))}
+        for name, one in inner.items():
+            yield from _values(one, name)
+    elif isinstance(node, Node) and node._is_interpolation():
+        yield key, node
 
 
 def _resolved(whole: DictConfig, key: Any) -> Any:
@@ -606,6 +743,8 @@ def _storing() -> Iterator[None]:
 def _environment(key: str, default: Any = _DEFAULT_MARKER_, *, _node_: Node) -> str | None:
     """Resolve `${oc.env:KEY}` and `${oc.env:KEY,DEFAULT}`, as OmegaConf does, but for secrets that are to be stored."""
     value = environment_variable(key, default)
+    if value == "" and key in NONE_WHERE_EMPTY and default is not _DEFAULT_MARKER_:
+        return None if default is None else str(default)
     if value is None or key not in os.environ:
         return value
     place = _node_._get_full_key(None)
@@ -618,42 +757,32 @@ OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 def problem_of(error: Exception, key: str = "") -> Problem:
     causes = [str(one).strip() for one in (error, error.__cause__) if one is not None]
+    causes = [text for text in causes if text and not text.startswith("Error merging override")] or causes
     text = "; ".join(" ".join(cause.split("\n")[0].split()).rstrip(".") for cause in causes)
     return Problem(key or getattr(error, "full_key", None) or "conf", text, has_value=False)
 
 
-def where_set(key: str, line: CommandLine, choices: dict[str, str]) -> str:
-    """Say which file or command line gave a key its value."""
+def where_set(key: str, line: CommandLine, composed: Composed) -> str | Place:
+    """Return where a key got its value: the place in a file, a file alone, the command line or the environment."""
+    inside = key.partition("[")[0]
     for override in line.overrides:
         given = override.key_or_group
-        if is_group(override, line.roots):
-            continue
-        if key == given or key.startswith(given + ".") or given.startswith(key + "."):
+        if not is_group(override, line.roots) and (f"{inside}.".startswith(f"{given}.") or given.startswith(f"{key}.")):
             return COMMAND_LINE
+    if not composed.files:
+        return "frozen config"
+    for one in reversed(composed.files):
+        if (inner := one.within(inside)) and (place := find_key(one.file, inner)) is not None:
+            variable = next((name for name in _VARIABLE.findall(place.value or "") if os.environ.get(name)), None)
+            return place if variable is None else f"environment variable {variable}, by {place}"
     section = key.partition(".")[0]
-    candidates = [(group, choices.get(group)) for group in GLOBAL_GROUPS] + [(section, choices.get(section))]
-    for group, option in candidates:
-        for root in line.roots:
-            if option and (file := _defining_file(root / group / f"{option}.yaml", key, group)):
-                return file
-    return str((CONF / "config.yaml").relative_to(PROJECT_ROOT)) if choices else "frozen config"
+    for one in reversed(composed.files):
+        if (inner := one.within(section)) is not None and (not inner or find_key(one.file, inner) is not None):
+            return shown(one.file)
+    return shown(primary_file(line))
 
 
-def _defining_file(file: Path, key: str, group: str) -> str | None:
-    """Return the option file that defines a key, following the options of its own group that it builds on."""
-    if not os.path.lexists(file):
-        return None
-    try:
-        content = read_option(file)
-    except OptionFileError:
-        return None  # in another root: one that was composed can be read
-    node: Any = content
-    for part in key.split(".") if group in GLOBAL_GROUPS else key.split(".")[1:]:
-        node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
-    if node is not _ABSENT:
-        return shown(file)
-    found = (_defining_file(parent, key, group) for parent in parents_of(content, file, group))
-    return next((one for one in found if one), None)
-
-
-_ABSENT = object()
+def primary_file(line: CommandLine) -> Path:
+    """Return the file that a command's configuration begins with: conf/config.yaml, or that of -cn NAME."""
+    name = f"{(line.flags.config_name or BASE).removesuffix('.yaml')}.yaml"
+    return next((root / name for root in reversed(line.roots) if os.path.lexists(root / name)), CONF / name)

@@ -25,6 +25,8 @@ from src.config.compose import (
 )
 from src.config.deepspeed import KEY as DEEPSPEED_FILE
 from src.config.formats import declare_frozen
+from src.config.hydra_keys import hydra_problems
+from src.config.merging import make_room
 from src.config.places import CHECKPOINTS, folder_of, steps_in
 from src.config.problems import Problem
 from src.config.quoting import escaped
@@ -172,7 +174,8 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     base = compose(
         [f"++{override_text('name', str(changed.get('name')))}", *hydra_overrides], CommandLine(line.flags, line.argv)
     )
-    composed = Composed({}, base.run_dir, {}, [*base.problems, *problems, *refused])
+    composed = Composed({}, base.run_dir, {}, [*base.problems, *problems, *refused], failed=base.failed)
+    composed.problems += hydra_problems(base, line)
     _resolve(changed, composed)
     return composed
 
@@ -296,6 +299,7 @@ def _overridden(
             reason = f"{who} keeps the options of its frozen config; change single keys (SECTION.KEY=VALUE)"
             problems.append(Problem(key, reason, override.value(), True, COMMAND_LINE))
             continue
+        make_room(cfg, key, override.value())
         try:
             OmegaConf.update(cfg, key, override.value(), merge=False, force_add=True)
         except COMPOSITION_ERRORS as error:

@@ -16,18 +16,20 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from src import secrets
 from src.config import compose as composing
-from src.config import deepspeed, frozen, rules
+from src.config import deepspeed, frozen, groups, rules
 from src.config import schema as schema_module
-from src.config.compose import CommandLine, Composed
+from src.config.compose import CommandLine, Composed, SeveralValues
 from src.config.files import unusable
 from src.config.formats import declare_frozen
 from src.config.hints import Situation, UnknownKey, explained
-from src.config.hydra_keys import DESCRIBES_A_SWEEP, asks_for_sweep, hydra_problems
+from src.config.hydra_keys import asks_for_sweep, describes_a_sweep, hydra_problems
 from src.config.keys import known_keys
+from src.config.options import read_option, shown
 from src.config.problems import Problem, refuse
 from src.config.quoting import escaped
 from src.config.schema import (
@@ -42,7 +44,10 @@ from src.config.schema import (
     TopLevelConfig,
 )
 from src.config.values import convert, described
-from src.errors import DamagedFileError
+from src.errors import DamagedFileError, report
+
+MOST_LACKING = 5
+"""Keys that are told of those that a file lacks."""
 
 
 @dataclass
@@ -72,6 +77,10 @@ class Request:
     """What --help and --cfg show the values of."""
 
 
+class Missing(Problem):
+    """A key or a section that a configuration does not have."""
+
+
 @dataclass
 class _Parsed:
     """A section's typed object, where it could be built, and the problems met on the way."""
@@ -96,7 +105,7 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
     if line.asks_hydra_only:
         shown = composing.compose(line.shown, line)
         if line.problems or shown.problems:
-            raise refuse([*line.problems, *shown.problems])
+            raise refuse([*line.problems, *located_problems(shown, line)])
         composing.warn_of_broken_options(line)
         return Request(line, shown=shown)
     rerun = line.value_of("rerun")
@@ -117,11 +126,15 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
     composed = composing.compose(line.forced, line)
     if entry is None and asks_for_sweep(composed) and not line.flags.cfg:
         line.flags.multirun = True
+        line.problems = [problem for problem in line.problems if not isinstance(problem, SeveralValues)]
         return Request(line)
     admitted, problems = check(composed, line, entry)
     if problems or line.problems:
         raise refuse([*line.problems, *problems])
     composing.warn_of_broken_options(line)
+    if entry is not None and (found := [key for key, _, _ in describes_a_sweep(composed)]):
+        verb = "describes" if len(found) == 1 else "describe"
+        report(f"warning: {' and '.join(found)} {verb} a sweep; {entry} looks at the run without what it varies.")
     return Request(line, shown=composed) if line.flags.cfg else Request(line, admitted)
 
 
@@ -186,9 +199,10 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     refused = {problem.key for problem in line.problems}  # a section whose option is unknown is told once, not twice
     if deepspeed.KEY in {problem.key for problem in composed.problems}:  # its file can't be read
         refused.add("deepspeed")
+    refused |= composed.failed
     sections = {key: value for key, value in composed.sections.items() if key not in refused}
     own = _own_section(sections, entry)
-    sweep = _sweep_section(sections, line, composed)
+    sweep = _sweep_section(sections, line, composed, entry)
     of_hydra = [] if entry == "predict" else list(hydra_problems(composed, line))
     parsed, problems = _parse_sections(sections)
     problems = [p for p in [*problems, *own.problems, *sweep.problems, *of_hydra] if p.key not in refused]
@@ -199,26 +213,80 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
         problems += _across(parsed)
         problems += _meeting_problems(parsed, line)
         problems += _run_dir_problems(composed, line)
-    of_file = [problem for problem in composed.problems if problem.key.startswith("deepspeed.")]
+    of_file = [one for one in composed.problems if one.key.startswith("deepspeed.") and one.key not in composed.failed]
     # told once: without its value a key is nothing else
-    unresolved = {problem.key for problem in composed.problems if problem not in of_file}
+    unresolved = {problem.key for problem in composed.problems if problem not in of_file} | composed.failed
     reads = rules.is_read_by_predict if entry == "predict" else lambda key: True
     situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
+    problems = list(_without_missing([p for p in problems if p.key not in unresolved], line, composed))
     located = [
         problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
         for problem in explained([*of_file, *problems], situation)
         if problem.key not in unresolved
     ]
+    if composed.failed and not (located or composed.problems or line.problems):
+        located = [Problem(key, "takes a value that is missing", has_value=False) for key in sorted(composed.failed)]
     if located or composed.problems or line.problems:
-        return None, [problem for problem in composed.problems if problem not in of_file] + located
+        return None, located_problems(composed, line, but=of_file) + located
     stored = {key: value for key, value in composed.stored.items() if key not in (entry, "sweep")}
     return Admitted(_assemble(parsed), stored, composed.run_dir, own.value, sweep=sweep.value), []
 
 
+def _without_missing(problems: Sequence[Problem], line: CommandLine, composed: Composed) -> Iterator[Problem]:
+    """Yield the problems, with what files that build on nothing lack told as that, one problem a file."""
+    told = set[Path]()
+    for problem in problems:
+        file = _lacking(problem.key, line, composed) if isinstance(problem, Missing) else None
+        if file is None:
+            yield problem
+        elif file not in told:
+            told.add(file)
+            lacks = [one.key for one in problems if isinstance(one, Missing)]
+            lacks = [key for key in lacks if _lacking(key, line, composed) == file]
+            listed = f"{', '.join(lacks[:MOST_LACKING])}{' …' if len(lacks) > MOST_LACKING else ''}"
+            is_primary = file == composing.primary_file(line)
+            base = composing.BASE if is_primary else _nearest_option(file, problem.key.partition(".")[0])
+            reason = f"builds on nothing, and lacks {listed}; have it build on another: `defaults: [{base}, _self_]`"
+            key = composing.PRIMARY if is_primary else problem.key.partition(".")[0]
+            yield Problem(key, reason, file.stem, where=str(shown(file)))
+
+
+def _lacking(key: str, line: CommandLine, composed: Composed) -> Path | None:
+    """Return the file that builds on nothing, to which a key is missing; None where there is none."""
+    files = [one.file for one in composed.files]
+    if not files or key.partition(".")[0] in ENTRY_SECTIONS:
+        return None
+    primary, section = composing.primary_file(line), key.partition(".")[0]
+    if composing.CONF / f"{composing.BASE}.yaml" not in files:
+        return primary
+    own = [one.file for one in composed.files if one.package == section]
+    return own[0] if len(own) == 1 and "." in key and not own[0].is_relative_to(composing.CONF) else None
+
+
+def _nearest_option(file: Path, group: str) -> str:
+    """Return the option of a group that has the most of the keys in a file; of several, the one chosen by default."""
+    usual = groups.defaults_of(read_option(composing.CONF / f"{composing.BASE}.yaml").get("defaults"))[1].get(group)
+    given, roots = set(read_option(file)), (composing.CONF,)
+
+    def likeness(name: str) -> tuple[int, bool]:
+        return len(given & set(groups.values_of(group, name, roots))), name == usual
+
+    return max(groups.readable(group, roots), key=likeness)
+
+
+def located_problems(composed: Composed, line: CommandLine, but: Sequence[Problem] = ()) -> list[Problem]:
+    """Return what went wrong when a configuration was composed, with where it was set."""
+    return [
+        dataclasses.replace(one, where=_where(one.key, line, composed)) if composed.hydra and not one.where else one
+        for one in composed.problems
+        if one not in but
+    ]
+
+
 def _where(key: str, line: CommandLine, composed: Composed) -> str:
-    where = composing.where_set(key, line, composed.choices)
+    where = composing.where_set(key, line, composed)
     file = deepspeed.file_behind(key, composed.sections.get("deepspeed"))
-    return file if file and where != composing.COMMAND_LINE else where
+    return file if file and where != composing.COMMAND_LINE else str(where)
 
 
 def _assemble(parsed: dict[str, _Parsed]) -> RunConfig:
@@ -241,23 +309,29 @@ def sweep_of(composed: Composed) -> tuple[SweepConfig | None, list[Problem]]:
     return parsed.value, list(explained(parsed.problems, Situation(composed.sections, composed.choices, is_sweep=True)))
 
 
-def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Composed) -> _Parsed:
-    """Take the sweep section out and parse it; without -m nothing may ask for one."""
+def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Composed, entry: str | None) -> _Parsed:
+    """Take the sweep section out and parse it; without -m nothing may ask for one, but a file of another entry's."""
     given = sections.pop("sweep", None)
-    if line.flags.multirun or line.flags.cfg:
+    if line.flags.multirun or line.flags.cfg or not isinstance(given, dict | None):
         return _parse(SweepConfig, given, "sweep")
-    asked = [o for o in line.overrides if o.key_or_group == "sweep" or o.key_or_group.startswith("sweep.")]
-    option = composed.choices.get("sweep", "none")
-    if option == "none":
-        asked = [override for override in asked if override.key_or_group != "sweep"]
-    reason = "is read by a sweep only: add -m"
+    found = list(describes_a_sweep(composed))
+    asked = [o for o in line.overrides if f"{o.key_or_group}.".startswith("sweep.") and not _asks_for_none(o)]
+    reason = "is read by a sweep only: add -m" if entry is None else f"python -m src.{entry} looks at one run"
     problems = [Problem(o.key_or_group, reason, composing.value_text(o), True, composing.COMMAND_LINE) for o in asked]
-    if not asked and isinstance(given, dict):  # a file asks
-        if given.get("params"):
-            problems.append(Problem("sweep.params", DESCRIBES_A_SWEEP, given["params"]))
-        elif option != "none":
-            problems.append(Problem("sweep", DESCRIBES_A_SWEEP, option))
+    if not asked and entry is None:  # a file asks
+        one_run = " ".join(without for _, _, without in found)
+        reason = f"describes a sweep: give the same command with -m; or for one run without it {one_run}"
+        problems += [Problem(key, reason, value) for key, value, _ in found[:1]]
     return _Parsed(None, problems)
+
+
+def _asks_for_none(override: Override) -> bool:
+    """Return whether an override takes out what a file has of a sweep."""
+    return (override.key_or_group, override.value()) in (
+        ("sweep", "none"),
+        ("sweep.params", None),
+        ("sweep.params", {}),
+    )
 
 
 def _parse_sections(sections: dict[str, Any]) -> tuple[dict[str, _Parsed], list[Problem]]:
@@ -265,14 +339,15 @@ def _parse_sections(sections: dict[str, Any]) -> tuple[dict[str, _Parsed], list[
     parsed = {"": _parse(TopLevelConfig, {k: v for k, v in sections.items() if k not in SECTIONS}, "")}
     for name, schema in SECTIONS.items():
         if name not in sections:
-            parsed[name] = _Parsed(None, [Problem(name, "this section is missing", has_value=False)])
+            parsed[name] = _Parsed(None, [Missing(name, "this section is missing", has_value=False)])
             continue
         given = sections[name]
         if isinstance(given, dict) and isinstance(schema, dict):
             kind = given.get("type")
             if not isinstance(kind, str) or kind not in schema:
                 reason = f"not one of {', '.join(schema)}; choose with {name}=…"
-                parsed[name] = _Parsed(None, [Problem(f"{name}.type", reason, kind)])
+                kind_of = Problem if "type" in given else Missing
+                parsed[name] = _Parsed(None, [kind_of(f"{name}.type", reason, kind)])
                 continue
             schema = schema[kind]
         parsed[name] = _parse(schema, given, name)
@@ -304,7 +379,7 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
         complete = complete and not part.problems
         values[key] = part.value
     for key in hints.keys() - given.keys():
-        parsed.problems.append(Problem(_dotted(prefix, key), "is missing", has_value=False))
+        parsed.problems.append(Missing(_dotted(prefix, key), "is missing", has_value=False))
         complete = False
     if complete:
         parsed.value = schema(**values)
@@ -388,6 +463,8 @@ def _meeting_problems(parsed: dict[str, _Parsed], line: CommandLine) -> Iterator
 
 def _run_dir_problems(composed: Composed, line: CommandLine) -> Iterator[Problem]:
     key = "hydra.sweep.dir" if line.flags.multirun else "hydra.run.dir"
+    if not composed.has_run_dir:
+        return
     if reason := unusable(str(composed.run_dir)):
         yield Problem(key, f"can't be made: {reason}", str(composed.run_dir), where="the run's folder")
     elif not _is_left(composed, line):

@@ -10,9 +10,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from src.config import comments
-from src.config.compose import GLOBAL_GROUPS, options
+from src.config.compose import options
 from src.config.keys import Key
-from src.config.options import OptionFileError, is_hidden, option_text, read_option
+from src.config.options import GLOBAL_GROUPS, OptionFileError, is_hidden, option_text, read_option
 
 GLOBAL = "_global_"
 

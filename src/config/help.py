@@ -15,10 +15,10 @@ import yaml
 
 from src import terminal
 from src.config import groups, peers, reference
-from src.config.compose import GLOBAL_GROUPS, CommandLine, Composed, compose, options, read_command_line, where_set
+from src.config.compose import CommandLine, Composed, compose, options, read_command_line, where_set
 from src.config.groups import Option
 from src.config.keys import Key, all_keys, source_keys
-from src.config.options import OptionFileError
+from src.config.options import GLOBAL_GROUPS, OptionFileError, Place, shown
 from src.config.problems import Problem, refuse, shortened
 from src.config.schema import ENTRY_SECTIONS, Check, Keys
 from src.errors import show, visible
@@ -173,8 +173,8 @@ class Page:
         elif name in known:
             yield from self.long(known[name])
             if name.partition(".")[0] not in ENTRY_SECTIONS and self.value(known[name]) is not NOTHING:
-                place = where_set(name, self.line, self.composed.choices)
-                yield from wrapped(f"Set by {place}", indent=6)
+                place = where_set(name, self.line, self.composed)
+                yield from wrapped(f"Set by {shown(place.file) if isinstance(place, Place) else place}", indent=6)
         elif inside:
             yield from self.keys(name, inside)
         elif found := [key for key in known.values() if key.leaf == name]:

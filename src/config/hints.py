@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from src.config import groups, peers
-from src.config.compose import GLOBAL_GROUPS
 from src.config.groups import GLOBAL, Option
 from src.config.keys import Key, all_keys
-from src.config.options import CONF, OptionFileError, shown
+from src.config.options import CONF, GLOBAL_GROUPS, OptionFileError, shown
 from src.config.peers import Counterpart
 from src.config.problems import Problem
 from src.config.quoting import Unwritable, shell_override

@@ -8,14 +8,17 @@ chose costs a warning at most.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf._utils import get_yaml_loader
 
-from src.records import LARGEST_YAML_BYTES, MOST_YAML_VALUES, count_values, read_bytes
+from src.records import LARGEST_YAML_BYTES, MOST_YAML_VALUES, TAG, count_values, read_bytes
 
 GLOBAL_GROUPS = ("debug", "experiment")
 """Groups whose options reach into other sections; the later wins over the earlier."""
@@ -25,6 +28,8 @@ DEEPEST = 50
 """Levels that the values of a file may be nested: more than any has, and few enough for all that read them."""
 LONGEST_LINE = 80
 """Characters that are shown of a line."""
+MERGE = f"{TAG}merge"
+"""The kind of `<<`, which takes the keys of other mappings in."""
 MOST_ENTRIES = 50_000
 """Files and folders that a folder of options may hold, those in its folders included."""
 YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it is built in
@@ -40,13 +45,21 @@ def shown(file: Path) -> str:
 
 
 class _Loader(YamlLoader):
-    """YAML's loader, which knows at which node it is."""
+    """YAML's loader, which takes the same texts for numbers as OmegaConf does, and none for a time."""
 
-    at: yaml.Node | None = None
+    yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        self.at = node
-        return super().construct_object(node, deep)
+
+@dataclass(frozen=True)
+class Place:
+    """Where a key stands in a file, from line 1, and its value as it is written there; None of a list or mapping."""
+
+    file: Path
+    line: int
+    value: str | None
+
+    def __str__(self) -> str:
+        return f"{shown(self.file)}, line {self.line}"
 
 
 def is_hidden(name: str) -> bool:
@@ -103,21 +116,75 @@ def read_option(file: Path) -> dict[str, Any]:
     Raises:
         OptionFileError: naming file, line and column, and showing the line.
     """
-    text = option_text(file)
-    loader = _Loader(text)
+    text, node = _read(file)
+    loader = _Loader("")
     try:
-        return loader.get_single_data() or {}
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        assert mark is not None
-        raise _located(file, text, mark.line, mark.column, str(error.problem)) from error
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # a tag that a value is not of
-        assert loader.at is not None
-        tag = loader.at.tag.rpartition(":")[2]
-        reason = "a whole number with too many digits" if "digits" in str(error) else f"no value of !!{tag}"
-        raise _at(loader.at, file, text, reason) from error
+        return {} if node is None else loader.construct_document(node) or {}
+    except yaml.MarkedYAMLError as error:  # of what `<<` merges in
+        raise _marked(file, text, error) from error
     finally:
         loader.dispose()
+
+
+def find_key(file: Path, parts: Sequence[str]) -> Place | None:
+    """Return where a file has the key at the end of a way through its mappings; None where it has none.
+
+    Raises:
+        OptionFileError: where the file can't be read.
+    """
+    _, node = _read(file)
+    found = None if node is None else _descend(node, parts)
+    if found is None:
+        return None
+    key, value = found
+    return Place(file, key.start_mark.line + 1, value.value if isinstance(value, yaml.ScalarNode) else None)
+
+
+def error_at(file: Path, parts: Sequence[str], reason: str) -> OptionFileError:
+    """Return the error of a key in a file that can be read; of the whole file, where it has no such key."""
+    text, node = _read(file)
+    found = None if node is None else _descend(node, parts)
+    return OptionFileError(f"{shown(file)}: {reason}") if found is None else _at(found[0], file, text, reason)
+
+
+def error_in_defaults(file: Path, number: int, reason: str) -> OptionFileError:
+    """Return the error of an entry of a file's `defaults`, counted from 0."""
+    text, node = _read(file)
+    found = None if node is None else _descend(node, ["defaults"])
+    assert found is not None
+    return _at(found[1].value[number], file, text, reason)
+
+
+def error_of_text(file: Path, reason_of: Callable[[str], str]) -> OptionFileError | None:
+    """Return the error of the first value in a file that is a text with something wrong; None where none is."""
+    text, node = _read(file)
+    waiting = [] if node is None else [node]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, yaml.MappingNode):
+            waiting += [value for _, value in reversed(one.value)]
+        elif isinstance(one, yaml.SequenceNode):
+            waiting += reversed(one.value)
+        elif one.tag == f"{TAG}str" and (reason := reason_of(one.value)):
+            return _at(one, file, text, reason)
+    return None
+
+
+def _descend(node: yaml.Node, parts: Sequence[str]) -> tuple[yaml.Node, yaml.Node] | None:
+    """Return the nodes of a key and its value at the end of a way through mappings, those merged in included."""
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    for length in range(1, len(parts) + 1):  # a key may be written with dots
+        name, rest = ".".join(parts[:length]), parts[length:]
+        for key, value in node.value:
+            if key.value == name and (found := _descend(value, rest) if rest else (key, value)):
+                return found
+    for key, value in node.value:
+        if key.tag == MERGE:
+            inner = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            if found := next(filter(None, (_descend(one, parts) for one in inner)), None):
+                return found
+    return None
 
 
 def parents_of(content: Mapping[str, Any], file: Path, group: str) -> Iterator[Path]:
@@ -138,43 +205,72 @@ def parents_of(content: Mapping[str, Any], file: Path, group: str) -> Iterator[P
 
 
 def option_text(file: Path) -> str:
-    """Return the text of an option file that is good YAML: a mapping, not nested too deep, and no key twice.
+    """Return the text of an option file that is good YAML: see `read_option`.
 
     Raises:
         OptionFileError: naming file, line and column, and showing the line.
     """
+    return _read(file)[0]
+
+
+def _read(file: Path) -> tuple[str, yaml.Node | None]:
+    """Return text and nodes of an option file that is good YAML.
+
+    That is a mapping with texts as keys, none of them twice, of values as JSON has them, not nested too deep.
+
+    Raises:
+        OptionFileError: naming file, line and column, and showing the line.
+    """
+    try:
+        found = file.stat()
+    except (OSError, ValueError):
+        return _parsed(file, 0, 0)  # which tells why
+    return _parsed(file, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=200)
+def _parsed(file: Path, changed: int, size: int) -> tuple[str, yaml.Node | None]:
+    """Do what `_read` does, once for a file as long as it stays what it is."""
     text = ""
     try:
         text = read_bytes(file, LARGEST_YAML_BYTES).decode().replace("\r\n", "\n").replace("\r", "\n")
         _check_size(file, text)
-        node = yaml.compose(text, YamlLoader)
+        node = yaml.compose(text, _Loader)
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n")
         column = error.start - error.object.rfind(b"\n", 0, error.start) - 1
         text = error.object.decode(errors="replace")
         raise _located(file, text, line, column, "not text in UTF-8") from error
-    except yaml.YAMLError as error:
-        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        if mark is None:  # of a character that YAML does not allow
-            position, found = getattr(error, "position", None), getattr(error, "reason", "")
-            before = text[:position] if isinstance(position, int) else ""
-            column = len(before) - before.rfind("\n") - 1
-            raise _located(file, text, before.count("\n"), column, found or " ".join(str(error).split())) from error
-        raise _located(
-            file, text, mark.line, mark.column, _explained(reason or str(error), text[mark.index :])
-        ) from error
+    except yaml.MarkedYAMLError as error:
+        raise _marked(file, text, error) from error
+    except yaml.YAMLError as error:  # of a character that YAML does not allow
+        position, found = getattr(error, "position", None), getattr(error, "reason", "")
+        before = text[:position] if isinstance(position, int) else ""
+        column = len(before) - before.rfind("\n") - 1
+        raise _located(file, text, before.count("\n"), column, found or " ".join(str(error).split())) from error
     except (OSError, ValueError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise OptionFileError(f"{shown(file)}: {reason}") from error
     if node is not None:
         _check(node, file, text)
-    return text
+    return text, node
+
+
+def _marked(file: Path, text: str, error: yaml.MarkedYAMLError) -> OptionFileError:
+    """Return the error of what YAML can't parse; of what never ends, at its beginning."""
+    mark, begins = error.problem_mark, error.context_mark
+    assert mark is not None
+    if begins is not None and not text[mark.index :].strip():
+        opened = text[begins.index : begins.index + 1]
+        words = f"{opened} without its end" if opened in ("[", "{", "'", '"') else str(error.problem)
+        return _located(file, text, begins.line, begins.column, words)
+    return _located(file, text, mark.line, mark.column, _explained(str(error.problem), text[mark.index :]))
 
 
 def _check_size(file: Path, text: str) -> None:
     """Raise OptionFileError where values are nested too deep (parsed whole they overflow C's stack) or too many."""
     depth = num_values = 0
-    for event in yaml.parse(text, YamlLoader):
+    for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         elif isinstance(event, yaml.NodeEvent):
@@ -223,13 +319,15 @@ def broken_options(roots: Sequence[Path]) -> Iterator[str]:
 
 
 def _check(node: yaml.Node, file: Path, text: str) -> None:
-    """Raise OptionFileError where a file holds no mapping, a key twice, or values that are nested too deep."""
-    if not isinstance(node, yaml.MappingNode) and node.tag != "tag:yaml.org,2002:null":
+    """Raise OptionFileError where a file holds no mapping, or a key or a value that there can't be."""
+    if not isinstance(node, yaml.MappingNode) and node.tag != f"{TAG}null":
         raise _at(node, file, text, "no keys with values (KEY: VALUE)")
     level = [node]
     for _ in range(DEEPEST):
         inner: list[yaml.Node] = []
         for one in level:
+            if reason := _unlike_its_tag(one):
+                raise _at(one, file, text, reason)
             if isinstance(one, yaml.MappingNode):
                 _check_keys(one, file, text)
                 inner += [value for _, value in one.value]
@@ -242,15 +340,74 @@ def _check(node: yaml.Node, file: Path, text: str) -> None:
         count_values(node)
     except ValueError as error:
         raise OptionFileError(f"{shown(file)}, {error}") from error
+    if (defaults := _descend(node, ["defaults"])) is not None:
+        _check_defaults(defaults[1], file, text)
+
+
+def _unlike_its_tag(node: yaml.Node) -> str:
+    """Return why a value can't be what its tag says; '' where it can."""
+    kinds = {yaml.ScalarNode: "str int float bool null", yaml.SequenceNode: "seq", yaml.MappingNode: "map"}
+    kind = node.tag.removeprefix(TAG)
+    if kind not in kinds[type(node)].split():
+        tag = f"!!{kind}" if node.tag.startswith(TAG) else node.tag
+        if kind in kinds[yaml.ScalarNode].split():
+            return f"no value of {tag}"
+        return (
+            f"no value of {tag}: a file has texts, numbers, true, false, null, lists and mappings; quotes make a text"
+        )
+    if isinstance(node, yaml.ScalarNode) and kind != "str":
+        loader = _Loader("")
+        try:
+            loader.construct_object(node)
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            return "a whole number with too many digits" if "digits" in str(error) else f"no value of !!{kind}"
+        finally:
+            loader.dispose()
+    return ""
 
 
 def _check_keys(node: yaml.MappingNode, file: Path, text: str) -> None:
     seen = set()
     for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-            if key.value in seen:
-                raise _at(key, file, text, f"the key {key.value} a second time")
-            seen.add(key.value)
+        if key.tag == MERGE:
+            continue
+        if not isinstance(key, yaml.ScalarNode):
+            raise _at(key, file, text, "a list or mapping as a key, where keys are texts")
+        if key.tag != f"{TAG}str":
+            kind = key.tag.removeprefix(TAG)
+            raise _at(key, file, text, f"a key that is no text, but what YAML calls {kind}: write '{key.value}'")
+        if key.value in seen:
+            raise _at(key, file, text, f"the key {key.value} a second time")
+        seen.add(key.value)
+
+
+def _check_defaults(node: yaml.Node, file: Path, text: str) -> None:
+    """Raise OptionFileError where `defaults` is no list of options, whatever options there are."""
+    if not isinstance(node, yaml.SequenceNode):
+        raise _at(node, file, text, "defaults is a list, each entry of it `- NAME` or `- override /GROUP: OPTION`")
+    seen, overriding = set[str](), ""
+    for one in node.value:
+        if not _is_entry(one):
+            raise _at(one, file, text, "an entry of defaults is `- NAME`, or `- override /GROUP: OPTION`")
+        key = one.value if isinstance(one, yaml.ScalarNode) else one.value[0][0].value
+        if key == "_self_" and key in seen:
+            raise _at(one, file, text, "_self_ a second time")
+        if overriding and key != "_self_" and "override" not in key.split(" ")[:-1]:
+            raise _at(one, file, text, f"stands behind `{overriding}`: entries with `override` come last")
+        overriding = key if "override" in key.split(" ")[:-1] else overriding
+        seen.add(key)
+
+
+def _is_entry(node: yaml.Node) -> bool:
+    """Return whether an entry of `defaults` is a name, or one group with the name of an option, several, or null."""
+    if isinstance(node, yaml.ScalarNode):
+        return node.tag == f"{TAG}str"
+    if not isinstance(node, yaml.MappingNode) or len(node.value) != 1:
+        return False
+    value = node.value[0][1]
+    names = value.value if isinstance(value, yaml.SequenceNode) else [value]
+    allowed = (f"{TAG}str",) if isinstance(value, yaml.SequenceNode) else (f"{TAG}str", f"{TAG}null")
+    return all(isinstance(one, yaml.ScalarNode) and one.tag in allowed for one in names)
 
 
 def _at(node: yaml.Node, file: Path, text: str, reason: str) -> OptionFileError:

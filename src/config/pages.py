@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from src.config import groups, reference
-from src.config.compose import GLOBAL_GROUPS, options
+from src.config.compose import options
 from src.config.groups import Option
 from src.config.help import by_value, inner_keys, paragraphs, shown_value
 from src.config.keys import Key, source_keys
-from src.config.options import CONF, PROJECT_ROOT
+from src.config.options import CONF, GLOBAL_GROUPS, PROJECT_ROOT
 from src.config.peers import PEERS, Counterpart
 from src.markdown import code, inline, table
 

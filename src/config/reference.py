@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from src.config import comments, groups
-from src.config.compose import GLOBAL_GROUPS
 from src.config.groups import Option
 from src.config.keys import Key, all_keys
-from src.config.options import CONF, OptionFileError, read_option
+from src.config.options import CONF, GLOBAL_GROUPS, OptionFileError, read_option
 
 TOP = CONF / "config.yaml"
 Roots = Sequence[Path]

@@ -287,6 +287,8 @@ def tracker_can_be_reached_by_some_scheme(tracking: TrackingConfig) -> Iterator[
     schemes = ("sqlite:", "postgresql", "mysql", "mssql", "http:", "https:", "databricks")
     if isinstance(tracking, MlflowConfig) and not tracking.uri.startswith(schemes):
         reason = f"not an address that MLflow knows; it begins with one of {' '.join(schemes)}"
+        if tracking.uri.startswith(("file:", "/", "./", "../")):
+            reason += "; runs in a folder are kept in a file there: sqlite:///FOLDER/mlflow.db"
         yield Problem("tracking.uri", reason, tracking.uri)
 
 

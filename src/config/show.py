@@ -8,7 +8,6 @@ from omegaconf import Container, OmegaConf
 
 from src.config.compose import CommandLine, Composed, hydra_resolved
 from src.config.problems import Problem, refuse
-from src.config.source import with_lists
 from src.secrets import clean
 
 
@@ -24,7 +23,7 @@ def shown_config(composed: Composed, line: CommandLine) -> str:
         names = [str(name) for name in cfg]
         kept = {"job": [name for name in names if name != "hydra"], "hydra": ["hydra"]}.get(flags.cfg, names)
         sections: Any = OmegaConf.to_container(cfg)
-        whole = OmegaConf.create(with_lists(sections))
+        whole = OmegaConf.create(sections)
         package = None if flags.package == "_global_" else flags.package
         chosen: Any = OmegaConf.masked_copy(whole, kept) if package is None else OmegaConf.select(whole, package)
         if chosen is None:

@@ -15,7 +15,7 @@ from typing import Any
 from src.config.compose import COMMAND_LINE, Assignment, CommandLine, Points, warn_of_broken_options
 from src.config.files import unusable
 from src.config.frozen import code_problems
-from src.config.gate import Admitted, check, sweep_of
+from src.config.gate import Admitted, check, located_problems, sweep_of
 from src.config.hydra_keys import SWEEPER_PARAMS, is_own_sweeper, sweeper_params
 from src.config.keys import all_keys
 from src.config.problems import Problem, refuse
@@ -263,8 +263,9 @@ def _open(line: CommandLine, problems: list[Problem]) -> Plan | None:
     _, fixed = axes_of(line, {}, [])
     first = Points(fixed, line).compose([])
     sweep, found = sweep_of(first)
-    if sweep is None or not first.sections:
-        problems += first.problems or found
+    if sweep is None or not first.sections or not first.has_run_dir:
+        of_sweep = [problem for problem in found if first.sections and problem.key not in first.failed]
+        problems += [*located_problems(first, line), *of_sweep]
         return None
     is_own = is_own_sweeper(first)
     params = {SWEEP_FILE: sweep.params, SWEEPER_PARAMS: sweeper_params(first)} if is_own else {}

@@ -1,0 +1,278 @@
+"""How Hydra puts option files together here: what does not fit is placed, and which file gave what is kept. No torch.
+
+A list or a value in the place of a mapping, or the reverse, takes its place: the gate tells it with all other problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.default_element import ConfigDefault, GroupDefault, InputDefault, ResultDefault
+from hydra.core.object_type import ObjectType
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+
+from src.config.options import OptionFileError, error_at, error_in_defaults
+
+HYDRA, BASE = "hydra", "config"
+HAS_DEFAULTS = "HYDRA_REMOVE_TOP_LEVEL_DEFAULTS"
+"""Hydra's flag on a section that has a `defaults` of its own."""
+SWEEPER = "hydra/sweeper"
+FILE = "file://"
+MOST_LISTED = 20
+"""Names that an error tells, where it can't say which was meant."""
+SEARCHPATH = (
+    "is read from the command line: hydra.searchpath=[file:///DIR], or --config-dir DIR; an experiment can't add to it"
+)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A file that was merged into a configuration, and the dotted key that its own keys are put under; '' for none."""
+
+    file: Path
+    package: str
+
+    def within(self, key: str) -> list[str] | None:
+        """Return the way to a key in this file; None where it can't have it, an empty one where it is all below it."""
+        inner, whole = key.split("."), self.package.split(".") if self.package else []
+        if inner[: len(whole)] == whole:
+            return inner[len(whole) :]
+        return [] if whole[: len(inner)] == inner else None
+
+
+class Loader(ConfigLoaderImpl):
+    """Hydra's own, but for the way in which files are merged and mistakes in them are told."""
+
+    files: tuple[Merged, ...] = ()
+    """What the last composition was merged of, the later over the earlier."""
+
+    def load_configuration(self, config_name: str | None, *arguments: Any, **named: Any) -> DictConfig:
+        """Compose as Hydra does.
+
+        Raises:
+            OptionFileError: where what is wrong is in a file, naming file, line and column.
+            HydraException, ValueError, …: what Hydra raises for all else.
+        """
+        self.files = ()
+        try:
+            composed = super().load_configuration(config_name, *arguments, **named)
+            if (wrong := next(self._without_effect(str(config_name)), None)) is not None:
+                raise wrong
+            return composed
+        except OptionFileError:
+            raise
+        except Exception as error:
+            if (wrong := next(self._wrong_defaults(), None)) is not None:
+                raise wrong from error
+            raise
+
+    def _parse_overrides_and_create_caching_repo(self, *arguments: Any) -> Any:
+        self._overrides, self._repo = super()._parse_overrides_and_create_caching_repo(*arguments)
+        return self._overrides, self._repo
+
+    def _load_single_config(self, default: ResultDefault, repo: Any) -> ConfigResult:
+        read = repo.load_config(config_path=default.config_path)
+        if read is not None and (file := _file_of(read, default.config_path)) is not None:
+            package = default.package if default.package is not None else read.header["package"]
+            self.files += (Merged(file, package or ""),)
+            inner = self.files[-1].within("hydra.searchpath")
+            if inner and not default.primary and OmegaConf.select(read.config, ".".join(inner)) is not None:
+                raise error_at(file, inner, f"hydra.searchpath {SEARCHPATH}")
+        return super()._load_single_config(default, repo)
+
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: Any) -> DictConfig:
+        cfg = OmegaConf.create()
+        with flag_override(cfg, "no_deepcopy_set_nodes", True):
+            for default in defaults:
+                given = self._load_single_config(default=default, repo=repo).config
+                try:
+                    cfg.merge_with(given)
+                except OmegaConfBaseException:
+                    _make_room(cfg, given)
+                    self._merge(cfg, given)
+        for override in self._overrides:
+            if not override.is_delete():
+                make_room(cfg, override.key_or_group, override.value())
+        section = cfg.get(HYDRA)
+        if isinstance(section, DictConfig) and section._get_flag(HAS_DEFAULTS):
+            with flag_override(section, ["readonly", "struct"], False):
+                section._set_flag(HAS_DEFAULTS, None)
+                section.pop("defaults", None)
+        return cfg
+
+    def _merge(self, cfg: DictConfig, given: Any) -> None:
+        """Merge what came last once more, in which now only Hydra's own section can have what does not fit."""
+        try:
+            cfg.merge_with(given)
+        except OmegaConfBaseException as error:
+            last = self.files[-1]
+            general = (str(error.full_key or HYDRA), str(error).splitlines()[0])
+            key, reason = _misfit(cfg.get(HYDRA), given.get(HYDRA), HYDRA) or general
+            raise error_at(last.file, last.within(key) or [], f"{key}: {reason}") from error
+
+    def _without_effect(self, primary: str) -> Iterator[OptionFileError]:
+        """Yield the entries of `defaults` that choose for Hydra itself, where conf/config.yaml goes before them."""
+        read = self._read()
+        base = read[BASE].defaults_list if BASE in read else None
+        fixed = {one.group: one.value for one in base or () if isinstance(one, GroupDefault) and one.override}
+        for path, result in read.items():
+            entries = result.defaults_list if path not in (BASE, primary) else None
+            for number, one in enumerate(entries or ()):
+                group = str(one.group).strip("/") if isinstance(one, GroupDefault) and one.override else ""
+                if group in fixed and one.value != fixed[group] and (file := _file_of(result, path)) is not None:
+                    remedy = (
+                        f"on the command line it counts: {group}={one.value}" if group == SWEEPER else "leave it out"
+                    )
+                    reason = f"would change nothing, as conf/config.yaml goes before it; {remedy}"
+                    yield error_in_defaults(file, number, reason)
+
+    def _read(self) -> dict[str, ConfigResult]:
+        """Return the files that were read, by their paths."""
+        cache: dict[str, ConfigResult | None] = getattr(getattr(self, "_repo", None), "cache", {})
+        return {key.removeprefix("config_path="): one for key, one in cache.items() if one is not None}
+
+    def _wrong_defaults(self) -> Iterator[OptionFileError]:
+        """Yield the entries of `defaults` that name no option, or choose where another file has chosen."""
+        read = self._read()
+        chosen: dict[str, str] = {}
+        for path in sorted(read, key=lambda path: path not in (f"{HYDRA}/config", BASE)):
+            for number, one in enumerate(read[path].defaults_list or ()):
+                reason = self._wrong_entry(one, path, chosen)
+                if reason and (file := _file_of(read[path], path)) is not None:
+                    yield error_in_defaults(file, number, reason)
+                if isinstance(one, GroupDefault) and not one.override and one.package is None:
+                    chosen.setdefault(_absolute(str(one.group), path), path)
+
+    def _wrong_entry(self, one: InputDefault, path: str, chosen: Mapping[str, str]) -> str:
+        """Return what is wrong with an entry of a file's `defaults`; '' where it is good."""
+        if isinstance(one, GroupDefault):
+            return self._wrong_group(one, path, chosen)
+        assert isinstance(one, ConfigDefault)
+        name = str(one.path)
+        place = _absolute(name, path)
+        if one.is_self() or "${" in name or self._repo.config_exists(place):
+            return ""
+        group, _, option = place.rpartition("/")
+        if near := get_close_matches(option, self._options(group), n=1):
+            found = f"{group}/{near[0]}" if group else near[0]
+            return f"no file {place}.yaml; did you mean {f'/{found}' if name.startswith('/') else near[0]}?"
+        beside, _, leaf = name.strip("/").rpartition("/")
+        if beside and leaf in self._options(beside):
+            return f"no file {place}.yaml; an option of another group is chosen by `override /{beside}: {leaf}`"
+        return f"no file {place}.yaml; {_listed(self._options(group))}"
+
+    def _wrong_group(self, one: GroupDefault, path: str, chosen: Mapping[str, str]) -> str:
+        name = str(one.group)
+        group, given = _absolute(name, path), one.value if isinstance(one.value, list) else [one.value]
+        value = "null" if one.value is None else str(one.value).replace("'", "")
+
+        def written(group: str, *, overrides: bool = True) -> str:
+            return f"`{'override ' if overrides else ''}/{group}: {value}`"
+
+        if one.optional or "${" in name or any("${" in str(option) for option in given):
+            return ""
+        if not self._repo.group_exists(group):
+            if not name.startswith("/") and self._repo.group_exists(name):
+                return f"a group is looked for in this file's own folder unless it begins with '/': {written(name)}"
+            groups = self._repo.get_group_options("", ObjectType.GROUP)
+            near = get_close_matches(group.rpartition("/")[2], groups, n=1)
+            return f"no group {group}" + (f"; did you mean {written(near[0])}?" if near else f"; {_listed(groups)}")
+        for option in given:
+            if option is not None and option != "???" and not self._repo.config_exists(f"{group}/{option}"):
+                known = self._options(group)
+                near = get_close_matches(option, known, n=1)
+                return f"{group} has no option {option}; {_listed(known)}" + (
+                    f"; did you mean {near[0]}?" if near else ""
+                )
+        if one.override and one.package is not None:
+            return f"nothing else has chosen an option for {one.package}: {written(group)}, without '@'"
+        if one.override and group not in chosen and not group.startswith(f"{HYDRA}/"):
+            return (
+                f"nothing else has chosen an option of {group}: {written(group, overrides=False)}, without `override`"
+            )
+        if not one.override and one.package is None and group in chosen:
+            return (
+                f"{chosen[group]}.yaml has chosen an option of {group}; another one takes its place: {written(group)}"
+            )
+        return ""
+
+    def _options(self, group: str) -> list[str]:
+        found: list[str] = self._repo.get_group_options(group, ObjectType.CONFIG)
+        return [name for name in found if not name.startswith("_")]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return f"one of {', '.join(names[:MOST_LISTED])}{more}" if names else "there is none"
+
+
+def _absolute(name: str, path: str) -> str:
+    """Return a name in the `defaults` of a file as the way from the folder of all options."""
+    folder = path.rpartition("/")[0]
+    return name[1:] if name.startswith("/") else f"{folder}/{name}" if folder else name
+
+
+def _file_of(read: ConfigResult, path: str) -> Path | None:
+    """Return the file that was read; None of what Hydra's plugins have in memory."""
+    name = f"{path.removesuffix('.yaml')}.yaml"
+    return Path(read.path.removeprefix(FILE), name) if read.path.startswith(FILE) else None
+
+
+def _make_room(cfg: DictConfig, given: Any) -> None:
+    """Take lists out of a configuration where mappings are to be merged into it, and mappings for lists."""
+    for key, new in given.items_ex(resolve=False) if isinstance(given, DictConfig) else ():
+        old = None if key == HYDRA and cfg._get_parent() is None else cfg._get_node(key)
+        kinds = {type(one) for one in (old, new) if isinstance(one, Container) and has_content(one)}
+        if kinds == {DictConfig} and isinstance(old, DictConfig):
+            _make_room(old, new)
+        elif len(kinds) == 2:
+            cfg[key] = None
+
+
+def make_room(cfg: DictConfig, key: str, value: Any) -> None:
+    """Take a list out of the way to a key, and what it has where that is a list and the value a mapping or the reverse.
+
+    So the value is taken, and the gate tells it; nothing is done within Hydra's own section.
+    """
+    *way, last = key.split(".")
+    node: Any = cfg
+    for count, part in enumerate([*way, last]):
+        if isinstance(node, ListConfig) and has_content(node):
+            OmegaConf.update(cfg, ".".join(way[:count]), None)
+        if (count == 0 and part == HYDRA) or not (isinstance(node, DictConfig) and has_content(node)):
+            return
+        above, node = node, node._get_node(part)
+    kinds = {DictConfig: dict, ListConfig: list}
+    there = next((kind for one, kind in kinds.items() if isinstance(node, one) and has_content(node)), None)
+    if there is not None and isinstance(value, dict | list) and not isinstance(value, there):
+        above[last] = None
+
+
+def _misfit(section: Any, given: Any, key: str) -> tuple[str, str] | None:
+    """Return the key of Hydra's own section that can't be what a file gives, and why; None where there is none."""
+    if isinstance(section, DictConfig) and not isinstance(given, DictConfig):
+        return key, f"has keys of its own ({', '.join(map(str, section))}), and is no value"
+    if not isinstance(section, DictConfig):
+        return None
+    for name, new in given.items_ex(resolve=False):
+        inner = f"{key}.{name}"
+        if name not in section:
+            known = [str(one) for one in section if one != "_target_"]
+            near = get_close_matches(str(name), known, n=1)
+            remedy = f"did you mean {key}.{near[0]}?" if near else _listed(known)
+            return inner, f"there is no such key; {remedy}"
+        if found := _misfit(section._get_node(name), new, inner):
+            return found
+    return None
+
+
+def has_content(node: Container) -> bool:
+    """Return whether a list or mapping is one as it stands: not null, not missing, and no interpolation."""
+    return not (node._is_none() or node._is_missing() or node._is_interpolation())
