@@ -24,8 +24,8 @@ from src.runtime.signals import StopRequest
 from src.sweep.record import Record
 from src.sweep.space import Interval
 from src.sweep.study import _is_rung
-from src.sweep.sweeper import _needs, lead
-from src.sweep.workers import Workers
+from src.sweep.sweeper import lead
+from src.sweep.workers import Workers, modules_of_run
 from src.tracking.journal import hold
 from tests.conftest import ROOT, read_lines, write_lines
 from tests.sweeps import TINY, board_of, planned, sleep_before_it_begins, starts, states, steps_of, study_of, untracked
@@ -284,9 +284,9 @@ def test_editing_yaml_changes_nothing_for_a_sweep_that_began(
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "\udcff"])
 def test_a_model_without_a_usable_config_is_left_to_its_trials_to_tell(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content, encoding="utf-8", errors="surrogateescape")
-    needs = _needs(planned(f"model.checkpoint={tmp_path}", "seed=1,2"))
+    needs = modules_of_run(planned(f"model.checkpoint={tmp_path}", "seed=1,2").sample)
     assert not [name for name in needs if name.startswith("transformers.models")]
-    assert "transformers.models.llama.modeling_llama" in _needs(planned("seed=1,2"))
+    assert "transformers.models.llama.modeling_llama" in modules_of_run(planned("seed=1,2").sample)
 
 
 def test_a_missing_objective_is_a_failure(swept: Callable[..., int], folder: Path) -> None:
