@@ -10,7 +10,9 @@ from typing import Any
 from src.config.schema import Batching, InitMethod, LoraConfig, NoAdapterConfig, RunConfig, Weights
 from src.data.dataset import Data
 from src.errors import human_bytes
-from src.forecast import checkpoint_bytes, disk_need, most_saves, trained_of
+from src.forecast.disk import disk_need, most_saves
+from src.forecast.optimizer_state import checkpoint_bytes
+from src.forecast.parameters import trained_of
 from src.model.build import num_parameters
 from src.model.embeddings import StartedRows, num_rows
 from src.runtime.session import Runtime

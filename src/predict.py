@@ -28,6 +28,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,16 +58,17 @@ def predict(admitted: Admitted) -> None:
         TowlineError: what the user can mend.
         Interrupted: where a signal asked it to stop; what was written is kept.
     """
-    from src.checkpoint.exported import check_exported
+    from src.checkpoint.exported import check_exported, standing_on
     from src.evaluation.predictions import open_sets, predict_rows
     from src.tracking.console import Console
     from src.tracking.journal import hold
 
+    admitted = replace(admitted, config=standing_on(admitted.run_dir, admitted.config))
     config, run_dir, output = admitted.config, admitted.run_dir, folder(admitted)
     batch_size = admitted.own.batch_size or config.training.per_device_eval_batch_size
     console = Console()
     console.label("predict", f"{run_dir} → {output}")
-    check_exported(run_dir)
+    check_exported(run_dir, config.model.checkpoint)
     output.mkdir(parents=True, exist_ok=True)
     with stop_on_signals() as stop, hold(output):
         sets = open_sets(output, config, admitted.frozen, run_dir / "model")

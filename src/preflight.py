@@ -47,18 +47,23 @@ def preflight(admitted: Admitted) -> int:
     from src.evaluation.generate import check_prompts
     from src.inspection.drawing import Paint, draw_lengths
     from src.inspection.findings import findings, judge_of, prove
-    from src.inspection.outlook import about_disk, device_of, outlook
+    from src.inspection.libraries import LibraryMemory
+    from src.inspection.outlook import about_disk, device_of, outlook, resident_bytes
     from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets
     from src.inspection.starts import about_starts, show_tokens
     from src.model.build import check_adapter_of, check_lengths, empty_model
     from src.model.embeddings import grow_embeddings
     from src.model.quantization import check_quantisable
     from src.model.unlearned import stored_unlearned_tokens
+    from src.sweep.workers import WARM, modules_of_run
     from src.tokens import load_tokenizer
 
+    libraries = LibraryMemory([WARM, *modules_of_run(config)])
     collect_from_here()
+    before = resident_bytes()
     tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
     data = build_data(config, tokenizer, console.working)
+    data_bytes = max(0, resident_bytes() - before)
     model = empty_model(config.model)
     check_lengths(config.model, model.config, config.data.max_seq_length, config.data.max_target_length)
     if config.quantization.is_on:
@@ -79,7 +84,9 @@ def preflight(admitted: Admitted) -> int:
     judge = judge_of(config, data)
     proofs = {name: prove(rows, judge) for name, rows in sets.items()}
     new_ids = list(started.ids.values())
-    ahead = outlook(config, model, tokenizer, new_ids, train, admitted.run_dir, measure=own.measure)
+    measured = libraries.wait()
+    held = None if measured is None else measured + data_bytes
+    ahead = outlook(config, model, tokenizer, new_ids, data, admitted.run_dir, held, measure=own.measure)
     show_forecasts(console, config, ahead)
     found = [
         *findings(config, data, tokenizer, train, proofs, ahead.num_steps),
@@ -127,10 +134,10 @@ def write_report(file: Path, data: Data, found: Sequence[Any], ahead: Any) -> No
         "findings": [{"level": finding.level.value, "text": finding.text} for finding in found],
         "data": {name: report.as_dict() for name, report in data.reports.items()},
         "steps": ahead.num_steps,
-        "memory": {part.name: part.bytes for part in ahead.memory.parts},
+        "memory": {part.name: part.bytes for part in [*ahead.memory.parts, *ahead.memory.instead, ahead.memory.total]},
         "memory_on_cpu": {part.name: part.bytes for part in ahead.memory.on_cpu},
         "disk": {part.name: part.bytes for part in ahead.disk.parts},
-        "time": asdict(ahead.time),
+        "time": {part.name: part._asdict() for part in ahead.time.parts},
         "measured": ahead.measured and asdict(ahead.measured),
     }
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Collection, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -34,6 +35,8 @@ PLAIN_KINDS: Mapping[type[yaml.Node], Collection[str]] = {
     yaml.MappingNode: ("map",),
 }
 """Of them, those that JSON has too, by the kind of node."""
+MOST_DIGITS = 308
+"""Of a whole number: what can be a float too."""
 DEEPEST = 100
 """Levels of lists and mappings."""
 
@@ -52,11 +55,15 @@ class Line(NamedTuple):
 def write_atomically(path: Path, text: str) -> None:
     """Write a file beside its place and rename it, so that nobody sees half of it."""
     beside = path.with_name(f".{path.name}.part")  # one writer a file: the lock's holder
-    with open(beside, "w", encoding="utf-8") as file:
+    with open(beside, "w", encoding="utf-8", opener=_open_at_once) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe is no place to write to: an error, not a wait
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -89,7 +96,7 @@ def read_json(
         DamagedFileError: naming the file, what is wrong with it, and the remedy.
     """
     try:
-        content = _parse(read_bytes(file))
+        content = parse(read_bytes(file))
         check_keys(content, keys or {}, may_lack)
     except ValueError as error:
         raise damaged(file, str(error), remedy) from error
@@ -111,6 +118,7 @@ def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
         if not isinstance(node, yaml.MappingNode):
             raise ValueError("no mapping of keys to values")
         count_values(node)
+        _check_kinds(node, set())
         content = yaml.SafeLoader("").construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -144,7 +152,7 @@ def read_lines(
     lines: list[Line] = []
     for number, raw in enumerate(whole, 1):
         try:
-            content = _parse(raw)
+            content = parse(raw)
             if check is not None:
                 check(content, lines[-1].content if lines else None)
         except ValueError as error:
@@ -191,6 +199,22 @@ def names_in(folder: Path) -> list[str]:
         raise ValueError(str(error.strerror)) from error
 
 
+def check_plain(file: Path, remedy: str = "") -> None:
+    """Check that what is in a file's place, if anything, can be opened and read to its end.
+
+    Raises:
+        DamagedFileError: where it is a pipe, a folder, a link to what is not there, or can't be looked at.
+    """
+    try:
+        reason = "" if stat.S_ISREG(os.stat(file).st_mode) else "not a plain file"
+    except FileNotFoundError:
+        reason = "a link to what is not there" if file.is_symlink() else ""
+    except OSError as error:
+        reason = f"it can't be read: {error.strerror}"
+    if reason:
+        raise damaged(file, reason, remedy)
+
+
 def check_keys(content: Mapping[str, Any], keys: Mapping[str, Types], may_lack: Collection[str] = ()) -> None:
     """Check that an object has the keys that it needs, each with a value of its type.
 
@@ -203,6 +227,25 @@ def check_keys(content: Mapping[str, Any], keys: Mapping[str, Types], may_lack: 
                 raise ValueError(f"{key} is missing")
         elif not _is_of(content[key], types):
             raise ValueError(f"{key} can't be {_short(content[key])}")
+
+
+def check_times(file: Path, content: Mapping[str, Any], keys: Collection[str], remedy: str = "") -> None:
+    """Check that what an object says under these keys, if anything, are times: ISO 8601, since 1970.
+
+    Raises:
+        DamagedFileError: naming the first that is none.
+    """
+    for key in keys:
+        if content.get(key) is not None and not is_time(content[key]):
+            raise damaged(file, f"{key} can't be {_short(content[key])}, which is no time", remedy)
+
+
+def is_time(value: Any) -> bool:
+    """Return whether a value is a text that is a time: ISO 8601, since 1970."""
+    try:
+        return isinstance(value, str) and datetime.fromisoformat(value).timestamp() >= 0
+    except (ValueError, OverflowError, OSError):
+        return False
 
 
 def damaged(file: Path, reason: str, remedy: str) -> DamagedFileError:
@@ -251,14 +294,14 @@ def is_digest(value: object) -> TypeGuard[Mapping[str, Any]]:
     )
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
+def parse(raw: bytes) -> dict[str, Any]:
     """Return the object that JSON text holds.
 
     Raises:
         ValueError: saying why it holds none.
     """
     try:
-        content = json.loads(raw.decode(), parse_constant=_no_number)
+        content = json.loads(raw.decode(), parse_constant=_no_number, parse_float=_float, parse_int=_int)
     except UnicodeDecodeError as error:
         raise ValueError(f"no text: byte {error.start} is {raw[error.start]:#04x}") from error
     except json.JSONDecodeError as error:
@@ -272,7 +315,16 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number that JSON has")
+    raise ValueError(f"{name} is no number that can be read")
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _no_number(digits)
+
+
+def _int(digits: str) -> int:
+    return int(digits) if len(digits) <= MOST_DIGITS else int(_no_number(f"{digits[:20]}…"))
 
 
 def _check_depth(node: Any, depth: int = 0) -> None:
@@ -312,11 +364,6 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) ->
         inner = node.value
     elif isinstance(node, yaml.MappingNode):
         inner = [one for pair in node.value for one in pair]
-        if other := next((key for key, _ in node.value if key.tag != f"{TAG}str"), None):
-            raise ValueError(f"line {other.start_mark.line + 1}: a key that is no text")
-    if not _is_plain(node):
-        given = _short(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
-        raise ValueError(f"line {node.start_mark.line + 1}: {given} can't be of the kind {node.tag.removeprefix(TAG)}")
     count = 1 + sum(_count_values(one, counts, depth + 1) for one in inner)
     if count > MOST_YAML_VALUES:
         raise ValueError(
@@ -324,6 +371,29 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) ->
         )
     counts[id(node)] = count
     return count
+
+
+def _check_kinds(node: yaml.Node, seen: set[int]) -> None:
+    """Check that a YAML node has text keys and values that JSON has too.
+
+    Args:
+        seen: nodes that were checked, by their identity.
+    Raises:
+        ValueError: naming the line.
+    """
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if not _is_plain(node):
+        given = _short(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+        raise ValueError(f"line {node.start_mark.line + 1}: {given} can't be of the kind {node.tag.removeprefix(TAG)}")
+    inner = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        if other := next((key for key, _ in node.value if key.tag != f"{TAG}str"), None):
+            raise ValueError(f"line {other.start_mark.line + 1}: a key that is no text")
+        inner = [value for _, value in node.value]
+    for one in inner:
+        _check_kinds(one, seen)
 
 
 def _is_plain(node: yaml.Node) -> bool:

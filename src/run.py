@@ -90,7 +90,7 @@ def train_and_export(
 ) -> dict[str, float]:
     """Do all of a run but what holds its folder; see `run`."""
     # imported here: torch takes seconds, and a folder that is in use or a typo should be told at once
-    from src.checkpoint.exported import exported_digests
+    from src.checkpoint.exported import base_digests, exported_digests, starting_model
     from src.checkpoint.start import Origin, written_weights
     from src.checkpoint.store import open_checkpoints
     from src.data.advice import Level, advice
@@ -121,7 +121,6 @@ def train_and_export(
         same_step,
         start_from_adapter,
         start_from_checkpoint,
-        starting_model,
     )
     from src.training.state import prepare
 
@@ -154,6 +153,7 @@ def train_and_export(
         tracking.record("data_report.json", data.report())
         if (settings := deepspeed_settings(with_zero_sizes(config), runtime.num_processes)) is not None:
             tracking.record("deepspeed.json", settings)
+        base = None if config.adapter.type == "none" or not runtime.is_main else base_digests(config.model.checkpoint)
         model = build_model(config, runtime.device)
         set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
         unlearned = unlearned_tokens(model, tokenizer, new_tokens, config.model)
@@ -247,7 +247,7 @@ def train_and_export(
                 tracking.warn(export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone))
         checkpoints.finish(was_due=state.last is not None and state.last.is_due(config.evaluation.eval_steps))
         exported = exported_digests(run_dir / "model") if runtime.is_main else None
-        return tracking.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()}, exported)
+        return tracking.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()}, exported, base)
 
 
 def start_of(admitted: Admitted, origin: Origin) -> Start:

@@ -8,10 +8,10 @@ Each folder's own config.yaml says which tracker; a secret that was not stored i
   tracking.experiment_name=…  where a new run begins, if the folder has none in the store that can be written to
 
 What a store has is looked at first, so a store that was emptied or restored from a copy gets what it lacks, and nothing
-twice. It waits as long as calls succeed; Ctrl-C ends it, and the same command goes on from there.
+twice. It waits as long as calls bring something new; Ctrl-C ends it, and the same command goes on from there.
 
 Exit code 0 where all is delivered, 1 where something is left (it is said what, and why), 2 where something is yours to
-mend.
+mend first: a damaged file of the folder, which holds up nothing but what it says, or an address, credentials, a store.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from src import secrets
 from src.config.compose import COMMAND_LINE, CommandLine, read_command_line
 from src.config.files import unusable
-from src.config.frozen import CONFIG, STATUS, SWEEP, read_config
+from src.config.frozen import CONFIG, STARTS, STATUS, SWEEP, read_config
 from src.config.help import help_of_entry
 from src.config.problems import Problem, refuse
 from src.config.rules import tracker_can_be_reached_by_some_scheme
@@ -62,7 +62,7 @@ def sync(source: Source, console: Console) -> tuple[int, str]:
     """Deliver what is missing of a folder; return the exit code, and the signal that ended it or ''.
 
     Raises:
-        RunFolderError: where a process is at the folder, or it can't be written to.
+        RunFolderError: where a process is at the folder, or it can't be held.
     """
     from src.tracking.journal import hold
     from src.tracking.mirror import TO_THE_END, Mirror
@@ -73,8 +73,9 @@ def sync(source: Source, console: Console) -> tuple[int, str]:
         mirror = Mirror(delivery)
         left = mirror.close(TO_THE_END, console.working)
         if left:
-            console.warn(f"{source.folder}: {left}. The same command goes on from there")
-            return 1, mirror.ended_by
+            then = "Once that is mended, the" if mirror.needs_mending else "The"
+            console.warn(f"{source.folder}: {left}. {then} same command goes on from there")
+            return 2 if mirror.needs_mending else 1, mirror.ended_by
         console.label("delivered", f"{delivery.progress}, as run {delivery.run_id}")
         return 0, mirror.ended_by
 
@@ -153,7 +154,8 @@ def _source(folder: Path, line: CommandLine) -> Source:
     if reason := unusable(str(folder)):
         raise _Refused(Problem("run", reason, str(folder), True, COMMAND_LINE))
     is_sweep = os.path.lexists(folder / SWEEP)
-    if not is_sweep and not os.path.lexists(folder / STATUS):
+    is_run = os.path.lexists(folder / STATUS) or all(os.path.lexists(folder / name) for name in (CONFIG, STARTS))
+    if not is_sweep and not is_run:
         reason = f"no folder of a run or a sweep: it has neither {STATUS} nor {SWEEP}"
         raise _Refused(Problem("run", reason, str(folder), True, COMMAND_LINE))
     try:
@@ -222,6 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TowlineError as error:
         report(error)
         return error.exit_code
+    except OSError as error:
+        report(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror}")
+        return 2
     except KeyboardInterrupt:
         report("\nStopped by Ctrl-C. The same command goes on.")
         return Interrupted.exit_code

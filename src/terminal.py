@@ -1,4 +1,7 @@
-"""How a text is laid out on a terminal: lines end between words, keep their indent, and break no number. Pure text."""
+"""How a text is laid out on a terminal: lines end between words, keep their indent, break no number and no command.
+
+Pure text.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,14 @@ _PAINT = re.compile(r"\x1b\[[0-9;]*m")
 _NUMBER = re.compile(r"[+±-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:[.:_]\d+)*(?:[eE][+-]?\d+)?%?")
 _UNIT = r"(?<=\d) (?=(?:[KMGT]i)?B\b)"
 _PLAIN_WORD = re.compile(rf"(?:{_UNIT}|\S)+")
-_WORD = re.compile(rf"[^\s`]*`[^`\n]*`\S*|{_PLAIN_WORD.pattern}")
+_CODE = r"[^\s`]*`[^`\n]*`\S*"
+_WORD = re.compile(rf"{_CODE}|{_PLAIN_WORD.pattern}")
+_QUOTED = r"""'[^'\n]*'(?:"'"'[^'\n]*')*"""
+_ARGUMENT = rf"(?:{_QUOTED}|[\w.+~/@-]+=(?:{_QUOTED}|[^\s'])+)[^\s']*"
+_PROGRAM = r"(?:make [\w-]+|python -m [\w.]+) "
+_COMMAND = re.compile(rf"{_CODE}|(?<![^\s(])(?:{_PROGRAM})?{_ARGUMENT}(?: {_ARGUMENT})*")
+"""What may be pasted into a shell: code, and arguments as a shell's quoting has them."""
+_SINGLE = re.compile(_ARGUMENT)
 _COLUMN = re.compile(r"\S {3,}(?=\S)")
 _AFTER = ("/\\,;:=&>)]}", "._-")
 """Characters behind which a word that has no room in any line is best divided, and next best."""
@@ -44,7 +54,7 @@ def columns_of(stream: IO[str]) -> int | None:
 
 
 def wrapped(text: str, columns: int | None, *, hang: int | None = None) -> str:
-    """Return a text whose lines fit into so many columns.
+    """Return a text whose lines fit into so many columns, but for commands that are longer: they stay whole.
 
     Args:
         columns: None: lines are left as they are.
@@ -76,13 +86,15 @@ def cut_to(text: str, columns: int | None) -> str:
     return f"{text[start:stop]} …"
 
 
-def shortened(text: str, most: int) -> str:
-    """Return a text of at most so many characters, with … where its end is missing; no number is cut."""
+def shortened(text: str, most: int, end: str = " …") -> str:
+    """Return a text of at most so many characters, with an end where its own is missing; no number is cut."""
     if len(text) <= most:
         return text
-    inside = (m for m in _NUMBER.finditer(text) if m.start() < most - 2 < m.end())
-    stop = next((m.start() for m in inside), most - 2)
-    return f"{text[:stop].rstrip()} …"
+    stop = most - len(end)
+    inside = next((m for m in _NUMBER.finditer(text) if m.start() < stop < m.end()), None)
+    if inside is not None and not text[: inside.start()].strip():
+        return f"a number of {sum(map(str.isdigit, inside.group()))} digits"
+    return f"{text[: stop if inside is None else inside.start()].rstrip()}{end}"
 
 
 def width(text: str) -> int:
@@ -90,22 +102,23 @@ def width(text: str) -> int:
     return sum(_widths(text))
 
 
-def divided(line: str, first: int, rest: int) -> list[tuple[int, int]]:
+def divided(line: str, first: int, rest: int, whole: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int]]:
     """Divide a line between words; one that is longer than a line is divided too, but not within a number.
 
     Args:
         first: columns that there are for the first piece.
         rest: columns that there are for each of the others.
+        whole: (start, stop) of what is not divided where it has room.
     Returns: (start, stop) of each piece, without the white space between them.
     """
-    total, whole = [0, *accumulate(_widths(line))], _undivided(line)
+    total, undivided = [0, *accumulate(_widths(line))], _undivided(line)
     pieces: list[tuple[int, int]] = []
     start = stop = 0  # of the piece that is being filled
-    for begin, end in _words(line, rest):
+    for begin, end in _words(line, rest, whole):
         room = rest if pieces else first
         while total[end] - total[start] > room:
             is_longer = total[end] - total[begin] > rest
-            cut = _cut(line, begin, end, total, total[start] + room, whole) if is_longer else None
+            cut = _cut(line, begin, end, total, total[start] + room, undivided) if is_longer else None
             if cut is not None and (begin == start or line[cut - 1] in _AFTER[0]):
                 pieces.append((start, cut))
                 start = begin = stop = cut
@@ -119,13 +132,18 @@ def divided(line: str, first: int, rest: int) -> list[tuple[int, int]]:
     return [*pieces, (start, max(start, len(line.rstrip())))]
 
 
-def _words(line: str, columns: int) -> Iterator[tuple[int, int]]:
+def _words(line: str, columns: int, whole: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of what is not divided: words, and what is quoted as code where it has room in a line."""
-    for word in _WORD.finditer(line):
-        if len(word.group()) <= columns:
-            yield word.span()
-        else:
-            yield from (part.span() for part in _PLAIN_WORD.finditer(line, *word.span()))
+    at = 0
+    for start, stop in (*whole, (len(line), len(line))):
+        for word in _WORD.finditer(line, at, start):
+            if len(word.group()) <= columns:
+                yield word.span()
+            else:
+                yield from (part.span() for part in _PLAIN_WORD.finditer(line, *word.span()))
+        if start < stop:
+            yield start, stop
+        at = stop
 
 
 def _undivided(line: str) -> set[int]:
@@ -151,8 +169,34 @@ def _wrapped_line(line: str, columns: int, hang: int | None) -> Iterator[str]:
         yield line
         return
     indent = _hanging(line, columns) if hang is None else min(hang, columns // 2)
-    for number, (start, stop) in enumerate(divided(line, columns, columns - indent)):
-        yield (" " * indent if number else "") + line[start:stop]
+    room, left = columns, 0
+    for part, is_long in _parts(line, columns, columns - indent):
+        if is_long:  # on a line of its own, as far to the left as it takes
+            yield " " * max(0, min(indent, columns - width(part))) + part
+        else:
+            for start, stop in divided(part, room, columns - indent, list(_commands(part, columns))):
+                yield " " * left + part[start:stop]
+                left = indent
+        room, left = columns - indent, indent
+
+
+def _commands(line: str, columns: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of commands; of several arguments that are longer than a line each by itself."""
+    for found in _COMMAND.finditer(line):
+        several = [one.span() for one in _SINGLE.finditer(line, *found.span())]
+        yield from several if several[1:] and width(found.group()) > columns else [found.span()]
+
+
+def _parts(line: str, columns: int, room: int) -> Iterator[tuple[str, bool]]:
+    """Yield the parts of a line, and whether they are commands that have no room beside what is left of them."""
+    at = 0
+    for start, stop in [*_commands(line, columns), (len(line), len(line))]:
+        if width(line[start:stop]) > room or start == stop:
+            if (before := line[at:start]).strip():
+                yield (before.lstrip() if at else before), False
+            if start < stop:
+                yield line[start:stop], True
+            at = stop
 
 
 def _hanging(line: str, columns: int) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from functools import cache
 from typing import Any
 
 import pytest
 import yaml
+from hydra.core.override_parser.types import Override
 
 from src.checkpoint.contract import (
     EFFECTS,
@@ -22,6 +24,7 @@ from src.checkpoint.contract import (
     compare_facts,
     is_reordered,
 )
+from src.config.compose import read_override
 from src.config.gate import known_keys
 from src.errors import ConfigError
 from tests.conftest import admitted
@@ -383,6 +386,17 @@ def test_another_training_may_be_allowed() -> None:
         "Put it back as it was to go on with the same training; or start a new run in another hydra.run.dir "
         f"(init_from={WHERE} gives it these weights).",
     ]
+
+
+def test_a_folder_is_told_as_a_shell_takes_it() -> None:
+    folder = "outputs/fin2 (a), b/checkpoints/step_4"
+    with pytest.raises(ConfigError) as refused:
+        check(changes_of((), (), ("seed=1",)), allow_changed=False, where=folder)
+    typed = str(refused.value).splitlines()[-1].partition("(")[2].removesuffix(" gives it these weights).")
+    (argument,) = shlex.split(typed)
+    read = read_override(argument)
+    assert isinstance(read, Override)
+    assert (read.key_or_group, read.value()) == ("init_from", folder)
 
 
 @pytest.mark.parametrize("allow_changed", [True, False])

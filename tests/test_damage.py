@@ -198,8 +198,8 @@ def test_every_value_of_a_status_is_held_against_its_shape(tmp_path: Path, chang
         "step": 8,
         "cause": "x",
         "how_to_go_on": None,
-        "started": "x",
-        "ended": "x",
+        "started": "2026-01-01T00:00:00+00:00",
+        "ended": "2026-01-01T00:01:00+00:00",
         "pid": 1,
         "num_steps": 9,
         "steps_per_epoch": None,
@@ -236,7 +236,7 @@ def test_another_runs_word_that_it_is_finished_is_not_taken(
     shutil.copytree(run, sweep.run_dir(0))
     shutil.copy(finished / "summary.json", sweep.run_dir(0))
     standing = sweep.standing(0, "eval/validation/loss")
-    assert (standing.state, standing.value, "it says FINISHED" in standing.cause) == ("FAILED", None, True)
+    assert (standing.state, standing.value, "metrics.jsonl" in standing.cause) == ("FAILED", None, True)
     (run / "status.json").unlink()  # as it was told
     assert go_on(run).returncode == 0
     assert numbers(run) == numbers(finished)

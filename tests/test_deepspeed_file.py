@@ -47,6 +47,7 @@ ZERO3: dict[str, Any] = {
     "wall_clock_breakdown": False,
 }
 """As transformers' documentation has it for ZeRO-3, with a cosine schedule."""
+STAGE2: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 
 
 @pytest.fixture
@@ -275,6 +276,30 @@ DISAGREE: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     ),
     "a key of ours": ({"sha256": "0"}, (), ("deepspeed.sha256 = 0", "not a key of DeepSpeed's")),
 }
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({**STAGE2, "steps_per_prnt": 3}, ["not a key of DeepSpeed's; did you mean steps_per_print?"]),
+        ({**STAGE2, "tensorbord": {"enabled": True}}, ["not a key of DeepSpeed's; did you mean tensorboard?"]),
+        ({**STAGE2, "prescale_gradient": False}, ["not a key of DeepSpeed's; did you mean prescale_gradients?"]),
+        ({**STAGE2, "train_batch_sise": 3}, ["did you mean deepspeed.train_batch_size?"]),
+        ({"zero_optimization": {"stage": 2, "stag": 2}}, ["not a key of DeepSpeed's; did you mean stage?"]),
+        ({"bf16": {"enabled": "auto"}}, ["needs a value: a mapping of DeepSpeed's keys, with a stage"]),
+        (
+            {"zero_optimisation": {"stage": 2}},
+            ["needs a value: a mapping", "unknown key; did you mean deepspeed.zero_optimization?"],
+        ),
+        ({"stage": 3}, ["needs a value: a mapping", "unknown key; did you mean deepspeed.zero_optimization.stage?"]),
+    ],
+)
+def test_keys_that_are_none_are_told_with_the_nearest(file: Path, content: dict[str, Any], told: list[str]) -> None:
+    lines = refused(*asked(file, content))
+    assert len(lines) == len(told)
+    for line, words in zip(lines, told, strict=True):
+        assert words in line
+        assert str(file) in line
 
 
 @pytest.mark.parametrize("what", DISAGREE)

@@ -6,9 +6,12 @@ import http.client
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,15 +26,16 @@ from sqlalchemy.engine import Engine
 
 from src import sync
 from src.config.schema import MlflowConfig
-from src.tracking import mirror, mlflow_store, sqlite_store, tracker
+from src.records import Digest
+from src.tracking import mirror, mlflow_calls, sqlite_store, tracker
 from src.tracking.journal import Start, hold
 from src.tracking.mirror import Mirror, Patience
 from src.tracking.mlflow_errors import StoreError, explained
 from src.tracking.mlflow_mirror import Delivery
 from src.tracking.mlflow_store import read_tracking
 from src.tracking.sqlite_store import SqliteStore
-from tests.conftest import FORKS, read_lines
-from tests.test_tracking import closed_port, killed, start_server, stop_server, stopped, track, tracked
+from tests.conftest import FORKS, ROOT, admitted, read_lines
+from tests.test_tracking import closed_port, do_step, killed, start_server, stop_server, stopped, track, tracked
 
 SOON = Patience(call_seconds=1.5, total_seconds=4.0)
 PATIENT = Patience(call_seconds=10.0, total_seconds=40.0)
@@ -48,7 +52,7 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (tracker, mirror):
         monkeypatch.setattr(module, "TO_THE_END", SOON)
     monkeypatch.setattr(mirror, "RETRY_SECONDS", 0.2)
-    monkeypatch.setattr(mlflow_store, "AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(mlflow_calls, "AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(sqlite_store, "LOCKED_SECONDS", 0.3)
 
 
@@ -201,6 +205,58 @@ def test_leftovers_of_another_database_do_not_spoil_a_new_one(tmp_path: Path) ->
     assert (tmp_path / "mlflow.db.leftover-wal").exists()
 
 
+@pytest.mark.parametrize("kind", ["dangling", "of an unmounted disk", "in a circle"])
+def test_a_link_to_what_is_not_there_is_told_and_stays(
+    tmp_path: Path, template: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    link, run = tmp_path / "mlflow.db", tmp_path / "run"
+    target = {"dangling": tmp_path / "there.db", "in a circle": link}.get(kind, tmp_path / "disk" / "there.db")
+    link.symlink_to(target)
+    uri = f"sqlite:///{link}"
+    track(config_of(uri), run)
+    told = capsys.readouterr().err
+    assert str(link) in told
+    assert ("leads in a circle" if kind == "in a circle" else f"a link to {target}, which is not there") in told
+    assert link.readlink() == target
+    assert {file.name for file in tmp_path.iterdir()} == {"mlflow.db", "run"}
+    as_stored(run, uri=uri)
+    assert synced(capsys, f"run={run}")[0] == 2
+    if kind == "in a circle":
+        link.unlink()
+    else:
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(template, target)
+    assert deliver(config_of(uri), run) == ""
+    check(uri, run)
+    assert link.is_symlink() == (kind != "in a circle")
+
+
+def test_an_empty_file_behind_a_link_becomes_the_store_and_the_link_stays(
+    tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SqliteStore, "_make", lambda self: shutil.copy(template, self.file))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "there.db").touch()
+    (tmp_path / "mlflow.db").symlink_to(tmp_path / "disk" / "there.db")
+    uri, run = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run"
+    track(config_of(uri), run)
+    check(uri, run)
+    assert (tmp_path / "mlflow.db").is_symlink()
+    assert (tmp_path / "disk" / "there.db").stat().st_size > 0
+
+
+@pytest.mark.parametrize("ending", ["-journal", "-wal", "-shm"])
+@pytest.mark.parametrize("place", ["pipe", "folder", "dangling"])
+def test_what_stands_in_the_place_of_a_companion_is_told(
+    tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str], ending: str, place: str
+) -> None:
+    companion = Path(f"{database}{ending}")
+    companion.touch()
+    in_place(place)(companion)
+    track(config_of(f"sqlite:///{database}"), tmp_path / "run")
+    assert f"{companion} is no plain file" in capsys.readouterr().err
+
+
 def test_the_file_of_a_uri_is_the_one_that_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for uri, file in (
@@ -219,15 +275,21 @@ def test_tables_of_something_else_are_left_alone(tmp_path: Path) -> None:
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Stands in front of a server and does what `mode` says to each call."""
+    """Stands in front of a server and does what `mode` says to each call whose method and path `only` matches."""
 
     daemon_threads = True
 
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", 0), _Through)
         self.port, self.mode, self.num_calls, self.delay = port, "well", 0, 0.15
+        self.only, self.asked = "", []  # type: tuple[str, list[str]]
         self.uri = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print what went wrong here; a client that did not wait, or a server that is gone, did not."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Through(http.server.BaseHTTPRequestHandler):
@@ -236,7 +298,9 @@ class _Through(http.server.BaseHTTPRequestHandler):
     def handle_one_call(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.num_calls += 1
-        mode = self.server.mode
+        asked = f"{self.command} {self.path.partition('?')[0]}"
+        self.server.asked.append(asked)
+        mode = self.server.mode if re.search(self.server.only, asked) else "well"
         if mode.isdigit():
             return self.answer(int(mode), b"no", {"Location": f"{self.server.uri}/login"} if mode == "302" else {})
         if mode == "moved":
@@ -244,6 +308,8 @@ class _Through(http.server.BaseHTTPRequestHandler):
             return self.answer(308, b"", {"Location": there})
         if mode == "html":
             return self.answer(200, b"<html><body>Log in</body></html>")
+        if mode.startswith("says "):
+            return self.answer(200, mode.removeprefix("says ").encode())
         if mode.startswith("flaky") and self.server.num_calls % 2:
             if mode == "flaky":
                 return self.answer(503, b"busy")
@@ -274,6 +340,8 @@ class _Through(http.server.BaseHTTPRequestHandler):
         if mode == "lost":
             self.close_connection = True
             return None
+        if mode.startswith("does it and says "):
+            content = mode.removeprefix("does it and says ").encode()
         return self.answer(answer.status, content, {"Content-Type": answer.getheader("Content-Type", "text/plain")})
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_one_call  # noqa: N815
@@ -327,8 +395,6 @@ WORDS = {
 def test_a_server_that_fails_costs_a_warning_and_has_everything_once_it_is_well(
     tmp_path: Path, proxy: Proxy, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     experiment, run = f"mode {mode}", tmp_path / "run"
     uri = closed_port() if mode == "gone" else proxy.uri
     proxy.mode = mode
@@ -348,6 +414,62 @@ def test_a_server_that_fails_costs_a_warning_and_has_everything_once_it_is_well(
     check(proxy.uri, run, experiment)
 
 
+CALLS = ("log-inputs", "set-tag", "mlflow-artifacts", "runs/log-batch", "runs/update")
+
+
+@pytest.mark.parametrize("only", CALLS)
+def test_waiting_ends_where_one_call_fails_for_ever_behind_others_that_succeed(
+    tmp_path: Path, proxy: Proxy, only: str
+) -> None:
+    experiment, run = f"always {only}", tmp_path / "run"
+    track(admitted().config.tracking, run)
+    proxy.mode, proxy.only = "500", only
+    waiting = Mirror(Delivery(config_of(proxy.uri, experiment), run, is_over=True))
+    assert "fails (500)" in waiting.close(Patience(call_seconds=10.0, total_seconds=60.0))
+    assert len({*proxy.asked}) < len(proxy.asked) < 100
+    proxy.mode = "well"
+    assert deliver(config_of(proxy.uri, experiment), run) == ""
+    check(proxy.uri, run, experiment)
+
+
+ASKED = ("runs/get", "runs/log-batch", "runs/update", "experiments/create", "experiments/get-by-name", "")
+SAID = [("runs/create", ""), ("runs/create", '{"run": {"info": {"run_id": ""}}}'), ("runs/create", '{"run": 3}')]
+SAID += [("runs/create", "[]"), ("runs/get", '{"run": {"info": {"run_id": "a", "artifact_uri": "b"}}}')]
+
+
+@pytest.mark.parametrize(("only", "said"), [*SAID, *((only, "{}") for only in (*ASKED, "runs/create"))])
+def test_an_answer_that_is_none_is_not_taken_for_one(tmp_path: Path, proxy: Proxy, only: str, said: str) -> None:
+    experiment, run = f"{only} says {said}", tmp_path / "run"
+    config = config_of(proxy.uri, experiment)
+    track(admitted().config.tracking, run)
+    proxy.mode, proxy.only = f"says {said}", only
+    waiting = Mirror(Delivery(config, run, is_over=True), tell=print)
+    assert "not delivered" in waiting.close(Patience(call_seconds=10.0, total_seconds=60.0, attempts=1))
+    assert read_tracking(run)["run_id"] != ""
+    proxy.mode = "well"
+    assert deliver(config, run) == ""
+    check(proxy.uri, run, experiment)
+
+
+@pytest.mark.parametrize("mode", ["html", "says {}", "does it and says {}"])
+def test_a_page_in_the_place_of_an_artifact_is_no_delivery(tmp_path: Path, proxy: Proxy, mode: str) -> None:
+    experiment, run = f"artifacts {mode}", tmp_path / "run"
+    config = config_of(proxy.uri, experiment)
+    proxy.mode, proxy.only = mode, "PUT .*mlflow-artifacts"
+    track(config, run)
+    left = deliver(config, run)
+    assert ("not delivered" in left) == (not mode.startswith("does it")), left
+    (run / "summary.json").write_text((run / "summary.json").read_text().replace("3", "4"))  # of the same size
+    left = deliver(config, run)
+    assert ("not delivered" in left) == (not mode.startswith("does it")), left
+    proxy.mode = "well"
+    assert deliver(config, run) == ""
+    check(proxy.uri, run, experiment)
+    (found,) = runs_in(proxy.uri, experiment)
+    there = MlflowClient(proxy.uri).download_artifacts(found.info.run_id, "summary.json", str(tmp_path))
+    assert Path(there).read_bytes() == (run / "summary.json").read_bytes()
+
+
 @pytest.mark.parametrize("mode", ["slow", "flaky", "flaky line", "moved"])
 def test_a_server_that_takes_its_time_or_many_attempts_has_everything_in_the_end(
     tmp_path: Path, proxy: Proxy, mode: str
@@ -360,6 +482,24 @@ def test_a_server_that_takes_its_time_or_many_attempts_has_everything_in_the_end
             break
     proxy.mode = "well"
     check(proxy.uri, run, experiment)
+
+
+def test_a_last_step_that_is_done_again_with_other_times_is_delivered(
+    tmp_path: Path, proxy: Proxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = config_of(proxy.uri, "last step"), tmp_path / "run"
+    stopped(config, run, steps=3)
+    with tracked(config, run, Start(step=3)) as tracking:
+        tracking.go_on_from(3, is_end=True)
+        time.sleep(0.01)
+        do_step(tracking, 3, 1 / 3)
+        tracking.finish({"steps": 3})
+    assert capsys.readouterr().err == ""
+    assert deliver(config, run) == ""
+    (found,) = runs_in(proxy.uri, "last step")
+    history = MlflowClient(proxy.uri).get_metric_history(found.info.run_id, "train/loss")
+    assert sorted((point.step, point.value) for point in history) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert found.info.status == "FINISHED"
 
 
 def test_what_a_slow_server_has_taken_is_not_brought_again(tmp_path: Path, proxy: Proxy) -> None:
@@ -584,6 +724,89 @@ def test_a_run_that_was_killed_does_not_stay_running(
     assert sorted(one.info.status for one in runs_in(uri)) == ["FINISHED", "KILLED", "KILLED"]
 
 
+def statuses(uri: str) -> list[str]:
+    return sorted(one.info.status for one in runs_in(uri))
+
+
+def go_on(config: Any, run: Path, start: Start = Start(step=2)) -> None:  # noqa: B008
+    """Have the run go on behind step 2, or begin anew, with such a tracker, and finish."""
+    with tracked(config, run, start) as tracking:
+        tracking.go_on_from(0 if start.force else 2, is_end=False)
+        for step in range(1 if start.force else 3, 5):
+            tracking.log(step, {"train/loss": 1 / step})
+        tracking.finish({"steps": 4})
+
+
+@pytest.fixture
+def stores(tmp_path: Path, template: Path) -> list[str]:
+    """Two stores."""
+    return [f"sqlite:///{shutil.copy(template, tmp_path / f'{name}.db')}" for name in "ab"]
+
+
+@pytest.mark.parametrize("start", [Start(step=2), Start(force=True)], ids=["goes on", "force"])
+@pytest.mark.parametrize("has_other", [True, False], ids=["another store", "none"])
+def test_a_run_that_goes_on_elsewhere_does_not_stay_running_where_it_was(
+    tmp_path: Path, stores: list[str], start: Start, has_other: bool
+) -> None:
+    first, second = stores
+    run = tmp_path / "run"
+    killed(config_of(first), run, steps=2)
+    assert statuses(first) == ["RUNNING"]
+    time.sleep(1.1 if start.force else 0)  # runs of a folder are told apart by the second in which they began
+    go_on(config_of(second) if has_other else admitted().config.tracking, run, start)
+    assert statuses(first) == ["KILLED"]
+    if has_other:
+        check(second, run)
+        assert read_tracking(run)["elsewhere"] == []
+    assert deliver(config_of(first), run) == ""  # back again: the same run, unless it is another
+    assert statuses(first) == (["FINISHED", "KILLED"] if start.force else ["FINISHED"])
+    if not start.force:
+        check(first, run)
+    if has_other:
+        check(second, run)
+
+
+def test_a_killed_run_that_is_brought_elsewhere_does_not_stay_running_where_it_was(
+    tmp_path: Path, stores: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = stores
+    run = tmp_path / "run"
+    killed(config_of(first), run, steps=2)
+    as_stored(run, uri=first)
+    assert synced(capsys, f"run={run}", f"tracking.uri={second}")[0] == 0
+    assert (statuses(first), statuses(second)) == (["KILLED"], ["KILLED"])
+    Path(first.removeprefix("sqlite:///")).unlink()
+    assert synced(capsys, f"run={run}")[0] == 0
+    assert statuses(first) == ["KILLED"]
+
+
+def test_a_former_store_that_is_gone_costs_a_warning_and_is_asked_again(
+    tmp_path: Path, proxy: Proxy, database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, uri, experiment = tmp_path / "run", f"sqlite:///{database}", "former"
+    killed(config_of(proxy.uri, experiment), run, steps=2)
+    proxy.mode = "500"
+    capsys.readouterr()
+    go_on(config_of(uri), run)
+    assert "can't be ended" in capsys.readouterr().err
+    check(uri, run)
+    proxy.mode = "well"
+    assert [one.info.status for one in runs_in(proxy.uri, experiment)] == ["RUNNING"]
+    assert deliver(config_of(uri), run) == ""
+    assert [one.info.status for one in runs_in(proxy.uri, experiment)] == ["KILLED"]
+
+
+def test_a_copy_of_a_folder_does_not_end_the_run_of_the_original(tmp_path: Path, stores: list[str]) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    killed(config_of(stores[0]), run, steps=2)
+    shutil.copytree(run, copy)
+    go_on(admitted().config.tracking, copy)
+    assert statuses(stores[0]) == ["RUNNING"]
+    run.rename(tmp_path / "moved")
+    go_on(admitted().config.tracking, tmp_path / "moved")
+    assert statuses(stores[0]) == ["KILLED"]
+
+
 def test_a_damaged_journal_is_told_and_its_repair_delivered(
     tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -670,6 +893,123 @@ def test_errors_are_told_in_words() -> None:
     assert not explained(ValueError("API request failed with exception: timed out")).is_lasting
     assert "a page" in str(explained(ValueError("not in a valid JSON format. Response body: '<html>secret</html>'")))
     assert len(str(explained(ValueError("x" * 5000)))) <= 400
+
+
+def in_place(place: str) -> Callable[[Path], Any]:
+    def spoil(file: Path) -> None:
+        file.unlink()
+        if place == "pipe":
+            os.mkfifo(file)
+        elif place == "folder":
+            file.mkdir()
+        else:
+            file.symlink_to(file.with_name("nowhere"))
+
+    return spoil
+
+
+def changed(**values: Any) -> Callable[[Path], Any]:
+    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+KINDS = {place: in_place(place) for place in ("pipe", "folder", "dangling")} | {
+    "deep": lambda file: file.write_text("[" * 100_000),
+    "no text": lambda file: file.write_bytes(b"\xff\xfe\n"),
+}
+ANYWHERE = ("status.json", "metrics.jsonl", "samples.jsonl", "provenance.json", "data_report.json", "config.yaml")
+SPOILT = [  # all kinds of two files, and a third of them, in turn, of the others
+    (name, kind, KINDS[kind])
+    for i, name in enumerate(ANYWHERE)
+    for j, kind in enumerate(KINDS)
+    if i < 2 or (i + j) % 3 == 0
+]
+SPOILT += [(name, kind, KINDS[kind]) for name in ("summary.json", "lock") for kind in ("pipe", "folder", "dangling")]
+SPOILT += [
+    (name, kind, spoil)
+    for name in ("metrics.jsonl", "samples.jsonl")
+    for kind, spoil in {
+        "gone": Path.unlink,
+        "empty": lambda file: file.write_bytes(b""),
+        "without its last line": lambda file: file.write_bytes(b"".join(file.read_bytes().splitlines(True)[:-1])),
+        "of another run": lambda file: file.write_bytes(file.read_bytes().replace(b'"step": 2', b'"step": 3', 1)),
+    }.items()
+]
+SPOILT += [
+    ("status.json", f"{key} {value}", changed(**{key: value}))
+    for key, values in {
+        "started": ("x", 5, [], "0001-01-01T00:00:00"),
+        "ended": ("2026-99-99", 5),
+        "updated": ("x",),
+    }.items()
+    for value in values
+]
+SPOILT += [
+    ("metrics.jsonl", text, lambda file, text=text: file.write_text(text + "\n"))
+    for text in ('{"step": 1, "a": 1e999}', f'{{"step": 1, "a": 1{"0" * 400}}}', f'{{"step": 1{"0" * 30}, "a": 1}}',
+                 '{"step": 1, "a": 1, "perf/elapsed_seconds": 1e300}', '{"step": 1, "a": "b"}', "[]")
+]  # fmt: skip
+NOT_HELD_UP = {"status.json", "samples.jsonl", "provenance.json", "data_report.json", "summary.json"}
+
+
+@pytest.mark.parametrize(("name", "kind", "spoil"), SPOILT, ids=[f"{name} {kind[:30]}" for name, kind, _ in SPOILT])
+def test_sync_tells_a_file_that_it_can_not_use_and_brings_the_rest(
+    tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str,
+    spoil: Callable[[Path], Any],
+) -> None:  # fmt: skip
+    run, uri = tmp_path / "run", f"sqlite:///{database}"
+    track(admitted().config.tracking, run)
+    as_stored(run, uri=uri)
+    written = {one: Digest((run / one).read_bytes()).as_dict() for one in ("metrics.jsonl", "samples.jsonl")}
+    changed(journal=written)(run / "status.json")
+    spoil(run / name)
+    if (name, kind) == ("lock", "dangling"):
+        return  # it becomes a file where it leads to
+    signal.alarm(60)
+    code, told = synced(capsys, f"run={run}")
+    signal.alarm(0)
+    assert code == 2, told
+    assert str(run / name) in told
+    assert "Traceback" not in told
+    if name in NOT_HELD_UP:
+        (found,) = runs_in(uri)
+        history = MlflowClient(uri).get_metric_history(found.info.run_id, "train/loss")
+        assert sorted((point.step, point.value) for point in history) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+        assert found.info.status == ("RUNNING" if name == "status.json" else "FINISHED")
+        assert ("summary.json" in {file.path for file in MlflowClient(uri).list_artifacts(found.info.run_id)}) == (
+            name != "summary.json"
+        )
+
+
+def test_what_is_told_to_do_with_a_damaged_status_has_the_rest_delivered(
+    tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, uri = tmp_path / "run", f"sqlite:///{database}"
+    track(admitted().config.tracking, run)
+    as_stored(run, uri=uri)
+    whole = (run / "status.json").read_text()
+    changed(started="x")(run / "status.json")
+    code, told = synced(capsys, f"run={run}")
+    assert (code, "Move it away" in told, "is damaged: started can't be" in told) == (2, True, True)
+    (run / "status.json").rename(run / "away")
+    assert synced(capsys, f"run={run}")[0] == 0
+    check(uri, run, status="KILLED")  # nothing says how it ended
+    (run / "status.json").write_text(whole)  # as the run's own command writes it
+    assert synced(capsys, f"run={run}")[0] == 0
+    check(uri, run)
+
+
+def test_a_folder_whose_lock_can_not_be_written_is_told(tmp_path: Path, database: Path) -> None:
+    run = tmp_path / "run"
+    track(admitted().config.tracking, run)
+    as_stored(run, uri=f"sqlite:///{database}")
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); from src.sync import main; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{limited} sys.exit(main())", f"run={run}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"{run / 'lock'} can't be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["provenance.json", "data_report.json"])

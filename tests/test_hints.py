@@ -19,6 +19,7 @@ from src.config.compose import CONF
 from src.config.gate import admit, admit_prediction
 from src.config.keys import all_keys
 from src.config.peers import PEERS, Counterpart
+from src.config.quoting import shell_override
 from src.errors import ConfigError
 from tests.conftest import ROOT, admitted
 from tests.test_gate import refusal
@@ -53,6 +54,35 @@ def suggestions(message: str) -> Iterator[list[str]]:
         (["tokens.text=[a]"], "did you mean tokens.init.text? "),
         (["revision=main"], "did you mean model.revision or data.revision? "),
         (["loss.momentum=0.9"], "did you mean optimizer=sgd optimizer.momentum=0.9? "),
+        # a name that its section makes clear: as one word with it, or among the words of its keys
+        (["evaluation.steps=10"], "did you mean evaluation.eval_steps? "),
+        (["evaluations.steps=10"], "did you mean evaluation.eval_steps? "),
+        (["evaluation.batch_size=4"], "did you mean training.per_device_eval_batch_size? "),
+        (["checkpoint.steps=10"], "did you mean checkpoint.checkpointing_steps? "),
+        (["checkpoint.metric=eval/validation/loss"], "did you mean checkpoint.metric_for_best_model? "),
+        (["logging.steps=5"], "did you mean training.logging_steps? "),
+        (["training.steps=5"], "did you mean training.max_train_steps? "),
+        (["training.epochs=5"], "did you mean training.num_train_epochs? "),
+        (["generation.max_length=5"], "did you mean generation.max_new_tokens? "),
+        (["generation.max_tokens=5"], "did you mean generation.max_new_tokens? "),
+        (["generate.max_tokens=5"], "did you mean generation.max_new_tokens? "),
+        (["loss.weight=3"], "did you mean loss.thought_weight? "),
+        (["tracking.experiment=x"], "did you mean tracking.experiment_name? "),
+        (["tracking.name=x"], "did you mean tracking.run_name? "),
+        (["tracking=none", "tracking.name=x"], "did you mean tracking=mlflow tracking.run_name=x? "),
+        (["tracking.url=http://x"], "did you mean tracking.uri? "),
+        (["optimizer.beta1=0.9"], "did you mean optimizer.betas? (both in one list"),
+        (["model.name=hub/id"], "did you mean model=causal_lm model.checkpoint=hub/id? "),
+        (["data.name=hub/id"], "did you mean data=prompt_completion data.dataset_name=hub/id? "),
+        ([*PRETRAINED, "adapter.alpha=4"], "did you mean adapter=lora adapter.lora_alpha=4? "),
+        (["wandb.project=x"], "did you mean tracking.experiment_name? "),
+        (["early_stopping.patience=3"], "there is no counterpart, because a run trains as long as"),
+        # what chooses an option elsewhere, and what is deep in another library's mapping
+        (["optimizer.name=sgd"], "did you mean optimizer=sgd? "),
+        (["optimizer.name=adamw_torch"], "did you mean optimizer=adamw? "),
+        (["scheduler.name=nope"], "did you mean one of scheduler=constant, constant_with_warmup, cosine, linear? "),
+        ([*PRETRAINED, "deepspeed.stage=3"], "did you mean deepspeed=zero3? "),
+        ([*PRETRAINED, "deepspeed.stage=2"], "did you mean deepspeed=zero2? "),
         # a section that is none, key by key
         (["optimzer.lr=1"], "optimzer.lr = 1   unknown key; did you mean optimizer.lr? "),
         (["trainer.max_epochs=3"], "trainer.max_epochs = 3   unknown key; did you mean training.num_train_epochs? "),
@@ -105,6 +135,7 @@ def suggestions(message: str) -> Iterator[list[str]]:
         (["tf32=true"], "unknown key; there is no counterpart, because PyTorch's own setting is left as it is "),
         (["dpo_beta=0.1"], "there is no counterpart, because there is supervised fine-tuning only"),
         (["--learning_rate=1e-4"], "unrecognized arguments: --learning_rate=1e-4; keys are written without dashes: o"),
+        (["--help=optimizer"], "there is no = behind --help: --help optimizer"),
     ],
 )  # fmt: skip
 def test_what_was_meant(overrides: list[str], told: str) -> None:
@@ -124,6 +155,12 @@ def test_a_key_of_a_source_of_a_mixture() -> None:
     assert "data.mixture.a.weigth = 1   unknown key; did you mean data.mixture.a.weight?" in message
 
 
+def test_another_trainers_name_in_a_source_of_a_mixture() -> None:
+    source = "{train_file: [data/tow_addition/train.jsonl]}"
+    message = refusal(f"data.mixture={{a: {source}}}", "data.train_files=null")
+    assert "unknown key; did you mean data.mixture.a.train_files?" in message
+
+
 def test_hints_of_a_sweep_and_of_a_file(tmp_path: Path) -> None:
     assert "did you mean optimizer.lr?" in refusal("-m", "learning_rate=1e-4,1e-3")
     assert "did you mean sweep.n_trials?" in refusal("-m", "seed=1,2", "sweep.num_trials=3")
@@ -137,6 +174,76 @@ def test_hints_of_a_sweep_and_of_a_file(tmp_path: Path) -> None:
     file.write_text("# @package _global_\ndefaults:\n  - override /optimizer: sgd\noptimizer: {eps: 1}\n")
     message = refusal("--config-dir", str(tmp_path), "experiment=mine")
     assert f"optimizer=sgd has no eps, which is a key of optimizer=adamw   ({file}, line 4)" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("optimizer=adamw_torch", "did you mean optimizer=adamw?"),
+        ("optimizer=adamw_torch_fused", "did you mean optimizer=adamw?"),
+        ("optimizer=adamw_bnb_8bit", "did you mean optimizer=adamw_8bit?"),
+        ("optimizer=adamx", "did you mean adamw?"),
+        ("optimizer=lion", "one of adafactor, adamw, adamw_8bit, paged_adamw_32bit, sgd "),
+        ("scheduler=cosine_with_min_lr", "did you mean scheduler=cosine?"),
+        ("adapter=full", "did you mean adapter=none?"),
+        ("tracking=wandb", "one of mlflow, none; MLflow is the only tracker, beside the run's own folder "),
+        ("tracking=all", "did you mean tracking=mlflow?"),
+        ("model=hub/id", "did you mean model=causal_lm model.checkpoint=hub/id?"),
+        ("model=gpt2", "did you mean model=causal_lm model.checkpoint=gpt2?"),
+        ("model=tiny_lama", "did you mean tiny_llama?"),
+        ("data=openai/gsm8k", "did you mean data=prompt_completion data.dataset_name=openai/gsm8k?"),
+        (
+            "data=data/tow_addition/train.jsonl",
+            "did you mean data=prompt_completion 'data.train_files=[data/tow_addition/train.jsonl]'?",
+        ),
+        ("data=tow_additions", "did you mean tow_addition?"),
+    ],
+)
+def test_options_of_other_names(given: str, told: str) -> None:
+    message = refusal(given)
+    assert told in message
+    for one in suggestions(message):
+        assert admit(one if "=" in one[0] else [f"{given.partition('=')[0]}={one[0]}"])
+    assert len(refusal(f"model={'x' * 5000}")) < 1000
+
+
+@pytest.mark.parametrize("name", ["ds_config.json", "my configs/it's, (b).json"])
+def test_a_json_of_deepspeeds_is_an_option_with_a_file(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    (typed,) = suggestions(refusal(shell_quoted("deepspeed", str(file))))
+    assert typed[0] == "deepspeed=file"
+    run = admit([*PRETRAINED, *typed]).run
+    assert run is not None
+    assert run.frozen["deepspeed"]["config_file"] == str(file)
+    assert run.frozen["deepspeed"]["zero_optimization"]["stage"] == 2
+
+
+def shell_quoted(key: str, value: str) -> str:
+    return shlex.split(shell_override(key, value))[0]
+
+
+def test_hints_name_every_key_that_may_be_meant() -> None:
+    message = refusal(f"data.files={ROWS}".replace("'", ""))
+    assert "did you mean data.train_files or data.validation_files or data.test_files?" in message
+    message = refusal("deepspeed=zero2", "deepspeed.stage=3", "deepspeed.offload_optimizer.device=cpu")
+    assert "did you mean deepspeed.zero_optimization.stage?" in message
+    assert "did you mean deepspeed.zero_optimization.offload_optimizer.device?" in message
+
+
+def test_keys_that_are_not_indented(tmp_path: Path) -> None:
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text("# @package _global_\noptimizer:\nlr: 1e-3\ntraining:\nnum_train_epochs: 2\n")
+    lines = refusal("--config-dir", str(tmp_path), "experiment=mine").splitlines()[1:-1]
+    below = "a section of keys, not a value; its keys have to be indented below it"
+    assert [re.sub(r" +", " ", line.strip().removesuffix(f"   ({file})")) for line in lines] == [
+        "lr = 0.001 unknown key; did you mean optimizer.lr? (indented below `optimizer:`)",
+        "num_train_epochs = 2 unknown key; did you mean training.num_train_epochs? (indented below `training:`)",
+        f"optimizer = null {below}",
+        f"training = null {below}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -304,7 +411,9 @@ def test_what_the_tables_suggest_is_admitted() -> None:
     assert len(tried) > 80
 
 
-def test_what_notes_name_is_there() -> None:
+def test_what_notes_name_is_there(tmp_path: Path) -> None:
+    file = tmp_path / "ds_config.json"
+    file.write_text('{"zero_optimization": {"stage": 2}}')
     for code in sorted({code for _, _, here in entries() for code in re.findall(r"`([^`]*)`", here.note)}):
         if code.startswith("python -m src."):
             assert (ROOT / "src" / f"{code.split()[2].removeprefix('src.')}.py").is_file()
@@ -314,6 +423,7 @@ def test_what_notes_name_is_there() -> None:
             needed = ["adapter=lora"] if code.startswith("quantization=") else []
             needed += ["training.max_train_steps=9"] if code == "data.streaming=true" else []
             rows = f"data.train_files={ROWS}".replace("'", "")
-            assert admit([*PRETRAINED, rows, *needed, *shlex.split(code)]), code
+            typed = code.replace("ds_config.json", str(file))
+            assert admit([*PRETRAINED, rows, *needed, *shlex.split(typed)]), code
         elif re.fullmatch(r"[a-z_.]+", code) and code != "summary.json":
             assert is_known(code), code

@@ -115,12 +115,51 @@ def test_the_command_line_goes_before_a_sweep_file(own: Path) -> None:
         ({SYSTEM: []}, "there is no value in it"),
         ({"model": ["tiny_llama", "nope"]}, "no such option"),
         ({"model": [None, "tiny_llama"]}, "no such option"),
+        ({SYSTEM: ["???", None]}, "??? stands for a value that is missing, and can't be given as a text"),
         ({"optimizer.lrr": [1, 2]}, "did you mean optimizer.lr?"),
+        ({"optimizer": {"lr": [1e-3, 1e-4]}}, "by its own key: write optimizer.lr: [0.001, 0.0001]"),
+        ({"optimizer": {"lr": "1e-3,1e-4"}}, "by its own key: write optimizer.lr: 1e-3,1e-4"),
+        ({"tokens": {"init": {"method": ["mean", "random"]}}}, 'write tokens.init.method: ["mean", "random"]'),
+        (
+            {"data.mixture": [{"a": {"train_files": ["no"]}}, None]},
+            "  data.mixture                      not together",
+        ),
+        ({"data.mixture": [{"a": {"train_files": ["no"]}}, None]}, "(sweep.params; at data.mixture={a:"),
     ],
 )
 def test_what_a_sweep_file_can_not_vary_is_told(own: Path, params: dict[str, Any], words: str) -> None:
     flags = put(own, "sweep/mine", {"defaults": ["_keys"], "params": params})
     assert words in refusal("-m", *flags, "sweep=mine")
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "kept"),
+    [
+        ("training.num_train_epochs", [1, 1.0, "1", "1e0", 2], [1, 2]),
+        ("optimizer.lr", ["1e-3", 0.001, "0.001", 1e-4], [0.001, 0.0001]),
+        ("data.limit", [3, "3", None], [3, None]),
+    ],
+)
+def test_a_number_is_one_value_however_it_is_written(own: Path, key: str, values: list[Any], kept: list[Any]) -> None:
+    section, name = key.split(".")
+    flags = put(own, "sweep/mine", {"defaults": ["_keys"], "params": {key: values}})
+    trials = planned(*flags, "sweep=mine").trials
+    assert [(trial.number, trial.config[section][name]) for trial in trials] == list(enumerate(kept))
+    assert [type(trial.config[section][name]) for trial in trials] == [type(value) for value in kept]
+    typed = planned(f"{key}={','.join(str(value) for value in values if value is not None)}").trials
+    assert [trial.identity for trial in typed] == [trial.identity for trial in trials if trial.config[section][name]]
+
+
+def test_line_ends_in_values_are_written_out(own: Path) -> None:
+    flags = put(own, "sweep/mine", {"defaults": ["_keys"], "params": {SYSTEM: ["a\nb", "a\x1b[31m"]}})
+    plan = planned(*flags, "sweep=mine")
+    assert [trial.label for trial in plan.trials] == [f'{SYSTEM}="a\\nb"', f'{SYSTEM}="a\\x1b[31m"']
+    assert [trial.config["data"]["system_prompt"] for trial in plan.trials] == ["a\nb", "a\x1b[31m"]
+    done = towline("-m", *flags, "sweep=mine", "tracking=none", "sweep.dry_run=true", f"hydra.sweep.dir={own.parent}/s")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert done.stdout.count('"a\\nb"') == 2  # what is varied, and the trial
+    assert [line for line in done.stdout.splitlines() if line.startswith("b")] == []
 
 
 def test_an_interval_of_a_whole_number_draws_whole_numbers() -> None:

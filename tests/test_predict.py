@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src import predict
@@ -518,3 +519,185 @@ def test_predictions_that_were_changed_are_not_taken_for_what_was_written(run: P
     assert predict.main(own) == 2
     (out / "test.json").write_text(record)
     assert predict.main(own) == 0
+
+
+def make_pipe(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+def make_folder(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.mkdir()
+
+
+def make_dangling(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.symlink_to(file.with_name("nowhere"))
+
+
+IN_ITS_PLACE: dict[str, Callable[[Path], Any]] = {"pipe": make_pipe, "folder": make_folder, "dangling": make_dangling}
+DEEP = "[" * 100_000
+
+
+@pytest.fixture(scope="module")
+def predicted(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the predictions of a whole set."""
+    base = tmp_path_factory.mktemp("predicted")
+    rows = write_lines(base / "rows.jsonl", LEARNED[:6])
+    assert predict.main([f"run={run}", f"data.test_files=['{rows}']", f"predict.output={base / 'out'}"]) == 0
+    return base
+
+
+def again(run: Path, predicted: Path, out: Path, *overrides: str) -> int:
+    """Predict the same once more, where a copy of what was predicted lies; it is over in a minute."""
+    signal.alarm(60)
+    try:
+        rows = predicted / "rows.jsonl"
+        return predict.main([f"run={run}", f"data.test_files=['{rows}']", f"predict.output={out}", *overrides])
+    finally:
+        signal.alarm(0)
+
+
+def kinds_of(folder: Path) -> dict[str, Any]:
+    """Give what lies in a folder, without following anything."""
+    return {
+        file.name: (file.lstat().st_mode, file.read_bytes() if file.is_file() else None)
+        for file in folder.iterdir()
+        if file.name != "lock"
+    }
+
+
+@pytest.mark.parametrize("force", [[], ["force=true"]])
+@pytest.mark.parametrize("place", IN_ITS_PLACE)
+@pytest.mark.parametrize("name", ["test.jsonl", "test.csv", "test.json", "metrics.json", "lock"])
+def test_what_is_no_plain_file_is_told_and_nothing_waits_for_it(
+    run: Path, predicted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    name: str, place: str, force: list[str],
+) -> None:  # fmt: skip
+    out = Path(shutil.copytree(predicted / "out", tmp_path / "out"))
+    IN_ITS_PLACE[place](out / name)
+    before = kinds_of(out)
+    if (name, place) == ("lock", "dangling"):
+        return  # it becomes a file where it leads to
+    assert again(run, predicted, out, *force) == 2
+    told = capsys.readouterr().err
+    assert str(out / name) in told
+    assert "ove it" in told
+    assert kinds_of(out) == before
+
+
+BROKEN = {
+    "deep": DEEP,
+    "deep in an object": f'{{"a": {DEEP}',
+    "cut": '{"rows": 6, "dec',
+    "a list": "[]",
+    "NaN": '{"eval/test/exact_match": NaN}',
+    "a text": '{"decided_by": {}, "rows": "6", "written": null, "eval/test/exact_match": "1"}',
+    "not UTF-8": "\udcff",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("name", ["test.json", "metrics.json"])
+def test_a_damaged_json_file_is_told_and_kept(
+    run: Path, predicted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+) -> None:
+    out = Path(shutil.copytree(predicted / "out", tmp_path / "out"))
+    (out / name).write_bytes(text.encode(errors="surrogateescape"))
+    before = kinds_of(out)
+    assert again(run, predicted, out) == 2
+    told = capsys.readouterr().err
+    assert f"{out / name} {'holds' if 'no predictions' in told else 'is damaged'}" in told or "no predictions" in told
+    assert kinds_of(out) == before
+    for one in (name, *(("test.jsonl", "test.csv") if name == "test.json" else ())):
+        (out / one).unlink()  # as it was told
+    assert again(run, predicted, out) == 0
+    for one in ("test.jsonl", "test.csv", "test.json", "metrics.json"):
+        assert (out / one).read_bytes() == (predicted / "out" / one).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("answer", 3), ("reference", 3), ("row", True), ("source", None), ("text", []), ("prompt", {}), ("answer", "x")],
+)
+@pytest.mark.parametrize("number", [0, 5])
+def test_a_line_of_wrong_shape_is_not_scored_whatever_the_record_says(
+    run: Path, predicted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any, number: int
+) -> None:
+    out = Path(shutil.copytree(predicted / "out", tmp_path / "out"))
+    lines = read_jsonl(out / "test.jsonl")
+    lines[number][key] = value
+    write_lines(out / "test.jsonl", lines)
+    record = json.loads((out / "test.json").read_text())
+    (out / "test.json").write_text(json.dumps(record | {"written": None}))
+    assert again(run, predicted, out) == 2
+    told = capsys.readouterr().err
+    assert "test.json is damaged: it does not say what was written" in told
+    assert again(run, predicted, out, "force=true") == 0
+    assert (out / "test.jsonl").read_bytes() == (predicted / "out" / "test.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "model.safetensors", "README.md"])
+def test_a_pipe_among_the_files_of_the_model_is_told(
+    run: Path, predicted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("predictions")))
+    make_pipe(other / "model" / name)
+    assert again(other, predicted, tmp_path / "out") == 2
+    assert f"{other / 'model' / name} is damaged: not a plain file" in capsys.readouterr().err
+
+
+def test_metrics_of_other_sets_stay(run: Path, predicted: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(predicted / "out", tmp_path / "out"))
+    others = {"eval/other/exact_match": 0.5, "eval/none/bleu": None}
+    (out / "metrics.json").write_text(json.dumps(others))
+    assert again(run, predicted, out) == 0
+    assert others.items() < json.loads((out / "metrics.json").read_text()).items()
+
+
+def small_run(folder: Path, *overrides: str) -> Path:
+    rows = write_lines(folder.parent / "rows.jsonl", LEARNED[:16])
+    train(
+        admitted(f"data.train_files=['{rows}']", "data.validation_files=null", f"data.test_files=['{rows}']",
+                 "training.max_train_steps=2", "training.per_device_train_batch_size=8", "evaluation.eval_steps=null",
+                 "evaluation.sample_prompts=0", "generation.max_new_tokens=4", f"hydra.run.dir={folder}", *overrides),
+        StopRequest(),
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("by_init_from", [False, True])
+def test_an_adapter_is_used_on_the_base_that_it_was_trained_on_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], by_init_from: bool
+) -> None:
+    base = Path(shutil.copytree(small_run(tmp_path / "whole", "optimizer.lr=0.1") / "model", tmp_path / "base"))
+    start = [f"model.checkpoint={base}", "model.weights=pretrained"]
+    if by_init_from:
+        start.append(f"init_from={small_run(tmp_path / 'tuned', *start, 'seed=7', 'optimizer.lr=0.1')}")
+        base = tmp_path / "tuned" / "model"
+    run = small_run(tmp_path / "run", *start, "adapter=lora", "export.merge=false")
+    arguments = [f"run={run}", f"predict.output={tmp_path / 'out'}"]
+    assert predict.main(arguments) == 0
+    told = read_jsonl(tmp_path / "out" / "test.jsonl")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    for line in told:
+        ids = torch.tensor([tokenizer(line["prompt"])["input_ids"]])
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        assert line["text"] == tokenizer.decode(made[0, ids.shape[1] :]).removesuffix("</s>")
+    weights = base / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + b"\1")
+    capsys.readouterr()
+    assert predict.main([*arguments[:1], f"predict.output={tmp_path / 'other'}"]) == 2
+    told = capsys.readouterr().err
+    assert f"{weights} is damaged" in told
+    weights.write_bytes(before)
+    assert predict.main(arguments) == 0
+    make_pipe(base / "config.json")
+    assert predict.main(arguments) == 2
+    (base / "config.json").unlink()
+    capsys.readouterr()
+    assert predict.main(arguments) == 2
+    assert f"{base / 'config.json'} is damaged: it is missing" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from src.tracking import sweep_tracker
 from src.tracking.console import Console
 from src.tracking.journal import hold
 from src.tracking.mirror import Patience
-from src.tracking.mlflow_sweep import SweepDelivery
+from src.tracking.mlflow_sweep import SweepDelivery, sweep_tracking
 from src.tracking.sweep_tracker import open_sweep_tracking
 from tests.conftest import write_lines
 from tests.sweeps import planned, states
@@ -307,3 +307,72 @@ def test_trials_that_start_together_on_a_fresh_store_are_nested(
     assert parent.data.metrics["best"] == pytest.approx(min(values))
     artifacts = {one.path for one in client.list_artifacts(parent.info.run_id)}
     assert {"sweep.json", "leaderboard.csv", "leaderboard.md", "plots", "leaderboard_table.json"} <= artifacts
+
+
+@pytest.mark.parametrize("rows", [3, [3], {"a": 1}, "x"])
+def test_a_leaderboard_of_another_shape_is_told_and_holds_up_nothing_else(place: Path, uri: str, rows: Any) -> None:
+    write(place, **ENDED)
+    (place / "leaderboard.json").write_text(json.dumps({"rows": rows}))
+    (place / "leaderboard.md").write_text("best")
+    with pytest.raises(DamagedFileError, match=r"leaderboard\.json is damaged: rows"):
+        SweepDelivery(config(uri), place, is_over=True).deliver()
+    assert run_of(uri).info.status == "FINISHED"
+    assert points(uri, "value") == [(1, 0.5, 1500), (2, 0.7, 2500)]
+    assert {"leaderboard.md", "sweep.json"} <= {
+        file.path for file in MlflowClient(uri).list_artifacts(run_of(uri).info.run_id)
+    }
+    (place / "leaderboard.json").unlink()
+    SweepDelivery(config(uri), place, is_over=True).deliver()
+
+
+@pytest.mark.parametrize("tracking", ["3", "{type: 3}", "{type: mlflow, tags: 3}", "{type: mlflow, run_name: [a]}"])
+def test_a_trial_with_a_damaged_configuration_is_told_and_the_others_are_brought(
+    place: Path, uri: str, tracking: str
+) -> None:
+    write(place, **ENDED)
+    for number in (0, 1):
+        track(NoTrackingConfig(), place / str(number))
+        (place / str(number) / "config.yaml").write_text("seed: 1\ntracking: {type: mlflow, run_name: trial}\n")
+    (place / "0" / "config.yaml").write_text(f"seed: 1\ntracking: {tracking}\n")
+    with pytest.raises(DamagedFileError, match=r"0/config\.yaml is damaged: tracking"):
+        SweepDelivery(config(uri), place, is_over=True).deliver()
+    assert run_of(uri, "trial").info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("key", ["started", "updated"])
+@pytest.mark.parametrize("value", ["x", "0001-01-01T00:00:00"])
+def test_a_sweep_with_a_time_that_is_none_is_told(place: Path, uri: str, key: str, value: str) -> None:
+    write(place, **{key: value})
+    with pytest.raises(DamagedFileError, match=rf"sweep\.json is damaged: {key} can't be"):
+        SweepDelivery(config(uri), place, is_over=True).deliver()
+
+
+def test_the_tracker_of_a_sweep_is_found_behind_lines_that_have_none(place: Path) -> None:
+    lines = [{"number": 0, "config": 3}, {"number": 1, "config": {"tracking": [1]}}]
+    write_lines(place / "trials.jsonl", [*lines, {"number": 2, "config": {"tracking": {"type": "mlflow"}}}])
+    assert sweep_tracking(place) == {"type": "mlflow"}
+
+
+@pytest.mark.parametrize("has_other", [True, False], ids=["another store", "none"])
+def test_a_sweep_that_goes_on_elsewhere_does_not_stay_running_where_it_was(
+    place: Path, uri: str, tmp_path: Path, empty_store: Path, has_other: bool
+) -> None:
+    other = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'other.db')}"
+    SweepDelivery(config(uri), place).deliver()
+    assert run_of(uri).info.status == "RUNNING"
+    tracker = config(other) if has_other else NoTrackingConfig()
+    with open_sweep_tracking(tracker, place, Console(io.StringIO())):
+        write(place, second=9, **ENDED)
+    assert run_of(uri).info.status == "KILLED"
+    if has_other:
+        assert run_of(other).info.status == "FINISHED"
+    SweepDelivery(config(uri), place, is_over=True).deliver()
+    assert run_of(uri).info.status == "FINISHED"
+
+
+def test_a_sweep_that_is_judged_anew_leaves_no_run_that_runs(place: Path, uri: str) -> None:
+    SweepDelivery(config(uri), place).deliver()
+    write(place, second=9, sweep={"metric": "eval/validation/exact_match"}, **ENDED)
+    SweepDelivery(config(uri), place, is_over=True).deliver()
+    found = MlflowClient(uri).search_runs(["1"], filter_string="attributes.run_name = 'rates'")
+    assert sorted(run.info.status for run in found) == ["FINISHED", "KILLED"]

@@ -20,8 +20,9 @@ from hypothesis import strategies as some
 from rich.console import Console as Terminal
 
 from src import preflight
+from src.config.gate import admit
 from src.config.problems import Problem, refuse
-from src.errors import report
+from src.errors import ConfigError, report
 from src.evaluation.samples import Sample
 from src.sweep.board import Board, Entry
 from src.sweep.record import Standing
@@ -59,7 +60,19 @@ class Screen(io.StringIO):
         ("0123456789" * 3, 20, ["0123456789" * 3]),
         ("a path /with/some/folders/and/a/name.txt", 24, ["a path /with/some/", "folders/and/a/name.txt"]),
         ("do `make sync run=DIR` now, please", 22, ["do `make sync run=DIR`", "now, please"]),
-        ("run `a command longer than a line` now", 20, ["run `a command", "longer than a line`", "now"]),
+        # commands are not divided: they go to the left as far as it takes, and beyond the right edge where it must be
+        ("run `a command longer than a line` now", 20, ["run", "`a command longer than a line`", "now"]),
+        ("      give it whole: `key=[data/some]` now", 23,
+         ["      give it whole:", "      `key=[data/some]`", "      now"]),
+        ("          give it whole: `key=[data/some]`, or", 22,
+         ["          give it", "          whole:", "    `key=[data/some]`,", "          or"]),
+        ("a text   quote it: 'key=\"a, b\"' (here)", 26,
+         ["a text   quote it:", "         'key=\"a, b\"'", "         (here)"]),
+        ("quote it: 'key=\"a, it'\"'\"'s b\"', or so", 24, ["quote it:", "'key=\"a, it'\"'\"'s b\"',", "or so"]),
+        ("did you mean a=b 'c=d e' f.g=h? or", 22, ["did you mean", "a=b 'c=d e' f.g=h? or"]),
+        ("did you mean a=b 'c=d e' f.g=h i=j?", 20, ["did you mean a=b", "'c=d e' f.g=h i=j?"]),
+        ("so do make sync run='/a b/c d/e f/g' now", 20, ["so do", "make sync run='/a b/c d/e f/g'", "now"]),
+        ("the users' own and the others' are words", 20, ["the users' own and", "the others' are", "words"]),
         ("한국어 문장은 두 칸을 차지합니다", 20, ["한국어 문장은 두", "칸을 차지합니다"]),
         ("質問に答える文章はとても長い", 20, ["質問に答える文章はと", "ても長い"]),
         ("\x1b[1mpainted words take\x1b[0m no room", 22, ["\x1b[1mpainted words take\x1b[0m no", "room"]),
@@ -102,6 +115,9 @@ def test_a_text_is_cut_between_words_and_beside_numbers() -> None:
     assert shortened("a" * 10, 10) == "a" * 10
     assert shortened("one two 123456789", 14) == "one two …"
     assert shortened("x" * 400, 300) == "x" * 298 + " …"
+    assert shortened("1234567890" * 7, 60, "…") == "a number of 70 digits"
+    assert Problem("seed", "", 10**70).given == "seed = a number of 71 digits"
+    assert Problem("name", "", "[1, 22, " + "3" * 60).given == "name = [1, 22,…"
 
 
 def test_how_wide_a_stream_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +190,23 @@ def test_errors_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
         "  optimizer.lrr = 0.0001           unknown key; did you mean optimizer.lr?",
         "                                   (from the command line)",
     ]
+
+
+def test_what_may_be_pasted_is_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "Add the two numbers, please, and write down every step of it, as you would on paper."
+    for arguments, typed in (
+        ([f"data.system_prompt={text}"], f"'data.system_prompt=\"{text}\"'"),
+        (["data.system_prompt=Add, please."], "'data.system_prompt=\"Add, please.\"'"),
+        (["loss.momentum=0.9"], "optimizer=sgd optimizer.momentum=0.9?"),
+        (["datasets=[{path: a}]"], "`data.train_files=[data/tow_addition]`"),
+    ):
+        screen = Screen()
+        monkeypatch.setattr(sys, "stderr", screen)
+        with pytest.raises(ConfigError) as refused:
+            admit(arguments)
+        report(refused.value)
+        assert any(typed in line for line in screen.lines), screen.getvalue()
+        assert all(width(line) <= 80 for line in screen.lines if typed not in line)
 
 
 def test_the_table_of_a_sweep_breaks_no_number() -> None:

@@ -363,7 +363,7 @@ def test_a_run_that_died_is_told_as_one_that_was_killed(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_leaves_what_is_there_and_says_what_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = iter(f"time {number}" for number in range(10, 100))
+    times = iter(f"2026-01-01T00:{minute}:00+00:00" for minute in range(10, 60))
     monkeypatch.setattr("src.tracking.journal.now", lambda: next(times))
     with pytest.raises(Interrupted), open_folder(tmp_path) as folder:
         folder.set_status(tracker_run_id="abc")

@@ -117,6 +117,30 @@ def test_what_is_no_file_is_not_waited_for(
         capsys.readouterr()
 
 
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("whole", ["-cn", "whole"]),
+        ("experiment/mine/odd", ["experiment=mine/odd"]),
+        ("hydra/launcher/odd", ["-m", "hydra/launcher=odd", "seed=1"]),
+        ("sweep/odd", ["-m", "sweep=odd", "seed=1"]),
+        ("tracking/odd", ["-m", "tracking=none,odd", "seed=1"]),
+    ],
+)
+@pytest.mark.parametrize("make", [pipe, dangling, lambda place: place.write_text(DEEP["lists"])])
+def test_however_it_is_chosen_it_is_told_by_name(
+    own: Path, name: str, chosen: list[str], make: Callable[[Path], None]
+) -> None:
+    place = own / f"{name}.yaml"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    make(place)
+    with pytest.raises(ConfigError, match=rf"{name}\.yaml"):
+        if "-m" in chosen:
+            planned("--config-dir", str(own), *chosen[1:])
+        else:
+            admitted("--config-dir", str(own), *chosen)
+
+
 @pytest.mark.parametrize("entry", [["--help"], ["--help", "data"], ["--cfg", "job"]])
 def test_every_entry_answers_beside_them(own: Path, entry: list[str]) -> None:
     (own / "data" / "deep.yaml").write_text(DEEP["lists"])

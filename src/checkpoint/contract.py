@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from src.config.quoting import shell_override
 from src.config.schema import Batching
 from src.errors import ConfigError
 
@@ -466,7 +467,7 @@ def _refusal(refused: Sequence[Change], where: str) -> str:
     back = "Put it back as it was" if len(refused) == 1 else "Put them back as they were"
     lines.append(
         f"{back} to go on with the same training; or start a new run in another hydra.run.dir "
-        f"(init_from={where} gives it these weights)."
+        f"({shell_override('init_from', where)} gives it these weights)."
     )
     return "\n".join(lines)
 

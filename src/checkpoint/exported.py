@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from src.config.frozen import read_status
-from src.records import damaged, file_digest
+from src.config.frozen import STATUS, read_status
+from src.config.schema import RunConfig, Weights
+from src.records import check_plain, damaged, file_digest
 
-MODEL = "model"
+MODEL, BASE = "model", "base"
+"""What status.json has the checksums of."""
 MAY_CHANGE = ("README.md", "generation_config.json")
 """Files of model/ that people change, and that decide no weight and no token."""
+
+
+ADAPTER = "adapter_config.json"
+OF_A_BASE = (".safetensors", ".bin", ".pt", ".index.json", ".py")
+"""How files of a model's folder end that decide its weights or what it computes, beside config.json."""
 
 
 def exported_digests(folder: Path) -> dict[str, dict[str, Any]]:
@@ -19,23 +28,107 @@ def exported_digests(folder: Path) -> dict[str, dict[str, Any]]:
     return {str(file.relative_to(folder)): file_digest(file) for file in files}
 
 
-def check_exported(run_dir: Path) -> None:
+def base_files(model: Path, checkpoint: str) -> list[Path]:
+    """Return the files of a local model that an exported adapter stands on; none where it stands on none of these.
+
+    Raises:
+        DamagedFileError: where one of them is no plain file.
+    """
+    base = Path(checkpoint)
+    return _deciding(base) if (model / ADAPTER).exists() and base.is_dir() else []
+
+
+def base_digests(checkpoint: str) -> dict[str, dict[str, Any]] | None:
+    """Return size and checksum of each file of a local model that an adapter is trained on; None of one of a hub's."""
+    base = Path(checkpoint)
+    return {file.name: file_digest(file) for file in _deciding(base)} if base.is_dir() else None
+
+
+def check_exported(run_dir: Path, checkpoint: str | None = None) -> None:
     """Check that what a finished run exported is what it wrote; of one that did not note it nothing is known.
 
+    Args:
+        checkpoint: the model that the run's adapter stands on, if it is one; it must be the one that it was trained on.
     Raises:
         DamagedFileError: naming the first file that is not.
     """
-    folder, written = run_dir / MODEL, read_status(run_dir).get(MODEL)
-    if not isinstance(written, dict):
-        return
-    try:
-        there = exported_digests(folder)
-    except OSError as error:
-        remedy = "Make it readable, or restore it from a copy."
-        raise damaged(Path(error.filename or folder), f"it can't be read: {error.strerror}", remedy) from error
+    folder, status = run_dir / MODEL, read_status(run_dir)
     again = "Restore it from a copy; or have it exported again: move status.json away, and give the run's command."
+    for file in sorted(folder.rglob("*")):
+        if not file.is_dir():
+            check_plain(file, again)
+    if isinstance(written := status.get(MODEL), dict):
+        try:
+            there = exported_digests(folder)
+        except OSError as error:
+            remedy = "Make it readable, or restore it from a copy."
+            raise damaged(Path(error.filename or folder), f"it can't be read: {error.strerror}", remedy) from error
+        _compare(folder, there, written, "it is not what the run exported", again)
+    if checkpoint is not None and (folder / ADAPTER).exists() and isinstance(written := status.get(BASE), dict):
+        there = base_digests(checkpoint) or {}
+        reason = f"it is not what the adapter in {folder} was trained on"
+        _compare(
+            Path(checkpoint),
+            there,
+            written,
+            reason,
+            "Restore it from a copy: on other weights the adapter says something else.",
+        )
+
+
+def _compare(folder: Path, there: Mapping[str, Any], written: Mapping[str, Any], reason: str, remedy: str) -> None:
+    """Raise a DamagedFileError for the first file that is not as it was written down."""
     for name in sorted(written):
         if name not in there:
-            raise damaged(folder / name, "it is missing", again)
+            raise damaged(folder / name, "it is missing", remedy)
         if there[name] != written[name]:
-            raise damaged(folder / name, "it is not what the run exported, by the checksum in status.json", again)
+            raise damaged(folder / name, f"{reason}, by the checksum in status.json", remedy)
+
+
+def _deciding(base: Path) -> list[Path]:
+    """Return the files of a model's folder that decide its weights or what it computes.
+
+    Raises:
+        DamagedFileError: where one of them is no plain file.
+    """
+    files = [file for file in sorted(base.iterdir()) if file.name == "config.json" or file.name.endswith(OF_A_BASE)]
+    for file in files:
+        check_plain(file)
+    return files
+
+
+def exported_start(config: RunConfig) -> Path | None:
+    """Return the folder of the model that `init_from` means; None where it means a checkpoint, or there is none.
+
+    Raises:
+        DamagedFileError: where it is not what its run exported.
+    """
+    if config.init_from is None:
+        return None
+    start = Path(config.init_from)
+    names = ("config.json", ADAPTER)
+    if (start / MODEL).is_dir() and (start / STATUS).exists():
+        check_exported(start)
+    return next((place for place in (start / MODEL, start) if any((place / name).exists() for name in names)), None)
+
+
+def starting_model(config: RunConfig) -> RunConfig:
+    """Return the configuration with the whole model of `init_from` as what the run starts with, where it is one.
+
+    Raises:
+        DamagedFileError: as `exported_start`.
+    """
+    folder = exported_start(config)
+    if folder is None or (folder / ADAPTER).exists():
+        return config
+    model = replace(config.model, checkpoint=str(folder), revision=None, weights=Weights.pretrained)
+    return replace(config, model=model)
+
+
+def standing_on(run_dir: Path, config: RunConfig) -> RunConfig:
+    """Return the configuration that loads what a run exported: an adapter stands on what its run started with.
+
+    Raises:
+        DamagedFileError: as `exported_start`.
+    """
+    return starting_model(config) if (run_dir / MODEL / ADAPTER).exists() else config

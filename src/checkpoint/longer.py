@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 from pathlib import Path
 
 from src.checkpoint.manifest import newest_resumable, read_manifest
 from src.config.frozen import SWEEP, read_config, read_status
 from src.config.places import CHECKPOINTS, folder_of, steps_in
+from src.config.quoting import shell_override
 from src.config.schema import CheckpointConfig, TrainingConfig
 from src.errors import CheckpointError, RunFolderError
 
@@ -49,13 +49,13 @@ def check_longer(config: CheckpointConfig, run_dir: Path) -> None:
         RunFolderError: where the folder is not to be gone on with.
         CheckpointError: where it keeps no checkpoint that could be gone on from.
     """
-    step, here = read_status(run_dir)["step"], _quoted(run_dir)
+    step = read_status(run_dir)["step"]
     finished = f"{run_dir} is finished at step {step:,}"
     if (run_dir.parent / SWEEP).is_file():
         raise RunFolderError(
             f"{finished}, as a trial of the sweep in {run_dir.parent}, which compares it as it is.\n"
-            f"To go on with it for longer in a folder of its own: rerun={here} checkpoint.resume={here} "
-            "hydra.run.dir=ANOTHER, with the same keys"
+            f"To go on with it for longer in a folder of its own: {shell_override('rerun', str(run_dir))} "
+            f"{shell_override('checkpoint.resume', str(run_dir))} hydra.run.dir=ANOTHER, with the same keys"
         )
     if not os.access(run_dir, os.W_OK | os.X_OK):
         raise RunFolderError(f"{finished}, and can't go on there: no permission to write. {_new_run(run_dir)}")
@@ -84,10 +84,5 @@ def _why_none(folder: Path) -> str:
 
 
 def _new_run(run_dir: Path) -> str:
-    return (
-        f"It is left as it is; a new run in another hydra.run.dir begins with its weights: init_from={_quoted(run_dir)}"
-    )
-
-
-def _quoted(run_dir: Path) -> str:
-    return shlex.quote(str(run_dir))
+    begin = shell_override("init_from", str(run_dir))
+    return f"It is left as it is; a new run in another hydra.run.dir begins with its weights: {begin}"

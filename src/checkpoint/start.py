@@ -21,6 +21,7 @@ from src.checkpoint.manifest import (
     weights_checksum,
 )
 from src.config.places import CHECKPOINTS, folder_of, steps_in
+from src.config.quoting import shell_override
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError, listed
 
@@ -179,8 +180,8 @@ def _named(checkpoint: Path) -> Path:
         raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}")
     if not is_resumable(checkpoint):
         raise CheckpointError(
-            f"{checkpoint} holds weights only, so no run can go on from it; init_from={checkpoint} starts a new run "
-            "with them"
+            f"{checkpoint} holds weights only, so no run can go on from it; "
+            f"{shell_override('init_from', str(checkpoint))} starts a new run with them"
         )
     return checkpoint
 

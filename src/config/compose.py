@@ -31,7 +31,6 @@ from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -44,9 +43,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from omegaconf.resolvers.oc import env as environment_variable
 
 from src import secrets
+from src.config import mistyped
 from src.config.deepspeed import read_deepspeed_file
 from src.config.files import unusable
 from src.config.formats import declare_options, fill_mixture
+from src.config.hydra_hints import unknown_group_option, unknown_key
 from src.config.merging import BASE, Loader, Merged, has_content, make_room
 from src.config.options import (
     CONF,
@@ -60,18 +61,16 @@ from src.config.options import (
     shown,
     unfit_folder,
 )
-from src.config.peers import flag_hint
+from src.config.peers import flag_hint, option_hint
 from src.config.problems import Problem, refuse
-from src.config.quoting import in_url, shell_override
+from src.config.quoting import escaped, in_url
 from src.config.quoting import override as override_text
 from src.config.source import install
-from src.errors import report, visible
+from src.errors import report
 
 COMMAND_LINE = "command line"
 REPLACED_WHOLE = ("data.validation_files", "data.test_files", "data.mixture", "data.columns", "sweep.params")
 """Keys whose value on the command line takes the place of the whole list or mapping."""
-FOLDERS = ("rerun", "run", "init_from", "hydra.run.dir", "hydra.sweep.dir")
-"""Keys whose value is a folder: one that is there needs no quotes."""
 OPTIONAL_GROUPS = ("experiment",)
 PRIMARY = "--config-name"
 """The flag that names the file which a configuration begins with."""
@@ -84,8 +83,6 @@ HOW_NOT_WHAT = (
 
 VARIED_BY_HYDRA = ("hydra.sweeper.params", "hydra/sweeper")
 """Keys of Hydra's own section that say what a sweep compares, or who runs it."""
-LAUNCHER = "hydra.launcher."
-LONGEST_HINT = 200
 MOST_NESTED = 20
 """Levels of a key or of a value: more than any has, and few enough for all that read them."""
 COMPOSITION_ERRORS = (
@@ -258,10 +255,9 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     for override in line.overrides:
         if override.is_sweep_override() and not flags.multirun:
             text = value_text(override)
-            hint = quoting_hint(override.key_or_group, text)
-            reason = f"several values are a sweep: add -m; or write a list [a,b]; or, of one value, quote it{hint}"
+            reason = mistyped.several(override, text, is_group=is_group(override, line.roots))
             line.problems.append(SeveralValues(override.key_or_group, reason, text, True, COMMAND_LINE))
-        if is_group(override, line.roots):
+        if is_group(override, line.roots) and not override.key_or_group.startswith("hydra/"):  # told by Hydra
             line.problems += _unknown_options(override, line.roots)
     parts = Path(flags.config_name or "").parts
     if flags.config_name and (parts[0] == "/" or ".." in parts or not os.path.lexists(primary_file(line))):
@@ -307,8 +303,10 @@ def read_override(text: str) -> Override | Problem:
         return wrong("not text in UTF-8")
     if key.count(".") + key.count("/") + key.count("[") > MOST_NESTED:
         return wrong(f"a key of more than {MOST_NESTED} parts")
+    if not key.strip("+~ "):
+        return wrong("not KEY=VALUE in one word")
     secrets.without_credentials(text)  # what is in it is known from here on
-    if key in FOLDERS and value and os.path.isdir(value):
+    if key in mistyped.FOLDERS and value and os.path.isdir(value):
         text = override_text(key, value)  # whatever its name has in it: there is such a folder
     try:
         override = OverridesParser.create().parse_override(text)
@@ -316,20 +314,14 @@ def read_override(text: str) -> Override | Problem:
         return wrong(f"nested deeper than {MOST_NESTED} levels")
     except (HydraException, ValueError):  # the latter of numbers with thousands of digits
         if not sign:
-            return wrong("not KEY=VALUE")
-        return wrong(
-            f"can't be read; a value with '=', ',' or spaces needs quotes of its own{quoting_hint(key, value)}"
-        )
+            return wrong("not KEY=VALUE in one word")
+        return wrong(mistyped.unreadable(key, value))
     given = override.value()
     if _is_nested_deeper(given.list if isinstance(given, ChoiceSweep) else given, MOST_NESTED):
         return wrong(f"nested deeper than {MOST_NESTED} levels")
+    if reason := mistyped.unusable_text(key, given):
+        return wrong(reason)
     return override
-
-
-def quoting_hint(key: str, value: str) -> str:
-    """Return how a text is typed in a shell so that it is one value, after a colon; '' of one too long to show."""
-    text = shell_override(key, value)
-    return f": {text}" if len(text) <= LONGEST_HINT and visible(text, is_line=True) == text else ""
 
 
 def _is_nested_deeper(value: Any, levels: int) -> bool:
@@ -384,7 +376,8 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
         for option in value if isinstance(value, list) else [value]:
             if (option is None and group not in OPTIONAL_GROUPS) or (option is not None and str(option) not in known):
                 near = get_close_matches(str(option), known, n=1)
-                reason = f"no such option; one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
+                meant = "" if option is None else option_hint(group, str(option), near[0] if near else "")
+                reason = f"no such option; one of {', '.join(known)}{meant}"
                 yield Problem(group, reason, option, True, COMMAND_LINE)
 
 
@@ -601,33 +594,18 @@ def _problems_of(overrides: Sequence[str], line: CommandLine) -> list[Problem]:
     except (*COMPOSITION_ERRORS, RecursionError) as error:
         key = overrides[-1].lstrip("+~").partition("=")[0] if overrides else ""
         problem = problem_of(error, key)
-        if key.startswith(LAUNCHER) and (reason := _unknown_to_launcher(key, overrides[:-1], line)):
+        if overrides and (reason := _unknown_to_hydra(overrides[-1], overrides[:-1], line)):
             problem = dataclasses.replace(problem, reason=reason)
         return [problem]
     return []
 
 
-def _unknown_to_launcher(key: str, chosen: Sequence[str], line: CommandLine) -> str:
-    """Return why the launcher that was chosen does not have a key; '' where it has."""
-    cfg = hydra_config(chosen, line)
-    name, known = key.removeprefix(LAUNCHER), [str(one) for one in cfg.hydra.launcher if one != "_target_"]
-    if name.partition(".")[0] in known:
-        return ""
-    launcher = cfg.hydra.runtime.choices["hydra/launcher"]
-    store = ConfigStore.instance()
-    having = [
-        file.removesuffix(".yaml")
-        for file in store.list("hydra/launcher")
-        if name in store.load(f"hydra/launcher/{file}").node
-    ]
-    near = get_close_matches(name, known, n=1)
-    if having:
-        remedy = f"choose hydra/launcher={' or '.join(having)}"
-    elif near:
-        remedy = f"did you mean {LAUNCHER}{near[0]}?"
-    else:
-        remedy = f"it has {', '.join(known)}" if known else "it has no keys"
-    return f"hydra/launcher={launcher} has no {name}; {remedy}"
+def _unknown_to_hydra(text: str, others: Sequence[str], line: CommandLine) -> str:
+    """Return why Hydra has no such key or option of its own; '' where it has, or where it is none of Hydra's."""
+    key, _, value = text.lstrip("+~").partition("=")
+    if key.startswith("hydra/"):
+        return unknown_group_option(key, value, line.roots)
+    return unknown_key(key, value, hydra_config(others, line)) if key.startswith("hydra.") else ""
 
 
 def resolve_sections(whole: DictConfig, composed: Composed) -> None:
@@ -750,15 +728,6 @@ def list_single_files(data: Any) -> None:
                 given[key] = [files]
             elif isinstance(files, dict):
                 given[key] = {name: [one] if isinstance(one, str) else one for name, one in files.items()}
-
-
-def escaped(node: Any) -> Any:
-    """Return containers in which every text stands for itself when OmegaConf reads them: nothing is resolved again."""
-    if isinstance(node, Mapping):
-        return {key: escaped(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [escaped(value) for value in node]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node
 
 
 @contextmanager

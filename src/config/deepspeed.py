@@ -6,17 +6,20 @@ conf/deepspeed/_zero.yaml says; keys of the command line come on top.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 from src.config.files import unusable
 from src.config.options import CONF, OptionFileError, read_option
 from src.config.problems import Problem
+from src.config.schema import ZeroFileConfig
 from src.errors import visible
 from src.records import read_bytes
 
@@ -206,6 +209,11 @@ def _unused(content: dict[str, Any], file: str) -> Iterator[Problem]:
         if key in content and not _is_off(value := content.pop(key)):
             instead = f"{owner} decides that here" if owner else "not handed on to DeepSpeed by Towline"
             yield Problem(f"deepspeed.{key}", f"{instead}: leave it out, or switch it off", value)
+    kept = {one.name for one in dataclasses.fields(ZeroFileConfig)}
+    for key in [key for key in content if key not in kept]:
+        near = get_close_matches(key, [*kept, *UNHEARD, *FIXED, *BLOCKS, *FORMER_NAMES], n=1)
+        if near and near[0] not in kept:  # of the others the gate knows more
+            yield Problem(f"deepspeed.{key}", f"not a key of DeepSpeed's; did you mean {near[0]}?", content.pop(key))
 
 
 def _is_off(block: Any) -> bool:

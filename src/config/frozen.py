@@ -19,7 +19,6 @@ from src.config.compose import (
     CommandLine,
     Composed,
     compose,
-    escaped,
     is_group,
     problem_of,
     resolve_sections,
@@ -30,6 +29,7 @@ from src.config.hydra_keys import hydra_problems
 from src.config.merging import make_room
 from src.config.places import CHECKPOINTS, folder_of, steps_in
 from src.config.problems import Problem
+from src.config.quoting import escaped
 from src.config.quoting import override as override_text
 from src.errors import DamagedFileError
 from src.records import (
@@ -38,6 +38,7 @@ from src.records import (
     Types,
     begins_with,
     check_keys,
+    check_times,
     damaged,
     is_digest,
     read_bytes,
@@ -55,11 +56,12 @@ STATUS_KEYS: Mapping[str, Types] = {"state": str, "step": int}
 MORE_STATUS_KEYS: Mapping[str, Types] = {
     **dict.fromkeys(("cause", "how_to_go_on", "started", "ended", "updated", "host", "boot_id"), OPTIONAL_TEXT),
     **dict.fromkeys(("pid", "num_steps", "steps_per_epoch"), (int, NoneType)),
-    **dict.fromkeys(("journal", "model"), (dict, NoneType)),
+    **dict.fromkeys(("journal", "model", "base"), (dict, NoneType)),
     "tracker_run_id": OPTIONAL_TEXT,
 }
-"""What it may have; `journal` and `model` have size and checksum of files, by name."""
+"""What it may have; `journal`, `model` and `base` have size and checksum of files, by name."""
 STATUS_REMEDY = "Move it away: the same command then goes on from the last checkpoint, and writes it anew."
+TIMES = ("started", "ended", "updated")
 STATES = ("RUNNING", "FINISHED", "FAILED", "PREEMPTED", "PRUNED")
 PATHS_AND_TRACKING = ("name", "force", "rerun", "tracking")
 """Parts of a configuration that say nothing about what is computed."""
@@ -103,10 +105,11 @@ def read_status(folder: Path) -> dict[str, Any]:
     if status["state"] not in STATES or status["step"] < 0:
         reason = f"state {status['state']}, step {status['step']}, where state is one of {', '.join(STATES)}"
         raise damaged(file, reason, STATUS_REMEDY)
-    for key in ("journal", "model"):
+    for key in ("journal", "model", "base"):
         for name, digest in (status.get(key) or {}).items():
             if not is_digest(digest):
                 raise damaged(file, f"{key} has no size and checksum of {name}", STATUS_REMEDY)
+    check_times(file, status, TIMES, STATUS_REMEDY)
     return status
 
 

@@ -31,6 +31,7 @@ from src.config.hydra_keys import asks_for_sweep, describes_a_sweep, hydra_probl
 from src.config.keys import known_keys
 from src.config.options import read_option, shown
 from src.config.problems import Problem, refuse
+from src.config.quoting import escaped
 from src.config.schema import (
     ENTRY_SECTIONS,
     SECTIONS,
@@ -357,7 +358,8 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
     """Hold one mapping against one dataclass, key by key, so that every problem is found."""
     parsed = _Parsed()
     if not isinstance(given, dict):
-        parsed.problems.append(Problem(prefix, "a section of keys, not a value", given))
+        below = "; its keys have to be indented below it" if given is None else ""
+        parsed.problems.append(Problem(prefix, f"a section of keys, not a value{below}", given))
         return parsed
     hints = typing.get_type_hints(schema)
     rules_of = {one.name: one.metadata for one in dataclasses.fields(schema)}
@@ -371,7 +373,7 @@ def _parse(schema: Any, given: Any, prefix: str) -> _Parsed:
         part = _parse_value(typed, key, hints[key], rules_of[key].get("check"), value, prefix)
         if (each := rules_of[key].get("each")) and not part.problems and value is not None:
             part = _parse_each(getattr(schema_module, each), value, _dotted(prefix, key))
-        if (inner := rules_of[key].get("inner")) and not part.problems:
+        if (inner := rules_of[key].get("inner")) and isinstance(value, dict):
             part.problems += _check_inner(inner, value, _dotted(prefix, key))
         parsed.problems += part.problems
         complete = complete and not part.problems
@@ -418,10 +420,11 @@ def _check_inner(known: Keys, given: dict[Any, Any], prefix: str) -> list[Proble
 def _parse_value(typed: Any, key: str, hint: Any, check: Check | None, value: Any, prefix: str) -> _Parsed:
     dotted = _dotted(prefix, key)
     if value == "???":
-        return _Parsed(None, [Problem(dotted, f"needs a value: {described(hint)}", has_value=False)])
+        allowed = check.allowed if check else described(hint)
+        return _Parsed(None, [Problem(dotted, f"needs a value: {allowed}", has_value=False)])
     if dataclasses.is_dataclass(hint):
         return _parse(hint, value, dotted)
-    converted, reason = convert(typed, key, hint, check, composing.escaped(value))
+    converted, reason = convert(typed, key, hint, check, escaped(value))
     return _Parsed(None, [Problem(dotted, reason, value)]) if reason else _Parsed(converted)
 
 

@@ -15,15 +15,31 @@ from src.config.options import CONF, GLOBAL_GROUPS, OptionFileError, shown
 from src.config.peers import Counterpart
 from src.config.problems import Problem
 from src.config.quoting import Unwritable, shell_override
-from src.config.schema import ENTRY_SECTIONS, SECTIONS
+from src.config.schema import ENTRY_SECTIONS, SECTIONS, Keys
 
 LIKE_HERE, LIKE_ELSEWHERE = 0.6, 0.8
 """How much of a name must be alike for a key of the same section, and of another, to be meant."""
 HERE_FIRST = 0.1
 """How much less alike a name of the same section may be than one from elsewhere."""
+SHORTEST_ALIKE = 4
+"""Characters of a name below which it is like another one by chance."""
 MOST_SUGGESTED = 3
 LONGEST = 100
 """Characters of KEY=VALUE that are suggested; of longer ones the key alone is."""
+BEFORE = {
+    "training": ("train",),
+    "evaluation": ("eval",),
+    "checkpoint": ("save",),
+    "data": ("dataset",),
+    "optimizer": ("adam",),
+    "scheduler": ("lr_scheduler",),
+    "adapter": ("lora", "peft"),
+    "quantization": ("bnb_4bit",),
+    "tracking": ("mlflow", "wandb"),
+}
+"""What other trainers begin the names of a section's keys with, beside the section's own name."""
+OPTION_NAMES = ("name", "kind", "class", "_target_")
+"""What a section's option is called elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +72,16 @@ class Situation:
 
     def has(self, key: Key) -> bool:
         """Return whether what was chosen has a key."""
-        section = self.sections.get(key.section)
-        kind = section.get("type") if isinstance(section, Mapping) else None
+        section, option = self.sections.get(key.section), self.choices.get(key.section)
+        if isinstance(section, Mapping):
+            kind = section.get("type")
+        else:  # as an empty one, below which keys are not indented
+            kind = groups.values_of(key.section, option, tuple(self.roots)).get("type") if option else None
         return not key.types or kind in key.types
+
+    def is_empty(self, section: str) -> bool:
+        """Return whether a section's name stands in a file with nothing below it."""
+        return section in _sections() and section in self.sections and self.sections[section] is None
 
 
 def explained(problems: Sequence[Problem], situation: Situation) -> Iterator[Problem]:
@@ -69,7 +92,7 @@ def explained(problems: Sequence[Problem], situation: Situation) -> Iterator[Pro
         elif misplaced := _misplaced(problem, situation):
             yield misplaced
         else:
-            for key, value in _single(problem.key, problem.value):
+            for key, value in _single(problem.key, problem.value, problem.siblings):
                 yield Problem(key, _reason(key, value, problem, situation), value, where=problem.where)
 
 
@@ -108,9 +131,16 @@ def _sections() -> tuple[str, ...]:
     return (*SECTIONS, "sweep")
 
 
-def _single(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the keys of an unknown section with their values; what another trainer has as a mapping stays whole."""
-    is_whole = key in all_keys() or any(here.is_whole for _, here in peers.find(_leaf(key)))
+def _single(key: str, value: Any, siblings: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield the keys of an unknown section with their values.
+
+    What another trainer has as a mapping stays whole, and what is called almost as a key beside it.
+    """
+    is_whole = (
+        key in all_keys()
+        or any(here.is_whole for _, here in peers.find(_leaf(key)))
+        or any(_likeness(_leaf(key), name) >= LIKE_ELSEWHERE for name in siblings)
+    )
     if isinstance(value, dict) and value and not is_whole:
         for name, inner in value.items():
             yield from _single(f"{key}.{name}", inner)
@@ -128,7 +158,11 @@ def _reason(key: str, value: Any, problem: UnknownKey, situation: Situation) -> 
         return f"read by python -m src.{problem.key}, and by nothing else"
     if other := _of_another_option(key, situation):
         return other
-    suggested, because = _by_name(_leaf(key), value, situation)
+    if (dotted := key.replace("/", ".")) != key and dotted in all_keys():
+        return f"unknown key; did you mean {dotted}?"
+    suggested, because = _of_source(key, problem) or _in_section(key, value, situation), ""
+    if not suggested:
+        suggested, because = _by_name(_leaf(key), value, situation)
     if not suggested and not because:
         suggested = _alike(key, value, problem, situation)
     if suggested:
@@ -165,6 +199,89 @@ class _Suggestion:
 
     text: str
     note: str = ""
+
+
+def _of_source(key: str, problem: UnknownKey) -> list[_Suggestion]:
+    """Return what another trainer's name means within one source of a mixture."""
+    prefix, _, leaf = key.rpartition(".")
+    names = [_leaf(here.key) for _, here in peers.find(leaf) if here.key.startswith("data.")]
+    is_source = key == problem.key and prefix.startswith("data.mixture.")
+    return [_Suggestion(f"{prefix}.{name}") for name in dict.fromkeys(names) if is_source and name in problem.siblings]
+
+
+def _in_section(key: str, value: Any, situation: Situation) -> list[_Suggestion]:
+    """Return what is meant by a name within a section, where the section says more than the name alone.
+
+    The section's and the key's name may be one name elsewhere (`evaluation.steps`: eval_steps); a key of that section
+    may have the name among its words (`loss.weight`: thought_weight); or the name is of what stands for the section's
+    option, or deeper in it.
+    """
+    *parents, leaf = key.split(".")
+    if not parents:
+        return []
+    section = _section_like(parents[0])
+    if inner := _of_inner(section, ".".join([*parents[1:], leaf]), value, situation):
+        return inner
+    begins = dict.fromkeys([parents[-1], parents[0], section, *BEFORE.get(section, ())])
+    for begin in filter(None, begins):
+        if found := _by_name(f"{begin}_{leaf}", value, situation)[0]:
+            return found
+    if not section or any(here.key.partition(".")[0] == section for _, here in peers.find(leaf)):
+        return []
+    words = _words_of(leaf)
+    of_section = [one for one in all_keys().values() if one.section == section and situation.is_read(one.name)]
+    having = [one for one in of_section if words < _words_of(one.leaf) and (situation.choices or situation.has(one))]
+    having = [one for one in having if situation.has(one)] or having
+    having = [one for one in having if one.takes(value)] or having
+    if having:
+        return [suggestion for one in having for suggestion in _of_key(one, _typed(one, value), situation)]
+    if leaf in OPTION_NAMES and section in situation.choices:
+        given = Counterpart(section, peers.options_of(section), is_same=True)
+        return _of_group(given, given.value(value)[0], [], situation)
+    return []
+
+
+def _section_like(name: str) -> str:
+    """Return the section of a name, or of one almost like it; '' where there is none."""
+    alike = {section: 1.0 if section == name else _likeness(section, name) for section in _sections()}
+    best = max(alike, key=alike.__getitem__)
+    return best if alike[best] >= LIKE_HERE else ""
+
+
+def _words_of(name: str) -> set[str]:
+    """Return the words of a name, in the singular."""
+    return {word.removesuffix("s") for word in name.lower().replace("-", "_").split("_")}
+
+
+def _of_inner(section: str, name: str, value: Any, situation: Situation) -> list[_Suggestion]:
+    """Return what stands for a name deep in another library's mapping of a section: its place, or an option with it."""
+    for key in all_keys().values():
+        if key.section != section or not key.inner or not situation.is_read(key.name):
+            continue
+        deep = [f"{key.name}.{path}" for path in _paths(key.inner) if f".{path}".endswith(f".{name}")]
+        if deep and situation.has(key):
+            return [_Suggestion(one) for one in deep]
+        if deep and section in situation.choices:
+            options = groups.with_key(key, situation.roots)
+            those = [option for option in options if _value_in(section, option, deep[0], situation) == value]
+            told = those[:1] or [option for option in options if option in groups.first_with_key(key, situation.roots)]
+            return [_Suggestion(f"{section}={told[0]}" if those else f"one of {section}={', '.join(told)}")]
+    return []
+
+
+def _paths(inner: Keys) -> Iterator[str]:
+    for name, below in inner.items():
+        yield name
+        if isinstance(below, Mapping):
+            yield from (f"{name}.{path}" for path in _paths(below))
+
+
+def _value_in(section: str, option: str, key: str, situation: Situation) -> Any:
+    """Return the value that an option gives a key; None where it gives none."""
+    node: Any = groups.values_of(section, option, tuple(situation.roots))
+    for part in key.split(".")[1:]:
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
 
 
 def _by_name(leaf: str, value: Any, situation: Situation) -> tuple[list[_Suggestion], str]:
@@ -248,6 +365,8 @@ def _of_key(
     """
     if not situation.is_read(key.name) or (not situation.choices and not situation.has(key)):
         return []
+    if situation.is_empty(key.section):
+        note = f"indented below `{key.section}:`"
     needed = [] if situation.has(key) else groups.first_with_key(key, situation.roots)[:1]
     choices = _with_needs([*replaced, *(f"{key.section}={option}" for option in needed)], situation)
     if text:
@@ -280,7 +399,7 @@ def _alike(key: str, value: Any, problem: UnknownKey, situation: Situation) -> l
     alike = {name: _likeness(leaf, name.rpartition(".")[2]) + HERE_FIRST for name in here}
     alike = {name: likeness for name, likeness in alike.items() if likeness >= LIKE_HERE + HERE_FIRST}
     elsewhere = {one.name: one.leaf for one in _offered(situation)} | {name: name for name in peers.names()}
-    for name, their_leaf in elsewhere.items():
+    for name, their_leaf in elsewhere.items() if len(leaf) >= SHORTEST_ALIKE else ():
         if name not in alike and (likeness := _likeness(leaf, their_leaf)) >= LIKE_ELSEWHERE:
             alike[name] = likeness
     if not alike:

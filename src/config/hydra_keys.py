@@ -11,7 +11,6 @@ from omegaconf import DictConfig, Node, OmegaConf
 
 from src.config.compose import (
     COMMAND_LINE,
-    LAUNCHER,
     UNRESOLVED,
     CommandLine,
     Composed,
@@ -19,6 +18,7 @@ from src.config.compose import (
     unresolved,
     value_text,
 )
+from src.config.hydra_hints import LAUNCHER
 from src.config.merging import has_content
 from src.config.options import CONF, read_option
 from src.config.problems import Problem

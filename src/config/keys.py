@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from src.config import schema as declared
+from src.config.quoting import escaped
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, Check, Keys, SweepConfig, TopLevelConfig
 from src.config.values import convert, described, members
 
@@ -70,7 +71,7 @@ class Key:
 
     def takes(self, value: Any) -> bool:
         """Return whether the key may have this value, as far as can be said from the key alone."""
-        return not convert(OmegaConf.structured(self.owner), self.leaf, self.hint, self.check, value)[1]
+        return not convert(OmegaConf.structured(self.owner), self.leaf, self.hint, self.check, escaped(value))[1]
 
 
 @cache

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from src.config.quoting import shell_override
+
 
 @dataclass(frozen=True)
 class Counterpart:
@@ -118,6 +120,9 @@ FLASH = {"true": "flash_attention_2", "false": "null"}
 INVERTED = {"true": "false", "false": "true"}
 NO_CLIPPING = {"0": "null", "0.0": "null"}
 NO_LIMIT = {"-1": "null", "0": "null"}
+LONGEST_NAME = 100
+"""Characters of an option that is suggested as something else."""
+DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
 
 ONE_TRACKER = "MLflow is the only tracker, beside the run's own folder"
 STEPS = "steps is a number of steps"
@@ -200,7 +205,10 @@ TRAINING_ARGUMENTS = _table(
             "rows are always shuffled by the seed",
         ),
         "fsdp": _other("deepspeed", f"{NO_FSDP} is nearest to full_shard"),
-        "deepspeed": _other("deepspeed", "a named option; keys of DeepSpeed's JSON are keys of `deepspeed`"),
+        "deepspeed": _other(
+            "deepspeed",
+            "a named option; a JSON of DeepSpeed's is `deepspeed=file deepspeed.config_file=ds_config.json`",
+        ),
     },
     {
         "an optimizer's settings are keys of its own: `optimizer.betas`, `optimizer.eps`": "optim_args",
@@ -760,8 +768,45 @@ def find(name: str) -> Iterator[tuple[Peer, Counterpart]]:
                 yield peer, here
 
 
+def options_of(group: str) -> dict[str, str]:
+    """Return what other trainers call the options of a group, each with the option's name; no switches."""
+    found: dict[str, set[str]] = {}
+    for here in (here for peer in PEERS for here in peer.table.values() if here.key == group):
+        for theirs, ours in here.values.items():
+            found.setdefault(theirs, set()).add(ours)
+    return {theirs: ours.pop() for theirs, ours in found.items() if len(ours) == 1 and theirs not in INVERTED}
+
+
+def option_hint(group: str, given: str, near: str = "") -> str:
+    """Return what to choose in place of an option that a group does not have; '' where that can't be said.
+
+    Args:
+        near: an option of a similar name, '' for none.
+    """
+    ours = options_of(group)
+    if better := ours.get(given) or ours.get(given.lower()):
+        return f"; did you mean {group}={better}?"
+    remedy = ""
+    if len(given) > LONGEST_NAME:
+        return ""
+    if group == "deepspeed" and given.lower().endswith(".json"):
+        remedy = f"deepspeed=file {shell_override('deepspeed.config_file', given)}"
+    elif group == "model" and ("/" in given or not near):
+        remedy = f"model=causal_lm {shell_override('model.checkpoint', given)}"
+    elif group == "data" and given.lower().endswith(DATA_FILES):
+        remedy = f"data=prompt_completion {shell_override('data.train_files', [given])}"
+    elif group == "data" and ("/" in given or not near):
+        remedy = f"data=prompt_completion {shell_override('data.dataset_name', given)}"
+    if remedy or near:
+        return f"; did you mean {remedy or near}?"
+    return f"; {ONE_TRACKER}" if group == "tracking" else ""
+
+
 def flag_hint(message: str) -> str:
     """Return what to write in place of the flags that a message of argparse's names; '' where it names none."""
+    if found := re.search(r"argument (--\w+).*: ignored explicit argument (.*)", message):
+        topic = f": --help {found[2].strip(chr(39))}" if found[1] == "--help" else ""
+        return f"; there is no = behind {found[1]}{topic}"
     given = re.findall(r"(?<!\S)--([\w.-]+)", message) if message.startswith("unrecognized arguments") else []
     written = {next((here.key for _, here in find(name) if here.key), name) for name in given}
     return (

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from src import terminal
 from src.errors import ConfigError, visible
 from src.secrets import masked
 
@@ -39,9 +40,8 @@ class Problem:
 
 
 def shortened(text: str, most: int) -> str:
-    """Return a text as one line of at most so many characters, its control characters written out."""
-    seen = visible(text[: most + 1], is_line=True)
-    return seen if len(seen) <= most else seen[: most - 3] + "…"
+    """Return a text as one line of at most so many characters, its control characters written out; no number is cut."""
+    return terminal.shortened(visible(text, is_line=True), most, "…")
 
 
 def refuse(problems: Sequence[Problem]) -> ConfigError:

@@ -10,9 +10,10 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
-_BARE = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
+_BARE = re.compile(r"(?:[A-Za-z_]|\.{0,2}/)[\w./-]*", re.ASCII)
 """Texts that need no quotes, but for words that stand for something else."""
 _RESERVED = ("null", "true", "false", "nan", "inf")
 _BARE_KEY = re.compile(r"[A-Za-z_][\w./-]*(?: [\w./-]+)*", re.ASCII)
@@ -52,14 +53,23 @@ def quoted(text: str) -> str:
     return f"{mark}{inner}{mark}"
 
 
+def escaped(node: Any) -> Any:
+    """Return containers in which every text stands for itself when OmegaConf reads them: nothing is resolved again."""
+    if isinstance(node, Mapping):
+        return {key: escaped(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [escaped(value) for value in node]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node
+
+
 def override(key: str, value: Any) -> str:
-    """Return `KEY=VALUE` for Hydra's parser; `shell_override` for a shell in front of it."""
+    """Return `KEY=VALUE` for Hydra's parser, with interpolations left as they are; for a shell: `shell_override`."""
     return f"{key}={override_value(value)}"
 
 
 def shell_override(key: str, value: Any) -> str:
-    """Return `KEY=VALUE` as it is typed in a shell."""
-    return shlex.quote(override(key, value))
+    """Return `KEY=VALUE` as it is typed in a shell, whatever is in the value: `${` of a text is text."""
+    return shlex.quote(override(key, escaped(value)))
 
 
 def label(key: str, value: Any) -> str:

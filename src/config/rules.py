@@ -71,7 +71,8 @@ def a_source_is_given(data: DataConfig) -> Iterator[Problem]:
     if not data.train_files and not data.dataset_name and not data.mixture:
         yield Problem("data.train_files", "no training data: give data.train_files=[FILE] or data.dataset_name=HUB_ID")
     if data.train_files and data.mixture:
-        yield Problem("data.mixture", "not together with data.train_files: name them as a source of the mixture")
+        reason = "not together with data.train_files: name them as a source of the mixture"
+        yield Problem("data.mixture", reason, has_value=False)
 
 
 def files_can_be_found(data: DataConfig) -> Iterator[Problem]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+from collections.abc import Mapping
 from difflib import get_close_matches
 from enum import Enum
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.schema import Check
+
+MISSING_TEXT = f"{MISSING} stands for a value that is missing, and can't be given as a text"
 
 
 def convert(typed: Any, key: str, hint: Any, check: Check | None, value: Any) -> tuple[Any, str]:
@@ -20,7 +23,7 @@ def convert(typed: Any, key: str, hint: Any, check: Check | None, value: Any) ->
 
     Args:
         typed: the structured config of the dataclass that declares the key.
-        value: whose texts stand for themselves, see `src.config.compose.escaped`.
+        value: whose texts stand for themselves, see `src.config.quoting.escaped`.
     """
     if isinstance(value, bool) and bool not in members(hint) and hint is not Any:
         return None, f"not {described(hint)}"
@@ -34,6 +37,8 @@ def convert(typed: Any, key: str, hint: Any, check: Check | None, value: Any) ->
 
 def _unlike(hint: Any, value: Any) -> str:
     """Return why a value is not what its type allows; of a list of choices, which one is none."""
+    if holds_missing(value):
+        return MISSING_TEXT
     choices = [e for m in members(hint) for e in typing.get_args(m) if inspect.isclass(e) and issubclass(e, Enum)]
     if isinstance(value, list) and len(choices) == 1:
         allowed = [option.name for option in choices[0]]
@@ -42,6 +47,13 @@ def _unlike(hint: Any, value: Any) -> str:
                 near = get_close_matches(str(one), allowed, n=1)
                 return f"{one} is not one of {', '.join(allowed)}{f'; did you mean {near[0]}?' if near else ''}"
     return f"not {described(hint)}"
+
+
+def holds_missing(value: Any) -> bool:
+    """Return whether a value is, or has in it, the text that OmegaConf takes for a missing value."""
+    if isinstance(value, Mapping):
+        return any(map(holds_missing, value.values()))
+    return any(map(holds_missing, value)) if isinstance(value, list) else value == MISSING
 
 
 def members(hint: Any) -> tuple[Any, ...]:

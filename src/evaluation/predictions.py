@@ -14,15 +14,32 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from src.checkpoint.exported import base_files
 from src.config.files import expand
 from src.config.rules import is_read_by_predict
 from src.config.schema import RunConfig
 from src.data.sources import file_hash
 from src.errors import ModelError, RunFolderError
 from src.evaluation.metrics import scores
-from src.records import Digest, begins_with, damaged, write_atomically, write_json
+from src.records import (
+    NUMBER,
+    OPTIONAL_TEXT,
+    Digest,
+    Types,
+    begins_with,
+    check_keys,
+    check_plain,
+    damaged,
+    finite,
+    parse,
+    read_bytes,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from src.tracking.console import Console, clock
 
 if TYPE_CHECKING:
@@ -62,7 +79,14 @@ class Prediction:
     stop_reason: str
 
 
-RECORD_KEYS = {"rows", "decided_by", "written"}
+RECORD_KEYS: Mapping[str, Types] = {"rows": int, "decided_by": dict, "written": (dict, NoneType)}
+LINE_KEYS: Mapping[str, Types] = {
+    "row": int,
+    **dict.fromkeys(("source", "prompt", "text", "answer"), str),
+    "reference": OPTIONAL_TEXT,
+    "stop_reason": str,
+}
+METRICS = "metrics.json"
 COLUMNS = [column.name for column in fields(Prediction)]
 
 
@@ -85,12 +109,16 @@ class PredictedSet:
 
         Raises:
             RunFolderError: where a file is there that src.predict did not write, which nothing removes.
+            DamagedFileError: where what is there is no plain file, or the record can't be read.
         """
-        there = [file for file in (self.lines, self.table, self.record) if file.exists()]
+        files = (self.lines, self.table, self.record)
+        there = [file for file in files if os.path.lexists(file)]
         if not there:
             return []
-        before = _read(self.record).get("decided_by")
-        if not isinstance(before, dict):
+        for file in files:
+            check_plain(file, f"Move it away, and the same command writes what belongs there; {self._anew}")
+        before = self._read().get("decided_by")
+        if before is None:
             names = ", ".join(file.name for file in there)
             raise RunFolderError(
                 f"{self.folder} holds files that are no predictions of the set {self.name}: {names}; choose another "
@@ -98,13 +126,39 @@ class PredictedSet:
             )
         if not force:
             return differences(before, self._decided_by)
-        for file in (self.table, self.lines, self.record):  # the record last: without it nobody removes the others
+        for file in files:  # the record last: without it nobody removes the others
             file.unlink(missing_ok=True)
         return []
 
+    @property
+    def _anew(self) -> str:
+        names = " and ".join(file.name for file in (self.lines, self.table))
+        return f"without {self.record.name}, move {names} away too: then it starts the set {self.name} anew"
+
+    def _read(self) -> dict[str, Any]:
+        """Return what the record says; empty where there is none, or it is another's.
+
+        Raises:
+            DamagedFileError: where it can't be read, or has not what a record has.
+        """
+        remedy = f"Restore it; or move it away: {self._anew}"
+        try:
+            record = read_json(self.record, remedy=remedy)
+        except FileNotFoundError:
+            return {}
+        if "decided_by" not in record:
+            return {}
+        try:
+            check_keys(record, RECORD_KEYS)
+            if others := record.keys() - RECORD_KEYS.keys():
+                raise ValueError(f"it has the keys {', '.join(sorted(others))}")
+        except ValueError as error:
+            raise damaged(self.record, str(error), remedy) from error
+        return record
+
     def is_generated(self) -> bool:
         """Whether every row has its line."""
-        rows = _read(self.record).get("rows")
+        rows = self._read().get("rows")
         return rows is not None and self.lines.exists() and sum(1 for _ in self.read()) == rows
 
     def resume(self, rows: Sequence[int], block_rows: int) -> int:
@@ -115,7 +169,7 @@ class PredictedSet:
         Raises:
             RunFolderError: where more than its end is not as it was written.
         """
-        self._note(len(rows), _read(self.record).get("written"))
+        self._note(len(rows), self._read().get("written"))
         self.lines.touch()
         count = size = kept = kept_size = 0
         with open(self.lines, "rb") as file:
@@ -133,7 +187,7 @@ class PredictedSet:
         os.truncate(self.lines, kept_size)
         if kept < len(rows):
             self.table.unlink(missing_ok=True)
-        self._digest = Digest(self.lines.read_bytes())
+        self._digest = Digest(self._content())
         self._note(len(rows), self._digest.as_dict())
         return kept
 
@@ -149,15 +203,31 @@ class PredictedSet:
             DamagedFileError: where it is something else.
         """
         remedy = f"Restore it; or force=true starts the set {self.name} anew."
-        record = _read(self.record)
-        if others := record.keys() - RECORD_KEYS | record.get("decided_by", {}).keys() - self._decided_by.keys():
+        record = self._read()
+        if others := record.get("decided_by", {}).keys() - self._decided_by.keys():
             raise damaged(self.record, f"it has the keys {', '.join(sorted(others))}", remedy)
-        if not isinstance(record.get("written"), dict) or not self.lines.is_file():
+        if not record or not self.lines.is_file():
             return
-        content, size = self.lines.read_bytes(), record["written"].get("num_bytes")
+        content, written = self._content(), record["written"]
+        if written is None:
+            if content:
+                raise damaged(self.record, f"it does not say what was written into {self.lines.name}", remedy)
+            return
+        size = written.get("num_bytes")
         is_cut = isinstance(size, int) and len(content) < size and not self.is_generated()
-        if not is_cut and not begins_with(content, record["written"]):
+        if not is_cut and not begins_with(content, written):
             raise damaged(self.lines, f"it is not what {self.record.name} says was written there", remedy)
+
+    def _content(self) -> bytes:
+        """Return what is in the file of lines.
+
+        Raises:
+            DamagedFileError: where it can't be read.
+        """
+        try:
+            return read_bytes(self.lines, None)
+        except ValueError as error:
+            raise damaged(self.lines, str(error), "") from error
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Add lines; they are on the disk when this returns."""
@@ -204,12 +274,28 @@ class PredictedSet:
             answers, pattern = [given for given, _ in pairs], config.data.answer_pattern
             found = scores(config.metrics, answers, references, pattern, places.__getitem__)
             values = {f"eval/{self.name}/{metric}": value for metric, value in found.items()}
-        file = self.folder / "metrics.json"
-        before = _read(file)
+        before = read_metrics(self.folder)
         others = {key: value for key, value in before.items() if not key.startswith(f"eval/{self.name}/")}
-        if others | values != before:
-            write_atomically(file, json.dumps(others | values, indent=2) + "\n")
+        if finite(others | values) != before:
+            write_json(self.folder / METRICS, others | values)
         return values, lacking
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Return the metrics of the sets that were predicted into a folder; empty where there are none.
+
+    Raises:
+        DamagedFileError: where they can't be read.
+    """
+    remedy = "Restore it; or move it away: it is written anew, with the metrics of the sets that are named then"
+    try:
+        metrics = read_json(folder / METRICS, remedy=remedy)
+        check_keys(metrics, dict.fromkeys(metrics, (*NUMBER, NoneType)))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise damaged(folder / METRICS, str(error), remedy) from error
+    return metrics
 
 
 def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str, PredictedSet]:
@@ -219,7 +305,9 @@ def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model:
         model: the folder of the model that predicts.
     Raises:
         RunFolderError: where something else decided what is there, naming what.
+        DamagedFileError: where what is there can't be read; before anything is generated or removed.
     """
+    read_metrics(folder)
     common = decided_by(config, frozen, model)
     sets, refused = {}, []
     for name, files in config.data.test_sets().items():
@@ -250,9 +338,7 @@ def decided_by(config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dic
         generation = {key: value for key, value in generation.items() if key not in SAMPLING}
     shaping = [key for key in data if is_read_by_predict(f"data.{key}") and key not in DECIDES_NOTHING]
     files = [file for file in sorted(model.rglob("*")) if file.is_file() and file.name not in NOT_THE_MODEL]
-    base = Path(config.model.checkpoint)
-    stands_on_base = (model / "adapter_config.json").exists() and base.is_dir()
-    weights = sorted(base.glob("*.safetensors")) if stands_on_base else []
+    weights = [file for file in base_files(model, config.model.checkpoint) if file.suffix == ".safetensors"]
     return {
         **{f"generation.{key}": value for key, value in generation.items()},
         **{f"data.{key}": data[key] for key in shaping},
@@ -367,18 +453,10 @@ def _some(places: Sequence[str], most: int = 3) -> str:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Give what a line says; None of one that is not whole."""
+    """Give what a line says; None of one that is not whole, or no prediction."""
     try:
-        found = json.loads(line) if line.endswith(b"\n") else None
+        found = parse(line) if line.endswith(b"\n") else {}
+        check_keys(found, LINE_KEYS)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and list(found) == COLUMNS and isinstance(found["row"], int) else None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """Give what a JSON file holds; empty where there is no object in it."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return found if list(found) == COLUMNS else None

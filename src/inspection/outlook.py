@@ -6,37 +6,36 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import psutil
 import torch
 
-from src.config.schema import Batching, Device, LoraConfig, MixedPrecision, RunConfig, ZeroConfig
+from src.config.schema import Device, LoraConfig, MixedPrecision, RunConfig, ZeroConfig
 from src.data.batching import Plan, Sequences, collate, steps_per_epoch
+from src.data.dataset import Data, first_block
 from src.data.sets import EncodedSet
 from src.errors import human_bytes
-from src.forecast import (
-    Architecture,
-    DiskForecast,
-    MemoryForecast,
-    Sharing,
-    TimeForecast,
-    architecture_of,
-    disk_forecast,
-    matmul_flops_per_second,
+from src.forecast.counting import (
+    ForwardCount,
+    ModelCounter,
+    TrainingCount,
+    UncountableError,
+    counted,
     measure_saved_bytes,
-    measured_time_forecast,
-    memory_forecast,
-    most_saves,
-    time_forecast,
-    with_adapter,
 )
+from src.forecast.disk import DiskForecast, disk_forecast, most_saves
+from src.forecast.memory import MemoryForecast, Sharding, memory_forecast
+from src.forecast.parameters import ModelParameters, parameters_of, with_adapter
+from src.forecast.time import TimeForecast, counted_time, matmul_flops_per_second, measured_time
+from src.inspection import workload
 from src.inspection.findings import Finding, Level
 from src.model.adapters import add_adapter
 from src.model.build import build_model, with_zero_sizes
 from src.model.embeddings import embedding_matrices, fit_embeddings
+from src.model.quantization import put_quantised_layers, quantization_settings
 from src.runtime.session import start_runtime
 from src.runtime.signals import stop_on_signals
 from src.tokens import num_token_ids
@@ -71,57 +70,65 @@ class Outlook:
     measured: Measured | None
 
 
+@dataclass
+class _Counts:
+    """What was counted of the run's work; `reason` says why not, where the model can't be."""
+
+    step: TrainingCount | None = None
+    reason: str = ""
+    instead: list[tuple[str, ForwardCount]] = field(default_factory=list)
+    """Peaks of moments that are not training."""
+    flops: dict[str, float] = field(default_factory=dict)
+    """Operations of all that one process does, by part of the run."""
+
+
 def outlook(
     config: RunConfig,
     model: Any,
     tokenizer: Any,
     new_ids: Sequence[int],
-    train: EncodedSet,
+    data: Data,
     run_dir: Path,
+    libraries_bytes: int | None,
     *,
     measure: bool,
 ) -> Outlook:
-    """Reckon with the first epoch's micro-batches.
+    """Forecast a run from its first epoch's micro-batches, and from the sets that are evaluated.
 
     Args:
-        model: as built by `empty_model`, resized to the tokenizer; gets the adapter.
+        model: as built by `empty_model`, resized to the tokenizer; gets quantised layers and the adapter.
         new_ids: tokens that have no learned row yet, which an adapter trains too.
-        train: the train set, or the first block of one that is streamed.
+        libraries_bytes: what the process holds before there is a model; None where nobody knows.
     """
+    train = first_block(data.train)
     processes = config.runtime.world_size
     plan = batch_plan(config, processes)
     per_epoch = None if config.data.streaming else steps_per_epoch(train, plan, config.seed)
     num_steps = num_train_steps(config.training, per_epoch)
     micro_batches = plan.micro_batches(train.lengths, [config.seed, 0])
-    shapes = np.array([_shape(train, sequences) for sequences in micro_batches])
-    computed = shapes[:, 0] * shapes[:, 1]
+    work = workload.plan_work(config, data, train, micro_batches, num_steps, per_epoch)
     num_micro_batches = num_steps * plan.accumulation
     if per_epoch is not None:
         num_micro_batches = round(num_steps / per_epoch * len(micro_batches))
-    widest = int(computed.argmax())
-    batch, seq = (int(number) for number in shapes[widest])
-    supervised = train.supervised_lengths()
-    architecture = planned_architecture(config, model, new_ids)
     device = device_of(config)
-    gradient_checkpointing = config.model.gradient_checkpointing
+    parameters = planned_parameters(config, model, new_ids)
+    counts = _count(config, model, work, num_micro_batches / processes, device)
     memory = memory_forecast(
-        architecture,
+        parameters,
         config.optimizer,
-        config.training.mixed_precision,
-        batch=batch,
-        seq=seq,
-        num_supervised=int(max(supervised[_rows(sequences)].sum() for sequences in micro_batches)),
-        is_packed=config.data.batching is Batching.packed,
+        work.widest,
+        counts.step,
+        counts.instead,
+        uncounted=counts.reason,
         device_type=device.type,
-        uses_full_logits=_changes_logits(model.config),
-        gradient_checkpointing=gradient_checkpointing,
-        sharing=sharing_of(with_zero_sizes(config)),
+        sharding=sharding_of(with_zero_sizes(config)),
+        libraries_bytes=libraries_bytes if device.type == "cpu" else None,
     )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         tokenizer_bytes = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
     disk = disk_forecast(
-        architecture,
+        parameters,
         run_dir,
         config.optimizer,
         config.checkpoint,
@@ -130,49 +137,90 @@ def outlook(
         tokenizer_bytes=tokenizer_bytes,
         merge=config.export.merge,
     )
-    measured = _measure(config, tokenizer, new_ids, train, plan, micro_batches, widest) if measure else None
-    share = num_micro_batches / len(micro_batches) / processes
-    if measured is None:
-        dtype = torch.float32 if config.training.mixed_precision is MixedPrecision.no else torch.bfloat16
-        ahead = time_forecast(
-            architecture,
-            num_tokens=round(share * int(computed.sum())),
-            num_supervised=round(share * int(supervised.sum())),
-            seq=int(shapes[:, 1].mean()),
-            flops_per_second=matmul_flops_per_second(device, dtype),
-            gradient_checkpointing=gradient_checkpointing,
-        )
-    else:
-        ahead = measured_time_forecast(measured.seconds, math.ceil(num_micro_batches / processes))
+    measured = _measure(config, tokenizer, new_ids, train, plan, micro_batches, work) if measure else None
+    dtype = torch.float32 if config.training.mixed_precision is MixedPrecision.no else torch.bfloat16
+    speed = matmul_flops_per_second(device, dtype)
+    names = ["training", "evaluation", *(["generation"] if work.generation else [])]
+    parts = [counted_time(name, counts.flops.get(name), speed, counts.reason) for name in names]
+    if measured is not None:
+        count = math.ceil(num_micro_batches / processes)
+        parts[0] = measured_time("training", measured.seconds, count, "micro-batches")
+    share = num_micro_batches / len(micro_batches)
     return Outlook(
         num_steps,
         per_epoch,
         num_micro_batches,
-        tokens_fed=round(share * processes * train.num_tokens),
-        tokens_computed=round(share * processes * int(computed.sum())),
+        tokens_fed=round(share * train.num_tokens),
+        tokens_computed=round(share * sum(shape.num_tokens for shape in work.micro_batches)),
         memory=memory,
         disk=disk,
-        time=ahead,
+        time=TimeForecast(tuple(parts)),
         measured=measured,
     )
 
 
-def sharing_of(config: RunConfig) -> Sharing | None:
-    """Say how the configuration shares out what one process would hold."""
+def _count(
+    config: RunConfig, model: Any, work: workload.Workload, num_micro_batches: float, device: torch.device
+) -> _Counts:
+    """Count training, evaluation and generation on fake tensors.
+
+    Args:
+        num_micro_batches: that one process computes.
+    """
+    counts, processes = _Counts(), config.runtime.world_size
+    if _starts_from_values(config):
+        counts.reason = "DoRA on weights in 4 bits starts from their values"
+        return counts
+    types = {MixedPrecision.bf16: torch.bfloat16, MixedPrecision.fp16: torch.float16}
+    autocast = types.get(config.training.mixed_precision)
+    if config.model.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if isinstance(config.deepspeed, ZeroConfig) and autocast is torch.bfloat16:
+        model, autocast = model.to(torch.bfloat16), None
+    try:
+        with counted(model, config.loss, device, autocast) as counter:
+            is_sharded = isinstance(config.deepspeed, ZeroConfig)
+            accumulation = 2 if is_sharded else config.training.gradient_accumulation_steps
+            counts.step = counter.count_training(work.widest, accumulation)
+            usual = counter.count_training(workload.mean_shape(work.micro_batches)).flops
+            counts.flops["training"] = num_micro_batches * usual
+            _count_evaluation(counter, counts, work, processes)
+            if work.generation is not None:
+                texts, new = work.generation, config.generation.max_new_tokens
+                counts.instead.append(("generation", counter.count_generation(texts.batch, texts.longest_prompt, new)))
+                one = counter.count_generation(1, texts.mean_prompt, new).flops
+                counts.flops["generation"] = one * texts.num_texts / processes
+    except UncountableError as error:
+        counts.reason = str(error)
+    return counts
+
+
+def _count_evaluation(counter: ModelCounter, counts: _Counts, work: workload.Workload, processes: int) -> None:
+    """Count the losses of all evaluations, and the most that one of their batches holds."""
+    flops, most = 0.0, ForwardCount(0, 0)
+    for shapes, times in work.evaluations:
+        most = max(most, counter.count_evaluation(max(shapes, key=lambda shape: shape.num_tokens)))
+        flops += times * len(shapes) * counter.count_evaluation(workload.mean_shape(shapes)).flops
+    counts.instead.append(("evaluation", most))
+    counts.flops["evaluation"] = flops / processes
+
+
+def sharding_of(config: RunConfig) -> Sharding | None:
+    """Return how the configuration shares what one process would hold; None where it does not."""
     zero = config.deepspeed
     if not isinstance(zero, ZeroConfig):
         return None
     given = zero.zero_optimization
     overlaps = given.get("overlap_comm", False) and zero.stage < 3
-    return Sharing(
+    return Sharding(
         zero.stage,
         config.runtime.world_size,
         is_bf16=config.training.mixed_precision is MixedPrecision.bf16,
         optimizer_on_cpu=zero.offloads("optimizer"),
         weights_on_cpu=zero.offloads("param"),
-        bucket=int(given.get("reduce_bucket_size", Sharing.bucket)),
+        bucket=int(given.get("reduce_bucket_size", Sharding.bucket)),
         num_buckets=2 if overlaps else 1,
-        max_live=int(given.get("stage3_max_live_parameters", Sharing.max_live)),
+        max_live=int(given.get("stage3_max_live_parameters", Sharding.max_live)),
     )
 
 
@@ -191,36 +239,32 @@ def _is_metric_given(config: RunConfig) -> bool:
     return any(metric.startswith(f"eval/{name}/") for name in config.data.validation_names())
 
 
-def planned_architecture(config: RunConfig, model: Any, new_ids: Sequence[int]) -> Architecture:
-    """Read the sizes of the model that will be trained: its weights as they are loaded, and the adapter, put in here.
+def planned_parameters(config: RunConfig, model: Any, new_ids: Sequence[int]) -> ModelParameters:
+    """Read the parameters of the model that will be trained, and give it quantised layers and the adapter, in place.
 
     Raises:
         ModelError: where the adapter can't be put into this model.
     """
-    architecture = architecture_of(model, model.config, config.quantization)
+    parameters = parameters_of(model, config.quantization)
+    if config.quantization.is_on and not _starts_from_values(config):
+        settings = quantization_settings(config.quantization, config.model, config.training.mixed_precision)
+        put_quantised_layers(model, settings)
     if not isinstance(config.adapter, LoraConfig):
-        return architecture
+        return parameters
     adapter = replace(config.adapter, init_lora_weights=True)  # other ways to start compute with the weights
     matrices = [matrix.module for matrix in embedding_matrices(model)]
     add_adapter(model, adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
-    return with_adapter(architecture, model)
+    return with_adapter(parameters, model)
 
 
-def _changes_logits(config: Any) -> bool:
-    """Whether a model is known to put something between head and logits, so that all of them are computed."""
-    text = config.get_text_config()
-    changes = any(getattr(text, key, None) for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
-    return bool(config.is_encoder_decoder) or changes
+def _starts_from_values(config: RunConfig) -> bool:
+    """Return whether PEFT needs the values of quantised weights to put the adapter in."""
+    return config.quantization.load_in_4bit and isinstance(config.adapter, LoraConfig) and config.adapter.use_dora
 
 
-def _rows(sequences: Sequences) -> list[int]:
-    return [row for sequence in sequences for row in sequence]
-
-
-def _shape(rows: EncodedSet, sequences: Sequences) -> tuple[int, int]:
-    """Return how many sequences a micro-batch has, and how long its longest is, targets included."""
-    lengths = rows.lengths + rows.target_lengths
-    return len(sequences), max(int(lengths[sequence].sum()) for sequence in sequences)
+def resident_bytes() -> int:
+    """Return how much memory this process holds now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -236,7 +280,7 @@ def _measure(
     train: EncodedSet,
     plan: Plan,
     micro_batches: list[Sequences],
-    widest: int,
+    work: workload.Workload,
 ) -> Measured:
     """Compute the widest micro-batch, forward and backward, then time one of the usual size."""
     with (
@@ -250,13 +294,13 @@ def _measure(
         state = prepare(model, train, config, runtime)
         state.scored.train()
         pad = tokenizer.pad_token_id or 0
-        batch = collate(train, micro_batches[widest], pad, flat=state.is_flat).to(runtime.device)
+        batch = collate(train, micro_batches[work.widest_index], pad, flat=state.is_flat).to(runtime.device)
         widest_tokens = batch.input_ids.numel()
         scores: list[Scores] = []
         saved = measure_saved_bytes(lambda: scores.append(state.scored(**batch.inputs())), state.model.parameters())
         runtime.backward(scores[0].objective)
-        usual = sorted(micro_batches, key=lambda sequences: int(np.prod(_shape(train, sequences))))
-        batch = collate(train, usual[len(usual) // 2], pad, flat=state.is_flat).to(runtime.device)
+        by_size = sorted(range(len(micro_batches)), key=lambda i: work.micro_batches[i].num_tokens)
+        batch = collate(train, micro_batches[by_size[len(by_size) // 2]], pad, flat=state.is_flat).to(runtime.device)
         seconds = []
         for _ in range(3):
             runtime.synchronize()

@@ -10,7 +10,8 @@ from src.data.advice import Finding, Level
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import human_bytes, visible
-from src.forecast import Item
+from src.forecast.items import Item
+from src.forecast.time import TimeForecast
 from src.inspection.drawing import Paint, histogram, painted_row
 from src.inspection.findings import Proof
 from src.inspection.outlook import Outlook
@@ -75,7 +76,8 @@ def show_forecasts(console: Console, config: RunConfig, ahead: Outlook) -> None:
         f"{ahead.num_steps:,}{epochs} of {rows} {'sequences' if config.data.batching.value == 'packed' else 'rows'}\n"
         f"{ahead.tokens_fed:,} tokens fed; {padded:.0%} of what is computed is padding ({config.data.batching.value})",
     )
-    console.label("memory", _table([*ahead.memory.parts, ahead.memory.total._replace(name=f"total{each}")]))
+    most = ahead.memory.total._replace(name=f"total{each}")
+    console.label("memory", _table([*ahead.memory.parts, *ahead.memory.instead, most]))
     if ahead.memory.on_cpu:
         console.label("on the CPU", _table(ahead.memory.on_cpu))
     if ahead.measured:
@@ -87,10 +89,19 @@ def show_forecasts(console: Console, config: RunConfig, ahead: Outlook) -> None:
         )
     console.label("disk", _table([*ahead.disk.parts, ahead.disk.total]))
     console.label("", f"{human_bytes(ahead.disk.free_bytes)} free in {ahead.disk.place}")
-    seconds = "unknown" if ahead.time.seconds is None else clock(ahead.time.seconds)
-    console.label("time", f"{'at least ' if ahead.time.is_lower_bound else 'about '}{seconds}\n{ahead.time.how}")
-    if ahead.time.is_lower_bound:
+    console.label("time", _times(ahead.time))
+    if ahead.measured is None:
         console.label("", "preflight.measure=true computes a micro-batch and tells it better")
+
+
+def _times(ahead: TimeForecast) -> str:
+    width = max(len(part.name) for part in ahead.parts)
+    lines = []
+    for part in ahead.parts:
+        seconds = "unknown" if part.seconds is None else clock(part.seconds)
+        bound = "at least " if part.is_lower_bound and part.seconds is not None else ""
+        lines.append(f"{part.name:<{width}}  {bound}{seconds}   {part.how}")
+    return "\n".join(lines)
 
 
 def _table(parts: Sequence[Item]) -> str:

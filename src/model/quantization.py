@@ -59,6 +59,19 @@ def quantised_layers(empty: Any) -> dict[str, Any]:
     }
 
 
+def put_quantised_layers(empty: Any, settings: Any) -> None:
+    """Replace the linear layers of a model by bitsandbytes' own, in place, as transformers does on loading.
+
+    Args:
+        empty: the model on the meta device, without adapter.
+        settings: of quantization_settings.
+    """
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    replace_with_bnb_linear(empty, get_keys_to_not_convert(empty), settings)
+
+
 def _is_conv(module: nn.Module) -> bool:
     """Whether it is GPT-2's linear layer, whose matrix lies the other way round, [in, out]."""
     return type(module).__name__ == "Conv1D"

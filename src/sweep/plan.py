@@ -17,6 +17,7 @@ from src.config.files import unusable
 from src.config.frozen import code_problems
 from src.config.gate import Admitted, check, located_problems, sweep_of
 from src.config.hydra_keys import SWEEPER_PARAMS, is_own_sweeper, sweeper_params
+from src.config.keys import all_keys
 from src.config.problems import Problem, refuse
 from src.config.rules import scores_of
 from src.config.schema import (
@@ -31,7 +32,7 @@ from src.config.schema import (
 from src.config.trust import signature
 from src.sweep.record import Record, differing
 from src.sweep.space import SWEEP_FILE, Axis, axes_of, is_endless, points, size
-from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of
+from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of, with_typed_numbers
 
 MOST_WRITTEN = 10**15
 """From here on a number of points is told by its size."""
@@ -119,6 +120,11 @@ class Plan:
         """What is varied, as it was written."""
         return {axis.key: axis.text for axis in [*self.axes, *self.replicates]}
 
+    @property
+    def varied(self) -> list[str]:
+        """The keys that are varied, replicates included."""
+        return [axis.key for axis in [*self.axes, *self.replicates]]
+
     def unit(self, own: Sequence[str], unit: int, first: int) -> tuple[list[Trial], list[Problem]]:
         """Compose the trials of one setting, or tell why it is refused.
 
@@ -133,15 +139,16 @@ class Plan:
             problems += found
             if admitted is not None:
                 texts = (*own, *replicate)
-                trials.append(trial_of(number, unit, texts, admitted.frozen, self._setting(texts)))
+                trials.append(trial_of(number, unit, texts, admitted.frozen, self._setting(texts, admitted.config)))
         return trials, problems
 
-    def _setting(self, overrides: Sequence[str]) -> str:
+    def _setting(self, overrides: Sequence[str], typed: RunConfig) -> str:
         """Give the hash that all replicates of a setting share, also where their paths have the seed in them."""
         own = tuple(text for text in overrides if text.partition("=")[0] not in REPLICATED)
         if own not in self._settings:
             composed = self.composer.compose([*self._forced(own), *NO_REPLICATE])
-            self._settings[own] = setting_of({key: v for key, v in composed.sections.items() if key != "sweep"})
+            sections = {key: value for key, value in composed.sections.items() if key != "sweep"}
+            self._settings[own] = setting_of(with_typed_numbers(sections, typed, self.varied))
         return self._settings[own]
 
     def _forced(self, overrides: Sequence[str]) -> list[str | Assignment]:
@@ -154,9 +161,11 @@ class Plan:
         if admitted is not None and admitted.sweep is not None:
             problems = [*_sweep_problems(admitted.sweep, admitted.config), *self.code_problems(admitted.frozen)]
             self.admitted = self.admitted or admitted.config
+            admitted.frozen = with_typed_numbers(admitted.frozen, admitted.config, self.varied)
         located = []
         for problem in problems:
-            where = (by_key[problem.key].where if problem.key in by_key else "") or problem.where
+            key = next((one for one in all_keys() if problem.key.startswith(f"{one}.")), problem.key)  # of a mapping's
+            where = (by_key[key].where if key in by_key else "") or problem.where
             located.append(dataclasses.replace(problem, where=where, point=" ".join(overrides)))
         return (None if problems else admitted), located
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from src.config.compose import (
     value_text,
     values_of,
 )
-from src.config.keys import is_whole_number
+from src.config.keys import all_keys, is_whole_number
 from src.config.problems import Problem
 from src.config.quoting import label
 from src.config.schema import MOST_INT
@@ -152,6 +153,8 @@ def _override_of(key: str, value: Any, line: CommandLine, source: str, problems:
         wrong("is the sweep's own: it stands beside params, or on the command line")
     elif value == []:
         wrong("there is no value in it")
+    elif isinstance(value, dict) and (varied := _varied_in(override.key_or_group, value)):
+        wrong(f"what is varied in a section stands by its own key: write {'; '.join(varied)}")
     elif is_group(override, line.roots) and not isinstance(value, dict):  # a mapping is of the section's keys
         known = options(override.key_or_group, line.roots)
         if isinstance(value, str):
@@ -165,6 +168,22 @@ def _override_of(key: str, value: Any, line: CommandLine, source: str, problems:
     else:
         return override
     return None
+
+
+def _varied_in(section: str, values: Mapping[Any, Any]) -> list[str]:
+    """Return the keys of a section's mapping that are given several values, as they have to be written."""
+    found: list[str] = []
+    for name, value in values.items():
+        key = f"{section}.{name}"
+        known = all_keys().get(key)
+        if known is None:
+            found += _varied_in(key, value) if isinstance(value, dict) else []
+        elif not known.takes(value):
+            read = read_override(f"{key}={value}") if isinstance(value, str) else None
+            is_text = isinstance(read, Override) and read.is_sweep_override()
+            if is_text or (isinstance(value, list) and value and all(map(known.takes, value))):
+                found.append(f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    return found
 
 
 def is_sweeps_own(key: str) -> bool:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
-from pathlib import Path
+from contextlib import ExitStack, closing
 from typing import Any, ClassVar, Literal
 
 from src.config.compose import CommandLine
 from src.config.problems import refuse
-from src.config.schema import Device, MlflowConfig, NoAdapterConfig, Pruner, Replicate
-from src.errors import DamagedFileError, Interrupted, StudyError, TowlineError, is_disk_full, report
-from src.records import read_json
+from src.config.schema import Device, Pruner, Replicate
+from src.errors import Interrupted, StudyError, TowlineError, is_disk_full, report, visible
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
 from src.sweep.board import Board, failures, listing, some
@@ -23,7 +21,7 @@ from src.sweep.ranking import Result, conclusion, rank
 from src.sweep.record import Record, Standing
 from src.sweep.study import Study, open_study
 from src.sweep.trial import Trial
-from src.sweep.workers import READY_FOR, RunTrial, Workers, end_fork_server, start_fork_server
+from src.sweep.workers import RunTrial, Workers, end_fork_server, modules_of_run, start_fork_server
 from src.tracking.console import Console
 from src.tracking.journal import hold
 from src.tracking.sweep_tracker import open_sweep_tracking
@@ -54,7 +52,9 @@ def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> 
         def begin(plan: Plan) -> None:
             if not plan.config.dry_run and plan.is_own_sweeper:
                 if_refused.callback(end_fork_server)
-                start_fork_server(_needs(plan))
+                varied = {axis.key.partition(".")[0] for axis in plan.axes}
+                is_pruned = plan.config.pruner is not Pruner.none
+                start_fork_server(modules_of_run(plan.sample, varied, is_pruned=is_pruned))
 
         plan = plan_sweep(line, begin)
         if_refused.pop_all()
@@ -63,22 +63,6 @@ def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> 
     runtime = plan.sample.runtime
     workers = Workers(run_trial, plan.config.n_jobs, runtime.num_processes, uses_gpus=runtime.device is not Device.cpu)
     return SweepRequest(plan, stop, run_trial, workers)
-
-
-def _needs(plan: Plan) -> list[str]:
-    """Name the modules that trials like the first will import, and others not."""
-    config, varied = plan.sample, {axis.key.partition(".")[0] for axis in plan.axes}
-    wanted = {
-        "adapter": not isinstance(config.adapter, NoAdapterConfig) or "adapter" in varied,
-        "mlflow": isinstance(config.tracking, MlflowConfig),
-        "pruning": plan.config.pruner is not Pruner.none,
-        "hub": any(source.data.dataset_name for source in config.data.train_sources().values()) or "data" in varied,
-    }
-    more = [module for need, is_wanted in wanted.items() if is_wanted for module in READY_FOR[need]]
-    with suppress(OSError, DamagedFileError):  # no file here, or none that can be used: its trial tells
-        kind = read_json(Path(config.model.checkpoint, "config.json"), {"model_type": str})["model_type"]
-        more.append(f"transformers.models.{kind}.modeling_{kind}")
-    return more
 
 
 def sweep(task: Callable[..., Any], config: Any, context: Any) -> int:
@@ -116,7 +100,7 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
         return _dry_run(plan, record, console)
     console.label("sweep", f"{plan.name} → {plan.folder}")
     for key, text in plan.space.items():
-        console.label("", f"{key}={text}")
+        console.label("", visible(f"{key}={text}", is_line=True))
     if plan.changed_conf:
         console.warn(
             f"conf/ has changed since this sweep began ({', '.join(plan.changed_conf[:5])}); it goes on with what it "
@@ -196,7 +180,7 @@ def _dry_run(plan: Plan, record: Record, console: Console) -> int:
         standings = {number: dataclasses.replace(one, state="WAITING", value=None) for number, one in standings.items()}
     console.label("sweep", f"{plan.name} → {plan.folder}")
     for key, text in plan.space.items():
-        console.label("", f"{key}={text}")
+        console.label("", visible(f"{key}={text}", is_line=True))
     standings |= early_replicates(trials, standings)
     to_run = {number for number in todo if not standings[number].is_over}
     listing(trials, standings, to_run if len(to_run) < len(trials) else (), console)

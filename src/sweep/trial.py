@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
+from src.config.schema import MOST_INT, RunConfig
+from src.errors import visible
 from src.records import Types, check_keys
 from src.secrets import without_credentials
 from src.tracking.sweep_files import CHECKSUM, check_checksum, identity_of, with_checksum
@@ -43,12 +45,13 @@ class Trial:
 
     @property
     def label(self) -> str:
-        return " ".join(self.overrides)
+        return visible(" ".join(self.overrides), is_line=True)
 
     @property
     def setting_label(self) -> str:
         """What sets its setting apart from the others."""
-        return " ".join(text for text in self.overrides if text.partition("=")[0] not in REPLICATED)
+        own = " ".join(text for text in self.overrides if text.partition("=")[0] not in REPLICATED)
+        return visible(own, is_line=True)
 
     def as_dict(self) -> dict[str, Any]:
         """Return a line of trials.jsonl."""
@@ -95,6 +98,30 @@ def trial_of(number: int, unit: int, overrides: tuple[str, ...], frozen: Mapping
     fold = config["data"].get("fold")
     overrides = tuple(without_credentials(text) for text in overrides)
     return Trial(number, unit, overrides, identity_of(config), setting, config["seed"], fold, config)
+
+
+def with_typed_numbers(config: Mapping[str, Any], typed: RunConfig, keys: Iterable[str]) -> dict[str, Any]:
+    """Return a configuration whose numbers under these keys are written as one: 1 and 1.0, "1e-3" and 0.001.
+
+    Args:
+        typed: what the configuration was admitted as.
+    """
+    whole = dict(config)
+    for key in keys:
+        *parents, name = key.split(".")
+        section: Any = typed
+        node = whole
+        for parent in parents:
+            section = getattr(section, parent, None)
+            if not isinstance(node.get(parent), dict):
+                break
+            node[parent] = node = dict(node[parent])
+        else:
+            value = getattr(section, name, None)
+            if name in node and isinstance(value, int | float) and not isinstance(value, bool):
+                is_whole = isinstance(value, int) or (value.is_integer() and abs(value) < MOST_INT)
+                node[name] = int(value) if is_whole else value
+    return whole
 
 
 def setting_of(config: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -23,7 +23,9 @@ from typing import Any
 
 import psutil
 
-from src.errors import SweepError, one_line
+from src.config.schema import MlflowConfig, NoAdapterConfig, RunConfig
+from src.errors import DamagedFileError, SweepError, one_line
+from src.records import read_json
 from src.runtime.collector import rest_while_importing
 from src.runtime.devices import shares, threads_each, visible_gpus
 
@@ -44,6 +46,26 @@ READY_FOR = {
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 GRACE_SECONDS = 5.0
 """How long trials may take to end at once, when asked twice."""
+
+
+def modules_of_run(config: RunConfig, varied: Collection[str] = (), *, is_pruned: bool = False) -> list[str]:
+    """Name the modules that a run imports beside those of WARM.
+
+    Args:
+        varied: sections that a sweep varies.
+        is_pruned: whether a sweep may end it early.
+    """
+    wanted = {
+        "adapter": not isinstance(config.adapter, NoAdapterConfig) or "adapter" in varied,
+        "mlflow": isinstance(config.tracking, MlflowConfig),
+        "pruning": is_pruned,
+        "hub": any(source.data.dataset_name for source in config.data.train_sources().values()) or "data" in varied,
+    }
+    modules = [module for need, is_wanted in wanted.items() if is_wanted for module in READY_FOR[need]]
+    with suppress(OSError, DamagedFileError):  # no file here, or none that can be used: the run tells
+        kind = read_json(Path(config.model.checkpoint, "config.json"), {"model_type": str})["model_type"]
+        modules.append(f"transformers.models.{kind}.modeling_{kind}")
+    return modules
 
 
 def log_file(run_dir: Path) -> Path:

@@ -20,12 +20,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import yaml
@@ -141,7 +141,7 @@ class RunFolder:
         Raises:
             DamagedFileError: where the file is not as long as it was left: a line more would hide that it has a hole.
         """
-        if name in self._growing:
+        if name in self._growing and self.path.is_dir():  # else writing tells that the folder is gone
             there = (self.path / name).stat().st_size if (self.path / name).exists() else 0
             if there != (written := self._growing[name].digest.num_bytes):
                 raise _changed_meanwhile(self.path / name, f"it has {there:,} bytes instead of {written:,}")
@@ -156,7 +156,9 @@ class RunFolder:
 
         Raises:
             DamagedFileError: naming the one that is not.
+            OSError: where the folder is not there any more.
         """
+        os.listdir(self.path)  # a folder that is gone is told as that
         for name, file in self._growing.items():
             try:
                 there = Digest(read_bytes(self.path / name, None)).as_dict()
@@ -394,7 +396,11 @@ def hold(path: Path) -> Iterator[int]:
         raise RunFolderError(f"the run's folder can't be held: {path / LOCK}: {error.strerror}") from error
     if not (path / LOCK).is_file():
         raise RunFolderError(f"{path / LOCK} is no plain file: remove it, it holds nothing")
-    with open(path / LOCK, "a+", encoding="utf-8", errors="replace") as lock:
+    try:
+        lock = open(path / LOCK, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise RunFolderError(f"the run's folder can't be held: {path / LOCK}: {error.strerror}") from error
+    with closing(lock):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -402,11 +408,26 @@ def hold(path: Path) -> Iterator[int]:
             holder = lock.read(LONGEST_HOLDER).strip() or "unknown"
             left = "" if _is_alive(holder) else "; it has died, but processes that it started are still at work"
             raise RunFolderError(f"{path} is in use by another process: {holder}{left}") from error
-        lock.truncate(0)
-        identity = _identity()
-        lock.write(f"process {identity['pid']} on {identity['host']} (boot {identity['boot_id']})\n")
-        lock.flush()
+        except OSError as error:  # a file system without locks
+            raise RunFolderError(f"the run's folder can't be held: {path / LOCK}: {error.strerror}") from error
+        _say_who_holds(lock, path / LOCK)
         yield lock.fileno()
+
+
+def _say_who_holds(lock: TextIO, file: Path) -> None:
+    """Write into a lock which process holds it.
+
+    Raises:
+        RunFolderError: where it can't be written.
+    """
+    identity = _identity()
+    try:
+        os.ftruncate(lock.fileno(), 0)
+        os.write(
+            lock.fileno(), f"process {identity['pid']} on {identity['host']} (boot {identity['boot_id']})\n".encode()
+        )
+    except OSError as error:
+        raise RunFolderError(f"the run's folder can't be held: {file} can't be written: {error.strerror}") from error
 
 
 def holder_of(path: Path) -> str:

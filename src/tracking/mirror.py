@@ -1,7 +1,7 @@
 """A delivery that runs beside the work, in a thread of its own: the work never waits for a tracker.
 
-What waits is the end of a run, for as long as calls succeed and within bounds, and the command that delivers what is
-left, for as long as calls succeed.
+What waits is the end of a run, for as long as calls bring something new and within bounds, and the command that
+delivers what is left, for as long as calls bring something new.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from src.tracking.former import WAIT_SECONDS, FormerRuns
 from src.tracking.mlflow_errors import explained
 from src.tracking.mlflow_store import FolderDelivery
 from src.tracking.sqlite_store import OPENING_SECONDS
@@ -38,7 +39,7 @@ class Patience:
     Args:
         call_seconds: for one call.
         total_seconds: in all; while calls succeed.
-        attempts: how often what fails is tried, with nothing brought in between.
+        attempts: how often what fails is tried, with nothing brought in between that was not brought before.
         signals: what ends the waiting.
     """
 
@@ -67,6 +68,8 @@ class Mirror:
         self, delivery: FolderDelivery, *, waits: bool = False, tell: Callable[[str], None] | None = None
     ) -> None:
         self._delivery = delivery
+        self._former = FormerRuns(delivery.tell_once)
+        self._delivery.end_elsewhere = self._former.end
         self._delivery.begin()
         self._waits = waits
         self._tell = tell
@@ -80,6 +83,8 @@ class Mirror:
         """The signal that ended the waiting, or ''."""
         self.trouble = ""
         """Why the last attempt failed, or ''."""
+        self.needs_mending = False
+        """Whether trying again is of no use before somebody has mended what `trouble` says."""
         self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
         self._thread.start()
 
@@ -119,7 +124,7 @@ class Mirror:
             show: is told how far it is, again and again.
         """
         self._patience = patience
-        self.trouble = ""
+        self.trouble, self.needs_mending = "", False
         started, signs = time.monotonic(), _SignsOfLife(self._delivery)
         self._closing.set()
         self._changed.set()
@@ -130,6 +135,9 @@ class Mirror:
                 if show is not None and time.monotonic() - started > 1.0:
                     show(f"MLflow has {self._delivery.progress}{f'; {self.trouble}' if self.trouble else ''}")
         self.ended_by = asked[0] if asked else ""
+        if self._over.is_set() and not asked and self._delivery.elsewhere:
+            self._former.wait(min(WAIT_SECONDS, patience.total_seconds))
+            self._delivery.forget_elsewhere(self._former.ended)
         if self._is_delivered:
             return ""
         self._delivery.watch.is_cancelled = True
@@ -170,7 +178,7 @@ class Mirror:
                 if not self._go_on(error, failures, closing=closing):
                     break
             else:
-                self.trouble, failures = "", 0
+                self.trouble, self.needs_mending, failures = "", False, 0
                 if closing:
                     self._is_delivered = True
                     break
@@ -182,7 +190,7 @@ class Mirror:
     def _go_on(self, error: Exception, failures: int, *, closing: bool) -> bool:
         """Tell what an error says, and wait; return whether to try again."""
         told = explained(error)
-        self.trouble = str(told)
+        self.trouble, self.needs_mending = str(told), told.is_lasting
         if closing:
             if told.is_lasting or failures >= self._patience.attempts:
                 return False

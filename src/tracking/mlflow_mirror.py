@@ -12,16 +12,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.config.frozen import CONFIG, read_status
+from src.config.frozen import CONFIG, STATUS, read_starts, read_status
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
-from src.records import Types, check_keys, damaged, read_json, read_yaml
+from src.records import Types, begins_with, check_keys, damaged, is_time, read_json, read_yaml
 from src.tracking.journal import read_growing
 from src.tracking.mirror import Mirror
+from src.tracking.mlflow_calls import RUN_ID
 from src.tracking.mlflow_store import KILLED, STATES, FolderDelivery, flat, milliseconds, plain_name, read_tracking
 
 ARTIFACTS = ("config.yaml", "provenance.json", "data_report.json", "samples.jsonl", "summary.json")
 LINES_AT_ONCE = 100
+LARGEST = 1 << 53
+"""Of a step, and of a time in milliseconds."""
+STATUS_REMEDY = "Move it away, and give the run's own command again: it goes on from the last checkpoint and writes it."
 
 Points = dict[str, dict[str, list[float]]]
 """Values that MLflow has by step, as a text, and metric, by the name that it has there."""
@@ -41,7 +45,20 @@ class Delivery(FolderDelivery):
 
     @property
     def _began(self) -> str:
-        return str(read_status(self._folder).get("started") or "")
+        try:
+            return str(read_status(self._folder).get("started") or "")
+        except DamagedFileError:  # told where it says how the run ended
+            return ""
+
+    @property
+    def _dated_from(self) -> str:
+        if began := self._began:
+            return began
+        try:
+            times = [start["time"] for start in read_starts(self._folder)]
+        except DamagedFileError:
+            return ""
+        return next(filter(is_time, times), "")
 
     @property
     def _own_tags(self) -> Mapping[str, str]:
@@ -53,14 +70,18 @@ class Delivery(FolderDelivery):
 
     @property
     def _says_too_much(self) -> bool:
-        samples = self._lines("samples.jsonl", read_growing)
-        return self._num_delivered > len(self._metrics()) or self._done.get("samples", 0) > len(samples)
+        try:
+            samples = self._lines("samples.jsonl", read_growing)
+            return self._num_delivered > len(self._metrics()) or self._done.get("samples", 0) > len(samples)
+        except DamagedFileError:  # told where it is brought
+            return False
 
     def _id_elsewhere(self) -> str | None:
         try:
-            return read_status(self._folder).get("tracker_run_id")
+            found = read_status(self._folder).get("tracker_run_id")
         except DamagedFileError:
             return None
+        return found if isinstance(found, str) and RUN_ID.fullmatch(found) else None
 
     def rewind(self, num_kept: int, taken: Sequence[Mapping[str, Any]]) -> None:
         """Take note that a run goes on behind its first lines of metrics: the others will come again.
@@ -102,34 +123,43 @@ class Delivery(FolderDelivery):
     def _metrics(self) -> list[dict[str, Any]]:
         return self._lines("metrics.jsonl", read_growing)
 
+    def _readable_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics; none where they are damaged, which is told where they are brought."""
+        try:
+            return self._metrics()
+        except DamagedFileError:
+            return []
+
     def _bring(self) -> None:
-        status = read_status(self._folder)
-        state = STATES.get(str(status.get("state")), KILLED if self._is_over else None)
-        if state is not None:  # first: whatever else does not arrive, nobody shall wait for a run that is over
-            self._deliver_once("ended", lambda: self._set_ended(state, status.get("ended")), state)
-        elif self._done.get("running") is False:  # it had ended before
-            self._deliver_once("running", self._set_running)
+        self._is_ended = self._is_over
+        self._part(self._bring_state)  # first: whatever else does not arrive, nobody shall wait for a run that is over
         self._describe("params", CONFIG, self._log_config)
         self._describe("tags", PROVENANCE, self._log_provenance)
         self._describe("inputs", DATA_REPORT, self._log_inputs)
-        self._log_metrics()
-        self._log_samples()
-        if state is not None:
+        self._part(self._log_metrics)
+        self._part(self._log_samples)
+        if self._is_ended:
             self._log_files(ARTIFACTS)
             if self._config.log_model:
                 self._log_model()
             self._end_others()
 
+    def _bring_state(self) -> None:
+        status = read_status(self._folder)
+        state = STATES.get(str(status.get("state")), KILLED if self._is_over else None)
+        if state is not None:
+            self._is_ended = True
+            self._deliver_once("ended", lambda: self._set_ended(state, status.get("ended")), state)
+        elif self._done.get("running") is False:  # it had ended before
+            self._deliver_once("running", self._set_running)
+
     def _describe(self, what: str, name: str, do: Callable[[], None]) -> None:
-        """Log what describes the run, from a file that is there; a damaged one holds up nothing else."""
+        """Log what describes the run, from a file that is there."""
         if os.path.lexists(self._folder / name):
-            try:
-                self._deliver_once(what, do)
-            except DamagedFileError as error:
-                self.tell_once(f"{error} MLflow does not get the {what} of the run.")
+            self._part(lambda: self._deliver_once(what, do))
 
     def _last_values(self) -> Mapping[str, set[float]]:
-        lines, num = self._metrics(), self._num_delivered
+        lines, num = self._readable_metrics(), self._num_delivered
         newest: dict[str, tuple[int, set[float]]] = {}
 
         def note(name: str, step: int, values: Iterable[float]) -> None:
@@ -155,7 +185,7 @@ class Delivery(FolderDelivery):
         for name in run.data.metrics:
             for point in self._client.get_metric_history(run.info.run_id, name):
                 _add(points, {"step": point.step, name: point.value})
-        lines = self._metrics()
+        lines = self._readable_metrics()
         num = next((place for place, line in enumerate(lines) if _missing(points, line)), len(lines))
         return {"lines": num, "points": _others(points, lines[:num]), "running": run.info.status == "RUNNING"}
 
@@ -194,6 +224,7 @@ class Delivery(FolderDelivery):
             for name, report in self._reports().items()
         ]
         self._client.log_inputs(self.run_id, inputs)
+        self._arrived.inputs |= {one.dataset.name for one in inputs}
 
     def _reports(self) -> dict[str, Any]:
         """Return the report of each set.
@@ -211,27 +242,53 @@ class Delivery(FolderDelivery):
 
     def _log_metrics(self) -> None:
         """Log the lines that are new, many at once; each is dated by itself, so that a repeat is no second point."""
-        lines, began = self._metrics(), self._began
+        self._check_written("metrics.jsonl")
+        lines, began = self._metrics(), self._dated_from
         if lines and not began:
-            raise damaged(self._folder / "status.json", "started is missing", "")
+            raise damaged(
+                self._folder / STATUS, "started is missing, so no line of metrics can be dated", STATUS_REMEDY
+            )
         known: Points = self._done.get("points", {})
         while some := lines[self._num_delivered : self._num_delivered + LINES_AT_ONCE]:
             points = []
             for line in some:
                 at = milliseconds(began, line.get("perf/elapsed_seconds") or 0.0)
+                if max(at, line["step"]) > LARGEST:
+                    reason = f"step {line['step']} or its perf/elapsed_seconds is larger than any store takes"
+                    raise damaged(self._folder / "metrics.jsonl", reason, "Restore it from a copy.")
                 points += [(name, value, at, line["step"]) for name, value in _missing(known, line).items()]
             self._log_points(points)
             known = _others(known, some)
             self._remember(lines=self._num_delivered + len(some), points=known)
 
+    def _check_written(self, name: str) -> None:
+        """Check that a file that grew has all that status.json says was written there, where nobody writes any more.
+
+        Raises:
+            DamagedFileError: where it has not.
+        """
+        if not self._is_over:
+            return
+        try:
+            written = (read_status(self._folder).get("journal") or {}).get(name)
+        except DamagedFileError:  # told where it says how the run ended
+            return
+        if written and not begins_with(b"".join(line.raw for line in read_growing(self._folder, name)), written):
+            remedy = f"Restore it from a copy; or have it delivered as it is: move {STATUS} away."
+            reason = f"its content does not have the checksum that it was written with ({STATUS})"
+            raise damaged(self._folder / name, reason, remedy)
+
     def _log_model(self) -> None:
         """Log the files of model/, each by itself, so that a repeat goes on where it was."""
         for file in sorted((self._folder / "model").rglob("*")):
+            if file.is_dir():
+                continue
             name = file.relative_to(self._folder)
             self._log_files([str(name)], artifact_path=str(name.parent))
 
     def _log_samples(self) -> None:
         """Log the samples as a table, anew when there are more."""
+        self._check_written("samples.jsonl")
         rows = self._lines("samples.jsonl", read_growing)
         if len(rows) > self._done.get("samples", 0):
             columns = list(rows[-1])

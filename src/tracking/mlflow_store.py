@@ -14,20 +14,26 @@ import logging
 import os
 import re
 import socket
+import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 from urllib.parse import urlsplit
 
 from src import secrets
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
-from src.records import NUMBER, OPTIONAL_TEXT, Line, Types, check_keys, damaged, read_json, write_json
+from src.records import NUMBER, OPTIONAL_TEXT, Line, Types, check_keys, check_plain, damaged, read_json, write_json
+from src.tracking import mlflow_calls
+from src.tracking.artifacts import Artifacts
 from src.tracking.console import Console
+from src.tracking.mlflow_calls import CALLS_AGAIN, RUN_ID, Watch, Watched
 from src.tracking.mlflow_errors import StoreError, explained, is_gone, is_missing, status_of
 from src.tracking.sqlite_store import OPENING_SECONDS, SqliteStore
 
@@ -42,20 +48,19 @@ TRACKING_KEYS: Mapping[str, Types] = {
     "trials": dict,
     "files": dict,
     "replaced": list,
+    "elsewhere": list,
+    "counts": (dict, NoneType),
+    "judged": list,
 }
 REQUEST_SECONDS = 60
 """How long a server may take for an answer; slow ones are waited for, by a thread that nobody waits for."""
-CALLS_AGAIN = 2
-"""How often a call that a server failed at once is made again, before all that the delivery began with is."""
-AGAIN_SECONDS = 0.5
-AT_ONCE_SECONDS = 5.0
 MAX_PARAM_CHARACTERS = 500  # older stores refuse more; the file that they come from is an artifact and holds everything
 MAX_NAME_CHARACTERS = 250
 METRICS_AT_ONCE = 1000  # MLflow's limit for one call
-SLOWEST_UPLOAD = 500_000
-"""Bytes a second: a file that is uploaded may take that long."""
 STATES = {"FINISHED": "FINISHED", "FAILED": "FAILED", "PREEMPTED": "KILLED", "PRUNED": "KILLED"}
 """How a run or a sweep ended, in MLflow's words."""
+Former = tuple[str, str]
+"""A run that a folder had before: its store's address as files have it, and its id there."""
 KILLED = "KILLED"
 """How one ended that nobody is at, and that says it runs."""
 
@@ -68,6 +73,7 @@ def quiet_client() -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # it would print tracebacks of what is told in words
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic", "urllib3"):
@@ -76,73 +82,22 @@ def quiet_client() -> Any:
     return MlflowClient
 
 
-class Cancelled(Exception):
-    """Nobody waits for this delivery any more, and the folder may be another process's."""
+@dataclass
+class Arrived:
+    """What was brought to a run and not seen there yet, by name."""
 
+    params: set[str] = field(default_factory=set)
+    tags: set[str] = field(default_factory=set)
+    metrics: set[str] = field(default_factory=set)
+    inputs: set[str] = field(default_factory=set)
+    status: str | None = None
 
-class Watch:
-    """What a delivery is doing, for those who wait for it."""
-
-    def __init__(self) -> None:
-        self.since = time.monotonic()
-        """When the last call began or ended, by the monotonic clock."""
-        self.is_calling = False
-        self.num_calls = 0
-        """How many calls have succeeded."""
-        self.num_brought = 0
-        """How many of them brought something."""
-        self.extra_seconds = 0.0
-        """How much longer than others the present call may take."""
-        self.is_cancelled = False
-
-    def check(self) -> None:
-        """Raise Cancelled where nobody waits any more."""
-        if self.is_cancelled:
-            raise Cancelled("given up")
-
-    def call(self, method: Callable[..., Any], *given: Any, brings: bool, **named: Any) -> Any:
-        """Return what a call returns."""
-        self.check()
-        self.since, self.is_calling = time.monotonic(), True
-        try:
-            result = method(*given, **named)
-        finally:
-            self.since, self.is_calling = time.monotonic(), False
-        self.num_calls += 1
-        self.num_brought += brings
-        return result
-
-
-class Watched:
-    """MLflow's client, each of its calls watched.
-
-    Args:
-        calls_again: how often a call is made again that failed at once, in a way that does not last. All calls here can
-            be repeated but create_run.
-    """
-
-    def __init__(self, client: Any, watch: Watch, *, calls_again: int = 0) -> None:
-        self._client = client
-        self._watch = watch
-        self._calls_again = calls_again
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method, brings = getattr(self._client, name), not name.startswith(("get_", "search_", "list_"))
-        calls_again = 0 if name == "create_run" else self._calls_again
-
-        def call(*given: Any, **named: Any) -> Any:
-            for left in reversed(range(calls_again + 1)):
-                began = time.monotonic()
-                try:
-                    return self._watch.call(method, *given, brings=brings, **named)
-                except Exception as error:
-                    is_late = time.monotonic() - began > AT_ONCE_SECONDS
-                    if left == 0 or is_late or is_missing(error) or explained(error).is_lasting:
-                        raise
-                time.sleep(AGAIN_SECONDS)
-            raise AssertionError("a last call returns or raises")
-
-        return call
+    def is_in(self, run: Any) -> bool:
+        """Return whether a run has all of it."""
+        inputs = {one.dataset.name for one in run.inputs.dataset_inputs} if run.inputs else set()
+        has = self.params <= run.data.params.keys() and self.tags <= run.data.tags.keys()
+        has = has and self.metrics <= run.data.metrics.keys() and self.inputs <= inputs
+        return has and self.status in (None, run.info.status)
 
 
 class FolderDelivery(ABC):
@@ -175,11 +130,16 @@ class FolderDelivery(ABC):
         self._told: set[str] = set()
         self._client_class = quiet_client()
         self._client: Any = None
+        self._artifacts: Any = None
+        self._arrived = Arrived()
+        self._damage: list[DamagedFileError] = []
         self._address = config.uri
         self._has_failed = False
         self._sqlite: SqliteStore | None = within._sqlite if within else None
         self._growing: dict[str, tuple[tuple[int, int], list[dict[str, Any]]]] = {}
         self.watch: Watch = within.watch if within else Watch()
+        self.end_elsewhere: Callable[[Former, Path], None] | None = within.end_elsewhere if within else None
+        """Has a run ended that the folder had in another store; returns at once."""
         self._done: dict[str, Any] = self._recall()
 
     @property
@@ -204,6 +164,11 @@ class FolderDelivery(ABC):
     @abstractmethod
     def _began(self) -> str:
         """When the run or sweep was begun, as its folder says; '' where it does not."""
+
+    @property
+    def _dated_from(self) -> str:
+        """When the run or sweep was begun, by whatever says so; '' where nothing does."""
+        return self._began
 
     @property
     @abstractmethod
@@ -257,26 +222,67 @@ class FolderDelivery(ABC):
 
     def replace(self, former: Mapping[str, Any]) -> None:
         """Take the place of a run that the folder had before, by what its tracking.json said."""
+        self._done |= self._former_runs(former)
         if former["run_id"] is not None and self.is_its_store(former["uri"]):
-            self._done["replaced"] = [*former.get("replaced", []), former["run_id"]]
+            self._done["replaced"] = [*self._done["replaced"], former["run_id"]]
+
+    def _former_runs(self, done: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the runs that this one takes the place of, by what a tracking.json says: here, and in other stores."""
+        here = list(done.get("replaced", [])) if self.is_its_store(done["uri"]) else []
+        elsewhere = []
+        for one in former_runs(done):
+            if self.is_its_store(one[0]):
+                here += [one[1]] if one[1] != done["run_id"] else []
+            else:
+                elsewhere.append({"uri": one[0], "run_id": one[1]})
+        return {"replaced": here, "elsewhere": elsewhere}
+
+    @property
+    def elsewhere(self) -> list[Former]:
+        """The runs that the folder had in other stores, which nobody has ended yet."""
+        return [(one["uri"], one["run_id"]) for one in self._done.get("elsewhere", [])]
+
+    def forget_elsewhere(self, ended: Collection[Former]) -> None:
+        """Take note of runs in other stores that don't run any more."""
+        left = [{"uri": uri, "run_id": run_id} for uri, run_id in self.elsewhere if (uri, run_id) not in ended]
+        if len(left) < len(self.elsewhere):
+            self._remember(elsewhere=left)
 
     def begin(self) -> None:
         """Leave word in the folder that MLflow is to have it, even if it is never reached."""
         self._remember()
 
     def deliver(self) -> None:
-        """Bring MLflow up to date with the folder as it is now, connecting first where that was not done."""
+        """Bring MLflow up to date with the folder as it is now, connecting first where that was not done.
+
+        Raises:
+            DamagedFileError: naming a file that can't be read; what others say was brought nevertheless.
+        """
+        self._damage = []
+        if self.end_elsewhere is not None:
+            for one in self.elsewhere:
+                self.end_elsewhere(one, self._folder)
         try:
             self._open_store()
             if not self.is_connected:
                 self._connect()
             self._bring()
+            self._look_at_what_arrived()
         except Exception as error:
             self._has_failed = True
             if is_gone(error):
                 self._client = None  # what became of the run is looked at again
             raise
         self._has_failed = False
+        if self._damage:
+            raise self._damage[0]
+
+    def _part(self, do: Callable[[], None]) -> None:
+        """Do a part of a delivery; a file that it can't read holds up no other part, and is told in the end."""
+        try:
+            do()
+        except DamagedFileError as error:
+            self._damage.append(error)
 
     def tell_once(self, text: str) -> None:
         """Tell something, unless it was told."""
@@ -310,30 +316,37 @@ class FolderDelivery(ABC):
             self._client = self._open_run()
 
     def _open_run(self) -> Any:
-        calls_again = CALLS_AGAIN if self._address.startswith("http") else 0
-        client = Watched(self._client_class(tracking_uri=self._address), self.watch, calls_again=calls_again)
-        run = self._find_run(client)
-        if run is None:
-            self._begin_run(client)
-        elif run.info.run_id != self.run_id or self._done.get("doubtful") or not self._is_believable(run):
+        is_server = self._address.startswith("http")
+        calls_again = CALLS_AGAIN if is_server else 0
+        made = self._client_class(tracking_uri=self._address)
+        client = Watched(made, self.watch, self._folder, calls_again=calls_again, is_server=is_server)
+        self._arrived = Arrived()
+        run = found = self._find_run(client)
+        if found is None:
+            run = self._begin_run(client)
+        elif found.info.run_id != self.run_id or self._done.get("doubtful") or not self._is_believable(found):
             self._remember(doubtful=True)
             self._client = client
             try:
-                found = self._look_up(run)
+                has = self._look_up(run)
             finally:
                 self._client = None
-            kept = {name: self._done[name] for name in ("uri", "replaced") if name in self._done}
+            kept = {name: self._done[name] for name in ("uri", "replaced", "elsewhere") if name in self._done}
             retried = bool(self._done.get("retried") or self._done.get("creating"))
-            self._done = kept | {"run_id": run.info.run_id, "retried": retried} | found
+            self._done = kept | {"run_id": run.info.run_id, "retried": retried} | has
             self._remember()
         elif run.info.status == "RUNNING" and self._done.get("ended"):
             self._remember(ended=None)
+        place = run.info.artifact_uri
+        self._artifacts = Artifacts(
+            place, self._address, self.watch, self._folder, is_new=found is None, calls_again=calls_again
+        )
         return client
 
     def _find_run(self, client: Any) -> Any:
         """Return the folder's run; None where there is none that can be logged to."""
         if self.run_id is not None:
-            run = _run_of(client, self.run_id)
+            run = run_of(client, self.run_id)
             if run is not None and self._is_own(run):
                 return run
         elif not self._done.get("doubtful") and not self._done.get("creating"):
@@ -361,11 +374,11 @@ class FolderDelivery(ABC):
         quoted = {name: f'"{value}"' if "'" in value else f"'{value}'" for name, value in tags.items() if value}
         return " and ".join(f"tags.`{name}` = {value}" for name, value in quoted.items() if value[0] not in value[1:-1])
 
-    def _begin_run(self, client: Any) -> None:
+    def _begin_run(self, client: Any) -> Any:
         experiment_id = self._experiment(client)
         retried = bool(self._done.get("creating"))
         self._remember(creating=True)  # if the answer is lost, the run is looked for before another is begun
-        began = milliseconds(self._began) if self._began else None
+        began = milliseconds(self._dated_from) if self._dated_from else None
         tags = {
             **self._identity,
             "towline.host": socket.gethostname(),
@@ -379,12 +392,15 @@ class FolderDelivery(ABC):
         except Exception as error:
             if explained(error).is_lasting or not self._address.startswith("http"):
                 raise
-            time.sleep(AGAIN_SECONDS)
+            time.sleep(mlflow_calls.AGAIN_SECONDS)
             retried = True  # if the first was begun nevertheless, it goes when this one ends
             run = client.create_run(experiment_id, start_time=began, run_name=self._run_name, tags=tags)
         replaced = [one for one in self._done.get("replaced", []) if one != run.info.run_id]
-        self._done = {"uri": self.stored_uri, "run_id": run.info.run_id, "replaced": replaced, "retried": retried}
+        kept = {"elsewhere": self._done["elsewhere"]} if self._done.get("elsewhere") else {}
+        begun = {"uri": self.stored_uri, "run_id": run.info.run_id, "replaced": replaced, "retried": retried}
+        self._done = begun | kept
         self._remember()
+        return run
 
     def _experiment(self, client: Any) -> str:
         """Return the id of the experiment, which is made where there is none."""
@@ -417,8 +433,28 @@ class FolderDelivery(ABC):
         """Return whether tracking.json says no more than the folder holds, and a run's last values are as it says."""
         if self._says_too_much:
             return False
-        has = run.data.metrics
-        return all(has.get(plain_name(name)) in values for name, values in self._last_values().items())
+        return self._shows_last_values(run)
+
+    def _shows_last_values(self, run: Any) -> bool:
+        """Return whether a run shows as last values what was delivered; of speeds and times any value will do."""
+        has, values = run.data.metrics, {plain_name(name): some for name, some in self._last_values().items()}
+        return all(name in has and (name.startswith("perf/") or has[name] in some) for name, some in values.items())
+
+    def _look_at_what_arrived(self) -> None:
+        """See that a server has what it took: one that answers anything, or what stands in front of it, may not.
+
+        Raises:
+            StoreError: where it has not.
+        """
+        if not self._address.startswith("http") or self._arrived == Arrived():
+            return
+        run = self._client.get_run(self.run_id)
+        if self._arrived.is_in(run) and self._shows_last_values(run):
+            self._arrived = Arrived()
+            return
+        self._remember(doubtful=True)
+        self._client = None
+        raise StoreError("the server took what it was brought, and does not have it", is_lasting=False)
 
     def _follow(self, error: Exception) -> bool:
         """Go to where a server redirects: the same host only, as the credentials would go with it.
@@ -451,7 +487,9 @@ class FolderDelivery(ABC):
             found = self._client.search_runs([run.info.experiment_id], same)
             twins = [one.info.run_id for one in found if one.info.run_id != self.run_id]
         for run_id in (*others, *twins):
-            run = _run_of(self._client, run_id)
+            if run_id == self.run_id:  # it is the folder's again
+                continue
+            run = run_of(self._client, run_id)
             if run is None or run.info.status != "RUNNING":
                 continue
             if run_id in twins and not run.data.metrics and not run.data.params:
@@ -470,6 +508,7 @@ class FolderDelivery(ABC):
         given = [Param(names[key], value) for key, value in params.items()]
         for first in range(0, len(given), 100):  # MLflow's limit for one call
             self._client.log_batch(self.run_id, params=given[first : first + 100])
+        self._arrived.params |= {param.key for param in given}
 
     def _log_tags(self, tags: Mapping[str, Any], run_id: str | None = None) -> None:
         """Set tags, those that have a value, of this run or of another, in one call."""
@@ -477,6 +516,8 @@ class FolderDelivery(ABC):
 
         given = [RunTag(key, str(value)) for key, value in tags.items() if value is not None]
         self._client.log_batch(run_id or self.run_id, tags=given)
+        if run_id is None:
+            self._arrived.tags |= {tag.key for tag in given}
 
     def _log_points(self, points: Iterable[tuple[str, float, int, int]]) -> None:
         """Log metrics: name, value, time in milliseconds, step. The same point again is no second one."""
@@ -485,35 +526,42 @@ class FolderDelivery(ABC):
         metrics = [Metric(plain_name(name), float(value), at, step) for name, value, at, step in points]
         for first in range(0, len(metrics), METRICS_AT_ONCE):
             self._client.log_batch(self.run_id, metrics=metrics[first : first + METRICS_AT_ONCE])
+        self._arrived.metrics |= {metric.key for metric in metrics}
 
     def _log_files(self, names: Iterable[str], *, artifact_path: str | None = None) -> None:
         """Log those of the files that are there, each once as it is."""
         for name in names:
-            file = self._folder / name
-            if not file.is_file():
-                continue
-            status = file.stat()
-            version, known = [status.st_size, status.st_mtime_ns], self._done.get("files", {})
-            if known.get(name) != version:
-                self.watch.extra_seconds = status.st_size / SLOWEST_UPLOAD
-                try:
-                    self._client.log_artifact(self.run_id, str(file), artifact_path)
-                finally:
-                    self.watch.extra_seconds = 0.0
-                self._remember(files=known | {name: version})
+            self._part(partial(self._log_file, name, artifact_path))
+
+    def _log_file(self, name: str, artifact_path: str | None) -> None:
+        file = self._folder / name
+        check_plain(file, "Move it away, or restore it from a copy.")
+        if not file.exists():
+            return
+        status = file.stat()
+        version, known = [status.st_size, status.st_mtime_ns], self._done.get("files", {})
+        if known.get(name) != version:
+            self._artifacts.bring(file, artifact_path)
+            self._remember(files=known | {name: version})
 
     def _log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a table for MLflow's page, in the form of log_table, which would append."""
-        self._client.log_dict(self.run_id, {"columns": list(columns), "data": [list(row) for row in rows]}, name)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, name)
+            file.write_text(json.dumps({"columns": list(columns), "data": [list(row) for row in rows]}, indent=2))
+            self._artifacts.bring(file)
         shown = json.dumps([{"path": name, "type": "table"}])
         self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", shown)
+        self._arrived.tags.add("mlflow.loggedArtifacts")
 
     def _set_running(self) -> None:
         self._client.update_run(self.run_id, status="RUNNING")
+        self._arrived.status = "RUNNING"
 
     def _set_ended(self, state: str, at: str | None) -> None:
         """End the run; `at`, where known, is when, as ISO 8601."""
         self._client.set_terminated(self.run_id, state, None if at is None else milliseconds(at))
+        self._arrived.status = state
 
     def _deliver_once(self, what: str, do: Callable[[], None], version: Any = True) -> None:
         """Do what was not done yet for this version of what the folder holds."""
@@ -544,7 +592,8 @@ class FolderDelivery(ABC):
             return done | {"uri": self.stored_uri}
         run_id = None if done else self._id_elsewhere()
         may_be_known = bool(done) or run_id is not None or os.path.lexists(self._folder / self._journal)
-        return {"uri": self.stored_uri, "run_id": run_id} | ({"doubtful": True} if may_be_known else {})
+        former = self._former_runs(done) if done else {}
+        return {"uri": self.stored_uri, "run_id": run_id} | former | ({"doubtful": True} if may_be_known else {})
 
     def _id_elsewhere(self) -> str | None:
         """Return the run's id by another file than tracking.json; None where no other has it."""
@@ -564,11 +613,11 @@ class FolderDelivery(ABC):
         file = self._folder / name
         try:
             status = os.stat(file)
-        except FileNotFoundError:
-            return []
-        version = (status.st_ino, status.st_size)
+            version = (status.st_ino, status.st_size)
+        except OSError:  # that it is not there, or can't be read, is for its reader to say
+            version = (-1, -1)
         known, lines = self._growing.get(name, ((0, 0), []))
-        if known != version:
+        if known != version or version == (-1, -1):
             lines = [line.content for line in read(self._folder, name)]
             self._growing[name] = (version, lines)
         return lines
@@ -600,9 +649,23 @@ def read_tracking(folder: Path) -> dict[str, Any]:
                 )
         if any(done.get(name, 0) < 0 for name in ("lines", "samples", "history")):
             raise ValueError("a number of lines is negative")
+        for one in done.get("elsewhere", []):
+            check_keys({"elsewhere": one}, {"elsewhere": dict})
+            check_keys(one, {"uri": str, "run_id": str})
+        others = [*done.get("replaced", []), *(one["run_id"] for one in done.get("elsewhere", []))]
+        for run_id in (done.get("run_id"), *others):
+            if run_id is not None and not (isinstance(run_id, str) and RUN_ID.fullmatch(run_id)):
+                raise ValueError(f"{json.dumps(run_id)} is no id of a run")
+        check_keys(done.get("counts") or {}, dict.fromkeys(done.get("counts") or {}, NUMBER))
     except ValueError as error:
         raise damaged(folder / TRACKING, str(error), "") from error
     return {"run_id": None} | done
+
+
+def former_runs(done: Mapping[str, Any]) -> list[Former]:
+    """Return the runs that may say that they run, by what a tracking.json says, and that nothing is brought to now."""
+    own = [(done["uri"], done["run_id"])] if done["run_id"] is not None and not done.get("ended") else []
+    return [*((one["uri"], one["run_id"]) for one in done.get("elsewhere", [])), *own]
 
 
 def reach(uri: str) -> None:
@@ -635,7 +698,7 @@ def redirected(uri: str) -> str | None:
     return target.removesuffix(path)
 
 
-def _run_of(client: Any, run_id: str) -> Any:
+def run_of(client: Any, run_id: str) -> Any:
     """Return a run; None where there is none, or it was deleted."""
     try:
         run = client.get_run(run_id)
@@ -688,4 +751,4 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for key, value in node.items():
             yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
     else:
-        yield prefix, node if isinstance(node, str) else json.dumps(node, ensure_ascii=False)
+        yield prefix, node if isinstance(node, str) else json.dumps(node, ensure_ascii=False, default=str)

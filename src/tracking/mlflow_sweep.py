@@ -10,20 +10,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from src.config.frozen import SWEEP, read_status
+from src.config.frozen import CONFIG, SWEEP, read_status
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
-from src.records import Line, Types, check_keys, read_lines, read_yaml
+from src.records import Line, Types, check_keys, check_times, damaged, read_lines, read_yaml
 from src.tracking.journal import hold
 from src.tracking.mlflow_errors import StoreError
 from src.tracking.mlflow_mirror import Delivery
 from src.tracking.mlflow_store import KILLED, STATES, FolderDelivery, flat, milliseconds, read_tracking
 from src.tracking.sweep_files import check_checksum, holds_another, read_sweep
 
-ARTIFACTS = (SWEEP, "leaderboard.csv", "leaderboard.json", "leaderboard.md")
+LEADERBOARD = "leaderboard.json"
+ARTIFACTS = (SWEEP, "leaderboard.csv", LEADERBOARD, "leaderboard.md")
 COUNTED = ("FINISHED", "FAILED", "PRUNED")
 TRIALS_AT_ONCE = 100
-OF_A_TRIAL = ("experiment_name", "run_name", "tags", "log_model")
+OF_A_TRIAL: Mapping[str, Types] = {"experiment_name": str, "run_name": str, "tags": dict, "log_model": bool}
 """Of the tracker's configuration, what a trial may have of its own."""
 TRIAL_KEYS: Mapping[str, Types] = {"number": int, "identity": str, "setting": str, "config": dict}
 
@@ -56,13 +57,22 @@ class SweepDelivery(FolderDelivery):
     def _says_too_much(self) -> bool:
         return self._num_delivered > len(self._sweep["history"])
 
+    def _is_believable(self, run: Any) -> bool:
+        return not self._says_too_much and super()._shows_last_values(run)
+
+    def _shows_last_values(self, run: Any) -> bool:
+        """Return True: where trials were run again, an older value may be dated later than the one of now."""
+        return True
+
     @property
     def _identity(self) -> dict[str, str]:
         return super()._identity | {"towline.judged": json.dumps(self._judged)}
 
     @property
     def _sweep(self) -> dict[str, Any]:
-        return read_sweep(self._folder)
+        sweep = read_sweep(self._folder)
+        check_times(self._folder / SWEEP, sweep, ("started", "updated"))
+        return sweep
 
     @property
     def _judged(self) -> list[Any]:
@@ -88,7 +98,9 @@ class SweepDelivery(FolderDelivery):
     def _connect(self) -> None:
         """Find the sweep's run, or begin one; judged by another metric it is another run, with the same trials."""
         if self._done.get("judged", self._judged) != self._judged:
-            self._done = {"uri": self.stored_uri, "run_id": None}
+            kept = {name: self._done[name] for name in ("elsewhere",) if name in self._done}
+            replaced = [*self._done.get("replaced", []), *([] if self.run_id is None else [self.run_id])]
+            self._done = {"uri": self.stored_uri, "run_id": None, "replaced": replaced} | kept
         super()._connect()
         self._remember(judged=self._judged)
 
@@ -108,7 +120,7 @@ class SweepDelivery(FolderDelivery):
         if state is not None:
             self._log_artifacts()
             self._end_others()
-        self._bring_trials(is_over=state is not None)
+        self._part(lambda: self._bring_trials(is_over=state is not None))
 
     def _last_values(self) -> Mapping[str, set[float]]:
         delivered = self._sweep["history"][: self._num_delivered]
@@ -164,10 +176,17 @@ class SweepDelivery(FolderDelivery):
         self._log_files(ARTIFACTS)
         plots = sorted((self._folder / "plots").glob("*.png"))
         self._log_files((f"plots/{file.name}" for file in plots), artifact_path="plots")
-        if rows := self._read("leaderboard.json").get("rows"):
+        self._part(self._log_leaderboard)
+
+    def _log_leaderboard(self) -> None:
+        file = self._folder / LEADERBOARD
+        rows = self._read(LEADERBOARD).get("rows", [])
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise damaged(file, "rows is no list of objects", "Move it away: the sweep's own command writes it anew.")
+        if rows:
             columns = list(dict.fromkeys(chain.from_iterable(rows)))
             table = [[_cell(row.get(column)) for column in columns] for row in rows]
-            version = (self._done.get("files") or {}).get("leaderboard.json")
+            version = (self._done.get("files") or {}).get(LEADERBOARD)
             self._deliver_once("table", lambda: self._log_table("leaderboard_table.json", columns, table), version)
 
     def _bring_trials(self, *, is_over: bool) -> None:
@@ -192,9 +211,10 @@ class SweepDelivery(FolderDelivery):
             raise problems[0]
 
     def _bring_rest_of(self, folder: Path) -> None:
-        if not (folder / "config.yaml").exists():
+        try:
+            own = _tracking_of(folder)
+        except FileNotFoundError:
             return
-        own = read_yaml(folder / "config.yaml").get("tracking", {})
         done = self._tracking(folder)
         if not self._is_over and (done is None or (self._is_here(done) and done.get("ended"))):
             return
@@ -246,10 +266,28 @@ class SweepDelivery(FolderDelivery):
 def sweep_tracking(folder: Path) -> dict[str, Any]:
     """Return the tracker's configuration of a sweep's trials, as it is stored; empty where there is no trial."""
     for line in read_lines(folder / "trials.jsonl"):
-        found = line.content.get("config", {}).get("tracking")
+        config = line.content.get("config")
+        found = config.get("tracking") if isinstance(config, dict) else None
         if isinstance(found, dict):
             return found
     return {}
+
+
+def _tracking_of(folder: Path) -> dict[str, Any]:
+    """Return the tracker's configuration of a trial.
+
+    Raises:
+        FileNotFoundError: where it has no configuration.
+        DamagedFileError: where that can't be read.
+    """
+    file = folder / CONFIG
+    own = read_yaml(file).get("tracking", {})
+    try:
+        check_keys({"tracking": own}, {"tracking": dict})
+        check_keys(own, {"type": str, **OF_A_TRIAL}, may_lack=("type", *OF_A_TRIAL))
+    except ValueError as error:
+        raise damaged(file, f"tracking: {error}", "Restore it from a copy.") from error
+    return dict(own)
 
 
 def _read_trials(folder: Path, name: str) -> list[Line]:

@@ -64,8 +64,7 @@ class SqliteStore:
         if self._is_file_uri and name.startswith("file:"):
             name = unquote(name.removeprefix("file:").partition("?")[0])
         self.is_file = name not in ("", ":memory:") and "mode=memory" not in uri
-        self.file = Path(name).absolute()
-        self._part = self.file.with_name(f".{self.file.name}.part")
+        self._given = Path(name).absolute()
         self._tell = tell
         self._check = check
         if self.is_file:
@@ -82,6 +81,7 @@ class SqliteStore:
         """
         if not self.is_file:
             return False
+        self._check_link()
         try:
             found = self._look()
             if found.is_empty or found.fault:
@@ -92,6 +92,26 @@ class SqliteStore:
             raise StoreError(f"{error.filename or self.file} can't be used: {error.strerror}") from error
         before, self._seen = self._seen, (status.st_dev, status.st_ino)
         return before not in (None, self._seen)
+
+    @property
+    def file(self) -> Path:
+        """The file itself; where the URI has a link, what that leads to."""
+        return Path(os.path.realpath(self._given))
+
+    @property
+    def _part(self) -> Path:
+        """Where a new file is made."""
+        return self.file.with_name(f".{self.file.name}.part")
+
+    def _check_link(self) -> None:
+        """Raise a StoreError where the file is a link to what is not there: whoever made it wanted it elsewhere."""
+        if self._given.is_symlink() and not os.path.lexists(self.file):
+            raise StoreError(
+                f"{self._given} is a link to {self.file}, which is not there. Have that be there (is its disk "
+                "mounted?), or remove the link: a new store is then made in its place"
+            )
+        if self._given.is_symlink() and self.file.is_symlink():
+            raise StoreError(f"{self._given} is a link that leads in a circle. Remove it, or give another tracking.uri")
 
     def is_being_made(self) -> bool:
         """Return whether this or another process is making the file, and comes on with it."""
@@ -156,6 +176,9 @@ class SqliteStore:
         except (FileNotFoundError, NotADirectoryError):
             return _Found(is_empty=True)
         elsewhere = "Move it away, or give another tracking.uri"
+        for companion in (_beside(self.file, name) for name in COMPANIONS):
+            if os.path.lexists(companion) and not companion.is_file():  # SQLite would read it before the database
+                raise StoreError(f"{companion} is no plain file. {elsewhere}")
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "no plain file"
             raise StoreError(f"{self.file} is {kind}, not a SQLite database. {elsewhere}")

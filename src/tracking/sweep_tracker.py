@@ -9,7 +9,9 @@ from pathlib import Path
 
 from src.config.schema import MlflowConfig, TrackingConfig
 from src.tracking.console import Console
+from src.tracking.former import WAIT_SECONDS, end_all_of
 from src.tracking.mirror import AT_THE_END, Mirror
+from src.tracking.mlflow_mirror import tracked_before
 from src.tracking.mlflow_sweep import SweepDelivery
 
 
@@ -39,9 +41,12 @@ def open_sweep_tracking(config: TrackingConfig, folder: Path, console: Console) 
     mirror = None
     if isinstance(config, MlflowConfig):
         mirror = Mirror(SweepDelivery(config, folder, tell=console.warn), tell=console.warn)
+    wait = None if mirror else end_all_of(tracked_before(folder), folder, console.warn)
     try:
         yield SweepTracker(mirror)
     finally:
+        if wait:
+            wait(WAIT_SECONDS)
         if mirror and (undelivered := mirror.close(AT_THE_END, console.working)):
             console.warn(
                 f"MLflow at {mirror.uri}: {undelivered}.\n"

@@ -15,6 +15,7 @@ from src.config.frozen import config_hash, read_status
 from src.config.quoting import shell_override
 from src.config.schema import MlflowConfig, TrackingConfig, greater_is_better
 from src.tracking.console import Console
+from src.tracking.former import WAIT_SECONDS, end_all_of
 from src.tracking.journal import RunFolder, Start, hold, open_run_folder
 from src.tracking.mirror import AT_THE_END, TO_THE_END, WHEN_STOPPED
 from src.tracking.mlflow_mirror import MlflowMirror, tracked_before
@@ -174,18 +175,24 @@ class Tracker:
                 better = max if greater_is_better(name) else min
                 self._best[f"best/{name}"] = better(self._best.get(f"best/{name}", value), value)
 
-    def finish(self, totals: Mapping[str, float], exported: Mapping[str, Any] | None = None) -> dict[str, float]:
+    def finish(
+        self,
+        totals: Mapping[str, float],
+        exported: Mapping[str, Any] | None = None,
+        base: Mapping[str, Any] | None = None,
+    ) -> dict[str, float]:
         """Write summary.json: the last value of every metric, the best ones, and the run's totals.
 
         Args:
             exported: size and checksum of each file of model/, for status.json.
+            base: the same of the local model that an adapter in model/ stands on.
         Raises:
             DamagedFileError: where what was logged is not in the folder any more.
         """
         self._folder.check_growing()
         summary = self._last | self._best | dict(totals)
         self._folder.write_json("summary.json", summary)
-        self._folder.set_status(model=exported)
+        self._folder.set_status(model=exported, base=base)
         self.console.say()
         self.console.table({name: value for name, value in summary.items() if not name.startswith(UNSHOWN)})
         self.console.say()
@@ -247,7 +254,12 @@ class Bystander(Tracker):
         if line.metrics or due:
             step.collect()
 
-    def finish(self, totals: Mapping[str, float], exported: Mapping[str, Any] | None = None) -> dict[str, float]:
+    def finish(
+        self,
+        totals: Mapping[str, float],
+        exported: Mapping[str, Any] | None = None,
+        base: Mapping[str, Any] | None = None,
+    ) -> dict[str, float]:
         return {}
 
 
@@ -269,6 +281,9 @@ def open_tracking(
             replaced = None if is_known else former
             mirror = MlflowMirror(config, run_dir, waits=waits, former=replaced, tell=console.warn)
             folder.at_end.append(lambda: _close(mirror, folder, console))
+        elif former is not None:
+            wait = end_all_of(former, run_dir, console.warn)
+            folder.at_end.append(lambda: wait(WAIT_SECONDS))
         tracker = Tracker(folder, console, mirror)
         tracker.warn(folder.warnings)
         yield tracker

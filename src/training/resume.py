@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from src.checkpoint.contract import Facts, check, compare_facts, is_reordered
-from src.checkpoint.exported import check_exported
+from src.checkpoint.exported import exported_start
 from src.checkpoint.start import Origin, newest_weights
 from src.checkpoint.store import read_snapshot
 from src.checkpoint.tensors import tensors_digest
-from src.config.frozen import STATUS
-from src.config.schema import RunConfig, Weights
+from src.config.schema import RunConfig
 from src.data.batching import Position
 from src.data.dataset import Data
 from src.errors import CheckpointError, ModelError
@@ -147,22 +146,13 @@ def same_step(config: RunConfig, origin: Origin, num_processes: int) -> tuple[Ru
     return replace(config, training=replace(training, gradient_accumulation_steps=accumulation)), warnings
 
 
-def starting_model(config: RunConfig) -> RunConfig:
-    """Return the configuration with the whole model of `init_from` as what the run starts with, where it is one."""
-    folder = _exported(config)
-    if folder is None or (folder / "adapter_config.json").exists():
-        return config
-    model = replace(config.model, checkpoint=str(folder), revision=None, weights=Weights.pretrained)
-    return replace(config, model=model)
-
-
 def start_from_adapter(adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> bool:
     """Put the adapter of `init_from` into the model, before it is shared out; False where it names none.
 
     Raises:
         ModelError: where it does not fit the model.
     """
-    folder = _exported(config)
+    folder = exported_start(config)
     if folder is None or not (folder / "adapter_config.json").exists():
         return False
     if adapter is None:
@@ -183,7 +173,7 @@ def start_from_checkpoint(state: TrainState, tokenizer: Any, runtime: Runtime, c
     Raises:
         CheckpointError: where it does not fit the model.
     """
-    if config.init_from is None or _exported(config) is not None:
+    if config.init_from is None or exported_start(config) is not None:
         return []
     checkpoint, warnings = newest_weights(Path(config.init_from))
     kept = read_snapshot(checkpoint)
@@ -192,14 +182,3 @@ def start_from_checkpoint(state: TrainState, tokenizer: Any, runtime: Runtime, c
     state.restore_weights(kept.weights, runtime)
     state.new_rows = WatchedRows(state.model, state.new_rows.ids)
     return warnings
-
-
-def _exported(config: RunConfig) -> Path | None:
-    """Return the folder of the model that `init_from` means; None where it means a checkpoint."""
-    if config.init_from is None:
-        return None
-    start = Path(config.init_from)
-    names = ("config.json", "adapter_config.json")
-    if (start / "model").is_dir() and (start / STATUS).exists():
-        check_exported(start)
-    return next((place for place in (start / "model", start) if any((place / name).exists() for name in names)), None)

@@ -20,6 +20,7 @@ from src.data.sets import EncodedSet
 from src.errors import CheckpointError, ModelError, listed
 from src.model.build import num_parameters
 from src.model.embeddings import WatchedRows, embedding_parameters
+from src.runtime.allocation import keep_freed_memory
 from src.runtime.session import Runtime, rng_as_json, rng_from_json
 from src.runtime.sharding import Whole, whole, whole_shape
 from src.training.head import ScoredModel
@@ -333,6 +334,8 @@ def prepare(
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     scored = ScoredModel(model, config.loss).to(runtime.device)
+    if runtime.device.type == "cpu":
+        keep_freed_memory(sum(p.nbytes for p in model.parameters()))
     is_packed = config.data.batching is Batching.packed
     is_flat = is_packed and config.model.attn_implementation is Attention.flash_attention_2
     optimizer = build_optimizer(config.optimizer, scored.parameters(), embedding_parameters(model))

@@ -1,0 +1,91 @@
+"""What an unknown key or option of Hydra's own section should have been. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra import conf
+from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from omegaconf import DictConfig
+
+from src.config.keys import all_keys
+from src.config.options import option_files
+
+HYDRAS = Path(conf.__file__).parent
+"""Where Hydra's own options are."""
+LAUNCHER = "hydra.launcher."
+INSTEAD = {
+    "hydra/launcher": "trials run several at a time by sweep.n_jobs=N",
+    "hydra/sweeper": "settings are searched by sweep=tpe or sweep=asha",
+}
+"""What Towline has itself of what plugins of Hydra's are installed for."""
+
+
+def unknown_group_option(group: str, option: str, roots: Sequence[Path]) -> str:
+    """Return why there is no such option of a group of Hydra's, with those that there are; '' where there is."""
+    store, places = ConfigStore.instance(), [*roots, HYDRAS]
+    found = {file.relative_to(place).with_suffix("") for place in places for file in option_files(place / "hydra")}
+    found |= {
+        Path("hydra", one, name.removesuffix(".yaml"))
+        for one in store.list("hydra")
+        if store.get_type(f"hydra/{one}") is ObjectType.GROUP
+        for name in store.list(f"hydra/{one}")
+    }
+    known = sorted(file.relative_to(group).as_posix() for file in found if file.is_relative_to(group))
+    if not known:
+        return f"no group of Hydra's{_nearest(group, {file.parent.as_posix() for file in found} - {'hydra'})}"
+    if option in known:
+        return ""
+    meant = f"; did you mean {near[0]}?" if (near := get_close_matches(option, known, n=1)) else ""
+    instead = f"; {INSTEAD[group]}" if group in INSTEAD and not meant else ""
+    return f"no such option; one of {', '.join(known)}{meant}{instead}"
+
+
+def unknown_key(key: str, value: str, cfg: DictConfig) -> str:
+    """Return why Hydra's section has no such key, with what was meant; '' where it has.
+
+    Args:
+        value: as it was typed.
+        cfg: what the other overrides came to.
+    """
+    parts, depth = key.split("."), 0
+    node: Any = cfg
+    while isinstance(node, DictConfig) and not node._is_none() and depth < len(parts) and parts[depth] in node:
+        node, depth = node._get_node(parts[depth]), depth + 1
+    if depth == len(parts) or not isinstance(node, DictConfig) or node._is_none():
+        return ""
+    parent = ".".join(parts[:depth])
+    known = [str(one) for one in node if one != "_target_"]
+    near = get_close_matches(parts[depth], known, n=1)
+    is_plugins = parts[1:2] in (["launcher"], ["sweeper"]) and depth == 2
+    chosen = cfg.hydra.runtime.choices.get(f"hydra/{parts[1]}") if is_plugins else ""
+    name = ".".join(parts[depth:])
+    begin = f"hydra/{parts[1]}={chosen} has no {name}" if is_plugins else f"{parent} has no {parts[depth]}"
+    if key.startswith(LAUNCHER) and (having := _launchers_with(name)):
+        remedy = f"choose hydra/launcher={' or '.join(having)}"
+    elif near:
+        remedy = f"did you mean {'.'.join([parent, near[0], *parts[depth + 1 :]])}?"
+    elif is_plugins and (own := all_keys().get(f"sweep.{name}")):
+        remedy = f"did you mean {own.name}={value}?"
+    else:
+        remedy = f"it has {', '.join(known)}" if known else "it has no keys"
+    instead = INSTEAD.get(f"hydra/{parts[1]}", "") if is_plugins and remedy == "it has no keys" else ""
+    return f"{begin}; {remedy}{f'; {instead}' if instead else ''}"
+
+
+def _launchers_with(name: str) -> list[str]:
+    store = ConfigStore.instance()
+    return [
+        file.removesuffix(".yaml")
+        for file in store.list("hydra/launcher")
+        if name in store.load(f"hydra/launcher/{file}").node
+    ]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

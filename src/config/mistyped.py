@@ -1,0 +1,167 @@
+"""Overrides that can't be read, or that mean several values: what is wrong with them, and what to type. No torch here.
+
+Whatever is shown as an argument can be pasted into a shell: it is read, and its key takes the value.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
+from hydra.errors import HydraException
+from omegaconf import grammar_parser
+from omegaconf.errors import GrammarParseError
+
+from src.config.keys import all_keys
+from src.config.quoting import Unwritable, quoted, shell_override
+from src.config.schema import SECTIONS
+from src.config.values import MISSING_TEXT, holds_missing
+from src.errors import visible
+
+FOLDERS = ("rerun", "run", "init_from", "hydra.run.dir", "hydra.sweep.dir")
+"""Keys whose value is a folder: one that is there needs no quotes."""
+LONGEST_HINT = 200
+INTERPOLATIONS = r"an interpolation that can't be read: ${NAME} is one, and \${ is text"
+
+
+def unreadable(key: str, value: str) -> str:
+    """Return what is wrong with KEY=VALUE, which Hydra's grammar can't read."""
+    bare = key.lstrip("+~")
+    sign = key[: len(key) - len(bare)]
+    if _is_read(f"{key}=null"):
+        if not is_interpolated_well(value):
+            return f"{INTERPOLATIONS}{_hint(key, value)}"
+        hint, known = _quoting_hint(key, value), all_keys().get(bare)
+        if known and not known.takes(value):
+            if text := _good(f"{key}={value.lstrip('= ')}"):
+                return f"did you mean {text}?"
+            return f"can't be read; it is {known.allowed}"
+        return f"can't be read; a value with '=', ',', quotes, brackets or spaces needs quotes of its own{hint}"
+    if found := re.search(r"\[-?\d+\]", bare):
+        whole = bare[: found.start()]
+        hint = next(filter(None, (_hint(whole, one) for one in _lists_of(value))), "")
+        return f"items of a list can't be set by themselves: give the whole list{hint}"
+    named = re.sub(r"\[(\w+)\]", r".\1", bare)
+    meant = re.sub(r"[./]{2,}", ".", re.sub(r"\s", "", named)).strip("./")
+    text = _good(f"{sign}{meant}={value}")
+    return f"not a key; {f'did you mean {text}?' if text else 'names with one dot between them, as optimizer.lr'}"
+
+
+def _good(text: str) -> str:
+    """Return KEY=VALUE as it is typed in a shell, where there is such a key and it takes the value; else ''."""
+    key, typed = text.partition("=")[0].lstrip("+~"), shlex.quote(text)
+    is_known = key in {*all_keys(), *SECTIONS} or key.rpartition(".")[0] in all_keys()
+    if not (is_known and _is_read(text) and _fits(typed)):
+        return ""
+    value = OverridesParser.create().parse_override(text).value()
+    return typed if key not in all_keys() or all_keys()[key].takes(_plain(value)) else ""
+
+
+def several(override: Override, text: str, *, is_group: bool) -> str:
+    """Return what to do about several values of a run that is no sweep.
+
+    Args:
+        text: the values as they were typed.
+    """
+    key, reason = override.key_or_group, "several values are a sweep: add -m"
+    if is_group:
+        return reason
+    sweep = override.value()
+    if isinstance(sweep, ChoiceSweep) and sweep.simple_form and (listed := _hint(key, [*map(_plain, sweep.list)])):
+        reason += f"; or, of one list, write it in brackets{listed}"
+    if one := _quoting_hint(key, text):
+        reason += f"; or, of one value, quote it{one}"
+    return reason
+
+
+def unusable_text(key: str, value: Any) -> str:
+    """Return what is wrong with the texts of a value that was read, as OmegaConf takes them; '' where all are good."""
+    given = value.list if isinstance(value, ChoiceSweep) else value
+    if holds_missing(_plain(given)):
+        return MISSING_TEXT
+    broken = next((text for text in _texts(given) if not is_interpolated_well(text)), None)
+    if broken is None:
+        return ""
+    hint = "" if isinstance(value, ChoiceSweep) else _hint(key, _plain(given))
+    return f"{INTERPOLATIONS}{hint}"
+
+
+def is_interpolated_well(text: str) -> bool:
+    """Return whether OmegaConf can read the interpolations of a text."""
+    if "${" not in text:
+        return True
+    try:
+        grammar_parser.parse(text)
+    except GrammarParseError:
+        return False
+    return True
+
+
+def _texts(value: Any) -> list[str]:
+    """Return all texts of a value as Hydra's grammar gives it."""
+    value = _plain(value)
+    if isinstance(value, str):
+        return [value]
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for one in inner for text in _texts(one)]
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of Hydra's grammar without what it knows of quotes."""
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return {_plain(key): _plain(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+def _quoting_hint(key: str, value: str) -> str:
+    """Return how a text is typed in a shell so that it is one value, after a colon; '' where it can't be one.
+
+    Its interpolations stay what they are, where they can be read.
+    """
+    if not is_interpolated_well(value):
+        return _hint(key, value)
+    text = shlex.quote(f"{key}={quoted(value)}")
+    return f": {text}" if _takes(key, value) and _fits(text) else ""
+
+
+def _hint(key: str, value: Any) -> str:
+    """Return how a value is typed in a shell, after a colon; '' where its key can't be that, or it is too long."""
+    try:
+        text = shell_override(key, value)
+    except Unwritable:
+        return ""
+    return f": {text}" if _takes(key, value) and _fits(text) else ""
+
+
+def _takes(key: str, value: Any) -> bool:
+    bare = key.lstrip("+~")
+    known = all_keys().get(bare)
+    return known.takes(value) if known else bare in FOLDERS and isinstance(value, str)
+
+
+def _fits(text: str) -> bool:
+    return len(text) <= LONGEST_HINT and visible(text, is_line=True) == text
+
+
+def _is_read(text: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(text)
+    except (HydraException, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _lists_of(value: str) -> list[list[Any]]:
+    """Return the lists that a value, as it was typed, may stand for: of it alone, or itself."""
+    try:
+        read = OverridesParser.create().parse_override(f"key={value}").value()
+    except (HydraException, ValueError, RecursionError):
+        return [[value]]
+    if isinstance(read, ChoiceSweep):
+        return [[*map(_plain, read.list)]]
+    return [[_plain(read)], *([_plain(read)] if isinstance(read, list) else [])]

@@ -1,0 +1,135 @@
+"""What a run writes that is large: checkpoints, and the exported model."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.checkpoint.store import SMALL_BYTES
+from src.config.schema import CheckpointConfig, OptimizerConfig
+from src.errors import human_bytes
+from src.forecast.items import Item, total
+from src.forecast.optimizer_state import OPTIMIZER_STATE, checkpoint_bytes
+from src.forecast.parameters import ModelParameters
+
+
+@dataclass(frozen=True)
+class DiskForecast:
+    """What the run's folder gets, and what its disk has."""
+
+    parts: tuple[Item, ...]
+    free_bytes: int
+    place: Path
+    """The nearest folder that exists, where free_bytes were read."""
+
+    @property
+    def total(self) -> Item:
+        """The sum, as disk_need gives it."""
+        return total(self.parts, "sum of all, the most that can lie there at once")
+
+    @property
+    def fits(self) -> bool:
+        return (self.total.bytes or 0) <= self.free_bytes
+
+
+def most_saves(config: CheckpointConfig, num_steps: int, steps_per_epoch: int | None) -> int | None:
+    """Count the saves of a run, the last step's and one that a signal asks for included; None where nobody knows.
+
+    Args:
+        steps_per_epoch: None where the train set is streamed.
+    """
+    if config.checkpointing_steps is None:
+        return 1
+    every = steps_per_epoch if config.checkpointing_steps == "epoch" else int(config.checkpointing_steps)
+    return None if every is None else math.ceil(num_steps / every) + 1
+
+
+def disk_need(
+    weights_bytes: int,
+    optimizer_bytes: int,
+    config: CheckpointConfig,
+    export_bytes: int,
+    has_metric: bool,
+    num_saves: int | None = None,
+) -> int:
+    """Sum what a run's folder may come to hold: the checkpoints that are kept, one that is being written, the export.
+
+    No more than this lies there at once: a best checkpoint may be among the newest, which are counted apart from it,
+    and the export is written when no checkpoint is.
+
+    Args:
+        weights_bytes, optimizer_bytes: of one checkpoint, see checkpoint_bytes.
+        export_bytes: of all that is exported.
+        has_metric: whether an evaluation gives what tells the best.
+        num_saves: how many there can be at most, see most_saves; None: any number.
+    """
+    parts = _checkpoint_parts(weights_bytes, optimizer_bytes, config, has_metric, num_saves)
+    return sum(part.bytes or 0 for part in parts) + export_bytes
+
+
+def _checkpoint_parts(
+    weights_bytes: int, optimizer_bytes: int, config: CheckpointConfig, has_metric: bool, num_saves: int | None
+) -> list[Item]:
+    """Forecast the checkpoints when there are most of them: one is written, and the oldest is not deleted yet."""
+    bare = weights_bytes + SMALL_BYTES
+    resumable = bare + optimizer_bytes
+    most = 1 if config.checkpointing_steps is None else num_saves
+    num = config.keep_last + 1 if most is None else min(config.keep_last + 1, most)
+    num_resumable = min(2, num) if config.newest_optimizer_only else num
+    num_bare = num - num_resumable
+    is_one_more = num > (1 if config.newest_optimizer_only else config.keep_last)
+    how = f"{num_resumable - is_one_more} resumable of {human_bytes(resumable)}"
+    if num_bare:
+        how += f", {num_bare} with weights only, of {human_bytes(bare)}"
+    if is_one_more:
+        how += f", and one more{' resumable' if num_bare else ''} while it is written"
+    if config.checkpointing_steps is None:
+        how += ", at a signal"
+    parts = [Item("checkpoints", num_resumable * resumable + num_bare * bare, how)]
+    if has_metric and config.keep_best:
+        how = f"{config.keep_best} with weights only, of {human_bytes(bare)}"
+        parts.append(Item("best checkpoints", config.keep_best * bare, how))
+    return parts
+
+
+def disk_forecast(
+    parameters: ModelParameters,
+    run_dir: Path,
+    optimizer: OptimizerConfig,
+    checkpoint: CheckpointConfig,
+    *,
+    has_metric: bool,
+    num_saves: int | None = None,
+    tokenizer_bytes: int = 0,
+    merge: bool = False,
+) -> DiskForecast:
+    """Forecast what a run writes that is large: its checkpoints, and the exported model or adapter.
+
+    A checkpoint is what is trained, and the optimizer's state of it. In the exported model a matrix that is tied is
+    written once. An adapter is what is trained: its matrices and the rows of new tokens.
+
+    Args:
+        run_dir: the run's folder; need not exist.
+        has_metric, num_saves: see disk_need.
+        tokenizer_bytes: files that are exported beside the weights.
+        merge: whether an adapter is also merged into the whole model.
+    """
+    if optimizer.type in OPTIMIZER_STATE:
+        sizes = checkpoint_bytes(parameters.trained, optimizer)
+        parts = _checkpoint_parts(*sizes, checkpoint, has_metric, num_saves)
+    else:
+        parts = [Item("checkpoints", None, f"unknown: nothing is known of what {optimizer.type} keeps")]
+    beside = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""
+    if not parameters.has_adapter or merge:
+        num = parameters.num - parameters.num_of_adapter
+        whole, how = (
+            num * parameters.bytes_per_parameter,
+            f"{num:,} parameters x {parameters.bytes_per_parameter} B",
+        )
+        parts.append(Item("model", whole + tokenizer_bytes, how + beside))
+    if parameters.has_adapter:
+        parts.append(Item("adapter", parameters.trained_bytes + tokenizer_bytes, parameters.how_trained + beside))
+    place = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
+    return DiskForecast(tuple(parts), shutil.disk_usage(place).free, place)

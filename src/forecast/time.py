@@ -1,0 +1,83 @@
+"""How long a run will take at least, from its operations and the speed of this device's matrix products."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TimeItem(NamedTuple):
+    """How long a part of a run takes, in seconds (None: unknown), and how that was reckoned."""
+
+    name: str
+    seconds: float | None
+    is_lower_bound: bool
+    how: str
+
+
+@dataclass(frozen=True)
+class TimeForecast:
+    """How long a run will take, part by part, without loading and export."""
+
+    parts: tuple[TimeItem, ...]
+
+    @property
+    def seconds(self) -> float | None:
+        """The sum; None where a part is unknown."""
+        known = [part.seconds for part in self.parts if part.seconds is not None]
+        return sum(known) if len(known) == len(self.parts) else None
+
+    @property
+    def is_lower_bound(self) -> bool:
+        return any(part.is_lower_bound for part in self.parts)
+
+
+def counted_time(name: str, flops: float | None, flops_per_second: float, unknown: str = "") -> TimeItem:
+    """Forecast from below: counted operations at the full speed of this device's matrix products, and nothing else.
+
+    Args:
+        flops: None where they can't be counted.
+        flops_per_second: of matmul_flops_per_second.
+        unknown: why they can't.
+    """
+    if flops is None:
+        return TimeItem(name, None, True, f"unknown: {unknown}")
+    how = f"{flops:.3g} FLOP counted, at the {flops_per_second:.3g} FLOP/s of this device's matrix products"
+    return TimeItem(name, flops / flops_per_second, True, how)
+
+
+def measured_time(name: str, seconds_each: float, count: int, what: str) -> TimeItem:
+    """Forecast from one that was really computed, of the mean size."""
+    return TimeItem(name, seconds_each * count, False, f"{count:,} {what} x {seconds_each:.3g} s, as measured")
+
+
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, budget_seconds: float = 0.3) -> float:
+    """Measure how fast this device multiplies square matrices: the best of as many products as the budget has room for.
+
+    Sizes double from 512 to 1024 on a CPU and to 4096 on a GPU, which 1024 would not fill.
+    """
+    largest = 1024 if device.type == "cpu" else 4096
+    size, best, ends = 512, 0.0, time.perf_counter() + budget_seconds
+    while True:
+        a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        _seconds_of_product(a, b)  # the first one of a size chooses its kernel
+        best = max(best, 2 * size**3 / _seconds_of_product(a, b))
+        left = ends - time.perf_counter()
+        fitting = [n for n in (size, min(2 * size, largest)) if 2 * (2 * n**3) / best < left]
+        if not fitting:
+            return best
+        size = fitting[-1]
+
+
+def _seconds_of_product(a: Tensor, b: Tensor) -> float:
+    if a.device.type == "cuda":
+        torch.cuda.synchronize(a.device)
+    started = time.perf_counter()
+    a @ b
+    if a.device.type == "cuda":
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - started
