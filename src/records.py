@@ -400,7 +400,7 @@ def _is_plain(node: yaml.Node) -> bool:
     """Return whether a YAML value is one that JSON has, and can be what its tag says that it is."""
     if node.tag.removeprefix(TAG) not in PLAIN_KINDS[type(node)]:
         return False
-    if not isinstance(node, yaml.ScalarNode):
+    if not isinstance(node, yaml.ScalarNode) or node.tag == f"{TAG}str":
         return True
     try:
         yaml.SafeLoader("").construct_object(node)

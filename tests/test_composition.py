@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf._utils import get_yaml_loader
 
+from benchmarks.conf_fuzz import YAML_VALUES
 from src.config.gate import admit
 from src.config.keys import all_keys
+from src.config.options import OptionFileError, option_text, read_option
 from src.config.schema import SECTIONS
 from src.errors import ConfigError
 from src.sweep.plan import plan_sweep
@@ -404,6 +407,20 @@ def test_what_is_no_value_is_placed_where_it_begins(own: Path, text: str, behind
     assert told.startswith(f"conf {own}/experiment/mine.yaml, line 3, column {column}: ")
     assert words in told
     assert told.endswith(f", in the line: {text}")
+
+
+@pytest.mark.parametrize(
+    "text", [*YAML_VALUES, "1e-3", "1_000", "0x1F", "1:30", "'1'", "yes", "[a, 1, null]", "{a: 2020-01-01, b: .5}"]
+)
+def test_a_value_is_what_omegaconf_reads_of_it_or_refused(own: Path, text: str) -> None:
+    put(own, "data/mine", f"a: {text}\n".encode(errors="replace").decode())
+    try:
+        found = read_option(own / "data" / "mine.yaml")
+    except OptionFileError:
+        return
+    if text != "\t":  # which YAML's parser in C takes, and the one in Python does not
+        expected = yaml.load(option_text(own / "data" / "mine.yaml"), get_yaml_loader())
+        assert repr(found) == repr(expected)
 
 
 def test_texts_that_other_readers_take_for_times_are_texts(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,7 +173,7 @@ def test_hints_of_a_sweep_and_of_a_file(tmp_path: Path) -> None:
     assert "lora_config.r = 8                 unknown key; did you mean adapter=lora adapter.r=8?" in message
     file.write_text("# @package _global_\ndefaults:\n  - override /optimizer: sgd\noptimizer: {eps: 1}\n")
     message = refusal("--config-dir", str(tmp_path), "experiment=mine")
-    assert f"optimizer=sgd has no eps, which is a key of optimizer=adamw   ({file})" in message
+    assert f"optimizer=sgd has no eps, which is a key of optimizer=adamw   ({file}, line 4)" in message
 
 
 @pytest.mark.parametrize(

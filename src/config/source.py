@@ -14,8 +14,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from src.config.merging import Loader
-from src.config.options import OptionFileError, error_of_text, is_hidden, read_option
+from src.config.options import OptionFileError, error_of_text, is_hidden, option_text, read_option
 from src.secrets import as_variables
+
+HEADER_CHARACTERS = 512
+"""Of a file, in which Hydra looks for `# @package`."""
 
 
 class FileConfigSource(file_config_source.FileConfigSource):  # Hydra tells sources of a scheme apart by this name
@@ -32,17 +35,16 @@ class FileConfigSource(file_config_source.FileConfigSource):  # Hydra tells sour
         """
         if any(is_hidden(part) and part != ".." for part in Path(config_path).parts):
             raise OptionFileError(f"{config_path}: a name that begins with '.' is no option's; give it another")
-        if os.path.lexists(place := self._place(config_path)):
-            read_option(place)
+        place = self._place(config_path)
+        if not os.path.lexists(place):
+            return super().load_config(config_path)  # which tells that there is none
+        content = read_option(place)
         try:
-            result = super().load_config(config_path)
+            config = OmegaConf.create(as_variables(content) if self.hides_credentials else content)
         except OmegaConfBaseException as error:
             raise error_of_text(place, _unfinished) or error from error
-        if self.hides_credentials:
-            content = OmegaConf.to_container(result.config)
-            if (hidden := as_variables(content)) != content:
-                result.config = OmegaConf.create(hidden)
-        return result
+        header = self._get_header_dict(option_text(place)[:HEADER_CHARACTERS])
+        return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", config, header)
 
     def is_config(self, config_path: str) -> bool:
         """Return whether there is an option, one that can't be read included: `load_config` says why."""
