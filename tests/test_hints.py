@@ -238,7 +238,7 @@ def test_keys_that_are_not_indented(tmp_path: Path) -> None:
     file.write_text("# @package _global_\noptimizer:\nlr: 1e-3\ntraining:\nnum_train_epochs: 2\n")
     lines = refusal("--config-dir", str(tmp_path), "experiment=mine").splitlines()[1:-1]
     below = "a section of keys, not a value; its keys have to be indented below it"
-    assert [re.sub(r" +", " ", line.strip().removesuffix(f"   ({file})")) for line in lines] == [
+    assert [re.sub(r" +", " ", line.strip().partition(f"   ({file}, line ")[0]) for line in lines] == [
         "lr = 0.001 unknown key; did you mean optimizer.lr? (indented below `optimizer:`)",
         "num_train_epochs = 2 unknown key; did you mean training.num_train_epochs? (indented below `training:`)",
         f"optimizer = null {below}",

@@ -80,13 +80,6 @@ def params_problems(composed: Composed) -> list[Problem]:
 
 def hydra_problems(composed: Composed, line: CommandLine) -> Iterator[Problem]:
     """Yield what is asked of Hydra and would not happen, with what to type instead."""
-    missing = {one.key_or_group for one in line.overrides if one.is_hydra_override() and one.value() == "???"}
-    for key in missing - composed.failed:
-        yield Problem(key, "needs a value", has_value=False)
-    yield from (problem for problem in _problems(composed, line) if problem.key not in missing)
-
-
-def _problems(composed: Composed, line: CommandLine) -> Iterator[Problem]:
     if composed.hydra is None:
         return
     section: Any = OmegaConf.to_container(composed.hydra.hydra)
