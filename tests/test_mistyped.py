@@ -46,7 +46,7 @@ def told(*arguments: str) -> str:
         ("seed=1,2", SEVERAL, None),
         ("optimizer.lr=1e-4,1e-3", SEVERAL, None),
         ("seed=range(1,5)", SEVERAL, None),
-        ("experiment=a,b", SEVERAL, None),
+        ("optimizer=adamw,sgd", SEVERAL, None),
         ("learning_rate=1,2", SEVERAL, None),
         ("optimizer.betas=0.8,0.9", f"{SEVERAL}; or, of one list, write it in brackets: ",
          ["optimizer.betas=[0.8,0.9]"]),

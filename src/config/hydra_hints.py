@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,13 @@ from src.config.options import option_files
 HYDRAS = Path(conf.__file__).parent
 """Where Hydra's own options are."""
 LAUNCHER = "hydra.launcher."
+OBEYED = (
+    *("hydra.run.dir", "hydra.sweep.dir", "hydra.mode", "hydra.searchpath", "hydra.sweeper", "hydra.launcher"),
+    *("hydra.job.name", "hydra.job.config", "hydra/sweeper", "hydra/launcher"),
+)
+"""Keys and groups of Hydra's that do here what they do in Hydra."""
+LOOKED_AT = ("hydra.job.chdir", "hydra.sweep.subdir")
+"""Keys that are refused in words of their own, where they ask for another thing than happens."""
 INSTEAD = {
     "hydra/launcher": "trials run several at a time by sweep.n_jobs=N",
     "hydra/sweeper": "settings are searched by sweep=tpe or sweep=asha",
@@ -37,7 +44,9 @@ def unknown_group_option(group: str, option: str, roots: Sequence[Path]) -> str:
     }
     known = sorted(file.relative_to(group).as_posix() for file in found if file.is_relative_to(group))
     if not known:
-        return f"no group of Hydra's{_nearest(group, {file.parent.as_posix() for file in found} - {'hydra'})}"
+        leaves = [one.removeprefix("hydra/") for one in OBEYED if "/" in one]
+        near = get_close_matches(group.removeprefix("hydra/"), leaves, n=1)
+        return f"no group of Hydra's{f'; did you mean hydra/{near[0]}?' if near else ''}"
     if option in known:
         return ""
     meant = f"; did you mean {near[0]}?" if (near := get_close_matches(option, known, n=1)) else ""
@@ -59,7 +68,7 @@ def unknown_key(key: str, value: str, cfg: DictConfig) -> str:
     if depth == len(parts) or not isinstance(node, DictConfig) or node._is_none():
         return ""
     parent = ".".join(parts[:depth])
-    known = [str(one) for one in node if one != "_target_"]
+    known = [one for one in map(str, node) if one != "_target_" and _is_read(f"{parent}.{one}")]
     near = get_close_matches(parts[depth], known, n=1)
     is_plugins = parts[1:2] in (["launcher"], ["sweeper"]) and depth == 2
     chosen = cfg.hydra.runtime.choices.get(f"hydra/{parts[1]}") if is_plugins else ""
@@ -77,6 +86,11 @@ def unknown_key(key: str, value: str, cfg: DictConfig) -> str:
     return f"{begin}; {remedy}{f'; {instead}' if instead else ''}"
 
 
+def _is_read(key: str) -> bool:
+    """Return whether a key is read here, or one below it or above it."""
+    return any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in (*OBEYED, *LOOKED_AT))
+
+
 def _launchers_with(name: str) -> list[str]:
     store = ConfigStore.instance()
     return [
@@ -84,8 +98,3 @@ def _launchers_with(name: str) -> list[str]:
         for file in store.list("hydra/launcher")
         if name in store.load(f"hydra/launcher/{file}").node
     ]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -18,19 +18,12 @@ from src.config.compose import (
     unresolved,
     value_text,
 )
-from src.config.hydra_hints import LAUNCHER
+from src.config.hydra_hints import LAUNCHER, LOOKED_AT, OBEYED
 from src.config.merging import has_content
 from src.config.options import CONF, read_option
 from src.config.problems import Problem
 
 SWEEPER_PARAMS = "hydra.sweeper.params"
-OBEYED = (
-    *("hydra.run.dir", "hydra.sweep.dir", "hydra.mode", "hydra.searchpath", "hydra.sweeper", "hydra.launcher"),
-    *("hydra.job.name", "hydra.job.config", "hydra/sweeper", "hydra/launcher"),
-)
-"""Keys and groups of Hydra's that do here what they do in Hydra."""
-LOOKED_AT = ("hydra.job.chdir", "hydra.sweep.subdir")
-"""Keys that are refused in words of their own, where they ask for another thing than happens."""
 NOT_READ = "nothing here reads it, so it would change nothing: leave it out"
 WHY_NOT_READ = {
     "hydra.output_subdir": "a run's folder has its configuration in config.yaml, whatever this says: leave it out",
