@@ -234,7 +234,8 @@ def test_preflight_at_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert preflight.main(["tracking=none", "debug=smoke", f"data.cache_dir='{tmp_path}'", "preflight.rows=1"]) == 0
     lines = [line for line in screen.lines if not line.endswith(" rows prepared")]  # in place, as long as it took
     assert max(map(len, lines)) <= 80 < max(map(len, file.getvalue().splitlines()))
-    timed = re.compile(r"\d+:\d+|[\d.]+e[+-]\d+|[\d.]+ [KMG]iB free")  # of this moment
+    held = r"(?:data|total) +[\d.]+ [KMG]iB"
+    timed = re.compile(rf"\d+:\d+|[\d.]+e[+-]\d+|[\d.]+ [KMG]iB free|{held}")  # of this moment
     narrow, wide = (NUMBER.findall(timed.sub("", text)) for text in ("\n".join(lines), file.getvalue()))
     assert narrow == wide
 
