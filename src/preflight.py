@@ -21,6 +21,8 @@ from src.runtime.collector import collect_from_here, rest_while_importing
 
 if TYPE_CHECKING:
     from src.data.dataset import Data
+    from src.inspection.libraries import LibraryMemory
+    from src.tracking.console import Console
 
 for switch in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
     os.environ.setdefault(switch, "1")
@@ -38,16 +40,23 @@ def preflight(admitted: Admitted) -> int:
     config, own = admitted.config, admitted.own
     if own.dump is not None and not Path(own.dump).absolute().parent.is_dir():
         raise TowlineError(f"preflight.dump = {own.dump} can't be written: No such file or directory")
-    folder = Path("outputs", config.name, "preflight")
     console = Console()
     console.label("preflight", f"{config.name}: nothing is trained")
 
+    from src.inspection.libraries import LibraryMemory
+    from src.sweep.workers import WARM, modules_of_run
+
+    with LibraryMemory([WARM, *modules_of_run(config)]) as libraries:
+        return look_ahead(admitted, console, libraries)
+
+
+def look_ahead(admitted: Admitted, console: Console, libraries: LibraryMemory) -> int:
+    """Assemble what a run would, show it and what it will take; return the exit code."""
     from src.data.advice import Level
     from src.data.dataset import build_data, first_block
     from src.evaluation.generate import check_prompts
     from src.inspection.drawing import Paint, draw_lengths
     from src.inspection.findings import findings, judge_of, prove
-    from src.inspection.libraries import LibraryMemory
     from src.inspection.outlook import about_disk, device_of, outlook, resident_bytes
     from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets
     from src.inspection.starts import about_starts, show_tokens
@@ -55,10 +64,10 @@ def preflight(admitted: Admitted) -> int:
     from src.model.embeddings import grow_embeddings
     from src.model.quantization import check_quantisable
     from src.model.unlearned import stored_unlearned_tokens
-    from src.sweep.workers import WARM, modules_of_run
     from src.tokens import load_tokenizer
 
-    libraries = LibraryMemory([WARM, *modules_of_run(config)])
+    config, own = admitted.config, admitted.own
+    folder = Path("outputs", config.name, "preflight")
     collect_from_here()
     before = resident_bytes()
     tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
@@ -84,7 +93,7 @@ def preflight(admitted: Admitted) -> int:
     judge = judge_of(config, data)
     proofs = {name: prove(rows, judge) for name, rows in sets.items()}
     new_ids = list(started.ids.values())
-    measured = libraries.wait()
+    measured = libraries.bytes()
     held = None if measured is None else measured + data_bytes
     ahead = outlook(config, model, tokenizer, new_ids, data, admitted.run_dir, held, measure=own.measure)
     show_forecasts(console, config, ahead)
