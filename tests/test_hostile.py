@@ -283,7 +283,8 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 @pytest.mark.parametrize("template", BOMBS)
 def test_a_template_without_end_is_told(template: str, tokenizer: Any, short_time: None) -> None:
-    with pytest.raises(LimitError, match=r"^the chat template of .*, line [12], "):
+    # where the time is over before or behind the template's own lines, there is none to tell
+    with pytest.raises(LimitError, match=r"^the chat template of .*(, line [12], | does not come to an end )"):
         render(tokenizer, template, CHAT)
 
 
