@@ -131,7 +131,7 @@ def problem_of_best(checkpoint: Path, written: str | None) -> str | None:
 
 
 def unreadable(checkpoint: Path, refusal: str, why: str) -> str:
-    """Tell that a checkpoint can't be read, so that nobody knows whether it is whole."""
+    """A checkpoint can't be read, so nobody knows whether it is whole."""
     return f"{checkpoint}: {refusal}. {why}. Nothing was changed: make it readable, or move it away to do without it"
 
 

@@ -637,7 +637,7 @@ def _resolve_sections(whole: DictConfig, composed: Composed) -> None:
 
 
 def _leave_out(whole: DictConfig, failed: Mapping[str, Exception], composed: Composed) -> None:
-    """Tell why sections can't be resolved, and take the rest of each, in which `???` stands for what can't be."""
+    """Report why sections can't be resolved, and take the rest of each, in which `???` stands for what can't be."""
     found = unresolved(whole, failed)
     composed.problems = _to_blame([*composed.problems, *found.values()])
     for section, _, rest in {key.partition("[")[0]: key.partition("[")[0].partition(".") for key in found}.values():

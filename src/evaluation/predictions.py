@@ -453,7 +453,7 @@ def _some(places: Sequence[str], most: int = 3) -> str:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Give what a line says; None of one that is not whole, or no prediction."""
+    """Return what a line says; None of one that is not whole, or no prediction."""
     try:
         found = parse(line) if line.endswith(b"\n") else {}
         check_keys(found, LINE_KEYS)

@@ -17,7 +17,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def put_fake_weight(layer: Any, device: torch.device) -> None:
-    """Give a quantised layer an empty weight, as it is when the layer is on its device; under a FakeTensorMode."""
+    """Put an empty weight into a quantised layer, as it is when the layer is on its device; under a FakeTensorMode."""
     rows, columns = layer.out_features, layer.in_features
     if type(layer).__name__ == "Linear4bit":
         num = rows * columns

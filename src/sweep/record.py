@@ -216,7 +216,7 @@ class Record:
             raise damaged(folder, f"not as it was written: {', '.join(others[:5])}", remedy)
 
     def conf(self) -> list[Path]:
-        """Give the kept options, one folder a root; empty where there are none.
+        """Return the kept options, one folder a root; empty where there are none.
 
         Raises:
             DamagedFileError: where they can't be looked into, so that others would be taken for them.

@@ -500,7 +500,7 @@ def _clear(path: Path, config_hash: str, start: Start) -> list[str]:
 
 
 def _begins_again(path: Path) -> list[str]:
-    """Say what was logged of a run that has no checkpoint: it is done again."""
+    """Report what was logged of a run without a checkpoint: it is done again."""
     lines = read_growing(path, "metrics.jsonl")
     if not lines:
         return []
