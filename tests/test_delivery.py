@@ -50,7 +50,7 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setattr(tracker, "AT_THE_END", SOON)
     for module in (tracker, mirror):
-        monkeypatch.setattr(module, "TO_THE_END", SOON)
+        monkeypatch.setattr(module, "TO_THE_END", PATIENT)
     monkeypatch.setattr(mirror, "RETRY_SECONDS", 0.2)
     monkeypatch.setattr(mlflow_calls, "AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(sqlite_store, "LOCKED_SECONDS", 0.3)
