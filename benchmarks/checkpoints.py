@@ -36,7 +36,7 @@ from torch import Tensor
 
 from src.checkpoint.manifest import sync
 from src.checkpoint.store import Snapshot, open_checkpoints
-from src.config.gate import Admitted, admit
+from src.config.gate import Job, admit
 from src.runtime.session import rng_as_json
 
 MIB = 2**20
@@ -59,7 +59,7 @@ def main() -> None:
             compare(mib, Path(folder), given.rounds, admitted)
 
 
-def compare(mib: int, folder: Path, rounds: int, admitted: Admitted) -> None:
+def compare(mib: int, folder: Path, rounds: int, admitted: Job) -> None:
     """Measure all ways in turn, each round beginning with another one, and print the medians of their seconds."""
     weights = weights_of(mib * MIB // BYTES_A_PARAMETER)
     optimizer = {

@@ -32,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from src.config.gate import Admitted, admit_prediction
+from src.config.gate import Job, admit_prediction
 from src.config.help import help_of_entry
 from src.errors import Interrupted, TowlineError, report, show_libraries_visibly
 from src.runtime.collector import collect_from_here, rest_while_importing
@@ -51,7 +51,7 @@ for switch in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of our own, each with its chunk, are faster
 
 
-def predict(admitted: Admitted) -> None:
+def predict(admitted: Job) -> None:
     """Generate what is missing of every set, and score it.
 
     Raises:
@@ -61,7 +61,7 @@ def predict(admitted: Admitted) -> None:
     from src.checkpoint.exported import check_exported, standing_on
     from src.evaluation.predictions import open_sets, predict_rows
     from src.tracking.console import Console
-    from src.tracking.journal import hold
+    from src.tracking.run_folder import hold
 
     admitted = replace(admitted, config=standing_on(admitted.run_dir, admitted.config))
     config, run_dir, output = admitted.config, admitted.run_dir, folder(admitted)
@@ -87,7 +87,7 @@ def predict(admitted: Admitted) -> None:
 
 @contextmanager
 def open_generation(
-    admitted: Admitted, batch_size: int, stop: StopRequest, console: Console
+    admitted: Job, batch_size: int, stop: StopRequest, console: Console
 ) -> Iterator[tuple[Generator, Prompts]]:
     """Load what the run exported, and the rows to predict."""
     # imported here: torch takes seconds, and a folder that is in use or holds other predictions should be told at once
@@ -120,7 +120,7 @@ def open_generation(
         yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, end), prompts
 
 
-def finish(one: PredictedSet, admitted: Admitted, console: Console) -> None:
+def finish(one: PredictedSet, admitted: Job, console: Console) -> None:
     """Write the table of a set that is generated, and its metrics; say where they are."""
     one.write_table()
     values, lacking = one.score(admitted.config)
@@ -131,7 +131,7 @@ def finish(one: PredictedSet, admitted: Admitted, console: Console) -> None:
         console.table(values)
 
 
-def folder(admitted: Admitted) -> Path:
+def folder(admitted: Job) -> Path:
     """Give the folder that predictions are written to."""
     return admitted.own.folder(admitted.run_dir)
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.config.gate import Admitted, admit
+from src.config.gate import Job, admit
 from src.config.help import help_of_entry
 from src.errors import Interrupted, TowlineError, report, show_libraries_visibly
 from src.runtime.collector import collect_from_here, rest_while_importing
@@ -29,7 +29,7 @@ for switch in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of our own, each with its chunk, are faster
 
 
-def preflight(admitted: Admitted) -> int:
+def preflight(admitted: Job) -> int:
     """Look at one admitted configuration and say what a run of it would be; give the exit code.
 
     Raises:
@@ -50,7 +50,7 @@ def preflight(admitted: Admitted) -> int:
         return look_ahead(admitted, console, libraries)
 
 
-def look_ahead(admitted: Admitted, console: Console, libraries: LibraryMemory) -> int:
+def look_ahead(admitted: Job, console: Console, libraries: LibraryMemory) -> int:
     """Assemble what a run would, show it and what it will take; return the exit code."""
     from src.data.advice import Level
     from src.data.dataset import build_data, first_block
@@ -61,7 +61,7 @@ def look_ahead(admitted: Admitted, console: Console, libraries: LibraryMemory) -
     from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets
     from src.inspection.starts import about_starts, show_tokens
     from src.model.build import check_adapter_of, check_lengths, empty_model
-    from src.model.embeddings import grow_embeddings
+    from src.model.embeddings import resize_and_initialise
     from src.model.quantization import check_quantisable
     from src.model.unlearned import stored_unlearned_tokens
     from src.tokens import load_tokenizer
@@ -79,7 +79,7 @@ def look_ahead(admitted: Admitted, console: Console, libraries: LibraryMemory) -
         check_quantisable(model, config.quantization, device_of(config))
     check_adapter_of(config)
     unlearned = stored_unlearned_tokens(model, tokenizer, new_tokens, config.model)
-    started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned or ())
+    started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned or ())
     train = first_block(data.train)
     check_prompts(config, model, data)
     sets = {"train": train} | data.validation | data.test

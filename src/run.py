@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config.compose import CONF, PROJECT_ROOT, Composed, resolve_sections
-from src.config.gate import Admitted, Request, admit, parse
+from src.config.gate import Job, Request, admit, parse
 from src.config.quoting import shell_override
 from src.config.show import shown_config
 from src.config.source import install
@@ -40,10 +40,10 @@ from src.secrets import as_variables, clean
 from src.terminal import columns_of, wrapped
 
 if TYPE_CHECKING:
-    from src.checkpoint.start import Origin
+    from src.checkpoint.locate import Origin
     from src.sweep.sweeper import SweepRequest
     from src.tracking.console import Console
-    from src.tracking.journal import Start
+    from src.tracking.run_folder import Start
     from src.tracking.tracker import Tracker
 
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -57,17 +57,17 @@ FROZEN = "--frozen"
 """In front of a frozen configuration's file and the run's folder: this is one of several processes."""
 
 
-def run(admitted: Admitted, stop: StopRequest) -> dict[str, float]:
+def run(admitted: Job, stop: StopRequest) -> dict[str, float]:
     """Run one admitted configuration to its end, from the beginning or where it was stopped, and give its summary.
 
     Raises:
         TowlineError: what the user can mend, or that the run went wrong.
         Interrupted: where something asked it to stop; it is saved then, if it had begun to train.
     """
-    from src.checkpoint.start import check_best, find_origin
+    from src.checkpoint.locate import check_best, find_origin
     from src.tracking.console import Console
-    from src.tracking.journal import hold, metrics_at
-    from src.tracking.tracker import Bystander, open_tracking
+    from src.tracking.run_folder import hold, metrics_at
+    from src.tracking.tracker import NullTracker, open_tracking
 
     config, run_dir = admitted.config, admitted.run_dir
     console = Console()
@@ -76,7 +76,7 @@ def run(admitted: Admitted, stop: StopRequest) -> dict[str, float]:
     stop.allow(config.training.max_seconds)
     place = place_of()
     if place is not None and not place.is_main:
-        return train_and_export(admitted, None, Bystander(console), console, stop)
+        return train_and_export(admitted, None, NullTracker(console), console, stop)
     console.label("run", f"{config.name} → {run_dir}")
     with nullcontext() if admitted.is_held else hold(run_dir):
         origin = find_origin(config.checkpoint, admitted.frozen, run_dir, force=config.force)
@@ -86,12 +86,12 @@ def run(admitted: Admitted, stop: StopRequest) -> dict[str, float]:
 
 
 def train_and_export(
-    admitted: Admitted, found: Origin | None, tracking: Tracker, console: Console, stop: StopRequest
+    admitted: Job, found: Origin | None, tracking: Tracker, console: Console, stop: StopRequest
 ) -> dict[str, float]:
     """Do all of a run but what holds its folder; see `run`."""
     # imported here: torch takes seconds, and a folder that is in use or a typo should be told at once
     from src.checkpoint.exported import base_digests, exported_digests, starting_model
-    from src.checkpoint.start import Origin, written_weights
+    from src.checkpoint.locate import Origin, written_weights
     from src.checkpoint.store import open_checkpoints
     from src.data.advice import Level, advice
     from src.data.dataset import build_data, file_hashes
@@ -100,7 +100,7 @@ def train_and_export(
     from src.model.adapters import add_adapter
     from src.model.build import build_model, set_generation, with_zero_sizes
     from src.model.card import model_card
-    from src.model.embeddings import as_they_are, check_new_rows, embedding_matrices, grow_embeddings
+    from src.model.embeddings import as_they_are, check_new_rows, embedding_matrices, resize_and_initialise
     from src.model.export import export
     from src.model.unlearned import unlearned_tokens
     from src.model.whole import whole_models
@@ -115,7 +115,7 @@ def train_and_export(
     from src.training.resume import (
         beginning,
         ended_there,
-        facts_of,
+        fingerprint_of,
         first_comparable,
         resume,
         same_step,
@@ -157,7 +157,7 @@ def train_and_export(
         model = build_model(config, runtime.device)
         set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
         unlearned = unlearned_tokens(model, tokenizer, new_tokens, config.model)
-        started = grow_embeddings(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned)
+        started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned)
         matrices = [matrix.module for matrix in embedding_matrices(model)]
         new_ids = list(started.ids.values())
         adapter = add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
@@ -174,20 +174,20 @@ def train_and_export(
         untrained = begin.untrained or [
             one.text for one in sample(evaluation, samples_of, config.evaluation.sample_prompts, 0)
         ]
-        facts = facts_of(state, data, tokenizer, runtime, config)
+        facts = fingerprint_of(state, data, tokenizer, runtime, config)
         tracking.warn(resume(state, origin, begin, facts, runtime, config))
         if origin.own_step is not None:
-            tracking.warn(checkpoints.leave(origin.own_step))
+            tracking.warn(checkpoints.discard_after(origin.own_step))
         tracking.expect(state.num_steps, state.steps_per_epoch)
         is_end = state.step >= state.num_steps or ended_there(origin)
-        lines, again = runtime.from_main((tracking.go_on_from(state.step, is_end=is_end), tracking.cut_line))
-        state.settle(is_over=any(line["step"] == state.step for line in lines))
+        lines, again = runtime.from_main((tracking.rewind_to(state.step, is_end=is_end), tracking.cut_line))
+        state.mark_complete(is_over=any(line["step"] == state.step for line in lines))
         comparable_from = first_comparable(origin, facts, state)
         evaluated = [*(origin.state.get("best", ()) if origin.is_own else ()), *lines]
         if again is not None and state.evaluates_again(config.evaluation.eval_steps):
             evaluated.append(again)
         comparable = {line["step"]: line for line in evaluated if line["step"] >= comparable_from}
-        tracking.warn(checkpoints.recall(comparable.values(), origin.own_step, written_weights(origin)))
+        tracking.warn(checkpoints.load_index(comparable.values(), origin.own_step, written_weights(origin)))
 
         def beside() -> dict[str, Any]:
             now = dataclasses.replace(facts, step=state.step).as_dict()
@@ -218,7 +218,9 @@ def train_and_export(
                     if step.is_due(config.evaluation.eval_steps) or step.is_last:
                         line.metrics |= evaluation.evaluate(data.validation.values(), new_tokens.ids)
                         line.metrics |= state.new_rows.telemetry()
-                        checkpoints.consider(step.number, line.metrics, lambda: state.only_weights(runtime, beside()))
+                        checkpoints.keep_if_best(
+                            step.number, line.metrics, lambda: state.only_weights(runtime, beside())
+                        )
                     if step.is_last:
                         if takes_best and checkpoints.best not in (None, step.number):
                             checkpoints.wait()
@@ -250,11 +252,11 @@ def train_and_export(
         return tracking.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()}, exported, base)
 
 
-def start_of(admitted: Admitted, origin: Origin) -> Start:
+def start_of(admitted: Job, origin: Origin) -> Start:
     """Say how the run's folder begins: behind which step, and with which keys other than its frozen config.yaml."""
-    from src.checkpoint.contract import compare_configs
+    from src.checkpoint.compatibility import compare_configs
     from src.config.frozen import CONFIG, read_config
-    from src.tracking.journal import Start
+    from src.tracking.run_folder import Start
 
     config, frozen = admitted.config, admitted.frozen
     is_there = not config.force and os.path.lexists(admitted.run_dir / CONFIG)
@@ -271,7 +273,7 @@ def start_of(admitted: Admitted, origin: Origin) -> Start:
     )
 
 
-def finished_before(admitted: Admitted) -> bool:
+def finished_before(admitted: Job) -> bool:
     """Leave a folder whose run is finished as it is, unless more steps are asked of it; deliver what MLflow lacks.
 
     Raises:
@@ -303,7 +305,7 @@ def finished_before(admitted: Admitted) -> bool:
     return True
 
 
-def guarded(admitted: Admitted, stop: StopRequest) -> int:
+def guarded(admitted: Job, stop: StopRequest) -> int:
     """Run, and turn every way it can end into an exit code: 0, 1 (it went wrong), 2 (yours to mend), 75 (stopped)."""
     run_dir = admitted.run_dir
     show_libraries_visibly()
@@ -337,14 +339,14 @@ def guarded(admitted: Admitted, stop: StopRequest) -> int:
     return 0
 
 
-def run_as_many(admitted: Admitted, stop: StopRequest) -> int:
+def run_as_many(admitted: Job, stop: StopRequest) -> int:
     """Run in several processes, which get the configuration as it was composed here; gives their exit code.
 
     Raises:
         TowlineError: where the folder or its checkpoints can't be used, or a process ended in failure.
     """
-    from src.checkpoint.start import find_origin
-    from src.tracking.journal import hold, note_end
+    from src.checkpoint.locate import find_origin
+    from src.tracking.run_folder import hold, note_end
 
     collect_from_here()
     config, run_dir = admitted.config, admitted.run_dir
@@ -366,10 +368,10 @@ def run_as_many(admitted: Admitted, stop: StopRequest) -> int:
             frozen.unlink()
 
 
-def as_frozen(file: str, run_dir: str) -> Admitted:
+def as_frozen(file: str, run_dir: str) -> Job:
     """Take the configuration that the starting process froze."""
     given = json.loads(Path(file).read_text(encoding="utf-8"))
-    return Admitted(parse(given["config"]), given["config"], Path(run_dir), is_held=True, trial=given["trial"])
+    return Job(parse(given["config"]), given["config"], Path(run_dir), is_held=True, trial=given["trial"])
 
 
 def _what_failed(error: OSError) -> str:
@@ -402,7 +404,7 @@ def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | No
     try:
         with stop_on_signals() as stop:
             follow_parent()
-            return guarded(Admitted(parse(config), config, Path(run_dir), trial=link), stop)
+            return guarded(Job(parse(config), config, Path(run_dir), trial=link), stop)
     except (Interrupted, KeyboardInterrupt):  # before there was anything to end
         return Interrupted.exit_code
 
@@ -427,7 +429,7 @@ def by_hydra(request: Request, stop: StopRequest) -> int:
         with flag_override(cfg, ["readonly", "struct"], [False, False]):
             cfg.merge_with(as_variables(sections))  # a launcher composes again where it runs, and pickles what it has
         resolve_sections(OmegaConf.create(sections), point)
-        codes.append(guarded(Admitted(parse(point.sections), point.stored, run_dir), stop))
+        codes.append(guarded(Job(parse(point.sections), point.stored, run_dir), stop))
         if codes[-1] and os.getpid() != process:  # what is counted here is not seen there
             raise TrainingError(f"the run in {run_dir} ended with exit code {codes[-1]}")
         if codes[-1] == Interrupted.exit_code:

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from src.config.frozen import config_hash
-from src.config.gate import Admitted, admit
+from src.config.gate import Job, admit
 from src.sweep.workers import READY_FOR, WARM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +61,7 @@ def _project_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def admitted(*overrides: str) -> Admitted:
+def admitted(*overrides: str) -> Job:
     """Admit one run without a tracker, unless the overrides say otherwise."""
     chosen = any(override.startswith(("tracking=", "rerun=")) for override in overrides)
     request = admit([*([] if chosen else ["tracking=none"]), f"data.cache_dir={ROWS}", *overrides])

@@ -27,7 +27,7 @@ from src.model import export as exporting
 from src.model.adapters import Adapter, add_adapter, with_rows
 from src.model.build import build_model, set_generation
 from src.model.card import model_card
-from src.model.embeddings import StartedRows, check_new_rows, embedding_matrices, grow_embeddings
+from src.model.embeddings import StartedRows, check_new_rows, embedding_matrices, resize_and_initialise
 from src.model.export import export, load_exported
 from src.model.quantization import keep_gradients
 from src.model.unlearned import unlearned_tokens
@@ -95,7 +95,7 @@ class Assembled:
         self.model = build_model(self.config, runtime.device)
         set_generation(self.model, self.config.generation, self.tokenizer, self.data.stop_ids)
         unlearned = unlearned_tokens(self.model, self.tokenizer, self.new, self.config.model)
-        self.started: StartedRows = grow_embeddings(
+        self.started: StartedRows = resize_and_initialise(
             self.model, self.tokenizer, self.new, self.config.tokens, self.config.seed, unlearned
         )
         matrices = [matrix.module for matrix in embedding_matrices(self.model)]

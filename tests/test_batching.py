@@ -276,7 +276,7 @@ def test_a_packed_row_has_the_loss_that_it_has_alone(
     rows: EncodedSet, config: str, settings: dict[str, Any], attention: str
 ) -> None:
     scored = ScoredModel(model_of(config, settings, attention)).eval()
-    scored.choose_head()
+    scored.probe_head()
     scored.check_packing()
     packed = [[0, 5, 9], [3], [7, 1]]
     alone = {row: row_losses(scored, rows, [[row]])[row] for row in chain.from_iterable(packed)}
@@ -463,7 +463,7 @@ def test_an_encoder_decoder_has_the_loss_that_its_library_gives(tmp_path: Path, 
     folder, model, full = pair
     train, batch = batch_of_pairs(tmp_path, folder)
     scored = ScoredModel(model).eval()
-    scored.choose_head()
+    scored.probe_head()
     assert scored.uses_full_logits is full
     with torch.no_grad():
         ours = float(scored(**batch.inputs()).objective)
@@ -494,7 +494,7 @@ def test_a_bias_behind_the_head_is_seen(tmp_path: Path) -> None:
     model.final_logits_bias.normal_()
     train, batch = batch_of_pairs(tmp_path, folder_of(tmp_path / "model", "BartConfig", BART))
     scored = ScoredModel(model).eval()
-    scored.choose_head()
+    scored.probe_head()
     assert scored.uses_full_logits
     with torch.no_grad():
         ours = float(scored(**batch.inputs()).objective)

@@ -28,7 +28,7 @@ from src.data import sources
 from src.data.cache import RowCache, tokenizer_fingerprint
 from src.data.dataset import Data, build_data
 from src.data.encoding import Encoder, Lengths
-from src.data.preparation import Recipe, prepared
+from src.data.preparation import EncodingConfig, prepared
 from src.data.readers import Record
 from src.data.sets import EncodedSet
 from src.data.sources import file_source
@@ -555,10 +555,10 @@ def peak(work: Callable[[], Any]) -> int:
     return found
 
 
-def recipe_of(config: RunConfig) -> Recipe:
+def recipe_of(config: RunConfig) -> EncodingConfig:
     tokenizer, _ = load_tokenizer(config.model, config.tokens)
     lengths = Lengths(config.data.max_seq_length, None, config.data.overflow)
-    return Recipe(config.data, tokenizer, config.thought_tags, lengths, is_chat=False)
+    return EncodingConfig(config.data, tokenizer, config.thought_tags, lengths, is_chat=False)
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:

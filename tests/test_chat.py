@@ -329,11 +329,11 @@ def train_set(folder: Path, tokenizer: Any, rows: list[Any], *overrides: str) ->
 
 def learned(tokenizer: Any, rows: EncodedSet, index: int = 0) -> list[str]:
     """Give the texts of a row that are learned, one for each stretch."""
-    ids, is_learned = rows[index].input_ids.tolist(), rows[index].labels != IGNORE_INDEX
-    ends = [i for i in range(1, len(ids) + 1) if i == len(ids) or is_learned[i] != is_learned[i - 1]]
+    ids, is_supervised = rows[index].input_ids.tolist(), rows[index].labels != IGNORE_INDEX
+    ends = [i for i in range(1, len(ids) + 1) if i == len(ids) or is_supervised[i] != is_supervised[i - 1]]
     texts = [tokenizer.decode(ids[:end]) for end in [0, *ends]]
     parts = [text.removeprefix(before) for before, text in pairwise(texts)]
-    return [part for part, end in zip(parts, ends, strict=True) if is_learned[end - 1]]
+    return [part for part, end in zip(parts, ends, strict=True) if is_supervised[end - 1]]
 
 
 def by_tokenizer(tokenizer: Any, messages: Messages, **given: Any) -> list[int]:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from src.checkpoint import store
+from src.checkpoint.locate import Origin, find_origin, newest_weights
 from src.checkpoint.manifest import (
     Entry,
     checksum,
@@ -31,7 +32,6 @@ from src.checkpoint.manifest import (
     problems_of,
     read_manifest,
 )
-from src.checkpoint.start import Origin, find_origin, newest_weights
 from src.checkpoint.store import SMALL_BYTES, Checkpoints, Snapshot, open_checkpoints, read_snapshot
 from src.checkpoint.tensors import tensors_digest, write_tensors
 from src.config.places import folder_of, steps_in
@@ -72,7 +72,7 @@ def put(checkpoints: Checkpoints, step: int) -> None:
 
 def rate(checkpoints: Checkpoints, step: int, value: float | None, name: str = LOSS) -> None:
     """Have an evaluation of a step come to a value; None: to nothing."""
-    checkpoints.consider(step, {} if value is None else {name: value}, lambda: made_of(step, full=False))
+    checkpoints.keep_if_best(step, {} if value is None else {name: value}, lambda: made_of(step, full=False))
 
 
 def save(run_dir: Path, *steps: int, **settings: Any) -> None:
@@ -227,7 +227,7 @@ def test_what_is_no_folder_in_a_checkpoints_place_is_told_and_in_nobodys_way(tmp
     what = "a link to what is not there" if "dangling endless".count(kind) else "no folder"
     assert (found.step, found.warnings) == (2, [f"{at(tmp_path, 4)} is damaged (it is {what}); passed over"])
     with open_checkpoints(replace(PLAIN, keep_last=2), tmp_path) as checkpoints:
-        checkpoints.recall([], 2)
+        checkpoints.load_index([], 2)
         KINDS[kind](at(tmp_path, 3))  # meanwhile
         put(checkpoints, 3)
         put(checkpoints, 4)
@@ -288,13 +288,13 @@ def test_what_may_not_be_read_is_neither_passed_over_nor_removed(tmp_path: Path)
         open_checkpoints(PLAIN, tmp_path) as checkpoints,
         pytest.raises(CheckpointError, match=r"step-00000003 can't be read: Permission denied.*make it readable"),
     ):
-        checkpoints.leave(2)  # as one that was named
+        checkpoints.discard_after(2)  # as one that was named
     at(tmp_path, 3).chmod(0o755)
     assert content(tmp_path / "checkpoints") == before
     for place in (at(tmp_path, 1), at(tmp_path, 2) / "manifest.json"):
         place.chmod(0)
     with unprivileged(), open_checkpoints(replace(PLAIN, keep_last=1), tmp_path) as checkpoints:
-        checkpoints.recall([], 3)
+        checkpoints.load_index([], 3)
         put(checkpoints, 4)
         checkpoints.wait()
         checkpoints.finish()
@@ -311,7 +311,7 @@ def test_leftovers_that_may_not_be_removed_are_told_and_in_nobodys_way(tmp_path:
         place.chmod(0o500)
     with unprivileged(), open_checkpoints(replace(PLAIN, keep_last=1), tmp_path) as checkpoints:
         told = sorted(checkpoints.warnings)
-        checkpoints.recall([], 1)
+        checkpoints.load_index([], 1)
         put(checkpoints, 2)
         checkpoints.wait()
     assert [f"{place}, left by an earlier start, can't be removed: Permission denied" for place in left] == told
@@ -332,7 +332,7 @@ def test_the_best_that_may_not_be_read_are_told_and_not_given_up(tmp_path: Path)
             open_checkpoints(replace(PLAIN, allow_changed=allow_changed), tmp_path) as checkpoints,
             pytest.raises(CheckpointError, match=r"model\.safetensors can't be read: Permission denied.*best weights"),
         ):
-            checkpoints.recall(best, 3)
+            checkpoints.load_index(best, 3)
     weights.chmod(0o644)
     assert kept(tmp_path) == {2: "weights", 3: "all"}
 
@@ -342,7 +342,7 @@ def test_the_best_weights_are_those_that_this_run_wrote(tmp_path: Path) -> None:
     for name, scale in (("own", 1), ("other", 2)):
         with open_checkpoints(config, tmp_path / name) as checkpoints:
             (tmp_path / name).mkdir()
-            checkpoints.consider(2, {LOSS: 1.0}, lambda scale=scale: made_of(2 * scale, full=False))
+            checkpoints.keep_if_best(2, {LOSS: 1.0}, lambda scale=scale: made_of(2 * scale, full=False))
             put(checkpoints, 3)
             checkpoints.wait()
             best = checkpoints.best_evaluations
@@ -350,7 +350,7 @@ def test_the_best_weights_are_those_that_this_run_wrote(tmp_path: Path) -> None:
                 known, known_best = {2: str(best[0]["weights"])}, best
     assert known[2] == read_manifest(at(tmp_path / "own", 2)).files["model.safetensors"].xxh3_128
     with open_checkpoints(config, tmp_path / "own") as checkpoints:
-        assert checkpoints.recall(known_best, 3, known) == []
+        assert checkpoints.load_index(known_best, 3, known) == []
         assert checkpoints.best_evaluations == known_best
         shutil.rmtree(at(tmp_path / "own", 2))
         shutil.copytree(at(tmp_path / "other", 2), at(tmp_path / "own", 2))
@@ -360,9 +360,9 @@ def test_the_best_weights_are_those_that_this_run_wrote(tmp_path: Path) -> None:
         open_checkpoints(config, tmp_path / "own") as checkpoints,
         pytest.raises(CheckpointError, match=r"another run's.*load_best_model_at_end"),
     ):
-        checkpoints.recall(known_best, 3, known)
+        checkpoints.load_index(known_best, 3, known)
     with open_checkpoints(replace(config, load_best_model_at_end=False), tmp_path / "own") as checkpoints:
-        (told,) = checkpoints.recall(known_best, 3, known)
+        (told,) = checkpoints.load_index(known_best, 3, known)
     assert "the weights of step 2" in told
     assert "another run's" in told
 
@@ -460,7 +460,7 @@ def test_other_files_do_no_harm(tmp_path: Path) -> None:
     assert (origin(tmp_path).step, origin(tmp_path).warnings) == (2, [])
     assert is_same(read_snapshot(at(tmp_path, 2)), made_of(2))
     with open_checkpoints(replace(PLAIN, keep_last=1), tmp_path) as checkpoints:
-        assert checkpoints.recall([], 2) == []
+        assert checkpoints.load_index([], 2) == []
         put(checkpoints, 4)
     assert steps_in(tmp_path / "checkpoints") == [4]
     assert (tmp_path / "checkpoints" / "step-00000009.old").exists()
@@ -558,7 +558,7 @@ def go(run_dir: Path, config: CheckpointConfig, values: Sequence[float], every: 
     done = newest or 0
     with open_checkpoints(config, run_dir) as checkpoints:
         lines = [{"step": step, LOSS: values[step - 1]} for step in range(1, done + 1)]
-        assert checkpoints.recall(lines, newest) == [], "what a run needs that goes on is there"
+        assert checkpoints.load_index(lines, newest) == [], "what a run needs that goes on is there"
         for step in range(done + 1, last + 1):
             if step % every == 0 or step == len(values):
                 put(checkpoints, step)
@@ -601,7 +601,7 @@ def test_only_the_newest_can_be_resumed_where_that_is_asked_for(tmp_path: Path) 
     assert newest_weights(at(tmp_path, 5)) == (at(tmp_path, 5), [])
 
     with open_checkpoints(config, tmp_path) as checkpoints:
-        assert checkpoints.recall([{"step": step, LOSS: float(step)} for step in range(1, 7)], 6) == []
+        assert checkpoints.load_index([{"step": step, LOSS: float(step)} for step in range(1, 7)], 6) == []
         rate(checkpoints, 7, 0.5)
         checkpoints.wait()
         assert kept(tmp_path) == {1: "weights", 4: "weights", 5: "weights", 6: "all", 7: "weights"}
@@ -615,7 +615,7 @@ def test_a_shrink_that_was_cut_short_is_ended(tmp_path: Path) -> None:
     (at(tmp_path, 1) / "optimizer.safetensors").write_bytes(bytes(1000))  # listed no more, but still there
     assert not list(problems_of(at(tmp_path, 1)))
     with open_checkpoints(replace(PLAIN, newest_optimizer_only=True), tmp_path) as checkpoints:
-        checkpoints.recall([], 2)
+        checkpoints.load_index([], 2)
         rate(checkpoints, 3, 1.0)
     assert kept(tmp_path) == {1: "weights", 2: "all", 3: "weights"}
 
@@ -627,12 +627,12 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
         assert kept(tmp_path) == {3: "weights"}
         put(checkpoints, 3)
         checkpoints.save(3, lambda: pytest.fail("it is saved"))
-        checkpoints.consider(3, {LOSS: 1.0}, lambda: pytest.fail("it is saved"))
+        checkpoints.keep_if_best(3, {LOSS: 1.0}, lambda: pytest.fail("it is saved"))
         checkpoints.wait()
         assert kept(tmp_path) == {3: "all"}
     before = content(tmp_path)
     with open_checkpoints(PLAIN, tmp_path) as checkpoints:
-        checkpoints.recall([], 3)
+        checkpoints.load_index([], 3)
         checkpoints.save(3, lambda: pytest.fail("it is saved"))
     assert content(tmp_path) == before
 
@@ -641,7 +641,7 @@ def test_a_course_that_was_left_leaves_nothing(tmp_path: Path) -> None:
     save(tmp_path, 4, 8, 12, 16)
     assert (origin(tmp_path, at(tmp_path, 8)).own_step, origin(tmp_path).own_step) == (8, 16)
     with open_checkpoints(PLAIN, tmp_path) as checkpoints:
-        assert checkpoints.recall([], 8) == []
+        assert checkpoints.load_index([], 8) == []
         assert kept(tmp_path) == {4: "all", 8: "all"}, "a run that is killed now goes on from 8, as its journal does"
         put(checkpoints, 20)
         checkpoints.wait()
@@ -654,7 +654,7 @@ def test_weights_of_a_start_that_came_to_no_save_leave_nothing(tmp_path: Path) -
         rate(checkpoints, 11, 0.5)
     assert kept(tmp_path) == {3: "weights", 11: "weights"}
     with open_checkpoints(replace(PLAIN, keep_best=2), tmp_path) as checkpoints:
-        assert checkpoints.recall([], None) == []
+        assert checkpoints.load_index([], None) == []
         rate(checkpoints, 3, 2.0)
         rate(checkpoints, 6, 3.0)
         put(checkpoints, 8)
@@ -669,7 +669,7 @@ def test_a_copy_by_another_name_is_gone_on_from_and_left_alone(tmp_path: Path) -
     found = origin(tmp_path, copy)
     assert (found.checkpoint, found.own_step) == (copy, 8)
     with open_checkpoints(PLAIN, tmp_path) as checkpoints:
-        checkpoints.recall([], 8)
+        checkpoints.load_index([], 8)
         put(checkpoints, 8)
         checkpoints.wait()
     assert steps_in(tmp_path / "checkpoints") == [8]
@@ -684,7 +684,7 @@ def test_bests_that_are_lost_are_told_and_count_no_more(tmp_path: Path) -> None:
     truncated(at(tmp_path, 1) / "model.safetensors")
     shutil.rmtree(at(tmp_path, 3))
     with open_checkpoints(config, tmp_path) as checkpoints:
-        warnings = checkpoints.recall([{"step": i, LOSS: value} for i, value in enumerate(values, 1)], 5)
+        warnings = checkpoints.load_index([{"step": i, LOSS: value} for i, value in enumerate(values, 1)], 5)
         assert len(warnings) == 2
         assert warnings[0].startswith("the weights of step 1, among the best so far, are lost: model.safetensors has ")
         assert warnings[1].startswith(
@@ -692,7 +692,7 @@ def test_bests_that_are_lost_are_told_and_count_no_more(tmp_path: Path) -> None:
         )
         assert checkpoints.best == 2
     with open_checkpoints(config, tmp_path) as checkpoints:
-        checkpoints.recall([{"step": 2, LOSS: 2.0}], 5)
+        checkpoints.load_index([{"step": 2, LOSS: 2.0}], 5)
         flipped(lambda size: size - 1)(at(tmp_path, 2) / "model.safetensors")
         with pytest.raises(CheckpointError, match=r"step-00000002 is damaged: model\.safetensors"):
             checkpoints.best_weights()
@@ -737,7 +737,7 @@ def eventful(checkpoints: Checkpoints, done: int) -> None:
     """Go on to the end: weights are kept and then saved with all, new ones are the best, others are so no more."""
     losses = {2: 9.0, 3: 5.0, 4: 9.0, 6: 4.0, 7: 3.0, 8: 9.0}
     lines = [{"step": step, LOSS: loss} for step, loss in losses.items() if step <= done]
-    assert checkpoints.recall(lines, done) == [], "what a run needs that goes on is there"
+    assert checkpoints.load_index(lines, done) == [], "what a run needs that goes on is there"
     for step in (6, 7, 8):
         if step > done:
             rate(checkpoints, step, losses[step])
@@ -832,7 +832,7 @@ def test_what_goes_wrong_in_the_thread_reaches_the_caller(tmp_path: Path, told_b
         assert checkpoints.newest == 1
         assert content(tmp_path) == before_it, "nothing is removed before what comes is whole"
     with open_checkpoints(replace(PLAIN, keep_last=1), tmp_path) as checkpoints:
-        assert checkpoints.recall([{"step": 1, LOSS: 1.0}], 1) == []
+        assert checkpoints.load_index([{"step": 1, LOSS: 1.0}], 1) == []
         put(checkpoints, 2)
     assert kept(tmp_path) == {1: "weights", 2: "all"}
 
@@ -928,7 +928,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
         if full:
             checkpoints.save(step, lambda: large(step, num_bytes=400_000))
         else:
-            checkpoints.consider(step, {LOSS: 1 / step}, lambda: large(step, num_bytes=400_000, full=False))
+            checkpoints.keep_if_best(step, {LOSS: 1 / step}, lambda: large(step, num_bytes=400_000, full=False))
 
     with open_checkpoints(config, run_dir) as checkpoints:
         with pytest.raises(DiskFullError, match=r"needs 2\.0 MiB, 1\.0 MiB are free in .*; there is no earlier"):
@@ -952,7 +952,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     small_disk("size=4m")
     with open_checkpoints(config, run_dir) as checkpoints:
         lines = [] if full else [{"step": step, LOSS: 1 / step} for step in (1, 2)]
-        assert checkpoints.recall(lines, 2 if full else None) == []
+        assert checkpoints.load_index(lines, 2 if full else None) == []
         keep(checkpoints, 3)
         checkpoints.finish()
     assert steps_in(run_dir / "checkpoints") == [2, 3]

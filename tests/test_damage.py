@@ -22,10 +22,10 @@ from src.config.trust import is_signed, signature
 from src.errors import ConfigError, DamagedFileError
 from src.records import Digest, begins_with, read_json, read_lines, read_yaml
 from src.run import guarded
+from src.sweep.folder import SweepFolder
 from src.sweep.plan import Plan
-from src.sweep.record import Record
 from src.sweep.trial import trial_of
-from src.tracking.journal import LOCK, RunFolder, read_growing
+from src.tracking.run_folder import LOCK, RunFolder, read_growing
 from tests.conftest import ROWS, admitted, towline, unprivileged
 from tests.conftest import read_lines as lines_of
 from tests.sweeps import planned
@@ -226,7 +226,7 @@ def test_a_status_of_another_shape_ends_no_command_with_a_traceback(run: Path, c
 
 @pytest.mark.parametrize("more", [(), ("training.max_train_steps=12",)])
 def test_another_runs_word_that_it_is_finished_is_not_taken(
-    run: Path, finished: Path, more: tuple[str, ...], sweep: Record
+    run: Path, finished: Path, more: tuple[str, ...], sweep: SweepFolder
 ) -> None:
     shutil.copy(finished / "status.json", run / "status.json")
     before = contents(run)
@@ -493,7 +493,7 @@ def test_code_of_a_checkpoint_runs_on_this_users_word_only(tmp_path: Path, monke
 
 def keep(plan: Plan) -> None:
     """Leave a sweep's folder as its first start does."""
-    record = Record(plan.folder)
+    record = SweepFolder(plan.folder)
     record.keep_conf(plan.line.roots)
     texts = dict.fromkeys(("name", "state", "started", "updated"), "x") | {"id": plan.line.sweep_id}
     mappings: dict[str, Any] = {key: {} for key in ("space", "sweep", "counts")}
@@ -640,9 +640,9 @@ def test_a_finished_run_where_nothing_may_be_written_is_left_as_it_is(
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Record:
+def sweep(tmp_path: Path) -> SweepFolder:
     """Return the folder of a sweep of two trials."""
-    record = Record(tmp_path / "sweep")
+    record = SweepFolder(tmp_path / "sweep")
     record.folder.mkdir()
     frozen = admitted("data.limit=8").frozen
     trials = [trial_of(n, n, (f"seed={n}",), frozen | {"seed": n}, "setting") for n in (0, 1)]
@@ -656,7 +656,7 @@ def sweep(tmp_path: Path) -> Record:
     return record
 
 
-def test_options_of_a_sweep_that_cannot_be_looked_into_are_not_taken_for_none(sweep: Record) -> None:
+def test_options_of_a_sweep_that_cannot_be_looked_into_are_not_taken_for_none(sweep: SweepFolder) -> None:
     assert sweep.conf() == []
     (sweep.folder / "conf").symlink_to("nowhere")
     with pytest.raises(DamagedFileError, match="conf is damaged: it can't be looked into: a link to what is not there"):
@@ -679,7 +679,7 @@ def test_a_model_that_may_not_be_read_is_told_by_name(finished: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"history": [3]}', "{\x00}"])
-def test_a_sweeps_file_is_told_by_name(sweep: Record, text: str) -> None:
+def test_a_sweeps_file_is_told_by_name(sweep: SweepFolder, text: str) -> None:
     file = sweep.folder / "sweep.json"
     file.write_text(text)
     with pytest.raises(DamagedFileError, match=r"sweep\.json is damaged.*force=true"):
@@ -690,7 +690,7 @@ def test_a_sweeps_file_is_told_by_name(sweep: Record, text: str) -> None:
 @pytest.mark.parametrize(
     ("before", "after"), [("1.0", "7.0"), ('"seed": 1', '"seed": 2'), ('"config"', '"konfig"'), ("{", "[")]
 )
-def test_a_trial_whose_configuration_changed_is_not_trained(sweep: Record, before: str, after: str) -> None:
+def test_a_trial_whose_configuration_changed_is_not_trained(sweep: SweepFolder, before: str, after: str) -> None:
     file = sweep.folder / "trials.jsonl"
     first, second = file.read_text().splitlines(keepends=True)
     assert before in second
@@ -701,7 +701,7 @@ def test_a_trial_whose_configuration_changed_is_not_trained(sweep: Record, befor
     assert [trial.number for trial in sweep.trials()] == [0]
 
 
-def test_a_trial_with_damaged_files_has_failed_by_name(sweep: Record) -> None:
+def test_a_trial_with_damaged_files_has_failed_by_name(sweep: SweepFolder) -> None:
     folder = sweep.run_dir(0)
     folder.mkdir()
     (folder / "status.json").write_text("{")

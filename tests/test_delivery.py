@@ -28,11 +28,11 @@ from src import sync
 from src.config.schema import MlflowConfig
 from src.records import Digest
 from src.tracking import mirror, mlflow_calls, sqlite_store, tracker
-from src.tracking.journal import Start, hold
 from src.tracking.mirror import Mirror, Patience
 from src.tracking.mlflow_errors import StoreError, explained
 from src.tracking.mlflow_mirror import Delivery
 from src.tracking.mlflow_store import read_tracking
+from src.tracking.run_folder import Start, hold
 from src.tracking.sqlite_store import SqliteStore
 from tests.conftest import FORKS, ROOT, admitted, read_lines
 from tests.test_tracking import closed_port, do_step, killed, start_server, stop_server, stopped, track, tracked
@@ -490,7 +490,7 @@ def test_a_last_step_that_is_done_again_with_other_times_is_delivered(
     config, run = config_of(proxy.uri, "last step"), tmp_path / "run"
     stopped(config, run, steps=3)
     with tracked(config, run, Start(step=3)) as tracking:
-        tracking.go_on_from(3, is_end=True)
+        tracking.rewind_to(3, is_end=True)
         time.sleep(0.01)
         do_step(tracking, 3, 1 / 3)
         tracking.finish({"steps": 3})
@@ -699,7 +699,7 @@ def test_damage_to_tracking_json_of_a_run_that_goes_on_doubles_nothing(tmp_path:
     stopped(config_of(uri), run, steps=5)
     (run / "tracking.json").write_text("{")
     with tracked(config_of(uri), run, Start(step=3)) as tracking:
-        tracking.go_on_from(3, is_end=False)
+        tracking.rewind_to(3, is_end=False)
         for step, loss in ((4, 1 / 4), (5, 0.9), (6, 1 / 6)):
             tracking.log(step, {"train/loss": loss})
         tracking.finish({"steps": 6})
@@ -731,7 +731,7 @@ def statuses(uri: str) -> list[str]:
 def go_on(config: Any, run: Path, start: Start = Start(step=2)) -> None:  # noqa: B008
     """Have the run go on behind step 2, or begin anew, with such a tracker, and finish."""
     with tracked(config, run, start) as tracking:
-        tracking.go_on_from(0 if start.force else 2, is_end=False)
+        tracking.rewind_to(0 if start.force else 2, is_end=False)
         for step in range(1 if start.force else 3, 5):
             tracking.log(step, {"train/loss": 1 / step})
         tracking.finish({"steps": 4})

@@ -17,10 +17,10 @@ from tokenizers import AddedToken
 from src.config.schema import Overflow
 from src.data.encoding import ANSWER, IGNORE_INDEX, THOUGHT, EncodedRow, Encoder, Lengths
 from src.data.examples import Example
-from src.data.pieces import Piece
 from src.data.readers import Record
+from src.data.segments import Segment
 from src.data.sets import EncodedSet
-from src.data.store import Account, Part, to_batch
+from src.data.store import Shard, SourceStats, to_batch
 from src.errors import TokenError
 from tests.kinds import byte_bpe, character_level, one_control_token, sentencepiece, unigram, wordpiece, words
 
@@ -107,7 +107,7 @@ def encoder_of(kind: str) -> Encoder:
 
 
 def example(prompt: str, completion: str) -> Example:
-    pieces = (Piece(prompt, is_learned=False), Piece(completion, is_learned=True))
+    pieces = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
     return Example(pieces, prompt, completion, completion)
 
 
@@ -116,7 +116,7 @@ def stored(encoder: Encoder, pairs: Sequence[tuple[str, str]], lengths: Lengths 
     examples = [example(*pair) for pair in pairs]
     encoded = zip(examples, encoder.encode(examples, lengths), strict=True)
     rows = [(i, Record({}, "rows", i), one, row) for i, (one, row) in enumerate(encoded) if row is not None]
-    return EncodedSet("rows", [Part([to_batch(rows)], Account(len(pairs)))])
+    return EncodedSet("rows", [Shard([to_batch(rows)], SourceStats(len(pairs)))])
 
 
 def check(kind: str, rows: EncodedSet, index: int) -> None:
@@ -432,7 +432,9 @@ def test_what_is_cut_of_an_encoder_decoders_row(
 
 
 def test_an_encoder_decoders_row_with_nothing_to_learn_is_not_supervised() -> None:
-    nothing = Example((Piece("a", is_learned=False), Piece("b", is_learned=False)), "ab", "", "", needs_eos=False)
+    nothing = Example(
+        (Segment("a", is_supervised=False), Segment("b", is_supervised=False)), "ab", "", "", needs_eos=False
+    )
     for lengths in (LONG, LONG_PAIR):
         (row,) = encoder_of("byte-level BPE, BOS and EOS").encode([nothing], lengths)
         assert row is not None

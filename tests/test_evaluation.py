@@ -20,7 +20,7 @@ from src.evaluation.generate import cut_at
 from src.evaluation.metrics import answer, exact_match, perplexity
 from src.evaluation.samples import sample
 from src.model.build import build_model, set_generation
-from src.model.embeddings import grow_embeddings
+from src.model.embeddings import resize_and_initialise
 from src.model.export import export
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
@@ -86,7 +86,7 @@ def evaluator(runtime: Runtime, *overrides: str) -> tuple[Evaluator, Data]:
     data = build_data(config, tokenizer)
     torch.manual_seed(0)
     model = build_model(config, torch.device("cpu")).eval()
-    grow_embeddings(model, tokenizer, new, config.tokens, config.seed)
+    resize_and_initialise(model, tokenizer, new, config.tokens, config.seed)
     if model.config.is_encoder_decoder:
         for parameter in model.parameters():
             parameter.data *= 6  # else its decoder hardly hears the encoder

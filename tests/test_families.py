@@ -60,10 +60,10 @@ def row(*, turns: int, system: bool, thought: str) -> dict[str, Any]:
 
 def written(data: Data, rows: EncodedSet, index: int) -> str:
     """Return what a perfect model generates for a row: the learned ids of the last turn up to where it stops."""
-    is_learned = rows[index].labels >= 0
-    last = len(is_learned) - 1 - is_learned[::-1].argmax()
+    is_supervised = rows[index].labels >= 0
+    last = len(is_supervised) - 1 - is_supervised[::-1].argmax()
     start = last
-    while start and is_learned[start - 1]:
+    while start and is_supervised[start - 1]:
         start -= 1
     ids = rows[index].input_ids[start : last + 1].tolist()
     end = next(at for at, token in enumerate(ids) if token in data.stop_ids)

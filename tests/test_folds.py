@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from src import preflight
-from src.checkpoint.contract import Effect, compare_configs
+from src.checkpoint.compatibility import Impact, compare_configs
 from src.config.compose import CONF, options
 from src.config.gate import admit_prediction
 from src.data.dataset import Data, build_data, file_hashes
-from src.data.folds import deal, deal_groups
+from src.data.folds import assign_folds, assign_group_folds
 from src.data.sources import FileSource
 from src.errors import ConfigError, DataError
 from src.run import run as train
@@ -69,9 +69,9 @@ def refusal(*overrides: str) -> str:
 def test_records_are_dealt_evenly(sizes: list[int], num_folds: int, seed: int) -> None:
     if max(sizes) < num_folds:
         with pytest.raises(DataError, match=f"data.num_folds = {num_folds} needs as many rows of train, and there are"):
-            deal(sizes, num_folds, seed)
+            assign_folds(sizes, num_folds, seed)
         return
-    folds = deal(sizes, num_folds, seed)
+    folds = assign_folds(sizes, num_folds, seed)
     assert [len(of_source) for of_source in folds] == sizes
     for of_source in folds:
         counts = np.bincount(of_source, minlength=num_folds)
@@ -86,28 +86,28 @@ def test_groups_are_dealt_whole(groups: list[list[str]], num_folds: int, seed: i
     sizes = Counter(group for of_source in groups for group in of_source)
     if len(sizes) < num_folds:
         with pytest.raises(DataError, match=f"needs as many groups, and data.group_column finds {len(sizes)} in train"):
-            deal_groups(groups, num_folds, seed)
+            assign_group_folds(groups, num_folds, seed)
         return
-    folds = deal_groups(groups, num_folds, seed)
+    folds = assign_group_folds(groups, num_folds, seed)
     pairs = {pair for of_source in zip(groups, folds, strict=True) for pair in zip(*of_source, strict=True)}
     assert len(pairs) == len(sizes)
     filled = np.bincount(np.concatenate(folds), minlength=num_folds)
     assert filled.min() > 0
     assert filled.max() - filled.min() <= max(sizes.values())
-    backwards = deal_groups([of_source[::-1] for of_source in groups[::-1]], num_folds, seed)
+    backwards = assign_group_folds([of_source[::-1] for of_source in groups[::-1]], num_folds, seed)
     assert [of_source[::-1].tolist() for of_source in backwards[::-1]] == [of_source.tolist() for of_source in folds]
 
 
 def test_largest_groups_go_first_and_to_the_smallest_fold() -> None:
-    (folds,) = deal_groups([list("a" * 6 + "b" * 5 + "c" * 3 + "d" * 2 + "e")], 3, seed=1)
+    (folds,) = assign_group_folds([list("a" * 6 + "b" * 5 + "c" * 3 + "d" * 2 + "e")], 3, seed=1)
     assert "".join(map(str, folds)) == "000000" + "11111" + "222" + "22" + "1"
 
 
 def test_the_seed_decides_and_sources_of_one_size_are_dealt_alike() -> None:
-    first, again, other = (deal([40, 40], 4, seed) for seed in (1, 1, 2))
+    first, again, other = (assign_folds([40, 40], 4, seed) for seed in (1, 1, 2))
     assert first[0].tolist() == first[1].tolist() == again[0].tolist() != other[0].tolist()
     alike = [[str(i) for i in range(40)]]
-    first, again, other = (deal_groups(alike, 4, seed) for seed in (1, 1, 2))
+    first, again, other = (assign_group_folds(alike, 4, seed) for seed in (1, 1, 2))
     assert first[0].tolist() == again[0].tolist() != other[0].tolist()
 
 
@@ -144,7 +144,7 @@ def test_another_seed_gives_other_folds_and_the_fold_is_another_train_set(tmp_pa
     assert zero.train_digest() != one.train_digest()
     assert zero.validation_digest(None) != one.validation_digest(None)
     frozen = [admitted("data=prompt_completion", *plain, f"data.fold={fold}").frozen for fold in (0, 1)]
-    assert {change.key: change.effect for change in compare_configs(*frozen)} == {"data.fold": Effect.harmless}
+    assert {change.key: change.effect for change in compare_configs(*frozen)} == {"data.fold": Impact.harmless}
 
 
 def test_a_limit_comes_first(tmp_path: Path) -> None:

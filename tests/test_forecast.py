@@ -392,7 +392,7 @@ def test_a_step_holds_what_was_counted(
 ) -> None:
     model = adapted(model_of(make, options), adapter)
     scored = ScoredModel(model)
-    scored.choose_head()
+    scored.probe_head()
     forward = scoring(scored.train(), shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision is MixedPrecision.bf16):
         saved = measure_saved_bytes(forward, [*scored.parameters(), *scored.buffers()])
@@ -417,7 +417,7 @@ def autocast_of(precision: MixedPrecision) -> torch.dtype | None:
 def test_a_head_with_a_bias_of_zeros_counts_as_more_than_a_head() -> None:
     """Its logits are the head's for this bias only, and a bias on the meta device has no values."""
     scored = ScoredModel(model_of(bart, EXACT))
-    scored.choose_head()
+    scored.probe_head()
     saved = measure_saved_bytes(scoring(scored.train(), PADDED_PAIRS), [*scored.parameters(), *scored.buffers()])
     assert not scored.uses_full_logits
     found = counted_step(on_meta(bart, EXACT), PADDED_PAIRS, MixedPrecision.no)
@@ -499,7 +499,7 @@ def test_generation_holds_what_was_counted(make: Callable[[], PreTrainedConfig])
 def test_evaluation_holds_what_was_counted(make: Callable[[], PreTrainedConfig]) -> None:
     shape = PADDED_PAIRS if make is t5 else CAUSAL
     scored = ScoredModel(model_of(make, EXACT))
-    scored.choose_head()
+    scored.probe_head()
     forward = scoring(scored.eval(), shape)
     with Living([*scored.parameters(), *scored.buffers()]) as living, torch.no_grad():
         forward()

@@ -32,7 +32,7 @@ from src.data.chat_render import render
 from src.data.dataset import build_data
 from src.data.encoding import Lengths
 from src.data.formats import BadRow
-from src.data.preparation import Recipe
+from src.data.preparation import EncodingConfig
 from src.errors import ConfigError, DataError, LimitError, ModelError, report, visible
 from src.evaluation.metrics import scores
 from src.inspection.drawing import Paint
@@ -643,7 +643,7 @@ def test_rows_on_their_way_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch)
     config = admitted(
         "data=prompt_completion", "data.train_files=[data/tow_addition/train.jsonl]", "tokens=none"
     ).config
-    recipe = Recipe(
+    recipe = EncodingConfig(
         config.data,
         load_tokenizer(config.model, config.tokens)[0],
         None,

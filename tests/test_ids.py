@@ -24,7 +24,7 @@ from src.data.encoding import Encoder
 from src.errors import TokenError
 from src.model.adapters import add_adapter
 from src.model.card import model_card
-from src.model.embeddings import embedding_matrices, grow_embeddings
+from src.model.embeddings import embedding_matrices, resize_and_initialise
 from src.model.export import export, load_exported
 from src.tokens import load_tokenizer, num_token_ids
 from tests.conftest import ROOT, admitted, towline
@@ -104,7 +104,7 @@ def test_whatever_the_ids_only_new_rows_are_written_and_the_export_loads(
 
     model = AutoModelForCausalLM.from_pretrained(base)
     before = of_matrices(model)
-    started = grow_embeddings(model, tokenizer, new, config.tokens, seed=1)
+    started = resize_and_initialise(model, tokenizer, new, config.tokens, seed=1)
     rowless = {word: i for word, i in zip(WORDS, ids, strict=True) if i > ids[-1] + more_rows}
     assert started.ids == new.added | rowless
     adapter = None
@@ -207,7 +207,7 @@ def test_rows_are_counted_by_the_highest_id_wherever_they_are_counted(tmp_path: 
     tokenizer, new = load_tokenizer(config.model, config.tokens)
     assert (len(tokenizer), num_token_ids(tokenizer)) == (15, 18)
     model = AutoModelForCausalLM.from_pretrained(base)
-    started = grow_embeddings(model, tokenizer, new, config.tokens, seed=1)
+    started = resize_and_initialise(model, tokenizer, new, config.tokens, seed=1)
     assert model.get_input_embeddings().weight.shape[0] == 24
     matrices = [matrix.module for matrix in embedding_matrices(model)]
     adapter = add_adapter(model, config.adapter, config.model, list(started.ids.values()), matrices)

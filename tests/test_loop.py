@@ -22,13 +22,13 @@ from src.data.batching import Batch, Position
 from src.data.dataset import Data, build_data
 from src.errors import CheckpointError, Interrupted, NonFiniteLossError
 from src.model.build import build_model
-from src.model.embeddings import grow_embeddings
+from src.model.embeddings import resize_and_initialise
 from src.runtime import signals
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import STOP_SIGNALS, StopRequest, stop_on_signals
 from src.tokens import load_tokenizer
-from src.training.loop import Fed, Step, step_once, train
-from src.training.state import Beginning, Meter, TrainState, Update, num_train_steps, prepare
+from src.training.loop import MicroBatch, Step, step_once, train
+from src.training.state import Beginning, StepResult, StepStats, TrainState, num_train_steps, prepare
 from tests.conftest import admitted
 
 CPU = RuntimeConfig(device=Device.cpu, deterministic=False)
@@ -53,7 +53,7 @@ def assembled(runtime: Runtime, *overrides: str) -> tuple[RunConfig, Data, Train
     tokenizer, new = load_tokenizer(config.model, config.tokens)
     data = build_data(config, tokenizer)
     model = build_model(config, torch.device("cpu"))
-    grow_embeddings(model, tokenizer, new, config.tokens, config.seed)
+    resize_and_initialise(model, tokenizer, new, config.tokens, config.seed)
     return config, data, prepare(model, data.train, config, runtime)
 
 
@@ -150,7 +150,7 @@ def hand_made(rows: list[list[int]], supervised_from: list[int]) -> Batch:
 def test_a_micro_batch_without_any_supervised_token_adds_nothing(runtime: Runtime) -> None:
     def after(batches: list[Batch]) -> tuple[float, TrainState]:
         config, data, state = assembled(runtime, "optimizer=sgd", "scheduler=constant", "data.limit=8")
-        step_once(state, [Fed(data.train, batch) for batch in batches], config, runtime)
+        step_once(state, [MicroBatch(data.train, batch) for batch in batches], config, runtime)
         return state.meter.loss, state
 
     learned, nothing = [5, 6, 7, 8], [9, 10, 11]
@@ -368,21 +368,21 @@ def test_evaluating_or_sampling_does_not_move_the_training_stream(runtime: Runti
 
 
 def test_a_step_says_what_is_due_after_it() -> None:
-    step = Step(Update(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0), is_last=False, meter=Meter())
+    step = Step(StepResult(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0), is_last=False, meter=StepStats())
     assert [every for every in (1, 2, 3, 4, 6, 7, "epoch", None) if step.is_due(every)] == [1, 2, 3, 6, "epoch"]
     assert not replace(step, update=replace(step.update, ends_epoch=False)).is_due("epoch")
     assert (step.number, step.epoch, step.lr) == (6, 1, 0.1)
 
 
 def test_a_step_gives_the_means_since_they_were_last_taken_and_what_is_minimised_where_that_differs() -> None:
-    update = Update(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0)
-    meter = Meter(nll=6.0, num_supervised=3, objective=8.0, num_steps=4, num_tokens=50, seconds=5.0)
+    update = StepResult(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0)
+    meter = StepStats(nll=6.0, num_supervised=3, objective=8.0, num_steps=4, num_tokens=50, seconds=5.0)
     step = Step(update, False, meter, with_objective=True)
     assert (step.loss, step.tokens_per_second) == (2.0, 10.0)
     own = {"train/lr": 0.1, "train/grad_norm": 2.0}
     means = {"train/loss": 2.0, "perf/tokens_per_second": 10.0}
     assert step.collect() == {**means, "train/objective": 2.0, **own}
-    assert meter == Meter()
+    assert meter == StepStats()
     assert "train/objective" not in Step(update, False, meter).collect()
 
 
@@ -442,7 +442,11 @@ def test_a_snapshot_in_fresh_objects_trains_on_bit_for_bit(runtime: Runtime) -> 
     fresh.position = position
     torch.manual_seed(99)
     fresh.restore(replace(kept, state=json.loads(json.dumps(kept.state))), runtime)
-    assert (fresh.step, fresh.last, fresh.meter) == (3, Update(**kept.state["last"]), Meter(**kept.state["meter"]))
+    assert (fresh.step, fresh.last, fresh.meter) == (
+        3,
+        StepResult(**kept.state["last"]),
+        StepStats(**kept.state["meter"]),
+    )
     found = [step.collect() for step in train(fresh, data.train, config, runtime, pad_token_id=0)]
     assert [plain(line) for line in found] == [plain(line) for line in expected]
     assert all(torch.equal(tensor, weights[name]) for name, tensor in fresh.weights(runtime).items())

@@ -124,7 +124,7 @@ def test_sum_and_mean_differ_by_the_supervised_tokens_of_the_step() -> None:
 def test_the_head_is_used_where_it_gives_the_models_own_logits() -> None:
     for tied in (False, True):
         scored = ScoredModel(tiny(tie_word_embeddings=tied))
-        scored.choose_head()
+        scored.probe_head()
         assert not scored.uses_full_logits
 
 
@@ -149,7 +149,7 @@ def test_a_model_that_changes_its_logits_is_noticed_and_trained_right(family: Ca
     model = family()  # a soft cap can't be seen in the loss of small random weights: what the head gives is watched
     scored = ScoredModel(model)
     input_ids, labels = batch(rows=1, vocabulary=64)
-    scored.choose_head()
+    scored.probe_head()
     assert scored.uses_full_logits
     with torch.no_grad():
         model.get_output_embeddings().weight *= 50
@@ -182,7 +182,7 @@ def test_special_heads_train_as_the_models_own_loss_says(family: Callable[[], nn
     is_pair = model.config.is_encoder_decoder
     own = copy.deepcopy(model)
     scored = ScoredModel(model)
-    scored.choose_head()
+    scored.probe_head()
     assert scored.uses_full_logits
     optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, own)]
     for _ in range(5):

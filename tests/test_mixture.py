@@ -22,7 +22,7 @@ from src.data import preparation, stream
 from src.data.batching import Plan, windows
 from src.data.dataset import Data, TrainSet, build_data
 from src.data.formats.dialogue_summary import clean
-from src.data.mixture import mix, takes
+from src.data.mixture import interleave, sample_counts
 from src.data.report import SplitReport
 from src.data.sets import EncodedSet
 from src.data.stream import StreamedSet
@@ -52,12 +52,12 @@ from tests.conftest import admitted, read_lines, towline, write_lines
 def test_how_many_rows_are_taken(
     sizes: list[int], weights: list[float | None], counts: list[int | None], taken: list[int]
 ) -> None:
-    assert takes(sizes, weights, counts) == taken
+    assert sample_counts(sizes, weights, counts) == taken
 
 
 def test_rows_are_chosen_and_interleaved_by_seed() -> None:
     sources = [np.arange(100, 130), np.arange(200, 205)]
-    mixed = mix(sources, [20, 12], seed=3)
+    mixed = interleave(sources, [20, 12], seed=3)
     assert mixed.shape == (32, 2)
     of_first, of_second = (mixed[mixed[:, 0] == i, 1] for i in (0, 1))
     assert len(set(of_first.tolist())) == 20
@@ -65,14 +65,14 @@ def test_rows_are_chosen_and_interleaved_by_seed() -> None:
     assert of_second[:10].tolist() == [*range(200, 205)] * 2
     assert sorted(Counter(of_second.tolist()).values()) == [2, 2, 2, 3, 3]
     assert 0 < mixed[:16, 0].sum() < 12
-    assert np.array_equal(mix(sources, [20, 12], seed=3), mixed)
-    assert not np.array_equal(mix(sources, [20, 12], seed=4), mixed)
+    assert np.array_equal(interleave(sources, [20, 12], seed=3), mixed)
+    assert not np.array_equal(interleave(sources, [20, 12], seed=4), mixed)
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(some.lists(some.tuples(some.integers(1, 30), some.integers(0, 70)), min_size=1, max_size=4), some.integers(0, 9))
 def test_every_row_comes_as_often_as_any_other_or_once_more(sources: list[tuple[int, int]], seed: int) -> None:
-    mixed = mix([np.arange(size) for size, _ in sources], [count for _, count in sources], seed)
+    mixed = interleave([np.arange(size) for size, _ in sources], [count for _, count in sources], seed)
     for number, (size, count) in enumerate(sources):
         times = np.bincount(mixed[mixed[:, 0] == number, 1], minlength=size)
         assert times.sum() == count

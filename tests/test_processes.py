@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from src.checkpoint.locate import find_origin
 from src.checkpoint.manifest import newest_resumable, problems_of
-from src.checkpoint.start import find_origin
 from src.config import rules
 from src.config.gate import admit
 from src.config.schema import MixedPrecision

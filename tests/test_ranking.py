@@ -15,8 +15,8 @@ from rich.console import Console
 from scipy import stats
 
 from src.sweep import leaderboard
-from src.sweep.comparing import holm, variance_factor
 from src.sweep.ranking import Result, Row, conclusion, number, rank
+from src.sweep.significance import holm, variance_factor
 
 LOSS = "eval/validation/loss"
 

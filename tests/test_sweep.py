@@ -21,12 +21,12 @@ import yaml
 from src.errors import ConfigError, RunFolderError, SweepError
 from src.runtime.devices import shares, visible_gpus
 from src.runtime.signals import StopRequest
-from src.sweep.record import Record
+from src.sweep.folder import SweepFolder
 from src.sweep.space import Interval
 from src.sweep.study import _is_rung
 from src.sweep.sweeper import lead
 from src.sweep.workers import Workers, modules_of_run
-from src.tracking.journal import hold
+from src.tracking.run_folder import hold
 from tests.conftest import ROOT, read_lines, write_lines
 from tests.sweeps import TINY, board_of, planned, sleep_before_it_begins, starts, states, steps_of, study_of, untracked
 
@@ -225,7 +225,7 @@ def test_more_values_are_added_to_a_sweep_that_is_named(swept: Callable[..., int
     assert swept("optimizer.lr=1e-3,1e-2", "seed=1") == 0
     assert swept("optimizer.lr=1e-3,1e-2", "seed=1,2") == 0
     assert starts(folder) == [1, 1, 1, 1]
-    labels = [trial.label for trial in Record(folder).trials()]
+    labels = [trial.label for trial in SweepFolder(folder).trials()]
     assert labels[0] == "optimizer.lr=0.001 seed=1"
     assert sorted(trial.params["optimizer.lr"] for trial in study_of(folder).trials) == [
         "0.001",
@@ -278,7 +278,7 @@ def test_editing_yaml_changes_nothing_for_a_sweep_that_began(
     (own / "mine.yaml").write_text("# @package _global_\noptimizer:\n  lr: 0.5\n")
     assert swept(*grid) == 0
     assert "conf/ has changed" in capsys.readouterr().err
-    assert [trial.config["optimizer"]["lr"] for trial in Record(folder).trials()] == [0.01, 0.01]
+    assert [trial.config["optimizer"]["lr"] for trial in SweepFolder(folder).trials()] == [0.01, 0.01]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "\udcff"])
@@ -332,7 +332,7 @@ def test_tpe_proposes_on_a_scale_averages_seeds_and_goes_on(swept: Callable[...,
     for number, trial in enumerate(study.trials):
         values = [
             json.loads((folder / str(one.number) / "summary.json").read_text())["eval/validation/loss"]
-            for one in Record(folder).trials()
+            for one in SweepFolder(folder).trials()
             if one.unit == number
         ]
         assert trial.value == pytest.approx(sum(values) / 2, rel=1e-12)
@@ -353,7 +353,7 @@ def test_another_seed_of_a_proposal_that_is_known_joins_its_setting(swept: Calla
     search = ("sweep.name=n", "sweep=tpe", "sweep.pruner=none", "optimizer.lr=1e-2,1e-3,1e-4,1e-5")
     assert swept(*search, "sweep.n_trials=1", "seed=1,2") == 0
     assert swept(*search, "sweep.n_trials=3", "seed=2,3") == 0
-    trials = Record(folder).trials()
+    trials = SweepFolder(folder).trials()
     assert [trial.number for trial in trials] == list(range(len(trials)))
     assert len({trial.identity for trial in trials}) == len(trials)
     assert all(len({t.unit for t in trials if t.setting == one.setting}) == 1 for one in trials)
@@ -362,7 +362,7 @@ def test_another_seed_of_a_proposal_that_is_known_joins_its_setting(swept: Calla
 def test_a_sampler_that_repeats_itself_costs_no_runs(swept: Callable[..., int], folder: Path) -> None:
     sampled = ("sweep=tpe", "sweep.sampler=random", "sweep.pruner=none", "sweep.n_trials=3")
     assert swept(*sampled, "optimizer.lr=1e-3,1e-2", "optimizer.weight_decay=0,0.1") == 0
-    assert len({trial.identity for trial in Record(folder).trials()}) == 3
+    assert len({trial.identity for trial in SweepFolder(folder).trials()}) == 3
     assert starts(folder) == [1, 1, 1]
 
 

@@ -14,8 +14,8 @@ import pytest
 from src.errors import DamagedFileError, StudyError
 from src.records import Digest
 from src.runtime.signals import StopRequest
+from src.sweep.folder import SweepFolder
 from src.sweep.launched import _state
-from src.sweep.record import Record
 from src.sweep.sweeper import lead
 from src.sweep.workers import Workers
 from src.tracking.sweep_files import read_sweep
@@ -425,4 +425,4 @@ def test_a_search_is_told_how_to_go_on_with_a_study_that_is_damaged(tmp_path: Pa
         (tmp_path / "sweep" / "study.db").rename(tmp_path / damage.__name__)
         assert search() == 0
         assert [trial.values for trial in study_of(tmp_path / "sweep").trials] == before
-    assert [trial.number for trial in Record(tmp_path / "sweep").trials()] == [0, 1]
+    assert [trial.number for trial in SweepFolder(tmp_path / "sweep").trials()] == [0, 1]

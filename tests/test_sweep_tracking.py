@@ -19,9 +19,9 @@ from src.config.schema import MlflowConfig, NoTrackingConfig
 from src.errors import DamagedFileError, Pruned
 from src.tracking import sweep_tracker
 from src.tracking.console import Console
-from src.tracking.journal import hold
 from src.tracking.mirror import Patience
 from src.tracking.mlflow_sweep import SweepDelivery, sweep_tracking
+from src.tracking.run_folder import hold
 from src.tracking.sweep_tracker import open_sweep_tracking
 from tests.conftest import write_lines
 from tests.sweeps import planned, states
@@ -264,7 +264,7 @@ def test_a_store_that_never_answers_does_not_hold_the_sweep(
         with open_sweep_tracking(silent, place, Console(io.StringIO())) as tracker:
             tracker.ready()
             for _ in range(100):
-                tracker.poke()
+                tracker.notify()
         assert time.monotonic() - started < 20  # a minute is the call's own limit
     assert "not delivered (no answer)" in capsys.readouterr().err
 
@@ -273,7 +273,7 @@ def test_without_a_tracker_nothing_is_done(place: Path) -> None:
     before = sorted(place.iterdir())
     with open_sweep_tracking(NoTrackingConfig("none"), place, Console()) as tracker:
         tracker.ready()
-        tracker.poke()
+        tracker.notify()
     assert sorted(place.iterdir()) == before
 
 

@@ -24,8 +24,8 @@ from src.config.gate import admit
 from src.config.problems import Problem, refuse
 from src.errors import ConfigError, report
 from src.evaluation.samples import Sample
-from src.sweep.board import Board, Entry
-from src.sweep.record import Standing
+from src.sweep.folder import TrialStatus
+from src.sweep.progress import Entry, ProgressTable
 from src.sweep.trial import Trial
 from src.terminal import columns_of, cut_to, filled, shortened, width, wrapped
 from src.tracking.console import Console
@@ -216,9 +216,9 @@ def test_the_table_of_a_sweep_breaks_no_number() -> None:
         "data.train_files=[/a/20261121/b-105749.jsonl]",
     )
     trial = Trial(12, 12, overrides, "a", "b", 1, None, {})
-    board = Board("a sweep", "eval/validation/thought_loss")
+    board = ProgressTable("a sweep", "eval/validation/thought_loss")
     terminal = Terminal(file=io.StringIO(), width=80)
-    running = Standing("RUNNING", last=0.123456, step=1200, num_steps=12_000, elapsed_seconds=500)
+    running = TrialStatus("RUNNING", last=0.123456, step=1200, num_steps=12_000, elapsed_seconds=500)
     terminal.print(board._table([Entry(trial, running)], "3 of 12345 trials done, 1 running, about 1:12:33 left"))
     text = terminal.file.getvalue()  # type: ignore[attr-defined]
     for number in ("0.0001235", "16", "20261121", "105749", "1200/12000", "0.1235", "1:15:00", "12345", "1:12:33"):

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from src.config.schema import InitMethod, RunConfig
 from src.errors import ModelError, TokenError
-from src.model.embeddings import StartedRows, check_new_rows, embedding_matrices, grow_embeddings, initial_rows
+from src.model.embeddings import StartedRows, check_new_rows, embedding_matrices, initial_rows, resize_and_initialise
 from src.tokens import NewTokens, add_tokens, load_tokenizer
 from tests.conftest import admitted
 from tests.kinds import byte_bpe, words
@@ -32,7 +32,7 @@ def weights_of(model: Any) -> dict[str, Tensor]:
 def grown(config: RunConfig, model: Any) -> tuple[Any, Any, NewTokens, StartedRows, dict[str, Tensor]]:
     tokenizer, new = load_tokenizer(config.model, config.tokens)
     before = {name: weight.clone() for name, weight in weights_of(model).items()}
-    return model, tokenizer, new, grow_embeddings(model, tokenizer, new, config.tokens, seed=1), before
+    return model, tokenizer, new, resize_and_initialise(model, tokenizer, new, config.tokens, seed=1), before
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -126,7 +126,7 @@ def test_texts_belong_to_their_tokens_when_some_are_known(tmp_path: Path) -> Non
     new = add_tokens(tokenizer, config.tokens)
     model = model_of(vocab_size=261)
     before = model.get_input_embeddings().weight.detach().clone()
-    started = grow_embeddings(model, tokenizer, new, config.tokens, seed=1)
+    started = resize_and_initialise(model, tokenizer, new, config.tokens, seed=1)
     assert started.ids == {"<new>": 261}
     c = tokenizer.convert_tokens_to_ids("c")
     torch.testing.assert_close(model.get_input_embeddings().weight[261], before[c])
@@ -139,7 +139,7 @@ def test_a_token_that_the_tokenizer_knows_but_the_matrix_has_no_row_for_starts_a
     new = add_tokens(tokenizer, tokens)
     assert (new.added, new.known) == ({}, {"<ToW>": 259, "</ToW>": 260})
     model = model_of()
-    started = grow_embeddings(model, tokenizer, new, tokens, seed=1)
+    started = resize_and_initialise(model, tokenizer, new, tokens, seed=1)
     assert started.ids == new.known
     dash = model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("-")]
     torch.testing.assert_close(model.get_input_embeddings().weight[259], dash)

@@ -24,11 +24,11 @@ from src.config.quoting import shell_override
 from src.errors import Interrupted, RunFolderError
 from src.evaluation.samples import Sample
 from src.tracking.console import Console, clock
-from src.tracking.journal import FILES, RunFolder, Start, hold, last_config_hash, open_run_folder
 from src.tracking.mirror import Patience
 from src.tracking.mlflow_mirror import Delivery, MlflowMirror
 from src.tracking.mlflow_store import distinct_names, flat, plain_name
 from src.tracking.provenance import git_state, provenance
+from src.tracking.run_folder import FILES, RunFolder, Start, hold, last_config_hash, open_run_folder
 from src.tracking.tracker import Tracker, deliver_pending, open_tracking
 from tests.conftest import ROOT, admitted, read_lines, write_lines
 
@@ -193,7 +193,7 @@ def test_a_tracker_that_never_answers_does_not_hold_the_run(tmp_path: Path, sile
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     started = time.monotonic()
     for _ in range(1000):
-        mirror.poke()
+        mirror.notify()
     undelivered = mirror.close(Patience(call_seconds=1.0))
     assert "not delivered (no answer)" in undelivered
     assert time.monotonic() - started < 20  # a minute is the call's own limit
@@ -364,7 +364,7 @@ def test_a_run_that_goes_on_leaves_what_is_there_and_says_what_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter(f"2026-01-01T00:{minute}:00+00:00" for minute in range(10, 60))
-    monkeypatch.setattr("src.tracking.journal.now", lambda: next(times))
+    monkeypatch.setattr("src.tracking.run_folder.now", lambda: next(times))
     with pytest.raises(Interrupted), open_folder(tmp_path) as folder:
         folder.set_status(tracker_run_id="abc")
         folder.step = 5
@@ -520,7 +520,7 @@ def test_what_comes_again_is_taken_out(tmp_path: Path, step: int, is_end: bool, 
     with open(run / "samples.jsonl", "a") as file:  # step 7 was stopped between its samples and its line
         file.write(json.dumps({"step": 7, "prompt": "1+1=", "text": "2"}) + "\n")
     with tracked(admitted().config.tracking, run, Start(step=step or None)) as tracking:
-        assert [line["step"] for line in tracking.go_on_from(step, is_end=is_end)] == kept
+        assert [line["step"] for line in tracking.rewind_to(step, is_end=is_end)] == kept
         assert steps_of(run) == steps_of(run, "samples.jsonl") == kept
         do_step(tracking, 8, 1.0)
         assert steps_of(run) == [*kept, 8]
@@ -534,7 +534,7 @@ def test_numbers_go_on_from_the_lines_that_stay(tmp_path: Path) -> None:
     lines[2] |= {"perf/elapsed_seconds": 1000.0, "eval/validation/loss": None}
     write_lines(run / "metrics.jsonl", lines)
     with tracked(admitted().config.tracking, run, Start(step=3)) as tracking:
-        tracking.go_on_from(3, is_end=False)
+        tracking.rewind_to(3, is_end=False)
         latest = {"train/loss": 1 / 3, "eval/validation/exact_match": 3 / 10, "perf/elapsed_seconds": 1000.0}
         assert tracking.latest == latest
         do_step(tracking, 4, 0.1)
@@ -579,7 +579,7 @@ def test_a_run_that_goes_on_is_the_same_run_in_mlflow_and_nothing_is_there_twice
     run_id = read_status(run)["tracker_run_id"]
     assert client.get_run(run_id).info.status == state
     with tracked(config, run, Start(step=3)) as tracking:
-        tracking.go_on_from(3, is_end=False)
+        tracking.rewind_to(3, is_end=False)
         assert tracking.tracker_run_id == run_id
         while client.get_run(run_id).info.status != "RUNNING":
             time.sleep(0.05)
@@ -605,7 +605,7 @@ def test_a_run_that_goes_on_again_and_again_behind_one_step_has_everything_once(
     stopped(config, run, steps=5)
     for last in (4, 5, 6):
         with pytest.raises(Interrupted), tracked(config, run, Start(step=2)) as tracking:
-            tracking.go_on_from(2, is_end=False)
+            tracking.rewind_to(2, is_end=False)
             for step in range(3, last + 1):
                 do_step(tracking, step, 0.7 if step == 4 else 1 / step)
             raise Interrupted("SIGTERM")
@@ -621,7 +621,7 @@ def test_what_mlflow_did_not_get_of_the_first_start_it_gets_of_the_second(tmp_pa
     (run / "tracking.json").write_text(json.dumps(done | {"uri": uri}))  # the server is back
     config = mlflow_config(uri)
     with tracked(config, run, Start(step=3)) as tracking:
-        tracking.go_on_from(3, is_end=False)
+        tracking.rewind_to(3, is_end=False)
         do_step(tracking, 4, 0.7)
         tracking.finish({"steps": 4})
     (run_id,) = logged_in(config)
@@ -636,7 +636,7 @@ def test_a_run_without_checkpoints_begins_anew_by_itself_and_is_the_same_run_in_
     run_id = read_status(run)["tracker_run_id"]
     with tracked(config, run) as tracking:
         assert steps_of(run) == [1, 2]
-        assert tracking.go_on_from(0, is_end=False) == []
+        assert tracking.rewind_to(0, is_end=False) == []
         assert steps_of(run) == steps_of(run, "samples.jsonl") == []
         for step in (1, 2, 3):
             do_step(tracking, step, 1 / step)
@@ -654,7 +654,7 @@ def test_a_run_that_was_stopped_before_its_first_line_ends_in_mlflow_too(tmp_pat
     config, run = mlflow_config(f"sqlite:///{tmp_path}/mlflow.db"), tmp_path / "run"
     stopped(config, run, steps=0)
     with tracked(config, run, Start(step=step)) as tracking:
-        tracking.go_on_from(step or 0, is_end=False)
+        tracking.rewind_to(step or 0, is_end=False)
         do_step(tracking, 8, 1 / 8)
         tracking.finish({"steps": 8})
     (run_id,) = logged_in(config)
@@ -688,7 +688,7 @@ def test_a_start_that_fails_before_it_trains_leaves_what_mlflow_has(
     assert "not delivered" not in capsys.readouterr().err
     assert client.get_run(run_id).info.status == "FAILED"
     with tracked(config, run, Start(step=2)) as tracking:
-        tracking.go_on_from(2, is_end=False)
+        tracking.rewind_to(2, is_end=False)
         do_step(tracking, 3, 1 / 3)
         tracking.finish({"steps": 3})
     assert history(client, run_id, "train/loss") == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]

@@ -18,7 +18,7 @@ from src.config.options import CONF, DEEPEST, option_files
 from src.config.trust import is_signed, signature
 from src.errors import ConfigError
 from src.records import LARGEST_YAML_BYTES, MOST_YAML_VALUES
-from src.sweep.record import Record, differing
+from src.sweep.folder import SweepFolder, differing
 from tests.conftest import admitted, towline
 from tests.sweeps import planned
 from tests.test_gate import refusal
@@ -165,7 +165,7 @@ def test_a_sweep_keeps_what_can_be_read(own: Path, tmp_path: Path) -> None:
         make(own / f"odd{number}")
     command = ("--config-dir", str(own), "data=mine", "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     plan = planned(*command)
-    record = Record(plan.folder)
+    record = SweepFolder(plan.folder)
     record.keep_conf(plan.line.roots)
     kept = record.conf()
     assert [root.name for root in kept] == ["0", "1"]
@@ -187,7 +187,7 @@ def test_a_fresh_sweep_runs_beside_them(swept: Callable[..., int], own: Path, fo
     grid = ("--config-dir", str(own), "seed=1", "training.max_train_steps=1")
     assert swept(*grid) == 0
     assert swept(*grid) == 0
-    assert [root.name for root in Record(folder).conf()] == ["0", "1"]
+    assert [root.name for root in SweepFolder(folder).conf()] == ["0", "1"]
 
 
 def test_kept_folders_are_in_the_order_in_which_they_were_given(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_kept_folders_are_in_the_order_in_which_they_were_given(tmp_path: Path) 
     for root in roots:
         root.mkdir()
         (root / f"{root.name}.yaml").write_text("name: x\n")
-    record = Record(tmp_path / "sweep")
+    record = SweepFolder(tmp_path / "sweep")
     record.keep_conf(roots)
     assert [one.name for root in record.conf() for one in root.iterdir()] == [f"{root.name}.yaml" for root in roots]
 

@@ -19,7 +19,7 @@ from src.config.schema import Device, MixedPrecision, RuntimeConfig, Weights
 from src.errors import TokenError
 from src.model import unlearned
 from src.model.build import empty_model, load_weights
-from src.model.embeddings import check_new_rows, embedding_matrices, grow_embeddings
+from src.model.embeddings import check_new_rows, embedding_matrices, resize_and_initialise
 from src.model.export import load_exported
 from src.model.unlearned import never_learned, stored_unlearned_tokens, unlearned_tokens
 from src.runtime.session import Runtime, start_runtime
@@ -185,7 +185,7 @@ def test_a_text_of_unlearned_tokens_is_no_start(bases: dict[str, str]) -> None:
     model = load_weights(config.model, None, config.model.checkpoint)
     found = unlearned_tokens(model, tokenizer, new, config.model)
     with pytest.raises(TokenError, match=r"'<\|r1\|>' gives <\|r0\|> no known token to start from"):
-        grow_embeddings(model, tokenizer, new, config.tokens, 1, found)
+        resize_and_initialise(model, tokenizer, new, config.tokens, 1, found)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from src.checkpoint.locate import WEIGHTS_KEY, lost_best, problem_of_best, unreadable
 from src.checkpoint.manifest import (
     MANIFEST,
     OPTIMIZER,
@@ -39,7 +40,6 @@ from src.checkpoint.manifest import (
     sync,
     weights_checksum,
 )
-from src.checkpoint.start import WEIGHTS_KEY, lost_best, problem_of_best, unreadable
 from src.checkpoint.tensors import one_by_one, tensors_digest, write_tensors
 from src.config.places import CHECKPOINTS, clear, folder_of, remove, steps_in
 from src.config.schema import CheckpointConfig
@@ -126,7 +126,7 @@ class Checkpoints:
         self.warnings: list[str] = []
         """What an earlier start left, and that can't be removed."""
 
-    def leave(self, newest: int) -> list[str]:
+    def discard_after(self, newest: int) -> list[str]:
         """Remove the steps of a course that is left, behind the one that the run goes on from; tells them.
 
         Raises:
@@ -141,7 +141,7 @@ class Checkpoints:
         steps = ", ".join(map(str, left))
         return [f"the run goes on behind step {newest}; what was saved later is removed: {steps}"] if left else []
 
-    def recall(
+    def load_index(
         self, lines: Iterable[Mapping[str, Any]], newest: int | None, written: Mapping[int, str] | None = None
     ) -> list[str]:
         """Take up what earlier starts left; gives warnings.
@@ -149,14 +149,14 @@ class Checkpoints:
         Args:
             lines: the lines of metrics so far, or of the best evaluations among them.
             newest: the step of this folder that the run goes on from; None where it begins, or comes from elsewhere.
-            written: what weights the run wrote, see src.checkpoint.start.written_weights.
+            written: what weights the run wrote, see src.checkpoint.locate.written_weights.
         Raises:
             CheckpointError: where the best weights are lost, and are to be exported; or where some of the best can't be
                 read, so that nobody knows whether they are.
         """
         written = written or {}
         if newest is not None:
-            self.leave(newest)
+            self.discard_after(newest)
             if is_resumable(self._at(newest)):  # else it is a copy by another name
                 self.newest, self._present = newest, {newest}
         for line in lines:
@@ -184,7 +184,7 @@ class Checkpoints:
             self._write(step, take, lambda: self._tidy(step, best))
             self.newest = step
 
-    def consider(self, step: int, metrics: Mapping[str, Any], take: Callable[[], Snapshot[Tensor | Whole]]) -> None:
+    def keep_if_best(self, step: int, metrics: Mapping[str, Any], take: Callable[[], Snapshot[Tensor | Whole]]) -> None:
         """Keep the weights of an evaluation that is among the best so far.
 
         Args:

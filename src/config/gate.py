@@ -51,7 +51,7 @@ MOST_LACKING = 5
 
 
 @dataclass
-class Admitted:
+class Job:
     """A configuration that passed: typed, as plain containers to freeze, and where the run's folder will be."""
 
     config: RunConfig
@@ -72,7 +72,7 @@ class Request:
     """What the command line asks for: one run that was admitted, a sweep (-m), or something that Hydra's main does."""
 
     line: CommandLine
-    run: Admitted | None = None
+    run: Job | None = None
     shown: Composed | None = None
     """What --help and --cfg show the values of."""
 
@@ -138,7 +138,7 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
     return Request(line, shown=composed) if line.flags.cfg else Request(line, admitted)
 
 
-def admit_prediction(argv: Sequence[str]) -> Admitted:
+def admit_prediction(argv: Sequence[str]) -> Job:
     """Check a command line that generates with a finished run, `run=DIR`; `run_dir` is then that folder.
 
     Raises:
@@ -192,7 +192,7 @@ def parse(sections: dict[str, Any]) -> RunConfig:
     return _assemble(parsed)
 
 
-def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tuple[Admitted | None, list[Problem]]:
+def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tuple[Job | None, list[Problem]]:
     """Hold a composed configuration against schema, rules and file system."""
     if not composed.sections:
         return None, composed.problems
@@ -229,7 +229,7 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     if located or composed.problems or line.problems:
         return None, located_problems(composed, line, but=of_file) + located
     stored = {key: value for key, value in composed.stored.items() if key not in (entry, "sweep")}
-    return Admitted(_assemble(parsed), stored, composed.run_dir, own.value, sweep=sweep.value), []
+    return Job(_assemble(parsed), stored, composed.run_dir, own.value, sweep=sweep.value), []
 
 
 def _without_missing(problems: Sequence[Problem], line: CommandLine, composed: Composed) -> Iterator[Problem]:

@@ -83,10 +83,10 @@ def about_template(name: str, changes: Mapping[str, int], places: Mapping[str, S
             text = f"{where} the chat template trims white space of the {_message(part)}; trim the rows alike"
             yield Finding(Level.warning, text)
         elif what in (MISSING, CHANGED):
-            is_learned = part in ("assistant", "thought")
+            is_supervised = part in ("assistant", "thought")
             does = "leaves out" if what == MISSING else "changes or cuts"
             text = f"{where} the chat template {does} the {_message(part)}"
-            yield Finding(Level.error if is_learned else Level.warning, f"{text}: {REMEDIES[part]}")
+            yield Finding(Level.error if is_supervised else Level.warning, f"{text}: {REMEDIES[part]}")
 
 
 def _message(part: str) -> str:

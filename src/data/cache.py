@@ -22,9 +22,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from src.data.encoding import PROBE
-from src.data.preparation import Prepared, Recipe, prepared, without_cycles
+from src.data.preparation import EncodingConfig, Prepared, prepared, without_cycles
 from src.data.sources import Source, file_hash, fingerprint_of
-from src.data.store import Account, Part, RowWriter
+from src.data.store import RowWriter, Shard, SourceStats
 from src.errors import DataError
 
 MOST_TOLD = 10  # rows that an error names
@@ -56,7 +56,7 @@ class RowCache:
                 f"data.cache_dir = {folder} can't be made: {error.strerror}; give another, or null for none"
             ) from error
 
-    def part(self, name: str, source: Source, recipe: Recipe) -> Part:
+    def part(self, name: str, source: Source, recipe: EncodingConfig) -> Shard:
         """Give the encoded rows of a source, prepared now or by an earlier run.
 
         Raises:
@@ -87,16 +87,16 @@ class RowCache:
         finally:
             lock.release()
 
-    def _open(self, entry: Path) -> Part | None:
+    def _open(self, entry: Path) -> Shard | None:
         if not entry.is_dir():
             return None
         try:
-            return Part.open(entry)
+            return Shard.open(entry)
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._tell(f"the cached rows in {entry} are damaged and prepared again ({type(error).__name__})")
             return None
 
-    def _write(self, name: str, source: Source, recipe: Recipe, entry: Path, identity: Any) -> Part:
+    def _write(self, name: str, source: Source, recipe: EncodingConfig, entry: Path, identity: Any) -> Shard:
         unfinished = entry.with_suffix(".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed: the lock says that nobody writes it
         shutil.rmtree(entry, ignore_errors=True)  # damaged
@@ -118,7 +118,7 @@ class RowCache:
             if writer is not None:
                 writer.abort()
             shutil.rmtree(unfinished, ignore_errors=True)
-        return Part.open(entry, verify=False)
+        return Shard.open(entry, verify=False)
 
     def _within_the_disk(self, chunks: Iterable[Prepared]) -> Iterator[Prepared]:
         """Yield the chunks while there is room for them and something left for others.
@@ -142,13 +142,13 @@ class RowCache:
         )
 
 
-def write_rows(name: str, chunks: Iterable[Prepared], writer: RowWriter, tell: Tell) -> Account:
+def write_rows(name: str, chunks: Iterable[Prepared], writer: RowWriter, tell: Tell) -> SourceStats:
     """Write prepared rows to the end, or tell those that can't be used.
 
     Raises:
         DataError: with the first ten places and how many there are, up to where too many are.
     """
-    account, bad, num_bad = Account(), list[tuple[str, str]](), 0
+    account, bad, num_bad = SourceStats(), list[tuple[str, str]](), 0
     for chunk in chunks:
         account.num_records += chunk.num_records
         account.dropped += chunk.dropped

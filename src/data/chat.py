@@ -31,7 +31,7 @@ from src.data.chat_signs import (
 )
 from src.data.formats import BadRow
 from src.data.formats.messages import THOUGHT, THOUGHT_KEYS
-from src.data.pieces import Piece, any_of
+from src.data.segments import Segment, any_of
 from src.errors import LimitError, TokenError
 
 REWRITTEN = (
@@ -80,7 +80,7 @@ class Rendered(NamedTuple):
     "earlier thought missing" (of a turn that is not learned), …, or to turns: "turn not learned", "turn without end".
     """
 
-    pieces: list[Piece]
+    pieces: list[Segment]
     answer: str
     is_framed: bool
     has_end: bool
@@ -127,16 +127,16 @@ class ChatTemplate:
             whole, parts, found = self._turns([self._signed(message, literals) for message in messages], wanted)
         except BadRow as refused:
             raise BadRow(f"{refused}{self._remedy(messages)}") from refused
-        pieces: list[Piece] = []
+        pieces: list[Segment] = []
         done = 0
         for turn in found:
-            for text, is_learned in ((whole[done : turn.start] + turn.opened, False), (turn.text, True)):
-                pieces += _pieces(text, is_learned, literals)
+            for text, is_supervised in ((whole[done : turn.start] + turn.opened, False), (turn.text, True)):
+                pieces += _pieces(text, is_supervised, literals)
             done = turn.stop
         pieces += _pieces(whole[done:], False, literals)
         answer, is_framed = _answer(found[-1], whole, parts) if found else ("", False)
         return Rendered(
-            pieces or [Piece("", is_learned=False, is_rendered=True)],
+            pieces or [Segment("", is_supervised=False, is_rendered=True)],
             answer=_with_literals(answer, literals),
             is_framed=is_framed,
             has_end=bool(found and found[-1].end),
@@ -427,7 +427,9 @@ def _with_literals(text: str, literals: list[str]) -> str:
     return LITERAL.sub(lambda match: literals[int(match.group(1))], text)
 
 
-def _pieces(text: str, is_learned: bool, literals: list[str]) -> Iterator[Piece]:
+def _pieces(text: str, is_supervised: bool, literals: list[str]) -> Iterator[Segment]:
     for i, part in enumerate(LITERAL.split(text)):
         if part:
-            yield Piece(literals[int(part)], is_learned) if i % 2 else Piece(part, is_learned, is_rendered=True)
+            yield (
+                Segment(literals[int(part)], is_supervised) if i % 2 else Segment(part, is_supervised, is_rendered=True)
+            )

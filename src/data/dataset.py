@@ -21,14 +21,14 @@ from src.data.chat import ChatTemplate
 from src.data.chat_render import give_chat_template
 from src.data.encoding import Encoder, Lengths
 from src.data.examples import PromptRecord
-from src.data.folds import deal, deal_groups, read_groups, told
-from src.data.mixture import mix, takes
-from src.data.preparation import Recipe
+from src.data.folds import assign_folds, assign_group_folds, read_groups, told
+from src.data.mixture import interleave, sample_counts
+from src.data.preparation import EncodingConfig
 from src.data.readers import Record, Unreadable
 from src.data.report import SplitReport
 from src.data.sets import EncodedSet
 from src.data.sources import FileSource, HubSource, Source, file_hash, file_source
-from src.data.store import Part
+from src.data.store import Shard
 from src.data.stream import StreamedSet, StreamSource
 from src.errors import DataError, listed
 from src.patterns import Pattern, at
@@ -212,8 +212,8 @@ class _Builder:
         ends = self.tokenizer.convert_tokens_to_ids(list(template.ends)) if template else []
         return list(dict.fromkeys([self.encoder.eos_token_id, *ends]))
 
-    def _recipe(self, data: DataConfig) -> Recipe:
-        return Recipe(data, self.tokenizer, self.config.thought_tags, self.lengths, is_chat(data))
+    def _recipe(self, data: DataConfig) -> EncodingConfig:
+        return EncodingConfig(data, self.tokenizer, self.config.thought_tags, self.lengths, is_chat(data))
 
     def _train(self) -> tuple[TrainSet, EncodedSet | None]:
         """Give the train set, and the validation set that was held out of it, where one was."""
@@ -250,23 +250,23 @@ class _Builder:
         """Give the ordinals of each part's records that are in the fold to validate with."""
         num_folds, seed = self.data.num_folds, self.config.seed
         assert num_folds is not None
-        folds = deal(sizes, num_folds, seed) if groups is None else deal_groups(groups, num_folds, seed)
+        folds = assign_folds(sizes, num_folds, seed) if groups is None else assign_group_folds(groups, num_folds, seed)
         return [set(np.flatnonzero(of_part == self.data.fold).tolist()) for of_part in folds]
 
-    def _left(self, parts: dict[str, Part], held: list[set[int]], rows: list[np.ndarray]) -> EncodedSet:
+    def _left(self, parts: dict[str, Shard], held: list[set[int]], rows: list[np.ndarray]) -> EncodedSet:
         """Make the train set of the rows of each part that are left to it, mixed where there is a mixture."""
         for name, some in zip(parts, rows, strict=True):
             if not len(some):
                 raise DataError(f"{name}: all its rows are held out or dropped; nothing of it is left to train on")
         shares = self.sources.values()
-        taken = takes([len(some) for some in rows], [s.weight for s in shares], [s.count for s in shares])
+        taken = sample_counts([len(some) for some in rows], [s.weight for s in shares], [s.count for s in shares])
         train = EncodedSet("train", list(parts.values()), self._chosen(rows, taken))
         self._report_train(train, list(parts), held)
         if not len(train):
             raise DataError("train has no rows: the weights of the mixture leave none of its smallest source")
         return train
 
-    def _held_out(self, parts: dict[str, Part], held: list[set[int]], rows: list[np.ndarray]) -> EncodedSet:
+    def _held_out(self, parts: dict[str, Shard], held: list[set[int]], rows: list[np.ndarray]) -> EncodedSet:
         """Make the validation set of the rows of each part that are held out of train."""
         has_folds = self.data.num_folds is not None
         chosen = self._chosen(rows, [len(some) for some in rows])
@@ -283,7 +283,7 @@ class _Builder:
 
     def _chosen(self, rows: list[np.ndarray], taken: list[int]) -> np.ndarray:
         """Give (part, row) of a set's rows in their order: part after part, or mixed."""
-        return mix(rows, taken, self.config.seed) if self.data.mixture else _all(rows)
+        return interleave(rows, taken, self.config.seed) if self.data.mixture else _all(rows)
 
     def _streamed(self, sources: dict[str, Source]) -> StreamedSet:
         shares = {name: source.weight or source.count or 1 for name, source in self.sources.items()}
@@ -334,7 +334,7 @@ class _Builder:
         if left_out:
             report.rows_dropped["not_in_mixture"] = left_out
 
-    def _check_dropped(self, name: str, part: Part, source: Source) -> None:
+    def _check_dropped(self, name: str, part: Shard, source: Source) -> None:
         """Refuse a source of which nothing is left, or more would be dropped than is allowed."""
         dropped, read = part.account.dropped, part.account.num_records
         if not read:

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from src.config.schema import Overflow
 from src.data.examples import Example
-from src.data.pieces import any_of, last_turn
+from src.data.segments import any_of, last_turn
 from src.errors import TokenError, one_line
 
 IGNORE_INDEX = -100
@@ -317,7 +317,7 @@ class Encoder:
         learned: list[tuple[int, int]] = []
         prompt_length = len(ids)
         for piece, piece_ids in zip(example.pieces, pieces, strict=True):
-            if piece.is_learned:
+            if piece.is_supervised:
                 if learned and learned[-1][1] == len(ids):
                     learned[-1] = (learned[-1][0], len(ids) + len(piece_ids))
                 else:

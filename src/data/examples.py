@@ -12,8 +12,8 @@ from src.data.answers import strip_thoughts
 from src.data.chat import ChatTemplate
 from src.data.formats import Chat, Pair, load_format
 from src.data.formats.messages import LEARNED_KEYS, ROLES, THOUGHT, form_of
-from src.data.pieces import Piece, last_turn
 from src.data.readers import Record
+from src.data.segments import Segment, last_turn
 from src.patterns import Pattern
 
 FILLER = "-"
@@ -36,7 +36,7 @@ class Example(NamedTuple):
     reads.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Segment, ...]
     prompt: str
     completion: str
     reference: str
@@ -48,7 +48,7 @@ class Example(NamedTuple):
     @property
     def learned(self) -> str:
         """All text that is learned, of every turn."""
-        return "".join(piece.text for piece in self.pieces if piece.is_learned)
+        return "".join(piece.text for piece in self.pieces if piece.is_supervised)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Examples:
         example = self._of(fields)
         first, _ = last_turn(example.pieces)
         return example._replace(
-            pieces=(*example.pieces[:first], Piece("", is_learned=True)),
+            pieces=(*example.pieces[:first], Segment("", is_supervised=True)),
             completion=example.completion if has_answer else "",
             reference=example.reference if has_answer else "",
             needs_eos=True,
@@ -140,7 +140,7 @@ class Examples:
             prompt = fill(self._data.prompt_template, parts)
         else:
             prompt = parts[self._prompt_role]
-        pieces = (Piece(prompt, is_learned=False), Piece(completion, is_learned=True))
+        pieces = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
         return Example(pieces, prompt, completion, reference, was_cleaned=pair.was_cleaned, unread=pair.unread)
 
     def _chat(self, chat: Chat) -> Example:

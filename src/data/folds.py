@@ -27,7 +27,7 @@ from src.errors import DataError
 TELL_RECORDS = 10_000
 
 
-def deal(sizes: Sequence[int], num_folds: int, seed: int) -> list[np.ndarray]:
+def assign_folds(sizes: Sequence[int], num_folds: int, seed: int) -> list[np.ndarray]:
     """Give the fold of each record of each source, [records]; sizes of a source's folds differ by at most one.
 
     Each source is dealt by itself, and those of one size alike: a file that is there twice, under two templates, has
@@ -52,7 +52,7 @@ def deal(sizes: Sequence[int], num_folds: int, seed: int) -> list[np.ndarray]:
     return folds
 
 
-def deal_groups(groups: Sequence[Sequence[str]], num_folds: int, seed: int) -> list[np.ndarray]:
+def assign_group_folds(groups: Sequence[Sequence[str]], num_folds: int, seed: int) -> list[np.ndarray]:
     """Give the fold of each record of each source, [records]; a group is in one fold, whatever source it is in.
 
     Groups are shuffled by seed and given, largest first, to the fold with the fewest records so far, the first of them

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def takes(sizes: Sequence[int], weights: Sequence[float | None], counts: Sequence[int | None]) -> list[int]:
+def sample_counts(sizes: Sequence[int], weights: Sequence[float | None], counts: Sequence[int | None]) -> list[int]:
     """Say how many rows of each source a mixture has.
 
     With weights it is as large as it can be at these proportions without any row twice. With counts each source gives
@@ -25,7 +25,7 @@ def takes(sizes: Sequence[int], weights: Sequence[float | None], counts: Sequenc
     return [int(whole * share + 1e-6) for share in shares]
 
 
-def mix(rows: Sequence[np.ndarray], taken: Sequence[int], seed: int) -> np.ndarray:
+def interleave(rows: Sequence[np.ndarray], taken: Sequence[int], seed: int) -> np.ndarray:
     """Choose rows of each source and interleave the sources, by seed.
 
     Args:

@@ -37,7 +37,7 @@ THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's share, a fifth
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EncodingConfig:
     """Everything that decides what becomes of a record; it can be sent to another process."""
 
     data: DataConfig
@@ -75,10 +75,10 @@ Numbered = tuple[int, Record | Unreadable]
 Records = Sequence[Numbered]
 
 
-class Preparer:
+class RowEncoder:
     """Makes encoded rows of records, chunk by chunk."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: EncodingConfig) -> None:
         self._encoder = Encoder(recipe.tokenizer, recipe.tags)
         template = ChatTemplate(recipe.tokenizer, self._encoder.control_tokens) if recipe.is_chat else None
         self._examples = Examples(recipe.data, recipe.tags, template)
@@ -156,7 +156,7 @@ def without_cycles() -> Iterator[None]:
 
 def prepared(
     records: Iterable[Record | Unreadable],
-    recipe: Recipe,
+    recipe: EncodingConfig,
     num_workers: int = 1,
     chunk_rows: int = CHUNK_ROWS,
     first_ordinal: int = 0,
@@ -170,7 +170,7 @@ def prepared(
     """
     chunks = _chunks(enumerate(records, first_ordinal), chunk_rows)
     if num_workers == 1:
-        preparer = Preparer(recipe)
+        preparer = RowEncoder(recipe)
         with ThreadPoolExecutor(THREADS, "prepare") as pool:
             yield from _in_order(pool, preparer.prepare, chunks, THREADS, BYTES_AHEAD)
         return
@@ -224,10 +224,10 @@ def _in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_preparer: Preparer | None = None
+_preparer: RowEncoder | None = None
 
 
-def _start_worker(recipe: Recipe) -> None:
+def _start_worker(recipe: EncodingConfig) -> None:
     """Set a worker process up: one thread each, and it is the parent that answers Ctrl-C."""
     global _preparer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -236,7 +236,7 @@ def _start_worker(recipe: Recipe) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    _preparer = Preparer(recipe)
+    _preparer = RowEncoder(recipe)
 
 
 def _end_with(sentinel: int) -> None:

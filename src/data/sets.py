@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from src.data.encoding import IGNORE_INDEX
-from src.data.store import Chunk, Part
+from src.data.store import Chunk, Shard
 from src.errors import visible
 
 
@@ -40,7 +40,7 @@ class EncodedSet:
         chosen: (part, row in it) of every row of the set, [rows, 2]; None: all rows, part after part.
     """
 
-    def __init__(self, name: str, parts: Sequence[Part], chosen: np.ndarray | None = None) -> None:
+    def __init__(self, name: str, parts: Sequence[Shard], chosen: np.ndarray | None = None) -> None:
         self.name = name
         self.parts = list(parts)
         if chosen is None:

@@ -56,7 +56,7 @@ class DroppedRow:
 
 
 @dataclass
-class Account:
+class SourceStats:
     """What became of the records of one source; kept beside its rows."""
 
     num_records: int = 0
@@ -127,7 +127,7 @@ class RowWriter:
         update_digest(self._hash, batch)
         self._writer.write_batch(batch)
 
-    def close(self, account: Account) -> None:
+    def close(self, account: SourceStats) -> None:
         """Write the account, whose digest tells a file that did not reach the disk whole when the power went."""
         self._flush()
         account.digest = self._hash.hexdigest()
@@ -190,10 +190,10 @@ class Chunk:
         return np.cumsum(change[:-1]) > 0
 
 
-class Part:
+class Shard:
     """The encoded rows of one source, on disk or in memory."""
 
-    def __init__(self, batches: Sequence[pa.RecordBatch], account: Account) -> None:
+    def __init__(self, batches: Sequence[pa.RecordBatch], account: SourceStats) -> None:
         self.account = account
         self.chunks = [Chunk.of(batch) for batch in batches]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
@@ -202,7 +202,7 @@ class Part:
         self.ordinals = self.column("ordinal")
 
     @classmethod
-    def open(cls, folder: Path, *, verify: bool = True) -> Part:
+    def open(cls, folder: Path, *, verify: bool = True) -> Shard:
         """Map a folder of rows into memory.
 
         Args:
@@ -214,7 +214,7 @@ class Part:
         given["dropped"] = [DroppedRow(**row) for row in given["dropped"]]
         reader = pa.ipc.open_file(pa.memory_map(str(folder / ROWS)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        account, digest = Account(**given), hashlib.sha256()
+        account, digest = SourceStats(**given), hashlib.sha256()
         for batch in batches if verify else []:
             update_digest(digest, batch)
         if verify and digest.hexdigest() != account.digest:

@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 
 from src.data.cache import bad_rows
-from src.data.preparation import CHUNK_ROWS, Recipe, prepared
+from src.data.preparation import CHUNK_ROWS, EncodingConfig, prepared
 from src.data.readers import Record, Unreadable
 from src.data.sets import EncodedSet
 from src.data.sources import Source, fingerprint_of
-from src.data.store import Account, DroppedRow, Part
+from src.data.store import DroppedRow, Shard, SourceStats
 from src.errors import DataError
 
 BLOCK_ROWS, BLOCK_BYTES = 10_000, 512 * 2**20
@@ -28,7 +28,7 @@ class StreamSource:
     """A source, with its share of the rows (from 0 to 1), and how many of it make an epoch (None: all it has)."""
 
     source: Source
-    recipe: Recipe
+    recipe: EncodingConfig
     share: float
     count: int | None
 
@@ -45,7 +45,7 @@ class StreamAccount:
     def num_kept(self) -> int:
         return self.num_records - self.dropped.total()
 
-    def add(self, part: Part) -> None:
+    def add(self, part: Shard) -> None:
         """Account for a part's records."""
         self.num_records += part.account.num_records
         self.dropped.update(row.reason for row in part.account.dropped)
@@ -179,7 +179,7 @@ class StreamedSet:
 
     def _blocks(self, cursor: Cursor) -> Iterator[Block]:
         """Read from a cursor on, and move it along."""
-        begin, parts, size = cursor.as_dict(), list[Part](), 0
+        begin, parts, size = cursor.as_dict(), list[Shard](), 0
         for part in self._parts(cursor):
             parts.append(part)
             size += part.num_bytes
@@ -191,7 +191,7 @@ class StreamedSet:
         if sum(map(len, parts)):
             yield self._block(parts, begin, cursor)
 
-    def _block(self, parts: list[Part], begin: dict[str, Any], cursor: Cursor) -> Block:
+    def _block(self, parts: list[Shard], begin: dict[str, Any], cursor: Cursor) -> Block:
         """Put parts together."""
         self._check_dropped(cursor)
         rows = EncodedSet(self.name, parts)
@@ -209,7 +209,7 @@ class StreamedSet:
                 f"data.max_dropped_fraction = {self._max_dropped_fraction:g}"
             )
 
-    def _parts(self, cursor: Cursor) -> Iterator[Part]:
+    def _parts(self, cursor: Cursor) -> Iterator[Shard]:
         """Take a chunk of each source in turn, as large as its share; the cursor is behind it when it is given."""
         streams = [self._of(one, taken) for one, taken in zip(self._sources, cursor.taken, strict=True)]
         while not all(cursor.has_ended):
@@ -231,11 +231,11 @@ class StreamedSet:
             cursor.account.add(part)
             yield part
 
-    def _of(self, one: StreamSource, taken: int) -> Iterator[Part]:
+    def _of(self, one: StreamSource, taken: int) -> Iterator[Shard]:
         """Prepare a source's records behind those taken before."""
         chunk_rows = max(1, round(CHUNK_ROWS * one.share))
         records = _records(one.source, taken, one.count)
-        batches, account = list[pa.RecordBatch](), Account()
+        batches, account = list[pa.RecordBatch](), SourceStats()
         for chunk in prepared(records, one.recipe, self._num_workers, chunk_rows, taken):
             if chunk.bad:
                 raise bad_rows(chunk.bad, len(chunk.bad))
@@ -245,10 +245,10 @@ class StreamedSet:
             taken += chunk.num_records
             # of long rows a chunk has fewer; of several sources each gives its share all the same
             if len(self._sources) == 1 or taken % chunk_rows == 0:
-                yield Part(batches, account)
-                batches, account = [], Account()
+                yield Shard(batches, account)
+                batches, account = [], SourceStats()
         if batches:
-            yield Part(batches, account)
+            yield Shard(batches, account)
 
 
 def _records(source: Source, taken: int, count: int | None) -> Iterator[Record | Unreadable]:

@@ -112,8 +112,8 @@ class ModelCounter:
         self._autocast = autocast
 
     @torch.no_grad()
-    def choose_head(self) -> None:
-        """See whether logits are the head's result for the last hidden states, as ScoredModel.choose_head does; of
+    def probe_head(self) -> None:
+        """See whether logits are the head's result for the last hidden states, as ScoredModel.probe_head does; of
         tensors without values by whether they are the same ones.
         """
         scored, model, seen = self._scored, self._scored.model, dict[str, Any]()
@@ -275,7 +275,7 @@ def counted(
         _put_on(model, device)
     scored = ScoredModel(model, loss)
     counter = ModelCounter(scored, mode, device, autocast)
-    counter.choose_head()
+    counter.probe_head()
     yield counter
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from src.checkpoint.store import SMALL_BYTES
 from src.config.schema import CheckpointConfig, OptimizerConfig
 from src.errors import human_bytes
-from src.forecast.items import Item, total
+from src.forecast.items import MemoryItem, total
 from src.forecast.optimizer_state import OPTIMIZER_STATE, checkpoint_bytes
 from src.forecast.parameters import ModelParameters
 
@@ -19,13 +19,13 @@ from src.forecast.parameters import ModelParameters
 class DiskForecast:
     """What the run's folder gets, and what its disk has."""
 
-    parts: tuple[Item, ...]
+    parts: tuple[MemoryItem, ...]
     free_bytes: int
     place: Path
     """The nearest folder that exists, where free_bytes were read."""
 
     @property
-    def total(self) -> Item:
+    def total(self) -> MemoryItem:
         """The sum, as disk_need gives it."""
         return total(self.parts, "sum of all, the most that can lie there at once")
 
@@ -71,7 +71,7 @@ def disk_need(
 
 def _checkpoint_parts(
     weights_bytes: int, optimizer_bytes: int, config: CheckpointConfig, has_metric: bool, num_saves: int | None
-) -> list[Item]:
+) -> list[MemoryItem]:
     """Forecast the checkpoints when there are most of them: one is written, and the oldest is not deleted yet."""
     bare = weights_bytes + SMALL_BYTES
     resumable = bare + optimizer_bytes
@@ -87,10 +87,10 @@ def _checkpoint_parts(
         how += f", and one more{' resumable' if num_bare else ''} while it is written"
     if config.checkpointing_steps is None:
         how += ", at a signal"
-    parts = [Item("checkpoints", num_resumable * resumable + num_bare * bare, how)]
+    parts = [MemoryItem("checkpoints", num_resumable * resumable + num_bare * bare, how)]
     if has_metric and config.keep_best:
         how = f"{config.keep_best} with weights only, of {human_bytes(bare)}"
-        parts.append(Item("best checkpoints", config.keep_best * bare, how))
+        parts.append(MemoryItem("best checkpoints", config.keep_best * bare, how))
     return parts
 
 
@@ -120,7 +120,7 @@ def disk_forecast(
         sizes = checkpoint_bytes(parameters.trained, optimizer)
         parts = _checkpoint_parts(*sizes, checkpoint, has_metric, num_saves)
     else:
-        parts = [Item("checkpoints", None, f"unknown: nothing is known of what {optimizer.type} keeps")]
+        parts = [MemoryItem("checkpoints", None, f"unknown: nothing is known of what {optimizer.type} keeps")]
     beside = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""
     if not parameters.has_adapter or merge:
         num = parameters.num - parameters.num_of_adapter
@@ -128,8 +128,8 @@ def disk_forecast(
             num * parameters.bytes_per_parameter,
             f"{num:,} parameters x {parameters.bytes_per_parameter} B",
         )
-        parts.append(Item("model", whole + tokenizer_bytes, how + beside))
+        parts.append(MemoryItem("model", whole + tokenizer_bytes, how + beside))
     if parameters.has_adapter:
-        parts.append(Item("adapter", parameters.trained_bytes + tokenizer_bytes, parameters.how_trained + beside))
+        parts.append(MemoryItem("adapter", parameters.trained_bytes + tokenizer_bytes, parameters.how_trained + beside))
     place = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
     return DiskForecast(tuple(parts), shutil.disk_usage(place).free, place)

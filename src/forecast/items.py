@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class Item(NamedTuple):
+class MemoryItem(NamedTuple):
     """An item of a forecast: its name, its bytes (None: unknown), and the formula with its numbers."""
 
     name: str
@@ -14,8 +14,8 @@ class Item(NamedTuple):
     how: str
 
 
-def total(parts: Sequence[Item], how: str) -> Item:
+def total(parts: Sequence[MemoryItem], how: str) -> MemoryItem:
     """Sum what is known of items; where one is unknown, the sum is a lower bound and says so."""
     unknown = [part.name for part in parts if part.bytes is None]
     least = f"at least: {', '.join(unknown)} unknown; " if unknown else ""
-    return Item("total", sum(part.bytes or 0 for part in parts), least + how)
+    return MemoryItem("total", sum(part.bytes or 0 for part in parts), least + how)

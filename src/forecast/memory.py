@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from src.config.schema import OptimizerConfig
 from src.errors import human_bytes
 from src.forecast.counting import ForwardCount, MicroBatchShape, TrainingCount
-from src.forecast.items import Item, total
+from src.forecast.items import MemoryItem, total
 from src.forecast.optimizer_state import optimizer_part
 from src.forecast.parameters import FP32, ModelParameters, TrainableTensor
 from src.runtime.allocation import KEPT_IN_ALL
@@ -19,15 +19,15 @@ from src.runtime.allocation import KEPT_IN_ALL
 class MemoryForecast:
     """What a run holds at its worst moment, and at others."""
 
-    parts: tuple[Item, ...]
+    parts: tuple[MemoryItem, ...]
     """What is held when a training step holds most."""
-    instead: tuple[Item, ...] = ()
+    instead: tuple[MemoryItem, ...] = ()
     """Of other moments, what is held in place of activations and backward."""
-    on_cpu: tuple[Item, ...] = ()
+    on_cpu: tuple[MemoryItem, ...] = ()
     """What is offloaded: held by the CPU instead, by each process."""
 
     @property
-    def total(self) -> Item:
+    def total(self) -> MemoryItem:
         """The most at any moment."""
         step = [part for part in self.parts if part.name in STEP_PARTS]
         most = max(self.instead, key=lambda item: item.bytes or 0, default=None)
@@ -84,12 +84,12 @@ def memory_forecast(
     if sharding is not None and sharding.is_bf16:
         parameters = parameters.in_bf16()
     beside = _of_a_process(libraries_bytes, step)
-    always = [Item("parameters", parameters.bytes, parameters.how)]
+    always = [MemoryItem("parameters", parameters.bytes, parameters.how)]
     if sharding is not None and step is not None:  # its gradients are sharded, and among the items of _sharded
         step = step.without_gradients()
     counted = _counted(parameters, shape, step, uncounted)
     others = tuple(
-        Item(name, count.peak_bytes, "counted; instead of activations and backward") for name, count in instead
+        MemoryItem(name, count.peak_bytes, "counted; instead of activations and backward") for name, count in instead
     )
     if sharding is not None:
         sharded, on_cpu = _sharded(parameters, always[0], optimizer, sharding)
@@ -98,22 +98,22 @@ def memory_forecast(
     return MemoryForecast((*beside, *always, *counted), others)
 
 
-def _of_a_process(libraries_bytes: int | None, step: TrainingCount | None) -> list[Item]:
+def _of_a_process(libraries_bytes: int | None, step: TrainingCount | None) -> list[MemoryItem]:
     if libraries_bytes is None:
         return []
     kept = KEPT_IN_ALL if step is None else min(KEPT_IN_ALL, step.peak_bytes)
     return [
-        Item("libraries and data", libraries_bytes, "measured: what such a run imports, and its rows"),
-        Item("free blocks", kept, "at most, that malloc keeps for the next step"),
+        MemoryItem("libraries and data", libraries_bytes, "measured: what such a run imports, and its rows"),
+        MemoryItem("free blocks", kept, "at most, that malloc keeps for the next step"),
     ]
 
 
 def _counted(
     parameters: ModelParameters, shape: MicroBatchShape, step: TrainingCount | None, uncounted: str
-) -> list[Item]:
+) -> list[MemoryItem]:
     activations, backward = STEP_PARTS
     if step is None:
-        return [Item(name, None, f"unknown: {uncounted}") for name in STEP_PARTS]
+        return [MemoryItem(name, None, f"unknown: {uncounted}") for name in STEP_PARTS]
     length = f"{shape.seq:,}" if shape.target_seq is None else f"({shape.seq:,} + {shape.target_seq:,})"
     kept = f"kept for backward, counted by a forward of {shape.batch:,} x {length} tokens, "
     kept += f"{shape.num_supervised:,} of them scored"
@@ -121,12 +121,15 @@ def _counted(
     if step.has_gradients:
         on_top += f" and {human_bytes(step.peak_gradient_bytes)} of gradients; when it is over they are "
         on_top += human_bytes(parameters.trained_bytes)
-    return [Item(activations, step.saved_bytes, kept), Item(backward, step.peak_bytes - step.saved_bytes, on_top)]
+    return [
+        MemoryItem(activations, step.saved_bytes, kept),
+        MemoryItem(backward, step.peak_bytes - step.saved_bytes, on_top),
+    ]
 
 
 def _sharded(
-    parameters: ModelParameters, weights: Item, optimizer: OptimizerConfig, sharding: Sharding
-) -> tuple[list[Item], list[Item]]:
+    parameters: ModelParameters, weights: MemoryItem, optimizer: OptimizerConfig, sharding: Sharding
+) -> tuple[list[MemoryItem], list[MemoryItem]]:
     """Forecast weights, gradients and optimizer state of one process, and what of them lies on the CPU.
 
     Source: deepspeed 0.19.8, stage_1_and_2.py and stage3.py; counted in tests/test_processes.py. It keeps a second copy
@@ -134,23 +137,23 @@ def _sharded(
     """
     n, num, size = sharding.num_processes, parameters.num_trained, parameters.bytes_per_parameter
 
-    def share(item: Item) -> Item:
+    def share(item: MemoryItem) -> MemoryItem:
         how = item.how if n == 1 else f"({item.how}) / {n}"
-        return Item(item.name, None if item.bytes is None else math.ceil(item.bytes / n), how)
+        return MemoryItem(item.name, None if item.bytes is None else math.ceil(item.bytes / n), how)
 
     in_32_bits = replace(parameters, trained=tuple(TrainableTensor(one.shape, FP32) for one in parameters.trained))
-    gradients = Item("gradients", parameters.trained_bytes, parameters.how_trained)
-    updated = share(Item("updated weights", num * FP32, f"{num:,} trained parameters x {FP32} B"))
+    gradients = MemoryItem("gradients", parameters.trained_bytes, parameters.how_trained)
+    updated = share(MemoryItem("updated weights", num * FP32, f"{num:,} trained parameters x {FP32} B"))
     state = share(optimizer_part(in_32_bits, optimizer))
     buckets = sharding.num_buckets * sharding.bucket * size
     how = f"{sharding.num_buckets} x {sharding.bucket:,} gradients x {size} B"
-    on_device, on_cpu = [Item("gradient buckets", buckets, how)], list[Item]()
+    on_device, on_cpu = [MemoryItem("gradient buckets", buckets, how)], list[MemoryItem]()
     if sharding.stage == 3:
         num_live = min(parameters.num, sharding.max_live)
-        on_device.append(Item("gathered weights", num_live * size, f"up to {num_live:,} at once x {size} B"))
+        on_device.append(MemoryItem("gathered weights", num_live * size, f"up to {num_live:,} at once x {size} B"))
     weights = share(weights) if sharding.stage == 3 else weights
     (on_cpu if sharding.weights_on_cpu else on_device).insert(0, weights)
     if sharding.optimizer_on_cpu:
-        return on_device, [*on_cpu, share(Item("gradients", num * FP32, in_32_bits.how_trained)), updated, state]
+        return on_device, [*on_cpu, share(MemoryItem("gradients", num * FP32, in_32_bits.how_trained)), updated, state]
     # stage 1 keeps them whole from one micro-batch to the next
     return [*on_device, gradients if sharding.stage == 1 else share(gradients), updated, state], on_cpu

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from src.config.schema import OptimizerConfig
-from src.forecast.items import Item
+from src.forecast.items import MemoryItem
 from src.forecast.parameters import FP32, ModelParameters, TrainableTensor
 
 STATE_BLOCK = 256  # values of an 8-bit optimizer's state that share a scale
@@ -57,13 +57,13 @@ OPTIMIZER_STATE: dict[str, Callable[[Any], Callable[[TrainableTensor], list[Stat
 """The optimizer's type -> what it keeps for a tensor that is trained, but for counters and tables of a few values."""
 
 
-def optimizer_part(parameters: ModelParameters, optimizer: OptimizerConfig, device_type: str = "cpu") -> Item:
+def optimizer_part(parameters: ModelParameters, optimizer: OptimizerConfig, device_type: str = "cpu") -> MemoryItem:
     """Forecast the optimizer's state, tensor by tensor."""
     if optimizer.type not in OPTIMIZER_STATE:
-        return Item("optimizer state", None, f"unknown: nothing is known of what {optimizer.type} keeps")
+        return MemoryItem("optimizer state", None, f"unknown: nothing is known of what {optimizer.type} keeps")
     counts = _state_counts(parameters.trained, optimizer)
     if not counts:
-        return Item("optimizer state", 0, f"{optimizer.type} keeps nothing with these settings")
+        return MemoryItem("optimizer state", 0, f"{optimizer.type} keeps nothing with these settings")
     alike: dict[tuple[int, int], list[str]] = {}
     for (name, size), num in counts.items():
         alike.setdefault((num, size), []).append(name)
@@ -74,7 +74,7 @@ def optimizer_part(parameters: ModelParameters, optimizer: OptimizerConfig, devi
     )
     if optimizer.type.startswith("paged") and device_type == "cuda":
         how += "; moved to the CPU's memory where the GPU's is full"
-    return Item("optimizer state", sum(num * size for (_, size), num in counts.items()), how)
+    return MemoryItem("optimizer state", sum(num * size for (_, size), num in counts.items()), how)
 
 
 def _state_counts(trained: Iterable[TrainableTensor], optimizer: OptimizerConfig) -> Counter[tuple[str, int]]:

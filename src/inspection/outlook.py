@@ -55,7 +55,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Forecast:
     """What lies ahead; `num_steps_per_epoch` is None where the train set is streamed."""
 
     num_steps: int
@@ -92,7 +92,7 @@ def outlook(
     libraries_bytes: int | None,
     *,
     measure: bool,
-) -> Outlook:
+) -> Forecast:
     """Forecast a run from its first epoch's micro-batches, and from the sets that are evaluated.
 
     Args:
@@ -146,7 +146,7 @@ def outlook(
         count = math.ceil(num_micro_batches / processes)
         parts[0] = measured_time("training", measured.seconds, count, "micro-batches")
     share = num_micro_batches / len(micro_batches)
-    return Outlook(
+    return Forecast(
         num_steps,
         per_epoch,
         num_micro_batches,

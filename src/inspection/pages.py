@@ -10,11 +10,11 @@ from src.data.advice import Finding, Level
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import human_bytes, visible
-from src.forecast.items import Item
+from src.forecast.items import MemoryItem
 from src.forecast.time import TimeForecast
 from src.inspection.drawing import Paint, histogram, painted_row
 from src.inspection.findings import Proof
-from src.inspection.outlook import Outlook
+from src.inspection.outlook import Forecast
 from src.model.build import num_parameters
 from src.tracking.console import Console, clock
 
@@ -62,7 +62,7 @@ def show_rows(console: Console, train: EncodedSet, data: Data, count: int, paint
             console.say(f"    {line}", is_painted=True)
 
 
-def show_forecasts(console: Console, config: RunConfig, ahead: Outlook) -> None:
+def show_forecasts(console: Console, config: RunConfig, ahead: Forecast) -> None:
     """Say how many steps there are, and what they will take of memory, disk and time."""
     training = config.training
     rows = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps}"
@@ -104,7 +104,7 @@ def _times(ahead: TimeForecast) -> str:
     return "\n".join(lines)
 
 
-def _table(parts: Sequence[Item]) -> str:
+def _table(parts: Sequence[MemoryItem]) -> str:
     sizes = ["unknown" if part.bytes is None else human_bytes(part.bytes) for part in parts]
     width = max(len(part.name) for part in parts)
     room = max(map(len, sizes))

@@ -146,7 +146,7 @@ def as_they_are(model: Any, started: StartedRows) -> StartedRows:
     return replace(started, values={matrix.name: matrix.rows(ids) for matrix in embedding_matrices(model)})
 
 
-def grow_embeddings(
+def resize_and_initialise(
     model: Any, tokenizer: Any, new: NewTokens, config: TokensConfig, seed: int, unlearned: Collection[str] = ()
 ) -> StartedRows:
     """Make room for all tokens and write the starting rows of those that have no learned row yet.
@@ -253,7 +253,7 @@ def check_new_rows(model: Any, started: StartedRows) -> None:
             raise ModelError(f"new tokens {', '.join(wrong)} lost their starting rows in the {name} matrix")
 
 
-class WatchedRows:
+class TokenMonitor:
     """The rows of the configuration's tokens while they are trained: how far they are from where they started."""
 
     def __init__(self, model: Any, ids: Mapping[str, int]) -> None:

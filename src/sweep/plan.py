@@ -15,7 +15,7 @@ from typing import Any
 from src.config.compose import COMMAND_LINE, Assignment, CommandLine, Points, warn_of_broken_options
 from src.config.files import unusable
 from src.config.frozen import code_problems
-from src.config.gate import Admitted, check, located_problems, sweep_of
+from src.config.gate import Job, check, located_problems, sweep_of
 from src.config.hydra_keys import SWEEPER_PARAMS, is_own_sweeper, sweeper_params
 from src.config.keys import all_keys
 from src.config.problems import Problem, refuse
@@ -30,7 +30,7 @@ from src.config.schema import (
     greater_is_better,
 )
 from src.config.trust import signature
-from src.sweep.record import Record, differing
+from src.sweep.folder import SweepFolder, differing
 from src.sweep.space import SWEEP_FILE, Axis, axes_of, is_endless, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of, with_typed_numbers
 
@@ -155,7 +155,7 @@ class Plan:
         by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
         return [one for text in overrides for one in by_key[text.partition("=")[0]].forced(text)]
 
-    def _admit(self, overrides: Sequence[str]) -> tuple[Admitted | None, list[Problem]]:
+    def _admit(self, overrides: Sequence[str]) -> tuple[Job | None, list[Problem]]:
         by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
         admitted, problems = check(self.composer.compose(self._forced(overrides)), self.line)
         if admitted is not None and admitted.sweep is not None:
@@ -249,7 +249,7 @@ def _kept(plan: Plan) -> list[Path]:
     """Return the options that the same command was composed of before; empty where it begins anew."""
     if plan.force or unusable(str(plan.folder)):
         return []
-    record = Record(plan.folder)
+    record = SweepFolder(plan.folder)
     content = record.read()
     plan.signatures = content.get("signatures", [])
     if content.get("id") != plan.line.sweep_id:

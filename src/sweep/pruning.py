@@ -16,7 +16,7 @@ class Pruning:
     """Asks whether a run is worth going on.
 
     Args:
-        link: the trial's study, storage and metric, as `Conductor` made it; None: nobody is asked.
+        link: the trial's study, storage and metric, as `SweepController` made it; None: nobody is asked.
         done: the lines of metrics that the run goes on behind.
         warn: is told where the study can't be asked; the run goes on then.
     """

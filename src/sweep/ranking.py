@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Literal
 
-from src.sweep.comparing import SIGNIFICANCE, Comparison, Replicate, compare, half_width, holm
+from src.sweep.significance import SIGNIFICANCE, Comparison, Replicate, compare, half_width, holm
 
 Direction = Literal["minimize", "maximize"]
 EXTREME: Mapping[Direction, str] = {"minimize": "lowest", "maximize": "highest"}

@@ -13,17 +13,17 @@ from src.config.schema import Device, Pruner, Replicate
 from src.errors import Interrupted, StudyError, TowlineError, is_disk_full, report, visible
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
-from src.sweep.board import Board, failures, listing, some
-from src.sweep.conduct import UNENDED, Conductor, early_replicates, reclaim
+from src.sweep.controller import UNENDED, SweepController, early_replicates, reclaim
+from src.sweep.folder import SweepFolder, TrialStatus
 from src.sweep.launched import Launched, is_own_launcher
 from src.sweep.plan import Plan, plan_sweep
+from src.sweep.progress import ProgressTable, failures, listing, some
 from src.sweep.ranking import Result, conclusion, rank
-from src.sweep.record import Record, Standing
 from src.sweep.study import Study, open_study
 from src.sweep.trial import Trial
 from src.sweep.workers import RunTrial, Workers, end_fork_server, modules_of_run, start_fork_server
 from src.tracking.console import Console
-from src.tracking.journal import hold
+from src.tracking.run_folder import hold
 from src.tracking.sweep_tracker import open_sweep_tracking
 
 
@@ -95,7 +95,7 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
         Interrupted: where it was stopped before it began.
     """
     console = Console()
-    record = Record(plan.folder)
+    record = SweepFolder(plan.folder)
     if plan.config.dry_run:
         return _dry_run(plan, record, console)
     console.label("sweep", f"{plan.name} → {plan.folder}")
@@ -110,7 +110,7 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
     stop.allow(plan.config.max_seconds, "sweep.max_seconds")
     with ExitStack() as until_the_end:
         until_the_end.enter_context(hold(plan.folder))
-        board = until_the_end.enter_context(Board(plan.name, plan.config.metric))
+        board = until_the_end.enter_context(ProgressTable(plan.name, plan.config.metric))
         record.refuse_other()  # before anything is written
         if not plan.force:
             record.read()
@@ -128,13 +128,13 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
         plan.compose_from(record.conf())
         record.write_trials(trials)
         study = _study(plan, len(trials), until_the_end, console)
-        conductor = Conductor(plan, record, trials, todo, study, workers, stop, board)
+        conductor = SweepController(plan, record, trials, todo, study, workers, stop, board)
         _warn_of_damage(conductor.standings, console)
         conductor.write("RUNNING")
         tracker = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
         tracker.ready()
         leaderboard.import_what_draws()  # while the fork server imports, and not when all are waiting for the table
-        conductor.poke = tracker.poke
+        conductor.notify = tracker.notify
         try:
             why = conductor.run()
         except KeyboardInterrupt:
@@ -161,13 +161,13 @@ def _study(plan: Plan, num_tried: int, until_the_end: ExitStack, console: Consol
         return None
 
 
-def _warn_of_damage(standings: Mapping[int, Standing], console: Console) -> None:
+def _warn_of_damage(standings: Mapping[int, TrialStatus], console: Console) -> None:
     for number, standing in sorted(standings.items()):
         if standing.warning:
             console.warn(f"trial {number}: {standing.warning}")
 
 
-def _dry_run(plan: Plan, record: Record, console: Console) -> int:
+def _dry_run(plan: Plan, record: SweepFolder, console: Console) -> int:
     """Show what would run, and write nothing."""
     recorded = [] if plan.force else record.trials()
     record.check_places(recorded)
@@ -218,7 +218,7 @@ def _merged(recorded: Sequence[Trial], plan: Plan) -> tuple[list[Trial], list[in
     return list(merged.values()), [merged[planned.identity].number for planned in plan.trials]
 
 
-def _outcome(conductor: Conductor, why: str, stop: StopRequest) -> tuple[int, str]:
+def _outcome(conductor: SweepController, why: str, stop: StopRequest) -> tuple[int, str]:
     """Give the exit code and the sweep's state."""
     states = {conductor.standings[number].state for number in conductor.todo}
     if conductor.is_complete:
@@ -232,7 +232,7 @@ def _outcome(conductor: Conductor, why: str, stop: StopRequest) -> tuple[int, st
     return (Interrupted.exit_code, "PREEMPTED") if states & UNENDED else (0, "FINISHED")
 
 
-def _tell(plan: Plan, conductor: Conductor, board: Board, console: Console) -> None:
+def _tell(plan: Plan, conductor: SweepController, board: ProgressTable, console: Console) -> None:
     """Rank the settings, and write and show what came of it."""
     metric = plan.config.metric
     direction: Literal["minimize", "maximize"] = plan.config.direction.value
@@ -255,7 +255,7 @@ def _tell(plan: Plan, conductor: Conductor, board: Board, console: Console) -> N
     console.say(said)
 
 
-def _result(conductor: Conductor, trial: Trial) -> Result:
+def _result(conductor: SweepController, trial: Trial) -> Result:
     standing = conductor.standings[trial.number]
     label = trial.setting_label or (
         "" if any(text.startswith("model=") for text in trial.overrides) else conductor.plan.name
@@ -267,7 +267,7 @@ def _result(conductor: Conductor, trial: Trial) -> Result:
     return Result(trial.number, trial.setting, label, model, replicate, standing.state, standing.value)
 
 
-def _close(plan: Plan, conductor: Conductor, why: str, console: Console) -> None:
+def _close(plan: Plan, conductor: SweepController, why: str, console: Console) -> None:
     """Say how it ended, what failed, and what to do."""
     failed = [
         (trial, standing)

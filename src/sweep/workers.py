@@ -31,7 +31,7 @@ from src.runtime.devices import shares, threads_each, visible_gpus
 
 RunTrial = Callable[[dict[str, Any], str, Mapping[str, Any] | None], int]
 """Runs a frozen configuration in a folder, with a link to the study (see src.sweep.pruning); gives the exit code."""
-WARM = "src.sweep.warm"
+WARM = "src.sweep.preload"
 """What the fork server imports before the first trial."""
 READY_FOR = {
     "adapter": ("peft",),

@@ -96,7 +96,7 @@ class Mirror:
     def run_id(self) -> str | None:
         return self._delivery.run_id
 
-    def poke(self) -> None:
+    def notify(self) -> None:
         """Say that the folder changed; returns at once."""
         if not self._waits:
             self._changed.set()
@@ -104,11 +104,11 @@ class Mirror:
     def release(self) -> None:
         """Deliver from now on."""
         self._waits = False
-        self.poke()
+        self.notify()
 
     def connect(self) -> None:
         """Wait until the store is there and has a run for the folder, but not for a server that is slow or gone."""
-        self.poke()
+        self.notify()
         started, signs = time.monotonic(), _SignsOfLife(self._delivery)
         while not self._delivery.is_connected and not self.trouble:
             since, seconds = (signs.last(), OPENING_SECONDS) if self._is_file else (started, SERVER_SECONDS)

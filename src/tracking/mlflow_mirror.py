@@ -16,10 +16,10 @@ from src.config.frozen import CONFIG, STATUS, read_starts, read_status
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
 from src.records import Types, begins_with, check_keys, damaged, is_time, read_json, read_yaml
-from src.tracking.journal import read_growing
 from src.tracking.mirror import Mirror
 from src.tracking.mlflow_calls import RUN_ID
 from src.tracking.mlflow_store import KILLED, STATES, FolderDelivery, flat, milliseconds, plain_name, read_tracking
+from src.tracking.run_folder import read_growing
 
 ARTIFACTS = ("config.yaml", "provenance.json", "data_report.json", "samples.jsonl", "summary.json")
 LINES_AT_ONCE = 100

@@ -26,10 +26,10 @@ class SweepTracker:
         if self._mirror:
             self._mirror.connect()
 
-    def poke(self) -> None:
+    def notify(self) -> None:
         """Say that the folder or a trial's changed; returns at once."""
         if self._mirror:
-            self._mirror.poke()
+            self._mirror.notify()
 
 
 @contextmanager

@@ -16,10 +16,10 @@ from src.config.quoting import shell_override
 from src.config.schema import MlflowConfig, TrackingConfig, greater_is_better
 from src.tracking.console import Console
 from src.tracking.former import WAIT_SECONDS, end_all_of
-from src.tracking.journal import RunFolder, Start, hold, open_run_folder
 from src.tracking.mirror import AT_THE_END, TO_THE_END, WHEN_STOPPED
 from src.tracking.mlflow_mirror import MlflowMirror, tracked_before
 from src.tracking.mlflow_store import TRACKING
+from src.tracking.run_folder import RunFolder, Start, hold, open_run_folder
 
 UNSHOWN = ("best/", "tokens/")
 """Metrics that summary.json has and the table at the end of a run leaves out."""
@@ -62,7 +62,7 @@ class Tracker:
         self._last: dict[str, float] = {}
         self._best: dict[str, float] = {}
         self.cut_line: dict[str, Any] | None = None
-        """The line of metrics of the step that is done again, as it was; see `go_on_from`."""
+        """The line of metrics of the step that is done again, as it was; see `rewind_to`."""
 
     @property
     def folder(self) -> Path:
@@ -119,7 +119,7 @@ class Tracker:
         logged = step.number % logging_steps == 0 or step.number == num_steps
         self.console.progress(step.number, num_steps, step.loss, step.lr, step.tokens_per_second, logged=logged)
 
-    def go_on_from(self, step: int, *, is_end: bool) -> list[dict[str, Any]]:
+    def rewind_to(self, step: int, *, is_end: bool) -> list[dict[str, Any]]:
         """Take out of the journal what comes again: all behind a step, and of the step itself what was not over.
 
         Args:
@@ -202,10 +202,10 @@ class Tracker:
 
     def _poke(self) -> None:
         if self._mirror:
-            self._mirror.poke()
+            self._mirror.notify()
 
 
-class Bystander(Tracker):
+class NullTracker(Tracker):
     """The tracker of a process that is not the first: it keeps and shows nothing."""
 
     def __init__(self, console: Console) -> None:
@@ -244,7 +244,7 @@ class Bystander(Tracker):
     def progress(self, step: StepLike, num_steps: int, logging_steps: int) -> None:
         pass
 
-    def go_on_from(self, step: int, *, is_end: bool) -> list[dict[str, Any]]:
+    def rewind_to(self, step: int, *, is_end: bool) -> list[dict[str, Any]]:
         return []
 
     @contextmanager
@@ -320,6 +320,6 @@ def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> 
         return
     with hold(run_dir):
         mirror = MlflowMirror(config, run_dir, is_over=True, tell=console.warn)
-        mirror.poke()
+        mirror.notify()
         if undelivered := mirror.close(TO_THE_END, console.working):
             console.warn(f"MLflow at {mirror.uri}: {undelivered}; to try again: {how_to_deliver(run_dir)}")

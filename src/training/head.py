@@ -64,7 +64,7 @@ class ScoredModel(nn.Module):
         return score(states, targets, is_thought, head, self.num_logits, self.config)
 
     @torch.no_grad()
-    def choose_head(self) -> None:
+    def probe_head(self) -> None:
         """Watch the model's own forward on a short row: is the head fed the last hidden states, and are the logits
         what it gives back, bit for bit?
 

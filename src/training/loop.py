@@ -16,11 +16,11 @@ from src.data.sets import EncodedSet
 from src.errors import NonFiniteLossError, listed
 from src.runtime.session import Runtime
 from src.training.loss import step_objective, sum_of_weights
-from src.training.state import Meter, TrainState, Update
+from src.training.state import StepResult, StepStats, TrainState
 
 
 @dataclass(frozen=True)
-class Fed:
+class MicroBatch:
     """A micro-batch with the set that its row numbers are of, and whether it counts: one that does not only keeps this
     process in step with the others."""
 
@@ -33,9 +33,9 @@ class Fed:
 class Step:
     """One optimizer update that is over. `number` counts from 1."""
 
-    update: Update
+    update: StepResult
     is_last: bool
-    meter: Meter = field(repr=False)
+    meter: StepStats = field(repr=False)
     with_objective: bool = False
 
     @property
@@ -98,7 +98,7 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         window = next(coming)
         started = time.perf_counter()
         batches = [
-            Fed(block, collate(block, sequences, pad_token_id, flat=state.is_flat), counts)
+            MicroBatch(block, collate(block, sequences, pad_token_id, flat=state.is_flat), counts)
             for (block, sequences), counts in runtime.share(window.micro_batches)
         ]
         lr, grad_norm = step_once(state, batches, config, runtime)
@@ -106,11 +106,13 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         state.meter.seconds += seconds
         state.train_seconds += seconds
         state.position, state.rng = window.after, runtime.rng_state()
-        state.last = Update(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
+        state.last = StepResult(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
         yield Step(state.last, state.step >= state.num_steps, state.meter, is_another)
 
 
-def step_once(state: TrainState, batches: Sequence[Fed], config: RunConfig, runtime: Runtime) -> tuple[float, float]:
+def step_once(
+    state: TrainState, batches: Sequence[MicroBatch], config: RunConfig, runtime: Runtime
+) -> tuple[float, float]:
     """Do one optimizer update over a window of micro-batches, and give its learning rate and gradient norm.
 
     Args:
@@ -173,7 +175,7 @@ def step_once(state: TrainState, batches: Sequence[Fed], config: RunConfig, runt
     return lr, grad_norm
 
 
-def _places(batches: Sequence[Fed]) -> list[str]:
+def _places(batches: Sequence[MicroBatch]) -> list[str]:
     return [fed.rows.place(index) for fed in batches for index in fed.batch.rows]
 
 

@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.contract import Facts, check, compare_facts, is_reordered
+from src.checkpoint.compatibility import Fingerprint, check, compare_fingerprints, is_reordered
 from src.checkpoint.exported import exported_start
-from src.checkpoint.start import Origin, newest_weights
+from src.checkpoint.locate import Origin, newest_weights
 from src.checkpoint.store import read_snapshot
 from src.checkpoint.tensors import tensors_digest
 from src.config.schema import RunConfig
@@ -20,7 +20,7 @@ from src.data.batching import Position
 from src.data.dataset import Data
 from src.errors import CheckpointError, ModelError
 from src.model.adapters import Adapter
-from src.model.embeddings import WatchedRows
+from src.model.embeddings import TokenMonitor
 from src.runtime.session import Runtime
 from src.tokens import load_tokenizer
 from src.training.state import Beginning, TrainState
@@ -45,10 +45,10 @@ def architecture_hash(model: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def facts_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runtime, config: RunConfig) -> Facts:
+def fingerprint_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runtime, config: RunConfig) -> Fingerprint:
     """Return what a checkpoint must have in common with the run that goes on from it."""
     frozen = state.frozen_weights()
-    return Facts(
+    return Fingerprint(
         step=state.step,
         num_steps=state.num_steps,
         data=data.train_digest(),
@@ -72,12 +72,12 @@ def beginning(origin: Origin, data: Data, tokenizer: Any, config: RunConfig, fro
     """
     if origin.checkpoint is None:
         return Beginning()
-    before = Facts.from_dict(origin.state["facts"])
+    before = Fingerprint.from_dict(origin.state["facts"])
     now = replace(before, data=data.train_digest(), num_rows=data.num_train_rows, tokenizer=tokenizer_hash(tokenizer))
     named = ", ".join(change.key for change in origin.changes if change.key.startswith("data."))
     changes = [
         replace(change, why=f"{change.why}; changed: {named}") if change.key == "data" and named else change
-        for change in [*origin.changes, *compare_facts(before, now)]
+        for change in [*origin.changes, *compare_fingerprints(before, now)]
     ]
     check(changes, allow_changed=config.checkpoint.allow_changed, where=str(origin.checkpoint))
     position = Position.from_dict(origin.state["position"])
@@ -89,7 +89,7 @@ def beginning(origin: Origin, data: Data, tokenizer: Any, config: RunConfig, fro
 
 
 def resume(
-    state: TrainState, origin: Origin, begin: Beginning, facts: Facts, runtime: Runtime, config: RunConfig
+    state: TrainState, origin: Origin, begin: Beginning, facts: Fingerprint, runtime: Runtime, config: RunConfig
 ) -> list[str]:
     """Put everything back as it was at a checkpoint; gives warnings. Where the run begins anew, only the processes get
     random numbers that differ.
@@ -101,7 +101,7 @@ def resume(
     if origin.checkpoint is None:
         runtime.seed_apart()
         return []
-    changes = compare_facts(Facts.from_dict(origin.state["facts"]), facts)
+    changes = compare_fingerprints(Fingerprint.from_dict(origin.state["facts"]), facts)
     warnings = check(changes, allow_changed=config.checkpoint.allow_changed, where=str(origin.checkpoint))
     state.restore(read_snapshot(origin.checkpoint), runtime)
     if begin.repeats_epoch:
@@ -114,11 +114,11 @@ def ended_there(origin: Origin) -> bool:
     return origin.is_own and origin.own_step is not None and origin.own_step >= origin.state["facts"]["num_steps"]
 
 
-def first_comparable(origin: Origin, facts: Facts, state: TrainState) -> int:
+def first_comparable(origin: Origin, facts: Fingerprint, state: TrainState) -> int:
     """Return the first step whose evaluation is of the rows of now: those before say nothing of which is the best."""
     if origin.checkpoint is None:
         return 0
-    before = Facts.from_dict(origin.state["facts"]).validation
+    before = Fingerprint.from_dict(origin.state["facts"]).validation
     if before not in (None, facts.validation):
         return state.step + 1 if state.is_over else state.step
     return int(origin.state.get("comparable_from", 0))
@@ -180,5 +180,5 @@ def start_from_checkpoint(state: TrainState, tokenizer: Any, runtime: Runtime, c
     if kept.state["facts"]["tokenizer"] != tokenizer_hash(tokenizer):
         raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
     state.restore_weights(kept.weights, runtime)
-    state.new_rows = WatchedRows(state.model, state.new_rows.ids)
+    state.new_rows = TokenMonitor(state.model, state.new_rows.ids)
     return warnings

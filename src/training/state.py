@@ -19,7 +19,7 @@ from src.data.dataset import TrainSet
 from src.data.sets import EncodedSet
 from src.errors import CheckpointError, ModelError, listed
 from src.model.build import num_parameters
-from src.model.embeddings import WatchedRows, embedding_parameters
+from src.model.embeddings import TokenMonitor, embedding_parameters
 from src.runtime.allocation import keep_freed_memory
 from src.runtime.session import Runtime, rng_as_json, rng_from_json
 from src.runtime.sharding import Whole, whole, whole_shape
@@ -35,7 +35,7 @@ from src.training.optim import (
 
 
 @dataclass
-class Meter:
+class StepStats:
     """Sums since the last line of metrics, so that a line holds means over all that happened since the one before."""
 
     nll: float = 0.0
@@ -66,7 +66,7 @@ class Meter:
         means |= {f"train/{name}": loss for name, loss in self.span_losses().items()}
         if with_objective:
             means["train/objective"] = self.objective / max(self.num_steps, 1)
-        vars(self).update(vars(Meter()))
+        vars(self).update(vars(StepStats()))
         return means
 
     def span_losses(self) -> dict[str, float]:
@@ -75,7 +75,7 @@ class Meter:
 
 
 @dataclass(frozen=True)
-class Update:
+class StepResult:
     """An optimizer update that was done. `number` counts from 1."""
 
     number: int
@@ -119,7 +119,7 @@ class TrainState:
     steps_per_epoch: int | None
     """None where the train set is streamed: nobody knows its end before."""
     uses_full_logits: bool
-    new_rows: WatchedRows
+    new_rows: TokenMonitor
     """The rows of the configuration's tokens."""
     step: int = 0
     tokens_seen: int = 0
@@ -129,8 +129,8 @@ class TrainState:
     """Fewer than `step` where fp16 gradients overflowed."""
     position: Position = Position()
     """Where in the data the next step begins."""
-    meter: Meter = field(default_factory=Meter)
-    last: Update | None = None
+    meter: StepStats = field(default_factory=StepStats)
+    last: StepResult | None = None
     is_over: bool = True
     """Whether what follows the last step (evaluation, samples, its line of metrics) is done too."""
     rng: dict[str, Any] = field(default_factory=dict)
@@ -195,8 +195,8 @@ class TrainState:
             setattr(self, name, value)
         self.step = state["step"]
         restore_schedule(self.schedule, self.num_schedule_steps)
-        self.meter = Meter(**state["meter"])
-        self.last = None if state["last"] is None else Update(**state["last"])
+        self.meter = StepStats(**state["meter"])
+        self.last = None if state["last"] is None else StepResult(**state["last"])
         self.new_rows.restore(state["new_rows"])
         runtime.restore_scaler(state["scaler"])
         if runtime.rank < len(state["rng"]):
@@ -208,11 +208,11 @@ class TrainState:
         """Return whether an evaluation follows the last step where what follows it is done again."""
         return self.last is not None and (self.step >= self.num_steps or self.last.is_due(eval_steps))
 
-    def settle(self, *, is_over: bool) -> None:
+    def mark_complete(self, *, is_over: bool) -> None:
         """Say whether what follows the last step was done, its line of metrics included, which begins new sums."""
         self.is_over = is_over
         if is_over:
-            self.meter = Meter()
+            self.meter = StepStats()
 
     @torch.no_grad()
     def restore_weights(self, weights: Mapping[str, Tensor], runtime: Runtime) -> None:
@@ -345,7 +345,7 @@ def prepare(
     if runtime.sharded is not None:
         vars(plain)["_opt_called"] = True  # DeepSpeed updates by another one, and torch would warn of the schedule
     with runtime.autocast():  # behind `prepare`: weights that are shared out come together for a forward only then
-        scored.choose_head()
+        scored.probe_head()
         if is_packed:
             scored.check_packing(flat=is_flat)
     return TrainState(
@@ -358,6 +358,6 @@ def prepare(
         num_steps,
         per_epoch,
         scored.uses_full_logits,
-        WatchedRows(model, new_tokens),
+        TokenMonitor(model, new_tokens),
         position=begin.position,
     )

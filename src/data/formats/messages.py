@@ -57,12 +57,12 @@ def read(fields: dict[str, Any], data: DataConfig) -> Chat:
     learned: list[bool] = []
     unread: dict[str, None] = {}
     for number, one in enumerate(given, start=1):
-        message, is_learned, not_read = _message(one, f"{column!r}, message {number}")
+        message, is_supervised, not_read = _message(one, f"{column!r}, message {number}")
         _check_turn(message["role"], [m["role"] for m in messages], f"{column!r}, message {number}")
         messages.append(message)
         unread |= dict.fromkeys(f"{column}[].{key}" for key in not_read)
         if message["role"] == "assistant":
-            learned.append(is_learned)
+            learned.append(is_supervised)
     if messages[-1]["role"] != "assistant":
         raise BadRow(f"{column!r} ends with the {messages[-1]['role']}: there is no answer to learn")
     own = _own_system(fields, messages)

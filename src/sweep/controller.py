@@ -30,14 +30,14 @@ from src.errors import (
 from src.records import read_bytes
 from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
-from src.sweep.board import Board, Entry, counted
+from src.sweep.folder import STATES, SweepFolder, TrialStatus
 from src.sweep.launched import Launched
 from src.sweep.plan import Plan
-from src.sweep.record import STATES, Record, Standing
+from src.sweep.progress import Entry, ProgressTable, counted
 from src.sweep.study import Proposal, Study
 from src.sweep.trial import Trial, short
 from src.sweep.workers import Job, Workers
-from src.tracking.journal import note_end, now
+from src.tracking.run_folder import note_end, now
 
 POLL_SECONDS = 0.1
 POKE_SECONDS = 2.0
@@ -65,19 +65,19 @@ class _Progress:
     """Whether this start of the sweep is done with it."""
 
 
-class Conductor:
+class SweepController:
     """Runs the trials of one sweep whose folder is held."""
 
     def __init__(
         self,
         plan: Plan,
-        record: Record,
+        record: SweepFolder,
         trials: list[Trial],
         todo: Sequence[int],
         study: Study | None,
         workers: Workers | Launched,
         stop: StopRequest,
-        board: Board,
+        board: ProgressTable,
     ) -> None:
         self.plan, self.record, self.workers = plan, record, workers
         self._study = study
@@ -104,7 +104,7 @@ class Conductor:
             if rests and standing.state == "PRUNED" and number in todo and self.study.is_open(self.trials[number].unit)
         }
         """Trials that ended at a rung, and go on once they are among its best."""
-        self.poke: Callable[[], None] = lambda: None
+        self.notify: Callable[[], None] = lambda: None
         """Called when sweep.json says something new."""
         before = record.read()
         judged = [before.get("sweep", {}).get(key) for key in ("metric", "direction")]
@@ -217,7 +217,7 @@ class Conductor:
         for trial in trials:
             self.trials[trial.number] = trial
             self.todo.add(trial.number)
-            self.standings[trial.number] = Standing("WAITING")
+            self.standings[trial.number] = TrialStatus("WAITING")
             self._progress[trial.number] = _Progress()
             self._queue.append(trial.number)
         self.record.write_trials(list(self.trials.values()))
@@ -281,7 +281,7 @@ class Conductor:
                 return
             if time.monotonic() - self._poked > POKE_SECONDS:  # trials have come to be known there
                 self._poked = time.monotonic()
-                self.poke()
+                self.notify()
             if self.board.is_due():
                 self._look()
                 self.board.show(self._entries(), self.summary())
@@ -293,7 +293,7 @@ class Conductor:
             return "sweep.fail_fast, and a trial failed"
         return self.stop.asked()
 
-    def _settled(self) -> Iterator[Standing]:
+    def _settled(self) -> Iterator[TrialStatus]:
         return (self.standings[number] for number, one in self._progress.items() if one.is_settled)
 
     def _start(self, trial: Trial) -> None:
@@ -306,14 +306,14 @@ class Conductor:
         progress.attempts += 1
         progress.started = time.monotonic()
         if reason := self.record.make_room(trial.number):
-            self._settle(trial, Standing("FAILED", None, reason), TowlineError.exit_code)
+            self._settle(trial, TrialStatus("FAILED", None, reason), TowlineError.exit_code)
             return
         progress.status = _written(self.record.run_dir(trial.number))
         step = self.standings[trial.number].step
         self.board.say(
             f"trial {trial.number}  {short(trial.label) or self.plan.name}  {'goes on' if step else 'starts'}"
         )
-        self.standings[trial.number] = Standing("RUNNING", step=step)
+        self.standings[trial.number] = TrialStatus("RUNNING", step=step)
         self.workers.start([Job(trial.number, dict(trial.config), self.record.run_dir(trial.number), link)])
 
     def _asks(self, trial: Trial) -> bool:
@@ -338,7 +338,7 @@ class Conductor:
         for job, code in ended:
             self._settle(self.trials[job.number], self._ended(job, code), code)
 
-    def _settle(self, trial: Trial, standing: Standing, code: int) -> None:
+    def _settle(self, trial: Trial, standing: TrialStatus, code: int) -> None:
         progress = self._progress[trial.number]
         self.standings[trial.number] = standing
         if is_disk_full(standing.cause):
@@ -361,7 +361,7 @@ class Conductor:
         self._durations.append(time.monotonic() - progress.started)
         self._end_unit(trial.unit)
 
-    def _ended(self, job: Job, code: int) -> Standing:
+    def _ended(self, job: Job, code: int) -> TrialStatus:
         """Tell how a trial stands whose process has ended, and have its own folder say so."""
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         standing = self.record.standing(job.number, self._metric)
@@ -369,7 +369,7 @@ class Conductor:
             is_left = code == 0 and standing.state != "WAITING"  # its run is finished, whatever its value is
             if self._why_stop() or is_left or standing.state == "FINISHED" or standing.is_damaged:
                 return standing
-            return Standing("FAILED", None, f"{how} before it began{_last_words(standing.log)}", standing.log)
+            return TrialStatus("FAILED", None, f"{how} before it began{_last_words(standing.log)}", standing.log)
         if standing.cause.startswith("killed"):
             if held := list(self.record.held([job.number])):
                 return replace(standing, cause=held[0][1])
@@ -377,7 +377,7 @@ class Conductor:
             return replace(standing, cause=how)
         return standing
 
-    def _is_worth_trying(self, standing: Standing, code: int, progress: _Progress) -> bool:
+    def _is_worth_trying(self, standing: TrialStatus, code: int, progress: _Progress) -> bool:
         """Whether a trial may end otherwise when it is run again: not after a mistake in what it is given."""
         if standing.is_over or standing.is_damaged or progress.attempts > self.plan.config.max_retries:
             return False
@@ -458,7 +458,7 @@ class Conductor:
 
     # ---- what is shown and written
 
-    def _note(self, number: int, standing: Standing) -> None:
+    def _note(self, number: int, standing: TrialStatus) -> None:
         value = standing.value
         assert value is not None
         best = self.history[-1]["best"] if self.history else value
@@ -525,7 +525,7 @@ class Conductor:
             self.record.write(self._content(state))
         except OSError as error:
             self.fault = f"{'the disk is full' if is_disk_full(error) else error}: {self.record.folder}"
-        self.poke()
+        self.notify()
 
     def _content(self, state: str) -> dict[str, Any]:
         best = self.best
@@ -548,7 +548,7 @@ class Conductor:
         }
 
 
-def _told(standing: Standing, metric: str) -> str:
+def _told(standing: TrialStatus, metric: str) -> str:
     if standing.state == "WAITING":
         return "stopped before it began"
     if standing.state == "FINISHED":
@@ -574,15 +574,15 @@ def _last_words(log: Path | None) -> str:
     return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
 
 
-def early_replicates(trials: Sequence[Trial], standings: Mapping[int, Standing]) -> dict[int, Standing]:
+def early_replicates(trials: Sequence[Trial], standings: Mapping[int, TrialStatus]) -> dict[int, TrialStatus]:
     """Give how trials stand that wait behind the first of their setting, which ended early."""
     pruned = {trial.unit for trial in trials if standings[trial.number].state == "PRUNED"}
     waiting = [t.number for t in trials if t.unit in pruned and standings[t.number].state == "WAITING"]
-    return {number: Standing("PRUNED", cause="the first trial of its setting was") for number in waiting}
+    return {number: TrialStatus("PRUNED", cause="the first trial of its setting was") for number in waiting}
 
 
 def reclaim(
-    record: Record, numbers: Sequence[int], workers: Workers | Launched, board: Board, stop: StopRequest
+    record: SweepFolder, numbers: Sequence[int], workers: Workers | Launched, board: ProgressTable, stop: StopRequest
 ) -> None:
     """Wait for trials that an earlier start left at work: they are asked to stop, and save.
 

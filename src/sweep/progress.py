@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.errors import visible
-from src.sweep.record import Standing
+from src.sweep.folder import TrialStatus
 from src.sweep.trial import Trial, short
 from src.terminal import columns_of, wrapped
 from src.tracking.console import Console, clock
@@ -29,11 +29,11 @@ class Entry:
     """A trial in the table."""
 
     trial: Trial
-    standing: Standing
+    standing: TrialStatus
     is_best: bool = False
 
 
-class Board:
+class ProgressTable:
     """Shows how far a sweep is. On a terminal the table is drawn anew in place; elsewhere only events are printed."""
 
     def __init__(self, name: str, metric: str) -> None:
@@ -47,7 +47,7 @@ class Board:
             Live(console=self._terminal, auto_refresh=False, transient=True) if self._terminal.is_terminal else None
         )
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> ProgressTable:
         if self._live:
             self._live.start()
         return self
@@ -138,7 +138,7 @@ def counted(counts: Mapping[str, int], total: int, left_seconds: float | None) -
 
 
 def listing(
-    trials: Sequence[Trial], standings: Mapping[int, Standing], marked: Collection[int], console: Console
+    trials: Sequence[Trial], standings: Mapping[int, TrialStatus], marked: Collection[int], console: Console
 ) -> None:
     """Print the trials that a sweep has, and how each stands; those that are marked are to run."""
     width = max((len(trial.label) for trial in trials), default=0)
@@ -149,7 +149,7 @@ def listing(
         console.say(f"  {trial.number:>4}  {trial.label:<{width}}  {standing.state.lower()}{value}{mark}")
 
 
-def failures(failed: Sequence[tuple[Trial, Standing]], console: Console) -> None:
+def failures(failed: Sequence[tuple[Trial, TrialStatus]], console: Console) -> None:
     """Print what went wrong, each with its cause and where it is told at length."""
     for trial, standing in failed:
         console.say(f"  {trial.number:>4}  {trial.label}")

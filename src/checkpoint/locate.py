@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.contract import Change, check, compare_configs
+from src.checkpoint.compatibility import Change, check, compare_configs
 from src.checkpoint.manifest import (
     STATE,
     WEIGHTS,

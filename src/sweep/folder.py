@@ -38,7 +38,7 @@ from src.records import (
 )
 from src.sweep.trial import Trial, check_trial
 from src.sweep.workers import log_file
-from src.tracking.journal import LOCK, holder_of, read_growing
+from src.tracking.run_folder import LOCK, holder_of, read_growing
 from src.tracking.sweep_files import holds_another, read_sweep
 
 REMEDY = "Restore it from a copy; or another sweep.name begins another, force=true removes this one and begins anew."
@@ -51,7 +51,7 @@ STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
 
 
 @dataclass(frozen=True)
-class Standing:
+class TrialStatus:
     """How a trial stands, by its folder."""
 
     state: str
@@ -75,7 +75,7 @@ class Standing:
         return self.state in ("FINISHED", "PRUNED")
 
 
-class Record:
+class SweepFolder:
     """The folder of one sweep."""
 
     def __init__(self, folder: Path) -> None:
@@ -236,7 +236,7 @@ class Record:
             elif one.name != LOCK:
                 one.unlink(missing_ok=True)
 
-    def standing(self, number: int, metric: str, *, is_running: bool = False) -> Standing:
+    def standing(self, number: int, metric: str, *, is_running: bool = False) -> TrialStatus:
         """Tell how a trial stands.
 
         Args:
@@ -246,28 +246,28 @@ class Record:
         run_dir = self.run_dir(number)
         obstacle = self.obstacle(number)
         if obstacle and not run_dir.is_dir():
-            return Standing("FAILED", None, obstacle, is_damaged=True)
+            return TrialStatus("FAILED", None, obstacle, is_damaged=True)
         log = log_file(run_dir) if os.path.isfile(log_file(run_dir)) else None
         try:
             status = read_status(run_dir)
         except DamagedFileError as error:
-            return Standing("FAILED", None, str(error), log, is_damaged=True)
+            return TrialStatus("FAILED", None, str(error), log, is_damaged=True)
         state = status.get("state", "WAITING")
         step, num_steps = status.get("step", 0), status.get("num_steps")
         cause = " ".join(line.strip() for line in (status.get("cause") or "").strip().split("\n")[:2]).rstrip(":")
         if is_running:
-            return Standing("RUNNING", None, "", log, step, num_steps, *_newest(run_dir, metric))
+            return TrialStatus("RUNNING", None, "", log, step, num_steps, *_newest(run_dir, metric))
         if obstacle and state not in ("FINISHED", "PRUNED"):
-            return Standing("FAILED", None, obstacle, is_damaged=True)
+            return TrialStatus("FAILED", None, obstacle, is_damaged=True)
         if state in ("FINISHED", "PRUNED") and (problem := _foreign_journal(run_dir, status)):
-            return Standing("FAILED", None, problem, log, step, num_steps, is_damaged=True)
+            return TrialStatus("FAILED", None, problem, log, step, num_steps, is_damaged=True)
         if state == "FINISHED":
             value, problem, warning = _objective(run_dir, metric, status)
             state = "FAILED" if problem else state
-            return Standing(state, value, problem, log, step, num_steps, warning=warning)
+            return TrialStatus(state, value, problem, log, step, num_steps, warning=warning)
         if state == "RUNNING":
             state, cause = "FAILED", f"killed at step {step}"
-        return Standing(
+        return TrialStatus(
             state, None, cause, log, step, num_steps, *(_newest(run_dir, metric) if state != "WAITING" else ())
         )
 

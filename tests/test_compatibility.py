@@ -12,16 +12,16 @@ import pytest
 import yaml
 from hydra.core.override_parser.types import Override
 
-from src.checkpoint.contract import (
+from src.checkpoint.compatibility import (
     EFFECTS,
     JUDGES,
     NOT_THERE,
     Change,
-    Effect,
-    Facts,
+    Fingerprint,
+    Impact,
     check,
     compare_configs,
-    compare_facts,
+    compare_fingerprints,
     is_reordered,
 )
 from src.config.compose import read_override
@@ -30,13 +30,13 @@ from src.errors import ConfigError
 from tests.conftest import admitted
 
 WHERE = "outputs/a/checkpoints/step-00000100"
-HARMLESS, ROUNDING, TRAJECTORY, IMPOSSIBLE = Effect
+HARMLESS, ROUNDING, TRAJECTORY, IMPOSSIBLE = Impact
 
 QWEN = ("model=qwen3_0_6b",)
 LORA = (*QWEN, "adapter=lora")
 QLORA = (*QWEN, "adapter=qlora")
 
-FACTS = Facts(
+FACTS = Fingerprint(
     step=100,
     num_steps=200,
     data="d1",
@@ -62,7 +62,7 @@ def changes_of(base: tuple[str, ...], before: tuple[str, ...], now: tuple[str, .
     return compare_configs(frozen(*base, *before), frozen(*base, *now))
 
 
-def effects_of(base: tuple[str, ...], before: str, now: str) -> dict[str, Effect]:
+def effects_of(base: tuple[str, ...], before: str, now: str) -> dict[str, Impact]:
     return {change.key: change.effect for change in changes_of(base, tuple(before.split()), tuple(now.split()))}
 
 
@@ -206,7 +206,7 @@ def test_effect_of_one_change(base: tuple[str, ...], now: str, expected: Any) ->
 )
 def test_effect_of_a_change_between_two(base: tuple[str, ...], before: str, now: str, expected: Any) -> None:
     found = effects_of(base, before, now)
-    if isinstance(expected, Effect):
+    if isinstance(expected, Impact):
         assert list(found.values()) == [expected]
     else:
         assert found == expected
@@ -240,7 +240,7 @@ def test_the_same_rows_a_step_are_the_same_training(base: tuple[str, ...], now: 
     ],
 )
 def test_keys_that_come_and_go_with_a_type_are_not_told_beside_it(
-    base: tuple[str, ...], now: str, kind: str, effect: Effect
+    base: tuple[str, ...], now: str, kind: str, effect: Impact
 ) -> None:
     changes = changes_of(base, (), tuple(now.split()))
     assert {change.key: change.effect for change in changes if change.effect is not HARMLESS or change.why} == (
@@ -283,7 +283,7 @@ def test_changes_come_in_the_order_of_the_configuration() -> None:
     ],
 )
 @pytest.mark.parametrize("is_new", [True, False])
-def test_a_key_that_only_one_version_has(key: str, value: Any, expected: Effect, is_new: bool) -> None:
+def test_a_key_that_only_one_version_has(key: str, value: Any, expected: Impact, is_new: bool) -> None:
     section, _, name = key.rpartition(".")
     without = frozen(*LORA)
     if section:
@@ -339,8 +339,8 @@ def test_a_change_for_good_needs_a_reason() -> None:
         ({"tokenizer": "t2", "data": "d2"}, [("data", TRAJECTORY, "1,000"), ("tokenizer", IMPOSSIBLE, "ids")]),
     ],
 )
-def test_effect_of_facts(changed: dict[str, Any], expected: list[tuple[str, Effect, str]]) -> None:
-    found = compare_facts(FACTS, dataclasses.replace(FACTS, **changed))
+def test_effect_of_facts(changed: dict[str, Any], expected: list[tuple[str, Impact, str]]) -> None:
+    found = compare_fingerprints(FACTS, dataclasses.replace(FACTS, **changed))
     assert [(change.key, change.effect) for change in found] == [(key, effect) for key, effect, _ in expected]
     for change, (_, _, why) in zip(found, expected, strict=True):
         assert why in change.why
@@ -348,24 +348,24 @@ def test_effect_of_facts(changed: dict[str, Any], expected: list[tuple[str, Effe
 
 
 def test_facts_of_a_run_that_trained_all_weights() -> None:
-    (change,) = compare_facts(dataclasses.replace(FACTS, frozen_weights=None), FACTS)
+    (change,) = compare_fingerprints(dataclasses.replace(FACTS, frozen_weights=None), FACTS)
     assert (change.effect, change.why) == (IMPOSSIBLE, "all weights were trained then, now some are frozen")
 
 
 @pytest.mark.parametrize("facts", [FACTS, dataclasses.replace(FACTS, num_rows=None, frozen_weights=None)])
-def test_facts_survive_json(facts: Facts) -> None:
+def test_facts_survive_json(facts: Fingerprint) -> None:
     written = json.loads(json.dumps(facts.as_dict()))
-    assert Facts.from_dict(written) == facts
-    assert Facts.from_dict(written | {"of_a_later_version": 1}) == facts
+    assert Fingerprint.from_dict(written) == facts
+    assert Fingerprint.from_dict(written | {"of_a_later_version": 1}) == facts
     del written["architecture"]
-    assert Facts.from_dict(written) == dataclasses.replace(facts, architecture=None)
+    assert Fingerprint.from_dict(written) == dataclasses.replace(facts, architecture=None)
     with pytest.raises(TypeError, match="tokenizer"):
-        Facts.from_dict({key: value for key, value in written.items() if key != "tokenizer"})
+        Fingerprint.from_dict({key: value for key, value in written.items() if key != "tokenizer"})
 
 
 def test_all_that_is_refused_is_told_together() -> None:
     changes = changes_of((), (), ("seed=1", "optimizer=adamw_8bit", "name=x", "model.attn_implementation=eager"))
-    changes += compare_facts(FACTS, dataclasses.replace(FACTS, data="d2", num_rows=1200, device="cuda"))
+    changes += compare_fingerprints(FACTS, dataclasses.replace(FACTS, data="d2", num_rows=1200, device="cuda"))
     assert refusal(changes) == (
         f"Can't go on from {WHERE}: 3 changes since then\n"
         "  seed: 42 → 1                         the rows come in another order\n"
@@ -415,7 +415,7 @@ def test_with_leave_only_what_is_impossible_is_refused() -> None:
 
 def test_what_goes_on_is_said() -> None:
     changes = changes_of((), (), ("seed=1", "optimizer.lr=1", "model.gradient_checkpointing=true", "name=x"))
-    changes += compare_facts(FACTS, dataclasses.replace(FACTS, versions={"torch": "2.9", "peft": "0.21"}))
+    changes += compare_fingerprints(FACTS, dataclasses.replace(FACTS, versions={"torch": "2.9", "peft": "0.21"}))
     assert check(changes, allow_changed=True, where=WHERE) == [
         f"what comes after {WHERE} is another training: seed: 42 → 1 (the rows come in another order); "
         "optimizer.lr: 0.002 → 1 (other updates)",
@@ -512,5 +512,5 @@ def test_when_an_epoch_begins_again(base: tuple[str, ...], now: str, expected: b
 
 @pytest.mark.parametrize(("changed", "expected"), [({"data": "d2"}, True), ({"device": "cuda", "num_steps": 3}, False)])
 def test_other_rows_begin_an_epoch_again(changed: dict[str, Any], expected: bool) -> None:
-    changes = compare_facts(FACTS, dataclasses.replace(FACTS, **changed))
+    changes = compare_fingerprints(FACTS, dataclasses.replace(FACTS, **changed))
     assert is_reordered(changes, frozen()) is expected

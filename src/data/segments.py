@@ -7,21 +7,21 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """A text; in one that a chat template rendered, control tokens are tokens, elsewhere they are text."""
 
     text: str
-    is_learned: bool
+    is_supervised: bool
     is_rendered: bool = False
 
 
-def last_turn(pieces: Sequence[Piece]) -> tuple[int, int]:
+def last_turn(pieces: Sequence[Segment]) -> tuple[int, int]:
     """Give [first, stop) of the last pieces that are learned together; both are the end where none is learned."""
-    learned = [i for i, piece in enumerate(pieces) if piece.is_learned]
+    learned = [i for i, piece in enumerate(pieces) if piece.is_supervised]
     if not learned:
         return len(pieces), len(pieces)
     first = learned[-1]
-    while first > 0 and pieces[first - 1].is_learned:  # control tokens in a message cut its turn into pieces
+    while first > 0 and pieces[first - 1].is_supervised:  # control tokens in a message cut its turn into pieces
         first -= 1
     return first, learned[-1] + 1
 

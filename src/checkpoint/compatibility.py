@@ -1,8 +1,8 @@
 """What changed between a checkpoint and the run that goes on from it, and what that means. Pure, no torch.
 
 Two comparisons. Configurations say what was asked for, key by key; `EFFECTS` and `JUDGES` hold every key there is.
-Facts say what came of it: which rows, which ids, which weights. A key whose outcome is a fact (files, templates, a
-model's name) is harmless by itself, because the same outcome by another path is no change.
+A fingerprint says what came of it: which rows, which ids, which weights. A key whose outcome is in the fingerprint
+(files, templates, a model's name) is harmless by itself, because the same outcome by another path is no change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NOT_THERE = "(not there)"
 LONGEST_VALUE = 48  # characters of a value in a message
 
 
-class Effect(IntEnum):
+class Impact(IntEnum):
     """What a change means, from harmless to impossible."""
 
     harmless = 0
@@ -44,11 +44,11 @@ class Change:
     key: str
     before: Any
     now: Any
-    effect: Effect
+    effect: Impact
     why: str = ""
 
     def __post_init__(self) -> None:
-        if self.effect is Effect.impossible and not self.why:
+        if self.effect is Impact.impossible and not self.why:
             raise ValueError(f"{self.key}: what is refused for good needs a reason")
 
     @property
@@ -58,7 +58,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Fingerprint:
     """What a configuration came to, where and when a run was trained.
 
     Args:
@@ -93,7 +93,7 @@ class Facts:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Facts:
+    def from_dict(cls, given: Mapping[str, Any]) -> Fingerprint:
         """Take back what `as_dict` gave; what a later version added is left out.
 
         Raises:
@@ -105,75 +105,75 @@ class Facts:
 HASHES = ("data", "tokenizer", "frozen_weights", "architecture", "validation")
 """Facts whose values say nothing to a reader."""
 
-_TABLE: dict[str, dict[Effect, str]] = {
+_TABLE: dict[str, dict[Impact, str]] = {
     "": {
-        Effect.harmless: "name force rerun",
-        Effect.trajectory: "seed",
+        Impact.harmless: "name force rerun",
+        Impact.trajectory: "seed",
     },
     "model": {
-        # Facts: architecture, tokenizer, frozen_weights
-        Effect.harmless: "checkpoint revision weights use_safetensors",
-        Effect.rounding: "attn_implementation gradient_checkpointing trust_remote_code",
-        Effect.trajectory: "dtype",
-        Effect.impossible: "type",
+        # Fingerprint: architecture, tokenizer, frozen_weights
+        Impact.harmless: "checkpoint revision weights use_safetensors",
+        Impact.rounding: "attn_implementation gradient_checkpointing trust_remote_code",
+        Impact.trajectory: "dtype",
+        Impact.impossible: "type",
     },
     "quantization": {
-        Effect.trajectory: "load_in_8bit load_in_4bit bnb_4bit_quant_type bnb_4bit_compute_dtype "
+        Impact.trajectory: "load_in_8bit load_in_4bit bnb_4bit_quant_type bnb_4bit_compute_dtype "
         "bnb_4bit_use_double_quant",
     },
     "adapter": {
-        Effect.trajectory: "lora_alpha lora_dropout use_rslora alpha_pattern",
-        Effect.impossible: "type r bias use_dora rank_pattern",
+        Impact.trajectory: "lora_alpha lora_dropout use_rslora alpha_pattern",
+        Impact.impossible: "type r bias use_dora rank_pattern",
     },
     "tokens": {
-        # Facts: tokenizer and data. pad_to_multiple_of makes room only where tokens don't fit, so it need not change
-        # any size: the shapes that are loaded tell
-        Effect.harmless: "additional_special_tokens thought_open thought_close init.method init.text init.descriptions "
+        # The fingerprint has tokenizer and data. pad_to_multiple_of makes room only where tokens don't fit, so it need
+        # not change any size: the shapes that are loaded tell
+        Impact.harmless: "additional_special_tokens thought_open thought_close init.method init.text init.descriptions "
         "pad_to_multiple_of",
     },
     "data": {
-        # what shapes the train rows: Facts.data
-        Effect.harmless: "format train_files dataset_name dataset_config_name train_split revision mixture columns "
+        # what shapes the train rows: Fingerprint.data
+        Impact.harmless: "format train_files dataset_name dataset_config_name train_split revision mixture columns "
         "prompt_template completion_template system_prompt supervised_turns clean_dialogue thoughts thought_pattern "
         "max_target_length overflow limit validation_fraction num_folds fold group_column "
         "validation_files test_files validation_split answer_pattern metrics max_dropped_fraction "
         "preprocessing_num_workers cache_dir",
-        Effect.trajectory: "batching streaming max_seq_length",
+        Impact.trajectory: "batching streaming max_seq_length",
     },
     "optimizer": {
-        Effect.trajectory: "lr embedding_lr weight_decay betas eps momentum",
-        Effect.impossible: "type",
+        Impact.trajectory: "lr embedding_lr weight_decay betas eps momentum",
+        Impact.impossible: "type",
     },
-    "scheduler": {Effect.trajectory: "type warmup_ratio warmup_steps min_lr_ratio"},
+    "scheduler": {Impact.trajectory: "type warmup_ratio warmup_steps min_lr_ratio"},
     "generation": {
-        Effect.harmless: "max_new_tokens min_new_tokens num_beams do_sample temperature top_k top_p repetition_penalty "
+        Impact.harmless: "max_new_tokens min_new_tokens num_beams do_sample temperature top_k top_p repetition_penalty "
         "no_repeat_ngram_size",
     },
     "deepspeed": {  # another way to share out the same computation
-        Effect.harmless: "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
+        Impact.harmless: "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
         "gradient_clipping wall_clock_breakdown config_file sha256 optimizer scheduler aio",
-        Effect.rounding: "bf16 fp16 communication_data_type zero_optimization",
+        Impact.rounding: "bf16 fp16 communication_data_type zero_optimization",
     },
-    "tracking": {Effect.harmless: "type uri experiment_name run_name tags log_model"},
+    "tracking": {Impact.harmless: "type uri experiment_name run_name tags log_model"},
     "training": {
-        Effect.harmless: "max_seconds per_device_eval_batch_size logging_steps",
-        Effect.trajectory: "max_grad_norm mixed_precision",
+        Impact.harmless: "max_seconds per_device_eval_batch_size logging_steps",
+        Impact.trajectory: "max_grad_norm mixed_precision",
     },
-    "loss": {Effect.trajectory: "reduction thought_weight label_smoothing"},
-    "evaluation": {Effect.harmless: "eval_steps metrics max_samples sample_steps sample_prompts"},
+    "loss": {Impact.trajectory: "reduction thought_weight label_smoothing"},
+    "evaluation": {Impact.harmless: "eval_steps metrics max_samples sample_steps sample_prompts"},
     "checkpoint": {
-        Effect.harmless: "checkpointing_steps keep_last keep_best newest_optimizer_only metric_for_best_model "
+        Impact.harmless: "checkpointing_steps keep_last keep_best newest_optimizer_only metric_for_best_model "
         "greater_is_better load_best_model_at_end resume allow_changed",
     },
-    "export": {Effect.harmless: "merge"},
+    "export": {Impact.harmless: "merge"},
     "runtime": {
-        # Facts: device, num_processes, step_sequences
-        Effect.harmless: "device num_processes num_machines machine_rank main_process_ip main_process_port",
-        Effect.rounding: "deterministic",
+        # Fingerprint: device, num_processes, step_sequences
+        Impact.harmless: "device num_processes num_machines machine_rank main_process_ip main_process_port",
+        Impact.rounding: "deterministic",
     },
 }
 
-EFFECTS: dict[str, Effect] = {
+EFFECTS: dict[str, Impact] = {
     f"{section}.{key}".lstrip("."): effect
     for section, keys_of in _TABLE.items()
     for effect, keys in keys_of.items()
@@ -216,7 +216,7 @@ Flat = Mapping[str, Any]
 """A configuration by dotted keys."""
 
 _READ_WHERE: dict[str, Callable[[Flat], bool]] = {
-    "data.max_seq_length": lambda c: c.get("data.batching") == Batching.packed.name,  # else Facts.data says it all
+    "data.max_seq_length": lambda c: c.get("data.batching") == Batching.packed.name,  # else Fingerprint.data does
     "scheduler.warmup_ratio": lambda c: c.get("scheduler.warmup_steps") is None,
     "tokens.init.text": lambda c: c.get("tokens.init.method") == "text",
     "tokens.init.descriptions": lambda c: c.get("tokens.init.method") == "description",
@@ -226,21 +226,21 @@ _READ_WHERE: dict[str, Callable[[Flat], bool]] = {
 }
 """Keys that only count where another has some value; where neither side's counts, a change is harmless."""
 
-Verdict = tuple[Effect, str]
+Verdict = tuple[Impact, str]
 
 
 def _init_from(key: str, before: Flat, now: Flat) -> Verdict:
-    return Effect.harmless, "" if now[key] is None else _BEGINS
+    return Impact.harmless, "" if now[key] is None else _BEGINS
 
 
 def _length(key: str, before: Flat, now: Flat) -> Verdict:
-    """Judge how long the run is: it may get longer. From epochs to steps or back, Facts.num_steps decides."""
+    """Judge how long the run is: it may get longer. From epochs to steps or back, Fingerprint.num_steps decides."""
     steps = "training.max_train_steps"
     if key != steps and (before.get(steps), now.get(steps)) != (None, None):
-        return Effect.harmless, ""
+        return Impact.harmless, ""
     if None not in (before[key], now[key]) and now[key] < before[key]:
-        return Effect.trajectory, "a shorter run"
-    return Effect.harmless, "the learning rate's schedule moves to the new end" if _has_end(now) else ""
+        return Impact.trajectory, "a shorter run"
+    return Impact.harmless, "the learning rate's schedule moves to the new end" if _has_end(now) else ""
 
 
 def _has_end(config: Flat) -> bool:
@@ -266,8 +266,8 @@ def _batch(key: str, before: Flat, now: Flat) -> Verdict:
         for one in (before, now)
     )
     if is_cut_freely and first == second:
-        return Effect.rounding, "the same rows a step, in other micro-batches"
-    return Effect.trajectory, "other rows a step"
+        return Impact.rounding, "the same rows a step, in other micro-batches"
+    return Impact.trajectory, "other rows a step"
 
 
 def _choice(key: str, before: Flat, now: Flat) -> Verdict:
@@ -276,21 +276,21 @@ def _choice(key: str, before: Flat, now: Flat) -> Verdict:
         frozenset(value) if isinstance(value, list) else frozenset([value]) if isinstance(value, int) else value
         for value in (before[key], now[key])
     ]
-    return (Effect.harmless, "") if chosen[0] == chosen[1] else (Effect.impossible, "other matrices are trained")
+    return (Impact.harmless, "") if chosen[0] == chosen[1] else (Impact.impossible, "other matrices are trained")
 
 
 def _init_lora_weights(key: str, before: Flat, now: Flat) -> Verdict:
     """Judge how an adapter began: some move a part of the base into it, which is then missing from the base."""
     if {"pissa", "olora"} & {before[key], now[key]}:
-        return Effect.impossible, "the base that these matrices belong to is another one"
-    return Effect.harmless, _BEGINS
+        return Impact.impossible, "the base that these matrices belong to is another one"
+    return Impact.harmless, _BEGINS
 
 
 def _shared_out(key: str, before: Flat, now: Flat) -> Verdict:
     """Judge whether DeepSpeed shares out; an option and a file of the user's that say the same are the same."""
     if {before[key], now[key]} <= {"zero", "file"}:
-        return Effect.harmless, ""
-    return Effect.rounding, _WHY["deepspeed"]
+        return Impact.harmless, ""
+    return Impact.rounding, _WHY["deepspeed"]
 
 
 JUDGES: dict[str, Callable[[str, Flat, Flat], Verdict]] = {
@@ -342,15 +342,15 @@ def _judge(key: str, before: Flat, now: Flat) -> Verdict:
     if key in JUDGES:
         return JUDGES[key](key, before, now)
     if key in _READ_WHERE and not any(_READ_WHERE[key](one) for one in (before, now)):
-        return Effect.harmless, ""
+        return Impact.harmless, ""
     return _by_table(key)
 
 
 def _by_table(key: str) -> Verdict:
     if key not in EFFECTS:
-        return Effect.trajectory, "a key that this version does not know"
+        return Impact.trajectory, "a key that this version does not know"
     effect = EFFECTS[key]
-    of_section = "" if effect is Effect.harmless else _WHY.get(key.partition(".")[0], "")
+    of_section = "" if effect is Impact.harmless else _WHY.get(key.partition(".")[0], "")
     return effect, _WHY.get(key, of_section)
 
 
@@ -362,12 +362,12 @@ def _judge_lone(key: str, before: Flat, now: Flat) -> Verdict:
     """
     kind = f"{key.partition('.')[0]}.type"
     if before.get(kind) != now.get(kind) or before.get(key, now.get(key)) is None:
-        return Effect.harmless, ""
-    effect = EFFECTS.get(key, Effect.trajectory)
-    return (effect, "") if effect is Effect.harmless else (min(effect, Effect.trajectory), "a key of another version")
+        return Impact.harmless, ""
+    effect = EFFECTS.get(key, Impact.trajectory)
+    return (effect, "") if effect is Impact.harmless else (min(effect, Impact.trajectory), "a key of another version")
 
 
-def compare_facts(before: Facts, now: Facts) -> list[Change]:
+def compare_fingerprints(before: Fingerprint, now: Fingerprint) -> list[Change]:
     """Tell what the configurations came to, where it differs.
 
     Args:
@@ -379,49 +379,49 @@ def compare_facts(before: Facts, now: Facts) -> list[Change]:
         for key, judge in _FACTS.items()
         if getattr(before, key) != getattr(now, key) and not _is_unknown(key, before, now)
     ] + [
-        Change(f"versions.{name}", then, today, Effect.rounding)
+        Change(f"versions.{name}", then, today, Impact.rounding)
         for name in {**now.versions, **before.versions}
         if (then := before.versions.get(name, NOT_THERE)) != (today := now.versions.get(name, NOT_THERE))
     ]
 
 
-def _is_unknown(key: str, before: Facts, now: Facts) -> bool:
+def _is_unknown(key: str, before: Fingerprint, now: Fingerprint) -> bool:
     return key in ("architecture", "validation") and None in (getattr(before, key), getattr(now, key))
 
 
-def _rows(before: Facts, now: Facts) -> Verdict:
+def _rows(before: Fingerprint, now: Fingerprint) -> Verdict:
     if before.num_rows is None or now.num_rows is None:
-        return Effect.trajectory, "the train set is another one, or is read otherwise"
-    return Effect.trajectory, f"the train rows are other ones: {before.num_rows:,} then, {now.num_rows:,} now"
+        return Impact.trajectory, "the train set is another one, or is read otherwise"
+    return Impact.trajectory, f"the train rows are other ones: {before.num_rows:,} then, {now.num_rows:,} now"
 
 
-def _base(before: Facts, now: Facts) -> Verdict:
+def _base(before: Fingerprint, now: Fingerprint) -> Verdict:
     if before.frozen_weights is None:
-        return Effect.impossible, "all weights were trained then, now some are frozen"
+        return Impact.impossible, "all weights were trained then, now some are frozen"
     if now.frozen_weights is None:
-        return Effect.impossible, "some weights were frozen then, now all are trained"
-    return Effect.trajectory, "the frozen weights are other ones, or were quantised otherwise"
+        return Impact.impossible, "some weights were frozen then, now all are trained"
+    return Impact.trajectory, "the frozen weights are other ones, or were quantised otherwise"
 
 
-def _steps(before: Facts, now: Facts) -> Verdict:
+def _steps(before: Fingerprint, now: Fingerprint) -> Verdict:
     if now.num_steps < before.step:
-        return Effect.impossible, f"already {before.step:,} steps done"
+        return Impact.impossible, f"already {before.step:,} steps done"
     if now.num_steps < before.num_steps:
-        return Effect.trajectory, "fewer steps in all"
-    return Effect.harmless, ""
+        return Impact.trajectory, "fewer steps in all"
+    return Impact.harmless, ""
 
 
-_FACTS: dict[str, Callable[[Facts, Facts], Verdict]] = {
+_FACTS: dict[str, Callable[[Fingerprint, Fingerprint], Verdict]] = {
     "data": _rows,
-    "tokenizer": lambda before, now: (Effect.impossible, "ids mean other tokens"),
+    "tokenizer": lambda before, now: (Impact.impossible, "ids mean other tokens"),
     "frozen_weights": _base,
-    "architecture": lambda before, now: (Effect.trajectory, "the model's settings (its config.json) are other ones"),
-    "validation": lambda before, now: (Effect.harmless, "evaluated on other rows, so the best so far is forgotten"),
+    "architecture": lambda before, now: (Impact.trajectory, "the model's settings (its config.json) are other ones"),
+    "validation": lambda before, now: (Impact.harmless, "evaluated on other rows, so the best so far is forgotten"),
     "num_steps": _steps,
-    "device": lambda before, now: (Effect.rounding, ""),
-    "num_processes": lambda before, now: (Effect.rounding, "sums in another order"),
+    "device": lambda before, now: (Impact.rounding, ""),
+    "num_processes": lambda before, now: (Impact.rounding, "sums in another order"),
     "step_sequences": lambda before, now: (
-        Effect.trajectory,
+        Impact.trajectory,
         "other rows a step: rows x accumulation x processes",
     ),
 }
@@ -436,16 +436,16 @@ def check(changes: Sequence[Change], *, allow_changed: bool, where: str) -> list
     Raises:
         ConfigError: naming each change, and what to do.
     """
-    least = Effect.impossible if allow_changed else Effect.trajectory
+    least = Impact.impossible if allow_changed else Impact.trajectory
     if refused := [change for change in changes if change.effect >= least]:
         raise ConfigError(_refusal(refused, where))
-    of = {effect: [change for change in changes if change.effect is effect] for effect in Effect}
+    of = {effect: [change for change in changes if change.effect is effect] for effect in Impact}
     warnings = []
-    if others := of[Effect.trajectory]:
+    if others := of[Impact.trajectory]:
         warnings.append(f"what comes after {where} is another training: {_joined(others)}")
-    if rounded := of[Effect.rounding]:
+    if rounded := of[Impact.rounding]:
         warnings.append(f"goes on from {where}, but no longer bit for bit: {_joined(rounded)}")
-    return [*warnings, *(_joined([change]) for change in of[Effect.harmless] if change.why)]
+    return [*warnings, *(_joined([change]) for change in of[Impact.harmless] if change.why)]
 
 
 def _joined(changes: Sequence[Change]) -> str:
@@ -453,7 +453,7 @@ def _joined(changes: Sequence[Change]) -> str:
 
 
 def _refusal(refused: Sequence[Change], where: str) -> str:
-    impossible = [change for change in refused if change.effect is Effect.impossible]
+    impossible = [change for change in refused if change.effect is Impact.impossible]
     width = min(60, max(len(change.values) for change in refused))
     lines = [f"Can't go on from {where}: {len(refused)} change{'s' if len(refused) > 1 else ''} since then"]
     lines += [f"  {change.values:<{width}}   {change.why}".rstrip() for change in refused]
