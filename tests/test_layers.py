@@ -17,7 +17,7 @@ LAYERS = (
     ("tokens", "templates"),
     ("runtime",),
     ("config",),
-    ("records", "markdown", "patterns"),
+    ("records", "markdown", "patterns", "registry"),
     ("errors",),
     ("secrets", "terminal"),
 )
