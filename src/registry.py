@@ -5,7 +5,7 @@ No heavy import here: registries are read while a command line is checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import TypeVar
 
@@ -22,60 +22,41 @@ class UnknownNameError(ConfigError, KeyError):
         return str(self.args[0])
 
 
-class Registry(Mapping[str, Entry]):
-    """A mapping from names to entries, in the order of registration.
+class Registry(dict[str, Entry]):
+    """A mapping from names to entries, in the order of registration, that refuses a name twice.
 
     Args:
         kind: what an entry is, in the singular: "optimizer".
     """
 
     def __init__(self, kind: str) -> None:
+        super().__init__()
         self.kind = kind
-        self._entries: dict[str, Entry] = {}
 
     def register(self, name: str) -> Callable[[Value], Value]:
-        """Return a decorator that adds what it decorates under this name, unchanged.
-
-        Raises:
-            ValueError: where the name is taken by another entry.
-        """
-
-        def add(entry: Value) -> Value:
-            self.add(name, entry)  # type: ignore[arg-type]
-            return entry
-
-        return add
-
-    def add(self, name: str, entry: Entry) -> None:
-        """Add an entry.
+        """Return a decorator that enters what it decorates under this name, unchanged.
 
         Raises:
             ValueError: where the name is taken.
         """
-        if name in self._entries:
-            raise ValueError(f"there is already {self.an} named {name}")
-        self._entries[name] = entry
 
-    @property
-    def an(self) -> str:
-        """The kind with its article."""
-        return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind}"
+        def enter(entry: Value) -> Value:
+            self[name] = entry  # type: ignore[assignment]
+            return entry
 
-    def reason(self, name: object) -> str:
+        return enter
+
+    def why_unknown(self, name: object) -> str:
         """Return why a name is refused, with the nearest that is known; '' where it is known."""
-        if name in self._entries:
+        if name in self:
             return ""
-        near = get_close_matches(str(name), self._entries, n=1)
-        return f"not one of {', '.join(self._entries)}{f'; did you mean {near[0]}?' if near else ''}"
+        near = get_close_matches(str(name), self, n=1)
+        return f"not one of {', '.join(self)}{f'; did you mean {near[0]}?' if near else ''}"
 
-    def __getitem__(self, name: str) -> Entry:
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise UnknownNameError(f"{name} is no {self.kind}: {self.reason(name)}") from None
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        if name in self:
+            raise ValueError(f"the {self.kind} {name} is registered already")
+        super().__setitem__(name, entry)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
+    def __missing__(self, name: str) -> Entry:
+        raise UnknownNameError(f"{name} is no {self.kind}: {self.why_unknown(name)}")
