@@ -27,9 +27,9 @@ from src.config.schema import (
     RunConfig,
     Sampler,
     SweepConfig,
-    greater_is_better,
 )
 from src.config.trust import signature
+from src.metrics import greater_is_better
 from src.sweep.folder import SweepFolder, differing
 from src.sweep.space import SWEEP_FILE, Axis, axes_of, is_endless, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of, with_typed_numbers
