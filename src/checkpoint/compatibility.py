@@ -107,7 +107,7 @@ HASHES = ("data", "tokenizer", "frozen_weights", "architecture", "validation")
 
 _TABLE: dict[str, dict[Impact, str]] = {
     "": {
-        Impact.harmless: "name force rerun",
+        Impact.harmless: "name force rerun plugins",  # Fingerprint: versions
         Impact.trajectory: "seed",
     },
     "model": {

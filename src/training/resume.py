@@ -15,6 +15,7 @@ from src.checkpoint.exported import exported_start
 from src.checkpoint.locate import Origin, newest_weights
 from src.checkpoint.store import read_snapshot
 from src.checkpoint.tensors import tensors_digest
+from src.config import plugins
 from src.config.schema import RunConfig
 from src.data.batching import Position
 from src.data.dataset import Data
@@ -58,7 +59,7 @@ def fingerprint_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runti
         device=runtime.device.type,
         num_processes=runtime.num_processes,
         step_sequences=state.plan.batch_size * state.plan.accumulation,
-        versions={name: metadata.version(name) for name in PACKAGES},
+        versions={name: metadata.version(name) for name in PACKAGES} | plugins.versions(config.plugins),
         architecture=architecture_hash(state.model),
         validation=data.validation_digest(config.evaluation.max_samples),
     )

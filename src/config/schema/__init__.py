@@ -66,6 +66,7 @@ class RunConfig:
     force: bool
     rerun: str | None
     init_from: str | None
+    plugins: list[str]
     model: ModelConfig
     quantization: QuantizationConfig
     adapter: AdapterConfig

@@ -10,14 +10,14 @@ from src.config.schema.fields import key
 from src.metrics import METRICS
 
 
-class MetricsCheck(Check):
-    """A condition on a list of metrics: that each is registered, here or by a plugin."""
+class RegisteredCheck(Check):
+    """A condition on a list of metrics: that each is registered, by src or by a plugin."""
 
     def reason(self, value: Any) -> str:
         return next((f"{one} is {why}" for one in value or () if (why := METRICS.why_unknown(one))), "")
 
 
-METRIC_NAMES = MetricsCheck(
+METRIC_NAMES = RegisteredCheck(
     f"a list (one of {', '.join(METRICS)} each)", lambda v: all(one in METRICS for one in v or ())
 )
 
