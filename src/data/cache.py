@@ -65,12 +65,8 @@ class RowCache:
         """
         identity = source.fingerprint()
         tokenizer = tokenizer_fingerprint(recipe.tokenizer)
-        entry = (
-            self._folder
-            / fingerprint_of(
-                identity, recipe.settings(), tokenizer, _code(), *plugins.versions(plugins.names()).values()
-            )[:40]
-        )
+        code = [_code(), *plugins.versions(plugins.names()).values()]  # a plugin may have the format
+        entry = self._folder / fingerprint_of(identity, recipe.settings(), tokenizer, *code)[:40]
         if (found := self._open(entry)) is not None:
             return found
         with self._held(entry, name):
