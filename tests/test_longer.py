@@ -13,10 +13,11 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from src.cli.exits import guarded_run as guarded
+from src.cli.start import run_job as run
 from src.config.gate import admit_prediction
 from src.errors import ExportError
 from src.model import export as exporting
-from src.run import guarded, run
 from src.runtime.signals import StopRequest
 from src.training.optim import lr_factor
 from tests.conftest import admitted, read_lines, towline, write_lines

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH
+from src.config.schema.every import Every
 from src.config.schema.fields import key
 
 
@@ -30,6 +31,16 @@ class EvaluationConfig:
     max_samples: int | None = key(AT_LEAST_ONE)
     sample_steps: Any = key(STEPS_OR_EPOCH)
     sample_prompts: int = key(COUNT)
+
+    @property
+    def eval_every(self) -> Every:
+        """When the validation sets are evaluated."""
+        return Every(self.eval_steps)
+
+    @property
+    def sample_every(self) -> Every:
+        """When samples are written."""
+        return Every(self.sample_steps)
 
 
 def greater_is_better(metric: str) -> bool:
