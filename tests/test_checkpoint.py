@@ -36,10 +36,11 @@ from src.checkpoint.store import SMALL_BYTES, Checkpoints, Snapshot, open_checkp
 from src.checkpoint.tensors import tensors_digest, write_tensors
 from src.config.places import folder_of, steps_in
 from src.config.schema import CheckpointConfig
-from src.errors import CheckpointError, ConfigError, DiskFullError, human_bytes
+from src.errors import CheckpointError, ConfigError, DiskFullError
 from src.run import run
 from src.runtime.sharding import Whole
 from src.runtime.signals import StopRequest
+from src.util import human_bytes
 from tests.conftest import admitted, read_lines, towline, unprivileged
 
 LOSS = "eval/validation/loss"

@@ -24,6 +24,7 @@ from src.model.embeddings import TokenMonitor
 from src.runtime.session import Runtime
 from src.tokens import load_tokenizer
 from src.training.state import Beginning, TrainState
+from src.util import plural
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "numpy")
 """Whose versions may change how numbers are rounded."""
@@ -137,7 +138,7 @@ def same_step(config: RunConfig, origin: Origin, num_processes: int) -> tuple[Ru
     accumulation, rest = divmod(before["step_sequences"], size)
     if not is_asked_alike or rest or accumulation == training.gradient_accumulation_steps:
         return config, []
-    count = f"{num_processes} process{'es' if num_processes > 1 else ''}"
+    count = plural(num_processes, "process", "processes")
     told = (
         f"{count} instead of {before['num_processes']}: gradient_accumulation_steps is "
         f"{accumulation} instead of {training.gradient_accumulation_steps}, so that a step takes the same rows"
