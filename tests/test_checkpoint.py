@@ -37,10 +37,11 @@ from src.checkpoint.tensors import tensors_digest, write_tensors
 from src.cli.start import run_job as run
 from src.config.places import folder_of, steps_in
 from src.config.schema import CheckpointConfig
-from src.errors import CheckpointError, ConfigError, DiskFullError, human_bytes
+from src.errors import CheckpointError, ConfigError, DiskFullError
 from src.runtime.sharding import Whole
 from src.runtime.signals import StopRequest
 from src.training.resume import ResumePoint, find_resume_point
+from src.util import human_bytes
 from tests.conftest import admitted, read_lines, towline, unprivileged
 
 LOSS = "eval/validation/loss"

@@ -20,7 +20,7 @@ LAYERS = (
     ("runtime",),
     ("config",),
     ("records", "markdown", "patterns"),
-    ("errors",),
+    ("errors", "util"),
     ("secrets", "terminal"),
 )
 SIBLINGS_ALLOWED = {("evaluation", "training.loss")}

@@ -19,7 +19,8 @@ from src.checkpoint.manifest import (
 from src.config.places import CHECKPOINTS, folder_of, steps_in
 from src.config.quoting import shell_override
 from src.config.schema import CheckpointConfig
-from src.errors import CheckpointError, listed
+from src.errors import CheckpointError
+from src.util import listed
 
 WEIGHTS_KEY = "weights"
 """Of a best evaluation in a checkpoint's state: the checksum of its weights."""

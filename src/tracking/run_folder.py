@@ -42,12 +42,10 @@ from src.records import (
     check_keys,
     damaged,
     file_digest,
-    finite,
     read_bytes,
     read_lines,
-    write_atomically,
-    write_json,
 )
+from src.util import finite, write_atomically, write_json
 
 FILES = (
     "config.yaml",

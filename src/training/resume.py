@@ -23,6 +23,7 @@ from src.checkpoint.compatibility import (
 from src.checkpoint.locate import find_checkpoint
 from src.checkpoint.manifest import STATE
 from src.config.schema import CheckpointConfig, RunConfig
+from src.util import plural
 
 BATCH_KEYS = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 
@@ -89,7 +90,7 @@ class ResumePoint:
         if not is_asked_alike or rest or accumulation == training.gradient_accumulation_steps:
             return config
         if num_processes != before["num_processes"]:  # else the start that changed it has warned
-            count = f"{num_processes} process{'es' if num_processes > 1 else ''}"
+            count = plural(num_processes, "process", "processes")
             warn(
                 [
                     f"{count} instead of {before['num_processes']}: gradient_accumulation_steps is {accumulation} "

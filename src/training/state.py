@@ -17,7 +17,7 @@ from src.config.schema import Attention, Batching, RunConfig, TrainingConfig
 from src.data.batching import Plan, Position, steps_per_epoch
 from src.data.dataset import TrainSet
 from src.data.sets import EncodedSet
-from src.errors import CheckpointError, ModelError, listed
+from src.errors import CheckpointError, ModelError
 from src.model.build import num_parameters
 from src.model.embeddings import TokenMonitor, embedding_parameters
 from src.runtime.allocation import keep_freed_memory
@@ -32,6 +32,7 @@ from src.training.optim import (
     restore_optimizer,
     restore_schedule,
 )
+from src.util import listed
 
 
 @dataclass
