@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Any
 
 from src.config.quoting import shell_override
-from src.config.schema import Batching
+from src.config.schema import SCHEDULES, Batching
 from src.errors import ConfigError
 from src.util import plural
 
@@ -108,7 +108,7 @@ HASHES = ("data", "tokenizer", "frozen_weights", "architecture", "validation")
 
 _TABLE: dict[str, dict[Impact, str]] = {
     "": {
-        Impact.harmless: "name force rerun",
+        Impact.harmless: "name force rerun plugins",  # Fingerprint: versions
         Impact.trajectory: "seed",
     },
     "model": {
@@ -246,8 +246,10 @@ def _length(key: str, before: Flat, now: Flat) -> Verdict:
 
 def _has_end(config: Flat) -> bool:
     """Whether learning rates depend on how many steps there will be."""
-    decays = config.get("scheduler.type") in ("linear", "cosine")
-    return decays or (config.get("scheduler.warmup_steps") is None and bool(config.get("scheduler.warmup_ratio")))
+    schedule = SCHEDULES.get(str(config.get("scheduler.type")))
+    return getattr(schedule, "depends_on_length", False) or (
+        config.get("scheduler.warmup_steps") is None and bool(config.get("scheduler.warmup_ratio"))
+    )
 
 
 def _batch(key: str, before: Flat, now: Flat) -> Verdict:

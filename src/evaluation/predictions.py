@@ -23,7 +23,7 @@ from src.config.rules import is_read_by_predict
 from src.config.schema import RunConfig
 from src.data.sources import file_hash
 from src.errors import ModelError, RunFolderError
-from src.evaluation.metrics import scores
+from src.metrics import scores
 from src.records import (
     NUMBER,
     OPTIONAL_TEXT,

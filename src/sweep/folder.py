@@ -19,8 +19,8 @@ from typing import Any
 from src import secrets
 from src.config.frozen import SWEEP, config_hash, read_starts, read_status
 from src.config.options import option_files
-from src.config.schema import greater_is_better
 from src.errors import DamagedFileError, SweepError
+from src.metrics import greater_is_better
 from src.records import (
     LARGEST_YAML_BYTES,
     NUMBER,

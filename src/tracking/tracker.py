@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from src.config.frozen import config_hash, read_status
 from src.config.quoting import shell_override
-from src.config.schema import MlflowConfig, TrackingConfig, greater_is_better
+from src.config.schema import MlflowConfig, TrackingConfig
+from src.metrics import greater_is_better
 from src.tracking.console import Console
 from src.tracking.former import WAIT_SECONDS, end_all_of
 from src.tracking.mirror import AT_THE_END, TO_THE_END, WHEN_STOPPED

@@ -9,6 +9,7 @@ from typing import Any
 
 from src.checkpoint.compatibility import Fingerprint
 from src.checkpoint.tensors import tensors_digest
+from src.config import plugins
 from src.config.schema import RunConfig
 from src.data.dataset import Data
 from src.runtime.session import Runtime
@@ -41,7 +42,7 @@ def fingerprint_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runti
         device=runtime.device.type,
         num_processes=runtime.num_processes,
         step_sequences=state.plan.batch_size * state.plan.accumulation,
-        versions={name: metadata.version(name) for name in PACKAGES},
+        versions={name: metadata.version(name) for name in PACKAGES} | plugins.versions(config.plugins),
         architecture=architecture_hash(state.model),
         validation=data.validation_digest(config.evaluation.max_samples),
     )

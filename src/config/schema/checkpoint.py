@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import MISSING
 
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH, PathCheck
-from src.config.schema.evaluation import greater_is_better
 from src.config.schema.every import Every
 from src.config.schema.fields import key
+from src.metrics import greater_is_better
 
 
 @dataclass

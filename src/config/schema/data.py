@@ -22,7 +22,7 @@ from src.config.schema.checks import (
     STRINGS,
     Check,
 )
-from src.config.schema.evaluation import Metric
+from src.config.schema.evaluation import METRIC_NAMES
 from src.config.schema.fields import key
 
 
@@ -94,7 +94,7 @@ class DataConfig:
     thoughts: Thoughts | None = MISSING
     thought_pattern: str | None = MISSING
     answer_pattern: str | None = MISSING
-    metrics: list[Metric] = MISSING
+    metrics: list[str] = key(METRIC_NAMES)
     max_seq_length: int = key(AT_LEAST_TWO)
     max_target_length: int = key(AT_LEAST_TWO)
     overflow: Overflow = MISSING

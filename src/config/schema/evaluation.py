@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING
-
-from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH
+from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH, Check
 from src.config.schema.every import Every
 from src.config.schema.fields import key
+from src.metrics import METRICS
 
 
-class Metric(Enum):
-    exact_match = "exact_match"
-    rouge1 = "rouge1"
-    rouge2 = "rouge2"
-    rougeL = "rougeL"  # noqa: N815  (the field's own name)
-    chrf = "chrf"
-    bleu = "bleu"
+class RegisteredCheck(Check):
+    """A condition on a list of metrics: that each is registered, by src or by a plugin."""
+
+    def reason(self, value: Any) -> str:
+        return next((f"{one} is {why}" for one in value or () if (why := METRICS.why_unknown(one))), "")
+
+
+METRIC_NAMES = RegisteredCheck(
+    f"a list (one of {', '.join(METRICS)} each)", lambda v: all(one in METRICS for one in v or ())
+)
 
 
 @dataclass
@@ -27,7 +28,7 @@ class EvaluationConfig:
     """When and on how much the run is evaluated and samples are written."""
 
     eval_steps: Any = key(STEPS_OR_EPOCH)
-    metrics: list[Metric] | None = MISSING
+    metrics: list[str] | None = key(METRIC_NAMES)
     max_samples: int | None = key(AT_LEAST_ONE)
     sample_steps: Any = key(STEPS_OR_EPOCH)
     sample_prompts: int = key(COUNT)
@@ -41,8 +42,3 @@ class EvaluationConfig:
     def sample_every(self) -> Every:
         """When samples are written."""
         return Every(self.sample_steps)
-
-
-def greater_is_better(metric: str) -> bool:
-    """Say in which direction a metric of metrics.jsonl improves: losses and perplexities fall, scores rise."""
-    return not metric.endswith(("loss", "perplexity"))

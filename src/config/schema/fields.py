@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
@@ -33,4 +34,10 @@ def type_key(group: str, *kinds: str) -> Any:
     """Declare the key that says which of a group's dataclasses an option is of; each option sets it."""
     listed = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[1:] else kinds)
     check = Check(f"{listed} (choose another with {group}=…)", lambda v: v in kinds)
+    return key(check, text=TYPE_TEXT.format(group=group))
+
+
+def registered_type_key(group: str, registry: Mapping[str, type]) -> Any:
+    """Declare that key of a group whose dataclasses are registered, by plugins too."""
+    check = Check(f"set by the option (choose another with {group}=…)", lambda v: v in registry)
     return key(check, text=TYPE_TEXT.format(group=group))

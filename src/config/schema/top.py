@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from src.config.schema.checks import PATH, SEED, PathCheck
+from src.config.schema.checks import PATH, SEED, STRINGS, PathCheck
 from src.config.schema.fields import key
 
 NAME = PathCheck(
@@ -24,3 +24,4 @@ class TopLevelConfig:
     force: bool = MISSING
     rerun: str | None = key(PATH)
     init_from: str | None = key(PATH)
+    plugins: list[str] = key(STRINGS)

@@ -1,4 +1,4 @@
-"""conf/tracking: where a run is tracked besides its folder."""
+"""conf/tracking: where a run is tracked besides its folder; exporters are registered in src.tracking.exporters."""
 
 from __future__ import annotations
 
@@ -6,14 +6,25 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from src.config.schema.fields import type_key
+from src.config.schema.fields import registered_type_key
+from src.registry import Registry
+
+TRACKERS = Registry[type]("tracker")
+"""`tracking.type` -> its subclass of TrackingConfig."""
 
 
 @dataclass
-class MlflowConfig:
+class TrackingConfig:
+    """A tracker; a subclass adds its keys."""
+
+    type: str = registered_type_key("tracking", TRACKERS)
+
+
+@TRACKERS.register("mlflow")
+@dataclass
+class MlflowConfig(TrackingConfig):
     """conf/tracking/mlflow.yaml: an MLflow server or store that mirrors the run's folder."""
 
-    type: str = type_key("tracking", "mlflow")
     uri: str = MISSING
     experiment_name: str = MISSING
     run_name: str = MISSING
@@ -21,11 +32,7 @@ class MlflowConfig:
     log_model: bool = MISSING
 
 
+@TRACKERS.register("none")
 @dataclass
-class NoTrackingConfig:
+class NoTrackingConfig(TrackingConfig):
     """conf/tracking/none.yaml: the run's folder only."""
-
-    type: str = type_key("tracking", "none")
-
-
-TrackingConfig = MlflowConfig | NoTrackingConfig
