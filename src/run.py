@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from src.checkpoint.locate import Origin
     from src.sweep.sweeper import SweepRequest
     from src.tracking.console import Console
-    from src.tracking.run_folder import Start
+    from src.tracking.folder_start import Start
     from src.tracking.tracker import Tracker
 
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -66,7 +66,8 @@ def run(admitted: Job, stop: StopRequest) -> dict[str, float]:
     """
     from src.checkpoint.locate import check_best, find_origin
     from src.tracking.console import Console
-    from src.tracking.run_folder import hold, metrics_at
+    from src.tracking.lock import hold
+    from src.tracking.step_logs import metrics_at
     from src.tracking.tracker import NullTracker, open_tracking
 
     config, run_dir = admitted.config, admitted.run_dir
@@ -256,7 +257,7 @@ def start_of(admitted: Job, origin: Origin) -> Start:
     """Say how the run's folder begins: behind which step, and with which keys other than its frozen config.yaml."""
     from src.checkpoint.compatibility import compare_configs
     from src.config.frozen import CONFIG, read_config
-    from src.tracking.run_folder import Start
+    from src.tracking.folder_start import Start
 
     config, frozen = admitted.config, admitted.frozen
     is_there = not config.force and os.path.lexists(admitted.run_dir / CONFIG)
@@ -346,7 +347,8 @@ def run_as_many(admitted: Job, stop: StopRequest) -> int:
         TowlineError: where the folder or its checkpoints can't be used, or a process ended in failure.
     """
     from src.checkpoint.locate import find_origin
-    from src.tracking.run_folder import hold, note_end
+    from src.tracking.lock import hold
+    from src.tracking.run_folder import note_end
 
     collect_from_here()
     config, run_dir = admitted.config, admitted.run_dir
