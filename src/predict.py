@@ -61,7 +61,7 @@ def predict(admitted: Job) -> None:
     from src.checkpoint.exported import check_exported, standing_on
     from src.evaluation.predictions import open_sets, predict_rows
     from src.tracking.console import Console
-    from src.tracking.run_folder import hold
+    from src.tracking.lock import hold
 
     admitted = replace(admitted, config=standing_on(admitted.run_dir, admitted.config))
     config, run_dir, output = admitted.config, admitted.run_dir, folder(admitted)

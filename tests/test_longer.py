@@ -395,7 +395,7 @@ def test_a_stop_before_anything_was_changed_leaves_it_finished(short: Path) -> N
 
 
 def test_a_process_that_gets_more_holds_the_folder(short: Path, tmp_path: Path) -> None:
-    from src.tracking.run_folder import hold
+    from src.tracking.lock import hold
 
     with hold(short):
         done = towline(f"rerun={short}", f"hydra.run.dir={short}", TWO)

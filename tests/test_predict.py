@@ -31,7 +31,7 @@ from src.errors import ConfigError, DataError
 from src.evaluation import predictions
 from src.runtime.signals import StopRequest
 from src.tokens import load_tokenizer
-from src.tracking.run_folder import hold
+from src.tracking.lock import hold
 from tests.conftest import ROOT, admitted, write_config, write_lines
 
 LEARNED = [

@@ -23,7 +23,8 @@ def run_as_many(job: Job, stop: StopRequest) -> int:
     Raises:
         TowlineError: where the folder or its checkpoints can't be used, or a process ended in failure.
     """
-    from src.tracking.run_folder import hold, note_end
+    from src.tracking.lock import hold
+    from src.tracking.run_folder import note_end
     from src.training.resume import find_resume_point
 
     collect_from_here()
