@@ -822,12 +822,14 @@ def refusal(*overrides: str) -> str:
 
 
 def test_offload_needs_a_compiler_and_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules.shutil, "which", lambda tool, **_: None if tool == "ninja" else f"/usr/bin/{tool}")
+    monkeypatch.setattr(
+        rules.deepspeed.shutil, "which", lambda tool, **_: None if tool == "ninja" else f"/usr/bin/{tool}"
+    )
     message = refusal(*OFFLOAD)
     assert "deepspeed.zero_optimization.offload_optimizer" in message
     assert "and ninja can't be found here" in message
     assert "g++" not in message
-    monkeypatch.setattr(rules.shutil, "which", lambda tool, **_: f"/usr/bin/{tool}")
+    monkeypatch.setattr(rules.deepspeed.shutil, "which", lambda tool, **_: f"/usr/bin/{tool}")
     admitted(*OFFLOAD)
     assert "offloaded updates are AdamW's" in refusal(*OFFLOAD, "optimizer=sgd")
 

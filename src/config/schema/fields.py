@@ -1,0 +1,36 @@
+"""How a dataclass of the schema declares a key."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+from omegaconf import MISSING
+
+from src.config.schema.checks import Check, Keys
+
+TYPE_TEXT = "set by the option; choose with {group}=…"
+
+
+def key(
+    check: Check | None = None,
+    default: Any = MISSING,
+    each: str | None = None,
+    inner: Keys | None = None,
+    text: str = "",
+) -> Any:
+    """Declare a key.
+
+    Args:
+        each: the dataclass of the values of a mapping.
+        inner: the keys of another library's mapping.
+        text: what the key means, where no line of conf/ has it and says so.
+    """
+    return field(default=default, metadata={"check": check, "each": each, "inner": inner, "text": text})
+
+
+def type_key(group: str, *kinds: str) -> Any:
+    """Declare the key that says which of a group's dataclasses an option is of; each option sets it."""
+    listed = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[1:] else kinds)
+    check = Check(f"{listed} (choose another with {group}=…)", lambda v: v in kinds)
+    return key(check, text=TYPE_TEXT.format(group=group))

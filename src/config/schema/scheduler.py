@@ -1,0 +1,42 @@
+"""conf/scheduler: how the learning rate changes from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from src.config.schema.checks import BELOW_ONE, COUNT, FRACTION
+from src.config.schema.fields import TYPE_TEXT, key
+
+
+class ScheduleType(Enum):
+    linear = "linear"
+    cosine = "cosine"
+    constant = "constant"
+    constant_with_warmup = "constant_with_warmup"
+
+
+@dataclass
+class ConstantScheduleConfig:
+    """conf/scheduler/constant.yaml: the learning rate never changes."""
+
+    type: ScheduleType = key(text=TYPE_TEXT.format(group="scheduler"))
+
+
+@dataclass
+class WarmupScheduleConfig:
+    """conf/scheduler/constant_with_warmup.yaml: linear warm-up, then constant."""
+
+    type: ScheduleType = key(text=TYPE_TEXT.format(group="scheduler"))
+    warmup_ratio: float = key(BELOW_ONE)
+    warmup_steps: int | None = key(COUNT)
+
+
+@dataclass
+class DecayScheduleConfig(WarmupScheduleConfig):
+    """conf/scheduler/linear.yaml and cosine.yaml: linear warm-up, then decay to min_lr_ratio of the peak."""
+
+    min_lr_ratio: float = key(FRACTION)
+
+
+SchedulerConfig = ConstantScheduleConfig | WarmupScheduleConfig | DecayScheduleConfig
