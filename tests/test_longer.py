@@ -13,10 +13,11 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from src.cli.exits import guarded_run as guarded
+from src.cli.start import run_job as run
 from src.config.gate import admit_prediction
 from src.errors import ExportError
 from src.model import export as exporting
-from src.run import guarded, run
 from src.runtime.signals import StopRequest
 from tests.conftest import admitted, read_lines, towline, write_lines
 from tests.test_resume import LORA, Fate, Killed, assert_same, plain, start
@@ -394,7 +395,7 @@ def test_a_stop_before_anything_was_changed_leaves_it_finished(short: Path) -> N
 
 
 def test_a_process_that_gets_more_holds_the_folder(short: Path, tmp_path: Path) -> None:
-    from src.tracking.run_folder import hold
+    from src.tracking.lock import hold
 
     with hold(short):
         done = towline(f"rerun={short}", f"hydra.run.dir={short}", TWO)

@@ -27,6 +27,7 @@ from src.data.preparation import EncodingConfig, Prepared, prepared, without_cyc
 from src.data.sources import Source, file_hash, fingerprint_of
 from src.data.store import RowWriter, Shard, SourceStats
 from src.errors import DataError
+from src.util import plural
 
 MOST_TOLD = 10  # rows that an error names
 MOST_BAD = 10_000
@@ -186,7 +187,7 @@ def bad_rows(first: Sequence[tuple[str, str]], count: int, stopped_at: str = "")
     if stopped_at:
         lines.append(f"stopped at {stopped_at}, after {count:,} rows that can't be used and fewer that can")
     told = "\n".join(f"  {line}" for line in lines)
-    return DataError(f"{count} row{'s' if count > 1 else ''} can't be used:\n{told}")
+    return DataError(f"{plural(count, 'row')} can't be used:\n{told}")
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

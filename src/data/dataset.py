@@ -30,8 +30,9 @@ from src.data.sets import EncodedSet
 from src.data.sources import FileSource, HubSource, Source, file_hash, file_source
 from src.data.store import Shard
 from src.data.stream import StreamedSet, StreamSource
-from src.errors import DataError, listed
+from src.errors import DataError
 from src.patterns import Pattern, at
+from src.util import listed, plural
 
 TrainSet = EncodedSet | StreamedSet
 
@@ -366,7 +367,7 @@ class _Builder:
                     without.append(rows.place(i))
         if without:
             raise DataError(
-                f"{len(without)} row{'s' if len(without) > 1 else ''} of {rows.name} can't be used: no answer in them, "
+                f"{plural(len(without), 'row')} of {rows.name} can't be used: no answer in them, "
                 f"data.answer_pattern {pattern!r} finds nothing\n{listed(without)}"
             )
 

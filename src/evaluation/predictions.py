@@ -33,14 +33,12 @@ from src.records import (
     check_keys,
     check_plain,
     damaged,
-    finite,
     parse,
     read_bytes,
     read_json,
-    write_atomically,
-    write_json,
 )
 from src.tracking.console import Console, clock
+from src.util import finite, write_atomically, write_json
 
 if TYPE_CHECKING:
     from src.data.dataset import Prompts

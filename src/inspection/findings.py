@@ -25,6 +25,7 @@ from src.metrics import METRICS, is_full_marks
 from src.patterns import at
 from src.training.optim import cannot_learn
 from src.training.state import batch_plan
+from src.util import plural
 
 WHOLE_CHECK_ROWS = 50_000
 """Rows of a set that are decoded and encoded again, to prove its mask; the first ones."""
@@ -330,7 +331,7 @@ def fingerprints(rows: EncodedSet) -> list[tuple[int, int]]:
 
 
 def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
+    return plural(count, "row")
 
 
 def _places(rows: EncodedSet, indices: list[int]) -> str:

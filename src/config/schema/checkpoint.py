@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH, PathCheck
+from src.config.schema.every import Every
 from src.config.schema.fields import key
 from src.metrics import greater_is_better
 
@@ -26,6 +27,11 @@ class CheckpointConfig:
     load_best_model_at_end: bool = MISSING
     resume: str = key(PathCheck("auto, never, or a folder: a run's or a checkpoint", bool))
     allow_changed: bool = MISSING
+
+    @property
+    def save_every(self) -> Every:
+        """When the run is saved: at its end too, if it is saved at all or the best weights are loaded there."""
+        return Every(self.checkpointing_steps, self.checkpointing_steps is not None or self.load_best_model_at_end)
 
     @property
     def is_greater_better(self) -> bool:

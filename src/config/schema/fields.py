@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from src.config.schema.checks import Check, Keys
+from src.util import in_words
 
 TYPE_TEXT = "set by the option; choose with {group}=…"
 
@@ -32,8 +33,7 @@ def key(
 
 def type_key(group: str, *kinds: str) -> Any:
     """Declare the key that says which of a group's dataclasses an option is of; each option sets it."""
-    listed = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[1:] else kinds)
-    check = Check(f"{listed} (choose another with {group}=…)", lambda v: v in kinds)
+    check = Check(f"{in_words(kinds, 'or')} (choose another with {group}=…)", lambda v: v in kinds)
     return key(check, text=TYPE_TEXT.format(group=group))
 
 

@@ -8,6 +8,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from src.config.schema.checks import AT_LEAST_ONE, BELOW_ONE, POSITIVE, WEIGHT, WEIGHT_OR_ZERO
+from src.config.schema.every import Every
 from src.config.schema.fields import key
 
 
@@ -35,6 +36,11 @@ class TrainingConfig:
     max_grad_norm: float | None = key(WEIGHT)
     mixed_precision: MixedPrecision = MISSING
     logging_steps: int = key(AT_LEAST_ONE)
+
+    @property
+    def log_every(self) -> Every:
+        """When metrics.jsonl gets a line, even where nothing was evaluated."""
+        return Every(self.logging_steps)
 
 
 @dataclass
