@@ -67,12 +67,12 @@ def give(folder: Path, commands: list[list[str]]) -> None:
     out = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    from src import run
+    from src.cli.main import main
 
     for words in commands:
         if words[1] == "-m":
-            sys.argv = [run.__file__, *words[3:]]
-            if code := run.main():
+            sys.argv = [str(ROOT / "src" / "run.py"), *words[3:]]
+            if code := main():
                 sys.exit(code)
         else:
             runpy.run_path(words[1], run_name="__main__")
