@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING
-
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH
-from src.config.schema.fields import key
+from src.config.schema.fields import Impact, key
 
 
 class Metric(Enum):
@@ -25,11 +23,11 @@ class Metric(Enum):
 class EvaluationConfig:
     """When and on how much the run is evaluated and samples are written."""
 
-    eval_steps: Any = key(STEPS_OR_EPOCH)
-    metrics: list[Metric] | None = MISSING
-    max_samples: int | None = key(AT_LEAST_ONE)
-    sample_steps: Any = key(STEPS_OR_EPOCH)
-    sample_prompts: int = key(COUNT)
+    eval_steps: Any = key(STEPS_OR_EPOCH, resume=Impact.harmless)
+    metrics: list[Metric] | None = key(resume=Impact.harmless, read_by_predict=True)
+    max_samples: int | None = key(AT_LEAST_ONE, resume=Impact.harmless)
+    sample_steps: Any = key(STEPS_OR_EPOCH, resume=Impact.harmless)
+    sample_prompts: int = key(COUNT, resume=Impact.harmless)
 
 
 def greater_is_better(metric: str) -> bool:

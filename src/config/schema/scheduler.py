@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from src.config.schema.checks import BELOW_ONE, COUNT, FRACTION
-from src.config.schema.fields import TYPE_TEXT, key
+from src.config.schema.fields import key, type_key
+
+OTHER_RATES = "other learning rates"
 
 
 class ScheduleType(Enum):
@@ -20,23 +22,25 @@ class ScheduleType(Enum):
 class ConstantScheduleConfig:
     """conf/scheduler/constant.yaml: the learning rate never changes."""
 
-    type: ScheduleType = key(text=TYPE_TEXT.format(group="scheduler"))
+    type: ScheduleType = type_key("scheduler", why=OTHER_RATES)
 
 
 @dataclass
 class WarmupScheduleConfig:
     """conf/scheduler/constant_with_warmup.yaml: linear warm-up, then constant."""
 
-    type: ScheduleType = key(text=TYPE_TEXT.format(group="scheduler"))
-    warmup_ratio: float = key(BELOW_ONE)
-    warmup_steps: int | None = key(COUNT)
+    type: ScheduleType = type_key("scheduler", why=OTHER_RATES)
+    warmup_ratio: float = key(
+        BELOW_ONE, why=OTHER_RATES, counts_where=lambda config: config.get("scheduler.warmup_steps") is None
+    )
+    warmup_steps: int | None = key(COUNT, why=OTHER_RATES)
 
 
 @dataclass
 class DecayScheduleConfig(WarmupScheduleConfig):
     """conf/scheduler/linear.yaml and cosine.yaml: linear warm-up, then decay to min_lr_ratio of the peak."""
 
-    min_lr_ratio: float = key(FRACTION)
+    min_lr_ratio: float = key(FRACTION, why=OTHER_RATES)
 
 
 SchedulerConfig = ConstantScheduleConfig | WarmupScheduleConfig | DecayScheduleConfig
