@@ -18,6 +18,7 @@ from src.config.keys import all_keys, known_keys
 from src.config.quoting import shell_override
 from src.config.schema.fields import Flat, Impact, Verdict
 from src.errors import ConfigError
+from src.util import plural
 
 NOT_THERE = "(not there)"
 """Stands in a Change for the value of a key that one side does not have."""
@@ -236,7 +237,7 @@ def _joined(changes: Sequence[Change]) -> str:
 def _refusal(refused: Sequence[Change], where: str) -> str:
     impossible = [change for change in refused if change.effect is Impact.impossible]
     width = min(60, max(len(change.values) for change in refused))
-    lines = [f"Can't go on from {where}: {len(refused)} change{'s' if len(refused) > 1 else ''} since then"]
+    lines = [f"Can't go on from {where}: {plural(len(refused), 'change')} since then"]
     lines += [f"  {change.values:<{width}}   {change.why}".rstrip() for change in refused]
     if not impossible:
         lines.append("What comes would be another training: checkpoint.allow_changed=true goes on all the same.")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH, PathCheck
-from src.config.schema.evaluation import greater_is_better
+from src.config.schema.every import Every
 from src.config.schema.fields import Impact, key
+from src.metrics import greater_is_better
 
 
 @dataclass
@@ -24,6 +25,11 @@ class CheckpointConfig:
     load_best_model_at_end: bool = key(resume=Impact.harmless)
     resume: str = key(PathCheck("auto, never, or a folder: a run's or a checkpoint", bool), resume=Impact.harmless)
     allow_changed: bool = key(resume=Impact.harmless)
+
+    @property
+    def save_every(self) -> Every:
+        """When the run is saved: at its end too, if it is saved at all or the best weights are loaded there."""
+        return Every(self.checkpointing_steps, self.checkpointing_steps is not None or self.load_best_model_at_end)
 
     @property
     def is_greater_better(self) -> bool:

@@ -22,7 +22,7 @@ from src.config.schema.checks import (
     STRINGS,
     Check,
 )
-from src.config.schema.evaluation import Metric
+from src.config.schema.evaluation import METRIC_NAMES
 from src.config.schema.fields import BY_OUTCOME, Flat, facts_of, key
 
 
@@ -106,7 +106,7 @@ class DataConfig:
     thoughts: Thoughts | None = key(resume=BY_OUTCOME)
     thought_pattern: str | None = key(resume=BY_OUTCOME, per_source=True)
     answer_pattern: str | None = _place(read_by_predict=True)
-    metrics: list[Metric] = _place(read_by_predict=True)
+    metrics: list[str] = _place(METRIC_NAMES, read_by_predict=True)
     max_seq_length: int = key(
         AT_LEAST_TWO,
         why="packed sequences of another length",

@@ -20,7 +20,6 @@ from src.config.schema.checks import (
     is_number,
 )
 from src.config.schema.fields import Flat, Impact, Verdict, key, type_key
-from src.config.schema.scheduler import ScheduleType
 
 AUTO_OR_COUNT = Check("a whole number of at least 1, or auto", lambda v: v == "auto" or AT_LEAST_ONE.holds(v))
 AUTO_OR_NUMBER = Check("a number of at least 0, or auto", lambda v: v == "auto" or NOT_NEGATIVE.holds(v))
@@ -163,14 +162,14 @@ DEEPSPEED_OPTIMIZER_KEYS: Keys = {
     "legacy_fusion": SWITCH,
 }
 DEEPSPEED_SCHEDULES = {
-    "WarmupLR": ScheduleType.constant_with_warmup,
-    "WarmupDecayLR": ScheduleType.linear,
-    "WarmupCosineLR": ScheduleType.cosine,
+    "WarmupLR": "constant_with_warmup",
+    "WarmupDecayLR": "linear",
+    "WarmupCosineLR": "cosine",
 }
 """The schedule of DeepSpeed's -> scheduler.type, as transformers maps them."""
 DEEPSPEED_SCHEDULER_KEYS: Keys = {
     "type": Check(
-        f"one of {', '.join(f'{theirs} (scheduler={ours.value})' for theirs, ours in DEEPSPEED_SCHEDULES.items())}",
+        f"one of {', '.join(f'{theirs} (scheduler={ours})' for theirs, ours in DEEPSPEED_SCHEDULES.items())}",
         lambda v: v in DEEPSPEED_SCHEDULES,
     ),
     "params": {

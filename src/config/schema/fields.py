@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from src.config.schema.checks import Check, Keys
+from src.util import in_words
 
 TYPE_TEXT = "set by the option; choose with {group}=…"
 
@@ -85,8 +86,13 @@ def type_key(group: str, *kinds: str, **facts: Any) -> Any:
     Args:
         kinds: the values that it may have; none where its type is an Enum.
     """
-    listed = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[1:] else kinds)
-    check = Check(f"{listed} (choose another with {group}=…)", lambda v: v in kinds) if kinds else None
+    check = Check(f"{in_words(kinds, 'or')} (choose another with {group}=…)", lambda v: v in kinds) if kinds else None
+    return key(check, text=TYPE_TEXT.format(group=group), **facts)
+
+
+def registered_type_key(group: str, registry: Mapping[str, type], **facts: Any) -> Any:
+    """Declare that key of a group whose dataclasses are registered, by plugins too."""
+    check = Check(f"set by the option (choose another with {group}=…)", lambda v: v in registry)
     return key(check, text=TYPE_TEXT.format(group=group), **facts)
 
 

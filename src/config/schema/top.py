@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from src.config.schema.checks import PATH, SEED, PathCheck
-from src.config.schema.fields import AT_START, Flat, Impact, Verdict, key
+from src.config.schema.checks import PATH, SEED, STRINGS, PathCheck
+from src.config.schema.fields import AT_START, BY_OUTCOME, Flat, Impact, Verdict, key
 
 NAME = PathCheck(
     "a name without '/' that does not start with '.'",
@@ -26,3 +26,4 @@ class TopLevelConfig:
     force: bool = key(resume=Impact.harmless, read_by_predict=True)
     rerun: str | None = key(PATH, resume=Impact.harmless)
     init_from: str | None = key(PATH, resume=_judge_start)
+    plugins: list[str] = key(STRINGS, resume=BY_OUTCOME)

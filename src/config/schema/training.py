@@ -8,7 +8,9 @@ from enum import Enum
 
 from src.config.schema.checks import AT_LEAST_ONE, BELOW_ONE, POSITIVE, WEIGHT, WEIGHT_OR_ZERO
 from src.config.schema.data import is_grouped_by_length
+from src.config.schema.every import Every
 from src.config.schema.fields import Flat, Impact, Verdict, key
+from src.config.schema.scheduler import SCHEDULES
 
 
 class MixedPrecision(Enum):
@@ -44,8 +46,10 @@ def _judge_length(key: str, before: Flat, now: Flat) -> Verdict:
 
 def _has_end(config: Flat) -> bool:
     """Return whether learning rates depend on how many steps there will be."""
-    decays = config.get("scheduler.type") in ("linear", "cosine")
-    return decays or (config.get("scheduler.warmup_steps") is None and bool(config.get("scheduler.warmup_ratio")))
+    schedule = SCHEDULES.get(str(config.get("scheduler.type")))
+    return getattr(schedule, "depends_on_length", False) or (
+        config.get("scheduler.warmup_steps") is None and bool(config.get("scheduler.warmup_ratio"))
+    )
 
 
 def _judge_batch(key: str, before: Flat, now: Flat) -> Verdict:
@@ -73,6 +77,11 @@ class TrainingConfig:
     max_grad_norm: float | None = key(WEIGHT, why="other updates")
     mixed_precision: MixedPrecision = key(why="computes in another precision", read_by_predict=True)
     logging_steps: int = key(AT_LEAST_ONE, resume=Impact.harmless)
+
+    @property
+    def log_every(self) -> Every:
+        """When metrics.jsonl gets a line, even where nothing was evaluated."""
+        return Every(self.logging_steps)
 
 
 @dataclass
