@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -216,6 +217,30 @@ def test_the_tree_exists() -> None:
             assert (ROOT / top / name).exists(), f"{top}{name}"
         if not line.startswith(" ") and len(names) == 1:
             top = names[0]
+
+
+def test_every_dependency_has_its_reason() -> None:
+    reasons = PAGES["README.md"].partition("## Dependencies")[2]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)}
+    assert not {name for name in names if name not in reasons and not name.startswith("types-")}
+
+
+def test_every_path_exists() -> None:
+    """A path of the project in code of the text leads to a file or folder."""
+    code = re.compile(r"`((?:src|conf|tests|benchmarks|assets|docs|hydra_plugins)/[\w./]*)`")
+    wrong = [
+        f"{name}: {path}" for name, page in PAGES.items() for path in code.findall(page) if not (ROOT / path).exists()
+    ]
+    assert not wrong
+
+
+def test_types_that_flow_exist() -> None:
+    (table,) = re.findall(r"## What flows\n(.*?)\n## ", PAGES["docs/architecture.md"], flags=re.DOTALL)
+    code = {room.name: "".join(file.read_text() for file in room.rglob("*.py")) for room in (ROOT / "src").iterdir()}
+    for types, room in re.findall(r"^\| (`.*?`) \| (\w+) \|", table, flags=re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", types):
+            assert re.search(rf"^class {name}\b", code[room], flags=re.MULTILINE), f"{room} has no {name}"
 
 
 def test_every_page_can_be_found() -> None:
