@@ -64,8 +64,8 @@ def sync(source: Source, console: Console) -> tuple[int, str]:
     Raises:
         RunFolderError: where a process is at the folder, or it can't be held.
     """
+    from src.tracking.lock import hold
     from src.tracking.mirror import TO_THE_END, Mirror
-    from src.tracking.run_folder import hold
 
     with hold(source.folder):
         delivery = _delivery(source, console)

@@ -28,11 +28,12 @@ from src import sync
 from src.config.schema import MlflowConfig
 from src.records import Digest
 from src.tracking import mirror, mlflow_calls, sqlite_store, tracker
+from src.tracking.folder_start import Start
+from src.tracking.lock import hold
 from src.tracking.mirror import Mirror, Patience
 from src.tracking.mlflow_errors import StoreError, explained
 from src.tracking.mlflow_mirror import Delivery
 from src.tracking.mlflow_store import read_tracking
-from src.tracking.run_folder import Start, hold
 from src.tracking.sqlite_store import SqliteStore
 from tests.conftest import FORKS, ROOT, admitted, read_lines
 from tests.test_tracking import closed_port, do_step, killed, start_server, stop_server, stopped, track, tracked

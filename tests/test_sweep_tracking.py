@@ -19,9 +19,9 @@ from src.config.schema import MlflowConfig, NoTrackingConfig
 from src.errors import DamagedFileError, Pruned
 from src.tracking import sweep_tracker
 from src.tracking.console import Console
+from src.tracking.lock import hold
 from src.tracking.mirror import Patience
 from src.tracking.mlflow_sweep import SweepDelivery, sweep_tracking
-from src.tracking.run_folder import hold
 from src.tracking.sweep_tracker import open_sweep_tracking
 from tests.conftest import write_lines
 from tests.sweeps import planned, states

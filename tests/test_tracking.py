@@ -24,11 +24,13 @@ from src.config.quoting import shell_override
 from src.errors import Interrupted, RunFolderError
 from src.evaluation.samples import Sample
 from src.tracking.console import Console, clock
+from src.tracking.folder_start import FILES, Start, last_config_hash
+from src.tracking.lock import hold
 from src.tracking.mirror import Patience
 from src.tracking.mlflow_mirror import Delivery, MlflowMirror
 from src.tracking.mlflow_store import distinct_names, flat, plain_name
 from src.tracking.provenance import git_state, provenance
-from src.tracking.run_folder import FILES, RunFolder, Start, hold, last_config_hash, open_run_folder
+from src.tracking.run_folder import RunFolder, open_run_folder
 from src.tracking.tracker import Tracker, deliver_pending, open_tracking
 from tests.conftest import ROOT, admitted, read_lines, write_lines
 
@@ -803,11 +805,11 @@ def test_a_start_that_is_killed_while_it_begins_can_be_made_again(
             raise Killed
         real(*given, **named)
 
-    from src.tracking import journal
+    from src.tracking import run_folder
 
-    real = journal.write_atomically
+    real = run_folder.write_atomically
     with monkeypatch.context() as patched:
-        patched.setattr(journal, "write_atomically", dying)
+        patched.setattr(run_folder, "write_atomically", dying)
         with suppress(Killed), open_folder(tmp_path):
             pass
     with open_folder(tmp_path):

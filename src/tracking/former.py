@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from src import secrets
-from src.records import write_json
 from src.tracking.mlflow_calls import Watch, Watched
 from src.tracking.mlflow_errors import StoreError, explained
 from src.tracking.mlflow_store import KILLED, TRACKING, Former, former_runs, quiet_client, reach, run_of
 from src.tracking.sqlite_store import SqliteStore
+from src.util import write_json
 
 WAIT_SECONDS = 20.0
 """How long the end of a run or a command waits for it."""

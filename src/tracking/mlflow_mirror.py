@@ -19,7 +19,7 @@ from src.records import Types, begins_with, check_keys, damaged, is_time, read_j
 from src.tracking.mirror import Mirror
 from src.tracking.mlflow_calls import RUN_ID
 from src.tracking.mlflow_store import KILLED, STATES, FolderDelivery, flat, milliseconds, plain_name, read_tracking
-from src.tracking.run_folder import read_growing
+from src.tracking.run_folder import read_step_log
 
 ARTIFACTS = ("config.yaml", "provenance.json", "data_report.json", "samples.jsonl", "summary.json")
 LINES_AT_ONCE = 100
@@ -71,7 +71,7 @@ class Delivery(FolderDelivery):
     @property
     def _says_too_much(self) -> bool:
         try:
-            samples = self._lines("samples.jsonl", read_growing)
+            samples = self._lines("samples.jsonl", read_step_log)
             return self._num_delivered > len(self._metrics()) or self._done.get("samples", 0) > len(samples)
         except DamagedFileError:  # told where it is brought
             return False
@@ -121,7 +121,7 @@ class Delivery(FolderDelivery):
         return int(self._done.get("lines", 0))
 
     def _metrics(self) -> list[dict[str, Any]]:
-        return self._lines("metrics.jsonl", read_growing)
+        return self._lines("metrics.jsonl", read_step_log)
 
     def _readable_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics; none where they are damaged, which is told where they are brought."""
@@ -273,7 +273,7 @@ class Delivery(FolderDelivery):
             written = (read_status(self._folder).get("journal") or {}).get(name)
         except DamagedFileError:  # told where it says how the run ended
             return
-        if written and not begins_with(b"".join(line.raw for line in read_growing(self._folder, name)), written):
+        if written and not begins_with(b"".join(line.raw for line in read_step_log(self._folder, name)), written):
             remedy = f"Restore it from a copy; or have it delivered as it is: move {STATUS} away."
             reason = f"its content does not have the checksum that it was written with ({STATUS})"
             raise damaged(self._folder / name, reason, remedy)
@@ -289,7 +289,7 @@ class Delivery(FolderDelivery):
     def _log_samples(self) -> None:
         """Log the samples as a table, anew when there are more."""
         self._check_written("samples.jsonl")
-        rows = self._lines("samples.jsonl", read_growing)
+        rows = self._lines("samples.jsonl", read_step_log)
         if len(rows) > self._done.get("samples", 0):
             columns = list(rows[-1])
             self._log_table("samples.json", columns, [[row.get(column) for column in columns] for row in rows])

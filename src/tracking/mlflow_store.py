@@ -29,13 +29,14 @@ from urllib.parse import urlsplit
 from src import secrets
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
-from src.records import NUMBER, OPTIONAL_TEXT, Line, Types, check_keys, check_plain, damaged, read_json, write_json
+from src.records import NUMBER, OPTIONAL_TEXT, Line, Types, check_keys, check_plain, damaged, read_json
 from src.tracking import mlflow_calls
 from src.tracking.artifacts import Artifacts
 from src.tracking.console import Console
 from src.tracking.mlflow_calls import CALLS_AGAIN, RUN_ID, Watch, Watched
 from src.tracking.mlflow_errors import StoreError, explained, is_gone, is_missing, status_of
 from src.tracking.sqlite_store import OPENING_SECONDS, SqliteStore
+from src.util import write_json
 
 TRACKING = "tracking.json"
 TRACKING_KEYS: Mapping[str, Types] = {

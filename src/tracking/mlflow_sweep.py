@@ -14,10 +14,10 @@ from src.config.frozen import CONFIG, SWEEP, read_status
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
 from src.records import Line, Types, check_keys, check_times, damaged, read_lines, read_yaml
+from src.tracking.lock import hold
 from src.tracking.mlflow_errors import StoreError
 from src.tracking.mlflow_mirror import Delivery
 from src.tracking.mlflow_store import KILLED, STATES, FolderDelivery, flat, milliseconds, read_tracking
-from src.tracking.run_folder import hold
 from src.tracking.sweep_files import check_checksum, holds_another, read_sweep
 
 LEADERBOARD = "leaderboard.json"

@@ -13,13 +13,16 @@ from typing import Any, Protocol
 
 from src.config.frozen import config_hash, read_status
 from src.config.quoting import shell_override
-from src.config.schema import MlflowConfig, TrackingConfig, greater_is_better
+from src.config.schema import MlflowConfig, TrackingConfig
+from src.metrics import greater_is_better
 from src.tracking.console import Console
+from src.tracking.folder_start import Start
 from src.tracking.former import WAIT_SECONDS, end_all_of
+from src.tracking.lock import hold
 from src.tracking.mirror import AT_THE_END, TO_THE_END, WHEN_STOPPED
 from src.tracking.mlflow_mirror import MlflowMirror, tracked_before
 from src.tracking.mlflow_store import TRACKING
-from src.tracking.run_folder import RunFolder, Start, hold, open_run_folder
+from src.tracking.run_folder import RunFolder, open_run_folder
 
 UNSHOWN = ("best/", "tokens/")
 """Metrics that summary.json has and the table at the end of a run leaves out."""
@@ -189,7 +192,7 @@ class Tracker:
         Raises:
             DamagedFileError: where what was logged is not in the folder any more.
         """
-        self._folder.check_growing()
+        self._folder.check_step_logs()
         summary = self._last | self._best | dict(totals)
         self._folder.write_json("summary.json", summary)
         self._folder.set_status(model=exported, base=base)
