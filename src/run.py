@@ -77,7 +77,7 @@ def run(admitted: Job, stop: StopRequest) -> dict[str, float]:
     stop.allow(config.training.max_seconds)
     place = place_of()
     if place is not None and not place.is_main:
-        return train_and_export(admitted, None, NullTracker(console), console, stop)
+        return train_and_export(admitted, None, NullTracker(), console, stop)
     console.label("run", f"{config.name} → {run_dir}")
     with nullcontext() if admitted.is_held else hold(run_dir):
         origin = find_origin(config.checkpoint, admitted.frozen, run_dir, force=config.force)
