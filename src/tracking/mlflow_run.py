@@ -1,43 +1,38 @@
-"""MLflow as the mirror of a run's folder.
-
-A thread of its own brings MLflow up to date with the folder's files. So training never waits for a tracker, one that is
-gone costs a warning, and what is missing can be delivered later from the same files.
-"""
+"""A run's folder in MLflow."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from src.config.frozen import CONFIG, STATUS, read_starts, read_status
-from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
 from src.records import Types, begins_with, check_keys, damaged, is_time, read_json, read_yaml
-from src.tracking.mirror import Mirror
-from src.tracking.mlflow_calls import RUN_ID
-from src.tracking.mlflow_store import KILLED, STATES, FolderDelivery, flat, milliseconds, plain_name, read_tracking
-from src.tracking.run_folder import read_step_log
+from src.tracking.exporters import EXPORTERS
+from src.tracking.mlflow_client import KILLED, STATES
+from src.tracking.mlflow_exporter import MlflowExporter
+from src.tracking.mlflow_names import flat, milliseconds, plain_name
+from src.tracking.mlflow_state import RUN_ID
+from src.tracking.step_logs import METRICS, SAMPLES, read_step_log
 
-ARTIFACTS = ("config.yaml", "provenance.json", "data_report.json", "samples.jsonl", "summary.json")
+PROVENANCE, DATA_REPORT = "provenance.json", "data_report.json"
+ARTIFACTS = (CONFIG, PROVENANCE, DATA_REPORT, SAMPLES, "summary.json")
 LINES_AT_ONCE = 100
 LARGEST = 1 << 53
 """Of a step, and of a time in milliseconds."""
-STATUS_REMEDY = "Move it away, and give the run's own command again: it goes on from the last checkpoint and writes it."
+STATUS_REMEDY = "Move it away, and repeat the run's own command: it resumes from the last checkpoint and writes it."
 
 Points = dict[str, dict[str, list[float]]]
 """Values that MLflow has by step, as a text, and metric, by the name that it has there."""
 
-
-PROVENANCE, DATA_REPORT = "provenance.json", "data_report.json"
 PROVENANCE_KEYS: Mapping[str, Types] = {"git": dict, "hardware": dict}
 REPORT_KEYS: Mapping[str, Types] = {"digest": str, "rows_kept": int, "tokens": int, "supervised_tokens": int}
 
 
-class Delivery(FolderDelivery):
-    """What of a run's folder MLflow has."""
+@EXPORTERS.register("mlflow")
+class MlflowRunExporter(MlflowExporter):
+    """Delivers a run's folder."""
 
     @property
     def _run_name(self) -> str:
@@ -46,8 +41,8 @@ class Delivery(FolderDelivery):
     @property
     def _began(self) -> str:
         try:
-            return str(read_status(self._folder).get("started") or "")
-        except DamagedFileError:  # told where it says how the run ended
+            return str(read_status(self.folder).get("started") or "")
+        except DamagedFileError:  # reported where it says how the run ended
             return ""
 
     @property
@@ -55,43 +50,34 @@ class Delivery(FolderDelivery):
         if began := self._began:
             return began
         try:
-            times = [start["time"] for start in read_starts(self._folder)]
+            times = [start["time"] for start in read_starts(self.folder)]
         except DamagedFileError:
             return ""
         return next(filter(is_time, times), "")
 
     @property
-    def _own_tags(self) -> Mapping[str, str]:
-        return {}
-
-    @property
-    def _journal(self) -> str:
-        return "metrics.jsonl"
+    def _log_name(self) -> str:
+        return METRICS
 
     @property
     def _says_too_much(self) -> bool:
         try:
-            samples = self._lines("samples.jsonl", read_step_log)
-            return self._num_delivered > len(self._metrics()) or self._done.get("samples", 0) > len(samples)
-        except DamagedFileError:  # told where it is brought
+            samples = self._lines(SAMPLES, read_step_log)
+            return self._num_delivered > len(self._metrics()) or self._state.get("samples", 0) > len(samples)
+        except DamagedFileError:  # reported where it is delivered
             return False
 
     def _id_elsewhere(self) -> str | None:
         try:
-            found = read_status(self._folder).get("tracker_run_id")
+            found = read_status(self.folder).get("tracker_run_id")
         except DamagedFileError:
             return None
         return found if isinstance(found, str) and RUN_ID.fullmatch(found) else None
 
-    def rewind(self, num_kept: int, taken: Sequence[Mapping[str, Any]]) -> None:
-        """Take note that a run goes on behind its first lines of metrics: the others will come again.
-
-        Args:
-            taken: the lines behind those that stay, as they were. What of them MLflow has is not brought again where
-                it comes out the same.
-        """
-        points: Points = self._done.get("points", {})
-        for line in taken[: max(0, self._num_delivered - num_kept)]:
+    def rewind(self, num_kept: int, cut: Sequence[Mapping[str, Any]]) -> None:
+        """Remember what MLflow has of lines that were cut off: of a repeated step only what differs is delivered."""
+        points: Points = self._state.get("points", {})
+        for line in cut[: max(0, self._num_delivered - num_kept)]:
             _add(points, line)
         lines = min(self._num_delivered, num_kept)
         self._remember(lines=lines, samples=0, points=points, ended=None, running=False)
@@ -118,44 +104,44 @@ class Delivery(FolderDelivery):
 
     @property
     def _num_delivered(self) -> int:
-        return int(self._done.get("lines", 0))
+        return int(self._state.get("lines", 0))
 
     def _metrics(self) -> list[dict[str, Any]]:
-        return self._lines("metrics.jsonl", read_step_log)
+        return self._lines(METRICS, read_step_log)
 
     def _readable_metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics; none where they are damaged, which is told where they are brought."""
+        """Return the lines of metrics; none where they are damaged, which is reported where they are delivered."""
         try:
             return self._metrics()
         except DamagedFileError:
             return []
 
-    def _bring(self) -> None:
+    def _deliver_folder(self) -> Iterator[None]:
         self._is_ended = self._is_over
-        self._part(self._bring_state)  # first: whatever else does not arrive, nobody shall wait for a run that is over
+        self._part(self._deliver_state)  # first: whatever else does not arrive, a run that is over must not say RUNNING
         self._describe("params", CONFIG, self._log_config)
         self._describe("tags", PROVENANCE, self._log_provenance)
-        self._describe("inputs", DATA_REPORT, self._log_inputs)
-        self._part(self._log_metrics)
+        self._describe("inputs", DATA_REPORT, lambda: self._run.log_inputs(self._reports()))
+        yield from self._part_in_turns(self._log_metrics())
         self._part(self._log_samples)
         if self._is_ended:
-            self._log_files(ARTIFACTS)
+            yield from self._log_files(ARTIFACTS)
             if self._config.log_model:
-                self._log_model()
-            self._end_others()
+                yield from self._log_model()
+            self._end_replaced()
 
-    def _bring_state(self) -> None:
-        status = read_status(self._folder)
+    def _deliver_state(self) -> None:
+        status = read_status(self.folder)
         state = STATES.get(str(status.get("state")), KILLED if self._is_over else None)
         if state is not None:
             self._is_ended = True
-            self._deliver_once("ended", lambda: self._set_ended(state, status.get("ended")), state)
-        elif self._done.get("running") is False:  # it had ended before
-            self._deliver_once("running", self._set_running)
+            self._deliver_once("ended", lambda: self._run.set_ended(state, status.get("ended")), state)
+        elif self._state.get("running") is False:  # it had ended before
+            self._deliver_once("running", self._run.set_running)
 
     def _describe(self, what: str, name: str, do: Callable[[], None]) -> None:
         """Log what describes the run, from a file that is there."""
-        if os.path.lexists(self._folder / name):
+        if os.path.lexists(self.folder / name):
             self._part(lambda: self._deliver_once(what, do))
 
     def _last_values(self) -> Mapping[str, set[float]]:
@@ -171,32 +157,32 @@ class Delivery(FolderDelivery):
             for name, value in line.items():
                 if name != "step" and value is not None:
                     note(plain_name(name), line["step"], [float(value)])
-        for step, points in self._done.get("points", {}).items():
+        for step, points in self._state.get("points", {}).items():
             for name, values in points.items():
                 note(name, int(step), values)
-        for line in lines[num : num + LINES_AT_ONCE]:  # they may have arrived, and only word of it be lost
+        for line in lines[num : num + LINES_AT_ONCE]:  # they may have arrived, and only the answer be lost
             for name, value in line.items():
                 if name != "step" and value is not None and plain_name(name) in newest:
                     newest[plain_name(name)][1].add(float(value))
         return {name: values for name, (_, values) in newest.items()}
 
-    def _look_up(self, run: Any) -> dict[str, Any]:
+    def _look_up(self, client: Any, run: Any) -> dict[str, Any]:
         points: Points = {}
         for name in run.data.metrics:
-            for point in self._client.get_metric_history(run.info.run_id, name):
+            for point in client.get_metric_history(run.info.run_id, name):
                 _add(points, {"step": point.step, name: point.value})
         lines = self._readable_metrics()
         num = next((place for place, line in enumerate(lines) if _missing(points, line)), len(lines))
         return {"lines": num, "points": _others(points, lines[:num]), "running": run.info.status == "RUNNING"}
 
     def _log_config(self) -> None:
-        self._log_params(dict(flat(read_yaml(self._folder / "config.yaml"))))
+        self._run.log_params(dict(flat(read_yaml(self.folder / CONFIG))))
 
     def _log_provenance(self) -> None:
         may_lack = (*PROVENANCE_KEYS, "config_hash")
-        made = read_json(self._folder / PROVENANCE, {**PROVENANCE_KEYS, "config_hash": str}, may_lack=may_lack)
+        made = read_json(self.folder / PROVENANCE, {**PROVENANCE_KEYS, "config_hash": str}, may_lack=may_lack)
         git = made.get("git", {})
-        self._log_tags(
+        self._run.log_tags(
             {
                 "mlflow.source.git.commit": git.get("commit"),
                 "git_commit": git.get("commit"),
@@ -206,63 +192,42 @@ class Delivery(FolderDelivery):
             }
         )
 
-    def _log_inputs(self) -> None:
-        """Log each set with a digest of its encoded rows (MLflow's own digests ignore columns that hold lists)."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        inputs = [
-            DatasetInput(
-                Dataset(
-                    name=name,
-                    digest=report["digest"],
-                    source_type="local",
-                    source=json.dumps({"config": "data"}),
-                    profile=json.dumps({key: report[key] for key in ("rows_kept", "tokens", "supervised_tokens")}),
-                ),
-                [InputTag("mlflow.data.context", name)],
-            )
-            for name, report in self._reports().items()
-        ]
-        self._client.log_inputs(self.run_id, inputs)
-        self._arrived.inputs |= {one.dataset.name for one in inputs}
-
     def _reports(self) -> dict[str, Any]:
         """Return the report of each set.
 
         Raises:
-            DamagedFileError: where one has not what MLflow is to have.
+            DamagedFileError: where one lacks what MLflow needs.
         """
-        reports = read_json(self._folder / DATA_REPORT)
+        reports = read_json(self.folder / DATA_REPORT)
         for name, report in reports.items():
             try:
                 check_keys(report if isinstance(report, dict) else {}, REPORT_KEYS)
             except ValueError as error:
-                raise damaged(self._folder / DATA_REPORT, f"{name}: {error}", "") from error
+                raise damaged(self.folder / DATA_REPORT, f"{name}: {error}", "") from error
         return reports
 
-    def _log_metrics(self) -> None:
-        """Log the lines that are new, many at once; each is dated by itself, so that a repeat is no second point."""
-        self._check_written("metrics.jsonl")
+    def _log_metrics(self) -> Iterator[None]:
+        """Log the lines that are new, many in a call; each is dated by itself, so that a repeat is no second point."""
+        self._check_written(METRICS)
         lines, began = self._metrics(), self._dated_from
         if lines and not began:
-            raise damaged(
-                self._folder / STATUS, "started is missing, so no line of metrics can be dated", STATUS_REMEDY
-            )
-        known: Points = self._done.get("points", {})
+            raise damaged(self.folder / STATUS, "started is missing, so no line of metrics can be dated", STATUS_REMEDY)
+        known: Points = self._state.get("points", {})
         while some := lines[self._num_delivered : self._num_delivered + LINES_AT_ONCE]:
             points = []
             for line in some:
                 at = milliseconds(began, line.get("perf/elapsed_seconds") or 0.0)
                 if max(at, line["step"]) > LARGEST:
                     reason = f"step {line['step']} or its perf/elapsed_seconds is larger than any store takes"
-                    raise damaged(self._folder / "metrics.jsonl", reason, "Restore it from a copy.")
+                    raise damaged(self.folder / METRICS, reason, "Restore it from a copy.")
                 points += [(name, value, at, line["step"]) for name, value in _missing(known, line).items()]
-            self._log_points(points)
+            self._run.log_points(points)
             known = _others(known, some)
             self._remember(lines=self._num_delivered + len(some), points=known)
+            yield
 
     def _check_written(self, name: str) -> None:
-        """Check that a file that grew has all that status.json says was written there, where nobody writes any more.
+        """Check that a step log has all that status.json says was written, where no process writes any more.
 
         Raises:
             DamagedFileError: where it has not.
@@ -270,69 +235,29 @@ class Delivery(FolderDelivery):
         if not self._is_over:
             return
         try:
-            written = (read_status(self._folder).get("journal") or {}).get(name)
-        except DamagedFileError:  # told where it says how the run ended
+            written = (read_status(self.folder).get("journal") or {}).get(name)
+        except DamagedFileError:  # reported where it says how the run ended
             return
-        if written and not begins_with(b"".join(line.raw for line in read_step_log(self._folder, name)), written):
+        if written and not begins_with(b"".join(line.raw for line in read_step_log(self.folder, name)), written):
             remedy = f"Restore it from a copy; or have it delivered as it is: move {STATUS} away."
             reason = f"its content does not have the checksum that it was written with ({STATUS})"
-            raise damaged(self._folder / name, reason, remedy)
+            raise damaged(self.folder / name, reason, remedy)
 
-    def _log_model(self) -> None:
-        """Log the files of model/, each by itself, so that a repeat goes on where it was."""
-        for file in sorted((self._folder / "model").rglob("*")):
-            if file.is_dir():
-                continue
-            name = file.relative_to(self._folder)
-            self._log_files([str(name)], artifact_path=str(name.parent))
+    def _log_model(self) -> Iterator[None]:
+        """Log the files of model/, each by itself, so that a repeat resumes where it was."""
+        for file in sorted((self.folder / "model").rglob("*")):
+            if not file.is_dir():
+                name = file.relative_to(self.folder)
+                yield from self._log_files([str(name)], artifact_path=str(name.parent))
 
     def _log_samples(self) -> None:
         """Log the samples as a table, anew when there are more."""
-        self._check_written("samples.jsonl")
-        rows = self._lines("samples.jsonl", read_step_log)
-        if len(rows) > self._done.get("samples", 0):
+        self._check_written(SAMPLES)
+        rows = self._lines(SAMPLES, read_step_log)
+        if len(rows) > self._state.get("samples", 0):
             columns = list(rows[-1])
-            self._log_table("samples.json", columns, [[row.get(column) for column in columns] for row in rows])
+            self._run.log_table("samples.json", columns, [[row.get(column) for column in columns] for row in rows])
             self._remember(samples=len(rows))
-
-
-class MlflowMirror(Mirror):
-    """The mirror of a run's folder.
-
-    Args:
-        waits: whether it is not known yet which lines of the folder stay.
-        former: the run in MLflow that the folder had before, and that this one takes the place of.
-        tell: is told, once each, what is not as it should be.
-    """
-
-    def __init__(
-        self,
-        config: MlflowConfig,
-        folder: Path,
-        *,
-        waits: bool = False,
-        is_over: bool = False,
-        former: Mapping[str, Any] | None = None,
-        tell: Callable[[str], None] | None = None,
-    ) -> None:
-        self._run = Delivery(config, folder, is_over=is_over, tell=tell)
-        if former is not None:
-            self._run.replace(former)
-        super().__init__(self._run, waits=waits, tell=tell)
-
-    def rewind(self, num_kept: int, taken: Sequence[Mapping[str, Any]]) -> None:
-        """See Delivery.rewind; before anything was delivered by this start."""
-        if self._waits:
-            self._run.rewind(num_kept, taken)
-            self.release()
-
-
-def tracked_before(folder: Path) -> dict[str, Any] | None:
-    """Return what a folder's tracking.json says, which a start may remove; None where it has or says nothing."""
-    try:
-        return read_tracking(folder)
-    except (FileNotFoundError, DamagedFileError):
-        return None
 
 
 def _add(points: Points, line: Mapping[str, Any]) -> None:
