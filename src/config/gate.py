@@ -28,7 +28,7 @@ from src.config.files import unusable
 from src.config.formats import declare_frozen
 from src.config.hints import Situation, UnknownKey, explained
 from src.config.hydra_keys import asks_for_sweep, describes_a_sweep, hydra_problems
-from src.config.keys import known_keys
+from src.config.keys import is_read_by_predict, known_keys
 from src.config.options import read_option, shown
 from src.config.plugins import Unregistered
 from src.config.problems import Problem, refuse
@@ -170,7 +170,7 @@ def _unread(line: CommandLine) -> Iterator[Problem]:
     known = {*known_keys(), *SECTIONS}
     for override in line.overrides:
         key = override.key_or_group
-        if composing.is_group(override, line.roots) or rules.is_read_by_predict(key):
+        if composing.is_group(override, line.roots) or is_read_by_predict(key):
             continue
         if key.startswith("hydra.") or any(key == name or key.startswith(f"{name}.") for name in known):
             reason = "python -m src.predict does not read it"
@@ -220,7 +220,7 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     of_file = [one for one in composed.problems if one.key.startswith("deepspeed.") and one.key not in composed.failed]
     # told once: without its value a key is nothing else
     unresolved = {problem.key for problem in composed.problems if problem not in of_file} | composed.failed
-    reads = rules.is_read_by_predict if entry == "predict" else lambda key: True
+    reads = is_read_by_predict if entry == "predict" else lambda key: True
     situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
     problems = list(_without_missing([p for p in problems if p.key not in unresolved], line, composed))
     located = [
