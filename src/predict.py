@@ -32,8 +32,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from src.config.gate import Job, admit_prediction
+from src.config.gate import admit_prediction
 from src.config.help import help_of_entry
+from src.config.job import Job
 from src.errors import Interrupted, TowlineError, report, show_libraries_visibly
 from src.runtime.collector import collect_from_here, rest_while_importing
 from src.runtime.signals import StopRequest, stop_on_signals

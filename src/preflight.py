@@ -14,8 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.config.gate import Job, admit
+from src.config.gate import admit
 from src.config.help import help_of_entry
+from src.config.job import Job
 from src.errors import Interrupted, TowlineError, report, show_libraries_visibly
 from src.runtime.collector import collect_from_here, rest_while_importing
 

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
     as_command(main)
 
-from src.config.gate import Job
+from src.config.job import Job
 from src.data.dataset import build_data
 from src.evaluation.evaluate import open_evaluation
 from src.evaluation.samples import sample

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src import secrets
-from src.config.compose import COMMAND_LINE, CommandLine, read_command_line
+from src.config.command_line import COMMAND_LINE, CommandLine, read_command_line
 from src.config.files import unusable
 from src.config.frozen import CONFIG, STARTS, STATUS, SWEEP, read_config
 from src.config.help import help_of_entry

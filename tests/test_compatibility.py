@@ -24,8 +24,8 @@ from src.checkpoint.compatibility import (
     compare_fingerprints,
     is_reordered,
 )
-from src.config.compose import read_override
-from src.config.gate import known_keys
+from src.config.command_line import read_override
+from src.config.keys import known_keys
 from src.errors import ConfigError
 from tests.conftest import admitted
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from src.checkpoint.manifest import Entry, Manifest, checksum
-from src.config.gate import admit, known_keys
+from src.config.gate import admit
+from src.config.keys import known_keys
 from src.errors import ConfigError
 from src.sweep.plan import plan_sweep
 from tests.conftest import ROOT, admitted, towline

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from src.config.gate import Job
+from src.config.job import Job
 from src.config.quoting import shell_override
 from src.errors import Interrupted, Pruned, TowlineError, is_disk_full, report, show_libraries_visibly, visible
 from src.runtime.launch import has_lost_a_peer

@@ -11,7 +11,8 @@ from typing import Any
 from src.checkpoint.exported import base_digests, exported_start, starting_model
 from src.checkpoint.locate import newest_weights
 from src.checkpoint.store import read_snapshot
-from src.config.gate import Job, parse
+from src.config.gate import parse
+from src.config.job import Job
 from src.config.options import PROJECT_ROOT
 from src.config.schema import NoAdapterConfig, RunConfig
 from src.data.advice import Level, advice
