@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +31,7 @@ from src.config.options import CONF, is_hidden, option_files, unfit_folder
 from src.config.peers import flag_hint, option_hint
 from src.config.problems import Problem, refuse
 from src.config.quoting import override as override_text
+from src.util import did_you_mean, nearest
 
 COMMAND_LINE = "command line"
 REPLACED_WHOLE = ("data.validation_files", "data.test_files", "data.mixture", "data.columns", "sweep.params")
@@ -102,12 +102,12 @@ class CommandLine:
         return [text for override in fixed for text in forced(override, self.roots)]
 
     def value_of(self, key: str) -> Any:
-        """Give the value that the command line sets for a key, or None."""
+        """Return the value that the command line sets for a key, or None."""
         return next((o.value() for o in reversed(self.overrides) if o.key_or_group == key), None)
 
     @property
     def sweep_id(self) -> str:
-        """Give a hash of what the command compares, in whatever order it is written. 8 hex digits."""
+        """Return a hash of what the command compares, in whatever order it is written. 8 hex digits."""
         texts = sorted(
             override.input_line or ""
             for override in self.overrides
@@ -121,31 +121,16 @@ class CommandLine:
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
-    """Take the arguments apart with Hydra's own parsers; each unreadable override is a problem of its own.
+    """Take the arguments apart; each that can't be read is a problem of its own.
 
     Raises:
         ConfigError: where the flags can't be made out.
     """
     flags = _read_flags(argv)
     line = CommandLine(flags=flags, argv=list(argv))
-    if flags.config_path:
-        reason = "conf/ is the configuration; add options of your own with --config-dir DIR"
-        line.problems.append(Problem("--config-path", reason, flags.config_path, True, COMMAND_LINE))
-    if flags.run and flags.multirun:
-        line.problems.append(Problem("--run, -m", "one run, or a sweep: one of them", has_value=False))
-    if flags.experimental_rerun:
-        reason = "a run is repeated from its folder: rerun=DIR, with changes of single keys behind it"
-        line.problems.append(Problem("--experimental-rerun", reason, flags.experimental_rerun, True, COMMAND_LINE))
-    for flag in ("package", "resolve"):
-        if getattr(flags, flag) and not flags.cfg and not flags.help:
-            line.problems.append(
-                Problem(f"--{flag}", "says how --cfg shows a configuration: add --cfg job", has_value=False)
-            )
+    line.problems += _flag_problems(flags)
     if flags.config_dir:
-        if reason := unusable(flags.config_dir) or unfit_folder(Path(flags.config_dir)):
-            line.problems.append(Problem("--config-dir", reason, flags.config_dir, True, COMMAND_LINE))
-        else:
-            line.roots.append(Path(flags.config_dir).resolve())
+        _add_root(flags.config_dir, "--config-dir", line)
     for text in flags.overrides:
         if flags.help and "=" not in text:
             line.topics.append(text.removesuffix("."))
@@ -154,7 +139,9 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         if isinstance(read, Problem):
             line.problems.append(read)
         elif read.key_or_group == "hydra.searchpath":
-            _add_roots(read, line)
+            given = read.value()
+            for place in given if isinstance(given, list) else [given]:
+                _add_root(str(place), "hydra.searchpath", line)
         else:
             line.overrides.append(read)
     if line.value_of("hydra.mode") == "MULTIRUN":
@@ -162,34 +149,61 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     for root in line.roots[1:]:
         declare_options(root / "data")
     for override in line.overrides:
-        if override.is_sweep_override() and not flags.multirun:
-            text = value_text(override)
-            reason = mistyped.several(override, text, is_group=is_group(override, line.roots))
-            line.problems.append(SeveralValues(override.key_or_group, reason, text, True, COMMAND_LINE))
-        if is_group(override, line.roots) and not override.key_or_group.startswith("hydra/"):  # told by Hydra
-            line.problems += _unknown_options(override, line.roots)
-    parts = Path(flags.config_name or "").parts
-    if flags.config_name and (parts[0] == "/" or ".." in parts or not os.path.lexists(primary_file(line))):
-        known = sorted({file.stem for root in line.roots for file in root.glob("*.yaml") if not is_hidden(file.name)})
-        near = get_close_matches(flags.config_name, known, n=1)
-        reason = f"no such file in conf/ or --config-dir; one of {', '.join(known)}"
-        reason += f"; did you mean {near[0]}?" if near else ""
-        line.problems.append(Problem(PRIMARY, reason, flags.config_name, True, COMMAND_LINE))
+        line.problems += _override_problems(override, line)
+    line.problems += _primary_problems(line)
     declare(sweep_id=line.sweep_id)
     return line
 
 
-def _add_roots(override: Override, line: CommandLine) -> None:
-    """Take folders of options from `hydra.searchpath=[…]`, as --config-dir gives one."""
-    given = override.value()
-    for place in given if isinstance(given, list) else [given]:
-        folder = str(place).removeprefix("file://")
-        reason = "no such folder" if "://" in folder else unusable(folder) or unfit_folder(Path(folder))
-        if reason:
-            reason += "; a list of folders: hydra.searchpath=[file:///DIR], or --config-dir DIR"
-            line.problems.append(Problem("hydra.searchpath", reason, str(place), True, COMMAND_LINE))
-        else:
-            line.roots.append(Path(folder).resolve())
+def _flag_problems(flags: argparse.Namespace) -> Iterator[Problem]:
+    """Yield what is wrong with Hydra's own flags: those that are not obeyed here, and that don't go together."""
+    if flags.config_path:
+        reason = "conf/ is the configuration; add options of your own with --config-dir DIR"
+        yield Problem("--config-path", reason, flags.config_path, True, COMMAND_LINE)
+    if flags.run and flags.multirun:
+        yield Problem("--run, -m", "one run, or a sweep: one of them", has_value=False)
+    if flags.experimental_rerun:
+        reason = "a run is repeated from its folder: rerun=DIR, followed by changes of single keys"
+        yield Problem("--experimental-rerun", reason, flags.experimental_rerun, True, COMMAND_LINE)
+    for flag in ("package", "resolve"):
+        if getattr(flags, flag) and not flags.cfg and not flags.help:
+            yield Problem(f"--{flag}", "says how --cfg shows a configuration: add --cfg job", has_value=False)
+
+
+def _override_problems(override: Override, line: CommandLine) -> Iterator[Problem]:
+    """Yield what is wrong with an override that can be read: several values for one run, or an unknown option."""
+    in_group = is_group(override, line.roots)
+    if override.is_sweep_override() and not line.flags.multirun:
+        text = value_text(override)
+        reason = mistyped.several(override, text, is_group=in_group)
+        yield SeveralValues(override.key_or_group, reason, text, True, COMMAND_LINE)
+    if in_group and not override.key_or_group.startswith("hydra/"):  # Hydra reports its own
+        yield from _unknown_options(override, line.roots)
+
+
+def _primary_problems(line: CommandLine) -> Iterator[Problem]:
+    """Yield a problem where --config-name names no file of a folder of options."""
+    name = line.flags.config_name
+    if not name:
+        return
+    parts = Path(name).parts
+    if parts[0] == "/" or ".." in parts or not os.path.lexists(primary_file(line)):
+        known = sorted({file.stem for root in line.roots for file in root.glob("*.yaml") if not is_hidden(file.name)})
+        reason = f"no such file in conf/ or --config-dir; one of {', '.join(known)}{did_you_mean(name, known)}"
+        yield Problem(PRIMARY, reason, name, True, COMMAND_LINE)
+
+
+def _add_root(place: str, key: str, line: CommandLine) -> None:
+    """Add a folder of options that `--config-dir DIR` or `hydra.searchpath=[…]` names."""
+    is_url = key == "hydra.searchpath"
+    folder = place.removeprefix("file://") if is_url else place
+    reason = "no such folder" if "://" in folder else unusable(folder) or unfit_folder(Path(folder))
+    if not reason:
+        line.roots.append(Path(folder).resolve())
+        return
+    if is_url:
+        reason += "; a list of folders: hydra.searchpath=[file:///DIR], or --config-dir DIR"
+    line.problems.append(Problem(key, reason, place, True, COMMAND_LINE))
 
 
 def _read_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -284,14 +298,13 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
     for value in values:
         for option in value if isinstance(value, list) else [value]:
             if (option is None and group not in OPTIONAL_GROUPS) or (option is not None and str(option) not in known):
-                near = get_close_matches(str(option), known, n=1)
-                meant = "" if option is None else option_hint(group, str(option), near[0] if near else "")
+                meant = "" if option is None else option_hint(group, str(option), nearest(option, known))
                 reason = f"no such option; one of {', '.join(known)}{meant}"
                 yield Problem(group, reason, option, True, COMMAND_LINE)
 
 
 def forced(override: Override, roots: Sequence[Path], text: str | None = None) -> list[str]:
-    """Give the overrides that set a key whether conf/ shows it or not; some are replaced whole.
+    """Return the overrides that set a key whether conf/ shows it or not; some values are replaced whole.
 
     Args:
         text: one value of a sweep, as KEY=VALUE; None: the override as it was given.

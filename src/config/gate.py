@@ -33,6 +33,7 @@ from src.config.problems import Problem, refuse
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, RunConfig, SweepConfig
 from src.config.sections import Parsed, parse_section, parse_sections
 from src.errors import report
+from src.util import in_words
 
 
 def admit(argv: Sequence[str], entry: str | None = None) -> Request:
@@ -45,7 +46,8 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
     """
     new_identity()
     line = read_command_line(argv)
-    if entry is not None and (line.flags.multirun or line.flags.cfg):
+    flags = line.flags
+    if entry is not None and (flags.multirun or flags.cfg):
         line.problems.append(Problem("-m, --cfg", f"python -m src.{entry} looks at one run", has_value=False))
         raise refuse(line.problems)
     if line.asks_hydra_only:
@@ -54,34 +56,45 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
             raise refuse([*line.problems, *located_problems(shown, line)])
         warn_of_broken_options(line)
         return Request(line, shown=shown)
-    rerun = line.value_of("rerun")
-    if rerun is not None:
-        if reason := unusable(str(rerun)):
-            raise refuse([*line.problems, Problem("rerun", reason, str(rerun), True, COMMAND_LINE)])
-        if line.flags.multirun or line.flags.cfg:
-            line.problems.append(Problem("rerun", "not together with -m or --cfg", rerun, True, COMMAND_LINE))
-        admitted, problems = check(frozen.read_frozen(Path(str(rerun)), line), line, entry)
-        if problems or line.problems:
-            raise refuse([*line.problems, *problems])
-        return Request(line, admitted)
-    if line.flags.multirun and line.flags.cfg:
+    if (folder := line.value_of("rerun")) is not None:
+        return Request(line, _admit_rerun(str(folder), line, entry))
+    if flags.multirun and flags.cfg:
         reason = "one of them: --cfg shows one run's configuration, sweep.dry_run=true the trials of a sweep"
         raise refuse([*line.problems, Problem("-m, --cfg", reason, has_value=False)])
-    if line.flags.multirun:
+    if flags.multirun:
         return Request(line)
     composed = compose(line.forced, line)
-    if entry is None and asks_for_sweep(composed) and not line.flags.cfg:
-        line.flags.multirun = True
+    if entry is None and asks_for_sweep(composed) and not flags.cfg:
+        flags.multirun = True
         line.problems = [problem for problem in line.problems if not isinstance(problem, SeveralValues)]
         return Request(line)
-    admitted, problems = check(composed, line, entry)
-    if problems or line.problems:
-        raise refuse([*line.problems, *problems])
+    job = _admit(composed, line, entry)
     warn_of_broken_options(line)
     if entry is not None and (found := [key for key, _, _ in describes_a_sweep(composed)]):
         verb = "describes" if len(found) == 1 else "describe"
-        report(f"warning: {' and '.join(found)} {verb} a sweep; {entry} looks at the run without what it varies.")
-    return Request(line, shown=composed) if line.flags.cfg else Request(line, admitted)
+        report(f"warning: {in_words(found)} {verb} a sweep; {entry} looks at the run without what it varies.")
+    return Request(line, shown=composed) if flags.cfg else Request(line, job)
+
+
+def _admit(composed: Composed, line: CommandLine, entry: str | None) -> Job:
+    """Return the job of a composed configuration.
+
+    Raises:
+        ConfigError: with all problems, those of the command line included.
+    """
+    job, problems = check(composed, line, entry)
+    if job is None or line.problems:
+        raise refuse([*line.problems, *problems])
+    return job
+
+
+def _admit_rerun(folder: str, line: CommandLine, entry: str | None) -> Job:
+    """Return the job of `rerun=DIR`: the frozen configuration of a run, with the changes of the command line."""
+    if reason := unusable(folder):
+        raise refuse([*line.problems, Problem("rerun", reason, folder, True, COMMAND_LINE)])
+    if line.flags.multirun or line.flags.cfg:
+        line.problems.append(Problem("rerun", "not together with -m or --cfg", folder, True, COMMAND_LINE))
+    return _admit(frozen.read_frozen(Path(folder), line), line, entry)
 
 
 def admit_prediction(argv: Sequence[str]) -> Job:
@@ -101,15 +114,15 @@ def admit_prediction(argv: Sequence[str]) -> Job:
         line.problems.append(Problem("run", reason, str(run), True, COMMAND_LINE))
     if run in (None, "") or "run" in {problem.key for problem in line.problems}:
         raise refuse([*line.problems, *_unread(line)])
-    admitted, problems = check(frozen.read_finished(Path(str(run)), line), line, "predict")
+    job, problems = check(frozen.read_finished(Path(str(run)), line), line, "predict")
     problems = [*line.problems, *problems, *_unread(line)]
-    if admitted is None or problems:
+    if job is None or problems:
         raise refuse(problems)
-    return admitted
+    return job
 
 
 def _unread(line: CommandLine) -> Iterator[Problem]:
-    """Tell the overrides of src.predict that are good keys elsewhere, and would change nothing here."""
+    """Yield a problem for each override of src.predict that is a good key elsewhere, and would change nothing here."""
     known = {*known_keys(), *SECTIONS}
     for override in line.overrides:
         key = override.key_or_group

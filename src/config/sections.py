@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -19,6 +18,7 @@ from src.config.schema import SECTIONS, Check, Keys, TopLevelConfig
 from src.config.schema.evaluation import RegisteredCheck
 from src.config.values import convert, described
 from src.registry import Registry
+from src.util import did_you_mean
 
 
 class Missing(Problem):
@@ -108,9 +108,7 @@ def _check_inner(known: Keys, given: dict[Any, Any], prefix: str) -> list[Proble
         full_key = dotted(prefix, key)
         rule = known.get(key) if isinstance(key, str) else None
         if rule is None:
-            near = get_close_matches(str(key), known, n=1)
-            reason = f"not a key of DeepSpeed's{f'; did you mean {near[0]}?' if near else ''}"
-            problems.append(Problem(full_key, reason, value))
+            problems.append(Problem(full_key, f"not a key of DeepSpeed's{did_you_mean(key, known)}", value))
         elif isinstance(rule, Check):
             problems += [Problem(full_key, reason, value)] if (reason := rule.reason(value)) else []
         elif isinstance(value, dict):
