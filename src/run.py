@@ -7,7 +7,8 @@ called. The command line is answered before what it needs is imported, and torch
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from src.cli.main import as_command, main
+    from src.cli.entry import as_command
+    from src.cli.main import main
 
     as_command(main)
 
