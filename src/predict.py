@@ -38,7 +38,7 @@ from src.runtime.signals import StopRequest, stop_on_signals
 if TYPE_CHECKING:
     from src.data.dataset import Prompts
     from src.evaluation.generate import Generator
-    from src.evaluation.predictions import PredictedSet
+    from src.evaluation.predicted_set import PredictedSet
     from src.tracking.console import Console
 
 
