@@ -9,13 +9,13 @@ the run's own), unless data.limit is given here.
 - A row needs no answer: where it is missing or empty the reference is null, and its set gets no metrics.
 - Of a chat the assistant's last message is predicted; a chat may also end with the user.
 - An answer takes no room: a row is too long where its prompt alone fills data.max_seq_length. Then its start is cut
-  (data.overflow=truncate, truncate_prompt), or the row is left out (drop) or refused (error), and that is told.
+  (data.overflow=truncate, truncate_prompt), or the row is left out (drop) or refused (error), and a message says so.
 - A prompt that leaves the model no room for generation.max_new_tokens is refused before anything is generated.
 
 A set is <set>.jsonl with row (from 0), source (file:line), prompt, text (with thoughts), answer (without), reference
 and stop_reason (eos or length); once it is whole, <set>.csv has the same, and metrics.json has eval/<set>/…. Rows are
-written a few batches at a time: the same command goes on where one was stopped, however that was, to the same file. A
-whole set is left as it is. What another configuration, other rows or another model decided is not gone on with;
+written a few batches at a time: the same command continues the same file where one was stopped, in whatever way. A
+whole set is left as it is. A set that another configuration, other rows or another model decided is not continued;
 <set>.json says what did.
 
 Exit code 0, 1 where it went wrong, 2 where something is yours to mend, 75 where a signal stopped it.
@@ -82,7 +82,7 @@ def open_generation(
     job: Job, batch_size: int, stop: StopRequest, console: Console
 ) -> Iterator[tuple[Generator, Prompts]]:
     """Load what the run exported, and the rows to predict."""
-    # imported here: torch takes seconds, and a folder that is in use or holds other predictions should be told at once
+    # imported here: torch takes seconds, and a folder that is in use or holds other predictions is refused at once
     from src.data.advice import about_template
     from src.data.dataset import build_prompts
     from src.evaluation.generate import EndText, Generator

@@ -43,7 +43,7 @@ HOW_NOT_WHAT = (
     *("name", "tracking", "sweep.name", "sweep.n_trials", "sweep.n_jobs", "sweep.max_seconds", "sweep.dry_run"),
     *("sweep.fail_fast", "sweep.max_retries", "sweep.max_points", "sweep.storage", "force"),
 )
-"""Keys of a sweep's command that change how it is done, or how long it goes on, and not what it compares."""
+"""Keys of a sweep's command that change how it is done, or how long it takes, and not what it compares."""
 VARIED_BY_HYDRA = ("hydra.sweeper.params", "hydra/sweeper")
 """Keys of Hydra's own section that say what a sweep compares, or who runs it."""
 MOST_NESTED = 20

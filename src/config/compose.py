@@ -76,7 +76,7 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
 
 
 def hydra_config(overrides: Sequence[str], line: CommandLine) -> DictConfig:
-    """Have Hydra compose these overrides, and return all of it, the section `hydra` included, unresolved.
+    """Return what Hydra composes of these overrides, the section `hydra` included, unresolved.
 
     Raises:
         OptionFileError: where a file can't be read.
@@ -116,10 +116,7 @@ def warn_of_broken_options(line: CommandLine) -> None:
 
 
 def _without_culprits(overrides: Sequence[str], line: CommandLine, error: Exception) -> Composed:
-    """Find the overrides that can't be composed beside the chosen options, and compose the others.
-
-    So all problems are told.
-    """
+    """Find the overrides that can't be composed with the chosen options, and compose the others: all are reported."""
     groups = [text for text in overrides if "/" in text.partition("=")[0] or not text.startswith(("+", "~", "hydra."))]
     alone = {text: _problems_of([text], line) for text in groups}
     chosen = [text for text, problems in alone.items() if not problems]

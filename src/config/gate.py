@@ -1,7 +1,7 @@
 """The gate: nothing is loaded, written or started before the whole configuration has been found good. No torch here.
 
-`admit` composes once, holds every key against the schema, applies the rules across sections, and either gives the
-typed config or raises one ConfigError that tells all problems: key, value, what is allowed, where it was set.
+`admit` composes once, checks every key against the schema, applies the rules across sections, and either returns the
+typed config or raises one ConfigError with all problems: key, value, what is allowed, where it was set.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _unread(line: CommandLine) -> Iterator[Problem]:
 
 
 def parse(sections: dict[str, Any]) -> RunConfig:
-    """Turn plain containers that were admitted before (a frozen config, a point of a sweep) into the typed config.
+    """Return the typed config of plain containers that were admitted before: a frozen config, a point of a sweep.
 
     Raises:
         ConfigError: where they are not a good configuration after all.
@@ -153,10 +153,12 @@ def parse(sections: dict[str, Any]) -> RunConfig:
 
 
 def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tuple[Job | None, list[Problem]]:
-    """Hold a composed configuration against schema, rules and file system."""
+    """Check a composed configuration against schema, rules and file system; return its job, or all problems."""
     if not composed.sections:
         return None, composed.problems
-    refused = {problem.key for problem in line.problems}  # a section whose option is unknown is told once, not twice
+    refused = {
+        problem.key for problem in line.problems
+    }  # a section whose option is unknown is reported once, not twice
     if deepspeed.KEY in {problem.key for problem in composed.problems}:  # its file can't be read
         refused.add("deepspeed")
     refused |= composed.failed
@@ -174,7 +176,7 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
         problems += meeting_problems(parsed, line)
         problems += run_dir_problems(composed, line)
     of_file = [one for one in composed.problems if one.key.startswith("deepspeed.") and one.key not in composed.failed]
-    # told once: without its value a key is nothing else
+    # one problem is enough for a key without a value
     unresolved = {problem.key for problem in composed.problems if problem not in of_file} | composed.failed
     reads = rules.is_read_by_predict if entry == "predict" else lambda key: True
     situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
@@ -219,7 +221,7 @@ def _assemble(parsed: dict[str, Parsed]) -> RunConfig:
 
 
 def _own_section(sections: dict[str, Any], entry: str | None) -> Parsed:
-    """Take the entry's own section out and parse it; its defaults stand in the schema."""
+    """Parse the section that only this entry has, and remove it; its defaults are in the schema."""
     if entry is None:
         return Parsed()
     schema, given = ENTRY_SECTIONS[entry], sections.pop(entry, {})
@@ -228,13 +230,13 @@ def _own_section(sections: dict[str, Any], entry: str | None) -> Parsed:
 
 
 def sweep_of(composed: Composed) -> tuple[SweepConfig | None, list[Problem]]:
-    """Take the sweep's own section from a composed configuration, whatever the others hold."""
+    """Return the sweep section of a composed configuration, typed, whatever is wrong with the others."""
     parsed = parse_section(SweepConfig, composed.sections.get("sweep", {}), "sweep")
     return parsed.value, list(explained(parsed.problems, Situation(composed.sections, composed.choices, is_sweep=True)))
 
 
 def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Composed, entry: str | None) -> Parsed:
-    """Take the sweep section out and parse it; without -m nothing may ask for one, but a file of another entry's."""
+    """Parse the sweep section and remove it; without -m only the files of another entry's command may have one."""
     given = sections.pop("sweep", None)
     if line.flags.multirun or line.flags.cfg or not isinstance(given, dict | None):
         return parse_section(SweepConfig, given, "sweep")

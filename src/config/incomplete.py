@@ -15,18 +15,18 @@ from src.config.schema import ENTRY_SECTIONS
 from src.config.sections import Missing
 
 MOST_LACKING = 5
-"""Keys that are told of those that a file lacks."""
+"""How many of the keys that a file lacks are named."""
 
 
 def without_missing(problems: Sequence[Problem], line: CommandLine, composed: Composed) -> Iterator[Problem]:
-    """Yield the problems, with what files that build on nothing lack told as that, one problem a file."""
-    told = set[Path]()
+    """Yield the problems; all keys that are missing because a file builds on nothing are one problem."""
+    reported = set[Path]()
     for problem in problems:
         file = _lacking(problem.key, line, composed) if isinstance(problem, Missing) else None
         if file is None:
             yield problem
-        elif file not in told:
-            told.add(file)
+        elif file not in reported:
+            reported.add(file)
             lacks = [one.key for one in problems if isinstance(one, Missing)]
             lacks = [key for key in lacks if _lacking(key, line, composed) == file]
             listed = f"{', '.join(lacks[:MOST_LACKING])}{' …' if len(lacks) > MOST_LACKING else ''}"

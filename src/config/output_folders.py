@@ -51,7 +51,7 @@ def _is_left(composed: Composed, line: CommandLine) -> bool:
         return False
     try:
         return frozen.read_status(composed.run_dir).get("state") == "FINISHED"
-    except DamagedFileError:  # told when the run begins
+    except DamagedFileError:  # reported when the run begins
         return False
 
 

@@ -28,7 +28,7 @@ UNRESOLVED = (OmegaConfBaseException, RecursionError)
 """What OmegaConf raises for an interpolation that can't be resolved."""
 _is_storing: ContextVar[bool] = ContextVar("is_storing", default=False)
 _TAKES_MISSING = re.compile(r"Missing mandatory value: (?!hydra\.)")
-"""What OmegaConf says of a value that takes a missing one, of which the gate tells that it needs a value."""
+"""What OmegaConf says of a value that takes a missing one, which the gate reports by itself."""
 _INTERPOLATED = re.compile(r"(?<!\\)\$\{\s*([A-Za-z_][\w.]*)\s*\}")
 """What a text takes from another key."""
 
@@ -127,7 +127,7 @@ def _why_unresolved(error: Exception) -> str:
     if isinstance(error, RecursionError) or "Recursive interpolation" in text:
         return "it takes its value from itself"
     if "argument" in text:
-        return "what stands before the colon needs other arguments behind it"
+        return "what stands before the colon needs other arguments after it"
     if found := re.fullmatch(r"Interpolation key '(.*)' not found", text):
         return f"there is no key {found[1]}"
     return re.sub(r"^\w+ raised while resolving interpolation: ", "", text).strip("\"'")

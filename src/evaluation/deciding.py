@@ -27,7 +27,7 @@ NOT_THE_MODEL = ("README.md", "generation_config.json")
 
 
 def decided_by(config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str, Any]:
-    """Give what decides the predictions of any set, as plain values by name.
+    """Return what decides the predictions of any set, as plain values by name.
 
     The seed decides only where words are drawn, the size of the batches nothing.
     """

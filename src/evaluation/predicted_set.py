@@ -74,7 +74,7 @@ class PredictedSet:
         self._num_rows, self._digest = 0, Digest()
 
     def claim(self, *, force: bool) -> list[str]:
-        """Take over what is there of it, or with `force` remove it; give how it was decided otherwise.
+        """Take over what is there of it, or with `force` remove it; return what decided it otherwise.
 
         Raises:
             RunFolderError: where a file is there that src.predict did not write, which nothing removes.
@@ -95,7 +95,7 @@ class PredictedSet:
             )
         if not force:
             return differences(before, self._decided_by)
-        for file in files:  # the record last: without it nobody removes the others
+        for file in files:  # the record last: without it the others are not removed
             file.unlink(missing_ok=True)
         return []
 
@@ -131,7 +131,7 @@ class PredictedSet:
         return rows is not None and self.lines.exists() and sum(1 for _ in self.read()) == rows
 
     def resume(self, rows: Sequence[int], block_rows: int) -> int:
-        """Cut the file back to the end of its last whole block, and give how many rows are in it.
+        """Cut the file back to the end of its last whole block, and return how many rows are in it.
 
         Args:
             rows: the number of each row that the set has.
@@ -149,7 +149,7 @@ class PredictedSet:
                 count, size = count + 1, size + len(line)
                 if count % block_rows == 0 or count == len(rows):
                     kept, kept_size = count, size
-            if file.readline():  # more stands behind what could be a line that was torn
+            if file.readline():  # more follows what could be a torn line
                 raise RunFolderError(
                     f"{self.lines}, line {count + 1}: not what was written there; force=true starts the set anew"
                 )
@@ -209,7 +209,7 @@ class PredictedSet:
         self._note(self._num_rows, self._digest.as_dict())
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Give the lines that are there; one that is torn, or not in its place, ends them."""
+        """Yield the lines that are there, up to one that is torn or out of place."""
         before = -1
         with open(self.lines, "rb") as file:
             for line in file:
@@ -231,7 +231,7 @@ class PredictedSet:
     def score(self, config: RunConfig) -> tuple[dict[str, float], int]:
         """Compare the answers with their references, and put the metrics into metrics.json, `eval/<set>/…`.
 
-        Gives the metrics, none where a row has no reference, and how many rows have none.
+        Returns: the metrics, none where a row has no reference; and how many rows have none.
         """
         lines = list(self.read())
         pairs = [(line["answer"], line["reference"]) for line in lines]
@@ -268,7 +268,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say of each name whose value is not the same what it was and what it is."""
+    """Return a line for each name whose value has changed, with what it was and what it is."""
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     hashed = {
         "data.test_files": "other content than now",

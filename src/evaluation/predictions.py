@@ -25,7 +25,7 @@ BLOCK_BATCHES = 4
 
 
 def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str, PredictedSet]:
-    """Take over what is in the folder of the sets that are asked for.
+    """Return the sets that are asked for, with what the folder has of them.
 
     Args:
         model: the folder of the model that predicts.
@@ -53,7 +53,7 @@ def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model:
 
 
 def check_room(prompts: Prompts, model: Any, max_new_tokens: int) -> None:
-    """See that behind every prompt there is room for what is generated.
+    """Check that every prompt leaves room for what is generated.
 
     Raises:
         ModelError: naming the row.
@@ -71,7 +71,7 @@ def check_room(prompts: Prompts, model: Any, max_new_tokens: int) -> None:
 
 
 def account(rows: EncodedSet) -> str:
-    """Say what became of a set's rows: how many are predicted, whose prompt was cut, what was left out."""
+    """Return what became of a set's rows: how many are predicted, whose prompt was cut, what was left out."""
     text = f"{len(rows):,} rows"
     if rows.total("is_truncated"):
         cut = [rows.place(i) for i in range(len(rows)) if rows.is_truncated(i)]
@@ -108,7 +108,7 @@ def predict_rows(
     block_rows = BLOCK_BATCHES * generator.batch_size
     begin = into.resume(numbers, block_rows)
     if begin:
-        console.label(into.name, f"{begin:,} of {len(rows):,} rows are there already, going on behind them")
+        console.label(into.name, f"{begin:,} of {len(rows):,} rows are there already, continuing after them")
     started = time.monotonic()
     for start in range(begin, len(rows), block_rows):
         block = range(start, min(start + block_rows, len(rows)))

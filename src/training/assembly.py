@@ -129,7 +129,7 @@ def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunCo
     if adapter is None:
         raise ModelError(
             f"init_from: {folder} is an adapter, so it needs one here too (adapter=lora); "
-            "a run with export.merge=true gives whole weights"
+            "a run with export.merge=true exports whole weights"
         )
     saved, _ = load_tokenizer(replace(config.model, checkpoint=str(folder), revision=None), config.tokens)
     if tokenizer_hash(saved) != tokenizer_hash(tokenizer):
