@@ -645,8 +645,8 @@ def test_rows_on_their_way_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch)
     ).config
     recipe = EncodingConfig(
         config.data,
+        config.tokens,
         load_tokenizer(config.model, config.tokens)[0],
-        None,
         Lengths(64, None, Overflow.truncate),
         is_chat=False,
     )

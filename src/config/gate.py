@@ -26,7 +26,7 @@ from src.config.hydra_keys import asks_for_sweep, describes_a_sweep, hydra_probl
 from src.config.identity import new_identity
 from src.config.incomplete import without_missing
 from src.config.job import Job, Request
-from src.config.keys import known_keys
+from src.config.keys import is_read_by_predict, known_keys
 from src.config.output_folders import meeting_problems, output_problems, run_dir_problems
 from src.config.plugins import Unregistered
 from src.config.problems import Problem, refuse
@@ -126,7 +126,7 @@ def _unread(line: CommandLine) -> Iterator[Problem]:
     known = {*known_keys(), *SECTIONS}
     for override in line.overrides:
         key = override.key_or_group
-        if is_group(override, line.roots) or rules.is_read_by_predict(key):
+        if is_group(override, line.roots) or is_read_by_predict(key):
             continue
         if key.startswith("hydra.") or any(key == name or key.startswith(f"{name}.") for name in known):
             reason = "python -m src.predict does not read it"
@@ -178,7 +178,7 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     of_file = [one for one in composed.problems if one.key.startswith("deepspeed.") and one.key not in composed.failed]
     # one problem is enough for a key without a value
     unresolved = {problem.key for problem in composed.problems if problem not in of_file} | composed.failed
-    reads = rules.is_read_by_predict if entry == "predict" else lambda key: True
+    reads = is_read_by_predict if entry == "predict" else lambda key: True
     situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
     problems = list(without_missing([p for p in problems if p.key not in unresolved], line, composed))
     located = [

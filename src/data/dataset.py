@@ -214,7 +214,7 @@ class _Builder:
         return list(dict.fromkeys([self.encoder.eos_token_id, *ends]))
 
     def _recipe(self, data: DataConfig) -> EncodingConfig:
-        return EncodingConfig(data, self.tokenizer, self.config.thought_tags, self.lengths, is_chat(data))
+        return EncodingConfig(data, self.config.tokens, self.tokenizer, self.lengths, is_chat(data))
 
     def _train(self) -> tuple[TrainSet, EncodedSet | None]:
         """Give the train set, and the validation set that was held out of it, where one was."""

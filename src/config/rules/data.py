@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from difflib import get_close_matches
 
 from src.config.files import problems_of
 from src.config.formats import broken_format, declared_formats, roles
 from src.config.problems import Problem
 from src.config.schema import PLACEHOLDER, DataConfig
+from src.util import did_you_mean
 
 PLAIN_NAME = re.compile(r"[\w.-]{1,60}")
 
@@ -82,8 +82,7 @@ def formats_are_known(data: DataConfig) -> Iterator[Problem]:
         if broken := broken_format(source.format):
             yield Problem(f"{key}.format", f"the file that declares it can't be read: {broken}", source.format)
         elif source.format not in known:
-            near = get_close_matches(source.format, known, n=1)
-            reason = f"not one of {', '.join(known)}{f'; did you mean {near[0]}?' if near else ''}"
+            reason = f"not one of {', '.join(known)}{did_you_mean(source.format, known)}"
             yield Problem(f"{key}.format", reason, source.format)
 
 

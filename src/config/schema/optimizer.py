@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from src.config.schema.checks import BELOW_ONE, BETAS, WEIGHT, WEIGHT_OR_ZERO, in_float32
-from src.config.schema.fields import key, registered_type_key
+from src.config.schema.fields import Impact, key, registered_type_key
 from src.registry import Registry
 
 if TYPE_CHECKING:
@@ -23,14 +24,19 @@ OPTIMIZERS = Registry[type]("optimizer")
 """`optimizer.type` -> its subclass of OptimizerConfig."""
 
 
+_key = partial(key, why="other updates")
+
+
 @dataclass
 class OptimizerConfig:
     """The keys of every optimizer; a subclass adds those of its own, and builds it."""
 
-    type: str = registered_type_key("optimizer", OPTIMIZERS)
-    lr: float = key(WEIGHT)
-    embedding_lr: float | None = key(WEIGHT)
-    weight_decay: float = key(WEIGHT_OR_ZERO)
+    type: str = registered_type_key(
+        "optimizer", OPTIMIZERS, resume=Impact.impossible, why="an optimizer's state fits no other"
+    )
+    lr: float = _key(WEIGHT)
+    embedding_lr: float | None = _key(WEIGHT)
+    weight_decay: float = _key(WEIGHT_OR_ZERO)
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         """Build the optimizer over groups of parameters, each with its `params`, `weight_decay` and perhaps `lr`."""
@@ -42,8 +48,8 @@ class OptimizerConfig:
 class AdamWConfig(OptimizerConfig):
     """conf/optimizer/adamw.yaml: torch.optim.AdamW."""
 
-    betas: list[float] = key(BETAS)
-    eps: float = key(EPS)
+    betas: list[float] = _key(BETAS)
+    eps: float = _key(EPS)
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         from torch.optim import AdamW
@@ -99,7 +105,7 @@ class AdafactorConfig(OptimizerConfig):
 class SGDConfig(OptimizerConfig):
     """conf/optimizer/sgd.yaml: torch.optim.SGD."""
 
-    momentum: float = key(BELOW_ONE)
+    momentum: float = _key(BELOW_ONE)
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         from torch.optim import SGD
