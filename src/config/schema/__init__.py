@@ -33,7 +33,7 @@ from src.config.schema.scheduler import SCHEDULES, SchedulerConfig, WarmupSchedu
 from src.config.schema.sweep import Direction, Pruner, Replicate, Sampler, SweepConfig
 from src.config.schema.tokens import InitMethod, TokensConfig
 from src.config.schema.top import TopLevelConfig
-from src.config.schema.tracking import TRACKERS, MlflowConfig, TrackingConfig
+from src.config.schema.tracking import TRACKERS, MlflowConfig, NoTrackingConfig, TrackingConfig
 from src.config.schema.training import LossConfig, MixedPrecision, Reduction, TrainingConfig
 
 SECTIONS: dict[str, type | dict[str, type]] = {

@@ -6,9 +6,10 @@ torch is imported by `build` alone, which is called after the gate.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from src.config.schema.checks import BELOW_ONE, BETAS, WEIGHT, WEIGHT_OR_ZERO, in_float32
 from src.config.schema.fields import Impact, key, registered_type_key
@@ -19,6 +20,33 @@ if TYPE_CHECKING:
 
 EPS = in_float32(1.2e-38, "of at least 1.2e-38")
 """What a sum is divided by: below, it is 0 in 32 bits."""
+
+STATE_BLOCK = 256
+"""Values of an 8-bit optimizer's state that share a scale."""
+MIN_8BIT_SIZE = 4096
+"""Values below which a tensor's state keeps 32 bits."""
+
+
+class StateTensor(NamedTuple):
+    """What an optimizer keeps for one trained tensor."""
+
+    name: str
+    num: int
+    bytes_per_value: int
+
+
+class Tensor(Protocol):
+    """A tensor that is trained, by its size."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def num(self) -> int: ...
+
+    @property
+    def bytes_per_value(self) -> int: ...
+
 
 OPTIMIZERS = Registry[type]("optimizer")
 """`optimizer.type` -> its subclass of OptimizerConfig."""
@@ -42,6 +70,21 @@ class OptimizerConfig:
         """Build the optimizer over groups of parameters, each with its `params`, `weight_decay` and perhaps `lr`."""
         raise NotImplementedError
 
+    def state_of(self, tensor: Tensor) -> list[StateTensor] | None:
+        """Return what is kept for a trained tensor, for forecasts of memory and disk; None: not known.
+
+        Counters, and tables that all tensors share, are left out.
+        """
+        return None
+
+
+def _like_the_weights(tensor: Tensor, *names: str) -> list[StateTensor]:
+    return [StateTensor(name, tensor.num, tensor.bytes_per_value) for name in names]
+
+
+def _in_32_bits(tensor: Tensor) -> list[StateTensor]:
+    return [StateTensor(name, tensor.num, 4) for name in ("state1", "state2")]
+
 
 @OPTIMIZERS.register("adamw")
 @dataclass
@@ -55,6 +98,9 @@ class AdamWConfig(OptimizerConfig):
         from torch.optim import AdamW
 
         return AdamW(groups, **self._options(), fused=True)
+
+    def state_of(self, tensor: Tensor) -> list[StateTensor]:
+        return _like_the_weights(tensor, "exp_avg", "exp_avg_sq")
 
     def _options(self) -> dict[str, Any]:
         first, second = self.betas
@@ -70,6 +116,13 @@ class AdamW8bitConfig(AdamWConfig):
         optimizer: Optimizer = _bitsandbytes_optimizers().AdamW8bit(groups, **self._options())
         return optimizer
 
+    def state_of(self, tensor: Tensor) -> list[StateTensor]:
+        if tensor.num < MIN_8BIT_SIZE:
+            return _in_32_bits(tensor)
+        scales = math.ceil(tensor.num / STATE_BLOCK)
+        states = [StateTensor(name, tensor.num, 1) for name in ("state1", "state2")]
+        return states + [StateTensor(name, scales, 4) for name in ("absmax1", "absmax2")]
+
 
 @OPTIMIZERS.register("paged_adamw_32bit")
 @dataclass
@@ -83,6 +136,9 @@ class PagedAdamWConfig(AdamWConfig):
         chosen = optimizers.PagedAdamW32bit if is_on_gpu else optimizers.AdamW32bit
         optimizer: Optimizer = chosen(groups, **self._options())
         return optimizer
+
+    def state_of(self, tensor: Tensor) -> list[StateTensor]:
+        return _in_32_bits(tensor)
 
 
 @OPTIMIZERS.register("adafactor")
@@ -99,6 +155,13 @@ class AdafactorConfig(OptimizerConfig):
         # moved them by 0.1 %)
         return Adafactor(groups, lr=self.lr, eps=(finfo(float32).eps, 1e-3))
 
+    def state_of(self, tensor: Tensor) -> list[StateTensor]:
+        size = tensor.bytes_per_value
+        if len(tensor.shape) < 2:
+            return [StateTensor("variance", tensor.num, size)]
+        names = {"row_var": tensor.shape[-1], "col_var": tensor.shape[-2]}
+        return [StateTensor(name, tensor.num // gone, size) for name, gone in names.items()]
+
 
 @OPTIMIZERS.register("sgd")
 @dataclass
@@ -111,6 +174,9 @@ class SGDConfig(OptimizerConfig):
         from torch.optim import SGD
 
         return SGD(groups, lr=self.lr, momentum=self.momentum, fused=True)
+
+    def state_of(self, tensor: Tensor) -> list[StateTensor]:
+        return _like_the_weights(tensor, "momentum_buffer") if self.momentum else []
 
 
 def _bitsandbytes_optimizers() -> Any:
