@@ -211,7 +211,7 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     parsed, problems = _parse_sections(sections)
     problems = [p for p in [*problems, *own.problems, *sweep.problems, *of_hydra] if p.key not in refused]
     if entry == "predict":
-        problems += _across(parsed, rules.PREDICT_RULES)
+        problems += _across(parsed, rules.RULES["predict"])
         problems += _output_problems(own.value, composed.run_dir)
     else:
         problems += _across(parsed)
@@ -448,7 +448,7 @@ def _dotted(prefix: str, key: Any) -> str:
 
 
 def _across(
-    parsed: dict[str, _Parsed], those: Sequence[Callable[..., Iterator[Problem]]] = rules.RULES
+    parsed: dict[str, _Parsed], those: Sequence[Callable[..., Iterator[Problem]]] = rules.RULES["run"]
 ) -> Iterator[Problem]:
     """Apply each rule whose sections are all good; a rule's parameters name the sections it reads."""
     good = {name or "top": part.value for name, part in parsed.items() if part.value is not None}

@@ -19,7 +19,7 @@ from src.config.gate import Job, check, located_problems, sweep_of
 from src.config.hydra_keys import SWEEPER_PARAMS, is_own_sweeper, sweeper_params
 from src.config.keys import all_keys
 from src.config.problems import Problem, refuse
-from src.config.rules import scores_of
+from src.config.rules.checkpoint import scores_of
 from src.config.schema import (
     Direction,
     Pruner,
