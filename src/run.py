@@ -95,6 +95,7 @@ def train_and_export(
     from src.checkpoint.store import open_checkpoints
     from src.data.advice import Level, advice
     from src.data.dataset import build_data, file_hashes
+    from src.data.tokenizer import load_tokenizer
     from src.evaluation.evaluate import open_evaluation
     from src.evaluation.samples import sample
     from src.model.adapters import add_adapter
@@ -108,7 +109,6 @@ def train_and_export(
     from src.runtime.session import start_runtime
     from src.runtime.sharding import bring_together, deepspeed_settings
     from src.sweep.pruning import Pruning, end_early
-    from src.tokens import load_tokenizer
     from src.tracking.provenance import provenance
     from src.training.loop import train
     from src.training.optim import cannot_learn

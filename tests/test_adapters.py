@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from src.config.schema import Device, MixedPrecision, RunConfig, RuntimeConfig
 from src.data.batching import collate
 from src.data.dataset import Data, build_data
+from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, ExportError, ModelError
 from src.model import build
 from src.model import export as exporting
@@ -33,7 +34,6 @@ from src.model.quantization import keep_gradients
 from src.model.unlearned import unlearned_tokens
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
-from src.tokens import load_tokenizer
 from src.training.loop import train
 from src.training.state import TrainState, prepare
 from tests.conftest import ROOT, admitted, read_lines, towline

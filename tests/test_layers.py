@@ -32,7 +32,6 @@ DOORS = {
     "optuna": ("sweep",),
     "safetensors": ("checkpoint", "model"),
     "torch": (
-        "tokens",
         "overview",
         "forecast",
         "inspection",
@@ -44,8 +43,8 @@ DOORS = {
         "checkpoint",
         "sweep",  # the process of a trial sets its threads
     ),  # not in front of the gate
-    "transformers": ("tokens", "templates", "model", "evaluation"),
-    "tokenizers": ("data", "tokens"),
+    "transformers": ("data", "templates", "model", "evaluation"),
+    "tokenizers": ("data",),
     "pyarrow": ("data",),
 }
 

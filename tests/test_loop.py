@@ -20,13 +20,13 @@ from transformers import AutoTokenizer
 from src.config.schema import Device, MixedPrecision, RunConfig, RuntimeConfig
 from src.data.batching import Batch, Position
 from src.data.dataset import Data, build_data
+from src.data.tokenizer import load_tokenizer
 from src.errors import CheckpointError, Interrupted, NonFiniteLossError
 from src.model.build import build_model
 from src.model.embeddings import resize_and_initialise
 from src.runtime import signals
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import STOP_SIGNALS, StopRequest, stop_on_signals
-from src.tokens import load_tokenizer
 from src.training.loop import MicroBatch, Step, step_once, train
 from src.training.state import Beginning, StepResult, StepStats, TrainState, num_train_steps, prepare
 from tests.conftest import admitted

@@ -18,11 +18,11 @@ from src.checkpoint.tensors import tensors_digest
 from src.config.schema import RunConfig
 from src.data.batching import Position
 from src.data.dataset import Data
+from src.data.tokenizer import load_tokenizer
 from src.errors import CheckpointError, ModelError
 from src.model.adapters import Adapter
 from src.model.embeddings import TokenMonitor
 from src.runtime.session import Runtime
-from src.tokens import load_tokenizer
 from src.training.state import Beginning, TrainState
 from src.util import plural
 

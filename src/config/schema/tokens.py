@@ -22,7 +22,7 @@ class InitMethod(Enum):
 
 @dataclass
 class TokenInitConfig:
-    """How the rows of new tokens start: see src.tokens.initial_rows."""
+    """How the rows of new tokens start: see src.model.embeddings.initial_rows."""
 
     method: InitMethod = MISSING
     text: list[str] = key(STRINGS)
