@@ -104,10 +104,9 @@ def train_and_export(
     from src.model.embeddings import as_they_are, check_new_rows, embedding_matrices, resize_and_initialise
     from src.model.export import export
     from src.model.unlearned import unlearned_tokens
-    from src.model.whole import whole_models
     from src.overview import overview
     from src.runtime.session import start_runtime
-    from src.runtime.sharding import bring_together, deepspeed_settings
+    from src.runtime.sharding import deepspeed_settings, gather_on_cpu, unsharded_models
     from src.sweep.pruning import Pruning, end_early
     from src.tracking.provenance import provenance
     from src.training.loop import train
@@ -243,9 +242,9 @@ def train_and_export(
         card = model_card(frozen, data.report(), tracking.latest, made, new_tokens.ids)
         alone = model_card(frozen | {"export": {"merge": False}}, data.report(), tracking.latest, made, new_tokens.ids)
         totals = state.totals()  # merging takes the adapter out of the model
-        bring_together(state.model, keeps=runtime.is_main)
+        gather_on_cpu(state.model, keeps=runtime.is_main)
         if runtime.is_main:
-            with whole_models():
+            with unsharded_models():
                 tracking.warn(export(state.model, adapter, tokenizer, run_dir / "model", config, card, alone))
         checkpoints.finish(was_due=state.last is not None and state.last.is_due(config.evaluation.eval_steps))
         exported = exported_digests(run_dir / "model") if runtime.is_main else None

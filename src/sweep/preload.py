@@ -13,7 +13,7 @@ from src.runtime.collector import rest_while_importing
 NEEDED = (
     *("src.run", "torch", "transformers", "transformers.generation.utils", "accelerate"),
     *("src.checkpoint.store", "src.data.dataset", "src.evaluation.evaluate", "src.evaluation.samples"),
-    *("src.model.build", "src.model.card", "src.model.export", "src.model.whole", "src.overview"),
+    *("src.model.build", "src.model.card", "src.model.export", "src.overview"),
     *("src.runtime.session", "src.sweep.pruning", "src.tracking.tracker"),
     *("src.training.loop", "src.training.resume", "src.training.state", "pandas"),  # pyarrow imports pandas at work
 )
