@@ -51,6 +51,7 @@ def look_ahead(job: Job, console: Console, libraries: LibraryMemory) -> int:
     """Assemble what a run would, show it and what it will take; return the exit code."""
     from src.data.advice import Level
     from src.data.dataset import build_data, first_block
+    from src.data.tokenizer import load_tokenizer
     from src.evaluation.generate import check_prompts
     from src.inspection.drawing import Paint, draw_lengths
     from src.inspection.findings import findings, judge_of, prove
@@ -61,7 +62,6 @@ def look_ahead(job: Job, console: Console, libraries: LibraryMemory) -> int:
     from src.model.embeddings import resize_and_initialise
     from src.model.quantization import check_quantisable
     from src.model.unlearned import stored_unlearned_tokens
-    from src.tokens import load_tokenizer
 
     config, own = job.config, job.own
     folder = Path("outputs", config.name, "preflight")

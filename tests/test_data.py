@@ -17,8 +17,8 @@ from src.data.encoding import IGNORE_INDEX
 from src.data.examples import Examples, fill
 from src.data.formats import BadRow
 from src.data.readers import Record
+from src.data.tokenizer import load_tokenizer
 from src.errors import DataError
-from src.tokens import load_tokenizer
 from tests.conftest import GSM8K, ROOT, admitted, read_lines, write_lines
 from tests.kinds import words as word_tokenizer
 

@@ -25,9 +25,9 @@ from src.config.options import CONF
 from src.data.dataset import Data, build_data, file_hashes
 from src.data.folds import assign_folds, assign_group_folds
 from src.data.sources import FileSource
+from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError
 from src.runtime.signals import StopRequest
-from src.tokens import load_tokenizer
 from tests.conftest import ROOT, admitted, write_config, write_lines
 from tests.test_mixture import check_account, mixture, whole
 

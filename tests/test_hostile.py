@@ -33,6 +33,7 @@ from src.data.dataset import build_data
 from src.data.encoding import Lengths
 from src.data.formats import BadRow
 from src.data.preparation import EncodingConfig
+from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError, LimitError, ModelError, report, visible
 from src.inspection.drawing import Paint
 from src.markdown import code, fenced, inline, table
@@ -43,7 +44,6 @@ from src.model.card import model_card
 from src.patterns import Pattern
 from src.sweep import leaderboard
 from src.sweep.ranking import Row
-from src.tokens import load_tokenizer
 from src.tracking.console import Console
 from tests import chat_templates
 from tests.conftest import admitted, write_lines

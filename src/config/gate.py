@@ -261,8 +261,7 @@ def _asks_for_none(override: Override) -> bool:
 
 
 def _across(
-        problems += _across(parsed, rules.RULES["predict"])
-        problems += output_problems(own.value, composed.run_dir)
+    parsed: dict[str, Parsed], those: Sequence[Callable[..., Iterator[Problem]]] = rules.RULES["run"]
 ) -> Iterator[Problem]:
     """Apply each rule whose sections are all good; a rule's parameters name the sections it reads."""
     good = {name or "top": part.value for name, part in parsed.items() if part.value is not None}
