@@ -29,7 +29,7 @@ from src.data.cache import RowCache, tokenizer_fingerprint
 from src.data.dataset import Data, build_data
 from src.data.encoding import Encoder, Lengths
 from src.data.preparation import EncodingConfig, prepared
-from src.data.readers import Record
+from src.data.readers.record import Record
 from src.data.sets import EncodedSet
 from src.data.sources import file_source
 from src.data.store import ACCOUNT, ROWS

@@ -23,7 +23,7 @@ from src.data.encoding import IGNORE_INDEX, Encoder, Lengths
 from src.data.examples import Example, Examples
 from src.data.formats import BadRow, Chat
 from src.data.formats.messages import read
-from src.data.readers import Record
+from src.data.readers.record import Record
 from src.data.sets import EncodedSet
 from src.errors import DataError, TokenError
 from tests.conftest import admitted, write_lines

@@ -16,7 +16,7 @@ from src.data.dataset import Data, build_data, hold_out
 from src.data.encoding import IGNORE_INDEX
 from src.data.examples import Examples, fill
 from src.data.formats import BadRow
-from src.data.readers import Record
+from src.data.readers.record import Record
 from src.errors import DataError
 from src.tokens import load_tokenizer
 from tests.conftest import GSM8K, ROOT, admitted, read_lines, write_lines

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from src.config.schema import Overflow
 from src.data.encoding import ANSWER, IGNORE_INDEX, THOUGHT, EncodedRow, Encoder, Lengths
 from src.data.examples import Example
-from src.data.readers import Record
+from src.data.readers.record import Record
 from src.data.segments import Segment
 from src.data.sets import EncodedSet
 from src.data.store import Shard, SourceStats, to_batch

@@ -24,7 +24,7 @@ from src.data.examples import PromptRecord
 from src.data.folds import assign_folds, assign_group_folds, read_groups, told
 from src.data.mixture import interleave, sample_counts
 from src.data.preparation import EncodingConfig
-from src.data.readers import Record, Unreadable
+from src.data.readers.record import Record, Unreadable
 from src.data.report import SplitReport
 from src.data.sets import EncodedSet
 from src.data.sources import FileSource, HubSource, Source, file_hash, file_source

@@ -12,7 +12,7 @@ from src.data.answers import strip_thoughts
 from src.data.chat import ChatTemplate
 from src.data.formats import Chat, Pair, load_format
 from src.data.formats.messages import LEARNED_KEYS, ROLES, THOUGHT, form_of
-from src.data.readers import Record
+from src.data.readers.record import Record
 from src.data.segments import Segment, last_turn
 from src.patterns import Pattern
 

@@ -20,7 +20,7 @@ import numpy as np
 from src.config.schema import DataConfig
 from src.data.cache import MOST_TOLD, Tell, are_too_many, bad_rows
 from src.data.formats import BadRow, type_name
-from src.data.readers import Unreadable
+from src.data.readers.record import Unreadable
 from src.data.sources import Source
 from src.errors import DataError
 

@@ -24,7 +24,7 @@ from src.data.chat import ChatTemplate
 from src.data.encoding import BrokenTokenizerError, EncodedRow, Encoder, Lengths
 from src.data.examples import Example, Examples
 from src.data.formats import BadRow
-from src.data.readers import ENTRY_BYTES, Record, Unreadable, size_of
+from src.data.readers.record import ENTRY_BYTES, Record, Unreadable, memory_of
 from src.data.store import DroppedRow, to_batch
 from src.errors import DataError, TokenError
 from src.patterns import at
@@ -190,7 +190,7 @@ def _chunks(records: Iterator[Numbered], chunk_rows: int) -> Iterator[tuple[Reco
     total = 0
     for numbered in records:
         ordinal, record = numbered
-        size = size_of(record) if isinstance(record, Record) else ENTRY_BYTES
+        size = memory_of(record) if isinstance(record, Record) else ENTRY_BYTES
         if chunk and (ordinal % chunk_rows == 0 or total + size > CHUNK_BYTES):
             yield chunk, total
             chunk, total = [], 0

@@ -13,7 +13,8 @@ from functools import lru_cache, partial
 from typing import Any
 
 from src.config.files import expand
-from src.data.readers import MAX_ROW_BYTES, Record, Unreadable, read_file
+from src.data.readers import read_file
+from src.data.readers.record import MAX_ROW_BYTES, Record, Unreadable
 from src.errors import DataError, one_line
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from src.data.encoding import EncodedRow
 from src.data.examples import Example
-from src.data.readers import Record
+from src.data.readers.record import Record
 from src.errors import visible
 
 ROWS, ACCOUNT = "rows.arrow", "account.json"

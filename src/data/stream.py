@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from src.data.cache import bad_rows
 from src.data.preparation import CHUNK_ROWS, EncodingConfig, prepared
-from src.data.readers import Record, Unreadable
+from src.data.readers.record import Record, Unreadable
 from src.data.sets import EncodedSet
 from src.data.sources import Source, fingerprint_of
 from src.data.store import DroppedRow, Shard, SourceStats
