@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import chat_template_utils
 
-from src import patterns, templates
+from src import patterns
 from src.config.schema import Metric, Overflow
 from src.data import cache, preparation
 from src.data.chat_render import render
@@ -47,6 +47,7 @@ from src.model.card import model_card
 from src.patterns import Pattern
 from src.sweep import leaderboard
 from src.sweep.ranking import Row
+from src.templates import budget, sandbox
 from src.tokens import load_tokenizer
 from src.tracking.console import Console
 from tests import chat_templates
@@ -276,10 +277,10 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def short_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 0.05)
-    monkeypatch.setattr(templates, "MAX_SIZE", 2**22)
-    monkeypatch.setattr(templates, "MAX_MADE", 2**24)
-    monkeypatch.setattr(templates, "MAX_PRODUCT", 2**24)
+    monkeypatch.setattr(budget, "SECONDS", 0.05)
+    monkeypatch.setattr(budget, "MAX_SIZE", 2**22)
+    monkeypatch.setattr(budget, "MAX_MADE", 2**24)
+    monkeypatch.setattr(sandbox, "MAX_PRODUCT", 2**24)
 
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

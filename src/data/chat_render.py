@@ -8,10 +8,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from src import templates
 from src.data.chat_signs import LEARNED_FROM, LEARNED_TO, Messages
 from src.data.formats import BadRow
 from src.errors import LimitError, one_line
+from src.templates import sandbox
 
 FALLBACK_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -64,7 +64,7 @@ def render(tokenizer: Any, template: str, messages: Messages, *, add_generation_
         LimitError: where it takes too much time or memory.
     """
     try:
-        return templates.render(tokenizer, template, messages, add_generation_prompt=add_generation_prompt)
+        return sandbox.render(tokenizer, template, messages, add_generation_prompt=add_generation_prompt)
     except LimitError:
         raise
     except Exception as error:  # a template is a program: it may raise anything
