@@ -593,7 +593,7 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
         "from src.data.preparation import prepared\n"
         "from tests.conftest import admitted\n"
         "from tests.test_cache import recipe_of\n"
-        "from src.data.readers import Record\n"
+        "from src.data.readers.record import Record\n"
         "def forever():\n"
         "    while True:\n"
         "        yield Record({'prompt': 'a', 'completion': 'b'}, 'rows', 1)\n"

@@ -107,8 +107,8 @@ def encoder_of(kind: str) -> Encoder:
 
 
 def example(prompt: str, completion: str) -> Example:
-    pieces = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
-    return Example(pieces, prompt, completion, completion)
+    segments = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
+    return Example(segments, prompt, completion, completion)
 
 
 def stored(encoder: Encoder, pairs: Sequence[tuple[str, str]], lengths: Lengths = LONG) -> EncodedSet:

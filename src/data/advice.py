@@ -145,7 +145,7 @@ def _marked_rows(rows: EncodedSet) -> Iterator[tuple[int, list[str]]]:
 def _as_text(marks: list[str], encoder: Encoder) -> list[str]:
     """Return those of some marks that this tokenizer takes for ordinary text, each once."""
     marks = list(dict.fromkeys(marks))
-    encoded = encoder.encode_whole(marks, is_rendered=False) if marks else []
+    encoded = encoder.encode_texts(marks, is_rendered=False) if marks else []
     return [mark for mark, ids in zip(marks, encoded, strict=True) if len(ids) > 1]
 
 

@@ -21,10 +21,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from src.data.encoding import PROBE
 from src.data.preparation import EncodingConfig, Prepared, prepared, without_cycles
 from src.data.sources import Source, file_hash, fingerprint_of
 from src.data.store import RowWriter, Shard, SourceStats
+from src.data.text_encoder import PROBE
 from src.errors import DataError
 
 MOST_TOLD = 10  # rows that an error names

@@ -80,7 +80,7 @@ class Rendered(NamedTuple):
     "earlier thought missing" (of a turn that is not learned), …, or to turns: "turn not learned", "turn without end".
     """
 
-    pieces: list[Segment]
+    segments: list[Segment]
     answer: str
     is_framed: bool
     has_end: bool
@@ -113,7 +113,7 @@ class ChatTemplate:
         return FALLBACK_TEMPLATE in self._tokenizer.get_chat_template()
 
     def render(self, messages: Sequence[dict[str, str]], learned: list[bool], turns: SupervisedTurns) -> Rendered:
-        """Write a chat as pieces of text.
+        """Write a chat as segments of text.
 
         Args:
             learned: for each assistant's message whether it may be learned.
@@ -127,16 +127,16 @@ class ChatTemplate:
             whole, parts, found = self._turns([self._signed(message, literals) for message in messages], wanted)
         except BadRow as refused:
             raise BadRow(f"{refused}{self._remedy(messages)}") from refused
-        pieces: list[Segment] = []
+        segments: list[Segment] = []
         done = 0
         for turn in found:
             for text, is_supervised in ((whole[done : turn.start] + turn.opened, False), (turn.text, True)):
-                pieces += _pieces(text, is_supervised, literals)
+                segments += _segments(text, is_supervised, literals)
             done = turn.stop
-        pieces += _pieces(whole[done:], False, literals)
+        segments += _segments(whole[done:], False, literals)
         answer, is_framed = _answer(found[-1], whole, parts) if found else ("", False)
         return Rendered(
-            pieces or [Segment("", is_supervised=False, is_rendered=True)],
+            segments or [Segment("", is_supervised=False, is_rendered=True)],
             answer=_with_literals(answer, literals),
             is_framed=is_framed,
             has_end=bool(found and found[-1].end),
@@ -427,7 +427,7 @@ def _with_literals(text: str, literals: list[str]) -> str:
     return LITERAL.sub(lambda match: literals[int(match.group(1))], text)
 
 
-def _pieces(text: str, is_supervised: bool, literals: list[str]) -> Iterator[Segment]:
+def _segments(text: str, is_supervised: bool, literals: list[str]) -> Iterator[Segment]:
     for i, part in enumerate(LITERAL.split(text)):
         if part:
             yield (

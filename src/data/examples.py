@@ -29,14 +29,14 @@ class PromptRecord(Record):
 class Example(NamedTuple):
     """A row in words.
 
-    `pieces` are its text in order, each tokenised apart; `prompt` is all of it before the last learned piece, which is
-    `completion`; `reference` is the answer that a perfect model would write, without thoughts and without what a chat
-    template adds. EOS follows as an id where `needs_eos`: a chat template has its own ends of turns. `changes` says
-    what the template does to the texts of the messages (see chat.Rendered), `unread` which keys of the row nothing
-    reads.
+    `segments` are its text in order, each tokenised apart; `prompt` is all of it before the last supervised turn, which
+    is `completion`; `reference` is the answer that a perfect model would write, without thoughts and without what a
+    chat template adds. EOS follows as an id where `needs_eos`: a chat template has its own ends of turns. `changes`
+    names what the template does to the texts of the messages (see chat.Rendered), `unread` the keys of the row that
+    nothing reads.
     """
 
-    pieces: tuple[Segment, ...]
+    segments: tuple[Segment, ...]
     prompt: str
     completion: str
     reference: str
@@ -48,7 +48,7 @@ class Example(NamedTuple):
     @property
     def learned(self) -> str:
         """All text that is learned, of every turn."""
-        return "".join(piece.text for piece in self.pieces if piece.is_supervised)
+        return "".join(segment.text for segment in self.segments if segment.is_supervised)
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ class Examples:
         """Make an example whose last turn is nothing but EOS; its words are kept, '' where there is no answer."""
         fields, has_answer = with_answer(fields, self._data)
         example = self._of(fields)
-        first, _ = last_turn(example.pieces)
+        first, _ = last_turn(example.segments)
         return example._replace(
-            pieces=(*example.pieces[:first], Segment("", is_supervised=True)),
+            segments=(*example.segments[:first], Segment("", is_supervised=True)),
             completion=example.completion if has_answer else "",
             reference=example.reference if has_answer else "",
             needs_eos=True,
@@ -140,8 +140,8 @@ class Examples:
             prompt = fill(self._data.prompt_template, parts)
         else:
             prompt = parts[self._prompt_role]
-        pieces = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
-        return Example(pieces, prompt, completion, reference, was_cleaned=pair.was_cleaned, unread=pair.unread)
+        segments = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
+        return Example(segments, prompt, completion, reference, was_cleaned=pair.was_cleaned, unread=pair.unread)
 
     def _chat(self, chat: Chat) -> Example:
         return self._render([self._with_thoughts(message) for message in chat.messages], chat.learned, chat.unread)
@@ -167,14 +167,14 @@ class Examples:
     def _render(self, messages: list[dict[str, str]], learned: list[bool], unread: tuple[str, ...]) -> Example:
         assert self._template is not None
         chat = self._template.render(messages, learned, self._data.supervised_turns)
-        first, stop = last_turn(chat.pieces)
+        first, stop = last_turn(chat.segments)
         frame, answer = self._template.frame, strip_thoughts(chat.answer, self._thoughts.tags)
         return Example(
-            tuple(chat.pieces),
-            prompt="".join(piece.text for piece in chat.pieces[:first]),
-            completion="".join(piece.text for piece in chat.pieces[first:stop]),
+            tuple(chat.segments),
+            prompt="".join(segment.text for segment in chat.segments[:first]),
+            completion="".join(segment.text for segment in chat.segments[first:stop]),
             reference=frame.answer(answer) if chat.is_framed else frame.without_thought(answer),
-            needs_eos=first < stop == len(chat.pieces) and not chat.has_end,
+            needs_eos=first < stop == len(chat.segments) and not chat.has_end,
             changes=chat.changes,
             unread=unread,
         )

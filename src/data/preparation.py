@@ -21,11 +21,12 @@ import pyarrow as pa
 from src.config.formats import roles
 from src.config.schema import DataConfig, Overflow
 from src.data.chat import ChatTemplate
-from src.data.encoding import BrokenTokenizerError, EncodedRow, Encoder, Lengths
+from src.data.encoding import EncodedRow, Encoder, Lengths
 from src.data.examples import Example, Examples
 from src.data.formats import BadRow
 from src.data.readers.record import ENTRY_BYTES, Record, Unreadable, memory_of
 from src.data.store import DroppedRow, to_batch
+from src.data.text_encoder import BrokenTokenizerError
 from src.errors import DataError, TokenError
 from src.patterns import at
 

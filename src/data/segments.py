@@ -15,13 +15,13 @@ class Segment(NamedTuple):
     is_rendered: bool = False
 
 
-def last_turn(pieces: Sequence[Segment]) -> tuple[int, int]:
-    """Give [first, stop) of the last pieces that are learned together; both are the end where none is learned."""
-    learned = [i for i, piece in enumerate(pieces) if piece.is_supervised]
+def last_turn(segments: Sequence[Segment]) -> tuple[int, int]:
+    """Give [first, stop) of the last segments that are learned together; both are the end where none is learned."""
+    learned = [i for i, segment in enumerate(segments) if segment.is_supervised]
     if not learned:
-        return len(pieces), len(pieces)
+        return len(segments), len(segments)
     first = learned[-1]
-    while first > 0 and pieces[first - 1].is_supervised:  # control tokens in a message cut its turn into pieces
+    while first > 0 and segments[first - 1].is_supervised:  # control tokens in a message cut its turn into segments
         first -= 1
     return first, learned[-1] + 1
 

@@ -80,7 +80,7 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
         "num_control_tokens": [row.num_control_tokens for row in encoded],
         "is_truncated": [row.is_truncated for row in encoded],
         "was_cleaned": [example.was_cleaned for example in examples],
-        "is_rendered": [any(piece.is_rendered for piece in example.pieces) for example in examples],
+        "is_rendered": [any(segment.is_rendered for segment in example.segments) for example in examples],
         "number": [record.number for _, record, _, _ in rows],
         "source": [record.source for _, record, _, _ in rows],
         "ordinal": [ordinal for ordinal, _, _, _ in rows],

@@ -192,7 +192,7 @@ def _seams(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[i
     for is_rendered in (False, True):
         some = [i for i in indices if rows.is_rendered(i) == is_rendered]
         texts = [rows.prompt(i) + rows.completion(i) for i in some]
-        for i, together in zip(some, encoder.encode_whole(texts, is_rendered=is_rendered), strict=True):
+        for i, together in zip(some, encoder.encode_texts(texts, is_rendered=is_rendered), strict=True):
             ids = rows[i].input_ids.tolist()
             if together not in (ids[: len(together)], ids[1 : 1 + len(together)]):  # with BOS in the text, or before it
                 found.append(i)
