@@ -142,7 +142,7 @@ def check(kind: str, rows: EncodedSet, index: int) -> None:
     assert [i for i, label in enumerate(row.labels) if label != IGNORE_INDEX] == learned
     assert row.labels[learned].tolist() == row.input_ids[learned].tolist()
     in_text = {token: prompt.count(token) + completion.count(token) for token in [*control, *TAGS, "<|turn|>"]}
-    assert rows.parts[0].column("num_control_tokens")[index] == sum(in_text[token] for token in control)
+    assert rows.shards[0].column("num_control_tokens")[index] == sum(in_text[token] for token in control)
     for token in {*TAGS, "<|turn|>"} & set(tokenizer.get_added_vocab()):
         assert body.count(tokenizer.convert_tokens_to_ids(token)) == in_text[token]
 

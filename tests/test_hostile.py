@@ -27,7 +27,7 @@ from transformers.utils import chat_template_utils
 
 from src import patterns
 from src.config.schema import Metric, Overflow
-from src.data import cache, preparation
+from src.data import bad_rows, cache, preparation
 from src.data.chat_render import render
 from src.data.dataset import build_data
 from src.data.encoding import Lengths
@@ -689,7 +689,7 @@ def test_prepared_rows_leave_room_on_the_disk(monkeypatch: pytest.MonkeyPatch, t
     ]
     config = admitted(*given).config
     tokenizer, _ = load_tokenizer(config.model, config.tokens)
-    monkeypatch.setattr(cache, "ROOM_BYTES", 2**17)
+    monkeypatch.setattr(cache, "UNCHECKED_BYTES", 2**17)
     free = shutil.disk_usage(tmp_path)._replace(total=2**40, free=2**28)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: free)
     with pytest.raises(DataError, match=r"no space left for prepared rows .* data\.limit"):
@@ -756,7 +756,7 @@ def test_filters_of_ordinary_templates_take_long_texts(tokenizer: Any) -> None:
 def test_a_file_of_rubbish_is_not_read_to_its_end(
     group: bool, bad: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cache, "MOST_BAD", 500)
+    monkeypatch.setattr(bad_rows, "MAX_BAD", 500)
     good = b'{"prompt": "p", "completion": "c", "g": 1}\n{"prompt": "p", "completion": "c", "g": 2}\n'
     folds = ["data.num_folds=2", "data.fold=0", "data.group_column=g"] if group else []
 

@@ -180,7 +180,7 @@ def test_of_a_data_set_of_the_library_no_file_beyond_is_opened(
     assert isinstance(data.train, EncodedSet)
     assert [data.train.prompt(i) for i in range(len(data.train))] == [row["prompt"] for row in GOOD[:LIMIT]]
     assert len(seen.encoded) == LIMIT
-    with pytest.raises(DataError, match="can't be had"):
+    with pytest.raises(DataError, match="can't be loaded"):
         built(*chosen)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from src.config.schema import RunConfig
 from src.data.chat import ENDLESS, NOT_LEARNED
-from src.data.chat_signs import CHANGED, MISSING, TRIMMED
+from src.data.chat_markers import CHANGED, MISSING, TRIMMED
 from src.data.dataset import Data, first_block, is_chat
 from src.data.encoding import Encoder
 from src.data.report import SplitReport

@@ -13,8 +13,8 @@ import numpy as np
 
 from src.config.schema import Batching, Metric, RunConfig
 from src.data.advice import Finding, Level, advice
-from src.data.batching import Plan
-from src.data.chat_signs import CHANGED, MISSING, squeezed
+from src.data.batching import BatchSampler
+from src.data.chat_markers import CHANGED, MISSING, squeezed
 from src.data.dataset import Data
 from src.data.encoding import IGNORE_INDEX, Encoder
 from src.data.report import changed_rows
@@ -104,7 +104,7 @@ def prove(rows: EncodedSet, judge: Judge) -> Proof:
 
 def _is_what_is_learned(text: str, rows: EncodedSet, index: int, eos: str) -> bool:
     """Return whether a decoded text is what is to be learned of a row; a chat's tokens may add or take white space."""
-    wanted = rows.learned(index)
+    wanted = rows.supervised_text(index)
     if text in (wanted, wanted + eos):
         return True
     return rows.is_rendered(index) and squeezed(text) in (squeezed(wanted), squeezed(wanted) + eos)
@@ -310,7 +310,7 @@ def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iter
         yield Finding(Level.note, f"only {num_steps} optimizer steps: a smaller batch or more epochs give more")
 
 
-def padding(rows: EncodedSet, plan: Plan, seed: int) -> float:
+def padding(rows: EncodedSet, plan: BatchSampler, seed: int) -> float:
     """Give the share of the first epoch's positions that are padding, from 0 to 1."""
     computed = 0
     for sequences in plan.micro_batches(rows.lengths, [seed, 0]):
