@@ -9,7 +9,6 @@ from typing import Any
 
 from src.config.schema import Batching, InitMethod, LoraConfig, NoAdapterConfig, RunConfig, Weights
 from src.data.dataset import Data
-from src.errors import human_bytes
 from src.forecast.disk import disk_need, most_saves
 from src.forecast.optimizer_state import checkpoint_bytes
 from src.forecast.parameters import trained_of
@@ -19,6 +18,7 @@ from src.runtime.session import Runtime
 from src.runtime.sharding import whole_shape
 from src.tokens import NewTokens
 from src.training.state import TrainState
+from src.util import human_bytes
 
 
 def overview(
@@ -85,6 +85,8 @@ def _tokens(config: RunConfig, state: TrainState, tokenizer: Any, new: NewTokens
 def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
     """Say what checkpoints and the exported model take at most, and whether there is room."""
     weights, optimizer = checkpoint_bytes(trained_of(state.model), config.optimizer)
+    if optimizer is None:
+        return f"more than {human_bytes(weights)} a checkpoint: nothing is known of what {config.optimizer.type} keeps"
     whole = sum(math.prod(whole_shape(p)) * p.element_size() for p in state.model.parameters())
     exported = whole if isinstance(config.adapter, NoAdapterConfig) or config.export.merge else weights
     saves = most_saves(config.checkpoint, state.num_steps, state.steps_per_epoch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from src.errors import DataError
+from src.util import plural
 
 NUM_LISTED = 10
 MAX_BAD = 10_000
@@ -46,4 +47,4 @@ class BadRows:
         if self.count > len(lines):
             lines.append(f"… and {self.count - len(lines)} more")
         text = "\n".join(f"  {line}" for line in [*lines, *last_line])
-        return DataError(f"{self.count} row{'s' if self.count > 1 else ''} can't be used:\n{text}")
+        return DataError(f"{plural(self.count, 'row')} can't be used:\n{text}")

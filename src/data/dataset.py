@@ -14,7 +14,7 @@ import numpy as np
 
 from src.config.files import expand
 from src.config.formats import roles
-from src.config.schema import DataConfig, Metric, ModelType, Overflow, RunConfig
+from src.config.schema import DataConfig, ModelType, Overflow, RunConfig
 from src.data.answers import AnswerFrame
 from src.data.cache import RowCache, ShowProgress
 from src.data.chat import ChatTemplate
@@ -28,8 +28,9 @@ from src.data.sources import HubSource, Source, file_hash, file_source
 from src.data.splits import assign_folds, assign_group_folds, concatenate, hold_out, interleave, sample_counts
 from src.data.store import Shard
 from src.data.stream import StreamedSet, StreamSource
-from src.errors import DataError, listed
+from src.errors import DataError
 from src.patterns import Pattern, at
+from src.util import listed, plural
 
 TrainSet = EncodedSet | StreamedSet
 
@@ -175,9 +176,7 @@ class _Builder:
         return list(dict.fromkeys([self.encoder.eos_token_id, *ends]))
 
     def _encoding(self, data: DataConfig) -> EncodingConfig:
-        return EncodingConfig(
-            data, self.tokenizer, self.config.thought_tags, self.lengths, is_chat(data), self.to_predict
-        )
+        return EncodingConfig(data, self.config.tokens, self.tokenizer, self.lengths, is_chat(data), self.to_predict)
 
     def _shard(self, name: str, source: Source, data: DataConfig) -> Shard:
         shard = self.cache.shard(name, source, self._encoding(data))
@@ -315,7 +314,7 @@ class _Builder:
     def _check_answers(self, rows: EncodedSet) -> None:
         """Raise DataError for rows whose answer can't be found, where answers are compared."""
         pattern = self.data.answer_pattern
-        if pattern is None or Metric.exact_match not in self.config.metrics:
+        if pattern is None or "exact_match" not in self.config.metrics:
             return
         found = Pattern("data.answer_pattern", normalize("NFC", pattern))  # as exact match compares
         without = []
@@ -325,7 +324,7 @@ class _Builder:
                     without.append(rows.place(i))
         if without:
             raise DataError(
-                f"{len(without)} row{'s' if len(without) > 1 else ''} of {rows.name} can't be used: no answer in them, "
+                f"{plural(len(without), 'row')} of {rows.name} can't be used: no answer in them, "
                 f"data.answer_pattern {pattern!r} finds nothing\n{listed(without)}"
             )
 

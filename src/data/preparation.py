@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 import pyarrow as pa
 
+from src.config import plugins
 from src.config.formats import roles
-from src.config.schema import DataConfig, Overflow
+from src.config.schema import DataConfig, Overflow, TokensConfig, thought_tags
+from src.config.schema.fields import facts_of
 from src.data.chat import ChatTemplate
 from src.data.encoding import EncodedRow, Encoder, Lengths
 from src.data.examples import Example, Examples
@@ -34,9 +37,7 @@ CHUNK_ROWS = 250  # rows encoded at once by a thread: what they take fits into a
 CHUNK_BYTES = 2**20  # of their fields, or one row that is larger
 BYTES_AHEAD = 8 * 2**20
 """Of the fields of all chunks that are being prepared: the tokenizer uses up to 150 bytes for each of them."""
-THREADS = min(
-    5, os.cpu_count() or 1
-)  # of one process; Python's part, a fifth of the work, runs in one thread at a time
+THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's part, a fifth, runs in one thread at a time
 
 
 @dataclass(frozen=True)
@@ -44,32 +45,58 @@ class EncodingConfig:
     """Everything that decides how a record is encoded; it can be sent to another process.
 
     With `to_predict` the answer of a record may be missing, and takes no room in its row.
+
+    Args:
+        data: the settings of the source that the record is from.
     """
 
     data: DataConfig
+    tokens: TokensConfig
     tokenizer: Any
-    tags: tuple[str, str] | None
     lengths: Lengths
     is_chat: bool
     to_predict: bool = False
 
+    @property
+    def tags(self) -> tuple[str, str] | None:
+        """What opens and closes a thought; None where none is written."""
+        return thought_tags(self.data, self.tokens)
+
     def settings(self) -> dict[str, Any]:
-        """Return what shapes a row, as plain values; where rows come from and how they are batched does not."""
-        data = self.data
-        to_predict = {"to_predict": True} if self.to_predict else {}
-        shaping = ("format", "columns", "prompt_template", "completion_template", "system_prompt", "thought_pattern")
-        return (
-            to_predict
-            | {key: getattr(data, key) for key in shaping}
-            | {
-                "roles": roles(data.format),
-                "supervised_turns": data.supervised_turns.name,
-                "thoughts": data.thoughts and data.thoughts.name,
-                "clean_dialogue": data.clean_dialogue,
-                "tags": self.tags,
-                "lengths": asdict(self.lengths) | {"overflow": self.lengths.overflow.name},
-            }
-        )
+        """Return all that shapes a row but the tokenizer, as plain values.
+
+        A key of `data` or `tokens` is among it unless the schema says that it shapes no row, or that it enters as a
+        field of this class.
+        """
+        return {
+            **_shaping(self.data),
+            **{f"tokens.{name}": value for name, value in _shaping(self.tokens).items()},
+            "roles": roles(self.data.format),
+            "tags": self.tags,
+            "lengths": _plain(asdict(self.lengths)),
+            **({"to_predict": True} if self.to_predict else {}),
+        }
+
+
+def _shaping(section: Any) -> dict[str, Any]:
+    """Return the values of a section's keys that shape rows and are not known to the cache by another name."""
+    found: dict[str, Any] = {}
+    for one in fields(section):
+        value, facts = getattr(section, one.name), facts_of(one)
+        if is_dataclass(value):
+            found |= {f"{one.name}.{name}": inner for name, inner in _shaping(value).items()}
+        elif facts.shapes_rows and not facts.enters_as:
+            found[one.name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it, a choice by its name."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 @dataclass
@@ -189,10 +216,9 @@ def prepared(
         return
     fresh = multiprocessing.get_context("spawn")  # a fork would copy locks that the tokenizer's threads hold
     try:
-        with ProcessPoolExecutor(num_workers, fresh, _start_worker, (config,)) as pool:
-            yield from _in_order(
-                pool, _prepare_in_worker, chunks, 2 * num_workers, max(BYTES_AHEAD, 2 * num_workers * CHUNK_BYTES)
-            )
+        with ProcessPoolExecutor(num_workers, fresh, _start_worker, (config, plugins.names())) as pool:
+            bytes_ahead = max(BYTES_AHEAD, 2 * num_workers * CHUNK_BYTES)
+            yield from _in_order(pool, _prepare_in_worker, chunks, 2 * num_workers, bytes_ahead)
     except BrokenProcessPool as error:
         raise DataError(
             "a process that prepares rows died (out of memory?); try fewer: data.preprocessing_num_workers"
@@ -242,7 +268,7 @@ def _in_order(
 _worker: RowEncoder | None = None
 
 
-def _start_worker(config: EncodingConfig) -> None:
+def _start_worker(config: EncodingConfig, plugins_of_run: Sequence[str]) -> None:
     """Set up a worker process: one thread each, and the parent answers Ctrl-C."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -251,6 +277,7 @@ def _start_worker(config: EncodingConfig) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    plugins.require(plugins_of_run)  # one may have the format
     _worker = RowEncoder(config)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from src.errors import human_bytes, visible
+from src.errors import visible
+from src.util import human_bytes
 
 MAX_ROW_BYTES = 4 * 2**20
 """A longer row is refused: more likely a file without line ends, or a quote that is never closed."""

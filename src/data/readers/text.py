@@ -23,6 +23,7 @@ from src.data.readers.record import (
     repeated,
 )
 from src.errors import one_line
+from src.util import plural
 
 GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 BOM = b"\xef\xbb\xbf"
@@ -185,8 +186,7 @@ def read_table(file: str, delimiter: str) -> Iterator[ReadResult]:
         elif len(cells) == len(header):
             yield Record(dict(zip(header, cells, strict=True)), file, lines.start)
         elif cells:
-            count = f"{len(cells)} field{'s' if len(cells) > 1 else ''}"
-            yield Unreadable(file, lines.start, f"{count}, the header has {len(header)}")
+            yield Unreadable(file, lines.start, f"{plural(len(cells), 'field')}, the header has {len(header)}")
 
 
 def _describe_csv_error(error: csv.Error) -> str:

@@ -1,0 +1,49 @@
+"""conf/model: which network, from where, in which precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from src.config.schema.checks import PathCheck
+from src.config.schema.fields import AT_START, BY_OUTCOME, Impact, key, type_key
+
+CHECKPOINT = PathCheck("a folder with a checkpoint, or the name of one on a hub", bool)
+
+
+class ModelType(Enum):
+    causal_lm = "causal_lm"
+    encoder_decoder = "encoder_decoder"
+
+
+class Weights(Enum):
+    pretrained = "pretrained"
+    random = "random"
+
+
+class Dtype(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Attention(Enum):
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+@dataclass
+class ModelConfig:
+    """conf/model: which network, from where, in which precision."""
+
+    type: ModelType = type_key("model", resume=Impact.impossible, why="another network")
+    checkpoint: str = key(CHECKPOINT, resume=BY_OUTCOME)
+    revision: str | None = key(resume=BY_OUTCOME)
+    weights: Weights = key(resume=BY_OUTCOME, why=AT_START)
+    dtype: Dtype = key(why="weights of another precision", read_by_predict=True)
+    attn_implementation: Attention | None = key(resume=Impact.rounding, read_by_predict=True)
+    gradient_checkpointing: bool = key(resume=Impact.rounding)
+    use_safetensors: bool = key(resume=BY_OUTCOME)
+    trust_remote_code: bool = key(resume=Impact.rounding, why="other code may compute", read_by_predict=True)
