@@ -118,14 +118,6 @@ def is_disk_full(error: BaseException | str) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in told)
 
 
-def listed(problems: list[str], *, most: int = 10) -> str:
-    """Join the first `most` problems as indented lines, and say how many more there are."""
-    lines = [f"  {problem}" for problem in problems[:most]]
-    if len(problems) > most:
-        lines.append(f"  … and {len(problems) - most} more")
-    return "\n".join(lines)
-
-
 def one_line(error: BaseException, most: int = 300) -> str:
     """Give a library's error as one line."""
     return " ".join(str(error).split())[:most] or type(error).__name__
@@ -187,13 +179,3 @@ def show(text: str, end: str = "\n") -> None:
         print(text, end=end, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
-
-
-def human_bytes(count: float) -> str:
-    """Give a size in binary units: 512 B, 2.8 MiB, 14.0 GiB."""
-    units = ["TiB", "GiB", "MiB", "KiB"]
-    if count < 1024:
-        return f"{count:.0f} B"
-    while round(count) >= 1024 and units:
-        count, unit = count / 1024, units.pop()
-    return f"{count:.1f} {unit}"

@@ -9,7 +9,6 @@ from typing import Any
 
 from src.config.schema import Batching, InitMethod, LoraConfig, NoAdapterConfig, RunConfig, Weights
 from src.data.dataset import Data
-from src.errors import human_bytes
 from src.forecast.disk import disk_need, most_saves
 from src.forecast.optimizer_state import checkpoint_bytes
 from src.forecast.parameters import trained_of
@@ -19,6 +18,7 @@ from src.runtime.session import Runtime
 from src.runtime.sharding import whole_shape
 from src.tokens import NewTokens
 from src.training.state import TrainState
+from src.util import human_bytes
 
 
 def overview(

@@ -115,9 +115,9 @@ def open_generation(
             console.label(name, account(rows))
             for finding in about_template(name, *rows.count_lines("changes")):
                 console.warn(finding.text)
-        stop.is_deferred = True  # from here on it is followed between two tokens
         end = EndText.of(prompts.frame, prompts.encoder)
-        yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, end), prompts
+        with stop.deferred():  # from here on it is followed between two tokens
+            yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, end), prompts
 
 
 def finish(one: PredictedSet, admitted: Job, console: Console) -> None:

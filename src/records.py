@@ -52,36 +52,6 @@ class Line(NamedTuple):
     raw: bytes
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that nobody sees half of it."""
-    beside = path.with_name(f".{path.name}.part")  # one writer a file: the lock's holder
-    with open(beside, "w", encoding="utf-8", opener=_open_at_once) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe is no place to write to: an error, not a wait
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write an object atomically; numbers that JSON can't hold become null."""
-    write_atomically(path, json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def finite(node: Any) -> Any:
-    """Return the values with null in place of numbers that JSON can't hold: inf and nan."""
-    if isinstance(node, Mapping):
-        return {key: finite(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [finite(value) for value in node]
-    if isinstance(node, float) and not math.isfinite(node):
-        return None
-    return node
-
-
 def read_json(
     file: Path, keys: Mapping[str, Types] | None = None, *, may_lack: Collection[str] = (), remedy: str = ""
 ) -> dict[str, Any]:

@@ -46,12 +46,12 @@ class Registry(dict[str, Entry]):
 
         return enter
 
-    def why_unknown(self, name: object) -> str:
+    def why_unknown(self, name: object, remedy: str = "") -> str:
         """Return why a name is refused, with the nearest that is known; '' where it is known."""
         if name in self:
             return ""
         near = get_close_matches(str(name), self, n=1)
-        return f"not one of {', '.join(self)}{f'; did you mean {near[0]}?' if near else ''}"
+        return f"not one of {', '.join(self)}{remedy}{f'; did you mean {near[0]}?' if near else ''}"
 
     def __setitem__(self, name: str, entry: Entry) -> None:
         if name in self:

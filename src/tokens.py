@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from src.config.schema import ModelConfig, TokensConfig
-from src.errors import ModelError, TokenError, listed, one_line
+from src.errors import ModelError, TokenError, one_line
+from src.util import listed
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import yaml
 
 from src.checkpoint.exported import check_exported
 from src.checkpoint.manifest import problems_of
+from src.cli.exits import guarded_run as guarded
 from src.config.frozen import config_hash, is_finished, read_config, read_status
 from src.config.gate import admit, admit_prediction
 from src.config.trust import is_signed, signature
 from src.errors import ConfigError, DamagedFileError
 from src.records import Digest, begins_with, read_json, read_lines, read_yaml
-from src.run import guarded
 from src.sweep.folder import SweepFolder
 from src.sweep.plan import Plan
 from src.sweep.trial import trial_of

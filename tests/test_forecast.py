@@ -41,7 +41,6 @@ from src.config.schema import (
     MixedPrecision,
     SGDConfig,
 )
-from src.errors import human_bytes
 from src.forecast.counting import (
     ForwardCount,
     MicroBatchShape,
@@ -69,6 +68,7 @@ from src.model.embeddings import embedding_matrices, fit_embeddings
 from src.model.export import export
 from src.training.head import PLAIN, ScoredModel
 from src.training.optim import build_optimizer
+from src.util import human_bytes
 from tests.conftest import ROOT, admitted
 
 ADAMW = AdamWConfig(type="adamw", lr=1e-3, embedding_lr=None, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8)

@@ -22,13 +22,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src import predict
+from src.cli.start import run_job as train
 from src.config.gate import admit_prediction
 from src.config.schema import RunConfig
 from src.data.answers import strip_thoughts
 from src.data.dataset import build_data, build_prompts
 from src.errors import ConfigError, DataError
 from src.evaluation import predictions
-from src.run import run as train
 from src.runtime.signals import StopRequest
 from src.tokens import load_tokenizer
 from src.tracking.lock import hold

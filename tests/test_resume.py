@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from src.checkpoint.manifest import newest_resumable, problems_of
+from src.cli.start import run_job as run
 from src.config.places import steps_in
 from src.errors import CheckpointError, ConfigError, Interrupted, ModelError
-from src.run import run
 from src.runtime.signals import StopRequest
 from tests.conftest import admitted, read_lines, towline, write_lines
 

@@ -16,8 +16,9 @@ from enum import IntEnum
 from typing import Any
 
 from src.config.quoting import shell_override
-from src.config.schema import Batching
+from src.config.schema import SCHEDULES, Batching
 from src.errors import ConfigError
+from src.util import plural
 
 NOT_THERE = "(not there)"
 """Stands in a Change for the value of a key that one side does not have."""
@@ -107,7 +108,7 @@ HASHES = ("data", "tokenizer", "frozen_weights", "architecture", "validation")
 
 _TABLE: dict[str, dict[Impact, str]] = {
     "": {
-        Impact.harmless: "name force rerun",
+        Impact.harmless: "name force rerun plugins",  # Fingerprint: versions
         Impact.trajectory: "seed",
     },
     "model": {
@@ -245,8 +246,10 @@ def _length(key: str, before: Flat, now: Flat) -> Verdict:
 
 def _has_end(config: Flat) -> bool:
     """Whether learning rates depend on how many steps there will be."""
-    decays = config.get("scheduler.type") in ("linear", "cosine")
-    return decays or (config.get("scheduler.warmup_steps") is None and bool(config.get("scheduler.warmup_ratio")))
+    schedule = SCHEDULES.get(str(config.get("scheduler.type")))
+    return getattr(schedule, "depends_on_length", False) or (
+        config.get("scheduler.warmup_steps") is None and bool(config.get("scheduler.warmup_ratio"))
+    )
 
 
 def _batch(key: str, before: Flat, now: Flat) -> Verdict:
@@ -455,7 +458,7 @@ def _joined(changes: Sequence[Change]) -> str:
 def _refusal(refused: Sequence[Change], where: str) -> str:
     impossible = [change for change in refused if change.effect is Impact.impossible]
     width = min(60, max(len(change.values) for change in refused))
-    lines = [f"Can't go on from {where}: {len(refused)} change{'s' if len(refused) > 1 else ''} since then"]
+    lines = [f"Can't go on from {where}: {plural(len(refused), 'change')} since then"]
     lines += [f"  {change.values:<{width}}   {change.why}".rstrip() for change in refused]
     if not impossible:
         lines.append("What comes would be another training: checkpoint.allow_changed=true goes on all the same.")

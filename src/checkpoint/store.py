@@ -43,8 +43,9 @@ from src.checkpoint.manifest import (
 from src.checkpoint.tensors import one_by_one, tensors_digest, write_tensors
 from src.config.places import CHECKPOINTS, clear, folder_of, remove, steps_in
 from src.config.schema import CheckpointConfig
-from src.errors import CheckpointError, DiskFullError, human_bytes, is_disk_full
+from src.errors import CheckpointError, DiskFullError, is_disk_full
 from src.runtime.sharding import Whole
+from src.util import human_bytes
 
 T_co = TypeVar("T_co", bound=Tensor | Whole, covariant=True)
 SMALL_BYTES = 100_000

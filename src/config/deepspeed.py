@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +21,7 @@ from src.config.problems import Problem
 from src.config.schema import ZeroFileConfig
 from src.errors import visible
 from src.records import read_bytes
+from src.util import nearest
 
 KEY = "deepspeed.config_file"
 MOST_BYTES = 2**20
@@ -211,9 +211,9 @@ def _unused(content: dict[str, Any], file: str) -> Iterator[Problem]:
             yield Problem(f"deepspeed.{key}", f"{instead}: leave it out, or switch it off", value)
     kept = {one.name for one in dataclasses.fields(ZeroFileConfig)}
     for key in [key for key in content if key not in kept]:
-        near = get_close_matches(key, [*kept, *UNHEARD, *FIXED, *BLOCKS, *FORMER_NAMES], n=1)
-        if near and near[0] not in kept:  # of the others the gate knows more
-            yield Problem(f"deepspeed.{key}", f"not a key of DeepSpeed's; did you mean {near[0]}?", content.pop(key))
+        near = nearest(key, [*kept, *UNHEARD, *FIXED, *BLOCKS, *FORMER_NAMES])
+        if near and near not in kept:  # of the others the gate knows more
+            yield Problem(f"deepspeed.{key}", f"not a key of DeepSpeed's; did you mean {near}?", content.pop(key))
 
 
 def _is_off(block: Any) -> bool:

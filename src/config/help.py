@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from src.config.options import GLOBAL_GROUPS, OptionFileError, Place, shown
 from src.config.problems import Problem, refuse, shortened
 from src.config.schema import ENTRY_SECTIONS, Check, Keys
 from src.errors import show, visible
+from src.util import nearest
 
 WIDTH = 80
 LEFT = 34
@@ -190,15 +190,15 @@ class Page:
     def unknown(self, name: str) -> Problem:
         """Return that there is no such group, section or key, and what was probably meant."""
         known = (*groups.groups(self.roots), *reference.sections()[1:])
-        near = [*get_close_matches(name, dict.fromkeys((*known, *all_keys())), n=1), *by_leaf(name)]
-        reason = f"did you mean {near[0]}?" if near else f"groups and sections are {', '.join(dict.fromkeys(known))}"
+        near = nearest(name, dict.fromkeys((*known, *all_keys()))) or by_leaf(name)
+        reason = f"did you mean {near}?" if near else f"groups and sections are {', '.join(dict.fromkeys(known))}"
         return Problem(name, f"no group, section or key; {reason}", has_value=False, where="--help")
 
 
-def by_leaf(name: str) -> list[str]:
-    """Return a key whose last part is like a name's, where there is one."""
-    near = get_close_matches(name.rpartition(".")[2], [key.leaf for key in all_keys().values()], n=1)
-    return [key.name for key in all_keys().values() if key.leaf in near][:1]
+def by_leaf(name: str) -> str:
+    """Return a key whose last part is spelled like a name's; '' where there is none."""
+    near = nearest(name.rpartition(".")[2], [key.leaf for key in all_keys().values()])
+    return next((key.name for key in all_keys().values() if key.leaf == near), "")
 
 
 def help_of_run(composed: Composed, line: CommandLine) -> int:

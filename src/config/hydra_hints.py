@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from omegaconf import DictConfig
 
 from src.config.keys import all_keys
 from src.config.options import option_files
+from src.util import did_you_mean, in_words, nearest
 
 HYDRAS = Path(conf.__file__).parent
 """Where Hydra's own options are."""
@@ -45,11 +45,11 @@ def unknown_group_option(group: str, option: str, roots: Sequence[Path]) -> str:
     known = sorted(file.relative_to(group).as_posix() for file in found if file.is_relative_to(group))
     if not known:
         leaves = [one.removeprefix("hydra/") for one in OBEYED if "/" in one]
-        near = get_close_matches(group.removeprefix("hydra/"), leaves, n=1)
-        return f"no group of Hydra's{f'; did you mean hydra/{near[0]}?' if near else ''}"
+        meant = did_you_mean(group.removeprefix("hydra/"), leaves, lambda near: f"hydra/{near}")
+        return f"no group of Hydra's{meant}"
     if option in known:
         return ""
-    meant = f"; did you mean {near[0]}?" if (near := get_close_matches(option, known, n=1)) else ""
+    meant = did_you_mean(option, known)
     instead = f"; {INSTEAD[group]}" if group in INSTEAD and not meant else ""
     return f"no such option; one of {', '.join(known)}{meant}{instead}"
 
@@ -69,15 +69,15 @@ def unknown_key(key: str, value: str, cfg: DictConfig) -> str:
         return ""
     parent = ".".join(parts[:depth])
     known = [one for one in map(str, node) if one != "_target_" and _is_read(f"{parent}.{one}")]
-    near = get_close_matches(parts[depth], known, n=1)
+    near = nearest(parts[depth], known)
     is_plugins = parts[1:2] in (["launcher"], ["sweeper"]) and depth == 2
     chosen = cfg.hydra.runtime.choices.get(f"hydra/{parts[1]}") if is_plugins else ""
     name = ".".join(parts[depth:])
     begin = f"hydra/{parts[1]}={chosen} has no {name}" if is_plugins else f"{parent} has no {parts[depth]}"
     if key.startswith(LAUNCHER) and (having := _launchers_with(name)):
-        remedy = f"choose hydra/launcher={' or '.join(having)}"
+        remedy = f"choose hydra/launcher={in_words(having, 'or')}"
     elif near:
-        remedy = f"did you mean {'.'.join([parent, near[0], *parts[depth + 1 :]])}?"
+        remedy = f"did you mean {'.'.join([parent, near, *parts[depth + 1 :]])}?"
     elif is_plugins and (own := all_keys().get(f"sweep.{name}")):
         remedy = f"did you mean {own.name}={value}?"
     else:

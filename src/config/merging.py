@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from omegaconf import Container, DictConfig, ListConfig, OmegaConf, flag_overrid
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.options import OptionFileError, error_at, error_in_defaults
+from src.util import did_you_mean, nearest
 
 HYDRA, BASE = "hydra", "config"
 HAS_DEFAULTS = "HYDRA_REMOVE_TOP_LEVEL_DEFAULTS"
@@ -160,9 +160,9 @@ class Loader(ConfigLoaderImpl):
         if one.is_self() or "${" in name or self._repo.config_exists(place):
             return ""
         group, _, option = place.rpartition("/")
-        if near := get_close_matches(option, self._options(group), n=1):
-            found = f"{group}/{near[0]}" if group else near[0]
-            return f"no file {place}.yaml; did you mean {f'/{found}' if name.startswith('/') else near[0]}?"
+        if near := nearest(option, self._options(group)):
+            found = f"{group}/{near}" if group else near
+            return f"no file {place}.yaml; did you mean {f'/{found}' if name.startswith('/') else near}?"
         beside, _, leaf = name.strip("/").rpartition("/")
         if beside and leaf in self._options(beside):
             return f"no file {place}.yaml; an option of another group is chosen by `override /{beside}: {leaf}`"
@@ -182,15 +182,12 @@ class Loader(ConfigLoaderImpl):
             if not name.startswith("/") and self._repo.group_exists(name):
                 return f"a group is looked for in this file's own folder unless it begins with '/': {written(name)}"
             groups = self._repo.get_group_options("", ObjectType.GROUP)
-            near = get_close_matches(group.rpartition("/")[2], groups, n=1)
-            return f"no group {group}" + (f"; did you mean {written(near[0])}?" if near else f"; {_listed(groups)}")
+            meant = did_you_mean(group.rpartition("/")[2], groups, written)
+            return f"no group {group}{meant or f'; {_listed(groups)}'}"
         for option in given:
             if option is not None and option != "???" and not self._repo.config_exists(f"{group}/{option}"):
                 known = self._options(group)
-                near = get_close_matches(option, known, n=1)
-                return f"{group} has no option {option}; {_listed(known)}" + (
-                    f"; did you mean {near[0]}?" if near else ""
-                )
+                return f"{group} has no option {option}; {_listed(known)}{did_you_mean(option, known)}"
         if one.override and one.package is not None:
             return f"nothing else has chosen an option for {one.package}: {written(group)}, without '@'"
         if one.override and group not in chosen and not group.startswith(f"{HYDRA}/"):
@@ -265,9 +262,8 @@ def _misfit(section: Any, given: Any, key: str) -> tuple[str, str] | None:
         inner = f"{key}.{name}"
         if name not in section:
             known = [str(one) for one in section if one != "_target_"]
-            near = get_close_matches(str(name), known, n=1)
-            remedy = f"did you mean {key}.{near[0]}?" if near else _listed(known)
-            return inner, f"there is no such key; {remedy}"
+            meant = did_you_mean(name, known, lambda near: f"{key}.{near}")
+            return inner, f"there is no such key{meant or f'; {_listed(known)}'}"
         if found := _misfit(section._get_node(name), new, inner):
             return found
     return None

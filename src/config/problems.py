@@ -10,6 +10,7 @@ from typing import Any
 from src import terminal
 from src.errors import ConfigError, visible
 from src.secrets import masked
+from src.util import plural
 
 LONGEST_KEY, LONGEST_VALUE, LONGEST_REASON = 100, 60, 2000
 """Characters that are shown of each."""
@@ -50,7 +51,7 @@ def refuse(problems: Sequence[Problem]) -> ConfigError:
         dict.fromkeys((p.given, shortened(p.reason, LONGEST_REASON), visible(p.where, is_line=True)) for p in problems)
     )
     width = min(44, max(len(given) for given, _, _ in unique))
-    lines = [f"Configuration refused: {len(unique)} problem{'s' if len(unique) > 1 else ''}"]
+    lines = [f"Configuration refused: {plural(len(unique), 'problem')}"]
     for given, reason, where in unique:
         lines.append(f"  {given:<{width}}   {reason}{f'   ({where})' if where else ''}")
     return ConfigError("\n".join([*lines, HINT]))

@@ -6,7 +6,6 @@ import inspect
 import types
 import typing
 from collections.abc import Mapping
-from difflib import get_close_matches
 from enum import Enum
 from typing import Any
 
@@ -14,6 +13,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.schema import Check
+from src.util import did_you_mean
 
 MISSING_TEXT = f"{MISSING} stands for a value that is missing, and can't be given as a text"
 
@@ -44,8 +44,7 @@ def _unlike(hint: Any, value: Any) -> str:
         allowed = [option.name for option in choices[0]]
         for one in value:
             if one not in allowed:
-                near = get_close_matches(str(one), allowed, n=1)
-                return f"{one} is not one of {', '.join(allowed)}{f'; did you mean {near[0]}?' if near else ''}"
+                return f"{one} is not one of {', '.join(allowed)}{did_you_mean(one, allowed)}"
     return f"not {described(hint)}"
 
 

@@ -16,6 +16,7 @@ from src.data.dataset import Data, first_block, is_chat
 from src.data.encoding import Encoder
 from src.data.report import SplitReport
 from src.data.sets import EncodedSet
+from src.util import plural
 
 MARK = re.compile(
     r"<\|(?:im_start|im_end|im_sep|start_header_id|end_header_id|eot_id|begin_of_text|end_of_text|endoftext|"
@@ -180,4 +181,4 @@ def _about_tokens(config: RunConfig, data: Data) -> Iterator[Finding]:
 
 
 def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
+    return plural(count, "row")

@@ -21,11 +21,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from src.config import plugins
 from src.data.encoding import PROBE
 from src.data.preparation import EncodingConfig, Prepared, prepared, without_cycles
 from src.data.sources import Source, file_hash, fingerprint_of
 from src.data.store import RowWriter, Shard, SourceStats
 from src.errors import DataError
+from src.util import plural
 
 MOST_TOLD = 10  # rows that an error names
 MOST_BAD = 10_000
@@ -64,7 +66,8 @@ class RowCache:
         """
         identity = source.fingerprint()
         tokenizer = tokenizer_fingerprint(recipe.tokenizer)
-        entry = self._folder / fingerprint_of(identity, recipe.settings(), tokenizer, _code())[:40]
+        code = [_code(), *plugins.versions(plugins.names()).values()]  # a plugin may have the format
+        entry = self._folder / fingerprint_of(identity, recipe.settings(), tokenizer, *code)[:40]
         if (found := self._open(entry)) is not None:
             return found
         with self._held(entry, name):
@@ -184,7 +187,7 @@ def bad_rows(first: Sequence[tuple[str, str]], count: int, stopped_at: str = "")
     if stopped_at:
         lines.append(f"stopped at {stopped_at}, after {count:,} rows that can't be used and fewer that can")
     told = "\n".join(f"  {line}" for line in lines)
-    return DataError(f"{count} row{'s' if count > 1 else ''} can't be used:\n{told}")
+    return DataError(f"{plural(count, 'row')} can't be used:\n{told}")
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from src.config.files import expand
 from src.config.formats import roles
-from src.config.schema import DataConfig, Metric, ModelType, Overflow, RunConfig
+from src.config.schema import DataConfig, ModelType, Overflow, RunConfig
 from src.data.answers import AnswerFrame
 from src.data.cache import RowCache, Tell
 from src.data.chat import ChatTemplate
@@ -30,8 +30,9 @@ from src.data.sets import EncodedSet
 from src.data.sources import FileSource, HubSource, Source, file_hash, file_source
 from src.data.store import Shard
 from src.data.stream import StreamedSet, StreamSource
-from src.errors import DataError, listed
+from src.errors import DataError
 from src.patterns import Pattern, at
+from src.util import listed, plural
 
 TrainSet = EncodedSet | StreamedSet
 
@@ -356,7 +357,7 @@ class _Builder:
     def _check_answers(self, rows: EncodedSet) -> None:
         """Refuse rows whose answer can't be found, where answers are compared."""
         pattern = self.data.answer_pattern
-        if pattern is None or Metric.exact_match not in self.config.metrics:
+        if pattern is None or "exact_match" not in self.config.metrics:
             return
         found = Pattern("data.answer_pattern", normalize("NFC", pattern))  # as exact match compares
         without = []
@@ -366,7 +367,7 @@ class _Builder:
                     without.append(rows.place(i))
         if without:
             raise DataError(
-                f"{len(without)} row{'s' if len(without) > 1 else ''} of {rows.name} can't be used: no answer in them, "
+                f"{plural(len(without), 'row')} of {rows.name} can't be used: no answer in them, "
                 f"data.answer_pattern {pattern!r} finds nothing\n{listed(without)}"
             )
 

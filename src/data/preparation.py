@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from src.config import plugins
 from src.config.formats import roles
 from src.config.schema import DataConfig, Overflow
 from src.data.chat import ChatTemplate
@@ -176,7 +177,7 @@ def prepared(
         return
     fresh = multiprocessing.get_context("spawn")  # a fork would copy locks that the tokenizer's threads hold
     try:
-        with ProcessPoolExecutor(num_workers, fresh, _start_worker, (recipe,)) as pool:
+        with ProcessPoolExecutor(num_workers, fresh, _start_worker, (recipe, plugins.names())) as pool:
             yield from _in_order(pool, _work, chunks, 2 * num_workers, max(BYTES_AHEAD, 2 * num_workers * CHUNK_BYTES))
     except BrokenProcessPool as error:
         raise DataError(
@@ -227,7 +228,7 @@ def _in_order(
 _preparer: RowEncoder | None = None
 
 
-def _start_worker(recipe: EncodingConfig) -> None:
+def _start_worker(recipe: EncodingConfig, plugins_of_run: Sequence[str]) -> None:
     """Set a worker process up: one thread each, and it is the parent that answers Ctrl-C."""
     global _preparer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -236,6 +237,7 @@ def _start_worker(recipe: EncodingConfig) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    plugins.require(plugins_of_run)  # one may have the format
     _preparer = RowEncoder(recipe)
 
 

@@ -22,7 +22,8 @@ from io import BufferedReader
 from typing import Any, NamedTuple
 
 from src.config.files import KNOWN, kind_of
-from src.errors import human_bytes, one_line, visible
+from src.errors import one_line, visible
+from src.util import human_bytes, plural
 
 MAX_ROW_BYTES = 4 * 2**20
 """A longer row is refused: more likely a file without line ends, or a quote that nobody closed."""
@@ -564,7 +565,7 @@ def _table(delimiter: str) -> Callable[[str], Iterator[Row]]:
             elif len(cells) == len(header):
                 yield Record(dict(zip(header, cells, strict=True)), file, text.start)
             elif cells:
-                many = f"{len(cells)} field{'s' if len(cells) > 1 else ''}"
+                many = plural(len(cells), "field")
                 yield Unreadable(file, text.start, f"{many}, the header has {len(header)}")
 
     return rows

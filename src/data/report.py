@@ -13,6 +13,7 @@ from src.data.chat_signs import squeezed
 from src.data.encoding import THOUGHT, Encoder
 from src.data.sets import EncodedSet
 from src.data.store import DroppedRow
+from src.util import plural
 
 CHECK_ROWS = 200
 """Rows of a set that are decoded again, to see whether the tokenizer gives their text back."""
@@ -103,9 +104,7 @@ class SplitReport:
         if len(self.sources) > 1:
             text += f"\n  mixed of {', '.join(f'{name} {count:,}' for name, count in self.sources.items())}"
         if self.unread_keys:
-            keys = ", ".join(
-                f"{key} ({count:,} row{'' if count == 1 else 's'})" for key, count in self.unread_keys.items()
-            )
+            keys = ", ".join(f"{key} ({plural(count, 'row')})" for key, count in self.unread_keys.items())
             text += f"\n  keys that nothing reads: {keys}"
         if self.rows_changed_by_tokenizer:
             text += f"\n  of the first {CHECK_ROWS} rows {self.rows_changed_by_tokenizer} do not come back as they were"

@@ -23,7 +23,7 @@ from src.config.rules import is_read_by_predict
 from src.config.schema import RunConfig
 from src.data.sources import file_hash
 from src.errors import ModelError, RunFolderError
-from src.evaluation.metrics import scores
+from src.metrics import scores
 from src.records import (
     NUMBER,
     OPTIONAL_TEXT,
@@ -33,14 +33,12 @@ from src.records import (
     check_keys,
     check_plain,
     damaged,
-    finite,
     parse,
     read_bytes,
     read_json,
-    write_atomically,
-    write_json,
 )
 from src.tracking.console import Console, clock
+from src.util import finite, write_atomically, write_json
 
 if TYPE_CHECKING:
     from src.data.dataset import Prompts

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from src.checkpoint.store import SMALL_BYTES
 from src.config.schema import CheckpointConfig, OptimizerConfig
-from src.errors import human_bytes
 from src.forecast.items import MemoryItem, total
 from src.forecast.optimizer_state import OPTIMIZER_STATE, checkpoint_bytes
 from src.forecast.parameters import ModelParameters
+from src.util import human_bytes
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from src.config.schema import OptimizerConfig
-from src.errors import human_bytes
 from src.forecast.counting import ForwardCount, MicroBatchShape, TrainingCount
 from src.forecast.items import MemoryItem, total
 from src.forecast.optimizer_state import optimizer_part
 from src.forecast.parameters import FP32, ModelParameters, TrainableTensor
 from src.runtime.allocation import KEPT_IN_ALL
+from src.util import human_bytes
 
 
 @dataclass(frozen=True)

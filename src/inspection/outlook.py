@@ -17,7 +17,6 @@ from src.config.schema import Device, LoraConfig, MixedPrecision, RunConfig, Zer
 from src.data.batching import Plan, Sequences, collate, steps_per_epoch
 from src.data.dataset import Data, first_block
 from src.data.sets import EncodedSet
-from src.errors import human_bytes
 from src.forecast.counting import (
     ForwardCount,
     ModelCounter,
@@ -41,6 +40,7 @@ from src.runtime.signals import stop_on_signals
 from src.tokens import num_token_ids
 from src.training.loss import Scores
 from src.training.state import batch_plan, num_train_steps, prepare
+from src.util import human_bytes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from src.config.schema import RunConfig, Weights
 from src.data.advice import Finding, Level
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
-from src.errors import human_bytes, visible
+from src.errors import visible
 from src.forecast.items import MemoryItem
 from src.forecast.time import TimeForecast
 from src.inspection.drawing import Paint, histogram, painted_row
@@ -17,6 +17,7 @@ from src.inspection.findings import Proof
 from src.inspection.outlook import Forecast
 from src.model.build import num_parameters
 from src.tracking.console import Console, clock
+from src.util import human_bytes
 
 COLOURS = {Level.error: "1;31", Level.warning: "33", Level.note: "2"}
 

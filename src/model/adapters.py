@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from src.model.embeddings import tied_as_it_is
 from src.model.weights import check_finite, check_names
 from src.model.whole import whole_models
 from src.runtime.sharding import gathered
+from src.util import in_words, nearest
 
 WEIGHTS = "adapter_model.safetensors"
 """What PEFT calls the file of an adapter's weights."""
@@ -314,7 +314,7 @@ def _check_shared(model: nn.Module, owners: Mapping[int, Sequence[str]], why: st
         name = name.replace(".base_layer", "")  # several adapters in one module, of experts
         others = sorted({one for matrix in matrices for one in owners.get(id(matrix), [])} - {name})
         if others:
-            both = " and ".join(filter(None, [", ".join(others[:-1]), others[-1]]))
+            both = in_words(others)
             raise ModelError(
                 f"adapter.target_modules: {name} has its matrix in common with {both} (tied weights), and {why}: "
                 f"{both} would change too, and the result would not be the model that is trained. Leave "
@@ -358,8 +358,8 @@ def _check_names(model: Any, key: str, targets: Sequence[str], is_pattern: bool)
             f"adapter.{key}: a text is a pattern for whole names; a list of names is written [{targets[0]}]"
         )
     linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
-    near = {t: get_close_matches(t.rpartition(".")[2], linear, n=1) for t in missing}
-    listed_names = ", ".join(f"{t}{f' (did you mean {near[t][0]}?)' if near[t] else ''}" for t in missing)
+    near = {t: nearest(t.rpartition(".")[2], linear) for t in missing}
+    listed_names = ", ".join(f"{t}{f' (did you mean {near[t]}?)' if near[t] else ''}" for t in missing)
     raise ModelError(
         f"adapter.{key}: {listed_names} not found in {type(model).__name__}; its linear layers are "
         f"{', '.join(linear)}, or all-linear"

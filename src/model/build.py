@@ -34,6 +34,7 @@ from src.model.quantization import check_quantisable, keep_gradients, quantizati
 from src.model.weights import check_loaded, check_sizes
 from src.model.whole import whole_models
 from src.runtime.sharding import whole_shape
+from src.util import in_words
 
 
 def build_model(config: RunConfig, device: torch.device) -> Any:
@@ -121,7 +122,7 @@ def check_attention(config: ModelConfig, device: torch.device) -> None:
         "model.dtype=bfloat16 or float16": is_16_bit,
     }
     if missing := [what for what, is_there in lacking.items() if not is_there]:
-        reason = f"flash_attention_2 needs {' and '.join(missing)}"
+        reason = f"flash_attention_2 needs {in_words(missing)}"
         raise ModelError(f"model.attn_implementation: {reason}; sdpa is nearly as fast, and always there")
 
 

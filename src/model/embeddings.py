@@ -19,6 +19,7 @@ from src.config.schema import InitMethod, TokensConfig
 from src.errors import ModelError, TokenError
 from src.runtime.sharding import gathered, whole_shape
 from src.tokens import NewTokens, num_token_ids
+from src.util import in_words
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def check_new_rows(model: Any, started: StartedRows) -> None:
         return
     matrices = {matrix.name: matrix for matrix in embedding_matrices(model)}
     if matrices.keys() != started.values.keys():
-        now, before = " and ".join(matrices), " and ".join(started.values)
+        now, before = in_words(matrices), in_words(started.values)
         raise ModelError(f"embeddings were {before}, now they are {now}: the tie changed")
     for name, expected in started.values.items():
         found = matrices[name].rows(list(started.ids.values()))

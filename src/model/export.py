@@ -19,12 +19,13 @@ from transformers import AutoTokenizer
 
 from src.config.places import clear, set_aside
 from src.config.schema import ModelConfig, RunConfig, Weights
-from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, listed, one_line
+from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, one_line
 from src.model.adapters import WEIGHTS, Adapter, with_adapter
 from src.model.build import build_model, check_lengths, empty_model, load_architecture, load_weights
 from src.model.embeddings import fit_embeddings
 from src.model.merging import merge, probe_ids
 from src.tokens import num_token_ids
+from src.util import listed
 
 CPU = torch.device("cpu")
 

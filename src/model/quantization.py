@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from src.config.schema import Dtype, MixedPrecision, ModelConfig, QuantizationConfig
-from src.errors import ModelError, listed
+from src.errors import ModelError
+from src.util import listed
 
 PACKS = "support_avx512bf16_for_cpu"
 CPU_BLOCK = 64

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import ModelError, visible
+from src.util import plural
 
 MOST_LAYERS = 10_000
 """More are no model but a slip: only naming their weights would take minutes."""
@@ -156,4 +157,4 @@ def _weights(names: Iterable[str], notes: Mapping[str, str] | None = None, most:
         kinds.setdefault(_NUMBER.sub("*", name), name)
     shown = [visible(name, is_line=True) + notes.get(name, "") for name in list(kinds.values())[:most]]
     more = ", …" if count > len(shown) else ""
-    return f"{count:,} weight{'' if count == 1 else 's'} ({', '.join(shown)}{more})"
+    return f"{plural(count, 'weight')} ({', '.join(shown)}{more})"

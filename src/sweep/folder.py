@@ -19,8 +19,8 @@ from typing import Any
 from src import secrets
 from src.config.frozen import SWEEP, config_hash, read_starts, read_status
 from src.config.options import option_files
-from src.config.schema import greater_is_better
-from src.errors import DamagedFileError, SweepError, listed
+from src.errors import DamagedFileError, SweepError
+from src.metrics import greater_is_better
 from src.records import (
     LARGEST_YAML_BYTES,
     NUMBER,
@@ -33,14 +33,13 @@ from src.records import (
     read_bytes,
     read_json,
     read_lines,
-    write_atomically,
-    write_json,
 )
 from src.sweep.trial import Trial, check_trial
 from src.sweep.workers import log_file
 from src.tracking.lock import LOCK, holder_of
 from src.tracking.step_logs import read_step_log
 from src.tracking.sweep_files import holds_another, read_sweep
+from src.util import listed, write_atomically, write_json
 
 REMEDY = "Restore it from a copy; or another sweep.name begins another, force=true removes this one and begins anew."
 MORE_KEYS: Mapping[str, Types] = {"id": str, "elapsed_seconds": NUMBER}

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from src.markdown import code, inline
 from src.markdown import table as markdown_table
-from src.records import finite, write_atomically
 from src.sweep.ranking import Direction, Row, number
 from src.sweep.trial import short
+from src.util import finite, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

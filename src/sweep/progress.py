@@ -13,6 +13,7 @@ from src.sweep.folder import TrialStatus
 from src.sweep.trial import Trial, short
 from src.terminal import columns_of, wrapped
 from src.tracking.console import Console, clock
+from src.util import plural
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -122,15 +123,10 @@ def _cells(entry: Entry) -> tuple[str, ...]:
     return str(entry.trial.number), short(entry.trial.label), standing.state.lower(), step, shown, left
 
 
-def some(count: int, noun: str) -> str:
-    """Give a number of things in words."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def counted(counts: Mapping[str, int], total: int, left_seconds: float | None) -> str:
     """Say in a line how far a sweep is."""
     done = sum(counts.get(state, 0) for state in ("FINISHED", "PRUNED"))
-    parts = [f"{done} of {some(total, 'trial')} done"]
+    parts = [f"{done} of {plural(total, 'trial')} done"]
     parts += [f"{counts[state]} {state.lower()}" for state in ("RUNNING", "FAILED", "PRUNED") if counts.get(state)]
     if left_seconds is not None:
         parts.append(f"about {clock(left_seconds)} left")

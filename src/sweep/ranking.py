@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Literal
 
+from src.metrics import LOSSES
 from src.sweep.significance import SIGNIFICANCE, Comparison, Replicate, compare, half_width, holm
+from src.util import in_words, plural
 
 Direction = Literal["minimize", "maximize"]
 EXTREME: Mapping[Direction, str] = {"minimize": "lowest", "maximize": "highest"}
@@ -302,7 +304,7 @@ def _conclusion_of_many(measured: Sequence[Row], ranked: Sequence[Row], metric: 
         all_others = "all others" if len(measured) == len(ranked) else "all that can be compared"
         loser = worse[0].name if len(worse) == 1 else all_others
         return f"{best.name} is better than {loser} in {metric} ({_measure(best, ranked)})."
-    rest = f"; {_count(worse, 'other is', 'others are')} worse" if worse else ""
+    rest = f"; {plural(len(worse), 'other is', 'others are')} worse" if worse else ""
     if len(tied) == 1:
         return f"{best.name} and {tied[0].name} {_tie_of_two(tied[0], ranked, metric)}{rest}."
     choose = min if direction == "minimize" else max
@@ -336,8 +338,8 @@ def _cautions(rows: Sequence[Row], ranked: Sequence[Row], measured: Sequence[Row
         said.append(f"{best.name} is not complete: {', '.join(f'{count} {word}' for word, count in lacks.items())}.")
     lacking = len(rows) - len(ranked)
     if lacking:
-        said.append(f"{lacking} {'setting has' if lacking == 1 else 'settings have'} no value.")
-    if metric.endswith(("loss", "perplexity")) and len({row.group for row in ranked}) > 1:
+        said.append(f"{plural(lacking, 'setting has', 'settings have')} no value.")
+    if metric.rpartition("/")[2] in LOSSES and len({row.group for row in ranked}) > 1:
         said.append("Losses per token compare models only where they share a tokenizer.")
     return said
 
@@ -345,12 +347,7 @@ def _cautions(rows: Sequence[Row], ranked: Sequence[Row], measured: Sequence[Row
 def _names(rows: Sequence[Row]) -> str:
     if len(rows) > 3:
         return f"{len(rows)} settings"
-    *before, last = [row.name for row in rows]
-    return f"{', '.join(before)} and {last}" if before else last
-
-
-def _count(rows: Sequence[Row], one: str, many: str) -> str:
-    return f"{len(rows)} {one if len(rows) == 1 else many}"
+    return in_words(row.name for row in rows)
 
 
 def _measure(row: Row, rows: Sequence[Row]) -> str:

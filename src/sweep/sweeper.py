@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from src.config.compose import CommandLine
 from src.config.problems import refuse
@@ -17,7 +17,7 @@ from src.sweep.controller import UNENDED, SweepController, early_replicates, rec
 from src.sweep.folder import SweepFolder, TrialStatus
 from src.sweep.launched import Launched, is_own_launcher
 from src.sweep.plan import Plan, plan_sweep
-from src.sweep.progress import ProgressTable, failures, listing, some
+from src.sweep.progress import ProgressTable, failures, listing
 from src.sweep.ranking import Result, conclusion, rank
 from src.sweep.study import Study, open_study
 from src.sweep.trial import Trial
@@ -25,6 +25,7 @@ from src.sweep.workers import RunTrial, Workers, end_fork_server, modules_of_run
 from src.tracking.console import Console
 from src.tracking.lock import hold
 from src.tracking.sweep_tracker import open_sweep_tracking
+from src.util import plural
 
 
 @dataclasses.dataclass
@@ -36,8 +37,6 @@ class SweepRequest:
     run_trial: RunTrial
     workers: Workers
     code: int = 0
-    ATTRIBUTE: ClassVar[str] = "towline_sweep"
-    """Where Hydra's task function has it."""
 
 
 def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> SweepRequest | None:
@@ -65,13 +64,12 @@ def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> 
     return SweepRequest(plan, stop, run_trial, workers)
 
 
-def sweep(task: Callable[..., Any], config: Any, context: Any) -> int:
-    """Be Hydra's sweeper: run the sweep that the task function carries.
+def sweep(request: SweepRequest, config: Any, context: Any) -> int:
+    """Run a sweep as Hydra's sweeper, and return its exit code.
 
     Args:
-        task, config, context: what Hydra sets a sweeper up with; a launcher other than Hydra's own is made of them.
+        config, context: what Hydra sets a sweeper up with; a launcher other than Hydra's own is made of them.
     """
-    request: SweepRequest = getattr(task, SweepRequest.ATTRIBUTE)
     launched = None if is_own_launcher(config) else Launched(config, context, request.plan, request.run_trial)
     try:
         request.code = lead(request.plan, request.stop, launched or request.workers)
@@ -186,11 +184,11 @@ def _dry_run(plan: Plan, record: SweepFolder, console: Console) -> int:
     listing(trials, standings, to_run if len(to_run) < len(trials) else (), console)
     if plan.is_listed:
         jobs = f", {plan.config.n_jobs} at a time" if plan.config.n_jobs > 1 else ""
-        console.say(f"{some(len(trials), 'trial')}, {len(to_run)} to run{jobs}. Nothing was run or written.")
+        console.say(f"{plural(len(trials), 'trial')}, {len(to_run)} to run{jobs}. Nothing was run or written.")
     else:
         each = f" of {plan.num_replicates} trials" if plan.num_replicates > 1 else ""
         console.say(
-            f"{some(plan.config.n_trials or 0, 'setting')}{each}, proposed by {plan.config.sampler.name} as results "
+            f"{plural(plan.config.n_trials or 0, 'setting')}{each}, proposed by {plan.config.sampler.name} as results "
             "come in. Nothing was run or written."
         )
     return 0
@@ -275,7 +273,7 @@ def _close(plan: Plan, conductor: SweepController, why: str, console: Console) -
         if number in conductor.todo and (standing := conductor.standings[number]).state == "FAILED"
     ]
     if failed:
-        console.say(f"\n{len(failed)} of {some(len(conductor.trials), 'trial')} failed:")
+        console.say(f"\n{len(failed)} of {plural(len(conductor.trials), 'trial')} failed:")
         failures(failed, console)
         console.say("The same command tries them again, and leaves what is done as it is.")
     if conductor.has_given_up_on_refusals:

@@ -10,8 +10,9 @@ from typing import Any
 
 from src import secrets
 from src.errors import DamagedFileError, TowlineError, one_line
-from src.records import Line, write_json
+from src.records import Line
 from src.tracking.exporters import Activity, DeliveryError, Exporter
+from src.util import write_json
 
 MOST_CHARACTERS = 400
 

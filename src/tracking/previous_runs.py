@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from src import secrets
-from src.records import write_json
 from src.tracking.exporters import Activity, DeliveryError, Exporter
 from src.tracking.mlflow_calls import WatchedClient
 from src.tracking.mlflow_client import KILLED, quiet_client, reach, run_of
@@ -21,6 +20,7 @@ from src.tracking.mlflow_errors import explained
 from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_state import TRACKING, PreviousRun, runs_left
 from src.tracking.sqlite_store import SqliteStore
+from src.util import write_json
 
 
 class PreviousRuns(Exporter):

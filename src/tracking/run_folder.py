@@ -23,10 +23,11 @@ from src import secrets
 from src.config import trust
 from src.config.frozen import CONFIG, STARTS, STATUS, read_status
 from src.errors import DamagedFileError, Interrupted, Pruned, report
-from src.records import Digest, file_digest, finite, write_atomically, write_json
+from src.records import Digest, file_digest
 from src.tracking.folder_start import Start, make_room, resume_command
 from src.tracking.lock import process_identity
 from src.tracking.step_logs import STEP_LOGS, LogDigest, read_step_log
+from src.util import finite, write_atomically, write_json
 
 
 class RunFolder:

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from src.config.frozen import config_hash, read_status
 from src.config.quoting import shell_override
-from src.config.schema import NoTrackingConfig, TrackingConfig, greater_is_better
+from src.config.schema import TrackingConfig
+from src.metrics import greater_is_better
 from src.tracking import mlflow_run, mlflow_sweep  # noqa: F401 - they register the exporters
 from src.tracking.console import Console
 from src.tracking.export_thread import AT_THE_END, TO_THE_END, WHEN_STOPPED, ExportThread
@@ -59,6 +60,7 @@ class Line:
 class Tracker(Protocol):
     """What a run logs to; what was logged is kept when a method returns. By default nothing is."""
 
+    console: Console
     cut_line: dict[str, Any] | None = None
     """The line of metrics of the step that is repeated, as it was; see `rewind_to`."""
 
@@ -144,6 +146,9 @@ class Tracker(Protocol):
 
 class NullTracker(Tracker):
     """Keeps and shows nothing: the tracker of a process that is not the first."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
 
 
 class FolderTracker(Tracker):
@@ -326,7 +331,7 @@ def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> 
     Raises:
         RunFolderError: where another process holds the folder.
     """
-    if isinstance(config, NoTrackingConfig):
+    if config.type not in EXPORTERS:
         return
     is_known = any(os.path.lexists(run_dir / name) for name in (TRACKING, state_file(config.type)))
     if not is_known and not read_status(run_dir).get("tracker_run_id"):

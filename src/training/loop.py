@@ -13,10 +13,11 @@ from src.config.schema import Reduction, RunConfig
 from src.data.batching import Batch, collate, windows
 from src.data.dataset import TrainSet
 from src.data.sets import EncodedSet
-from src.errors import NonFiniteLossError, listed
+from src.errors import NonFiniteLossError
 from src.runtime.session import Runtime
 from src.training.loss import step_objective, sum_of_weights
 from src.training.state import StepResult, StepStats, TrainState
+from src.util import listed
 
 
 @dataclass(frozen=True)

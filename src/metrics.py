@@ -1,21 +1,117 @@
-"""Scores of generated text, as pure functions of texts."""
+"""Scores of generated text, as pure functions of texts, and in which direction each is better.
+
+A metric is a function that takes by name what it needs, registered with what its values mean; nothing else lists it.
+Libraries that score are imported by the functions themselves: the names are read while a command line is checked.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import regex
 
-from src.config.schema import Metric
 from src.patterns import Pattern, at
+from src.registry import Registry
 
-ROUGE = (Metric.rouge1, Metric.rouge2, Metric.rougeL)
-FULL_MARKS = {metric: 100.0 if metric in (Metric.chrf, Metric.bleu) else 1.0 for metric in Metric}
-"""What each metric says of predictions that are their references."""
+CAN_NEED = ("predictions", "references", "answer_pattern", "place")
+"""What a metric's function may take by name: the texts [row], `data.answer_pattern`, and a function from a row's number
+to the words that say where it comes from."""
+LOSSES = ("loss", "perplexity", "thought_loss", "answer_loss")
+"""Values of every evaluation that need no generated text; the lower, the better."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of generated texts.
+
+    Args:
+        needs: what `compute` takes, of CAN_NEED.
+        full_marks: its value where predictions are their references; None where that is not known.
+        can_score: whether it can give full marks, by a reference and the answer pattern.
+    """
+
+    compute: Callable[..., float]
+    needs: tuple[str, ...]
+    greater_is_better: bool
+    full_marks: float | None
+    can_score: Callable[[str, str | None], bool]
+
+
+METRICS = Registry[Metric]("metric")
+"""What `data.metrics` and `evaluation.metrics` may name."""
+
+Function = Callable[..., float]
+
+
+def metric(
+    name: str,
+    *,
+    greater_is_better: bool = True,
+    full_marks: float | None = None,
+    can_score: Callable[[str, str | None], bool] = lambda reference, answer_pattern: True,
+) -> Callable[[Function], Function]:
+    """Return a decorator that registers a function as a metric; see Metric.
+
+    Raises:
+        ValueError: where the function takes what no metric gets, or the name is taken.
+    """
+
+    def register(compute: Function) -> Function:
+        needs = tuple(inspect.signature(compute).parameters)
+        if unknown := [one for one in needs if one not in CAN_NEED]:
+            raise ValueError(f"the metric {name} takes {', '.join(unknown)}; it can take {', '.join(CAN_NEED)}")
+        if name in LOSSES:
+            raise ValueError(f"every evaluation has a {name} of its own")
+        METRICS[name] = Metric(compute, needs, greater_is_better, full_marks, can_score)
+        return compute
+
+    return register
+
+
+def greater_is_better(name: str) -> bool:
+    """Return in which direction a value of metrics.jsonl improves: losses fall, metrics say themselves."""
+    score = name.rpartition("/")[2]
+    return METRICS[score].greater_is_better if score in METRICS else score not in LOSSES
+
+
+def scores(
+    names: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[str],
+    answer_pattern: str | None,
+    place: Callable[[int], str] = "text {}".format,
+) -> dict[str, float]:
+    """Compute the metrics asked for, by name, in that order.
+
+    Args:
+        place: says where the row of a prediction comes from.
+    Raises:
+        DataError: naming the row on which the pattern does not come to an end.
+    """
+    given = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
+    return {name: METRICS[name].compute(**{need: given[need] for need in METRICS[name].needs}) for name in names}
+
+
+def is_full_marks(name: str, prediction: str, reference: str, answer_pattern: str | None = None) -> bool:
+    """Return whether one prediction gets full marks; never against a reference that the metric can't score.
+
+    Equal texts are answered at once, without the libraries that score; so are metrics whose full marks are not known.
+    """
+    asked = METRICS[name]
+    if not asked.can_score(reference, answer_pattern):
+        return False
+    if prediction == reference or asked.full_marks is None:
+        return True
+    value = scores([name], [prediction], [reference], answer_pattern)[name]
+    return math.isclose(value, asked.full_marks, rel_tol=1e-9)
+
+
 BLEU_ORDER = 4
 """BLEU compares runs of one to four words."""
 
@@ -48,65 +144,6 @@ MTEVAL_13A = (
 """Where mteval-v13a cuts: at ASCII punctuation, but not within a number."""
 
 
-def scores(
-    metrics: Sequence[Metric],
-    predictions: Sequence[str],
-    references: Sequence[str],
-    answer_pattern: str | None,
-    place: Callable[[int], str] = "text {}".format,
-) -> dict[str, float]:
-    """Return the metrics asked for by name, in that order: exact match and ROUGE from 0 to 1, chrF and BLEU to 100.
-
-    Only exact match looks at `answer_pattern`; the others compare whole texts.
-
-    Args:
-        place: says where the row of a prediction comes from.
-    Raises:
-        DataError: naming the row on which the pattern does not come to an end.
-    """
-    values = rouge([metric.value for metric in metrics if metric in ROUGE], predictions, references)
-    if Metric.exact_match in metrics:
-        values["exact_match"] = exact_match(predictions, references, answer_pattern, place)
-    if Metric.chrf in metrics:
-        values["chrf"] = chrf(predictions, references)
-    if Metric.bleu in metrics:
-        values["bleu"] = bleu(predictions, references)
-    return {metric.value: values[metric.value] for metric in metrics}
-
-
-def is_full_marks(metric: Metric, prediction: str, reference: str, answer_pattern: str | None = None) -> bool:
-    """Return whether one prediction gets full marks; never against a reference that the metric can't score.
-
-    Equal texts are answered at once, without the libraries that score.
-    """
-    if unscorable(metric, reference, answer_pattern):
-        return False
-    if prediction == reference:
-        return True
-    value = scores([metric], [prediction], [reference], answer_pattern)[metric.value]
-    return math.isclose(value, FULL_MARKS[metric], rel_tol=1e-9)
-
-
-def unscorable(metric: Metric, reference: str, answer_pattern: str | None = None) -> bool:
-    """Return whether a metric can't give full marks even to the reference itself.
-
-    ROUGE needs a word, ROUGE-2 two; BLEU four, as it cuts them; chrF anything but white space; exact match with a
-    pattern a match. No library is imported for it.
-    """
-    if metric is Metric.exact_match:
-        return answer(reference, answer_pattern) is None
-    if metric is Metric.chrf:
-        return not reference.strip()
-    if metric is Metric.bleu:
-        # what stands between spaces is one word or more, unless mteval-13a joins or removes it
-        is_plain = "-\n" not in reference and "<skipped>" not in reference
-        has_four = is_plain and len(reference.split(maxsplit=BLEU_ORDER)) >= BLEU_ORDER
-        return not has_four and len(bleu_words(reference)) < BLEU_ORDER
-    needed = 2 if metric is Metric.rouge2 else 1
-    # the last word of a text's beginning may be cut, those in front of it are whole
-    return len(words(reference[:100])) <= needed and len(words(reference)) < needed
-
-
 def answer(text: str, pattern: str | None) -> str | None:
     """Return what a text answers: all of it, or the last match of the pattern's first group; None without a match.
 
@@ -122,18 +159,23 @@ def answer(text: str, pattern: str | None) -> str | None:
     return groups[-1].strip() if groups and groups[-1] is not None else None
 
 
+@metric(
+    "exact_match",
+    full_marks=1.0,
+    can_score=lambda reference, answer_pattern: answer(reference, answer_pattern) is not None,
+)
 def exact_match(
     predictions: Sequence[str],
     references: Sequence[str],
-    pattern: str | None,
+    answer_pattern: str | None,
     place: Callable[[int], str] = "text {}".format,
 ) -> float:
     """Compute the share of predictions whose answer is the reference's, from 0 to 1; no answer is no match."""
     hits = 0
     for number, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         with at(place, number):
-            given = answer(prediction, pattern)
-            hits += given is not None and given == answer(reference, pattern)
+            given = answer(prediction, answer_pattern)
+            hits += given is not None and given == answer(reference, answer_pattern)
     return hits / len(predictions)
 
 
@@ -174,23 +216,47 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def rouge(names: Sequence[str], predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Compute each kind of ROUGE by its name, the F-measure's mean over the rows, from 0 to 1; without stemming.
+def rouge(name: str, predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Compute a kind of ROUGE: the F-measure's mean over the rows, from 0 to 1; without stemming.
 
     Args:
-        names: rouge1, rouge2 (shared words and pairs of words), rougeL (longest common subsequence of the whole text).
+        name: rouge1, rouge2 (shared words and pairs of words), rougeL (longest common subsequence of the whole text).
 
     Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
     """
-    if not names:
-        return {}
     from rouge_score.rouge_scorer import RougeScorer  # takes a second to import
 
-    scorer = RougeScorer(list(names), tokenizer=SimpleNamespace(tokenize=words))
+    scorer = RougeScorer([name], tokenizer=SimpleNamespace(tokenize=words))
     rows = [scorer.score(target=r, prediction=p) for p, r in zip(predictions, references, strict=True)]
-    return {name: sum(row[name].fmeasure for row in rows) / len(rows) for name in names}
+    return float(sum(row[name].fmeasure for row in rows) / len(rows))
 
 
+def _has_words(least: int) -> Callable[[str, str | None], bool]:
+    """Return the condition that a reference has so many words as ROUGE cuts them."""
+
+    def has_words(reference: str, answer_pattern: str | None) -> bool:
+        # the last word of a text's beginning may be cut, those in front of it are whole
+        return len(words(reference[:100])) > least or len(words(reference)) >= least
+
+    return has_words
+
+
+@metric("rouge1", full_marks=1.0, can_score=_has_words(1))
+def rouge1(predictions: Sequence[str], references: Sequence[str]) -> float:
+    return rouge("rouge1", predictions, references)
+
+
+@metric("rouge2", full_marks=1.0, can_score=_has_words(2))
+def rouge2(predictions: Sequence[str], references: Sequence[str]) -> float:
+    return rouge("rouge2", predictions, references)
+
+
+@metric("rougeL", full_marks=1.0, can_score=_has_words(1))
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
+    return rouge("rougeL", predictions, references)
+
+
+@metric("chrf", full_marks=100.0, can_score=lambda reference, answer_pattern: bool(reference.strip()))
 def chrf(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Compute chrF2 of all rows together, from 0 to 100: shared runs of 1 to 6 characters of NFC, spaces left out.
 
@@ -203,6 +269,15 @@ def chrf(predictions: Sequence[str], references: Sequence[str]) -> float:
     return corpus_chrf([nfc(p) for p in predictions], [[nfc(r) for r in references]]).score
 
 
+def _has_bleu_words(reference: str, answer_pattern: str | None) -> bool:
+    """Return whether a reference has the four words that BLEU needs, as it cuts them."""
+    # what stands between spaces is one word or more, unless mteval-13a joins or removes it
+    is_plain = "-\n" not in reference and "<skipped>" not in reference
+    has_four = is_plain and len(reference.split(maxsplit=BLEU_ORDER)) >= BLEU_ORDER
+    return has_four or len(bleu_words(reference)) >= BLEU_ORDER
+
+
+@metric("bleu", full_marks=100.0, can_score=_has_bleu_words)
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Compute BLEU of all rows together, from 0 to 100; 0 also for equal texts where none has four words.
 

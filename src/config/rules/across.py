@@ -1,0 +1,153 @@
+"""Rules across sections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from src.config.problems import Problem
+from src.config.rules.data import sources
+from src.config.schema import (
+    AdapterConfig,
+    Attention,
+    Batching,
+    DataConfig,
+    Device,
+    Dtype,
+    ExportConfig,
+    LossConfig,
+    MixedPrecision,
+    ModelConfig,
+    ModelType,
+    NoAdapterConfig,
+    OptimizerConfig,
+    QuantizationConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+    SupervisedTurns,
+    Thoughts,
+    TokensConfig,
+    TrainingConfig,
+    WarmupScheduleConfig,
+    Weights,
+)
+
+
+def streaming_can_work(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
+    if not data.streaming:
+        return
+    if training.max_train_steps is None:
+        reason = "needed with data.streaming: nobody knows how many rows there are"
+        yield Problem("training.max_train_steps", reason, None)
+    if data.held_out_fraction:
+        reason = "can't hold out rows of a stream; give data.validation_files, or set this to 0"
+        yield Problem("data.validation_fraction", reason, data.validation_fraction)
+    for name, given in (data.mixture or {}).items():
+        if given.get("weight") is None and given.get("count") is None:
+            yield Problem(f"data.mixture.{name}", "a streamed source needs a weight or a count", given)
+
+
+def encoder_decoders_take_pairs(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
+    if model.type is not ModelType.encoder_decoder:
+        return
+    if data.batching is Batching.packed:
+        yield Problem("data.batching", "an encoder-decoder takes padded or length_grouped", "packed")
+    for key, source in sources(data):
+        if source.format == "text":
+            yield Problem(f"{key}.format", "an encoder-decoder needs something to read: a format with a prompt", "text")
+        if source.format == "messages" and source.supervised_turns is SupervisedTurns.all:
+            reason = "an encoder-decoder writes one turn: data.supervised_turns=last"
+            yield Problem(f"{key}.supervised_turns", reason, "all")
+
+
+def kept_thoughts_have_tags(data: DataConfig, tokens: TokensConfig) -> Iterator[Problem]:
+    if data.thoughts is Thoughts.keep:
+        if tokens.thought_open is None:
+            yield Problem("data.thoughts", "nothing to write thoughts with: tokens.thought_open is null", "keep")
+        if data.thought_pattern is None:
+            yield Problem("data.thoughts", "nothing to find thoughts with: data.thought_pattern is null", "keep")
+
+
+def quantised_weights_are_frozen(
+    quantization: QuantizationConfig, adapter: AdapterConfig, model: ModelConfig
+) -> Iterator[Problem]:
+    if not quantization.is_on:
+        return
+    if quantization.load_in_8bit and quantization.load_in_4bit:
+        yield Problem("quantization.load_in_4bit", "8 bits or 4, not both", True)
+    key = "quantization.load_in_8bit" if quantization.load_in_8bit else "quantization.load_in_4bit"
+    if isinstance(adapter, NoAdapterConfig):
+        yield Problem(key, "quantised weights can't be trained; train an adapter on them: adapter=lora", True)
+    if model.weights is Weights.random:
+        yield Problem(key, "only a checkpoint's weights are quantised; model.weights is random", True)
+
+
+def adapters_can_be_made(adapter: AdapterConfig, quantization: QuantizationConfig) -> Iterator[Problem]:
+    if isinstance(adapter, NoAdapterConfig):
+        return
+    if adapter.use_dora and quantization.load_in_8bit:
+        yield Problem("adapter.use_dora", "PEFT can't put DoRA on weights in 8 bits; quantization=nf4, or LoRA", True)
+    if adapter.layers_to_transform is not None and isinstance(adapter.target_modules, str):
+        reason = "PEFT chooses layers only where adapter.target_modules is a list of names"
+        yield Problem("adapter.layers_to_transform", reason, adapter.layers_to_transform)
+    if adapter.init_lora_weights not in (True, False, "gaussian", "orthogonal") and quantization.is_on:
+        reason = "changes the base weights, which a quantised base can't have"
+        yield Problem("adapter.init_lora_weights", reason, adapter.init_lora_weights)
+
+
+def merging_needs_an_adapter(export: ExportConfig, adapter: AdapterConfig) -> Iterator[Problem]:
+    if export.merge and isinstance(adapter, NoAdapterConfig):
+        yield Problem("export.merge", "there is no adapter to merge: adapter is none", True)
+
+
+def adapters_have_a_base_that_lasts(
+    export: ExportConfig, adapter: AdapterConfig, model: ModelConfig
+) -> Iterator[Problem]:
+    is_adapter = not isinstance(adapter, NoAdapterConfig)
+    if is_adapter and model.weights is Weights.random and not export.merge:
+        reason = "an adapter on random weights fits no other model: export.merge=true, or a checkpoint with weights"
+        yield Problem("model.weights", reason, "random")
+
+
+def embedding_lr_has_rows_to_train(
+    optimizer: OptimizerConfig, adapter: AdapterConfig, tokens: TokensConfig
+) -> Iterator[Problem]:
+    is_adapter = not isinstance(adapter, NoAdapterConfig)
+    if optimizer.embedding_lr is not None and is_adapter and not tokens.additional_special_tokens:
+        reason = "with an adapter only rows of new tokens are trained, and tokens has none"
+        yield Problem("optimizer.embedding_lr", reason, optimizer.embedding_lr)
+
+
+def thought_weight_has_thoughts(loss: LossConfig, tokens: TokensConfig, data: DataConfig) -> Iterator[Problem]:
+    if loss.thought_weight != 1 and (tokens.thought_open is None or data.thoughts is Thoughts.drop):
+        yield Problem(
+            "loss.thought_weight", "no thoughts are written: see tokens and data.thoughts", loss.thought_weight
+        )
+
+
+def fp16_keeps_float32_weights(
+    training: TrainingConfig, model: ModelConfig, adapter: AdapterConfig
+) -> Iterator[Problem]:
+    if not isinstance(adapter, NoAdapterConfig):
+        return  # what an adapter trains is float32
+    if model.dtype is Dtype.float16 and training.mixed_precision is not MixedPrecision.fp16:
+        yield Problem("model.dtype", "float16 weights can't be trained: bfloat16 or float32", "float16")
+    if training.mixed_precision is MixedPrecision.fp16 and model.dtype in (Dtype.float16, Dtype.bfloat16):
+        reason = "fp16 mixed precision scales gradients of float32 weights: model.dtype=float32"
+        yield Problem("model.dtype", reason, model.dtype.value)
+
+
+def precision_fits_the_device(training: TrainingConfig, runtime: RuntimeConfig) -> Iterator[Problem]:
+    if training.mixed_precision is MixedPrecision.fp16 and runtime.device is Device.cpu:
+        yield Problem("training.mixed_precision", "fp16 needs a GPU; on a CPU use no or bf16", "fp16")
+
+
+def flash_attention_needs_a_gpu(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[Problem]:
+    if model.attn_implementation is Attention.flash_attention_2 and runtime.device is Device.cpu:
+        yield Problem("model.attn_implementation", "needs a GPU; sdpa on a CPU", "flash_attention_2")
+
+
+def warmup_ends_before_the_run(scheduler: SchedulerConfig, training: TrainingConfig) -> Iterator[Problem]:
+    warmup = scheduler.warmup_steps if isinstance(scheduler, WarmupScheduleConfig) else None
+    if warmup and training.max_train_steps and warmup >= training.max_train_steps:
+        reason = f"warm-up would never end: training.max_train_steps is {training.max_train_steps}"
+        yield Problem("scheduler.warmup_steps", reason, warmup)

@@ -1,0 +1,72 @@
+"""Rules of `checkpoint` and of where a run starts from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from src.config.places import CHECKPOINTS, steps_in
+from src.config.problems import Problem
+from src.config.schema import CheckpointConfig, DataConfig, EvaluationConfig, Thoughts, TokensConfig, TopLevelConfig
+from src.errors import CheckpointError
+
+DEFAULT_METRIC = "eval/validation/loss"
+"""What conf/ gives for checkpoint.metric_for_best_model."""
+
+
+def best_model_can_be_told(
+    checkpoint: CheckpointConfig, data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConfig
+) -> Iterator[Problem]:
+    if not checkpoint.load_best_model_at_end and checkpoint.metric_for_best_model == DEFAULT_METRIC:
+        return  # where no evaluation gives it, no best is kept
+    scores = scores_of(data, evaluation, tokens)
+    allowed = [f"eval/{name}/{score}" for name in data.validation_names() for score in scores]
+    if checkpoint.metric_for_best_model not in allowed:
+        reason = f"no evaluation gives this; {'one of ' + ', '.join(allowed) if allowed else 'no validation set'}"
+        yield Problem("checkpoint.metric_for_best_model", reason, checkpoint.metric_for_best_model)
+
+
+def scores_of(data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConfig) -> list[str]:
+    """Name what an evaluation gives of each set: eval/<set>/<score>."""
+    scores = ["loss", "perplexity"]
+    if tokens.thought_open is not None and data.thoughts is not Thoughts.drop:
+        scores += ["thought_loss", "answer_loss"]
+    return scores + (data.metrics if evaluation.metrics is None else evaluation.metrics)
+
+
+def the_best_is_kept(checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    if checkpoint.load_best_model_at_end and not checkpoint.keep_best:
+        yield Problem("checkpoint.keep_best", "checkpoint.load_best_model_at_end needs at least 1", 0)
+
+
+def folders_to_start_from_are_there(top: TopLevelConfig, checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    folder = checkpoint.resume_from
+    if folder is not None and not _holds_checkpoints(folder):
+        reason = (
+            "neither auto, never, nor a folder with a checkpoint: give a run's folder or one of its checkpoints/step-…"
+        )
+        yield Problem("checkpoint.resume", reason, checkpoint.resume)
+    if top.init_from is None:
+        return
+    start = Path(top.init_from)
+    has_model = any(
+        os.path.isfile(place / name) and (any(place.glob("*.safetensors")) or any(place.glob("*.bin")))
+        for place in (start, start / "model")
+        for name in ("config.json", "adapter_config.json")
+    )
+    if not has_model and not _holds_checkpoints(start):
+        reason = "no weights there: give the folder of a run, of a model or of a checkpoint"
+        yield Problem("init_from", reason, top.init_from)
+    if folder is not None:
+        yield Problem(
+            "init_from", "starts a new run, checkpoint.resume goes on with one: give one of them", top.init_from
+        )
+
+
+def _holds_checkpoints(folder: Path) -> bool:
+    """Return whether there are checkpoints, or what can't be looked into: told where they are looked for."""
+    try:
+        return os.path.isfile(folder / "manifest.json") or bool(steps_in(folder / CHECKPOINTS))
+    except CheckpointError:
+        return True

@@ -1,0 +1,14 @@
+"""Rules of `generation`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from src.config.problems import Problem
+from src.config.schema import GenerationConfig
+
+
+def generation_lengths_fit(generation: GenerationConfig) -> Iterator[Problem]:
+    if generation.min_new_tokens > generation.max_new_tokens:
+        reason = f"more than generation.max_new_tokens, {generation.max_new_tokens}"
+        yield Problem("generation.min_new_tokens", reason, generation.min_new_tokens)

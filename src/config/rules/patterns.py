@@ -1,0 +1,53 @@
+"""Regular expressions of `data` and `adapter` can be compiled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from src.config.problems import Problem
+from src.config.rules.data import sources
+from src.config.schema import AdapterConfig, DataConfig, NoAdapterConfig
+from src.errors import ConfigError
+from src.patterns import Pattern
+
+
+def patterns_are_regular_expressions(data: DataConfig) -> Iterator[Problem]:
+    patterns = {f"{key}.thought_pattern": source.thought_pattern for key, source in sources(data)}
+    for key, pattern in (patterns | {"data.answer_pattern": data.answer_pattern}).items():
+        if pattern is None:
+            continue
+        if reason := _no_regular_expression(pattern):
+            yield Problem(key, reason, pattern)
+            continue
+        if re.compile(pattern).groups < 1:
+            yield Problem(key, "needs a group: (…) around what it is looking for", pattern)
+        try:
+            Pattern(key, pattern)
+        except ConfigError as error:  # of the engine that applies it to rows
+            yield Problem(key, str(error).partition(" is no ")[2] or str(error), pattern)
+
+
+def adapter_patterns_are_regular_expressions(adapter: AdapterConfig) -> Iterator[Problem]:
+    if isinstance(adapter, NoAdapterConfig):
+        return
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := getattr(adapter, key), str) and (reason := _no_regular_expression(pattern)):
+            yield Problem(f"adapter.{key}", reason, pattern)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in getattr(adapter, key).items():
+            if reason := _no_regular_expression(pattern):
+                yield Problem(f"adapter.{key}.{pattern}", reason, value)
+
+
+def _no_regular_expression(pattern: str) -> str:
+    """Return why a text is no regular expression; '' where it is one."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"not a regular expression: {error}"
+    except OverflowError:
+        return "not a regular expression: a repetition of more than 2**32 - 2 times"
+    except RecursionError:
+        return "not a regular expression: its groups are nested too deep"
+    return ""

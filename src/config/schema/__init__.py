@@ -1,0 +1,103 @@
+"""What a configuration may hold: a dataclass a group or section, with types, defaults and ranges.
+
+Defaults live in conf/; a field without one here must come from there. Ranges and allowed forms stand in the field's
+metadata as a `Check` and are applied by `src.config.gate`. No torch here, so that a refused config costs nothing.
+Groups with options of different keys (optimizer, scheduler, tracking) have one dataclass an option, chosen by `type`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from src.config.schema.adapter import AdapterConfig, LoraBias, LoraConfig, NoAdapterConfig
+from src.config.schema.checkpoint import CheckpointConfig, ExportConfig
+from src.config.schema.checks import MOST_INT, Check, Keys
+from src.config.schema.data import PLACEHOLDER, Batching, DataConfig, Overflow, SourceConfig, SupervisedTurns, Thoughts
+from src.config.schema.deepspeed import (
+    DEEPSPEED_OPTIMIZERS,
+    DEEPSPEED_SCHEDULES,
+    WIDTH_SIZES,
+    DeepSpeedConfig,
+    NoDeepSpeedConfig,
+    ZeroConfig,
+    ZeroFileConfig,
+)
+from src.config.schema.entries import ENTRY_SECTIONS, PredictConfig
+from src.config.schema.evaluation import EvaluationConfig
+from src.config.schema.generation import GenerationConfig
+from src.config.schema.model import Attention, Dtype, ModelConfig, ModelType, Weights
+from src.config.schema.optimizer import OPTIMIZERS, AdafactorConfig, AdamWConfig, OptimizerConfig, SGDConfig
+from src.config.schema.quantization import QuantizationConfig
+from src.config.schema.runtime import Device, RuntimeConfig
+from src.config.schema.scheduler import SCHEDULES, SchedulerConfig, WarmupScheduleConfig
+from src.config.schema.sweep import Direction, Pruner, Replicate, Sampler, SweepConfig
+from src.config.schema.tokens import InitMethod, TokensConfig
+from src.config.schema.top import TopLevelConfig
+from src.config.schema.tracking import TRACKERS, MlflowConfig, TrackingConfig
+from src.config.schema.training import LossConfig, MixedPrecision, Reduction, TrainingConfig
+
+SECTIONS: dict[str, type | dict[str, type]] = {
+    "model": ModelConfig,
+    "quantization": QuantizationConfig,
+    "adapter": {"none": NoAdapterConfig, "lora": LoraConfig},
+    "tokens": TokensConfig,
+    "data": DataConfig,
+    "optimizer": OPTIMIZERS,
+    "scheduler": SCHEDULES,
+    "generation": GenerationConfig,
+    "deepspeed": {"none": NoDeepSpeedConfig, "zero": ZeroConfig, "file": ZeroFileConfig},
+    "tracking": TRACKERS,
+    "training": TrainingConfig,
+    "loss": LossConfig,
+    "evaluation": EvaluationConfig,
+    "checkpoint": CheckpointConfig,
+    "export": ExportConfig,
+    "runtime": RuntimeConfig,
+}
+"""Section name -> its dataclass, or its dataclasses by the section's `type`."""
+
+
+@dataclass
+class RunConfig:
+    """A whole configuration, checked. What follows from several keys is a property, never written back."""
+
+    name: str
+    seed: int
+    force: bool
+    rerun: str | None
+    init_from: str | None
+    plugins: list[str]
+    model: ModelConfig
+    quantization: QuantizationConfig
+    adapter: AdapterConfig
+    tokens: TokensConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    generation: GenerationConfig
+    deepspeed: DeepSpeedConfig
+    tracking: TrackingConfig
+    training: TrainingConfig
+    loss: LossConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    export: ExportConfig
+    runtime: RuntimeConfig
+
+    @property
+    def keep_thoughts(self) -> bool:
+        """Whether thoughts stay in the completions; without a choice, where tokens has a thought_open."""
+        if self.data.thoughts is None:
+            return self.tokens.thought_open is not None
+        return self.data.thoughts is Thoughts.keep
+
+    @property
+    def thought_tags(self) -> tuple[str, str] | None:
+        """What opens and closes a thought in the text that the model writes; None where it writes none."""
+        opened, closed = self.tokens.thought_open, self.tokens.thought_close
+        return (opened, closed) if self.keep_thoughts and opened is not None and closed is not None else None
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that need generated text: evaluation's own, or what the data says."""
+        return self.data.metrics if self.evaluation.metrics is None else self.evaluation.metrics

@@ -1,0 +1,52 @@
+"""The sections `checkpoint` and `export` of conf/config.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH, PathCheck
+from src.config.schema.every import Every
+from src.config.schema.fields import key
+from src.metrics import greater_is_better
+
+
+@dataclass
+class CheckpointConfig:
+    """When the run is saved, which saves are kept, and how a run that was stopped goes on."""
+
+    checkpointing_steps: Any = key(STEPS_OR_EPOCH)
+    keep_last: int = key(AT_LEAST_ONE)
+    keep_best: int = key(COUNT)
+    newest_optimizer_only: bool = MISSING
+    metric_for_best_model: str = MISSING
+    greater_is_better: bool | None = MISSING
+    load_best_model_at_end: bool = MISSING
+    resume: str = key(PathCheck("auto, never, or a folder: a run's or a checkpoint", bool))
+    allow_changed: bool = MISSING
+
+    @property
+    def save_every(self) -> Every:
+        """When the run is saved: at its end too, if it is saved at all or the best weights are loaded there."""
+        return Every(self.checkpointing_steps, self.checkpointing_steps is not None or self.load_best_model_at_end)
+
+    @property
+    def is_greater_better(self) -> bool:
+        """Whether a higher value of metric_for_best_model is the better one."""
+        known = greater_is_better(self.metric_for_best_model)
+        return known if self.greater_is_better is None else self.greater_is_better
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The folder that resume names; None for auto and never."""
+        return None if self.resume in ("auto", "never") else Path(self.resume)
+
+
+@dataclass
+class ExportConfig:
+    """What the exported model/ holds."""
+
+    merge: bool = MISSING

@@ -1,0 +1,214 @@
+"""conf/data: where rows come from, how they become prompt and completion, how long they may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from src.config.schema.checks import (
+    AT_LEAST_ONE,
+    AT_LEAST_TWO,
+    BELOW_ONE,
+    COUNT,
+    FRACTION,
+    PATH,
+    POSITIVE,
+    PROCESSES,
+    STRINGS,
+    Check,
+)
+from src.config.schema.evaluation import METRIC_NAMES
+from src.config.schema.fields import key
+
+
+def _is_mapping(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(k, str) and isinstance(v, dict) for k, v in value.items())
+    )
+
+
+FILES_OR_SETS = Check(
+    "a file, a glob or a folder, a list of them, or a mapping from a set's name to such",
+    lambda v: (
+        v is None
+        or STRINGS.holds(v)
+        or (isinstance(v, dict) and bool(v) and all(isinstance(k, str) and STRINGS.holds(s) for k, s in v.items()))
+    ),
+)
+
+
+class SupervisedTurns(Enum):
+    all = "all"
+    last = "last"
+
+
+class Thoughts(Enum):
+    keep = "keep"
+    drop = "drop"
+
+
+class Overflow(Enum):
+    truncate = "truncate"
+    truncate_prompt = "truncate_prompt"
+    drop = "drop"
+    error = "error"
+
+
+class Batching(Enum):
+    padded = "padded"
+    length_grouped = "length_grouped"
+    packed = "packed"
+
+
+@dataclass
+class DataConfig:
+    """conf/data: where rows come from, how they become prompt and completion, how long they may be."""
+
+    format: str = MISSING
+    train_files: Any = key(
+        Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v))
+    )
+    validation_files: Any = key(FILES_OR_SETS)
+    test_files: Any = key(FILES_OR_SETS)
+    dataset_name: str | None = MISSING
+    dataset_config_name: str | None = MISSING
+    train_split: str | None = MISSING
+    validation_split: str | None = MISSING
+    revision: str | None = MISSING
+    mixture: Any = key(
+        Check("a mapping from a source's name to its keys", lambda v: v is None or _is_mapping(v)), each="SourceConfig"
+    )
+    columns: dict[str, str] = MISSING
+    prompt_template: str | None = MISSING
+    completion_template: str | None = MISSING
+    system_prompt: str | None = MISSING
+    supervised_turns: SupervisedTurns = MISSING
+    clean_dialogue: bool = MISSING
+    thoughts: Thoughts | None = MISSING
+    thought_pattern: str | None = MISSING
+    answer_pattern: str | None = MISSING
+    metrics: list[str] = key(METRIC_NAMES)
+    max_seq_length: int = key(AT_LEAST_TWO)
+    max_target_length: int = key(AT_LEAST_TWO)
+    overflow: Overflow = MISSING
+    max_dropped_fraction: float = key(FRACTION)
+    batching: Batching = MISSING
+    preprocessing_num_workers: int = key(PROCESSES)
+    streaming: bool = MISSING
+    cache_dir: str | None = key(PATH)
+    limit: int | None = key(AT_LEAST_ONE)
+    validation_fraction: float = key(BELOW_ONE)
+    num_folds: int | None = key(AT_LEAST_TWO)
+    fold: int | None = key(COUNT)
+    group_column: str | None = MISSING
+
+    def train_sources(self) -> dict[str, TrainSource]:
+        """Give the sources of the train set by name: those of the mixture, or the one there is, called train."""
+        if self.mixture:
+            return {name: _mixed_source(self, given) for name, given in self.mixture.items()}
+        return {"train": TrainSource(self, None, None)}
+
+    def files(self) -> dict[str, list[str]]:
+        """Give the files of every set that has some, as they were named: set name -> files, globs and folders.
+
+        Those that a fold of train takes the place of are not among them: nobody reads them.
+        """
+        sources = [source.data.train_files or [] for source in self.train_sources().values()]
+        train = [file for files in sources for file in files]
+        return ({"train": train} if train else {}) | self.validation_sets() | self.test_sets()
+
+    def validation_sets(self) -> dict[str, list[str]]:
+        """Give the files of each validation set that is read from files."""
+        return {} if self.num_folds is not None else named_sets(self.validation_files, "validation")
+
+    def test_sets(self) -> dict[str, list[str]]:
+        return named_sets(self.test_files, "test")
+
+    def validation_names(self) -> list[str]:
+        """Give the names of the validation sets there will be, also of one from the hub or held out from train."""
+        has_another = self.has_hub_validation or self.num_folds is not None or self.held_out_fraction
+        return list(self.validation_sets()) or (["validation"] if has_another else [])
+
+    @property
+    def has_hub_validation(self) -> bool:
+        """Whether the validation set is a split of the hub's data set that train comes from."""
+        from_hub = bool(self.dataset_name) and not self.train_files and not self.mixture
+        has_another = self.num_folds is not None or bool(self.validation_sets())
+        return from_hub and bool(self.validation_split) and not has_another
+
+    @property
+    def held_out_fraction(self) -> float:
+        """The share of train that is the validation set: validation_fraction, or 0 where another takes its place."""
+        has_another = self.num_folds is not None or bool(self.validation_sets()) or self.has_hub_validation
+        return 0.0 if has_another else self.validation_fraction
+
+
+@dataclass(frozen=True)
+class TrainSource:
+    """One source of the train set: its own settings, and its share of a mixture.
+
+    `weight` is its proportion, `count` how many rows of it are taken; neither means all of its rows.
+    """
+
+    data: DataConfig
+    weight: float | None
+    count: int | None
+
+
+@dataclass
+class SourceConfig:
+    """A source of a mixture: keys of data that it may have for itself (null: data's own), and its share."""
+
+    train_files: Any = key(
+        Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v)), None
+    )
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_split: str | None = None
+    revision: str | None = None
+    format: str | None = None
+    columns: dict[str, str] | None = None
+    prompt_template: str | None = None
+    completion_template: str | None = None
+    system_prompt: str | None = None
+    supervised_turns: SupervisedTurns | None = None
+    clean_dialogue: bool | None = None
+    thought_pattern: str | None = None
+    weight: float | None = key(POSITIVE, None, text="its proportion of the mixture, in which no row comes twice")
+    count: int | None = key(AT_LEAST_ONE, None, text="how many of its rows are taken; above what it has, some twice")
+
+
+NEVER_NULL = ("format", "columns", "supervised_turns", "clean_dialogue")
+"""Keys of a source that data can't be without."""
+
+
+def _mixed_source(data: DataConfig, given: dict[str, Any]) -> TrainSource:
+    """Return a source of a mixture: data's own settings with the source's on top.
+
+    A null of the source's means none where data may have none, and data's own value elsewhere.
+    """
+    own = {
+        key: value
+        for key, value in given.items()
+        if key not in ("weight", "count") and (value is not None or key not in NEVER_NULL)
+    }
+    alone = {"mixture": None, "train_files": None, "dataset_name": None}
+    return TrainSource(dataclasses.replace(data, **(alone | own)), given.get("weight"), given.get("count"))
+
+
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+"""Where a template takes a part of the row: {prompt}."""
+
+
+def named_sets(files: Any, unnamed: str) -> dict[str, list[str]]:
+    """Give validation_files or test_files as set name -> files; a bare list is one set called `unnamed`."""
+    if not files:
+        return {}
+    return dict(files) if isinstance(files, dict) else {unnamed: list(files)}

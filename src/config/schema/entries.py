@@ -1,0 +1,40 @@
+"""Sections that one entry reads alone; their defaults and texts stand here, not in conf/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.config.schema.checks import AT_LEAST_ONE, COUNT, PATH
+from src.config.schema.fields import key
+
+
+@dataclass
+class PreflightConfig:
+    """What `python -m src.preflight` shows and writes beside what it always does."""
+
+    rows: int = key(COUNT, default=4, text="rows of train that are shown, each part in the colour of what is learned")
+    dump: str | None = key(PATH, default=None, text="a file that gets every encoded row of train as JSON lines")
+    measure: bool = key(
+        default=False, text="true: one micro-batch is computed, so that memory and time are measured; loads the weights"
+    )
+
+
+@dataclass
+class PredictConfig:
+    """In which batches `python -m src.predict` generates, and where it writes."""
+
+    batch_size: int | None = key(
+        AT_LEAST_ONE, default=None, text="prompts at a time; null: training.per_device_eval_batch_size"
+    )
+    output: str | None = key(
+        PATH, default=None, text="the folder of the predictions; null: predictions/ in the run's folder"
+    )
+
+    def folder(self, run_dir: Path) -> Path:
+        """Give the folder of the predictions: the one that was asked for, or one in the run's folder."""
+        return run_dir / "predictions" if self.output is None else Path(self.output)
+
+
+ENTRY_SECTIONS: dict[str, type] = {"preflight": PreflightConfig, "predict": PredictConfig}
+"""Sections that one entry reads, `python -m src.<name>`, and no other takes; they have their defaults here."""

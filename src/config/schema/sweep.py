@@ -1,0 +1,67 @@
+"""conf/sweep: what `-m` makes of several values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from src.config.schema.checks import AT_LEAST_ONE, AT_LEAST_TWO, COUNT, POSITIVE, PROCESSES, SEED, Check
+from src.config.schema.fields import key
+from src.config.schema.top import NAME
+
+
+def _is_params(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+class Sampler(Enum):
+    grid = "grid"
+    random = "random"
+    tpe = "tpe"
+
+
+class Pruner(Enum):
+    none = "none"
+    median = "median"
+    asha = "asha"
+
+
+class Replicate(Enum):
+    none = "none"
+    seeds = "seeds"
+    folds = "folds"
+
+
+class Direction(Enum):
+    minimize = "minimize"
+    maximize = "maximize"
+
+
+@dataclass
+class SweepConfig:
+    """conf/sweep: what `-m` makes of several values. A sweep has it; none of its runs does."""
+
+    name: str = key(NAME)
+    params: Any = key(
+        Check("a mapping from a key to its values: a list, or a text as it stands behind KEY=", lambda v: _is_params(v))
+    )
+    metric: str = MISSING
+    direction: Direction = MISSING
+    sampler: Sampler = MISSING
+    pruner: Pruner = MISSING
+    replicate: Replicate = MISSING
+    num_seeds: int = key(AT_LEAST_ONE)
+    n_trials: int | None = key(AT_LEAST_ONE)
+    max_points: int = key(AT_LEAST_ONE)
+    n_jobs: int = key(PROCESSES)
+    seed: int = key(SEED)
+    min_resource: int = key(AT_LEAST_ONE)
+    reduction_factor: int = key(AT_LEAST_TWO)
+    max_seconds: float | None = key(POSITIVE)
+    dry_run: bool = MISSING
+    fail_fast: bool = MISSING
+    max_retries: int = key(COUNT)
+    storage: str | None = MISSING

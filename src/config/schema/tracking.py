@@ -1,0 +1,38 @@
+"""conf/tracking: where a run is tracked besides its folder; exporters are registered in src.tracking.exporters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from src.config.schema.fields import registered_type_key
+from src.registry import Registry
+
+TRACKERS = Registry[type]("tracker")
+"""`tracking.type` -> its subclass of TrackingConfig."""
+
+
+@dataclass
+class TrackingConfig:
+    """A tracker; a subclass adds its keys."""
+
+    type: str = registered_type_key("tracking", TRACKERS)
+
+
+@TRACKERS.register("mlflow")
+@dataclass
+class MlflowConfig(TrackingConfig):
+    """conf/tracking/mlflow.yaml: an MLflow server or store that mirrors the run's folder."""
+
+    uri: str = MISSING
+    experiment_name: str = MISSING
+    run_name: str = MISSING
+    tags: dict[str, str] = MISSING
+    log_model: bool = MISSING
+
+
+@TRACKERS.register("none")
+@dataclass
+class NoTrackingConfig(TrackingConfig):
+    """conf/tracking/none.yaml: the run's folder only."""

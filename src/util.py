@@ -1,0 +1,100 @@
+"""Small functions that every room uses: words for messages, and files that are written whole. No torch here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """Return the known word that is spelled most like another one; '' where none is."""
+    return next(iter(get_close_matches(str(word), list(known), n=1)), "")
+
+
+def did_you_mean(word: object, known: Iterable[str], written: Callable[[str], str] = str) -> str:
+    """Return `; did you mean …?` with the nearest known word, to end a message; '' where none is near.
+
+    Args:
+        written: how that word is written in the message.
+    """
+    near = nearest(word, known)
+    return f"; did you mean {written(near)}?" if near else ""
+
+
+def listed(lines: Sequence[str], *, most: int = 10) -> str:
+    """Join the first `most` lines, indented, and say how many more there are."""
+    more = [f"… and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join(f"  {line}" for line in [*lines[:most], *more])
+
+
+def in_words(names: Iterable[str], last: str = "and") -> str:
+    """Return names as an enumeration: a, b and c."""
+    *before, end = list(names) or [""]
+    return f"{', '.join(before)} {last} {end}" if before else end
+
+
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """Return a count with its noun: 1 row, 1,024 rows.
+
+    Args:
+        nouns: the plural, where it is not the noun and an s.
+    """
+    return f"{count:,} {noun if count == 1 else nouns or f'{noun}s'}"
+
+
+def human_bytes(count: float) -> str:
+    """Return a size in binary units: 512 B, 2.8 MiB, 14.0 GiB."""
+    units = ["TiB", "GiB", "MiB", "KiB"]
+    if count < 1024:
+        return f"{count:.0f} B"
+    while round(count) >= 1024 and units:
+        count, unit = count / 1024, units.pop()
+    return f"{count:.1f} {unit}"
+
+
+@contextmanager
+def replaced_when_written(path: Path) -> Iterator[Path]:
+    """Yield a file to write; it takes the path's place when the block ends, so that nobody reads half of it.
+
+    Only one process may write a path at a time: the holder of its folder's lock.
+    """
+    part = path.with_name(f".{path.name}.part")
+    yield part
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(part, path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replaced_when_written(path) as part, open(part, "w", encoding="utf-8", opener=_open_at_once) as file:
+        file.write(text)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe is no place to write to: an error, not a wait
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object atomically; numbers that JSON can't hold become null."""
+    write_atomically(path, json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(node: Any) -> Any:
+    """Return the values with null in place of numbers that JSON can't hold: inf and nan."""
+    if isinstance(node, Mapping):
+        return {key: finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [finite(value) for value in node]
+    if isinstance(node, float) and not math.isfinite(node):
+        return None
+    return node
