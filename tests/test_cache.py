@@ -22,19 +22,21 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from src.config.keys import all_keys
 from src.config.schema import RunConfig
+from src.config.schema.fields import key
 from src.data import cache as caching
 from src.data import sources
 from src.data.cache import RowCache, tokenizer_fingerprint
 from src.data.dataset import Data, build_data
 from src.data.encoding import Encoder, Lengths
 from src.data.preparation import EncodingConfig, prepared
-from src.data.readers import Record
+from src.data.readers.record import Record
 from src.data.sets import EncodedSet
 from src.data.sources import file_source
-from src.data.store import ACCOUNT, ROWS
+from src.data.store import ROWS, STATS
+from src.data.tokenizer import load_tokenizer
 from src.errors import DataError
-from src.tokens import load_tokenizer
 from tests.conftest import ROOT, admitted, write_lines
 from tests.kinds import byte_bpe
 
@@ -164,6 +166,42 @@ def test_what_shapes_rows_makes_them_anew(
     assert holds(other.train)
     assert rows_of(built(plain).train) == rows_of(first.train)
     assert counted.since() == 0
+
+
+def with_key(section: Any, value: Any, **facts: Any) -> Any:
+    """Return the settings of a section with one more key, as a later version would declare it."""
+    declared = key(default=None, **facts) if facts else dataclasses.field(default=None)
+    later = dataclasses.make_dataclass("Later", [("lowercase", Any, declared)], bases=(type(section),))
+    own = {one.name: getattr(section, one.name) for one in dataclasses.fields(section)}
+    return later(**own, lowercase=value)
+
+
+@pytest.mark.parametrize("section", ["data", "tokens", "tokens.init"])
+def test_a_new_key_shapes_rows_unless_it_says_otherwise(
+    tmp_path: Path, file: str, counted: Counted, section: str
+) -> None:
+    config = admitted(*chosen(file, tmp_path / "cache")).config
+    own = config.tokens.init if section == "tokens.init" else getattr(config, section)
+
+    def later(value: Any, **facts: Any) -> RunConfig:
+        one = with_key(own, value, **facts)
+        if section == "tokens.init":
+            return dataclasses.replace(config, tokens=dataclasses.replace(config.tokens, init=one))
+        return dataclasses.replace(config, **{section: one})
+
+    for value in (True, False):
+        for _ in range(2):
+            built(later(value))
+    assert counted.times == 2
+    for value in (True, False):
+        built(later(value, shapes_rows=False))
+    assert counted.times == 3
+
+
+def test_what_enters_the_cache_by_another_name_is_there() -> None:
+    entering = {one.facts.enters_as for one in all_keys().values()} - {""}
+    assert entering == {"lengths", "tags", "tokenizer"}
+    assert all(hasattr(EncodingConfig, name) or name in EncodingConfig.__annotations__ for name in entering)
 
 
 def test_settings_of_chats_make_them_anew(tmp_path: Path, counted: Counted) -> None:
@@ -304,7 +342,7 @@ from tests.conftest import admitted
 from src.data import cache, store
 from src.data.dataset import build_data
 from src.data.preparation import prepared
-from src.tokens import load_tokenizer
+from src.data.tokenizer import load_tokenizer
 
 slow, *overrides = json.loads(sys.stdin.readline())
 times_prepared = 0
@@ -433,13 +471,13 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "rows empty": lambda entry: os.truncate(entry / ROWS, 0),
     "rows gone": lambda entry: os.unlink(entry / ROWS),
     "rows other": lambda entry: (entry / ROWS).write_text("not Arrow at all, but long enough to look for a footer"),
-    "account gone": lambda entry: os.unlink(entry / ACCOUNT),
-    "account empty": lambda entry: (entry / ACCOUNT).write_text(""),
-    "account of nothing": lambda entry: (entry / ACCOUNT).write_text("{}"),
-    "account no object": lambda entry: (entry / ACCOUNT).write_text("[]"),
-    "account of another version": lambda entry: (entry / ACCOUNT).write_text('{"dropped": [], "more": 1}'),
-    "account of bytes": lambda entry: (entry / ACCOUNT).write_bytes(b"\xff"),
-    "a folder of nothing": lambda entry: [os.unlink(entry / name) for name in (ROWS, ACCOUNT)],
+    "account gone": lambda entry: os.unlink(entry / STATS),
+    "account empty": lambda entry: (entry / STATS).write_text(""),
+    "account of nothing": lambda entry: (entry / STATS).write_text("{}"),
+    "account no object": lambda entry: (entry / STATS).write_text("[]"),
+    "account of another version": lambda entry: (entry / STATS).write_text('{"dropped": [], "more": 1}'),
+    "account of bytes": lambda entry: (entry / STATS).write_bytes(b"\xff"),
+    "a folder of nothing": lambda entry: [os.unlink(entry / name) for name in (ROWS, STATS)],
 }
 
 
@@ -558,15 +596,15 @@ def peak(work: Callable[[], Any]) -> int:
 def recipe_of(config: RunConfig) -> EncodingConfig:
     tokenizer, _ = load_tokenizer(config.model, config.tokens)
     lengths = Lengths(config.data.max_seq_length, None, config.data.overflow)
-    return EncodingConfig(config.data, tokenizer, config.thought_tags, lengths, is_chat=False)
+    return EncodingConfig(config.data, config.tokens, tokenizer, lengths, is_chat=False)
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     few, many = (write_lines(tmp_path / f"{n}.jsonl", [{"prompt": "a", "completion": "b"}] * n) for n in (6000, 60_000))
     config = admitted(*chosen(few, tmp_path / "cache", "tokens=none")).config
     recipe, cache = recipe_of(config), RowCache(str(tmp_path / "cache"), lambda _: None)
-    cache.part("train", file_source([few], 9), recipe)  # what is made once
-    small, large = (peak(lambda f=file: cache.part("train", file_source([f], None), recipe)) for file in (few, many))
+    cache.shard("train", file_source([few], 9), recipe)  # what is made once
+    small, large = (peak(lambda f=file: cache.shard("train", file_source([f], None), recipe)) for file in (few, many))
     assert (large - small) / 54_000 < 64  # a few numbers of each row
 
     def build(file: str) -> int:
@@ -580,9 +618,9 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
 def test_a_part_is_mapped_into_memory_and_not_read(tmp_path: Path, file: str) -> None:
     recipe = recipe_of(admitted(*chosen(file, tmp_path / "cache")).config)
     cache = RowCache(str(tmp_path / "cache"), lambda _: None)
-    cache.part("train", file_source([file], None), recipe)
+    cache.shard("train", file_source([file], None), recipe)
     before = pyarrow.total_allocated_bytes()
-    part = cache.part("train", file_source([file], None), recipe)
+    part = cache.shard("train", file_source([file], None), recipe)
     assert pyarrow.total_allocated_bytes() - before < 1000
     assert len(part) == 40
 
@@ -593,7 +631,7 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
         "from src.data.preparation import prepared\n"
         "from tests.conftest import admitted\n"
         "from tests.test_cache import recipe_of\n"
-        "from src.data.readers import Record\n"
+        "from src.data.readers.record import Record\n"
         "def forever():\n"
         "    while True:\n"
         "        yield Record({'prompt': 'a', 'completion': 'b'}, 'rows', 1)\n"

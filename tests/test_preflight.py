@@ -20,8 +20,8 @@ from src.checkpoint.store import SMALL_BYTES
 from src.config.gate import admit
 from src.data.dataset import build_data
 from src.data.encoding import IGNORE_INDEX
+from src.data.tokenizer import load_tokenizer
 from src.inspection.drawing import Paint, histogram
-from src.tokens import load_tokenizer
 from tests.conftest import GSM8K, ROOT, ROWS, read_lines, write_lines
 
 QUIET = ["tracking=none", f"data.cache_dir={ROWS}"]

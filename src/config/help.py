@@ -14,7 +14,9 @@ import yaml
 
 from src import terminal
 from src.config import groups, peers, reference
-from src.config.compose import CommandLine, Composed, compose, options, read_command_line, where_set
+from src.config.command_line import CommandLine, options, read_command_line
+from src.config.compose import compose
+from src.config.composed import Composed, where_set
 from src.config.groups import Option
 from src.config.keys import Key, all_keys, source_keys
 from src.config.options import GLOBAL_GROUPS, OptionFileError, Place, shown
@@ -157,7 +159,7 @@ class Page:
         if key.inner:
             for allowed, inner in inner_keys(key.inner).items():
                 yield from wrapped(f"In it, {allowed}: {', '.join(inner)}", indent=6, hanging=2)
-        if key.metadata.get("each"):
+        if key.facts.each:
             yield from wrapped(f"Each may have {', '.join(one.leaf for one in source_keys())}", indent=6, hanging=2)
 
     def topic(self, name: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from src.config import groups, reference
-from src.config.compose import options
+from src.config.command_line import options
 from src.config.groups import Option
 from src.config.help import by_value, inner_keys, paragraphs, shown_value
 from src.config.keys import Key, source_keys
@@ -67,7 +67,7 @@ def _section(section: str) -> Iterator[str]:
             yield ""
             rows = [[", ".join(map(code, names)), inline(allowed)] for allowed, names in inner_keys(key.inner).items()]
             yield table(["keys", "may be"], rows)
-        if key.metadata.get("each"):
+        if key.facts.each:
             yield ""
             yield f"A source of `{key.name}` may have, for itself (others as `data` has them):"
             yield ""

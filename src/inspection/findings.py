@@ -13,8 +13,8 @@ import numpy as np
 
 from src.config.schema import Batching, RunConfig
 from src.data.advice import Finding, Level, advice
-from src.data.batching import Plan
-from src.data.chat_signs import CHANGED, MISSING, squeezed
+from src.data.batching import BatchSampler
+from src.data.chat_markers import CHANGED, MISSING, squeezed
 from src.data.dataset import Data
 from src.data.encoding import IGNORE_INDEX, Encoder
 from src.data.report import changed_rows
@@ -105,7 +105,7 @@ def prove(rows: EncodedSet, judge: Judge) -> Proof:
 
 def _is_what_is_learned(text: str, rows: EncodedSet, index: int, eos: str) -> bool:
     """Return whether a decoded text is what is to be learned of a row; a chat's tokens may add or take white space."""
-    wanted = rows.learned(index)
+    wanted = rows.supervised_text(index)
     if text in (wanted, wanted + eos):
         return True
     return rows.is_rendered(index) and squeezed(text) in (squeezed(wanted), squeezed(wanted) + eos)
@@ -193,7 +193,7 @@ def _seams(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[i
     for is_rendered in (False, True):
         some = [i for i in indices if rows.is_rendered(i) == is_rendered]
         texts = [rows.prompt(i) + rows.completion(i) for i in some]
-        for i, together in zip(some, encoder.encode_whole(texts, is_rendered=is_rendered), strict=True):
+        for i, together in zip(some, encoder.encode_texts(texts, is_rendered=is_rendered), strict=True):
             ids = rows[i].input_ids.tolist()
             if together not in (ids[: len(together)], ids[1 : 1 + len(together)]):  # with BOS in the text, or before it
                 found.append(i)
@@ -311,7 +311,7 @@ def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iter
         yield Finding(Level.note, f"only {num_steps} optimizer steps: a smaller batch or more epochs give more")
 
 
-def padding(rows: EncodedSet, plan: Plan, seed: int) -> float:
+def padding(rows: EncodedSet, plan: BatchSampler, seed: int) -> float:
     """Give the share of the first epoch's positions that are padding, from 0 to 1."""
     computed = 0
     for sequences in plan.micro_batches(rows.lengths, [seed, 0]):

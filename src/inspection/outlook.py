@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from src.config.schema import Device, LoraConfig, MixedPrecision, RunConfig, ZeroConfig
-from src.data.batching import Plan, Sequences, collate, steps_per_epoch
+from src.data.batching import BatchSampler, Sequences, collate, steps_per_epoch
 from src.data.dataset import Data, first_block
 from src.data.sets import EncodedSet
 from src.forecast.counting import (
@@ -278,7 +278,7 @@ def _measure(
     tokenizer: Any,
     new_ids: Sequence[int],
     train: EncodedSet,
-    plan: Plan,
+    plan: BatchSampler,
     micro_batches: list[Sequences],
     work: workload.Workload,
 ) -> Measured:

@@ -7,7 +7,7 @@ from typing import Any
 
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH, Check
 from src.config.schema.every import Every
-from src.config.schema.fields import key
+from src.config.schema.fields import Impact, key
 from src.metrics import METRICS
 
 
@@ -27,11 +27,11 @@ METRIC_NAMES = RegisteredCheck(
 class EvaluationConfig:
     """When and on how much the run is evaluated and samples are written."""
 
-    eval_steps: Any = key(STEPS_OR_EPOCH)
-    metrics: list[str] | None = key(METRIC_NAMES)
-    max_samples: int | None = key(AT_LEAST_ONE)
-    sample_steps: Any = key(STEPS_OR_EPOCH)
-    sample_prompts: int = key(COUNT)
+    eval_steps: Any = key(STEPS_OR_EPOCH, resume=Impact.harmless)
+    metrics: list[str] | None = key(METRIC_NAMES, resume=Impact.harmless, read_by_predict=True)
+    max_samples: int | None = key(AT_LEAST_ONE, resume=Impact.harmless)
+    sample_steps: Any = key(STEPS_OR_EPOCH, resume=Impact.harmless)
+    sample_prompts: int = key(COUNT, resume=Impact.harmless)
 
     @property
     def eval_every(self) -> Every:

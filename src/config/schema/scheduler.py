@@ -11,13 +11,14 @@ from src.registry import Registry
 
 SCHEDULES = Registry[type]("schedule")
 """`scheduler.type` -> its subclass of SchedulerConfig."""
+OTHER_RATES = "other learning rates"
 
 
 @dataclass
 class SchedulerConfig:
     """A schedule; a subclass adds keys of its own, and says what share of its peak the learning rate has."""
 
-    type: str = registered_type_key("scheduler", SCHEDULES)
+    type: str = registered_type_key("scheduler", SCHEDULES, why=OTHER_RATES)
 
     depends_on_length = True
     """Whether a longer run has other learning rates from its first step on; warm-ups apart."""
@@ -52,8 +53,10 @@ class ConstantScheduleConfig(SchedulerConfig):
 class WarmupScheduleConfig(SchedulerConfig):
     """conf/scheduler/constant_with_warmup.yaml: linear warm-up, then constant; the formulas are transformers'."""
 
-    warmup_ratio: float = key(BELOW_ONE)
-    warmup_steps: int | None = key(COUNT)
+    warmup_ratio: float = key(
+        BELOW_ONE, why=OTHER_RATES, counts_where=lambda config: config.get("scheduler.warmup_steps") is None
+    )
+    warmup_steps: int | None = key(COUNT, why=OTHER_RATES)
 
     depends_on_length = False
 
@@ -76,7 +79,7 @@ class WarmupScheduleConfig(SchedulerConfig):
 class DecayScheduleConfig(WarmupScheduleConfig):
     """A warm-up, then a decay to min_lr_ratio of the peak at the end of the run."""
 
-    min_lr_ratio: float = key(FRACTION)
+    min_lr_ratio: float = key(FRACTION, why=OTHER_RATES)
 
     depends_on_length = True
 

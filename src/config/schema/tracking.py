@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omegaconf import MISSING
-
-from src.config.schema.fields import registered_type_key
+from src.config.schema.fields import Impact, key, registered_type_key
 from src.registry import Registry
 
 TRACKERS = Registry[type]("tracker")
@@ -17,7 +15,7 @@ TRACKERS = Registry[type]("tracker")
 class TrackingConfig:
     """A tracker; a subclass adds its keys."""
 
-    type: str = registered_type_key("tracking", TRACKERS)
+    type: str = registered_type_key("tracking", TRACKERS, resume=Impact.harmless)
 
 
 @TRACKERS.register("mlflow")
@@ -25,11 +23,11 @@ class TrackingConfig:
 class MlflowConfig(TrackingConfig):
     """conf/tracking/mlflow.yaml: an MLflow server or store that mirrors the run's folder."""
 
-    uri: str = MISSING
-    experiment_name: str = MISSING
-    run_name: str = MISSING
-    tags: dict[str, str] = MISSING
-    log_model: bool = MISSING
+    uri: str = key(resume=Impact.harmless)
+    experiment_name: str = key(resume=Impact.harmless)
+    run_name: str = key(resume=Impact.harmless)
+    tags: dict[str, str] = key(resume=Impact.harmless)
+    log_model: bool = key(resume=Impact.harmless)
 
 
 @TRACKERS.register("none")
