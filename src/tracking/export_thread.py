@@ -200,6 +200,7 @@ class ExportThread:
             lane.exporter.activity.is_cancelled = True
             if lane is self._current:
                 self._start_thread()
+            self._changed.notify_all()
 
     def _pass_stuck(self) -> None:
         """Let the others proceed in a new thread where a call of the present exporter lasts longer than a turn."""
