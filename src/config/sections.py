@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,17 +45,19 @@ def parse_sections(sections: dict[str, Any]) -> tuple[dict[str, Parsed], list[Pr
         if isinstance(given, dict) and isinstance(schema, dict):
             kind = given.get("type")
             if not isinstance(kind, str) or kind not in schema:
-                choose = f"; choose with {name}=…"
-                problem = Problem(f"{name}.type", f"not one of {', '.join(schema)}{choose}", kind)
-                if "type" not in given:
-                    problem = Missing(problem.key, problem.reason)
-                elif isinstance(schema, Registry):
-                    problem = Unregistered(problem.key, schema.why_unknown(kind, choose), kind)
-                parsed[name] = Parsed(None, [problem])
+                parsed[name] = Parsed(None, [_unknown_type(name, schema, given)])
                 continue
             schema = schema[kind]
         parsed[name] = parse_section(schema, given, name)
     return parsed, [problem for part in parsed.values() for problem in part.problems]
+
+
+def _unknown_type(section: str, schema: Mapping[str, Any], given: Mapping[str, Any]) -> Problem:
+    """Return the problem of a section whose `type` is missing, or names none of its dataclasses."""
+    key, kind, choose = f"{section}.type", given.get("type"), f"; choose with {section}=…"
+    if isinstance(schema, Registry) and isinstance(kind, str):
+        return Unregistered(key, schema.why_unknown(kind, choose), kind)
+    return (Problem if "type" in given else Missing)(key, f"not one of {', '.join(schema)}{choose}", kind)
 
 
 def parse_section(schema: Any, given: Any, prefix: str) -> Parsed:
