@@ -62,7 +62,7 @@ class Key:
 
     @property
     def shapes_rows(self) -> bool:
-        """Whether encoded rows depend on it; only these sections are handed to what makes rows."""
+        """Whether encoded rows depend on it; only sections that the row encoder gets."""
         return self.section in ("data", "tokens") and self.facts.shapes_rows
 
     @property
