@@ -30,6 +30,7 @@ from src.config.schema import (
     TrainingConfig,
     WarmupScheduleConfig,
     Weights,
+    thought_tags,
 )
 
 
@@ -38,7 +39,7 @@ def streaming_can_work(data: DataConfig, training: TrainingConfig) -> Iterator[P
     if not data.streaming:
         return
     if training.max_train_steps is None:
-        reason = "needed with data.streaming: nobody knows how many rows there are"
+        reason = "needed with data.streaming: the number of rows is unknown"
         yield Problem("training.max_train_steps", reason, None)
     if data.held_out_fraction:
         reason = "can't hold out rows of a stream; give data.validation_files, or set this to 0"
@@ -128,7 +129,7 @@ def embedding_lr_has_rows_to_train(
 
 @applies_to("run")
 def thought_weight_has_thoughts(loss: LossConfig, tokens: TokensConfig, data: DataConfig) -> Iterator[Problem]:
-    if loss.thought_weight != 1 and (tokens.thought_open is None or data.thoughts is Thoughts.drop):
+    if loss.thought_weight != 1 and thought_tags(data, tokens) is None:
         yield Problem(
             "loss.thought_weight", "no thoughts are written: see tokens and data.thoughts", loss.thought_weight
         )

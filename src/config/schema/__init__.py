@@ -57,16 +57,10 @@ SECTIONS: dict[str, type | dict[str, type]] = {
 """Section name -> its dataclass, or its dataclasses by the section's `type`."""
 
 
-@dataclass
-class RunConfig:
+@dataclass(kw_only=True)
+class RunConfig(TopLevelConfig):
     """A whole configuration, checked. What follows from several keys is a property, never written back."""
 
-    name: str
-    seed: int
-    force: bool
-    rerun: str | None
-    init_from: str | None
-    plugins: list[str]
     model: ModelConfig
     quantization: QuantizationConfig
     adapter: AdapterConfig
