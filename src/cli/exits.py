@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -96,6 +95,7 @@ def _what_failed(error: OSError) -> str:
 def _how_to_resume(run_dir: Path) -> str:
     from src.checkpoint.manifest import newest_resumable
     from src.config.places import CHECKPOINTS
+    from src.tracking.folder_start import resume_command
 
     if not run_dir.is_dir():
         return f"{run_dir} is not there any more: it was moved or removed. What was saved is where it was moved to."
@@ -106,4 +106,4 @@ def _how_to_resume(run_dir: Path) -> str:
     if step is None:
         return f"Nothing was saved yet; what was logged is in {run_dir}"
     here = shell_override("hydra.run.dir", str(run_dir))
-    return f"Step {step} is saved: make resume run={shlex.quote(str(run_dir))}, or the same command with {here}"
+    return f"Step {step} is saved: {resume_command(run_dir)}, or the same command with {here}"
