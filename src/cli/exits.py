@@ -77,9 +77,9 @@ def guarded(action: Callable[[], int], *, when_stopped: str = "", when_full: str
         return Interrupted.exit_code
     except OSError as error:
         if when_full and is_disk_full(error):
-            report(f"\nThe disk is full: {error.strerror}. {when_full}")
+            report(f"\nThe disk is full: {error.strerror or error}. {when_full}")
             return 1
-        report(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror}")
+        report(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror or error}")
         return TowlineError.exit_code
 
 
