@@ -85,12 +85,12 @@ def open_generation(
     # imported here: torch takes seconds, and a folder that is in use or holds other predictions is refused at once
     from src.data.advice import about_template
     from src.data.dataset import build_prompts
+    from src.data.tokenizer import load_tokenizer
     from src.evaluation.generate import EndText, Generator
     from src.evaluation.predictions import account, check_room
     from src.model.build import set_generation
     from src.model.export import exported, load_exported
     from src.runtime.session import start_runtime
-    from src.tokens import load_tokenizer
 
     collect_from_here()
     config, run_dir = job.config, job.run_dir

@@ -22,7 +22,6 @@ from src.runtime.collector import collect_from_here
 
 if TYPE_CHECKING:
     from src.data.dataset import Data
-    from src.inspection.libraries import LibraryMemory
     from src.tracking.console import Console
 
 
@@ -40,28 +39,28 @@ def preflight(job: Job) -> int:
     console = Console()
     console.label("preflight", f"{config.name}: nothing is trained")
 
-    from src.inspection.libraries import LibraryMemory
+    from src.inspection.libraries import import_as_run
     from src.sweep.workers import WARM, modules_of_run
 
-    with LibraryMemory([WARM, *modules_of_run(config)]) as libraries:
-        return look_ahead(job, console, libraries)
+    return look_ahead(job, console, import_as_run([WARM, *modules_of_run(config)]))
 
 
-def look_ahead(job: Job, console: Console, libraries: LibraryMemory) -> int:
+def look_ahead(job: Job, console: Console, libraries_bytes: int) -> int:
     """Assemble what a run would, show it and what it will take; return the exit code."""
     from src.data.advice import Level
     from src.data.dataset import build_data, first_block
+    from src.data.tokenizer import load_tokenizer
     from src.evaluation.generate import check_prompts
     from src.inspection.drawing import Paint, draw_lengths
     from src.inspection.findings import findings, judge_of, prove
-    from src.inspection.outlook import about_disk, device_of, outlook, resident_bytes
+    from src.inspection.libraries import resident_bytes
+    from src.inspection.outlook import about_disk, device_of, outlook
     from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets
     from src.inspection.starts import about_starts, show_tokens
     from src.model.build import check_adapter_of, check_lengths, empty_model
     from src.model.embeddings import resize_and_initialise
     from src.model.quantization import check_quantisable
     from src.model.unlearned import stored_unlearned_tokens
-    from src.tokens import load_tokenizer
 
     config, own = job.config, job.own
     folder = Path("outputs", config.name, "preflight")
@@ -90,12 +89,11 @@ def look_ahead(job: Job, console: Console, libraries: LibraryMemory) -> int:
     judge = judge_of(config, data)
     proofs = {name: prove(rows, judge) for name, rows in sets.items()}
     new_ids = list(started.ids.values())
-    measured = libraries.bytes()
-    held = None if measured is None else measured + data_bytes
+    held = libraries_bytes + data_bytes
     ahead = outlook(config, model, tokenizer, new_ids, data, job.run_dir, held, measure=own.measure)
     show_forecasts(console, config, ahead)
     found = [
-        *findings(config, data, tokenizer, train, proofs, ahead.num_steps),
+        *findings(config, data, tokenizer, train, proofs, ahead.work.num_steps),
         *about_starts(new_tokens, started),
         *about_disk(ahead.disk),
     ]
@@ -139,7 +137,7 @@ def write_report(file: Path, data: Data, found: Sequence[Any], ahead: Any) -> No
     report = {
         "findings": [{"level": finding.level.value, "text": finding.text} for finding in found],
         "data": {name: report.as_dict() for name, report in data.reports.items()},
-        "steps": ahead.num_steps,
+        "steps": ahead.work.num_steps,
         "memory": {part.name: part.bytes for part in [*ahead.memory.parts, *ahead.memory.instead, ahead.memory.total]},
         "memory_on_cpu": {part.name: part.bytes for part in ahead.memory.on_cpu},
         "disk": {part.name: part.bytes for part in ahead.disk.parts},

@@ -14,12 +14,12 @@ if __name__ == "__main__":
 
 from src.config.job import Job
 from src.data.dataset import build_data
+from src.data.tokenizer import load_tokenizer
 from src.evaluation.evaluate import open_evaluation
 from src.evaluation.samples import sample
 from src.overview import overview
 from src.runtime.signals import StopRequest
 from src.sweep.pruning import Pruning, end_early
-from src.tokens import load_tokenizer
 from src.tracking.tracker import Tracker
 from src.training.assembly import assemble_model, record_origin, start_session, warnings_ahead
 from src.training.fingerprint import fingerprint_of

@@ -119,7 +119,7 @@ def test_one_key_a_section_and_several_topics(shown: Shown) -> None:
     assert "  loss.reduction: mean\n" in both
     assert "\n  tokens.init.method: text\n" in both
     assert words(shown("data.mixture")).endswith("weight, count Set by conf/data/_rows.yaml")
-    assert "In it, 1, 2 or 3 (deepspeed=none shares nothing out): stage" in words(shown("deepspeed"))
+    assert "In it, 1, 2 or 3 (deepspeed=none shards nothing): stage" in words(shown("deepspeed"))
 
 
 def test_a_last_part_and_names_of_other_trainers_are_found(shown: Shown) -> None:

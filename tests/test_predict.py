@@ -27,10 +27,10 @@ from src.config.gate import admit_prediction
 from src.config.schema import RunConfig
 from src.data.answers import strip_thoughts
 from src.data.dataset import build_data, build_prompts
+from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError
 from src.evaluation import predicted_set
 from src.runtime.signals import StopRequest
-from src.tokens import load_tokenizer
 from src.tracking.lock import hold
 from tests.conftest import ROOT, admitted, write_config, write_lines
 

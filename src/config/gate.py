@@ -169,7 +169,7 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     parsed, problems = parse_sections(sections)
     problems = [p for p in [*problems, *own.problems, *sweep.problems, *of_hydra] if p.key not in refused]
     if entry == "predict":
-        problems += _across(parsed, rules.PREDICT_RULES)
+        problems += _across(parsed, rules.RULES["predict"])
         problems += output_problems(own.value, composed.run_dir)
     else:
         problems += _across(parsed)
@@ -261,7 +261,7 @@ def _asks_for_none(override: Override) -> bool:
 
 
 def _across(
-    parsed: dict[str, Parsed], those: Sequence[Callable[..., Iterator[Problem]]] = rules.RULES
+    parsed: dict[str, Parsed], those: Sequence[Callable[..., Iterator[Problem]]] = rules.RULES["run"]
 ) -> Iterator[Problem]:
     """Apply each rule whose sections are all good; a rule's parameters name the sections it reads."""
     good = {name or "top": part.value for name, part in parsed.items() if part.value is not None}

@@ -76,9 +76,9 @@ def account(rows: EncodedSet) -> str:
     if rows.total("is_truncated"):
         cut = [rows.place(i) for i in range(len(rows)) if rows.is_truncated(i)]
         text += f"\n{_some(cut)} cut at the start of the prompt: too long"
-    (part,) = rows.parts
-    for reason in sorted({row.reason for row in part.account.dropped}):
-        left_out = [row.place for row in part.account.dropped if row.reason == reason]
+    (part,) = rows.shards
+    for reason in sorted({row.reason for row in part.stats.dropped}):
+        left_out = [row.place for row in part.stats.dropped if row.reason == reason]
         why = "an empty prompt" if reason == "no_supervised_token" else "too long"
         text += f"\n{_some(left_out)} left out: {why}"
     return text
@@ -103,7 +103,7 @@ def predict_rows(
     from src.evaluation.answers import AnswerReader  # not for those who only look at what is there
 
     reader = AnswerReader(prompts.encoder, config.thought_tags, prompts.frame)
-    (part,) = rows.parts
+    (part,) = rows.shards
     numbers = part.ordinals.tolist()
     block_rows = BLOCK_BATCHES * generator.batch_size
     begin = into.resume(numbers, block_rows)

@@ -22,7 +22,7 @@ from src.config.job import Job
 from src.config.keys import all_keys
 from src.config.points import Assignment, Points
 from src.config.problems import Problem, refuse
-from src.config.rules import scores_of
+from src.config.rules.checkpoint import scores_of
 from src.config.schema import (
     Direction,
     Pruner,

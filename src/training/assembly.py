@@ -17,6 +17,7 @@ from src.config.options import PROJECT_ROOT
 from src.config.schema import NoAdapterConfig, RunConfig
 from src.data.advice import Level, advice
 from src.data.dataset import Data, file_hashes
+from src.data.tokenizer import load_tokenizer
 from src.errors import CheckpointError, ModelError
 from src.model.adapters import Adapter, add_adapter
 from src.model.build import build_model, set_generation, with_zero_sizes
@@ -33,7 +34,7 @@ from src.runtime.launch import num_processes
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
-from src.tokens import NewTokens, load_tokenizer
+from src.tokens import NewTokens
 from src.tracking.provenance import provenance
 from src.tracking.tracker import Tracker
 from src.training.optim import cannot_learn
