@@ -5,40 +5,32 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
+from src.config.job import Job
 from src.config.schema import Batching, InitMethod, LoraConfig, NoAdapterConfig, RunConfig, Weights
 from src.data.dataset import Data
 from src.forecast.disk import disk_need, most_saves
 from src.forecast.optimizer_state import checkpoint_bytes
 from src.forecast.parameters import trained_of
 from src.model.build import num_parameters
-from src.model.embeddings import StartedRows, num_rows
+from src.model.embeddings import num_rows
 from src.runtime.session import Runtime
 from src.runtime.sharding import full_shape
-from src.tokens import NewTokens
+from src.training.assembly import Assembled
 from src.training.state import TrainState
 from src.util import human_bytes
 
 
-def overview(
-    config: RunConfig,
-    state: TrainState,
-    tokenizer: Any,
-    new: NewTokens,
-    started: StartedRows,
-    data: Data,
-    runtime: Runtime,
-    run_dir: Path,
-) -> dict[str, str]:
+def overview(job: Job, state: TrainState, built: Assembled, data: Data, runtime: Runtime) -> dict[str, str]:
     """Return label -> text; a text may have several lines."""
+    config = job.config
     sets = "\n".join(f"{name}: {report.summary}" for name, report in data.reports.items())
     return {
         "model": _model(config, state),
-        "tokens": _tokens(config, state, tokenizer, new, started),
+        "tokens": _tokens(config, state, built),
         "data": sets,
         "steps": _steps(config, state),
-        "disk": _disk(config, state, run_dir),
+        "disk": _disk(config, state, job.run_dir),
         "device": runtime.description,
     }
 
@@ -66,7 +58,8 @@ def _adapter(config: LoraConfig) -> str:
     return f"{kind}, r {config.r}, on {targets if isinstance(targets, str) else ', '.join(targets)}"
 
 
-def _tokens(config: RunConfig, state: TrainState, tokenizer: Any, new: NewTokens, started: StartedRows) -> str:
+def _tokens(config: RunConfig, state: TrainState, built: Assembled) -> str:
+    tokenizer, new, started = built.tokenizer, built.new_tokens, built.started
     text = f"{len(tokenizer):,} in the vocabulary, {num_rows(state.model):,} rows"
     if started.ids:
         init = config.tokens.init

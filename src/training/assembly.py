@@ -60,11 +60,11 @@ def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[t
             yield runtime, replace(job, config=config, frozen=frozen, run_dir=run_dir), found
 
 
-def record_origin(tracker: Tracker, job: Job, config: RunConfig, runtime: Runtime) -> dict[str, Any]:
+def record_origin(tracker: Tracker, job: Job, runtime: Runtime) -> dict[str, Any]:
     """Keep where the run comes from and DeepSpeed's settings in its folder; return the provenance."""
-    made = provenance(job.frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
+    made = provenance(job.frozen, file_hashes(job.config.data), runtime.description, PROJECT_ROOT)
     tracker.record_once("provenance.json", made)
-    if (settings := deepspeed_settings(with_zero_sizes(config), runtime.num_processes)) is not None:
+    if (settings := deepspeed_settings(with_zero_sizes(job.config), runtime.num_processes)) is not None:
         tracker.record("deepspeed.json", settings)
     return made
 
@@ -74,13 +74,15 @@ class Assembled:
     """A model with its new tokens and its adapter, before it is wrapped for training."""
 
     model: Any
+    tokenizer: Any
+    new_tokens: NewTokens
     adapter: Adapter | None
     started: StartedRows
     """The rows that new tokens start from."""
     base: Mapping[str, Any] | None
     """Size and checksum of each file of the local model that the adapter is trained on."""
 
-    def load_initial(self, state: TrainState, tokenizer: Any, runtime: Runtime, config: RunConfig) -> list[str]:
+    def load_initial(self, state: TrainState, runtime: Runtime, config: RunConfig) -> list[str]:
         """Check that the new rows have survived wrapping, and load the checkpoint of `init_from`; return warnings.
 
         Raises:
@@ -91,7 +93,7 @@ class Assembled:
             return []
         checkpoint, warnings = newest_weights(Path(config.init_from))
         kept = read_snapshot(checkpoint)
-        if kept.state["facts"]["tokenizer"] != tokenizer_hash(tokenizer):
+        if kept.state["facts"]["tokenizer"] != tokenizer_hash(self.tokenizer):
             raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
         state.restore_weights(kept.weights, runtime)
         state.new_rows = TokenMonitor(state.model, state.new_rows.ids)
@@ -115,7 +117,7 @@ def assemble_model(config: RunConfig, tokenizer: Any, new_tokens: NewTokens, dat
     adapter = add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
     if _load_initial_adapter(adapter, tokenizer, config):
         started = as_they_are(model, started)
-    return Assembled(model, adapter, started, base)
+    return Assembled(model, tokenizer, new_tokens, adapter, started, base)
 
 
 def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> bool:
