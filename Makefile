@@ -22,11 +22,11 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY) ## the default run: a tiny model learns to add, with thoughts; ARGS='KEY=VALUE …' changes it
 	$(BIN)/python -m src.run $(ARGS)
 
-resume: $(READY) ## go on with the run of a folder, as it last was: run=DIR; ARGS='KEY=VALUE …' changes it
+resume: $(READY) ## resume or extend the run in a folder: run=DIR; ARGS='KEY=VALUE …' changes it
 	@test -n "$$run" || { echo "Which run? make resume run=DIR"; exit 2; }
 	$(BIN)/python -m src.run "rerun=$$run" "hydra.run.dir=$$run" $(ARGS)
 
-sync: $(READY) ## bring MLflow what it lacks of a run or sweep that nobody is at: run=DIR or run=[A,B]; ARGS='KEY=VALUE …'
+sync: $(READY) ## deliver to MLflow what it lacks of a run or sweep: run=DIR or run=[A,B]; ARGS='KEY=VALUE …'
 	@test -n "$$run" || { echo "Which run? make sync run=DIR"; exit 2; }
 	$(BIN)/python -m src.sync "run=$$run" $(ARGS)
 
@@ -39,7 +39,7 @@ test: lint ## every check that CI runs: format, lint, types, tests
 test-slow: $(READY) ## checks on a real pretrained chat model in models/smollm2 (or TOWLINE_SMOLLM2=DIR)
 	$(BIN)/python -m pytest -m slow -n 1 $(ARGS)
 
-docs: $(READY) ## write docs/configuration.md and docs/coming_from.md anew, from the schema, conf/ and the tables
+docs: $(READY) ## regenerate docs/configuration.md and docs/coming_from.md from the schema, conf/ and the tables
 	$(BIN)/python -m src.config.pages
 
 lint: $(READY) ## format, lint and types only
@@ -51,7 +51,7 @@ ui: $(READY) ## MLflow's page of all runs, on http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db \
 		--host 127.0.0.1 --port $(or $(PORT),5000)
 
-clean-cache: ## remove encoded rows that are kept for the next run (.cache/data)
+clean-cache: ## remove the cache of encoded rows (.cache/data)
 	rm -rf .cache/data
 
 clean: ## remove caches and build leftovers; runs, multirun, mlflow.db and .venv stay

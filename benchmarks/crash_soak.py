@@ -64,7 +64,7 @@ from benchmarks.soaking import (
     work,
 )
 from src.config.frozen import is_finished, read_status
-from src.tracking.run_folder import LOCK, holder_of
+from src.tracking.lock import LOCK, holder_of
 
 NUM_STEPS = 14
 SETTINGS = (

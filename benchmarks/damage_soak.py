@@ -50,7 +50,7 @@ from benchmarks.soaking import (
 )
 from src.predict import main as predict_main
 from src.run import main as run_main
-from src.tracking.run_folder import LOCK
+from src.tracking.lock import LOCK
 
 RUN = (
     *("runtime.device=cpu", "data.limit=40", "training.max_train_steps=11", "training.per_device_train_batch_size=4"),

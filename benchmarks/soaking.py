@@ -32,7 +32,8 @@ from src.checkpoint.manifest import is_resumable, problems_of
 from src.config.places import folder_of, steps_in
 from src.run import main as run_main
 from src.runtime.signals import STOP_SIGNALS
-from src.tracking.mlflow_store import TRACKING, plain_name
+from src.tracking.mlflow_names import plain_name
+from src.tracking.mlflow_state import TRACKING
 
 HEAVY = (
     *("torch", "transformers.models.llama.modeling_llama", "transformers.models.bart.modeling_bart"),

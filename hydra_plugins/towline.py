@@ -20,12 +20,13 @@ class TowlineSweeper(Sweeper):
         """Take what Hydra passes; `params` is read when the sweep is planned."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._context, self._task, self._config = hydra_context, task_function, config
+        task: Any = task_function  # src.cli.hydra_main.Task, which carries the sweep
+        self._context, self._request, self._config = hydra_context, task.sweep, config
 
     def sweep(self, arguments: list[str]) -> Any:
         from src.sweep.sweeper import sweep
 
-        return sweep(self._task, self._config, self._context)
+        return sweep(self._request, self._config, self._context)
 
 
 ConfigStore.instance().store(

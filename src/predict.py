@@ -61,7 +61,7 @@ def predict(admitted: Job) -> None:
     from src.checkpoint.exported import check_exported, standing_on
     from src.evaluation.predictions import open_sets, predict_rows
     from src.tracking.console import Console
-    from src.tracking.run_folder import hold
+    from src.tracking.lock import hold
 
     admitted = replace(admitted, config=standing_on(admitted.run_dir, admitted.config))
     config, run_dir, output = admitted.config, admitted.run_dir, folder(admitted)
@@ -115,9 +115,9 @@ def open_generation(
             console.label(name, account(rows))
             for finding in about_template(name, *rows.count_lines("changes")):
                 console.warn(finding.text)
-        stop.is_deferred = True  # from here on it is followed between two tokens
         end = EndText.of(prompts.frame, prompts.encoder)
-        yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, end), prompts
+        with stop.deferred():  # from here on it is followed between two tokens
+            yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, end), prompts
 
 
 def finish(one: PredictedSet, admitted: Job, console: Console) -> None:

@@ -37,7 +37,7 @@ from src.runtime.collector import rest_while_importing
 
 if TYPE_CHECKING:
     from src.tracking.console import Console
-    from src.tracking.mlflow_store import FolderDelivery
+    from src.tracking.mlflow_exporter import MlflowExporter
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "1")
 
@@ -64,28 +64,28 @@ def sync(source: Source, console: Console) -> tuple[int, str]:
     Raises:
         RunFolderError: where a process is at the folder, or it can't be held.
     """
-    from src.tracking.mirror import TO_THE_END, Mirror
-    from src.tracking.run_folder import hold
+    from src.tracking.export_thread import TO_THE_END
+    from src.tracking.lock import hold
+    from src.tracking.tracker import start_exporters
 
     with hold(source.folder):
-        delivery = _delivery(source, console)
-        console.label("sync", f"{source.folder} → MLflow, {delivery.uri}")
-        mirror = Mirror(delivery)
-        left = mirror.close(TO_THE_END, console.working)
-        if left:
-            then = "Once that is mended, the" if mirror.needs_mending else "The"
-            console.warn(f"{source.folder}: {left}. {then} same command goes on from there")
-            return 2 if mirror.needs_mending else 1, mirror.ended_by
-        console.label("delivered", f"{delivery.progress}, as run {delivery.run_id}")
-        return 0, mirror.ended_by
+        exporter = _exporter(source, console)
+        console.label("sync", f"{source.folder} → {exporter.name}, {exporter.where}")
+        exports = start_exporters([exporter], source.folder, warn=console.warn)
+        for left in exports.close(TO_THE_END, console.working):
+            then = "Once that is mended, the" if left.needs_mending else "The"
+            console.warn(f"{source.folder}: {left.reason}. {then} same command resumes there")
+            return 2 if left.needs_mending else 1, exports.ended_by
+        console.label("delivered", f"{exporter.progress}, as run {exporter.run_id}")
+        return 0, exports.ended_by
 
 
-def _delivery(source: Source, console: Console) -> FolderDelivery:
-    from src.tracking.mlflow_mirror import Delivery
-    from src.tracking.mlflow_sweep import SweepDelivery
+def _exporter(source: Source, console: Console) -> MlflowExporter:
+    from src.tracking.mlflow_run import MlflowRunExporter
+    from src.tracking.mlflow_sweep import MlflowSweepExporter
 
-    kind = SweepDelivery if source.is_sweep else Delivery
-    return kind(source.config, source.folder, is_over=True, tell=console.warn)
+    kind = MlflowSweepExporter if source.is_sweep else MlflowRunExporter
+    return kind(source.config, source.folder, is_over=True, warn=console.warn)
 
 
 def admit_sync(argv: Sequence[str]) -> list[Source]:

@@ -20,9 +20,12 @@ import pytest
 import torch
 import yaml
 
+from src.cli.environment import set_switches
 from src.config.frozen import config_hash
 from src.config.gate import Job, admit
 from src.sweep.workers import READY_FOR, WARM
+
+set_switches()
 
 ROOT = Path(__file__).resolve().parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -105,10 +108,10 @@ def _give(arguments: tuple[str, ...], environment: dict[str, str], out: Path, er
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    from src import run
+    from src.cli.main import main
 
-    sys.argv = [run.__file__, *arguments]
-    sys.exit(run.main())
+    sys.argv = [str(ROOT / "src" / "run.py"), *arguments]
+    sys.exit(main())
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -161,7 +164,7 @@ def swept(tmp_path: Path) -> Callable[..., int]:
     """Lead a sweep in this process, its trials in processes of their own; gives the exit code."""
 
     def run(*arguments: str) -> int:
-        from src.run import run_trial
+        from src.cli.trial import run_trial
         from src.runtime.signals import StopRequest
         from src.sweep.sweeper import lead
         from src.sweep.workers import Workers

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from src.config.schema import Metric
 from src.data.advice import Level, advice
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
@@ -182,7 +181,7 @@ def test_rows_that_no_model_can_get_right_are_reported(tmp_path: Path) -> None:
     data = built(tmp_path, tokenizer, rows, "data=prompt_completion")
     assert isinstance(data.train, EncodedSet)
     proof = prove(data.train, judge_of(configured("data=prompt_completion"), data))
-    assert proof.misjudged == [(1, Metric.exact_match, "c [UNK]", "c Ω")]
+    assert proof.misjudged == [(1, "exact_match", "c [UNK]", "c Ω")]
     config = configured("data=prompt_completion")
     found = findings(config, data, tokenizer, data.train, {"train": proof}, num_steps=100)
     (text,) = [one.text for one in found if "full marks" in one.text]

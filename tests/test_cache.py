@@ -22,7 +22,9 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from src.config.keys import all_keys
 from src.config.schema import RunConfig
+from src.config.schema.fields import key
 from src.data import cache as caching
 from src.data import sources
 from src.data.cache import RowCache, tokenizer_fingerprint
@@ -164,6 +166,42 @@ def test_what_shapes_rows_makes_them_anew(
     assert holds(other.train)
     assert rows_of(built(plain).train) == rows_of(first.train)
     assert counted.since() == 0
+
+
+def with_key(section: Any, value: Any, **facts: Any) -> Any:
+    """Return the settings of a section with one more key, as a later version would declare it."""
+    declared = key(default=None, **facts) if facts else dataclasses.field(default=None)
+    later = dataclasses.make_dataclass("Later", [("lowercase", Any, declared)], bases=(type(section),))
+    own = {one.name: getattr(section, one.name) for one in dataclasses.fields(section)}
+    return later(**own, lowercase=value)
+
+
+@pytest.mark.parametrize("section", ["data", "tokens", "tokens.init"])
+def test_a_new_key_shapes_rows_unless_it_says_otherwise(
+    tmp_path: Path, file: str, counted: Counted, section: str
+) -> None:
+    config = admitted(*chosen(file, tmp_path / "cache")).config
+    own = config.tokens.init if section == "tokens.init" else getattr(config, section)
+
+    def later(value: Any, **facts: Any) -> RunConfig:
+        one = with_key(own, value, **facts)
+        if section == "tokens.init":
+            return dataclasses.replace(config, tokens=dataclasses.replace(config.tokens, init=one))
+        return dataclasses.replace(config, **{section: one})
+
+    for value in (True, False):
+        for _ in range(2):
+            built(later(value))
+    assert counted.times == 2
+    for value in (True, False):
+        built(later(value, shapes_rows=False))
+    assert counted.times == 3
+
+
+def test_what_enters_the_cache_by_another_name_is_there() -> None:
+    entering = {one.facts.enters_as for one in all_keys().values()} - {""}
+    assert entering == {"lengths", "tags", "tokenizer"}
+    assert all(hasattr(EncodingConfig, name) or name in EncodingConfig.__annotations__ for name in entering)
 
 
 def test_settings_of_chats_make_them_anew(tmp_path: Path, counted: Counted) -> None:
@@ -558,7 +596,7 @@ def peak(work: Callable[[], Any]) -> int:
 def recipe_of(config: RunConfig) -> EncodingConfig:
     tokenizer, _ = load_tokenizer(config.model, config.tokens)
     lengths = Lengths(config.data.max_seq_length, None, config.data.overflow)
-    return EncodingConfig(config.data, tokenizer, config.thought_tags, lengths, is_chat=False)
+    return EncodingConfig(config.data, config.tokens, tokenizer, lengths, is_chat=False)
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from src.checkpoint import store
-from src.checkpoint.locate import Origin, find_origin, newest_weights
+from src.checkpoint.locate import newest_weights
 from src.checkpoint.manifest import (
     Entry,
     checksum,
@@ -34,12 +34,13 @@ from src.checkpoint.manifest import (
 )
 from src.checkpoint.store import SMALL_BYTES, Checkpoints, Snapshot, open_checkpoints, read_snapshot
 from src.checkpoint.tensors import stored_digest, tensors_digest, write_tensors
+from src.cli.start import run_job as run
 from src.config.places import folder_of, steps_in
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError, ConfigError, DiskFullError
-from src.run import run
 from src.runtime.sharding import ShardedTensor
 from src.runtime.signals import StopRequest
+from src.training.resume import ResumePoint, find_resume_point
 from src.util import human_bytes
 from tests.conftest import admitted, read_lines, towline, unprivileged
 
@@ -123,8 +124,8 @@ def kept(run_dir: Path) -> dict[int, str]:
     return found
 
 
-def origin(run_dir: Path, resume: Path | str = "auto", *, force: bool = False) -> Origin:
-    return find_origin(replace(PLAIN, resume=str(resume)), FROZEN, run_dir, force=force)
+def origin(run_dir: Path, resume: Path | str = "auto", *, force: bool = False) -> ResumePoint:
+    return find_resume_point(replace(PLAIN, resume=str(resume)), FROZEN, run_dir, force=force)
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_taken(tmp_path: Path, na
     assert "force" not in str(refused.value), "which would not touch the other's folder"
     with pytest.raises(CheckpointError, match=rf"step-00000010 is damaged \({re.escape(name)} "):
         newest_weights(tmp_path)
-    assert origin(tmp_path, force=True) == Origin()
+    assert origin(tmp_path, force=True) == ResumePoint()
 
 
 def plain_file(place: Path) -> None:
@@ -267,7 +268,7 @@ def test_a_folder_that_cannot_be_looked_into_is_not_one_without_checkpoints(tmp_
     with pytest.raises(CheckpointError, match="can't be looked into"):
         origin(tmp_path / "elsewhere", tmp_path)
     assert steps_in(tmp_path / "nowhere") == []
-    assert origin(tmp_path, "never") == Origin()
+    assert origin(tmp_path, "never") == ResumePoint()
 
 
 def test_what_may_not_be_read_is_neither_passed_over_nor_removed(tmp_path: Path) -> None:
@@ -1070,14 +1071,14 @@ def test_a_checkpoint_by_another_steps_name_is_passed_over(tmp_path: Path) -> No
 
 
 def test_a_run_begins_anew_where_that_is_asked_for_or_nothing_is_there(tmp_path: Path) -> None:
-    assert origin(tmp_path) == origin(tmp_path / "nowhere") == Origin()
+    assert origin(tmp_path) == origin(tmp_path / "nowhere") == ResumePoint()
     save(tmp_path, 1)
     for begun in (
         origin(tmp_path, "never"),
         origin(tmp_path, force=True),
         origin(tmp_path, at(tmp_path, 1), force=True),
     ):
-        assert begun == Origin()
+        assert begun == ResumePoint()
         assert (begun.step, begun.own_step) == (None, None)
 
 
@@ -1108,7 +1109,7 @@ def test_weights_alone_are_skipped_without_a_word(tmp_path: Path) -> None:
     with open_checkpoints(PLAIN, tmp_path) as checkpoints:
         rate(checkpoints, 2, 2.0)
         checkpoints.wait()
-        assert origin(tmp_path) == Origin()
+        assert origin(tmp_path) == ResumePoint()
         with pytest.raises(CheckpointError, match="has no checkpoint that a run could go on from"):
             origin(tmp_path / "elsewhere", tmp_path)
         put(checkpoints, 4)

@@ -17,7 +17,7 @@ from src.data import dataset
 from src.evaluation import predictions
 from src.sweep import sweeper
 from src.sweep.workers import WARM, Job, Workers
-from src.tracking import journal
+from src.tracking import lock
 from src.training import loop
 from tests.conftest import ROOT, ROWS
 
@@ -81,11 +81,11 @@ def test_what_takes_long_looks_for_garbage(tmp_path: Path, monkeypatch: pytest.M
         (predictions, "predict_rows"): (predict.main, [f"run={run_dir}", "data.limit=1"]),
         (dataset, "build_data"): (preflight.main, [*tiny, f"hydra.run.dir={tmp_path / 'ahead'}"]),
         (sweeper, "plan_sweep"): (run.main, ["-m", *tiny, "sweep.dry_run=true", "seed=1,2"]),
-        (journal, "hold"): (run.main, [*tiny, f"hydra.run.dir={in_use}", "runtime.num_processes=2"]),
+        (lock, "hold"): (run.main, [*tiny, f"hydra.run.dir={in_use}", "runtime.num_processes=2"]),
     }
     for (module, name), (main, arguments) in commands.items():
         looks.clear()
-        with monkeypatch.context() as patched, journal.hold(in_use):
+        with monkeypatch.context() as patched, lock.hold(in_use):
             patched.setattr(module, name, watched(getattr(module, name)))
             gc.disable()
             try:

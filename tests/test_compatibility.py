@@ -13,8 +13,6 @@ import yaml
 from hydra.core.override_parser.types import Override
 
 from src.checkpoint.compatibility import (
-    EFFECTS,
-    JUDGES,
     NOT_THERE,
     Change,
     Fingerprint,
@@ -25,7 +23,9 @@ from src.checkpoint.compatibility import (
     is_reordered,
 )
 from src.config.compose import read_override
-from src.config.gate import known_keys
+from src.config.keys import all_keys, known_keys
+from src.config.schema import SECTIONS, TopLevelConfig
+from src.config.schema.fields import facts_of, key
 from src.errors import ConfigError
 from tests.conftest import admitted
 
@@ -72,9 +72,24 @@ def refusal(changes: list[Change], *, allow_changed: bool = False) -> str:
     return str(caught.value)
 
 
-def test_every_key_there_is_was_decided_on() -> None:
-    assert EFFECTS.keys() | JUDGES.keys() == set(known_keys())
-    assert not EFFECTS.keys() & JUDGES.keys()
+def test_each_key_has_one_impact() -> None:
+    declared: dict[str, set[Any]] = {}
+    for section, schema in {**SECTIONS, "": TopLevelConfig}.items():
+        for owner in schema.values() if isinstance(schema, dict) else [schema]:
+            for one in dataclasses.fields(owner):
+                facts = facts_of(one)
+                declared.setdefault(f"{section}.{one.name}".lstrip("."), set()).add((facts.resume, facts.why))
+    assert {key: impacts for key, impacts in declared.items() if len(impacts) > 1} == {}
+    assert set(known_keys()) - declared.keys() == {"tokens.init.method", "tokens.init.text", "tokens.init.descriptions"}
+
+
+def test_a_key_without_a_stated_impact_is_another_training() -> None:
+    @dataclasses.dataclass
+    class Later:
+        plain: int = 1
+        declared: int = key(default=1)
+
+    assert [facts_of(one).resume for one in dataclasses.fields(Later)] == [TRAJECTORY, TRAJECTORY]
 
 
 def test_the_same_configuration_has_no_changes_also_read_back_from_its_file() -> None:
@@ -301,7 +316,7 @@ def test_an_unknown_key_that_both_have_is_another_training() -> None:
     assert change == Change("data.flavour", 1, 2, TRAJECTORY, "a key that this version does not know")
 
 
-@pytest.mark.parametrize("key", [key for key, effect in EFFECTS.items() if effect is IMPOSSIBLE])
+@pytest.mark.parametrize("key", [name for name in known_keys() if all_keys()[name].facts.resume is IMPOSSIBLE])
 def test_what_is_impossible_says_why(key: str) -> None:
     section, _, name = key.rpartition(".")
     (change,) = compare_configs({section: {name: 1}}, {section: {name: 2}})
@@ -449,12 +464,12 @@ def test_what_goes_on_is_said() -> None:
         (
             (),
             "init_from=tests/weights",
-            ["init_from: null → tests/weights (says how a run begins, so it changes nothing here)"],
+            ["init_from: null → tests/weights (only decides how a run starts, so it changes nothing here)"],
         ),
         (
             (),
             "tokens.init.text=[a]",
-            ['tokens.init.text: ["---"] → ["a"] (says how a run begins, so it changes nothing here)'],
+            ['tokens.init.text: ["---"] → ["a"] (only decides how a run starts, so it changes nothing here)'],
         ),
         (("tokens.init.method=mean",), "tokens.init.text=[a]", []),
         ((), "tokens.init.descriptions={a:b}", []),

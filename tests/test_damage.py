@@ -16,16 +16,18 @@ import yaml
 
 from src.checkpoint.exported import check_exported
 from src.checkpoint.manifest import problems_of
+from src.cli.exits import guarded_run as guarded
 from src.config.frozen import config_hash, is_finished, read_config, read_status
 from src.config.gate import admit, admit_prediction
 from src.config.trust import is_signed, signature
 from src.errors import ConfigError, DamagedFileError
 from src.records import Digest, begins_with, read_json, read_lines, read_yaml
-from src.run import guarded
 from src.sweep.folder import SweepFolder
 from src.sweep.plan import Plan
 from src.sweep.trial import trial_of
-from src.tracking.run_folder import LOCK, RunFolder, read_growing
+from src.tracking.lock import LOCK
+from src.tracking.run_folder import RunFolder
+from src.tracking.step_logs import read_step_log
 from tests.conftest import ROWS, admitted, towline, unprivileged
 from tests.conftest import read_lines as lines_of
 from tests.sweeps import planned
@@ -129,9 +131,9 @@ def test_a_line_that_is_none_of_metrics_is_told(tmp_path: Path, line: str) -> No
     whole = [json.dumps({"step": step, "train/loss": 0.5}) + "\n" for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(whole) + line + '\n{"step": 4}\n{"step": 5, "tr')
     with pytest.raises(DamagedFileError, match="line 3"):
-        read_growing(tmp_path, "metrics.jsonl")
+        read_step_log(tmp_path, "metrics.jsonl")
     (tmp_path / "metrics.jsonl").write_text("".join(whole) + '{"step": 4}\n' + line)  # torn: it has no end
-    assert [one.content["step"] for one in read_growing(tmp_path, "metrics.jsonl")] == [1, 2, 4]
+    assert [one.content["step"] for one in read_step_log(tmp_path, "metrics.jsonl")] == [1, 2, 4]
 
 
 def test_a_changed_digit_in_a_journal_is_noticed(run: Path) -> None:

@@ -27,15 +27,28 @@ from sqlalchemy.engine import Engine
 from src import sync
 from src.config.schema import MlflowConfig
 from src.records import Digest
-from src.tracking import mirror, mlflow_calls, sqlite_store, tracker
-from src.tracking.mirror import Mirror, Patience
-from src.tracking.mlflow_errors import StoreError, explained
-from src.tracking.mlflow_mirror import Delivery
-from src.tracking.mlflow_store import read_tracking
-from src.tracking.run_folder import Start, hold
+from src.tracking import export_thread, mlflow_calls, sqlite_store, tracker
+from src.tracking.export_thread import ExportThread, Patience
+from src.tracking.exporters import DeliveryError
+from src.tracking.folder_start import Start
+from src.tracking.lock import hold
+from src.tracking.mlflow_errors import explained
+from src.tracking.mlflow_run import MlflowRunExporter
+from src.tracking.mlflow_state import read_tracking
 from src.tracking.sqlite_store import SqliteStore
+from src.tracking.tracker import start_exporters
 from tests.conftest import FORKS, ROOT, admitted, read_lines
-from tests.test_tracking import closed_port, do_step, killed, start_server, stop_server, stopped, track, tracked
+from tests.test_tracking import (
+    closed_port,
+    do_step,
+    exporter_of,
+    killed,
+    start_server,
+    stop_server,
+    stopped,
+    track,
+    tracked,
+)
 
 SOON = Patience(call_seconds=1.5, total_seconds=4.0)
 PATIENT = Patience(call_seconds=10.0, total_seconds=40.0)
@@ -49,9 +62,9 @@ def config_of(uri: str, experiment: str = "towline") -> MlflowConfig:
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setattr(tracker, "AT_THE_END", SOON)
-    for module in (tracker, mirror):
+    for module in (tracker, export_thread):
         monkeypatch.setattr(module, "TO_THE_END", PATIENT)
-    monkeypatch.setattr(mirror, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(export_thread, "RETRY_SECONDS", 0.2)
     monkeypatch.setattr(mlflow_calls, "AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(sqlite_store, "LOCKED_SECONDS", 0.3)
 
@@ -101,8 +114,19 @@ def deliver(config: MlflowConfig, run_dir: Path) -> str:
     """Give the run's command once more, on its finished folder."""
     told: list[str] = []
     with hold(run_dir):
-        again = Mirror(Delivery(config, run_dir, is_over=True, tell=told.append), tell=told.append)
-        return again.close(PATIENT) + "".join(told)
+        exporter = MlflowRunExporter(config, run_dir, is_over=True, warn=told.append)
+        exports = start_exporters([exporter], run_dir, warn=told.append)
+        return "".join([*map(str, exports.close(PATIENT)), *told])
+
+
+def exported(config: MlflowConfig, run_dir: Path, *, is_over: bool = True) -> ExportThread:
+    """Begin to deliver a folder."""
+    return start_exporters([exporter_of(config, run_dir, is_over=is_over)], run_dir, warn=print)
+
+
+def closed(exports: ExportThread, patience: Patience) -> str:
+    """Deliver the rest; return what is left in words."""
+    return "".join(map(str, exports.close(patience)))
 
 
 @event.listens_for(Engine, "connect")
@@ -270,7 +294,7 @@ def test_the_file_of_a_uri_is_the_one_that_is_opened(tmp_path: Path, monkeypatch
 
 def test_tables_of_something_else_are_left_alone(tmp_path: Path) -> None:
     change(tmp_path / "mlflow.db", "CREATE TABLE studies (id INTEGER)")
-    with pytest.raises(StoreError, match="something else"):
+    with pytest.raises(DeliveryError, match="something else"):
         SqliteStore(f"sqlite:///{tmp_path}/mlflow.db", print).open()
 
 
@@ -424,8 +448,8 @@ def test_waiting_ends_where_one_call_fails_for_ever_behind_others_that_succeed(
     experiment, run = f"always {only}", tmp_path / "run"
     track(admitted().config.tracking, run)
     proxy.mode, proxy.only = "500", only
-    waiting = Mirror(Delivery(config_of(proxy.uri, experiment), run, is_over=True))
-    assert "fails (500)" in waiting.close(Patience(call_seconds=10.0, total_seconds=60.0))
+    waiting = exported(config_of(proxy.uri, experiment), run)
+    assert "fails (500)" in closed(waiting, Patience(call_seconds=10.0, total_seconds=60.0))
     assert len({*proxy.asked}) < len(proxy.asked) < 100
     proxy.mode = "well"
     assert deliver(config_of(proxy.uri, experiment), run) == ""
@@ -443,8 +467,8 @@ def test_an_answer_that_is_none_is_not_taken_for_one(tmp_path: Path, proxy: Prox
     config = config_of(proxy.uri, experiment)
     track(admitted().config.tracking, run)
     proxy.mode, proxy.only = f"says {said}", only
-    waiting = Mirror(Delivery(config, run, is_over=True), tell=print)
-    assert "not delivered" in waiting.close(Patience(call_seconds=10.0, total_seconds=60.0, attempts=1))
+    waiting = exported(config, run)
+    assert "not delivered" in closed(waiting, Patience(call_seconds=10.0, total_seconds=60.0, attempts=1))
     assert read_tracking(run)["run_id"] != ""
     proxy.mode = "well"
     assert deliver(config, run) == ""
@@ -510,8 +534,7 @@ def test_what_a_slow_server_has_taken_is_not_brought_again(tmp_path: Path, proxy
     seen = []
     for _ in range(40):  # each has time for a few calls
         with hold(run):
-            again = Mirror(Delivery(config, run, is_over=True))
-            left = again.close(Patience(call_seconds=1.5, total_seconds=0.8))
+            left = closed(exported(config, run), Patience(call_seconds=1.5, total_seconds=0.8))
         seen.append(read_tracking(run).get("lines", 0))
         if not left:
             break
@@ -526,10 +549,10 @@ def test_ctrl_c_ends_the_waiting(tmp_path: Path, proxy: Proxy) -> None:
     track(config, run)
     proxy.mode, proxy.delay = "slow", 30.0
     with hold(run):
-        waiting = Mirror(Delivery(config, run))
+        waiting = exported(config, run, is_over=False)
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         started = time.monotonic()
-        assert "ended by Ctrl-C" in waiting.close(Patience(call_seconds=60))
+        assert "ended by Ctrl-C" in closed(waiting, Patience(call_seconds=60))
     assert waiting.ended_by == "Ctrl-C"
     assert time.monotonic() - started < 10
 
@@ -581,7 +604,7 @@ def test_a_file_that_is_no_store_is_told_and_what_is_restored_or_empty_has_every
     uri, run = f"sqlite:///{database}", tmp_path / "run"
     with tracked(config_of(uri), run) as tracking:
         tracking.log(1, {"train/loss": 1.0})
-        while Delivery(config_of(uri), run).num_pending:
+        while exporter_of(config_of(uri), run).num_pending:
             time.sleep(0.02)
         copy = shutil.copy(database if is_restored else template, tmp_path / "copy.db")
         spoil(database)
@@ -603,7 +626,7 @@ def test_a_database_that_was_deleted_is_made_anew_or_restored(
     uri, run = f"sqlite:///{database}", tmp_path / "run"
     with tracked(config_of(uri), run) as tracking:
         tracking.log(1, {"train/loss": 1.0})
-        while Delivery(config_of(uri), run).num_pending:
+        while exporter_of(config_of(uri), run).num_pending:
             time.sleep(0.02)
         copy = shutil.copy(database if is_restored else template, tmp_path / "copy.db")
         tracking.log(2, {"train/loss": 0.5})
@@ -619,7 +642,7 @@ def test_a_database_that_is_replaced_while_a_run_goes_on_has_everything(
     uri, run = f"sqlite:///{database}", tmp_path / "run"
     with tracked(config_of(uri), run) as tracking:
         tracking.log(1, {"train/loss": 1.0})
-        while Delivery(config_of(uri), run).num_pending:
+        while exporter_of(config_of(uri), run).num_pending:
             time.sleep(0.02)
         shutil.move(shutil.copy(template, tmp_path / "copy.db"), database)
         tracking.log(2, {"train/loss": 0.5})
@@ -638,7 +661,7 @@ def test_a_deleted_experiment_is_told_and_has_everything_once_it_is_restored(
     client = MlflowClient(uri)
     with tracked(config_of(uri), run) as tracking:
         tracking.log(1, {"train/loss": 1.0})
-        while Delivery(config_of(uri), run).num_pending:
+        while exporter_of(config_of(uri), run).num_pending:
             time.sleep(0.02)
         experiment = client.get_experiment_by_name("towline").experiment_id
         client.delete_experiment(experiment)

@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from src.config.schema import Device, Metric, MixedPrecision, RuntimeConfig, greater_is_better
+from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.data.answers import strip_thoughts
 from src.data.dataset import Data, build_data
 from src.data.tokenizer import load_tokenizer
 from src.errors import DataError, Interrupted, ModelError, NonFiniteLossError
 from src.evaluation.evaluate import Evaluator, open_evaluation
 from src.evaluation.generate import cut_at
-from src.evaluation.metrics import answer, exact_match, perplexity
 from src.evaluation.samples import sample
+from src.metrics import answer, exact_match, greater_is_better, perplexity
 from src.model.build import build_model, set_generation
 from src.model.embeddings import resize_and_initialise
 from src.model.export import export
@@ -217,5 +217,5 @@ def test_what_depends_on_thoughts_is_refused_where_there_are_none(runtime: Runti
 
 
 def test_summaries_are_scored_without_being_asked_for() -> None:
-    rouge = [Metric.rouge1, Metric.rouge2, Metric.rougeL]
+    rouge = ["rouge1", "rouge2", "rougeL"]
     assert admitted("data=dialogue_summary", "data.train_files=[data/dialogues/train.jsonl]").config.metrics == rouge

@@ -33,12 +33,14 @@ from transformers import (
 
 from src.checkpoint.store import SMALL_BYTES
 from src.config.schema import (
+    OPTIMIZERS,
     AdafactorConfig,
     AdamWConfig,
     CheckpointConfig,
     LoraBias,
     LoraConfig,
     MixedPrecision,
+    OptimizerConfig,
     SGDConfig,
 )
 from src.forecast.counting import (
@@ -72,10 +74,12 @@ from src.util import human_bytes
 from tests.conftest import ROOT, admitted
 
 ADAMW = AdamWConfig(type="adamw", lr=1e-3, embedding_lr=None, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8)
-ADAMW_8BIT, PAGED = replace(ADAMW, type="adamw_8bit"), replace(ADAMW, type="paged_adamw_32bit")
+ADAMW_8BIT = OPTIMIZERS["adamw_8bit"](**vars(ADAMW) | {"type": "adamw_8bit"})
+PAGED = OPTIMIZERS["paged_adamw_32bit"](**vars(ADAMW) | {"type": "paged_adamw_32bit"})
 ADAFACTOR = AdafactorConfig(type="adafactor", lr=1e-2, embedding_lr=None, weight_decay=0.0)
 SGD = SGDConfig(type="sgd", lr=0.1, embedding_lr=None, weight_decay=0.0, momentum=0.0)
 MOMENTUM = SGDConfig(type="sgd", lr=0.1, embedding_lr=None, weight_decay=0.0, momentum=0.9)
+LION = OptimizerConfig("lion", lr=0.1, embedding_lr=None, weight_decay=0.0)
 CHECKPOINT = CheckpointConfig(
     checkpointing_steps="epoch",
     keep_last=2,
@@ -240,7 +244,7 @@ def test_what_an_optimizer_keeps_is_told_with_its_numbers() -> None:
 
 
 def test_an_optimizer_that_is_not_known_is_said_to_be_unknown() -> None:
-    forecast = memory_forecast(TOY, replace(SGD, type="lion"), SHAPE, STEP)
+    forecast = memory_forecast(TOY, LION, SHAPE, STEP)
     assert forecast.parts[1].bytes is None
     assert forecast.total.how.startswith("at least: optimizer state unknown")
 
@@ -520,7 +524,7 @@ def test_disk_holds_checkpoints_and_the_model(tmp_path: Path) -> None:
     assert forecast.total.bytes == disk_need(2704, 2 * 2704, CHECKPOINT, 2711, has_metric=True)
     assert forecast.fits
     assert not replace(forecast, free_bytes=forecast.total.bytes - 1).fits
-    assert disk_forecast(TOY, folder, replace(SGD, type="lion"), CHECKPOINT, has_metric=False).total.how.startswith(
+    assert disk_forecast(TOY, folder, LION, CHECKPOINT, has_metric=False).total.how.startswith(
         "at least: checkpoints unknown"
     )
 

@@ -173,7 +173,7 @@ def test_a_refusal_costs_nothing(tmp_path: Path) -> None:
 def test_torch_is_not_imported(arguments: list[str]) -> None:
     code = f"""
 import sys
-from src.run import main
+from src.cli.main import main
 sys.argv = ['src.run', *{arguments!r}]
 try:
     main()

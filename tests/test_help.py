@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from src import predict, preflight, sync
+from src.cli.main import main
 from src.config import comments, groups, reference
 from src.config.compose import CONF
 from src.config.keys import Key, all_keys, known_keys
-from src.run import main
 from tests.conftest import ROOT, admitted
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())

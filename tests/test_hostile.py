@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import chat_template_utils
 
 from src import patterns, templates
-from src.config.schema import Metric, Overflow
+from src.config.schema import Overflow
 from src.data import cache, preparation, readers
 from src.data.chat_render import render
 from src.data.dataset import build_data
@@ -35,9 +35,9 @@ from src.data.formats import BadRow
 from src.data.preparation import EncodingConfig
 from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError, LimitError, ModelError, report, visible
-from src.evaluation.metrics import scores
 from src.inspection.drawing import Paint
 from src.markdown import code, fenced, inline, table
+from src.metrics import scores
 from src.model.adapters import with_adapter
 from src.model.build import build_model
 from src.model.card import model_card
@@ -187,7 +187,7 @@ def test_a_row_on_which_a_pattern_explodes_is_told_by_its_place(short_limit: Non
 
 def test_a_generated_text_on_which_a_pattern_explodes_is_told_by_its_row(short_limit: None) -> None:
     with pytest.raises(DataError, match=r"^row 1: data.answer_pattern"):
-        scores([Metric.exact_match], ["b", LONG], ["b", "b"], EXPLOSIVE, "row {}".format)
+        scores(["exact_match"], ["b", LONG], ["b", "b"], EXPLOSIVE, "row {}".format)
 
 
 R = "{% for i in range(100000) %}"
@@ -645,8 +645,8 @@ def test_rows_on_their_way_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch)
     ).config
     recipe = EncodingConfig(
         config.data,
+        config.tokens,
         load_tokenizer(config.model, config.tokens)[0],
-        None,
         Lengths(64, None, Overflow.truncate),
         is_chat=False,
     )

@@ -13,12 +13,12 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from src.cli.exits import guarded_run as guarded
+from src.cli.start import run_job as run
 from src.config.gate import admit_prediction
 from src.errors import ExportError
 from src.model import export as exporting
-from src.run import guarded, run
 from src.runtime.signals import StopRequest
-from src.training.optim import lr_factor
 from tests.conftest import admitted, read_lines, towline, write_lines
 from tests.test_resume import LORA, Fate, Killed, assert_same, plain, start
 
@@ -180,7 +180,7 @@ def test_a_schedule_that_depends_on_the_length_moves_as_that_of_an_unfinished_ru
     assert_same(tmp_path / "finished", tmp_path / "stopped")
     config = admitted(*linear, TWO).config.scheduler
     rates = [line["train/lr"] for line in read_lines(tmp_path / "finished" / "metrics.jsonl")]
-    assert rates[6:] == pytest.approx([0.002 * lr_factor(config.type, step, 12, 2, 0.0) for step in range(6, 12)])
+    assert rates[6:] == pytest.approx([0.002 * config.factor(step, 12) for step in range(6, 12)])
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_a_stop_before_anything_was_changed_leaves_it_finished(short: Path) -> N
 
 
 def test_a_process_that_gets_more_holds_the_folder(short: Path, tmp_path: Path) -> None:
-    from src.tracking.run_folder import hold
+    from src.tracking.lock import hold
 
     with hold(short):
         done = towline(f"rerun={short}", f"hydra.run.dir={short}", TWO)

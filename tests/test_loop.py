@@ -28,7 +28,7 @@ from src.runtime import signals
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import STOP_SIGNALS, StopRequest, stop_on_signals
 from src.training.loop import MicroBatch, Step, step_once, train
-from src.training.state import Beginning, StepResult, StepStats, TrainState, num_train_steps, prepare
+from src.training.state import StepResult, StepStats, TrainState, num_train_steps, prepare
 from tests.conftest import admitted
 
 CPU = RuntimeConfig(device=Device.cpu, deterministic=False)
@@ -409,21 +409,21 @@ def test_a_step_that_was_not_over_comes_again_and_one_that_was_does_not(runtime:
 @pytest.mark.parametrize(
     ("overrides", "begin", "left", "expected"),
     [
-        (["training.max_train_steps=7"], Beginning(), None, 7),
-        (["training.max_train_steps=7"], Beginning(5, Position(2, 3)), 1, 7),
-        (["training.num_train_epochs=2"], Beginning(), 10, 20),
-        (["training.num_train_epochs=2.25"], Beginning(), 10, 23),
-        (["training.num_train_epochs=0.01"], Beginning(), 10, 1),
-        (["training.num_train_epochs=3"], Beginning(14, Position(1, 40)), 6, 30),
-        (["training.num_train_epochs=3"], Beginning(14, Position(1, 40)), 3, 27),  # larger batches from here on
-        (["training.num_train_epochs=1"], Beginning(14, Position(1, 40)), 6, 14),  # nothing is left to do
-        (["training.num_train_epochs=2"], Beginning(20, Position(2, 0)), 10, 20),
+        (["training.max_train_steps=7"], (0, 0), None, 7),
+        (["training.max_train_steps=7"], (5, 2), 1, 7),
+        (["training.num_train_epochs=2"], (0, 0), 10, 20),
+        (["training.num_train_epochs=2.25"], (0, 0), 10, 23),
+        (["training.num_train_epochs=0.01"], (0, 0), 10, 1),
+        (["training.num_train_epochs=3"], (14, 1), 6, 30),
+        (["training.num_train_epochs=3"], (14, 1), 3, 27),  # larger batches from here on
+        (["training.num_train_epochs=1"], (14, 1), 6, 14),  # nothing is left to do
+        (["training.num_train_epochs=2"], (20, 2), 10, 20),
     ],
 )
 def test_the_end_is_counted_from_where_a_run_goes_on(
-    overrides: list[str], begin: Beginning, left: int | None, expected: int
+    overrides: list[str], begin: tuple[int, int], left: int | None, expected: int
 ) -> None:
-    assert num_train_steps(admitted(*overrides).config.training, 10, begin, left) == expected
+    assert num_train_steps(admitted(*overrides).config.training, 10, *begin, left) == expected
 
 
 def test_a_snapshot_in_fresh_objects_trains_on_bit_for_bit(runtime: Runtime) -> None:

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from src import preflight
+from src.cli.start import run_job as run
 from src.config.schema import Device, LoraConfig, MixedPrecision, RunConfig, RuntimeConfig
 from src.errors import ExportError, ModelError
 from src.model import build
 from src.model.export import export, load_exported
 from src.model.quantization import keep_gradients
-from src.run import run
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
 from tests.conftest import admitted

@@ -255,7 +255,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     ),
     "unknown": (
         [mixture(a={"train_files": [F], "zzz": 1})],
-        ["data.mixture.a.zzz", "data.mixture.a has train_files, dataset_n"],
+        ["data.mixture.a.zzz", "data.mixture.a has", "train_files, dataset_n"],
     ),
     "not for a source": ([mixture(a={"train_files": [F], "max_seq_length": 9})], ["data.mixture.a.max_seq_length"]),
     "no rows": ([mixture(a={"weight": 1})], ["data.mixture.a", "no rows: give it train_files or dataset_name"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from bitsandbytes.optim import GlobalOptimManager
 from torch import nn
 from transformers import get_scheduler
 
-from src.config.schema import MixedPrecision, ScheduleType
+from src.config.schema import SCHEDULES, MixedPrecision, SchedulerConfig
 from src.errors import ModelError
 from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest
@@ -18,32 +19,38 @@ from src.training.optim import (
     build_optimizer,
     build_schedule,
     cannot_learn,
-    lr_factor,
-    num_warmup_steps,
     parameter_groups,
 )
 from tests.conftest import ROOT, admitted
 
 
+def schedule(kind: str, warmup: int, min_ratio: float) -> SchedulerConfig:
+    """Return a schedule whose keys it has are set so."""
+    config = SCHEDULES[kind]
+    given = {"type": kind, "warmup_ratio": 0.0, "warmup_steps": warmup, "min_lr_ratio": min_ratio}
+    made: SchedulerConfig = config(**{field.name: given[field.name] for field in dataclasses.fields(config)})
+    return made
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        (ScheduleType.linear, [0.0, 0.5, 1.0, 0.5, 0.0]),
-        (ScheduleType.cosine, [0.0, 0.5, 1.0, 0.5, 0.0]),
-        (ScheduleType.constant, [1.0, 1.0, 1.0, 1.0, 1.0]),
-        (ScheduleType.constant_with_warmup, [0.0, 0.5, 1.0, 1.0, 1.0]),
+        ("linear", [0.0, 0.5, 1.0, 0.5, 0.0]),
+        ("cosine", [0.0, 0.5, 1.0, 0.5, 0.0]),
+        ("constant", [1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("constant_with_warmup", [0.0, 0.5, 1.0, 1.0, 1.0]),
     ],
 )
-def test_a_schedule_at_five_points(kind: ScheduleType, expected: list[float]) -> None:
-    found = [lr_factor(kind, step, num_steps=110, warmup=10, min_ratio=0.0) for step in (0, 5, 10, 60, 110)]
+def test_a_schedule_at_five_points(kind: str, expected: list[float]) -> None:
+    found = [schedule(kind, 10, 0.0).factor(step, num_steps=110) for step in (0, 5, 10, 60, 110)]
     assert found == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("kind", [ScheduleType.linear, ScheduleType.cosine])
-def test_a_decay_ends_at_its_minimum(kind: ScheduleType) -> None:
-    assert lr_factor(kind, 100, 100, 7, 0.1) == 0.1
-    assert lr_factor(kind, 50, 100, 0, 0.1) == pytest.approx(0.55)
-    assert lr_factor(kind, 0, 100, 0, 0.1) == 1.0
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_decay_ends_at_its_minimum(kind: str) -> None:
+    assert schedule(kind, 7, 0.1).factor(100, 100) == 0.1
+    assert schedule(kind, 0, 0.1).factor(50, 100) == pytest.approx(0.55)
+    assert schedule(kind, 0, 0.1).factor(0, 100) == 1.0
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup"])
@@ -73,10 +80,10 @@ def test_a_warm_up_that_takes_the_whole_run_is_reported() -> None:
 
 
 def test_warmup_steps_take_the_place_of_the_ratio() -> None:
-    assert num_warmup_steps(admitted("scheduler=linear", "scheduler.warmup_ratio=0.05").config.scheduler, 110) == 6
-    assert num_warmup_steps(admitted("scheduler.warmup_steps=3").config.scheduler, 110) == 3
-    assert num_warmup_steps(admitted("scheduler.warmup_steps=0").config.scheduler, 110) == 0
-    assert num_warmup_steps(admitted("scheduler=constant").config.scheduler, 110) == 0
+    assert admitted("scheduler=linear", "scheduler.warmup_ratio=0.05").config.scheduler.num_warmup_steps(110) == 6
+    assert admitted("scheduler.warmup_steps=3").config.scheduler.num_warmup_steps(110) == 3
+    assert admitted("scheduler.warmup_steps=0").config.scheduler.num_warmup_steps(110) == 0
+    assert admitted("scheduler=constant").config.scheduler.num_warmup_steps(110) == 0
 
 
 def test_norms_and_biases_do_not_decay_and_frozen_parameters_are_left_out() -> None:

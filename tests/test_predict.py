@@ -22,6 +22,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src import predict
+from src.cli.start import run_job as train
 from src.config.gate import admit_prediction
 from src.config.schema import RunConfig
 from src.data.answers import strip_thoughts
@@ -29,9 +30,8 @@ from src.data.dataset import build_data, build_prompts
 from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError
 from src.evaluation import predictions
-from src.run import run as train
 from src.runtime.signals import StopRequest
-from src.tracking.run_folder import hold
+from src.tracking.lock import hold
 from tests.conftest import ROOT, admitted, write_config, write_lines
 
 LEARNED = [

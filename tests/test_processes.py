@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from src.checkpoint.locate import find_origin
 from src.checkpoint.manifest import newest_resumable, problems_of
+from src.cli.start import run_job as run
 from src.config import rules
 from src.config.gate import admit
 from src.config.schema import MixedPrecision
@@ -41,12 +41,12 @@ from src.forecast.memory import memory_forecast
 from src.inspection.outlook import planned_parameters, sharding_of
 from src.model.build import empty_model
 from src.model.embeddings import fit_embeddings
-from src.run import run
 from src.runtime.launch import launch
 from src.runtime.session import start_runtime
 from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
 from src.training.head import ScoredModel
+from src.training.resume import find_resume_point
 from src.training.state import batch_plan
 from tests.conftest import ROOT, admitted, read_lines, write_lines
 
@@ -325,7 +325,7 @@ def test_a_file_of_deepspeeds_trains_as_one_process_and_is_not_needed_again(lab:
         [f"rerun={ours}", f"hydra.run.dir={ours}", "training.max_train_steps=5", "deepspeed.scheduler={}"]
     ).run
     assert again is not None
-    found = find_origin(again.config.checkpoint, again.frozen, ours, force=False)
+    found = find_resume_point(again.config.checkpoint, again.frozen, ours, force=False)
     assert (found.step, [change.key for change in found.changes if change.effect > 1]) == (4, [])
 
 
@@ -406,7 +406,7 @@ import gc, json, os, sys
 import torch
 
 from src.config.gate import admit
-from src.run import run
+from src.cli.start import run_job as run
 from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
 
@@ -621,7 +621,7 @@ from src.runtime import sharding
 whole = sharding.gathered
 sharding.gathered = lambda parameters, *, writes=False: whole(parameters)
 
-from src.run import main
+from src.cli.main import main
 
 sys.exit(main(sys.argv[1:]))
 """

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from src.checkpoint.manifest import is_resumable, newest_resumable, problems_of
+from src.cli.start import run_job as train
 from src.config.places import folder_of, steps_in
 from src.errors import ConfigError, Interrupted, ModelError, RunFolderError
-from src.run import run as train
 from src.runtime.signals import StopRequest
 from tests.conftest import GSM8K, ROOT, admitted, read_lines, towline, write_lines
 
@@ -350,11 +350,11 @@ def test_hydras_own_sweeper_runs_every_point_in_its_own_folder(tmp_path: Path) -
     assert comparable(tmp_path / "0") != comparable(tmp_path / "1")
 
 
-@pytest.mark.parametrize("where", ["src.run.parse", "src.model.export.export"])
+@pytest.mark.parametrize("where", ["src.cli.hydra_main.parse", "src.model.export.export"])
 def test_a_signal_between_the_runs_of_a_sweep_stops_it_at_once(tmp_path: Path, where: str) -> None:
     code = f"""
 import importlib, signal, sys
-from src.run import main
+from src.cli.main import main
 module, _, name = {where!r}.rpartition(".")
 module = importlib.import_module(module)
 real = getattr(module, name)

@@ -17,8 +17,8 @@ from src import secrets
 from src.config.gate import admit, admit_prediction, parse
 from src.errors import ConfigError, show_libraries_visibly
 from src.model.card import _as_yaml, shaping
+from src.tracking.lock import LOCK
 from src.tracking.provenance import git_state
-from src.tracking.run_folder import LOCK
 from tests.conftest import ROOT, towline
 
 PLANTED = "pl4nted-s3cret"

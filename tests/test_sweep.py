@@ -26,7 +26,7 @@ from src.sweep.space import Interval
 from src.sweep.study import _is_rung
 from src.sweep.sweeper import lead
 from src.sweep.workers import Workers, modules_of_run
-from src.tracking.run_folder import hold
+from src.tracking.lock import hold
 from tests.conftest import ROOT, read_lines, write_lines
 from tests.sweeps import TINY, board_of, planned, sleep_before_it_begins, starts, states, steps_of, study_of, untracked
 

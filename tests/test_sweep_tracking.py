@@ -19,9 +19,10 @@ from src.config.schema import MlflowConfig, NoTrackingConfig
 from src.errors import DamagedFileError, Pruned
 from src.tracking import sweep_tracker
 from src.tracking.console import Console
-from src.tracking.mirror import Patience
-from src.tracking.mlflow_sweep import SweepDelivery, sweep_tracking
-from src.tracking.run_folder import hold
+from src.tracking.export_thread import Patience
+from src.tracking.folder_exporter import exhaust
+from src.tracking.lock import hold
+from src.tracking.mlflow_sweep import MlflowSweepExporter, sweep_tracking
 from src.tracking.sweep_tracker import open_sweep_tracking
 from tests.conftest import write_lines
 from tests.sweeps import planned, states
@@ -76,9 +77,13 @@ def write(place: Path, second: int = 0, **changes: Any) -> None:
     write_lines(place / "trials.jsonl", trials)
 
 
+def exporter_of(uri: str, place: Path, *, is_over: bool = False) -> MlflowSweepExporter:
+    return MlflowSweepExporter(config(uri), place, is_over=is_over, warn=print)
+
+
 def deliver(place: Path, uri: str) -> Any:
     """Deliver as another process would, and give the sweep's run."""
-    SweepDelivery(config(uri), place).deliver()
+    exhaust(exporter_of(uri, place).deliver())
     return run_of(uri)
 
 
@@ -124,7 +129,7 @@ def test_judged_by_another_metric_it_is_another_run_with_the_same_trials(place: 
     before = deliver(place, uri).info.run_id
     other = [{"trial": 0, "value": 0.25, "best": 0.25, "elapsed_seconds": 1.5}]
     write(place, history=other, sweep={"metric": "eval/test/exact_match", "direction": "maximize"})
-    SweepDelivery(config(uri), place).deliver()
+    exhaust(exporter_of(uri, place).deliver())
     client = MlflowClient(uri)
     runs = client.search_runs(["1"], filter_string="tags.`towline.sweep` = 'rates' and attributes.run_name = 'rates'")
     (now,) = (run for run in runs if run.info.run_id != before)
@@ -136,12 +141,12 @@ def test_judged_by_another_metric_it_is_another_run_with_the_same_trials(place: 
 
 
 def test_an_answer_that_was_lost_makes_no_second_point(place: Path, uri: str) -> None:
-    delivery = SweepDelivery(config(uri), place)
-    count_calls(delivery, {"log_batch": 3})
+    exporter = exporter_of(uri, place)
+    count_calls(exporter, {"log_batch": 3})
     for _ in range(3):  # params, history, counts
         with pytest.raises(ConnectionError):
-            delivery.deliver()
-    delivery.deliver()
+            exhaust(exporter.deliver())
+    exhaust(exporter.deliver())
     assert [len(points(uri, name)) for name in ("value", "best", "trials_failed")] == [2, 2, 1]
 
 
@@ -189,10 +194,10 @@ def test_trials_are_nested_and_say_what_became_of_them(place: Path, uri: str) ->
     tags = {"towline.sweep": "rates", "towline.identity": "identity1", "towline.setting": "same"}
     assert tags.items() <= children["1"].data.tags.items()
     (place / "1" / "status.json").write_text(json.dumps(read_status(place / "1") | {"state": "FAILED"}))
-    delivery = SweepDelivery(config(uri), place)
-    calls = count_calls(delivery, {})
+    exporter = exporter_of(uri, place)
+    calls = count_calls(exporter, {})
     for _ in range(2):
-        delivery.deliver()
+        exhaust(exporter.deliver())
     assert calls == ["log_batch"]  # the one that has changed
     assert nested(uri)["1"].data.tags["towline.state"] == "FAILED"
 
@@ -211,9 +216,9 @@ def test_a_trial_whose_run_was_deleted_does_not_stop_the_others(place: Path, uri
         track(config(uri), place / number)
     MlflowClient(uri).delete_run(read_status(place / "0")["tracker_run_id"])
     write(place, **ENDED)
-    delivery = SweepDelivery(config(uri), place)
+    exporter = exporter_of(uri, place)
     with pytest.raises(Exception, match="deleted"):
-        delivery.deliver()
+        exhaust(exporter.deliver())
     assert list(nested(uri)) == ["1"]
     assert run_of(uri).info.status == "FINISHED"
 
@@ -315,14 +320,14 @@ def test_a_leaderboard_of_another_shape_is_told_and_holds_up_nothing_else(place:
     (place / "leaderboard.json").write_text(json.dumps({"rows": rows}))
     (place / "leaderboard.md").write_text("best")
     with pytest.raises(DamagedFileError, match=r"leaderboard\.json is damaged: rows"):
-        SweepDelivery(config(uri), place, is_over=True).deliver()
+        exhaust(exporter_of(uri, place, is_over=True).deliver())
     assert run_of(uri).info.status == "FINISHED"
     assert points(uri, "value") == [(1, 0.5, 1500), (2, 0.7, 2500)]
     assert {"leaderboard.md", "sweep.json"} <= {
         file.path for file in MlflowClient(uri).list_artifacts(run_of(uri).info.run_id)
     }
     (place / "leaderboard.json").unlink()
-    SweepDelivery(config(uri), place, is_over=True).deliver()
+    exhaust(exporter_of(uri, place, is_over=True).deliver())
 
 
 @pytest.mark.parametrize("tracking", ["3", "{type: 3}", "{type: mlflow, tags: 3}", "{type: mlflow, run_name: [a]}"])
@@ -335,7 +340,7 @@ def test_a_trial_with_a_damaged_configuration_is_told_and_the_others_are_brought
         (place / str(number) / "config.yaml").write_text("seed: 1\ntracking: {type: mlflow, run_name: trial}\n")
     (place / "0" / "config.yaml").write_text(f"seed: 1\ntracking: {tracking}\n")
     with pytest.raises(DamagedFileError, match=r"0/config\.yaml is damaged: tracking"):
-        SweepDelivery(config(uri), place, is_over=True).deliver()
+        exhaust(exporter_of(uri, place, is_over=True).deliver())
     assert run_of(uri, "trial").info.status == "FINISHED"
 
 
@@ -344,7 +349,7 @@ def test_a_trial_with_a_damaged_configuration_is_told_and_the_others_are_brought
 def test_a_sweep_with_a_time_that_is_none_is_told(place: Path, uri: str, key: str, value: str) -> None:
     write(place, **{key: value})
     with pytest.raises(DamagedFileError, match=rf"sweep\.json is damaged: {key} can't be"):
-        SweepDelivery(config(uri), place, is_over=True).deliver()
+        exhaust(exporter_of(uri, place, is_over=True).deliver())
 
 
 def test_the_tracker_of_a_sweep_is_found_behind_lines_that_have_none(place: Path) -> None:
@@ -358,7 +363,7 @@ def test_a_sweep_that_goes_on_elsewhere_does_not_stay_running_where_it_was(
     place: Path, uri: str, tmp_path: Path, empty_store: Path, has_other: bool
 ) -> None:
     other = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'other.db')}"
-    SweepDelivery(config(uri), place).deliver()
+    exhaust(exporter_of(uri, place).deliver())
     assert run_of(uri).info.status == "RUNNING"
     tracker = config(other) if has_other else NoTrackingConfig()
     with open_sweep_tracking(tracker, place, Console(io.StringIO())):
@@ -366,13 +371,13 @@ def test_a_sweep_that_goes_on_elsewhere_does_not_stay_running_where_it_was(
     assert run_of(uri).info.status == "KILLED"
     if has_other:
         assert run_of(other).info.status == "FINISHED"
-    SweepDelivery(config(uri), place, is_over=True).deliver()
+    exhaust(exporter_of(uri, place, is_over=True).deliver())
     assert run_of(uri).info.status == "FINISHED"
 
 
 def test_a_sweep_that_is_judged_anew_leaves_no_run_that_runs(place: Path, uri: str) -> None:
-    SweepDelivery(config(uri), place).deliver()
+    exhaust(exporter_of(uri, place).deliver())
     write(place, second=9, sweep={"metric": "eval/validation/exact_match"}, **ENDED)
-    SweepDelivery(config(uri), place, is_over=True).deliver()
+    exhaust(exporter_of(uri, place, is_over=True).deliver())
     found = MlflowClient(uri).search_runs(["1"], filter_string="attributes.run_name = 'rates'")
     assert sorted(run.info.status for run in found) == ["FINISHED", "KILLED"]

@@ -1,4 +1,4 @@
-"""Tracking: the folder is the truth, MLflow a mirror that may be slow, gone, or late."""
+"""Tracking: the folder is the truth, MLflow follows, and may be slow, gone, or late."""
 
 from __future__ import annotations
 
@@ -23,18 +23,34 @@ from src.config.frozen import config_hash, read_status
 from src.config.quoting import shell_override
 from src.errors import Interrupted, RunFolderError
 from src.evaluation.samples import Sample
+from src.tracking import tracker
 from src.tracking.console import Console, clock
-from src.tracking.mirror import Patience
-from src.tracking.mlflow_mirror import Delivery, MlflowMirror
-from src.tracking.mlflow_store import distinct_names, flat, plain_name
+from src.tracking.export_thread import Patience
+from src.tracking.folder_exporter import exhaust
+from src.tracking.folder_start import FILES, Start, last_config_hash
+from src.tracking.lock import hold
+from src.tracking.mlflow_exporter import MlflowExporter
+from src.tracking.mlflow_names import distinct_names, flat, plain_name
+from src.tracking.mlflow_run import MlflowRunExporter
 from src.tracking.provenance import git_state, provenance
-from src.tracking.run_folder import FILES, RunFolder, Start, hold, last_config_hash, open_run_folder
-from src.tracking.tracker import Tracker, deliver_pending, open_tracking
+from src.tracking.run_folder import RunFolder, open_run_folder
+from src.tracking.tracker import FolderTracker, deliver_pending, open_tracking, start_exporters
 from tests.conftest import ROOT, admitted, read_lines, write_lines
 
 
 def mlflow_config(uri: str, *overrides: str) -> Any:
     return admitted("tracking=mlflow", f"tracking.uri='{uri}'", *overrides).config.tracking
+
+
+def exporter_of(config: Any, folder: Path, *, is_over: bool = False) -> MlflowRunExporter:
+    return MlflowRunExporter(config, folder, is_over=is_over, warn=print)
+
+
+@pytest.fixture(autouse=True)
+def _long_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to arrive may take as long as a busy machine needs."""
+    for name in ("AT_THE_END", "WHEN_STOPPED"):
+        monkeypatch.setattr(tracker, name, Patience(call_seconds=60.0, total_seconds=240.0))
 
 
 FROZEN = {"seed": 1, "long": "x" * 600}
@@ -56,13 +72,13 @@ class Done:
 @contextmanager
 def tracked(
     config: Any, run_dir: Path, start: Start = FROM_THE_BEGINNING, frozen: Mapping[str, Any] = FROZEN
-) -> Iterator[Tracker]:
+) -> Iterator[FolderTracker]:
     console = Console(io.StringIO())
     with hold(run_dir), open_tracking(config, run_dir, frozen, console, start) as tracking:
         yield tracking
 
 
-def do_step(tracking: Tracker, step: int, loss: float, text: str = "<ToW>2</ToW>2") -> None:
+def do_step(tracking: FolderTracker, step: int, loss: float, text: str = "<ToW>2</ToW>2") -> None:
     """Write what follows a step: its line, with an evaluation in it, and a sample."""
     with tracking.line(Done(step, loss), due=True) as line:
         line.metrics["eval/validation/exact_match"] = step / 10
@@ -155,7 +171,7 @@ def test_a_failed_run_is_failed_in_mlflow_too(tmp_path: Path) -> None:
         raise ValueError("broken")
     status = read_status(tmp_path / "run")
     assert (status["state"], status["cause"]) == ("FAILED", "ValueError: broken")
-    assert MlflowClient(uri).get_run(Delivery(mlflow_config(uri), tmp_path / "run").run_id).info.status == "FAILED"
+    assert MlflowClient(uri).get_run(exporter_of(mlflow_config(uri), tmp_path / "run").run_id).info.status == "FAILED"
 
 
 @pytest.fixture
@@ -182,28 +198,28 @@ def test_a_tracker_that_is_gone_costs_a_warning_and_is_told_later(
     back = mlflow_config(f"sqlite:///{tmp_path}/mlflow.db")
     for _ in range(2):  # the second time there is nothing left to deliver
         deliver_pending(back, tmp_path / "run", Console())
-    run_id = Delivery(back, tmp_path / "run").run_id
+    run_id = exporter_of(back, tmp_path / "run").run_id
     client = MlflowClient(back.uri)
     assert len(client.get_metric_history(run_id, "train/loss")) == 3
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
 def test_a_tracker_that_never_answers_does_not_hold_the_run(tmp_path: Path, silent_server: str) -> None:
-    mirror = MlflowMirror(mlflow_config(silent_server), tmp_path)
+    exports = start_exporters([exporter_of(mlflow_config(silent_server), tmp_path)], tmp_path, warn=print)
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     started = time.monotonic()
     for _ in range(1000):
-        mirror.notify()
-    undelivered = mirror.close(Patience(call_seconds=1.0))
-    assert "not delivered (no answer)" in undelivered
+        exports.notify()
+    (undelivered,) = exports.close(Patience(call_seconds=1.0))
+    assert "not delivered (no answer)" in undelivered.reason
     assert time.monotonic() - started < 20  # a minute is the call's own limit
 
 
-def count_calls(delivery: Delivery, failing: dict[str, int]) -> list[str]:
+def count_calls(exporter: MlflowExporter, failing: dict[str, int]) -> list[str]:
     """Have the client's calls listed, and let the ones named fail as often as said, after they were carried out."""
     calls: list[str] = []
-    delivery._connect()
-    client = delivery._client
+    exporter._connect()
+    client = exporter._run.client
 
     class Flaky:
         def __getattr__(self, name: str) -> Any:
@@ -217,39 +233,39 @@ def count_calls(delivery: Delivery, failing: dict[str, int]) -> list[str]:
 
             return call
 
-    delivery._client = Flaky()
+    exporter._run.client = Flaky()
     return calls
 
 
 def test_what_is_delivered_twice_is_there_once_and_dated_by_its_line(tmp_path: Path) -> None:
     track(admitted().config.tracking, tmp_path / "run")
     config = mlflow_config(f"sqlite:///{tmp_path}/mlflow.db")
-    delivery = Delivery(config, tmp_path / "run")
-    count_calls(delivery, {"log_batch": 3})
+    exporter = exporter_of(config, tmp_path / "run")
+    count_calls(exporter, {"log_batch": 3})
     for _ in range(3):
         with pytest.raises(ConnectionError):
-            delivery.deliver()
-    delivery.deliver()
-    history = MlflowClient(config.uri).get_metric_history(delivery.run_id, "train/loss")
+            exhaust(exporter.deliver())
+    exhaust(exporter.deliver())
+    history = MlflowClient(config.uri).get_metric_history(exporter.run_id, "train/loss")
     assert [metric.value for metric in history] == [1.0, 0.5, 1 / 3]
     assert [metric.timestamp for metric in history] == sorted(metric.timestamp for metric in history)
 
 
 def test_many_lines_take_few_calls(tmp_path: Path) -> None:
     track(admitted().config.tracking, tmp_path / "run", steps=350)
-    delivery = Delivery(mlflow_config(f"sqlite:///{tmp_path}/mlflow.db"), tmp_path / "run")
-    calls = count_calls(delivery, {})
-    delivery.deliver()
+    exporter = exporter_of(mlflow_config(f"sqlite:///{tmp_path}/mlflow.db"), tmp_path / "run")
+    calls = count_calls(exporter, {})
+    exhaust(exporter.deliver())
     assert calls.count("log_batch") == 2 + 4  # params, tags, and 350 lines by the hundred
-    assert delivery.num_pending == 0
+    assert exporter.num_pending == 0
 
 
 def test_another_server_gets_a_run_of_its_own(tmp_path: Path) -> None:
     first, second = (mlflow_config(f"sqlite:///{tmp_path}/{name}.db") for name in "ab")
     track(first, tmp_path / "run")
     deliver_pending(second, tmp_path / "run", Console())
-    delivery = Delivery(second, tmp_path / "run")
-    assert len(MlflowClient(second.uri).get_metric_history(delivery.run_id, "train/loss")) == 3
+    exporter = exporter_of(second, tmp_path / "run")
+    assert len(MlflowClient(second.uri).get_metric_history(exporter.run_id, "train/loss")) == 3
 
 
 def test_params_get_names_of_their_own() -> None:
@@ -769,7 +785,7 @@ def test_a_server_that_dies_during_a_run_and_comes_back_has_everything_once(tmp_
     try:
         with tracked(config, run) as tracking:
             tracking.log(1, {"train/loss": 1.0})
-            while Delivery(config, run).num_pending:
+            while exporter_of(config, run).num_pending:
                 time.sleep(0.1)
             stop_server(server)
             tracking.log(2, {"train/loss": 0.5})
@@ -803,11 +819,11 @@ def test_a_start_that_is_killed_while_it_begins_can_be_made_again(
             raise Killed
         real(*given, **named)
 
-    from src.tracking import journal
+    from src.tracking import run_folder
 
-    real = journal.write_atomically
+    real = run_folder.write_atomically
     with monkeypatch.context() as patched:
-        patched.setattr(journal, "write_atomically", dying)
+        patched.setattr(run_folder, "write_atomically", dying)
         with suppress(Killed), open_folder(tmp_path):
             pass
     with open_folder(tmp_path):

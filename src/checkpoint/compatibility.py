@@ -1,41 +1,28 @@
 """What changed between a checkpoint and the run that goes on from it, and what that means. Pure, no torch.
 
-Two comparisons. Configurations say what was asked for, key by key; `EFFECTS` and `JUDGES` hold every key there is.
-A fingerprint says what came of it: which rows, which ids, which weights. A key whose outcome is in the fingerprint
-(files, templates, a model's name) is harmless by itself, because the same outcome by another path is no change.
+Two comparisons. Configurations say what was asked for, key by key; what a change means is a fact of the key
+(`src.config.schema.fields.Facts.resume`). A fingerprint says what came of it: which rows, which ids, which weights. A
+key whose outcome is in the fingerprint (files, templates, a model's name) is harmless by itself, because the same
+outcome by another path is no change.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
+from src.config.keys import all_keys, known_keys
 from src.config.quoting import shell_override
-from src.config.schema import Batching
+from src.config.schema.fields import Flat, Impact, Verdict
 from src.errors import ConfigError
 from src.util import plural
 
 NOT_THERE = "(not there)"
 """Stands in a Change for the value of a key that one side does not have."""
 LONGEST_VALUE = 48  # characters of a value in a message
-
-
-class Impact(IntEnum):
-    """What a change means, from harmless to impossible."""
-
-    harmless = 0
-    """Needs no leave: nothing changes in what is trained, or the run only gets longer."""
-    rounding = 1
-    """The same computation, rounded otherwise: goes on, said as a warning, no longer bit for bit."""
-    trajectory = 2
-    """What comes is another training: needs checkpoint.allow_changed=true."""
-    impossible = 3
-    """The saved state does not fit: refused, also with allow_changed."""
 
 
 @dataclass(frozen=True)
@@ -106,208 +93,6 @@ class Fingerprint:
 HASHES = ("data", "tokenizer", "frozen_weights", "architecture", "validation")
 """Facts whose values say nothing to a reader."""
 
-_TABLE: dict[str, dict[Impact, str]] = {
-    "": {
-        Impact.harmless: "name force rerun",
-        Impact.trajectory: "seed",
-    },
-    "model": {
-        # Fingerprint: architecture, tokenizer, frozen_weights
-        Impact.harmless: "checkpoint revision weights use_safetensors",
-        Impact.rounding: "attn_implementation gradient_checkpointing trust_remote_code",
-        Impact.trajectory: "dtype",
-        Impact.impossible: "type",
-    },
-    "quantization": {
-        Impact.trajectory: "load_in_8bit load_in_4bit bnb_4bit_quant_type bnb_4bit_compute_dtype "
-        "bnb_4bit_use_double_quant",
-    },
-    "adapter": {
-        Impact.trajectory: "lora_alpha lora_dropout use_rslora alpha_pattern",
-        Impact.impossible: "type r bias use_dora rank_pattern",
-    },
-    "tokens": {
-        # The fingerprint has tokenizer and data. pad_to_multiple_of makes room only where tokens don't fit, so it need
-        # not change any size: the shapes that are loaded tell
-        Impact.harmless: "additional_special_tokens thought_open thought_close init.method init.text init.descriptions "
-        "pad_to_multiple_of",
-    },
-    "data": {
-        # what shapes the train rows: Fingerprint.data
-        Impact.harmless: "format train_files dataset_name dataset_config_name train_split revision mixture columns "
-        "prompt_template completion_template system_prompt supervised_turns clean_dialogue thoughts thought_pattern "
-        "max_target_length overflow limit validation_fraction num_folds fold group_column "
-        "validation_files test_files validation_split answer_pattern metrics max_dropped_fraction "
-        "preprocessing_num_workers cache_dir",
-        Impact.trajectory: "batching streaming max_seq_length",
-    },
-    "optimizer": {
-        Impact.trajectory: "lr embedding_lr weight_decay betas eps momentum",
-        Impact.impossible: "type",
-    },
-    "scheduler": {Impact.trajectory: "type warmup_ratio warmup_steps min_lr_ratio"},
-    "generation": {
-        Impact.harmless: "max_new_tokens min_new_tokens num_beams do_sample temperature top_k top_p repetition_penalty "
-        "no_repeat_ngram_size",
-    },
-    "deepspeed": {  # another way to share out the same computation
-        Impact.harmless: "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
-        "gradient_clipping wall_clock_breakdown config_file sha256 optimizer scheduler aio",
-        Impact.rounding: "bf16 fp16 communication_data_type zero_optimization",
-    },
-    "tracking": {Impact.harmless: "type uri experiment_name run_name tags log_model"},
-    "training": {
-        Impact.harmless: "max_seconds per_device_eval_batch_size logging_steps",
-        Impact.trajectory: "max_grad_norm mixed_precision",
-    },
-    "loss": {Impact.trajectory: "reduction thought_weight label_smoothing"},
-    "evaluation": {Impact.harmless: "eval_steps metrics max_samples sample_steps sample_prompts"},
-    "checkpoint": {
-        Impact.harmless: "checkpointing_steps keep_last keep_best newest_optimizer_only metric_for_best_model "
-        "greater_is_better load_best_model_at_end resume allow_changed",
-    },
-    "export": {Impact.harmless: "merge"},
-    "runtime": {
-        # Fingerprint: device, num_processes, step_sequences
-        Impact.harmless: "device num_processes num_machines machine_rank main_process_ip main_process_port",
-        Impact.rounding: "deterministic",
-    },
-}
-
-EFFECTS: dict[str, Impact] = {
-    f"{section}.{key}".lstrip("."): effect
-    for section, keys_of in _TABLE.items()
-    for effect, keys in keys_of.items()
-    for key in keys.split()
-}
-"""Every key whose effect does not depend on its values, and its effect. One that stands nowhere is `trajectory`."""
-
-_BEGINS = "says how a run begins, so it changes nothing here"
-
-_WHY = {
-    "seed": "the rows come in another order",
-    "model.type": "another network",
-    "model.dtype": "weights of another precision",
-    "model.weights": _BEGINS,
-    "model.trust_remote_code": "other code may compute",
-    "quantization": "other frozen weights, or another precision",
-    "adapter": "another function of the same matrices",
-    "adapter.type": "other weights are trained",
-    "adapter.r": "matrices of another size",
-    "adapter.bias": "other weights are trained",
-    "adapter.use_dora": "other weights are trained",
-    "adapter.rank_pattern": "matrices of another size",
-    "tokens.init.method": _BEGINS,
-    "tokens.init.text": _BEGINS,
-    "tokens.init.descriptions": _BEGINS,
-    "data.batching": "the rows come in another order",
-    "data.streaming": "the rows come in another order",
-    "data.max_seq_length": "packed sequences of another length",
-    "optimizer": "other updates",
-    "optimizer.type": "an optimizer's state fits no other",
-    "scheduler": "other learning rates",
-    "deepspeed": "sums in another order",
-    "loss": "something else is minimised",
-    "training.max_grad_norm": "other updates",
-    "training.mixed_precision": "computes in another precision",
-}
-"""Reasons by key; those of a section are for its keys that are not harmless and have none."""
-
-Flat = Mapping[str, Any]
-"""A configuration by dotted keys."""
-
-_READ_WHERE: dict[str, Callable[[Flat], bool]] = {
-    "data.max_seq_length": lambda c: c.get("data.batching") == Batching.packed.name,  # else Fingerprint.data does
-    "scheduler.warmup_ratio": lambda c: c.get("scheduler.warmup_steps") is None,
-    "tokens.init.text": lambda c: c.get("tokens.init.method") == "text",
-    "tokens.init.descriptions": lambda c: c.get("tokens.init.method") == "description",
-    "quantization.bnb_4bit_quant_type": lambda c: bool(c.get("quantization.load_in_4bit")),
-    "quantization.bnb_4bit_compute_dtype": lambda c: bool(c.get("quantization.load_in_4bit")),
-    "quantization.bnb_4bit_use_double_quant": lambda c: bool(c.get("quantization.load_in_4bit")),
-}
-"""Keys that only count where another has some value; where neither side's counts, a change is harmless."""
-
-Verdict = tuple[Impact, str]
-
-
-def _init_from(key: str, before: Flat, now: Flat) -> Verdict:
-    return Impact.harmless, "" if now[key] is None else _BEGINS
-
-
-def _length(key: str, before: Flat, now: Flat) -> Verdict:
-    """Judge how long the run is: it may get longer. From epochs to steps or back, Fingerprint.num_steps decides."""
-    steps = "training.max_train_steps"
-    if key != steps and (before.get(steps), now.get(steps)) != (None, None):
-        return Impact.harmless, ""
-    if None not in (before[key], now[key]) and now[key] < before[key]:
-        return Impact.trajectory, "a shorter run"
-    return Impact.harmless, "the learning rate's schedule moves to the new end" if _has_end(now) else ""
-
-
-def _has_end(config: Flat) -> bool:
-    """Whether learning rates depend on how many steps there will be."""
-    decays = config.get("scheduler.type") in ("linear", "cosine")
-    return decays or (config.get("scheduler.warmup_steps") is None and bool(config.get("scheduler.warmup_ratio")))
-
-
-def _batch(key: str, before: Flat, now: Flat) -> Verdict:
-    """Judge how a step's rows are cut: the same rows in other micro-batches are the same step.
-
-    Grouping by length and the ends of streamed blocks go by micro-batches, so there the rows are others.
-    """
-    sizes = (
-        "training.per_device_train_batch_size",
-        "training.gradient_accumulation_steps",
-        "runtime.num_processes",
-        "runtime.num_machines",
-    )
-    first, second = (math.prod(one.get(size, 1) for size in sizes) for one in (before, now))
-    is_cut_freely = all(
-        one.get("data.batching") != Batching.length_grouped.name and not one.get("data.streaming")
-        for one in (before, now)
-    )
-    if is_cut_freely and first == second:
-        return Impact.rounding, "the same rows a step, in other micro-batches"
-    return Impact.trajectory, "other rows a step"
-
-
-def _choice(key: str, before: Flat, now: Flat) -> Verdict:
-    """Judge a choice of modules or layers, whose order says nothing; one layer may be named without a list."""
-    chosen = [
-        frozenset(value) if isinstance(value, list) else frozenset([value]) if isinstance(value, int) else value
-        for value in (before[key], now[key])
-    ]
-    return (Impact.harmless, "") if chosen[0] == chosen[1] else (Impact.impossible, "other matrices are trained")
-
-
-def _init_lora_weights(key: str, before: Flat, now: Flat) -> Verdict:
-    """Judge how an adapter began: some move a part of the base into it, which is then missing from the base."""
-    if {"pissa", "olora"} & {before[key], now[key]}:
-        return Impact.impossible, "the base that these matrices belong to is another one"
-    return Impact.harmless, _BEGINS
-
-
-def _shared_out(key: str, before: Flat, now: Flat) -> Verdict:
-    """Judge whether DeepSpeed shares out; an option and a file of the user's that say the same are the same."""
-    if {before[key], now[key]} <= {"zero", "file"}:
-        return Impact.harmless, ""
-    return Impact.rounding, _WHY["deepspeed"]
-
-
-JUDGES: dict[str, Callable[[str, Flat, Flat], Verdict]] = {
-    "init_from": _init_from,
-    "deepspeed.type": _shared_out,
-    "adapter.target_modules": _choice,
-    "adapter.exclude_modules": _choice,
-    "adapter.layers_to_transform": _choice,
-    "adapter.init_lora_weights": _init_lora_weights,
-    "training.num_train_epochs": _length,
-    "training.max_train_steps": _length,
-    "training.per_device_train_batch_size": _batch,
-    "training.gradient_accumulation_steps": _batch,
-}
-"""Keys whose effect depends on the values."""
-
 
 def compare_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Tell every key that differs, in the order of the configuration, also those that one side does not have.
@@ -328,7 +113,7 @@ def compare_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[C
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Give a configuration by dotted keys; a mapping that is the value of a key stays one."""
-    nested = {key.rpartition(".")[0] for key in EFFECTS}
+    nested = {key.rpartition(".")[0] for key in known_keys()}
     for name, value in config.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and (not prefix or key in nested):
@@ -340,19 +125,14 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _judge(key: str, before: Flat, now: Flat) -> Verdict:
     if key not in before or key not in now:
         return _judge_lone(key, before, now)
-    if key in JUDGES:
-        return JUDGES[key](key, before, now)
-    if key in _READ_WHERE and not any(_READ_WHERE[key](one) for one in (before, now)):
-        return Impact.harmless, ""
-    return _by_table(key)
-
-
-def _by_table(key: str) -> Verdict:
-    if key not in EFFECTS:
+    if key not in all_keys():
         return Impact.trajectory, "a key that this version does not know"
-    effect = EFFECTS[key]
-    of_section = "" if effect is Impact.harmless else _WHY.get(key.partition(".")[0], "")
-    return effect, _WHY.get(key, of_section)
+    facts = all_keys()[key].facts
+    if not isinstance(facts.resume, Impact):
+        return facts.resume(key, before, now)
+    if facts.counts_where is not None and not any(map(facts.counts_where, (before, now))):
+        return Impact.harmless, ""
+    return facts.resume, facts.why
 
 
 def _judge_lone(key: str, before: Flat, now: Flat) -> Verdict:
@@ -364,8 +144,9 @@ def _judge_lone(key: str, before: Flat, now: Flat) -> Verdict:
     kind = f"{key.partition('.')[0]}.type"
     if before.get(kind) != now.get(kind) or before.get(key, now.get(key)) is None:
         return Impact.harmless, ""
-    effect = EFFECTS.get(key, Impact.trajectory)
-    return (effect, "") if effect is Impact.harmless else (min(effect, Impact.trajectory), "a key of another version")
+    resume = all_keys()[key].facts.resume if key in all_keys() else Impact.trajectory
+    impact = min(resume, Impact.trajectory) if isinstance(resume, Impact) else Impact.trajectory
+    return impact, "" if impact is Impact.harmless else "a key of another version"
 
 
 def compare_fingerprints(before: Fingerprint, now: Fingerprint) -> list[Change]:
@@ -498,11 +279,10 @@ def is_reordered(changes: Sequence[Change], now: Mapping[str, Any]) -> bool:
         changes: of configuration and facts.
         now: the whole configuration that goes on.
     """
-    changed = {change.key for change in changes}
-    ordering = {"seed", "data", "data.batching", "data.streaming"}
-    batching = now["data"]["batching"]
-    if batching == Batching.length_grouped.name:
-        ordering.add("training.per_device_train_batch_size")
-    if batching == Batching.packed.name:
-        ordering.add("data.max_seq_length")
-    return bool(changed & ordering)
+    flat = dict(_flat(now))
+    return any(change.key == "data" or _reorders(change.key, flat) for change in changes)
+
+
+def _reorders(key: str, now: Flat) -> bool:
+    reorders = all_keys()[key].facts.reorders if key in all_keys() else False
+    return reorders if isinstance(reorders, bool) else reorders(now)

@@ -1,17 +1,13 @@
-"""Where a run begins: at the beginning, or at a checkpoint. No torch here, so that a refusal costs nothing."""
+"""Which checkpoint a run resumes from, and whether it is whole. No torch here, so that a refusal costs nothing."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.compatibility import Change, check, compare_configs
 from src.checkpoint.manifest import (
-    STATE,
     WEIGHTS,
     is_later,
     is_resumable,
@@ -30,88 +26,54 @@ WEIGHTS_KEY = "weights"
 """Of a best evaluation in a checkpoint's state: the checksum of its weights."""
 
 
-@dataclass(frozen=True)
-class Origin:
-    """The checkpoint that a run goes on from, and what has changed since; None and nothing where it begins anew."""
+def find_checkpoint(config: CheckpointConfig, run_dir: Path, warnings: list[str]) -> tuple[Path | None, bool]:
+    """Return the newest whole checkpoint that a run can resume from, and whether it is in the run's own folder.
 
-    checkpoint: Path | None = None
-    state: Mapping[str, Any] = field(default_factory=dict)
-    """What the checkpoint says beside its tensors."""
-    changes: Sequence[Change] = ()
-    """Keys of the configuration that differ."""
-    warnings: Sequence[str] = ()
-    is_own: bool = False
-    """Whether it is in the run's own folder."""
-
-    @property
-    def step(self) -> int | None:
-        """The step that the run goes on behind; None: it begins anew."""
-        return None if self.checkpoint is None else int(self.state["step"])
-
-    @property
-    def own_step(self) -> int | None:
-        """The same, of a checkpoint in the run's own folder."""
-        return self.step if self.is_own else None
-
-
-def find_origin(config: CheckpointConfig, frozen: Mapping[str, Any], run_dir: Path, *, force: bool) -> Origin:
-    """Find the newest whole checkpoint that a run can go on from, every byte of it read, and compare configurations.
-
-    The run's own folder comes first: a run that went on from another's checkpoint, and was stopped in its turn, goes on
-    with its own. Only a checkpoint of its own that is named is taken before a newer one.
+    The run's own folder comes first: a run that resumed from another's checkpoint, and was stopped in its turn, resumes
+    from its own. Only a checkpoint of its own that is named is taken before a newer one. Every byte of it is read.
 
     Args:
-        frozen: the whole configuration, as plain containers.
-        force: begin anew, whatever is there.
+        warnings: what is passed over is added here.
     Raises:
-        CheckpointError: where there are checkpoints, but none is whole, or what is there can't be looked into.
-        ConfigError: where the configuration has changed too much.
+        CheckpointError: where there are checkpoints, but none is whole, or what is there can't be read.
     """
-    if force or config.resume == "never":
-        return Origin()
     own, given = run_dir / CHECKPOINTS, config.resume_from
-    warnings: list[str] = []
-    is_own = True
     if given is not None and given.resolve().parent == own.resolve():
-        found: Path | None = _named(given)
-    else:
-        advice = "Restore one from a copy, or choose another hydra.run.dir; force=true removes all and begins again"
-        found = _newest(own, warnings, advice)
-        if found is not None and given is not None and given.resolve() != run_dir.resolve():
-            warnings.append(f"the run goes on with its own {found}, not with checkpoint.resume = {given}")
-        elif found is None and given is not None:
-            found, is_own = _of(given, warnings), False
-    if found is None:
-        return Origin()
-    state = json.loads((found / STATE).read_text(encoding="utf-8"))
-    changes = compare_configs(state["config"], frozen)
-    warnings += check(changes, allow_changed=config.allow_changed, where=str(found))
-    return Origin(found, state, changes, warnings, is_own)
+        return _named(given), True
+    advice = "Restore one from a copy, or choose another hydra.run.dir; force=true removes all and begins again"
+    found = _newest(own, warnings, advice)
+    if found is None and given is not None:
+        return _of(given, warnings), False
+    if found is not None and given is not None and given.resolve() != run_dir.resolve():
+        warnings.append(f"the run goes on with its own {found}, not with checkpoint.resume = {given}")
+    return found, True
 
 
-def check_best(config: CheckpointConfig, origin: Origin, run_dir: Path, line: Mapping[str, Any] | None = None) -> None:
+def check_best(
+    config: CheckpointConfig, run_dir: Path, state: Mapping[str, Any], line: Mapping[str, Any] | None = None
+) -> None:
     """Check that the best weights so far are whole where they are to be exported, before anything is changed.
 
     Args:
+        state: what the run's own checkpoint says besides its tensors.
         line: what was measured after the checkpoint's step, which it does not know; its weights are the checkpoint's.
     Raises:
         CheckpointError: naming the checkpoint and what is wrong with it.
     """
-    if not (origin.is_own and config.load_best_model_at_end) or config.allow_changed:
+    if not config.load_best_model_at_end or config.allow_changed:
         return
     metric, sign = config.metric_for_best_model, -1 if config.is_greater_better else 1
-    lines = [*origin.state.get("best", ()), *([] if line is None else [line])]
+    lines = [*state.get("best", ()), *([] if line is None else [line])]
     values = [(sign * value, one["step"]) for one in lines if (value := one.get(metric)) is not None]
-    if values and (best := min(values)[1]) != origin.step:
+    if values and (best := min(values)[1]) != state["step"]:
         place = folder_of(run_dir / CHECKPOINTS, best)
-        if problem := problem_of_best(place, written_weights(origin).get(best)):
+        if problem := problem_of_best(place, written_weights(state).get(best)):
             raise CheckpointError(lost_best(place, problem))
 
 
-def written_weights(origin: Origin) -> dict[int, str]:
-    """Return the checksums of a run's best weights, by step, as the checkpoint that it goes on from has them."""
-    best = origin.state.get("best", ()) if origin.is_own else ()
-    return {one["step"]: one[WEIGHTS_KEY] for one in best if WEIGHTS_KEY in one}
+def written_weights(state: Mapping[str, Any]) -> dict[int, str]:
+    """Return the checksums of a run's best weights, by step, as a checkpoint's state has them."""
+    return {one["step"]: one[WEIGHTS_KEY] for one in state.get("best", ()) if WEIGHTS_KEY in one}
 
 
 def problem_of_best(checkpoint: Path, written: str | None) -> str | None:

@@ -29,7 +29,7 @@ from src.config.hydra_keys import hydra_problems
 from src.config.merging import make_room
 from src.config.places import CHECKPOINTS, folder_of, steps_in
 from src.config.problems import Problem
-from src.config.quoting import escaped
+from src.config.quoting import escaped, override_value, shell_override
 from src.config.quoting import override as override_text
 from src.errors import DamagedFileError
 from src.records import (
@@ -261,23 +261,23 @@ def _signatures(folder: Path) -> Iterator[Any]:
 def code_problems(
     folder: Path, sections: Mapping[str, Any], line: CommandLine, signatures: Iterable[Any]
 ) -> list[Problem]:
-    """Return a problem for each key that would run a checkpoint's code on the word of somebody else's folder.
+    """Return a problem for each key that would run code on the word of somebody else's folder.
 
     Args:
         signatures: those that are in the folder, of the configurations that were started there.
     """
-    asked = [key for key in trust.code_keys(sections) if line.value_of(key) is None]
+    asked = {key: value for key, value in trust.code_keys(sections).items() if line.value_of(key) is None}
     if not asked or trust.is_signed(folder, sections, signatures):
         return []
     return [
         Problem(
             key,
-            "lets the checkpoint run code, and this folder was not started here by you; where you trust it, say so "
-            f"yourself: {key}={str(trust.RUNS_CODE[key.partition('.')[2]]).lower()}",
-            str(trust.RUNS_CODE[key.partition(".")[2]]).lower(),
+            f"{'runs code' if key == 'plugins' else 'lets the checkpoint run code'}, and this folder was not started "
+            f"here by you; where you trust it, say so yourself: {shell_override(key, value)}",
+            override_value(value),
             where="frozen config",
         )
-        for key in asked
+        for key, value in asked.items()
     ]
 
 

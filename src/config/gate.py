@@ -21,15 +21,16 @@ from omegaconf import OmegaConf
 
 from src import secrets
 from src.config import compose as composing
-from src.config import deepspeed, frozen, groups, rules
+from src.config import deepspeed, frozen, groups, plugins, rules
 from src.config import schema as schema_module
 from src.config.compose import CommandLine, Composed, SeveralValues
 from src.config.files import unusable
 from src.config.formats import declare_frozen
 from src.config.hints import Situation, UnknownKey, explained
 from src.config.hydra_keys import asks_for_sweep, describes_a_sweep, hydra_problems
-from src.config.keys import known_keys
+from src.config.keys import is_read_by_predict, known_keys
 from src.config.options import read_option, shown
+from src.config.plugins import Unregistered
 from src.config.problems import Problem, refuse
 from src.config.quoting import escaped
 from src.config.schema import (
@@ -43,8 +44,10 @@ from src.config.schema import (
     SweepConfig,
     TopLevelConfig,
 )
+from src.config.schema.evaluation import RegisteredCheck
 from src.config.values import convert, described
 from src.errors import DamagedFileError, report
+from src.registry import Registry
 
 MOST_LACKING = 5
 """Keys that are told of those that a file lacks."""
@@ -167,7 +170,7 @@ def _unread(line: CommandLine) -> Iterator[Problem]:
     known = {*known_keys(), *SECTIONS}
     for override in line.overrides:
         key = override.key_or_group
-        if composing.is_group(override, line.roots) or rules.is_read_by_predict(key):
+        if composing.is_group(override, line.roots) or is_read_by_predict(key):
             continue
         if key.startswith("hydra.") or any(key == name or key.startswith(f"{name}.") for name in known):
             reason = "python -m src.predict does not read it"
@@ -183,6 +186,7 @@ def parse(sections: dict[str, Any]) -> RunConfig:
     missing: list[tuple[str, str]] = []
     sections = secrets.reveal({key: value for key, value in sections.items() if key != "sweep"}, missing)
     declare_frozen(sections.get("data"))
+    plugins.require(sections.get(plugins.KEY))
     parsed, problems = _parse_sections(sections)
     problems += list(_across(parsed))
     # a tracker is the first process's; but what a model is trained on must not be the words that stand for it
@@ -216,7 +220,7 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     of_file = [one for one in composed.problems if one.key.startswith("deepspeed.") and one.key not in composed.failed]
     # told once: without its value a key is nothing else
     unresolved = {problem.key for problem in composed.problems if problem not in of_file} | composed.failed
-    reads = rules.is_read_by_predict if entry == "predict" else lambda key: True
+    reads = is_read_by_predict if entry == "predict" else lambda key: True
     situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
     problems = list(_without_missing([p for p in problems if p.key not in unresolved], line, composed))
     located = [
@@ -226,6 +230,12 @@ def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tu
     ]
     if composed.failed and not (located or composed.problems or line.problems):
         located = [Problem(key, "takes a value that is missing", has_value=False) for key in sorted(composed.failed)]
+    if names := plugins.not_imported(composed.sections.get(plugins.KEY)):
+        if all(isinstance(problem, Unregistered) for problem in (*located, *composed.problems, *line.problems)):
+            where = _where(plugins.KEY, line, composed)
+            failed = [dataclasses.replace(problem, where=where) for problem in plugins.import_plugins(names)]
+            return (None, failed) if failed else check(composed, line, entry)
+        located = [problem for problem in located if not isinstance(problem, Unregistered)]
     if located or composed.problems or line.problems:
         return None, located_problems(composed, line, but=of_file) + located
     stored = {key: value for key, value in composed.stored.items() if key not in (entry, "sweep")}
@@ -345,9 +355,13 @@ def _parse_sections(sections: dict[str, Any]) -> tuple[dict[str, _Parsed], list[
         if isinstance(given, dict) and isinstance(schema, dict):
             kind = given.get("type")
             if not isinstance(kind, str) or kind not in schema:
-                reason = f"not one of {', '.join(schema)}; choose with {name}=…"
-                kind_of = Problem if "type" in given else Missing
-                parsed[name] = _Parsed(None, [kind_of(f"{name}.type", reason, kind)])
+                choose = f"; choose with {name}=…"
+                problem = Problem(f"{name}.type", f"not one of {', '.join(schema)}{choose}", kind)
+                if "type" not in given:
+                    problem = Missing(problem.key, problem.reason)
+                elif isinstance(schema, Registry):
+                    problem = Unregistered(problem.key, schema.why_unknown(kind, choose), kind)
+                parsed[name] = _Parsed(None, [problem])
                 continue
             schema = schema[kind]
         parsed[name] = _parse(schema, given, name)
@@ -425,7 +439,8 @@ def _parse_value(typed: Any, key: str, hint: Any, check: Check | None, value: An
     if dataclasses.is_dataclass(hint):
         return _parse(hint, value, dotted)
     converted, reason = convert(typed, key, hint, check, escaped(value))
-    return _Parsed(None, [Problem(dotted, reason, value)]) if reason else _Parsed(converted)
+    kind_of = Unregistered if isinstance(check, RegisteredCheck) and converted is not None else Problem
+    return _Parsed(None, [kind_of(dotted, reason, value)]) if reason else _Parsed(converted)
 
 
 def _dotted(prefix: str, key: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from src.config import schema as declared
 from src.config.quoting import escaped
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, Check, Keys, SweepConfig, TopLevelConfig
+from src.config.schema.fields import Facts, facts_of
 from src.config.values import convert, described, members
 
 
@@ -42,22 +43,32 @@ class Key:
         return _hints(self.owner)[self.leaf]
 
     @property
-    def metadata(self) -> Mapping[str, Any]:
-        return next(one.metadata for one in dataclasses.fields(self.owner) if one.name == self.leaf)
+    def facts(self) -> Facts:
+        return facts_of(next(one for one in dataclasses.fields(self.owner) if one.name == self.leaf))
 
     @property
     def check(self) -> Check | None:
-        return self.metadata.get("check")
+        return self.facts.check
 
     @property
     def inner(self) -> Keys:
         """The keys of another library's that its mapping may have."""
-        return self.metadata.get("inner") or {}
+        return self.facts.inner or {}
 
     @property
     def text(self) -> str:
         """What it means, where that is not said by its line in conf/."""
-        return self.metadata.get("text", "")
+        return self.facts.text
+
+    @property
+    def shapes_rows(self) -> bool:
+        """Whether encoded rows depend on it; only these sections are handed to what makes rows."""
+        return self.section in ("data", "tokens") and self.facts.shapes_rows
+
+    @property
+    def is_read_by_predict(self) -> bool:
+        is_read = self.facts.read_by_predict
+        return self.section == "data" and self.shapes_rows if is_read is None else is_read
 
     @property
     def allowed(self) -> str:
@@ -111,6 +122,21 @@ def _of(prefix: str, owner: type) -> Iterator[Key]:
 def source_keys() -> list[Key]:
     """Return the keys that a source of `data.mixture` may have for itself, by their names within it."""
     return [Key(f"data.mixture.NAME.{name}", declared.SourceConfig) for name in _hints(declared.SourceConfig)]
+
+
+def nearest_key(name: str) -> Key | None:
+    """Return the key of this name, or whose value, a mapping, has it; None where there is none."""
+    parts = name.split(".")
+    return next((found for n in range(len(parts), 0, -1) if (found := all_keys().get(".".join(parts[:n])))), None)
+
+
+def is_read_by_predict(name: str) -> bool:
+    """Return whether src.predict reads a key, or all keys of a section; True for a name that stands for neither."""
+    if found := nearest_key(name):
+        return found.is_read_by_predict
+    return not name.startswith("hydra.") and all(
+        key.is_read_by_predict for key in all_keys().values() if key.section == name
+    )
 
 
 def is_whole_number(key: str) -> bool:

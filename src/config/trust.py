@@ -1,8 +1,9 @@
-"""Whether a frozen configuration may switch on code that a checkpoint brings. No torch here.
+"""Whether a frozen configuration may run code: a checkpoint's, or a plugin's. No torch here.
 
-`model.trust_remote_code` and `model.use_safetensors=false` let a checkpoint run code. On the command line or in conf/
-they are the user's own word; in the config.yaml of a folder they may be somebody else's. So a start signs them, with a
-key that only this user can read, for the folder that it starts in. A folder from elsewhere has no such signature.
+`model.trust_remote_code` and `model.use_safetensors=false` let a checkpoint run code, and `plugins` names modules that
+are imported. On the command line or in conf/ they are the user's own word; in the config.yaml of a folder they may be
+somebody else's. So a start signs them, with a key that only this user can read, for the folder that it starts in. A
+folder from elsewhere has no such signature.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ KEY_BYTES = 32
 SIGNED = ("checkpoint", "revision", *RUNS_CODE)
 
 
-def code_keys(sections: Mapping[str, Any]) -> list[str]:
-    """Return the keys of a configuration that let a checkpoint run code."""
-    model = sections.get("model")
-    if not isinstance(model, Mapping):
-        return []
-    return [f"model.{key}" for key, value in RUNS_CODE.items() if model.get(key) is value]
+def code_keys(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a configuration that run code, with their values."""
+    model, plugins = sections.get("model"), sections.get("plugins")
+    given = model if isinstance(model, Mapping) else {}
+    found = {f"model.{key}": value for key, value in RUNS_CODE.items() if given.get(key) is value}
+    return found | ({"plugins": plugins} if plugins else {})
 
 
 def signature(folder: Path, sections: Mapping[str, Any]) -> str | None:
@@ -60,6 +61,8 @@ def is_signed(folder: Path, sections: Mapping[str, Any], signatures: Iterable[An
 
 def _sign(key: bytes, folder: Path, sections: Mapping[str, Any]) -> str:
     signed = [str(folder.resolve()), *(sections["model"].get(name) for name in SIGNED)]
+    if plugins := sections.get("plugins"):
+        signed.append(plugins)
     return hmac.new(key, json.dumps(signed, default=str).encode(), hashlib.sha256).hexdigest()
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from src.config import plugins
 from src.data.encoding import PROBE
 from src.data.preparation import EncodingConfig, Prepared, prepared, without_cycles
 from src.data.sources import Source, file_hash, fingerprint_of
@@ -65,7 +66,8 @@ class RowCache:
         """
         identity = source.fingerprint()
         tokenizer = tokenizer_fingerprint(recipe.tokenizer)
-        entry = self._folder / fingerprint_of(identity, recipe.settings(), tokenizer, _code())[:40]
+        code = [_code(), *plugins.versions(plugins.names()).values()]  # a plugin may have the format
+        entry = self._folder / fingerprint_of(identity, recipe.settings(), tokenizer, *code)[:40]
         if (found := self._open(entry)) is not None:
             return found
         with self._held(entry, name):

@@ -14,7 +14,7 @@ import numpy as np
 
 from src.config.files import expand
 from src.config.formats import roles
-from src.config.schema import DataConfig, Metric, ModelType, Overflow, RunConfig
+from src.config.schema import DataConfig, ModelType, Overflow, RunConfig
 from src.data.answers import AnswerFrame
 from src.data.cache import RowCache, Tell
 from src.data.chat import ChatTemplate
@@ -214,7 +214,7 @@ class _Builder:
         return list(dict.fromkeys([self.encoder.eos_token_id, *ends]))
 
     def _recipe(self, data: DataConfig) -> EncodingConfig:
-        return EncodingConfig(data, self.tokenizer, self.config.thought_tags, self.lengths, is_chat(data))
+        return EncodingConfig(data, self.config.tokens, self.tokenizer, self.lengths, is_chat(data))
 
     def _train(self) -> tuple[TrainSet, EncodedSet | None]:
         """Give the train set, and the validation set that was held out of it, where one was."""
@@ -357,7 +357,7 @@ class _Builder:
     def _check_answers(self, rows: EncodedSet) -> None:
         """Refuse rows whose answer can't be found, where answers are compared."""
         pattern = self.data.answer_pattern
-        if pattern is None or Metric.exact_match not in self.config.metrics:
+        if pattern is None or "exact_match" not in self.config.metrics:
             return
         found = Pattern("data.answer_pattern", normalize("NFC", pattern))  # as exact match compares
         without = []

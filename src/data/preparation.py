@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 import pyarrow as pa
 
+from src.config import plugins
 from src.config.formats import roles
-from src.config.schema import DataConfig, Overflow
+from src.config.schema import DataConfig, Overflow, TokensConfig, thought_tags
+from src.config.schema.fields import facts_of
 from src.data.chat import ChatTemplate
 from src.data.encoding import BrokenTokenizerError, EncodedRow, Encoder, Lengths
 from src.data.examples import Example, Examples
@@ -38,26 +41,57 @@ THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's share, a fifth
 
 @dataclass(frozen=True)
 class EncodingConfig:
-    """Everything that decides what becomes of a record; it can be sent to another process."""
+    """Everything that decides how a record is encoded; it can be sent to another process.
+
+    Args:
+        data: the settings of the source that the record is from.
+    """
 
     data: DataConfig
+    tokens: TokensConfig
     tokenizer: Any
-    tags: tuple[str, str] | None
     lengths: Lengths
     is_chat: bool
 
+    @property
+    def tags(self) -> tuple[str, str] | None:
+        """What opens and closes a thought; None where none is written."""
+        return thought_tags(self.data, self.tokens)
+
     def settings(self) -> dict[str, Any]:
-        """Give what shapes a row, as plain values; where rows come from and how they are batched does not."""
-        data = self.data
-        shaping = ("format", "columns", "prompt_template", "completion_template", "system_prompt", "thought_pattern")
-        return {key: getattr(data, key) for key in shaping} | {
-            "roles": roles(data.format),
-            "supervised_turns": data.supervised_turns.name,
-            "thoughts": data.thoughts and data.thoughts.name,
-            "clean_dialogue": data.clean_dialogue,
+        """Return all that shapes a row but the tokenizer, as plain values.
+
+        A key of `data` or `tokens` is among it unless the schema says that it shapes no row, or that it enters as a
+        field of this class.
+        """
+        return {
+            **_shaping(self.data),
+            **{f"tokens.{name}": value for name, value in _shaping(self.tokens).items()},
+            "roles": roles(self.data.format),
             "tags": self.tags,
-            "lengths": asdict(self.lengths) | {"overflow": self.lengths.overflow.name},
+            "lengths": _plain(asdict(self.lengths)),
         }
+
+
+def _shaping(section: Any) -> dict[str, Any]:
+    """Return the values of a section's keys that shape rows and are not known to the cache by another name."""
+    found: dict[str, Any] = {}
+    for one in fields(section):
+        value, facts = getattr(section, one.name), facts_of(one)
+        if is_dataclass(value):
+            found |= {f"{one.name}.{name}": inner for name, inner in _shaping(value).items()}
+        elif facts.shapes_rows and not facts.enters_as:
+            found[one.name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it, a choice by its name."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 @dataclass
@@ -176,7 +210,7 @@ def prepared(
         return
     fresh = multiprocessing.get_context("spawn")  # a fork would copy locks that the tokenizer's threads hold
     try:
-        with ProcessPoolExecutor(num_workers, fresh, _start_worker, (recipe,)) as pool:
+        with ProcessPoolExecutor(num_workers, fresh, _start_worker, (recipe, plugins.names())) as pool:
             yield from _in_order(pool, _work, chunks, 2 * num_workers, max(BYTES_AHEAD, 2 * num_workers * CHUNK_BYTES))
     except BrokenProcessPool as error:
         raise DataError(
@@ -227,7 +261,7 @@ def _in_order(
 _preparer: RowEncoder | None = None
 
 
-def _start_worker(recipe: EncodingConfig) -> None:
+def _start_worker(recipe: EncodingConfig, plugins_of_run: Sequence[str]) -> None:
     """Set a worker process up: one thread each, and it is the parent that answers Ctrl-C."""
     global _preparer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -236,6 +270,7 @@ def _start_worker(recipe: EncodingConfig) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    plugins.require(plugins_of_run)  # one may have the format
     _preparer = RowEncoder(recipe)
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.config.schema import Metric, RunConfig
+from src.config.schema import RunConfig
 from src.data.batching import collate
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import DataError, NonFiniteLossError
 from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import EndText, Generator, check_prompts
-from src.evaluation.metrics import perplexity, scores
+from src.metrics import perplexity, scores
 from src.runtime.session import Runtime
 from src.training.loss import span_losses
 
@@ -33,7 +33,7 @@ class Evaluator:
     generator: Generator
     reader: AnswerReader
     runtime: Runtime
-    metrics: Sequence[Metric]
+    metrics: Sequence[str]
     answer_pattern: str | None
     max_samples: int | None
     batch_size: int

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from src.checkpoint.exported import base_files
 from src.config.files import expand
-from src.config.rules import is_read_by_predict
+from src.config.keys import all_keys
 from src.config.schema import RunConfig
 from src.data.sources import file_hash
 from src.errors import ModelError, RunFolderError
-from src.evaluation.metrics import scores
+from src.metrics import scores
 from src.records import (
     NUMBER,
     OPTIONAL_TEXT,
@@ -49,17 +49,6 @@ BLOCK_BATCHES = 4
 """Batches that are generated before their rows are written: sorted by length among themselves, they are padded less."""
 
 SAMPLING = ("temperature", "top_k", "top_p")
-DECIDES_NOTHING = (
-    "test_files",  # their content does
-    "answer_pattern",
-    "metrics",
-    "max_target_length",
-    "max_dropped_fraction",
-    "preprocessing_num_workers",
-    "cache_dir",
-)
-"""Keys of data that src.predict reads, but no prediction depends on."""
-
 NOT_THE_MODEL = ("README.md", "generation_config.json")
 """Files of a model's folder that decide nothing here."""
 
@@ -334,12 +323,13 @@ def decided_by(config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dic
     if not config.generation.do_sample:
         drawn = {}
         generation = {key: value for key, value in generation.items() if key not in SAMPLING}
-    shaping = [key for key in data if is_read_by_predict(f"data.{key}") and key not in DECIDES_NOTHING]
+    deciding = {key.leaf for key in all_keys().values() if key.section == "data" and key.shapes_rows} | {"limit"}
+    deciding.remove("max_target_length")  # an answer takes no room
     files = [file for file in sorted(model.rglob("*")) if file.is_file() and file.name not in NOT_THE_MODEL]
     weights = [file for file in base_files(model, config.model.checkpoint) if file.suffix == ".safetensors"]
     return {
         **{f"generation.{key}": value for key, value in generation.items()},
-        **{f"data.{key}": data[key] for key in shaping},
+        **{f"data.{key}": value for key, value in data.items() if key in deciding},
         **{f"tokens.{key}": frozen["tokens"][key] for key in ("thought_open", "thought_close")},
         **drawn,
         "model.dtype": config.model.dtype.value,

@@ -10,7 +10,7 @@ from pathlib import Path
 from src.checkpoint.store import SMALL_BYTES
 from src.config.schema import CheckpointConfig, OptimizerConfig
 from src.forecast.items import MemoryItem, total
-from src.forecast.optimizer_state import OPTIMIZER_STATE, checkpoint_bytes
+from src.forecast.optimizer_state import checkpoint_bytes
 from src.forecast.parameters import ModelParameters
 from src.util import human_bytes
 
@@ -116,9 +116,9 @@ def disk_forecast(
         tokenizer_bytes: files that are exported beside the weights.
         merge: whether an adapter is also merged into the whole model.
     """
-    if optimizer.type in OPTIMIZER_STATE:
-        sizes = checkpoint_bytes(parameters.trained, optimizer)
-        parts = _checkpoint_parts(*sizes, checkpoint, has_metric, num_saves)
+    weights, state = checkpoint_bytes(parameters.trained, optimizer)
+    if state is not None:
+        parts = _checkpoint_parts(weights, state, checkpoint, has_metric, num_saves)
     else:
         parts = [MemoryItem("checkpoints", None, f"unknown: nothing is known of what {optimizer.type} keeps")]
     beside = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""

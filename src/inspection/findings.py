@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from src.config.schema import Batching, Metric, RunConfig
+from src.config.schema import Batching, RunConfig
 from src.data.advice import Finding, Level, advice
 from src.data.batching import Plan
 from src.data.chat_signs import CHANGED, MISSING, squeezed
@@ -21,7 +21,7 @@ from src.data.report import changed_rows
 from src.data.sets import EncodedSet
 from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import EndText, cut_at
-from src.evaluation.metrics import is_full_marks, unscorable
+from src.metrics import METRICS, is_full_marks
 from src.patterns import at
 from src.training.optim import cannot_learn
 from src.training.state import batch_plan
@@ -55,8 +55,8 @@ class Proof:
     wrong_mask: list[int] = field(default_factory=list)
     seams: list[int] = field(default_factory=list)
     altered: list[int] = field(default_factory=list)
-    misjudged: list[tuple[int, Metric, str, str]] = field(default_factory=list)
-    unscorable: Counter[Metric] = field(default_factory=Counter)
+    misjudged: list[tuple[int, str, str, str]] = field(default_factory=list)
+    unscorable: Counter[str] = field(default_factory=Counter)
     num_with_end: int = 0
     """Rows in which a token that ends generation is learned."""
 
@@ -68,7 +68,7 @@ class Judge:
     reader: AnswerReader
     stop_ids: list[int]
     end: EndText | None
-    metrics: Sequence[Metric]
+    metrics: Sequence[str]
     answer_pattern: str | None
 
 
@@ -77,7 +77,7 @@ def judge_of(config: RunConfig, data: Data) -> Judge:
     reader = AnswerReader(data.encoder, config.thought_tags, data.frame)
     end = EndText.of(data.frame, data.encoder)
     if not config.metrics:
-        return Judge(reader, data.stop_ids, end, [Metric.exact_match], None)
+        return Judge(reader, data.stop_ids, end, ["exact_match"], None)
     return Judge(reader, data.stop_ids, end, config.metrics, config.data.answer_pattern)
 
 
@@ -134,7 +134,7 @@ def _judge_answer(row: int, answer: str, reference: str, judge: Judge, proof: Pr
     for metric in judge.metrics:
         if is_full_marks(metric, answer, reference, judge.answer_pattern):
             continue
-        if not unscorable(metric, reference, judge.answer_pattern):
+        if METRICS[metric].can_score(reference, judge.answer_pattern):
             proof.misjudged.append((row, metric, answer, reference))
             break
         proof.unscorable[metric] += 1
@@ -247,10 +247,10 @@ def _about_answers(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -
         if proof.misjudged:
             row, metric, answer, reference = proof.misjudged[0]
             text = f"{name}: of {_rows(len(proof.misjudged))} even what they teach gets less than full marks"
-            example = f"{sets[name].place(row)} by {metric.value}: {_short(answer)} against {_short(reference)}"
+            example = f"{sets[name].place(row)} by {metric}: {_short(answer)} against {_short(reference)}"
             yield Finding(Level.warning, f"{text} ({example})")
         for metric, count in proof.unscorable.items():
-            text = f"{name}: {metric.value} can't score {_rows(count)}: their references are too short for it, or lack"
+            text = f"{name}: {metric} can't score {_rows(count)}: their references are too short for it, or lack"
             yield Finding(Level.note, f"{text} what it compares, so nothing gets full marks there")
 
 

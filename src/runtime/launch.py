@@ -58,8 +58,19 @@ def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
     return Place(rank, int(environment.get("LOCAL_RANK", rank)), int(environment["WORLD_SIZE"]))
 
 
+def has_lost_a_peer(error: Exception) -> bool:
+    """Return whether an error of one of several processes says that another one is gone.
+
+    NCCL's errors have a class of their own; gloo's are plain RuntimeErrors, which name its source file.
+    """
+    if place_of() is None:
+        return False
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in names or (isinstance(error, RuntimeError) and "by peer" in str(error))
+
+
 def num_processes() -> int:
-    """Count the processes that this one is one of."""
+    """Return how many processes the run has."""
     place = place_of()
     return 1 if place is None else place.world_size
 

@@ -27,7 +27,7 @@ class StopRequest:
         self.number = signal.SIGTERM
         """The signal that asked, to be passed on to other processes."""
         self.is_deferred = False
-        """Set once there is something to end properly: a request is then followed by the next `check`."""
+        """Whether a request waits for the next `check`, rather than to end the run where it is; see `deferred`."""
         self._deadline: float | None = None
         self._limit = ""
 
@@ -35,6 +35,15 @@ class StopRequest:
         """Have it stop by itself after so many seconds from now, the value of a key; None: it may take its time."""
         self._limit = f"{key} = {seconds or 0.0:g}"
         self._deadline = None if seconds is None else time.monotonic() + seconds
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Have requests wait for the next `check` within the block, which has something to end properly."""
+        before, self.is_deferred = self.is_deferred, True
+        try:
+            yield
+        finally:
+            self.is_deferred = before
 
     def asked(self) -> str:
         """Name what asked the run to stop; '' where nothing did."""

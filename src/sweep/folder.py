@@ -19,8 +19,8 @@ from typing import Any
 from src import secrets
 from src.config.frozen import SWEEP, config_hash, read_starts, read_status
 from src.config.options import option_files
-from src.config.schema import greater_is_better
 from src.errors import DamagedFileError, SweepError
+from src.metrics import greater_is_better
 from src.records import (
     LARGEST_YAML_BYTES,
     NUMBER,
@@ -36,7 +36,8 @@ from src.records import (
 )
 from src.sweep.trial import Trial, check_trial
 from src.sweep.workers import log_file
-from src.tracking.run_folder import LOCK, holder_of, read_growing
+from src.tracking.lock import LOCK, holder_of
+from src.tracking.step_logs import read_step_log
 from src.tracking.sweep_files import holds_another, read_sweep
 from src.util import listed, write_atomically, write_json
 
@@ -349,7 +350,7 @@ def _objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[f
 def _logged(run_dir: Path, metric: str, status: Mapping[str, Any]) -> float | None:
     """Return a finished run's value of a metric by its journal; None where that has none, or is not whole."""
     try:
-        lines = read_growing(run_dir, "metrics.jsonl")
+        lines = read_step_log(run_dir, "metrics.jsonl")
     except DamagedFileError:
         return None
     if (status.get("journal") or {}).get("metrics.jsonl") != Digest(b"".join(line.raw for line in lines)).as_dict():
@@ -368,7 +369,7 @@ def _newest(run_dir: Path, metric: str) -> tuple[float | None, float]:
     value, elapsed = None, 0.0
     name = metric.removeprefix("best/")
     try:
-        lines = read_growing(run_dir, "metrics.jsonl")
+        lines = read_step_log(run_dir, "metrics.jsonl")
     except DamagedFileError:  # told by the run itself, when it goes on
         lines = []
     for line in (one.content for one in reversed(lines)):

@@ -30,7 +30,7 @@ from src.config.quoting import override
 from src.errors import DamagedFileError, Interrupted, one_line
 from src.sweep.plan import Plan
 from src.sweep.workers import Job, RunTrial, log_file, note, print_into
-from src.tracking.run_folder import LOCK, holder_of
+from src.tracking.lock import LOCK, holder_of
 
 STOP_FILE = "stop"
 LAUNCH = "launch"

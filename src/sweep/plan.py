@@ -27,9 +27,9 @@ from src.config.schema import (
     RunConfig,
     Sampler,
     SweepConfig,
-    greater_is_better,
 )
 from src.config.trust import signature
+from src.metrics import greater_is_better
 from src.sweep.folder import SweepFolder, differing
 from src.sweep.space import SWEEP_FILE, Axis, axes_of, is_endless, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of, with_typed_numbers
@@ -157,7 +157,10 @@ class Plan:
 
     def _admit(self, overrides: Sequence[str]) -> tuple[Job | None, list[Problem]]:
         by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
-        admitted, problems = check(self.composer.compose(self._forced(overrides)), self.line)
+        composed = self.composer.compose(self._forced(overrides))
+        if self.is_repeated:  # before a plugin that these options name is imported
+            composed.problems += code_problems(self.folder, composed.sections, self.line, self.signatures)
+        admitted, problems = check(composed, self.line)
         if admitted is not None and admitted.sweep is not None:
             problems = [*_sweep_problems(admitted.sweep, admitted.config), *self.code_problems(admitted.frozen)]
             self.admitted = self.admitted or admitted.config

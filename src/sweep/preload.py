@@ -11,7 +11,15 @@ from importlib import import_module
 from src.runtime.collector import rest_while_importing
 
 NEEDED = (
-    *("src.run", "torch", "transformers", "transformers.generation.utils", "accelerate"),
+    *(
+        "src.run",
+        "src.cli.main",
+        "src.cli.start",
+        "torch",
+        "transformers",
+        "transformers.generation.utils",
+        "accelerate",
+    ),
     *("src.checkpoint.store", "src.data.dataset", "src.evaluation.evaluate", "src.evaluation.samples"),
     *("src.model.build", "src.model.card", "src.model.export", "src.overview"),
     *("src.runtime.session", "src.sweep.pruning", "src.tracking.tracker"),

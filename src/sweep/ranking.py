@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Literal
 
+from src.metrics import LOSSES
 from src.sweep.significance import SIGNIFICANCE, Comparison, Replicate, compare, half_width, holm
 from src.util import in_words, plural
 
@@ -338,7 +339,7 @@ def _cautions(rows: Sequence[Row], ranked: Sequence[Row], measured: Sequence[Row
     lacking = len(rows) - len(ranked)
     if lacking:
         said.append(f"{plural(lacking, 'setting has', 'settings have')} no value.")
-    if metric.endswith(("loss", "perplexity")) and len({row.group for row in ranked}) > 1:
+    if metric.rpartition("/")[2] in LOSSES and len({row.group for row in ranked}) > 1:
         said.append("Losses per token compare models only where they share a tokenizer.")
     return said
 

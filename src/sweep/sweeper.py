@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from src.config.compose import CommandLine
 from src.config.problems import refuse
@@ -23,7 +23,7 @@ from src.sweep.study import Study, open_study
 from src.sweep.trial import Trial
 from src.sweep.workers import RunTrial, Workers, end_fork_server, modules_of_run, start_fork_server
 from src.tracking.console import Console
-from src.tracking.run_folder import hold
+from src.tracking.lock import hold
 from src.tracking.sweep_tracker import open_sweep_tracking
 from src.util import plural
 
@@ -37,8 +37,6 @@ class SweepRequest:
     run_trial: RunTrial
     workers: Workers
     code: int = 0
-    ATTRIBUTE: ClassVar[str] = "towline_sweep"
-    """Where Hydra's task function has it."""
 
 
 def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> SweepRequest | None:
@@ -66,13 +64,12 @@ def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> 
     return SweepRequest(plan, stop, run_trial, workers)
 
 
-def sweep(task: Callable[..., Any], config: Any, context: Any) -> int:
-    """Be Hydra's sweeper: run the sweep that the task function carries.
+def sweep(request: SweepRequest, config: Any, context: Any) -> int:
+    """Run a sweep as Hydra's sweeper, and return its exit code.
 
     Args:
-        task, config, context: what Hydra sets a sweeper up with; a launcher other than Hydra's own is made of them.
+        config, context: what Hydra sets a sweeper up with; a launcher other than Hydra's own is made of them.
     """
-    request: SweepRequest = getattr(task, SweepRequest.ATTRIBUTE)
     launched = None if is_own_launcher(config) else Launched(config, context, request.plan, request.run_trial)
     try:
         request.code = lead(request.plan, request.stop, launched or request.workers)

@@ -1,97 +1,50 @@
-"""Calls of MLflow's client, each watched: what is waited for, what was brought, and whether an answer is one.
+"""Calls of MLflow's client, each watched: what is waited for, what was delivered, and whether an answer is one.
 
-A server, or what stands in front of one, may answer anything: nothing, a page, an object of another shape. MLflow makes
-entities of it with empty fields, so each answer that is gone by is looked at here before anybody believes it.
+A server, or a proxy before one, may answer anything: nothing, a page, an object of another shape. MLflow makes entities
+of it with empty fields, so each answer that is relied on is checked here.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from src.errors import TowlineError, one_line
-from src.tracking.mlflow_errors import StoreError, explained, is_missing
+from src.tracking.exporters import Activity, Cancelled, DeliveryError
+from src.tracking.mlflow_errors import explained, is_missing
+from src.tracking.mlflow_state import RUN_ID
 
 CALLS_AGAIN = 2
-"""How often a call that a server failed at once is made again, before all that the delivery began with is."""
+"""How often a call that a server failed at once is repeated, before the whole delivery is."""
 AGAIN_SECONDS = 0.5
 AT_ONCE_SECONDS = 5.0
 UNCOUNTED = ("get_", "search_", "list_", "download_", "log_artifact")
-"""How the names of calls begin that bring nothing, or that are counted by who makes them."""
-RUN_ID = re.compile(r"[a-zA-Z0-9][\w\-]{0,255}", re.ASCII)
-"""A run's id, by the rule of MLflow's."""
-_HEX_ID = re.compile(r"\b[0-9a-f]{32}\b")
+"""How the names of calls begin that deliver nothing, or that are counted by their caller."""
 
 
-class Cancelled(Exception):
-    """Nobody waits for this delivery any more, and the folder may be another process's."""
-
-
-class Watch:
-    """What a delivery is doing, for those who wait for it."""
-
-    def __init__(self) -> None:
-        self.since = time.monotonic()
-        """When the last call began or ended, by the monotonic clock."""
-        self.is_calling = False
-        self.num_calls = 0
-        """How many calls have succeeded."""
-        self.extra_seconds = 0.0
-        """How much longer than others the present call may take."""
-        self.is_cancelled = False
-        self._brought: set[bytes] = set()
-
-    @property
-    def num_brought(self) -> int:
-        """How many things were brought, each counted once, however often it was brought."""
-        return len(self._brought)
-
-    def check(self) -> None:
-        """Raise Cancelled where nobody waits any more."""
-        if self.is_cancelled:
-            raise Cancelled("given up")
-
-    def call(self, method: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """Return what a call returns."""
-        self.check()
-        self.since, self.is_calling = time.monotonic(), True
-        try:
-            result = method(*given, **named)
-        finally:
-            self.since, self.is_calling = time.monotonic(), False
-        self.num_calls += 1
-        return result
-
-    def note_brought(self, *what: object) -> None:
-        """Count something that was brought, by all that tells it from other things; a run's id does not."""
-        self._brought.add(hashlib.sha256(_HEX_ID.sub("", repr(what)).encode()).digest())
-
-
-class Watched:
+class WatchedClient:
     """MLflow's client, or its store of artifacts, each of its calls watched and each answer looked at.
 
     Args:
-        folder: whose things it brings.
-        calls_again: how often a call is made again that failed at once, in a way that does not last. All calls here can
+        folder: the folder that is delivered.
+        calls_again: how often a call is repeated that failed at once, in a way that does not last. All calls here can
             be repeated but create_run.
-        is_server: whether what answers is a server, which may be another thing than MLflow.
+        is_server: whether a server answers, which may be another thing than MLflow.
     """
 
     def __init__(
-        self, client: Any, watch: Watch, folder: object, *, calls_again: int = 0, is_server: bool = False
+        self, client: Any, activity: Activity, folder: object, *, calls_again: int = 0, is_server: bool = False
     ) -> None:
         self._client = client
-        self._watch = watch
+        self._activity = activity
         self._folder = str(folder)
         self._calls_again = calls_again
         self._is_server = is_server
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        method, brings = getattr(self._client, name), not name.startswith(UNCOUNTED)
+        method, delivers = getattr(self._client, name), not name.startswith(UNCOUNTED)
         calls_again = 0 if name == "create_run" else self._calls_again
 
         def call(*given: Any, **named: Any) -> Any:
@@ -99,8 +52,8 @@ class Watched:
                 began = time.monotonic()
                 try:
                     answer = self._call(name, method, *given, **named)
-                    if brings:
-                        self._watch.note_brought(self._folder, name, given, sorted(named.items()))
+                    if delivers:
+                        self._activity.note_delivered(self._folder, name, given, sorted(named.items()))
                     return answer
                 except Exception as error:
                     is_late = time.monotonic() - began > AT_ONCE_SECONDS
@@ -112,17 +65,17 @@ class Watched:
         return call
 
     def _call(self, name: str, method: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """Return an answer that is one.
+        """Return an answer that is MLflow's.
 
         Raises:
-            StoreError: where it is none.
+            DeliveryError: where it is not.
         """
         try:
-            answer = self._watch.call(method, *given, **named)
+            answer = self._activity.call(method, *given, **named)
         except json.JSONDecodeError as error:
             raise _none_of_mlflow(name, "no JSON") from error
         except Exception as error:
-            if self._is_server and not _is_told(error):  # MLflow stumbled over what it was answered
+            if self._is_server and not _is_from_server(error):  # MLflow stumbled over what it was answered
                 raise _none_of_mlflow(name, one_line(error, 120)) from error
             raise
         if problem := next(_problems(name, given, answer), ""):
@@ -130,15 +83,15 @@ class Watched:
         return answer
 
 
-def _is_told(error: Exception) -> bool:
-    """Return whether an error tells what a server said, or that it said nothing."""
+def _is_from_server(error: Exception) -> bool:
+    """Return whether an error says what a server answered, or that it did not."""
     from mlflow.exceptions import MlflowException
 
-    return isinstance(error, MlflowException | OSError | StoreError | TowlineError | Cancelled)
+    return isinstance(error, MlflowException | OSError | DeliveryError | TowlineError | Cancelled)
 
 
-def _none_of_mlflow(name: str, problem: str) -> StoreError:
-    return StoreError(
+def _none_of_mlflow(name: str, problem: str) -> DeliveryError:
+    return DeliveryError(
         f"what answers to {name} is no MLflow ({problem}), but a page or a proxy for example: is tracking.uri right?",
         is_lasting=False,
     )

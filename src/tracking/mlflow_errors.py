@@ -6,8 +6,8 @@ import re
 
 from src import secrets
 from src.errors import TowlineError, one_line
-
-MOST_CHARACTERS = 400
+from src.tracking.exporters import DeliveryError
+from src.tracking.folder_exporter import MOST_CHARACTERS
 
 _STATUS = re.compile(r"error code (\d{3})\b|too many (\d{3}) error")
 _GONE = re.compile(r"must be in (the )?'?active'? state|already deleted|is deleted", re.IGNORECASE)
@@ -34,51 +34,39 @@ _WORDS = {
 _LASTING_STATUS = frozenset(range(300, 500)) - {408, 409, 425, 429}
 
 
-class StoreError(Exception):
-    """A store can't be used; says why and what to do.
-
-    Args:
-        is_lasting: whether trying again is of no use before somebody has mended something.
-    """
-
-    def __init__(self, text: str, *, is_lasting: bool = True) -> None:
-        super().__init__(text)
-        self.is_lasting = is_lasting
-
-
-def explained(error: Exception) -> StoreError:
+def explained(error: Exception) -> DeliveryError:
     """Return an error of MLflow, or of what it is built on, in words and without secrets."""
     text = secrets.clean(one_line(error, 10_000))
-    if isinstance(error, StoreError):
-        return StoreError(text, is_lasting=error.is_lasting)
+    if isinstance(error, DeliveryError):
+        return DeliveryError(text, is_lasting=error.is_lasting)
     if isinstance(error, TowlineError):
-        return StoreError(text)
+        return DeliveryError(text)
     if "valid JSON" in text:
-        return StoreError(
+        return DeliveryError(
             "what answers there is no MLflow but a page, of a login or a proxy for example: is tracking.uri right? "
             f"{_body(text)}"
         )
     if _TAKEN.search(text):
-        return StoreError("another run wrote the same at the same moment", is_lasting=False)
+        return DeliveryError("another run wrote the same at the same moment", is_lasting=False)
     status = status_of(error)
     if status is not None:
         said = _WORDS.get(status, f"the server {'redirects' if status < 400 else 'fails'} ({status})")
-        return StoreError(f"{said}{_body(text)}", is_lasting=status in _LASTING_STATUS)
+        return DeliveryError(f"{said}{_body(text)}", is_lasting=status in _LASTING_STATUS)
     code = getattr(error, "error_code", "")
     if "timed out" in text or "timeout exception" in text:
-        return StoreError("no answer in time", is_lasting=False)
+        return DeliveryError("no answer in time", is_lasting=False)
     for sign in ("Connection refused", "Name or service not known", "No route to host", "Network is unreachable"):
         if sign in text:
-            return StoreError(f"can't be reached: {sign}", is_lasting=False)
+            return DeliveryError(f"can't be reached: {sign}", is_lasting=False)
     if "database is locked" in text:
-        return StoreError("the database is locked by another process", is_lasting=False)
+        return DeliveryError("the database is locked by another process", is_lasting=False)
     is_page = "<html" in text.lower()
     short = text[:120] if is_page else text
-    return StoreError(short[:MOST_CHARACTERS], is_lasting=code in _LASTING_CODES)
+    return DeliveryError(short[:MOST_CHARACTERS], is_lasting=code in _LASTING_CODES)
 
 
 def status_of(error: Exception) -> int | None:
-    """Return the HTTP status that an error tells; None where it tells none."""
+    """Return the HTTP status that an error names; None where it names none."""
     found = _STATUS.search(str(error))
     return int(found[1] or found[2]) if found else None
 

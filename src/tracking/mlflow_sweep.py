@@ -1,10 +1,10 @@
-"""MLflow as the mirror of a sweep's folder: a run of the sweep's own, and its trials' runs nested under it."""
+"""A sweep's folder in MLflow: a run of the sweep's own, and its trials' runs nested under it."""
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -13,11 +13,15 @@ from typing import Any
 from src.config.frozen import CONFIG, SWEEP, read_status
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
-from src.records import Line, Types, check_keys, check_times, damaged, read_lines, read_yaml
-from src.tracking.mlflow_errors import StoreError
-from src.tracking.mlflow_mirror import Delivery
-from src.tracking.mlflow_store import KILLED, STATES, FolderDelivery, flat, milliseconds, read_tracking
-from src.tracking.run_folder import hold
+from src.records import Line, Types, check_keys, check_times, damaged, read_json, read_lines, read_yaml
+from src.tracking.exporters import SWEEP_EXPORTERS, DeliveryError
+from src.tracking.folder_exporter import exhaust
+from src.tracking.lock import hold
+from src.tracking.mlflow_client import KILLED, STATES
+from src.tracking.mlflow_exporter import MlflowExporter
+from src.tracking.mlflow_names import flat, milliseconds
+from src.tracking.mlflow_run import MlflowRunExporter
+from src.tracking.mlflow_state import read_tracking
 from src.tracking.sweep_files import check_checksum, holds_another, read_sweep
 
 LEADERBOARD = "leaderboard.json"
@@ -25,16 +29,17 @@ ARTIFACTS = (SWEEP, "leaderboard.csv", LEADERBOARD, "leaderboard.md")
 COUNTED = ("FINISHED", "FAILED", "PRUNED")
 TRIALS_AT_ONCE = 100
 OF_A_TRIAL: Mapping[str, Types] = {"experiment_name": str, "run_name": str, "tags": dict, "log_model": bool}
-"""Of the tracker's configuration, what a trial may have of its own."""
+"""Keys of the tracker's configuration that a trial may have values of its own for."""
 TRIAL_KEYS: Mapping[str, Types] = {"number": int, "identity": str, "setting": str, "config": dict}
 
 
-class SweepDelivery(FolderDelivery):
-    """What of a sweep's folder MLflow has.
+@SWEEP_EXPORTERS.register("mlflow")
+class MlflowSweepExporter(MlflowExporter):
+    """Delivers a sweep's folder.
 
-    A trial's run is its own process's to write, but for the tags that tie it to the sweep. What that process did not
-    deliver is brought from here when the sweep is over and nobody else is at the trial. Where the sweep is known to be
-    over because nobody holds it, what the store has of each trial is looked at, and not only of those that lack some.
+    A trial's run is written by the trial's own process, but for the tags that tie it to the sweep. What that process
+    did not deliver is delivered here when the sweep is over and no process holds the trial. Where the sweep is known to
+    be over because none holds it, what the store has of each trial is looked at, and not only of those that lack some.
     """
 
     @property
@@ -50,7 +55,7 @@ class SweepDelivery(FolderDelivery):
         return {"towline.sweep": self._run_name}
 
     @property
-    def _journal(self) -> str:
+    def _log_name(self) -> str:
         return "trials.jsonl"
 
     @property
@@ -70,8 +75,8 @@ class SweepDelivery(FolderDelivery):
 
     @property
     def _sweep(self) -> dict[str, Any]:
-        sweep = read_sweep(self._folder)
-        check_times(self._folder / SWEEP, sweep, ("started", "updated"))
+        sweep = read_sweep(self.folder)
+        check_times(self.folder / SWEEP, sweep, ("started", "updated"))
         return sweep
 
     @property
@@ -89,73 +94,72 @@ class SweepDelivery(FolderDelivery):
 
     @property
     def progress(self) -> str:
-        return f"values of {self._num_delivered:,} trials, {self.watch.num_calls:,} calls"
+        return f"values of {self._num_delivered:,} trials, {self.activity.num_calls:,} calls"
 
     @property
     def _num_delivered(self) -> int:
-        return int(self._done.get("history", 0))
+        return int(self._state.get("history", 0))
 
     def _connect(self) -> None:
         """Find the sweep's run, or begin one; judged by another metric it is another run, with the same trials."""
-        if self._done.get("judged", self._judged) != self._judged:
-            kept = {name: self._done[name] for name in ("elsewhere",) if name in self._done}
-            replaced = [*self._done.get("replaced", []), *([] if self.run_id is None else [self.run_id])]
-            self._done = {"uri": self.stored_uri, "run_id": None, "replaced": replaced} | kept
+        if self._state.get("judged", self._judged) != self._judged:
+            kept = {name: self._state[name] for name in ("elsewhere",) if name in self._state}
+            replaced = [*self._state.get("replaced", []), *([] if self.run_id is None else [self.run_id])]
+            self._state = {"uri": self.stored_uri, "run_id": None, "replaced": replaced} | kept
         super()._connect()
         self._remember(judged=self._judged)
 
-    def _bring(self) -> None:
+    def _deliver_folder(self) -> Iterator[None]:
         sweep = self._sweep
         version = f"{sweep['state']} {sweep['updated']}"
         state = STATES.get(sweep["state"], KILLED if self._is_over else None)
-        if state is not None:  # first: whatever else does not arrive, nobody shall wait for a sweep that is over
-            self._deliver_once("ended", lambda: self._set_ended(state, sweep["updated"]), version)
-        elif self._done.get("ended"):  # it goes on
-            self._set_running()
+        if state is not None:  # first: whatever else does not arrive, a sweep that is over must not say RUNNING
+            self._deliver_once("ended", lambda: self._run.set_ended(state, sweep["updated"]), version)
+        elif self._state.get("ended"):  # it was resumed
+            self._run.set_running()
             self._remember(ended=None)
-        self._deliver_once("former", self._end_former)
+        self._deliver_once("former", self._end_earlier_sweep)
         self._deliver_once("params", lambda: self._log_search(sweep))
         self._log_history(sweep)
         self._deliver_once("counts", lambda: self._log_counts(sweep), self._counts(sweep))
         if state is not None:
-            self._log_artifacts()
-            self._end_others()
-        self._part(lambda: self._bring_trials(is_over=state is not None))
+            yield from self._log_artifacts()
+            self._end_replaced()
+        yield from self._part_in_turns(self._deliver_trials(is_over=state is not None))
 
     def _last_values(self) -> Mapping[str, set[float]]:
         delivered = self._sweep["history"][: self._num_delivered]
         values = {name: [one[name] for one in delivered if one[name] is not None] for name in ("value", "best")}
-        counts = {name: {float(value)} for name, value in (self._done.get("counts") or {}).items()}
+        counts = {name: {float(value)} for name, value in (self._state.get("counts") or {}).items()}
         return {name: {float(several[-1])} for name, several in values.items() if several} | counts
 
-    def _look_up(self, run: Any) -> dict[str, Any]:
+    def _look_up(self, client: Any, run: Any) -> dict[str, Any]:
         """Return the counts that the store has; values are dated by themselves, so that a repeat is no second point."""
         has = run.data.metrics
         names = self._counts(self._sweep)
         return {"counts": {name: has[name] for name in names if name in has} or None, "judged": self._judged}
 
-    def _end_former(self) -> None:
-        """End runs of a sweep that was in this folder before: it was begun anew, so nobody is at them."""
-        run = self._client.get_run(self.run_id)
-        folder, before = str(self._folder.resolve()), milliseconds(self._began)
+    def _end_earlier_sweep(self) -> None:
+        """End runs of a sweep that was in this folder before: it was begun anew, so no process trains them."""
+        folder, before = str(self.folder.resolve()), milliseconds(self._began)
         if "'" in folder or "%" in folder:
             return
         running = f"attributes.status = 'RUNNING' and attributes.start_time < {before}"
         here = f"{running} and tags.`towline.host` = '{socket.gethostname()}' and tags.`towline.folder`"
         for which in (f"= '{folder}'", f"LIKE '{folder}/%'"):
-            for one in self._client.search_runs([run.info.experiment_id], f"{here} {which}"):
-                self._client.set_terminated(one.info.run_id, KILLED)
+            for one in self._run.client.search_runs([self._run.experiment_id], f"{here} {which}"):
+                self._run.client.set_terminated(one.info.run_id, KILLED)
 
     def _log_search(self, sweep: Mapping[str, Any]) -> None:
         """Log what is searched and how; what is longer than a param may be is in sweep.json, an artifact."""
-        self._log_params({name: text for key in ("space", "sweep") for name, text in flat(sweep[key], key)})
+        self._run.log_params({name: text for key in ("space", "sweep") for name, text in flat(sweep[key], key)})
 
     def _log_history(self, sweep: Mapping[str, Any]) -> None:
         """Log the values that are new and the best so far; the step is the number of trials that have finished."""
         history = sweep["history"]
         for first in range(self._num_delivered, len(history), TRIALS_AT_ONCE):
             some = history[first : first + TRIALS_AT_ONCE]
-            self._log_points(
+            self._run.log_points(
                 (name, trial[name], milliseconds(sweep["started"], trial["elapsed_seconds"]), step)
                 for step, trial in enumerate(some, first + 1)
                 for name in ("value", "best")
@@ -168,74 +172,77 @@ class SweepDelivery(FolderDelivery):
 
     def _log_counts(self, sweep: Mapping[str, Any]) -> None:
         """Log those numbers of trials that have changed; they are dated by the file, as they may become less again."""
-        before, at, step = self._done.get("counts") or {}, milliseconds(sweep["updated"]), len(sweep["history"])
+        before, at, step = self._state.get("counts") or {}, milliseconds(sweep["updated"]), len(sweep["history"])
         now = self._counts(sweep)
-        self._log_points((name, now[name], at, step) for name in now if now[name] != before.get(name))
+        self._run.log_points((name, now[name], at, step) for name in now if now[name] != before.get(name))
 
-    def _log_artifacts(self) -> None:
-        self._log_files(ARTIFACTS)
-        plots = sorted((self._folder / "plots").glob("*.png"))
-        self._log_files((f"plots/{file.name}" for file in plots), artifact_path="plots")
+    def _log_artifacts(self) -> Iterator[None]:
+        yield from self._log_files(ARTIFACTS)
+        plots = sorted((self.folder / "plots").glob("*.png"))
+        yield from self._log_files((f"plots/{file.name}" for file in plots), artifact_path="plots")
         self._part(self._log_leaderboard)
 
     def _log_leaderboard(self) -> None:
-        file = self._folder / LEADERBOARD
-        rows = self._read(LEADERBOARD).get("rows", [])
+        file = self.folder / LEADERBOARD
+        rows = read_json(file).get("rows", []) if file.exists() else []
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise damaged(file, "rows is no list of objects", "Move it away: the sweep's own command writes it anew.")
         if rows:
             columns = list(dict.fromkeys(chain.from_iterable(rows)))
             table = [[_cell(row.get(column)) for column in columns] for row in rows]
-            version = (self._done.get("files") or {}).get(LEADERBOARD)
-            self._deliver_once("table", lambda: self._log_table("leaderboard_table.json", columns, table), version)
+            version = (self._state.get("files") or {}).get(LEADERBOARD)
+            self._deliver_once("table", lambda: self._run.log_table("leaderboard_table.json", columns, table), version)
 
-    def _bring_trials(self, *, is_over: bool) -> None:
-        """Bring what is new of each trial; one that can't be brought does not stop the others.
+    def _deliver_trials(self, *, is_over: bool) -> Iterator[None]:
+        """Deliver what is new of each trial; one that can't be delivered does not stop the others.
 
         Raises:
-            Exception: the first trial's that could not be brought.
+            Exception: that of the first trial that could not be delivered.
         """
         problems = []
         for trial in self._lines("trials.jsonl", _read_trials):
-            folder = self._folder / str(trial["number"])
+            folder = self.folder / str(trial["number"])
             try:
                 if is_over:
-                    self._bring_rest_of(folder)
+                    self._deliver_rest_of(folder)
                 self._tie(trial, folder)
             except Exception as error:  # whatever MLflow raises, of a run that somebody deleted for example
                 problems.append(error)
-                self.watch.check()
-                if isinstance(error, StoreError):  # the store's, and so every trial's
+                self.activity.check()
+                if isinstance(error, DeliveryError):  # the store's, and so every trial's
                     break
+            yield
         if problems:
             raise problems[0]
 
-    def _bring_rest_of(self, folder: Path) -> None:
+    def _deliver_rest_of(self, folder: Path) -> None:
+        """Deliver what a trial's own process did not, in one turn: its folder is held meanwhile."""
         try:
             own = _tracking_of(folder)
         except FileNotFoundError:
             return
-        done = self._tracking(folder)
-        if not self._is_over and (done is None or (self._is_here(done) and done.get("ended"))):
+        state = self._tracking(folder)
+        if not self._is_over and (state is None or (self._is_here(state) and state.get("ended"))):
             return
-        if done is None and own.get("type") != "mlflow":
+        if state is None and own.get("type") != "mlflow":
             return
         with hold(folder):
             config: MlflowConfig = replace(self._config, **{key: own[key] for key in OF_A_TRIAL if key in own})
-            Delivery(config, folder, within=self, is_over=True, tell=self.tell_once).deliver()
+            trial = MlflowRunExporter(config, folder, within=self, is_over=True, warn=self.warn_once)
+            exhaust(trial.deliver())
 
     def _tie(self, trial: Mapping[str, Any], folder: Path) -> None:
-        """Nest a trial's run under the sweep's, and say in its tags which trial it is and what became of it."""
-        done, number = self._tracking(folder), str(trial["number"])
-        if not self._is_here(done) or not done or not done.get("run_id"):
+        """Nest a trial's run under the sweep's, with tags that say which trial it is and how it ended."""
+        state, number = self._tracking(folder), str(trial["number"])
+        if not self._is_here(state) or not state or not state.get("run_id"):
             return
-        said = {"run_id": done["run_id"], "state": read_status(folder).get("state")}
-        known = self._done.get("trials", {})
+        said = {"run_id": state["run_id"], "state": read_status(folder).get("state")}
+        known = self._state.get("trials", {})
         if known.get(number) == said:
             return
         if reason := holds_another(folder, trial["config"]):
-            raise DamagedFileError(f"{folder} is not the folder of trial {number}: {reason}. Give it its name again")
-        self._log_tags(
+            raise DamagedFileError(f"{folder} is not the folder of trial {number}: {reason}. Rename it back")
+        self._run.log_tags(
             {
                 "mlflow.parentRunId": self.run_id,
                 "towline.sweep": self._run_name,
@@ -258,9 +265,9 @@ class SweepDelivery(FolderDelivery):
         except DamagedFileError:
             return {"uri": "", "run_id": None}
 
-    def _is_here(self, done: Mapping[str, Any] | None) -> bool:
+    def _is_here(self, state: Mapping[str, Any] | None) -> bool:
         """Return whether a trial's run is in the same store."""
-        return done is not None and self.is_its_store(done["uri"])
+        return state is not None and self.is_its_store(state["uri"])
 
 
 def sweep_tracking(folder: Path) -> dict[str, Any]:

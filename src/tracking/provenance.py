@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 
 from src import secrets
+from src.config import plugins
 from src.config.frozen import config_hash
 
 PACKAGES = (
@@ -46,6 +48,7 @@ def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device
         "git": git_state(project),
         "data": dict(data_hashes),
         **_deepspeed_file(frozen),
+        "plugins": {name: asdict(plugin) for name, plugin in plugins.imported(frozen).items()},
         "python": platform.python_version(),
         "versions": versions(),
         "hardware": {

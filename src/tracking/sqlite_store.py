@@ -19,10 +19,9 @@ from urllib.parse import quote, unquote
 
 from filelock import FileLock, Timeout
 
-from src.tracking.mlflow_errors import StoreError
+from src.tracking.export_thread import OPENING_SECONDS
+from src.tracking.exporters import DeliveryError
 
-OPENING_SECONDS = 5.0
-"""How long a store may take to open; not counted while it is being made."""
 LOCKED_SECONDS = 2.0
 """How long to wait for another process that writes to the file."""
 COMPANIONS = ("-journal", "-wal", "-shm")
@@ -77,7 +76,7 @@ class SqliteStore:
         Returns: whether it is another file than at the last call.
 
         Raises:
-            StoreError: naming the file, what is wrong with it and what to do.
+            DeliveryError: naming the file, what is wrong with it and what to do.
         """
         if not self.is_file:
             return False
@@ -89,7 +88,7 @@ class SqliteStore:
             self._try_to_write()
             status = self.file.stat()
         except OSError as error:
-            raise StoreError(f"{error.filename or self.file} can't be used: {error.strerror}") from error
+            raise DeliveryError(f"{error.filename or self.file} can't be used: {error.strerror}") from error
         before, self._seen = self._seen, (status.st_dev, status.st_ino)
         return before not in (None, self._seen)
 
@@ -104,14 +103,16 @@ class SqliteStore:
         return self.file.with_name(f".{self.file.name}.part")
 
     def _check_link(self) -> None:
-        """Raise a StoreError where the file is a link to what is not there: whoever made it wanted it elsewhere."""
+        """Raise a DeliveryError where the file is a link to what is not there: whoever made it wanted it elsewhere."""
         if self._given.is_symlink() and not os.path.lexists(self.file):
-            raise StoreError(
+            raise DeliveryError(
                 f"{self._given} is a link to {self.file}, which is not there. Have that be there (is its disk "
                 "mounted?), or remove the link: a new store is then made in its place"
             )
         if self._given.is_symlink() and self.file.is_symlink():
-            raise StoreError(f"{self._given} is a link that leads in a circle. Remove it, or give another tracking.uri")
+            raise DeliveryError(
+                f"{self._given} is a link that leads in a circle. Remove it, or give another tracking.uri"
+            )
 
     def is_being_made(self) -> bool:
         """Return whether this or another process is making the file, and comes on with it."""
@@ -127,7 +128,7 @@ class SqliteStore:
             if not found.is_empty and not found.fault:
                 return  # another process was faster
             if found.fault and found.must_stay:
-                raise StoreError(f"{self.file} {found.fault}. {found.remedy}")
+                raise DeliveryError(f"{self.file} {found.fault}. {found.remedy}")
             self._check()
             kept = self._move_away("half-made" if found.fault else "leftover")
             self._make()
@@ -149,7 +150,7 @@ class SqliteStore:
                     waiting_since = time.monotonic()
                 elif time.monotonic() - waiting_since > OPENING_SECONDS:
                     held = f"{self.file}.lock is held by another process, which makes no store"
-                    raise StoreError(held, is_lasting=False) from error
+                    raise DeliveryError(held, is_lasting=False) from error
         try:
             yield
         finally:
@@ -169,7 +170,7 @@ class SqliteStore:
         """Return what the file holds.
 
         Raises:
-            StoreError: where it is no SQLite database that can be read.
+            DeliveryError: where it is no SQLite database that can be read.
         """
         try:
             mode = self.file.stat().st_mode
@@ -178,19 +179,19 @@ class SqliteStore:
         elsewhere = "Move it away, or give another tracking.uri"
         for companion in (_beside(self.file, name) for name in COMPANIONS):
             if os.path.lexists(companion) and not companion.is_file():  # SQLite would read it before the database
-                raise StoreError(f"{companion} is no plain file. {elsewhere}")
+                raise DeliveryError(f"{companion} is no plain file. {elsewhere}")
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "no plain file"
-            raise StoreError(f"{self.file} is {kind}, not a SQLite database. {elsewhere}")
+            raise DeliveryError(f"{self.file} is {kind}, not a SQLite database. {elsewhere}")
         try:
             with closing(self._connect()) as database:
                 return self._inspect(database)
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise self._locked() from error
-            raise StoreError(f"{self.file} can't be opened: {error}. {elsewhere}") from error
+            raise DeliveryError(f"{self.file} can't be opened: {error}. {elsewhere}") from error
         except sqlite3.DatabaseError as error:
-            raise StoreError(f"{self.file} is damaged, or no SQLite database: {error}. {elsewhere}") from error
+            raise DeliveryError(f"{self.file} is damaged, or no SQLite database: {error}. {elsewhere}") from error
 
     def _inspect(self, database: sqlite3.Connection) -> _Found:
         """Return what a database holds that can be read."""
@@ -202,7 +203,7 @@ class SqliteStore:
         foreign = {name for name in tables if not name.startswith("alembic_")}
         if foreign and not broken_off and not tables & {"experiments", "runs"}:
             some = ", ".join(sorted(foreign)[:3])
-            raise StoreError(f"{self.file} holds tables of something else ({some}): give MLflow a file of its own")
+            raise DeliveryError(f"{self.file} holds tables of something else ({some}): give MLflow a file of its own")
         with_runs = [table for table in ("runs", f"{BROKEN_OFF}runs") if table in tables]
         must_stay = any(database.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in with_runs)
         if broken_off:
@@ -216,7 +217,7 @@ class SqliteStore:
         return _Found(fault=fault, remedy=f"Restore it from a copy, {AWAY}", must_stay=must_stay)
 
     def _try_to_write(self) -> None:
-        """Raise a StoreError where another process has the file locked, or it can't be written."""
+        """Raise a DeliveryError where another process has the file locked, or it can't be written."""
         try:
             with closing(self._connect()) as database:
                 database.execute("BEGIN IMMEDIATE")
@@ -224,10 +225,10 @@ class SqliteStore:
         except sqlite3.DatabaseError as error:
             if "locked" in str(error):
                 raise self._locked() from error
-            raise StoreError(f"{self.file} can't be written: {error}") from error
+            raise DeliveryError(f"{self.file} can't be written: {error}") from error
 
-    def _locked(self) -> StoreError:
-        return StoreError(f"{self.file} is locked by another process", is_lasting=False)
+    def _locked(self) -> DeliveryError:
+        return DeliveryError(f"{self.file} is locked by another process", is_lasting=False)
 
     def _connect(self) -> sqlite3.Connection:
         uri = f"file:{quote(str(self.file))}?mode=rw"

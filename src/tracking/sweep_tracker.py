@@ -1,35 +1,32 @@
-"""What a sweep knows of its tracker: the folder is the truth, MLflow follows by itself."""
+"""What a sweep knows of its tracker: the folder is the truth, exporters deliver it by themselves."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from src.config.schema import MlflowConfig, TrackingConfig
+from src.config.schema import TrackingConfig
 from src.tracking.console import Console
-from src.tracking.former import WAIT_SECONDS, end_all_of
-from src.tracking.mirror import AT_THE_END, Mirror
-from src.tracking.mlflow_mirror import tracked_before
-from src.tracking.mlflow_sweep import SweepDelivery
+from src.tracking.export_thread import AT_THE_END, ExportThread
+from src.tracking.exporters import SWEEP_EXPORTERS
+from src.tracking.mlflow_state import tracked_before
+from src.tracking.tracker import start_exporters, sync_command
 
 
 class SweepTracker:
-    """Built by `open_sweep_tracking`. Without a mirror it does nothing."""
+    """Built by `open_sweep_tracking`. Without exporters it does nothing."""
 
-    def __init__(self, mirror: Mirror | None) -> None:
-        self._mirror = mirror
+    def __init__(self, exports: ExportThread) -> None:
+        self._exports = exports
 
     def ready(self) -> None:
         """Have the store be there before trials open it; a server that is slow or gone is waited for a second."""
-        if self._mirror:
-            self._mirror.connect()
+        self._exports.connect()
 
     def notify(self) -> None:
-        """Say that the folder or a trial's changed; returns at once."""
-        if self._mirror:
-            self._mirror.notify()
+        """Have what changed in the folder or a trial's delivered; returns at once."""
+        self._exports.notify()
 
 
 @contextmanager
@@ -38,18 +35,14 @@ def open_sweep_tracking(config: TrackingConfig, folder: Path, console: Console) 
 
     What sweep.json says when the block is left is how the sweep ended.
     """
-    mirror = None
-    if isinstance(config, MlflowConfig):
-        mirror = Mirror(SweepDelivery(config, folder, tell=console.warn), tell=console.warn)
-    wait = None if mirror else end_all_of(tracked_before(folder), folder, console.warn)
+    is_exported = config.type in SWEEP_EXPORTERS
+    exporters = [SWEEP_EXPORTERS[config.type](config, folder, warn=console.warn)] if is_exported else []
+    exports = start_exporters(exporters, folder, before=tracked_before(folder), warn=console.warn)
     try:
-        yield SweepTracker(mirror)
+        yield SweepTracker(exports)
     finally:
-        if wait:
-            wait(WAIT_SECONDS)
-        if mirror and (undelivered := mirror.close(AT_THE_END, console.working)):
+        for left in exports.close(AT_THE_END, console.working):
             console.warn(
-                f"MLflow at {mirror.uri}: {undelivered}.\n"
-                f"Everything is in {folder}; to deliver it later, give the same command again, or "
-                f"make sync run={shlex.quote(str(folder))}"
+                f"{left}.\nEverything is in {folder}; to deliver it later, repeat the same command, or "
+                f"{sync_command(folder)}"
             )

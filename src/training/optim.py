@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,21 +9,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from src.config.schema import (
-    AdafactorConfig,
-    AdamWConfig,
-    DecayScheduleConfig,
-    OptimizerConfig,
-    SchedulerConfig,
-    ScheduleType,
-    WarmupScheduleConfig,
-)
+from src.config.schema import OptimizerConfig, SchedulerConfig, WarmupScheduleConfig
 from src.errors import ModelError
 from src.runtime.sharding import full_shape
-
-ADAFACTOR_EPS = (torch.finfo(torch.float32).eps, 1e-3)
-"""torch's own for float32 weights, and here for all. Its default follows the weights' type, and bfloat16's, 0.008, is
-far above usual gradients: such weights stand still (measured: 100 steps with gradients of 3e-5 moved them by 0.1 %)."""
 
 
 def parameter_groups(
@@ -69,61 +55,12 @@ def build_optimizer(
     Raises:
         ModelError: see parameter_groups.
     """
-    groups = parameter_groups(parameters, config.weight_decay, embeddings, config.embedding_lr)
-    if isinstance(config, AdamWConfig):
-        first, second = config.betas
-        options: dict[str, Any] = {"lr": config.lr, "betas": (first, second), "eps": config.eps}
-        if config.type == "adamw":
-            return torch.optim.AdamW(groups, **options, fused=True)
-        optimizers = _bitsandbytes_optimizers()
-        if config.type == "adamw_8bit":
-            return optimizers.AdamW8bit(groups, **options)
-        is_on_gpu = any(p.is_cuda for group in groups for p in group["params"])
-        # without a GPU there is no memory to page from, and bitsandbytes would warn of it in the first step
-        return (optimizers.PagedAdamW32bit if is_on_gpu else optimizers.AdamW32bit)(groups, **options)
-    if isinstance(config, AdafactorConfig):
-        return torch.optim.Adafactor(groups, lr=config.lr, eps=ADAFACTOR_EPS)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
-
-
-def _bitsandbytes_optimizers() -> Any:
-    """Import bitsandbytes, which takes seconds, without its word about a CPU kernel that it could fetch from a hub."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from bitsandbytes import optim
-
-    return optim
-
-
-def num_warmup_steps(config: SchedulerConfig, num_steps: int) -> int:
-    """Give the length of the warm-up in steps: warmup_steps, or the share of all steps, rounded up."""
-    if not isinstance(config, WarmupScheduleConfig):
-        return 0
-    return math.ceil(config.warmup_ratio * num_steps) if config.warmup_steps is None else config.warmup_steps
-
-
-def lr_factor(kind: ScheduleType, step: int, num_steps: int, warmup: int, min_ratio: float) -> float:
-    """Give the learning rate as a share of its peak, by transformers' formulas.
-
-    Args:
-        step: updates done before, from 0: the first update of a warm-up has rate 0.
-        num_steps: updates of the whole run.
-        warmup: updates over which the rate rises linearly.
-        min_ratio: where a decay ends, at `step == num_steps`.
-    """
-    if kind is ScheduleType.constant:
-        return 1.0
-    if step < warmup:
-        return step / max(1, warmup)
-    if kind is ScheduleType.constant_with_warmup:
-        return 1.0
-    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
-    remaining = 1.0 - progress if kind is ScheduleType.linear else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return min_ratio + (1.0 - min_ratio) * remaining
+    return config.build(parameter_groups(parameters, config.weight_decay, embeddings, config.embedding_lr))
 
 
 def cannot_learn(config: SchedulerConfig, num_steps: int) -> list[str]:
     """Say how a warm-up keeps a run of so many updates from learning; nothing where it does not."""
-    warmup = num_warmup_steps(config, num_steps)
+    warmup = config.num_warmup_steps(num_steps)
     if not warmup or warmup < num_steps:
         return []
     key = "scheduler.warmup_ratio" if _has_ratio(config) else "scheduler.warmup_steps"
@@ -141,9 +78,7 @@ def _has_ratio(config: SchedulerConfig) -> bool:
 
 def build_schedule(config: SchedulerConfig, optimizer: torch.optim.Optimizer, num_steps: int) -> LambdaLR:
     """Build the schedule over `num_steps` updates."""
-    warmup = num_warmup_steps(config, num_steps)
-    min_ratio = config.min_lr_ratio if isinstance(config, DecayScheduleConfig) else 0.0
-    return LambdaLR(optimizer, lambda step: lr_factor(config.type, step, num_steps, warmup, min_ratio))
+    return LambdaLR(optimizer, lambda step: config.factor(step, num_steps))
 
 
 def restore_schedule(schedule: LambdaLR, num_updates: int) -> None:

@@ -1,185 +1,189 @@
-"""Going on from a checkpoint, and beginning with old weights."""
+"""How a run begins: from the beginning, or from a checkpoint with what has changed since.
+
+Nothing heavy is imported before a checkpoint is read, so that a refusal costs nothing.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import replace
-from importlib import metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.compatibility import Fingerprint, check, compare_fingerprints, is_reordered
-from src.checkpoint.exported import exported_start
-from src.checkpoint.locate import Origin, newest_weights
-from src.checkpoint.store import read_snapshot
-from src.checkpoint.tensors import tensors_digest
-from src.config.schema import RunConfig
-from src.data.batching import Position
-from src.data.dataset import Data
-from src.data.tokenizer import load_tokenizer
-from src.errors import CheckpointError, ModelError
-from src.model.adapters import Adapter
-from src.model.embeddings import TokenMonitor
-from src.runtime.session import Runtime
-from src.training.state import Beginning, TrainState
+from src.checkpoint.compatibility import (
+    Change,
+    Fingerprint,
+    check,
+    compare_configs,
+    compare_fingerprints,
+    is_reordered,
+)
+from src.checkpoint.locate import find_checkpoint
+from src.checkpoint.manifest import STATE
+from src.config.schema import CheckpointConfig, RunConfig
 from src.util import plural
-
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "numpy")
-"""Whose versions may change how numbers are rounded."""
 
 BATCH_KEYS = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 
-NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
-"""Settings of a model that say nothing, or that other facts and keys say."""
+
+@dataclass
+class ResumePoint:
+    """The checkpoint that a run resumes from; empty where it begins anew."""
+
+    checkpoint: Path | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """What the checkpoint says besides its tensors."""
+    changes: Sequence[Change] = ()
+    """Keys of the configuration that differ."""
+    warnings: Sequence[str] = ()
+    is_own: bool = False
+    """Whether it is in the run's own folder."""
+    repeats_epoch: bool = False
+    """Whether the epoch that was under way begins again, because its rows come in another order now; see `check`."""
+
+    @property
+    def step(self) -> int | None:
+        """The last step that is done; None: the run begins anew."""
+        return None if self.checkpoint is None else int(self.state["step"])
+
+    @property
+    def own_step(self) -> int | None:
+        """The same, of a checkpoint in the run's own folder."""
+        return self.step if self.is_own else None
+
+    @property
+    def own_state(self) -> Mapping[str, Any]:
+        """The state of a checkpoint in the run's own folder; empty for another run's."""
+        return self.state if self.is_own else {}
+
+    @property
+    def position(self) -> Mapping[str, Any] | None:
+        """Where in its rows the run resumes, see src.data.batching.Position; None: at the first."""
+        if self.checkpoint is None:
+            return None
+        position = self.state["position"]
+        return {"epoch": position["epoch"], "num_sequences": 0, "block": None} if self.repeats_epoch else position
+
+    @property
+    def untrained(self) -> Sequence[str]:
+        """The samples of the untrained model, as the run's first start drew them."""
+        return self.state.get("untrained", ())
+
+    @property
+    def is_end(self) -> bool:
+        """Whether the run's own checkpoint was its last: its line has what belongs to the end of a run."""
+        return self.own_step is not None and self.own_step >= self.state["facts"]["num_steps"]
+
+    def adjust(self, config: RunConfig, num_processes: int, warn: Callable[[Sequence[str]], None]) -> RunConfig:
+        """Return the configuration whose steps take as many rows as before, where only the number of processes changed.
+
+        Accumulation makes up for it. Where that does not divide, nothing is changed, and `restore` reports it.
+        """
+        if self.checkpoint is None:
+            return config
+        before, training = self.state["facts"], config.training
+        size = training.per_device_train_batch_size * num_processes
+        is_asked_alike = not any(change.key in BATCH_KEYS for change in self.changes)
+        accumulation, rest = divmod(before["step_sequences"], size)
+        if not is_asked_alike or rest or accumulation == training.gradient_accumulation_steps:
+            return config
+        if num_processes != before["num_processes"]:  # else the start that changed it has warned
+            count = plural(num_processes, "process", "processes")
+            warn(
+                [
+                    f"{count} instead of {before['num_processes']}: gradient_accumulation_steps is {accumulation} "
+                    f"instead of {training.gradient_accumulation_steps}, so that a step takes the same rows"
+                ]
+            )
+        return replace(config, training=replace(training, gradient_accumulation_steps=accumulation))
+
+    def check(self, data: Any, tokenizer: Any, config: RunConfig, frozen: Mapping[str, Any]) -> None:
+        """Check the encoded rows and the tokens, before the model is loaded, so that other ones cost nothing.
+
+        Raises:
+            ConfigError: where these have changed too much since the checkpoint.
+        """
+        if self.checkpoint is None:
+            return
+        before = Fingerprint.from_dict(self.state["facts"])
+        now = replace(
+            before, data=data.train_digest(), num_rows=data.num_train_rows, tokenizer=tokenizer_hash(tokenizer)
+        )
+        named = ", ".join(change.key for change in self.changes if change.key.startswith("data."))
+        changes = [
+            replace(change, why=f"{change.why}; changed: {named}") if change.key == "data" and named else change
+            for change in [*self.changes, *compare_fingerprints(before, now)]
+        ]
+        check(changes, allow_changed=config.checkpoint.allow_changed, where=str(self.checkpoint))
+        position = self.state["position"]
+        was_begun = position["num_sequences"] > 0 or bool(position["block"] and position["block"]["num_blocks"])
+        self.repeats_epoch = was_begun and is_reordered(changes, frozen)
+
+    def restore(self, state: Any, facts: Fingerprint, runtime: Any, config: RunConfig) -> list[str]:
+        """Restore weights, optimizer, counters and generators as they were at the checkpoint; return warnings.
+
+        Where the run begins anew, processes only get random numbers that differ.
+
+        Args:
+            state: the TrainState, at the checkpoint's position.
+            facts: of the run that resumes.
+        Raises:
+            ConfigError: where data, tokenizer or model have changed too much.
+            CheckpointError: where the model has another form.
+        """
+        if self.checkpoint is None:
+            runtime.seed_apart()
+            return []
+        from src.checkpoint.store import read_snapshot
+
+        changes = compare_fingerprints(Fingerprint.from_dict(self.state["facts"]), facts)
+        warnings = check(changes, allow_changed=config.checkpoint.allow_changed, where=str(self.checkpoint))
+        state.restore(read_snapshot(self.checkpoint), runtime)
+        if self.repeats_epoch:
+            epoch = self.state["position"]["epoch"] + 1
+            warnings.append(f"the rows of epoch {epoch} come in another order, so it begins again")
+        return warnings
+
+    def comparable_from(self, facts: Fingerprint, step: int, *, is_complete: bool) -> int:
+        """Return the first step whose evaluation is of the present rows: earlier ones don't count for the best.
+
+        Args:
+            step: the one that the run resumes after.
+            is_complete: whether it is evaluated and logged already.
+        """
+        if self.checkpoint is None:
+            return 0
+        if Fingerprint.from_dict(self.state["facts"]).validation not in (None, facts.validation):
+            return step + 1 if is_complete else step
+        return int(self.state.get("comparable_from", 0))
+
+
+def find_resume_point(
+    config: CheckpointConfig, frozen: Mapping[str, Any], run_dir: Path, *, force: bool
+) -> ResumePoint:
+    """Find the checkpoint that a run resumes from, see `find_checkpoint`, and compare configurations.
+
+    Args:
+        frozen: the whole configuration, as plain containers.
+        force: begin anew, whatever is there.
+    Raises:
+        CheckpointError: where there are checkpoints, but none is whole, or what is there can't be read.
+        ConfigError: where the configuration has changed too much.
+    """
+    warnings: list[str] = []
+    if force or config.resume == "never":
+        return ResumePoint()
+    found, is_own = find_checkpoint(config, run_dir, warnings)
+    if found is None:
+        return ResumePoint()
+    state = json.loads((found / STATE).read_text(encoding="utf-8"))
+    changes = compare_configs(state["config"], frozen)
+    warnings += check(changes, allow_changed=config.allow_changed, where=str(found))
+    return ResumePoint(found, state, changes, warnings, is_own)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """Return a hash of which id each token has, 32 hex digits."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]
-
-
-def architecture_hash(model: Any) -> str:
-    """Return a hash of a model's own settings, without where they came from, 32 hex digits."""
-    settings = {key: value for key, value in model.config.to_dict().items() if key not in NOT_COMPUTED}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def fingerprint_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runtime, config: RunConfig) -> Fingerprint:
-    """Return what a checkpoint must have in common with the run that goes on from it."""
-    frozen = state.frozen_weights()
-    return Fingerprint(
-        step=state.step,
-        num_steps=state.num_steps,
-        data=data.train_digest(),
-        num_rows=data.num_train_rows,
-        tokenizer=tokenizer_hash(tokenizer),
-        frozen_weights=tensors_digest(frozen) if frozen else None,
-        device=runtime.device.type,
-        num_processes=runtime.num_processes,
-        step_sequences=state.plan.batch_size * state.plan.accumulation,
-        versions={name: metadata.version(name) for name in PACKAGES},
-        architecture=architecture_hash(state.model),
-        validation=data.validation_digest(config.evaluation.max_samples),
-    )
-
-
-def beginning(origin: Origin, data: Data, tokenizer: Any, config: RunConfig, frozen: Mapping[str, Any]) -> Beginning:
-    """Say where a run begins in its rows; before the model is loaded, so that other rows or tokens cost nothing.
-
-    Raises:
-        ConfigError: where these have changed too much since the checkpoint.
-    """
-    if origin.checkpoint is None:
-        return Beginning()
-    before = Fingerprint.from_dict(origin.state["facts"])
-    now = replace(before, data=data.train_digest(), num_rows=data.num_train_rows, tokenizer=tokenizer_hash(tokenizer))
-    named = ", ".join(change.key for change in origin.changes if change.key.startswith("data."))
-    changes = [
-        replace(change, why=f"{change.why}; changed: {named}") if change.key == "data" and named else change
-        for change in [*origin.changes, *compare_fingerprints(before, now)]
-    ]
-    check(changes, allow_changed=config.checkpoint.allow_changed, where=str(origin.checkpoint))
-    position = Position.from_dict(origin.state["position"])
-    was_begun = position.num_sequences > 0 or bool(position.block and position.block["num_blocks"])
-    repeats = was_begun and is_reordered(changes, frozen)
-    if repeats:
-        position = Position(position.epoch)
-    return Beginning(int(origin.state["step"]), position, origin.state["untrained"], repeats)
-
-
-def resume(
-    state: TrainState, origin: Origin, begin: Beginning, facts: Fingerprint, runtime: Runtime, config: RunConfig
-) -> list[str]:
-    """Put everything back as it was at a checkpoint; gives warnings. Where the run begins anew, only the processes get
-    random numbers that differ.
-
-    Raises:
-        ConfigError: where data, tokenizer or model have changed too much.
-        CheckpointError: where the model is of another form.
-    """
-    if origin.checkpoint is None:
-        runtime.seed_apart()
-        return []
-    changes = compare_fingerprints(Fingerprint.from_dict(origin.state["facts"]), facts)
-    warnings = check(changes, allow_changed=config.checkpoint.allow_changed, where=str(origin.checkpoint))
-    state.restore(read_snapshot(origin.checkpoint), runtime)
-    if begin.repeats_epoch:
-        warnings.append(f"the rows of epoch {begin.position.epoch + 1} come in another order, so it begins again")
-    return warnings
-
-
-def ended_there(origin: Origin) -> bool:
-    """Return whether a run's own checkpoint was its last: what belongs to the end of a run came of its step."""
-    return origin.is_own and origin.own_step is not None and origin.own_step >= origin.state["facts"]["num_steps"]
-
-
-def first_comparable(origin: Origin, facts: Fingerprint, state: TrainState) -> int:
-    """Return the first step whose evaluation is of the rows of now: those before say nothing of which is the best."""
-    if origin.checkpoint is None:
-        return 0
-    before = Fingerprint.from_dict(origin.state["facts"]).validation
-    if before not in (None, facts.validation):
-        return state.step + 1 if state.is_over else state.step
-    return int(origin.state.get("comparable_from", 0))
-
-
-def same_step(config: RunConfig, origin: Origin, num_processes: int) -> tuple[RunConfig, list[str]]:
-    """Have a step take as many rows as before, where only the number of processes changed; gives warnings.
-
-    Accumulation makes up for it. Where that does not divide, nothing is changed, and the contract tells.
-    """
-    if origin.checkpoint is None:
-        return config, []
-    before, training = origin.state["facts"], config.training
-    size = training.per_device_train_batch_size * num_processes
-    is_asked_alike = not any(change.key in BATCH_KEYS for change in origin.changes)
-    accumulation, rest = divmod(before["step_sequences"], size)
-    if not is_asked_alike or rest or accumulation == training.gradient_accumulation_steps:
-        return config, []
-    count = plural(num_processes, "process", "processes")
-    told = (
-        f"{count} instead of {before['num_processes']}: gradient_accumulation_steps is "
-        f"{accumulation} instead of {training.gradient_accumulation_steps}, so that a step takes the same rows"
-    )
-    warnings = [] if num_processes == before["num_processes"] else [told]  # else told by the start that changed it
-    return replace(config, training=replace(training, gradient_accumulation_steps=accumulation)), warnings
-
-
-def start_from_adapter(adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> bool:
-    """Put the adapter of `init_from` into the model, before it is shared out; False where it names none.
-
-    Raises:
-        ModelError: where it does not fit the model.
-    """
-    folder = exported_start(config)
-    if folder is None or not (folder / "adapter_config.json").exists():
-        return False
-    if adapter is None:
-        raise ModelError(
-            f"init_from: {folder} is an adapter, so it needs one here too (adapter=lora); "
-            "a run with export.merge=true gives whole weights"
-        )
-    saved, _ = load_tokenizer(replace(config.model, checkpoint=str(folder), revision=None), config.tokens)
-    if tokenizer_hash(saved) != tokenizer_hash(tokenizer):
-        raise ModelError(f"init_from: the tokens of {folder} have other ids than here")
-    adapter.load(folder)
-    return True
-
-
-def start_from_checkpoint(state: TrainState, tokenizer: Any, runtime: Runtime, config: RunConfig) -> list[str]:
-    """Put the checkpoint of `init_from` into the model, where it names one; gives warnings.
-
-    Raises:
-        CheckpointError: where it does not fit the model.
-    """
-    if config.init_from is None or exported_start(config) is not None:
-        return []
-    checkpoint, warnings = newest_weights(Path(config.init_from))
-    kept = read_snapshot(checkpoint)
-    if kept.state["facts"]["tokenizer"] != tokenizer_hash(tokenizer):
-        raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
-    state.restore_weights(kept.weights, runtime)
-    state.new_rows = TokenMonitor(state.model, state.new_rows.ids)
-    return warnings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -92,17 +92,6 @@ class StepResult:
         if every is None:
             return False
         return self.ends_epoch if every == "epoch" else self.number % int(every) == 0
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """Where a run begins: after how many steps, where in its rows, and what the untrained model wrote, if known."""
-
-    step: int = 0
-    position: Position = Position()
-    untrained: Sequence[str] = ()
-    repeats_epoch: bool = False
-    """Whether the epoch that was under way begins again, because its rows come in another order now."""
 
 
 @dataclass
@@ -281,21 +270,25 @@ def batch_plan(config: RunConfig, num_processes: int = 1) -> Plan:
 
 
 def num_train_steps(
-    config: TrainingConfig, per_epoch: int | None, begin: Beginning = Beginning(), left_of_epoch: int | None = None
+    config: TrainingConfig,
+    per_epoch: int | None,
+    step: int = 0,
+    epoch: int = 0,
+    left_of_epoch: int | None = None,
 ) -> int:
     """Give the number of optimizer steps of the whole run.
 
     Args:
         per_epoch: None where the train set is streamed.
-        begin: where the run goes on.
+        step, epoch: after which step, and in which epoch, the run resumes.
         left_of_epoch: steps from there to the end of its epoch; None: all of them.
     """
     if config.max_train_steps:
         return config.max_train_steps
     assert per_epoch is not None  # the gate asks for max_train_steps where the train set is streamed
     left = per_epoch if left_of_epoch is None else left_of_epoch
-    behind = math.ceil((config.num_train_epochs - begin.position.epoch - 1) * per_epoch)  # of the epochs to come
-    return max(1, begin.step, begin.step + left + behind)
+    behind = math.ceil((config.num_train_epochs - epoch - 1) * per_epoch)  # of the epochs to come
+    return max(1, step, step + left + behind)
 
 
 def prepare(
@@ -304,23 +297,25 @@ def prepare(
     config: RunConfig,
     runtime: Runtime,
     new_tokens: Mapping[str, int] = MappingProxyType({}),
-    begin: Beginning = Beginning(),
+    step: int | None = None,
+    position: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Place everything on the device and choose how the head is computed.
 
     Args:
         new_tokens: the configuration's tokens and their ids, to be watched.
-        begin: where the run goes on; what it had come to there is restored later.
+        step, position: after which step the run resumes, and where in its rows; all else is restored later.
 
     Raises:
         ModelError: where the weights' type does not go with the precision, or rows can't be packed for this model.
     """
     plan = batch_plan(config, runtime.num_processes)
     per_epoch = left = None
+    begin = Position() if position is None else Position.from_dict(position)
     if isinstance(train, EncodedSet):
         per_epoch = steps_per_epoch(train, plan, config.seed)
-        left = steps_per_epoch(train, plan, config.seed, begin.position.num_sequences)
-    num_steps = num_train_steps(config.training, per_epoch, begin, left)
+        left = steps_per_epoch(train, plan, config.seed, begin.num_sequences)
+    num_steps = num_train_steps(config.training, per_epoch, step or 0, begin.epoch, left)
     if runtime.scales_gradients and any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
         raise ModelError("fp16 mixed precision scales gradients of float32 weights only: model.dtype=float32")
     if config.model.gradient_checkpointing:
@@ -348,5 +343,5 @@ def prepare(
         per_epoch,
         scored.uses_full_logits,
         TokenMonitor(model, new_tokens),
-        position=begin.position,
+        position=begin,
     )

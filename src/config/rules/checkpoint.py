@@ -32,7 +32,7 @@ def scores_of(data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConf
     scores = ["loss", "perplexity"]
     if tokens.thought_open is not None and data.thoughts is not Thoughts.drop:
         scores += ["thought_loss", "answer_loss"]
-    return scores + [m.value for m in (data.metrics if evaluation.metrics is None else evaluation.metrics)]
+    return scores + (data.metrics if evaluation.metrics is None else evaluation.metrics)
 
 
 def the_best_is_kept(checkpoint: CheckpointConfig) -> Iterator[Problem]:

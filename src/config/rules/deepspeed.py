@@ -89,8 +89,8 @@ def a_deepspeed_file_agrees_with_the_schedule(
     if not isinstance(deepspeed, ZeroFileConfig):
         return
     kind, params = deepspeed.scheduler.get("type"), deepspeed.scheduler.get("params") or {}
-    if kind is not None and (ours := DEEPSPEED_SCHEDULES[kind]) is not scheduler.type:
-        reason = f"scheduler.type = {scheduler.type.value}, and that is {ours.value} here: scheduler={ours.value}"
+    if kind is not None and (ours := DEEPSPEED_SCHEDULES[kind]) != scheduler.type:
+        reason = f"scheduler.type = {scheduler.type}, and that is {ours} here: scheduler={ours}"
         yield Problem("deepspeed.scheduler.type", reason, kind)
     least = getattr(scheduler, "min_lr_ratio", 0)
     owned: dict[str, tuple[str, Any]] = {

@@ -23,23 +23,17 @@ from src.config.schema.deepspeed import (
     ZeroFileConfig,
 )
 from src.config.schema.entries import ENTRY_SECTIONS, PredictConfig
-from src.config.schema.evaluation import EvaluationConfig, Metric, greater_is_better
+from src.config.schema.evaluation import EvaluationConfig
 from src.config.schema.generation import GenerationConfig
 from src.config.schema.model import Attention, Dtype, ModelConfig, ModelType, Weights
-from src.config.schema.optimizer import AdafactorConfig, AdamWConfig, OptimizerConfig, SGDConfig
+from src.config.schema.optimizer import OPTIMIZERS, AdafactorConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from src.config.schema.quantization import QuantizationConfig
 from src.config.schema.runtime import Device, RuntimeConfig
-from src.config.schema.scheduler import (
-    ConstantScheduleConfig,
-    DecayScheduleConfig,
-    SchedulerConfig,
-    ScheduleType,
-    WarmupScheduleConfig,
-)
+from src.config.schema.scheduler import SCHEDULES, SchedulerConfig, WarmupScheduleConfig
 from src.config.schema.sweep import Direction, Pruner, Replicate, Sampler, SweepConfig
 from src.config.schema.tokens import InitMethod, TokensConfig
 from src.config.schema.top import TopLevelConfig
-from src.config.schema.tracking import MlflowConfig, NoTrackingConfig, TrackingConfig
+from src.config.schema.tracking import TRACKERS, MlflowConfig, NoTrackingConfig, TrackingConfig
 from src.config.schema.training import LossConfig, MixedPrecision, Reduction, TrainingConfig
 
 SECTIONS: dict[str, type | dict[str, type]] = {
@@ -48,22 +42,11 @@ SECTIONS: dict[str, type | dict[str, type]] = {
     "adapter": {"none": NoAdapterConfig, "lora": LoraConfig},
     "tokens": TokensConfig,
     "data": DataConfig,
-    "optimizer": {
-        "adamw": AdamWConfig,
-        "adamw_8bit": AdamWConfig,
-        "paged_adamw_32bit": AdamWConfig,
-        "adafactor": AdafactorConfig,
-        "sgd": SGDConfig,
-    },
-    "scheduler": {
-        "linear": DecayScheduleConfig,
-        "cosine": DecayScheduleConfig,
-        "constant": ConstantScheduleConfig,
-        "constant_with_warmup": WarmupScheduleConfig,
-    },
+    "optimizer": OPTIMIZERS,
+    "scheduler": SCHEDULES,
     "generation": GenerationConfig,
     "deepspeed": {"none": NoDeepSpeedConfig, "zero": ZeroConfig, "file": ZeroFileConfig},
-    "tracking": {"mlflow": MlflowConfig, "none": NoTrackingConfig},
+    "tracking": TRACKERS,
     "training": TrainingConfig,
     "loss": LossConfig,
     "evaluation": EvaluationConfig,
@@ -83,6 +66,7 @@ class RunConfig:
     force: bool
     rerun: str | None
     init_from: str | None
+    plugins: list[str]
     model: ModelConfig
     quantization: QuantizationConfig
     adapter: AdapterConfig
@@ -101,19 +85,18 @@ class RunConfig:
     runtime: RuntimeConfig
 
     @property
-    def keep_thoughts(self) -> bool:
-        """Whether thoughts stay in the completions; without a choice, where tokens has a thought_open."""
-        if self.data.thoughts is None:
-            return self.tokens.thought_open is not None
-        return self.data.thoughts is Thoughts.keep
-
-    @property
     def thought_tags(self) -> tuple[str, str] | None:
         """What opens and closes a thought in the text that the model writes; None where it writes none."""
-        opened, closed = self.tokens.thought_open, self.tokens.thought_close
-        return (opened, closed) if self.keep_thoughts and opened is not None and closed is not None else None
+        return thought_tags(self.data, self.tokens)
 
     @property
-    def metrics(self) -> list[Metric]:
+    def metrics(self) -> list[str]:
         """The metrics that need generated text: evaluation's own, or what the data says."""
         return self.data.metrics if self.evaluation.metrics is None else self.evaluation.metrics
+
+
+def thought_tags(data: DataConfig, tokens: TokensConfig) -> tuple[str, str] | None:
+    """Return what opens and closes a thought in completions; without a choice, they are kept where there are tags."""
+    if data.thoughts is Thoughts.drop or tokens.thought_open is None or tokens.thought_close is None:
+        return None
+    return tokens.thought_open, tokens.thought_close

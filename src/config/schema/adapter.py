@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
-from omegaconf import MISSING
-
 from src.config.schema.checks import BELOW_ONE, COUNT, STRINGS, WEIGHT, Check, is_int, up_to
-from src.config.schema.fields import key, type_key
+from src.config.schema.fields import AT_START, Flat, Impact, Verdict, key, type_key
 
 RANK = up_to(65_536, "wider than any layer")
 RANKS = Check(
@@ -42,30 +41,52 @@ class LoraBias(Enum):
     lora_only = "lora_only"
 
 
+OTHER_TRAINED = "other weights are trained"
+OTHER_SIZE = "matrices of another size"
+OTHER_FUNCTION = "another function of the same matrices"
+_type = partial(type_key, "adapter", resume=Impact.impossible, why=OTHER_TRAINED)
+
+
+def _judge_choice(key: str, before: Flat, now: Flat) -> Verdict:
+    """Judge a choice of modules or layers, in any order; one layer may be named without a list."""
+    chosen = [
+        frozenset(value) if isinstance(value, list) else frozenset([value]) if isinstance(value, int) else value
+        for value in (before[key], now[key])
+    ]
+    return (Impact.harmless, "") if chosen[0] == chosen[1] else (Impact.impossible, "other matrices are trained")
+
+
+def _judge_init(key: str, before: Flat, now: Flat) -> Verdict:
+    """Judge how an adapter started: some methods move a part of the base into it, which the base then lacks."""
+    if {"pissa", "olora"} & {before[key], now[key]}:
+        return Impact.impossible, "the base that these matrices belong to is another one"
+    return Impact.harmless, AT_START
+
+
 @dataclass
 class NoAdapterConfig:
     """conf/adapter/none.yaml: every weight is trained."""
 
-    type: str = type_key("adapter", "none")
+    type: str = _type("none")
 
 
 @dataclass
 class LoraConfig:
     """conf/adapter/lora.yaml and those built on it: the keys of PEFT's LoraConfig."""
 
-    type: str = type_key("adapter", "lora")
-    r: int = key(RANK)
-    lora_alpha: float = key(WEIGHT)
-    lora_dropout: float = key(BELOW_ONE)
-    bias: LoraBias = MISSING
-    target_modules: Any = key(TEXT_OR_TEXTS)
-    exclude_modules: Any = key(TEXT_OR_TEXTS_OR_NULL)
-    use_dora: bool = MISSING
-    use_rslora: bool = MISSING
-    init_lora_weights: Any = key(LORA_INIT)
-    layers_to_transform: Any = key(LAYERS)
-    rank_pattern: dict[str, int] = key(RANKS)
-    alpha_pattern: dict[str, float] = key(ALPHAS)
+    type: str = _type("lora")
+    r: int = key(RANK, resume=Impact.impossible, why=OTHER_SIZE)
+    lora_alpha: float = key(WEIGHT, why=OTHER_FUNCTION)
+    lora_dropout: float = key(BELOW_ONE, why=OTHER_FUNCTION)
+    bias: LoraBias = key(resume=Impact.impossible, why=OTHER_TRAINED)
+    target_modules: Any = key(TEXT_OR_TEXTS, resume=_judge_choice)
+    exclude_modules: Any = key(TEXT_OR_TEXTS_OR_NULL, resume=_judge_choice)
+    use_dora: bool = key(resume=Impact.impossible, why=OTHER_TRAINED)
+    use_rslora: bool = key(why=OTHER_FUNCTION)
+    init_lora_weights: Any = key(LORA_INIT, resume=_judge_init)
+    layers_to_transform: Any = key(LAYERS, resume=_judge_choice)
+    rank_pattern: dict[str, int] = key(RANKS, resume=Impact.impossible, why=OTHER_SIZE)
+    alpha_pattern: dict[str, float] = key(ALPHAS, why=OTHER_FUNCTION)
 
 
 AdapterConfig = NoAdapterConfig | LoraConfig

@@ -6,26 +6,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH, PathCheck
-from src.config.schema.evaluation import greater_is_better
-from src.config.schema.fields import key
+from src.config.schema.every import Every
+from src.config.schema.fields import Impact, key
+from src.metrics import greater_is_better
 
 
 @dataclass
 class CheckpointConfig:
     """When the run is saved, which saves are kept, and how a run that was stopped goes on."""
 
-    checkpointing_steps: Any = key(STEPS_OR_EPOCH)
-    keep_last: int = key(AT_LEAST_ONE)
-    keep_best: int = key(COUNT)
-    newest_optimizer_only: bool = MISSING
-    metric_for_best_model: str = MISSING
-    greater_is_better: bool | None = MISSING
-    load_best_model_at_end: bool = MISSING
-    resume: str = key(PathCheck("auto, never, or a folder: a run's or a checkpoint", bool))
-    allow_changed: bool = MISSING
+    checkpointing_steps: Any = key(STEPS_OR_EPOCH, resume=Impact.harmless)
+    keep_last: int = key(AT_LEAST_ONE, resume=Impact.harmless)
+    keep_best: int = key(COUNT, resume=Impact.harmless)
+    newest_optimizer_only: bool = key(resume=Impact.harmless)
+    metric_for_best_model: str = key(resume=Impact.harmless)
+    greater_is_better: bool | None = key(resume=Impact.harmless)
+    load_best_model_at_end: bool = key(resume=Impact.harmless)
+    resume: str = key(PathCheck("auto, never, or a folder: a run's or a checkpoint", bool), resume=Impact.harmless)
+    allow_changed: bool = key(resume=Impact.harmless)
+
+    @property
+    def save_every(self) -> Every:
+        """When the run is saved: at its end too, if it is saved at all or the best weights are loaded there."""
+        return Every(self.checkpointing_steps, self.checkpointing_steps is not None or self.load_best_model_at_end)
 
     @property
     def is_greater_better(self) -> bool:
@@ -43,4 +47,4 @@ class CheckpointConfig:
 class ExportConfig:
     """What the exported model/ holds."""
 
-    merge: bool = MISSING
+    merge: bool = key(resume=Impact.harmless)

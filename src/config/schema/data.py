@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
-
-from omegaconf import MISSING
 
 from src.config.schema.checks import (
     AT_LEAST_ONE,
@@ -22,8 +22,8 @@ from src.config.schema.checks import (
     STRINGS,
     Check,
 )
-from src.config.schema.evaluation import Metric
-from src.config.schema.fields import key
+from src.config.schema.evaluation import METRIC_NAMES
+from src.config.schema.fields import BY_OUTCOME, Flat, facts_of, key
 
 
 def _is_mapping(value: Any) -> bool:
@@ -67,47 +67,65 @@ class Batching(Enum):
     packed = "packed"
 
 
+FILES = Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v))
+OTHER_ORDER = "the rows come in another order"
+_place = partial(key, resume=BY_OUTCOME, shapes_rows=False)
+"""Declare a key that decides which rows there are or what is done with them, but not how one is encoded."""
+
+
+def is_packed(config: Flat) -> bool:
+    return config.get("data.batching") == Batching.packed.name
+
+
+def is_grouped_by_length(config: Flat) -> bool:
+    return config.get("data.batching") == Batching.length_grouped.name
+
+
 @dataclass
 class DataConfig:
     """conf/data: where rows come from, how they become prompt and completion, how long they may be."""
 
-    format: str = MISSING
-    train_files: Any = key(
-        Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v))
-    )
-    validation_files: Any = key(FILES_OR_SETS)
-    test_files: Any = key(FILES_OR_SETS)
-    dataset_name: str | None = MISSING
-    dataset_config_name: str | None = MISSING
-    train_split: str | None = MISSING
-    validation_split: str | None = MISSING
-    revision: str | None = MISSING
-    mixture: Any = key(
+    format: str = key(resume=BY_OUTCOME, per_source=True)
+    train_files: Any = _place(FILES, per_source=True)
+    validation_files: Any = _place(FILES_OR_SETS)
+    test_files: Any = _place(FILES_OR_SETS, read_by_predict=True)
+    dataset_name: str | None = _place(per_source=True)
+    dataset_config_name: str | None = _place(per_source=True)
+    train_split: str | None = _place(per_source=True)
+    validation_split: str | None = _place()
+    revision: str | None = _place(per_source=True)
+    mixture: Any = _place(
         Check("a mapping from a source's name to its keys", lambda v: v is None or _is_mapping(v)), each="SourceConfig"
     )
-    columns: dict[str, str] = MISSING
-    prompt_template: str | None = MISSING
-    completion_template: str | None = MISSING
-    system_prompt: str | None = MISSING
-    supervised_turns: SupervisedTurns = MISSING
-    clean_dialogue: bool = MISSING
-    thoughts: Thoughts | None = MISSING
-    thought_pattern: str | None = MISSING
-    answer_pattern: str | None = MISSING
-    metrics: list[Metric] = MISSING
-    max_seq_length: int = key(AT_LEAST_TWO)
-    max_target_length: int = key(AT_LEAST_TWO)
-    overflow: Overflow = MISSING
-    max_dropped_fraction: float = key(FRACTION)
-    batching: Batching = MISSING
-    preprocessing_num_workers: int = key(PROCESSES)
-    streaming: bool = MISSING
-    cache_dir: str | None = key(PATH)
-    limit: int | None = key(AT_LEAST_ONE)
-    validation_fraction: float = key(BELOW_ONE)
-    num_folds: int | None = key(AT_LEAST_TWO)
-    fold: int | None = key(COUNT)
-    group_column: str | None = MISSING
+    columns: dict[str, str] = key(resume=BY_OUTCOME, per_source=True)
+    prompt_template: str | None = key(resume=BY_OUTCOME, per_source=True)
+    completion_template: str | None = key(resume=BY_OUTCOME, per_source=True)
+    system_prompt: str | None = key(resume=BY_OUTCOME, per_source=True)
+    supervised_turns: SupervisedTurns = key(resume=BY_OUTCOME, per_source=True)
+    clean_dialogue: bool = key(resume=BY_OUTCOME, per_source=True)
+    thoughts: Thoughts | None = key(resume=BY_OUTCOME)
+    thought_pattern: str | None = key(resume=BY_OUTCOME, per_source=True)
+    answer_pattern: str | None = _place(read_by_predict=True)
+    metrics: list[str] = _place(METRIC_NAMES, read_by_predict=True)
+    max_seq_length: int = key(
+        AT_LEAST_TWO,
+        why="packed sequences of another length",
+        counts_where=is_packed,  # elsewhere the rows are compared
+        reorders=is_packed,
+        enters_as="lengths",
+    )
+    max_target_length: int = key(AT_LEAST_TWO, resume=BY_OUTCOME, enters_as="lengths")
+    overflow: Overflow = key(resume=BY_OUTCOME, enters_as="lengths")
+    max_dropped_fraction: float = _place(FRACTION, read_by_predict=True)
+    batching: Batching = key(why=OTHER_ORDER, reorders=True, shapes_rows=False)
+    preprocessing_num_workers: int = _place(PROCESSES, read_by_predict=True)
+    streaming: bool = key(why=OTHER_ORDER, reorders=True, shapes_rows=False)
+    cache_dir: str | None = _place(PATH, read_by_predict=True)
+    limit: int | None = _place(AT_LEAST_ONE, read_by_predict=True)
+    validation_fraction: float = _place(BELOW_ONE)
+    num_folds: int | None = _place(AT_LEAST_TWO)
+    fold: int | None = _place(COUNT)
+    group_column: str | None = _place()
 
     def train_sources(self) -> dict[str, TrainSource]:
         """Give the sources of the train set by name: those of the mixture, or the one there is, called train."""
@@ -162,31 +180,28 @@ class TrainSource:
     count: int | None
 
 
-@dataclass
-class SourceConfig:
-    """A source of a mixture: keys of data that it may have for itself (null: data's own), and its share."""
-
-    train_files: Any = key(
-        Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v)), None
-    )
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    train_split: str | None = None
-    revision: str | None = None
-    format: str | None = None
-    columns: dict[str, str] | None = None
-    prompt_template: str | None = None
-    completion_template: str | None = None
-    system_prompt: str | None = None
-    supervised_turns: SupervisedTurns | None = None
-    clean_dialogue: bool | None = None
-    thought_pattern: str | None = None
-    weight: float | None = key(POSITIVE, None, text="its proportion of the mixture, in which no row comes twice")
-    count: int | None = key(AT_LEAST_ONE, None, text="how many of its rows are taken; above what it has, some twice")
-
-
-NEVER_NULL = ("format", "columns", "supervised_turns", "clean_dialogue")
+_PER_SOURCE = {one.name: facts_of(one) for one in dataclasses.fields(DataConfig) if facts_of(one).per_source}
+_TYPES = typing.get_type_hints(DataConfig)
+_SHARE = {
+    "weight": (float | None, key(POSITIVE, None, text="its proportion of the mixture, in which no row comes twice")),
+    "count": (
+        int | None,
+        key(AT_LEAST_ONE, None, text="how many of its rows are taken; above what it has, some twice"),
+    ),
+}
+NEVER_NULL = [
+    name for name in _PER_SOURCE if _TYPES[name] is not Any and type(None) not in typing.get_args(_TYPES[name])
+]
 """Keys of a source that data can't be without."""
+SourceConfig = dataclasses.make_dataclass(
+    "SourceConfig",
+    [
+        (name, _TYPES[name] | None if name in NEVER_NULL else _TYPES[name], key(facts.check, None))
+        for name, facts in _PER_SOURCE.items()
+    ]
+    + [(name, hint, declared) for name, (hint, declared) in _SHARE.items()],
+)
+"""A source of a mixture: keys of data that it may have for itself (null: data's own), and its share."""
 
 
 def _mixed_source(data: DataConfig, given: dict[str, Any]) -> TrainSource:
@@ -195,9 +210,7 @@ def _mixed_source(data: DataConfig, given: dict[str, Any]) -> TrainSource:
     A null of the source's means none where data may have none, and data's own value elsewhere.
     """
     own = {
-        key: value
-        for key, value in given.items()
-        if key not in ("weight", "count") and (value is not None or key not in NEVER_NULL)
+        key: value for key, value in given.items() if key not in _SHARE and (value is not None or key not in NEVER_NULL)
     }
     alone = {"mixture": None, "train_files": None, "dataset_name": None}
     return TrainSource(dataclasses.replace(data, **(alone | own)), given.get("weight"), given.get("count"))

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import MISSING
-
 from src.config.schema.checks import (
     AT_LEAST_ONE,
     BETAS,
@@ -21,8 +19,7 @@ from src.config.schema.checks import (
     is_int,
     is_number,
 )
-from src.config.schema.fields import key, type_key
-from src.config.schema.scheduler import ScheduleType
+from src.config.schema.fields import Flat, Impact, Verdict, key, type_key
 
 AUTO_OR_COUNT = Check("a whole number of at least 1, or auto", lambda v: v == "auto" or AT_LEAST_ONE.holds(v))
 AUTO_OR_NUMBER = Check("a number of at least 0, or auto", lambda v: v == "auto" or NOT_NEGATIVE.holds(v))
@@ -35,11 +32,21 @@ SIZE = Check(
 """Also written as 5e8, as DeepSpeed's users do."""
 
 
+OTHER_ORDER = "sums in another order"
+
+
+def _judge_sharding(key: str, before: Flat, now: Flat) -> Verdict:
+    """Judge whether DeepSpeed shards: an option and a file of the user's that say the same are the same."""
+    if {before[key], now[key]} <= {"zero", "file"}:
+        return Impact.harmless, ""
+    return Impact.rounding, OTHER_ORDER
+
+
 @dataclass
 class NoDeepSpeedConfig:
     """conf/deepspeed/none.yaml: every process holds the whole model."""
 
-    type: str = type_key("deepspeed", "none")
+    type: str = type_key("deepspeed", "none", resume=_judge_sharding)
 
     @property
     def stage(self) -> int:
@@ -106,19 +113,23 @@ FP16_KEYS: Keys = {
 class ZeroConfig:
     """conf/deepspeed/zero1.yaml and its like: DeepSpeed's own JSON; what another section owns is `auto`."""
 
-    type: str = type_key("deepspeed", "zero")
-    train_batch_size: Any = key(AUTO_OR_COUNT)
-    train_micro_batch_size_per_gpu: Any = key(AUTO_OR_COUNT)
-    gradient_accumulation_steps: Any = key(AUTO_OR_COUNT)
-    gradient_clipping: Any = key(AUTO_OR_NUMBER)
-    bf16: Any = key(MAPPING, inner=BF16_KEYS)
-    fp16: Any = key(MAPPING, inner=FP16_KEYS)
+    type: str = type_key("deepspeed", "zero", resume=_judge_sharding)
+    train_batch_size: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
+    train_micro_batch_size_per_gpu: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
+    gradient_accumulation_steps: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
+    gradient_clipping: Any = key(AUTO_OR_NUMBER, resume=Impact.harmless)
+    bf16: Any = key(MAPPING, resume=Impact.rounding, why=OTHER_ORDER, inner=BF16_KEYS)
+    fp16: Any = key(MAPPING, resume=Impact.rounding, why=OTHER_ORDER, inner=FP16_KEYS)
     communication_data_type: str | None = key(
-        Check("fp32, fp16, bf16 or null", lambda v: v in (None, "fp32", "fp16", "bf16"))
+        Check("fp32, fp16, bf16 or null", lambda v: v in (None, "fp32", "fp16", "bf16")),
+        resume=Impact.rounding,
+        why=OTHER_ORDER,
     )
-    wall_clock_breakdown: bool = MISSING
+    wall_clock_breakdown: bool = key(resume=Impact.harmless)
     zero_optimization: Any = key(
         Check("a mapping of DeepSpeed's keys, with a stage", lambda v: isinstance(v, dict) and "stage" in v),
+        resume=Impact.rounding,
+        why=OTHER_ORDER,
         inner=ZERO_KEYS,
     )
 
@@ -151,14 +162,14 @@ DEEPSPEED_OPTIMIZER_KEYS: Keys = {
     "legacy_fusion": SWITCH,
 }
 DEEPSPEED_SCHEDULES = {
-    "WarmupLR": ScheduleType.constant_with_warmup,
-    "WarmupDecayLR": ScheduleType.linear,
-    "WarmupCosineLR": ScheduleType.cosine,
+    "WarmupLR": "constant_with_warmup",
+    "WarmupDecayLR": "linear",
+    "WarmupCosineLR": "cosine",
 }
 """The schedule of DeepSpeed's -> scheduler.type, as transformers maps them."""
 DEEPSPEED_SCHEDULER_KEYS: Keys = {
     "type": Check(
-        f"one of {', '.join(f'{theirs} (scheduler={ours.value})' for theirs, ours in DEEPSPEED_SCHEDULES.items())}",
+        f"one of {', '.join(f'{theirs} (scheduler={ours})' for theirs, ours in DEEPSPEED_SCHEDULES.items())}",
         lambda v: v in DEEPSPEED_SCHEDULES,
     ),
     "params": {
@@ -185,12 +196,12 @@ class ZeroFileConfig(ZeroConfig):
     the sections that own them, and not handed on.
     """
 
-    type: str = type_key("deepspeed", "file")
-    config_file: str | None = key(PATH)
-    sha256: str | None = MISSING
-    optimizer: Any = key(MAPPING, inner=DEEPSPEED_OPTIMIZER_KEYS)
-    scheduler: Any = key(MAPPING, inner=DEEPSPEED_SCHEDULER_KEYS)
-    aio: Any = key(MAPPING, inner=AIO_KEYS)
+    type: str = type_key("deepspeed", "file", resume=_judge_sharding)
+    config_file: str | None = key(PATH, resume=Impact.harmless)
+    sha256: str | None = key(resume=Impact.harmless)
+    optimizer: Any = key(MAPPING, resume=Impact.harmless, inner=DEEPSPEED_OPTIMIZER_KEYS)
+    scheduler: Any = key(MAPPING, resume=Impact.harmless, inner=DEEPSPEED_SCHEDULER_KEYS)
+    aio: Any = key(MAPPING, resume=Impact.harmless, inner=AIO_KEYS)
 
 
 DeepSpeedConfig = NoDeepSpeedConfig | ZeroConfig  # of which ZeroFileConfig is one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, PATH
@@ -20,15 +21,24 @@ class PreflightConfig:
     )
 
 
+_key = partial(key, read_by_predict=True)
+
+
 @dataclass
 class PredictConfig:
     """In which batches `python -m src.predict` generates, and where it writes."""
 
     batch_size: int | None = key(
-        AT_LEAST_ONE, default=None, text="prompts at a time; null: training.per_device_eval_batch_size"
+        AT_LEAST_ONE,
+        default=None,
+        read_by_predict=True,
+        text="prompts at a time; null: training.per_device_eval_batch_size",
     )
     output: str | None = key(
-        PATH, default=None, text="the folder of the predictions; null: predictions/ in the run's folder"
+        PATH,
+        default=None,
+        read_by_predict=True,
+        text="the folder of the predictions; null: predictions/ in the run's folder",
     )
 
     def folder(self, run_dir: Path) -> Path:

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING
+from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH, Check
+from src.config.schema.every import Every
+from src.config.schema.fields import Impact, key
+from src.metrics import METRICS
 
-from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH
-from src.config.schema.fields import key
+
+class RegisteredCheck(Check):
+    """A condition on a list of metrics: that each is registered, by src or by a plugin."""
+
+    def reason(self, value: Any) -> str:
+        return next((f"{one} is {why}" for one in value or () if (why := METRICS.why_unknown(one))), "")
 
 
-class Metric(Enum):
-    exact_match = "exact_match"
-    rouge1 = "rouge1"
-    rouge2 = "rouge2"
-    rougeL = "rougeL"  # noqa: N815  (the field's own name)
-    chrf = "chrf"
-    bleu = "bleu"
+METRIC_NAMES = RegisteredCheck(
+    f"a list (one of {', '.join(METRICS)} each)", lambda v: all(one in METRICS for one in v or ())
+)
 
 
 @dataclass
 class EvaluationConfig:
     """When and on how much the run is evaluated and samples are written."""
 
-    eval_steps: Any = key(STEPS_OR_EPOCH)
-    metrics: list[Metric] | None = MISSING
-    max_samples: int | None = key(AT_LEAST_ONE)
-    sample_steps: Any = key(STEPS_OR_EPOCH)
-    sample_prompts: int = key(COUNT)
+    eval_steps: Any = key(STEPS_OR_EPOCH, resume=Impact.harmless)
+    metrics: list[str] | None = key(METRIC_NAMES, resume=Impact.harmless, read_by_predict=True)
+    max_samples: int | None = key(AT_LEAST_ONE, resume=Impact.harmless)
+    sample_steps: Any = key(STEPS_OR_EPOCH, resume=Impact.harmless)
+    sample_prompts: int = key(COUNT, resume=Impact.harmless)
 
+    @property
+    def eval_every(self) -> Every:
+        """When the validation sets are evaluated."""
+        return Every(self.eval_steps)
 
-def greater_is_better(metric: str) -> bool:
-    """Say in which direction a metric of metrics.jsonl improves: losses and perplexities fall, scores rise."""
-    return not metric.endswith(("loss", "perplexity"))
+    @property
+    def sample_every(self) -> Every:
+        """When samples are written."""
+        return Every(self.sample_steps)

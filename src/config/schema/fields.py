@@ -1,8 +1,11 @@
-"""How a dataclass of the schema declares a key."""
+"""How a dataclass of the schema declares a key: its default, and all that the rest of the project has to know of it."""
 
 from __future__ import annotations
 
-from dataclasses import field
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from omegaconf import MISSING
@@ -13,24 +16,86 @@ from src.util import in_words
 TYPE_TEXT = "set by the option; choose with {group}=…"
 
 
-def key(
-    check: Check | None = None,
-    default: Any = MISSING,
-    each: str | None = None,
-    inner: Keys | None = None,
-    text: str = "",
-) -> Any:
+class Impact(IntEnum):
+    """What a change means for a run that resumes, from harmless to impossible."""
+
+    harmless = 0
+    """Allowed without checkpoint.allow_changed: what is trained stays the same, or the run only gets longer."""
+    rounding = 1
+    """The same computation, rounded differently: resumes with a warning, no longer bit for bit."""
+    trajectory = 2
+    """A different training from here on: needs checkpoint.allow_changed=true."""
+    impossible = 3
+    """The saved state does not fit: refused, also with allow_changed."""
+
+
+BY_OUTCOME = Impact.harmless
+"""Of a key whose outcome (rows, ids, weights) is in the run's fingerprint: the outcome is compared, not the key."""
+AT_START = "only decides how a run starts, so it changes nothing here"
+"""Why a change of such a key is harmless."""
+
+Flat = Mapping[str, Any]
+"""A frozen configuration by dotted keys."""
+Verdict = tuple[Impact, str]
+"""The impact of a change, and why."""
+Judge = Callable[[str, Flat, Flat], Verdict]
+"""Judges a change of a key by both configurations: before, now."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a key besides its type, its default and, in conf/, its help text. Each has a safe default."""
+
+    check: Check | None = None
+    each: str | None = None
+    """The dataclass of the values of a mapping."""
+    inner: Keys | None = None
+    """The keys that a mapping of another library may have."""
+    text: str = ""
+    """What the key means, where it has no line in conf/ that says so."""
+    resume: Impact | Judge = Impact.trajectory
+    """What a change means for a run that resumes."""
+    why: str = ""
+    """Why a change has that impact, in a few words."""
+    counts_where: Callable[[Flat], bool] | None = None
+    """Whether a configuration reads the key at all; where neither side does, a change is harmless."""
+    reorders: bool | Callable[[Flat], bool] = False
+    """Whether a change puts the train rows into another order, so that the current epoch starts again."""
+    shapes_rows: bool = True
+    """Of `data` and `tokens`: whether encoded rows depend on it, so that it is part of the cache's key."""
+    enters_as: str = ""
+    """The field of EncodingConfig that it is part of the cache's key as, where that is not its own value."""
+    per_source: bool = False
+    """Of `data`: whether a source of a mixture may have its own."""
+    read_by_predict: bool | None = None
+    """Whether src.predict takes it; None: as it takes every key of `data` that shapes rows."""
+
+
+def key(check: Check | None = None, default: Any = MISSING, **facts: Any) -> Any:
     """Declare a key.
 
     Args:
-        each: the dataclass of the values of a mapping.
-        inner: the keys of another library's mapping.
-        text: what the key means, where no line of conf/ has it and says so.
+        facts: attributes of `Facts`.
     """
-    return field(default=default, metadata={"check": check, "each": each, "inner": inner, "text": text})
+    return dataclasses.field(default=default, metadata=vars(Facts(check, **facts)))
 
 
-def type_key(group: str, *kinds: str) -> Any:
-    """Declare the key that says which of a group's dataclasses an option is of; each option sets it."""
-    check = Check(f"{in_words(kinds, 'or')} (choose another with {group}=…)", lambda v: v in kinds)
-    return key(check, text=TYPE_TEXT.format(group=group))
+def type_key(group: str, *kinds: str, **facts: Any) -> Any:
+    """Declare the key that chooses among the dataclasses of a group; each option sets it.
+
+    Args:
+        kinds: the values that it may have; none where its type is an Enum.
+    """
+    check = Check(f"{in_words(kinds, 'or')} (choose another with {group}=…)", lambda v: v in kinds) if kinds else None
+    return key(check, text=TYPE_TEXT.format(group=group), **facts)
+
+
+def registered_type_key(group: str, registry: Mapping[str, type], **facts: Any) -> Any:
+    """Declare that key of a group whose dataclasses are registered, by plugins too."""
+    check = Check(f"set by the option (choose another with {group}=…)", lambda v: v in registry)
+    return key(check, text=TYPE_TEXT.format(group=group), **facts)
+
+
+def facts_of(one: dataclasses.Field[Any]) -> Facts:
+    """Return the facts of a dataclass's field; the safe defaults for one that was not declared by `key`."""
+    return Facts(**one.metadata)

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from omegaconf import MISSING
+from functools import partial
 
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, Check, in_float32, is_number, up_to
-from src.config.schema.fields import key
+from src.config.schema.fields import Impact, key
 
 SCALE = in_float32(1e-30, "of at least 1e-30")
 """What scores are divided by, which may be in the hundreds: below, they are infinite in 32 bits."""
 BEAMS = up_to(1_000, "each beam holds every row of a batch once more")
 
 
+_key = partial(key, resume=Impact.harmless, read_by_predict=True)
+
+
 @dataclass
 class GenerationConfig:
     """conf/generation: Hugging Face's generation settings, by their own names."""
 
-    max_new_tokens: int = key(AT_LEAST_ONE)
-    min_new_tokens: int = key(COUNT)
-    num_beams: int = key(BEAMS)
-    do_sample: bool = MISSING
-    temperature: float = key(SCALE)
-    top_k: int = key(COUNT)
-    top_p: float = key(Check("a number above 0 and at most 1", lambda v: is_number(v) and 0 < v <= 1))
-    repetition_penalty: float = key(SCALE)
-    no_repeat_ngram_size: int = key(COUNT)
+    max_new_tokens: int = _key(AT_LEAST_ONE)
+    min_new_tokens: int = _key(COUNT)
+    num_beams: int = _key(BEAMS)
+    do_sample: bool = _key()
+    temperature: float = _key(SCALE)
+    top_k: int = _key(COUNT)
+    top_p: float = _key(Check("a number above 0 and at most 1", lambda v: is_number(v) and 0 < v <= 1))
+    repetition_penalty: float = _key(SCALE)
+    no_repeat_ngram_size: int = _key(COUNT)

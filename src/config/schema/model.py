@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from omegaconf import MISSING
-
 from src.config.schema.checks import PathCheck
-from src.config.schema.fields import TYPE_TEXT, key
+from src.config.schema.fields import AT_START, BY_OUTCOME, Impact, key, type_key
 
 CHECKPOINT = PathCheck("a folder with a checkpoint, or the name of one on a hub", bool)
 
@@ -40,12 +38,12 @@ class Attention(Enum):
 class ModelConfig:
     """conf/model: which network, from where, in which precision."""
 
-    type: ModelType = key(text=TYPE_TEXT.format(group="model"))
-    checkpoint: str = key(CHECKPOINT)
-    revision: str | None = MISSING
-    weights: Weights = MISSING
-    dtype: Dtype = MISSING
-    attn_implementation: Attention | None = MISSING
-    gradient_checkpointing: bool = MISSING
-    use_safetensors: bool = MISSING
-    trust_remote_code: bool = MISSING
+    type: ModelType = type_key("model", resume=Impact.impossible, why="another network")
+    checkpoint: str = key(CHECKPOINT, resume=BY_OUTCOME)
+    revision: str | None = key(resume=BY_OUTCOME)
+    weights: Weights = key(resume=BY_OUTCOME, why=AT_START)
+    dtype: Dtype = key(why="weights of another precision", read_by_predict=True)
+    attn_implementation: Attention | None = key(resume=Impact.rounding, read_by_predict=True)
+    gradient_checkpointing: bool = key(resume=Impact.rounding)
+    use_safetensors: bool = key(resume=BY_OUTCOME)
+    trust_remote_code: bool = key(resume=Impact.rounding, why="other code may compute", read_by_predict=True)

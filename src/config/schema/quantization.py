@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from omegaconf import MISSING
-
+from src.config.schema.fields import Flat, key
 from src.config.schema.model import Dtype
+
+OTHER_WEIGHTS = "other frozen weights, or another precision"
 
 
 class QuantType(Enum):
@@ -15,15 +16,19 @@ class QuantType(Enum):
     fp4 = "fp4"
 
 
+def _is_in_4bit(config: Flat) -> bool:
+    return bool(config.get("quantization.load_in_4bit"))
+
+
 @dataclass
 class QuantizationConfig:
     """conf/quantization: bitsandbytes' own keys; both `load_in_…` false means none."""
 
-    load_in_8bit: bool = MISSING
-    load_in_4bit: bool = MISSING
-    bnb_4bit_quant_type: QuantType = MISSING
-    bnb_4bit_compute_dtype: Dtype = MISSING
-    bnb_4bit_use_double_quant: bool = MISSING
+    load_in_8bit: bool = key(why=OTHER_WEIGHTS)
+    load_in_4bit: bool = key(why=OTHER_WEIGHTS)
+    bnb_4bit_quant_type: QuantType = key(why=OTHER_WEIGHTS, counts_where=_is_in_4bit)
+    bnb_4bit_compute_dtype: Dtype = key(why=OTHER_WEIGHTS, counts_where=_is_in_4bit)
+    bnb_4bit_use_double_quant: bool = key(why=OTHER_WEIGHTS, counts_where=_is_in_4bit)
 
     @property
     def is_on(self) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-
-from omegaconf import MISSING
+from functools import partial
 
 from src.config.schema.checks import COUNT, PROCESSES, Check, is_int, up_to
-from src.config.schema.fields import key
+from src.config.schema.fields import BY_OUTCOME, Impact, key
 
 PORT = Check("a port's number, from 1 to 65535", lambda v: v is None or (is_int(v) and 1 <= v <= 65535))
 MACHINES = up_to(65_536, "more machines than any cluster has")
@@ -20,17 +19,20 @@ class Device(Enum):
     cuda = "cuda"
 
 
+_key = partial(key, read_by_predict=True)
+
+
 @dataclass
 class RuntimeConfig:
     """On what the run computes."""
 
-    device: Device = MISSING
-    num_processes: int = key(PROCESSES)
-    num_machines: int = key(MACHINES)
-    machine_rank: int = key(COUNT)
-    main_process_ip: str | None = MISSING
-    main_process_port: int | None = key(PORT)
-    deterministic: bool = MISSING
+    device: Device = _key(resume=BY_OUTCOME)
+    num_processes: int = _key(PROCESSES, resume=BY_OUTCOME)
+    num_machines: int = _key(MACHINES, resume=BY_OUTCOME)
+    machine_rank: int = _key(COUNT, resume=BY_OUTCOME)
+    main_process_ip: str | None = _key(resume=BY_OUTCOME)
+    main_process_port: int | None = _key(PORT, resume=BY_OUTCOME)
+    deterministic: bool = _key(resume=Impact.rounding)
 
     @property
     def world_size(self) -> int:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from omegaconf import MISSING
-
 from src.config.schema.checks import STRINGS, up_to
-from src.config.schema.fields import key
+from src.config.schema.fields import AT_START, BY_OUTCOME, key
 
 ROWS_MULTIPLE = up_to(65_536, "more rows than most vocabularies have, for padding alone")
 
@@ -24,17 +22,28 @@ class InitMethod(Enum):
 class TokenInitConfig:
     """How the rows of new tokens start: see src.model.embeddings.initial_rows."""
 
-    method: InitMethod = MISSING
-    text: list[str] = key(STRINGS)
-    descriptions: dict[str, str] = MISSING
+    method: InitMethod = key(resume=BY_OUTCOME, why=AT_START, shapes_rows=False)
+    text: list[str] = key(
+        STRINGS,
+        resume=BY_OUTCOME,
+        why=AT_START,
+        counts_where=lambda config: config.get("tokens.init.method") == InitMethod.text.name,
+        shapes_rows=False,
+    )
+    descriptions: dict[str, str] = key(
+        resume=BY_OUTCOME,
+        why=AT_START,
+        counts_where=lambda config: config.get("tokens.init.method") == InitMethod.description.name,
+        shapes_rows=False,
+    )
 
 
 @dataclass
 class TokensConfig:
     """conf/tokens: tokens that the vocabulary gets, and which of them open and close a thought."""
 
-    additional_special_tokens: list[str] = key(STRINGS)
-    thought_open: str | None = MISSING
-    thought_close: str | None = MISSING
+    additional_special_tokens: list[str] = key(STRINGS, resume=BY_OUTCOME, enters_as="tokenizer", read_by_predict=False)
+    thought_open: str | None = key(resume=BY_OUTCOME, enters_as="tags", read_by_predict=False)
+    thought_close: str | None = key(resume=BY_OUTCOME, enters_as="tags", read_by_predict=False)
     init: TokenInitConfig = field(default_factory=TokenInitConfig)
-    pad_to_multiple_of: int | None = key(ROWS_MULTIPLE)
+    pad_to_multiple_of: int | None = key(ROWS_MULTIPLE, resume=BY_OUTCOME, shapes_rows=False)

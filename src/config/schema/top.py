@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omegaconf import MISSING
-
-from src.config.schema.checks import PATH, SEED, PathCheck
-from src.config.schema.fields import key
+from src.config.schema.checks import PATH, SEED, STRINGS, PathCheck
+from src.config.schema.fields import AT_START, BY_OUTCOME, Flat, Impact, Verdict, key
 
 NAME = PathCheck(
     "a name without '/' that does not start with '.'",
@@ -15,12 +13,17 @@ NAME = PathCheck(
 )
 
 
+def _judge_start(key: str, before: Flat, now: Flat) -> Verdict:
+    return Impact.harmless, "" if now[key] is None else AT_START
+
+
 @dataclass
 class TopLevelConfig:
     """The keys that stand outside any section."""
 
-    name: str = key(NAME)
-    seed: int = key(SEED)
-    force: bool = MISSING
-    rerun: str | None = key(PATH)
-    init_from: str | None = key(PATH)
+    name: str = key(NAME, resume=Impact.harmless)
+    seed: int = key(SEED, why="the rows come in another order", reorders=True, read_by_predict=True)
+    force: bool = key(resume=Impact.harmless, read_by_predict=True)
+    rerun: str | None = key(PATH, resume=Impact.harmless)
+    init_from: str | None = key(PATH, resume=_judge_start)
+    plugins: list[str] = key(STRINGS, resume=BY_OUTCOME)

@@ -1,31 +1,36 @@
-"""conf/tracking: where a run is tracked besides its folder."""
+"""conf/tracking: where a run is tracked besides its folder; exporters are registered in src.tracking.exporters."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omegaconf import MISSING
+from src.config.schema.fields import Impact, key, registered_type_key
+from src.registry import Registry
 
-from src.config.schema.fields import type_key
+TRACKERS = Registry[type]("tracker")
+"""`tracking.type` -> its subclass of TrackingConfig."""
 
 
 @dataclass
-class MlflowConfig:
+class TrackingConfig:
+    """A tracker; a subclass adds its keys."""
+
+    type: str = registered_type_key("tracking", TRACKERS, resume=Impact.harmless)
+
+
+@TRACKERS.register("mlflow")
+@dataclass
+class MlflowConfig(TrackingConfig):
     """conf/tracking/mlflow.yaml: an MLflow server or store that mirrors the run's folder."""
 
-    type: str = type_key("tracking", "mlflow")
-    uri: str = MISSING
-    experiment_name: str = MISSING
-    run_name: str = MISSING
-    tags: dict[str, str] = MISSING
-    log_model: bool = MISSING
+    uri: str = key(resume=Impact.harmless)
+    experiment_name: str = key(resume=Impact.harmless)
+    run_name: str = key(resume=Impact.harmless)
+    tags: dict[str, str] = key(resume=Impact.harmless)
+    log_model: bool = key(resume=Impact.harmless)
 
 
+@TRACKERS.register("none")
 @dataclass
-class NoTrackingConfig:
+class NoTrackingConfig(TrackingConfig):
     """conf/tracking/none.yaml: the run's folder only."""
-
-    type: str = type_key("tracking", "none")
-
-
-TrackingConfig = MlflowConfig | NoTrackingConfig

@@ -1,8 +1,8 @@
 """How a record becomes a prompt and a completion, or a chat: a pure function a format, in a file of its own.
 
 A format is `conf/data/<name>.yaml`, whose `columns` name the parts of a row that it takes; where these are more than
-texts, `src/data/formats/<name>.py` has a function `read(fields, data)` that gives a Pair or a Chat or raises BadRow. No
-torch here.
+texts, a function `read(fields, data)` that is registered under the format's name returns a Pair or a Chat, or raises
+BadRow: in `src/data/formats/<name>.py`, or in a plugin. No torch here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from src.config.formats import roles
 from src.config.schema import DataConfig
+from src.registry import Registry
 
 
 class BadRow(Exception):
@@ -48,11 +49,15 @@ class Chat:
 Format = Callable[[dict[str, Any], DataConfig], Pair | Chat]
 
 
+FORMATS = Registry[Format]("format")
+"""`data.format` -> the function that reads its rows; a format without one takes texts."""
+
+
 def load_format(name: str) -> Format:
-    """Give a format's function; one without a file of its own reads texts."""
-    if importlib.util.find_spec(f"{__name__}.{name}") is None:
-        return read_texts
-    return importlib.import_module(f"{__name__}.{name}").read
+    """Return a format's function; one that registers none reads texts."""
+    if name not in FORMATS and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        importlib.import_module(f"{__name__}.{name}")
+    return FORMATS.get(name, read_texts)
 
 
 def read_texts(fields: dict[str, Any], data: DataConfig) -> Pair:

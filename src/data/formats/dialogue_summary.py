@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from src.config.schema import DataConfig
-from src.data.formats import Pair, read_texts
+from src.data.formats import FORMATS, Pair, read_texts
 
 LINE_END = re.compile(r"\r\n?|\\r\\n|\\n|[\u2028\u2029\x0b\x0c]")
 BLANKS = re.compile(r"[^\S\n]+")
@@ -15,6 +15,7 @@ ELLIPSIS = re.compile(r"[.…]*(?:\.{3}|…)[.…]*")
 REPEATED = re.compile(r"([!?,;:~])\1+")
 
 
+@FORMATS.register("dialogue_summary")
 def read(fields: dict[str, Any], data: DataConfig) -> Pair:
     """Take dialogue and summary; with `data.clean_dialogue` the dialogue is cleaned."""
     pair = read_texts(fields, data)

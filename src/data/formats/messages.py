@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.config.schema import DataConfig
-from src.data.formats import BadRow, Chat, field, is_blank, type_name, unread_fields
+from src.data.formats import FORMATS, BadRow, Chat, field, is_blank, type_name, unread_fields
 
 ROLES = {
     "system": "system",
@@ -37,6 +37,7 @@ UNSUPPORTED_FIELDS = ("tools", "functions")
 WITHOUT = "leave these rows out, or write the calls into the texts and remove the key"
 
 
+@FORMATS.register("messages")
 def read(fields: dict[str, Any], data: DataConfig) -> Chat:
     """Return the messages, after the row's own system message or `data.system_prompt` where they have none.
 

@@ -1,0 +1,84 @@
+"""What Hydra's own main does: sweeps, by our sweeper or another one, and --info. No torch here."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, flag_override
+
+from src.cli.exits import guarded_run
+from src.cli.trial import run_trial
+from src.config.compose import CONF, Composed, resolve_sections
+from src.config.gate import Job, Request, parse
+from src.config.source import install
+from src.errors import Interrupted, TrainingError, report, show
+from src.runtime.collector import collect_from_here
+from src.runtime.signals import StopRequest
+from src.secrets import as_variables, clean
+
+
+class Task:
+    """Hydra's task function: carries our sweep to our sweeper, and runs the points of another one's sweep."""
+
+    def __init__(self, request: Request, stop: StopRequest) -> None:
+        self._stop = stop
+        self._process = os.getpid()
+        self._codes: list[int] = []
+        self.sweep = None
+        """The sweep that hydra_plugins/towline.py leads; None where another sweeper proposes the points."""
+        if request.line.flags.multirun and not request.line.asks_hydra_only:
+            from src.sweep.sweeper import request_sweep
+
+            collect_from_here()  # composing leaves many cycles
+            self.sweep = request_sweep(request.line, stop, run_trial)
+
+    def __call__(self, cfg: DictConfig) -> None:
+        """Run a point of another sweeper's sweep."""
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        point = Composed({}, run_dir, {})
+        sections: Any = OmegaConf.to_container(cfg)
+        with flag_override(cfg, ["readonly", "struct"], [False, False]):
+            cfg.merge_with(as_variables(sections))  # a launcher composes again where it runs, and pickles what it has
+        resolve_sections(OmegaConf.create(sections), point)
+        code = guarded_run(Job(parse(point.sections), point.stored, run_dir), self._stop)
+        self._codes.append(code)
+        if code and os.getpid() != self._process:  # this process's list of codes is not the sweep's
+            raise TrainingError(f"the run in {run_dir} ended with exit code {code}")
+        if code == Interrupted.exit_code:
+            sys.exit(Interrupted.exit_code)  # a stopped run stops the sweep; one that failed does not
+
+    def exit_code(self) -> int:
+        """Return the sweep's exit code, once Hydra has returned; report which runs failed."""
+        if self.sweep is not None:
+            return self.sweep.code
+        if failed := [str(number) for number, code in enumerate(self._codes) if code]:
+            report(f"\n{len(failed)} of {len(self._codes)} runs failed: number {', '.join(failed)} of the sweep")
+        return max(self._codes, default=0)
+
+
+def run_hydra(request: Request, stop: StopRequest) -> int:
+    """Hand a command line that was admitted to Hydra's own main; return the exit code.
+
+    Raises:
+        TowlineError: where a sweep is refused, before any of it starts.
+    """
+    task = Task(request, stop)
+    sys.argv = [sys.argv[0], *as_variables(request.line.hydra_argv)]
+    install(hides_credentials=True)
+    shown = io.StringIO()
+    try:
+        with redirect_stdout(shown) if request.line.asks_hydra_only else nullcontext():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+    except (Interrupted, KeyboardInterrupt) as reason:  # before the first run, or between two
+        report(f"\nStopped by {str(reason) or 'Ctrl-C'}")
+        return Interrupted.exit_code
+    finally:  # Hydra exits by itself once it has shown what was asked for
+        show(clean(shown.getvalue()), end="")
+    return task.exit_code()

@@ -1,0 +1,137 @@
+"""Modules of the user's that register what src does not have: `plugins: [my_module]`. No torch here.
+
+They are imported once everything that can be checked without them has been found good, and by every process of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from src.config import keys
+from src.config.options import PROJECT_ROOT
+from src.config.problems import Problem, refuse
+
+KEY = "plugins"
+
+
+class Unregistered(Problem):
+    """A name that nothing has registered so far, but a plugin may."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A module that was imported; the SHA-256 is of its file, of a package of all its Python files."""
+
+    file: str
+    sha256: str
+
+
+_imported: dict[str, Plugin] = {}
+"""By name, as the configuration has it."""
+
+
+def not_imported(names: Any) -> list[str]:
+    """Return the plugins that a configuration names and this process has not imported; none of what is no list."""
+    return [name for name in names if name not in _imported] if isinstance(names, list) else []
+
+
+def import_plugins(names: Iterable[str]) -> list[Problem]:
+    """Import plugins, each once, and return why some can't be."""
+    problems = []
+    for name in names:
+        try:
+            module = _imported_module(name)
+        except (Exception, SystemExit) as error:
+            problems.append(Problem(KEY, _why(name, error), name))
+        else:
+            _imported[name] = Plugin(str(module.__file__), _sha256(module))
+            keys.all_keys.cache_clear()
+    return problems
+
+
+def require(names: Any) -> None:
+    """Import the plugins of a configuration that was admitted before.
+
+    Raises:
+        ConfigError: where one can't be imported now.
+    """
+    if problems := import_plugins(not_imported(names)):
+        raise refuse(problems)
+
+
+def imported(sections: Mapping[str, Any]) -> dict[str, Plugin]:
+    """Return the plugins of a configuration, all of which have been imported, by name."""
+    return {name: _imported[name] for name in sections.get(KEY) or ()}
+
+
+def names() -> list[str]:
+    """Return all that this process has imported."""
+    return list(_imported)
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Return what says whether a plugin is the one it was, as other libraries' versions do."""
+    return {f"plugin {name}": _imported[name].sha256[:16] for name in names}
+
+
+def _imported_module(name: str) -> ModuleType:
+    """Import a module by its name, or a .py file by its path: from the current folder, else the project's root."""
+    folders = [Path.cwd(), PROJECT_ROOT]
+    if name.endswith(".py"):
+        file = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if file is None:
+            raise ModuleNotFoundError(name=name)
+        return _from_file(file.resolve())
+    sys.path += [str(folder) for folder in folders if str(folder) not in sys.path]
+    importlib.invalidate_caches()
+    return importlib.import_module(name)
+
+
+def _from_file(file: Path) -> ModuleType:
+    there = sys.modules.get(file.stem)
+    if there is not None and Path(str(getattr(there, "__file__", ""))).resolve() != file:
+        raise ImportError(f"another module is named {file.stem}; rename the file")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # dataclasses look up the names of their types there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[file.stem]
+        raise
+    return module
+
+
+def _sha256(module: ModuleType) -> str:
+    file = Path(str(module.__file__))
+    files = sorted(file.parent.rglob("*.py")) if hasattr(module, "__path__") else [file]
+    return hashlib.sha256(b"".join(one.read_bytes() for one in files)).hexdigest()
+
+
+def _why(name: str, error: BaseException) -> str:
+    """Return why a plugin can't be imported, with the line that failed: its own, not one of Python's or ours."""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None and f"{name}.".startswith(f"{error.name}."):
+        there = [file.stem for folder in (Path.cwd(), PROJECT_ROOT) for file in folder.glob("*.py")]
+        near = get_close_matches(name.removesuffix(".py"), there, n=1)
+        meant = f"; did you mean {near[0]}{'.py' * name.endswith('.py')}?" if near else ""
+        return f"no such module in {Path.cwd()}, in {PROJECT_ROOT} or installed{meant}"
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, SyntaxError):
+        return f"can't be imported: {error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
+    ours = str(PROJECT_ROOT / "src")
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith((ours, "<"))]
+    frames = [one for one in frames if "importlib" not in one.filename]
+    place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
+    return f"can't be imported: {place}{said}"

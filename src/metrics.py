@@ -1,0 +1,311 @@
+"""Scores of generated text, as pure functions of texts, and in which direction each is better.
+
+A metric is a function that takes by name what it needs, registered with what its values mean; nothing else lists it.
+Libraries that score are imported by the functions themselves: the names are read while a command line is checked.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import regex
+
+from src.patterns import Pattern, at
+from src.registry import Registry
+
+CAN_NEED = ("predictions", "references", "answer_pattern", "place")
+"""What a metric's function may take by name: the texts [row], `data.answer_pattern`, and a function from a row's number
+to the words that say where it comes from."""
+LOSSES = ("loss", "perplexity", "thought_loss", "answer_loss")
+"""Values of every evaluation that need no generated text; the lower, the better."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of generated texts.
+
+    Args:
+        needs: what `compute` takes, of CAN_NEED.
+        full_marks: its value where predictions are their references; None where that is not known.
+        can_score: whether it can give full marks, by a reference and the answer pattern.
+    """
+
+    compute: Callable[..., float]
+    needs: tuple[str, ...]
+    greater_is_better: bool
+    full_marks: float | None
+    can_score: Callable[[str, str | None], bool]
+
+
+METRICS = Registry[Metric]("metric")
+"""What `data.metrics` and `evaluation.metrics` may name."""
+
+Function = Callable[..., float]
+
+
+def metric(
+    name: str,
+    *,
+    greater_is_better: bool = True,
+    full_marks: float | None = None,
+    can_score: Callable[[str, str | None], bool] = lambda reference, answer_pattern: True,
+) -> Callable[[Function], Function]:
+    """Return a decorator that registers a function as a metric; see Metric.
+
+    Raises:
+        ValueError: where the function takes what no metric gets, or the name is taken.
+    """
+
+    def register(compute: Function) -> Function:
+        needs = tuple(inspect.signature(compute).parameters)
+        if unknown := [one for one in needs if one not in CAN_NEED]:
+            raise ValueError(f"the metric {name} takes {', '.join(unknown)}; it can take {', '.join(CAN_NEED)}")
+        if name in LOSSES:
+            raise ValueError(f"every evaluation has a {name} of its own")
+        METRICS[name] = Metric(compute, needs, greater_is_better, full_marks, can_score)
+        return compute
+
+    return register
+
+
+def greater_is_better(name: str) -> bool:
+    """Return in which direction a value of metrics.jsonl improves: losses fall, metrics say themselves."""
+    score = name.rpartition("/")[2]
+    return METRICS[score].greater_is_better if score in METRICS else score not in LOSSES
+
+
+def scores(
+    names: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[str],
+    answer_pattern: str | None,
+    place: Callable[[int], str] = "text {}".format,
+) -> dict[str, float]:
+    """Compute the metrics asked for, by name, in that order.
+
+    Args:
+        place: says where the row of a prediction comes from.
+    Raises:
+        DataError: naming the row on which the pattern does not come to an end.
+    """
+    given = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
+    return {name: METRICS[name].compute(**{need: given[need] for need in METRICS[name].needs}) for name in names}
+
+
+def is_full_marks(name: str, prediction: str, reference: str, answer_pattern: str | None = None) -> bool:
+    """Return whether one prediction gets full marks; never against a reference that the metric can't score.
+
+    Equal texts are answered at once, without the libraries that score; so are metrics whose full marks are not known.
+    """
+    asked = METRICS[name]
+    if not asked.can_score(reference, answer_pattern):
+        return False
+    if prediction == reference or asked.full_marks is None:
+        return True
+    value = scores([name], [prediction], [reference], answer_pattern)[name]
+    return math.isclose(value, asked.full_marks, rel_tol=1e-9)
+
+
+BLEU_ORDER = 4
+"""BLEU compares runs of one to four words."""
+
+INVISIBLE = regex.compile(r"[\p{Cf}\p{Default_Ignorable_Code_Point}\p{Joining_Type=Join_Causing}]+")
+"""Format characters: joiners, marks of direction, soft hyphens, selectors of variants, and the strokes that only make
+a word longer, as the Arabic tatweel."""
+UNSPACED = (
+    r"[[\p{LB=SA}\p{LB=AK}\p{LB=AP}\p{LB=AS}\p{LB=VF}\p{LB=VI}\p{Script=Tibetan}\p{LB=ID}\p{LB=CJ}"
+    "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    r"]&&[\p{L}\p{M}\u3007]]"
+)
+"""A letter or sign of a script that puts no spaces between words.
+
+They are those between which a line may be broken all the same: classes SA (Thai, Lao, Khmer, Burmese, Tai …), AK to VI
+(Balinese, Javanese, Cham …), ID and CJ (Chinese characters, kana, Yi …), and Tibetan.
+
+Source: Unicode Standard Annex 14, "Unicode Line Breaking Algorithm".
+"""
+RUN = regex.compile(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*")
+"""What stands between spaces, punctuation and symbols; a mark at its start belongs to a symbol, as an emoji."""
+WORD = regex.compile(rf"(?={UNSPACED})\X|(?:\p{{M}}|(?!{UNSPACED})[\p{{L}}\p{{N}}])+", regex.VERSION1)
+"""Within a run: one grapheme cluster of a script without spaces, or everything up to the next one."""
+
+MTEVAL_13A = (
+    (re.compile(r"([{-~\[-` -&(-+:-@/])"), r" \1 "),
+    (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
+    (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
+    (re.compile(r"([0-9])(-)"), r"\1 \2 "),
+)
+"""Where mteval-v13a cuts: at ASCII punctuation, but not within a number."""
+
+
+def answer(text: str, pattern: str | None) -> str | None:
+    """Return what a text answers: all of it, or the last match of the pattern's first group; None without a match.
+
+    Text and pattern are taken in NFC: "é" is the same letter, written as one character or as two.
+
+    Raises:
+        LimitError: where the pattern does not come to an end.
+    """
+    text = nfc(text)
+    if pattern is None:
+        return text.strip()
+    groups = Pattern("data.answer_pattern", nfc(pattern)).groups(text)
+    return groups[-1].strip() if groups and groups[-1] is not None else None
+
+
+@metric(
+    "exact_match",
+    full_marks=1.0,
+    can_score=lambda reference, answer_pattern: answer(reference, answer_pattern) is not None,
+)
+def exact_match(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    answer_pattern: str | None,
+    place: Callable[[int], str] = "text {}".format,
+) -> float:
+    """Compute the share of predictions whose answer is the reference's, from 0 to 1; no answer is no match."""
+    hits = 0
+    for number, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+        with at(place, number):
+            given = answer(prediction, answer_pattern)
+            hits += given is not None and given == answer(reference, answer_pattern)
+    return hits / len(predictions)
+
+
+def words(text: str) -> list[str]:
+    """Cut a text of any script into what ROUGE counts: runs of letters, marks and digits, in lower case.
+
+    Of an English text these are rouge-score's own tokens. That keeps a to z and 0 to 9 only: nothing of a Korean text,
+    and of a "café" a "caf". Korean is cut at spaces, so a noun with its particle is one word. Where a script puts no
+    spaces between words, each grapheme cluster is a word: a character of Chinese and Japanese, a Thai consonant with
+    its signs. Characters that are not seen cut no word and make no difference.
+
+    Source of the clusters: Unicode Standard Annex 29, "Unicode Text Segmentation".
+    """
+    if text.isascii():
+        return re.findall("[a-z0-9]+", text.lower())
+    return [word for run in RUN.findall(folded(text)) for word in WORD.findall(run)]
+
+
+TAKEN_APART = {"\u0e4d\u0e32": "\u0e33", "\u0ecd\u0eb2": "\u0eb3", "\u0eab\u0e99": "\u0edc", "\u0eab\u0ea1": "\u0edd"}
+"""What NFKC makes of the vowel am of Thai and Lao and of Lao's ho no and ho mo, and these."""
+
+
+def folded(text: str) -> str:
+    """Write a text as ROUGE compares it: NFKC, lower case, and without format characters.
+
+    NFKC joins Hangul that is written letter by letter, makes wide letters plain ones, and takes some letters of Thai
+    and Lao apart, which are put together again: each is one cluster with its signs.
+    """
+    seen = INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    lower = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", seen).lower())
+    for apart, together in TAKEN_APART.items():
+        lower = lower.replace(apart, together)
+    return lower
+
+
+def nfc(text: str) -> str:
+    """Compose letters and their marks to one character where Unicode has one."""
+    return unicodedata.normalize("NFC", text)
+
+
+def rouge(name: str, predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Compute a kind of ROUGE: the F-measure's mean over the rows, from 0 to 1; without stemming.
+
+    Args:
+        name: rouge1, rouge2 (shared words and pairs of words), rougeL (longest common subsequence of the whole text).
+
+    Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # takes a second to import
+
+    scorer = RougeScorer([name], tokenizer=SimpleNamespace(tokenize=words))
+    rows = [scorer.score(target=r, prediction=p) for p, r in zip(predictions, references, strict=True)]
+    return float(sum(row[name].fmeasure for row in rows) / len(rows))
+
+
+def _has_words(least: int) -> Callable[[str, str | None], bool]:
+    """Return the condition that a reference has so many words as ROUGE cuts them."""
+
+    def has_words(reference: str, answer_pattern: str | None) -> bool:
+        # the last word of a text's beginning may be cut, those in front of it are whole
+        return len(words(reference[:100])) > least or len(words(reference)) >= least
+
+    return has_words
+
+
+@metric("rouge1", full_marks=1.0, can_score=_has_words(1))
+def rouge1(predictions: Sequence[str], references: Sequence[str]) -> float:
+    return rouge("rouge1", predictions, references)
+
+
+@metric("rouge2", full_marks=1.0, can_score=_has_words(2))
+def rouge2(predictions: Sequence[str], references: Sequence[str]) -> float:
+    return rouge("rouge2", predictions, references)
+
+
+@metric("rougeL", full_marks=1.0, can_score=_has_words(1))
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
+    return rouge("rougeL", predictions, references)
+
+
+@metric("chrf", full_marks=100.0, can_score=lambda reference, answer_pattern: bool(reference.strip()))
+def chrf(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Compute chrF2 of all rows together, from 0 to 100: shared runs of 1 to 6 characters of NFC, spaces left out.
+
+    Of these metrics the one for languages whose words change their form or stand without spaces.
+
+    Source: Popović 2015, "chrF: character n-gram F-score for automatic MT evaluation".
+    """
+    from sacrebleu import corpus_chrf
+
+    return corpus_chrf([nfc(p) for p in predictions], [[nfc(r) for r in references]]).score
+
+
+def _has_bleu_words(reference: str, answer_pattern: str | None) -> bool:
+    """Return whether a reference has the four words that BLEU needs, as it cuts them."""
+    # what stands between spaces is one word or more, unless mteval-13a joins or removes it
+    is_plain = "-\n" not in reference and "<skipped>" not in reference
+    has_four = is_plain and len(reference.split(maxsplit=BLEU_ORDER)) >= BLEU_ORDER
+    return has_four or len(bleu_words(reference)) >= BLEU_ORDER
+
+
+@metric("bleu", full_marks=100.0, can_score=_has_bleu_words)
+def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Compute BLEU of all rows together, from 0 to 100; 0 also for equal texts where none has four words.
+
+    Words are cut in NFC as mteval-v13a does, at spaces and ASCII punctuation: fit for English and Korean, not for
+    Chinese and Japanese, and without the packages that sacrebleu's own cutters for these languages need.
+
+    Source: Papineni et al. 2002, "BLEU: a Method for Automatic Evaluation of Machine Translation".
+    """
+    from sacrebleu import corpus_bleu
+
+    score = corpus_bleu([nfc(p) for p in predictions], [[nfc(r) for r in references]], tokenize="13a").score
+    return min(score, 100.0)  # of equal texts it is rounded to a little more
+
+
+def bleu_words(text: str) -> list[str]:
+    """Cut a text as BLEU does; the tests hold it to sacrebleu's mteval-v13a.
+
+    Source: Papineni et al. 2002; NIST's mteval-v13a.pl.
+    """
+    text = nfc(text).rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
+        text = text.replace(entity, character)
+    text = f" {text} "
+    for pattern, replacement in MTEVAL_13A:
+        text = pattern.sub(replacement, text)
+    return text.split()
+
+
+def perplexity(loss: float) -> float:
+    """Compute e to the mean nats per token; infinite where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,62 @@
+"""Named entries that can be extended without editing a table: optimizers, schedules, metrics, formats, exporters.
+
+No heavy import here: registries are read while a command line is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import TypeVar
+
+from src.errors import ConfigError
+
+Entry = TypeVar("Entry")
+Value = TypeVar("Value")
+
+
+class UnknownNameError(ConfigError, KeyError):
+    """A name that no entry has, with those there are and the nearest of them."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Registry(dict[str, Entry]):
+    """A mapping from names to entries, in the order of registration, that refuses a name twice.
+
+    Args:
+        kind: what an entry is, in the singular: "optimizer".
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def register(self, name: str) -> Callable[[Value], Value]:
+        """Return a decorator that enters what it decorates under this name, unchanged.
+
+        Raises:
+            ValueError: where the name is taken.
+        """
+
+        def enter(entry: Value) -> Value:
+            self[name] = entry  # type: ignore[assignment]
+            return entry
+
+        return enter
+
+    def why_unknown(self, name: object, remedy: str = "") -> str:
+        """Return why a name is refused, with the nearest that is known; '' where it is known."""
+        if name in self:
+            return ""
+        near = get_close_matches(str(name), self, n=1)
+        return f"not one of {', '.join(self)}{remedy}{f'; did you mean {near[0]}?' if near else ''}"
+
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        if name in self:
+            raise ValueError(f"the {self.kind} {name} is registered already")
+        super().__setitem__(name, entry)
+
+    def __missing__(self, name: str) -> Entry:
+        raise UnknownNameError(f"{name} is no {self.kind}: {self.why_unknown(name)}")

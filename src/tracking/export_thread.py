@@ -1,0 +1,384 @@
+"""The thread in which a folder's exporters deliver: training never waits for a tracker.
+
+The exporters take turns, so a slow one holds up another for no longer than its turn. What waits is the end of a run,
+for as long as calls deliver something new and within bounds, and the command that delivers what is left, for as long as
+calls deliver something new.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from src.tracking.exporters import Exporter
+
+RETRY_SECONDS = 2.0
+LONGEST_RETRY_SECONDS = 60.0
+LONGEST_RETRY_AT_THE_END_SECONDS = 8.0
+TURN_SECONDS = 5.0
+"""After which an exporter lets another one that is ready have its turn."""
+OPENING_SECONDS = 5.0
+"""How long what is local may take between two calls; not counted while it is being made."""
+LOOKING_SECONDS = 0.5
+COMPUTING_SHARE = 0.05
+"""Of a processor, by which a process is seen to do more than wait."""
+SHARE = 0.1
+"""How much of a processor an exporter may take from the training."""
+LONGEST_REST_SECONDS = 10.0
+SERVER_SECONDS = 1.0
+"""How long a sweep waits for a server before its trials start."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the end of a run, or a command, waits for its exporters.
+
+    Args:
+        call_seconds: for one call.
+        total_seconds: in all; while calls succeed.
+        attempts: how often what fails is tried, with nothing delivered in between that was not delivered before.
+        signals: what ends the waiting.
+    """
+
+    call_seconds: float
+    total_seconds: float = math.inf
+    attempts: int = 2
+    signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+AT_THE_END = Patience(call_seconds=30.0, total_seconds=120.0)
+WHEN_STOPPED = Patience(call_seconds=10.0, total_seconds=10.0, signals=(signal.SIGINT,))
+"""Of a run that was asked to stop: schedulers kill after half a minute, and repeat their signals."""
+TO_THE_END = Patience(call_seconds=90.0, attempts=4)
+"""Of a command that does nothing else."""
+
+
+@dataclass(frozen=True)
+class Undelivered:
+    """What an exporter could not deliver, and why, in words."""
+
+    tracker: str
+    reason: str
+    needs_mending: bool
+    """Whether trying again is of no use before somebody has mended what `reason` says."""
+    can_be_synced: bool
+    """Whether `make sync` delivers it."""
+
+    def __str__(self) -> str:
+        return f"{self.tracker}: {self.reason}"
+
+
+class ExportThread:
+    """Delivers a folder by its exporters, until `close`.
+
+    Args:
+        cleanup: an exporter whose last turn comes once all others are over.
+        waits: hold everything back until `rewind`: it is not known yet which lines of the folder stay.
+        warn: takes, once, what somebody must mend.
+    """
+
+    def __init__(
+        self,
+        exporters: Sequence[Exporter],
+        *,
+        cleanup: Exporter | None = None,
+        waits: bool = False,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.exporters = exporters
+        for exporter in exporters:
+            exporter.begin()
+        self._cleanup = cleanup
+        self._lanes = [_Lane(one) for one in (*exporters, *([cleanup] if cleanup else []))]
+        self._waits = waits
+        self._warn = warn
+        self._warned: set[str] = set()
+        self._patience = AT_THE_END
+        self._is_closing = False
+        self.ended_by = ""
+        """The signal that ended the waiting, or ''."""
+        self._changed = threading.Condition()
+        self._current: _Lane | None = None
+        self._start_thread()
+
+    def _start_thread(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="export", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's id in the first tracker that has one."""
+        return next((one.run_id for one in self.exporters if one.run_id is not None), None)
+
+    def notify(self) -> None:
+        """Have what changed in the folder delivered; returns at once."""
+        if not self._waits:
+            with self._changed:
+                for lane in self._lanes:
+                    lane.is_notified = True
+                self._changed.notify_all()
+
+    def rewind(self, num_kept: int, cut: Sequence[Mapping[str, Any]]) -> None:
+        """Deliver from now on, after the first lines of metrics; those that were cut off will be repeated."""
+        if self._waits:
+            for exporter in self.exporters:
+                exporter.rewind(num_kept, cut)
+            self._waits = False
+            self.notify()
+
+    def connect(self) -> None:
+        """Wait until each tracker was reached, but not for a server that is slow or gone."""
+        self.notify()
+        started = time.monotonic()
+        for lane in self._lanes:
+            signs = _SignsOfLife(lane.exporter)
+            while not lane.exporter.is_connected and not lane.trouble:
+                since, seconds = (
+                    (signs.last(), OPENING_SECONDS) if lane.exporter.is_local else (started, SERVER_SECONDS)
+                )
+                if time.monotonic() - since > seconds:
+                    break
+                time.sleep(0.02)
+
+    def close(self, patience: Patience = AT_THE_END, show: Callable[[str], None] | None = None) -> list[Undelivered]:
+        """Deliver the rest, and return what is left.
+
+        Args:
+            patience: how long to wait for it.
+            show: takes how far it has got, again and again.
+        """
+        started = time.monotonic()
+        with self._changed:
+            self._patience, self._is_closing = patience, True
+            for lane in self._lanes:
+                lane.prepare_last()
+            self._changed.notify_all()
+        with _noted(patience.signals) as received:
+            while waiting := [lane for lane in self._lanes if not lane.is_over]:
+                if received:
+                    break
+                for lane in waiting:
+                    if reason := self._impatience(lane, started):
+                        self._give_up(lane, reason)
+                if show is not None and time.monotonic() - started > 1.0:
+                    _show_progress(waiting[0], show)
+                with self._changed:
+                    self._changed.wait(0.05)
+        self.ended_by = received[0] if received else ""
+        for lane in self._lanes:
+            lane.exporter.activity.is_cancelled = True
+        left = [lane for lane in self._lanes if not lane.is_delivered and lane.exporter.pending]
+        return [lane.undelivered(f"ended by {self.ended_by}") for lane in left]
+
+    def _impatience(self, lane: _Lane, started: float) -> str:
+        """Return why an exporter is not waited for any more, or ''."""
+        now, patience, activity = time.monotonic(), self._patience, lane.exporter.activity
+        if now - started > patience.total_seconds:
+            return f"not all of it in {patience.total_seconds:g} seconds"
+        if lane is not self._current:
+            return ""
+        last = max(activity.since, started, lane.turn_began)
+        if activity.is_calling or not lane.exporter.is_local:
+            seconds = patience.call_seconds + activity.extra_seconds
+        else:
+            seconds, last = OPENING_SECONDS, max(last, lane.signs.last())
+        return "no answer" if now - last > seconds else ""
+
+    def _give_up(self, lane: _Lane, reason: str) -> None:
+        """Wait for an exporter no longer; where it has the thread, the others get a new one."""
+        with self._changed:
+            lane.end(reason)
+            lane.exporter.activity.is_cancelled = True
+            if lane is self._current:
+                self._start_thread()
+
+    def _work(self) -> None:
+        while (lane := self._next_lane()) is not None:
+            self._take_turn(lane)
+
+    def _next_lane(self) -> _Lane | None:
+        """Wait for the exporter whose turn it is; None where all are over, or another thread has taken over."""
+        with self._changed:
+            while self._thread is threading.current_thread():
+                self._current = None
+                now = time.monotonic()
+                if all(lane.is_over for lane in self._lanes):
+                    return None
+                if ready := [lane for lane in self._lanes if self._is_ready(lane, now)]:
+                    self._current = min(ready, key=lambda lane: lane.turn_began)
+                    self._current.turn_began = now
+                    return self._current
+                resting = [lane.not_before - now for lane in self._lanes if lane.has_work and lane.not_before > now]
+                self._changed.wait(min(resting, default=None))
+        return None
+
+    def _is_ready(self, lane: _Lane, now: float) -> bool:
+        if lane.is_over or not lane.has_work or lane.not_before > now:
+            return False
+        is_last = self._is_closing and lane.exporter is self._cleanup
+        return not is_last or all(other.is_over for other in self._lanes if other is not lane)
+
+    def _take_turn(self, lane: _Lane) -> None:
+        """Deliver until all is delivered, or until another exporter is ready and this one's time is over."""
+        until = time.monotonic() + TURN_SECONDS
+        is_first = not lane.exporter.is_connected
+        try:
+            for _ in lane.turns(is_last=self._is_closing):
+                now = time.monotonic()
+                if now > until and any(self._is_ready(other, now) for other in self._lanes if other is not lane):
+                    return
+        except Exception as error:  # whatever a tracker's library raises: the folder is the truth, so training proceeds
+            self._note_failure(lane, error)
+        else:
+            with self._changed:
+                lane.note_success()
+                lane.rest(0.0 if self._is_closing or is_first else min(lane.used / SHARE, LONGEST_REST_SECONDS))
+                self._changed.notify_all()
+
+    def _note_failure(self, lane: _Lane, error: Exception) -> None:
+        """Note why a delivery failed, and when it is tried again, if at all."""
+        problem = lane.exporter.explain(error)
+        with self._changed:
+            if lane.is_over:  # it was given up, and cancelled
+                return
+            lane.note_failure(str(problem), problem.is_lasting)
+            wait = RETRY_SECONDS * 2.0 ** min(lane.failures - 1, 10)
+            if lane.is_last:
+                lane.rest(min(wait / 2, LONGEST_RETRY_AT_THE_END_SECONDS))
+                if problem.is_lasting or lane.failures >= self._patience.attempts:
+                    lane.end("")
+            elif not self._is_closing:
+                lane.rest(min(wait, LONGEST_RETRY_SECONDS))
+            self._changed.notify_all()
+        text = f"{lane.exporter.name}: {problem}"
+        if problem.is_lasting and not lane.is_last and text not in self._warned:
+            self._warned.add(text)
+            self._warn(text)
+
+
+class _Lane:
+    """An exporter's place among others: whether there is work for it, and how its deliveries went."""
+
+    def __init__(self, exporter: Exporter) -> None:
+        self.exporter = exporter
+        self.signs = _SignsOfLife(exporter)
+        self.is_notified = False
+        self.not_before = 0.0
+        """When it may have its next turn, by the monotonic clock."""
+        self.turn_began = 0.0
+        self.is_last = False
+        """Whether the present delivery began after the folder had changed for the last time."""
+        self.is_over = False
+        self.is_delivered = False
+        self.failures = 0
+        self.trouble = ""
+        """Why the last attempt failed, or ''."""
+        self.needs_mending = False
+        self._end_reason = ""
+        self._delivery: Iterator[None] | None = None
+        self.used = 0.0
+        """Seconds of a processor that the present delivery has taken."""
+        self._num_before = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.is_notified or self._delivery is not None
+
+    def prepare_last(self) -> None:
+        """Have all that is left delivered, as if nothing had failed before."""
+        self.is_notified, self.not_before, self.failures = True, 0.0, 0
+        self.trouble, self.needs_mending = "", False
+        self.signs = _SignsOfLife(self.exporter)
+
+    def turns(self, *, is_last: bool) -> Iterator[None]:
+        """Begin a delivery, or continue the one under way, and count the processor time that it takes."""
+        if self._delivery is None:
+            self.is_notified, self.is_last = False, is_last
+            self._num_before, self.used = self.exporter.activity.num_delivered, 0.0
+            self._delivery = self.exporter.deliver()
+        began = time.thread_time()
+        try:
+            for _ in self._delivery:  # not `yield from`, which would end it with this turn
+                yield
+        finally:
+            self.used += time.thread_time() - began
+
+    def note_success(self) -> None:
+        self._delivery, self.trouble, self.needs_mending, self.failures = None, "", False, 0
+        if self.is_last:
+            self.is_delivered = True
+            self.end("")
+
+    def note_failure(self, trouble: str, is_lasting: bool) -> None:
+        self._delivery, self.trouble, self.needs_mending, self.is_notified = None, trouble, is_lasting, True
+        is_new = self.exporter.activity.num_delivered > self._num_before
+        self.failures = 1 if is_new else self.failures + 1
+
+    def rest(self, seconds: float) -> None:
+        self.not_before = time.monotonic() + seconds
+
+    def end(self, reason: str) -> None:
+        if not self.is_over:
+            self._end_reason = reason
+            self.is_over = True
+
+    def undelivered(self, reason: str) -> Undelivered:
+        """Return what is left; `reason` counts where nothing else explains it."""
+        why = self.trouble or self._end_reason or reason
+        where = f"{self.exporter.name} at {self.exporter.where}"
+        text = f"{self.exporter.pending} are not delivered ({why})"
+        return Undelivered(where, text, self.needs_mending, self.exporter.can_be_synced)
+
+
+def _show_progress(lane: _Lane, show: Callable[[str], None]) -> None:
+    trouble = f"; {lane.trouble}" if lane.trouble else ""
+    show(f"{lane.exporter.name} has {lane.exporter.progress}{trouble}")
+
+
+class _SignsOfLife:
+    """When what is being opened last showed progress: it is being made, or this process computes.
+
+    Libraries are imported and tables made before a store is open; both take many seconds on a busy machine.
+    """
+
+    def __init__(self, exporter: Exporter) -> None:
+        self._exporter = exporter
+        self._at = self._looked = time.monotonic()
+        self._used = time.process_time()
+
+    def last(self) -> float:
+        """Return when that was, by the monotonic clock."""
+        now = time.monotonic()
+        if now - self._looked > LOOKING_SECONDS:
+            used = time.process_time()
+            is_computing = used - self._used > COMPUTING_SHARE * (now - self._looked)
+            if is_computing or self._exporter.is_being_made():
+                self._at = now
+            self._looked, self._used = now, used
+        return self._at
+
+
+@contextmanager
+def _noted(signals: tuple[signal.Signals, ...]) -> Iterator[list[str]]:
+    """Yield a list that collects the names of signals received in the block; only Python's main thread gets them."""
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+
+    before = {number: signal.signal(number, note) for number in signals}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

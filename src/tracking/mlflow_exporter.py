@@ -1,0 +1,449 @@
+"""A folder as one run in MLflow, whatever the folder is of.
+
+`tracking.json` in the folder remembers what was delivered (`tracking.mlflow_state`). As it may be wrong, each delivery
+begins by looking at what the store has of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src import secrets
+from src.config.schema import MlflowConfig
+from src.errors import DamagedFileError
+from src.records import check_plain
+from src.tracking import mlflow_calls
+from src.tracking.artifacts import Artifacts
+from src.tracking.exporters import DeliveryError
+from src.tracking.folder_exporter import FolderExporter
+from src.tracking.mlflow_calls import CALLS_AGAIN, WatchedClient
+from src.tracking.mlflow_client import KILLED, quiet_client, reach, redirected, run_of
+from src.tracking.mlflow_errors import explained, is_gone
+from src.tracking.mlflow_log import OpenRun, Sent
+from src.tracking.mlflow_names import milliseconds, plain_name, user_name
+from src.tracking.mlflow_state import TRACKING, PreviousRun, read_tracking, runs_left
+from src.tracking.sqlite_store import SqliteStore
+
+if TYPE_CHECKING:
+    from src.tracking.previous_runs import PreviousRuns
+
+
+class MlflowExporter(FolderExporter):
+    """Delivers a folder to its run in MLflow. May raise whatever MLflow raises.
+
+    Args:
+        within: the exporter that this one is a part of; what succeeds here succeeds there.
+        is_over, warn: see FolderExporter.
+    """
+
+    name = "MLflow"
+    can_be_synced = True
+
+    def __init__(
+        self,
+        config: MlflowConfig,
+        folder: Path,
+        *,
+        within: MlflowExporter | None = None,
+        is_over: bool = False,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._config = replace(
+            config,  # a store needs no secrets
+            experiment_name=secrets.clean(config.experiment_name),
+            run_name=secrets.clean(config.run_name),
+            tags=secrets.cleaned(config.tags),
+        )
+        self.is_local = config.uri.startswith("sqlite")
+        self.previous: PreviousRuns | None = within.previous if within else None
+        """Ends runs that the folder had in other stores."""
+        self._within = within
+        self._client_class = quiet_client()
+        self._open: OpenRun | None = None
+        self._address = config.uri
+        self._has_failed = False
+        self._damage: list[DamagedFileError] = []
+        self._sqlite: SqliteStore | None = within._sqlite if within else None
+        activity = within.activity if within else None
+        super().__init__(folder, TRACKING, is_over=is_over, warn=warn, activity=activity)
+
+    @abstractmethod
+    def _deliver_folder(self) -> Iterator[None]:
+        """Bring the run up to date with the folder as it is now."""
+
+    @property
+    @abstractmethod
+    def _run_name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def _began(self) -> str:
+        """When the run or sweep was begun, as its folder says; '' where it does not."""
+
+    @property
+    def _dated_from(self) -> str:
+        """When the run or sweep was begun, by whatever says so; '' where nothing does."""
+        return self._began
+
+    @property
+    def _own_tags(self) -> Mapping[str, str]:
+        """Tags that only this kind of folder has."""
+        return {}
+
+    @property
+    @abstractmethod
+    def _log_name(self) -> str:
+        """The file that is there if there may be something to deliver."""
+
+    @property
+    @abstractmethod
+    def _says_too_much(self) -> bool:
+        """Whether tracking.json says that more was delivered than the folder holds."""
+
+    @abstractmethod
+    def _last_values(self) -> Mapping[str, set[float]]:
+        """Return for each metric which values MLflow may show as its last, by what was delivered."""
+
+    @abstractmethod
+    def _look_up(self, client: Any, run: Any) -> dict[str, Any]:
+        """Return what is delivered by what the store has of the run, in the form of tracking.json."""
+
+    @property
+    def where(self) -> str:
+        return secrets.without_credentials(self._config.uri)
+
+    @property
+    def stored_uri(self) -> str:
+        """The store's address as files have it: what the environment set of it is the name of the variable."""
+        return secrets.as_stored(self._config.uri)
+
+    def is_its_store(self, uri: str) -> bool:
+        """Return whether an address in a tracking.json is that of this store."""
+        return secrets.as_stored(uri) == self.stored_uri
+
+    @property
+    def run_id(self) -> str | None:
+        found: str | None = self._state["run_id"]
+        return found
+
+    @property
+    def is_connected(self) -> bool:
+        return self._open is not None
+
+    @property
+    def _run(self) -> OpenRun:
+        """The folder's run; once `_connect` has found or begun it."""
+        assert self._open is not None
+        return self._open
+
+    def is_being_made(self) -> bool:
+        return self._sqlite is not None and self._sqlite.is_being_made()
+
+    def explain(self, error: Exception) -> DeliveryError:
+        return explained(error)
+
+    def take_over(self, state: Mapping[str, Any]) -> None:
+        """Take the place of a run that the folder had before, by what its tracking.json said."""
+        self._state |= self._runs_before(state)
+        if state["run_id"] is not None and self.is_its_store(state["uri"]):
+            self._state["replaced"] = [*self._state["replaced"], state["run_id"]]
+
+    def _runs_before(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the runs that this one takes the place of, by what a tracking.json says: here, and in other stores."""
+        here = list(state.get("replaced", [])) if self.is_its_store(state["uri"]) else []
+        elsewhere = []
+        for uri, run_id in runs_left(state):
+            if not self.is_its_store(uri):
+                elsewhere.append({"uri": uri, "run_id": run_id})
+            elif run_id != state["run_id"]:
+                here.append(run_id)
+        return {"replaced": here, "elsewhere": elsewhere}
+
+    @property
+    def elsewhere(self) -> list[PreviousRun]:
+        """The runs that the folder had in other stores, which nobody has ended yet."""
+        return [(one["uri"], one["run_id"]) for one in self._state.get("elsewhere", [])]
+
+    def _end_elsewhere(self) -> None:
+        """Have those runs ended; a part of another exporter takes no note of it, as its folder is not held then."""
+        if self.previous is not None:
+            for run in self.elsewhere:
+                self.previous.end(run, self.folder, None if self._within else partial(self._forget_elsewhere, run))
+
+    def _forget_elsewhere(self, ended: PreviousRun) -> None:
+        left = [{"uri": uri, "run_id": run_id} for uri, run_id in self.elsewhere if (uri, run_id) != ended]
+        self._remember(elsewhere=left)
+
+    def deliver(self) -> Iterator[None]:
+        """Bring MLflow up to date with the folder as it is now, connecting first where that was not done.
+
+        Raises:
+            DamagedFileError: naming a file that can't be read; what others say was delivered nevertheless.
+        """
+        self._damage = []
+        self._end_elsewhere()
+        try:
+            self._open_store()
+            if not self.is_connected:
+                self._connect()
+            yield from self._deliver_folder()
+            self._check_arrived()
+        except Exception as error:
+            self._has_failed = True
+            if is_gone(error):
+                self._open = None  # what became of the run is looked at again
+            raise
+        self._has_failed = False
+        if self._damage:
+            raise self._damage[0]
+
+    def _part(self, do: Callable[[], None]) -> None:
+        """Do a part of a delivery; a file that it can't read holds up no other part, and is reported in the end."""
+        try:
+            do()
+        except DamagedFileError as error:
+            self._damage.append(error)
+
+    def _part_in_turns(self, turns: Iterator[None]) -> Iterator[None]:
+        """Do a part that takes long, as `_part`."""
+        try:
+            yield from turns
+        except DamagedFileError as error:
+            self._damage.append(error)
+
+    def _open_store(self) -> None:
+        """Have the store be there and answer, in a few seconds.
+
+        Raises:
+            DeliveryError: where it is not, or does not.
+        """
+        self.activity.check()
+        self.activity.since = time.monotonic()
+        if self.is_local:
+            self._sqlite = self._sqlite or SqliteStore(self._config.uri, self.warn_once, self.activity.check)
+            if self._sqlite.open():
+                self._open = None  # what another file has of the run must be looked at
+        elif self._is_server and (self._has_failed or not self.is_connected):
+            reach(self._address)
+
+    @property
+    def _is_server(self) -> bool:
+        return self._address.startswith("http")
+
+    def _connect(self) -> None:
+        """Find the folder's run, or begin one, and see what the store has of it."""
+        try:
+            self._open = self._open_run()
+        except Exception as error:
+            address = redirected(error, self._address)
+            if address is None:
+                raise
+            self._address = address
+            self._open = self._open_run()
+
+    def _open_run(self) -> OpenRun:
+        calls_again = CALLS_AGAIN if self._is_server else 0
+        made = self._client_class(tracking_uri=self._address)
+        client = WatchedClient(made, self.activity, self.folder, calls_again=calls_again, is_server=self._is_server)
+        run = found = self._find_run(client)
+        if found is None:
+            run = self._begin_run(client)
+        elif found.info.run_id != self.run_id or self._state.get("doubtful") or not self._is_believable(found):
+            self._remember(doubtful=True)
+            has = self._look_up(client, found)
+            kept = {name: self._state[name] for name in ("uri", "replaced", "elsewhere") if name in self._state}
+            retried = bool(self._state.get("retried") or self._state.get("creating"))
+            self._state = kept | {"run_id": found.info.run_id, "retried": retried} | has
+            self._remember()
+        elif found.info.status == "RUNNING" and self._state.get("ended"):
+            self._remember(ended=None)
+        artifacts = Artifacts(
+            run.info.artifact_uri,
+            self._address,
+            self.activity,
+            self.folder,
+            is_new=found is None,
+            calls_again=calls_again,
+        )
+        return OpenRun(client, run, artifacts)
+
+    def _find_run(self, client: Any) -> Any:
+        """Return the folder's run; None where there is none that can be logged to."""
+        if self.run_id is not None:
+            run = run_of(client, self.run_id)
+            if run is not None and self._is_own(run):
+                return run
+        elif not self._state.get("doubtful") and not self._state.get("creating"):
+            return None
+        experiment = client.get_experiment_by_name(self._config.experiment_name)
+        if experiment is None or experiment.lifecycle_stage == "deleted":
+            return None
+        filters = self._filter(self._identity)
+        found = client.search_runs([experiment.experiment_id], filters, max_results=1, order_by=["start_time DESC"])
+        return found[0] if found else None
+
+    def _is_own(self, run: Any) -> bool:
+        """Return whether a run is the folder's, which may have been moved, or its status lost."""
+        tags, own = run.data.tags, self._identity
+        return "towline.started" not in tags or any(tags.get(name) == value for name, value in own.items())
+
+    @property
+    def _identity(self) -> dict[str, str]:
+        """Tags that tell the folder's run from every other."""
+        return {"towline.folder": str(self.folder.resolve()), "towline.started": self._began}
+
+    @staticmethod
+    def _filter(tags: Mapping[str, str]) -> str:
+        """Return a filter for runs with such tags; a value with both kinds of quotes can't be asked for."""
+        quoted = {name: f'"{value}"' if "'" in value else f"'{value}'" for name, value in tags.items() if value}
+        return " and ".join(f"tags.`{name}` = {value}" for name, value in quoted.items() if value[0] not in value[1:-1])
+
+    def _begin_run(self, client: Any) -> Any:
+        experiment_id = self._experiment(client)
+        retried = bool(self._state.get("creating"))
+        self._remember(creating=True)  # if the answer is lost, the run is looked for before another is begun
+        began = milliseconds(self._dated_from) if self._dated_from else None
+        tags = {
+            **self._identity,
+            "towline.host": socket.gethostname(),
+            "mlflow.source.name": "src.run",
+            "mlflow.user": user_name(),
+            **self._own_tags,
+            **self._config.tags,
+        }
+        create = partial(client.create_run, experiment_id, start_time=began, run_name=self._run_name, tags=tags)
+        try:
+            run = create()
+        except Exception as error:
+            if explained(error).is_lasting or not self._is_server:
+                raise
+            time.sleep(mlflow_calls.AGAIN_SECONDS)
+            retried = True  # if the first was begun nevertheless, it goes when this one ends
+            run = create()
+        replaced = [one for one in self._state.get("replaced", []) if one != run.info.run_id]
+        kept = {"elsewhere": self._state["elsewhere"]} if self._state.get("elsewhere") else {}
+        begun = {"uri": self.stored_uri, "run_id": run.info.run_id, "replaced": replaced, "retried": retried}
+        self._state = begun | kept
+        self._remember()
+        return run
+
+    def _experiment(self, client: Any) -> str:
+        """Return the id of the experiment, which is made where there is none."""
+        name = self._config.experiment_name
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return self._create_experiment(client)
+            except Exception as error:
+                if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = client.get_experiment_by_name(name)  # another process was faster
+                if experiment is None:
+                    raise
+        if experiment.lifecycle_stage == "deleted":
+            raise DeliveryError(
+                f"the experiment {name} is deleted there. Restore it (mlflow experiments restore --experiment-id "
+                f"{experiment.experiment_id}), or choose another with tracking.experiment_name=…"
+            )
+        return str(experiment.experiment_id)
+
+    def _create_experiment(self, client: Any) -> str:
+        location = None
+        if self._sqlite is not None and self._sqlite.is_file:
+            location = (self._sqlite.file.resolve().parent / "mlartifacts").as_uri()
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page then shows training runs first
+        made = client.create_experiment(self._config.experiment_name, artifact_location=location, tags=kind)
+        return str(made)
+
+    def _is_believable(self, run: Any) -> bool:
+        """Return whether tracking.json says no more than the folder holds, and a run's last values are as it says."""
+        return not self._says_too_much and self._shows_last_values(run)
+
+    def _shows_last_values(self, run: Any) -> bool:
+        """Return whether a run shows as last values what was delivered; of speeds and times any value will do."""
+        has, values = run.data.metrics, {plain_name(name): some for name, some in self._last_values().items()}
+        return all(name in has and (name.startswith("perf/") or has[name] in some) for name, some in values.items())
+
+    def _check_arrived(self) -> None:
+        """Check that a server has what it accepted: one that answers anything, or a proxy before it, may not.
+
+        Raises:
+            DeliveryError: where it has not.
+        """
+        if not self._is_server or self._run.sent == Sent():
+            return
+        run = self._run.client.get_run(self.run_id)
+        if self._run.sent.is_in(run) and self._shows_last_values(run):
+            self._run.sent = Sent()
+            return
+        self._remember(doubtful=True)
+        self._open = None
+        raise DeliveryError("the server accepted what was delivered, and does not have it", is_lasting=False)
+
+    def _end_replaced(self) -> None:
+        """End runs that no process is training and that this one takes the place of, where they say RUNNING.
+
+        One that was begun when an answer was lost, and that nothing was ever logged to, is deleted.
+        """
+        client, others, twins = self._run.client, list(self._state.get("replaced") or []), []
+        if self._state.get("retried"):
+            same = f"{self._filter(self._identity)} and attributes.status = 'RUNNING'"
+            found = client.search_runs([self._run.experiment_id], same)
+            twins = [one.info.run_id for one in found if one.info.run_id != self.run_id]
+        for run_id in (*others, *twins):
+            if run_id == self.run_id:  # it is the folder's again
+                continue
+            run = run_of(client, run_id)
+            if run is None or run.info.status != "RUNNING":
+                continue
+            if run_id in twins and not run.data.metrics and not run.data.params:
+                client.delete_run(run_id)
+            else:
+                client.set_terminated(run_id, KILLED)
+        if others or self._state.get("retried"):
+            self._remember(replaced=[], retried=False)
+
+    def _log_files(self, names: Iterable[str], *, artifact_path: str | None = None) -> Iterator[None]:
+        """Log those of the files that are there, each once as it is."""
+        for name in names:
+            self._part(partial(self._log_file, name, artifact_path))
+            yield
+
+    def _log_file(self, name: str, artifact_path: str | None) -> None:
+        file = self.folder / name
+        check_plain(file, "Move it away, or restore it from a copy.")
+        if not file.exists():
+            return
+        status = file.stat()
+        version, known = [status.st_size, status.st_mtime_ns], self._state.get("files", {})
+        if known.get(name) != version:
+            self._run.artifacts.upload(file, artifact_path)
+            self._remember(files=known | {name: version})
+
+    def _recall(self) -> dict[str, Any]:
+        """Return what tracking.json says; where it says nothing that can be used, what is to be looked up."""
+        try:
+            state = read_tracking(self.folder)
+        except FileNotFoundError:
+            state = {}
+        except DamagedFileError as error:
+            self._set_aside(error, "What MLflow has of the run is looked up there.")
+            return {"uri": self.stored_uri, "run_id": self._id_elsewhere(), "doubtful": True}
+        if state and self.is_its_store(state["uri"]):
+            return state | {"uri": self.stored_uri}
+        run_id = None if state else self._id_elsewhere()
+        may_be_known = bool(state) or run_id is not None or os.path.lexists(self.folder / self._log_name)
+        before = self._runs_before(state) if state else {}
+        return {"uri": self.stored_uri, "run_id": run_id} | before | ({"doubtful": True} if may_be_known else {})
+
+    def _id_elsewhere(self) -> str | None:
+        """Return the run's id by another file than tracking.json; None where no other has it."""
+        return None

@@ -1,0 +1,58 @@
+"""Names, texts and times as MLflow takes them."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+MAX_NAME_CHARACTERS = 250
+
+
+def milliseconds(time_of: str, later_seconds: float = 0.0) -> int:
+    """Return a time of ISO 8601, or one so much later, as MLflow counts it."""
+    return int(1000 * (datetime.fromisoformat(time_of).timestamp() + later_seconds))
+
+
+def plain_name(name: str) -> str:
+    """Return a name that MLflow takes: '<' and '>' of a token, say, become '_', and a very long one is cut."""
+    plain = re.sub(r"[^\w\-. :/]", "_", name)
+    if len(plain) <= MAX_NAME_CHARACTERS:
+        return plain
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{plain[: MAX_NAME_CHARACTERS - 9]}_{digest}"
+
+
+def distinct_names(names: Iterable[str]) -> dict[str, str]:
+    """Return for each param a name of its own that MLflow takes: other characters become '_', repeats get a number."""
+    given: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        plain = candidate = re.sub(r"[^\w\-. ]", "_", name)[: MAX_NAME_CHARACTERS - 9]
+        number = 2
+        while candidate in taken:
+            candidate, number = f"{plain}_{number}", number + 1
+        given[name] = candidate
+        taken.add(candidate)
+    return given
+
+
+def user_name() -> str:
+    """Return the user's name, or '' in a container that has none."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return ""
+
+
+def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield a nested configuration as dotted keys and texts."""
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node if isinstance(node, str) else json.dumps(node, ensure_ascii=False, default=str)

@@ -1,0 +1,301 @@
+"""A run's folder in MLflow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from src.config.frozen import CONFIG, STATUS, read_starts, read_status
+from src.errors import DamagedFileError
+from src.records import Types, begins_with, check_keys, damaged, is_time, read_json, read_yaml
+from src.tracking.exporters import EXPORTERS
+from src.tracking.mlflow_client import KILLED, STATES
+from src.tracking.mlflow_exporter import MlflowExporter
+from src.tracking.mlflow_names import flat, milliseconds, plain_name
+from src.tracking.mlflow_state import RUN_ID
+from src.tracking.step_logs import METRICS, SAMPLES, read_step_log
+
+PROVENANCE, DATA_REPORT = "provenance.json", "data_report.json"
+ARTIFACTS = (CONFIG, PROVENANCE, DATA_REPORT, SAMPLES, "summary.json")
+LINES_AT_ONCE = 100
+LARGEST = 1 << 53
+"""Of a step, and of a time in milliseconds."""
+STATUS_REMEDY = "Move it away, and repeat the run's own command: it resumes from the last checkpoint and writes it."
+
+Points = dict[str, dict[str, list[float]]]
+"""Values that MLflow has by step, as a text, and metric, by the name that it has there."""
+
+PROVENANCE_KEYS: Mapping[str, Types] = {"git": dict, "hardware": dict}
+REPORT_KEYS: Mapping[str, Types] = {"digest": str, "rows_kept": int, "tokens": int, "supervised_tokens": int}
+
+
+@EXPORTERS.register("mlflow")
+class MlflowRunExporter(MlflowExporter):
+    """Delivers a run's folder."""
+
+    @property
+    def _run_name(self) -> str:
+        return self._config.run_name
+
+    @property
+    def _began(self) -> str:
+        try:
+            return str(read_status(self.folder).get("started") or "")
+        except DamagedFileError:  # reported where it says how the run ended
+            return ""
+
+    @property
+    def _dated_from(self) -> str:
+        if began := self._began:
+            return began
+        try:
+            times = [start["time"] for start in read_starts(self.folder)]
+        except DamagedFileError:
+            return ""
+        return next(filter(is_time, times), "")
+
+    @property
+    def _log_name(self) -> str:
+        return METRICS
+
+    @property
+    def _says_too_much(self) -> bool:
+        try:
+            samples = self._lines(SAMPLES, read_step_log)
+            return self._num_delivered > len(self._metrics()) or self._state.get("samples", 0) > len(samples)
+        except DamagedFileError:  # reported where it is delivered
+            return False
+
+    def _id_elsewhere(self) -> str | None:
+        try:
+            found = read_status(self.folder).get("tracker_run_id")
+        except DamagedFileError:
+            return None
+        return found if isinstance(found, str) and RUN_ID.fullmatch(found) else None
+
+    def rewind(self, num_kept: int, cut: Sequence[Mapping[str, Any]]) -> None:
+        """Remember what MLflow has of lines that were cut off: of a repeated step only what differs is delivered."""
+        points: Points = self._state.get("points", {})
+        for line in cut[: max(0, self._num_delivered - num_kept)]:
+            _add(points, line)
+        lines = min(self._num_delivered, num_kept)
+        self._remember(lines=lines, samples=0, points=points, ended=None, running=False)
+
+    @property
+    def num_pending(self) -> int:
+        """How many lines of metrics MLflow does not have yet."""
+        return max(0, len(self._metrics()) - self._num_delivered)
+
+    @property
+    def pending(self) -> str:
+        try:
+            left = self.num_pending
+        except DamagedFileError:
+            return "lines of metrics"
+        return f"{left:,} lines of metrics" if left else "what became of the run, or files of it,"
+
+    @property
+    def progress(self) -> str:
+        try:
+            return f"{self._num_delivered:,} of {len(self._metrics()):,} lines of metrics"
+        except DamagedFileError:
+            return f"{self._num_delivered:,} lines of metrics"
+
+    @property
+    def _num_delivered(self) -> int:
+        return int(self._state.get("lines", 0))
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        return self._lines(METRICS, read_step_log)
+
+    def _readable_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics; none where they are damaged, which is reported where they are delivered."""
+        try:
+            return self._metrics()
+        except DamagedFileError:
+            return []
+
+    def _deliver_folder(self) -> Iterator[None]:
+        self._is_ended = self._is_over
+        self._part(self._deliver_state)  # first: whatever else does not arrive, a run that is over must not say RUNNING
+        self._describe("params", CONFIG, self._log_config)
+        self._describe("tags", PROVENANCE, self._log_provenance)
+        self._describe("inputs", DATA_REPORT, lambda: self._run.log_inputs(self._reports()))
+        yield from self._part_in_turns(self._log_metrics())
+        self._part(self._log_samples)
+        if self._is_ended:
+            yield from self._log_files(ARTIFACTS)
+            if self._config.log_model:
+                yield from self._log_model()
+            self._end_replaced()
+
+    def _deliver_state(self) -> None:
+        status = read_status(self.folder)
+        state = STATES.get(str(status.get("state")), KILLED if self._is_over else None)
+        if state is not None:
+            self._is_ended = True
+            self._deliver_once("ended", lambda: self._run.set_ended(state, status.get("ended")), state)
+        elif self._state.get("running") is False:  # it had ended before
+            self._deliver_once("running", self._run.set_running)
+
+    def _describe(self, what: str, name: str, do: Callable[[], None]) -> None:
+        """Log what describes the run, from a file that is there."""
+        if os.path.lexists(self.folder / name):
+            self._part(lambda: self._deliver_once(what, do))
+
+    def _last_values(self) -> Mapping[str, set[float]]:
+        lines, num = self._readable_metrics(), self._num_delivered
+        newest: dict[str, tuple[int, set[float]]] = {}
+
+        def note(name: str, step: int, values: Iterable[float]) -> None:
+            at, known = newest.get(name, (-1, set()))
+            if step >= at:
+                newest[name] = (step, set(values) | (known if step == at else set()))
+
+        for line in lines[:num]:
+            for name, value in line.items():
+                if name != "step" and value is not None:
+                    note(plain_name(name), line["step"], [float(value)])
+        for step, points in self._state.get("points", {}).items():
+            for name, values in points.items():
+                note(name, int(step), values)
+        for line in lines[num : num + LINES_AT_ONCE]:  # they may have arrived, and only the answer be lost
+            for name, value in line.items():
+                if name != "step" and value is not None and plain_name(name) in newest:
+                    newest[plain_name(name)][1].add(float(value))
+        return {name: values for name, (_, values) in newest.items()}
+
+    def _look_up(self, client: Any, run: Any) -> dict[str, Any]:
+        points: Points = {}
+        for name in run.data.metrics:
+            for point in client.get_metric_history(run.info.run_id, name):
+                _add(points, {"step": point.step, name: point.value})
+        lines = self._readable_metrics()
+        num = next((place for place, line in enumerate(lines) if _missing(points, line)), len(lines))
+        return {"lines": num, "points": _others(points, lines[:num]), "running": run.info.status == "RUNNING"}
+
+    def _log_config(self) -> None:
+        self._run.log_params(dict(flat(read_yaml(self.folder / CONFIG))))
+
+    def _log_provenance(self) -> None:
+        may_lack = (*PROVENANCE_KEYS, "config_hash")
+        made = read_json(self.folder / PROVENANCE, {**PROVENANCE_KEYS, "config_hash": str}, may_lack=may_lack)
+        git = made.get("git", {})
+        self._run.log_tags(
+            {
+                "mlflow.source.git.commit": git.get("commit"),
+                "git_commit": git.get("commit"),
+                "git_dirty": git.get("dirty"),
+                "config_hash": made.get("config_hash"),
+                "device": made.get("hardware", {}).get("device"),
+            }
+        )
+
+    def _reports(self) -> dict[str, Any]:
+        """Return the report of each set.
+
+        Raises:
+            DamagedFileError: where one lacks what MLflow needs.
+        """
+        reports = read_json(self.folder / DATA_REPORT)
+        for name, report in reports.items():
+            try:
+                check_keys(report if isinstance(report, dict) else {}, REPORT_KEYS)
+            except ValueError as error:
+                raise damaged(self.folder / DATA_REPORT, f"{name}: {error}", "") from error
+        return reports
+
+    def _log_metrics(self) -> Iterator[None]:
+        """Log the lines that are new, many in a call; each is dated by itself, so that a repeat is no second point."""
+        self._check_written(METRICS)
+        lines, began = self._metrics(), self._dated_from
+        if lines and not began:
+            raise damaged(self.folder / STATUS, "started is missing, so no line of metrics can be dated", STATUS_REMEDY)
+        known: Points = self._state.get("points", {})
+        while some := lines[self._num_delivered : self._num_delivered + LINES_AT_ONCE]:
+            points = []
+            for line in some:
+                at = milliseconds(began, line.get("perf/elapsed_seconds") or 0.0)
+                if max(at, line["step"]) > LARGEST:
+                    reason = f"step {line['step']} or its perf/elapsed_seconds is larger than any store takes"
+                    raise damaged(self.folder / METRICS, reason, "Restore it from a copy.")
+                points += [(name, value, at, line["step"]) for name, value in _missing(known, line).items()]
+            self._run.log_points(points)
+            known = _others(known, some)
+            self._remember(lines=self._num_delivered + len(some), points=known)
+            yield
+
+    def _check_written(self, name: str) -> None:
+        """Check that a step log has all that status.json says was written, where no process writes any more.
+
+        Raises:
+            DamagedFileError: where it has not.
+        """
+        if not self._is_over:
+            return
+        try:
+            written = (read_status(self.folder).get("journal") or {}).get(name)
+        except DamagedFileError:  # reported where it says how the run ended
+            return
+        if written and not begins_with(b"".join(line.raw for line in read_step_log(self.folder, name)), written):
+            remedy = f"Restore it from a copy; or have it delivered as it is: move {STATUS} away."
+            reason = f"its content does not have the checksum that it was written with ({STATUS})"
+            raise damaged(self.folder / name, reason, remedy)
+
+    def _log_model(self) -> Iterator[None]:
+        """Log the files of model/, each by itself, so that a repeat resumes where it was."""
+        for file in sorted((self.folder / "model").rglob("*")):
+            if not file.is_dir():
+                name = file.relative_to(self.folder)
+                yield from self._log_files([str(name)], artifact_path=str(name.parent))
+
+    def _log_samples(self) -> None:
+        """Log the samples as a table, anew when there are more."""
+        self._check_written(SAMPLES)
+        rows = self._lines(SAMPLES, read_step_log)
+        if len(rows) > self._state.get("samples", 0):
+            columns = list(rows[-1])
+            self._run.log_table("samples.json", columns, [[row.get(column) for column in columns] for row in rows])
+            self._remember(samples=len(rows))
+
+
+def _add(points: Points, line: Mapping[str, Any]) -> None:
+    """Add what a line of metrics says to points that MLflow has."""
+    at = points.setdefault(str(line["step"]), {})
+    for name, value in line.items():
+        if name != "step" and value is not None:
+            values = at.setdefault(plain_name(name), [])
+            if float(value) not in values:
+                values.append(float(value))
+
+
+def _others(points: Points, lines: Iterable[Mapping[str, Any]]) -> Points:
+    """Return the points without what lines say that MLflow has now: what is left are values of an earlier attempt."""
+    if not points:
+        return points
+    said: Points = {}
+    for line in lines:
+        _add(said, line)
+    return {step: left for step, at in points.items() if (left := _without(at, said.get(step, {})))}
+
+
+def _without(at: Mapping[str, list[float]], said: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    left = {
+        name: []
+        if name.startswith("perf/") and name in said
+        else [one for one in values if one not in said.get(name, ())]
+        for name, values in at.items()
+    }
+    return {name: values for name, values in left.items() if values}
+
+
+def _missing(points: Points, line: Mapping[str, Any]) -> dict[str, float]:
+    """Return what of a line is not among points; of speeds and times any value will do, as no two are the same."""
+    has = points.get(str(line["step"]), {})
+    values = {name: float(value) for name, value in line.items() if name != "step" and value is not None}
+    return {
+        name: value
+        for name, value in values.items()
+        if plain_name(name) not in has or not (name.startswith("perf/") or value in has[plain_name(name)])
+    }

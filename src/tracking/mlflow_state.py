@@ -1,0 +1,86 @@
+"""tracking.json: what of a folder MLflow has, and which runs the folder had before.
+
+It may be wrong: damaged, or older or newer than the store, which somebody may have restored, emptied or lost.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from src.errors import DamagedFileError
+from src.records import NUMBER, OPTIONAL_TEXT, Types, check_keys, damaged, read_json
+
+TRACKING = "tracking.json"
+TRACKING_KEYS: Mapping[str, Types] = {
+    "uri": str,
+    "run_id": OPTIONAL_TEXT,
+    "lines": int,
+    "samples": int,
+    "history": int,
+    "points": dict,
+    "trials": dict,
+    "files": dict,
+    "replaced": list,
+    "elsewhere": list,
+    "counts": (dict, NoneType),
+    "judged": list,
+}
+RUN_ID = re.compile(r"[a-zA-Z0-9][\w\-]{0,255}", re.ASCII)
+"""A run's id, by the rule of MLflow's."""
+PreviousRun = tuple[str, str]
+"""A run that a folder had before: its store's address as files have it, and its id there."""
+
+
+def read_tracking(folder: Path) -> dict[str, Any]:
+    """Return what tracking.json of a folder says.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        DamagedFileError: where it can't be read.
+    """
+    state = read_json(folder / TRACKING, TRACKING_KEYS, may_lack=[key for key in TRACKING_KEYS if key != "uri"])
+    try:
+        _check_points(state.get("points", {}))
+        if any(state.get(name, 0) < 0 for name in ("lines", "samples", "history")):
+            raise ValueError("a number of lines is negative")
+        for one in state.get("elsewhere", []):
+            check_keys({"elsewhere": one}, {"elsewhere": dict})
+            check_keys(one, {"uri": str, "run_id": str})
+        others = [*state.get("replaced", []), *(one["run_id"] for one in state.get("elsewhere", []))]
+        for run_id in (state.get("run_id"), *others):
+            if run_id is not None and not (isinstance(run_id, str) and RUN_ID.fullmatch(run_id)):
+                raise ValueError(f"{json.dumps(run_id)} is no id of a run")
+        check_keys(state.get("counts") or {}, dict.fromkeys(state.get("counts") or {}, NUMBER))
+    except ValueError as error:
+        raise damaged(folder / TRACKING, str(error), "") from error
+    return {"run_id": None} | state
+
+
+def _check_points(points: Mapping[str, Any]) -> None:
+    for step, by_name in points.items():
+        int(step)
+        check_keys(points, {step: dict})
+        check_keys(by_name, dict.fromkeys(by_name, list))
+        for values in by_name.values():
+            by_place = {str(place): value for place, value in enumerate(values)}
+            check_keys(by_place, dict.fromkeys(by_place, NUMBER))
+
+
+def tracked_before(folder: Path) -> dict[str, Any] | None:
+    """Return what a folder's tracking.json says, which a start may remove; None where it has or says nothing."""
+    try:
+        return read_tracking(folder)
+    except (FileNotFoundError, DamagedFileError):
+        return None
+
+
+def runs_left(state: Mapping[str, Any]) -> list[PreviousRun]:
+    """Return the runs that may still say RUNNING, by what a tracking.json says."""
+    is_open = state["run_id"] is not None and not state.get("ended")
+    own = [(state["uri"], state["run_id"])] if is_open else []
+    return [*((one["uri"], one["run_id"]) for one in state.get("elsewhere", [])), *own]

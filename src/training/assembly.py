@@ -1,0 +1,144 @@
+"""What a run puts together before its first step: the runtime, the model with its new tokens, the initial weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from src.checkpoint.exported import base_digests, exported_start, starting_model
+from src.checkpoint.locate import newest_weights
+from src.checkpoint.store import read_snapshot
+from src.config.gate import Job, parse
+from src.config.options import PROJECT_ROOT
+from src.config.schema import NoAdapterConfig, RunConfig
+from src.data.advice import Level, advice
+from src.data.dataset import Data, file_hashes
+from src.data.tokenizer import load_tokenizer
+from src.errors import CheckpointError, ModelError
+from src.model.adapters import Adapter, add_adapter
+from src.model.build import build_model, set_generation, with_zero_sizes
+from src.model.embeddings import (
+    StartedRows,
+    TokenMonitor,
+    as_they_are,
+    check_new_rows,
+    embedding_matrices,
+    resize_and_initialise,
+)
+from src.model.unlearned import unlearned_tokens
+from src.runtime.launch import num_processes
+from src.runtime.session import Runtime, start_runtime
+from src.runtime.sharding import deepspeed_settings
+from src.runtime.signals import StopRequest
+from src.tokens import NewTokens
+from src.tracking.provenance import provenance
+from src.tracking.tracker import Tracker
+from src.training.optim import cannot_learn
+from src.training.resume import ResumePoint, tokenizer_hash
+from src.training.state import TrainState
+
+
+@contextmanager
+def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[tuple[Runtime, Job, ResumePoint]]:
+    """Start computing; yield the runtime, and the first process's job and resume point, which count in all of them.
+
+    Raises:
+        TowlineError: where the device or the precision can't be had.
+    """
+    asked = job.config
+    settings = deepspeed_settings(with_zero_sizes(asked), num_processes())
+    with start_runtime(asked.runtime, asked.training.mixed_precision, asked.seed, stop, settings) as runtime:
+        frozen, run_dir, found = runtime.from_main((job.frozen, job.run_dir, found))
+        config = starting_model(asked if frozen is job.frozen else parse(frozen))
+        with nullcontext() if config.data.cache_dir is not None else runtime.shared_folder() as folder:
+            if folder is not None:
+                config = replace(config, data=replace(config.data, cache_dir=str(folder)))
+            yield runtime, replace(job, config=config, frozen=frozen, run_dir=run_dir), found
+
+
+def record_origin(tracker: Tracker, job: Job, config: RunConfig, runtime: Runtime) -> dict[str, Any]:
+    """Keep where the run comes from and DeepSpeed's settings in its folder; return the provenance."""
+    made = provenance(job.frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
+    tracker.record_once("provenance.json", made)
+    if (settings := deepspeed_settings(with_zero_sizes(config), runtime.num_processes)) is not None:
+        tracker.record("deepspeed.json", settings)
+    return made
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A model with its new tokens and its adapter, before it is wrapped for training."""
+
+    model: Any
+    adapter: Adapter | None
+    started: StartedRows
+    """The rows that new tokens start from."""
+    base: Mapping[str, Any] | None
+    """Size and checksum of each file of the local model that the adapter is trained on."""
+
+    def load_initial(self, state: TrainState, tokenizer: Any, runtime: Runtime, config: RunConfig) -> list[str]:
+        """Check that the new rows have survived wrapping, and load the checkpoint of `init_from`; return warnings.
+
+        Raises:
+            CheckpointError: where the checkpoint does not fit the model.
+        """
+        check_new_rows(state.model, self.started)
+        if config.init_from is None or exported_start(config) is not None:
+            return []
+        checkpoint, warnings = newest_weights(Path(config.init_from))
+        kept = read_snapshot(checkpoint)
+        if kept.state["facts"]["tokenizer"] != tokenizer_hash(tokenizer):
+            raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
+        state.restore_weights(kept.weights, runtime)
+        state.new_rows = TokenMonitor(state.model, state.new_rows.ids)
+        return warnings
+
+
+def assemble_model(config: RunConfig, tokenizer: Any, new_tokens: NewTokens, data: Data, runtime: Runtime) -> Assembled:
+    """Load the model, quantised where asked; resize and initialise its embeddings, and add the adapter.
+
+    Raises:
+        ModelError: where the model can't be loaded or assembled as asked.
+    """
+    has_base = not isinstance(config.adapter, NoAdapterConfig) and runtime.is_main
+    base = base_digests(config.model.checkpoint) if has_base else None
+    model = build_model(config, runtime.device)
+    set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
+    unlearned = unlearned_tokens(model, tokenizer, new_tokens, config.model)
+    started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned)
+    matrices = [matrix.module for matrix in embedding_matrices(model)]
+    new_ids = list(started.ids.values())
+    adapter = add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
+    if _load_initial_adapter(adapter, tokenizer, config):
+        started = as_they_are(model, started)
+    return Assembled(model, adapter, started, base)
+
+
+def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> bool:
+    """Load the adapter of `init_from`, before the model is sharded; return False where it names none.
+
+    Raises:
+        ModelError: where it does not fit the model.
+    """
+    folder = exported_start(config)
+    if folder is None or not (folder / "adapter_config.json").exists():
+        return False
+    if adapter is None:
+        raise ModelError(
+            f"init_from: {folder} is an adapter, so it needs one here too (adapter=lora); "
+            "a run with export.merge=true gives whole weights"
+        )
+    saved, _ = load_tokenizer(replace(config.model, checkpoint=str(folder), revision=None), config.tokens)
+    if tokenizer_hash(saved) != tokenizer_hash(tokenizer):
+        raise ModelError(f"init_from: the tokens of {folder} have other ids than here")
+    adapter.load(folder)
+    return True
+
+
+def warnings_ahead(config: RunConfig, data: Data, tokenizer: Any, state: TrainState) -> list[str]:
+    """Return what about the data and the schedule will likely make the training worse than it could be."""
+    found = [one.text for one in advice(config, data, tokenizer) if one.level is not Level.note]
+    return [*found, *cannot_learn(config.scheduler, state.num_steps)]
