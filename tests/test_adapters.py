@@ -98,11 +98,7 @@ class Assembled:
         self.started: StartedRows = resize_and_initialise(
             self.model, self.tokenizer, self.new, self.config.tokens, self.config.seed, unlearned
         )
-        matrices = [matrix.module for matrix in embedding_matrices(self.model)]
-        ids = list(self.started.ids.values())
-        self.adapter: Adapter | None = add_adapter(
-            self.model, self.config.adapter, self.config.model, ids, matrices, is_merged=self.config.export.merge
-        )
+        self.adapter: Adapter | None = add_adapter(self.model, self.config, list(self.started.ids.values()))
         self.state: TrainState = prepare(self.model, self.data.train, self.config, runtime, self.new.ids)
 
     def train(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from src.config.schema import Device, LoraConfig, MixedPrecision, RunConfig, ZeroConfig
+from src.config.schema import Device, MixedPrecision, RunConfig, ZeroConfig
 from src.data.batching import Plan, Sequences, collate, steps_per_epoch
 from src.data.dataset import Data, first_block
 from src.data.sets import EncodedSet
@@ -33,7 +33,7 @@ from src.inspection import workload
 from src.inspection.findings import Finding, Level
 from src.model.adapters import add_adapter
 from src.model.build import build_model, with_zero_sizes
-from src.model.embeddings import embedding_matrices, fit_embeddings
+from src.model.embeddings import fit_embeddings
 from src.model.quantization import put_quantised_layers, quantization_settings
 from src.runtime.session import start_runtime
 from src.runtime.signals import stop_on_signals
@@ -249,17 +249,16 @@ def planned_parameters(config: RunConfig, model: Any, new_ids: Sequence[int]) ->
     if config.quantization.is_on and not _starts_from_values(config):
         settings = quantization_settings(config.quantization, config.model, config.training.mixed_precision)
         put_quantised_layers(model, settings)
-    if not isinstance(config.adapter, LoraConfig):
+    if config.lora is None:
         return parameters
-    adapter = replace(config.adapter, init_lora_weights=True)  # other ways to start compute with the weights
-    matrices = [matrix.module for matrix in embedding_matrices(model)]
-    add_adapter(model, adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
+    adapter = replace(config.lora, init_lora_weights=True)  # other ways to start compute with the weights
+    add_adapter(model, replace(config, adapter=adapter), new_ids)
     return with_adapter(parameters, model)
 
 
 def _starts_from_values(config: RunConfig) -> bool:
     """Return whether PEFT needs the values of quantised weights to put the adapter in."""
-    return config.quantization.load_in_4bit and isinstance(config.adapter, LoraConfig) and config.adapter.use_dora
+    return config.quantization.load_in_4bit and config.lora is not None and config.lora.use_dora
 
 
 def resident_bytes() -> int:
@@ -289,8 +288,7 @@ def _measure(
     ):
         model = build_model(config, runtime.device)
         fit_embeddings(model, num_token_ids(tokenizer), config.tokens.pad_to_multiple_of)
-        matrices = [matrix.module for matrix in embedding_matrices(model)]
-        add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
+        add_adapter(model, config, new_ids)
         state = prepare(model, train, config, runtime)
         state.scored.train()
         pad = tokenizer.pad_token_id or 0

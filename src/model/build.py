@@ -21,7 +21,6 @@ from src.config.schema import (
     Attention,
     Dtype,
     GenerationConfig,
-    LoraConfig,
     ModelConfig,
     ModelType,
     RunConfig,
@@ -84,8 +83,8 @@ def check_adapter_of(config: RunConfig) -> None:
     Raises:
         ModelError: saying what does not go together.
     """
-    if isinstance(config.adapter, LoraConfig):
-        check_adapter(empty_model(config.model), config.adapter, config.model, is_merged=config.export.merge)
+    if config.adapter.is_on:
+        check_adapter(empty_model(config.model), config)
 
 
 def check_stored_bits(config: RunConfig, architecture: Any) -> None:
@@ -97,7 +96,7 @@ def check_stored_bits(config: RunConfig, architecture: Any) -> None:
     if getattr(architecture, "quantization_config", None) is None:
         return
     stored = f"{config.model.checkpoint} is stored quantised"
-    if not isinstance(config.adapter, LoraConfig):
+    if not config.adapter.is_on:
         raise ModelError(f"{stored}, and such weights can't be trained: adapter=lora, or the whole checkpoint")
     if config.quantization.is_on:
         raise ModelError(f"{stored} already: quantization=none")

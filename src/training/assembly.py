@@ -13,7 +13,7 @@ from src.checkpoint.locate import newest_weights
 from src.checkpoint.store import read_snapshot
 from src.config.gate import Job, parse
 from src.config.options import PROJECT_ROOT
-from src.config.schema import NoAdapterConfig, RunConfig
+from src.config.schema import RunConfig
 from src.data.advice import Level, advice
 from src.data.dataset import Data, file_hashes
 from src.data.tokenizer import load_tokenizer
@@ -25,7 +25,6 @@ from src.model.embeddings import (
     TokenMonitor,
     as_they_are,
     check_new_rows,
-    embedding_matrices,
     resize_and_initialise,
 )
 from src.model.unlearned import unlearned_tokens
@@ -103,15 +102,13 @@ def assemble_model(config: RunConfig, tokenizer: Any, new_tokens: NewTokens, dat
     Raises:
         ModelError: where the model can't be loaded or assembled as asked.
     """
-    has_base = not isinstance(config.adapter, NoAdapterConfig) and runtime.is_main
+    has_base = config.adapter.is_on and runtime.is_main
     base = base_digests(config.model.checkpoint) if has_base else None
     model = build_model(config, runtime.device)
     set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
     unlearned = unlearned_tokens(model, tokenizer, new_tokens, config.model)
     started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned)
-    matrices = [matrix.module for matrix in embedding_matrices(model)]
-    new_ids = list(started.ids.values())
-    adapter = add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
+    adapter = add_adapter(model, config, list(started.ids.values()))
     if _load_initial_adapter(adapter, tokenizer, config):
         started = as_they_are(model, started)
     return Assembled(model, adapter, started, base)
