@@ -83,7 +83,7 @@ def _tokens(config: RunConfig, state: TrainState, tokenizer: Any, new: NewTokens
 
 
 def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
-    """Say what checkpoints and the exported model take at most, and whether there is room."""
+    """Return what checkpoints and the exported model take at most, and whether there is room."""
     weights, optimizer = checkpoint_bytes(trained_of(state.model), config.optimizer)
     if optimizer is None:
         return f"more than {human_bytes(weights)} a checkpoint: nothing is known of what {config.optimizer.type} keeps"

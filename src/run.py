@@ -7,11 +7,12 @@ called. The command line is answered before what it needs is imported, and torch
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from src.cli.main import as_command, main
+    from src.cli.entry import as_command
+    from src.cli.main import main
 
     as_command(main)
 
-from src.config.gate import Job
+from src.config.job import Job
 from src.data.dataset import build_data
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.evaluate import open_evaluation

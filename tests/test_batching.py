@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from src.config.schema import Batching, Device, MixedPrecision, RunConfig, RuntimeConfig
-from src.data.batching import Batch, Plan, Sequences, Window, collate, pack, steps_per_epoch, windows
+from src.data.batching import Batch, BatchSampler, Sequences, Window, collate, pack, steps_per_epoch, windows
 from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX
 from src.data.sets import EncodedSet
@@ -69,7 +69,7 @@ def runtime() -> Iterator[Runtime]:
 # Order
 
 
-def epochs(rows: EncodedSet, plan: Plan, seed: int, count: int) -> list[list[Window]]:
+def epochs(rows: EncodedSet, plan: BatchSampler, seed: int, count: int) -> list[list[Window]]:
     """Give the windows of the first epochs."""
     found: list[list[Window]] = [[]]
     for window in windows(rows, plan, seed):
@@ -96,7 +96,7 @@ def order_of(epoch: list[Window]) -> list[int]:
 def test_every_row_comes_once_in_an_epoch(
     rows: EncodedSet, batching: Batching, size: int, accumulation: int, seed: int
 ) -> None:
-    plan = Plan(batching, size, accumulation, capacity=64)
+    plan = BatchSampler(batching, size, accumulation, capacity=64)
     for epoch in epochs(rows, plan, seed, 3):
         assert sorted(order_of(epoch)) == list(range(len(rows)))
         assert len(epoch) == steps_per_epoch(rows, plan, seed)
@@ -108,7 +108,7 @@ def test_every_row_comes_once_in_an_epoch(
 
 @pytest.mark.parametrize("batching", list(Batching))
 def test_order_follows_seed_and_epoch(rows: EncodedSet, batching: Batching) -> None:
-    plan = Plan(batching, 4, 2, capacity=64)
+    plan = BatchSampler(batching, 4, 2, capacity=64)
     orders = [tuple(order_of(epoch)) for seed in (1, 2) for epoch in epochs(rows, plan, seed, 3)]
     assert len(set(orders)) == 6
     again = [tuple(order_of(epoch)) for seed in (1, 2) for epoch in epochs(rows, plan, seed, 3)]
@@ -116,7 +116,7 @@ def test_order_follows_seed_and_epoch(rows: EncodedSet, batching: Batching) -> N
 
 
 def padded_tokens(rows: EncodedSet, batching: Batching) -> int:
-    plan = Plan(batching, 4, 1, capacity=64)
+    plan = BatchSampler(batching, 4, 1, capacity=64)
     return sum(
         collate(rows, sequences, PAD).input_ids.numel() for sequences in plan.micro_batches(rows.lengths, [1, 0])
     )
@@ -130,7 +130,7 @@ def test_grouping_and_packing_pad_less(rows: EncodedSet) -> None:
 
 def test_grouped_batches_come_in_random_order_and_only_the_last_is_short() -> None:
     lengths = np.random.default_rng(3).integers(1, 1000, 1003)
-    batches = Plan(Batching.length_grouped, 8, 1, 1000).micro_batches(lengths, [1, 0])
+    batches = BatchSampler(Batching.length_grouped, 8, 1, 1000).micro_batches(lengths, [1, 0])
     assert [len(batch) for batch in batches] == [8] * 125 + [3]
     means = np.array([np.mean([lengths[row] for (row,) in batch]) for batch in batches])
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.3

@@ -31,10 +31,10 @@ from src.data.cache import RowCache, tokenizer_fingerprint
 from src.data.dataset import Data, build_data
 from src.data.encoding import Encoder, Lengths
 from src.data.preparation import EncodingConfig, prepared
-from src.data.readers import Record
+from src.data.readers.record import Record
 from src.data.sets import EncodedSet
 from src.data.sources import file_source
-from src.data.store import ACCOUNT, ROWS
+from src.data.store import ROWS, STATS
 from src.data.tokenizer import load_tokenizer
 from src.errors import DataError
 from tests.conftest import ROOT, admitted, write_lines
@@ -471,13 +471,13 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "rows empty": lambda entry: os.truncate(entry / ROWS, 0),
     "rows gone": lambda entry: os.unlink(entry / ROWS),
     "rows other": lambda entry: (entry / ROWS).write_text("not Arrow at all, but long enough to look for a footer"),
-    "account gone": lambda entry: os.unlink(entry / ACCOUNT),
-    "account empty": lambda entry: (entry / ACCOUNT).write_text(""),
-    "account of nothing": lambda entry: (entry / ACCOUNT).write_text("{}"),
-    "account no object": lambda entry: (entry / ACCOUNT).write_text("[]"),
-    "account of another version": lambda entry: (entry / ACCOUNT).write_text('{"dropped": [], "more": 1}'),
-    "account of bytes": lambda entry: (entry / ACCOUNT).write_bytes(b"\xff"),
-    "a folder of nothing": lambda entry: [os.unlink(entry / name) for name in (ROWS, ACCOUNT)],
+    "account gone": lambda entry: os.unlink(entry / STATS),
+    "account empty": lambda entry: (entry / STATS).write_text(""),
+    "account of nothing": lambda entry: (entry / STATS).write_text("{}"),
+    "account no object": lambda entry: (entry / STATS).write_text("[]"),
+    "account of another version": lambda entry: (entry / STATS).write_text('{"dropped": [], "more": 1}'),
+    "account of bytes": lambda entry: (entry / STATS).write_bytes(b"\xff"),
+    "a folder of nothing": lambda entry: [os.unlink(entry / name) for name in (ROWS, STATS)],
 }
 
 
@@ -603,8 +603,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     few, many = (write_lines(tmp_path / f"{n}.jsonl", [{"prompt": "a", "completion": "b"}] * n) for n in (6000, 60_000))
     config = admitted(*chosen(few, tmp_path / "cache", "tokens=none")).config
     recipe, cache = recipe_of(config), RowCache(str(tmp_path / "cache"), lambda _: None)
-    cache.part("train", file_source([few], 9), recipe)  # what is made once
-    small, large = (peak(lambda f=file: cache.part("train", file_source([f], None), recipe)) for file in (few, many))
+    cache.shard("train", file_source([few], 9), recipe)  # what is made once
+    small, large = (peak(lambda f=file: cache.shard("train", file_source([f], None), recipe)) for file in (few, many))
     assert (large - small) / 54_000 < 64  # a few numbers of each row
 
     def build(file: str) -> int:
@@ -618,9 +618,9 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
 def test_a_part_is_mapped_into_memory_and_not_read(tmp_path: Path, file: str) -> None:
     recipe = recipe_of(admitted(*chosen(file, tmp_path / "cache")).config)
     cache = RowCache(str(tmp_path / "cache"), lambda _: None)
-    cache.part("train", file_source([file], None), recipe)
+    cache.shard("train", file_source([file], None), recipe)
     before = pyarrow.total_allocated_bytes()
-    part = cache.part("train", file_source([file], None), recipe)
+    part = cache.shard("train", file_source([file], None), recipe)
     assert pyarrow.total_allocated_bytes() - before < 1000
     assert len(part) == 40
 
@@ -631,7 +631,7 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
         "from src.data.preparation import prepared\n"
         "from tests.conftest import admitted\n"
         "from tests.test_cache import recipe_of\n"
-        "from src.data.readers import Record\n"
+        "from src.data.readers.record import Record\n"
         "def forever():\n"
         "    while True:\n"
         "        yield Record({'prompt': 'a', 'completion': 'b'}, 'rows', 1)\n"

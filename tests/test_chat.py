@@ -17,13 +17,13 @@ from transformers import AutoTokenizer
 
 from src.config.schema import Overflow, RunConfig
 from src.data.chat import ChatTemplate
-from src.data.chat_render import FALLBACK_TEMPLATE, give_chat_template
+from src.data.chat_render import FALLBACK_TEMPLATE, set_chat_template
 from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX, Encoder, Lengths
 from src.data.examples import Example, Examples
 from src.data.formats import BadRow, Chat
 from src.data.formats.messages import read
-from src.data.readers import Record
+from src.data.readers.record import Record
 from src.data.sets import EncodedSet
 from src.errors import DataError, TokenError
 from tests.conftest import admitted, write_lines
@@ -193,7 +193,7 @@ def test_the_system_prompt_goes_in_front_where_the_row_has_none() -> None:
         ([message("user") | {"from": "gpt", "value": "text"}], "message 1: 'from' contradicts 'role'"),
         ([message("user") | {"from": "human", "value": "other"}], "message 1: 'value' contradicts 'content'"),
         ([message("system"), message("system")], "message 2 is a second system message"),
-        ([message("user"), message("system")], "message 2 is a system message behind the first turn"),
+        ([message("user"), message("system")], "message 2 is a system message after the first turn"),
         ([message("assistant")], "message 1: the assistant can't speak first"),
         ([message("system"), message("assistant")], "message 2: the assistant can't speak first"),
         ([message("user"), message("user")], "message 2 is a second user's message in a row"),
@@ -514,7 +514,7 @@ TURN = TEXTS.map("".join).filter(str.strip)
 def test_any_chat_is_the_templates_text_with_the_templates_ids(name: str, turns: list[tuple[str, str]]) -> None:
     template, turn = TURNS[name]
     tokenizer = with_template(template)
-    give_chat_template(tokenizer)
+    set_chat_template(tokenizer)
     texts = [text for pair in turns for text in pair]
     example = example_of(tokenizer, chat(*texts))
     (row,) = Encoder(tokenizer).encode([example], Lengths(10_000, None, Overflow.error))

@@ -12,11 +12,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from src.config.schema import RunConfig
-from src.data.dataset import Data, build_data, hold_out
+from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX
 from src.data.examples import Examples, fill
 from src.data.formats import BadRow
-from src.data.readers import Record
+from src.data.readers.record import Record
+from src.data.splits import hold_out
 from src.data.tokenizer import load_tokenizer
 from src.errors import DataError
 from tests.conftest import GSM8K, ROOT, admitted, read_lines, write_lines
@@ -123,9 +124,11 @@ def test_an_empty_set_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_a_share_of_train_is_held_out_by_seed(tmp_path: Path) -> None:
-    assert len(hold_out(100, 0.1, seed=5)) == 10
-    assert hold_out(100, 0.1, seed=5) == hold_out(100, 0.1, seed=5) != hold_out(100, 0.1, seed=6)
-    assert hold_out(100, 0.0, seed=5) == hold_out(1, 0.5, seed=5) == set()
+    assert hold_out(100, 0.1, seed=5).sum() == 10
+    first, again, other = (hold_out(100, 0.1, seed).tolist() for seed in (5, 5, 6))
+    assert first == again != other
+    assert not hold_out(100, 0.0, seed=5).any()
+    assert not hold_out(1, 0.5, seed=5).any()
     file = write_lines(tmp_path / "rows.jsonl", ROWS)
     _, _, data = built(*only(file, "data.validation_fraction=0.2"))
     assert (len(data.train), len(data.validation["validation"])) == (8, 2)
@@ -258,7 +261,8 @@ def test_gsm8k_becomes_question_thoughts_and_answer() -> None:
 
 
 def test_a_held_out_set_of_which_nothing_is_left_is_told(tmp_path: Path) -> None:
-    rows = [{"prompt": "x" * (90 if i in hold_out(40, 0.05, seed=42) else 2), "completion": "y"} for i in range(40)]
+    is_held_out = hold_out(40, 0.05, seed=42)
+    rows = [{"prompt": "x" * (90 if is_held_out[i] else 2), "completion": "y"} for i in range(40)]
     file = write_lines(tmp_path / "rows.jsonl", rows)
     overrides = ["data.validation_fraction=0.05", "data.max_seq_length=40", "data.max_dropped_fraction=0.5"]
     with pytest.raises(DataError, match=r"every row that data\.validation_fraction holds out is dropped"):

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from src.config.schema import Overflow
 from src.data.encoding import ANSWER, IGNORE_INDEX, THOUGHT, EncodedRow, Encoder, Lengths
 from src.data.examples import Example
-from src.data.readers import Record
+from src.data.readers.record import Record
 from src.data.segments import Segment
 from src.data.sets import EncodedSet
 from src.data.store import Shard, SourceStats, to_batch
@@ -107,8 +107,8 @@ def encoder_of(kind: str) -> Encoder:
 
 
 def example(prompt: str, completion: str) -> Example:
-    pieces = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
-    return Example(pieces, prompt, completion, completion)
+    segments = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
+    return Example(segments, prompt, completion, completion)
 
 
 def stored(encoder: Encoder, pairs: Sequence[tuple[str, str]], lengths: Lengths = LONG) -> EncodedSet:
@@ -142,7 +142,7 @@ def check(kind: str, rows: EncodedSet, index: int) -> None:
     assert [i for i, label in enumerate(row.labels) if label != IGNORE_INDEX] == learned
     assert row.labels[learned].tolist() == row.input_ids[learned].tolist()
     in_text = {token: prompt.count(token) + completion.count(token) for token in [*control, *TAGS, "<|turn|>"]}
-    assert rows.parts[0].column("num_control_tokens")[index] == sum(in_text[token] for token in control)
+    assert rows.shards[0].column("num_control_tokens")[index] == sum(in_text[token] for token in control)
     for token in {*TAGS, "<|turn|>"} & set(tokenizer.get_added_vocab()):
         assert body.count(tokenizer.convert_tokens_to_ids(token)) == in_text[token]
 

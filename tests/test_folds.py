@@ -19,11 +19,12 @@ from hypothesis import strategies as some
 from src import preflight
 from src.checkpoint.compatibility import Impact, compare_configs
 from src.cli.start import run_job as train
-from src.config.compose import CONF, options
+from src.config.command_line import options
 from src.config.gate import admit_prediction
+from src.config.options import CONF
 from src.data.dataset import Data, build_data, file_hashes
-from src.data.folds import assign_folds, assign_group_folds
 from src.data.sources import FileSource
+from src.data.splits import assign_folds, assign_group_folds
 from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError
 from src.runtime.signals import StopRequest
@@ -362,9 +363,7 @@ def test_an_unreadable_row_is_told_as_ever(tmp_path: Path) -> None:
 def test_too_few_rows_or_groups_are_told(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", rows_of("aabb"))
     own = [f"data.train_files=['{file}']", "data.fold=0"]
-    with pytest.raises(
-        DataError, match=r"data\.num_folds = 5 needs as many rows of train, and there are 4: give fewer"
-    ):
+    with pytest.raises(DataError, match=r"data\.num_folds = 5 needs as many rows of train, and there are 4"):
         built(*own, "data.num_folds=5")
     with pytest.raises(DataError, match=r"num_folds = 3 needs as many groups, and data\.group_column finds 2 in train"):
         built(*own, "data.num_folds=3", "data.group_column=patient")
@@ -383,4 +382,4 @@ def test_a_fold_of_which_nothing_is_left_is_told_from_both_sides(tmp_path: Path)
             built(*own, f"data.fold={fold}")
         said.append(str(caught.value))
     assert any("nothing of it is left to train on" in text for text in said)
-    assert any("is dropped: give fewer folds (data.num_folds)" in text for text in said)
+    assert any("is dropped: set fewer folds (data.num_folds)" in text for text in said)

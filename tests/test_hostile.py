@@ -25,14 +25,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import chat_template_utils
 
-from src import patterns, templates
+from src import patterns
 from src.config.schema import Overflow
-from src.data import cache, preparation, readers
+from src.data import bad_rows, cache, preparation
 from src.data.chat_render import render
 from src.data.dataset import build_data
 from src.data.encoding import Lengths
 from src.data.formats import BadRow
 from src.data.preparation import EncodingConfig
+from src.data.readers import json as json_reader
+from src.data.readers import parquet as parquet_reader
+from src.data.readers import read_file, record
+from src.data.readers.record import Record, Unreadable
 from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError, LimitError, ModelError, report, visible
 from src.inspection.drawing import Paint
@@ -44,6 +48,7 @@ from src.model.card import model_card
 from src.patterns import Pattern
 from src.sweep import leaderboard
 from src.sweep.ranking import Row
+from src.templates import budget, sandbox
 from src.tracking.console import Console
 from tests import chat_templates
 from tests.conftest import admitted, write_lines
@@ -272,10 +277,10 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def short_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 0.05)
-    monkeypatch.setattr(templates, "MAX_SIZE", 2**22)
-    monkeypatch.setattr(templates, "MAX_MADE", 2**24)
-    monkeypatch.setattr(templates, "MAX_PRODUCT", 2**24)
+    monkeypatch.setattr(budget, "SECONDS", 0.05)
+    monkeypatch.setattr(budget, "MAX_SIZE", 2**22)
+    monkeypatch.setattr(budget, "MAX_MADE", 2**24)
+    monkeypatch.setattr(sandbox, "MAX_PRODUCT", 2**24)
 
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -498,11 +503,11 @@ def test_json_is_read_alike_in_pieces_of_any_size(monkeypatch: pytest.MonkeyPatc
     for number, content in enumerate(contents):
         file = tmp_path / f"{number}.json"
         file.write_bytes(content)
-        whole = list(readers.read_file(str(file)))
+        whole = list(read_file(str(file)))
         numbered = [row for row in whole if row.number is not None]
         for size in (1, 2, 3, 7, 64):
-            monkeypatch.setattr(readers, "JSON_CHUNK_BYTES", size)
-            pieces = list(readers.read_file(str(file)))
+            monkeypatch.setattr(json_reader, "CHUNK_BYTES", size)
+            pieces = list(read_file(str(file)))
             assert pieces[-1:] == whole[-1:]
             assert [row for row in pieces if row.number is not None][: len(numbered)] == numbered
         monkeypatch.undo()
@@ -523,32 +528,32 @@ def test_json_is_read_alike_in_pieces_of_any_size(monkeypatch: pytest.MonkeyPatc
 def test_a_small_file_that_unpacks_to_gigabytes_is_refused_by_its_line(
     name: str, content: bytes, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 2**12)
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 2**16)
-    monkeypatch.setattr(readers, "MAX_BLANK_BYTES", 2**16)
+    monkeypatch.setattr(record, "MAX_ROW_BYTES", 2**12)
+    monkeypatch.setattr(record, "MAX_LINE_BYTES", 2**16)
+    monkeypatch.setattr(record, "MAX_BLANK_BYTES", 2**16)
     file = tmp_path / f"{name}.gz"
     begin = content[:-1] if name == "string.json" else b""
     with gzip.open(file, "wb", compresslevel=1) as out:
         out.write(begin + content[-1:] * 2**18)
-    (row,) = readers.read_file(str(file))
-    assert isinstance(row, readers.Unreadable)
+    (row,) = read_file(str(file))
+    assert isinstance(row, Unreadable)
     assert re.match(f"{re.escape(str(file))}{told}", f"{row.place}{'' if row.number is None else ' '}{row.reason}")
 
 
 def test_a_table_of_one_gigantic_value_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = str(tmp_path / "rows.parquet")
     parquet.write_table(pa.table({"prompt": ["a", "b" * 2**20]}), file, row_group_size=1, use_dictionary=False)
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 2**16)
-    good, bad = readers.read_file(file)
-    assert isinstance(good, readers.Record)
+    monkeypatch.setattr(record, "MAX_LINE_BYTES", 2**16)
+    good, bad = read_file(file)
+    assert isinstance(good, Record)
     assert (bad.place, str(bad.reason).split(",")[0]) == (f"{file}:2", "longer than 64 MiB")  # type: ignore[union-attr]
 
 
 def numbers(file: str) -> list[int]:
     """Return the field n of all rows of a file, which must be readable."""
-    rows = list(readers.read_file(file))
-    assert all(isinstance(row, readers.Record) and row.number == i for i, row in enumerate(rows, start=1))
-    return [row.fields["n"] for row in rows if isinstance(row, readers.Record)]
+    rows = list(read_file(file))
+    assert all(isinstance(row, Record) and row.number == i for i, row in enumerate(rows, start=1))
+    return [row.fields["n"] for row in rows if isinstance(row, Record)]
 
 
 def test_rows_that_repeat_a_large_value_are_read_a_few_at_a_time(
@@ -557,11 +562,11 @@ def test_rows_that_repeat_a_large_value_are_read_a_few_at_a_time(
     file = str(tmp_path / "rows.parquet")
     parquet.write_table(pa.table({"prompt": ["b" * 1000] * 100, "n": range(100)}), file, compression="zstd")
     metadata = parquet.ParquetFile(file).metadata
-    columns = readers._columns(file, metadata, 0)
+    columns = parquet_reader._columns(file, metadata, 0)
     assert (columns[0].largest, columns[1].largest) == (1004, 16)  # a text, and its length in 4 bytes
-    assert readers._rows_at_once(columns, 1) == readers.PARQUET_BATCH_ROWS
-    monkeypatch.setattr(readers, "PARQUET_BATCH_BYTES", 10_000)
-    assert readers._rows_at_once(columns, 1) == 9
+    assert parquet_reader._rows_per_batch(columns, 1) == parquet_reader.BATCH_ROWS
+    monkeypatch.setattr(parquet_reader, "BATCH_BYTES", 10_000)
+    assert parquet_reader._rows_per_batch(columns, 1) == 9
     assert numbers(file) == list(range(100))
 
 
@@ -577,12 +582,12 @@ def test_a_small_table_that_unpacks_to_gigabytes_takes_little_memory(store_schem
     parquet.write_table(table, file, compression="zstd", store_schema=store_schema)
     assert file.stat().st_size < 200_000
     before, most = pa.total_allocated_bytes(), 0
-    for row in readers.read_file(str(file)):
+    for row in read_file(str(file)):
         most = max(most, pa.total_allocated_bytes() - before)
-        if isinstance(row, readers.Unreadable):
+        if isinstance(row, Unreadable):
             break
         assert row.fields == {"prompt": "b" * 2**20, "n": row.number - 1}
-    assert most < 2.5 * readers.PARQUET_BATCH_BYTES
+    assert most < 2.5 * parquet_reader.BATCH_BYTES
     assert "unpacks to more than 1.0 GiB and 500 times its size" in row.reason
     assert 1000 < (row.number or 0) < 1100
 
@@ -592,11 +597,11 @@ def test_one_row_that_repeats_a_large_value_is_refused_before_it_is_made(tmp_pat
     texts = pa.StructArray.from_arrays([repeated(5000, 2**20), pa.array(["user"] * 5000)], ["content", "role"])
     lists = pa.ListArray.from_arrays(pa.array([0, 1, 4999, 5000], pa.int32()), texts)
     parquet.write_table(pa.table({"messages": lists}), file, compression="zstd", store_schema=False)
-    first, bad, last = readers.read_file(file)
-    assert isinstance(first, readers.Record)
-    assert isinstance(last, readers.Record)
+    first, bad, last = read_file(file)
+    assert isinstance(first, Record)
+    assert isinstance(last, Record)
     assert first.fields == last.fields == {"messages": [{"content": "b" * 2**20, "role": "user"}]}
-    assert bad == readers.Unreadable(file, 2, "longer than 4 MiB; is this really one row?")
+    assert bad == Unreadable(file, 2, "longer than 4 MiB; is this really one row?")
 
 
 def test_tables_are_read_alike_in_pieces_of_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -614,29 +619,29 @@ def test_tables_are_read_alike_in_pieces_of_any_size(monkeypatch: pytest.MonkeyP
         }
     )
     parquet.write_table(table, file, row_group_size=7)
-    whole = list(readers.read_file(file))
-    assert [row.fields for row in whole if isinstance(row, readers.Record)] == table.to_pylist()
+    whole = list(read_file(file))
+    assert [row.fields for row in whole if isinstance(row, Record)] == table.to_pylist()
     for batch, piece in ((1, 1), (100_000, 1), (100_000, 300), (2000, 2000)):
-        monkeypatch.setattr(readers, "PARQUET_BATCH_BYTES", batch)
-        monkeypatch.setattr(readers, "PARQUET_PIECE_BYTES", piece)
-        monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1000)
-        assert list(readers.read_file(file)) == whole
+        monkeypatch.setattr(parquet_reader, "BATCH_BYTES", batch)
+        monkeypatch.setattr(parquet_reader, "SLICE_BYTES", piece)
+        monkeypatch.setattr(record, "MAX_ROW_BYTES", 1000)
+        assert list(read_file(file)) == whole
 
 
 def test_a_packed_file_of_many_times_its_size_is_not_read_to_its_end(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(readers, "MAX_UNPACKED_BYTES", 2**20)
+    monkeypatch.setattr(record, "MAX_UNPACKED_BYTES", 2**20)
     for name, content in (("a.jsonl.gz", b'{"a": 1}\n' * 2**17), ("a.json.gz", b"[" + b'{"a": 1},' * 2**17)):
         file = tmp_path / name
         file.write_bytes(gzip.compress(content))
-        monkeypatch.setattr(readers, "MAX_UNPACKED_TIMES", 100)
-        *good, bad = readers.read_file(str(file))
-        assert isinstance(bad, readers.Unreadable)
+        monkeypatch.setattr(record, "MAX_UNPACKED_RATIO", 100)
+        *good, bad = read_file(str(file))
+        assert isinstance(bad, Unreadable)
         assert re.search(r"unpacks to more than 1.0 MiB and 100 times its size", bad.reason)
         assert 10**5 < len(good) < 2**17
-        monkeypatch.setattr(readers, "MAX_UNPACKED_TIMES", 1000)
-        assert sum(isinstance(row, readers.Record) for row in readers.read_file(str(file))) == 2**17
+        monkeypatch.setattr(record, "MAX_UNPACKED_RATIO", 1000)
+        assert sum(isinstance(row, Record) for row in read_file(str(file))) == 2**17
 
 
 def test_rows_on_their_way_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -653,11 +658,11 @@ def test_rows_on_their_way_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch)
     texts = ["a" * size for size in [10] * 600 + [3000] * 300 + [20_000] * 3 + [10] * 40 + [3000] * 10]
     taken = 0
 
-    def records() -> Iterator[readers.Record]:
+    def records() -> Iterator[Record]:
         nonlocal taken
         for number, text in enumerate(texts, start=1):
             taken += len(text)
-            yield readers.Record({"prompt": "p", "completion": text}, "file", number)
+            yield Record({"prompt": "p", "completion": text}, "file", number)
 
     whole = [row for chunk in preparation.prepared(records(), recipe) for row in chunk.rows.to_pylist()]
     monkeypatch.setattr(preparation, "CHUNK_BYTES", 10_000)
@@ -684,7 +689,7 @@ def test_prepared_rows_leave_room_on_the_disk(monkeypatch: pytest.MonkeyPatch, t
     ]
     config = admitted(*given).config
     tokenizer, _ = load_tokenizer(config.model, config.tokens)
-    monkeypatch.setattr(cache, "ROOM_BYTES", 2**17)
+    monkeypatch.setattr(cache, "UNCHECKED_BYTES", 2**17)
     free = shutil.disk_usage(tmp_path)._replace(total=2**40, free=2**28)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: free)
     with pytest.raises(DataError, match=r"no space left for prepared rows .* data\.limit"):
@@ -751,7 +756,7 @@ def test_filters_of_ordinary_templates_take_long_texts(tokenizer: Any) -> None:
 def test_a_file_of_rubbish_is_not_read_to_its_end(
     group: bool, bad: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cache, "MOST_BAD", 500)
+    monkeypatch.setattr(bad_rows, "MAX_BAD", 500)
     good = b'{"prompt": "p", "completion": "c", "g": 1}\n{"prompt": "p", "completion": "c", "g": 2}\n'
     folds = ["data.num_folds=2", "data.fold=0", "data.group_column=g"] if group else []
 

@@ -172,7 +172,7 @@ def test_each_class_of_tokenizer_keeps_the_ids_when_it_is_saved_loaded_and_copie
     tokenizer.save_pretrained(tmp_path / "again")
     again = AutoTokenizer.from_pretrained(tmp_path / "again")
     assert again.get_vocab() == tokenizer.get_vocab()
-    (ids,) = Encoder(tokenizer).encode_whole(["low<ToW>a</ToW>"], is_rendered=False)
+    (ids,) = Encoder(tokenizer).encode_texts(["low<ToW>a</ToW>"], is_rendered=False)
     assert [i for i in ids if i >= first] == [first, first + 1]
     _, known = load_tokenizer(config_of(tmp_path / "again").model, config.tokens)
     assert known.known == new.added

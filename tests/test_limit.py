@@ -18,7 +18,7 @@ import pytest
 from src.data import sources
 from src.data.dataset import Data, build_data, build_prompts
 from src.data.encoding import Encoder
-from src.data.readers import Row
+from src.data.readers.record import ReadResult
 from src.data.sets import EncodedSet
 from src.data.tokenizer import load_tokenizer
 from src.errors import DataError
@@ -42,7 +42,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Count the records that are taken from files, and the rows that are encoded."""
     found, read_file, encode = Seen(), sources.read_file, Encoder.encode
 
-    def reading(file: str) -> Iterator[Row]:
+    def reading(file: str) -> Iterator[ReadResult]:
         for row in read_file(file):
             found.read[Path(file).name] += 1
             yield row
@@ -180,7 +180,7 @@ def test_of_a_data_set_of_the_library_no_file_beyond_is_opened(
     assert isinstance(data.train, EncodedSet)
     assert [data.train.prompt(i) for i in range(len(data.train))] == [row["prompt"] for row in GOOD[:LIMIT]]
     assert len(seen.encoded) == LIMIT
-    with pytest.raises(DataError, match="can't be had"):
+    with pytest.raises(DataError, match="can't be loaded"):
         built(*chosen)
 
 

@@ -471,16 +471,16 @@ def test_a_template_that_needs_a_system_message_gets_one(tmp_path: Path) -> None
     assert data.train.prompt(0).startswith("<s>[system]Be brief.[user]0[assistant]x")
 
 
-SIGNS = ["\uf8d0", "a\uf8d1b", "\uf8d27\uf8d3", "</s>\uf8d20\uf8d3", "\uf8d2</s>", "\uf8d2٠\uf8d3"]
+MARKERS = ["\uf8d0", "a\uf8d1b", "\uf8d27\uf8d3", "</s>\uf8d20\uf8d3", "\uf8d2</s>", "\uf8d2٠\uf8d3"]
 
 
 @pytest.mark.parametrize("template", [None, PLAIN])
 @pytest.mark.parametrize("role", ["user", "assistant"])
-def test_characters_that_we_use_as_signs_are_kept_or_refused(tmp_path: Path, role: str, template: str | None) -> None:
+def test_characters_that_we_use_as_markers_are_kept_or_refused(tmp_path: Path, role: str, template: str | None) -> None:
     config = configured(Path(write_lines(tmp_path / "rows.jsonl", GOOD["messages"])), tmp_path / "cache", CHAT)
     tokenizer, _ = load_tokenizer(config.model, config.tokens)
     tokenizer.chat_template = template
-    for number, sign in enumerate(SIGNS):
+    for number, sign in enumerate(MARKERS):
         chat = [said("user", "q"), said("assistant", "a")]
         chat[role == "assistant"]["content"] = sign
         file = write_lines(tmp_path / f"{number}.jsonl", [{"messages": chat}])

@@ -19,12 +19,12 @@ from hypothesis import strategies as some
 
 from src.config.schema import Batching
 from src.data import preparation, stream
-from src.data.batching import Plan, windows
+from src.data.batching import BatchSampler, windows
 from src.data.dataset import Data, TrainSet, build_data
 from src.data.formats.dialogue_summary import clean
-from src.data.mixture import interleave, sample_counts
 from src.data.report import SplitReport
 from src.data.sets import EncodedSet
+from src.data.splits import interleave, sample_counts
 from src.data.stream import StreamedSet
 from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError
@@ -376,7 +376,7 @@ def streamed(*overrides: str) -> StreamedSet:
     return train
 
 
-def epochs_of(rows: TrainSet, plan: Plan, count: int, seed: int = 1) -> list[list[str]]:
+def epochs_of(rows: TrainSet, plan: BatchSampler, count: int, seed: int = 1) -> list[list[str]]:
     """Give the prompts of the first epochs, in their order."""
     found: list[list[str]] = [[]]
     for window in windows(rows, plan, seed):
@@ -406,12 +406,12 @@ def test_a_stream_gives_every_row_once_an_epoch(
     make: Callable[..., str], batching: Batching, size: int, accumulation: int, count: int
 ) -> None:
     rows = streamed(f"data.train_files=['{make('a', count)}']")
-    first, second = epochs_of(rows, Plan(batching, size, accumulation, capacity=64), 2)
+    first, second = epochs_of(rows, BatchSampler(batching, size, accumulation, capacity=64), 2)
     assert sorted(first) == sorted(second) == sorted(f"a{i}" for i in range(count))
     if count > 1:
         assert first != second
-        assert epochs_of(rows, Plan(batching, size, accumulation, capacity=64), 1) == [first]
-        assert epochs_of(rows, Plan(batching, size, accumulation, capacity=64), 1, seed=2) != [first]
+        assert epochs_of(rows, BatchSampler(batching, size, accumulation, capacity=64), 1) == [first]
+        assert epochs_of(rows, BatchSampler(batching, size, accumulation, capacity=64), 1, seed=2) != [first]
     if count == 57 and batching is not Batching.packed:  # shuffled within blocks
         assert {int(prompt[1:]) for prompt in first[:20]} == set(range(20))
 
@@ -433,7 +433,7 @@ def test_a_streamed_row_is_the_row_that_is_kept_otherwise(make: Callable[..., st
 @pytest.mark.parametrize("limit", [1, 10, 25, 40, 57, 1000])
 def test_a_limit_holds_for_an_epoch_of_a_stream(make: Callable[..., str], limit: int) -> None:
     rows = streamed(f"data.train_files=['{make('a', 57)}']", f"data.limit={limit}")
-    for epoch in epochs_of(rows, Plan(Batching.padded, 4, 2, 64), 2):
+    for epoch in epochs_of(rows, BatchSampler(Batching.padded, 4, 2, 64), 2):
         assert sorted(epoch) == sorted(f"a{i}" for i in range(min(limit, 57)))
 
 
@@ -479,7 +479,7 @@ def test_long_rows_are_streamed_in_small_blocks_that_can_be_read_again(
 def test_a_streamed_mixture_gives_the_rows_that_were_counted(make: Callable[..., str], order: str) -> None:
     sources = {"a": {"train_files": [make("a", 90)], "count": 33}, "b": {"train_files": [make("b", 90)], "count": 67}}
     rows = streamed(mixture(**{name: sources[name] for name in order}))
-    (given,) = epochs_of(rows, Plan(Batching.padded, 8, 1, 64), 1)
+    (given,) = epochs_of(rows, BatchSampler(Batching.padded, 8, 1, 64), 1)
     assert Counter(prompt[0] for prompt in given) == {"a": 33, "b": 67}
 
 
@@ -502,7 +502,7 @@ def test_a_bad_row_stops_a_stream_by_its_place(tmp_path: Path) -> None:
     train = streamed(f"data.train_files=['{file}']")
     seen = 0
     with pytest.raises(DataError, match=r"1 row can't be used:\n  .*rows\.jsonl:45  'prompt' is null"):
-        for window in windows(train, Plan(Batching.padded, 4, 1, 64), 1):
+        for window in windows(train, BatchSampler(Batching.padded, 4, 1, 64), 1):
             seen += len(window.micro_batches)
     assert seen == 9  # of 40 good rows; whether the tenth window is whole is not known yet
     rows[4] = rows[44]
@@ -517,7 +517,7 @@ def test_too_many_dropped_rows_stop_a_stream(make: Callable[..., str]) -> None:
     with pytest.raises(
         DataError, match=r"train: 15 of the first 60 rows would be dropped, more than data\.max_dropped_f"
     ):
-        epochs_of(train, Plan(Batching.padded, 4, 1, 64), 1)
+        epochs_of(train, BatchSampler(Batching.padded, 4, 1, 64), 1)
     with pytest.raises(DataError, match=r"9 of the first 9 rows|5 of the first"):
         streamed(f"data.train_files=['{make('b', 9, 5)}']", *cut)
 
@@ -525,7 +525,7 @@ def test_too_many_dropped_rows_stop_a_stream(make: Callable[..., str]) -> None:
 @pytest.mark.usefixtures("small_blocks")
 def test_worker_processes_stream_the_same(make: Callable[..., str]) -> None:
     file = f"data.train_files=['{make('a', 57)}']"
-    plan = Plan(Batching.padded, 4, 2, 64)
+    plan = BatchSampler(Batching.padded, 4, 2, 64)
     assert epochs_of(streamed(file, "data.preprocessing_num_workers=2"), plan, 1) == epochs_of(streamed(file), plan, 1)
 
 
@@ -600,7 +600,7 @@ def test_a_data_set_of_the_library_streams(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(stream, "BLOCK_ROWS", 6)
     monkeypatch.setattr(stream, "CHUNK_ROWS", 3)
     data = built(*STREAMED, f"data.dataset_name='{folder}'", "data.validation_split=validation")
-    for epoch in epochs_of(data.train, Plan(Batching.padded, 4, 2, 64), 2):
+    for epoch in epochs_of(data.train, BatchSampler(Batching.padded, 4, 2, 64), 2):
         assert sorted(epoch) == sorted(f"train{i}" for i in range(20))
     digest = data.train_digest()
     assert digest == built(*STREAMED, f"data.dataset_name='{folder}'").train_digest()
@@ -637,11 +637,11 @@ def test_a_data_set_is_a_source_of_a_mixture(folder: Path, make: Callable[..., s
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["data.train_split=tests"], ["split tests", "can't be had", "data.train_files=[FILE]"]),
-        (["data.train_split='train[x:]'"], ["can't be had"]),
-        (["data.dataset_config_name=other"], ["(other, split train) can't be had"]),
+        (["data.train_split=tests"], ["split tests", "can't be loaded", "data.train_files=[FILE]"]),
+        (["data.train_split='train[x:]'"], ["can't be loaded"]),
+        (["data.dataset_config_name=other"], ["(other, split train) can't be loaded"]),
         (["data.columns.prompt=q"], ["20 rows can't be used", "/train:1  no field 'q'"]),
-        ([*STREAMED, "data.train_split='train[:5]'"], ["can't be had"]),
+        ([*STREAMED, "data.train_split='train[:5]'"], ["can't be loaded"]),
     ],
 )
 def test_what_the_library_can_not_give_is_told(folder: Path, options: list[str], words: list[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from src.config.schema import Batching
 from src.data import stream
-from src.data.batching import Plan, Position, Window, windows
+from src.data.batching import BatchSampler, Position, Window, windows
 from src.data.dataset import TrainSet, build_data
 from src.data.encoding import Encoder
 from src.data.sets import EncodedSet
@@ -49,7 +49,7 @@ def read_while_training(rows: TrainSet) -> StreamedSet:
     return rows
 
 
-def first_epochs(rows: TrainSet, plan: Plan, count: int) -> list[Window]:
+def first_epochs(rows: TrainSet, plan: BatchSampler, count: int) -> list[Window]:
     found = []
     for window in windows(rows, plan, SEED):
         found.append(window)
@@ -58,7 +58,7 @@ def first_epochs(rows: TrainSet, plan: Plan, count: int) -> list[Window]:
     raise AssertionError("windows never end")
 
 
-def rest_of_epoch(rows: TrainSet, plan: Plan, start: Position) -> Iterator[Window]:
+def rest_of_epoch(rows: TrainSet, plan: BatchSampler, start: Position) -> Iterator[Window]:
     for window in windows(rows, plan, SEED, start):
         assert window.epoch == start.epoch
         assert window.micro_batches
@@ -91,7 +91,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> EncodedSet:
 @pytest.mark.parametrize(("batching", "accumulation"), PLANS)
 @pytest.mark.parametrize("size", [1, 5, 64])
 def test_windows_go_on_behind_any_of_them(rows: EncodedSet, batching: Batching, accumulation: int, size: int) -> None:
-    plan = Plan(batching, size, accumulation, capacity=64)
+    plan = BatchSampler(batching, size, accumulation, capacity=64)
     given = first_epochs(rows, plan, 3)
     for k, window in enumerate(given, start=1):
         coming = windows(rows, plan, SEED, stored(window.after))
@@ -103,7 +103,7 @@ def test_a_position_counts_sequences_and_an_epoch_ends_at_the_next_ones_start(
     rows: EncodedSet, batching: Batching
 ) -> None:
     taken = 0
-    for window in first_epochs(rows, Plan(batching, 5, 2, capacity=64), 2):
+    for window in first_epochs(rows, BatchSampler(batching, 5, 2, capacity=64), 2):
         taken += sum(len(sequences) for _, sequences in window.micro_batches)
         if window.ends_epoch:
             taken = 0
@@ -115,8 +115,8 @@ def test_a_position_counts_sequences_and_an_epoch_ends_at_the_next_ones_start(
 def test_batches_of_another_size_go_on_with_the_rows_that_are_left(
     rows: EncodedSet, batching: Batching, size: int, accumulation: int
 ) -> None:
-    given = [window for window in first_epochs(rows, Plan(batching, 5, 3, capacity=64), 2) if window.epoch == 1]
-    plan = Plan(batching, size, accumulation, capacity=64)
+    given = [window for window in first_epochs(rows, BatchSampler(batching, 5, 3, capacity=64), 2) if window.epoch == 1]
+    plan = BatchSampler(batching, size, accumulation, capacity=64)
     for k, window in enumerate(given[:-1], start=1):
         rest = list(rest_of_epoch(rows, plan, stored(window.after)))
         assert numbers(given[:k]) + numbers(rest) == numbers(given)
@@ -125,7 +125,7 @@ def test_batches_of_another_size_go_on_with_the_rows_that_are_left(
 
 @pytest.mark.parametrize("batching", list(Batching))
 def test_where_nothing_of_an_epoch_is_left_the_next_one_begins(rows: EncodedSet, batching: Batching) -> None:
-    plan = Plan(batching, 5, 2, capacity=64)
+    plan = BatchSampler(batching, 5, 2, capacity=64)
     num_sequences = len(plan.micro_batches(rows.lengths, [SEED, 1])) * 5
     at_next = list(islice(windows(rows, plan, SEED, Position(2)), 9))
     for taken in (num_sequences, 1000):
@@ -133,9 +133,9 @@ def test_where_nothing_of_an_epoch_is_left_the_next_one_begins(rows: EncodedSet,
 
 
 def test_a_set_without_rows_is_told(rows: EncodedSet) -> None:
-    nothing = EncodedSet("train", rows.parts, rows.chosen[:0])
+    nothing = EncodedSet("train", rows.shards, rows.indices[:0])
     with pytest.raises(DataError, match="train has no rows"):
-        next(windows(nothing, Plan(Batching.padded, 5, 2, 64), SEED))
+        next(windows(nothing, BatchSampler(Batching.padded, 5, 2, 64), SEED))
 
 
 # Sets that are read while training
@@ -158,9 +158,9 @@ def contents(given: list[Window]) -> list[Any]:
 
 
 def row_of(block: EncodedSet, index: int) -> tuple[Any, ...]:
-    part, row = block.chosen[index].tolist()
+    part, row = block.indices[index].tolist()
     ids, labels = block[index].input_ids.tolist(), block[index].labels.tolist()
-    return index, block.place(index), int(block.parts[part].ordinals[row]), ids, labels
+    return index, block.place(index), int(block.shards[part].ordinals[row]), ids, labels
 
 
 def places(given: list[Window]) -> list[str]:
@@ -228,7 +228,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "CHUNK_ROWS", 10)
 
 
-def check_every_start(build: Callable[[], TrainSet], plan: Plan, num_epochs: int) -> None:
+def check_every_start(build: Callable[[], TrainSet], plan: BatchSampler, num_epochs: int) -> None:
     """Go on behind every window with a set of its own, and compare all that comes and is accounted for."""
     through = read_while_training(build())
     given = first_epochs(through, plan, num_epochs)
@@ -246,7 +246,7 @@ def check_every_start(build: Callable[[], TrainSet], plan: Plan, num_epochs: int
 def test_a_stream_goes_on_behind_any_window(
     make: Make, form: Callable[[Make], list[str]], batching: Batching, accumulation: int
 ) -> None:
-    check_every_start(builder(*STREAMED, *form(make)), Plan(batching, 5, accumulation, capacity=64), 2)
+    check_every_start(builder(*STREAMED, *form(make)), BatchSampler(batching, 5, accumulation, capacity=64), 2)
 
 
 @pytest.mark.usefixtures("_small_blocks")
@@ -256,13 +256,13 @@ def test_a_data_set_of_the_library_goes_on(make: Make, tmp_path: Path, monkeypat
     corpus.mkdir()
     Path(make("train", 57)).rename(corpus / "train.jsonl")
     build = builder(*STREAMED, f"data.dataset_name='{corpus}'")
-    check_every_start(build, Plan(Batching.padded, 8, 2, capacity=64), 2)
+    check_every_start(build, BatchSampler(Batching.padded, 8, 2, capacity=64), 2)
 
 
 @pytest.mark.usefixtures("_small_blocks")
 def test_worker_processes_go_on_alike(make: Make) -> None:
     options = [*STREAMED, *FORMS["shares, one begins again"](make)]
-    plan = Plan(Batching.padded, 4, 2, capacity=64)
+    plan = BatchSampler(Batching.padded, 4, 2, capacity=64)
     given = first_epochs(builder(*options)(), plan, 1)
     others = builder(*options, "data.preprocessing_num_workers=2")()
     assert contents(list(rest_of_epoch(others, plan, stored(given[-3].after)))) == contents(given[-2:])
@@ -275,10 +275,12 @@ def test_a_stream_in_batches_of_another_size_goes_on_with_the_rows_that_are_left
     make: Make, form: Callable[[Make], list[str]], batching: Batching
 ) -> None:
     build = builder(*STREAMED, *form(make))
-    given = [w for w in first_epochs(build(), Plan(batching, 5, 3, capacity=64), 2) if w.epoch == 1]
+    given = [w for w in first_epochs(build(), BatchSampler(batching, 5, 3, capacity=64), 2) if w.epoch == 1]
     for k, window in enumerate(given[:-1], start=1):
         size, accumulation = OTHER_CUTS[k % len(OTHER_CUTS)]
-        rest = list(rest_of_epoch(build(), Plan(batching, size, accumulation, capacity=64), stored(window.after)))
+        rest = list(
+            rest_of_epoch(build(), BatchSampler(batching, size, accumulation, capacity=64), stored(window.after))
+        )
         assert places(given[:k]) + places(rest) == places(given)
 
 
@@ -291,9 +293,9 @@ def test_every_block_is_read_again_where_it_began(make: Make, form: Callable[[Ma
     for block in blocks:
         again = next(read_while_training(build()).read(json.loads(json.dumps(block.begin))))
         assert (again.number, again.begin) == (block.number, block.begin)
-        assert again.rows.chosen.tolist() == block.rows.chosen.tolist()
-        assert [part.chunks[0].batch for part in again.rows.parts] == [p.chunks[0].batch for p in block.rows.parts]
-        assert [part.account for part in again.rows.parts] == [part.account for part in block.rows.parts]
+        assert again.rows.indices.tolist() == block.rows.indices.tolist()
+        assert [part.chunks[0].batch for part in again.rows.shards] == [p.chunks[0].batch for p in block.rows.shards]
+        assert [part.stats for part in again.rows.shards] == [part.stats for part in block.rows.shards]
 
 
 @pytest.mark.usefixtures("_small_blocks")
@@ -321,7 +323,7 @@ def test_skipped_rows_are_not_encoded(make: Make, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("_small_blocks")
 def test_looking_at_the_first_block_disturbs_nothing(make: Make) -> None:
     build = builder(*STREAMED, *FORMS["shares of three"](make))
-    plan = Plan(Batching.padded, 4, 2, capacity=64)
+    plan = BatchSampler(Batching.padded, 4, 2, capacity=64)
     expected = contents(first_epochs(build(), plan, 2))
     rows = read_while_training(build())
     coming = windows(rows, plan, SEED)
@@ -336,7 +338,7 @@ def test_looking_at_the_first_block_disturbs_nothing(make: Make) -> None:
 @pytest.mark.usefixtures("_small_blocks")
 def test_rows_that_are_dropped_behind_the_last_block_are_accounted_for(make: Make) -> None:
     rows = read_while_training(builder(*STREAMED, *FORMS["dropped at the end"](make))())
-    first_epochs(rows, Plan(Batching.padded, 4, 2, capacity=64), 2)
+    first_epochs(rows, BatchSampler(Batching.padded, 4, 2, capacity=64), 2)
     assert (rows.account.num_records, rows.account.num_kept) == (110, 80)
     assert rows.account.dropped == {"too_long": 30}
 
@@ -344,7 +346,7 @@ def test_rows_that_are_dropped_behind_the_last_block_are_accounted_for(make: Mak
 @pytest.mark.usefixtures("_small_blocks")
 def test_too_many_dropped_rows_stop_a_stream_that_goes_on_where_they_stop_one_that_is_read_through(make: Make) -> None:
     build = builder(*STREAMED, files(make("a", 57, range(30, 57))), *CUT[:2], "data.max_dropped_fraction=0.3")
-    plan = Plan(Batching.padded, 4, 1, capacity=64)
+    plan = BatchSampler(Batching.padded, 4, 1, capacity=64)
     given = list(islice(windows(build(), plan, SEED), 4))
     for window in given:
         with pytest.raises(DataError, match="27 of the first 57 rows would be dropped"):
@@ -365,7 +367,9 @@ def test_a_row_that_can_no_longer_be_read_is_told_also_where_it_is_skipped(make:
 
 @pytest.mark.usefixtures("_small_blocks")
 def test_a_position_in_other_sources_is_refused(make: Make) -> None:
-    start = next(windows(builder(*STREAMED, files(make("a", 57)))(), Plan(Batching.padded, 4, 2, 64), SEED)).after
+    start = next(
+        windows(builder(*STREAMED, files(make("a", 57)))(), BatchSampler(Batching.padded, 4, 2, 64), SEED)
+    ).after
     others = builder(*STREAMED, *FORMS["shares, one begins again"](make))()
-    with pytest.raises(DataError, match="train has 2 sources, and had 1 where reading is to go on"):
-        next(windows(others, Plan(Batching.padded, 4, 2, 64), SEED, start))
+    with pytest.raises(DataError, match="train has 2 sources, and had 1 where"):
+        next(windows(others, BatchSampler(Batching.padded, 4, 2, 64), SEED, start))

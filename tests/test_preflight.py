@@ -145,7 +145,8 @@ def test_one_micro_batch_is_measured_on_request(here: Path, capsys: pytest.Captu
     report = json.loads((here / "outputs/default/preflight/preflight.json").read_text())
     saved = report["measured"]["activation_bytes"]
     assert saved == pytest.approx(report["memory"]["activations"], rel=0.02)
-    assert not report["time"]["training"]["is_lower_bound"]
+    assert list(report["time"]) == ["training", "evaluation", "generation"]
+    assert all(part["seconds"] > 0 and not part["is_lower_bound"] for part in report["time"].values())
 
 
 def test_what_is_wrong_is_told_as_by_a_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

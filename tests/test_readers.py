@@ -17,7 +17,8 @@ import pyarrow.parquet
 import pytest
 
 from src.config.files import KINDS, TEXT_KINDS, expand, kind_of, problems_of
-from src.data.readers import MAX_ROW_BYTES, Record, Unreadable, read_file
+from src.data.readers import read_file
+from src.data.readers.record import MAX_ROW_BYTES, ReadResult, Record, Unreadable
 
 ROWS = [
     {"prompt": "1+1=", "completion": "2"},
@@ -50,11 +51,11 @@ def written(folder: Path, name: str, content: bytes) -> str:
     return str(folder / name)
 
 
-def read(folder: Path, name: str, content: bytes) -> list[Record | Unreadable]:
+def read(folder: Path, name: str, content: bytes) -> list[ReadResult]:
     return list(read_file(written(folder, name, content)))
 
 
-def fields(rows: list[Record | Unreadable]) -> list[dict[str, Any]]:
+def fields(rows: list[ReadResult]) -> list[dict[str, Any]]:
     assert all(isinstance(row, Record) for row in rows), rows
     return [row.fields for row in rows if isinstance(row, Record)]
 
@@ -221,7 +222,7 @@ def test_a_bad_row_of_a_list_is_told_and_the_next_is_read(tmp_path: Path, row: b
     check_one_bad(read(tmp_path, "rows.json", b"[" + A + b"," + row + b",\n" + B + b"]"), place, words)
 
 
-def check_one_bad(rows: list[Record | Unreadable], place: str, words: str) -> None:
+def check_one_bad(rows: list[ReadResult], place: str, words: str) -> None:
     assert [type(row) for row in rows] == [Record, Unreadable, Record]
     bad = rows[1]
     assert isinstance(bad, Unreadable)
@@ -276,7 +277,7 @@ ENDS: dict[str, tuple[str, bytes, int, str, str]] = {  # name, content, rows bef
     "gz cut, list": ("rows.json.gz", gzip.compress(b"[{}]")[:-4], 0, "", "cut off: the gzip data ends too early"),
     "gz cut, csv": ("rows.csv.gz", gzip.compress(b'a\n1\n"2\n')[:-4], 1, ":4", "cut off: the gzip data ends too"),
     "gz not gzip": ("rows.jsonl.gz", A, 0, "", "not gzip, though its name says so"),
-    "gz garbage behind": ("rows.jsonl.gz", gzip.compress(A) + b"garbage", 1, ":2", "something that is not gzip stands"),
+    "gz garbage behind": ("rows.jsonl.gz", gzip.compress(A) + b"garbage", 1, ":2", "something that is not gzip"),
     "gz wrong checksum": ("rows.jsonl.gz", gzip.compress(A)[:-8] + b"\0" * 8, 1, ":2", "damaged gzip data: CRC check"),
     "gz wrong data": ("rows.txt.gz", gzip.compress(A)[:10] + b"\xff" * 20, 0, "", "damaged gzip data"),
     "gz UTF-16 inside": ("rows.txt.gz", gzip.compress("a".encode("utf-16")), 0, "", "looks like UTF-16"),

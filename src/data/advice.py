@@ -11,7 +11,7 @@ from typing import Any
 
 from src.config.schema import RunConfig
 from src.data.chat import ENDLESS, NOT_LEARNED
-from src.data.chat_signs import CHANGED, MISSING, TRIMMED
+from src.data.chat_markers import CHANGED, MISSING, TRIMMED
 from src.data.dataset import Data, first_block, is_chat
 from src.data.encoding import Encoder
 from src.data.report import SplitReport
@@ -146,7 +146,7 @@ def _marked_rows(rows: EncodedSet) -> Iterator[tuple[int, list[str]]]:
 def _as_text(marks: list[str], encoder: Encoder) -> list[str]:
     """Return those of some marks that this tokenizer takes for ordinary text, each once."""
     marks = list(dict.fromkeys(marks))
-    encoded = encoder.encode_whole(marks, is_rendered=False) if marks else []
+    encoded = encoder.encode_texts(marks, is_rendered=False) if marks else []
     return [mark for mark, ids in zip(marks, encoded, strict=True) if len(ids) > 1]
 
 

@@ -14,26 +14,26 @@ from torch import Tensor
 
 from src.config.schema import Batching
 from src.data.encoding import IGNORE_INDEX, THOUGHT
-from src.data.sets import EncodedSet, Row
+from src.data.sets import EncodedSet, LabelledRow
 from src.data.stream import StreamedSet
 from src.errors import DataError
 
 GROUP_BATCHES = 50
-"""Batches whose rows are sorted by length together when they are grouped."""
+"""Batches whose rows are sorted by length together, for Batching.length_grouped."""
 
 Sequences = list[list[int]]
-"""Rows of a micro-batch by the sequence that they stand in: one row in each, or several where they are packed."""
+"""Rows of a micro-batch by sequence: one row in each, or several where they are packed."""
 
 
 @dataclass
 class Batch:
-    """Sequences side by side, padded on the right: input_ids [batch, seq]; labels [batch, seq] are not shifted.
+    """Sequences padded on the right: input_ids [batch, seq]; labels [batch, seq] are not shifted.
 
-    Padding needs no attention mask in a causal model: nothing real stands behind it that could see it. Packed rows are
-    told apart by `position_ids` [batch, seq], which begin again at 0 with every row, and with padding too. For an
-    encoder-decoder `attention_mask` [batch, seq] says what is real of the input, and `target_ids` and labels are
-    [batch, target]. `thoughts`, of the labels' shape, is true where a label is of a thought; None where no row has
-    one. `bounds` tell FlashAttention where the rows of its padding-free form begin: see row_bounds.
+    Padding needs no attention mask in a causal model: no token comes after it. Packed rows are kept apart by
+    `position_ids` [batch, seq], which restart at 0 with every row, and with padding too. For an encoder-decoder
+    `attention_mask` [batch, seq] masks padding of the input, and `target_ids` and labels are [batch, target].
+    `thoughts`: mask of thought labels, of the labels' shape; None where no row has one. `bounds` are those of the rows
+    for FlashAttention's padding-free form: see row_bounds.
     """
 
     input_ids: Tensor
@@ -49,21 +49,21 @@ class Batch:
     bounds: dict[str, Any] = field(default_factory=dict)
 
     def mark_thoughts(self, sequences: Sequence[Sequence[tuple[np.ndarray, int]]]) -> None:
-        """Mark the labels that are of a thought.
+        """Set the mask of thought labels.
 
         Args:
-            sequences: of the rows in each sequence their spans, [n, 3], and how many labels they have.
+            sequences: for the rows of each sequence their spans, [n, 3], and their number of labels.
         """
-        marks = torch.zeros_like(self.labels, dtype=torch.bool)
+        mask = torch.zeros_like(self.labels, dtype=torch.bool)
         for i, rows in enumerate(sequences):
             begin = 0
             for spans, length in rows:
                 for kind, start, stop in spans.tolist():
                     if kind == THOUGHT:
-                        marks[i, begin + start : begin + stop] = True
+                        mask[i, begin + start : begin + stop] = True
                 begin += length
-        self.num_thought = int(marks.sum())
-        self.thoughts = marks if self.num_thought else None
+        self.num_thought = int(mask.sum())
+        self.thoughts = mask if self.num_thought else None
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {
@@ -75,8 +75,8 @@ class Batch:
         return replace(self, **moved, bounds=bounds)
 
     def inputs(self) -> dict[str, Any]:
-        """Give what a scored model is called with, by its names."""
-        given: dict[str, Tensor | None] = {
+        """Return the keyword arguments of a ScoredModel."""
+        arguments: dict[str, Tensor | None] = {
             "input_ids": self.input_ids,
             "labels": self.labels,
             "position_ids": self.position_ids,
@@ -84,14 +84,14 @@ class Batch:
             "target_ids": self.target_ids,
             "thoughts": self.thoughts,
         }
-        return {name: value for name, value in given.items() if value is not None} | self.bounds
+        return {name: value for name, value in arguments.items() if value is not None} | self.bounds
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How rows become micro-batches.
+class BatchSampler:
+    """Arranges rows into micro-batches.
 
-    `batch_size` counts sequences; `capacity` is how many tokens fit in one when rows are packed.
+    `batch_size` counts sequences; `capacity` is the number of tokens in one when rows are packed.
     """
 
     batching: Batching
@@ -104,14 +104,14 @@ class Plan:
 
         Args:
             lengths: of each row, in tokens, [rows].
-            seed: gives the order.
-            num_taken: sequences, of the first in this order, that are left out because they were fed before.
+            seed: of the order.
+            num_taken: how many sequences to leave out, the first ones in this order: they were used before.
         """
         sequences = self._sequences(lengths, np.random.default_rng(list(seed)))[num_taken:]
         return [sequences[start : start + self.batch_size] for start in range(0, len(sequences), self.batch_size)]
 
     def _sequences(self, lengths: np.ndarray, rng: np.random.Generator) -> Sequences:
-        """Put every row into exactly one sequence; only of length-grouped ones the order follows the batch size."""
+        """Put every row into exactly one sequence; only the order of length-grouped ones depends on the batch size."""
         order = rng.permutation(len(lengths))
         if self.batching is Batching.packed:
             packed = [[int(order[i]) for i in rows] for rows in pack(lengths[order], self.capacity)]
@@ -123,15 +123,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Position:
-    """Where in the data a run is: what its next window begins with.
+    """The position of a run in its data, at which its next window begins.
 
-    It counts sequences, not micro-batches, so that padded and packed rows can be gone on with in batches of another
-    size: no row of the epoch comes twice, and none is left out.
+    It counts sequences, not micro-batches, so that a run can resume with another batch size: no padded or packed row of
+    the epoch is repeated or left out.
 
     Args:
-        num_sequences: rows, or packs of rows, that were taken of this epoch; of this block, where the set is streamed.
-        block: where a streamed set's block is read from, with the account of all before it, in plain JSON values. None
-            where the set is not streamed, or nothing was read yet.
+        num_sequences: rows, or packs of rows, that were used of this epoch; of this block, where the set is streamed.
+        block: the cursor of a streamed set's block, in plain JSON values (see stream.Cursor). None where the set is not
+            streamed, or nothing was read yet.
     """
 
     epoch: int = 0
@@ -139,20 +139,20 @@ class Position:
     block: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Give it as plain JSON values."""
+        """Return it as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Position:
-        """Take what `as_dict` gave, also through JSON: both positions are equal."""
+        """Return the position that `as_dict` was called on."""
         return cls(given["epoch"], given["num_sequences"], given["block"])
 
 
 @dataclass(frozen=True)
 class Window:
-    """The micro-batches of one optimizer step, each with the set that its row numbers are of.
+    """The micro-batches of one optimizer step, each with the set that its row indices refer to.
 
-    `after` is what the next window begins with: the next epoch's start, where this one ends.
+    `after` is the position of the next window: the next epoch's start, where this one ends.
     """
 
     epoch: int
@@ -161,11 +161,13 @@ class Window:
     ends_epoch: bool = False
 
 
-def windows(rows: EncodedSet | StreamedSet, plan: Plan, seed: int, start: Position = Position()) -> Iterator[Window]:
-    """Give, without end, one optimizer step's micro-batches after the other; an epoch's last window may be short.
+def windows(
+    rows: EncodedSet | StreamedSet, sampler: BatchSampler, seed: int, start: Position = Position()
+) -> Iterator[Window]:
+    """Yield, without end, the micro-batches of one optimizer step after another; an epoch's last window may be short.
 
     Args:
-        start: where to go on; with the next epoch, where a set that was changed has nothing left of this one.
+        start: where to begin; in the next epoch, where a set that was changed has nothing left of this one.
     Raises:
         DataError: where there are no rows; of a streamed set, as its `read`.
     """
@@ -173,8 +175,8 @@ def windows(rows: EncodedSet | StreamedSet, plan: Plan, seed: int, start: Positi
         raise DataError(f"{rows.name} has no rows")
     while True:
         micro_batches: list[tuple[EncodedSet, Sequences]] = []
-        for position, micro_batch in _epoch(rows, plan, seed, start):
-            if len(micro_batches) == plan.accumulation:
+        for position, micro_batch in _epoch(rows, sampler, seed, start):
+            if len(micro_batches) == sampler.accumulation:
                 yield Window(start.epoch, micro_batches, position)
                 micro_batches = []
             micro_batches.append(micro_batch)
@@ -185,48 +187,48 @@ def windows(rows: EncodedSet | StreamedSet, plan: Plan, seed: int, start: Positi
 
 
 Placed = tuple[Position, tuple[EncodedSet, Sequences]]
-"""A micro-batch with the position that it begins at."""
+"""A micro-batch with its position."""
 
 
-def _epoch(rows: EncodedSet | StreamedSet, plan: Plan, seed: int, start: Position) -> Iterator[Placed]:
-    """Give what is left of an epoch."""
+def _epoch(rows: EncodedSet | StreamedSet, sampler: BatchSampler, seed: int, start: Position) -> Iterator[Placed]:
+    """Yield the rest of an epoch."""
     if isinstance(rows, EncodedSet):
-        yield from _of_set(rows, plan, [seed, start.epoch], start)
+        yield from _of_set(rows, sampler, [seed, start.epoch], start)
         return
     num_taken = start.num_sequences
     for block in rows.read(start.block):
         begin = Position(start.epoch, num_taken, block.begin)
-        yield from _of_set(block.rows, plan, [seed, start.epoch, block.number], begin)
+        yield from _of_set(block.rows, sampler, [seed, start.epoch, block.number], begin)
         num_taken = 0
 
 
-def _of_set(rows: EncodedSet, plan: Plan, seed: Sequence[int], start: Position) -> Iterator[Placed]:
+def _of_set(rows: EncodedSet, sampler: BatchSampler, seed: Sequence[int], start: Position) -> Iterator[Placed]:
     position = start
-    for sequences in plan.micro_batches(rows.lengths, seed, start.num_sequences):
+    for sequences in sampler.micro_batches(rows.lengths, seed, start.num_sequences):
         yield position, (rows, sequences)
         position = replace(position, num_sequences=position.num_sequences + len(sequences))
 
 
-def steps_per_epoch(rows: EncodedSet, plan: Plan, seed: int, num_taken: int = 0) -> int:
-    """Count the optimizer steps of an epoch, or of what is left of it; its last one may be short."""
-    if plan.batching is Batching.packed:
-        num_micro_batches = len(plan.micro_batches(rows.lengths, [seed, 0], num_taken))
+def steps_per_epoch(rows: EncodedSet, sampler: BatchSampler, seed: int, num_taken: int = 0) -> int:
+    """Return the number of optimizer steps of an epoch, or of the rest of it; the last one may be short."""
+    if sampler.batching is Batching.packed:
+        num_micro_batches = len(sampler.micro_batches(rows.lengths, [seed, 0], num_taken))
     else:
-        num_micro_batches = math.ceil(max(0, len(rows) - num_taken) / plan.batch_size)
-    return math.ceil(num_micro_batches / plan.accumulation)
+        num_micro_batches = math.ceil(max(0, len(rows) - num_taken) / sampler.batch_size)
+    return math.ceil(num_micro_batches / sampler.accumulation)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Put rows into as few sequences as best-fit decreasing does: the longest first, each where it fits most tightly.
+    """Pack rows into sequences by best-fit decreasing: the longest first, each where it fits most tightly.
 
-    How many sequences there are depends on the lengths only, not on their order.
+    The number of sequences depends on the lengths only, not on their order.
 
     Source: Johnson, Demers, Ullman, Garey, Graham 1974, "Worst-case performance bounds for simple one-dimensional
     packing algorithms" (at most 11/9 of the fewest possible, plus a constant).
     """
     sequences: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # room left -> sequences
-    rooms: list[int] = []  # those that some sequence has, sorted
+    rooms: list[int] = []  # sorted
     for row in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[row])
         i = bisect_left(rooms, length)
@@ -257,11 +259,11 @@ def _grouped(lengths: np.ndarray, order: np.ndarray, batch_size: int, rng: np.ra
 
 
 def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, flat: bool = False) -> Batch:
-    """Put rows side by side, padded on the right to the longest sequence.
+    """Collate rows, padded on the right to the longest sequence.
 
     Args:
         sequences: the rows of each sequence; several in one are packed.
-        flat: put all of them into a single sequence without padding, for FlashAttention.
+        flat: whether to put all of them into a single sequence without padding, for FlashAttention.
     """
     taken = [[rows[row] for row in sequence] for sequence in sequences]
     numbers = [row for sequence in sequences for row in sequence]
@@ -289,7 +291,7 @@ def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, flat: 
 
 
 def row_bounds(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """Give the bounds of rows in one sequence by transformers' names: cumulated lengths [rows + 1], and the longest."""
+    """Return the bounds of rows in one sequence as transformers' arguments; cumulated lengths are [rows + 1]."""
     cumulated = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
     longest = max(lengths)
     return {
@@ -300,7 +302,7 @@ def row_bounds(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     }
 
 
-def _pairs(rows: Sequence[Row], numbers: list[int], pad_token_id: int) -> Batch:
+def _pairs(rows: Sequence[LabelledRow], numbers: list[int], pad_token_id: int) -> Batch:
     """Pad the inputs and the targets of an encoder-decoder, each to its longest."""
     targets = [row.target_ids for row in rows if row.target_ids is not None]
     input_ids = _padded([[row.input_ids] for row in rows], pad_token_id)
@@ -320,7 +322,7 @@ def _pairs(rows: Sequence[Row], numbers: list[int], pad_token_id: int) -> Batch:
 
 
 def _padded(sequences: Sequence[Sequence[np.ndarray]], filler: int) -> np.ndarray:
-    """Join the arrays of each sequence and fill up to the longest, [sequences, seq]."""
+    """Concatenate the arrays of each sequence and pad them to the longest, [sequences, seq]."""
     joined = [np.concatenate(arrays) for arrays in sequences]
     padded = np.full((len(joined), max(map(len, joined))), filler, dtype=np.int64)
     for i, one in enumerate(joined):
@@ -328,8 +330,8 @@ def _padded(sequences: Sequence[Sequence[np.ndarray]], filler: int) -> np.ndarra
     return padded
 
 
-def _positions(sequences: Sequence[Sequence[Row]], longest: int) -> np.ndarray:
-    """Count positions from 0 in every row, and in the padding behind the last, [sequences, seq]."""
+def _positions(sequences: Sequence[Sequence[LabelledRow]], longest: int) -> np.ndarray:
+    """Return positions from 0 in every row, and in the padding after the last, [sequences, seq]."""
     positions = np.empty((len(sequences), longest), dtype=np.int64)
     for i, sequence in enumerate(sequences):
         lengths = [len(row.input_ids) for row in sequence]

@@ -1,10 +1,10 @@
-"""Chats in the model's own form: the tokenizer's template, cut where a turn begins and ends that is learned.
+"""Chats rendered by the tokenizer's template, split where a supervised turn begins and ends.
 
-Learned is what the assistant says and the token that ends its turn. The turn begins where the generation prompt ends,
+Supervised are the assistant's text and the token that ends its turn. The turn begins where the generation prompt ends,
 because that is what generation is fed, or where a template marks it with {% generation %}, and it ends with the first
 added token after the message's own text (docs/decisions/0011).
 
-The texts of messages are found again in the rendered text by signs around them, see chat_signs.
+The texts of messages are located in the rendered text by markers around them, see chat_markers.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any, NamedTuple
 
 from src.config.schema import SupervisedTurns
 from src.data.answers import AnswerFrame
-from src.data.chat_render import FALLBACK_TEMPLATE, MARKER, as_sign, probes, render
-from src.data.chat_signs import (
+from src.data.chat_markers import (
     CHANGED,
     LITERAL_FROM,
     LITERAL_TO,
+    MARKERS,
     MISSING,
-    SIGNS,
     TRIMMED,
     Messages,
     Part,
     locate,
-    read_signs,
+    read_markers,
     squeezed,
 )
+from src.data.chat_render import FALLBACK_TEMPLATE, MARKER, as_marker, probes, render
 from src.data.formats import BadRow
 from src.data.formats.messages import THOUGHT, THOUGHT_KEYS
 from src.data.segments import Segment, any_of
@@ -45,21 +45,21 @@ NAMES_THOUGHT = r"(?=[^\s<>\[\]/]*(?i:think|thought|reason))"
 OPENED_THOUGHT = re.compile(
     rf"(?:<{NAMES_THOUGHT}(?P<angle>[^\s<>/]+)>|\[{NAMES_THOUGHT}(?P<square>[^\s\[\]/]+)\])(?P<gap>\s*)"
 )
-"""The end of a generation prompt that opens a thought: <think>, [THINK] and their like."""
+"""The end of a generation prompt that opens a thought: <think>, [THINK] and the like."""
 EMPTY_THOUGHT = re.compile(r"(<(?P<name>[^\s<>/]+)>)\s*(</(?P=name)>)\s*")
-"""A thought without words, which some generation prompts end with, and some templates write before every answer."""
+"""An empty thought, which some generation prompts end with, and some templates write before every answer."""
 PROMPTED_THOUGHT = re.compile(rf"(?:{EMPTY_THOUGHT.pattern}|{OPENED_THOUGHT.pattern})\Z")
 
 NOT_LEARNED, ENDLESS = "turn not learned", "turn without end"
-"""What can be wrong with a turn, see Rendered.changes."""
+"""Problems of a turn, see Rendered.changes."""
 
 
 class Turn(NamedTuple):
-    """A turn that is learned, of the message with this number.
+    """A supervised turn, of the message with this index.
 
-    `text` takes the place of [start, stop) of the rendered chat, which it mostly is. `answer` is `text` up to `end`,
-    the token that ends the turn ('' where there is none). `opened` is written before it and not learned: the end of a
-    generation prompt that the template leaves out once the turn is written; `text` continues it then.
+    `text` replaces [start, stop) of the rendered chat, and is mostly equal. `answer` is `text` up to `end`, the token
+    that ends the turn ('' where there is none). `opened` comes before it and is not supervised: the end of a generation
+    prompt that the template leaves out once the turn is written; `text` continues it then.
     """
 
     message: int
@@ -74,13 +74,14 @@ class Turn(NamedTuple):
 class Rendered(NamedTuple):
     """A chat as its template writes it.
 
-    `answer` is what the last learned turn says: the message's own text as it is written, or, where `is_framed`, the
-    turn up to the token that ends it; '' where none is learned. `has_end` says that it has such a token. `changes`
-    names what the template does to the texts of the messages: "system missing", "assistant trimmed", "thought changed",
-    "earlier thought missing" (of a turn that is not learned), …, or to turns: "turn not learned", "turn without end".
+    `answer` is the text of the last supervised turn: the message's own text as it is written, or, where `is_framed`,
+    the turn up to the token that ends it; '' without a supervised turn. `has_end` is true where it has such a token.
+    `changes` names what the template does to the texts of the messages: "system missing", "assistant trimmed",
+    "thought changed", "earlier thought missing" (of a turn that is not supervised), …, or to turns: "turn not learned",
+    "turn without end".
     """
 
-    pieces: list[Segment]
+    segments: list[Segment]
     answer: str
     is_framed: bool
     has_end: bool
@@ -88,20 +89,20 @@ class Rendered(NamedTuple):
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, as training sees it."""
+    """A tokenizer's chat template, as training uses it."""
 
     def __init__(self, tokenizer: Any, control_tokens: Sequence[str]) -> None:
         template = tokenizer.get_chat_template()
         self._tokenizer = tokenizer
-        self._marks_learned = bool(MARKER.search(template))
-        self._template = MARKER.sub(as_sign, template)
-        self._literal = any_of([*control_tokens, *SIGNS])
+        self._marks_supervised = bool(MARKER.search(template))
+        self._template = MARKER.sub(as_marker, template)
+        self._literal = any_of([*control_tokens, *MARKERS])
         added = [token for token in tokenizer.get_added_vocab() if token.strip()]  # some are only white space
         self._added_token = any_of({*added, *control_tokens})
         self._thought_key: str | None = None
         self._limit: LimitError | None = None
         self.frame = AnswerFrame()
-        """What it writes around an answer."""
+        """What the template writes around an answer."""
         self.ends: tuple[str, ...] = ()
         """The added tokens that end the assistant's turns: generation must stop there."""
         turns = [turn for chat in (("b",), ("b", "c")) for probe in probes(*chat) for turn, _ in self._probed(probe)]
@@ -112,31 +113,35 @@ class ChatTemplate:
     def is_fallback(self) -> bool:
         return FALLBACK_TEMPLATE in self._tokenizer.get_chat_template()
 
-    def render(self, messages: Sequence[dict[str, str]], learned: list[bool], turns: SupervisedTurns) -> Rendered:
-        """Write a chat as pieces of text.
+    def render(self, messages: Sequence[dict[str, str]], is_supervised: list[bool], turns: SupervisedTurns) -> Rendered:
+        """Return a chat as segments of text.
 
         Args:
-            learned: for each assistant's message whether it may be learned.
+            is_supervised: for each assistant's message whether the row wants it supervised.
         Raises:
             BadRow: where the template refuses the chat.
-            TokenError: where the template does not say what is learned.
+            TokenError: where it can't be found out what of it is supervised.
         """
         literals: list[str] = []
-        wanted = learned if turns is SupervisedTurns.all else [False] * (len(learned) - 1) + learned[-1:]
+        wanted = is_supervised
+        if turns is SupervisedTurns.last:
+            wanted = [False] * (len(is_supervised) - 1) + is_supervised[-1:]
         try:
-            whole, parts, found = self._turns([self._signed(message, literals) for message in messages], wanted)
+            whole, parts, found = self._turns(
+                [self._with_literals_marked(message, literals) for message in messages], wanted
+            )
         except BadRow as refused:
             raise BadRow(f"{refused}{self._remedy(messages)}") from refused
-        pieces: list[Segment] = []
+        segments: list[Segment] = []
         done = 0
         for turn in found:
-            for text, is_supervised in ((whole[done : turn.start] + turn.opened, False), (turn.text, True)):
-                pieces += _pieces(text, is_supervised, literals)
+            for text, is_learned in ((whole[done : turn.start] + turn.opened, False), (turn.text, True)):
+                segments += _segments(text, is_learned, literals)
             done = turn.stop
-        pieces += _pieces(whole[done:], False, literals)
+        segments += _segments(whole[done:], False, literals)
         answer, is_framed = _answer(found[-1], whole, parts) if found else ("", False)
         return Rendered(
-            pieces or [Segment("", is_supervised=False, is_rendered=True)],
+            segments or [Segment("", is_supervised=False, is_rendered=True)],
             answer=_with_literals(answer, literals),
             is_framed=is_framed,
             has_end=bool(found and found[-1].end),
@@ -144,7 +149,7 @@ class ChatTemplate:
         )
 
     def _missed(self, wanted: Sequence[bool], turns: Sequence[Turn]) -> Iterator[str]:
-        """Name what is wrong with turns that should be learned."""
+        """Yield the problems of turns that should be supervised."""
         if len(turns) < sum(wanted):
             yield NOT_LEARNED
         end = self.frame.end_text
@@ -152,7 +157,7 @@ class ChatTemplate:
             yield ENDLESS
 
     def _remedy(self, messages: Sequence[dict[str, str]]) -> str:
-        """Say what to do about a chat that the template refuses, where that is known."""
+        """Return what to do about a chat that the template refuses, where that is known."""
         if messages[0]["role"] != "system":
             return ""
         try:
@@ -162,17 +167,17 @@ class ChatTemplate:
         return " (it takes this chat without the system message: leave it out, or write it into the user's first one)"
 
     def _turns(self, messages: Messages, wanted: Sequence[bool]) -> tuple[str, list[Part], list[Turn]]:
-        """Return a rendered chat, the texts of its messages, and the turns of it that are learned."""
+        """Return a rendered chat, the texts of its messages, and its supervised turns."""
         whole, regions = self._plain(messages)
         parts = locate(messages, whole, self._apply)
         contents = [part for part in parts if part.name == "assistant"]
-        if self._marks_learned:
+        if self._marks_supervised:
             return whole, parts, list(self._marked(messages, wanted, whole, contents, regions))
         turns = []
         for content, is_wanted in zip(contents, wanted, strict=True):
             if is_wanted and (turn := self._by_prefix(messages, whole, content)) is not None:
                 turns.append(turn)
-            elif is_wanted and not all(self._stands(p, whole) for p in parts if p.message == content.message):
+            elif is_wanted and not all(self._is_written(p, whole) for p in parts if p.message == content.message):
                 raise TokenError(f"{REWRITTEN}; learn the last turn only: data.supervised_turns=last")
         if any(wanted) and not turns:
             raise TokenError(f"{REWRITTEN}, and there is no other to learn; give the last turn no weight of 0")
@@ -186,10 +191,10 @@ class ChatTemplate:
         contents: Sequence[Part],
         regions: Sequence[tuple[int, int]],
     ) -> Iterator[Turn]:
-        """Take turns as the template marks them, but for what the generation prompt writes and what follows their end.
+        """Yield the turns that the template marks, without what the generation prompt writes and what follows the end.
 
         Args:
-            regions: [start, stop) of what it marks.
+            regions: [start, stop) of what is marked.
         """
         if len(regions) != len(wanted):
             raise TokenError(
@@ -204,17 +209,17 @@ class ChatTemplate:
             yield Turn(content.message, start, start + len(answer + end), answer + end, answer, end)
 
     def _after_prompt(self, before: Messages, whole: str, start: int, stop: int) -> int:
-        """Return where a marked turn begins without a header that the generation prompt writes too."""
+        """Return where a marked turn begins, after a header that the generation prompt writes too."""
         try:
             prompt, _ = self._plain(before, add_generation_prompt=True)
-        except BadRow:  # a template that knows whole chats only
+        except BadRow:  # a template that takes whole chats only
             return start
         return len(prompt) if start < len(prompt) <= stop and whole.startswith(prompt) else start
 
     def _by_prefix(self, messages: Messages, whole: str, content: Part) -> Turn | None:
-        """Take a turn from where the generation prompt ends to the token that ends it.
+        """Return the turn from where the generation prompt ends to the token that ends it.
 
-        None where the whole chat has it otherwise than a chat that ends with it.
+        None where it is written otherwise in the whole chat than in a chat that ends with it.
         """
         i, is_last = content.message, content.message == len(messages) - 1
         prompt, _ = self._plain(messages[:i], add_generation_prompt=True)
@@ -242,13 +247,13 @@ class ChatTemplate:
                 return len(prompt)
         return found.start()
 
-    def _stands(self, part: Part, whole: str) -> bool:
+    def _is_written(self, part: Part, whole: str) -> bool:
         """Return whether a text that the template has a place for is in the rendered chat."""
         has_place = part.name != "thought" or bool(self._thought_key or self.frame.thought_close)
-        return not has_place or part.stands_in(whole)
+        return not has_place or part.is_in(whole)
 
     def _turn(self, message: int, alone: str, whole: str, start: int, said_until: int | None) -> Turn | None:
-        """Return the turn that ends `alone`, a chat up to it; None where `whole`, the whole chat, has it otherwise."""
+        """Return the turn that ends `alone`, a chat up to it; None where the whole chat, `whole`, has it otherwise."""
         if said_until is not None and (said_until < start or whole[:said_until] != alone[:said_until]):
             if alone is not whole:
                 return None
@@ -257,7 +262,7 @@ class ChatTemplate:
         answer, end = self._until_end(text, None if said_until is None else said_until - start)
         if end:
             text = answer + end
-        elif not whole.startswith(alone):  # white space that only a last turn has is not looked for in others
+        elif not whole.startswith(alone):  # white space that only a last turn has
             answer = text = text.rstrip()
         stop = start + len(text)
         if whole[:stop] == alone[:stop]:
@@ -275,8 +280,8 @@ class ChatTemplate:
     def _prompted_turn(self, message: dict[str, str], whole: str, start: int, prompted: str, content: Part) -> Turn:
         """Return a last turn that the template writes without the thought its generation prompt ends with.
 
-        Generation is fed the opening of the thought, so what is learned continues it: the thought, where the message
-        has one, its close, and the answer. After a thought that the prompt has closed it is the answer.
+        Generation is fed the opening of the thought, so the supervised text continues it: the thought, where the
+        message has one, its close, and the answer. After a thought that the prompt has closed it is the answer.
         """
         begun = ""
         if (opened := OPENED_THOUGHT.fullmatch(prompted)) is not None:
@@ -310,15 +315,15 @@ class ChatTemplate:
         wanted = [True for message in chat if message["role"] == "assistant"]
         try:
             _, parts, turns = self._turns(chat, wanted)
-        except (BadRow, TokenError):  # rows will say so, with their place
+        except (BadRow, TokenError):  # reported for rows, with their place
             return []
-        except LimitError as problem:  # the first row will say so at once
+        except LimitError as problem:  # raised for the first row
             self._limit = problem
             return []
         return [(turn, parts) for turn in turns]
 
     def _frame(self) -> AnswerFrame:
-        """Find what the template writes around an answer and around a thought, by probes of one turn."""
+        """Find out what the template writes around an answer and around a thought, by probes of one turn."""
         plain = next((found for probe in probes() for found in self._probed(probe)), None)
         if plain is None:
             return AnswerFrame()
@@ -351,8 +356,8 @@ class ChatTemplate:
         return AnswerFrame(before, after, opening, close)
 
     def _plain(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """Return a rendered chat, and [start, stop) of what the template marks as learned."""
-        text, marks, _ = read_signs(self._apply(messages, add_generation_prompt=add_generation_prompt))
+        """Return a rendered chat, and [start, stop) of what the template marks as supervised."""
+        text, marks, _ = read_markers(self._apply(messages, add_generation_prompt=add_generation_prompt))
         return text, marks
 
     def _apply(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
@@ -367,21 +372,18 @@ class ChatTemplate:
         named = {key: text for key, text in message.items() if key != THOUGHT}
         return named | ({self._thought_key or THOUGHT: message[THOUGHT]} if THOUGHT in message else {})
 
-    def _signed(self, message: dict[str, str], literals: list[str]) -> dict[str, str]:
-        """Put a sign in place of each control token that stands in a message, so that it stays text.
+    def _with_literals_marked(self, message: dict[str, str], literals: list[str]) -> dict[str, str]:
+        """Replace each control token in a message by a marker, so that it stays text; markers in it likewise."""
 
-        A sign that stands there is put out of the way in the same manner.
-        """
-
-        def sign(match: re.Match[str]) -> str:
+        def mark(match: re.Match[str]) -> str:
             literals.append(match.group())
             return f"{LITERAL_FROM}{len(literals) - 1}{LITERAL_TO}"
 
-        return message | {k: self._literal.sub(sign, message[k]) for k in ("content", THOUGHT) if k in message}
+        return message | {k: self._literal.sub(mark, message[k]) for k in ("content", THOUGHT) if k in message}
 
 
 def _answer(turn: Turn, whole: str, parts: Sequence[Part]) -> tuple[str, bool]:
-    """Return what a turn says, and whether that is the turn rather than the message's own text."""
+    """Return the text of a turn, and whether that is the turn rather than the message's own text."""
     content = next(part for part in parts if (part.message, part.name) == (turn.message, "assistant"))
     if turn.opened or content.begin is None or content.end is None or content.begin < turn.start:
         return turn.answer, True
@@ -396,9 +398,9 @@ def _thought_tags(opened: re.Match[str]) -> tuple[str, str]:
 
 
 def _changes(whole: str, parts: Sequence[Part], turns: Sequence[Turn]) -> Iterator[str]:
-    """Name what became of the texts of messages that are not in the rendered chat as they were given."""
+    """Yield what the template did to the texts of messages that are not in the rendered chat as they were."""
     prompted = turns[-1] if turns and turns[-1].opened else None
-    learned = {turn.message for turn in turns}
+    supervised = {turn.message for turn in turns}
     for part in parts:
         change = part.change_in(whole)
         if prompted is not None and part.message == prompted.message:
@@ -408,7 +410,7 @@ def _changes(whole: str, parts: Sequence[Part], turns: Sequence[Turn]) -> Iterat
             else:
                 change = MISSING if part.end is None else CHANGED
         if change is not None:
-            is_earlier = part.name in ("assistant", "thought") and part.message not in learned
+            is_earlier = part.name in ("assistant", "thought") and part.message not in supervised
             yield f"{'earlier ' if is_earlier else ''}{part.name} {change}"
 
 
@@ -423,11 +425,11 @@ def _prompt_is_another(prompt: str, alone: str) -> str:
 
 
 def _with_literals(text: str, literals: list[str]) -> str:
-    """Put back what signs took the place of."""
+    """Replace the markers by what they stand for."""
     return LITERAL.sub(lambda match: literals[int(match.group(1))], text)
 
 
-def _pieces(text: str, is_supervised: bool, literals: list[str]) -> Iterator[Segment]:
+def _segments(text: str, is_supervised: bool, literals: list[str]) -> Iterator[Segment]:
     for i, part in enumerate(LITERAL.split(text)):
         if part:
             yield (

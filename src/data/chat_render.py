@@ -1,4 +1,4 @@
-"""A chat template as a program: what it writes, what it refuses, and what a tokenizer without one is given."""
+"""Chat templates are programs: rendering, what they refuse, and the template of a tokenizer without one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from src import templates
-from src.data.chat_signs import LEARNED_FROM, LEARNED_TO, Messages
+from src.data.chat_markers import SUPERVISED_FROM, SUPERVISED_TO, Messages
 from src.data.formats import BadRow
 from src.errors import LimitError, one_line
+from src.templates import sandbox
 
 FALLBACK_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -23,14 +23,14 @@ FALLBACK_TEMPLATE = (
     "{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ 'Assistant:\n' }}{%- endif -%}"
 )
-"""For tokenizers without a template of their own; the exported tokenizer has it too."""
+"""For tokenizers without a template of their own; it is exported with the tokenizer."""
 
 MARKER = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-"""A tag around what is learned, as transformers takes it."""
+"""A tag around supervised text, as in transformers."""
 
 
-def give_chat_template(tokenizer: Any) -> None:
-    """See to it that the tokenizer has a chat template, and that it writes BOS where the tokenizer would put one."""
+def set_chat_template(tokenizer: Any) -> None:
+    """Set a chat template where the tokenizer has none, and have it write BOS where the tokenizer adds one."""
     if not tokenizer.chat_template:
         tokenizer.chat_template = FALLBACK_TEMPLATE
     ids = tokenizer("a")["input_ids"]
@@ -39,7 +39,7 @@ def give_chat_template(tokenizer: Any) -> None:
         for chat in probes():
             try:
                 rendered = render(tokenizer, template, chat)
-            except BadRow:  # rows will say so, with their place
+            except BadRow:  # reported for rows, with their place
                 continue
             except LimitError:
                 return
@@ -49,7 +49,7 @@ def give_chat_template(tokenizer: Any) -> None:
 
 
 def probes(*turns: str, **thought: str) -> Iterator[Messages]:
-    """Yield a short chat without and with a system message, for templates that refuse one of them."""
+    """Yield a short chat without and with a system message, since a template may refuse one of them."""
     answers = [{"role": "assistant", "content": text} | thought for text in turns or ("b",)]
     chat = [message for answer in answers for message in ({"role": "user", "content": "a"}, answer)]
     yield chat
@@ -57,14 +57,14 @@ def probes(*turns: str, **thought: str) -> Iterator[Messages]:
 
 
 def render(tokenizer: Any, template: str, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-    """Write a chat by a template.
+    """Return a chat as a template writes it.
 
     Raises:
         BadRow: where the template refuses it.
         LimitError: where it takes too much time or memory.
     """
     try:
-        return templates.render(tokenizer, template, messages, add_generation_prompt=add_generation_prompt)
+        return sandbox.render(tokenizer, template, messages, add_generation_prompt=add_generation_prompt)
     except LimitError:
         raise
     except Exception as error:  # a template is a program: it may raise anything
@@ -72,7 +72,7 @@ def render(tokenizer: Any, template: str, messages: Messages, *, add_generation_
         raise BadRow(f"the chat template {what}: {one_line(error)}") from error
 
 
-def as_sign(match: re.Match[str]) -> str:
-    """Turn a {% generation %} tag into a sign in the text, with the tag's own control of white space."""
-    before, end, behind = match.group(1), match.group(2), match.group(3)
-    return f"{{%{before} if true %}}{LEARNED_TO if end else LEARNED_FROM}{{% endif {behind}%}}"
+def as_marker(match: re.Match[str]) -> str:
+    """Return a marker in the text for a {% generation %} tag, with the tag's own control of white space."""
+    before, end, after = match.group(1), match.group(2), match.group(3)
+    return f"{{%{before} if true %}}{SUPERVISED_TO if end else SUPERVISED_FROM}{{% endif {after}%}}"

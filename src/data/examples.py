@@ -1,4 +1,4 @@
-"""From a record to an example: thoughts written or left out, templates filled, chats put into the model's own form."""
+"""Records to examples: thoughts are written or dropped, templates filled, chats rendered by the model's template."""
 
 from __future__ import annotations
 
@@ -11,32 +11,25 @@ from src.config.schema import PLACEHOLDER, DataConfig, Thoughts
 from src.data.answers import strip_thoughts
 from src.data.chat import ChatTemplate
 from src.data.formats import Chat, Pair, load_format
-from src.data.formats.messages import LEARNED_KEYS, ROLES, THOUGHT, form_of
-from src.data.readers import Record
+from src.data.formats.messages import ROLES, SUPERVISION_KEYS, THOUGHT, form_of
+from src.data.readers.record import Record
 from src.data.segments import Segment, last_turn
 from src.patterns import Pattern
 
 FILLER = "-"
-"""Stands where a row to predict has no answer, so that its format can read it; no model ever sees it."""
-
-
-class PromptRecord(Record):
-    """A row whose answer is to be predicted: it may be missing, and takes no room."""
-
-    __slots__ = ()
+"""Replaces a missing answer of a row to predict, so that its format can read it; no model ever sees it."""
 
 
 class Example(NamedTuple):
-    """A row in words.
+    """The text of a row.
 
-    `pieces` are its text in order, each tokenised apart; `prompt` is all of it before the last learned piece, which is
-    `completion`; `reference` is the answer that a perfect model would write, without thoughts and without what a chat
-    template adds. EOS follows as an id where `needs_eos`: a chat template has its own ends of turns. `changes` says
-    what the template does to the texts of the messages (see chat.Rendered), `unread` which keys of the row nothing
-    reads.
+    `segments` are its text in order, each tokenised apart; `prompt` is all of it before the last supervised turn, which
+    is `completion`; `reference` is the answer of a perfect model, without thoughts and without what a chat template
+    adds. EOS follows as an id where `needs_eos`: a chat template has its own ends of turns. `changes` names what the
+    template does to the texts of the messages (see chat.Rendered), `unread` the keys of the row that nothing reads.
     """
 
-    pieces: tuple[Segment, ...]
+    segments: tuple[Segment, ...]
     prompt: str
     completion: str
     reference: str
@@ -46,52 +39,59 @@ class Example(NamedTuple):
     unread: tuple[str, ...] = ()
 
     @property
-    def learned(self) -> str:
-        """All text that is learned, of every turn."""
-        return "".join(piece.text for piece in self.pieces if piece.is_supervised)
+    def supervised_text(self) -> str:
+        """All supervised text, of every turn."""
+        return "".join(segment.text for segment in self.segments if segment.is_supervised)
 
 
 @dataclass(frozen=True)
-class ThoughtForm:
+class ThoughtStyle:
     """How thoughts are found in the data and how they are written for the model.
 
-    `pattern` finds a thought, its first group is the thought itself; with `tags` it is written between them, without
-    it is left out.
+    `pattern` finds a thought, its first group is the thought itself. With `tags` it is written between them, without it
+    is dropped.
     """
 
     pattern: str | None
     tags: tuple[str, str] | None
 
     @cached_property
-    def _found(self) -> Pattern | None:
+    def _compiled(self) -> Pattern | None:
         return None if self.pattern is None else Pattern("data.thought_pattern", self.pattern)
 
-    def keep(self, text: str) -> str:
-        """Write every thought between the tags."""
-        if self._found is None or self.tags is None:
+    def write(self, text: str) -> str:
+        """Return a text with every thought as the model is to write it."""
+        if self._compiled is None or self.tags is None:
             return self.drop(text)
-        opened, closed = self.tags
-        return self._found.sub(lambda match: f"{opened}{match.group(1) or ''}{closed}", text)
-
-    def keep_and_drop(self, text: str) -> tuple[str, str]:
-        """Give a text with its thoughts as the model writes them, and without."""
-        dropped = self.drop(text)
-        return (self.keep(text) if self.tags is not None else dropped), dropped
+        opening, closing = self.tags
+        return self._compiled.sub(lambda match: f"{opening}{match.group(1) or ''}{closing}", text)
 
     def drop(self, text: str) -> str:
-        """Leave every thought out."""
-        return text if self._found is None else self._found.sub("", text)
+        """Return a text without thoughts."""
+        return text if self._compiled is None else self._compiled.sub("", text)
 
 
 class Examples:
-    """Makes examples of the records of one source; what it needs is the same for all of them."""
+    """Makes examples of the records of one source.
 
-    def __init__(self, data: DataConfig, tags: tuple[str, str] | None, template: ChatTemplate | None) -> None:
+    Args:
+        to_predict: whether a record may lack its answer, which takes no room in the example.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        tags: tuple[str, str] | None,
+        template: ChatTemplate | None,
+        *,
+        to_predict: bool = False,
+    ) -> None:
         self._read = load_format(data.format)
         self._data = data
-        self._thoughts = ThoughtForm(data.thought_pattern, tags)
+        self._thoughts = ThoughtStyle(data.thought_pattern, tags)
         self._template = template
-        self._prompt_role, self._learned_role = roles(data.format)[0], roles(data.format)[-1]
+        self._to_predict = to_predict
+        self._prompt_role, self._completion_role = roles(data.format)[0], roles(data.format)[-1]
 
     def of(self, record: Record) -> Example:
         """Make the example of one record.
@@ -99,91 +99,87 @@ class Examples:
         Raises:
             BadRow: where the record does not have what its format needs.
         """
-        if isinstance(record, PromptRecord):
-            return self._to_predict(record.fields)
-        return self._of(record.fields)
+        return self._prompt_example(record.fields) if self._to_predict else self._example(record.fields)
 
-    def _to_predict(self, fields: dict[str, Any]) -> Example:
-        """Make an example whose last turn is nothing but EOS; its words are kept, '' where there is no answer."""
+    def _prompt_example(self, fields: dict[str, Any]) -> Example:
+        """Make an example whose last turn is only EOS; `completion` and `reference` are '' without an answer."""
         fields, has_answer = with_answer(fields, self._data)
-        example = self._of(fields)
-        first, _ = last_turn(example.pieces)
+        example = self._example(fields)
+        first, _ = last_turn(example.segments)
         return example._replace(
-            pieces=(*example.pieces[:first], Segment("", is_supervised=True)),
+            segments=(*example.segments[:first], Segment("", is_supervised=True)),
             completion=example.completion if has_answer else "",
             reference=example.reference if has_answer else "",
             needs_eos=True,
         )
 
-    def _of(self, fields: dict[str, Any]) -> Example:
-        given = self._read(fields, self._data)
-        if isinstance(given, Chat):
-            return self._chat(given)
-        pair = self._pair(given)
+    def _example(self, fields: dict[str, Any]) -> Example:
+        parsed = self._read(fields, self._data)
+        if isinstance(parsed, Chat):
+            messages = [self._with_thoughts(message) for message in parsed.messages]
+            return self._rendered(messages, parsed.is_supervised, parsed.unread)
+        pair = self._pair(parsed)
         if self._data.system_prompt is None:
             return pair
         messages = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.completion}]
         if self._data.system_prompt:
             messages.insert(0, {"role": "system", "content": self._data.system_prompt})
-        return self._render(messages, [True], pair.unread)._replace(was_cleaned=pair.was_cleaned)
+        return self._rendered(messages, [True], pair.unread)._replace(was_cleaned=pair.was_cleaned)
 
     def _pair(self, pair: Pair) -> Example:
         parts = pair.parts
-        completion, reference = self._thoughts.keep_and_drop(parts[self._learned_role])
+        completion, reference = (
+            style(parts[self._completion_role]) for style in (self._thoughts.write, self._thoughts.drop)
+        )
         if (template := self._data.completion_template) is not None:
             completion, reference = (
-                fill(template, parts | {self._learned_role: text}) for text in (completion, reference)
+                fill(template, parts | {self._completion_role: text}) for text in (completion, reference)
             )
-        if self._prompt_role == self._learned_role:
+        if self._prompt_role == self._completion_role:
             prompt = ""
         elif self._data.prompt_template is not None:
             prompt = fill(self._data.prompt_template, parts)
         else:
             prompt = parts[self._prompt_role]
-        pieces = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
-        return Example(pieces, prompt, completion, reference, was_cleaned=pair.was_cleaned, unread=pair.unread)
-
-    def _chat(self, chat: Chat) -> Example:
-        return self._render([self._with_thoughts(message) for message in chat.messages], chat.learned, chat.unread)
+        segments = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
+        return Example(segments, prompt, completion, reference, was_cleaned=pair.was_cleaned, unread=pair.unread)
 
     def _with_thoughts(self, message: dict[str, str]) -> dict[str, str]:
-        """Return an assistant's message with its thoughts written as they are to be learned.
+        """Return an assistant's message with its thoughts as they are to be trained on.
 
-        A thought beside the content is written between the tags, in front of it; without tags it is left to the chat
-        template, unless thoughts are dropped.
+        A thought apart from the content is written between the tags, in front of it; without tags it is left to the
+        chat template, unless thoughts are dropped.
         """
         if message["role"] != "assistant":
             return message
-        content, thought = self._thoughts.keep(message["content"]), message.get(THOUGHT)
-        if thought is None:
-            return message | {"content": content}
-        if self._thoughts.tags is not None:
-            opened, closed = self._thoughts.tags
-            return {"role": "assistant", "content": f"{opened}{thought}{closed}{content}"}
-        if self._data.thoughts is Thoughts.drop:
+        content, thought = self._thoughts.write(message["content"]), message.get(THOUGHT)
+        if thought is not None and self._thoughts.tags is not None:
+            opening, closing = self._thoughts.tags
+            return {"role": "assistant", "content": f"{opening}{thought}{closing}{content}"}
+        if thought is not None and self._data.thoughts is Thoughts.drop:
             return {"role": "assistant", "content": content}
         return message | {"content": content}
 
-    def _render(self, messages: list[dict[str, str]], learned: list[bool], unread: tuple[str, ...]) -> Example:
+    def _rendered(self, messages: list[dict[str, str]], is_supervised: list[bool], unread: tuple[str, ...]) -> Example:
         assert self._template is not None
-        chat = self._template.render(messages, learned, self._data.supervised_turns)
-        first, stop = last_turn(chat.pieces)
+        chat = self._template.render(messages, is_supervised, self._data.supervised_turns)
+        first, stop = last_turn(chat.segments)
         frame, answer = self._template.frame, strip_thoughts(chat.answer, self._thoughts.tags)
         return Example(
-            tuple(chat.pieces),
-            prompt="".join(piece.text for piece in chat.pieces[:first]),
-            completion="".join(piece.text for piece in chat.pieces[first:stop]),
+            tuple(chat.segments),
+            prompt="".join(segment.text for segment in chat.segments[:first]),
+            completion="".join(segment.text for segment in chat.segments[first:stop]),
             reference=frame.answer(answer) if chat.is_framed else frame.without_thought(answer),
-            needs_eos=first < stop == len(chat.pieces) and not chat.has_end,
+            needs_eos=first < stop == len(chat.segments) and not chat.has_end,
             changes=chat.changes,
             unread=unread,
         )
 
 
 def with_answer(fields: dict[str, Any], data: DataConfig) -> tuple[dict[str, Any], bool]:
-    """Give a row's fields with a filler where its answer is missing, and say whether it had one.
+    """Return a row's fields with a filler where its answer is missing, and whether it had one.
 
-    Of a chat the answer is the assistant's last message, whatever its weight.
+    A chat's answer is the assistant's last message, whatever its weight.
     """
     *others, column = (data.columns[role] for role in roles(data.format))
     answer = fields.get(column)
@@ -191,18 +187,18 @@ def with_answer(fields: dict[str, Any], data: DataConfig) -> tuple[dict[str, Any
         lacks_only_this = (answer is None or answer == "") and all(other in fields for other in others)
         return (fields | {column: FILLER}, False) if lacks_only_this else (fields, True)
     if not isinstance(answer, list) or not answer or not isinstance(answer[-1], dict):
-        return fields, True  # the format says what is wrong with it
+        return fields, True  # its format reports what is wrong
     *before, last = answer
-    who, what = form_of(last)
-    if ROLES.get(str(last.get(who))) != "assistant":
-        return fields | {column: [*answer, {who: "assistant", what: FILLER}]}, False
-    text = last.get(what)
+    role_key, content_key = form_of(last)
+    if ROLES.get(str(last.get(role_key))) != "assistant":
+        return fields | {column: [*answer, {role_key: "assistant", content_key: FILLER}]}, False
+    text = last.get(content_key)
     has_answer = bool(text.strip()) if isinstance(text, str) else text is not None
-    last = {key: value for key, value in last.items() if key not in LEARNED_KEYS}
-    last |= {} if has_answer else {what: FILLER}
+    last = {key: value for key, value in last.items() if key not in SUPERVISION_KEYS}
+    last |= {} if has_answer else {content_key: FILLER}
     return fields | {column: [*before, last]}, has_answer
 
 
 def fill(template: str, parts: dict[str, str]) -> str:
-    """Put the parts in place of {their names}; braces in the parts themselves mean nothing."""
+    """Replace each {name} in a template by the part of that name; braces in the parts themselves mean nothing."""
     return PLACEHOLDER.sub(lambda match: parts[match.group(1)], template)

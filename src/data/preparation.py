@@ -1,4 +1,4 @@
-"""From records to encoded rows, in chunks: here or in worker processes, always in the order of the records."""
+"""Records to encoded rows, in chunks: in this process or in workers, always in the order of the records."""
 
 from __future__ import annotations
 
@@ -24,24 +24,27 @@ from src.config.formats import roles
 from src.config.schema import DataConfig, Overflow, TokensConfig, thought_tags
 from src.config.schema.fields import facts_of
 from src.data.chat import ChatTemplate
-from src.data.encoding import BrokenTokenizerError, EncodedRow, Encoder, Lengths
+from src.data.encoding import EncodedRow, Encoder, Lengths
 from src.data.examples import Example, Examples
 from src.data.formats import BadRow
-from src.data.readers import ENTRY_BYTES, Record, Unreadable, size_of
+from src.data.readers.record import ENTRY_BYTES, Record, Unreadable, memory_of
 from src.data.store import DroppedRow, to_batch
+from src.data.text_encoder import BrokenTokenizerError
 from src.errors import DataError, TokenError
 from src.patterns import at
 
 CHUNK_ROWS = 250  # rows encoded at once by a thread: what they take fits into a core's cache
 CHUNK_BYTES = 2**20  # of their fields, or one row that is larger
 BYTES_AHEAD = 8 * 2**20
-"""Of the fields of all chunks that are being prepared: the tokenizer takes up to 150 bytes for each of them."""
-THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's share, a fifth, is one thread's at a time
+"""Of the fields of all chunks that are being prepared: the tokenizer uses up to 150 bytes for each of them."""
+THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's part, a fifth, runs in one thread at a time
 
 
 @dataclass(frozen=True)
 class EncodingConfig:
     """Everything that decides how a record is encoded; it can be sent to another process.
+
+    With `to_predict` the answer of a record may be missing, and takes no room in its row.
 
     Args:
         data: the settings of the source that the record is from.
@@ -52,6 +55,7 @@ class EncodingConfig:
     tokenizer: Any
     lengths: Lengths
     is_chat: bool
+    to_predict: bool = False
 
     @property
     def tags(self) -> tuple[str, str] | None:
@@ -70,6 +74,7 @@ class EncodingConfig:
             "roles": roles(self.data.format),
             "tags": self.tags,
             "lengths": _plain(asdict(self.lengths)),
+            **({"to_predict": True} if self.to_predict else {}),
         }
 
 
@@ -96,7 +101,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass
 class Prepared:
-    """What became of a chunk of records."""
+    """A chunk of records, prepared."""
 
     rows: pa.RecordBatch
     num_records: int
@@ -107,19 +112,20 @@ class Prepared:
 
 Numbered = tuple[int, Record | Unreadable]
 Records = Sequence[Numbered]
+"""A chunk, by the ordinals of its records in their source."""
 
 
 class RowEncoder:
-    """Makes encoded rows of records, chunk by chunk."""
+    """Formats and encodes records, chunk by chunk."""
 
-    def __init__(self, recipe: EncodingConfig) -> None:
-        self._encoder = Encoder(recipe.tokenizer, recipe.tags)
-        template = ChatTemplate(recipe.tokenizer, self._encoder.control_tokens) if recipe.is_chat else None
-        self._examples = Examples(recipe.data, recipe.tags, template)
-        self._lengths = recipe.lengths
+    def __init__(self, config: EncodingConfig) -> None:
+        self._encoder = Encoder(config.tokenizer, config.tags)
+        template = ChatTemplate(config.tokenizer, self._encoder.control_tokens) if config.is_chat else None
+        self._examples = Examples(config.data, config.tags, template, to_predict=config.to_predict)
+        self._lengths = config.lengths
 
     def prepare(self, chunk: Records) -> Prepared:
-        """Format and encode a chunk; rows that can't be used come back by their place.
+        """Format and encode a chunk; rows that can't be used are returned by their place.
 
         Raises:
             DataError: where a row takes too much time or memory, so that many would stop everything.
@@ -151,7 +157,7 @@ class RowEncoder:
     def _encode(
         self, good: list[tuple[int, Record, Example]], bad: list[tuple[str, str]]
     ) -> Sequence[EncodedRow | TokenError | None]:
-        """Encode examples; one that the tokenizer can't write is told by its place.
+        """Encode examples; one that the tokenizer can't write is added to `bad` by its place.
 
         Raises:
             DataError: where the tokenizer fails, by the place of the first row on which it does.
@@ -178,24 +184,24 @@ class RowEncoder:
 
 @contextmanager
 def without_cycles() -> Iterator[None]:
-    """Don't look for cycles meanwhile: rows are many small lists in none of them, and looking took a quarter of it."""
-    collects = gc.isenabled()
+    """Disable the cyclic collector: rows are many small lists without cycles, and it took a quarter of the time."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collects:
+        if was_enabled:
             gc.enable()
 
 
 def prepared(
     records: Iterable[Record | Unreadable],
-    recipe: EncodingConfig,
+    config: EncodingConfig,
     num_workers: int = 1,
     chunk_rows: int = CHUNK_ROWS,
     first_ordinal: int = 0,
 ) -> Iterator[Prepared]:
-    """Prepare records in chunks, in their order; the first has the ordinal that is given.
+    """Prepare records in chunks, in their order, with ordinals from `first_ordinal` on.
 
     Chunks are smaller where rows are long, so that memory does not depend on what is in them.
 
@@ -204,14 +210,15 @@ def prepared(
     """
     chunks = _chunks(enumerate(records, first_ordinal), chunk_rows)
     if num_workers == 1:
-        preparer = RowEncoder(recipe)
+        encoder = RowEncoder(config)
         with ThreadPoolExecutor(THREADS, "prepare") as pool:
-            yield from _in_order(pool, preparer.prepare, chunks, THREADS, BYTES_AHEAD)
+            yield from _in_order(pool, encoder.prepare, chunks, THREADS, BYTES_AHEAD)
         return
     fresh = multiprocessing.get_context("spawn")  # a fork would copy locks that the tokenizer's threads hold
     try:
-        with ProcessPoolExecutor(num_workers, fresh, _start_worker, (recipe, plugins.names())) as pool:
-            yield from _in_order(pool, _work, chunks, 2 * num_workers, max(BYTES_AHEAD, 2 * num_workers * CHUNK_BYTES))
+        with ProcessPoolExecutor(num_workers, fresh, _start_worker, (config, plugins.names())) as pool:
+            bytes_ahead = max(BYTES_AHEAD, 2 * num_workers * CHUNK_BYTES)
+            yield from _in_order(pool, _prepare_in_worker, chunks, 2 * num_workers, bytes_ahead)
     except BrokenProcessPool as error:
         raise DataError(
             "a process that prepares rows died (out of memory?); try fewer: data.preprocessing_num_workers"
@@ -224,7 +231,7 @@ def _chunks(records: Iterator[Numbered], chunk_rows: int) -> Iterator[tuple[Reco
     total = 0
     for numbered in records:
         ordinal, record = numbered
-        size = size_of(record) if isinstance(record, Record) else ENTRY_BYTES
+        size = memory_of(record) if isinstance(record, Record) else ENTRY_BYTES
         if chunk and (ordinal % chunk_rows == 0 or total + size > CHUNK_BYTES):
             yield chunk, total
             chunk, total = [], 0
@@ -241,7 +248,7 @@ def _in_order(
     num_ahead: int,
     bytes_ahead: int,
 ) -> Iterator[Prepared]:
-    """Let a pool prepare the chunks, a few ahead of the one that is taken."""
+    """Yield the chunks that a pool prepares, a few ahead of the one that is yielded."""
     ahead: deque[tuple[Future[Prepared], int]] = deque()
     total = 0
     try:
@@ -258,12 +265,12 @@ def _in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_preparer: RowEncoder | None = None
+_worker: RowEncoder | None = None
 
 
-def _start_worker(recipe: EncodingConfig, plugins_of_run: Sequence[str]) -> None:
-    """Set a worker process up: one thread each, and it is the parent that answers Ctrl-C."""
-    global _preparer
+def _start_worker(config: EncodingConfig, plugins_of_run: Sequence[str]) -> None:
+    """Set up a worker process: one thread each, and the parent answers Ctrl-C."""
+    global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.disable()  # see without_cycles
@@ -271,15 +278,15 @@ def _start_worker(recipe: EncodingConfig, plugins_of_run: Sequence[str]) -> None
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     plugins.require(plugins_of_run)  # one may have the format
-    _preparer = RowEncoder(recipe)
+    _worker = RowEncoder(config)
 
 
 def _end_with(sentinel: int) -> None:
-    """End this process when its parent has ended, however that was: nobody else would."""
+    """Exit once the parent process has ended, however it did."""
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
 
 
-def _work(chunk: Records) -> Prepared:
-    assert _preparer is not None
-    return _preparer.prepare(chunk)
+def _prepare_in_worker(chunk: Records) -> Prepared:
+    assert _worker is not None
+    return _worker.prepare(chunk)

@@ -1,30 +1,31 @@
-"""What became of the rows: how many were read, kept, cut and dropped, and how often each new token is learned."""
+"""The report of each set: rows read, kept, truncated and dropped, tokens, and how often each new token occurs."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from src.data.chat_signs import squeezed
+from src.config.schema import DataConfig
+from src.data.chat_markers import squeezed
 from src.data.encoding import THOUGHT, Encoder
 from src.data.sets import EncodedSet
 from src.data.store import DroppedRow
 from src.util import plural
 
 CHECK_ROWS = 200
-"""Rows of a set that are decoded again, to see whether the tokenizer gives their text back."""
+"""Rows of a set that are decoded again, to check that the tokenizer preserves their text."""
 
 
 @dataclass
 class SplitReport:
-    """The account of one set of rows: rows_kept = rows_read - all of rows_dropped + rows_repeated.
+    """The report of one set: rows_kept = rows_read - all of rows_dropped + rows_repeated.
 
-    `sources` are the rows of each source of a mixture; `fold` says which fold of train the set is. A streamed set is
-    accounted for as far as its first block goes.
+    `sources` are the rows of each source of a mixture; `fold` describes a validation set that is a fold of train. Of a
+    streamed set it covers the first block.
     """
 
     rows_read: int = 0
@@ -58,7 +59,7 @@ class SplitReport:
                 places.append(row.place)
 
     def count(self, rows: EncodedSet, encoder: Encoder, new_tokens: Mapping[str, int]) -> None:
-        """Count what the rows of a set hold."""
+        """Count the rows of a set, their tokens and what happened to them."""
         self.rows_kept = len(rows)
         self.rows_truncated = rows.total("is_truncated")
         self.rows_cleaned = rows.total("was_cleaned")
@@ -68,17 +69,17 @@ class SplitReport:
         self.tokens = rows.num_tokens
         self.lengths = length_summary(rows.lengths + rows.target_lengths)
         counts = {token: Counter[str]() for token in new_tokens}
-        for chunk, times in rows.masks():
+        for chunk, times in rows.multiplicities():
             spans = chunk.spans.reshape(-1, 3)
-            of_row = np.repeat(times, np.diff(chunk.span_offsets) // 3)
-            sizes = (spans[:, 2] - spans[:, 1]) * of_row
+            span_times = np.repeat(times, np.diff(chunk.span_offsets) // 3)
+            sizes = (spans[:, 2] - spans[:, 1]) * span_times
             self.supervised_tokens += int(sizes.sum())
             self.thought_tokens += int(sizes[spans[:, 0] == THOUGHT].sum())
             fed = np.repeat(times, np.diff(chunk.input_offsets))
-            supervised = chunk.supervised() * np.repeat(times, np.diff(chunk.learned_offsets))
+            supervised = chunk.supervised() * np.repeat(times, np.diff(chunk.label_offsets))
             for token, token_id in new_tokens.items():
                 counts[token]["fed"] += int(fed[chunk.input_ids == token_id].sum())
-                counts[token]["supervised"] += int(supervised[chunk.learned_ids == token_id].sum())
+                counts[token]["supervised"] += int(supervised[chunk.label_ids == token_id].sum())
         self.new_tokens = {token: {key: one[key] for key in ("fed", "supervised")} for token, one in counts.items()}
         self.rows_changed_by_tokenizer = len(changed_rows(rows, range(min(CHECK_ROWS, len(rows))), encoder))
         self.digest = rows.digest()
@@ -93,7 +94,7 @@ class SplitReport:
 
     @property
     def summary(self) -> str:
-        """One line for a person."""
+        """The report in one line, with more where there is something to see."""
         dropped = self.rows_dropped.total()
         why = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.rows_dropped.items())
         text = "streamed; of the first " if self.is_streamed else f"{self.fold}; " if self.fold else ""
@@ -113,7 +114,7 @@ class SplitReport:
 
 
 def changed_rows(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[int]:
-    """Give those of some rows whose ids do not decode to their text; one that was cut is not looked at."""
+    """Return those of some rows whose ids do not decode to their text; truncated rows are skipped."""
     whole = [i for i in indices if not rows.is_truncated(i)]
     inputs = encoder.decode_batch([rows[i].input_ids.tolist() for i in whole])
     if not rows.is_encoder_decoder:
@@ -127,9 +128,9 @@ def changed_rows(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> 
 
 
 def _is_written_chat(rows: EncodedSet, index: int, encoder: Encoder) -> bool:
-    """Return whether a row's ids decode to its text where control tokens count as text: a chat template writes them.
+    """Return whether a rendered chat's ids decode to its text, control tokens included.
 
-    White space is left out of account there: some tokens take it, and others write a space that is none of the text's.
+    White space is not compared: some tokens include it, and others write a space that is not in the text.
     """
     if not rows.is_rendered(index):
         return False
@@ -139,7 +140,7 @@ def _is_written_chat(rows: EncodedSet, index: int, encoder: Encoder) -> bool:
 
 
 def _is_written_pair(rows: EncodedSet, index: int, encoder: Encoder) -> bool:
-    """Return the same of an encoder-decoder's row: its prompt is read, its completion written."""
+    """Return the same for an encoder-decoder's row, prompt and completion apart."""
     row = rows[index]
     if row.target_ids is None or not rows.is_rendered(index):
         return False
@@ -148,8 +149,23 @@ def _is_written_pair(rows: EncodedSet, index: int, encoder: Encoder) -> bool:
 
 
 def length_summary(lengths: np.ndarray) -> dict[str, int]:
-    """Give shortest, median, 95th percentile, longest and total of lengths in tokens."""
+    """Return minimum, median, 95th percentile and maximum of lengths in tokens."""
     if not len(lengths):
         return {}
     shortest, median, p95, longest = np.percentile(lengths, [0, 50, 95, 100], method="nearest").tolist()
     return {"min": shortest, "median": median, "p95": p95, "max": longest}
+
+
+def describe_fold(data: DataConfig) -> str:
+    """Return which fold the validation set is, and what is not read because of it; '' without folds."""
+    if data.num_folds is None:
+        return ""
+    by = f" by {data.group_column}" if data.group_column is not None else ""
+    without = replace(data, num_folds=None)
+    if without.validation_sets():
+        unread = ", the validation files are not read"
+    elif without.has_hub_validation:
+        unread = ", the hub's validation split is not read"
+    else:
+        unread = ", data.validation_fraction is not read" if without.held_out_fraction else ""
+    return f"fold {data.fold} of {data.num_folds}{by}{unread}"

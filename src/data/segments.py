@@ -1,4 +1,4 @@
-"""Pieces of a row's text: what is tokenised in one go, and whether it is learned."""
+"""Segments of a row's text: each is tokenised by itself, and supervised or not."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import NamedTuple
 
 
 class Segment(NamedTuple):
-    """A text; in one that a chat template rendered, control tokens are tokens, elsewhere they are text."""
+    """A text. Where a chat template rendered it control tokens are tokens, elsewhere they are text."""
 
     text: str
     is_supervised: bool
     is_rendered: bool = False
 
 
-def last_turn(pieces: Sequence[Segment]) -> tuple[int, int]:
-    """Give [first, stop) of the last pieces that are learned together; both are the end where none is learned."""
-    learned = [i for i, piece in enumerate(pieces) if piece.is_supervised]
-    if not learned:
-        return len(pieces), len(pieces)
-    first = learned[-1]
-    while first > 0 and pieces[first - 1].is_supervised:  # control tokens in a message cut its turn into pieces
+def last_turn(segments: Sequence[Segment]) -> tuple[int, int]:
+    """Return [first, stop) of the last adjacent supervised segments; both are the end where there are none."""
+    stop = len(segments)
+    while stop > 0 and not segments[stop - 1].is_supervised:
+        stop -= 1
+    first = stop
+    while first > 0 and segments[first - 1].is_supervised:  # control tokens in a message split its turn
         first -= 1
-    return first, learned[-1] + 1
+    return (first, stop) if stop else (len(segments), len(segments))
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Give a pattern that finds any of the tokens, the longest first; of none it finds nothing."""
+    """Return a pattern that finds any of the tokens, the longest first; without tokens it finds nothing."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) if longest_first else "(?!)")

@@ -1,4 +1,4 @@
-"""Where rows come from: files and the hub become records that know their place. The door to datasets."""
+"""Sources of records: data files and data sets of the Hugging Face hub. The only module that imports datasets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from functools import lru_cache, partial
 from typing import Any
 
 from src.config.files import expand
-from src.data.readers import MAX_ROW_BYTES, Record, Unreadable, read_file
+from src.data.readers import read_file
+from src.data.readers.record import MAX_ROW_BYTES, Record, Unreadable
 from src.errors import DataError, one_line
 
 
@@ -33,7 +34,7 @@ class FileSource:
         yield from itertools.islice((row for file in self.files for row in read_file(file)), self.limit)
 
     def fingerprint(self) -> Any:
-        """Give what identifies the rows: every file with the hash of its content."""
+        """Return what identifies the rows: every file with the hash of its content."""
         return {"files": [[file, file_hash(file)] for file in self.files], "limit": self.limit}
 
 
@@ -53,7 +54,7 @@ class HubSource:
         return f"{self.dataset_name}/{self.split}"
 
     def _load(self) -> Any:
-        """Return the rows; read while they are taken where that is asked for, or where only the first are wanted."""
+        """Return the rows, streamed where that is asked for or only the first are needed."""
         import datasets  # heavy, and only this needs it
 
         datasets.disable_progress_bars()
@@ -61,27 +62,27 @@ class HubSource:
             datasets.load_dataset, self.dataset_name, self.config_name, split=self.split, revision=self.revision
         )
         if self.limit is not None and not self.streaming:
-            with suppress(Exception):  # a part of a split, or a data set that is only in the library's own cache
+            with suppress(Exception):  # can't stream a part of a split, or what is only in the library's own cache
                 return load(streaming=True)
-        with self._told():
+        with self._load_errors():
             return load(streaming=self.streaming)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turn what the library raises (of many kinds: network, missing names, broken files) into a DataError."""
+    def _load_errors(self) -> Iterator[None]:
+        """Raise what the library raises, of many kinds (network, missing names, broken files), as a DataError."""
         try:
             yield
         except Exception as error:
             raise DataError(
-                f"{self.dataset_name} ({self.config_name or 'default'}, split {self.split}) can't be had from the hub: "
-                f"{one_line(error)}\nWithout a network, give local files: data.train_files=[FILE]"
+                f"{self.dataset_name} ({self.config_name or 'default'}, split {self.split}) can't be loaded from the "
+                f"hub: {one_line(error)}\nWithout a network, use local files: data.train_files=[FILE]"
             ) from error
 
     def records(self) -> Iterator[Record | Unreadable]:
         """Read the rows, at most `limit` of them.
 
         Raises:
-            DataError: where they can't be had, with the library's own words.
+            DataError: where they can't be loaded, with the library's own words.
         """
         rows, number = iter(itertools.islice(self._load(), self.limit)), 0
         while True:
@@ -90,7 +91,7 @@ class HubSource:
                 fields = dict(next(rows))
             except StopIteration:
                 return
-            except Exception as error:  # a stream meets the network and broken files on its way
+            except Exception as error:  # a stream reads from the network as it goes
                 yield Unreadable(self.name, number, f"the library can't read it: {one_line(error)}")
                 return
             if sum(len(value) for value in fields.values() if isinstance(value, str)) > MAX_ROW_BYTES:
@@ -99,14 +100,14 @@ class HubSource:
                 yield Record(fields, self.name, number)
 
     def fingerprint(self) -> Any:
-        """Return what identifies the rows: the library's own hash follows the files and how they are read.
+        """Return what identifies the rows: the library's own hash changes with the files and how they are read.
 
         Raises:
             DataError: as `records`.
         """
         import datasets
 
-        with self._told():
+        with self._load_errors():
             found = datasets.load_dataset_builder(self.dataset_name, self.config_name, revision=self.revision)
         rows = [found.config_id, str(found.config.version), found.hash]
         return {"hub": [self.name, self.config_name], "rows": rows, "limit": self.limit}
@@ -116,12 +117,12 @@ Source = FileSource | HubSource
 
 
 def file_source(patterns: Sequence[str], limit: int | None) -> FileSource:
-    """Give the source of files, globs and folders."""
+    """Return the source of files, globs and folders."""
     return FileSource(tuple(expand(patterns)), limit)
 
 
 def file_hash(file: str) -> str:
-    """Give the SHA-256 of a file's content.
+    """Return the SHA-256 of a file's content.
 
     Raises:
         DataError: where it can't be read.
@@ -147,5 +148,5 @@ def _hash(file: str, _state: tuple[int, ...]) -> str:
 
 
 def fingerprint_of(*parts: Any) -> str:
-    """Give a hash of plain values, 64 hex digits."""
+    """Return a hash of plain values, 64 hex digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Encoded rows in one Arrow file: written in chunks, read by memory map, so that memory does not grow with the data."""
+"""Encoded rows in one Arrow file: written in chunks and memory-mapped, so that memory does not grow with the data."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from src.data.encoding import EncodedRow
 from src.data.examples import Example
-from src.data.readers import Record
+from src.data.readers.record import Record
 from src.errors import visible
 
-ROWS, ACCOUNT = "rows.arrow", "account.json"
+ROWS, STATS = "rows.arrow", "stats.json"
 BATCH_ROWS, BATCH_BYTES = 1000, 32 * 2**20
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -35,13 +35,13 @@ SCHEMA = pa.schema(
         "is_rendered": pa.bool_(),  # by a chat template
         "number": pa.int64(),  # line or row in its source
         "source": pa.string(),
-        "ordinal": pa.int64(),  # how many records of the set were read before it
+        "ordinal": pa.int64(),  # number of records of the source before it
         "prompt": pa.string(),
         "completion": pa.string(),
         "reference": pa.string(),  # null: the completion
-        "learned": pa.string(),  # all that is learned, of every turn; null: the completion
-        "changes": pa.string(),  # by the chat template, a line each: see chat.Rendered; null: none
-        "unread": pa.string(),  # keys that nothing reads, a line each; null: none
+        "supervised_text": pa.string(),  # of every turn; null: the completion
+        "changes": pa.string(),  # by the chat template, one a line: see chat.Rendered; null: none
+        "unread": pa.string(),  # keys that nothing reads, one a line; null: none
     }
 )
 
@@ -57,7 +57,7 @@ class DroppedRow:
 
 @dataclass
 class SourceStats:
-    """What became of the records of one source; kept beside its rows."""
+    """Counts of the records of one source, stored with its rows."""
 
     num_records: int = 0
     dropped: list[DroppedRow] = field(default_factory=list)
@@ -65,11 +65,11 @@ class SourceStats:
 
 
 Encoded = tuple[int, Record, Example, EncodedRow]
-"""A row on its way to the file: its ordinal, where it comes from, its words, its ids."""
+"""A row as it is written: its ordinal, its record, its text, its ids."""
 
 
 def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
-    """Put rows side by side in columns."""
+    """Return rows as columns."""
     encoded = [row for _, _, _, row in rows]
     examples = [example for _, _, example, _ in rows]
     columns = {
@@ -80,14 +80,14 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
         "num_control_tokens": [row.num_control_tokens for row in encoded],
         "is_truncated": [row.is_truncated for row in encoded],
         "was_cleaned": [example.was_cleaned for example in examples],
-        "is_rendered": [any(piece.is_rendered for piece in example.pieces) for example in examples],
+        "is_rendered": [any(segment.is_rendered for segment in example.segments) for example in examples],
         "number": [record.number for _, record, _, _ in rows],
         "source": [record.source for _, record, _, _ in rows],
         "ordinal": [ordinal for ordinal, _, _, _ in rows],
         "prompt": [example.prompt for example in examples],
         "completion": [example.completion for example in examples],
         "reference": [None if e.reference == e.completion else e.reference for e in examples],
-        "learned": [None if (text := e.learned) == e.completion else text for e in examples],
+        "supervised_text": [None if (text := e.supervised_text) == e.completion else text for e in examples],
         "changes": ["\n".join(example.changes) or None for example in examples],
         "unread": ["\n".join(visible(key, is_line=True) for key in example.unread) or None for example in examples],
     }
@@ -102,7 +102,7 @@ def _lists(rows: list[list[int]]) -> pa.Array:
 
 
 class RowWriter:
-    """Writes a folder of rows; whole only after `close`."""
+    """Writes a folder of rows, which is complete only after `close`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -110,38 +110,38 @@ class RowWriter:
         self._sink = pa.OSFile(str(folder / ROWS), "wb")
         self._writer = pa.ipc.new_file(self._sink, SCHEMA)
         self._hash = hashlib.sha256()
-        self._waiting: list[pa.RecordBatch] = []
+        self._pending: list[pa.RecordBatch] = []
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Add rows; small batches are written together, because each costs memory when the file is read."""
-        self._waiting.append(batch)
-        num_bytes = sum(waiting.nbytes for waiting in self._waiting)
-        if num_bytes >= BATCH_BYTES or sum(len(waiting) for waiting in self._waiting) >= BATCH_ROWS:
+        self._pending.append(batch)
+        num_bytes = sum(pending.nbytes for pending in self._pending)
+        if num_bytes >= BATCH_BYTES or sum(len(pending) for pending in self._pending) >= BATCH_ROWS:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._waiting:
+        if not self._pending:
             return
-        batch = pa.concat_batches(self._waiting)
-        self._waiting = []
+        batch = pa.concat_batches(self._pending)
+        self._pending = []
         update_digest(self._hash, batch)
         self._writer.write_batch(batch)
 
-    def close(self, account: SourceStats) -> None:
-        """Write the account, whose digest tells a file that did not reach the disk whole when the power went."""
+    def close(self, stats: SourceStats) -> None:
+        """Write the stats; their digest reveals rows that did not reach the disk in a power cut."""
         self._flush()
-        account.digest = self._hash.hexdigest()
+        stats.digest = self._hash.hexdigest()
         self._writer.close()
         self._sink.close()
-        (self._folder / ACCOUNT).write_text(json.dumps(dataclasses.asdict(account)), encoding="utf-8")
+        (self._folder / STATS).write_text(json.dumps(dataclasses.asdict(stats)), encoding="utf-8")
 
     def abort(self) -> None:
-        """Close without an end; what was written is not to be used."""
+        """Close the file without its end, so that it can't be opened."""
         self._sink.close()
 
 
 def update_digest(digest: Any, batch: pa.RecordBatch) -> None:
-    """Add the ids and spans of rows to a hash; texts and places don't count."""
+    """Update a hash with the ids and spans of rows, not with texts and places."""
     for name in ("input_ids", "target_ids", "spans"):
         offsets, values = _flat(batch.column(name))
         digest.update(np.diff(offsets).astype(np.int32).tobytes())
@@ -149,14 +149,14 @@ def update_digest(digest: Any, batch: pa.RecordBatch) -> None:
 
 
 def _flat(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    """Give a column's offsets, [rows + 1], and its values one after the other, without copying them."""
+    """Return a column's offsets, [rows + 1], and its concatenated values, without a copy."""
     offsets = lists.offsets.to_numpy()
     return offsets - offsets[0], lists.values.to_numpy()[offsets[0] : offsets[-1]]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows as they lie in the file: ids and spans flat, with the offsets of each row."""
+    """Some rows as they are stored: ids and spans flat, with the offsets of each row."""
 
     batch: pa.RecordBatch
     input_offsets: np.ndarray
@@ -172,19 +172,19 @@ class Chunk:
         return cls(batch, *(values for column in columns for values in column))
 
     @property
-    def learned_ids(self) -> np.ndarray:
+    def label_ids(self) -> np.ndarray:
         """The ids that labels are made of: an encoder-decoder's targets, else the input."""
         return self.target_ids if len(self.target_ids) else self.input_ids
 
     @property
-    def learned_offsets(self) -> np.ndarray:
+    def label_offsets(self) -> np.ndarray:
         return self.target_offsets if len(self.target_ids) else self.input_offsets
 
     def supervised(self) -> np.ndarray:
-        """Say for each of `learned_ids` whether it is supervised."""
+        """Return which of `label_ids` are supervised."""
         spans = self.spans.reshape(-1, 3)
-        begins = np.repeat(self.learned_offsets[:-1], np.diff(self.span_offsets) // 3)
-        change = np.zeros(len(self.learned_ids) + 1, dtype=np.int32)
+        begins = np.repeat(self.label_offsets[:-1], np.diff(self.span_offsets) // 3)
+        change = np.zeros(len(self.label_ids) + 1, dtype=np.int32)
         np.add.at(change, spans[:, 1] + begins, 1)
         np.add.at(change, spans[:, 2] + begins, -1)
         return np.cumsum(change[:-1]) > 0
@@ -193,8 +193,8 @@ class Chunk:
 class Shard:
     """The encoded rows of one source, on disk or in memory."""
 
-    def __init__(self, batches: Sequence[pa.RecordBatch], account: SourceStats) -> None:
-        self.account = account
+    def __init__(self, batches: Sequence[pa.RecordBatch], stats: SourceStats) -> None:
+        self.stats = stats
         self.chunks = [Chunk.of(batch) for batch in batches]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
         self.lengths = self._joined([np.diff(c.input_offsets) for c in self.chunks])
@@ -203,23 +203,23 @@ class Shard:
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = True) -> Shard:
-        """Map a folder of rows into memory.
+        """Memory-map a folder of rows.
 
         Args:
-            verify: read the rows once, to see that they are what was written.
+            verify: whether to read the rows once and compare their digest.
         Raises:
-            OSError, ValueError, KeyError: where it is not whole.
+            OSError, ValueError, KeyError: where it is incomplete or damaged.
         """
-        given = json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
+        given = json.loads((folder / STATS).read_text(encoding="utf-8"))
         given["dropped"] = [DroppedRow(**row) for row in given["dropped"]]
         reader = pa.ipc.open_file(pa.memory_map(str(folder / ROWS)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        account, digest = SourceStats(**given), hashlib.sha256()
+        stats, digest = SourceStats(**given), hashlib.sha256()
         for batch in batches if verify else []:
             update_digest(digest, batch)
-        if verify and digest.hexdigest() != account.digest:
+        if verify and digest.hexdigest() != stats.digest:
             raise ValueError(f"{folder} does not hold what was written")
-        return cls(batches, account)
+        return cls(batches, stats)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -229,13 +229,13 @@ class Shard:
         return sum(chunk.batch.nbytes for chunk in self.chunks)
 
     def column(self, name: str) -> np.ndarray:
-        """Give a column of numbers, [rows]."""
+        """Return a column of numbers, [rows]."""
         return self._joined([c.batch.column(name).to_numpy(zero_copy_only=False) for c in self.chunks])
 
     def _joined(self, arrays: list[np.ndarray]) -> np.ndarray:
         return np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, dtype=np.int64)
 
     def locate(self, row: int) -> tuple[Chunk, int]:
-        """Give the chunk that holds a row, and its number in there."""
+        """Return the chunk that holds a row, and the row's index in it."""
         i = bisect_right(self._starts, row) - 1
         return self.chunks[i], row - self._starts[i]

@@ -1,4 +1,4 @@
-"""A train set that is read while it is trained on: nothing is counted or kept beforehand."""
+"""A train set that is read during training: nothing is counted or stored beforehand."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from src.data.cache import bad_rows
+from src.data.bad_rows import BadRows
 from src.data.preparation import CHUNK_ROWS, EncodingConfig, prepared
-from src.data.readers import Record, Unreadable
+from src.data.readers.record import Record, Unreadable
 from src.data.sets import EncodedSet
 from src.data.sources import Source, fingerprint_of
 from src.data.store import DroppedRow, Shard, SourceStats
@@ -25,17 +25,17 @@ BLOCK_ROWS, BLOCK_BYTES = 10_000, 512 * 2**20
 
 @dataclass(frozen=True)
 class StreamSource:
-    """A source, with its share of the rows (from 0 to 1), and how many of it make an epoch (None: all it has)."""
+    """A source, with its share of the rows (from 0 to 1), and its number of rows in an epoch (None: all)."""
 
     source: Source
-    recipe: EncodingConfig
+    config: EncodingConfig
     share: float
     count: int | None
 
 
 @dataclass
 class StreamAccount:
-    """What became of the records read so far."""
+    """Counts of the records read so far."""
 
     num_records: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -45,14 +45,14 @@ class StreamAccount:
     def num_kept(self) -> int:
         return self.num_records - self.dropped.total()
 
-    def add(self, part: Shard) -> None:
-        """Account for a part's records."""
-        self.num_records += part.account.num_records
-        self.dropped.update(row.reason for row in part.account.dropped)
-        self.first_dropped += part.account.dropped[: 10 - len(self.first_dropped)]
+    def add(self, shard: Shard) -> None:
+        """Count a shard's records."""
+        self.num_records += shard.stats.num_records
+        self.dropped.update(row.reason for row in shard.stats.dropped)
+        self.first_dropped += shard.stats.dropped[: 10 - len(self.first_dropped)]
 
     def as_dict(self) -> dict[str, Any]:
-        """Give it as plain JSON values."""
+        """Return it as plain JSON values."""
         rows = [asdict(row) for row in self.first_dropped]
         return vars(self) | {"dropped": dict(self.dropped), "first_dropped": rows}
 
@@ -64,11 +64,11 @@ class StreamAccount:
 
 @dataclass
 class Cursor:
-    """How far an epoch is read. It is all that reading knows, so whoever has it reads on exactly alike.
+    """How far an epoch is read: the whole state of reading, so it resumes exactly from here.
 
-    Of each source `taken` counts the records since it began, or began again, and `has_ended` says whether it came to
-    its end in this epoch. `turn` is the source that gives the next chunk. The counts are of this epoch, `account` is
-    of all epochs that were read.
+    For each source `taken` counts the records since its start, or its last restart, and `has_ended` is true once its
+    end was reached in this epoch. `turn` is the source of the next chunk. The counts are of this epoch, `account` is of
+    all epochs that were read.
     """
 
     taken: list[int]
@@ -81,7 +81,7 @@ class Cursor:
 
     @classmethod
     def at_start(cls, num_sources: int, account: StreamAccount) -> Cursor:
-        """Give where an epoch begins.
+        """Return the start of an epoch.
 
         Args:
             account: of the epochs before it.
@@ -89,7 +89,7 @@ class Cursor:
         return cls([0] * num_sources, [False] * num_sources, account)
 
     def as_dict(self) -> dict[str, Any]:
-        """Give it as plain JSON values, which stay as they are while this moves on."""
+        """Return a copy as plain JSON values."""
         lists = {"taken": [*self.taken], "has_ended": [*self.has_ended]}
         return vars(self) | lists | {"account": self.account.as_dict()}
 
@@ -101,9 +101,9 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that are in memory together: the epoch's `number`-th, from 0.
+    """Rows that are in memory together: the epoch's `number`-th block, from 0.
 
-    `begin` is where they were read from, in plain JSON values: `StreamedSet.read` begins there again with this block.
+    `begin` is the cursor before it, in plain JSON values, from which `StreamedSet.read` begins with this block again.
     """
 
     number: int
@@ -112,14 +112,14 @@ class Block:
 
 
 class StreamedSet:
-    """The rows of the sources, block after block, as often as they are asked for.
+    """The rows of the sources, block after block, for any number of epochs.
 
-    Of several sources each gives its share of every block. Where they have counts, an epoch is these counts, also more
-    rows than a source has; else it ends when every source has ended, and one that ends before begins again, so no row
-    is left out.
+    Each of several sources has its share of every block. Where sources have counts, these make an epoch, also more rows
+    than a source has; else an epoch ends when every source has ended, and one that ends before restarts, so no row is
+    left out.
 
     Args:
-        max_dropped_fraction: of the rows read so far in an epoch, from the first block's end on.
+        max_dropped_fraction: of the rows read so far in an epoch, checked from the first block's end on.
     """
 
     def __init__(
@@ -131,23 +131,23 @@ class StreamedSet:
     ) -> None:
         self.name = name
         self.account = StreamAccount()
-        """Of all epochs that were read, also by the runs that this one goes on from."""
+        """Of all epochs that were read, also by the runs that this one resumes."""
         self._sources = sources
         self._num_workers = num_workers
         self._max_dropped_fraction = max_dropped_fraction
 
     @cached_property
     def first(self) -> EncodedSet:
-        """The first block, to look at before training; it is not accounted for."""
+        """The first block, to look at before training; it is not counted."""
         return next(self._blocks(Cursor.at_start(len(self._sources), StreamAccount()))).rows
 
     def digest(self) -> str:
-        """Give a hash of what the rows are read from, and how, 32 hex digits."""
-        each = [(one.source.fingerprint(), one.recipe.settings(), one.share, one.count) for one in self._sources]
+        """Return a hash of the sources and settings of the rows, 32 hex digits."""
+        each = [(one.source.fingerprint(), one.config.settings(), one.share, one.count) for one in self._sources]
         return fingerprint_of(each)[:32]
 
     def start(self) -> dict[str, Any]:
-        """Give where an epoch begins, behind all that was read so far, in plain JSON values."""
+        """Return the cursor of the next epoch's start, in plain JSON values."""
         return Cursor.at_start(len(self._sources), self.account).as_dict()
 
     def blocks(self) -> Iterator[EncodedSet]:
@@ -162,9 +162,9 @@ class StreamedSet:
         """Read an epoch to its end, a block at a time.
 
         Args:
-            begin: where a block of this set began, or `start`, also in another process: reading goes on with that
-                block, and the account becomes what it was then. The records before it are read, but nothing is made of
-                them. None: at the epoch's start.
+            begin: where a block of this set began, or `start`, also in another process: reading resumes with that
+                block, and the account becomes what it was then. The records before it are read and skipped. None: the
+                epoch's start.
         Raises:
             DataError: at the first chunk with rows that can't be used, or too many that would be dropped; where `begin`
                 is of another number of sources.
@@ -172,29 +172,28 @@ class StreamedSet:
         cursor = Cursor.from_dict(self.start() if begin is None else begin)
         if len(cursor.taken) != len(self._sources):
             raise DataError(
-                f"{self.name} has {len(self._sources)} sources, and had {len(cursor.taken)} where reading is to go on"
+                f"{self.name} has {len(self._sources)} sources, and had {len(cursor.taken)} where reading is to resume"
             )
         self.account = cursor.account
         return self._blocks(cursor)
 
     def _blocks(self, cursor: Cursor) -> Iterator[Block]:
-        """Read from a cursor on, and move it along."""
-        begin, parts, size = cursor.as_dict(), list[Shard](), 0
-        for part in self._parts(cursor):
-            parts.append(part)
-            size += part.num_bytes
-            ready = sum(map(len, parts))
+        """Yield the blocks from a cursor on, moving it."""
+        begin, shards, size = cursor.as_dict(), list[Shard](), 0
+        for shard in self._shards(cursor):
+            shards.append(shard)
+            size += shard.num_bytes
+            ready = sum(map(len, shards))
             if ready >= BLOCK_ROWS or (ready and size >= BLOCK_BYTES):
-                yield self._block(parts, begin, cursor)
-                begin, parts, size = cursor.as_dict(), [], 0
+                yield self._block(shards, begin, cursor)
+                begin, shards, size = cursor.as_dict(), [], 0
         self._check_dropped(cursor)
-        if sum(map(len, parts)):
-            yield self._block(parts, begin, cursor)
+        if sum(map(len, shards)):
+            yield self._block(shards, begin, cursor)
 
-    def _block(self, parts: list[Shard], begin: dict[str, Any], cursor: Cursor) -> Block:
-        """Put parts together."""
+    def _block(self, shards: list[Shard], begin: dict[str, Any], cursor: Cursor) -> Block:
         self._check_dropped(cursor)
-        rows = EncodedSet(self.name, parts)
+        rows = EncodedSet(self.name, shards)
         number = cursor.num_blocks
         cursor.num_blocks += 1
         return Block(number, begin, rows)
@@ -209,52 +208,51 @@ class StreamedSet:
                 f"data.max_dropped_fraction = {self._max_dropped_fraction:g}"
             )
 
-    def _parts(self, cursor: Cursor) -> Iterator[Shard]:
-        """Take a chunk of each source in turn, as large as its share; the cursor is behind it when it is given."""
-        streams = [self._of(one, taken) for one, taken in zip(self._sources, cursor.taken, strict=True)]
+    def _shards(self, cursor: Cursor) -> Iterator[Shard]:
+        """Yield a chunk of each source in turn, as large as its share, with the cursor moved past it."""
+        streams = [self._read_source(one, taken) for one, taken in zip(self._sources, cursor.taken, strict=True)]
         while not all(cursor.has_ended):
             i = cursor.turn
             cursor.turn = (i + 1) % len(streams)
             is_counted = self._sources[i].count is not None
             if is_counted and cursor.has_ended[i]:
                 continue
-            part = next(streams[i], None)
-            if part is None:
+            shard = next(streams[i], None)
+            if shard is None:
                 cursor.has_ended[i] = True
                 if is_counted or all(cursor.has_ended):
                     continue
-                streams[i], cursor.taken[i] = self._of(self._sources[i], 0), 0
-                part = next(streams[i])  # it had rows before
-            cursor.taken[i] += part.account.num_records
-            cursor.num_records += part.account.num_records
-            cursor.num_dropped += len(part.account.dropped)
-            cursor.account.add(part)
-            yield part
+                streams[i], cursor.taken[i] = self._read_source(self._sources[i], 0), 0
+                shard = next(streams[i])  # it had rows before
+            cursor.taken[i] += shard.stats.num_records
+            cursor.num_records += shard.stats.num_records
+            cursor.num_dropped += len(shard.stats.dropped)
+            cursor.account.add(shard)
+            yield shard
 
-    def _of(self, one: StreamSource, taken: int) -> Iterator[Shard]:
-        """Prepare a source's records behind those taken before."""
+    def _read_source(self, one: StreamSource, taken: int) -> Iterator[Shard]:
+        """Yield a source's records after the first `taken`, encoded, a chunk of its share at a time."""
         chunk_rows = max(1, round(CHUNK_ROWS * one.share))
         records = _records(one.source, taken, one.count)
-        batches, account = list[pa.RecordBatch](), SourceStats()
-        for chunk in prepared(records, one.recipe, self._num_workers, chunk_rows, taken):
-            if chunk.bad:
-                raise bad_rows(chunk.bad, len(chunk.bad))
+        batches, stats = list[pa.RecordBatch](), SourceStats()
+        for chunk in prepared(records, one.config, self._num_workers, chunk_rows, taken):
+            BadRows(chunk.bad).check()
             batches.append(chunk.rows)
-            account.num_records += chunk.num_records
-            account.dropped += chunk.dropped
+            stats.num_records += chunk.num_records
+            stats.dropped += chunk.dropped
             taken += chunk.num_records
-            # of long rows a chunk has fewer; of several sources each gives its share all the same
+            # a chunk of long rows has fewer of them; each of several sources still has its share
             if len(self._sources) == 1 or taken % chunk_rows == 0:
-                yield Shard(batches, account)
-                batches, account = [], SourceStats()
+                yield Shard(batches, stats)
+                batches, stats = [], SourceStats()
         if batches:
-            yield Shard(batches, account)
+            yield Shard(batches, stats)
 
 
 def _records(source: Source, taken: int, count: int | None) -> Iterator[Record | Unreadable]:
-    """Read a source behind `taken` records, again from its start where it has fewer than `count`.
+    """Yield a source's records after the first `taken`, repeated from its start where it has fewer than `count`.
 
-    What can't be read is given also where it stands before them: the source may end there.
+    What can't be read is yielded also where it comes before them: the source may end there.
 
     Raises:
         DataError: where it has none.

@@ -31,7 +31,7 @@ class AnswerReader:
 
         What its normaliser replaces (such as wide letters by plain ones) no model could write.
         """
-        return self.encoder.as_written(self.plain_reference(rows, index))
+        return self.encoder.normalized(self.plain_reference(rows, index))
 
     def plain_reference(self, rows: EncodedSet, index: int) -> str:
         """Return what a row's answer should be, without thoughts, also without those that stand in the data as tags."""

@@ -11,7 +11,8 @@ from typing import Any
 from src.checkpoint.exported import base_digests, exported_start, starting_model
 from src.checkpoint.locate import newest_weights
 from src.checkpoint.store import read_snapshot
-from src.config.gate import Job, parse
+from src.config.gate import parse
+from src.config.job import Job
 from src.config.options import PROJECT_ROOT
 from src.config.schema import RunConfig
 from src.data.advice import Level, advice
@@ -126,7 +127,7 @@ def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunCo
     if adapter is None:
         raise ModelError(
             f"init_from: {folder} is an adapter, so it needs one here too (adapter=lora); "
-            "a run with export.merge=true gives whole weights"
+            "a run with export.merge=true exports whole weights"
         )
     saved, _ = load_tokenizer(replace(config.model, checkpoint=str(folder), revision=None), config.tokens)
     if tokenizer_hash(saved) != tokenizer_hash(tokenizer):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.checkpoint.exported import exported_digests
-from src.config.gate import Job
+from src.config.job import Job
 from src.config.schema import RunConfig
 from src.data.dataset import Data
 from src.model.card import model_card

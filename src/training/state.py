@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from src.checkpoint.store import Snapshot
 from src.config.schema import Attention, Batching, RunConfig, TrainingConfig
-from src.data.batching import Plan, Position, steps_per_epoch
+from src.data.batching import BatchSampler, Position, steps_per_epoch
 from src.data.dataset import TrainSet
 from src.data.sets import EncodedSet
 from src.errors import CheckpointError, ModelError
@@ -104,7 +104,7 @@ class TrainState:
     """The transformers model inside: for generation and export."""
     optimizer: Any
     schedule: LambdaLR
-    plan: Plan
+    plan: BatchSampler
     is_flat: bool
     """Whether packed rows go into one sequence without padding, as FlashAttention takes them."""
     num_steps: int
@@ -258,10 +258,10 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def batch_plan(config: RunConfig, num_processes: int = 1) -> Plan:
+def batch_plan(config: RunConfig, num_processes: int = 1) -> BatchSampler:
     """Return how rows become micro-batches, by the configuration; a step takes those of all processes."""
     training = config.training
-    return Plan(
+    return BatchSampler(
         config.data.batching,
         training.per_device_train_batch_size,
         training.gradient_accumulation_steps * num_processes,

@@ -23,9 +23,9 @@ class BadRow(Exception):
 
 
 class Pair(NamedTuple):
-    """The parts of a row by their role, in the format's order: the first is prompted, the last is learned.
+    """The parts of a row by their role, in the format's order: the first is the prompt, the last is supervised.
 
-    A format with one role has no prompt: all of it is learned. `unread` names the row's fields that nothing reads.
+    A format with one role has no prompt: all of it is supervised. `unread` names the row's fields that nothing reads.
     """
 
     parts: dict[str, str]
@@ -37,12 +37,12 @@ class Pair(NamedTuple):
 class Chat:
     """Messages in turn: role, content and, of the assistant's, `reasoning_content` where it thought something.
 
-    `learned` says for each assistant's message whether the row wants it learned; `unread` names the keys of the row and
-    of its messages that hold something and that nothing reads.
+    `is_supervised` is what the row asks for, for each assistant's message; `unread` names the keys of the row and of
+    its messages that hold something and that nothing reads.
     """
 
     messages: list[dict[str, str]]
-    learned: list[bool]
+    is_supervised: list[bool]
     unread: tuple[str, ...] = ()
 
 
@@ -64,7 +64,7 @@ def read_texts(fields: dict[str, Any], data: DataConfig) -> Pair:
     """Take the texts that `data.columns` names.
 
     Raises:
-        BadRow: where one is missing or no text, or the one to be learned is empty.
+        BadRow: where one is missing or no text, or the supervised one is empty.
     """
     parts = {role: text_field(fields, data.columns[role], role) for role in roles(data.format)}
     role = roles(data.format)[-1]
@@ -118,7 +118,7 @@ def field(fields: dict[str, Any], column: str, role: str) -> Any:
 
 
 def type_name(value: Any) -> str:
-    """Say what a value is, in the words of the file rather than Python's."""
+    """Return the type of a value, in the words of the file rather than Python's."""
     names = {
         dict: "an object",
         list: "a list",

@@ -20,11 +20,11 @@ ROLES = {
     "gpt": "assistant",
 }
 FORMS = (("role", "content"), ("from", "value"))
-LEARNED_KEYS = ("weight", "train", "loss")
-"""Each says whether an assistant's message is learned."""
+SUPERVISION_KEYS = ("weight", "train", "loss")
+"""Each sets whether an assistant's message is supervised."""
 
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""Each holds what the assistant thought before it answered."""
+"""Each holds the assistant's thought before its answer."""
 
 THOUGHT = THOUGHT_KEYS[0]
 """The key of a thought in the messages of a Chat."""
@@ -55,32 +55,32 @@ def read(fields: dict[str, Any], data: DataConfig) -> Chat:
         if not is_blank(fields.get(key)):
             raise BadRow(f"the row has {key}, which is not supported: {WITHOUT}")
     messages: list[dict[str, str]] = []
-    learned: list[bool] = []
+    is_supervised: list[bool] = []
     unread: dict[str, None] = {}
     for number, one in enumerate(given, start=1):
-        message, is_supervised, not_read = _message(one, f"{column!r}, message {number}")
+        message, may_supervise, not_read = _message(one, f"{column!r}, message {number}")
         _check_turn(message["role"], [m["role"] for m in messages], f"{column!r}, message {number}")
         messages.append(message)
         unread |= dict.fromkeys(f"{column}[].{key}" for key in not_read)
         if message["role"] == "assistant":
-            learned.append(is_supervised)
+            is_supervised.append(may_supervise)
     if messages[-1]["role"] != "assistant":
         raise BadRow(f"{column!r} ends with the {messages[-1]['role']}: there is no answer to learn")
     own = _own_system(fields, messages)
     if (system := own or data.system_prompt) and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    return Chat(messages, learned, (*unread_fields(fields, [column, SYSTEM, data.group_column or ""]), *unread))
+    return Chat(messages, is_supervised, (*unread_fields(fields, [column, SYSTEM, data.group_column or ""]), *unread))
 
 
 def form_of(message: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the keys of a message's role and content: those of the form that it fills, or else names."""
+    """Return the keys of a message's role and content, by the form that has values, or else keys, in the message."""
     filled = [form for form in FORMS if any(not is_blank(message.get(key)) for key in form)]
     named = [form for form in FORMS if any(key in message for key in form)]
     return next(iter([*filled, *named]), FORMS[0])
 
 
 def _own_system(fields: Mapping[str, Any], messages: list[dict[str, str]]) -> str | None:
-    """Return the system message that stands beside the messages, None where there is none."""
+    """Return the row's own system message, None where there is none."""
     own = fields.get(SYSTEM)
     if is_blank(own):
         return None
@@ -92,7 +92,7 @@ def _own_system(fields: Mapping[str, Any], messages: list[dict[str, str]]) -> st
 
 
 def _message(one: Any, where: str) -> tuple[dict[str, str], bool, list[str]]:
-    """Return a message, whether it may be learned, and its keys that nothing reads."""
+    """Return a message, whether it is supervised, and its keys that nothing reads."""
     if not isinstance(one, dict):
         raise BadRow(f"{where} is {type_name(one)}, not an object with role and content")
     role_key, content_key = form_of(one)
@@ -111,12 +111,12 @@ def _message(one: Any, where: str) -> tuple[dict[str, str], bool, list[str]]:
         raise BadRow(f"{where}: {content_key!r} is empty")
     message = {"role": ROLES[role], "content": content}
     _check_other_form(one, message, (role_key, content_key), where)
-    read_keys = {key for form in FORMS for key in form} | set(LEARNED_KEYS)
+    read_keys = {key for form in FORMS for key in form} | set(SUPERVISION_KEYS)
     if message["role"] == "assistant":
         read_keys |= set(THOUGHT_KEYS)
         if thought := _thought(one, where):
             message[THOUGHT] = thought
-    return message, _is_learned(one, where), unread_fields(one, read_keys)
+    return message, _is_supervised(one, where), unread_fields(one, read_keys)
 
 
 def _check_other_form(one: Mapping[str, Any], message: Mapping[str, str], form: tuple[str, str], where: str) -> None:
@@ -131,7 +131,7 @@ def _check_other_form(one: Mapping[str, Any], message: Mapping[str, str], form: 
 
 
 def _thought(one: Mapping[str, Any], where: str) -> str | None:
-    """Return what an assistant's message says was thought, None where it says nothing."""
+    """Return the thought of an assistant's message, None where it has none."""
     found = {key: one[key] for key in THOUGHT_KEYS if not is_blank(one.get(key))}
     for key, value in found.items():
         if not isinstance(value, str):
@@ -141,10 +141,10 @@ def _thought(one: Mapping[str, Any], where: str) -> str | None:
     return next(iter(found.values()), None)
 
 
-def _is_learned(one: Mapping[str, Any], where: str) -> bool:
-    """Return whether a message may be learned: `weight`, `train` and `loss` mean the same; absent means yes."""
+def _is_supervised(one: Mapping[str, Any], where: str) -> bool:
+    """Return whether a message is supervised: `weight`, `train` and `loss` mean the same; absent means yes."""
     said = {}
-    for key in LEARNED_KEYS:
+    for key in SUPERVISION_KEYS:
         value = one.get(key)
         if value not in (None, 0, 1):
             wanted = "0 (not learned) or 1" if key == "weight" else "false (not learned) or true"
@@ -161,7 +161,7 @@ def _check_turn(role: str, before: list[str], where: str) -> None:
         if "system" in before:
             raise BadRow(f"{where} is a second system message")
         if before:
-            raise BadRow(f"{where} is a system message behind the first turn")
+            raise BadRow(f"{where} is a system message after the first turn")
         return
     last = before[-1] if before else "system"
     if role == "assistant" and last == "system":

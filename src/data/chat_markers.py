@@ -1,7 +1,7 @@
-"""The texts of messages, found again in a rendered chat by signs around them. Pure but for the rendering itself.
+"""The texts of messages, located in a rendered chat by markers around them.
 
-Their words are not searched for: a short answer stands in many places. A chat is rendered as it is and with signs, and
-where both agree the signs say where each text is, and what the template did to it.
+Their words are not searched for: a short answer may occur in many places. A chat is rendered as it is and with markers,
+and where both agree the markers show where each text is, and what the template did to it.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import NamedTuple
 from src.data.formats import BadRow
 from src.data.formats.messages import THOUGHT
 
-# characters of a private use area stand for what must be found again in rendered text
-LEARNED_FROM, LEARNED_TO, LITERAL_FROM, LITERAL_TO = "\uf8d0", "\uf8d1", "\uf8d2", "\uf8d3"
+# characters of a private use area mark what must be found in rendered text
+SUPERVISED_FROM, SUPERVISED_TO, LITERAL_FROM, LITERAL_TO = "\uf8d0", "\uf8d1", "\uf8d2", "\uf8d3"
 TEXT_FROM, TEXT_TO, NUMBER_END = "\uf8d4", "\uf8d5", "\uf8d6"
-SIGNS = (LEARNED_FROM, LEARNED_TO, LITERAL_FROM, LITERAL_TO, TEXT_FROM, TEXT_TO, NUMBER_END)
-SIGN = re.compile(f"({LEARNED_FROM}|{LEARNED_TO})|({TEXT_FROM}|{TEXT_TO})(\\d+){NUMBER_END}")
+MARKERS = (SUPERVISED_FROM, SUPERVISED_TO, LITERAL_FROM, LITERAL_TO, TEXT_FROM, TEXT_TO, NUMBER_END)
+MARKER_PATTERN = re.compile(f"({SUPERVISED_FROM}|{SUPERVISED_TO})|({TEXT_FROM}|{TEXT_TO})(\\d+){NUMBER_END}")
 
 Messages = list[dict[str, str]]
 
 TRIMMED, CHANGED, MISSING = "trimmed", "changed", "missing"
-"""What can become of a text: white space of it is lost or put elsewhere, it is cut or rewritten, it is left out."""
+"""What a template does to a text: it moves or drops white space, cuts or rewrites it, leaves it out."""
 
 
 class Part(NamedTuple):
     """A text of a message: its content, by the role's name, or its thought.
 
     [begin, end) is where it is in the rendered chat without the white space at its ends; one of them is None where the
-    template took the text apart, both where it left it out. `is_trimmed` says that white space at its ends is lost.
+    template split the text, both where it left it out. `is_trimmed` says that white space at its ends is lost.
     """
 
     message: int
@@ -43,41 +43,41 @@ class Part(NamedTuple):
     def core(self) -> str:
         return self.text.strip()
 
-    def stands_in(self, whole: str) -> bool:
-        """Return whether the text is in the rendered chat, but for white space."""
+    def is_in(self, whole: str) -> bool:
+        """Return whether the text is in the rendered chat, white space aside."""
         if self.begin is not None and self.end is not None:
             return whole[self.begin : self.end] == self.core
-        if self.end is not None:  # the template took the text apart, and may have put it together again
+        if self.end is not None:  # the template split the text, and may have joined it again
             return squeezed(whole[: self.end]).endswith(squeezed(self.core))
         return self.begin is not None and squeezed(whole[self.begin :]).startswith(squeezed(self.core))
 
     def change_in(self, whole: str) -> str | None:
-        """Name what became of the text in the rendered chat; None where it stands there as it is."""
+        """Return what the template did to the text; None where it is unchanged."""
         if not self.core:
             return None
-        if not self.stands_in(whole):
+        if not self.is_in(whole):
             return MISSING if self.begin is None and self.end is None else CHANGED
         return TRIMMED if self.is_trimmed or self.begin is None or self.end is None else None
 
 
 def locate(messages: Messages, whole: str, render: Callable[[Messages], str]) -> list[Part]:
-    """Find the texts of messages in the rendered chat: content after content, each followed by its thought.
+    """Locate the texts of messages in the rendered chat: content after content, each followed by its thought.
 
     Args:
         whole: the rendered chat.
-        render: renders a chat in the same manner.
+        render: renders a chat in the same way.
     """
     given = []
     for i, message in enumerate(messages):
         given.append((i, message["role"], "content", message["content"]))
         if THOUGHT in message:
             given.append((i, "thought", THOUGHT, message[THOUGHT]))
-    signed = [dict(message) for message in messages]
+    marked = [dict(message) for message in messages]
     for number, (i, _, key, text) in enumerate(given):
-        signed[i][key] = _between_signs(text, number)
+        marked[i][key] = _between_markers(text, number)
     try:
-        text, _, places = read_signs(render(signed))
-    except BadRow:  # a template that looks at how a text begins
+        text, _, places = read_markers(render(marked))
+    except BadRow:  # a template that depends on how a text begins
         text, places = "", {}
     if text != whole:
         places = dict(enumerate(_searched([text for *_, text in given], whole)))
@@ -93,27 +93,27 @@ def locate(messages: Messages, whole: str, render: Callable[[Messages], str]) ->
     return parts
 
 
-def read_signs(text: str) -> tuple[str, list[tuple[int, int]], dict[int, tuple[int | None, int | None]]]:
-    """Return a text without signs, [start, stop) of what is marked as learned, and of each text by its number."""
-    if LEARNED_FROM not in text and TEXT_FROM not in text and TEXT_TO not in text:
+def read_markers(text: str) -> tuple[str, list[tuple[int, int]], dict[int, tuple[int | None, int | None]]]:
+    """Return a text without markers, [start, stop) of what is marked as supervised, and of each text by its number."""
+    if SUPERVISED_FROM not in text and TEXT_FROM not in text and TEXT_TO not in text:
         return text, [], {}
     parts: list[str] = []
-    learned: list[int] = []
+    supervised: list[int] = []
     begins: dict[int, int] = {}
     ends: dict[int, int] = {}
     done = length = 0
-    for match in SIGN.finditer(text):
+    for match in MARKER_PATTERN.finditer(text):
         parts.append(text[done : match.start()])
         length += match.start() - done
         done = match.end()
         if match.group(1):
-            learned.append(length)
+            supervised.append(length)
         else:
             (begins if match.group(2) == TEXT_FROM else ends).setdefault(int(match.group(3)), length)
     parts.append(text[done:])
     numbers = begins.keys() | ends.keys()
     places = {number: (begins.get(number), ends.get(number)) for number in numbers}
-    return "".join(parts), list(zip(learned[::2], learned[1::2], strict=False)), places
+    return "".join(parts), list(zip(supervised[::2], supervised[1::2], strict=False)), places
 
 
 def squeezed(text: str) -> str:
@@ -121,8 +121,8 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _between_signs(text: str, number: int) -> str:
-    """Put signs around a text, inside the white space at its ends, which a template may trim."""
+def _between_markers(text: str, number: int) -> str:
+    """Return a text with markers around it, inside the white space at its ends, which a template may trim."""
     core = text.strip()
     if not core:
         return text
@@ -132,7 +132,7 @@ def _between_signs(text: str, number: int) -> str:
 
 
 def _searched(texts: Sequence[str], whole: str) -> Iterator[tuple[int | None, int | None]]:
-    """Find texts by their words, each after the one before: for a template that changes with the signs."""
+    """Locate texts by their words, each after the one before: for a template that the markers change."""
     done = 0
     for text in texts:
         core = text.strip()
@@ -144,7 +144,7 @@ def _searched(texts: Sequence[str], whole: str) -> Iterator[tuple[int | None, in
 
 
 def _completed(place: tuple[int | None, int | None], core: str, whole: str) -> tuple[int | None, int | None]:
-    """Add the other end of a text that the template took apart and put together again, letter for letter."""
+    """Add the other end of a text that the template split and joined again unchanged."""
     begin, end = place
     if begin is None and end is not None and whole[:end].endswith(core):
         begin = end - len(core)
@@ -155,6 +155,6 @@ def _completed(place: tuple[int | None, int | None], core: str, whole: str) -> t
 
 def _rendered_or(otherwise: str, messages: Messages, render: Callable[[Messages], str]) -> str:
     try:
-        return read_signs(render(messages))[0]
+        return read_markers(render(messages))[0]
     except BadRow:
         return otherwise
