@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from src.config.schema import LoraConfig, RunConfig
 from src.errors import ModelError, one_line
-from src.model.embeddings import embedding_matrices, tied_as_it_is
+from src.model.embeddings import actual_tie, embedding_matrices
 from src.model.layers import is_linear, is_transposed
 from src.model.weights import check_finite, check_names
 from src.runtime.sharding import gathered, unsharded_models
@@ -112,9 +112,9 @@ class Adapter:
         base = self.peft_model.unload()
         dtype = base.dtype
         base = base.to("cpu").dequantize(dtype=torch.float32)
-        with quiet(), tied_as_it_is(base):
+        with quiet(), actual_tie(base):
             whole = PeftModel.from_pretrained(base, folder)
-        lean_tokens(whole)
+        use_row_lookup(whole)
         return whole, dtype
 
 
@@ -154,7 +154,7 @@ def with_adapter(base: Any, folder: Path) -> Any:
 
     what, saved = f"the adapter in {folder}", _read_adapter(folder)
     try:
-        with quiet(), tied_as_it_is(base), warnings.catch_warnings():
+        with quiet(), actual_tie(base), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # check_names names them
             loaded = PeftModel.from_pretrained(base, folder)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -193,14 +193,14 @@ def add_adapter(model: Any, config: RunConfig, new_ids: Sequence[int] = ()) -> A
     full = gathered(parameter for module in matrices for parameter in module.parameters())
     try:
         settings = _peft_config(model, config, {name: list(new_ids) for name in names} or None)
-        with quiet(), unsharded_models(), tied_as_it_is(model), full:
+        with quiet(), unsharded_models(), actual_tie(model), full:
             adapted = peft.get_peft_model(model, settings)
     except (ValueError, TypeError) as error:
         raise ModelError(f"this adapter can't be put into a {type(model).__name__}: {one_line(error)}") from error
     if lora.use_dora:
         _check_norms(model)
     settings.base_model_name_or_path = portable(config.model.checkpoint)
-    lean_tokens(model)
+    use_row_lookup(model)
     return Adapter(adapted, needs_merging)
 
 
@@ -377,7 +377,7 @@ def _check_names(model: Any, key: str, targets: Sequence[str], is_pattern: bool)
     )
 
 
-def lean_tokens(model: nn.Module) -> None:
+def use_row_lookup(model: nn.Module) -> None:
     """Have PEFT's trained rows looked up without the matrix.
 
     PEFT 0.21 writes them into a copy of the whole matrix in every forward, and gets a whole matrix of gradients.

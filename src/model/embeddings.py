@@ -94,7 +94,7 @@ def embedding_parameters(model: Any) -> list[nn.Parameter]:
 
 
 @contextmanager
-def tied_as_it_is(model: Any) -> Iterator[None]:
+def actual_tie(model: Any) -> Iterator[None]:
     """Let the model's configuration say in this block whether input and output matrix are really one.
 
     Some configurations of transformers 5.23 always say so (T5's), also where a checkpoint has two: one of them would be
@@ -120,7 +120,7 @@ def fit_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) 
         return
     looked_up = [(stack, stack.get_input_embeddings()) for stack in _stacks(model).values()]
     own = [(stack, module) for stack, module in looked_up if module.weight is not inputs]
-    with tied_as_it_is(model):
+    with actual_tie(model):
         model.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
     num_rows = full_shape(model.get_input_embeddings().weight)[0]
     for stack, module in own:
@@ -146,7 +146,7 @@ class StartedRows:
     values: dict[str, Tensor]
 
 
-def as_they_are(model: Any, started: StartedRows) -> StartedRows:
+def with_present_rows(model: Any, started: StartedRows) -> StartedRows:
     """Return the same tokens with their present rows, of a model that was trained since they started."""
     ids = list(started.ids.values())
     return replace(started, values={matrix.name: matrix.rows(ids) for matrix in embedding_matrices(model)})
@@ -271,11 +271,11 @@ class TokenMonitor:
     def _rows(self, matrix: Matrix) -> Tensor:
         return matrix.rows(list(self.ids.values())).float()
 
-    def see_gradients(self) -> None:
+    def record_gradients(self) -> None:
         """Keep the norms of the gradients before the update, without waiting for the device."""
         self._gradients = {m.name: m.gradient_norms(list(self.ids.values())) for m in self._matrices}
 
-    def forget_gradients(self) -> None:
+    def clear_gradients(self) -> None:
         """Keep no norms: under DeepSpeed gradients are sharded, and no process has a whole row's."""
         self._gradients = {}
 
@@ -287,7 +287,7 @@ class TokenMonitor:
         """Restore what `state` returned."""
         self._gradients = {name: torch.tensor(norms) for name, norms in state.items()}
 
-    def telemetry(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return `tokens/<token>/…` of every token: norm, cosine_to_start and grad_norm (of the last step, clipped).
 
         The output matrix's own, where it is not tied, are output_norm and so on.

@@ -24,9 +24,9 @@ from src.model.build import build_model, set_generation, with_zero_sizes
 from src.model.embeddings import (
     StartedRows,
     TokenMonitor,
-    as_they_are,
     check_new_rows,
     resize_and_initialise,
+    with_present_rows,
 )
 from src.model.unlearned import unlearned_tokens
 from src.runtime.launch import num_processes
@@ -93,7 +93,7 @@ class Assembled:
         if kept.state["facts"]["tokenizer"] != tokenizer_hash(tokenizer):
             raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
         state.restore_weights(kept.weights, runtime)
-        state.new_rows = TokenMonitor(state.model, state.new_rows.ids)
+        state.token_monitor = TokenMonitor(state.model, state.token_monitor.ids)
         return warnings
 
 
@@ -111,7 +111,7 @@ def assemble_model(config: RunConfig, tokenizer: Any, new_tokens: NewTokens, dat
     started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned)
     adapter = add_adapter(model, config, list(started.ids.values()))
     if _load_initial_adapter(adapter, tokenizer, config):
-        started = as_they_are(model, started)
+        started = with_present_rows(model, started)
     return Assembled(model, adapter, started, base)
 
 

@@ -111,8 +111,8 @@ class TrainState:
     steps_per_epoch: int | None
     """None where the train set is streamed, whose length is not known."""
     uses_full_logits: bool
-    new_rows: TokenMonitor
-    """The rows of the configuration's tokens."""
+    token_monitor: TokenMonitor
+    """Of the configuration's tokens."""
     step: int = 0
     tokens_seen: int = 0
     examples_seen: int = 0
@@ -160,7 +160,7 @@ class TrainState:
             "rng": runtime.gather(rng_as_json(self.rng)),
             "scaler": runtime.scaler_state(),
             "optimizer": values,
-            "new_rows": self.new_rows.state(),
+            "new_rows": self.token_monitor.state(),
         }
         return Snapshot(self.weights(runtime), tensors, state | dict(extra_state))
 
@@ -183,7 +183,7 @@ class TrainState:
         restore_schedule(self.schedule, self.num_schedule_steps)
         self.stats = StepStats(**state["meter"])
         self.last = None if state["last"] is None else StepResult(**state["last"])
-        self.new_rows.restore(state["new_rows"])
+        self.token_monitor.restore(state["new_rows"])
         runtime.restore_scaler(state["scaler"])
         if runtime.rank < len(state["rng"]):
             runtime.restore_rng(rng_from_json(state["rng"][runtime.rank]))
