@@ -170,14 +170,30 @@ def test_an_exporter_that_hangs_is_given_up_and_the_others_are_delivered(run: Pa
     assert (first.ended, second.ended, third.ended) == ("FINISHED", "", "FINISHED")
 
 
-def test_an_exporter_that_hangs_while_training_is_given_up_at_the_end(run: Path, hanging: Callable[[], Any]) -> None:
+def test_others_are_delivered_while_one_hangs_which_is_given_up_at_the_end(
+    run: Path, hanging: Callable[[], Any]
+) -> None:
     slow, quick = Fake(run, "slow", hanging), Fake(run, "quick")
     exports = ExportThread([slow, quick], warn=print)
-    exports.notify()
-    time.sleep(0.1)
+    for _ in range(1000):
+        exports.notify()
+        if quick.ended:
+            break
+        time.sleep(0.01)
+    assert (quick.steps, quick.ended) == (list(range(1, 301)), "FINISHED")
     (left,) = exports.close(BRIEF)
     assert "no answer" in left.reason
-    assert (quick.steps, quick.ended) == (list(range(1, 301)), "FINISHED")
+
+
+def test_a_call_that_lasts_longer_than_a_turn_is_delivered_once(run: Path) -> None:
+    slow, quick = Fake(run, "slow", lambda: time.sleep(0.3)), Fake(run, "quick")
+    exports = ExportThread([slow, quick], warn=print)
+    for _ in range(40):
+        exports.notify()
+        time.sleep(0.01)
+    assert exports.close(Patience(call_seconds=20.0)) == []
+    assert slow.steps == quick.steps == list(range(1, 301))
+    assert threading.active_count() < 10
 
 
 def test_a_slow_exporter_holds_up_another_for_no_longer_than_its_turn(run: Path) -> None:

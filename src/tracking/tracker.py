@@ -22,8 +22,8 @@ from src.tracking.exporters import EXPORTERS, Exporter
 from src.tracking.folder_start import Start
 from src.tracking.line_exporter import state_file
 from src.tracking.lock import hold
+from src.tracking.mlflow_run import end_previous
 from src.tracking.mlflow_state import TRACKING, tracked_before
-from src.tracking.previous_runs import end_previous
 from src.tracking.run_folder import RunFolder, open_run_folder
 from src.tracking.step_logs import METRICS, SAMPLES
 
