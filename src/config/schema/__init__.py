@@ -79,6 +79,11 @@ class RunConfig(TopLevelConfig):
     runtime: RuntimeConfig
 
     @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter's settings; None where every weight is trained."""
+        return self.adapter if isinstance(self.adapter, LoraConfig) else None
+
+    @property
     def thought_tags(self) -> tuple[str, str] | None:
         """What opens and closes a thought in the text that the model writes; None where it writes none."""
         return thought_tags(self.data, self.tokens)
