@@ -27,7 +27,7 @@ from src.data.chat import ChatTemplate
 from src.data.encoding import EncodedRow, Encoder, Lengths
 from src.data.examples import Example, Examples
 from src.data.formats import BadRow
-from src.data.readers.record import ENTRY_BYTES, Record, Unreadable, memory_of
+from src.data.readers.record import ENTRY_BYTES, ReadResult, Record, Unreadable, memory_of
 from src.data.store import DroppedRow, to_batch
 from src.data.text_encoder import BrokenTokenizerError
 from src.errors import DataError, TokenError
@@ -110,7 +110,7 @@ class Prepared:
     """(place, reason) of rows that can't be used."""
 
 
-Numbered = tuple[int, Record | Unreadable]
+Numbered = tuple[int, ReadResult]
 Records = Sequence[Numbered]
 """A chunk, by the ordinals of its records in their source."""
 
@@ -195,7 +195,7 @@ def without_cycles() -> Iterator[None]:
 
 
 def prepared(
-    records: Iterable[Record | Unreadable],
+    records: Iterable[ReadResult],
     config: EncodingConfig,
     num_workers: int = 1,
     chunk_rows: int = CHUNK_ROWS,

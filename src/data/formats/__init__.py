@@ -98,7 +98,7 @@ def text_field(fields: dict[str, Any], column: str, role: str) -> str:
     Raises:
         BadRow: where it is missing or something else.
     """
-    value = fields[column] if column in fields else field(fields, column, role)
+    value = field(fields, column, role)
     if not isinstance(value, str):
         raise BadRow(f"{column!r} is {type_name(value)}, not a text")
     return value
