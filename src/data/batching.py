@@ -252,7 +252,7 @@ def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, flat: 
     packed = [[rows[index] for index in sequence] for sequence in ([indices] if flat else sequences)]
     each = [row for sequence in packed for row in sequence]
 
-    def padded(column: Callable[[LabelledRow], np.ndarray], filler: int) -> Tensor:
+    def padded(column: Callable[[LabelledRow], Any], filler: int) -> Tensor:
         return torch.from_numpy(_padded([[column(row) for row in sequence] for sequence in packed], filler))
 
     labels = padded(lambda row: row.labels, IGNORE_INDEX)
@@ -268,7 +268,7 @@ def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, flat: 
     batch.thoughts = is_thought if batch.num_thought else None
     if rows.is_encoder_decoder:
         batch.attention_mask = padded(lambda row: np.ones(len(row.input_ids)), 0)
-        batch.target_ids = padded(lambda row: row.labels if row.target_ids is None else row.target_ids, pad_token_id)
+        batch.target_ids = padded(lambda row: row.target_ids, pad_token_id)
     elif flat or len(each) > len(packed):
         batch.position_ids = torch.from_numpy(_positions(packed, batch.input_ids.shape[1]))
     if flat:

@@ -86,7 +86,7 @@ class SplitReport:
 
     @property
     def unlearned(self) -> list[str]:
-        """The new tokens that no row holds: they would stay as they start."""
+        """The new tokens that are in no row: they would keep their initial embeddings."""
         return [token for token, found in self.new_tokens.items() if not found["fed"] and not found["supervised"]]
 
     def as_dict(self) -> dict[str, Any]:

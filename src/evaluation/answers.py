@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from src.data.answers import AnswerFrame, strip_thoughts
@@ -33,6 +32,3 @@ class AnswerReader:
     def plain_reference(self, rows: EncodedSet, index: int) -> str:
         """Return a row's reference answer, without thoughts, also without those that the data has between tags."""
         return strip_thoughts(rows.reference(index), self.tags)
-
-    def references(self, rows: EncodedSet, indices: Sequence[int]) -> list[str]:
-        return [self.reference(rows, i) for i in indices]

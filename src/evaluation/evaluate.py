@@ -60,7 +60,7 @@ class Evaluator:
                 completions = self.generator.generate([rows.prompt_ids(i) for i in range(count)], self.runtime.seed)
                 texts = [self.reader.encoder.decode(completion.ids) for completion in completions]
                 answers = [self.reader.answer(rows, i, text) for i, text in enumerate(texts)]
-                references = self.reader.references(rows, range(count))
+                references = [self.reader.reference(rows, i) for i in range(count)]
                 values |= scores(self.metrics, answers, references, self.answer_pattern, rows.place)
             metrics |= {f"eval/{rows.name}/{name}": value for name, value in values.items()}
         return metrics | targets.metrics(self.runtime)
@@ -138,7 +138,7 @@ class TargetStats:
 
 
 def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data, runtime: Runtime) -> Evaluator:
-    """Take the settings from a run's configuration, and see that what will be generated from can be.
+    """Build the evaluator of a run, and check that its prompts can be generated from.
 
     Raises:
         DataError, ModelError: where a prompt is empty, or leaves no room for what is generated.

@@ -61,7 +61,7 @@ def load_format(name: str) -> Format:
 
 
 def read_texts(fields: dict[str, Any], data: DataConfig) -> Pair:
-    """Take the texts that `data.columns` names.
+    """Return the texts that `data.columns` names.
 
     Raises:
         BadRow: where one is missing or no text, or the supervised one is empty.
@@ -93,7 +93,7 @@ def unread_fields(fields: Mapping[str, Any], read: Collection[str]) -> list[str]
 
 
 def text_field(fields: dict[str, Any], column: str, role: str) -> str:
-    """Take one field that must be a text.
+    """Return one field, which must be a text.
 
     Raises:
         BadRow: where it is missing or something else.
@@ -105,7 +105,7 @@ def text_field(fields: dict[str, Any], column: str, role: str) -> str:
 
 
 def field(fields: dict[str, Any], column: str, role: str) -> Any:
-    """Take one field, whatever it is.
+    """Return one field.
 
     Raises:
         BadRow: where it is missing.
