@@ -76,7 +76,7 @@ def marks(data: Data, *overrides: str) -> tuple[dict[str, float], list[str]]:
     assert isinstance(rows, EncodedSet)
     reader = AnswerReader(data.encoder, configured(*overrides).thought_tags, data.frame)
     answers = [reader.answer(rows, i, written(data, rows, i)) for i in range(len(rows))]
-    references = reader.references(rows, range(len(rows)))
+    references = [reader.reference(rows, i) for i in range(len(rows))]
     return scores(METRICS, answers, references, None), references
 
 
