@@ -266,7 +266,7 @@ FORMATS: dict[str, Case] = {
         "rows.jsonl",
         jsonl(*[{"prompt": "a"}] * 5000),
         [],
-        ["5000 rows can't be used", ":1  no field", ":10  the same", "… and 4990 more"],
+        ["5,000 rows can't be used", ":1  no field", ":10  the same", "… and 4990 more"],
     ),
 }
 CHATS: dict[str, Case] = {
