@@ -36,7 +36,8 @@ from torch import Tensor
 
 from src.checkpoint.manifest import sync
 from src.checkpoint.store import Snapshot, open_checkpoints
-from src.config.gate import Job, admit
+from src.config.gate import admit
+from src.config.job import Job
 from src.runtime.session import rng_as_json
 
 MIB = 2**20

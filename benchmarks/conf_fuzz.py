@@ -27,9 +27,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from src.config.compose import CONF
 from src.config.gate import admit, admit_prediction
 from src.config.keys import known_keys
+from src.config.options import CONF
 from src.errors import ConfigError
 from src.sweep.plan import plan_sweep
 

@@ -35,7 +35,7 @@ from typing import Any
 from src.config.gate import admit
 from src.config.schema import RunConfig
 from src.data.dataset import build_data
-from src.tokens import load_tokenizer
+from src.data.tokenizer import load_tokenizer
 
 WARM_UP_ROWS = 100
 

@@ -62,7 +62,7 @@ PHASES = {
     ("evaluation/samples.py", "sample"): "samples",
     ("training/loop.py", "train"): "step",
     **{("tracking/tracker.py", name): "journal" for name in ("progress", "log", "line", "rewind_to")},
-    ("tracking/mirror.py", "_work"): "mlflow",
+    ("tracking/export_thread.py", "_work"): "mlflow",
     ("data/dataset.py", "build_data"): "data",
     ("checkpoint/locate.py", "find_origin"): "set-up",
     ("run.py", "admit_and_run"): "configuration",

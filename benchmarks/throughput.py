@@ -23,9 +23,10 @@ from src.config.schema import RunConfig
 from src.data.batching import collate
 from src.data.dataset import Data, build_data
 from src.data.sets import EncodedSet
+from src.data.tokenizer import load_tokenizer
 from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest
-from src.tokens import load_tokenizer, num_token_ids
+from src.tokens import num_token_ids
 from src.training.loop import train
 from src.training.state import prepare
 

@@ -1,6 +1,6 @@
 """Hands src/sweep to Hydra, which loads sweepers from this package only. Imported at every start: nothing heavy here.
 
-There is no `__init__.py` beside it, which would hide the launchers that other packages put here.
+There is no `__init__.py` in this folder: it would hide the launchers that other packages put here.
 """
 
 from __future__ import annotations

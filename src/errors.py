@@ -4,12 +4,12 @@ TowlineError                exit code 2, printed without a traceback
 ├── ConfigError             the configuration is refused; nothing was loaded or written
 ├── RunFolderError          the run's folder can't be made, is in use, or holds another run
 ├── DamagedFileError        a file that Towline wrote can't be read back; it is left as it is
-├── CheckpointError         a checkpoint is damaged, or does not fit the run that would go on from it
+├── CheckpointError         a checkpoint is damaged, or does not fit the run that would resume from it
 ├── DataError               a file or row can't be used, or too little of the data is left
 │   └── LimitError          a text takes more time or memory than any should
 ├── TokenError              a tokenizer or a new token can't be used as asked
 ├── ModelError              a model can't be loaded or assembled as asked
-├── SweepError              a sweep can't be started or gone on with
+├── SweepError              a sweep can't be started or resumed
 │   └── StudyError          the storage of its study can't be opened, or does not answer
 └── TrainingError           exit code 1: the run itself went wrong
     ├── NonFiniteLossError  the loss became inf or nan; names the rows of the batch
@@ -52,7 +52,7 @@ class DamagedFileError(TowlineError):
 
 
 class CheckpointError(TowlineError):
-    """A checkpoint is damaged, or does not fit the run that would go on from it."""
+    """A checkpoint is damaged, or does not fit the run that would resume from it."""
 
 
 class DataError(TowlineError):
@@ -72,7 +72,7 @@ class ModelError(TowlineError):
 
 
 class SweepError(TowlineError):
-    """A sweep can't be started or gone on with."""
+    """A sweep can't be started or resumed."""
 
 
 class StudyError(SweepError):
@@ -113,13 +113,13 @@ class Pruned(BaseException):
 
 
 def is_disk_full(error: BaseException | str) -> bool:
-    """Whether there was no room for what was written, by an error or by how it is told; some libraries only tell."""
-    told = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), DiskFullError.__name__)
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in told)
+    """Return whether there was no room for what was written, by an error's number or, of some libraries, its text."""
+    texts = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), DiskFullError.__name__)
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in texts)
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """Give a library's error as one line."""
+    """Return a library's error as one line."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
@@ -152,7 +152,7 @@ class _VisibleRecord(logging.LogRecord):
 
 
 def show_libraries_visibly() -> None:
-    """Have what libraries log or warn of shown as `visible` has it: they quote texts of checkpoints and data."""
+    """Show what libraries log or warn of as `visible` does: they quote texts of checkpoints and data."""
     logging.setLogRecordFactory(_VisibleRecord)
     warnings.formatwarning = _visible_warning
 

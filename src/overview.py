@@ -15,7 +15,7 @@ from src.forecast.parameters import trained_of
 from src.model.build import num_parameters
 from src.model.embeddings import StartedRows, num_rows
 from src.runtime.session import Runtime
-from src.runtime.sharding import whole_shape
+from src.runtime.sharding import full_shape
 from src.tokens import NewTokens
 from src.training.state import TrainState
 from src.util import human_bytes
@@ -83,11 +83,11 @@ def _tokens(config: RunConfig, state: TrainState, tokenizer: Any, new: NewTokens
 
 
 def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
-    """Say what checkpoints and the exported model take at most, and whether there is room."""
+    """Return what checkpoints and the exported model take at most, and whether there is room."""
     weights, optimizer = checkpoint_bytes(trained_of(state.model), config.optimizer)
     if optimizer is None:
         return f"more than {human_bytes(weights)} a checkpoint: nothing is known of what {config.optimizer.type} keeps"
-    whole = sum(math.prod(whole_shape(p)) * p.element_size() for p in state.model.parameters())
+    whole = sum(math.prod(full_shape(p)) * p.element_size() for p in state.model.parameters())
     exported = whole if isinstance(config.adapter, NoAdapterConfig) or config.export.merge else weights
     saves = most_saves(config.checkpoint, state.num_steps, state.steps_per_epoch)
     has_metric = bool(config.data.validation_names())

@@ -9,13 +9,13 @@ the run's own), unless data.limit is given here.
 - A row needs no answer: where it is missing or empty the reference is null, and its set gets no metrics.
 - Of a chat the assistant's last message is predicted; a chat may also end with the user.
 - An answer takes no room: a row is too long where its prompt alone fills data.max_seq_length. Then its start is cut
-  (data.overflow=truncate, truncate_prompt), or the row is left out (drop) or refused (error), and that is told.
+  (data.overflow=truncate, truncate_prompt), or the row is left out (drop) or refused (error), and a message says so.
 - A prompt that leaves the model no room for generation.max_new_tokens is refused before anything is generated.
 
 A set is <set>.jsonl with row (from 0), source (file:line), prompt, text (with thoughts), answer (without), reference
 and stop_reason (eos or length); once it is whole, <set>.csv has the same, and metrics.json has eval/<set>/…. Rows are
-written a few batches at a time: the same command goes on where one was stopped, however that was, to the same file. A
-whole set is left as it is. What another configuration, other rows or another model decided is not gone on with;
+written a few batches at a time: the same command continues the same file where one was stopped, in whatever way. A
+whole set is left as it is. A set that another configuration, other rows or another model decided is not continued;
 <set>.json says what did.
 
 Exit code 0, 1 where it went wrong, 2 where something is yours to mend, 75 where a signal stopped it.
@@ -23,36 +23,27 @@ Exit code 0, 1 where it went wrong, 2 where something is yours to mend, 75 where
 
 from __future__ import annotations
 
-import errno
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from src.config.gate import Job, admit_prediction
-from src.config.help import help_of_entry
-from src.errors import Interrupted, TowlineError, report, show_libraries_visibly
-from src.runtime.collector import collect_from_here, rest_while_importing
+from src.cli.entry import answer, as_command
+from src.cli.exits import guarded
+from src.config.gate import admit_prediction
+from src.config.job import Job
+from src.runtime.collector import collect_from_here
 from src.runtime.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
     from src.data.dataset import Prompts
     from src.evaluation.generate import Generator
-    from src.evaluation.predictions import PredictedSet
+    from src.evaluation.predicted_set import PredictedSet
     from src.tracking.console import Console
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # docs/decisions/0007
-for switch in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
-    os.environ.setdefault(switch, "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of our own, each with its chunk, are faster
 
-
-def predict(admitted: Job) -> None:
-    """Generate what is missing of every set, and score it.
+def predict(job: Job) -> int:
+    """Generate what is missing of every set, and score it; return the exit code.
 
     Raises:
         TowlineError: what the user can mend.
@@ -63,45 +54,46 @@ def predict(admitted: Job) -> None:
     from src.tracking.console import Console
     from src.tracking.lock import hold
 
-    admitted = replace(admitted, config=standing_on(admitted.run_dir, admitted.config))
-    config, run_dir, output = admitted.config, admitted.run_dir, folder(admitted)
-    batch_size = admitted.own.batch_size or config.training.per_device_eval_batch_size
+    job = replace(job, config=standing_on(job.run_dir, job.config))
+    config, run_dir, output = job.config, job.run_dir, job.own.folder(job.run_dir)
+    batch_size = job.own.batch_size or config.training.per_device_eval_batch_size
     console = Console()
     console.label("predict", f"{run_dir} → {output}")
     check_exported(run_dir, config.model.checkpoint)
     output.mkdir(parents=True, exist_ok=True)
     with stop_on_signals() as stop, hold(output):
-        sets = open_sets(output, config, admitted.frozen, run_dir / "model")
+        sets = open_sets(output, config, job.frozen, run_dir / "model")
         unfinished = {name: one for name, one in sets.items() if not one.is_generated()}
         for name, one in sets.items():
             if name not in unfinished:
                 console.label(name, "finished and left as it is (predict.output=DIR predicts elsewhere)")
-                finish(one, admitted, console)
+                finish(one, job, console)
         if not unfinished:
-            return
-        with open_generation(admitted, batch_size, stop, console) as (generator, prompts):
+            return 0
+        with open_generation(job, batch_size, stop, console) as (generator, prompts):
             for name, one in unfinished.items():
                 predict_rows(one, prompts.sets[name], generator, prompts, config, console)
-                finish(one, admitted, console)
+                finish(one, job, console)
+    return 0
 
 
 @contextmanager
 def open_generation(
-    admitted: Job, batch_size: int, stop: StopRequest, console: Console
+    job: Job, batch_size: int, stop: StopRequest, console: Console
 ) -> Iterator[tuple[Generator, Prompts]]:
     """Load what the run exported, and the rows to predict."""
-    # imported here: torch takes seconds, and a folder that is in use or holds other predictions should be told at once
+    # imported here: torch takes seconds, and a folder that is in use or holds other predictions is refused at once
     from src.data.advice import about_template
     from src.data.dataset import build_prompts
+    from src.data.tokenizer import load_tokenizer
     from src.evaluation.generate import EndText, Generator
     from src.evaluation.predictions import account, check_room
     from src.model.build import set_generation
     from src.model.export import exported, load_exported
     from src.runtime.session import start_runtime
-    from src.tokens import load_tokenizer
 
     collect_from_here()
-    config, run_dir = admitted.config, admitted.run_dir
+    config, run_dir = job.config, job.run_dir
     with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime:
         tokenizer, _ = load_tokenizer(exported(run_dir, config.model), config.tokens)
         prompts = build_prompts(config, tokenizer, console.working)
@@ -120,55 +112,32 @@ def open_generation(
             yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, end), prompts
 
 
-def finish(one: PredictedSet, admitted: Job, console: Console) -> None:
+def finish(one: PredictedSet, job: Job, console: Console) -> None:
     """Write the table of a set that is generated, and its metrics; say where they are."""
     one.write_table()
-    values, lacking = one.score(admitted.config)
+    values, lacking = one.score(job.config)
     console.label(one.name, f"{one.lines}, and {one.table.name}")
-    if lacking and admitted.config.metrics:
+    if lacking and job.config.metrics:
         console.label("", f"no metrics: {lacking:,} row{'s have' if lacking > 1 else ' has'} no reference")
     elif values:
         console.table(values)
 
 
-def folder(admitted: Job) -> Path:
-    """Give the folder that predictions are written to."""
-    return admitted.own.folder(admitted.run_dir)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check the command line as a whole, then generate; every way it can end becomes an exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    show_libraries_visibly()
-    try:
-        if {"-h", "--help"} & set(arguments):
-            return help_of_entry("predict", __doc__, arguments)
-        admitted = admit_prediction(arguments)
-    except TowlineError as error:
-        report(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return Interrupted.exit_code
-    try:
-        predict(admitted)
-    except TowlineError as error:
-        report(f"\n{error}")
-        return error.exit_code
-    except (Interrupted, KeyboardInterrupt) as stop:
-        again = "the same command without force=true" if admitted.config.force else "the same command"
-        where = f"What was predicted is in {folder(admitted)}: {again} goes on from there."
-        report(f"\nStopped by {str(stop) or 'Ctrl-C'}. {where}")
-        return Interrupted.exit_code
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f"What was predicted is in {folder(admitted)}: make room, and the same command goes on from there."
-            report(f"\nThe disk is full: {error.strerror}. {where}")
-            return 1
-        report(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror}")
-        return 2
-    return 0
+    """Check the command line as a whole, then generate; return the exit code."""
+
+    def generate(arguments: list[str]) -> int:
+        job = admit_prediction(arguments)
+        again = "the same command without force=true" if job.config.force else "the same command"
+        where = f"What was predicted is in {job.own.folder(job.run_dir)}:"
+        return guarded(
+            lambda: predict(job),
+            when_stopped=f"{where} {again} goes on from there.",
+            when_full=f"{where} make room, and the same command goes on from there.",
+        )
+
+    return answer("predict", __doc__, argv, generate)
 
 
 if __name__ == "__main__":
-    rest_while_importing()
-    sys.exit(main())
+    as_command(main)

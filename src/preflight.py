@@ -7,29 +7,25 @@ finding is an error, 2 where something is yours to mend.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.config.gate import Job, admit
-from src.config.help import help_of_entry
-from src.errors import Interrupted, TowlineError, report, show_libraries_visibly
-from src.runtime.collector import collect_from_here, rest_while_importing
+from src.cli.entry import answer, as_command
+from src.cli.exits import guarded
+from src.config.gate import admit
+from src.config.job import Job
+from src.errors import TowlineError
+from src.runtime.collector import collect_from_here
 
 if TYPE_CHECKING:
     from src.data.dataset import Data
-    from src.inspection.libraries import LibraryMemory
     from src.tracking.console import Console
 
-for switch in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
-    os.environ.setdefault(switch, "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of our own, each with its chunk, are faster
 
-
-def preflight(admitted: Job) -> int:
+def preflight(job: Job) -> int:
     """Look at one admitted configuration and say what a run of it would be; give the exit code.
 
     Raises:
@@ -37,36 +33,36 @@ def preflight(admitted: Job) -> int:
     """
     from src.tracking.console import Console
 
-    config, own = admitted.config, admitted.own
+    config, own = job.config, job.own
     if own.dump is not None and not Path(own.dump).absolute().parent.is_dir():
         raise TowlineError(f"preflight.dump = {own.dump} can't be written: No such file or directory")
     console = Console()
     console.label("preflight", f"{config.name}: nothing is trained")
 
-    from src.inspection.libraries import LibraryMemory
+    from src.inspection.libraries import import_as_run
     from src.sweep.workers import WARM, modules_of_run
 
-    with LibraryMemory([WARM, *modules_of_run(config)]) as libraries:
-        return look_ahead(admitted, console, libraries)
+    return look_ahead(job, console, import_as_run([WARM, *modules_of_run(config)]))
 
 
-def look_ahead(admitted: Job, console: Console, libraries: LibraryMemory) -> int:
+def look_ahead(job: Job, console: Console, libraries_bytes: int) -> int:
     """Assemble what a run would, show it and what it will take; return the exit code."""
     from src.data.advice import Level
     from src.data.dataset import build_data, first_block
+    from src.data.tokenizer import load_tokenizer
     from src.evaluation.generate import check_prompts
     from src.inspection.drawing import Paint, draw_lengths
     from src.inspection.findings import findings, judge_of, prove
-    from src.inspection.outlook import about_disk, device_of, outlook, resident_bytes
+    from src.inspection.libraries import resident_bytes
+    from src.inspection.outlook import about_disk, device_of, outlook
     from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets
     from src.inspection.starts import about_starts, show_tokens
     from src.model.build import check_adapter_of, check_lengths, empty_model
     from src.model.embeddings import resize_and_initialise
     from src.model.quantization import check_quantisable
     from src.model.unlearned import stored_unlearned_tokens
-    from src.tokens import load_tokenizer
 
-    config, own = admitted.config, admitted.own
+    config, own = job.config, job.own
     folder = Path("outputs", config.name, "preflight")
     collect_from_here()
     before = resident_bytes()
@@ -93,12 +89,11 @@ def look_ahead(admitted: Job, console: Console, libraries: LibraryMemory) -> int
     judge = judge_of(config, data)
     proofs = {name: prove(rows, judge) for name, rows in sets.items()}
     new_ids = list(started.ids.values())
-    measured = libraries.bytes()
-    held = None if measured is None else measured + data_bytes
-    ahead = outlook(config, model, tokenizer, new_ids, data, admitted.run_dir, held, measure=own.measure)
+    held = libraries_bytes + data_bytes
+    ahead = outlook(config, model, tokenizer, new_ids, data, job.run_dir, held, measure=own.measure)
     show_forecasts(console, config, ahead)
     found = [
-        *findings(config, data, tokenizer, train, proofs, ahead.num_steps),
+        *findings(config, data, tokenizer, train, proofs, ahead.work.num_steps),
         *about_starts(new_tokens, started),
         *about_disk(ahead.disk),
     ]
@@ -142,7 +137,7 @@ def write_report(file: Path, data: Data, found: Sequence[Any], ahead: Any) -> No
     report = {
         "findings": [{"level": finding.level.value, "text": finding.text} for finding in found],
         "data": {name: report.as_dict() for name, report in data.reports.items()},
-        "steps": ahead.num_steps,
+        "steps": ahead.work.num_steps,
         "memory": {part.name: part.bytes for part in [*ahead.memory.parts, *ahead.memory.instead, ahead.memory.total]},
         "memory_on_cpu": {part.name: part.bytes for part in ahead.memory.on_cpu},
         "disk": {part.name: part.bytes for part in ahead.disk.parts},
@@ -154,26 +149,16 @@ def write_report(file: Path, data: Data, found: Sequence[Any], ahead: Any) -> No
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check the command line as a whole, then look at what it asks for."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    show_libraries_visibly()
-    try:
-        if {"-h", "--help"} & set(arguments):
-            return help_of_entry("preflight", __doc__, arguments)
+    """Check the command line as a whole, then look at what it asks for; return the exit code."""
+
+    def look(arguments: list[str]) -> int:
         request = admit(arguments, "preflight")
         assert request.run is not None
-        return preflight(request.run)
-    except TowlineError as error:
-        report(f"\n{error}")
-        return error.exit_code
-    except (Interrupted, KeyboardInterrupt):
-        report("\nStopped: nothing was trained.")
-        return Interrupted.exit_code
-    except OSError as error:
-        report(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror}")
-        return 2
+        job = request.run
+        return guarded(lambda: preflight(job), when_stopped="Nothing was trained.")
+
+    return answer("preflight", __doc__, argv, look)
 
 
 if __name__ == "__main__":
-    rest_while_importing()
-    sys.exit(main())
+    as_command(main)

@@ -6,10 +6,10 @@ No heavy import here: registries are read while a command line is checked.
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import TypeVar
 
 from src.errors import ConfigError
+from src.util import did_you_mean
 
 Entry = TypeVar("Entry")
 Value = TypeVar("Value")
@@ -50,8 +50,7 @@ class Registry(dict[str, Entry]):
         """Return why a name is refused, with the nearest that is known; '' where it is known."""
         if name in self:
             return ""
-        near = get_close_matches(str(name), self, n=1)
-        return f"not one of {', '.join(self)}{remedy}{f'; did you mean {near[0]}?' if near else ''}"
+        return f"not one of {', '.join(self)}{remedy}{did_you_mean(name, self)}"
 
     def __setitem__(self, name: str, entry: Entry) -> None:
         if name in self:

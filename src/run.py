@@ -7,18 +7,19 @@ called. The command line is answered before what it needs is imported, and torch
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from src.cli.main import as_command, main
+    from src.cli.entry import as_command
+    from src.cli.main import main
 
     as_command(main)
 
-from src.config.gate import Job
+from src.config.job import Job
 from src.data.dataset import build_data
+from src.data.tokenizer import load_tokenizer
 from src.evaluation.evaluate import open_evaluation
 from src.evaluation.samples import sample
 from src.overview import overview
 from src.runtime.signals import StopRequest
 from src.sweep.pruning import Pruning, end_early
-from src.tokens import load_tokenizer
 from src.tracking.tracker import Tracker
 from src.training.assembly import assemble_model, record_origin, start_session, warnings_ahead
 from src.training.fingerprint import fingerprint_of

@@ -17,29 +17,26 @@ mend first: a damaged file of the folder, which holds up nothing but what it say
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src import secrets
-from src.config.compose import COMMAND_LINE, CommandLine, read_command_line
+from src.cli.entry import answer, as_command
+from src.cli.exits import guarded
+from src.config.command_line import COMMAND_LINE, CommandLine, read_command_line
 from src.config.files import unusable
 from src.config.frozen import CONFIG, STARTS, STATUS, SWEEP, read_config
-from src.config.help import help_of_entry
 from src.config.problems import Problem, refuse
-from src.config.rules import tracker_can_be_reached_by_some_scheme
+from src.config.rules.tracking import tracker_can_be_reached_by_some_scheme
 from src.config.schema import MlflowConfig
-from src.errors import DamagedFileError, Interrupted, RunFolderError, TowlineError, report
+from src.errors import DamagedFileError, RunFolderError, report
 from src.records import Types, check_keys
-from src.runtime.collector import rest_while_importing
 
 if TYPE_CHECKING:
     from src.tracking.console import Console
     from src.tracking.mlflow_exporter import MlflowExporter
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "1")
 
 KEYS = ("tracking.uri", "tracking.experiment_name")
 TRACKER_KEYS: dict[str, Types] = {
@@ -201,38 +198,32 @@ def _stored(folder: Path, is_sweep: bool) -> dict[str, Any]:
     return own | (found if isinstance(found, dict) else {})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check the command line as a whole, then deliver; every way it can end becomes an exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    code = 0
-    try:
-        if {"-h", "--help"} & set(arguments):
-            return help_of_entry("sync", __doc__, arguments)
-        sources = admit_sync(arguments)
-        from src.tracking.console import Console
+def sync_all(sources: Sequence[Source]) -> int:
+    """Deliver what is missing of each folder in turn; return the highest exit code."""
+    from src.tracking.console import Console
 
-        console = Console()
-        for source in sources:
-            try:
-                ended, by = sync(source, console)
-            except RunFolderError as error:
-                report(error)
-                ended, by = error.exit_code, ""
-            code = max(code, ended)
-            if by:
-                break
-    except TowlineError as error:
-        report(error)
-        return error.exit_code
-    except OSError as error:
-        report(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror}")
-        return 2
-    except KeyboardInterrupt:
-        report("\nStopped by Ctrl-C. The same command goes on.")
-        return Interrupted.exit_code
+    console, code = Console(), 0
+    for source in sources:
+        try:
+            ended, signal = sync(source, console)
+        except RunFolderError as error:
+            report(error)
+            ended, signal = error.exit_code, ""
+        code = max(code, ended)
+        if signal:
+            break
     return code
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the command line as a whole, then deliver; return the exit code."""
+
+    def deliver(arguments: list[str]) -> int:
+        sources = admit_sync(arguments)
+        return guarded(lambda: sync_all(sources), when_stopped="The same command goes on.")
+
+    return answer("sync", __doc__, argv, deliver)
+
+
 if __name__ == "__main__":
-    rest_while_importing()
-    sys.exit(main())
+    as_command(main)

@@ -35,7 +35,7 @@ _COMMAND = re.compile(rf"{_CODE}|(?<![^\s(])(?:{_PROGRAM})?{_ARGUMENT}(?: {_ARGU
 _SINGLE = re.compile(_ARGUMENT)
 _COLUMN = re.compile(r"\S {3,}(?=\S)")
 _AFTER = ("/\\,;:=&>)]}", "._-")
-"""Characters behind which a word that has no room in any line is best divided, and next best."""
+"""Characters after which a word that is longer than a line is best divided, and next best."""
 
 
 def columns_of(stream: IO[str]) -> int | None:
@@ -188,7 +188,7 @@ def _commands(line: str, columns: int) -> Iterator[tuple[int, int]]:
 
 
 def _parts(line: str, columns: int, room: int) -> Iterator[tuple[str, bool]]:
-    """Yield the parts of a line, and whether they are commands that have no room beside what is left of them."""
+    """Yield the parts of a line, and whether they are commands that have no room in the rest of a line."""
     at = 0
     for start, stop in [*_commands(line, columns), (len(line), len(line))]:
         if width(line[start:stop]) > room or start == stop:

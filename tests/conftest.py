@@ -22,7 +22,8 @@ import yaml
 
 from src.cli.environment import set_switches
 from src.config.frozen import config_hash
-from src.config.gate import Job, admit
+from src.config.gate import admit
+from src.config.job import Job
 from src.sweep.workers import READY_FOR, WARM
 
 set_switches()

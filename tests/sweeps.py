@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.config import compose
+from src.config.command_line import read_command_line
+from src.config.identity import new_identity
 from src.sweep.plan import Plan, plan_sweep
 from tests.conftest import ROWS, read_lines
 
@@ -23,8 +24,8 @@ TINY = (
 
 
 def planned(*arguments: str) -> Plan:
-    compose.new_identity()
-    return plan_sweep(compose.read_command_line(["-m", *TINY, *untracked(arguments), *arguments]))
+    new_identity()
+    return plan_sweep(read_command_line(["-m", *TINY, *untracked(arguments), *arguments]))
 
 
 def sleep_before_it_begins(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from src.config.schema import Device, MixedPrecision, RunConfig, RuntimeConfig
 from src.data.batching import collate
 from src.data.dataset import Data, build_data
+from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, ExportError, ModelError
 from src.model import build
 from src.model import export as exporting
@@ -33,7 +34,6 @@ from src.model.quantization import keep_gradients
 from src.model.unlearned import unlearned_tokens
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
-from src.tokens import load_tokenizer
 from src.training.loop import train
 from src.training.state import TrainState, prepare
 from tests.conftest import ROOT, admitted, read_lines, towline
@@ -525,13 +525,15 @@ def test_a_result_that_does_not_load_as_it_was_trained_fails_the_run(
 ) -> None:
     run = Assembled(runtime, *chosen(bases["llama-untied"]))
 
-    def spoilt(*given: Any, **settings: Any) -> Any:
-        model = build.load_weights(*given, **settings)
-        with torch.no_grad():
-            model.get_output_embeddings().weight[run.new.added["</ToW>"]] += 1e-3
-        return model
+    save = type(run.model).save_pretrained
 
-    monkeypatch.setattr(exporting, "load_weights", spoilt)
+    def spoilt(model: Any, folder: Path) -> None:
+        save(model, folder)
+        stored = load_file(folder / "model.safetensors")
+        stored["lm_head.weight"][run.new.added["</ToW>"]] += 1e-3
+        save_file(stored, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(type(run.model), "save_pretrained", spoilt)
     with pytest.raises(ExportError, match=r"differ:\n  lm_head\.weight"):
         run.export(tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -541,6 +543,38 @@ def test_a_result_that_does_not_load_as_it_was_trained_fails_the_run(
     with pytest.raises(ExportError, match=r"does not hold what was trained:\n  more"):
         adapted.export(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / file).exists()
+
+
+def test_an_export_is_compared_without_a_second_model(
+    runtime: Runtime, bases: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+
+    def remembered(*given: Any, **settings: Any) -> Any:
+        loaded.append(build.load_weights(*given, **settings))
+        return loaded[-1]
+
+    monkeypatch.setattr(exporting, "load_weights", remembered)
+    Assembled(runtime, *chosen(bases["llama-tied"])).export(tmp_path / "model")
+    (model,) = loaded
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_experts_that_are_stored_one_by_one_are_compared_as_they_load(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=2048, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained("assets/tiny_llama").save_pretrained(tmp_path / "base")
+    run = Assembled(runtime, *chosen(str(tmp_path / "base")))
+    stored = load_file(run.export(tmp_path / "model") / "model.safetensors")
+    assert stored.keys() - run.model.state_dict().keys()
+    monkeypatch.setattr(exporting, "_differing", lambda written, _: [name for name, _ in written if "experts" in name])
+    with pytest.raises(ExportError, match=r"differ:\n  model\.layers\.0\.mlp\.experts\.\w+_proj\n"):
+        run.export(tmp_path / "again")
 
 
 def test_an_adapter_that_does_not_fit_its_base_fails_the_run(

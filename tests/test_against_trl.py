@@ -21,7 +21,7 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, LlamaForCausalLM
 
 from src.data.dataset import build_data
-from src.tokens import load_tokenizer
+from src.data.tokenizer import load_tokenizer
 from tests.conftest import GSM8K, admitted, read_lines, write_lines
 from tests.kinds import byte_bpe, character_level
 

@@ -23,12 +23,12 @@ from src.data.batching import Batch, BatchSampler, Sequences, Window, collate, p
 from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX
 from src.data.sets import EncodedSet
+from src.data.tokenizer import load_tokenizer
 from src.errors import ModelError
 from src.evaluation.generate import Generator
 from src.model.build import build_model, set_generation
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
-from src.tokens import load_tokenizer
 from src.training.head import ScoredModel, shifted
 from src.training.loop import train
 from src.training.state import batch_plan, prepare

@@ -36,8 +36,8 @@ from src.data.readers.record import Record
 from src.data.sets import EncodedSet
 from src.data.sources import file_source
 from src.data.store import ROWS, STATS
+from src.data.tokenizer import load_tokenizer
 from src.errors import DataError
-from src.tokens import load_tokenizer
 from tests.conftest import ROOT, admitted, write_lines
 from tests.kinds import byte_bpe
 
@@ -343,7 +343,7 @@ from tests.conftest import admitted
 from src.data import cache, store
 from src.data.dataset import build_data
 from src.data.preparation import prepared
-from src.tokens import load_tokenizer
+from src.data.tokenizer import load_tokenizer
 
 slow, *overrides = json.loads(sys.stdin.readline())
 times_prepared = 0

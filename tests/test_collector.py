@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from src import predict, preflight, run
+from src.cli import main
 from src.data import dataset
 from src.evaluation import predictions
 from src.sweep import sweeper
 from src.sweep.workers import WARM, Job, Workers
 from src.tracking import lock
-from src.training import loop
 from tests.conftest import ROOT, ROWS
 
 BEGUN = """
@@ -77,19 +77,19 @@ def test_what_takes_long_looks_for_garbage(tmp_path: Path, monkeypatch: pytest.M
     run_dir, in_use = tmp_path / "run", tmp_path / "in-use"
     tiny = ["debug=smoke", "tracking=none", f"data.cache_dir={ROWS}"]
     commands = {
-        (loop, "train"): (run.main, [*tiny, f"hydra.run.dir={run_dir}"]),
+        (run, "train"): (main.main, [*tiny, f"hydra.run.dir={run_dir}"]),
         (predictions, "predict_rows"): (predict.main, [f"run={run_dir}", "data.limit=1"]),
         (dataset, "build_data"): (preflight.main, [*tiny, f"hydra.run.dir={tmp_path / 'ahead'}"]),
-        (sweeper, "plan_sweep"): (run.main, ["-m", *tiny, "sweep.dry_run=true", "seed=1,2"]),
-        (lock, "hold"): (run.main, [*tiny, f"hydra.run.dir={in_use}", "runtime.num_processes=2"]),
+        (sweeper, "plan_sweep"): (main.main, ["-m", *tiny, "sweep.dry_run=true", "seed=1,2"]),
+        (lock, "hold"): (main.main, [*tiny, f"hydra.run.dir={in_use}", "runtime.num_processes=2"]),
     }
-    for (module, name), (main, arguments) in commands.items():
+    for (module, name), (entry, arguments) in commands.items():
         looks.clear()
         with monkeypatch.context() as patched, lock.hold(in_use):
             patched.setattr(module, name, watched(getattr(module, name)))
             gc.disable()
             try:
-                code = main(arguments)
+                code = entry(arguments)
             finally:
                 gc.enable()
                 gc.unfreeze()

@@ -22,7 +22,7 @@ from src.checkpoint.compatibility import (
     compare_fingerprints,
     is_reordered,
 )
-from src.config.compose import read_override
+from src.config.command_line import read_override
 from src.config.keys import all_keys, known_keys
 from src.config.schema import SECTIONS, TopLevelConfig
 from src.config.schema.fields import facts_of, key

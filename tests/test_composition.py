@@ -54,13 +54,13 @@ BY_ITSELF = "it takes its value from itself"
 UNRESOLVED = {
     "name=a_${nope}": "there is no key nope",
     "name=${name}": BY_ITSELF,
-    "name=${hydra:}": "needs other arguments behind it",
+    "name=${hydra:}": "needs other arguments",
     "name=${.x}": "there is no key x",
     "name=${oc.env:NO_SUCH_VARIABLE}": "Environment variable 'NO_SUCH_VARIABLE' not found",
     "name=${foo:bar}": "Unsupported interpolation type foo",
     "hydra.run.dir=outputs/${nme}": "there is no key nme",
     "hydra.run.dir=${hydra.run.dir}": BY_ITSELF,
-    "hydra.run.dir=${now:}": "needs other arguments behind it",
+    "hydra.run.dir=${now:}": "needs other arguments",
     "data.system_prompt=${nope}": "there is no key nope",
     "optimizer.lr=${optimizer.lrr}": "there is no key optimizer.lrr",
 }

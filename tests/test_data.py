@@ -18,8 +18,8 @@ from src.data.examples import Examples, fill
 from src.data.formats import BadRow
 from src.data.readers.record import Record
 from src.data.splits import hold_out
+from src.data.tokenizer import load_tokenizer
 from src.errors import DataError
-from src.tokens import load_tokenizer
 from tests.conftest import GSM8K, ROOT, admitted, read_lines, write_lines
 from tests.kinds import words as word_tokenizer
 

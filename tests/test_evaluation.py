@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.data.answers import strip_thoughts
 from src.data.dataset import Data, build_data
+from src.data.tokenizer import load_tokenizer
 from src.errors import DataError, Interrupted, ModelError, NonFiniteLossError
 from src.evaluation.evaluate import Evaluator, open_evaluation
 from src.evaluation.generate import cut_at
@@ -24,7 +25,6 @@ from src.model.embeddings import resize_and_initialise
 from src.model.export import export
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
-from src.tokens import load_tokenizer
 from src.training.head import ScoredModel
 from tests.conftest import ROOT, admitted, write_lines
 from tests.kinds import words

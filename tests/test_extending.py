@@ -10,18 +10,27 @@ import runpy
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from src.checkpoint.compatibility import compare_configs
 from src.config import keys, plugins
 from src.config.gate import admit
-from src.config.schema import OPTIMIZERS, SCHEDULES
-from src.config.schema.tracking import TRACKERS
+from src.config.schema import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from src.config.schema.checks import POSITIVE
+from src.config.schema.fields import Impact, key
+from src.config.schema.tracking import TRACKERS, TrackingConfig
 from src.data.formats import FORMATS
 from src.metrics import METRICS, greater_is_better, metric, scores
-from tests.conftest import FORKS, ROOT, admitted, read_lines
+from src.tracking.exporters import EXPORTERS
+from src.tracking.line_exporter import LineExporter
+from src.training.optim import build_optimizer
+from tests.conftest import FORKS, ROOT, admitted, read_lines, write_lines
 from tests.test_gate import refusal
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -37,7 +46,7 @@ TINY = (
 @pytest.fixture(autouse=True)
 def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have everything registered here gone afterwards."""
-    registered = (METRICS, OPTIMIZERS, SCHEDULES, FORMATS, TRACKERS)
+    registered = (METRICS, OPTIMIZERS, SCHEDULES, FORMATS, TRACKERS, EXPORTERS)
     before = [dict(registry) for registry in registered]
     modules = set(sys.modules)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -67,12 +76,12 @@ def give(folder: Path, commands: list[list[str]]) -> None:
     out = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    from src import run
+    from src.cli.main import main
 
     for words in commands:
         if words[1] == "-m":
-            sys.argv = [run.__file__, *words[3:]]
-            if code := run.main():
+            sys.argv = [str(ROOT / "src" / "run.py"), *words[3:]]
+            if code := main():
                 sys.exit(code)
         else:
             runpy.run_path(words[1], run_name="__main__")
@@ -132,17 +141,25 @@ def check_model(place: Path, summary: dict[str, float]) -> None:
     assert json.loads((place / "run" / "model" / "config.json").read_text())["num_hidden_layers"] == 6
 
 
+def check_tracker(place: Path, summary: dict[str, float]) -> None:
+    rows = [line.split(",") for line in (place / "metrics.csv").read_text().split()]
+    lines = read_lines(place / "run" / "metrics.jsonl")
+    assert [int(row[0]) for row in rows if row[1] == "train/loss"] == [1, 2, 3]
+    assert {row[1]: float(row[2]) for row in rows if row[0] == "3"}["train/loss"] == lines[-1]["train/loss"]
+    assert (place / "metrics.state").read_text() == "FINISHED"
+
+
 CHECKS = {
     "A metric": check_metric,
     "An optimizer and a schedule": check_optimizer,
     "A data format": check_format,
     "A model": check_model,
+    "A tracker": check_tracker,
 }
 
 
 def test_there_is_an_example_of_each() -> None:
-    assert len(EXAMPLES) >= 4
-    assert set(CHECKS) <= set(EXAMPLES)
+    assert set(CHECKS) == set(EXAMPLES)
 
 
 # Names
@@ -199,19 +216,55 @@ def test_an_optimizer_s_keys_are_checked_once_it_is_registered(place: Path) -> N
 # By the registries alone
 
 
-def test_a_metric_and_an_optimizer_are_added_at_run_time() -> None:
+def test_a_metric_is_added_at_run_time() -> None:
     @metric("shorter", greater_is_better=False)
     def shorter(predictions: list[str]) -> float:
         return min(map(len, predictions))
 
-    class Slow(OPTIMIZERS["sgd"]):  # type: ignore[misc]
+    config = admitted("data.metrics=[shorter]", "checkpoint.metric_for_best_model=eval/validation/shorter").config
+    assert not config.checkpoint.is_greater_better
+    assert scores(config.metrics, ["abc", "a"], ["b", "c"], None) == {"shorter": 1}
+
+
+def test_an_optimizer_with_a_key_of_its_own_is_added_at_run_time() -> None:
+    @OPTIMIZERS.register("slow")
+    @dataclass
+    class SlowConfig(OptimizerConfig):
+        pause: float = key(POSITIVE, resume=Impact.harmless)
+
+        def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+            return torch.optim.SGD(groups, lr=self.lr / self.pause)
+
+    keys.all_keys.cache_clear()
+    chosen = ["~optimizer", "optimizer.type=slow", "optimizer.lr=1", "optimizer.embedding_lr=null"]
+    chosen += ["optimizer.weight_decay=0"]
+    assert "optimizer.pause   is missing" in refusal(*chosen)
+    assert "not a number above 0" in refusal(*chosen, "optimizer.pause=0")
+    assert "did you mean optimizer.pause" in refusal(*chosen, "optimizer.pause=1", "optimizer.paus=1")
+    first, second = (admitted(*chosen, f"optimizer.pause={pause}") for pause in (2, 4))
+    assert build_optimizer(first.config.optimizer, [torch.nn.Parameter(torch.ones(1))]).param_groups[0]["lr"] == 0.5
+    changes = [change for change in compare_configs(first.frozen, second.frozen) if change.key == "optimizer.pause"]
+    assert [change.effect for change in changes] == [Impact.harmless]
+
+
+def test_a_tracker_is_added_at_run_time(tmp_path: Path) -> None:
+    delivered: list[float] = []
+
+    @TRACKERS.register("list")
+    @dataclass
+    class ListConfig(TrackingConfig):
         pass
 
-    OPTIMIZERS.register("slow")(Slow)
-    config = admitted("optimizer=sgd", "optimizer.type=slow", "data.metrics=[shorter]").config
-    assert type(config.optimizer) is Slow
-    assert not greater_is_better("eval/validation/shorter")
-    assert scores(config.metrics, ["abc", "a"], ["b", "c"], None) == {"shorter": 1}
+    @EXPORTERS.register("list")
+    class ListTracker(LineExporter):
+        def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+            delivered.extend(line["train/loss"] for line in lines)
+
+    config = admitted("tracking=none", "tracking.type=list").config.tracking
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.5}])
+    for _ in range(2):  # what was delivered is not delivered again
+        list(EXPORTERS[config.type](config, tmp_path, warn=print).deliver())
+    assert delivered == [2.0, 1.5]
 
 
 # Trust

@@ -19,14 +19,15 @@ from hypothesis import strategies as some
 from src import preflight
 from src.checkpoint.compatibility import Impact, compare_configs
 from src.cli.start import run_job as train
-from src.config.compose import CONF, options
+from src.config.command_line import options
 from src.config.gate import admit_prediction
+from src.config.options import CONF
 from src.data.dataset import Data, build_data, file_hashes
 from src.data.sources import FileSource
 from src.data.splits import assign_folds, assign_group_folds
+from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError
 from src.runtime.signals import StopRequest
-from src.tokens import load_tokenizer
 from tests.conftest import ROOT, admitted, write_config, write_lines
 from tests.test_mixture import check_account, mixture, whole
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from src.checkpoint.manifest import Entry, Manifest, checksum
-from src.config.gate import admit, known_keys
+from src.config.gate import admit
+from src.config.keys import known_keys
 from src.errors import ConfigError
 from src.sweep.plan import plan_sweep
 from tests.conftest import ROOT, admitted, towline
@@ -172,11 +173,10 @@ def test_a_refusal_costs_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--help"], ["--help", "data"], ["lora_r=1"]])
 def test_torch_is_not_imported(arguments: list[str]) -> None:
     code = f"""
-import sys
-from src.cli.main import main
+import runpy, sys
 sys.argv = ['src.run', *{arguments!r}]
 try:
-    main()
+    runpy.run_module('src.run', run_name='__main__')
 except SystemExit:
     pass
 heavy = [name for name in ('torch', 'transformers', 'mlflow', 'datasets', 'accelerate') if name in sys.modules]

@@ -13,8 +13,8 @@ import pytest
 from src import predict, preflight, sync
 from src.cli.main import main
 from src.config import comments, groups, reference
-from src.config.compose import CONF
 from src.config.keys import Key, all_keys, known_keys
+from src.config.options import CONF
 from tests.conftest import ROOT, admitted
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
@@ -119,7 +119,7 @@ def test_one_key_a_section_and_several_topics(shown: Shown) -> None:
     assert "  loss.reduction: mean\n" in both
     assert "\n  tokens.init.method: text\n" in both
     assert words(shown("data.mixture")).endswith("weight, count Set by conf/data/_rows.yaml")
-    assert "In it, 1, 2 or 3 (deepspeed=none shares nothing out): stage" in words(shown("deepspeed"))
+    assert "In it, 1, 2 or 3 (deepspeed=none shards nothing): stage" in words(shown("deepspeed"))
 
 
 def test_a_last_part_and_names_of_other_trainers_are_found(shown: Shown) -> None:

@@ -15,9 +15,9 @@ from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from src.config import groups, peers
-from src.config.compose import CONF
 from src.config.gate import admit, admit_prediction
 from src.config.keys import all_keys
+from src.config.options import CONF
 from src.config.peers import PEERS, Counterpart
 from src.config.quoting import shell_override
 from src.errors import ConfigError

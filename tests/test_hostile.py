@@ -37,6 +37,7 @@ from src.data.readers import json as json_reader
 from src.data.readers import parquet as parquet_reader
 from src.data.readers import read_file, record
 from src.data.readers.record import Record, Unreadable
+from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError, LimitError, ModelError, report, visible
 from src.inspection.drawing import Paint
 from src.markdown import code, fenced, inline, table
@@ -48,7 +49,6 @@ from src.patterns import Pattern
 from src.sweep import leaderboard
 from src.sweep.ranking import Row
 from src.templates import budget, sandbox
-from src.tokens import load_tokenizer
 from src.tracking.console import Console
 from tests import chat_templates
 from tests.conftest import admitted, write_lines

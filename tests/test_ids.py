@@ -21,12 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from src.config.schema import RunConfig
 from src.data.encoding import Encoder
+from src.data.tokenizer import load_tokenizer
 from src.errors import TokenError
 from src.model.adapters import add_adapter
 from src.model.card import model_card
 from src.model.embeddings import embedding_matrices, resize_and_initialise
 from src.model.export import export, load_exported
-from src.tokens import load_tokenizer, num_token_ids
+from src.tokens import num_token_ids
 from tests.conftest import ROOT, admitted, towline
 from tests.kinds import byte_bpe, sentencepiece, unigram, wordpiece, words
 
@@ -191,7 +192,7 @@ def test_two_tokens_with_one_id_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_token_that_can_have_no_id_of_its_own_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.tokens._pin", lambda *_: None)  # as where a vocabulary takes no ids
+    monkeypatch.setattr("src.data.tokenizer._pin", lambda *_: None)  # as where a vocabulary takes no ids
     config = config_of(folder_with(without(words(), "b"), tmp_path))
     with pytest.raises(TokenError, match=r"'<ToW>' should be 8 and is 7, the id of '<New>'"):
         load_tokenizer(config.model, config.tokens)

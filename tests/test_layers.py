@@ -35,7 +35,6 @@ DOORS = {
     "optuna": ("sweep",),
     "safetensors": ("checkpoint", "model"),
     "torch": (
-        "tokens",
         "overview",
         "forecast",
         "inspection",
@@ -48,8 +47,8 @@ DOORS = {
         "sweep",  # the process of a trial sets its threads
         "config.schema.optimizer",  # in `build`, which is called after the gate
     ),  # not in front of the gate
-    "transformers": ("tokens", "templates", "model", "evaluation"),
-    "tokenizers": ("data", "tokens"),
+    "transformers": ("data", "templates", "model", "evaluation"),
+    "tokenizers": ("data",),
     "pyarrow": ("data",),
 }
 

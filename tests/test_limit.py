@@ -20,8 +20,8 @@ from src.data.dataset import Data, build_data, build_prompts
 from src.data.encoding import Encoder
 from src.data.readers.record import ReadResult
 from src.data.sets import EncodedSet
+from src.data.tokenizer import load_tokenizer
 from src.errors import DataError
-from src.tokens import load_tokenizer
 from tests.conftest import admitted, write_lines
 
 LIMIT = 40

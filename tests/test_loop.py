@@ -20,13 +20,13 @@ from transformers import AutoTokenizer
 from src.config.schema import Device, MixedPrecision, RunConfig, RuntimeConfig
 from src.data.batching import Batch, Position
 from src.data.dataset import Data, build_data
+from src.data.tokenizer import load_tokenizer
 from src.errors import CheckpointError, Interrupted, NonFiniteLossError
 from src.model.build import build_model
 from src.model.embeddings import resize_and_initialise
 from src.runtime import signals
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import STOP_SIGNALS, StopRequest, stop_on_signals
-from src.tokens import load_tokenizer
 from src.training.loop import MicroBatch, Step, step_once, train
 from src.training.state import StepResult, StepStats, TrainState, num_train_steps, prepare
 from tests.conftest import admitted
@@ -151,7 +151,7 @@ def test_a_micro_batch_without_any_supervised_token_adds_nothing(runtime: Runtim
     def after(batches: list[Batch]) -> tuple[float, TrainState]:
         config, data, state = assembled(runtime, "optimizer=sgd", "scheduler=constant", "data.limit=8")
         step_once(state, [MicroBatch(data.train, batch) for batch in batches], config, runtime)
-        return state.meter.loss, state
+        return state.stats.loss, state
 
     learned, nothing = [5, 6, 7, 8], [9, 10, 11]
     loss_with, with_empty = after([hand_made([nothing], [3]), hand_made([learned, [7, 8]], [2, 1])])
@@ -174,10 +174,10 @@ def test_the_logged_loss_is_over_all_tokens_since_the_line_before(
     config, data, state = assembled(runtime, *overrides)
     nll = num_supervised = 0.0
     for step in train(state, data.train, config, runtime, pad_token_id=0):
-        nll, num_supervised = step.meter.nll, step.meter.num_supervised
+        nll, num_supervised = step.stats.nll, step.stats.num_supervised
     assert num_supervised == data.reports["train"].supervised_tokens
     assert step.collect()["train/loss"] == nll / num_supervised
-    assert step.meter.num_supervised == 0
+    assert step.stats.num_supervised == 0
 
 
 def test_the_same_seed_trains_the_same_weights_and_another_seed_others(runtime: Runtime) -> None:
@@ -368,7 +368,7 @@ def test_evaluating_or_sampling_does_not_move_the_training_stream(runtime: Runti
 
 
 def test_a_step_says_what_is_due_after_it() -> None:
-    step = Step(StepResult(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0), is_last=False, meter=StepStats())
+    step = Step(StepResult(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0), is_last=False, stats=StepStats())
     assert [every for every in (1, 2, 3, 4, 6, 7, "epoch", None) if step.is_due(every)] == [1, 2, 3, 6, "epoch"]
     assert not replace(step, update=replace(step.update, ends_epoch=False)).is_due("epoch")
     assert (step.number, step.epoch, step.lr) == (6, 1, 0.1)
@@ -376,14 +376,14 @@ def test_a_step_says_what_is_due_after_it() -> None:
 
 def test_a_step_gives_the_means_since_they_were_last_taken_and_what_is_minimised_where_that_differs() -> None:
     update = StepResult(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0)
-    meter = StepStats(nll=6.0, num_supervised=3, objective=8.0, num_steps=4, num_tokens=50, seconds=5.0)
-    step = Step(update, False, meter, with_objective=True)
+    stats = StepStats(nll=6.0, num_supervised=3, objective=8.0, num_steps=4, num_tokens=50, seconds=5.0)
+    step = Step(update, False, stats, with_objective=True)
     assert (step.loss, step.tokens_per_second) == (2.0, 10.0)
     own = {"train/lr": 0.1, "train/grad_norm": 2.0}
     means = {"train/loss": 2.0, "perf/tokens_per_second": 10.0}
     assert step.collect() == {**means, "train/objective": 2.0, **own}
-    assert meter == StepStats()
-    assert "train/objective" not in Step(update, False, meter).collect()
+    assert stats == StepStats()
+    assert "train/objective" not in Step(update, False, stats).collect()
 
 
 def test_a_step_that_was_not_over_comes_again_and_one_that_was_does_not(runtime: Runtime) -> None:
@@ -442,7 +442,7 @@ def test_a_snapshot_in_fresh_objects_trains_on_bit_for_bit(runtime: Runtime) -> 
     fresh.position = position
     torch.manual_seed(99)
     fresh.restore(replace(kept, state=json.loads(json.dumps(kept.state))), runtime)
-    assert (fresh.step, fresh.last, fresh.meter) == (
+    assert (fresh.step, fresh.last, fresh.stats) == (
         3,
         StepResult(**kept.state["last"]),
         StepStats(**kept.state["meter"]),

@@ -22,8 +22,8 @@ import pytest
 from src.config.files import TEXT_KINDS
 from src.config.schema import RunConfig
 from src.data.dataset import Data, build_data
+from src.data.tokenizer import load_tokenizer
 from src.errors import DataError, TowlineError
-from src.tokens import load_tokenizer
 from tests.conftest import admitted, towline, write_lines
 from tests.kinds import byte_bpe
 

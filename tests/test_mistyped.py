@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.config.compose import read_override
+from src.config.command_line import read_override
 from src.config.gate import admit
 from src.config.keys import all_keys
 from src.config.problems import Problem

@@ -26,8 +26,8 @@ from src.data.report import SplitReport
 from src.data.sets import EncodedSet
 from src.data.splits import interleave, sample_counts
 from src.data.stream import StreamedSet
+from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError
-from src.tokens import load_tokenizer
 from tests.conftest import admitted, read_lines, towline, write_lines
 
 # How many rows of each source, and which

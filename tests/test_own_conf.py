@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.engine import make_url
 
-from src.config.compose import CONF, read_override, values_of
-from src.config.gate import Request, admit
+from src.config.command_line import read_override, values_of
+from src.config.gate import admit
+from src.config.job import Request
 from src.config.keys import is_whole_number
+from src.config.options import CONF
 from src.config.quoting import in_url, override, override_value
 from src.errors import ConfigError
 from src.sweep.plan import Plan, plan_sweep

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from src.config import reference
-from src.config.compose import CONF, options
+from src.config.command_line import options
 from src.config.keys import all_keys
+from src.config.options import CONF
 from src.config.pages import PAGES, main
 from src.config.peers import PEERS
 from tests.conftest import ROOT

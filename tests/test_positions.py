@@ -20,8 +20,8 @@ from src.data.dataset import TrainSet, build_data
 from src.data.encoding import Encoder
 from src.data.sets import EncodedSet
 from src.data.stream import StreamedSet
+from src.data.tokenizer import load_tokenizer
 from src.errors import DataError
-from src.tokens import load_tokenizer
 from tests.conftest import admitted, write_lines
 
 SEED = 7

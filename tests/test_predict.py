@@ -27,10 +27,10 @@ from src.config.gate import admit_prediction
 from src.config.schema import RunConfig
 from src.data.answers import strip_thoughts
 from src.data.dataset import build_data, build_prompts
+from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError
-from src.evaluation import predictions
+from src.evaluation import predicted_set
 from src.runtime.signals import StopRequest
-from src.tokens import load_tokenizer
 from src.tracking.lock import hold
 from tests.conftest import ROOT, admitted, write_config, write_lines
 
@@ -314,15 +314,15 @@ def test_one_process_at_a_time_writes(said: Command, tmp_path: Path) -> None:
 
 def test_a_disk_that_is_full_is_told(said: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = whole(said, tmp_path / "elsewhere")
-    append = predictions.PredictedSet.append
+    append = predicted_set.PredictedSet.append
 
-    def full(one: predictions.PredictedSet, lines: list[Any]) -> None:
+    def full(one: predicted_set.PredictedSet, lines: list[Any]) -> None:
         append(one, lines[:7])
         if one.lines.read_bytes().count(b"\n") > 20:
             raise OSError(errno.ENOSPC, "No space left on device")
         append(one, lines[7:])
 
-    monkeypatch.setattr(predictions.PredictedSet, "append", full)
+    monkeypatch.setattr(predicted_set.PredictedSet, "append", full)
     message = said(code=1)
     assert "The disk is full" in message
     assert "goes on from there" in message

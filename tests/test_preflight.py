@@ -20,8 +20,8 @@ from src.checkpoint.store import SMALL_BYTES
 from src.config.gate import admit
 from src.data.dataset import build_data
 from src.data.encoding import IGNORE_INDEX
+from src.data.tokenizer import load_tokenizer
 from src.inspection.drawing import Paint, histogram
-from src.tokens import load_tokenizer
 from tests.conftest import GSM8K, ROOT, ROWS, read_lines, write_lines
 
 QUIET = ["tracking=none", f"data.cache_dir={ROWS}"]
@@ -145,7 +145,8 @@ def test_one_micro_batch_is_measured_on_request(here: Path, capsys: pytest.Captu
     report = json.loads((here / "outputs/default/preflight/preflight.json").read_text())
     saved = report["measured"]["activation_bytes"]
     assert saved == pytest.approx(report["memory"]["activations"], rel=0.02)
-    assert not report["time"]["training"]["is_lower_bound"]
+    assert list(report["time"]) == ["training", "evaluation", "generation"]
+    assert all(part["seconds"] > 0 and not part["is_lower_bound"] for part in report["time"].values())
 
 
 def test_what_is_wrong_is_told_as_by_a_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

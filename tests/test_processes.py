@@ -34,6 +34,7 @@ from src.config.schema import MixedPrecision
 from src.data.batching import collate, windows
 from src.data.dataset import build_data
 from src.data.sets import EncodedSet
+from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, Interrupted, TrainingError
 from src.forecast.counting import MicroBatchShape
 from src.forecast.memory import memory_forecast
@@ -44,7 +45,6 @@ from src.runtime.launch import launch
 from src.runtime.session import start_runtime
 from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
-from src.tokens import load_tokenizer
 from src.training.head import ScoredModel
 from src.training.resume import find_resume_point
 from src.training.state import batch_plan

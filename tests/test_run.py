@@ -417,7 +417,7 @@ def test_the_best_weights_are_exported_when_asked_for(tmp_path: Path) -> None:
     assert {step: is_resumable(place) for step, place in checkpoints.items()} == {2: False, 3: True, 4: True}
     assert not [problem for place in checkpoints.values() for problem in problems_of(place)]
     from src.data.dataset import build_data
-    from src.tokens import load_tokenizer
+    from src.data.tokenizer import load_tokenizer
     from src.training.head import ScoredModel
 
     config = admitted("debug=smoke", "data.limit=4").config

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from src.data.dataset import build_data
 from src.data.sets import EncodedSet
+from src.data.tokenizer import load_tokenizer
 from src.inspection.findings import judge_of, prove
-from src.tokens import load_tokenizer
 from tests.chat_templates import FAMILIES
 from tests.conftest import admitted, read_lines, towline, write_lines
 from tests.test_families import ANSWER, NO_SYSTEM, assert_full_marks, marks, row

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from src.config.schema import InitMethod, RunConfig
+from src.data.tokenizer import add_tokens, load_tokenizer
 from src.errors import ModelError, TokenError
 from src.model.embeddings import StartedRows, check_new_rows, embedding_matrices, initial_rows, resize_and_initialise
-from src.tokens import NewTokens, add_tokens, load_tokenizer
+from src.tokens import NewTokens
 from tests.conftest import admitted
 from tests.kinds import byte_bpe, words
 

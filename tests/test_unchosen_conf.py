@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from src.config import options
-from src.config.compose import options as options_of
+from src.config.command_line import options as options_of
 from src.config.gate import admit
 from src.config.options import CONF, DEEPEST, option_files
 from src.config.trust import is_signed, signature

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from src import preflight
 from src.config.schema import Device, MixedPrecision, RuntimeConfig, Weights
+from src.data.tokenizer import load_tokenizer
 from src.errors import TokenError
 from src.model import unlearned
 from src.model.build import empty_model, load_weights
@@ -24,7 +25,6 @@ from src.model.export import load_exported
 from src.model.unlearned import never_learned, stored_unlearned_tokens, unlearned_tokens
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
-from src.tokens import load_tokenizer
 from tests.conftest import ROWS, admitted, towline
 from tests.test_adapters import Assembled
 

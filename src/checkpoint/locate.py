@@ -82,7 +82,7 @@ def problem_of_best(checkpoint: Path, written: str | None) -> str | None:
     Args:
         written: the checksum of the weights that the run wrote there; None: not known.
     Raises:
-        CheckpointError: where it can't be read, so that nobody knows whether it is whole.
+        CheckpointError: where it can't be read, so that it is unknown whether it is whole.
     """
     if refusal := refusal_of(checkpoint):
         raise CheckpointError(unreadable(checkpoint, refusal, "It has some of the best weights so far"))
@@ -94,12 +94,12 @@ def problem_of_best(checkpoint: Path, written: str | None) -> str | None:
 
 
 def unreadable(checkpoint: Path, refusal: str, why: str) -> str:
-    """A checkpoint can't be read, so nobody knows whether it is whole."""
+    """Return the message for a checkpoint that can't be read, so that it is unknown whether it is whole."""
     return f"{checkpoint}: {refusal}. {why}. Nothing was changed: make it readable, or move it away to do without it"
 
 
 def lost_best(checkpoint: Path, problem: str) -> str:
-    """Tell that the weights that are to be exported are damaged."""
+    """Return the message for damaged weights that are to be exported."""
     return (
         f"{checkpoint} is damaged: {problem}. It has the best weights so far, which load_best_model_at_end is to "
         "export. Restore it; or checkpoint.allow_changed=true goes on without them"
@@ -107,7 +107,7 @@ def lost_best(checkpoint: Path, problem: str) -> str:
 
 
 def newest_weights(folder: Path) -> tuple[Path, list[str]]:
-    """Give the newest whole checkpoint of a run's folder, or the one that the folder is, and warnings.
+    """Return the newest whole checkpoint of a run's folder, or the one that the folder is, and warnings.
 
     It may hold weights only.
 
@@ -123,13 +123,13 @@ def newest_weights(folder: Path) -> tuple[Path, list[str]]:
     for place in places:
         problems = list(problems_of(place))
         if not problems:
-            return place, [f"init_from: {told}; {place} is taken" for told in damaged]
+            return place, [f"init_from: {one}; {place} is taken" for one in damaged]
         damaged.append(f"{place} is damaged ({'; '.join(problems)})")
     raise CheckpointError(f"{folder} has no whole checkpoint{':' if damaged else ''}\n{listed(damaged)}".strip())
 
 
 def _of(given: Path, warnings: list[str]) -> Path:
-    """Give the checkpoint that a folder is, or the newest whole one of the run whose folder it is."""
+    """Return the checkpoint that a folder is, or the newest whole one of the run whose folder it is."""
     if not os.path.lexists(given / CHECKPOINTS):
         return _named(given)
     found = _newest(given / CHECKPOINTS, warnings, "checkpoint.resume=auto starts at the beginning")
@@ -150,7 +150,7 @@ def _named(checkpoint: Path) -> Path:
 
 
 def _newest(folder: Path, warnings: list[str], advice: str) -> Path | None:
-    """Give the newest whole checkpoint in a folder; damaged ones are told.
+    """Return the newest whole checkpoint in a folder; damaged ones become warnings.
 
     Args:
         advice: what to do where there is none.
@@ -171,7 +171,7 @@ def _newest(folder: Path, warnings: list[str], advice: str) -> Path | None:
             )
         problems = list(problems_of(place))
         if not problems and read_manifest(place).is_resumable:
-            warnings += [f"{told}; passed over" for told in damaged]
+            warnings += [f"{one}; passed over" for one in damaged]
             return place
         if problems:
             damaged.append(f"{place} is damaged ({'; '.join(problems)})")

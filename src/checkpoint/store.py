@@ -40,14 +40,14 @@ from src.checkpoint.manifest import (
     sync,
     weights_checksum,
 )
-from src.checkpoint.tensors import one_by_one, tensors_digest, write_tensors
+from src.checkpoint.tensors import one_by_one, stored_digest, write_tensors
 from src.config.places import CHECKPOINTS, clear, folder_of, remove, steps_in
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError, DiskFullError, is_disk_full
-from src.runtime.sharding import Whole
-from src.util import human_bytes
+from src.runtime.sharding import ShardedTensor
+from src.util import human_bytes, write_atomically
 
-T_co = TypeVar("T_co", bound=Tensor | Whole, covariant=True)
+T_co = TypeVar("T_co", bound=Tensor | ShardedTensor, covariant=True)
 SMALL_BYTES = 100_000
 """What state.json and manifest.json take at most, and what a file system needs beside."""
 
@@ -172,7 +172,7 @@ class Checkpoints:
         self._best_at_save = self._best_steps
         return [f"the weights of step {step}, among the best so far, are lost: {lost[step]}" for step in lost]
 
-    def save(self, step: int, take: Callable[[], Snapshot[Tensor | Whole]]) -> None:
+    def save(self, step: int, take: Callable[[], Snapshot[Tensor | ShardedTensor]]) -> None:
         """Save a step, so that the run can go on from it; one that is saved already is left as it is.
 
         Args:
@@ -185,7 +185,9 @@ class Checkpoints:
             self._write(step, take, lambda: self._tidy(step, best))
             self.newest = step
 
-    def keep_if_best(self, step: int, metrics: Mapping[str, Any], take: Callable[[], Snapshot[Tensor | Whole]]) -> None:
+    def keep_if_best(
+        self, step: int, metrics: Mapping[str, Any], take: Callable[[], Snapshot[Tensor | ShardedTensor]]
+    ) -> None:
         """Keep the weights of an evaluation that is among the best so far.
 
         Args:
@@ -272,7 +274,7 @@ class Checkpoints:
     def _at(self, step: int) -> Path:
         return folder_of(self._folder, step)
 
-    def _write(self, step: int, take: Callable[[], Snapshot[Tensor | Whole]], then: Callable[[], None]) -> None:
+    def _write(self, step: int, take: Callable[[], Snapshot[Tensor | ShardedTensor]], then: Callable[[], None]) -> None:
         if not self._writes:
             for tensors in take().files().values():
                 for _ in one_by_one(tensors):
@@ -313,10 +315,10 @@ class Checkpoints:
         for file in beside.iterdir():
             sync(file)
         for name, digest in digests.items():
-            if tensors_digest(load_file(beside / name)) != digest:
+            if stored_digest(beside / name) != digest:
                 raise OSError(errno.EIO, f"{name} can't be read back as it was written")
         files = {name: Entry((beside / name).stat().st_size, checksum(beside / name)) for name in [*digests, STATE]}
-        _list(beside, Manifest(step, files, is_save=OPTIMIZER in files))
+        _write_manifest(beside, Manifest(step, files, is_save=OPTIMIZER in files))
         remove(place)
         os.replace(beside, place)
         self._written[step] = files[WEIGHTS].xxh3_128
@@ -349,7 +351,7 @@ class Checkpoints:
         """Leave a checkpoint's weights only."""
         if manifest.is_resumable:
             files = {name: entry for name, entry in manifest.files.items() if name != OPTIMIZER}
-            _list(self._at(manifest.step), Manifest(manifest.step, files, manifest.is_save))
+            _write_manifest(self._at(manifest.step), Manifest(manifest.step, files, manifest.is_save))
         (self._at(manifest.step) / OPTIMIZER).unlink(missing_ok=True)  # of an earlier start that got no further, too
 
     def _beside(self, step: int) -> Path:
@@ -396,10 +398,6 @@ def open_checkpoints(
         checkpoints.close()
 
 
-def _list(folder: Path, manifest: Manifest) -> None:
-    """Write a checkpoint's manifest, so that there is always a whole one."""
-    beside = folder / f".{MANIFEST}.part"
-    beside.write_text(manifest.text(), encoding="utf-8")
-    sync(beside)
-    os.replace(beside, folder / MANIFEST)
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_atomically(folder / MANIFEST, manifest.text())
     sync(folder)

@@ -1,19 +1,20 @@
-"""Tensors by name in a safetensors file, written one after the other: no process has to hold all that is shared out."""
+"""Tensors by name in a safetensors file, written and read one by one: no process holds all that is sharded."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 import xxhash
+from safetensors import safe_open
 from torch import Tensor
 
-from src.runtime.sharding import Whole
+from src.runtime.sharding import ShardedTensor
 
-Tensors = Mapping[str, Tensor | Whole]
+Tensors = Mapping[str, Tensor | ShardedTensor]
 
 TYPES = {
     torch.float64: "F64",
@@ -33,33 +34,38 @@ TYPES = {
     torch.bool: "BOOL",
     torch.complex64: "C64",
 }
-"""What safetensors calls them."""
+"""Their names in safetensors."""
 
 
 def tensors_digest(tensors: Tensors) -> str:
-    """Give a hash of names, types, shapes and contents, 32 hex digits."""
-    hashed = xxhash.xxh3_128()
-    for name, tensor in one_by_one(tensors):
-        _add(hashed, name, tensor)
-    return hashed.hexdigest()
+    """Return a hash of names, types, shapes and contents, 32 hex digits."""
+    return _digest(one_by_one(tensors))
+
+
+def stored_digest(path: Path) -> str:
+    """Return the same hash of what a file holds, reading one tensor at a time: a mapped file would fill the memory."""
+    widths = {name: dtype.itemsize for dtype, name in TYPES.items()}
+    with safe_open(path, framework="pt", backend="pread") as file:
+        sizes = {name: widths[file.get_slice(name).get_dtype()] for name in sorted(file.keys())}
+        return _digest((name, file.get_tensor(name)) for name in _in_order(sizes))
 
 
 def one_by_one(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
-    """Give each tensor whole and on the CPU, in the order in which they are written; all processes come along."""
-    for name in _in_order(tensors):
+    """Yield each full tensor on the CPU, in the order in which they are written; all processes take part."""
+    for name in _in_order({name: one.dtype.itemsize for name, one in tensors.items()}):
         given = tensors[name]
-        tensor = given.gather() if isinstance(given, Whole) else given
+        tensor = given.gather() if isinstance(given, ShardedTensor) else given
         yield name, tensor.detach().to("cpu").contiguous()
 
 
 def write_tensors(file: Path, tensors: Tensors) -> str:
-    """Write a file that safetensors reads; gives the digest of what should be in it.
+    """Write a file that safetensors reads; return the digest of what should be in it.
 
     Raises:
         OSError: where it can't be written.
     """
     header, end = {}, 0
-    for name in _in_order(tensors):
+    for name in _in_order({name: one.dtype.itemsize for name, one in tensors.items()}):
         one = tensors[name]
         start, end = end, end + one.nbytes
         header[name] = {"dtype": TYPES[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}
@@ -75,9 +81,16 @@ def write_tensors(file: Path, tensors: Tensors) -> str:
     return hashed.hexdigest()
 
 
-def _in_order(tensors: Tensors) -> list[str]:
-    """Put the widest types first, so that none begins where its type may not."""
-    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+def _in_order(widths: Mapping[str, int]) -> list[str]:
+    """Return names with the widest types first, so that no tensor begins where its type may not."""
+    return sorted(widths, key=lambda name: (-widths[name], name))
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    hashed = xxhash.xxh3_128()
+    for name, tensor in tensors:
+        _add(hashed, name, tensor)
+    return hashed.hexdigest()
 
 
 def _add(hashed: xxhash.xxh3_128, name: str, tensor: Tensor) -> None:

@@ -11,9 +11,18 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from src.config.gate import Job
+from src.config.job import Job
 from src.config.quoting import shell_override
-from src.errors import Interrupted, Pruned, TowlineError, is_disk_full, report, show_libraries_visibly, visible
+from src.errors import (
+    ConfigError,
+    Interrupted,
+    Pruned,
+    TowlineError,
+    is_disk_full,
+    report,
+    show_libraries_visibly,
+    visible,
+)
 from src.runtime.launch import has_lost_a_peer
 from src.runtime.signals import StopRequest
 from src.terminal import columns_of, wrapped
@@ -49,20 +58,23 @@ def guarded_run(job: Job, stop: StopRequest) -> int:
     return 1
 
 
-def guarded_entry(action: Callable[[], int], *, when_stopped: Callable[[], str], when_full: str = "") -> int:
-    """Do what an entry was asked for, and return the exit code for whichever way it ends.
+def guarded(action: Callable[[], int], *, when_stopped: str = "", when_full: str = "") -> int:
+    """Do what an entry other than src.run was asked for, and return the exit code for whichever way it ends.
 
     Args:
-        when_stopped: returns what to say of what is done by then.
+        when_stopped: what to say of what is done by then.
         when_full: what to say of a full disk, where the same command resumes once there is room.
     """
     try:
         return action()
+    except ConfigError as error:  # nothing was shown so far
+        report(error)
+        return error.exit_code
     except TowlineError as error:
         report(f"\n{error}")
         return error.exit_code
     except (Interrupted, KeyboardInterrupt) as reason:
-        report(f"\nStopped by {str(reason) or 'Ctrl-C'}. {when_stopped()}")
+        report(f"\nStopped by {str(reason) or 'Ctrl-C'}. {when_stopped}".rstrip())
         return Interrupted.exit_code
     except OSError as error:
         if when_full and is_disk_full(error):

@@ -15,8 +15,11 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from src.cli.exits import guarded_run
 from src.cli.trial import run_trial
-from src.config.compose import CONF, Composed, resolve_sections
-from src.config.gate import Job, Request, parse
+from src.config.composed import Composed
+from src.config.gate import parse
+from src.config.job import Job, Request
+from src.config.options import CONF
+from src.config.resolving import resolve_sections
 from src.config.source import install
 from src.errors import Interrupted, TrainingError, report, show
 from src.runtime.collector import collect_from_here

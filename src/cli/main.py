@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from src.cli.environment import set_switches
 from src.cli.exits import guarded_run
 from src.cli.hydra_main import run_hydra
 from src.cli.processes import FROZEN, read_frozen_job
 from src.config.gate import admit
 from src.config.show import shown_config
 from src.errors import Interrupted, TowlineError, report, show
-from src.runtime.collector import rest_while_importing
 from src.runtime.launch import copy_output, follow_parent, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
-
-
-def as_command(main: Callable[[], int]) -> NoReturn:
-    """Run an entry's main as the process's only work, and exit with its code."""
-    rest_while_importing()
-    set_switches()
-    sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from src.config.gate import Job, parse
+from src.config.gate import parse
+from src.config.job import Job
 from src.errors import Interrupted, TrainingError
 from src.runtime.collector import collect_from_here
 from src.runtime.launch import launch

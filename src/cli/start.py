@@ -14,7 +14,7 @@ from src.checkpoint.locate import check_best
 from src.checkpoint.longer import check_longer, how_to_go_on_for_longer, is_asked_for_more
 from src.cli.processes import run_as_many
 from src.config.frozen import CONFIG, config_hash, is_finished, read_config, read_starts
-from src.config.gate import Job
+from src.config.job import Job
 from src.runtime.collector import collect_from_here
 from src.runtime.launch import is_launched, place_of
 from src.runtime.signals import StopRequest
@@ -73,6 +73,9 @@ def open_run(job: Job) -> Iterator[tuple[ResumePoint, Tracker]]:
         if found.is_own:
             check_best(config.checkpoint, run_dir, found.state, metrics_at(run_dir, found.step))
         with open_tracking(config.tracking, run_dir, job.frozen, console, start_of(job, found)) as tracker:
+            if found.checkpoint is not None:
+                tracker.describe({"resumed": f"after step {found.step}, from {found.checkpoint}"})
+            tracker.warn(found.warnings)
             yield found, tracker
 
 

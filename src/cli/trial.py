@@ -8,7 +8,8 @@ from typing import Any
 
 from src.cli.environment import set_switches
 from src.cli.exits import guarded_run
-from src.config.gate import Job, parse
+from src.config.gate import parse
+from src.config.job import Job
 from src.errors import Interrupted
 from src.runtime.launch import follow_parent
 from src.runtime.signals import stop_on_signals

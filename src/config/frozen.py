@@ -13,16 +13,9 @@ from omegaconf import OmegaConf
 
 from src import secrets
 from src.config import trust
-from src.config.compose import (
-    COMMAND_LINE,
-    COMPOSITION_ERRORS,
-    CommandLine,
-    Composed,
-    compose,
-    is_group,
-    problem_of,
-    resolve_sections,
-)
+from src.config.command_line import COMMAND_LINE, CommandLine, is_group
+from src.config.compose import COMPOSITION_ERRORS, compose, problem_of
+from src.config.composed import Composed
 from src.config.deepspeed import KEY as DEEPSPEED_FILE
 from src.config.formats import declare_frozen
 from src.config.hydra_keys import hydra_problems
@@ -31,6 +24,7 @@ from src.config.places import CHECKPOINTS, folder_of, steps_in
 from src.config.problems import Problem
 from src.config.quoting import escaped, override_value, shell_override
 from src.config.quoting import override as override_text
+from src.config.resolving import resolve_sections
 from src.errors import DamagedFileError
 from src.records import (
     OPTIONAL_TEXT,

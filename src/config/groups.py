@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from src.config import comments
-from src.config.compose import options
+from src.config.command_line import options
 from src.config.keys import Key
 from src.config.options import GLOBAL_GROUPS, OptionFileError, is_hidden, option_text, read_option
 

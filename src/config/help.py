@@ -14,7 +14,9 @@ import yaml
 
 from src import terminal
 from src.config import groups, peers, reference
-from src.config.compose import CommandLine, Composed, compose, options, read_command_line, where_set
+from src.config.command_line import CommandLine, options, read_command_line
+from src.config.compose import compose
+from src.config.composed import Composed, where_set
 from src.config.groups import Option
 from src.config.keys import Key, all_keys, source_keys
 from src.config.options import GLOBAL_GROUPS, OptionFileError, Place, shown

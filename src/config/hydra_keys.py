@@ -9,19 +9,13 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, Node, OmegaConf
 
-from src.config.compose import (
-    COMMAND_LINE,
-    UNRESOLVED,
-    CommandLine,
-    Composed,
-    hydra_resolved,
-    unresolved,
-    value_text,
-)
+from src.config.command_line import COMMAND_LINE, CommandLine, value_text
+from src.config.composed import Composed
 from src.config.hydra_hints import LAUNCHER, LOOKED_AT, OBEYED
 from src.config.merging import has_content
 from src.config.options import CONF, read_option
 from src.config.problems import Problem
+from src.config.resolving import UNRESOLVED, hydra_resolved, unresolved
 
 SWEEPER_PARAMS = "hydra.sweeper.params"
 NOT_READ = "nothing here reads it, so it would change nothing: leave it out"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from src.config import groups, reference
-from src.config.compose import options
+from src.config.command_line import options
 from src.config.groups import Option
 from src.config.help import by_value, inner_keys, paragraphs, shown_value
 from src.config.keys import Key, source_keys

@@ -401,6 +401,7 @@ AXOLOTL = _table(
         "group_by_length": TRAINING_ARGUMENTS_BEFORE["group_by_length"],
         "default_system_message": _same("data.system_prompt"),
         "tokens": _other("tokens", "`tokens.additional_special_tokens`, a list; or an option of conf/tokens"),
+        "plugins": _other("plugins", "modules that register metrics, optimizers, formats and trackers of your own"),
         "special_tokens": _other(
             "tokens.additional_special_tokens", "a list; BOS, EOS and pad are the checkpoint's own"
         ),
@@ -518,7 +519,6 @@ AXOLOTL = _table(
         "sweeps have trials of their own: `python -m src.run -m`": "use_ray ray_run_name ray_num_workers",
         "there is no page to chat on": "gradio_title gradio_share gradio_server_name gradio_server_port",
         "every key is checked always": "strict",
-        "there are no plug-ins": "plugins",
         NO_NOISE: "noisy_embedding_alpha",
         "no experts' layers are changed": "llama4_linearized_experts",
     },

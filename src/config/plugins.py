@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from src.config import keys
 from src.config.options import PROJECT_ROOT
 from src.config.problems import Problem, refuse
+from src.util import did_you_mean
 
 KEY = "plugins"
 
@@ -123,10 +123,9 @@ def _sha256(module: ModuleType) -> str:
 def _why(name: str, error: BaseException) -> str:
     """Return why a plugin can't be imported, with the line that failed: its own, not one of Python's or ours."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None and f"{name}.".startswith(f"{error.name}."):
-        there = [file.stem for folder in (Path.cwd(), PROJECT_ROOT) for file in folder.glob("*.py")]
-        near = get_close_matches(name.removesuffix(".py"), there, n=1)
-        meant = f"; did you mean {near[0]}{'.py' * name.endswith('.py')}?" if near else ""
-        return f"no such module in {Path.cwd()}, in {PROJECT_ROOT} or installed{meant}"
+        files = [file for folder in (Path.cwd(), PROJECT_ROOT) for file in folder.glob("*.py")]
+        there = [file.name if name.endswith(".py") else file.stem for file in files]
+        return f"no such module in {Path.cwd()}, in {PROJECT_ROOT} or installed{did_you_mean(name, there)}"
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if isinstance(error, SyntaxError):
         return f"can't be imported: {error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"

@@ -6,8 +6,10 @@ from typing import Any
 
 from omegaconf import Container, OmegaConf
 
-from src.config.compose import CommandLine, Composed, hydra_resolved
+from src.config.command_line import CommandLine
+from src.config.composed import Composed
 from src.config.problems import Problem, refuse
+from src.config.resolving import hydra_resolved
 from src.secrets import clean
 
 

@@ -1,44 +1,19 @@
-"""Predictions: generated and written a block at a time, so that a stop costs one block. No torch here.
-
-`<set>.jsonl` has a line a row, `<set>.csv` the same once the set is whole, and `<set>.json` what decided them:
-predictions that something else decided are never mixed with them.
-"""
+"""Predictions: generated and written a block at a time, so that a stop costs one block. No torch here."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from src.checkpoint.exported import base_files
 from src.config.files import expand
-from src.config.keys import all_keys
 from src.config.schema import RunConfig
 from src.data.sources import file_hash
 from src.errors import ModelError, RunFolderError
-from src.metrics import scores
-from src.records import (
-    NUMBER,
-    OPTIONAL_TEXT,
-    Digest,
-    Types,
-    begins_with,
-    check_keys,
-    check_plain,
-    damaged,
-    parse,
-    read_bytes,
-    read_json,
-)
+from src.evaluation.deciding import decided_by
+from src.evaluation.predicted_set import PredictedSet, Prediction, read_metrics
 from src.tracking.console import Console, clock
-from src.util import finite, write_atomically, write_json
 
 if TYPE_CHECKING:
     from src.data.dataset import Prompts
@@ -48,245 +23,9 @@ if TYPE_CHECKING:
 BLOCK_BATCHES = 4
 """Batches that are generated before their rows are written: sorted by length among themselves, they are padded less."""
 
-SAMPLING = ("temperature", "top_k", "top_p")
-NOT_THE_MODEL = ("README.md", "generation_config.json")
-"""Files of a model's folder that decide nothing here."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One line: `row` counts the rows of the set's files from 0; `text` has the thoughts, `answer` has not."""
-
-    row: int
-    source: str
-    prompt: str
-    text: str
-    answer: str
-    reference: str | None
-    stop_reason: str
-
-
-RECORD_KEYS: Mapping[str, Types] = {"rows": int, "decided_by": dict, "written": (dict, NoneType)}
-LINE_KEYS: Mapping[str, Types] = {
-    "row": int,
-    **dict.fromkeys(("source", "prompt", "text", "answer"), str),
-    "reference": OPTIONAL_TEXT,
-    "stop_reason": str,
-}
-METRICS = "metrics.json"
-COLUMNS = [column.name for column in fields(Prediction)]
-
-
-class PredictedSet:
-    """The files of one set's predictions, in a folder that this process holds.
-
-    Args:
-        decided_by: what decides its predictions, as plain values by name.
-    """
-
-    def __init__(self, folder: Path, name: str, decided_by: Mapping[str, Any]) -> None:
-        self.name = name
-        self.folder = folder
-        self.lines, self.table, self.record = (folder / f"{name}{end}" for end in (".jsonl", ".csv", ".json"))
-        self._decided_by = dict(decided_by)
-        self._num_rows, self._digest = 0, Digest()
-
-    def claim(self, *, force: bool) -> list[str]:
-        """Take over what is there of it, or with `force` remove it; give how it was decided otherwise.
-
-        Raises:
-            RunFolderError: where a file is there that src.predict did not write, which nothing removes.
-            DamagedFileError: where what is there is no plain file, or the record can't be read.
-        """
-        files = (self.lines, self.table, self.record)
-        there = [file for file in files if os.path.lexists(file)]
-        if not there:
-            return []
-        for file in files:
-            check_plain(file, f"Move it away, and the same command writes what belongs there; {self._anew}")
-        before = self._read().get("decided_by")
-        if before is None:
-            names = ", ".join(file.name for file in there)
-            raise RunFolderError(
-                f"{self.folder} holds files that are no predictions of the set {self.name}: {names}; choose another "
-                "predict.output, or another name for the set (data.test_files={NAME: [FILE]})"
-            )
-        if not force:
-            return differences(before, self._decided_by)
-        for file in files:  # the record last: without it nobody removes the others
-            file.unlink(missing_ok=True)
-        return []
-
-    @property
-    def _anew(self) -> str:
-        names = " and ".join(file.name for file in (self.lines, self.table))
-        return f"without {self.record.name}, move {names} away too: then it starts the set {self.name} anew"
-
-    def _read(self) -> dict[str, Any]:
-        """Return what the record says; empty where there is none, or it is another's.
-
-        Raises:
-            DamagedFileError: where it can't be read, or has not what a record has.
-        """
-        remedy = f"Restore it; or move it away: {self._anew}"
-        try:
-            record = read_json(self.record, remedy=remedy)
-        except FileNotFoundError:
-            return {}
-        if "decided_by" not in record:
-            return {}
-        try:
-            check_keys(record, RECORD_KEYS)
-            if others := record.keys() - RECORD_KEYS.keys():
-                raise ValueError(f"it has the keys {', '.join(sorted(others))}")
-        except ValueError as error:
-            raise damaged(self.record, str(error), remedy) from error
-        return record
-
-    def is_generated(self) -> bool:
-        """Whether every row has its line."""
-        rows = self._read().get("rows")
-        return rows is not None and self.lines.exists() and sum(1 for _ in self.read()) == rows
-
-    def resume(self, rows: Sequence[int], block_rows: int) -> int:
-        """Cut the file back to the end of its last whole block, and give how many rows are in it.
-
-        Args:
-            rows: the number of each row that the set has.
-        Raises:
-            RunFolderError: where more than its end is not as it was written.
-        """
-        self._note(len(rows), self._read().get("written"))
-        self.lines.touch()
-        count = size = kept = kept_size = 0
-        with open(self.lines, "rb") as file:
-            for line in file:
-                one = _parsed(line)
-                if one is None or count == len(rows) or one["row"] != rows[count]:
-                    break
-                count, size = count + 1, size + len(line)
-                if count % block_rows == 0 or count == len(rows):
-                    kept, kept_size = count, size
-            if file.readline():  # more stands behind what could be a line that was torn
-                raise RunFolderError(
-                    f"{self.lines}, line {count + 1}: not what was written there; force=true starts the set anew"
-                )
-        os.truncate(self.lines, kept_size)
-        if kept < len(rows):
-            self.table.unlink(missing_ok=True)
-        self._digest = Digest(self._content())
-        self._note(len(rows), self._digest.as_dict())
-        return kept
-
-    def _note(self, num_rows: int, written: Mapping[str, Any] | None) -> None:
-        """Write down what decides the predictions, and what was written of them."""
-        self._num_rows = num_rows
-        write_json(self.record, {"rows": num_rows, "decided_by": self._decided_by, "written": written})
-
-    def check(self) -> None:
-        """Check that what is there is what was written; what was cut off is generated again.
-
-        Raises:
-            DamagedFileError: where it is something else.
-        """
-        remedy = f"Restore it; or force=true starts the set {self.name} anew."
-        record = self._read()
-        if others := record.get("decided_by", {}).keys() - self._decided_by.keys():
-            raise damaged(self.record, f"it has the keys {', '.join(sorted(others))}", remedy)
-        if not record or not self.lines.is_file():
-            return
-        content, written = self._content(), record["written"]
-        if written is None:
-            if content:
-                raise damaged(self.record, f"it does not say what was written into {self.lines.name}", remedy)
-            return
-        size = written.get("num_bytes")
-        is_cut = isinstance(size, int) and len(content) < size and not self.is_generated()
-        if not is_cut and not begins_with(content, written):
-            raise damaged(self.lines, f"it is not what {self.record.name} says was written there", remedy)
-
-    def _content(self) -> bytes:
-        """Return what is in the file of lines.
-
-        Raises:
-            DamagedFileError: where it can't be read.
-        """
-        try:
-            return read_bytes(self.lines, None)
-        except ValueError as error:
-            raise damaged(self.lines, str(error), "") from error
-
-    def append(self, predictions: Sequence[Prediction]) -> None:
-        """Add lines; they are on the disk when this returns."""
-        text = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions)
-        with open(self.lines, "ab") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        self._digest.add(text.encode())
-        self._note(self._num_rows, self._digest.as_dict())
-
-    def read(self) -> Iterator[dict[str, Any]]:
-        """Give the lines that are there; one that is torn, or not in its place, ends them."""
-        before = -1
-        with open(self.lines, "rb") as file:
-            for line in file:
-                one = _parsed(line)
-                if one is None or one["row"] <= before:
-                    return
-                before = one["row"]
-                yield one
-
-    def write_table(self) -> None:
-        """Write the CSV, where it is not there as it should be."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS)  # ends lines as RFC 4180 does, and so quotes both kinds of line ends
-        writer.writeheader()
-        writer.writerows(self.read())
-        if not self.table.is_file() or self.table.read_bytes() != text.getvalue().encode():
-            write_atomically(self.table, text.getvalue())
-
-    def score(self, config: RunConfig) -> tuple[dict[str, float], int]:
-        """Compare the answers with their references, and put the metrics into metrics.json, `eval/<set>/…`.
-
-        Gives the metrics, none where a row has no reference, and how many rows have none.
-        """
-        lines = list(self.read())
-        pairs = [(line["answer"], line["reference"]) for line in lines]
-        references = [reference for _, reference in pairs if reference is not None]
-        lacking = len(pairs) - len(references)
-        values = {}
-        if config.metrics and not lacking:
-            places = [line["source"] for line in lines]
-            answers, pattern = [given for given, _ in pairs], config.data.answer_pattern
-            found = scores(config.metrics, answers, references, pattern, places.__getitem__)
-            values = {f"eval/{self.name}/{metric}": value for metric, value in found.items()}
-        before = read_metrics(self.folder)
-        others = {key: value for key, value in before.items() if not key.startswith(f"eval/{self.name}/")}
-        if finite(others | values) != before:
-            write_json(self.folder / METRICS, others | values)
-        return values, lacking
-
-
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """Return the metrics of the sets that were predicted into a folder; empty where there are none.
-
-    Raises:
-        DamagedFileError: where they can't be read.
-    """
-    remedy = "Restore it; or move it away: it is written anew, with the metrics of the sets that are named then"
-    try:
-        metrics = read_json(folder / METRICS, remedy=remedy)
-        check_keys(metrics, dict.fromkeys(metrics, (*NUMBER, NoneType)))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise damaged(folder / METRICS, str(error), remedy) from error
-    return metrics
-
 
 def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str, PredictedSet]:
-    """Take over what is in the folder of the sets that are asked for.
+    """Return the sets that are asked for, with what the folder has of them.
 
     Args:
         model: the folder of the model that predicts.
@@ -313,50 +52,8 @@ def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model:
     return sets
 
 
-def decided_by(config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str, Any]:
-    """Give what decides the predictions of any set, as plain values by name.
-
-    The seed decides only where words are drawn, the size of the batches nothing.
-    """
-    generation, data = dict(frozen["generation"]), frozen["data"]
-    drawn: dict[str, Any] = {"seed": config.seed}
-    if not config.generation.do_sample:
-        drawn = {}
-        generation = {key: value for key, value in generation.items() if key not in SAMPLING}
-    deciding = {key.leaf for key in all_keys().values() if key.section == "data" and key.shapes_rows} | {"limit"}
-    deciding.remove("max_target_length")  # an answer takes no room
-    files = [file for file in sorted(model.rglob("*")) if file.is_file() and file.name not in NOT_THE_MODEL]
-    weights = [file for file in base_files(model, config.model.checkpoint) if file.suffix == ".safetensors"]
-    return {
-        **{f"generation.{key}": value for key, value in generation.items()},
-        **{f"data.{key}": value for key, value in data.items() if key in deciding},
-        **{f"tokens.{key}": frozen["tokens"][key] for key in ("thought_open", "thought_close")},
-        **drawn,
-        "model.dtype": config.model.dtype.value,
-        "training.mixed_precision": config.training.mixed_precision.value,
-        "model": {str(file.relative_to(model)): file_hash(str(file)) for file in files},
-        "base": {file.name: file_hash(str(file)) for file in weights},
-    }
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say of each name whose value is not the same what it was and what it is."""
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    hashed = {
-        "data.test_files": "other content than now",
-        "model": "another model's weights, settings or tokenizer",
-        "base": "other weights under the adapter",
-    }
-    return [
-        f"{name}   {hashed[name]}"
-        if name in hashed
-        else f"{name}   {json.dumps(before.get(name))} there, {json.dumps(now.get(name))} now"
-        for name in changed
-    ]
-
-
 def check_room(prompts: Prompts, model: Any, max_new_tokens: int) -> None:
-    """See that behind every prompt there is room for what is generated.
+    """Check that every prompt leaves room for what is generated.
 
     Raises:
         ModelError: naming the row.
@@ -374,7 +71,7 @@ def check_room(prompts: Prompts, model: Any, max_new_tokens: int) -> None:
 
 
 def account(rows: EncodedSet) -> str:
-    """Say what became of a set's rows: how many are predicted, whose prompt was cut, what was left out."""
+    """Return what became of a set's rows: how many are predicted, whose prompt was cut, what was left out."""
     text = f"{len(rows):,} rows"
     if rows.total("is_truncated"):
         cut = [rows.place(i) for i in range(len(rows)) if rows.is_truncated(i)]
@@ -411,7 +108,7 @@ def predict_rows(
     block_rows = BLOCK_BATCHES * generator.batch_size
     begin = into.resume(numbers, block_rows)
     if begin:
-        console.label(into.name, f"{begin:,} of {len(rows):,} rows are there already, going on behind them")
+        console.label(into.name, f"{begin:,} of {len(rows):,} rows are there already, continuing after them")
     started = time.monotonic()
     for start in range(begin, len(rows), block_rows):
         block = range(start, min(start + block_rows, len(rows)))
@@ -438,13 +135,3 @@ def predict_rows(
 def _some(places: Sequence[str], most: int = 3) -> str:
     rest = f" and {len(places) - most:,} more" if len(places) > most else ""
     return f"{', '.join(places[:most])}{rest}"
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return what a line says; None of one that is not whole, or no prediction."""
-    try:
-        found = parse(line) if line.endswith(b"\n") else {}
-        check_keys(found, LINE_KEYS)
-    except ValueError:
-        return None
-    return found if list(found) == COLUMNS else None

@@ -7,7 +7,6 @@ over, data that decides a shape) can't be counted.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,34 +16,13 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from src.config.schema import LossConfig
 from src.errors import one_line
+from src.forecast.live_tensors import LiveTensors
 from src.forecast.quantised import is_quantised, put_fake_weight
 from src.model.masks import taken_for_single_rows
 from src.training.head import ScoredModel
-
-aten = torch.ops.aten
-
-
-def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
-
-
-def _attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
-
-
-FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
-"""Floating-point operations of matrix products and attention, by operator: torch's own formulas, and two that it lacks,
-of attention on a CPU."""
 
 
 class MicroBatchShape(NamedTuple):
@@ -179,7 +157,7 @@ class ModelCounter:
 
     @torch.no_grad()
     def count_generation(self, batch: int, prompt: int, num_new: int) -> ForwardCount:
-        """Count a batch of completions, all as long as they may be: the prompt, then token by token beside the keys and
+        """Count a batch of completions, all as long as they may be: the prompt, then token by token with the keys and
         values of all tokens before.
 
         Args:
@@ -188,39 +166,29 @@ class ModelCounter:
         """
         self._scored.eval()
         with self._computing() as live, self._autocasting():
-            self._read(batch, prompt, None)
+            inputs, cache = self._prefill(batch, prompt)
             peak, prefill = live.peak, live.flops
-            given, cache = self._read(batch, prompt, num_new - 1)
+            if num_new > 1:
+                _lengthen(cache, num_new - 1)
             live.restart_peak()
             before = live.flops
-            self._scored.model(**given, past_key_values=cache, use_cache=True)
+            if "encoder_outputs" not in inputs:
+                inputs["attention_mask"] = self._ids(batch, prompt + num_new)
+            self._scored.model(**inputs, past_key_values=cache, use_cache=True)
             step = live.flops - before
         return ForwardCount(max(peak, live.peak), prefill + num_new * step)
 
-    def _read(self, batch: int, prompt: int, num_written: int | None) -> tuple[dict[str, Any], Any]:
-        """Compute a prompt and what was written after it at once.
-
-        Args:
-            num_written: tokens written so far; None: before the first one.
-        Returns:
-            What the next token is computed from, the cache of keys and values apart.
-        """
-        model, written = self._scored.model, num_written or 0
+    def _prefill(self, batch: int, prompt: int) -> tuple[dict[str, Any], Any]:
+        """Compute a prompt; return the inputs of the token after it, and the cache of keys and values."""
+        model, real = self._scored.model, self._ids(batch, prompt)
+        inputs: dict[str, Any] = {"attention_mask": real}
         if model.config.is_encoder_decoder:
-            real = self._ids(batch, prompt)
-            states = model.get_encoder()(input_ids=self._ids(batch, prompt), attention_mask=real)
-            given: dict[str, Any] = {"encoder_outputs": states, "attention_mask": real}
-            cache = model(**given, decoder_input_ids=self._ids(batch, 1 + written), use_cache=True).past_key_values
-            return given | {"decoder_input_ids": self._ids(batch, 1)}, cache
-        seq = prompt + written
-        cache = model(
-            input_ids=self._ids(batch, seq), attention_mask=self._ids(batch, seq), logits_to_keep=1, use_cache=True
-        ).past_key_values
-        return {
-            "input_ids": self._ids(batch, 1),
-            "attention_mask": self._ids(batch, seq + 1),
-            "logits_to_keep": 1,
-        }, cache
+            inputs["encoder_outputs"] = model.get_encoder()(input_ids=self._ids(batch, prompt), attention_mask=real)
+            inputs["decoder_input_ids"] = self._ids(batch, 1)
+            return inputs, model(**inputs, use_cache=True).past_key_values
+        ids = self._ids(batch, prompt)
+        cache = model(input_ids=ids, attention_mask=real, logits_to_keep=1, use_cache=True).past_key_values
+        return inputs | {"input_ids": self._ids(batch, 1), "logits_to_keep": 1}, cache
 
     @contextmanager
     def _computing(self, *, num_supervised: int = 0, is_packed: bool = False) -> Iterator[LiveTensors]:
@@ -277,6 +245,15 @@ def counted(
     counter = ModelCounter(scored, mode, device, autocast)
     counter.probe_head()
     yield counter
+
+
+def _lengthen(cache: Any, num: int) -> None:
+    """Append keys and values of some tokens to every layer of a cache; of an encoder-decoder's, to the decoder's."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    for i, layer in enumerate(cache.layers):
+        if isinstance(getattr(layer, "keys", None), Tensor):
+            new = (one.new_empty(*one.shape[:2], num, one.shape[3]) for one in (layer.keys, layer.values))
+            cache.update(*new, i)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
@@ -341,105 +318,3 @@ def _put_on(model: nn.Module, device: torch.device) -> None:
             for name, tensor in list(tensors.items()):
                 if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor):
                     tensors[name] = empty_like(tensor)
-
-
-def _grouped_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Multiply experts' matrices; torch's rule for shapes takes bfloat16 only, though a CPU multiplies float32 too."""
-    dtype = args[0].dtype
-    halves = [
-        _with_dtype(one, torch.bfloat16) if isinstance(one, Tensor) and one.is_floating_point() else one for one in args
-    ]
-    return _with_dtype(func(*halves, **{name: one for name, one in kwargs.items() if name != "out_dtype"}), dtype)
-
-
-def _with_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
-
-
-class LiveTensors(TorchDispatchMode):
-    """Follows which storages are alive, how many bytes at most at once, and counts floating-point operations."""
-
-    def __init__(self, there: Iterable[Tensor], num_supervised: int) -> None:
-        """Begin.
-
-        Args:
-            there: tensors that are not counted.
-            num_supervised: how many positions a mask picks, since its values are unknown.
-        """
-        super().__init__()
-        self._not_counted = {tensor.untyped_storage()._cdata for tensor in there}
-        self._num_supervised = num_supervised
-        self._numbers: dict[int, int] = {}  # of storages that are alive, by address
-        self._alive: dict[int, int] = {}  # bytes, by number
-        self._bytes: list[int] = []  # of all that ever were
-        self._total = 0
-        self._at_peak: dict[int, int] | None = None
-        self.peak = 0
-        self.flops = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is aten.index.Tensor:
-            args = (args[0], self._positions(args[1]), *args[2:])
-        kwargs = kwargs or {}
-        result = _grouped_product(func, args, kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
-        if (formula := FLOPS.get(func._overloadpacket)) is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
-        return result
-
-    def _positions(self, indices: list[Tensor | None]) -> list[Tensor | None]:
-        """Turn masks into positions, as many as are supervised."""
-        given: list[Tensor | None] = []
-        for index in indices:
-            is_mask = index is not None and index.dtype is torch.bool
-            if is_mask and index is not None:
-                given += [torch.empty(self._num_supervised, dtype=torch.long, device=index.device)] * index.ndim
-            else:
-                given.append(index)
-        return given
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address in self._not_counted or address in self._numbers:
-            return
-        number = len(self._bytes)
-        self._bytes.append(storage.nbytes())
-        self._numbers[address], self._alive[number] = number, storage.nbytes()
-        self._total += storage.nbytes()
-        if self._total > self.peak:
-            self.peak, self._at_peak = self._total, None
-        weakref.finalize(storage, self._forget, address)
-
-    def _forget(self, address: int) -> None:
-        self._note_peak()
-        self._total -= self._alive.pop(self._numbers.pop(address))
-
-    def _note_peak(self) -> None:
-        if self._at_peak is None and self._total == self.peak:
-            self._at_peak = dict(self._alive)
-
-    def restart_peak(self) -> None:
-        """Look for the most from here on."""
-        self.peak, self._at_peak = self._total, None
-
-    def at_peak(self) -> dict[int, int]:
-        """Return number and bytes of each storage that was alive at the worst moment."""
-        self._note_peak()
-        return self._at_peak or {}
-
-    def alive(self) -> set[int]:
-        """Return the numbers of the storages that are alive."""
-        return set(self._alive)
-
-    def number_of(self, tensor: Tensor) -> int | None:
-        """Return the number of a tensor's storage; None where it is not counted."""
-        return self._numbers.get(tensor.untyped_storage()._cdata)
-
-    def bytes_of(self, numbers: Iterable[int]) -> int:
-        """Return the bytes of storages together."""
-        return sum(self._bytes[number] for number in numbers)

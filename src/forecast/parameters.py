@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from src.config.schema import QuantizationConfig
 from src.model.quantization import quantised_layers
-from src.runtime.sharding import whole_shape
+from src.runtime.sharding import full_shape
 
 FP32 = 4  # bytes
 SCALE_BLOCK = 64  # values that share a scale in 4 bits
@@ -123,7 +123,7 @@ def with_adapter(parameters: ModelParameters, model: Any) -> ModelParameters:
 
 def trained_of(model: nn.Module) -> tuple[TrainableTensor, ...]:
     """Return the shapes of what is trained of a model, each parameter once."""
-    return tuple(TrainableTensor(whole_shape(p), p.itemsize) for p in model.parameters() if p.requires_grad)
+    return tuple(TrainableTensor(full_shape(p), p.itemsize) for p in model.parameters() if p.requires_grad)
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from src.data.chat_markers import CHANGED, MISSING, squeezed
 from src.data.dataset import Data
 from src.data.encoding import IGNORE_INDEX, Encoder
 from src.data.report import changed_rows
-from src.data.sets import EncodedSet
+from src.data.sets import EncodedSet, LabelledRow
 from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import EndText, cut_at
 from src.metrics import METRICS, is_full_marks
@@ -81,25 +81,46 @@ def judge_of(config: RunConfig, data: Data) -> Judge:
     return Judge(reader, data.stop_ids, end, config.metrics, config.data.answer_pattern)
 
 
+class SupervisedIds(NamedTuple):
+    """The ids of a row that are learned, or of an encoder-decoder's target, and where the supervised ones are."""
+
+    ids: list[int]
+    parts: list[tuple[int, int]]
+    """[start, stop) of supervised ids that follow one another."""
+
+    @classmethod
+    def of(cls, row: LabelledRow, num_prompt_ids: int) -> SupervisedIds:
+        parts = runs(row.labels)
+        if parts and row.target_ids is None and not num_prompt_ids:
+            parts[0] = (0, parts[0][1])  # no id comes before the first to predict it from: it has no label
+        return cls((row.input_ids if row.target_ids is None else row.target_ids).tolist(), parts)
+
+    @property
+    def last(self) -> list[int]:
+        """What is learned last: what a model should generate for the row."""
+        return self.ids[slice(*self.parts[-1])] if self.parts else []
+
+
 def prove(rows: EncodedSet, judge: Judge) -> Proof:
-    """Decode rows again and compare them with their text and their answers with their references; encode them in one
-    piece and compare that with their ids."""
-    encoder, stop_ids = judge.reader.encoder, judge.stop_ids
-    proof = Proof(min(len(rows), WHOLE_CHECK_ROWS))
+    """Check that rows decode to their text and their answers to their references, and that their text, encoded in one
+    piece, has their ids."""
+    encoder, stop_ids = judge.reader.encoder, set(judge.stop_ids)
+    proof, prompt_lengths = Proof(min(len(rows), WHOLE_CHECK_ROWS)), rows.prompt_lengths().tolist()
     for start in range(0, proof.num_checked, PROVE_ROWS):
         some = range(start, min(start + PROVE_ROWS, proof.num_checked))
-        proof.num_with_end += sum(_teaches_to_end(rows, i, stop_ids) for i in some)
+        supervised = {i: SupervisedIds.of(rows[i], prompt_lengths[i]) for i in some}
+        proof.num_with_end += sum(not stop_ids.isdisjoint(one.last) for one in supervised.values())
         whole = [i for i in some if not rows.is_truncated(i)]
         proof.num_cut += len(some) - len(whole)
         unlike = set(changed_rows(rows, whole, encoder))
         proof.unlike += sorted(unlike)
         same = [i for i in whole if i not in unlike]
-        learned = zip(same, learned_texts(rows, same, encoder), strict=True)
+        learned = zip(same, decode_supervised([supervised[i] for i in same], encoder), strict=True)
         proof.wrong_mask += [i for i, text in learned if not _is_what_is_learned(text, rows, i, encoder.eos_token)]
         if not rows.is_encoder_decoder:
             proof.seams += _seams(rows, whole, encoder)
         proof.altered += [i for i in some if any(_alters(change) for change in rows.changes(i))]
-        _judge(rows, whole, judge, proof)
+        _judge(rows, {i: supervised[i].last for i in whole}, judge, proof)
     return proof
 
 
@@ -115,14 +136,13 @@ def _alters(change: str) -> bool:
     return change.endswith((MISSING, CHANGED))
 
 
-def _judge(rows: EncodedSet, indices: Sequence[int], judge: Judge, proof: Proof) -> None:
+def _judge(rows: EncodedSet, learned: Mapping[int, list[int]], judge: Judge, proof: Proof) -> None:
     """Score what rows teach, cut where generation would stop, against their references."""
-    learned = [_last_learned(rows, i) for i in indices]
-    cut = [cut_at(ids, judge.stop_ids) for ids in learned]
+    cut = [cut_at(ids, judge.stop_ids) for ids in learned.values()]
     if judge.end is not None:
         cut = [judge.end.cut(one) for one in cut]
     texts = judge.reader.encoder.decode_batch([one.ids for one in cut])
-    for i, text in zip(indices, texts, strict=True):
+    for i, text in zip(learned, texts, strict=True):
         answer, reference = judge.reader.answer(rows, i, text), judge.reader.plain_reference(rows, i)
         if answer != reference:
             reference = judge.reader.reference(rows, i)
@@ -140,45 +160,16 @@ def _judge_answer(row: int, answer: str, reference: str, judge: Judge, proof: Pr
         proof.unscorable[metric] += 1
 
 
-def _last_learned(rows: EncodedSet, index: int) -> list[int]:
-    """Return the ids of what is learned last in a row: what a model should generate for it."""
-    row = rows[index]
-    ids = row.input_ids if row.target_ids is None else row.target_ids
-    parts = _learned_parts(rows, index)
-    return ids[slice(*parts[-1])].tolist() if parts else []
+def decode_supervised(rows: Sequence[SupervisedIds], encoder: Encoder) -> list[str]:
+    """Decode what is supervised in each row, EOS included.
 
-
-def _learned_parts(rows: EncodedSet, index: int) -> list[tuple[int, int]]:
-    """Return [start, stop) of what is learned in a row."""
-    row = rows[index]
-    parts = runs(row.labels)
-    if parts and row.target_ids is None and not rows.prompt_ids(index):
-        parts[0] = (0, parts[0][1])  # nothing stands before the first id to predict it from: no label, but learned
-    return parts
-
-
-def _teaches_to_end(rows: EncodedSet, index: int, stop_ids: list[int]) -> bool:
-    return not set(stop_ids).isdisjoint(_last_learned(rows, index))
-
-
-def learned_texts(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[str]:
-    """Decode what is supervised in each row, EOS included: what its ids say up to the end of each supervised part, less
-    what they say up to its beginning, since some tokenizers decode a text otherwise where it begins.
+    Each part is what the ids up to its end say, less what those up to its beginning say, since some tokenizers decode a
+    text otherwise where it begins.
     """
-    ends: list[list[int]] = []
-    begins: list[list[int]] = []
-    counts = []
-    for i in indices:
-        row = rows[i]
-        ids = (row.input_ids if row.target_ids is None else row.target_ids).tolist()
-        parts = _learned_parts(rows, i)
-        begins += [ids[:start] for start, _ in parts]
-        ends += [ids[:stop] for _, stop in parts]
-        counts.append(len(parts))
-    before = encoder.decode_batch(begins, with_control=True)
-    until = encoder.decode_batch(ends, with_control=True)
+    before = encoder.decode_batch([ids[:start] for ids, parts in rows for start, _ in parts], with_control=True)
+    until = encoder.decode_batch([ids[:stop] for ids, parts in rows for _, stop in parts], with_control=True)
     texts = iter(end.removeprefix(begin) for begin, end in zip(before, until, strict=True))
-    return ["".join(islice(texts, count)) for count in counts]
+    return ["".join(islice(texts, len(row.parts))) for row in rows]
 
 
 def runs(labels: np.ndarray) -> list[tuple[int, int]]:

@@ -65,17 +65,17 @@ def show_rows(console: Console, train: EncodedSet, data: Data, count: int, paint
 
 def show_forecasts(console: Console, config: RunConfig, ahead: Forecast) -> None:
     """Say how many steps there are, and what they will take of memory, disk and time."""
-    training = config.training
+    training, work = config.training, ahead.work
     rows = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps}"
     processes = config.runtime.world_size
     rows += f" x {processes} processes" if processes > 1 else ""
     each = ", for each process" if processes > 1 else ""
-    epochs = "" if ahead.num_steps_per_epoch is None else f" ({ahead.num_steps / ahead.num_steps_per_epoch:.3g} epochs)"
-    padded = 1 - ahead.tokens_fed / max(1, ahead.tokens_computed)
+    epochs = "" if work.num_steps_per_epoch is None else f" ({work.num_steps / work.num_steps_per_epoch:.3g} epochs)"
+    padded = 1 - work.tokens_fed / max(1, work.tokens_computed)
     console.label(
         "steps",
-        f"{ahead.num_steps:,}{epochs} of {rows} {'sequences' if config.data.batching.value == 'packed' else 'rows'}\n"
-        f"{ahead.tokens_fed:,} tokens fed; {padded:.0%} of what is computed is padding ({config.data.batching.value})",
+        f"{work.num_steps:,}{epochs} of {rows} {'sequences' if config.data.batching.value == 'packed' else 'rows'}\n"
+        f"{work.tokens_fed:,} tokens fed; {padded:.0%} of what is computed is padding ({config.data.batching.value})",
     )
     most = ahead.memory.total._replace(name=f"total{each}")
     console.label("memory", _table([*ahead.memory.parts, *ahead.memory.instead, most]))
@@ -92,7 +92,7 @@ def show_forecasts(console: Console, config: RunConfig, ahead: Forecast) -> None
     console.label("", f"{human_bytes(ahead.disk.free_bytes)} free in {ahead.disk.place}")
     console.label("time", _times(ahead.time))
     if ahead.measured is None:
-        console.label("", "preflight.measure=true computes a micro-batch and tells it better")
+        console.label("", "preflight.measure=true computes a batch of each and forecasts it better")
 
 
 def _times(ahead: TimeForecast) -> str:

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from src.config.schema import Batching, RunConfig
-from src.data.batching import Sequences
-from src.data.dataset import Data
+from src.data.batching import BatchSampler, Sequences, steps_per_epoch
+from src.data.dataset import Data, first_block
 from src.data.sets import EncodedSet
 from src.forecast.counting import MicroBatchShape
+from src.training.state import batch_plan, num_train_steps
+
+
+class Evaluation(NamedTuple):
+    """A set that is evaluated."""
+
+    rows: EncodedSet
+    batches: list[Sequences]
+    shapes: list[MicroBatchShape]
+    """Of each batch."""
+    times: int
+    """How often the run evaluates it."""
 
 
 class Generation(NamedTuple):
@@ -19,49 +32,98 @@ class Generation(NamedTuple):
 
     num_texts: int
     batch: int
-    """Rows that are generated at once, times beams."""
+    """Rows that are generated at once."""
     longest_prompt: int
     mean_prompt: int
+    rows: EncodedSet
+    """A set that texts are generated for."""
 
 
 @dataclass(frozen=True)
 class Workload:
     """What a run computes."""
 
-    micro_batches: list[MicroBatchShape]
+    plan: BatchSampler
+    num_steps: int
+    num_steps_per_epoch: int | None
+    """None where the train set is streamed."""
+    train: EncodedSet
+    """The train set, or the first block of one that is streamed."""
+    micro_batches: list[Sequences]
     """Of the first epoch."""
-    evaluations: list[tuple[list[MicroBatchShape], int]]
-    """Of each set that is evaluated its batches, and how often."""
+    shapes: list[MicroBatchShape]
+    """Of these micro-batches."""
+    evaluations: list[Evaluation]
     generation: Generation | None
 
-    @property
-    def widest_index(self) -> int:
-        """The micro-batch that holds most."""
-        shapes = self.micro_batches
-        return max(range(len(shapes)), key=lambda i: (shapes[i].num_tokens, shapes[i].num_supervised))
-
-    @property
+    @cached_property
     def widest(self) -> MicroBatchShape:
-        return self.micro_batches[self.widest_index]
+        """The shape of the micro-batch that holds most."""
+        return widest_of(self.shapes)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of the whole run, over all processes."""
+        if self.num_steps_per_epoch is None:
+            return self.num_steps * self.plan.accumulation
+        return round(self.num_steps / self.num_steps_per_epoch * len(self.micro_batches))
+
+    @property
+    def tokens_fed(self) -> int:
+        return round(self.num_micro_batches / len(self.micro_batches) * self.train.num_tokens)
+
+    @property
+    def tokens_computed(self) -> int:
+        """tokens_fed and padding."""
+        of_epoch = sum(shape.num_tokens for shape in self.shapes)
+        return round(self.num_micro_batches / len(self.micro_batches) * of_epoch)
 
 
-def shape_of(rows: EncodedSet, sequences: Sequences, config: RunConfig) -> MicroBatchShape:
-    """Return the shape of a micro-batch of these sequences of rows."""
-    lengths = [int(rows.lengths[sequence].sum()) for sequence in sequences]
-    targets = [int(rows.target_lengths[sequence].sum()) for sequence in sequences]
-    supervised = rows.supervised_lengths()
-    return MicroBatchShape(
-        batch=len(sequences),
-        seq=max(lengths),
-        num_supervised=sum(int(supervised[row]) for sequence in sequences for row in sequence),
-        target_seq=max(targets) or None,
-        is_packed=config.data.batching is Batching.packed,
-        has_padding=max(targets) > 0 and len(set(lengths)) > 1,
+def plan_work(config: RunConfig, data: Data) -> Workload:
+    """Return what a run computes, from its first epoch's micro-batches and from the sets that are evaluated."""
+    train = first_block(data.train)
+    plan = batch_plan(config, config.runtime.world_size)
+    per_epoch = None if config.data.streaming else steps_per_epoch(train, plan, config.seed)
+    num_steps = num_train_steps(config.training, per_epoch)
+    micro_batches = plan.micro_batches(train.lengths, [config.seed, 0])
+    times = num_evaluations(config.evaluation.eval_steps, num_steps, per_epoch)
+    return Workload(
+        plan,
+        num_steps,
+        per_epoch,
+        train,
+        micro_batches,
+        shapes_of(train, micro_batches, is_packed=config.data.batching is Batching.packed),
+        [
+            *(_evaluation(rows, config, times) for rows in data.validation.values()),
+            *(_evaluation(rows, config, 1) for rows in data.test.values()),
+        ],
+        _generation(data, config, num_steps, per_epoch),
     )
 
 
+def shapes_of(rows: EncodedSet, batches: Iterable[Sequences], *, is_packed: bool) -> list[MicroBatchShape]:
+    """Return the shapes of batches of sequences of rows."""
+    counts = [one.tolist() for one in (rows.lengths, rows.target_lengths, rows.supervised_lengths())]
+    shapes = []
+    for sequences in batches:
+        lengths, targets, scored = (
+            [sum(of_row[row] for row in sequence) for sequence in sequences] for of_row in counts
+        )
+        has_padding = max(targets) > 0 and len(set(lengths)) > 1
+        shapes.append(
+            MicroBatchShape(len(sequences), max(lengths), sum(scored), max(targets) or None, is_packed, has_padding)
+        )
+    return shapes
+
+
+def widest_of(shapes: Iterable[MicroBatchShape]) -> MicroBatchShape:
+    """Return the shape that holds most."""
+    return max(shapes, key=lambda shape: (shape.num_tokens, shape.num_supervised))
+
+
 def mean_shape(shapes: Sequence[MicroBatchShape]) -> MicroBatchShape:
-    """Return a shape of which as many as these compute as much, but for what grows with the square of a length."""
+    """Return a shape that costs the mean of these, but for what grows with the square of a length."""
     count = len(shapes)
     batch = max(1, round(sum(shape.batch for shape in shapes) / count))
     rows = count * batch
@@ -75,14 +137,6 @@ def mean_shape(shapes: Sequence[MicroBatchShape]) -> MicroBatchShape:
     )
 
 
-def evaluation_shapes(rows: EncodedSet, config: RunConfig) -> list[MicroBatchShape]:
-    """Return the batches of a set's evaluation, rows of similar length together."""
-    count, size = _num_evaluated(rows, config), config.training.per_device_eval_batch_size
-    order = sorted(range(count), key=lambda i: int(rows.lengths[i]))
-    batches = [[[row] for row in order[start : start + size]] for start in range(0, count, size)]
-    return [shape_of(rows, batch, config)._replace(is_packed=False) for batch in batches]
-
-
 def num_evaluations(every: int | str | None, num_steps: int, steps_per_epoch: int | None) -> int:
     """Count what happens every N steps, every epoch or never (None), and after the last step in any case.
 
@@ -93,7 +147,15 @@ def num_evaluations(every: int | str | None, num_steps: int, steps_per_epoch: in
     return 1 if step is None else math.ceil(num_steps / int(step))
 
 
-def generation(data: Data, config: RunConfig, num_steps: int, steps_per_epoch: int | None) -> Generation | None:
+def _evaluation(rows: EncodedSet, config: RunConfig, times: int) -> Evaluation:
+    """Return what is evaluated of a set, rows of similar length together."""
+    count, size = _num_evaluated(rows, config), config.training.per_device_eval_batch_size
+    order = sorted(range(count), key=rows.lengths.tolist().__getitem__)
+    batches = [[[row] for row in order[start : start + size]] for start in range(0, count, size)]
+    return Evaluation(rows, batches, shapes_of(rows, batches, is_packed=False), times)
+
+
+def _generation(data: Data, config: RunConfig, num_steps: int, steps_per_epoch: int | None) -> Generation | None:
     """Return what is generated; None where nothing is."""
     settings = config.evaluation
     prompts: list[int] = []
@@ -107,8 +169,13 @@ def generation(data: Data, config: RunConfig, num_steps: int, steps_per_epoch: i
     prompts += times * _prompts(data.for_samples(), settings.sample_prompts)
     if not prompts:
         return None
-    batch = min(config.training.per_device_eval_batch_size, len(prompts)) * (config.generation.num_beams or 1)
-    return Generation(len(prompts), batch, max(prompts), max(1, round(sum(prompts) / len(prompts))))
+    return Generation(
+        len(prompts),
+        min(config.training.per_device_eval_batch_size, len(prompts)),
+        max(prompts),
+        max(1, round(sum(prompts) / len(prompts))),
+        data.for_samples(),
+    )
 
 
 def _prompts(rows: EncodedSet, count: int) -> list[int]:
@@ -117,28 +184,3 @@ def _prompts(rows: EncodedSet, count: int) -> list[int]:
 
 def _num_evaluated(rows: EncodedSet, config: RunConfig) -> int:
     return min(len(rows), config.evaluation.max_samples or len(rows))
-
-
-def plan_work(
-    config: RunConfig,
-    data: Data,
-    train: EncodedSet,
-    micro_batches: Sequence[Sequences],
-    num_steps: int,
-    steps_per_epoch: int | None,
-) -> Workload:
-    """Return what a run computes.
-
-    Args:
-        train: the train set, or the first block of one that is streamed.
-        micro_batches: of its first epoch.
-    """
-    times = num_evaluations(config.evaluation.eval_steps, num_steps, steps_per_epoch)
-    return Workload(
-        [shape_of(train, sequences, config) for sequences in micro_batches],
-        [
-            *((evaluation_shapes(rows, config), times) for rows in data.validation.values()),
-            *((evaluation_shapes(rows, config), 1) for rows in data.test.values()),
-        ],
-        generation(data, config, num_steps, steps_per_epoch),
-    )

@@ -22,8 +22,7 @@ from src.config.schema import AdapterConfig, LoraConfig, ModelConfig
 from src.errors import ModelError, one_line
 from src.model.embeddings import tied_as_it_is
 from src.model.weights import check_finite, check_names
-from src.model.whole import whole_models
-from src.runtime.sharding import gathered
+from src.runtime.sharding import gathered, unsharded_models
 from src.util import in_words, nearest
 
 WEIGHTS = "adapter_model.safetensors"
@@ -217,7 +216,7 @@ def add_adapter(
         )
         # PEFT 0.21 would gather the rows that it starts from on CUDA devices only
         whole_matrices = gathered(parameter for module in matrices for parameter in module.parameters())
-        with quiet(), whole_models(), tied_as_it_is(model), whole_matrices:
+        with quiet(), unsharded_models(), tied_as_it_is(model), whole_matrices:
             adapted = peft.get_peft_model(model, lora)
     except (ValueError, TypeError) as error:
         raise ModelError(f"this adapter can't be put into a {type(model).__name__}: {one_line(error)}") from error

@@ -32,8 +32,7 @@ from src.errors import ModelError, one_line, report
 from src.model.adapters import check_adapter
 from src.model.quantization import check_quantisable, keep_gradients, quantization_settings
 from src.model.weights import check_loaded, check_sizes
-from src.model.whole import whole_models
-from src.runtime.sharding import whole_shape
+from src.runtime.sharding import full_shape, unsharded_models
 from src.util import in_words
 
 
@@ -167,7 +166,7 @@ def empty_model(config: ModelConfig) -> Any:
         attention = {"attn_implementation": "sdpa"}
     architecture = load_architecture(config)
     try:
-        with whole_models(), torch.device("meta"):
+        with unsharded_models(), torch.device("meta"):
             return _auto(config).from_config(
                 architecture, trust_remote_code=config.trust_remote_code, **_dtype(config), **attention
             )
@@ -194,13 +193,13 @@ def _dtype(config: ModelConfig) -> dict[str, Any]:
 def num_parameters(model: nn.Module) -> tuple[int, int]:
     """Count all parameters and those that are trained; of weights in 4 bits those that they stand for."""
     return sum(map(_count, model.parameters())), sum(
-        math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad
+        math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad
     )
 
 
 def _count(parameter: nn.Parameter) -> int:
     state = getattr(parameter, "quant_state", None)  # of bitsandbytes, which packs two values into a byte
-    return math.prod(whole_shape(parameter)) if state is None else state.shape.numel()
+    return math.prod(full_shape(parameter)) if state is None else state.shape.numel()
 
 
 def load_weights(config: ModelConfig, architecture: Any, checkpoint: str, **settings: Any) -> Any:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from src.config.schema import InitMethod, TokensConfig
 from src.errors import ModelError, TokenError
-from src.runtime.sharding import gathered, whole_shape
+from src.runtime.sharding import full_shape, gathered
 from src.tokens import NewTokens, num_token_ids
 from src.util import in_words
 
@@ -79,7 +79,7 @@ def embedding_matrices(model: Any) -> list[Matrix]:
 
 def num_rows(model: Any) -> int:
     """Count the rows of a model's token matrix."""
-    return whole_shape(embedding_matrices(model)[0].weight)[0]
+    return full_shape(embedding_matrices(model)[0].weight)[0]
 
 
 def _stacks(model: Any) -> dict[str, Any]:
@@ -116,13 +116,13 @@ def fit_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) 
     of all, and what they have learned would be lost. So they are put back, as long as the rest.
     """
     inputs = model.get_input_embeddings().weight
-    if whole_shape(inputs)[0] >= num_tokens:
+    if full_shape(inputs)[0] >= num_tokens:
         return
     looked_up = [(stack, stack.get_input_embeddings()) for stack in _stacks(model).values()]
     own = [(stack, module) for stack, module in looked_up if module.weight is not inputs]
     with tied_as_it_is(model):
         model.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
-    num_rows = whole_shape(model.get_input_embeddings().weight)[0]
+    num_rows = full_shape(model.get_input_embeddings().weight)[0]
     for stack, module in own:
         with gathered([module.weight]):
             old = module.weight.detach().clone()
@@ -161,7 +161,7 @@ def resize_and_initialise(
     Raises:
         TokenError: where a text gives no learned token to start from.
     """
-    num_old = whole_shape(model.get_input_embeddings().weight)[0]
+    num_old = full_shape(model.get_input_embeddings().weight)[0]
     vocabulary = tokenizer.get_vocab()
     started = {token: i for token, i in new.ids.items() if token in new.added or i >= num_old or token in unlearned}
     started |= {tag: i for tag, i in new.tags.items() if tag in unlearned}

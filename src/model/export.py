@@ -1,4 +1,4 @@
-"""The result of a run: a folder that plain transformers (and PEFT) load. What was written is loaded again."""
+"""The result of a run: a folder that plain transformers (and PEFT) load. What was written is read and compared."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoTokenizer
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from src.config.places import clear, set_aside
 from src.config.schema import ModelConfig, RunConfig, Weights
@@ -39,70 +41,81 @@ def export(
     card: str,
     adapter_card: str = "",
 ) -> list[str]:
-    """Write the result beside, load it again, and put it into place.
+    """Write the result of a run, check it, and only then put it into its place; return warnings.
 
     Weights (safetensors), configuration, tokenizer and generation settings. Of an adapter run it is the adapter with
     the rows of new tokens; with `export.merge` whole weights, and the adapter in a folder of its own inside. Where
-    merging would give another model than was trained, the result is the adapter, and the warnings say so.
+    merging would change the model, the result is the adapter, and a warning says so.
 
     Args:
+        model: whole and on one device; merging an adapter takes it apart.
         card: README.md of the folder.
-        adapter_card: the same of the adapter beside merged weights, or in their place.
-    Returns:
-        warnings.
+        adapter_card: README.md of the adapter, inside the folder of merged weights or in their place.
     Raises:
         NonFiniteLossError: where the weights are not all finite, which no evaluation may have seen.
-        ExportError: where what is loaded again is not what was trained.
+        ExportError: where what was written is not what was trained.
     """
     spoilt = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if spoilt:
         raise NonFiniteLossError(f"training has spoilt the weights, they are not finite:\n{listed(spoilt)}")
-    warnings: list[str] = []
-    beside = folder.with_name(f".{folder.name}.part")
-    clear(beside)
+    part = folder.with_name(f".{folder.name}.part")
+    clear(part)
     try:
         if adapter is None:
-            _write_whole(model, beside, config)
+            _write_model(model, part, config)
+            warning = ""
         else:
-            place = beside / "adapter" if config.export.merge else beside
-            adapter.save(place)
-            _check_adapter(place, adapter)
-            if not adapter.needs_merging:
-                _check_fit(place, adapter, num_token_ids(tokenizer), config.model)
-            model.generation_config.save_pretrained(place)
-            if config.export.merge:
-                (place / "README.md").write_text(adapter_card, encoding="utf-8")
-                tokenizer.save_pretrained(place)
-                generation = model.generation_config
-                probe = probe_ids(tokenizer, config.tokens.additional_special_tokens)
-                merged, problem = merge(adapter, place, probe)
-                if problem:
-                    warnings.append(_kept(problem, place, adapter, config))
-                    card = adapter_card
-                else:
-                    merged.generation_config = generation
-                    _write_whole(merged, beside, config)
-        tokenizer.save_pretrained(beside)
-        _check_tokenizer(beside, tokenizer, trust=config.model.trust_remote_code)
-        (beside / "README.md").write_text(card, encoding="utf-8")
+            warning = _write_adapter(model, adapter, tokenizer, part, config, adapter_card)
+        tokenizer.save_pretrained(part)
+        _check_tokenizer(part, tokenizer, trust=config.model.trust_remote_code)
+        (part / "README.md").write_text(adapter_card if warning else card, encoding="utf-8")
     except SafetensorError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(
-            errno.ENOSPC if is_disk_full(error) else errno.EIO, f"the model can't be written: {error}"
-        ) from error
+        shutil.rmtree(part, ignore_errors=True)
+        number = errno.ENOSPC if is_disk_full(error) else errno.EIO
+        raise OSError(number, f"the model can't be written: {error}") from error
+    return [text for text in (warning, _put_into_place(part, folder)) if text]
+
+
+def _put_into_place(part: Path, folder: Path) -> str:
+    """Rename the folder that was written, readable as other files are; return a warning where an older one stays."""
     umask = os.umask(0)
     os.umask(umask)
-    for file in beside.rglob("*"):
+    for file in part.rglob("*"):
         if file.is_file():
-            file.chmod(0o666 & ~umask)  # safetensors would keep its file to one user
+            file.chmod(0o666 & ~umask)  # safetensors makes its file readable by one user only
     former = set_aside(folder)  # of a run that got longer, or was killed before status.json said that it was finished
-    os.replace(beside, folder)
+    os.replace(part, folder)
     try:
         if former is not None:
             clear(former)
     except OSError as error:  # it takes room, and is in nobody's way
-        warnings.append(f"{former}, the model of before, can't be removed: {error.strerror}")
-    return warnings
+        return f"{former}, the former model, can't be removed: {error.strerror}"
+    return ""
+
+
+def _write_adapter(model: Any, adapter: Adapter, tokenizer: Any, folder: Path, config: RunConfig, card: str) -> str:
+    """Write an adapter; with `export.merge` into a folder of its own, and merged weights around it.
+
+    Returns:
+        A warning where it was not merged.
+    """
+    place = folder / "adapter" if config.export.merge else folder
+    generation = model.generation_config
+    adapter.save(place)
+    _check_adapter(place, adapter)
+    if not adapter.needs_merging:
+        _check_fit(place, adapter, num_token_ids(tokenizer), config.model)
+    generation.save_pretrained(place)
+    if not config.export.merge:
+        return ""
+    (place / "README.md").write_text(card, encoding="utf-8")
+    tokenizer.save_pretrained(place)
+    merged, problem = merge(adapter, place, probe_ids(tokenizer, config.tokens.additional_special_tokens))
+    if problem:
+        return _kept(problem, place, adapter, config)
+    merged.generation_config = generation
+    _write_model(merged, folder, config)
+    return ""
 
 
 def _kept(problem: str, place: Path, adapter: Adapter, config: RunConfig) -> str:
@@ -139,22 +152,44 @@ def _without_deepspeed() -> Iterator[None]:
         other.is_deepspeed_available = asked
 
 
-def _write_whole(model: Any, folder: Path, config: RunConfig) -> None:
-    """Write a plain model, and see that plain transformers gives back each weight and each tie."""
+def _write_model(model: Any, folder: Path, config: RunConfig) -> None:
+    """Write a plain model, and check that plain transformers gives back each weight and each tie.
+
+    That takes no second model in memory: loading onto the meta device checks every name, shape and tie, and the values
+    are compared tensor by tensor. Only where transformers stores other tensors than the model has (a mixture's experts
+    one by one) is the whole model loaded.
+    """
     with _without_deepspeed():
         model.save_pretrained(folder)
     where = replace(config.model, checkpoint=str(folder), revision=None, weights=Weights.pretrained)
-    loaded = load_weights(where, load_architecture(where), str(folder))
-    there = loaded.state_dict()
-    wrong = [
-        name
-        for name, tensor in model.state_dict().items()
-        if name not in there or not torch.equal(there[name], tensor.to("cpu", there[name].dtype))
-    ]
-    if wrong:
-        raise ExportError(f"{folder} does not load as it was trained; these weights differ:\n{listed(wrong)}")
+    architecture = load_architecture(where)
+    loaded = load_weights(where, architecture, str(folder), device_map={"": "meta"})
     if _is_tied(loaded) != _is_tied(model):
         raise ExportError(f"{folder} does not load as it was trained: input and output matrix changed their tie")
+    trained = model.state_dict()
+    if any(isinstance(conversion, WeightConverter) for conversion in loaded._weight_conversions):
+        wrong = _differing(load_weights(where, architecture, str(folder)).state_dict().items(), trained)
+    else:
+        wrong = _differing(_stored_tensors(folder), revert_weight_conversion(model, trained))
+    if wrong:
+        raise ExportError(f"{folder} does not load as it was trained; these weights differ:\n{listed(wrong)}")
+
+
+def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in a folder's safetensors files by name; they are read, as mapped ones would stay in memory."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt", backend="pread") as file:
+            for name in sorted(file.keys()):
+                yield name, file.get_tensor(name)
+
+
+def _differing(written: Iterable[tuple[str, Tensor]], trained: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of written tensors that the trained model does not have, or has with other values."""
+    return [
+        name
+        for name, tensor in written
+        if name not in trained or not torch.equal(tensor, trained[name].to("cpu", tensor.dtype))
+    ]
 
 
 def _is_tied(model: Any) -> bool:
@@ -163,15 +198,15 @@ def _is_tied(model: Any) -> bool:
 
 
 def _check_adapter(folder: Path, adapter: Adapter) -> None:
-    """See that an adapter's file holds each tensor bit for bit, rows of new tokens included."""
-    there, trained = load_file(folder / WEIGHTS), adapter.state()
-    wrong = [n for n, tensor in trained.items() if n not in there or not torch.equal(there[n], tensor.detach().cpu())]
-    if wrong or there.keys() - trained.keys():
-        raise ExportError(f"{folder} does not hold what was trained:\n{listed([*wrong, *(there.keys() - trained)])}")
+    """Check that an adapter's file holds each tensor bit for bit, rows of new tokens included."""
+    written, trained = load_file(folder / WEIGHTS), adapter.state()
+    wrong = [*(trained.keys() - written.keys()), *_differing(written.items(), trained)]
+    if wrong:
+        raise ExportError(f"{folder} does not hold what was trained:\n{listed(wrong)}")
 
 
 def _check_fit(folder: Path, adapter: Adapter, num_tokens: int, config: ModelConfig) -> None:
-    """See that PEFT loads an adapter onto its base, resized as its card says: every name, shape and token id."""
+    """Check that PEFT loads an adapter onto its base, resized as its card says: every name, shape and token id."""
     empty = empty_model(config)
     if empty.get_input_embeddings().weight.shape[0] < num_tokens:
         empty.resize_token_embeddings(num_tokens, mean_resizing=False)
@@ -186,11 +221,11 @@ def _check_fit(folder: Path, adapter: Adapter, num_tokens: int, config: ModelCon
 
 
 def _check_tokenizer(folder: Path, tokenizer: Any, *, trust: bool) -> None:
-    """See that the tokenizer that was written gives every token its id."""
+    """Check that the tokenizer that was written has the same id for every token."""
     there = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust).get_vocab()
     wrong = [token for token, token_id in tokenizer.get_vocab().items() if there.get(token) != token_id]
     if wrong:
-        raise ExportError(f"the tokenizer in {folder} gives other ids to:\n{listed(wrong)}")
+        raise ExportError(f"the tokenizer in {folder} has other ids for:\n{listed(wrong)}")
 
 
 def exported(run_dir: Path, config: ModelConfig) -> ModelConfig:

@@ -51,7 +51,7 @@ class Place:
 
 
 def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Give the place that a launcher (ours, torchrun, accelerate launch) gave this process; None where none did."""
+    """Return the place that a launcher (ours, torchrun, accelerate launch) set for this process; None: it is alone."""
     if int(environment.get("WORLD_SIZE", "1")) < 2:
         return None
     rank = int(environment["RANK"])
@@ -104,7 +104,7 @@ class _Copied:
 
 
 def copy_output(run_dir: Path) -> None:
-    """Have the first process's output in its log too; the others' is nowhere else."""
+    """Write the first process's output into its log too; the others write nowhere else."""
     file = log_file(run_dir, 0)
     file.parent.mkdir(parents=True, exist_ok=True)
     log = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, it is closed with the process
@@ -112,7 +112,7 @@ def copy_output(run_dir: Path) -> None:
 
 
 def follow_parent() -> None:
-    """Have this process asked to stop when the one that started it dies, and ended where it can't hear that."""
+    """Ask this process to stop when its parent dies, and end it where it does not."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -128,7 +128,7 @@ def follow_parent() -> None:
 def launch(
     config: RuntimeConfig, command: Sequence[str], run_dir: Path, stop: StopRequest, locks: Sequence[int] = ()
 ) -> int:
-    """Start a run's processes of this machine, and wait for their end; gives the exit code that they agree on.
+    """Start a run's processes of this machine, wait for their end, and return the exit code that they agree on.
 
     Args:
         command: starts one process.
@@ -202,13 +202,13 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]], first: int, run_dir: Path
     while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
         time.sleep(POLL_SECONDS)
     if passed_on and Interrupted.exit_code in [worker.poll() for worker in workers]:
-        return Interrupted.exit_code  # one that was left behind is no cause
+        return Interrupted.exit_code  # one that could not follow is no cause
     rank, code = min(failed.items(), key=lambda one: (one[1] >= 0, one[0]))  # one that a signal killed is the cause
-    return _told(rank, code, run_dir)
+    return _failure(rank, code, run_dir)
 
 
-def _told(rank: int, code: int, run_dir: Path) -> int:
-    """Say which process failed; what the first one printed is on the terminal already."""
+def _failure(rank: int, code: int, run_dir: Path) -> int:
+    """Return the exit code of the first process, which has reported its failure; of another one, raise the error."""
     if code > 0 and rank == 0:
         return code
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

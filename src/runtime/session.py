@@ -1,6 +1,6 @@
-"""One session of computing: device, precision, seeds, processes. The door to Accelerate.
+"""The runtime of a run: device, precision, seeds and processes. With runtime/sharding the door to Accelerate.
 
-Everything that depends on how many processes there are is asked here, so that no other file knows of ranks.
+No other file depends on how many processes there are, or on this one's rank.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import random
 import resource
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,12 +32,11 @@ from torch import Tensor, nn
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.errors import Interrupted, TowlineError
 from src.runtime.allocation import keep_freed_memory
-from src.runtime.launch import free_port, place_of
-from src.runtime.sharding import Sharded, Whole, forget_groups, use_gloo_alone
+from src.runtime.launch import place_of
+from src.runtime.sharding import Replicated, Sharded, forget_groups, zero_environment
 from src.runtime.signals import StopRequest
 
 T = TypeVar("T")
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 LONGEST_WAIT = timedelta(hours=6)
 """How long a process may wait for the others, as while one of them reads a large checkpoint. One that has died is
 noticed by who started it."""
@@ -53,9 +51,9 @@ class Runtime:
     def __init__(self, accelerator: Accelerator, seed: int, stop: StopRequest, zero_stage: int = 0) -> None:
         self._accelerator = accelerator
         self.zero_stage = zero_stage
-        """What is shared out over the processes, see ZeroConfig.stage; 0: nothing."""
-        self.sharded: Sharded | None = None
-        """The model and the optimizer, where they are shared out; from `prepare` on."""
+        """What is sharded over the processes, see ZeroConfig.stage; 0: nothing."""
+        self.strategy: Replicated
+        """How the processes share what is trained; from `prepare` on."""
         self.seed = seed
         self.stop = stop
 
@@ -93,48 +91,20 @@ class Runtime:
 
         Steps whose fp16 overflowed are skipped.
         """
-        wrapped, optimizer = self._accelerator.prepare(model, optimizer)
-        if self.zero_stage:
-            self.sharded = Sharded(wrapped)
-        return wrapped, optimizer
+        wrapped, wrapped_optimizer = self._accelerator.prepare(model, optimizer)
+        self.strategy = (Sharded if self.zero_stage else Replicated)(self._accelerator, wrapped, optimizer)
+        return wrapped, wrapped_optimizer
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self._accelerator.autocast()
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Add a loss's gradients, as they are: nothing is divided by how many micro-batches there are.
+        """Add a loss's gradients, undivided by how many micro-batches there are.
 
         Args:
             last: whether it is the step's last micro-batch, after which processes exchange their gradients.
         """
-        if self.sharded is None:
-            self._accelerator.backward(loss)
-        else:
-            self.sharded.backward(loss, last=last)
-
-    def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Hold back the exchange of gradients for all but the last micro-batch of a step."""
-        return nullcontext() if last or self.sharded is not None else self._accelerator.no_sync(model)
-
-    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float | None) -> float:
-        """Clip the gradients to a total norm (None: don't clip) and give the norm before, unscaled.
-
-        Where they are shared out, DeepSpeed clips as it updates, so the update is done here.
-        """
-        if self.sharded is not None:
-            return self.sharded.update()
-        return float(self._accelerator.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm))
-
-    def weight(self, parameter: nn.Parameter) -> Tensor | Whole:
-        """Give a trained parameter as it is updated, no copy; of one that is shared out, how it comes together."""
-        return parameter.detach() if self.sharded is None else self.sharded.weight(parameter)
-
-    def put_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Put a whole value in a trained parameter's place."""
-        if self.sharded is None:
-            parameter.copy_(value)
-        else:
-            self.sharded.put_weight(parameter, value)
+        self.strategy.backward(loss, last=last)
 
     @property
     def scales_gradients(self) -> bool:
@@ -289,8 +259,10 @@ def start_runtime(
     stop: StopRequest,
     deepspeed: Mapping[str, Any] | None = None,
 ) -> Iterator[Runtime]:
-    """Start computing: choose the device and seed every generator.
+    """Choose the device, join the other processes and seed every generator, for the length of a block.
 
+    Args:
+        deepspeed: DeepSpeed's settings, see deepspeed_settings; None where it is not used.
     Raises:
         TowlineError: where the device or the precision can't be had.
     """
@@ -301,45 +273,38 @@ def start_runtime(
         raise TowlineError("training.mixed_precision = fp16 needs a GPU, and there is none; use no or bf16")
     if use_cpu:
         keep_freed_memory()
-    environment = dict(os.environ)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if config.deterministic or torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(config.deterministic)  # imports torch's compiler, which takes a second
-    # given, or the environment could have Accelerate divide our losses
-    accumulation = GradientAccumulationPlugin(num_steps=deepspeed["gradient_accumulation_steps"] if deepspeed else 1)
-    together = []
+    with ExitStack() as until_the_end:
+        if deepspeed:
+            until_the_end.enter_context(zero_environment(on_cpu=use_cpu, alone=place_of() is None))
+        accelerator = _start_accelerator(mixed_precision, deepspeed, use_cpu=use_cpu)
+        set_seed(seed)
+        try:
+            yield Runtime(accelerator, seed, stop, deepspeed["zero_optimization"]["stage"] if deepspeed else 0)
+        finally:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                OVER.append(torch.distributed.group.WORLD)
+                forget_groups() if deepspeed else torch.distributed.destroy_process_group()
+            AcceleratorState._reset_state(reset_partial_state=True)  # a sweep's next run chooses afresh
+
+
+def _start_accelerator(
+    mixed_precision: MixedPrecision, deepspeed: Mapping[str, Any] | None, *, use_cpu: bool
+) -> Accelerator:
+    handlers: list[Any] = []
     if place_of() or deepspeed:
-        together.append(InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=LONGEST_WAIT))
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=LONGEST_WAIT))
     if place_of() and not deepspeed:
-        together.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
-    if deepspeed:
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        # DeepSpeed 0.19 calls what torch 2.13 has other names for
-        warnings.filterwarnings("ignore", ".torch.distributed.* is deprecated", FutureWarning)
-        # it compiles at first use, with the ninja that it was installed with
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
-        os.environ.setdefault("DS_ACCELERATOR", "cpu" if use_cpu else "cuda")
-        if use_cpu:
-            use_gloo_alone()
-        if place_of() is None:  # one process is a group of its own
-            os.environ.update(ALONE, MASTER_PORT=str(free_port()))
-    accelerator = Accelerator(
+        handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
+    # without a plugin the environment could have Accelerate divide our losses
+    num_steps = deepspeed["gradient_accumulation_steps"] if deepspeed else 1
+    return Accelerator(
         mixed_precision=mixed_precision.value,
         cpu=use_cpu and not deepspeed,  # else Accelerate would not use it
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=dict(deepspeed)) if deepspeed else None,
-        gradient_accumulation_plugin=accumulation,
-        kwargs_handlers=together,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps),
+        kwargs_handlers=handlers,
     )
-    set_seed(seed)
-    try:
-        yield Runtime(accelerator, seed, stop, deepspeed["zero_optimization"]["stage"] if deepspeed else 0)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            OVER.append(torch.distributed.group.WORLD)
-            forget_groups() if deepspeed else torch.distributed.destroy_process_group()
-        AcceleratorState._reset_state(reset_partial_state=True)  # a sweep's next run chooses afresh
-        if deepspeed:  # no more than it has to be: threads of the libraries may read it
-            for name in os.environ.keys() - environment.keys():
-                del os.environ[name]
-            os.environ.update(environment.items() - os.environ.items())

@@ -32,7 +32,7 @@ class StopRequest:
         self._limit = ""
 
     def allow(self, seconds: float | None, key: str = "training.max_seconds") -> None:
-        """Have it stop by itself after so many seconds from now, the value of a key; None: it may take its time."""
+        """Ask for a stop so many seconds from now, the value of a key; None: never."""
         self._limit = f"{key} = {seconds or 0.0:g}"
         self._deadline = None if seconds is None else time.monotonic() + seconds
 
@@ -52,7 +52,7 @@ class StopRequest:
         return self.name
 
     def check(self) -> None:
-        """Come out of the run here, if something asked for it.
+        """End the run here, if something asked for it.
 
         Raises:
             Interrupted: naming what asked.

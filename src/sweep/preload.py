@@ -21,7 +21,7 @@ NEEDED = (
         "accelerate",
     ),
     *("src.checkpoint.store", "src.data.dataset", "src.evaluation.evaluate", "src.evaluation.samples"),
-    *("src.model.build", "src.model.card", "src.model.export", "src.model.whole", "src.overview"),
+    *("src.model.build", "src.model.card", "src.model.export", "src.overview"),
     *("src.runtime.session", "src.sweep.pruning", "src.tracking.tracker"),
     *("src.training.loop", "src.training.resume", "src.training.state", "pandas"),  # pyarrow imports pandas at work
 )

@@ -13,10 +13,9 @@ from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
-from src.config.compose import (
+from src.config.command_line import (
     COMMAND_LINE,
     OPTIONAL_GROUPS,
-    Assignment,
     CommandLine,
     forced,
     is_group,
@@ -27,6 +26,7 @@ from src.config.compose import (
     values_of,
 )
 from src.config.keys import all_keys, is_whole_number
+from src.config.points import Assignment
 from src.config.problems import Problem
 from src.config.quoting import label
 from src.config.schema import MOST_INT

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any, Literal
 
-from src.config.compose import CommandLine
+from src.config.command_line import CommandLine
 from src.config.problems import refuse
 from src.config.schema import Device, Pruner, Replicate
 from src.errors import Interrupted, StudyError, TowlineError, is_disk_full, report, visible

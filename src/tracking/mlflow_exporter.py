@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from src import secrets
 from src.config.schema import MlflowConfig
@@ -30,10 +30,8 @@ from src.tracking.mlflow_errors import explained, is_gone
 from src.tracking.mlflow_log import OpenRun, Sent
 from src.tracking.mlflow_names import milliseconds, plain_name, user_name
 from src.tracking.mlflow_state import TRACKING, PreviousRun, read_tracking, runs_left
+from src.tracking.previous_runs import PreviousRuns
 from src.tracking.sqlite_store import SqliteStore
-
-if TYPE_CHECKING:
-    from src.tracking.previous_runs import PreviousRuns
 
 
 class MlflowExporter(FolderExporter):

@@ -5,10 +5,9 @@ A run that is resumed or begun anew with another tracker, or none, leaves its pr
 
 from __future__ import annotations
 
-import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from src.tracking.exporters import Activity, DeliveryError, Exporter
 from src.tracking.mlflow_calls import WatchedClient
 from src.tracking.mlflow_client import KILLED, quiet_client, reach, run_of
 from src.tracking.mlflow_errors import explained
-from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_state import TRACKING, PreviousRun, runs_left
 from src.tracking.sqlite_store import SqliteStore
 from src.util import write_json
@@ -111,22 +109,3 @@ def _was_of(run: Any, folder: Path) -> bool:
     known = tags.get("towline.folder", here)
     is_moved = tags.get("towline.host") == socket.gethostname() and not Path(known).exists()
     return bool(known == here or is_moved)
-
-
-def end_previous(
-    exporters: Sequence[Exporter], folder: Path, before: Mapping[str, Any] | None, warn: Callable[[str], None]
-) -> PreviousRuns:
-    """Return what ends the runs that a folder had in MLflow and that its exporters don't continue.
-
-    Args:
-        before: what the folder's tracking.json said before this start, which may have removed it.
-    """
-    previous = PreviousRuns(warn)
-    in_mlflow = [one for one in exporters if isinstance(one, MlflowExporter)]
-    for one in in_mlflow:
-        one.previous = previous
-        if before is not None and not os.path.lexists(folder / TRACKING):
-            one.take_over(before)
-    if before is not None and not in_mlflow:
-        previous.end_all(before, folder)
-    return previous

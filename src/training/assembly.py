@@ -11,11 +11,13 @@ from typing import Any
 from src.checkpoint.exported import base_digests, exported_start, starting_model
 from src.checkpoint.locate import newest_weights
 from src.checkpoint.store import read_snapshot
-from src.config.gate import Job, parse
+from src.config.gate import parse
+from src.config.job import Job
 from src.config.options import PROJECT_ROOT
 from src.config.schema import NoAdapterConfig, RunConfig
 from src.data.advice import Level, advice
 from src.data.dataset import Data, file_hashes
+from src.data.tokenizer import load_tokenizer
 from src.errors import CheckpointError, ModelError
 from src.model.adapters import Adapter, add_adapter
 from src.model.build import build_model, set_generation, with_zero_sizes
@@ -32,7 +34,7 @@ from src.runtime.launch import num_processes
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
-from src.tokens import NewTokens, load_tokenizer
+from src.tokens import NewTokens
 from src.tracking.provenance import provenance
 from src.tracking.tracker import Tracker
 from src.training.optim import cannot_learn
@@ -128,7 +130,7 @@ def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunCo
     if adapter is None:
         raise ModelError(
             f"init_from: {folder} is an adapter, so it needs one here too (adapter=lora); "
-            "a run with export.merge=true gives whole weights"
+            "a run with export.merge=true exports whole weights"
         )
     saved, _ = load_tokenizer(replace(config.model, checkpoint=str(folder), revision=None), config.tokens)
     if tokenizer_hash(saved) != tokenizer_hash(tokenizer):

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.checkpoint.exported import exported_digests
-from src.config.gate import Job
+from src.config.job import Job
 from src.config.schema import RunConfig
 from src.data.dataset import Data
 from src.model.card import model_card
 from src.model.export import export
-from src.model.whole import whole_models
 from src.runtime.session import Runtime
-from src.runtime.sharding import bring_together
+from src.runtime.sharding import gather_on_cpu, unsharded_models
 from src.tokens import NewTokens
 from src.tracking.tracker import Tracker
 from src.training.assembly import Assembled
@@ -44,10 +43,10 @@ def export_trained(
     of_run = (data.report(), tracker.latest, made, new_tokens.ids)
     card = model_card(job.frozen, *of_run)
     adapter_card = model_card(job.frozen | {"export": {"merge": False}}, *of_run)
-    bring_together(state.model, keeps=runtime.is_main)
+    gather_on_cpu(state.model, keeps=runtime.is_main)
     if not runtime.is_main:
         return None
     folder = job.run_dir / "model"
-    with whole_models():
+    with unsharded_models():
         tracker.warn(export(state.model, assembled.adapter, tokenizer, folder, config, card, adapter_card))
     return exported_digests(folder)

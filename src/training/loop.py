@@ -1,4 +1,4 @@
-"""The loop: one optimizer step after the other, each yielded when it is done; what happens in between is run.py's."""
+"""The training loop: it yields each optimizer step when it is done; what follows a step is decided by src/run.py."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from src.util import listed
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch with the set that its row numbers are of, and whether it counts: one that does not only keeps this
-    process in step with the others."""
+    """A micro-batch and the set that its row numbers refer to.
+
+    One that does not count only keeps this process in step with the others.
+    """
 
     rows: EncodedSet
     batch: Batch
@@ -32,11 +34,11 @@ class MicroBatch:
 
 @dataclass
 class Step:
-    """One optimizer update that is over. `number` counts from 1."""
+    """An optimizer step that is done. `number` counts from 1."""
 
     update: StepResult
     is_last: bool
-    meter: StepStats = field(repr=False)
+    stats: StepStats = field(repr=False)
     with_objective: bool = False
 
     @property
@@ -53,15 +55,15 @@ class Step:
 
     @property
     def loss(self) -> float:
-        return self.meter.loss
+        return self.stats.loss
 
     @property
     def tokens_per_second(self) -> float:
-        return self.meter.tokens_per_second
+        return self.stats.tokens_per_second
 
     @property
     def warnings(self) -> list[str]:
-        """What the first step shows of a run that can't learn."""
+        """Why the run can't learn, where the first step shows it."""
         if self.number > 1 or self.update.grad_norm != 0:
             return []
         return [
@@ -74,26 +76,27 @@ class Step:
         return self.update.is_due(every)
 
     def collect(self) -> dict[str, float]:
-        """Give the metrics since they were last collected, and start to sum anew."""
-        means = self.meter.read(with_objective=self.with_objective)
+        """Return the metrics since the last line, and reset the sums."""
+        means = self.stats.means(with_objective=self.with_objective)
+        self.stats.reset()
         return means | {"train/lr": self.update.lr, "train/grad_norm": self.update.grad_norm}
 
 
 def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime, pad_token_id: int) -> Iterator[Step]:
-    """Train to the end, yielding every step; `state` is that after the step whenever one is yielded.
+    """Train to the end; yield every step, with `state` as it is after the step.
 
-    A run that goes on from a checkpoint yields that one's step first, where it was not over yet.
+    A run that resumes from a checkpoint yields the checkpoint's step first, where what follows it is not done yet.
 
     Raises:
         NonFiniteLossError: before the weights are touched by it.
-        Interrupted: where something asked for it; the step that was under way is given up, and `state` is as if it had
-            not begun.
+        Interrupted: where something asked the run to stop; the step in progress is discarded, and `state` is as it was
+            before.
     """
     loss = config.loss
     is_another = loss.reduction is Reduction.sum or loss.thought_weight != 1 or loss.label_smoothing > 0
     state.rng = runtime.rng_state()
     if state.last is not None and not state.is_over:
-        yield Step(state.last, state.step >= state.num_steps, state.meter, is_another)
+        yield Step(state.last, state.step >= state.num_steps, state.stats, is_another)
     coming = windows(rows, state.plan, config.seed, state.position)
     while state.step < state.num_steps:
         window = next(coming)
@@ -104,23 +107,23 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         ]
         lr, grad_norm = step_once(state, batches, config, runtime)
         seconds = time.perf_counter() - started
-        state.meter.seconds += seconds
+        state.stats.seconds += seconds
         state.train_seconds += seconds
         state.position, state.rng = window.after, runtime.rng_state()
         state.last = StepResult(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
-        yield Step(state.last, state.step >= state.num_steps, state.meter, is_another)
+        yield Step(state.last, state.step >= state.num_steps, state.stats, is_another)
 
 
 def step_once(
     state: TrainState, batches: Sequence[MicroBatch], config: RunConfig, runtime: Runtime
 ) -> tuple[float, float]:
-    """Do one optimizer update over a window of micro-batches, and give its learning rate and gradient norm.
+    """Do one optimizer update over the micro-batches of a step; return its learning rate and gradient norm.
 
     Args:
         batches: this process's; every process has as many.
     """
     state.scored.train()
-    counted = [fed.batch for fed in batches if fed.counts]
+    counted = [one.batch for one in batches if one.counts]
     num_supervised, num_thought, num_tokens, num_rows, asked = runtime.sum(
         [
             sum(batch.num_supervised for batch in counted),
@@ -132,56 +135,75 @@ def step_once(
     )
     runtime.check_stop(asked)
     weights = sum_of_weights(num_supervised, num_thought, config.loss)
-    sums = []
-    for i, fed in enumerate(batches):
-        if i and runtime.num_processes == 1:
-            runtime.stop.check()
-        batch = fed.batch.to(runtime.device)
-        with runtime.accumulate(state.scored, last=i == len(batches) - 1):
-            scores = state.scored(**batch.inputs())
-            share = step_objective(scores.objective, weights, config.loss.reduction) * fed.counts
-            # processes average their gradients; the step sums them
-            runtime.backward(share * runtime.num_processes, last=i == len(batches) - 1)
-        sums.append(scores.sums() * fed.counts)
-    own = torch.stack(sums, dim=1).tolist()
-    objective, nll, thought_nll = runtime.sum([sum(values) for values in own])
-    if not math.isfinite(objective):
-        bad = [fed for value, fed in zip(own[0], batches, strict=True) if not math.isfinite(value)]
-        raise _not_finite(f"the loss became {objective}", runtime.gather(_places(bad)), state.step + 1)
-    lr = float(state.schedule.get_last_lr()[0])
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    grad_norm = runtime.clip_grad_norm(parameters, config.training.max_grad_norm)
-    if not math.isfinite(grad_norm) and not runtime.scales_gradients:
-        raise _not_finite(f"the gradient's norm became {grad_norm}", runtime.gather(_places(batches)), state.step + 1)
-    if runtime.sharded is not None:
-        state.new_rows.forget_gradients()
-    else:
-        state.new_rows.see_gradients()
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-    if not runtime.step_was_skipped():
-        state.schedule.step()
-        state.num_schedule_steps += 1
+    objective, nll, thought_nll = _add_gradients(state, batches, weights, config, runtime)
+    lr, grad_norm = _update(state, batches, config, runtime)
     state.step += 1
-    meter = state.meter
-    meter.nll += nll
-    meter.num_supervised += num_supervised
-    meter.thought_nll += thought_nll
-    meter.num_thought += num_thought
-    meter.objective += objective if config.loss.reduction is Reduction.sum else objective / (weights or 1)
-    meter.num_steps += 1
-    meter.num_tokens += int(num_tokens)
+    mean_objective = objective if config.loss.reduction is Reduction.sum else objective / (weights or 1)
+    state.stats.add(StepStats(nll, num_supervised, thought_nll, num_thought, mean_objective, 1, int(num_tokens)))
     state.tokens_seen += int(num_tokens)
     state.examples_seen += int(num_rows)
     return lr, grad_norm
 
 
+def _add_gradients(
+    state: TrainState, batches: Sequence[MicroBatch], weights: float, config: RunConfig, runtime: Runtime
+) -> list[float]:
+    """Compute the gradients of a step; return its objective, its nll and that of thoughts, summed over all processes.
+
+    Args:
+        weights: sum of the tokens' weights in the whole step.
+    Raises:
+        NonFiniteLossError: naming the rows of all processes whose loss is not finite.
+    """
+    sums = []
+    for i, one in enumerate(batches):
+        if i and runtime.num_processes == 1:
+            runtime.stop.check()
+        is_last = i == len(batches) - 1
+        batch = one.batch.to(runtime.device)
+        with runtime.strategy.accumulate(last=is_last):
+            scores = state.scored(**batch.inputs())
+            share = step_objective(scores.objective, weights, config.loss.reduction) * one.counts
+            # processes average their gradients; the step sums them
+            runtime.backward(share * runtime.num_processes, last=is_last)
+        sums.append(scores.sums() * one.counts)
+    own = torch.stack(sums, dim=1).tolist()
+    summed = runtime.sum([sum(values) for values in own])
+    if not math.isfinite(summed[0]):
+        bad = [one for value, one in zip(own[0], batches, strict=True) if not math.isfinite(value)]
+        raise _not_finite(f"the loss became {summed[0]}", runtime.gather(_places(bad)), state.step + 1)
+    return summed
+
+
+def _update(
+    state: TrainState, batches: Sequence[MicroBatch], config: RunConfig, runtime: Runtime
+) -> tuple[float, float]:
+    """Clip the gradients, update the weights and advance the schedule; return learning rate and gradient norm.
+
+    Raises:
+        NonFiniteLossError: where the norm is not finite, before the weights are touched by it (but under ZeRO).
+    """
+    strategy, lr = runtime.strategy, float(state.schedule.get_last_lr()[0])
+    grad_norm = strategy.clip_grad_norm(config.training.max_grad_norm)
+    if not math.isfinite(grad_norm) and not runtime.scales_gradients:
+        raise _not_finite(f"the gradient's norm became {grad_norm}", runtime.gather(_places(batches)), state.step + 1)
+    if strategy.has_gradients:
+        state.new_rows.see_gradients()
+    else:
+        state.new_rows.forget_gradients()
+    strategy.update(state.optimizer)
+    if not runtime.step_was_skipped():
+        state.schedule.step()
+        state.num_schedule_steps += 1
+    return lr, grad_norm
+
+
 def _places(batches: Sequence[MicroBatch]) -> list[str]:
-    return [fed.rows.place(index) for fed in batches for index in fed.batch.rows]
+    return [one.rows.place(index) for one in batches for index in one.batch.rows]
 
 
 def _not_finite(what: str, places: Sequence[Sequence[str]], step: int) -> NonFiniteLossError:
-    """Name the rows of all processes that a number that is not finite came of."""
+    """Return the error that names the rows of all processes that led to a number that is not finite."""
     return NonFiniteLossError(
         f"{what} in step {step}. Either these rows are extreme, or a learning rate that is too high has spoilt the "
         f"weights in the steps before:\n{listed([place for some in places for place in some])}"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from src.config.schema import OptimizerConfig, SchedulerConfig, WarmupScheduleConfig
-from src.errors import CheckpointError, ModelError
-from src.runtime.sharding import whole_shape
-
-CODE_BOOKS = ("qmap1", "qmap2")
-"""State of bitsandbytes' 8-bit optimizers that is the same for all parameters, and never changes."""
+from src.errors import ModelError
+from src.runtime.sharding import full_shape
 
 
 def parameter_groups(
@@ -41,8 +38,8 @@ def parameter_groups(
     groups: list[dict[str, Any]] = []
     for chosen, rate in ((others, {}), (apart, {"lr": embedding_lr})):
         groups += [
-            {"params": [p for p in chosen if len(whole_shape(p)) >= 2], "weight_decay": weight_decay, **rate},
-            {"params": [p for p in chosen if len(whole_shape(p)) < 2], "weight_decay": 0.0, **rate},
+            {"params": [p for p in chosen if len(full_shape(p)) >= 2], "weight_decay": weight_decay, **rate},
+            {"params": [p for p in chosen if len(full_shape(p)) < 2], "weight_decay": 0.0, **rate},
         ]
     return [group for group in groups if group["params"]]
 
@@ -59,63 +56,6 @@ def build_optimizer(
         ModelError: see parameter_groups.
     """
     return config.build(parameter_groups(parameters, config.weight_decay, embeddings, config.embedding_lr))
-
-
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Give what an optimizer has gathered: its tensors as `<parameter>/<key>`, and the other values by parameter.
-
-    Args:
-        names: id(parameter) -> name.
-    """
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for parameter, state in optimizer.state.items():
-        name = names[id(parameter)]
-        values[name] = {}
-        for key, value in state.items():
-            if key in CODE_BOOKS:
-                continue
-            if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value
-            else:
-                values[name][key] = value
-    return tensors, values
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    names: Mapping[int, str],
-    tensors: Mapping[str, Tensor],
-    values: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Put back what `optimizer_state` gave.
-
-    Raises:
-        CheckpointError: where a tensor is not of the parameter's form.
-    """
-    for group_number, group in enumerate(optimizer.param_groups):
-        for number, parameter in enumerate(group["params"]):
-            name = names[id(parameter)]
-            if name not in values:
-                continue
-            kept = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
-            if hasattr(optimizer, "init_state"):  # bitsandbytes: its tensors may be paged, or share their code book
-                optimizer.init_state(group, parameter, group_number, number)
-                state = optimizer.state[parameter]
-                for key, value in kept.items():
-                    if key not in state or state[key].shape != value.shape:
-                        raise CheckpointError(f"the optimizer's {key} of {name} is of another form")
-                    state[key].copy_(value)
-                state.update(values[name])
-                continue
-            follows = group.get("fused") or group.get("capturable")
-            state = {
-                key: value.to("cpu" if key == "step" and not follows else parameter.device, copy=True)
-                for key, value in kept.items()
-            }
-            optimizer.state[parameter] = state | dict(values[name])
 
 
 def cannot_learn(config: SchedulerConfig, num_steps: int) -> list[str]:

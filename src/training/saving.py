@@ -10,7 +10,7 @@ from typing import Any
 from src.checkpoint.compatibility import Fingerprint
 from src.checkpoint.locate import written_weights
 from src.checkpoint.store import Checkpoints, open_checkpoints
-from src.config.gate import Job
+from src.config.job import Job
 from src.config.schema import RunConfig
 from src.errors import Interrupted, Pruned
 from src.runtime.session import Runtime

@@ -22,22 +22,16 @@ from src.model.build import num_parameters
 from src.model.embeddings import TokenMonitor, embedding_parameters
 from src.runtime.allocation import keep_freed_memory
 from src.runtime.session import Runtime, rng_as_json, rng_from_json
-from src.runtime.sharding import Whole, whole, whole_shape
+from src.runtime.sharding import ShardedTensor, compute_weight, full_shape
 from src.training.head import ScoredModel
 from src.training.loss import span_losses
-from src.training.optim import (
-    build_optimizer,
-    build_schedule,
-    optimizer_state,
-    restore_optimizer,
-    restore_schedule,
-)
+from src.training.optim import build_optimizer, build_schedule, restore_schedule
 from src.util import listed
 
 
 @dataclass
 class StepStats:
-    """Sums since the last line of metrics, so that a line holds means over all that happened since the one before."""
+    """Sums over the steps since the last line of metrics, whose means the next line holds."""
 
     nll: float = 0.0
     num_supervised: float = 0.0
@@ -57,18 +51,26 @@ class StepStats:
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.seconds if self.seconds else 0.0
 
-    def read(self, *, with_objective: bool) -> dict[str, float]:
-        """Give the means since the last line, and start anew; losses of thoughts and answers where there are thoughts.
+    def means(self, *, with_objective: bool) -> dict[str, float]:
+        """Return the means as metrics; those of thoughts and answers where there are thoughts.
 
         Args:
-            with_objective: whether what is minimised is something else than the loss.
+            with_objective: whether what is minimised is not the loss itself.
         """
         means = {"train/loss": self.loss, "perf/tokens_per_second": self.tokens_per_second}
         means |= {f"train/{name}": loss for name, loss in self.span_losses().items()}
         if with_objective:
             means["train/objective"] = self.objective / max(self.num_steps, 1)
-        vars(self).update(vars(StepStats()))
         return means
+
+    def add(self, other: StepStats) -> None:
+        """Add the sums of another step."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def reset(self) -> None:
+        """Begin new sums."""
+        vars(self).update(vars(StepStats()))
 
     def span_losses(self) -> dict[str, float]:
         """Give the mean nats per token of thoughts and of answers; nothing where there are no thoughts."""
@@ -119,7 +121,7 @@ class TrainState:
     """Fewer than `step` where fp16 gradients overflowed."""
     position: Position = Position()
     """Where in the data the next step begins."""
-    meter: StepStats = field(default_factory=StepStats)
+    stats: StepStats = field(default_factory=StepStats)
     last: StepResult | None = None
     is_over: bool = True
     """Whether what follows the last step (evaluation, samples, its line of metrics) is done too."""
@@ -131,32 +133,29 @@ class TrainState:
         """Give the name of every trained parameter, each once: id(parameter) -> name."""
         return {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def weights(self, runtime: Runtime) -> dict[str, Tensor | Whole]:
+    def weights(self, runtime: Runtime) -> dict[str, Tensor | ShardedTensor]:
         """Give what is trained, and what a forward may change (persistent buffers), by name; no copies."""
-        trained = {name: runtime.weight(p) for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = {
+            name: runtime.strategy.master_weight(p) for name, p in self.model.named_parameters() if p.requires_grad
+        }
         return trained | _buffers(self.model)
 
-    def frozen_weights(self) -> dict[str, Tensor | Whole]:
+    def frozen_weights(self) -> dict[str, Tensor | ShardedTensor]:
         """Give the weights that stay as they are, which no checkpoint holds; no copies."""
-        return {name: whole(p) for name, p in self.model.named_parameters() if not p.requires_grad}
+        return {name: compute_weight(p) for name, p in self.model.named_parameters() if not p.requires_grad}
 
-    def snapshot(self, runtime: Runtime, beside: Mapping[str, Any]) -> Snapshot[Tensor | Whole]:
+    def snapshot(self, runtime: Runtime, beside: Mapping[str, Any]) -> Snapshot[Tensor | ShardedTensor]:
         """Give all that is needed to go on from here as if nothing had happened.
 
         Args:
             beside: what else is to be kept, as JSON values.
         """
-        tensors: Mapping[str, Tensor | Whole]
-        if runtime.sharded is None:
-            tensors, values = optimizer_state(self._plain_optimizer, self.parameter_names)
-        else:
-            tensors = runtime.sharded.optimizer_state(self.parameter_names)
-            values = {name: {} for name in self.parameter_names.values()}
+        tensors, values = runtime.strategy.optimizer_state(self.parameter_names)
         state = {
             "step": self.step,
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "position": self.position.as_dict(),
-            "meter": asdict(self.meter),
+            "meter": asdict(self.stats),
             "last": None if self.last is None else asdict(self.last),
             "rng": runtime.gather(rng_as_json(self.rng)),
             "scaler": runtime.scaler_state(),
@@ -165,7 +164,7 @@ class TrainState:
         }
         return Snapshot(self.weights(runtime), tensors, state | dict(beside))
 
-    def only_weights(self, runtime: Runtime, beside: Mapping[str, Any]) -> Snapshot[Tensor | Whole]:
+    def only_weights(self, runtime: Runtime, beside: Mapping[str, Any]) -> Snapshot[Tensor | ShardedTensor]:
         """Give what an evaluation's weights are kept with."""
         return Snapshot(self.weights(runtime), None, {"step": self.step, **beside})
 
@@ -177,15 +176,12 @@ class TrainState:
         """
         state = kept.state
         self.restore_weights(kept.weights, runtime)
-        if runtime.sharded is None:
-            restore_optimizer(self._plain_optimizer, self.parameter_names, kept.optimizer or {}, state["optimizer"])
-        else:
-            runtime.sharded.restore_optimizer(self.parameter_names, kept.optimizer or {})
+        runtime.strategy.restore_optimizer(self.parameter_names, kept.optimizer or {}, state["optimizer"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
         self.step = state["step"]
         restore_schedule(self.schedule, self.num_schedule_steps)
-        self.meter = StepStats(**state["meter"])
+        self.stats = StepStats(**state["meter"])
         self.last = None if state["last"] is None else StepResult(**state["last"])
         self.new_rows.restore(state["new_rows"])
         runtime.restore_scaler(state["scaler"])
@@ -202,7 +198,7 @@ class TrainState:
         """Say whether what follows the last step was done, its line of metrics included, which begins new sums."""
         self.is_over = is_over
         if is_over:
-            self.meter = StepStats()
+            self.stats = StepStats()
 
     @torch.no_grad()
     def restore_weights(self, weights: Mapping[str, Tensor], runtime: Runtime) -> None:
@@ -213,7 +209,7 @@ class TrainState:
         """
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         buffers = _buffers(self.model)
-        shapes = {name: whole_shape(p) for name, p in trained.items()}
+        shapes = {name: full_shape(p) for name, p in trained.items()}
         shapes |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
         wrong = [f"{name} is missing there" for name in shapes.keys() - weights.keys()]
         wrong += [f"{name} is not trained here" for name in weights.keys() - shapes.keys()]
@@ -227,14 +223,9 @@ class TrainState:
                 f"the weights of the checkpoint are not those of this model:\n{listed(sorted(wrong))}"
             )
         for name, parameter in trained.items():
-            runtime.put_weight(parameter, weights[name])
+            runtime.strategy.set_weight(parameter, weights[name])
         for name, buffer in buffers.items():
             buffer.copy_(weights[name])
-
-    @property
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer inside what Accelerate wrapped."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def totals(self) -> dict[str, float]:
         """What was done in all, and to how many parameters.
@@ -336,10 +327,7 @@ def prepare(
     is_flat = is_packed and config.model.attn_implementation is Attention.flash_attention_2
     optimizer = build_optimizer(config.optimizer, scored.parameters(), embedding_parameters(model))
     schedule = build_schedule(config.scheduler, optimizer, num_steps)
-    plain = optimizer
-    wrapped, optimizer = runtime.prepare(scored, optimizer)
-    if runtime.sharded is not None:
-        vars(plain)["_opt_called"] = True  # DeepSpeed updates by another one, and torch would warn of the schedule
+    wrapped, wrapped_optimizer = runtime.prepare(scored, optimizer)
     with runtime.autocast():  # behind `prepare`: weights that are shared out come together for a forward only then
         scored.probe_head()
         if is_packed:
@@ -347,7 +335,7 @@ def prepare(
     return TrainState(
         wrapped,
         model,
-        optimizer,
+        wrapped_optimizer,
         schedule,
         plan,
         is_flat,

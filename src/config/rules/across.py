@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from src.config.problems import Problem
 from src.config.rules.data import sources
+from src.config.rules.rule import applies_to
 from src.config.schema import (
     AdapterConfig,
     Attention,
@@ -32,6 +33,7 @@ from src.config.schema import (
 )
 
 
+@applies_to("run")
 def streaming_can_work(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
     if not data.streaming:
         return
@@ -46,6 +48,7 @@ def streaming_can_work(data: DataConfig, training: TrainingConfig) -> Iterator[P
             yield Problem(f"data.mixture.{name}", "a streamed source needs a weight or a count", given)
 
 
+@applies_to("run", "predict")
 def encoder_decoders_take_pairs(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
     if model.type is not ModelType.encoder_decoder:
         return
@@ -59,6 +62,7 @@ def encoder_decoders_take_pairs(data: DataConfig, model: ModelConfig) -> Iterato
             yield Problem(f"{key}.supervised_turns", reason, "all")
 
 
+@applies_to("run", "predict")
 def kept_thoughts_have_tags(data: DataConfig, tokens: TokensConfig) -> Iterator[Problem]:
     if data.thoughts is Thoughts.keep:
         if tokens.thought_open is None:
@@ -67,6 +71,7 @@ def kept_thoughts_have_tags(data: DataConfig, tokens: TokensConfig) -> Iterator[
             yield Problem("data.thoughts", "nothing to find thoughts with: data.thought_pattern is null", "keep")
 
 
+@applies_to("run")
 def quantised_weights_are_frozen(
     quantization: QuantizationConfig, adapter: AdapterConfig, model: ModelConfig
 ) -> Iterator[Problem]:
@@ -81,6 +86,7 @@ def quantised_weights_are_frozen(
         yield Problem(key, "only a checkpoint's weights are quantised; model.weights is random", True)
 
 
+@applies_to("run")
 def adapters_can_be_made(adapter: AdapterConfig, quantization: QuantizationConfig) -> Iterator[Problem]:
     if isinstance(adapter, NoAdapterConfig):
         return
@@ -94,11 +100,13 @@ def adapters_can_be_made(adapter: AdapterConfig, quantization: QuantizationConfi
         yield Problem("adapter.init_lora_weights", reason, adapter.init_lora_weights)
 
 
+@applies_to("run")
 def merging_needs_an_adapter(export: ExportConfig, adapter: AdapterConfig) -> Iterator[Problem]:
     if export.merge and isinstance(adapter, NoAdapterConfig):
         yield Problem("export.merge", "there is no adapter to merge: adapter is none", True)
 
 
+@applies_to("run")
 def adapters_have_a_base_that_lasts(
     export: ExportConfig, adapter: AdapterConfig, model: ModelConfig
 ) -> Iterator[Problem]:
@@ -108,6 +116,7 @@ def adapters_have_a_base_that_lasts(
         yield Problem("model.weights", reason, "random")
 
 
+@applies_to("run")
 def embedding_lr_has_rows_to_train(
     optimizer: OptimizerConfig, adapter: AdapterConfig, tokens: TokensConfig
 ) -> Iterator[Problem]:
@@ -117,6 +126,7 @@ def embedding_lr_has_rows_to_train(
         yield Problem("optimizer.embedding_lr", reason, optimizer.embedding_lr)
 
 
+@applies_to("run")
 def thought_weight_has_thoughts(loss: LossConfig, tokens: TokensConfig, data: DataConfig) -> Iterator[Problem]:
     if loss.thought_weight != 1 and (tokens.thought_open is None or data.thoughts is Thoughts.drop):
         yield Problem(
@@ -124,6 +134,7 @@ def thought_weight_has_thoughts(loss: LossConfig, tokens: TokensConfig, data: Da
         )
 
 
+@applies_to("run")
 def fp16_keeps_float32_weights(
     training: TrainingConfig, model: ModelConfig, adapter: AdapterConfig
 ) -> Iterator[Problem]:
@@ -136,16 +147,19 @@ def fp16_keeps_float32_weights(
         yield Problem("model.dtype", reason, model.dtype.value)
 
 
+@applies_to("run", "predict")
 def precision_fits_the_device(training: TrainingConfig, runtime: RuntimeConfig) -> Iterator[Problem]:
     if training.mixed_precision is MixedPrecision.fp16 and runtime.device is Device.cpu:
         yield Problem("training.mixed_precision", "fp16 needs a GPU; on a CPU use no or bf16", "fp16")
 
 
+@applies_to("run", "predict")
 def flash_attention_needs_a_gpu(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[Problem]:
     if model.attn_implementation is Attention.flash_attention_2 and runtime.device is Device.cpu:
         yield Problem("model.attn_implementation", "needs a GPU; sdpa on a CPU", "flash_attention_2")
 
 
+@applies_to("run")
 def warmup_ends_before_the_run(scheduler: SchedulerConfig, training: TrainingConfig) -> Iterator[Problem]:
     warmup = scheduler.warmup_steps if isinstance(scheduler, WarmupScheduleConfig) else None
     if warmup and training.max_train_steps and warmup >= training.max_train_steps:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from src.config.places import CHECKPOINTS, steps_in
 from src.config.problems import Problem
+from src.config.rules.rule import applies_to
 from src.config.schema import CheckpointConfig, DataConfig, EvaluationConfig, Thoughts, TokensConfig, TopLevelConfig
 from src.errors import CheckpointError
 
@@ -15,6 +16,7 @@ DEFAULT_METRIC = "eval/validation/loss"
 """What conf/ gives for checkpoint.metric_for_best_model."""
 
 
+@applies_to("run")
 def best_model_can_be_told(
     checkpoint: CheckpointConfig, data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConfig
 ) -> Iterator[Problem]:
@@ -35,11 +37,13 @@ def scores_of(data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConf
     return scores + (data.metrics if evaluation.metrics is None else evaluation.metrics)
 
 
+@applies_to("run")
 def the_best_is_kept(checkpoint: CheckpointConfig) -> Iterator[Problem]:
     if checkpoint.load_best_model_at_end and not checkpoint.keep_best:
         yield Problem("checkpoint.keep_best", "checkpoint.load_best_model_at_end needs at least 1", 0)
 
 
+@applies_to("run")
 def folders_to_start_from_are_there(top: TopLevelConfig, checkpoint: CheckpointConfig) -> Iterator[Problem]:
     folder = checkpoint.resume_from
     if folder is not None and not _holds_checkpoints(folder):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from src.config.files import problems_of
 from src.config.formats import broken_format, declared_formats, roles
 from src.config.problems import Problem
+from src.config.rules.rule import applies_to
 from src.config.schema import PLACEHOLDER, DataConfig
 from src.util import did_you_mean
 
@@ -18,6 +19,7 @@ PLAIN = "letters, digits, '_', '-' and '.', at most 60 of them"
 """Names that files and metrics are called after; a letter has up to four bytes, and file systems take 255."""
 
 
+@applies_to("run")
 def a_source_is_given(data: DataConfig) -> Iterator[Problem]:
     if not data.train_files and not data.dataset_name and not data.mixture:
         yield Problem("data.train_files", "no training data: give data.train_files=[FILE] or data.dataset_name=HUB_ID")
@@ -26,6 +28,7 @@ def a_source_is_given(data: DataConfig) -> Iterator[Problem]:
         yield Problem("data.mixture", reason, has_value=False)
 
 
+@applies_to("run", "predict")
 def files_can_be_found(data: DataConfig) -> Iterator[Problem]:
     sets = {"train_files": [data.train_files or []]}
     sets["validation_files"] = list(data.validation_sets().values())
@@ -36,6 +39,7 @@ def files_can_be_found(data: DataConfig) -> Iterator[Problem]:
                 yield Problem(f"data.{key}", reason, pattern)
 
 
+@applies_to("run")
 def mixture_is_whole(data: DataConfig) -> Iterator[Problem]:
     sources = data.mixture or {}
     for name, given in sources.items():
@@ -55,6 +59,7 @@ def mixture_is_whole(data: DataConfig) -> Iterator[Problem]:
         yield Problem("data.mixture", "weights (proportions) or counts (rows), not both", data.mixture)
 
 
+@applies_to("run", "predict")
 def set_names_are_plain(data: DataConfig) -> Iterator[Problem]:
     for key, names in (("validation_files", data.validation_sets()), ("test_files", data.test_sets())):
         for name in names:
@@ -64,6 +69,7 @@ def set_names_are_plain(data: DataConfig) -> Iterator[Problem]:
                 yield Problem(f"data.{key}", "a set can't be called train", name)
 
 
+@applies_to("run")
 def validation_and_test_sets_differ(data: DataConfig) -> Iterator[Problem]:
     for name in set(data.validation_names()) & set(data.test_sets()):
         yield Problem("data.test_files", "a validation set has this name already", name)
@@ -76,6 +82,7 @@ def sources(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
         yield from ((f"data.mixture.{name}", source.data) for name, source in data.train_sources().items())
 
 
+@applies_to("run", "predict")
 def formats_are_known(data: DataConfig) -> Iterator[Problem]:
     known = list(declared_formats())
     for key, source in sources(data):
@@ -86,6 +93,7 @@ def formats_are_known(data: DataConfig) -> Iterator[Problem]:
             yield Problem(f"{key}.format", reason, source.format)
 
 
+@applies_to("run", "predict")
 def columns_and_templates_fit_the_format(data: DataConfig) -> Iterator[Problem]:
     for key, source in sources(data):
         if source.format not in declared_formats():
@@ -120,18 +128,21 @@ def _template_problems(
         yield Problem(key, f"{{{parts[-1]}}} in the prompt would give the answer away", template)
 
 
+@applies_to("run", "predict")
 def cleaning_is_for_dialogues(data: DataConfig) -> Iterator[Problem]:
     for key, source in sources(data):
         if source.clean_dialogue and source.format != "dialogue_summary":
             yield Problem(f"{key}.clean_dialogue", "only format dialogue_summary cleans its dialogue", True)
 
 
+@applies_to("run", "predict")
 def text_is_no_chat(data: DataConfig) -> Iterator[Problem]:
     for key, source in sources(data):
         if source.format == "text" and source.system_prompt is not None:
             yield Problem(f"{key}.system_prompt", "format text is no chat", source.system_prompt)
 
 
+@applies_to("run")
 def folds_can_be_made(data: DataConfig) -> Iterator[Problem]:
     if data.num_folds is None:
         for key in ("fold", "group_column"):
@@ -148,6 +159,7 @@ def folds_can_be_made(data: DataConfig) -> Iterator[Problem]:
         yield Problem("data.num_folds", "can't divide the rows of a stream: data.streaming=false", data.num_folds)
 
 
+@applies_to("predict")
 def something_is_predicted(data: DataConfig) -> Iterator[Problem]:
     if not data.test_sets():
         yield Problem("data.test_files", "nothing to predict: give data.test_files=[FILE]", data.test_files)
@@ -155,6 +167,7 @@ def something_is_predicted(data: DataConfig) -> Iterator[Problem]:
         yield Problem("data.test_files", "metrics.json is written beside the sets; choose another name", "metrics")
 
 
+@applies_to("predict")
 def rows_have_prompts(data: DataConfig) -> Iterator[Problem]:
     if data.format == "text":
         reason = (

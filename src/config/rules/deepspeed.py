@@ -11,6 +11,7 @@ from typing import Any
 
 from src.config.deepspeed import GATHER
 from src.config.problems import Problem
+from src.config.rules.rule import applies_to
 from src.config.schema import (
     DEEPSPEED_OPTIMIZERS,
     DEEPSPEED_SCHEDULES,
@@ -28,6 +29,7 @@ from src.config.schema import (
 )
 
 
+@applies_to("run")
 def zero_weights_can_be_exported(deepspeed: DeepSpeedConfig) -> Iterator[Problem]:
     if not isinstance(deepspeed, ZeroConfig):
         return
@@ -35,6 +37,7 @@ def zero_weights_can_be_exported(deepspeed: DeepSpeedConfig) -> Iterator[Problem
         yield Problem(f"deepspeed.zero_optimization.{GATHER}", "must be true, or nothing could be exported", False)
 
 
+@applies_to("run")
 def zero_agrees_with_the_rest(
     deepspeed: DeepSpeedConfig, training: TrainingConfig, runtime: RuntimeConfig
 ) -> Iterator[Problem]:
@@ -68,6 +71,7 @@ def processes_of(runtime: RuntimeConfig) -> int:
     return int(started) if started.isdecimal() else runtime.world_size
 
 
+@applies_to("run")
 def a_deepspeed_file_agrees_with_the_optimizer(
     deepspeed: DeepSpeedConfig, optimizer: OptimizerConfig
 ) -> Iterator[Problem]:
@@ -83,6 +87,7 @@ def a_deepspeed_file_agrees_with_the_optimizer(
                 yield _unlike(f"optimizer.params.{key}", value, f"optimizer.{key}", owned)
 
 
+@applies_to("run")
 def a_deepspeed_file_agrees_with_the_schedule(
     deepspeed: DeepSpeedConfig, optimizer: OptimizerConfig, scheduler: SchedulerConfig, training: TrainingConfig
 ) -> Iterator[Problem]:
@@ -112,7 +117,8 @@ def _unlike(key: str, value: Any, owner: str, owned: Any) -> Problem:
     return Problem(f"deepspeed.{key}", f"{owner} = {shown}: auto, or the same", value)
 
 
-def zero_can_share_out(
+@applies_to("run")
+def zero_can_shard(
     deepspeed: DeepSpeedConfig,
     optimizer: OptimizerConfig,
     quantization: QuantizationConfig,
@@ -129,15 +135,15 @@ def zero_can_share_out(
         reason = "deepspeed's scaling of fp16 losses is not kept in checkpoints: bf16, or deepspeed=none"
         yield Problem("training.mixed_precision", reason, training.mixed_precision.value)
     if deepspeed.stage == 3 and isinstance(adapter, LoraConfig):
-        reason = f"computes with whole matrices, which are shared out ({stage}): {smaller}"
+        reason = f"needs whole matrices, which are sharded ({stage}): {smaller}"
         if adapter.use_dora:
             yield Problem("adapter.use_dora", reason, adapter.use_dora)
         if adapter.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
             yield Problem("adapter.init_lora_weights", reason, adapter.init_lora_weights)
     if optimizer.type not in ("adamw", "sgd"):
-        yield Problem("optimizer.type", f"deepspeed shares out the state of adamw and sgd ({stage})", optimizer.type)
+        yield Problem("optimizer.type", f"deepspeed shards the state of adamw and sgd ({stage})", optimizer.type)
     if deepspeed.stage == 3 and quantization.is_on:
-        reason = f"weights in 4 or 8 bits can't be shared out ({stage}): {smaller}"
+        reason = f"weights in 4 or 8 bits can't be sharded ({stage}): {smaller}"
         yield Problem("quantization", reason, has_value=False)
     if deepspeed.offloads("optimizer"):
         if optimizer.type != "adamw":

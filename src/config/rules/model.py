@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from src.config.problems import Problem
+from src.config.rules.rule import applies_to
 from src.config.schema import ModelConfig, Weights
 
 
+@applies_to("run")
 def checkpoint_can_be_loaded(model: ModelConfig) -> Iterator[Problem]:
     folder = Path(model.checkpoint)
     if not os.path.exists(folder):

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 from src.config.problems import Problem
 from src.config.rules.data import sources
+from src.config.rules.rule import applies_to
 from src.config.schema import AdapterConfig, DataConfig, NoAdapterConfig
 from src.errors import ConfigError
 from src.patterns import Pattern
 
 
+@applies_to("run", "predict")
 def patterns_are_regular_expressions(data: DataConfig) -> Iterator[Problem]:
     patterns = {f"{key}.thought_pattern": source.thought_pattern for key, source in sources(data)}
     for key, pattern in (patterns | {"data.answer_pattern": data.answer_pattern}).items():
@@ -28,6 +30,7 @@ def patterns_are_regular_expressions(data: DataConfig) -> Iterator[Problem]:
             yield Problem(key, str(error).partition(" is no ")[2] or str(error), pattern)
 
 
+@applies_to("run")
 def adapter_patterns_are_regular_expressions(adapter: AdapterConfig) -> Iterator[Problem]:
     if isinstance(adapter, NoAdapterConfig):
         return

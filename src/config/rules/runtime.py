@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from src.config.problems import Problem
+from src.config.rules.rule import applies_to
 from src.config.schema import RuntimeConfig
 
 
+@applies_to("run")
 def machines_can_meet(runtime: RuntimeConfig) -> Iterator[Problem]:
     if runtime.machine_rank >= runtime.num_machines:
         reason = f"counts from 0 to runtime.num_machines - 1, which is {runtime.num_machines - 1}"

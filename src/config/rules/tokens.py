@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from src.config.problems import Problem
+from src.config.rules.rule import applies_to
 from src.config.schema import InitMethod, TokensConfig
 
 
+@applies_to("run")
 def thought_tags_come_in_pairs(tokens: TokensConfig) -> Iterator[Problem]:
     if (tokens.thought_open is None) != (tokens.thought_close is None):
         yield Problem("tokens.thought_close", "thought_open and thought_close come together", tokens.thought_close)
@@ -17,6 +19,7 @@ def thought_tags_come_in_pairs(tokens: TokensConfig) -> Iterator[Problem]:
         )
 
 
+@applies_to("run")
 def new_tokens_are_distinct(tokens: TokensConfig) -> Iterator[Problem]:
     new = tokens.additional_special_tokens
     for token in sorted({t for t in new if new.count(t) > 1}):
@@ -26,6 +29,7 @@ def new_tokens_are_distinct(tokens: TokensConfig) -> Iterator[Problem]:
             yield Problem("tokens.additional_special_tokens", "a token may not be empty or begin or end blank", token)
 
 
+@applies_to("run")
 def new_tokens_can_be_initialised(tokens: TokensConfig) -> Iterator[Problem]:
     new, init = tokens.additional_special_tokens, tokens.init
     if init.method is InitMethod.text and new:

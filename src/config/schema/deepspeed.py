@@ -78,7 +78,7 @@ _OFFLOAD: Keys = {
     "pin_memory": SWITCH,
 }
 ZERO_KEYS: Keys = {
-    "stage": Check("1, 2 or 3 (deepspeed=none shares nothing out)", lambda v: is_int(v) and v in (1, 2, 3)),
+    "stage": Check("1, 2 or 3 (deepspeed=none shards nothing)", lambda v: is_int(v) and v in (1, 2, 3)),
     **dict.fromkeys(_SIZES.split(), SIZE),
     **dict.fromkeys(WIDTH_SIZES, AUTO_OR_SIZE),
     **dict.fromkeys(_SWITCHES.split(), SWITCH),
@@ -135,7 +135,7 @@ class ZeroConfig:
 
     @property
     def stage(self) -> int:
-        """What is shared out: optimizer state from 1 on, gradients from 2 on, weights with 3."""
+        """What is sharded: optimizer state from 1 on, gradients from 2 on, weights with 3."""
         return int(self.zero_optimization["stage"])
 
     def offloads(self, what: str) -> bool:

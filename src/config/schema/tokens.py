@@ -20,7 +20,7 @@ class InitMethod(Enum):
 
 @dataclass
 class TokenInitConfig:
-    """How the rows of new tokens start: see src.tokens.initial_rows."""
+    """How the rows of new tokens start: see src.model.embeddings.initial_rows."""
 
     method: InitMethod = key(resume=BY_OUTCOME, why=AT_START, shapes_rows=False)
     text: list[str] = key(

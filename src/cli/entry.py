@@ -1,0 +1,35 @@
+"""An entry as a process, and what entries have in common: help, and an exit code for each way to end. No torch here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from src.cli.environment import set_switches
+from src.cli.exits import guarded
+from src.config.help import help_of_entry
+from src.errors import show_libraries_visibly
+from src.runtime.collector import rest_while_importing
+
+
+def as_command(main: Callable[[], int]) -> NoReturn:
+    """Do an entry's main as the process's only work, and exit with its code."""
+    rest_while_importing()
+    set_switches()
+    sys.exit(main())
+
+
+def answer(name: str, doc: str | None, argv: Sequence[str] | None, action: Callable[[list[str]], int]) -> int:
+    """Answer the command line of an entry other than src.run, and return the exit code.
+
+    Args:
+        doc: the entry's docstring, shown by --help.
+        argv: None: the process's own.
+        action: what to do with the arguments, where they don't ask for help.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_libraries_visibly()
+    if {"-h", "--help"} & set(arguments):
+        return guarded(lambda: help_of_entry(name, doc, arguments))
+    return guarded(lambda: action(arguments))

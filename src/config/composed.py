@@ -1,0 +1,61 @@
+"""A composed configuration, and where each of its keys was set. No torch here."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from src.config.command_line import COMMAND_LINE, CommandLine, is_group, primary_file
+from src.config.merging import Merged
+from src.config.options import Place, find_key, shown
+from src.config.problems import Problem
+
+_VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)")
+
+
+@dataclass
+class Composed:
+    """A composed configuration: plain sections, the run's folder, and what each group chose."""
+
+    sections: dict[str, Any]
+    run_dir: Path
+    choices: dict[str, str]
+    problems: list[Problem] = field(default_factory=list)
+    stored: dict[str, Any] = field(default_factory=dict)
+    """The sections as files may have them: without secrets."""
+    hydra: DictConfig | None = None
+    """All that Hydra composed, its own section included; None of a frozen configuration."""
+    files: tuple[Merged, ...] = ()
+    """What Hydra composed it of, the later over the earlier; empty of a frozen configuration."""
+    failed: set[str] = field(default_factory=set)
+    """Keys that could not be resolved, of a section the outermost ones; `problems` says why."""
+
+    @property
+    def has_run_dir(self) -> bool:
+        """Whether it could be made out where the run's folder will be."""
+        return not self.failed & {"hydra.run.dir", "hydra.sweep.dir"}
+
+
+def where_set(key: str, line: CommandLine, composed: Composed) -> str | Place:
+    """Return where a key got its value: the place in a file, a file alone, the command line or the environment."""
+    inside = key.partition("[")[0]
+    for override in line.overrides:
+        given = override.key_or_group
+        if not is_group(override, line.roots) and (f"{inside}.".startswith(f"{given}.") or given.startswith(f"{key}.")):
+            return COMMAND_LINE
+    if not composed.files:
+        return "frozen config"
+    for one in reversed(composed.files):
+        if (inner := one.within(inside)) and (place := find_key(one.file, inner)) is not None:
+            variable = next((name for name in _VARIABLE.findall(place.value or "") if os.environ.get(name)), None)
+            return place if variable is None else f"environment variable {variable}, by {place}"
+    section = key.partition(".")[0]
+    for one in reversed(composed.files):
+        if (inner := one.within(section)) is not None and (not inner or find_key(one.file, inner) is not None):
+            return shown(one.file)
+    return shown(primary_file(line))

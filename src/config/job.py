@@ -1,0 +1,39 @@
+"""What the gate admits: a job to run, or what else a command line asks for. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.config.command_line import CommandLine
+from src.config.composed import Composed
+from src.config.schema import RunConfig, SweepConfig
+
+
+@dataclass
+class Job:
+    """A configuration that passed: typed, as plain containers to freeze, and where the run's folder will be."""
+
+    config: RunConfig
+    frozen: dict[str, Any]
+    run_dir: Path
+    own: Any = None
+    """The section that the entry alone reads, where it has one."""
+    is_held: bool = False
+    """Whether the process that started this one holds the run's folder."""
+    sweep: SweepConfig | None = None
+    """What makes a sweep of it, with -m."""
+    trial: Mapping[str, Any] | None = None
+    """Of a run in a sweep that may end it early: where to ask, see src.sweep.pruning."""
+
+
+@dataclass
+class Request:
+    """What the command line asks for: one run that was admitted, a sweep (-m), or something that Hydra's main does."""
+
+    line: CommandLine
+    run: Job | None = None
+    shown: Composed | None = None
+    """What --help and --cfg show the values of."""

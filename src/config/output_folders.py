@@ -1,0 +1,68 @@
+"""Whether the folders that a command writes to can be made, without making them. No torch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from src.config import frozen
+from src.config.command_line import COMMAND_LINE, CommandLine
+from src.config.composed import Composed
+from src.config.files import unusable
+from src.config.options import PROJECT_ROOT
+from src.config.problems import Problem
+from src.config.schema import PredictConfig, RuntimeConfig
+from src.config.sections import Parsed
+from src.errors import DamagedFileError
+
+
+def output_problems(own: PredictConfig | None, run_dir: Path) -> Iterator[Problem]:
+    """Check that predictions can be written, and not among the files of a run."""
+    if own is None:
+        return
+    output = own.folder(run_dir)
+    if os.path.exists(output / "config.yaml"):
+        yield Problem("predict.output", "a run's folder; predictions need one of their own", str(output))
+    yield from _folder_problems(output, "predict.output", "the folder of the predictions")
+
+
+def meeting_problems(parsed: dict[str, Parsed], line: CommandLine) -> Iterator[Problem]:
+    """Several machines, each with this command, need one folder; the default one has the time in its name."""
+    runtime = parsed["runtime"].value if "runtime" in parsed else None
+    if isinstance(runtime, RuntimeConfig) and runtime.num_machines > 1 and line.value_of("hydra.run.dir") is None:
+        reason = "several machines need one folder that all of them reach: give it"
+        yield Problem("hydra.run.dir", reason, has_value=False, where=COMMAND_LINE)
+
+
+def run_dir_problems(composed: Composed, line: CommandLine) -> Iterator[Problem]:
+    key = "hydra.sweep.dir" if line.flags.multirun else "hydra.run.dir"
+    if not composed.has_run_dir:
+        return
+    if reason := unusable(str(composed.run_dir)):
+        yield Problem(key, f"can't be made: {reason}", str(composed.run_dir), where="the run's folder")
+    elif not _is_left(composed, line):
+        yield from _folder_problems(composed.run_dir, key)
+
+
+def _is_left(composed: Composed, line: CommandLine) -> bool:
+    """Return whether the folder holds a finished run, which is left as it is and needs no permission to write."""
+    if line.flags.multirun or composed.sections.get("force"):
+        return False
+    try:
+        return frozen.read_status(composed.run_dir).get("state") == "FINISHED"
+    except DamagedFileError:  # reported when the run begins
+        return False
+
+
+def _folder_problems(run_dir: Path, key: str, where: str = "the run's folder") -> Iterator[Problem]:
+    """Check that a run's folder is there or can be made, without making it."""
+    if run_dir.resolve() in (Path.cwd(), PROJECT_ROOT):
+        yield Problem(key, "a run needs a folder of its own", str(run_dir), where=where)
+    for place in [run_dir, *run_dir.absolute().parents]:
+        if os.path.exists(place):
+            if not place.is_dir():
+                yield Problem(key, f"can't be made: {place} is a file", str(run_dir), where=where)
+            elif not os.access(place, os.W_OK | os.X_OK):
+                yield Problem(key, f"can't be made: no permission to write in {place}", str(run_dir), where=where)
+            return

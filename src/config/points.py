@@ -1,0 +1,83 @@
+"""The points of a sweep, composed: what they have in common only once. No torch here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from src.config.command_line import REPLACED_WHOLE, CommandLine
+from src.config.compose import COMPOSITION_ERRORS, compose, problem_of
+from src.config.composed import Composed
+from src.config.merging import make_room
+from src.config.quoting import escaped
+from src.config.resolving import resolve_sections
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A key's value as a file has it, which no grammar has to read."""
+
+    key: str
+    value: Any
+
+    def apply(self, whole: DictConfig) -> None:
+        """Set the key as the command line would."""
+        if self.key in REPLACED_WHOLE:
+            OmegaConf.update(whole, self.key, None, force_add=True)
+        OmegaConf.update(whole, self.key, escaped(self.value), merge=True, force_add=True)
+
+
+class Points:
+    """Composes the points of a sweep. What they have in common is composed once for each choice of groups.
+
+    Args:
+        fixed: overrides that all points have, forced.
+    """
+
+    def __init__(self, fixed: Sequence[str | Assignment], line: CommandLine) -> None:
+        self._fixed, self._line = list(fixed), line
+        self._bases: dict[tuple[str, ...], Composed] = {}
+
+    def moved(self, line: CommandLine) -> Points:
+        """Compose the same of other options."""
+        return Points(self._fixed, line)
+
+    def compose(self, own: Sequence[str | Assignment]) -> Composed:
+        """Compose a point of its own overrides, forced."""
+        texts = [text for text in self._fixed if isinstance(text, str)]
+        groups = tuple(text for text in own if isinstance(text, str) and not text.startswith("++"))
+        if groups not in self._bases:
+            self._bases[groups] = compose([*texts, *groups], self._line, resolve=False)
+        base = self._bases[groups]
+        if base.problems:
+            return compose([*texts, *(text for text in own if isinstance(text, str))], self._line)
+        composed = Composed({}, base.run_dir, base.choices, hydra=base.hydra, files=base.files)
+        whole = OmegaConf.create(copy.deepcopy(base.sections))
+        files = [one for one in self._fixed if isinstance(one, Assignment)]
+        for one in [*files, *(texts if files else []), *own]:  # the command line's once more: it goes before files
+            if isinstance(one, str) and not one.startswith("++"):
+                continue
+            key = one.key if isinstance(one, Assignment) else _parsed(one).key_or_group
+            make_room(whole, key, one.value if isinstance(one, Assignment) else _parsed(one).value())
+            try:
+                if isinstance(one, Assignment):
+                    one.apply(whole)
+                else:
+                    OmegaConf.update(whole, key, _parsed(one).value(), merge=True, force_add=True)
+            except COMPOSITION_ERRORS as error:
+                composed.problems.append(problem_of(error, key))
+        if not composed.problems:
+            resolve_sections(whole, composed)
+        return composed
+
+
+@lru_cache(maxsize=10_000)
+def _parsed(text: str) -> Override:
+    return OverridesParser.create().parse_override(text)

@@ -1,0 +1,22 @@
+"""How a rule is declared, and all that were, by the entry that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from src.config.problems import Problem
+
+Rule = Callable[..., Iterator[Problem]]
+RULES: dict[str, list[Rule]] = {"run": [], "predict": []}
+"""Rules of src.run, which preflight has too, and of src.predict: nothing about how a run was trained."""
+
+
+def applies_to(*entries: str) -> Callable[[Rule], Rule]:
+    """Declare a rule of these entries."""
+
+    def declare(rule: Rule) -> Rule:
+        for entry in entries:
+            RULES[entry].append(rule)
+        return rule
+
+    return declare

@@ -1,0 +1,136 @@
+"""Which tensors are alive while a computation runs, and its floating-point operations, also on fake tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+
+
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""Floating-point operations of matrix products and attention, by operator: torch's own formulas, and two that it lacks,
+of attention on a CPU."""
+
+
+def _grouped_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Multiply experts' matrices; torch's rule for shapes takes bfloat16 only, though a CPU multiplies float32 too."""
+    dtype = args[0].dtype
+    halves = [
+        _with_dtype(one, torch.bfloat16) if isinstance(one, Tensor) and one.is_floating_point() else one for one in args
+    ]
+    return _with_dtype(func(*halves, **{name: one for name, one in kwargs.items() if name != "out_dtype"}), dtype)
+
+
+def _with_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
+
+
+class LiveTensors(TorchDispatchMode):
+    """Follows which storages are alive, how many bytes at most at once, and counts floating-point operations."""
+
+    def __init__(self, there: Iterable[Tensor], num_supervised: int) -> None:
+        """Begin.
+
+        Args:
+            there: tensors that are not counted.
+            num_supervised: how many positions a mask picks, since its values are unknown.
+        """
+        super().__init__()
+        self._not_counted = {tensor.untyped_storage()._cdata for tensor in there}
+        self._num_supervised = num_supervised
+        self._numbers: dict[int, int] = {}  # of storages that are alive, by address
+        self._alive: dict[int, int] = {}  # bytes, by number
+        self._bytes: list[int] = []  # of all that ever were
+        self._total = 0
+        self._at_peak: dict[int, int] | None = None
+        self.peak = 0
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:  # two of three calls; FakeTensorMode would take long to say the same
+            return args[0].device
+        if func is aten.index.Tensor:
+            args = (args[0], self._positions(args[1]), *args[2:])
+        kwargs = kwargs or {}
+        result = _grouped_product(func, args, kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
+        if (formula := FLOPS.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        return result
+
+    def _positions(self, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """Turn masks into positions, as many as are supervised."""
+        given: list[Tensor | None] = []
+        for index in indices:
+            is_mask = index is not None and index.dtype is torch.bool
+            if is_mask and index is not None:
+                given += [torch.empty(self._num_supervised, dtype=torch.long, device=index.device)] * index.ndim
+            else:
+                given.append(index)
+        return given
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._not_counted or address in self._numbers:
+            return
+        number = len(self._bytes)
+        self._bytes.append(storage.nbytes())
+        self._numbers[address], self._alive[number] = number, storage.nbytes()
+        self._total += storage.nbytes()
+        if self._total > self.peak:
+            self.peak, self._at_peak = self._total, None
+        weakref.finalize(storage, self._forget, address)
+
+    def _forget(self, address: int) -> None:
+        self._note_peak()
+        self._total -= self._alive.pop(self._numbers.pop(address))
+
+    def _note_peak(self) -> None:
+        if self._at_peak is None and self._total == self.peak:
+            self._at_peak = dict(self._alive)
+
+    def restart_peak(self) -> None:
+        """Look for the most from here on."""
+        self.peak, self._at_peak = self._total, None
+
+    def at_peak(self) -> dict[int, int]:
+        """Return number and bytes of each storage that was alive at the worst moment."""
+        self._note_peak()
+        return self._at_peak or {}
+
+    def alive(self) -> set[int]:
+        """Return the numbers of the storages that are alive."""
+        return set(self._alive)
+
+    def number_of(self, tensor: Tensor) -> int | None:
+        """Return the number of a tensor's storage; None where it is not counted."""
+        return self._numbers.get(tensor.untyped_storage()._cdata)
+
+    def bytes_of(self, numbers: Iterable[int]) -> int:
+        """Return the bytes of storages together."""
+        return sum(self._bytes[number] for number in numbers)

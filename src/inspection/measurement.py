@@ -1,0 +1,161 @@
+"""What preflight.measure=true computes for real: micro-batches, a batch of an evaluation, the first tokens of texts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from src.config.schema import RunConfig
+from src.data.batching import Sequences, collate
+from src.data.dataset import Data
+from src.data.sets import EncodedSet
+from src.evaluation.evaluate import Evaluator, open_evaluation
+from src.forecast.counting import MicroBatchShape, measure_saved_bytes
+from src.forecast.time import TimeForecast, measured_time
+from src.inspection.workload import Evaluation, Generation, Workload
+from src.model.adapters import add_adapter
+from src.model.build import build_model, set_generation
+from src.model.embeddings import embedding_matrices, fit_embeddings
+from src.runtime.session import Runtime, start_runtime
+from src.runtime.signals import stop_on_signals
+from src.tokens import num_token_ids
+from src.training.loss import Scores
+from src.training.state import TrainState, prepare
+
+NUM_TOKENS = 16
+"""Generated after a first one, to time a token."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was computed for real; of a batch of the usual size where nothing else is said."""
+
+    widest_tokens: int
+    activation_bytes: int
+    """Of the widest micro-batch of the first epoch."""
+    peak_memory_bytes: int
+    seconds: float
+    """Of a micro-batch, forward and backward."""
+    evaluation_seconds: float | None
+    """Of a batch's losses; None where nothing is evaluated."""
+    evaluation_tokens: int
+    """Positions of that batch."""
+    generation_seconds: float | None
+    """Of a batch of texts as long as they may be; None where nothing is generated."""
+
+
+def measure_work(config: RunConfig, tokenizer: Any, new_ids: Sequence[int], data: Data, work: Workload) -> Measured:
+    """Compute the widest micro-batch and, of training, evaluation and generation, a batch of the usual size."""
+    with (
+        stop_on_signals() as stop,
+        start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime,
+    ):
+        model = build_model(config, runtime.device)
+        set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
+        fit_embeddings(model, num_token_ids(tokenizer), config.tokens.pad_to_multiple_of)
+        matrices = [matrix.module for matrix in embedding_matrices(model)]
+        add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
+        state = prepare(model, work.train, config, runtime)
+        widest_tokens, activation_bytes, seconds = _measure_training(state, work, runtime)
+        evaluator = open_evaluation(config, state.scored, state.model, data, runtime)
+        evaluation_seconds, evaluation_tokens = _measure_evaluation(evaluator, work.evaluations, runtime)
+        return Measured(
+            widest_tokens,
+            activation_bytes,
+            runtime.peak_memory_bytes(),
+            seconds,
+            evaluation_seconds,
+            evaluation_tokens,
+            None if work.generation is None else _measure_generation(evaluator, work.generation, runtime),
+        )
+
+
+def _measure_training(state: TrainState, work: Workload, runtime: Runtime) -> tuple[int, int, float]:
+    """Return positions and kept bytes of the widest micro-batch, and the seconds of one of the usual size."""
+    pad = state.model.generation_config.pad_token_id
+    state.scored.train()
+
+    def inputs(sequences: Sequences) -> dict[str, Any]:
+        return collate(work.train, sequences, pad, flat=state.is_flat).to(runtime.device).inputs()
+
+    widest = inputs(work.micro_batches[work.shapes.index(work.widest)])
+    scores: list[Scores] = []
+    saved = measure_saved_bytes(lambda: scores.append(state.scored(**widest)), state.model.parameters())
+    runtime.backward(scores[0].objective)
+    usual = inputs(_usual(work.micro_batches, work.shapes))
+    seconds = _seconds_of(lambda: runtime.backward(state.scored(**usual).objective), runtime, repeats=2)
+    return widest["input_ids"].numel(), saved, seconds
+
+
+def _measure_evaluation(
+    evaluator: Evaluator, evaluations: Sequence[Evaluation], runtime: Runtime
+) -> tuple[float | None, int]:
+    """Return the seconds and positions of a batch of the set that takes longest."""
+    if not evaluations:
+        return None, 0
+    rows, batches, shapes, _ = max(evaluations, key=_num_tokens)
+    batch = _usual(batches, shapes)
+    some = EncodedSet(rows.name, rows.shards, rows.indices[[row for (row,) in batch]])
+    losses_only = replace(evaluator, metrics=[], max_samples=None)
+    seconds = _seconds_of(lambda: losses_only.evaluate([some]), runtime, repeats=2)
+    return seconds, shapes[batches.index(batch)].num_tokens
+
+
+def _measure_generation(evaluator: Evaluator, texts: Generation, runtime: Runtime) -> float:
+    """Return the seconds of a batch of texts that are as long as they may be, by those of their first tokens."""
+    generator = replace(evaluator.generator, end=None)
+    settings, rows = generator.model.generation_config, texts.rows
+    longest, lengths = settings.max_new_tokens, rows.prompt_lengths().tolist()
+    usual = sorted(range(len(rows)), key=lambda i: abs(lengths[i] - texts.mean_prompt))[: texts.batch]
+    prompts = [rows.first_ids(i) for i in usual]
+    num_more = min(NUM_TOKENS, longest - 1)
+
+    def seconds_of_new(num: int) -> float:
+        settings.min_new_tokens = settings.max_new_tokens = num
+        return _seconds_of(lambda: generator.generate(prompts, runtime.seed), runtime, repeats=2)
+
+    first = seconds_of_new(1)
+    each = max(0.0, seconds_of_new(1 + num_more) - first) / num_more if num_more else 0.0
+    return (first + (longest - 1) * each) * texts.batch / len(prompts)
+
+
+def measured_times(measured: Measured, work: Workload, config: RunConfig) -> TimeForecast:
+    """Return the time of a run by what was measured of its parts."""
+    processes = config.runtime.world_size
+    num_micro_batches = math.ceil(work.num_micro_batches / processes)
+    parts = [measured_time("training", measured.seconds, num_micro_batches, "micro-batches")]
+    if measured.evaluation_seconds is not None:
+        num = sum(map(_num_tokens, work.evaluations)) / measured.evaluation_tokens / processes
+        parts.append(measured_time("evaluation", measured.evaluation_seconds, math.ceil(num), "batches"))
+    if measured.generation_seconds is not None and work.generation is not None:
+        num = math.ceil(work.generation.num_texts / work.generation.batch / processes)
+        what = "batches of texts as long as they may be"
+        parts.append(measured_time("generation", measured.generation_seconds, num, what))
+    return TimeForecast(tuple(parts))
+
+
+def _num_tokens(one: Evaluation) -> int:
+    """Return the positions that all evaluations of a set compute."""
+    return one.times * sum(shape.num_tokens for shape in one.shapes)
+
+
+def _usual(batches: Sequence[Sequences], shapes: Sequence[MicroBatchShape]) -> Sequences:
+    """Return the batch of the median size."""
+    by_size = sorted(range(len(batches)), key=lambda i: shapes[i].num_tokens)
+    return batches[by_size[len(by_size) // 2]]
+
+
+def _seconds_of(compute: Callable[[], object], runtime: Runtime, repeats: int) -> float:
+    """Return the least time that a computation takes, after a first one that chooses kernels."""
+    compute()
+    seconds = []
+    for _ in range(repeats):
+        runtime.synchronize()
+        started = time.perf_counter()
+        compute()
+        runtime.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
