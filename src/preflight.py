@@ -48,7 +48,7 @@ def preflight(job: Job) -> int:
 def look_ahead(job: Job, console: Console, libraries_bytes: int) -> int:
     """Assemble what a run would, show it and what it will take; return the exit code."""
     from src.data.advice import Level
-    from src.data.dataset import build_data, first_block
+    from src.data.dataset import build_data
     from src.data.tokenizer import load_tokenizer
     from src.evaluation.generate import check_prompts
     from src.inspection.drawing import Paint, draw_lengths
@@ -76,7 +76,7 @@ def look_ahead(job: Job, console: Console, libraries_bytes: int) -> int:
     check_adapter_of(config)
     unlearned = stored_unlearned_tokens(model, tokenizer, new_tokens, config.model)
     started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned or ())
-    train = first_block(data.train)
+    train = data.train.first
     check_prompts(config, model, data)
     sets = {"train": train} | data.validation | data.test
     paint = Paint(sys.stdout)
@@ -112,13 +112,12 @@ def dump(data: Data, file: Path) -> int:
     `input_ids` and `labels` are not shifted; `spans` are what is supervised: kind, start and stop within labels. An
     encoder-decoder's rows have `target_ids` too, which their labels belong to.
     """
-    from src.data.dataset import blocks
     from src.data.encoding import SPAN_KINDS
 
     count = 0
     try:
         with open(file, "w", encoding="utf-8") as lines:
-            for rows in blocks(data.train):
+            for rows in data.train.blocks():
                 for i in range(len(rows)):
                     row = rows[i]
                     spans = [{"kind": SPAN_KINDS[kind], "start": a, "stop": b} for kind, a, b in row.spans.tolist()]

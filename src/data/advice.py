@@ -12,7 +12,7 @@ from typing import Any
 from src.config.schema import RunConfig
 from src.data.chat import ENDLESS, NOT_LEARNED
 from src.data.chat_markers import CHANGED, MISSING, TRIMMED
-from src.data.dataset import Data, first_block, is_chat
+from src.data.dataset import Data, is_chat
 from src.data.encoding import Encoder
 from src.data.report import SplitReport
 from src.data.sets import EncodedSet
@@ -120,7 +120,7 @@ def _about_marks(config: RunConfig, data: Data) -> Iterator[Finding]:
             if marks := _as_text(MARK.findall(getattr(source, name) or ""), data.encoder):
                 text = f"{key}.{name} writes {_named(marks)}"
                 yield Finding(Level.warning, f"{text}: ordinary text here, no turns of a chat; {remedy}")
-    for rows in [first_block(data.train), *data.validation.values(), *data.test.values()]:
+    for rows in [data.train.first, *data.validation.values(), *data.test.values()]:
         found = {row: here for row, marks in _marked_rows(rows) if (here := _as_text(marks, data.encoder))}
         if found:
             first = next(iter(found))

@@ -207,7 +207,7 @@ class ChatTemplate:
                 continue
             start = self._after_prompt(messages[: content.message], whole, start, stop)
             said_until = content.end if content.end is not None and start <= content.end <= stop else None
-            answer, end = self._until_end(whole[start:stop], None if said_until is None else said_until - start)
+            answer, end = self._until_end(whole[:stop], start, said_until)
             yield Turn(content.message, start, start + len(answer + end), answer + end, answer, end)
 
     def _after_prompt(self, before: Messages, whole: str, start: int, stop: int) -> int:
@@ -260,12 +260,10 @@ class ChatTemplate:
             if alone is not whole:
                 return None
             said_until = None
-        text = alone[start:]
-        answer, end = self._until_end(text, None if said_until is None else said_until - start)
-        if end:
-            text = answer + end
-        elif not whole.startswith(alone):  # white space that only a last turn has
-            answer = text = text.rstrip()
+        answer, end = self._until_end(alone, start, said_until)
+        if not end and not whole.startswith(alone):  # white space that only a last turn has
+            answer = answer.rstrip()
+        text = answer + end
         stop = start + len(text)
         if whole[:stop] == alone[:stop]:
             if not end and alone is not whole and (follows := self._added_token.match(whole, stop)):
@@ -295,21 +293,23 @@ class ChatTemplate:
             if not thought and closed and before.lstrip().startswith(opening):
                 thought = before.lstrip().removeprefix(opening)
             begun = f"{thought.strip()}{opened['gap']}{close}{opened['gap'] * 2}"
-        said_until = None if content.end is None or content.end < start else content.end - start
-        answer, end = self._until_end(whole[start:], said_until)
+        said_until = None if content.end is None or content.end < start else content.end
+        answer, end = self._until_end(whole, start, said_until)
         stop = start + len(answer) + len(end)
         answer = begun + answer.lstrip()
         return Turn(content.message, start, stop, answer + end, answer, end, prompted)
 
-    def _until_end(self, turn: str, said_until: int | None) -> tuple[str, str]:
-        """Return a turn's text up to the token that ends it, and that token; all of it and '' where it has none.
+    def _until_end(self, chat: str, start: int, said_until: int | None) -> tuple[str, str]:
+        """Return the text of a chat's last turn up to the token that ends it, and that token; '' where there is none.
 
         Args:
+            start: where the turn begins.
             said_until: where the message's own text ends; None where that is unknown.
         """
         if said_until is not None:
-            found = self._added_token.search(turn, said_until)
-            return (turn, "") if found is None else (turn[: found.start()], found.group())
+            found = self._added_token.search(chat, said_until)
+            return (chat[start:], "") if found is None else (chat[start : found.start()], found.group())
+        turn = chat[start:]
         ends = [(turn.rfind(end), end) for end in self.ends if end in turn]
         at, end = max(ends, default=(len(turn), ""))
         return turn[:at], end

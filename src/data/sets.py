@@ -62,6 +62,15 @@ class EncodedSet:
         self.target_lengths = self._select([shard.target_lengths for shard in shards])
         """Length of each row's target, [rows]; 0 for a causal model."""
 
+    @property
+    def first(self) -> EncodedSet:
+        """The first block: all rows are in memory at once, unlike those of a streamed set."""
+        return self
+
+    def blocks(self) -> Iterator[EncodedSet]:
+        """Yield all rows as one block."""
+        yield self
+
     def _select(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Return the values of this set's rows, [rows], from those of each shard's."""
         selected = np.zeros(len(self), dtype=np.int64)
