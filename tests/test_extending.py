@@ -252,7 +252,7 @@ def test_an_optimizer_with_a_key_of_its_own_is_added_at_run_time(tmp_path: Path)
     first, second = (admitted(*chosen, f"optimizer.pause={pause}") for pause in (2, 4))
     assert build_optimizer(first.config.optimizer, [torch.nn.Parameter(torch.ones(1))]).param_groups[0]["lr"] == 0.5
     changes = [change for change in compare_configs(first.frozen, second.frozen) if change.key == "optimizer.pause"]
-    assert [change.effect for change in changes] == [Impact.harmless]
+    assert [change.impact for change in changes] == [Impact.harmless]
 
 
 def test_a_tracker_is_added_at_run_time(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from src.config.groups import Option
 from src.config.help import by_value, inner_keys, paragraphs, shown_value
 from src.config.keys import Key, source_keys
 from src.config.options import CONF, GLOBAL_GROUPS, PROJECT_ROOT
-from src.config.peers import PEERS, Counterpart
+from src.config.peers import Counterpart, all_peers
 from src.markdown import code, inline, table
 
 MADE = "<!-- Made by `make docs` from src/config and conf/. Changes belong there; a test compares. -->"
@@ -107,7 +107,7 @@ def _when(option: Option) -> str:
 
 
 def _sets(option: Option) -> str:
-    """Return what an option builds on, and sets besides; one that builds on none of its group sets all keys below."""
+    """Return what an option builds on and what else it sets; one without a parent in its group sets all keys below."""
     public = [parent for parent in option.parents if not parent.startswith("_")]
     is_shown = option.parents or option.choices or option.group in GLOBAL_GROUPS
     given = reference.changes(option) if is_shown else {}
@@ -123,11 +123,11 @@ def coming_from() -> str:
         "",
         "What you know by another name. The gate knows these names too: `python -m src.run learning_rate=1e-4` is "
         "refused with `optimizer.lr`, also within a section, and `--help learning_rate` shows what it means here. "
-        "A value stays as it is unless it is said otherwise. What a key may be is in [configuration.md]"
+        "Values are the same unless stated otherwise. What a key may be is in [configuration.md]"
         "(configuration.md).",
         "",
     ]
-    for peer in PEERS:
+    for peer in all_peers():
         lines += [f"## {peer.title}", "", peer.about, ""]
         lines += [table(["there", "here"], _counterparts(peer.table)), ""]
         if without := list(_without(peer.table)):
