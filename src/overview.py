@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from src.config.job import Job
-from src.config.schema import Batching, InitMethod, LoraConfig, NoAdapterConfig, RunConfig, Weights
+from src.config.schema import Batching, InitMethod, LoraConfig, RunConfig, Weights
 from src.data.dataset import Data
 from src.forecast.disk import disk_need, most_saves
 from src.forecast.optimizer_state import checkpoint_bytes
@@ -44,8 +44,8 @@ def _model(config: RunConfig, state: TrainState) -> str:
     if quantization.load_in_4bit:
         bits = f", frozen in 4 bits ({quantization.bnb_4bit_quant_type.value})"
     text = f"{type(state.model).__name__} of {config.model.checkpoint}, {source}, {dtype}{bits}"
-    if isinstance(config.adapter, LoraConfig):
-        text += f"\n{_adapter(config.adapter)}"
+    if (lora := config.lora) is not None:
+        text += f"\n{_adapter(lora)}"
     text += f"\n{total:,} parameters, {'all' if trained == total else f'{trained:,} ({trained / total:.2%})'} trained"
     if state.uses_full_logits:
         text += "\nits logits are more than head(hidden states): all of them are computed (slower, more memory)"
@@ -81,7 +81,7 @@ def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
     if optimizer is None:
         return f"more than {human_bytes(weights)} a checkpoint: nothing is known of what {config.optimizer.type} keeps"
     whole = sum(math.prod(full_shape(p)) * p.element_size() for p in state.model.parameters())
-    exported = whole if isinstance(config.adapter, NoAdapterConfig) or config.export.merge else weights
+    exported = whole if not config.adapter.is_on or config.export.merge else weights
     saves = most_saves(config.checkpoint, state.num_steps, state.steps_per_epoch)
     has_metric = bool(config.data.validation_names())
     need = disk_need(weights, optimizer, config.checkpoint, exported, has_metric, saves)

@@ -66,7 +66,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
                 with tracker.line(step, due=config.training.log_every.is_due(step)) as line:
                     if config.evaluation.eval_every.is_due(step):
                         line.metrics |= evaluator.evaluate(data.validation.values(), new_tokens.ids)
-                        line.metrics |= state.new_rows.telemetry()
+                        line.metrics |= state.token_monitor.metrics()
                         saver.keep_if_best(line.metrics)
                     if step.is_last:
                         saver.load_best_if_asked()

@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from src import secrets
 from src.cli.entry import answer, as_command
@@ -41,9 +41,7 @@ if TYPE_CHECKING:
 
 KEYS = ("tracking.uri", "tracking.experiment_name")
 TRACKER_KEYS: dict[str, Types] = {
-    **dict.fromkeys(("uri", "experiment_name", "run_name"), str),
-    "tags": dict,
-    "log_model": bool,
+    name: get_origin(hint) or hint for name, hint in get_type_hints(MlflowConfig).items() if name != "type"
 }
 
 

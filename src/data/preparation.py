@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from src.config import plugins
-from src.config.formats import roles
+from src.config.formats import declare_frozen, roles
 from src.config.schema import DataConfig, Overflow, TokensConfig, thought_tags
 from src.config.schema.fields import facts_of
 from src.data.chat import ChatTemplate
@@ -277,7 +277,8 @@ def _start_worker(config: EncodingConfig, plugins_of_run: Sequence[str]) -> None
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    plugins.require(plugins_of_run)  # one may have the format
+    declare_frozen(vars(config.data))  # a format of the user's own, and the plugin that reads it
+    plugins.require(plugins_of_run)
     _worker = RowEncoder(config)
 
 

@@ -118,7 +118,7 @@ class ExportThread:
         return next((one.run_id for one in self.exporters if one.run_id is not None), None)
 
     def notify(self) -> None:
-        """Have what changed in the folder delivered; returns at once."""
+        """Deliver what changed in the folder, in the thread; returns at once."""
         if not self._waits:
             with self._changed:
                 for lane in self._lanes:
@@ -194,7 +194,7 @@ class ExportThread:
         return "no answer" if now - last > seconds else ""
 
     def _give_up(self, lane: _Lane, reason: str) -> None:
-        """Wait for an exporter no longer; where it has the thread, the others get a new one."""
+        """Stop waiting for an exporter; where it has the thread, the others get a new one."""
         with self._changed:
             lane.end(reason)
             lane.exporter.activity.is_cancelled = True
@@ -203,7 +203,7 @@ class ExportThread:
             self._changed.notify_all()
 
     def _pass_stuck(self) -> None:
-        """Let the others proceed in a new thread where a call of the present exporter lasts longer than a turn."""
+        """Start a new thread for the others where a call of the present exporter lasts longer than a turn."""
         lane, now = self._current, time.monotonic()
         if lane is None or lane.is_stuck or not lane.exporter.activity.is_calling:
             return
@@ -261,7 +261,7 @@ class ExportThread:
                 lane.rest(0.0 if self._is_closing or is_first else min(lane.used / SHARE, LONGEST_REST_SECONDS))
 
     def _note_failure(self, lane: _Lane, error: Exception) -> None:
-        """Note why a delivery failed, and when it is tried again, if at all."""
+        """Record why a delivery failed, and when it is tried again, if at all."""
         problem = lane.exporter.explain(error)
         with self._changed:
             if lane.is_over:  # it was given up, and cancelled
@@ -311,7 +311,7 @@ class _Lane:
         return self.is_notified or self._delivery is not None
 
     def prepare_last(self) -> None:
-        """Have all that is left delivered, as if nothing had failed before."""
+        """Schedule the last delivery, as if nothing had failed before."""
         self.is_notified, self.not_before, self.failures = True, 0.0, 0
         self.trouble, self.needs_mending = "", False
         self.signs = _SignsOfLife(self.exporter)

@@ -43,7 +43,7 @@ class LineExporter(FolderExporter):
         """Discard what was written of later steps: they are repeated. Called before the first `write` of a process."""
 
     def close(self, state: str) -> None:
-        """Note how the run ended: FINISHED, FAILED, PREEMPTED, PRUNED or KILLED. It may be resumed later."""
+        """Record how the run ended: FINISHED, FAILED, PREEMPTED, PRUNED or KILLED. It may be resumed later."""
 
     @property
     def where(self) -> str:

@@ -41,13 +41,13 @@ class PreviousRuns(Exporter):
         self._out_of_reach: set[str] = set()
 
     def end(self, run: PreviousRun, folder: Path, ended: Callable[[], None] | None = None) -> None:
-        """Have a run ended in the next turn that a folder had; `ended` is called once it does not run any more."""
+        """End a run that a folder had, in the next turn; `ended` is called once it does not run any more."""
         if run not in self._known:
             self._known.add(run)
             self._waiting.append((run, folder, ended))
 
     def end_all(self, state: Mapping[str, Any], folder: Path) -> None:
-        """Have all runs ended that a folder has in MLflow, and have its tracking.json say so.
+        """End all runs that a folder has in MLflow, in the next turn; its tracking.json records that.
 
         Args:
             state: what its tracking.json says, or said before it was removed.

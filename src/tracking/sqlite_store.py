@@ -273,7 +273,7 @@ class SqliteStore:
 
 
 def _keep_no_connections() -> None:
-    """Have MLflow open a file anew for each call: a connection that is kept stays with a file that was replaced."""
+    """Make MLflow open a file anew for each call: a connection that is kept stays with a file that was replaced."""
     if not any(os.environ.get(f"MLFLOW_SQLALCHEMYSTORE_{name}") for name in ("POOL_SIZE", "MAX_OVERFLOW")):
         os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
 

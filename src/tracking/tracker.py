@@ -58,7 +58,7 @@ class Line:
 
 
 class Tracker(Protocol):
-    """What a run logs to; what was logged is kept when a method returns. By default nothing is."""
+    """What a run logs to. What was logged is written when a method returns; by default nothing is."""
 
     console: Console
     cut_line: dict[str, Any] | None = None
@@ -99,7 +99,7 @@ class Tracker(Protocol):
         return
 
     def expect(self, num_steps: int, steps_per_epoch: int | None) -> None:
-        """Take note of how long the run will be; steps_per_epoch is None where that is unknown."""
+        """Record how long the run will be; steps_per_epoch is None where that is unknown."""
         return
 
     def progress(self, step: StepLike, num_steps: int, logging_steps: int) -> None:

@@ -14,7 +14,7 @@ from src.checkpoint.store import read_snapshot
 from src.config.gate import parse
 from src.config.job import Job
 from src.config.options import PROJECT_ROOT
-from src.config.schema import NoAdapterConfig, RunConfig
+from src.config.schema import RunConfig
 from src.data.advice import Level, advice
 from src.data.dataset import Data, file_hashes
 from src.data.tokenizer import load_tokenizer
@@ -24,10 +24,9 @@ from src.model.build import build_model, set_generation, with_zero_sizes
 from src.model.embeddings import (
     StartedRows,
     TokenMonitor,
-    as_they_are,
     check_new_rows,
-    embedding_matrices,
     resize_and_initialise,
+    with_present_rows,
 )
 from src.model.unlearned import unlearned_tokens
 from src.runtime.launch import num_processes
@@ -96,7 +95,7 @@ class Assembled:
         if kept.state["facts"]["tokenizer"] != tokenizer_hash(self.tokenizer):
             raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
         state.restore_weights(kept.weights, runtime)
-        state.new_rows = TokenMonitor(state.model, state.new_rows.ids)
+        state.token_monitor = TokenMonitor(state.model, state.token_monitor.ids)
         return warnings
 
 
@@ -106,17 +105,15 @@ def assemble_model(config: RunConfig, tokenizer: Any, new_tokens: NewTokens, dat
     Raises:
         ModelError: where the model can't be loaded or assembled as asked.
     """
-    has_base = not isinstance(config.adapter, NoAdapterConfig) and runtime.is_main
+    has_base = config.adapter.is_on and runtime.is_main
     base = base_digests(config.model.checkpoint) if has_base else None
     model = build_model(config, runtime.device)
     set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
     unlearned = unlearned_tokens(model, tokenizer, new_tokens, config.model)
     started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned)
-    matrices = [matrix.module for matrix in embedding_matrices(model)]
-    new_ids = list(started.ids.values())
-    adapter = add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
+    adapter = add_adapter(model, config, list(started.ids.values()))
     if _load_initial_adapter(adapter, tokenizer, config):
-        started = as_they_are(model, started)
+        started = with_present_rows(model, started)
     return Assembled(model, tokenizer, new_tokens, adapter, started, base)
 
 
