@@ -13,7 +13,7 @@ import json
 import netrc
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -211,90 +211,23 @@ def _any_of(values: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(alone(value) for value in sorted(values, key=len, reverse=True)))
 
 
-def clean_code(text: str) -> str:
-    """Return code, such as a difference, without secrets.
+def map_texts(node: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """Return plain containers with every text in them changed.
 
-    Also without what is assigned to a secret's name in it, in Python, a shell, YAML or JSON, and words that are tokens
-    by their first letters.
+    Args:
+        change: returns another text for a text and its key.
+        key: of the containers.
     """
-    text = _PRIVATE_KEY.sub(rf"\g<1>{MASK}", clean(text))
-    text = _BLOCK.sub(lambda found: found[1] + f"{found[2]}{found[3]}  {MASK}\n", text)
-    for pattern in (_BARE, _YAML, _LITERAL):
-        text = pattern.sub(_without_literal if pattern is _LITERAL else _without_bare, text)
-    return _FAMOUS.sub(_without_token, text)
-
-
-_NAME = (
-    r"(?<![A-Za-z0-9])(?P<name>[\w.-]*(?:token|key|pass(?:word|wd|phrase)?|pwd|secret|credential|auth(?:orization)?)s?)"
-)
-_QUOTED = (
-    r"[rbfu]{0,2}(?:\"\"\"(?:\\.|[^\\])*?\"\"\"|'{3}(?:\\.|[^\\])*?'{3}|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*')"
-)
-_LITERAL = re.compile(
-    rf"(?P<before>{_NAME}(?:[\"'][ \t]*\]?)?[ \t]*(?P<sign>:[ \t]*[A-Za-z_][\w.\[\] |\"']*?=|:?=>?|:|,)[ \t]*"
-    rf"(?:\([ \t]*(?:\n[+\- ][ \t]*)?)?)(?P<value>{_QUOTED}(?:[ \t]*(?:\n[+\- ][ \t]*)?{_QUOTED})*)",
-    re.IGNORECASE,
-)
-_WORD = r"(?P<value>[^\s\"'`,;()\[\]{}]{4,})"
-_BARE = re.compile(rf"(?P<before>{_NAME}(?P<sign>[ \t]*=[ \t]*)){_WORD}(?![\w.]*[(\[])", re.IGNORECASE)
-_YAML = re.compile(
-    rf"^(?P<before>[+\- ]?[ \t]*(?:- )?[\"']?{_NAME}[\"']?(?P<sign>:[ \t]+)){_WORD}(?=[ \t]*(?:#.*|,)?$)",
-    re.IGNORECASE | re.MULTILINE,
-)
-_BLOCK = re.compile(
-    rf"^(([+\- ]?)([ \t]*)(?:- )?{_NAME}[\"']?:\s+[|>][+-]?[ \t]*\n)(?:\2\3[ \t]+\S.*(?:\n|\Z))+",
-    re.IGNORECASE | re.MULTILINE,
-)
-_PRIVATE_KEY = re.compile(r"(?<=-----)(BEGIN [A-Z ]*PRIVATE KEY-----)[\s\S]+?(?=-----END|\Z)")
-_FAMOUS = re.compile(
-    r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|xox[a-z]-|glpat-|AKIA|AIza|eyJ|(?:Bearer|Basic) +)[\w.~+/=-]{8,}"
-)
-_OF_A_TOKENIZER = re.compile(
-    r"(?:^|_)(?:pad|eos|bos|unk|sep|cls|mask|new|special|stop|additional_special)_tokens?$", re.I
-)
-_NO_VALUES = re.compile(
-    r"(?:str|int|float|bool|bytes|dict|list|tuple|object|any|none|null|true|false|optional|self)\b.*|\$.*|\*\*\*", re.I
-)
-
-
-def _is_given_a_secret(name: str, value: str) -> bool:
-    """Return whether code gives a secret to a name."""
-    if _OF_A_TOKENIZER.search(name) or value == MASK or value.startswith("${") or name.endswith("tokens"):
-        return False
-    if re.search(r"keys?$", name, re.I):
-        is_named = bool(re.search(r"[_-]key$|api_?keys?$", name, re.I)) and len(value) >= SHORTEST_KNOWN
-        return is_named or looks_like_token(value)
-    return len(value) >= SHORTEST_KNOWN
-
-
-def _without_literal(found: re.Match[str]) -> str:
-    inner = re.sub(r"^[rbfuRBFU]{0,2}[\"']+|[\"']+$", "", found["value"])
-    is_pair = found["sign"] != "," or found["name"].isupper()  # setdefault("HF_TOKEN", "…")
-    return f"{found['before']}{MASK}" if is_pair and _is_given_a_secret(found["name"], inner) else found[0]
-
-
-def _without_bare(found: re.Match[str]) -> str:
-    """Mask a value without quotes: of a shell or YAML whatever it is, of other code what is no name."""
-    value, is_word = found["value"], found["value"].isidentifier() or "." in found["value"]
-    if not _is_given_a_secret(found["name"], value) or _NO_VALUES.fullmatch(value):
-        return found[0]
-    is_code = found["sign"].strip() == "=" and (found["sign"] != "=" or not found["name"].isupper())
-    if is_code and is_word and not (any(one.isdigit() for one in value) and len(value) >= SHORTEST_INSIDE):
-        return found[0]
-    return f"{found['before']}{MASK}"
-
-
-def _without_token(found: re.Match[str]) -> str:
-    return MASK if any(one.isdigit() for one in found[0]) else found[0]
+    if isinstance(node, Mapping):
+        return {name: map_texts(value, change, f"{key}.{name}" if key else str(name)) for name, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [map_texts(value, change, key) for value in node]
+    return change(node, key) if isinstance(node, str) else node
 
 
 def cleaned(node: Any) -> Any:
     """Return plain containers with every text in them cleaned."""
-    if isinstance(node, Mapping):
-        return {key: cleaned(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [cleaned(value) for value in node]
-    return clean(node) if isinstance(node, str) else node
+    return map_texts(node, lambda text, _: clean(text))
 
 
 def masked(node: Any, key: str = "") -> Any:
@@ -304,13 +237,7 @@ def masked(node: Any, key: str = "") -> Any:
         key: of the containers. Below keys whose values are secret the interpolation stands for what the environment
             gave.
     """
-    if isinstance(node, Mapping):
-        return {name: masked(value, f"{key}.{name}" if key else str(name)) for name, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [masked(value, key) for value in node]
-    if not isinstance(node, str):
-        return node
-    return as_stored(node) if is_secret_key(key) else without_credentials(node)
+    return map_texts(node, lambda text, at: as_stored(text) if is_secret_key(at) else without_credentials(text), key)
 
 
 def hand_down(node: Any, stored: Any, *, is_new: bool = True) -> None:
@@ -335,11 +262,7 @@ def as_variables(node: Any) -> Any:
 
     So that what Hydra writes, pickles and prints of them has none.
     """
-    if isinstance(node, Mapping):
-        return {key: as_variables(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [as_variables(value) for value in node]
-    return _GIVEN_URL.sub(_with_variables, node) if isinstance(node, str) else node
+    return map_texts(node, lambda text, _: _GIVEN_URL.sub(_with_variables, text))
 
 
 def _with_variables(url: re.Match[str]) -> str:
@@ -365,11 +288,7 @@ def reveal(node: Any, missing: list[tuple[str, str]], key: str = "") -> Any:
         missing: gets the key and what it lacks, of each secret that is not to be had; the text stays as it is.
         key: of the containers.
     """
-    if isinstance(node, Mapping):
-        return {name: reveal(value, missing, f"{key}.{name}" if key else str(name)) for name, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [reveal(value, missing, key) for value in node]
-    return _revealed(node, missing, key) if isinstance(node, str) else node
+    return map_texts(node, lambda text, at: _revealed(text, missing, at), key)
 
 
 def is_stored_interpolation(key: str, variable: str) -> bool:
@@ -392,11 +311,7 @@ def placed(node: Any, key: str = "") -> Any:
 
     What is secret of such a value is masked.
     """
-    if isinstance(node, Mapping):
-        return {name: placed(value, f"{key}.{name}" if key else str(name)) for name, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [placed(value, key) for value in node]
-    return _PLACE.sub(lambda found: _stored_value(found[1], key), node) if isinstance(node, str) else node
+    return map_texts(node, lambda text, at: _PLACE.sub(lambda found: _stored_value(found[1], at), text), key)
 
 
 def _stored_value(variable: str, key: str) -> str:
@@ -448,13 +363,13 @@ def _handed_down() -> dict[str, str]:
     return dict(json.loads(os.environ.get(HANDED_DOWN) or "{}"))
 
 
-def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield each text of plain containers with its key, as `reveal` names it."""
-    if isinstance(node, Mapping):
-        for name, value in node.items():
-            yield from _texts(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from _texts(value, key)
-    elif isinstance(node, str):
-        yield key, node
+def _texts(node: Any) -> list[tuple[str, str]]:
+    """Return each text of plain containers with its key, as `reveal` names it."""
+    found: list[tuple[str, str]] = []
+
+    def note(text: str, key: str) -> str:
+        found.append((key, text))
+        return text
+
+    map_texts(node, note)
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from src.config import groups, peers
 from src.config.gate import admit, admit_prediction
 from src.config.keys import all_keys
 from src.config.options import CONF
-from src.config.peers import PEERS, Counterpart
+from src.config.peers import Counterpart, all_peers
 from src.config.quoting import shell_override
 from src.errors import ConfigError
 from tests.conftest import ROOT, admitted
@@ -285,8 +285,12 @@ def test_a_run_that_was_started_keeps_its_options(tmp_path: Path) -> None:
 
 
 def entries() -> Iterator[tuple[str, str, Counterpart]]:
-    for peer in PEERS:
+    for peer in all_peers():
         yield from ((peer.title, name, here) for name, here in peer.table.items())
+
+
+def table(title: str) -> Mapping[str, Counterpart]:
+    return next(peer.table for peer in all_peers() if peer.title == title)
 
 
 def is_known(key: str) -> bool:
@@ -297,18 +301,26 @@ def is_known(key: str) -> bool:
 
 @pytest.mark.parametrize("theirs", [TrainingArguments, SFTConfig, ModelConfig, ScriptArguments])
 def test_every_argument_of_the_installed_trainers_is_in_the_tables(theirs: type) -> None:
-    known = {*peers.TRAINING_ARGUMENTS, *(peers.TRL if theirs is not TrainingArguments else ())}
+    known = {*table("transformers"), *(table("TRL") if theirs is not TrainingArguments else ())}
     assert {one.name for one in dataclasses.fields(theirs)} - known == set()
 
 
 def test_the_first_table_has_no_name_that_is_none() -> None:
-    assert set(peers.TRAINING_ARGUMENTS) == {one.name for one in dataclasses.fields(TrainingArguments)}
+    assert set(table("transformers")) == {one.name for one in dataclasses.fields(TrainingArguments)}
 
 
 def test_the_tables_of_trainers_that_are_not_installed_are_large() -> None:
-    for table in (peers.AXOLOTL, peers.LLAMA_FACTORY):
-        assert len(table) >= 80
-        assert sum(bool(here.key) for here in table.values()) >= 40
+    for known in (table("axolotl"), table("LLaMA-Factory")):
+        assert len(known) >= 80
+        assert sum(bool(here.key) for here in known.values()) >= 40
+
+
+def test_no_name_is_twice_in_a_table() -> None:
+    tables = yaml.compose(peers.TABLES.read_text(), yaml.SafeLoader).value[1][1].value
+    for node, peer in zip(tables, all_peers(), strict=True):
+        (_, arguments), (_, none) = node.value[2:]
+        names = [*(key.value for key, _ in arguments.value), *(value.value for _, value in none.value)]
+        assert len(" ".join(names).split()) == len(peer.table), peer.title
 
 
 def test_every_entry_has_a_key_that_there_is_or_says_why_there_is_none() -> None:

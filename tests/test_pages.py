@@ -12,7 +12,7 @@ from src.config.command_line import options
 from src.config.keys import all_keys
 from src.config.options import CONF
 from src.config.pages import PAGES, main
-from src.config.peers import PEERS
+from src.config.peers import all_peers
 from tests.conftest import ROOT
 
 
@@ -58,7 +58,7 @@ def test_defaults_are_those_of_the_files() -> None:
 
 def test_every_name_of_another_trainer_is_on_the_page() -> None:
     page = PAGES["docs/coming_from.md"]()
-    for peer in PEERS:
+    for peer in all_peers():
         section = page.partition(f"\n## {peer.title}\n")[2].partition("\n## ")[0]
         assert all(f"`{name}`" in section for name in peer.table), peer.title
     assert "| `bf16` | `true`: `training.mixed_precision=bf16`<br>`false`: `training.mixed_precision=no` |\n" in page

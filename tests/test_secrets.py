@@ -19,6 +19,7 @@ from src.errors import ConfigError, show_libraries_visibly
 from src.model.card import _as_yaml, shaping
 from src.tracking.lock import LOCK
 from src.tracking.provenance import git_state
+from src.tracking.secrets_in_code import clean_code
 from tests.conftest import ROOT, towline
 
 PLANTED = "pl4nted-s3cret"
@@ -251,10 +252,7 @@ def test_marks_of_direction_are_written_out_in_the_card() -> None:
 
 def test_code_keeps_its_words_and_loses_its_secrets() -> None:
     code = f'+HF_TOKEN = "{PLANTED}"\n+export OPENAI_API_KEY={PLANTED}\n+tokens = tokenizer(x)\n+key = value\n'
-    assert (
-        secrets.clean_code(code)
-        == "+HF_TOKEN = ***\n+export OPENAI_API_KEY=***\n+tokens = tokenizer(x)\n+key = value\n"
-    )
+    assert clean_code(code) == "+HF_TOKEN = ***\n+export OPENAI_API_KEY=***\n+tokens = tokenizer(x)\n+key = value\n"
 
 
 @pytest.mark.parametrize(
@@ -282,7 +280,7 @@ def test_code_keeps_its_words_and_loses_its_secrets() -> None:
 )
 def test_what_code_assigns_to_the_name_of_a_secret_is_masked(code: str) -> None:
     for planted in ("pl4nt", "PLANTED", "PLANT40abcdef0123456789"):
-        masked = secrets.clean_code(f"+{code.format(planted)}\n kept = 1\n")
+        masked = clean_code(f"+{code.format(planted)}\n kept = 1\n")
         assert planted not in masked
         assert masked.endswith("kept = 1\n"), masked
 
@@ -302,7 +300,7 @@ def test_what_code_assigns_to_the_name_of_a_secret_is_masked(code: str) -> None:
     ],
 )
 def test_code_without_secrets_stays_as_it_is(code: str) -> None:
-    assert secrets.clean_code(code) == code
+    assert clean_code(code) == code
 
 
 def test_a_secret_in_a_difference_that_is_not_committed_is_not_kept(

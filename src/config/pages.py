@@ -15,7 +15,7 @@ from src.config.groups import Option
 from src.config.help import by_value, inner_keys, paragraphs, shown_value
 from src.config.keys import Key, source_keys
 from src.config.options import CONF, GLOBAL_GROUPS, PROJECT_ROOT
-from src.config.peers import PEERS, Counterpart
+from src.config.peers import Counterpart, all_peers
 from src.markdown import code, inline, table
 
 MADE = "<!-- Made by `make docs` from src/config and conf/. Changes belong there; a test compares. -->"
@@ -127,7 +127,7 @@ def coming_from() -> str:
         "(configuration.md).",
         "",
     ]
-    for peer in PEERS:
+    for peer in all_peers():
         lines += [f"## {peer.title}", "", peer.about, ""]
         lines += [table(["there", "here"], _counterparts(peer.table)), ""]
         if without := list(_without(peer.table)):

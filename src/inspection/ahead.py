@@ -12,7 +12,7 @@ from typing import Any
 from src.config.job import Job
 from src.config.schema import RunConfig
 from src.data.advice import Level
-from src.data.dataset import Data, blocks, build_data, first_block
+from src.data.dataset import Data, build_data
 from src.data.encoding import SPAN_KINDS
 from src.data.tokenizer import load_tokenizer
 from src.errors import TowlineError
@@ -53,7 +53,7 @@ def look_ahead(job: Job, console: Console, libraries_bytes: int) -> int:
     folder = Path("outputs", config.name, "preflight")
     built = _assemble(config, console)
     tokenizer, data, model, started = built.tokenizer, built.data, built.model, built.started
-    train = first_block(data.train)
+    train = data.train.first
     sets = {"train": train} | data.validation | data.test
     paint = Paint(sys.stdout)
 
@@ -113,7 +113,7 @@ def dump(data: Data, file: Path) -> int:
     count = 0
     try:
         with open(file, "w", encoding="utf-8") as lines:
-            for rows in blocks(data.train):
+            for rows in data.train.blocks():
                 for i in range(len(rows)):
                     row = rows[i]
                     spans = [{"kind": SPAN_KINDS[kind], "start": a, "stop": b} for kind, a, b in row.spans.tolist()]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from src import secrets
-from src.config.frozen import SWEEP, config_hash, read_starts, read_status
+from src.config.frozen import STATUS, SWEEP, config_hash, read_starts, read_status
 from src.config.options import option_files
 from src.errors import DamagedFileError, SweepError
 from src.metrics import greater_is_better
@@ -145,7 +145,7 @@ class SweepFolder:
                     owner = owners.get(starts[-1]["config_hash"]) if starts else None
                     found.append(f"{folder}: {reason}{'' if owner is None else f', that of trial {owner}'}")
             except DamagedFileError:
-                continue  # it is that trial's failure, see `standing`
+                continue  # it is that trial's failure, see `status`
         if found:
             raise DamagedFileError(
                 f"{len(found)} of the folders of {self.folder} are not those of their trials by {TRIALS}:\n"
@@ -236,7 +236,7 @@ class SweepFolder:
             elif one.name != LOCK:
                 one.unlink(missing_ok=True)
 
-    def standing(self, number: int, metric: str, *, is_running: bool = False) -> TrialStatus:
+    def status(self, number: int, metric: str, *, is_running: bool = False) -> TrialStatus:
         """Tell how a trial stands.
 
         Args:
@@ -378,3 +378,21 @@ def _newest(run_dir: Path, metric: str) -> tuple[float | None, float]:
             value = float(line[name])
             break
     return value, elapsed
+
+
+def status_written_ns(run_dir: Path) -> int | None:
+    """Return when a run's status.json was last written, in nanoseconds; None where there is none."""
+    try:
+        return (run_dir / STATUS).stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def last_words(log: Path | None) -> str:
+    """Return the last line that a trial printed."""
+    said = b""
+    if log is not None:
+        with suppress(OSError, ValueError):  # it is gone by now, or not a file
+            said = read_bytes(log)
+    lines = said.decode(errors="replace").split("\n")
+    return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")

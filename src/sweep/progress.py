@@ -30,7 +30,7 @@ class Entry:
     """A trial in the table."""
 
     trial: Trial
-    standing: TrialStatus
+    status: TrialStatus
     is_best: bool = False
 
 
@@ -91,7 +91,7 @@ class ProgressTable:
             )
         shown, hidden = _chosen(entries, self._terminal.size.height - MARGIN)
         for entry in shown:
-            state = entry.standing.state
+            state = entry.status.state
             cells = [Cell(cell) for cell in _cells(entry)]
             cells[2].stylize(COLOURS.get(state, ""))
             table.add_row(*cells, style="dim" if state == "WAITING" else "bold" if entry.is_best else "")
@@ -107,20 +107,20 @@ class ProgressTable:
 def _chosen(entries: Sequence[Entry], most: int) -> tuple[list[Entry], int]:
     """Choose what there is room for: what runs, then the best and what failed, then the others."""
     order = {"RUNNING": 0, "FAILED": 2, "WAITING": 4}
-    urgent = sorted(entries, key=lambda entry: 1 if entry.is_best else order.get(entry.standing.state, 3))
+    urgent = sorted(entries, key=lambda entry: 1 if entry.is_best else order.get(entry.status.state, 3))
     shown = {entry.trial.number for entry in urgent[: max(3, most)]}
     return [entry for entry in entries if entry.trial.number in shown], len(entries) - len(shown)
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:
-    standing = entry.standing
-    value = standing.last if standing.value is None else standing.value
-    step = f"{standing.step}/{standing.num_steps}" if standing.num_steps else str(standing.step or "")
+    status = entry.status
+    value = status.last if status.value is None else status.value
+    step = f"{status.step}/{status.num_steps}" if status.num_steps else str(status.step or "")
     left = ""
-    if standing.state == "RUNNING" and standing.num_steps and standing.step and standing.elapsed_seconds:
-        left = clock(standing.elapsed_seconds / standing.step * (standing.num_steps - standing.step))
+    if status.state == "RUNNING" and status.num_steps and status.step and status.elapsed_seconds:
+        left = clock(status.elapsed_seconds / status.step * (status.num_steps - status.step))
     shown = "" if value is None else f"{value:.4g}{' best' if entry.is_best else ''}"
-    return str(entry.trial.number), short(entry.trial.label), standing.state.lower(), step, shown, left
+    return str(entry.trial.number), short(entry.trial.label), status.state.lower(), step, shown, left
 
 
 def counted(counts: Mapping[str, int], total: int, left_seconds: float | None) -> str:
@@ -134,24 +134,24 @@ def counted(counts: Mapping[str, int], total: int, left_seconds: float | None) -
 
 
 def listing(
-    trials: Sequence[Trial], standings: Mapping[int, TrialStatus], marked: Collection[int], console: Console
+    trials: Sequence[Trial], statuses: Mapping[int, TrialStatus], marked: Collection[int], console: Console
 ) -> None:
     """Print the trials that a sweep has, and how each stands; those that are marked are to run."""
     width = max((len(trial.label) for trial in trials), default=0)
     for trial in trials:
-        standing = standings[trial.number]
-        value = "" if standing.value is None else f"  {standing.value:.4g}"
+        status = statuses[trial.number]
+        value = "" if status.value is None else f"  {status.value:.4g}"
         mark = "  to run" if trial.number in marked else ""
-        console.say(f"  {trial.number:>4}  {trial.label:<{width}}  {standing.state.lower()}{value}{mark}")
+        console.say(f"  {trial.number:>4}  {trial.label:<{width}}  {status.state.lower()}{value}{mark}")
 
 
 def failures(failed: Sequence[tuple[Trial, TrialStatus]], console: Console) -> None:
     """Print what went wrong, each with its cause and where it is told at length."""
-    for trial, standing in failed:
+    for trial, status in failed:
         console.say(f"  {trial.number:>4}  {trial.label}")
-        console.say(f"        {standing.cause or 'no cause is known'}")
-        if standing.log is not None:
-            console.say(f"        {_near(standing.log)}")
+        console.say(f"        {status.cause or 'no cause is known'}")
+        if status.log is not None:
+            console.say(f"        {_near(status.log)}")
 
 
 def _near(file: Path) -> str:

@@ -39,7 +39,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Promotion:
-    """A unit that rested at a rung and goes on, behind this evaluation."""
+    """A unit that was paused at a rung and resumes, after this evaluation."""
 
     unit: int
     evaluation: int
@@ -112,8 +112,8 @@ def pruner_of(kind: Pruner, min_resource: int, reduction_factor: int) -> Any:
 def _halving(min_resource: int, reduction_factor: int) -> Any:
     """Build the pruner of asynchronous successive halving (Li et al. 2020, arXiv 1810.05934).
 
-    Optuna's own can't go on with what it ended, so the first trials of a rung all pass it. Here a trial rests at a rung
-    unless it is among the best there, and goes on once it is: see Study.promotable.
+    Optuna's own can't resume what it ended, so the first trials of a rung all pass it. Here a trial is paused at a rung
+    unless it is among the best there, and resumes once it is: see Study.promotable.
     """
 
     class Halving(optuna().pruners.BasePruner):  # type: ignore[misc]
@@ -189,9 +189,9 @@ class Study:
         return {"study": self.name, "storage": self._url, "trial_id": trial_id}
 
     def promotable(
-        self, resting: Iterable[int], reduction_factor: int, *, at_least_one: bool = False
+        self, paused: Iterable[int], reduction_factor: int, *, at_least_one: bool = False
     ) -> Promotion | None:
-        """Give a resting unit that is among the best of its rung by now, of the highest rung first.
+        """Return a paused unit that is among the best of its rung by now, of the highest rung first.
 
         Args:
             at_least_one: give the best one, where none is.
@@ -199,7 +199,7 @@ class Study:
         sign = _sign(self._study)
         with answering(self._url):
             trials = self._trials()
-            known = [(unit, trials[self._numbers[unit]]) for unit in resting]
+            known = [(unit, trials[self._numbers[unit]]) for unit in paused]
         known = [(unit, trial) for unit, trial in known if trial.last_step is not None]
         known.sort(key=lambda one: (-one[1].last_step, sign * one[1].intermediate_values[one[1].last_step]))
         for unit, trial in known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any, Literal
@@ -10,15 +11,17 @@ from typing import Any, Literal
 from src.config.command_line import CommandLine
 from src.config.problems import refuse
 from src.config.schema import Device, Pruner, Replicate
-from src.errors import Interrupted, StudyError, TowlineError, is_disk_full, report, visible
+from src.errors import Interrupted, RunFolderError, StudyError, TowlineError, is_disk_full, report, visible
+from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
-from src.sweep.controller import UNENDED, SweepController, early_replicates, reclaim
+from src.sweep.controller import POLL_SECONDS, UNENDED, SweepController
 from src.sweep.folder import SweepFolder, TrialStatus
 from src.sweep.launched import Launched, is_own_launcher
 from src.sweep.plan import Plan, plan_sweep
 from src.sweep.progress import ProgressTable, failures, listing
 from src.sweep.ranking import Result, conclusion, rank
+from src.sweep.state import early_replicates
 from src.sweep.study import Study, open_study
 from src.sweep.trial import Trial
 from src.sweep.workers import RunTrial, Workers, end_fork_server, modules_of_run, start_fork_server
@@ -119,7 +122,7 @@ def _run_trials(
         record.refuse_other()  # before anything is written
         if not plan.force:
             record.read()
-        reclaim(record, record.numbers(), workers, board, stop)
+        _reclaim(record, record.numbers(), workers, board, stop)
         workers.get_ready()
         if plan.force:
             record.clear()
@@ -133,22 +136,47 @@ def _run_trials(
         plan.compose_from(record.conf())
         record.write_trials(trials)
         study = _study(plan, len(trials), until_the_end, console)
-        conductor = SweepController(plan, record, trials, todo, study, workers, stop, board)
-        _warn_of_damage(conductor.standings, console)
-        conductor.write("RUNNING")
+        controller = SweepController(plan, record, trials, todo, study, workers, stop, board)
+        _warn_of_damage(controller.state.statuses, console)
+        controller.write("RUNNING")
         tracker = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
         tracker.ready()
         leaderboard.import_what_draws()  # while the fork server imports, and not when all are waiting for the table
-        conductor.notify = tracker.notify
+        controller.notify = tracker.notify
         try:
-            why = conductor.run()
+            why = controller.run()
         except KeyboardInterrupt:
             why = "Ctrl-C, at once"
-        code, state = _outcome(conductor, why, stop)
-        _tell(plan, conductor, board, console)
-        conductor.write(state)
-    _close(plan, conductor, why, console)
+        code, state = _outcome(controller, why, stop)
+        _tell(plan, controller, board, console)
+        controller.write(state)
+    _close(plan, controller, why, console)
     return code
+
+
+def _reclaim(
+    record: SweepFolder, numbers: Sequence[int], workers: Workers | Launched, board: ProgressTable, stop: StopRequest
+) -> None:
+    """Wait for trials that an earlier start left running: they are asked to stop, and save.
+
+    Raises:
+        Interrupted: where something asks to stop meanwhile.
+        RunFolderError: where one does not end.
+    """
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    said: set[int] = set()
+    while held := list(record.held(numbers)):
+        if not said:
+            workers.ask_to_stop()  # processes of this machine know by themselves that their sweep has died
+        for number, by_whom in held:
+            if number not in said:
+                board.say(f"trial {number}  waits: {by_whom}")
+                said.add(number)
+        if stop.asked():
+            raise Interrupted(stop.asked())
+        if time.monotonic() > deadline:
+            raise RunFolderError(f"trial {held[0][0]} is still running: {held[0][1]}")
+        time.sleep(POLL_SECONDS * 5)
 
 
 def _study(plan: Plan, num_tried: int, until_the_end: ExitStack, console: Console) -> Study | None:
@@ -166,10 +194,10 @@ def _study(plan: Plan, num_tried: int, until_the_end: ExitStack, console: Consol
         return None
 
 
-def _warn_of_damage(standings: Mapping[int, TrialStatus], console: Console) -> None:
-    for number, standing in sorted(standings.items()):
-        if standing.warning:
-            console.warn(f"trial {number}: {standing.warning}")
+def _warn_of_damage(statuses: Mapping[int, TrialStatus], console: Console) -> None:
+    for number, status in sorted(statuses.items()):
+        if status.warning:
+            console.warn(f"trial {number}: {status.warning}")
 
 
 def _dry_run(plan: Plan, record: SweepFolder, console: Console) -> int:
@@ -179,16 +207,16 @@ def _dry_run(plan: Plan, record: SweepFolder, console: Console) -> int:
     trials, todo = _merged(recorded, plan)
     held = {number for number, _ in record.held([trial.number for trial in trials])}
     metric = plan.config.metric
-    standings = {t.number: record.standing(t.number, metric, is_running=t.number in held) for t in trials}
-    _warn_of_damage(standings, console)
+    statuses = {t.number: record.status(t.number, metric, is_running=t.number in held) for t in trials}
+    _warn_of_damage(statuses, console)
     if plan.force:
-        standings = {number: dataclasses.replace(one, state="WAITING", value=None) for number, one in standings.items()}
+        statuses = {number: dataclasses.replace(one, state="WAITING", value=None) for number, one in statuses.items()}
     console.label("sweep", f"{plan.name} → {plan.folder}")
     for key, text in plan.space.items():
         console.label("", visible(f"{key}={text}", is_line=True))
-    standings |= early_replicates(trials, standings)
-    to_run = {number for number in todo if not standings[number].is_over}
-    listing(trials, standings, to_run if len(to_run) < len(trials) else (), console)
+    statuses |= early_replicates(trials, statuses)
+    to_run = {number for number in todo if not statuses[number].is_over}
+    listing(trials, statuses, to_run if len(to_run) < len(trials) else (), console)
     if plan.is_listed:
         jobs = f", {plan.config.n_jobs} at a time" if plan.config.n_jobs > 1 else ""
         console.say(f"{plural(len(trials), 'trial')}, {len(to_run)} to run{jobs}. Nothing was run or written.")
@@ -223,21 +251,21 @@ def _merged(recorded: Sequence[Trial], plan: Plan) -> tuple[list[Trial], list[in
     return list(merged.values()), [merged[planned.identity].number for planned in plan.trials]
 
 
-def _outcome(conductor: SweepController, why: str, stop: StopRequest) -> tuple[int, str]:
+def _outcome(controller: SweepController, why: str, stop: StopRequest) -> tuple[int, str]:
     """Give the exit code and the sweep's state."""
-    states = {conductor.standings[number].state for number in conductor.todo}
-    if conductor.is_complete:
+    states = {controller.state.statuses[number].state for number in controller.todo}
+    if controller.is_complete:
         return 0, "FINISHED"
-    if conductor.fault:
+    if controller.fault:
         return 1, "FAILED"
     if stop.name or why.startswith("Ctrl-C"):
         return Interrupted.exit_code, "PREEMPTED"
-    if "FAILED" in states or conductor.has_given_up_on_refusals:
+    if "FAILED" in states or controller.has_given_up_on_refusals:
         return 1, "FAILED"
     return (Interrupted.exit_code, "PREEMPTED") if states & UNENDED else (0, "FINISHED")
 
 
-def _tell(plan: Plan, conductor: SweepController, board: ProgressTable, console: Console) -> None:
+def _tell(plan: Plan, controller: SweepController, board: ProgressTable, console: Console) -> None:
     """Rank the settings, and write and show what came of it."""
     metric = plan.config.metric
     direction: Literal["minimize", "maximize"] = plan.config.direction.value
@@ -245,48 +273,48 @@ def _tell(plan: Plan, conductor: SweepController, board: ProgressTable, console:
         axis.key == "data.fold" for axis in [*plan.axes, *plan.replicates]
     )
     rows = rank(
-        [_result(conductor, trial) for trial in conductor.trials.values()],
+        [_result(controller, trial) for trial in controller.state.trials.values()],
         direction=direction,
         num_folds=plan.sample.data.num_folds if is_folded else None,
     )
     said = conclusion(rows, metric, direction)
     leaderboard.write(rows, plan.folder, metric, direction, said)
-    if conductor.history:
+    if controller.state.history:
         leaderboard.plot(rows, plan.folder / "plots" / "settings.png", metric, direction)
-        values = [point["value"] for point in conductor.history]
+        values = [point["value"] for point in controller.state.history]
         leaderboard.plot_history(values, plan.folder / "plots" / "history.png", metric, direction)
     board.close()
     board.table(leaderboard.table(rows, metric, direction))
     console.say(said)
 
 
-def _result(conductor: SweepController, trial: Trial) -> Result:
-    standing = conductor.standings[trial.number]
+def _result(controller: SweepController, trial: Trial) -> Result:
+    status = controller.state.statuses[trial.number]
     label = trial.setting_label or (
-        "" if any(text.startswith("model=") for text in trial.overrides) else conductor.plan.name
+        "" if any(text.startswith("model=") for text in trial.overrides) else controller.plan.name
     )
     model = next((text.partition("=")[2] for text in trial.overrides if text.startswith("model=")), "")
     if model:
         label = " ".join(text for text in label.split(" ") if text != f"model={model}")
     replicate = (trial.seed, trial.fold)
-    return Result(trial.number, trial.setting, label, model, replicate, standing.state, standing.value)
+    return Result(trial.number, trial.setting, label, model, replicate, status.state, status.value)
 
 
-def _close(plan: Plan, conductor: SweepController, why: str, console: Console) -> None:
+def _close(plan: Plan, controller: SweepController, why: str, console: Console) -> None:
     """Say how it ended, what failed, and what to do."""
     failed = [
-        (trial, standing)
-        for number, trial in sorted(conductor.trials.items())
-        if number in conductor.todo and (standing := conductor.standings[number]).state == "FAILED"
+        (trial, status)
+        for number, trial in sorted(controller.state.trials.items())
+        if number in controller.todo and (status := controller.state.statuses[number]).state == "FAILED"
     ]
     if failed:
-        console.say(f"\n{len(failed)} of {plural(len(conductor.trials), 'trial')} failed:")
+        console.say(f"\n{len(failed)} of {plural(len(controller.state.trials), 'trial')} failed:")
         failures(failed, console)
         console.say("The same command tries them again, and leaves what is done as it is.")
-    if conductor.has_given_up_on_refusals:
-        console.say(f"\nNothing that was proposed can be run; the last: {conductor.refusal}")
-    if why and not conductor.is_complete:
-        console.say(f"\nStopped: {why}. {conductor.summary()}. The same command goes on.")
+    if controller.has_given_up_on_refusals:
+        console.say(f"\nNothing that was proposed can be run; the last: {controller.refusal}")
+    if why and not controller.is_complete:
+        console.say(f"\nStopped: {why}. {controller.summary()}. The same command goes on.")
     console.say()
-    console.label("sweep", f"{conductor.summary()}")
+    console.label("sweep", f"{controller.summary()}")
     console.label("numbers", str(plan.folder / "leaderboard.md"))

@@ -18,6 +18,7 @@ import psutil
 from src import secrets
 from src.config import plugins
 from src.config.frozen import config_hash
+from src.tracking.secrets_in_code import clean_code
 
 PACKAGES = (
     "torch",
@@ -80,7 +81,7 @@ def git_state(project: Path) -> dict[str, Any]:
     if commit is None or status is None:
         return {"commit": None, "dirty": None, "diff": None}
     secrets.know_environment()
-    diff = secrets.clean_code(_git(project, ["diff", "HEAD"]) or "")
+    diff = clean_code(_git(project, ["diff", "HEAD"]) or "")
     return {"commit": commit.strip(), "dirty": bool(status.strip()), "diff": diff[:MAX_DIFF]}
 
 

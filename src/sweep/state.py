@@ -1,0 +1,143 @@
+"""What is known of a sweep's trials: their statuses, how far it is, its history, and what sweep.json says."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from src.config.schema import Direction, Sampler
+from src.sweep.folder import STATES, SweepFolder, TrialStatus
+from src.sweep.plan import Plan
+from src.sweep.progress import Entry, counted
+from src.sweep.trial import Trial
+from src.tracking.run_folder import now
+
+
+class SweepState:
+    """The trials of one sweep and how they stand."""
+
+    def __init__(self, plan: Plan, folder: SweepFolder, trials: Sequence[Trial], todo: Sequence[int]) -> None:
+        self.plan = plan
+        self.trials = {trial.number: trial for trial in trials}
+        self.statuses = {number: folder.status(number, plan.config.metric) for number in self.trials}
+        self.todo = set(todo)
+        """The numbers of the trials that the command asks for."""
+        self._is_min = plan.config.direction is Direction.minimize
+        before = folder.read()
+        judged = [before.get("sweep", {}).get(key) for key in ("metric", "direction")]
+        is_same = judged == [plan.config.metric, plan.config.direction.value]
+        self.history: list[dict[str, Any]] = list(before.get("history", [])) if is_same else []
+        self._started, self._started_at = before.get("started") or now(), time.time()
+        self._seconds_before = float(before.get("elapsed_seconds", 0.0))
+        self.durations: list[float] = []
+        """Seconds of the trials that ended since this start."""
+
+    def ordered(self, numbers: Sequence[int]) -> list[int]:
+        """Return the trials that are left: those that had started, those that wait, those that failed."""
+        order = {"PREEMPTED": 0, "RUNNING": 0, "WAITING": 1, "FAILED": 2}
+        left = [number for number in numbers if not self.statuses[number].is_over]
+        if self.plan.is_listed and self.plan.config.sampler is not Sampler.grid:
+            left = self._shuffled(left)
+        return sorted(left, key=lambda number: order[self.statuses[number].state])
+
+    def _shuffled(self, numbers: list[int]) -> list[int]:
+        """Draw the order of settings by the sampler's seed: in the order of their values each might beat the last."""
+        units = sorted({self.trials[number].unit for number in numbers})
+        random.Random(self.plan.config.seed).shuffle(units)
+        place = {unit: i for i, unit in enumerate(units)}
+        return sorted(numbers, key=lambda number: (place[self.trials[number].unit], number))
+
+    def of_unit(self, unit: int) -> list[Trial]:
+        """Return the trials of a unit that count: those that are done, and those that the command asks for."""
+        return [
+            trial
+            for number, trial in self.trials.items()
+            if trial.unit == unit and (number in self.todo or self.statuses[number].is_over)
+        ]
+
+    def mean(self, unit: int) -> float | None:
+        """Return the mean of a unit's values; None where one is missing."""
+        values = [self.statuses[trial.number].value for trial in self.of_unit(unit)]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known and len(known) == len(values) else None
+
+    def note(self, number: int, status: TrialStatus) -> None:
+        """Add a finished trial to the history."""
+        value = status.value
+        assert value is not None
+        best = self.history[-1]["best"] if self.history else value
+        best = min(best, value) if self._is_min else max(best, value)
+        elapsed = self._elapsed()
+        self.history.append({"trial": number, "value": value, "best": best, "elapsed_seconds": round(elapsed, 3)})
+
+    def _elapsed(self) -> float:
+        return self._seconds_before + time.time() - self._started_at
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial with the best value so far."""
+        valued = [(status.value, number) for number, status in self.statuses.items() if status.value is not None]
+        if not valued:
+            return None
+        return self.trials[(min if self._is_min else max)(valued, key=lambda one: one[0])[1]]
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of trials in each state."""
+        counted_states = Counter(status.state for status in self.statuses.values())
+        return {state: counted_states[state] for state in STATES}
+
+    @property
+    def total(self) -> int:
+        """How many trials there will be."""
+        if self.plan.is_listed:
+            return len(self.trials)
+        return max(len(self.trials), (self.plan.config.n_trials or 0) * self.plan.num_replicates)
+
+    def summary(self, started: Mapping[int, float]) -> str:
+        """Return in a line how far the sweep is.
+
+        Args:
+            started: when each running trial was started, by the monotonic clock.
+        """
+        counts = self.counts()
+        left = self.total - sum(counts[state] for state in ("FINISHED", "PRUNED", "FAILED"))
+        if not left or not self.durations or not started:
+            return counted(counts, self.total, None)
+        mean, now_at = sum(self.durations) / len(self.durations), time.monotonic()
+        spent = sum(min(mean, now_at - begin) for begin in started.values())
+        return counted(counts, self.total, max(0.0, mean * left - spent) / self.plan.config.n_jobs)
+
+    def entries(self) -> list[Entry]:
+        """Return the rows of the table of progress."""
+        best = self.best
+        return [Entry(trial, self.statuses[number], trial is best) for number, trial in sorted(self.trials.items())]
+
+    def content(self, state: str) -> dict[str, Any]:
+        """Return what sweep.json says."""
+        best = self.best
+        return {
+            "name": self.plan.name,
+            "id": self.plan.line.sweep_id,
+            "state": state,
+            "started": self._started,
+            "updated": now(),
+            "elapsed_seconds": round(self._elapsed(), 3),
+            "command": self.plan.command,
+            "space": self.plan.space,
+            "sweep": self.plan.settings,
+            "num_trials": self.total,
+            "counts": self.counts(),
+            "best": best and {"trial": best.number, "value": self.statuses[best.number].value, "overrides": best.label},
+            "history": self.history,
+            **({"signatures": self.plan.signatures} if self.plan.signatures else {}),
+        }
+
+
+def early_replicates(trials: Sequence[Trial], statuses: Mapping[int, TrialStatus]) -> dict[int, TrialStatus]:
+    """Return the status of trials that wait for the first of their setting, where that was pruned."""
+    pruned = {trial.unit for trial in trials if statuses[trial.number].state == "PRUNED"}
+    waiting = [t.number for t in trials if t.unit in pruned and statuses[t.number].state == "WAITING"]
+    return {number: TrialStatus("PRUNED", cause="the first trial of its setting was") for number in waiting}
