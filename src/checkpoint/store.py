@@ -36,6 +36,7 @@ from src.checkpoint.manifest import (
     newest_resumable,
     problems_of,
     read_manifest,
+    read_state,
     refusal_of,
     sync,
     weights_checksum,
@@ -80,11 +81,6 @@ def read_snapshot(checkpoint: Path) -> Snapshot[Tensor]:
     refuse_damaged(checkpoint)
     optimizer = load_file(checkpoint / OPTIMIZER) if is_resumable(checkpoint) else None
     return Snapshot(load_file(checkpoint / WEIGHTS), optimizer, read_state(checkpoint))
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds besides its tensors."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 def refuse_damaged(checkpoint: Path) -> None:
