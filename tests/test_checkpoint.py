@@ -946,7 +946,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
         monkeypatch.undo()
     needed = human_bytes(400_000 + SMALL_BYTES)
     assert f"a checkpoint needs {needed}, {human_bytes(free)} are free in {run_dir}" in str(told.value)
-    there = "the checkpoint of step 2 is whole, and the same command goes on from it" if full else "no earlier"
+    there = "the checkpoint of step 2 is whole, and the same command resumes from it" if full else "no earlier"
     assert there in str(told.value)
     assert "keep_last" in str(told.value)
     assert (content(run_dir), shutil.disk_usage(run_dir).free) == (before, free)
