@@ -112,8 +112,8 @@ def pruner_of(kind: Pruner, min_resource: int, reduction_factor: int) -> Any:
 def _halving(min_resource: int, reduction_factor: int) -> Any:
     """Build the pruner of asynchronous successive halving (Li et al. 2020, arXiv 1810.05934).
 
-    Optuna's own can't go on with what it ended, so the first trials of a rung all pass it. Here a trial is paused at a rung
-    unless it is among the best there, and goes on once it is: see Study.promotable.
+    Optuna's own can't resume what it ended, so the first trials of a rung all pass it. Here a trial is paused at a rung
+    unless it is among the best there, and resumes once it is: see Study.promotable.
     """
 
     class Halving(optuna().pruners.BasePruner):  # type: ignore[misc]
