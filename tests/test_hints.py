@@ -135,7 +135,7 @@ def suggestions(message: str) -> Iterator[list[str]]:
         (["tf32=true"], "unknown key; there is no counterpart, because PyTorch's own setting is left as it is "),
         (["dpo_beta=0.1"], "there is no counterpart, because there is supervised fine-tuning only"),
         (["--learning_rate=1e-4"], "unrecognized arguments: --learning_rate=1e-4; keys are written without dashes: o"),
-        (["--help=optimizer"], "there is no = behind --help: --help optimizer"),
+        (["--help=optimizer"], "there is no = after --help: --help optimizer"),
     ],
 )  # fmt: skip
 def test_what_was_meant(overrides: list[str], told: str) -> None:
