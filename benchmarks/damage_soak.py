@@ -48,8 +48,8 @@ from benchmarks.soaking import (
     newest_whole,
     work,
 )
+from src.cli.main import main as run_main
 from src.predict import main as predict_main
-from src.run import main as run_main
 from src.tracking.lock import LOCK
 
 RUN = (

@@ -29,8 +29,8 @@ from typing import Any, NoReturn
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 from src.checkpoint.manifest import is_resumable, problems_of
+from src.cli.main import main as run_main
 from src.config.places import folder_of, steps_in
-from src.run import main as run_main
 from src.runtime.signals import STOP_SIGNALS
 from src.tracking.mlflow_names import plain_name
 from src.tracking.mlflow_state import TRACKING
@@ -39,7 +39,7 @@ HEAVY = (
     *("torch", "transformers.models.llama.modeling_llama", "transformers.models.bart.modeling_bart"),
     *("transformers.generation.utils", "accelerate", "peft", "datasets", "pandas"),
     *("mlflow", "mlflow.store.tracking.sqlalchemy_workspace_store", "alembic.command", "sqlalchemy.dialects.sqlite"),
-    *("src.overview", "src.model.export", "src.training.resume", "src.tracking.tracker", "src.tracking.provenance"),
+    *("src.run", "src.cli.start"),
     *("src.predict", "src.evaluation.predictions", "src.data.dataset", "src.evaluation.generate"),
 )
 """What a run imports, roughly."""
@@ -57,15 +57,15 @@ PHASES = {
     ("tracking/tracker.py", "finish"): "end",
     ("tracking/tracker.py", "_close"): "end",
     ("tracking/run_folder.py", "end"): "end",
-    **{("checkpoint/store.py", name): "save" for name in ("save", "consider", "wait", "finish", "_complete")},
+    **{("checkpoint/store.py", name): "save" for name in ("save", "keep_if_best", "wait", "finish", "_complete")},
     ("evaluation/evaluate.py", "evaluate"): "evaluation",
     ("evaluation/samples.py", "sample"): "samples",
     ("training/loop.py", "train"): "step",
     **{("tracking/tracker.py", name): "journal" for name in ("progress", "log", "line", "rewind_to")},
-    ("tracking/mirror.py", "_work"): "mlflow",
+    ("tracking/export_thread.py", "_work"): "mlflow",
     ("data/dataset.py", "build_data"): "data",
-    ("checkpoint/locate.py", "find_origin"): "set-up",
-    ("run.py", "admit_and_run"): "configuration",
+    ("training/resume.py", "find_resume_point"): "set-up",
+    ("cli/main.py", "_admit_and_run"): "configuration",
     ("sweep/sweeper.py", "lead"): "sweep",
 }
 """What a start is doing, by a file and a function of it that are on its stack; of several the innermost."""
@@ -130,7 +130,7 @@ class CallWatch:
             if not is_own:
                 return
             function = f"{name[len(OWN) :]} {frame.f_code.co_name}"
-            if function == "run.py train_and_export":
+            if function == "run.py run":
                 self._has_begun = True
             elif function == "training/loop.py train":
                 self._trains = True

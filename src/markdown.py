@@ -1,4 +1,4 @@
-"""Texts of users and data in Markdown files: they stay text, whatever signs they hold. Pure."""
+"""Escape texts of users and data in Markdown files. Pure."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from src.errors import visible
 
 _SPECIAL = re.compile(r"[\\`*<&\[\]#~]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
-"""Begins emphasis, code, HTML, an entity or a link somewhere in a line."""
+"""Characters that begin emphasis, code, HTML, an entity or a link anywhere in a line."""
 _BLOCK = re.compile(r"[-+=>]|\d+[.)]")
-"""Begins a list, a quotation or a rule at the start of a line."""
+"""Characters that begin a list, a quotation or a rule at the start of a line."""
 
 
 def inline(text: str) -> str:
-    """Return a text as one line of Markdown that shows it: no emphasis, code, link, HTML or cell of its own."""
+    """Return a text as one line of Markdown without emphasis, code, links, HTML or table cells."""
     line = _SPECIAL.sub(r"\\\g<0>", " ".join(visible(text).split()))
     if begins := _BLOCK.match(line):
         line = f"{line[: begins.end() - 1]}\\{line[begins.end() - 1 :]}"
@@ -34,7 +34,7 @@ def code(text: str) -> str:
 
 
 def fenced(content: str, language: str) -> str:
-    """Return a block of code that nothing in the content ends."""
+    """Return a block of code whose fence is longer than any in the content."""
     fence = "`" * max(3, _longest_fence(content) + 1)
     return f"{fence}{language}\n{content.removesuffix(chr(10))}\n{fence}"
 

@@ -5,40 +5,32 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
-from src.config.schema import Batching, InitMethod, LoraConfig, NoAdapterConfig, RunConfig, Weights
+from src.config.job import Job
+from src.config.schema import Batching, InitMethod, LoraConfig, RunConfig, Weights
 from src.data.dataset import Data
 from src.forecast.disk import disk_need, most_saves
 from src.forecast.optimizer_state import checkpoint_bytes
 from src.forecast.parameters import trained_of
 from src.model.build import num_parameters
-from src.model.embeddings import StartedRows, num_rows
+from src.model.embeddings import num_rows
 from src.runtime.session import Runtime
 from src.runtime.sharding import full_shape
-from src.tokens import NewTokens
+from src.training.assembly import Assembled
 from src.training.state import TrainState
 from src.util import human_bytes
 
 
-def overview(
-    config: RunConfig,
-    state: TrainState,
-    tokenizer: Any,
-    new: NewTokens,
-    started: StartedRows,
-    data: Data,
-    runtime: Runtime,
-    run_dir: Path,
-) -> dict[str, str]:
+def overview(job: Job, state: TrainState, built: Assembled, data: Data, runtime: Runtime) -> dict[str, str]:
     """Return label -> text; a text may have several lines."""
+    config = job.config
     sets = "\n".join(f"{name}: {report.summary}" for name, report in data.reports.items())
     return {
         "model": _model(config, state),
-        "tokens": _tokens(config, state, tokenizer, new, started),
+        "tokens": _tokens(config, state, built),
         "data": sets,
         "steps": _steps(config, state),
-        "disk": _disk(config, state, run_dir),
+        "disk": _disk(config, state, job.run_dir),
         "device": runtime.description,
     }
 
@@ -52,8 +44,8 @@ def _model(config: RunConfig, state: TrainState) -> str:
     if quantization.load_in_4bit:
         bits = f", frozen in 4 bits ({quantization.bnb_4bit_quant_type.value})"
     text = f"{type(state.model).__name__} of {config.model.checkpoint}, {source}, {dtype}{bits}"
-    if isinstance(config.adapter, LoraConfig):
-        text += f"\n{_adapter(config.adapter)}"
+    if (lora := config.lora) is not None:
+        text += f"\n{_adapter(lora)}"
     text += f"\n{total:,} parameters, {'all' if trained == total else f'{trained:,} ({trained / total:.2%})'} trained"
     if state.uses_full_logits:
         text += "\nits logits are more than head(hidden states): all of them are computed (slower, more memory)"
@@ -66,7 +58,8 @@ def _adapter(config: LoraConfig) -> str:
     return f"{kind}, r {config.r}, on {targets if isinstance(targets, str) else ', '.join(targets)}"
 
 
-def _tokens(config: RunConfig, state: TrainState, tokenizer: Any, new: NewTokens, started: StartedRows) -> str:
+def _tokens(config: RunConfig, state: TrainState, built: Assembled) -> str:
+    tokenizer, new, started = built.tokenizer, built.new_tokens, built.started
     text = f"{len(tokenizer):,} in the vocabulary, {num_rows(state.model):,} rows"
     if started.ids:
         init = config.tokens.init
@@ -88,7 +81,7 @@ def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
     if optimizer is None:
         return f"more than {human_bytes(weights)} a checkpoint: nothing is known of what {config.optimizer.type} keeps"
     whole = sum(math.prod(full_shape(p)) * p.element_size() for p in state.model.parameters())
-    exported = whole if isinstance(config.adapter, NoAdapterConfig) or config.export.merge else weights
+    exported = whole if not config.adapter.is_on or config.export.merge else weights
     saves = most_saves(config.checkpoint, state.num_steps, state.steps_per_epoch)
     has_metric = bool(config.data.validation_names())
     need = disk_need(weights, optimizer, config.checkpoint, exported, has_metric, saves)

@@ -1,6 +1,6 @@
-r"""Regular expressions of the user's, applied to rows within a limit of time, as Python's `re` would read them.
+r"""The user's regular expressions, applied to rows with a time limit, with the syntax of Python's `re`.
 
-The engine is that of the package regex, which can stop: `(a+)+$` on a long row would keep `re` busy for centuries.
+The engine is the package regex, which has timeouts: `(a+)+$` on a long row would keep `re` busy for centuries.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import regex
 from src.errors import ConfigError, DataError, LimitError
 
 SECONDS = 5.0
-"""Of processor time, for one pattern on one text; texts of a few MiB take milliseconds."""
+"""The limit of processor time for one pattern on one text; texts of a few MiB take milliseconds."""
 
 _BRACES = re.compile(r"\\N\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|\{", re.DOTALL)
 
 
 class Pattern:
-    """A pattern whose `.` takes line ends too; `key` is told where it does not come to an end.
+    """A pattern whose `.` matches line ends too; errors name its `key`.
 
     Raises:
-        ConfigError: where it is no regular expression.
+        ConfigError: where it is not a regular expression.
     """
 
     def __init__(self, key: str, pattern: str) -> None:
@@ -36,7 +36,7 @@ class Pattern:
             raise ConfigError(f"{key} = {pattern} is no regular expression: {error}") from error
 
     def sub(self, replacement: Callable[[Any], str] | str, text: str) -> str:
-        """Return a text with all matches replaced; raise LimitError where that takes too long, as all others here."""
+        """Return a text with all matches replaced. All methods raise LimitError where a pattern takes too long."""
         with self._limited(text):
             return self._compiled.sub(replacement, text, timeout=SECONDS)
 
@@ -63,10 +63,10 @@ class Pattern:
 
 @contextmanager
 def at(place: Callable[..., str], *of: Any) -> Iterator[None]:
-    """Tell the place of what goes beyond a limit in this block.
+    """Name the place of a text that exceeds a limit in this block.
 
     Args:
-        place: returns it, given `of`.
+        place: called with `of`; returns the place.
     Raises:
         DataError: naming it.
     """
@@ -82,5 +82,5 @@ def _compiled(pattern: str) -> Any:
 
 
 def _as_re_reads(match: re.Match[str]) -> str:
-    """Escape a brace that is no repetition: to `re` it is a sign like others, here it could allow errors."""
+    """Escape a brace that is no repetition: `re` takes it literally, regex for fuzzy matching."""
     return {"{": r"\{", "{}": r"\{\}"}.get(match.group(), match.group())

@@ -1,8 +1,8 @@
 """Files that Towline writes and reads back: each is read whole, or refused by name. No torch here.
 
-A file may be damaged in any way when it is read again: cut, overwritten, another file, no file at all. One reader looks
-at its kind before it is opened, at its size before it is read, and at what it says before anyone believes it. What it
-refuses is never removed or written over.
+A file may be damaged in any way when it is read again: cut, overwritten, another file, no file at all. One reader
+checks its kind before it is opened, its size before it is read, and its content before it is used. What it refuses is
+never removed or overwritten.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ import yaml
 from src.errors import DamagedFileError
 
 LARGEST_BYTES = 1 << 28
-"""Of a file that is read whole; those that Towline writes take less than a thousandth."""
+"""The limit for a file that is read whole; those that Towline writes are a thousand times smaller."""
 LARGEST_YAML_BYTES = 1 << 22
 CHUNK_BYTES = 1 << 22
 MOST_YAML_VALUES = 200_000
-"""Values that a YAML file may have once its aliases are written out: a few lines of them can stand for billions."""
+"""The limit of values in a YAML file with its aliases expanded: a few lines of them can stand for billions."""
 TAG = "tag:yaml.org,2002:"
-"""In front of the names of YAML's own kinds of values."""
+"""The prefix of the names of YAML's own types."""
 PLAIN_KINDS: Mapping[type[yaml.Node], Collection[str]] = {
     yaml.ScalarNode: ("str", "int", "float", "bool", "null"),
     yaml.SequenceNode: ("seq",),
     yaml.MappingNode: ("map",),
 }
-"""Of them, those that JSON has too, by the kind of node."""
+"""YAML's types that JSON has too, by the kind of node."""
 MOST_DIGITS = 308
-"""Of a whole number: what can be a float too."""
+"""The limit for an integer: a float can have as many."""
 DEEPEST = 100
-"""Levels of lists and mappings."""
+"""The limit of nested lists and mappings."""
 
 Types = type | tuple[type, ...]
 NUMBER = (int, float)
@@ -46,7 +46,7 @@ OPTIONAL_TEXT = (str, type(None))
 
 
 class Line(NamedTuple):
-    """A line of a file that grows: what it says, and its bytes with the end of the line."""
+    """A line of a file that grows: its content, and its bytes with the end of the line."""
 
     content: dict[str, Any]
     raw: bytes
@@ -55,7 +55,7 @@ class Line(NamedTuple):
 def read_json(
     file: Path, keys: Mapping[str, Types] | None = None, *, may_lack: Collection[str] = (), remedy: str = ""
 ) -> dict[str, Any]:
-    """Return the object that a JSON file holds.
+    """Return the object in a JSON file.
 
     Args:
         keys: the types of its keys; those that are not named may hold anything.
@@ -74,7 +74,7 @@ def read_json(
 
 
 def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
-    """Return the mapping that a YAML file holds, of what JSON knows too: its keys are texts, and no value is a date.
+    """Return the mapping in a YAML file, of types that JSON has too: its keys are texts, and no value is a date.
 
     Aliases that refer to themselves or multiply are refused.
 
@@ -95,7 +95,7 @@ def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise damaged(file, f"{place}{problem}", remedy) from error
-    except (ValueError, TypeError) as error:  # TypeError: of a key that can be none
+    except (ValueError, TypeError) as error:  # TypeError: a key that can't be one
         raise damaged(file, _said(error), remedy) from error
     except RecursionError as error:
         raise damaged(file, f"values are nested more than {DEEPEST} deep", remedy) from error
@@ -105,10 +105,10 @@ def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
 def read_lines(
     file: Path, check: Callable[[dict[str, Any], dict[str, Any] | None], None] | None = None, *, remedy: str = ""
 ) -> list[Line]:
-    """Return the lines of a file that grows, without a last one that a dying process did not finish.
+    """Return the lines of a file that grows, without a last one that was not finished.
 
     Args:
-        check: raises ValueError for a line, given the one before it, that is none of this file.
+        check: called with a line and the one before it; raises ValueError where it does not belong to this file.
         remedy: what to do where a line is damaged; `{number}` in it stands for the line's number.
     Raises:
         DamagedFileError: naming file and line.
@@ -140,7 +140,7 @@ def read_bytes(file: Path, most: int | None = LARGEST_BYTES) -> bytes:
     """
     try:
         found = os.stat(file)
-        if not stat.S_ISREG(found.st_mode):  # a pipe would wait for ever, a device may have no end
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever, a device may have no end
             raise ValueError("not a plain file")
         if most is not None and found.st_size > most:
             raise ValueError(f"{found.st_size:,} bytes, where {most:,} are the most")
@@ -154,10 +154,10 @@ def read_bytes(file: Path, most: int | None = LARGEST_BYTES) -> bytes:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names of what is in a folder, in order; none where there is no such folder.
+    """Return the names in a folder, sorted; empty where there is no such folder.
 
     Raises:
-        ValueError: where something is in its place that can't be looked into, which is not the same as an empty folder.
+        ValueError: where it can't be read, which is not the same as an empty folder.
     """
     try:
         return sorted(os.listdir(folder))
@@ -170,7 +170,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def check_plain(file: Path, remedy: str = "") -> None:
-    """Check that what is in a file's place, if anything, can be opened and read to its end.
+    """Check that a file, if there is one, can be opened and read to its end.
 
     Raises:
         DamagedFileError: where it is a pipe, a folder, a link to what is not there, or can't be looked at.
@@ -189,7 +189,7 @@ def check_keys(content: Mapping[str, Any], keys: Mapping[str, Types], may_lack: 
     """Check that an object has the keys that it needs, each with a value of its type.
 
     Raises:
-        ValueError: naming the first key that has not.
+        ValueError: naming the first key that is missing, or has another type.
     """
     for key, types in keys.items():
         if key not in content:
@@ -200,10 +200,10 @@ def check_keys(content: Mapping[str, Any], keys: Mapping[str, Types], may_lack: 
 
 
 def check_times(file: Path, content: Mapping[str, Any], keys: Collection[str], remedy: str = "") -> None:
-    """Check that what an object says under these keys, if anything, are times: ISO 8601, since 1970.
+    """Check that an object's values of these keys, if any, are times: ISO 8601, since 1970.
 
     Raises:
-        DamagedFileError: naming the first that is none.
+        DamagedFileError: naming the first that is not.
     """
     for key in keys:
         if content.get(key) is not None and not is_time(content[key]):
@@ -211,7 +211,7 @@ def check_times(file: Path, content: Mapping[str, Any], keys: Collection[str], r
 
 
 def is_time(value: Any) -> bool:
-    """Return whether a value is a text that is a time: ISO 8601, since 1970."""
+    """Return whether a value is a time as text: ISO 8601, since 1970."""
     try:
         return isinstance(value, str) and datetime.fromisoformat(value).timestamp() >= 0
     except (ValueError, OverflowError, OSError):
@@ -219,12 +219,12 @@ def is_time(value: Any) -> bool:
 
 
 def damaged(file: Path, reason: str, remedy: str) -> DamagedFileError:
-    """Return the error that tells a file that can't be used."""
+    """Return the error for a file that can't be used."""
     return DamagedFileError(f"{file} is damaged: {reason}.{f' {remedy}' if remedy else ''}")
 
 
 class Digest:
-    """Counts and hashes what a file that grows has got so far, as it is written."""
+    """Size and hash of a file that grows, updated as it is written."""
 
     def __init__(self, content: bytes = b"") -> None:
         self.num_bytes = 0
@@ -249,12 +249,12 @@ def file_digest(file: Path) -> dict[str, Any]:
 
 
 def begins_with(content: bytes, digest: object) -> bool:
-    """Return whether a file's content begins with what `Digest.as_dict` tells; False of what is no such thing."""
+    """Return whether a file's content begins with what a digest is of; False where it is no digest."""
     return is_digest(digest) and Digest(content[: digest["num_bytes"]]).as_dict() == dict(digest)
 
 
 def is_digest(value: object) -> TypeGuard[Mapping[str, Any]]:
-    """Return whether a value is what `Digest.as_dict` gives."""
+    """Return whether a value is a digest, as `Digest.as_dict`."""
     keys: Mapping[str, Types] = {"num_bytes": int, "xxh3_128": str}
     return (
         isinstance(value, Mapping)
@@ -265,10 +265,10 @@ def is_digest(value: object) -> TypeGuard[Mapping[str, Any]]:
 
 
 def parse(raw: bytes) -> dict[str, Any]:
-    """Return the object that JSON text holds.
+    """Return the object in JSON text.
 
     Raises:
-        ValueError: saying why it holds none.
+        ValueError: where there is none.
     """
     try:
         content = json.loads(raw.decode(), parse_constant=_no_number, parse_float=_float, parse_int=_int)
@@ -307,19 +307,19 @@ def _check_depth(node: Any, depth: int = 0) -> None:
 
 
 def count_values(node: yaml.Node) -> int:
-    """Return how many values a YAML node has once its aliases are written out.
+    """Return how many values a YAML node has with its aliases expanded.
 
     Raises:
-        ValueError: where it holds itself, is nested too deep, or has too many.
+        ValueError: where it contains itself, is nested too deep, or has too many.
     """
     return _count_values(node, {}, 0)
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) -> int:
-    """Do what `count_values` does, of a node at a depth.
+    """Count as `count_values` does, at a depth.
 
     Args:
-        counts: of each node by its identity; None while it is being counted.
+        counts: of nodes by identity; None while a node is being counted.
     """
     if id(node) in counts:
         known = counts[id(node)]
@@ -347,7 +347,7 @@ def _check_kinds(node: yaml.Node, seen: set[int]) -> None:
     """Check that a YAML node has text keys and values that JSON has too.
 
     Args:
-        seen: nodes that were checked, by their identity.
+        seen: identities of nodes that were checked.
     Raises:
         ValueError: naming the line.
     """
@@ -367,7 +367,7 @@ def _check_kinds(node: yaml.Node, seen: set[int]) -> None:
 
 
 def _is_plain(node: yaml.Node) -> bool:
-    """Return whether a YAML value is one that JSON has, and can be what its tag says that it is."""
+    """Return whether a YAML value has a type that JSON has, and can be read as that type."""
     if node.tag.removeprefix(TAG) not in PLAIN_KINDS[type(node)]:
         return False
     if not isinstance(node, yaml.ScalarNode) or node.tag == f"{TAG}str":

@@ -38,25 +38,25 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         Interrupted, Pruned: where something asked it to stop; it is saved then, if it had begun to train.
     """
     with start_session(job, found, stop) as (runtime, job, resume):  # job and checkpoint are the same on every rank
-        config = resume.adjust(job.config, runtime.num_processes, tracker.warn)
-        made = record_origin(tracker, job, config, runtime)
+        job = resume.adjust(job, runtime.num_processes, tracker.warn)  # as many rows a step as before
+        config, origin = job.config, record_origin(tracker, job, runtime)
 
         tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer, tracker.console.working)  # counts what it kept, truncated and dropped
-        resume.check(data, tokenizer, config, job.frozen)  # other rows or ids are refused before any weight is read
+        resume.check(data, tokenizer, job)  # other rows or ids are refused before any weight is read
         tracker.record("data_report.json", data.report())
         built = assemble_model(config, tokenizer, new_tokens, data, runtime)  # quantised, resized, initialised, adapted
         state = prepare(built.model, data.train, config, runtime, new_tokens.ids, resume.step, resume.position)
-        tracker.warn(built.load_initial(state, tokenizer, runtime, config))  # init_from
+        tracker.warn(built.load_initial(state, runtime, config))  # init_from
         evaluator = open_evaluation(config, state.scored, state.model, data, runtime)
         tracker.warn(warnings_ahead(config, data, tokenizer, state))
-        tracker.describe(overview(config, state, tokenizer, new_tokens, built.started, data, runtime, job.run_dir))
+        tracker.describe(overview(job, state, built, data, runtime))
         samples, num_prompts = data.for_samples(), config.evaluation.sample_prompts
         untrained = resume.untrained or [one.text for one in sample(evaluator, samples, num_prompts, step=0)]
         facts = fingerprint_of(state, data, tokenizer, runtime, config)
         tracker.warn(resume.restore(state, facts, runtime, config))  # weights, optimizer, counters, generators
 
-        with open_saver(job, config, resume, state, facts, untrained, runtime, tracker) as saver, stop.deferred():
+        with open_saver(job, resume, state, facts, untrained, runtime, tracker) as saver, stop.deferred():
             pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.console.warn)
             for step in train(state, data.train, config, runtime, evaluator.pad_token_id):
                 tracker.progress(step, state.num_steps, config.training.logging_steps)
@@ -66,7 +66,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
                 with tracker.line(step, due=config.training.log_every.is_due(step)) as line:
                     if config.evaluation.eval_every.is_due(step):
                         line.metrics |= evaluator.evaluate(data.validation.values(), new_tokens.ids)
-                        line.metrics |= state.new_rows.telemetry()
+                        line.metrics |= state.token_monitor.metrics()
                         saver.keep_if_best(line.metrics)
                     if step.is_last:
                         saver.load_best_if_asked()
@@ -77,6 +77,6 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
                     end_early(runtime.from_main(pruning.verdict(line.metrics)))
 
             totals = state.totals()  # merging takes the adapter out of the model
-            exported = export_trained(job, config, state, built, tokenizer, new_tokens, data, made, runtime, tracker)
+            exported = export_trained(job, state, built, data, origin, runtime, tracker)
             saver.finish()
             return tracker.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()}, exported, built.base)

@@ -17,10 +17,10 @@ mend first: a damaged file of the folder, which holds up nothing but what it say
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from src import secrets
 from src.cli.entry import answer, as_command
@@ -33,6 +33,7 @@ from src.config.rules.tracking import tracker_can_be_reached_by_some_scheme
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError, RunFolderError, report
 from src.records import Types, check_keys
+from src.util import in_words
 
 if TYPE_CHECKING:
     from src.tracking.console import Console
@@ -40,9 +41,7 @@ if TYPE_CHECKING:
 
 KEYS = ("tracking.uri", "tracking.experiment_name")
 TRACKER_KEYS: dict[str, Types] = {
-    **dict.fromkeys(("uri", "experiment_name", "run_name"), str),
-    "tags": dict,
-    "log_model": bool,
+    name: get_origin(hint) or hint for name, hint in get_type_hints(MlflowConfig).items() if name != "type"
 }
 
 
@@ -122,7 +121,7 @@ def _unread(line: CommandLine) -> Iterator[Problem]:
     for override in line.overrides:
         key = override.key_or_group
         if key not in ("run", *KEYS):
-            yield Problem(key, f"not read here; there are run, {' and '.join(KEYS)}", has_value=False)
+            yield Problem(key, f"not read here; there are {in_words(['run', *KEYS])}", has_value=False)
 
 
 def _folders(line: CommandLine) -> Iterator[Path]:
@@ -148,36 +147,46 @@ def _source(folder: Path, line: CommandLine) -> Source:
     Raises:
         _Refused: where it is no run's or sweep's, or has no tracker that can be used.
     """
+
+    def refused(reason: object) -> _Refused:
+        return _Refused(Problem("run", str(reason), str(folder), True, COMMAND_LINE))
+
     if reason := unusable(str(folder)):
-        raise _Refused(Problem("run", reason, str(folder), True, COMMAND_LINE))
+        raise refused(reason)
     is_sweep = os.path.lexists(folder / SWEEP)
     is_run = os.path.lexists(folder / STATUS) or all(os.path.lexists(folder / name) for name in (CONFIG, STARTS))
     if not is_sweep and not is_run:
-        reason = f"no folder of a run or a sweep: it has neither {STATUS} nor {SWEEP}"
-        raise _Refused(Problem("run", reason, str(folder), True, COMMAND_LINE))
+        raise refused(f"no folder of a run or a sweep: it has neither {STATUS} nor {SWEEP}")
     try:
         stored = _stored(folder, is_sweep)
     except FileNotFoundError as error:
-        raise _Refused(Problem("run", f"{CONFIG} is missing in it", str(folder), True, COMMAND_LINE)) from error
+        raise refused(f"{CONFIG} is missing in it") from error
     except DamagedFileError as error:
-        raise _Refused(Problem("run", str(error), str(folder), True, COMMAND_LINE)) from error
+        raise refused(error) from error
     given = {key.partition(".")[2]: str(value) for key in KEYS if (value := line.value_of(key)) is not None}
     if stored.get("type") != "mlflow" and "uri" not in given:
-        reason = "it has no tracker (tracking=none); to deliver it nevertheless give tracking.uri=…"
-        raise _Refused(Problem("run", reason, str(folder), True, COMMAND_LINE))
+        raise refused("it has no tracker (tracking=none); to deliver it nevertheless set tracking.uri=…")
+    return Source(folder, is_sweep, _tracker(stored | given, str(folder / CONFIG)))
+
+
+def _tracker(stored: Mapping[str, Any], where: str) -> MlflowConfig:
+    """Return a tracker's settings, with the secrets of the environment in them.
+
+    Raises:
+        _Refused: where a secret is missing, or a setting is none.
+    """
     missing: list[tuple[str, str]] = []
-    tracking = secrets.reveal({"tracking": stored | given}, missing)["tracking"]
+    tracking = secrets.reveal({"tracking": dict(stored)}, missing)["tracking"]
     if missing:
-        where = str(folder / CONFIG)
         raise _Refused(*(Problem(key, reason, has_value=False, where=where) for key, reason in missing))
     try:
         check_keys(tracking, TRACKER_KEYS)
     except ValueError as error:
-        raise _Refused(Problem("tracking", str(error), has_value=False, where=str(folder / CONFIG))) from error
+        raise _Refused(Problem("tracking", str(error), has_value=False, where=where)) from error
     config = MlflowConfig("mlflow", **{key: tracking[key] for key in TRACKER_KEYS})
     if problems := list(tracker_can_be_reached_by_some_scheme(config)):
         raise _Refused(*problems)
-    return Source(folder, is_sweep, config)
+    return config
 
 
 def _stored(folder: Path, is_sweep: bool) -> dict[str, Any]:

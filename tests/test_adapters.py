@@ -98,11 +98,7 @@ class Assembled:
         self.started: StartedRows = resize_and_initialise(
             self.model, self.tokenizer, self.new, self.config.tokens, self.config.seed, unlearned
         )
-        matrices = [matrix.module for matrix in embedding_matrices(self.model)]
-        ids = list(self.started.ids.values())
-        self.adapter: Adapter | None = add_adapter(
-            self.model, self.config.adapter, self.config.model, ids, matrices, is_merged=self.config.export.merge
-        )
+        self.adapter: Adapter | None = add_adapter(self.model, self.config, list(self.started.ids.values()))
         self.state: TrainState = prepare(self.model, self.data.train, self.config, runtime, self.new.ids)
 
     def train(self) -> None:
@@ -603,13 +599,13 @@ def test_an_adapter_that_does_not_fit_its_base_fails_the_run(
 
 def test_rows_are_watched(runtime: Runtime, bases: dict[str, str]) -> None:
     run = Assembled(runtime, *chosen(bases["llama-untied"], "adapter=lora", "optimizer=sgd", "optimizer.lr=0.5"))
-    watched = run.state.new_rows
-    start = watched.telemetry()
+    watched = run.state.token_monitor
+    start = watched.metrics()
     for name in ("<ToW>", "</ToW>"):
         assert start[f"tokens/{name}/cosine_to_start"] == pytest.approx(1.0)
         assert f"tokens/{name}/grad_norm" not in start
     run.train()
-    after = watched.telemetry()
+    after = watched.metrics()
     (inputs, output) = embedding_matrices(run.model)
     row = inputs.rows([run.new.added["<ToW>"]])[0]
     assert after["tokens/<ToW>/norm"] == pytest.approx(row.norm().item())

@@ -13,6 +13,7 @@ import textwrap
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -579,6 +580,14 @@ def test_a_worker_process_that_dies_is_told(tmp_path: Path, file: str, monkeypat
         built(admitted(*chosen(file, tmp_path / "cache", "data.preprocessing_num_workers=2")).config)
     assert entries(tmp_path / "cache") == []
     assert multiprocessing.active_children() == []
+
+
+def test_rows_to_predict_have_entries_of_their_own(tmp_path: Path, file: str, counted: Counted) -> None:
+    recipe = recipe_of(admitted(*chosen(file, tmp_path / "cache")).config)
+    cache = RowCache(str(tmp_path / "cache"), lambda _: None)
+    for to_predict, times in ((False, 1), (True, 1), (False, 0), (True, 0)):
+        shard = cache.shard("rows", file_source([file], None), replace(recipe, to_predict=to_predict))
+        assert (len(shard), counted.since()) == (40, times)
 
 
 # Memory

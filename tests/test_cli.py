@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +17,7 @@ from src.config.schema.every import Every
 from src.errors import ConfigError, Interrupted, ModelError, TrainingError
 from src.runtime.launch import has_lost_a_peer
 from src.runtime.signals import stop_on_signals
+from tests.conftest import ROOT
 
 
 def test_switches_leave_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,3 +99,10 @@ def test_a_lost_peer_is_told_from_a_fault(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("RANK", "1")
     assert all(map(has_lost_a_peer, lost))
     assert not any(map(has_lost_a_peer, [RuntimeError("shapes differ"), ValueError("by peer")]))
+
+
+def test_a_folder_is_looked_at_before_torch_is_imported() -> None:
+    heavy = ("torch", "transformers", "mlflow", "accelerate", "pyarrow")
+    code = f"import src.cli.start, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

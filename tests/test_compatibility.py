@@ -1,4 +1,4 @@
-"""What changed between a checkpoint and the run that goes on from it: judged key by key, and told."""
+"""What changed between a checkpoint and the run that resumes from it: judged key by key."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def changes_of(base: tuple[str, ...], before: tuple[str, ...], now: tuple[str, .
 
 
 def effects_of(base: tuple[str, ...], before: str, now: str) -> dict[str, Impact]:
-    return {change.key: change.effect for change in changes_of(base, tuple(before.split()), tuple(now.split()))}
+    return {change.key: change.impact for change in changes_of(base, tuple(before.split()), tuple(now.split()))}
 
 
 def refusal(changes: list[Change], *, allow_changed: bool = False) -> str:
@@ -258,7 +258,7 @@ def test_keys_that_come_and_go_with_a_type_are_not_told_beside_it(
     base: tuple[str, ...], now: str, kind: str, effect: Impact
 ) -> None:
     changes = changes_of(base, (), tuple(now.split()))
-    assert {change.key: change.effect for change in changes if change.effect is not HARMLESS or change.why} == (
+    assert {change.key: change.impact for change in changes if change.impact is not HARMLESS or change.why} == (
         {} if effect is HARMLESS else {kind: effect}
     )
     lone = [change for change in changes if change.key != kind]
@@ -307,7 +307,7 @@ def test_a_key_that_only_one_version_has(key: str, value: Any, expected: Impact,
     else:
         has = without | {name: value}
     (change,) = compare_configs(without, has) if is_new else compare_configs(has, without)
-    assert (change.key, change.effect) == (key, expected)
+    assert (change.key, change.impact) == (key, expected)
     assert (change.before, change.now) == ((NOT_THERE, value) if is_new else (value, NOT_THERE))
 
 
@@ -320,7 +320,7 @@ def test_an_unknown_key_that_both_have_is_another_training() -> None:
 def test_what_is_impossible_says_why(key: str) -> None:
     section, _, name = key.rpartition(".")
     (change,) = compare_configs({section: {name: 1}}, {section: {name: 2}})
-    assert change.effect is IMPOSSIBLE
+    assert change.impact is IMPOSSIBLE
     assert change.why
 
 
@@ -356,7 +356,7 @@ def test_a_change_for_good_needs_a_reason() -> None:
 )
 def test_effect_of_facts(changed: dict[str, Any], expected: list[tuple[str, Impact, str]]) -> None:
     found = compare_fingerprints(FACTS, dataclasses.replace(FACTS, **changed))
-    assert [(change.key, change.effect) for change in found] == [(key, effect) for key, effect, _ in expected]
+    assert [(change.key, change.impact) for change in found] == [(key, effect) for key, effect, _ in expected]
     for change, (_, _, why) in zip(found, expected, strict=True):
         assert why in change.why
         assert bool(why) == bool(change.why)
@@ -364,7 +364,7 @@ def test_effect_of_facts(changed: dict[str, Any], expected: list[tuple[str, Impa
 
 def test_facts_of_a_run_that_trained_all_weights() -> None:
     (change,) = compare_fingerprints(dataclasses.replace(FACTS, frozen_weights=None), FACTS)
-    assert (change.effect, change.why) == (IMPOSSIBLE, "all weights were trained then, now some are frozen")
+    assert (change.impact, change.why) == (IMPOSSIBLE, "all weights were trained then, now some are frozen")
 
 
 @pytest.mark.parametrize("facts", [FACTS, dataclasses.replace(FACTS, num_rows=None, frozen_weights=None)])
@@ -382,24 +382,24 @@ def test_all_that_is_refused_is_told_together() -> None:
     changes = changes_of((), (), ("seed=1", "optimizer=adamw_8bit", "name=x", "model.attn_implementation=eager"))
     changes += compare_fingerprints(FACTS, dataclasses.replace(FACTS, data="d2", num_rows=1200, device="cuda"))
     assert refusal(changes) == (
-        f"Can't go on from {WHERE}: 3 changes since then\n"
+        f"Can't resume from {WHERE}: 3 changes since then\n"
         "  seed: 42 → 1                         the rows come in another order\n"
         "  optimizer.type: adamw → adamw_8bit   an optimizer's state fits no other\n"
         "  data                                 the train rows are other ones: 1,000 then, 1,200 now\n"
         "The saved state does not fit optimizer.type; checkpoint.allow_changed=true is for the rest only.\n"
-        "Put them back as they were to go on with the same training; or start a new run in another hydra.run.dir "
-        f"(init_from={WHERE} gives it these weights)."
+        "Put them back as they were to resume the same training; or start a new run in another hydra.run.dir "
+        f"(init_from={WHERE} starts it from these weights)."
     )
 
 
 def test_another_training_may_be_allowed() -> None:
     told = refusal(changes_of((), (), ("seed=1",)))
     assert told.splitlines() == [
-        f"Can't go on from {WHERE}: 1 change since then",
+        f"Can't resume from {WHERE}: 1 change since then",
         "  seed: 42 → 1   the rows come in another order",
-        "What comes would be another training: checkpoint.allow_changed=true goes on all the same.",
-        "Put it back as it was to go on with the same training; or start a new run in another hydra.run.dir "
-        f"(init_from={WHERE} gives it these weights).",
+        "What comes would be another training: checkpoint.allow_changed=true resumes anyway.",
+        "Put it back as it was to resume the same training; or start a new run in another hydra.run.dir "
+        f"(init_from={WHERE} starts it from these weights).",
     ]
 
 
@@ -407,7 +407,7 @@ def test_a_folder_is_told_as_a_shell_takes_it() -> None:
     folder = "outputs/fin2 (a), b/checkpoints/step_4"
     with pytest.raises(ConfigError) as refused:
         check(changes_of((), (), ("seed=1",)), allow_changed=False, where=folder)
-    typed = str(refused.value).splitlines()[-1].partition("(")[2].removesuffix(" gives it these weights).")
+    typed = str(refused.value).splitlines()[-1].partition("(")[2].removesuffix(" starts it from these weights).")
     (argument,) = shlex.split(typed)
     read = read_override(argument)
     assert isinstance(read, Override)
@@ -434,7 +434,7 @@ def test_what_goes_on_is_said() -> None:
     assert check(changes, allow_changed=True, where=WHERE) == [
         f"what comes after {WHERE} is another training: seed: 42 → 1 (the rows come in another order); "
         "optimizer.lr: 0.002 → 1 (other updates)",
-        f"goes on from {WHERE}, but no longer bit for bit: model.gradient_checkpointing: false → true; "
+        f"resumes from {WHERE}, but no longer bit for bit: model.gradient_checkpointing: false → true; "
         "versions.torch: 2.8 → 2.9",
     ]
 

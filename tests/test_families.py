@@ -76,7 +76,7 @@ def marks(data: Data, *overrides: str) -> tuple[dict[str, float], list[str]]:
     assert isinstance(rows, EncodedSet)
     reader = AnswerReader(data.encoder, configured(*overrides).thought_tags, data.frame)
     answers = [reader.answer(rows, i, written(data, rows, i)) for i in range(len(rows))]
-    references = reader.references(rows, range(len(rows)))
+    references = [reader.reference(rows, i) for i in range(len(rows))]
     return scores(METRICS, answers, references, None), references
 
 
@@ -293,7 +293,7 @@ def test_a_thoughts_close_that_nobody_knows_is_not_invented(tmp_path: Path) -> N
 def test_a_chat_whose_only_turn_to_learn_is_written_otherwise_is_refused(tmp_path: Path) -> None:
     messages = row(turns=2, system=False, thought="none")["messages"]
     messages[-1]["weight"] = 0
-    with pytest.raises(DataError, match="there is no other to learn; give the last turn no weight of 0"):
+    with pytest.raises(DataError, match="there is no other to learn"):
         built(tmp_path, tokenizer_of("Qwen 3"), [messages])
 
 

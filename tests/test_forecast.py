@@ -66,7 +66,7 @@ from src.forecast.time import TimeForecast, counted_time, matmul_flops_per_secon
 from src.inspection.outlook import planned_parameters
 from src.model.adapters import Adapter, add_adapter
 from src.model.build import build_model, empty_model
-from src.model.embeddings import embedding_matrices, fit_embeddings
+from src.model.embeddings import fit_embeddings
 from src.model.export import export
 from src.training.head import PLAIN, ScoredModel
 from src.training.optim import build_optimizer
@@ -289,8 +289,7 @@ def adapted(model: Any, adapter: LoraConfig | None) -> Any:
     """Return a model with rows for new tokens and, where there is one, an adapter."""
     fit_embeddings(model, 261, 8)
     if adapter is not None:
-        matrices = [one.module for one in embedding_matrices(model)]
-        add_adapter(model, adapter, admitted().config.model, NEW_IDS, matrices)
+        add_adapter(model, replace(admitted().config, adapter=adapter), NEW_IDS)
     return model
 
 
@@ -627,8 +626,7 @@ def planned_and_real(weights: Path, *overrides: str) -> tuple[Any, ModelParamete
     for one in (empty, model):
         fit_embeddings(one, 261, 8)
     parameters = planned_parameters(config, empty, NEW_IDS)
-    matrices = [matrix.module for matrix in embedding_matrices(model)]
-    adapter = add_adapter(model, config.adapter, config.model, NEW_IDS, matrices)
+    adapter = add_adapter(model, config, NEW_IDS)
     assert adapter is not None
     return config, parameters, empty, model, adapter
 

@@ -145,7 +145,7 @@ def test_folders_to_start_from_are_looked_at(tmp_path: Path) -> None:
         assert "neither auto, never, nor a folder with a checkpoint" in refusal(f"checkpoint.resume={folder}")
     message = refusal(f"init_from={other}", f"checkpoint.resume={run}")
     assert "1 problem\n" in message
-    assert "starts a new run, checkpoint.resume goes on with one: give one of them" in message
+    assert "names one to resume: choose one of them" in message
     for word in ("auto", "never"):
         assert admitted(f"checkpoint.resume={word}").config.checkpoint.resume_from is None
 

@@ -110,10 +110,7 @@ def test_whatever_the_ids_only_new_rows_are_written_and_the_export_loads(
     assert started.ids == new.added | rowless
     adapter = None
     if is_adapter:
-        matrices = [matrix.module for matrix in embedding_matrices(model)]
-        adapter = add_adapter(
-            model, config.adapter, config.model, list(started.ids.values()), matrices, is_merged=config.export.merge
-        )
+        adapter = add_adapter(model, config, list(started.ids.values()))
     row = torch.tensor([[vocabulary["a"], new.added["<ToW>"], vocabulary["b"], new.added["</ToW>"]]])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.1)
     model(input_ids=row, labels=row).loss.backward()
@@ -210,8 +207,7 @@ def test_rows_are_counted_by_the_highest_id_wherever_they_are_counted(tmp_path: 
     model = AutoModelForCausalLM.from_pretrained(base)
     started = resize_and_initialise(model, tokenizer, new, config.tokens, seed=1)
     assert model.get_input_embeddings().weight.shape[0] == 24
-    matrices = [matrix.module for matrix in embedding_matrices(model)]
-    adapter = add_adapter(model, config.adapter, config.model, list(started.ids.values()), matrices)
+    adapter = add_adapter(model, config, list(started.ids.values()))
     frozen = admitted("adapter=lora", "model=causal_lm", f"model.checkpoint={base}").frozen
     export(model, adapter, tokenizer, out / "model", config, model_card(frozen, {}, {}, {}, new.ids))
     card = (out / "model" / "README.md").read_text()

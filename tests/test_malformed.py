@@ -100,7 +100,7 @@ JSON_LINES: dict[str, Case] = {
     "not JSON": ("rows.jsonl", between(b'{"prompt": "a", "completion": }'), [], [":3  not JSON: Expecting value"]),
     "cut in a row": ("rows.jsonl", jsonl(PAIR) + b'{"prompt": "a', [], [":2  not JSON: Unterminated string"]),
     "single quotes": ("rows.jsonl", between(b"{'prompt': 'a'}"), [], [":3  not JSON"]),
-    "two in a line": ("rows.jsonl", between(jsonl(PAIR).strip() * 2), [], [":3  something stands behind the object"]),
+    "two in a line": ("rows.jsonl", between(jsonl(PAIR).strip() * 2), [], [":3  more text after the object"]),
     "a list": ("rows.ndjson", between(["a", "b"]), [], [":3  a JSON object is needed, this is a list"]),
     "a text": ("rows.jsonl", between("a"), [], [":3  a JSON object is needed, this is a text"]),
     "null": ("rows.jsonl", between(None), [], [":3  a JSON object is needed, this is a null"]),
@@ -108,7 +108,7 @@ JSON_LINES: dict[str, Case] = {
     "UTF-16": ("rows.jsonl", jsonl(PAIR).decode().encode("utf-16"), [], ["rows.jsonl  looks like UTF-16"]),
     "BOM": ("rows.jsonl", codecs.BOM_UTF8 + jsonl(PAIR), [], [":1  begins with a byte order mark"]),
     "NUL": ("rows.jsonl", between(b'{"prompt": "\0"}'), [], [":3  a NUL byte (byte 13)"]),
-    "key twice": ("rows.jsonl", between(b'{"prompt": "a", "prompt": "b"}'), [], [":3  'prompt' stands twice"]),
+    "key twice": ("rows.jsonl", between(b'{"prompt": "a", "prompt": "b"}'), [], [":3  'prompt' occurs twice"]),
     "half an emoji": ("rows.jsonl", between(rb'{"prompt": "\ud83d"}'), [], [":3  \\ud83d is half a character"]),
     "NaN": ("rows.jsonl", between(b'{"prompt": NaN}'), [], [":3  NaN is no JSON"]),
     "nested": ("rows.jsonl", between(b'{"prompt": ' + b"[" * 10**5), [], [":3  nested too deep"]),
@@ -204,7 +204,7 @@ FORMATS: dict[str, Case] = {
         [QUERY],
         [":3", "empty"],
     ),
-    "query twice": ("rows.jsonl", between(b'{"query": "", "query": ""}', "query_response"), [QUERY], ["stands twice"]),
+    "query twice": ("rows.jsonl", between(b'{"query": "", "query": ""}', "query_response"), [QUERY], ["occurs twice"]),
     "no summary": ("rows.jsonl", between({"dialogue": "a"}, "dialogue_summary"), [DIALOGUE], [":3  no field 'summary"]),
     "dialogue of turns": (
         "rows.jsonl",
@@ -266,7 +266,7 @@ FORMATS: dict[str, Case] = {
         "rows.jsonl",
         jsonl(*[{"prompt": "a"}] * 5000),
         [],
-        ["5000 rows can't be used", ":1  no field", ":10  the same", "… and 4990 more"],
+        ["5,000 rows can't be used", ":1  no field", ":10  the same", "… and 4990 more"],
     ),
 }
 CHATS: dict[str, Case] = {

@@ -343,7 +343,7 @@ def refusal(*overrides: str) -> str:
     [
         (["data.test_files=null"], ["data.test_files", "nothing to predict", "1 problem\n"]),
         (["data.test_files=[nope.jsonl]"], ["data.test_files = nope.jsonl", "no such file"]),
-        (["data.test_files={metrics: [data/tow_addition]}"], ["metrics.json is written beside"]),
+        (["data.test_files={metrics: [data/tow_addition]}"], ["data.test_files", "metrics.json is written"]),
         (["generation.max_new_token=4"], ["unknown key; did you mean generation.max_new_tokens?"]),
         (["optimizer=sgd"], ["optimizer = sgd", "a run keeps the options of its frozen config"]),
         (["tokens=none", "seed=x", "generation.foo=1"], ["3 problems", "tokens = none", "seed = x", "generation.foo"]),

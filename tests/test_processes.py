@@ -326,7 +326,7 @@ def test_a_file_of_deepspeeds_trains_as_one_process_and_is_not_needed_again(lab:
     ).run
     assert again is not None
     found = find_resume_point(again.config.checkpoint, again.frozen, ours, force=False)
-    assert (found.step, [change.key for change in found.changes if change.effect > 1]) == (4, [])
+    assert (found.step, [change.key for change in found.changes if change.impact > 1]) == (4, [])
 
 
 def test_each_process_has_a_log(lab: Laboratory) -> None:

@@ -22,6 +22,7 @@ from src.config.help import help_of_run
 from src.sweep.plan import plan_sweep
 from src.sync import admit_sync
 from tests.conftest import ROOT, admitted
+from tests.test_layers import layer
 
 MADE = ("configuration.md", "coming_from.md")
 """Pages that are generated, and tested by test_pages."""
@@ -241,6 +242,13 @@ def test_types_that_flow_exist() -> None:
     for types, room in re.findall(r"^\| (`.*?`) \| (\w+) \|", table, flags=re.MULTILINE):
         for name in re.findall(r"`(\w+)`", types):
             assert re.search(rf"^class {name}\b", code[room], flags=re.MULTILINE), f"{room} has no {name}"
+
+
+def test_layers_are_those_of_the_imports() -> None:
+    (arrows,) = re.findall(r"^preflight, .* → .*$", PAGES["docs/architecture.md"], flags=re.MULTILINE)
+    levels = [{layer(name) for name in level.split(", ")} for level in arrows.split(" → ")]
+    assert all(len(level) == 1 for level in levels)
+    assert levels == sorted(levels, key=min)
 
 
 def test_every_page_can_be_found() -> None:

@@ -1,4 +1,4 @@
-"""What changed between a checkpoint and the run that goes on from it, and what that means. Pure, no torch.
+"""What changed between a checkpoint and the run that resumes from it, and what that means. Pure, no torch.
 
 Two comparisons. Configurations say what was asked for, key by key; what a change means is a fact of the key
 (`src.config.schema.fields.Facts.resume`). A fingerprint says what came of it: which rows, which ids, which weights. A
@@ -32,11 +32,11 @@ class Change:
     key: str
     before: Any
     now: Any
-    effect: Impact
+    impact: Impact
     why: str = ""
 
     def __post_init__(self) -> None:
-        if self.effect is Impact.impossible and not self.why:
+        if self.impact is Impact.impossible and not self.why:
             raise ValueError(f"{self.key}: what is refused for good needs a reason")
 
     @property
@@ -77,12 +77,12 @@ class Fingerprint:
     validation: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Fingerprint:
-        """Take back what `as_dict` gave; what a later version added is left out.
+        """Build from what `as_dict` returned; entries that a later version added are left out.
 
         Raises:
             TypeError: where some are missing.
@@ -95,7 +95,7 @@ HASHES = ("data", "tokenizer", "frozen_weights", "architecture", "validation")
 
 
 def compare_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Tell every key that differs, in the order of the configuration, also those that one side does not have.
+    """Return every key that differs, in the order of the configuration, also those that one side lacks.
 
     Args:
         before, now: whole frozen configurations as plain containers.
@@ -112,7 +112,7 @@ def compare_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[C
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Give a configuration by dotted keys; a mapping that is the value of a key stays one."""
+    """Yield a configuration by dotted keys; a mapping that is the value of a key stays one."""
     nested = {key.rpartition(".")[0] for key in known_keys()}
     for name, value in config.items():
         key = f"{prefix}{name}"
@@ -150,11 +150,11 @@ def _judge_lone(key: str, before: Flat, now: Flat) -> Verdict:
 
 
 def compare_fingerprints(before: Fingerprint, now: Fingerprint) -> list[Change]:
-    """Tell what the configurations came to, where it differs.
+    """Return what differs between two fingerprints.
 
     Args:
         before: as the checkpoint has them; its `step` are the steps done.
-        now: of the run that would go on; its `step` is not looked at.
+        now: of the run that would resume; its `step` is ignored.
     """
     return [
         Change(key, getattr(before, key), getattr(now, key), *judge(before, now))
@@ -210,7 +210,7 @@ _FACTS: dict[str, Callable[[Fingerprint, Fingerprint], Verdict]] = {
 
 
 def check(changes: Sequence[Change], *, allow_changed: bool, where: str) -> list[str]:
-    """Refuse what may not change, all of it together, and give warnings of the rest that has to be said.
+    """Raise ConfigError of every change that is not allowed; return warnings of those that are.
 
     Args:
         allow_changed: whether another training is meant.
@@ -219,14 +219,14 @@ def check(changes: Sequence[Change], *, allow_changed: bool, where: str) -> list
         ConfigError: naming each change, and what to do.
     """
     least = Impact.impossible if allow_changed else Impact.trajectory
-    if refused := [change for change in changes if change.effect >= least]:
+    if refused := [change for change in changes if change.impact >= least]:
         raise ConfigError(_refusal(refused, where))
-    of = {effect: [change for change in changes if change.effect is effect] for effect in Impact}
+    of = {impact: [change for change in changes if change.impact is impact] for impact in Impact}
     warnings = []
     if others := of[Impact.trajectory]:
         warnings.append(f"what comes after {where} is another training: {_joined(others)}")
     if rounded := of[Impact.rounding]:
-        warnings.append(f"goes on from {where}, but no longer bit for bit: {_joined(rounded)}")
+        warnings.append(f"resumes from {where}, but no longer bit for bit: {_joined(rounded)}")
     return [*warnings, *(_joined([change]) for change in of[Impact.harmless] if change.why)]
 
 
@@ -235,12 +235,12 @@ def _joined(changes: Sequence[Change]) -> str:
 
 
 def _refusal(refused: Sequence[Change], where: str) -> str:
-    impossible = [change for change in refused if change.effect is Impact.impossible]
+    impossible = [change for change in refused if change.impact is Impact.impossible]
     width = min(60, max(len(change.values) for change in refused))
-    lines = [f"Can't go on from {where}: {plural(len(refused), 'change')} since then"]
+    lines = [f"Can't resume from {where}: {plural(len(refused), 'change')} since then"]
     lines += [f"  {change.values:<{width}}   {change.why}".rstrip() for change in refused]
     if not impossible:
-        lines.append("What comes would be another training: checkpoint.allow_changed=true goes on all the same.")
+        lines.append("What comes would be another training: checkpoint.allow_changed=true resumes anyway.")
     elif len(impossible) < len(refused):
         for_good = ", ".join(change.key for change in impossible)
         lines.append(f"The saved state does not fit {for_good}; checkpoint.allow_changed=true is for the rest only.")
@@ -248,8 +248,8 @@ def _refusal(refused: Sequence[Change], where: str) -> str:
         lines.append("The saved state does not fit.")
     back = "Put it back as it was" if len(refused) == 1 else "Put them back as they were"
     lines.append(
-        f"{back} to go on with the same training; or start a new run in another hydra.run.dir "
-        f"({shell_override('init_from', where)} gives it these weights)."
+        f"{back} to resume the same training; or start a new run in another hydra.run.dir "
+        f"({shell_override('init_from', where)} starts it from these weights)."
     )
     return "\n".join(lines)
 
@@ -273,11 +273,11 @@ def _text(value: Any) -> str:
 
 
 def is_reordered(changes: Sequence[Change], now: Mapping[str, Any]) -> bool:
-    """Whether the order of the epoch that is under way can't be continued, so that it begins again.
+    """Return whether the row order of the current epoch can't be continued, so that the epoch starts again.
 
     Args:
         changes: of configuration and facts.
-        now: the whole configuration that goes on.
+        now: the whole configuration that resumes.
     """
     flat = dict(_flat(now))
     return any(change.key == "data" or _reorders(change.key, flat) for change in changes)

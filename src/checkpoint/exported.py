@@ -1,4 +1,4 @@
-"""What a run exported, held against what it wrote: status.json knows size and checksum of each file. No torch here."""
+"""Exported models compared with what was written: status.json has size and checksum of each file. No torch here."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from src.config.schema import RunConfig, Weights
 from src.records import check_plain, damaged, file_digest
 
 MODEL, BASE = "model", "base"
-"""What status.json has the checksums of."""
+"""Keys of status.json with checksums of files."""
 MAY_CHANGE = ("README.md", "generation_config.json")
-"""Files of model/ that people change, and that decide no weight and no token."""
+"""Files of model/ that people edit, and that change no weight and no token."""
 
 
 ADAPTER = "adapter_config.json"
 OF_A_BASE = (".safetensors", ".bin", ".pt", ".index.json", ".py")
-"""How files of a model's folder end that decide its weights or what it computes, beside config.json."""
+"""How files end that decide a model's weights or what it computes, besides config.json."""
 
 
 def exported_digests(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size and checksum of the files of an exported model, by their names below its folder."""
+    """Return size and checksum of the files of an exported model, by their paths in its folder."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in MAY_CHANGE)
     return {str(file.relative_to(folder)): file_digest(file) for file in files}
 
 
 def base_files(model: Path, checkpoint: str) -> list[Path]:
-    """Return the files of a local model that an exported adapter stands on; none where it stands on none of these.
+    """Return the files of the local model that an exported adapter was trained on; empty where it has no local one.
 
     Raises:
         DamagedFileError: where one of them is no plain file.
@@ -39,21 +39,21 @@ def base_files(model: Path, checkpoint: str) -> list[Path]:
 
 
 def base_digests(checkpoint: str) -> dict[str, dict[str, Any]] | None:
-    """Return size and checksum of each file of a local model that an adapter is trained on; None of one of a hub's."""
+    """Return size and checksum of each file of the local model that an adapter is trained on; None of one on a hub."""
     base = Path(checkpoint)
     return {file.name: file_digest(file) for file in _deciding(base)} if base.is_dir() else None
 
 
 def check_exported(run_dir: Path, checkpoint: str | None = None) -> None:
-    """Check that what a finished run exported is what it wrote; of one that did not note it nothing is known.
+    """Check that a finished run's exported model is as it was written; an earlier version kept no checksums.
 
     Args:
-        checkpoint: the model that the run's adapter stands on, if it is one; it must be the one that it was trained on.
+        checkpoint: the model that the run's adapter is to be loaded on, which must be the one that it was trained on.
     Raises:
         DamagedFileError: naming the first file that is not.
     """
     folder, status = run_dir / MODEL, read_status(run_dir)
-    again = "Restore it from a copy; or have it exported again: move status.json away, and give the run's command."
+    again = "Restore it from a copy; or export it again: move status.json away, and start the run's command."
     for file in sorted(folder.rglob("*")):
         if not file.is_dir():
             check_plain(file, again)
@@ -77,7 +77,7 @@ def check_exported(run_dir: Path, checkpoint: str | None = None) -> None:
 
 
 def _compare(folder: Path, there: Mapping[str, Any], written: Mapping[str, Any], reason: str, remedy: str) -> None:
-    """Raise a DamagedFileError for the first file that is not as it was written down."""
+    """Raise a DamagedFileError for the first file with another size or checksum than was noted."""
     for name in sorted(written):
         if name not in there:
             raise damaged(folder / name, "it is missing", remedy)
@@ -98,10 +98,10 @@ def _deciding(base: Path) -> list[Path]:
 
 
 def exported_start(config: RunConfig) -> Path | None:
-    """Return the folder of the model that `init_from` means; None where it means a checkpoint, or there is none.
+    """Return the folder of the model that `init_from` names; None where it names a checkpoint, or is not set.
 
     Raises:
-        DamagedFileError: where it is not what its run exported.
+        DamagedFileError: where its files are not those that its run exported.
     """
     if config.init_from is None:
         return None
@@ -113,7 +113,7 @@ def exported_start(config: RunConfig) -> Path | None:
 
 
 def starting_model(config: RunConfig) -> RunConfig:
-    """Return the configuration with the whole model of `init_from` as what the run starts with, where it is one.
+    """Return the configuration with the whole model of `init_from` as its checkpoint, where that is one.
 
     Raises:
         DamagedFileError: as `exported_start`.
@@ -126,7 +126,7 @@ def starting_model(config: RunConfig) -> RunConfig:
 
 
 def standing_on(run_dir: Path, config: RunConfig) -> RunConfig:
-    """Return the configuration that loads what a run exported: an adapter stands on what its run started with.
+    """Return the configuration that loads what a run exported; an adapter needs the model that its run started with.
 
     Raises:
         DamagedFileError: as `exported_start`.

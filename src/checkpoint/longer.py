@@ -1,4 +1,4 @@
-"""Whether a run that is finished is asked for more steps, and whether it can go on. No torch here."""
+"""Whether a finished run is asked for more steps, and whether it can be continued. No torch here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from src.config.schema import CheckpointConfig, TrainingConfig
 from src.errors import CheckpointError, RunFolderError
 
 LEAST_SHARE = 1e-6
-"""Of a step: what a number of epochs may be off by when it becomes one of steps."""
+"""The rounding error, in steps, that a number of epochs may have."""
 
 
 def is_asked_for_more(training: TrainingConfig, run_dir: Path) -> bool:
@@ -28,26 +28,26 @@ def is_asked_for_more(training: TrainingConfig, run_dir: Path) -> bool:
         return training.max_train_steps > status["step"]
     if (per_epoch := status.get("steps_per_epoch")) is not None:
         return math.ceil(training.num_train_epochs * per_epoch - LEAST_SHARE) > status["step"]
-    first = read_config(run_dir).get("training", {})  # of a version that did not note it, or of a stream
+    first = read_config(run_dir).get("training", {})  # of an earlier version, or a stream
     return first.get("max_train_steps") is None and training.num_train_epochs > first.get("num_train_epochs", math.inf)
 
 
 def how_to_go_on_for_longer(training: TrainingConfig, run_dir: Path) -> str:
-    """Return in words what makes a finished run go on."""
+    """Return in words how to continue a finished run."""
     status = read_status(run_dir)
     if training.max_train_steps is not None:
-        return f"a training.max_train_steps above {status['step']:,} goes on with it (null: num_train_epochs counts)"
+        return f"a training.max_train_steps above {status['step']:,} continues it (null: num_train_epochs counts)"
     per_epoch = status.get("steps_per_epoch")
     above = f" above {status['step'] / per_epoch:g}" if per_epoch else ", larger than it was,"
-    return f"a training.num_train_epochs{above} goes on with it"
+    return f"a training.num_train_epochs{above} continues it"
 
 
 def check_longer(config: CheckpointConfig, run_dir: Path) -> None:
-    """Check that a finished run can go on for longer in its folder, before anything is changed.
+    """Check that a finished run can be continued in its folder, before anything is changed.
 
     Raises:
-        RunFolderError: where the folder is not to be gone on with.
-        CheckpointError: where it keeps no checkpoint that could be gone on from.
+        RunFolderError: where it can't be continued in this folder.
+        CheckpointError: where it has no checkpoint to resume from.
     """
     step = read_status(run_dir)["step"]
     finished = f"{run_dir} is finished at step {step:,}"
@@ -69,7 +69,7 @@ def check_longer(config: CheckpointConfig, run_dir: Path) -> None:
 
 
 def _why_none(folder: Path) -> str:
-    """Return why a folder has no checkpoint that a run could go on from."""
+    """Return why a folder has no checkpoint to resume from."""
     damaged = []
     for step in reversed(steps_in(folder)):
         try:

@@ -1,7 +1,7 @@
-"""What is whole: a checkpoint's list of its files, with sizes and checksums, written last. No torch here.
+"""The manifest of a checkpoint: its files with sizes and checksums, written last. No torch here.
 
-Checksums (XXH3, 128 bits) are against damage, not against attack. The list itself is in one canonical form with a
-checksum of its own, so that a changed byte anywhere in it is noticed too.
+Checksums (XXH3, 128 bits) protect against damage, not against attack. The manifest is in one canonical form with a
+checksum of its own, so that a changed byte in it is noticed too.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from src.records import read_bytes
 MANIFEST = "manifest.json"
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 FORMAT = 1
-"""Of the files that a manifest lists; one with a higher number was written by a later version."""
+"""The version of the format; a manifest with a higher number was written by a later version of Towline."""
 CHUNK_BYTES = 1 << 22
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 """Errors of opening what is not there: nothing, a link to nothing or to itself, or what can't be opened at all."""
 
 
 class LaterVersionError(ValueError):
-    """A manifest whose form this version does not know: nothing is wrong with it."""
+    """A manifest in a later format than this version knows."""
 
 
 class Entry(NamedTuple):
@@ -41,9 +41,9 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a checkpoint. Without the optimizer's state a run can't go on from it; its weights are whole.
+    """The files of a checkpoint. Without the optimizer's state it holds weights only, and no run can resume from it.
 
-    `is_save` is false where the weights alone were written, of an evaluation between two saves.
+    `is_save` is false where only weights were written, of an evaluation between two saves.
     """
 
     step: int
@@ -55,7 +55,7 @@ class Manifest:
         return OPTIMIZER in self.files
 
     def text(self) -> str:
-        """Give the canonical form."""
+        """Return the canonical form."""
         files = {name: entry._asdict() for name, entry in self.files.items()}
         listed: dict[str, Any] = {"format": FORMAT, "step": self.step, "is_save": self.is_save, "files": files}
         own = xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
@@ -63,7 +63,7 @@ class Manifest:
 
 
 def checksum(file: Path) -> str:
-    """Give the checksum of a file's content, 32 hex digits."""
+    """Return the checksum of a file's content, 32 hex digits."""
     hashed = xxhash.xxh3_128()
     with open(file, "rb") as content:
         while chunk := content.read(CHUNK_BYTES):
@@ -72,7 +72,7 @@ def checksum(file: Path) -> str:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """Read what a checkpoint should hold.
+    """Return the manifest of a checkpoint.
 
     Raises:
         LaterVersionError, ValueError: naming the manifest and what is wrong with it.
@@ -102,7 +102,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def problems_of(checkpoint: Path) -> Iterator[str]:
-    """Tell what is wrong with a checkpoint, file by file; every byte is read. Nothing where it is whole."""
+    """Yield what is wrong with a checkpoint, file by file; every byte is read."""
     if os.path.lexists(checkpoint) and not checkpoint.is_dir():
         yield "it is a link to what is not there" if checkpoint.is_symlink() else "it is no folder"
         return
@@ -139,10 +139,9 @@ def weights_checksum(checkpoint: Path) -> str:
 
 
 def refusal_of(checkpoint: Path) -> str | None:
-    """Return what of a checkpoint the operating system refuses to open, and why; None where it refuses nothing.
+    """Return which file of a checkpoint the operating system refuses to open, and why; None where it refuses none.
 
-    What is refused may be whole: that nobody may read it says nothing of it. What is missing, or of another kind, is
-    not refused, see `problems_of`.
+    Such a checkpoint may be whole. What is missing, or no plain file, is not refused, see `problems_of`.
     """
     for place in (checkpoint, *(checkpoint / name for name in (MANIFEST, WEIGHTS, OPTIMIZER, STATE))):
         try:
@@ -154,7 +153,7 @@ def refusal_of(checkpoint: Path) -> str | None:
 
 
 def is_later(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written by a later version."""
+    """Return whether a checkpoint was written by a later version."""
     try:
         read_manifest(checkpoint)
     except LaterVersionError:
@@ -165,7 +164,7 @@ def is_later(checkpoint: Path) -> bool:
 
 
 def is_resumable(checkpoint: Path) -> bool:
-    """Whether a run could go on from a checkpoint, by its manifest alone."""
+    """Return whether a run can resume from a checkpoint, by its manifest alone."""
     try:
         return read_manifest(checkpoint).is_resumable
     except ValueError:
@@ -173,12 +172,12 @@ def is_resumable(checkpoint: Path) -> bool:
 
 
 def newest_resumable(folder: Path) -> int | None:
-    """Give the last step in a folder that a run could go on from, by the manifests alone."""
+    """Return the last step in a folder that a run can resume from, by the manifests alone."""
     return next((step for step in reversed(steps_in(folder)) if is_resumable(folder_of(folder, step))), None)
 
 
 def sync(place: Path) -> None:
-    """Have what was written to a file, or renamed in a folder, be on the disk when this returns."""
+    """Sync a file's content, or a folder's entries, to the disk."""
     descriptor = os.open(place, os.O_RDONLY)
     try:
         os.fsync(descriptor)

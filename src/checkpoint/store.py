@@ -1,8 +1,8 @@
-"""Saving: checkpoints of a run, each whole or not there at all; which of them stay; the best weights.
+"""Saving: checkpoints of a run, each whole or not there at all; which of them are kept; the best weights.
 
-A save returns when its bytes are with the operating system. A thread of its own then has them written to the disk,
-reads them back, lists them (src.checkpoint.manifest), puts the folder into its place, and only then removes what is
-not to be kept. So training waits for a copy in memory, not for the disk. Safetensors and JSON, nothing pickled.
+A save returns when its bytes are with the operating system. A thread then syncs them to the disk, reads them back,
+writes their manifest (src.checkpoint.manifest), renames the folder, and only then removes what is not to be kept. So
+training waits for a copy in memory, not for the disk. Safetensors and JSON, nothing pickled.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from src.util import human_bytes, write_atomically
 
 T_co = TypeVar("T_co", bound=Tensor | ShardedTensor, covariant=True)
 SMALL_BYTES = 100_000
-"""What state.json and manifest.json take at most, and what a file system needs beside."""
+"""What state.json and manifest.json take at most, with what a file system needs for them."""
 
 
 @dataclass(frozen=True)
 class Snapshot(Generic[T_co]):
     """What a checkpoint holds: tensors by name, and all else as plain JSON values.
 
-    `optimizer` is None where only weights are kept. What is shared out comes together as it is written.
+    `optimizer` is None where only weights are kept. Sharded tensors are gathered as they are written.
     """
 
     weights: Mapping[str, T_co]
@@ -72,10 +72,10 @@ class Snapshot(Generic[T_co]):
 
 
 def read_snapshot(checkpoint: Path) -> Snapshot[Tensor]:
-    """Load a checkpoint, onto the CPU.
+    """Load a checkpoint onto the CPU.
 
     Raises:
-        CheckpointError: where it is not whole.
+        CheckpointError: where it is damaged.
     """
     refuse_damaged(checkpoint)
     optimizer = load_file(checkpoint / OPTIMIZER) if is_resumable(checkpoint) else None
@@ -83,12 +83,12 @@ def read_snapshot(checkpoint: Path) -> Snapshot[Tensor]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Give what a checkpoint says beside its tensors."""
+    """Return what a checkpoint holds besides its tensors."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 def refuse_damaged(checkpoint: Path) -> None:
-    """See that every byte of a checkpoint is as it was written.
+    """Check that every byte of a checkpoint is as it was written.
 
     Raises:
         CheckpointError: naming the files that are not.
@@ -101,7 +101,7 @@ class Checkpoints:
     """The checkpoints of one run, in `checkpoints/` of its folder. Built by `open_checkpoints`.
 
     Args:
-        before: called by the thread that completes a save, before it does.
+        before: called by the thread that completes a save, before it completes it.
         writes: whether this process writes; of several, one does.
     """
 
@@ -115,20 +115,20 @@ class Checkpoints:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._present: set[int] = set()
-        """Steps whose weights are in the folder, or on their way."""
+        """Steps whose weights are in the folder, or being written."""
         self._ranking: list[tuple[float, int]] = []
-        """Value and step of the best evaluations, the best first, of equals the first; at most keep_best."""
+        """Value and step of the best evaluations, best first, of equal ones the earlier; at most keep_best."""
         self._best_at_save: set[int] = set()
-        """The steps of the best evaluations when the run was last saved: what a run that goes on from there needs."""
+        """The steps of the best evaluations at the last save: a run that resumes from it needs their weights."""
         self._written: dict[int, str] = {}
-        """Checksums of the files of weights that this run wrote, by step."""
+        """Checksums of the weights that this run wrote, by step."""
         self.newest: int | None = None
-        """The last step that the run can go on from."""
+        """The last step that the run can resume from."""
         self.warnings: list[str] = []
-        """What an earlier start left, and that can't be removed."""
+        """What an earlier start has left that can't be removed."""
 
     def discard_after(self, newest: int) -> list[str]:
-        """Remove the steps of a course that is left, behind the one that the run goes on from; tells them.
+        """Remove the checkpoints after the step that the run resumes from; return a warning that names them.
 
         Raises:
             CheckpointError: where one of them can't be read, and may be whole.
@@ -145,15 +145,15 @@ class Checkpoints:
     def load_index(
         self, lines: Iterable[Mapping[str, Any]], newest: int | None, written: Mapping[int, str] | None = None
     ) -> list[str]:
-        """Take up what earlier starts left; gives warnings.
+        """Find the checkpoints and best evaluations of earlier starts; return warnings.
 
         Args:
             lines: the lines of metrics so far, or of the best evaluations among them.
-            newest: the step of this folder that the run goes on from; None where it begins, or comes from elsewhere.
-            written: what weights the run wrote, see src.checkpoint.locate.written_weights.
+            newest: the step of this folder that the run resumes from; None where it begins, or resumes from another.
+            written: checksums of the weights that the run wrote, see src.checkpoint.locate.written_weights.
         Raises:
             CheckpointError: where the best weights are lost, and are to be exported; or where some of the best can't be
-                read, so that nobody knows whether they are.
+                read, so that they may be lost.
         """
         written = written or {}
         if newest is not None:
@@ -173,10 +173,10 @@ class Checkpoints:
         return [f"the weights of step {step}, among the best so far, are lost: {lost[step]}" for step in lost]
 
     def save(self, step: int, take: Callable[[], Snapshot[Tensor | ShardedTensor]]) -> None:
-        """Save a step, so that the run can go on from it; one that is saved already is left as it is.
+        """Save a step to resume from, unless it is saved already.
 
         Args:
-            take: gives what is to be saved.
+            take: returns what is to be saved.
         Raises:
             DiskFullError: naming what it needs and what there is; earlier checkpoints are as they were.
         """
@@ -191,7 +191,7 @@ class Checkpoints:
         """Keep the weights of an evaluation that is among the best so far.
 
         Args:
-            take: gives the weights, where they have to be written.
+            take: returns the weights, where they have to be written.
         """
         if self._rank(step, metrics) and step not in self._present:
             newest, best = self.newest, self._best_steps | self._best_at_save
@@ -215,13 +215,15 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step of the best evaluation so far; None where there was none."""
+        """The step of the best evaluation so far; None where there is none."""
         return self._ranking[0][1] if self._ranking else None
 
     @property
     def best_evaluations(self) -> list[dict[str, Any]]:
-        """The best evaluations so far, the best first, each as a line of metrics that has the metric alone; and where
-        its weights are whole by now, their checksum as `weights`."""
+        """The best evaluations so far, best first, as lines of metrics with that metric alone.
+
+        Where the weights are complete, `weights` is their checksum.
+        """
         return [
             {"step": step, self._config.metric_for_best_model: value}
             | ({WEIGHTS_KEY: self._written[step]} if step in self._written else {})
@@ -242,10 +244,10 @@ class Checkpoints:
         return load_file(checkpoint / WEIGHTS)
 
     def wait(self) -> None:
-        """Wait until what was saved is whole.
+        """Wait until the last save is complete.
 
         Raises:
-            DiskFullError, OSError: where it could not be.
+            DiskFullError, OSError: where it could not be completed.
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
@@ -256,11 +258,11 @@ class Checkpoints:
                 raise self._full(error, None) from error
 
     def finish(self, *, was_due: bool = True) -> None:
-        """At the end of a run: leave the last and the best, as they are now.
+        """Keep the last and the best checkpoints only, at the end of a run.
 
         Args:
-            was_due: whether the last step would be evaluated if it were not the last. Else a run that goes on for
-                longer needs the best of before too.
+            was_due: whether the last step would be evaluated if it were not the last. If not, a run that is made longer
+                also needs the best before it.
         """
         self.wait()
         if self._writes:
@@ -268,7 +270,7 @@ class Checkpoints:
             self._tidy(max(self._present, default=0), best, self.newest)
 
     def close(self) -> None:
-        """Let what was saved become whole, whatever ended the run."""
+        """Complete the last save, whatever ended the run."""
         self._worker.shutdown(wait=True)
 
     def _at(self, step: int) -> Path:
@@ -278,66 +280,68 @@ class Checkpoints:
         if not self._writes:
             for tensors in take().files().values():
                 for _ in one_by_one(tensors):
-                    continue  # it takes part where they come together
+                    continue  # it takes part in gathering
             self._present.add(step)
             return
         self.wait()
-        snapshot = take()  # which says what weights are whole by now
-        need, beside = snapshot.num_bytes + SMALL_BYTES, self._beside(step)
+        snapshot = take()  # after waiting: it names the weights that are complete by now
+        need, part = snapshot.num_bytes + SMALL_BYTES, self._part(step)
         try:
             if not os.path.lexists(self._folder):
                 self._folder.mkdir()
                 sync(self._folder.parent)
             if (free := shutil.disk_usage(self._folder).free) < need:
                 raise OSError(errno.ENOSPC, f"{human_bytes(free)} are free")
-            remove(beside)
-            beside.mkdir()
-            digests = {name: write_tensors(beside / name, tensors) for name, tensors in snapshot.files().items()}
-            (beside / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
+            remove(part)
+            part.mkdir()
+            digests = {name: write_tensors(part / name, tensors) for name, tensors in snapshot.files().items()}
+            (part / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
         except OSError as error:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
             raise self._full(error, need) from error
         self._present.add(step)
         self._pending = self._worker.submit(self._complete, step, digests, then)
 
     def _complete(self, step: int, digests: Mapping[str, str], then: Callable[[], None]) -> None:
-        """Make a written checkpoint whole, put it into its place, and only then do the rest."""
+        """Complete a written checkpoint, rename it into its place, and only then do the rest."""
         try:
             self._before()
             self._put(step, digests)
         except (OSError, SafetensorError):
-            shutil.rmtree(self._beside(step), ignore_errors=True)  # status.json may need its room
+            shutil.rmtree(self._part(step), ignore_errors=True)  # status.json may need its room
             raise
         then()
 
     def _put(self, step: int, digests: Mapping[str, str]) -> None:
-        beside, place = self._beside(step), self._at(step)
-        for file in beside.iterdir():
+        part, place = self._part(step), self._at(step)
+        for file in part.iterdir():
             sync(file)
         for name, digest in digests.items():
-            if stored_digest(beside / name) != digest:
+            if stored_digest(part / name) != digest:
                 raise OSError(errno.EIO, f"{name} can't be read back as it was written")
-        files = {name: Entry((beside / name).stat().st_size, checksum(beside / name)) for name in [*digests, STATE]}
-        _write_manifest(beside, Manifest(step, files, is_save=OPTIMIZER in files))
+        files = {name: Entry((part / name).stat().st_size, checksum(part / name)) for name in [*digests, STATE]}
+        _write_manifest(part, Manifest(step, files, is_save=OPTIMIZER in files))
         remove(place)
-        os.replace(beside, place)
+        os.replace(part, place)
         self._written[step] = files[WEIGHTS].xxh3_128
         sync(self._folder)
 
     def _tidy(self, last: int, best: set[int], newest: int | None = None) -> None:
-        """Remove what is not to be kept, now that the last is whole.
+        """Remove what is not to be kept, now that the last is complete.
 
-        Steps behind it are of a course that was left: the run went on from an earlier checkpoint.
+        Later steps are of a course that was abandoned: the run resumed from an earlier checkpoint.
 
         Args:
-            best: steps whose weights stay.
-            newest: the last step that the run can go on from; None: that is `last`.
+            best: steps whose weights are kept.
+            newest: the last step that the run can resume from; None: that is `last`.
         """
         newest = last if newest is None else newest
-        there = [step for step in steps_in(self._folder) if refusal_of(self._at(step)) is None]  # else it may be whole
+        there = [
+            step for step in steps_in(self._folder) if refusal_of(self._at(step)) is None
+        ]  # a refused one may be whole
         manifests = {}
         for step in there:
-            with suppress(ValueError):  # damaged: it went unnoticed so far
+            with suppress(ValueError):  # damaged, and not noticed so far
                 manifests[step] = read_manifest(self._at(step))
         saves = [step for step, manifest in manifests.items() if manifest.is_save and step <= newest]
         recent = saves[-self._config.keep_last :]
@@ -348,17 +352,19 @@ class Checkpoints:
                 self._shrink(manifests[step])
 
     def _shrink(self, manifest: Manifest) -> None:
-        """Leave a checkpoint's weights only."""
+        """Remove the optimizer's state from a checkpoint."""
         if manifest.is_resumable:
             files = {name: entry for name, entry in manifest.files.items() if name != OPTIMIZER}
             _write_manifest(self._at(manifest.step), Manifest(manifest.step, files, manifest.is_save))
-        (self._at(manifest.step) / OPTIMIZER).unlink(missing_ok=True)  # of an earlier start that got no further, too
+        (self._at(manifest.step) / OPTIMIZER).unlink(
+            missing_ok=True
+        )  # also one that an earlier start left on its way here
 
-    def _beside(self, step: int) -> Path:
+    def _part(self, step: int) -> Path:
         return self._folder / f".{self._at(step).name}.part"
 
     def _full(self, error: Exception, need: int | None) -> Exception:
-        """Put a disk that is full into words; other errors stay what they are."""
+        """Return the error to raise: of a full disk one that says what is needed, else the error as it is."""
         if not is_disk_full(error):
             return (
                 error if isinstance(error, OSError) else OSError(errno.EIO, f"a checkpoint can't be written: {error}")
@@ -379,11 +385,10 @@ class Checkpoints:
 def open_checkpoints(
     config: CheckpointConfig, run_dir: Path, before: Callable[[], None] = lambda: None, *, writes: bool = True
 ) -> Iterator[Checkpoints]:
-    """Open the checkpoints of a run's folder, which is held; what an earlier start left half written is removed.
+    """Open the checkpoints of a run's folder, which is locked; remove what an earlier start left half written.
 
     Args:
-        before: see Checkpoints.
-        writes: whether this process writes them; the others only know of them.
+        before, writes: see Checkpoints.
     """
     folder = run_dir / CHECKPOINTS
     checkpoints = Checkpoints(config, folder, before, writes=writes)

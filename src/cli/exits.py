@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -78,9 +77,9 @@ def guarded(action: Callable[[], int], *, when_stopped: str = "", when_full: str
         return Interrupted.exit_code
     except OSError as error:
         if when_full and is_disk_full(error):
-            report(f"\nThe disk is full: {error.strerror}. {when_full}")
+            report(f"\nThe disk is full: {error.strerror or error}. {when_full}")
             return 1
-        report(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror}")
+        report(f"\n{error.filename or 'a file'} can't be written or read: {error.strerror or error}")
         return TowlineError.exit_code
 
 
@@ -96,6 +95,7 @@ def _what_failed(error: OSError) -> str:
 def _how_to_resume(run_dir: Path) -> str:
     from src.checkpoint.manifest import newest_resumable
     from src.config.places import CHECKPOINTS
+    from src.tracking.folder_start import resume_command
 
     if not run_dir.is_dir():
         return f"{run_dir} is not there any more: it was moved or removed. What was saved is where it was moved to."
@@ -106,4 +106,4 @@ def _how_to_resume(run_dir: Path) -> str:
     if step is None:
         return f"Nothing was saved yet; what was logged is in {run_dir}"
     here = shell_override("hydra.run.dir", str(run_dir))
-    return f"Step {step} is saved: make resume run={shlex.quote(str(run_dir))}, or the same command with {here}"
+    return f"Step {step} is saved: {resume_command(run_dir)}, or the same command with {here}"

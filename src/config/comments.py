@@ -1,4 +1,4 @@
-"""What the comments of an option file say: of the option, and of its keys. No torch here."""
+"""Reads the comments of an option file: about the option, and about its keys. No torch here."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def about(text: str) -> list[str]:
 def of_keys(text: str) -> dict[str, str]:
     """Return the comment of each key that has one, by its dotted name.
 
-    It stands behind the value, and may go on below in the same column; or in lines of its own right above the key.
+    It follows the value, continued below in the same column, or stands in lines of its own right above the key.
     """
     node = yaml.compose(text, YamlLoader)
     lines = text.splitlines()
@@ -56,7 +56,7 @@ def _comments(node: yaml.MappingNode, lines: list[str], prefix: str, first: int)
         if not isinstance(key, yaml.ScalarNode):
             continue
         dotted = f"{prefix}{key.value}"
-        if comment := _behind(key, value, lines) or _above(key, lines, first):
+        if comment := _after(key, value, lines) or _above(key, lines, first):
             yield dotted, comment
         if isinstance(value, yaml.MappingNode) and not value.flow_style:
             yield from _comments(value, lines, f"{dotted}.", first)
@@ -67,7 +67,7 @@ def _head_ends(lines: list[str]) -> int:
     return next((i for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")), len(lines))
 
 
-def _behind(key: yaml.Node, value: yaml.Node, lines: list[str]) -> str:
+def _after(key: yaml.Node, value: yaml.Node, lines: list[str]) -> str:
     is_block = isinstance(value, yaml.CollectionNode) and not value.flow_style
     is_long = isinstance(value, yaml.ScalarNode) and value.style in ("|", ">")
     number, column = key.end_mark.line, key.end_mark.column

@@ -20,7 +20,7 @@ from src.config.values import convert, described, members
 
 @dataclass(frozen=True)
 class Key:
-    """A key, dotted from the top: its type, its condition, and what the schema itself says of it.
+    """A key, dotted from the top: its type, its condition, and what is declared of it.
 
     `types` are the section's types whose options have the key; empty where the section has one form.
     """
@@ -57,12 +57,12 @@ class Key:
 
     @property
     def text(self) -> str:
-        """What it means, where that is not said by its line in conf/."""
+        """What it means, where no line in conf/ says so."""
         return self.facts.text
 
     @property
     def shapes_rows(self) -> bool:
-        """Whether encoded rows depend on it; only these sections are handed to what makes rows."""
+        """Whether encoded rows depend on it; only sections that the row encoder gets."""
         return self.section in ("data", "tokens") and self.facts.shapes_rows
 
     @property
@@ -81,7 +81,7 @@ class Key:
         return self.check.allowed + (", or null" if is_optional else "")
 
     def takes(self, value: Any) -> bool:
-        """Return whether the key may have this value, as far as can be said from the key alone."""
+        """Return whether the key may have this value, as far as the key alone decides."""
         return not convert(OmegaConf.structured(self.owner), self.leaf, self.hint, self.check, escaped(value))[1]
 
 

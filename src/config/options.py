@@ -1,6 +1,6 @@
 """Option files of conf/ and of users' own folders: where they are, what one holds, which can't be read. No torch here.
 
-A folder may hold anything beside options: pipes, links to what is not there, files that nobody may read, and YAML that
+A folder may hold anything besides options: pipes, links to what is not there, files that nobody may read, and YAML that
 would end the process of whoever parses it. One walk finds option files and one reader opens them, so that what nobody
 chose costs a warning at most.
 """
@@ -43,7 +43,7 @@ class OptionFileError(Exception):
 
 
 def shown(file: Path) -> str:
-    """Return a file's path as a message tells it: from the project's root where it is in there."""
+    """Return a file's path as messages show it: from the project's root where it is in there."""
     return os.path.relpath(file, PROJECT_ROOT) if file.is_relative_to(PROJECT_ROOT) else str(file)
 
 
@@ -227,7 +227,7 @@ def _read(file: Path) -> tuple[str, yaml.Node | None]:
     try:
         found = file.stat()
     except (OSError, ValueError):
-        return _parsed(file, 0, 0)  # which tells why
+        return _parsed(file, 0, 0)  # which raises the reason
     return _parsed(file, found.st_mtime_ns, found.st_size)
 
 
@@ -297,7 +297,7 @@ def _explained(reason: str, rest: str) -> str:
         "that cannot start any token": "a text that begins with it needs quotes",
         "expected <block end>": "keys of one level need the same indentation",
         "did not find expected": "keys of one level need the same indentation, and brackets and quotes their ends",
-        "could not find expected ':'": "a key needs ': ' behind it",
+        "could not find expected ':'": "a key needs ': ' after it",
     }
     remedy = next((text for words, text in remedies.items() if words in reason), "")
     return f"{reason} ({remedy})" if remedy else reason
@@ -393,7 +393,7 @@ def _check_defaults(node: yaml.Node, file: Path, text: str) -> None:
         if key == "_self_" and key in seen:
             raise _at(one, file, text, "_self_ a second time")
         if overriding and key != "_self_" and "override" not in key.split(" ")[:-1]:
-            raise _at(one, file, text, f"stands behind `{overriding}`: entries with `override` come last")
+            raise _at(one, file, text, f"stands after `{overriding}`: entries with `override` come last")
         overriding = key if "override" in key.split(" ")[:-1] else overriding
         seen.add(key)
 

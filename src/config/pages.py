@@ -107,7 +107,7 @@ def _when(option: Option) -> str:
 
 
 def _sets(option: Option) -> str:
-    """Return what an option builds on, and sets besides; one that builds on none of its group sets all keys below."""
+    """Return what an option builds on and what else it sets; one without a parent in its group sets all keys below."""
     public = [parent for parent in option.parents if not parent.startswith("_")]
     is_shown = option.parents or option.choices or option.group in GLOBAL_GROUPS
     given = reference.changes(option) if is_shown else {}
@@ -123,7 +123,7 @@ def coming_from() -> str:
         "",
         "What you know by another name. The gate knows these names too: `python -m src.run learning_rate=1e-4` is "
         "refused with `optimizer.lr`, also within a section, and `--help learning_rate` shows what it means here. "
-        "A value stays as it is unless it is said otherwise. What a key may be is in [configuration.md]"
+        "Values are the same unless stated otherwise. What a key may be is in [configuration.md]"
         "(configuration.md).",
         "",
     ]

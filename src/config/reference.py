@@ -34,7 +34,7 @@ def is_group(name: str, roots: Roots = (CONF,)) -> bool:
 
 
 def sections() -> list[str]:
-    """Return the names of all sections, in the order in which they are told; '' is the top level."""
+    """Return the names of all sections, in the order of the documentation; '' is the top level."""
     return list(dict.fromkeys(key.section for key in all_keys().values()))
 
 
@@ -48,10 +48,10 @@ def name_in(key: Key) -> str:
 
 
 def meaning(key: Key, roots: Roots = (CONF,), chosen: str = "") -> str:
-    """Return what a key means: what is said of it in general, and by the chosen option.
+    """Return what a key means in general, and with the chosen option.
 
-    In general it is said by its line in conf/config.yaml or in the option that this file chooses, by the schema, or by
-    another option of conf/, in this order.
+    The general text is, in this order, the comment in conf/config.yaml or in the option that this file chooses, the
+    text in the schema, or the comment in another option of conf/.
     """
     if not is_group(key.section, roots):
         return _top()[1].get(key.name) or key.text
@@ -63,7 +63,7 @@ def meaning(key: Key, roots: Roots = (CONF,), chosen: str = "") -> str:
 
 
 def remarks(key: Key, roots: Roots = (CONF,)) -> dict[str, str]:
-    """Return what options say of a key that is not said in general, by the option."""
+    """Return what options say of a key beyond its general text, by the option."""
     if not is_group(key.section, roots):
         return {}
     general = meaning(key, roots)
@@ -75,13 +75,13 @@ def _own(key: Key, option: str, roots: Roots) -> str:
     """Return what an option's file says of a key, or the nearest one that it builds on."""
     try:
         lineage = list(groups.lineage(key.section, option, tuple(roots))) if option else []
-    except OptionFileError:  # told as such
+    except OptionFileError:  # reported when the option is read
         return ""
     return next((said for one in lineage if (said := one.comments.get(name_in(key)))), "")
 
 
 def defaults(key: Key, roots: Roots = (CONF,)) -> dict[str, Any]:
-    """Return the value of a key in each option that gives it one; under '' where its section has no options."""
+    """Return the value of a key in each option that sets it; under '' where its section has no options."""
     if is_group(key.section, roots):
         return groups.setting(key, roots)
     section = _top()[0].get(key.section, {}) if key.section else _top()[0]

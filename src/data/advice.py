@@ -1,4 +1,4 @@
-"""What a user should know of the rows before they are trained on, in a run and in preflight alike. Pure."""
+"""Warnings and hints about the rows before training, in a run and in preflight alike. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from src.config.schema import RunConfig
 from src.data.chat import ENDLESS, NOT_LEARNED
 from src.data.chat_markers import CHANGED, MISSING, TRIMMED
-from src.data.dataset import Data, first_block, is_chat
+from src.data.dataset import Data, is_chat
 from src.data.encoding import Encoder
 from src.data.report import SplitReport
 from src.data.sets import EncodedSet
@@ -26,7 +26,7 @@ MARK = re.compile(
 """What the chat templates of well-known model families write between the messages."""
 
 MARK_ROWS = 1000
-"""Rows of a set that are searched for such marks; the first ones."""
+"""The first rows of a set, which are searched for such marks."""
 
 
 class Level(Enum):
@@ -37,14 +37,14 @@ class Level(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know, with what to do about it; an error means: do not train on this."""
+    """A warning or hint with its remedy; an error means: do not train on this."""
 
     level: Level
     text: str
 
 
 def advice(config: RunConfig, data: Data, tokenizer: Any) -> list[Finding]:
-    """Return what the chat template does to the rows, keys that nothing reads, and hints where a choice looks wrong."""
+    """Return what the chat template changes, keys that nothing reads, and hints where a choice looks wrong."""
     return [
         *(
             finding
@@ -59,41 +59,38 @@ def advice(config: RunConfig, data: Data, tokenizer: Any) -> list[Finding]:
 
 
 def about_template(name: str, changes: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
-    """Say which texts of messages the chat template leaves out, changes or trims.
+    """Report texts of messages that the chat template leaves out, changes or trims.
 
     Args:
-        changes: how many rows of the set each change is in, see chat.Rendered.
+        changes: how many rows of the set each change is in, see chat.RenderedChat.
         places: of the first of these rows.
     """
     for change, count in changes.items():
-        where = f"{name}: in {_rows(count)} ({', '.join(places[change])})"
         part, _, what = change.rpartition(" ")
+        level = Level.warning
         if change == NOT_LEARNED:
-            yield Finding(
-                Level.warning,
-                f"{where} an earlier turn is not learned: the chat template writes it otherwise than generation would; "
-                "data.supervised_turns=last says so, or mark what is learned with {% generation %} in the template",
+            text = (
+                "an earlier turn is not learned: the chat template writes it otherwise than generation would; "
+                "data.supervised_turns=last says so, or mark what is learned with {% generation %} in the template"
             )
         elif change == ENDLESS:
-            yield Finding(
-                Level.warning,
-                f"{where} an earlier turn has no end that could be learned: the chat template writes none there; "
-                "data.supervised_turns=last learns the last turn, with EOS",
+            text = (
+                "an earlier turn has no end that could be learned: the chat template writes none there; "
+                "data.supervised_turns=last learns the last turn, with EOS"
             )
         elif what == TRIMMED:
-            text = f"{where} the chat template trims white space of the {_message(part)}; trim the rows alike"
-            yield Finding(Level.warning, text)
-        elif what in (MISSING, CHANGED):
-            is_supervised = part in ("assistant", "thought")
-            does = "leaves out" if what == MISSING else "changes or cuts"
-            text = f"{where} the chat template {does} the {_message(part)}"
-            yield Finding(Level.error if is_supervised else Level.warning, f"{text}: {REMEDIES[part]}")
+            text = f"the chat template trims white space of the {_message(part)}; trim the rows alike"
+        else:
+            text = f"the chat template {EFFECTS[what]} the {_message(part)}: {REMEDIES[part]}"
+            level = Level.error if part in ("assistant", "thought") else Level.warning
+        yield Finding(level, f"{name}: in {plural(count, 'row')} ({', '.join(places[change])}) {text}")
 
 
 def _message(part: str) -> str:
     return part if part.endswith("thought") else f"{part} message"
 
 
+EFFECTS = {MISSING: "leaves out", CHANGED: "changes or cuts"}
 OWN_TAGS = "tokens=tow (or another) writes thoughts between tags of its own, data.thoughts=drop leaves them out"
 REMEDIES = {
     "system": "use a template with a system message, or write it into the user's first one",
@@ -107,27 +104,27 @@ REMEDIES = {
 
 
 def _about_keys(name: str, report: SplitReport) -> Iterator[Finding]:
-    """Name the keys of rows and messages that hold something and that nothing reads."""
+    """Report keys of rows and messages that hold something and that nothing reads."""
     for key, count in report.unread_keys.items():
         is_of_message = "[]." in key
         what = "a key of messages" if is_of_message else "a key"
-        text = f"{name}: {key} is {what} that nothing reads; it holds something in {_rows(count)}"
+        text = f"{name}: {key} is {what} that nothing reads; it holds something in {plural(count, 'row')}"
         yield Finding(Level.warning if is_of_message else Level.note, text)
 
 
 def _about_marks(config: RunConfig, data: Data) -> Iterator[Finding]:
-    """Warn of chat marks written by hand that are ordinary text for this tokenizer."""
+    """Warn of chat marks in the data that are ordinary text for this tokenizer."""
     remedy = "data=messages writes chats in the model's own template; data.system_prompt makes chats of pairs"
     for key, source in (("data", config.data), *((f"data.mixture.{n}", s.data) for n, s in _mixed(config))):
         for name in ("prompt_template", "completion_template"):
             if marks := _as_text(MARK.findall(getattr(source, name) or ""), data.encoder):
                 text = f"{key}.{name} writes {_named(marks)}"
                 yield Finding(Level.warning, f"{text}: ordinary text here, no turns of a chat; {remedy}")
-    for rows in [first_block(data.train), *data.validation.values(), *data.test.values()]:
+    for rows in [data.train.first, *data.validation.values(), *data.test.values()]:
         found = {row: here for row, marks in _marked_rows(rows) if (here := _as_text(marks, data.encoder))}
         if found:
             first = next(iter(found))
-            text = f"{rows.name}: {_rows(len(found))} of the first {MARK_ROWS:,} hold {_named(found[first])}"
+            text = f"{rows.name}: {plural(len(found), 'row')} of the first {MARK_ROWS:,} hold {_named(found[first])}"
             text += f" ({rows.place(first)}): ordinary text here, no turns of a chat; {remedy}"
             yield Finding(Level.warning, text)
 
@@ -137,14 +134,14 @@ def _mixed(config: RunConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _marked_rows(rows: EncodedSet) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows whose own text holds marks, and these; what a chat template wrote is not looked at."""
+    """Yield rows whose text holds marks, with these; rows that a chat template wrote are skipped."""
     for i in islice(range(len(rows)), MARK_ROWS):
         if not rows.is_rendered(i) and (marks := MARK.findall(rows.prompt(i) + rows.completion(i))):
             yield i, marks
 
 
 def _as_text(marks: list[str], encoder: Encoder) -> list[str]:
-    """Return those of some marks that this tokenizer takes for ordinary text, each once."""
+    """Return the distinct marks that are ordinary text for this tokenizer."""
     marks = list(dict.fromkeys(marks))
     encoded = encoder.encode_texts(marks, is_rendered=False) if marks else []
     return [mark for mark, ids in zip(marks, encoded, strict=True) if len(ids) > 1]
@@ -178,7 +175,3 @@ def _about_tokens(config: RunConfig, data: Data) -> Iterator[Finding]:
     elif len(tokens) == len(config.tokens.additional_special_tokens):
         text += " (tokens=none adds none)"
     yield Finding(Level.warning, text)
-
-
-def _rows(count: int) -> str:
-    return plural(count, "row")

@@ -1,6 +1,6 @@
-"""What of a text is the answer: neither thoughts nor what a chat template writes around it. Pure.
+"""The answer in a text: without thoughts and what a chat template writes around it. Pure.
 
-Generated texts and references go through the same function, so that a model that writes just what its rows teach is
+Generated texts and references go through the same functions, so a model that writes exactly what it was trained on is
 right.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 def strip_thoughts(text: str, tags: tuple[str, str] | None) -> str:
-    """Leave out everything from each opening tag to its closing tag; a thought never closed goes to the end."""
+    """Return a text without what is between the tags; a thought that is never closed ends with the text."""
     if tags is None:
         return text
     opened, closed = map(re.escape, tags)
@@ -22,9 +22,9 @@ def strip_thoughts(text: str, tags: tuple[str, str] | None) -> str:
 class AnswerFrame:
     """What a chat template writes between the generation prompt and the token that ends the assistant's turn.
 
-    `before` and `after` stand around an answer without a thought. `thought_open` and `thought_close` stand around a
-    thought at the beginning of the turn, where the template has a place for one; `opens_thought` says that the
-    generation prompt has opened it already. All are '' where the template writes nothing.
+    `before` and `after` are around an answer without a thought. `thought_open` and `thought_close` are around a thought
+    at the beginning of the turn, where the template has a place for one; with `opens_thought` the generation prompt has
+    opened it already. All are '' where the template writes nothing.
     """
 
     before: str = ""
@@ -37,26 +37,25 @@ class AnswerFrame:
     def end_text(self) -> str:
         """The text that ends a turn where the template writes one that is no token, such as '<|end|>'; or ''.
 
-        One sign, or what stands before an answer too, such as a quotation mark, would end answers too early.
+        A single character, or what is also before an answer, such as a quotation mark, would end answers too early.
         """
         mark = self.after.strip()
         return self.after.rstrip() if len(mark) > 1 and mark not in self.before else ""
 
     def answer(self, turn: str) -> str:
-        """Return the answer of an assistant's turn, given without the token that ends it.
+        """Return the answer of an assistant's turn, which is passed without the token that ends it.
 
-        Taken off are a thought, or else what stands before an answer without one, then the text that ends the turn
-        with all that follows it, or else what stands after an answer.
+        Removed are a thought, or else `before`; then the text that ends the turn and what follows it, or else `after`.
         """
-        said = self._begun(turn)
-        return said.partition(self.end_text)[0] if self.end_text else said.removesuffix(self.after)
+        answer = self._begun(turn)
+        return answer.partition(self.end_text)[0] if self.end_text else answer.removesuffix(self.after)
 
     def is_over(self, turn: str) -> bool:
-        """Return whether a turn has come to the text that ends it."""
+        """Return whether a turn contains the text that ends it."""
         return bool(self.end_text) and self.end_text in self._begun(turn)
 
     def without_thought(self, answer: str) -> str:
-        """Return an answer without the template's own form of a thought, where it begins with one."""
+        """Return an answer without a thought in the template's form at its beginning."""
         is_thought = bool(self.thought_open) and answer.lstrip().startswith(self.thought_open)
         return self._after_thought(answer) if is_thought else answer
 

@@ -1,10 +1,10 @@
-"""In which order and in which batches rows are fed. Pure: the same seed and position always give the same batches."""
+"""The order and the batches of rows. Pure: the same seed and position always yield the same batches."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from src.config.schema import Batching
-from src.data.encoding import IGNORE_INDEX, THOUGHT
+from src.data.encoding import IGNORE_INDEX
 from src.data.sets import EncodedSet, LabelledRow
 from src.data.stream import StreamedSet
 from src.errors import DataError
@@ -47,23 +47,6 @@ class Batch:
     thoughts: Tensor | None = None
     num_thought: int = 0
     bounds: dict[str, Any] = field(default_factory=dict)
-
-    def mark_thoughts(self, sequences: Sequence[Sequence[tuple[np.ndarray, int]]]) -> None:
-        """Set the mask of thought labels.
-
-        Args:
-            sequences: for the rows of each sequence their spans, [n, 3], and their number of labels.
-        """
-        mask = torch.zeros_like(self.labels, dtype=torch.bool)
-        for i, rows in enumerate(sequences):
-            begin = 0
-            for spans, length in rows:
-                for kind, start, stop in spans.tolist():
-                    if kind == THOUGHT:
-                        mask[i, begin + start : begin + stop] = True
-                begin += length
-        self.num_thought = int(mask.sum())
-        self.thoughts = mask if self.num_thought else None
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {
@@ -265,26 +248,29 @@ def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, flat: 
         sequences: the rows of each sequence; several in one are packed.
         flat: whether to put all of them into a single sequence without padding, for FlashAttention.
     """
-    taken = [[rows[row] for row in sequence] for sequence in sequences]
-    numbers = [row for sequence in sequences for row in sequence]
-    if rows.is_encoder_decoder:
-        return _pairs([row for sequence in taken for row in sequence], numbers, pad_token_id)
-    is_packed = flat or any(len(sequence) > 1 for sequence in taken)
-    if flat:
-        taken = [[row for sequence in taken for row in sequence]]
-    input_ids = _padded([[row.input_ids for row in sequence] for sequence in taken], pad_token_id)
-    labels = _padded([[row.labels for row in sequence] for sequence in taken], IGNORE_INDEX)
-    each = [row for sequence in taken for row in sequence]
+    indices = [index for sequence in sequences for index in sequence]
+    packed = [[rows[index] for index in sequence] for sequence in ([indices] if flat else sequences)]
+    each = [row for sequence in packed for row in sequence]
+
+    def padded(column: Callable[[LabelledRow], Any], filler: int) -> Tensor:
+        return torch.from_numpy(_padded([[column(row) for row in sequence] for sequence in packed], filler))
+
+    labels = padded(lambda row: row.labels, IGNORE_INDEX)
+    is_thought = padded(lambda row: row.is_thought, 0).bool()
     batch = Batch(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(labels),
-        numbers,
-        num_tokens=sum(len(row.input_ids) for row in each),
+        padded(lambda row: row.input_ids, pad_token_id),
+        labels,
+        indices,
+        num_tokens=sum(row.num_tokens for row in each),
         num_supervised=int((labels != IGNORE_INDEX).sum()),
+        num_thought=int(is_thought.sum()),
     )
-    if is_packed:
-        batch.position_ids = torch.from_numpy(_positions(taken, input_ids.shape[1]))
-    batch.mark_thoughts([[(row.spans, len(row.labels)) for row in sequence] for sequence in taken])
+    batch.thoughts = is_thought if batch.num_thought else None
+    if rows.is_encoder_decoder:
+        batch.attention_mask = padded(lambda row: np.ones(len(row.input_ids)), 0)
+        batch.target_ids = padded(lambda row: row.target_ids, pad_token_id)
+    elif flat or len(each) > len(packed):
+        batch.position_ids = torch.from_numpy(_positions(packed, batch.input_ids.shape[1]))
     if flat:
         batch.bounds = row_bounds([len(row.input_ids) for row in each], batch.input_ids.device)
     return batch
@@ -300,25 +286,6 @@ def row_bounds(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
-
-
-def _pairs(rows: Sequence[LabelledRow], numbers: list[int], pad_token_id: int) -> Batch:
-    """Pad the inputs and the targets of an encoder-decoder, each to its longest."""
-    targets = [row.target_ids for row in rows if row.target_ids is not None]
-    input_ids = _padded([[row.input_ids] for row in rows], pad_token_id)
-    labels = _padded([[row.labels] for row in rows], IGNORE_INDEX)
-    mask = np.arange(input_ids.shape[1]) < np.array([[len(row.input_ids)] for row in rows])
-    batch = Batch(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(labels),
-        numbers,
-        num_tokens=sum(len(row.input_ids) + len(row.labels) for row in rows),
-        num_supervised=int((labels != IGNORE_INDEX).sum()),
-        attention_mask=torch.from_numpy(mask.astype(np.int64)),
-        target_ids=torch.from_numpy(_padded([[target] for target in targets], pad_token_id)),
-    )
-    batch.mark_thoughts([[(row.spans, len(row.labels))] for row in rows])
-    return batch
 
 
 def _padded(sequences: Sequence[Sequence[np.ndarray]], filler: int) -> np.ndarray:

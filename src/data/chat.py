@@ -23,7 +23,7 @@ from src.data.chat_markers import (
     MISSING,
     TRIMMED,
     Messages,
-    Part,
+    MessageText,
     locate,
     read_markers,
     squeezed,
@@ -51,7 +51,7 @@ EMPTY_THOUGHT = re.compile(r"(<(?P<name>[^\s<>/]+)>)\s*(</(?P=name)>)\s*")
 PROMPTED_THOUGHT = re.compile(rf"(?:{EMPTY_THOUGHT.pattern}|{OPENED_THOUGHT.pattern})\Z")
 
 NOT_LEARNED, ENDLESS = "turn not learned", "turn without end"
-"""Problems of a turn, see Rendered.changes."""
+"""Problems of a turn, see RenderedChat.changes."""
 
 
 class Turn(NamedTuple):
@@ -71,7 +71,7 @@ class Turn(NamedTuple):
     opened: str = ""
 
 
-class Rendered(NamedTuple):
+class RenderedChat(NamedTuple):
     """A chat as its template writes it.
 
     `answer` is the text of the last supervised turn: the message's own text as it is written, or, where `is_framed`,
@@ -113,7 +113,9 @@ class ChatTemplate:
     def is_fallback(self) -> bool:
         return FALLBACK_TEMPLATE in self._tokenizer.get_chat_template()
 
-    def render(self, messages: Sequence[dict[str, str]], is_supervised: list[bool], turns: SupervisedTurns) -> Rendered:
+    def render(
+        self, messages: Sequence[dict[str, str]], is_supervised: list[bool], turns: SupervisedTurns
+    ) -> RenderedChat:
         """Return a chat as segments of text.
 
         Args:
@@ -140,7 +142,7 @@ class ChatTemplate:
             done = turn.stop
         segments += _segments(whole[done:], False, literals)
         answer, is_framed = _answer(found[-1], whole, parts) if found else ("", False)
-        return Rendered(
+        return RenderedChat(
             segments or [Segment("", is_supervised=False, is_rendered=True)],
             answer=_with_literals(answer, literals),
             is_framed=is_framed,
@@ -166,7 +168,7 @@ class ChatTemplate:
             return ""
         return " (it takes this chat without the system message: leave it out, or write it into the user's first one)"
 
-    def _turns(self, messages: Messages, wanted: Sequence[bool]) -> tuple[str, list[Part], list[Turn]]:
+    def _turns(self, messages: Messages, wanted: Sequence[bool]) -> tuple[str, list[MessageText], list[Turn]]:
         """Return a rendered chat, the texts of its messages, and its supervised turns."""
         whole, regions = self._plain(messages)
         parts = locate(messages, whole, self._apply)
@@ -180,7 +182,7 @@ class ChatTemplate:
             elif is_wanted and not all(self._is_written(p, whole) for p in parts if p.message == content.message):
                 raise TokenError(f"{REWRITTEN}; learn the last turn only: data.supervised_turns=last")
         if any(wanted) and not turns:
-            raise TokenError(f"{REWRITTEN}, and there is no other to learn; give the last turn no weight of 0")
+            raise TokenError(f"{REWRITTEN}, and there is no other to learn; set no weight of 0 for the last turn")
         return whole, parts, turns
 
     def _marked(
@@ -188,7 +190,7 @@ class ChatTemplate:
         messages: Messages,
         wanted: Sequence[bool],
         whole: str,
-        contents: Sequence[Part],
+        contents: Sequence[MessageText],
         regions: Sequence[tuple[int, int]],
     ) -> Iterator[Turn]:
         """Yield the turns that the template marks, without what the generation prompt writes and what follows the end.
@@ -205,7 +207,7 @@ class ChatTemplate:
                 continue
             start = self._after_prompt(messages[: content.message], whole, start, stop)
             said_until = content.end if content.end is not None and start <= content.end <= stop else None
-            answer, end = self._until_end(whole[start:stop], None if said_until is None else said_until - start)
+            answer, end = self._until_end(whole[:stop], start, said_until)
             yield Turn(content.message, start, start + len(answer + end), answer + end, answer, end)
 
     def _after_prompt(self, before: Messages, whole: str, start: int, stop: int) -> int:
@@ -216,7 +218,7 @@ class ChatTemplate:
             return start
         return len(prompt) if start < len(prompt) <= stop and whole.startswith(prompt) else start
 
-    def _by_prefix(self, messages: Messages, whole: str, content: Part) -> Turn | None:
+    def _by_prefix(self, messages: Messages, whole: str, content: MessageText) -> Turn | None:
         """Return the turn from where the generation prompt ends to the token that ends it.
 
         None where it is written otherwise in the whole chat than in a chat that ends with it.
@@ -247,7 +249,7 @@ class ChatTemplate:
                 return len(prompt)
         return found.start()
 
-    def _is_written(self, part: Part, whole: str) -> bool:
+    def _is_written(self, part: MessageText, whole: str) -> bool:
         """Return whether a text that the template has a place for is in the rendered chat."""
         has_place = part.name != "thought" or bool(self._thought_key or self.frame.thought_close)
         return not has_place or part.is_in(whole)
@@ -258,12 +260,10 @@ class ChatTemplate:
             if alone is not whole:
                 return None
             said_until = None
-        text = alone[start:]
-        answer, end = self._until_end(text, None if said_until is None else said_until - start)
-        if end:
-            text = answer + end
-        elif not whole.startswith(alone):  # white space that only a last turn has
-            answer = text = text.rstrip()
+        answer, end = self._until_end(alone, start, said_until)
+        if not end and not whole.startswith(alone):  # white space that only a last turn has
+            answer = answer.rstrip()
+        text = answer + end
         stop = start + len(text)
         if whole[:stop] == alone[:stop]:
             if not end and alone is not whole and (follows := self._added_token.match(whole, stop)):
@@ -277,7 +277,9 @@ class ChatTemplate:
             Turn(message, start, stop, answer, answer, "") if ends_in_words and whole[:stop] == alone[:stop] else None
         )
 
-    def _prompted_turn(self, message: dict[str, str], whole: str, start: int, prompted: str, content: Part) -> Turn:
+    def _prompted_turn(
+        self, message: dict[str, str], whole: str, start: int, prompted: str, content: MessageText
+    ) -> Turn:
         """Return a last turn that the template writes without the thought its generation prompt ends with.
 
         Generation is fed the opening of the thought, so the supervised text continues it: the thought, where the
@@ -291,26 +293,28 @@ class ChatTemplate:
             if not thought and closed and before.lstrip().startswith(opening):
                 thought = before.lstrip().removeprefix(opening)
             begun = f"{thought.strip()}{opened['gap']}{close}{opened['gap'] * 2}"
-        said_until = None if content.end is None or content.end < start else content.end - start
-        answer, end = self._until_end(whole[start:], said_until)
+        said_until = None if content.end is None or content.end < start else content.end
+        answer, end = self._until_end(whole, start, said_until)
         stop = start + len(answer) + len(end)
         answer = begun + answer.lstrip()
         return Turn(content.message, start, stop, answer + end, answer, end, prompted)
 
-    def _until_end(self, turn: str, said_until: int | None) -> tuple[str, str]:
-        """Return a turn's text up to the token that ends it, and that token; all of it and '' where it has none.
+    def _until_end(self, chat: str, start: int, said_until: int | None) -> tuple[str, str]:
+        """Return the text of a chat's last turn up to the token that ends it, and that token; '' where there is none.
 
         Args:
+            start: where the turn begins.
             said_until: where the message's own text ends; None where that is unknown.
         """
         if said_until is not None:
-            found = self._added_token.search(turn, said_until)
-            return (turn, "") if found is None else (turn[: found.start()], found.group())
+            found = self._added_token.search(chat, said_until)
+            return (chat[start:], "") if found is None else (chat[start : found.start()], found.group())
+        turn = chat[start:]
         ends = [(turn.rfind(end), end) for end in self.ends if end in turn]
         at, end = max(ends, default=(len(turn), ""))
         return turn[:at], end
 
-    def _probed(self, chat: Messages) -> list[tuple[Turn, list[Part]]]:
+    def _probed(self, chat: Messages) -> list[tuple[Turn, list[MessageText]]]:
         """Return the turns of a probe with the texts of its messages; none where the template refuses it."""
         wanted = [True for message in chat if message["role"] == "assistant"]
         try:
@@ -382,7 +386,7 @@ class ChatTemplate:
         return message | {k: self._literal.sub(mark, message[k]) for k in ("content", THOUGHT) if k in message}
 
 
-def _answer(turn: Turn, whole: str, parts: Sequence[Part]) -> tuple[str, bool]:
+def _answer(turn: Turn, whole: str, parts: Sequence[MessageText]) -> tuple[str, bool]:
     """Return the text of a turn, and whether that is the turn rather than the message's own text."""
     content = next(part for part in parts if (part.message, part.name) == (turn.message, "assistant"))
     if turn.opened or content.begin is None or content.end is None or content.begin < turn.start:
@@ -397,7 +401,7 @@ def _thought_tags(opened: re.Match[str]) -> tuple[str, str]:
     return f"[{opened['square']}]", f"[/{opened['square']}]"
 
 
-def _changes(whole: str, parts: Sequence[Part], turns: Sequence[Turn]) -> Iterator[str]:
+def _changes(whole: str, parts: Sequence[MessageText], turns: Sequence[Turn]) -> Iterator[str]:
     """Yield what the template did to the texts of messages that are not in the rendered chat as they were."""
     prompted = turns[-1] if turns and turns[-1].opened else None
     supervised = {turn.message for turn in turns}
@@ -425,7 +429,7 @@ def _prompt_is_another(prompt: str, alone: str) -> str:
 
 
 def _with_literals(text: str, literals: list[str]) -> str:
-    """Replace the markers by what they stand for."""
+    """Replace each marker by its control token."""
     return LITERAL.sub(lambda match: literals[int(match.group(1))], text)
 
 

@@ -25,7 +25,7 @@ TRIMMED, CHANGED, MISSING = "trimmed", "changed", "missing"
 """What a template does to a text: it moves or drops white space, cuts or rewrites it, leaves it out."""
 
 
-class Part(NamedTuple):
+class MessageText(NamedTuple):
     """A text of a message: its content, by the role's name, or its thought.
 
     [begin, end) is where it is in the rendered chat without the white space at its ends; one of them is None where the
@@ -60,7 +60,7 @@ class Part(NamedTuple):
         return TRIMMED if self.is_trimmed or self.begin is None or self.end is None else None
 
 
-def locate(messages: Messages, whole: str, render: Callable[[Messages], str]) -> list[Part]:
+def locate(messages: Messages, whole: str, render: Callable[[Messages], str]) -> list[MessageText]:
     """Locate the texts of messages in the rendered chat: content after content, each followed by its thought.
 
     Args:
@@ -89,7 +89,7 @@ def locate(messages: Messages, whole: str, render: Callable[[Messages], str]) ->
         if core != text and (begin, end) != (None, None):
             without = [message | {key: core} if at == i else message for at, message in enumerate(messages)]
             is_trimmed = len(whole) - len(_rendered_or(whole, without, render)) != len(text) - len(core)
-        parts.append(Part(i, name, text, begin, end, is_trimmed))
+        parts.append(MessageText(i, name, text, begin, end, is_trimmed))
     return parts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unicodedata import normalize
@@ -54,7 +54,7 @@ class Data:
 
     def for_samples(self) -> EncodedSet:
         """Return the set whose first rows are generated as samples: one that is not trained on, where there is one."""
-        return first_block(next(iter([*self.validation.values(), *self.test.values(), self.train])))
+        return next(iter([*self.validation.values(), *self.test.values(), self.train])).first
 
     def train_digest(self) -> str:
         """Return a hash of the encoded train rows in their order; for a streamed set, of its files and settings."""
@@ -347,13 +347,3 @@ def _train_source(data: DataConfig, limit: int | None) -> Source:
 def _hub_source(data: DataConfig, split: str, limit: int | None, *, streaming: bool = False) -> HubSource:
     where = (str(data.dataset_name), data.dataset_config_name, split, data.revision)
     return HubSource(*where, streaming=streaming, limit=limit)
-
-
-def blocks(rows: TrainSet) -> Iterator[EncodedSet]:
-    """Return a train set's rows, a streamed one's block after block."""
-    return rows.blocks() if isinstance(rows, StreamedSet) else iter([rows])
-
-
-def first_block(rows: TrainSet) -> EncodedSet:
-    """Return a train set, or of a streamed one what is read first."""
-    return rows.first if isinstance(rows, StreamedSet) else rows

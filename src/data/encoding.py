@@ -65,7 +65,6 @@ class Encoder(TextEncoder):
         if tokenizer.eos_token_id is None:
             raise TokenError("this tokenizer has no EOS token: a model could not learn where a completion ends")
         self.eos_token_id: int = tokenizer.eos_token_id
-        self.bos_token: str = tokenizer.bos_token or ""
         self.eos_token: str = tokenizer.eos_token
         with tokenizer_errors(PROBE):
             self._prefix, self._suffix = _special_ids(tokenizer(PROBE)["input_ids"], tokenizer)

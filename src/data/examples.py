@@ -26,7 +26,7 @@ class Example(NamedTuple):
     `segments` are its text in order, each tokenised apart; `prompt` is all of it before the last supervised turn, which
     is `completion`; `reference` is the answer of a perfect model, without thoughts and without what a chat template
     adds. EOS follows as an id where `needs_eos`: a chat template has its own ends of turns. `changes` names what the
-    template does to the texts of the messages (see chat.Rendered), `unread` the keys of the row that nothing reads.
+    template does to the texts of the messages (see chat.RenderedChat), `unread` the keys of the row that nothing reads.
     """
 
     segments: tuple[Segment, ...]

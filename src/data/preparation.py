@@ -20,14 +20,14 @@ from typing import Any
 import pyarrow as pa
 
 from src.config import plugins
-from src.config.formats import roles
+from src.config.formats import declare_frozen, roles
 from src.config.schema import DataConfig, Overflow, TokensConfig, thought_tags
 from src.config.schema.fields import facts_of
 from src.data.chat import ChatTemplate
 from src.data.encoding import EncodedRow, Encoder, Lengths
 from src.data.examples import Example, Examples
 from src.data.formats import BadRow
-from src.data.readers.record import ENTRY_BYTES, Record, Unreadable, memory_of
+from src.data.readers.record import ENTRY_BYTES, ReadResult, Record, Unreadable, memory_of
 from src.data.store import DroppedRow, to_batch
 from src.data.text_encoder import BrokenTokenizerError
 from src.errors import DataError, TokenError
@@ -110,7 +110,7 @@ class Prepared:
     """(place, reason) of rows that can't be used."""
 
 
-Numbered = tuple[int, Record | Unreadable]
+Numbered = tuple[int, ReadResult]
 Records = Sequence[Numbered]
 """A chunk, by the ordinals of its records in their source."""
 
@@ -143,10 +143,10 @@ class RowEncoder:
                 bad.append((record.place, str(problem)))
         rows: list[tuple[int, Record, Example, EncodedRow]] = []
         dropped: list[DroppedRow] = []
-        for (ordinal, record, example), row in zip(good, self._encode(good, bad), strict=True):
+        for (ordinal, record, example), row in zip(good, self._encode(good), strict=True):
             if isinstance(row, TokenError):
-                continue
-            if row is not None and row.is_supervised:
+                bad.append((record.place, str(row)))
+            elif row is not None and row.is_supervised:
                 rows.append((ordinal, record, example, row))
             elif row is None and self._lengths.overflow is Overflow.error:
                 bad.append((record.place, f"longer than {self._longest()}, and data.overflow = error"))
@@ -154,10 +154,8 @@ class RowEncoder:
                 dropped.append(DroppedRow(ordinal, record.place, "too_long" if row is None else "no_supervised_token"))
         return Prepared(to_batch(rows), len(chunk), dropped, bad)
 
-    def _encode(
-        self, good: list[tuple[int, Record, Example]], bad: list[tuple[str, str]]
-    ) -> Sequence[EncodedRow | TokenError | None]:
-        """Encode examples; one that the tokenizer can't write is added to `bad` by its place.
+    def _encode(self, good: list[tuple[int, Record, Example]]) -> Sequence[EncodedRow | TokenError | None]:
+        """Encode examples; None for one that is too long, an error for one that the tokenizer can't write.
 
         Raises:
             DataError: where the tokenizer fails, by the place of the first row on which it does.
@@ -173,7 +171,6 @@ class RowEncoder:
                     raise DataError(f"{record.place}: {problem}") from problem
                 except TokenError as problem:
                     rows.append(problem)
-                    bad.append((record.place, str(problem)))
             return rows
 
     def _longest(self) -> str:
@@ -195,7 +192,7 @@ def without_cycles() -> Iterator[None]:
 
 
 def prepared(
-    records: Iterable[Record | Unreadable],
+    records: Iterable[ReadResult],
     config: EncodingConfig,
     num_workers: int = 1,
     chunk_rows: int = CHUNK_ROWS,
@@ -277,7 +274,8 @@ def _start_worker(config: EncodingConfig, plugins_of_run: Sequence[str]) -> None
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    plugins.require(plugins_of_run)  # one may have the format
+    declare_frozen(vars(config.data))  # a format of the user's own, and the plugin that reads it
+    plugins.require(plugins_of_run)
     _worker = RowEncoder(config)
 
 

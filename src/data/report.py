@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -86,7 +86,7 @@ class SplitReport:
 
     @property
     def unlearned(self) -> list[str]:
-        """The new tokens that no row holds: they would stay as they start."""
+        """The new tokens that are in no row: they would keep their initial embeddings."""
         return [token for token, found in self.new_tokens.items() if not found["fed"] and not found["supervised"]]
 
     def as_dict(self) -> dict[str, Any]:
@@ -114,38 +114,29 @@ class SplitReport:
 
 
 def changed_rows(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[int]:
-    """Return those of some rows whose ids do not decode to their text; truncated rows are skipped."""
-    whole = [i for i in indices if not rows.is_truncated(i)]
-    inputs = encoder.decode_batch([rows[i].input_ids.tolist() for i in whole])
-    if not rows.is_encoder_decoder:
-        texts = (rows.prompt(i) + rows.completion(i) for i in whole)
-        unlike = [i for i, found, text in zip(whole, inputs, texts, strict=True) if found != text]
-        return [i for i in unlike if not _is_written_chat(rows, i, encoder)]
-    targets = encoder.decode_batch([rows[i].labels[rows[i].labels >= 0].tolist() for i in whole])
-    pairs = zip(whole, inputs, targets, strict=True)
-    unlike = [i for i, found, target in pairs if (found, target) != (rows.prompt(i), rows.completion(i))]
-    return [i for i in unlike if not _is_written_pair(rows, i, encoder)]
+    """Return those of some rows whose ids do not decode to their text; truncated rows are skipped.
 
-
-def _is_written_chat(rows: EncodedSet, index: int, encoder: Encoder) -> bool:
-    """Return whether a rendered chat's ids decode to its text, control tokens included.
-
-    White space is not compared: some tokens include it, and others write a space that is not in the text.
+    In a rendered chat control tokens count as text, and white space is not compared: some tokens include it, and others
+    write a space that is not in the text.
     """
-    if not rows.is_rendered(index):
-        return False
-    text = squeezed(rows.prompt(index) + rows.completion(index))
-    whole = squeezed(encoder.decode_all(rows[index].input_ids.tolist()))
-    return whole.startswith((text, encoder.bos_token + text))
+    texts = [text for i in indices if not rows.is_truncated(i) for text in _texts_of(rows, i)]
+    decoded = encoder.decode_batch([ids for _, ids, _ in texts])
+    changed: dict[int, None] = {}
+    for (i, ids, text), found in zip(texts, decoded, strict=True):
+        if found == text or (rows.is_rendered(i) and squeezed(text) in squeezed(encoder.decode_all(ids))):
+            continue
+        changed[i] = None
+    return list(changed)
 
 
-def _is_written_pair(rows: EncodedSet, index: int, encoder: Encoder) -> bool:
-    """Return the same for an encoder-decoder's row, prompt and completion apart."""
-    row = rows[index]
-    if row.target_ids is None or not rows.is_rendered(index):
-        return False
-    read, written = (squeezed(encoder.decode_all(ids.tolist())) for ids in (row.input_ids, row.target_ids))
-    return squeezed(rows.prompt(index)) in read and squeezed(rows.completion(index)) in written
+def _texts_of(rows: EncodedSet, index: int) -> Iterator[tuple[int, list[int], str]]:
+    """Yield a row's index with ids and their text: all of a causal model's row, prompt and completion of another."""
+    row, prompt, completion = rows[index], rows.prompt(index), rows.completion(index)
+    if row.target_ids is None:
+        yield index, row.input_ids.tolist(), prompt + completion
+    else:
+        yield index, row.input_ids.tolist(), prompt
+        yield index, row.labels[row.labels >= 0].tolist(), completion
 
 
 def length_summary(lengths: np.ndarray) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from src.data.encoding import IGNORE_INDEX
+from src.data.encoding import IGNORE_INDEX, THOUGHT
 from src.data.readers.record import place_of
 from src.data.splits import concatenate
 from src.data.store import Chunk, Shard
@@ -32,6 +32,18 @@ class LabelledRow:
     def num_supervised(self) -> int:
         return int((self.labels != IGNORE_INDEX).sum())
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids) + (0 if self.target_ids is None else len(self.target_ids))
+
+    @property
+    def is_thought(self) -> np.ndarray:
+        """Mask of the labels that are part of a thought, of the labels' shape."""
+        mask = np.zeros(len(self.labels), dtype=bool)
+        for kind, start, stop in self.spans.tolist():
+            mask[start:stop] = kind == THOUGHT
+        return mask
+
 
 class EncodedSet:
     """Rows of shards; row i is `set[i]`.
@@ -49,6 +61,15 @@ class EncodedSet:
         """Length of each row, [rows]: of a causal model's input, or an encoder's."""
         self.target_lengths = self._select([shard.target_lengths for shard in shards])
         """Length of each row's target, [rows]; 0 for a causal model."""
+
+    @property
+    def first(self) -> EncodedSet:
+        """The first block: all rows are in memory at once, unlike those of a streamed set."""
+        return self
+
+    def blocks(self) -> Iterator[EncodedSet]:
+        """Yield all rows as one block."""
+        yield self
 
     def _select(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Return the values of this set's rows, [rows], from those of each shard's."""
@@ -98,6 +119,10 @@ class EncodedSet:
         """Return the length of each row's prompt, [rows]."""
         return self._select([shard.column("prompt_length") for shard in self.shards])
 
+    def _text(self, index: int, column: str) -> str:
+        text = self._value(index, column)
+        return self.completion(index) if text is None else text
+
     def prompt(self, index: int) -> str:
         return self._value(index, "prompt")
 
@@ -106,16 +131,14 @@ class EncodedSet:
 
     def supervised_text(self, index: int) -> str:
         """Return all supervised text, of every turn of a chat."""
-        found = self._value(index, "supervised_text")
-        return self.completion(index) if found is None else found
+        return self._text(index, "supervised_text")
 
     def reference(self, index: int) -> str:
         """Return the completion without thoughts, to compare answers with."""
-        found = self._value(index, "reference")
-        return self.completion(index) if found is None else found
+        return self._text(index, "reference")
 
     def changes(self, index: int) -> list[str]:
-        """Return the changes of the chat template to the texts of a row's messages, see chat.Rendered."""
+        """Return the changes of the chat template to the texts of a row's messages, see chat.RenderedChat."""
         return (self._value(index, "changes") or "").splitlines()
 
     def is_truncated(self, index: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from src.config.files import expand
 from src.data.readers import read_file
-from src.data.readers.record import MAX_ROW_BYTES, Record, Unreadable
+from src.data.readers.record import MAX_ROW_BYTES, ReadResult, Record, Unreadable
 from src.errors import DataError, one_line
 
 
@@ -29,7 +29,7 @@ class FileSource:
     def name(self) -> str:
         return ", ".join(self.files)
 
-    def records(self) -> Iterator[Record | Unreadable]:
+    def records(self) -> Iterator[ReadResult]:
         """Read the rows, at most `limit` of them."""
         yield from itertools.islice((row for file in self.files for row in read_file(file)), self.limit)
 
@@ -78,7 +78,7 @@ class HubSource:
                 f"hub: {one_line(error)}\nWithout a network, use local files: data.train_files=[FILE]"
             ) from error
 
-    def records(self) -> Iterator[Record | Unreadable]:
+    def records(self) -> Iterator[ReadResult]:
         """Read the rows, at most `limit` of them.
 
         Raises:

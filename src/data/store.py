@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
         "completion": pa.string(),
         "reference": pa.string(),  # null: the completion
         "supervised_text": pa.string(),  # of every turn; null: the completion
-        "changes": pa.string(),  # by the chat template, one a line: see chat.Rendered; null: none
+        "changes": pa.string(),  # by the chat template, one a line: see chat.RenderedChat; null: none
         "unread": pa.string(),  # keys that nothing reads, one a line; null: none
     }
 )

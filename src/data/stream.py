@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from src.data.bad_rows import BadRows
 from src.data.preparation import CHUNK_ROWS, EncodingConfig, prepared
-from src.data.readers.record import Record, Unreadable
+from src.data.readers.record import ReadResult, Unreadable
 from src.data.sets import EncodedSet
 from src.data.sources import Source, fingerprint_of
 from src.data.store import DroppedRow, Shard, SourceStats
@@ -38,28 +38,23 @@ class StreamAccount:
     """Counts of the records read so far."""
 
     num_records: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=dict)
     first_dropped: list[DroppedRow] = field(default_factory=list)
 
     @property
     def num_kept(self) -> int:
-        return self.num_records - self.dropped.total()
+        return self.num_records - sum(self.dropped.values())
 
     def add(self, shard: Shard) -> None:
         """Count a shard's records."""
         self.num_records += shard.stats.num_records
-        self.dropped.update(row.reason for row in shard.stats.dropped)
+        self.dropped = dict(Counter(self.dropped) + Counter(row.reason for row in shard.stats.dropped))
         self.first_dropped += shard.stats.dropped[: 10 - len(self.first_dropped)]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
-        rows = [asdict(row) for row in self.first_dropped]
-        return vars(self) | {"dropped": dict(self.dropped), "first_dropped": rows}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> StreamAccount:
         rows = [DroppedRow(**row) for row in given["first_dropped"]]
-        return cls(given["num_records"], Counter(given["dropped"]), rows)
+        return cls(given["num_records"], dict(given["dropped"]), rows)
 
 
 @dataclass
@@ -90,8 +85,7 @@ class Cursor:
 
     def as_dict(self) -> dict[str, Any]:
         """Return a copy as plain JSON values."""
-        lists = {"taken": [*self.taken], "has_ended": [*self.has_ended]}
-        return vars(self) | lists | {"account": self.account.as_dict()}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Cursor:
@@ -249,7 +243,7 @@ class StreamedSet:
             yield Shard(batches, stats)
 
 
-def _records(source: Source, taken: int, count: int | None) -> Iterator[Record | Unreadable]:
+def _records(source: Source, taken: int, count: int | None) -> Iterator[ReadResult]:
     """Yield a source's records after the first `taken`, repeated from its start where it has fewer than `count`.
 
     What can't be read is yielded also where it comes before them: the source may end there.

@@ -1,8 +1,7 @@
-"""Answers: read from what was generated, and from what a row says the answer should be."""
+"""Answers of generated texts and of references, compared in the same form."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from src.data.answers import AnswerFrame, strip_thoughts
@@ -12,30 +11,24 @@ from src.data.sets import EncodedSet
 
 @dataclass(frozen=True)
 class AnswerReader:
-    """Reads generated texts and references alike.
-
-    `tags` open and close thoughts; `frame` is what a chat template writes around an answer, in rows that it wrote.
-    """
+    """Extracts answers; `frame` is what a chat template writes around an answer, in rows that it wrote."""
 
     encoder: Encoder
     tags: tuple[str, str] | None
     frame: AnswerFrame
 
     def answer(self, rows: EncodedSet, index: int, generated: str) -> str:
-        """Return the answer in what was generated for a row: without thoughts and what a chat template adds."""
+        """Return the answer in a text generated for a row: without thoughts and what a chat template adds."""
         text = strip_thoughts(generated, self.tags)
         return self.frame.answer(text) if rows.is_rendered(index) else text
 
     def reference(self, rows: EncodedSet, index: int) -> str:
-        """Return what a row's answer should be, without thoughts, as this tokenizer can write it.
+        """Return a row's reference answer as the tokenizer can write it.
 
         What its normaliser replaces (such as wide letters by plain ones) no model could write.
         """
         return self.encoder.normalized(self.plain_reference(rows, index))
 
     def plain_reference(self, rows: EncodedSet, index: int) -> str:
-        """Return what a row's answer should be, without thoughts, also without those that stand in the data as tags."""
+        """Return a row's reference answer, without thoughts, also without those that the data has between tags."""
         return strip_thoughts(rows.reference(index), self.tags)
-
-    def references(self, rows: EncodedSet, indices: Sequence[int]) -> list[str]:
-        return [self.reference(rows, i) for i in indices]

@@ -1,9 +1,9 @@
-"""Decoding of a batch in which no prompt's text depends on its neighbours.
+"""Batched decoding in which no prompt's text depends on its neighbours.
 
-Transformers pads prompts on the left and lets what changes the scores (no_repeat_ngram_size, min_new_tokens, bad words
-…) look at the padding too: a padded row repeats the pad, which may be EOS, and is longer than it is alone. And all rows
-draw from one stream. Here each prompt has processors of its own, built by transformers for the prompt alone and shown
-what belongs to it, and a stream of random numbers of its own.
+Transformers pads prompts on the left, and its logits processors (no_repeat_ngram_size, min_new_tokens, bad words …) see
+the padding too: a padded row repeats the pad, which may be EOS, and is longer than alone. And all rows draw from one
+random stream. Here each prompt has its own processors, built by transformers for the prompt alone and called without
+its padding, and its own random stream.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from transformers import (
 
 from src.errors import ModelError
 
-SCORES_ALONE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
-"""Processors that look at each row's scores and at nothing else: they take all rows at once."""
+ROW_WISE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+"""Processors that depend on each row's scores only: they are applied to all rows at once."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How `generate` decodes a batch, as its `custom_generate`.
+    """Decodes a batch, as `custom_generate` of `generate`.
 
-    `prompts` are the ids of each row without padding; of an encoder-decoder they go to the encoder. `streams` holds a
-    row's random numbers [prompts, tokens], from 0 to 1, where one sequence is sampled for each; else it is None.
+    `prompts` are the ids of each row without padding; an encoder-decoder's encoder gets them. `streams` are the random
+    numbers of each row, [prompts, tokens] in [0, 1), where one sequence is sampled for each; else None.
     """
 
     prompts: Sequence[list[int]]
@@ -54,16 +54,16 @@ class Decoding:
         generation_config: GenerationConfig,
         **model_inputs: Any,
     ) -> Tensor:
-        """Return the ids [prompts, tokens] of prompts and what was written.
+        """Return the ids of prompts and completions, [prompts, tokens].
 
         Args:
-            input_ids: what the decoder begins with, [prompts * beams, tokens].
-            logits_processor: those that transformers made for all rows together; not used.
+            input_ids: the decoder's first ids, [prompts * beams, tokens].
+            logits_processor: those that transformers built for all rows together; not used.
         """
         config = copy.copy(generation_config)
         processors = self._processors(model, input_ids, config)
         if self.streams is not None:
-            config.do_sample = False  # what was drawn is the only token left
+            config.do_sample = False  # _Draw leaves one token
         decode = model._sample if config.num_beams == 1 else model._beam_search
         return decode(
             input_ids,
@@ -77,13 +77,13 @@ class Decoding:
     def _processors(self, model: Any, input_ids: Tensor, config: GenerationConfig) -> LogitsProcessorList:
         length = input_ids.shape[1]
         paddings = [0 if model.config.is_encoder_decoder else length - len(prompt) for prompt in self.prompts]
-        own = []
+        each = []
         for prompt, padding in zip(self.prompts, paddings, strict=True):
             alone = copy.copy(config)
             alone.max_length = config.max_length - padding
             if config.min_new_tokens is not None:
-                alone.min_length = 0  # transformers made it of min_new_tokens and the padded prompt
-            own.append(
+                alone.min_length = 0  # transformers derived it from min_new_tokens and the padded prompt
+            each.append(
                 model._get_logits_processor(
                     generation_config=alone,
                     input_ids_seq_length=length - padding,
@@ -91,11 +91,11 @@ class Decoding:
                     device=input_ids.device,
                 )
             )
-        shared = list(takewhile(lambda one: isinstance(one, SCORES_ALONE), reversed(own[0])))[::-1]
+        shared = list(takewhile(lambda one: isinstance(one, ROW_WISE), reversed(each[0])))[::-1]
         found = LogitsProcessorList()
-        if len(own[0]) > len(shared):
+        if len(each[0]) > len(shared):
             stop = config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0]
-            found.append(_RowByRow([each[: len(each) - len(shared)] for each in own], paddings, stop))
+            found.append(_RowByRow([own[: len(own) - len(shared)] for own in each], paddings, stop))
         found.extend(shared)
         if self.streams is not None:
             found.append(_Draw(self.streams.to(input_ids.device), length))
@@ -103,9 +103,9 @@ class Decoding:
 
 
 class _RowByRow(LogitsProcessor):
-    """Shows each prompt's own processors the ids of its beams, without the padding on their left.
+    """Applies each prompt's own processors to its beams, without the padding on their left.
 
-    Where they leave no token at all, as no_repeat_ngram_size may with few tokens, the text ends.
+    Where they leave no token, as no_repeat_ngram_size may with a small vocabulary, the text ends.
     """
 
     def __init__(self, processors: Sequence[Sequence[LogitsProcessor]], paddings: Sequence[int], stop_id: int) -> None:
@@ -127,7 +127,7 @@ class _RowByRow(LogitsProcessor):
 
 
 class _Draw(LogitsProcessor):
-    """Draws each row's next token from its own stream, and leaves no other a score."""
+    """Draws each row's next token from its own stream, and masks all others."""
 
     def __init__(self, streams: Tensor, begin: int) -> None:
         self._streams = streams
@@ -141,20 +141,20 @@ class _Draw(LogitsProcessor):
 
 
 def draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Return an id for each row of scores [rows, ids] with the probability that softmax gives it.
+    """Draw an id for each row of scores [rows, ids] with its softmax probability.
 
     Args:
-        uniform: a number for each row, at least 0 and below 1.
+        uniform: a number in [0, 1) for each row.
 
     Source: inversion of the cumulative distribution, Devroye 1986, "Non-Uniform Random Variate Generation", III.2.1.
     """
     cumulative = scores.double().softmax(1).cumsum(1)
-    cumulative = cumulative / cumulative[:, -1:]  # so that no number reaches the last
+    cumulative = cumulative / cumulative[:, -1:]  # so that the last is 1
     return torch.searchsorted(cumulative, uniform[:, None].contiguous(), right=True)[:, 0].clamp(
         max=scores.shape[1] - 1
     )
 
 
 def row_streams(seed: int, rows: Sequence[int], count: int) -> Tensor:
-    """Return `count` random numbers for each row, [rows, count], by seed and the row's number alone."""
+    """Return `count` random numbers for each row, [rows, count], from the seed and the row's index only."""
     return torch.from_numpy(np.stack([np.random.default_rng([seed, row]).random(count) for row in rows]))

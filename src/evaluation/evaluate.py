@@ -1,4 +1,4 @@
-"""Evaluation of sets: the loss over every supervised token, and scores of generated text."""
+"""Evaluation of sets: mean loss over all supervised tokens, and metrics of generated text."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from src.metrics import perplexity, scores
 from src.runtime.session import Runtime
 from src.training.loss import span_losses
 
-NOTHING: Mapping[str, int] = MappingProxyType({})
+NO_TOKENS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What every set's evaluation needs alike; `max_samples` is how many rows of a set, the first ones, count."""
+    """Evaluates sets, the first `max_samples` rows of each (None: all)."""
 
     scored: nn.Module
     generator: Generator
@@ -42,17 +42,17 @@ class Evaluator:
     def pad_token_id(self) -> int:
         return self.generator.pad_token_id
 
-    def evaluate(self, sets: Iterable[EncodedSet], watched: Mapping[str, int] = NOTHING) -> dict[str, float]:
-        """Give the metrics of sets by their names in metrics.jsonl, `eval/<set>/…`.
+    def evaluate(self, sets: Iterable[EncodedSet], watched: Mapping[str, int] = NO_TOKENS) -> dict[str, float]:
+        """Return the metrics of sets by their names in metrics.jsonl, `eval/<set>/…`.
 
         Args:
-            watched: tokens and their ids, of which `tokens/<token>/log_probability` (mean where it is the target, over
-                all the sets) and `…/share_of_targets` are given too.
+            watched: tokens and their ids, for which `tokens/<token>/log_probability` (mean where it is the target, over
+                all the sets) and `…/share_of_targets` are computed too.
         Raises:
             Interrupted: between batches, where a signal asked for it.
         """
         metrics: dict[str, float] = {}
-        targets = Targets(watched)
+        targets = TargetStats(watched)
         for rows in sets:
             count = min(len(rows), self.max_samples or len(rows))
             values = self._losses(rows, count, targets)
@@ -60,19 +60,16 @@ class Evaluator:
                 completions = self.generator.generate([rows.prompt_ids(i) for i in range(count)], self.runtime.seed)
                 texts = [self.reader.encoder.decode(completion.ids) for completion in completions]
                 answers = [self.reader.answer(rows, i, text) for i, text in enumerate(texts)]
-                references = self.reader.references(rows, range(count))
+                references = [self.reader.reference(rows, i) for i in range(count)]
                 values |= scores(self.metrics, answers, references, self.answer_pattern, rows.place)
             metrics |= {f"eval/{rows.name}/{name}": value for name, value in values.items()}
         return metrics | targets.metrics(self.runtime)
 
     @torch.no_grad()
-    def _losses(self, rows: EncodedSet, count: int, targets: Targets) -> dict[str, float]:
-        """Mean nats per supervised token over the first `count` rows, of all, of thoughts and of answers.
-
-        Batches of similar length are padded little.
-        """
-        order = sorted(range(count), key=lambda i: rows.lengths[i])
-        total, of_thoughts = torch.zeros(2, dtype=torch.float64)
+    def _losses(self, rows: EncodedSet, count: int, targets: TargetStats) -> dict[str, float]:
+        """Compute the mean nats per supervised token of the first `count` rows: of all, of thoughts and of answers."""
+        order = sorted(range(count), key=lambda i: rows.lengths[i])  # little padding
+        total, thought_sum = torch.zeros(2, dtype=torch.float64)
         num_supervised = num_thought = 0
         self.scored.eval()
         for start, counts in self.runtime.share(range(0, count, self.batch_size)):
@@ -86,23 +83,19 @@ class Evaluator:
             nll = found.nll.double().cpu()
             total += nll.sum()
             if found.is_thought is not None:
-                of_thoughts += nll[found.is_thought.cpu()].sum()
-            targets.see(found.targets.cpu(), nll)
-        sums = [total.item(), float(num_supervised), of_thoughts.item(), float(num_thought)]
+                thought_sum += nll[found.is_thought.cpu()].sum()
+            targets.update(found.targets.cpu(), nll)
+        sums = [total.item(), float(num_supervised), thought_sum.item(), float(num_thought)]
         nll, all_supervised, thought_nll, all_thought = self.runtime.sum(sums)
         loss = nll / all_supervised
         if not math.isfinite(loss):
-            raise NonFiniteLossError(f"the loss on {rows.name} became {loss}: training has spoilt the weights")
+            raise NonFiniteLossError(f"the loss on {rows.name} became {loss}: the weights are broken")
         losses = {"loss": loss, "perplexity": perplexity(loss)}
         return losses | span_losses(nll, all_supervised, thought_nll, all_thought)
 
 
 def check_spans(config: RunConfig, data: Data) -> None:
-    """See that there are thoughts where something depends on them.
-
-    Raises:
-        DataError: naming the key that asks for them.
-    """
+    """Raise DataError where a key depends on thoughts and the rows have none."""
     if config.loss.thought_weight != 1 and not data.reports["train"].thought_tokens:
         raise DataError(f"loss.thought_weight = {config.loss.thought_weight:g}, but no row of train has a thought")
     metric = config.checkpoint.metric_for_best_model
@@ -114,8 +107,8 @@ def check_spans(config: RunConfig, data: Data) -> None:
         raise DataError(f"checkpoint.metric_for_best_model = {metric}, but its rows have no thoughts, or nothing else")
 
 
-class Targets:
-    """How often tokens are the target, and how likely they are then."""
+class TargetStats:
+    """Sums over the positions where watched tokens are the target."""
 
     def __init__(self, watched: Mapping[str, int]) -> None:
         self._watched = watched
@@ -123,16 +116,16 @@ class Targets:
         self._nlls = dict.fromkeys(watched, 0.0)
         self._total = 0
 
-    def see(self, targets: Tensor, nll: Tensor) -> None:
-        """Count targets [supervised] and their losses, in nats."""
+    def update(self, targets: Tensor, nll: Tensor) -> None:
+        """Add targets [supervised] and their losses, in nats."""
         self._total += len(targets)
         for token, token_id in self._watched.items():
-            here = targets == token_id
-            self._counts[token] += int(here.sum())
-            self._nlls[token] += float(nll[here].sum())
+            is_token = targets == token_id
+            self._counts[token] += int(is_token.sum())
+            self._nlls[token] += float(nll[is_token].sum())
 
     def metrics(self, runtime: Runtime) -> dict[str, float]:
-        """Give share_of_targets of every token, and log_probability of those that were one, over all processes."""
+        """Return share_of_targets of every token, and log_probability of those that were one, over all processes."""
         metrics = {}
         total, *sums = runtime.sum([float(self._total), *self._counts.values(), *self._nlls.values()])
         counts, nlls = sums[: len(self._counts)], sums[len(self._counts) :]
@@ -145,7 +138,7 @@ class Targets:
 
 
 def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data, runtime: Runtime) -> Evaluator:
-    """Take the settings from a run's configuration, and see that what will be generated from can be.
+    """Build the evaluator of a run, and check that its prompts can be generated from.
 
     Raises:
         DataError, ModelError: where a prompt is empty, or leaves no room for what is generated.

@@ -22,7 +22,7 @@ from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
 
 
-class _WhenAsked(StoppingCriteria):
+class _StopRequested(StoppingCriteria):
     """Ends generation between two tokens when a signal asks the run to stop."""
 
     def __init__(self, stop: StopRequest) -> None:
@@ -30,44 +30,6 @@ class _WhenAsked(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.full((input_ids.shape[0],), bool(self._stop.asked()), device=input_ids.device)
-
-
-@dataclass(frozen=True)
-class EndText:
-    """A text that ends what is generated, where a chat template ends turns with words that are no token."""
-
-    frame: AnswerFrame
-    encoder: Encoder
-
-    @classmethod
-    def of(cls, frame: AnswerFrame, encoder: Encoder) -> EndText | None:
-        """Return the text that ends turns in a chat template; None where a token does, or nothing."""
-        return cls(frame, encoder) if frame.end_text else None
-
-    def ends(self, ids: Sequence[int]) -> bool:
-        """Return whether generated ids have come to it; in a thought it ends nothing."""
-        return self.frame.is_over(self.encoder.decode(ids))
-
-    def cut(self, completion: Completion) -> Completion:
-        """Cut a completion after the token that completes the text; one without it is left as it is."""
-        ids = completion.ids
-        if not self.ends(ids):
-            return completion
-        return Completion(ids[: bisect_left(range(len(ids) + 1), True, key=lambda n: self.ends(ids[:n]))], "eos")
-
-
-class _AfterText(StoppingCriteria):
-    """Ends each row after a text; `begin` is where the generated ids begin."""
-
-    def __init__(self, end: EndText, begin: int) -> None:
-        self._end, self._begin = end, begin
-        self._window = len(end.frame.end_text.encode()) + 1  # a token writes a byte at least; the last may write more
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        written = input_ids[:, self._begin :].tolist()
-        text, decode = self._end.frame.end_text, self._end.encoder.decode
-        is_over = [text in decode(ids[-self._window :]) and self._end.ends(ids) for ids in written]
-        return torch.tensor(is_over, device=input_ids.device)
 
 
 @dataclass(frozen=True)
@@ -79,6 +41,44 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class EndText:
+    """A text that ends a turn, for chat templates that end turns with words that are no token."""
+
+    frame: AnswerFrame
+    encoder: Encoder
+
+    @classmethod
+    def of(cls, frame: AnswerFrame, encoder: Encoder) -> EndText | None:
+        """Return the text that ends turns in a chat template; None where a token does, or nothing."""
+        return cls(frame, encoder) if frame.end_text else None
+
+    def is_in(self, ids: Sequence[int]) -> bool:
+        """Return whether generated ids contain it; in a thought it ends nothing."""
+        return self.frame.is_over(self.encoder.decode(ids))
+
+    def cut(self, completion: Completion) -> Completion:
+        """Cut a completion after the token that completes the text."""
+        ids = completion.ids
+        if not self.is_in(ids):
+            return completion
+        return Completion(ids[: bisect_left(range(len(ids) + 1), True, key=lambda n: self.is_in(ids[:n]))], "eos")
+
+
+class _EndTextReached(StoppingCriteria):
+    """Ends each row after a text; `begin` is the index of the first generated id."""
+
+    def __init__(self, end: EndText, begin: int) -> None:
+        self._end, self._begin = end, begin
+        self._window = len(end.frame.end_text.encode()) + 1  # a token writes a byte at least; the last may write more
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        text, decode = self._end.frame.end_text, self._end.encoder.decode
+        generated = input_ids[:, self._begin :].tolist()
+        is_over = [text in decode(ids[-self._window :]) and self._end.is_in(ids) for ids in generated]
+        return torch.tensor(is_over, device=input_ids.device)
+
+
+@dataclass(frozen=True)
 class Generator:
     """A model that generates by its own `generation_config`, see model.build."""
 
@@ -86,7 +86,7 @@ class Generator:
     runtime: Runtime
     batch_size: int
     target_prefix: list[int]
-    """What an encoder-decoder's decoder is fed behind its start token, before it writes."""
+    """Ids that an encoder-decoder's decoder is fed after its start token."""
     end: EndText | None = None
 
     @property
@@ -98,13 +98,13 @@ class Generator:
         return bool(self.model.config.is_encoder_decoder)
 
     def generate(self, prompts: Sequence[list[int]], seed: int, first_row: int = 0) -> list[Completion]:
-        """Generate a completion for each prompt (ids), in the order given.
+        """Generate a completion for each prompt (ids), in their order.
 
-        Prompts of similar length go together, so that little is padded. Which ones do decides nothing: each is decoded
-        as it would be alone, and draws from a stream of its own, by `seed` and its row.
+        Prompts of similar length are batched, for little padding. Batching changes no completion: each prompt is
+        decoded as it would be alone, and draws from its own random stream, by `seed` and its row.
 
         Args:
-            first_row: the number of the first prompt's row, where the prompts are a part of more.
+            first_row: the index of the first prompt's row, where the prompts are a part of a set.
         Raises:
             Interrupted: between two tokens, where a signal asked for it.
         """
@@ -129,23 +129,24 @@ class Generator:
 
     @property
     def _samples_beams(self) -> bool:
-        """Whether transformers draws among the beams, from the global stream, so that each prompt needs it alone."""
+        """Whether transformers samples among the beams, from the global random stream: prompts can't be batched."""
         settings = self.model.generation_config
         return bool(settings.do_sample and (settings.num_beams or 1) > 1)
 
     def _stretches(self, longest: int) -> bool:
-        """Return whether positions depend on the longest row of a batch: some models compute them otherwise beyond a
-        border (longrope as in Phi-3-128k, dynamic), for all rows at once.
+        """Return whether positions depend on the longest row of a batch.
+
+        Some models (longrope as in Phi-3-128k, dynamic) change them beyond a certain length, for all rows at once.
         """
         settings = self.model.config.get_text_config()
         rope = getattr(settings, "rope_parameters", None) or {}
         kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
-        borders = [
+        limits = [
             kind.get("original_max_position_embeddings") or settings.max_position_embeddings
             for kind in kinds
             if kind.get("rope_type") in ("longrope", "dynamic")
         ]
-        return bool(borders) and longest + self.model.generation_config.max_new_tokens > min(borders)
+        return bool(limits) and longest + self.model.generation_config.max_new_tokens > min(limits)
 
     def _batch(self, prompts: Sequence[list[int]], rows: Sequence[int], seed: int) -> list[Completion]:
         settings = self.model.generation_config
@@ -154,7 +155,7 @@ class Generator:
         ids = torch.full((len(prompts), longest), pad)
         real = torch.zeros_like(ids)
         for i, prompt in enumerate(prompts):
-            # an encoder's positions count from the left, a decoder's completion goes on at the right
+            # an encoder's positions count from the left, a decoder's completion follows on the right
             here = slice(0, len(prompt)) if self.is_encoder_decoder else slice(longest - len(prompt), longest)
             ids[i, here], real[i, here] = torch.tensor(prompt), 1
         decoder = {}
@@ -166,11 +167,11 @@ class Generator:
         decoding = Decoding(
             prompts,
             row_streams(seed, rows, settings.max_new_tokens) if draws else None,
-            synced_gpus=self.runtime.zero_stage == 3,  # each computes as long as another writes
+            synced_gpus=self.runtime.zero_stage == 3,  # each process computes as long as another one generates
         )
-        criteria: list[StoppingCriteria] = [_WhenAsked(self.runtime.stop)]
+        criteria: list[StoppingCriteria] = [_StopRequested(self.runtime.stop)]
         if self.end is not None:
-            criteria.append(_AfterText(self.end, longest))
+            criteria.append(_EndTextReached(self.end, longest))
         with self.runtime.autocast():
             generated = self.model.generate(
                 input_ids=ids.to(self.runtime.device),
@@ -191,10 +192,10 @@ def _seed_of(seed: int, row: int) -> int:
 
 
 def check_prompts(config: RunConfig, model: Any, data: Data) -> None:
-    """See that every prompt can be generated from: with room behind it, and not empty where answers are compared.
+    """Check that there is room after every prompt, and that none is empty where answers are compared.
 
     Args:
-        model: only its configuration is looked at.
+        model: only its configuration is used.
     Raises:
         DataError, ModelError: naming the row, or the lengths that do not fit.
     """
@@ -221,7 +222,7 @@ def _check_room(name: str, longest: int, config: RunConfig, model: Any, data: Da
 
 
 def cut_at(ids: list[int], stop_ids: Sequence[int]) -> Completion:
-    """Cut generated ids before the first one that ends them, EOS or the end of a turn; behind it is padding."""
+    """Cut generated ids before the first stop id, EOS or the end of a turn; padding follows it."""
     for i, token_id in enumerate(ids):
         if token_id in stop_ids:
             return Completion(ids[:i], "eos")

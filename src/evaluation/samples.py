@@ -1,4 +1,4 @@
-"""Samples: what the model writes for a few fixed prompts, as a person would want to read it."""
+"""Samples: completions of a few fixed prompts, to read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from src.evaluation.evaluate import Evaluator
 class Sample:
     """One line of samples.jsonl.
 
-    `text` has the thoughts, `answer` is the same without them; `num_opened` and `num_closed` count its thought tags;
-    `untrained` is the text that the model wrote before its first step.
+    `text` includes thoughts, `answer` doesn't; `num_opened` and `num_closed` count its thought tags; `untrained` is the
+    model's text before its first step.
     """
 
     step: int
@@ -38,7 +38,7 @@ def sample(
     """Generate for the first `count` rows of a set; the same prompts and the same random stream every time.
 
     Args:
-        untrained: the texts that were sampled before training, to stand beside.
+        untrained: the texts that were sampled before training.
     """
     reader = evaluator.reader
     opened, closed = reader.tags or ("", "")

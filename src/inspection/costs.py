@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from src.config.schema import LoraConfig, MixedPrecision, RunConfig, ZeroConfig
+from src.config.schema import MixedPrecision, RunConfig, ZeroConfig
 from src.forecast.counting import ForwardCount, ModelCounter, TrainingCount, UncountableError, counted
 from src.inspection.workload import Workload, mean_shape, widest_of
 
@@ -56,7 +56,7 @@ def count_work(config: RunConfig, model: Any, work: Workload, device: torch.devi
 
 def starts_from_values(config: RunConfig) -> bool:
     """Return whether PEFT needs the values of quantised weights to put the adapter in."""
-    return config.quantization.load_in_4bit and isinstance(config.adapter, LoraConfig) and config.adapter.use_dora
+    return config.quantization.load_in_4bit and config.lora is not None and config.lora.use_dora
 
 
 def _count_training(counter: ModelCounter, counts: Counts, work: Workload, accumulation: int) -> None:

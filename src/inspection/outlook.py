@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from src.config.schema import Device, LoraConfig, MixedPrecision, RunConfig, ZeroConfig
+from src.config.schema import Device, MixedPrecision, RunConfig, ZeroConfig
 from src.data.dataset import Data
 from src.forecast.disk import DiskForecast, disk_forecast, most_saves
 from src.forecast.memory import MemoryForecast, Sharding, memory_forecast
@@ -22,7 +22,6 @@ from src.inspection.measurement import Measured, measure_work, measured_times
 from src.inspection.workload import Workload, plan_work
 from src.model.adapters import add_adapter
 from src.model.build import with_zero_sizes
-from src.model.embeddings import embedding_matrices
 from src.model.quantization import put_quantised_layers, quantization_settings
 from src.util import human_bytes
 
@@ -141,11 +140,10 @@ def planned_parameters(config: RunConfig, model: Any, new_ids: Sequence[int]) ->
     if config.quantization.is_on and not starts_from_values(config):
         settings = quantization_settings(config.quantization, config.model, config.training.mixed_precision)
         put_quantised_layers(model, settings)
-    if not isinstance(config.adapter, LoraConfig):
+    if config.lora is None:
         return parameters
-    adapter = replace(config.adapter, init_lora_weights=True)  # other ways to start compute with the weights
-    matrices = [matrix.module for matrix in embedding_matrices(model)]
-    add_adapter(model, adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
+    adapter = replace(config.lora, init_lora_weights=True)  # other ways to start compute with the weights
+    add_adapter(model, replace(config, adapter=adapter), new_ids)
     return with_adapter(parameters, model)
 
 

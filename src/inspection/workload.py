@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from src.config.schema import Batching, RunConfig
 from src.data.batching import BatchSampler, Sequences, steps_per_epoch
-from src.data.dataset import Data, first_block
+from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.forecast.counting import MicroBatchShape
 from src.training.state import batch_plan, num_train_steps
@@ -81,7 +81,7 @@ class Workload:
 
 def plan_work(config: RunConfig, data: Data) -> Workload:
     """Return what a run computes, from its first epoch's micro-batches and from the sets that are evaluated."""
-    train = first_block(data.train)
+    train = data.train.first
     plan = batch_plan(config, config.runtime.world_size)
     per_epoch = None if config.data.streaming else steps_per_epoch(train, plan, config.seed)
     num_steps = num_train_steps(config.training, per_epoch)

@@ -1,4 +1,4 @@
-"""Adapters: small trained matrices beside a model's frozen weights, and rows for new tokens. The door to PEFT."""
+"""Adapters: small trained matrices added to a model's frozen weights, and rows for new tokens. The door to PEFT."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from src.config.schema import AdapterConfig, LoraConfig, ModelConfig
+from src.config.schema import LoraConfig, RunConfig
 from src.errors import ModelError, one_line
-from src.model.embeddings import tied_as_it_is
+from src.model.embeddings import actual_tie, embedding_matrices
+from src.model.layers import is_linear, is_transposed
 from src.model.weights import check_finite, check_names
 from src.runtime.sharding import gathered, unsharded_models
 from src.util import in_words, nearest
@@ -36,8 +37,8 @@ PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Don't show a user that PEFT 0.21 asks transformers 5.23 for something by its old name, and that adapters on tied
-    matrices don't merge: such merges are refused here."""
+    """Hide PEFT's warnings that say nothing to a user: PEFT 0.21 uses an old name of transformers 5.23, and it warns of
+    adapters on tied matrices, whose merges are refused here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* a tied layer is part of the adapter", UserWarning)
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
@@ -46,18 +47,18 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What PEFT put into a model; the model itself is changed in place and used as before."""
+    """An adapter that PEFT has put into a model; the model is changed in place and used as before."""
 
     peft_model: Any
     needs_merging: str = ""
-    """Why plain PEFT can't load the adapter alone again, so that only merged weights are a result; mostly nothing."""
+    """Why plain PEFT can't load the adapter by itself, so that only merged weights are a result; mostly ''."""
 
     def save(self, folder: Path) -> None:
         """Write the adapter and the rows of new tokens, nothing of the base."""
         self.peft_model.save_pretrained(folder, save_embedding_layers=False)  # else PEFT writes both whole matrices
 
     def load(self, folder: Path) -> None:
-        """Put what `save` wrote in the place of this adapter and its rows.
+        """Load what `save` wrote into this adapter and its rows.
 
         Raises:
             ModelError: where it can't be read, or is of another form.
@@ -72,13 +73,13 @@ class Adapter:
         set_peft_model_state_dict(self.peft_model, saved)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what `save` writes, by its names."""
+        """Return the tensors that `save` writes, by name."""
         from peft import get_peft_model_state_dict
 
         return get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
 
     def shapes_on(self, empty: Any, folder: Path) -> dict[str, tuple[int, ...]]:
-        """Load what was saved onto an empty base, and give the shapes of what is then there, by the names of `state`.
+        """Load what was saved onto an empty base; return the shapes of its tensors, by the names of `state`.
 
         Raises:
             ValueError, RuntimeError, KeyError: where it does not fit.
@@ -93,10 +94,9 @@ class Adapter:
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def on_float32(self, folder: Path) -> tuple[Any, torch.dtype]:
-        """Return this adapter on its base in whole weights, to be made float32, and the type that the base had.
+        """Return this adapter on its dequantised base, to be made float32, and the type that the base had.
 
-        Weights that are quantised are dequantised, and those of less than float32 are moved to the CPU: where they lay
-        they may have no room.
+        Weights of fewer bits than float32 are moved to the CPU: where they were they may have no room.
 
         Args:
             folder: where this adapter was saved.
@@ -112,14 +112,14 @@ class Adapter:
         base = self.peft_model.unload()
         dtype = base.dtype
         base = base.to("cpu").dequantize(dtype=torch.float32)
-        with quiet(), tied_as_it_is(base):
+        with quiet(), actual_tie(base):
             whole = PeftModel.from_pretrained(base, folder)
-        lean_tokens(whole)
+        use_row_lookup(whole)
         return whole, dtype
 
 
 def _trained_ids(model: nn.Module) -> dict[str, list[int]]:
-    """Return the tokens whose rows are trained apart, by the module that has them."""
+    """Return the tokens whose rows the adapter trains, by module."""
     found = {name: getattr(module, "token_indices", None) for name, module in model.named_modules()}
     return {name: list(of_adapter[NAME]) for name, of_adapter in found.items() if of_adapter}
 
@@ -144,7 +144,7 @@ def _not_read(folder: Path, error: Exception) -> ModelError:
 
 
 def with_adapter(base: Any, folder: Path) -> Any:
-    """Put a saved adapter into its base, which has room for the new tokens, and give the model.
+    """Load a saved adapter onto its base, which has room for the new tokens; return the model.
 
     Raises:
         ModelError: where it does not fit, lacks a weight or has one too many, or one that is not finite.
@@ -154,8 +154,8 @@ def with_adapter(base: Any, folder: Path) -> Any:
 
     what, saved = f"the adapter in {folder}", _read_adapter(folder)
     try:
-        with quiet(), tied_as_it_is(base), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are told below
+        with quiet(), actual_tie(base), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # check_names names them
             loaded = PeftModel.from_pretrained(base, folder)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"{what} does not fit its base: {one_line(error)}") from error
@@ -167,68 +167,79 @@ def with_adapter(base: Any, folder: Path) -> Any:
     return loaded.get_base_model()
 
 
-def add_adapter(
-    model: Any,
-    config: AdapterConfig,
-    model_config: ModelConfig,
-    new_ids: Sequence[int] = (),
-    matrices: Sequence[nn.Module] = (),
-    *,
-    is_merged: bool = False,
-) -> Adapter | None:
-    """Freeze a model and put an adapter into it, in place; None where the configuration has none.
+def add_adapter(model: Any, config: RunConfig, new_ids: Sequence[int] = ()) -> Adapter | None:
+    """Freeze a model and put an adapter into it, in place; return None where the configuration has none.
 
     Args:
-        new_ids: tokens whose rows are trained too.
-        matrices: the modules that have such rows, each matrix once; PEFT ties the others to them.
-        is_merged: whether the run's result is whole weights.
+        new_ids: tokens whose rows are trained too, in each matrix of tokens.
     Raises:
         ModelError: where `target_modules` is not found in the model, or the adapter alone could not be loaded again.
     """
-    if not isinstance(config, LoraConfig):
+    lora = config.lora
+    if lora is None:
         return None
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it recommends a package
     import peft
 
-    check_targets(model, config)
+    check_targets(model, lora)
+    matrices = [matrix.module for matrix in embedding_matrices(model)] if new_ids else []
     needs_merging = _lost_when_loaded(model, matrices) if new_ids else ""
-    if needs_merging and not is_merged:
+    if needs_merging and not config.export.merge:
         raise ModelError(f"{needs_merging}: export.merge=true writes whole weights, which load as they are")
     names = [name for name, module in model.named_modules() if any(module is one for one in matrices)]
-    own = [*names, *(name for name, module in model.named_modules() if module is model.get_output_embeddings())]
-    left_out = config.exclude_modules or []
-    both = [name for name in own if is_target(name, config.target_modules) and not is_target(name, left_out)]
-    if new_ids and both:
-        raise ModelError(
-            f"adapter.target_modules: {both[0]} can't have an adapter where rows of new tokens are trained in it: "
-            "leave it out, or use tokens=none"
-        )
-    settings = {key: value.value if isinstance(value, Enum) else value for key, value in vars(config).items()}
-    del settings["type"]
-    is_pair = model.config.is_encoder_decoder
+    if new_ids:
+        _check_rows_have_no_adapter(model, names, lora)
+    # PEFT 0.21 would gather the rows that it starts from on CUDA devices only
+    full = gathered(parameter for module in matrices for parameter in module.parameters())
     try:
-        lora = peft.LoraConfig(
-            **settings,
-            task_type="SEQ_2_SEQ_LM" if is_pair else "CAUSAL_LM",
-            trainable_token_indices={name: list(new_ids) for name in names} if new_ids else None,
-            fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's matrices
-            revision=model_config.revision,
-        )
-        # PEFT 0.21 would gather the rows that it starts from on CUDA devices only
-        whole_matrices = gathered(parameter for module in matrices for parameter in module.parameters())
-        with quiet(), unsharded_models(), tied_as_it_is(model), whole_matrices:
-            adapted = peft.get_peft_model(model, lora)
+        settings = _peft_config(model, config, {name: list(new_ids) for name in names} or None)
+        with quiet(), unsharded_models(), actual_tie(model), full:
+            adapted = peft.get_peft_model(model, settings)
     except (ValueError, TypeError) as error:
         raise ModelError(f"this adapter can't be put into a {type(model).__name__}: {one_line(error)}") from error
-    if config.use_dora:
+    if lora.use_dora:
         _check_norms(model)
-    lora.base_model_name_or_path = portable(model_config.checkpoint)
-    lean_tokens(model)
+    settings.base_model_name_or_path = portable(config.model.checkpoint)
+    use_row_lookup(model)
     return Adapter(adapted, needs_merging)
 
 
+def _peft_config(model: Any, config: RunConfig, new_rows: dict[str, list[int]] | None) -> Any:
+    """Return PEFT's settings.
+
+    Args:
+        new_rows: tokens whose rows are trained, by the name of the matrix; PEFT ties the other matrices to these.
+    """
+    import peft
+
+    values = {key: value.value if isinstance(value, Enum) else value for key, value in vars(config.adapter).items()}
+    del values["type"]
+    return peft.LoraConfig(
+        **values,
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        trainable_token_indices=new_rows,
+        fan_in_fan_out=any(map(is_transposed, model.modules())),
+        revision=config.model.revision,
+    )
+
+
+def _check_rows_have_no_adapter(model: Any, matrices: Sequence[str], lora: LoraConfig) -> None:
+    """Raise ModelError where a matrix of tokens is a target: rows of new tokens are trained in it.
+
+    Args:
+        matrices: names of the matrices that have such rows.
+    """
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    for name in (*matrices, *head):
+        if is_target(name, lora.target_modules) and not is_target(name, lora.exclude_modules or []):
+            raise ModelError(
+                f"adapter.target_modules: {name} can't have an adapter where rows of new tokens are trained in it: "
+                "leave it out, or use tokens=none"
+            )
+
+
 def _check_norms(model: nn.Module) -> None:
-    """See that DoRA, which divides by the norm of each of a matrix's outputs, has no 0 to divide by.
+    """Check that DoRA, which divides by the norm of each of a matrix's outputs, has no 0 to divide by.
 
     Raises:
         ModelError: naming the matrix and the outputs.
@@ -263,24 +274,25 @@ def _lost_when_loaded(model: Any, matrices: Sequence[nn.Module]) -> str:
     return ""
 
 
-def check_adapter(empty: Any, config: LoraConfig, model_config: ModelConfig, *, is_merged: bool) -> None:
-    """See that an adapter goes into a model, and changes nothing else where it is written into the weights.
+def check_adapter(empty: Any, config: RunConfig) -> None:
+    """Check that an adapter goes into a model, and changes nothing else where it is written into the weights.
 
     Args:
         empty: the model on the meta device; gets the adapter.
     Raises:
         ModelError: saying what does not go together.
     """
-    check_targets(empty, config)
-    start = config.init_lora_weights
-    if is_merged:
+    assert config.lora is not None
+    check_targets(empty, config.lora)
+    start = config.lora.init_lora_weights
+    if config.export.merge:
         why, remedy = "export.merge=true writes the adapter into it", "export.merge=false keeps the adapter apart"
     elif start not in PLAIN_STARTS:
         why, remedy = f"adapter.init_lora_weights={start} changes it", "adapter.init_lora_weights=true leaves it alone"
     else:
         return
     owners = _owners(empty)
-    add_adapter(empty, replace(config, init_lora_weights=True), model_config, is_merged=is_merged)
+    add_adapter(empty, replace(config, adapter=replace(config.lora, init_lora_weights=True)))
     _check_shared(empty, owners, why, remedy)
 
 
@@ -295,7 +307,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _check_shared(model: nn.Module, owners: Mapping[int, Sequence[str]], why: str, remedy: str) -> None:
-    """See that no matrix with an adapter is another module's too, which would change with it.
+    """Check that no matrix with an adapter is another module's too, which would change with it.
 
     Args:
         owners: those of the model's parameters before the adapter was put into it.
@@ -322,12 +334,12 @@ def _check_shared(model: nn.Module, owners: Mapping[int, Sequence[str]], why: st
 
 
 def portable(checkpoint: str) -> str:
-    """Name the base so that it is found from another folder too."""
+    """Return the base's name so that it is found from another folder too."""
     return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
 
 
 def check_targets(model: Any, config: LoraConfig) -> None:
-    """See that every name of `target_modules` is in the model.
+    """Check that every name of `target_modules` is in the model.
 
     Raises:
         ModelError: with the nearest names of those that are.
@@ -338,7 +350,7 @@ def check_targets(model: Any, config: LoraConfig) -> None:
 
 
 def is_target(name: str, targets: Any) -> bool:
-    """Whether PEFT takes a module of this name for one of the targets: a pattern, or the ends of names."""
+    """Return whether a module of this name is one of PEFT's targets: a pattern, or the ends of names."""
     if isinstance(targets, str):
         return targets != "all-linear" and re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
@@ -356,7 +368,7 @@ def _check_names(model: Any, key: str, targets: Sequence[str], is_pattern: bool)
         raise ModelError(
             f"adapter.{key}: a text is a pattern for whole names; a list of names is written [{targets[0]}]"
         )
-    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module)})
     near = {t: nearest(t.rpartition(".")[2], linear) for t in missing}
     listed_names = ", ".join(f"{t}{f' (did you mean {near[t]}?)' if near[t] else ''}" for t in missing)
     raise ModelError(
@@ -365,12 +377,8 @@ def _check_names(model: Any, key: str, targets: Sequence[str], is_pattern: bool)
     )
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def lean_tokens(model: nn.Module) -> None:
-    """Let PEFT's trained rows be looked up by themselves.
+def use_row_lookup(model: nn.Module) -> None:
+    """Have PEFT's trained rows looked up without the matrix.
 
     PEFT 0.21 writes them into a copy of the whole matrix in every forward, and gets a whole matrix of gradients.
     """

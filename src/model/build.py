@@ -1,4 +1,4 @@
-"""From a checkpoint to a model, and the settings it generates by."""
+"""Load a checkpoint's model, and set how it generates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from src.config.schema import (
     Attention,
     Dtype,
     GenerationConfig,
-    LoraConfig,
     ModelConfig,
     ModelType,
     RunConfig,
@@ -37,7 +36,7 @@ from src.util import in_words
 
 
 def build_model(config: RunConfig, device: torch.device) -> Any:
-    """Load the model, or draw its weights at random; weights that are quantised lie on the device at once.
+    """Load the model, or draw its weights at random; quantised weights are loaded onto the device.
 
     Raises:
         ModelError: where the checkpoint can't be loaded, is of another type, or is too short for the data; before any
@@ -73,23 +72,23 @@ def with_zero_sizes(config: RunConfig) -> RunConfig:
     width = getattr(architecture, "hidden_size", None) or max(getattr(architecture, "hidden_sizes", ()), default=0)
     if not width:
         named = ", ".join(f"deepspeed.zero_optimization.{key}" for key in autos)
-        raise ModelError(f"{config.model.checkpoint} has no hidden_size to fill `auto` in by: give numbers for {named}")
+        raise ModelError(f"{config.model.checkpoint} has no hidden_size to fill `auto` in: set numbers for {named}")
     sizes = zero.zero_optimization | {key: WIDTH_SIZES[key](width) for key in autos}
     return replace(config, deepspeed=replace(zero, zero_optimization=sizes))
 
 
 def check_adapter_of(config: RunConfig) -> None:
-    """See that the adapter goes into the model, and can be merged where it is to be; no weight is read for that.
+    """Check that the adapter goes into the model, and can be merged where it is to be; no weight is read for that.
 
     Raises:
         ModelError: saying what does not go together.
     """
-    if isinstance(config.adapter, LoraConfig):
-        check_adapter(empty_model(config.model), config.adapter, config.model, is_merged=config.export.merge)
+    if config.adapter.is_on:
+        check_adapter(empty_model(config.model), config)
 
 
 def check_stored_bits(config: RunConfig, architecture: Any) -> None:
-    """See that weights which are stored quantised are neither trained, merged nor quantised again.
+    """Check that weights which are stored quantised are neither trained, merged nor quantised again.
 
     Raises:
         ModelError: saying what to change.
@@ -97,7 +96,7 @@ def check_stored_bits(config: RunConfig, architecture: Any) -> None:
     if getattr(architecture, "quantization_config", None) is None:
         return
     stored = f"{config.model.checkpoint} is stored quantised"
-    if not isinstance(config.adapter, LoraConfig):
+    if not config.adapter.is_on:
         raise ModelError(f"{stored}, and such weights can't be trained: adapter=lora, or the whole checkpoint")
     if config.quantization.is_on:
         raise ModelError(f"{stored} already: quantization=none")
@@ -106,7 +105,7 @@ def check_stored_bits(config: RunConfig, architecture: Any) -> None:
 
 
 def check_attention(config: ModelConfig, device: torch.device) -> None:
-    """See that the attention that is asked for can be had here.
+    """Check that the chosen attention is available here.
 
     Raises:
         ModelError: saying what is lacking.
@@ -126,7 +125,7 @@ def check_attention(config: ModelConfig, device: torch.device) -> None:
 
 
 def check_lengths(config: ModelConfig, architecture: Any, max_seq_length: int, max_target_length: int) -> None:
-    """See that the model has room for the longest row.
+    """Check that the model has positions for the longest row.
 
     Raises:
         ModelError: naming the key that asks for more.
@@ -143,7 +142,7 @@ def load_architecture(config: ModelConfig) -> Any:
     """Load a checkpoint's configuration, without weights.
 
     Raises:
-        ModelError: where there is none, it describes no model, or one of another type than `model.type` says.
+        ModelError: where there is none, it describes no model, or one of another type than `model.type`.
     """
     try:
         architecture = AutoConfig.from_pretrained(config.checkpoint, **_where(config))
@@ -191,7 +190,7 @@ def _dtype(config: ModelConfig) -> dict[str, Any]:
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
-    """Count all parameters and those that are trained; of weights in 4 bits those that they stand for."""
+    """Return the number of all parameters and of trained ones; weights in 4 bits count as what they stand for."""
     return sum(map(_count, model.parameters())), sum(
         math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad
     )
@@ -224,7 +223,7 @@ def load_weights(config: ModelConfig, architecture: Any, checkpoint: str, **sett
                 checkpoint,
                 use_safetensors=config.use_safetensors or None,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are told below
+                ignore_mismatched_sizes=True,  # check_loaded names them
                 **({"dtype": "auto"} | _dtype(config)),
                 **attention,
                 **_where(config),
@@ -239,7 +238,7 @@ def load_weights(config: ModelConfig, architecture: Any, checkpoint: str, **sett
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep transformers' own table of weights that do not fit off the terminal in this block: names stand raw in it."""
+    """Hide transformers' own table of weights that do not fit: it prints names with their control characters."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
@@ -253,22 +252,22 @@ def _without_report() -> Iterator[None]:
 
 
 def know_weight_names() -> None:
-    """Have transformers make its table of all models' weight names, which it keeps: a quarter of a second."""
+    """Have transformers build its table of weight names ahead of time: it takes a quarter of a second, once."""
     get_checkpoint_conversion_mapping("llama")
 
 
 def set_generation(
     model: Any, config: GenerationConfig, tokenizer: Any, stop_ids: Sequence[int], target_prefix: Sequence[int] = ()
 ) -> None:
-    """Make these the settings that the model generates by, here and after export; its checkpoint's own are let go.
+    """Set the model's generation config, for here and after export, in place of its checkpoint's.
 
-    Settings of sampling are given only where sampling is on.
+    Settings of sampling are set only where sampling is on.
 
     A tokenizer without a pad token pads with EOS: labels and masks never look at the pad id.
 
     Args:
         stop_ids: each of them ends what is generated.
-        target_prefix: what stands in front of an encoder-decoder's targets and is never learned, so it must be forced.
+        target_prefix: ids before an encoder-decoder's targets, which are never learned, so they must be forced.
     """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     settings: dict[str, Any] = {

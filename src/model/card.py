@@ -1,6 +1,6 @@
-"""The README.md of an exported model: what it is made of, how good it is, and how to load it.
+"""The model card (README.md) of an exported model: how it was trained, its metrics, and how to load it.
 
-People publish it. So it has what shaped the model, and no paths of the machine, no tracker and no user's name.
+People publish it. So it has the configuration that shaped the model, but no paths, tracker or user names.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ SHAPING = (
 )
 """The parts of a configuration that shape a model."""
 PATHS = ("init_from", "checkpoint", "train_files", "validation_files", "test_files", "dataset_name", "config_file")
-"""Keys whose values may be paths from here; of these the card has the names, and so of every path from the root."""
+"""Keys whose values may be relative paths; the card has only the last part of these, as of every absolute path."""
 NOT_SHAPING = ("cache_dir", "preprocessing_num_workers", "max_seconds", "logging_steps")
 SHOWN = ("train/loss", "eval/")
-"""Metrics that the card shows: those whose names begin so."""
+"""Prefixes of the metrics that the card shows."""
 
 
 def model_card(
@@ -35,11 +35,11 @@ def model_card(
     provenance: Mapping[str, Any],
     new_tokens: Mapping[str, int],
 ) -> str:
-    """Write the card.
+    """Return the card.
 
     Args:
         frozen: the run's configuration, as in config.yaml.
-        data: the account of each set, as in data_report.json.
+        data: the statistics of each set, as in data_report.json.
         metrics: the last value of every metric.
         provenance: as in provenance.json.
         new_tokens: the configuration's tokens and their ids.
@@ -76,15 +76,15 @@ def model_card(
 
 
 def _as_yaml(node: Any) -> str:
-    """Return YAML in which no sign changes how others are read: YAML leaves marks of direction as they are."""
+    """Return YAML without characters that change how others are displayed, such as marks of direction."""
     dumped = yaml.safe_dump(node, sort_keys=False, allow_unicode=True)
     if visible(dumped) == dumped:
         return dumped
-    return yaml.safe_dump(node, sort_keys=False)  # every other sign than ASCII is written out
+    return yaml.safe_dump(node, sort_keys=False)  # escapes all but ASCII
 
 
 def shaping(frozen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a configuration that shaped the model, with names in place of paths."""
+    """Return the sections of a configuration that shaped the model, with names in place of paths."""
     return _without_paths({key: frozen[key] for key in SHAPING if key in frozen})
 
 
@@ -105,7 +105,7 @@ def _without_paths(node: Any) -> Any:
 
 
 def _names(node: Any) -> Any:
-    """Return files and folders by their names, in lists and in sets by name too."""
+    """Return the names of paths, also in lists and mappings."""
     if isinstance(node, Mapping):
         return {key: _names(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -114,13 +114,13 @@ def _names(node: Any) -> Any:
 
 
 def _name(place: str) -> str:
-    """Return a path's last part; the id of a model or a dataset on a hub, which is no path here, stays whole."""
+    """Return a path's last part; the id of a model or a dataset on a hub is returned as it is."""
     is_path = Path(place).exists() or place.startswith(("/", "~", ".")) or place.count("/") > 1
     return Path(place).resolve().name if is_path else place
 
 
 _FROM_ROOT = re.compile(r"(?:file:/+|/|~[\w.-]*/|[A-Za-z]:[\\/])[^/\\{}<>()*\n]+(?:[/\\][^{}<>()*\n]*)+")
-"""A path from the root or a home, of several parts; templates and patterns are none."""
+"""An absolute path of several parts; templates and patterns do not match."""
 
 
 def _is_from_root(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""The matrices with a row for each token: made longer, started where tokens are new, read back, watched.
+"""The embedding matrices: resized, initialised for new tokens, read back, monitored.
 
 Only rows of tokens that start here are written, by their ids, in every matrix, and rows that did not exist before; what
 a checkpoint has learned stays bit for bit.
@@ -24,7 +24,7 @@ from src.util import in_words
 
 @dataclass(frozen=True)
 class Matrix:
-    """The input or the output matrix of a model, also where an adapter trains some of its rows apart."""
+    """The input or the output matrix of a model, also where an adapter trains some of its rows."""
 
     name: str
     module: Any
@@ -39,7 +39,7 @@ class Matrix:
 
     @property
     def apart(self) -> tuple[dict[int, int], nn.Parameter | None]:
-        """Return rows that an adapter trains in place of the matrix's own: id -> number, and the rows, [n, width]."""
+        """Rows that an adapter trains in place of the matrix's own: id -> number, and the rows, [n, width]."""
         adapter = getattr(self.module, "token_adapter", None)
         if adapter is None:
             return {}, None
@@ -78,7 +78,7 @@ def embedding_matrices(model: Any) -> list[Matrix]:
 
 
 def num_rows(model: Any) -> int:
-    """Count the rows of a model's token matrix."""
+    """Return the number of rows of a model's token matrix."""
     return full_shape(embedding_matrices(model)[0].weight)[0]
 
 
@@ -88,17 +88,17 @@ def _stacks(model: Any) -> dict[str, Any]:
 
 
 def embedding_parameters(model: Any) -> list[nn.Parameter]:
-    """Return what is trained of the matrices: all rows, or those that an adapter trains apart."""
+    """Return the trained parameters of the matrices: all rows, or those that an adapter trains."""
     found = [m.weight if m.apart[1] is None else m.apart[1] for m in embedding_matrices(model)]
     return [parameter for parameter in found if parameter.requires_grad]
 
 
 @contextmanager
-def tied_as_it_is(model: Any) -> Iterator[None]:
-    """Have the libraries see whether input and output matrix are really one.
+def actual_tie(model: Any) -> Iterator[None]:
+    """Let the model's configuration say in this block whether input and output matrix are really one.
 
-    Some configurations of transformers 5.23 always say so (T5's), also where a checkpoint has two: what it has learned
-    of one would be lost when the model is resized, and PEFT would put the same rows into both.
+    Some configurations of transformers 5.23 always say so (T5's), also where a checkpoint has two: one of them would be
+    lost when the model is resized, and PEFT would put the same rows into both.
     """
     said = model.config.tie_word_embeddings
     head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
@@ -110,39 +110,44 @@ def tied_as_it_is(model: Any) -> Iterator[None]:
 
 
 def fit_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) -> None:
-    """Make the matrices at least `num_tokens` rows long; one that has room is left as it is, never shrunk.
+    """Resize the matrices to at least `num_tokens` rows; larger ones are never shrunk.
 
-    Where encoder and decoder have matrices of their own (an untied BART), transformers 5.23 would put one in the place
-    of all, and what they have learned would be lost. So they are put back, as long as the rest.
+    Where encoder and decoder have matrices of their own (an untied BART), transformers 5.23 would replace all by one,
+    and what they have learned would be lost. So they are put back, resized too.
     """
     inputs = model.get_input_embeddings().weight
     if full_shape(inputs)[0] >= num_tokens:
         return
     looked_up = [(stack, stack.get_input_embeddings()) for stack in _stacks(model).values()]
     own = [(stack, module) for stack, module in looked_up if module.weight is not inputs]
-    with tied_as_it_is(model):
+    with actual_tie(model):
         model.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
     num_rows = full_shape(model.get_input_embeddings().weight)[0]
     for stack, module in own:
         with gathered([module.weight]):
             old = module.weight.detach().clone()
-        rest = old.new_zeros(num_rows - len(old), old.shape[1])  # of tokens that are written next, or padding
+        rest = old.new_zeros(num_rows - len(old), old.shape[1])  # rows of tokens that are initialised next, or padding
         module.weight, module.num_embeddings = nn.Parameter(torch.cat([old, rest])), num_rows
         stack.set_input_embeddings(module)
 
 
 @dataclass(frozen=True)
 class StartedRows:
-    """The tokens whose rows were written: their ids, the ids of the tokens that each started from (none where it is no
-    text's), and by matrix the values, [tokens, width], to be read back."""
+    """The tokens whose rows were initialised.
+
+    Args:
+        ids: by token.
+        sources: ids of the tokens that each started from, empty where it did not start from a text.
+        values: the rows by matrix, [tokens, width], to be read back.
+    """
 
     ids: dict[str, int]
     sources: dict[str, list[int]]
     values: dict[str, Tensor]
 
 
-def as_they_are(model: Any, started: StartedRows) -> StartedRows:
-    """Return the same tokens with their rows of now, of a model whose rows have been learned since they started."""
+def with_present_rows(model: Any, started: StartedRows) -> StartedRows:
+    """Return the same tokens with their present rows, of a model that was trained since they started."""
     ids = list(started.ids.values())
     return replace(started, values={matrix.name: matrix.rows(ids) for matrix in embedding_matrices(model)})
 
@@ -150,16 +155,16 @@ def as_they_are(model: Any, started: StartedRows) -> StartedRows:
 def resize_and_initialise(
     model: Any, tokenizer: Any, new: NewTokens, config: TokensConfig, seed: int, unlearned: Collection[str] = ()
 ) -> StartedRows:
-    """Make room for all tokens and write the starting rows of those that have no learned row yet.
+    """Make room for all tokens and initialise the rows of those that have no learned row yet.
 
-    They are made from rows that the checkpoint has learned, never from padding or from one another. A token that the
-    tokenizer knows but the matrix has no row for is as new as one that was added; one that nobody named starts from the
-    mean. Nothing else that was there is written.
+    They start from rows that the checkpoint has learned, never from padding or from one another. A token that the
+    tokenizer knows but the matrix has no row for is as new as one that was added; one that the configuration does not
+    name starts from the mean. No other row is written.
 
     Args:
         unlearned: tokens that have a row which the checkpoint never learned (src.model.unlearned).
     Raises:
-        TokenError: where a text gives no learned token to start from.
+        TokenError: where a text has no learned token to start from.
     """
     num_old = full_shape(model.get_input_embeddings().weight)[0]
     vocabulary = tokenizer.get_vocab()
@@ -188,7 +193,7 @@ def resize_and_initialise(
 def source_ids(
     tokenizer: Any, started: Sequence[str], config: TokensConfig, learned: Collection[int]
 ) -> list[list[int]]:
-    """Return for each token that starts the ids whose rows it starts from; empty lists where it is no text's.
+    """Return for each token the ids whose rows it starts from; empty where it does not start from a text.
 
     Args:
         learned: the ids whose rows the checkpoint has learned.
@@ -207,12 +212,12 @@ def source_ids(
         ids = [] if text is None else tokenizer(text, add_special_tokens=False)["input_ids"]
         pieces.append([i for i in ids if i in known])
         if text is not None and not pieces[-1]:
-            raise TokenError(f"tokens.init: {text!r} gives {token} no known token to start from")
+            raise TokenError(f"tokens.init: {text!r} has no known token for {token} to start from")
     return pieces
 
 
 def initial_rows(old: Tensor, method: InitMethod, pieces: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """Compute where new tokens start. Pure.
+    """Compute the initial rows of new tokens. Pure.
 
     Args:
         old: the rows the checkpoint has learned, [old, width].
@@ -233,9 +238,9 @@ def initial_rows(old: Tensor, method: InitMethod, pieces: Sequence[Tensor], gene
 
 
 def check_new_rows(model: Any, started: StartedRows) -> None:
-    """Read the new rows back, where the model now lies, and compare them bit for bit with what was written.
+    """Read the new rows back from the wrapped model, and compare them bit for bit with what was written.
 
-    What the model lies in may have fewer bits than what was written: the same, rounded, is right then.
+    Where the model's type has fewer bits now, the rows are compared rounded to it.
 
     Raises:
         ModelError: naming the matrix and the tokens that do not start where they should.
@@ -255,7 +260,7 @@ def check_new_rows(model: Any, started: StartedRows) -> None:
 
 
 class TokenMonitor:
-    """The rows of the configuration's tokens while they are trained: how far they are from where they started."""
+    """Metrics of the rows of the configuration's tokens: how far training has moved them from where they started."""
 
     def __init__(self, model: Any, ids: Mapping[str, int]) -> None:
         self.ids = dict(ids)
@@ -266,23 +271,23 @@ class TokenMonitor:
     def _rows(self, matrix: Matrix) -> Tensor:
         return matrix.rows(list(self.ids.values())).float()
 
-    def see_gradients(self) -> None:
-        """Take note of the gradients that an optimizer is about to use; nothing waits for the device."""
+    def record_gradients(self) -> None:
+        """Keep the norms of the gradients before the update, without waiting for the device."""
         self._gradients = {m.name: m.gradient_norms(list(self.ids.values())) for m in self._matrices}
 
-    def forget_gradients(self) -> None:
-        """Have no gradients to tell of: DeepSpeed shares them out, and no process has a row's own."""
+    def clear_gradients(self) -> None:
+        """Keep no norms: under DeepSpeed gradients are sharded, and no process has a whole row's."""
         self._gradients = {}
 
     def state(self) -> dict[str, list[float]]:
-        """Return what was noted of the last step, as plain values."""
+        """Return the norms of the last step, as plain values."""
         return {name: norms.tolist() for name, norms in self._gradients.items()}
 
     def restore(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Take up what `state` gave."""
+        """Restore what `state` returned."""
         self._gradients = {name: torch.tensor(norms) for name, norms in state.items()}
 
-    def telemetry(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return `tokens/<token>/…` of every token: norm, cosine_to_start and grad_norm (of the last step, clipped).
 
         The output matrix's own, where it is not tied, are output_norm and so on.

@@ -88,7 +88,7 @@ def _put_into_place(part: Path, folder: Path) -> str:
     try:
         if former is not None:
             clear(former)
-    except OSError as error:  # it takes room, and is in nobody's way
+    except OSError as error:  # it only takes room
         return f"{former}, the former model, can't be removed: {error.strerror}"
     return ""
 
@@ -139,21 +139,21 @@ def _kept(problem: str, place: Path, adapter: Adapter, config: RunConfig) -> str
 def _without_deepspeed() -> Iterator[None]:
     """Save without importing DeepSpeed, where the run does not use it.
 
-    Accelerate 1.15 would, and MLflow with it, a second in all, to see that the model is none of DeepSpeed's.
+    Accelerate 1.15 would import it, and MLflow with it, a second in all, to see that the model is not DeepSpeed's.
     """
     other: Any = sys.modules.get("accelerate.utils.other")
     if other is None or "deepspeed" in sys.modules:
         yield
         return
-    asked, other.is_deepspeed_available = other.is_deepspeed_available, lambda: False
+    is_available, other.is_deepspeed_available = other.is_deepspeed_available, lambda: False
     try:
         yield
     finally:
-        other.is_deepspeed_available = asked
+        other.is_deepspeed_available = is_available
 
 
 def _write_model(model: Any, folder: Path, config: RunConfig) -> None:
-    """Write a plain model, and check that plain transformers gives back each weight and each tie.
+    """Write a plain model, and check that plain transformers loads each weight and each tie.
 
     That takes no second model in memory: loading onto the meta device checks every name, shape and tie, and the values
     are compared tensor by tensor. Only where transformers stores other tensors than the model has (a mixture's experts
@@ -229,14 +229,14 @@ def _check_tokenizer(folder: Path, tokenizer: Any, *, trust: bool) -> None:
 
 
 def exported(run_dir: Path, config: ModelConfig) -> ModelConfig:
-    """Return the settings that load what a run exported, model and tokenizer, rather than what it began with."""
+    """Return the settings that load the model and tokenizer that a run exported."""
     return replace(config, checkpoint=str(run_dir / "model"), revision=None, weights=Weights.pretrained)
 
 
 def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) -> Any:
     """Load the model that a run exported, in the precision and with the attention of this configuration.
 
-    An adapter is put on its base, quantised as it was trained.
+    An adapter is loaded onto its base, quantised as it was trained.
 
     Raises:
         ModelError: where it can't be loaded, or is too short for the data.

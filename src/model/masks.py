@@ -1,4 +1,4 @@
-"""How transformers makes attention masks, where tensors have no values."""
+"""transformers' attention masks on tensors without values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import masking_utils
 
 @contextmanager
 def taken_for_single_rows() -> Iterator[None]:
-    """Take positions for those of one row a sequence, which need no mask, without a look at them.
+    """Treat every sequence as a single row, which needs no mask, without reading positions.
 
     transformers 5 compares positions to see whether rows are packed; without values it assumes that they are.
     """

@@ -1,4 +1,4 @@
-"""An adapter merged into its base, and looked at: the whole weights must compute what was trained.
+"""Merging an adapter into its base, and checking that the merged weights compute what was trained.
 
 The sum is made in float32 and rounded once, to the type that the base has (docs/decisions/0016).
 """
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from src.errors import one_line
 from src.model.adapters import Adapter
-from src.model.embeddings import tied_as_it_is
+from src.model.embeddings import actual_tie
 
 TOLERANCE = 1e-4
-"""How far logits may move by the other order of sums in float32; of the largest one where that is above 1."""
+"""How far logits may move by another order of sums in float32; relative to the largest one where that is above 1."""
 
 ROUNDED = 2.0
-"""How far they may be from those of float32 in the type that is written, as a multiple of what that type, or quantised
-weights, made of them in training."""
+"""How far they may be from float32's in the type that is written, as a multiple of the distance that this type, or
+quantised weights, had in training."""
 
 PROBE = (
     "The bridge was closed on Monday, so we took the long way round: 12 miles more, and 30 minutes. Was it worth it?"
@@ -29,14 +29,14 @@ PROBE = (
 REBUILT = 0.1
 """How far the logits of the float32 model that is merged may be from those in training, as a share of their spread.
 
-Rounding to 8 or 16 bits stays well below; weights made float32 wrongly, or an adapter that was lost, do not."""
+Rounding to 8 or 16 bits stays well below; weights wrongly converted, or a lost adapter, do not."""
 
 
 def merge(adapter: Adapter, folder: Path, probe: Sequence[int]) -> tuple[Any, str]:
-    """Return a plain model with the adapter in its weights, and "", or None and what is wrong with it.
+    """Return a plain model with the adapter in its weights, and ""; or None and why it can't be merged.
 
-    The model that holds the adapter is used up. Weights that are quantised or of 16 bits are made float32 on the CPU
-    first: quantised again, or rounded twice, the adapter would be rounded away.
+    The model with the adapter can't be used any more. Quantised and 16-bit weights are made float32 on the CPU first:
+    quantised again, or rounded twice, the adapter would be rounded away.
 
     Args:
         folder: where the adapter was saved.
@@ -66,7 +66,7 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
             f"the weights can't be made float32 as they were trained: logits of {probe.numel()} tokens move by "
             f"{change:.2g}, and their spread is {exact.std().item():.2g}"
         )
-    with tied_as_it_is(whole.get_base_model()):
+    with actual_tie(whole.get_base_model()):
         merged = whole.merge_and_unload()
     limit = TOLERANCE * max(1.0, exact.abs().max().item())
     if not (change := _distance(logits(merged, probe), exact)) <= limit:
@@ -91,7 +91,7 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
 
 
 def _usual_distance(some: Tensor, others: Tensor) -> float:
-    """Return the root mean square, since what rounding does to the one logit that it moves most is chance."""
+    """Return the root mean square of the differences: the largest, by rounding, is a matter of chance."""
     return (some - others).square().mean().sqrt().item()
 
 
@@ -102,7 +102,7 @@ def _distance(some: Tensor, others: Tensor) -> float:
 def probe_ids(tokenizer: Any, named: Sequence[str]) -> list[int]:
     """Return a short row of ordinary text, with the tokens that a configuration names in the middle of it.
 
-    Ordinary, because a model rounds tokens that make no sense together far more than text.
+    Ordinary, because rounding errors are far larger on tokens that make no sense together.
     """
     half, vocabulary = len(PROBE) // 2, tokenizer.get_vocab()
     parts = [

@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits: how bitsandbytes is asked for them, and what it can't do."""
+"""Weights in 8 or 4 bits by bitsandbytes: its settings, and what it can't do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from src.config.schema import Dtype, MixedPrecision, ModelConfig, QuantizationConfig
 from src.errors import ModelError
+from src.model.layers import is_linear, num_inputs
 from src.util import listed
 
 PACKS = "support_avx512bf16_for_cpu"
@@ -34,7 +35,7 @@ def quantization_settings(config: QuantizationConfig, model: ModelConfig, precis
 
 
 def compute_dtype(config: QuantizationConfig, model: ModelConfig, precision: MixedPrecision) -> torch.dtype:
-    """Return what products with 4-bit weights compute in; `auto` is mixed precision's type, else the model's."""
+    """Return the type that products with 4-bit weights compute in; `auto` is mixed precision's, else the model's."""
     if config.bnb_4bit_compute_dtype is not Dtype.auto:
         return getattr(torch, config.bnb_4bit_compute_dtype.value)
     mixed = {MixedPrecision.bf16: torch.bfloat16, MixedPrecision.fp16: torch.float16}
@@ -55,8 +56,7 @@ def quantised_layers(empty: Any) -> dict[str, Any]:
     return {
         name: module
         for name, module in empty.named_modules()
-        if (isinstance(module, nn.Linear) or _is_conv(module))
-        and not any(name == key or name.startswith(f"{key}.") for key in kept)
+        if is_linear(module) and not any(name == key or name.startswith(f"{key}.") for key in kept)
     }
 
 
@@ -73,13 +73,8 @@ def put_quantised_layers(empty: Any, settings: Any) -> None:
     replace_with_bnb_linear(empty, get_keys_to_not_convert(empty), settings)
 
 
-def _is_conv(module: nn.Module) -> bool:
-    """Whether it is GPT-2's linear layer, whose matrix lies the other way round, [in, out]."""
-    return type(module).__name__ == "Conv1D"
-
-
 def check_quantisable(empty: Any, config: QuantizationConfig, device: torch.device) -> None:
-    """See, before weights are loaded, that they can be quantised where they will lie.
+    """Check, before weights are loaded, that they can be quantised on the device that they are for.
 
     Raises:
         ModelError: naming the layers that can't.
@@ -88,7 +83,7 @@ def check_quantisable(empty: Any, config: QuantizationConfig, device: torch.devi
     if not layers:
         raise ModelError(f"{type(empty).__name__} has no linear layers that could be quantised")
     if config.load_in_4bit and device.type == "cpu":
-        widths = {name: layer.weight.shape[0 if _is_conv(layer) else 1] for name, layer in layers.items()}
+        widths = {name: num_inputs(layer) for name, layer in layers.items()}
         odd = [f"{name}: {width}" for name, width in widths.items() if width % CPU_BLOCK]
         if odd:
             raise ModelError(
@@ -100,8 +95,8 @@ def check_quantisable(empty: Any, config: QuantizationConfig, device: torch.devi
 def keep_gradients(model: nn.Module) -> None:
     """Stop bitsandbytes from packing 4-bit weights for CPUs with AVX512-BF16 when the model is first evaluated.
 
-    Packed weights stay packed when training goes on (0.50), and their product knows no gradient: whatever lies below
-    would silently stop learning, and a layer with a bias fails.
+    Packed weights stay packed when training resumes (0.50), and their product has no gradient: all layers below would
+    silently stop learning, and a layer with a bias fails.
     """
     for module in model.modules():
         if hasattr(module, PACKS):

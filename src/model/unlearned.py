@@ -18,9 +18,9 @@ from src.runtime.sharding import gathered
 from src.tokens import NewTokens
 
 SMALL = 0.01
-"""A row whose norm is below this share of its matrix's median norm was never learned."""
+"""A row with a norm below this share of its matrix's median norm was never learned."""
 
-ROWS = 8192  # whose norms are computed at once
+ROWS = 8192  # norms of so many rows are computed at once
 
 
 def unlearned_tokens(model: Any, tokenizer: Any, new: NewTokens, config: ModelConfig) -> frozenset[str]:
@@ -40,7 +40,7 @@ def unlearned_tokens(model: Any, tokenizer: Any, new: NewTokens, config: ModelCo
 
 
 def stored_unlearned_tokens(empty: Any, tokenizer: Any, new: NewTokens, config: ModelConfig) -> frozenset[str] | None:
-    """Return the same by reading the matrices alone from the checkpoint's files; None where they are not found here.
+    """Return the same, reading only the matrices from the checkpoint's files; None where they are not on this machine.
 
     Args:
         empty: the model on the meta device, before it is resized.
@@ -54,19 +54,19 @@ def stored_unlearned_tokens(empty: Any, tokenizer: Any, new: NewTokens, config: 
         if not weights:
             return None
         for weight in weights:
-            if config.dtype is not Dtype.auto:  # rows may become equal when they are rounded as the run rounds them
+            if config.dtype is not Dtype.auto:  # rounded to the run's type rows may become equal
                 weight = weight.to(getattr(torch, config.dtype.value))
             found &= never_learned(weight, added)
     return frozenset(found)
 
 
 def _known(tokenizer: Any, new: NewTokens) -> dict[str, int]:
-    """Return the added tokens that the checkpoint had, token -> id: the ids of new ones may be rows of its padding."""
+    """Return the added tokens that the checkpoint had, token -> id: those of new ones may be padding rows."""
     return {token: i for token, i in tokenizer.get_added_vocab().items() if token not in new.added}
 
 
 def never_learned(weight: Tensor, added: dict[str, int]) -> set[str]:
-    """Return the tokens whose row is bit for bit that of another of them, or next to nothing. Pure.
+    """Return the tokens whose row equals another one's bit for bit, or is almost zero. Pure.
 
     Args:
         weight: [rows, width].
@@ -83,7 +83,7 @@ def never_learned(weight: Tensor, added: dict[str, int]) -> set[str]:
 
 
 def _matrix_names(empty: Any) -> list[tuple[list[str], tuple[int, ...]]]:
-    """Return every matrix of the tokens: the names of its parameter, of which a file has some, and its shape."""
+    """Return the names of each matrix's parameter (tied ones have several), and its shape."""
     found = []
     for matrix in embedding_matrices(empty):
         weight = matrix.weight
@@ -115,7 +115,7 @@ def _read(config: ModelConfig, names: list[str], shape: tuple[int, ...]) -> list
             with safe_open(path, framework="pt") as file:
                 if tuple(file.get_slice(key).get_shape()) == shape:
                     found.append(file.get_tensor(key))
-    except (SafetensorError, OSError, KeyError, ValueError):  # the run will say what is wrong with its files
+    except (SafetensorError, OSError, KeyError, ValueError):  # the run reports what is wrong with its files
         return []
     return found
 
@@ -125,7 +125,7 @@ def _is_same(key: str, name: str) -> bool:
 
 
 def _file(config: ModelConfig, name: str) -> str | None:
-    """Return where a file of the checkpoint is on this machine; nothing is fetched."""
+    """Return the path of a checkpoint's file on this machine; nothing is downloaded."""
     return cached_file(
         config.checkpoint,
         name,

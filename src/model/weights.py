@@ -1,4 +1,4 @@
-"""Whether the weights of a checkpoint are those of its model, and finite: told as its fault, before training."""
+"""Check that the weights of a checkpoint are those of its model, and finite, before training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from src.errors import ModelError, visible
 from src.util import plural
 
 MOST_LAYERS = 10_000
-"""More are no model but a slip: only naming their weights would take minutes."""
+"""More layers are a mistake: only naming their weights would take minutes."""
 SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -27,12 +27,12 @@ SIZES = (
     "decoder_attention_heads",
     "num_heads",
 )
-"""Settings of a model that are positive numbers, by the names that transformers has for them."""
+"""Settings of a model that are positive numbers, by transformers' names."""
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def check_sizes(checkpoint: str, architecture: Any) -> None:
-    """See that a configuration describes a model that there can be.
+    """Check that a configuration's sizes are possible.
 
     Raises:
         ModelError: naming the settings of its config.json that can't be.
@@ -50,11 +50,11 @@ def check_sizes(checkpoint: str, architecture: Any) -> None:
 
 
 def check_loaded(checkpoint: str, model: nn.Module, found: Mapping[str, Any]) -> list[str]:
-    """See that each weight of a model came from its checkpoint, and each of the checkpoint's has a place in the model.
+    """Check that each weight of a model is in its checkpoint, and each of the checkpoint's in the model.
 
     Args:
-        found: what transformers says of loading: `missing_keys`, `unexpected_keys`, and `mismatched_keys`, each of
-            these with the shapes in the checkpoint and in the model.
+        found: transformers' loading info: `missing_keys`, `unexpected_keys`, and `mismatched_keys`, each of these with
+            the shapes in the checkpoint and in the model.
     Returns:
         warnings: of whole parts that only models of another kind have, such as the head of a reward model.
     Raises:
@@ -63,12 +63,12 @@ def check_loaded(checkpoint: str, model: nn.Module, found: Mapping[str, Any]) ->
     if mismatched := found["mismatched_keys"]:
         shapes = {name: f" {list(there)}, {list(wanted)} in config.json" for name, there, wanted in mismatched}
         raise ModelError(f"{checkpoint} has {_weights(shapes, shapes)} of other shapes than its config.json says")
-    beside = {name for name in found["unexpected_keys"] if _is_beside(model, name)}
-    check_names(checkpoint, missing=found["missing_keys"], left_over=set(found["unexpected_keys"]) - beside)
+    extra = {name for name in found["unexpected_keys"] if _is_of_another_part(model, name)}
+    check_names(checkpoint, missing=found["missing_keys"], left_over=set(found["unexpected_keys"]) - extra)
     check_finite(checkpoint, numbers(model))
-    if not beside:
+    if not extra:
         return []
-    return [f"{checkpoint} has {_weights(beside)} of parts that this kind of model does not have; they are left out"]
+    return [f"{checkpoint} has {_weights(extra)} of parts that this kind of model does not have; they are left out"]
 
 
 def check_names(checkpoint: str, *, missing: Collection[str], left_over: Collection[str]) -> None:
@@ -85,7 +85,7 @@ def check_names(checkpoint: str, *, missing: Collection[str], left_over: Collect
 
 
 def check_finite(checkpoint: str, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """See that weights are finite, in one pass over them.
+    """Check that weights are finite, in one pass over them.
 
     Raises:
         ModelError: naming those that are not.
@@ -105,26 +105,26 @@ def check_finite(checkpoint: str, weights: Iterable[tuple[str, Tensor]]) -> None
 
 
 def numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's weights by name; of those that are shared out this process's part, of quantised ones the scales.
+    """Yield a model's weights by name: of sharded ones this process's shard, of quantised ones the scales.
 
-    A name may come more than once.
+    A name may be yielded more than once.
     """
     for name, parameter in model.named_parameters():
-        for values in (_share(parameter), *_scales(parameter)):
+        for values in (_shard(parameter), *_scales(parameter)):
             yield name, values
 
 
-def _share(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's values in this process, under ZeRO-3 without the padding behind the last one's."""
-    share = getattr(parameter, "ds_tensor", None)
-    if share is None:
+def _shard(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter's values in this process; under ZeRO-3 without the padding after the last shard's."""
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is None:
         return parameter.detach()
-    begin = torch.distributed.get_rank() * share.numel()
-    return share.detach().flatten()[: max(0, parameter.ds_numel - begin)]  # type: ignore[attr-defined]
+    begin = torch.distributed.get_rank() * shard.numel()
+    return shard.detach().flatten()[: max(0, parameter.ds_numel - begin)]  # type: ignore[attr-defined]
 
 
 def _scales(parameter: nn.Parameter) -> list[Tensor]:
-    """Return the scales that bitsandbytes keeps of quantised values: not finite where one of these was not."""
+    """Return bitsandbytes' scales of quantised values: not finite where a value was not."""
     state = getattr(parameter, "quant_state", None)
     nested = getattr(state, "state2", None)
     scales = [getattr(parameter, "SCB", None), getattr(state, "absmax", None)]
@@ -132,8 +132,8 @@ def _scales(parameter: nn.Parameter) -> list[Tensor]:
     return [scale for scale in scales if isinstance(scale, Tensor)]
 
 
-def _is_beside(model: nn.Module, name: str) -> bool:
-    """Return whether a name belongs to a part beside all that the model has, rather than inside one of its parts."""
+def _is_of_another_part(model: nn.Module, name: str) -> bool:
+    """Return whether a weight belongs to a part that the model does not have, rather than inside one of its parts."""
     trunk = getattr(model, getattr(model, "base_model_prefix", ""), model)
     return all(_deepest(module, name) in (model, trunk) for module in (model, trunk))
 
@@ -148,7 +148,7 @@ def _deepest(module: nn.Module, name: str) -> nn.Module:
 
 
 def _weights(names: Iterable[str], notes: Mapping[str, str] | None = None, most: int = 3) -> str:
-    """Count weights and name the first, those of all layers in one."""
+    """Return the number of weights and the first names, one for all layers."""
     notes = notes or {}
     kinds: dict[str, str] = {}
     count = 0

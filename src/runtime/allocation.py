@@ -1,4 +1,4 @@
-"""Memory that one step frees is kept for the next. No torch here."""
+"""Keep the memory that one step frees for the next. No torch here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LARGEST_KEPT_OF_A_LARGE_MODEL = 2**20  # bytes
 
 
 def keep_freed_memory(weights_bytes: int = 0) -> None:
-    """Have glibc not return to the kernel what is allocated again at once: each time it would have to be cleared anew.
+    """Have glibc keep freed memory that is soon allocated again: from the kernel it comes cleared, which takes time.
 
     Of a large model only small blocks are kept: large ones leave holes among those that stay for backward, which cost
     more memory than clearing them costs time. Settings of malloc in the environment stay, and with other C libraries

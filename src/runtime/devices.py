@@ -1,4 +1,4 @@
-"""Which GPUs there are, and who of several gets which. No torch here: asking it would begin CUDA in this process."""
+"""Which GPUs there are, and which of several jobs gets which. No torch here: it would start CUDA in this process."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Mapping, Sequence
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Name the GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them; empty where there are none."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty where there are none."""
     given = environment.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [one.strip() for one in given.split(",") if one.strip() and one.strip() != "-1"]
     try:
-        asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return told.split()
+    return listed.split()
 
 
 def shares(devices: Sequence[str], count: int, each: int) -> list[list[str]]:
-    """Divide devices among `count` jobs that want `each` of them; where there are too few, jobs share them in turn."""
+    """Return the devices of each of `count` jobs that take `each` of them; where there are too few, jobs share them."""
     if not devices:
         return [[] for _ in range(count)]
     wanted = min(each, len(devices))
@@ -29,7 +29,7 @@ def shares(devices: Sequence[str], count: int, each: int) -> list[list[str]]:
 
 
 def threads_each(count: int, processes: int = 1, environment: Mapping[str, str] = os.environ) -> int | None:
-    """Give how many CPU threads each process of `count` jobs computes with; None where that is left to torch."""
+    """Return how many CPU threads each process of `count` jobs computes with; None where torch decides."""
     if "OMP_NUM_THREADS" in environment or count == 1:
         return None
     return max(1, len(os.sched_getaffinity(0)) // (count * processes))

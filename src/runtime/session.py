@@ -46,7 +46,7 @@ holds Python's lock, which that thread waits for if the last exchange was just n
 
 
 class Runtime:
-    """What a run computes on. Built by `start_runtime`."""
+    """The device, precision and processes of a run. Built by `start_runtime`."""
 
     def __init__(self, accelerator: Accelerator, seed: int, stop: StopRequest, zero_stage: int = 0) -> None:
         self._accelerator = accelerator
@@ -72,12 +72,12 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process is the one that writes files and prints."""
         return self._accelerator.is_main_process
 
     @property
     def description(self) -> str:
-        """Device and precision in a few words."""
+        """Device and precision, as text."""
         if self.device.type == "cuda":
             place = torch.cuda.get_device_name(self.device)
         else:
@@ -116,14 +116,14 @@ class Runtime:
         return bool(self._accelerator.optimizer_step_was_skipped)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Add each value over all processes."""
+        """Return the sums of values over all processes."""
         if self.num_processes == 1:
             return [float(value) for value in values]
         summed = self._accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum")
         return [float(value) for value in summed.tolist()]
 
     def gather(self, value: T) -> list[T]:
-        """Give every process's value to all, by rank; any that can be pickled."""
+        """Return the values of all processes, by rank; any that can be pickled."""
         if self.num_processes == 1:
             return [value]
         values: list[Any] = [None] * self.num_processes
@@ -131,7 +131,7 @@ class Runtime:
         return values
 
     def from_main(self, value: T) -> T:
-        """Give the main process's value to all."""
+        """Return the main process's value, in all processes."""
         if self.num_processes == 1:
             return value
         values: list[Any] = [value]
@@ -143,10 +143,10 @@ class Runtime:
         self._accelerator.wait_for_everyone()
 
     def share(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
-        """Give this process its share of items, and whether each counts.
+        """Yield this process's share of items, and whether each counts.
 
-        Every process gets as many, because they compute together: where they don't divide, some get one that does not
-        count.
+        Every process gets as many, because they compute together: where the items don't divide evenly, some get one
+        that does not count.
         """
         n = self.num_processes
         for start in range(0, len(items), n):
@@ -154,7 +154,7 @@ class Runtime:
             yield items[start + self.rank if is_there else start], is_there
 
     def check_stop(self, asked: float | None = None) -> None:
-        """Come out of the run here, if something asked any process for it; all come out at once.
+        """Stop all processes here, if any was asked to stop.
 
         Args:
             asked: how many were asked, where that was summed already.
@@ -170,13 +170,13 @@ class Runtime:
 
     @contextmanager
     def shared_folder(self) -> Iterator[Path]:
-        """Give all processes one temporary folder for the length of the block."""
+        """Yield one temporary folder for all processes, which the block may use."""
         with tempfile.TemporaryDirectory(prefix="towline-") if self.is_main else nullcontext("") as folder:
             yield Path(self.from_main(folder))
 
     @contextmanager
     def isolated_rng(self, seed: int) -> Iterator[None]:
-        """Draw from a stream of one's own, so that how often one evaluates changes nothing in training."""
+        """Draw from separate generators in the block, so that how often a run evaluates changes nothing in training."""
         cuda_devices = [self.device] if self.device.type == "cuda" else []
         python_state, numpy_state = random.getstate(), np.random.get_state()
         try:
@@ -188,14 +188,14 @@ class Runtime:
             np.random.set_state(numpy_state)
 
     def rng_state(self) -> dict[str, Any]:
-        """Take down where every global generator of this process is."""
+        """Return the state of every global generator of this process."""
         state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
         return state
 
     def restore_rng(self, state: Mapping[str, Any]) -> None:
-        """Put every generator where `rng_state` found it; one that there was no device for goes its own way."""
+        """Restore every generator of which `rng_state` has a state."""
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
@@ -203,27 +203,27 @@ class Runtime:
             torch.cuda.set_rng_state(state["cuda"], self.device)
 
     def seed_apart(self, step: int = 0) -> None:
-        """Give every process but the first random numbers of its own; before, all draw the same to build the same."""
+        """Seed every process but the first differently; before, all draw the same numbers, to build the same model."""
         if self.rank:
             set_seed((self.seed + 1000 * self.rank + step) % 2**32)
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """Give how fp16 gradients are scaled; None where they are not."""
+        """Return the state of the scaler of fp16 gradients; None where they are not scaled."""
         scaler = self._accelerator.scaler
         return None if scaler is None else scaler.state_dict()
 
     def restore_scaler(self, state: Mapping[str, Any] | None) -> None:
-        """Go on scaling fp16 gradients as `scaler_state` found it."""
+        """Restore the scaler of fp16 gradients."""
         if self._accelerator.scaler is not None and state:
             self._accelerator.scaler.load_state_dict(dict(state))
 
     def synchronize(self) -> None:
-        """Wait until the device has done all it was given, so that a clock tells the truth."""
+        """Wait until the device has finished, so that a clock measures it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def peak_memory_bytes(self) -> int:
-        """The most memory held so far: of the device on CUDA, else the process's resident set."""
+        """Return the peak of memory so far: of the device on CUDA, else of the process's resident set."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -231,7 +231,7 @@ class Runtime:
 
 
 def rng_as_json(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Give generators' states as plain JSON values, exactly."""
+    """Return generators' states as plain JSON values, exactly."""
     version, numbers, gauss = state["python"]
     kind, keys, *rest = state["numpy"]
     texts = {name: bytes(state[name].tolist()).hex() for name in ("torch", "cuda") if name in state}
@@ -239,7 +239,7 @@ def rng_as_json(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rng_from_json(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Give back what `rng_as_json` was given."""
+    """Return the states that `rng_as_json` wrote."""
     version, numbers, gauss = given["python"]
     kind, keys, *rest = given["numpy"]
     tensors = {

@@ -107,8 +107,15 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
             f"conf/ has changed since this sweep began ({', '.join(plan.changed_conf[:5])}); it goes on with what it "
             "began with. Another sweep.name begins with what is there now; so does force=true, which removes the sweep."
         )
-    stop.is_deferred = True
     stop.allow(plan.config.max_seconds, "sweep.max_seconds")
+    with stop.deferred():  # a stop is passed on to the trials
+        return _run_trials(plan, record, stop, workers, console)
+
+
+def _run_trials(
+    plan: Plan, record: SweepFolder, stop: StopRequest, workers: Workers | Launched, console: Console
+) -> int:
+    """Hold the sweep's folder and run what is left to run in it; return the exit code."""
     with ExitStack() as until_the_end:
         until_the_end.enter_context(hold(plan.folder))
         board = until_the_end.enter_context(ProgressTable(plan.name, plan.config.metric))

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from src.config.schema import MlflowConfig, NoAdapterConfig, RunConfig
+from src.config.schema import MlflowConfig, RunConfig
 from src.errors import DamagedFileError, SweepError, one_line
 from src.records import read_json
 from src.runtime.collector import rest_while_importing
@@ -56,7 +56,7 @@ def modules_of_run(config: RunConfig, varied: Collection[str] = (), *, is_pruned
         is_pruned: whether a sweep may end it early.
     """
     wanted = {
-        "adapter": not isinstance(config.adapter, NoAdapterConfig) or "adapter" in varied,
+        "adapter": config.adapter.is_on or "adapter" in varied,
         "mlflow": isinstance(config.tracking, MlflowConfig),
         "pruning": is_pruned,
         "hub": any(source.data.dataset_name for source in config.data.train_sources().values()) or "data" in varied,

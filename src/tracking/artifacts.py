@@ -1,6 +1,6 @@
-"""Files of a run in MLflow. Where a server takes them they are looked for afterwards.
+"""Files of a run in MLflow. Where a server accepts them, it is checked afterwards that they are there.
 
-Its answer to a file says nothing: MLflow's client takes any that is no error for success, such as the page of a login.
+Its answer to a file says nothing: MLflow's client counts any that is no error as success, such as the page of a login.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from src.tracking.mlflow_calls import WatchedClient
 SLOWEST_UPLOAD = 500_000
 """Bytes a second: a file that is uploaded may take that long."""
 READ_BACK_BYTES = 1 << 24
-"""Of a file whose content is compared, where one of the same name and size may have been there before."""
+"""Up to this size the content is compared, where a file of the same name and size may have been there before."""
 THROUGH_A_SERVER = ("mlflow-artifacts:", "http:", "https:")
 
 
 class Artifacts:
-    """Where the files of a run go.
+    """The place for the files of a run.
 
     Args:
-        uri: the address that the store gave the run for them.
+        uri: its address, which the store has assigned to the run.
         store: the address of the store.
-        folder: whose files they are.
+        folder: the folder that is delivered.
         is_new: whether this process has begun the run, so that no file of an earlier one can be there.
     """
 
@@ -37,8 +37,8 @@ class Artifacts:
         from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
 
         place = get_artifact_repository(add_databricks_profile_info_to_artifact_uri(uri, store), tracking_uri=store)
-        self._is_looked_at = uri.startswith(THROUGH_A_SERVER)
-        self._place: Any = WatchedClient(place, activity, folder, calls_again=calls_again, is_server=self._is_looked_at)
+        self._is_checked = uri.startswith(THROUGH_A_SERVER)
+        self._place: Any = WatchedClient(place, activity, folder, calls_again=calls_again, is_server=self._is_checked)
         self._activity = activity
         self._folder = folder
         self._is_new = is_new
@@ -48,17 +48,17 @@ class Artifacts:
         """Log a file; `parent` is the folder below the run's that it goes into.
 
         Raises:
-            DeliveryError: where it was taken and is not there.
+            DeliveryError: where it was accepted and is not there.
         """
         name = f"{parent}/{file.name}" if parent else file.name
         size = file.stat().st_size
         self._activity.extra_seconds = size / SLOWEST_UPLOAD
         try:
             self._place.log_artifact(str(file), parent)
-            if self._is_looked_at and not self._is_there(name, parent, file, size):
+            if self._is_checked and not self._is_there(name, parent, file, size):
                 raise DeliveryError(
-                    f"{name} was taken and is not there: what answers for artifacts may be no MLflow, but a page or a "
-                    "proxy",
+                    f"{name} was accepted and is not there: what answers for artifacts may be no MLflow, but a page "
+                    "or a proxy",
                     is_lasting=False,
                 )
         finally:

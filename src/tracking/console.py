@@ -1,4 +1,4 @@
-"""What a run says in the terminal: what it assembled, a live line while it trains, results, and where things lie."""
+"""What a run prints: what it assembled, a live line of progress while it trains, results, and where files are."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from src.terminal import columns_of, cut_to, filled, shortened, width, wrapped
 LABEL = 12  # columns of the label in front of a line
 LONGEST_SAMPLE = 300  # characters of a text of a sample that are shown
 REFRESH_SECONDS = 0.1
-QUIET_SECONDS = 10.0  # between two lines of progress where nobody watches
+QUIET_SECONDS = 10.0  # between two lines of progress that is not shown on a terminal
 
 
 class Console:
-    """Prints to a stream; the progress line is rewritten in place on a terminal and printed now and then elsewhere."""
+    """Prints to a stream; the progress line is rewritten in place on a terminal, and printed now and then elsewhere."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -38,7 +38,7 @@ class Console:
         self._print(wrapped(text, columns_of(self._stream), hang=hang))
 
     def label(self, label: str, text: str, *, is_painted: bool = False) -> None:
-        """Print a line with its label in a column of its own; further lines of the text are indented below."""
+        """Print a line with its label in the first column; further lines of the text are indented below."""
         text = text if is_painted else visible(text)
         columns = columns_of(self._stream)
         lines = wrapped(text, None if columns is None else columns - LABEL).split("\n")
@@ -51,7 +51,7 @@ class Console:
         report(f"warning: {text}")
 
     def working(self, text: str) -> None:
-        """Show how far long work is that comes before training: in place on a terminal, now and then elsewhere."""
+        """Show how far long work before training is: in place on a terminal, now and then elsewhere."""
         now = time.monotonic()
         if not self._is_live:
             if now - self._last_refresh >= QUIET_SECONDS:
@@ -147,7 +147,7 @@ class Console:
 
 
 def clock(seconds: float) -> str:
-    """Give a duration as 0:07, 12:30 or 3:05:00."""
+    """Return a duration as 0:07, 12:30 or 3:05:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,8 +1,8 @@
 """The thread in which a folder's exporters deliver: training never waits for a tracker.
 
-The exporters take turns, so a slow one holds up another for no longer than its turn. What waits is the end of a run,
-for as long as calls deliver something new and within bounds, and the command that delivers what is left, for as long as
-calls deliver something new.
+The exporters take turns, so a slow one holds up another for no longer than its turn; where a single call lasts longer,
+a new thread takes over. What waits is the end of a run, for as long as calls deliver something new and within bounds,
+and the command that delivers what is left, for as long as calls deliver something new.
 """
 
 from __future__ import annotations
@@ -118,11 +118,12 @@ class ExportThread:
         return next((one.run_id for one in self.exporters if one.run_id is not None), None)
 
     def notify(self) -> None:
-        """Have what changed in the folder delivered; returns at once."""
+        """Deliver what changed in the folder, in the thread; returns at once."""
         if not self._waits:
             with self._changed:
                 for lane in self._lanes:
                     lane.is_notified = True
+                self._pass_stuck()
                 self._changed.notify_all()
 
     def rewind(self, num_kept: int, cut: Sequence[Mapping[str, Any]]) -> None:
@@ -170,6 +171,7 @@ class ExportThread:
                 if show is not None and time.monotonic() - started > 1.0:
                     _show_progress(waiting[0], show)
                 with self._changed:
+                    self._pass_stuck()
                     self._changed.wait(0.05)
         self.ended_by = received[0] if received else ""
         for lane in self._lanes:
@@ -182,7 +184,7 @@ class ExportThread:
         now, patience, activity = time.monotonic(), self._patience, lane.exporter.activity
         if now - started > patience.total_seconds:
             return f"not all of it in {patience.total_seconds:g} seconds"
-        if lane is not self._current:
+        if lane is not self._current and not lane.is_stuck:
             return ""
         last = max(activity.since, started, lane.turn_began)
         if activity.is_calling or not lane.exporter.is_local:
@@ -192,16 +194,31 @@ class ExportThread:
         return "no answer" if now - last > seconds else ""
 
     def _give_up(self, lane: _Lane, reason: str) -> None:
-        """Wait for an exporter no longer; where it has the thread, the others get a new one."""
+        """Stop waiting for an exporter; where it has the thread, the others get a new one."""
         with self._changed:
             lane.end(reason)
             lane.exporter.activity.is_cancelled = True
             if lane is self._current:
                 self._start_thread()
+            self._changed.notify_all()
+
+    def _pass_stuck(self) -> None:
+        """Start a new thread for the others where a call of the present exporter lasts longer than a turn."""
+        lane, now = self._current, time.monotonic()
+        if lane is None or lane.is_stuck or not lane.exporter.activity.is_calling:
+            return
+        since = max(lane.exporter.activity.since, lane.turn_began)
+        others = [other for other in self._lanes if other is not lane and other.exporter is not self._cleanup]
+        if now - since > TURN_SECONDS and any(self._is_ready(other, now) for other in others):
+            lane.is_stuck = True
+            self._start_thread()
 
     def _work(self) -> None:
         while (lane := self._next_lane()) is not None:
             self._take_turn(lane)
+            with self._changed:
+                lane.is_stuck = False
+                self._changed.notify_all()
 
     def _next_lane(self) -> _Lane | None:
         """Wait for the exporter whose turn it is; None where all are over, or another thread has taken over."""
@@ -220,10 +237,12 @@ class ExportThread:
         return None
 
     def _is_ready(self, lane: _Lane, now: float) -> bool:
-        if lane.is_over or not lane.has_work or lane.not_before > now:
+        if lane.is_over or lane.is_stuck or not lane.has_work or lane.not_before > now:
             return False
-        is_last = self._is_closing and lane.exporter is self._cleanup
-        return not is_last or all(other.is_over for other in self._lanes if other is not lane)
+        if lane.exporter is not self._cleanup:
+            return True
+        others = [other for other in self._lanes if other is not lane]
+        return all(other.is_over if self._is_closing else not other.is_stuck for other in others)
 
     def _take_turn(self, lane: _Lane) -> None:
         """Deliver until all is delivered, or until another exporter is ready and this one's time is over."""
@@ -240,10 +259,9 @@ class ExportThread:
             with self._changed:
                 lane.note_success()
                 lane.rest(0.0 if self._is_closing or is_first else min(lane.used / SHARE, LONGEST_REST_SECONDS))
-                self._changed.notify_all()
 
     def _note_failure(self, lane: _Lane, error: Exception) -> None:
-        """Note why a delivery failed, and when it is tried again, if at all."""
+        """Record why a delivery failed, and when it is tried again, if at all."""
         problem = lane.exporter.explain(error)
         with self._changed:
             if lane.is_over:  # it was given up, and cancelled
@@ -256,7 +274,6 @@ class ExportThread:
                     lane.end("")
             elif not self._is_closing:
                 lane.rest(min(wait, LONGEST_RETRY_SECONDS))
-            self._changed.notify_all()
         text = f"{lane.exporter.name}: {problem}"
         if problem.is_lasting and not lane.is_last and text not in self._warned:
             self._warned.add(text)
@@ -275,6 +292,8 @@ class _Lane:
         self.turn_began = 0.0
         self.is_last = False
         """Whether the present delivery began after the folder had changed for the last time."""
+        self.is_stuck = False
+        """Whether a thread of its own waits for a call that lasted longer than a turn."""
         self.is_over = False
         self.is_delivered = False
         self.failures = 0
@@ -292,7 +311,7 @@ class _Lane:
         return self.is_notified or self._delivery is not None
 
     def prepare_last(self) -> None:
-        """Have all that is left delivered, as if nothing had failed before."""
+        """Schedule the last delivery, as if nothing had failed before."""
         self.is_notified, self.not_before, self.failures = True, 0.0, 0
         self.trouble, self.needs_mending = "", False
         self.signs = _SignsOfLife(self.exporter)

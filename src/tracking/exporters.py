@@ -100,7 +100,7 @@ class Exporter(Protocol):
 
     @property
     def pending(self) -> str:
-        """What is not delivered yet, as words in the plural; '' where nobody needs to know."""
+        """What is not delivered yet, as words in the plural; '' where that is not reported."""
 
     @property
     def progress(self) -> str:
@@ -115,7 +115,7 @@ class Exporter(Protocol):
         return
 
     def rewind(self, num_kept: int, cut: Sequence[Mapping[str, Any]]) -> None:
-        """Take note that a run resumes after its first lines of metrics, and repeats those that were cut off."""
+        """Prepare for a run that resumes after its first lines of metrics, and repeats those that were cut off."""
         return
 
     def deliver(self) -> Iterator[None]:

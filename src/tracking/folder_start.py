@@ -65,8 +65,9 @@ def make_room(path: Path, config_hash: str, start: Start) -> list[str]:
         return []
     if STATUS not in found and not {CONFIG, STARTS} <= set(found):
         raise RunFolderError(f"{path} is no run's folder, but holds {', '.join(found)}; choose another hydra.run.dir")
+    states = [file.name for file in path.glob("tracking-*.json")]
     if start.force:
-        _remove(path, [*found, *(file.name for file in path.glob("tracking-*.json"))])
+        _remove(path, [*found, *states])
         return []
     for name in found:
         is_folder = name in FOLDERS
@@ -87,7 +88,7 @@ def make_room(path: Path, config_hash: str, start: Start) -> list[str]:
             f"is there ({', '.join(found)}) and starts again."
         )
     if not is_same:  # it failed before it trained: what it was asked for has been mended since
-        _remove(path, [name for name in found if name != STARTS])
+        _remove(path, [name for name in (*found, *states) if name != STARTS])
         return []
     return [*check_step_logs(path, status, start), *_warn_of_repeat(path)]
 

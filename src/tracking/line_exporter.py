@@ -43,7 +43,7 @@ class LineExporter(FolderExporter):
         """Discard what was written of later steps: they are repeated. Called before the first `write` of a process."""
 
     def close(self, state: str) -> None:
-        """Note how the run ended: FINISHED, FAILED, PREEMPTED, PRUNED or KILLED. It may be resumed later."""
+        """Record how the run ended: FINISHED, FAILED, PREEMPTED, PRUNED or KILLED. It may be resumed later."""
 
     @property
     def where(self) -> str:
@@ -86,21 +86,20 @@ class LineExporter(FolderExporter):
         self._remember(lines=min(self._num_delivered, num_kept), ended=None)
 
     def deliver(self) -> Iterator[None]:
-        state = read_status(self.folder).get("state")
-        lines = self._metrics()
         if not self._is_rewound:  # what was written and not remembered, as the process died, is written again
-            self._remember(lines=min(self._num_delivered, len(lines)))
-            last = lines[self._num_delivered - 1]["step"] if self._num_delivered else 0
+            self._remember(lines=min(self._num_delivered, len(self._metrics())))
+            last = self._metrics()[self._num_delivered - 1]["step"] if self._num_delivered else 0
             self.activity.call(self.rewind_to, last)
             self._is_rewound = True
-        while some := lines[self._num_delivered : self._num_delivered + LINES_AT_ONCE]:
+        while some := self._metrics()[self._num_delivered : self._num_delivered + LINES_AT_ONCE]:
             self.activity.call(self.write, some)
             self._remember(lines=self._num_delivered + len(some))
             self.activity.note_delivered("lines", self._num_delivered)
             yield
+        state = read_status(self.folder).get("state")
         if state == "RUNNING" and self._is_over:
             state = "KILLED"
-        if state not in (None, "RUNNING"):
+        if state not in (None, "RUNNING") and len(self._metrics()) == self._num_delivered:
             self._deliver_once("ended", lambda: self.activity.call(self.close, state), state)
 
 

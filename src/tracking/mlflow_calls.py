@@ -25,7 +25,7 @@ UNCOUNTED = ("get_", "search_", "list_", "download_", "log_artifact")
 
 
 class WatchedClient:
-    """MLflow's client, or its store of artifacts, each of its calls watched and each answer looked at.
+    """MLflow's client, or its store of artifacts, each of its calls watched and each answer checked.
 
     Args:
         folder: the folder that is delivered.

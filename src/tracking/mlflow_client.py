@@ -1,4 +1,4 @@
-"""The door to mlflow: its client without what would block or print, and what it can't say of a server by itself."""
+"""The door to mlflow: its client without what would block or print, and whether a server is there or redirects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from src.tracking.exporters import DeliveryError
 from src.tracking.mlflow_errors import is_missing, status_of
 
 REQUEST_SECONDS = 60
-"""How long a server may take for an answer; slow ones are waited for, by a thread that nobody waits for."""
+"""How long a server may take for an answer; only the export thread waits for it."""
 KILLED = "KILLED"
 """MLflow's state of a run that no process is training."""
 STATES = {"FINISHED": "FINISHED", "FAILED": "FAILED", "PREEMPTED": KILLED, "PRUNED": KILLED}

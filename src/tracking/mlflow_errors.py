@@ -1,4 +1,4 @@
-"""What MLflow's errors mean: in words, with what to do, and whether trying again can help. Without secrets."""
+"""What MLflow's errors mean: in words, with the remedy, and whether trying again can help. Without secrets."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A folder as one run in MLflow, whatever the folder is of.
 
 `tracking.json` in the folder remembers what was delivered (`tracking.mlflow_state`). As it may be wrong, each delivery
-begins by looking at what the store has of the run.
+begins by checking what the store has of the run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from src import secrets
 from src.config.schema import MlflowConfig
@@ -30,10 +30,8 @@ from src.tracking.mlflow_errors import explained, is_gone
 from src.tracking.mlflow_log import OpenRun, Sent
 from src.tracking.mlflow_names import milliseconds, plain_name, user_name
 from src.tracking.mlflow_state import TRACKING, PreviousRun, read_tracking, runs_left
+from src.tracking.previous_runs import PreviousRuns
 from src.tracking.sqlite_store import SqliteStore
-
-if TYPE_CHECKING:
-    from src.tracking.previous_runs import PreviousRuns
 
 
 class MlflowExporter(FolderExporter):
@@ -77,7 +75,7 @@ class MlflowExporter(FolderExporter):
 
     @abstractmethod
     def _deliver_folder(self) -> Iterator[None]:
-        """Bring the run up to date with the folder as it is now."""
+        """Deliver the folder as it is now to the run."""
 
     @property
     @abstractmethod
@@ -151,13 +149,13 @@ class MlflowExporter(FolderExporter):
         return explained(error)
 
     def take_over(self, state: Mapping[str, Any]) -> None:
-        """Take the place of a run that the folder had before, by what its tracking.json said."""
+        """Replace a run that the folder had before, by what its tracking.json said."""
         self._state |= self._runs_before(state)
         if state["run_id"] is not None and self.is_its_store(state["uri"]):
             self._state["replaced"] = [*self._state["replaced"], state["run_id"]]
 
     def _runs_before(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the runs that this one takes the place of, by what a tracking.json says: here, and in other stores."""
+        """Return the runs that this one replaces, by what a tracking.json says: here, and in other stores."""
         here = list(state.get("replaced", [])) if self.is_its_store(state["uri"]) else []
         elsewhere = []
         for uri, run_id in runs_left(state):
@@ -173,7 +171,7 @@ class MlflowExporter(FolderExporter):
         return [(one["uri"], one["run_id"]) for one in self._state.get("elsewhere", [])]
 
     def _end_elsewhere(self) -> None:
-        """Have those runs ended; a part of another exporter takes no note of it, as its folder is not held then."""
+        """Ask for the end of those runs; a part of another exporter does not record it: its folder is not held then."""
         if self.previous is not None:
             for run in self.elsewhere:
                 self.previous.end(run, self.folder, None if self._within else partial(self._forget_elsewhere, run))
@@ -183,7 +181,7 @@ class MlflowExporter(FolderExporter):
         self._remember(elsewhere=left)
 
     def deliver(self) -> Iterator[None]:
-        """Bring MLflow up to date with the folder as it is now, connecting first where that was not done.
+        """Deliver the folder as it is now, connecting first where that was not done.
 
         Raises:
             DamagedFileError: naming a file that can't be read; what others say was delivered nevertheless.
@@ -199,7 +197,7 @@ class MlflowExporter(FolderExporter):
         except Exception as error:
             self._has_failed = True
             if is_gone(error):
-                self._open = None  # what became of the run is looked at again
+                self._open = None  # how the run is there is checked again
             raise
         self._has_failed = False
         if self._damage:
@@ -220,17 +218,17 @@ class MlflowExporter(FolderExporter):
             self._damage.append(error)
 
     def _open_store(self) -> None:
-        """Have the store be there and answer, in a few seconds.
+        """Check that the store is there and answers, in a few seconds; a SQLite file is made where there is none.
 
         Raises:
-            DeliveryError: where it is not, or does not.
+            DeliveryError: where it can't be used.
         """
         self.activity.check()
         self.activity.since = time.monotonic()
         if self.is_local:
             self._sqlite = self._sqlite or SqliteStore(self._config.uri, self.warn_once, self.activity.check)
             if self._sqlite.open():
-                self._open = None  # what another file has of the run must be looked at
+                self._open = None  # what another file has of the run must be checked
         elif self._is_server and (self._has_failed or not self.is_connected):
             reach(self._address)
 
@@ -297,7 +295,7 @@ class MlflowExporter(FolderExporter):
 
     @property
     def _identity(self) -> dict[str, str]:
-        """Tags that tell the folder's run from every other."""
+        """Tags that identify the folder's run."""
         return {"towline.folder": str(self.folder.resolve()), "towline.started": self._began}
 
     @staticmethod
@@ -389,7 +387,7 @@ class MlflowExporter(FolderExporter):
         raise DeliveryError("the server accepted what was delivered, and does not have it", is_lasting=False)
 
     def _end_replaced(self) -> None:
-        """End runs that no process is training and that this one takes the place of, where they say RUNNING.
+        """End runs that no process is training and that this one replaces, where they say RUNNING.
 
         One that was begun when an answer was lost, and that nothing was ever logged to, is deleted.
         """

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from src.config.frozen import CONFIG, STATUS, read_starts, read_status
 from src.errors import DamagedFileError
 from src.records import Types, begins_with, check_keys, damaged, is_time, read_json, read_yaml
-from src.tracking.exporters import EXPORTERS
+from src.tracking.exporters import EXPORTERS, Exporter
 from src.tracking.mlflow_client import KILLED, STATES
 from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_names import flat, milliseconds, plain_name
-from src.tracking.mlflow_state import RUN_ID
+from src.tracking.mlflow_state import RUN_ID, TRACKING
+from src.tracking.previous_runs import PreviousRuns
 from src.tracking.step_logs import METRICS, SAMPLES, read_step_log
 
 PROVENANCE, DATA_REPORT = "provenance.json", "data_report.json"
@@ -299,3 +301,22 @@ def _missing(points: Points, line: Mapping[str, Any]) -> dict[str, float]:
         for name, value in values.items()
         if plain_name(name) not in has or not (name.startswith("perf/") or value in has[plain_name(name)])
     }
+
+
+def end_previous(
+    exporters: Sequence[Exporter], folder: Path, before: Mapping[str, Any] | None, warn: Callable[[str], None]
+) -> PreviousRuns:
+    """Return what ends the runs that a folder had in MLflow and that its exporters don't continue.
+
+    Args:
+        before: what the folder's tracking.json said before this start, which may have removed it.
+    """
+    previous = PreviousRuns(warn)
+    in_mlflow = [one for one in exporters if isinstance(one, MlflowExporter)]
+    for one in in_mlflow:
+        one.previous = previous
+        if before is not None and not os.path.lexists(folder / TRACKING):
+            one.take_over(before)
+    if before is not None and not in_mlflow:
+        previous.end_all(before, folder)
+    return previous

@@ -5,10 +5,9 @@ A run that is resumed or begun anew with another tracker, or none, leaves its pr
 
 from __future__ import annotations
 
-import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from src.tracking.exporters import Activity, DeliveryError, Exporter
 from src.tracking.mlflow_calls import WatchedClient
 from src.tracking.mlflow_client import KILLED, quiet_client, reach, run_of
 from src.tracking.mlflow_errors import explained
-from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_state import TRACKING, PreviousRun, runs_left
 from src.tracking.sqlite_store import SqliteStore
 from src.util import write_json
@@ -43,13 +41,13 @@ class PreviousRuns(Exporter):
         self._out_of_reach: set[str] = set()
 
     def end(self, run: PreviousRun, folder: Path, ended: Callable[[], None] | None = None) -> None:
-        """Have a run ended in the next turn that a folder had; `ended` is called once it does not run any more."""
+        """End a run that a folder had, in the next turn; `ended` is called once it does not run any more."""
         if run not in self._known:
             self._known.add(run)
             self._waiting.append((run, folder, ended))
 
     def end_all(self, state: Mapping[str, Any], folder: Path) -> None:
-        """Have all runs ended that a folder has in MLflow, and have its tracking.json say so.
+        """End all runs that a folder has in MLflow, in the next turn; its tracking.json records that.
 
         Args:
             state: what its tracking.json says, or said before it was removed.
@@ -111,22 +109,3 @@ def _was_of(run: Any, folder: Path) -> bool:
     known = tags.get("towline.folder", here)
     is_moved = tags.get("towline.host") == socket.gethostname() and not Path(known).exists()
     return bool(known == here or is_moved)
-
-
-def end_previous(
-    exporters: Sequence[Exporter], folder: Path, before: Mapping[str, Any] | None, warn: Callable[[str], None]
-) -> PreviousRuns:
-    """Return what ends the runs that a folder had in MLflow and that its exporters don't continue.
-
-    Args:
-        before: what the folder's tracking.json said before this start, which may have removed it.
-    """
-    previous = PreviousRuns(warn)
-    in_mlflow = [one for one in exporters if isinstance(one, MlflowExporter)]
-    for one in in_mlflow:
-        one.previous = previous
-        if before is not None and not os.path.lexists(folder / TRACKING):
-            one.take_over(before)
-    if before is not None and not in_mlflow:
-        previous.end_all(before, folder)
-    return previous

@@ -36,7 +36,7 @@ MAX_DIFF = 200_000
 
 
 def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device: str, project: Path) -> dict[str, Any]:
-    """Collect what is needed to tell later what a run was.
+    """Collect what is needed to know later what a run was.
 
     Args:
         data_hashes: file -> SHA-256 of its content.
@@ -63,19 +63,19 @@ def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device
 
 
 def _deepspeed_file(frozen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON of DeepSpeed's that was read when the configuration was composed, with its SHA-256."""
+    """Return the JSON of DeepSpeed that was read when the configuration was composed, with its SHA-256."""
     section = frozen.get("deepspeed", {})
     return {"deepspeed": {section["config_file"]: section["sha256"]}} if section.get("type") == "file" else {}
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Give the versions of the libraries that a result depends on, of those that are installed."""
+    """Return the versions of the libraries that a result depends on, of those that are installed."""
     return {name: version for name in PACKAGES if (version := _version(name))}
 
 
 def git_state(project: Path) -> dict[str, Any]:
-    """Give commit, whether files differ from it, and the difference; nulls outside a git checkout."""
+    """Return the commit, whether files differ from it, and the difference; nulls outside a git checkout."""
     commit = _git(project, ["rev-parse", "HEAD"])
     status = _git(project, ["status", "--porcelain"])
     if commit is None or status is None:

@@ -1,8 +1,8 @@
-"""A SQLite file as MLflow's store: made whole before anybody sees it, and looked at before MLflow opens it.
+"""A SQLite file as MLflow's store: made whole before any process sees it, and checked before MLflow opens it.
 
 MLflow migrates a fresh file in place, in some sixty steps that no transaction holds together: a process that dies in
-them leaves a file that MLflow can never open again. So a fresh store is made beside its place, under a lock, and
-renamed. A file that is there is looked at first; MLflow would migrate it in place too, or wait minutes for a lock.
+them leaves a file that MLflow can never open again. So a fresh store is made under another name and a lock, and
+renamed. A file that exists is checked first; MLflow would migrate it in place too, or wait minutes for a lock.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from src.tracking.exporters import DeliveryError
 LOCKED_SECONDS = 2.0
 """How long to wait for another process that writes to the file."""
 COMPANIONS = ("-journal", "-wal", "-shm")
-"""Files that SQLite keeps beside a database; one that belongs to another database would destroy this one."""
+"""Files that SQLite keeps next to a database; one that belongs to another database would destroy this one."""
 BROKEN_OFF = "_alembic_tmp_"
 """What the tables are called that a migration copies to."""
 
@@ -40,20 +40,20 @@ class _Found:
     fault: str = ""
     """Why MLflow can't open it; '' where it can."""
     remedy: str = ""
-    must_stay: bool = True
-    """Whether it may hold what somebody wants; else it may be made anew."""
+    may_hold_runs: bool = True
+    """Whether it may hold runs; else it may be replaced."""
 
 
 class SqliteStore:
     """The file of a SQLite URI.
 
     Args:
-        tell: is told what was done to a file that could not be used.
-        check: is called again and again while another process is waited for, and before the file is made; raises where
-            it is not wanted any more.
+        warn: takes what was done to a file that could not be used.
+        check: called again and again while another process is waited for, and before the file is made; raises where
+            nobody waits for it any more.
     """
 
-    def __init__(self, uri: str, tell: Callable[[str], None], check: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, uri: str, warn: Callable[[str], None], check: Callable[[], None] = lambda: None) -> None:
         from sqlalchemy.engine import make_url
 
         self._url = make_url(uri)
@@ -64,14 +64,14 @@ class SqliteStore:
             name = unquote(name.removeprefix("file:").partition("?")[0])
         self.is_file = name not in ("", ":memory:") and "mode=memory" not in uri
         self._given = Path(name).absolute()
-        self._tell = tell
+        self._warn = warn
         self._check = check
         if self.is_file:
             _keep_no_connections()
         self._seen: tuple[int, int] | None = None
 
     def open(self) -> bool:
-        """Have the file be a whole store that can be written to; one that is not there is made.
+        """Check that the file is a whole store that can be written to; make one where there is none.
 
         Returns: whether it is another file than at the last call.
 
@@ -82,7 +82,7 @@ class SqliteStore:
             return False
         self._check_link()
         try:
-            found = self._look()
+            found = self._inspect_file()
             if found.is_empty or found.fault:
                 self._mend()
             self._try_to_write()
@@ -98,7 +98,7 @@ class SqliteStore:
         return Path(os.path.realpath(self._given))
 
     @property
-    def _part(self) -> Path:
+    def _part_file(self) -> Path:
         """Where a new file is made."""
         return self.file.with_name(f".{self.file.name}.part")
 
@@ -111,29 +111,32 @@ class SqliteStore:
             )
         if self._given.is_symlink() and self.file.is_symlink():
             raise DeliveryError(
-                f"{self._given} is a link that leads in a circle. Remove it, or give another tracking.uri"
+                f"{self._given} is a link that leads in a circle. Remove it, or choose another tracking.uri"
             )
 
     def is_being_made(self) -> bool:
-        """Return whether this or another process is making the file, and comes on with it."""
-        return any(self._changed_ago(file) < OPENING_SECONDS for file in (self._part, _beside(self._part, "-journal")))
+        """Return whether this or another process is making the file, and has worked on it just now."""
+        return any(
+            self._changed_ago(file) < OPENING_SECONDS
+            for file in (self._part_file, _companion(self._part_file, "-journal"))
+        )
 
     def _mend(self) -> None:
-        """Make a file that is not there or empty, or was never made whole and holds no runs."""
+        """Make the store where the file is not there or empty, or was never made whole and holds no runs."""
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - takes seconds, in which others would wait
 
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self._lock():
-            found = self._look_until_quiet()
+            found = self._inspect_until_quiet()
             if not found.is_empty and not found.fault:
                 return  # another process was faster
-            if found.fault and found.must_stay:
+            if found.fault and found.may_hold_runs:
                 raise DeliveryError(f"{self.file} {found.fault}. {found.remedy}")
             self._check()
             kept = self._move_away("half-made" if found.fault else "leftover")
             self._make()
             if found.fault:
-                self._tell(f"{self.file} {found.fault}, and it held no runs: it was made anew. The old one is {kept}")
+                self._warn(f"{self.file} {found.fault}, and it held no runs: it was made anew. The old one is {kept}")
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -156,17 +159,17 @@ class SqliteStore:
         finally:
             lock.release()
 
-    def _look_until_quiet(self) -> _Found:
-        """Look at the file; one that can't be used is looked at again until nobody has changed it for a while."""
+    def _inspect_until_quiet(self) -> _Found:
+        """Inspect the file; one that can't be used, again until no process has changed it for a while."""
         while True:
-            found = self._look()
-            files = (self.file, *(_beside(self.file, name) for name in COMPANIONS))
+            found = self._inspect_file()
+            files = (self.file, *(_companion(self.file, name) for name in COMPANIONS))
             if not found.fault or min(map(self._changed_ago, files)) > OPENING_SECONDS:
                 return found
             self._check()
             time.sleep(0.2)
 
-    def _look(self) -> _Found:
+    def _inspect_file(self) -> _Found:
         """Return what the file holds.
 
         Raises:
@@ -176,8 +179,8 @@ class SqliteStore:
             mode = self.file.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             return _Found(is_empty=True)
-        elsewhere = "Move it away, or give another tracking.uri"
-        for companion in (_beside(self.file, name) for name in COMPANIONS):
+        elsewhere = "Move it away, or choose another tracking.uri"
+        for companion in (_companion(self.file, name) for name in COMPANIONS):
             if os.path.lexists(companion) and not companion.is_file():  # SQLite would read it before the database
                 raise DeliveryError(f"{companion} is no plain file. {elsewhere}")
         if not stat.S_ISREG(mode):
@@ -205,16 +208,16 @@ class SqliteStore:
             some = ", ".join(sorted(foreign)[:3])
             raise DeliveryError(f"{self.file} holds tables of something else ({some}): give MLflow a file of its own")
         with_runs = [table for table in ("runs", f"{BROKEN_OFF}runs") if table in tables]
-        must_stay = any(database.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in with_runs)
+        may_hold_runs = any(database.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in with_runs)
         if broken_off:
             fault = f"is a store whose migration was broken off (it has a table {broken_off[0]})"
-            return _Found(fault=fault, remedy=f"Restore it from a copy, {AWAY}", must_stay=must_stay)
+            return _Found(fault=fault, remedy=f"Restore it from a copy, {AWAY}", may_hold_runs=may_hold_runs)
         versions = database.execute("SELECT version_num FROM alembic_version") if "alembic_version" in tables else []
         for (version,) in versions:
             uri = self._url.render_as_string()
-            return _compare_version(str(version), uri, must_stay=must_stay)
+            return _compare_version(str(version), uri, may_hold_runs=may_hold_runs)
         fault = "is a store that was never made whole (it has no version)"
-        return _Found(fault=fault, remedy=f"Restore it from a copy, {AWAY}", must_stay=must_stay)
+        return _Found(fault=fault, remedy=f"Restore it from a copy, {AWAY}", may_hold_runs=may_hold_runs)
 
     def _try_to_write(self) -> None:
         """Raise a DeliveryError where another process has the file locked, or it can't be written."""
@@ -235,29 +238,29 @@ class SqliteStore:
         return sqlite3.connect(uri, uri=True, timeout=LOCKED_SECONDS, isolation_level=None)
 
     def _make(self) -> None:
-        """Make a store beside, with all its tables, and rename it."""
+        """Make a store under another name, with all its tables, and rename it."""
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-        for left in (self._part, *(_beside(self._part, name) for name in COMPANIONS)):
+        for left in (self._part_file, *(_companion(self._part_file, name) for name in COMPANIONS)):
             left.unlink(missing_ok=True)  # of a process that died
-        self._part.touch()
-        database = f"file:{quote(str(self._part))}" if self._is_file_uri else str(self._part)
+        self._part_file.touch()
+        database = f"file:{quote(str(self._part_file))}" if self._is_file_uri else str(self._part_file)
         url = self._url.set(database=database).render_as_string(hide_password=False)
         SqlAlchemyStore(url, (self.file.parent / "mlartifacts").as_uri()).engine.dispose()
-        with open(self._part, "rb") as made:
+        with open(self._part_file, "rb") as made:
             os.fsync(made.fileno())
-        os.replace(self._part, self.file)
+        os.replace(self._part_file, self.file)
 
     def _move_away(self, what: str) -> Path | None:
         """Rename the file and its companions, if there are any; return the file's new name."""
-        names = [name for name in ("", *COMPANIONS) if _beside(self.file, name).exists()]
+        names = [name for name in ("", *COMPANIONS) if _companion(self.file, name).exists()]
         if not names:
             return None
-        kept, number = _beside(self.file, f".{what}"), 2
-        while any(_beside(kept, name).exists() for name in ("", *COMPANIONS)):
-            kept, number = _beside(self.file, f".{what}-{number}"), number + 1
+        kept, number = _companion(self.file, f".{what}"), 2
+        while any(_companion(kept, name).exists() for name in ("", *COMPANIONS)):
+            kept, number = _companion(self.file, f".{what}-{number}"), number + 1
         for name in names:
-            os.replace(_beside(self.file, name), _beside(kept, name))
+            os.replace(_companion(self.file, name), _companion(kept, name))
         return kept
 
     @staticmethod
@@ -270,12 +273,12 @@ class SqliteStore:
 
 
 def _keep_no_connections() -> None:
-    """Have MLflow open a file anew for each call: a connection that is kept stays with a file that was replaced."""
+    """Make MLflow open a file anew for each call: a connection that is kept stays with a file that was replaced."""
     if not any(os.environ.get(f"MLFLOW_SQLALCHEMYSTORE_{name}") for name in ("POOL_SIZE", "MAX_OVERFLOW")):
         os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
 
 
-def _compare_version(version: str, uri: str, *, must_stay: bool) -> _Found:
+def _compare_version(version: str, uri: str, *, may_hold_runs: bool) -> _Found:
     """Return what it means for this MLflow that a store has a version."""
     import mlflow
     from alembic.script import ScriptDirectory
@@ -288,11 +291,11 @@ def _compare_version(version: str, uri: str, *, must_stay: bool) -> _Found:
         known.get_revision(version)
     except CommandError:
         fault = f"is a store of a newer MLflow than {mlflow.__version__} (version {version})"
-        return _Found(fault=fault, remedy="Install that MLflow, or give another tracking.uri")
+        return _Found(fault=fault, remedy="Install that MLflow, or choose another tracking.uri")
     fault = f"is a store of an older MLflow than {mlflow.__version__} (version {version})"
     remedy = f"Make a copy and run `mlflow db upgrade '{uri}'`, {AWAY}"
-    return _Found(fault=fault, remedy=remedy, must_stay=must_stay)
+    return _Found(fault=fault, remedy=remedy, may_hold_runs=may_hold_runs)
 
 
-def _beside(file: Path, ending: str) -> Path:
+def _companion(file: Path, ending: str) -> Path:
     return file.with_name(file.name + ending)

@@ -1,6 +1,6 @@
-"""What a sweep's folder says of itself: sweep.json, the lines of trials.jsonl, and whose run a trial's folder holds.
+"""What a sweep's folder records: sweep.json, the lines of trials.jsonl, and whose run a trial's folder holds.
 
-Read by the sweep and by its mirror. No torch here.
+Read by the sweep and by its exporters. No torch here.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ def identity_of(config: Mapping[str, Any]) -> str:
 
 
 def holds_another(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return why what came of a trial can't be read in a folder; '' where it holds the trial's run, or none yet.
+    """Return why a folder is not that of a trial; '' where it holds the trial's run, or none yet.
 
     Args:
         config: the trial's frozen configuration.
     Raises:
-        DamagedFileError: where a file that tells can't be read.
+        DamagedFileError: where a file that says so can't be read.
     """
     starts = read_starts(folder)
     if starts and starts[-1]["config_hash"] == config_hash(config):

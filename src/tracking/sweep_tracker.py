@@ -21,11 +21,11 @@ class SweepTracker:
         self._exports = exports
 
     def ready(self) -> None:
-        """Have the store be there before trials open it; a server that is slow or gone is waited for a second."""
+        """Wait until the store is there, before trials open it; for a server that is slow or gone, a second."""
         self._exports.connect()
 
     def notify(self) -> None:
-        """Have what changed in the folder or a trial's delivered; returns at once."""
+        """Deliver what changed in the folder or a trial's, in the thread; returns at once."""
         self._exports.notify()
 
 

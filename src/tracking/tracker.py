@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from src.config.frozen import config_hash, read_status
 from src.config.quoting import shell_override
-from src.config.schema import NoTrackingConfig, TrackingConfig
+from src.config.schema import TrackingConfig
 from src.metrics import greater_is_better
 from src.tracking import mlflow_run, mlflow_sweep  # noqa: F401 - they register the exporters
 from src.tracking.console import Console
@@ -22,8 +22,8 @@ from src.tracking.exporters import EXPORTERS, Exporter
 from src.tracking.folder_start import Start
 from src.tracking.line_exporter import state_file
 from src.tracking.lock import hold
+from src.tracking.mlflow_run import end_previous
 from src.tracking.mlflow_state import TRACKING, tracked_before
-from src.tracking.previous_runs import end_previous
 from src.tracking.run_folder import RunFolder, open_run_folder
 from src.tracking.step_logs import METRICS, SAMPLES
 
@@ -58,7 +58,7 @@ class Line:
 
 
 class Tracker(Protocol):
-    """What a run logs to; what was logged is kept when a method returns. By default nothing is."""
+    """What a run logs to. What was logged is written when a method returns; by default nothing is."""
 
     console: Console
     cut_line: dict[str, Any] | None = None
@@ -99,7 +99,7 @@ class Tracker(Protocol):
         return
 
     def expect(self, num_steps: int, steps_per_epoch: int | None) -> None:
-        """Take note of how long the run will be; steps_per_epoch is None where that is unknown."""
+        """Record how long the run will be; steps_per_epoch is None where that is unknown."""
         return
 
     def progress(self, step: StepLike, num_steps: int, logging_steps: int) -> None:
@@ -331,7 +331,7 @@ def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> 
     Raises:
         RunFolderError: where another process holds the folder.
     """
-    if isinstance(config, NoTrackingConfig):
+    if config.type not in EXPORTERS:
         return
     is_known = any(os.path.lexists(run_dir / name) for name in (TRACKING, state_file(config.type)))
     if not is_known and not read_status(run_dir).get("tracker_run_id"):

@@ -14,7 +14,7 @@ from src.checkpoint.store import read_snapshot
 from src.config.gate import parse
 from src.config.job import Job
 from src.config.options import PROJECT_ROOT
-from src.config.schema import NoAdapterConfig, RunConfig
+from src.config.schema import RunConfig
 from src.data.advice import Level, advice
 from src.data.dataset import Data, file_hashes
 from src.data.tokenizer import load_tokenizer
@@ -24,10 +24,9 @@ from src.model.build import build_model, set_generation, with_zero_sizes
 from src.model.embeddings import (
     StartedRows,
     TokenMonitor,
-    as_they_are,
     check_new_rows,
-    embedding_matrices,
     resize_and_initialise,
+    with_present_rows,
 )
 from src.model.unlearned import unlearned_tokens
 from src.runtime.launch import num_processes
@@ -60,11 +59,11 @@ def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[t
             yield runtime, replace(job, config=config, frozen=frozen, run_dir=run_dir), found
 
 
-def record_origin(tracker: Tracker, job: Job, config: RunConfig, runtime: Runtime) -> dict[str, Any]:
+def record_origin(tracker: Tracker, job: Job, runtime: Runtime) -> dict[str, Any]:
     """Keep where the run comes from and DeepSpeed's settings in its folder; return the provenance."""
-    made = provenance(job.frozen, file_hashes(config.data), runtime.description, PROJECT_ROOT)
+    made = provenance(job.frozen, file_hashes(job.config.data), runtime.description, PROJECT_ROOT)
     tracker.record_once("provenance.json", made)
-    if (settings := deepspeed_settings(with_zero_sizes(config), runtime.num_processes)) is not None:
+    if (settings := deepspeed_settings(with_zero_sizes(job.config), runtime.num_processes)) is not None:
         tracker.record("deepspeed.json", settings)
     return made
 
@@ -74,13 +73,15 @@ class Assembled:
     """A model with its new tokens and its adapter, before it is wrapped for training."""
 
     model: Any
+    tokenizer: Any
+    new_tokens: NewTokens
     adapter: Adapter | None
     started: StartedRows
     """The rows that new tokens start from."""
     base: Mapping[str, Any] | None
     """Size and checksum of each file of the local model that the adapter is trained on."""
 
-    def load_initial(self, state: TrainState, tokenizer: Any, runtime: Runtime, config: RunConfig) -> list[str]:
+    def load_initial(self, state: TrainState, runtime: Runtime, config: RunConfig) -> list[str]:
         """Check that the new rows have survived wrapping, and load the checkpoint of `init_from`; return warnings.
 
         Raises:
@@ -91,10 +92,10 @@ class Assembled:
             return []
         checkpoint, warnings = newest_weights(Path(config.init_from))
         kept = read_snapshot(checkpoint)
-        if kept.state["facts"]["tokenizer"] != tokenizer_hash(tokenizer):
+        if kept.state["facts"]["tokenizer"] != tokenizer_hash(self.tokenizer):
             raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
         state.restore_weights(kept.weights, runtime)
-        state.new_rows = TokenMonitor(state.model, state.new_rows.ids)
+        state.token_monitor = TokenMonitor(state.model, state.token_monitor.ids)
         return warnings
 
 
@@ -104,18 +105,16 @@ def assemble_model(config: RunConfig, tokenizer: Any, new_tokens: NewTokens, dat
     Raises:
         ModelError: where the model can't be loaded or assembled as asked.
     """
-    has_base = not isinstance(config.adapter, NoAdapterConfig) and runtime.is_main
+    has_base = config.adapter.is_on and runtime.is_main
     base = base_digests(config.model.checkpoint) if has_base else None
     model = build_model(config, runtime.device)
     set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
     unlearned = unlearned_tokens(model, tokenizer, new_tokens, config.model)
     started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned)
-    matrices = [matrix.module for matrix in embedding_matrices(model)]
-    new_ids = list(started.ids.values())
-    adapter = add_adapter(model, config.adapter, config.model, new_ids, matrices, is_merged=config.export.merge)
+    adapter = add_adapter(model, config, list(started.ids.values()))
     if _load_initial_adapter(adapter, tokenizer, config):
-        started = as_they_are(model, started)
-    return Assembled(model, adapter, started, base)
+        started = with_present_rows(model, started)
+    return Assembled(model, tokenizer, new_tokens, adapter, started, base)
 
 
 def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> bool:

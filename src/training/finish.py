@@ -7,13 +7,11 @@ from typing import Any
 
 from src.checkpoint.exported import exported_digests
 from src.config.job import Job
-from src.config.schema import RunConfig
 from src.data.dataset import Data
 from src.model.card import model_card
 from src.model.export import export
 from src.runtime.session import Runtime
 from src.runtime.sharding import gather_on_cpu, unsharded_models
-from src.tokens import NewTokens
 from src.tracking.tracker import Tracker
 from src.training.assembly import Assembled
 from src.training.state import TrainState
@@ -21,26 +19,23 @@ from src.training.state import TrainState
 
 def export_trained(
     job: Job,
-    config: RunConfig,
     state: TrainState,
-    assembled: Assembled,
-    tokenizer: Any,
-    new_tokens: NewTokens,
+    built: Assembled,
     data: Data,
-    made: Mapping[str, Any],
+    origin: Mapping[str, Any],
     runtime: Runtime,
     tracker: Tracker,
 ) -> dict[str, Any] | None:
     """Write model/, and return size and checksum of each of its files; None where another process writes it.
 
     Args:
-        made: the run's provenance.
+        origin: the run's provenance.
     Raises:
         ExportError: where what was written does not load as what was trained.
     """
-    if config.data.streaming:
+    if job.config.data.streaming:
         tracker.record("data_report.json", data.report())  # what was read is known only now
-    of_run = (data.report(), tracker.latest, made, new_tokens.ids)
+    of_run = (data.report(), tracker.latest, origin, built.new_tokens.ids)
     card = model_card(job.frozen, *of_run)
     adapter_card = model_card(job.frozen | {"export": {"merge": False}}, *of_run)
     gather_on_cpu(state.model, keeps=runtime.is_main)
@@ -48,5 +43,5 @@ def export_trained(
         return None
     folder = job.run_dir / "model"
     with unsharded_models():
-        tracker.warn(export(state.model, assembled.adapter, tokenizer, folder, config, card, adapter_card))
+        tracker.warn(export(state.model, built.adapter, built.tokenizer, folder, job.config, card, adapter_card))
     return exported_digests(folder)

@@ -1,6 +1,6 @@
-"""The module that is trained: a model whose forward gives the summed loss, with logits for supervised positions only.
+"""The module that is trained: a model whose forward computes the summed loss, from logits of supervised positions only.
 
-It stands inside what Accelerate wraps, so that their hooks see one forward.
+Accelerate wraps it, so that hooks of DDP and DeepSpeed see one forward.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from src.model.embeddings import num_rows
 from src.training.loss import Scores, score, supervised_positions
 
 PLAIN = LossConfig(Reduction.mean, thought_weight=1.0, label_smoothing=0.0)
-PROBE_LENGTH = 12  # tokens of the short rows on which a model is watched
+PROBE_LENGTH = 12  # tokens of the short rows on which a model is probed
 MOST_SEEN = 1e-5
-"""How far, relatively, a packed row's logits may move when only the row before it is another: the same sums, so 0 but
-for mixtures of experts (5e-8 seen); models that mix rows moved by 1e-4 and more."""
+"""How far, relatively, a packed row's logits may move when only the row before it changes: the same sums, so 0 but for
+mixtures of experts (5e-8 seen); those of models that mix rows moved by 1e-4 and more."""
 MOST_ROUNDED = 0.05
-"""How far a packed row's logits may be from those it has alone, as a share of what one ordinary sequence makes of them:
-other sums, so they round otherwise."""
+"""How far a packed row's logits may be from those of the row by itself, as a share of how far they move in one ordinary
+sequence: the sums differ, and so does their rounding."""
 
 
 class ScoredModel(nn.Module):
-    """A model that scores itself: ids and labels [batch, seq] become the losses of the labels.
+    """A model whose forward takes ids and labels [batch, seq] and returns the losses of the labels.
 
-    An encoder-decoder is given `target_ids` [batch, target] too, which its labels belong to; `thoughts`, of the labels'
-    shape, is true where a label is of a thought.
+    An encoder-decoder also takes `target_ids` [batch, target], which its labels belong to. `thoughts`: mask of labels
+    that are thought tokens, of the labels' shape.
     """
 
     def __init__(self, model: Any, config: LossConfig = PLAIN) -> None:
@@ -38,9 +38,9 @@ class ScoredModel(nn.Module):
         self.model = model
         self.config = config
         self.uses_full_logits = False
-        """Whether the model's own forward computes the logits, because head(hidden) would be something else."""
+        """Whether the model's own forward computes the logits, because head(hidden) would differ from them."""
         self.num_logits = num_rows(model)
-        """Columns of the logits, to size what is computed at once."""
+        """Columns of the logits, to size the chunks."""
 
     def forward(
         self,
@@ -65,11 +65,11 @@ class ScoredModel(nn.Module):
 
     @torch.no_grad()
     def probe_head(self) -> None:
-        """Watch the model's own forward on a short row: is the head fed the last hidden states, and are the logits
-        what it gives back, bit for bit?
+        """Check by a forward on a short row whether the head's inputs are the last hidden states and its outputs the
+        logits, bit for bit.
 
-        Many models put something between head and logits (a scale, a cap, a bias), so this is seen, not assumed. Where
-        it is not so, the model's own forward computes the logits from then on.
+        Many models put something between head and logits (a scale, a cap, a bias). In these the model's own forward
+        computes the logits from then on.
         """
         self.uses_full_logits = True
         head = self.model.get_output_embeddings()
@@ -96,18 +96,18 @@ class ScoredModel(nn.Module):
 
     @torch.no_grad()
     def check_packing(self, *, flat: bool = False) -> None:
-        """See that a row packed behind another gets the logits that it gets alone, whatever the other is.
+        """Check that a row packed after another has the logits that it has by itself, whatever the other is.
 
-        What tells rows apart is position_ids that begin again; an attention that does not look at them would let every
-        row see the ones before it, and no loss would tell.
+        Rows are kept apart by position_ids that begin at 0 again; an attention that ignores them would let every row
+        see the ones before it, and the loss would not show it.
 
         Args:
-            flat: tell the attention the rows' bounds too, as FlashAttention's padding-free form has them.
+            flat: pass the rows' bounds to the attention, as FlashAttention's padding-free form takes them.
         Raises:
-            ModelError: where it does not.
+            ModelError: where it has not.
         """
         first, second = self._probe(PROBE_LENGTH), self._probe(PROBE_LENGTH).flip(1)
-        behind_first, behind_other = torch.cat([first, second], dim=1), torch.cat([second, second], dim=1)
+        after_first, after_other = torch.cat([first, second], dim=1), torch.cat([second, second], dim=1)
         positions = torch.arange(PROBE_LENGTH, device=first.device)
         restarted = torch.cat([positions, positions])[None]
         bounds = row_bounds([PROBE_LENGTH, PROBE_LENGTH], first.device) if flat else {}
@@ -115,9 +115,9 @@ class ScoredModel(nn.Module):
         self.eval()
         try:
             alone = self._logits(second, positions[None])
-            packed = self._logits(behind_first, restarted, **bounds)[:, PROBE_LENGTH:]
-            other = self._logits(behind_other, restarted, **bounds)[:, PROBE_LENGTH:]
-            mixed = self._logits(behind_first, torch.arange(2 * PROBE_LENGTH, device=first.device)[None])
+            packed = self._logits(after_first, restarted, **bounds)[:, PROBE_LENGTH:]
+            other = self._logits(after_other, restarted, **bounds)[:, PROBE_LENGTH:]
+            mixed = self._logits(after_first, torch.arange(2 * PROBE_LENGTH, device=first.device)[None])
         except TypeError as error:
             raise ModelError(
                 f"{type(self.model).__name__} takes no position_ids, so rows can't be packed for it: "
@@ -137,11 +137,11 @@ class ScoredModel(nn.Module):
         return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **bounds).logits.float()
 
     def _probe(self, length: int) -> Tensor:
-        """Give ids that any vocabulary has, [1, length]."""
+        """Return ids that any vocabulary has, [1, length]."""
         return torch.arange(length, device=self.model.device)[None] % num_rows(self.model)
 
 
 def shifted(target_ids: Tensor, start_token_id: int) -> Tensor:
-    """Give what a decoder reads while it writes the targets, [batch, target]: its start token, and all but the last."""
+    """Return a decoder's inputs for targets, [batch, target]: its start token, and all targets but the last."""
     start = torch.full_like(target_ids[:, :1], start_token_id)
     return torch.cat([start, target_ids[:, :-1]], dim=1)

@@ -188,9 +188,9 @@ def _update(
     if not math.isfinite(grad_norm) and not runtime.scales_gradients:
         raise _not_finite(f"the gradient's norm became {grad_norm}", runtime.gather(_places(batches)), state.step + 1)
     if strategy.has_gradients:
-        state.new_rows.see_gradients()
+        state.token_monitor.record_gradients()
     else:
-        state.new_rows.forget_gradients()
+        state.token_monitor.clear_gradients()
     strategy.update(state.optimizer)
     if not runtime.step_was_skipped():
         state.schedule.step()

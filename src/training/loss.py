@@ -23,10 +23,12 @@ MAX_LOGITS = 2**26
 
 
 class Scores(NamedTuple):
-    """What a model makes of a micro-batch; only the objective is attached to the graph.
+    """The losses of a micro-batch's supervised tokens, in reading order; only the objective is attached to the graph.
 
-    `nll` and `targets` [supervised] are of every supervised token in reading order, in nats and ids; `is_thought`
-    [supervised] says which are of a thought, None where no row has any.
+    Args:
+        nll: negative log-likelihoods in nats, [supervised].
+        targets: ids, [supervised].
+        is_thought: mask of thought tokens, [supervised]; None where no row has any.
     """
 
     objective: Tensor
@@ -36,7 +38,7 @@ class Scores(NamedTuple):
     is_thought: Tensor | None
 
     def sums(self) -> Tensor:
-        """Give the objective, the summed nll, and that of thoughts, [3], detached."""
+        """Return the objective, the summed nll, and that of thoughts, [3], detached."""
         thoughts = self.nll.new_zeros(()) if self.is_thought is None else (self.nll * self.is_thought).sum()
         return torch.stack([self.objective.detach(), self.nll.sum(), thoughts])
 
@@ -44,16 +46,16 @@ class Scores(NamedTuple):
 def supervised_positions(
     hidden: Tensor, labels: Tensor, thoughts: Tensor | None = None, *, ahead: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Pick the states that predict a supervised token, these tokens, and whether they are of a thought.
+    """Select the states that predict a supervised token, these tokens, and which of them are thought tokens.
 
     Args:
         hidden: states, [batch, seq, width].
         labels: ids, not shifted, [batch, seq]; IGNORE_INDEX is not scored.
-        thoughts: true where the label is of a thought, [batch, seq].
+        thoughts: mask of labels that are thought tokens, [batch, seq].
         ahead: whether the state at position i predicts the label at i + 1, as in a causal model, or the one at i, as
             in a decoder whose input was shifted.
     Returns:
-        States [supervised, width], targets [supervised] and what is of a thought [supervised].
+        States [supervised, width], targets [supervised] and the mask of thought tokens [supervised].
     """
     if ahead:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
@@ -69,16 +71,16 @@ def token_losses(
     num_vocabulary: int,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Give what is minimised of each target, and its negative log-likelihood, with MAX_LOGITS logits at most at once.
+    """Compute the objective and the negative log-likelihood of each target, with at most MAX_LOGITS logits at once.
 
     Args:
         states: [supervised, width].
         targets: [supervised].
-        head: gives logits [n, vocabulary] for states [n, width]; called as a module, so that its hooks run.
+        head: computes logits [n, vocabulary] of states [n, width]; called as a module, so that its hooks run.
         num_vocabulary: columns of the logits, to size the chunks; more than one chunk is computed again in backward.
         label_smoothing: share of each target that is spread evenly over all columns, as in functional.cross_entropy.
     Returns:
-        Two times [supervised] in nats, float32; without smoothing they are the same. Attached to the graph, also where
+        Two tensors [supervised] in nats, float32; without smoothing they are equal. Attached to the graph, also where
         nothing is supervised.
     """
     chunk = max(1, MAX_LOGITS // num_vocabulary)
@@ -117,22 +119,22 @@ def score(
 
 
 def sum_of_weights(num_supervised: float, num_thought: float, config: LossConfig) -> float:
-    """Give what a mean divides by."""
+    """Return the sum of the tokens' weights, which a mean divides by."""
     return num_supervised + (config.thought_weight - 1) * num_thought
 
 
 def step_objective(objective: Tensor, weights_in_step: float, reduction: Reduction) -> Tensor:
-    """Give the part that a micro-batch's summed objective has in its step's.
+    """Return what a micro-batch's summed objective adds to that of its step.
 
     Args:
         objective: scalar sum over the micro-batch, in nats.
-        weights_in_step: sum of weights of the whole step, over all micro-batches and processes; 0 gives 0.
+        weights_in_step: sum of weights of the whole step, over all micro-batches and processes; of 0 the result is 0.
     """
     return objective if reduction is Reduction.sum else objective / (weights_in_step or 1)
 
 
 def span_losses(nll: float, num_supervised: float, thought_nll: float, num_thought: float) -> dict[str, float]:
-    """Give the mean nats per token of thoughts and of answers by name; nothing where there are no thoughts."""
+    """Return the mean nats per token of thoughts and of answers by name; empty where there are no thoughts."""
     if not num_thought:
         return {}
     answers = num_supervised - num_thought

@@ -22,6 +22,7 @@ from src.checkpoint.compatibility import (
 )
 from src.checkpoint.locate import find_checkpoint
 from src.checkpoint.manifest import STATE
+from src.config.job import Job
 from src.config.schema import CheckpointConfig, RunConfig
 from src.util import plural
 
@@ -76,19 +77,19 @@ class ResumePoint:
         """Whether the run's own checkpoint was its last: its line has what belongs to the end of a run."""
         return self.own_step is not None and self.own_step >= self.state["facts"]["num_steps"]
 
-    def adjust(self, config: RunConfig, num_processes: int, warn: Callable[[Sequence[str]], None]) -> RunConfig:
-        """Return the configuration whose steps take as many rows as before, where only the number of processes changed.
+    def adjust(self, job: Job, num_processes: int, warn: Callable[[Sequence[str]], None]) -> Job:
+        """Return the job whose steps take as many rows as before, where only the number of processes changed.
 
         Accumulation makes up for it. Where that does not divide, nothing is changed, and `restore` reports it.
         """
         if self.checkpoint is None:
-            return config
-        before, training = self.state["facts"], config.training
+            return job
+        before, training = self.state["facts"], job.config.training
         size = training.per_device_train_batch_size * num_processes
         is_asked_alike = not any(change.key in BATCH_KEYS for change in self.changes)
         accumulation, rest = divmod(before["step_sequences"], size)
         if not is_asked_alike or rest or accumulation == training.gradient_accumulation_steps:
-            return config
+            return job
         if num_processes != before["num_processes"]:  # else the start that changed it has warned
             count = plural(num_processes, "process", "processes")
             warn(
@@ -97,9 +98,10 @@ class ResumePoint:
                     f"instead of {training.gradient_accumulation_steps}, so that a step takes the same rows"
                 ]
             )
-        return replace(config, training=replace(training, gradient_accumulation_steps=accumulation))
+        training = replace(training, gradient_accumulation_steps=accumulation)
+        return replace(job, config=replace(job.config, training=training))
 
-    def check(self, data: Any, tokenizer: Any, config: RunConfig, frozen: Mapping[str, Any]) -> None:
+    def check(self, data: Any, tokenizer: Any, job: Job) -> None:
         """Check the encoded rows and the tokens, before the model is loaded, so that other ones cost nothing.
 
         Raises:
@@ -116,10 +118,10 @@ class ResumePoint:
             replace(change, why=f"{change.why}; changed: {named}") if change.key == "data" and named else change
             for change in [*self.changes, *compare_fingerprints(before, now)]
         ]
-        check(changes, allow_changed=config.checkpoint.allow_changed, where=str(self.checkpoint))
+        check(changes, allow_changed=job.config.checkpoint.allow_changed, where=str(self.checkpoint))
         position = self.state["position"]
         was_begun = position["num_sequences"] > 0 or bool(position["block"] and position["block"]["num_blocks"])
-        self.repeats_epoch = was_begun and is_reordered(changes, frozen)
+        self.repeats_epoch = was_begun and is_reordered(changes, job.frozen)
 
     def restore(self, state: Any, facts: Fingerprint, runtime: Any, config: RunConfig) -> list[str]:
         """Restore weights, optimizer, counters and generators as they were at the checkpoint; return warnings.

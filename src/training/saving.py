@@ -91,7 +91,6 @@ class Saver:
 @contextmanager
 def open_saver(
     job: Job,
-    config: RunConfig,
     resume: ResumePoint,
     state: TrainState,
     facts: Fingerprint,
@@ -107,6 +106,7 @@ def open_saver(
         facts: of the run, before its state was restored.
         untrained: samples of the untrained model.
     """
+    config = job.config
     with open_checkpoints(config.checkpoint, job.run_dir, tracker.sync, writes=runtime.is_main) as checkpoints:
         tracker.warn(checkpoints.warnings)
         if resume.own_step is not None:

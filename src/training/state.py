@@ -1,4 +1,4 @@
-"""Everything that changes while a run trains, in one place: what a checkpoint holds, and what it gives back."""
+"""The state of training, in one place: what changes while a run trains, and what checkpoints save and restore."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ class StepStats:
         vars(self).update(vars(StepStats()))
 
     def span_losses(self) -> dict[str, float]:
-        """Give the mean nats per token of thoughts and of answers; nothing where there are no thoughts."""
+        """Return the mean nats per token of thoughts and of answers; empty where there are no thoughts."""
         return span_losses(self.nll, self.num_supervised, self.thought_nll, self.num_thought)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """An optimizer update that was done. `number` counts from 1."""
+    """An optimizer step that was done. `number` counts from 1."""
 
     number: int
     epoch: int
@@ -96,10 +96,10 @@ class StepResult:
 
 @dataclass
 class TrainState:
-    """The model as it is trained, its optimizer and schedule, and how far they are."""
+    """The wrapped model, its optimizer and schedule, the position in the data, and counters."""
 
     scored: nn.Module
-    """The ScoredModel as Accelerate wrapped it: called for losses."""
+    """The ScoredModel as Accelerate wrapped it: its forward computes losses."""
     model: Any
     """The transformers model inside: for generation and export."""
     optimizer: Any
@@ -109,10 +109,10 @@ class TrainState:
     """Whether packed rows go into one sequence without padding, as FlashAttention takes them."""
     num_steps: int
     steps_per_epoch: int | None
-    """None where the train set is streamed: nobody knows its end before."""
+    """None where the train set is streamed, whose length is not known."""
     uses_full_logits: bool
-    new_rows: TokenMonitor
-    """The rows of the configuration's tokens."""
+    token_monitor: TokenMonitor
+    """Of the configuration's tokens."""
     step: int = 0
     tokens_seen: int = 0
     examples_seen: int = 0
@@ -124,31 +124,31 @@ class TrainState:
     stats: StepStats = field(default_factory=StepStats)
     last: StepResult | None = None
     is_over: bool = True
-    """Whether what follows the last step (evaluation, samples, its line of metrics) is done too."""
+    """Whether the last step is complete: evaluated, sampled and logged."""
     rng: dict[str, Any] = field(default_factory=dict)
-    """Every global generator as it was when the next step began."""
+    """The state of every global generator at the beginning of the next step."""
 
     @property
     def parameter_names(self) -> dict[int, str]:
-        """Give the name of every trained parameter, each once: id(parameter) -> name."""
+        """Return the name of every trained parameter, each once: id(parameter) -> name."""
         return {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
 
     def weights(self, runtime: Runtime) -> dict[str, Tensor | ShardedTensor]:
-        """Give what is trained, and what a forward may change (persistent buffers), by name; no copies."""
+        """Return trained weights and persistent buffers (which a forward may change) by name; no copies."""
         trained = {
             name: runtime.strategy.master_weight(p) for name, p in self.model.named_parameters() if p.requires_grad
         }
         return trained | _buffers(self.model)
 
     def frozen_weights(self) -> dict[str, Tensor | ShardedTensor]:
-        """Give the weights that stay as they are, which no checkpoint holds; no copies."""
+        """Return the frozen weights, which no checkpoint holds; no copies."""
         return {name: compute_weight(p) for name, p in self.model.named_parameters() if not p.requires_grad}
 
-    def snapshot(self, runtime: Runtime, beside: Mapping[str, Any]) -> Snapshot[Tensor | ShardedTensor]:
-        """Give all that is needed to go on from here as if nothing had happened.
+    def snapshot(self, runtime: Runtime, extra_state: Mapping[str, Any]) -> Snapshot[Tensor | ShardedTensor]:
+        """Return all that a run needs to resume here exactly.
 
         Args:
-            beside: what else is to be kept, as JSON values.
+            extra_state: more JSON values to be saved.
         """
         tensors, values = runtime.strategy.optimizer_state(self.parameter_names)
         state = {
@@ -160,19 +160,19 @@ class TrainState:
             "rng": runtime.gather(rng_as_json(self.rng)),
             "scaler": runtime.scaler_state(),
             "optimizer": values,
-            "new_rows": self.new_rows.state(),
+            "new_rows": self.token_monitor.state(),
         }
-        return Snapshot(self.weights(runtime), tensors, state | dict(beside))
+        return Snapshot(self.weights(runtime), tensors, state | dict(extra_state))
 
-    def only_weights(self, runtime: Runtime, beside: Mapping[str, Any]) -> Snapshot[Tensor | ShardedTensor]:
-        """Give what an evaluation's weights are kept with."""
-        return Snapshot(self.weights(runtime), None, {"step": self.step, **beside})
+    def only_weights(self, runtime: Runtime, extra_state: Mapping[str, Any]) -> Snapshot[Tensor | ShardedTensor]:
+        """Return the weights alone, of an evaluation that is among the best."""
+        return Snapshot(self.weights(runtime), None, {"step": self.step, **extra_state})
 
     def restore(self, kept: Snapshot[Tensor], runtime: Runtime) -> None:
-        """Put everything back as it was when a snapshot was taken, but for the position, which `prepare` was given.
+        """Restore a snapshot, but for the position in the data, which `prepare` takes.
 
         Raises:
-            CheckpointError: where the model is of another form; nothing has been changed then.
+            CheckpointError: where names or shapes of its weights differ; nothing is changed then.
         """
         state = kept.state
         self.restore_weights(kept.weights, runtime)
@@ -183,7 +183,7 @@ class TrainState:
         restore_schedule(self.schedule, self.num_schedule_steps)
         self.stats = StepStats(**state["meter"])
         self.last = None if state["last"] is None else StepResult(**state["last"])
-        self.new_rows.restore(state["new_rows"])
+        self.token_monitor.restore(state["new_rows"])
         runtime.restore_scaler(state["scaler"])
         if runtime.rank < len(state["rng"]):
             runtime.restore_rng(rng_from_json(state["rng"][runtime.rank]))
@@ -191,21 +191,21 @@ class TrainState:
             runtime.seed_apart(self.step)
 
     def evaluates_again(self, eval_steps: int | str | None) -> bool:
-        """Return whether an evaluation follows the last step where what follows it is done again."""
+        """Return whether the last step is evaluated where what follows it is done again."""
         return self.last is not None and (self.step >= self.num_steps or self.last.is_due(eval_steps))
 
     def mark_complete(self, *, is_over: bool) -> None:
-        """Say whether what follows the last step was done, its line of metrics included, which begins new sums."""
+        """Mark the last step as complete (evaluated and logged) and reset the running sums; or as incomplete."""
         self.is_over = is_over
         if is_over:
             self.stats = StepStats()
 
     @torch.no_grad()
     def restore_weights(self, weights: Mapping[str, Tensor], runtime: Runtime) -> None:
-        """Put weights back by name.
+        """Load weights by name.
 
         Raises:
-            CheckpointError: where names or shapes are others; nothing has been changed then.
+            CheckpointError: where names or shapes differ; nothing is changed then.
         """
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         buffers = _buffers(self.model)
@@ -228,7 +228,7 @@ class TrainState:
             buffer.copy_(weights[name])
 
     def totals(self) -> dict[str, float]:
-        """What was done in all, and to how many parameters.
+        """Return the counters of the whole run, and the number of parameters.
 
         train_seconds are those spent in steps, without evaluation, samples and export.
         """
@@ -245,11 +245,11 @@ class TrainState:
 
 
 COUNTERS = ("tokens_seen", "examples_seen", "train_seconds", "num_schedule_steps")
-"""What a run counts from its first step on."""
+"""Counters of the whole run, saved with a checkpoint."""
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Give a model's persistent buffers by name; those that are computed anew are left out."""
+    """Return a model's persistent buffers by name."""
     found = {}
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -259,7 +259,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def batch_plan(config: RunConfig, num_processes: int = 1) -> BatchSampler:
-    """Take from the configuration how rows become micro-batches; a step takes them from all processes."""
+    """Return how rows become micro-batches, by the configuration; a step takes those of all processes."""
     training = config.training
     return BatchSampler(
         config.data.batching,
@@ -276,7 +276,7 @@ def num_train_steps(
     epoch: int = 0,
     left_of_epoch: int | None = None,
 ) -> int:
-    """Give the number of optimizer steps of the whole run.
+    """Return the number of optimizer steps of the whole run.
 
     Args:
         per_epoch: None where the train set is streamed.
@@ -287,8 +287,8 @@ def num_train_steps(
         return config.max_train_steps
     assert per_epoch is not None  # the gate asks for max_train_steps where the train set is streamed
     left = per_epoch if left_of_epoch is None else left_of_epoch
-    behind = math.ceil((config.num_train_epochs - epoch - 1) * per_epoch)  # of the epochs to come
-    return max(1, step, step + left + behind)
+    later = math.ceil((config.num_train_epochs - epoch - 1) * per_epoch)  # steps of the epochs after this one
+    return max(1, step, step + left + later)
 
 
 def prepare(
@@ -300,7 +300,7 @@ def prepare(
     step: int | None = None,
     position: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """Place everything on the device and choose how the head is computed.
+    """Move everything to the device, wrap it, and choose how the head is computed.
 
     Args:
         new_tokens: the configuration's tokens and their ids, to be watched.
@@ -328,7 +328,7 @@ def prepare(
     optimizer = build_optimizer(config.optimizer, scored.parameters(), embedding_parameters(model))
     schedule = build_schedule(config.scheduler, optimizer, num_steps)
     wrapped, wrapped_optimizer = runtime.prepare(scored, optimizer)
-    with runtime.autocast():  # behind `prepare`: weights that are shared out come together for a forward only then
+    with runtime.autocast():  # after `prepare`: only then are sharded weights gathered for a forward
         scored.probe_head()
         if is_packed:
             scored.check_packing(flat=is_flat)

@@ -30,6 +30,7 @@ from src.config.schema import (
     TrainingConfig,
     WarmupScheduleConfig,
     Weights,
+    thought_tags,
 )
 
 
@@ -38,7 +39,7 @@ def streaming_can_work(data: DataConfig, training: TrainingConfig) -> Iterator[P
     if not data.streaming:
         return
     if training.max_train_steps is None:
-        reason = "needed with data.streaming: nobody knows how many rows there are"
+        reason = "needed with data.streaming: the number of rows is unknown"
         yield Problem("training.max_train_steps", reason, None)
     if data.held_out_fraction:
         reason = "can't hold out rows of a stream; give data.validation_files, or set this to 0"
@@ -80,7 +81,7 @@ def quantised_weights_are_frozen(
     if quantization.load_in_8bit and quantization.load_in_4bit:
         yield Problem("quantization.load_in_4bit", "8 bits or 4, not both", True)
     key = "quantization.load_in_8bit" if quantization.load_in_8bit else "quantization.load_in_4bit"
-    if isinstance(adapter, NoAdapterConfig):
+    if not adapter.is_on:
         yield Problem(key, "quantised weights can't be trained; train an adapter on them: adapter=lora", True)
     if model.weights is Weights.random:
         yield Problem(key, "only a checkpoint's weights are quantised; model.weights is random", True)
@@ -102,7 +103,7 @@ def adapters_can_be_made(adapter: AdapterConfig, quantization: QuantizationConfi
 
 @applies_to("run")
 def merging_needs_an_adapter(export: ExportConfig, adapter: AdapterConfig) -> Iterator[Problem]:
-    if export.merge and isinstance(adapter, NoAdapterConfig):
+    if export.merge and not adapter.is_on:
         yield Problem("export.merge", "there is no adapter to merge: adapter is none", True)
 
 
@@ -110,8 +111,7 @@ def merging_needs_an_adapter(export: ExportConfig, adapter: AdapterConfig) -> It
 def adapters_have_a_base_that_lasts(
     export: ExportConfig, adapter: AdapterConfig, model: ModelConfig
 ) -> Iterator[Problem]:
-    is_adapter = not isinstance(adapter, NoAdapterConfig)
-    if is_adapter and model.weights is Weights.random and not export.merge:
+    if adapter.is_on and model.weights is Weights.random and not export.merge:
         reason = "an adapter on random weights fits no other model: export.merge=true, or a checkpoint with weights"
         yield Problem("model.weights", reason, "random")
 
@@ -120,15 +120,14 @@ def adapters_have_a_base_that_lasts(
 def embedding_lr_has_rows_to_train(
     optimizer: OptimizerConfig, adapter: AdapterConfig, tokens: TokensConfig
 ) -> Iterator[Problem]:
-    is_adapter = not isinstance(adapter, NoAdapterConfig)
-    if optimizer.embedding_lr is not None and is_adapter and not tokens.additional_special_tokens:
+    if optimizer.embedding_lr is not None and adapter.is_on and not tokens.additional_special_tokens:
         reason = "with an adapter only rows of new tokens are trained, and tokens has none"
         yield Problem("optimizer.embedding_lr", reason, optimizer.embedding_lr)
 
 
 @applies_to("run")
 def thought_weight_has_thoughts(loss: LossConfig, tokens: TokensConfig, data: DataConfig) -> Iterator[Problem]:
-    if loss.thought_weight != 1 and (tokens.thought_open is None or data.thoughts is Thoughts.drop):
+    if loss.thought_weight != 1 and thought_tags(data, tokens) is None:
         yield Problem(
             "loss.thought_weight", "no thoughts are written: see tokens and data.thoughts", loss.thought_weight
         )
@@ -138,7 +137,7 @@ def thought_weight_has_thoughts(loss: LossConfig, tokens: TokensConfig, data: Da
 def fp16_keeps_float32_weights(
     training: TrainingConfig, model: ModelConfig, adapter: AdapterConfig
 ) -> Iterator[Problem]:
-    if not isinstance(adapter, NoAdapterConfig):
+    if adapter.is_on:
         return  # what an adapter trains is float32
     if model.dtype is Dtype.float16 and training.mixed_precision is not MixedPrecision.fp16:
         yield Problem("model.dtype", "float16 weights can't be trained: bfloat16 or float32", "float16")

@@ -9,19 +9,19 @@ from pathlib import Path
 from src.config.places import CHECKPOINTS, steps_in
 from src.config.problems import Problem
 from src.config.rules.rule import applies_to
-from src.config.schema import CheckpointConfig, DataConfig, EvaluationConfig, Thoughts, TokensConfig, TopLevelConfig
+from src.config.schema import CheckpointConfig, DataConfig, EvaluationConfig, TokensConfig, TopLevelConfig, thought_tags
 from src.errors import CheckpointError
 
 DEFAULT_METRIC = "eval/validation/loss"
-"""What conf/ gives for checkpoint.metric_for_best_model."""
+"""The value of checkpoint.metric_for_best_model in conf/."""
 
 
 @applies_to("run")
-def best_model_can_be_told(
+def best_model_can_be_chosen(
     checkpoint: CheckpointConfig, data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConfig
 ) -> Iterator[Problem]:
     if not checkpoint.load_best_model_at_end and checkpoint.metric_for_best_model == DEFAULT_METRIC:
-        return  # where no evaluation gives it, no best is kept
+        return  # without a validation set no best is kept
     scores = scores_of(data, evaluation, tokens)
     allowed = [f"eval/{name}/{score}" for name in data.validation_names() for score in scores]
     if checkpoint.metric_for_best_model not in allowed:
@@ -30,9 +30,9 @@ def best_model_can_be_told(
 
 
 def scores_of(data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConfig) -> list[str]:
-    """Name what an evaluation gives of each set: eval/<set>/<score>."""
+    """Return what is measured of each evaluated set, as in eval/<set>/<score>."""
     scores = ["loss", "perplexity"]
-    if tokens.thought_open is not None and data.thoughts is not Thoughts.drop:
+    if thought_tags(data, tokens) is not None:
         scores += ["thought_loss", "answer_loss"]
     return scores + (data.metrics if evaluation.metrics is None else evaluation.metrics)
 
@@ -64,12 +64,14 @@ def folders_to_start_from_are_there(top: TopLevelConfig, checkpoint: CheckpointC
         yield Problem("init_from", reason, top.init_from)
     if folder is not None:
         yield Problem(
-            "init_from", "starts a new run, checkpoint.resume goes on with one: give one of them", top.init_from
+            "init_from",
+            "starts a new run, but checkpoint.resume names one to resume: choose one of them",
+            top.init_from,
         )
 
 
 def _holds_checkpoints(folder: Path) -> bool:
-    """Return whether there are checkpoints, or what can't be looked into: told where they are looked for."""
+    """Return whether there are checkpoints, or a folder that can't be read, which is reported where they are read."""
     try:
         return os.path.isfile(folder / "manifest.json") or bool(steps_in(folder / CHECKPOINTS))
     except CheckpointError:

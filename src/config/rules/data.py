@@ -164,14 +164,14 @@ def something_is_predicted(data: DataConfig) -> Iterator[Problem]:
     if not data.test_sets():
         yield Problem("data.test_files", "nothing to predict: give data.test_files=[FILE]", data.test_files)
     if "metrics" in data.test_sets():
-        yield Problem("data.test_files", "metrics.json is written beside the sets; choose another name", "metrics")
+        yield Problem("data.test_files", "metrics.json is written next to the sets; choose another name", "metrics")
 
 
 @applies_to("predict")
 def rows_have_prompts(data: DataConfig) -> Iterator[Problem]:
     if data.format == "text":
         reason = (
-            "plain text has no prompt; to let the model go on behind it: data.format=prompt_completion "
+            "plain text has no prompt; to let the model continue it: data.format=prompt_completion "
             "'data.columns={prompt: text, completion: answer}'"
         )
         yield Problem("data.format", reason, data.format)

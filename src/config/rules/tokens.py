@@ -15,7 +15,9 @@ def thought_tags_come_in_pairs(tokens: TokensConfig) -> Iterator[Problem]:
         yield Problem("tokens.thought_close", "thought_open and thought_close come together", tokens.thought_close)
     elif tokens.thought_open is not None and tokens.thought_open == tokens.thought_close:
         yield Problem(
-            "tokens.thought_close", "the same as thought_open: no thought could be told", tokens.thought_close
+            "tokens.thought_close",
+            "the same as thought_open: the end of a thought could not be found",
+            tokens.thought_close,
         )
 
 

@@ -57,16 +57,10 @@ SECTIONS: dict[str, type | dict[str, type]] = {
 """Section name -> its dataclass, or its dataclasses by the section's `type`."""
 
 
-@dataclass
-class RunConfig:
+@dataclass(kw_only=True)
+class RunConfig(TopLevelConfig):
     """A whole configuration, checked. What follows from several keys is a property, never written back."""
 
-    name: str
-    seed: int
-    force: bool
-    rerun: str | None
-    init_from: str | None
-    plugins: list[str]
     model: ModelConfig
     quantization: QuantizationConfig
     adapter: AdapterConfig
@@ -83,6 +77,11 @@ class RunConfig:
     checkpoint: CheckpointConfig
     export: ExportConfig
     runtime: RuntimeConfig
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter's settings; None where every weight is trained."""
+        return self.adapter if isinstance(self.adapter, LoraConfig) else None
 
     @property
     def thought_tags(self) -> tuple[str, str] | None:

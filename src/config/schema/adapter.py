@@ -69,6 +69,10 @@ class NoAdapterConfig:
 
     type: str = _type("none")
 
+    @property
+    def is_on(self) -> bool:
+        return False
+
 
 @dataclass
 class LoraConfig:
@@ -87,6 +91,10 @@ class LoraConfig:
     layers_to_transform: Any = key(LAYERS, resume=_judge_choice)
     rank_pattern: dict[str, int] = key(RANKS, resume=Impact.impossible, why=OTHER_SIZE)
     alpha_pattern: dict[str, float] = key(ALPHAS, why=OTHER_FUNCTION)
+
+    @property
+    def is_on(self) -> bool:
+        return True
 
 
 AdapterConfig = NoAdapterConfig | LoraConfig

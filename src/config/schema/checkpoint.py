@@ -14,7 +14,7 @@ from src.metrics import greater_is_better
 
 @dataclass
 class CheckpointConfig:
-    """When the run is saved, which saves are kept, and how a run that was stopped goes on."""
+    """When the run is saved, which saves are kept, and how a run that was stopped resumes."""
 
     checkpointing_steps: Any = key(STEPS_OR_EPOCH, resume=Impact.harmless)
     keep_last: int = key(AT_LEAST_ONE, resume=Impact.harmless)
@@ -33,7 +33,7 @@ class CheckpointConfig:
 
     @property
     def is_greater_better(self) -> bool:
-        """Whether a higher value of metric_for_best_model is the better one."""
+        """Return whether a higher value of metric_for_best_model is the better one."""
         known = greater_is_better(self.metric_for_best_model)
         return known if self.greater_is_better is None else self.greater_is_better
 

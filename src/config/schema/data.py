@@ -70,7 +70,7 @@ class Batching(Enum):
 FILES = Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v))
 OTHER_ORDER = "the rows come in another order"
 _place = partial(key, resume=BY_OUTCOME, shapes_rows=False)
-"""Declare a key that decides which rows there are or what is done with them, but not how one is encoded."""
+"""Declares a key that decides which rows there are or how they are used, but not how a row is encoded."""
 
 
 def is_packed(config: Flat) -> bool:
@@ -128,42 +128,42 @@ class DataConfig:
     group_column: str | None = _place()
 
     def train_sources(self) -> dict[str, TrainSource]:
-        """Give the sources of the train set by name: those of the mixture, or the one there is, called train."""
+        """Return the sources of the train set by name: those of the mixture, or a single one called train."""
         if self.mixture:
             return {name: _mixed_source(self, given) for name, given in self.mixture.items()}
         return {"train": TrainSource(self, None, None)}
 
     def files(self) -> dict[str, list[str]]:
-        """Give the files of every set that has some, as they were named: set name -> files, globs and folders.
+        """Return the files of every set that has some, as they were named: set name -> files, globs, folders.
 
-        Those that a fold of train takes the place of are not among them: nobody reads them.
+        Sets that a fold of train replaces are left out: nothing reads them.
         """
         sources = [source.data.train_files or [] for source in self.train_sources().values()]
         train = [file for files in sources for file in files]
         return ({"train": train} if train else {}) | self.validation_sets() | self.test_sets()
 
     def validation_sets(self) -> dict[str, list[str]]:
-        """Give the files of each validation set that is read from files."""
+        """Return the files of each validation set that is read from files."""
         return {} if self.num_folds is not None else named_sets(self.validation_files, "validation")
 
     def test_sets(self) -> dict[str, list[str]]:
         return named_sets(self.test_files, "test")
 
     def validation_names(self) -> list[str]:
-        """Give the names of the validation sets there will be, also of one from the hub or held out from train."""
+        """Return the names of all validation sets, also of one from the hub or held out of train."""
         has_another = self.has_hub_validation or self.num_folds is not None or self.held_out_fraction
         return list(self.validation_sets()) or (["validation"] if has_another else [])
 
     @property
     def has_hub_validation(self) -> bool:
-        """Whether the validation set is a split of the hub's data set that train comes from."""
+        """Return whether the validation set is another split of the hub data set that train is from."""
         from_hub = bool(self.dataset_name) and not self.train_files and not self.mixture
         has_another = self.num_folds is not None or bool(self.validation_sets())
         return from_hub and bool(self.validation_split) and not has_another
 
     @property
     def held_out_fraction(self) -> float:
-        """The share of train that is the validation set: validation_fraction, or 0 where another takes its place."""
+        """Return the share of train that is held out for validation: 0 where there is another validation set."""
         has_another = self.num_folds is not None or bool(self.validation_sets()) or self.has_hub_validation
         return 0.0 if has_another else self.validation_fraction
 
@@ -221,7 +221,7 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 def named_sets(files: Any, unnamed: str) -> dict[str, list[str]]:
-    """Give validation_files or test_files as set name -> files; a bare list is one set called `unnamed`."""
+    """Return validation_files or test_files as set name -> files; a bare list is one set called `unnamed`."""
     if not files:
         return {}
     return dict(files) if isinstance(files, dict) else {unnamed: list(files)}

@@ -139,7 +139,7 @@ class ZeroConfig:
         return int(self.zero_optimization["stage"])
 
     def offloads(self, what: str) -> bool:
-        """Whether `optimizer` or `param` lies elsewhere than where it is computed with."""
+        """Return whether the state of `optimizer` or `param` is kept on another device than it is used on."""
         return (self.zero_optimization.get(f"offload_{what}") or {}).get("device", "none") != "none"
 
 

@@ -12,7 +12,7 @@ from src.config.schema.fields import key
 
 @dataclass
 class PreflightConfig:
-    """What `python -m src.preflight` shows and writes beside what it always does."""
+    """What `python -m src.preflight` shows and writes in addition."""
 
     rows: int = key(COUNT, default=4, text="rows of train that are shown, each part in the colour of what is learned")
     dump: str | None = key(PATH, default=None, text="a file that gets every encoded row of train as JSON lines")
@@ -42,7 +42,7 @@ class PredictConfig:
     )
 
     def folder(self, run_dir: Path) -> Path:
-        """Give the folder of the predictions: the one that was asked for, or one in the run's folder."""
+        """Return the folder of the predictions: predict.output, or predictions/ in the run's folder."""
         return run_dir / "predictions" if self.output is None else Path(self.output)
 
 

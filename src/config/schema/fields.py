@@ -1,4 +1,4 @@
-"""How a dataclass of the schema declares a key: its default, and all that the rest of the project has to know of it."""
+"""How a dataclass of the schema declares a key: its default, and everything else that is known of it."""
 
 from __future__ import annotations
 

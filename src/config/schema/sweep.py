@@ -46,7 +46,7 @@ class SweepConfig:
 
     name: str = key(NAME)
     params: Any = key(
-        Check("a mapping from a key to its values: a list, or a text as it stands behind KEY=", lambda v: _is_params(v))
+        Check("a mapping from a key to its values: a list, or a text as in KEY=TEXT", lambda v: _is_params(v))
     )
     metric: str = MISSING
     direction: Direction = MISSING

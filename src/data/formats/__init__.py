@@ -61,7 +61,7 @@ def load_format(name: str) -> Format:
 
 
 def read_texts(fields: dict[str, Any], data: DataConfig) -> Pair:
-    """Take the texts that `data.columns` names.
+    """Return the texts that `data.columns` names.
 
     Raises:
         BadRow: where one is missing or no text, or the supervised one is empty.
@@ -93,19 +93,19 @@ def unread_fields(fields: Mapping[str, Any], read: Collection[str]) -> list[str]
 
 
 def text_field(fields: dict[str, Any], column: str, role: str) -> str:
-    """Take one field that must be a text.
+    """Return one field, which must be a text.
 
     Raises:
         BadRow: where it is missing or something else.
     """
-    value = fields[column] if column in fields else field(fields, column, role)
+    value = field(fields, column, role)
     if not isinstance(value, str):
         raise BadRow(f"{column!r} is {type_name(value)}, not a text")
     return value
 
 
 def field(fields: dict[str, Any], column: str, role: str) -> Any:
-    """Take one field, whatever it is.
+    """Return one field.
 
     Raises:
         BadRow: where it is missing.

@@ -1,4 +1,4 @@
-"""A dialogue and its summary; the dialogue can be cleaned lightly of what exports and crawls leave in it."""
+"""A dialogue and its summary; the dialogue can be cleaned of what exports and crawls leave in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPEATED = re.compile(r"([!?,;:~])\1+")
 
 @FORMATS.register("dialogue_summary")
 def read(fields: dict[str, Any], data: DataConfig) -> Pair:
-    """Take dialogue and summary; with `data.clean_dialogue` the dialogue is cleaned."""
+    """Return dialogue and summary; with `data.clean_dialogue` the dialogue is cleaned."""
     pair = read_texts(fields, data)
     if not data.clean_dialogue:
         return pair
@@ -26,7 +26,7 @@ def read(fields: dict[str, Any], data: DataConfig) -> Pair:
 
 
 def clean(text: str) -> str:
-    """Clean a dialogue lightly; words are never touched, and cleaning twice changes nothing more.
+    """Clean a dialogue lightly; words are never changed, and cleaning is idempotent.
 
     Line ends of any kind, also those written out as backslash and n, become one newline; blanks become one space, none
     at the ends of lines; empty lines go; repeated marks (`!!!`, `??`, `,,`, `~~`) become one, dots three or more `...`.

@@ -120,7 +120,7 @@ def _message(one: Any, where: str) -> tuple[dict[str, str], bool, list[str]]:
 
 
 def _check_other_form(one: Mapping[str, Any], message: Mapping[str, str], form: tuple[str, str], where: str) -> None:
-    """Refuse a message whose keys of the other form say something else."""
+    """Raise BadRow where a message's keys of the other form have other values."""
     for role_key, content_key in FORMS:
         if (role_key, content_key) == form:
             continue

@@ -10,18 +10,18 @@ from functools import partial
 
 from src.config.files import KNOWN, kind_of
 from src.data.readers.json import read_json, read_json_lines
-from src.data.readers.record import ReadResult, Unreadable, UnreadableFileError
+from src.data.readers.record import NumberedRow, ReadResult, Record, Unreadable, UnreadableFileError
 from src.data.readers.text import GZIP_ERRORS, describe_gzip_damage, read_table, read_text
 from src.errors import one_line
 
 
-def _read_parquet(file: str) -> Iterator[ReadResult]:
+def _read_parquet(file: str) -> Iterator[NumberedRow]:
     from src.data.readers.parquet import read_parquet  # imports a library that other files don't need
 
     return read_parquet(file)
 
 
-READERS: dict[str, Callable[[str], Iterator[ReadResult]]] = {
+READERS: dict[str, Callable[[str], Iterator[NumberedRow]]] = {
     "jsonl": read_json_lines,
     "json": read_json,
     "csv": partial(read_table, delimiter=","),
@@ -41,7 +41,8 @@ def read_file(file: str) -> Iterator[ReadResult]:
     try:
         if kind is None:
             raise UnreadableFileError(None, f"not a kind that is read; these are {KNOWN}")
-        yield from READERS[kind](file)
+        for number, row in READERS[kind](file):
+            yield Unreadable(file, number, row) if isinstance(row, str) else Record(row, file, number)
     except UnreadableFileError as error:
         yield Unreadable(file, error.number, error.reason)
     except GZIP_ERRORS as error:

@@ -18,10 +18,8 @@ from src.data.readers.record import (
     ROW_TOO_LONG,
     TOO_MUCH_BLANK,
     InvalidRecordError,
-    ReadResult,
-    Record,
+    NumberedRow,
     UnpackedSize,
-    Unreadable,
     UnreadableFileError,
     repeated,
     shortened,
@@ -50,7 +48,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise InvalidRecordError(f"{repeated([name for name, _ in pairs])} stands twice in one object")
+        raise InvalidRecordError(f"{repeated([name for name, _ in pairs])} occurs twice in one object")
     return fields
 
 
@@ -98,7 +96,7 @@ def _describe(error: json.JSONDecodeError) -> str:
     return f"not JSON: {error.msg.removesuffix(' at')}"
 
 
-def read_json_lines(file: str) -> Iterator[ReadResult]:
+def read_json_lines(file: str) -> Iterator[NumberedRow]:
     """Yield one row a line, without blank lines."""
     for number, text, fault in read_lines(file):
         body = text.rstrip(WHITE_SPACE)
@@ -110,28 +108,28 @@ def read_json_lines(file: str) -> Iterator[ReadResult]:
             fields, end = _parse_object(body, len(body) - len(body.lstrip(WHITE_SPACE)))
             if end < len(body):
                 raise InvalidRecordError(
-                    f"something stands behind the object; one object a line is needed (column {end + 1})"
+                    f"more text after the object; one object per line is needed (column {end + 1})"
                 )
         except json.JSONDecodeError as error:
-            yield Unreadable(file, number, f"{_describe(error)}, column {error.colno}")
+            yield number, f"{_describe(error)}, column {error.colno}"
         except InvalidRecordError as invalid:
-            yield Unreadable(file, number, str(invalid))
+            yield number, str(invalid)
         else:
-            yield Record(fields, file, number)
+            yield number, fields
 
 
-def read_json(file: str) -> Iterator[ReadResult]:
+def read_json(file: str) -> Iterator[NumberedRow]:
     """Yield the rows of a list, or of JSON Lines where the file begins with an object."""
     with open_data(file) as stream:
         head = stream.peek(4096).removeprefix(BOM).lstrip()
         if not head.startswith(b"{"):
-            yield from _read_list(file, _JsonStream(file, stream))
+            yield from _read_list(_JsonStream(file, stream))
             return
     rows = read_json_lines(file)
-    first = next(rows)
-    if isinstance(first, Unreadable) and first.reason.startswith("not JSON"):
-        raise UnreadableFileError(first.number, f"{LIST_NEEDED} ({first.reason})")
-    yield first
+    number, first = next(rows)
+    if isinstance(first, str) and first.startswith("not JSON"):
+        raise UnreadableFileError(number, f"{LIST_NEEDED} ({first})")
+    yield number, first
     yield from rows
 
 
@@ -143,7 +141,7 @@ class _JsonStream:
     """
 
     def __init__(self, file: str, stream: BinaryStream) -> None:
-        self._file, self._stream = file, stream
+        self._stream = stream
         self._unpacked = UnpackedSize(file)
         self._undecoded = b""  # the beginning of a character
         self._num_decoded = 0  # bytes
@@ -201,8 +199,8 @@ class _JsonStream:
                 raise UnreadableFileError(None, TOO_MUCH_BLANK)
             self.read_more()
 
-    def row(self, number: int) -> ReadResult:
-        """Parse the row that begins at the position, and move to its end.
+    def row(self, number: int) -> dict[str, Any] | str:
+        """Parse the row that begins at the position, and move to its end; return its fields, or why it can't be used.
 
         Raises:
             JSONDecodeError: where it is not JSON.
@@ -219,18 +217,18 @@ class _JsonStream:
                     return row
             self.read_more()
 
-    def _parse_row(self, number: int) -> tuple[ReadResult, int]:
+    def _parse_row(self, number: int) -> tuple[dict[str, Any] | str, int]:
         start = self.position
         try:
             fields, end = _parse_object(self.text, start)
         except InvalidRecordError as invalid:
             try:
-                return Unreadable(self._file, number, str(invalid)), _decode_leniently(self.text, start)[1]
+                return str(invalid), _decode_leniently(self.text, start)[1]
             except RecursionError:
                 raise UnreadableFileError(number, str(invalid)) from invalid
         if (end - start) * 4 > limits.MAX_ROW_BYTES and text_bytes(fields) > limits.MAX_ROW_BYTES:
-            return Unreadable(self._file, number, ROW_TOO_LONG), end
-        return Record(fields, self._file, number), end
+            return ROW_TOO_LONG, end
+        return fields, end
 
     def place(self, error: json.JSONDecodeError) -> str:
         """Return where in the file an error is."""
@@ -243,7 +241,7 @@ def _may_be_cut(error: json.JSONDecodeError) -> bool:
     return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - len("-Infinity")
 
 
-def _read_list(file: str, stream: _JsonStream) -> Iterator[ReadResult]:
+def _read_list(stream: _JsonStream) -> Iterator[NumberedRow]:
     if not (first := stream.skip_white_space()):
         return
     if first != "[":
@@ -253,7 +251,7 @@ def _read_list(file: str, stream: _JsonStream) -> Iterator[ReadResult]:
     try:
         while number or following != "]":
             number += 1
-            yield stream.row(number)
+            yield number, stream.row(number)
             if (following := stream.skip_white_space()) == "]":
                 break
             if following != ",":
@@ -267,4 +265,4 @@ def _read_list(file: str, stream: _JsonStream) -> Iterator[ReadResult]:
         raise UnreadableFileError(number if has_row else end.number, end.reason) from end
     stream.position += 1
     if stream.skip_white_space():
-        raise UnreadableFileError(number or None, "something stands behind the end of the list")
+        raise UnreadableFileError(number or None, "more text after the end of the list")

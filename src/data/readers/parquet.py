@@ -19,10 +19,8 @@ from src.data.readers.record import (
     ENTRY_BYTES,
     LINE_TOO_LONG,
     ROW_TOO_LONG,
-    ReadResult,
-    Record,
+    NumberedRow,
     UnpackedSize,
-    Unreadable,
     UnreadableFileError,
     repeated,
     text_bytes,
@@ -40,7 +38,7 @@ MAX_INDEX_BYTES = 16
 """Of a value that is stored as an index into the dictionary."""
 
 
-def read_parquet(file: str) -> Iterator[ReadResult]:
+def read_parquet(file: str) -> Iterator[NumberedRow]:
     """Yield rows in batches, each column of a row group through a small buffer."""
     with open_data(file):
         pass
@@ -65,8 +63,8 @@ def read_parquet(file: str) -> Iterator[ReadResult]:
                             batch.nbytes if sizes is None else sum(min(size, limits.MAX_ROW_BYTES) for size in sizes),
                             number + 1,
                         )
-                        for row in _batch_rows(batch, file, number, schema, sizes):
-                            number += 1
+                        for row in _batch_rows(batch, number, schema, sizes):
+                            number, _ = row
                             yield row
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UnreadableFileError(
@@ -188,7 +186,7 @@ def _value_sizes(array: Any) -> Any:
     return sizes
 
 
-def _batch_rows(batch: Any, file: str, before: int, schema: Any, sizes: list[int] | None) -> Iterator[ReadResult]:
+def _batch_rows(batch: Any, before: int, schema: Any, sizes: list[int] | None) -> Iterator[NumberedRow]:
     """Yield the rows of a batch, converted to Python values a slice at a time; far too long ones are not converted.
 
     Args:
@@ -197,34 +195,30 @@ def _batch_rows(batch: Any, file: str, before: int, schema: Any, sizes: list[int
         sizes: as `_row_sizes` returns them.
     """
     if sizes is None:
-        yield from _slice_rows(batch, file, before, schema, is_small=True)
+        yield from _slice_rows(batch, before, schema, is_small=True)
         return
     start = slice_size = 0
     for i, size in enumerate(sizes):
         if i > start and slice_size + size > SLICE_BYTES:
-            yield from _slice_rows(batch.slice(start, i - start), file, before + start, schema)
+            yield from _slice_rows(batch.slice(start, i - start), before + start, schema)
             start, slice_size = i, 0
         slice_size += size
         if size > limits.MAX_LINE_BYTES:
-            yield Unreadable(file, before + i + 1, ROW_TOO_LONG)
+            yield before + i + 1, ROW_TOO_LONG
             start, slice_size = i + 1, 0
     if start < len(batch):
-        yield from _slice_rows(batch.slice(start), file, before + start, schema)
+        yield from _slice_rows(batch.slice(start), before + start, schema)
 
 
-def _slice_rows(batch: Any, file: str, before: int, schema: Any, *, is_small: bool = False) -> Iterator[ReadResult]:
+def _slice_rows(batch: Any, before: int, schema: Any, *, is_small: bool = False) -> Iterator[NumberedRow]:
     try:
         rows = (batch if batch.schema.equals(schema) else batch.cast(schema)).to_pylist()
     except (ValueError, TypeError, OverflowError) as error:
         if len(batch) > 1:
             for i in range(len(batch)):
-                yield from _slice_rows(batch.slice(i, 1), file, before + i, schema)
+                yield from _slice_rows(batch.slice(i, 1), before + i, schema)
         else:
-            reason = describe_not_utf8(error) if isinstance(error, UnicodeDecodeError) else one_line(error)
-            yield Unreadable(file, before + 1, reason)
+            yield before + 1, describe_not_utf8(error) if isinstance(error, UnicodeDecodeError) else one_line(error)
         return
     for number, fields in enumerate(rows, start=before + 1):
-        if is_small or text_bytes(fields) <= limits.MAX_ROW_BYTES:
-            yield Record(fields, file, number)
-        else:
-            yield Unreadable(file, number, ROW_TOO_LONG)
+        yield number, fields if is_small or text_bytes(fields) <= limits.MAX_ROW_BYTES else ROW_TOO_LONG

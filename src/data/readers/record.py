@@ -58,6 +58,9 @@ class Unreadable:
 
 ReadResult = Record | Unreadable
 
+NumberedRow = tuple[int, dict[str, Any] | str]
+"""What the reader of a kind of file yields: the number of a line or row, and its fields, or why it can't be read."""
+
 
 class InvalidRecordError(ValueError):
     """One row can't be read; those after it can."""

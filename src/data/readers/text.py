@@ -15,10 +15,8 @@ from src.data.readers.record import (
     LINE_TOO_LONG,
     ROW_TOO_LONG,
     TOO_MUCH_BLANK,
-    ReadResult,
-    Record,
+    NumberedRow,
     UnpackedSize,
-    Unreadable,
     UnreadableFileError,
     repeated,
 )
@@ -129,14 +127,14 @@ def _decode_line(line: bytes, *, is_first: bool) -> tuple[str, str]:
         return line.decode(errors="replace"), fault or describe_not_utf8(error)
 
 
-def read_text(file: str) -> Iterator[ReadResult]:
+def read_text(file: str) -> Iterator[NumberedRow]:
     r"""Yield each line that is not blank as {"text": …}; "\n" and "\r\n" end a line, a lone "\r" stays in it."""
     for number, text, fault in read_lines(file):
         if fault:
-            yield Unreadable(file, number, fault)
+            yield number, fault
         elif text.strip():
             body = text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
-            yield Record({"text": body}, file, number)
+            yield number, {"text": body}
 
 
 class _TableLines:
@@ -162,7 +160,7 @@ class _TableLines:
         return text
 
 
-def read_table(file: str, delimiter: str) -> Iterator[ReadResult]:
+def read_table(file: str, delimiter: str) -> Iterator[NumberedRow]:
     """Yield the records of a table whose first one names the columns. All fields are texts."""
     csv.field_size_limit(max(limits.MAX_ROW_BYTES, csv.field_size_limit()))
     lines = _TableLines(file)
@@ -177,16 +175,16 @@ def read_table(file: str, delimiter: str) -> Iterator[ReadResult]:
         if lines.fault and not header:
             raise UnreadableFileError(lines.start, lines.fault)
         if lines.fault:
-            yield Unreadable(file, lines.start, lines.fault)
+            yield lines.start, lines.fault
         elif cells is None:
             return
         elif not header:
             header = cells
             _check_header(header, lines.start)
         elif len(cells) == len(header):
-            yield Record(dict(zip(header, cells, strict=True)), file, lines.start)
+            yield lines.start, dict(zip(header, cells, strict=True))
         elif cells:
-            yield Unreadable(file, lines.start, f"{plural(len(cells), 'field')}, the header has {len(header)}")
+            yield lines.start, f"{plural(len(cells), 'field')}, the header has {len(header)}"
 
 
 def _describe_csv_error(error: csv.Error) -> str:

@@ -1,0 +1,257 @@
+"""Exporters of one's own, and how several share a thread: a slow or failing one holds up no other."""
+
+from __future__ import annotations
+
+import csv
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src.config.frozen import read_status
+from src.config.schema.tracking import TrackingConfig
+from src.errors import Interrupted
+from src.tracking import export_thread
+from src.tracking.console import Console
+from src.tracking.export_thread import ExportThread, Patience
+from src.tracking.exporters import EXPORTERS, DeliveryError
+from src.tracking.folder_start import Start
+from src.tracking.line_exporter import LineExporter
+from src.tracking.tracker import deliver_pending
+from tests.conftest import read_lines, write_lines
+from tests.test_tracking import do_step, stopped, track, tracked
+
+BRIEF = Patience(call_seconds=0.5, total_seconds=20.0)
+
+
+@dataclass
+class CsvConfig(TrackingConfig):
+    file: str = "metrics.csv"
+
+
+class CsvExporter(LineExporter):
+    """A row a value: step, name, value."""
+
+    def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        with open(self.folder / self.config.file, "a", newline="") as file:
+            for line in lines:
+                csv.writer(file).writerows((line["step"], name, line[name]) for name in line if name != "step")
+
+    def rewind_to(self, step: int) -> None:
+        kept = [row for row in self.rows() if int(row[0]) <= step]
+        with open(self.folder / self.config.file, "w", newline="") as file:
+            csv.writer(file).writerows(kept)
+
+    def close(self, state: str) -> None:
+        (self.folder / "ended").write_text(state)
+
+    def rows(self) -> list[list[str]]:
+        file = self.folder / self.config.file
+        return list(csv.reader(file.read_text().splitlines())) if file.exists() else []
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> CsvConfig:
+    monkeypatch.setitem(EXPORTERS, "csv", CsvExporter)
+    return CsvConfig("csv")
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_thread, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(export_thread, "TURN_SECONDS", 0.05)
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    rows = csv.reader((run / "metrics.csv").read_text().splitlines())
+    return [(int(step), float(value)) for step, name, value in rows if name == "train/loss"]
+
+
+def test_a_tracker_of_ones_own_gets_every_line_once_and_how_the_run_ended(tmp_path: Path, config: CsvConfig) -> None:
+    track(config, tmp_path / "run")
+    assert losses(tmp_path / "run") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert (tmp_path / "run" / "ended").read_text() == "FINISHED"
+    known = json.loads((tmp_path / "run" / "tracking-csv.json").read_text())
+    assert (known["lines"], known["ended"]) == (3, "FINISHED")
+    assert read_status(tmp_path / "run")["tracker_run_id"] is None
+
+
+def test_a_run_that_is_resumed_has_each_step_once(tmp_path: Path, config: CsvConfig) -> None:
+    run = tmp_path / "run"
+    stopped(config, run, steps=5)
+    assert (run / "ended").read_text() == "PREEMPTED"
+    with tracked(config, run, Start(step=3)) as tracking:
+        tracking.rewind_to(3, is_end=False)
+        do_step(tracking, 4, 0.7)
+        tracking.finish({"steps": 4})
+    assert losses(run) == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.7)]
+    assert (run / "ended").read_text() == "FINISHED"
+    with tracked(config, run, Start(force=True)) as tracking:
+        assert json.loads((run / "tracking-csv.json").read_text())["lines"] == 0
+        do_step(tracking, 1, 0.9)
+    assert losses(run) == [(1, 0.9)]
+
+
+@pytest.mark.parametrize("state", ["{", '{"lines": "3"}', '{"lines": 1}', '{"lines": 9}', None])
+def test_what_an_exporter_remembers_may_be_wrong(tmp_path: Path, config: CsvConfig, state: str | None) -> None:
+    run = tmp_path / "run"
+    track(config, run)
+    if state is None:
+        (run / "tracking-csv.json").unlink()
+        (run / "tracking.json").write_text("{}")  # so that it is known to have had a tracker
+    else:
+        (run / "tracking-csv.json").write_text(state)
+    deliver_pending(config, run, Console())
+    assert losses(run) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+
+
+def test_an_exporter_that_fails_costs_a_warning_and_is_delivered_later(
+    tmp_path: Path, config: CsvConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise TypeError("no such column")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CsvExporter, "write", fail)
+        track(config, tmp_path / "run")
+    warning = capsys.readouterr().err
+    assert "3 lines of metrics are not delivered (no such column)" in warning
+    assert "hydra.run.dir" in warning
+    assert "make sync" not in warning
+    assert read_status(tmp_path / "run")["state"] == "FINISHED"
+    deliver_pending(config, tmp_path / "run", Console())
+    assert losses(tmp_path / "run") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run that is stopped after 300 steps."""
+    write_lines(tmp_path / "metrics.jsonl", [{"step": step, "train/loss": 1.0} for step in range(1, 301)])
+    (tmp_path / "status.json").write_text(json.dumps({"state": "FINISHED", "step": 300}))
+    return tmp_path
+
+
+class Fake(LineExporter):
+    """Calls `on_write` and lists the steps that it is handed."""
+
+    def __init__(self, folder: Path, name: str, on_write: Callable[[], Any] = lambda: None) -> None:
+        super().__init__(None, folder, name=name, warn=print)
+        self.on_write = on_write
+        self.steps: list[int] = []
+        self.ended = ""
+
+    def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        self.on_write()
+        self.steps += [line["step"] for line in lines]
+
+    def close(self, state: str) -> None:
+        self.ended = state
+
+
+@pytest.fixture
+def hanging() -> Iterator[Callable[[], Any]]:
+    """A call that does not return as long as the test runs."""
+    over = threading.Event()
+    yield over.wait
+    over.set()
+
+
+def test_an_exporter_that_hangs_is_given_up_and_the_others_are_delivered(run: Path, hanging: Callable[[], Any]) -> None:
+    first, second, third = Fake(run, "first"), Fake(run, "second", hanging), Fake(run, "third")
+    exports = ExportThread([second, first, third], warn=print)
+    (left,) = exports.close(BRIEF)
+    assert str(left).startswith(f"second at {run}: 300 lines of metrics are not delivered (no answer)")
+    assert first.steps == third.steps == list(range(1, 301))
+    assert (first.ended, second.ended, third.ended) == ("FINISHED", "", "FINISHED")
+
+
+def test_others_are_delivered_while_one_hangs_which_is_given_up_at_the_end(
+    run: Path, hanging: Callable[[], Any]
+) -> None:
+    slow, quick = Fake(run, "slow", hanging), Fake(run, "quick")
+    exports = ExportThread([slow, quick], warn=print)
+    for _ in range(1000):
+        exports.notify()
+        if quick.ended:
+            break
+        time.sleep(0.01)
+    assert (quick.steps, quick.ended) == (list(range(1, 301)), "FINISHED")
+    (left,) = exports.close(BRIEF)
+    assert "no answer" in left.reason
+
+
+def test_a_call_that_lasts_longer_than_a_turn_is_delivered_once(run: Path) -> None:
+    slow, quick = Fake(run, "slow", lambda: time.sleep(0.3)), Fake(run, "quick")
+    exports = ExportThread([slow, quick], warn=print)
+    for _ in range(40):
+        exports.notify()
+        time.sleep(0.01)
+    assert exports.close(Patience(call_seconds=20.0)) == []
+    assert slow.steps == quick.steps == list(range(1, 301))
+    assert threading.active_count() < 10
+
+
+def test_a_slow_exporter_holds_up_another_for_no_longer_than_its_turn(run: Path) -> None:
+    order: list[str] = []
+
+    def note(name: str, seconds: float) -> Callable[[], Any]:
+        return lambda: (order.append(name), time.sleep(seconds))
+
+    slow, quick = Fake(run, "slow", note("slow", 0.2)), Fake(run, "quick", note("quick", 0.0))
+    exports = ExportThread([slow, quick], warn=print)
+    assert exports.close(BRIEF) == []
+    assert slow.steps == quick.steps == list(range(1, 301))
+    assert order.index("quick") == 1, order
+
+
+def test_an_exporter_that_fails_is_tried_again_and_holds_up_no_other(run: Path) -> None:
+    failures = iter([DeliveryError("busy", is_lasting=False), DeliveryError("busy", is_lasting=False)])
+
+    def fail() -> None:
+        for error in failures:
+            raise error
+
+    def refuse() -> None:
+        raise DeliveryError("no such key")
+
+    flaky, other = Fake(run, "flaky", fail), Fake(run, "other")
+    broken = Fake(run, "broken", refuse)
+    warned: list[str] = []
+    exports = ExportThread([broken, flaky, other], warn=warned.append)
+    exports.notify()
+    left = exports.close(Patience(call_seconds=5.0, attempts=4))
+    assert [(one.tracker.partition(" ")[0], one.needs_mending) for one in left] == [("broken", True)]
+    assert flaky.steps == other.steps == list(range(1, 301))
+    assert set(warned) <= {"broken: no such key"}
+
+
+def test_lines_that_were_written_and_not_remembered_are_written_again_after_a_rewind(run: Path) -> None:
+    done: list[int] = []
+
+    class Dying(Fake):
+        def _remember(self, **changes: Any) -> None:
+            if changes.get("lines") == 200:
+                raise Interrupted("killed")
+            super()._remember(**changes)
+
+        def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+            done.extend(line["step"] for line in lines)
+
+        def rewind_to(self, step: int) -> None:
+            done[:] = [one for one in done if one <= step]
+
+    with pytest.raises(Interrupted):
+        list(Dying(run, "own").deliver())
+    assert len(done) == 200
+
+    class Well(Dying):
+        _remember = Fake._remember
+
+    list(Well(run, "own").deliver())
+    assert done == list(range(1, 301))
+    assert read_lines(run / "metrics.jsonl")[-1]["step"] == 300
