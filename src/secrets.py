@@ -1,6 +1,6 @@
 """Secrets: what is one, how it is stored, and how it comes back. No torch here.
 
-Secrets are the credentials of a URL, what the environment gives to a key under `tracking` or to `sweep.storage`, and
+Secrets are the credentials of a URL, what the environment sets for a key under `tracking` or to `sweep.storage`, and
 the value of a variable whose name ends in TOKEN, KEY, PASSWORD or SECRET. They are resolved in memory only. What is
 stored has the interpolation in their place (`${oc.env:NAME}`), or, of what was written out in a URL, `***`; that comes
 back from the process that started this one, from the environment, or from `.netrc`, which the tracker reads by itself.
@@ -26,7 +26,7 @@ OWN_VARIABLE = "TOWLINE_URL_"
 MLFLOW_LOGINS = (("MLFLOW_TRACKING_TOKEN",), ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"))
 """Variables, each group enough by itself, that MLflow takes a server's credentials from."""
 SHORTEST_KNOWN = 4
-"""Characters of a secret that is looked for in other texts; shorter ones stand in too many that have nothing to do."""
+"""Characters of a secret that is looked for in other texts; shorter ones occur in too many that have nothing to do."""
 SHORTEST_INSIDE = 8
 """Characters of a secret that is looked for inside words as well; shorter ones are masked only as a whole word."""
 SHORTEST_TOKEN = 16
@@ -76,7 +76,7 @@ def is_secret_variable(name: str) -> bool:
 
 
 def is_secret_key(key: str) -> bool:
-    """Return whether what the environment gives to a key is stored as the interpolation that it comes by."""
+    """Return whether what the environment sets for a key is stored as the interpolation that it comes by."""
     return key.partition(".")[0] == "tracking" or key == "sweep.storage"
 
 
@@ -88,20 +88,20 @@ def looks_like_token(word: str) -> bool:
 
 
 def know(value: str, shown: str = MASK) -> None:
-    """Have a secret be masked in all that is printed or written from now on."""
+    """Mask a secret in all that is printed or written from now on."""
     if len(value) >= SHORTEST_KNOWN and value != shown and value != MASK:
         _known[value] = shown
 
 
 def know_environment() -> None:
-    """Have the values of all variables with a secret's name be masked."""
+    """Mask the values of all variables with a secret's name."""
     for name, value in os.environ.items():
         if is_secret_variable(name) and name != HANDED_DOWN and len(value) >= 2 * SHORTEST_KNOWN:
             know(value)
 
 
 def know_given(key: str, variable: str, value: str) -> None:
-    """Have masked what is secret of the value that a variable gives to a key."""
+    """Mask what is secret in the value that a variable has for a key."""
     if is_secret_variable(variable):
         know(value)
     if is_secret_key(key) and not variable.startswith(OWN_VARIABLE):
@@ -122,7 +122,7 @@ def as_stored(text: str) -> str:
 
 
 def _know_address(value: str) -> None:
-    """Have masked what may give access in a value of the environment, and keep the rest of it to be read."""
+    """Mask what grants access in a value of the environment, and keep the rest of it readable."""
     without_credentials(value)
     if looks_like_token(value):
         know(value)
@@ -178,7 +178,7 @@ def _without_login(found: re.Match[str]) -> str:
     if _ONLY_ENVIRONMENT.fullmatch(password or user) or _ONLY_ENVIRONMENT.fullmatch(found[0][:-1]):
         return found[0]  # as it is stored
     for part in dict.fromkeys((password or user, unquote(password or user))):
-        if password or looks_like_token(part):  # a user's name is a word that stands elsewhere too
+        if password or looks_like_token(part):  # a user's name is a word that occurs elsewhere too
             know(part)
     return f"{MASK}@"
 
@@ -241,7 +241,7 @@ def masked(node: Any, key: str = "") -> Any:
 
 
 def hand_down(node: Any, stored: Any, *, is_new: bool = True) -> None:
-    """Have processes that this one starts find what is masked in stored containers: by their environment.
+    """Pass what is masked in stored containers to processes that this one starts, by their environment.
 
     Args:
         node: the containers with their secrets.
@@ -299,7 +299,7 @@ def is_stored_interpolation(key: str, variable: str) -> bool:
 
 
 def placeholder(variable: str) -> str:
-    """Return what stands for a variable until `placed` knows the key that it ends up under.
+    """Return a placeholder for a variable until `placed` knows the key that it ends up under.
 
     That need not be the key that has the interpolation: others may refer to it.
     """

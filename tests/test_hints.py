@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -36,118 +37,146 @@ def suggestions(message: str) -> Iterator[list[str]]:
             yield from (shlex.split(one.partition(", ")[0] if several else one) for one in text.split(" or "))
 
 
-@pytest.mark.parametrize(
-    ("overrides", "told"),
-    [
-        # an option that has it, and the one that was chosen
-        (["adapter.r=8"], "adapter=none has no r; choose adapter=lora "),
-        (["optimizer.momentum=0.9"], "optimizer=adamw has no momentum, which is a key of optimizer=sgd "),
-        (["optimizer=sgd", "optimizer.eps=1e-6"], "optimizer=sgd has no eps, which is a key of optimizer=adamw "),
-        (["scheduler=constant", "scheduler.min_lr_ratio=0"], "has no min_lr_ratio, which is a key of scheduler=cosine"),
-        (["tracking=none", "tracking.uri=x"], "tracking=none has no uri; choose tracking=mlflow "),
-        (["deepspeed.zero_optimization.stage=3"], "deepspeed=none has no zero_optimization; choose deepspeed=zero1, z"),
-        # the same name elsewhere before a similar one here
-        (["training.eval_steps=5"], "did you mean evaluation.eval_steps? "),
-        (["model.batching=packed"], "did you mean data.batching? "),
-        (["data.label_smoothing=0.1"], "did you mean loss.label_smoothing? "),
-        (["training.seed=1"], "did you mean seed? "),
-        (["tokens.text=[a]"], "did you mean tokens.init.text? "),
-        (["revision=main"], "did you mean model.revision or data.revision? "),
-        (["loss.momentum=0.9"], "did you mean optimizer=sgd optimizer.momentum=0.9? "),
-        # a name that its section makes clear: as one word with it, or among the words of its keys
-        (["evaluation.steps=10"], "did you mean evaluation.eval_steps? "),
-        (["evaluations.steps=10"], "did you mean evaluation.eval_steps? "),
-        (["evaluation.batch_size=4"], "did you mean training.per_device_eval_batch_size? "),
-        (["checkpoint.steps=10"], "did you mean checkpoint.checkpointing_steps? "),
-        (["checkpoint.metric=eval/validation/loss"], "did you mean checkpoint.metric_for_best_model? "),
-        (["logging.steps=5"], "did you mean training.logging_steps? "),
-        (["training.steps=5"], "did you mean training.max_train_steps? "),
-        (["training.epochs=5"], "did you mean training.num_train_epochs? "),
-        (["generation.max_length=5"], "did you mean generation.max_new_tokens? "),
-        (["generation.max_tokens=5"], "did you mean generation.max_new_tokens? "),
-        (["generate.max_tokens=5"], "did you mean generation.max_new_tokens? "),
-        (["loss.weight=3"], "did you mean loss.thought_weight? "),
-        (["tracking.experiment=x"], "did you mean tracking.experiment_name? "),
-        (["tracking.name=x"], "did you mean tracking.run_name? "),
-        (["tracking=none", "tracking.name=x"], "did you mean tracking=mlflow tracking.run_name=x? "),
-        (["tracking.url=http://x"], "did you mean tracking.uri? "),
-        (["optimizer.beta1=0.9"], "did you mean optimizer.betas? (both in one list"),
-        (["model.name=hub/id"], "did you mean model=causal_lm model.checkpoint=hub/id? "),
-        (["data.name=hub/id"], "did you mean data=prompt_completion data.dataset_name=hub/id? "),
-        ([*PRETRAINED, "adapter.alpha=4"], "did you mean adapter=lora adapter.lora_alpha=4? "),
-        (["wandb.project=x"], "did you mean tracking.experiment_name? "),
-        (["early_stopping.patience=3"], "there is no counterpart, because a run trains as long as"),
-        # what chooses an option elsewhere, and what is deep in another library's mapping
-        (["optimizer.name=sgd"], "did you mean optimizer=sgd? "),
-        (["optimizer.name=adamw_torch"], "did you mean optimizer=adamw? "),
-        (["scheduler.name=nope"], "did you mean one of scheduler=constant, constant_with_warmup, cosine, linear? "),
-        ([*PRETRAINED, "deepspeed.stage=3"], "did you mean deepspeed=zero3? "),
-        ([*PRETRAINED, "deepspeed.stage=2"], "did you mean deepspeed=zero2? "),
-        # a section that is none, key by key
-        (["optimzer.lr=1"], "optimzer.lr = 1   unknown key; did you mean optimizer.lr? "),
-        (["trainer.max_epochs=3"], "trainer.max_epochs = 3   unknown key; did you mean training.num_train_epochs? "),
-        ([*PRETRAINED, "peft.lora.r=8"], "peft.lora.r = 8   unknown key; did you mean adapter=lora adapter.r=8? "),
-        # similar names
-        (["optimizer.lrr=1"], "did you mean optimizer.lr? "),
-        (["lerning_rate=1"], "did you mean optimizer.lr? "),
-        (["training.logingSteps=1"], "did you mean training.logging_steps? "),
-        (["qqq=1"], "unknown key; the top level has name, seed"),
-        # other trainers' names, wherever they stand
-        (["learning_rate=1e-4"], "did you mean optimizer.lr? "),
-        (["training.learning_rate=1e-4"], "did you mean optimizer.lr? "),
-        (["+learning_rate=1e-4"], "did you mean optimizer.lr? "),
-        (["++training.learningRate=1e-4"], "did you mean optimizer.lr? "),
-        (["lr=1e-4"], "did you mean optimizer.lr? "),
-        (["per_device_train_batch_size=4"], "did you mean training.per_device_train_batch_size? "),
-        (["micro_batch_size=4"], "did you mean training.per_device_train_batch_size? "),
-        (["num_epochs=4"], "did you mean training.num_train_epochs? "),
-        (["sequence_len=512"], "did you mean data.max_seq_length? "),
-        (["cutoff_len=512"], "did you mean data.max_seq_length? "),
-        (["save_steps=10"], "did you mean checkpoint.checkpointing_steps? "),
-        (["save_total_limit=3"], "did you mean checkpoint.keep_last? "),
-        # with their values, where these are others here
-        (["bf16=true"], "did you mean training.mixed_precision=bf16? "),
-        (["fp16=false"], "did you mean training.mixed_precision=no? "),
-        (["training.bf16=auto"], "did you mean training.mixed_precision? (one of no, bf16, fp16)"),
-        (["report_to=none"], "did you mean tracking=none? "),
-        (["report_to=[mlflow]"], "did you mean tracking=mlflow? "),
-        (["report_to=wandb"], "did you mean one of tracking=mlflow, none? (MLflow is the only tracker"),
-        (["packing=true"], "did you mean data.batching=packed? "),
-        (["group_by_length=true"], "did you mean data.batching=length_grouped? "),
-        (["max_steps=-1"], "did you mean training.max_train_steps=null? "),
-        (["max_steps=10"], "did you mean training.max_train_steps? "),
-        (["eval_strategy=no"], "did you mean evaluation.eval_steps=null? "),
-        (["optim=adamw_torch"], "did you mean optimizer=adamw? "),
-        (["lr_scheduler_type=cosine_with_min_lr"], "did you mean scheduler=cosine? "),
-        (["adam_beta2=0.99"], "did you mean optimizer.betas? (both in one list"),
-        ([*PRETRAINED, "load_in_4bit=true"], "did you mean adapter=lora quantization=nf4? "),
-        ([*PRETRAINED, "adapter=dora", "load_in_4bit=true"], "did you mean quantization=nf4? "),
-        ([*PRETRAINED, "use_peft=true"], "did you mean adapter=lora? "),
-        ([*PRETRAINED, "lora_r=8"], "did you mean adapter=lora adapter.r=8? "),
-        ([*PRETRAINED, "adapter=lora", "lora_r=8"], "did you mean adapter.r? "),
-        ([*PRETRAINED, "lora_target='q_proj, v_proj'"], "adapter=lora 'adapter.target_modules=[q_proj,v_proj]'? "),
-        (["dataset_name='a b'"], "did you mean data=prompt_completion 'data.dataset_name=\"a b\"'? "),
-        (["train_file='it is.csv'"], "did you mean data=prompt_completion 'data.train_files=[\"it is.csv\"]'? "),
-        (["dataset_name='" + "x" * 200 + "'"], "did you mean data.dataset_name, with data=prompt_completion? "),
-        (["lora_r=8"], "did you mean adapter=lora export.merge=true adapter.r=8? "),
-        (["base_model=hub/id"], "did you mean model=causal_lm model.checkpoint=hub/id? "),
-        # and where there is none
-        (["tf32=true"], "unknown key; there is no counterpart, because PyTorch's own setting is left as it is "),
-        (["dpo_beta=0.1"], "there is no counterpart, because there is supervised fine-tuning only"),
-        (["--learning_rate=1e-4"], "unrecognized arguments: --learning_rate=1e-4; keys are written without dashes: o"),
-        (["--help=optimizer"], "there is no = behind --help: --help optimizer"),
-    ],
+MEANT: tuple[tuple[list[str], str], ...] = (
+    # an option that has it, and the one that was chosen
+    (["adapter.r=8"], "adapter=none has no r; choose adapter=lora "),
+    (["optimizer.momentum=0.9"], "optimizer=adamw has no momentum, which is a key of optimizer=sgd "),
+    (["optimizer=sgd", "optimizer.eps=1e-6"], "optimizer=sgd has no eps, which is a key of optimizer=adamw "),
+    (["scheduler=constant", "scheduler.min_lr_ratio=0"], "has no min_lr_ratio, which is a key of scheduler=cosine"),
+    (["tracking=none", "tracking.uri=x"], "tracking=none has no uri; choose tracking=mlflow "),
+    (["deepspeed.zero_optimization.stage=3"], "deepspeed=none has no zero_optimization; choose deepspeed=zero1, z"),
+    # the same name elsewhere before a similar one here
+    (["training.eval_steps=5"], "did you mean evaluation.eval_steps? "),
+    (["model.batching=packed"], "did you mean data.batching? "),
+    (["data.label_smoothing=0.1"], "did you mean loss.label_smoothing? "),
+    (["training.seed=1"], "did you mean seed? "),
+    (["tokens.text=[a]"], "did you mean tokens.init.text? "),
+    (["revision=main"], "did you mean model.revision or data.revision? "),
+    (["loss.momentum=0.9"], "did you mean optimizer=sgd optimizer.momentum=0.9? "),
+    # a name that its section makes clear: as one word with it, or among the words of its keys
+    (["evaluation.steps=10"], "did you mean evaluation.eval_steps? "),
+    (["evaluations.steps=10"], "did you mean evaluation.eval_steps? "),
+    (["evaluation.batch_size=4"], "did you mean training.per_device_eval_batch_size? "),
+    (["checkpoint.steps=10"], "did you mean checkpoint.checkpointing_steps? "),
+    (["checkpoint.metric=eval/validation/loss"], "did you mean checkpoint.metric_for_best_model? "),
+    (["logging.steps=5"], "did you mean training.logging_steps? "),
+    (["training.steps=5"], "did you mean training.max_train_steps? "),
+    (["training.epochs=5"], "did you mean training.num_train_epochs? "),
+    (["generation.max_length=5"], "did you mean generation.max_new_tokens? "),
+    (["generation.max_tokens=5"], "did you mean generation.max_new_tokens? "),
+    (["generate.max_tokens=5"], "did you mean generation.max_new_tokens? "),
+    (["loss.weight=3"], "did you mean loss.thought_weight? "),
+    (["tracking.experiment=x"], "did you mean tracking.experiment_name? "),
+    (["tracking.name=x"], "did you mean tracking.run_name? "),
+    (["tracking=none", "tracking.name=x"], "did you mean tracking=mlflow tracking.run_name=x? "),
+    (["tracking.url=http://x"], "did you mean tracking.uri? "),
+    (["optimizer.beta1=0.9"], "did you mean optimizer.betas? (both in one list"),
+    (["model.name=hub/id"], "did you mean model=causal_lm model.checkpoint=hub/id? "),
+    (["data.name=hub/id"], "did you mean data=prompt_completion data.dataset_name=hub/id? "),
+    ([*PRETRAINED, "adapter.alpha=4"], "did you mean adapter=lora adapter.lora_alpha=4? "),
+    (["wandb.project=x"], "did you mean tracking.experiment_name? "),
+    (["early_stopping.patience=3"], "there is no counterpart, because a run trains as long as"),
+    # what chooses an option elsewhere, and what is deep in another library's mapping
+    (["optimizer.name=sgd"], "did you mean optimizer=sgd? "),
+    (["optimizer.name=adamw_torch"], "did you mean optimizer=adamw? "),
+    (["scheduler.name=nope"], "did you mean one of scheduler=constant, constant_with_warmup, cosine, linear? "),
+    ([*PRETRAINED, "deepspeed.stage=3"], "did you mean deepspeed=zero3? "),
+    ([*PRETRAINED, "deepspeed.stage=2"], "did you mean deepspeed=zero2? "),
+    # a section that is none, key by key
+    (["optimzer.lr=1"], "optimzer.lr = 1   unknown key; did you mean optimizer.lr? "),
+    (["trainer.max_epochs=3"], "trainer.max_epochs = 3   unknown key; did you mean training.num_train_epochs? "),
+    ([*PRETRAINED, "peft.lora.r=8"], "peft.lora.r = 8   unknown key; did you mean adapter=lora adapter.r=8? "),
+    # similar names
+    (["optimizer.lrr=1"], "did you mean optimizer.lr? "),
+    (["lerning_rate=1"], "did you mean optimizer.lr? "),
+    (["training.logingSteps=1"], "did you mean training.logging_steps? "),
+    (["qqq=1"], "unknown key; the top level has name, seed"),
+    # other trainers' names, wherever they stand
+    (["learning_rate=1e-4"], "did you mean optimizer.lr? "),
+    (["training.learning_rate=1e-4"], "did you mean optimizer.lr? "),
+    (["+learning_rate=1e-4"], "did you mean optimizer.lr? "),
+    (["++training.learningRate=1e-4"], "did you mean optimizer.lr? "),
+    (["lr=1e-4"], "did you mean optimizer.lr? "),
+    (["per_device_train_batch_size=4"], "did you mean training.per_device_train_batch_size? "),
+    (["micro_batch_size=4"], "did you mean training.per_device_train_batch_size? "),
+    (["num_epochs=4"], "did you mean training.num_train_epochs? "),
+    (["sequence_len=512"], "did you mean data.max_seq_length? "),
+    (["cutoff_len=512"], "did you mean data.max_seq_length? "),
+    (["save_steps=10"], "did you mean checkpoint.checkpointing_steps? "),
+    (["save_total_limit=3"], "did you mean checkpoint.keep_last? "),
+    # with their values, where these are others here
+    (["bf16=true"], "did you mean training.mixed_precision=bf16? "),
+    (["fp16=false"], "did you mean training.mixed_precision=no? "),
+    (["training.bf16=auto"], "did you mean training.mixed_precision? (one of no, bf16, fp16)"),
+    (["report_to=none"], "did you mean tracking=none? "),
+    (["report_to=[mlflow]"], "did you mean tracking=mlflow? "),
+    (["report_to=wandb"], "did you mean one of tracking=mlflow, none? (MLflow is the only tracker"),
+    (["packing=true"], "did you mean data.batching=packed? "),
+    (["group_by_length=true"], "did you mean data.batching=length_grouped? "),
+    (["max_steps=-1"], "did you mean training.max_train_steps=null? "),
+    (["max_steps=10"], "did you mean training.max_train_steps? "),
+    (["eval_strategy=no"], "did you mean evaluation.eval_steps=null? "),
+    (["optim=adamw_torch"], "did you mean optimizer=adamw? "),
+    (["lr_scheduler_type=cosine_with_min_lr"], "did you mean scheduler=cosine? "),
+    (["adam_beta2=0.99"], "did you mean optimizer.betas? (both in one list"),
+    ([*PRETRAINED, "load_in_4bit=true"], "did you mean adapter=lora quantization=nf4? "),
+    ([*PRETRAINED, "adapter=dora", "load_in_4bit=true"], "did you mean quantization=nf4? "),
+    ([*PRETRAINED, "use_peft=true"], "did you mean adapter=lora? "),
+    ([*PRETRAINED, "lora_r=8"], "did you mean adapter=lora adapter.r=8? "),
+    ([*PRETRAINED, "adapter=lora", "lora_r=8"], "did you mean adapter.r? "),
+    ([*PRETRAINED, "lora_target='q_proj, v_proj'"], "adapter=lora 'adapter.target_modules=[q_proj,v_proj]'? "),
+    (["dataset_name='a b'"], "did you mean data=prompt_completion 'data.dataset_name=\"a b\"'? "),
+    (["train_file='it is.csv'"], "did you mean data=prompt_completion 'data.train_files=[\"it is.csv\"]'? "),
+    (["dataset_name='" + "x" * 200 + "'"], "did you mean data.dataset_name, with data=prompt_completion? "),
+    (["lora_r=8"], "did you mean adapter=lora export.merge=true adapter.r=8? "),
+    (["base_model=hub/id"], "did you mean model=causal_lm model.checkpoint=hub/id? "),
+    # and where there is none
+    (["tf32=true"], "unknown key; there is no counterpart, because PyTorch's own setting is left as it is "),
+    (["dpo_beta=0.1"], "there is no counterpart, because there is supervised fine-tuning only"),
 )  # fmt: skip
-def test_what_was_meant(overrides: list[str], told: str) -> None:
-    message = refusal(*overrides)
-    assert told in message
-    for one in suggestions(message):
-        if "it is.csv" in message:
-            assert "no such file" in refusal(*overrides[:-1], *one)
-        elif all("=" in part for part in one):
-            assert admit([*overrides[:-1], *one])
-        else:
-            assert one[0].rstrip(",") in all_keys()
+"""Overrides of which the last one is refused, and what is said of it."""
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+-")
+
+
+def told_together() -> list[tuple[tuple[str, ...], list[tuple[str, str]]]]:
+    """Return the last overrides that go with the same others, in as few commands as it takes, with what is said."""
+    commands: dict[tuple[tuple[str, ...], int], dict[str, tuple[str, str]]] = {}
+    for (*context, override), told in MEANT:
+        number = next(n for n in count() if key_of(override) not in commands.get((tuple(context), n), {}))
+        commands.setdefault((tuple(context), number), {})[key_of(override)] = (override, told)
+    return [(context, list(refused.values())) for (context, _), refused in commands.items()]
+
+
+@pytest.mark.parametrize(("context", "refused"), told_together())
+def test_what_was_meant(context: tuple[str, ...], refused: list[tuple[str, str]]) -> None:
+    lines = refusal(*context, *(override for override, _ in refused)).splitlines()[1:-1]
+    typed: list[list[str]] = []
+    for override, told in refused:
+        (line,) = [line for line in lines if f"{key_of(override)}.".startswith(f"{line.split(maxsplit=1)[0]}.")]
+        assert re.sub(" +", " ", told) in re.sub(" +", " ", line), override
+        for one in suggestions(line):
+            if "it is.csv" in line:
+                assert "no such file" in refusal(*context, *one)
+            elif all("=" in part for part in one):
+                typed.append(one)
+            else:
+                assert one[0].rstrip(",") in all_keys()
+    for batch in batches(typed):
+        admit_all(batch, context)
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--learning_rate=1e-4", "unrecognized arguments: --learning_rate=1e-4; keys are written without dashes: o"),
+        ("--help=optimizer", "there is no = after --help: --help optimizer"),
+    ],
+)
+def test_flags(flag: str, told: str) -> None:
+    assert told in refusal(flag)
 
 
 def test_a_key_of_a_source_of_a_mixture() -> None:
@@ -186,7 +215,7 @@ def test_hints_of_a_sweep_and_of_a_file(tmp_path: Path) -> None:
         ("optimizer=lion", "one of adafactor, adamw, adamw_8bit, paged_adamw_32bit, sgd "),
         ("scheduler=cosine_with_min_lr", "did you mean scheduler=cosine?"),
         ("adapter=full", "did you mean adapter=none?"),
-        ("tracking=wandb", "one of mlflow, none; MLflow is the only tracker, beside the run's own folder "),
+        ("tracking=wandb", "one of mlflow, none; MLflow is the only tracker "),
         ("tracking=all", "did you mean tracking=mlflow?"),
         ("model=hub/id", "did you mean model=causal_lm model.checkpoint=hub/id?"),
         ("model=gpt2", "did you mean model=causal_lm model.checkpoint=gpt2?"),
@@ -204,6 +233,9 @@ def test_options_of_other_names(given: str, told: str) -> None:
     assert told in message
     for one in suggestions(message):
         assert admit(one if "=" in one[0] else [f"{given.partition('=')[0]}={one[0]}"])
+
+
+def test_a_long_option_is_not_repeated() -> None:
     assert len(refusal(f"model={'x' * 5000}")) < 1000
 
 
@@ -395,15 +427,15 @@ def batches(commands: Iterable[Sequence[str]]) -> list[list[Sequence[str]]]:
     return [batch for _, batch in made]
 
 
-def admit_all(commands: Sequence[Sequence[str]]) -> None:
+def admit_all(commands: Sequence[Sequence[str]], context: Sequence[str] = PRETRAINED) -> None:
     """Admit commands, together as far as they go together."""
     try:
-        admit([*PRETRAINED, *dict.fromkeys(part for command in commands for part in command)])
+        admit([*context, *dict.fromkeys(part for command in commands for part in command)])
     except ConfigError:
         assert len(commands) > 1, commands
         half = len(commands) // 2
-        admit_all(commands[:half])
-        admit_all(commands[half:])
+        admit_all(commands[:half], context)
+        admit_all(commands[half:], context)
 
 
 def test_what_the_tables_suggest_is_admitted() -> None:

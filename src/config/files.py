@@ -56,16 +56,16 @@ def _last_file(path: str) -> str:
 
 
 def kind_of(file: str) -> str | None:
-    """Tell a file's kind by the end of its name, in capitals or not; None where nothing here reads it."""
+    """Return a file's kind by the end of its name, in capitals or not; None where nothing here reads it."""
     suffixes = Path(file.lower()).suffixes
     return KINDS.get("".join(suffixes[-2:])) or KINDS.get("".join(suffixes[-1:]))
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """Give the files that patterns mean: each is a file, a glob, or a folder, of which all known kinds are taken.
+    """Return the files that patterns mean: each is a file, a glob, or a folder, of which all known kinds are taken.
 
     Patterns keep their order, the files of one pattern are sorted. A name that exists is that file, whatever
-    characters it has. Hidden files and folders are taken only by name. What gives no file comes back as it is, and
+    characters it has. Hidden files and folders are taken only by name. What matches no file comes back as it is, and
     a file that comes twice comes back twice: problems_of tells both.
     """
     return [file for pattern in patterns for file in _matches(pattern) or [pattern]]
@@ -89,7 +89,7 @@ def _inside(folder: str) -> list[str]:
 
 
 def problems_of(patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Tell each pattern that gives no file, or one that is missing, of an unknown kind, or given before."""
+    """Yield each pattern that names no file, or one that is missing, of an unknown kind, or given before."""
     given: set[str] = set()
     for pattern in patterns:
         if reason := unusable(pattern):

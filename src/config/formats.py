@@ -83,7 +83,7 @@ def roles(format_name: str) -> tuple[str, ...]:
 
 
 def fill_mixture(data: Any) -> None:
-    """Give each source of a mixture that has a format of its own that format's settings, where it has none itself."""
+    """Add to each source of a mixture with a format of its own that format's settings, where it has none itself."""
     mixture = data.get("mixture") if isinstance(data, dict) else None
     for source in mixture.values() if isinstance(mixture, dict) else []:
         name = source.get("format") if isinstance(source, dict) else None

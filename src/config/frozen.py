@@ -1,4 +1,4 @@
-"""A run's frozen configuration: how it is told apart, read back, and repeated with changes. No torch here."""
+"""A run's frozen configuration: how it is identified, read back, and repeated with changes. No torch here."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def frozen_sections(folder: Path, key: str, nothing: str) -> tuple[dict[str, Any
 
 
 def _as_it_last_was(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration that a run goes on with: its newest checkpoint's, or its first where there is none.
+    """Return the configuration that a run resumes with: its newest checkpoint's, or its first where there is none.
 
     How long it is to be is what its last start said, which may not have come to a checkpoint yet.
     """
@@ -230,7 +230,7 @@ def _of_newest_checkpoint(folder: Path, first: dict[str, Any]) -> dict[str, Any]
                 continue
             sections = read_json(state, {"config": dict})["config"]
         except (OSError, ValueError, LookupError, TypeError, DamagedFileError):
-            continue  # damaged: told when the checkpoints are looked at
+            continue  # damaged: reported when the checkpoints are looked at
         return sections | {"checkpoint": sections["checkpoint"] | {"resume": "auto", "allow_changed": False}}
     return first
 

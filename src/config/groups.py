@@ -35,7 +35,7 @@ class Option:
     comments: dict[str, str] = field(default_factory=dict)
     """What is said of its keys, by their names within `values`."""
     top_keys: tuple[str, ...] = ()
-    """The keys that stand at the top of the file."""
+    """The keys at the top of the file."""
     package: str | None = None
     """Where its header puts its keys; None for the group's own section."""
     written_package: str | None = None
@@ -145,7 +145,7 @@ def with_key(key: Key, roots: Sequence[Path]) -> list[str]:
 
 
 def setting(key: Key, roots: Sequence[Path]) -> dict[str, Any]:
-    """Return the value of a key in each option that has the key and gives it one, by the option."""
+    """Return the value of a key in each option that sets it, by the option."""
     name, found = key.name.removeprefix(f"{key.section}."), dict[str, Any]()
     for option in with_key(key, roots):
         node: Any = values_of(key.section, option, tuple(roots))

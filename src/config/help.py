@@ -100,7 +100,7 @@ class Page:
         yield from wrapped(ELSEWHERE)
 
     def short(self, key: Key) -> Iterator[str]:
-        """Yield a key with its value, and what it means beside it."""
+        """Yield a key with its value, and its meaning next to it."""
         indent = "  " if key.section else ""
         name = f"{indent}{reference.name_in(key)}: "
         left = name + shortened(shown_value(self.value(key)), WIDTH - len(name))

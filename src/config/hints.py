@@ -37,14 +37,14 @@ BEFORE = {
     "quantization": ("bnb_4bit",),
     "tracking": ("mlflow", "wandb"),
 }
-"""What other trainers begin the names of a section's keys with, beside the section's own name."""
+"""What other trainers begin the names of a section's keys with, besides the section's own name."""
 OPTION_NAMES = ("name", "kind", "class", "_target_")
 """What a section's option is called elsewhere."""
 
 
 @dataclass(frozen=True)
 class UnknownKey(Problem):
-    """A key that its section does not have, told by `explained` once it is known what was chosen."""
+    """A key that its section does not have; `explained` finds its reason once all choices are known."""
 
     siblings: tuple[str, ...] = ()
     """The keys that the section has."""
@@ -80,7 +80,7 @@ class Situation:
         return not key.types or kind in key.types
 
     def is_empty(self, section: str) -> bool:
-        """Return whether a section's name stands in a file with nothing below it."""
+        """Return whether a file has a section's name with nothing below it."""
         return section in _sections() and section in self.sections and self.sections[section] is None
 
 
@@ -124,7 +124,7 @@ def _chosen_options(situation: Situation) -> Iterator[Option]:
             try:
                 yield from groups.lineage(group, name, tuple(situation.roots))
             except OptionFileError:
-                continue  # told as such
+                continue  # a problem of its own
 
 
 def _sections() -> tuple[str, ...]:
@@ -134,7 +134,7 @@ def _sections() -> tuple[str, ...]:
 def _single(key: str, value: Any, siblings: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
     """Yield the keys of an unknown section with their values.
 
-    What another trainer has as a mapping stays whole, and what is called almost as a key beside it.
+    What another trainer has as a mapping stays whole, and what has almost the name of a sibling.
     """
     is_whole = (
         key in all_keys()
@@ -187,10 +187,10 @@ def _of_another_option(key: str, situation: Situation) -> str:
     having = groups.first_with_key(known, situation.roots)
     if not having:
         return ""
-    told = f"{section}={', '.join(having)}"
+    options = f"{section}={', '.join(having)}"
     if chosen == "none":
-        return f"unknown key: {section}={chosen} has no {name}; choose {told}"
-    return f"unknown key: {section}={chosen} has no {name}, which is a key of {told}"
+        return f"unknown key: {section}={chosen} has no {name}; choose {options}"
+    return f"unknown key: {section}={chosen} has no {name}, which is a key of {options}"
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _in_section(key: str, value: Any, situation: Situation) -> list[_Suggestion]
     """Return what is meant by a name within a section, where the section says more than the name alone.
 
     The section's and the key's name may be one name elsewhere (`evaluation.steps`: eval_steps); a key of that section
-    may have the name among its words (`loss.weight`: thought_weight); or the name is of what stands for the section's
+    may have the name among its words (`loss.weight`: thought_weight); or the name is that of the section's
     option, or deeper in it.
     """
     *parents, leaf = key.split(".")
@@ -254,7 +254,7 @@ def _words_of(name: str) -> set[str]:
 
 
 def _of_inner(section: str, name: str, value: Any, situation: Situation) -> list[_Suggestion]:
-    """Return what stands for a name deep in another library's mapping of a section: its place, or an option with it."""
+    """Return what a name deep in another library's mapping of a section means: its place, or an option with it."""
     for key in all_keys().values():
         if key.section != section or not key.inner or not situation.is_read(key.name):
             continue
@@ -277,7 +277,7 @@ def _paths(inner: Keys) -> Iterator[str]:
 
 
 def _value_in(section: str, option: str, key: str, situation: Situation) -> Any:
-    """Return the value that an option gives a key; None where it gives none."""
+    """Return the value of a key in an option; None where it has none."""
     node: Any = groups.values_of(section, option, tuple(situation.roots))
     for part in key.split(".")[1:]:
         node = node.get(part) if isinstance(node, dict) else None

@@ -39,7 +39,7 @@ def sweeper_params(composed: Composed) -> dict[str, Any]:
     """Return what `hydra.sweeper.params` varies, in a file or on the command line."""
     if composed.hydra is None:
         return {}
-    with hydra_resolved(composed.hydra), suppress(*UNRESOLVED):  # told by `params_problems`
+    with hydra_resolved(composed.hydra), suppress(*UNRESOLVED):  # a problem of `params_problems`
         sweeper = composed.hydra.hydra._get_node("sweeper")
         given = sweeper.get("params") if isinstance(sweeper, DictConfig) else None
         found: Any = OmegaConf.to_container(given, resolve=True) if isinstance(given, DictConfig) else {}
@@ -62,7 +62,9 @@ def params_problems(composed: Composed) -> list[Problem]:
             return list(unresolved(sweeper, {"params": error}).values())
     if isinstance(given, DictConfig):
         return []
-    return [Problem(SWEEPER_PARAMS, "not a mapping from a key to its values, as they stand behind KEY=", str(given))]
+    return [
+        Problem(SWEEPER_PARAMS, "not a mapping from a key to its values, as they are written after KEY=", str(given))
+    ]
 
 
 def hydra_problems(composed: Composed, line: CommandLine) -> Iterator[Problem]:
@@ -169,5 +171,5 @@ def is_own_sweeper(composed: Composed) -> bool:
 
 
 def _name(mode: Any) -> str | None:
-    """Return the name of an enum's member, or of what stands for one."""
+    """Return the name of an enum's member, or of what is used as one."""
     return None if mode is None else str(getattr(mode, "name", mode)).rpartition(".")[2]

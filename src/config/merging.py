@@ -48,7 +48,7 @@ class Merged:
 
 
 class Loader(ConfigLoaderImpl):
-    """Hydra's own, but for the way in which files are merged and mistakes in them are told."""
+    """Hydra's own, but for the way in which files are merged and mistakes in them are reported."""
 
     files: tuple[Merged, ...] = ()
     """What the last composition was merged of, the later over the earlier."""
@@ -253,7 +253,7 @@ def make_room(cfg: DictConfig, key: str, value: Any) -> None:
 
 
 def _misfit(section: Any, given: Any, key: str) -> tuple[str, str] | None:
-    """Return the key of Hydra's own section that can't be what a file gives, and why; None where there is none."""
+    """Return the key of Hydra's own section that can't be what a file sets, and why; None where there is none."""
     if isinstance(section, DictConfig) and not isinstance(given, DictConfig):
         return key, f"has keys of its own ({', '.join(map(str, section))}), and is no value"
     if not isinstance(section, DictConfig):
@@ -270,5 +270,5 @@ def _misfit(section: Any, given: Any, key: str) -> tuple[str, str] | None:
 
 
 def has_content(node: Container) -> bool:
-    """Return whether a list or mapping is one as it stands: not null, not missing, and no interpolation."""
+    """Return whether a list or mapping is one as it is: not null, not missing, and no interpolation."""
     return not (node._is_none() or node._is_missing() or node._is_interpolation())

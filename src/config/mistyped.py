@@ -157,7 +157,7 @@ def _is_read(text: str) -> bool:
 
 
 def _lists_of(value: str) -> list[list[Any]]:
-    """Return the lists that a value, as it was typed, may stand for: of it alone, or itself."""
+    """Return the lists that a value, as it was typed, may mean: of it alone, or itself."""
     try:
         read = OverridesParser.create().parse_override(f"key={value}").value()
     except (HydraException, ValueError, RecursionError):

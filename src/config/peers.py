@@ -25,7 +25,7 @@ DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
 
 @dataclass(frozen=True)
 class Counterpart:
-    """What stands here for an argument of another trainer."""
+    """What an argument of another trainer is here."""
 
     key: str = ""
     """A key, or a group whose option is chosen; '' where there is none."""
@@ -158,7 +158,7 @@ def flag_hint(message: str) -> str:
     """Return what to write in place of the flags that a message of argparse's names; '' where it names none."""
     if found := re.search(r"argument (--\w+).*: ignored explicit argument (.*)", message):
         topic = f": --help {found[2].strip(chr(39))}" if found[1] == "--help" else ""
-        return f"; there is no = behind {found[1]}{topic}"
+        return f"; there is no = after {found[1]}{topic}"
     given = re.findall(r"(?<!\S)--([\w.-]+)", message) if message.startswith("unrecognized arguments") else []
     written = {next((here.key for _, here in find(name) if here.key), name) for name in given}
     return (

@@ -21,7 +21,7 @@ def folder_of(folder: Path, step: int) -> Path:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Return the step that a folder's name says; None where it is no name that `folder_of` gives."""
+    """Return the step that a folder's name says; None where it is no name of `folder_of`."""
     match = re.fullmatch(r"step-([0-9]+)", checkpoint.name)
     return int(match[1]) if match and checkpoint == folder_of(checkpoint.parent, int(match[1])) else None
 

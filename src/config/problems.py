@@ -1,4 +1,4 @@
-"""One thing that is wrong with a configuration, and how all of them are told together."""
+"""One thing that is wrong with a configuration, and how all of them are reported together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values as text: how one is written behind `KEY=` so that Hydra's grammar reads it unchanged. No torch here.
+"""Values as text: how one is written after `KEY=` so that Hydra's grammar reads it unchanged. No torch here.
 
 Source of the grammar: hydra/grammar/OverrideLexer.g4 and OverrideParser.g4 of Hydra 1.3.
 """
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _BARE = re.compile(r"(?:[A-Za-z_]|\.{0,2}/)[\w./-]*", re.ASCII)
-"""Texts that need no quotes, but for words that stand for something else."""
+"""Texts that need no quotes, but for words that mean something else."""
 _RESERVED = ("null", "true", "false", "nan", "inf")
 _BARE_KEY = re.compile(r"[A-Za-z_][\w./-]*(?: [\w./-]+)*", re.ASCII)
 
@@ -24,7 +24,7 @@ class Unwritable(ValueError):
 
 
 def override_value(value: Any) -> str:
-    """Return a JSON-like value as the text behind `KEY=` that is read as this value.
+    """Return a JSON-like value as the text after `KEY=` that is read as this value.
 
     Raises:
         Unwritable: where a mapping has a key that can't be quoted there.
@@ -54,7 +54,7 @@ def quoted(text: str) -> str:
 
 
 def escaped(node: Any) -> Any:
-    """Return containers in which every text stands for itself when OmegaConf reads them: nothing is resolved again."""
+    """Return containers in which every text means itself when OmegaConf reads them: nothing is resolved again."""
     if isinstance(node, Mapping):
         return {key: escaped(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -81,7 +81,7 @@ def label(key: str, value: Any) -> str:
 
 
 def in_url(path: str | os.PathLike[str]) -> str:
-    """Return a path as it stands in a `sqlite:///` URL: what SQLAlchemy would decode, or take for a query, is coded."""
+    """Return a path as written in a `sqlite:///` URL: what SQLAlchemy would decode, or take for a query, is coded."""
     return os.fspath(path).replace("%", "%25").replace("?", "%3F")
 
 

@@ -25,7 +25,7 @@ class FileConfigSource(file_config_source.FileConfigSource):  # Hydra tells sour
     """Hydra's source of files, with mistakes placed."""
 
     hides_credentials = False
-    """Whether variables stand for URLs with credentials, as Hydra's own main writes, pickles and prints what it has."""
+    """Whether variables replace URLs with credentials, as Hydra's own main writes, pickles and prints what it has."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Read an option file.
@@ -65,7 +65,7 @@ def _unfinished(text: str) -> str:
 
 
 def install(*, hides_credentials: bool = False) -> None:
-    """Have Hydra read files by the source above, and put them together as `Loader` does, wherever it composes."""
+    """Make Hydra read files by the source above, and put them together as `Loader` does, wherever it composes."""
     hydra_main.ConfigLoaderImpl = Loader
     FileConfigSource.hides_credentials |= hides_credentials
     Plugins.instance()  # registers Hydra's own sources, and would refuse another that was there before

@@ -23,7 +23,7 @@ def convert(typed: Any, key: str, hint: Any, check: Check | None, value: Any) ->
 
     Args:
         typed: the structured config of the dataclass that declares the key.
-        value: whose texts stand for themselves, see `src.config.quoting.escaped`.
+        value: whose texts mean themselves, see `src.config.quoting.escaped`.
     """
     if isinstance(value, bool) and bool not in members(hint) and hint is not Any:
         return None, f"not {described(hint)}"

@@ -48,7 +48,7 @@ class MicroBatchShape(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingCount:
-    """What forward and backward of a micro-batch hold, beside weights and optimizer state; in bytes."""
+    """What forward and backward of a micro-batch hold, besides weights and optimizer state; in bytes."""
 
     saved_bytes: int
     """What is kept for backward when the forward is over, autocast's copies of weights included."""
@@ -62,7 +62,7 @@ class TrainingCount:
     """Whether gradients of parameters are among them."""
 
     def without_gradients(self) -> TrainingCount:
-        """Return what is held beside gradients, where those were all there at the worst moment, as from the second
+        """Return what is held besides gradients, where those were all there at the worst moment, as from the second
         micro-batch on.
         """
         peak = self.peak_bytes - self.peak_gradient_bytes
@@ -70,7 +70,7 @@ class TrainingCount:
 
 
 class ForwardCount(NamedTuple):
-    """What a computation without gradients holds beside weights, in bytes, and its operations."""
+    """What a computation without gradients holds besides weights, in bytes, and its operations."""
 
     peak_bytes: int
     flops: int
@@ -91,7 +91,7 @@ class ModelCounter:
 
     @torch.no_grad()
     def probe_head(self) -> None:
-        """See whether logits are the head's result for the last hidden states, as ScoredModel.probe_head does; of
+        """Find out whether logits are the head's result for the last hidden states, as ScoredModel.probe_head does; of
         tensors without values by whether they are the same ones.
         """
         scored, model, seen = self._scored, self._scored.model, dict[str, Any]()

@@ -26,7 +26,7 @@ class DiskForecast:
 
     @property
     def total(self) -> MemoryItem:
-        """The sum, as disk_need gives it."""
+        """The sum, as of disk_need."""
         return total(self.parts, "sum of all, the most that can lie there at once")
 
     @property
@@ -62,7 +62,7 @@ def disk_need(
     Args:
         weights_bytes, optimizer_bytes: of one checkpoint, see checkpoint_bytes.
         export_bytes: of all that is exported.
-        has_metric: whether an evaluation gives what tells the best.
+        has_metric: whether an evaluation computes the metric that decides which checkpoint is best.
         num_saves: how many there can be at most, see most_saves; None: any number.
     """
     parts = _checkpoint_parts(weights_bytes, optimizer_bytes, config, has_metric, num_saves)
@@ -113,7 +113,7 @@ def disk_forecast(
     Args:
         run_dir: the run's folder; need not exist.
         has_metric, num_saves: see disk_need.
-        tokenizer_bytes: files that are exported beside the weights.
+        tokenizer_bytes: files that are exported with the weights.
         merge: whether an adapter is also merged into the whole model.
     """
     weights, state = checkpoint_bytes(parameters.trained, optimizer)
@@ -121,15 +121,15 @@ def disk_forecast(
         parts = _checkpoint_parts(weights, state, checkpoint, has_metric, num_saves)
     else:
         parts = [MemoryItem("checkpoints", None, f"unknown: nothing is known of what {optimizer.type} keeps")]
-    beside = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""
+    files = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""
     if not parameters.has_adapter or merge:
         num = parameters.num - parameters.num_of_adapter
         whole, how = (
             num * parameters.bytes_per_parameter,
             f"{num:,} parameters x {parameters.bytes_per_parameter} B",
         )
-        parts.append(MemoryItem("model", whole + tokenizer_bytes, how + beside))
+        parts.append(MemoryItem("model", whole + tokenizer_bytes, how + files))
     if parameters.has_adapter:
-        parts.append(MemoryItem("adapter", parameters.trained_bytes + tokenizer_bytes, parameters.how_trained + beside))
+        parts.append(MemoryItem("adapter", parameters.trained_bytes + tokenizer_bytes, parameters.how_trained + files))
     place = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
     return DiskForecast(tuple(parts), shutil.disk_usage(place).free, place)

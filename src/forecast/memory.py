@@ -83,7 +83,7 @@ def memory_forecast(
     """
     if sharding is not None and sharding.is_bf16:
         parameters = parameters.in_bf16()
-    beside = _of_a_process(libraries_bytes, step)
+    process = _of_a_process(libraries_bytes, step)
     always = [MemoryItem("parameters", parameters.bytes, parameters.how)]
     if sharding is not None and step is not None:  # its gradients are sharded, and among the items of _sharded
         step = step.without_gradients()
@@ -93,9 +93,9 @@ def memory_forecast(
     )
     if sharding is not None:
         sharded, on_cpu = _sharded(parameters, always[0], optimizer, sharding)
-        return MemoryForecast((*beside, *sharded, *counted), others, tuple(on_cpu))
+        return MemoryForecast((*process, *sharded, *counted), others, tuple(on_cpu))
     always.append(optimizer_part(parameters, optimizer, device_type))
-    return MemoryForecast((*beside, *always, *counted), others)
+    return MemoryForecast((*process, *always, *counted), others)
 
 
 def _of_a_process(libraries_bytes: int | None, step: TrainingCount | None) -> list[MemoryItem]:

@@ -37,12 +37,12 @@ class Paint:
         text = visible(text)
         if self.in_colour:  # line by line, as a pager needs it
             return "\n".join(f"\x1b[{CODES[kind]}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
-        before, behind = SIGNS[kind]
-        return f"{before}{text}{behind}"
+        before, after = SIGNS[kind]
+        return f"{before}{text}{after}"
 
     @property
     def legend(self) -> str:
-        """Say what the colours or signs mean."""
+        """Return what the colours or signs mean."""
         names = {
             self.PROMPT: "prompt, not learned",
             self.ANSWER: "learned: answer",
@@ -90,7 +90,7 @@ def _painted(
 
 
 def _runs(kinds: np.ndarray) -> Iterator[tuple[str, int, int]]:
-    """Give (kind, start, stop) of neighbours that are alike."""
+    """Yield (kind, start, stop) of neighbours that are alike."""
     starts = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1).tolist(), len(kinds)]
     for start, stop in itertools.pairwise(starts):
         if stop > start:
@@ -98,7 +98,7 @@ def _runs(kinds: np.ndarray) -> Iterator[tuple[str, int, int]]:
 
 
 def histogram(lengths: np.ndarray, limit: int) -> Iterator[str]:
-    """Give lines of bars: how many rows have a length, in tokens; the bar that holds the limit says so."""
+    """Yield lines of bars: how many rows have a length, in tokens; the bar that holds the limit says so."""
     shortest, longest = int(lengths.min()), int(lengths.max())
     step = -(-(longest - shortest + 1) // NUM_BARS)
     edges = range(shortest, longest + step + 1, step)

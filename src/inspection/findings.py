@@ -173,13 +173,13 @@ def decode_supervised(rows: Sequence[SupervisedIds], encoder: Encoder) -> list[s
 
 
 def runs(labels: np.ndarray) -> list[tuple[int, int]]:
-    """Give [start, stop) of the supervised positions that stand together."""
+    """Return [start, stop) of the supervised positions that are adjacent."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], labels != IGNORE_INDEX, [False]]).astype(np.int8)))
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
 def _seams(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[int]:
-    """Give the rows that are other tokens when their text is tokenised in one piece."""
+    """Return the rows that are other tokens when their text is tokenised in one piece."""
     found = []
     for is_rendered in (False, True):
         some = [i for i in indices if rows.is_rendered(i) == is_rendered]
@@ -199,7 +199,7 @@ def findings(
     proofs: Mapping[str, Proof],
     num_steps: int,
 ) -> list[Finding]:
-    """Give everything worth knowing before this is trained, the worst first."""
+    """Return everything worth knowing before this is trained, the worst first."""
     found = [
         *_about_masks(data, train, proofs),
         *_about_answers(data, train, proofs),
@@ -303,7 +303,7 @@ def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iter
 
 
 def padding(rows: EncodedSet, plan: BatchSampler, seed: int) -> float:
-    """Give the share of the first epoch's positions that are padding, from 0 to 1."""
+    """Return the share of the first epoch's positions that are padding, from 0 to 1."""
     computed = 0
     for sequences in plan.micro_batches(rows.lengths, [seed, 0]):
         longest = max(int(rows.lengths[sequence].sum()) for sequence in sequences)
@@ -312,7 +312,7 @@ def padding(rows: EncodedSet, plan: BatchSampler, seed: int) -> float:
 
 
 def fingerprints(rows: EncodedSet) -> list[tuple[int, int]]:
-    """Give two checksums of each row's ids, to find equal rows by."""
+    """Return two checksums of each row's ids, to find equal rows by."""
     found = []
     for i in range(len(rows)):
         row = rows[i]

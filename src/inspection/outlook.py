@@ -125,7 +125,7 @@ def about_disk(disk: DiskForecast) -> list[Finding]:
 
 
 def _is_metric_given(config: RunConfig) -> bool:
-    """Whether an evaluation gives the metric that tells the best checkpoint: its set is one of validation."""
+    """Return whether the metric that decides which checkpoint is best is one of a validation set."""
     metric = config.checkpoint.metric_for_best_model
     return any(metric.startswith(f"eval/{name}/") for name in config.data.validation_names())
 

@@ -23,7 +23,7 @@ COLOURS = {Level.error: "1;31", Level.warning: "33", Level.note: "2"}
 
 
 def show_model(console: Console, config: RunConfig, model: Any) -> None:
-    """Say which model it is, from its configuration alone."""
+    """Print which model it is, from its configuration alone."""
     total, _ = num_parameters(model)
     weights = "random weights" if config.model.weights is Weights.random else "pretrained weights, not loaded here"
     dtype = str(model.dtype).removeprefix("torch.")
@@ -33,7 +33,7 @@ def show_model(console: Console, config: RunConfig, model: Any) -> None:
 
 
 def show_sets(console: Console, config: RunConfig, data: Data, sets: Mapping[str, EncodedSet]) -> None:
-    """Say what became of each set's rows, and draw how long they are."""
+    """Print what became of each set's rows, and draw how long they are."""
     for name, rows in sets.items():
         report = data.reports[name]
         share = report.supervised_tokens / max(1, report.tokens)
@@ -64,7 +64,7 @@ def show_rows(console: Console, train: EncodedSet, data: Data, count: int, paint
 
 
 def show_forecasts(console: Console, config: RunConfig, ahead: Forecast) -> None:
-    """Say how many steps there are, and what they will take of memory, disk and time."""
+    """Print how many steps there are, and what they will take of memory, disk and time."""
     training, work = config.training, ahead.work
     rows = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps}"
     processes = config.runtime.world_size
@@ -114,7 +114,7 @@ def _table(parts: Sequence[MemoryItem]) -> str:
 
 
 def show_findings(console: Console, found: Sequence[Finding], proofs: Mapping[str, Proof], paint: Paint) -> int:
-    """Say what was proven and what was found; give the exit code, 1 where a finding is an error."""
+    """Print what was proven and found; return the exit code, 1 where a finding is an error."""
     for name, proof in proofs.items():
         whole = proof.num_checked - proof.num_cut
         right = whole - len({*proof.wrong_mask, *proof.unlike, *proof.altered})

@@ -25,7 +25,7 @@ def show_tokens(
     *,
     are_weights_seen: bool,
 ) -> None:
-    """Say for each new token whether it is one id, how often it is fed and learned, and where its row starts.
+    """Print for each new token whether it is one id, how often it is fed and learned, and where its row starts.
 
     Args:
         are_weights_seen: whether the checkpoint's rows were looked at, so that it is known which were never learned.

@@ -1,4 +1,4 @@
-"""A sweep's folder: what it was made of, which trials it has, and how each of them stands. No torch here.
+"""A sweep's folder: what it was made of, which trials it has, and the status of each. No torch here.
 
 `sweep.json` says what the sweep is and how far, `trials.jsonl` holds every trial with its frozen configuration, `conf/`
 the options that it was composed of, and each trial's own folder is the truth about that run.
@@ -52,7 +52,7 @@ STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
 
 @dataclass(frozen=True)
 class TrialStatus:
-    """How a trial stands, by its folder."""
+    """The status of a trial, by its folder."""
 
     state: str
     """One of STATES."""
@@ -85,7 +85,7 @@ class SweepFolder:
         return self.folder / str(number)
 
     def read(self) -> dict[str, Any]:
-        """Give what sweep.json says; empty where there is no sweep.
+        """Return what sweep.json says; empty where there is no sweep.
 
         Raises:
             SweepError: where the folder is something else.
@@ -181,19 +181,19 @@ class SweepFolder:
         """Keep the options that this sweep is composed of, unless they are those that were kept."""
         if list(roots) == self.conf():
             return
-        beside = self.folder / f".{CONF}.part"
-        shutil.rmtree(beside, ignore_errors=True)
+        part = self.folder / f".{CONF}.part"
+        shutil.rmtree(part, ignore_errors=True)
         digests = {}
         for number, root in enumerate(roots):
-            (beside / str(number)).mkdir(parents=True)
+            (part / str(number)).mkdir(parents=True)
             for name, content in _contents(root).items():
-                file, kept = beside / str(number) / name, _without_secrets(content)
+                file, kept = part / str(number) / name, _without_secrets(content)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(kept)
                 digests[f"{number}/{name}"] = Digest(kept).as_dict()
-        write_json(beside / MANIFEST, {"files": digests})
+        write_json(part / MANIFEST, {"files": digests})
         shutil.rmtree(self.folder / CONF, ignore_errors=True)
-        beside.rename(self.folder / CONF)
+        part.rename(self.folder / CONF)
 
     def check_conf(self) -> None:
         """Check that the kept options are those that were kept; an earlier version did not write down what they were.
@@ -237,7 +237,7 @@ class SweepFolder:
                 one.unlink(missing_ok=True)
 
     def status(self, number: int, metric: str, *, is_running: bool = False) -> TrialStatus:
-        """Tell how a trial stands.
+        """Return the status of a trial.
 
         Args:
             metric: the objective, by its name in summary.json.
@@ -272,7 +272,7 @@ class SweepFolder:
         )
 
     def held(self, numbers: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """Give the trials whose folder a living process holds, and which."""
+        """Yield the trials whose folder a living process holds, and which."""
         for number in numbers:
             if (self.run_dir(number) / LOCK).exists() and (holder := holder_of(self.run_dir(number))):
                 yield number, f"{self.run_dir(number)} is in use by another process: {holder}"
@@ -310,7 +310,7 @@ def _how_to_mend(run_dir: Path) -> str:
 
 
 def _foreign_journal(run_dir: Path, status: Mapping[str, Any]) -> str:
-    """Return why a status.json is not the one of the run whose metrics lie beside it; '' where it is."""
+    """Return why a status.json is not the one of the run whose metrics lie next to it; '' where it is."""
     digest = (status.get("journal") or {}).get("metrics.jsonl")
     try:
         if digest is None or begins_with(read_bytes(run_dir / "metrics.jsonl", None), digest):
@@ -365,12 +365,12 @@ def _logged(run_dir: Path, metric: str, status: Mapping[str, Any]) -> float | No
 
 
 def _newest(run_dir: Path, metric: str) -> tuple[float | None, float]:
-    """Give the newest value of the metric, and how many seconds the run had taken by its last line."""
+    """Return the newest value of the metric, and how many seconds the run had taken by its last line."""
     value, elapsed = None, 0.0
     name = metric.removeprefix("best/")
     try:
         lines = read_step_log(run_dir, "metrics.jsonl")
-    except DamagedFileError:  # told by the run itself, when it goes on
+    except DamagedFileError:  # the run itself reports it, when it resumes
         lines = []
     for line in (one.content for one in reversed(lines)):
         elapsed = max(elapsed, line.get("perf/elapsed_seconds") or 0.0)

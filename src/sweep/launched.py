@@ -37,7 +37,7 @@ STOP_FILE = "stop"
 LAUNCH = "launch"
 POLL_SECONDS = 1.0
 CODES = {"FINISHED": 0, "PRUNED": 0, "PREEMPTED": Interrupted.exit_code}
-"""What a trial's exit code was that no launcher told."""
+"""The exit code of a trial whose launcher has none."""
 
 
 def _is_held(run_dir: Path) -> bool:
@@ -53,7 +53,7 @@ def _state(run_dir: Path) -> str | None:
 
 
 def is_own_launcher(config: DictConfig) -> bool:
-    """Whether trials are this machine's processes: Hydra's basic launcher, which is the default, means that."""
+    """Return whether trials are this machine's processes: Hydra's basic launcher, which is the default, means that."""
     return str(config.hydra.launcher._target_).endswith(".BasicLauncher")
 
 
@@ -79,7 +79,7 @@ class Launched:
         return [job.number for job in self._batch]
 
     def get_ready(self) -> None:
-        """Take back what an earlier start asked, and its jobs that still wait somewhere: they will find nothing."""
+        """Withdraw what an earlier start asked, and its jobs that are still queued."""
         shutil.rmtree(self._plan.folder / LAUNCH, ignore_errors=True)
         (self._plan.folder / STOP_FILE).unlink(missing_ok=True)
 
@@ -117,7 +117,7 @@ class Launched:
             )
             codes = [one.return_value if isinstance(one._return_value, int) else 1 for one in returns]
         except Exception as error:  # the launcher's own, a job that the scheduler killed
-            while any(_is_held(job.run_dir) for job in batch):  # it tells of the first, the others go on
+            while any(_is_held(job.run_dir) for job in batch):  # it reports the first, the others continue
                 time.sleep(POLL_SECONDS)
             states = [_state(job.run_dir) for job in batch]
             for job, state in zip(batch, states, strict=True):
@@ -138,7 +138,7 @@ class Launched:
         return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
 
     def wait(self, seconds: float) -> list[tuple[Job, int]]:
-        """Wait until the batch has ended, or so long; gives its trials with their exit codes."""
+        """Wait until the batch has ended, or so long; return its trials with their exit codes."""
         try:
             codes = self._ended.get(timeout=seconds)
         except queue.Empty:
@@ -173,7 +173,7 @@ class _Task:
 
 
 def _stop_when_asked(file: Path) -> None:
-    """Have this process stop, again and again: what it is told before it listens is lost."""
+    """Ask this process to stop until it does: a signal that comes before its handler is lost."""
     while True:
         if file.exists():
             os.kill(os.getpid(), signal.SIGTERM)

@@ -120,7 +120,7 @@ def _markdown(rows: Sequence[Row], metric: str, direction: Direction, conclusion
 
 
 def table(rows: Sequence[Row], metric: str, direction: Direction) -> Table:
-    """Give a table for the terminal; it can be read at 80 columns."""
+    """Return a table for the terminal; it can be read at 80 columns."""
     from rich import box
     from rich.table import Table
 
@@ -152,7 +152,7 @@ def _has_groups(rows: Sequence[Row]) -> bool:
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """Give the rows of each group, the group of the best row first."""
+    """Yield the rows of each group, the group of the best row first."""
     for group in dict.fromkeys(row.group for row in rows):
         yield group, [row for row in rows if row.group == group]
 
@@ -241,7 +241,7 @@ def plot_history(values: Sequence[float], file: Path, metric: str, direction: Di
 def _set_span(
     values: Sequence[float], ends: Sequence[float], set_scale: Callable[..., Any], set_limits: Callable[..., Any]
 ) -> None:
-    """Scale an axis so that the values can be told apart; an interval much wider than they are runs out of it."""
+    """Scale an axis so that the values can be distinguished; an interval much wider than they are runs out of it."""
     if not values:
         return
     low, high = min(values), max(values)

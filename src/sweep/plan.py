@@ -38,7 +38,7 @@ from src.sweep.space import SWEEP_FILE, Axis, axes_of, is_endless, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of, with_typed_numbers
 
 MOST_WRITTEN = 10**15
-"""From here on a number of points is told by its size."""
+"""From here on a number of points is said by its size."""
 MOST_PROBES = 200
 """Points that are looked at where they can't all be."""
 
@@ -49,7 +49,7 @@ KNOWN_METRICS = (
 )
 """What a summary has besides evaluations, as far as somebody may want to compare it."""
 NO_REPLICATE = ("++seed=0", "++data.fold=null")
-"""What a setting is composed with to be told from others."""
+"""What a setting is composed with to be distinguished from others."""
 
 
 @dataclass
@@ -83,13 +83,13 @@ class Plan:
 
     @property
     def sample(self) -> RunConfig:
-        """A configuration that stands for all in what they have in common: where to, on what, tracked by whom."""
+        """A configuration with what all trials have in common: where they write, what they run on, their tracking."""
         assert self.admitted is not None
         return self.admitted
 
     @property
     def name(self) -> str:
-        """The sweep's name: its folder's, where the command gives none."""
+        """The sweep's name: its folder's, where the command names none."""
         return self.config.name if self.line.value_of("sweep.name") else self.folder.resolve().name
 
     @property
@@ -146,7 +146,7 @@ class Plan:
         return trials, problems
 
     def _setting(self, overrides: Sequence[str], typed: RunConfig) -> str:
-        """Give the hash that all replicates of a setting share, also where their paths have the seed in them."""
+        """Return the hash that all replicates of a setting share, also where their paths have the seed in them."""
         own = tuple(text for text in overrides if text.partition("=")[0] not in REPLICATED)
         if own not in self._settings:
             composed = self.composer.compose([*self._forced(own), *NO_REPLICATE])
@@ -191,7 +191,7 @@ class Plan:
 def plan_sweep(line: CommandLine, begin: Callable[[Plan], None] = lambda plan: None) -> Plan:
     """Compose and check everything that a sweep's command line asks for.
 
-    Where a sampler proposes the settings, every value is checked beside the first ones of the others.
+    Where a sampler proposes the settings, every value is checked together with the first ones of the others.
 
     Args:
         begin: called once, when the first point has been found good, while others may still be found bad.
@@ -358,7 +358,7 @@ def _axis_problems(plan: Plan) -> Iterator[Problem]:
 
 
 def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
-    """Tell a metric that no run gives, a direction that would call the worst the best, and runs that can't go on."""
+    """Yield a metric that no run computes, a direction that would rank the worst first, and runs that can't resume."""
     if (resume := config.checkpoint.resume) != "auto":
         reason = "a sweep goes on with its trials: auto" + (
             "" if resume == "never" else "; to begin with weights, init_from"
@@ -392,7 +392,7 @@ def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
 
 
 def _probes(axes: Sequence[Axis]) -> Iterator[tuple[str, ...]]:
-    """Give points in which every value stands once: each axis in turn, the others at their first."""
+    """Yield points in which every value occurs once: each axis in turn, the others at their first."""
     first = [axis.ends[0] for axis in axes]
     yield tuple(first)
     for place, axis in enumerate(axes):

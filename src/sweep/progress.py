@@ -57,7 +57,7 @@ class ProgressTable:
         self.close()
 
     def close(self) -> None:
-        """Take the table away; what is said afterwards stays."""
+        """Remove the table; what is printed afterwards stays."""
         if self._live:
             self._live.stop()
 
@@ -67,7 +67,7 @@ class ProgressTable:
         self._terminal.print(shown, markup=False, highlight=False, soft_wrap=True)
 
     def is_due(self) -> bool:
-        """Whether it is time to show how far it is."""
+        """Return whether it is time to show how far it is."""
         return time.monotonic() - self._last >= (REFRESH_SECONDS if self._live else QUIET_SECONDS)
 
     def show(self, entries: Sequence[Entry], summary: str) -> None:
@@ -124,7 +124,7 @@ def _cells(entry: Entry) -> tuple[str, ...]:
 
 
 def counted(counts: Mapping[str, int], total: int, left_seconds: float | None) -> str:
-    """Say in a line how far a sweep is."""
+    """Return in a line how far a sweep is."""
     done = sum(counts.get(state, 0) for state in ("FINISHED", "PRUNED"))
     parts = [f"{done} of {plural(total, 'trial')} done"]
     parts += [f"{counts[state]} {state.lower()}" for state in ("RUNNING", "FAILED", "PRUNED") if counts.get(state)]
@@ -136,7 +136,7 @@ def counted(counts: Mapping[str, int], total: int, left_seconds: float | None) -
 def listing(
     trials: Sequence[Trial], statuses: Mapping[int, TrialStatus], marked: Collection[int], console: Console
 ) -> None:
-    """Print the trials that a sweep has, and how each stands; those that are marked are to run."""
+    """Print the trials that a sweep has, and the status of each; those that are marked are to run."""
     width = max((len(trial.label) for trial in trials), default=0)
     for trial in trials:
         status = statuses[trial.number]
@@ -146,7 +146,7 @@ def listing(
 
 
 def failures(failed: Sequence[tuple[Trial, TrialStatus]], console: Console) -> None:
-    """Print what went wrong, each with its cause and where it is told at length."""
+    """Print what went wrong, each with its cause and its log."""
     for trial, status in failed:
         console.say(f"  {trial.number:>4}  {trial.label}")
         console.say(f"        {status.cause or 'no cause is known'}")
@@ -155,5 +155,5 @@ def failures(failed: Sequence[tuple[Trial, TrialStatus]], console: Console) -> N
 
 
 def _near(file: Path) -> str:
-    """Give a path as a person would, from here where it lies below."""
+    """Return a path as a person would, from here where it lies below."""
     return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)

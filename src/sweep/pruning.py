@@ -1,4 +1,4 @@
-"""A run's side of pruning: at every evaluation it asks its sweep's study whether to go on. No torch here."""
+"""A run's side of pruning: at every evaluation it asks its sweep's study whether to continue. No torch here."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Pruning:
 
     Args:
         link: the trial's study, storage and metric, as `SweepController` made it; None: nobody is asked.
-        done: the lines of metrics that the run goes on behind.
-        warn: is told where the study can't be asked; the run goes on then.
+        done: the lines of metrics up to the step that the run resumes from.
+        warn: called where the study can't be asked; the run continues then.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Pruning:
         self._trial: Any = None
 
     def verdict(self, metrics: Mapping[str, float]) -> str:
-        """Report an evaluation; gives why the run should end here, or ''."""
+        """Report an evaluation; return why the run should end here, or ''."""
         value = metrics.get(self._metric)
         if self._link is None or value is None:
             return ""

@@ -1,7 +1,7 @@
 """Which setting really won: numbers in, rows out. No files, no configuration and no torch here.
 
 All settings are compared with one of them, the reference: the best mean over two replicates or more. A row that can't
-be told apart from it shares the first rank. What only one seed says is never a win.
+be distinguished from it shares the first rank. What only one seed says is never a win.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Row:
 
 
 def rank(results: Iterable[Result], *, direction: Direction, num_folds: int | None = None) -> list[Row]:
-    """Give one row a setting: those tied with the best, the others by their difference to it, those without a value.
+    """Return one row a setting: those tied with the best, the others by their difference to it, those without a value.
 
     Two trials of one replicate are one value, their mean: doing a run again adds nothing. That a row alone has rank 1
     is wrong in about 5 % of sweeps at most. That some row is worse than the best of many is less sure, as the best is
@@ -162,7 +162,7 @@ def _ranked(rows: Sequence[Row], sign: int, num_folds: int | None) -> list[Row]:
 
 
 def _unranked(rows: Sequence[Row]) -> list[Row]:
-    """Give the rows without a value: pruned ones first, which were at least looked at, failed ones last."""
+    """Return the rows without a value: pruned ones first, which were at least looked at, failed ones last."""
     lacking = [row for row in rows if not row.values]
     lacking.sort(key=lambda row: (row.pruned == 0, row.unfinished == 0, row.trials))
     return [replace(row, verdict=", ".join(word.upper() for word in _lacks(row))) for row in lacking]
@@ -189,7 +189,7 @@ def _reference(rows: Sequence[Row], sign: int) -> Row:
 
 
 def _shared_gap(row: Row, best: Row) -> float:
-    """Give the mean difference on shared replicates; 0 where it says no more than the means do."""
+    """Return the mean difference on shared replicates; 0 where it says no more than the means do."""
     shared = row.values.keys() & best.values.keys()
     if len(shared) < 2 or row.values.keys() == best.values.keys():
         return 0.0
@@ -225,7 +225,7 @@ def p_text(p_value: float) -> str:
 
 
 def kind_of_replicates(rows: Iterable[Row]) -> str:
-    """Say what replicates are in these rows: seed, fold, or replicate where both vary."""
+    """Return what replicates are in these rows: seed, fold, or replicate where both vary."""
     keys = {key for row in rows for key in row.values}
     if all(fold is None for _, fold in keys) or len({fold for _, fold in keys}) == 1:
         return "seed"
@@ -273,7 +273,7 @@ def _lacks(row: Row) -> dict[str, int]:
 
 
 def conclusion(rows: Sequence[Row], metric: str, direction: Direction) -> str:
-    """Say in a sentence what the rows of `rank` show, and what it does not hold for."""
+    """Return in a sentence what the rows of `rank` show, and what it does not hold for."""
     ranked = [row for row in rows if row.rank is not None]
     if not ranked:
         return f"No trial finished with a value of {metric}: there is nothing to rank."

@@ -18,7 +18,7 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference of two means, its interval and p value; None where they can't be told."""
+    """A difference of two means, its interval and p value; None where they can't be computed."""
 
     difference: float
     low: float | None = None
@@ -63,7 +63,7 @@ def _tested(gap: float, error: float, freedom: float, fewest: int, rounding: flo
 
 
 def half_width(values: Mapping[Replicate, float], num_folds: int | None = None) -> float | None:
-    """Give half of the 95 % interval of a mean, by Student's t over replicates; None for fewer than two."""
+    """Return half of the 95 % interval of a mean, by Student's t over replicates; None for fewer than two."""
     if len(values) < 2:
         return None
     return _quantile(len(values) - 1) * _standard_error(values, num_folds)
@@ -80,7 +80,7 @@ def _standard_error(values: Mapping[Replicate, float], num_folds: int | None) ->
 
 
 def variance_factor(replicates: Iterable[Replicate], num_folds: int | None) -> float:
-    """Give the variance of a mean over replicates, in units of their own variance: 1/n, and more for folds.
+    """Return the variance of a mean over replicates, in units of their own variance: 1/n, and more for folds.
 
     Folds share most of their training rows, so their values vary less than those of independent data would. The
     corrected resampled t-test adds the ratio of tested to trained rows, 1 / (num_folds - 1): Nadeau and Bengio,

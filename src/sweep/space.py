@@ -77,20 +77,20 @@ class Axis:
 
     @property
     def text(self) -> str:
-        """What is varied, as it is written behind KEY=."""
+        """What is varied, as it is written after KEY=."""
         if self.listed is not None:
             return ",".join(text.partition("=")[2] for text in self.listed)
         return value_text(self.override)
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """Values that stand for all of them where they can't all be looked at, each as KEY=VALUE."""
+        """Values that represent all of them where they can't all be checked, each as KEY=VALUE."""
         if self.interval is None:
             return self.values
         return tuple(self.at(number) for number in (self.interval.low, self.interval.high))
 
     def at(self, number: float) -> str:
-        """Give a number of the interval as KEY=VALUE."""
+        """Return a number of the interval as KEY=VALUE."""
         assert self.interval is not None
         return f"{self.key}={int(number) if self.interval.is_int else repr(float(number))}"
 
@@ -100,11 +100,11 @@ def axes_of(
 ) -> tuple[list[Axis], list[str | Assignment]]:
     """Return what is varied, by the command line and by params, and the overrides that all points have, forced.
 
-    The command line goes before params: a key that it gives, varied or not, is its own.
+    The command line goes before params: a key that it sets, varied or not, is its own.
 
     Args:
-        params: by the key that they stand under, each key's values: a list has them as they are, a text as they
-            stand behind KEY= on the command line.
+        params: by their key, each key's values: a list has them as they are, a text as they
+            are written after KEY= on the command line.
     """
     typed = [override for override in line.overrides if override.key_or_group not in _refused(line)]
     named = [override.key_or_group for override in typed]
@@ -148,9 +148,9 @@ def _override_of(key: str, value: Any, line: CommandLine, source: str, problems:
 
     override = read_override(f"{key}={value if isinstance(value, str) else 'null'}")
     if isinstance(override, Problem):
-        wrong("can't be read; values are written as behind KEY= on the command line, or as a list")
+        wrong("can't be read; values are written as after KEY= on the command line, or as a list")
     elif is_sweeps_own(override.key_or_group):
-        wrong("is the sweep's own: it stands beside params, or on the command line")
+        wrong("is the sweep's own: it is a key next to params, or on the command line")
     elif value == []:
         wrong("there is no value in it")
     elif isinstance(value, dict) and (varied := _varied_in(override.key_or_group, value)):
@@ -260,5 +260,5 @@ def size(axes: Sequence[Axis]) -> int | None:
 
 
 def points(axes: Sequence[Axis]) -> Iterator[tuple[str, ...]]:
-    """Give every combination of values, the last axis fastest, as Hydra's own sweeper does."""
+    """Yield every combination of values, the last axis fastest, as Hydra's own sweeper does."""
     yield from itertools.product(*(axis.ends for axis in axes))

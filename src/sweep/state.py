@@ -17,7 +17,7 @@ from src.tracking.run_folder import now
 
 
 class SweepState:
-    """The trials of one sweep and how they stand."""
+    """The trials of one sweep and their statuses."""
 
     def __init__(self, plan: Plan, folder: SweepFolder, trials: Sequence[Trial], todo: Sequence[int]) -> None:
         self.plan = plan

@@ -135,19 +135,19 @@ def _is_rung(step: int, min_resource: int, reduction_factor: int) -> bool:
 
 
 def _sign(study: Any) -> int:
-    """Give what makes the study's better values the lower ones."""
+    """Return what makes the study's better values the lower ones."""
     return -1 if study.direction == optuna().study.StudyDirection.MAXIMIZE else 1
 
 
 def _is_among_best(trials: Sequence[Any], sign: int, value: float, step: int, reduction_factor: int) -> bool:
-    """Whether a value is among the best of those that came to a rung: one of so many of them goes on."""
+    """Return whether a value is among the best of those that came to a rung: one of so many of them continues."""
     values = sorted(sign * trial.intermediate_values[step] for trial in trials if step in trial.intermediate_values)
     num_kept = len(values) // reduction_factor
     return num_kept > 0 and sign * value <= values[num_kept - 1]
 
 
 class Study:
-    """The study of one sweep, asked and told by unit. Built by `open_study`.
+    """The study of one sweep, addressed by unit. Built by `open_study`.
 
     Every method that reaches the storage raises StudyError where it does not answer, or lost what it had.
     """
@@ -170,7 +170,7 @@ class Study:
         self._open = {trial.number for trial in trials if not trial.state.is_finished()}
 
     def knows(self, unit: int) -> bool:
-        """Whether a unit was ever tried, as far as the study knows."""
+        """Return whether a unit was ever tried, as far as the study knows."""
         return unit in self._numbers
 
     def close(self) -> None:
@@ -179,11 +179,11 @@ class Study:
         self._storage.engine.dispose()
 
     def is_open(self, unit: int) -> bool:
-        """Whether a unit is being tried, as far as the study knows."""
+        """Return whether a unit is being tried, as far as the study knows."""
         return self._numbers.get(unit) in self._open
 
     def link(self, unit: int) -> dict[str, Any]:
-        """Say where a unit's run asks whether to go on."""
+        """Return where a unit's run asks whether to continue."""
         with answering(self._url):
             trial_id = self._trials()[self._numbers[unit]]._trial_id
         return {"study": self.name, "storage": self._url, "trial_id": trial_id}
@@ -296,7 +296,7 @@ class Study:
             self._study.add_trial(trial)
 
     def _has(self, key: str, value: Any) -> bool:
-        """Whether the study knows a value of a key."""
+        """Return whether the study knows a value of a key."""
         known = self._distributions[key]
         if (interval := self._axes[key].interval) is None:
             return value in known.choices
@@ -375,7 +375,7 @@ def _opened(plan: Plan, storage: Any, url: str, num_before: int) -> Study:
 
 
 def _sampler(config: SweepConfig, num_before: int) -> Any:
-    """Build the sampler; one that goes on must not propose again what it began with."""
+    """Build the sampler; one that resumes must not propose again what it began with."""
     samplers, seed = optuna().samplers, (config.seed + num_before) % 2**32
     if config.sampler is Sampler.tpe:
         return samplers.TPESampler(seed=seed)

@@ -43,7 +43,7 @@ class SweepRequest:
 
 
 def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> SweepRequest | None:
-    """Compose and check every point of a command line; the fork server begins its imports behind the first good one.
+    """Compose and check every point of a command line; the fork server begins its imports after the first good one.
 
     Returns: None where another sweeper of Hydra's will run it.
     Raises:
@@ -89,7 +89,7 @@ def sweep(request: SweepRequest, config: Any, context: Any) -> int:
 
 
 def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
-    """Lead a sweep to its end, from the beginning or where it was stopped; return the exit code.
+    """Lead a sweep to its end, from the beginning or from where it was stopped; return the exit code.
 
     Raises:
         SweepError, RunFolderError: where the folder or the study can't be used.
@@ -252,7 +252,7 @@ def _merged(recorded: Sequence[Trial], plan: Plan) -> tuple[list[Trial], list[in
 
 
 def _outcome(controller: SweepController, why: str, stop: StopRequest) -> tuple[int, str]:
-    """Give the exit code and the sweep's state."""
+    """Return the exit code and the sweep's state."""
     states = {controller.state.statuses[number].state for number in controller.todo}
     if controller.is_complete:
         return 0, "FINISHED"
@@ -301,7 +301,7 @@ def _result(controller: SweepController, trial: Trial) -> Result:
 
 
 def _close(plan: Plan, controller: SweepController, why: str, console: Console) -> None:
-    """Say how it ended, what failed, and what to do."""
+    """Print how the sweep ended, what failed, and what to do."""
     failed = [
         (trial, status)
         for number, trial in sorted(controller.state.trials.items())

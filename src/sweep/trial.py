@@ -1,4 +1,4 @@
-"""A trial: a run inside a sweep, with its frozen configuration and what it is told apart by. No torch here."""
+"""A trial: a run inside a sweep, with its frozen configuration and what identifies it. No torch here."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def check_trial(line: Mapping[str, Any], before: Mapping[str, Any] | None = None
 
 
 def short(label: str) -> str:
-    """Give a label for the terminal: a searched number with four digits."""
+    """Return a label for the terminal: a searched number with four digits."""
     return _LONG_NUMBER.sub(lambda found: f"{float(found[0]):.4g}", label)
 
 
@@ -125,6 +125,6 @@ def with_typed_numbers(config: Mapping[str, Any], typed: RunConfig, keys: Iterab
 
 
 def setting_of(config: Mapping[str, Any]) -> str:
-    """Give the identity without seed and fold: what all replicates of a setting share."""
+    """Return the identity without seed and fold: what all replicates of a setting share."""
     data = {key: value for key, value in config["data"].items() if key != "fold"}
     return identity_of({**config, "data": data, "seed": None})

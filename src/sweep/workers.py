@@ -30,7 +30,7 @@ from src.runtime.collector import rest_while_importing
 from src.runtime.devices import shares, threads_each, visible_gpus
 
 RunTrial = Callable[[dict[str, Any], str, Mapping[str, Any] | None], int]
-"""Runs a frozen configuration in a folder, with a link to the study (see src.sweep.pruning); gives the exit code."""
+"""Runs a frozen configuration in a folder, with a link to the study (see src.sweep.pruning); returns the exit code."""
 WARM = "src.sweep.preload"
 """What the fork server imports before the first trial."""
 READY_FOR = {
@@ -42,14 +42,14 @@ READY_FOR = {
     "pruning": ("optuna", "optuna.storages._rdb.storage"),
     "hub": ("datasets",),
 }
-"""And behind that, what only some trials need."""
+"""After that, what only some trials need."""
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 GRACE_SECONDS = 5.0
 """How long trials may take to end at once, when asked twice."""
 
 
 def modules_of_run(config: RunConfig, varied: Collection[str] = (), *, is_pruned: bool = False) -> list[str]:
-    """Name the modules that a run imports beside those of WARM.
+    """Return the modules that a run imports besides those of WARM.
 
     Args:
         varied: sections that a sweep varies.
@@ -69,7 +69,7 @@ def modules_of_run(config: RunConfig, varied: Collection[str] = (), *, is_pruned
 
 
 def log_file(run_dir: Path) -> Path:
-    """Name the file that holds what a trial prints."""
+    """Return the file that holds what a trial prints."""
     return run_dir / "logs" / "output.log"
 
 
@@ -91,7 +91,7 @@ class _Worker:
 
 
 def start_fork_server(needs: Sequence[str]) -> None:
-    """Have the fork server begin its imports; returns at once. What libraries say of themselves is not shown.
+    """Start the fork server, which begins its imports; return at once. What libraries say of themselves is not shown.
 
     Args:
         needs: modules that trials will import besides those that all do.
@@ -188,7 +188,7 @@ class Workers:
         """Trials run as soon as they are started."""
 
     def wait(self, seconds: float) -> list[tuple[Job, int]]:
-        """Wait until a trial ends, or so long; gives those that have ended, with their exit codes."""
+        """Wait until a trial ends, or so long; return those that have ended, with their exit codes."""
         multiprocessing.connection.wait([worker.process.sentinel for worker in self._working.values()], seconds)
         ended = [worker for worker in self._working.values() if worker.process.exitcode is not None]
         for worker in ended:
@@ -218,7 +218,7 @@ class Workers:
 
 
 def _nothing() -> None:
-    """Be a process that shows that processes can be had."""
+    """Do nothing: a process that starts shows that others can."""
     _let_go_of_the_server()
 
 
@@ -233,7 +233,7 @@ class _Settings:
 def _work(
     run_trial: RunTrial, settings: _Settings, config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None
 ) -> None:
-    """Be a trial, from its first line to its exit code."""
+    """Run a trial in this process, from its first line to its exit code."""
     os.setsid()
     rest_while_importing()  # the fork server did; looking for garbage there would copy all its memory
     _let_go_of_the_server()
@@ -266,7 +266,7 @@ def note(file: Path, text: str) -> None:
 
 
 def print_into(file: Path) -> None:
-    """Have all that this process prints go into a file, behind what is there."""
+    """Append all that this process prints to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     into = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
