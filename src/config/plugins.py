@@ -94,7 +94,8 @@ def _imported_module(name: str) -> ModuleType:
         if file is None:
             raise ModuleNotFoundError(name=name)
         return _from_file(file.resolve())
-    sys.path += [str(folder) for folder in folders if str(folder) not in sys.path]
+    first = [str(folder) for folder in dict.fromkeys(folders)]
+    sys.path[:] = [*first, *(place for place in sys.path if place not in first)]
     importlib.invalidate_caches()
     return importlib.import_module(name)
 
