@@ -264,8 +264,8 @@ def _of_inner(section: str, name: str, value: Any, situation: Situation) -> list
         if deep and section in situation.choices:
             options = groups.with_key(key, situation.roots)
             those = [option for option in options if _value_in(section, option, deep[0], situation) == value]
-            told = those[:1] or [option for option in options if option in groups.first_with_key(key, situation.roots)]
-            return [_Suggestion(f"{section}={told[0]}" if those else f"one of {section}={', '.join(told)}")]
+            shown = those[:1] or [option for option in options if option in groups.first_with_key(key, situation.roots)]
+            return [_Suggestion(f"{section}={shown[0]}" if those else f"one of {section}={', '.join(shown)}")]
     return []
 
 

@@ -84,7 +84,7 @@ def typed(key: str, value: Any, longest: int) -> str:
 
 
 def label(key: str, value: Any) -> str:
-    """Return `KEY=VALUE` to be read by people and to tell values apart; as it may be typed, where it can be."""
+    """Return `KEY=VALUE` to be read by people and to distinguish values; as it may be typed, where it can be."""
     try:
         return override(key, value)
     except Unwritable:
