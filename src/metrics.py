@@ -95,7 +95,8 @@ def scores(
         DataError: naming the row on which the pattern does not come to an end.
     """
     given = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
-    return {name: METRICS[name].compute(**{need: given[need] for need in METRICS[name].needs}) for name in names}
+    chosen = {name: METRICS[name] for name in names}
+    return {name: float(one.compute(**{need: given[need] for need in one.needs})) for name, one in chosen.items()}
 
 
 def is_full_marks(name: str, prediction: str, reference: str, answer_pattern: str | None = None) -> bool:

@@ -132,8 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"What was predicted is in {job.own.folder(job.run_dir)}:"
         return guarded(
             lambda: predict(job),
-            when_stopped=f"{where} {again} goes on from there.",
-            when_full=f"{where} make room, and the same command goes on from there.",
+            when_stopped=f"{where} {again} resumes there.",
+            when_full=f"{where} make room, and the same command resumes there.",
         )
 
     return answer("predict", __doc__, argv, generate)

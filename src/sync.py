@@ -8,7 +8,7 @@ Each folder's own config.yaml says which tracker; a secret that was not stored i
   tracking.experiment_name=…  where a new run begins, if the folder has none in the store that can be written to
 
 What a store has is looked at first, so a store that was emptied or restored from a copy gets what it lacks, and nothing
-twice. It waits as long as calls bring something new; Ctrl-C ends it, and the same command goes on from there.
+twice. It waits as long as calls bring something new; Ctrl-C ends it, and the same command resumes there.
 
 Exit code 0 where all is delivered, 1 where something is left (it is said what, and why), 2 where something is yours to
 mend first: a damaged file of the folder, which holds up nothing but what it says, or an address, credentials, a store.
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def deliver(arguments: list[str]) -> int:
         sources = admit_sync(arguments)
-        return guarded(lambda: sync_all(sources), when_stopped="The same command goes on.")
+        return guarded(lambda: sync_all(sources), when_stopped="The same command resumes.")
 
     return answer("sync", __doc__, argv, deliver)
 

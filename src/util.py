@@ -58,6 +58,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} {unit}"
 
 
+def load_json(path: Path) -> Any:
+    """Return the content of a JSON file that was checked already; records.read_json checks one."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 @contextmanager
 def replaced_when_written(path: Path) -> Iterator[Path]:
     """Yield a file to write; it takes the path's place when the block ends, so that nobody reads half of it.

@@ -946,7 +946,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
         monkeypatch.undo()
     needed = human_bytes(400_000 + SMALL_BYTES)
     assert f"a checkpoint needs {needed}, {human_bytes(free)} are free in {run_dir}" in str(told.value)
-    there = "the checkpoint of step 2 is whole, and the same command goes on from it" if full else "no earlier"
+    there = "the checkpoint of step 2 is whole, and the same command resumes from it" if full else "no earlier"
     assert there in str(told.value)
     assert "keep_last" in str(told.value)
     assert (content(run_dir), shutil.disk_usage(run_dir).free) == (before, free)
@@ -1099,7 +1099,7 @@ def test_its_own_newest_comes_before_anothers(tmp_path: Path) -> None:
     for named in (other, at(other, 60)):
         found = origin(own, named)
         assert (found.checkpoint, found.own_step) == (at(own, 4), 4)
-        assert found.warnings == [f"the run goes on with its own {at(own, 4)}, not with checkpoint.resume = {named}"]
+        assert found.warnings == [f"the run resumes from its own {at(own, 4)}, not from checkpoint.resume = {named}"]
     for named, step in ((own, 4), (at(own, 2), 2), (at(own, 4), 4), (own / "checkpoints" / ".." / ".." / "own", 4)):
         found = origin(own, named)
         assert (found.checkpoint.resolve(), found.own_step, found.warnings) == (at(own, step), step, [])
@@ -1110,7 +1110,7 @@ def test_weights_alone_are_skipped_without_a_word(tmp_path: Path) -> None:
         rate(checkpoints, 2, 2.0)
         checkpoints.wait()
         assert origin(tmp_path) == ResumePoint()
-        with pytest.raises(CheckpointError, match="has no checkpoint that a run could go on from"):
+        with pytest.raises(CheckpointError, match="has no checkpoint that a run could resume from"):
             origin(tmp_path / "elsewhere", tmp_path)
         put(checkpoints, 4)
         rate(checkpoints, 6, 1.0)

@@ -203,7 +203,11 @@ def test_a_plugin_that_can_not_be_imported_is_refused_with_its_line(place: Path)
             assert said in refusal(f"plugins=[{given}]"), given
     assert "did you mean mine?" in refusal("plugins=[mines]")
     assert "did you mean mine.py?" in refusal("plugins=[mimne.py]")
+    (place / "bare").mkdir()
+    assert "__init__.py" in refusal("plugins=[bare]")
     assert "a list" in refusal("plugins=mine")
+    assert "a list" in refusal("plugins=[[mine]]")
+    assert "no such module" in refusal("plugins=[5]")
 
 
 def test_an_optimizer_s_keys_are_checked_once_it_is_registered(place: Path) -> None:

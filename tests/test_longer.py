@@ -350,7 +350,7 @@ def test_where_all_are_damaged_nothing_is_changed(short: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("change", "overrides", "words"),
     [
-        (lambda _: None, ("checkpoint.resume=never",), "without it the same command goes on"),
+        (lambda _: None, ("checkpoint.resume=never",), "the same command continues"),
         (lambda short: (short.parent / "sweep.json").write_text("{}"), (), "as a trial of the sweep"),
     ],
     ids=["never", "trial"],

@@ -365,13 +365,14 @@ def refusal(config: RunConfig, tokenizer: Any = None) -> str:
 
 def check_listed(message: str, file: Path) -> None:
     """Hold that the first ten places are listed, and how many there are."""
-    count = re.search(r"(\d+) (?:rows? (?:of \w+ )?can't be used|of \d+ rows would be dropped)", message)
-    if count is None:
+    found = re.search(r"([\d,]+) (?:rows? (?:of \w+ )?can't be used|of \d+ rows would be dropped)", message)
+    if found is None:
         assert f"train has no rows: {file}" in message
         return
+    count = int(found[1].replace(",", ""))
     listed = re.findall(rf"^  {re.escape(str(file))}(?::\d+)?(?:  .+)?$", message, re.MULTILINE)
-    assert len(listed) == min(10, int(count[1]))
-    assert (f"… and {int(count[1]) - 10} more" in message) == (int(count[1]) > 10)
+    assert len(listed) == min(10, count)
+    assert (f"… and {count - 10} more" in message) == (count > 10)
 
 
 @pytest.mark.parametrize(("name", "content", "overrides", "words"), CASES.values(), ids=CASES)

@@ -186,7 +186,7 @@ def test_a_stop_in_the_middle_is_gone_on_from(
     assert process.returncode == code
     if number is not signal.SIGKILL:
         assert f"Stopped by {number.name}" in errors
-        assert "the same command goes on from there" in errors
+        assert "the same command resumes there" in errors
         assert "Traceback" not in errors
     there = file.read_bytes()
     assert 0 < there.count(b"\n") < 80
@@ -325,7 +325,7 @@ def test_a_disk_that_is_full_is_told(said: Command, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(predicted_set.PredictedSet, "append", full)
     message = said(code=1)
     assert "The disk is full" in message
-    assert "goes on from there" in message
+    assert "resumes there" in message
     monkeypatch.undo()
     monkeypatch.chdir(ROOT)
     assert "20 of 43 rows are there already" in said()

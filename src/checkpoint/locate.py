@@ -45,7 +45,7 @@ def find_checkpoint(config: CheckpointConfig, run_dir: Path, warnings: list[str]
     if found is None and given is not None:
         return _of(given, warnings), False
     if found is not None and given is not None and given.resolve() != run_dir.resolve():
-        warnings.append(f"the run goes on with its own {found}, not with checkpoint.resume = {given}")
+        warnings.append(f"the run resumes from its own {found}, not from checkpoint.resume = {given}")
     return found, True
 
 
@@ -102,7 +102,7 @@ def lost_best(checkpoint: Path, problem: str) -> str:
     """Return the message for damaged weights that are to be exported."""
     return (
         f"{checkpoint} is damaged: {problem}. It has the best weights so far, which load_best_model_at_end is to "
-        "export. Restore it; or checkpoint.allow_changed=true goes on without them"
+        "export. Restore it; or checkpoint.allow_changed=true resumes without them"
     )
 
 
@@ -134,7 +134,7 @@ def _of(given: Path, warnings: list[str]) -> Path:
         return _named(given)
     found = _newest(given / CHECKPOINTS, warnings, "checkpoint.resume=auto starts at the beginning")
     if found is None:
-        raise CheckpointError(f"{given} has no checkpoint that a run could go on from")
+        raise CheckpointError(f"{given} has no checkpoint that a run could resume from")
     return found
 
 
@@ -143,7 +143,7 @@ def _named(checkpoint: Path) -> Path:
         raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}")
     if not is_resumable(checkpoint):
         raise CheckpointError(
-            f"{checkpoint} holds weights only, so no run can go on from it; "
+            f"{checkpoint} holds weights only, so no run can resume from it; "
             f"{shell_override('init_from', str(checkpoint))} starts a new run with them"
         )
     return checkpoint
@@ -162,12 +162,10 @@ def _newest(folder: Path, warnings: list[str], advice: str) -> Path | None:
     for step in reversed(steps_in(folder)):
         place = folder_of(folder, step)
         if refusal := refusal_of(place):
-            raise CheckpointError(
-                unreadable(place, refusal, "A run can't go on past what may be its newest checkpoint")
-            )
+            raise CheckpointError(unreadable(place, refusal, "A run can't skip what may be its newest checkpoint"))
         if is_later(place):
             raise CheckpointError(
-                f"{place} was written by a later version of Towline, which can go on from it; {advice}"
+                f"{place} was written by a later version of Towline, which can resume from it; {advice}"
             )
         problems = list(problems_of(place))
         if not problems and read_manifest(place).is_resumable:
@@ -177,6 +175,6 @@ def _newest(folder: Path, warnings: list[str], advice: str) -> Path | None:
             damaged.append(f"{place} is damaged ({'; '.join(problems)})")
     if damaged:
         raise CheckpointError(
-            f"no checkpoint of {folder.parent} that a run could go on from is whole:\n{listed(damaged)}\n{advice}"
+            f"no checkpoint of {folder.parent} that a run could resume from is whole:\n{listed(damaged)}\n{advice}"
         )
     return None

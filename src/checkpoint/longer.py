@@ -54,14 +54,14 @@ def check_longer(config: CheckpointConfig, run_dir: Path) -> None:
     if (run_dir.parent / SWEEP).is_file():
         raise RunFolderError(
             f"{finished}, as a trial of the sweep in {run_dir.parent}, which compares it as it is.\n"
-            f"To go on with it for longer in a folder of its own: {shell_override('rerun', str(run_dir))} "
+            f"To continue it in a folder of its own: {shell_override('rerun', str(run_dir))} "
             f"{shell_override('checkpoint.resume', str(run_dir))} hydra.run.dir=ANOTHER, with the same keys"
         )
     if not os.access(run_dir, os.W_OK | os.X_OK):
-        raise RunFolderError(f"{finished}, and can't go on there: no permission to write. {_new_run(run_dir)}")
+        raise RunFolderError(f"{finished}, and can't be continued there: no permission to write. {_new_run(run_dir)}")
     if config.resume == "never":
         raise RunFolderError(
-            f"{finished}, and checkpoint.resume=never: without it the same command goes on from there; or choose "
+            f"{finished}, and checkpoint.resume=never: without it the same command continues it; or choose "
             "another hydra.run.dir."
         )
     if newest_resumable(run_dir / CHECKPOINTS) is None:
@@ -77,12 +77,12 @@ def _why_none(folder: Path) -> str:
         except ValueError as error:
             damaged.append(f"{folder_of(folder, step)}: {error}")
     if damaged:
-        return f"no checkpoint there can be gone on from: {'; '.join(damaged)}; restore one from a copy"
+        return f"no checkpoint there can be resumed from: {'; '.join(damaged)}; restore one from a copy"
     if steps_in(folder):
-        return "keeps no checkpoint that it could go on from, but only weights of evaluations"
-    return "keeps no checkpoint that it could go on from (checkpoint.checkpointing_steps=null saves none)"
+        return "keeps no checkpoint to resume from, only weights of evaluations"
+    return "keeps no checkpoint to resume from (checkpoint.checkpointing_steps=null saves none)"
 
 
 def _new_run(run_dir: Path) -> str:
     begin = shell_override("init_from", str(run_dir))
-    return f"It is left as it is; a new run in another hydra.run.dir begins with its weights: {begin}"
+    return f"It is left as it is; a new run in another hydra.run.dir starts with its weights: {begin}"

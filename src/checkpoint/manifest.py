@@ -18,6 +18,7 @@ import xxhash
 
 from src.config.places import folder_of, step_of, steps_in
 from src.records import read_bytes
+from src.util import load_json
 
 MANIFEST = "manifest.json"
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -127,6 +128,12 @@ def problems_of(checkpoint: Path) -> Iterator[str]:
             yield f"{name} is missing"
         except OSError as error:
             yield f"{name} can't be read: {error.strerror}"
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint, which was checked, holds besides its tensors."""
+    state: dict[str, Any] = load_json(checkpoint / STATE)
+    return state
 
 
 def weights_checksum(checkpoint: Path) -> str:

@@ -36,6 +36,7 @@ from src.checkpoint.manifest import (
     newest_resumable,
     problems_of,
     read_manifest,
+    read_state,
     refusal_of,
     sync,
     weights_checksum,
@@ -80,11 +81,6 @@ def read_snapshot(checkpoint: Path) -> Snapshot[Tensor]:
     refuse_damaged(checkpoint)
     optimizer = load_file(checkpoint / OPTIMIZER) if is_resumable(checkpoint) else None
     return Snapshot(load_file(checkpoint / WEIGHTS), optimizer, read_state(checkpoint))
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds besides its tensors."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 def refuse_damaged(checkpoint: Path) -> None:
@@ -136,11 +132,11 @@ class Checkpoints:
         left = [step for step in steps_in(self._folder) if step > newest] if self._writes else []
         for step in left:
             if refusal := refusal_of(self._at(step)):
-                raise CheckpointError(unreadable(self._at(step), refusal, "It is behind where the run goes on"))
+                raise CheckpointError(unreadable(self._at(step), refusal, "It is later than where the run resumes"))
         for step in left:
             remove(self._at(step))
         steps = ", ".join(map(str, left))
-        return [f"the run goes on behind step {newest}; what was saved later is removed: {steps}"] if left else []
+        return [f"the run resumes after step {newest}; later checkpoints are removed: {steps}"] if left else []
 
     def load_index(
         self, lines: Iterable[Mapping[str, Any]], newest: int | None, written: Mapping[int, str] | None = None
@@ -372,7 +368,7 @@ class Checkpoints:
         needs = "more than there is" if need is None else human_bytes(need)
         there = "there is no earlier checkpoint"
         if self.newest is not None:
-            there = f"the checkpoint of step {self.newest} is whole, and the same command goes on from it"
+            there = f"the checkpoint of step {self.newest} is whole, and the same command resumes from it"
         place = self._folder if self._folder.exists() else self._folder.parent
         free = human_bytes(shutil.disk_usage(place).free)
         return DiskFullError(

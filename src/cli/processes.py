@@ -13,6 +13,7 @@ from src.errors import Interrupted, TrainingError
 from src.runtime.collector import collect_from_here
 from src.runtime.launch import launch
 from src.runtime.signals import StopRequest
+from src.util import load_json
 
 FROZEN = "--frozen"
 """Precedes the file of a frozen job and the run's folder: this process is one of several."""
@@ -50,5 +51,5 @@ def run_as_many(job: Job, stop: StopRequest) -> int:
 
 def read_frozen_job(file: str, run_dir: str) -> Job:
     """Return the job that the parent process froze; the parent holds its folder."""
-    frozen = json.loads(Path(file).read_text(encoding="utf-8"))
+    frozen = load_json(Path(file))
     return Job(parse(frozen["config"]), frozen["config"], Path(run_dir), is_held=True, trial=frozen["trial"])

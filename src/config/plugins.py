@@ -41,8 +41,9 @@ _imported: dict[str, Plugin] = {}
 
 
 def not_imported(names: Any) -> list[str]:
-    """Return the plugins that a configuration names and this process has not imported; none of what is no list."""
-    return [name for name in names if name not in _imported] if isinstance(names, list) else []
+    """Return the plugins that a configuration names and this process has not imported; none of what are no names."""
+    given = [str(name) for name in names if not isinstance(name, list | dict)] if isinstance(names, list) else []
+    return [name for name in given if name not in _imported]
 
 
 def import_plugins(names: Iterable[str]) -> list[Problem]:
@@ -51,11 +52,12 @@ def import_plugins(names: Iterable[str]) -> list[Problem]:
     for name in names:
         try:
             module = _imported_module(name)
+            if getattr(module, "__file__", None) is None:
+                raise ImportError("no file of Python's: a folder needs __init__.py")
+            _imported[name] = Plugin(str(module.__file__), _sha256(module))
         except (Exception, SystemExit) as error:
             problems.append(Problem(KEY, _why(name, error), name))
-        else:
-            _imported[name] = Plugin(str(module.__file__), _sha256(module))
-            keys.all_keys.cache_clear()
+    keys.all_keys.cache_clear()  # there may be keys that were registered
     return problems
 
 
@@ -71,7 +73,7 @@ def require(names: Any) -> None:
 
 def imported(sections: Mapping[str, Any]) -> dict[str, Plugin]:
     """Return the plugins of a configuration, all of which have been imported, by name."""
-    return {name: _imported[name] for name in sections.get(KEY) or ()}
+    return {name: _imported[name] for name in map(str, sections.get(KEY) or ())}
 
 
 def names() -> list[str]:

@@ -19,6 +19,7 @@ from src.data.encoding import EncodedRow
 from src.data.examples import Example
 from src.data.readers.record import Record
 from src.errors import visible
+from src.util import load_json
 
 ROWS, STATS = "rows.arrow", "stats.json"
 BATCH_ROWS, BATCH_BYTES = 1000, 32 * 2**20
@@ -210,7 +211,7 @@ class Shard:
         Raises:
             OSError, ValueError, KeyError: where it is incomplete or damaged.
         """
-        given = json.loads((folder / STATS).read_text(encoding="utf-8"))
+        given = load_json(folder / STATS)
         given["dropped"] = [DroppedRow(**row) for row in given["dropped"]]
         reader = pa.ipc.open_file(pa.memory_map(str(folder / ROWS)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]

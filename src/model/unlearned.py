@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from src.config.schema import Dtype, ModelConfig, Weights
 from src.model.embeddings import embedding_matrices
 from src.runtime.sharding import gathered
 from src.tokens import NewTokens
+from src.util import load_json
 
 SMALL = 0.01
 """A row with a norm below this share of its matrix's median norm was never learned."""
@@ -102,7 +102,7 @@ def _read(config: ModelConfig, names: list[str], shape: tuple[int, ...]) -> list
     index = _file(config, SAFE_WEIGHTS_INDEX_NAME)
     try:
         if index is not None:
-            places: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            places: dict[str, str] = load_json(Path(index))["weight_map"]
         elif (single := _file(config, SAFE_WEIGHTS_NAME)) is not None:
             with safe_open(single, framework="pt") as file:
                 places = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)

@@ -31,6 +31,7 @@ from src.errors import DamagedFileError, Interrupted, one_line
 from src.sweep.plan import Plan
 from src.sweep.workers import Job, RunTrial, log_file, note, print_into
 from src.tracking.lock import LOCK, holder_of
+from src.util import load_json
 
 STOP_FILE = "stop"
 LAUNCH = "launch"
@@ -163,7 +164,7 @@ class _Task:
     def __call__(self, _: DictConfig) -> int:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         file = run_dir.parent / LAUNCH / f"{run_dir.name}.json"
-        given: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        given: Mapping[str, Any] = load_json(file) if file.exists() else {}
         if given.get("batch") != self.batch:  # the sweep gave this job up while it waited
             return Interrupted.exit_code
         print_into(log_file(run_dir))

@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import math
-import os
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from src.markdown import code, inline
 from src.markdown import table as markdown_table
 from src.sweep.ranking import Direction, Row, number
 from src.sweep.trial import short
-from src.util import finite, write_atomically
+from src.util import finite, replaced_when_written, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -266,8 +265,6 @@ def _save(figure: Figure, file: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    with warnings.catch_warnings():
+    with replaced_when_written(file) as part, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a label in letters that the font lacks is drawn as boxes
         FigureCanvasAgg(figure).print_figure(part, dpi=120, format="png")
-    os.replace(part, file)

@@ -12,6 +12,7 @@ from src import secrets
 from src.errors import DamagedFileError, TowlineError, one_line
 from src.records import Line
 from src.tracking.exporters import Activity, DeliveryError, Exporter
+from src.tracking.step_logs import METRICS, read_step_log
 from src.util import write_json
 
 MOST_CHARACTERS = 400
@@ -90,6 +91,14 @@ class FolderExporter(Exporter):
         except OSError:
             where = ""
         self.warn_once(f"{error} {then}{where}")
+
+    @property
+    def _num_delivered(self) -> int:
+        """How many lines of metrics were delivered."""
+        return int(self._state.get("lines", 0))
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        return self._lines(METRICS, read_step_log)
 
     def _lines(self, name: str, read: Callable[[Path, str], list[Line]]) -> list[dict[str, Any]]:
         """Return what the whole lines of a file that grows say."""

@@ -11,7 +11,6 @@ from src.config.frozen import read_status
 from src.errors import DamagedFileError
 from src.records import read_json
 from src.tracking.folder_exporter import FolderExporter
-from src.tracking.step_logs import METRICS, read_step_log
 
 LINES_AT_ONCE = 100
 
@@ -64,13 +63,6 @@ class LineExporter(FolderExporter):
     @property
     def progress(self) -> str:
         return f"{self._num_delivered:,} lines of metrics"
-
-    @property
-    def _num_delivered(self) -> int:
-        return int(self._state["lines"])
-
-    def _metrics(self) -> list[dict[str, Any]]:
-        return self._lines(METRICS, read_step_log)
 
     def _recall(self) -> dict[str, Any]:
         try:

@@ -104,13 +104,6 @@ class MlflowRunExporter(MlflowExporter):
         except DamagedFileError:
             return f"{self._num_delivered:,} lines of metrics"
 
-    @property
-    def _num_delivered(self) -> int:
-        return int(self._state.get("lines", 0))
-
-    def _metrics(self) -> list[dict[str, Any]]:
-        return self._lines(METRICS, read_step_log)
-
     def _readable_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics; none where they are damaged, which is reported where they are delivered."""
         try:

@@ -1,4 +1,4 @@
-"""Optimizers and schedules, as pure functions of parameters and numbers."""
+"""Optimizers and schedules of a run, built of their configuration; each is defined in src/config/schema."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Split what is trained into matrices, which decay, and norms and biases (one dimension or none), which do not.
 
-    With `embedding_lr` the embeddings form groups of their own, behind the others, that have it as their peak. A
-    parameter that comes twice, such as a tied matrix, is taken once.
+    With `embedding_lr` the embeddings form groups of their own, after the others, with it as their peak. A parameter
+    that comes twice, such as a tied matrix, is taken once.
 
     Raises:
         ModelError: where `embedding_lr` is given and no embedding is trained.
@@ -59,7 +59,7 @@ def build_optimizer(
 
 
 def cannot_learn(config: SchedulerConfig, num_steps: int) -> list[str]:
-    """Say how a warm-up keeps a run of so many updates from learning; nothing where it does not."""
+    """Return why a warm-up keeps a run of so many updates from learning; nothing where it does not."""
     warmup = config.num_warmup_steps(num_steps)
     if not warmup or warmup < num_steps:
         return []
@@ -82,7 +82,7 @@ def build_schedule(config: SchedulerConfig, optimizer: torch.optim.Optimizer, nu
 
 
 def restore_schedule(schedule: LambdaLR, num_updates: int) -> None:
-    """Put a schedule where it is after so many updates; it depends on nothing else."""
+    """Set a schedule to where it is after so many updates; it depends on nothing else."""
     schedule.last_epoch, schedule._step_count = num_updates, num_updates + 1
     rates = [base * factor(num_updates) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):

@@ -21,7 +21,7 @@ from src.checkpoint.compatibility import (
     is_reordered,
 )
 from src.checkpoint.locate import find_checkpoint
-from src.checkpoint.manifest import STATE
+from src.checkpoint.manifest import read_state
 from src.config.job import Job
 from src.config.schema import CheckpointConfig, RunConfig
 from src.util import plural
@@ -180,7 +180,7 @@ def find_resume_point(
     found, is_own = find_checkpoint(config, run_dir, warnings)
     if found is None:
         return ResumePoint()
-    state = json.loads((found / STATE).read_text(encoding="utf-8"))
+    state = read_state(found)
     changes = compare_configs(state["config"], frozen)
     warnings += check(changes, allow_changed=config.allow_changed, where=str(found))
     return ResumePoint(found, state, changes, warnings, is_own)

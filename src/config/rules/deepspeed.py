@@ -27,6 +27,7 @@ from src.config.schema import (
     ZeroConfig,
     ZeroFileConfig,
 )
+from src.util import in_words
 
 
 @applies_to("run")
@@ -150,5 +151,5 @@ def zero_can_shard(
             yield Problem("optimizer.type", "offloaded updates are AdamW's: deepspeed without offload", optimizer.type)
         places = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
         if missing := [tool for tool in ("g++", "ninja") if shutil.which(tool, path=places) is None]:
-            reason = f"DeepSpeed compiles its update on the CPU, and {' and '.join(missing)} can't be found here"
+            reason = f"DeepSpeed compiles its update on the CPU, and {in_words(missing)} can't be found here"
             yield Problem("deepspeed.zero_optimization.offload_optimizer", reason, has_value=False)
