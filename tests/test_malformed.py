@@ -296,7 +296,7 @@ CHATS: dict[str, Case] = {
     "role is null": ("rows.jsonl", chat({"role": None, "content": "a"}), [CHAT], ["message 1 has the role None"]),
     "role is a list": ("rows.jsonl", chat({"role": [], "content": "a"}), [CHAT], ["message 1 has the role []"]),
     "two systems": ("rows.jsonl", chat(SYSTEM, SYSTEM, USER), [CHAT], ["message 2 is a second system message"]),
-    "system later": ("rows.jsonl", chat(USER, ASSISTANT, SYSTEM), [CHAT], ["message 3 is a system message behind the"]),
+    "system later": ("rows.jsonl", chat(USER, ASSISTANT, SYSTEM), [CHAT], ["message 3 is a system message after the"]),
     "assistant first": ("rows.jsonl", chat(ASSISTANT, USER), [CHAT], ["message 1: the assistant can't speak first"]),
     "after the system": ("rows.jsonl", chat(SYSTEM, ASSISTANT), [CHAT], ["message 2: the assistant can't speak first"]),
     "two users": ("rows.jsonl", chat(USER, USER, ASSISTANT), [CHAT], ["message 2 is a second user's message in a row"]),

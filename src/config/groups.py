@@ -157,7 +157,7 @@ def setting(key: Key, roots: Sequence[Path]) -> dict[str, Any]:
 
 
 def first_with_key(key: Key, roots: Sequence[Path]) -> list[str]:
-    """Return those options that give a key a value and build on no other option that does."""
+    """Return those options that set a key and build on no other option that does."""
     names = list(setting(key, roots)) or with_key(key, roots)
     above = {name: {one.name for one in lineage(key.section, name, tuple(roots))} - {name} for name in names}
     return [name for name in names if not above[name] & set(names)]

@@ -14,7 +14,7 @@ from src.config.keys import Key, all_keys
 from src.config.options import CONF, GLOBAL_GROUPS, OptionFileError, shown
 from src.config.peers import Counterpart
 from src.config.problems import Problem
-from src.config.quoting import Unwritable, shell_override
+from src.config.quoting import typed
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, Keys
 
 LIKE_HERE, LIKE_ELSEWHERE = 0.6, 0.8
@@ -264,8 +264,8 @@ def _of_inner(section: str, name: str, value: Any, situation: Situation) -> list
         if deep and section in situation.choices:
             options = groups.with_key(key, situation.roots)
             those = [option for option in options if _value_in(section, option, deep[0], situation) == value]
-            told = those[:1] or [option for option in options if option in groups.first_with_key(key, situation.roots)]
-            return [_Suggestion(f"{section}={told[0]}" if those else f"one of {section}={', '.join(told)}")]
+            shown = those[:1] or [option for option in options if option in groups.first_with_key(key, situation.roots)]
+            return [_Suggestion(f"{section}={shown[0]}" if those else f"one of {section}={', '.join(shown)}")]
     return []
 
 
@@ -376,13 +376,7 @@ def _of_key(
 
 def _typed(key: Key, value: Any) -> str:
     """Return KEY=VALUE as it is typed in a shell; '' where it can't be, is long, or the key takes no such value."""
-    if not key.takes(value):
-        return ""
-    try:
-        text = shell_override(key.name, value)
-    except Unwritable:
-        return ""
-    return text if len(text) <= LONGEST else ""
+    return typed(key.name, value, LONGEST) if key.takes(value) else ""
 
 
 def _alike(key: str, value: Any, problem: UnknownKey, situation: Situation) -> list[_Suggestion]:

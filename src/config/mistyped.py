@@ -16,7 +16,7 @@ from omegaconf import grammar_parser
 from omegaconf.errors import GrammarParseError
 
 from src.config.keys import all_keys
-from src.config.quoting import Unwritable, quoted, shell_override
+from src.config.quoting import quoted, typed
 from src.config.schema import SECTIONS
 from src.config.values import MISSING_TEXT, holds_missing
 from src.errors import visible
@@ -52,12 +52,12 @@ def unreadable(key: str, value: str) -> str:
 
 def _good(text: str) -> str:
     """Return KEY=VALUE as it is typed in a shell, where there is such a key and it takes the value; else ''."""
-    key, typed = text.partition("=")[0].lstrip("+~"), shlex.quote(text)
+    key, shown = text.partition("=")[0].lstrip("+~"), shlex.quote(text)
     is_known = key in {*all_keys(), *SECTIONS} or key.rpartition(".")[0] in all_keys()
-    if not (is_known and _is_read(text) and _fits(typed)):
+    if not (is_known and _is_read(text) and _fits(shown)):
         return ""
     value = OverridesParser.create().parse_override(text).value()
-    return typed if key not in all_keys() or all_keys()[key].takes(_plain(value)) else ""
+    return shown if key not in all_keys() or all_keys()[key].takes(_plain(value)) else ""
 
 
 def several(override: Override, text: str, *, is_group: bool) -> str:
@@ -131,11 +131,8 @@ def _quoting_hint(key: str, value: str) -> str:
 
 def _hint(key: str, value: Any) -> str:
     """Return how a value is typed in a shell, after a colon; '' where its key can't be that, or it is too long."""
-    try:
-        text = shell_override(key, value)
-    except Unwritable:
-        return ""
-    return f": {text}" if _takes(key, value) and _fits(text) else ""
+    text = typed(key, value, LONGEST_HINT) if _takes(key, value) else ""
+    return f": {text}" if text else ""
 
 
 def _takes(key: str, value: Any) -> bool:

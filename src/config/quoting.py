@@ -13,6 +13,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from src.errors import visible
+
 _BARE = re.compile(r"(?:[A-Za-z_]|\.{0,2}/)[\w./-]*", re.ASCII)
 """Texts that need no quotes, but for words that mean something else."""
 _RESERVED = ("null", "true", "false", "nan", "inf")
@@ -72,8 +74,17 @@ def shell_override(key: str, value: Any) -> str:
     return shlex.quote(override(key, escaped(value)))
 
 
+def typed(key: str, value: Any, longest: int) -> str:
+    """Return `KEY=VALUE` as it is typed in a shell; '' where it can't be, or is longer."""
+    try:
+        text = shell_override(key, value)
+    except Unwritable:
+        return ""
+    return text if len(text) <= longest and visible(text, is_line=True) == text else ""
+
+
 def label(key: str, value: Any) -> str:
-    """Return `KEY=VALUE` to be read by people and to tell values apart; as it may be typed, where it can be."""
+    """Return `KEY=VALUE` to be read by people and to distinguish values; as it may be typed, where it can be."""
     try:
         return override(key, value)
     except Unwritable:

@@ -131,7 +131,7 @@ def _is_metric_given(config: RunConfig) -> bool:
 
 
 def planned_parameters(config: RunConfig, model: Any, new_ids: Sequence[int]) -> ModelParameters:
-    """Read the parameters of the model that will be trained, and give it quantised layers and the adapter, in place.
+    """Read the parameters of the model that will be trained, and add quantised layers and the adapter to it, in place.
 
     Raises:
         ModelError: where the adapter can't be put into this model.

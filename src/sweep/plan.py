@@ -129,7 +129,7 @@ class Plan:
         return [axis.key for axis in [*self.axes, *self.replicates]]
 
     def unit(self, own: Sequence[str], unit: int, first: int) -> tuple[list[Trial], list[Problem]]:
-        """Compose the trials of one setting, or tell why it is refused.
+        """Compose the trials of one setting, or return why it is refused.
 
         Args:
             own: the setting's overrides, each as KEY=VALUE.
@@ -315,7 +315,7 @@ def _key_of(fixed: str | Assignment) -> str:
 
 
 def _counted(plan: Plan) -> Iterator[Problem]:
-    """Count what the axes span, and tell a grid of more points than sweep.max_points, or an axis of more values."""
+    """Count what the axes span, and yield a grid of more points than sweep.max_points, or an axis of more values."""
     axes, most = [*plan.axes, *plan.replicates], plan.config.max_points
     too_long = [axis for axis in axes if axis.num_values > most]
     for axis in too_long:

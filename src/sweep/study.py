@@ -194,7 +194,7 @@ class Study:
         """Return a paused unit that is among the best of its rung by now, of the highest rung first.
 
         Args:
-            at_least_one: give the best one, where none is.
+            at_least_one: return the best one, where none is.
         """
         sign = _sign(self._study)
         with answering(self._url):

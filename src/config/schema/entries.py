@@ -17,7 +17,8 @@ class PreflightConfig:
     rows: int = key(COUNT, default=4, text="rows of train that are shown, each part in the colour of what is learned")
     dump: str | None = key(PATH, default=None, text="a file that gets every encoded row of train as JSON lines")
     measure: bool = key(
-        default=False, text="true: one micro-batch is computed, so that memory and time are measured; loads the weights"
+        default=False,
+        text="true: a batch of each kind is computed, so that memory and time are measured; loads the weights",
     )
 
 
