@@ -504,7 +504,7 @@ def test_a_damaged_entry_is_made_again(
 def test_a_folder_that_can_not_be_made_is_told(tmp_path: Path, file: str) -> None:
     (tmp_path / "cache").write_text("a file")
     for folder in (tmp_path / "cache", tmp_path / "cache" / "inside"):
-        with pytest.raises(DataError, match=rf"data\.cache_dir = {folder} can't be made: .*; give another, or null"):
+        with pytest.raises(DataError, match=rf"data\.cache_dir = {folder} can't be made: .*null for none"):
             config = admitted(*chosen(file, tmp_path / "other")).config
             built(dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=str(folder))))
     assert (tmp_path / "cache").read_text() == "a file"
