@@ -429,7 +429,7 @@ WRONG_MODELS = [
     ("bart-tied", ["model=causal_lm"], "is of the type encoder_decoder; model.type is causal_lm"),
     ("llama-tied", ["model=encoder_decoder"], "is of the type causal_lm; model.type is encoder_decoder"),
     ("llama-tied", ["model=causal_lm", "model.attn_implementation=flash_attention_2", "runtime.device=auto"],
-     "needs a GPU and the package flash-attn"),
+     "needs a GPU, the package flash-attn"),
 ]  # fmt: skip
 
 
