@@ -28,10 +28,10 @@ from src.model import export as exporting
 from src.model.adapters import Adapter, add_adapter, with_rows
 from src.model.build import build_model, set_generation
 from src.model.card import model_card
-from src.model.embeddings import StartedRows, check_new_rows, embedding_matrices, resize_and_initialise
+from src.model.embeddings import InitialisedRows, check_new_rows, embedding_matrices, resize_and_initialise
 from src.model.export import export, load_exported
 from src.model.quantization import keep_gradients
-from src.model.unlearned import unlearned_tokens
+from src.model.untrained import untrained_tokens
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
 from src.training.loop import train
@@ -94,9 +94,9 @@ class Assembled:
         self.data: Data = build_data(self.config, self.tokenizer)
         self.model = build_model(self.config, runtime.device)
         set_generation(self.model, self.config.generation, self.tokenizer, self.data.stop_ids)
-        unlearned = unlearned_tokens(self.model, self.tokenizer, self.new, self.config.model)
-        self.started: StartedRows = resize_and_initialise(
-            self.model, self.tokenizer, self.new, self.config.tokens, self.config.seed, unlearned
+        untrained = untrained_tokens(self.model, self.tokenizer, self.new, self.config.model)
+        self.started: InitialisedRows = resize_and_initialise(
+            self.model, self.tokenizer, self.new, self.config.tokens, self.config.seed, untrained
         )
         self.adapter: Adapter | None = add_adapter(self.model, self.config, list(self.started.ids.values()))
         self.state: TrainState = prepare(self.model, self.data.train, self.config, runtime, self.new.ids)

@@ -40,7 +40,7 @@ from src.forecast.counting import MicroBatchShape
 from src.forecast.memory import memory_forecast
 from src.inspection.outlook import planned_parameters, sharding_of
 from src.model.build import empty_model
-from src.model.embeddings import fit_embeddings
+from src.model.embeddings import resize_embeddings
 from src.runtime.launch import launch
 from src.runtime.session import start_runtime
 from src.runtime.sharding import deepspeed_settings
@@ -463,7 +463,7 @@ def test_memory_is_forecast_as_it_is_held(lab: Laboratory, tmp_path: Path) -> No
         config = admitted(*overrides).config
         tokenizer, new = load_tokenizer(config.model, config.tokens)
         model = empty_model(config.model)
-        fit_embeddings(model, len(tokenizer), config.tokens.pad_to_multiple_of)
+        resize_embeddings(model, len(tokenizer), config.tokens.pad_to_multiple_of)
         parameters = planned_parameters(config, model, list(new.ids.values()))
         sharding = sharding_of(config)
         shape = MicroBatchShape(batch=2, seq=64, num_supervised=126)

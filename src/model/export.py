@@ -24,7 +24,7 @@ from src.config.schema import ModelConfig, RunConfig, Weights
 from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, one_line
 from src.model.adapters import WEIGHTS, Adapter, with_adapter
 from src.model.build import build_model, check_lengths, empty_model, load_architecture, load_weights
-from src.model.embeddings import fit_embeddings
+from src.model.embeddings import resize_embeddings
 from src.model.merging import merge, probe_ids
 from src.tokens import num_token_ids
 from src.util import listed
@@ -252,5 +252,5 @@ def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) 
     except ModelError as error:
         raise ModelError(f"the adapter in {folder} needs its base, {config.model.checkpoint}: {error}") from error
     trust = config.model.trust_remote_code
-    fit_embeddings(base, num_token_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)), None)
+    resize_embeddings(base, num_token_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)), None)
     return with_adapter(base, folder)

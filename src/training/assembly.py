@@ -22,13 +22,13 @@ from src.errors import CheckpointError, ModelError
 from src.model.adapters import Adapter, add_adapter
 from src.model.build import build_model, set_generation, with_zero_sizes
 from src.model.embeddings import (
-    StartedRows,
+    InitialisedRows,
     TokenMonitor,
     check_new_rows,
+    reread_rows,
     resize_and_initialise,
-    with_present_rows,
 )
-from src.model.unlearned import unlearned_tokens
+from src.model.untrained import untrained_tokens
 from src.runtime.launch import num_processes
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.sharding import deepspeed_settings
@@ -76,7 +76,7 @@ class Assembled:
     tokenizer: Any
     new_tokens: NewTokens
     adapter: Adapter | None
-    started: StartedRows
+    initialised: InitialisedRows
     """The rows that new tokens start from."""
     base: Mapping[str, Any] | None
     """Size and checksum of each file of the local model that the adapter is trained on."""
@@ -87,7 +87,7 @@ class Assembled:
         Raises:
             CheckpointError: where the checkpoint does not fit the model.
         """
-        check_new_rows(state.model, self.started)
+        check_new_rows(state.model, self.initialised)
         if config.init_from is None or exported_start(config) is not None:
             return []
         checkpoint, warnings = newest_weights(Path(config.init_from))
@@ -109,12 +109,12 @@ def assemble_model(config: RunConfig, tokenizer: Any, new_tokens: NewTokens, dat
     base = base_digests(config.model.checkpoint) if has_base else None
     model = build_model(config, runtime.device)
     set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
-    unlearned = unlearned_tokens(model, tokenizer, new_tokens, config.model)
-    started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned)
-    adapter = add_adapter(model, config, list(started.ids.values()))
+    untrained = untrained_tokens(model, tokenizer, new_tokens, config.model)
+    initialised = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, untrained)
+    adapter = add_adapter(model, config, list(initialised.ids.values()))
     if _load_initial_adapter(adapter, tokenizer, config):
-        started = with_present_rows(model, started)
-    return Assembled(model, tokenizer, new_tokens, adapter, started, base)
+        initialised = reread_rows(model, initialised)
+    return Assembled(model, tokenizer, new_tokens, adapter, initialised, base)
 
 
 def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> bool:
