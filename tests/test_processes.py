@@ -47,7 +47,7 @@ from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
 from src.training.head import ScoredModel
 from src.training.resume import find_resume_point
-from src.training.state import batch_plan
+from src.training.state import build_batch_sampler
 from tests.conftest import ROOT, admitted, read_lines, write_lines
 
 T = TypeVar("T")
@@ -385,7 +385,7 @@ def test_a_step_takes_the_same_rows_of_any_number_of_processes(lab: Laboratory, 
         train = build_data(config, tokenizer).train
         assert isinstance(train, EncodedSet)
         found = []
-        for window in windows(train, batch_plan(config, num_processes), config.seed):
+        for window in windows(train, build_batch_sampler(config, num_processes), config.seed):
             found.append((window.after, [row for _, part in window.micro_batches for rows in part for row in rows]))
             if window.epoch == epoch_of - 1 and window.ends_epoch:
                 return found

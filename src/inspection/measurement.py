@@ -23,7 +23,7 @@ from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import stop_on_signals
 from src.tokens import num_token_ids
 from src.training.loss import Scores
-from src.training.state import TrainState, prepare
+from src.training.state import TrainState, build_train_state
 
 NUM_TOKENS = 16
 """Generated after a first one, to time a token."""
@@ -57,7 +57,7 @@ def measure_work(config: RunConfig, tokenizer: Any, new_ids: Sequence[int], data
         set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
         resize_embeddings(model, num_token_ids(tokenizer), config.tokens.pad_to_multiple_of)
         add_adapter(model, config, new_ids)
-        state = prepare(model, work.train, config, runtime)
+        state = build_train_state(model, work.train, config, runtime)
         widest_tokens, activation_bytes, seconds = _measure_training(state, work, runtime)
         evaluator = open_evaluation(config, state.scored, state.model, data, runtime)
         evaluation_seconds, evaluation_tokens = _measure_evaluation(evaluator, work.evaluations, runtime)

@@ -228,7 +228,7 @@ def _check_tokenizer(folder: Path, tokenizer: Any, *, trust: bool) -> None:
         raise ExportError(f"the tokenizer in {folder} has other ids for:\n{listed(wrong)}")
 
 
-def exported(run_dir: Path, config: ModelConfig) -> ModelConfig:
+def exported_model_config(run_dir: Path, config: ModelConfig) -> ModelConfig:
     """Return the settings that load the model and tokenizer that a run exported."""
     return replace(config, checkpoint=str(run_dir / "model"), revision=None, weights=Weights.pretrained)
 
@@ -243,7 +243,7 @@ def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) 
     """
     folder = run_dir / "model"
     if not (folder / "adapter_config.json").exists():
-        model = exported(run_dir, config.model)
+        model = exported_model_config(run_dir, config.model)
         architecture = load_architecture(model)
         check_lengths(model, architecture, config.data.max_seq_length, config.data.max_target_length)
         return load_weights(model, architecture, model.checkpoint)
