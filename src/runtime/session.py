@@ -142,16 +142,16 @@ class Runtime:
         """Wait until every process is here."""
         self._accelerator.wait_for_everyone()
 
-    def share(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
-        """Yield this process's share of items, and whether each counts.
+    def split(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+        """Yield the items of this process, and whether each is a real one or a filler.
 
-        Every process gets as many, because they compute together: where the items don't divide evenly, some get one
-        that does not count.
+        All processes get the same number, because they compute together: where the items don't divide evenly, some
+        get a filler, whose results are dropped.
         """
         n = self.num_processes
         for start in range(0, len(items), n):
-            is_there = start + self.rank < len(items)
-            yield items[start + self.rank if is_there else start], is_there
+            is_real = start + self.rank < len(items)
+            yield items[start + self.rank if is_real else start], is_real
 
     def check_stop(self, asked: float | None = None) -> None:
         """Stop all processes here, if any was asked to stop.

@@ -24,12 +24,12 @@ from src.util import listed
 class MicroBatch:
     """A micro-batch and the set that its row numbers refer to.
 
-    One that does not count only keeps this process in step with the others.
+    A filler (not `is_real`) only keeps this process in step with the others.
     """
 
     rows: EncodedSet
     batch: Batch
-    counts: bool = True
+    is_real: bool = True
 
 
 @dataclass
@@ -102,8 +102,8 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         window = next(coming)
         started = time.perf_counter()
         batches = [
-            MicroBatch(block, collate(block, sequences, pad_token_id, flat=state.is_flat), counts)
-            for (block, sequences), counts in runtime.share(window.micro_batches)
+            MicroBatch(block, collate(block, sequences, pad_token_id, flat=state.is_flat), is_real)
+            for (block, sequences), is_real in runtime.split(window.micro_batches)
         ]
         lr, grad_norm = step_once(state, batches, config, runtime)
         seconds = time.perf_counter() - started
@@ -123,13 +123,14 @@ def step_once(
         batches: this process's; every process has as many.
     """
     state.scored.train()
-    counted = [one.batch for one in batches if one.counts]
+    real = [one.batch for one in batches if one.is_real]
+    # one exchange of all processes, also of whether one of them was asked to stop: so all stop at the same step
     num_supervised, num_thought, num_tokens, num_rows, asked = runtime.sum(
         [
-            sum(batch.num_supervised for batch in counted),
-            sum(batch.num_thought for batch in counted),
-            sum(batch.num_tokens for batch in counted),
-            sum(len(batch.rows) for batch in counted),
+            sum(batch.num_supervised for batch in real),
+            sum(batch.num_thought for batch in real),
+            sum(batch.num_tokens for batch in real),
+            sum(len(batch.rows) for batch in real),
             float(bool(runtime.stop.asked())),
         ]
     )
@@ -163,14 +164,14 @@ def _add_gradients(
         batch = one.batch.to(runtime.device)
         with runtime.strategy.accumulate(last=is_last):
             scores = state.scored(**batch.inputs())
-            share = step_objective(scores.objective, weights, config.loss.reduction) * one.counts
+            contribution = step_objective(scores.objective, weights, config.loss.reduction) * one.is_real
             # processes average their gradients; the step sums them
-            runtime.backward(share * runtime.num_processes, last=is_last)
-        sums.append(scores.sums() * one.counts)
-    own = torch.stack(sums, dim=1).tolist()
-    summed = runtime.sum([sum(values) for values in own])
+            runtime.backward(contribution * runtime.num_processes, last=is_last)
+        sums.append(scores.sums() * one.is_real)
+    local = torch.stack(sums, dim=1).tolist()
+    summed = runtime.sum([sum(values) for values in local])
     if not math.isfinite(summed[0]):
-        bad = [one for value, one in zip(own[0], batches, strict=True) if not math.isfinite(value)]
+        bad = [one for value, one in zip(local[0], batches, strict=True) if not math.isfinite(value)]
         raise _not_finite(f"the loss became {summed[0]}", runtime.gather(_places(bad)), state.step + 1)
     return summed
 
