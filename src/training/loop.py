@@ -34,24 +34,21 @@ class MicroBatch:
 
 @dataclass
 class Step:
-    """An optimizer step that is done. `number` counts from 1."""
+    """What `train` yields after each optimizer step: its result, and the sums since the last line of metrics."""
 
-    update: StepResult
+    result: StepResult
     is_last: bool
     stats: StepStats = field(repr=False)
     with_objective: bool = False
+    """Whether the objective differs from the loss, so that its mean is a metric of its own."""
 
     @property
     def number(self) -> int:
-        return self.update.number
-
-    @property
-    def epoch(self) -> int:
-        return self.update.epoch
+        return self.result.number
 
     @property
     def lr(self) -> float:
-        return self.update.lr
+        return self.result.lr
 
     @property
     def loss(self) -> float:
@@ -64,7 +61,7 @@ class Step:
     @property
     def warnings(self) -> list[str]:
         """Why the run can't learn, where the first step shows it."""
-        if self.number > 1 or self.update.grad_norm != 0:
+        if self.number > 1 or self.result.grad_norm != 0:
             return []
         return [
             "no trained parameter got a gradient in step 1, so nothing was learned: what is trained "
@@ -73,13 +70,13 @@ class Step:
 
     def is_due(self, every: int | str | None) -> bool:
         """Return whether something that happens every N steps, or every epoch, or never (None), happens after it."""
-        return self.update.is_due(every)
+        return self.result.is_due(every)
 
     def collect(self) -> dict[str, float]:
         """Return the metrics since the last line, and reset the sums."""
         means = self.stats.means(with_objective=self.with_objective)
         self.stats.reset()
-        return means | {"train/lr": self.update.lr, "train/grad_norm": self.update.grad_norm}
+        return means | {"train/lr": self.result.lr, "train/grad_norm": self.result.grad_norm}
 
 
 def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime, pad_token_id: int) -> Iterator[Step]:
@@ -93,10 +90,10 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
             before.
     """
     loss = config.loss
-    is_another = loss.reduction is Reduction.sum or loss.thought_weight != 1 or loss.label_smoothing > 0
+    objective_differs = loss.reduction is Reduction.sum or loss.thought_weight != 1 or loss.label_smoothing > 0
     state.rng = runtime.rng_state()
-    if state.last is not None and not state.is_over:
-        yield Step(state.last, state.step >= state.num_steps, state.stats, is_another)
+    if state.last_step is not None and not state.is_last_step_complete:
+        yield Step(state.last_step, state.step >= state.num_steps, state.stats, objective_differs)
     coming = windows(rows, state.batch_sampler, config.seed, state.position)
     while state.step < state.num_steps:
         window = next(coming)
@@ -110,8 +107,8 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         state.stats.seconds += seconds
         state.train_seconds += seconds
         state.position, state.rng = window.after, runtime.rng_state()
-        state.last = StepResult(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
-        yield Step(state.last, state.step >= state.num_steps, state.stats, is_another)
+        state.last_step = StepResult(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
+        yield Step(state.last_step, state.step >= state.num_steps, state.stats, objective_differs)
 
 
 def step_once(

@@ -75,7 +75,7 @@ class Saver:
 
     def finish(self) -> None:
         """Leave the last checkpoint and the best ones, at the end of the run."""
-        last = self._state.last
+        last = self._state.last_step
         self._checkpoints.finish(was_due=last is not None and last.is_due(self._config.evaluation.eval_steps))
 
     def _extra_state(self) -> dict[str, Any]:
@@ -114,8 +114,8 @@ def open_saver(
         tracker.expect(state.num_steps, state.steps_per_epoch)
         is_end = state.step >= state.num_steps or resume.is_end
         lines, again = runtime.from_main((tracker.rewind_to(state.step, is_end=is_end), tracker.cut_line))
-        state.mark_complete(is_over=any(line["step"] == state.step for line in lines))
-        comparable_from = resume.comparable_from(facts, state.step, is_complete=state.is_over)
+        state.set_complete(is_complete=any(line["step"] == state.step for line in lines))
+        comparable_from = resume.comparable_from(facts, state.step, is_complete=state.is_last_step_complete)
         evaluated = [*resume.own_state.get("best", ()), *lines]
         if again is not None and state.evaluates_again(config.evaluation.eval_steps):
             evaluated.append(again)
