@@ -91,7 +91,7 @@ class Fingerprint:
 
 
 HASHES = ("data", "tokenizer", "frozen_weights", "architecture", "validation")
-"""Facts whose values say nothing to a reader."""
+"""Entries of a fingerprint whose values say nothing to a reader."""
 
 
 def compare_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
@@ -158,7 +158,7 @@ def compare_fingerprints(before: Fingerprint, now: Fingerprint) -> list[Change]:
     """
     return [
         Change(key, getattr(before, key), getattr(now, key), *judge(before, now))
-        for key, judge in _FACTS.items()
+        for key, judge in _COMPARISONS.items()
         if getattr(before, key) != getattr(now, key) and not _is_unknown(key, before, now)
     ] + [
         Change(f"versions.{name}", then, today, Impact.rounding)
@@ -193,7 +193,7 @@ def _steps(before: Fingerprint, now: Fingerprint) -> Verdict:
     return Impact.harmless, ""
 
 
-_FACTS: dict[str, Callable[[Fingerprint, Fingerprint], Verdict]] = {
+_COMPARISONS: dict[str, Callable[[Fingerprint, Fingerprint], Verdict]] = {
     "data": _rows,
     "tokenizer": lambda before, now: (Impact.impossible, "ids mean other tokens"),
     "frozen_weights": _base,
@@ -209,35 +209,35 @@ _FACTS: dict[str, Callable[[Fingerprint, Fingerprint], Verdict]] = {
 }
 
 
-def check(changes: Sequence[Change], *, allow_changed: bool, where: str) -> list[str]:
+def check_changes(changes: Sequence[Change], *, allow_changed: bool, checkpoint: str) -> list[str]:
     """Raise ConfigError of every change that is not allowed; return warnings of those that are.
 
     Args:
-        allow_changed: whether another training is meant.
-        where: the checkpoint's folder.
+        allow_changed: whether training may continue differently than before.
+        checkpoint: its folder.
     Raises:
         ConfigError: naming each change, and what to do.
     """
     least = Impact.impossible if allow_changed else Impact.trajectory
     if refused := [change for change in changes if change.impact >= least]:
-        raise ConfigError(_refusal(refused, where))
-    of = {impact: [change for change in changes if change.impact is impact] for impact in Impact}
+        raise ConfigError(_refusal(refused, checkpoint))
+    by_impact = {impact: [change for change in changes if change.impact is impact] for impact in Impact}
     warnings = []
-    if others := of[Impact.trajectory]:
-        warnings.append(f"what comes after {where} is another training: {_joined(others)}")
-    if rounded := of[Impact.rounding]:
-        warnings.append(f"resumes from {where}, but no longer bit for bit: {_joined(rounded)}")
-    return [*warnings, *(_joined([change]) for change in of[Impact.harmless] if change.why)]
+    if others := by_impact[Impact.trajectory]:
+        warnings.append(f"what comes after {checkpoint} is another training: {_joined(others)}")
+    if rounded := by_impact[Impact.rounding]:
+        warnings.append(f"resumes from {checkpoint}, but no longer bit for bit: {_joined(rounded)}")
+    return [*warnings, *(_joined([change]) for change in by_impact[Impact.harmless] if change.why)]
 
 
 def _joined(changes: Sequence[Change]) -> str:
     return "; ".join(f"{change.values} ({change.why})" if change.why else change.values for change in changes)
 
 
-def _refusal(refused: Sequence[Change], where: str) -> str:
+def _refusal(refused: Sequence[Change], checkpoint: str) -> str:
     impossible = [change for change in refused if change.impact is Impact.impossible]
     width = min(60, max(len(change.values) for change in refused))
-    lines = [f"Can't resume from {where}: {plural(len(refused), 'change')} since then"]
+    lines = [f"Can't resume from {checkpoint}: {plural(len(refused), 'change')} since then"]
     lines += [f"  {change.values:<{width}}   {change.why}".rstrip() for change in refused]
     if not impossible:
         lines.append("What comes would be another training: checkpoint.allow_changed=true resumes anyway.")
@@ -249,7 +249,7 @@ def _refusal(refused: Sequence[Change], where: str) -> str:
     back = "Put it back as it was" if len(refused) == 1 else "Put them back as they were"
     lines.append(
         f"{back} to resume the same training; or start a new run in another hydra.run.dir "
-        f"({shell_override('init_from', where)} starts it from these weights)."
+        f"({shell_override('init_from', checkpoint)} starts it from these weights)."
     )
     return "\n".join(lines)
 
@@ -276,7 +276,7 @@ def is_reordered(changes: Sequence[Change], now: Mapping[str, Any]) -> bool:
     """Return whether the row order of the current epoch can't be continued, so that the epoch starts again.
 
     Args:
-        changes: of configuration and facts.
+        changes: of configuration and fingerprint.
         now: the whole configuration that resumes.
     """
     flat = dict(_flat(now))
