@@ -17,7 +17,7 @@ from src.checkpoint.compatibility import (
     Change,
     Fingerprint,
     Impact,
-    check,
+    check_changes,
     compare_configs,
     compare_fingerprints,
     is_reordered,
@@ -68,7 +68,7 @@ def effects_of(base: tuple[str, ...], before: str, now: str) -> dict[str, Impact
 
 def refusal(changes: list[Change], *, allow_changed: bool = False) -> str:
     with pytest.raises(ConfigError) as caught:
-        check(changes, allow_changed=allow_changed, where=WHERE)
+        check_changes(changes, allow_changed=allow_changed, checkpoint=WHERE)
     return str(caught.value)
 
 
@@ -406,7 +406,7 @@ def test_another_training_may_be_allowed() -> None:
 def test_a_folder_is_told_as_a_shell_takes_it() -> None:
     folder = "outputs/fin2 (a), b/checkpoints/step_4"
     with pytest.raises(ConfigError) as refused:
-        check(changes_of((), (), ("seed=1",)), allow_changed=False, where=folder)
+        check_changes(changes_of((), (), ("seed=1",)), allow_changed=False, checkpoint=folder)
     typed = str(refused.value).splitlines()[-1].partition("(")[2].removesuffix(" starts it from these weights).")
     (argument,) = shlex.split(typed)
     read = read_override(argument)
@@ -431,7 +431,7 @@ def test_with_leave_only_what_is_impossible_is_refused() -> None:
 def test_what_goes_on_is_said() -> None:
     changes = changes_of((), (), ("seed=1", "optimizer.lr=1", "model.gradient_checkpointing=true", "name=x"))
     changes += compare_fingerprints(FACTS, dataclasses.replace(FACTS, versions={"torch": "2.9", "peft": "0.21"}))
-    assert check(changes, allow_changed=True, where=WHERE) == [
+    assert check_changes(changes, allow_changed=True, checkpoint=WHERE) == [
         f"what comes after {WHERE} is another training: seed: 42 → 1 (the rows come in another order); "
         "optimizer.lr: 0.002 → 1 (other updates)",
         f"resumes from {WHERE}, but no longer bit for bit: model.gradient_checkpointing: false → true; "
@@ -478,7 +478,7 @@ def test_what_goes_on_is_said() -> None:
 def test_harmless_changes_go_on_without_a_word_unless_there_is_one_to_say(
     base: tuple[str, ...], now: str, said: list[str]
 ) -> None:
-    assert check(changes_of(base, (), tuple(now.split())), allow_changed=False, where=WHERE) == said
+    assert check_changes(changes_of(base, (), tuple(now.split())), allow_changed=False, checkpoint=WHERE) == said
 
 
 @pytest.mark.parametrize(
