@@ -1,7 +1,7 @@
 """What changed between a checkpoint and the run that resumes from it, and what that means. Pure, no torch.
 
 Two comparisons. Configurations say what was asked for, key by key; what a change means is a fact of the key
-(`src.config.schema.fields.Facts.resume`). A fingerprint says what came of it: which rows, which ids, which weights. A
+(`src.config.schema.fields.Facts.resume`). A fingerprint says what resulted: which rows, which ids, which weights. A
 key whose outcome is in the fingerprint (files, templates, a model's name) is harmless by itself, because the same
 outcome by another path is no change.
 """
@@ -47,7 +47,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a configuration came to, where and when a run was trained.
+    """What a configuration resulted in, and where and when the run was trained.
 
     Args:
         step: steps done.
@@ -173,8 +173,8 @@ def _is_unknown(key: str, before: Fingerprint, now: Fingerprint) -> bool:
 
 def _rows(before: Fingerprint, now: Fingerprint) -> Verdict:
     if before.num_rows is None or now.num_rows is None:
-        return Impact.trajectory, "the train set is another one, or is read otherwise"
-    return Impact.trajectory, f"the train rows are other ones: {before.num_rows:,} then, {now.num_rows:,} now"
+        return Impact.trajectory, "the train set changed, or how it is read"
+    return Impact.trajectory, f"the train rows changed: {before.num_rows:,} then, {now.num_rows:,} now"
 
 
 def _base(before: Fingerprint, now: Fingerprint) -> Verdict:
@@ -182,7 +182,7 @@ def _base(before: Fingerprint, now: Fingerprint) -> Verdict:
         return Impact.impossible, "all weights were trained then, now some are frozen"
     if now.frozen_weights is None:
         return Impact.impossible, "some weights were frozen then, now all are trained"
-    return Impact.trajectory, "the frozen weights are other ones, or were quantised otherwise"
+    return Impact.trajectory, "the frozen weights changed, or their quantisation"
 
 
 def _steps(before: Fingerprint, now: Fingerprint) -> Verdict:
@@ -197,14 +197,14 @@ _COMPARISONS: dict[str, Callable[[Fingerprint, Fingerprint], Verdict]] = {
     "data": _rows,
     "tokenizer": lambda before, now: (Impact.impossible, "ids mean other tokens"),
     "frozen_weights": _base,
-    "architecture": lambda before, now: (Impact.trajectory, "the model's settings (its config.json) are other ones"),
+    "architecture": lambda before, now: (Impact.trajectory, "the model's settings (its config.json) changed"),
     "validation": lambda before, now: (Impact.harmless, "evaluated on other rows, so the best so far is forgotten"),
     "num_steps": _steps,
     "device": lambda before, now: (Impact.rounding, ""),
     "num_processes": lambda before, now: (Impact.rounding, "sums in another order"),
     "step_sequences": lambda before, now: (
         Impact.trajectory,
-        "other rows a step: rows x accumulation x processes",
+        "a step takes different rows: rows x accumulation x processes",
     ),
 }
 
@@ -224,7 +224,7 @@ def check_changes(changes: Sequence[Change], *, allow_changed: bool, checkpoint:
     by_impact = {impact: [change for change in changes if change.impact is impact] for impact in Impact}
     warnings = []
     if others := by_impact[Impact.trajectory]:
-        warnings.append(f"what comes after {checkpoint} is another training: {_joined(others)}")
+        warnings.append(f"the run trains differently after {checkpoint}: {_joined(others)}")
     if rounded := by_impact[Impact.rounding]:
         warnings.append(f"resumes from {checkpoint}, but no longer bit for bit: {_joined(rounded)}")
     return [*warnings, *(_joined([change]) for change in by_impact[Impact.harmless] if change.why)]
@@ -240,7 +240,7 @@ def _refusal(refused: Sequence[Change], checkpoint: str) -> str:
     lines = [f"Can't resume from {checkpoint}: {plural(len(refused), 'change')} since then"]
     lines += [f"  {change.values:<{width}}   {change.why}".rstrip() for change in refused]
     if not impossible:
-        lines.append("What comes would be another training: checkpoint.allow_changed=true resumes anyway.")
+        lines.append("From here on the run would train differently: checkpoint.allow_changed=true resumes anyway.")
     elif len(impossible) < len(refused):
         for_good = ", ".join(change.key for change in impossible)
         lines.append(f"The saved state does not fit {for_good}; checkpoint.allow_changed=true is for the rest only.")
