@@ -228,12 +228,12 @@ def test_a_signal_while_training_is_followed_between_micro_batches(runtime: Runt
     steps = train(state, data.train, config, runtime, pad_token_id=0)
     next(steps)
     runtime.stop.is_deferred = True
-    runtime.stop(number, None)
+    runtime.stop.on_signal(number, None)
     with pytest.raises(Interrupted, match=number.name):
         next(steps)
     assert state.step == 1
     with pytest.raises(KeyboardInterrupt):
-        runtime.stop(signal.SIGINT, None)
+        runtime.stop.on_signal(signal.SIGINT, None)
 
 
 class AfterChecks(StopRequest):
@@ -290,7 +290,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_time_that_is_up_stops_a_run_as_a_signal_does(clock: SimpleNamespace) -> None:
     stop = StopRequest()
-    stop.allow(30)
+    stop.set_time_limit(30)
     stop.is_deferred = True
     clock.now += 29.9
     stop.check()
@@ -298,25 +298,25 @@ def test_time_that_is_up_stops_a_run_as_a_signal_does(clock: SimpleNamespace) ->
     for _ in range(2):
         with pytest.raises(Interrupted, match=r"^training\.max_seconds = 30$"):
             stop.check()
-    stop(signal.SIGTERM, None)
+    stop.on_signal(signal.SIGTERM, None)
     assert stop.name == "training.max_seconds = 30"
     with pytest.raises(KeyboardInterrupt):
-        stop(signal.SIGINT, None)
+        stop.on_signal(signal.SIGINT, None)
 
 
 def test_what_came_first_is_named_and_each_run_has_its_own_time(clock: SimpleNamespace) -> None:
     stop = StopRequest()
-    stop.allow(30)
+    stop.set_time_limit(30)
     clock.now += 20
-    stop.allow(30)  # the next run of a sweep
+    stop.set_time_limit(30)  # the next run of a sweep
     clock.now += 20
     stop.check()
-    stop.allow(None)
+    stop.set_time_limit(None)
     clock.now += 1e9
     stop.check()
-    stop.allow(0.5)
+    stop.set_time_limit(0.5)
     stop.is_deferred = True
-    stop(signal.SIGTERM, None)
+    stop.on_signal(signal.SIGTERM, None)
     clock.now += 1
     with pytest.raises(Interrupted, match=r"^SIGTERM$"):
         stop.check()
@@ -324,7 +324,7 @@ def test_what_came_first_is_named_and_each_run_has_its_own_time(clock: SimpleNam
 
 def test_time_that_is_up_is_followed_between_micro_batches(runtime: Runtime, clock: SimpleNamespace) -> None:
     config, data, state = assembled(runtime, "data.limit=8", "training.per_device_train_batch_size=2")
-    runtime.stop.allow(2.5)
+    runtime.stop.set_time_limit(2.5)
     steps = train(state, data.train, config, runtime, pad_token_id=0)
     for step in steps:
         clock.now += 1

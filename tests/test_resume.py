@@ -378,7 +378,7 @@ def test_time_that_is_up_stops_as_a_signal_does(tmp_path: Path, monkeypatch: pyt
 
         def check(self) -> None:
             if self.is_deferred and self.seen == 4:
-                self.allow(1e-9)
+                self.set_time_limit(1e-9)
             self.at = None
             super().check()
 
