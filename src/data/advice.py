@@ -165,11 +165,11 @@ def _about_unused_template(config: RunConfig, tokenizer: Any) -> Iterator[Findin
 
 def _about_tokens(config: RunConfig, data: Data) -> Iterator[Finding]:
     """Warn of new tokens that no training row holds."""
-    tokens = data.reports["train"].unlearned
+    tokens = data.reports["train"].unused_tokens
     if not tokens:
         return
     are = "is in no training row, so it" if len(tokens) == 1 else "are in no training row, so they"
-    text = f"{', '.join(tokens)} {are} will not be learned"
+    text = f"{', '.join(tokens)} {are} will not be trained"
     if set(tokens) & set(config.thought_tags or ()):
         text += " (is data.thought_pattern right? Where the rows have no thoughts choose tokens=none)"
     elif len(tokens) == len(config.tokens.additional_special_tokens):

@@ -85,7 +85,7 @@ class SplitReport:
         self.digest = rows.digest()
 
     @property
-    def unlearned(self) -> list[str]:
+    def unused_tokens(self) -> list[str]:
         """The new tokens that are in no row: they would keep their initial embeddings."""
         return [token for token, found in self.new_tokens.items() if not found["fed"] and not found["supervised"]]
 
