@@ -294,7 +294,9 @@ def test_every_block_is_read_again_where_it_began(make: Make, form: Callable[[Ma
         again = next(read_while_training(build()).read(json.loads(json.dumps(block.begin))))
         assert (again.number, again.begin) == (block.number, block.begin)
         assert again.rows.indices.tolist() == block.rows.indices.tolist()
-        assert [part.chunks[0].batch for part in again.rows.shards] == [p.chunks[0].batch for p in block.rows.shards]
+        assert [part.batches[0].records for part in again.rows.shards] == [
+            p.batches[0].records for p in block.rows.shards
+        ]
         assert [part.stats for part in again.rows.shards] == [part.stats for part in block.rows.shards]
 
 

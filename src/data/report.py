@@ -69,17 +69,17 @@ class SplitReport:
         self.tokens = rows.num_tokens
         self.lengths = length_summary(rows.lengths + rows.target_lengths)
         counts = {token: Counter[str]() for token in new_tokens}
-        for chunk, times in rows.multiplicities():
-            spans = chunk.spans.reshape(-1, 3)
-            span_times = np.repeat(times, np.diff(chunk.span_offsets) // 3)
+        for batch, times in rows.multiplicities():
+            spans = batch.spans.reshape(-1, 3)
+            span_times = np.repeat(times, np.diff(batch.span_offsets) // 3)
             sizes = (spans[:, 2] - spans[:, 1]) * span_times
             self.supervised_tokens += int(sizes.sum())
             self.thought_tokens += int(sizes[spans[:, 0] == THOUGHT].sum())
-            fed = np.repeat(times, np.diff(chunk.input_offsets))
-            supervised = chunk.supervised() * np.repeat(times, np.diff(chunk.label_offsets))
+            fed = np.repeat(times, np.diff(batch.input_offsets))
+            supervised = batch.supervised() * np.repeat(times, np.diff(batch.label_offsets))
             for token, token_id in new_tokens.items():
-                counts[token]["fed"] += int(fed[chunk.input_ids == token_id].sum())
-                counts[token]["supervised"] += int(supervised[chunk.label_ids == token_id].sum())
+                counts[token]["fed"] += int(fed[batch.input_ids == token_id].sum())
+                counts[token]["supervised"] += int(supervised[batch.label_ids == token_id].sum())
         self.new_tokens = {token: {key: one[key] for key in ("fed", "supervised")} for token, one in counts.items()}
         self.rows_changed_by_tokenizer = len(changed_rows(rows, range(min(CHECK_ROWS, len(rows))), encoder))
         self.digest = rows.digest()
