@@ -664,12 +664,12 @@ def test_rows_on_their_way_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch)
             taken += len(text)
             yield Record({"prompt": "p", "completion": text}, "file", number)
 
-    whole = [row for chunk in preparation.prepared(records(), recipe) for row in chunk.rows.to_pylist()]
+    whole = [row for chunk in preparation.encode_chunks(records(), recipe) for row in chunk.rows.to_pylist()]
     monkeypatch.setattr(preparation, "CHUNK_BYTES", 10_000)
     monkeypatch.setattr(preparation, "BYTES_AHEAD", 30_000)
     taken = done = most = 0
     rows: list[Any] = []
-    for chunk in preparation.prepared(records(), recipe):
+    for chunk in preparation.encode_chunks(records(), recipe):
         most = max(most, taken - done)
         rows += chunk.rows.to_pylist()
         done = sum(map(len, texts[: len(rows)]))

@@ -616,8 +616,8 @@ def test_a_data_set_of_the_library_is_found_in_the_cache_until_it_changes(
     from src.data import cache
 
     times = []
-    prepared = cache.prepared
-    monkeypatch.setattr(cache, "prepared", lambda *given: times.append(1) or prepared(*given))
+    encode_chunks = cache.encode_chunks
+    monkeypatch.setattr(cache, "encode_chunks", lambda *given: times.append(1) or encode_chunks(*given))
     options = [f"data.dataset_name='{folder}'", f"data.cache_dir='{tmp_path / 'rows'}'"]
     first = prompts(built(*options).train)
     assert prompts(built(*options).train) == first

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from src.config import plugins
 from src.data.bad_rows import BadRows
-from src.data.preparation import EncodingConfig, Prepared, prepared, without_cycles
+from src.data.preparation import EncodedChunk, EncodingConfig, encode_chunks, without_cycles
 from src.data.sources import Source, file_hash, fingerprint_of
 from src.data.store import RowWriter, Shard, SourceStats
 from src.data.text_encoder import PROBE
@@ -106,7 +106,7 @@ class RowCache:
         try:
             writer = RowWriter(unfinished)
             with without_cycles():
-                chunks = self._within_the_disk(prepared(source.records(), encoding, self._num_workers))
+                chunks = self._within_the_disk(encode_chunks(source.records(), encoding, self._num_workers))
                 stats = write_rows(name, chunks, writer, self._show_progress)
             if source.fingerprint() != identity:
                 raise DataError(f"{source.name} changed while being read; start again when it is complete")
@@ -122,7 +122,7 @@ class RowCache:
             shutil.rmtree(unfinished, ignore_errors=True)
         return Shard.open(entry, verify=False)
 
-    def _within_the_disk(self, chunks: Iterable[Prepared]) -> Iterator[Prepared]:
+    def _within_the_disk(self, chunks: Iterable[EncodedChunk]) -> Iterator[EncodedChunk]:
         """Yield the chunks; raise DataError once too little of the disk is left."""
         written = 0
         for chunk in chunks:
@@ -140,7 +140,9 @@ class RowCache:
         )
 
 
-def write_rows(name: str, chunks: Iterable[Prepared], writer: RowWriter, show_progress: ShowProgress) -> SourceStats:
+def write_rows(
+    name: str, chunks: Iterable[EncodedChunk], writer: RowWriter, show_progress: ShowProgress
+) -> SourceStats:
     """Write prepared rows to the end.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from src.data.bad_rows import BadRows
-from src.data.preparation import CHUNK_ROWS, EncodingConfig, prepared
+from src.data.preparation import CHUNK_ROWS, EncodingConfig, encode_chunks
 from src.data.readers.record import ReadResult, Unreadable
 from src.data.sets import EncodedSet
 from src.data.sources import Source, fingerprint_of
@@ -229,7 +229,7 @@ class StreamedSet:
         chunk_rows = max(1, round(CHUNK_ROWS * one.share))
         records = _records(one.source, taken, one.count)
         batches, stats = list[pa.RecordBatch](), SourceStats()
-        for chunk in prepared(records, one.config, self._num_workers, chunk_rows, taken):
+        for chunk in encode_chunks(records, one.config, self._num_workers, chunk_rows, taken):
             BadRows(chunk.bad).check()
             batches.append(chunk.rows)
             stats.num_records += chunk.num_records
