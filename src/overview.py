@@ -13,7 +13,7 @@ from src.forecast.disk import disk_need, most_saves
 from src.forecast.optimizer_state import checkpoint_bytes
 from src.forecast.parameters import trained_of
 from src.model.build import num_parameters
-from src.model.embeddings import num_rows
+from src.model.embeddings import num_embedding_rows
 from src.runtime.session import Runtime
 from src.runtime.sharding import full_shape
 from src.training.assembly import Assembled
@@ -59,18 +59,18 @@ def _adapter(config: LoraConfig) -> str:
 
 
 def _tokens(config: RunConfig, state: TrainState, built: Assembled) -> str:
-    tokenizer, new, started = built.tokenizer, built.new_tokens, built.started
-    text = f"{len(tokenizer):,} in the vocabulary, {num_rows(state.model):,} rows"
-    if started.ids:
+    tokenizer, new, initialised = built.tokenizer, built.new_tokens, built.initialised
+    text = f"{len(tokenizer):,} in the vocabulary, {num_embedding_rows(state.model):,} rows"
+    if initialised.ids:
         init = config.tokens.init
         how = f"{init.method.value} {init.text}" if init.method is InitMethod.text else init.method.value
-        named = [token for token in started.ids if token in new.ids]
+        named = [token for token in initialised.ids if token in new.ids]
         text += f"; {', '.join(named)} start from {how}" if named else ""
-        if rest := len(started.ids) - len(named):
+        if rest := len(initialised.ids) - len(named):
             text += f"; {rest:,} that the checkpoint has no rows for start from the mean"
-    if unlearned := [token for token in new.known if token in started.ids]:
+    if unlearned := [token for token in new.known if token in initialised.ids]:
         text += f"; known already, but never learned: {', '.join(unlearned)}"
-    if learned := [token for token in new.known if token not in started.ids]:
+    if learned := [token for token in new.known if token not in initialised.ids]:
         text += f"; known already, left as learned: {', '.join(learned)}"
     return text
 
@@ -97,7 +97,7 @@ def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
 
 
 def _steps(config: RunConfig, state: TrainState) -> str:
-    rows = state.plan.batch_size * state.plan.accumulation
+    rows = state.batch_sampler.batch_size * state.batch_sampler.accumulation
     sequences = f"{rows} {'sequences of packed rows' if config.data.batching is Batching.packed else 'rows'}"
     if state.steps_per_epoch is None:
         return f"{state.num_steps:,}, each of {sequences}, streamed"

@@ -49,12 +49,12 @@ def predict(job: Job) -> int:
         TowlineError: what the user can mend.
         Interrupted: where a signal asked it to stop; what was written is kept.
     """
-    from src.checkpoint.exported import check_exported, standing_on
+    from src.checkpoint.exported import check_exported, with_base_model
     from src.evaluation.predictions import open_sets, predict_rows
     from src.tracking.console import Console
     from src.tracking.lock import hold
 
-    job = replace(job, config=standing_on(job.run_dir, job.config))
+    job = replace(job, config=with_base_model(job.run_dir, job.config))
     config, run_dir, output = job.config, job.run_dir, job.own.folder(job.run_dir)
     batch_size = job.own.batch_size or config.training.per_device_eval_batch_size
     console = Console()
@@ -89,13 +89,13 @@ def open_generation(
     from src.evaluation.generate import EndText, Generator
     from src.evaluation.predictions import account, check_room
     from src.model.build import set_generation
-    from src.model.export import exported, load_exported
+    from src.model.export import exported_model_config, load_exported
     from src.runtime.session import start_runtime
 
     collect_from_here()
     config, run_dir = job.config, job.run_dir
     with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime:
-        tokenizer, _ = load_tokenizer(exported(run_dir, config.model), config.tokens)
+        tokenizer, _ = load_tokenizer(exported_model_config(run_dir, config.model), config.tokens)
         prompts = build_prompts(config, tokenizer, console.working)
         model = load_exported(run_dir, config, runtime.device)
         if not getattr(model, "is_quantized", False):  # quantised weights lie on the device already

@@ -21,13 +21,13 @@ from src.overview import overview
 from src.runtime.signals import StopRequest
 from src.sweep.pruning import Pruning, end_early
 from src.tracking.tracker import Tracker
-from src.training.assembly import assemble_model, record_origin, start_session, warnings_ahead
+from src.training.assembly import assemble_model, data_warnings, record_origin, start_session
 from src.training.fingerprint import fingerprint_of
 from src.training.finish import export_trained
 from src.training.loop import train
 from src.training.resume import ResumePoint
 from src.training.saving import open_saver
-from src.training.state import prepare
+from src.training.state import build_train_state
 
 
 def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> dict[str, float]:
@@ -46,10 +46,12 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         resume.check(data, tokenizer, job)  # other rows or ids are refused before any weight is read
         tracker.record("data_report.json", data.report())
         built = assemble_model(config, tokenizer, new_tokens, data, runtime)  # quantised, resized, initialised, adapted
-        state = prepare(built.model, data.train, config, runtime, new_tokens.ids, resume.step, resume.position)
+        state = build_train_state(
+            built.model, data.train, config, runtime, new_tokens.ids, resume.step, resume.position
+        )
         tracker.warn(built.load_initial(state, runtime, config))  # init_from
         evaluator = open_evaluation(config, state.scored, state.model, data, runtime)
-        tracker.warn(warnings_ahead(config, data, tokenizer, state))
+        tracker.warn(data_warnings(config, data, tokenizer, state))
         tracker.describe(overview(job, state, built, data, runtime))
         samples, num_prompts = data.for_samples(), config.evaluation.sample_prompts
         untrained = resume.untrained or [one.text for one in sample(evaluator, samples, num_prompts, step=0)]

@@ -31,7 +31,7 @@ from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
 from src.training.head import ScoredModel, shifted
 from src.training.loop import train
-from src.training.state import batch_plan, prepare
+from src.training.state import build_batch_sampler, build_train_state
 from tests.conftest import admitted, towline, write_lines
 from tests.kinds import byte_bpe
 
@@ -338,7 +338,7 @@ def test_packing_is_refused_before_training(tmp_path: Path, runtime: Runtime) ->
     config, data, _ = built(*only(file), "data.batching=packed")
     model = model_of(*MIXED["Bloom (ALiBi)"])
     with pytest.raises(ModelError, match="BloomForCausalLM"):
-        prepare(model, data.train, config, runtime)
+        build_train_state(model, data.train, config, runtime)
 
 
 class WithoutPositions(torch.nn.Module):
@@ -368,7 +368,7 @@ def losses(runtime: Runtime, *overrides: str) -> list[float]:
     """Train 20 steps and give the loss of each."""
     config, data, tokenizer = built("training.max_train_steps=20", "optimizer=sgd", "optimizer.lr=0.05", *overrides)
     torch.manual_seed(0)
-    state = prepare(build_model(config, torch.device("cpu")), data.train, config, runtime)
+    state = build_train_state(build_model(config, torch.device("cpu")), data.train, config, runtime)
     return [step.collect()["train/loss"] for step in train(state, data.train, config, runtime, tokenizer.pad_token_id)]
 
 
@@ -508,8 +508,8 @@ def test_an_encoder_decoder_learns(tmp_path: Path, runtime: Runtime, pair: tuple
     config, data, _ = built(
         *only(file), *pair_options(folder), *options, "data.max_seq_length=64", "data.batching=length_grouped"
     )
-    assert batch_plan(config).batching is Batching.length_grouped
-    state = prepare(model, data.train, config, runtime)
+    assert build_batch_sampler(config).batching is Batching.length_grouped
+    state = build_train_state(model, data.train, config, runtime)
     found = [step.collect()["train/loss"] for step in train(state, data.train, config, runtime, PAD)]
     assert found[-1] < found[0] / 2
 
@@ -547,7 +547,7 @@ def test_what_was_learned_is_generated(tmp_path: Path, runtime: Runtime) -> None
     config, data, tokenizer = built(*only(file), *pair_options(folder), *options)
     model = model_of("BartConfig", BART | {"dropout": 0.0})
     set_generation(model, config.generation, tokenizer, data.stop_ids)
-    state = prepare(model, data.train, config, runtime)
+    state = build_train_state(model, data.train, config, runtime)
     for _ in train(state, data.train, config, runtime, PAD):
         pass
     generator = Generator(model, runtime, 2, data.encoder.target_prefix)

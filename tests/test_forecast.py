@@ -66,7 +66,7 @@ from src.forecast.time import TimeForecast, counted_time, matmul_flops_per_secon
 from src.inspection.outlook import planned_parameters
 from src.model.adapters import Adapter, add_adapter
 from src.model.build import build_model, empty_model
-from src.model.embeddings import fit_embeddings
+from src.model.embeddings import resize_embeddings
 from src.model.export import export
 from src.training.head import PLAIN, ScoredModel
 from src.training.optim import build_optimizer
@@ -287,7 +287,7 @@ DORA = replace(LORA, use_dora=True)
 
 def adapted(model: Any, adapter: LoraConfig | None) -> Any:
     """Return a model with rows for new tokens and, where there is one, an adapter."""
-    fit_embeddings(model, 261, 8)
+    resize_embeddings(model, 261, 8)
     if adapter is not None:
         add_adapter(model, replace(admitted().config, adapter=adapter), NEW_IDS)
     return model
@@ -624,7 +624,7 @@ def planned_and_real(weights: Path, *overrides: str) -> tuple[Any, ModelParamete
     config = admitted("model=causal_lm", f"model.checkpoint={weights}", *overrides).config
     empty, model = empty_model(config.model), build_model(config, torch.device("cpu"))
     for one in (empty, model):
-        fit_embeddings(one, 261, 8)
+        resize_embeddings(one, 261, 8)
     parameters = planned_parameters(config, empty, NEW_IDS)
     adapter = add_adapter(model, config, NEW_IDS)
     assert adapter is not None

@@ -28,7 +28,7 @@ from src.runtime import signals
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import STOP_SIGNALS, StopRequest, stop_on_signals
 from src.training.loop import MicroBatch, Step, step_once, train
-from src.training.state import StepResult, StepStats, TrainState, num_train_steps, prepare
+from src.training.state import StepResult, StepStats, TrainState, build_train_state, num_train_steps
 from tests.conftest import admitted
 
 CPU = RuntimeConfig(device=Device.cpu, deterministic=False)
@@ -54,7 +54,7 @@ def assembled(runtime: Runtime, *overrides: str) -> tuple[RunConfig, Data, Train
     data = build_data(config, tokenizer)
     model = build_model(config, torch.device("cpu"))
     resize_and_initialise(model, tokenizer, new, config.tokens, config.seed)
-    return config, data, prepare(model, data.train, config, runtime)
+    return config, data, build_train_state(model, data.train, config, runtime)
 
 
 def trained(runtime: Runtime, *overrides: str) -> Trained:

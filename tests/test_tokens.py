@@ -14,7 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from src.config.schema import InitMethod, RunConfig
 from src.data.tokenizer import add_tokens, load_tokenizer
 from src.errors import ModelError, TokenError
-from src.model.embeddings import StartedRows, check_new_rows, embedding_matrices, initial_rows, resize_and_initialise
+from src.model.embeddings import (
+    InitialisedRows,
+    check_new_rows,
+    embedding_matrices,
+    initial_rows,
+    resize_and_initialise,
+)
 from src.tokens import NewTokens
 from tests.conftest import admitted
 from tests.kinds import byte_bpe, words
@@ -30,7 +36,7 @@ def weights_of(model: Any) -> dict[str, Tensor]:
     return {matrix.name: matrix.weight.detach() for matrix in embedding_matrices(model)}
 
 
-def grown(config: RunConfig, model: Any) -> tuple[Any, Any, NewTokens, StartedRows, dict[str, Tensor]]:
+def grown(config: RunConfig, model: Any) -> tuple[Any, Any, NewTokens, InitialisedRows, dict[str, Tensor]]:
     tokenizer, new = load_tokenizer(config.model, config.tokens)
     before = {name: weight.clone() for name, weight in weights_of(model).items()}
     return model, tokenizer, new, resize_and_initialise(model, tokenizer, new, config.tokens, seed=1), before

@@ -35,13 +35,13 @@ def base_files(model: Path, checkpoint: str) -> list[Path]:
         DamagedFileError: where one of them is no plain file.
     """
     base = Path(checkpoint)
-    return _deciding(base) if (model / ADAPTER).exists() and base.is_dir() else []
+    return _weight_files(base) if (model / ADAPTER).exists() and base.is_dir() else []
 
 
 def base_digests(checkpoint: str) -> dict[str, dict[str, Any]] | None:
     """Return size and checksum of each file of the local model that an adapter is trained on; None of one on a hub."""
     base = Path(checkpoint)
-    return {file.name: file_digest(file) for file in _deciding(base)} if base.is_dir() else None
+    return {file.name: file_digest(file) for file in _weight_files(base)} if base.is_dir() else None
 
 
 def check_exported(run_dir: Path, checkpoint: str | None = None) -> None:
@@ -85,7 +85,7 @@ def _compare(folder: Path, there: Mapping[str, Any], written: Mapping[str, Any],
             raise damaged(folder / name, f"{reason}, by the checksum in status.json", remedy)
 
 
-def _deciding(base: Path) -> list[Path]:
+def _weight_files(base: Path) -> list[Path]:
     """Return the files of a model's folder that decide its weights or what it computes.
 
     Raises:
@@ -97,7 +97,7 @@ def _deciding(base: Path) -> list[Path]:
     return files
 
 
-def exported_start(config: RunConfig) -> Path | None:
+def init_from_folder(config: RunConfig) -> Path | None:
     """Return the folder of the model that `init_from` names; None where it names a checkpoint, or is not set.
 
     Raises:
@@ -112,23 +112,23 @@ def exported_start(config: RunConfig) -> Path | None:
     return next((place for place in (start / MODEL, start) if any((place / name).exists() for name in names)), None)
 
 
-def starting_model(config: RunConfig) -> RunConfig:
+def with_init_from_model(config: RunConfig) -> RunConfig:
     """Return the configuration with the whole model of `init_from` as its checkpoint, where that is one.
 
     Raises:
-        DamagedFileError: as `exported_start`.
+        DamagedFileError: as `init_from_folder`.
     """
-    folder = exported_start(config)
+    folder = init_from_folder(config)
     if folder is None or (folder / ADAPTER).exists():
         return config
     model = replace(config.model, checkpoint=str(folder), revision=None, weights=Weights.pretrained)
     return replace(config, model=model)
 
 
-def standing_on(run_dir: Path, config: RunConfig) -> RunConfig:
+def with_base_model(run_dir: Path, config: RunConfig) -> RunConfig:
     """Return the configuration that loads what a run exported; an adapter needs the model that its run started with.
 
     Raises:
-        DamagedFileError: as `exported_start`.
+        DamagedFileError: as `init_from_folder`.
     """
-    return starting_model(config) if (run_dir / MODEL / ADAPTER).exists() else config
+    return with_init_from_model(config) if (run_dir / MODEL / ADAPTER).exists() else config

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from src.checkpoint.compatibility import compare_configs
+from src.checkpoint.extend import asks_for_more_steps, check_extendable, how_to_extend
 from src.checkpoint.locate import check_best
-from src.checkpoint.longer import check_longer, how_to_go_on_for_longer, is_asked_for_more
 from src.cli.processes import run_as_many
 from src.config.frozen import CONFIG, config_hash, is_finished, read_config, read_starts
 from src.config.job import Job
@@ -105,13 +105,13 @@ def finished_before(job: Job) -> bool:
     config, run_dir = job.config, job.run_dir
     if config.force or not is_finished(run_dir):
         return False
-    if is_asked_for_more(config.training, run_dir):
-        check_longer(config.checkpoint, run_dir)
+    if asks_for_more_steps(config.training, run_dir):
+        check_extendable(config.checkpoint, run_dir)
         return False
     console = Console()
     console.label(
         "run",
-        f"{run_dir} is finished and left as it is; {how_to_go_on_for_longer(config.training, run_dir)} (force=true "
+        f"{run_dir} is finished and left as it is; {how_to_extend(config.training, run_dir)} (force=true "
         "removes it and starts again)",
     )
     if config_hash(job.frozen) not in {start["config_hash"] for start in read_starts(run_dir)}:

@@ -21,7 +21,7 @@ from src.config.schema import LossConfig
 from src.errors import one_line
 from src.forecast.live_tensors import LiveTensors
 from src.forecast.quantised import is_quantised, put_fake_weight
-from src.model.masks import taken_for_single_rows
+from src.model.masks import no_packing_detection
 from src.training.head import ScoredModel
 
 
@@ -196,7 +196,7 @@ class ModelCounter:
         live = LiveTensors(held, num_supervised)
         with ExitStack() as stack:
             if not is_packed:
-                stack.enter_context(taken_for_single_rows())
+                stack.enter_context(no_packing_detection())
             stack.enter_context(self._mode)
             stack.enter_context(live)
             try:

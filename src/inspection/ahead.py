@@ -24,9 +24,9 @@ from src.inspection.outlook import about_disk, device_of, outlook
 from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets
 from src.inspection.starts import about_starts, show_tokens
 from src.model.build import check_adapter_of, check_lengths, empty_model
-from src.model.embeddings import StartedRows, resize_and_initialise
+from src.model.embeddings import InitialisedRows, resize_and_initialise
 from src.model.quantization import check_quantisable
-from src.model.unlearned import stored_unlearned_tokens
+from src.model.untrained import stored_untrained_tokens
 from src.runtime.collector import collect_from_here
 from src.tokens import NewTokens
 from src.tracking.console import Console
@@ -42,7 +42,7 @@ class Assembled:
     data_bytes: int
     """What the rows take of this process's memory."""
     model: Any
-    started: StartedRows
+    initialised: InitialisedRows
     are_weights_seen: bool
     """Whether the stored weights could be read for known tokens that were never learned."""
 
@@ -52,25 +52,25 @@ def look_ahead(job: Job, console: Console, libraries_bytes: int) -> int:
     config, own = job.config, job.own
     folder = Path("outputs", config.name, "preflight")
     built = _assemble(config, console)
-    tokenizer, data, model, started = built.tokenizer, built.data, built.model, built.started
+    tokenizer, data, model, initialised = built.tokenizer, built.data, built.model, built.initialised
     train = data.train.first
     sets = {"train": train} | data.validation | data.test
     paint = Paint(sys.stdout)
 
     show_model(console, config, model)
     seen = built.are_weights_seen
-    show_tokens(console, config, model, tokenizer, built.new_tokens, started, data, are_weights_seen=seen)
+    show_tokens(console, config, model, tokenizer, built.new_tokens, initialised, data, are_weights_seen=seen)
     show_sets(console, config, data, sets)
     draw_lengths(sets, config.data.max_seq_length, folder / "lengths.png")
     show_rows(console, train, data, own.rows, paint)
     judge = judge_of(config, data)
     proofs = {name: prove(rows, judge) for name, rows in sets.items()}
-    new_ids, held = list(started.ids.values()), libraries_bytes + built.data_bytes
+    new_ids, held = list(initialised.ids.values()), libraries_bytes + built.data_bytes
     ahead = outlook(config, model, tokenizer, new_ids, data, job.run_dir, held, measure=own.measure)
     show_forecasts(console, config, ahead)
     found = [
         *findings(config, data, tokenizer, train, proofs, ahead.work.num_steps),
-        *about_starts(built.new_tokens, started),
+        *about_starts(built.new_tokens, initialised),
         *about_disk(ahead.disk),
     ]
     found.sort(key=lambda finding: list(Level).index(finding.level))
@@ -98,10 +98,10 @@ def _assemble(config: RunConfig, console: Console) -> Assembled:
     if config.quantization.is_on:
         check_quantisable(model, config.quantization, device_of(config))
     check_adapter_of(config)
-    unlearned = stored_unlearned_tokens(model, tokenizer, new_tokens, config.model)
-    started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned or ())
+    untrained = stored_untrained_tokens(model, tokenizer, new_tokens, config.model)
+    initialised = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, untrained or ())
     check_prompts(config, model, data)
-    return Assembled(tokenizer, new_tokens, data, data_bytes, model, started, unlearned is not None)
+    return Assembled(tokenizer, new_tokens, data, data_bytes, model, initialised, untrained is not None)
 
 
 def dump(data: Data, file: Path) -> int:

@@ -23,8 +23,8 @@ from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import EndText, cut_at
 from src.metrics import METRICS, is_full_marks
 from src.patterns import at
-from src.training.optim import cannot_learn
-from src.training.state import batch_plan
+from src.training.optim import warmup_warnings
+from src.training.state import build_batch_sampler
 from src.util import plural
 
 WHOLE_CHECK_ROWS = 50_000
@@ -204,7 +204,7 @@ def findings(
         *_about_masks(data, train, proofs),
         *_about_answers(data, train, proofs),
         *advice(config, data, tokenizer),
-        *(Finding(Level.warning, text) for text in cannot_learn(config.scheduler, num_steps)),
+        *(Finding(Level.warning, text) for text in warmup_warnings(config.scheduler, num_steps)),
         *_about_control_tokens(data),
         *_about_rows(config, data, train),
         *_about_batches(config, train, num_steps),
@@ -290,7 +290,7 @@ def _about_rows(config: RunConfig, data: Data, train: EncodedSet) -> Iterator[Fi
 
 def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iterator[Finding]:
     wasted = {
-        batching: padding(train, replace(batch_plan(config), batching=batching), config.seed)
+        batching: padding(train, replace(build_batch_sampler(config), batching=batching), config.seed)
         for batching in Batching
         if not (batching is Batching.packed and train.is_encoder_decoder)
     }
@@ -302,10 +302,10 @@ def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iter
         yield Finding(Level.note, f"only {num_steps} optimizer steps: a smaller batch or more epochs give more")
 
 
-def padding(rows: EncodedSet, plan: BatchSampler, seed: int) -> float:
+def padding(rows: EncodedSet, batch_sampler: BatchSampler, seed: int) -> float:
     """Return the share of the first epoch's positions that are padding, from 0 to 1."""
     computed = 0
-    for sequences in plan.micro_batches(rows.lengths, [seed, 0]):
+    for sequences in batch_sampler.micro_batches(rows.lengths, [seed, 0]):
         longest = max(int(rows.lengths[sequence].sum()) for sequence in sequences)
         computed += longest * len(sequences)
     return 1 - int(rows.lengths.sum()) / computed

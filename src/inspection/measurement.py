@@ -18,12 +18,12 @@ from src.forecast.time import TimeForecast, measured_time
 from src.inspection.workload import Evaluation, Generation, Workload
 from src.model.adapters import add_adapter
 from src.model.build import build_model, set_generation
-from src.model.embeddings import fit_embeddings
+from src.model.embeddings import resize_embeddings
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import stop_on_signals
 from src.tokens import num_token_ids
 from src.training.loss import Scores
-from src.training.state import TrainState, prepare
+from src.training.state import TrainState, build_train_state
 
 NUM_TOKENS = 16
 """Generated after a first one, to time a token."""
@@ -55,9 +55,9 @@ def measure_work(config: RunConfig, tokenizer: Any, new_ids: Sequence[int], data
     ):
         model = build_model(config, runtime.device)
         set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
-        fit_embeddings(model, num_token_ids(tokenizer), config.tokens.pad_to_multiple_of)
+        resize_embeddings(model, num_token_ids(tokenizer), config.tokens.pad_to_multiple_of)
         add_adapter(model, config, new_ids)
-        state = prepare(model, work.train, config, runtime)
+        state = build_train_state(model, work.train, config, runtime)
         widest_tokens, activation_bytes, seconds = _measure_training(state, work, runtime)
         evaluator = open_evaluation(config, state.scored, state.model, data, runtime)
         evaluation_seconds, evaluation_tokens = _measure_evaluation(evaluator, work.evaluations, runtime)

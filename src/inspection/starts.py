@@ -7,7 +7,7 @@ from typing import Any
 from src.config.schema import RunConfig
 from src.data.dataset import Data
 from src.inspection.findings import Finding, Level
-from src.model.embeddings import StartedRows, num_rows
+from src.model.embeddings import InitialisedRows, num_embedding_rows
 from src.tokens import NewTokens
 from src.tracking.console import Console
 
@@ -20,7 +20,7 @@ def show_tokens(
     model: Any,
     tokenizer: Any,
     new: NewTokens,
-    started: StartedRows,
+    initialised: InitialisedRows,
     data: Data,
     *,
     are_weights_seen: bool,
@@ -39,15 +39,15 @@ def show_tokens(
         )
         if token is not None
     )
-    lines = [f"{len(tokenizer):,} in the vocabulary, {num_rows(model):,} rows; {special}"]
+    lines = [f"{len(tokenizer):,} in the vocabulary, {num_embedding_rows(model):,} rows; {special}"]
     if data.stop_ids[1:] or data.frame.end_text:
         stops = [*tokenizer.convert_ids_to_tokens(data.stop_ids), *filter(None, [data.frame.end_text])]
         lines.append(f"generation stops at {', '.join(stops)}")
     counts = data.reports["train"].new_tokens
     for token, token_id in new.ids.items():
         start = "known already, left as learned"
-        if token in started.ids:
-            words = tokenizer.convert_ids_to_tokens(started.sources[token])
+        if token in initialised.ids:
+            words = tokenizer.convert_ids_to_tokens(initialised.sources[token])
             named = f" {words if len(words) <= MOST_PIECES else f'of {len(words)} pieces'}" if words else ""
             was = "" if token in new.added else "known already, but never learned: "
             start = f"{was}starts from {config.tokens.init.method.value}{named}"
@@ -60,9 +60,9 @@ def show_tokens(
     console.label("tokens", "\n".join(lines))
 
 
-def about_starts(new: NewTokens, started: StartedRows) -> list[Finding]:
+def about_starts(new: NewTokens, initialised: InitialisedRows) -> list[Finding]:
     """Return a note on the tokens that the checkpoint knows by name only."""
-    found = [token for token in new.known if token in started.ids]
+    found = [token for token in new.known if token in initialised.ids]
     if not found:
         return []
     text = f"{', '.join(found)}: the checkpoint has the token, but never learned its row; it starts as a new one"

@@ -13,7 +13,7 @@ from src.data.batching import BatchSampler, Sequences, steps_per_epoch
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.forecast.counting import MicroBatchShape
-from src.training.state import batch_plan, num_train_steps
+from src.training.state import build_batch_sampler, num_train_steps
 
 
 class Evaluation(NamedTuple):
@@ -43,7 +43,7 @@ class Generation(NamedTuple):
 class Workload:
     """What a run computes."""
 
-    plan: BatchSampler
+    batch_sampler: BatchSampler
     num_steps: int
     num_steps_per_epoch: int | None
     """None where the train set is streamed."""
@@ -65,7 +65,7 @@ class Workload:
     def num_micro_batches(self) -> int:
         """Of the whole run, over all processes."""
         if self.num_steps_per_epoch is None:
-            return self.num_steps * self.plan.accumulation
+            return self.num_steps * self.batch_sampler.accumulation
         return round(self.num_steps / self.num_steps_per_epoch * len(self.micro_batches))
 
     @property
@@ -82,13 +82,13 @@ class Workload:
 def plan_work(config: RunConfig, data: Data) -> Workload:
     """Return what a run computes, from its first epoch's micro-batches and from the sets that are evaluated."""
     train = data.train.first
-    plan = batch_plan(config, config.runtime.world_size)
-    per_epoch = None if config.data.streaming else steps_per_epoch(train, plan, config.seed)
+    batch_sampler = build_batch_sampler(config, config.runtime.world_size)
+    per_epoch = None if config.data.streaming else steps_per_epoch(train, batch_sampler, config.seed)
     num_steps = num_train_steps(config.training, per_epoch)
-    micro_batches = plan.micro_batches(train.lengths, [config.seed, 0])
+    micro_batches = batch_sampler.micro_batches(train.lengths, [config.seed, 0])
     times = num_evaluations(config.evaluation.eval_steps, num_steps, per_epoch)
     return Workload(
-        plan,
+        batch_sampler,
         num_steps,
         per_epoch,
         train,

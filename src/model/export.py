@@ -24,7 +24,7 @@ from src.config.schema import ModelConfig, RunConfig, Weights
 from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, one_line
 from src.model.adapters import WEIGHTS, Adapter, with_adapter
 from src.model.build import build_model, check_lengths, empty_model, load_architecture, load_weights
-from src.model.embeddings import fit_embeddings
+from src.model.embeddings import resize_embeddings
 from src.model.merging import merge, probe_ids
 from src.tokens import num_token_ids
 from src.util import listed
@@ -228,7 +228,7 @@ def _check_tokenizer(folder: Path, tokenizer: Any, *, trust: bool) -> None:
         raise ExportError(f"the tokenizer in {folder} has other ids for:\n{listed(wrong)}")
 
 
-def exported(run_dir: Path, config: ModelConfig) -> ModelConfig:
+def exported_model_config(run_dir: Path, config: ModelConfig) -> ModelConfig:
     """Return the settings that load the model and tokenizer that a run exported."""
     return replace(config, checkpoint=str(run_dir / "model"), revision=None, weights=Weights.pretrained)
 
@@ -243,7 +243,7 @@ def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) 
     """
     folder = run_dir / "model"
     if not (folder / "adapter_config.json").exists():
-        model = exported(run_dir, config.model)
+        model = exported_model_config(run_dir, config.model)
         architecture = load_architecture(model)
         check_lengths(model, architecture, config.data.max_seq_length, config.data.max_target_length)
         return load_weights(model, architecture, model.checkpoint)
@@ -252,5 +252,5 @@ def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) 
     except ModelError as error:
         raise ModelError(f"the adapter in {folder} needs its base, {config.model.checkpoint}: {error}") from error
     trust = config.model.trust_remote_code
-    fit_embeddings(base, num_token_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)), None)
+    resize_embeddings(base, num_token_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)), None)
     return with_adapter(base, folder)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from src.errors import one_line
 from src.model.adapters import Adapter
-from src.model.embeddings import actual_tie
+from src.model.embeddings import true_tie_flag
 
 TOLERANCE = 1e-4
 """How far logits may move by another order of sums in float32; relative to the largest one where that is above 1."""
@@ -66,7 +66,7 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
             f"the weights can't be made float32 as they were trained: logits of {probe.numel()} tokens move by "
             f"{change:.2g}, and their spread is {exact.std().item():.2g}"
         )
-    with actual_tie(whole.get_base_model()):
+    with true_tie_flag(whole.get_base_model()):
         merged = whole.merge_and_unload()
     limit = TOLERANCE * max(1.0, exact.abs().max().item())
     if not (change := _distance(logits(merged, probe), exact)) <= limit:

@@ -92,7 +92,7 @@ def check_quantisable(empty: Any, config: QuantizationConfig, device: torch.devi
             )
 
 
-def keep_gradients(model: nn.Module) -> None:
+def disable_cpu_packing(model: nn.Module) -> None:
     """Stop bitsandbytes from packing 4-bit weights for CPUs with AVX512-BF16 when the model is first evaluated.
 
     Packed weights stay packed when training resumes (0.50), and their product has no gradient: all layers below would

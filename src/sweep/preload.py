@@ -35,11 +35,11 @@ def warm_up() -> None:
             import_module(name)
 
     from src.config.formats import declared_formats
-    from src.model.build import know_weight_names
+    from src.model.build import preload_weight_names
     from src.tracking.provenance import versions
 
     declared_formats()
-    know_weight_names()
+    preload_weight_names()
     versions()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.exported import base_digests, exported_start, starting_model
+from src.checkpoint.exported import base_digests, init_from_folder, with_init_from_model
 from src.checkpoint.locate import newest_weights
 from src.checkpoint.store import read_snapshot
 from src.config.gate import parse
@@ -22,13 +22,13 @@ from src.errors import CheckpointError, ModelError
 from src.model.adapters import Adapter, add_adapter
 from src.model.build import build_model, set_generation, with_zero_sizes
 from src.model.embeddings import (
-    StartedRows,
+    InitialisedRows,
     TokenMonitor,
     check_new_rows,
+    reread_rows,
     resize_and_initialise,
-    with_present_rows,
 )
-from src.model.unlearned import unlearned_tokens
+from src.model.untrained import untrained_tokens
 from src.runtime.launch import num_processes
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.sharding import deepspeed_settings
@@ -36,7 +36,7 @@ from src.runtime.signals import StopRequest
 from src.tokens import NewTokens
 from src.tracking.provenance import provenance
 from src.tracking.tracker import Tracker
-from src.training.optim import cannot_learn
+from src.training.optim import warmup_warnings
 from src.training.resume import ResumePoint, tokenizer_hash
 from src.training.state import TrainState
 
@@ -52,7 +52,7 @@ def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[t
     settings = deepspeed_settings(with_zero_sizes(asked), num_processes())
     with start_runtime(asked.runtime, asked.training.mixed_precision, asked.seed, stop, settings) as runtime:
         frozen, run_dir, found = runtime.from_main((job.frozen, job.run_dir, found))
-        config = starting_model(asked if frozen is job.frozen else parse(frozen))
+        config = with_init_from_model(asked if frozen is job.frozen else parse(frozen))
         with nullcontext() if config.data.cache_dir is not None else runtime.shared_folder() as folder:
             if folder is not None:
                 config = replace(config, data=replace(config.data, cache_dir=str(folder)))
@@ -76,7 +76,7 @@ class Assembled:
     tokenizer: Any
     new_tokens: NewTokens
     adapter: Adapter | None
-    started: StartedRows
+    initialised: InitialisedRows
     """The rows that new tokens start from."""
     base: Mapping[str, Any] | None
     """Size and checksum of each file of the local model that the adapter is trained on."""
@@ -87,8 +87,8 @@ class Assembled:
         Raises:
             CheckpointError: where the checkpoint does not fit the model.
         """
-        check_new_rows(state.model, self.started)
-        if config.init_from is None or exported_start(config) is not None:
+        check_new_rows(state.model, self.initialised)
+        if config.init_from is None or init_from_folder(config) is not None:
             return []
         checkpoint, warnings = newest_weights(Path(config.init_from))
         kept = read_snapshot(checkpoint)
@@ -109,12 +109,12 @@ def assemble_model(config: RunConfig, tokenizer: Any, new_tokens: NewTokens, dat
     base = base_digests(config.model.checkpoint) if has_base else None
     model = build_model(config, runtime.device)
     set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
-    unlearned = unlearned_tokens(model, tokenizer, new_tokens, config.model)
-    started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned)
-    adapter = add_adapter(model, config, list(started.ids.values()))
+    untrained = untrained_tokens(model, tokenizer, new_tokens, config.model)
+    initialised = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, untrained)
+    adapter = add_adapter(model, config, list(initialised.ids.values()))
     if _load_initial_adapter(adapter, tokenizer, config):
-        started = with_present_rows(model, started)
-    return Assembled(model, tokenizer, new_tokens, adapter, started, base)
+        initialised = reread_rows(model, initialised)
+    return Assembled(model, tokenizer, new_tokens, adapter, initialised, base)
 
 
 def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> bool:
@@ -123,7 +123,7 @@ def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunCo
     Raises:
         ModelError: where it does not fit the model.
     """
-    folder = exported_start(config)
+    folder = init_from_folder(config)
     if folder is None or not (folder / "adapter_config.json").exists():
         return False
     if adapter is None:
@@ -138,7 +138,7 @@ def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunCo
     return True
 
 
-def warnings_ahead(config: RunConfig, data: Data, tokenizer: Any, state: TrainState) -> list[str]:
+def data_warnings(config: RunConfig, data: Data, tokenizer: Any, state: TrainState) -> list[str]:
     """Return what about the data and the schedule will likely make the training worse than it could be."""
     found = [one.text for one in advice(config, data, tokenizer) if one.level is not Level.note]
-    return [*found, *cannot_learn(config.scheduler, state.num_steps)]
+    return [*found, *warmup_warnings(config.scheduler, state.num_steps)]

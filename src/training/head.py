@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from src.config.schema import LossConfig, Reduction
 from src.data.batching import row_bounds
 from src.errors import ModelError
-from src.model.embeddings import num_rows
+from src.model.embeddings import num_embedding_rows
 from src.training.loss import Scores, score, supervised_positions
 
 PLAIN = LossConfig(Reduction.mean, thought_weight=1.0, label_smoothing=0.0)
@@ -39,7 +39,7 @@ class ScoredModel(nn.Module):
         self.config = config
         self.uses_full_logits = False
         """Whether the model's own forward computes the logits, because head(hidden) would differ from them."""
-        self.num_logits = num_rows(model)
+        self.num_logits = num_embedding_rows(model)
         """Columns of the logits, to size the chunks."""
 
     def forward(
@@ -138,7 +138,7 @@ class ScoredModel(nn.Module):
 
     def _probe(self, length: int) -> Tensor:
         """Return ids that any vocabulary has, [1, length]."""
-        return torch.arange(length, device=self.model.device)[None] % num_rows(self.model)
+        return torch.arange(length, device=self.model.device)[None] % num_embedding_rows(self.model)
 
 
 def shifted(target_ids: Tensor, start_token_id: int) -> Tensor:

@@ -97,7 +97,7 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
     state.rng = runtime.rng_state()
     if state.last is not None and not state.is_over:
         yield Step(state.last, state.step >= state.num_steps, state.stats, is_another)
-    coming = windows(rows, state.plan, config.seed, state.position)
+    coming = windows(rows, state.batch_sampler, config.seed, state.position)
     while state.step < state.num_steps:
         window = next(coming)
         started = time.perf_counter()

@@ -58,7 +58,7 @@ def build_optimizer(
     return config.build(parameter_groups(parameters, config.weight_decay, embeddings, config.embedding_lr))
 
 
-def cannot_learn(config: SchedulerConfig, num_steps: int) -> list[str]:
+def warmup_warnings(config: SchedulerConfig, num_steps: int) -> list[str]:
     """Return why a warm-up keeps a run of so many updates from learning; nothing where it does not."""
     warmup = config.num_warmup_steps(num_steps)
     if not warmup or warmup < num_steps:

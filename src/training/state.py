@@ -104,7 +104,7 @@ class TrainState:
     """The transformers model inside: for generation and export."""
     optimizer: Any
     schedule: LambdaLR
-    plan: BatchSampler
+    batch_sampler: BatchSampler
     is_flat: bool
     """Whether packed rows go into one sequence without padding, as FlashAttention takes them."""
     num_steps: int
@@ -169,7 +169,7 @@ class TrainState:
         return Snapshot(self.weights(runtime), None, {"step": self.step, **extra_state})
 
     def restore(self, kept: Snapshot[Tensor], runtime: Runtime) -> None:
-        """Restore a snapshot, but for the position in the data, which `prepare` takes.
+        """Restore a snapshot, but for the position in the data, which `build_train_state` takes.
 
         Raises:
             CheckpointError: where names or shapes of its weights differ; nothing is changed then.
@@ -258,7 +258,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def batch_plan(config: RunConfig, num_processes: int = 1) -> BatchSampler:
+def build_batch_sampler(config: RunConfig, num_processes: int = 1) -> BatchSampler:
     """Return how rows become micro-batches, by the configuration; a step takes those of all processes."""
     training = config.training
     return BatchSampler(
@@ -291,7 +291,7 @@ def num_train_steps(
     return max(1, step, step + left + later)
 
 
-def prepare(
+def build_train_state(
     model: Any,
     train: TrainSet,
     config: RunConfig,
@@ -309,12 +309,12 @@ def prepare(
     Raises:
         ModelError: where the weights' type does not go with the precision, or rows can't be packed for this model.
     """
-    plan = batch_plan(config, runtime.num_processes)
+    batch_sampler = build_batch_sampler(config, runtime.num_processes)
     per_epoch = left = None
     begin = Position() if position is None else Position.from_dict(position)
     if isinstance(train, EncodedSet):
-        per_epoch = steps_per_epoch(train, plan, config.seed)
-        left = steps_per_epoch(train, plan, config.seed, begin.num_sequences)
+        per_epoch = steps_per_epoch(train, batch_sampler, config.seed)
+        left = steps_per_epoch(train, batch_sampler, config.seed, begin.num_sequences)
     num_steps = num_train_steps(config.training, per_epoch, step or 0, begin.epoch, left)
     if runtime.scales_gradients and any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
         raise ModelError("fp16 mixed precision scales gradients of float32 weights only: model.dtype=float32")
@@ -337,7 +337,7 @@ def prepare(
         model,
         wrapped_optimizer,
         schedule,
-        plan,
+        batch_sampler,
         is_flat,
         num_steps,
         per_epoch,

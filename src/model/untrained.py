@@ -1,4 +1,4 @@
-"""Tokens that a checkpoint has a row for but never learned, such as reserved ones (docs/decisions/0017)."""
+"""Tokens that a checkpoint has a row for but never trained, such as reserved ones (docs/decisions/0017)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from src.tokens import NewTokens
 from src.util import load_json
 
 SMALL = 0.01
-"""A row with a norm below this share of its matrix's median norm was never learned."""
+"""A row with a norm below this share of its matrix's median norm was never trained."""
 
 ROWS = 8192  # norms of so many rows are computed at once
 
 
-def unlearned_tokens(model: Any, tokenizer: Any, new: NewTokens, config: ModelConfig) -> frozenset[str]:
-    """Return the added tokens whose rows no matrix of the model has learned; none where weights are random.
+def untrained_tokens(model: Any, tokenizer: Any, new: NewTokens, config: ModelConfig) -> frozenset[str]:
+    """Return the added tokens whose rows no matrix of the model has trained; none where weights are random.
 
     Args:
         model: with its weights as loaded, before anything is written into them.
@@ -35,11 +35,11 @@ def unlearned_tokens(model: Any, tokenizer: Any, new: NewTokens, config: ModelCo
     found = set(added)
     for matrix in embedding_matrices(model):
         with gathered([matrix.weight]):
-            found &= never_learned(matrix.weight.detach(), added)
+            found &= never_trained(matrix.weight.detach(), added)
     return frozenset(found)
 
 
-def stored_unlearned_tokens(empty: Any, tokenizer: Any, new: NewTokens, config: ModelConfig) -> frozenset[str] | None:
+def stored_untrained_tokens(empty: Any, tokenizer: Any, new: NewTokens, config: ModelConfig) -> frozenset[str] | None:
     """Return the same, reading only the matrices from the checkpoint's files; None where they are not on this machine.
 
     Args:
@@ -56,7 +56,7 @@ def stored_unlearned_tokens(empty: Any, tokenizer: Any, new: NewTokens, config: 
         for weight in weights:
             if config.dtype is not Dtype.auto:  # rounded to the run's type rows may become equal
                 weight = weight.to(getattr(torch, config.dtype.value))
-            found &= never_learned(weight, added)
+            found &= never_trained(weight, added)
     return frozenset(found)
 
 
@@ -65,7 +65,7 @@ def _known(tokenizer: Any, new: NewTokens) -> dict[str, int]:
     return {token: i for token, i in tokenizer.get_added_vocab().items() if token not in new.added}
 
 
-def never_learned(weight: Tensor, added: dict[str, int]) -> set[str]:
+def never_trained(weight: Tensor, added: dict[str, int]) -> set[str]:
     """Return the tokens whose row equals another one's bit for bit, or is almost zero. Pure.
 
     Args:
