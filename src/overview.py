@@ -97,7 +97,7 @@ def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
 
 
 def _steps(config: RunConfig, state: TrainState) -> str:
-    rows = state.batch_sampler.batch_size * state.batch_sampler.accumulation
+    rows = state.batch_sampler.batch_size * state.batch_sampler.micro_batches_per_step
     sequences = f"{rows} {'sequences of packed rows' if config.data.batching is Batching.packed else 'rows'}"
     if state.steps_per_epoch is None:
         return f"{state.num_steps:,}, each of {sequences}, streamed"

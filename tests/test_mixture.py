@@ -381,8 +381,8 @@ def epochs_of(rows: TrainSet, plan: BatchSampler, count: int, seed: int = 1) -> 
     found: list[list[str]] = [[]]
     for window in windows(rows, plan, seed):
         assert window.epoch == len(found) - 1
-        assert 1 <= len(window.micro_batches) <= plan.accumulation
-        assert window.ends_epoch or len(window.micro_batches) == plan.accumulation
+        assert 1 <= len(window.micro_batches) <= plan.micro_batches_per_step
+        assert window.ends_epoch or len(window.micro_batches) == plan.micro_batches_per_step
         for block, sequences in window.micro_batches:
             found[-1] += [block.prompt(row) for sequence in sequences for row in sequence]
         if window.ends_epoch:
@@ -406,12 +406,12 @@ def test_a_stream_gives_every_row_once_an_epoch(
     make: Callable[..., str], batching: Batching, size: int, accumulation: int, count: int
 ) -> None:
     rows = streamed(f"data.train_files=['{make('a', count)}']")
-    first, second = epochs_of(rows, BatchSampler(batching, size, accumulation, capacity=64), 2)
+    first, second = epochs_of(rows, BatchSampler(batching, size, accumulation, max_tokens=64), 2)
     assert sorted(first) == sorted(second) == sorted(f"a{i}" for i in range(count))
     if count > 1:
         assert first != second
-        assert epochs_of(rows, BatchSampler(batching, size, accumulation, capacity=64), 1) == [first]
-        assert epochs_of(rows, BatchSampler(batching, size, accumulation, capacity=64), 1, seed=2) != [first]
+        assert epochs_of(rows, BatchSampler(batching, size, accumulation, max_tokens=64), 1) == [first]
+        assert epochs_of(rows, BatchSampler(batching, size, accumulation, max_tokens=64), 1, seed=2) != [first]
     if count == 57 and batching is not Batching.packed:  # shuffled within blocks
         assert {int(prompt[1:]) for prompt in first[:20]} == set(range(20))
 
