@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from src.config import plugins
 from src.data.bad_rows import BadRows
 from src.data.preparation import EncodedChunk, EncodingConfig, encode_chunks, without_cycles
-from src.data.sources import Source, file_hash, fingerprint_of
+from src.data.sources import Source, file_hash, hash_of
 from src.data.store import RowWriter, Shard, SourceStats
 from src.data.text_encoder import PROBE
 from src.errors import DataError
@@ -61,10 +61,10 @@ class RowCache:
         Raises:
             DataError: listing the rows that can't be used.
         """
-        identity = source.fingerprint()
+        identity = source.identity()
         tokenizer = tokenizer_fingerprint(encoding.tokenizer)
         code = [_code(), *plugins.versions(plugins.names()).values()]  # a plugin may have the format
-        entry = self._folder / fingerprint_of(identity, encoding.settings(), tokenizer, *code)[:40]
+        entry = self._folder / hash_of(identity, encoding.settings(), tokenizer, *code)[:40]
         if (found := self._open(entry)) is not None:
             return found
         with self._locked(entry, name):
@@ -108,7 +108,7 @@ class RowCache:
             with without_cycles():
                 chunks = self._within_the_disk(encode_chunks(source.records(), encoding, self._num_workers))
                 stats = write_rows(name, chunks, writer, self._show_progress)
-            if source.fingerprint() != identity:
+            if source.identity() != identity:
                 raise DataError(f"{source.name} changed while being read; start again when it is complete")
             writer.close(stats)
             os.rename(unfinished, entry)
@@ -168,11 +168,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     versions = [version(library) for library in ("tokenizers", "transformers", "jinja2")]
     # a template that writes the date writes other rows tomorrow
     today = datetime.now().date().isoformat() if "strftime_now" in str(tokenizer.chat_template) else ""
-    return fingerprint_of(backend, tokenizer.chat_template, special, with_special_tokens, versions, today)
+    return hash_of(backend, tokenizer.chat_template, special, with_special_tokens, versions, today)
 
 
 @cache
 def _code() -> str:
     """Return a hash of the code that makes rows, so that another version of it never gets this one's."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
-    return fingerprint_of([file_hash(str(file)) for file in files])
+    return hash_of([file_hash(str(file)) for file in files])

@@ -201,10 +201,10 @@ class _Builder:
         sources = {name: _train_source(source.data, data.limit) for name, source in self.sources.items()}
         if data.streaming:
             return self._streamed(sources), None
-        identities = [source.fingerprint() for source in sources.values()] if data.group_column is not None else []
+        identities = [source.identity() for source in sources.values()] if data.group_column is not None else []
         groups = None if data.group_column is None else read_groups(sources, data.group_column, self.show_progress)
         shards = {name: self._shard(name, source, self.sources[name].data) for name, source in sources.items()}
-        if identities and identities != [source.fingerprint() for source in sources.values()]:
+        if identities and identities != [source.identity() for source in sources.values()]:
             raise DataError("train changed while being read; start again when it is complete")
         sizes = [shard.stats.num_records for shard in shards.values()]
         if data.num_folds is None:

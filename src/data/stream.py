@@ -15,7 +15,7 @@ from src.data.bad_rows import BadRows
 from src.data.preparation import CHUNK_ROWS, EncodingConfig, encode_chunks
 from src.data.readers.record import ReadResult, Unreadable
 from src.data.sets import EncodedSet
-from src.data.sources import Source, fingerprint_of
+from src.data.sources import Source, hash_of
 from src.data.store import DroppedRow, Shard, SourceStats
 from src.errors import DataError
 
@@ -137,8 +137,8 @@ class StreamedSet:
 
     def digest(self) -> str:
         """Return a hash of the sources and settings of the rows, 32 hex digits."""
-        each = [(one.source.fingerprint(), one.config.settings(), one.share, one.count) for one in self._sources]
-        return fingerprint_of(each)[:32]
+        each = [(one.source.identity(), one.config.settings(), one.share, one.count) for one in self._sources]
+        return hash_of(each)[:32]
 
     def start(self) -> dict[str, Any]:
         """Return the cursor of the next epoch's start, in plain JSON values."""
