@@ -1,4 +1,4 @@
-"""The files of one set's predictions, and what decided them. No torch here.
+"""The files of one set's predictions, and what decided them.
 
 `<set>.jsonl` has a line a row, `<set>.csv` the same once the set is whole, and `<set>.json` what decided them:
 predictions that something else decided are never mixed with them.
