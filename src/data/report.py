@@ -14,6 +14,7 @@ from src.data.chat_markers import squeezed
 from src.data.encoding import THOUGHT, Encoder
 from src.data.sets import EncodedSet
 from src.data.store import DroppedRow
+from src.data.stream import StreamAccount
 from src.util import plural
 
 CHECK_ROWS = 200
@@ -89,7 +90,21 @@ class SplitReport:
         """The new tokens that are in no row: they would keep their initial embeddings."""
         return [token for token, found in self.new_tokens.items() if not found["fed"] and not found["supervised"]]
 
+    def with_account(self, account: StreamAccount) -> SplitReport:
+        """Return the report of a streamed set with the rows that were read so far."""
+        places: dict[str, list[str]] = {}
+        for row in account.first_dropped:
+            places.setdefault(row.reason, []).append(row.place)
+        return replace(
+            self,
+            rows_read=account.num_records,
+            rows_kept=account.num_kept,
+            rows_dropped=Counter(account.dropped),
+            dropped_places=places,
+        )
+
     def as_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
         return asdict(self) | {"rows_dropped": dict(self.rows_dropped)}
 
     @property

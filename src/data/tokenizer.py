@@ -27,12 +27,12 @@ def load_tokenizer(model: ModelConfig, tokens: TokensConfig) -> tuple[Any, Confi
         ModelError: where the checkpoint has no tokenizer that can be loaded.
         TokenError: where two tokens have one id, or a thought's tag is not one id.
     """
-    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    hub_args = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model.checkpoint, **where)
+            tokenizer = AutoTokenizer.from_pretrained(model.checkpoint, **hub_args)
         except TypeError:  # its tokenizer.json is not of the class that it names (byte-level T5s): the file counts
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(model.checkpoint, **where)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(model.checkpoint, **hub_args)
     except Exception as error:  # the libraries raise many kinds
         raise ModelError(f"the tokenizer of {model.checkpoint} can't be loaded: {one_line(error)}") from error
     if shared := _shared_ids(tokenizer.get_vocab()):
