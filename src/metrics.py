@@ -92,7 +92,7 @@ def scores(
     Args:
         place: says where the row of a prediction comes from.
     Raises:
-        DataError: naming the row on which the pattern does not come to an end.
+        DataError: naming the row on which the pattern does not terminate.
     """
     given = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
     chosen = {name: METRICS[name] for name in names}
@@ -151,7 +151,7 @@ def answer(text: str, pattern: str | None) -> str | None:
     Text and pattern are taken in NFC: "é" is the same letter, written as one character or as two.
 
     Raises:
-        LimitError: where the pattern does not come to an end.
+        LimitError: where the pattern does not terminate.
     """
     text = nfc(text)
     if pattern is None:

@@ -289,7 +289,7 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 @pytest.mark.parametrize("template", BOMBS)
 def test_a_template_without_end_is_told(template: str, tokenizer: Any, short_time: None) -> None:
     # where the time is over before or behind the template's own lines, there is none to tell
-    with pytest.raises(LimitError, match=r"^the chat template of .*(, line [12], | does not come to an end )"):
+    with pytest.raises(LimitError, match=r"^the chat template of .*(, line [12], | does not terminate )"):
         render(tokenizer, template, CHAT)
 
 
@@ -349,7 +349,7 @@ def test_a_template_without_end_is_told_by_row(always: bool, short_time: None, t
     loops = loops if always else "{% if messages[0].content == 'boom' %}" + loops + "{% endif %}"
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}\n" + loops
     place = f"{re.escape(file)}:{1 if always else 2}"
-    with pytest.raises(DataError, match=rf"^{place}: the chat template of .*, line 2, does not come to an end"):
+    with pytest.raises(DataError, match=rf"^{place}: the chat template of .*, line 2, does not terminate"):
         build_data(config, tokenizer)
 
 
@@ -720,7 +720,7 @@ def test_a_row_on_which_the_tokenizer_fails_is_told_by_its_place(
     config = admitted("data=prompt_completion", f"data.train_files=[{data}]", "tokens=none",
                       f"model.checkpoint={tmp_path / 'model'}").config  # fmt: skip
     tokenizer, _ = load_tokenizer(config.model, config.tokens)
-    with pytest.raises(DataError, match=rf"^{re.escape(data)}:3: the tokenizer fails: .* does not come to an end"):
+    with pytest.raises(DataError, match=rf"^{re.escape(data)}:3: the tokenizer fails: .* does not terminate"):
         build_data(config, tokenizer)
     assert "panicked" not in capfd.readouterr().err
 
@@ -728,7 +728,7 @@ def test_a_row_on_which_the_tokenizer_fails_is_told_by_its_place(
 def test_what_interrupts_a_template_harms_nothing_else(tokenizer: Any, short_time: None) -> None:
     endless = "{% set b = range(99999)|list %}{% for y in b %}{% for x in b if -1 in b %}{% endfor %}{% endfor %}"
     for _ in range(3):
-        with pytest.raises(LimitError, match=r"line 1, does not come to an end within 0.05\d* s"):
+        with pytest.raises(LimitError, match=r"line 1, does not terminate within 0.05\d* s"):
             render(tokenizer, endless, CHAT)
         assert sum(i for i in range(10**6)) == 499999500000  # no interruption comes after
         assert render(tokenizer, "{{ messages[0].content }}", CHAT) == "a"
