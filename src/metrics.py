@@ -80,7 +80,7 @@ def greater_is_better(name: str) -> bool:
     return METRICS[score].greater_is_better if score in METRICS else score not in LOSSES
 
 
-def scores(
+def compute_metrics(
     names: Sequence[str],
     predictions: Sequence[str],
     references: Sequence[str],
@@ -109,7 +109,7 @@ def is_full_marks(name: str, prediction: str, reference: str, answer_pattern: st
         return False
     if prediction == reference or asked.full_marks is None:
         return True
-    value = scores([name], [prediction], [reference], answer_pattern)[name]
+    value = compute_metrics([name], [prediction], [reference], answer_pattern)[name]
     return math.isclose(value, asked.full_marks, rel_tol=1e-9)
 
 

@@ -19,7 +19,7 @@ from src.errors import DataError
 from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import EndText, Generator
 from src.inspection.findings import judge_of, prove
-from src.metrics import METRICS, scores
+from src.metrics import METRICS, compute_metrics
 from src.model.build import set_generation
 from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest
@@ -77,7 +77,7 @@ def marks(data: Data, *overrides: str) -> tuple[dict[str, float], list[str]]:
     reader = AnswerReader(data.encoder, configured(*overrides).thought_tags, data.frame)
     answers = [reader.answer(rows, i, written(data, rows, i)) for i in range(len(rows))]
     references = [reader.reference(rows, i) for i in range(len(rows))]
-    return scores(METRICS, answers, references, None), references
+    return compute_metrics(METRICS, answers, references, None), references
 
 
 def assert_full_marks(found: dict[str, float]) -> None:

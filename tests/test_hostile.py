@@ -41,7 +41,7 @@ from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError, LimitError, ModelError, report, visible
 from src.inspection.drawing import Paint
 from src.markdown import code, fenced, inline, table
-from src.metrics import scores
+from src.metrics import compute_metrics
 from src.model.adapters import with_adapter
 from src.model.build import build_model
 from src.model.card import model_card
@@ -192,7 +192,7 @@ def test_a_row_on_which_a_pattern_explodes_is_told_by_its_place(short_limit: Non
 
 def test_a_generated_text_on_which_a_pattern_explodes_is_told_by_its_row(short_limit: None) -> None:
     with pytest.raises(DataError, match=r"^row 1: data.answer_pattern"):
-        scores(["exact_match"], ["b", LONG], ["b", "b"], EXPLOSIVE, "row {}".format)
+        compute_metrics(["exact_match"], ["b", LONG], ["b", "b"], EXPLOSIVE, "row {}".format)
 
 
 R = "{% for i in range(100000) %}"
