@@ -176,7 +176,7 @@ def test_padded_rows_stand_side_by_side(rows: EncodedSet) -> None:
     lengths = [len(rows[i].input_ids) for i in (3, 0)]
     assert batch.input_ids.shape == batch.labels.shape == (2, max(lengths))
     assert (batch.rows, batch.num_tokens) == ([3, 0], sum(lengths))
-    assert batch.num_supervised == rows[3].num_supervised + rows[0].num_supervised
+    assert batch.num_supervised == rows.supervised_lengths()[[3, 0]].sum()
     for i, row in enumerate((3, 0)):
         assert batch.input_ids[i].tolist() == [*rows[row].input_ids, *[PAD] * (max(lengths) - lengths[i])]
         assert batch.labels[i].tolist() == [*rows[row].labels, *[IGNORE_INDEX] * (max(lengths) - lengths[i])]

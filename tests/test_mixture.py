@@ -130,7 +130,7 @@ def make(tmp_path: Path) -> Callable[..., str]:
 def check_account(report: SplitReport, rows: EncodedSet) -> None:
     assert report.rows_kept == len(rows) == report.rows_read - report.rows_dropped.total() + report.rows_repeated
     assert report.tokens == rows.lengths.sum()
-    assert report.supervised_tokens == sum(rows[i].num_supervised for i in range(len(rows)))
+    assert report.supervised_tokens == rows.supervised_lengths().sum()
     json.dumps(report.as_dict())
 
 

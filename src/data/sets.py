@@ -29,10 +29,6 @@ class LabelledRow:
     spans: np.ndarray
 
     @property
-    def num_supervised(self) -> int:
-        return int((self.labels != IGNORE_INDEX).sum())
-
-    @property
     def num_tokens(self) -> int:
         return len(self.input_ids) + (0 if self.target_ids is None else len(self.target_ids))
 
