@@ -80,7 +80,7 @@ def greater_is_better(name: str) -> bool:
     return METRICS[score].greater_is_better if score in METRICS else score not in LOSSES
 
 
-def scores(
+def compute_metrics(
     names: Sequence[str],
     predictions: Sequence[str],
     references: Sequence[str],
@@ -92,7 +92,7 @@ def scores(
     Args:
         place: says where the row of a prediction comes from.
     Raises:
-        DataError: naming the row on which the pattern does not come to an end.
+        DataError: naming the row on which the pattern does not terminate.
     """
     given = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
     chosen = {name: METRICS[name] for name in names}
@@ -109,7 +109,7 @@ def is_full_marks(name: str, prediction: str, reference: str, answer_pattern: st
         return False
     if prediction == reference or asked.full_marks is None:
         return True
-    value = scores([name], [prediction], [reference], answer_pattern)[name]
+    value = compute_metrics([name], [prediction], [reference], answer_pattern)[name]
     return math.isclose(value, asked.full_marks, rel_tol=1e-9)
 
 
@@ -151,7 +151,7 @@ def answer(text: str, pattern: str | None) -> str | None:
     Text and pattern are taken in NFC: "é" is the same letter, written as one character or as two.
 
     Raises:
-        LimitError: where the pattern does not come to an end.
+        LimitError: where the pattern does not terminate.
     """
     text = nfc(text)
     if pattern is None:

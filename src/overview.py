@@ -68,9 +68,9 @@ def _tokens(config: RunConfig, state: TrainState, built: Assembled) -> str:
         text += f"; {', '.join(named)} start from {how}" if named else ""
         if rest := len(initialised.ids) - len(named):
             text += f"; {rest:,} that the checkpoint has no rows for start from the mean"
-    if unlearned := [token for token in new.known if token in initialised.ids]:
+    if unlearned := [token for token in new.existing if token in initialised.ids]:
         text += f"; known already, but never learned: {', '.join(unlearned)}"
-    if learned := [token for token in new.known if token not in initialised.ids]:
+    if learned := [token for token in new.existing if token not in initialised.ids]:
         text += f"; known already, left as learned: {', '.join(learned)}"
     return text
 
@@ -97,7 +97,7 @@ def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
 
 
 def _steps(config: RunConfig, state: TrainState) -> str:
-    rows = state.batch_sampler.batch_size * state.batch_sampler.accumulation
+    rows = state.batch_sampler.batch_size * state.batch_sampler.micro_batches_per_step
     sequences = f"{rows} {'sequences of packed rows' if config.data.batching is Batching.packed else 'rows'}"
     if state.steps_per_epoch is None:
         return f"{state.num_steps:,}, each of {sequences}, streamed"

@@ -87,7 +87,7 @@ def open_generation(
     from src.data.dataset import build_prompts
     from src.data.tokenizer import load_tokenizer
     from src.evaluation.generate import EndText, Generator
-    from src.evaluation.predictions import account, check_room
+    from src.evaluation.predictions import check_room, describe_rows
     from src.model.build import set_generation
     from src.model.export import exported_model_config, load_exported
     from src.runtime.session import start_runtime
@@ -104,7 +104,7 @@ def open_generation(
         check_room(prompts, model, config.generation.max_new_tokens)
         console.label("model", f"{type(model).__name__} of {run_dir / 'model'}, {runtime.description}")
         for name, rows in prompts.sets.items():
-            console.label(name, account(rows))
+            console.label(name, describe_rows(rows))
             for finding in about_template(name, *rows.count_lines("changes")):
                 console.warn(finding.text)
         end = EndText.of(prompts.frame, prompts.encoder)

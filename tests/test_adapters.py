@@ -347,7 +347,7 @@ def test_a_known_token_is_left_alone(runtime: Runtime, bases: dict[str, str], tm
     assert again.started.ids == {"<x>": again.new.added["<x>"]}
     (apart,) = [p for name, p in again.model.named_parameters() if "trainable_tokens_delta" in name and p.shape[0] == 1]
     assert apart.shape == (1, 128)
-    known = list(again.new.known.values())
+    known = list(again.new.existing.values())
     (matrix,) = embedding_matrices(again.model)
     (before,) = embedding_matrices(first.model)
     assert torch.equal(matrix.rows(known), before.rows(known))

@@ -90,7 +90,7 @@ def test_earlier_turns_without_an_end_are_counted(tmp_path: Path) -> None:
     tokenizer.chat_template = endless
     data = built(tmp_path, tokenizer, [chat("a", "b", "c", "d"), chat("a", "b")])
     assert data.reports["train"].template_changes == {"turn without end": 1}
-    assert the_one(said(data, tokenizer), "in 1 row (", "has no end that could be learned") is Level.warning
+    assert the_one(said(data, tokenizer), "in 1 row (", "has no end that could be trained") is Level.warning
 
 
 def test_an_empty_prompt_is_not_missing(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_earlier_turns_that_are_written_otherwise_are_counted(tmp_path: Path) ->
     tokenizer = with_template(QWEN_3)
     data = built(tmp_path, tokenizer, [chat("a", "b", "c", "d"), chat("a", "b")])
     assert data.reports["train"].template_changes == {"turn not learned": 1}
-    assert the_one(said(data, tokenizer), "in 1 row (", "an earlier turn is not learned") is Level.warning
+    assert the_one(said(data, tokenizer), "in 1 row (", "an earlier turn is not supervised") is Level.warning
     data = built(tmp_path, tokenizer, [chat("a", "b", "c", "d")], "data.supervised_turns=last")
     assert data.reports["train"].template_changes == {}
 

@@ -96,7 +96,7 @@ def order_of(epoch: list[Window]) -> list[int]:
 def test_every_row_comes_once_in_an_epoch(
     rows: EncodedSet, batching: Batching, size: int, accumulation: int, seed: int
 ) -> None:
-    plan = BatchSampler(batching, size, accumulation, capacity=64)
+    plan = BatchSampler(batching, size, accumulation, max_tokens=64)
     for epoch in epochs(rows, plan, seed, 3):
         assert sorted(order_of(epoch)) == list(range(len(rows)))
         assert len(epoch) == steps_per_epoch(rows, plan, seed)
@@ -108,7 +108,7 @@ def test_every_row_comes_once_in_an_epoch(
 
 @pytest.mark.parametrize("batching", list(Batching))
 def test_order_follows_seed_and_epoch(rows: EncodedSet, batching: Batching) -> None:
-    plan = BatchSampler(batching, 4, 2, capacity=64)
+    plan = BatchSampler(batching, 4, 2, max_tokens=64)
     orders = [tuple(order_of(epoch)) for seed in (1, 2) for epoch in epochs(rows, plan, seed, 3)]
     assert len(set(orders)) == 6
     again = [tuple(order_of(epoch)) for seed in (1, 2) for epoch in epochs(rows, plan, seed, 3)]
@@ -116,7 +116,7 @@ def test_order_follows_seed_and_epoch(rows: EncodedSet, batching: Batching) -> N
 
 
 def padded_tokens(rows: EncodedSet, batching: Batching) -> int:
-    plan = BatchSampler(batching, 4, 1, capacity=64)
+    plan = BatchSampler(batching, 4, 1, max_tokens=64)
     return sum(
         collate(rows, sequences, PAD).input_ids.numel() for sequences in plan.micro_batches(rows.lengths, [1, 0])
     )
@@ -176,7 +176,7 @@ def test_padded_rows_stand_side_by_side(rows: EncodedSet) -> None:
     lengths = [len(rows[i].input_ids) for i in (3, 0)]
     assert batch.input_ids.shape == batch.labels.shape == (2, max(lengths))
     assert (batch.rows, batch.num_tokens) == ([3, 0], sum(lengths))
-    assert batch.num_supervised == rows[3].num_supervised + rows[0].num_supervised
+    assert batch.num_supervised == rows.supervised_lengths()[[3, 0]].sum()
     for i, row in enumerate((3, 0)):
         assert batch.input_ids[i].tolist() == [*rows[row].input_ids, *[PAD] * (max(lengths) - lengths[i])]
         assert batch.labels[i].tolist() == [*rows[row].labels, *[IGNORE_INDEX] * (max(lengths) - lengths[i])]

@@ -31,7 +31,7 @@ from src.data import sources
 from src.data.cache import RowCache, tokenizer_fingerprint
 from src.data.dataset import Data, build_data
 from src.data.encoding import Encoder, Lengths
-from src.data.preparation import EncodingConfig, prepared
+from src.data.preparation import EncodingConfig, encode_chunks
 from src.data.readers.record import Record
 from src.data.sets import EncodedSet
 from src.data.sources import file_source
@@ -55,11 +55,11 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.times = 0
-        monkeypatch.setattr(caching, "prepared", self)
+        monkeypatch.setattr(caching, "encode_chunks", self)
 
     def __call__(self, *given: Any) -> Any:
         self.times += 1
-        return prepared(*given)
+        return encode_chunks(*given)
 
     def since(self) -> int:
         times, self.times = self.times, 0
@@ -297,9 +297,9 @@ def test_a_file_that_changes_before_it_is_read_is_not_kept_under_its_old_content
 
     def late(*given: Any) -> Any:
         write_lines(Path(file), OTHER_ROWS[:30])
-        return prepared(*given)
+        return encode_chunks(*given)
 
-    monkeypatch.setattr(caching, "prepared", late)
+    monkeypatch.setattr(caching, "encode_chunks", late)
     try:
         built(config)
     except DataError as error:
@@ -342,7 +342,7 @@ import json, sys, time
 from tests.conftest import admitted
 from src.data import cache, store
 from src.data.dataset import build_data
-from src.data.preparation import prepared
+from src.data.preparation import encode_chunks
 from src.data.tokenizer import load_tokenizer
 
 slow, *overrides = json.loads(sys.stdin.readline())
@@ -351,11 +351,11 @@ times_prepared = 0
 def slowly(*given):
     global times_prepared
     times_prepared += 1
-    for chunk in prepared(*given):
+    for chunk in encode_chunks(*given):
         yield chunk
         time.sleep(slow)
 
-cache.prepared = slowly
+cache.encode_chunks = slowly
 store.BATCH_ROWS = 1  # what is prepared is written at once
 config = admitted(*overrides).config
 tokenizer, _ = load_tokenizer(config.model, config.tokens)
@@ -457,10 +457,10 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path, file: str, monkey
     config = admitted(*chosen(file, tmp_path / "cache")).config
 
     def broken(*given: Any) -> Iterator[Any]:
-        yield next(iter(prepared(*given)))
+        yield next(iter(encode_chunks(*given)))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(caching, "prepared", broken)
+    monkeypatch.setattr(caching, "encode_chunks", broken)
     with pytest.raises(KeyboardInterrupt):
         built(config)
     assert entries(tmp_path / "cache") == []
@@ -637,14 +637,14 @@ def test_a_part_is_mapped_into_memory_and_not_read(tmp_path: Path, file: str) ->
 def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     script = (
         "import os, time\n"
-        "from src.data.preparation import prepared\n"
+        "from src.data.preparation import encode_chunks\n"
         "from tests.conftest import admitted\n"
         "from tests.test_cache import recipe_of\n"
         "from src.data.readers.record import Record\n"
         "def forever():\n"
         "    while True:\n"
         "        yield Record({'prompt': 'a', 'completion': 'b'}, 'rows', 1)\n"
-        "for _ in prepared(forever(), recipe_of(admitted('tokens=none').config), 2):\n"
+        "for _ in encode_chunks(forever(), recipe_of(admitted('tokens=none').config), 2):\n"
         "    print('going', flush=True)\n"
         "    time.sleep(0.2)\n"
     )

@@ -19,7 +19,7 @@ from src.errors import DataError
 from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import EndText, Generator
 from src.inspection.findings import judge_of, prove
-from src.metrics import METRICS, scores
+from src.metrics import METRICS, compute_metrics
 from src.model.build import set_generation
 from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest
@@ -77,7 +77,7 @@ def marks(data: Data, *overrides: str) -> tuple[dict[str, float], list[str]]:
     reader = AnswerReader(data.encoder, configured(*overrides).thought_tags, data.frame)
     answers = [reader.answer(rows, i, written(data, rows, i)) for i in range(len(rows))]
     references = [reader.reference(rows, i) for i in range(len(rows))]
-    return scores(METRICS, answers, references, None), references
+    return compute_metrics(METRICS, answers, references, None), references
 
 
 def assert_full_marks(found: dict[str, float]) -> None:
@@ -113,7 +113,7 @@ def test_answers_with_thoughts_get_full_marks_or_are_refused_with_a_remedy(
     overrides = [tokens, *(["data.thought_pattern='<think>(.*?)</think>'"] if tokens == "tokens=tow" else [])]
     several = [row(turns=2, system=system, thought=thought) for system in systems]
     if tokens == "tokens=none" and (family in EARLIER_THOUGHTS_CUT):
-        with pytest.raises(DataError, match=r"learn the last turn only: data\.supervised_turns=last"):
+        with pytest.raises(DataError, match=r"train on the last turn only: data\.supervised_turns=last"):
             built(tmp_path, tokenizer_of(family), several, *overrides)
         overrides.append("data.supervised_turns=last")
     rows = [*several, *(row(turns=1, system=system, thought=thought) for system in systems)]
@@ -293,7 +293,7 @@ def test_a_thoughts_close_that_nobody_knows_is_not_invented(tmp_path: Path) -> N
 def test_a_chat_whose_only_turn_to_learn_is_written_otherwise_is_refused(tmp_path: Path) -> None:
     messages = row(turns=2, system=False, thought="none")["messages"]
     messages[-1]["weight"] = 0
-    with pytest.raises(DataError, match="there is no other to learn"):
+    with pytest.raises(DataError, match="there is no other to train on"):
         built(tmp_path, tokenizer_of("Qwen 3"), [messages])
 
 

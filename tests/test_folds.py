@@ -222,7 +222,7 @@ def test_a_warm_cache_gives_the_same_and_one_preparation_is_enough(
     ]
     own = [f"data.train_files=['{file}']", f"data.cache_dir='{tmp_path / 'cache'}'", *cut]
     cold = [(places(data), data.reports["validation"].as_dict()) for data in all_folds(3, *own)]
-    monkeypatch.setattr("src.data.cache.prepared", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr("src.data.cache.encode_chunks", lambda *_: pytest.fail("prepared again"))
     assert [(places(data), data.reports["validation"].as_dict()) for data in all_folds(3, *own)] == cold
 
 

@@ -220,8 +220,8 @@ def test_thoughts_weigh_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> 
     input_ids, labels = batch(rows=2)
     thoughts = torch.zeros_like(labels, dtype=torch.bool)
     thoughts[:, 5:8] = True
-    plain = ScoredModel(model)(input_ids, labels, thoughts=thoughts)
-    weighted = ScoredModel(model, LossConfig(Reduction.mean, 0.25, 0.0))(input_ids, labels, thoughts=thoughts)
+    plain = ScoredModel(model)(input_ids, labels, is_thought=thoughts)
+    weighted = ScoredModel(model, LossConfig(Reduction.mean, 0.25, 0.0))(input_ids, labels, is_thought=thoughts)
     assert torch.equal(plain.nll, weighted.nll)
     assert weighted.is_thought is not None
     of_thoughts = weighted.nll[weighted.is_thought].sum()

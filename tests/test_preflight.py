@@ -117,7 +117,7 @@ def test_rows_of_validation_that_stand_in_train_are_told(here: Path, capsys: pyt
     assert "warning  validation: 1 row of 2 stand in train too" in text
     assert "test.jsonl:1)" in text
     assert "train: 1 row is exactly like an earlier one" in text
-    assert "<ToW>, </ToW> are in no training row, so they will not be learned" in text
+    assert "<ToW>, </ToW> are in no training row, so they will not be trained" in text
 
 
 def test_rows_that_merge_over_the_seam_are_counted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

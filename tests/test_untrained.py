@@ -146,7 +146,7 @@ def test_untrained_tokens_start_as_new_ones_and_trained_ones_stay(
 ) -> None:
     run = Assembled(runtime, *chosen(bases[kind], *way))
     assert run.started.ids == {"<|r0|>": 259, "<|small|>": 261, "<new>": 263}
-    assert run.new.known == {"<|r0|>": 259, "<|small|>": 261, "<|learned|>": 262}
+    assert run.new.existing == {"<|r0|>": 259, "<|small|>": 261, "<|learned|>": 262}
     original = AutoModelForCausalLM.from_pretrained(bases[kind])
     before = {matrix.name: matrix.weight.detach() for matrix in embedding_matrices(original)}
     not_learned = {0, 259, 260, 261, 263} if kind == "tied" else {259, 260, 261, 263}  # 0 pads: zeros, if not in a head

@@ -35,8 +35,8 @@ from src.data.segments import Segment, any_of
 from src.errors import LimitError, TokenError
 
 REWRITTEN = (
-    "the chat template writes an earlier turn otherwise once more turns follow, so it can't be learned as generation "
-    "would write it"
+    "the chat template writes an earlier turn otherwise once more turns follow, so it can't be trained on as "
+    "generation would write it"
 )
 
 LITERAL = re.compile(f"{LITERAL_FROM}(\\d+){LITERAL_TO}")
@@ -50,7 +50,7 @@ EMPTY_THOUGHT = re.compile(r"(<(?P<name>[^\s<>/]+)>)\s*(</(?P=name)>)\s*")
 """An empty thought, which some generation prompts end with, and some templates write before every answer."""
 PROMPTED_THOUGHT = re.compile(rf"(?:{EMPTY_THOUGHT.pattern}|{OPENED_THOUGHT.pattern})\Z")
 
-NOT_LEARNED, ENDLESS = "turn not learned", "turn without end"
+NOT_SUPERVISED, ENDLESS = "turn not learned", "turn without end"
 """Problems of a turn, see RenderedChat.changes."""
 
 
@@ -137,8 +137,8 @@ class ChatTemplate:
         segments: list[Segment] = []
         done = 0
         for turn in found:
-            for text, is_learned in ((whole[done : turn.start] + turn.opened, False), (turn.text, True)):
-                segments += _segments(text, is_learned, literals)
+            segments += _segments(whole[done : turn.start] + turn.opened, False, literals)
+            segments += _segments(turn.text, True, literals)
             done = turn.stop
         segments += _segments(whole[done:], False, literals)
         answer, is_framed = _answer(found[-1], whole, parts) if found else ("", False)
@@ -153,7 +153,7 @@ class ChatTemplate:
     def _missed(self, wanted: Sequence[bool], turns: Sequence[Turn]) -> Iterator[str]:
         """Yield the problems of turns that should be supervised."""
         if len(turns) < sum(wanted):
-            yield NOT_LEARNED
+            yield NOT_SUPERVISED
         end = self.frame.end_text
         if any(not turn.end and not (end and end in turn.text) for turn in turns[:-1]):
             yield ENDLESS
@@ -180,9 +180,9 @@ class ChatTemplate:
             if is_wanted and (turn := self._by_prefix(messages, whole, content)) is not None:
                 turns.append(turn)
             elif is_wanted and not all(self._is_written(p, whole) for p in parts if p.message == content.message):
-                raise TokenError(f"{REWRITTEN}; learn the last turn only: data.supervised_turns=last")
+                raise TokenError(f"{REWRITTEN}; train on the last turn only: data.supervised_turns=last")
         if any(wanted) and not turns:
-            raise TokenError(f"{REWRITTEN}, and there is no other to learn; set no weight of 0 for the last turn")
+            raise TokenError(f"{REWRITTEN}, and there is no other to train on; set no weight of 0 for the last turn")
         return whole, parts, turns
 
     def _marked(
@@ -424,7 +424,7 @@ def _prompt_is_another(prompt: str, alone: str) -> str:
     return (
         "the chat template's generation prompt is not how the assistant's turn begins in a chat "
         f"(…{prompt[same:][:60]!r} there, …{alone[same:][:60]!r} here); "
-        "mark what is learned in the template with {% generation %} … {% endgeneration %}"
+        "mark what is supervised in the template with {% generation %} … {% endgeneration %}"
     )
 
 

@@ -33,7 +33,7 @@ class FileSource:
         """Read the rows, at most `limit` of them."""
         yield from itertools.islice((row for file in self.files for row in read_file(file)), self.limit)
 
-    def fingerprint(self) -> Any:
+    def identity(self) -> Any:
         """Return what identifies the rows: every file with the hash of its content."""
         return {"files": [[file, file_hash(file)] for file in self.files], "limit": self.limit}
 
@@ -99,7 +99,7 @@ class HubSource:
             else:
                 yield Record(fields, self.name, number)
 
-    def fingerprint(self) -> Any:
+    def identity(self) -> Any:
         """Return what identifies the rows: the library's own hash changes with the files and how they are read.
 
         Raises:
@@ -147,6 +147,6 @@ def _hash(file: str, _state: tuple[int, ...]) -> str:
         raise DataError(f"{file} can't be read: {error.strerror}") from error
 
 
-def fingerprint_of(*parts: Any) -> str:
+def hash_of(*parts: Any) -> str:
     """Return a hash of plain values, 64 hex digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

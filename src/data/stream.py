@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 
 from src.data.bad_rows import BadRows
-from src.data.preparation import CHUNK_ROWS, EncodingConfig, prepared
+from src.data.preparation import CHUNK_ROWS, EncodingConfig, encode_chunks
 from src.data.readers.record import ReadResult, Unreadable
 from src.data.sets import EncodedSet
-from src.data.sources import Source, fingerprint_of
+from src.data.sources import Source, hash_of
 from src.data.store import DroppedRow, Shard, SourceStats
 from src.errors import DataError
 
@@ -137,8 +137,8 @@ class StreamedSet:
 
     def digest(self) -> str:
         """Return a hash of the sources and settings of the rows, 32 hex digits."""
-        each = [(one.source.fingerprint(), one.config.settings(), one.share, one.count) for one in self._sources]
-        return fingerprint_of(each)[:32]
+        each = [(one.source.identity(), one.config.settings(), one.share, one.count) for one in self._sources]
+        return hash_of(each)[:32]
 
     def start(self) -> dict[str, Any]:
         """Return the cursor of the next epoch's start, in plain JSON values."""
@@ -229,7 +229,7 @@ class StreamedSet:
         chunk_rows = max(1, round(CHUNK_ROWS * one.share))
         records = _records(one.source, taken, one.count)
         batches, stats = list[pa.RecordBatch](), SourceStats()
-        for chunk in prepared(records, one.config, self._num_workers, chunk_rows, taken):
+        for chunk in encode_chunks(records, one.config, self._num_workers, chunk_rows, taken):
             BadRows(chunk.bad).check()
             batches.append(chunk.rows)
             stats.num_records += chunk.num_records

@@ -278,7 +278,7 @@ def tokenizer_errors(text: str = "", *, is_quiet: bool = False) -> Iterator[None
         if not isinstance(error, Exception) and not _is_panic(error):
             raise
         on = f" on {text[:60]!r}{'…' if len(text) > 60 else ''}" if text else ""
-        explodes = "; a regular expression in its tokenizer.json does not come to an end"
+        explodes = "; a regular expression in its tokenizer.json does not terminate"
         raise BrokenTokenizerError(
             f"the tokenizer fails{on}: {one_line(error)}{explodes if 'retry-limit' in str(error) else ''}"
         ) from None

@@ -18,7 +18,7 @@ from src.data.sets import EncodedSet
 from src.errors import DataError, NonFiniteLossError
 from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import EndText, Generator, check_prompts
-from src.metrics import perplexity, scores
+from src.metrics import compute_metrics, perplexity
 from src.runtime.session import Runtime
 from src.training.loss import span_losses
 
@@ -61,7 +61,7 @@ class Evaluator:
                 texts = [self.reader.encoder.decode(completion.ids) for completion in completions]
                 answers = [self.reader.answer(rows, i, text) for i, text in enumerate(texts)]
                 references = [self.reader.reference(rows, i) for i in range(count)]
-                values |= scores(self.metrics, answers, references, self.answer_pattern, rows.place)
+                values |= compute_metrics(self.metrics, answers, references, self.answer_pattern, rows.place)
             metrics |= {f"eval/{rows.name}/{name}": value for name, value in values.items()}
         return metrics | targets.metrics(self.runtime)
 

@@ -1,4 +1,4 @@
-"""The files of one set's predictions, and what decided them. No torch here.
+"""The files of one set's predictions, and what decided them.
 
 `<set>.jsonl` has a line a row, `<set>.csv` the same once the set is whole, and `<set>.json` what decided them:
 predictions that something else decided are never mixed with them.
@@ -18,7 +18,7 @@ from typing import Any
 
 from src.config.schema import RunConfig
 from src.errors import RunFolderError
-from src.metrics import scores
+from src.metrics import compute_metrics
 from src.records import (
     NUMBER,
     OPTIONAL_TEXT,
@@ -241,7 +241,7 @@ class PredictedSet:
         if config.metrics and not lacking:
             places = [line["source"] for line in lines]
             answers, pattern = [given for given, _ in pairs], config.data.answer_pattern
-            found = scores(config.metrics, answers, references, pattern, places.__getitem__)
+            found = compute_metrics(config.metrics, answers, references, pattern, places.__getitem__)
             values = {f"eval/{self.name}/{metric}": value for metric, value in found.items()}
         before = read_metrics(self.folder)
         others = {key: value for key, value in before.items() if not key.startswith(f"eval/{self.name}/")}

@@ -1,4 +1,4 @@
-"""Predictions: generated and written a block at a time, so that a stop costs one block. No torch here."""
+"""Predictions: generated and written a block at a time, so that a stop costs one block."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from src.config.files import expand
 from src.config.schema import RunConfig
 from src.data.sources import file_hash
 from src.errors import ModelError, RunFolderError
-from src.evaluation.deciding import decided_by
 from src.evaluation.predicted_set import PredictedSet, Prediction, read_metrics
+from src.evaluation.prediction_key import prediction_key
 from src.tracking.console import Console, clock
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model:
         DamagedFileError: where what is there can't be read; before anything is generated or removed.
     """
     read_metrics(folder)
-    common = decided_by(config, frozen, model)
+    common = prediction_key(config, frozen, model)
     sets, refused = {}, []
     for name, files in config.data.test_sets().items():
         contents = [file_hash(file) for file in expand(files)]
@@ -70,7 +70,7 @@ def check_room(prompts: Prompts, model: Any, max_new_tokens: int) -> None:
             )
 
 
-def account(rows: EncodedSet) -> str:
+def describe_rows(rows: EncodedSet) -> str:
     """Return what became of a set's rows: how many are predicted, whose prompt was cut, what was left out."""
     text = f"{len(rows):,} rows"
     if rows.total("is_truncated"):

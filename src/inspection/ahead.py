@@ -28,7 +28,7 @@ from src.model.embeddings import InitialisedRows, resize_and_initialise
 from src.model.quantization import check_quantisable
 from src.model.untrained import stored_untrained_tokens
 from src.runtime.collector import collect_from_here
-from src.tokens import NewTokens
+from src.tokens import ConfiguredTokens
 from src.tracking.console import Console
 
 
@@ -37,7 +37,7 @@ class Assembled:
     """What a run would train, without weights."""
 
     tokenizer: Any
-    new_tokens: NewTokens
+    new_tokens: ConfiguredTokens
     data: Data
     data_bytes: int
     """What the rows take of this process's memory."""

@@ -8,7 +8,7 @@ from src.config.schema import RunConfig
 from src.data.dataset import Data
 from src.inspection.findings import Finding, Level
 from src.model.embeddings import InitialisedRows, num_embedding_rows
-from src.tokens import NewTokens
+from src.tokens import ConfiguredTokens
 from src.tracking.console import Console
 
 MOST_PIECES = 6  # that a new token starts from, named one by one
@@ -19,7 +19,7 @@ def show_tokens(
     config: RunConfig,
     model: Any,
     tokenizer: Any,
-    new: NewTokens,
+    new: ConfiguredTokens,
     initialised: InitialisedRows,
     data: Data,
     *,
@@ -60,9 +60,9 @@ def show_tokens(
     console.label("tokens", "\n".join(lines))
 
 
-def about_starts(new: NewTokens, initialised: InitialisedRows) -> list[Finding]:
+def about_starts(new: ConfiguredTokens, initialised: InitialisedRows) -> list[Finding]:
     """Return a note on the tokens that the checkpoint knows by name only."""
-    found = [token for token in new.known if token in initialised.ids]
+    found = [token for token in new.existing if token in initialised.ids]
     if not found:
         return []
     text = f"{', '.join(found)}: the checkpoint has the token, but never learned its row; it starts as a new one"

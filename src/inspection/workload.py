@@ -65,7 +65,7 @@ class Workload:
     def num_micro_batches(self) -> int:
         """Of the whole run, over all processes."""
         if self.num_steps_per_epoch is None:
-            return self.num_steps * self.batch_sampler.accumulation
+            return self.num_steps * self.batch_sampler.micro_batches_per_step
         return round(self.num_steps / self.num_steps_per_epoch * len(self.micro_batches))
 
     @property

@@ -18,7 +18,7 @@ from torch.nn import functional
 from src.config.schema import InitMethod, TokensConfig
 from src.errors import ModelError, TokenError
 from src.runtime.sharding import full_shape, gathered
-from src.tokens import NewTokens, num_token_ids
+from src.tokens import ConfiguredTokens, num_token_ids
 from src.util import in_words
 
 
@@ -153,7 +153,7 @@ def reread_rows(model: Any, initialised: InitialisedRows) -> InitialisedRows:
 
 
 def resize_and_initialise(
-    model: Any, tokenizer: Any, new: NewTokens, config: TokensConfig, seed: int, untrained: Collection[str] = ()
+    model: Any, tokenizer: Any, new: ConfiguredTokens, config: TokensConfig, seed: int, untrained: Collection[str] = ()
 ) -> InitialisedRows:
     """Make room for all tokens and initialise the rows of those that have no pretrained row yet.
 

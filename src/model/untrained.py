@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from src.config.schema import Dtype, ModelConfig, Weights
 from src.model.embeddings import embedding_matrices
 from src.runtime.sharding import gathered
-from src.tokens import NewTokens
+from src.tokens import ConfiguredTokens
 from src.util import load_json
 
 SMALL = 0.01
@@ -23,7 +23,7 @@ SMALL = 0.01
 ROWS = 8192  # norms of so many rows are computed at once
 
 
-def untrained_tokens(model: Any, tokenizer: Any, new: NewTokens, config: ModelConfig) -> frozenset[str]:
+def untrained_tokens(model: Any, tokenizer: Any, new: ConfiguredTokens, config: ModelConfig) -> frozenset[str]:
     """Return the added tokens whose rows no matrix of the model has trained; none where weights are random.
 
     Args:
@@ -39,7 +39,9 @@ def untrained_tokens(model: Any, tokenizer: Any, new: NewTokens, config: ModelCo
     return frozenset(found)
 
 
-def stored_untrained_tokens(empty: Any, tokenizer: Any, new: NewTokens, config: ModelConfig) -> frozenset[str] | None:
+def stored_untrained_tokens(
+    empty: Any, tokenizer: Any, new: ConfiguredTokens, config: ModelConfig
+) -> frozenset[str] | None:
     """Return the same, reading only the matrices from the checkpoint's files; None where they are not on this machine.
 
     Args:
@@ -60,7 +62,7 @@ def stored_untrained_tokens(empty: Any, tokenizer: Any, new: NewTokens, config: 
     return frozenset(found)
 
 
-def _known(tokenizer: Any, new: NewTokens) -> dict[str, int]:
+def _known(tokenizer: Any, new: ConfiguredTokens) -> dict[str, int]:
     """Return the added tokens that the checkpoint had, token -> id: those of new ones may be padding rows."""
     return {token: i for token, i in tokenizer.get_added_vocab().items() if token not in new.added}
 

@@ -67,7 +67,7 @@ class Budget:
 
     @property
     def timeout(self) -> str:
-        return f"does not come to an end within {self.seconds:.3g} s"
+        return f"does not terminate within {self.seconds:.3g} s"
 
 
 class OutOfTime(BaseException):

@@ -33,7 +33,7 @@ from src.runtime.launch import num_processes
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
-from src.tokens import NewTokens
+from src.tokens import ConfiguredTokens
 from src.tracking.provenance import provenance
 from src.tracking.tracker import Tracker
 from src.training.optim import warmup_warnings
@@ -74,7 +74,7 @@ class Assembled:
 
     model: Any
     tokenizer: Any
-    new_tokens: NewTokens
+    new_tokens: ConfiguredTokens
     adapter: Adapter | None
     initialised: InitialisedRows
     """The rows that new tokens start from."""
@@ -99,7 +99,9 @@ class Assembled:
         return warnings
 
 
-def assemble_model(config: RunConfig, tokenizer: Any, new_tokens: NewTokens, data: Data, runtime: Runtime) -> Assembled:
+def assemble_model(
+    config: RunConfig, tokenizer: Any, new_tokens: ConfiguredTokens, data: Data, runtime: Runtime
+) -> Assembled:
     """Load the model, quantised where asked; resize and initialise its embeddings, and add the adapter.
 
     Raises:

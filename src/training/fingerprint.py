@@ -41,7 +41,7 @@ def fingerprint_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runti
         frozen_weights=tensors_digest(frozen) if frozen else None,
         device=runtime.device.type,
         num_processes=runtime.num_processes,
-        step_sequences=state.batch_sampler.batch_size * state.batch_sampler.accumulation,
+        step_sequences=state.batch_sampler.batch_size * state.batch_sampler.micro_batches_per_step,
         versions={name: metadata.version(name) for name in PACKAGES} | plugins.versions(config.plugins),
         architecture=architecture_hash(state.model),
         validation=data.validation_digest(config.evaluation.max_samples),

@@ -29,7 +29,7 @@ sequence: the sums differ, and so does their rounding."""
 class ScoredModel(nn.Module):
     """A model whose forward takes ids and labels [batch, seq] and returns the losses of the labels.
 
-    An encoder-decoder also takes `target_ids` [batch, target], which its labels belong to. `thoughts`: mask of labels
+    An encoder-decoder also takes `target_ids` [batch, target], which its labels belong to. `is_thought`: mask of labels
     that are thought tokens, of the labels' shape.
     """
 
@@ -47,7 +47,7 @@ class ScoredModel(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         target_ids: Tensor | None = None,
-        thoughts: Tensor | None = None,
+        is_thought: Tensor | None = None,
         **inputs: Any,
     ) -> Scores:
         inputs |= {"input_ids": input_ids, "use_cache": False}
@@ -56,11 +56,11 @@ class ScoredModel(nn.Module):
         ahead = target_ids is None
         if self.uses_full_logits:
             logits = self.model(**inputs).logits
-            picked, targets, is_thought = supervised_positions(logits, labels, thoughts, ahead=ahead)
+            picked, targets, is_thought = supervised_positions(logits, labels, is_thought, ahead=ahead)
             return score(picked, targets, is_thought, lambda chosen: chosen, logits.shape[-1], self.config)
         hidden = self.model.base_model(**inputs).last_hidden_state
         head = self.model.get_output_embeddings()
-        states, targets, is_thought = supervised_positions(hidden, labels, thoughts, ahead=ahead)
+        states, targets, is_thought = supervised_positions(hidden, labels, is_thought, ahead=ahead)
         return score(states, targets, is_thought, head, self.num_logits, self.config)
 
     @torch.no_grad()

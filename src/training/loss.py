@@ -44,14 +44,14 @@ class Scores(NamedTuple):
 
 
 def supervised_positions(
-    hidden: Tensor, labels: Tensor, thoughts: Tensor | None = None, *, ahead: bool = True
+    hidden: Tensor, labels: Tensor, is_thought: Tensor | None = None, *, ahead: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Select the states that predict a supervised token, these tokens, and which of them are thought tokens.
 
     Args:
         hidden: states, [batch, seq, width].
         labels: ids, not shifted, [batch, seq]; IGNORE_INDEX is not scored.
-        thoughts: mask of labels that are thought tokens, [batch, seq].
+        is_thought: mask of labels that are thought tokens, [batch, seq].
         ahead: whether the state at position i predicts the label at i + 1, as in a causal model, or the one at i, as
             in a decoder whose input was shifted.
     Returns:
@@ -59,9 +59,9 @@ def supervised_positions(
     """
     if ahead:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
-        thoughts = None if thoughts is None else thoughts[:, 1:]
+        is_thought = None if is_thought is None else is_thought[:, 1:]
     chosen = labels != IGNORE_INDEX
-    return hidden[chosen], labels[chosen], None if thoughts is None else thoughts[chosen]
+    return hidden[chosen], labels[chosen], None if is_thought is None else is_thought[chosen]
 
 
 def token_losses(

@@ -69,7 +69,7 @@ def read_texts(fields: dict[str, Any], data: DataConfig) -> Pair:
     parts = {role: text_field(fields, data.columns[role], role) for role in roles(data.format)}
     role = roles(data.format)[-1]
     if not parts[role]:
-        raise BadRow(f"{data.columns[role]!r} is empty: nothing to learn")
+        raise BadRow(f"{data.columns[role]!r} is empty: nothing to train on")
     return Pair(parts, unread=tuple(unread_fields(fields, [*data.columns.values(), data.group_column or ""])))
 
 

@@ -50,7 +50,7 @@ def read(fields: dict[str, Any], data: DataConfig) -> Chat:
     if not isinstance(given, list):
         raise BadRow(f"{column!r} is {type_name(given)}, not a list of messages")
     if not given:
-        raise BadRow(f"{column!r} is empty: nothing to learn")
+        raise BadRow(f"{column!r} is empty: nothing to train on")
     for key in UNSUPPORTED_FIELDS:
         if not is_blank(fields.get(key)):
             raise BadRow(f"the row has {key}, which is not supported: {WITHOUT}")
@@ -65,7 +65,7 @@ def read(fields: dict[str, Any], data: DataConfig) -> Chat:
         if message["role"] == "assistant":
             is_supervised.append(may_supervise)
     if messages[-1]["role"] != "assistant":
-        raise BadRow(f"{column!r} ends with the {messages[-1]['role']}: there is no answer to learn")
+        raise BadRow(f"{column!r} ends with the {messages[-1]['role']}: there is no answer to train on")
     own = _own_system(fields, messages)
     if (system := own or data.system_prompt) and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
@@ -147,12 +147,12 @@ def _is_supervised(one: Mapping[str, Any], where: str) -> bool:
     for key in SUPERVISION_KEYS:
         value = one.get(key)
         if value not in (None, 0, 1):
-            wanted = "0 (not learned) or 1" if key == "weight" else "false (not learned) or true"
+            wanted = "0 (not supervised) or 1" if key == "weight" else "false (not supervised) or true"
             raise BadRow(f"{where} has the {key} {value!r}; {wanted} is needed")
         if value is not None:
             said[key] = bool(value)
     if len(set(said.values())) > 1:
-        raise BadRow(f"{where}: {' and '.join(said)} contradict each other about whether it is learned")
+        raise BadRow(f"{where}: {' and '.join(said)} contradict each other about whether it is supervised")
     return next(iter(said.values()), True)
 
 
