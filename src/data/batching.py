@@ -59,7 +59,7 @@ class Batch:
         return replace(self, **moved, bounds=bounds)
 
     def inputs(self) -> dict[str, Any]:
-        """Return the keyword arguments of a ScoredModel."""
+        """Return the keyword arguments of a ModelWithLoss."""
         arguments: dict[str, Tensor | None] = {
             "input_ids": self.input_ids,
             "labels": self.labels,

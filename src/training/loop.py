@@ -119,7 +119,7 @@ def step_once(
     Args:
         batches: this process's; every process has as many.
     """
-    state.scored.train()
+    state.loss_model.train()
     real = [one.batch for one in batches if one.is_real]
     # one exchange of all processes, also of whether one of them was asked to stop: so all stop at the same step
     num_supervised, num_thought, num_tokens, num_rows, asked = runtime.sum(
@@ -160,11 +160,11 @@ def _add_gradients(
         is_last = i == len(batches) - 1
         batch = one.batch.to(runtime.device)
         with runtime.strategy.accumulate(last=is_last):
-            scores = state.scored(**batch.inputs())
-            contribution = step_objective(scores.objective, weights, config.loss.reduction) * one.is_real
+            losses = state.loss_model(**batch.inputs())
+            contribution = step_objective(losses.objective, weights, config.loss.reduction) * one.is_real
             # processes average their gradients; the step sums them
             runtime.backward(contribution * runtime.num_processes, last=is_last)
-        sums.append(scores.sums() * one.is_real)
+        sums.append(losses.sums() * one.is_real)
     local = torch.stack(sums, dim=1).tolist()
     summed = runtime.sum([sum(values) for values in local])
     if not math.isfinite(summed[0]):

@@ -23,7 +23,7 @@ from src.model.embeddings import TokenMonitor, embedding_parameters
 from src.runtime.allocation import keep_freed_memory
 from src.runtime.session import Runtime, rng_as_json, rng_from_json
 from src.runtime.sharding import ShardedTensor, compute_weight, full_shape
-from src.training.head import ScoredModel
+from src.training.head import ModelWithLoss
 from src.training.loss import span_losses
 from src.training.optim import build_optimizer, build_schedule, restore_schedule
 from src.util import listed
@@ -98,8 +98,8 @@ class StepResult:
 class TrainState:
     """The wrapped model, its optimizer and schedule, the position in the data, and counters."""
 
-    scored: nn.Module
-    """The ScoredModel as Accelerate wrapped it: its forward computes losses."""
+    loss_model: nn.Module
+    """The ModelWithLoss as Accelerate wrapped it: its forward computes losses."""
     model: Any
     """The transformers model inside: for generation and export."""
     optimizer: Any
@@ -320,18 +320,18 @@ def build_train_state(
         raise ModelError("fp16 mixed precision scales gradients of float32 weights only: model.dtype=float32")
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    scored = ScoredModel(model, config.loss).to(runtime.device)
+    loss_model = ModelWithLoss(model, config.loss).to(runtime.device)
     if runtime.device.type == "cpu":
         keep_freed_memory(sum(p.nbytes for p in model.parameters()))
     is_packed = config.data.batching is Batching.packed
     is_flat = is_packed and config.model.attn_implementation is Attention.flash_attention_2
-    optimizer = build_optimizer(config.optimizer, scored.parameters(), embedding_parameters(model))
+    optimizer = build_optimizer(config.optimizer, loss_model.parameters(), embedding_parameters(model))
     schedule = build_schedule(config.scheduler, optimizer, num_steps)
-    wrapped, wrapped_optimizer = runtime.prepare(scored, optimizer)
+    wrapped, wrapped_optimizer = runtime.prepare(loss_model, optimizer)
     with runtime.autocast():  # after `prepare`: only then are sharded weights gathered for a forward
-        scored.probe_head()
+        loss_model.probe_head()
         if is_packed:
-            scored.check_packing(flat=is_flat)
+            loss_model.check_packing(flat=is_flat)
     return TrainState(
         wrapped,
         model,
@@ -341,7 +341,7 @@ def build_train_state(
         is_flat,
         num_steps,
         per_epoch,
-        scored.uses_full_logits,
+        loss_model.uses_full_logits,
         TokenMonitor(model, new_tokens),
         position=begin,
     )
