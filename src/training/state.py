@@ -129,15 +129,18 @@ class TrainState:
     """The state of every global generator at the beginning of the next step."""
 
     @property
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by name, a shared one once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
     def parameter_names(self) -> dict[int, str]:
-        """Return the name of every trained parameter, each once: id(parameter) -> name."""
-        return {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
+        """The name of every trained parameter: id(parameter) -> name."""
+        return {id(p): name for name, p in self.trained_parameters.items()}
 
     def weights(self, runtime: Runtime) -> dict[str, Tensor | ShardedTensor]:
         """Return trained weights and persistent buffers (which a forward may change) by name; no copies."""
-        trained = {
-            name: runtime.strategy.master_weight(p) for name, p in self.model.named_parameters() if p.requires_grad
-        }
+        trained = {name: runtime.strategy.master_weight(p) for name, p in self.trained_parameters.items()}
         return trained | _buffers(self.model)
 
     def frozen_weights(self) -> dict[str, Tensor | ShardedTensor]:
@@ -207,7 +210,7 @@ class TrainState:
         Raises:
             CheckpointError: where names or shapes differ; nothing is changed then.
         """
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = self.trained_parameters
         buffers = _buffers(self.model)
         shapes = {name: full_shape(p) for name, p in trained.items()}
         shapes |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
@@ -328,7 +331,7 @@ def build_train_state(
     optimizer = build_optimizer(config.optimizer, loss_model.parameters(), embedding_parameters(model))
     schedule = build_schedule(config.scheduler, optimizer, num_steps)
     wrapped, wrapped_optimizer = runtime.prepare(loss_model, optimizer)
-    with runtime.autocast():  # after `prepare`: only then are sharded weights gathered for a forward
+    with runtime.autocast():  # after Runtime.prepare: only then are sharded weights gathered for a forward
         loss_model.probe_head()
         if is_packed:
             loss_model.check_packing(flat=is_flat)
