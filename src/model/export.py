@@ -23,7 +23,7 @@ from src.config.schema import ModelConfig, RunConfig, Weights
 from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, one_line
 from src.model.adapters import WEIGHTS, Adapter, with_adapter
 from src.model.build import build_model, check_lengths, empty_model, load_architecture, load_weights
-from src.model.embeddings import resize_embeddings
+from src.model.embeddings import is_tied, resize_embeddings
 from src.model.merging import merge, probe_ids
 from src.tokens import num_token_ids
 from src.util import listed
@@ -163,7 +163,7 @@ def _write_model(model: Any, folder: Path, config: RunConfig) -> None:
     written = config.model.pretrained_at(folder)
     architecture = load_architecture(written)
     loaded = load_weights(written, architecture, str(folder), device_map={"": "meta"})
-    if _is_tied(loaded) != _is_tied(model):
+    if is_tied(loaded) != is_tied(model):
         raise ExportError(f"{folder} does not load as it was trained: input and output matrix changed their tie")
     trained = model.state_dict()
     if any(isinstance(conversion, WeightConverter) for conversion in loaded._weight_conversions):
@@ -189,11 +189,6 @@ def _differing(written: Iterable[tuple[str, Tensor]], trained: Mapping[str, Tens
         for name, tensor in written
         if name not in trained or not torch.equal(tensor, trained[name].to("cpu", tensor.dtype))
     ]
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _check_adapter(folder: Path, adapter: Adapter) -> None:
