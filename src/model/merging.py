@@ -61,7 +61,7 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
     whole, dtype = adapter.on_float32(folder)
     buffers = _make_float32(whole.get_base_model())
     exact = logits(whole.get_base_model(), probe)
-    if not (change := _usual_distance(as_trained, exact)) <= REBUILT * exact.std().item():
+    if not (change := _rms_difference(as_trained, exact)) <= REBUILT * exact.std().item():
         return None, (
             f"the weights can't be made float32 as they were trained: logits of {probe.numel()} tokens move by "
             f"{change:.2g}, and their spread is {exact.std().item():.2g}"
@@ -69,7 +69,7 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
     with true_tie_flag(whole.get_base_model()):
         merged = whole.merge_and_unload()
     limit = TOLERANCE * max(1.0, exact.abs().max().item())
-    if not (change := _distance(logits(merged, probe), exact)) <= limit:
+    if not (change := _max_difference(logits(merged, probe), exact)) <= limit:
         return None, (
             f"merging changes the model: logits of {probe.numel()} tokens move by {change:.2g}, and rounding moves "
             f"them by {limit:.2g} at most"
@@ -80,8 +80,8 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
             parameter.data = parameter.data.to(dtype)
     for module, name, before in buffers:
         setattr(module, name, getattr(module, name).to(before))
-    limit = max(limit, ROUNDED * _usual_distance(as_trained, exact))
-    if not (change := _usual_distance(logits(merged, probe), exact)) <= limit:
+    limit = max(limit, ROUNDED * _rms_difference(as_trained, exact))
+    if not (change := _rms_difference(logits(merged, probe), exact)) <= limit:
         kind = str(dtype).removeprefix("torch.")
         return None, (
             f"the merged weights lose too much in {kind} (model.dtype): logits of {probe.numel()} tokens move by "
@@ -90,12 +90,12 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
     return merged, ""
 
 
-def _usual_distance(some: Tensor, others: Tensor) -> float:
+def _rms_difference(some: Tensor, others: Tensor) -> float:
     """Return the root mean square of the differences: the largest, by rounding, is a matter of chance."""
     return (some - others).square().mean().sqrt().item()
 
 
-def _distance(some: Tensor, others: Tensor) -> float:
+def _max_difference(some: Tensor, others: Tensor) -> float:
     return (some - others).abs().max().item()
 
 

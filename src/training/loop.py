@@ -204,5 +204,5 @@ def _not_finite(what: str, places: Sequence[Sequence[str]], step: int) -> NonFin
     """Return the error that names the rows of all processes that led to a number that is not finite."""
     return NonFiniteLossError(
         f"{what} in step {step}. Either these rows are extreme, or a learning rate that is too high has spoilt the "
-        f"weights in the steps before:\n{listed([place for some in places for place in some])}"
+        f"weights in the steps before:\n{listed([place for of_process in places for place in of_process])}"
     )
