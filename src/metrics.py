@@ -44,7 +44,7 @@ class Metric:
 
 
 METRICS = Registry[Metric]("metric")
-"""What `data.metrics` and `evaluation.metrics` may name."""
+"""The metrics that `data.metrics` and `evaluation.metrics` may name."""
 
 Function = Callable[..., float]
 
@@ -132,9 +132,9 @@ They are those between which a line may be broken all the same: classes SA (Thai
 Source: Unicode Standard Annex 14, "Unicode Line Breaking Algorithm".
 """
 RUN = regex.compile(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*")
-"""What stands between spaces, punctuation and symbols; a mark at its start belongs to a symbol, as an emoji."""
+"""A run between spaces, punctuation and symbols; a mark at its start belongs to a symbol, as an emoji."""
 WORD = regex.compile(rf"(?={UNSPACED})\X|(?:\p{{M}}|(?!{UNSPACED})[\p{{L}}\p{{N}}])+", regex.VERSION1)
-"""Within a run: one grapheme cluster of a script without spaces, or everything up to the next one."""
+"""A word within a run: one grapheme cluster of a script without spaces, or everything up to the next one."""
 
 MTEVAL_13A = (
     (re.compile(r"([{-~\[-` -&(-+:-@/])"), r" \1 "),
@@ -142,7 +142,7 @@ MTEVAL_13A = (
     (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
     (re.compile(r"([0-9])(-)"), r"\1 \2 "),
 )
-"""Where mteval-v13a cuts: at ASCII punctuation, but not within a number."""
+"""The places where mteval-v13a cuts: at ASCII punctuation, but not within a number."""
 
 
 def answer(text: str, pattern: str | None) -> str | None:

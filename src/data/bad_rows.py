@@ -9,7 +9,7 @@ from src.util import plural
 
 NUM_LISTED = 10
 MAX_BAD = 10_000
-"""Reading stops after so many rows that can't be used and fewer that can: the file is something else."""
+"""Reading stops after this many rows that can't be used, if fewer can: the file is something else."""
 
 
 class BadRows:

@@ -126,7 +126,7 @@ class PredictedSet:
         return record
 
     def is_generated(self) -> bool:
-        """Whether every row has its line."""
+        """Return whether every row has its line."""
         rows = self._read().get("rows")
         return rows is not None and self.lines.exists() and sum(1 for _ in self.read()) == rows
 
