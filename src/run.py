@@ -43,7 +43,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
 
         tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer, tracker.console.working)  # counts what it kept, truncated and dropped
-        resume.check(data, tokenizer, job)  # other rows or ids are refused before any weight is read
+        resume = resume.checked(data, tokenizer, job)  # other rows or ids are refused before any weight is read
         tracker.record("data_report.json", data.report())
         built = assemble_model(config, tokenizer, new_tokens, data, runtime)  # quantised, resized, initialised, adapted
         state = build_train_state(
@@ -55,10 +55,10 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         tracker.describe(overview(job, state, built, data, runtime))
         samples, num_prompts = data.for_samples(), config.evaluation.sample_prompts
         untrained = resume.untrained or [one.text for one in sample(evaluator, samples, num_prompts, step=0)]
-        facts = fingerprint_of(state, data, tokenizer, runtime, config)
-        tracker.warn(resume.restore(state, facts, runtime, config))  # weights, optimizer, counters, generators
+        fingerprint = fingerprint_of(state, data, tokenizer, runtime, config)
+        tracker.warn(resume.restore(state, fingerprint, runtime, config))  # weights, optimizer, counters, generators
 
-        with open_saver(job, resume, state, facts, untrained, runtime, tracker) as saver, stop.deferred():
+        with open_saver(job, resume, state, fingerprint, untrained, runtime, tracker) as saver, stop.deferred():
             pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.console.warn)
             for step in train(state, data.train, config, runtime, evaluator.pad_token_id):
                 tracker.progress(step, state.num_steps, config.training.logging_steps)

@@ -63,7 +63,7 @@ def trained(runtime: Runtime, *overrides: str) -> Trained:
     result = Trained([], [], {})
     for step in train(state, data.train, config, runtime, pad_token_id=0):
         result.losses.append(step.collect()["train/loss"])
-        result.grad_norms.append(step.update.grad_norm)
+        result.grad_norms.append(step.result.grad_norm)
     result.weights = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     return result
 
@@ -218,7 +218,7 @@ def test_the_environment_can_not_have_the_loss_divided(monkeypatch: pytest.Monke
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
         with start_runtime(CPU, MixedPrecision.no, 1, StopRequest()) as runtime:
             config, data, state = assembled(runtime, "data.limit=8")
-            norms.append(next(train(state, data.train, config, runtime, pad_token_id=0)).update.grad_norm)
+            norms.append(next(train(state, data.train, config, runtime, pad_token_id=0)).result.grad_norm)
     assert norms[0] == norms[1]
 
 
@@ -228,12 +228,12 @@ def test_a_signal_while_training_is_followed_between_micro_batches(runtime: Runt
     steps = train(state, data.train, config, runtime, pad_token_id=0)
     next(steps)
     runtime.stop.is_deferred = True
-    runtime.stop(number, None)
+    runtime.stop.on_signal(number, None)
     with pytest.raises(Interrupted, match=number.name):
         next(steps)
     assert state.step == 1
     with pytest.raises(KeyboardInterrupt):
-        runtime.stop(signal.SIGINT, None)
+        runtime.stop.on_signal(signal.SIGINT, None)
 
 
 class AfterChecks(StopRequest):
@@ -290,7 +290,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_time_that_is_up_stops_a_run_as_a_signal_does(clock: SimpleNamespace) -> None:
     stop = StopRequest()
-    stop.allow(30)
+    stop.set_time_limit(30)
     stop.is_deferred = True
     clock.now += 29.9
     stop.check()
@@ -298,25 +298,25 @@ def test_time_that_is_up_stops_a_run_as_a_signal_does(clock: SimpleNamespace) ->
     for _ in range(2):
         with pytest.raises(Interrupted, match=r"^training\.max_seconds = 30$"):
             stop.check()
-    stop(signal.SIGTERM, None)
+    stop.on_signal(signal.SIGTERM, None)
     assert stop.name == "training.max_seconds = 30"
     with pytest.raises(KeyboardInterrupt):
-        stop(signal.SIGINT, None)
+        stop.on_signal(signal.SIGINT, None)
 
 
 def test_what_came_first_is_named_and_each_run_has_its_own_time(clock: SimpleNamespace) -> None:
     stop = StopRequest()
-    stop.allow(30)
+    stop.set_time_limit(30)
     clock.now += 20
-    stop.allow(30)  # the next run of a sweep
+    stop.set_time_limit(30)  # the next run of a sweep
     clock.now += 20
     stop.check()
-    stop.allow(None)
+    stop.set_time_limit(None)
     clock.now += 1e9
     stop.check()
-    stop.allow(0.5)
+    stop.set_time_limit(0.5)
     stop.is_deferred = True
-    stop(signal.SIGTERM, None)
+    stop.on_signal(signal.SIGTERM, None)
     clock.now += 1
     with pytest.raises(Interrupted, match=r"^SIGTERM$"):
         stop.check()
@@ -324,7 +324,7 @@ def test_what_came_first_is_named_and_each_run_has_its_own_time(clock: SimpleNam
 
 def test_time_that_is_up_is_followed_between_micro_batches(runtime: Runtime, clock: SimpleNamespace) -> None:
     config, data, state = assembled(runtime, "data.limit=8", "training.per_device_train_batch_size=2")
-    runtime.stop.allow(2.5)
+    runtime.stop.set_time_limit(2.5)
     steps = train(state, data.train, config, runtime, pad_token_id=0)
     for step in steps:
         clock.now += 1
@@ -370,8 +370,8 @@ def test_evaluating_or_sampling_does_not_move_the_training_stream(runtime: Runti
 def test_a_step_says_what_is_due_after_it() -> None:
     step = Step(StepResult(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0), is_last=False, stats=StepStats())
     assert [every for every in (1, 2, 3, 4, 6, 7, "epoch", None) if step.is_due(every)] == [1, 2, 3, 6, "epoch"]
-    assert not replace(step, update=replace(step.update, ends_epoch=False)).is_due("epoch")
-    assert (step.number, step.epoch, step.lr) == (6, 1, 0.1)
+    assert not replace(step, result=replace(step.result, ends_epoch=False)).is_due("epoch")
+    assert (step.number, step.lr) == (6, 0.1)
 
 
 def test_a_step_gives_the_means_since_they_were_last_taken_and_what_is_minimised_where_that_differs() -> None:
@@ -389,21 +389,21 @@ def test_a_step_gives_the_means_since_they_were_last_taken_and_what_is_minimised
 def test_a_step_that_was_not_over_comes_again_and_one_that_was_does_not(runtime: Runtime) -> None:
     overrides = ["data.limit=12", "training.per_device_train_batch_size=2", "training.max_train_steps=4"]
 
-    def numbers(*, is_over: bool, done: int = 2) -> list[tuple[int, bool, float]]:
+    def numbers(*, is_complete: bool, done: int = 2) -> list[tuple[int, bool, float]]:
         config, data, state = assembled(runtime, *overrides)
         first = train(state, data.train, config, runtime, pad_token_id=0)
         for _ in range(done):
             next(first)
-        state.is_over = is_over
+        state.is_last_step_complete = is_complete
         again = train(state, data.train, config, runtime, pad_token_id=0)
         return [(step.number, step.is_last, step.collect()["train/loss"]) for step in again]
 
-    came_again, went_on = numbers(is_over=False), numbers(is_over=True)
+    came_again, went_on = numbers(is_complete=False), numbers(is_complete=True)
     assert [number for number, _, _ in came_again] == [2, 3, 4]
     assert [number for number, _, _ in went_on] == [3, 4]
     assert came_again[-1] == went_on[-1]
-    assert [one[:2] for one in numbers(is_over=False, done=4)] == [(4, True)]
-    assert numbers(is_over=True, done=4) == []
+    assert [one[:2] for one in numbers(is_complete=False, done=4)] == [(4, True)]
+    assert numbers(is_complete=True, done=4) == []
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_a_snapshot_in_fresh_objects_trains_on_bit_for_bit(runtime: Runtime) -> 
     fresh.position = position
     torch.manual_seed(99)
     fresh.restore(replace(kept, state=json.loads(json.dumps(kept.state))), runtime)
-    assert (fresh.step, fresh.last, fresh.stats) == (
+    assert (fresh.step, fresh.last_step, fresh.stats) == (
         3,
         StepResult(**kept.state["last"]),
         StepStats(**kept.state["meter"]),

@@ -251,7 +251,7 @@ def test_a_run_goes_on_as_it_last_was(tmp_path: Path) -> None:
 def test_a_change_that_was_refused_is_not_taken_up_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     stopped_after(2, run, *SIX)
-    with pytest.raises(ConfigError, match="the train rows are other ones: 16 then, 12 now"):
+    with pytest.raises(ConfigError, match="the train rows changed: 16 then, 12 now"):
         train(admitted(*SIX, "data.limit=12", f"hydra.run.dir={run}"), StopRequest())
     train(admitted(f"rerun={run}", f"hydra.run.dir={run}"), StopRequest())
     assert status_of(run)["state"] == "FINISHED"

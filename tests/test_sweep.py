@@ -421,7 +421,7 @@ def test_a_stop_before_a_trial_began_leaves_it_for_the_next_start(swept: Callabl
 
     def ask() -> None:
         until(lambda: len(list(folder.glob("*/sleeps"))) == 2, "both trials are there")
-        stop(signal.SIGTERM, None)
+        stop.on_signal(signal.SIGTERM, None)
 
     threading.Thread(target=ask, daemon=True).start()
     assert lead(plan, stop, workers) == 75

@@ -47,7 +47,7 @@ def run_job(job: Job, stop: StopRequest) -> dict[str, float]:
         TowlineError, Interrupted, Pruned: see src.run.run.
     """
     stop.check()
-    stop.allow(job.config.training.max_seconds)
+    stop.set_time_limit(job.config.training.max_seconds)
     with open_run(job) as (found, tracker):
         from src.run import run  # here: torch takes seconds, and a folder in use is refused at once
 

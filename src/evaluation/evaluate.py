@@ -72,11 +72,11 @@ class Evaluator:
         total, thought_sum = torch.zeros(2, dtype=torch.float64)
         num_supervised = num_thought = 0
         self.scored.eval()
-        for start, counts in self.runtime.share(range(0, count, self.batch_size)):
+        for start, is_real in self.runtime.split(range(0, count, self.batch_size)):
             self.runtime.check_stop()
             batch = collate(rows, [[i] for i in order[start : start + self.batch_size]], self.generator.pad_token_id)
             found = self.scored(**batch.to(self.runtime.device).inputs())
-            if not counts:
+            if not is_real:
                 continue
             num_supervised += batch.num_supervised
             num_thought += batch.num_thought

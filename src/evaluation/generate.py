@@ -114,13 +114,13 @@ class Generator:
         self.model.eval()
         is_alone = self._samples_beams or self._stretches(max(map(len, prompts), default=0))
         size = 1 if is_alone else self.batch_size
-        for start, counts in self.runtime.share(range(0, len(order), size)):
+        for start, is_real in self.runtime.split(range(0, len(order), size)):
             self.runtime.check_stop()
             some = order[start : start + size]
             rows = [first_row + i for i in some]
             with self.runtime.isolated_rng(_seed_of(seed, rows[0])), torch.no_grad():
                 written = self._batch([prompts[i] for i in some], rows, seed)
-            if counts:
+            if is_real:
                 own |= dict(zip(some, written, strict=True))
         self.runtime.check_stop()
         self.model.train(training)

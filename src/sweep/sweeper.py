@@ -107,7 +107,7 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
             f"conf/ has changed since this sweep began ({', '.join(plan.changed_conf[:5])}); it goes on with what it "
             "began with. Another sweep.name begins with what is there now; so does force=true, which removes the sweep."
         )
-    stop.allow(plan.config.max_seconds, "sweep.max_seconds")
+    stop.set_time_limit(plan.config.max_seconds, "sweep.max_seconds")
     with stop.deferred():  # a stop is passed on to the trials
         return _run_trials(plan, record, stop, workers, console)
 

@@ -46,7 +46,7 @@ def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[t
     """Start computing; yield the runtime, and the first process's job and resume point, which count in all of them.
 
     Raises:
-        TowlineError: where the device or the precision can't be had.
+        TowlineError: where the device or the precision is not available.
     """
     asked = job.config
     settings = deepspeed_settings(with_zero_sizes(asked), num_processes())

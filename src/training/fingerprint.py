@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "nump
 """Whose versions may change how numbers are rounded."""
 
 NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
-"""Settings of a model that say nothing, or that other facts and keys say."""
+"""Settings of a model that say nothing, or that another entry of the fingerprint or a key says."""
 
 
 def architecture_hash(model: Any) -> str:

@@ -32,7 +32,7 @@ class Saver:
         checkpoints: Checkpoints,
         state: TrainState,
         config: RunConfig,
-        facts: Fingerprint,
+        fingerprint: Fingerprint,
         extra: Mapping[str, Any],
         runtime: Runtime,
         tracker: Tracker,
@@ -41,7 +41,7 @@ class Saver:
         self._checkpoints = checkpoints
         self._state = state
         self._config = config
-        self._facts = facts
+        self._fingerprint = fingerprint
         self._extra = extra
         self._runtime = runtime
         self._tracker = tracker
@@ -75,13 +75,13 @@ class Saver:
 
     def finish(self) -> None:
         """Leave the last checkpoint and the best ones, at the end of the run."""
-        last = self._state.last
+        last = self._state.last_step
         self._checkpoints.finish(was_due=last is not None and last.is_due(self._config.evaluation.eval_steps))
 
     def _extra_state(self) -> dict[str, Any]:
         return {
             **self._extra,
-            "facts": replace(self._facts, step=self._state.step).as_dict(),
+            "facts": replace(self._fingerprint, step=self._state.step).as_dict(),
             "best": self._checkpoints.best_evaluations,
             "journal": self._tracker.journal_before(self._state.step),
             "tracker_run_id": self._tracker.tracker_run_id,
@@ -93,7 +93,7 @@ def open_saver(
     job: Job,
     resume: ResumePoint,
     state: TrainState,
-    facts: Fingerprint,
+    fingerprint: Fingerprint,
     untrained: Sequence[str],
     runtime: Runtime,
     tracker: Tracker,
@@ -103,7 +103,7 @@ def open_saver(
     A run that is asked to stop within the block is saved.
 
     Args:
-        facts: of the run, before its state was restored.
+        fingerprint: of the run, before its state was restored.
         untrained: samples of the untrained model.
     """
     config = job.config
@@ -114,8 +114,8 @@ def open_saver(
         tracker.expect(state.num_steps, state.steps_per_epoch)
         is_end = state.step >= state.num_steps or resume.is_end
         lines, again = runtime.from_main((tracker.rewind_to(state.step, is_end=is_end), tracker.cut_line))
-        state.mark_complete(is_over=any(line["step"] == state.step for line in lines))
-        comparable_from = resume.comparable_from(facts, state.step, is_complete=state.is_over)
+        state.set_complete(is_complete=any(line["step"] == state.step for line in lines))
+        comparable_from = resume.comparable_from(fingerprint, state.step, is_complete=state.is_last_step_complete)
         evaluated = [*resume.own_state.get("best", ()), *lines]
         if again is not None and state.evaluates_again(config.evaluation.eval_steps):
             evaluated.append(again)
@@ -123,7 +123,7 @@ def open_saver(
         written = written_weights(resume.own_state)
         tracker.warn(checkpoints.load_index(comparable.values(), resume.own_step, written))
         extra = {"config": job.frozen, "comparable_from": comparable_from, "untrained": list(untrained)}
-        saver = Saver(checkpoints, state, config, facts, extra, runtime, tracker, lines)
+        saver = Saver(checkpoints, state, config, fingerprint, extra, runtime, tracker, lines)
         runtime.wait()
         try:
             yield saver

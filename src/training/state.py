@@ -69,7 +69,7 @@ class StepStats:
             setattr(self, name, getattr(self, name) + value)
 
     def reset(self) -> None:
-        """Begin new sums."""
+        """Set all sums to zero, in place."""
         vars(self).update(vars(StepStats()))
 
     def span_losses(self) -> dict[str, float]:
@@ -79,7 +79,7 @@ class StepStats:
 
 @dataclass(frozen=True)
 class StepResult:
-    """An optimizer step that was done. `number` counts from 1."""
+    """The result of an optimizer step, as checkpoints save it. `number` counts from 1."""
 
     number: int
     epoch: int
@@ -122,8 +122,8 @@ class TrainState:
     position: Position = Position()
     """Where in the data the next step begins."""
     stats: StepStats = field(default_factory=StepStats)
-    last: StepResult | None = None
-    is_over: bool = True
+    last_step: StepResult | None = None
+    is_last_step_complete: bool = True
     """Whether the last step is complete: evaluated, sampled and logged."""
     rng: dict[str, Any] = field(default_factory=dict)
     """The state of every global generator at the beginning of the next step."""
@@ -156,7 +156,7 @@ class TrainState:
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "position": self.position.as_dict(),
             "meter": asdict(self.stats),
-            "last": None if self.last is None else asdict(self.last),
+            "last": None if self.last_step is None else asdict(self.last_step),
             "rng": runtime.gather(rng_as_json(self.rng)),
             "scaler": runtime.scaler_state(),
             "optimizer": values,
@@ -182,7 +182,7 @@ class TrainState:
         self.step = state["step"]
         restore_schedule(self.schedule, self.num_schedule_steps)
         self.stats = StepStats(**state["meter"])
-        self.last = None if state["last"] is None else StepResult(**state["last"])
+        self.last_step = None if state["last"] is None else StepResult(**state["last"])
         self.token_monitor.restore(state["new_rows"])
         runtime.restore_scaler(state["scaler"])
         if runtime.rank < len(state["rng"]):
@@ -191,13 +191,13 @@ class TrainState:
             runtime.seed_apart(self.step)
 
     def evaluates_again(self, eval_steps: int | str | None) -> bool:
-        """Return whether the last step is evaluated where what follows it is done again."""
-        return self.last is not None and (self.step >= self.num_steps or self.last.is_due(eval_steps))
+        """Return whether the last step is evaluated once more when the run resumes after it."""
+        return self.last_step is not None and (self.step >= self.num_steps or self.last_step.is_due(eval_steps))
 
-    def mark_complete(self, *, is_over: bool) -> None:
-        """Mark the last step as complete (evaluated and logged) and reset the running sums; or as incomplete."""
-        self.is_over = is_over
-        if is_over:
+    def set_complete(self, *, is_complete: bool) -> None:
+        """Set whether the last step is complete (evaluated and logged); reset the running sums where it is."""
+        self.is_last_step_complete = is_complete
+        if is_complete:
             self.stats = StepStats()
 
     @torch.no_grad()
