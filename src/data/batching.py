@@ -128,9 +128,9 @@ class Position:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Position:
+    def from_dict(cls, state: Mapping[str, Any]) -> Position:
         """Return the position that `as_dict` was called on."""
-        return cls(given["epoch"], given["num_sequences"], given["block"])
+        return cls(state["epoch"], state["num_sequences"], state["block"])
 
 
 @dataclass(frozen=True)
@@ -294,8 +294,8 @@ def _padded(sequences: Sequence[Sequence[np.ndarray]], filler: int) -> np.ndarra
     """Concatenate the arrays of each sequence and pad them to the longest, [sequences, seq]."""
     joined = [np.concatenate(arrays) for arrays in sequences]
     padded = np.full((len(joined), max(map(len, joined))), filler, dtype=np.int64)
-    for i, one in enumerate(joined):
-        padded[i, : len(one)] = one
+    for i, array in enumerate(joined):
+        padded[i, : len(array)] = array
     return padded
 
 

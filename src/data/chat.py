@@ -129,25 +129,25 @@ class ChatTemplate:
         if turns is SupervisedTurns.last:
             wanted = [False] * (len(is_supervised) - 1) + is_supervised[-1:]
         try:
-            rendered, parts, written = self._turns(
+            rendered, parts, supervised = self._turns(
                 [self._with_literals_marked(message, literals) for message in messages], wanted
             )
         except BadRow as refused:
             raise BadRow(f"{refused}{self._remedy(messages)}") from refused
         segments: list[Segment] = []
         done = 0
-        for turn in written:
+        for turn in supervised:
             segments += _segments(rendered[done : turn.start] + turn.opened, False, literals)
             segments += _segments(turn.text, True, literals)
             done = turn.stop
         segments += _segments(rendered[done:], False, literals)
-        answer, is_framed = _answer(written[-1], rendered, parts) if written else ("", False)
+        answer, is_framed = _answer(supervised[-1], rendered, parts) if supervised else ("", False)
         return RenderedChat(
             segments or [Segment("", is_supervised=False, is_rendered=True)],
             answer=_with_literals(answer, literals),
             is_framed=is_framed,
-            has_end=bool(written and written[-1].end),
-            changes=tuple(dict.fromkeys([*_changes(rendered, parts, written), *self._missed(wanted, written)])),
+            has_end=bool(supervised and supervised[-1].end),
+            changes=tuple(dict.fromkeys([*_changes(rendered, parts, supervised), *self._missed(wanted, supervised)])),
         )
 
     def _missed(self, wanted: Sequence[bool], turns: Sequence[Turn]) -> Iterator[str]:

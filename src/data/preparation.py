@@ -80,14 +80,14 @@ class EncodingConfig:
 
 def _shaping(section: Any) -> dict[str, Any]:
     """Return the values of a section's keys that shape rows and are not known to the cache by another name."""
-    found: dict[str, Any] = {}
-    for one in fields(section):
-        value, facts = getattr(section, one.name), facts_of(one)
+    values: dict[str, Any] = {}
+    for key in fields(section):
+        value, facts = getattr(section, key.name), facts_of(key)
         if is_dataclass(value):
-            found |= {f"{one.name}.{name}": inner for name, inner in _shaping(value).items()}
+            values |= {f"{key.name}.{name}": inner for name, inner in _shaping(value).items()}
         elif facts.shapes_rows and not facts.enters_as:
-            found[one.name] = _plain(value)
-    return found
+            values[key.name] = _plain(value)
+    return values
 
 
 def _plain(value: Any) -> Any:
