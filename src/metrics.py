@@ -64,7 +64,7 @@ def metric(
 
     def register(compute: Function) -> Function:
         needs = tuple(inspect.signature(compute).parameters)
-        if unknown := [one for one in needs if one not in CAN_NEED]:
+        if unknown := [need for need in needs if need not in CAN_NEED]:
             raise ValueError(f"the metric {name} takes {', '.join(unknown)}; it can take {', '.join(CAN_NEED)}")
         if name in LOSSES:
             raise ValueError(f"every evaluation has a {name} of its own")
@@ -94,9 +94,12 @@ def compute_metrics(
     Raises:
         DataError: naming the row on which the pattern does not terminate.
     """
-    given = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
-    chosen = {name: METRICS[name] for name in names}
-    return {name: float(one.compute(**{need: given[need] for need in one.needs})) for name, one in chosen.items()}
+    arguments = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
+    metrics = {name: METRICS[name] for name in names}
+    return {
+        name: float(chosen.compute(**{need: arguments[need] for need in chosen.needs}))
+        for name, chosen in metrics.items()
+    }
 
 
 def is_full_marks(name: str, prediction: str, reference: str, answer_pattern: str | None = None) -> bool:
@@ -104,13 +107,13 @@ def is_full_marks(name: str, prediction: str, reference: str, answer_pattern: st
 
     Equal texts are answered at once, without the libraries that score; so are metrics whose full marks are not known.
     """
-    asked = METRICS[name]
-    if not asked.can_score(reference, answer_pattern):
+    chosen = METRICS[name]
+    if not chosen.can_score(reference, answer_pattern):
         return False
-    if prediction == reference or asked.full_marks is None:
+    if prediction == reference or chosen.full_marks is None:
         return True
     value = compute_metrics([name], [prediction], [reference], answer_pattern)[name]
-    return math.isclose(value, asked.full_marks, rel_tol=1e-9)
+    return math.isclose(value, chosen.full_marks, rel_tol=1e-9)
 
 
 BLEU_ORDER = 4
@@ -175,8 +178,8 @@ def exact_match(
     hits = 0
     for number, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         with at(place, number):
-            given = answer(prediction, answer_pattern)
-            hits += given is not None and given == answer(reference, answer_pattern)
+            found = answer(prediction, answer_pattern)
+            hits += found is not None and found == answer(reference, answer_pattern)
     return hits / len(predictions)
 
 

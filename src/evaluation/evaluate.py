@@ -75,16 +75,16 @@ class Evaluator:
         for start, is_real in self.runtime.split(range(0, count, self.batch_size)):
             self.runtime.check_stop()
             batch = collate(rows, [[i] for i in order[start : start + self.batch_size]], self.generator.pad_token_id)
-            found = self.scored(**batch.to(self.runtime.device).inputs())
+            scores = self.scored(**batch.to(self.runtime.device).inputs())
             if not is_real:
                 continue
             num_supervised += batch.num_supervised
             num_thought += batch.num_thought
-            nll = found.nll.double().cpu()
+            nll = scores.nll.double().cpu()
             total += nll.sum()
-            if found.is_thought is not None:
-                thought_sum += nll[found.is_thought.cpu()].sum()
-            targets.update(found.targets.cpu(), nll)
+            if scores.is_thought is not None:
+                thought_sum += nll[scores.is_thought.cpu()].sum()
+            targets.update(scores.targets.cpu(), nll)
         sums = [total.item(), float(num_supervised), thought_sum.item(), float(num_thought)]
         nll, all_supervised, thought_nll, all_thought = self.runtime.sum(sums)
         loss = nll / all_supervised

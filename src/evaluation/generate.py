@@ -109,22 +109,22 @@ class Generator:
             Interrupted: between two tokens, where a signal asked for it.
         """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        own: dict[int, Completion] = {}
+        local: dict[int, Completion] = {}
         training = self.model.training
         self.model.eval()
         is_alone = self._samples_beams or self._stretches(max(map(len, prompts), default=0))
         size = 1 if is_alone else self.batch_size
         for start, is_real in self.runtime.split(range(0, len(order), size)):
             self.runtime.check_stop()
-            some = order[start : start + size]
-            rows = [first_row + i for i in some]
+            batch = order[start : start + size]
+            rows = [first_row + i for i in batch]
             with self.runtime.isolated_rng(_seed_of(seed, rows[0])), torch.no_grad():
-                written = self._batch([prompts[i] for i in some], rows, seed)
+                generated = self._batch([prompts[i] for i in batch], rows, seed)
             if is_real:
-                own |= dict(zip(some, written, strict=True))
+                local |= dict(zip(batch, generated, strict=True))
         self.runtime.check_stop()
         self.model.train(training)
-        completions = {i: one for of_process in self.runtime.gather(own) for i, one in of_process.items()}
+        completions = {i: one for process in self.runtime.gather(local) for i, one in process.items()}
         return [completions[i] for i in range(len(prompts))]
 
     @property

@@ -240,9 +240,9 @@ class PredictedSet:
         values = {}
         if config.metrics and not lacking:
             places = [line["source"] for line in lines]
-            answers, pattern = [given for given, _ in pairs], config.data.answer_pattern
-            found = compute_metrics(config.metrics, answers, references, pattern, places.__getitem__)
-            values = {f"eval/{self.name}/{metric}": value for metric, value in found.items()}
+            answers, pattern = [answer for answer, _ in pairs], config.data.answer_pattern
+            computed = compute_metrics(config.metrics, answers, references, pattern, places.__getitem__)
+            values = {f"eval/{self.name}/{metric}": value for metric, value in computed.items()}
         before = read_metrics(self.folder)
         others = {key: value for key, value in before.items() if not key.startswith(f"eval/{self.name}/")}
         if finite(others | values) != before:
@@ -286,8 +286,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """Return what a line says; None of one that is not whole, or no prediction."""
     try:
-        found = parse(line) if line.endswith(b"\n") else {}
-        check_keys(found, LINE_KEYS)
+        fields = parse(line) if line.endswith(b"\n") else {}
+        check_keys(fields, LINE_KEYS)
     except ValueError:
         return None
-    return found if list(found) == COLUMNS else None
+    return fields if list(fields) == COLUMNS else None

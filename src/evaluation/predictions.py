@@ -39,9 +39,11 @@ def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model:
     for name, files in config.data.test_sets().items():
         contents = [file_hash(file) for file in expand(files)]
         sets[name] = PredictedSet(folder, name, {"data.test_files": contents} | common)
-        found = sets[name].claim(force=config.force)
-        if found:
-            refused.append("\n  ".join([f"{sets[name].lines} holds predictions that something else decided:", *found]))
+        differences = sets[name].claim(force=config.force)
+        if differences:
+            refused.append(
+                "\n  ".join([f"{sets[name].lines} holds predictions that something else decided:", *differences])
+            )
         else:
             sets[name].check()
     if refused:
