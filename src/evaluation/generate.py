@@ -16,6 +16,7 @@ from src.config.schema import RunConfig
 from src.data.answers import AnswerFrame
 from src.data.dataset import Data
 from src.data.encoding import Encoder
+from src.data.sets import EncodedSet
 from src.errors import DataError, ModelError
 from src.evaluation.decoding import Decoding, row_streams
 from src.runtime.session import Runtime
@@ -197,27 +198,27 @@ def check_prompts(config: RunConfig, model: Any, data: Data) -> None:
     Args:
         model: only its configuration is used.
     Raises:
-        DataError, ModelError: naming the row, or the lengths that do not fit.
+        DataError, ModelError: naming the row.
     """
-    for rows in [*data.validation.values(), *data.test.values()] if config.metrics else []:
+    generated = [*data.validation.values(), *data.test.values()] if config.metrics else []
+    for rows in generated:
         lengths = rows.prompt_lengths().tolist()
         if 0 in lengths:
             raise DataError(f"{rows.place(lengths.index(0))}  nothing to generate from: an empty prompt, and no BOS")
-        _check_room(rows.name, max(lengths), config, model, data)
-    if config.evaluation.sample_prompts:
-        rows = data.for_samples()
-        _check_room(rows.name, int(rows.prompt_lengths().max()), config, model, data)
+    for rows in [*generated, *([data.for_samples()] if config.evaluation.sample_prompts else [])]:
+        check_room(rows, model, data.encoder.target_prefix, config.generation.max_new_tokens)
 
 
-def _check_room(name: str, longest: int, config: RunConfig, model: Any, data: Data) -> None:
+def check_room(rows: EncodedSet, model: Any, target_prefix: list[int], max_new_tokens: int) -> None:
+    """Raise ModelError, naming the row, where a set's longest prompt leaves no room for what is generated."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if model.config.is_encoder_decoder:
-        longest = 1 + len(data.encoder.target_prefix)
-    new = config.generation.max_new_tokens
-    if positions is not None and longest + new > positions:
+    lengths = rows.prompt_lengths()
+    longest = int(lengths.argmax())
+    used = 1 + len(target_prefix) if model.config.is_encoder_decoder else int(lengths[longest])
+    if positions is not None and used + max_new_tokens > positions:
         raise ModelError(
-            f"{name}: the longest prompt has {longest} tokens, generation.max_new_tokens = {new} more do not fit into "
-            f"the model's {positions} positions; lower one of data.max_seq_length and max_new_tokens"
+            f"{rows.place(longest)}: {used} tokens and generation.max_new_tokens = {max_new_tokens} more do not fit "
+            f"into the model's {positions} positions; lower one of data.max_seq_length and max_new_tokens"
         )
 
 
