@@ -108,7 +108,7 @@ def open_generation(
             console.label(name, describe_rows(rows))
             for finding in about_template(name, *rows.count_lines("changes")):
                 console.warn(finding.text)
-        end = EndText.of(prompts.frame, prompts.encoder)
+        end = EndText.from_frame(prompts.frame, prompts.encoder)
         with stop.deferred():  # from here on it is followed between two tokens
             yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, end), prompts
 

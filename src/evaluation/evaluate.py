@@ -148,7 +148,7 @@ def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data
         runtime,
         config.training.per_device_eval_batch_size,
         data.encoder.target_prefix,
-        EndText.of(data.frame, data.encoder),
+        EndText.from_frame(data.frame, data.encoder),
     )
     check_prompts(config, model, data)
     check_spans(config, data)

@@ -49,7 +49,7 @@ class EndText:
     encoder: Encoder
 
     @classmethod
-    def of(cls, frame: AnswerFrame, encoder: Encoder) -> EndText | None:
+    def from_frame(cls, frame: AnswerFrame, encoder: Encoder) -> EndText | None:
         """Return the text that ends turns in a chat template; None where a token does, or nothing."""
         return cls(frame, encoder) if frame.end_text else None
 
