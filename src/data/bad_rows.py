@@ -34,7 +34,7 @@ class BadRows:
                 f"stopped at {rows[-1][0]}, after {self.count:,} rows that can't be used and fewer that can"
             )
 
-    def check(self) -> None:
+    def raise_if_any(self) -> None:
         """Raise DataError with the first places and the number of bad rows, where there are any."""
         if self.count:
             raise self._error()

@@ -156,7 +156,7 @@ def write_rows(
         if not bad.count:
             writer.write(chunk.rows)
         show_progress(f"{name}: {stats.num_records:,} rows prepared")
-    bad.check()
+    bad.raise_if_any()
     return stats
 
 

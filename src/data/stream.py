@@ -232,7 +232,7 @@ class StreamedSet:
         records = _records(source.source, taken, source.count)
         batches, stats = list[pa.RecordBatch](), SourceStats()
         for chunk in encode_chunks(records, source.config, self._num_workers, chunk_rows, taken):
-            BadRows(chunk.bad).check()
+            BadRows(chunk.bad).raise_if_any()
             batches.append(chunk.rows)
             stats.num_records += chunk.num_records
             stats.dropped += chunk.dropped

@@ -138,7 +138,7 @@ class PredictedSet:
         Raises:
             RunFolderError: where more than its end is not as it was written.
         """
-        self._note(len(rows), self._read().get("written"))
+        self._write_record(len(rows), self._read().get("written"))
         self.lines.touch()
         count = size = kept = kept_size = 0
         with open(self.lines, "rb") as file:
@@ -157,15 +157,15 @@ class PredictedSet:
         if kept < len(rows):
             self.table.unlink(missing_ok=True)
         self._digest = Digest(self._content())
-        self._note(len(rows), self._digest.as_dict())
+        self._write_record(len(rows), self._digest.as_dict())
         return kept
 
-    def _note(self, num_rows: int, written: Mapping[str, Any] | None) -> None:
-        """Write down what decides the predictions, and what was written of them."""
+    def _write_record(self, num_rows: int, written: Mapping[str, Any] | None) -> None:
+        """Write what decides the predictions, and what was written of them."""
         self._num_rows = num_rows
         write_json(self.record, {"rows": num_rows, "decided_by": self._decided_by, "written": written})
 
-    def check(self) -> None:
+    def check_unchanged(self) -> None:
         """Check that what is there is what was written; what was cut off is generated again.
 
         Raises:
@@ -206,7 +206,7 @@ class PredictedSet:
             file.flush()
             os.fsync(file.fileno())
         self._digest.add(text.encode())
-        self._note(self._num_rows, self._digest.as_dict())
+        self._write_record(self._num_rows, self._digest.as_dict())
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield the lines that are there, up to one that is torn or out of place."""

@@ -45,7 +45,7 @@ def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model:
                 "\n  ".join([f"{sets[name].lines} holds predictions that something else decided:", *differences])
             )
         else:
-            sets[name].check()
+            sets[name].check_unchanged()
     if refused:
         hint = (
             "predict.output=DIR puts the new predictions elsewhere; force=true removes these sets and starts them anew"
