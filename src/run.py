@@ -50,7 +50,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
             built.model, data.train, config, runtime, new_tokens.ids, resume.step, resume.position
         )
         tracker.warn(built.load_initial(state, runtime, config))  # init_from
-        evaluator = open_evaluation(config, state.scored, state.model, data, runtime)
+        evaluator = open_evaluation(config, state.loss_model, state.model, data, runtime)
         tracker.warn(data_warnings(config, data, tokenizer, state))
         tracker.describe(overview(job, state, built, data, runtime))
         samples, num_prompts = data.for_samples(), config.evaluation.sample_prompts

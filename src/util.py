@@ -71,12 +71,17 @@ def replaced_when_written(path: Path) -> Iterator[Path]:
     """
     part = path.with_name(f".{path.name}.part")
     yield part
-    descriptor = os.open(part, os.O_RDONLY)
+    sync(part)
+    os.replace(part, path)
+
+
+def sync(path: Path) -> None:
+    """Sync a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    os.replace(part, path)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -249,7 +249,7 @@ def test_only_the_adapter_and_the_new_rows_have_gradients(runtime: Runtime, base
     run = Assembled(runtime, *chosen(bases["llama-untied"], "adapter=lora"))
     run.model.train()
     batch = collate(run.data.train, [[0], [1], [2]], 0)
-    run.state.scored(**batch.inputs()).objective.backward()
+    run.state.loss_model(**batch.inputs()).objective.backward()
     trained = {name for name, parameter in run.model.named_parameters() if parameter.grad is not None}
     assert trained == {n for n, p in run.model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or "trainable_tokens_delta" in name for name in trained)
@@ -269,7 +269,7 @@ def test_gradients_through_quantised_weights_are_the_same_after_an_evaluation(
     def gradients() -> dict[str, Tensor]:
         run.model.train()
         run.model.zero_grad()
-        run.state.scored(**collate(run.data.train, [[0], [1]], 0).inputs()).objective.backward()
+        run.state.loss_model(**collate(run.data.train, [[0], [1]], 0).inputs()).objective.backward()
         return {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
 
     before = gradients()

@@ -29,7 +29,7 @@ from src.evaluation.generate import Generator
 from src.model.build import build_model, set_generation
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
-from src.training.head import ScoredModel, shifted
+from src.training.head import ModelWithLoss, shifted
 from src.training.loop import train
 from src.training.state import build_batch_sampler, build_train_state
 from tests.conftest import admitted, towline, write_lines
@@ -199,7 +199,7 @@ def test_packed_rows_count_their_positions_anew_and_so_does_padding(rows: Encode
 
 
 def test_the_flat_form_has_no_padding_and_the_bounds_of_rows(rows: EncodedSet) -> None:
-    batch = collate(rows, [[3, 0], [1]], PAD, flat=True)
+    batch = collate(rows, [[3, 0], [1]], PAD, padding_free=True)
     lengths = [len(rows[i].input_ids) for i in (3, 0, 1)]
     assert batch.input_ids.tolist() == [[*rows[3].input_ids, *rows[0].input_ids, *rows[1].input_ids]]
     assert batch.position_ids is not None
@@ -254,10 +254,12 @@ def model_of(config: str, settings: dict[str, Any], attention: str | None = None
     return kind.from_config(made, **chosen).eval()
 
 
-def row_losses(scored: ScoredModel, rows: EncodedSet, sequences: Sequences, *, flat: bool = False) -> dict[int, float]:
+def row_losses(
+    loss_model: ModelWithLoss, rows: EncodedSet, sequences: Sequences, *, padding_free: bool = False
+) -> dict[int, float]:
     """Give each row's loss within a batch: the labels of all others are masked."""
-    batch = collate(rows, sequences, PAD, flat=flat)
-    losses, here = {}, [list(chain.from_iterable(sequences))] if flat else sequences
+    batch = collate(rows, sequences, PAD, padding_free=padding_free)
+    losses, here = {}, [list(chain.from_iterable(sequences))] if padding_free else sequences
     for i, sequence in enumerate(here):
         start = 0
         for row in sequence:
@@ -265,7 +267,7 @@ def row_losses(scored: ScoredModel, rows: EncodedSet, sequences: Sequences, *, f
             labels = torch.full_like(batch.labels, IGNORE_INDEX)
             labels[i, start:stop] = batch.labels[i, start:stop]
             with torch.no_grad():
-                losses[row] = float(scored(**(batch.inputs() | {"labels": labels})).objective)
+                losses[row] = float(loss_model(**(batch.inputs() | {"labels": labels})).objective)
             start = stop
     return losses
 
@@ -275,25 +277,25 @@ def row_losses(scored: ScoredModel, rows: EncodedSet, sequences: Sequences, *, f
 def test_a_packed_row_has_the_loss_that_it_has_alone(
     rows: EncodedSet, config: str, settings: dict[str, Any], attention: str
 ) -> None:
-    scored = ScoredModel(model_of(config, settings, attention)).eval()
-    scored.probe_head()
-    scored.check_packing()
+    loss_model = ModelWithLoss(model_of(config, settings, attention)).eval()
+    loss_model.probe_head()
+    loss_model.check_packing()
     packed = [[0, 5, 9], [3], [7, 1]]
-    alone = {row: row_losses(scored, rows, [[row]])[row] for row in chain.from_iterable(packed)}
+    alone = {row: row_losses(loss_model, rows, [[row]])[row] for row in chain.from_iterable(packed)}
     assert min(alone.values()) > 1
-    padded = row_losses(scored, rows, [[row] for row in alone])
+    padded = row_losses(loss_model, rows, [[row] for row in alone])
     assert padded == pytest.approx(alone, rel=1e-5)
-    assert row_losses(scored, rows, packed) == pytest.approx(alone, rel=1e-5)
-    assert row_losses(scored, rows, packed, flat=True) == pytest.approx(alone, rel=1e-5)
+    assert row_losses(loss_model, rows, packed) == pytest.approx(alone, rel=1e-5)
+    assert row_losses(loss_model, rows, packed, padding_free=True) == pytest.approx(alone, rel=1e-5)
 
 
 def test_the_default_model_is_one_of_them(rows: EncodedSet) -> None:
     config = admitted().config
     torch.manual_seed(0)
-    scored = ScoredModel(build_model(config, torch.device("cpu"))).eval()
-    scored.check_packing()
-    alone = {row: row_losses(scored, rows, [[row]])[row] for row in (2, 4, 6)}
-    assert row_losses(scored, rows, [[2, 4, 6]]) == pytest.approx(alone, rel=1e-5)
+    loss_model = ModelWithLoss(build_model(config, torch.device("cpu"))).eval()
+    loss_model.check_packing()
+    alone = {row: row_losses(loss_model, rows, [[row]])[row] for row in (2, 4, 6)}
+    assert row_losses(loss_model, rows, [[2, 4, 6]]) == pytest.approx(alone, rel=1e-5)
 
 
 MIXED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -327,10 +329,10 @@ MIXED: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize(("config", "settings"), MIXED.values(), ids=MIXED)
 def test_a_model_that_lets_packed_rows_see_each_other_is_refused(config: str, settings: dict[str, Any]) -> None:
     settings = {key: value for key, value in settings.items() if key != "initializer_range"}  # as it is by default
-    scored = ScoredModel(model_of(config, settings)).eval()
+    loss_model = ModelWithLoss(model_of(config, settings)).eval()
     with pytest.raises(ModelError, match=r"packed(.|\n)*data\.batching=length_grouped or padded"):
-        scored.check_packing()
-    assert not scored.model.training  # as it was
+        loss_model.check_packing()
+    assert not loss_model.model.training  # as it was
 
 
 def test_packing_is_refused_before_training(tmp_path: Path, runtime: Runtime) -> None:
@@ -361,7 +363,7 @@ class WithoutPositions(torch.nn.Module):
 
 def test_a_model_without_positions_is_refused_by_its_words() -> None:
     with pytest.raises(ModelError, match=r"WithoutPositions takes no position_ids, so rows can't be packed"):
-        ScoredModel(WithoutPositions()).check_packing()
+        ModelWithLoss(WithoutPositions()).check_packing()
 
 
 def losses(runtime: Runtime, *overrides: str) -> list[float]:
@@ -462,11 +464,11 @@ def batch_of_pairs(tmp_path: Path, folder: Path) -> tuple[EncodedSet, Batch]:
 def test_an_encoder_decoder_has_the_loss_that_its_library_gives(tmp_path: Path, pair: tuple[Path, Any, bool]) -> None:
     folder, model, full = pair
     train, batch = batch_of_pairs(tmp_path, folder)
-    scored = ScoredModel(model).eval()
-    scored.probe_head()
-    assert scored.uses_full_logits is full
+    loss_model = ModelWithLoss(model).eval()
+    loss_model.probe_head()
+    assert loss_model.uses_full_logits is full
     with torch.no_grad():
-        ours = float(scored(**batch.inputs()).objective)
+        ours = float(loss_model(**batch.inputs()).objective)
         assert batch.target_ids is not None
         theirs = model(
             input_ids=batch.input_ids,
@@ -493,11 +495,11 @@ def test_a_bias_behind_the_head_is_seen(tmp_path: Path) -> None:
     model = model_of("BartConfig", BART)
     model.final_logits_bias.normal_()
     train, batch = batch_of_pairs(tmp_path, folder_of(tmp_path / "model", "BartConfig", BART))
-    scored = ScoredModel(model).eval()
-    scored.probe_head()
-    assert scored.uses_full_logits
+    loss_model = ModelWithLoss(model).eval()
+    loss_model.probe_head()
+    assert loss_model.uses_full_logits
     with torch.no_grad():
-        ours = float(scored(**batch.inputs()).objective)
+        ours = float(loss_model(**batch.inputs()).objective)
     assert ours == pytest.approx(sum(expected_loss(model, train, row) for row in range(6)), rel=1e-5)
 
 

@@ -45,7 +45,7 @@ from src.runtime.launch import launch
 from src.runtime.session import start_runtime
 from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
-from src.training.head import ScoredModel
+from src.training.head import ModelWithLoss
 from src.training.resume import find_resume_point
 from src.training.state import build_batch_sampler
 from tests.conftest import ROOT, admitted, read_lines, write_lines
@@ -601,7 +601,7 @@ def test_what_was_shared_out_is_exported_whole(lab: Laboratory) -> None:
     rows = build_data(config, load_tokenizer(config.model, config.tokens)[0]).validation["validation"]
     batch = collate(rows, [[i] for i in range(5)], 0)  # those that were evaluated
     with torch.no_grad():
-        loss = ScoredModel(exported)(batch.input_ids, batch.labels).objective / batch.num_supervised
+        loss = ModelWithLoss(exported)(batch.input_ids, batch.labels).objective / batch.num_supervised
     assert loss.item() == pytest.approx(summary(run_dir)["eval/validation/loss"], rel=0, abs=1e-5)
     new = tokenizer.convert_tokens_to_ids(["<ToW>", "</ToW>"])
     assert len(set(new)) == 2

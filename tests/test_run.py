@@ -418,7 +418,7 @@ def test_the_best_weights_are_exported_when_asked_for(tmp_path: Path) -> None:
     assert not [problem for place in checkpoints.values() for problem in problems_of(place)]
     from src.data.dataset import build_data
     from src.data.tokenizer import load_tokenizer
-    from src.training.head import ScoredModel
+    from src.training.head import ModelWithLoss
 
     config = admitted("debug=smoke", "data.limit=4").config
     rows = build_data(config, load_tokenizer(config.model, config.tokens)[0]).validation["validation"]
@@ -426,7 +426,7 @@ def test_the_best_weights_are_exported_when_asked_for(tmp_path: Path) -> None:
 
     batch = collate(rows, [[i] for i in range(4)], 0)
     with torch.no_grad():
-        loss = ScoredModel(model)(batch.input_ids, batch.labels).objective / batch.num_supervised
+        loss = ModelWithLoss(model)(batch.input_ids, batch.labels).objective / batch.num_supervised
     assert loss.item() == pytest.approx(first["eval/validation/loss"], rel=1e-5)
 
 

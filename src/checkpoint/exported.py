@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config.frozen import STATUS, read_status
-from src.config.schema import RunConfig, Weights
+from src.config.schema import RunConfig
 from src.records import check_plain, damaged, file_digest
 
 MODEL, BASE = "model", "base"
@@ -121,7 +121,7 @@ def with_init_from_model(config: RunConfig) -> RunConfig:
     folder = init_from_folder(config)
     if folder is None or (folder / ADAPTER).exists():
         return config
-    model = replace(config.model, checkpoint=str(folder), revision=None, weights=Weights.pretrained)
+    model = config.model.pretrained_at(folder)
     return replace(config, model=model)
 
 

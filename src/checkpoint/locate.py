@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from src.checkpoint.manifest import (
+    MANIFEST,
     WEIGHTS,
+    check_undamaged,
     is_later,
     is_resumable,
     problems_of,
@@ -23,7 +25,7 @@ from src.errors import CheckpointError
 from src.util import listed
 
 WEIGHTS_KEY = "weights"
-"""Of a best evaluation in a checkpoint's state: the checksum of its weights."""
+"""The key, in the best evaluations of a checkpoint's state, of the checksum of their weights."""
 
 
 def find_checkpoint(config: CheckpointConfig, run_dir: Path, warnings: list[str]) -> tuple[Path | None, bool]:
@@ -114,9 +116,8 @@ def newest_weights(folder: Path) -> tuple[Path, list[str]]:
     Raises:
         CheckpointError: where there is none, or what is there can't be looked into.
     """
-    if (folder / "manifest.json").exists():
-        if problems := list(problems_of(folder)):
-            raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
+    if (folder / MANIFEST).exists():
+        check_undamaged(folder)
         return folder, []
     places = [folder_of(folder / CHECKPOINTS, step) for step in reversed(steps_in(folder / CHECKPOINTS))]
     damaged: list[str] = []
@@ -139,8 +140,7 @@ def _of(given: Path, warnings: list[str]) -> Path:
 
 
 def _named(checkpoint: Path) -> Path:
-    if problems := list(problems_of(checkpoint)):
-        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}")
+    check_undamaged(checkpoint)
     if not is_resumable(checkpoint):
         raise CheckpointError(
             f"{checkpoint} holds weights only, so no run can resume from it; "

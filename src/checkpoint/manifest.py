@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from src.config.places import folder_of, step_of, steps_in
+from src.errors import CheckpointError
 from src.records import read_bytes
 from src.util import load_json
 
@@ -130,6 +131,16 @@ def problems_of(checkpoint: Path) -> Iterator[str]:
             yield f"{name} can't be read: {error.strerror}"
 
 
+def check_undamaged(checkpoint: Path) -> None:
+    """Check that every byte of a checkpoint is as it was written.
+
+    Raises:
+        CheckpointError: naming the files that are not.
+    """
+    if problems := list(problems_of(checkpoint)):
+        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}")
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint, which was checked, holds besides its tensors."""
     state: dict[str, Any] = load_json(checkpoint / STATE)
@@ -181,12 +192,3 @@ def is_resumable(checkpoint: Path) -> bool:
 def newest_resumable(folder: Path) -> int | None:
     """Return the last step in a folder that a run can resume from, by the manifests alone."""
     return next((step for step in reversed(steps_in(folder)) if is_resumable(folder_of(folder, step))), None)
-
-
-def sync(place: Path) -> None:
-    """Sync a file's content, or a folder's entries, to the disk."""
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

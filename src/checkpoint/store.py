@@ -31,14 +31,13 @@ from src.checkpoint.manifest import (
     WEIGHTS,
     Entry,
     Manifest,
+    check_undamaged,
     checksum,
     is_resumable,
     newest_resumable,
-    problems_of,
     read_manifest,
     read_state,
     refusal_of,
-    sync,
     weights_checksum,
 )
 from src.checkpoint.tensors import one_by_one, stored_digest, write_tensors
@@ -46,7 +45,7 @@ from src.config.places import CHECKPOINTS, clear, folder_of, remove, steps_in
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError, DiskFullError, is_disk_full
 from src.runtime.sharding import ShardedTensor
-from src.util import human_bytes, write_atomically
+from src.util import human_bytes, sync, write_atomically
 
 T_co = TypeVar("T_co", bound=Tensor | ShardedTensor, covariant=True)
 SMALL_BYTES = 100_000
@@ -78,19 +77,9 @@ def read_snapshot(checkpoint: Path) -> Snapshot[Tensor]:
     Raises:
         CheckpointError: where it is damaged.
     """
-    refuse_damaged(checkpoint)
+    check_undamaged(checkpoint)
     optimizer = load_file(checkpoint / OPTIMIZER) if is_resumable(checkpoint) else None
     return Snapshot(load_file(checkpoint / WEIGHTS), optimizer, read_state(checkpoint))
-
-
-def refuse_damaged(checkpoint: Path) -> None:
-    """Check that every byte of a checkpoint is as it was written.
-
-    Raises:
-        CheckpointError: naming the files that are not.
-    """
-    if problems := list(problems_of(checkpoint)):
-        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}")
 
 
 class Checkpoints:

@@ -29,7 +29,7 @@ NO_TOKENS: Mapping[str, int] = MappingProxyType({})
 class Evaluator:
     """Evaluates sets, the first `max_samples` rows of each (None: all)."""
 
-    scored: nn.Module
+    loss_model: nn.Module
     generator: Generator
     reader: AnswerReader
     runtime: Runtime
@@ -71,20 +71,20 @@ class Evaluator:
         order = sorted(range(count), key=lambda i: rows.lengths[i])  # little padding
         total, thought_sum = torch.zeros(2, dtype=torch.float64)
         num_supervised = num_thought = 0
-        self.scored.eval()
+        self.loss_model.eval()
         for start, is_real in self.runtime.split(range(0, count, self.batch_size)):
             self.runtime.check_stop()
             batch = collate(rows, [[i] for i in order[start : start + self.batch_size]], self.generator.pad_token_id)
-            scores = self.scored(**batch.to(self.runtime.device).inputs())
+            batch_losses = self.loss_model(**batch.to(self.runtime.device).inputs())
             if not is_real:
                 continue
             num_supervised += batch.num_supervised
             num_thought += batch.num_thought
-            nll = scores.nll.double().cpu()
+            nll = batch_losses.nll.double().cpu()
             total += nll.sum()
-            if scores.is_thought is not None:
-                thought_sum += nll[scores.is_thought.cpu()].sum()
-            targets.update(scores.targets.cpu(), nll)
+            if batch_losses.is_thought is not None:
+                thought_sum += nll[batch_losses.is_thought.cpu()].sum()
+            targets.update(batch_losses.targets.cpu(), nll)
         sums = [total.item(), float(num_supervised), thought_sum.item(), float(num_thought)]
         nll, all_supervised, thought_nll, all_thought = self.runtime.sum(sums)
         loss = nll / all_supervised
@@ -137,7 +137,7 @@ class TargetStats:
         return metrics
 
 
-def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data, runtime: Runtime) -> Evaluator:
+def open_evaluation(config: RunConfig, loss_model: nn.Module, model: Any, data: Data, runtime: Runtime) -> Evaluator:
     """Build the evaluator of a run, and check that its prompts can be generated from.
 
     Raises:
@@ -153,7 +153,7 @@ def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data
     check_prompts(config, model, data)
     check_spans(config, data)
     return Evaluator(
-        scored=scored,
+        loss_model=loss_model,
         generator=generator,
         reader=AnswerReader(data.encoder, config.thought_tags, data.frame),
         runtime=runtime,

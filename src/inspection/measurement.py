@@ -22,7 +22,7 @@ from src.model.embeddings import resize_embeddings
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import stop_on_signals
 from src.tokens import num_token_ids
-from src.training.loss import Scores
+from src.training.loss import TokenLosses
 from src.training.state import TrainState, build_train_state
 
 NUM_TOKENS = 16
@@ -59,7 +59,7 @@ def measure_work(config: RunConfig, tokenizer: Any, new_ids: Sequence[int], data
         add_adapter(model, config, new_ids)
         state = build_train_state(model, work.train, config, runtime)
         widest_tokens, activation_bytes, seconds = _measure_training(state, work, runtime)
-        evaluator = open_evaluation(config, state.scored, state.model, data, runtime)
+        evaluator = open_evaluation(config, state.loss_model, state.model, data, runtime)
         evaluation_seconds, evaluation_tokens = _measure_evaluation(evaluator, work.evaluations, runtime)
         return Measured(
             widest_tokens,
@@ -75,17 +75,17 @@ def measure_work(config: RunConfig, tokenizer: Any, new_ids: Sequence[int], data
 def _measure_training(state: TrainState, work: Workload, runtime: Runtime) -> tuple[int, int, float]:
     """Return positions and kept bytes of the widest micro-batch, and the seconds of one of the usual size."""
     pad = state.model.generation_config.pad_token_id
-    state.scored.train()
+    state.loss_model.train()
 
     def inputs(sequences: Sequences) -> dict[str, Any]:
-        return collate(work.train, sequences, pad, flat=state.is_flat).to(runtime.device).inputs()
+        return collate(work.train, sequences, pad, padding_free=state.is_padding_free).to(runtime.device).inputs()
 
     widest = inputs(work.micro_batches[work.shapes.index(work.widest)])
-    scores: list[Scores] = []
-    saved = measure_saved_bytes(lambda: scores.append(state.scored(**widest)), state.model.parameters())
-    runtime.backward(scores[0].objective)
+    losses: list[TokenLosses] = []
+    saved = measure_saved_bytes(lambda: losses.append(state.loss_model(**widest)), state.model.parameters())
+    runtime.backward(losses[0].objective)
     usual = inputs(_usual(work.micro_batches, work.shapes))
-    seconds = _seconds_of(lambda: runtime.backward(state.scored(**usual).objective), runtime, repeats=2)
+    seconds = _seconds_of(lambda: runtime.backward(state.loss_model(**usual).objective), runtime, repeats=2)
     return widest["input_ids"].numel(), saved, seconds
 
 

@@ -93,20 +93,25 @@ def embedding_parameters(model: Any) -> list[nn.Parameter]:
     return [parameter for parameter in found if parameter.requires_grad]
 
 
+def is_tied(model: Any) -> bool:
+    """Return whether input and output matrix are one parameter."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 @contextmanager
 def true_tie_flag(model: Any) -> Iterator[None]:
-    """Let the model's configuration say in this block whether input and output matrix are really one.
+    """Set the configuration's tie_word_embeddings in this block to whether input and output matrix are really one.
 
-    Some configurations of transformers 5.23 always say so (T5's), also where a checkpoint has two: one of them would be
-    lost when the model is resized, and PEFT would put the same rows into both.
+    Some configurations of transformers 5.23 always claim that (T5's), also where a checkpoint has two: one of them
+    would be lost when the model is resized, and PEFT would put the same rows into both.
     """
-    said = model.config.tie_word_embeddings
-    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
-    model.config.tie_word_embeddings = said and (head is None or head.weight is inputs.weight)
+    flag = model.config.tie_word_embeddings
+    model.config.tie_word_embeddings = flag and (model.get_output_embeddings() is None or is_tied(model))
     try:
         yield
     finally:
-        model.config.tie_word_embeddings = said
+        model.config.tie_word_embeddings = flag
 
 
 def resize_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) -> None:

@@ -20,7 +20,7 @@ from src.util import load_json
 SMALL = 0.01
 """A row with a norm below this share of its matrix's median norm was never trained."""
 
-ROWS = 8192  # norms of so many rows are computed at once
+CHUNK_ROWS = 8192  # rows whose norms are computed at once
 
 
 def untrained_tokens(model: Any, tokenizer: Any, new: ConfiguredTokens, config: ModelConfig) -> frozenset[str]:
@@ -74,7 +74,9 @@ def never_trained(weight: Tensor, added: dict[str, int]) -> set[str]:
         weight: [rows, width].
         added: token -> id; those that have no row here are left out.
     """
-    norms = torch.cat([torch.linalg.vector_norm(some, dim=1, dtype=torch.float32) for some in weight.split(ROWS)])
+    norms = torch.cat(
+        [torch.linalg.vector_norm(chunk, dim=1, dtype=torch.float32) for chunk in weight.split(CHUNK_ROWS)]
+    )
     least = SMALL * norms[norms > 0].median()  # rows of zeros are padding, of which there may be many
     ids = {token: i for token, i in added.items() if i < len(weight)}
     bits = weight[list(ids.values())].contiguous().cpu().view(torch.uint8).numpy()

@@ -133,7 +133,7 @@ def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunCo
             f"init_from: {folder} is an adapter, so it needs one here too (adapter=lora); "
             "a run with export.merge=true exports whole weights"
         )
-    saved, _ = load_tokenizer(replace(config.model, checkpoint=str(folder), revision=None), config.tokens)
+    saved, _ = load_tokenizer(config.model.pretrained_at(folder), config.tokens)
     if tokenizer_hash(saved) != tokenizer_hash(tokenizer):
         raise ModelError(f"init_from: the tokens of {folder} have other ids than here")
     adapter.load(folder)

@@ -99,7 +99,7 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         window = next(coming)
         started = time.perf_counter()
         batches = [
-            MicroBatch(block, collate(block, sequences, pad_token_id, flat=state.is_flat), is_real)
+            MicroBatch(block, collate(block, sequences, pad_token_id, padding_free=state.is_padding_free), is_real)
             for (block, sequences), is_real in runtime.split(window.micro_batches)
         ]
         lr, grad_norm = step_once(state, batches, config, runtime)
@@ -119,7 +119,7 @@ def step_once(
     Args:
         batches: this process's; every process has as many.
     """
-    state.scored.train()
+    state.loss_model.train()
     real = [one.batch for one in batches if one.is_real]
     # one exchange of all processes, also of whether one of them was asked to stop: so all stop at the same step
     num_supervised, num_thought, num_tokens, num_rows, asked = runtime.sum(
@@ -160,11 +160,11 @@ def _add_gradients(
         is_last = i == len(batches) - 1
         batch = one.batch.to(runtime.device)
         with runtime.strategy.accumulate(last=is_last):
-            scores = state.scored(**batch.inputs())
-            contribution = step_objective(scores.objective, weights, config.loss.reduction) * one.is_real
+            losses = state.loss_model(**batch.inputs())
+            contribution = step_objective(losses.objective, weights, config.loss.reduction) * one.is_real
             # processes average their gradients; the step sums them
             runtime.backward(contribution * runtime.num_processes, last=is_last)
-        sums.append(scores.sums() * one.is_real)
+        sums.append(losses.sums() * one.is_real)
     local = torch.stack(sums, dim=1).tolist()
     summed = runtime.sum([sum(values) for values in local])
     if not math.isfinite(summed[0]):
@@ -204,5 +204,5 @@ def _not_finite(what: str, places: Sequence[Sequence[str]], step: int) -> NonFin
     """Return the error that names the rows of all processes that led to a number that is not finite."""
     return NonFiniteLossError(
         f"{what} in step {step}. Either these rows are extreme, or a learning rate that is too high has spoilt the "
-        f"weights in the steps before:\n{listed([place for some in places for place in some])}"
+        f"weights in the steps before:\n{listed([place for of_process in places for place in of_process])}"
     )

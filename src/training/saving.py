@@ -88,6 +88,24 @@ class Saver:
         }
 
 
+def comparable_evaluations(
+    best: Sequence[Mapping[str, Any]],
+    lines: Sequence[Mapping[str, Any]],
+    repeated: Mapping[str, Any] | None,
+    first_step: int,
+) -> list[Mapping[str, Any]]:
+    """Return the evaluations so far that count for the best, one of each step. Pure.
+
+    Args:
+        best: the best ones, as the checkpoint has them.
+        lines: the lines of metrics that the run resumes after.
+        repeated: the line of the step that is evaluated once more, as it was; None where none is.
+        first_step: evaluations of earlier steps are of other rows.
+    """
+    evaluations = [*best, *lines, *([] if repeated is None else [repeated])]
+    return list({line["step"]: line for line in evaluations if line["step"] >= first_step}.values())
+
+
 @contextmanager
 def open_saver(
     job: Job,
@@ -116,12 +134,10 @@ def open_saver(
         lines, again = runtime.from_main((tracker.rewind_to(state.step, is_end=is_end), tracker.cut_line))
         state.set_complete(is_complete=any(line["step"] == state.step for line in lines))
         comparable_from = resume.comparable_from(fingerprint, state.step, is_complete=state.is_last_step_complete)
-        evaluated = [*resume.own_state.get("best", ()), *lines]
-        if again is not None and state.evaluates_again(config.evaluation.eval_steps):
-            evaluated.append(again)
-        comparable = {line["step"]: line for line in evaluated if line["step"] >= comparable_from}
+        repeated = again if state.evaluates_again(config.evaluation.eval_steps) else None
+        evaluations = comparable_evaluations(resume.own_state.get("best", ()), lines, repeated, comparable_from)
         written = written_weights(resume.own_state)
-        tracker.warn(checkpoints.load_index(comparable.values(), resume.own_step, written))
+        tracker.warn(checkpoints.load_index(evaluations, resume.own_step, written))
         extra = {"config": job.frozen, "comparable_from": comparable_from, "untrained": list(untrained)}
         saver = Saver(checkpoints, state, config, fingerprint, extra, runtime, tracker, lines)
         runtime.wait()

@@ -23,7 +23,7 @@ from src.model.embeddings import TokenMonitor, embedding_parameters
 from src.runtime.allocation import keep_freed_memory
 from src.runtime.session import Runtime, rng_as_json, rng_from_json
 from src.runtime.sharding import ShardedTensor, compute_weight, full_shape
-from src.training.head import ScoredModel
+from src.training.head import ModelWithLoss
 from src.training.loss import span_losses
 from src.training.optim import build_optimizer, build_schedule, restore_schedule
 from src.util import listed
@@ -98,14 +98,14 @@ class StepResult:
 class TrainState:
     """The wrapped model, its optimizer and schedule, the position in the data, and counters."""
 
-    scored: nn.Module
-    """The ScoredModel as Accelerate wrapped it: its forward computes losses."""
+    loss_model: nn.Module
+    """The ModelWithLoss as Accelerate wrapped it: its forward computes losses."""
     model: Any
     """The transformers model inside: for generation and export."""
     optimizer: Any
     schedule: LambdaLR
     batch_sampler: BatchSampler
-    is_flat: bool
+    is_padding_free: bool
     """Whether packed rows go into one sequence without padding, as FlashAttention takes them."""
     num_steps: int
     steps_per_epoch: int | None
@@ -129,15 +129,18 @@ class TrainState:
     """The state of every global generator at the beginning of the next step."""
 
     @property
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by name, a shared one once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
     def parameter_names(self) -> dict[int, str]:
-        """Return the name of every trained parameter, each once: id(parameter) -> name."""
-        return {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
+        """The name of every trained parameter: id(parameter) -> name."""
+        return {id(p): name for name, p in self.trained_parameters.items()}
 
     def weights(self, runtime: Runtime) -> dict[str, Tensor | ShardedTensor]:
         """Return trained weights and persistent buffers (which a forward may change) by name; no copies."""
-        trained = {
-            name: runtime.strategy.master_weight(p) for name, p in self.model.named_parameters() if p.requires_grad
-        }
+        trained = {name: runtime.strategy.master_weight(p) for name, p in self.trained_parameters.items()}
         return trained | _buffers(self.model)
 
     def frozen_weights(self) -> dict[str, Tensor | ShardedTensor]:
@@ -207,7 +210,7 @@ class TrainState:
         Raises:
             CheckpointError: where names or shapes differ; nothing is changed then.
         """
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = self.trained_parameters
         buffers = _buffers(self.model)
         shapes = {name: full_shape(p) for name, p in trained.items()}
         shapes |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
@@ -320,28 +323,28 @@ def build_train_state(
         raise ModelError("fp16 mixed precision scales gradients of float32 weights only: model.dtype=float32")
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    scored = ScoredModel(model, config.loss).to(runtime.device)
+    loss_model = ModelWithLoss(model, config.loss).to(runtime.device)
     if runtime.device.type == "cpu":
         keep_freed_memory(sum(p.nbytes for p in model.parameters()))
     is_packed = config.data.batching is Batching.packed
-    is_flat = is_packed and config.model.attn_implementation is Attention.flash_attention_2
-    optimizer = build_optimizer(config.optimizer, scored.parameters(), embedding_parameters(model))
+    is_padding_free = is_packed and config.model.attn_implementation is Attention.flash_attention_2
+    optimizer = build_optimizer(config.optimizer, loss_model.parameters(), embedding_parameters(model))
     schedule = build_schedule(config.scheduler, optimizer, num_steps)
-    wrapped, wrapped_optimizer = runtime.prepare(scored, optimizer)
-    with runtime.autocast():  # after `prepare`: only then are sharded weights gathered for a forward
-        scored.probe_head()
+    wrapped, wrapped_optimizer = runtime.prepare(loss_model, optimizer)
+    with runtime.autocast():  # after Runtime.prepare: only then are sharded weights gathered for a forward
+        loss_model.probe_head()
         if is_packed:
-            scored.check_packing(flat=is_flat)
+            loss_model.check_packing(padding_free=is_padding_free)
     return TrainState(
         wrapped,
         model,
         wrapped_optimizer,
         schedule,
         batch_sampler,
-        is_flat,
+        is_padding_free,
         num_steps,
         per_epoch,
-        scored.uses_full_logits,
+        loss_model.uses_full_logits,
         TokenMonitor(model, new_tokens),
         position=begin,
     )
