@@ -179,16 +179,15 @@ def find_resume_point(
         CheckpointError: where there are checkpoints, but none is whole, or what is there can't be read.
         ConfigError: where the configuration has changed too much.
     """
-    warnings: list[str] = []
     if force or config.resume == "never":
         return ResumePoint()
-    found, is_own = find_checkpoint(config, run_dir, warnings)
-    if found is None:
+    checkpoint, is_own, skipped = find_checkpoint(config, run_dir)
+    if checkpoint is None:
         return ResumePoint()
-    state = read_state(found)
+    state = read_state(checkpoint)
     changes = compare_configs(state["config"], frozen)
-    warnings += check_changes(changes, allow_changed=config.allow_changed, checkpoint=str(found))
-    return ResumePoint(found, state, changes, warnings, is_own)
+    warnings = check_changes(changes, allow_changed=config.allow_changed, checkpoint=str(checkpoint))
+    return ResumePoint(checkpoint, state, changes, [*skipped, *warnings], is_own)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
