@@ -44,7 +44,7 @@ class Metric:
 
 
 METRICS = Registry[Metric]("metric")
-"""What `data.metrics` and `evaluation.metrics` may name."""
+"""The metrics that `data.metrics` and `evaluation.metrics` may name."""
 
 Function = Callable[..., float]
 
@@ -64,7 +64,7 @@ def metric(
 
     def register(compute: Function) -> Function:
         needs = tuple(inspect.signature(compute).parameters)
-        if unknown := [one for one in needs if one not in CAN_NEED]:
+        if unknown := [need for need in needs if need not in CAN_NEED]:
             raise ValueError(f"the metric {name} takes {', '.join(unknown)}; it can take {', '.join(CAN_NEED)}")
         if name in LOSSES:
             raise ValueError(f"every evaluation has a {name} of its own")
@@ -94,9 +94,12 @@ def compute_metrics(
     Raises:
         DataError: naming the row on which the pattern does not terminate.
     """
-    given = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
-    chosen = {name: METRICS[name] for name in names}
-    return {name: float(one.compute(**{need: given[need] for need in one.needs})) for name, one in chosen.items()}
+    arguments = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
+    metrics = {name: METRICS[name] for name in names}
+    return {
+        name: float(chosen.compute(**{need: arguments[need] for need in chosen.needs}))
+        for name, chosen in metrics.items()
+    }
 
 
 def is_full_marks(name: str, prediction: str, reference: str, answer_pattern: str | None = None) -> bool:
@@ -104,13 +107,13 @@ def is_full_marks(name: str, prediction: str, reference: str, answer_pattern: st
 
     Equal texts are answered at once, without the libraries that score; so are metrics whose full marks are not known.
     """
-    asked = METRICS[name]
-    if not asked.can_score(reference, answer_pattern):
+    chosen = METRICS[name]
+    if not chosen.can_score(reference, answer_pattern):
         return False
-    if prediction == reference or asked.full_marks is None:
+    if prediction == reference or chosen.full_marks is None:
         return True
     value = compute_metrics([name], [prediction], [reference], answer_pattern)[name]
-    return math.isclose(value, asked.full_marks, rel_tol=1e-9)
+    return math.isclose(value, chosen.full_marks, rel_tol=1e-9)
 
 
 BLEU_ORDER = 4
@@ -132,9 +135,9 @@ They are those between which a line may be broken all the same: classes SA (Thai
 Source: Unicode Standard Annex 14, "Unicode Line Breaking Algorithm".
 """
 RUN = regex.compile(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*")
-"""What stands between spaces, punctuation and symbols; a mark at its start belongs to a symbol, as an emoji."""
+"""A run between spaces, punctuation and symbols; a mark at its start belongs to a symbol, as an emoji."""
 WORD = regex.compile(rf"(?={UNSPACED})\X|(?:\p{{M}}|(?!{UNSPACED})[\p{{L}}\p{{N}}])+", regex.VERSION1)
-"""Within a run: one grapheme cluster of a script without spaces, or everything up to the next one."""
+"""A word within a run: one grapheme cluster of a script without spaces, or everything up to the next one."""
 
 MTEVAL_13A = (
     (re.compile(r"([{-~\[-` -&(-+:-@/])"), r" \1 "),
@@ -142,7 +145,7 @@ MTEVAL_13A = (
     (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
     (re.compile(r"([0-9])(-)"), r"\1 \2 "),
 )
-"""Where mteval-v13a cuts: at ASCII punctuation, but not within a number."""
+"""The places where mteval-v13a cuts: at ASCII punctuation, but not within a number."""
 
 
 def answer(text: str, pattern: str | None) -> str | None:
@@ -175,8 +178,8 @@ def exact_match(
     hits = 0
     for number, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         with at(place, number):
-            given = answer(prediction, answer_pattern)
-            hits += given is not None and given == answer(reference, answer_pattern)
+            found = answer(prediction, answer_pattern)
+            hits += found is not None and found == answer(reference, answer_pattern)
     return hits / len(predictions)
 
 

@@ -86,8 +86,8 @@ def open_generation(
     from src.data.advice import about_template
     from src.data.dataset import build_prompts
     from src.data.tokenizer import load_tokenizer
-    from src.evaluation.generate import EndText, Generator
-    from src.evaluation.predictions import check_room, describe_rows
+    from src.evaluation.generate import EndText, Generator, check_room
+    from src.evaluation.predictions import describe_rows
     from src.model.build import set_generation
     from src.model.export import exported_model_config, load_exported
     from src.runtime.session import start_runtime
@@ -101,13 +101,14 @@ def open_generation(
         if not getattr(model, "is_quantized", False):  # quantised weights lie on the device already
             model.to(runtime.device)
         set_generation(model, config.generation, tokenizer, prompts.stop_ids)
-        check_room(prompts, model, config.generation.max_new_tokens)
+        for rows in prompts.sets.values():
+            check_room(rows, model, prompts.encoder.target_prefix, config.generation.max_new_tokens)
         console.label("model", f"{type(model).__name__} of {run_dir / 'model'}, {runtime.description}")
         for name, rows in prompts.sets.items():
             console.label(name, describe_rows(rows))
             for finding in about_template(name, *rows.count_lines("changes")):
                 console.warn(finding.text)
-        end = EndText.of(prompts.frame, prompts.encoder)
+        end = EndText.from_frame(prompts.frame, prompts.encoder)
         with stop.deferred():  # from here on it is followed between two tokens
             yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, end), prompts
 

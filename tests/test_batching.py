@@ -199,7 +199,7 @@ def test_packed_rows_count_their_positions_anew_and_so_does_padding(rows: Encode
 
 
 def test_the_flat_form_has_no_padding_and_the_bounds_of_rows(rows: EncodedSet) -> None:
-    batch = collate(rows, [[3, 0], [1]], PAD, flat=True)
+    batch = collate(rows, [[3, 0], [1]], PAD, padding_free=True)
     lengths = [len(rows[i].input_ids) for i in (3, 0, 1)]
     assert batch.input_ids.tolist() == [[*rows[3].input_ids, *rows[0].input_ids, *rows[1].input_ids]]
     assert batch.position_ids is not None
@@ -255,11 +255,11 @@ def model_of(config: str, settings: dict[str, Any], attention: str | None = None
 
 
 def row_losses(
-    loss_model: ModelWithLoss, rows: EncodedSet, sequences: Sequences, *, flat: bool = False
+    loss_model: ModelWithLoss, rows: EncodedSet, sequences: Sequences, *, padding_free: bool = False
 ) -> dict[int, float]:
     """Give each row's loss within a batch: the labels of all others are masked."""
-    batch = collate(rows, sequences, PAD, flat=flat)
-    losses, here = {}, [list(chain.from_iterable(sequences))] if flat else sequences
+    batch = collate(rows, sequences, PAD, padding_free=padding_free)
+    losses, here = {}, [list(chain.from_iterable(sequences))] if padding_free else sequences
     for i, sequence in enumerate(here):
         start = 0
         for row in sequence:
@@ -286,7 +286,7 @@ def test_a_packed_row_has_the_loss_that_it_has_alone(
     padded = row_losses(loss_model, rows, [[row] for row in alone])
     assert padded == pytest.approx(alone, rel=1e-5)
     assert row_losses(loss_model, rows, packed) == pytest.approx(alone, rel=1e-5)
-    assert row_losses(loss_model, rows, packed, flat=True) == pytest.approx(alone, rel=1e-5)
+    assert row_losses(loss_model, rows, packed, padding_free=True) == pytest.approx(alone, rel=1e-5)
 
 
 def test_the_default_model_is_one_of_them(rows: EncodedSet) -> None:

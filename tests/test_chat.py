@@ -20,7 +20,7 @@ from src.data.chat import ChatTemplate
 from src.data.chat_render import FALLBACK_TEMPLATE, set_chat_template
 from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX, Encoder, Lengths
-from src.data.examples import Example, Examples
+from src.data.examples import Example, ExampleBuilder
 from src.data.formats import BadRow, Chat
 from src.data.formats.messages import read
 from src.data.readers.record import Record
@@ -344,7 +344,7 @@ def example_of(tokenizer: Any, messages: list[Any], *overrides: str) -> Example:
     """Make the example of one chat, without the tokenizer's being given a template."""
     config = configured(*overrides)
     template = ChatTemplate(tokenizer, Encoder(tokenizer).control_tokens)
-    return Examples(config.data, config.thought_tags, template).of(Record({"messages": messages}, "rows", 1))
+    return ExampleBuilder(config.data, config.thought_tags, template).build(Record({"messages": messages}, "rows", 1))
 
 
 MAKERS = {

@@ -322,7 +322,7 @@ def test_generation_stops_after_a_text_that_ends_turns(tmp_path: Path) -> None:
         alone = Generator(model, runtime, 2, []).generate([prompt], seed=1)[0]
         assert data.encoder.decode(alone.ids).startswith("Wok<#>\nWok<#>")
         assert alone.stop_reason == "length"
-        end = EndText.of(data.frame, data.encoder)
+        end = EndText.from_frame(data.frame, data.encoder)
         for found in Generator(model, runtime, 2, [], end).generate([prompt, [*prompt[:2], *prompt]], seed=1):
             assert data.encoder.decode(found.ids) == "Wok<#>"
             assert found.stop_reason == "eos"

@@ -602,11 +602,11 @@ def test_a_data_set_of_the_library_streams(folder: Path, monkeypatch: pytest.Mon
     data = built(*STREAMED, f"data.dataset_name='{folder}'", "data.validation_split=validation")
     for epoch in epochs_of(data.train, BatchSampler(Batching.padded, 4, 2, 64), 2):
         assert sorted(epoch) == sorted(f"train{i}" for i in range(20))
-    digest = data.train_digest()
-    assert digest == built(*STREAMED, f"data.dataset_name='{folder}'").train_digest()
+    digest = data.train.digest()
+    assert digest == built(*STREAMED, f"data.dataset_name='{folder}'").train.digest()
     (train,) = folder.glob("train.*")
     write_split(train, [f"other{i}" for i in range(20)])
-    assert digest != data.train_digest()
+    assert digest != data.train.digest()
     assert prompts(data.validation["validation"]) == [f"validation{i}" for i in range(5)]
 
 

@@ -121,10 +121,10 @@ def _about_marks(config: RunConfig, data: Data) -> Iterator[Finding]:
                 text = f"{key}.{name} writes {_named(marks)}"
                 yield Finding(Level.warning, f"{text}: ordinary text here, no turns of a chat; {remedy}")
     for rows in [data.train.first, *data.validation.values(), *data.test.values()]:
-        found = {row: here for row, marks in _marked_rows(rows) if (here := _as_text(marks, data.encoder))}
-        if found:
-            first = next(iter(found))
-            text = f"{rows.name}: {plural(len(found), 'row')} of the first {MARK_ROWS:,} hold {_named(found[first])}"
+        marked = {row: texts for row, marks in _marked_rows(rows) if (texts := _as_text(marks, data.encoder))}
+        if marked:
+            first = next(iter(marked))
+            text = f"{rows.name}: {plural(len(marked), 'row')} of the first {MARK_ROWS:,} hold {_named(marked[first])}"
             text += f" ({rows.place(first)}): ordinary text here, no turns of a chat; {remedy}"
             yield Finding(Level.warning, text)
 

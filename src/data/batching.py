@@ -128,9 +128,9 @@ class Position:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Position:
+    def from_dict(cls, state: Mapping[str, Any]) -> Position:
         """Return the position that `as_dict` was called on."""
-        return cls(given["epoch"], given["num_sequences"], given["block"])
+        return cls(state["epoch"], state["num_sequences"], state["block"])
 
 
 @dataclass(frozen=True)
@@ -243,15 +243,15 @@ def _grouped(lengths: np.ndarray, order: np.ndarray, batch_size: int, rng: np.ra
     return np.concatenate([full[rng.permutation(num_full)].ravel(), grouped[num_full * batch_size :]])
 
 
-def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, flat: bool = False) -> Batch:
+def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, padding_free: bool = False) -> Batch:
     """Collate rows, padded on the right to the longest sequence.
 
     Args:
         sequences: the rows of each sequence; several in one are packed.
-        flat: whether to put all of them into a single sequence without padding, for FlashAttention.
+        padding_free: whether to put all of them into a single sequence without padding, for FlashAttention.
     """
     indices = [index for sequence in sequences for index in sequence]
-    packed = [[rows[index] for index in sequence] for sequence in ([indices] if flat else sequences)]
+    packed = [[rows[index] for index in sequence] for sequence in ([indices] if padding_free else sequences)]
     each = [row for sequence in packed for row in sequence]
 
     def padded(column: Callable[[LabelledRow], Any], filler: int) -> Tensor:
@@ -271,9 +271,9 @@ def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, flat: 
     if rows.is_encoder_decoder:
         batch.attention_mask = padded(lambda row: np.ones(len(row.input_ids)), 0)
         batch.target_ids = padded(lambda row: row.target_ids, pad_token_id)
-    elif flat or len(each) > len(packed):
+    elif padding_free or len(each) > len(packed):
         batch.position_ids = torch.from_numpy(_positions(packed, batch.input_ids.shape[1]))
-    if flat:
+    if padding_free:
         batch.bounds = row_bounds([len(row.input_ids) for row in each], batch.input_ids.device)
     return batch
 
@@ -294,8 +294,8 @@ def _padded(sequences: Sequence[Sequence[np.ndarray]], filler: int) -> np.ndarra
     """Concatenate the arrays of each sequence and pad them to the longest, [sequences, seq]."""
     joined = [np.concatenate(arrays) for arrays in sequences]
     padded = np.full((len(joined), max(map(len, joined))), filler, dtype=np.int64)
-    for i, one in enumerate(joined):
-        padded[i, : len(one)] = one
+    for i, array in enumerate(joined):
+        padded[i, : len(array)] = array
     return padded
 
 

@@ -30,9 +30,9 @@ from src.data.text_encoder import PROBE
 from src.errors import DataError
 
 FREE_BYTES, FREE_SHARE = 512 * 2**20, 0.05
-"""What prepared rows leave free: so many bytes, or this share of a small disk."""
+"""The space that prepared rows leave free on the disk: this size, or on a small disk this share."""
 UNCHECKED_BYTES = 64 * 2**20
-"""Of prepared rows, written without a look at the disk."""
+"""Prepared rows up to this size are written without a look at the disk."""
 
 ShowProgress = Callable[[str], None]
 """Called often during long work, with how far it is."""
@@ -156,7 +156,7 @@ def write_rows(
         if not bad.count:
             writer.write(chunk.rows)
         show_progress(f"{name}: {stats.num_records:,} rows prepared")
-    bad.check()
+    bad.raise_if_any()
     return stats
 
 

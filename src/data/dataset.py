@@ -56,10 +56,6 @@ class Data:
         """Return the set whose first rows are generated as samples: one that is not trained on, where there is one."""
         return next(iter([*self.validation.values(), *self.test.values(), self.train])).first
 
-    def train_digest(self) -> str:
-        """Return a hash of the encoded train rows in their order; for a streamed set, of its files and settings."""
-        return self.train.digest()
-
     def validation_digest(self, count: int | None) -> str:
         """Return a hash of the rows that are evaluated, the first `count` of each set; None: all."""
         lines = [f"{name} {count} {rows.digest()}" for name, rows in self.validation.items()]

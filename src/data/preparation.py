@@ -25,7 +25,7 @@ from src.config.schema import DataConfig, Overflow, TokensConfig, thought_tags
 from src.config.schema.fields import facts_of
 from src.data.chat import ChatTemplate
 from src.data.encoding import EncodedRow, Encoder, Lengths
-from src.data.examples import Example, Examples
+from src.data.examples import Example, ExampleBuilder
 from src.data.formats import BadRow
 from src.data.readers.record import ENTRY_BYTES, ReadResult, Record, Unreadable, memory_of
 from src.data.store import DroppedRow, to_batch
@@ -80,14 +80,14 @@ class EncodingConfig:
 
 def _shaping(section: Any) -> dict[str, Any]:
     """Return the values of a section's keys that shape rows and are not known to the cache by another name."""
-    found: dict[str, Any] = {}
-    for one in fields(section):
-        value, facts = getattr(section, one.name), facts_of(one)
+    values: dict[str, Any] = {}
+    for key in fields(section):
+        value, facts = getattr(section, key.name), facts_of(key)
         if is_dataclass(value):
-            found |= {f"{one.name}.{name}": inner for name, inner in _shaping(value).items()}
+            values |= {f"{key.name}.{name}": inner for name, inner in _shaping(value).items()}
         elif facts.shapes_rows and not facts.enters_as:
-            found[one.name] = _plain(value)
-    return found
+            values[key.name] = _plain(value)
+    return values
 
 
 def _plain(value: Any) -> Any:
@@ -121,7 +121,7 @@ class RowEncoder:
     def __init__(self, config: EncodingConfig) -> None:
         self._encoder = Encoder(config.tokenizer, config.tags)
         template = ChatTemplate(config.tokenizer, self._encoder.control_tokens) if config.is_chat else None
-        self._examples = Examples(config.data, config.tags, template, to_predict=config.to_predict)
+        self._examples = ExampleBuilder(config.data, config.tags, template, to_predict=config.to_predict)
         self._lengths = config.lengths
 
     def encode_chunk(self, chunk: Records) -> EncodedChunk:
@@ -138,7 +138,7 @@ class RowEncoder:
                 continue
             try:
                 with at("{0.place}".format, record):
-                    good.append((ordinal, record, self._examples.of(record)))
+                    good.append((ordinal, record, self._examples.build(record)))
             except (BadRow, TokenError) as problem:
                 bad.append((record.place, str(problem)))
         rows: list[tuple[int, Record, Example, EncodedRow]] = []

@@ -81,14 +81,14 @@ class SplitReport:
             for token, token_id in new_tokens.items():
                 counts[token]["fed"] += int(fed[batch.input_ids == token_id].sum())
                 counts[token]["supervised"] += int(supervised[batch.label_ids == token_id].sum())
-        self.new_tokens = {token: {key: one[key] for key in ("fed", "supervised")} for token, one in counts.items()}
+        self.new_tokens = {token: {key: count[key] for key in ("fed", "supervised")} for token, count in counts.items()}
         self.rows_changed_by_tokenizer = len(changed_rows(rows, range(min(CHECK_ROWS, len(rows))), encoder))
         self.digest = rows.digest()
 
     @property
     def unused_tokens(self) -> list[str]:
         """The new tokens that are in no row: they would keep their initial embeddings."""
-        return [token for token, found in self.new_tokens.items() if not found["fed"] and not found["supervised"]]
+        return [token for token, counts in self.new_tokens.items() if not any(counts.values())]
 
     def with_account(self, account: StreamAccount) -> SplitReport:
         """Return the report of a streamed set with the rows that were read so far."""
@@ -137,8 +137,8 @@ def changed_rows(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> 
     texts = [text for i in indices if not rows.is_truncated(i) for text in _texts_of(rows, i)]
     decoded = encoder.decode_batch([ids for _, ids, _ in texts])
     changed: dict[int, None] = {}
-    for (i, ids, text), found in zip(texts, decoded, strict=True):
-        if found == text or (rows.is_rendered(i) and squeezed(text) in squeezed(encoder.decode_all(ids))):
+    for (i, ids, text), again in zip(texts, decoded, strict=True):
+        if again == text or (rows.is_rendered(i) and squeezed(text) in squeezed(encoder.decode_all(ids))):
             continue
         changed[i] = None
     return list(changed)

@@ -120,9 +120,11 @@ class EncodedSet:
         return self.completion(index) if text is None else text
 
     def prompt(self, index: int) -> str:
+        """Return all of a row's text before its last supervised turn."""
         return self._value(index, "prompt")
 
     def completion(self, index: int) -> str:
+        """Return the text of a row's last supervised turn; '' for a row to predict that has no answer."""
         return self._value(index, "completion")
 
     def supervised_text(self, index: int) -> str:
@@ -138,10 +140,11 @@ class EncodedSet:
         return (self._value(index, "changes") or "").splitlines()
 
     def is_truncated(self, index: int) -> bool:
+        """Return whether a row was cut to the longest length."""
         return bool(self._value(index, "is_truncated"))
 
     def is_rendered(self, index: int) -> bool:
-        """Whether a chat template wrote the row's text."""
+        """Return whether a chat template wrote the row's text."""
         return bool(self._value(index, "is_rendered"))
 
     @cached_property

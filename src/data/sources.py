@@ -108,8 +108,8 @@ class HubSource:
         import datasets
 
         with self._load_errors():
-            found = datasets.load_dataset_builder(self.dataset_name, self.config_name, revision=self.revision)
-        rows = [found.config_id, str(found.config.version), found.hash]
+            builder = datasets.load_dataset_builder(self.dataset_name, self.config_name, revision=self.revision)
+        rows = [builder.config_id, str(builder.config.version), builder.hash]
         return {"hub": [self.name, self.config_name], "rows": rows, "limit": self.limit}
 
 
@@ -132,10 +132,10 @@ def file_hash(file: str) -> str:
 
 def _state(file: str) -> tuple[int, ...]:
     try:
-        found = os.stat(file)
+        status = os.stat(file)
     except OSError as error:
         raise DataError(f"{file} can't be read: {error.strerror}") from error
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @lru_cache(maxsize=1024)

@@ -28,7 +28,7 @@ WRITES_SPACE = ("normalizer", "pre_tokenizer")
 """Parts of a tokenizer that may put a dummy space in front of a text; what its decoder says of one does not count."""
 
 REPEATED_GROUP = re.compile(r"\)[+*{]")
-"""In a regular expression: matching may take a time that grows with a power of the text's length."""
+"""A repeated group of a regular expression: the time of matching may grow with a power of the text's length."""
 
 
 class BrokenTokenizerError(TokenError):

@@ -75,16 +75,16 @@ class Evaluator:
         for start, is_real in self.runtime.split(range(0, count, self.batch_size)):
             self.runtime.check_stop()
             batch = collate(rows, [[i] for i in order[start : start + self.batch_size]], self.generator.pad_token_id)
-            found = self.loss_model(**batch.to(self.runtime.device).inputs())
+            batch_losses = self.loss_model(**batch.to(self.runtime.device).inputs())
             if not is_real:
                 continue
             num_supervised += batch.num_supervised
             num_thought += batch.num_thought
-            nll = found.nll.double().cpu()
+            nll = batch_losses.nll.double().cpu()
             total += nll.sum()
-            if found.is_thought is not None:
-                thought_sum += nll[found.is_thought.cpu()].sum()
-            targets.update(found.targets.cpu(), nll)
+            if batch_losses.is_thought is not None:
+                thought_sum += nll[batch_losses.is_thought.cpu()].sum()
+            targets.update(batch_losses.targets.cpu(), nll)
         sums = [total.item(), float(num_supervised), thought_sum.item(), float(num_thought)]
         nll, all_supervised, thought_nll, all_thought = self.runtime.sum(sums)
         loss = nll / all_supervised
@@ -148,7 +148,7 @@ def open_evaluation(config: RunConfig, loss_model: nn.Module, model: Any, data: 
         runtime,
         config.training.per_device_eval_batch_size,
         data.encoder.target_prefix,
-        EndText.of(data.frame, data.encoder),
+        EndText.from_frame(data.frame, data.encoder),
     )
     check_prompts(config, model, data)
     check_spans(config, data)

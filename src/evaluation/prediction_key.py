@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.exported import base_files
+from src.checkpoint.exported import MAY_CHANGE, base_files
 from src.config.keys import all_keys
 from src.config.schema import RunConfig
 from src.data.sources import file_hash
 
 SAMPLING = ("temperature", "top_k", "top_p")
-NOT_THE_MODEL = ("README.md", "generation_config.json")
-"""Files of a model's folder that decide nothing here."""
 
 
 def prediction_key(config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str, Any]:
@@ -28,7 +26,7 @@ def prediction_key(config: RunConfig, frozen: Mapping[str, Any], model: Path) ->
         generation = {key: value for key, value in generation.items() if key not in SAMPLING}
     data_keys = {key.leaf for key in all_keys().values() if key.section == "data" and key.shapes_rows} | {"limit"}
     data_keys.remove("max_target_length")  # an answer takes no room
-    files = [file for file in sorted(model.rglob("*")) if file.is_file() and file.name not in NOT_THE_MODEL]
+    files = [file for file in sorted(model.rglob("*")) if file.is_file() and file.name not in MAY_CHANGE]
     weights = [file for file in base_files(model, config.model.checkpoint) if file.suffix == ".safetensors"]
     return {
         **{f"generation.{key}": value for key, value in generation.items()},

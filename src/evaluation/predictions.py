@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from src.config.files import expand
 from src.config.schema import RunConfig
 from src.data.sources import file_hash
-from src.errors import ModelError, RunFolderError
+from src.errors import RunFolderError
 from src.evaluation.predicted_set import PredictedSet, Prediction, read_metrics
 from src.evaluation.prediction_key import prediction_key
 from src.tracking.console import Console, clock
@@ -39,35 +39,19 @@ def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model:
     for name, files in config.data.test_sets().items():
         contents = [file_hash(file) for file in expand(files)]
         sets[name] = PredictedSet(folder, name, {"data.test_files": contents} | common)
-        found = sets[name].claim(force=config.force)
-        if found:
-            refused.append("\n  ".join([f"{sets[name].lines} holds predictions that something else decided:", *found]))
+        differences = sets[name].claim(force=config.force)
+        if differences:
+            refused.append(
+                "\n  ".join([f"{sets[name].lines} holds predictions that something else decided:", *differences])
+            )
         else:
-            sets[name].check()
+            sets[name].check_unchanged()
     if refused:
         hint = (
             "predict.output=DIR puts the new predictions elsewhere; force=true removes these sets and starts them anew"
         )
         raise RunFolderError("\n".join([*refused, hint]))
     return sets
-
-
-def check_room(prompts: Prompts, model: Any, max_new_tokens: int) -> None:
-    """Check that every prompt leaves room for what is generated.
-
-    Raises:
-        ModelError: naming the row.
-    """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for rows in prompts.sets.values():
-        lengths = rows.prompt_lengths()
-        longest = int(lengths.argmax())
-        used = 1 + len(prompts.encoder.target_prefix) if model.config.is_encoder_decoder else int(lengths[longest])
-        if positions is not None and used + max_new_tokens > positions:
-            raise ModelError(
-                f"{rows.place(longest)}: {used} tokens, and generation.max_new_tokens = {max_new_tokens} more, do not "
-                f"fit into the model's {positions} positions; lower one of data.max_seq_length and max_new_tokens"
-            )
 
 
 def describe_rows(rows: EncodedSet) -> str:

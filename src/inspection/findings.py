@@ -75,7 +75,7 @@ class Judge:
 def judge_of(config: RunConfig, data: Data) -> Judge:
     """Return how a run scores answers; one without metrics is judged by exact match of the whole answer."""
     reader = AnswerReader(data.encoder, config.thought_tags, data.frame)
-    end = EndText.of(data.frame, data.encoder)
+    end = EndText.from_frame(data.frame, data.encoder)
     if not config.metrics:
         return Judge(reader, data.stop_ids, end, ["exact_match"], None)
     return Judge(reader, data.stop_ids, end, config.metrics, config.data.answer_pattern)

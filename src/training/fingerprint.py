@@ -35,7 +35,7 @@ def fingerprint_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runti
     return Fingerprint(
         step=state.step,
         num_steps=state.num_steps,
-        data=data.train_digest(),
+        data=data.train.digest(),
         num_rows=data.num_train_rows,
         tokenizer=tokenizer_hash(tokenizer),
         frozen_weights=tensors_digest(frozen) if frozen else None,

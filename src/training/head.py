@@ -95,14 +95,14 @@ class ModelWithLoss(nn.Module):
             self.uses_full_logits = not (torch.equal(fed, hidden) and torch.equal(given.float(), logits.float()))
 
     @torch.no_grad()
-    def check_packing(self, *, flat: bool = False) -> None:
+    def check_packing(self, *, padding_free: bool = False) -> None:
         """Check that a row packed after another has the logits that it has by itself, whatever the other is.
 
         Rows are kept apart by position_ids that begin at 0 again; an attention that ignores them would let every row
         see the ones before it, and the loss would not show it.
 
         Args:
-            flat: pass the rows' bounds to the attention, as FlashAttention's padding-free form takes them.
+            padding_free: pass the rows' bounds to the attention, as FlashAttention's padding-free form takes them.
         Raises:
             ModelError: where it has not.
         """
@@ -110,7 +110,7 @@ class ModelWithLoss(nn.Module):
         after_first, after_other = torch.cat([first, second], dim=1), torch.cat([second, second], dim=1)
         positions = torch.arange(PROBE_LENGTH, device=first.device)
         restarted = torch.cat([positions, positions])[None]
-        bounds = row_bounds([PROBE_LENGTH, PROBE_LENGTH], first.device) if flat else {}
+        bounds = row_bounds([PROBE_LENGTH, PROBE_LENGTH], first.device) if padding_free else {}
         training = self.training
         self.eval()
         try:

@@ -99,7 +99,7 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         window = next(coming)
         started = time.perf_counter()
         batches = [
-            MicroBatch(block, collate(block, sequences, pad_token_id, flat=state.is_flat), is_real)
+            MicroBatch(block, collate(block, sequences, pad_token_id, padding_free=state.is_padding_free), is_real)
             for (block, sequences), is_real in runtime.split(window.micro_batches)
         ]
         lr, grad_norm = step_once(state, batches, config, runtime)

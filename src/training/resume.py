@@ -114,7 +114,7 @@ class ResumePoint:
             return self
         before = Fingerprint.from_dict(self.state["facts"])
         now = replace(
-            before, data=data.train_digest(), num_rows=data.num_train_rows, tokenizer=tokenizer_hash(tokenizer)
+            before, data=data.train.digest(), num_rows=data.num_train_rows, tokenizer=tokenizer_hash(tokenizer)
         )
         named = ", ".join(change.key for change in self.changes if change.key.startswith("data."))
         changes = [

@@ -105,7 +105,7 @@ class TrainState:
     optimizer: Any
     schedule: LambdaLR
     batch_sampler: BatchSampler
-    is_flat: bool
+    is_padding_free: bool
     """Whether packed rows go into one sequence without padding, as FlashAttention takes them."""
     num_steps: int
     steps_per_epoch: int | None
@@ -327,21 +327,21 @@ def build_train_state(
     if runtime.device.type == "cpu":
         keep_freed_memory(sum(p.nbytes for p in model.parameters()))
     is_packed = config.data.batching is Batching.packed
-    is_flat = is_packed and config.model.attn_implementation is Attention.flash_attention_2
+    is_padding_free = is_packed and config.model.attn_implementation is Attention.flash_attention_2
     optimizer = build_optimizer(config.optimizer, loss_model.parameters(), embedding_parameters(model))
     schedule = build_schedule(config.scheduler, optimizer, num_steps)
     wrapped, wrapped_optimizer = runtime.prepare(loss_model, optimizer)
     with runtime.autocast():  # after Runtime.prepare: only then are sharded weights gathered for a forward
         loss_model.probe_head()
         if is_packed:
-            loss_model.check_packing(flat=is_flat)
+            loss_model.check_packing(padding_free=is_padding_free)
     return TrainState(
         wrapped,
         model,
         wrapped_optimizer,
         schedule,
         batch_sampler,
-        is_flat,
+        is_padding_free,
         num_steps,
         per_epoch,
         loss_model.uses_full_logits,

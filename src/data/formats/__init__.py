@@ -2,7 +2,7 @@
 
 A format is `conf/data/<name>.yaml`, whose `columns` name the parts of a row that it takes; where these are more than
 texts, a function `read(fields, data)` that is registered under the format's name returns a Pair or a Chat, or raises
-BadRow: in `src/data/formats/<name>.py`, or in a plugin. No torch here.
+BadRow: in `src/data/formats/<name>.py`, or in a plugin.
 """
 
 from __future__ import annotations
