@@ -18,7 +18,7 @@ written a few batches at a time: the same command continues the same file where 
 whole set is left as it is. A set that another configuration, other rows or another model decided is not continued;
 <set>.json says what did.
 
-Exit code 0, 1 where it went wrong, 2 where something is yours to mend, 75 where a signal stopped it.
+Exit code 0, 1 where it went wrong, 2 where the user can fix it, 75 where a signal stopped it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def predict(job: Job) -> int:
     """Generate what is missing of every set, and score it; return the exit code.
 
     Raises:
-        TowlineError: what the user can mend.
+        TowlineError: what the user can fix.
         Interrupted: where a signal asked it to stop; what was written is kept.
     """
     from src.checkpoint.exported import check_exported, standing_on

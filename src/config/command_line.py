@@ -29,11 +29,10 @@ from src.config.identity import declare
 from src.config.merging import BASE
 from src.config.options import CONF, is_hidden, option_files, unfit_folder
 from src.config.peers import flag_hint, option_hint
-from src.config.problems import Problem, refuse
+from src.config.problems import COMMAND_LINE, Problem, refuse
 from src.config.quoting import override as override_text
 from src.util import did_you_mean, nearest
 
-COMMAND_LINE = "command line"
 REPLACED_WHOLE = ("data.validation_files", "data.test_files", "data.mixture", "data.columns", "sweep.params")
 """Keys whose value on the command line takes the place of the whole list or mapping."""
 OPTIONAL_GROUPS = ("experiment",)
@@ -159,12 +158,12 @@ def _flag_problems(flags: argparse.Namespace) -> Iterator[Problem]:
     """Yield what is wrong with Hydra's own flags: those that are not obeyed here, and that don't go together."""
     if flags.config_path:
         reason = "conf/ is the configuration; add options of your own with --config-dir DIR"
-        yield Problem("--config-path", reason, flags.config_path, True, COMMAND_LINE)
+        yield Problem.on_command_line("--config-path", reason, flags.config_path)
     if flags.run and flags.multirun:
         yield Problem("--run, -m", "one run, or a sweep: one of them", has_value=False)
     if flags.experimental_rerun:
         reason = "a run is repeated from its folder: rerun=DIR, followed by changes of single keys"
-        yield Problem("--experimental-rerun", reason, flags.experimental_rerun, True, COMMAND_LINE)
+        yield Problem.on_command_line("--experimental-rerun", reason, flags.experimental_rerun)
     for flag in ("package", "resolve"):
         if getattr(flags, flag) and not flags.cfg and not flags.help:
             yield Problem(f"--{flag}", "says how --cfg shows a configuration: add --cfg job", has_value=False)
@@ -176,7 +175,7 @@ def _override_problems(override: Override, line: CommandLine) -> Iterator[Proble
     if override.is_sweep_override() and not line.flags.multirun:
         text = value_text(override)
         reason = mistyped.several(override, text, is_group=in_group)
-        yield SeveralValues(override.key_or_group, reason, text, True, COMMAND_LINE)
+        yield SeveralValues.on_command_line(override.key_or_group, reason, text)
     if in_group and not override.key_or_group.startswith("hydra/"):  # Hydra reports its own
         yield from _unknown_options(override, line.roots)
 
@@ -190,7 +189,7 @@ def _primary_problems(line: CommandLine) -> Iterator[Problem]:
     if parts[0] == "/" or ".." in parts or not os.path.lexists(primary_file(line)):
         known = sorted({file.stem for root in line.roots for file in root.glob("*.yaml") if not is_hidden(file.name)})
         reason = f"no such file in conf/ or --config-dir; one of {', '.join(known)}{did_you_mean(name, known)}"
-        yield Problem(PRIMARY, reason, name, True, COMMAND_LINE)
+        yield Problem.on_command_line(PRIMARY, reason, name)
 
 
 def _add_root(place: str, key: str, line: CommandLine) -> None:
@@ -203,7 +202,7 @@ def _add_root(place: str, key: str, line: CommandLine) -> None:
         return
     if is_url:
         reason += "; a list of folders: hydra.searchpath=[file:///DIR], or --config-dir DIR"
-    line.problems.append(Problem(key, reason, place, True, COMMAND_LINE))
+    line.problems.append(Problem.on_command_line(key, reason, place))
 
 
 def _read_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -220,7 +219,7 @@ def read_override(text: str) -> Override | Problem:
     key, sign, value = text.partition("=")
 
     def wrong(reason: str) -> Problem:
-        return Problem(key, reason, value, bool(sign), COMMAND_LINE)
+        return Problem(key, reason, value, has_value=bool(sign), where=COMMAND_LINE)
 
     if any("\ud800" <= character <= "\udfff" for character in text):
         return wrong("not text in UTF-8")
@@ -289,10 +288,10 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
     known = options(group, roots)
     if isinstance(override.value(), Glob):
         if not matching(override.value(), known):
-            yield Problem(group, f"matches none of {', '.join(known)}", value_text(override), True, COMMAND_LINE)
+            yield Problem.on_command_line(group, f"matches none of {', '.join(known)}", value_text(override))
         return
     if isinstance(override.value(), RangeSweep | IntervalSweep):
-        yield Problem(group, "options are named: A,B,C or glob(…)", value_text(override), True, COMMAND_LINE)
+        yield Problem.on_command_line(group, "options are named: A,B,C or glob(…)", value_text(override))
         return
     values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
     for value in values:
@@ -300,7 +299,7 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
             if (option is None and group not in OPTIONAL_GROUPS) or (option is not None and str(option) not in known):
                 meant = "" if option is None else option_hint(group, str(option), nearest(option, known))
                 reason = f"no such option; one of {', '.join(known)}{meant}"
-                yield Problem(group, reason, option, True, COMMAND_LINE)
+                yield Problem.on_command_line(group, reason, option)
 
 
 def forced(override: Override, roots: Sequence[Path], text: str | None = None) -> list[str]:

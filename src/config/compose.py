@@ -24,12 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src import secrets
-from src.config.command_line import COMMAND_LINE, MOST_NESTED, PRIMARY, CommandLine
+from src.config.command_line import MOST_NESTED, PRIMARY, CommandLine
 from src.config.composed import Composed
 from src.config.hydra_hints import unknown_group_option, unknown_key
 from src.config.merging import BASE, Loader, Merged
 from src.config.options import OptionFileError, broken_options
-from src.config.problems import Problem
+from src.config.problems import COMMAND_LINE, Problem
 from src.config.resolving import UNRESOLVED, hydra_resolved, resolve_sections, unresolved
 from src.config.source import install
 from src.errors import report

@@ -10,10 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from src.config.command_line import COMMAND_LINE, CommandLine, is_group, primary_file
+from src.config.command_line import CommandLine, is_group, primary_file
 from src.config.merging import Merged
 from src.config.options import Place, find_key, shown
-from src.config.problems import Problem
+from src.config.problems import COMMAND_LINE, Problem
 
 _VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 

@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override
 
 from src import secrets
 from src.config import deepspeed, frozen, plugins, rules
-from src.config.command_line import COMMAND_LINE, CommandLine, SeveralValues, is_group, read_command_line, value_text
+from src.config.command_line import CommandLine, SeveralValues, is_group, read_command_line, value_text
 from src.config.compose import compose, warn_of_broken_options
 from src.config.composed import Composed, where_set
 from src.config.files import unusable
@@ -29,7 +29,7 @@ from src.config.job import Job, Request
 from src.config.keys import is_read_by_predict, known_keys
 from src.config.output_folders import meeting_problems, output_problems, run_dir_problems
 from src.config.plugins import Unregistered
-from src.config.problems import Problem, refuse
+from src.config.problems import COMMAND_LINE, Problem, refuse
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, RunConfig, SweepConfig
 from src.config.sections import Parsed, parse_section, parse_sections
 from src.errors import report
@@ -91,9 +91,9 @@ def _admit(composed: Composed, line: CommandLine, entry: str | None) -> Job:
 def _admit_rerun(folder: str, line: CommandLine, entry: str | None) -> Job:
     """Return the job of `rerun=DIR`: the frozen configuration of a run, with the changes of the command line."""
     if reason := unusable(folder):
-        raise refuse([*line.problems, Problem("rerun", reason, folder, True, COMMAND_LINE)])
+        raise refuse([*line.problems, Problem.on_command_line("rerun", reason, folder)])
     if line.flags.multirun or line.flags.cfg:
-        line.problems.append(Problem("rerun", "not together with -m or --cfg", folder, True, COMMAND_LINE))
+        line.problems.append(Problem.on_command_line("rerun", "not together with -m or --cfg", folder))
     return _admit(frozen.read_frozen(Path(folder), line), line, entry)
 
 
@@ -111,7 +111,7 @@ def admit_prediction(argv: Sequence[str]) -> Job:
     if run in (None, ""):
         line.problems.append(Problem("run", "needs a value: the folder of a finished run", has_value=False))
     elif reason := unusable(str(run)):
-        line.problems.append(Problem("run", reason, str(run), True, COMMAND_LINE))
+        line.problems.append(Problem.on_command_line("run", reason, str(run)))
     if run in (None, "") or "run" in {problem.key for problem in line.problems}:
         raise refuse([*line.problems, *_unread(line)])
     job, problems = check(frozen.read_finished(Path(str(run)), line), line, "predict")
@@ -130,7 +130,7 @@ def _unread(line: CommandLine) -> Iterator[Problem]:
             continue
         if key.startswith("hydra.") or any(key == name or key.startswith(f"{name}.") for name in known):
             reason = "python -m src.predict does not read it"
-            yield Problem(key, reason, value_text(override), True, COMMAND_LINE)
+            yield Problem.on_command_line(key, reason, value_text(override))
 
 
 def parse(sections: dict[str, Any]) -> RunConfig:
@@ -243,7 +243,7 @@ def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Compos
     found = list(describes_a_sweep(composed))
     asked = [o for o in line.overrides if f"{o.key_or_group}.".startswith("sweep.") and not _asks_for_none(o)]
     reason = "is read by a sweep only: add -m" if entry is None else f"python -m src.{entry} looks at one run"
-    problems = [Problem(o.key_or_group, reason, value_text(o), True, COMMAND_LINE) for o in asked]
+    problems = [Problem.on_command_line(o.key_or_group, reason, value_text(o)) for o in asked]
     if not asked and entry is None:  # a file asks
         one_run = " ".join(without for _, _, without in found)
         reason = f"describes a sweep: give the same command with -m; or for one run without it {one_run}"

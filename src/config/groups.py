@@ -54,7 +54,7 @@ def read(group: str, name: str, roots: tuple[Path, ...]) -> Option | None:
             stat = file.stat()
             return _read(group, name, file, stat.st_mtime_ns, stat.st_size)
         if os.path.lexists(file):
-            read_option(file)  # tells why it is none
+            read_option(file)  # raises, with the reason
     return None
 
 
@@ -96,15 +96,15 @@ def lineage(group: str, name: str, roots: tuple[Path, ...]) -> Iterator[Option]:
         if one not in seen and (found := read(group, one, roots)) is not None:
             seen.add(one)
             yield found
-            beside = PurePath(one).parent
-            waiting[:0] = [_in_group(group, parent, beside, roots) for parent in reversed(found.parents)]
+            folder = PurePath(one).parent
+            waiting[:0] = [_in_group(group, parent, folder, roots) for parent in reversed(found.parents)]
 
 
-def _in_group(group: str, name: str, beside: PurePath, roots: tuple[Path, ...]) -> str:
+def _in_group(group: str, name: str, folder: PurePath, roots: tuple[Path, ...]) -> str:
     """Return the name within its group of an option that another one builds on, which may be in a folder of its own."""
     if name.startswith("/"):
         return name.strip("/").removeprefix(f"{group}/")
-    nearest = (beside / name).as_posix()
+    nearest = (folder / name).as_posix()
     return nearest if any(os.path.lexists(root / group / f"{nearest}.yaml") for root in roots) else name
 
 

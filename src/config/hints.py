@@ -360,7 +360,7 @@ def _of_key(
     """Return a key as a suggestion; with choices that it needs, or another value than was given, as KEY=VALUE.
 
     Args:
-        text: KEY=VALUE; '' where the value can't be had there.
+        text: KEY=VALUE; '' where the key does not take the value there.
         replaced: choices to make for other reasons.
     """
     if not situation.is_read(key.name) or (not situation.choices and not situation.has(key)):

@@ -59,7 +59,7 @@ def unknown_key(key: str, value: str, cfg: DictConfig) -> str:
 
     Args:
         value: as it was typed.
-        cfg: what the other overrides came to.
+        cfg: what the other overrides are composed to.
     """
     parts, depth = key.split("."), 0
     node: Any = cfg

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, Node, OmegaConf
 
-from src.config.command_line import COMMAND_LINE, CommandLine, value_text
+from src.config.command_line import CommandLine, value_text
 from src.config.composed import Composed
 from src.config.hydra_hints import LAUNCHER, LOOKED_AT, OBEYED
 from src.config.merging import has_content
@@ -127,7 +127,7 @@ def _not_read(composed: Composed, line: CommandLine) -> Iterator[Problem]:
     for override in line.overrides:
         key = override.key_or_group
         if key.startswith(("hydra.", "hydra/")) and not _is_obeyed(key) and override.value():
-            yield Problem(key, _why_not_read(key), value_text(override), True, COMMAND_LINE)
+            yield Problem.on_command_line(key, _why_not_read(key), value_text(override))
     for file in composed.files:
         if file.file != CONF / "config.yaml" and (file.package or "hydra") == "hydra":
             content = read_option(file.file)

@@ -1,6 +1,6 @@
 """How Hydra puts option files together here: what does not fit is placed, and which file gave what is kept. No torch.
 
-A list or a value in the place of a mapping, or the reverse, takes its place: the gate tells it with all other problems.
+A list or value in place of a mapping, or the reverse, is taken: the gate reports it with the other problems.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HAS_DEFAULTS = "HYDRA_REMOVE_TOP_LEVEL_DEFAULTS"
 SWEEPER = "hydra/sweeper"
 FILE = "file://"
 MOST_LISTED = 20
-"""Names that an error tells, where it can't say which was meant."""
+"""The most names that an error lists, where it can't say which was meant."""
 SEARCHPATH = (
     "is read from the command line: hydra.searchpath=[file:///DIR], or --config-dir DIR; an experiment can't add to it"
 )
@@ -163,9 +163,9 @@ class Loader(ConfigLoaderImpl):
         if near := nearest(option, self._options(group)):
             found = f"{group}/{near}" if group else near
             return f"no file {place}.yaml; did you mean {f'/{found}' if name.startswith('/') else near}?"
-        beside, _, leaf = name.strip("/").rpartition("/")
-        if beside and leaf in self._options(beside):
-            return f"no file {place}.yaml; an option of another group is chosen by `override /{beside}: {leaf}`"
+        other, _, leaf = name.strip("/").rpartition("/")
+        if other and leaf in self._options(other):
+            return f"no file {place}.yaml; an option of another group is chosen by `override /{other}: {leaf}`"
         return f"no file {place}.yaml; {_listed(self._options(group))}"
 
     def _wrong_group(self, one: GroupDefault, path: str, chosen: Mapping[str, str]) -> str:
@@ -236,7 +236,7 @@ def _make_room(cfg: DictConfig, given: Any) -> None:
 def make_room(cfg: DictConfig, key: str, value: Any) -> None:
     """Take a list out of the way to a key, and what it has where that is a list and the value a mapping or the reverse.
 
-    So the value is taken, and the gate tells it; nothing is done within Hydra's own section.
+    So the value is taken, and the gate reports it; nothing is done within Hydra's own section.
     """
     *way, last = key.split(".")
     node: Any = cfg

@@ -289,7 +289,7 @@ def _check_size(file: Path, text: str) -> None:
 
 
 def _explained(reason: str, rest: str) -> str:
-    """Return what is wrong in YAML's words, with what mostly mends it. `rest` is the file from there on."""
+    """Return what is wrong in YAML's words, with what mostly fixes it. `rest` is the file from there on."""
     if rest.startswith("\t"):
         return "a tab, where YAML indents with spaces"
     remedies = {

@@ -74,13 +74,13 @@ def _make_key() -> bytes:
     file = _key_file()
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        beside = file.with_name(f".key.{os.getpid()}")
-        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as made:
+        part = file.with_name(f".key.{os.getpid()}")
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as made:
             made.write(secrets.token_bytes(KEY_BYTES))
         try:
-            os.link(beside, file)
+            os.link(part, file)
         except FileExistsError:  # another start was faster: there is one key
             pass
         finally:
-            beside.unlink()
+            part.unlink()
     return read_bytes(file, KEY_BYTES)

@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from src.config.command_line import COMMAND_LINE, CommandLine
+from src.config.command_line import CommandLine
 from src.config.compose import warn_of_broken_options
 from src.config.files import unusable
 from src.config.frozen import code_problems
@@ -21,7 +21,7 @@ from src.config.hydra_keys import SWEEPER_PARAMS, is_own_sweeper, sweeper_params
 from src.config.job import Job
 from src.config.keys import all_keys
 from src.config.points import Assignment, Points
-from src.config.problems import Problem, refuse
+from src.config.problems import COMMAND_LINE, Problem, refuse
 from src.config.rules.checkpoint import scores_of
 from src.config.schema import (
     Direction,

@@ -14,7 +14,6 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from src.config.command_line import (
-    COMMAND_LINE,
     OPTIONAL_GROUPS,
     CommandLine,
     forced,
@@ -27,7 +26,7 @@ from src.config.command_line import (
 )
 from src.config.keys import all_keys, is_whole_number
 from src.config.points import Assignment
-from src.config.problems import Problem
+from src.config.problems import COMMAND_LINE, Problem
 from src.config.quoting import label
 from src.config.schema import MOST_INT
 
