@@ -159,7 +159,7 @@ class Page:
         if key.inner:
             for allowed, inner in inner_keys(key.inner).items():
                 yield from wrapped(f"In it, {allowed}: {', '.join(inner)}", indent=6, hanging=2)
-        if key.facts.each:
+        if key.info.each:
             yield from wrapped(f"Each may have {', '.join(one.leaf for one in source_keys())}", indent=6, hanging=2)
 
     def topic(self, name: str) -> Iterator[str]:

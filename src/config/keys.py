@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from src.config import schema as declared
 from src.config.quoting import escaped
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, Check, Keys, SweepConfig, TopLevelConfig
-from src.config.schema.fields import Facts, facts_of
+from src.config.schema.fields import KeyInfo, key_info
 from src.config.values import convert, described, members
 
 
@@ -43,31 +43,31 @@ class Key:
         return _hints(self.owner)[self.leaf]
 
     @property
-    def facts(self) -> Facts:
-        return facts_of(next(one for one in dataclasses.fields(self.owner) if one.name == self.leaf))
+    def info(self) -> KeyInfo:
+        return key_info(next(one for one in dataclasses.fields(self.owner) if one.name == self.leaf))
 
     @property
     def check(self) -> Check | None:
-        return self.facts.check
+        return self.info.check
 
     @property
     def inner(self) -> Keys:
         """The keys of another library's that its mapping may have."""
-        return self.facts.inner or {}
+        return self.info.inner or {}
 
     @property
     def text(self) -> str:
         """What it means, where no line in conf/ says so."""
-        return self.facts.text
+        return self.info.text
 
     @property
     def shapes_rows(self) -> bool:
         """Whether encoded rows depend on it; only sections that the row encoder gets."""
-        return self.section in ("data", "tokens") and self.facts.shapes_rows
+        return self.section in ("data", "tokens") and self.info.shapes_rows
 
     @property
     def is_read_by_predict(self) -> bool:
-        is_read = self.facts.read_by_predict
+        is_read = self.info.read_by_predict
         return self.section == "data" and self.shapes_rows if is_read is None else is_read
 
     @property

@@ -67,7 +67,7 @@ def _section(section: str) -> Iterator[str]:
             yield ""
             rows = [[", ".join(map(code, names)), inline(allowed)] for allowed, names in inner_keys(key.inner).items()]
             yield table(["keys", "may be"], rows)
-        if key.facts.each:
+        if key.info.each:
             yield ""
             yield f"A source of `{key.name}` may have, for itself (others as `data` has them):"
             yield ""

@@ -22,7 +22,7 @@ import pyarrow as pa
 from src.config import plugins
 from src.config.formats import declare_frozen, roles
 from src.config.schema import DataConfig, Overflow, TokensConfig, thought_tags
-from src.config.schema.fields import facts_of
+from src.config.schema.fields import key_info
 from src.data.chat import ChatTemplate
 from src.data.encoding import EncodedRow, Encoder, Lengths
 from src.data.examples import Example, Examples
@@ -82,10 +82,10 @@ def _shaping(section: Any) -> dict[str, Any]:
     """Return the values of a section's keys that shape rows and are not known to the cache by another name."""
     found: dict[str, Any] = {}
     for one in fields(section):
-        value, facts = getattr(section, one.name), facts_of(one)
+        value, info = getattr(section, one.name), key_info(one)
         if is_dataclass(value):
             found |= {f"{one.name}.{name}": inner for name, inner in _shaping(value).items()}
-        elif facts.shapes_rows and not facts.enters_as:
+        elif info.shapes_rows and not info.cache_key_field:
             found[one.name] = _plain(value)
     return found
 

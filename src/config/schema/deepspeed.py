@@ -19,7 +19,7 @@ from src.config.schema.checks import (
     is_int,
     is_number,
 )
-from src.config.schema.fields import Flat, Impact, Verdict, key, type_key
+from src.config.schema.fields import DottedConfig, Impact, Verdict, key, type_key
 
 AUTO_OR_COUNT = Check("a whole number of at least 1, or auto", lambda v: v == "auto" or AT_LEAST_ONE.holds(v))
 AUTO_OR_NUMBER = Check("a number of at least 0, or auto", lambda v: v == "auto" or NOT_NEGATIVE.holds(v))
@@ -35,8 +35,8 @@ SIZE = Check(
 OTHER_ORDER = "sums in another order"
 
 
-def _judge_sharding(key: str, before: Flat, now: Flat) -> Verdict:
-    """Judge whether DeepSpeed shards: an option and a file of the user's that say the same are the same."""
+def _impact_of_sharding(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
+    """Return the impact of sharding or not: an option and a user's file that say the same are the same."""
     if {before[key], now[key]} <= {"zero", "file"}:
         return Impact.harmless, ""
     return Impact.rounding, OTHER_ORDER
@@ -46,7 +46,7 @@ def _judge_sharding(key: str, before: Flat, now: Flat) -> Verdict:
 class NoDeepSpeedConfig:
     """conf/deepspeed/none.yaml: every process holds the whole model."""
 
-    type: str = type_key("deepspeed", "none", resume=_judge_sharding)
+    type: str = type_key("deepspeed", "none", resume=_impact_of_sharding)
 
     @property
     def stage(self) -> int:
@@ -113,7 +113,7 @@ FP16_KEYS: Keys = {
 class ZeroConfig:
     """conf/deepspeed/zero1.yaml and its like: DeepSpeed's own JSON; what another section owns is `auto`."""
 
-    type: str = type_key("deepspeed", "zero", resume=_judge_sharding)
+    type: str = type_key("deepspeed", "zero", resume=_impact_of_sharding)
     train_batch_size: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
     train_micro_batch_size_per_gpu: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
     gradient_accumulation_steps: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
@@ -196,7 +196,7 @@ class ZeroFileConfig(ZeroConfig):
     the sections that own them, and not handed on.
     """
 
-    type: str = type_key("deepspeed", "file", resume=_judge_sharding)
+    type: str = type_key("deepspeed", "file", resume=_impact_of_sharding)
     config_file: str | None = key(PATH, resume=Impact.harmless)
     sha256: str | None = key(resume=Impact.harmless)
     optimizer: Any = key(MAPPING, resume=Impact.harmless, inner=DEEPSPEED_OPTIMIZER_KEYS)
