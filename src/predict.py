@@ -55,8 +55,8 @@ def predict(job: Job) -> int:
     from src.tracking.lock import hold
 
     job = replace(job, config=standing_on(job.run_dir, job.config))
-    config, run_dir, output = job.config, job.run_dir, job.own.folder(job.run_dir)
-    batch_size = job.own.batch_size or config.training.per_device_eval_batch_size
+    config, run_dir, output = job.config, job.run_dir, job.entry_section.folder(job.run_dir)
+    batch_size = job.entry_section.batch_size or config.training.per_device_eval_batch_size
     console = Console()
     console.label("predict", f"{run_dir} → {output}")
     check_exported(run_dir, config.model.checkpoint)
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def generate(arguments: list[str]) -> int:
         job = admit_prediction(arguments)
         again = "the same command without force=true" if job.config.force else "the same command"
-        where = f"What was predicted is in {job.own.folder(job.run_dir)}:"
+        where = f"What was predicted is in {job.entry_section.folder(job.run_dir)}:"
         return guarded(
             lambda: predict(job),
             when_stopped=f"{where} {again} resumes there.",

@@ -24,7 +24,7 @@ def preflight(job: Job) -> int:
     """
     from src.tracking.console import Console
 
-    config, own = job.config, job.own
+    config, own = job.config, job.entry_section
     if own.dump is not None and not Path(own.dump).absolute().parent.is_dir():
         raise TowlineError(f"preflight.dump = {own.dump} can't be written: No such file or directory")
     console = Console()

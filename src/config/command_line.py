@@ -38,11 +38,11 @@ REPLACED_WHOLE = ("data.validation_files", "data.test_files", "data.mixture", "d
 OPTIONAL_GROUPS = ("experiment",)
 PRIMARY = "--config-name"
 """The flag that names the file which a configuration begins with."""
-HOW_NOT_WHAT = (
+NOT_IN_SWEEP_ID = (
     *("name", "tracking", "sweep.name", "sweep.n_trials", "sweep.n_jobs", "sweep.max_seconds", "sweep.dry_run"),
     *("sweep.fail_fast", "sweep.max_retries", "sweep.max_points", "sweep.storage", "force"),
 )
-"""Keys of a sweep's command that change how it is done, or how long it takes, and not what it compares."""
+"""Keys that change how a sweep is run, or how long it takes, and not what it compares: the same sweep resumes."""
 VARIED_BY_HYDRA = ("hydra.sweeper.params", "hydra/sweeper")
 """Keys of Hydra's own section that say what a sweep compares, or who runs it."""
 MOST_NESTED = 20
@@ -110,7 +110,7 @@ class CommandLine:
         texts = sorted(
             override.input_line or ""
             for override in self.overrides
-            if not any(f"{override.key_or_group}.".startswith(f"{key}.") for key in HOW_NOT_WHAT)
+            if not any(f"{override.key_or_group}.".startswith(f"{key}.") for key in NOT_IN_SWEEP_ID)
             and not (override.is_hydra_override() and override.key_or_group not in VARIED_BY_HYDRA)
         )
         given = 2 if self.flags.config_dir else 1

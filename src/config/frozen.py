@@ -57,20 +57,20 @@ MORE_STATUS_KEYS: Mapping[str, Types] = {
 STATUS_REMEDY = "Move it away: the same command then resumes from the last checkpoint, and writes it anew."
 TIMES = ("started", "ended", "updated")
 STATES = ("RUNNING", "FINISHED", "FAILED", "PREEMPTED", "PRUNED")
-PATHS_AND_TRACKING = ("name", "force", "rerun", "tracking")
-"""Parts of a configuration that say nothing about what is computed."""
+UNHASHED_SECTIONS = ("name", "force", "rerun", "tracking")
+"""Sections and keys at the top that say nothing about what is computed."""
+UNHASHED_KEYS = {"checkpoint": ("resume", "allow_changed"), "deepspeed": ("config_file", "sha256")}
+"""Keys of other sections that say how to run, and nothing about what is computed."""
 LENGTH = ("num_train_epochs", "max_train_steps")
 """Keys of training that say how long a run is."""
-HOW_NOT_WHAT = {"checkpoint": ("resume", "allow_changed"), "deepspeed": ("config_file", "sha256")}
-"""Keys of other sections that say how to run, and nothing about what is computed."""
 
 
 def config_hash(frozen: Mapping[str, Any]) -> str:
     """Return a hash of what a configuration computes: without names, folders and tracking. 16 hex digits."""
-    computed = {key: value for key, value in frozen.items() if key not in PATHS_AND_TRACKING}
-    for section, how in HOW_NOT_WHAT.items():
+    computed = {key: value for key, value in frozen.items() if key not in UNHASHED_SECTIONS}
+    for section, unhashed in UNHASHED_KEYS.items():
         if isinstance(given := computed.get(section), Mapping):
-            computed[section] = {key: value for key, value in given.items() if key not in how}
+            computed[section] = {key: value for key, value in given.items() if key not in unhashed}
     return hashlib.sha256(json.dumps(computed, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

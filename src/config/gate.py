@@ -82,7 +82,7 @@ def _admit(composed: Composed, line: CommandLine, entry: str | None) -> Job:
     Raises:
         ConfigError: with all problems, those of the command line included.
     """
-    job, problems = check(composed, line, entry)
+    job, problems = check_composed(composed, line, entry)
     if job is None or line.problems:
         raise refuse([*line.problems, *problems])
     return job
@@ -114,7 +114,7 @@ def admit_prediction(argv: Sequence[str]) -> Job:
         line.problems.append(Problem.on_command_line("run", reason, str(run)))
     if run in (None, "") or "run" in {problem.key for problem in line.problems}:
         raise refuse([*line.problems, *_unread(line)])
-    job, problems = check(frozen.read_finished(Path(str(run)), line), line, "predict")
+    job, problems = check_composed(frozen.read_finished(Path(str(run)), line), line, "predict")
     problems = [*line.problems, *problems, *_unread(line)]
     if job is None or problems:
         raise refuse(problems)
@@ -133,7 +133,7 @@ def _unread(line: CommandLine) -> Iterator[Problem]:
             yield Problem.on_command_line(key, reason, value_text(override))
 
 
-def parse(sections: dict[str, Any]) -> RunConfig:
+def parse_stored(sections: dict[str, Any]) -> RunConfig:
     """Return the typed config of plain containers that were admitted before: a frozen config, a point of a sweep.
 
     Raises:
@@ -144,7 +144,7 @@ def parse(sections: dict[str, Any]) -> RunConfig:
     declare_frozen(sections.get("data"))
     plugins.require(sections.get(plugins.KEY))
     parsed, problems = parse_sections(sections)
-    problems += list(_across(parsed))
+    problems += list(_across(parsed, rules.RULES["run"]))
     # a tracker is the first process's; but what a model is trained on must not be the words that stand for it
     problems += [Problem(key, reason, has_value=False) for key, reason in missing if not secrets.is_secret_key(key)]
     if problems:
@@ -152,52 +152,61 @@ def parse(sections: dict[str, Any]) -> RunConfig:
     return _assemble(parsed)
 
 
-def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tuple[Job | None, list[Problem]]:
+def check_composed(composed: Composed, line: CommandLine, entry: str | None = None) -> tuple[Job | None, list[Problem]]:
     """Check a composed configuration against schema, rules and file system; return its job, or all problems."""
     if not composed.sections:
         return None, composed.problems
-    refused = {
-        problem.key for problem in line.problems
-    }  # a section whose option is unknown is reported once, not twice
-    if deepspeed.KEY in {problem.key for problem in composed.problems}:  # its file can't be read
-        refused.add("deepspeed")
-    refused |= composed.failed
-    sections = {key: value for key, value in composed.sections.items() if key not in refused}
+    # a section whose option is unknown, or whose file can't be read, is reported once, not twice
+    reported = {problem.key for problem in line.problems} | composed.failed
+    if deepspeed.KEY in {problem.key for problem in composed.problems}:
+        reported.add("deepspeed")
+    sections = {key: value for key, value in composed.sections.items() if key not in reported}
     own = _own_section(sections, entry)
     sweep = _sweep_section(sections, line, composed, entry)
-    of_hydra = [] if entry == "predict" else list(hydra_problems(composed, line))
     parsed, problems = parse_sections(sections)
-    problems = [p for p in [*problems, *own.problems, *sweep.problems, *of_hydra] if p.key not in refused]
+    problems += [*own.problems, *sweep.problems, *([] if entry == "predict" else hydra_problems(composed, line))]
+    problems = [problem for problem in problems if problem.key not in reported]
     if entry == "predict":
         problems += _across(parsed, rules.RULES["predict"])
         problems += output_problems(own.value, composed.run_dir)
     else:
-        problems += _across(parsed)
+        problems += _across(parsed, rules.RULES["run"])
         problems += meeting_problems(parsed, line)
         problems += run_dir_problems(composed, line)
-    of_file = [one for one in composed.problems if one.key.startswith("deepspeed.") and one.key not in composed.failed]
-    # one problem is enough for a key without a value
+    earlier = (*composed.problems, *line.problems)
+    located = _located(problems, composed, line, entry)
+    if composed.failed and not (located or earlier):
+        located = [Problem(key, "takes a value that is missing", has_value=False) for key in sorted(composed.failed)]
+    if names := plugins.not_imported(composed.sections.get(plugins.KEY)):
+        # only where nothing else is wrong is a plugin's code run; then its names are known, and all is checked again
+        if all(isinstance(problem, Unregistered) for problem in (*located, *earlier)):
+            where = _where(plugins.KEY, line, composed)
+            failed = [dataclasses.replace(problem, where=where) for problem in plugins.import_plugins(names)]
+            return (None, failed) if failed else check_composed(composed, line, entry)
+        located = [problem for problem in located if not isinstance(problem, Unregistered)]
+    if located or earlier:
+        return None, located_problems(composed, line, but=_of_deepspeed_file(composed)) + located
+    stored = {key: value for key, value in composed.stored.items() if key not in (entry, "sweep")}
+    return Job(_assemble(parsed), stored, composed.run_dir, own.value, sweep=sweep.value), []
+
+
+def _of_deepspeed_file(composed: Composed) -> list[Problem]:
+    """Return the problems of keys that a user's DeepSpeed file has, which are explained as those of any other key."""
+    return [p for p in composed.problems if p.key.startswith("deepspeed.") and p.key not in composed.failed]
+
+
+def _located(problems: list[Problem], composed: Composed, line: CommandLine, entry: str | None) -> list[Problem]:
+    """Return problems with hints and with where each key was set; one is enough for a key without a value."""
+    of_file = _of_deepspeed_file(composed)
     unresolved = {problem.key for problem in composed.problems if problem not in of_file} | composed.failed
     reads = is_read_by_predict if entry == "predict" else lambda key: True
     situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
     problems = list(without_missing([p for p in problems if p.key not in unresolved], line, composed))
-    located = [
+    return [
         problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
         for problem in explained([*of_file, *problems], situation)
         if problem.key not in unresolved
     ]
-    if composed.failed and not (located or composed.problems or line.problems):
-        located = [Problem(key, "takes a value that is missing", has_value=False) for key in sorted(composed.failed)]
-    if names := plugins.not_imported(composed.sections.get(plugins.KEY)):
-        if all(isinstance(problem, Unregistered) for problem in (*located, *composed.problems, *line.problems)):
-            where = _where(plugins.KEY, line, composed)
-            failed = [dataclasses.replace(problem, where=where) for problem in plugins.import_plugins(names)]
-            return (None, failed) if failed else check(composed, line, entry)
-        located = [problem for problem in located if not isinstance(problem, Unregistered)]
-    if located or composed.problems or line.problems:
-        return None, located_problems(composed, line, but=of_file) + located
-    stored = {key: value for key, value in composed.stored.items() if key not in (entry, "sweep")}
-    return Job(_assemble(parsed), stored, composed.run_dir, own.value, sweep=sweep.value), []
 
 
 def located_problems(composed: Composed, line: CommandLine, but: Sequence[Problem] = ()) -> list[Problem]:
@@ -216,8 +225,8 @@ def _where(key: str, line: CommandLine, composed: Composed) -> str:
 
 
 def _assemble(parsed: dict[str, Parsed]) -> RunConfig:
-    top = dataclasses.asdict(parsed[""].value)
-    return RunConfig(**top, **{name: part.value for name, part in parsed.items() if name})
+    top = dataclasses.asdict(parsed["top"].value)
+    return RunConfig(**top, **{name: part.value for name, part in parsed.items() if name != "top"})
 
 
 def _own_section(sections: dict[str, Any], entry: str | None) -> Parsed:
@@ -260,12 +269,10 @@ def _asks_for_none(override: Override) -> bool:
     )
 
 
-def _across(
-    parsed: dict[str, Parsed], those: Sequence[Callable[..., Iterator[Problem]]] = rules.RULES["run"]
-) -> Iterator[Problem]:
+def _across(parsed: dict[str, Parsed], rules_of_entry: Sequence[Callable[..., Iterator[Problem]]]) -> Iterator[Problem]:
     """Apply each rule whose sections are all good; a rule's parameters name the sections it reads."""
-    good = {name or "top": part.value for name, part in parsed.items() if part.value is not None}
-    for rule in those:
+    good = {name: part.value for name, part in parsed.items() if part.value is not None}
+    for rule in rules_of_entry:
         needed = inspect.signature(rule).parameters
         if all(name in good for name in needed):
             yield from rule(**{name: good[name] for name in needed})

@@ -16,7 +16,7 @@ from src.config.command_line import CommandLine
 from src.config.compose import warn_of_broken_options
 from src.config.files import unusable
 from src.config.frozen import code_problems
-from src.config.gate import check, located_problems, sweep_of
+from src.config.gate import check_composed, located_problems, sweep_of
 from src.config.hydra_keys import SWEEPER_PARAMS, is_own_sweeper, sweeper_params
 from src.config.job import Job
 from src.config.keys import all_keys
@@ -163,7 +163,7 @@ class Plan:
         composed = self.composer.compose(self._forced(overrides))
         if self.is_repeated:  # before a plugin that these options name is imported
             composed.problems += code_problems(self.folder, composed.sections, self.line, self.signatures)
-        admitted, problems = check(composed, self.line)
+        admitted, problems = check_composed(composed, self.line)
         if admitted is not None and admitted.sweep is not None:
             problems = [*_sweep_problems(admitted.sweep, admitted.config), *self.code_problems(admitted.frozen)]
             self.admitted = self.admitted or admitted.config

@@ -11,7 +11,7 @@ from typing import Any
 from src.checkpoint.exported import base_digests, exported_start, starting_model
 from src.checkpoint.locate import newest_weights
 from src.checkpoint.store import read_snapshot
-from src.config.gate import parse
+from src.config.gate import parse_stored
 from src.config.job import Job
 from src.config.options import PROJECT_ROOT
 from src.config.schema import RunConfig
@@ -52,7 +52,7 @@ def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[t
     settings = deepspeed_settings(with_zero_sizes(asked), num_processes())
     with start_runtime(asked.runtime, asked.training.mixed_precision, asked.seed, stop, settings) as runtime:
         frozen, run_dir, found = runtime.from_main((job.frozen, job.run_dir, found))
-        config = starting_model(asked if frozen is job.frozen else parse(frozen))
+        config = starting_model(asked if frozen is job.frozen else parse_stored(frozen))
         with nullcontext() if config.data.cache_dir is not None else runtime.shared_folder() as folder:
             if folder is not None:
                 config = replace(config, data=replace(config.data, cache_dir=str(folder)))
