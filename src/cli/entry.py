@@ -1,4 +1,4 @@
-"""An entry as a process, and what entries have in common: help, and an exit code for each way to end. No torch here."""
+"""An entry as a process, and what entries have in common: help, and an exit code for each way to end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a command ends: each way becomes an exit code, with last words that name what to do. No torch here.
+"""How a command ends: each way becomes an exit code, with last words that name what to do.
 
 0: done. 1: it went wrong. 2: the user can fix it. 75: it was stopped, and the same command resumes it.
 """

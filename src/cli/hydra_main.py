@@ -1,4 +1,4 @@
-"""What Hydra's own main does: sweeps, by our sweeper or another one, and --info. No torch here."""
+"""What Hydra's own main does: sweeps, by our sweeper or another one, and --info."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which command is it: one run, one of its processes, a sweep, or a question. No torch here."""
+"""Which command is it: one run, one of its processes, a sweep, or a question."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One command, several processes: the parent freezes the job and holds its folder, the others run it. No torch here."""
+"""One command, several processes: the parent freezes the job and holds its folder, the others run it."""
 
 from __future__ import annotations
 

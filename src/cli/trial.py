@@ -1,4 +1,4 @@
-"""A trial of a sweep, which runs its frozen configuration in a process of its own. No torch here."""
+"""A trial of a sweep, which runs its frozen configuration in a process of its own."""
 
 from __future__ import annotations
 

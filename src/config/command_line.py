@@ -1,4 +1,4 @@
-"""The arguments of an entry, taken apart by Hydra's own parsers; what is wrong with each is a problem. No torch here.
+"""The arguments of an entry, taken apart by Hydra's own parsers; what is wrong with each is a problem.
 
 Every override of a single key is composed as `++key=value`, so that an unknown key survives composition and the gate
 can report all of them together; Hydra by itself stops at the first.

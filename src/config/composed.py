@@ -1,4 +1,4 @@
-"""A composed configuration, and where each of its keys was set. No torch here."""
+"""A composed configuration, and where each of its keys was set."""
 
 from __future__ import annotations
 

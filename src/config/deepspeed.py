@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON of the user's (deepspeed=file), read into the section that the other options fill. No torch here.
+"""A DeepSpeed JSON of the user's (deepspeed=file), read into the section that the other options fill.
 
 It is read once, when a configuration is composed: the frozen one has what the file said. What it leaves out is what
 conf/deepspeed/_zero.yaml says; keys of the command line come on top.

@@ -1,4 +1,4 @@
-"""What formats of data there are: each is declared by its own option file, conf/data/<format>.yaml. No torch here.
+"""What formats of data there are: each is declared by its own option file, conf/data/<format>.yaml.
 
 The option's `columns` name the parts of a row that the format takes; a source of a mixture that has a format of its own
 starts from that option's settings.

@@ -1,4 +1,4 @@
-"""A run's frozen configuration: how it is identified, read back, and repeated with changes. No torch here."""
+"""A run's frozen configuration: how it is identified, read back, and repeated with changes."""
 
 from __future__ import annotations
 

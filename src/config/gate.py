@@ -1,4 +1,4 @@
-"""The gate: nothing is loaded, written or started before the whole configuration has been found good. No torch here.
+"""The gate: nothing is loaded, written or started before the whole configuration has been found good.
 
 `admit` composes once, checks every key against the schema, applies the rules across sections, and either returns the
 typed config or raises one ConfigError with all problems: key, value, what is allowed, where it was set.

@@ -1,4 +1,4 @@
-"""What the options of a group hold and say, as their files have it: for hints, help and reference. No torch here."""
+"""What the options of a group hold and say, as their files have it: for hints, help and reference."""
 
 from __future__ import annotations
 

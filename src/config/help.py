@@ -1,6 +1,6 @@
 """What `--help` prints, in 80 columns: all groups and keys; one group, section or key; or an entry's own keys.
 
-No torch here. Values are those of the command line that asks, so `--help experiment=…` shows what that chooses.
+Values are those of the command line that asks, so `--help experiment=…` shows what that chooses.
 """
 
 from __future__ import annotations

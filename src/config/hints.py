@@ -1,4 +1,4 @@
-"""What an unknown key should have been: its place, its name here, or the option that has it. No torch here."""
+"""What an unknown key should have been: its place, its name here, or the option that has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an unknown key or option of Hydra's own section should have been. No torch here."""
+"""What an unknown key or option of Hydra's own section should have been."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of Hydra's own section: what Towline obeys, and what it refuses with the way that works. No torch here."""
+"""Keys of Hydra's own section: what Towline obeys, and what it refuses with the way that works."""
 
 from __future__ import annotations
 

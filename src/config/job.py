@@ -1,4 +1,4 @@
-"""What the gate admits: a job to run, or what else a command line asks for. No torch here."""
+"""What the gate admits: a job to run, or what else a command line asks for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every key that a configuration can have, as the schema declares it: for hints, help and reference. No torch here."""
+"""Every key that a configuration can have, as the schema declares it: for hints, help and reference."""
 
 from __future__ import annotations
 

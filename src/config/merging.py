@@ -1,4 +1,4 @@
-"""How Hydra puts option files together here: what does not fit is placed, and which file gave what is kept. No torch.
+"""How Hydra puts option files together here: what does not fit is placed, and which file gave what is kept.
 
 A list or value in place of a mapping, or the reverse, is taken: the gate reports it with the other problems.
 """

@@ -1,4 +1,4 @@
-"""Overrides that can't be read, or that mean several values: what is wrong with them, and what to type. No torch here.
+"""Overrides that can't be read, or that mean several values: what is wrong with them, and what to type.
 
 Whatever is shown as an argument can be pasted into a shell: it is read, and its key takes the value.
 """

@@ -1,4 +1,4 @@
-"""Option files of conf/ and of users' own folders: where they are, what one holds, which can't be read. No torch here.
+"""Option files of conf/ and of users' own folders: where they are, what one holds, which can't be read.
 
 A folder may hold anything besides options: pipes, links to what is not there, files that nobody may read, and YAML that
 would end the process of whoever parses it. One walk finds option files and one reader opens them, so that what nobody

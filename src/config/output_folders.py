@@ -1,4 +1,4 @@
-"""Whether the folders that a command writes to can be made, without making them. No torch here."""
+"""Whether the folders that a command writes to can be made, without making them."""
 
 from __future__ import annotations
 

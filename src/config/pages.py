@@ -1,6 +1,6 @@
 """Pages of docs/ that are made from the schema, conf/ and the tables of other trainers: `python -m src.config.pages`.
 
-A test compares them with what would be made now; `make docs` writes them anew. No torch here.
+A test compares them with what would be made now; `make docs` writes them anew.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie in its folder, and how that is looked into and cleared away. No torch here."""
+"""Where a run's checkpoints lie in its folder, and how that is looked into and cleared away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `${…}` in a composed configuration stands for, in memory and as it is stored. No torch here."""
+"""What `${…}` in a composed configuration stands for, in memory and as it is stored."""
 
 from __future__ import annotations
 

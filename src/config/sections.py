@@ -1,4 +1,4 @@
-"""Sections of plain containers become the schema's dataclasses, or problems: all that there are. No torch here."""
+"""Sections of plain containers become the schema's dataclasses, or problems: all that there are."""
 
 from __future__ import annotations
 

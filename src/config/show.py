@@ -1,4 +1,4 @@
-"""`--cfg job|hydra|all`: what a command line is composed to, as YAML. No torch here."""
+"""`--cfg job|hydra|all`: what a command line is composed to, as YAML."""
 
 from __future__ import annotations
 

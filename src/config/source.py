@@ -1,4 +1,4 @@
-"""How Hydra reads option files: by Towline's reader, so that a mistake is placed. No torch here."""
+"""How Hydra reads option files: by Towline's reader, so that a mistake is placed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a frozen configuration may run code: a checkpoint's, or a plugin's. No torch here.
+"""Whether a frozen configuration may run code: a checkpoint's, or a plugin's.
 
 `model.trust_remote_code` and `model.use_safetensors=false` let a checkpoint run code, and `plugins` names modules that
 are imported. On the command line or in conf/ they are the user's own word; in the config.yaml of a folder they may be
