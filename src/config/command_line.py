@@ -55,10 +55,7 @@ class SeveralValues(Problem):
 
 @dataclass
 class CommandLine:
-    """The arguments of an entry, taken apart.
-
-    `forced` are the overrides as they are composed: keys with `++`, groups and Hydra's own keys as given.
-    """
+    """The parsed arguments of an entry."""
 
     flags: argparse.Namespace
     argv: list[str]
@@ -76,6 +73,7 @@ class CommandLine:
 
     @property
     def forced(self) -> list[str]:
+        """The overrides as they are composed: keys with `++`, groups and Hydra's own keys as given."""
         return [text for override in self.overrides for text in forced(override, self.roots)]
 
     @property
@@ -106,7 +104,7 @@ class CommandLine:
 
     @property
     def sweep_id(self) -> str:
-        """Return a hash of what the command compares, in whatever order it is written. 8 hex digits."""
+        """A hash of what the command compares, in whatever order it is written: 8 hex digits."""
         texts = sorted(
             override.input_line or ""
             for override in self.overrides
@@ -120,7 +118,7 @@ class CommandLine:
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
-    """Take the arguments apart; each that can't be read is a problem of its own.
+    """Parse the arguments; each that can't be read is a problem of its own.
 
     Raises:
         ConfigError: where the flags can't be made out.
@@ -247,7 +245,7 @@ def read_override(text: str) -> Override | Problem:
 
 
 def _is_nested_deeper(value: Any, levels: int) -> bool:
-    """Return whether lists and mappings, or the interpolations of a text, are nested deeper than so many levels."""
+    """Return whether lists and mappings, or the interpolations of a text, are nested deeper than `levels`."""
     if isinstance(value, str):
         return value.count("${") > levels
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -255,11 +253,12 @@ def _is_nested_deeper(value: Any, levels: int) -> bool:
 
 
 def value_text(override: Override) -> str:
+    """Return the value of an override as it was written, after the first `=`."""
     return (override.input_line or "").partition("=")[2]
 
 
 def is_group(override: Override, roots: Sequence[Path]) -> bool:
-    """Whether an override chooses an option of a group, rather than the value of a key."""
+    """Return whether an override chooses an option of a group, rather than the value of a key."""
     return any(os.path.isdir(root / override.key_or_group) for root in roots)
 
 

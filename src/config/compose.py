@@ -154,6 +154,7 @@ def _unknown_to_hydra(text: str, others: Sequence[str], line: CommandLine) -> st
 
 
 def problem_of(error: Exception, key: str = "") -> Problem:
+    """Return an error of Hydra or OmegaConf as a problem of the key that it names, or of `key`."""
     causes = [str(one).strip() for one in (error, error.__cause__) if one is not None]
     causes = [text for text in causes if text and not text.startswith("Error merging override")] or causes
     text = "; ".join(" ".join(cause.split("\n")[0].split()).rstrip(".") for cause in causes)

@@ -37,7 +37,7 @@ class Composed:
 
     @property
     def has_run_dir(self) -> bool:
-        """Whether it could be made out where the run's folder will be."""
+        """Whether the path of the run's folder could be resolved."""
         return not self.failed & {"hydra.run.dir", "hydra.sweep.dir"}
 
 

@@ -220,7 +220,7 @@ def located_problems(composed: Composed, line: CommandLine, but: Sequence[Proble
 
 def _where(key: str, line: CommandLine, composed: Composed) -> str:
     where = where_set(key, line, composed)
-    file = deepspeed.file_behind(key, composed.sections.get("deepspeed"))
+    file = deepspeed.file_that_set(key, composed.sections.get("deepspeed"))
     return file if file and where != COMMAND_LINE else str(where)
 
 

@@ -47,7 +47,7 @@ ELSEWHERE = (
 
 
 class Page:
-    """What is chosen and set, and the folders whose options are shown."""
+    """The choices and values to show, and the folders whose options are listed."""
 
     def __init__(self, composed: Composed, line: CommandLine) -> None:
         self.composed, self.line, self.roots = composed, line, line.roots

@@ -37,9 +37,9 @@ BEFORE = {
     "quantization": ("bnb_4bit",),
     "tracking": ("mlflow", "wandb"),
 }
-"""What other trainers begin the names of a section's keys with, besides the section's own name."""
+"""Prefixes that other trainers put before the names of a section's keys, besides its own name."""
 OPTION_NAMES = ("name", "kind", "class", "_target_")
-"""What a section's option is called elsewhere."""
+"""Other trainers' names for the choice of a section's option."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class UnknownKey(Problem):
 
 @dataclass(frozen=True)
 class Situation:
-    """What the configuration is whose keys are explained."""
+    """The configuration whose keys are explained."""
 
     sections: Mapping[str, Any]
     choices: Mapping[str, str]
@@ -232,7 +232,7 @@ def _in_section(key: str, value: Any, situation: Situation) -> list[_Suggestion]
     of_section = [one for one in all_keys().values() if one.section == section and situation.is_read(one.name)]
     having = [one for one in of_section if words < _words_of(one.leaf) and (situation.choices or situation.has(one))]
     having = [one for one in having if situation.has(one)] or having
-    having = [one for one in having if one.takes(value)] or having
+    having = [one for one in having if one.accepts(value)] or having
     if having:
         return [suggestion for one in having for suggestion in _of_key(one, _typed(one, value), situation)]
     if leaf in OPTION_NAMES and section in situation.choices:
@@ -376,7 +376,7 @@ def _of_key(
 
 def _typed(key: Key, value: Any) -> str:
     """Return KEY=VALUE as it is typed in a shell; '' where it can't be, is long, or the key takes no such value."""
-    return typed(key.name, value, LONGEST) if key.takes(value) else ""
+    return typed(key.name, value, LONGEST) if key.accepts(value) else ""
 
 
 def _alike(key: str, value: Any, problem: UnknownKey, situation: Situation) -> list[_Suggestion]:

@@ -24,10 +24,10 @@ WHY_NOT_READ = {
     "hydra.job.env_set": "nothing here reads it: set the variable in front of the command, NAME=VALUE python -m …",
 }
 READ_BY_EVERY_SWEEPER = ("name", "params", "max_points")
-"""Keys of the section sweep that count, or are refused, whoever runs the sweep."""
+"""Keys of the section `sweep` that are read by any sweeper, or refused."""
 OWN_SWEEPER = "towline"
 SUBDIR = "${hydra:job.num}"
-"""Hydra's default, and the only form in which a sweep's trials lie in their folder."""
+"""Hydra's default, and the only layout of a sweep's folder that is supported."""
 
 
 def asks_for_sweep(composed: Composed) -> bool:

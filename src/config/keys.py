@@ -80,7 +80,7 @@ class Key:
         is_optional = type(None) in members(self.hint) and "null" not in self.check.allowed
         return self.check.allowed + (", or null" if is_optional else "")
 
-    def takes(self, value: Any) -> bool:
+    def accepts(self, value: Any) -> bool:
         """Return whether the key may have this value, as far as the key alone decides."""
         return not convert(OmegaConf.structured(self.owner), self.leaf, self.hint, self.check, escaped(value))[1]
 
@@ -142,4 +142,4 @@ def is_read_by_predict(name: str) -> bool:
 def is_whole_number(key: str) -> bool:
     """Return whether a key's value has to be a whole number."""
     found = all_keys().get(key)
-    return found is not None and found.takes(2) and not found.takes(1.5)
+    return found is not None and found.accepts(2) and not found.accepts(1.5)

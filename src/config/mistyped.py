@@ -35,7 +35,7 @@ def unreadable(key: str, value: str) -> str:
         if not is_interpolated_well(value):
             return f"{INTERPOLATIONS}{_hint(key, value)}"
         hint, known = _quoting_hint(key, value), all_keys().get(bare)
-        if known and not known.takes(value):
+        if known and not known.accepts(value):
             if text := _good(f"{key}={value.lstrip('= ')}"):
                 return f"did you mean {text}?"
             return f"can't be read; it is {known.allowed}"
@@ -57,7 +57,7 @@ def _good(text: str) -> str:
     if not (is_known and _is_read(text) and _fits(shown)):
         return ""
     value = OverridesParser.create().parse_override(text).value()
-    return shown if key not in all_keys() or all_keys()[key].takes(_plain(value)) else ""
+    return shown if key not in all_keys() or all_keys()[key].accepts(_plain(value)) else ""
 
 
 def several(override: Override, text: str, *, is_group: bool) -> str:
@@ -138,7 +138,7 @@ def _hint(key: str, value: Any) -> str:
 def _takes(key: str, value: Any) -> bool:
     bare = key.lstrip("+~")
     known = all_keys().get(bare)
-    return known.takes(value) if known else bare in FOLDERS and isinstance(value, str)
+    return known.accepts(value) if known else bare in FOLDERS and isinstance(value, str)
 
 
 def _fits(text: str) -> bool:

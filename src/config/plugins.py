@@ -37,7 +37,7 @@ class Plugin:
 
 
 _imported: dict[str, Plugin] = {}
-"""By name, as the configuration has it."""
+"""Imported modules by their names in the configuration."""
 
 
 def not_imported(names: Any) -> list[str]:

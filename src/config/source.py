@@ -18,7 +18,7 @@ from src.config.options import OptionFileError, error_of_text, is_hidden, option
 from src.secrets import as_variables
 
 HEADER_CHARACTERS = 512
-"""Of a file, in which Hydra looks for `# @package`."""
+"""The length of the part of a file in which Hydra looks for `# @package`."""
 
 
 class FileConfigSource(file_config_source.FileConfigSource):  # Hydra knows the source of a scheme by this name

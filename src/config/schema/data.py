@@ -147,6 +147,7 @@ class DataConfig:
         return {} if self.num_folds is not None else named_sets(self.validation_files, "validation")
 
     def test_sets(self) -> dict[str, list[str]]:
+        """Return the files of each test set that is read from files."""
         return named_sets(self.test_files, "test")
 
     def validation_names(self) -> list[str]:
@@ -156,14 +157,14 @@ class DataConfig:
 
     @property
     def has_hub_validation(self) -> bool:
-        """Return whether the validation set is another split of the hub data set that train is from."""
+        """Whether the validation set is another split of the hub data set that train is from."""
         from_hub = bool(self.dataset_name) and not self.train_files and not self.mixture
         has_another = self.num_folds is not None or bool(self.validation_sets())
         return from_hub and bool(self.validation_split) and not has_another
 
     @property
     def held_out_fraction(self) -> float:
-        """Return the share of train that is held out for validation: 0 where there is another validation set."""
+        """The share of train that is held out for validation: 0 where there is another validation set."""
         has_another = self.num_folds is not None or bool(self.validation_sets()) or self.has_hub_validation
         return 0.0 if has_another else self.validation_fraction
 
@@ -192,7 +193,7 @@ _SHARE = {
 NEVER_NULL = [
     name for name in _PER_SOURCE if _TYPES[name] is not Any and type(None) not in typing.get_args(_TYPES[name])
 ]
-"""Keys of a source that data can't be without."""
+"""Keys that may not be null in data; in a source null stands for the value of data."""
 SourceConfig = dataclasses.make_dataclass(
     "SourceConfig",
     [
@@ -217,7 +218,7 @@ def _mixed_source(data: DataConfig, given: dict[str, Any]) -> TrainSource:
 
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-"""Where a template takes a part of the row: {prompt}."""
+"""Matches the place of a part of the row in a template: {prompt}."""
 
 
 def named_sets(files: Any, unnamed: str) -> dict[str, list[str]]:

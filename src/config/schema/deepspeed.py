@@ -29,7 +29,7 @@ SIZE = Check(
     "a whole number of at least 0",
     lambda v: COUNT.holds(int(v) if isinstance(v, float) and v.is_integer() else v) and v is not None,
 )
-"""Also written as 5e8, as DeepSpeed's users do."""
+"""A whole number, which may also be written as 5e8."""
 
 
 OTHER_ORDER = "sums in another order"
@@ -92,7 +92,7 @@ ZERO_KEYS: Keys = {
     "zenflow": Check("a mapping, or null", lambda v: v is None or isinstance(v, dict)),
     "leaf_module": MAPPING,
 }
-"""Of `zero_optimization` in DeepSpeed 0.19."""
+"""The keys of `zero_optimization` in DeepSpeed 0.19."""
 AUTO_OR_SWITCH = Check("true, false or auto", lambda v: v == "auto" or isinstance(v, bool))
 BF16_KEYS: Keys = {
     "enabled": AUTO_OR_SWITCH,
@@ -145,7 +145,7 @@ class ZeroConfig:
 
 _AUTO_OR_BETAS = Check(f"{BETAS.allowed}, or auto", lambda v: v == "auto" or BETAS.holds(v))
 DEEPSPEED_OPTIMIZERS = {"adamw": "adamw", "adam": "adamw", "sgd": "sgd"}
-"""The optimizer of DeepSpeed's, in lower case -> optimizer.type; its Adam is AdamW unless adam_w_mode is false."""
+"""DeepSpeed's optimizer, in lower case -> optimizer.type; its Adam is AdamW unless adam_w_mode is false."""
 DEEPSPEED_OPTIMIZER_KEYS: Keys = {
     "type": Check(
         "AdamW, Adam or SGD, which optimizer=adamw and sgd are here",
@@ -166,7 +166,7 @@ DEEPSPEED_SCHEDULES = {
     "WarmupDecayLR": "linear",
     "WarmupCosineLR": "cosine",
 }
-"""The schedule of DeepSpeed's -> scheduler.type, as transformers maps them."""
+"""DeepSpeed's schedule -> scheduler.type, as transformers maps them."""
 DEEPSPEED_SCHEDULER_KEYS: Keys = {
     "type": Check(
         f"one of {', '.join(f'{theirs} (scheduler={ours})' for theirs, ours in DEEPSPEED_SCHEDULES.items())}",

@@ -30,7 +30,7 @@ class Impact(IntEnum):
 
 
 BY_OUTCOME = Impact.harmless
-"""Of a key whose outcome (rows, ids, weights) is in the run's fingerprint: the outcome is compared, not the key."""
+"""The impact of a key whose outcome (rows, ids, weights) is in the run's fingerprint, where it is compared instead."""
 AT_START = "only decides how a run starts, so it changes nothing here"
 """Why a change of such a key is harmless."""
 
@@ -39,7 +39,7 @@ DottedConfig = Mapping[str, Any]
 Verdict = tuple[Impact, str]
 """The impact of a change, and why."""
 ImpactRule = Callable[[str, DottedConfig, DottedConfig], Verdict]
-"""Returns the impact of a change of a key from both configurations: before, now."""
+"""Computes the impact of a change of a key from both configurations: before, now."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class KeyInfo:
     reorders: bool | Callable[[DottedConfig], bool] = False
     """Whether a change puts the train rows into another order, so that the current epoch starts again."""
     shapes_rows: bool = True
-    """Of `data` and `tokens`: whether encoded rows depend on it, so that it is part of the cache's key."""
+    """Whether encoded rows depend on it, so that it is part of the cache's key; only in `data` and `tokens`."""
     cache_key_field: str = ""
-    """The field of EncodingConfig that it is part of the cache's key as, where that is not its own value."""
+    """The field of EncodingConfig by which it enters the cache's key; empty: by its own value."""
     per_source: bool = False
-    """Of `data`: whether a source of a mixture may have its own."""
+    """Whether a source of a mixture may have its own; only in `data`."""
     read_by_predict: bool | None = None
     """Whether src.predict takes it; None: as it takes every key of `data` that shapes rows."""
 
