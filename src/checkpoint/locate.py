@@ -16,7 +16,7 @@ from src.checkpoint.manifest import (
     refusal_of,
     weights_checksum,
 )
-from src.config.places import CHECKPOINTS, folder_of, steps_in
+from src.config.places import CHECKPOINTS, MANIFEST, folder_of, steps_in
 from src.config.quoting import shell_override
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError
@@ -114,7 +114,7 @@ def newest_weights(folder: Path) -> tuple[Path, list[str]]:
     Raises:
         CheckpointError: where there is none, or what is there can't be looked into.
     """
-    if (folder / "manifest.json").exists():
+    if (folder / MANIFEST).exists():
         if problems := list(problems_of(folder)):
             raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
         return folder, []

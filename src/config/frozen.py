@@ -20,7 +20,7 @@ from src.config.deepspeed import KEY as DEEPSPEED_FILE
 from src.config.formats import declare_frozen
 from src.config.hydra_keys import hydra_problems
 from src.config.merging import make_room
-from src.config.places import CHECKPOINTS, folder_of, steps_in
+from src.config.places import CHECKPOINTS, MANIFEST, STATE, folder_of, steps_in
 from src.config.problems import Problem
 from src.config.quoting import escaped, override_value, shell_override
 from src.config.quoting import override as override_text
@@ -223,9 +223,9 @@ def _as_it_last_was(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
 
 def _of_newest_checkpoint(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
     saved = folder / CHECKPOINTS
-    for state in (folder_of(saved, step) / "state.json" for step in reversed(steps_in(saved))):
+    for state in (folder_of(saved, step) / STATE for step in reversed(steps_in(saved))):
         try:
-            listed = read_json(state.with_name("manifest.json"), {"files": dict})["files"]
+            listed = read_json(state.with_name(MANIFEST), {"files": dict})["files"]
             if Digest(read_bytes(state)).as_dict()["xxh3_128"] != listed[state.name]["xxh3_128"]:
                 continue
             sections = read_json(state, {"config": dict})["config"]

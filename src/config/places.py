@@ -13,6 +13,8 @@ from src.records import names_in
 
 CHECKPOINTS = "checkpoints"
 """The folder in a run's folder that has one of its own for each checkpoint."""
+MANIFEST, STATE = "manifest.json", "state.json"
+"""Files of a checkpoint: its files with checksums, and the state of the run, with its configuration."""
 
 
 def folder_of(folder: Path, step: int) -> Path:
