@@ -131,13 +131,13 @@ def _folders(line: CommandLine) -> Iterator[Path]:
         if override.key_or_group == "run":
             value = override.value()
             given += map(str, value) if isinstance(value, list) else _split(str(value or ""))
-    yield from dict.fromkeys(Path(one) for one in given if one)
+    yield from dict.fromkeys(Path(folder) for folder in given if folder)
 
 
 def _split(text: str) -> list[str]:
     """Return the folders of a list that came as a text, as from `make sync run=[A,B]`."""
     if text.startswith("[") and text.endswith("]") and not unusable(text) and not Path(text).exists():
-        return [one.strip().strip("\"'") for one in text[1:-1].split(",")]
+        return [part.strip().strip("\"'") for part in text[1:-1].split(",")]
     return [text]
 
 

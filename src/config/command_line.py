@@ -83,7 +83,7 @@ class CommandLine:
         if self.flags.multirun and not {"-m", "--multirun"} & set(flags):
             flags.append("-m")
         given = 1 if self.flags.config_dir else 0
-        more = [override_text("hydra.searchpath", [f"file://{one}" for one in self.roots[1 + given :]])]
+        more = [override_text("hydra.searchpath", [f"file://{root}" for root in self.roots[1 + given :]])]
         return [
             *flags,
             *(more if len(self.roots) > 1 + given else []),
@@ -249,7 +249,7 @@ def _is_nested_deeper(value: Any, levels: int) -> bool:
     if isinstance(value, str):
         return value.count("${") > levels
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return bool(inner) and (levels == 0 or any(_is_nested_deeper(one, levels - 1) for one in inner))
+    return bool(inner) and (levels == 0 or any(_is_nested_deeper(item, levels - 1) for item in inner))
 
 
 def value_text(override: Override) -> str:

@@ -212,9 +212,11 @@ def _located(problems: list[Problem], composed: Composed, line: CommandLine, ent
 def located_problems(composed: Composed, line: CommandLine, but: Sequence[Problem] = ()) -> list[Problem]:
     """Return what went wrong when a configuration was composed, with where it was set."""
     return [
-        dataclasses.replace(one, where=_where(one.key, line, composed)) if composed.hydra and not one.where else one
-        for one in composed.problems
-        if one not in but
+        dataclasses.replace(problem, where=_where(problem.key, line, composed))
+        if composed.hydra and not problem.where
+        else problem
+        for problem in composed.problems
+        if problem not in but
     ]
 
 

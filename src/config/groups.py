@@ -77,13 +77,13 @@ def defaults_of(given: Any) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the options of its own group that a defaults list names, and its choices in other groups."""
     parents: list[str] = []
     choices: dict[str, str] = {}
-    for one in given if isinstance(given, list) else []:
-        if isinstance(one, str) and one != "_self_":
-            parents.append(one.partition("@")[0])
-        elif isinstance(one, dict):
+    for entry in given if isinstance(given, list) else []:
+        if isinstance(entry, str) and entry != "_self_":
+            parents.append(entry.partition("@")[0])
+        elif isinstance(entry, dict):
             choices |= {
                 str(group).removeprefix("override").removeprefix("optional").strip().lstrip("/"): str(option)
-                for group, option in one.items()
+                for group, option in entry.items()
             }
     return tuple(parents), choices
 
@@ -92,11 +92,11 @@ def lineage(group: str, name: str, roots: tuple[Path, ...]) -> Iterator[Option]:
     """Yield an option and all that it builds on within its group, the nearest first."""
     seen, waiting = set[str](), [name]
     while waiting:
-        one = waiting.pop(0)
-        if one not in seen and (found := read(group, one, roots)) is not None:
-            seen.add(one)
+        name = waiting.pop(0)
+        if name not in seen and (found := read(group, name, roots)) is not None:
+            seen.add(name)
             yield found
-            folder = PurePath(one).parent
+            folder = PurePath(name).parent
             waiting[:0] = [_in_group(group, parent, folder, roots) for parent in reversed(found.parents)]
 
 
@@ -159,7 +159,7 @@ def setting(key: Key, roots: Sequence[Path]) -> dict[str, Any]:
 def first_with_key(key: Key, roots: Sequence[Path]) -> list[str]:
     """Return those options that set a key and build on no other option that does."""
     names = list(setting(key, roots)) or with_key(key, roots)
-    above = {name: {one.name for one in lineage(key.section, name, tuple(roots))} - {name} for name in names}
+    above = {name: {option.name for option in lineage(key.section, name, tuple(roots))} - {name} for name in names}
     return [name for name in names if not above[name] & set(names)]
 
 

@@ -83,7 +83,7 @@ class Page:
         for group in groups.groups(self.roots):
             if known := options(group, self.roots):
                 chosen = self.chosen(group)
-                others = [one for one in known if one != chosen]
+                others = [name for name in known if name != chosen]
                 yield from wrapped(f"{group}: {chosen or 'null'} ({', '.join(others)})", hanging=4)
         yield ""
         yield "== Keys (SECTION.KEY=VALUE): their values now, and what they mean =="
@@ -132,7 +132,7 @@ class Page:
 
     def sets(self, option: Option) -> str:
         """Return what an option builds on and sets, in one line."""
-        public = [one.removeprefix(f"/{option.group}/") for one in option.parents if not one.startswith("_")]
+        public = [parent.removeprefix(f"/{option.group}/") for parent in option.parents if not parent.startswith("_")]
         given = [f"{key}: {shortened(shown_value(value), 60)}" for key, value in reference.changes(option).items()]
         parts = [*([f"as {', '.join(public)}"] if public else []), *([f"sets {'; '.join(given)}"] if given else [])]
         said = ", and ".join(parts) or "sets nothing"
@@ -160,7 +160,7 @@ class Page:
             for allowed, inner in inner_keys(key.inner).items():
                 yield from wrapped(f"In it, {allowed}: {', '.join(inner)}", indent=6, hanging=2)
         if key.info.each:
-            yield from wrapped(f"Each may have {', '.join(one.leaf for one in source_keys())}", indent=6, hanging=2)
+            yield from wrapped(f"Each may have {', '.join(key.leaf for key in source_keys())}", indent=6, hanging=2)
 
     def topic(self, name: str) -> Iterator[str]:
         """Yield what there is to know of a group, a section, a key or a key's last part.

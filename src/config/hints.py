@@ -166,8 +166,8 @@ def _reason(key: str, value: Any, problem: UnknownKey, situation: Situation) -> 
     if not suggested and not because:
         suggested = _alike(key, value, problem, situation)
     if suggested:
-        note = next((one.note for one in suggested if one.note), "")
-        texts = dict.fromkeys(one.text for one in suggested[:MOST_SUGGESTED])
+        note = next((suggestion.note for suggestion in suggested if suggestion.note), "")
+        texts = dict.fromkeys(suggestion.text for suggestion in suggested[:MOST_SUGGESTED])
         return f"unknown key; did you mean {' or '.join(texts)}?{f' ({note})' if note else ''}"
     if because:
         return f"unknown key; {because}"
@@ -229,12 +229,22 @@ def _in_section(key: str, value: Any, situation: Situation) -> list[_Suggestion]
     if not section or any(here.key.partition(".")[0] == section for _, here in peers.find(leaf)):
         return []
     words = _words_of(leaf)
-    of_section = [one for one in all_keys().values() if one.section == section and situation.is_read(one.name)]
-    having = [one for one in of_section if words < _words_of(one.leaf) and (situation.choices or situation.has(one))]
-    having = [one for one in having if situation.has(one)] or having
-    having = [one for one in having if one.accepts(value)] or having
+    of_section = [
+        candidate
+        for candidate in all_keys().values()
+        if candidate.section == section and situation.is_read(candidate.name)
+    ]
+    having = [
+        candidate
+        for candidate in of_section
+        if words < _words_of(candidate.leaf) and (situation.choices or situation.has(candidate))
+    ]
+    having = [candidate for candidate in having if situation.has(candidate)] or having
+    having = [candidate for candidate in having if candidate.accepts(value)] or having
     if having:
-        return [suggestion for one in having for suggestion in _of_key(one, _typed(one, value), situation)]
+        return [
+            suggestion for candidate in having for suggestion in _of_key(candidate, _typed(candidate, value), situation)
+        ]
     if leaf in OPTION_NAMES and section in situation.choices:
         given = Counterpart(section, peers.options_of(section), is_same=True)
         return _of_group(given, given.value(value)[0], [], situation)
@@ -260,7 +270,7 @@ def _of_inner(section: str, name: str, value: Any, situation: Situation) -> list
             continue
         deep = [f"{key.name}.{path}" for path in _paths(key.inner) if f".{path}".endswith(f".{name}")]
         if deep and situation.has(key):
-            return [_Suggestion(one) for one in deep]
+            return [_Suggestion(text) for text in deep]
         if deep and section in situation.choices:
             options = groups.with_key(key, situation.roots)
             those = [option for option in options if _value_in(section, option, deep[0], situation) == value]
@@ -392,7 +402,7 @@ def _alike(key: str, value: Any, problem: UnknownKey, situation: Situation) -> l
         here += _sections()
     alike = {name: _likeness(leaf, name.rpartition(".")[2]) + HERE_FIRST for name in here}
     alike = {name: likeness for name, likeness in alike.items() if likeness >= LIKE_HERE + HERE_FIRST}
-    elsewhere = {one.name: one.leaf for one in _offered(situation)} | {name: name for name in peers.names()}
+    elsewhere = {key.name: key.leaf for key in _offered(situation)} | {name: name for name in peers.names()}
     for name, their_leaf in elsewhere.items() if len(leaf) >= SHORTEST_ALIKE else ():
         if name not in alike and (likeness := _likeness(leaf, their_leaf)) >= LIKE_ELSEWHERE:
             alike[name] = likeness
