@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from src.config.command_line import CommandLine, is_group, primary_file
 from src.config.merging import Merged
-from src.config.options import Place, find_key, shown
+from src.config.options import KeyPosition, find_key, shown
 from src.config.problems import COMMAND_LINE, Problem
 
 _VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)")
@@ -41,7 +41,7 @@ class Composed:
         return not self.failed & {"hydra.run.dir", "hydra.sweep.dir"}
 
 
-def where_set(key: str, line: CommandLine, composed: Composed) -> str | Place:
+def where_set(key: str, line: CommandLine, composed: Composed) -> str | KeyPosition:
     """Return where a key got its value: the place in a file, a file alone, the command line or the environment."""
     inside = key.partition("[")[0]
     for override in line.overrides:

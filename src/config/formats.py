@@ -78,7 +78,7 @@ def _options(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 def roles(format_name: str) -> tuple[str, ...]:
-    """Return the parts of a row that a format takes, in their order: the first is prompted, the last is learned."""
+    """Return the parts of a row that a format takes, in order: the first is the prompt, the last the target."""
     return tuple(declared_formats()[format_name]["columns"])
 
 

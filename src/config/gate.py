@@ -21,7 +21,7 @@ from src.config.compose import compose, warn_of_broken_options
 from src.config.composed import Composed, where_set
 from src.config.files import unusable
 from src.config.formats import declare_frozen
-from src.config.hints import Situation, explained
+from src.config.hints import Situation, with_hints
 from src.config.hydra_keys import asks_for_sweep, describes_a_sweep, hydra_problems
 from src.config.identity import new_identity
 from src.config.incomplete import without_missing
@@ -148,7 +148,7 @@ def parse_stored(sections: dict[str, Any]) -> RunConfig:
     # a tracker is the first process's; but what a model is trained on must not be the words that stand for it
     problems += [Problem(key, reason, has_value=False) for key, reason in missing if not secrets.is_secret_key(key)]
     if problems:
-        raise refuse(list(explained(problems, Situation(sections, {}))))
+        raise refuse(list(with_hints(problems, Situation(sections, {}))))
     return _assemble(parsed)
 
 
@@ -204,7 +204,7 @@ def _located(problems: list[Problem], composed: Composed, line: CommandLine, ent
     problems = list(without_missing([p for p in problems if p.key not in unresolved], line, composed))
     return [
         problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
-        for problem in explained([*of_file, *problems], situation)
+        for problem in with_hints([*of_file, *problems], situation)
         if problem.key not in unresolved
     ]
 
@@ -243,7 +243,9 @@ def _own_section(sections: dict[str, Any], entry: str | None) -> Parsed:
 def sweep_of(composed: Composed) -> tuple[SweepConfig | None, list[Problem]]:
     """Return the sweep section of a composed configuration, typed, whatever is wrong with the others."""
     parsed = parse_section(SweepConfig, composed.sections.get("sweep", {}), "sweep")
-    return parsed.value, list(explained(parsed.problems, Situation(composed.sections, composed.choices, is_sweep=True)))
+    return parsed.value, list(
+        with_hints(parsed.problems, Situation(composed.sections, composed.choices, is_sweep=True))
+    )
 
 
 def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Composed, entry: str | None) -> Parsed:

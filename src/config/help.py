@@ -19,7 +19,7 @@ from src.config.compose import compose
 from src.config.composed import Composed, where_set
 from src.config.groups import Option
 from src.config.keys import Key, all_keys, source_keys
-from src.config.options import GLOBAL_GROUPS, OptionFileError, Place, shown
+from src.config.options import GLOBAL_GROUPS, KeyPosition, OptionFileError, shown
 from src.config.problems import Problem, refuse, shortened
 from src.config.schema import ENTRY_SECTIONS, Check, Keys
 from src.errors import show, visible
@@ -176,7 +176,7 @@ class Page:
             yield from self.long(known[name])
             if name.partition(".")[0] not in ENTRY_SECTIONS and self.value(known[name]) is not NOTHING:
                 place = where_set(name, self.line, self.composed)
-                yield from wrapped(f"Set by {shown(place.file) if isinstance(place, Place) else place}", indent=6)
+                yield from wrapped(f"Set by {shown(place.file) if isinstance(place, KeyPosition) else place}", indent=6)
         elif inside:
             yield from self.keys(name, inside)
         elif found := [key for key in known.values() if key.leaf == name]:

@@ -44,7 +44,7 @@ OPTION_NAMES = ("name", "kind", "class", "_target_")
 
 @dataclass(frozen=True)
 class UnknownKey(Problem):
-    """A key that its section does not have; `explained` finds its reason once all choices are known."""
+    """A key that its section does not have; `with_hints` finds its reason once all choices are known."""
 
     siblings: tuple[str, ...] = ()
     """The keys that the section has."""
@@ -84,7 +84,7 @@ class Situation:
         return section in _sections() and section in self.sections and self.sections[section] is None
 
 
-def explained(problems: Sequence[Problem], situation: Situation) -> Iterator[Problem]:
+def with_hints(problems: Sequence[Problem], situation: Situation) -> Iterator[Problem]:
     """Yield the problems, unknown keys with what was probably meant; a section that is unknown as its single keys."""
     for problem in problems:
         if not isinstance(problem, UnknownKey):

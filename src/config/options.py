@@ -54,7 +54,7 @@ class _Loader(YamlLoader):
 
 
 @dataclass(frozen=True)
-class Place:
+class KeyPosition:
     """Where a key stands in a file, from line 1, and its value as it is written there; None of a list or mapping."""
 
     file: Path
@@ -129,7 +129,7 @@ def read_option(file: Path) -> dict[str, Any]:
         loader.dispose()
 
 
-def find_key(file: Path, parts: Sequence[str]) -> Place | None:
+def find_key(file: Path, parts: Sequence[str]) -> KeyPosition | None:
     """Return where a file has the key at the end of a way through its mappings; None where it has none.
 
     Raises:
@@ -140,7 +140,7 @@ def find_key(file: Path, parts: Sequence[str]) -> Place | None:
     if found is None:
         return None
     key, value = found
-    return Place(file, key.start_mark.line + 1, value.value if isinstance(value, yaml.ScalarNode) else None)
+    return KeyPosition(file, key.start_mark.line + 1, value.value if isinstance(value, yaml.ScalarNode) else None)
 
 
 def error_at(file: Path, parts: Sequence[str], reason: str) -> OptionFileError:
