@@ -65,7 +65,7 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
         try:
             composed.run_dir = Path(str(folder.dir))
         except UNRESOLVED as error:
-            composed.failed.add(str(folder._get_full_key("dir")))
+            composed.unresolved.add(str(folder._get_full_key("dir")))
             composed.problems += unresolved(folder, {"dir": error}).values()
     sections: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]))
     if resolve:

@@ -168,7 +168,7 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     base = compose(
         [f"++{override_text('name', str(changed.get('name')))}", *hydra_overrides], CommandLine(line.flags, line.argv)
     )
-    composed = Composed({}, base.run_dir, {}, [*base.problems, *problems, *refused], failed=base.failed)
+    composed = Composed({}, base.run_dir, {}, [*base.problems, *problems, *refused], unresolved=base.unresolved)
     composed.problems += hydra_problems(base, line)
     _resolve(changed, composed)
     return composed

@@ -157,7 +157,7 @@ def check_composed(composed: Composed, line: CommandLine, entry: str | None = No
     if not composed.sections:
         return None, composed.problems
     # a section whose option is unknown, or whose file can't be read, is reported once, not twice
-    reported = {problem.key for problem in line.problems} | composed.failed
+    reported = {problem.key for problem in line.problems} | composed.unresolved
     if deepspeed.KEY in {problem.key for problem in composed.problems}:
         reported.add("deepspeed")
     sections = {key: value for key, value in composed.sections.items() if key not in reported}
@@ -175,8 +175,10 @@ def check_composed(composed: Composed, line: CommandLine, entry: str | None = No
         problems += run_dir_problems(composed, line)
     earlier = (*composed.problems, *line.problems)
     located = _located(problems, composed, line, entry)
-    if composed.failed and not (located or earlier):
-        located = [Problem(key, "takes a value that is missing", has_value=False) for key in sorted(composed.failed)]
+    if composed.unresolved and not (located or earlier):
+        located = [
+            Problem(key, "takes a value that is missing", has_value=False) for key in sorted(composed.unresolved)
+        ]
     if names := plugins.not_imported(composed.sections.get(plugins.KEY)):
         # only where nothing else is wrong is a plugin's code run; then its names are known, and all is checked again
         if all(isinstance(problem, Unregistered) for problem in (*located, *earlier)):
@@ -192,13 +194,13 @@ def check_composed(composed: Composed, line: CommandLine, entry: str | None = No
 
 def _of_deepspeed_file(composed: Composed) -> list[Problem]:
     """Return the problems of keys that a user's DeepSpeed file has, which are explained as those of any other key."""
-    return [p for p in composed.problems if p.key.startswith("deepspeed.") and p.key not in composed.failed]
+    return [p for p in composed.problems if p.key.startswith("deepspeed.") and p.key not in composed.unresolved]
 
 
 def _located(problems: list[Problem], composed: Composed, line: CommandLine, entry: str | None) -> list[Problem]:
     """Return problems with hints and with where each key was set; one is enough for a key without a value."""
     of_file = _of_deepspeed_file(composed)
-    unresolved = {problem.key for problem in composed.problems if problem not in of_file} | composed.failed
+    unresolved = {problem.key for problem in composed.problems if problem not in of_file} | composed.unresolved
     reads = is_read_by_predict if entry == "predict" else lambda key: True
     situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
     problems = list(without_missing([p for p in problems if p.key not in unresolved], line, composed))

@@ -270,7 +270,7 @@ def _open(line: CommandLine, problems: list[Problem]) -> Plan | None:
     first = Points(fixed, line).compose([])
     sweep, found = sweep_of(first)
     if sweep is None or not first.sections or not first.has_run_dir:
-        of_sweep = [problem for problem in found if first.sections and problem.key not in first.failed]
+        of_sweep = [problem for problem in found if first.sections and problem.key not in first.unresolved]
         problems += [*located_problems(first, line), *of_sweep]
         return None
     is_own = is_own_sweeper(first)
