@@ -18,7 +18,7 @@ from src.runtime.signals import StopRequest, stop_on_signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check the command line as a whole, then run it; return the exit code. A process of a run with several exits here."""
+    """Check the command line as a whole, then run it; return the exit code. One process of several exits here."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     with stop_on_signals() as stop:
         is_one_of_several = arguments[:1] == [FROZEN]
