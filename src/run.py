@@ -41,7 +41,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
     """Train, evaluate and export one job, from the beginning or from a checkpoint, and return its summary.
 
     Raises:
-        TowlineError: what the user can mend, or that the run went wrong.
+        TowlineError: what the user can fix, or that the run went wrong.
         Interrupted, Pruned: where something asked it to stop; it is saved then, if it had begun to train.
     """
     with start_session(job, found, stop) as (runtime, job, resume):  # job and checkpoint are the same on every rank

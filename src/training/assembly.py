@@ -11,7 +11,7 @@ from typing import Any
 from src.checkpoint.exported import base_digests, init_from_folder, with_init_from_model
 from src.checkpoint.locate import newest_weights
 from src.checkpoint.store import read_snapshot
-from src.config.gate import parse
+from src.config.gate import parse_stored
 from src.config.job import Job
 from src.config.options import PROJECT_ROOT
 from src.config.schema import RunConfig
@@ -51,7 +51,7 @@ def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[t
     settings = deepspeed_settings(with_zero_sizes(config), num_processes())
     with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop, settings) as runtime:
         frozen, run_dir, found = runtime.from_main((job.frozen, job.run_dir, found))
-        config = with_init_from_model(config if frozen is job.frozen else parse(frozen))
+        config = with_init_from_model(config if frozen is job.frozen else parse_stored(frozen))
         with nullcontext() if config.data.cache_dir is not None else runtime.shared_folder() as folder:
             if folder is not None:
                 config = replace(config, data=replace(config.data, cache_dir=str(folder)))
