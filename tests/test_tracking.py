@@ -25,7 +25,7 @@ from src.errors import Interrupted, RunFolderError
 from src.evaluation.samples import Sample
 from src.tracking import tracker
 from src.tracking.console import Console, clock
-from src.tracking.export_thread import Patience
+from src.tracking.export_thread import WaitLimits
 from src.tracking.folder_exporter import exhaust
 from src.tracking.folder_start import FILES, Start, last_config_hash
 from src.tracking.lock import hold
@@ -47,10 +47,10 @@ def exporter_of(config: Any, folder: Path, *, is_over: bool = False) -> MlflowRu
 
 
 @pytest.fixture(autouse=True)
-def _long_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def _long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is to arrive may take as long as a busy machine needs."""
-    for name in ("AT_THE_END", "WHEN_STOPPED"):
-        monkeypatch.setattr(tracker, name, Patience(call_seconds=60.0, total_seconds=240.0))
+    for name in ("END_OF_RUN", "AFTER_STOP"):
+        monkeypatch.setattr(tracker, name, WaitLimits(call_seconds=60.0, total_seconds=240.0))
 
 
 FROZEN = {"seed": 1, "long": "x" * 600}
@@ -210,7 +210,7 @@ def test_a_tracker_that_never_answers_does_not_hold_the_run(tmp_path: Path, sile
     started = time.monotonic()
     for _ in range(1000):
         exports.notify()
-    (undelivered,) = exports.close(Patience(call_seconds=1.0))
+    (undelivered,) = exports.close(WaitLimits(call_seconds=1.0))
     assert "not delivered (no answer)" in undelivered.reason
     assert time.monotonic() - started < 20  # a minute is the call's own limit
 

@@ -41,15 +41,15 @@ class MlflowRunExporter(MlflowExporter):
         return self._config.run_name
 
     @property
-    def _began(self) -> str:
+    def _recorded_start(self) -> str:
         try:
             return str(read_status(self.folder).get("started") or "")
         except DamagedFileError:  # reported where it says how the run ended
             return ""
 
     @property
-    def _dated_from(self) -> str:
-        if began := self._began:
+    def _start_time(self) -> str:
+        if began := self._recorded_start:
             return began
         try:
             times = [start["time"] for start in read_starts(self.folder)]
@@ -58,11 +58,11 @@ class MlflowRunExporter(MlflowExporter):
         return next(filter(is_time, times), "")
 
     @property
-    def _log_name(self) -> str:
+    def _main_file(self) -> str:
         return METRICS
 
     @property
-    def _says_too_much(self) -> bool:
+    def _exceeds_folder(self) -> bool:
         try:
             samples = self._lines(SAMPLES, read_step_log)
             return self._num_delivered > len(self._metrics()) or self._state.get("samples", 0) > len(samples)
@@ -82,7 +82,7 @@ class MlflowRunExporter(MlflowExporter):
         for line in cut[: max(0, self._num_delivered - num_kept)]:
             _add(points, line)
         lines = min(self._num_delivered, num_kept)
-        self._remember(lines=lines, samples=0, points=points, ended=None, running=False)
+        self._save_state(lines=lines, samples=0, points=points, ended=None, running=False)
 
     @property
     def num_pending(self) -> int:
@@ -161,14 +161,18 @@ class MlflowRunExporter(MlflowExporter):
                     newest[plain_name(name)][1].add(float(value))
         return {name: values for name, (_, values) in newest.items()}
 
-    def _look_up(self, client: Any, run: Any) -> dict[str, Any]:
+    def _query_store(self, client: Any, run: Any) -> dict[str, Any]:
         points: Points = {}
         for name in run.data.metrics:
             for point in client.get_metric_history(run.info.run_id, name):
                 _add(points, {"step": point.step, name: point.value})
         lines = self._readable_metrics()
-        num = next((place for place, line in enumerate(lines) if _missing(points, line)), len(lines))
-        return {"lines": num, "points": _others(points, lines[:num]), "running": run.info.status == "RUNNING"}
+        num = next((place for place, line in enumerate(lines) if _undelivered(points, line)), len(lines))
+        return {
+            "lines": num,
+            "points": _without_delivered(points, lines[:num]),
+            "running": run.info.status == "RUNNING",
+        }
 
     def _log_config(self) -> None:
         self._run.log_params(dict(flat(read_yaml(self.folder / CONFIG))))
@@ -204,7 +208,7 @@ class MlflowRunExporter(MlflowExporter):
     def _log_metrics(self) -> Iterator[None]:
         """Log the lines that are new, many in a call; each is dated by itself, so that a repeat is no second point."""
         self._check_written(METRICS)
-        lines, began = self._metrics(), self._dated_from
+        lines, began = self._metrics(), self._start_time
         if lines and not began:
             raise damaged(self.folder / STATUS, "started is missing, so no line of metrics can be dated", STATUS_REMEDY)
         known: Points = self._state.get("points", {})
@@ -215,10 +219,10 @@ class MlflowRunExporter(MlflowExporter):
                 if max(at, line["step"]) > LARGEST:
                     reason = f"step {line['step']} or its perf/elapsed_seconds is larger than any store takes"
                     raise damaged(self.folder / METRICS, reason, "Restore it from a copy.")
-                points += [(name, value, at, line["step"]) for name, value in _missing(known, line).items()]
+                points += [(name, value, at, line["step"]) for name, value in _undelivered(known, line).items()]
             self._run.log_points(points)
-            known = _others(known, some)
-            self._remember(lines=self._num_delivered + len(some), points=known)
+            known = _without_delivered(known, some)
+            self._save_state(lines=self._num_delivered + len(some), points=known)
             yield
 
     def _check_written(self, name: str) -> None:
@@ -252,7 +256,7 @@ class MlflowRunExporter(MlflowExporter):
         if len(rows) > self._state.get("samples", 0):
             columns = list(rows[-1])
             self._run.log_table("samples.json", columns, [[row.get(column) for column in columns] for row in rows])
-            self._remember(samples=len(rows))
+            self._save_state(samples=len(rows))
 
 
 def _add(points: Points, line: Mapping[str, Any]) -> None:
@@ -265,7 +269,7 @@ def _add(points: Points, line: Mapping[str, Any]) -> None:
                 values.append(float(value))
 
 
-def _others(points: Points, lines: Iterable[Mapping[str, Any]]) -> Points:
+def _without_delivered(points: Points, lines: Iterable[Mapping[str, Any]]) -> Points:
     """Return the points without what lines say that MLflow has now: what is left are values of an earlier attempt."""
     if not points:
         return points
@@ -285,7 +289,7 @@ def _without(at: Mapping[str, list[float]], said: Mapping[str, list[float]]) -> 
     return {name: values for name, values in left.items() if values}
 
 
-def _missing(points: Points, line: Mapping[str, Any]) -> dict[str, float]:
+def _undelivered(points: Points, line: Mapping[str, Any]) -> dict[str, float]:
     """Return what of a line is not among points; of speeds and times any value will do, as no two are the same."""
     has = points.get(str(line["step"]), {})
     values = {name: float(value) for name, value in line.items() if name != "step" and value is not None}
@@ -309,7 +313,7 @@ def end_previous(
     for one in in_mlflow:
         one.previous = previous
         if before is not None and not os.path.lexists(folder / TRACKING):
-            one.take_over(before)
+            one.supersede(before)
     if before is not None and not in_mlflow:
         previous.end_all(before, folder)
     return previous

@@ -47,7 +47,7 @@ class MlflowSweepExporter(MlflowExporter):
         return self._sweep["name"]
 
     @property
-    def _began(self) -> str:
+    def _recorded_start(self) -> str:
         return self._sweep["started"]
 
     @property
@@ -55,15 +55,15 @@ class MlflowSweepExporter(MlflowExporter):
         return {"towline.sweep": self._run_name}
 
     @property
-    def _log_name(self) -> str:
+    def _main_file(self) -> str:
         return "trials.jsonl"
 
     @property
-    def _says_too_much(self) -> bool:
+    def _exceeds_folder(self) -> bool:
         return self._num_delivered > len(self._sweep["history"])
 
-    def _is_believable(self, run: Any) -> bool:
-        return not self._says_too_much and super()._shows_last_values(run)
+    def _matches_store(self, run: Any) -> bool:
+        return not self._exceeds_folder and super()._shows_last_values(run)
 
     def _shows_last_values(self, run: Any) -> bool:
         """Return True: where trials were run again, an older value may be dated later than the one of now."""
@@ -107,7 +107,7 @@ class MlflowSweepExporter(MlflowExporter):
             replaced = [*self._state.get("replaced", []), *([] if self.run_id is None else [self.run_id])]
             self._state = {"uri": self.stored_uri, "run_id": None, "replaced": replaced} | kept
         super()._connect()
-        self._remember(judged=self._judged)
+        self._save_state(judged=self._judged)
 
     def _deliver_folder(self) -> Iterator[None]:
         sweep = self._sweep
@@ -117,7 +117,7 @@ class MlflowSweepExporter(MlflowExporter):
             self._deliver_once("ended", lambda: self._run.set_ended(state, sweep["updated"]), version)
         elif self._state.get("ended"):  # it was resumed
             self._run.set_running()
-            self._remember(ended=None)
+            self._save_state(ended=None)
         self._deliver_once("former", self._end_earlier_sweep)
         self._deliver_once("params", lambda: self._log_search(sweep))
         self._log_history(sweep)
@@ -133,7 +133,7 @@ class MlflowSweepExporter(MlflowExporter):
         counts = {name: {float(value)} for name, value in (self._state.get("counts") or {}).items()}
         return {name: {float(several[-1])} for name, several in values.items() if several} | counts
 
-    def _look_up(self, client: Any, run: Any) -> dict[str, Any]:
+    def _query_store(self, client: Any, run: Any) -> dict[str, Any]:
         """Return the counts that the store has; values are dated by themselves, so that a repeat is no second point."""
         has = run.data.metrics
         names = self._counts(self._sweep)
@@ -141,7 +141,7 @@ class MlflowSweepExporter(MlflowExporter):
 
     def _end_earlier_sweep(self) -> None:
         """End runs of a sweep that was in this folder before: it was begun anew, so no process trains them."""
-        folder, before = str(self.folder.resolve()), milliseconds(self._began)
+        folder, before = str(self.folder.resolve()), milliseconds(self._recorded_start)
         if "'" in folder or "%" in folder:
             return
         running = f"attributes.status = 'RUNNING' and attributes.start_time < {before}"
@@ -165,7 +165,7 @@ class MlflowSweepExporter(MlflowExporter):
                 for name in ("value", "best")
                 if trial[name] is not None
             )
-            self._remember(history=first + len(some))
+            self._save_state(history=first + len(some))
 
     def _counts(self, sweep: Mapping[str, Any]) -> dict[str, int]:
         return {f"trials_{state.lower()}": sweep["counts"].get(state, 0) for state in COUNTED}
@@ -228,7 +228,7 @@ class MlflowSweepExporter(MlflowExporter):
             return
         with hold(folder):
             config: MlflowConfig = replace(self._config, **{key: own[key] for key in OF_A_TRIAL if key in own})
-            trial = MlflowRunExporter(config, folder, within=self, is_over=True, warn=self.warn_once)
+            trial = MlflowRunExporter(config, folder, parent=self, is_over=True, warn=self.warn_once)
             exhaust(trial.deliver())
 
     def _tie(self, trial: Mapping[str, Any], folder: Path) -> None:
@@ -253,7 +253,7 @@ class MlflowSweepExporter(MlflowExporter):
             },
             run_id=said["run_id"],
         )
-        self._remember(trials=known | {number: said})
+        self._save_state(trials=known | {number: said})
 
     @staticmethod
     def _tracking(folder: Path) -> dict[str, Any] | None:

@@ -84,7 +84,7 @@ class SqliteStore:
         try:
             found = self._inspect_file()
             if found.is_empty or found.fault:
-                self._mend()
+                self._make_anew()
             self._try_to_write()
             status = self.file.stat()
         except OSError as error:
@@ -121,7 +121,7 @@ class SqliteStore:
             for file in (self._part_file, _companion(self._part_file, "-journal"))
         )
 
-    def _mend(self) -> None:
+    def _make_anew(self) -> None:
         """Make the store where the file is not there or empty, or was never made whole and holds no runs."""
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - takes seconds, in which others would wait
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from src.config.schema import TrackingConfig
 from src.tracking.console import Console
-from src.tracking.export_thread import AT_THE_END, ExportThread
+from src.tracking.export_thread import END_OF_RUN, ExportThread
 from src.tracking.exporters import SWEEP_EXPORTERS
 from src.tracking.mlflow_state import tracked_before
 from src.tracking.tracker import start_exporters, sync_command
@@ -41,7 +41,7 @@ def open_sweep_tracking(config: TrackingConfig, folder: Path, console: Console) 
     try:
         yield SweepTracker(exports)
     finally:
-        for left in exports.close(AT_THE_END, console.working):
+        for left in exports.close(END_OF_RUN, console.working):
             console.warn(
                 f"{left}.\nEverything is in {folder}; to deliver it later, repeat the same command, or "
                 f"{sync_command(folder)}"

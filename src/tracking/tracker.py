@@ -17,7 +17,7 @@ from src.config.schema import TrackingConfig
 from src.metrics import greater_is_better
 from src.tracking import mlflow_run, mlflow_sweep  # noqa: F401 - they register the exporters
 from src.tracking.console import Console
-from src.tracking.export_thread import AT_THE_END, TO_THE_END, WHEN_STOPPED, ExportThread
+from src.tracking.export_thread import AFTER_STOP, END_OF_RUN, UNTIL_DELIVERED, ExportThread
 from src.tracking.exporters import EXPORTERS, Exporter
 from src.tracking.folder_start import Start
 from src.tracking.line_exporter import state_file
@@ -310,7 +310,7 @@ def start_exporters(
 
 def _close(exports: ExportThread, folder: RunFolder, console: Console) -> None:
     is_stopped = read_status(folder.path).get("state") == "PREEMPTED"
-    for left in exports.close(WHEN_STOPPED if is_stopped else AT_THE_END, console.working):
+    for left in exports.close(AFTER_STOP if is_stopped else END_OF_RUN, console.working):
         by_sync = f"{sync_command(folder.path)}, or " if left.can_be_synced else ""
         console.warn(
             f"{left}.\nEverything is in {folder.path}; to deliver it later: {by_sync}the same command with "
@@ -342,5 +342,5 @@ def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> 
     with hold(run_dir):
         exporter = EXPORTERS[config.type](config, run_dir, is_over=True, warn=console.warn)
         exports = start_exporters([exporter], run_dir, warn=console.warn)
-        for left in exports.close(TO_THE_END, console.working):
+        for left in exports.close(UNTIL_DELIVERED, console.working):
             console.warn(f"{left}; to try again: {sync_command(run_dir) if left.can_be_synced else 'the same command'}")
