@@ -44,13 +44,13 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer, tracker.console.working)  # counts what it kept, truncated and dropped
         resume.check(data, tokenizer, job)  # other rows or ids are refused before any weight is read
-        tracker.record("data_report.json", data.report())
+        tracker.write_file("data_report.json", data.report())
         built = assemble_model(config, tokenizer, new_tokens, data, runtime)  # quantised, resized, initialised, adapted
         state = prepare(built.model, data.train, config, runtime, new_tokens.ids, resume.step, resume.position)
         tracker.warn(built.load_initial(state, runtime, config))  # init_from
         evaluator = open_evaluation(config, state.scored, state.model, data, runtime)
         tracker.warn(warnings_ahead(config, data, tokenizer, state))
-        tracker.describe(overview(job, state, built, data, runtime))
+        tracker.show_overview(overview(job, state, built, data, runtime))
         samples, num_prompts = data.for_samples(), config.evaluation.sample_prompts
         untrained = resume.untrained or [one.text for one in sample(evaluator, samples, num_prompts, step=0)]
         facts = fingerprint_of(state, data, tokenizer, runtime, config)

@@ -87,9 +87,9 @@ def do_step(tracking: FolderTracker, step: int, loss: float, text: str = "<ToW>2
 
 def track(config: Any, run_dir: Path, *, steps: int = 3) -> None:
     with tracked(config, run_dir) as tracking:
-        tracking.record("provenance.json", provenance({"seed": 1}, {"a.jsonl": "00"}, "cpu", ROOT))
+        tracking.write_file("provenance.json", provenance({"seed": 1}, {"a.jsonl": "00"}, "cpu", ROOT))
         report = {"digest": "abc", "rows_kept": 1, "tokens": 2, "supervised_tokens": 1}
-        tracking.record("data_report.json", {"train": report, "validation": report})
+        tracking.write_file("data_report.json", {"train": report, "validation": report})
         for step in range(1, steps + 1):
             do_step(tracking, step, 1.0 / step)
         tracking.finish({"steps": steps})
@@ -565,7 +565,7 @@ def test_numbers_go_on_from_the_lines_that_stay(tmp_path: Path) -> None:
 def test_a_file_that_says_how_a_run_began_is_written_once(tmp_path: Path) -> None:
     with tracked(admitted().config.tracking, tmp_path) as tracking:
         for device in ("first", "second"):
-            tracking.record_once("provenance.json", {"device": device})
+            tracking.write_file_once("provenance.json", {"device": device})
     assert json.loads((tmp_path / "provenance.json").read_text()) == {"device": "first"}
 
 

@@ -74,7 +74,7 @@ def open_run(job: Job) -> Iterator[tuple[ResumePoint, Tracker]]:
             check_best(config.checkpoint, run_dir, found.state, metrics_at(run_dir, found.step))
         with open_tracking(config.tracking, run_dir, job.frozen, console, start_of(job, found)) as tracker:
             if found.checkpoint is not None:
-                tracker.describe({"resumed": f"after step {found.step}, from {found.checkpoint}"})
+                tracker.show_overview({"resumed": f"after step {found.step}, from {found.checkpoint}"})
             tracker.warn(found.warnings)
             yield found, tracker
 

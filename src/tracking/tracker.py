@@ -82,15 +82,15 @@ class Tracker(Protocol):
         """Return size and checksum of what was logged of earlier steps, by which a damaged log is noticed."""
         return {}
 
-    def record(self, name: str, content: Mapping[str, Any]) -> None:
+    def write_file(self, name: str, content: Mapping[str, Any]) -> None:
         """Keep a whole file, such as provenance.json."""
         return
 
-    def record_once(self, name: str, content: Mapping[str, Any]) -> None:
+    def write_file_once(self, name: str, content: Mapping[str, Any]) -> None:
         """Keep a whole file, unless an earlier start of this run did."""
         return
 
-    def describe(self, overview: Mapping[str, str]) -> None:
+    def show_overview(self, overview: Mapping[str, str]) -> None:
         """Show what was assembled."""
         return
 
@@ -98,7 +98,7 @@ class Tracker(Protocol):
         """Show warnings."""
         return
 
-    def expect(self, num_steps: int, steps_per_epoch: int | None) -> None:
+    def set_length(self, num_steps: int, steps_per_epoch: int | None) -> None:
         """Record how long the run will be; steps_per_epoch is None where that is unknown."""
         return
 
@@ -181,15 +181,15 @@ class FolderTracker(Tracker):
     def journal_before(self, step: int) -> dict[str, dict[str, Any]]:
         return self._folder.journal_before(step)
 
-    def record(self, name: str, content: Mapping[str, Any]) -> None:
+    def write_file(self, name: str, content: Mapping[str, Any]) -> None:
         self._folder.write_json(name, content)
         self._exports.notify()
 
-    def record_once(self, name: str, content: Mapping[str, Any]) -> None:
+    def write_file_once(self, name: str, content: Mapping[str, Any]) -> None:
         if not (self.folder / name).exists():
-            self.record(name, content)
+            self.write_file(name, content)
 
-    def describe(self, overview: Mapping[str, str]) -> None:
+    def show_overview(self, overview: Mapping[str, str]) -> None:
         for label, text in overview.items():
             self.console.label(label, text)
         for exporter in self._exports.exporters:
@@ -200,7 +200,7 @@ class FolderTracker(Tracker):
         for warning in warnings:
             self.console.warn(warning)
 
-    def expect(self, num_steps: int, steps_per_epoch: int | None) -> None:
+    def set_length(self, num_steps: int, steps_per_epoch: int | None) -> None:
         self._folder.num_steps, self._folder.steps_per_epoch = num_steps, steps_per_epoch
 
     def progress(self, step: StepLike, num_steps: int, logging_steps: int) -> None:

@@ -62,9 +62,9 @@ def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[t
 def record_origin(tracker: Tracker, job: Job, runtime: Runtime) -> dict[str, Any]:
     """Keep where the run comes from and DeepSpeed's settings in its folder; return the provenance."""
     made = provenance(job.frozen, file_hashes(job.config.data), runtime.description, PROJECT_ROOT)
-    tracker.record_once("provenance.json", made)
+    tracker.write_file_once("provenance.json", made)
     if (settings := deepspeed_settings(with_zero_sizes(job.config), runtime.num_processes)) is not None:
-        tracker.record("deepspeed.json", settings)
+        tracker.write_file("deepspeed.json", settings)
     return made
 
 

@@ -111,7 +111,7 @@ def open_saver(
         tracker.warn(checkpoints.warnings)
         if resume.own_step is not None:
             tracker.warn(checkpoints.discard_after(resume.own_step))
-        tracker.expect(state.num_steps, state.steps_per_epoch)
+        tracker.set_length(state.num_steps, state.steps_per_epoch)
         is_end = state.step >= state.num_steps or resume.is_end
         lines, again = runtime.from_main((tracker.rewind_to(state.step, is_end=is_end), tracker.cut_line))
         state.mark_complete(is_over=any(line["step"] == state.step for line in lines))
