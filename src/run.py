@@ -47,20 +47,20 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         tracker.write_file("data_report.json", data.report())
         built = assemble_model(config, tokenizer, new_tokens, data, runtime)  # quantised, resized, initialised, adapted
         state = prepare(built.model, data.train, config, runtime, new_tokens.ids, resume.step, resume.position)
-        tracker.warn(built.load_initial(state, runtime, config))  # init_from
+        tracker.warn(*built.load_initial(state, runtime, config))  # init_from
         evaluator = open_evaluation(config, state.scored, state.model, data, runtime)
-        tracker.warn(warnings_ahead(config, data, tokenizer, state))
+        tracker.warn(*warnings_ahead(config, data, tokenizer, state))
         tracker.show_overview(overview(job, state, built, data, runtime))
         samples, num_prompts = data.for_samples(), config.evaluation.sample_prompts
         untrained = resume.untrained or [one.text for one in sample(evaluator, samples, num_prompts, step=0)]
         facts = fingerprint_of(state, data, tokenizer, runtime, config)
-        tracker.warn(resume.restore(state, facts, runtime, config))  # weights, optimizer, counters, generators
+        tracker.warn(*resume.restore(state, facts, runtime, config))  # weights, optimizer, counters, generators
 
         with open_saver(job, resume, state, facts, untrained, runtime, tracker) as saver, stop.deferred():
-            pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.console.warn)
+            pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.warn)
             for step in train(state, data.train, config, runtime, evaluator.pad_token_id):
                 tracker.progress(step, state.num_steps, config.training.logging_steps)
-                tracker.warn(step.warnings)
+                tracker.warn(*step.warnings)
                 if config.checkpoint.save_every.is_due(step):
                     saver.save()  # before the evaluation: a run that is stopped in it repeats it
                 with tracker.line(step, due=config.training.log_every.is_due(step)) as line:

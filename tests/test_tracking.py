@@ -536,7 +536,7 @@ def test_what_comes_again_is_taken_out(tmp_path: Path, step: int, is_end: bool, 
     with open(run / "samples.jsonl", "a") as file:  # step 7 was stopped between its samples and its line
         file.write(json.dumps({"step": 7, "prompt": "1+1=", "text": "2"}) + "\n")
     with tracked(admitted().config.tracking, run, Start(step=step or None)) as tracking:
-        assert [line["step"] for line in tracking.rewind_to(step, is_end=is_end)] == kept
+        assert [line["step"] for line in tracking.rewind_to(step, is_end=is_end)[0]] == kept
         assert steps_of(run) == steps_of(run, "samples.jsonl") == kept
         do_step(tracking, 8, 1.0)
         assert steps_of(run) == [*kept, 8]
@@ -652,7 +652,7 @@ def test_a_run_without_checkpoints_begins_anew_by_itself_and_is_the_same_run_in_
     run_id = read_status(run)["tracker_run_id"]
     with tracked(config, run) as tracking:
         assert steps_of(run) == [1, 2]
-        assert tracking.rewind_to(0, is_end=False) == []
+        assert tracking.rewind_to(0, is_end=False)[0] == []
         assert steps_of(run) == steps_of(run, "samples.jsonl") == []
         for step in (1, 2, 3):
             do_step(tracking, step, 1 / step)

@@ -75,7 +75,7 @@ def open_run(job: Job) -> Iterator[tuple[ResumePoint, Tracker]]:
         with open_tracking(config.tracking, run_dir, job.frozen, console, start_of(job, found)) as tracker:
             if found.checkpoint is not None:
                 tracker.show_overview({"resumed": f"after step {found.step}, from {found.checkpoint}"})
-            tracker.warn(found.warnings)
+            tracker.warn(*found.warnings)
             yield found, tracker
 
 

@@ -61,8 +61,6 @@ class Tracker(Protocol):
     """What a run logs to. What was logged is written when a method returns; by default nothing is."""
 
     console: Console
-    cut_line: dict[str, Any] | None = None
-    """The line of metrics of the step that is repeated, as it was; see `rewind_to`."""
 
     @property
     def tracker_run_id(self) -> str | None:
@@ -94,7 +92,7 @@ class Tracker(Protocol):
         """Show what was assembled."""
         return
 
-    def warn(self, warnings: Sequence[str]) -> None:
+    def warn(self, *warnings: str) -> None:
         """Show warnings."""
         return
 
@@ -106,14 +104,14 @@ class Tracker(Protocol):
         """Show how far training is."""
         return
 
-    def rewind_to(self, step: int, *, is_end: bool) -> list[dict[str, Any]]:
+    def rewind_to(self, step: int, *, is_end: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         """Cut metrics and samples that will be produced again: of later steps, and of this one if it is incomplete.
 
         Args:
             is_end: whether it is the run's last step, or was; it is complete only when the run is.
-        Returns: the lines of metrics that stay.
+        Returns: the lines of metrics that stay, and the one of this step that was cut off.
         """
-        return []
+        return [], None
 
     @contextmanager
     def line(self, step: StepLike, *, due: bool) -> Iterator[Line]:
@@ -161,7 +159,6 @@ class FolderTracker(Tracker):
         self._started = time.monotonic()
         self._last: dict[str, float] = {}
         self._best: dict[str, float] = {}
-        self.cut_line = None
 
     @property
     def folder(self) -> Path:
@@ -196,7 +193,7 @@ class FolderTracker(Tracker):
             self.console.label("tracking", f"{exporter.name}, {exporter.where}")
         self.console.say()
 
-    def warn(self, warnings: Sequence[str]) -> None:
+    def warn(self, *warnings: str) -> None:
         for warning in warnings:
             self.console.warn(warning)
 
@@ -208,20 +205,19 @@ class FolderTracker(Tracker):
         logged = step.number % logging_steps == 0 or step.number == num_steps
         self.console.progress(step.number, num_steps, step.loss, step.lr, step.tokens_per_second, logged=logged)
 
-    def rewind_to(self, step: int, *, is_end: bool) -> list[dict[str, Any]]:
+    def rewind_to(self, step: int, *, is_end: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         is_complete = not is_end and any(line["step"] == step for line in self._folder.lines(METRICS))
         last = step if is_complete else step - 1
         self._folder.announce_cut(last)
         self._folder.cut(SAMPLES, last)
         kept, cut = self._folder.cut(METRICS, last)
-        self.cut_line = next((line for line in cut if line["step"] == step), None)
         self._exports.rewind(len(kept), cut)
         for line in kept:
             self._note({name: value for name, value in line.items() if name != "step" and value is not None})
         self._started -= self._last.get("perf/elapsed_seconds", 0.0)
         self._folder.step = step
         self._folder.set_status()  # before lines are added again: what it says of the logs must not be older than they
-        return kept
+        return kept, next((line for line in cut if line["step"] == step), None)
 
     @contextmanager
     def line(self, step: StepLike, *, due: bool) -> Iterator[Line]:
@@ -286,7 +282,7 @@ def open_tracking(
         exports = start_exporters(exporters, run_dir, before=before, waits=is_known, warn=console.warn)
         folder.at_end.append(lambda: _close(exports, folder, console))
         tracker = FolderTracker(folder, console, exports)
-        tracker.warn(folder.warnings)
+        tracker.warn(*folder.warnings)
         yield tracker
 
 

@@ -43,5 +43,5 @@ def export_trained(
         return None
     folder = job.run_dir / "model"
     with unsharded_models():
-        tracker.warn(export(state.model, built.adapter, built.tokenizer, folder, job.config, card, adapter_card))
+        tracker.warn(*export(state.model, built.adapter, built.tokenizer, folder, job.config, card, adapter_card))
     return exported_digests(folder)

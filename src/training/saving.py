@@ -108,12 +108,12 @@ def open_saver(
     """
     config = job.config
     with open_checkpoints(config.checkpoint, job.run_dir, tracker.sync, writes=runtime.is_main) as checkpoints:
-        tracker.warn(checkpoints.warnings)
+        tracker.warn(*checkpoints.warnings)
         if resume.own_step is not None:
-            tracker.warn(checkpoints.discard_after(resume.own_step))
+            tracker.warn(*checkpoints.discard_after(resume.own_step))
         tracker.set_length(state.num_steps, state.steps_per_epoch)
         is_end = state.step >= state.num_steps or resume.is_end
-        lines, again = runtime.from_main((tracker.rewind_to(state.step, is_end=is_end), tracker.cut_line))
+        lines, again = runtime.from_main(tracker.rewind_to(state.step, is_end=is_end))
         state.mark_complete(is_over=any(line["step"] == state.step for line in lines))
         comparable_from = resume.comparable_from(facts, state.step, is_complete=state.is_over)
         evaluated = [*resume.own_state.get("best", ()), *lines]
@@ -121,7 +121,7 @@ def open_saver(
             evaluated.append(again)
         comparable = {line["step"]: line for line in evaluated if line["step"] >= comparable_from}
         written = written_weights(resume.own_state)
-        tracker.warn(checkpoints.load_index(comparable.values(), resume.own_step, written))
+        tracker.warn(*checkpoints.load_index(comparable.values(), resume.own_step, written))
         extra = {"config": job.frozen, "comparable_from": comparable_from, "untrained": list(untrained)}
         saver = Saver(checkpoints, state, config, facts, extra, runtime, tracker, lines)
         runtime.wait()
