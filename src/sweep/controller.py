@@ -29,7 +29,7 @@ from src.sweep.progress import ProgressTable
 from src.sweep.state import SweepState, early_replicates
 from src.sweep.study import Proposal, Study
 from src.sweep.trial import Trial, short
-from src.sweep.workers import Job, Workers
+from src.sweep.workers import TrialJob, Workers
 from src.tracking.run_folder import note_end
 
 POLL_SECONDS = 0.1
@@ -282,7 +282,7 @@ class SweepController:
             f"trial {trial.number}  {short(trial.label) or self.plan.name}  {'resumes' if step else 'starts'}"
         )
         self.state.statuses[trial.number] = TrialStatus("RUNNING", step=step)
-        self.workers.start([Job(trial.number, dict(trial.config), self.folder.run_dir(trial.number), link)])
+        self.workers.start([TrialJob(trial.number, dict(trial.config), self.folder.run_dir(trial.number), link)])
 
     def _asks(self, trial: Trial) -> bool:
         """Return whether a trial asks if it is worth continuing."""
@@ -301,7 +301,7 @@ class SweepController:
             "passed": self._progress[trial.number].passed,
         }
 
-    def _take_in(self, ended: Sequence[tuple[Job, int]]) -> None:
+    def _take_in(self, ended: Sequence[tuple[TrialJob, int]]) -> None:
         """Note how trials ended, and have those tried again that are worth it."""
         for job, code in ended:
             self._settle(self.state.trials[job.number], self._ended(job, code), code)
@@ -329,7 +329,7 @@ class SweepController:
         self.state.durations.append(time.monotonic() - progress.started)
         self._end_unit(trial.unit)
 
-    def _ended(self, job: Job, code: int) -> TrialStatus:
+    def _ended(self, job: TrialJob, code: int) -> TrialStatus:
         """Return the status of a trial whose process has ended, and write it into the trial's folder."""
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         status = self.folder.status(job.number, self._metric)

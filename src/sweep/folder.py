@@ -43,11 +43,11 @@ from src.util import listed, write_atomically, write_json
 
 REMEDY = "Restore it from a copy; or another sweep.name begins another, force=true removes this one and begins anew."
 MORE_KEYS: Mapping[str, Types] = {"id": str, "elapsed_seconds": NUMBER}
-"""Of sweep.json, what only the sweep itself reads."""
+"""Keys of sweep.json that only the sweep itself reads."""
 MANIFEST = "manifest.json"
-"""In the folder of the kept options: size and checksum of each."""
+"""The file in the folder of kept options that has size and checksum of each."""
 TRIALS, CONF, SUMMARY = "trials.jsonl", "conf", "summary.json"
-STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
+TRIAL_STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TrialStatus:
     """The status of a trial, by its folder."""
 
     state: str
-    """One of STATES."""
+    """One of TRIAL_STATES."""
     value: float | None = None
     cause: str = ""
     log: Path | None = None
@@ -67,7 +67,7 @@ class TrialStatus:
     warning: str = ""
     """What is damaged of a trial that counts nevertheless."""
     is_damaged: bool = False
-    """Whether its cause is something in its folder that has to be mended first."""
+    """Whether its cause is something in its folder that the user must fix first."""
 
     @property
     def is_over(self) -> bool:
@@ -305,7 +305,7 @@ def _differing(kept: Mapping[str, bytes], now: Mapping[str, bytes]) -> list[str]
     return [name for name in names if name not in kept or name not in now or kept[name] != _without_secrets(now[name])]
 
 
-def _how_to_mend(run_dir: Path) -> str:
+def _remedy(run_dir: Path) -> str:
     return f"Restore it from a copy; or move {run_dir} away: the same command then runs the trial anew"
 
 
@@ -320,7 +320,7 @@ def _foreign_journal(run_dir: Path, status: Mapping[str, Any]) -> str:
         return ""
     except ValueError as error:
         reason = str(error)
-    return str(damaged(run_dir / "metrics.jsonl", reason, _how_to_mend(run_dir)))
+    return str(damaged(run_dir / "metrics.jsonl", reason, _remedy(run_dir)))
 
 
 def _objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[float | None, str, str]:
@@ -337,14 +337,14 @@ def _objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[f
         problem = str(error).rstrip(".") if isinstance(error, DamagedFileError) else f"{file} is missing"
         if (logged := _logged(run_dir, metric, status)) is not None:
             return logged, "", f"{problem}; its value is that of {run_dir / 'metrics.jsonl'}"
-        return None, f"{problem}. {_how_to_mend(run_dir)}", ""
+        return None, f"{problem}. {_remedy(run_dir)}", ""
     value = summary.get(metric)
     if isinstance(value, int | float) and math.isfinite(value):
         return float(value), "", ""
     if metric in summary:
         return None, f"{metric} is no finite number", ""
     known = ", ".join(name for name in summary if name.startswith(metric.split("/")[0]))
-    return None, f"no {metric} came of it{f'; there are {known}' if known else ''}", ""
+    return None, f"it has no value of {metric}{f'; it has {known}' if known else ''}", ""
 
 
 def _logged(run_dir: Path, metric: str, status: Mapping[str, Any]) -> float | None:

@@ -360,7 +360,7 @@ def _axis_problems(plan: Plan) -> Iterator[Problem]:
 def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
     """Yield a metric that no run computes, a direction that would rank the worst first, and runs that can't resume."""
     if (resume := config.checkpoint.resume) != "auto":
-        reason = "a sweep goes on with its trials: auto" + (
+        reason = "a sweep resumes its trials: auto" + (
             "" if resume == "never" else "; to begin with weights, init_from"
         )
         yield Problem("checkpoint.resume", reason, resume)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from src.config.schema import Direction, Sampler
-from src.sweep.folder import STATES, SweepFolder, TrialStatus
+from src.sweep.folder import TRIAL_STATES, SweepFolder, TrialStatus
 from src.sweep.plan import Plan
 from src.sweep.progress import Entry, counted
 from src.sweep.trial import Trial
@@ -87,7 +87,7 @@ class SweepState:
     def counts(self) -> dict[str, int]:
         """Return the number of trials in each state."""
         counted_states = Counter(status.state for status in self.statuses.values())
-        return {state: counted_states[state] for state in STATES}
+        return {state: counted_states[state] for state in TRIAL_STATES}
 
     @property
     def total(self) -> int:

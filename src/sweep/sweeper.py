@@ -81,7 +81,7 @@ def sweep(request: SweepRequest, config: Any, context: Any) -> int:
         request.code = error.exit_code
     except OSError as error:
         what = "The disk is full" if is_disk_full(error) else f"The operating system refused a file: {error}"
-        report(f"\n{what}: {request.plan.folder}. The same command goes on once that is mended.")
+        report(f"\n{what}: {request.plan.folder}. The same command continues once that is fixed.")
         request.code = 1
     finally:
         end_fork_server()
@@ -104,7 +104,7 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
         console.label("", visible(f"{key}={text}", is_line=True))
     if plan.changed_conf:
         console.warn(
-            f"conf/ has changed since this sweep began ({', '.join(plan.changed_conf[:5])}); it goes on with what it "
+            f"conf/ has changed since this sweep began ({', '.join(plan.changed_conf[:5])}); it continues with what it "
             "began with. Another sweep.name begins with what is there now; so does force=true, which removes the sweep."
         )
     stop.allow(plan.config.max_seconds, "sweep.max_seconds")
@@ -148,7 +148,7 @@ def _run_trials(
         except KeyboardInterrupt:
             why = "Ctrl-C, at once"
         code, state = _outcome(controller, why, stop)
-        _tell(plan, controller, board, console)
+        _report_results(plan, controller, board, console)
         controller.write(state)
     _close(plan, controller, why, console)
     return code
@@ -190,7 +190,7 @@ def _study(plan: Plan, num_tried: int, until_the_end: ExitStack, console: Consol
     except StudyError as error:
         if plan.needs_study or plan.config.storage is not None:
             raise
-        console.warn(f"{error}. The sweep goes on without it")
+        console.warn(f"{error}. The sweep continues without it")
         return None
 
 
@@ -265,8 +265,8 @@ def _outcome(controller: SweepController, why: str, stop: StopRequest) -> tuple[
     return (Interrupted.exit_code, "PREEMPTED") if states & UNENDED else (0, "FINISHED")
 
 
-def _tell(plan: Plan, controller: SweepController, board: ProgressTable, console: Console) -> None:
-    """Rank the settings, and write and show what came of it."""
+def _report_results(plan: Plan, controller: SweepController, board: ProgressTable, console: Console) -> None:
+    """Rank the settings; write and show the leaderboard."""
     metric = plan.config.metric
     direction: Literal["minimize", "maximize"] = plan.config.direction.value
     is_folded = plan.config.replicate is Replicate.folds or any(
@@ -314,7 +314,7 @@ def _close(plan: Plan, controller: SweepController, why: str, console: Console) 
     if controller.has_given_up_on_refusals:
         console.say(f"\nNothing that was proposed can be run; the last: {controller.refusal}")
     if why and not controller.is_complete:
-        console.say(f"\nStopped: {why}. {controller.summary()}. The same command goes on.")
+        console.say(f"\nStopped: {why}. {controller.summary()}. The same command continues.")
     console.say()
     console.label("sweep", f"{controller.summary()}")
     console.label("numbers", str(plan.folder / "leaderboard.md"))

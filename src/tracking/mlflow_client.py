@@ -16,7 +16,7 @@ REQUEST_SECONDS = 60
 """How long a server may take for an answer; only the export thread waits for it."""
 KILLED = "KILLED"
 """MLflow's state of a run that no process is training."""
-STATES = {"FINISHED": "FINISHED", "FAILED": "FAILED", "PREEMPTED": KILLED, "PRUNED": KILLED}
+MLFLOW_STATES = {"FINISHED": "FINISHED", "FAILED": "FAILED", "PREEMPTED": KILLED, "PRUNED": KILLED}
 """How a run or a sweep ended, in MLflow's words."""
 
 

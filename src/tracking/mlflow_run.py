@@ -11,7 +11,7 @@ from src.config.frozen import CONFIG, STATUS, read_starts, read_status
 from src.errors import DamagedFileError
 from src.records import Types, begins_with, check_keys, damaged, is_time, read_json, read_yaml
 from src.tracking.exporters import EXPORTERS, Exporter
-from src.tracking.mlflow_client import KILLED, STATES
+from src.tracking.mlflow_client import KILLED, MLFLOW_STATES
 from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_names import flat, milliseconds, plain_name
 from src.tracking.mlflow_state import RUN_ID, TRACKING
@@ -127,7 +127,7 @@ class MlflowRunExporter(MlflowExporter):
 
     def _deliver_state(self) -> None:
         status = read_status(self.folder)
-        state = STATES.get(str(status.get("state")), KILLED if self._is_over else None)
+        state = MLFLOW_STATES.get(str(status.get("state")), KILLED if self._is_over else None)
         if state is not None:
             self._is_ended = True
             self._deliver_once("ended", lambda: self._run.set_ended(state, status.get("ended")), state)

@@ -17,7 +17,7 @@ from src.records import Line, Types, check_keys, check_times, damaged, read_json
 from src.tracking.exporters import SWEEP_EXPORTERS, DeliveryError
 from src.tracking.folder_exporter import exhaust
 from src.tracking.lock import hold
-from src.tracking.mlflow_client import KILLED, STATES
+from src.tracking.mlflow_client import KILLED, MLFLOW_STATES
 from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_names import flat, milliseconds
 from src.tracking.mlflow_run import MlflowRunExporter
@@ -112,7 +112,7 @@ class MlflowSweepExporter(MlflowExporter):
     def _deliver_folder(self) -> Iterator[None]:
         sweep = self._sweep
         version = f"{sweep['state']} {sweep['updated']}"
-        state = STATES.get(sweep["state"], KILLED if self._is_over else None)
+        state = MLFLOW_STATES.get(sweep["state"], KILLED if self._is_over else None)
         if state is not None:  # first: whatever else does not arrive, a sweep that is over must not say RUNNING
             self._deliver_once("ended", lambda: self._run.set_ended(state, sweep["updated"]), version)
         elif self._state.get("ended"):  # it was resumed
