@@ -32,6 +32,7 @@ from src.tracking.mlflow_names import milliseconds, plain_name, user_name
 from src.tracking.mlflow_state import TRACKING, PreviousRun, read_tracking, runs_left
 from src.tracking.previous_runs import PreviousRuns
 from src.tracking.sqlite_store import SqliteStore
+from src.tracking.step_logs import is_timing
 
 
 class MlflowExporter(FolderExporter):
@@ -368,7 +369,7 @@ class MlflowExporter(FolderExporter):
     def _shows_last_values(self, run: Any) -> bool:
         """Return whether a run shows as last values what was delivered; of speeds and times any value will do."""
         has, values = run.data.metrics, {plain_name(name): some for name, some in self._last_values().items()}
-        return all(name in has and (name.startswith("perf/") or has[name] in some) for name, some in values.items())
+        return all(name in has and (is_timing(name) or has[name] in some) for name, some in values.items())
 
     def _check_arrived(self) -> None:
         """Check that a server has what it accepted: one that answers anything, or a proxy before it, may not.

@@ -25,7 +25,7 @@ from src.tracking.lock import hold
 from src.tracking.mlflow_run import end_previous
 from src.tracking.mlflow_state import TRACKING, tracked_before
 from src.tracking.run_folder import RunFolder, open_run_folder
-from src.tracking.step_logs import METRICS, SAMPLES
+from src.tracking.step_logs import METRICS, SAMPLES, metrics_of
 
 UNSHOWN = ("best/", "tokens/")
 """Metrics that summary.json has and the table at the end of a run leaves out."""
@@ -213,7 +213,7 @@ class FolderTracker(Tracker):
         kept, cut = self._folder.cut(METRICS, last)
         self._exports.rewind(len(kept), cut)
         for line in kept:
-            self._note({name: value for name, value in line.items() if name != "step" and value is not None})
+            self._note(metrics_of(line))
         self._started -= self._last.get("perf/elapsed_seconds", 0.0)
         self._folder.step = step
         self._folder.set_status()  # before lines are added again: what it says of the logs must not be older than they
