@@ -1,4 +1,4 @@
-"""The leaderboard: what the ranking gave, as files, as a table in the terminal and as pictures."""
+"""The leaderboard: the result of the ranking, as files, as a table in the terminal and as pictures."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ COLUMNS: Mapping[str, Callable[[Row], Any]] = {
     "setting_id": lambda row: row.setting,
     "verdict": lambda row: row.verdict,
 }
-"""Of leaderboard.csv; `model` only where models are compared."""
+"""The columns of leaderboard.csv; `model` only where models are compared."""
 
 
 def import_what_draws() -> None:

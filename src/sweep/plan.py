@@ -38,9 +38,9 @@ from src.sweep.space import SWEEP_FILE, Axis, axes_of, is_endless, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of, with_typed_numbers
 
 MOST_WRITTEN = 10**15
-"""From here on a number of points is said by its size."""
+"""The largest number of points that is written out."""
 MOST_PROBES = 200
-"""Points that are looked at where they can't all be."""
+"""How many points are checked where there are too many to check all."""
 
 
 KNOWN_METRICS = (

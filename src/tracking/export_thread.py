@@ -23,14 +23,14 @@ RETRY_SECONDS = 2.0
 LONGEST_RETRY_SECONDS = 60.0
 LONGEST_LAST_RETRY_SECONDS = 8.0
 TURN_SECONDS = 5.0
-"""After which an exporter lets another one that is ready have its turn."""
+"""How long an exporter may deliver before another one that is ready has its turn."""
 OPENING_SECONDS = 5.0
 """How long what is local may take between two calls; not counted while it is being made."""
 HEARTBEAT_SECONDS = 0.5
 BUSY_CPU_SHARE = 0.05
-"""Of a processor, by which a process is seen to do more than wait."""
+"""Share of a processor from which on a process counts as computing, not waiting."""
 CPU_SHARE = 0.1
-"""How much of a processor an exporter may take from the training."""
+"""Share of a processor that an exporter may take from the training."""
 LONGEST_PAUSE_SECONDS = 10.0
 SERVER_SECONDS = 1.0
 """How long a sweep waits for a server before its trials start."""
@@ -55,9 +55,9 @@ class WaitLimits:
 
 END_OF_RUN = WaitLimits(call_seconds=30.0, total_seconds=120.0)
 AFTER_STOP = WaitLimits(call_seconds=10.0, total_seconds=10.0, signals=(signal.SIGINT,))
-"""Of a run that was asked to stop: schedulers kill after half a minute, and repeat their signals."""
+"""Limits of a run that was asked to stop: schedulers kill after half a minute, and repeat their signals."""
 UNTIL_DELIVERED = WaitLimits(call_seconds=90.0, attempts=4)
-"""Of a command that does nothing else."""
+"""Limits of a command that does nothing but deliver."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Undelivered:
     tracker: str
     reason: str
     needs_user_action: bool
-    """Whether trying again is of no use before somebody has mended what `reason` says."""
+    """Whether a retry is useless until the user has fixed what `reason` says."""
     can_be_synced: bool
     """Whether `make sync` delivers it."""
 
@@ -81,7 +81,7 @@ class ExportThread:
     Args:
         cleanup: an exporter whose last turn comes once all others are over.
         waits: hold everything back until `rewind`: it is not known yet which lines of the folder stay.
-        warn: takes, once, what somebody must mend.
+        warn: takes, once each, the problems that the user must fix.
     """
 
     def __init__(
@@ -281,14 +281,14 @@ class ExportThread:
 
 
 class _Lane:
-    """An exporter's place among others: whether there is work for it, and how its deliveries went."""
+    """The state of one exporter: whether there is work for it, and how its deliveries went."""
 
     def __init__(self, exporter: Exporter) -> None:
         self.exporter = exporter
         self.heartbeat = _Heartbeat(exporter)
         self.is_notified = False
         self.paused_until = 0.0
-        """When it may have its next turn, by the monotonic clock."""
+        """When its pause ends, by the monotonic clock."""
         self.turn_began = 0.0
         self.is_last = False
         """Whether the present delivery began after the folder had changed for the last time."""

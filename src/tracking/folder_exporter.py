@@ -25,7 +25,7 @@ class FolderExporter(Exporter):
 
     Args:
         state_file: the name of that file.
-        is_over: whether no process is at the folder's run or sweep, so that one whose status says RUNNING was killed.
+        is_over: whether no process uses the folder, so that a run or sweep whose status says RUNNING was killed.
         warn: takes, once each, what is not as it should be and costs nothing.
     """
 

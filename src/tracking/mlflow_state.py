@@ -31,7 +31,7 @@ TRACKING_KEYS: Mapping[str, Types] = {
     "judged": list,
 }
 RUN_ID = re.compile(r"[a-zA-Z0-9][\w\-]{0,255}", re.ASCII)
-"""A run's id, by the rule of MLflow's."""
+"""The form of a run's id in MLflow."""
 PreviousRun = tuple[str, str]
 """A run that a folder had before: its store's address as files have it, and its id there."""
 

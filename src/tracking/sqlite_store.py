@@ -27,7 +27,7 @@ LOCKED_SECONDS = 2.0
 COMPANIONS = ("-journal", "-wal", "-shm")
 """Files that SQLite keeps next to a database; one that belongs to another database would destroy this one."""
 BROKEN_OFF = "_alembic_tmp_"
-"""What the tables are called that a migration copies to."""
+"""How the names of the tables begin that a migration copies to."""
 
 AWAY = "or move it away: what MLflow lacks is then delivered to a new one"
 
@@ -48,7 +48,7 @@ class SqliteStore:
     """The file of a SQLite URI.
 
     Args:
-        warn: takes what was done to a file that could not be used.
+        warn: called with what was done to a file that could not be used.
         check: called again and again while another process is waited for, and before the file is made; raises where
             nobody waits for it any more.
     """
