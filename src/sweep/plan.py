@@ -47,9 +47,9 @@ KNOWN_METRICS = (
     *("train/loss", "train/objective", "train/thought_loss", "train/answer_loss", "train/grad_norm"),
     *("train_seconds", "tokens_per_second", "tokens_seen", "peak_memory_bytes", "perf/tokens_per_second"),
 )
-"""What a summary has besides evaluations, as far as somebody may want to compare it."""
+"""Metrics of summary.json besides evaluations that a sweep may compare."""
 NO_REPLICATE = ("++seed=0", "++data.fold=null")
-"""What a setting is composed with to be distinguished from others."""
+"""Overrides that make all replicates of a setting compose alike."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Plan:
     trials: list[Trial] = field(default_factory=list)
     """All there will be; empty where a sampler has to propose them."""
     changed_conf: list[str] = field(default_factory=list)
-    """Files of conf/ that are others now than those that the sweep was, and is, composed of."""
+    """Files of conf/ that changed since the sweep began; it is still composed of the old ones."""
 
     admitted: RunConfig | None = None
     """The first configuration that was admitted."""
@@ -373,7 +373,7 @@ def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
         sets = [*config.data.validation_names(), *later]
         if score not in scores or set_name not in sets:
             allowed = ", ".join(f"eval/{name}/{one}" for name in sets for one in scores)
-            reason = f"no evaluation gives this; {'one of ' + allowed if allowed else 'there is no validation set'}"
+            reason = f"no evaluation computes this; {'one of ' + allowed if allowed else 'there is no validation set'}"
             if set_name in config.data.test_sets() and later == [] and score in scores:
                 reason = (
                     "known at the end only, so no run can end early by it: sweep.pruner=none, or a validation set's"
@@ -382,7 +382,7 @@ def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
             return
     elif metric not in KNOWN_METRICS and not metric.startswith("tokens/"):
         allowed = f"a name of summary.json: eval/<set>/<score>, {', '.join(KNOWN_METRICS)}"
-        yield Problem("sweep.metric", f"no run gives this; {allowed}", sweep.metric)
+        yield Problem("sweep.metric", f"no run computes this; {allowed}", sweep.metric)
         return
     if kind == "eval" or metric == "train/loss":
         better = Direction.maximize if greater_is_better(metric) else Direction.minimize

@@ -118,11 +118,11 @@ def _run_trials(
     """Hold the sweep's folder and run what is left to run in it; return the exit code."""
     with ExitStack() as until_the_end:
         until_the_end.enter_context(hold(plan.folder))
-        board = until_the_end.enter_context(ProgressTable(plan.name, plan.config.metric))
+        display = until_the_end.enter_context(ProgressTable(plan.name, plan.config.metric))
         record.refuse_other()  # before anything is written
         if not plan.force:
             record.read()
-        _reclaim(record, record.numbers(), workers, board, stop)
+        _reclaim(record, record.numbers(), workers, display, stop)
         workers.get_ready()
         if plan.force:
             record.clear()
@@ -136,7 +136,7 @@ def _run_trials(
         plan.compose_from(record.conf())
         record.write_trials(trials)
         study = _study(plan, len(trials), until_the_end, console)
-        controller = SweepController(plan, record, trials, todo, study, workers, stop, board)
+        controller = SweepController(plan, record, trials, todo, study, workers, stop, display)
         _warn_of_damage(controller.state.statuses, console)
         controller.write("RUNNING")
         tracker = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
@@ -148,14 +148,14 @@ def _run_trials(
         except KeyboardInterrupt:
             why = "Ctrl-C, at once"
         code, state = _outcome(controller, why, stop)
-        _report_results(plan, controller, board, console)
+        _report_results(plan, controller, display, console)
         controller.write(state)
     _close(plan, controller, why, console)
     return code
 
 
 def _reclaim(
-    record: SweepFolder, numbers: Sequence[int], workers: Workers | Launched, board: ProgressTable, stop: StopRequest
+    record: SweepFolder, numbers: Sequence[int], workers: Workers | Launched, display: ProgressTable, stop: StopRequest
 ) -> None:
     """Wait for trials that an earlier start left running: they are asked to stop, and save.
 
@@ -170,7 +170,7 @@ def _reclaim(
             workers.ask_to_stop()  # processes of this machine know by themselves that their sweep has died
         for number, by_whom in held:
             if number not in said:
-                board.say(f"trial {number}  waits: {by_whom}")
+                display.say(f"trial {number}  waits: {by_whom}")
                 said.add(number)
         if stop.asked():
             raise Interrupted(stop.asked())
@@ -265,7 +265,7 @@ def _outcome(controller: SweepController, why: str, stop: StopRequest) -> tuple[
     return (Interrupted.exit_code, "PREEMPTED") if states & UNENDED else (0, "FINISHED")
 
 
-def _report_results(plan: Plan, controller: SweepController, board: ProgressTable, console: Console) -> None:
+def _report_results(plan: Plan, controller: SweepController, display: ProgressTable, console: Console) -> None:
     """Rank the settings; write and show the leaderboard."""
     metric = plan.config.metric
     direction: Literal["minimize", "maximize"] = plan.config.direction.value
@@ -283,8 +283,8 @@ def _report_results(plan: Plan, controller: SweepController, board: ProgressTabl
         leaderboard.plot(rows, plan.folder / "plots" / "settings.png", metric, direction)
         values = [point["value"] for point in controller.state.history]
         leaderboard.plot_history(values, plan.folder / "plots" / "history.png", metric, direction)
-    board.close()
-    board.table(leaderboard.table(rows, metric, direction))
+    display.close()
+    display.show_results(leaderboard.table(rows, metric, direction))
     console.say(said)
 
 
