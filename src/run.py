@@ -59,11 +59,12 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         with open_saver(job, resume, state, facts, untrained, runtime, tracker) as saver, stop.deferred():
             pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.warn)
             for step in train(state, data.train, config, runtime, evaluator.pad_token_id):
-                tracker.progress(step, state.num_steps, config.training.logging_steps)
+                is_logged = config.training.log_every.is_due(step)
+                tracker.progress(step, state.num_steps, is_logged=is_logged)
                 tracker.warn(*step.warnings)
                 if config.checkpoint.save_every.is_due(step):
                     saver.save()  # before the evaluation: a run that is stopped in it repeats it
-                with tracker.line(step, due=config.training.log_every.is_due(step)) as line:
+                with tracker.line(step, due=is_logged) as line:
                     if config.evaluation.eval_every.is_due(step):
                         line.metrics |= evaluator.evaluate(data.validation.values(), new_tokens.ids)
                         line.metrics |= state.token_monitor.metrics()

@@ -31,7 +31,7 @@ UNSHOWN = ("best/", "tokens/")
 """Metrics that summary.json has and the table at the end of a run leaves out."""
 
 
-class StepLike(Protocol):
+class LoggedStep(Protocol):
     """What is shown and written of a training step."""
 
     @property
@@ -50,7 +50,7 @@ class StepLike(Protocol):
 
 
 @dataclass
-class Line:
+class MetricsLine:
     """What is measured and sampled after a step."""
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -100,8 +100,12 @@ class Tracker(Protocol):
         """Record how long the run will be; steps_per_epoch is None where that is unknown."""
         return
 
-    def progress(self, step: StepLike, num_steps: int, logging_steps: int) -> None:
-        """Show how far training is."""
+    def progress(self, step: LoggedStep, num_steps: int, *, is_logged: bool) -> None:
+        """Show how far training is.
+
+        Args:
+            is_logged: whether the step has a line where only some are printed.
+        """
         return
 
     def rewind_to(self, step: int, *, is_end: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
@@ -114,13 +118,13 @@ class Tracker(Protocol):
         return [], None
 
     @contextmanager
-    def line(self, step: StepLike, *, due: bool) -> Iterator[Line]:
+    def line(self, step: LoggedStep, *, due: bool) -> Iterator[MetricsLine]:
         """Collect what is measured and sampled after a step; it is written when the block ends.
 
         Args:
             due: whether there is a line of metrics even if nothing was measured.
         """
-        line = Line()
+        line = MetricsLine()
         yield line
         if line.metrics or due:
             step.collect()
@@ -200,10 +204,9 @@ class FolderTracker(Tracker):
     def set_length(self, num_steps: int, steps_per_epoch: int | None) -> None:
         self._folder.num_steps, self._folder.steps_per_epoch = num_steps, steps_per_epoch
 
-    def progress(self, step: StepLike, num_steps: int, logging_steps: int) -> None:
+    def progress(self, step: LoggedStep, num_steps: int, *, is_logged: bool) -> None:
         self._folder.step = step.number
-        logged = step.number % logging_steps == 0 or step.number == num_steps
-        self.console.progress(step.number, num_steps, step.loss, step.lr, step.tokens_per_second, logged=logged)
+        self.console.progress(step.number, num_steps, step.loss, step.lr, step.tokens_per_second, logged=is_logged)
 
     def rewind_to(self, step: int, *, is_end: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         is_complete = not is_end and any(line["step"] == step for line in self._folder.lines(METRICS))
@@ -220,8 +223,8 @@ class FolderTracker(Tracker):
         return kept, next((line for line in cut if line["step"] == step), None)
 
     @contextmanager
-    def line(self, step: StepLike, *, due: bool) -> Iterator[Line]:
-        line = Line()
+    def line(self, step: LoggedStep, *, due: bool) -> Iterator[MetricsLine]:
+        line = MetricsLine()
         yield line
         for sample in line.samples:  # before the line of metrics, which says that the step is complete
             self._folder.append(SAMPLES, sample.as_dict())
