@@ -36,8 +36,9 @@ from src.records import (
 )
 from src.sweep.trial import Trial, check_trial
 from src.sweep.workers import log_file
+from src.tracking.folder_start import SUMMARY
 from src.tracking.lock import LOCK, holder_of
-from src.tracking.step_logs import read_step_log
+from src.tracking.step_logs import METRICS, read_step_log
 from src.tracking.sweep_files import holds_another, read_sweep
 from src.util import listed, write_atomically, write_json
 
@@ -46,7 +47,7 @@ MORE_KEYS: Mapping[str, Types] = {"id": str, "elapsed_seconds": NUMBER}
 """Keys of sweep.json that only the sweep itself reads."""
 MANIFEST = "manifest.json"
 """The file in the folder of kept options that has size and checksum of each."""
-TRIALS, CONF, SUMMARY = "trials.jsonl", "conf", "summary.json"
+TRIALS, CONF = "trials.jsonl", "conf"
 TRIAL_STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
 
 
@@ -311,16 +312,16 @@ def _remedy(run_dir: Path) -> str:
 
 def _foreign_journal(run_dir: Path, status: Mapping[str, Any]) -> str:
     """Return why a status.json is not the one of the run whose metrics lie next to it; '' where it is."""
-    digest = (status.get("journal") or {}).get("metrics.jsonl")
+    digest = (status.get("journal") or {}).get(METRICS)
     try:
-        if digest is None or begins_with(read_bytes(run_dir / "metrics.jsonl", None), digest):
+        if digest is None or begins_with(read_bytes(run_dir / METRICS, None), digest):
             return ""
         reason = "its content does not have the checksum that it was written with (status.json)"
     except FileNotFoundError:
         return ""
     except ValueError as error:
         reason = str(error)
-    return str(damaged(run_dir / "metrics.jsonl", reason, _remedy(run_dir)))
+    return str(damaged(run_dir / METRICS, reason, _remedy(run_dir)))
 
 
 def _objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[float | None, str, str]:
@@ -336,7 +337,7 @@ def _objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[f
     except (FileNotFoundError, DamagedFileError) as error:
         problem = str(error).rstrip(".") if isinstance(error, DamagedFileError) else f"{file} is missing"
         if (logged := _logged(run_dir, metric, status)) is not None:
-            return logged, "", f"{problem}; its value is that of {run_dir / 'metrics.jsonl'}"
+            return logged, "", f"{problem}; its value is that of {run_dir / METRICS}"
         return None, f"{problem}. {_remedy(run_dir)}", ""
     value = summary.get(metric)
     if isinstance(value, int | float) and math.isfinite(value):
@@ -350,10 +351,10 @@ def _objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[f
 def _logged(run_dir: Path, metric: str, status: Mapping[str, Any]) -> float | None:
     """Return a finished run's value of a metric by its journal; None where that has none, or is not whole."""
     try:
-        lines = read_step_log(run_dir, "metrics.jsonl")
+        lines = read_step_log(run_dir, METRICS)
     except DamagedFileError:
         return None
-    if (status.get("journal") or {}).get("metrics.jsonl") != Digest(b"".join(line.raw for line in lines)).as_dict():
+    if (status.get("journal") or {}).get(METRICS) != Digest(b"".join(line.raw for line in lines)).as_dict():
         return None
     name = metric.removeprefix("best/")
     values = [line.content[name] for line in lines if name in line.content]
@@ -369,7 +370,7 @@ def _newest(run_dir: Path, metric: str) -> tuple[float | None, float]:
     value, elapsed = None, 0.0
     name = metric.removeprefix("best/")
     try:
-        lines = read_step_log(run_dir, "metrics.jsonl")
+        lines = read_step_log(run_dir, METRICS)
     except DamagedFileError:  # the run itself reports it, when it resumes
         lines = []
     for line in (one.content for one in reversed(lines)):

@@ -16,6 +16,7 @@ from src.errors import RunFolderError
 from src.records import damaged
 from src.tracking.step_logs import METRICS, STEP_LOGS, compare_logs, read_step_log
 
+PROVENANCE, DATA_REPORT, SUMMARY = "provenance.json", "data_report.json", "summary.json"
 FOLDERS = (CHECKPOINTS, "model", "predictions")
 FILES = (
     CONFIG,
@@ -23,9 +24,9 @@ FILES = (
     STARTS,
     STATUS,
     *STEP_LOGS,
-    "data_report.json",
-    "provenance.json",
-    "summary.json",
+    DATA_REPORT,
+    PROVENANCE,
+    SUMMARY,
     "tracking.json",
     *FOLDERS,
 )

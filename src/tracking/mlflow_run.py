@@ -11,6 +11,7 @@ from src.config.frozen import CONFIG, STATUS, read_starts, read_status
 from src.errors import DamagedFileError
 from src.records import Types, begins_with, check_keys, damaged, is_time, read_json, read_yaml
 from src.tracking.exporters import EXPORTERS, Exporter
+from src.tracking.folder_start import DATA_REPORT, PROVENANCE, SUMMARY
 from src.tracking.mlflow_client import KILLED, MLFLOW_STATES
 from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_names import flat, milliseconds, plain_name
@@ -19,8 +20,7 @@ from src.tracking.mlflow_state import RUN_ID, TRACKING
 from src.tracking.previous_runs import PreviousRuns
 from src.tracking.step_logs import METRICS, SAMPLES, metrics_of, read_step_log
 
-PROVENANCE, DATA_REPORT = "provenance.json", "data_report.json"
-ARTIFACTS = (CONFIG, PROVENANCE, DATA_REPORT, SAMPLES, "summary.json")
+ARTIFACTS = (CONFIG, PROVENANCE, DATA_REPORT, SAMPLES, SUMMARY)
 LINES_AT_ONCE = 100
 LARGEST = 1 << 53
 """The largest step, and the largest time in milliseconds, that every store takes."""

@@ -19,7 +19,7 @@ from src.tracking import mlflow_run, mlflow_sweep  # noqa: F401 - they register 
 from src.tracking.console import Console
 from src.tracking.export_thread import AFTER_STOP, END_OF_RUN, UNTIL_DELIVERED, ExportThread
 from src.tracking.exporters import EXPORTERS, Exporter
-from src.tracking.folder_start import Start
+from src.tracking.folder_start import SUMMARY, Start
 from src.tracking.line_exporter import state_file
 from src.tracking.lock import hold
 from src.tracking.mlflow_run import end_previous
@@ -259,12 +259,12 @@ class FolderTracker(Tracker):
     ) -> dict[str, float]:
         self._folder.check_step_logs()
         summary = self._last | self._best | dict(totals)
-        self._folder.write_json("summary.json", summary)
+        self._folder.write_json(SUMMARY, summary)
         self._folder.set_status(model=exported, base=base)
         self.console.say()
         self.console.table({name: value for name, value in summary.items() if not name.startswith(UNSHOWN)})
         self.console.say()
-        for what, name in (("model", "model"), ("numbers", "summary.json"), ("samples", SAMPLES)):
+        for what, name in (("model", "model"), ("numbers", SUMMARY), ("samples", SAMPLES)):
             self.console.label(what, str(self._folder.path / name))
         return summary
 
