@@ -22,7 +22,7 @@ from src.tracking.console import Console
 from src.tracking.folder_start import Start
 from src.tracking.lock import hold
 from src.tracking.step_logs import metrics_at
-from src.tracking.tracker import NullTracker, Tracker, deliver_pending, open_tracking
+from src.tracking.tracker import Tracker, deliver_pending, open_tracking
 from src.training.resume import ResumePoint, find_resume_point
 
 
@@ -65,7 +65,7 @@ def open_run(job: Job) -> Iterator[tuple[ResumePoint, Tracker]]:
     """
     config, run_dir, console = job.config, job.run_dir, Console()
     if (place := place_of()) is not None and not place.is_main:
-        yield ResumePoint(), NullTracker(console)
+        yield ResumePoint(), Tracker(console)
         return
     console.label("run", f"{config.name} → {run_dir}")
     with nullcontext() if job.is_held else hold(run_dir):

@@ -139,10 +139,10 @@ def _run_trials(
         controller = SweepController(plan, record, trials, todo, study, workers, stop, display)
         _warn_of_damage(controller.state.statuses, console)
         controller.write("RUNNING")
-        tracker = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
-        tracker.ready()
+        exports = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
+        exports.connect()  # before trials open the store
         leaderboard.import_what_draws()  # while the fork server imports, and not when all are waiting for the table
-        controller.notify = tracker.notify
+        controller.notify = exports.notify
         try:
             why = controller.run()
         except KeyboardInterrupt:

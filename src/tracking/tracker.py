@@ -57,10 +57,14 @@ class MetricsLine:
     samples: Sequence[Any] = ()
 
 
-class Tracker(Protocol):
-    """What a run logs to. What was logged is written when a method returns; by default nothing is."""
+class Tracker:
+    """What a run logs to. This one keeps and shows nothing: the tracker of a process that is not the first.
 
-    console: Console
+    What was logged is written when a method returns.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
 
     @property
     def tracker_run_id(self) -> str | None:
@@ -74,7 +78,6 @@ class Tracker(Protocol):
 
     def sync(self) -> None:
         """Flush all that was logged to the disk."""
-        return
 
     def journal_before(self, step: int) -> dict[str, dict[str, Any]]:
         """Return size and checksum of what was logged of earlier steps, by which a damaged log is noticed."""
@@ -82,23 +85,18 @@ class Tracker(Protocol):
 
     def write_file(self, name: str, content: Mapping[str, Any]) -> None:
         """Keep a whole file, such as provenance.json."""
-        return
 
     def write_file_once(self, name: str, content: Mapping[str, Any]) -> None:
         """Keep a whole file, unless an earlier start of this run did."""
-        return
 
     def show_overview(self, overview: Mapping[str, str]) -> None:
         """Show what was assembled."""
-        return
 
     def warn(self, *warnings: str) -> None:
         """Show warnings."""
-        return
 
     def set_length(self, num_steps: int, steps_per_epoch: int | None) -> None:
         """Record how long the run will be; steps_per_epoch is None where that is unknown."""
-        return
 
     def progress(self, step: LoggedStep, num_steps: int, *, is_logged: bool) -> None:
         """Show how far training is.
@@ -106,7 +104,6 @@ class Tracker(Protocol):
         Args:
             is_logged: whether the step has a line where only some are printed.
         """
-        return
 
     def rewind_to(self, step: int, *, is_end: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         """Cut metrics and samples that will be produced again: of later steps, and of this one if it is incomplete.
@@ -146,18 +143,11 @@ class Tracker(Protocol):
         return {}
 
 
-class NullTracker(Tracker):
-    """Keeps and shows nothing: the tracker of a process that is not the first."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-
 class FolderTracker(Tracker):
     """Keeps a run in its folder and shows it in the terminal. Built by `open_tracking`."""
 
     def __init__(self, folder: RunFolder, console: Console, exports: ExportThread) -> None:
-        self.console = console
+        super().__init__(console)
         self._folder = folder
         self._exports = exports
         self._started = time.monotonic()
