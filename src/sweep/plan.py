@@ -119,14 +119,18 @@ class Plan:
         return size(self.replicates) or 1
 
     @property
+    def _by_key(self) -> dict[str, Axis]:
+        return {axis.key: axis for axis in [*self.axes, *self.replicates]}
+
+    @property
     def space(self) -> dict[str, str]:
         """What is varied, as it was written."""
-        return {axis.key: axis.text for axis in [*self.axes, *self.replicates]}
+        return {key: axis.text for key, axis in self._by_key.items()}
 
     @property
     def varied(self) -> list[str]:
         """The keys that are varied, replicates included."""
-        return [axis.key for axis in [*self.axes, *self.replicates]]
+        return list(self._by_key)
 
     def unit(self, own: Sequence[str], unit: int, first: int) -> tuple[list[Trial], list[Problem]]:
         """Compose the trials of one setting, or return why it is refused.
@@ -155,11 +159,9 @@ class Plan:
         return self._settings[own]
 
     def _forced(self, overrides: Sequence[str]) -> list[str | Assignment]:
-        by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
-        return [one for text in overrides for one in by_key[text.partition("=")[0]].forced(text)]
+        return [one for text in overrides for one in self._by_key[text.partition("=")[0]].forced(text)]
 
     def _admit(self, overrides: Sequence[str]) -> tuple[Job | None, list[Problem]]:
-        by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
         composed = self.composer.compose(self._forced(overrides))
         if self.is_repeated:  # before a plugin that these options name is imported
             composed.problems += code_problems(self.folder, composed.sections, self.line, self.signatures)
@@ -171,7 +173,7 @@ class Plan:
         located = []
         for problem in problems:
             key = next((one for one in all_keys() if problem.key.startswith(f"{one}.")), problem.key)  # of a mapping's
-            where = (by_key[key].where if key in by_key else "") or problem.where
+            where = (self._by_key[key].where if key in self._by_key else "") or problem.where
             located.append(dataclasses.replace(problem, where=where, point=" ".join(overrides)))
         return (None if problems else admitted), located
 

@@ -99,9 +99,7 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
     record = SweepFolder(plan.folder)
     if plan.config.dry_run:
         return _dry_run(plan, record, console)
-    console.label("sweep", f"{plan.name} → {plan.folder}")
-    for key, text in plan.space.items():
-        console.label("", visible(f"{key}={text}", is_line=True))
+    _show_space(plan, console)
     if plan.changed_conf:
         console.warn(
             f"conf/ has changed since this sweep began ({', '.join(plan.changed_conf[:5])}); it continues with what it "
@@ -110,6 +108,12 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
     stop.allow(plan.config.max_seconds, "sweep.max_seconds")
     with stop.deferred():  # a stop is passed on to the trials
         return _run_trials(plan, record, stop, workers, console)
+
+
+def _show_space(plan: Plan, console: Console) -> None:
+    console.label("sweep", f"{plan.name} → {plan.folder}")
+    for key, text in plan.space.items():
+        console.label("", visible(f"{key}={text}", is_line=True))
 
 
 def _run_trials(
@@ -211,9 +215,7 @@ def _dry_run(plan: Plan, record: SweepFolder, console: Console) -> int:
     _warn_of_damage(statuses, console)
     if plan.force:
         statuses = {number: dataclasses.replace(one, state="WAITING", value=None) for number, one in statuses.items()}
-    console.label("sweep", f"{plan.name} → {plan.folder}")
-    for key, text in plan.space.items():
-        console.label("", visible(f"{key}={text}", is_line=True))
+    _show_space(plan, console)
     statuses |= early_replicates(trials, statuses)
     to_run = {number for number in todo if not statuses[number].is_over}
     listing(trials, statuses, to_run if len(to_run) < len(trials) else (), console)

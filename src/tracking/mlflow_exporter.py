@@ -45,6 +45,8 @@ class MlflowExporter(FolderExporter):
 
     name = "MLflow"
     can_be_synced = True
+    main_file: str
+    """The file that is there if there may be something to deliver."""
 
     def __init__(
         self,
@@ -96,11 +98,6 @@ class MlflowExporter(FolderExporter):
     def _own_tags(self) -> Mapping[str, str]:
         """Tags that only this kind of folder has."""
         return {}
-
-    @property
-    @abstractmethod
-    def _main_file(self) -> str:
-        """The file that is there if there may be something to deliver."""
 
     @property
     @abstractmethod
@@ -439,7 +436,7 @@ class MlflowExporter(FolderExporter):
         if state and self.is_its_store(state["uri"]):
             return state | {"uri": self.stored_uri}
         run_id = None if state else self._id_elsewhere()
-        may_be_known = bool(state) or run_id is not None or os.path.lexists(self.folder / self._main_file)
+        may_be_known = bool(state) or run_id is not None or os.path.lexists(self.folder / self.main_file)
         before = self._runs_before(state) if state else {}
         return {"uri": self.stored_uri, "run_id": run_id} | before | ({"doubtful": True} if may_be_known else {})
 

@@ -34,6 +34,8 @@ REPORT_KEYS: Mapping[str, Types] = {"digest": str, "rows_kept": int, "tokens": i
 class MlflowRunExporter(MlflowExporter):
     """Delivers a run's folder."""
 
+    main_file = METRICS
+
     @property
     def _run_name(self) -> str:
         return self._config.run_name
@@ -54,10 +56,6 @@ class MlflowRunExporter(MlflowExporter):
         except DamagedFileError:
             return ""
         return next(filter(is_time, times), "")
-
-    @property
-    def _main_file(self) -> str:
-        return METRICS
 
     @property
     def _exceeds_folder(self) -> bool:

@@ -42,6 +42,8 @@ class MlflowSweepExporter(MlflowExporter):
     be over because none holds it, what the store has of each trial is looked at, and not only of those that lack some.
     """
 
+    main_file = "trials.jsonl"
+
     @property
     def _run_name(self) -> str:
         return self._sweep["name"]
@@ -53,10 +55,6 @@ class MlflowSweepExporter(MlflowExporter):
     @property
     def _own_tags(self) -> Mapping[str, str]:
         return {"towline.sweep": self._run_name}
-
-    @property
-    def _main_file(self) -> str:
-        return "trials.jsonl"
 
     @property
     def _exceeds_folder(self) -> bool:
