@@ -391,9 +391,9 @@ def status_written_ns(run_dir: Path) -> int | None:
 
 def last_words(log: Path | None) -> str:
     """Return the last line that a trial printed."""
-    said = b""
+    content = b""
     if log is not None:
         with suppress(OSError, ValueError):  # it is gone by now, or not a file
-            said = read_bytes(log)
-    lines = said.decode(errors="replace").split("\n")
+            content = read_bytes(log)
+    lines = content.decode(errors="replace").split("\n")
     return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")

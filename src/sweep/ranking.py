@@ -279,13 +279,13 @@ def conclusion(rows: Sequence[Row], metric: str, direction: Direction) -> str:
         return f"No trial finished with a value of {metric}: there is nothing to rank."
     measured = [row for row in ranked if row.n > 1]
     if not measured:
-        said = _conclusion_of_single_values(ranked, metric, direction)
+        result = _conclusion_of_single_values(ranked, metric, direction)
     elif len(measured) == 1:
         name = f"{measured[0].name}: " if measured[0].label or measured[0].group else ""
-        said = f"{name}{metric} has {_measure(measured[0], ranked)}; there is nothing to compare it with."
+        result = f"{name}{metric} has {_measure(measured[0], ranked)}; there is nothing to compare it with."
     else:
-        said = _conclusion_of_many(measured, ranked, metric, direction)
-    return " ".join([said, *_cautions(rows, ranked, measured, metric)])
+        result = _conclusion_of_many(measured, ranked, metric, direction)
+    return " ".join([result, *_cautions(rows, ranked, measured, metric)])
 
 
 def _conclusion_of_single_values(ranked: Sequence[Row], metric: str, direction: Direction) -> str:
@@ -330,20 +330,22 @@ def _tie_of_two(row: Row, ranked: Sequence[Row], metric: str) -> str:
 
 
 def _cautions(rows: Sequence[Row], ranked: Sequence[Row], measured: Sequence[Row], metric: str) -> list[str]:
-    said = []
+    cautions = []
     single = [row for row in ranked if row.n < 2]
     if measured and single:
         have = "has" if len(single) == 1 else "have"
-        said.append(f"{_names(single)} {have} one {kind_of_replicates(ranked)}: no test is possible.")
+        cautions.append(f"{_names(single)} {have} one {kind_of_replicates(ranked)}: no test is possible.")
     best = next(row for row in ranked if row.is_reference)
     if measured and (lacks := _lacks(best)):
-        said.append(f"{best.name} is not complete: {', '.join(f'{count} {word}' for word, count in lacks.items())}.")
+        cautions.append(
+            f"{best.name} is not complete: {', '.join(f'{count} {word}' for word, count in lacks.items())}."
+        )
     lacking = len(rows) - len(ranked)
     if lacking:
-        said.append(f"{plural(lacking, 'setting has', 'settings have')} no value.")
+        cautions.append(f"{plural(lacking, 'setting has', 'settings have')} no value.")
     if metric.rpartition("/")[2] in LOSSES and len({row.group for row in ranked}) > 1:
-        said.append("Losses per token compare models only where they share a tokenizer.")
-    return said
+        cautions.append("Losses per token compare models only where they share a tokenizer.")
+    return cautions
 
 
 def _names(rows: Sequence[Row]) -> str:

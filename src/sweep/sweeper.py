@@ -168,14 +168,14 @@ def _reclaim(
         RunFolderError: where one does not end.
     """
     deadline = time.monotonic() + ORPHAN_SECONDS
-    said: set[int] = set()
+    announced: set[int] = set()
     while held := list(record.held(numbers)):
-        if not said:
+        if not announced:
             workers.ask_to_stop()  # processes of this machine know by themselves that their sweep has died
         for number, by_whom in held:
-            if number not in said:
+            if number not in announced:
                 display.say(f"trial {number}  waits: {by_whom}")
-                said.add(number)
+                announced.add(number)
         if stop.asked():
             raise Interrupted(stop.asked())
         if time.monotonic() > deadline:
@@ -279,15 +279,15 @@ def _report_results(plan: Plan, controller: SweepController, display: ProgressTa
         direction=direction,
         num_folds=plan.sample.data.num_folds if is_folded else None,
     )
-    said = conclusion(rows, metric, direction)
-    leaderboard.write(rows, plan.folder, metric, direction, said)
+    sentence = conclusion(rows, metric, direction)
+    leaderboard.write(rows, plan.folder, metric, direction, sentence)
     if controller.state.history:
         leaderboard.plot(rows, plan.folder / "plots" / "settings.png", metric, direction)
         values = [point["value"] for point in controller.state.history]
         leaderboard.plot_history(values, plan.folder / "plots" / "history.png", metric, direction)
     display.close()
     display.show_results(leaderboard.table(rows, metric, direction))
-    console.say(said)
+    console.say(sentence)
 
 
 def _result(controller: SweepController, trial: Trial) -> Result:

@@ -48,8 +48,8 @@ def reach(uri: str) -> None:
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname, port), timeout=OPENING_SECONDS).close()
     except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or str(error)
-        raise DeliveryError(f"can't be reached: {said}", is_lasting=False) from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DeliveryError(f"can't be reached: {reason}", is_lasting=False) from error
 
 
 def redirected(error: Exception, address: str) -> str | None:

@@ -305,7 +305,7 @@ class MlflowExporter(FolderExporter):
     def _begin_run(self, client: Any) -> Any:
         experiment_id = self._experiment(client)
         retried = bool(self._state.get("creating"))
-        self._save_state(creating=True)  # if the answer is lost, the run is looked for before another is begun
+        self._save_state(creating=True)  # if the answer is lost, the run is searched for before another is begun
         began = milliseconds(self._start_time) if self._start_time else None
         tags = {
             **self._identity,

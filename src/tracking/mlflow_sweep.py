@@ -234,9 +234,9 @@ class MlflowSweepExporter(MlflowExporter):
         state, number = self._tracking(folder), str(trial["number"])
         if not self._is_here(state) or not state or not state.get("run_id"):
             return
-        said = {"run_id": state["run_id"], "state": read_status(folder).get("state")}
+        tied = {"run_id": state["run_id"], "state": read_status(folder).get("state")}
         known = self._state.get("trials", {})
-        if known.get(number) == said:
+        if known.get(number) == tied:
             return
         if reason := holds_another(folder, trial["config"]):
             raise DamagedFileError(f"{folder} is not the folder of trial {number}: {reason}. Rename it back")
@@ -247,11 +247,11 @@ class MlflowSweepExporter(MlflowExporter):
                 "towline.trial": number,
                 "towline.identity": trial["identity"],
                 "towline.setting": trial["setting"],
-                "towline.state": said["state"],
+                "towline.state": tied["state"],
             },
-            run_id=said["run_id"],
+            run_id=tied["run_id"],
         )
-        self._save_state(trials=known | {number: said})
+        self._save_state(trials=known | {number: tied})
 
     @staticmethod
     def _tracking(folder: Path) -> dict[str, Any] | None:
