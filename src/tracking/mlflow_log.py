@@ -58,7 +58,7 @@ class OpenRun:
         self.sent.params |= {param.key for param in params}
 
     def log_tags(self, tags: Mapping[str, Any], run_id: str | None = None) -> None:
-        """Set tags, run_tags that have a value, of this run or of another, in one call."""
+        """Set the tags that have a value, of this run or of another, in one call."""
         from mlflow.entities import RunTag
 
         run_tags = [RunTag(key, str(value)) for key, value in tags.items() if value is not None]
