@@ -31,9 +31,9 @@ def preflight(job: Job) -> int:
     console.label("preflight", f"{config.name}: nothing is trained")
 
     from src.inspection.libraries import import_as_run
-    from src.sweep.workers import WARM, modules_of_run
+    from src.sweep.workers import PRELOAD_MODULE, modules_of_run
 
-    libraries_bytes = import_as_run([WARM, *modules_of_run(config)])
+    libraries_bytes = import_as_run([PRELOAD_MODULE, *modules_of_run(config)])
 
     from src.inspection.ahead import look_ahead  # imports what was just counted
 

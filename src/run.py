@@ -51,29 +51,30 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer, tracker.console.working)  # counts what it kept, truncated and dropped
         resume = resume.checked(data, tokenizer, job)  # other rows or ids are refused before any weight is read
-        tracker.record("data_report.json", data.report())
+        tracker.write_file("data_report.json", data.report())
         built = assemble_model(config, tokenizer, new_tokens, data, runtime)  # quantised, resized, initialised, adapted
         state = build_train_state(
             built.model, data.train, config, runtime, new_tokens.ids, resume.step, resume.position
         )
         check_new_rows(state.model, built.initialised)  # bit for bit, after wrapping
-        tracker.warn(load_initial_weights(state, tokenizer, runtime, config))  # init_from
+        tracker.warn(*load_initial_weights(state, tokenizer, runtime, config))  # init_from
         evaluator = open_evaluation(config, state.loss_model, state.model, data, runtime)
-        tracker.warn(data_warnings(config, data, tokenizer, state))
-        tracker.describe(overview(job, state, built, data, runtime))
+        tracker.warn(*data_warnings(config, data, tokenizer, state))
+        tracker.show_overview(overview(job, state, built, data, runtime))
         samples, num_prompts = data.for_samples(), config.evaluation.sample_prompts
         untrained = resume.untrained or [one.text for one in sample(evaluator, samples, num_prompts, step=0)]
         fingerprint = fingerprint_of(state, data, tokenizer, runtime, config)
-        tracker.warn(resume.restore(state, fingerprint, runtime, config))  # weights, optimizer, counters, generators
+        tracker.warn(*resume.restore(state, fingerprint, runtime, config))  # weights, optimizer, counters, generators
 
         with open_saver(job, resume, state, fingerprint, untrained, runtime, tracker) as saver, stop.deferred():
-            pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.console.warn)
+            pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.warn)
             for step in train(state, data.train, config, runtime, evaluator.pad_token_id):
-                tracker.progress(step, state.num_steps, config.training.logging_steps)
-                tracker.warn(step.warnings)
+                is_logged = config.training.log_every.is_due(step)
+                tracker.progress(step, state.num_steps, is_logged=is_logged)
+                tracker.warn(*step.warnings)
                 if config.checkpoint.save_every.is_due(step):
                     saver.save()  # before the evaluation: a run that is stopped in it repeats it
-                with tracker.line(step, due=config.training.log_every.is_due(step)) as line:
+                with tracker.line(step, due=is_logged) as line:
                     if config.evaluation.eval_every.is_due(step):
                         line.metrics |= evaluator.evaluate(data.validation.values(), new_tokens.ids)
                         line.metrics |= state.token_monitor.metrics()

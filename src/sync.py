@@ -60,7 +60,7 @@ def sync(source: Source, console: Console) -> tuple[int, str]:
     Raises:
         RunFolderError: where a process uses the folder, or it can't be locked.
     """
-    from src.tracking.export_thread import TO_THE_END
+    from src.tracking.export_thread import UNTIL_DELIVERED
     from src.tracking.lock import hold
     from src.tracking.tracker import start_exporters
 
@@ -68,10 +68,10 @@ def sync(source: Source, console: Console) -> tuple[int, str]:
         exporter = _exporter(source, console)
         console.label("sync", f"{source.folder} → {exporter.name}, {exporter.where}")
         exports = start_exporters([exporter], source.folder, warn=console.warn)
-        for left in exports.close(TO_THE_END, console.working):
-            then = "Once that is fixed, the" if left.needs_mending else "The"
+        for left in exports.close(UNTIL_DELIVERED, console.working):
+            then = "Once that is fixed, the" if left.needs_user_action else "The"
             console.warn(f"{source.folder}: {left.reason}. {then} same command resumes there")
-            return 2 if left.needs_mending else 1, exports.ended_by
+            return 2 if left.needs_user_action else 1, exports.ended_by
         console.label("delivered", f"{exporter.progress}, as run {exporter.run_id}")
         return 0, exports.ended_by
 

@@ -22,7 +22,7 @@ from src.tracking.console import Console
 from src.tracking.folder_start import Start
 from src.tracking.lock import hold
 from src.tracking.step_logs import metrics_at
-from src.tracking.tracker import NullTracker, Tracker, deliver_pending, open_tracking
+from src.tracking.tracker import Tracker, deliver_pending, open_tracking
 from src.training.resume import ResumePoint, find_resume_point
 
 
@@ -65,7 +65,7 @@ def open_run(job: Job) -> Iterator[tuple[ResumePoint, Tracker]]:
     """
     config, run_dir, console = job.config, job.run_dir, Console()
     if (place := place_of()) is not None and not place.is_main:
-        yield ResumePoint(), NullTracker(console)
+        yield ResumePoint(), Tracker(console)
         return
     console.label("run", f"{config.name} → {run_dir}")
     with nullcontext() if job.is_held else hold(run_dir):
@@ -74,8 +74,8 @@ def open_run(job: Job) -> Iterator[tuple[ResumePoint, Tracker]]:
             check_best(config.checkpoint, run_dir, found.state, metrics_at(run_dir, found.step))
         with open_tracking(config.tracking, run_dir, job.frozen, console, start_of(job, found)) as tracker:
             if found.checkpoint is not None:
-                tracker.describe({"resumed": f"after step {found.step}, from {found.checkpoint}"})
-            tracker.warn(found.warnings)
+                tracker.show_overview({"resumed": f"after step {found.step}, from {found.checkpoint}"})
+            tracker.warn(*found.warnings)
             yield found, tracker
 
 

@@ -31,7 +31,7 @@ def warm_up() -> None:
     """Import what every trial needs, and do what each would do for itself."""
     rest_while_importing()  # each trial looks for garbage again, when it is ready to
     for name in NEEDED:
-        with suppress(ImportError):  # a trial tells
+        with suppress(ImportError):  # the trial reports it
             import_module(name)
 
     from src.config.formats import declared_formats

@@ -98,6 +98,16 @@ def _check_sample(line: dict[str, Any], before: dict[str, Any] | None) -> None:
         raise ValueError(f"step {line['step']} comes after step {before['step'] if before else 0}")
 
 
+def metrics_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a line by name, without those that are null."""
+    return {name: value for name, value in line.items() if name != "step" and value is not None}
+
+
+def is_timing(name: str) -> bool:
+    """Return whether a metric is a time or a speed, which no two runs have alike."""
+    return name.startswith("perf/")
+
+
 def metrics_at(path: Path, step: int | None) -> dict[str, Any] | None:
     """Return the line of metrics of a step; None where there is none.
 

@@ -24,7 +24,7 @@ POINT_KEYS: Mapping[str, Types] = {
     **dict.fromkeys(("value", "best"), (*NUMBER, type(None))),
     "elapsed_seconds": NUMBER,
 }
-"""Of an entry of `history`: a trial that finished, in the order in which they did."""
+"""Keys of an entry of `history`: a trial that finished, in the order in which they did."""
 
 
 def read_sweep(folder: Path, more: Mapping[str, Types] | None = None, remedy: str = "") -> dict[str, Any]:

@@ -34,7 +34,7 @@ def export_trained(
         ExportError: where what was written does not load as what was trained.
     """
     if job.config.data.streaming:
-        tracker.record("data_report.json", data.report())  # what was read is known only now
+        tracker.write_file("data_report.json", data.report())  # what was read is known only now
     of_run = (data.report(), tracker.latest, provenance, built.new_tokens.ids)
     card = model_card(job.frozen, *of_run)
     adapter_card = model_card(job.frozen | {"export": {"merge": False}}, *of_run)
@@ -43,5 +43,5 @@ def export_trained(
         return None
     folder = job.run_dir / "model"
     with unsharded_models():
-        tracker.warn(export(state.model, built.adapter, built.tokenizer, folder, job.config, card, adapter_card))
+        tracker.warn(*export(state.model, built.adapter, built.tokenizer, folder, job.config, card, adapter_card))
     return exported_digests(folder)

@@ -77,7 +77,7 @@ class ResumePoint:
         """Whether the run's own checkpoint was its last: its line has what belongs to the end of a run."""
         return self.own_step is not None and self.own_step >= self.state["facts"]["num_steps"]
 
-    def adjust(self, job: Job, num_processes: int, warn: Callable[[Sequence[str]], None]) -> Job:
+    def adjust(self, job: Job, num_processes: int, warn: Callable[[str], None]) -> Job:
         """Return the job whose steps take as many rows as before, where only the number of processes changed.
 
         Accumulation makes up for it. Where that does not divide, nothing is changed, and `restore` reports it.
@@ -93,10 +93,8 @@ class ResumePoint:
         if num_processes != before["num_processes"]:  # else the start that changed it has warned
             count = plural(num_processes, "process", "processes")
             warn(
-                [
-                    f"{count} instead of {before['num_processes']}: gradient_accumulation_steps is {accumulation} "
-                    f"instead of {training.gradient_accumulation_steps}, so that a step takes the same rows"
-                ]
+                f"{count} instead of {before['num_processes']}: gradient_accumulation_steps is {accumulation} "
+                f"instead of {training.gradient_accumulation_steps}, so that a step takes the same rows"
             )
         training = replace(training, gradient_accumulation_steps=accumulation)
         return replace(job, config=replace(job.config, training=training))

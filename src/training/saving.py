@@ -126,18 +126,18 @@ def open_saver(
     """
     config = job.config
     with open_checkpoints(config.checkpoint, job.run_dir, tracker.sync, writes=runtime.is_main) as checkpoints:
-        tracker.warn(checkpoints.warnings)
+        tracker.warn(*checkpoints.warnings)
         if resume.own_step is not None:
-            tracker.warn(checkpoints.discard_after(resume.own_step))
-        tracker.expect(state.num_steps, state.steps_per_epoch)
+            tracker.warn(*checkpoints.discard_after(resume.own_step))
+        tracker.set_length(state.num_steps, state.steps_per_epoch)
         is_end = state.step >= state.num_steps or resume.is_end
-        lines, again = runtime.from_main((tracker.rewind_to(state.step, is_end=is_end), tracker.cut_line))
+        lines, again = runtime.from_main(tracker.rewind_to(state.step, is_end=is_end))
         state.set_complete(is_complete=any(line["step"] == state.step for line in lines))
         comparable_from = resume.comparable_from(fingerprint, state.step, is_complete=state.is_last_step_complete)
         repeated = again if state.evaluates_again(config.evaluation.eval_steps) else None
         evaluations = comparable_evaluations(resume.own_state.get("best", ()), lines, repeated, comparable_from)
         written = written_weights(resume.own_state)
-        tracker.warn(checkpoints.load_index(evaluations, resume.own_step, written))
+        tracker.warn(*checkpoints.load_index(evaluations, resume.own_step, written))
         extra = {"config": job.frozen, "comparable_from": comparable_from, "untrained": list(untrained)}
         saver = Saver(checkpoints, state, config, fingerprint, extra, runtime, tracker, lines)
         runtime.wait()
