@@ -63,7 +63,7 @@ from src.forecast.parameters import (
     with_adapter,
 )
 from src.forecast.time import TimeForecast, counted_time, matmul_flops_per_second, measured_time
-from src.inspection.outlook import planned_parameters
+from src.inspection.run_forecast import planned_parameters
 from src.model.adapters import Adapter, add_adapter
 from src.model.build import build_model, empty_model
 from src.model.embeddings import fit_embeddings

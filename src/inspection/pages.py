@@ -14,7 +14,7 @@ from src.forecast.items import MemoryItem
 from src.forecast.time import TimeForecast
 from src.inspection.drawing import Paint, histogram, painted_row
 from src.inspection.findings import Proof
-from src.inspection.outlook import Forecast
+from src.inspection.run_forecast import Forecast
 from src.model.build import num_parameters
 from src.tracking.console import Console, clock
 from src.util import human_bytes
@@ -63,9 +63,9 @@ def show_rows(console: Console, train: EncodedSet, data: Data, count: int, paint
             console.say(f"    {line}", is_painted=True)
 
 
-def show_forecasts(console: Console, config: RunConfig, ahead: Forecast) -> None:
+def show_forecasts(console: Console, config: RunConfig, forecast: Forecast) -> None:
     """Print how many steps there are, and what they will take of memory, disk and time."""
-    training, work = config.training, ahead.work
+    training, work = config.training, forecast.work
     rows = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps}"
     processes = config.runtime.world_size
     rows += f" x {processes} processes" if processes > 1 else ""
@@ -77,28 +77,28 @@ def show_forecasts(console: Console, config: RunConfig, ahead: Forecast) -> None
         f"{work.num_steps:,}{epochs} of {rows} {'sequences' if config.data.batching.value == 'packed' else 'rows'}\n"
         f"{work.tokens_fed:,} tokens fed; {padded:.0%} of what is computed is padding ({config.data.batching.value})",
     )
-    most = ahead.memory.total._replace(name=f"total{each}")
-    console.label("memory", _table([*ahead.memory.parts, *ahead.memory.instead, most]))
-    if ahead.memory.on_cpu:
-        console.label("on the CPU", _table(ahead.memory.on_cpu))
-    if ahead.measured:
-        found = ahead.measured
+    most = forecast.memory.total._replace(name=f"total{each}")
+    console.label("memory", _table([*forecast.memory.parts, *forecast.memory.instead, most]))
+    if forecast.memory.on_cpu:
+        console.label("on the CPU", _table(forecast.memory.on_cpu))
+    if forecast.measured:
+        found = forecast.measured
         console.label(
             "measured",
             f"the widest micro-batch kept {human_bytes(found.activation_bytes)} of activations and logits; "
             f"{human_bytes(found.peak_memory_bytes)} held in all, libraries included",
         )
-    console.label("disk", _table([*ahead.disk.parts, ahead.disk.total]))
-    console.label("", f"{human_bytes(ahead.disk.free_bytes)} free in {ahead.disk.place}")
-    console.label("time", _times(ahead.time))
-    if ahead.measured is None:
+    console.label("disk", _table([*forecast.disk.parts, forecast.disk.total]))
+    console.label("", f"{human_bytes(forecast.disk.free_bytes)} free in {forecast.disk.place}")
+    console.label("time", _times(forecast.time))
+    if forecast.measured is None:
         console.label("", "preflight.measure=true computes a batch of each and forecasts it better")
 
 
-def _times(ahead: TimeForecast) -> str:
-    width = max(len(part.name) for part in ahead.parts)
+def _times(forecast: TimeForecast) -> str:
+    width = max(len(part.name) for part in forecast.parts)
     lines = []
-    for part in ahead.parts:
+    for part in forecast.parts:
         seconds = "unknown" if part.seconds is None else clock(part.seconds)
         bound = "at least " if part.is_lower_bound and part.seconds is not None else ""
         lines.append(f"{part.name:<{width}}  {bound}{seconds}   {part.how}")

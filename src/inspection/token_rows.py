@@ -11,7 +11,7 @@ from src.model.embeddings import StartedRows, num_rows
 from src.tokens import NewTokens
 from src.tracking.console import Console
 
-MOST_PIECES = 6  # that a new token starts from, named one by one
+MOST_NAMED = 6  # that a new token starts from, named one by one
 
 
 def show_tokens(
@@ -48,7 +48,7 @@ def show_tokens(
         start = "known already, left as learned"
         if token in started.ids:
             words = tokenizer.convert_ids_to_tokens(started.sources[token])
-            named = f" {words if len(words) <= MOST_PIECES else f'of {len(words)} pieces'}" if words else ""
+            named = f" {words if len(words) <= MOST_NAMED else f'of {len(words)} pieces'}" if words else ""
             was = "" if token in new.added else "known already, but never learned: "
             start = f"{was}starts from {config.tokens.init.method.value}{named}"
         elif not are_weights_seen:
@@ -60,7 +60,7 @@ def show_tokens(
     console.label("tokens", "\n".join(lines))
 
 
-def about_starts(new: NewTokens, started: StartedRows) -> list[Finding]:
+def about_initialised_rows(new: NewTokens, started: StartedRows) -> list[Finding]:
     """Return a note on the tokens that the checkpoint knows by name only."""
     found = [token for token in new.known if token in started.ids]
     if not found:

@@ -28,7 +28,7 @@ from src.util import human_bytes
 
 @dataclass(frozen=True)
 class Forecast:
-    """What lies ahead."""
+    """What a run will need of steps, memory, disk and time."""
 
     work: Workload
     memory: MemoryForecast
@@ -37,7 +37,7 @@ class Forecast:
     measured: Measured | None
 
 
-def outlook(
+def forecast_run(
     config: RunConfig,
     model: Any,
     tokenizer: Any,

@@ -20,9 +20,9 @@ from src.evaluation.generate import check_prompts
 from src.inspection.drawing import Paint, draw_lengths
 from src.inspection.findings import findings, judge_of, prove
 from src.inspection.libraries import resident_bytes
-from src.inspection.outlook import about_disk, device_of, outlook
 from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets
-from src.inspection.starts import about_starts, show_tokens
+from src.inspection.run_forecast import about_disk, device_of, forecast_run
+from src.inspection.token_rows import about_initialised_rows, show_tokens
 from src.model.build import check_adapter_of, check_lengths, empty_model
 from src.model.embeddings import StartedRows, resize_and_initialise
 from src.model.quantization import check_quantisable
@@ -33,7 +33,7 @@ from src.tracking.console import Console
 
 
 @dataclass(frozen=True)
-class Assembled:
+class Preview:
     """What a run would train, without weights."""
 
     tokenizer: Any
@@ -47,7 +47,7 @@ class Assembled:
     """Whether the stored weights could be read for known tokens that were never learned."""
 
 
-def look_ahead(job: Job, console: Console, libraries_bytes: int) -> int:
+def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
     """Assemble what a run would, show it and what it will take; return the exit code."""
     config, own = job.config, job.own
     folder = Path("outputs", config.name, "preflight")
@@ -66,23 +66,23 @@ def look_ahead(job: Job, console: Console, libraries_bytes: int) -> int:
     judge = judge_of(config, data)
     proofs = {name: prove(rows, judge) for name, rows in sets.items()}
     new_ids, held = list(started.ids.values()), libraries_bytes + built.data_bytes
-    ahead = outlook(config, model, tokenizer, new_ids, data, job.run_dir, held, measure=own.measure)
-    show_forecasts(console, config, ahead)
+    forecast = forecast_run(config, model, tokenizer, new_ids, data, job.run_dir, held, measure=own.measure)
+    show_forecasts(console, config, forecast)
     found = [
-        *findings(config, data, tokenizer, train, proofs, ahead.work.num_steps),
-        *about_starts(built.new_tokens, started),
-        *about_disk(ahead.disk),
+        *findings(config, data, tokenizer, train, proofs, forecast.work.num_steps),
+        *about_initialised_rows(built.new_tokens, started),
+        *about_disk(forecast.disk),
     ]
     found.sort(key=lambda finding: list(Level).index(finding.level))
     code = show_findings(console, found, proofs, paint)
     if own.dump is not None:
         console.label("dump", f"{dump(data, Path(own.dump)):,} rows of train in {own.dump}")
-    write_report(folder / "preflight.json", data, found, ahead)
+    write_report(folder / "preflight.json", data, found, forecast)
     console.label("written", f"{folder}/lengths.png, preflight.json")
     return code
 
 
-def _assemble(config: RunConfig, console: Console) -> Assembled:
+def _assemble(config: RunConfig, console: Console) -> Preview:
     """Read the rows and build the model without weights, refusing what a run would refuse.
 
     Raises:
@@ -101,7 +101,7 @@ def _assemble(config: RunConfig, console: Console) -> Assembled:
     unlearned = stored_unlearned_tokens(model, tokenizer, new_tokens, config.model)
     started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned or ())
     check_prompts(config, model, data)
-    return Assembled(tokenizer, new_tokens, data, data_bytes, model, started, unlearned is not None)
+    return Preview(tokenizer, new_tokens, data, data_bytes, model, started, unlearned is not None)
 
 
 def dump(data: Data, file: Path) -> int:
@@ -127,17 +127,19 @@ def dump(data: Data, file: Path) -> int:
     return count
 
 
-def write_report(file: Path, data: Data, found: Sequence[Any], ahead: Any) -> None:
+def write_report(file: Path, data: Data, found: Sequence[Any], forecast: Any) -> None:
     """Write what was found as JSON, for a program to read."""
     report = {
         "findings": [{"level": finding.level.value, "text": finding.text} for finding in found],
         "data": {name: report.as_dict() for name, report in data.reports.items()},
-        "steps": ahead.work.num_steps,
-        "memory": {part.name: part.bytes for part in [*ahead.memory.parts, *ahead.memory.instead, ahead.memory.total]},
-        "memory_on_cpu": {part.name: part.bytes for part in ahead.memory.on_cpu},
-        "disk": {part.name: part.bytes for part in ahead.disk.parts},
-        "time": {part.name: part._asdict() for part in ahead.time.parts},
-        "measured": ahead.measured and asdict(ahead.measured),
+        "steps": forecast.work.num_steps,
+        "memory": {
+            part.name: part.bytes for part in [*forecast.memory.parts, *forecast.memory.instead, forecast.memory.total]
+        },
+        "memory_on_cpu": {part.name: part.bytes for part in forecast.memory.on_cpu},
+        "disk": {part.name: part.bytes for part in forecast.disk.parts},
+        "time": {part.name: part._asdict() for part in forecast.time.parts},
+        "measured": forecast.measured and asdict(forecast.measured),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
