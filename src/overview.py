@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from src.config.job import Job
-from src.config.schema import Batching, InitMethod, LoraConfig, RunConfig, Weights
+from src.config.schema import Batching, InitMethod, LoraConfig, RunConfig, TokensConfig, Weights
 from src.data.dataset import Data
 from src.forecast.disk import disk_need, most_saves
 from src.forecast.optimizer_state import checkpoint_bytes
@@ -61,18 +61,28 @@ def _adapter(config: LoraConfig) -> str:
 def _tokens(config: RunConfig, state: TrainState, built: Assembled) -> str:
     tokenizer, new, started = built.tokenizer, built.new_tokens, built.started
     text = f"{len(tokenizer):,} in the vocabulary, {num_rows(state.model):,} rows"
-    if started.ids:
-        init = config.tokens.init
-        how = f"{init.method.value} {init.text}" if init.method is InitMethod.text else init.method.value
-        named = [token for token in started.ids if token in new.ids]
-        text += f"; {', '.join(named)} start from {how}" if named else ""
-        if rest := len(started.ids) - len(named):
-            text += f"; {rest:,} that the checkpoint has no rows for start from the mean"
-    if unlearned := [token for token in new.known if token in started.ids]:
-        text += f"; known already, but never learned: {', '.join(unlearned)}"
-    if learned := [token for token in new.known if token not in started.ids]:
-        text += f"; known already, left as learned: {', '.join(learned)}"
+    if named := [token for token in started.ids if token in new.ids]:
+        text += f"; {', '.join(named)} initialised {_initialised_from(config.tokens)}"
+    if rest := len(started.ids) - len(named):
+        text += f"; {rest:,} without a row in the checkpoint initialised from the mean"
+    if untrained := [token for token in new.known if token in started.ids]:
+        text += f"; untrained in the checkpoint: {', '.join(untrained)}"
+    if kept := [token for token in new.known if token not in started.ids]:
+        text += f"; in the vocabulary, rows kept: {', '.join(kept)}"
     return text
+
+
+def _initialised_from(config: TokensConfig) -> str:
+    """Return what the rows of new tokens start as, in words."""
+    match config.init.method:
+        case InitMethod.text:
+            return f"from the mean of {', '.join(map(repr, config.init.text))}"
+        case InitMethod.description:
+            return "from the mean of their descriptions"
+        case InitMethod.random:
+            return "at random"
+        case InitMethod.mean:
+            return "from the mean of all rows"
 
 
 def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:

@@ -44,10 +44,10 @@ class Paint:
     def legend(self) -> str:
         """Return what the colours or signs mean."""
         names = {
-            self.PROMPT: "prompt, not learned",
-            self.ANSWER: "learned: answer",
-            self.THOUGHT: "learned: thought",
-            self.END: "learned: end",
+            self.PROMPT: "prompt",
+            self.ANSWER: "supervised: answer",
+            self.THOUGHT: "supervised: thought",
+            self.END: "supervised: end",
         }
         return "   ".join(self(kind, name) for kind, name in names.items())
 

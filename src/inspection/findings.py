@@ -42,7 +42,7 @@ class Proof:
     """What decoding and encoding the rows again has shown.
 
     `unlike` are the rows whose ids do not decode to their text, `wrong_mask` those whose supervised ids do not decode
-    to what is to be learned of them, every turn of a chat, `seams` those that tokenise otherwise in one piece,
+    to the text that is to be supervised (in a chat: of every turn), `seams` those that tokenise otherwise in one piece,
     `altered` those of whose messages the chat template leaves out or changes one. `misjudged` are rows whose own
     answer, decoded from what they teach and cut where generation stops, gets less than full marks against their
     reference, with the metric, that answer and the reference; `unscorable` counts the references by metrics that can't
@@ -58,7 +58,7 @@ class Proof:
     misjudged: list[tuple[int, str, str, str]] = field(default_factory=list)
     unscorable: Counter[str] = field(default_factory=Counter)
     num_with_end: int = 0
-    """Rows in which a token that ends generation is learned."""
+    """Rows in which a token that ends generation is supervised."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def judge_of(config: RunConfig, data: Data) -> Judge:
 
 
 class SupervisedIds(NamedTuple):
-    """The ids of a row that are learned, or of an encoder-decoder's target, and where the supervised ones are."""
+    """The ids of a row, or of an encoder-decoder's target, and where the supervised ones are."""
 
     ids: list[int]
     parts: list[tuple[int, int]]
@@ -97,7 +97,7 @@ class SupervisedIds(NamedTuple):
 
     @property
     def last(self) -> list[int]:
-        """What is learned last: what a model should generate for the row."""
+        """The last supervised ids: what a model should generate for the row."""
         return self.ids[slice(*self.parts[-1])] if self.parts else []
 
 
@@ -115,8 +115,8 @@ def prove(rows: EncodedSet, judge: Judge) -> Proof:
         unlike = set(changed_rows(rows, whole, encoder))
         proof.unlike += sorted(unlike)
         same = [i for i in whole if i not in unlike]
-        learned = zip(same, decode_supervised([supervised[i] for i in same], encoder), strict=True)
-        proof.wrong_mask += [i for i, text in learned if not _is_what_is_learned(text, rows, i, encoder.eos_token)]
+        decoded = zip(same, decode_supervised([supervised[i] for i in same], encoder), strict=True)
+        proof.wrong_mask += [i for i, text in decoded if not _matches_supervised_text(text, rows, i, encoder.eos_token)]
         if not rows.is_encoder_decoder:
             proof.seams += _seams(rows, whole, encoder)
         proof.altered += [i for i in some if any(_alters(change) for change in rows.changes(i))]
@@ -124,8 +124,8 @@ def prove(rows: EncodedSet, judge: Judge) -> Proof:
     return proof
 
 
-def _is_what_is_learned(text: str, rows: EncodedSet, index: int, eos: str) -> bool:
-    """Return whether a decoded text is what is to be learned of a row; a chat's tokens may add or take white space."""
+def _matches_supervised_text(text: str, rows: EncodedSet, index: int, eos: str) -> bool:
+    """Return whether a decoded text is what should be supervised in a row; in a chat, white space may differ."""
     wanted = rows.supervised_text(index)
     if text in (wanted, wanted + eos):
         return True
@@ -136,13 +136,13 @@ def _alters(change: str) -> bool:
     return change.endswith((MISSING, CHANGED))
 
 
-def _judge(rows: EncodedSet, learned: Mapping[int, list[int]], judge: Judge, proof: Proof) -> None:
+def _judge(rows: EncodedSet, supervised: Mapping[int, list[int]], judge: Judge, proof: Proof) -> None:
     """Score what rows teach, cut where generation would stop, against their references."""
-    cut = [cut_at(ids, judge.stop_ids) for ids in learned.values()]
+    cut = [cut_at(ids, judge.stop_ids) for ids in supervised.values()]
     if judge.end is not None:
         cut = [judge.end.cut(one) for one in cut]
     texts = judge.reader.encoder.decode_batch([one.ids for one in cut])
-    for i, text in zip(learned, texts, strict=True):
+    for i, text in zip(supervised, texts, strict=True):
         answer, reference = judge.reader.answer(rows, i, text), judge.reader.plain_reference(rows, i)
         if answer != reference:
             reference = judge.reader.reference(rows, i)
@@ -217,7 +217,9 @@ def _about_masks(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> 
     for name, proof in proofs.items():
         rows = sets[name]
         if proof.wrong_mask:
-            text = f"{name}: in {_rows(len(proof.wrong_mask))} what is supervised is not what is to be learned"
+            text = (
+                f"{name}: in {_rows(len(proof.wrong_mask))} the supervised ids do not decode to the text to supervise"
+            )
             yield Finding(Level.error, f"{text}: {_places(rows, proof.wrong_mask)}")
         if proof.unlike:
             text = f"{name}: {_rows(len(proof.unlike))} of {proof.num_checked:,} come back changed from the tokenizer"
@@ -269,19 +271,19 @@ def _about_rows(config: RunConfig, data: Data, train: EncodedSet) -> Iterator[Fi
                 yield Finding(Level.warning, f"{name}: {_rows(count)} dropped, {reason.replace('_', ' ')}: {places}")
         if report.rows_cleaned:
             yield Finding(Level.note, f"{name}: data.clean_dialogue changes {_rows(report.rows_cleaned)}")
-    seen = fingerprints(train)
+    seen = row_checksums(train)
     if doubles := len(train) - len(set(seen)) - data.reports["train"].rows_repeated:
         yield Finding(
             Level.note, f"train: {_rows(doubles)} {'is' if doubles == 1 else 'are'} exactly like an earlier one"
         )
     in_train = set(seen)
     for rows in [*data.validation.values(), *data.test.values()]:
-        leaked = [i for i, one in enumerate(fingerprints(rows)) if one in in_train]
+        leaked = [i for i, one in enumerate(row_checksums(rows)) if one in in_train]
         if leaked:
             text = f"{rows.name}: {_rows(len(leaked))} of {len(rows):,} stand in train too: its score says little"
             yield Finding(Level.warning, f"{text} ({_places(rows, leaked)})")
     if not data.validation:
-        text = "there is no validation set: nothing tells when the model begins to learn by heart"
+        text = "there is no validation set: overfitting would not be seen"
         yield Finding(Level.note, f"{text} (data.validation_files or data.validation_fraction)")
     if data.uses_fallback_template:
         text = "the tokenizer has no chat template; Towline's plain one is used, and saved with the model"
@@ -311,7 +313,7 @@ def padding(rows: EncodedSet, plan: BatchSampler, seed: int) -> float:
     return 1 - int(rows.lengths.sum()) / computed
 
 
-def fingerprints(rows: EncodedSet) -> list[tuple[int, int]]:
+def row_checksums(rows: EncodedSet) -> list[tuple[int, int]]:
     """Return two checksums of each row's ids, to find equal rows by."""
     found = []
     for i in range(len(rows)):

@@ -1,17 +1,17 @@
-"""What preflight says of the configuration's tokens: their ids, and where the row of each starts."""
+"""What preflight prints of the configured tokens: their ids, and where the row of each starts."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from src.config.schema import RunConfig
+from src.config.schema import InitMethod, RunConfig
 from src.data.dataset import Data
 from src.inspection.findings import Finding, Level
 from src.model.embeddings import StartedRows, num_rows
 from src.tokens import NewTokens
 from src.tracking.console import Console
 
-MOST_NAMED = 6  # that a new token starts from, named one by one
+MOST_NAMED = 6  # source tokens of a row that are named one by one
 
 
 def show_tokens(
@@ -25,10 +25,10 @@ def show_tokens(
     *,
     are_weights_seen: bool,
 ) -> None:
-    """Print for each new token whether it is one id, how often it is fed and learned, and where its row starts.
+    """Print for each configured token whether it is one id, how often it is fed and supervised, and its initial row.
 
     Args:
-        are_weights_seen: whether the checkpoint's rows were looked at, so that it is known which were never learned.
+        are_weights_seen: whether the checkpoint's rows were read, so that it is known which were never trained.
     """
     special = ", ".join(
         f"{name} {token} = {token_id}"
@@ -45,19 +45,27 @@ def show_tokens(
         lines.append(f"generation stops at {', '.join(stops)}")
     counts = data.reports["train"].new_tokens
     for token, token_id in new.ids.items():
-        start = "known already, left as learned"
         if token in started.ids:
-            words = tokenizer.convert_ids_to_tokens(started.sources[token])
-            named = f" {words if len(words) <= MOST_NAMED else f'of {len(words)} pieces'}" if words else ""
-            was = "" if token in new.added else "known already, but never learned: "
-            start = f"{was}starts from {config.tokens.init.method.value}{named}"
-        elif not are_weights_seen:
-            start = "known already; whether it was ever learned is seen when the weights are loaded"
+            sources = tokenizer.convert_ids_to_tokens(started.sources[token])
+            start = "" if token in new.added else "untrained in the checkpoint: "
+            start += f"initialised {_initialised_from(config.tokens.init.method, sources)}"
+        elif are_weights_seen:
+            start = "in the vocabulary, its row is kept"
+        else:
+            start = "in the vocabulary; whether the checkpoint trained its row is seen when the weights are loaded"
         ids = tokenizer(token, add_special_tokens=False)["input_ids"]
         one = f"one id, {token_id}" if len(ids) == 1 else f"{len(ids)} ids"
-        fed, learned = counts[token]["fed"], counts[token]["supervised"]
-        lines.append(f"{token}  {one}; fed {fed:,} times, learned {learned:,} times; {start}")
+        fed, supervised = counts[token]["fed"], counts[token]["supervised"]
+        lines.append(f"{token}  {one}; fed {fed:,} times, supervised {supervised:,} times; {start}")
     console.label("tokens", "\n".join(lines))
+
+
+def _initialised_from(method: InitMethod, sources: list[str]) -> str:
+    """Return what a token's row starts as, in words."""
+    if sources:
+        named = " ".join(map(repr, sources)) if len(sources) <= MOST_NAMED else f"the rows of {len(sources)} tokens"
+        return f"from the mean of {named}"
+    return "at random" if method is InitMethod.random else "from the mean of all rows"
 
 
 def about_initialised_rows(new: NewTokens, started: StartedRows) -> list[Finding]:
@@ -65,5 +73,5 @@ def about_initialised_rows(new: NewTokens, started: StartedRows) -> list[Finding
     found = [token for token in new.known if token in started.ids]
     if not found:
         return []
-    text = f"{', '.join(found)}: the checkpoint has the token, but never learned its row; it starts as a new one"
+    text = f"{', '.join(found)}: in the tokenizer, but never trained in the checkpoint; initialised as a new token"
     return [Finding(Level.note, text)]
