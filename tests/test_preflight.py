@@ -114,7 +114,7 @@ def test_rows_of_validation_that_stand_in_train_are_told(here: Path, capsys: pyt
     train = write_lines(here / "train.jsonl", [{"prompt": f"{i}", "completion": "x"} for i in (1, 2, 3, 3)])
     test = write_lines(here / "test.jsonl", [{"prompt": f"{i}", "completion": "x"} for i in (3, 4)])
     text = said(capsys, *only(train), f"data.validation_files=['{test}']")
-    assert "warning  validation: 1 row of 2 stand in train too" in text
+    assert "warning  validation: 1 row of 2 also in train" in text
     assert "test.jsonl:1)" in text
     assert "train: 1 row is exactly like an earlier one" in text
     assert "<ToW>, </ToW> are in no training row, so they will not be learned" in text

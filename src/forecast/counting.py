@@ -34,7 +34,7 @@ class MicroBatchShape(NamedTuple):
     num_supervised: int
     """Positions that are scored."""
     target_seq: int | None = None
-    """Of an encoder-decoder's targets; None for a causal model."""
+    """The longest target of an encoder-decoder; None for a causal model."""
     is_packed: bool = False
     """Whether several rows share a sequence, so that attention needs a mask."""
     has_padding: bool = False
@@ -55,7 +55,7 @@ class TrainingCount:
     peak_bytes: int
     """The most that is held at once."""
     peak_gradient_bytes: int
-    """Of peak_bytes: gradients of parameters."""
+    """Bytes of peak_bytes that are gradients of parameters."""
     flops: int
     """Multiplications and additions of matrix products and attention, forward and backward."""
     has_gradients: bool = True
@@ -100,8 +100,8 @@ class ModelCounter:
         if head is None or inner is model:
             return
         hooks = [
-            head.register_forward_hook(lambda _, given, result: seen.update(fed=given[0], result=result)),
-            inner.register_forward_hook(lambda _, given, result: seen.update(hidden=result)),
+            head.register_forward_hook(lambda _, args, result: seen.update(fed=args[0], result=result)),
+            inner.register_forward_hook(lambda _, args, result: seen.update(hidden=result)),
         ]
         with self._computing():
             inputs = {"input_ids": self._ids(1, 2)}

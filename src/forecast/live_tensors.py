@@ -84,14 +84,14 @@ class LiveTensors(TorchDispatchMode):
 
     def _positions(self, indices: list[Tensor | None]) -> list[Tensor | None]:
         """Turn masks into positions, as many as are supervised."""
-        given: list[Tensor | None] = []
+        positions: list[Tensor | None] = []
         for index in indices:
             is_mask = index is not None and index.dtype is torch.bool
             if is_mask and index is not None:
-                given += [torch.empty(self._num_supervised, dtype=torch.long, device=index.device)] * index.ndim
+                positions += [torch.empty(self._num_supervised, dtype=torch.long, device=index.device)] * index.ndim
             else:
-                given.append(index)
-        return given
+                positions.append(index)
+        return positions
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -22,7 +22,7 @@ class MemoryForecast:
     parts: tuple[MemoryItem, ...]
     """What is held when a training step holds most."""
     instead: tuple[MemoryItem, ...] = ()
-    """Of other moments, what is held in place of activations and backward."""
+    """What evaluation and generation hold in place of activations and backward."""
     on_cpu: tuple[MemoryItem, ...] = ()
     """What is offloaded: held by the CPU instead, by each process."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class TimeItem(NamedTuple):
-    """How long a part of a run takes, in seconds (None: unknown), and how that was reckoned."""
+    """How long a part of a run takes, in seconds (None: unknown), and how that was computed."""
 
     name: str
     seconds: float | None

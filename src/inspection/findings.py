@@ -1,4 +1,4 @@
-"""What is right and wrong with data that was prepared, each with a level. An error means: do not train on this."""
+"""Findings on the prepared data, each with a level. An error means: do not train on this."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from src.training.optim import cannot_learn
 from src.training.state import batch_plan
 from src.util import plural
 
-WHOLE_CHECK_ROWS = 50_000
-"""Rows of a set that are decoded and encoded again, to prove its mask; the first ones."""
+MOST_CHECKED_ROWS = 50_000
+"""The first rows of a set, which are decoded and encoded again to check its mask."""
 
-PROVE_ROWS = 2000  # decoded at once
+ROWS_AT_ONCE = 2000  # that are decoded in one batch
 
 MANY_TRUNCATED = 0.05  # share of rows
 MUCH_PADDING = 0.2  # share of positions
@@ -39,11 +39,11 @@ FEW_STEPS = 20
 
 @dataclass
 class Proof:
-    """What decoding and encoding the rows again has shown.
+    """What decoding and encoding the rows again found.
 
     `unlike` are the rows whose ids do not decode to their text, `wrong_mask` those whose supervised ids do not decode
     to the text that is to be supervised (in a chat: of every turn), `seams` those that tokenise otherwise in one piece,
-    `altered` those of whose messages the chat template leaves out or changes one. `misjudged` are rows whose own
+    `altered` those of whose messages the chat template leaves out or changes one. `low_scoring` are rows whose own
     answer, decoded from what they teach and cut where generation stops, gets less than full marks against their
     reference, with the metric, that answer and the reference; `unscorable` counts the references by metrics that can't
     score them. Cut rows are not looked at.
@@ -55,14 +55,14 @@ class Proof:
     wrong_mask: list[int] = field(default_factory=list)
     seams: list[int] = field(default_factory=list)
     altered: list[int] = field(default_factory=list)
-    misjudged: list[tuple[int, str, str, str]] = field(default_factory=list)
+    low_scoring: list[tuple[int, str, str, str]] = field(default_factory=list)
     unscorable: Counter[str] = field(default_factory=Counter)
     num_with_end: int = 0
     """Rows in which a token that ends generation is supervised."""
 
 
 @dataclass(frozen=True)
-class Judge:
+class AnswerScorer:
     """How answers are read and scored, and where generation stops."""
 
     reader: AnswerReader
@@ -72,13 +72,13 @@ class Judge:
     answer_pattern: str | None
 
 
-def judge_of(config: RunConfig, data: Data) -> Judge:
-    """Return how a run scores answers; one without metrics is judged by exact match of the whole answer."""
+def answer_scorer(config: RunConfig, data: Data) -> AnswerScorer:
+    """Return how a run scores answers; one without metrics is scored by exact match of the whole answer."""
     reader = AnswerReader(data.encoder, config.thought_tags, data.frame)
     end = EndText.of(data.frame, data.encoder)
     if not config.metrics:
-        return Judge(reader, data.stop_ids, end, ["exact_match"], None)
-    return Judge(reader, data.stop_ids, end, config.metrics, config.data.answer_pattern)
+        return AnswerScorer(reader, data.stop_ids, end, ["exact_match"], None)
+    return AnswerScorer(reader, data.stop_ids, end, config.metrics, config.data.answer_pattern)
 
 
 class SupervisedIds(NamedTuple):
@@ -101,26 +101,26 @@ class SupervisedIds(NamedTuple):
         return self.ids[slice(*self.parts[-1])] if self.parts else []
 
 
-def prove(rows: EncodedSet, judge: Judge) -> Proof:
+def prove(rows: EncodedSet, scorer: AnswerScorer) -> Proof:
     """Check that rows decode to their text and their answers to their references, and that their text, encoded in one
     piece, has their ids."""
-    encoder, stop_ids = judge.reader.encoder, set(judge.stop_ids)
-    proof, prompt_lengths = Proof(min(len(rows), WHOLE_CHECK_ROWS)), rows.prompt_lengths().tolist()
-    for start in range(0, proof.num_checked, PROVE_ROWS):
-        some = range(start, min(start + PROVE_ROWS, proof.num_checked))
-        supervised = {i: SupervisedIds.of(rows[i], prompt_lengths[i]) for i in some}
-        proof.num_with_end += sum(not stop_ids.isdisjoint(one.last) for one in supervised.values())
-        whole = [i for i in some if not rows.is_truncated(i)]
-        proof.num_cut += len(some) - len(whole)
-        unlike = set(changed_rows(rows, whole, encoder))
+    encoder, stop_ids = scorer.reader.encoder, set(scorer.stop_ids)
+    proof, prompt_lengths = Proof(min(len(rows), MOST_CHECKED_ROWS)), rows.prompt_lengths().tolist()
+    for start in range(0, proof.num_checked, ROWS_AT_ONCE):
+        indices = range(start, min(start + ROWS_AT_ONCE, proof.num_checked))
+        supervised = {i: SupervisedIds.of(rows[i], prompt_lengths[i]) for i in indices}
+        proof.num_with_end += sum(not stop_ids.isdisjoint(row.last) for row in supervised.values())
+        complete = [i for i in indices if not rows.is_truncated(i)]
+        proof.num_cut += len(indices) - len(complete)
+        unlike = set(changed_rows(rows, complete, encoder))
         proof.unlike += sorted(unlike)
-        same = [i for i in whole if i not in unlike]
+        same = [i for i in complete if i not in unlike]
         decoded = zip(same, decode_supervised([supervised[i] for i in same], encoder), strict=True)
         proof.wrong_mask += [i for i, text in decoded if not _matches_supervised_text(text, rows, i, encoder.eos_token)]
         if not rows.is_encoder_decoder:
-            proof.seams += _seams(rows, whole, encoder)
-        proof.altered += [i for i in some if any(_alters(change) for change in rows.changes(i))]
-        _judge(rows, {i: supervised[i].last for i in whole}, judge, proof)
+            proof.seams += _seams(rows, complete, encoder)
+        proof.altered += [i for i in indices if any(_alters(change) for change in rows.changes(i))]
+        _score_answers(rows, {i: supervised[i].last for i in complete}, scorer, proof)
     return proof
 
 
@@ -136,26 +136,26 @@ def _alters(change: str) -> bool:
     return change.endswith((MISSING, CHANGED))
 
 
-def _judge(rows: EncodedSet, supervised: Mapping[int, list[int]], judge: Judge, proof: Proof) -> None:
+def _score_answers(rows: EncodedSet, supervised: Mapping[int, list[int]], scorer: AnswerScorer, proof: Proof) -> None:
     """Score what rows teach, cut where generation would stop, against their references."""
-    cut = [cut_at(ids, judge.stop_ids) for ids in supervised.values()]
-    if judge.end is not None:
-        cut = [judge.end.cut(one) for one in cut]
-    texts = judge.reader.encoder.decode_batch([one.ids for one in cut])
+    cut = [cut_at(ids, scorer.stop_ids) for ids in supervised.values()]
+    if scorer.end is not None:
+        cut = [scorer.end.cut(one) for one in cut]
+    texts = scorer.reader.encoder.decode_batch([one.ids for one in cut])
     for i, text in zip(supervised, texts, strict=True):
-        answer, reference = judge.reader.answer(rows, i, text), judge.reader.plain_reference(rows, i)
+        answer, reference = scorer.reader.answer(rows, i, text), scorer.reader.plain_reference(rows, i)
         if answer != reference:
-            reference = judge.reader.reference(rows, i)
+            reference = scorer.reader.reference(rows, i)
         with at(rows.place, i):
-            _judge_answer(i, answer, reference, judge, proof)
+            _score_answer(i, answer, reference, scorer, proof)
 
 
-def _judge_answer(row: int, answer: str, reference: str, judge: Judge, proof: Proof) -> None:
-    for metric in judge.metrics:
-        if is_full_marks(metric, answer, reference, judge.answer_pattern):
+def _score_answer(row: int, answer: str, reference: str, scorer: AnswerScorer, proof: Proof) -> None:
+    for metric in scorer.metrics:
+        if is_full_marks(metric, answer, reference, scorer.answer_pattern):
             continue
-        if METRICS[metric].can_score(reference, judge.answer_pattern):
-            proof.misjudged.append((row, metric, answer, reference))
+        if METRICS[metric].can_score(reference, scorer.answer_pattern):
+            proof.low_scoring.append((row, metric, answer, reference))
             break
         proof.unscorable[metric] += 1
 
@@ -212,8 +212,12 @@ def findings(
     return sorted(found, key=lambda finding: list(Level).index(finding.level))
 
 
+def _by_name(data: Data, train: EncodedSet) -> dict[str, EncodedSet]:
+    return {rows.name: rows for rows in [train, *data.validation.values(), *data.test.values()]}
+
+
 def _about_masks(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> Iterator[Finding]:
-    sets = {rows.name: rows for rows in [train, *data.validation.values(), *data.test.values()]}
+    sets = _by_name(data, train)
     for name, proof in proofs.items():
         rows = sets[name]
         if proof.wrong_mask:
@@ -235,11 +239,11 @@ def _about_masks(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> 
 
 
 def _about_answers(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> Iterator[Finding]:
-    sets = {rows.name: rows for rows in [train, *data.validation.values(), *data.test.values()]}
+    sets = _by_name(data, train)
     for name, proof in proofs.items():
-        if proof.misjudged:
-            row, metric, answer, reference = proof.misjudged[0]
-            text = f"{name}: of {_rows(len(proof.misjudged))} even what they teach gets less than full marks"
+        if proof.low_scoring:
+            row, metric, answer, reference = proof.low_scoring[0]
+            text = f"{name}: of {_rows(len(proof.low_scoring))} even what they teach gets less than full marks"
             example = f"{sets[name].place(row)} by {metric}: {_short(answer)} against {_short(reference)}"
             yield Finding(Level.warning, f"{text} ({example})")
         for metric, count in proof.unscorable.items():
@@ -254,7 +258,7 @@ def _short(text: str, most: int = 60) -> str:
 def _about_control_tokens(data: Data) -> Iterator[Finding]:
     for name, report in data.reports.items():
         if report.control_tokens_as_text:
-            text = f"{name}: BOS, EOS or pad stand in texts {report.control_tokens_as_text:,} time(s); they stay text"
+            text = f"{name}: BOS, EOS or pad occur in texts {report.control_tokens_as_text:,} time(s); they stay text"
             yield Finding(Level.note, text)
 
 
@@ -280,7 +284,7 @@ def _about_rows(config: RunConfig, data: Data, train: EncodedSet) -> Iterator[Fi
     for rows in [*data.validation.values(), *data.test.values()]:
         leaked = [i for i, one in enumerate(row_checksums(rows)) if one in in_train]
         if leaked:
-            text = f"{rows.name}: {_rows(len(leaked))} of {len(rows):,} stand in train too: its score says little"
+            text = f"{rows.name}: {_rows(len(leaked))} of {len(rows):,} also in train: its score says little"
             yield Finding(Level.warning, f"{text} ({_places(rows, leaked)})")
     if not data.validation:
         text = "there is no validation set: overfitting would not be seen"
@@ -301,7 +305,7 @@ def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iter
     if now > MUCH_PADDING and min(wasted.values()) < now / 2:
         yield Finding(Level.note, f"{now:.0%} of what is computed is padding; it would be {others} (data.batching)")
     if num_steps < FEW_STEPS:
-        yield Finding(Level.note, f"only {num_steps} optimizer steps: a smaller batch or more epochs give more")
+        yield Finding(Level.note, f"only {num_steps} optimizer steps: a smaller batch or more epochs make more")
 
 
 def padding(rows: EncodedSet, plan: BatchSampler, seed: int) -> float:

@@ -18,7 +18,7 @@ from src.data.tokenizer import load_tokenizer
 from src.errors import TowlineError
 from src.evaluation.generate import check_prompts
 from src.inspection.drawing import Paint, draw_lengths
-from src.inspection.findings import findings, judge_of, prove
+from src.inspection.findings import answer_scorer, findings, prove
 from src.inspection.libraries import resident_bytes
 from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets
 from src.inspection.run_forecast import about_disk, device_of, forecast_run
@@ -63,8 +63,8 @@ def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
     show_sets(console, config, data, sets)
     draw_lengths(sets, config.data.max_seq_length, folder / "lengths.png")
     show_rows(console, train, data, own.rows, paint)
-    judge = judge_of(config, data)
-    proofs = {name: prove(rows, judge) for name, rows in sets.items()}
+    scorer = answer_scorer(config, data)
+    proofs = {name: prove(rows, scorer) for name, rows in sets.items()}
     new_ids, held = list(started.ids.values()), libraries_bytes + built.data_bytes
     forecast = forecast_run(config, model, tokenizer, new_ids, data, job.run_dir, held, measure=own.measure)
     show_forecasts(console, config, forecast)
@@ -86,7 +86,7 @@ def _assemble(config: RunConfig, console: Console) -> Preview:
     """Read the rows and build the model without weights, refusing what a run would refuse.
 
     Raises:
-        TowlineError: what the user can mend.
+        TowlineError: what the user can fix.
     """
     collect_from_here()
     before = resident_bytes()
