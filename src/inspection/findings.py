@@ -199,8 +199,8 @@ def findings(
     proofs: Mapping[str, Proof],
     num_steps: int,
 ) -> list[Finding]:
-    """Return everything worth knowing before this is trained, the worst first."""
-    found = [
+    """Return everything worth knowing before this is trained."""
+    return [
         *_about_masks(data, train, proofs),
         *_about_answers(data, train, proofs),
         *advice(config, data, tokenizer),
@@ -209,7 +209,6 @@ def findings(
         *_about_rows(config, data, train),
         *_about_batches(config, train, num_steps),
     ]
-    return sorted(found, key=lambda finding: list(Level).index(finding.level))
 
 
 def _by_name(data: Data, train: EncodedSet) -> dict[str, EncodedSet]:

@@ -14,7 +14,7 @@ from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.evaluation.evaluate import Evaluator, open_evaluation
 from src.forecast.counting import MicroBatchShape, measure_saved_bytes
-from src.forecast.time import TimeForecast, measured_time
+from src.forecast.time import TimeItem, measured_time
 from src.inspection.workload import Evaluation, Generation, Workload
 from src.model.adapters import add_adapter
 from src.model.build import build_model, set_generation
@@ -121,7 +121,7 @@ def _measure_generation(evaluator: Evaluator, texts: Generation, runtime: Runtim
     return (first + (longest - 1) * each) * texts.batch / len(prompts)
 
 
-def measured_times(measured: Measured, work: Workload, config: RunConfig) -> TimeForecast:
+def measured_times(measured: Measured, work: Workload, config: RunConfig) -> tuple[TimeItem, ...]:
     """Return the time of a run by what was measured of its parts."""
     processes = config.runtime.world_size
     num_micro_batches = math.ceil(work.num_micro_batches / processes)
@@ -133,7 +133,7 @@ def measured_times(measured: Measured, work: Workload, config: RunConfig) -> Tim
         num = math.ceil(work.generation.num_texts / work.generation.batch / processes)
         what = "batches of texts of the maximum length"
         parts.append(measured_time("generation", measured.generation_seconds, num, what))
-    return TimeForecast(tuple(parts))
+    return tuple(parts)
 
 
 def _num_tokens(evaluation: Evaluation) -> int:

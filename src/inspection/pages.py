@@ -11,7 +11,7 @@ from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import visible
 from src.forecast.items import MemoryItem
-from src.forecast.time import TimeForecast
+from src.forecast.time import TimeItem
 from src.inspection.drawing import Paint, histogram, painted_row
 from src.inspection.findings import Proof
 from src.inspection.run_forecast import Forecast
@@ -95,10 +95,10 @@ def show_forecasts(console: Console, config: RunConfig, forecast: Forecast) -> N
         console.label("", "preflight.measure=true computes a batch of each and forecasts it better")
 
 
-def _times(forecast: TimeForecast) -> str:
-    width = max(len(part.name) for part in forecast.parts)
+def _times(parts: Sequence[TimeItem]) -> str:
+    width = max(len(part.name) for part in parts)
     lines = []
-    for part in forecast.parts:
+    for part in parts:
         seconds = "unknown" if part.seconds is None else clock(part.seconds)
         bound = "at least " if part.is_lower_bound and part.seconds is not None else ""
         lines.append(f"{part.name:<{width}}  {bound}{seconds}   {part.how}")

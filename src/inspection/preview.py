@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from src.config.job import Job
-from src.config.schema import RunConfig
 from src.data.advice import Level
 from src.data.dataset import Data, build_data
 from src.data.encoding import SPAN_KINDS
@@ -24,53 +23,51 @@ from src.inspection.pages import show_findings, show_forecasts, show_model, show
 from src.inspection.run_forecast import about_disk, device_of, forecast_run
 from src.inspection.token_rows import about_initialised_rows, show_tokens
 from src.model.build import check_adapter_of, check_lengths, empty_model
-from src.model.embeddings import StartedRows, resize_and_initialise
+from src.model.embeddings import resize_and_initialise
 from src.model.quantization import check_quantisable
 from src.model.unlearned import stored_unlearned_tokens
 from src.runtime.collector import collect_from_here
-from src.tokens import NewTokens
 from src.tracking.console import Console
 
 
-@dataclass(frozen=True)
-class Preview:
-    """What a run would train, without weights."""
-
-    tokenizer: Any
-    new_tokens: NewTokens
-    data: Data
-    data_bytes: int
-    """What the rows take of this process's memory."""
-    model: Any
-    started: StartedRows
-    are_weights_seen: bool
-    """Whether the stored weights could be read for known tokens that were never learned."""
-
-
 def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
-    """Assemble what a run would, show it and what it will take; return the exit code."""
+    """Assemble what a run would, without weights; show it, what it will take and the findings; return the exit code.
+
+    Raises:
+        TowlineError: what a run would refuse.
+    """
     config, own = job.config, job.own
-    folder = Path("outputs", config.name, "preflight")
-    built = _assemble(config, console)
-    tokenizer, data, model, started = built.tokenizer, built.data, built.model, built.started
-    train = data.train.first
-    sets = {"train": train} | data.validation | data.test
-    paint = Paint(sys.stdout)
+    folder, paint = Path("outputs", config.name, "preflight"), Paint(sys.stdout)
+    collect_from_here()
+    before = resident_bytes()
+    tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
+    data = build_data(config, tokenizer, console.working)
+    held = libraries_bytes + max(0, resident_bytes() - before)
+    model = empty_model(config.model)
+    check_lengths(config.model, model.config, config.data.max_seq_length, config.data.max_target_length)
+    if config.quantization.is_on:
+        check_quantisable(model, config.quantization, device_of(config))
+    check_adapter_of(config)
+    unlearned = stored_unlearned_tokens(model, tokenizer, new_tokens, config.model)
+    started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned or ())
+    check_prompts(config, model, data)
 
     show_model(console, config, model)
-    seen = built.are_weights_seen
-    show_tokens(console, config, model, tokenizer, built.new_tokens, started, data, are_weights_seen=seen)
+    seen = unlearned is not None
+    show_tokens(console, config, model, tokenizer, new_tokens, started, data, are_weights_seen=seen)
+    train = data.train.first
+    sets = {"train": train} | data.validation | data.test
     show_sets(console, config, data, sets)
     draw_lengths(sets, config.data.max_seq_length, folder / "lengths.png")
     show_rows(console, train, data, own.rows, paint)
     scorer = answer_scorer(config, data)
     proofs = {name: prove(rows, scorer) for name, rows in sets.items()}
-    new_ids, held = list(started.ids.values()), libraries_bytes + built.data_bytes
+    new_ids = list(started.ids.values())
     forecast = forecast_run(config, model, tokenizer, new_ids, data, job.run_dir, held, measure=own.measure)
     show_forecasts(console, config, forecast)
     found = [
         *findings(config, data, tokenizer, train, proofs, forecast.work.num_steps),
-        *about_initialised_rows(built.new_tokens, started),
+        *about_initialised_rows(new_tokens, started),
         *about_disk(forecast.disk),
     ]
     found.sort(key=lambda finding: list(Level).index(finding.level))
@@ -80,28 +77,6 @@ def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
     write_report(folder / "preflight.json", data, found, forecast)
     console.label("written", f"{folder}/lengths.png, preflight.json")
     return code
-
-
-def _assemble(config: RunConfig, console: Console) -> Preview:
-    """Read the rows and build the model without weights, refusing what a run would refuse.
-
-    Raises:
-        TowlineError: what the user can fix.
-    """
-    collect_from_here()
-    before = resident_bytes()
-    tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
-    data = build_data(config, tokenizer, console.working)
-    data_bytes = max(0, resident_bytes() - before)
-    model = empty_model(config.model)
-    check_lengths(config.model, model.config, config.data.max_seq_length, config.data.max_target_length)
-    if config.quantization.is_on:
-        check_quantisable(model, config.quantization, device_of(config))
-    check_adapter_of(config)
-    unlearned = stored_unlearned_tokens(model, tokenizer, new_tokens, config.model)
-    started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned or ())
-    check_prompts(config, model, data)
-    return Preview(tokenizer, new_tokens, data, data_bytes, model, started, unlearned is not None)
 
 
 def dump(data: Data, file: Path) -> int:
@@ -138,7 +113,7 @@ def write_report(file: Path, data: Data, found: Sequence[Any], forecast: Any) ->
         },
         "memory_on_cpu": {part.name: part.bytes for part in forecast.memory.on_cpu},
         "disk": {part.name: part.bytes for part in forecast.disk.parts},
-        "time": {part.name: part._asdict() for part in forecast.time.parts},
+        "time": {part.name: part._asdict() for part in forecast.time},
         "measured": forecast.measured and asdict(forecast.measured),
     }
     file.parent.mkdir(parents=True, exist_ok=True)

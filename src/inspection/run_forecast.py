@@ -15,7 +15,7 @@ from src.data.dataset import Data
 from src.forecast.disk import DiskForecast, disk_forecast, most_saves
 from src.forecast.memory import MemoryForecast, Sharding, memory_forecast
 from src.forecast.parameters import ModelParameters, parameters_of, with_adapter
-from src.forecast.time import TimeForecast, counted_time, matmul_flops_per_second
+from src.forecast.time import TimeItem, counted_time, matmul_flops_per_second
 from src.inspection.costs import count_work, starts_from_values
 from src.inspection.findings import Finding, Level
 from src.inspection.measurement import Measured, measure_work, measured_times
@@ -33,7 +33,7 @@ class Forecast:
     work: Workload
     memory: MemoryForecast
     disk: DiskForecast
-    time: TimeForecast
+    time: tuple[TimeItem, ...]
     measured: Measured | None
 
 
@@ -86,7 +86,7 @@ def forecast_run(
     speed = matmul_flops_per_second(device, dtype)
     names = ["training", "evaluation", *(["generation"] if work.generation else [])]
     times = [counted_time(name, counts.flops.get(name), speed, counts.reason) for name in names]
-    return Forecast(work, memory, disk, TimeForecast(tuple(times)), None)
+    return Forecast(work, memory, disk, tuple(times), None)
 
 
 def _saved_bytes(tokenizer: Any) -> int:
