@@ -306,21 +306,15 @@ def _check_depth(node: Any, depth: int = 0) -> None:
                 _check_depth(value, depth + 1)
 
 
-def count_values(node: yaml.Node) -> int:
+def count_values(node: yaml.Node, counts: dict[int, int | None] | None = None, depth: int = 0) -> int:
     """Return how many values a YAML node has with its aliases expanded.
 
+    Args:
+        counts: of nodes by identity, filled here; None while a node is being counted.
     Raises:
         ValueError: where it contains itself, is nested too deep, or has too many.
     """
-    return _count_values(node, {}, 0)
-
-
-def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) -> int:
-    """Count as `count_values` does, at a depth.
-
-    Args:
-        counts: of nodes by identity; None while a node is being counted.
-    """
+    counts = {} if counts is None else counts
     if id(node) in counts:
         known = counts[id(node)]
         if known is None:
@@ -334,7 +328,7 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) ->
         inner = node.value
     elif isinstance(node, yaml.MappingNode):
         inner = [one for pair in node.value for one in pair]
-    count = 1 + sum(_count_values(one, counts, depth + 1) for one in inner)
+    count = 1 + sum(count_values(one, counts, depth + 1) for one in inner)
     if count > MOST_YAML_VALUES:
         raise ValueError(
             f"line {node.start_mark.line + 1}: more than {MOST_YAML_VALUES:,} values, with those that aliases stand for"

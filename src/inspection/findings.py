@@ -119,7 +119,7 @@ def prove(rows: EncodedSet, scorer: AnswerScorer) -> Proof:
         proof.wrong_mask += [i for i, text in decoded if not _matches_supervised_text(text, rows, i, encoder.eos_token)]
         if not rows.is_encoder_decoder:
             proof.seams += _seams(rows, complete, encoder)
-        proof.altered += [i for i in indices if any(_alters(change) for change in rows.changes(i))]
+        proof.altered += [i for i in indices if any(text.endswith((MISSING, CHANGED)) for text in rows.changes(i))]
         _score_answers(rows, {i: supervised[i].last for i in complete}, scorer, proof)
     return proof
 
@@ -130,10 +130,6 @@ def _matches_supervised_text(text: str, rows: EncodedSet, index: int, eos: str) 
     if text in (wanted, wanted + eos):
         return True
     return rows.is_rendered(index) and squeezed(text) in (squeezed(wanted), squeezed(wanted) + eos)
-
-
-def _alters(change: str) -> bool:
-    return change.endswith((MISSING, CHANGED))
 
 
 def _score_answers(rows: EncodedSet, supervised: Mapping[int, list[int]], scorer: AnswerScorer, proof: Proof) -> None:
