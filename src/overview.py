@@ -48,7 +48,7 @@ def _model(config: RunConfig, state: TrainState) -> str:
         text += f"\n{_adapter(lora)}"
     text += f"\n{total:,} parameters, {'all' if trained == total else f'{trained:,} ({trained / total:.2%})'} trained"
     if state.uses_full_logits:
-        text += "\nits logits are more than head(hidden states): all of them are computed (slower, more memory)"
+        text += "\nits logits are more than head(hidden states): the full logits are computed (slower, more memory)"
     return text
 
 
@@ -89,16 +89,16 @@ def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
     """Return what checkpoints and the exported model take at most, and whether there is room."""
     weights, optimizer = checkpoint_bytes(trained_of(state.model), config.optimizer)
     if optimizer is None:
-        return f"more than {human_bytes(weights)} a checkpoint: nothing is known of what {config.optimizer.type} keeps"
-    whole = sum(math.prod(full_shape(p)) * p.element_size() for p in state.model.parameters())
-    exported = whole if not config.adapter.is_on or config.export.merge else weights
+        return f"more than {human_bytes(weights)} a checkpoint: the size of {config.optimizer.type}'s state is unknown"
+    model_bytes = sum(math.prod(full_shape(p)) * p.element_size() for p in state.model.parameters())
+    exported = model_bytes if not config.adapter.is_on or config.export.merge else weights
     saves = most_saves(config.checkpoint, state.num_steps, state.steps_per_epoch)
     has_metric = bool(config.data.validation_names())
     need = disk_need(weights, optimizer, config.checkpoint, exported, has_metric, saves)
-    there = sum(file.lstat().st_size for file in (run_dir / "checkpoints").glob("step-*/*"))
+    existing = sum(file.lstat().st_size for file in (run_dir / "checkpoints").glob("step-*/*"))
     free = shutil.disk_usage(run_dir).free
     text = f"up to {human_bytes(need)} for checkpoints ({human_bytes(weights + optimizer)} each) and the model"
-    if need - there <= free:
+    if need - existing <= free:
         return f"{text}, {human_bytes(free)} free"
     return (
         f"{text}, but only {human_bytes(free)} are free: the run will stop when the disk is full.\n"

@@ -120,7 +120,7 @@ def disk_forecast(
     if state is not None:
         parts = _checkpoint_parts(weights, state, checkpoint, has_metric, num_saves)
     else:
-        parts = [MemoryItem("checkpoints", None, f"unknown: nothing is known of what {optimizer.type} keeps")]
+        parts = [MemoryItem("checkpoints", None, f"unknown: {optimizer.type} does not declare the size of its state")]
     files = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""
     if not parameters.has_adapter or merge:
         num = parameters.num - parameters.num_of_adapter
