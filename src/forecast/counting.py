@@ -119,7 +119,7 @@ class ModelCounter:
         """Count forward and backward.
 
         Args:
-            num_micro_batches: of a step; from the second one on, gradients are there already.
+            num_micro_batches: of a step; from the second one on, gradients exist already.
         """
         self._scored.train()
         with self._computing(num_supervised=shape.num_supervised, is_packed=shape.is_packed) as live:
@@ -201,7 +201,7 @@ class ModelCounter:
             stack.enter_context(live)
             try:
                 yield live
-            except Exception as error:  # as many as there are models
+            except Exception as error:  # each model fails in its own way
                 name = type(self._scored.model).__name__
                 raise UncountableError(f"{name} can't be computed without values: {one_line(error)}") from error
 
@@ -288,15 +288,15 @@ def measure_saved_bytes(compute: Callable[[], object], exclude: Iterable[Tensor]
 
     Args:
         compute: a forward without its backward; its result is held until it is counted.
-        exclude: tensors that are there anyway, such as the model's parameters.
+        exclude: tensors that exist anyway, such as the model's parameters.
     """
-    there = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     living: WeakSet[_Kept] = WeakSet()
     with torch.autograd.graph.saved_tensors_hooks(_keep_in(living), _given_back):
         result = compute()
     storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage() for kept in living}
     del result
-    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in there)
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in excluded)
 
 
 def _put_on(model: nn.Module, device: torch.device) -> None:

@@ -40,15 +40,15 @@ def _with_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 class LiveTensors(TorchDispatchMode):
     """Follows which storages are alive, how many bytes at most at once, and counts floating-point operations."""
 
-    def __init__(self, there: Iterable[Tensor], num_supervised: int) -> None:
-        """Begin.
+    def __init__(self, existing: Iterable[Tensor], num_supervised: int) -> None:
+        """Start with nothing counted.
 
         Args:
-            there: tensors that are not counted.
+            existing: tensors that are not counted.
             num_supervised: how many positions a mask picks, since its values are unknown.
         """
         super().__init__()
-        self._not_counted = {tensor.untyped_storage()._cdata for tensor in there}
+        self._not_counted = {tensor.untyped_storage()._cdata for tensor in existing}
         self._num_supervised = num_supervised
         self._numbers: dict[int, int] = {}  # of storages that are alive, by address
         self._alive: dict[int, int] = {}  # bytes, by number

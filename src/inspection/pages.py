@@ -1,4 +1,4 @@
-"""What preflight prints, a page a question: model, tokens, sets, rows, what it will take, what was found."""
+"""What preflight prints: model, sets, rows, forecasts and findings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def show_model(console: Console, config: RunConfig, model: Any) -> None:
 
 
 def show_sets(console: Console, config: RunConfig, data: Data, sets: Mapping[str, EncodedSet]) -> None:
-    """Print what became of each set's rows, and draw how long they are."""
+    """Print counts of each set's rows, and a histogram of the train rows' lengths."""
     for name, rows in sets.items():
         report = data.reports[name]
         share = report.supervised_tokens / max(1, report.tokens)
@@ -64,7 +64,7 @@ def show_rows(console: Console, train: EncodedSet, data: Data, count: int, paint
 
 
 def show_forecasts(console: Console, config: RunConfig, forecast: Forecast) -> None:
-    """Print how many steps there are, and what they will take of memory, disk and time."""
+    """Print the number of steps and the forecasts of memory, disk and time."""
     training, work = config.training, forecast.work
     rows = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps}"
     processes = config.runtime.world_size
@@ -82,11 +82,11 @@ def show_forecasts(console: Console, config: RunConfig, forecast: Forecast) -> N
     if forecast.memory.on_cpu:
         console.label("on the CPU", _table(forecast.memory.on_cpu))
     if forecast.measured:
-        found = forecast.measured
+        measured = forecast.measured
         console.label(
             "measured",
-            f"the widest micro-batch kept {human_bytes(found.activation_bytes)} of activations and logits; "
-            f"{human_bytes(found.peak_memory_bytes)} held in all, libraries included",
+            f"the widest micro-batch kept {human_bytes(measured.activation_bytes)} of activations and logits; "
+            f"{human_bytes(measured.peak_memory_bytes)} held in all, libraries included",
         )
     console.label("disk", _table([*forecast.disk.parts, forecast.disk.total]))
     console.label("", f"{human_bytes(forecast.disk.free_bytes)} free in {forecast.disk.place}")
@@ -114,7 +114,7 @@ def _table(parts: Sequence[MemoryItem]) -> str:
 
 
 def show_findings(console: Console, found: Sequence[Finding], proofs: Mapping[str, Proof], paint: Paint) -> int:
-    """Print what was proven and found; return the exit code, 1 where a finding is an error."""
+    """Print the proofs and findings; return the exit code, 1 if a finding is an error."""
     for name, proof in proofs.items():
         whole = proof.num_checked - proof.num_cut
         right = whole - len({*proof.wrong_mask, *proof.unlike, *proof.altered})

@@ -103,7 +103,7 @@ def dump(data: Data, file: Path) -> int:
 
 
 def write_report(file: Path, data: Data, found: Sequence[Any], forecast: Any) -> None:
-    """Write what was found as JSON, for a program to read."""
+    """Write findings and forecasts as JSON, for a program to read."""
     report = {
         "findings": [{"level": finding.level.value, "text": finding.text} for finding in found],
         "data": {name: report.as_dict() for name, report in data.reports.items()},

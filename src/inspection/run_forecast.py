@@ -48,12 +48,12 @@ def forecast_run(
     *,
     measure: bool,
 ) -> Forecast:
-    """Forecast a run.
+    """Forecast what a run will need.
 
     Args:
         model: as built by `empty_model`, resized to the tokenizer; gets quantised layers and the adapter.
-        new_ids: tokens that have no learned row yet, which an adapter trains too.
-        libraries_bytes: what the process holds before there is a model; None where nobody knows.
+        new_ids: tokens without a pretrained row, which an adapter trains too.
+        libraries_bytes: what the process holds before there is a model; None where that is unknown.
     """
     work, device = plan_work(config, data), device_of(config)
     parameters = planned_parameters(config, model, new_ids)
@@ -97,26 +97,26 @@ def _saved_bytes(tokenizer: Any) -> int:
 
 
 def sharding_of(config: RunConfig) -> Sharding | None:
-    """Return how the configuration shares what one process would hold; None where it does not."""
+    """Return how the configuration shards what one process would hold; None where it does not."""
     zero = config.deepspeed
     if not isinstance(zero, ZeroConfig):
         return None
-    given = zero.zero_optimization
-    overlaps = given.get("overlap_comm", False) and zero.stage < 3
+    settings = zero.zero_optimization
+    overlaps = settings.get("overlap_comm", False) and zero.stage < 3
     return Sharding(
         zero.stage,
         config.runtime.world_size,
         is_bf16=config.training.mixed_precision is MixedPrecision.bf16,
         optimizer_on_cpu=zero.offloads("optimizer"),
         weights_on_cpu=zero.offloads("param"),
-        bucket=int(given.get("reduce_bucket_size", Sharding.bucket)),
+        bucket=int(settings.get("reduce_bucket_size", Sharding.bucket)),
         num_buckets=2 if overlaps else 1,
-        max_live=int(given.get("stage3_max_live_parameters", Sharding.max_live)),
+        max_live=int(settings.get("stage3_max_live_parameters", Sharding.max_live)),
     )
 
 
 def about_disk(disk: DiskForecast) -> list[Finding]:
-    """Warn where the disk has no room for what is known of the run's folder."""
+    """Return a warning where the disk has no room for the known part of the run's folder."""
     if disk.fits:
         return []
     text = f"the run may write {human_bytes(disk.total.bytes or 0)}, and {human_bytes(disk.free_bytes)} are free in "

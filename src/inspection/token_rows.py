@@ -70,8 +70,8 @@ def _initialised_from(method: InitMethod, sources: list[str]) -> str:
 
 def about_initialised_rows(new: NewTokens, started: StartedRows) -> list[Finding]:
     """Return a note on the tokens that the checkpoint knows by name only."""
-    found = [token for token in new.known if token in started.ids]
-    if not found:
+    untrained = [token for token in new.known if token in started.ids]
+    if not untrained:
         return []
-    text = f"{', '.join(found)}: in the tokenizer, but never trained in the checkpoint; initialised as a new token"
+    text = f"{', '.join(untrained)}: in the tokenizer, but never trained in the checkpoint; initialised as a new token"
     return [Finding(Level.note, text)]
