@@ -35,9 +35,9 @@ def preflight(job: Job) -> int:
 
     libraries_bytes = import_as_run([PRELOAD_MODULE, *modules_of_run(config)])
 
-    from src.inspection.ahead import look_ahead  # imports what was just counted
+    from src.inspection.preview import inspect_run  # imports what was counted above
 
-    return look_ahead(job, console, libraries_bytes)
+    return inspect_run(job, console, libraries_bytes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -62,8 +62,8 @@ from src.forecast.parameters import (
     trained_of,
     with_adapter,
 )
-from src.forecast.time import TimeForecast, counted_time, matmul_flops_per_second, measured_time
-from src.inspection.outlook import planned_parameters
+from src.forecast.time import counted_time, matmul_flops_per_second, measured_time
+from src.inspection.run_forecast import planned_parameters
 from src.model.adapters import Adapter, add_adapter
 from src.model.build import build_model, empty_model
 from src.model.embeddings import resize_embeddings
@@ -735,9 +735,6 @@ def test_time_is_bounded_from_below_or_taken_as_measured() -> None:
     assert (measured.seconds, measured.is_lower_bound) == (10, False)
     unknown = counted_time("evaluation", None, 100, "because")
     assert (unknown.seconds, unknown.how) == (None, "unknown: because")
-    both = TimeForecast((least, measured))
-    assert (both.seconds, both.is_lower_bound) == (18, True)
-    assert TimeForecast((measured, unknown)).seconds is None
 
 
 def test_the_speed_of_products_is_measured() -> None:

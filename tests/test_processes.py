@@ -38,7 +38,7 @@ from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, Interrupted, TrainingError
 from src.forecast.counting import MicroBatchShape
 from src.forecast.memory import memory_forecast
-from src.inspection.outlook import planned_parameters, sharding_of
+from src.inspection.run_forecast import planned_parameters, sharding_of
 from src.model.build import empty_model
 from src.model.embeddings import resize_embeddings
 from src.runtime.launch import launch

@@ -79,7 +79,7 @@ def test_the_summary_has_last_best_and_totals(finished: Path) -> None:
 
 def test_the_terminal_says_what_was_assembled_and_where_things_lie(finished: Path) -> None:
     text = (finished / "stdout.txt").read_text()
-    for words in ("707,456 parameters", "<ToW>, </ToW> start from text", "train: 16 of 16 rows",
+    for words in ("707,456 parameters", "<ToW>, </ToW> initialised from", "train: 16 of 16 rows",
                   "tokens supervised", "for checkpoints (", "step 4/4",
                   "left", "evaluated at step 4", "expected", "train_seconds", str(finished / "model")):  # fmt: skip
         assert words in text

@@ -233,9 +233,9 @@ def test_preflight_says_which_are_untrained_and_reads_the_matrices_alone(
         text = preflighted(capsys, *chosen(base, "adapter=lora", "name=untrained_test"))
         assert sorted(reads) == ["lm_head.weight", "model.embed_tokens.weight"]
         assert "<|r0|>  one id, 259; fed" in text
-        assert text.count("known already, but never learned: starts from mean") == 2
-        assert text.count("known already, left as learned") == 1
-        assert "note     <|r0|>, <|small|>: the checkpoint has the token, but never learned its row" in text
+        assert text.count("untrained in the checkpoint: initialised from the mean") == 2
+        assert text.count("its row is kept") == 1
+        assert "note     <|r0|>, <|small|>: in the tokenizer, but never trained" in text
 
 
 def test_preflight_finds_matrices_under_other_names_and_says_where_it_finds_none(
@@ -245,11 +245,11 @@ def test_preflight_finds_matrices_under_other_names_and_says_where_it_finds_none
     tensors = load_file(other / "model.safetensors")
     save_file({name.removeprefix("transformer."): t for name, t in tensors.items()}, other / "model.safetensors")
     asked = chosen(str(other), "name=untrained_test", "data.max_seq_length=128")
-    assert preflighted(capsys, *asked).count("never learned: starts from") == 2
+    assert preflighted(capsys, *asked).count("untrained in the checkpoint: initialised from") == 2
     (other / "model.safetensors").unlink()
     torch.save(tensors, other / "pytorch_model.bin")
     text = preflighted(capsys, *asked, "model.use_safetensors=false")
-    assert text.count("known already; whether it was ever learned is seen when the weights are loaded") == 3
+    assert text.count("is seen when the weights are loaded") == 3
 
 
 def test_a_run_says_so_and_resumes_with_the_same_rows(bases: dict[str, str], tmp_path: Path) -> None:
@@ -259,10 +259,8 @@ def test_a_run_says_so_and_resumes_with_the_same_rows(bases: dict[str, str], tmp
     ]  # fmt: skip
     first = towline(*command)
     assert first.returncode == 0, first.stderr
-    assert "<|r0|>, <|small|>, <new> start from mean" in first.stdout
-    assert "known already, but never learned: <|r0|>, <|small|>; known already, left as learned: <|learned|>" in (
-        first.stdout
-    )
+    assert "<|r0|>, <|small|>, <new> initialised from the mean" in first.stdout
+    assert "untrained in the checkpoint: <|r0|>, <|small|>; in the vocabulary, rows kept: <|learned|>" in (first.stdout)
     trained = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
     status = json.loads((tmp_path / "run" / "status.json").read_text())

@@ -105,7 +105,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 def problems_of(checkpoint: Path) -> Iterator[str]:
     """Yield what is wrong with a checkpoint, file by file; every byte is read."""
     if os.path.lexists(checkpoint) and not checkpoint.is_dir():
-        yield "it is a link to what is not there" if checkpoint.is_symlink() else "it is no folder"
+        yield "it is a dangling link" if checkpoint.is_symlink() else "it is no folder"
         return
     try:
         manifest = read_manifest(checkpoint)

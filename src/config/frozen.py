@@ -93,7 +93,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     """
     file, keys = folder / STATUS, {**STATUS_KEYS, **MORE_STATUS_KEYS}
     try:
-        status = read_json(file, keys, may_lack=MORE_STATUS_KEYS, remedy=STATUS_REMEDY)
+        status = read_json(file, keys, optional=MORE_STATUS_KEYS, remedy=STATUS_REMEDY)
     except FileNotFoundError:
         return {}
     if status["state"] not in STATES or status["step"] < 0:

@@ -34,7 +34,7 @@ class MicroBatchShape(NamedTuple):
     num_supervised: int
     """Positions that are scored."""
     target_seq: int | None = None
-    """Of an encoder-decoder's targets; None for a causal model."""
+    """The longest target of an encoder-decoder; None for a causal model."""
     is_packed: bool = False
     """Whether several rows share a sequence, so that attention needs a mask."""
     has_padding: bool = False
@@ -55,7 +55,7 @@ class TrainingCount:
     peak_bytes: int
     """The most that is held at once."""
     peak_gradient_bytes: int
-    """Of peak_bytes: gradients of parameters."""
+    """Bytes of peak_bytes that are gradients of parameters."""
     flops: int
     """Multiplications and additions of matrix products and attention, forward and backward."""
     has_gradients: bool = True
@@ -102,8 +102,8 @@ class ModelCounter:
         if head is None or inner is model:
             return
         hooks = [
-            head.register_forward_hook(lambda _, given, result: seen.update(fed=given[0], result=result)),
-            inner.register_forward_hook(lambda _, given, result: seen.update(hidden=result)),
+            head.register_forward_hook(lambda _, args, result: seen.update(fed=args[0], result=result)),
+            inner.register_forward_hook(lambda _, args, result: seen.update(hidden=result)),
         ]
         with self._computing():
             inputs = {"input_ids": self._ids(1, 2)}
@@ -121,7 +121,7 @@ class ModelCounter:
         """Count forward and backward.
 
         Args:
-            num_micro_batches: of a step; from the second one on, gradients are there already.
+            num_micro_batches: of a step; from the second one on, gradients exist already.
         """
         self._loss_model.train()
         with self._computing(num_supervised=shape.num_supervised, is_packed=shape.is_packed) as live:
@@ -203,7 +203,7 @@ class ModelCounter:
             stack.enter_context(live)
             try:
                 yield live
-            except Exception as error:  # as many as there are models
+            except Exception as error:  # each model fails in its own way
                 name = type(self._loss_model.model).__name__
                 raise UncountableError(f"{name} can't be computed without values: {one_line(error)}") from error
 
@@ -290,15 +290,15 @@ def measure_saved_bytes(compute: Callable[[], object], exclude: Iterable[Tensor]
 
     Args:
         compute: a forward without its backward; its result is held until it is counted.
-        exclude: tensors that are there anyway, such as the model's parameters.
+        exclude: tensors that exist anyway, such as the model's parameters.
     """
-    there = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     living: WeakSet[_Kept] = WeakSet()
     with torch.autograd.graph.saved_tensors_hooks(_keep_in(living), _given_back):
         result = compute()
     storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage() for kept in living}
     del result
-    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in there)
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in excluded)
 
 
 def _put_on(model: nn.Module, device: torch.device) -> None:

@@ -17,12 +17,12 @@ from src.training.state import build_batch_sampler, num_train_steps
 
 
 class Evaluation(NamedTuple):
-    """A set that is evaluated."""
+    """A set that is evaluated, and in which batches."""
 
     rows: EncodedSet
     batches: list[Sequences]
     shapes: list[MicroBatchShape]
-    """Of each batch."""
+    """The shape of each batch."""
     times: int
     """How often the run evaluates it."""
 
@@ -50,9 +50,9 @@ class Workload:
     train: EncodedSet
     """The train set, or the first block of one that is streamed."""
     micro_batches: list[Sequences]
-    """Of the first epoch."""
+    """The micro-batches of the first epoch."""
     shapes: list[MicroBatchShape]
-    """Of these micro-batches."""
+    """The shapes of these micro-batches."""
     evaluations: list[Evaluation]
     generation: Generation | None
 
@@ -63,7 +63,7 @@ class Workload:
 
     @property
     def num_micro_batches(self) -> int:
-        """Of the whole run, over all processes."""
+        """Their number in the run, over all processes."""
         if self.num_steps_per_epoch is None:
             return self.num_steps * self.batch_sampler.micro_batches_per_step
         return round(self.num_steps / self.num_steps_per_epoch * len(self.micro_batches))
@@ -74,9 +74,9 @@ class Workload:
 
     @property
     def tokens_computed(self) -> int:
-        """tokens_fed and padding."""
-        of_epoch = sum(shape.num_tokens for shape in self.shapes)
-        return round(self.num_micro_batches / len(self.micro_batches) * of_epoch)
+        """Positions that are computed: tokens_fed and padding."""
+        per_epoch = sum(shape.num_tokens for shape in self.shapes)
+        return round(self.num_micro_batches / len(self.micro_batches) * per_epoch)
 
 
 def plan_work(config: RunConfig, data: Data) -> Workload:
@@ -104,7 +104,7 @@ def plan_work(config: RunConfig, data: Data) -> Workload:
 
 def shapes_of(rows: EncodedSet, batches: Iterable[Sequences], *, is_packed: bool) -> list[MicroBatchShape]:
     """Return the shapes of batches of sequences of rows."""
-    counts = [one.tolist() for one in (rows.lengths, rows.target_lengths, rows.supervised_lengths())]
+    counts = [lengths.tolist() for lengths in (rows.lengths, rows.target_lengths, rows.supervised_lengths())]
     shapes = []
     for sequences in batches:
         lengths, targets, scored = (

@@ -10,7 +10,7 @@ from typing import Any
 
 from src import secrets
 from src.errors import DamagedFileError, TowlineError, one_line
-from src.records import Line
+from src.records import LogLine
 from src.tracking.exporters import Activity, DeliveryError, Exporter
 from src.tracking.step_logs import METRICS, read_step_log
 from src.util import write_json
@@ -100,7 +100,7 @@ class FolderExporter(Exporter):
     def _metrics(self) -> list[dict[str, Any]]:
         return self._lines(METRICS, read_step_log)
 
-    def _lines(self, name: str, read: Callable[[Path, str], list[Line]]) -> list[dict[str, Any]]:
+    def _lines(self, name: str, read: Callable[[Path, str], list[LogLine]]) -> list[dict[str, Any]]:
         """Return what the whole lines of a file that grows say."""
         try:
             status = os.stat(self.folder / name)

@@ -173,8 +173,8 @@ class MlflowRunExporter(MlflowExporter):
         self._run.log_params(dict(flat(read_yaml(self.folder / CONFIG))))
 
     def _log_provenance(self) -> None:
-        may_lack = (*PROVENANCE_KEYS, "config_hash")
-        made = read_json(self.folder / PROVENANCE, {**PROVENANCE_KEYS, "config_hash": str}, may_lack=may_lack)
+        optional = (*PROVENANCE_KEYS, "config_hash")
+        made = read_json(self.folder / PROVENANCE, {**PROVENANCE_KEYS, "config_hash": str}, optional=optional)
         git = made.get("git", {})
         self._run.log_tags(
             {

@@ -56,7 +56,7 @@ def read_tracking(folder: Path) -> dict[str, Any]:
         FileNotFoundError: where there is none.
         DamagedFileError: where it can't be read.
     """
-    state = read_json(folder / TRACKING, TRACKING_KEYS, may_lack=[key for key in TRACKING_KEYS if key != "uri"])
+    state = read_json(folder / TRACKING, TRACKING_KEYS, optional=[key for key in TRACKING_KEYS if key != "uri"])
     try:
         _check_points(state.get("points", {}))
         if any(state.get(name, 0) < 0 for name in ("lines", "samples", "history")):

@@ -13,7 +13,7 @@ from typing import Any
 from src.config.frozen import CONFIG, SWEEP, read_status
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
-from src.records import Line, Types, check_keys, check_times, damaged, read_json, read_lines, read_yaml
+from src.records import LogLine, Types, check_keys, check_times, damaged, read_json, read_lines, read_yaml
 from src.tracking.exporters import SWEEP_EXPORTERS, DeliveryError
 from src.tracking.folder_exporter import exhaust
 from src.tracking.lock import hold
@@ -289,13 +289,13 @@ def _tracking_of(folder: Path) -> dict[str, Any]:
     own = read_yaml(file).get("tracking", {})
     try:
         check_keys({"tracking": own}, {"tracking": dict})
-        check_keys(own, {"type": str, **OF_A_TRIAL}, may_lack=("type", *OF_A_TRIAL))
+        check_keys(own, {"type": str, **OF_A_TRIAL}, optional=("type", *OF_A_TRIAL))
     except ValueError as error:
         raise damaged(file, f"tracking: {error}", "Restore it from a copy.") from error
     return dict(own)
 
 
-def _read_trials(folder: Path, name: str) -> list[Line]:
+def _read_trials(folder: Path, name: str) -> list[LogLine]:
     return read_lines(folder / name, _check_trial)
 
 

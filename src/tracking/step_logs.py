@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any
 
 from src.errors import DamagedFileError
-from src.records import Digest, Line, begins_with, check_keys, damaged, read_bytes, read_lines
+from src.records import Digest, LogLine, begins_with, check_keys, damaged, read_bytes, read_lines
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 STEP_LOGS = (METRICS, SAMPLES)
@@ -71,7 +71,7 @@ def _changed_meanwhile(file: Path, reason: str) -> DamagedFileError:
     return damaged(file, reason, remedy)
 
 
-def read_step_log(path: Path, name: str) -> list[Line]:
+def read_step_log(path: Path, name: str) -> list[LogLine]:
     """Return the lines of a run's metrics.jsonl or samples.jsonl, without a last one that was not finished.
 
     Raises:

@@ -41,7 +41,7 @@ def read_sweep(folder: Path, more: Mapping[str, Types] | None = None, remedy: st
         for number, point in enumerate(content["history"]):
             _check_point(point, number)
         _check_counts(content["counts"])
-        check_keys(content, {"signatures": list}, may_lack=("signatures",))
+        check_keys(content, {"signatures": list}, optional=("signatures",))
     except ValueError as error:
         raise damaged(folder / SWEEP, str(error), remedy) from error
     return content
