@@ -371,7 +371,9 @@ def losses(runtime: Runtime, *overrides: str) -> list[float]:
     config, data, tokenizer = built("training.max_train_steps=20", "optimizer=sgd", "optimizer.lr=0.05", *overrides)
     torch.manual_seed(0)
     state = build_train_state(build_model(config, torch.device("cpu")), data.train, config, runtime)
-    return [step.collect()["train/loss"] for step in train(state, data.train, config, runtime, tokenizer.pad_token_id)]
+    return [
+        step.pop_metrics()["train/loss"] for step in train(state, data.train, config, runtime, tokenizer.pad_token_id)
+    ]
 
 
 def test_packing_changes_no_loss_of_training(tmp_path: Path, runtime: Runtime) -> None:
@@ -512,7 +514,7 @@ def test_an_encoder_decoder_learns(tmp_path: Path, runtime: Runtime, pair: tuple
     )
     assert build_batch_sampler(config).batching is Batching.length_grouped
     state = build_train_state(model, data.train, config, runtime)
-    found = [step.collect()["train/loss"] for step in train(state, data.train, config, runtime, PAD)]
+    found = [step.pop_metrics()["train/loss"] for step in train(state, data.train, config, runtime, PAD)]
     assert found[-1] < found[0] / 2
 
 

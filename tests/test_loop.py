@@ -62,7 +62,7 @@ def trained(runtime: Runtime, *overrides: str) -> Trained:
     config, data, state = assembled(runtime, "training.max_train_steps=20", "debug=none", *overrides)
     result = Trained([], [], {})
     for step in train(state, data.train, config, runtime, pad_token_id=0):
-        result.losses.append(step.collect()["train/loss"])
+        result.losses.append(step.pop_metrics()["train/loss"])
         result.grad_norms.append(step.result.grad_norm)
     result.weights = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     return result
@@ -125,7 +125,7 @@ def test_weighted_and_smoothed_steps_do_not_depend_on_the_cut_either(runtime: Ru
     for size, accumulation in CUTS:
         cut = [f"training.per_device_train_batch_size={size}", f"training.gradient_accumulation_steps={accumulation}"]
         config, data, state = assembled(runtime, "training.max_train_steps=8", *settings, *cut)
-        lines = [step.collect() for step in train(state, data.train, config, runtime, pad_token_id=0)]
+        lines = [step.pop_metrics() for step in train(state, data.train, config, runtime, pad_token_id=0)]
         assert lines[0].keys() >= {"train/loss", "train/objective", "train/thought_loss", "train/answer_loss"}
         runs.append(lines)
     for other in runs[1:]:
@@ -176,7 +176,7 @@ def test_the_logged_loss_is_over_all_tokens_since_the_line_before(
     for step in train(state, data.train, config, runtime, pad_token_id=0):
         nll, num_supervised = step.stats.nll, step.stats.num_supervised
     assert num_supervised == data.reports["train"].supervised_tokens
-    assert step.collect()["train/loss"] == nll / num_supervised
+    assert step.pop_metrics()["train/loss"] == nll / num_supervised
     assert step.stats.num_supervised == 0
 
 
@@ -381,9 +381,9 @@ def test_a_step_gives_the_means_since_they_were_last_taken_and_what_is_minimised
     assert (step.loss, step.tokens_per_second) == (2.0, 10.0)
     own = {"train/lr": 0.1, "train/grad_norm": 2.0}
     means = {"train/loss": 2.0, "perf/tokens_per_second": 10.0}
-    assert step.collect() == {**means, "train/objective": 2.0, **own}
+    assert step.pop_metrics() == {**means, "train/objective": 2.0, **own}
     assert stats == StepStats()
-    assert "train/objective" not in Step(update, False, stats).collect()
+    assert "train/objective" not in Step(update, False, stats).pop_metrics()
 
 
 def test_a_step_that_was_not_over_comes_again_and_one_that_was_does_not(runtime: Runtime) -> None:
@@ -396,7 +396,7 @@ def test_a_step_that_was_not_over_comes_again_and_one_that_was_does_not(runtime:
             next(first)
         state.is_last_step_complete = is_complete
         again = train(state, data.train, config, runtime, pad_token_id=0)
-        return [(step.number, step.is_last, step.collect()["train/loss"]) for step in again]
+        return [(step.number, step.is_last, step.pop_metrics()["train/loss"]) for step in again]
 
     came_again, went_on = numbers(is_complete=False), numbers(is_complete=True)
     assert [number for number, _, _ in came_again] == [2, 3, 4]
@@ -434,7 +434,7 @@ def test_a_snapshot_in_fresh_objects_trains_on_bit_for_bit(runtime: Runtime) -> 
         next(steps)
     kept = deepcopy(state.snapshot(runtime, {"mine": 1}))
     assert kept.state["mine"] == 1
-    expected = [step.collect() for step in steps]
+    expected = [step.pop_metrics() for step in steps]
     weights = {name: tensor.clone() for name, tensor in state.weights(runtime).items()}
 
     config, data, fresh = assembled(runtime, *overrides)
@@ -447,7 +447,7 @@ def test_a_snapshot_in_fresh_objects_trains_on_bit_for_bit(runtime: Runtime) -> 
         StepResult(**kept.state["last"]),
         StepStats(**kept.state["meter"]),
     )
-    found = [step.collect() for step in train(fresh, data.train, config, runtime, pad_token_id=0)]
+    found = [step.pop_metrics() for step in train(fresh, data.train, config, runtime, pad_token_id=0)]
     assert [plain(line) for line in found] == [plain(line) for line in expected]
     assert all(torch.equal(tensor, weights[name]) for name, tensor in fresh.weights(runtime).items())
     assert (fresh.examples_seen, fresh.tokens_seen) == (state.examples_seen, state.tokens_seen)

@@ -46,7 +46,7 @@ class LoggedStep(Protocol):
     @property
     def tokens_per_second(self) -> float: ...
 
-    def collect(self) -> dict[str, float]: ...
+    def pop_metrics(self) -> dict[str, float]: ...
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Tracker:
         line = MetricsLine()
         yield line
         if line.metrics or due:
-            step.collect()
+            step.pop_metrics()  # the sums begin anew here too: checkpoints hold them
 
     def finish(
         self,
@@ -219,7 +219,7 @@ class FolderTracker(Tracker):
         for sample in line.samples:  # before the line of metrics, which says that the step is complete
             self._folder.append(SAMPLES, sample.as_dict())
         if line.metrics or due:
-            self.log(step.number, step.collect() | line.metrics)
+            self.log(step.number, step.pop_metrics() | line.metrics)
         self.console.samples(line.samples)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -72,8 +72,8 @@ class Step:
         """Return whether something that happens every N steps, or every epoch, or never (None), happens after it."""
         return self.result.is_due(every)
 
-    def collect(self) -> dict[str, float]:
-        """Return the metrics since the last line, and reset the sums."""
+    def pop_metrics(self) -> dict[str, float]:
+        """Return the metrics since the last line, and begin new sums: called once for each line, by every process."""
         means = self.stats.means(with_objective=self.with_objective)
         self.stats.reset()
         return means | {"train/lr": self.result.lr, "train/grad_norm": self.result.grad_norm}
