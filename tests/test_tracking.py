@@ -65,7 +65,7 @@ class Done:
     def __init__(self, number: int, loss: float) -> None:
         self.number, self.loss = number, loss
 
-    def collect(self) -> dict[str, float]:
+    def pop_metrics(self) -> dict[str, float]:
         return {"train/loss": self.loss}
 
 
