@@ -15,7 +15,7 @@ import pytest
 from src import predict, preflight, run
 from src.cli import main
 from src.evaluation import predictions
-from src.inspection import ahead
+from src.inspection import preview
 from src.sweep import sweeper
 from src.sweep.workers import PRELOAD_MODULE, TrialJob, Workers
 from src.tracking import lock
@@ -79,7 +79,7 @@ def test_what_takes_long_looks_for_garbage(tmp_path: Path, monkeypatch: pytest.M
     commands = {
         (run, "train"): (main.main, [*tiny, f"hydra.run.dir={run_dir}"]),
         (predictions, "predict_rows"): (predict.main, [f"run={run_dir}", "data.limit=1"]),
-        (ahead, "build_data"): (preflight.main, [*tiny, f"hydra.run.dir={tmp_path / 'ahead'}"]),
+        (preview, "build_data"): (preflight.main, [*tiny, f"hydra.run.dir={tmp_path / 'ahead'}"]),
         (sweeper, "plan_sweep"): (main.main, ["-m", *tiny, "sweep.dry_run=true", "seed=1,2"]),
         (lock, "hold"): (main.main, [*tiny, f"hydra.run.dir={in_use}", "runtime.num_processes=2"]),
     }
