@@ -18,7 +18,7 @@ written a few batches at a time: the same command continues the same file where 
 whole set is left as it is. A set that another configuration, other rows or another model decided is not continued;
 <set>.json says what did.
 
-Exit code 0, 1 where it went wrong, 2 where something is yours to mend, 75 where a signal stopped it.
+Exit code 0, 1 where it went wrong, 2 where the user can fix it, 75 where a signal stopped it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def predict(job: Job) -> int:
     """Generate what is missing of every set, and score it; return the exit code.
 
     Raises:
-        TowlineError: what the user can mend.
+        TowlineError: what the user can fix.
         Interrupted: where a signal asked it to stop; what was written is kept.
     """
     from src.checkpoint.exported import check_exported, with_base_model
@@ -55,8 +55,8 @@ def predict(job: Job) -> int:
     from src.tracking.lock import hold
 
     job = replace(job, config=with_base_model(job.run_dir, job.config))
-    config, run_dir, output = job.config, job.run_dir, job.own.folder(job.run_dir)
-    batch_size = job.own.batch_size or config.training.per_device_eval_batch_size
+    config, run_dir, output = job.config, job.run_dir, job.entry_section.folder(job.run_dir)
+    batch_size = job.entry_section.batch_size or config.training.per_device_eval_batch_size
     console = Console()
     console.label("predict", f"{run_dir} → {output}")
     check_exported(run_dir, config.model.checkpoint)
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def generate(arguments: list[str]) -> int:
         job = admit_prediction(arguments)
         again = "the same command without force=true" if job.config.force else "the same command"
-        where = f"What was predicted is in {job.own.folder(job.run_dir)}:"
+        where = f"What was predicted is in {job.entry_section.folder(job.run_dir)}:"
         return guarded(
             lambda: predict(job),
             when_stopped=f"{where} {again} resumes there.",

@@ -1,7 +1,7 @@
 """Everything about a run that can be known without training it: `python -m src.preflight KEY=VALUE …`.
 
 Takes the same choices as src.run, and keys of its own. Loads no weights unless it measures. Exit code 0, 1 where a
-finding is an error, 2 where something is yours to mend.
+finding is an error, 2 where the user can fix it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def preflight(job: Job) -> int:
     """Show what a run of an admitted job would be, and return the exit code.
 
     Raises:
-        TowlineError: what the user can mend.
+        TowlineError: what the user can fix.
     """
     from src.tracking.console import Console
 
-    config, own = job.config, job.own
+    config, own = job.config, job.entry_section
     if own.dump is not None and not Path(own.dump).absolute().parent.is_dir():
         raise TowlineError(f"preflight.dump = {own.dump} can't be written: No such file or directory")
     console = Console()

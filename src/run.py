@@ -17,11 +17,18 @@ from src.data.dataset import build_data
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.evaluate import open_evaluation
 from src.evaluation.samples import sample
+from src.model.embeddings import check_new_rows
 from src.overview import overview
 from src.runtime.signals import StopRequest
 from src.sweep.pruning import Pruning, end_early
 from src.tracking.tracker import Tracker
-from src.training.assembly import assemble_model, data_warnings, record_origin, start_session
+from src.training.assembly import (
+    assemble_model,
+    data_warnings,
+    load_initial_weights,
+    record_provenance,
+    start_session,
+)
 from src.training.fingerprint import fingerprint_of
 from src.training.finish import export_trained
 from src.training.loop import train
@@ -34,12 +41,12 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
     """Train, evaluate and export one job, from the beginning or from a checkpoint, and return its summary.
 
     Raises:
-        TowlineError: what the user can mend, or that the run went wrong.
+        TowlineError: what the user can fix, or that the run went wrong.
         Interrupted, Pruned: where something asked it to stop; it is saved then, if it had begun to train.
     """
     with start_session(job, found, stop) as (runtime, job, resume):  # job and checkpoint are the same on every rank
         job = resume.adjust(job, runtime.num_processes, tracker.warn)  # as many rows a step as before
-        config, origin = job.config, record_origin(tracker, job, runtime)
+        config, provenance = job.config, record_provenance(tracker, job, runtime)
 
         tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer, tracker.console.working)  # counts what it kept, truncated and dropped
@@ -49,7 +56,8 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         state = build_train_state(
             built.model, data.train, config, runtime, new_tokens.ids, resume.step, resume.position
         )
-        tracker.warn(built.load_initial(state, runtime, config))  # init_from
+        check_new_rows(state.model, built.initialised)  # bit for bit, after wrapping
+        tracker.warn(load_initial_weights(state, tokenizer, runtime, config))  # init_from
         evaluator = open_evaluation(config, state.loss_model, state.model, data, runtime)
         tracker.warn(data_warnings(config, data, tokenizer, state))
         tracker.describe(overview(job, state, built, data, runtime))
@@ -79,6 +87,6 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
                     end_early(runtime.from_main(pruning.verdict(line.metrics)))
 
             totals = state.totals()  # merging takes the adapter out of the model
-            exported = export_trained(job, state, built, data, origin, runtime, tracker)
+            exported = export_trained(job, state, built, data, provenance, runtime, tracker)
             saver.finish()
             return tracker.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()}, exported, built.base)

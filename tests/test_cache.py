@@ -169,9 +169,9 @@ def test_what_shapes_rows_makes_them_anew(
     assert counted.since() == 0
 
 
-def with_key(section: Any, value: Any, **facts: Any) -> Any:
+def with_key(section: Any, value: Any, **info: Any) -> Any:
     """Return the settings of a section with one more key, as a later version would declare it."""
-    declared = key(default=None, **facts) if facts else dataclasses.field(default=None)
+    declared = key(default=None, **info) if info else dataclasses.field(default=None)
     later = dataclasses.make_dataclass("Later", [("lowercase", Any, declared)], bases=(type(section),))
     own = {one.name: getattr(section, one.name) for one in dataclasses.fields(section)}
     return later(**own, lowercase=value)
@@ -184,8 +184,8 @@ def test_a_new_key_shapes_rows_unless_it_says_otherwise(
     config = admitted(*chosen(file, tmp_path / "cache")).config
     own = config.tokens.init if section == "tokens.init" else getattr(config, section)
 
-    def later(value: Any, **facts: Any) -> RunConfig:
-        one = with_key(own, value, **facts)
+    def later(value: Any, **info: Any) -> RunConfig:
+        one = with_key(own, value, **info)
         if section == "tokens.init":
             return dataclasses.replace(config, tokens=dataclasses.replace(config.tokens, init=one))
         return dataclasses.replace(config, **{section: one})
@@ -200,7 +200,7 @@ def test_a_new_key_shapes_rows_unless_it_says_otherwise(
 
 
 def test_what_enters_the_cache_by_another_name_is_there() -> None:
-    entering = {one.facts.enters_as for one in all_keys().values()} - {""}
+    entering = {one.info.cache_key_field for one in all_keys().values()} - {""}
     assert entering == {"lengths", "tags", "tokenizer"}
     assert all(hasattr(EncodingConfig, name) or name in EncodingConfig.__annotations__ for name in entering)
 

@@ -25,7 +25,7 @@ from src.checkpoint.compatibility import (
 from src.config.command_line import read_override
 from src.config.keys import all_keys, known_keys
 from src.config.schema import SECTIONS, TopLevelConfig
-from src.config.schema.fields import facts_of, key
+from src.config.schema.fields import key, key_info
 from src.errors import ConfigError
 from tests.conftest import admitted
 
@@ -77,8 +77,8 @@ def test_each_key_has_one_impact() -> None:
     for section, schema in {**SECTIONS, "": TopLevelConfig}.items():
         for owner in schema.values() if isinstance(schema, dict) else [schema]:
             for one in dataclasses.fields(owner):
-                facts = facts_of(one)
-                declared.setdefault(f"{section}.{one.name}".lstrip("."), set()).add((facts.resume, facts.why))
+                info = key_info(one)
+                declared.setdefault(f"{section}.{one.name}".lstrip("."), set()).add((info.resume, info.why))
     assert {key: impacts for key, impacts in declared.items() if len(impacts) > 1} == {}
     assert set(known_keys()) - declared.keys() == {"tokens.init.method", "tokens.init.text", "tokens.init.descriptions"}
 
@@ -89,7 +89,7 @@ def test_a_key_without_a_stated_impact_is_another_training() -> None:
         plain: int = 1
         declared: int = key(default=1)
 
-    assert [facts_of(one).resume for one in dataclasses.fields(Later)] == [TRAJECTORY, TRAJECTORY]
+    assert [key_info(one).resume for one in dataclasses.fields(Later)] == [TRAJECTORY, TRAJECTORY]
 
 
 def test_the_same_configuration_has_no_changes_also_read_back_from_its_file() -> None:
@@ -316,7 +316,7 @@ def test_an_unknown_key_that_both_have_is_another_training() -> None:
     assert change == Change("data.flavour", 1, 2, TRAJECTORY, "a key that this version does not know")
 
 
-@pytest.mark.parametrize("key", [name for name in known_keys() if all_keys()[name].facts.resume is IMPOSSIBLE])
+@pytest.mark.parametrize("key", [name for name in known_keys() if all_keys()[name].info.resume is IMPOSSIBLE])
 def test_what_is_impossible_says_why(key: str) -> None:
     section, _, name = key.rpartition(".")
     (change,) = compare_configs({section: {name: 1}}, {section: {name: 2}})

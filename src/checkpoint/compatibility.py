@@ -1,7 +1,7 @@
 """What changed between a checkpoint and the run that resumes from it, and what that means. Pure, no torch.
 
 Two comparisons. Configurations say what was asked for, key by key; what a change means is a fact of the key
-(`src.config.schema.fields.Facts.resume`). A fingerprint says what resulted: which rows, which ids, which weights. A
+(`src.config.schema.fields.KeyInfo.resume`). A fingerprint says what resulted: which rows, which ids, which weights. A
 key whose outcome is in the fingerprint (files, templates, a model's name) is harmless by itself, because the same
 outcome by another path is no change.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from src.config.keys import all_keys, known_keys
 from src.config.quoting import shell_override
-from src.config.schema.fields import Flat, Impact, Verdict
+from src.config.schema.fields import DottedConfig, Impact, Verdict
 from src.errors import ConfigError
 from src.util import plural
 
@@ -122,20 +122,20 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield key, value
 
 
-def _judge(key: str, before: Flat, now: Flat) -> Verdict:
+def _judge(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
     if key not in before or key not in now:
         return _judge_lone(key, before, now)
     if key not in all_keys():
         return Impact.trajectory, "a key that this version does not know"
-    facts = all_keys()[key].facts
-    if not isinstance(facts.resume, Impact):
-        return facts.resume(key, before, now)
-    if facts.counts_where is not None and not any(map(facts.counts_where, (before, now))):
+    info = all_keys()[key].info
+    if not isinstance(info.resume, Impact):
+        return info.resume(key, before, now)
+    if info.counts_where is not None and not any(map(info.counts_where, (before, now))):
         return Impact.harmless, ""
-    return facts.resume, facts.why
+    return info.resume, info.why
 
 
-def _judge_lone(key: str, before: Flat, now: Flat) -> Verdict:
+def _judge_lone(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
     """Judge a key that one side does not have.
 
     With another `type` of the section others come and go, and the type says it all. Else one of the two is of another
@@ -144,7 +144,7 @@ def _judge_lone(key: str, before: Flat, now: Flat) -> Verdict:
     kind = f"{key.partition('.')[0]}.type"
     if before.get(kind) != now.get(kind) or before.get(key, now.get(key)) is None:
         return Impact.harmless, ""
-    resume = all_keys()[key].facts.resume if key in all_keys() else Impact.trajectory
+    resume = all_keys()[key].info.resume if key in all_keys() else Impact.trajectory
     impact = min(resume, Impact.trajectory) if isinstance(resume, Impact) else Impact.trajectory
     return impact, "" if impact is Impact.harmless else "a key of another version"
 
@@ -283,6 +283,6 @@ def is_reordered(changes: Sequence[Change], now: Mapping[str, Any]) -> bool:
     return any(change.key == "data" or _reorders(change.key, flat) for change in changes)
 
 
-def _reorders(key: str, now: Flat) -> bool:
-    reorders = all_keys()[key].facts.reorders if key in all_keys() else False
+def _reorders(key: str, now: DottedConfig) -> bool:
+    reorders = all_keys()[key].info.reorders if key in all_keys() else False
     return reorders if isinstance(reorders, bool) else reorders(now)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from src.checkpoint.manifest import (
-    MANIFEST,
     WEIGHTS,
     check_undamaged,
     is_later,
@@ -18,7 +17,7 @@ from src.checkpoint.manifest import (
     refusal_of,
     weights_checksum,
 )
-from src.config.places import CHECKPOINTS, folder_of, steps_in
+from src.config.places import CHECKPOINTS, MANIFEST, folder_of, steps_in
 from src.config.quoting import shell_override
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError

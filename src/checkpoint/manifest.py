@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from src.config.places import folder_of, step_of, steps_in
+from src.config.places import MANIFEST, STATE, folder_of, step_of, steps_in
 from src.errors import CheckpointError
 from src.records import read_bytes
 from src.util import load_json
 
-MANIFEST = "manifest.json"
-WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 FORMAT = 1
 """The version of the format; a manifest with a higher number was written by a later version of Towline."""
 CHUNK_BYTES = 1 << 22

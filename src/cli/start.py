@@ -1,6 +1,6 @@
 """From an admitted job to its summary: whether anything is left to do, in how many processes, in which folder.
 
-What can be refused without torch is refused here, before src.run imports it. No torch here.
+What can be refused without torch is refused here, before src.run imports it.
 """
 
 from __future__ import annotations

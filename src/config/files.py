@@ -11,11 +11,11 @@ from pathlib import Path
 TEXT_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "txt"}
 KINDS = TEXT_KINDS | {f"{suffix}.gz": kind for suffix, kind in TEXT_KINDS.items()} | {".parquet": "parquet"}
 """How a file's name ends, and what is in it."""
-KNOWN = f"{', '.join(TEXT_KINDS)} (each also with .gz behind it) and .parquet"
+KNOWN = f"{', '.join(TEXT_KINDS)} (each also as .gz) and .parquet"
 MOST_NAME_BYTES = 255
-"""Of one name in UTF-8: what file systems take."""
+"""The longest name that file systems take, in UTF-8."""
 MOST_PATH_BYTES = 3800
-"""Of a whole path: the operating system takes 4,095, and there are files in a folder."""
+"""The longest path that is taken: the operating system takes 4,095, and there are files in a folder."""
 
 
 def unusable(path: str) -> str:
@@ -66,7 +66,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
     Patterns keep their order, the files of one pattern are sorted. A name that exists is that file, whatever
     characters it has. Hidden files and folders are taken only by name. What matches no file comes back as it is, and
-    a file that comes twice comes back twice: problems_of tells both.
+    a file that comes twice comes back twice: problems_of reports both.
     """
     return [file for pattern in patterns for file in _matches(pattern) or [pattern]]
 

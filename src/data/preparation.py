@@ -22,7 +22,7 @@ import pyarrow as pa
 from src.config import plugins
 from src.config.formats import declare_frozen, roles
 from src.config.schema import DataConfig, Overflow, TokensConfig, thought_tags
-from src.config.schema.fields import facts_of
+from src.config.schema.fields import key_info
 from src.data.chat import ChatTemplate
 from src.data.encoding import EncodedRow, Encoder, Lengths
 from src.data.examples import Example, ExampleBuilder
@@ -82,10 +82,10 @@ def _shaping(section: Any) -> dict[str, Any]:
     """Return the values of a section's keys that shape rows and are not known to the cache by another name."""
     values: dict[str, Any] = {}
     for key in fields(section):
-        value, facts = getattr(section, key.name), facts_of(key)
+        value, info = getattr(section, key.name), key_info(key)
         if is_dataclass(value):
             values |= {f"{key.name}.{name}": inner for name, inner in _shaping(value).items()}
-        elif facts.shapes_rows and not facts.enters_as:
+        elif info.shapes_rows and not info.cache_key_field:
             values[key.name] = _plain(value)
     return values
 

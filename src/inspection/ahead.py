@@ -49,7 +49,7 @@ class Assembled:
 
 def look_ahead(job: Job, console: Console, libraries_bytes: int) -> int:
     """Assemble what a run would, show it and what it will take; return the exit code."""
-    config, own = job.config, job.own
+    config, own = job.config, job.entry_section
     folder = Path("outputs", config.name, "preflight")
     built = _assemble(config, console)
     tokenizer, data, model, initialised = built.tokenizer, built.data, built.model, built.initialised

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-from src.config.places import clear, set_aside
+from src.config.places import remove_tree, set_aside
 from src.config.schema import ModelConfig, RunConfig, Weights
 from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, one_line
 from src.model.adapters import WEIGHTS, Adapter, with_adapter
@@ -58,7 +58,7 @@ def export(
     if spoilt:
         raise NonFiniteLossError(f"training has spoilt the weights, they are not finite:\n{listed(spoilt)}")
     part = folder.with_name(f".{folder.name}.part")
-    clear(part)
+    remove_tree(part)
     try:
         if adapter is None:
             _write_model(model, part, config)
@@ -86,7 +86,7 @@ def _put_into_place(part: Path, folder: Path) -> str:
     os.replace(part, folder)
     try:
         if former is not None:
-            clear(former)
+            remove_tree(former)
     except OSError as error:  # it only takes room
         return f"{former}, the former model, can't be removed: {error.strerror}"
     return ""

@@ -12,16 +12,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from src.config.command_line import COMMAND_LINE, CommandLine
+from src.config.command_line import CommandLine
 from src.config.compose import warn_of_broken_options
 from src.config.files import unusable
 from src.config.frozen import code_problems
-from src.config.gate import check, located_problems, sweep_of
+from src.config.gate import check_composed, located_problems, sweep_of
 from src.config.hydra_keys import SWEEPER_PARAMS, is_own_sweeper, sweeper_params
 from src.config.job import Job
 from src.config.keys import all_keys
 from src.config.points import Assignment, Points
-from src.config.problems import Problem, refuse
+from src.config.problems import COMMAND_LINE, Problem, refuse
 from src.config.rules.checkpoint import scores_of
 from src.config.schema import (
     Direction,
@@ -163,7 +163,7 @@ class Plan:
         composed = self.composer.compose(self._forced(overrides))
         if self.is_repeated:  # before a plugin that these options name is imported
             composed.problems += code_problems(self.folder, composed.sections, self.line, self.signatures)
-        admitted, problems = check(composed, self.line)
+        admitted, problems = check_composed(composed, self.line)
         if admitted is not None and admitted.sweep is not None:
             problems = [*_sweep_problems(admitted.sweep, admitted.config), *self.code_problems(admitted.frozen)]
             self.admitted = self.admitted or admitted.config
@@ -270,7 +270,7 @@ def _open(line: CommandLine, problems: list[Problem]) -> Plan | None:
     first = Points(fixed, line).compose([])
     sweep, found = sweep_of(first)
     if sweep is None or not first.sections or not first.has_run_dir:
-        of_sweep = [problem for problem in found if first.sections and problem.key not in first.failed]
+        of_sweep = [problem for problem in found if first.sections and problem.key not in first.unresolved]
         problems += [*located_problems(first, line), *of_sweep]
         return None
     is_own = is_own_sweeper(first)

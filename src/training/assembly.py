@@ -11,7 +11,7 @@ from typing import Any
 from src.checkpoint.exported import base_digests, init_from_folder, with_init_from_model
 from src.checkpoint.locate import newest_weights
 from src.checkpoint.store import read_snapshot
-from src.config.gate import parse
+from src.config.gate import parse_stored
 from src.config.job import Job
 from src.config.options import PROJECT_ROOT
 from src.config.schema import RunConfig
@@ -24,7 +24,6 @@ from src.model.build import build_model, set_generation, with_zero_sizes
 from src.model.embeddings import (
     InitialisedRows,
     TokenMonitor,
-    check_new_rows,
     reread_rows,
     resize_and_initialise,
 )
@@ -48,24 +47,24 @@ def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[t
     Raises:
         TowlineError: where the device or the precision is not available.
     """
-    asked = job.config
-    settings = deepspeed_settings(with_zero_sizes(asked), num_processes())
-    with start_runtime(asked.runtime, asked.training.mixed_precision, asked.seed, stop, settings) as runtime:
+    config = job.config
+    settings = deepspeed_settings(with_zero_sizes(config), num_processes())
+    with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop, settings) as runtime:
         frozen, run_dir, found = runtime.from_main((job.frozen, job.run_dir, found))
-        config = with_init_from_model(asked if frozen is job.frozen else parse(frozen))
+        config = with_init_from_model(config if frozen is job.frozen else parse_stored(frozen))
         with nullcontext() if config.data.cache_dir is not None else runtime.shared_folder() as folder:
             if folder is not None:
                 config = replace(config, data=replace(config.data, cache_dir=str(folder)))
             yield runtime, replace(job, config=config, frozen=frozen, run_dir=run_dir), found
 
 
-def record_origin(tracker: Tracker, job: Job, runtime: Runtime) -> dict[str, Any]:
-    """Keep where the run comes from and DeepSpeed's settings in its folder; return the provenance."""
-    made = provenance(job.frozen, file_hashes(job.config.data), runtime.description, PROJECT_ROOT)
-    tracker.record_once("provenance.json", made)
+def record_provenance(tracker: Tracker, job: Job, runtime: Runtime) -> dict[str, Any]:
+    """Write the run's provenance and DeepSpeed's settings into its folder; return the provenance."""
+    content = provenance(job.frozen, file_hashes(job.config.data), runtime.description, PROJECT_ROOT)
+    tracker.record_once("provenance.json", content)
     if (settings := deepspeed_settings(with_zero_sizes(job.config), runtime.num_processes)) is not None:
         tracker.record("deepspeed.json", settings)
-    return made
+    return content
 
 
 @dataclass(frozen=True)
@@ -80,23 +79,6 @@ class Assembled:
     """The rows that new tokens start from."""
     base: Mapping[str, Any] | None
     """Size and checksum of each file of the local model that the adapter is trained on."""
-
-    def load_initial(self, state: TrainState, runtime: Runtime, config: RunConfig) -> list[str]:
-        """Check that the new rows have survived wrapping, and load the checkpoint of `init_from`; return warnings.
-
-        Raises:
-            CheckpointError: where the checkpoint does not fit the model.
-        """
-        check_new_rows(state.model, self.initialised)
-        if config.init_from is None or init_from_folder(config) is not None:
-            return []
-        checkpoint, warnings = newest_weights(Path(config.init_from))
-        kept = read_snapshot(checkpoint)
-        if kept.state["facts"]["tokenizer"] != tokenizer_hash(self.tokenizer):
-            raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
-        state.restore_weights(kept.weights, runtime)
-        state.token_monitor = TokenMonitor(state.model, state.token_monitor.ids)
-        return warnings
 
 
 def assemble_model(
@@ -138,6 +120,25 @@ def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunCo
         raise ModelError(f"init_from: the tokens of {folder} have other ids than here")
     adapter.load(folder)
     return True
+
+
+def load_initial_weights(state: TrainState, tokenizer: Any, runtime: Runtime, config: RunConfig) -> list[str]:
+    """Load the weights of the checkpoint that `init_from` names, if it names one; return warnings.
+
+    A whole model or an adapter that it names is loaded earlier, where the model is built.
+
+    Raises:
+        CheckpointError: where the checkpoint does not fit the model.
+    """
+    if config.init_from is None or init_from_folder(config) is not None:
+        return []
+    checkpoint, warnings = newest_weights(Path(config.init_from))
+    snapshot = read_snapshot(checkpoint)
+    if snapshot.state["facts"]["tokenizer"] != tokenizer_hash(tokenizer):
+        raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
+    state.restore_weights(snapshot.weights, runtime)
+    state.token_monitor = TokenMonitor(state.model, state.token_monitor.ids)
+    return warnings
 
 
 def data_warnings(config: RunConfig, data: Data, tokenizer: Any, state: TrainState) -> list[str]:

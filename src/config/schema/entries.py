@@ -14,7 +14,7 @@ from src.config.schema.fields import key
 class PreflightConfig:
     """What `python -m src.preflight` shows and writes in addition."""
 
-    rows: int = key(COUNT, default=4, text="rows of train that are shown, each part in the colour of what is learned")
+    rows: int = key(COUNT, default=4, text="rows of train that are shown, with the tokens in the loss in colour")
     dump: str | None = key(PATH, default=None, text="a file that gets every encoded row of train as JSON lines")
     measure: bool = key(
         default=False,

@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class StepLike(Protocol):
-    """What is asked of a training step."""
+    """The part of a training step that a rhythm reads."""
 
     is_last: bool
 
