@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 
 import regex
@@ -138,14 +139,6 @@ RUN = regex.compile(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*")
 """A run between spaces, punctuation and symbols; a mark at its start belongs to a symbol, as an emoji."""
 WORD = regex.compile(rf"(?={UNSPACED})\X|(?:\p{{M}}|(?!{UNSPACED})[\p{{L}}\p{{N}}])+", regex.VERSION1)
 """A word within a run: one grapheme cluster of a script without spaces, or everything up to the next one."""
-
-MTEVAL_13A = (
-    (re.compile(r"([{-~\[-` -&(-+:-@/])"), r" \1 "),
-    (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
-    (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
-    (re.compile(r"([0-9])(-)"), r"\1 \2 "),
-)
-"""The places where mteval-v13a cuts: at ASCII punctuation, but not within a number."""
 
 
 def answer(text: str, pattern: str | None) -> str | None:
@@ -278,7 +271,7 @@ def _has_bleu_words(reference: str, answer_pattern: str | None) -> bool:
     # what stands between spaces is one word or more, unless mteval-13a joins or removes it
     is_plain = "-\n" not in reference and "<skipped>" not in reference
     has_four = is_plain and len(reference.split(maxsplit=BLEU_ORDER)) >= BLEU_ORDER
-    return has_four or len(bleu_words(reference)) >= BLEU_ORDER
+    return has_four or len(_bleu_tokenizer()(nfc(reference).rstrip()).split()) >= BLEU_ORDER
 
 
 @metric("bleu", full_marks=100.0, can_score=_has_bleu_words)
@@ -296,18 +289,11 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
     return min(score, 100.0)  # of equal texts it is rounded to a little more
 
 
-def bleu_words(text: str) -> list[str]:
-    """Cut a text as BLEU does; the tests hold it to sacrebleu's mteval-v13a.
+@cache
+def _bleu_tokenizer() -> Callable[[str], str]:
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-    Source: Papineni et al. 2002; NIST's mteval-v13a.pl.
-    """
-    text = nfc(text).rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
-        text = text.replace(entity, character)
-    text = f" {text} "
-    for pattern, replacement in MTEVAL_13A:
-        text = pattern.sub(replacement, text)
-    return text.split()
+    return Tokenizer13a()
 
 
 def perplexity(loss: float) -> float:

@@ -58,7 +58,7 @@ def test_the_report_accounts_for_every_row_and_token(tmp_path: Path) -> None:
     assert (report.rows_read, report.rows_kept, report.rows_truncated) == (12, 11, 1)
     assert dict(report.rows_dropped) == {"no_supervised_token": 1}
     assert report.tokens == sum(len(data.train[i].input_ids) for i in range(11))
-    assert report.supervised_tokens == sum(data.train[i].num_supervised for i in range(11))
+    assert report.supervised_tokens == data.train.supervised_lengths().sum()
     assert report.dropped_places == {"no_supervised_token": [f"{file}:12"]}
     assert report.new_tokens == {token: {"fed": 10, "supervised": 10} for token in ("<ToW>", "</ToW>")}
     assert report.control_tokens_as_text == 1

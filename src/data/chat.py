@@ -329,7 +329,7 @@ class ChatTemplate:
         return [(turn, parts) for turn in turns]
 
     def _frame(self) -> AnswerFrame:
-        """Find out what the template writes around an answer and around a thought, by probes of one turn."""
+        """Return what the template writes around an answer and around a thought, found by probes of one turn."""
         plain = next((found for probe in probes() for found in self._probed(probe)), None)
         if plain is None:
             return AnswerFrame()

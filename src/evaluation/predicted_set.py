@@ -74,7 +74,7 @@ class PredictedSet:
         self._num_rows, self._digest = 0, Digest()
 
     def claim(self, *, force: bool) -> list[str]:
-        """Take over what is there of it, or with `force` remove it; return what decided it otherwise.
+        """Continue what is there of it, or with `force` remove it; return what decided it otherwise.
 
         Raises:
             RunFolderError: where a file is there that src.predict did not write, which nothing removes.
