@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 from src import secrets
 from src.cli.entry import answer, as_command
 from src.cli.exits import guarded
-from src.config.command_line import CommandLine, read_command_line
+from src.config.command_line import CommandLine, flags_that_are_not_taken, read_command_line
 from src.config.files import unusable
 from src.config.frozen import CONFIG, STARTS, STATUS, SWEEP, read_config
 from src.config.problems import Problem, refuse
@@ -115,9 +115,7 @@ class _Refused(Exception):
 
 
 def _unread(line: CommandLine) -> Iterator[Problem]:
-    for flag in line.argv:
-        if flag.startswith("-"):
-            yield Problem(flag, "python -m src.sync takes KEY=VALUE, and --help", has_value=False)
+    yield from flags_that_are_not_taken(line, "sync")
     for override in line.overrides:
         key = override.key_or_group
         if key not in ("run", *KEYS):

@@ -167,6 +167,13 @@ def _flag_problems(flags: argparse.Namespace) -> Iterator[Problem]:
             yield Problem(f"--{flag}", "says how --cfg shows a configuration: add --cfg job", has_value=False)
 
 
+def flags_that_are_not_taken(line: CommandLine, entry: str) -> Iterator[Problem]:
+    """Yield a problem for each flag on the command line of an entry that has none but --help."""
+    for flag in line.argv:
+        if flag.startswith("-"):
+            yield Problem(flag, f"python -m src.{entry} takes KEY=VALUE, and --help", has_value=False)
+
+
 def _override_problems(override: Override, line: CommandLine) -> Iterator[Problem]:
     """Yield what is wrong with an override that can be read: several values for one run, or an unknown option."""
     in_group = is_group(override, line.roots)

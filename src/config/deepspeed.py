@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +21,7 @@ from src.config.problems import Problem
 from src.config.schema import ZeroFileConfig
 from src.errors import visible
 from src.records import read_bytes
-from src.util import nearest
+from src.util import merged, nearest
 
 KEY = "deepspeed.config_file"
 MOST_BYTES = 2**20
@@ -87,7 +87,7 @@ def read_deepspeed_file(section: Any, stored: Any) -> list[Problem]:
     problems = list(_unused(content, file))
     for one in (section, stored):
         given = {key: value for key, value in one.items() if key not in OWN_KEYS}
-        one |= _merged(defaults, content, given, {"type": "file", "sha256": digest})
+        one |= merged(defaults, content, given, {"type": "file", "sha256": digest})
         _fill_defaults(one["zero_optimization"])
     return problems
 
@@ -183,16 +183,6 @@ def _no_number(constant: str) -> NoReturn:
 
 class _NoNumber(Exception):
     """NaN or an infinity, which are no JSON."""
-
-
-def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return mappings on top of one another, key by key."""
-    result: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            before = result.get(key)
-            result[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, Mapping) else value
-    return result
 
 
 def _unused(content: dict[str, Any], file: str) -> Iterator[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 TEXT_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "txt"}
@@ -30,9 +30,9 @@ def unusable(path: str) -> str:
     except FileNotFoundError:
         return ""
     except PermissionError:
-        return f"no permission to look into {_last_folder(path)}"
+        return f"no permission to look into {_nearest(path, os.path.isdir)}"
     except NotADirectoryError:
-        return f"{_last_file(path)} is a file, so nothing can be in it"
+        return f"{_nearest(path, os.path.exists)} is a file, so nothing can be in it"
     except OSError as error:
         return "links that lead in a circle" if error.errno == errno.ELOOP else str(error.strerror)
     except UnicodeEncodeError:
@@ -42,17 +42,9 @@ def unusable(path: str) -> str:
     return ""
 
 
-def _ancestors(path: str) -> list[str]:
-    """Return the folders that a path goes through, the innermost first."""
-    return [str(folder) for folder in Path(path).parents]
-
-
-def _last_folder(path: str) -> str:
-    return next((folder for folder in _ancestors(path) if os.path.isdir(folder)), path)
-
-
-def _last_file(path: str) -> str:
-    return next((place for place in _ancestors(path) if os.path.exists(place)), path)
+def _nearest(path: str, test: Callable[[str], bool]) -> str:
+    """Return the innermost folder of a path that passes a test; the path itself where none does."""
+    return next(filter(test, map(str, Path(path).parents)), path)
 
 
 def kind_of(file: str) -> str | None:
@@ -101,7 +93,7 @@ def problems_of(patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
             if (
                 reason := unusable(file)
                 or _missing(file, pattern)
-                or _unknown(file)
+                or ("" if kind_of(file) else f"not a kind that is read; these are {KNOWN}")
                 or ("given twice" if real in given else "")
             ):
                 wrong.setdefault(reason, []).append(file)
@@ -112,10 +104,6 @@ def problems_of(patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
             else:
                 more = f" and {len(files) - 1} more" if len(files) > 1 else ""
                 yield pattern, f"{files[0]}{more}: {reason}"
-
-
-def _unknown(file: str) -> str:
-    return "" if kind_of(file) else f"not a kind that is read; these are {KNOWN}"
 
 
 def _missing(file: str, pattern: str) -> str:

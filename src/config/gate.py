@@ -16,7 +16,14 @@ from hydra.core.override_parser.types import Override
 
 from src import secrets
 from src.config import deepspeed, frozen, plugins, rules
-from src.config.command_line import CommandLine, SeveralValues, is_group, read_command_line, value_text
+from src.config.command_line import (
+    CommandLine,
+    SeveralValues,
+    flags_that_are_not_taken,
+    is_group,
+    read_command_line,
+    value_text,
+)
 from src.config.compose import compose, warn_of_broken_options
 from src.config.composed import Composed, where_set
 from src.config.files import unusable
@@ -104,9 +111,7 @@ def admit_prediction(argv: Sequence[str]) -> Job:
         ConfigError: with all problems together.
     """
     line = read_command_line(argv)
-    for flag in line.argv:
-        if flag.startswith("-"):
-            line.problems.append(Problem(flag, "python -m src.predict takes KEY=VALUE, and --help", has_value=False))
+    line.problems += flags_that_are_not_taken(line, "predict")
     run = line.value_of("run")
     if run in (None, ""):
         line.problems.append(Problem("run", "needs a value: the folder of a finished run", has_value=False))

@@ -13,6 +13,7 @@ from src.config import comments
 from src.config.command_line import options
 from src.config.keys import Key
 from src.config.options import GLOBAL_GROUPS, OptionFileError, is_hidden, option_text, read_option
+from src.util import merged, value_at
 
 GLOBAL = "_global_"
 
@@ -112,16 +113,8 @@ def values_of(group: str, name: str, roots: tuple[Path, ...]) -> dict[str, Any]:
     """Return the values of an option with those of the options that it builds on."""
     whole: dict[str, Any] = {}
     for option in reversed(list(lineage(group, name, roots))):
-        whole = _merged(whole, option.values)
+        whole = merged(whole, option.values)
     return whole
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = dict(below)
-    for key, value in above.items():
-        before = both.get(key)
-        both[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
-    return both
 
 
 def readable(group: str, roots: Sequence[Path]) -> list[str]:
@@ -148,11 +141,9 @@ def setting(key: Key, roots: Sequence[Path]) -> dict[str, Any]:
     """Return the value of a key in each option that sets it, by the option."""
     name, found = key.name.removeprefix(f"{key.section}."), dict[str, Any]()
     for option in with_key(key, roots):
-        node: Any = values_of(key.section, option, tuple(roots))
-        for part in name.split("."):
-            node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
-        if node is not _ABSENT:
-            found[option] = node
+        value = value_at(values_of(key.section, option, tuple(roots)), name, _ABSENT)
+        if value is not _ABSENT:
+            found[option] = value
     return found
 
 

@@ -23,7 +23,7 @@ from src.config.options import GLOBAL_GROUPS, KeyPosition, OptionFileError, show
 from src.config.problems import Problem, refuse, shortened
 from src.config.schema import ENTRY_SECTIONS, Check, Keys
 from src.errors import show, visible
-from src.util import nearest
+from src.util import nearest, value_at
 
 WIDTH = 80
 LEFT = 34
@@ -61,12 +61,7 @@ class Page:
         """Return a key's value now; NOTHING where what was chosen has no such key."""
         if key.section in ENTRY_SECTIONS:
             return reference.defaults(key)[""]
-        node: Any = self.composed.stored
-        for part in key.name.split("."):
-            if not isinstance(node, dict) or part not in node:
-                return NOTHING
-            node = node[part]
-        return node
+        return value_at(self.composed.stored, key.name, NOTHING)
 
     def meaning(self, key: Key) -> str:
         return reference.meaning(key, self.roots, self.chosen(key.section))

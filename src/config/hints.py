@@ -16,6 +16,7 @@ from src.config.peers import Counterpart
 from src.config.problems import Problem
 from src.config.quoting import typed
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, Keys
+from src.util import value_at
 
 LIKE_HERE, LIKE_ELSEWHERE = 0.6, 0.8
 """How much of a name must be alike for a key of the same section, and of another, to be meant."""
@@ -288,10 +289,7 @@ def _paths(inner: Keys) -> Iterator[str]:
 
 def _value_in(section: str, option: str, key: str, situation: Situation) -> Any:
     """Return the value of a key in an option; None where it has none."""
-    node: Any = groups.values_of(section, option, tuple(situation.roots))
-    for part in key.split(".")[1:]:
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
+    return value_at(groups.values_of(section, option, tuple(situation.roots)), key.partition(".")[2])
 
 
 def _by_name(leaf: str, value: Any, situation: Situation) -> tuple[list[_Suggestion], str]:

@@ -22,25 +22,15 @@ class PreflightConfig:
     )
 
 
-_key = partial(key, read_by_predict=True)
+_key = partial(key, default=None, read_by_predict=True)
 
 
 @dataclass
 class PredictConfig:
     """In which batches `python -m src.predict` generates, and where it writes."""
 
-    batch_size: int | None = key(
-        AT_LEAST_ONE,
-        default=None,
-        read_by_predict=True,
-        text="prompts at a time; null: training.per_device_eval_batch_size",
-    )
-    output: str | None = key(
-        PATH,
-        default=None,
-        read_by_predict=True,
-        text="the folder of the predictions; null: predictions/ in the run's folder",
-    )
+    batch_size: int | None = _key(AT_LEAST_ONE, text="prompts at a time; null: training.per_device_eval_batch_size")
+    output: str | None = _key(PATH, text="the folder of the predictions; null: predictions/ in the run's folder")
 
     def folder(self, run_dir: Path) -> Path:
         """Return the folder of the predictions: predict.output, or predictions/ in the run's folder."""
