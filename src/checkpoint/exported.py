@@ -1,4 +1,4 @@
-"""Exported models compared with what was written: status.json has size and checksum of each file. No torch here."""
+"""Exported models compared with what was written: status.json has size and checksum of each file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MAY_CHANGE = ("README.md", "generation_config.json")
 
 
 ADAPTER = "adapter_config.json"
-OF_A_BASE = (".safetensors", ".bin", ".pt", ".index.json", ".py")
-"""How files end that decide a model's weights or what it computes, besides config.json."""
+BASE_SUFFIXES = (".safetensors", ".bin", ".pt", ".index.json", ".py")
+"""Suffixes of the files that decide a model's weights or what it computes, besides config.json."""
 
 
 def exported_digests(folder: Path) -> dict[str, dict[str, Any]]:
@@ -91,7 +91,7 @@ def _weight_files(base: Path) -> list[Path]:
     Raises:
         DamagedFileError: where one of them is no plain file.
     """
-    files = [file for file in sorted(base.iterdir()) if file.name == "config.json" or file.name.endswith(OF_A_BASE)]
+    files = [file for file in sorted(base.iterdir()) if file.name == "config.json" or file.name.endswith(BASE_SUFFIXES)]
     for file in files:
         check_plain(file)
     return files

@@ -1,4 +1,4 @@
-"""Whether a finished run is asked for more steps, and whether it can be continued. No torch here."""
+"""Whether a finished run is asked for more steps, and whether it can be continued."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: its files with sizes and checksums, written last. No torch here.
+"""The manifest of a checkpoint: its files with sizes and checksums, written last.
 
 Checksums (XXH3, 128 bits) protect against damage, not against attack. The manifest is in one canonical form with a
 checksum of its own, so that a changed byte in it is noticed too.

@@ -64,6 +64,7 @@ class Snapshot(Generic[T_co]):
     state: Mapping[str, Any]
 
     def files(self) -> dict[str, Mapping[str, T_co]]:
+        """Return the tensors of each file, by the file's name."""
         return {WEIGHTS: self.weights} | ({} if self.optimizer is None else {OPTIMIZER: self.optimizer})
 
     @property

@@ -1,4 +1,4 @@
-"""Several processes from one command: start them, watch them, end them together. No torch here.
+"""Several processes from one command: start them, watch them, end them together.
 
 The parent has composed, checked and frozen the configuration, and holds the run's folder; workers get the frozen file.
 Each worker has a session of its own, so that Ctrl-C reaches the parent only, which passes each request on once. A

@@ -1,4 +1,4 @@
-"""What asks a run to stop: SIGTERM, SIGUSR1, SIGINT (Ctrl-C), and its time limit. No torch here.
+"""What asks a run to stop: SIGTERM, SIGUSR1, SIGINT (Ctrl-C), and its time limit.
 
 While a run is being set up nothing is worth waiting for, so a signal ends it where it is. Once it trains, a signal is a
 request, which the run follows where it can end properly. Schedulers repeat theirs, so only a further SIGINT ends the

@@ -17,7 +17,7 @@ from src.training.resume import tokenizer_hash
 from src.training.state import TrainState
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "numpy")
-"""Whose versions may change how numbers are rounded."""
+"""Libraries whose versions may change how numbers are rounded."""
 
 NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
 """Settings of a model that say nothing, or that another entry of the fingerprint or a key says."""
