@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from src.config.schema import LoraConfig, RunConfig
 from src.errors import ModelError, one_line
 from src.model.embeddings import embedding_matrices, true_tie_flag
 from src.model.layers import is_linear, is_transposed
+from src.model.quantization import quiet_bitsandbytes
 from src.model.weights import check_finite, check_names
 from src.runtime.sharding import gathered, unsharded_models
 from src.util import in_words, nearest
@@ -149,7 +149,7 @@ def with_adapter(base: Any, folder: Path) -> Any:
     Raises:
         ModelError: where it does not fit, lacks a weight or has one too many, or one that is not finite.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_bitsandbytes()  # PEFT imports it
     from peft import PeftModel, get_peft_model_state_dict
 
     what, saved = f"the adapter in {folder}", _read_adapter(folder)
@@ -178,7 +178,7 @@ def add_adapter(model: Any, config: RunConfig, new_ids: Sequence[int] = ()) -> A
     lora = config.lora
     if lora is None:
         return None
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it recommends a package
+    quiet_bitsandbytes()  # PEFT imports it
     import peft
 
     check_targets(model, lora)
