@@ -18,13 +18,12 @@ import xxhash
 
 from src.config.places import MANIFEST, STATE, folder_of, step_of, steps_in
 from src.errors import CheckpointError
-from src.records import read_bytes
+from src.records import file_digest, read_bytes
 from src.util import load_json
 
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 FORMAT = 1
 """The version of the format; a manifest with a higher number was written by a later version of Towline."""
-CHUNK_BYTES = 1 << 22
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 """Errors of opening what is not there: nothing, a link to nothing or to itself, or what can't be opened at all."""
 
@@ -65,11 +64,7 @@ class Manifest:
 
 def checksum(file: Path) -> str:
     """Return the checksum of a file's content, 32 hex digits."""
-    hashed = xxhash.xxh3_128()
-    with open(file, "rb") as content:
-        while chunk := content.read(CHUNK_BYTES):
-            hashed.update(chunk)
-    return hashed.hexdigest()
+    return file_digest(file)["xxh3_128"]
 
 
 def read_manifest(checkpoint: Path) -> Manifest:

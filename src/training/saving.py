@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from src.checkpoint.compatibility import Fingerprint
@@ -19,33 +19,23 @@ from src.training.resume import ResumePoint
 from src.training.state import TrainState
 
 
+@dataclass
 class Saver:
     """Saves a run, its state and what else a resume needs. Built by `open_saver`.
 
     Args:
-        extra: what stays the same for the whole run.
+        _extra: what stays the same for the whole run.
         lines: the lines of metrics that the run resumes after.
     """
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        state: TrainState,
-        config: RunConfig,
-        fingerprint: Fingerprint,
-        extra: Mapping[str, Any],
-        runtime: Runtime,
-        tracker: Tracker,
-        lines: Sequence[Mapping[str, Any]],
-    ) -> None:
-        self._checkpoints = checkpoints
-        self._state = state
-        self._config = config
-        self._fingerprint = fingerprint
-        self._extra = extra
-        self._runtime = runtime
-        self._tracker = tracker
-        self.lines = lines
+    _checkpoints: Checkpoints
+    _state: TrainState
+    _config: RunConfig
+    _fingerprint: Fingerprint
+    _extra: Mapping[str, Any]
+    _runtime: Runtime
+    _tracker: Tracker
+    lines: Sequence[Mapping[str, Any]]
 
     def save(self) -> None:
         """Save the present step, so that a run can resume from it; one that is saved already is left as it is."""
