@@ -335,7 +335,7 @@ def test_a_change_for_good_needs_a_reason() -> None:
         ({}, []),
         ({"step": 0}, []),
         ({"num_rows": 1000, "data": "d2"}, [("data", TRAJECTORY, "changed: 1,000 then, 1,000 now")]),
-        ({"num_rows": None, "data": "d2"}, [("data", TRAJECTORY, "the train set is another one")]),
+        ({"num_rows": None, "data": "d2"}, [("data", TRAJECTORY, "the train set changed")]),
         ({"tokenizer": "t2"}, [("tokenizer", IMPOSSIBLE, "ids mean other tokens")]),
         ({"frozen_weights": "w2"}, [("frozen_weights", TRAJECTORY, "their quantisation")]),
         ({"frozen_weights": None}, [("frozen_weights", IMPOSSIBLE, "now all are trained")]),

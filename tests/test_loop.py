@@ -63,7 +63,7 @@ def trained(runtime: Runtime, *overrides: str) -> Trained:
     result = Trained([], [], {})
     for step in train(state, data.train, config, runtime, pad_token_id=0):
         result.losses.append(step.pop_metrics()["train/loss"])
-        result.grad_norms.append(step.result.grad_norm)
+        result.grad_norms.append(step.grad_norm)
     result.weights = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     return result
 
@@ -218,7 +218,7 @@ def test_the_environment_can_not_have_the_loss_divided(monkeypatch: pytest.Monke
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
         with start_runtime(CPU, MixedPrecision.no, 1, StopRequest()) as runtime:
             config, data, state = assembled(runtime, "data.limit=8")
-            norms.append(next(train(state, data.train, config, runtime, pad_token_id=0)).result.grad_norm)
+            norms.append(next(train(state, data.train, config, runtime, pad_token_id=0)).grad_norm)
     assert norms[0] == norms[1]
 
 
@@ -368,22 +368,22 @@ def test_evaluating_or_sampling_does_not_move_the_training_stream(runtime: Runti
 
 
 def test_a_step_says_what_is_due_after_it() -> None:
-    step = Step(StepResult(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0), is_last=False, stats=StepStats())
+    step = Step(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0, is_last=False, stats=StepStats())
     assert [every for every in (1, 2, 3, 4, 6, 7, "epoch", None) if step.is_due(every)] == [1, 2, 3, 6, "epoch"]
-    assert not replace(step, result=replace(step.result, ends_epoch=False)).is_due("epoch")
+    assert not replace(step, ends_epoch=False).is_due("epoch")
     assert (step.number, step.lr) == (6, 0.1)
 
 
 def test_a_step_gives_the_means_since_they_were_last_taken_and_what_is_minimised_where_that_differs() -> None:
-    update = StepResult(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0)
+    result = {"number": 6, "epoch": 1, "ends_epoch": True, "lr": 0.1, "grad_norm": 2.0, "is_last": False}
     stats = StepStats(nll=6.0, num_supervised=3, objective=8.0, num_steps=4, num_tokens=50, seconds=5.0)
-    step = Step(update, False, stats, with_objective=True)
+    step = Step(**result, stats=stats, with_objective=True)
     assert (step.loss, step.tokens_per_second) == (2.0, 10.0)
     own = {"train/lr": 0.1, "train/grad_norm": 2.0}
     means = {"train/loss": 2.0, "perf/tokens_per_second": 10.0}
     assert step.pop_metrics() == {**means, "train/objective": 2.0, **own}
     assert stats == StepStats()
-    assert "train/objective" not in Step(update, False, stats).pop_metrics()
+    assert "train/objective" not in Step(**result, stats=stats).pop_metrics()
 
 
 def test_a_step_that_was_not_over_comes_again_and_one_that_was_does_not(runtime: Runtime) -> None:

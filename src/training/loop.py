@@ -32,23 +32,14 @@ class MicroBatch:
     is_real: bool = True
 
 
-@dataclass
-class Step:
+@dataclass(frozen=True)
+class Step(StepResult):
     """What `train` yields after each optimizer step: its result, and the sums since the last line of metrics."""
 
-    result: StepResult
     is_last: bool
     stats: StepStats = field(repr=False)
     with_objective: bool = False
     """Whether the objective differs from the loss, so that its mean is a metric of its own."""
-
-    @property
-    def number(self) -> int:
-        return self.result.number
-
-    @property
-    def lr(self) -> float:
-        return self.result.lr
 
     @property
     def loss(self) -> float:
@@ -61,22 +52,18 @@ class Step:
     @property
     def warnings(self) -> list[str]:
         """Why the run can't learn, where the first step shows it."""
-        if self.number > 1 or self.result.grad_norm != 0:
+        if self.number > 1 or self.grad_norm != 0:
             return []
         return [
             "no trained parameter got a gradient in step 1, so nothing was learned: what is trained "
             "(adapter.target_modules) takes no part in the loss, or the loss weighs every token 0"
         ]
 
-    def is_due(self, every: int | str | None) -> bool:
-        """Return whether something that happens every N steps, or every epoch, or never (None), happens after it."""
-        return self.result.is_due(every)
-
     def pop_metrics(self) -> dict[str, float]:
         """Return the metrics since the last line, and begin new sums: called once for each line, by every process."""
         means = self.stats.means(with_objective=self.with_objective)
         self.stats.reset()
-        return means | {"train/lr": self.result.lr, "train/grad_norm": self.result.grad_norm}
+        return means | {"train/lr": self.lr, "train/grad_norm": self.grad_norm}
 
 
 def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime, pad_token_id: int) -> Iterator[Step]:
@@ -93,7 +80,7 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
     objective_differs = loss.reduction is Reduction.sum or loss.thought_weight != 1 or loss.label_smoothing > 0
     state.rng = runtime.rng_state()
     if state.last_step is not None and not state.is_last_step_complete:
-        yield Step(state.last_step, state.step >= state.num_steps, state.stats, objective_differs)
+        yield _last_step(state, with_objective=objective_differs)
     coming = windows(rows, state.batch_sampler, config.seed, state.position)
     while state.step < state.num_steps:
         window = next(coming)
@@ -108,7 +95,13 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         state.train_seconds += seconds
         state.position, state.rng = window.after, runtime.rng_state()
         state.last_step = StepResult(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
-        yield Step(state.last_step, state.step >= state.num_steps, state.stats, objective_differs)
+        yield _last_step(state, with_objective=objective_differs)
+
+
+def _last_step(state: TrainState, *, with_objective: bool) -> Step:
+    assert state.last_step is not None
+    is_last = state.step >= state.num_steps
+    return Step(**vars(state.last_step), is_last=is_last, stats=state.stats, with_objective=with_objective)
 
 
 def step_once(

@@ -9,7 +9,8 @@ from typing import Protocol
 class StepLike(Protocol):
     """The part of a training step that a rhythm reads."""
 
-    is_last: bool
+    @property
+    def is_last(self) -> bool: ...
 
     def is_due(self, every: int | str | None) -> bool: ...
 
