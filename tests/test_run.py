@@ -350,7 +350,7 @@ def test_hydras_own_sweeper_runs_every_point_in_its_own_folder(tmp_path: Path) -
     assert comparable(tmp_path / "0") != comparable(tmp_path / "1")
 
 
-@pytest.mark.parametrize("where", ["src.cli.hydra_main.parse", "src.model.export.export"])
+@pytest.mark.parametrize("where", ["src.cli.hydra_main.parse_stored", "src.model.export.export"])
 def test_a_signal_between_the_runs_of_a_sweep_stops_it_at_once(tmp_path: Path, where: str) -> None:
     code = f"""
 import importlib, signal, sys
