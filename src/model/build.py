@@ -267,7 +267,7 @@ def set_generation(
 
     Args:
         stop_ids: each of them ends what is generated.
-        target_prefix: ids before an encoder-decoder's targets, which are never learned, so they must be forced.
+        target_prefix: ids before an encoder-decoder's targets, which are never supervised, so they must be forced.
     """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     settings: dict[str, Any] = {
