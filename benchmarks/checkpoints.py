@@ -34,11 +34,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.checkpoint.manifest import sync
 from src.checkpoint.store import Snapshot, open_checkpoints
 from src.config.gate import admit
 from src.config.job import Job
 from src.runtime.session import rng_as_json
+from src.util import sync
 
 MIB = 2**20
 SMALL_MIB = 10

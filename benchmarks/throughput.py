@@ -28,7 +28,7 @@ from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest
 from src.tokens import num_token_ids
 from src.training.loop import train
-from src.training.state import prepare
+from src.training.state import build_train_state
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def model_of(config: RunConfig, vocabulary: int) -> Any:
 def towline(config: RunConfig, data: Data, vocabulary: int) -> float:
     """Give the seconds that Towline's loop spends in its steps."""
     with start_runtime(config.runtime, config.training.mixed_precision, config.seed, StopRequest()) as runtime:
-        state = prepare(model_of(config, vocabulary), data.train, config, runtime)
+        state = build_train_state(model_of(config, vocabulary), data.train, config, runtime)
         for _ in train(state, data.train, config, runtime, pad_token_id=0):
             pass
         return state.train_seconds

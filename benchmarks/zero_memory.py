@@ -16,7 +16,7 @@ from src.errors import TowlineError
 from src.forecast.counting import MicroBatchShape, TrainingCount, counted
 from src.forecast.memory import memory_forecast
 from src.forecast.parameters import parameters_of
-from src.inspection.outlook import sharding_of
+from src.inspection.run_forecast import sharding_of
 
 SIZES = {  # as Llama 3.2 1B and 3B, Llama 2 7B and 70B
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,

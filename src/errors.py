@@ -154,13 +154,9 @@ class _VisibleRecord(logging.LogRecord):
 def show_libraries_visibly() -> None:
     """Show what libraries log or warn of as `visible` does: they quote texts of checkpoints and data."""
     logging.setLogRecordFactory(_VisibleRecord)
-    warnings.formatwarning = _visible_warning
-
-
-def _visible_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    return f"{filename}:{lineno}: {category.__name__}: {visible(str(message))}\n"
+    warnings.formatwarning = lambda message, category, filename, lineno, line=None: (
+        f"{filename}:{lineno}: {category.__name__}: {visible(str(message))}\n"
+    )
 
 
 def report(message: object, *, wraps: bool = True) -> None:

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 
 import regex
@@ -44,7 +45,7 @@ class Metric:
 
 
 METRICS = Registry[Metric]("metric")
-"""What `data.metrics` and `evaluation.metrics` may name."""
+"""The metrics that `data.metrics` and `evaluation.metrics` may name."""
 
 Function = Callable[..., float]
 
@@ -64,7 +65,7 @@ def metric(
 
     def register(compute: Function) -> Function:
         needs = tuple(inspect.signature(compute).parameters)
-        if unknown := [one for one in needs if one not in CAN_NEED]:
+        if unknown := [need for need in needs if need not in CAN_NEED]:
             raise ValueError(f"the metric {name} takes {', '.join(unknown)}; it can take {', '.join(CAN_NEED)}")
         if name in LOSSES:
             raise ValueError(f"every evaluation has a {name} of its own")
@@ -80,7 +81,7 @@ def greater_is_better(name: str) -> bool:
     return METRICS[score].greater_is_better if score in METRICS else score not in LOSSES
 
 
-def scores(
+def compute_metrics(
     names: Sequence[str],
     predictions: Sequence[str],
     references: Sequence[str],
@@ -92,11 +93,14 @@ def scores(
     Args:
         place: says where the row of a prediction comes from.
     Raises:
-        DataError: naming the row on which the pattern does not come to an end.
+        DataError: naming the row on which the pattern does not terminate.
     """
-    given = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
-    chosen = {name: METRICS[name] for name in names}
-    return {name: float(one.compute(**{need: given[need] for need in one.needs})) for name, one in chosen.items()}
+    arguments = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
+    metrics = {name: METRICS[name] for name in names}
+    return {
+        name: float(chosen.compute(**{need: arguments[need] for need in chosen.needs}))
+        for name, chosen in metrics.items()
+    }
 
 
 def is_full_marks(name: str, prediction: str, reference: str, answer_pattern: str | None = None) -> bool:
@@ -104,13 +108,13 @@ def is_full_marks(name: str, prediction: str, reference: str, answer_pattern: st
 
     Equal texts are answered at once, without the libraries that score; so are metrics whose full marks are not known.
     """
-    asked = METRICS[name]
-    if not asked.can_score(reference, answer_pattern):
+    chosen = METRICS[name]
+    if not chosen.can_score(reference, answer_pattern):
         return False
-    if prediction == reference or asked.full_marks is None:
+    if prediction == reference or chosen.full_marks is None:
         return True
-    value = scores([name], [prediction], [reference], answer_pattern)[name]
-    return math.isclose(value, asked.full_marks, rel_tol=1e-9)
+    value = compute_metrics([name], [prediction], [reference], answer_pattern)[name]
+    return math.isclose(value, chosen.full_marks, rel_tol=1e-9)
 
 
 BLEU_ORDER = 4
@@ -132,17 +136,9 @@ They are those between which a line may be broken all the same: classes SA (Thai
 Source: Unicode Standard Annex 14, "Unicode Line Breaking Algorithm".
 """
 RUN = regex.compile(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*")
-"""What stands between spaces, punctuation and symbols; a mark at its start belongs to a symbol, as an emoji."""
+"""A run between spaces, punctuation and symbols; a mark at its start belongs to a symbol, as an emoji."""
 WORD = regex.compile(rf"(?={UNSPACED})\X|(?:\p{{M}}|(?!{UNSPACED})[\p{{L}}\p{{N}}])+", regex.VERSION1)
-"""Within a run: one grapheme cluster of a script without spaces, or everything up to the next one."""
-
-MTEVAL_13A = (
-    (re.compile(r"([{-~\[-` -&(-+:-@/])"), r" \1 "),
-    (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
-    (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
-    (re.compile(r"([0-9])(-)"), r"\1 \2 "),
-)
-"""Where mteval-v13a cuts: at ASCII punctuation, but not within a number."""
+"""A word within a run: one grapheme cluster of a script without spaces, or everything up to the next one."""
 
 
 def answer(text: str, pattern: str | None) -> str | None:
@@ -151,7 +147,7 @@ def answer(text: str, pattern: str | None) -> str | None:
     Text and pattern are taken in NFC: "é" is the same letter, written as one character or as two.
 
     Raises:
-        LimitError: where the pattern does not come to an end.
+        LimitError: where the pattern does not terminate.
     """
     text = nfc(text)
     if pattern is None:
@@ -175,8 +171,8 @@ def exact_match(
     hits = 0
     for number, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         with at(place, number):
-            given = answer(prediction, answer_pattern)
-            hits += given is not None and given == answer(reference, answer_pattern)
+            found = answer(prediction, answer_pattern)
+            hits += found is not None and found == answer(reference, answer_pattern)
     return hits / len(predictions)
 
 
@@ -275,7 +271,7 @@ def _has_bleu_words(reference: str, answer_pattern: str | None) -> bool:
     # what stands between spaces is one word or more, unless mteval-13a joins or removes it
     is_plain = "-\n" not in reference and "<skipped>" not in reference
     has_four = is_plain and len(reference.split(maxsplit=BLEU_ORDER)) >= BLEU_ORDER
-    return has_four or len(bleu_words(reference)) >= BLEU_ORDER
+    return has_four or len(_bleu_tokenizer()(nfc(reference).rstrip()).split()) >= BLEU_ORDER
 
 
 @metric("bleu", full_marks=100.0, can_score=_has_bleu_words)
@@ -293,18 +289,11 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
     return min(score, 100.0)  # of equal texts it is rounded to a little more
 
 
-def bleu_words(text: str) -> list[str]:
-    """Cut a text as BLEU does; the tests hold it to sacrebleu's mteval-v13a.
+@cache
+def _bleu_tokenizer() -> Callable[[str], str]:
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-    Source: Papineni et al. 2002; NIST's mteval-v13a.pl.
-    """
-    text = nfc(text).rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
-        text = text.replace(entity, character)
-    text = f" {text} "
-    for pattern, replacement in MTEVAL_13A:
-        text = pattern.sub(replacement, text)
-    return text.split()
+    return Tokenizer13a()
 
 
 def perplexity(loss: float) -> float:

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 from src.config.job import Job
-from src.config.schema import Batching, InitMethod, LoraConfig, RunConfig, Weights
+from src.config.schema import Batching, InitMethod, LoraConfig, RunConfig, TokensConfig, Weights
 from src.data.dataset import Data
 from src.forecast.disk import disk_need, most_saves
 from src.forecast.optimizer_state import checkpoint_bytes
 from src.forecast.parameters import trained_of
 from src.model.build import num_parameters
-from src.model.embeddings import num_rows
+from src.model.embeddings import num_embedding_rows
 from src.runtime.session import Runtime
 from src.runtime.sharding import full_shape
 from src.training.assembly import Assembled
@@ -48,7 +48,7 @@ def _model(config: RunConfig, state: TrainState) -> str:
         text += f"\n{_adapter(lora)}"
     text += f"\n{total:,} parameters, {'all' if trained == total else f'{trained:,} ({trained / total:.2%})'} trained"
     if state.uses_full_logits:
-        text += "\nits logits are more than head(hidden states): all of them are computed (slower, more memory)"
+        text += "\nits logits are more than head(hidden states): the full logits are computed (slower, more memory)"
     return text
 
 
@@ -59,36 +59,46 @@ def _adapter(config: LoraConfig) -> str:
 
 
 def _tokens(config: RunConfig, state: TrainState, built: Assembled) -> str:
-    tokenizer, new, started = built.tokenizer, built.new_tokens, built.started
-    text = f"{len(tokenizer):,} in the vocabulary, {num_rows(state.model):,} rows"
-    if started.ids:
-        init = config.tokens.init
-        how = f"{init.method.value} {init.text}" if init.method is InitMethod.text else init.method.value
-        named = [token for token in started.ids if token in new.ids]
-        text += f"; {', '.join(named)} start from {how}" if named else ""
-        if rest := len(started.ids) - len(named):
-            text += f"; {rest:,} that the checkpoint has no rows for start from the mean"
-    if unlearned := [token for token in new.known if token in started.ids]:
-        text += f"; known already, but never learned: {', '.join(unlearned)}"
-    if learned := [token for token in new.known if token not in started.ids]:
-        text += f"; known already, left as learned: {', '.join(learned)}"
+    tokenizer, new, initialised = built.tokenizer, built.new_tokens, built.initialised
+    text = f"{len(tokenizer):,} in the vocabulary, {num_embedding_rows(state.model):,} rows"
+    if named := [token for token in initialised.ids if token in new.ids]:
+        text += f"; {', '.join(named)} initialised {_initialised_from(config.tokens)}"
+    if rest := len(initialised.ids) - len(named):
+        text += f"; {rest:,} without a row in the checkpoint initialised from the mean"
+    if untrained := [token for token in new.existing if token in initialised.ids]:
+        text += f"; untrained in the checkpoint: {', '.join(untrained)}"
+    if kept := [token for token in new.existing if token not in initialised.ids]:
+        text += f"; in the vocabulary, rows kept: {', '.join(kept)}"
     return text
+
+
+def _initialised_from(config: TokensConfig) -> str:
+    """Return what the rows of new tokens start as, in words."""
+    match config.init.method:
+        case InitMethod.text:
+            return f"from the mean of {', '.join(map(repr, config.init.text))}"
+        case InitMethod.description:
+            return "from the mean of their descriptions"
+        case InitMethod.random:
+            return "at random"
+        case InitMethod.mean:
+            return "from the mean of all rows"
 
 
 def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
     """Return what checkpoints and the exported model take at most, and whether there is room."""
     weights, optimizer = checkpoint_bytes(trained_of(state.model), config.optimizer)
     if optimizer is None:
-        return f"more than {human_bytes(weights)} a checkpoint: nothing is known of what {config.optimizer.type} keeps"
-    whole = sum(math.prod(full_shape(p)) * p.element_size() for p in state.model.parameters())
-    exported = whole if not config.adapter.is_on or config.export.merge else weights
+        return f"more than {human_bytes(weights)} a checkpoint: the size of {config.optimizer.type}'s state is unknown"
+    model_bytes = sum(math.prod(full_shape(p)) * p.element_size() for p in state.model.parameters())
+    exported = model_bytes if not config.adapter.is_on or config.export.merge else weights
     saves = most_saves(config.checkpoint, state.num_steps, state.steps_per_epoch)
     has_metric = bool(config.data.validation_names())
     need = disk_need(weights, optimizer, config.checkpoint, exported, has_metric, saves)
-    there = sum(file.lstat().st_size for file in (run_dir / "checkpoints").glob("step-*/*"))
+    existing = sum(file.lstat().st_size for file in (run_dir / "checkpoints").glob("step-*/*"))
     free = shutil.disk_usage(run_dir).free
     text = f"up to {human_bytes(need)} for checkpoints ({human_bytes(weights + optimizer)} each) and the model"
-    if need - there <= free:
+    if need - existing <= free:
         return f"{text}, {human_bytes(free)} free"
     return (
         f"{text}, but only {human_bytes(free)} are free: the run will stop when the disk is full.\n"
@@ -97,7 +107,7 @@ def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
 
 
 def _steps(config: RunConfig, state: TrainState) -> str:
-    rows = state.plan.batch_size * state.plan.accumulation
+    rows = state.batch_sampler.batch_size * state.batch_sampler.micro_batches_per_step
     sequences = f"{rows} {'sequences of packed rows' if config.data.batching is Batching.packed else 'rows'}"
     if state.steps_per_epoch is None:
         return f"{state.num_steps:,}, each of {sequences}, streamed"

@@ -56,7 +56,7 @@ class Pattern:
             yield
         except TimeoutError as error:
             raise LimitError(
-                f"{self._key} = {self._text} does not come to an end within {SECONDS:g} s on a text of {len(text):,} "
+                f"{self._key} = {self._text} does not terminate within {SECONDS:g} s on a text of {len(text):,} "
                 "characters; write it without a repetition inside a repetition, such as (a+)+"
             ) from error
 

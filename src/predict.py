@@ -18,7 +18,7 @@ written a few batches at a time: the same command continues the same file where 
 whole set is left as it is. A set that another configuration, other rows or another model decided is not continued;
 <set>.json says what did.
 
-Exit code 0, 1 where it went wrong, 2 where something is yours to mend, 75 where a signal stopped it.
+Exit code 0, 1 where it went wrong, 2 where the user can fix it, 75 where a signal stopped it.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ def predict(job: Job) -> int:
     """Generate what is missing of every set, and score it; return the exit code.
 
     Raises:
-        TowlineError: what the user can mend.
+        TowlineError: what the user can fix.
         Interrupted: where a signal asked it to stop; what was written is kept.
     """
-    from src.checkpoint.exported import check_exported, standing_on
+    from src.checkpoint.exported import check_exported, with_base_model
     from src.evaluation.predictions import open_sets, predict_rows
     from src.tracking.console import Console
     from src.tracking.lock import hold
 
-    job = replace(job, config=standing_on(job.run_dir, job.config))
-    config, run_dir, output = job.config, job.run_dir, job.own.folder(job.run_dir)
-    batch_size = job.own.batch_size or config.training.per_device_eval_batch_size
+    job = replace(job, config=with_base_model(job.run_dir, job.config))
+    config, run_dir, output = job.config, job.run_dir, job.entry_section.folder(job.run_dir)
+    batch_size = job.entry_section.batch_size or config.training.per_device_eval_batch_size
     console = Console()
     console.label("predict", f"{run_dir} → {output}")
     check_exported(run_dir, config.model.checkpoint)
@@ -86,28 +86,29 @@ def open_generation(
     from src.data.advice import about_template
     from src.data.dataset import build_prompts
     from src.data.tokenizer import load_tokenizer
-    from src.evaluation.generate import EndText, Generator
-    from src.evaluation.predictions import account, check_room
+    from src.evaluation.generate import EndText, Generator, check_room
+    from src.evaluation.predictions import describe_rows
     from src.model.build import set_generation
-    from src.model.export import exported, load_exported
+    from src.model.export import exported_model_config, load_exported
     from src.runtime.session import start_runtime
 
     collect_from_here()
     config, run_dir = job.config, job.run_dir
     with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime:
-        tokenizer, _ = load_tokenizer(exported(run_dir, config.model), config.tokens)
+        tokenizer, _ = load_tokenizer(exported_model_config(run_dir, config.model), config.tokens)
         prompts = build_prompts(config, tokenizer, console.working)
         model = load_exported(run_dir, config, runtime.device)
         if not getattr(model, "is_quantized", False):  # quantised weights lie on the device already
             model.to(runtime.device)
         set_generation(model, config.generation, tokenizer, prompts.stop_ids)
-        check_room(prompts, model, config.generation.max_new_tokens)
+        for rows in prompts.sets.values():
+            check_room(rows, model, prompts.encoder.target_prefix, config.generation.max_new_tokens)
         console.label("model", f"{type(model).__name__} of {run_dir / 'model'}, {runtime.description}")
         for name, rows in prompts.sets.items():
-            console.label(name, account(rows))
+            console.label(name, describe_rows(rows))
             for finding in about_template(name, *rows.count_lines("changes")):
                 console.warn(finding.text)
-        end = EndText.of(prompts.frame, prompts.encoder)
+        end = EndText.from_frame(prompts.frame, prompts.encoder)
         with stop.deferred():  # from here on it is followed between two tokens
             yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, end), prompts
 
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def generate(arguments: list[str]) -> int:
         job = admit_prediction(arguments)
         again = "the same command without force=true" if job.config.force else "the same command"
-        where = f"What was predicted is in {job.own.folder(job.run_dir)}:"
+        where = f"What was predicted is in {job.entry_section.folder(job.run_dir)}:"
         return guarded(
             lambda: predict(job),
             when_stopped=f"{where} {again} resumes there.",

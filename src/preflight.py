@@ -1,7 +1,7 @@
 """Everything about a run that can be known without training it: `python -m src.preflight KEY=VALUE …`.
 
 Takes the same choices as src.run, and keys of its own. Loads no weights unless it measures. Exit code 0, 1 where a
-finding is an error, 2 where something is yours to mend.
+finding is an error, 2 where the user can fix it.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ def preflight(job: Job) -> int:
     """Show what a run of an admitted job would be, and return the exit code.
 
     Raises:
-        TowlineError: what the user can mend.
+        TowlineError: what the user can fix.
     """
     from src.tracking.console import Console
 
-    config, own = job.config, job.own
+    config, own = job.config, job.entry_section
     if own.dump is not None and not Path(own.dump).absolute().parent.is_dir():
         raise TowlineError(f"preflight.dump = {own.dump} can't be written: No such file or directory")
     console = Console()
     console.label("preflight", f"{config.name}: nothing is trained")
 
     from src.inspection.libraries import import_as_run
-    from src.sweep.workers import WARM, modules_of_run
+    from src.sweep.workers import PRELOAD_MODULE, modules_of_run
 
-    libraries_bytes = import_as_run([WARM, *modules_of_run(config)])
+    libraries_bytes = import_as_run([PRELOAD_MODULE, *modules_of_run(config)])
 
-    from src.inspection.ahead import look_ahead  # imports what was just counted
+    from src.inspection.preview import inspect_run  # imports what was counted above
 
-    return look_ahead(job, console, libraries_bytes)
+    return inspect_run(job, console, libraries_bytes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

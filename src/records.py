@@ -1,4 +1,4 @@
-"""Files that Towline writes and reads back: each is read whole, or refused by name. No torch here.
+"""Files that Towline writes and reads back: each is read completely, or refused by name.
 
 A file may be damaged in any way when it is read again: cut, overwritten, another file, no file at all. One reader
 checks its kind before it is opened, its size before it is read, and its content before it is used. What it refuses is
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, TypeGuard
 import xxhash
 import yaml
 
-from src.errors import DamagedFileError
+from src.errors import DamagedFileError, one_line
 
 LARGEST_BYTES = 1 << 28
-"""The limit for a file that is read whole; those that Towline writes are a thousand times smaller."""
+"""The limit for a file that is read at once; those that Towline writes are a thousand times smaller."""
 LARGEST_YAML_BYTES = 1 << 22
 CHUNK_BYTES = 1 << 22
 MOST_YAML_VALUES = 200_000
@@ -45,7 +45,7 @@ NUMBER = (int, float)
 OPTIONAL_TEXT = (str, type(None))
 
 
-class Line(NamedTuple):
+class LogLine(NamedTuple):
     """A line of a file that grows: its content, and its bytes with the end of the line."""
 
     content: dict[str, Any]
@@ -53,13 +53,13 @@ class Line(NamedTuple):
 
 
 def read_json(
-    file: Path, keys: Mapping[str, Types] | None = None, *, may_lack: Collection[str] = (), remedy: str = ""
+    file: Path, keys: Mapping[str, Types] | None = None, *, optional: Collection[str] = (), remedy: str = ""
 ) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Args:
-        keys: the types of its keys; those that are not named may hold anything.
-        may_lack: of the keys, those that may be missing.
+        keys: the types of its keys; other keys may hold anything.
+        optional: keys that may be missing.
         remedy: what to do where it is damaged.
     Raises:
         FileNotFoundError: where there is no such file.
@@ -67,7 +67,7 @@ def read_json(
     """
     try:
         content = parse(read_bytes(file))
-        check_keys(content, keys or {}, may_lack)
+        check_keys(content, keys or {}, optional)
     except ValueError as error:
         raise damaged(file, str(error), remedy) from error
     return content
@@ -96,7 +96,7 @@ def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise damaged(file, f"{place}{problem}", remedy) from error
     except (ValueError, TypeError) as error:  # TypeError: a key that can't be one
-        raise damaged(file, _said(error), remedy) from error
+        raise damaged(file, one_line(error, 200), remedy) from error
     except RecursionError as error:
         raise damaged(file, f"values are nested more than {DEEPEST} deep", remedy) from error
     return content
@@ -104,7 +104,7 @@ def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
 
 def read_lines(
     file: Path, check: Callable[[dict[str, Any], dict[str, Any] | None], None] | None = None, *, remedy: str = ""
-) -> list[Line]:
+) -> list[LogLine]:
     """Return the lines of a file that grows, without a last one that was not finished.
 
     Args:
@@ -114,20 +114,20 @@ def read_lines(
         DamagedFileError: naming file and line.
     """
     try:
-        *whole, _torn = read_bytes(file, None).split(b"\n")
+        *complete, _incomplete = read_bytes(file, None).split(b"\n")
     except FileNotFoundError:
         return []
     except ValueError as error:
         raise damaged(file, str(error), "Nothing was changed: restore it from a copy") from error
-    lines: list[Line] = []
-    for number, raw in enumerate(whole, 1):
+    lines: list[LogLine] = []
+    for number, raw in enumerate(complete, 1):
         try:
             content = parse(raw)
             if check is not None:
                 check(content, lines[-1].content if lines else None)
         except ValueError as error:
             raise damaged(file, f"line {number}: {error}", remedy.replace("{number}", str(number))) from error
-        lines.append(Line(content, raw + b"\n"))
+        lines.append(LogLine(content, raw + b"\n"))
     return lines
 
 
@@ -147,7 +147,7 @@ def read_bytes(file: Path, most: int | None = LARGEST_BYTES) -> bytes:
         return file.read_bytes()
     except FileNotFoundError:
         if file.is_symlink():
-            raise ValueError("a link to what is not there") from None
+            raise ValueError("a dangling link") from None
         raise
     except OSError as error:
         raise ValueError(f"it can't be read: {error.strerror}") from error
@@ -163,7 +163,7 @@ def names_in(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
         if os.path.lexists(folder):
-            raise ValueError("a link to what is not there") from None
+            raise ValueError("a dangling link") from None
         return []
     except OSError as error:
         raise ValueError(str(error.strerror)) from error
@@ -173,19 +173,19 @@ def check_plain(file: Path, remedy: str = "") -> None:
     """Check that a file, if there is one, can be opened and read to its end.
 
     Raises:
-        DamagedFileError: where it is a pipe, a folder, a link to what is not there, or can't be looked at.
+        DamagedFileError: where it is a pipe, a folder, a dangling link, or can't be looked at.
     """
     try:
         reason = "" if stat.S_ISREG(os.stat(file).st_mode) else "not a plain file"
     except FileNotFoundError:
-        reason = "a link to what is not there" if file.is_symlink() else ""
+        reason = "a dangling link" if file.is_symlink() else ""
     except OSError as error:
         reason = f"it can't be read: {error.strerror}"
     if reason:
         raise damaged(file, reason, remedy)
 
 
-def check_keys(content: Mapping[str, Any], keys: Mapping[str, Types], may_lack: Collection[str] = ()) -> None:
+def check_keys(content: Mapping[str, Any], keys: Mapping[str, Types], optional: Collection[str] = ()) -> None:
     """Check that an object has the keys that it needs, each with a value of its type.
 
     Raises:
@@ -193,7 +193,7 @@ def check_keys(content: Mapping[str, Any], keys: Mapping[str, Types], may_lack: 
     """
     for key, types in keys.items():
         if key not in content:
-            if key not in may_lack:
+            if key not in optional:
                 raise ValueError(f"{key} is missing")
         elif not _is_of(content[key], types):
             raise ValueError(f"{key} can't be {_short(content[key])}")
@@ -249,7 +249,7 @@ def file_digest(file: Path) -> dict[str, Any]:
 
 
 def begins_with(content: bytes, digest: object) -> bool:
-    """Return whether a file's content begins with what a digest is of; False where it is no digest."""
+    """Return whether a file's first bytes have this digest; False where it is no digest."""
     return is_digest(digest) and Digest(content[: digest["num_bytes"]]).as_dict() == dict(digest)
 
 
@@ -306,21 +306,15 @@ def _check_depth(node: Any, depth: int = 0) -> None:
                 _check_depth(value, depth + 1)
 
 
-def count_values(node: yaml.Node) -> int:
+def count_values(node: yaml.Node, counts: dict[int, int | None] | None = None, depth: int = 0) -> int:
     """Return how many values a YAML node has with its aliases expanded.
 
+    Args:
+        counts: of nodes by identity, filled here; None while a node is being counted.
     Raises:
         ValueError: where it contains itself, is nested too deep, or has too many.
     """
-    return _count_values(node, {}, 0)
-
-
-def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) -> int:
-    """Count as `count_values` does, at a depth.
-
-    Args:
-        counts: of nodes by identity; None while a node is being counted.
-    """
+    counts = {} if counts is None else counts
     if id(node) in counts:
         known = counts[id(node)]
         if known is None:
@@ -334,7 +328,7 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None], depth: int) ->
         inner = node.value
     elif isinstance(node, yaml.MappingNode):
         inner = [one for pair in node.value for one in pair]
-    count = 1 + sum(_count_values(one, counts, depth + 1) for one in inner)
+    count = 1 + sum(count_values(one, counts, depth + 1) for one in inner)
     if count > MOST_YAML_VALUES:
         raise ValueError(
             f"line {node.start_mark.line + 1}: more than {MOST_YAML_VALUES:,} values, with those that aliases stand for"
@@ -355,8 +349,8 @@ def _check_kinds(node: yaml.Node, seen: set[int]) -> None:
         return
     seen.add(id(node))
     if not _is_plain(node):
-        given = _short(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
-        raise ValueError(f"line {node.start_mark.line + 1}: {given} can't be of the kind {node.tag.removeprefix(TAG)}")
+        shown = _short(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+        raise ValueError(f"line {node.start_mark.line + 1}: {shown} can't be of the kind {node.tag.removeprefix(TAG)}")
     inner = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
         if other := next((key for key, _ in node.value if key.tag != f"{TAG}str"), None):
@@ -387,7 +381,3 @@ def _is_of(value: Any, types: Types) -> bool:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else f"{text[:39]}…"
-
-
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

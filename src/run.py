@@ -17,53 +17,64 @@ from src.data.dataset import build_data
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.evaluate import open_evaluation
 from src.evaluation.samples import sample
+from src.model.embeddings import check_new_rows
 from src.overview import overview
 from src.runtime.signals import StopRequest
 from src.sweep.pruning import Pruning, end_early
 from src.tracking.tracker import Tracker
-from src.training.assembly import assemble_model, record_origin, start_session, warnings_ahead
+from src.training.assembly import (
+    assemble_model,
+    data_warnings,
+    load_initial_weights,
+    record_provenance,
+    start_session,
+)
 from src.training.fingerprint import fingerprint_of
 from src.training.finish import export_trained
 from src.training.loop import train
 from src.training.resume import ResumePoint
 from src.training.saving import open_saver
-from src.training.state import prepare
+from src.training.state import build_train_state
 
 
 def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> dict[str, float]:
     """Train, evaluate and export one job, from the beginning or from a checkpoint, and return its summary.
 
     Raises:
-        TowlineError: what the user can mend, or that the run went wrong.
+        TowlineError: what the user can fix, or that the run went wrong.
         Interrupted, Pruned: where something asked it to stop; it is saved then, if it had begun to train.
     """
     with start_session(job, found, stop) as (runtime, job, resume):  # job and checkpoint are the same on every rank
         job = resume.adjust(job, runtime.num_processes, tracker.warn)  # as many rows a step as before
-        config, origin = job.config, record_origin(tracker, job, runtime)
+        config, provenance = job.config, record_provenance(tracker, job, runtime)
 
         tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer, tracker.console.working)  # counts what it kept, truncated and dropped
-        resume.check(data, tokenizer, job)  # other rows or ids are refused before any weight is read
-        tracker.record("data_report.json", data.report())
+        resume = resume.checked(data, tokenizer, job)  # other rows or ids are refused before any weight is read
+        tracker.write_file("data_report.json", data.report())
         built = assemble_model(config, tokenizer, new_tokens, data, runtime)  # quantised, resized, initialised, adapted
-        state = prepare(built.model, data.train, config, runtime, new_tokens.ids, resume.step, resume.position)
-        tracker.warn(built.load_initial(state, runtime, config))  # init_from
-        evaluator = open_evaluation(config, state.scored, state.model, data, runtime)
-        tracker.warn(warnings_ahead(config, data, tokenizer, state))
-        tracker.describe(overview(job, state, built, data, runtime))
+        state = build_train_state(
+            built.model, data.train, config, runtime, new_tokens.ids, resume.step, resume.position
+        )
+        check_new_rows(state.model, built.initialised)  # bit for bit, after wrapping
+        tracker.warn(*load_initial_weights(state, tokenizer, runtime, config))  # init_from
+        evaluator = open_evaluation(config, state.loss_model, state.model, data, runtime)
+        tracker.warn(*data_warnings(config, data, tokenizer, state))
+        tracker.show_overview(overview(job, state, built, data, runtime))
         samples, num_prompts = data.for_samples(), config.evaluation.sample_prompts
         untrained = resume.untrained or [one.text for one in sample(evaluator, samples, num_prompts, step=0)]
-        facts = fingerprint_of(state, data, tokenizer, runtime, config)
-        tracker.warn(resume.restore(state, facts, runtime, config))  # weights, optimizer, counters, generators
+        fingerprint = fingerprint_of(state, data, tokenizer, runtime, config)
+        tracker.warn(*resume.restore(state, fingerprint, runtime, config))  # weights, optimizer, counters, generators
 
-        with open_saver(job, resume, state, facts, untrained, runtime, tracker) as saver, stop.deferred():
-            pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.console.warn)
+        with open_saver(job, resume, state, fingerprint, untrained, runtime, tracker) as saver, stop.deferred():
+            pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.warn)
             for step in train(state, data.train, config, runtime, evaluator.pad_token_id):
-                tracker.progress(step, state.num_steps, config.training.logging_steps)
-                tracker.warn(step.warnings)
+                is_logged = config.training.log_every.is_due(step)
+                tracker.progress(step, state.num_steps, is_logged=is_logged)
+                tracker.warn(*step.warnings)
                 if config.checkpoint.save_every.is_due(step):
                     saver.save()  # before the evaluation: a run that is stopped in it repeats it
-                with tracker.line(step, due=config.training.log_every.is_due(step)) as line:
+                with tracker.line(step, due=is_logged) as line:
                     if config.evaluation.eval_every.is_due(step):
                         line.metrics |= evaluator.evaluate(data.validation.values(), new_tokens.ids)
                         line.metrics |= state.token_monitor.metrics()
@@ -77,6 +88,6 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
                     end_early(runtime.from_main(pruning.verdict(line.metrics)))
 
             totals = state.totals()  # merging takes the adapter out of the model
-            exported = export_trained(job, state, built, data, origin, runtime, tracker)
+            exported = export_trained(job, state, built, data, provenance, runtime, tracker)
             saver.finish()
             return tracker.finish(totals | {"peak_memory_bytes": runtime.peak_memory_bytes()}, exported, built.base)

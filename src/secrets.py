@@ -1,4 +1,4 @@
-"""Secrets: what is one, how it is stored, and how it comes back. No torch here.
+"""Secrets: what counts as one, how it is stored, and how it is restored.
 
 Secrets are the credentials of a URL, what the environment sets for a key under `tracking` or to `sweep.storage`, and
 the value of a variable whose name ends in TOKEN, KEY, PASSWORD or SECRET. They are resolved in memory only. What is
@@ -26,7 +26,7 @@ OWN_VARIABLE = "TOWLINE_URL_"
 MLFLOW_LOGINS = (("MLFLOW_TRACKING_TOKEN",), ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"))
 """Variables, each group enough by itself, that MLflow takes a server's credentials from."""
 SHORTEST_KNOWN = 4
-"""Characters of a secret that is looked for in other texts; shorter ones occur in too many that have nothing to do."""
+"""Characters of a secret that is looked for in other texts; shorter ones occur by chance."""
 SHORTEST_INSIDE = 8
 """Characters of a secret that is looked for inside words as well; shorter ones are masked only as a whole word."""
 SHORTEST_TOKEN = 16
@@ -62,7 +62,7 @@ _PLACE = re.compile("\ue000([A-Za-z_]\\w*)\ue001")
 """Where a variable's value belongs, until it is known under which key that is; see `placeholder`."""
 _MASKED_URL = re.compile(r"://[^\s\"<>]*?(?:\*\*\*@|[=/#]\*\*\*(?![\w*]))")
 _PLAIN_SEGMENT = re.compile(r"[A-Za-z_.~-]*|v?\d+(?:\.\d+)*")
-"""Segments of a path that give nobody access: words, and versions of an interface."""
+"""Segments of a path that grant no access: words, and versions of an interface."""
 
 _known: dict[str, str] = {}
 """Secrets, and what is shown in place of each."""
@@ -260,7 +260,7 @@ def hand_down(node: Any, stored: Any, *, is_new: bool = True) -> None:
 def as_variables(node: Any) -> Any:
     """Return overrides, or what a file has, with variables of the environment, set here, for URLs with credentials.
 
-    So that what Hydra writes, pickles and prints of them has none.
+    What Hydra writes, pickles and prints of them then has no credentials.
     """
     return map_texts(node, lambda text, _: _GIVEN_URL.sub(_with_variables, text))
 
@@ -285,7 +285,7 @@ def reveal(node: Any, missing: list[tuple[str, str]], key: str = "") -> Any:
     """Return stored containers with their secrets in place, from what was handed down and the environment.
 
     Args:
-        missing: gets the key and what it lacks, of each secret that is not to be had; the text stays as it is.
+        missing: gets the key and what it lacks, of each secret that is not available; its text stays as it is.
         key: of the containers.
     """
     return map_texts(node, lambda text, at: _revealed(text, missing, at), key)

@@ -1,7 +1,7 @@
 """Bring MLflow what it lacks of runs and sweeps: `python -m src.sync run=DIR KEY=VALUE …`.
 
-DIR is the folder of a run or a sweep, of one that finished, failed, was stopped or killed: anything that no process is
-at. run=[A,B] takes several, as does run=… given again. A sweep is brought with all its trials.
+DIR is the folder of a run or a sweep, of one that finished, failed, was stopped or killed: anything that no process
+uses. run=[A,B] takes several, as does run=… given again. A sweep is brought with all its trials.
 
 Each folder's own config.yaml says which tracker; a secret that was not stored in it comes from the environment. Keys:
   tracking.uri=…              another store; what of the folder is not there is delivered anew
@@ -10,8 +10,8 @@ Each folder's own config.yaml says which tracker; a secret that was not stored i
 What a store has is looked at first, so a store that was emptied or restored from a copy gets what it lacks, and nothing
 twice. It waits as long as calls bring something new; Ctrl-C ends it, and the same command resumes there.
 
-Exit code 0 where all is delivered, 1 where something is left (it is said what, and why), 2 where something is yours to
-mend first: a damaged file of the folder, which holds up nothing but what it says, or an address, credentials, a store.
+Exit code 0 where all is delivered, 1 where something is left (it is said what, and why), 2 where the user
+has to fix something first: a damaged file of the folder (all else is delivered), or an address, credentials, a store.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 from src import secrets
 from src.cli.entry import answer, as_command
 from src.cli.exits import guarded
-from src.config.command_line import COMMAND_LINE, CommandLine, read_command_line
+from src.config.command_line import CommandLine, flags_that_are_not_taken, read_command_line
 from src.config.files import unusable
 from src.config.frozen import CONFIG, STARTS, STATUS, SWEEP, read_config
 from src.config.problems import Problem, refuse
@@ -58,9 +58,9 @@ def sync(source: Source, console: Console) -> tuple[int, str]:
     """Deliver what is missing of a folder; return the exit code, and the signal that ended it or ''.
 
     Raises:
-        RunFolderError: where a process is at the folder, or it can't be held.
+        RunFolderError: where a process uses the folder, or it can't be locked.
     """
-    from src.tracking.export_thread import TO_THE_END
+    from src.tracking.export_thread import UNTIL_DELIVERED
     from src.tracking.lock import hold
     from src.tracking.tracker import start_exporters
 
@@ -68,10 +68,10 @@ def sync(source: Source, console: Console) -> tuple[int, str]:
         exporter = _exporter(source, console)
         console.label("sync", f"{source.folder} → {exporter.name}, {exporter.where}")
         exports = start_exporters([exporter], source.folder, warn=console.warn)
-        for left in exports.close(TO_THE_END, console.working):
-            then = "Once that is mended, the" if left.needs_mending else "The"
+        for left in exports.close(UNTIL_DELIVERED, console.working):
+            then = "Once that is fixed, the" if left.needs_user_action else "The"
             console.warn(f"{source.folder}: {left.reason}. {then} same command resumes there")
-            return 2 if left.needs_mending else 1, exports.ended_by
+            return 2 if left.needs_user_action else 1, exports.ended_by
         console.label("delivered", f"{exporter.progress}, as run {exporter.run_id}")
         return 0, exports.ended_by
 
@@ -115,9 +115,7 @@ class _Refused(Exception):
 
 
 def _unread(line: CommandLine) -> Iterator[Problem]:
-    for flag in line.argv:
-        if flag.startswith("-"):
-            yield Problem(flag, "python -m src.sync takes KEY=VALUE, and --help", has_value=False)
+    yield from flags_that_are_not_taken(line, "sync")
     for override in line.overrides:
         key = override.key_or_group
         if key not in ("run", *KEYS):
@@ -131,13 +129,13 @@ def _folders(line: CommandLine) -> Iterator[Path]:
         if override.key_or_group == "run":
             value = override.value()
             given += map(str, value) if isinstance(value, list) else _split(str(value or ""))
-    yield from dict.fromkeys(Path(one) for one in given if one)
+    yield from dict.fromkeys(Path(folder) for folder in given if folder)
 
 
 def _split(text: str) -> list[str]:
     """Return the folders of a list that came as a text, as from `make sync run=[A,B]`."""
     if text.startswith("[") and text.endswith("]") and not unusable(text) and not Path(text).exists():
-        return [one.strip().strip("\"'") for one in text[1:-1].split(",")]
+        return [part.strip().strip("\"'") for part in text[1:-1].split(",")]
     return [text]
 
 
@@ -149,7 +147,7 @@ def _source(folder: Path, line: CommandLine) -> Source:
     """
 
     def refused(reason: object) -> _Refused:
-        return _Refused(Problem("run", str(reason), str(folder), True, COMMAND_LINE))
+        return _Refused(Problem.on_command_line("run", str(reason), str(folder)))
 
     if reason := unusable(str(folder)):
         raise refused(reason)

@@ -15,11 +15,11 @@ from typing import IO
 from unicodedata import category, east_asian_width
 
 NARROWEST = 20
-"""Columns of a terminal below which lines are left as they are."""
+"""The width below which lines are not wrapped."""
 DEFAULT_COLUMNS = 80
-"""Of a terminal that does not say how wide it is."""
+"""The width assumed for a terminal that does not report its own."""
 LAST_COLUMN = 0.72
-"""Share of the width within which the last column of a table may begin, for its text to be continued below it."""
+"""The share of the width within which a table's last column must begin for its text to be continued below it."""
 
 _PAINT = re.compile(r"\x1b\[[0-9;]*m")
 _NUMBER = re.compile(r"[+±-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:[.:_]\d+)*(?:[eE][+-]?\d+)?%?")
@@ -54,11 +54,11 @@ def columns_of(stream: IO[str]) -> int | None:
 
 
 def wrapped(text: str, columns: int | None, *, hang: int | None = None) -> str:
-    """Return a text whose lines fit into so many columns, but for commands that are longer: they stay whole.
+    """Return a text wrapped to a width; commands that are longer stay on one line.
 
     Args:
         columns: None: lines are left as they are.
-        hang: columns in front of a continued line; None: as many as the line begins with, or where the last column of
+        hang: columns in front of a continued line; None: the indent of the line, or where the last column of
             a table (three spaces or more) begins.
     """
     if columns is None or columns < NARROWEST:
@@ -79,7 +79,7 @@ def filled(begin: str, items: Sequence[str], columns: int | None, *, hang: int) 
 
 
 def cut_to(text: str, columns: int | None) -> str:
-    """Return as many of a line's first words as fit into so many columns, with … where some are missing."""
+    """Return the first words of a line that fit into a width, with … where some are missing."""
     if columns is None or width(text) <= columns:
         return text
     (start, stop), *_ = divided(text, columns - 2, columns - 2)
@@ -87,7 +87,7 @@ def cut_to(text: str, columns: int | None) -> str:
 
 
 def shortened(text: str, most: int, end: str = " …") -> str:
-    """Return a text of at most so many characters, with an end where its own is missing; no number is cut."""
+    """Return a text of at most `most` characters, with `end` where it is cut; no number is cut."""
     if len(text) <= most:
         return text
     stop = most - len(end)
@@ -106,30 +106,30 @@ def divided(line: str, first: int, rest: int, whole: Sequence[tuple[int, int]] =
     """Divide a line between words; one that is longer than a line is divided too, but not within a number.
 
     Args:
-        first: columns that there are for the first piece.
-        rest: columns that there are for each of the others.
+        first: columns for the first segment.
+        rest: columns for each of the others.
         whole: (start, stop) of what is not divided where it has room.
-    Returns: (start, stop) of each piece, without the white space between them.
+    Returns: (start, stop) of each segment, without the white space between them.
     """
     total, undivided = [0, *accumulate(_widths(line))], _undivided(line)
-    pieces: list[tuple[int, int]] = []
-    start = stop = 0  # of the piece that is being filled
+    segments: list[tuple[int, int]] = []
+    start = stop = 0  # of the segment that is being filled
     for begin, end in _words(line, rest, whole):
-        room = rest if pieces else first
+        room = rest if segments else first
         while total[end] - total[start] > room:
             is_longer = total[end] - total[begin] > rest
             cut = _cut(line, begin, end, total, total[start] + room, undivided) if is_longer else None
             if cut is not None and (begin == start or line[cut - 1] in _AFTER[0]):
-                pieces.append((start, cut))
+                segments.append((start, cut))
                 start = begin = stop = cut
             elif stop > start:
-                pieces.append((start, stop))
+                segments.append((start, stop))
                 start = begin
             else:  # nothing of it can be divided
                 break
             room = rest
         stop = end
-    return [*pieces, (start, max(start, len(line.rstrip())))]
+    return [*segments, (start, max(start, len(line.rstrip())))]
 
 
 def _words(line: str, columns: int, whole: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -153,7 +153,7 @@ def _undivided(line: str) -> set[int]:
 
 
 def _cut(line: str, begin: int, end: int, total: Sequence[int], most: int, whole: set[int]) -> int | None:
-    """Return the best place at which a word may be divided so that it ends within so many columns."""
+    """Return the best place to divide a word so that its first part ends within `most` columns."""
     end = min(end - 1, bisect_right(total, most) - 1)
     places = [i for i in range(end, begin, -1) if i not in whole and total[i + 1] > total[i]]
     half = (total[begin] + most) // 2

@@ -1,4 +1,4 @@
-"""Which ids tokens have. No torch, no transformers here: data and models both need to know."""
+"""Which ids tokens have: data and models both need to know."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class NewTokens:
-    """The ids of the tokens of conf/tokens.
+class ConfiguredTokens:
+    """The ids of the tokens that a configuration names (conf/tokens).
 
-    `added` were not in the vocabulary before, `known` were; `tags` open and close thoughts and are named nowhere else,
-    so the vocabulary has them.
+    `added` were not in the vocabulary before, `existing` were; `tags` open and close thoughts and are named by nothing
+    else, so the vocabulary has them.
     """
 
     added: dict[str, int]
-    known: dict[str, int]
+    existing: dict[str, int]
     tags: dict[str, int] = field(default_factory=dict)
 
     @property
     def ids(self) -> dict[str, int]:
-        return self.known | self.added
+        """The ids of all but the tags."""
+        return self.existing | self.added
 
 
 def num_token_ids(tokenizer: Any) -> int:

@@ -58,6 +58,25 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} {unit}"
 
 
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return mappings on top of one another, key by key, the last one uppermost."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            before = result.get(key)
+            result[key] = merged(before, value) if isinstance(before, dict) and isinstance(value, Mapping) else value
+    return result
+
+
+def value_at(node: Any, key: str, default: Any = None) -> Any:
+    """Return the value at a dotted key in nested mappings; the default where there is none."""
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return default
+        node = node[part]
+    return node
+
+
 def load_json(path: Path) -> Any:
     """Return the content of a JSON file that was checked already; records.read_json checks one."""
     return json.loads(path.read_text(encoding="utf-8"))
@@ -71,12 +90,17 @@ def replaced_when_written(path: Path) -> Iterator[Path]:
     """
     part = path.with_name(f".{path.name}.part")
     yield part
-    descriptor = os.open(part, os.O_RDONLY)
+    sync(part)
+    os.replace(part, path)
+
+
+def sync(path: Path) -> None:
+    """Sync a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    os.replace(part, path)
 
 
 def write_atomically(path: Path, text: str) -> None:

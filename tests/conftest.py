@@ -24,7 +24,7 @@ from src.cli.environment import set_switches
 from src.config.frozen import config_hash
 from src.config.gate import admit
 from src.config.job import Job
-from src.sweep.workers import READY_FOR, WARM
+from src.sweep.workers import OPTIONAL_MODULES, PRELOAD_MODULE
 
 set_switches()
 
@@ -74,9 +74,9 @@ def admitted(*overrides: str) -> Job:
 
 
 NEEDS = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "bart")]
-NEEDS += [name for names in READY_FOR.values() for name in names]
+NEEDS += [name for names in OPTIONAL_MODULES.values() for name in names]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([WARM, *NEEDS])
+FORKS.set_forkserver_preload([PRELOAD_MODULE, *NEEDS])
 """Where commands come from that the tests give by the dozen: a process that has imported what takes seconds."""
 
 

@@ -28,14 +28,14 @@ from src.model import export as exporting
 from src.model.adapters import Adapter, add_adapter, with_rows
 from src.model.build import build_model, set_generation
 from src.model.card import model_card
-from src.model.embeddings import StartedRows, check_new_rows, embedding_matrices, resize_and_initialise
+from src.model.embeddings import InitialisedRows, check_new_rows, embedding_matrices, resize_and_initialise
 from src.model.export import export, load_exported
-from src.model.quantization import keep_gradients
-from src.model.unlearned import unlearned_tokens
+from src.model.quantization import disable_cpu_packing
+from src.model.untrained import untrained_tokens
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
 from src.training.loop import train
-from src.training.state import TrainState, prepare
+from src.training.state import TrainState, build_train_state
 from tests.conftest import ROOT, admitted, read_lines, towline
 
 CPU = RuntimeConfig(device=Device.cpu, deterministic=False)
@@ -94,12 +94,12 @@ class Assembled:
         self.data: Data = build_data(self.config, self.tokenizer)
         self.model = build_model(self.config, runtime.device)
         set_generation(self.model, self.config.generation, self.tokenizer, self.data.stop_ids)
-        unlearned = unlearned_tokens(self.model, self.tokenizer, self.new, self.config.model)
-        self.started: StartedRows = resize_and_initialise(
-            self.model, self.tokenizer, self.new, self.config.tokens, self.config.seed, unlearned
+        untrained = untrained_tokens(self.model, self.tokenizer, self.new, self.config.model)
+        self.started: InitialisedRows = resize_and_initialise(
+            self.model, self.tokenizer, self.new, self.config.tokens, self.config.seed, untrained
         )
         self.adapter: Adapter | None = add_adapter(self.model, self.config, list(self.started.ids.values()))
-        self.state: TrainState = prepare(self.model, self.data.train, self.config, runtime, self.new.ids)
+        self.state: TrainState = build_train_state(self.model, self.data.train, self.config, runtime, self.new.ids)
 
     def train(self) -> None:
         for _ in train(self.state, self.data.train, self.config, self.runtime, pad_token_id=0):
@@ -198,7 +198,7 @@ def test_new_rows_start_where_they_should_learn_and_last(
     if (family, tie) == ("bart", "untied"):
         return  # transformers can't resize such a base: see the test below
     adapted = PeftModel.from_pretrained(plain_base(base, tokenizer, settings), folder / "adapter")
-    keep_gradients(adapted)  # else bitsandbytes computes in bfloat16 on CPUs that have it: 1e-2
+    disable_cpu_packing(adapted)  # else bitsandbytes computes in bfloat16 on CPUs that have it: 1e-2
     torch.testing.assert_close(run.logits(adapted), trained, rtol=0, atol=1e-5)
 
 
@@ -240,7 +240,7 @@ def test_the_code_on_the_card_loads_the_result(
     code = text.split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {"FOLDER": str(tmp_path / "model"), "BASE": bases["llama-untied"]}
     exec(code, names)
-    keep_gradients(names["model"])
+    disable_cpu_packing(names["model"])
     assert names["tokenizer"].get_vocab() == run.tokenizer.get_vocab()
     torch.testing.assert_close(run.logits(names["model"]), run.logits(), rtol=0, atol=1e-5)
 
@@ -249,7 +249,7 @@ def test_only_the_adapter_and_the_new_rows_have_gradients(runtime: Runtime, base
     run = Assembled(runtime, *chosen(bases["llama-untied"], "adapter=lora"))
     run.model.train()
     batch = collate(run.data.train, [[0], [1], [2]], 0)
-    run.state.scored(**batch.inputs()).objective.backward()
+    run.state.loss_model(**batch.inputs()).objective.backward()
     trained = {name for name, parameter in run.model.named_parameters() if parameter.grad is not None}
     assert trained == {n for n, p in run.model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or "trainable_tokens_delta" in name for name in trained)
@@ -269,7 +269,7 @@ def test_gradients_through_quantised_weights_are_the_same_after_an_evaluation(
     def gradients() -> dict[str, Tensor]:
         run.model.train()
         run.model.zero_grad()
-        run.state.scored(**collate(run.data.train, [[0], [1]], 0).inputs()).objective.backward()
+        run.state.loss_model(**collate(run.data.train, [[0], [1]], 0).inputs()).objective.backward()
         return {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
 
     before = gradients()
@@ -347,7 +347,7 @@ def test_a_known_token_is_left_alone(runtime: Runtime, bases: dict[str, str], tm
     assert again.started.ids == {"<x>": again.new.added["<x>"]}
     (apart,) = [p for name, p in again.model.named_parameters() if "trainable_tokens_delta" in name and p.shape[0] == 1]
     assert apart.shape == (1, 128)
-    known = list(again.new.known.values())
+    known = list(again.new.existing.values())
     (matrix,) = embedding_matrices(again.model)
     (before,) = embedding_matrices(first.model)
     assert torch.equal(matrix.rows(known), before.rows(known))

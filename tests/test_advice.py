@@ -11,7 +11,7 @@ from src.data.advice import Level, advice
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.evaluation.answers import AnswerReader
-from src.inspection.findings import findings, judge_of, prove
+from src.inspection.findings import answer_scorer, findings, prove
 from tests.chat_templates import CHATML, LLAMA_3, QWEN_3
 from tests.conftest import towline, write_lines
 from tests.kinds import byte_bpe, wordpiece, words
@@ -56,7 +56,7 @@ def test_a_thought_that_a_template_cuts_is_an_error(tmp_path: Path) -> None:
     found = said(data, tokenizer)
     assert the_one(found, "in 1 row ", "rows.jsonl:1", "changes or cuts the assistant message") is Level.error
     assert isinstance(data.train, EncodedSet)
-    assert prove(data.train, judge_of(configured(), data)).altered == [0]
+    assert prove(data.train, answer_scorer(configured(), data)).altered == [0]
     with_thought: list[Any] = chat("2+2?", "4")
     with_thought[1]["thinking"] = "two and two"
     data = built(tmp_path, tokenizer, [with_thought])
@@ -90,7 +90,7 @@ def test_earlier_turns_without_an_end_are_counted(tmp_path: Path) -> None:
     tokenizer.chat_template = endless
     data = built(tmp_path, tokenizer, [chat("a", "b", "c", "d"), chat("a", "b")])
     assert data.reports["train"].template_changes == {"turn without end": 1}
-    assert the_one(said(data, tokenizer), "in 1 row (", "has no end that could be learned") is Level.warning
+    assert the_one(said(data, tokenizer), "in 1 row (", "has no end that could be trained") is Level.warning
 
 
 def test_an_empty_prompt_is_not_missing(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_earlier_turns_that_are_written_otherwise_are_counted(tmp_path: Path) ->
     tokenizer = with_template(QWEN_3)
     data = built(tmp_path, tokenizer, [chat("a", "b", "c", "d"), chat("a", "b")])
     assert data.reports["train"].template_changes == {"turn not learned": 1}
-    assert the_one(said(data, tokenizer), "in 1 row (", "an earlier turn is not learned") is Level.warning
+    assert the_one(said(data, tokenizer), "in 1 row (", "an earlier turn is not supervised") is Level.warning
     data = built(tmp_path, tokenizer, [chat("a", "b", "c", "d")], "data.supervised_turns=last")
     assert data.reports["train"].template_changes == {}
 
@@ -180,8 +180,8 @@ def test_rows_that_no_model_can_get_right_are_reported(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "c Ω"}]
     data = built(tmp_path, tokenizer, rows, "data=prompt_completion")
     assert isinstance(data.train, EncodedSet)
-    proof = prove(data.train, judge_of(configured("data=prompt_completion"), data))
-    assert proof.misjudged == [(1, "exact_match", "c [UNK]", "c Ω")]
+    proof = prove(data.train, answer_scorer(configured("data=prompt_completion"), data))
+    assert proof.low_scoring == [(1, "exact_match", "c [UNK]", "c Ω")]
     config = configured("data=prompt_completion")
     found = findings(config, data, tokenizer, data.train, {"train": proof}, num_steps=100)
     (text,) = [one.text for one in found if "full marks" in one.text]
@@ -194,8 +194,8 @@ def test_what_a_normaliser_makes_impossible_to_write_is_no_mistake(tmp_path: Pat
     for tokenizer, answer, writes in ((wordpiece("abcd"), "a  b", "a b"), (words(), "LOW er", "low er")):
         data = built(tmp_path, tokenizer, [{"prompt": "a", "completion": answer}], "data=prompt_completion")
         assert isinstance(data.train, EncodedSet)
-        proof = prove(data.train, judge_of(configured("data=prompt_completion"), data))
-        assert proof.misjudged == []
+        proof = prove(data.train, answer_scorer(configured("data=prompt_completion"), data))
+        assert proof.low_scoring == []
         reader = AnswerReader(data.encoder, None, data.frame)
         assert reader.plain_reference(data.train, 0) == answer
         assert reader.reference(data.train, 0) == writes

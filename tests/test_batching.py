@@ -29,9 +29,9 @@ from src.evaluation.generate import Generator
 from src.model.build import build_model, set_generation
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
-from src.training.head import ScoredModel, shifted
+from src.training.head import ModelWithLoss, shifted
 from src.training.loop import train
-from src.training.state import batch_plan, prepare
+from src.training.state import build_batch_sampler, build_train_state
 from tests.conftest import admitted, towline, write_lines
 from tests.kinds import byte_bpe
 
@@ -96,7 +96,7 @@ def order_of(epoch: list[Window]) -> list[int]:
 def test_every_row_comes_once_in_an_epoch(
     rows: EncodedSet, batching: Batching, size: int, accumulation: int, seed: int
 ) -> None:
-    plan = BatchSampler(batching, size, accumulation, capacity=64)
+    plan = BatchSampler(batching, size, accumulation, max_tokens=64)
     for epoch in epochs(rows, plan, seed, 3):
         assert sorted(order_of(epoch)) == list(range(len(rows)))
         assert len(epoch) == steps_per_epoch(rows, plan, seed)
@@ -108,7 +108,7 @@ def test_every_row_comes_once_in_an_epoch(
 
 @pytest.mark.parametrize("batching", list(Batching))
 def test_order_follows_seed_and_epoch(rows: EncodedSet, batching: Batching) -> None:
-    plan = BatchSampler(batching, 4, 2, capacity=64)
+    plan = BatchSampler(batching, 4, 2, max_tokens=64)
     orders = [tuple(order_of(epoch)) for seed in (1, 2) for epoch in epochs(rows, plan, seed, 3)]
     assert len(set(orders)) == 6
     again = [tuple(order_of(epoch)) for seed in (1, 2) for epoch in epochs(rows, plan, seed, 3)]
@@ -116,7 +116,7 @@ def test_order_follows_seed_and_epoch(rows: EncodedSet, batching: Batching) -> N
 
 
 def padded_tokens(rows: EncodedSet, batching: Batching) -> int:
-    plan = BatchSampler(batching, 4, 1, capacity=64)
+    plan = BatchSampler(batching, 4, 1, max_tokens=64)
     return sum(
         collate(rows, sequences, PAD).input_ids.numel() for sequences in plan.micro_batches(rows.lengths, [1, 0])
     )
@@ -176,7 +176,7 @@ def test_padded_rows_stand_side_by_side(rows: EncodedSet) -> None:
     lengths = [len(rows[i].input_ids) for i in (3, 0)]
     assert batch.input_ids.shape == batch.labels.shape == (2, max(lengths))
     assert (batch.rows, batch.num_tokens) == ([3, 0], sum(lengths))
-    assert batch.num_supervised == rows[3].num_supervised + rows[0].num_supervised
+    assert batch.num_supervised == rows.supervised_lengths()[[3, 0]].sum()
     for i, row in enumerate((3, 0)):
         assert batch.input_ids[i].tolist() == [*rows[row].input_ids, *[PAD] * (max(lengths) - lengths[i])]
         assert batch.labels[i].tolist() == [*rows[row].labels, *[IGNORE_INDEX] * (max(lengths) - lengths[i])]
@@ -199,7 +199,7 @@ def test_packed_rows_count_their_positions_anew_and_so_does_padding(rows: Encode
 
 
 def test_the_flat_form_has_no_padding_and_the_bounds_of_rows(rows: EncodedSet) -> None:
-    batch = collate(rows, [[3, 0], [1]], PAD, flat=True)
+    batch = collate(rows, [[3, 0], [1]], PAD, padding_free=True)
     lengths = [len(rows[i].input_ids) for i in (3, 0, 1)]
     assert batch.input_ids.tolist() == [[*rows[3].input_ids, *rows[0].input_ids, *rows[1].input_ids]]
     assert batch.position_ids is not None
@@ -254,10 +254,12 @@ def model_of(config: str, settings: dict[str, Any], attention: str | None = None
     return kind.from_config(made, **chosen).eval()
 
 
-def row_losses(scored: ScoredModel, rows: EncodedSet, sequences: Sequences, *, flat: bool = False) -> dict[int, float]:
+def row_losses(
+    loss_model: ModelWithLoss, rows: EncodedSet, sequences: Sequences, *, padding_free: bool = False
+) -> dict[int, float]:
     """Give each row's loss within a batch: the labels of all others are masked."""
-    batch = collate(rows, sequences, PAD, flat=flat)
-    losses, here = {}, [list(chain.from_iterable(sequences))] if flat else sequences
+    batch = collate(rows, sequences, PAD, padding_free=padding_free)
+    losses, here = {}, [list(chain.from_iterable(sequences))] if padding_free else sequences
     for i, sequence in enumerate(here):
         start = 0
         for row in sequence:
@@ -265,7 +267,7 @@ def row_losses(scored: ScoredModel, rows: EncodedSet, sequences: Sequences, *, f
             labels = torch.full_like(batch.labels, IGNORE_INDEX)
             labels[i, start:stop] = batch.labels[i, start:stop]
             with torch.no_grad():
-                losses[row] = float(scored(**(batch.inputs() | {"labels": labels})).objective)
+                losses[row] = float(loss_model(**(batch.inputs() | {"labels": labels})).objective)
             start = stop
     return losses
 
@@ -275,25 +277,25 @@ def row_losses(scored: ScoredModel, rows: EncodedSet, sequences: Sequences, *, f
 def test_a_packed_row_has_the_loss_that_it_has_alone(
     rows: EncodedSet, config: str, settings: dict[str, Any], attention: str
 ) -> None:
-    scored = ScoredModel(model_of(config, settings, attention)).eval()
-    scored.probe_head()
-    scored.check_packing()
+    loss_model = ModelWithLoss(model_of(config, settings, attention)).eval()
+    loss_model.probe_head()
+    loss_model.check_packing()
     packed = [[0, 5, 9], [3], [7, 1]]
-    alone = {row: row_losses(scored, rows, [[row]])[row] for row in chain.from_iterable(packed)}
+    alone = {row: row_losses(loss_model, rows, [[row]])[row] for row in chain.from_iterable(packed)}
     assert min(alone.values()) > 1
-    padded = row_losses(scored, rows, [[row] for row in alone])
+    padded = row_losses(loss_model, rows, [[row] for row in alone])
     assert padded == pytest.approx(alone, rel=1e-5)
-    assert row_losses(scored, rows, packed) == pytest.approx(alone, rel=1e-5)
-    assert row_losses(scored, rows, packed, flat=True) == pytest.approx(alone, rel=1e-5)
+    assert row_losses(loss_model, rows, packed) == pytest.approx(alone, rel=1e-5)
+    assert row_losses(loss_model, rows, packed, padding_free=True) == pytest.approx(alone, rel=1e-5)
 
 
 def test_the_default_model_is_one_of_them(rows: EncodedSet) -> None:
     config = admitted().config
     torch.manual_seed(0)
-    scored = ScoredModel(build_model(config, torch.device("cpu"))).eval()
-    scored.check_packing()
-    alone = {row: row_losses(scored, rows, [[row]])[row] for row in (2, 4, 6)}
-    assert row_losses(scored, rows, [[2, 4, 6]]) == pytest.approx(alone, rel=1e-5)
+    loss_model = ModelWithLoss(build_model(config, torch.device("cpu"))).eval()
+    loss_model.check_packing()
+    alone = {row: row_losses(loss_model, rows, [[row]])[row] for row in (2, 4, 6)}
+    assert row_losses(loss_model, rows, [[2, 4, 6]]) == pytest.approx(alone, rel=1e-5)
 
 
 MIXED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -327,10 +329,10 @@ MIXED: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize(("config", "settings"), MIXED.values(), ids=MIXED)
 def test_a_model_that_lets_packed_rows_see_each_other_is_refused(config: str, settings: dict[str, Any]) -> None:
     settings = {key: value for key, value in settings.items() if key != "initializer_range"}  # as it is by default
-    scored = ScoredModel(model_of(config, settings)).eval()
+    loss_model = ModelWithLoss(model_of(config, settings)).eval()
     with pytest.raises(ModelError, match=r"packed(.|\n)*data\.batching=length_grouped or padded"):
-        scored.check_packing()
-    assert not scored.model.training  # as it was
+        loss_model.check_packing()
+    assert not loss_model.model.training  # as it was
 
 
 def test_packing_is_refused_before_training(tmp_path: Path, runtime: Runtime) -> None:
@@ -338,7 +340,7 @@ def test_packing_is_refused_before_training(tmp_path: Path, runtime: Runtime) ->
     config, data, _ = built(*only(file), "data.batching=packed")
     model = model_of(*MIXED["Bloom (ALiBi)"])
     with pytest.raises(ModelError, match="BloomForCausalLM"):
-        prepare(model, data.train, config, runtime)
+        build_train_state(model, data.train, config, runtime)
 
 
 class WithoutPositions(torch.nn.Module):
@@ -361,15 +363,17 @@ class WithoutPositions(torch.nn.Module):
 
 def test_a_model_without_positions_is_refused_by_its_words() -> None:
     with pytest.raises(ModelError, match=r"WithoutPositions takes no position_ids, so rows can't be packed"):
-        ScoredModel(WithoutPositions()).check_packing()
+        ModelWithLoss(WithoutPositions()).check_packing()
 
 
 def losses(runtime: Runtime, *overrides: str) -> list[float]:
     """Train 20 steps and give the loss of each."""
     config, data, tokenizer = built("training.max_train_steps=20", "optimizer=sgd", "optimizer.lr=0.05", *overrides)
     torch.manual_seed(0)
-    state = prepare(build_model(config, torch.device("cpu")), data.train, config, runtime)
-    return [step.collect()["train/loss"] for step in train(state, data.train, config, runtime, tokenizer.pad_token_id)]
+    state = build_train_state(build_model(config, torch.device("cpu")), data.train, config, runtime)
+    return [
+        step.pop_metrics()["train/loss"] for step in train(state, data.train, config, runtime, tokenizer.pad_token_id)
+    ]
 
 
 def test_packing_changes_no_loss_of_training(tmp_path: Path, runtime: Runtime) -> None:
@@ -462,11 +466,11 @@ def batch_of_pairs(tmp_path: Path, folder: Path) -> tuple[EncodedSet, Batch]:
 def test_an_encoder_decoder_has_the_loss_that_its_library_gives(tmp_path: Path, pair: tuple[Path, Any, bool]) -> None:
     folder, model, full = pair
     train, batch = batch_of_pairs(tmp_path, folder)
-    scored = ScoredModel(model).eval()
-    scored.probe_head()
-    assert scored.uses_full_logits is full
+    loss_model = ModelWithLoss(model).eval()
+    loss_model.probe_head()
+    assert loss_model.uses_full_logits is full
     with torch.no_grad():
-        ours = float(scored(**batch.inputs()).objective)
+        ours = float(loss_model(**batch.inputs()).objective)
         assert batch.target_ids is not None
         theirs = model(
             input_ids=batch.input_ids,
@@ -493,11 +497,11 @@ def test_a_bias_behind_the_head_is_seen(tmp_path: Path) -> None:
     model = model_of("BartConfig", BART)
     model.final_logits_bias.normal_()
     train, batch = batch_of_pairs(tmp_path, folder_of(tmp_path / "model", "BartConfig", BART))
-    scored = ScoredModel(model).eval()
-    scored.probe_head()
-    assert scored.uses_full_logits
+    loss_model = ModelWithLoss(model).eval()
+    loss_model.probe_head()
+    assert loss_model.uses_full_logits
     with torch.no_grad():
-        ours = float(scored(**batch.inputs()).objective)
+        ours = float(loss_model(**batch.inputs()).objective)
     assert ours == pytest.approx(sum(expected_loss(model, train, row) for row in range(6)), rel=1e-5)
 
 
@@ -508,9 +512,9 @@ def test_an_encoder_decoder_learns(tmp_path: Path, runtime: Runtime, pair: tuple
     config, data, _ = built(
         *only(file), *pair_options(folder), *options, "data.max_seq_length=64", "data.batching=length_grouped"
     )
-    assert batch_plan(config).batching is Batching.length_grouped
-    state = prepare(model, data.train, config, runtime)
-    found = [step.collect()["train/loss"] for step in train(state, data.train, config, runtime, PAD)]
+    assert build_batch_sampler(config).batching is Batching.length_grouped
+    state = build_train_state(model, data.train, config, runtime)
+    found = [step.pop_metrics()["train/loss"] for step in train(state, data.train, config, runtime, PAD)]
     assert found[-1] < found[0] / 2
 
 
@@ -547,7 +551,7 @@ def test_what_was_learned_is_generated(tmp_path: Path, runtime: Runtime) -> None
     config, data, tokenizer = built(*only(file), *pair_options(folder), *options)
     model = model_of("BartConfig", BART | {"dropout": 0.0})
     set_generation(model, config.generation, tokenizer, data.stop_ids)
-    state = prepare(model, data.train, config, runtime)
+    state = build_train_state(model, data.train, config, runtime)
     for _ in train(state, data.train, config, runtime, PAD):
         pass
     generator = Generator(model, runtime, 2, data.encoder.target_prefix)

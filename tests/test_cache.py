@@ -31,7 +31,7 @@ from src.data import sources
 from src.data.cache import RowCache, tokenizer_fingerprint
 from src.data.dataset import Data, build_data
 from src.data.encoding import Encoder, Lengths
-from src.data.preparation import EncodingConfig, prepared
+from src.data.preparation import EncodingConfig, encode_chunks
 from src.data.readers.record import Record
 from src.data.sets import EncodedSet
 from src.data.sources import file_source
@@ -55,11 +55,11 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.times = 0
-        monkeypatch.setattr(caching, "prepared", self)
+        monkeypatch.setattr(caching, "encode_chunks", self)
 
     def __call__(self, *given: Any) -> Any:
         self.times += 1
-        return prepared(*given)
+        return encode_chunks(*given)
 
     def since(self) -> int:
         times, self.times = self.times, 0
@@ -169,9 +169,9 @@ def test_what_shapes_rows_makes_them_anew(
     assert counted.since() == 0
 
 
-def with_key(section: Any, value: Any, **facts: Any) -> Any:
+def with_key(section: Any, value: Any, **info: Any) -> Any:
     """Return the settings of a section with one more key, as a later version would declare it."""
-    declared = key(default=None, **facts) if facts else dataclasses.field(default=None)
+    declared = key(default=None, **info) if info else dataclasses.field(default=None)
     later = dataclasses.make_dataclass("Later", [("lowercase", Any, declared)], bases=(type(section),))
     own = {one.name: getattr(section, one.name) for one in dataclasses.fields(section)}
     return later(**own, lowercase=value)
@@ -184,8 +184,8 @@ def test_a_new_key_shapes_rows_unless_it_says_otherwise(
     config = admitted(*chosen(file, tmp_path / "cache")).config
     own = config.tokens.init if section == "tokens.init" else getattr(config, section)
 
-    def later(value: Any, **facts: Any) -> RunConfig:
-        one = with_key(own, value, **facts)
+    def later(value: Any, **info: Any) -> RunConfig:
+        one = with_key(own, value, **info)
         if section == "tokens.init":
             return dataclasses.replace(config, tokens=dataclasses.replace(config.tokens, init=one))
         return dataclasses.replace(config, **{section: one})
@@ -200,7 +200,7 @@ def test_a_new_key_shapes_rows_unless_it_says_otherwise(
 
 
 def test_what_enters_the_cache_by_another_name_is_there() -> None:
-    entering = {one.facts.enters_as for one in all_keys().values()} - {""}
+    entering = {one.info.cache_key_field for one in all_keys().values()} - {""}
     assert entering == {"lengths", "tags", "tokenizer"}
     assert all(hasattr(EncodingConfig, name) or name in EncodingConfig.__annotations__ for name in entering)
 
@@ -297,9 +297,9 @@ def test_a_file_that_changes_before_it_is_read_is_not_kept_under_its_old_content
 
     def late(*given: Any) -> Any:
         write_lines(Path(file), OTHER_ROWS[:30])
-        return prepared(*given)
+        return encode_chunks(*given)
 
-    monkeypatch.setattr(caching, "prepared", late)
+    monkeypatch.setattr(caching, "encode_chunks", late)
     try:
         built(config)
     except DataError as error:
@@ -342,7 +342,7 @@ import json, sys, time
 from tests.conftest import admitted
 from src.data import cache, store
 from src.data.dataset import build_data
-from src.data.preparation import prepared
+from src.data.preparation import encode_chunks
 from src.data.tokenizer import load_tokenizer
 
 slow, *overrides = json.loads(sys.stdin.readline())
@@ -351,11 +351,11 @@ times_prepared = 0
 def slowly(*given):
     global times_prepared
     times_prepared += 1
-    for chunk in prepared(*given):
+    for chunk in encode_chunks(*given):
         yield chunk
         time.sleep(slow)
 
-cache.prepared = slowly
+cache.encode_chunks = slowly
 store.BATCH_ROWS = 1  # what is prepared is written at once
 config = admitted(*overrides).config
 tokenizer, _ = load_tokenizer(config.model, config.tokens)
@@ -457,10 +457,10 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path, file: str, monkey
     config = admitted(*chosen(file, tmp_path / "cache")).config
 
     def broken(*given: Any) -> Iterator[Any]:
-        yield next(iter(prepared(*given)))
+        yield next(iter(encode_chunks(*given)))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(caching, "prepared", broken)
+    monkeypatch.setattr(caching, "encode_chunks", broken)
     with pytest.raises(KeyboardInterrupt):
         built(config)
     assert entries(tmp_path / "cache") == []
@@ -637,14 +637,14 @@ def test_a_part_is_mapped_into_memory_and_not_read(tmp_path: Path, file: str) ->
 def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     script = (
         "import os, time\n"
-        "from src.data.preparation import prepared\n"
+        "from src.data.preparation import encode_chunks\n"
         "from tests.conftest import admitted\n"
         "from tests.test_cache import recipe_of\n"
         "from src.data.readers.record import Record\n"
         "def forever():\n"
         "    while True:\n"
         "        yield Record({'prompt': 'a', 'completion': 'b'}, 'rows', 1)\n"
-        "for _ in prepared(forever(), recipe_of(admitted('tokens=none').config), 2):\n"
+        "for _ in encode_chunks(forever(), recipe_of(admitted('tokens=none').config), 2):\n"
         "    print('going', flush=True)\n"
         "    time.sleep(0.2)\n"
     )

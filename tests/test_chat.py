@@ -20,7 +20,7 @@ from src.data.chat import ChatTemplate
 from src.data.chat_render import FALLBACK_TEMPLATE, set_chat_template
 from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX, Encoder, Lengths
-from src.data.examples import Example, Examples
+from src.data.examples import Example, ExampleBuilder
 from src.data.formats import BadRow, Chat
 from src.data.formats.messages import read
 from src.data.readers.record import Record
@@ -166,7 +166,7 @@ def test_the_system_prompt_goes_in_front_where_the_row_has_none() -> None:
         (None, "'messages' is null, not a list of messages"),
         ("text", "'messages' is a text, not a list of messages"),
         ({"role": "user"}, "'messages' is an object, not a list of messages"),
-        ([], "'messages' is empty: nothing to learn"),
+        ([], "'messages' is empty: nothing to train on"),
         (["text"], "'messages', message 1 is a text, not an object with role and content"),
         ([{"role": "user"}], "'messages', message 1 has no 'content'; there are 'role'"),
         ([{"content": "a"}], "'messages', message 1 has no 'role'; there are 'content'"),
@@ -180,10 +180,10 @@ def test_the_system_prompt_goes_in_front_where_the_row_has_none() -> None:
         ([message("user"), message("assistant", "")], "message 2: 'content' is empty"),
         ([message("user"), message("assistant") | {"tool_calls": [{}]}], "message 2 has tool_calls, which is not sup"),
         ([message("user"), message("assistant") | {"function_call": {"name": "f"}}], "message 2 has function_call, "),
-        ([message("user"), message("assistant") | {"weight": 0.5}], "weight 0.5; 0 (not learned) or 1 is needed"),
-        ([message("user"), message("assistant") | {"weight": "1"}], "weight '1'; 0 (not learned) or 1 is needed"),
-        ([message("user"), message("assistant") | {"train": "no"}], "the train 'no'; false (not learned) or true"),
-        ([message("user"), message("assistant") | {"loss": 2}], "the loss 2; false (not learned) or true is needed"),
+        ([message("user"), message("assistant") | {"weight": 0.5}], "weight 0.5; 0 (not supervised) or 1 is needed"),
+        ([message("user"), message("assistant") | {"weight": "1"}], "weight '1'; 0 (not supervised) or 1 is needed"),
+        ([message("user"), message("assistant") | {"train": "no"}], "the train 'no'; false (not supervised) or true"),
+        ([message("user"), message("assistant") | {"loss": 2}], "the loss 2; false (not supervised) or true is needed"),
         ([message("user"), message("assistant") | {"train": True, "weight": 0}], "weight and train contradict"),
         ([message("user"), message("assistant") | {"thinking": 3}], "message 2: 'thinking' is a number, not a text"),
         (
@@ -198,8 +198,8 @@ def test_the_system_prompt_goes_in_front_where_the_row_has_none() -> None:
         ([message("system"), message("assistant")], "message 2: the assistant can't speak first"),
         ([message("user"), message("user")], "message 2 is a second user's message in a row"),
         ([message("user"), message("assistant"), message("assistant")], "message 3 is a second assistant's message"),
-        ([message("user")], "'messages' ends with the user: there is no answer to learn"),
-        ([message("system")], "'messages' ends with the system: there is no answer to learn"),
+        ([message("user")], "'messages' ends with the user: there is no answer to train on"),
+        ([message("system")], "'messages' ends with the system: there is no answer to train on"),
     ],
 )  # fmt: skip
 def test_what_is_no_chat_is_refused_in_words(messages: Any, told: str) -> None:
@@ -344,7 +344,7 @@ def example_of(tokenizer: Any, messages: list[Any], *overrides: str) -> Example:
     """Make the example of one chat, without the tokenizer's being given a template."""
     config = configured(*overrides)
     template = ChatTemplate(tokenizer, Encoder(tokenizer).control_tokens)
-    return Examples(config.data, config.thought_tags, template).of(Record({"messages": messages}, "rows", 1))
+    return ExampleBuilder(config.data, config.thought_tags, template).build(Record({"messages": messages}, "rows", 1))
 
 
 MAKERS = {
@@ -544,7 +544,7 @@ def test_a_template_that_drops_earlier_thinking_is_refused_but_for_the_last_turn
     messages = chat("a", "<think>so</think>b", "c", "<think>thus</think>d")
     told = refused(tmp_path, tokenizer, messages)
     assert "rows.jsonl:2" in told
-    assert "learn the last turn only: data.supervised_turns=last" in told
+    assert "train on the last turn only: data.supervised_turns=last" in told
     rows = train_set(tmp_path, tokenizer, [messages], "data.supervised_turns=last")
     assert learned(tokenizer, rows) == ["<think>thus</think>d<|im_end|>"]
     assert rows[0].input_ids.tolist() == by_tokenizer(tokenizer, messages)

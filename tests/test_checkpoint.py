@@ -226,7 +226,7 @@ def test_what_is_no_folder_in_a_checkpoints_place_is_told_and_in_nobodys_way(tmp
     save(tmp_path, 1, 2)
     KINDS[kind](at(tmp_path, 4))
     found = origin(tmp_path)
-    what = "a link to what is not there" if "dangling endless".count(kind) else "no folder"
+    what = "a dangling link" if "dangling endless".count(kind) else "no folder"
     assert (found.step, found.warnings) == (2, [f"{at(tmp_path, 4)} is damaged (it is {what}); passed over"])
     with open_checkpoints(replace(PLAIN, keep_last=2), tmp_path) as checkpoints:
         checkpoints.load_index([], 2)

@@ -15,9 +15,9 @@ import pytest
 from src import predict, preflight, run
 from src.cli import main
 from src.evaluation import predictions
-from src.inspection import ahead
+from src.inspection import preview
 from src.sweep import sweeper
-from src.sweep.workers import WARM, Job, Workers
+from src.sweep.workers import PRELOAD_MODULE, TrialJob, Workers
 from src.tracking import lock
 from tests.conftest import ROOT, ROWS
 
@@ -79,7 +79,7 @@ def test_what_takes_long_looks_for_garbage(tmp_path: Path, monkeypatch: pytest.M
     commands = {
         (run, "train"): (main.main, [*tiny, f"hydra.run.dir={run_dir}"]),
         (predictions, "predict_rows"): (predict.main, [f"run={run_dir}", "data.limit=1"]),
-        (ahead, "build_data"): (preflight.main, [*tiny, f"hydra.run.dir={tmp_path / 'ahead'}"]),
+        (preview, "build_data"): (preflight.main, [*tiny, f"hydra.run.dir={tmp_path / 'ahead'}"]),
         (sweeper, "plan_sweep"): (main.main, ["-m", *tiny, "sweep.dry_run=true", "seed=1,2"]),
         (lock, "hold"): (main.main, [*tiny, f"hydra.run.dir={in_use}", "runtime.num_processes=2"]),
     }
@@ -98,7 +98,7 @@ def test_what_takes_long_looks_for_garbage(tmp_path: Path, monkeypatch: pytest.M
 
 
 def tell_how_it_begins(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None) -> int:
-    lacking = [name for name in sys.modules[WARM].NEEDED if name not in sys.modules]
+    lacking = [name for name in sys.modules[PRELOAD_MODULE].NEEDED if name not in sys.modules]
     found = {"collects": gc.isenabled(), "lacking": lacking}
     Path(run_dir, "found.json").write_text(json.dumps(found), encoding="utf-8")
     return 0
@@ -106,7 +106,7 @@ def tell_how_it_begins(config: dict[str, Any], run_dir: str, link: Mapping[str, 
 
 def test_a_trial_begins_with_all_imported_and_without_looking_through_it(tmp_path: Path) -> None:
     workers = Workers(tell_how_it_begins, 1, 1, uses_gpus=False)
-    workers.start([Job(0, {}, tmp_path)])
+    workers.start([TrialJob(0, {}, tmp_path)])
     assert [code for _, code in workers.wait(120)] == [0]
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert found == {"collects": False, "lacking": []}

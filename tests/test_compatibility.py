@@ -17,7 +17,7 @@ from src.checkpoint.compatibility import (
     Change,
     Fingerprint,
     Impact,
-    check,
+    check_changes,
     compare_configs,
     compare_fingerprints,
     is_reordered,
@@ -25,7 +25,7 @@ from src.checkpoint.compatibility import (
 from src.config.command_line import read_override
 from src.config.keys import all_keys, known_keys
 from src.config.schema import SECTIONS, TopLevelConfig
-from src.config.schema.fields import facts_of, key
+from src.config.schema.fields import key, key_info
 from src.errors import ConfigError
 from tests.conftest import admitted
 
@@ -68,7 +68,7 @@ def effects_of(base: tuple[str, ...], before: str, now: str) -> dict[str, Impact
 
 def refusal(changes: list[Change], *, allow_changed: bool = False) -> str:
     with pytest.raises(ConfigError) as caught:
-        check(changes, allow_changed=allow_changed, where=WHERE)
+        check_changes(changes, allow_changed=allow_changed, checkpoint=WHERE)
     return str(caught.value)
 
 
@@ -77,8 +77,8 @@ def test_each_key_has_one_impact() -> None:
     for section, schema in {**SECTIONS, "": TopLevelConfig}.items():
         for owner in schema.values() if isinstance(schema, dict) else [schema]:
             for one in dataclasses.fields(owner):
-                facts = facts_of(one)
-                declared.setdefault(f"{section}.{one.name}".lstrip("."), set()).add((facts.resume, facts.why))
+                info = key_info(one)
+                declared.setdefault(f"{section}.{one.name}".lstrip("."), set()).add((info.resume, info.why))
     assert {key: impacts for key, impacts in declared.items() if len(impacts) > 1} == {}
     assert set(known_keys()) - declared.keys() == {"tokens.init.method", "tokens.init.text", "tokens.init.descriptions"}
 
@@ -89,7 +89,7 @@ def test_a_key_without_a_stated_impact_is_another_training() -> None:
         plain: int = 1
         declared: int = key(default=1)
 
-    assert [facts_of(one).resume for one in dataclasses.fields(Later)] == [TRAJECTORY, TRAJECTORY]
+    assert [key_info(one).resume for one in dataclasses.fields(Later)] == [TRAJECTORY, TRAJECTORY]
 
 
 def test_the_same_configuration_has_no_changes_also_read_back_from_its_file() -> None:
@@ -316,7 +316,7 @@ def test_an_unknown_key_that_both_have_is_another_training() -> None:
     assert change == Change("data.flavour", 1, 2, TRAJECTORY, "a key that this version does not know")
 
 
-@pytest.mark.parametrize("key", [name for name in known_keys() if all_keys()[name].facts.resume is IMPOSSIBLE])
+@pytest.mark.parametrize("key", [name for name in known_keys() if all_keys()[name].info.resume is IMPOSSIBLE])
 def test_what_is_impossible_says_why(key: str) -> None:
     section, _, name = key.rpartition(".")
     (change,) = compare_configs({section: {name: 1}}, {section: {name: 2}})
@@ -334,10 +334,10 @@ def test_a_change_for_good_needs_a_reason() -> None:
     [
         ({}, []),
         ({"step": 0}, []),
-        ({"num_rows": 1000, "data": "d2"}, [("data", TRAJECTORY, "other ones: 1,000 then, 1,000 now")]),
-        ({"num_rows": None, "data": "d2"}, [("data", TRAJECTORY, "the train set is another one")]),
+        ({"num_rows": 1000, "data": "d2"}, [("data", TRAJECTORY, "changed: 1,000 then, 1,000 now")]),
+        ({"num_rows": None, "data": "d2"}, [("data", TRAJECTORY, "the train set changed")]),
         ({"tokenizer": "t2"}, [("tokenizer", IMPOSSIBLE, "ids mean other tokens")]),
-        ({"frozen_weights": "w2"}, [("frozen_weights", TRAJECTORY, "quantised otherwise")]),
+        ({"frozen_weights": "w2"}, [("frozen_weights", TRAJECTORY, "their quantisation")]),
         ({"frozen_weights": None}, [("frozen_weights", IMPOSSIBLE, "now all are trained")]),
         ({"architecture": "a2"}, [("architecture", TRAJECTORY, "config.json")]),
         ({"architecture": None}, []),
@@ -347,7 +347,7 @@ def test_a_change_for_good_needs_a_reason() -> None:
         ({"num_steps": 99}, [("num_steps", IMPOSSIBLE, "already 100 steps done")]),
         ({"device": "cuda"}, [("device", ROUNDING, "")]),
         ({"num_processes": 2}, [("num_processes", ROUNDING, "another order")]),
-        ({"step_sequences": 16}, [("step_sequences", TRAJECTORY, "other rows a step")]),
+        ({"step_sequences": 16}, [("step_sequences", TRAJECTORY, "takes different rows")]),
         ({"versions": {"torch": "2.9", "peft": "0.21"}}, [("versions.torch", ROUNDING, "")]),
         ({"versions": {"torch": "2.8"}}, [("versions.peft", ROUNDING, "")]),
         ({"versions": {"peft": "0.21", "torch": "2.8", "new": "1"}}, [("versions.new", ROUNDING, "")]),
@@ -385,7 +385,7 @@ def test_all_that_is_refused_is_told_together() -> None:
         f"Can't resume from {WHERE}: 3 changes since then\n"
         "  seed: 42 → 1                         the rows come in another order\n"
         "  optimizer.type: adamw → adamw_8bit   an optimizer's state fits no other\n"
-        "  data                                 the train rows are other ones: 1,000 then, 1,200 now\n"
+        "  data                                 the train rows changed: 1,000 then, 1,200 now\n"
         "The saved state does not fit optimizer.type; checkpoint.allow_changed=true is for the rest only.\n"
         "Put them back as they were to resume the same training; or start a new run in another hydra.run.dir "
         f"(init_from={WHERE} starts it from these weights)."
@@ -397,7 +397,7 @@ def test_another_training_may_be_allowed() -> None:
     assert told.splitlines() == [
         f"Can't resume from {WHERE}: 1 change since then",
         "  seed: 42 → 1   the rows come in another order",
-        "What comes would be another training: checkpoint.allow_changed=true resumes anyway.",
+        "From here on the run would train differently: checkpoint.allow_changed=true resumes anyway.",
         "Put it back as it was to resume the same training; or start a new run in another hydra.run.dir "
         f"(init_from={WHERE} starts it from these weights).",
     ]
@@ -406,7 +406,7 @@ def test_another_training_may_be_allowed() -> None:
 def test_a_folder_is_told_as_a_shell_takes_it() -> None:
     folder = "outputs/fin2 (a), b/checkpoints/step_4"
     with pytest.raises(ConfigError) as refused:
-        check(changes_of((), (), ("seed=1",)), allow_changed=False, where=folder)
+        check_changes(changes_of((), (), ("seed=1",)), allow_changed=False, checkpoint=folder)
     typed = str(refused.value).splitlines()[-1].partition("(")[2].removesuffix(" starts it from these weights).")
     (argument,) = shlex.split(typed)
     read = read_override(argument)
@@ -431,8 +431,8 @@ def test_with_leave_only_what_is_impossible_is_refused() -> None:
 def test_what_goes_on_is_said() -> None:
     changes = changes_of((), (), ("seed=1", "optimizer.lr=1", "model.gradient_checkpointing=true", "name=x"))
     changes += compare_fingerprints(FACTS, dataclasses.replace(FACTS, versions={"torch": "2.9", "peft": "0.21"}))
-    assert check(changes, allow_changed=True, where=WHERE) == [
-        f"what comes after {WHERE} is another training: seed: 42 → 1 (the rows come in another order); "
+    assert check_changes(changes, allow_changed=True, checkpoint=WHERE) == [
+        f"the run trains differently after {WHERE}: seed: 42 → 1 (the rows come in another order); "
         "optimizer.lr: 0.002 → 1 (other updates)",
         f"resumes from {WHERE}, but no longer bit for bit: model.gradient_checkpointing: false → true; "
         "versions.torch: 2.8 → 2.9",
@@ -478,7 +478,7 @@ def test_what_goes_on_is_said() -> None:
 def test_harmless_changes_go_on_without_a_word_unless_there_is_one_to_say(
     base: tuple[str, ...], now: str, said: list[str]
 ) -> None:
-    assert check(changes_of(base, (), tuple(now.split())), allow_changed=False, where=WHERE) == said
+    assert check_changes(changes_of(base, (), tuple(now.split())), allow_changed=False, checkpoint=WHERE) == said
 
 
 @pytest.mark.parametrize(

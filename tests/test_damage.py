@@ -323,7 +323,7 @@ def test_json_is_held_against_the_types_of_its_keys(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_json(file)
     file.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DamagedFileError, match="a link to what is not there"):
+    with pytest.raises(DamagedFileError, match="a dangling link"):
         read_json(file)
     file.unlink()
     for text, reason in (
@@ -343,7 +343,7 @@ def test_json_is_held_against_the_types_of_its_keys(tmp_path: Path) -> None:
     with pytest.raises(DamagedFileError, match="no text: byte 7 is 0xff"):
         read_json(file)
     file.write_text('{"a": 1}')
-    assert read_json(file, {"a": int, "b": str}, may_lack=("b",)) == {"a": 1}
+    assert read_json(file, {"a": int, "b": str}, optional=("b",)) == {"a": 1}
 
 
 def test_a_digest_is_of_a_beginning(tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ def test_checkpoints_that_cannot_be_looked_into_are_not_taken_for_none(run: Path
     for arguments in ((*RUN, f"hydra.run.dir={run}", *same), (f"rerun={run}", f"hydra.run.dir={run}", *more)):
         done = towline(*arguments)
         assert (done.returncode, "Traceback" in done.stderr) == (2, False)
-        assert f"{run / 'checkpoints'} can't be looked into: a link to what is not there" in done.stderr
+        assert f"{run / 'checkpoints'} can't be looked into: a dangling link" in done.stderr
         assert contents(run) == before
     (run / "checkpoints").unlink()
     away.rename(run / "checkpoints")
@@ -661,7 +661,7 @@ def sweep(tmp_path: Path) -> SweepFolder:
 def test_options_of_a_sweep_that_cannot_be_looked_into_are_not_taken_for_none(sweep: SweepFolder) -> None:
     assert sweep.conf() == []
     (sweep.folder / "conf").symlink_to("nowhere")
-    with pytest.raises(DamagedFileError, match="conf is damaged: it can't be looked into: a link to what is not there"):
+    with pytest.raises(DamagedFileError, match="conf is damaged: it can't be looked into: a dangling link"):
         sweep.conf()
     (sweep.folder / "conf").unlink()
     (sweep.folder / "conf" / "0").mkdir(parents=True)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from src.config.schema import RunConfig
 from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX
-from src.data.examples import Examples, fill
+from src.data.examples import ExampleBuilder, fill
 from src.data.formats import BadRow
 from src.data.readers.record import Record
 from src.data.splits import hold_out
@@ -58,7 +58,7 @@ def test_the_report_accounts_for_every_row_and_token(tmp_path: Path) -> None:
     assert (report.rows_read, report.rows_kept, report.rows_truncated) == (12, 11, 1)
     assert dict(report.rows_dropped) == {"no_supervised_token": 1}
     assert report.tokens == sum(len(data.train[i].input_ids) for i in range(11))
-    assert report.supervised_tokens == sum(data.train[i].num_supervised for i in range(11))
+    assert report.supervised_tokens == data.train.supervised_lengths().sum()
     assert report.dropped_places == {"no_supervised_token": [f"{file}:12"]}
     assert report.new_tokens == {token: {"fed": 10, "supervised": 10} for token in ("<ToW>", "</ToW>")}
     assert report.control_tokens_as_text == 1
@@ -161,13 +161,13 @@ def test_templates_and_columns() -> None:
         "data.completion_template=' {completion}.'",
         "data.thought_pattern='<<(.*?)>>'",
     ).config.data
-    examples = Examples(data, ("<T>", "</T>"), None)
-    example = examples.of(Record({"q": "{a} 1+1?", "a": "1+1=<<two>>2"}, "file", 1))
+    examples = ExampleBuilder(data, ("<T>", "</T>"), None)
+    example = examples.build(Record({"q": "{a} 1+1?", "a": "1+1=<<two>>2"}, "file", 1))
     assert example.prompt == "question : {a} 1+1? answer :"
     assert example.completion == " 1+1=<T>two</T>2."
     assert example.reference == " 1+1=2."
     with pytest.raises(BadRow, match=r"data\.columns\.prompt=FIELD"):
-        examples.of(Record({"a": "b"}, "file", 1))
+        examples.build(Record({"a": "b"}, "file", 1))
 
 
 def test_braces_in_a_row_mean_nothing() -> None:

@@ -208,8 +208,8 @@ class OneOfTwo:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runtime, name)
 
-    def share(self, items: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
-        return Runtime.share(self, items)  # type: ignore[arg-type, type-var]
+    def split(self, items: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
+        return Runtime.split(self, items)  # type: ignore[arg-type, type-var]
 
     def gather(self, own: dict[int, Completion]) -> list[Any]:
         self.own = own

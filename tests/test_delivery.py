@@ -28,7 +28,7 @@ from src import sync
 from src.config.schema import MlflowConfig
 from src.records import Digest
 from src.tracking import export_thread, mlflow_calls, sqlite_store, tracker
-from src.tracking.export_thread import ExportThread, Patience
+from src.tracking.export_thread import ExportThread, WaitLimits
 from src.tracking.exporters import DeliveryError
 from src.tracking.folder_start import Start
 from src.tracking.lock import hold
@@ -50,8 +50,8 @@ from tests.test_tracking import (
     tracked,
 )
 
-SOON = Patience(call_seconds=1.5, total_seconds=4.0)
-PATIENT = Patience(call_seconds=10.0, total_seconds=40.0)
+SOON = WaitLimits(call_seconds=1.5, total_seconds=4.0)
+PATIENT = WaitLimits(call_seconds=10.0, total_seconds=40.0)
 
 
 def config_of(uri: str, experiment: str = "towline") -> MlflowConfig:
@@ -59,12 +59,12 @@ def config_of(uri: str, experiment: str = "towline") -> MlflowConfig:
 
 
 @pytest.fixture(autouse=True)
-def _short_patience(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def _short_waits(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Wait shortly for servers that fail, and as long as a busy machine may take for stores that are well."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    monkeypatch.setattr(tracker, "AT_THE_END", SOON if "proxy" in request.fixturenames else PATIENT)
+    monkeypatch.setattr(tracker, "END_OF_RUN", SOON if "proxy" in request.fixturenames else PATIENT)
     for module in (tracker, export_thread):
-        monkeypatch.setattr(module, "TO_THE_END", PATIENT)
+        monkeypatch.setattr(module, "UNTIL_DELIVERED", PATIENT)
     monkeypatch.setattr(export_thread, "RETRY_SECONDS", 0.2)
     monkeypatch.setattr(mlflow_calls, "AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(sqlite_store, "LOCKED_SECONDS", 0.3)
@@ -125,9 +125,9 @@ def exported(config: MlflowConfig, run_dir: Path, *, is_over: bool = True) -> Ex
     return start_exporters([exporter_of(config, run_dir, is_over=is_over)], run_dir, warn=print)
 
 
-def closed(exports: ExportThread, patience: Patience) -> str:
+def closed(exports: ExportThread, limits: WaitLimits) -> str:
     """Deliver the rest; return what is left in words."""
-    return "".join(map(str, exports.close(patience)))
+    return "".join(map(str, exports.close(limits)))
 
 
 @event.listens_for(Engine, "connect")
@@ -161,7 +161,7 @@ def die_in_migration(file: str, statement: int) -> None:
 def test_a_kill_at_any_point_of_the_first_migration_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracker, "AT_THE_END", PATIENT)  # a busy machine makes a store in more than SOON
+    monkeypatch.setattr(tracker, "END_OF_RUN", PATIENT)  # a busy machine makes a store in more than SOON
     file = tmp_path / "mlflow.db"
     child = FORKS.Process(target=die_in_migrations, args=(str(file), range(1, 1600, 500)))  # of 1,683
     child.start()
@@ -225,7 +225,7 @@ def test_a_store_that_holds_runs_is_left_as_it_is_and_told_with_what_to_do(
 
 
 def test_leftovers_of_another_database_do_not_spoil_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracker, "AT_THE_END", PATIENT)
+    monkeypatch.setattr(tracker, "END_OF_RUN", PATIENT)
     for ending in ("-journal", "-wal", "-shm"):
         (tmp_path / f"mlflow.db{ending}").write_bytes(b"another's" * 100)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -454,7 +454,7 @@ def test_waiting_ends_where_one_call_fails_for_ever_behind_others_that_succeed(
     track(admitted().config.tracking, run)
     proxy.mode, proxy.only = "500", only
     waiting = exported(config_of(proxy.uri, experiment), run)
-    assert "fails (500)" in closed(waiting, Patience(call_seconds=10.0, total_seconds=60.0))
+    assert "fails (500)" in closed(waiting, WaitLimits(call_seconds=10.0, total_seconds=60.0))
     assert len({*proxy.asked}) < len(proxy.asked) < 100
     proxy.mode = "well"
     assert deliver(config_of(proxy.uri, experiment), run) == ""
@@ -473,7 +473,7 @@ def test_an_answer_that_is_none_is_not_taken_for_one(tmp_path: Path, proxy: Prox
     track(admitted().config.tracking, run)
     proxy.mode, proxy.only = f"says {said}", only
     waiting = exported(config, run)
-    assert "not delivered" in closed(waiting, Patience(call_seconds=10.0, total_seconds=60.0, attempts=1))
+    assert "not delivered" in closed(waiting, WaitLimits(call_seconds=10.0, total_seconds=60.0, attempts=1))
     assert read_tracking(run)["run_id"] != ""
     proxy.mode = "well"
     assert deliver(config, run) == ""
@@ -539,7 +539,7 @@ def test_what_a_slow_server_has_taken_is_not_brought_again(tmp_path: Path, proxy
     seen = []
     for _ in range(40):  # each has time for a few calls
         with hold(run):
-            left = closed(exported(config, run), Patience(call_seconds=1.5, total_seconds=0.8))
+            left = closed(exported(config, run), WaitLimits(call_seconds=1.5, total_seconds=0.8))
         seen.append(read_tracking(run).get("lines", 0))
         if not left:
             break
@@ -557,7 +557,7 @@ def test_ctrl_c_ends_the_waiting(tmp_path: Path, proxy: Proxy) -> None:
         waiting = exported(config, run, is_over=False)
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         started = time.monotonic()
-        assert "ended by Ctrl-C" in closed(waiting, Patience(call_seconds=60))
+        assert "ended by Ctrl-C" in closed(waiting, WaitLimits(call_seconds=60))
     assert waiting.ended_by == "Ctrl-C"
     assert time.monotonic() - started < 10
 

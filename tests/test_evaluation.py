@@ -25,7 +25,7 @@ from src.model.embeddings import resize_and_initialise
 from src.model.export import export
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
-from src.training.head import ScoredModel
+from src.training.head import ModelWithLoss
 from tests.conftest import ROOT, admitted, write_lines
 from tests.kinds import words
 
@@ -91,7 +91,7 @@ def evaluator(runtime: Runtime, *overrides: str) -> tuple[Evaluator, Data]:
         for parameter in model.parameters():
             parameter.data *= 6  # else its decoder hardly hears the encoder
     set_generation(model, config.generation, tokenizer, data.stop_ids)
-    return open_evaluation(config, ScoredModel(model), model, data, runtime), data
+    return open_evaluation(config, ModelWithLoss(model), model, data, runtime), data
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_bart"])

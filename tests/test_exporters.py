@@ -18,7 +18,7 @@ from src.config.schema.tracking import TrackingConfig
 from src.errors import Interrupted
 from src.tracking import export_thread
 from src.tracking.console import Console
-from src.tracking.export_thread import ExportThread, Patience
+from src.tracking.export_thread import ExportThread, WaitLimits
 from src.tracking.exporters import EXPORTERS, DeliveryError
 from src.tracking.folder_start import Start
 from src.tracking.line_exporter import LineExporter
@@ -26,7 +26,7 @@ from src.tracking.tracker import deliver_pending
 from tests.conftest import read_lines, write_lines
 from tests.test_tracking import do_step, stopped, track, tracked
 
-BRIEF = Patience(call_seconds=0.5, total_seconds=20.0)
+BRIEF = WaitLimits(call_seconds=0.5, total_seconds=20.0)
 
 
 @dataclass
@@ -191,7 +191,7 @@ def test_a_call_that_lasts_longer_than_a_turn_is_delivered_once(run: Path) -> No
     for _ in range(40):
         exports.notify()
         time.sleep(0.01)
-    assert exports.close(Patience(call_seconds=20.0)) == []
+    assert exports.close(WaitLimits(call_seconds=20.0)) == []
     assert slow.steps == quick.steps == list(range(1, 301))
     assert threading.active_count() < 10
 
@@ -224,8 +224,8 @@ def test_an_exporter_that_fails_is_tried_again_and_holds_up_no_other(run: Path) 
     warned: list[str] = []
     exports = ExportThread([broken, flaky, other], warn=warned.append)
     exports.notify()
-    left = exports.close(Patience(call_seconds=5.0, attempts=4))
-    assert [(one.tracker.partition(" ")[0], one.needs_mending) for one in left] == [("broken", True)]
+    left = exports.close(WaitLimits(call_seconds=5.0, attempts=4))
+    assert [(one.tracker.partition(" ")[0], one.needs_user_action) for one in left] == [("broken", True)]
     assert flaky.steps == other.steps == list(range(1, 301))
     assert set(warned) <= {"broken: no such key"}
 
@@ -234,10 +234,10 @@ def test_lines_that_were_written_and_not_remembered_are_written_again_after_a_re
     done: list[int] = []
 
     class Dying(Fake):
-        def _remember(self, **changes: Any) -> None:
+        def _save_state(self, **changes: Any) -> None:
             if changes.get("lines") == 200:
                 raise Interrupted("killed")
-            super()._remember(**changes)
+            super()._save_state(**changes)
 
         def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
             done.extend(line["step"] for line in lines)
@@ -250,7 +250,7 @@ def test_lines_that_were_written_and_not_remembered_are_written_again_after_a_re
     assert len(done) == 200
 
     class Well(Dying):
-        _remember = Fake._remember
+        _save_state = Fake._save_state
 
     list(Well(run, "own").deliver())
     assert done == list(range(1, 301))

@@ -26,7 +26,7 @@ from src.config.schema.checks import POSITIVE
 from src.config.schema.fields import Impact, key
 from src.config.schema.tracking import TRACKERS, TrackingConfig
 from src.data.formats import FORMATS
-from src.metrics import METRICS, greater_is_better, metric, scores
+from src.metrics import METRICS, compute_metrics, greater_is_better, metric
 from src.tracking.exporters import EXPORTERS
 from src.tracking.line_exporter import LineExporter
 from src.training.optim import build_optimizer
@@ -229,7 +229,7 @@ def test_a_metric_is_added_at_run_time() -> None:
 
     config = admitted("data.metrics=[shorter]", "checkpoint.metric_for_best_model=eval/validation/shorter").config
     assert not config.checkpoint.is_greater_better
-    assert scores(config.metrics, ["abc", "a"], ["b", "c"], None) == {"shorter": 1}
+    assert compute_metrics(config.metrics, ["abc", "a"], ["b", "c"], None) == {"shorter": 1}
 
 
 def test_an_optimizer_with_a_key_of_its_own_is_added_at_run_time(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from src.data.sets import EncodedSet
 from src.errors import DataError
 from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import EndText, Generator
-from src.inspection.findings import judge_of, prove
-from src.metrics import METRICS, scores
+from src.inspection.findings import answer_scorer, prove
+from src.metrics import METRICS, compute_metrics
 from src.model.build import set_generation
 from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest
@@ -77,7 +77,7 @@ def marks(data: Data, *overrides: str) -> tuple[dict[str, float], list[str]]:
     reader = AnswerReader(data.encoder, configured(*overrides).thought_tags, data.frame)
     answers = [reader.answer(rows, i, written(data, rows, i)) for i in range(len(rows))]
     references = [reader.reference(rows, i) for i in range(len(rows))]
-    return scores(METRICS, answers, references, None), references
+    return compute_metrics(METRICS, answers, references, None), references
 
 
 def assert_full_marks(found: dict[str, float]) -> None:
@@ -97,8 +97,8 @@ def test_answers_without_thoughts_get_full_marks(tmp_path: Path, family: str, tu
     assert set(references) == {ANSWER}
     config = configured(*overrides, "evaluation.metrics=[exact_match,rouge1,rouge2,rougeL,chrf,bleu]")
     assert isinstance(data.train, EncodedSet)
-    proof = prove(data.train, judge_of(config, data))
-    assert (proof.misjudged, proof.altered, proof.wrong_mask, proof.unlike) == ([], [], [], [])
+    proof = prove(data.train, answer_scorer(config, data))
+    assert (proof.low_scoring, proof.altered, proof.wrong_mask, proof.unlike) == ([], [], [], [])
     assert proof.num_with_end == len(rows)
     assert not proof.unscorable
 
@@ -113,7 +113,7 @@ def test_answers_with_thoughts_get_full_marks_or_are_refused_with_a_remedy(
     overrides = [tokens, *(["data.thought_pattern='<think>(.*?)</think>'"] if tokens == "tokens=tow" else [])]
     several = [row(turns=2, system=system, thought=thought) for system in systems]
     if tokens == "tokens=none" and (family in EARLIER_THOUGHTS_CUT):
-        with pytest.raises(DataError, match=r"learn the last turn only: data\.supervised_turns=last"):
+        with pytest.raises(DataError, match=r"train on the last turn only: data\.supervised_turns=last"):
             built(tmp_path, tokenizer_of(family), several, *overrides)
         overrides.append("data.supervised_turns=last")
     rows = [*several, *(row(turns=1, system=system, thought=thought) for system in systems)]
@@ -228,8 +228,8 @@ def test_ids_of_several_turns_are_the_templates(tmp_path: Path, family: str, kin
         theirs = by_tokenizer(tokenizer, messages)
         assert data.train[i].input_ids[: len(theirs)].tolist() == theirs
         assert data.train.prompt_ids(i) == by_tokenizer(tokenizer, messages[:-1], add_generation_prompt=True)
-    proof = prove(data.train, judge_of(configured(), data))
-    assert (proof.unlike, proof.wrong_mask, proof.misjudged) == ([], [], [])
+    proof = prove(data.train, answer_scorer(configured(), data))
+    assert (proof.unlike, proof.wrong_mask, proof.low_scoring) == ([], [], [])
 
 
 def test_a_reference_is_the_whole_answer_where_it_holds_the_text_that_ends_turns(tmp_path: Path) -> None:
@@ -243,8 +243,8 @@ def test_a_reference_is_the_whole_answer_where_it_holds_the_text_that_ends_turns
     assert isinstance(data.train, EncodedSet)
     assert data.frame.end_text == "\n###"
     assert [data.train.reference(i) for i in range(2)] == [answer, ANSWER]
-    proof = prove(data.train, judge_of(configured(), data))
-    assert proof.misjudged == [(0, "exact_match", "A title.", answer)]  # generation would stop there
+    proof = prove(data.train, answer_scorer(configured(), data))
+    assert proof.low_scoring == [(0, "exact_match", "A title.", answer)]  # generation would stop there
 
 
 def test_a_sign_before_and_after_an_answer_ends_nothing(tmp_path: Path) -> None:
@@ -268,8 +268,8 @@ def test_marks_that_hold_header_and_newline_are_cut_to_the_turn(tmp_path: Path) 
     data = built(tmp_path, tokenizer, [row(turns=2, system=True, thought="none")])
     assert isinstance(data.train, EncodedSet)
     assert learned(tokenizer, data.train) == [f"{FIRST}<|im_end|>", f"{ANSWER}<|im_end|>"]
-    proof = prove(data.train, judge_of(configured(), data))
-    assert (proof.num_with_end, proof.misjudged) == (1, [])
+    proof = prove(data.train, answer_scorer(configured(), data))
+    assert (proof.num_with_end, proof.low_scoring) == (1, [])
 
 
 def test_where_only_the_next_message_ends_a_turn_its_first_token_is_learned(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_a_thoughts_close_that_nobody_knows_is_not_invented(tmp_path: Path) -> N
 def test_a_chat_whose_only_turn_to_learn_is_written_otherwise_is_refused(tmp_path: Path) -> None:
     messages = row(turns=2, system=False, thought="none")["messages"]
     messages[-1]["weight"] = 0
-    with pytest.raises(DataError, match="there is no other to learn"):
+    with pytest.raises(DataError, match="there is no other to train on"):
         built(tmp_path, tokenizer_of("Qwen 3"), [messages])
 
 
@@ -322,7 +322,7 @@ def test_generation_stops_after_a_text_that_ends_turns(tmp_path: Path) -> None:
         alone = Generator(model, runtime, 2, []).generate([prompt], seed=1)[0]
         assert data.encoder.decode(alone.ids).startswith("Wok<#>\nWok<#>")
         assert alone.stop_reason == "length"
-        end = EndText.of(data.frame, data.encoder)
+        end = EndText.from_frame(data.frame, data.encoder)
         for found in Generator(model, runtime, 2, [], end).generate([prompt, [*prompt[:2], *prompt]], seed=1):
             assert data.encoder.decode(found.ids) == "Wok<#>"
             assert found.stop_reason == "eos"

@@ -142,7 +142,7 @@ def test_another_seed_gives_other_folds_and_the_fold_is_another_train_set(tmp_pa
     zero, one = built(*plain, "data.fold=0"), built(*plain, "data.fold=1")
     other = built(*plain, "data.fold=0", "seed=7")
     assert places(zero) == places(built(*plain, "data.fold=0")) != places(other)
-    assert zero.train_digest() != one.train_digest()
+    assert zero.train.digest() != one.train.digest()
     assert zero.validation_digest(None) != one.validation_digest(None)
     frozen = [admitted("data=prompt_completion", *plain, f"data.fold={fold}").frozen for fold in (0, 1)]
     assert {change.key: change.impact for change in compare_configs(*frozen)} == {"data.fold": Impact.harmless}
@@ -222,7 +222,7 @@ def test_a_warm_cache_gives_the_same_and_one_preparation_is_enough(
     ]
     own = [f"data.train_files=['{file}']", f"data.cache_dir='{tmp_path / 'cache'}'", *cut]
     cold = [(places(data), data.reports["validation"].as_dict()) for data in all_folds(3, *own)]
-    monkeypatch.setattr("src.data.cache.prepared", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr("src.data.cache.encode_chunks", lambda *_: pytest.fail("prepared again"))
     assert [(places(data), data.reports["validation"].as_dict()) for data in all_folds(3, *own)] == cold
 
 

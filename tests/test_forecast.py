@@ -62,13 +62,13 @@ from src.forecast.parameters import (
     trained_of,
     with_adapter,
 )
-from src.forecast.time import TimeForecast, counted_time, matmul_flops_per_second, measured_time
-from src.inspection.outlook import planned_parameters
+from src.forecast.time import counted_time, matmul_flops_per_second, measured_time
+from src.inspection.run_forecast import planned_parameters
 from src.model.adapters import Adapter, add_adapter
 from src.model.build import build_model, empty_model
-from src.model.embeddings import fit_embeddings
+from src.model.embeddings import resize_embeddings
 from src.model.export import export
-from src.training.head import PLAIN, ScoredModel
+from src.training.head import PLAIN, ModelWithLoss
 from src.training.optim import build_optimizer
 from src.util import human_bytes
 from tests.conftest import ROOT, admitted
@@ -287,13 +287,13 @@ DORA = replace(LORA, use_dora=True)
 
 def adapted(model: Any, adapter: LoraConfig | None) -> Any:
     """Return a model with rows for new tokens and, where there is one, an adapter."""
-    fit_embeddings(model, 261, 8)
+    resize_embeddings(model, 261, 8)
     if adapter is not None:
         add_adapter(model, replace(admitted().config, adapter=adapter), NEW_IDS)
     return model
 
 
-def scoring(scored: ScoredModel, shape: MicroBatchShape) -> Callable[[], Tensor]:
+def scoring(loss_model: ModelWithLoss, shape: MicroBatchShape) -> Callable[[], Tensor]:
     """Return a forward of random ids of a shape."""
     ids = torch.randint(3, 259, (shape.batch, shape.seq))
     inputs = {"input_ids": ids}
@@ -307,7 +307,7 @@ def scoring(scored: ScoredModel, shape: MicroBatchShape) -> Callable[[], Tensor]
         inputs["attention_mask"][0, -3:] = 0
     if shape.is_packed:
         inputs["position_ids"] = (torch.arange(shape.seq) % 32).expand(shape.batch, shape.seq)
-    return lambda: scored(labels=labels, **inputs).objective
+    return lambda: loss_model(labels=labels, **inputs).objective
 
 
 class Living(TorchDispatchMode):
@@ -394,12 +394,12 @@ def test_a_step_holds_what_was_counted(
     precision: MixedPrecision,
 ) -> None:
     model = adapted(model_of(make, options), adapter)
-    scored = ScoredModel(model)
-    scored.probe_head()
-    forward = scoring(scored.train(), shape)
+    loss_model = ModelWithLoss(model)
+    loss_model.probe_head()
+    forward = scoring(loss_model.train(), shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision is MixedPrecision.bf16):
-        saved = measure_saved_bytes(forward, [*scored.parameters(), *scored.buffers()])
-    after, peak = held_after(forward, scored, precision)
+        saved = measure_saved_bytes(forward, [*loss_model.parameters(), *loss_model.buffers()])
+    after, peak = held_after(forward, loss_model, precision)
     found = counted_step(adapted(on_meta(make, options), adapter), shape, precision)
     assert found.saved_bytes == pytest.approx(saved, rel=0.01)
     assert found.saved_bytes == pytest.approx(after, rel=0.002)
@@ -419,10 +419,12 @@ def autocast_of(precision: MixedPrecision) -> torch.dtype | None:
 
 def test_a_head_with_a_bias_of_zeros_counts_as_more_than_a_head() -> None:
     """Its logits are the head's for this bias only, and a bias on the meta device has no values."""
-    scored = ScoredModel(model_of(bart, EXACT))
-    scored.probe_head()
-    saved = measure_saved_bytes(scoring(scored.train(), PADDED_PAIRS), [*scored.parameters(), *scored.buffers()])
-    assert not scored.uses_full_logits
+    loss_model = ModelWithLoss(model_of(bart, EXACT))
+    loss_model.probe_head()
+    saved = measure_saved_bytes(
+        scoring(loss_model.train(), PADDED_PAIRS), [*loss_model.parameters(), *loss_model.buffers()]
+    )
+    assert not loss_model.uses_full_logits
     found = counted_step(on_meta(bart, EXACT), PADDED_PAIRS, MixedPrecision.no)
     assert saved < found.saved_bytes < 1.05 * saved
 
@@ -448,9 +450,9 @@ def test_checkpointing_is_counted_with_the_block_that_is_computed_again(
     model, empty = adapted(model_of(make, EXACT), adapter), adapted(on_meta(make, EXACT), adapter)
     for one in (model, empty):
         one.activation_checkpointing_enable({"use_reentrant": False})
-    scored = ScoredModel(model)
-    scored.uses_full_logits = make in (gemma2, bart)
-    after, peak = held_after(scoring(scored.train(), shape), scored, precision)
+    loss_model = ModelWithLoss(model)
+    loss_model.uses_full_logits = make in (gemma2, bart)
+    after, peak = held_after(scoring(loss_model.train(), shape), loss_model, precision)
     found = counted_step(empty, shape, precision)
     assert found.saved_bytes == pytest.approx(after, rel=0.02)
     assert found.peak_bytes - found.peak_gradient_bytes == pytest.approx(peak, rel=0.03 if make is bart else 0.02)
@@ -501,10 +503,10 @@ def test_generation_holds_what_was_counted(make: Callable[[], PreTrainedConfig])
 @pytest.mark.parametrize("make", [tiny_llama, gemma2, t5])
 def test_evaluation_holds_what_was_counted(make: Callable[[], PreTrainedConfig]) -> None:
     shape = PADDED_PAIRS if make is t5 else CAUSAL
-    scored = ScoredModel(model_of(make, EXACT))
-    scored.probe_head()
-    forward = scoring(scored.eval(), shape)
-    with Living([*scored.parameters(), *scored.buffers()]) as living, torch.no_grad():
+    loss_model = ModelWithLoss(model_of(make, EXACT))
+    loss_model.probe_head()
+    forward = scoring(loss_model.eval(), shape)
+    with Living([*loss_model.parameters(), *loss_model.buffers()]) as living, torch.no_grad():
         forward()
     with counted(on_meta(make, EXACT), PLAIN, CPU) as counter:
         assert counter.count_evaluation(shape).peak_bytes == pytest.approx(living.peak, rel=0.01)
@@ -624,7 +626,7 @@ def planned_and_real(weights: Path, *overrides: str) -> tuple[Any, ModelParamete
     config = admitted("model=causal_lm", f"model.checkpoint={weights}", *overrides).config
     empty, model = empty_model(config.model), build_model(config, torch.device("cpu"))
     for one in (empty, model):
-        fit_embeddings(one, 261, 8)
+        resize_embeddings(one, 261, 8)
     parameters = planned_parameters(config, empty, NEW_IDS)
     adapter = add_adapter(model, config, NEW_IDS)
     assert adapter is not None
@@ -664,7 +666,7 @@ def test_what_an_adapter_run_holds_is_forecast_to_the_byte(weights: Path, overri
     assert sizes["parameters"] == real_bytes(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(config.optimizer, trained)
-    scoring(ScoredModel(model).train(), CAUSAL)().backward()
+    scoring(ModelWithLoss(model).train(), CAUSAL)().backward()
     assert parameters.trained_bytes == sum(p.grad.nbytes for p in trained if p.grad is not None)
     optimizer.step()
     uncounted = ("step", "qmap1", "qmap2")
@@ -687,8 +689,8 @@ def test_activations_on_quantised_weights_are_what_a_forward_leaves(
 ) -> None:
     words = [*overrides, f"model.dtype={dtype}", f"training.mixed_precision={precision.value}"]
     _, _, empty, model, _ = planned_and_real(weights, *words)
-    scored = ScoredModel(model).train()
-    after, peak = held_after(scoring(scored, CAUSAL), scored, precision)
+    loss_model = ModelWithLoss(model).train()
+    after, peak = held_after(scoring(loss_model, CAUSAL), loss_model, precision)
     found = counted_step(empty, CAUSAL, precision)
     assert found.saved_bytes == pytest.approx(after, rel=0.05)
     assert found.peak_bytes - found.peak_gradient_bytes == pytest.approx(peak, rel=0.05)
@@ -733,9 +735,6 @@ def test_time_is_bounded_from_below_or_taken_as_measured() -> None:
     assert (measured.seconds, measured.is_lower_bound) == (10, False)
     unknown = counted_time("evaluation", None, 100, "because")
     assert (unknown.seconds, unknown.how) == (None, "unknown: because")
-    both = TimeForecast((least, measured))
-    assert (both.seconds, both.is_lower_bound) == (18, True)
-    assert TimeForecast((measured, unknown)).seconds is None
 
 
 def test_the_speed_of_products_is_measured() -> None:

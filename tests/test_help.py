@@ -77,8 +77,8 @@ def test_a_meaning_stands_in_one_place() -> None:
 
 def test_values_and_meanings_follow_what_is_chosen(shown: Shown) -> None:
     text = shown("optimizer=sgd", "optimizer.lr=0.5", "experiment=without_thoughts")
-    assert re.search(r"^  lr: 0.5 +the peak of the learning rate", text, flags=re.MULTILINE)
-    assert re.search(r"^  momentum: 0.0 +how much of the last step", text, flags=re.MULTILINE)
+    assert re.search(r"^  lr: 0.5 +peak learning rate", text, flags=re.MULTILINE)
+    assert re.search(r"^  momentum: 0.0 +share of the last step", text, flags=re.MULTILINE)
     assert "\n  num_train_epochs: 6.0 " in text
     assert "\n  betas:" not in text
     assert "\ntokens: none (dialogue, hcot, tow)\n" in text

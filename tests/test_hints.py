@@ -366,7 +366,7 @@ def test_every_value_of_the_tables_is_one_that_the_key_takes() -> None:
         for theirs, ours in here.values.items():
             if here.key in all_keys():
                 value = OverridesParser.create().parse_override(f"key={ours}").value()
-                assert all_keys()[here.key].takes(value), f"{peer}: {name}: {theirs} -> {ours}"
+                assert all_keys()[here.key].accepts(value), f"{peer}: {name}: {theirs} -> {ours}"
             else:
                 assert ours in groups.readable(here.key, (CONF,)), f"{peer}: {name}: {theirs} -> {ours}"
 
@@ -406,7 +406,7 @@ def arguments() -> Iterator[tuple[str, str]]:
         if not here.key or is_known(name):
             continue
         known = all_keys().get(here.key)
-        sample = SAMPLES_OF.get(here.key, next((one for one in SAMPLES if known and known.takes(one)), None))
+        sample = SAMPLES_OF.get(here.key, next((one for one in SAMPLES if known and known.accepts(one)), None))
         yield from ((name, theirs) for theirs in here.values)
         if here.is_same and sample is not None:
             yield name, f"[{','.join(sample)}]" if isinstance(sample, list) else peers.value_text(sample)

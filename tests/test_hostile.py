@@ -41,7 +41,7 @@ from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError, LimitError, ModelError, report, visible
 from src.inspection.drawing import Paint
 from src.markdown import code, fenced, inline, table
-from src.metrics import scores
+from src.metrics import compute_metrics
 from src.model.adapters import with_adapter
 from src.model.build import build_model
 from src.model.card import model_card
@@ -192,7 +192,7 @@ def test_a_row_on_which_a_pattern_explodes_is_told_by_its_place(short_limit: Non
 
 def test_a_generated_text_on_which_a_pattern_explodes_is_told_by_its_row(short_limit: None) -> None:
     with pytest.raises(DataError, match=r"^row 1: data.answer_pattern"):
-        scores(["exact_match"], ["b", LONG], ["b", "b"], EXPLOSIVE, "row {}".format)
+        compute_metrics(["exact_match"], ["b", LONG], ["b", "b"], EXPLOSIVE, "row {}".format)
 
 
 R = "{% for i in range(100000) %}"
@@ -289,7 +289,7 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 @pytest.mark.parametrize("template", BOMBS)
 def test_a_template_without_end_is_told(template: str, tokenizer: Any, short_time: None) -> None:
     # where the time is over before or behind the template's own lines, there is none to tell
-    with pytest.raises(LimitError, match=r"^the chat template of .*(, line [12], | does not come to an end )"):
+    with pytest.raises(LimitError, match=r"^the chat template of .*(, line [12], | does not terminate )"):
         render(tokenizer, template, CHAT)
 
 
@@ -349,7 +349,7 @@ def test_a_template_without_end_is_told_by_row(always: bool, short_time: None, t
     loops = loops if always else "{% if messages[0].content == 'boom' %}" + loops + "{% endif %}"
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}\n" + loops
     place = f"{re.escape(file)}:{1 if always else 2}"
-    with pytest.raises(DataError, match=rf"^{place}: the chat template of .*, line 2, does not come to an end"):
+    with pytest.raises(DataError, match=rf"^{place}: the chat template of .*, line 2, does not terminate"):
         build_data(config, tokenizer)
 
 
@@ -664,12 +664,12 @@ def test_rows_on_their_way_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch)
             taken += len(text)
             yield Record({"prompt": "p", "completion": text}, "file", number)
 
-    whole = [row for chunk in preparation.prepared(records(), recipe) for row in chunk.rows.to_pylist()]
+    whole = [row for chunk in preparation.encode_chunks(records(), recipe) for row in chunk.rows.to_pylist()]
     monkeypatch.setattr(preparation, "CHUNK_BYTES", 10_000)
     monkeypatch.setattr(preparation, "BYTES_AHEAD", 30_000)
     taken = done = most = 0
     rows: list[Any] = []
-    for chunk in preparation.prepared(records(), recipe):
+    for chunk in preparation.encode_chunks(records(), recipe):
         most = max(most, taken - done)
         rows += chunk.rows.to_pylist()
         done = sum(map(len, texts[: len(rows)]))
@@ -720,7 +720,7 @@ def test_a_row_on_which_the_tokenizer_fails_is_told_by_its_place(
     config = admitted("data=prompt_completion", f"data.train_files=[{data}]", "tokens=none",
                       f"model.checkpoint={tmp_path / 'model'}").config  # fmt: skip
     tokenizer, _ = load_tokenizer(config.model, config.tokens)
-    with pytest.raises(DataError, match=rf"^{re.escape(data)}:3: the tokenizer fails: .* does not come to an end"):
+    with pytest.raises(DataError, match=rf"^{re.escape(data)}:3: the tokenizer fails: .* does not terminate"):
         build_data(config, tokenizer)
     assert "panicked" not in capfd.readouterr().err
 
@@ -728,7 +728,7 @@ def test_a_row_on_which_the_tokenizer_fails_is_told_by_its_place(
 def test_what_interrupts_a_template_harms_nothing_else(tokenizer: Any, short_time: None) -> None:
     endless = "{% set b = range(99999)|list %}{% for y in b %}{% for x in b if -1 in b %}{% endfor %}{% endfor %}"
     for _ in range(3):
-        with pytest.raises(LimitError, match=r"line 1, does not come to an end within 0.05\d* s"):
+        with pytest.raises(LimitError, match=r"line 1, does not terminate within 0.05\d* s"):
             render(tokenizer, endless, CHAT)
         assert sum(i for i in range(10**6)) == 499999500000  # no interruption comes after
         assert render(tokenizer, "{{ messages[0].content }}", CHAT) == "a"

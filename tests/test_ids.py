@@ -175,7 +175,7 @@ def test_each_class_of_tokenizer_keeps_the_ids_when_it_is_saved_loaded_and_copie
     (ids,) = Encoder(tokenizer).encode_texts(["low<ToW>a</ToW>"], is_rendered=False)
     assert [i for i in ids if i >= first] == [first, first + 1]
     _, known = load_tokenizer(config_of(tmp_path / "again").model, config.tokens)
-    assert known.known == new.added
+    assert known.existing == new.added
 
 
 def test_two_tokens_with_one_id_are_refused_by_name(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_the_cache_knows_the_limit_and_one_beyond_the_end_changes_nothing(
         seen.encoded.clear()
         data = built(*chosen, f"data.limit={limit}")
         assert (len(seen.encoded), data.num_train_rows) == (encoded, kept)
-    assert data.train_digest() == built(*chosen).train_digest()
+    assert data.train.digest() == built(*chosen).train.digest()
 
 
 def test_prompts_to_predict_are_limited_alike(tmp_path: Path, seen: Seen) -> None:

@@ -292,7 +292,7 @@ def test_with_another_change_it_is_the_contract_that_decides(
 def test_with_other_rows_it_stays_finished(short: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = write_lines(tmp_path / "rows.jsonl", [{"prompt": f"{i}=", "completion": str(i)} for i in range(24)])
     told = refused(short, capsys, *CONSTANT, TWO, f"data.train_files=['{rows}']")
-    assert "the train rows are other ones" in told
+    assert "the train rows changed" in told
     assert len(read_lines(short / "starts.jsonl")) == 2
     assert admit_prediction([f"run={short}"]).run_dir == short
     assert again(short) == 0

@@ -28,7 +28,7 @@ from src.runtime import signals
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import STOP_SIGNALS, StopRequest, stop_on_signals
 from src.training.loop import MicroBatch, Step, step_once, train
-from src.training.state import StepResult, StepStats, TrainState, num_train_steps, prepare
+from src.training.state import StepResult, StepStats, TrainState, build_train_state, num_train_steps
 from tests.conftest import admitted
 
 CPU = RuntimeConfig(device=Device.cpu, deterministic=False)
@@ -54,7 +54,7 @@ def assembled(runtime: Runtime, *overrides: str) -> tuple[RunConfig, Data, Train
     data = build_data(config, tokenizer)
     model = build_model(config, torch.device("cpu"))
     resize_and_initialise(model, tokenizer, new, config.tokens, config.seed)
-    return config, data, prepare(model, data.train, config, runtime)
+    return config, data, build_train_state(model, data.train, config, runtime)
 
 
 def trained(runtime: Runtime, *overrides: str) -> Trained:
@@ -62,8 +62,8 @@ def trained(runtime: Runtime, *overrides: str) -> Trained:
     config, data, state = assembled(runtime, "training.max_train_steps=20", "debug=none", *overrides)
     result = Trained([], [], {})
     for step in train(state, data.train, config, runtime, pad_token_id=0):
-        result.losses.append(step.collect()["train/loss"])
-        result.grad_norms.append(step.update.grad_norm)
+        result.losses.append(step.pop_metrics()["train/loss"])
+        result.grad_norms.append(step.grad_norm)
     result.weights = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     return result
 
@@ -125,7 +125,7 @@ def test_weighted_and_smoothed_steps_do_not_depend_on_the_cut_either(runtime: Ru
     for size, accumulation in CUTS:
         cut = [f"training.per_device_train_batch_size={size}", f"training.gradient_accumulation_steps={accumulation}"]
         config, data, state = assembled(runtime, "training.max_train_steps=8", *settings, *cut)
-        lines = [step.collect() for step in train(state, data.train, config, runtime, pad_token_id=0)]
+        lines = [step.pop_metrics() for step in train(state, data.train, config, runtime, pad_token_id=0)]
         assert lines[0].keys() >= {"train/loss", "train/objective", "train/thought_loss", "train/answer_loss"}
         runs.append(lines)
     for other in runs[1:]:
@@ -176,7 +176,7 @@ def test_the_logged_loss_is_over_all_tokens_since_the_line_before(
     for step in train(state, data.train, config, runtime, pad_token_id=0):
         nll, num_supervised = step.stats.nll, step.stats.num_supervised
     assert num_supervised == data.reports["train"].supervised_tokens
-    assert step.collect()["train/loss"] == nll / num_supervised
+    assert step.pop_metrics()["train/loss"] == nll / num_supervised
     assert step.stats.num_supervised == 0
 
 
@@ -218,7 +218,7 @@ def test_the_environment_can_not_have_the_loss_divided(monkeypatch: pytest.Monke
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
         with start_runtime(CPU, MixedPrecision.no, 1, StopRequest()) as runtime:
             config, data, state = assembled(runtime, "data.limit=8")
-            norms.append(next(train(state, data.train, config, runtime, pad_token_id=0)).update.grad_norm)
+            norms.append(next(train(state, data.train, config, runtime, pad_token_id=0)).grad_norm)
     assert norms[0] == norms[1]
 
 
@@ -228,12 +228,12 @@ def test_a_signal_while_training_is_followed_between_micro_batches(runtime: Runt
     steps = train(state, data.train, config, runtime, pad_token_id=0)
     next(steps)
     runtime.stop.is_deferred = True
-    runtime.stop(number, None)
+    runtime.stop.on_signal(number, None)
     with pytest.raises(Interrupted, match=number.name):
         next(steps)
     assert state.step == 1
     with pytest.raises(KeyboardInterrupt):
-        runtime.stop(signal.SIGINT, None)
+        runtime.stop.on_signal(signal.SIGINT, None)
 
 
 class AfterChecks(StopRequest):
@@ -290,7 +290,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_time_that_is_up_stops_a_run_as_a_signal_does(clock: SimpleNamespace) -> None:
     stop = StopRequest()
-    stop.allow(30)
+    stop.set_time_limit(30)
     stop.is_deferred = True
     clock.now += 29.9
     stop.check()
@@ -298,25 +298,25 @@ def test_time_that_is_up_stops_a_run_as_a_signal_does(clock: SimpleNamespace) ->
     for _ in range(2):
         with pytest.raises(Interrupted, match=r"^training\.max_seconds = 30$"):
             stop.check()
-    stop(signal.SIGTERM, None)
+    stop.on_signal(signal.SIGTERM, None)
     assert stop.name == "training.max_seconds = 30"
     with pytest.raises(KeyboardInterrupt):
-        stop(signal.SIGINT, None)
+        stop.on_signal(signal.SIGINT, None)
 
 
 def test_what_came_first_is_named_and_each_run_has_its_own_time(clock: SimpleNamespace) -> None:
     stop = StopRequest()
-    stop.allow(30)
+    stop.set_time_limit(30)
     clock.now += 20
-    stop.allow(30)  # the next run of a sweep
+    stop.set_time_limit(30)  # the next run of a sweep
     clock.now += 20
     stop.check()
-    stop.allow(None)
+    stop.set_time_limit(None)
     clock.now += 1e9
     stop.check()
-    stop.allow(0.5)
+    stop.set_time_limit(0.5)
     stop.is_deferred = True
-    stop(signal.SIGTERM, None)
+    stop.on_signal(signal.SIGTERM, None)
     clock.now += 1
     with pytest.raises(Interrupted, match=r"^SIGTERM$"):
         stop.check()
@@ -324,7 +324,7 @@ def test_what_came_first_is_named_and_each_run_has_its_own_time(clock: SimpleNam
 
 def test_time_that_is_up_is_followed_between_micro_batches(runtime: Runtime, clock: SimpleNamespace) -> None:
     config, data, state = assembled(runtime, "data.limit=8", "training.per_device_train_batch_size=2")
-    runtime.stop.allow(2.5)
+    runtime.stop.set_time_limit(2.5)
     steps = train(state, data.train, config, runtime, pad_token_id=0)
     for step in steps:
         clock.now += 1
@@ -368,42 +368,42 @@ def test_evaluating_or_sampling_does_not_move_the_training_stream(runtime: Runti
 
 
 def test_a_step_says_what_is_due_after_it() -> None:
-    step = Step(StepResult(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0), is_last=False, stats=StepStats())
+    step = Step(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0, is_last=False, stats=StepStats())
     assert [every for every in (1, 2, 3, 4, 6, 7, "epoch", None) if step.is_due(every)] == [1, 2, 3, 6, "epoch"]
-    assert not replace(step, update=replace(step.update, ends_epoch=False)).is_due("epoch")
-    assert (step.number, step.epoch, step.lr) == (6, 1, 0.1)
+    assert not replace(step, ends_epoch=False).is_due("epoch")
+    assert (step.number, step.lr) == (6, 0.1)
 
 
 def test_a_step_gives_the_means_since_they_were_last_taken_and_what_is_minimised_where_that_differs() -> None:
-    update = StepResult(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0)
+    result = {"number": 6, "epoch": 1, "ends_epoch": True, "lr": 0.1, "grad_norm": 2.0, "is_last": False}
     stats = StepStats(nll=6.0, num_supervised=3, objective=8.0, num_steps=4, num_tokens=50, seconds=5.0)
-    step = Step(update, False, stats, with_objective=True)
+    step = Step(**result, stats=stats, with_objective=True)
     assert (step.loss, step.tokens_per_second) == (2.0, 10.0)
     own = {"train/lr": 0.1, "train/grad_norm": 2.0}
     means = {"train/loss": 2.0, "perf/tokens_per_second": 10.0}
-    assert step.collect() == {**means, "train/objective": 2.0, **own}
+    assert step.pop_metrics() == {**means, "train/objective": 2.0, **own}
     assert stats == StepStats()
-    assert "train/objective" not in Step(update, False, stats).collect()
+    assert "train/objective" not in Step(**result, stats=stats).pop_metrics()
 
 
 def test_a_step_that_was_not_over_comes_again_and_one_that_was_does_not(runtime: Runtime) -> None:
     overrides = ["data.limit=12", "training.per_device_train_batch_size=2", "training.max_train_steps=4"]
 
-    def numbers(*, is_over: bool, done: int = 2) -> list[tuple[int, bool, float]]:
+    def numbers(*, is_complete: bool, done: int = 2) -> list[tuple[int, bool, float]]:
         config, data, state = assembled(runtime, *overrides)
         first = train(state, data.train, config, runtime, pad_token_id=0)
         for _ in range(done):
             next(first)
-        state.is_over = is_over
+        state.is_last_step_complete = is_complete
         again = train(state, data.train, config, runtime, pad_token_id=0)
-        return [(step.number, step.is_last, step.collect()["train/loss"]) for step in again]
+        return [(step.number, step.is_last, step.pop_metrics()["train/loss"]) for step in again]
 
-    came_again, went_on = numbers(is_over=False), numbers(is_over=True)
+    came_again, went_on = numbers(is_complete=False), numbers(is_complete=True)
     assert [number for number, _, _ in came_again] == [2, 3, 4]
     assert [number for number, _, _ in went_on] == [3, 4]
     assert came_again[-1] == went_on[-1]
-    assert [one[:2] for one in numbers(is_over=False, done=4)] == [(4, True)]
-    assert numbers(is_over=True, done=4) == []
+    assert [one[:2] for one in numbers(is_complete=False, done=4)] == [(4, True)]
+    assert numbers(is_complete=True, done=4) == []
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_a_snapshot_in_fresh_objects_trains_on_bit_for_bit(runtime: Runtime) -> 
         next(steps)
     kept = deepcopy(state.snapshot(runtime, {"mine": 1}))
     assert kept.state["mine"] == 1
-    expected = [step.collect() for step in steps]
+    expected = [step.pop_metrics() for step in steps]
     weights = {name: tensor.clone() for name, tensor in state.weights(runtime).items()}
 
     config, data, fresh = assembled(runtime, *overrides)
@@ -442,12 +442,12 @@ def test_a_snapshot_in_fresh_objects_trains_on_bit_for_bit(runtime: Runtime) -> 
     fresh.position = position
     torch.manual_seed(99)
     fresh.restore(replace(kept, state=json.loads(json.dumps(kept.state))), runtime)
-    assert (fresh.step, fresh.last, fresh.stats) == (
+    assert (fresh.step, fresh.last_step, fresh.stats) == (
         3,
         StepResult(**kept.state["last"]),
         StepStats(**kept.state["meter"]),
     )
-    found = [step.collect() for step in train(fresh, data.train, config, runtime, pad_token_id=0)]
+    found = [step.pop_metrics() for step in train(fresh, data.train, config, runtime, pad_token_id=0)]
     assert [plain(line) for line in found] == [plain(line) for line in expected]
     assert all(torch.equal(tensor, weights[name]) for name, tensor in fresh.weights(runtime).items())
     assert (fresh.examples_seen, fresh.tokens_seen) == (state.examples_seen, state.tokens_seen)

@@ -25,7 +25,7 @@ from transformers import (
 import src.training.loss as loss_module
 from src.config.schema import LossConfig, Reduction
 from src.data.encoding import IGNORE_INDEX
-from src.training.head import ScoredModel, shifted
+from src.training.head import ModelWithLoss, shifted
 from src.training.loss import span_losses, step_objective, sum_of_weights, supervised_positions, token_losses
 
 
@@ -68,7 +68,7 @@ def test_loss_and_gradients_equal_a_full_logits_reference(
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    found = ScoredModel(model)(input_ids, labels).objective
+    found = ModelWithLoss(model)(input_ids, labels).objective
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     for name, parameter in model.named_parameters():
@@ -80,24 +80,26 @@ def test_the_mean_is_the_reference_mean_to_a_millionth() -> None:
     input_ids, labels = batch()
     supervised = (labels[:, 1:] != IGNORE_INDEX).sum().item()
     expected = model(input_ids=input_ids, labels=labels).loss
-    found = step_objective(ScoredModel(model)(input_ids, labels).objective, supervised, Reduction.mean)
+    found = step_objective(ModelWithLoss(model)(input_ids, labels).objective, supervised, Reduction.mean)
     assert found.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_right_padding_without_a_mask_changes_nothing() -> None:
-    scored = ScoredModel(tiny())
+    loss_model = ModelWithLoss(tiny())
     input_ids, labels = batch(rows=1)
     padded = (functional.pad(input_ids, (0, 7)), functional.pad(labels, (0, 7), value=IGNORE_INDEX))
-    assert scored(*padded).objective.item() == pytest.approx(scored(input_ids, labels).objective.item(), rel=1e-6)
+    assert loss_model(*padded).objective.item() == pytest.approx(
+        loss_model(input_ids, labels).objective.item(), rel=1e-6
+    )
 
 
 def test_nothing_supervised_is_zero_and_still_has_gradients() -> None:
-    scored = ScoredModel(tiny())
+    loss_model = ModelWithLoss(tiny())
     input_ids, labels = batch()
-    nll = scored(input_ids, torch.full_like(labels, IGNORE_INDEX)).objective
+    nll = loss_model(input_ids, torch.full_like(labels, IGNORE_INDEX)).objective
     nll.backward()
     assert nll.item() == 0
-    gradients = [parameter.grad for parameter in scored.parameters()]
+    gradients = [parameter.grad for parameter in loss_model.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
@@ -123,9 +125,9 @@ def test_sum_and_mean_differ_by_the_supervised_tokens_of_the_step() -> None:
 
 def test_the_head_is_used_where_it_gives_the_models_own_logits() -> None:
     for tied in (False, True):
-        scored = ScoredModel(tiny(tie_word_embeddings=tied))
-        scored.probe_head()
-        assert not scored.uses_full_logits
+        loss_model = ModelWithLoss(tiny(tie_word_embeddings=tied))
+        loss_model.probe_head()
+        assert not loss_model.uses_full_logits
 
 
 def granite() -> nn.Module:
@@ -147,13 +149,13 @@ def gemma() -> nn.Module:
 @pytest.mark.parametrize("family", [granite, gemma])
 def test_a_model_that_changes_its_logits_is_noticed_and_trained_right(family: Callable[[], nn.Module]) -> None:
     model = family()  # a soft cap can't be seen in the loss of small random weights: what the head gives is watched
-    scored = ScoredModel(model)
+    loss_model = ModelWithLoss(model)
     input_ids, labels = batch(rows=1, vocabulary=64)
-    scored.probe_head()
-    assert scored.uses_full_logits
+    loss_model.probe_head()
+    assert loss_model.uses_full_logits
     with torch.no_grad():
         model.get_output_embeddings().weight *= 50
-    found = scored(input_ids, labels).objective.item()
+    found = loss_model(input_ids, labels).objective.item()
     assert found == pytest.approx(reference(model, input_ids, labels).item(), rel=1e-6)
 
 
@@ -181,9 +183,9 @@ def test_special_heads_train_as_the_models_own_loss_says(family: Callable[[], nn
     model = family()
     is_pair = model.config.is_encoder_decoder
     own = copy.deepcopy(model)
-    scored = ScoredModel(model)
-    scored.probe_head()
-    assert scored.uses_full_logits
+    loss_model = ModelWithLoss(model)
+    loss_model.probe_head()
+    assert loss_model.uses_full_logits
     optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, own)]
     for _ in range(5):
         input_ids, labels = batch(rows=2, vocabulary=64)
@@ -191,7 +193,7 @@ def test_special_heads_train_as_the_models_own_loss_says(family: Callable[[], nn
         if is_pair:
             labels = torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, pair["target_ids"])
         supervised = (labels[:, 0 if is_pair else 1 :] != IGNORE_INDEX).sum().item()
-        ours = step_objective(scored(input_ids, labels, **pair).objective, supervised, Reduction.mean)
+        ours = step_objective(loss_model(input_ids, labels, **pair).objective, supervised, Reduction.mean)
         start = {"decoder_input_ids": shifted(input_ids.flip(1), own.config.decoder_start_token_id)} if is_pair else {}
         theirs = own(input_ids=input_ids, labels=labels, **start).loss
         assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
@@ -220,8 +222,8 @@ def test_thoughts_weigh_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> 
     input_ids, labels = batch(rows=2)
     thoughts = torch.zeros_like(labels, dtype=torch.bool)
     thoughts[:, 5:8] = True
-    plain = ScoredModel(model)(input_ids, labels, thoughts=thoughts)
-    weighted = ScoredModel(model, LossConfig(Reduction.mean, 0.25, 0.0))(input_ids, labels, thoughts=thoughts)
+    plain = ModelWithLoss(model)(input_ids, labels, is_thought=thoughts)
+    weighted = ModelWithLoss(model, LossConfig(Reduction.mean, 0.25, 0.0))(input_ids, labels, is_thought=thoughts)
     assert torch.equal(plain.nll, weighted.nll)
     assert weighted.is_thought is not None
     of_thoughts = weighted.nll[weighted.is_thought].sum()

@@ -22,7 +22,7 @@ from src.config.schema import Device, LoraConfig, MixedPrecision, RunConfig, Run
 from src.errors import ExportError, ModelError
 from src.model import build
 from src.model.export import export, load_exported
-from src.model.quantization import keep_gradients
+from src.model.quantization import disable_cpu_packing
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
 from tests.conftest import admitted
@@ -220,7 +220,7 @@ def test_a_merge_that_changes_the_model_is_seen_and_the_adapter_kept(
     ]  # fmt: skip
     assert (tmp_path / "model" / "README.md").read_text() == "adapter"
     loaded = load_exported(tmp_path, run.config)
-    keep_gradients(loaded)
+    disable_cpu_packing(loaded)
     tolerance = 1e-5 if "model.dtype=bfloat16" not in way else 2e-2
     torch.testing.assert_close(run.logits(loaded), trained, rtol=0, atol=tolerance)
 

@@ -128,7 +128,7 @@ def test_any_text_arrives_as_a_shell_is_given_it(text: str) -> None:
 
 
 def test_a_key_takes_any_text_as_it_is() -> None:
-    assert all_keys()[SYSTEM].takes("${")
-    assert not all_keys()["optimizer.lr"].takes("${")
+    assert all_keys()[SYSTEM].accepts("${")
+    assert not all_keys()["optimizer.lr"].accepts("${")
     with pytest.raises(ConfigError, match="not a number"):
         admit(["optimizer.lr='\\${'"])

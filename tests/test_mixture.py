@@ -130,7 +130,7 @@ def make(tmp_path: Path) -> Callable[..., str]:
 def check_account(report: SplitReport, rows: EncodedSet) -> None:
     assert report.rows_kept == len(rows) == report.rows_read - report.rows_dropped.total() + report.rows_repeated
     assert report.tokens == rows.lengths.sum()
-    assert report.supervised_tokens == sum(rows[i].num_supervised for i in range(len(rows)))
+    assert report.supervised_tokens == rows.supervised_lengths().sum()
     json.dumps(report.as_dict())
 
 
@@ -381,8 +381,8 @@ def epochs_of(rows: TrainSet, plan: BatchSampler, count: int, seed: int = 1) -> 
     found: list[list[str]] = [[]]
     for window in windows(rows, plan, seed):
         assert window.epoch == len(found) - 1
-        assert 1 <= len(window.micro_batches) <= plan.accumulation
-        assert window.ends_epoch or len(window.micro_batches) == plan.accumulation
+        assert 1 <= len(window.micro_batches) <= plan.micro_batches_per_step
+        assert window.ends_epoch or len(window.micro_batches) == plan.micro_batches_per_step
         for block, sequences in window.micro_batches:
             found[-1] += [block.prompt(row) for sequence in sequences for row in sequence]
         if window.ends_epoch:
@@ -406,12 +406,12 @@ def test_a_stream_gives_every_row_once_an_epoch(
     make: Callable[..., str], batching: Batching, size: int, accumulation: int, count: int
 ) -> None:
     rows = streamed(f"data.train_files=['{make('a', count)}']")
-    first, second = epochs_of(rows, BatchSampler(batching, size, accumulation, capacity=64), 2)
+    first, second = epochs_of(rows, BatchSampler(batching, size, accumulation, max_tokens=64), 2)
     assert sorted(first) == sorted(second) == sorted(f"a{i}" for i in range(count))
     if count > 1:
         assert first != second
-        assert epochs_of(rows, BatchSampler(batching, size, accumulation, capacity=64), 1) == [first]
-        assert epochs_of(rows, BatchSampler(batching, size, accumulation, capacity=64), 1, seed=2) != [first]
+        assert epochs_of(rows, BatchSampler(batching, size, accumulation, max_tokens=64), 1) == [first]
+        assert epochs_of(rows, BatchSampler(batching, size, accumulation, max_tokens=64), 1, seed=2) != [first]
     if count == 57 and batching is not Batching.packed:  # shuffled within blocks
         assert {int(prompt[1:]) for prompt in first[:20]} == set(range(20))
 
@@ -602,11 +602,11 @@ def test_a_data_set_of_the_library_streams(folder: Path, monkeypatch: pytest.Mon
     data = built(*STREAMED, f"data.dataset_name='{folder}'", "data.validation_split=validation")
     for epoch in epochs_of(data.train, BatchSampler(Batching.padded, 4, 2, 64), 2):
         assert sorted(epoch) == sorted(f"train{i}" for i in range(20))
-    digest = data.train_digest()
-    assert digest == built(*STREAMED, f"data.dataset_name='{folder}'").train_digest()
+    digest = data.train.digest()
+    assert digest == built(*STREAMED, f"data.dataset_name='{folder}'").train.digest()
     (train,) = folder.glob("train.*")
     write_split(train, [f"other{i}" for i in range(20)])
-    assert digest != data.train_digest()
+    assert digest != data.train.digest()
     assert prompts(data.validation["validation"]) == [f"validation{i}" for i in range(5)]
 
 
@@ -616,8 +616,8 @@ def test_a_data_set_of_the_library_is_found_in_the_cache_until_it_changes(
     from src.data import cache
 
     times = []
-    prepared = cache.prepared
-    monkeypatch.setattr(cache, "prepared", lambda *given: times.append(1) or prepared(*given))
+    encode_chunks = cache.encode_chunks
+    monkeypatch.setattr(cache, "encode_chunks", lambda *given: times.append(1) or encode_chunks(*given))
     options = [f"data.dataset_name='{folder}'", f"data.cache_dir='{tmp_path / 'rows'}'"]
     first = prompts(built(*options).train)
     assert prompts(built(*options).train) == first

@@ -18,8 +18,8 @@ from src.runtime.signals import StopRequest
 from src.training.optim import (
     build_optimizer,
     build_schedule,
-    cannot_learn,
     parameter_groups,
+    warmup_warnings,
 )
 from tests.conftest import ROOT, admitted
 
@@ -69,7 +69,7 @@ def test_schedules_are_those_of_transformers(name: str) -> None:
 
 def test_a_warm_up_that_takes_the_whole_run_is_reported() -> None:
     def said(num_steps: int, *overrides: str) -> str:
-        return " ".join(cannot_learn(admitted(*overrides).config.scheduler, num_steps))
+        return " ".join(warmup_warnings(admitted(*overrides).config.scheduler, num_steps))
 
     assert "one step" in said(1, "scheduler.warmup_ratio=0.03")
     assert "scheduler.warmup_ratio=0" in said(1, "scheduler.warmup_ratio=0.03")

@@ -44,7 +44,7 @@ def test_every_key_and_option_has_a_line() -> None:
 def test_defaults_are_those_of_the_files() -> None:
     page = PAGES["docs/configuration.md"]()
     for line in (
-        "| `training.logging_steps` | a line of metrics.jsonl every so many steps, and at the last one | "
+        "| `training.logging_steps` | a line of metrics.jsonl every N steps, and at the last one | "
         "a whole number of at least 1 | `20` |",
         "`0.01`: adafactor<br>`0.002`: adamw, adamw_8bit, paged_adamw_32bit<br>`0.1`: sgd |\n",
         "only with `optimizer=sgd`",

@@ -91,7 +91,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> EncodedSet:
 @pytest.mark.parametrize(("batching", "accumulation"), PLANS)
 @pytest.mark.parametrize("size", [1, 5, 64])
 def test_windows_go_on_behind_any_of_them(rows: EncodedSet, batching: Batching, accumulation: int, size: int) -> None:
-    plan = BatchSampler(batching, size, accumulation, capacity=64)
+    plan = BatchSampler(batching, size, accumulation, max_tokens=64)
     given = first_epochs(rows, plan, 3)
     for k, window in enumerate(given, start=1):
         coming = windows(rows, plan, SEED, stored(window.after))
@@ -103,7 +103,7 @@ def test_a_position_counts_sequences_and_an_epoch_ends_at_the_next_ones_start(
     rows: EncodedSet, batching: Batching
 ) -> None:
     taken = 0
-    for window in first_epochs(rows, BatchSampler(batching, 5, 2, capacity=64), 2):
+    for window in first_epochs(rows, BatchSampler(batching, 5, 2, max_tokens=64), 2):
         taken += sum(len(sequences) for _, sequences in window.micro_batches)
         if window.ends_epoch:
             taken = 0
@@ -115,8 +115,10 @@ def test_a_position_counts_sequences_and_an_epoch_ends_at_the_next_ones_start(
 def test_batches_of_another_size_go_on_with_the_rows_that_are_left(
     rows: EncodedSet, batching: Batching, size: int, accumulation: int
 ) -> None:
-    given = [window for window in first_epochs(rows, BatchSampler(batching, 5, 3, capacity=64), 2) if window.epoch == 1]
-    plan = BatchSampler(batching, size, accumulation, capacity=64)
+    given = [
+        window for window in first_epochs(rows, BatchSampler(batching, 5, 3, max_tokens=64), 2) if window.epoch == 1
+    ]
+    plan = BatchSampler(batching, size, accumulation, max_tokens=64)
     for k, window in enumerate(given[:-1], start=1):
         rest = list(rest_of_epoch(rows, plan, stored(window.after)))
         assert numbers(given[:k]) + numbers(rest) == numbers(given)
@@ -125,7 +127,7 @@ def test_batches_of_another_size_go_on_with_the_rows_that_are_left(
 
 @pytest.mark.parametrize("batching", list(Batching))
 def test_where_nothing_of_an_epoch_is_left_the_next_one_begins(rows: EncodedSet, batching: Batching) -> None:
-    plan = BatchSampler(batching, 5, 2, capacity=64)
+    plan = BatchSampler(batching, 5, 2, max_tokens=64)
     num_sequences = len(plan.micro_batches(rows.lengths, [SEED, 1])) * 5
     at_next = list(islice(windows(rows, plan, SEED, Position(2)), 9))
     for taken in (num_sequences, 1000):
@@ -246,7 +248,7 @@ def check_every_start(build: Callable[[], TrainSet], plan: BatchSampler, num_epo
 def test_a_stream_goes_on_behind_any_window(
     make: Make, form: Callable[[Make], list[str]], batching: Batching, accumulation: int
 ) -> None:
-    check_every_start(builder(*STREAMED, *form(make)), BatchSampler(batching, 5, accumulation, capacity=64), 2)
+    check_every_start(builder(*STREAMED, *form(make)), BatchSampler(batching, 5, accumulation, max_tokens=64), 2)
 
 
 @pytest.mark.usefixtures("_small_blocks")
@@ -256,13 +258,13 @@ def test_a_data_set_of_the_library_goes_on(make: Make, tmp_path: Path, monkeypat
     corpus.mkdir()
     Path(make("train", 57)).rename(corpus / "train.jsonl")
     build = builder(*STREAMED, f"data.dataset_name='{corpus}'")
-    check_every_start(build, BatchSampler(Batching.padded, 8, 2, capacity=64), 2)
+    check_every_start(build, BatchSampler(Batching.padded, 8, 2, max_tokens=64), 2)
 
 
 @pytest.mark.usefixtures("_small_blocks")
 def test_worker_processes_go_on_alike(make: Make) -> None:
     options = [*STREAMED, *FORMS["shares, one begins again"](make)]
-    plan = BatchSampler(Batching.padded, 4, 2, capacity=64)
+    plan = BatchSampler(Batching.padded, 4, 2, max_tokens=64)
     given = first_epochs(builder(*options)(), plan, 1)
     others = builder(*options, "data.preprocessing_num_workers=2")()
     assert contents(list(rest_of_epoch(others, plan, stored(given[-3].after)))) == contents(given[-2:])
@@ -275,11 +277,11 @@ def test_a_stream_in_batches_of_another_size_goes_on_with_the_rows_that_are_left
     make: Make, form: Callable[[Make], list[str]], batching: Batching
 ) -> None:
     build = builder(*STREAMED, *form(make))
-    given = [w for w in first_epochs(build(), BatchSampler(batching, 5, 3, capacity=64), 2) if w.epoch == 1]
+    given = [w for w in first_epochs(build(), BatchSampler(batching, 5, 3, max_tokens=64), 2) if w.epoch == 1]
     for k, window in enumerate(given[:-1], start=1):
         size, accumulation = OTHER_CUTS[k % len(OTHER_CUTS)]
         rest = list(
-            rest_of_epoch(build(), BatchSampler(batching, size, accumulation, capacity=64), stored(window.after))
+            rest_of_epoch(build(), BatchSampler(batching, size, accumulation, max_tokens=64), stored(window.after))
         )
         assert places(given[:k]) + places(rest) == places(given)
 
@@ -294,7 +296,9 @@ def test_every_block_is_read_again_where_it_began(make: Make, form: Callable[[Ma
         again = next(read_while_training(build()).read(json.loads(json.dumps(block.begin))))
         assert (again.number, again.begin) == (block.number, block.begin)
         assert again.rows.indices.tolist() == block.rows.indices.tolist()
-        assert [part.chunks[0].batch for part in again.rows.shards] == [p.chunks[0].batch for p in block.rows.shards]
+        assert [part.batches[0].records for part in again.rows.shards] == [
+            p.batches[0].records for p in block.rows.shards
+        ]
         assert [part.stats for part in again.rows.shards] == [part.stats for part in block.rows.shards]
 
 
@@ -323,7 +327,7 @@ def test_skipped_rows_are_not_encoded(make: Make, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("_small_blocks")
 def test_looking_at_the_first_block_disturbs_nothing(make: Make) -> None:
     build = builder(*STREAMED, *FORMS["shares of three"](make))
-    plan = BatchSampler(Batching.padded, 4, 2, capacity=64)
+    plan = BatchSampler(Batching.padded, 4, 2, max_tokens=64)
     expected = contents(first_epochs(build(), plan, 2))
     rows = read_while_training(build())
     coming = windows(rows, plan, SEED)
@@ -338,7 +342,7 @@ def test_looking_at_the_first_block_disturbs_nothing(make: Make) -> None:
 @pytest.mark.usefixtures("_small_blocks")
 def test_rows_that_are_dropped_behind_the_last_block_are_accounted_for(make: Make) -> None:
     rows = read_while_training(builder(*STREAMED, *FORMS["dropped at the end"](make))())
-    first_epochs(rows, BatchSampler(Batching.padded, 4, 2, capacity=64), 2)
+    first_epochs(rows, BatchSampler(Batching.padded, 4, 2, max_tokens=64), 2)
     assert (rows.account.num_records, rows.account.num_kept) == (110, 80)
     assert rows.account.dropped == {"too_long": 30}
 
@@ -346,7 +350,7 @@ def test_rows_that_are_dropped_behind_the_last_block_are_accounted_for(make: Mak
 @pytest.mark.usefixtures("_small_blocks")
 def test_too_many_dropped_rows_stop_a_stream_that_goes_on_where_they_stop_one_that_is_read_through(make: Make) -> None:
     build = builder(*STREAMED, files(make("a", 57, range(30, 57))), *CUT[:2], "data.max_dropped_fraction=0.3")
-    plan = BatchSampler(Batching.padded, 4, 1, capacity=64)
+    plan = BatchSampler(Batching.padded, 4, 1, max_tokens=64)
     given = list(islice(windows(build(), plan, SEED), 4))
     for window in given:
         with pytest.raises(DataError, match="27 of the first 57 rows would be dropped"):

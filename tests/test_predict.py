@@ -379,7 +379,7 @@ def test_a_folder_that_is_no_finished_run_is_told(run: Path, rows: str, tmp_path
     assert "a run's folder; predictions need one of their own" in message
     (other / "status.json").write_text(json.dumps({"state": "PREEMPTED", "step": 3}))
     message = refusal(*own, "generation.max_new_token=4")
-    assert "no run that came to its end: it is PREEMPTED at step 3" in message
+    assert "not finished: it is PREEMPTED at step 3" in message
     assert "did you mean generation.max_new_tokens?" in message
     shutil.copy(run / "status.json", other)
     shutil.rmtree(other / "model")

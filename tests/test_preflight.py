@@ -52,7 +52,7 @@ def test_it_shows_what_will_be_assembled_without_loading_weights(
     for words in (
         "LlamaForCausalLM of assets/tiny_llama",
         "707,456 parameters, 3 layers",
-        "<ToW>  one id, 259; fed 400 times, learned 400 times; starts from text ['-', '-', '-']",
+        "<ToW>  one id, 259; fed 400 times, supervised 400 times; initialised from the mean of '-' '-' '-'",
         "100 of 100 rows (0 truncated, 0 dropped)",
         "data/tow_addition/train.jsonl:1",
         "<s>9714+7703={<ToW>4+3+0=07</ToW>",
@@ -114,10 +114,10 @@ def test_rows_of_validation_that_stand_in_train_are_told(here: Path, capsys: pyt
     train = write_lines(here / "train.jsonl", [{"prompt": f"{i}", "completion": "x"} for i in (1, 2, 3, 3)])
     test = write_lines(here / "test.jsonl", [{"prompt": f"{i}", "completion": "x"} for i in (3, 4)])
     text = said(capsys, *only(train), f"data.validation_files=['{test}']")
-    assert "warning  validation: 1 row of 2 stand in train too" in text
+    assert "warning  validation: 1 row of 2 also in train" in text
     assert "test.jsonl:1)" in text
     assert "train: 1 row is exactly like an earlier one" in text
-    assert "<ToW>, </ToW> are in no training row, so they will not be learned" in text
+    assert "<ToW>, </ToW> are in no training row, so they will not be trained" in text
 
 
 def test_rows_that_merge_over_the_seam_are_counted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +225,7 @@ def test_a_wrong_mask_is_an_error(
         Encoder, "_spans", lambda self, ids, learned: spans(self, ids, [(a - 1, b) for a, b in learned])
     )
     text = said(capsys, "data.limit=20", f"data.cache_dir={here}/cache", code=1)
-    assert "error    train: in 20 rows what is supervised is not what is to be learned" in text
+    assert "error    train: in 20 rows the supervised ids" in text
 
 
 def test_what_a_run_would_refuse_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,16 +38,16 @@ from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, Interrupted, TrainingError
 from src.forecast.counting import MicroBatchShape
 from src.forecast.memory import memory_forecast
-from src.inspection.outlook import planned_parameters, sharding_of
+from src.inspection.run_forecast import planned_parameters, sharding_of
 from src.model.build import empty_model
-from src.model.embeddings import fit_embeddings
+from src.model.embeddings import resize_embeddings
 from src.runtime.launch import launch
 from src.runtime.session import start_runtime
 from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
-from src.training.head import ScoredModel
+from src.training.head import ModelWithLoss
 from src.training.resume import find_resume_point
-from src.training.state import batch_plan
+from src.training.state import build_batch_sampler
 from tests.conftest import ROOT, admitted, read_lines, write_lines
 
 T = TypeVar("T")
@@ -385,7 +385,7 @@ def test_a_step_takes_the_same_rows_of_any_number_of_processes(lab: Laboratory, 
         train = build_data(config, tokenizer).train
         assert isinstance(train, EncodedSet)
         found = []
-        for window in windows(train, batch_plan(config, num_processes), config.seed):
+        for window in windows(train, build_batch_sampler(config, num_processes), config.seed):
             found.append((window.after, [row for _, part in window.micro_batches for rows in part for row in rows]))
             if window.epoch == epoch_of - 1 and window.ends_epoch:
                 return found
@@ -463,7 +463,7 @@ def test_memory_is_forecast_as_it_is_held(lab: Laboratory, tmp_path: Path) -> No
         config = admitted(*overrides).config
         tokenizer, new = load_tokenizer(config.model, config.tokens)
         model = empty_model(config.model)
-        fit_embeddings(model, len(tokenizer), config.tokens.pad_to_multiple_of)
+        resize_embeddings(model, len(tokenizer), config.tokens.pad_to_multiple_of)
         parameters = planned_parameters(config, model, list(new.ids.values()))
         sharding = sharding_of(config)
         shape = MicroBatchShape(batch=2, seq=64, num_supervised=126)
@@ -601,7 +601,7 @@ def test_what_was_shared_out_is_exported_whole(lab: Laboratory) -> None:
     rows = build_data(config, load_tokenizer(config.model, config.tokens)[0]).validation["validation"]
     batch = collate(rows, [[i] for i in range(5)], 0)  # those that were evaluated
     with torch.no_grad():
-        loss = ScoredModel(exported)(batch.input_ids, batch.labels).objective / batch.num_supervised
+        loss = ModelWithLoss(exported)(batch.input_ids, batch.labels).objective / batch.num_supervised
     assert loss.item() == pytest.approx(summary(run_dir)["eval/validation/loss"], rel=0, abs=1e-5)
     new = tokenizer.convert_tokens_to_ids(["<ToW>", "</ToW>"])
     assert len(set(new)) == 2

@@ -104,9 +104,11 @@ def test_one_seed_is_never_a_win() -> None:
     rows = ranked({"a": [0.3], "b": [0.9]})
     assert places(rows) == [("a", 1, True), ("b", 1, True)]
     assert all(row.low is None and row.p_value is None for row in rows)
-    assert {row.verdict for row in rows} == {"one seed: can't be told"}
+    assert {row.verdict for row in rows} == {"one seed: no test possible"}
     text = conclusion(rows, LOSS, "minimize")
-    assert text == f"One trial a setting: nothing can be told; give seed=1,2,3 (lowest {LOSS}: 0.3, a)."
+    assert (
+        text == f"One trial per setting: no test is possible; run more seeds, e.g. seed=1,2,3 (lowest {LOSS}: 0.3, a)."
+    )
 
 
 def test_a_lucky_seed_neither_wins_nor_hides_who_does() -> None:
@@ -114,7 +116,7 @@ def test_a_lucky_seed_neither_wins_nor_hides_who_does() -> None:
     assert places(rows) == [("lucky", 1, True), ("a", 1, True), ("b", 3, False)]
     text = conclusion(rows, LOSS, "minimize")
     assert text.startswith("a is better than b in")
-    assert "lucky has one seed: nothing can be told." in text
+    assert "lucky has one seed: no test is possible." in text
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_a_lucky_seed_neither_wins_nor_hides_who_does() -> None:
         ([1.0, 2.0], [1.0, 2.0], True, "equal"),
         ([1.0, 2.0, 3.0], [1.5, 1.5, 3.0], True, "tie: p 1"),  # the means are equal, the seeds are not
         ([0.1, 0.2, 0.4], [0.2, 0.3, 0.5], False, "worse: p < 0.001"),  # one gap three times, but for how floats round
-        ([0.1, 0.2], [0.2, 0.3], True, "the same gap in so few seeds: can't be told"),
+        ([0.1, 0.2], [0.2, 0.3], True, "the same gap in too few seeds: no test possible"),
     ],
 )
 def test_differences_that_do_not_vary(a: list[float], b: list[float], is_tied: bool, verdict: str) -> None:
@@ -196,11 +198,11 @@ def test_conclusions_in_words() -> None:
     )
     tie = ranked({"tokens=tow": [0.30, 0.35, 0.32], "tokens=none": [0.31, 0.33, 0.36]})
     assert conclusion(tie, LOSS, "minimize") == (
-        f"tokens=tow and tokens=none can't be told apart in {LOSS}: difference 0.010, 95 % interval -0.065 to 0.085, "
-        "3 pairs."
+        f"tokens=tow and tokens=none are not significantly different in {LOSS}: difference 0.010, "
+        "95 % interval -0.065 to 0.085, 3 pairs."
     )
     many = ranked({"a": [1.0, 2.0], "b": [1.1, 1.9], "c": [1.2, 2.1]})
-    assert conclusion(many, LOSS, "minimize").startswith("3 settings can't be told apart")
+    assert conclusion(many, LOSS, "minimize").startswith("3 settings are not significantly different")
     (alone,) = rank([Result(1, "h", "", "", (1, None), "FINISHED", 0.5)], direction="minimize")
     assert conclusion([alone], LOSS, "minimize").startswith("One trial (")
 

@@ -290,7 +290,7 @@ def test_other_rows_are_told_before_the_model_is_loaded(tmp_path: Path, monkeypa
     write_lines(tmp_path / "rows.jsonl", [*rows[:-1], {"prompt": "1+1=", "completion": "2"}])
     with monkeypatch.context() as patched:
         patched.setattr("src.model.build.build_model", None)
-        with pytest.raises(ConfigError, match="the train rows are other ones"):
+        with pytest.raises(ConfigError, match="the train rows changed"):
             start(tmp_path / "run", *TWELVE, *own)
     summary = start(tmp_path / "run", *TWELVE, *own, "checkpoint.allow_changed=true")
     assert summary["steps"] == 12
@@ -378,7 +378,7 @@ def test_time_that_is_up_stops_as_a_signal_does(tmp_path: Path, monkeypatch: pyt
 
         def check(self) -> None:
             if self.is_deferred and self.seen == 4:
-                self.allow(1e-9)
+                self.set_time_limit(1e-9)
             self.at = None
             super().check()
 

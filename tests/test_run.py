@@ -79,7 +79,7 @@ def test_the_summary_has_last_best_and_totals(finished: Path) -> None:
 
 def test_the_terminal_says_what_was_assembled_and_where_things_lie(finished: Path) -> None:
     text = (finished / "stdout.txt").read_text()
-    for words in ("707,456 parameters", "<ToW>, </ToW> start from text", "train: 16 of 16 rows",
+    for words in ("707,456 parameters", "<ToW>, </ToW> initialised from", "train: 16 of 16 rows",
                   "tokens supervised", "for checkpoints (", "step 4/4",
                   "left", "evaluated at step 4", "expected", "train_seconds", str(finished / "model")):  # fmt: skip
         assert words in text
@@ -251,7 +251,7 @@ def test_a_run_goes_on_as_it_last_was(tmp_path: Path) -> None:
 def test_a_change_that_was_refused_is_not_taken_up_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     stopped_after(2, run, *SIX)
-    with pytest.raises(ConfigError, match="the train rows are other ones: 16 then, 12 now"):
+    with pytest.raises(ConfigError, match="the train rows changed: 16 then, 12 now"):
         train(admitted(*SIX, "data.limit=12", f"hydra.run.dir={run}"), StopRequest())
     train(admitted(f"rerun={run}", f"hydra.run.dir={run}"), StopRequest())
     assert status_of(run)["state"] == "FINISHED"
@@ -350,7 +350,7 @@ def test_hydras_own_sweeper_runs_every_point_in_its_own_folder(tmp_path: Path) -
     assert comparable(tmp_path / "0") != comparable(tmp_path / "1")
 
 
-@pytest.mark.parametrize("where", ["src.cli.hydra_main.parse", "src.model.export.export"])
+@pytest.mark.parametrize("where", ["src.cli.hydra_main.parse_stored", "src.model.export.export"])
 def test_a_signal_between_the_runs_of_a_sweep_stops_it_at_once(tmp_path: Path, where: str) -> None:
     code = f"""
 import importlib, signal, sys
@@ -418,7 +418,7 @@ def test_the_best_weights_are_exported_when_asked_for(tmp_path: Path) -> None:
     assert not [problem for place in checkpoints.values() for problem in problems_of(place)]
     from src.data.dataset import build_data
     from src.data.tokenizer import load_tokenizer
-    from src.training.head import ScoredModel
+    from src.training.head import ModelWithLoss
 
     config = admitted("debug=smoke", "data.limit=4").config
     rows = build_data(config, load_tokenizer(config.model, config.tokens)[0]).validation["validation"]
@@ -426,7 +426,7 @@ def test_the_best_weights_are_exported_when_asked_for(tmp_path: Path) -> None:
 
     batch = collate(rows, [[i] for i in range(4)], 0)
     with torch.no_grad():
-        loss = ScoredModel(model)(batch.input_ids, batch.labels).objective / batch.num_supervised
+        loss = ModelWithLoss(model)(batch.input_ids, batch.labels).objective / batch.num_supervised
     assert loss.item() == pytest.approx(first["eval/validation/loss"], rel=1e-5)
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from src import secrets
-from src.config.gate import admit, admit_prediction, parse
+from src.config.gate import admit, admit_prediction, parse_stored
 from src.errors import ConfigError, show_libraries_visibly
 from src.model.card import _as_yaml, shaping
 from src.tracking.lock import LOCK
@@ -338,7 +338,7 @@ def test_the_environment_is_stored_as_what_it_comes_by(monkeypatch: pytest.Monke
     assert run.frozen["tracking"]["experiment_name"] == "${oc.env:MY_STORE}-${oc.env:WORDS}"
     assert run.frozen["data"]["system_prompt"] == "Answer briefly."
     assert secrets.clean(f"a {PLANTED}") == "a ***"
-    assert parse(run.frozen) == run.config
+    assert parse_stored(run.frozen) == run.config
 
 
 def refers(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> Any:
@@ -364,7 +364,7 @@ def test_a_key_that_refers_to_the_tracker_means_the_same_in_every_process(
 ) -> None:
     run = refers(monkeypatch, variable, value)
     assert run.frozen["data"]["prompt_template"] == stored
-    assert parse(run.frozen) == run.config
+    assert parse_stored(run.frozen) == run.config
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(run.frozen))
     again = admit([f"rerun={tmp_path}"]).run
     assert again is not None
@@ -379,14 +379,14 @@ def test_no_row_is_made_of_the_words_that_stand_for_a_secret(
     monkeypatch.delenv(variable)
     monkeypatch.delenv(secrets.HANDED_DOWN, raising=False)
     with pytest.raises(ConfigError, match=r"data\.prompt_template .*not stored"):
-        parse(run.frozen)
+        parse_stored(run.frozen)
 
 
 def test_a_url_on_the_command_line_comes_back_in_processes_that_this_one_starts() -> None:
     run = admit(["tracking=mlflow", f"tracking.uri=http://me:{PLANTED}@host/x"]).run
     assert run is not None
     assert PLANTED not in json.dumps(run.frozen)
-    assert parse(run.frozen) == run.config
+    assert parse_stored(run.frozen) == run.config
 
 
 @pytest.fixture

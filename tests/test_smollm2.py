@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from src.data.dataset import build_data
 from src.data.sets import EncodedSet
 from src.data.tokenizer import load_tokenizer
-from src.inspection.findings import judge_of, prove
+from src.inspection.findings import answer_scorer, prove
 from tests.chat_templates import FAMILIES
 from tests.conftest import admitted, read_lines, towline, write_lines
 from tests.test_families import ANSWER, NO_SYSTEM, assert_full_marks, marks, row
@@ -48,8 +48,8 @@ def test_right_answers_get_full_marks(smollm2: Path, tmp_path: Path, family: str
     assert_full_marks(found)
     assert set(references) == {ANSWER}
     assert isinstance(data.train, EncodedSet)
-    proof = prove(data.train, judge_of(config, data))
-    assert (proof.misjudged, proof.altered, proof.wrong_mask) == ([], [], [])
+    proof = prove(data.train, answer_scorer(config, data))
+    assert (proof.low_scoring, proof.altered, proof.wrong_mask) == ([], [], [])
 
 
 def test_a_trained_model_of_a_thinking_template_scores_its_right_answers(smollm2: Path, tmp_path: Path) -> None:

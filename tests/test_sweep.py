@@ -111,12 +111,15 @@ EIGHT = (
             ["24,995,000 points"],
         ),
         (["sweep.n_jobs=1,2"], ["is the sweep's own"]),
-        (["sweep.metric=eval/validation/accuracy", "seed=1,2"], ["no evaluation gives this", "eval/validation/loss"]),
+        (
+            ["sweep.metric=eval/validation/accuracy", "seed=1,2"],
+            ["no evaluation computes this", "eval/validation/loss"],
+        ),
         (["sweep.direction=maximize", "seed=1,2"], ["better when it is lower: minimize"]),
         (["sweep=asha", "sweep.metric=eval/test/loss", "seed=1,2", "optimizer.lr=1,2"], ["known at the end only"]),
-        (["sweep.metric=loss", "seed=1,2"], ["no run gives this", "train/loss"]),
+        (["sweep.metric=loss", "seed=1,2"], ["no run computes this", "train/loss"]),
         (["hydra.run.dir=outputs/x", "seed=1,2"], ["multirun/<sweep.name>"]),
-        (["checkpoint.resume=never", "seed=1,2"], ["checkpoint.resume = never", "a sweep goes on"]),
+        (["checkpoint.resume=never", "seed=1,2"], ["checkpoint.resume = never", "a sweep resumes"]),
         (
             ["model=tiny_llama,tiny_bart", "data.batching=packed", "seed=1,2", "training.logging_steps=0"],
             ["2 problems", "(command line)", "(command line; at model=tiny_bart seed=1 and 1 more)"],
@@ -421,7 +424,7 @@ def test_a_stop_before_a_trial_began_leaves_it_for_the_next_start(swept: Callabl
 
     def ask() -> None:
         until(lambda: len(list(folder.glob("*/sleeps"))) == 2, "both trials are there")
-        stop(signal.SIGTERM, None)
+        stop.on_signal(signal.SIGTERM, None)
 
     threading.Thread(target=ask, daemon=True).start()
     assert lead(plan, stop, workers) == 75

@@ -20,7 +20,7 @@ from src.config.schema.tracking import NoTrackingConfig
 from src.errors import DamagedFileError, Pruned
 from src.tracking import sweep_tracker
 from src.tracking.console import Console
-from src.tracking.export_thread import Patience
+from src.tracking.export_thread import WaitLimits
 from src.tracking.folder_exporter import exhaust
 from src.tracking.lock import hold
 from src.tracking.mlflow_sweep import MlflowSweepExporter, sweep_tracking
@@ -233,7 +233,7 @@ def test_a_store_that_is_gone_costs_a_warning_and_everything_is_caught_up_with(
     capsys.readouterr()
     started = time.monotonic()
     with open_sweep_tracking(gone, place, Console(io.StringIO())) as tracker:
-        tracker.ready()
+        tracker.connect()
     assert time.monotonic() - started < 6  # two seconds, and what a busy machine adds
     warning = capsys.readouterr().err
     assert "values of 2 trials, or what became of the sweep or a trial, are not delivered" in warning
@@ -241,7 +241,7 @@ def test_a_store_that_is_gone_costs_a_warning_and_everything_is_caught_up_with(
     assert "same command" in warning
     for _ in range(2):
         with open_sweep_tracking(config(uri), place, Console(io.StringIO())) as tracker:
-            tracker.ready()
+            tracker.connect()
             assert (place / "tracking.json").exists()
     assert capsys.readouterr().err == ""
     assert run_of(uri).info.status == "FINISHED"
@@ -264,12 +264,12 @@ def test_a_trial_that_a_process_is_at_is_left_to_it(place: Path, uri: str) -> No
 def test_a_store_that_never_answers_does_not_hold_the_sweep(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep_tracker, "AT_THE_END", Patience(call_seconds=1.0))
+    monkeypatch.setattr(sweep_tracker, "END_OF_RUN", WaitLimits(call_seconds=1.0))
     with socket.create_server(("127.0.0.1", 0)) as server:
         silent = config(f"http://127.0.0.1:{server.getsockname()[1]}")
         started = time.monotonic()
         with open_sweep_tracking(silent, place, Console(io.StringIO())) as tracker:
-            tracker.ready()
+            tracker.connect()
             for _ in range(100):
                 tracker.notify()
         assert time.monotonic() - started < 20  # a minute is the call's own limit
@@ -279,7 +279,7 @@ def test_a_store_that_never_answers_does_not_hold_the_sweep(
 def test_without_a_tracker_nothing_is_done(place: Path) -> None:
     before = sorted(place.iterdir())
     with open_sweep_tracking(NoTrackingConfig("none"), place, Console()) as tracker:
-        tracker.ready()
+        tracker.connect()
         tracker.notify()
     assert sorted(place.iterdir()) == before
 

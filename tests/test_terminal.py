@@ -25,7 +25,7 @@ from src.config.problems import Problem, refuse
 from src.errors import ConfigError, report
 from src.evaluation.samples import Sample
 from src.sweep.folder import TrialStatus
-from src.sweep.progress import Entry, ProgressTable
+from src.sweep.progress import ProgressTable, TableRow
 from src.sweep.trial import Trial
 from src.terminal import columns_of, cut_to, filled, shortened, width, wrapped
 from src.tracking.console import Console
@@ -219,7 +219,7 @@ def test_the_table_of_a_sweep_breaks_no_number() -> None:
     board = ProgressTable("a sweep", "eval/validation/thought_loss")
     terminal = Terminal(file=io.StringIO(), width=80)
     running = TrialStatus("RUNNING", last=0.123456, step=1200, num_steps=12_000, elapsed_seconds=500)
-    terminal.print(board._table([Entry(trial, running)], "3 of 12345 trials done, 1 running, about 1:12:33 left"))
+    terminal.print(board._table([TableRow(trial, running)], "3 of 12345 trials done, 1 running, about 1:12:33 left"))
     text = terminal.file.getvalue()  # type: ignore[attr-defined]
     for number in ("0.0001235", "16", "20261121", "105749", "1200/12000", "0.1235", "1:15:00", "12345", "1:12:33"):
         assert number in text

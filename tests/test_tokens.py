@@ -14,8 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from src.config.schema import InitMethod, RunConfig
 from src.data.tokenizer import add_tokens, load_tokenizer
 from src.errors import ModelError, TokenError
-from src.model.embeddings import StartedRows, check_new_rows, embedding_matrices, initial_rows, resize_and_initialise
-from src.tokens import NewTokens
+from src.model.embeddings import (
+    InitialisedRows,
+    check_new_rows,
+    embedding_matrices,
+    initial_rows,
+    resize_and_initialise,
+)
+from src.tokens import ConfiguredTokens
 from tests.conftest import admitted
 from tests.kinds import byte_bpe, words
 
@@ -30,7 +36,7 @@ def weights_of(model: Any) -> dict[str, Tensor]:
     return {matrix.name: matrix.weight.detach() for matrix in embedding_matrices(model)}
 
 
-def grown(config: RunConfig, model: Any) -> tuple[Any, Any, NewTokens, StartedRows, dict[str, Tensor]]:
+def grown(config: RunConfig, model: Any) -> tuple[Any, Any, ConfiguredTokens, InitialisedRows, dict[str, Tensor]]:
     tokenizer, new = load_tokenizer(config.model, config.tokens)
     before = {name: weight.clone() for name, weight in weights_of(model).items()}
     return model, tokenizer, new, resize_and_initialise(model, tokenizer, new, config.tokens, seed=1), before
@@ -111,7 +117,7 @@ def test_what_a_checkpoint_has_learned_of_a_token_is_kept(tmp_path: Path) -> Non
     ).config
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     loaded, _, new, started, _ = grown(config, loaded)
-    assert new.known == {"<ToW>": 259, "</ToW>": 260}
+    assert new.existing == {"<ToW>": 259, "</ToW>": 260}
     assert new.added == {"<new>": 261}
     for name, matrix in weights_of(loaded).items():
         assert (matrix[259] == 7.0).all()
@@ -138,10 +144,10 @@ def test_a_token_that_the_tokenizer_knows_but_the_matrix_has_no_row_for_starts_a
     tokenizer.add_tokens(["<ToW>", "</ToW>"])
     tokens = admitted().config.tokens
     new = add_tokens(tokenizer, tokens)
-    assert (new.added, new.known) == ({}, {"<ToW>": 259, "</ToW>": 260})
+    assert (new.added, new.existing) == ({}, {"<ToW>": 259, "</ToW>": 260})
     model = model_of()
     started = resize_and_initialise(model, tokenizer, new, tokens, seed=1)
-    assert started.ids == new.known
+    assert started.ids == new.existing
     dash = model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("-")]
     torch.testing.assert_close(model.get_input_embeddings().weight[259], dash)
 
@@ -170,7 +176,7 @@ def test_a_vocabulary_entry_that_was_never_whole_becomes_one_id() -> None:
     ).config.tokens
     assert 7 not in tokenizer("a <New> b", add_special_tokens=False)["input_ids"]  # texts are put in lower case
     new = add_tokens(tokenizer, tokens)
-    assert new.known == {"<New>": 7}
+    assert new.existing == {"<New>": 7}
     assert tokenizer("a<New>bnew", add_special_tokens=False)["input_ids"] == [4, 7, 5, new.added["new"]]
 
 

@@ -25,7 +25,7 @@ from src.errors import Interrupted, RunFolderError
 from src.evaluation.samples import Sample
 from src.tracking import tracker
 from src.tracking.console import Console, clock
-from src.tracking.export_thread import Patience
+from src.tracking.export_thread import WaitLimits
 from src.tracking.folder_exporter import exhaust
 from src.tracking.folder_start import FILES, Start, last_config_hash
 from src.tracking.lock import hold
@@ -47,10 +47,10 @@ def exporter_of(config: Any, folder: Path, *, is_over: bool = False) -> MlflowRu
 
 
 @pytest.fixture(autouse=True)
-def _long_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def _long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is to arrive may take as long as a busy machine needs."""
-    for name in ("AT_THE_END", "WHEN_STOPPED"):
-        monkeypatch.setattr(tracker, name, Patience(call_seconds=60.0, total_seconds=240.0))
+    for name in ("END_OF_RUN", "AFTER_STOP"):
+        monkeypatch.setattr(tracker, name, WaitLimits(call_seconds=60.0, total_seconds=240.0))
 
 
 FROZEN = {"seed": 1, "long": "x" * 600}
@@ -65,7 +65,7 @@ class Done:
     def __init__(self, number: int, loss: float) -> None:
         self.number, self.loss = number, loss
 
-    def collect(self) -> dict[str, float]:
+    def pop_metrics(self) -> dict[str, float]:
         return {"train/loss": self.loss}
 
 
@@ -87,9 +87,9 @@ def do_step(tracking: FolderTracker, step: int, loss: float, text: str = "<ToW>2
 
 def track(config: Any, run_dir: Path, *, steps: int = 3) -> None:
     with tracked(config, run_dir) as tracking:
-        tracking.record("provenance.json", provenance({"seed": 1}, {"a.jsonl": "00"}, "cpu", ROOT))
+        tracking.write_file("provenance.json", provenance({"seed": 1}, {"a.jsonl": "00"}, "cpu", ROOT))
         report = {"digest": "abc", "rows_kept": 1, "tokens": 2, "supervised_tokens": 1}
-        tracking.record("data_report.json", {"train": report, "validation": report})
+        tracking.write_file("data_report.json", {"train": report, "validation": report})
         for step in range(1, steps + 1):
             do_step(tracking, step, 1.0 / step)
         tracking.finish({"steps": steps})
@@ -210,7 +210,7 @@ def test_a_tracker_that_never_answers_does_not_hold_the_run(tmp_path: Path, sile
     started = time.monotonic()
     for _ in range(1000):
         exports.notify()
-    (undelivered,) = exports.close(Patience(call_seconds=1.0))
+    (undelivered,) = exports.close(WaitLimits(call_seconds=1.0))
     assert "not delivered (no answer)" in undelivered.reason
     assert time.monotonic() - started < 20  # a minute is the call's own limit
 
@@ -536,7 +536,7 @@ def test_what_comes_again_is_taken_out(tmp_path: Path, step: int, is_end: bool, 
     with open(run / "samples.jsonl", "a") as file:  # step 7 was stopped between its samples and its line
         file.write(json.dumps({"step": 7, "prompt": "1+1=", "text": "2"}) + "\n")
     with tracked(admitted().config.tracking, run, Start(step=step or None)) as tracking:
-        assert [line["step"] for line in tracking.rewind_to(step, is_end=is_end)] == kept
+        assert [line["step"] for line in tracking.rewind_to(step, is_end=is_end)[0]] == kept
         assert steps_of(run) == steps_of(run, "samples.jsonl") == kept
         do_step(tracking, 8, 1.0)
         assert steps_of(run) == [*kept, 8]
@@ -565,7 +565,7 @@ def test_numbers_go_on_from_the_lines_that_stay(tmp_path: Path) -> None:
 def test_a_file_that_says_how_a_run_began_is_written_once(tmp_path: Path) -> None:
     with tracked(admitted().config.tracking, tmp_path) as tracking:
         for device in ("first", "second"):
-            tracking.record_once("provenance.json", {"device": device})
+            tracking.write_file_once("provenance.json", {"device": device})
     assert json.loads((tmp_path / "provenance.json").read_text()) == {"device": "first"}
 
 
@@ -652,7 +652,7 @@ def test_a_run_without_checkpoints_begins_anew_by_itself_and_is_the_same_run_in_
     run_id = read_status(run)["tracker_run_id"]
     with tracked(config, run) as tracking:
         assert steps_of(run) == [1, 2]
-        assert tracking.rewind_to(0, is_end=False) == []
+        assert tracking.rewind_to(0, is_end=False)[0] == []
         assert steps_of(run) == steps_of(run, "samples.jsonl") == []
         for step in (1, 2, 3):
             do_step(tracking, step, 1 / step)

@@ -1,7 +1,7 @@
 """What changed between a checkpoint and the run that resumes from it, and what that means. Pure, no torch.
 
 Two comparisons. Configurations say what was asked for, key by key; what a change means is a fact of the key
-(`src.config.schema.fields.Facts.resume`). A fingerprint says what came of it: which rows, which ids, which weights. A
+(`src.config.schema.fields.KeyInfo.resume`). A fingerprint says what resulted: which rows, which ids, which weights. A
 key whose outcome is in the fingerprint (files, templates, a model's name) is harmless by itself, because the same
 outcome by another path is no change.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from src.config.keys import all_keys, known_keys
 from src.config.quoting import shell_override
-from src.config.schema.fields import Flat, Impact, Verdict
+from src.config.schema.fields import DottedConfig, Impact, Verdict
 from src.errors import ConfigError
 from src.util import plural
 
@@ -47,7 +47,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a configuration came to, where and when a run was trained.
+    """What a configuration resulted in, and where and when the run was trained.
 
     Args:
         step: steps done.
@@ -91,7 +91,7 @@ class Fingerprint:
 
 
 HASHES = ("data", "tokenizer", "frozen_weights", "architecture", "validation")
-"""Facts whose values say nothing to a reader."""
+"""Entries of a fingerprint whose values say nothing to a reader."""
 
 
 def compare_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
@@ -122,20 +122,20 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield key, value
 
 
-def _judge(key: str, before: Flat, now: Flat) -> Verdict:
+def _judge(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
     if key not in before or key not in now:
         return _judge_lone(key, before, now)
     if key not in all_keys():
         return Impact.trajectory, "a key that this version does not know"
-    facts = all_keys()[key].facts
-    if not isinstance(facts.resume, Impact):
-        return facts.resume(key, before, now)
-    if facts.counts_where is not None and not any(map(facts.counts_where, (before, now))):
+    info = all_keys()[key].info
+    if not isinstance(info.resume, Impact):
+        return info.resume(key, before, now)
+    if info.counts_where is not None and not any(map(info.counts_where, (before, now))):
         return Impact.harmless, ""
-    return facts.resume, facts.why
+    return info.resume, info.why
 
 
-def _judge_lone(key: str, before: Flat, now: Flat) -> Verdict:
+def _judge_lone(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
     """Judge a key that one side does not have.
 
     With another `type` of the section others come and go, and the type says it all. Else one of the two is of another
@@ -144,7 +144,7 @@ def _judge_lone(key: str, before: Flat, now: Flat) -> Verdict:
     kind = f"{key.partition('.')[0]}.type"
     if before.get(kind) != now.get(kind) or before.get(key, now.get(key)) is None:
         return Impact.harmless, ""
-    resume = all_keys()[key].facts.resume if key in all_keys() else Impact.trajectory
+    resume = all_keys()[key].info.resume if key in all_keys() else Impact.trajectory
     impact = min(resume, Impact.trajectory) if isinstance(resume, Impact) else Impact.trajectory
     return impact, "" if impact is Impact.harmless else "a key of another version"
 
@@ -158,7 +158,7 @@ def compare_fingerprints(before: Fingerprint, now: Fingerprint) -> list[Change]:
     """
     return [
         Change(key, getattr(before, key), getattr(now, key), *judge(before, now))
-        for key, judge in _FACTS.items()
+        for key, judge in _COMPARISONS.items()
         if getattr(before, key) != getattr(now, key) and not _is_unknown(key, before, now)
     ] + [
         Change(f"versions.{name}", then, today, Impact.rounding)
@@ -173,8 +173,8 @@ def _is_unknown(key: str, before: Fingerprint, now: Fingerprint) -> bool:
 
 def _rows(before: Fingerprint, now: Fingerprint) -> Verdict:
     if before.num_rows is None or now.num_rows is None:
-        return Impact.trajectory, "the train set is another one, or is read otherwise"
-    return Impact.trajectory, f"the train rows are other ones: {before.num_rows:,} then, {now.num_rows:,} now"
+        return Impact.trajectory, "the train set changed, or how it is read"
+    return Impact.trajectory, f"the train rows changed: {before.num_rows:,} then, {now.num_rows:,} now"
 
 
 def _base(before: Fingerprint, now: Fingerprint) -> Verdict:
@@ -182,7 +182,7 @@ def _base(before: Fingerprint, now: Fingerprint) -> Verdict:
         return Impact.impossible, "all weights were trained then, now some are frozen"
     if now.frozen_weights is None:
         return Impact.impossible, "some weights were frozen then, now all are trained"
-    return Impact.trajectory, "the frozen weights are other ones, or were quantised otherwise"
+    return Impact.trajectory, "the frozen weights changed, or their quantisation"
 
 
 def _steps(before: Fingerprint, now: Fingerprint) -> Verdict:
@@ -193,54 +193,54 @@ def _steps(before: Fingerprint, now: Fingerprint) -> Verdict:
     return Impact.harmless, ""
 
 
-_FACTS: dict[str, Callable[[Fingerprint, Fingerprint], Verdict]] = {
+_COMPARISONS: dict[str, Callable[[Fingerprint, Fingerprint], Verdict]] = {
     "data": _rows,
     "tokenizer": lambda before, now: (Impact.impossible, "ids mean other tokens"),
     "frozen_weights": _base,
-    "architecture": lambda before, now: (Impact.trajectory, "the model's settings (its config.json) are other ones"),
+    "architecture": lambda before, now: (Impact.trajectory, "the model's settings (its config.json) changed"),
     "validation": lambda before, now: (Impact.harmless, "evaluated on other rows, so the best so far is forgotten"),
     "num_steps": _steps,
     "device": lambda before, now: (Impact.rounding, ""),
     "num_processes": lambda before, now: (Impact.rounding, "sums in another order"),
     "step_sequences": lambda before, now: (
         Impact.trajectory,
-        "other rows a step: rows x accumulation x processes",
+        "a step takes different rows: rows x accumulation x processes",
     ),
 }
 
 
-def check(changes: Sequence[Change], *, allow_changed: bool, where: str) -> list[str]:
+def check_changes(changes: Sequence[Change], *, allow_changed: bool, checkpoint: str) -> list[str]:
     """Raise ConfigError of every change that is not allowed; return warnings of those that are.
 
     Args:
-        allow_changed: whether another training is meant.
-        where: the checkpoint's folder.
+        allow_changed: whether training may continue differently than before.
+        checkpoint: its folder.
     Raises:
         ConfigError: naming each change, and what to do.
     """
     least = Impact.impossible if allow_changed else Impact.trajectory
     if refused := [change for change in changes if change.impact >= least]:
-        raise ConfigError(_refusal(refused, where))
-    of = {impact: [change for change in changes if change.impact is impact] for impact in Impact}
+        raise ConfigError(_refusal(refused, checkpoint))
+    by_impact = {impact: [change for change in changes if change.impact is impact] for impact in Impact}
     warnings = []
-    if others := of[Impact.trajectory]:
-        warnings.append(f"what comes after {where} is another training: {_joined(others)}")
-    if rounded := of[Impact.rounding]:
-        warnings.append(f"resumes from {where}, but no longer bit for bit: {_joined(rounded)}")
-    return [*warnings, *(_joined([change]) for change in of[Impact.harmless] if change.why)]
+    if others := by_impact[Impact.trajectory]:
+        warnings.append(f"the run trains differently after {checkpoint}: {_joined(others)}")
+    if rounded := by_impact[Impact.rounding]:
+        warnings.append(f"resumes from {checkpoint}, but no longer bit for bit: {_joined(rounded)}")
+    return [*warnings, *(_joined([change]) for change in by_impact[Impact.harmless] if change.why)]
 
 
 def _joined(changes: Sequence[Change]) -> str:
     return "; ".join(f"{change.values} ({change.why})" if change.why else change.values for change in changes)
 
 
-def _refusal(refused: Sequence[Change], where: str) -> str:
+def _refusal(refused: Sequence[Change], checkpoint: str) -> str:
     impossible = [change for change in refused if change.impact is Impact.impossible]
     width = min(60, max(len(change.values) for change in refused))
-    lines = [f"Can't resume from {where}: {plural(len(refused), 'change')} since then"]
+    lines = [f"Can't resume from {checkpoint}: {plural(len(refused), 'change')} since then"]
     lines += [f"  {change.values:<{width}}   {change.why}".rstrip() for change in refused]
     if not impossible:
-        lines.append("What comes would be another training: checkpoint.allow_changed=true resumes anyway.")
+        lines.append("From here on the run would train differently: checkpoint.allow_changed=true resumes anyway.")
     elif len(impossible) < len(refused):
         for_good = ", ".join(change.key for change in impossible)
         lines.append(f"The saved state does not fit {for_good}; checkpoint.allow_changed=true is for the rest only.")
@@ -249,7 +249,7 @@ def _refusal(refused: Sequence[Change], where: str) -> str:
     back = "Put it back as it was" if len(refused) == 1 else "Put them back as they were"
     lines.append(
         f"{back} to resume the same training; or start a new run in another hydra.run.dir "
-        f"({shell_override('init_from', where)} starts it from these weights)."
+        f"({shell_override('init_from', checkpoint)} starts it from these weights)."
     )
     return "\n".join(lines)
 
@@ -276,13 +276,13 @@ def is_reordered(changes: Sequence[Change], now: Mapping[str, Any]) -> bool:
     """Return whether the row order of the current epoch can't be continued, so that the epoch starts again.
 
     Args:
-        changes: of configuration and facts.
+        changes: of configuration and fingerprint.
         now: the whole configuration that resumes.
     """
     flat = dict(_flat(now))
     return any(change.key == "data" or _reorders(change.key, flat) for change in changes)
 
 
-def _reorders(key: str, now: Flat) -> bool:
-    reorders = all_keys()[key].facts.reorders if key in all_keys() else False
+def _reorders(key: str, now: DottedConfig) -> bool:
+    reorders = all_keys()[key].info.reorders if key in all_keys() else False
     return reorders if isinstance(reorders, bool) else reorders(now)

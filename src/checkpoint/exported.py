@@ -1,4 +1,4 @@
-"""Exported models compared with what was written: status.json has size and checksum of each file. No torch here."""
+"""Exported models compared with what was written: status.json has size and checksum of each file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config.frozen import STATUS, read_status
-from src.config.schema import RunConfig, Weights
+from src.config.schema import RunConfig
 from src.records import check_plain, damaged, file_digest
 
 MODEL, BASE = "model", "base"
@@ -18,8 +18,8 @@ MAY_CHANGE = ("README.md", "generation_config.json")
 
 
 ADAPTER = "adapter_config.json"
-OF_A_BASE = (".safetensors", ".bin", ".pt", ".index.json", ".py")
-"""How files end that decide a model's weights or what it computes, besides config.json."""
+BASE_SUFFIXES = (".safetensors", ".bin", ".pt", ".index.json", ".py")
+"""Suffixes of the files that decide a model's weights or what it computes, besides config.json."""
 
 
 def exported_digests(folder: Path) -> dict[str, dict[str, Any]]:
@@ -35,13 +35,13 @@ def base_files(model: Path, checkpoint: str) -> list[Path]:
         DamagedFileError: where one of them is no plain file.
     """
     base = Path(checkpoint)
-    return _deciding(base) if (model / ADAPTER).exists() and base.is_dir() else []
+    return _weight_files(base) if (model / ADAPTER).exists() and base.is_dir() else []
 
 
 def base_digests(checkpoint: str) -> dict[str, dict[str, Any]] | None:
     """Return size and checksum of each file of the local model that an adapter is trained on; None of one on a hub."""
     base = Path(checkpoint)
-    return {file.name: file_digest(file) for file in _deciding(base)} if base.is_dir() else None
+    return {file.name: file_digest(file) for file in _weight_files(base)} if base.is_dir() else None
 
 
 def check_exported(run_dir: Path, checkpoint: str | None = None) -> None:
@@ -85,19 +85,19 @@ def _compare(folder: Path, there: Mapping[str, Any], written: Mapping[str, Any],
             raise damaged(folder / name, f"{reason}, by the checksum in status.json", remedy)
 
 
-def _deciding(base: Path) -> list[Path]:
+def _weight_files(base: Path) -> list[Path]:
     """Return the files of a model's folder that decide its weights or what it computes.
 
     Raises:
         DamagedFileError: where one of them is no plain file.
     """
-    files = [file for file in sorted(base.iterdir()) if file.name == "config.json" or file.name.endswith(OF_A_BASE)]
+    files = [file for file in sorted(base.iterdir()) if file.name == "config.json" or file.name.endswith(BASE_SUFFIXES)]
     for file in files:
         check_plain(file)
     return files
 
 
-def exported_start(config: RunConfig) -> Path | None:
+def init_from_folder(config: RunConfig) -> Path | None:
     """Return the folder of the model that `init_from` names; None where it names a checkpoint, or is not set.
 
     Raises:
@@ -112,23 +112,23 @@ def exported_start(config: RunConfig) -> Path | None:
     return next((place for place in (start / MODEL, start) if any((place / name).exists() for name in names)), None)
 
 
-def starting_model(config: RunConfig) -> RunConfig:
+def with_init_from_model(config: RunConfig) -> RunConfig:
     """Return the configuration with the whole model of `init_from` as its checkpoint, where that is one.
 
     Raises:
-        DamagedFileError: as `exported_start`.
+        DamagedFileError: as `init_from_folder`.
     """
-    folder = exported_start(config)
+    folder = init_from_folder(config)
     if folder is None or (folder / ADAPTER).exists():
         return config
-    model = replace(config.model, checkpoint=str(folder), revision=None, weights=Weights.pretrained)
+    model = config.model.pretrained_at(folder)
     return replace(config, model=model)
 
 
-def standing_on(run_dir: Path, config: RunConfig) -> RunConfig:
+def with_base_model(run_dir: Path, config: RunConfig) -> RunConfig:
     """Return the configuration that loads what a run exported; an adapter needs the model that its run started with.
 
     Raises:
-        DamagedFileError: as `exported_start`.
+        DamagedFileError: as `init_from_folder`.
     """
-    return starting_model(config) if (run_dir / MODEL / ADAPTER).exists() else config
+    return with_init_from_model(config) if (run_dir / MODEL / ADAPTER).exists() else config

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from src.checkpoint.manifest import (
     WEIGHTS,
+    check_undamaged,
     is_later,
     is_resumable,
     problems_of,
@@ -16,37 +17,49 @@ from src.checkpoint.manifest import (
     refusal_of,
     weights_checksum,
 )
-from src.config.places import CHECKPOINTS, folder_of, steps_in
+from src.config.places import CHECKPOINTS, MANIFEST, folder_of, steps_in
 from src.config.quoting import shell_override
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError
 from src.util import listed
 
 WEIGHTS_KEY = "weights"
-"""Of a best evaluation in a checkpoint's state: the checksum of its weights."""
+"""The key, in the best evaluations of a checkpoint's state, of the checksum of their weights."""
 
 
-def find_checkpoint(config: CheckpointConfig, run_dir: Path, warnings: list[str]) -> tuple[Path | None, bool]:
-    """Return the newest whole checkpoint that a run can resume from, and whether it is in the run's own folder.
+class Found(NamedTuple):
+    """A checkpoint that a run can resume from, if there is one.
+
+    Args:
+        is_own: whether it is in the run's own folder.
+        warnings: what was passed over.
+    """
+
+    checkpoint: Path | None
+    is_own: bool
+    warnings: list[str]
+
+
+def find_checkpoint(config: CheckpointConfig, run_dir: Path) -> Found:
+    """Find the newest whole checkpoint that a run can resume from.
 
     The run's own folder comes first: a run that resumed from another's checkpoint, and was stopped in its turn, resumes
     from its own. Only a checkpoint of its own that is named is taken before a newer one. Every byte of it is read.
 
-    Args:
-        warnings: what is passed over is added here.
     Raises:
         CheckpointError: where there are checkpoints, but none is whole, or what is there can't be read.
     """
-    own, given = run_dir / CHECKPOINTS, config.resume_from
-    if given is not None and given.resolve().parent == own.resolve():
-        return _named(given), True
+    own, requested = run_dir / CHECKPOINTS, config.resume_from
+    if requested is not None and requested.resolve().parent == own.resolve():
+        return Found(_named(requested), True, [])
     advice = "Restore one from a copy, or choose another hydra.run.dir; force=true removes all and begins again"
-    found = _newest(own, warnings, advice)
-    if found is None and given is not None:
-        return _of(given, warnings), False
-    if found is not None and given is not None and given.resolve() != run_dir.resolve():
-        warnings.append(f"the run resumes from its own {found}, not from checkpoint.resume = {given}")
-    return found, True
+    newest, warnings = _newest(own, advice)
+    if newest is None and requested is not None:
+        checkpoint, warnings = _of_folder(requested)
+        return Found(checkpoint, False, warnings)
+    if newest is not None and requested is not None and requested.resolve() != run_dir.resolve():
+        warnings.append(f"the run resumes from its own {newest}, not from checkpoint.resume = {requested}")
+    return Found(newest, True, warnings)
 
 
 def check_best(
@@ -114,9 +127,8 @@ def newest_weights(folder: Path) -> tuple[Path, list[str]]:
     Raises:
         CheckpointError: where there is none, or what is there can't be looked into.
     """
-    if (folder / "manifest.json").exists():
-        if problems := list(problems_of(folder)):
-            raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
+    if (folder / MANIFEST).exists():
+        check_undamaged(folder)
         return folder, []
     places = [folder_of(folder / CHECKPOINTS, step) for step in reversed(steps_in(folder / CHECKPOINTS))]
     damaged: list[str] = []
@@ -128,19 +140,18 @@ def newest_weights(folder: Path) -> tuple[Path, list[str]]:
     raise CheckpointError(f"{folder} has no whole checkpoint{':' if damaged else ''}\n{listed(damaged)}".strip())
 
 
-def _of(given: Path, warnings: list[str]) -> Path:
-    """Return the checkpoint that a folder is, or the newest whole one of the run whose folder it is."""
-    if not os.path.lexists(given / CHECKPOINTS):
-        return _named(given)
-    found = _newest(given / CHECKPOINTS, warnings, "checkpoint.resume=auto starts at the beginning")
-    if found is None:
-        raise CheckpointError(f"{given} has no checkpoint that a run could resume from")
-    return found
+def _of_folder(folder: Path) -> tuple[Path, list[str]]:
+    """Return the checkpoint that a folder is, or the newest whole one of the run whose folder it is, and warnings."""
+    if not os.path.lexists(folder / CHECKPOINTS):
+        return _named(folder), []
+    newest, warnings = _newest(folder / CHECKPOINTS, "checkpoint.resume=auto starts at the beginning")
+    if newest is None:
+        raise CheckpointError(f"{folder} has no checkpoint that a run could resume from")
+    return newest, warnings
 
 
 def _named(checkpoint: Path) -> Path:
-    if problems := list(problems_of(checkpoint)):
-        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}")
+    check_undamaged(checkpoint)
     if not is_resumable(checkpoint):
         raise CheckpointError(
             f"{checkpoint} holds weights only, so no run can resume from it; "
@@ -149,8 +160,8 @@ def _named(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _newest(folder: Path, warnings: list[str], advice: str) -> Path | None:
-    """Return the newest whole checkpoint in a folder; damaged ones become warnings.
+def _newest(folder: Path, advice: str) -> tuple[Path | None, list[str]]:
+    """Return the newest whole checkpoint in a folder, and warnings that name damaged ones after it.
 
     Args:
         advice: what to do where there is none.
@@ -169,12 +180,11 @@ def _newest(folder: Path, warnings: list[str], advice: str) -> Path | None:
             )
         problems = list(problems_of(place))
         if not problems and read_manifest(place).is_resumable:
-            warnings += [f"{one}; passed over" for one in damaged]
-            return place
+            return place, [f"{reason}; passed over" for reason in damaged]
         if problems:
             damaged.append(f"{place} is damaged ({'; '.join(problems)})")
     if damaged:
         raise CheckpointError(
             f"no checkpoint of {folder.parent} that a run could resume from is whole:\n{listed(damaged)}\n{advice}"
         )
-    return None
+    return None, []

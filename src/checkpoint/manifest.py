@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: its files with sizes and checksums, written last. No torch here.
+"""The manifest of a checkpoint: its files with sizes and checksums, written last.
 
 Checksums (XXH3, 128 bits) protect against damage, not against attack. The manifest is in one canonical form with a
 checksum of its own, so that a changed byte in it is noticed too.
@@ -16,15 +16,14 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from src.config.places import folder_of, step_of, steps_in
-from src.records import read_bytes
+from src.config.places import MANIFEST, STATE, folder_of, step_of, steps_in
+from src.errors import CheckpointError
+from src.records import file_digest, read_bytes
 from src.util import load_json
 
-MANIFEST = "manifest.json"
-WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 FORMAT = 1
 """The version of the format; a manifest with a higher number was written by a later version of Towline."""
-CHUNK_BYTES = 1 << 22
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 """Errors of opening what is not there: nothing, a link to nothing or to itself, or what can't be opened at all."""
 
@@ -65,11 +64,7 @@ class Manifest:
 
 def checksum(file: Path) -> str:
     """Return the checksum of a file's content, 32 hex digits."""
-    hashed = xxhash.xxh3_128()
-    with open(file, "rb") as content:
-        while chunk := content.read(CHUNK_BYTES):
-            hashed.update(chunk)
-    return hashed.hexdigest()
+    return file_digest(file)["xxh3_128"]
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -105,7 +100,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 def problems_of(checkpoint: Path) -> Iterator[str]:
     """Yield what is wrong with a checkpoint, file by file; every byte is read."""
     if os.path.lexists(checkpoint) and not checkpoint.is_dir():
-        yield "it is a link to what is not there" if checkpoint.is_symlink() else "it is no folder"
+        yield "it is a dangling link" if checkpoint.is_symlink() else "it is no folder"
         return
     try:
         manifest = read_manifest(checkpoint)
@@ -128,6 +123,16 @@ def problems_of(checkpoint: Path) -> Iterator[str]:
             yield f"{name} is missing"
         except OSError as error:
             yield f"{name} can't be read: {error.strerror}"
+
+
+def check_undamaged(checkpoint: Path) -> None:
+    """Check that every byte of a checkpoint is as it was written.
+
+    Raises:
+        CheckpointError: naming the files that are not.
+    """
+    if problems := list(problems_of(checkpoint)):
+        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -181,12 +186,3 @@ def is_resumable(checkpoint: Path) -> bool:
 def newest_resumable(folder: Path) -> int | None:
     """Return the last step in a folder that a run can resume from, by the manifests alone."""
     return next((step for step in reversed(steps_in(folder)) if is_resumable(folder_of(folder, step))), None)
-
-
-def sync(place: Path) -> None:
-    """Sync a file's content, or a folder's entries, to the disk."""
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

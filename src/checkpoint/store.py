@@ -31,22 +31,21 @@ from src.checkpoint.manifest import (
     WEIGHTS,
     Entry,
     Manifest,
+    check_undamaged,
     checksum,
     is_resumable,
     newest_resumable,
-    problems_of,
     read_manifest,
     read_state,
     refusal_of,
-    sync,
     weights_checksum,
 )
 from src.checkpoint.tensors import one_by_one, stored_digest, write_tensors
-from src.config.places import CHECKPOINTS, clear, folder_of, remove, steps_in
+from src.config.places import CHECKPOINTS, folder_of, remove_atomically, remove_tree, steps_in
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError, DiskFullError, is_disk_full
 from src.runtime.sharding import ShardedTensor
-from src.util import human_bytes, write_atomically
+from src.util import human_bytes, sync, write_atomically
 
 T_co = TypeVar("T_co", bound=Tensor | ShardedTensor, covariant=True)
 SMALL_BYTES = 100_000
@@ -65,6 +64,7 @@ class Snapshot(Generic[T_co]):
     state: Mapping[str, Any]
 
     def files(self) -> dict[str, Mapping[str, T_co]]:
+        """Return the tensors of each file, by the file's name."""
         return {WEIGHTS: self.weights} | ({} if self.optimizer is None else {OPTIMIZER: self.optimizer})
 
     @property
@@ -78,19 +78,9 @@ def read_snapshot(checkpoint: Path) -> Snapshot[Tensor]:
     Raises:
         CheckpointError: where it is damaged.
     """
-    refuse_damaged(checkpoint)
+    check_undamaged(checkpoint)
     optimizer = load_file(checkpoint / OPTIMIZER) if is_resumable(checkpoint) else None
     return Snapshot(load_file(checkpoint / WEIGHTS), optimizer, read_state(checkpoint))
-
-
-def refuse_damaged(checkpoint: Path) -> None:
-    """Check that every byte of a checkpoint is as it was written.
-
-    Raises:
-        CheckpointError: naming the files that are not.
-    """
-    if problems := list(problems_of(checkpoint)):
-        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}")
 
 
 class Checkpoints:
@@ -134,7 +124,7 @@ class Checkpoints:
             if refusal := refusal_of(self._at(step)):
                 raise CheckpointError(unreadable(self._at(step), refusal, "It is later than where the run resumes"))
         for step in left:
-            remove(self._at(step))
+            remove_atomically(self._at(step))
         steps = ", ".join(map(str, left))
         return [f"the run resumes after step {newest}; later checkpoints are removed: {steps}"] if left else []
 
@@ -288,7 +278,7 @@ class Checkpoints:
                 sync(self._folder.parent)
             if (free := shutil.disk_usage(self._folder).free) < need:
                 raise OSError(errno.ENOSPC, f"{human_bytes(free)} are free")
-            remove(part)
+            remove_atomically(part)
             part.mkdir()
             digests = {name: write_tensors(part / name, tensors) for name, tensors in snapshot.files().items()}
             (part / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
@@ -317,7 +307,7 @@ class Checkpoints:
                 raise OSError(errno.EIO, f"{name} can't be read back as it was written")
         files = {name: Entry((part / name).stat().st_size, checksum(part / name)) for name in [*digests, STATE]}
         _write_manifest(part, Manifest(step, files, is_save=OPTIMIZER in files))
-        remove(place)
+        remove_atomically(place)
         os.replace(part, place)
         self._written[step] = files[WEIGHTS].xxh3_128
         sync(self._folder)
@@ -343,7 +333,7 @@ class Checkpoints:
         recent = saves[-self._config.keep_last :]
         for step in there:
             if step > last or (step not in recent and step not in best):
-                remove(self._at(step))
+                remove_atomically(self._at(step))
             elif step in manifests and (step not in recent or (self._config.newest_optimizer_only and step != newest)):
                 self._shrink(manifests[step])
 
@@ -390,7 +380,7 @@ def open_checkpoints(
     checkpoints = Checkpoints(config, folder, before, writes=writes)
     for left in folder.glob(".step-*") if writes else ():
         try:
-            clear(left)
+            remove_tree(left)
         except OSError as error:  # it takes room, and is in nobody's way
             checkpoints.warnings.append(f"{left}, left by an earlier start, can't be removed: {error.strerror}")
     try:

@@ -53,8 +53,8 @@ def stored_digest(path: Path) -> str:
 def one_by_one(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
     """Yield each full tensor on the CPU, in the order in which they are written; all processes take part."""
     for name in _in_order({name: one.dtype.itemsize for name, one in tensors.items()}):
-        given = tensors[name]
-        tensor = given.gather() if isinstance(given, ShardedTensor) else given
+        source = tensors[name]
+        tensor = source.gather() if isinstance(source, ShardedTensor) else source
         yield name, tensor.detach().to("cpu").contiguous()
 
 

@@ -1,4 +1,4 @@
-"""An entry as a process, and what entries have in common: help, and an exit code for each way to end. No torch here."""
+"""What entries have in common: help, and an exit code for each way to end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from src.runtime.collector import rest_while_importing
 
 
 def as_command(main: Callable[[], int]) -> NoReturn:
-    """Do an entry's main as the process's only work, and exit with its code."""
+    """Run the main of an entry as this process, and exit with its code."""
     rest_while_importing()
     set_switches()
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Environment variables that libraries read as they are imported, set in this one place. No torch here."""
+"""Environment variables that libraries read as they are imported, set in this one place."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How a command ends: each way becomes an exit code, with last words that name what to do. No torch here.
+"""How a command ends: each way becomes an exit code, with last words that name what to do.
 
-0: done. 1: it went wrong. 2: something is the user's to mend. 75: it was stopped, and the same command resumes it.
+0: done. 1: it went wrong. 2: the user can fix it. 75: it was stopped, and the same command resumes it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def guarded_run(job: Job, stop: StopRequest) -> int:
             report("\nAnother process of this run has ended, so this one can't continue.")
         else:
             report(traceback.format_exc(), wraps=False)
-            report(f"A fault of the program, or too little memory. {_how_to_resume(run_dir)}")
+            report(f"Internal error (please report it), or out of memory. {_how_to_resume(run_dir)}")
     return 1
 
 

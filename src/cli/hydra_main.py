@@ -1,4 +1,4 @@
-"""What Hydra's own main does: sweeps, by our sweeper or another one, and --info. No torch here."""
+"""What Hydra's own main does: sweeps, by our sweeper or another one, and --info."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from src.cli.exits import guarded_run
 from src.cli.trial import run_trial
 from src.config.composed import Composed
-from src.config.gate import parse
+from src.config.gate import parse_stored
 from src.config.job import Job, Request
 from src.config.options import CONF
 from src.config.resolving import resolve_sections
@@ -50,7 +50,7 @@ class Task:
         with flag_override(cfg, ["readonly", "struct"], [False, False]):
             cfg.merge_with(as_variables(sections))  # a launcher composes again where it runs, and pickles what it has
         resolve_sections(OmegaConf.create(sections), point)
-        code = guarded_run(Job(parse(point.sections), point.stored, run_dir), self._stop)
+        code = guarded_run(Job(parse_stored(point.sections), point.stored, run_dir), self._stop)
         self._codes.append(code)
         if code and os.getpid() != self._process:  # this process's list of codes is not the sweep's
             raise TrainingError(f"the run in {run_dir} ended with exit code {code}")

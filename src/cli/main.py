@@ -1,4 +1,4 @@
-"""Which command is it: one run, one of its processes, a sweep, or a question. No torch here."""
+"""Finds which command was given: one run, one of its processes, a sweep, or a question."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from src.runtime.signals import StopRequest, stop_on_signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check the command line as a whole, then run it; return the exit code. One of several processes ends here."""
+    """Check the command line as a whole, then run it; return the exit code. One process of several exits here."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     with stop_on_signals() as stop:
         is_one_of_several = arguments[:1] == [FROZEN]

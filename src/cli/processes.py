@@ -1,4 +1,4 @@
-"""One command, several processes: the parent freezes the job and holds its folder, the others run it. No torch here."""
+"""One command, several processes: the parent freezes the job and holds its folder, the others run it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from src.config.gate import parse
+from src.config.gate import parse_stored
 from src.config.job import Job
 from src.errors import Interrupted, TrainingError
 from src.runtime.collector import collect_from_here
@@ -52,4 +52,4 @@ def run_as_many(job: Job, stop: StopRequest) -> int:
 def read_frozen_job(file: str, run_dir: str) -> Job:
     """Return the job that the parent process froze; the parent holds its folder."""
     frozen = load_json(Path(file))
-    return Job(parse(frozen["config"]), frozen["config"], Path(run_dir), is_held=True, trial=frozen["trial"])
+    return Job(parse_stored(frozen["config"]), frozen["config"], Path(run_dir), is_held=True, trial=frozen["trial"])

@@ -1,6 +1,6 @@
 """From an admitted job to its summary: whether anything is left to do, in how many processes, in which folder.
 
-What can be refused without torch is refused here, before src.run imports it. No torch here.
+What can be refused without torch is refused here, before src.run imports it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from src.checkpoint.compatibility import compare_configs
+from src.checkpoint.extend import asks_for_more_steps, check_extendable, how_to_extend
 from src.checkpoint.locate import check_best
-from src.checkpoint.longer import check_longer, how_to_go_on_for_longer, is_asked_for_more
 from src.cli.processes import run_as_many
 from src.config.frozen import CONFIG, config_hash, is_finished, read_config, read_starts
 from src.config.job import Job
@@ -22,7 +22,7 @@ from src.tracking.console import Console
 from src.tracking.folder_start import Start
 from src.tracking.lock import hold
 from src.tracking.step_logs import metrics_at
-from src.tracking.tracker import NullTracker, Tracker, deliver_pending, open_tracking
+from src.tracking.tracker import Tracker, deliver_pending, open_tracking
 from src.training.resume import ResumePoint, find_resume_point
 
 
@@ -47,7 +47,7 @@ def run_job(job: Job, stop: StopRequest) -> dict[str, float]:
         TowlineError, Interrupted, Pruned: see src.run.run.
     """
     stop.check()
-    stop.allow(job.config.training.max_seconds)
+    stop.set_time_limit(job.config.training.max_seconds)
     with open_run(job) as (found, tracker):
         from src.run import run  # here: torch takes seconds, and a folder in use is refused at once
 
@@ -65,7 +65,7 @@ def open_run(job: Job) -> Iterator[tuple[ResumePoint, Tracker]]:
     """
     config, run_dir, console = job.config, job.run_dir, Console()
     if (place := place_of()) is not None and not place.is_main:
-        yield ResumePoint(), NullTracker(console)
+        yield ResumePoint(), Tracker(console)
         return
     console.label("run", f"{config.name} → {run_dir}")
     with nullcontext() if job.is_held else hold(run_dir):
@@ -74,8 +74,8 @@ def open_run(job: Job) -> Iterator[tuple[ResumePoint, Tracker]]:
             check_best(config.checkpoint, run_dir, found.state, metrics_at(run_dir, found.step))
         with open_tracking(config.tracking, run_dir, job.frozen, console, start_of(job, found)) as tracker:
             if found.checkpoint is not None:
-                tracker.describe({"resumed": f"after step {found.step}, from {found.checkpoint}"})
-            tracker.warn(found.warnings)
+                tracker.show_overview({"resumed": f"after step {found.step}, from {found.checkpoint}"})
+            tracker.warn(*found.warnings)
             yield found, tracker
 
 
@@ -105,13 +105,13 @@ def finished_before(job: Job) -> bool:
     config, run_dir = job.config, job.run_dir
     if config.force or not is_finished(run_dir):
         return False
-    if is_asked_for_more(config.training, run_dir):
-        check_longer(config.checkpoint, run_dir)
+    if asks_for_more_steps(config.training, run_dir):
+        check_extendable(config.checkpoint, run_dir)
         return False
     console = Console()
     console.label(
         "run",
-        f"{run_dir} is finished and left as it is; {how_to_go_on_for_longer(config.training, run_dir)} (force=true "
+        f"{run_dir} is finished and left as it is; {how_to_extend(config.training, run_dir)} (force=true "
         "removes it and starts again)",
     )
     if config_hash(job.frozen) not in {start["config_hash"] for start in read_starts(run_dir)}:

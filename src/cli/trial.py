@@ -1,4 +1,4 @@
-"""A trial of a sweep, which runs its frozen configuration in a process of its own. No torch here."""
+"""A trial of a sweep, which runs its frozen configuration in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from src.cli.environment import set_switches
 from src.cli.exits import guarded_run
-from src.config.gate import parse
+from src.config.gate import parse_stored
 from src.config.job import Job
 from src.errors import Interrupted
 from src.runtime.launch import follow_parent
@@ -25,6 +25,6 @@ def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | No
     try:
         with stop_on_signals() as stop:
             follow_parent()
-            return guarded_run(Job(parse(config), config, Path(run_dir), trial=link), stop)
+            return guarded_run(Job(parse_stored(config), config, Path(run_dir), trial=link), stop)
     except (Interrupted, KeyboardInterrupt):  # before there was anything to end
         return Interrupted.exit_code

@@ -1,4 +1,4 @@
-"""The arguments of an entry, taken apart by Hydra's own parsers; what is wrong with each is a problem. No torch here.
+"""The arguments of an entry, taken apart by Hydra's own parsers; what is wrong with each is a problem.
 
 Every override of a single key is composed as `++key=value`, so that an unknown key survives composition and the gate
 can report all of them together; Hydra by itself stops at the first.
@@ -29,21 +29,20 @@ from src.config.identity import declare
 from src.config.merging import BASE
 from src.config.options import CONF, is_hidden, option_files, unfit_folder
 from src.config.peers import flag_hint, option_hint
-from src.config.problems import Problem, refuse
+from src.config.problems import COMMAND_LINE, Problem, refuse
 from src.config.quoting import override as override_text
 from src.util import did_you_mean, nearest
 
-COMMAND_LINE = "command line"
 REPLACED_WHOLE = ("data.validation_files", "data.test_files", "data.mixture", "data.columns", "sweep.params")
 """Keys whose value on the command line takes the place of the whole list or mapping."""
 OPTIONAL_GROUPS = ("experiment",)
 PRIMARY = "--config-name"
 """The flag that names the file which a configuration begins with."""
-HOW_NOT_WHAT = (
+NOT_IN_SWEEP_ID = (
     *("name", "tracking", "sweep.name", "sweep.n_trials", "sweep.n_jobs", "sweep.max_seconds", "sweep.dry_run"),
     *("sweep.fail_fast", "sweep.max_retries", "sweep.max_points", "sweep.storage", "force"),
 )
-"""Keys of a sweep's command that change how it is done, or how long it takes, and not what it compares."""
+"""Keys that change how a sweep is run, or how long it takes, and not what it compares: the same sweep resumes."""
 VARIED_BY_HYDRA = ("hydra.sweeper.params", "hydra/sweeper")
 """Keys of Hydra's own section that say what a sweep compares, or who runs it."""
 MOST_NESTED = 20
@@ -56,10 +55,7 @@ class SeveralValues(Problem):
 
 @dataclass
 class CommandLine:
-    """The arguments of an entry, taken apart.
-
-    `forced` are the overrides as they are composed: keys with `++`, groups and Hydra's own keys as given.
-    """
+    """The parsed arguments of an entry."""
 
     flags: argparse.Namespace
     argv: list[str]
@@ -77,6 +73,7 @@ class CommandLine:
 
     @property
     def forced(self) -> list[str]:
+        """The overrides as they are composed: keys with `++`, groups and Hydra's own keys as given."""
         return [text for override in self.overrides for text in forced(override, self.roots)]
 
     @property
@@ -86,7 +83,7 @@ class CommandLine:
         if self.flags.multirun and not {"-m", "--multirun"} & set(flags):
             flags.append("-m")
         given = 1 if self.flags.config_dir else 0
-        more = [override_text("hydra.searchpath", [f"file://{one}" for one in self.roots[1 + given :]])]
+        more = [override_text("hydra.searchpath", [f"file://{root}" for root in self.roots[1 + given :]])]
         return [
             *flags,
             *(more if len(self.roots) > 1 + given else []),
@@ -107,11 +104,11 @@ class CommandLine:
 
     @property
     def sweep_id(self) -> str:
-        """Return a hash of what the command compares, in whatever order it is written. 8 hex digits."""
+        """A hash of what the command compares, in whatever order it is written: 8 hex digits."""
         texts = sorted(
             override.input_line or ""
             for override in self.overrides
-            if not any(f"{override.key_or_group}.".startswith(f"{key}.") for key in HOW_NOT_WHAT)
+            if not any(f"{override.key_or_group}.".startswith(f"{key}.") for key in NOT_IN_SWEEP_ID)
             and not (override.is_hydra_override() and override.key_or_group not in VARIED_BY_HYDRA)
         )
         given = 2 if self.flags.config_dir else 1
@@ -121,7 +118,7 @@ class CommandLine:
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
-    """Take the arguments apart; each that can't be read is a problem of its own.
+    """Parse the arguments; each that can't be read is a problem of its own.
 
     Raises:
         ConfigError: where the flags can't be made out.
@@ -159,15 +156,22 @@ def _flag_problems(flags: argparse.Namespace) -> Iterator[Problem]:
     """Yield what is wrong with Hydra's own flags: those that are not obeyed here, and that don't go together."""
     if flags.config_path:
         reason = "conf/ is the configuration; add options of your own with --config-dir DIR"
-        yield Problem("--config-path", reason, flags.config_path, True, COMMAND_LINE)
+        yield Problem.on_command_line("--config-path", reason, flags.config_path)
     if flags.run and flags.multirun:
         yield Problem("--run, -m", "one run, or a sweep: one of them", has_value=False)
     if flags.experimental_rerun:
         reason = "a run is repeated from its folder: rerun=DIR, followed by changes of single keys"
-        yield Problem("--experimental-rerun", reason, flags.experimental_rerun, True, COMMAND_LINE)
+        yield Problem.on_command_line("--experimental-rerun", reason, flags.experimental_rerun)
     for flag in ("package", "resolve"):
         if getattr(flags, flag) and not flags.cfg and not flags.help:
             yield Problem(f"--{flag}", "says how --cfg shows a configuration: add --cfg job", has_value=False)
+
+
+def flags_that_are_not_taken(line: CommandLine, entry: str) -> Iterator[Problem]:
+    """Yield a problem for each flag on the command line of an entry that has none but --help."""
+    for flag in line.argv:
+        if flag.startswith("-"):
+            yield Problem(flag, f"python -m src.{entry} takes KEY=VALUE, and --help", has_value=False)
 
 
 def _override_problems(override: Override, line: CommandLine) -> Iterator[Problem]:
@@ -176,7 +180,7 @@ def _override_problems(override: Override, line: CommandLine) -> Iterator[Proble
     if override.is_sweep_override() and not line.flags.multirun:
         text = value_text(override)
         reason = mistyped.several(override, text, is_group=in_group)
-        yield SeveralValues(override.key_or_group, reason, text, True, COMMAND_LINE)
+        yield SeveralValues.on_command_line(override.key_or_group, reason, text)
     if in_group and not override.key_or_group.startswith("hydra/"):  # Hydra reports its own
         yield from _unknown_options(override, line.roots)
 
@@ -190,7 +194,7 @@ def _primary_problems(line: CommandLine) -> Iterator[Problem]:
     if parts[0] == "/" or ".." in parts or not os.path.lexists(primary_file(line)):
         known = sorted({file.stem for root in line.roots for file in root.glob("*.yaml") if not is_hidden(file.name)})
         reason = f"no such file in conf/ or --config-dir; one of {', '.join(known)}{did_you_mean(name, known)}"
-        yield Problem(PRIMARY, reason, name, True, COMMAND_LINE)
+        yield Problem.on_command_line(PRIMARY, reason, name)
 
 
 def _add_root(place: str, key: str, line: CommandLine) -> None:
@@ -203,7 +207,7 @@ def _add_root(place: str, key: str, line: CommandLine) -> None:
         return
     if is_url:
         reason += "; a list of folders: hydra.searchpath=[file:///DIR], or --config-dir DIR"
-    line.problems.append(Problem(key, reason, place, True, COMMAND_LINE))
+    line.problems.append(Problem.on_command_line(key, reason, place))
 
 
 def _read_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -220,7 +224,7 @@ def read_override(text: str) -> Override | Problem:
     key, sign, value = text.partition("=")
 
     def wrong(reason: str) -> Problem:
-        return Problem(key, reason, value, bool(sign), COMMAND_LINE)
+        return Problem(key, reason, value, has_value=bool(sign), where=COMMAND_LINE)
 
     if any("\ud800" <= character <= "\udfff" for character in text):
         return wrong("not text in UTF-8")
@@ -248,19 +252,20 @@ def read_override(text: str) -> Override | Problem:
 
 
 def _is_nested_deeper(value: Any, levels: int) -> bool:
-    """Return whether lists and mappings, or the interpolations of a text, are nested deeper than so many levels."""
+    """Return whether lists and mappings, or the interpolations of a text, are nested deeper than `levels`."""
     if isinstance(value, str):
         return value.count("${") > levels
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return bool(inner) and (levels == 0 or any(_is_nested_deeper(one, levels - 1) for one in inner))
+    return bool(inner) and (levels == 0 or any(_is_nested_deeper(item, levels - 1) for item in inner))
 
 
 def value_text(override: Override) -> str:
+    """Return the value of an override as it was written, after the first `=`."""
     return (override.input_line or "").partition("=")[2]
 
 
 def is_group(override: Override, roots: Sequence[Path]) -> bool:
-    """Whether an override chooses an option of a group, rather than the value of a key."""
+    """Return whether an override chooses an option of a group, rather than the value of a key."""
     return any(os.path.isdir(root / override.key_or_group) for root in roots)
 
 
@@ -289,10 +294,10 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
     known = options(group, roots)
     if isinstance(override.value(), Glob):
         if not matching(override.value(), known):
-            yield Problem(group, f"matches none of {', '.join(known)}", value_text(override), True, COMMAND_LINE)
+            yield Problem.on_command_line(group, f"matches none of {', '.join(known)}", value_text(override))
         return
     if isinstance(override.value(), RangeSweep | IntervalSweep):
-        yield Problem(group, "options are named: A,B,C or glob(…)", value_text(override), True, COMMAND_LINE)
+        yield Problem.on_command_line(group, "options are named: A,B,C or glob(…)", value_text(override))
         return
     values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
     for value in values:
@@ -300,7 +305,7 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
             if (option is None and group not in OPTIONAL_GROUPS) or (option is not None and str(option) not in known):
                 meant = "" if option is None else option_hint(group, str(option), nearest(option, known))
                 reason = f"no such option; one of {', '.join(known)}{meant}"
-                yield Problem(group, reason, option, True, COMMAND_LINE)
+                yield Problem.on_command_line(group, reason, option)
 
 
 def forced(override: Override, roots: Sequence[Path], text: str | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Reads the comments of an option file: about the option, and about its keys. No torch here."""
+"""Reads the comments of an option file: about the option, and about its keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hydra's side of a configuration: the command line and conf/ become plain containers, or problems. No torch here.
+"""Hydra's side of a configuration: the command line and conf/ become plain containers, or problems.
 
 Every override of a single key is composed as `++key=value`, so that an unknown key survives composition and the gate
 can report all of them together; Hydra by itself stops at the first.
@@ -24,12 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src import secrets
-from src.config.command_line import COMMAND_LINE, MOST_NESTED, PRIMARY, CommandLine
+from src.config.command_line import MOST_NESTED, PRIMARY, CommandLine
 from src.config.composed import Composed
 from src.config.hydra_hints import unknown_group_option, unknown_key
 from src.config.merging import BASE, Loader, Merged
 from src.config.options import OptionFileError, broken_options
-from src.config.problems import Problem
+from src.config.problems import COMMAND_LINE, Problem
 from src.config.resolving import UNRESOLVED, hydra_resolved, resolve_sections, unresolved
 from src.config.source import install
 from src.errors import report
@@ -65,7 +65,7 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
         try:
             composed.run_dir = Path(str(folder.dir))
         except UNRESOLVED as error:
-            composed.failed.add(str(folder._get_full_key("dir")))
+            composed.unresolved.add(str(folder._get_full_key("dir")))
             composed.problems += unresolved(folder, {"dir": error}).values()
     sections: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]))
     if resolve:
@@ -154,6 +154,7 @@ def _unknown_to_hydra(text: str, others: Sequence[str], line: CommandLine) -> st
 
 
 def problem_of(error: Exception, key: str = "") -> Problem:
+    """Return an error of Hydra or OmegaConf as a problem of the key that it names, or of `key`."""
     causes = [str(one).strip() for one in (error, error.__cause__) if one is not None]
     causes = [text for text in causes if text and not text.startswith("Error merging override")] or causes
     text = "; ".join(" ".join(cause.split("\n")[0].split()).rstrip(".") for cause in causes)

@@ -1,4 +1,4 @@
-"""A composed configuration, and where each of its keys was set. No torch here."""
+"""A composed configuration, and where each of its keys was set."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from src.config.command_line import COMMAND_LINE, CommandLine, is_group, primary_file
+from src.config.command_line import CommandLine, is_group, primary_file
 from src.config.merging import Merged
-from src.config.options import Place, find_key, shown
-from src.config.problems import Problem
+from src.config.options import KeyPosition, find_key, shown
+from src.config.problems import COMMAND_LINE, Problem
 
 _VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 
@@ -27,21 +27,21 @@ class Composed:
     choices: dict[str, str]
     problems: list[Problem] = field(default_factory=list)
     stored: dict[str, Any] = field(default_factory=dict)
-    """The sections as files may have them: without secrets."""
+    """The sections as they are written to files: without secrets."""
     hydra: DictConfig | None = None
-    """All that Hydra composed, its own section included; None of a frozen configuration."""
+    """All that Hydra composed, its own section included; None for a frozen configuration."""
     files: tuple[Merged, ...] = ()
-    """What Hydra composed it of, the later over the earlier; empty of a frozen configuration."""
-    failed: set[str] = field(default_factory=set)
+    """The files that Hydra composed it of, later ones over earlier; empty for a frozen configuration."""
+    unresolved: set[str] = field(default_factory=set)
     """Keys that could not be resolved, of a section the outermost ones; `problems` says why."""
 
     @property
     def has_run_dir(self) -> bool:
-        """Whether it could be made out where the run's folder will be."""
-        return not self.failed & {"hydra.run.dir", "hydra.sweep.dir"}
+        """Whether the path of the run's folder could be resolved."""
+        return not self.unresolved & {"hydra.run.dir", "hydra.sweep.dir"}
 
 
-def where_set(key: str, line: CommandLine, composed: Composed) -> str | Place:
+def where_set(key: str, line: CommandLine, composed: Composed) -> str | KeyPosition:
     """Return where a key got its value: the place in a file, a file alone, the command line or the environment."""
     inside = key.partition("[")[0]
     for override in line.overrides:
@@ -50,12 +50,12 @@ def where_set(key: str, line: CommandLine, composed: Composed) -> str | Place:
             return COMMAND_LINE
     if not composed.files:
         return "frozen config"
-    for one in reversed(composed.files):
-        if (inner := one.within(inside)) and (place := find_key(one.file, inner)) is not None:
+    for merged in reversed(composed.files):
+        if (inner := merged.within(inside)) and (place := find_key(merged.file, inner)) is not None:
             variable = next((name for name in _VARIABLE.findall(place.value or "") if os.environ.get(name)), None)
             return place if variable is None else f"environment variable {variable}, by {place}"
     section = key.partition(".")[0]
-    for one in reversed(composed.files):
-        if (inner := one.within(section)) is not None and (not inner or find_key(one.file, inner) is not None):
-            return shown(one.file)
+    for merged in reversed(composed.files):
+        if (inner := merged.within(section)) is not None and (not inner or find_key(merged.file, inner) is not None):
+            return shown(merged.file)
     return shown(primary_file(line))

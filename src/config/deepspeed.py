@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON of the user's (deepspeed=file), read into the section that the other options fill. No torch here.
+"""A DeepSpeed JSON of the user's (deepspeed=file), read into the section that the other options fill.
 
 It is read once, when a configuration is composed: the frozen one has what the file said. What it leaves out is what
 conf/deepspeed/_zero.yaml says; keys of the command line come on top.
@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,16 +21,16 @@ from src.config.problems import Problem
 from src.config.schema import ZeroFileConfig
 from src.errors import visible
 from src.records import read_bytes
-from src.util import nearest
+from src.util import merged, nearest
 
 KEY = "deepspeed.config_file"
 MOST_BYTES = 2**20
-"""A larger file is no configuration."""
+"""The largest file that is taken for a configuration."""
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 OWN_KEYS = ("type", "config_file", "sha256")
 """Keys of the section that are Towline's, and no key of DeepSpeed's."""
 FORMER_NAMES: dict[str, str] = {"bfloat16": "bf16"}
-"""Names that DeepSpeed still takes -> those of now."""
+"""Old names that DeepSpeed still takes -> the names of today."""
 BLOCKS = {
     "activation_checkpointing": "model.gradient_checkpointing",
     "amp": "training.mixed_precision",
@@ -68,7 +68,7 @@ UNHEARD = ("steps_per_print", "log_level", "$schema", "comment", "_comment")
 
 
 def read_deepspeed_file(section: Any, stored: Any) -> list[Problem]:
-    """Put what the file says into a section that names one and was not read yet; return what is wrong with the file.
+    """Merge the JSON file into the section, unless that was done before; return what is wrong with it.
 
     Args:
         section, stored: the section as it is used, and as it is written; both are filled.
@@ -87,12 +87,12 @@ def read_deepspeed_file(section: Any, stored: Any) -> list[Problem]:
     problems = list(_unused(content, file))
     for one in (section, stored):
         given = {key: value for key, value in one.items() if key not in OWN_KEYS}
-        one |= _merged(defaults, content, given, {"type": "file", "sha256": digest})
+        one |= merged(defaults, content, given, {"type": "file", "sha256": digest})
         _fill_defaults(one["zero_optimization"])
     return problems
 
 
-def file_behind(key: str, section: Any) -> str:
+def file_that_set(key: str, section: Any) -> str:
     """Return the file that gave a key of the section its value, with the line where it says so; '' where none did."""
     name = key.removeprefix("deepspeed.")
     if not isinstance(section, dict) or section.get("type") != "file" or section.get("sha256") is None:
@@ -183,16 +183,6 @@ def _no_number(constant: str) -> NoReturn:
 
 class _NoNumber(Exception):
     """NaN or an infinity, which are no JSON."""
-
-
-def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return mappings on top of one another, key by key."""
-    result: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            before = result.get(key)
-            result[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, Mapping) else value
-    return result
 
 
 def _unused(content: dict[str, Any], file: str) -> Iterator[Problem]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import errno
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 TEXT_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "txt"}
 KINDS = TEXT_KINDS | {f"{suffix}.gz": kind for suffix, kind in TEXT_KINDS.items()} | {".parquet": "parquet"}
 """How a file's name ends, and what is in it."""
-KNOWN = f"{', '.join(TEXT_KINDS)} (each also with .gz behind it) and .parquet"
+KNOWN = f"{', '.join(TEXT_KINDS)} (each also as .gz) and .parquet"
 MOST_NAME_BYTES = 255
-"""Of one name in UTF-8: what file systems take."""
+"""The longest name that file systems take, in UTF-8."""
 MOST_PATH_BYTES = 3800
-"""Of a whole path: the operating system takes 4,095, and there are files in a folder."""
+"""The longest path that is taken: the operating system takes 4,095, and there are files in a folder."""
 
 
 def unusable(path: str) -> str:
@@ -30,9 +30,9 @@ def unusable(path: str) -> str:
     except FileNotFoundError:
         return ""
     except PermissionError:
-        return f"no permission to look into {_last_folder(path)}"
+        return f"no permission to look into {_nearest(path, os.path.isdir)}"
     except NotADirectoryError:
-        return f"{_last_file(path)} is a file, so nothing can be in it"
+        return f"{_nearest(path, os.path.exists)} is a file, so nothing can be in it"
     except OSError as error:
         return "links that lead in a circle" if error.errno == errno.ELOOP else str(error.strerror)
     except UnicodeEncodeError:
@@ -42,17 +42,9 @@ def unusable(path: str) -> str:
     return ""
 
 
-def _ancestors(path: str) -> list[str]:
-    """Return the folders that a path goes through, the innermost first."""
-    return [str(folder) for folder in Path(path).parents]
-
-
-def _last_folder(path: str) -> str:
-    return next((folder for folder in _ancestors(path) if os.path.isdir(folder)), path)
-
-
-def _last_file(path: str) -> str:
-    return next((place for place in _ancestors(path) if os.path.exists(place)), path)
+def _nearest(path: str, test: Callable[[str], bool]) -> str:
+    """Return the innermost folder of a path that passes a test; the path itself where none does."""
+    return next(filter(test, map(str, Path(path).parents)), path)
 
 
 def kind_of(file: str) -> str | None:
@@ -66,7 +58,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
     Patterns keep their order, the files of one pattern are sorted. A name that exists is that file, whatever
     characters it has. Hidden files and folders are taken only by name. What matches no file comes back as it is, and
-    a file that comes twice comes back twice: problems_of tells both.
+    a file that comes twice comes back twice: problems_of reports both.
     """
     return [file for pattern in patterns for file in _matches(pattern) or [pattern]]
 
@@ -101,7 +93,7 @@ def problems_of(patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
             if (
                 reason := unusable(file)
                 or _missing(file, pattern)
-                or _unknown(file)
+                or ("" if kind_of(file) else f"not a kind that is read; these are {KNOWN}")
                 or ("given twice" if real in given else "")
             ):
                 wrong.setdefault(reason, []).append(file)
@@ -112,10 +104,6 @@ def problems_of(patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
             else:
                 more = f" and {len(files) - 1} more" if len(files) > 1 else ""
                 yield pattern, f"{files[0]}{more}: {reason}"
-
-
-def _unknown(file: str) -> str:
-    return "" if kind_of(file) else f"not a kind that is read; these are {KNOWN}"
 
 
 def _missing(file: str, pattern: str) -> str:

@@ -1,4 +1,4 @@
-"""What formats of data there are: each is declared by its own option file, conf/data/<format>.yaml. No torch here.
+"""What formats of data there are: each is declared by its own option file, conf/data/<format>.yaml.
 
 The option's `columns` name the parts of a row that the format takes; a source of a mixture that has a format of its own
 starts from that option's settings.
@@ -78,7 +78,7 @@ def _options(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 def roles(format_name: str) -> tuple[str, ...]:
-    """Return the parts of a row that a format takes, in their order: the first is prompted, the last is learned."""
+    """Return the parts of a row that a format takes, in order: the first is the prompt, the last the target."""
     return tuple(declared_formats()[format_name]["columns"])
 
 

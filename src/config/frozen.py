@@ -1,4 +1,4 @@
-"""A run's frozen configuration: how it is identified, read back, and repeated with changes. No torch here."""
+"""A run's frozen configuration: how it is identified, read back, and repeated with changes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 
 from src import secrets
 from src.config import trust
-from src.config.command_line import COMMAND_LINE, CommandLine, is_group
+from src.config.command_line import CommandLine, is_group
 from src.config.compose import COMPOSITION_ERRORS, compose, problem_of
 from src.config.composed import Composed
 from src.config.deepspeed import KEY as DEEPSPEED_FILE
 from src.config.formats import declare_frozen
 from src.config.hydra_keys import hydra_problems
 from src.config.merging import make_room
-from src.config.places import CHECKPOINTS, folder_of, steps_in
+from src.config.places import CHECKPOINTS, MANIFEST, STATE, folder_of, steps_in
 from src.config.problems import Problem
 from src.config.quoting import escaped, override_value, shell_override
 from src.config.quoting import override as override_text
@@ -43,7 +43,7 @@ from src.records import (
 
 CONFIG, STARTS, STATUS = "config.yaml", "starts.jsonl", "status.json"
 SWEEP = "sweep.json"
-"""Of the folder that a sweep's trials have theirs in."""
+"""In the folder of a sweep, which holds the folders of its trials."""
 START_KEYS: Mapping[str, Types] = {"time": str, "command": list, "config_hash": str}
 STATUS_KEYS: Mapping[str, Types] = {"state": str, "step": int}
 """What status.json always has."""
@@ -54,23 +54,23 @@ MORE_STATUS_KEYS: Mapping[str, Types] = {
     "tracker_run_id": OPTIONAL_TEXT,
 }
 """What it may have; `journal`, `model` and `base` have size and checksum of files, by name."""
-STATUS_REMEDY = "Move it away: the same command then goes on from the last checkpoint, and writes it anew."
+STATUS_REMEDY = "Move it away: the same command then resumes from the last checkpoint, and writes it anew."
 TIMES = ("started", "ended", "updated")
 STATES = ("RUNNING", "FINISHED", "FAILED", "PREEMPTED", "PRUNED")
-PATHS_AND_TRACKING = ("name", "force", "rerun", "tracking")
-"""Parts of a configuration that say nothing about what is computed."""
+UNHASHED_SECTIONS = ("name", "force", "rerun", "tracking")
+"""Sections and keys at the top that say nothing about what is computed."""
+UNHASHED_KEYS = {"checkpoint": ("resume", "allow_changed"), "deepspeed": ("config_file", "sha256")}
+"""Keys of other sections that say how to run, and nothing about what is computed."""
 LENGTH = ("num_train_epochs", "max_train_steps")
 """Keys of training that say how long a run is."""
-HOW_NOT_WHAT = {"checkpoint": ("resume", "allow_changed"), "deepspeed": ("config_file", "sha256")}
-"""Keys of other parts that don't either."""
 
 
 def config_hash(frozen: Mapping[str, Any]) -> str:
     """Return a hash of what a configuration computes: without names, folders and tracking. 16 hex digits."""
-    computed = {key: value for key, value in frozen.items() if key not in PATHS_AND_TRACKING}
-    for section, how in HOW_NOT_WHAT.items():
+    computed = {key: value for key, value in frozen.items() if key not in UNHASHED_SECTIONS}
+    for section, unhashed in UNHASHED_KEYS.items():
         if isinstance(given := computed.get(section), Mapping):
-            computed[section] = {key: value for key, value in given.items() if key not in how}
+            computed[section] = {key: value for key, value in given.items() if key not in unhashed}
     return hashlib.sha256(json.dumps(computed, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -93,7 +93,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     """
     file, keys = folder / STATUS, {**STATUS_KEYS, **MORE_STATUS_KEYS}
     try:
-        status = read_json(file, keys, may_lack=MORE_STATUS_KEYS, remedy=STATUS_REMEDY)
+        status = read_json(file, keys, optional=MORE_STATUS_KEYS, remedy=STATUS_REMEDY)
     except FileNotFoundError:
         return {}
     if status["state"] not in STATES or status["step"] < 0:
@@ -108,10 +108,10 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether a folder holds a run that came to its end.
+    """Return whether a folder holds a finished run.
 
     Raises:
-        DamagedFileError: where status.json can't be read, or says so of journals that are not those of the folder.
+        DamagedFileError: where status.json can't be read, or says FINISHED of other step logs than the folder has.
     """
     status = read_status(folder)
     if status.get("state") != "FINISHED":
@@ -128,7 +128,7 @@ def is_finished(folder: Path) -> bool:
                 f"it says FINISHED, and {name} does not begin with the {digest['num_bytes']:,} bytes that it had then"
             )
             remedy = (
-                f"Restore whichever of both is not this run's; or move {STATUS} away, and the same command goes on."
+                f"Restore whichever of both is not this run's; or move {STATUS} away, and the same command resumes."
             )
             raise damaged(folder / STATUS, reason, remedy)
     return True
@@ -162,13 +162,13 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     problems += code_problems(folder, sections, line, _signatures(folder))
     if (file := line.value_of(DEEPSPEED_FILE)) is not None:
         reason = "read where a run begins (deepspeed=file); of one that is repeated change single keys: deepspeed.KEY=…"
-        problems.append(Problem(DEEPSPEED_FILE, reason, file, True, COMMAND_LINE))
+        problems.append(Problem.on_command_line(DEEPSPEED_FILE, reason, file))
     changed, refused = _overridden(sections | {"rerun": str(folder), "force": False}, line, "a rerun")
     hydra_overrides = [o.input_line or "" for o in line.overrides if o.key_or_group.startswith("hydra.")]
     base = compose(
         [f"++{override_text('name', str(changed.get('name')))}", *hydra_overrides], CommandLine(line.flags, line.argv)
     )
-    composed = Composed({}, base.run_dir, {}, [*base.problems, *problems, *refused], failed=base.failed)
+    composed = Composed({}, base.run_dir, {}, [*base.problems, *problems, *refused], unresolved=base.unresolved)
     composed.problems += hydra_problems(base, line)
     _resolve(changed, composed)
     return composed
@@ -177,14 +177,14 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
 def read_finished(folder: Path, line: CommandLine) -> Composed:
     """Return a finished run's frozen config with the command line's dotted overrides on top (`run=DIR` of src.predict).
 
-    The files that it was trained on may be gone, and its limit of rows was for training: both are let go. So is the
+    The files that it was trained on may be gone, and its limit of rows was for training: both are dropped. So is the
     tracker, which nothing is sent to.
     """
     sections, problems = frozen_sections(folder, "run", "no run there")
     if problems:
         return Composed({}, folder, {}, problems)
     if reason := _unfinished(folder):
-        problems.append(Problem("run", reason, str(folder), True, COMMAND_LINE))
+        problems.append(Problem.on_command_line("run", reason, str(folder)))
     problems += code_problems(folder, sections, line, _signatures(folder))
     if isinstance(sections.get("data"), dict):
         sections["data"] |= {"train_files": None, "validation_files": None, "limit": None}
@@ -205,13 +205,13 @@ def frozen_sections(folder: Path, key: str, nothing: str) -> tuple[dict[str, Any
         reason = f"{nothing}: {folder / CONFIG} can't be read (FileNotFoundError)"
     except DamagedFileError as error:
         reason = f"{nothing}: {error}"
-    return {}, [Problem(key, reason, str(folder), True, COMMAND_LINE)]
+    return {}, [Problem.on_command_line(key, reason, str(folder))]
 
 
 def _as_it_last_was(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration that a run resumes with: its newest checkpoint's, or its first where there is none.
 
-    How long it is to be is what its last start said, which may not have come to a checkpoint yet.
+    Its length is what its last start asked for, which may not be in a checkpoint yet.
     """
     sections = _of_newest_checkpoint(folder, first)
     starts, status = read_starts(folder), read_status(folder)
@@ -223,9 +223,9 @@ def _as_it_last_was(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
 
 def _of_newest_checkpoint(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
     saved = folder / CHECKPOINTS
-    for state in (folder_of(saved, step) / "state.json" for step in reversed(steps_in(saved))):
+    for state in (folder_of(saved, step) / STATE for step in reversed(steps_in(saved))):
         try:
-            listed = read_json(state.with_name("manifest.json"), {"files": dict})["files"]
+            listed = read_json(state.with_name(MANIFEST), {"files": dict})["files"]
             if Digest(read_bytes(state)).as_dict()["xxh3_128"] != listed[state.name]["xxh3_128"]:
                 continue
             sections = read_json(state, {"config": dict})["config"]
@@ -236,15 +236,15 @@ def _of_newest_checkpoint(folder: Path, first: dict[str, Any]) -> dict[str, Any]
 
 
 def _unfinished(folder: Path) -> str | None:
-    """Return why a run can't be worked with; None where it came to its end and has a model."""
+    """Return why a run cannot be used; None where it is finished and has a model."""
     try:
         status = read_status(folder)
     except DamagedFileError as error:
-        return f"no run that came to its end: {error}"
+        return f"not a finished run: {error}"
     if not status:
-        return "no run that came to its end: it has no status.json"
+        return "not a finished run: it has no status.json"
     if status["state"] != "FINISHED":
-        return f"no run that came to its end: it is {status['state']} at step {status['step']}"
+        return f"this run is not finished: it is {status['state']} at step {status['step']}"
     return None if (folder / "model").is_dir() else "its result is gone: there is no model/ in it"
 
 
@@ -291,7 +291,7 @@ def _overridden(
             continue
         if is_group(override, line.roots) or override.is_delete():
             reason = f"{who} keeps the options of its frozen config; change single keys (SECTION.KEY=VALUE)"
-            problems.append(Problem(key, reason, override.value(), True, COMMAND_LINE))
+            problems.append(Problem.on_command_line(key, reason, override.value()))
             continue
         make_room(cfg, key, override.value())
         try:

@@ -1,4 +1,4 @@
-"""The gate: nothing is loaded, written or started before the whole configuration has been found good. No torch here.
+"""The gate: nothing is loaded, written or started before the whole configuration has been found good.
 
 `admit` composes once, checks every key against the schema, applies the rules across sections, and either returns the
 typed config or raises one ConfigError with all problems: key, value, what is allowed, where it was set.
@@ -16,12 +16,19 @@ from hydra.core.override_parser.types import Override
 
 from src import secrets
 from src.config import deepspeed, frozen, plugins, rules
-from src.config.command_line import COMMAND_LINE, CommandLine, SeveralValues, is_group, read_command_line, value_text
+from src.config.command_line import (
+    CommandLine,
+    SeveralValues,
+    flags_that_are_not_taken,
+    is_group,
+    read_command_line,
+    value_text,
+)
 from src.config.compose import compose, warn_of_broken_options
 from src.config.composed import Composed, where_set
 from src.config.files import unusable
 from src.config.formats import declare_frozen
-from src.config.hints import Situation, explained
+from src.config.hints import Situation, with_hints
 from src.config.hydra_keys import asks_for_sweep, describes_a_sweep, hydra_problems
 from src.config.identity import new_identity
 from src.config.incomplete import without_missing
@@ -29,7 +36,7 @@ from src.config.job import Job, Request
 from src.config.keys import is_read_by_predict, known_keys
 from src.config.output_folders import meeting_problems, output_problems, run_dir_problems
 from src.config.plugins import Unregistered
-from src.config.problems import Problem, refuse
+from src.config.problems import COMMAND_LINE, Problem, refuse
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, RunConfig, SweepConfig
 from src.config.sections import Parsed, parse_section, parse_sections
 from src.errors import report
@@ -82,7 +89,7 @@ def _admit(composed: Composed, line: CommandLine, entry: str | None) -> Job:
     Raises:
         ConfigError: with all problems, those of the command line included.
     """
-    job, problems = check(composed, line, entry)
+    job, problems = check_composed(composed, line, entry)
     if job is None or line.problems:
         raise refuse([*line.problems, *problems])
     return job
@@ -91,9 +98,9 @@ def _admit(composed: Composed, line: CommandLine, entry: str | None) -> Job:
 def _admit_rerun(folder: str, line: CommandLine, entry: str | None) -> Job:
     """Return the job of `rerun=DIR`: the frozen configuration of a run, with the changes of the command line."""
     if reason := unusable(folder):
-        raise refuse([*line.problems, Problem("rerun", reason, folder, True, COMMAND_LINE)])
+        raise refuse([*line.problems, Problem.on_command_line("rerun", reason, folder)])
     if line.flags.multirun or line.flags.cfg:
-        line.problems.append(Problem("rerun", "not together with -m or --cfg", folder, True, COMMAND_LINE))
+        line.problems.append(Problem.on_command_line("rerun", "not together with -m or --cfg", folder))
     return _admit(frozen.read_frozen(Path(folder), line), line, entry)
 
 
@@ -104,17 +111,15 @@ def admit_prediction(argv: Sequence[str]) -> Job:
         ConfigError: with all problems together.
     """
     line = read_command_line(argv)
-    for flag in line.argv:
-        if flag.startswith("-"):
-            line.problems.append(Problem(flag, "python -m src.predict takes KEY=VALUE, and --help", has_value=False))
+    line.problems += flags_that_are_not_taken(line, "predict")
     run = line.value_of("run")
     if run in (None, ""):
         line.problems.append(Problem("run", "needs a value: the folder of a finished run", has_value=False))
     elif reason := unusable(str(run)):
-        line.problems.append(Problem("run", reason, str(run), True, COMMAND_LINE))
+        line.problems.append(Problem.on_command_line("run", reason, str(run)))
     if run in (None, "") or "run" in {problem.key for problem in line.problems}:
         raise refuse([*line.problems, *_unread(line)])
-    job, problems = check(frozen.read_finished(Path(str(run)), line), line, "predict")
+    job, problems = check_composed(frozen.read_finished(Path(str(run)), line), line, "predict")
     problems = [*line.problems, *problems, *_unread(line)]
     if job is None or problems:
         raise refuse(problems)
@@ -130,10 +135,10 @@ def _unread(line: CommandLine) -> Iterator[Problem]:
             continue
         if key.startswith("hydra.") or any(key == name or key.startswith(f"{name}.") for name in known):
             reason = "python -m src.predict does not read it"
-            yield Problem(key, reason, value_text(override), True, COMMAND_LINE)
+            yield Problem.on_command_line(key, reason, value_text(override))
 
 
-def parse(sections: dict[str, Any]) -> RunConfig:
+def parse_stored(sections: dict[str, Any]) -> RunConfig:
     """Return the typed config of plain containers that were admitted before: a frozen config, a point of a sweep.
 
     Raises:
@@ -144,80 +149,93 @@ def parse(sections: dict[str, Any]) -> RunConfig:
     declare_frozen(sections.get("data"))
     plugins.require(sections.get(plugins.KEY))
     parsed, problems = parse_sections(sections)
-    problems += list(_across(parsed))
+    problems += list(_across(parsed, rules.RULES["run"]))
     # a tracker is the first process's; but what a model is trained on must not be the words that stand for it
     problems += [Problem(key, reason, has_value=False) for key, reason in missing if not secrets.is_secret_key(key)]
     if problems:
-        raise refuse(list(explained(problems, Situation(sections, {}))))
+        raise refuse(list(with_hints(problems, Situation(sections, {}))))
     return _assemble(parsed)
 
 
-def check(composed: Composed, line: CommandLine, entry: str | None = None) -> tuple[Job | None, list[Problem]]:
+def check_composed(composed: Composed, line: CommandLine, entry: str | None = None) -> tuple[Job | None, list[Problem]]:
     """Check a composed configuration against schema, rules and file system; return its job, or all problems."""
     if not composed.sections:
         return None, composed.problems
-    refused = {
-        problem.key for problem in line.problems
-    }  # a section whose option is unknown is reported once, not twice
-    if deepspeed.KEY in {problem.key for problem in composed.problems}:  # its file can't be read
-        refused.add("deepspeed")
-    refused |= composed.failed
-    sections = {key: value for key, value in composed.sections.items() if key not in refused}
+    # a section whose option is unknown, or whose file can't be read, is reported once, not twice
+    reported = {problem.key for problem in line.problems} | composed.unresolved
+    if deepspeed.KEY in {problem.key for problem in composed.problems}:
+        reported.add("deepspeed")
+    sections = {key: value for key, value in composed.sections.items() if key not in reported}
     own = _own_section(sections, entry)
     sweep = _sweep_section(sections, line, composed, entry)
-    of_hydra = [] if entry == "predict" else list(hydra_problems(composed, line))
     parsed, problems = parse_sections(sections)
-    problems = [p for p in [*problems, *own.problems, *sweep.problems, *of_hydra] if p.key not in refused]
+    problems += [*own.problems, *sweep.problems, *([] if entry == "predict" else hydra_problems(composed, line))]
+    problems = [problem for problem in problems if problem.key not in reported]
     if entry == "predict":
         problems += _across(parsed, rules.RULES["predict"])
         problems += output_problems(own.value, composed.run_dir)
     else:
-        problems += _across(parsed)
+        problems += _across(parsed, rules.RULES["run"])
         problems += meeting_problems(parsed, line)
         problems += run_dir_problems(composed, line)
-    of_file = [one for one in composed.problems if one.key.startswith("deepspeed.") and one.key not in composed.failed]
-    # one problem is enough for a key without a value
-    unresolved = {problem.key for problem in composed.problems if problem not in of_file} | composed.failed
+    earlier = (*composed.problems, *line.problems)
+    located = _located(problems, composed, line, entry)
+    if composed.unresolved and not (located or earlier):
+        located = [
+            Problem(key, "takes a value that is missing", has_value=False) for key in sorted(composed.unresolved)
+        ]
+    if names := plugins.not_imported(composed.sections.get(plugins.KEY)):
+        # only where nothing else is wrong is a plugin's code run; then its names are known, and all is checked again
+        if all(isinstance(problem, Unregistered) for problem in (*located, *earlier)):
+            where = _where(plugins.KEY, line, composed)
+            failed = [dataclasses.replace(problem, where=where) for problem in plugins.import_plugins(names)]
+            return (None, failed) if failed else check_composed(composed, line, entry)
+        located = [problem for problem in located if not isinstance(problem, Unregistered)]
+    if located or earlier:
+        return None, located_problems(composed, line, but=_of_deepspeed_file(composed)) + located
+    stored = {key: value for key, value in composed.stored.items() if key not in (entry, "sweep")}
+    return Job(_assemble(parsed), stored, composed.run_dir, own.value, sweep=sweep.value), []
+
+
+def _of_deepspeed_file(composed: Composed) -> list[Problem]:
+    """Return the problems of keys that a user's DeepSpeed file has, which are explained as those of any other key."""
+    return [p for p in composed.problems if p.key.startswith("deepspeed.") and p.key not in composed.unresolved]
+
+
+def _located(problems: list[Problem], composed: Composed, line: CommandLine, entry: str | None) -> list[Problem]:
+    """Return problems with hints and with where each key was set; one is enough for a key without a value."""
+    of_file = _of_deepspeed_file(composed)
+    unresolved = {problem.key for problem in composed.problems if problem not in of_file} | composed.unresolved
     reads = is_read_by_predict if entry == "predict" else lambda key: True
     situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
     problems = list(without_missing([p for p in problems if p.key not in unresolved], line, composed))
-    located = [
+    return [
         problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
-        for problem in explained([*of_file, *problems], situation)
+        for problem in with_hints([*of_file, *problems], situation)
         if problem.key not in unresolved
     ]
-    if composed.failed and not (located or composed.problems or line.problems):
-        located = [Problem(key, "takes a value that is missing", has_value=False) for key in sorted(composed.failed)]
-    if names := plugins.not_imported(composed.sections.get(plugins.KEY)):
-        if all(isinstance(problem, Unregistered) for problem in (*located, *composed.problems, *line.problems)):
-            where = _where(plugins.KEY, line, composed)
-            failed = [dataclasses.replace(problem, where=where) for problem in plugins.import_plugins(names)]
-            return (None, failed) if failed else check(composed, line, entry)
-        located = [problem for problem in located if not isinstance(problem, Unregistered)]
-    if located or composed.problems or line.problems:
-        return None, located_problems(composed, line, but=of_file) + located
-    stored = {key: value for key, value in composed.stored.items() if key not in (entry, "sweep")}
-    return Job(_assemble(parsed), stored, composed.run_dir, own.value, sweep=sweep.value), []
 
 
 def located_problems(composed: Composed, line: CommandLine, but: Sequence[Problem] = ()) -> list[Problem]:
     """Return what went wrong when a configuration was composed, with where it was set."""
     return [
-        dataclasses.replace(one, where=_where(one.key, line, composed)) if composed.hydra and not one.where else one
-        for one in composed.problems
-        if one not in but
+        dataclasses.replace(problem, where=_where(problem.key, line, composed))
+        if composed.hydra and not problem.where
+        else problem
+        for problem in composed.problems
+        if problem not in but
     ]
 
 
 def _where(key: str, line: CommandLine, composed: Composed) -> str:
     where = where_set(key, line, composed)
-    file = deepspeed.file_behind(key, composed.sections.get("deepspeed"))
+    file = deepspeed.file_that_set(key, composed.sections.get("deepspeed"))
     return file if file and where != COMMAND_LINE else str(where)
 
 
 def _assemble(parsed: dict[str, Parsed]) -> RunConfig:
-    top = dataclasses.asdict(parsed[""].value)
-    return RunConfig(**top, **{name: part.value for name, part in parsed.items() if name})
+    top = dataclasses.asdict(parsed["top"].value)
+    return RunConfig(**top, **{name: part.value for name, part in parsed.items() if name != "top"})
 
 
 def _own_section(sections: dict[str, Any], entry: str | None) -> Parsed:
@@ -232,7 +250,9 @@ def _own_section(sections: dict[str, Any], entry: str | None) -> Parsed:
 def sweep_of(composed: Composed) -> tuple[SweepConfig | None, list[Problem]]:
     """Return the sweep section of a composed configuration, typed, whatever is wrong with the others."""
     parsed = parse_section(SweepConfig, composed.sections.get("sweep", {}), "sweep")
-    return parsed.value, list(explained(parsed.problems, Situation(composed.sections, composed.choices, is_sweep=True)))
+    return parsed.value, list(
+        with_hints(parsed.problems, Situation(composed.sections, composed.choices, is_sweep=True))
+    )
 
 
 def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Composed, entry: str | None) -> Parsed:
@@ -243,7 +263,7 @@ def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Compos
     found = list(describes_a_sweep(composed))
     asked = [o for o in line.overrides if f"{o.key_or_group}.".startswith("sweep.") and not _asks_for_none(o)]
     reason = "is read by a sweep only: add -m" if entry is None else f"python -m src.{entry} looks at one run"
-    problems = [Problem(o.key_or_group, reason, value_text(o), True, COMMAND_LINE) for o in asked]
+    problems = [Problem.on_command_line(o.key_or_group, reason, value_text(o)) for o in asked]
     if not asked and entry is None:  # a file asks
         one_run = " ".join(without for _, _, without in found)
         reason = f"describes a sweep: give the same command with -m; or for one run without it {one_run}"
@@ -260,12 +280,10 @@ def _asks_for_none(override: Override) -> bool:
     )
 
 
-def _across(
-    parsed: dict[str, Parsed], those: Sequence[Callable[..., Iterator[Problem]]] = rules.RULES["run"]
-) -> Iterator[Problem]:
+def _across(parsed: dict[str, Parsed], rules_of_entry: Sequence[Callable[..., Iterator[Problem]]]) -> Iterator[Problem]:
     """Apply each rule whose sections are all good; a rule's parameters name the sections it reads."""
-    good = {name or "top": part.value for name, part in parsed.items() if part.value is not None}
-    for rule in those:
+    good = {name: part.value for name, part in parsed.items() if part.value is not None}
+    for rule in rules_of_entry:
         needed = inspect.signature(rule).parameters
         if all(name in good for name in needed):
             yield from rule(**{name: good[name] for name in needed})

@@ -1,4 +1,4 @@
-"""What the options of a group hold and say, as their files have it: for hints, help and reference. No torch here."""
+"""What the options of a group hold and say, as their files have it: for hints, help and reference."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from src.config import comments
 from src.config.command_line import options
 from src.config.keys import Key
 from src.config.options import GLOBAL_GROUPS, OptionFileError, is_hidden, option_text, read_option
+from src.util import merged, value_at
 
 GLOBAL = "_global_"
 
@@ -54,7 +55,7 @@ def read(group: str, name: str, roots: tuple[Path, ...]) -> Option | None:
             stat = file.stat()
             return _read(group, name, file, stat.st_mtime_ns, stat.st_size)
         if os.path.lexists(file):
-            read_option(file)  # tells why it is none
+            read_option(file)  # raises, with the reason
     return None
 
 
@@ -77,13 +78,13 @@ def defaults_of(given: Any) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the options of its own group that a defaults list names, and its choices in other groups."""
     parents: list[str] = []
     choices: dict[str, str] = {}
-    for one in given if isinstance(given, list) else []:
-        if isinstance(one, str) and one != "_self_":
-            parents.append(one.partition("@")[0])
-        elif isinstance(one, dict):
+    for entry in given if isinstance(given, list) else []:
+        if isinstance(entry, str) and entry != "_self_":
+            parents.append(entry.partition("@")[0])
+        elif isinstance(entry, dict):
             choices |= {
                 str(group).removeprefix("override").removeprefix("optional").strip().lstrip("/"): str(option)
-                for group, option in one.items()
+                for group, option in entry.items()
             }
     return tuple(parents), choices
 
@@ -92,19 +93,19 @@ def lineage(group: str, name: str, roots: tuple[Path, ...]) -> Iterator[Option]:
     """Yield an option and all that it builds on within its group, the nearest first."""
     seen, waiting = set[str](), [name]
     while waiting:
-        one = waiting.pop(0)
-        if one not in seen and (found := read(group, one, roots)) is not None:
-            seen.add(one)
+        name = waiting.pop(0)
+        if name not in seen and (found := read(group, name, roots)) is not None:
+            seen.add(name)
             yield found
-            beside = PurePath(one).parent
-            waiting[:0] = [_in_group(group, parent, beside, roots) for parent in reversed(found.parents)]
+            folder = PurePath(name).parent
+            waiting[:0] = [_in_group(group, parent, folder, roots) for parent in reversed(found.parents)]
 
 
-def _in_group(group: str, name: str, beside: PurePath, roots: tuple[Path, ...]) -> str:
+def _in_group(group: str, name: str, folder: PurePath, roots: tuple[Path, ...]) -> str:
     """Return the name within its group of an option that another one builds on, which may be in a folder of its own."""
     if name.startswith("/"):
         return name.strip("/").removeprefix(f"{group}/")
-    nearest = (beside / name).as_posix()
+    nearest = (folder / name).as_posix()
     return nearest if any(os.path.lexists(root / group / f"{nearest}.yaml") for root in roots) else name
 
 
@@ -112,16 +113,8 @@ def values_of(group: str, name: str, roots: tuple[Path, ...]) -> dict[str, Any]:
     """Return the values of an option with those of the options that it builds on."""
     whole: dict[str, Any] = {}
     for option in reversed(list(lineage(group, name, roots))):
-        whole = _merged(whole, option.values)
+        whole = merged(whole, option.values)
     return whole
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = dict(below)
-    for key, value in above.items():
-        before = both.get(key)
-        both[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
-    return both
 
 
 def readable(group: str, roots: Sequence[Path]) -> list[str]:
@@ -148,18 +141,16 @@ def setting(key: Key, roots: Sequence[Path]) -> dict[str, Any]:
     """Return the value of a key in each option that sets it, by the option."""
     name, found = key.name.removeprefix(f"{key.section}."), dict[str, Any]()
     for option in with_key(key, roots):
-        node: Any = values_of(key.section, option, tuple(roots))
-        for part in name.split("."):
-            node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
-        if node is not _ABSENT:
-            found[option] = node
+        value = value_at(values_of(key.section, option, tuple(roots)), name, _ABSENT)
+        if value is not _ABSENT:
+            found[option] = value
     return found
 
 
 def first_with_key(key: Key, roots: Sequence[Path]) -> list[str]:
     """Return those options that set a key and build on no other option that does."""
     names = list(setting(key, roots)) or with_key(key, roots)
-    above = {name: {one.name for one in lineage(key.section, name, tuple(roots))} - {name} for name in names}
+    above = {name: {option.name for option in lineage(key.section, name, tuple(roots))} - {name} for name in names}
     return [name for name in names if not above[name] & set(names)]
 
 

@@ -1,6 +1,6 @@
 """What `--help` prints, in 80 columns: all groups and keys; one group, section or key; or an entry's own keys.
 
-No torch here. Values are those of the command line that asks, so `--help experiment=…` shows what that chooses.
+Values are those of the command line that asks, so `--help experiment=…` shows what that chooses.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from src.config.compose import compose
 from src.config.composed import Composed, where_set
 from src.config.groups import Option
 from src.config.keys import Key, all_keys, source_keys
-from src.config.options import GLOBAL_GROUPS, OptionFileError, Place, shown
+from src.config.options import GLOBAL_GROUPS, KeyPosition, OptionFileError, shown
 from src.config.problems import Problem, refuse, shortened
 from src.config.schema import ENTRY_SECTIONS, Check, Keys
 from src.errors import show, visible
-from src.util import nearest
+from src.util import nearest, value_at
 
 WIDTH = 80
 LEFT = 34
@@ -47,7 +47,7 @@ ELSEWHERE = (
 
 
 class Page:
-    """What is chosen and set, and the folders whose options are shown."""
+    """The choices and values to show, and the folders whose options are listed."""
 
     def __init__(self, composed: Composed, line: CommandLine) -> None:
         self.composed, self.line, self.roots = composed, line, line.roots
@@ -61,12 +61,7 @@ class Page:
         """Return a key's value now; NOTHING where what was chosen has no such key."""
         if key.section in ENTRY_SECTIONS:
             return reference.defaults(key)[""]
-        node: Any = self.composed.stored
-        for part in key.name.split("."):
-            if not isinstance(node, dict) or part not in node:
-                return NOTHING
-            node = node[part]
-        return node
+        return value_at(self.composed.stored, key.name, NOTHING)
 
     def meaning(self, key: Key) -> str:
         return reference.meaning(key, self.roots, self.chosen(key.section))
@@ -83,7 +78,7 @@ class Page:
         for group in groups.groups(self.roots):
             if known := options(group, self.roots):
                 chosen = self.chosen(group)
-                others = [one for one in known if one != chosen]
+                others = [name for name in known if name != chosen]
                 yield from wrapped(f"{group}: {chosen or 'null'} ({', '.join(others)})", hanging=4)
         yield ""
         yield "== Keys (SECTION.KEY=VALUE): their values now, and what they mean =="
@@ -132,7 +127,7 @@ class Page:
 
     def sets(self, option: Option) -> str:
         """Return what an option builds on and sets, in one line."""
-        public = [one.removeprefix(f"/{option.group}/") for one in option.parents if not one.startswith("_")]
+        public = [parent.removeprefix(f"/{option.group}/") for parent in option.parents if not parent.startswith("_")]
         given = [f"{key}: {shortened(shown_value(value), 60)}" for key, value in reference.changes(option).items()]
         parts = [*([f"as {', '.join(public)}"] if public else []), *([f"sets {'; '.join(given)}"] if given else [])]
         said = ", and ".join(parts) or "sets nothing"
@@ -159,8 +154,8 @@ class Page:
         if key.inner:
             for allowed, inner in inner_keys(key.inner).items():
                 yield from wrapped(f"In it, {allowed}: {', '.join(inner)}", indent=6, hanging=2)
-        if key.facts.each:
-            yield from wrapped(f"Each may have {', '.join(one.leaf for one in source_keys())}", indent=6, hanging=2)
+        if key.info.each:
+            yield from wrapped(f"Each may have {', '.join(key.leaf for key in source_keys())}", indent=6, hanging=2)
 
     def topic(self, name: str) -> Iterator[str]:
         """Yield what there is to know of a group, a section, a key or a key's last part.
@@ -176,7 +171,7 @@ class Page:
             yield from self.long(known[name])
             if name.partition(".")[0] not in ENTRY_SECTIONS and self.value(known[name]) is not NOTHING:
                 place = where_set(name, self.line, self.composed)
-                yield from wrapped(f"Set by {shown(place.file) if isinstance(place, Place) else place}", indent=6)
+                yield from wrapped(f"Set by {shown(place.file) if isinstance(place, KeyPosition) else place}", indent=6)
         elif inside:
             yield from self.keys(name, inside)
         elif found := [key for key in known.values() if key.leaf == name]:

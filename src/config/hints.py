@@ -1,4 +1,4 @@
-"""What an unknown key should have been: its place, its name here, or the option that has it. No torch here."""
+"""What an unknown key should have been: its place, its name here, or the option that has it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from src.config.peers import Counterpart
 from src.config.problems import Problem
 from src.config.quoting import typed
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, Keys
+from src.util import value_at
 
 LIKE_HERE, LIKE_ELSEWHERE = 0.6, 0.8
 """How much of a name must be alike for a key of the same section, and of another, to be meant."""
@@ -37,14 +38,14 @@ BEFORE = {
     "quantization": ("bnb_4bit",),
     "tracking": ("mlflow", "wandb"),
 }
-"""What other trainers begin the names of a section's keys with, besides the section's own name."""
+"""Prefixes that other trainers put before the names of a section's keys, besides its own name."""
 OPTION_NAMES = ("name", "kind", "class", "_target_")
-"""What a section's option is called elsewhere."""
+"""Other trainers' names for the choice of a section's option."""
 
 
 @dataclass(frozen=True)
 class UnknownKey(Problem):
-    """A key that its section does not have; `explained` finds its reason once all choices are known."""
+    """A key that its section does not have; `with_hints` finds its reason once all choices are known."""
 
     siblings: tuple[str, ...] = ()
     """The keys that the section has."""
@@ -52,7 +53,7 @@ class UnknownKey(Problem):
 
 @dataclass(frozen=True)
 class Situation:
-    """What the configuration is whose keys are explained."""
+    """The configuration whose keys are explained."""
 
     sections: Mapping[str, Any]
     choices: Mapping[str, str]
@@ -84,7 +85,7 @@ class Situation:
         return section in _sections() and section in self.sections and self.sections[section] is None
 
 
-def explained(problems: Sequence[Problem], situation: Situation) -> Iterator[Problem]:
+def with_hints(problems: Sequence[Problem], situation: Situation) -> Iterator[Problem]:
     """Yield the problems, unknown keys with what was probably meant; a section that is unknown as its single keys."""
     for problem in problems:
         if not isinstance(problem, UnknownKey):
@@ -166,8 +167,8 @@ def _reason(key: str, value: Any, problem: UnknownKey, situation: Situation) -> 
     if not suggested and not because:
         suggested = _alike(key, value, problem, situation)
     if suggested:
-        note = next((one.note for one in suggested if one.note), "")
-        texts = dict.fromkeys(one.text for one in suggested[:MOST_SUGGESTED])
+        note = next((suggestion.note for suggestion in suggested if suggestion.note), "")
+        texts = dict.fromkeys(suggestion.text for suggestion in suggested[:MOST_SUGGESTED])
         return f"unknown key; did you mean {' or '.join(texts)}?{f' ({note})' if note else ''}"
     if because:
         return f"unknown key; {because}"
@@ -229,12 +230,22 @@ def _in_section(key: str, value: Any, situation: Situation) -> list[_Suggestion]
     if not section or any(here.key.partition(".")[0] == section for _, here in peers.find(leaf)):
         return []
     words = _words_of(leaf)
-    of_section = [one for one in all_keys().values() if one.section == section and situation.is_read(one.name)]
-    having = [one for one in of_section if words < _words_of(one.leaf) and (situation.choices or situation.has(one))]
-    having = [one for one in having if situation.has(one)] or having
-    having = [one for one in having if one.takes(value)] or having
+    of_section = [
+        candidate
+        for candidate in all_keys().values()
+        if candidate.section == section and situation.is_read(candidate.name)
+    ]
+    having = [
+        candidate
+        for candidate in of_section
+        if words < _words_of(candidate.leaf) and (situation.choices or situation.has(candidate))
+    ]
+    having = [candidate for candidate in having if situation.has(candidate)] or having
+    having = [candidate for candidate in having if candidate.accepts(value)] or having
     if having:
-        return [suggestion for one in having for suggestion in _of_key(one, _typed(one, value), situation)]
+        return [
+            suggestion for candidate in having for suggestion in _of_key(candidate, _typed(candidate, value), situation)
+        ]
     if leaf in OPTION_NAMES and section in situation.choices:
         given = Counterpart(section, peers.options_of(section), is_same=True)
         return _of_group(given, given.value(value)[0], [], situation)
@@ -260,7 +271,7 @@ def _of_inner(section: str, name: str, value: Any, situation: Situation) -> list
             continue
         deep = [f"{key.name}.{path}" for path in _paths(key.inner) if f".{path}".endswith(f".{name}")]
         if deep and situation.has(key):
-            return [_Suggestion(one) for one in deep]
+            return [_Suggestion(text) for text in deep]
         if deep and section in situation.choices:
             options = groups.with_key(key, situation.roots)
             those = [option for option in options if _value_in(section, option, deep[0], situation) == value]
@@ -278,10 +289,7 @@ def _paths(inner: Keys) -> Iterator[str]:
 
 def _value_in(section: str, option: str, key: str, situation: Situation) -> Any:
     """Return the value of a key in an option; None where it has none."""
-    node: Any = groups.values_of(section, option, tuple(situation.roots))
-    for part in key.split(".")[1:]:
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
+    return value_at(groups.values_of(section, option, tuple(situation.roots)), key.partition(".")[2])
 
 
 def _by_name(leaf: str, value: Any, situation: Situation) -> tuple[list[_Suggestion], str]:
@@ -360,7 +368,7 @@ def _of_key(
     """Return a key as a suggestion; with choices that it needs, or another value than was given, as KEY=VALUE.
 
     Args:
-        text: KEY=VALUE; '' where the value can't be had there.
+        text: KEY=VALUE; '' where the key does not take the value there.
         replaced: choices to make for other reasons.
     """
     if not situation.is_read(key.name) or (not situation.choices and not situation.has(key)):
@@ -376,7 +384,7 @@ def _of_key(
 
 def _typed(key: Key, value: Any) -> str:
     """Return KEY=VALUE as it is typed in a shell; '' where it can't be, is long, or the key takes no such value."""
-    return typed(key.name, value, LONGEST) if key.takes(value) else ""
+    return typed(key.name, value, LONGEST) if key.accepts(value) else ""
 
 
 def _alike(key: str, value: Any, problem: UnknownKey, situation: Situation) -> list[_Suggestion]:
@@ -392,7 +400,7 @@ def _alike(key: str, value: Any, problem: UnknownKey, situation: Situation) -> l
         here += _sections()
     alike = {name: _likeness(leaf, name.rpartition(".")[2]) + HERE_FIRST for name in here}
     alike = {name: likeness for name, likeness in alike.items() if likeness >= LIKE_HERE + HERE_FIRST}
-    elsewhere = {one.name: one.leaf for one in _offered(situation)} | {name: name for name in peers.names()}
+    elsewhere = {key.name: key.leaf for key in _offered(situation)} | {name: name for name in peers.names()}
     for name, their_leaf in elsewhere.items() if len(leaf) >= SHORTEST_ALIKE else ():
         if name not in alike and (likeness := _likeness(leaf, their_leaf)) >= LIKE_ELSEWHERE:
             alike[name] = likeness

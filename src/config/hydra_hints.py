@@ -1,4 +1,4 @@
-"""What an unknown key or option of Hydra's own section should have been. No torch here."""
+"""What an unknown key or option of Hydra's own section should have been."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from src.config.options import option_files
 from src.util import did_you_mean, in_words, nearest
 
 HYDRAS = Path(conf.__file__).parent
-"""Where Hydra's own options are."""
+"""The folder of Hydra's own options."""
 LAUNCHER = "hydra.launcher."
 OBEYED = (
     *("hydra.run.dir", "hydra.sweep.dir", "hydra.mode", "hydra.searchpath", "hydra.sweeper", "hydra.launcher"),
@@ -29,7 +29,7 @@ INSTEAD = {
     "hydra/launcher": "trials run several at a time by sweep.n_jobs=N",
     "hydra/sweeper": "settings are searched by sweep=tpe or sweep=asha",
 }
-"""What Towline has itself of what plugins of Hydra's are installed for."""
+"""Towline's own ways to do what plugins of Hydra are installed for."""
 
 
 def unknown_group_option(group: str, option: str, roots: Sequence[Path]) -> str:
@@ -59,7 +59,7 @@ def unknown_key(key: str, value: str, cfg: DictConfig) -> str:
 
     Args:
         value: as it was typed.
-        cfg: what the other overrides came to.
+        cfg: what the other overrides are composed to.
     """
     parts, depth = key.split("."), 0
     node: Any = cfg

@@ -1,4 +1,4 @@
-"""Keys of Hydra's own section: what Towline obeys, and what it refuses with the way that works. No torch here."""
+"""Keys of Hydra's own section: what Towline obeys, and what it refuses with the way that works."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, Node, OmegaConf
 
-from src.config.command_line import COMMAND_LINE, CommandLine, value_text
+from src.config.command_line import CommandLine, value_text
 from src.config.composed import Composed
 from src.config.hydra_hints import LAUNCHER, LOOKED_AT, OBEYED
 from src.config.merging import has_content
@@ -24,10 +24,10 @@ WHY_NOT_READ = {
     "hydra.job.env_set": "nothing here reads it: set the variable in front of the command, NAME=VALUE python -m …",
 }
 READ_BY_EVERY_SWEEPER = ("name", "params", "max_points")
-"""Keys of the section sweep that count, or are refused, whoever runs the sweep."""
+"""Keys of the section `sweep` that are read by any sweeper, or refused."""
 OWN_SWEEPER = "towline"
 SUBDIR = "${hydra:job.num}"
-"""Hydra's default, and the only form in which a sweep's trials lie in their folder."""
+"""Hydra's default, and the only layout of a sweep's folder that is supported."""
 
 
 def asks_for_sweep(composed: Composed) -> bool:
@@ -127,7 +127,7 @@ def _not_read(composed: Composed, line: CommandLine) -> Iterator[Problem]:
     for override in line.overrides:
         key = override.key_or_group
         if key.startswith(("hydra.", "hydra/")) and not _is_obeyed(key) and override.value():
-            yield Problem(key, _why_not_read(key), value_text(override), True, COMMAND_LINE)
+            yield Problem.on_command_line(key, _why_not_read(key), value_text(override))
     for file in composed.files:
         if file.file != CONF / "config.yaml" and (file.package or "hydra") == "hydra":
             content = read_option(file.file)

@@ -1,4 +1,4 @@
-"""What a configuration takes of the start that composes it: `${start_time:}`, `${uid:}`, `${sweep_id:}`. No torch here.
+"""What a configuration takes of the start that composes it: `${start_time:}`, `${uid:}`, `${sweep_id:}`.
 
 OmegaConf's resolvers belong to the process, and so does what they stand for.
 """

@@ -1,4 +1,4 @@
-"""Files that build on nothing: what they lack is one problem a file, not one a key. No torch here."""
+"""Files that build on nothing: what they lack is one problem a file, not one a key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the gate admits: a job to run, or what else a command line asks for. No torch here."""
+"""What the gate admits: a job to run, or what else a command line asks for."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Job:
     config: RunConfig
     frozen: dict[str, Any]
     run_dir: Path
-    own: Any = None
+    entry_section: Any = None
     """The section that the entry alone reads, where it has one."""
     is_held: bool = False
     """Whether the process that started this one holds the run's folder."""
     sweep: SweepConfig | None = None
-    """What makes a sweep of it, with -m."""
+    """The section `sweep`, with -m."""
     trial: Mapping[str, Any] | None = None
-    """Of a run in a sweep that may end it early: where to ask, see src.sweep.pruning."""
+    """Where a trial asks whether to end early, see src.sweep.pruning; None of other runs."""
 
 
 @dataclass

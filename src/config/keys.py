@@ -1,4 +1,4 @@
-"""Every key that a configuration can have, as the schema declares it: for hints, help and reference. No torch here."""
+"""Every key that a configuration can have, as the schema declares it: for hints, help and reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from src.config import schema as declared
 from src.config.quoting import escaped
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, Check, Keys, SweepConfig, TopLevelConfig
-from src.config.schema.fields import Facts, facts_of
+from src.config.schema.fields import KeyInfo, key_info
 from src.config.values import convert, described, members
 
 
@@ -43,31 +43,31 @@ class Key:
         return _hints(self.owner)[self.leaf]
 
     @property
-    def facts(self) -> Facts:
-        return facts_of(next(one for one in dataclasses.fields(self.owner) if one.name == self.leaf))
+    def info(self) -> KeyInfo:
+        return key_info(next(one for one in dataclasses.fields(self.owner) if one.name == self.leaf))
 
     @property
     def check(self) -> Check | None:
-        return self.facts.check
+        return self.info.check
 
     @property
     def inner(self) -> Keys:
         """The keys of another library's that its mapping may have."""
-        return self.facts.inner or {}
+        return self.info.inner or {}
 
     @property
     def text(self) -> str:
         """What it means, where no line in conf/ says so."""
-        return self.facts.text
+        return self.info.text
 
     @property
     def shapes_rows(self) -> bool:
         """Whether encoded rows depend on it; only sections that the row encoder gets."""
-        return self.section in ("data", "tokens") and self.facts.shapes_rows
+        return self.section in ("data", "tokens") and self.info.shapes_rows
 
     @property
     def is_read_by_predict(self) -> bool:
-        is_read = self.facts.read_by_predict
+        is_read = self.info.read_by_predict
         return self.section == "data" and self.shapes_rows if is_read is None else is_read
 
     @property
@@ -80,7 +80,7 @@ class Key:
         is_optional = type(None) in members(self.hint) and "null" not in self.check.allowed
         return self.check.allowed + (", or null" if is_optional else "")
 
-    def takes(self, value: Any) -> bool:
+    def accepts(self, value: Any) -> bool:
         """Return whether the key may have this value, as far as the key alone decides."""
         return not convert(OmegaConf.structured(self.owner), self.leaf, self.hint, self.check, escaped(value))[1]
 
@@ -142,4 +142,4 @@ def is_read_by_predict(name: str) -> bool:
 def is_whole_number(key: str) -> bool:
     """Return whether a key's value has to be a whole number."""
     found = all_keys().get(key)
-    return found is not None and found.takes(2) and not found.takes(1.5)
+    return found is not None and found.accepts(2) and not found.accepts(1.5)

@@ -1,6 +1,6 @@
-"""How Hydra puts option files together here: what does not fit is placed, and which file gave what is kept. No torch.
+"""How Hydra puts option files together here: what does not fit is placed, and which file gave what is kept.
 
-A list or a value in the place of a mapping, or the reverse, takes its place: the gate tells it with all other problems.
+A list or value in place of a mapping, or the reverse, is taken: the gate reports it with the other problems.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HAS_DEFAULTS = "HYDRA_REMOVE_TOP_LEVEL_DEFAULTS"
 SWEEPER = "hydra/sweeper"
 FILE = "file://"
 MOST_LISTED = 20
-"""Names that an error tells, where it can't say which was meant."""
+"""The most names that an error lists, where it can't say which was meant."""
 SEARCHPATH = (
     "is read from the command line: hydra.searchpath=[file:///DIR], or --config-dir DIR; an experiment can't add to it"
 )
@@ -121,14 +121,14 @@ class Loader(ConfigLoaderImpl):
         """Yield the entries of `defaults` that choose for Hydra itself, where conf/config.yaml goes before them."""
         read = self._read()
         base = read[BASE].defaults_list if BASE in read else None
-        fixed = {one.group: one.value for one in base or () if isinstance(one, GroupDefault) and one.override}
+        fixed = {entry.group: entry.value for entry in base or () if isinstance(entry, GroupDefault) and entry.override}
         for path, result in read.items():
             entries = result.defaults_list if path not in (BASE, primary) else None
-            for number, one in enumerate(entries or ()):
-                group = str(one.group).strip("/") if isinstance(one, GroupDefault) and one.override else ""
-                if group in fixed and one.value != fixed[group] and (file := _file_of(result, path)) is not None:
+            for number, entry in enumerate(entries or ()):
+                group = str(entry.group).strip("/") if isinstance(entry, GroupDefault) and entry.override else ""
+                if group in fixed and entry.value != fixed[group] and (file := _file_of(result, path)) is not None:
                     remedy = (
-                        f"on the command line it counts: {group}={one.value}" if group == SWEEPER else "leave it out"
+                        f"on the command line it counts: {group}={entry.value}" if group == SWEEPER else "leave it out"
                     )
                     reason = f"would change nothing, as conf/config.yaml goes before it; {remedy}"
                     yield error_in_defaults(file, number, reason)
@@ -136,47 +136,47 @@ class Loader(ConfigLoaderImpl):
     def _read(self) -> dict[str, ConfigResult]:
         """Return the files that were read, by their paths."""
         cache: dict[str, ConfigResult | None] = getattr(getattr(self, "_repo", None), "cache", {})
-        return {key.removeprefix("config_path="): one for key, one in cache.items() if one is not None}
+        return {key.removeprefix("config_path="): result for key, result in cache.items() if result is not None}
 
     def _wrong_defaults(self) -> Iterator[OptionFileError]:
         """Yield the entries of `defaults` that name no option, or choose where another file has chosen."""
         read = self._read()
         chosen: dict[str, str] = {}
         for path in sorted(read, key=lambda path: path not in (f"{HYDRA}/config", BASE)):
-            for number, one in enumerate(read[path].defaults_list or ()):
-                reason = self._wrong_entry(one, path, chosen)
+            for number, entry in enumerate(read[path].defaults_list or ()):
+                reason = self._wrong_entry(entry, path, chosen)
                 if reason and (file := _file_of(read[path], path)) is not None:
                     yield error_in_defaults(file, number, reason)
-                if isinstance(one, GroupDefault) and not one.override and one.package is None:
-                    chosen.setdefault(_absolute(str(one.group), path), path)
+                if isinstance(entry, GroupDefault) and not entry.override and entry.package is None:
+                    chosen.setdefault(_absolute(str(entry.group), path), path)
 
-    def _wrong_entry(self, one: InputDefault, path: str, chosen: Mapping[str, str]) -> str:
+    def _wrong_entry(self, entry: InputDefault, path: str, chosen: Mapping[str, str]) -> str:
         """Return what is wrong with an entry of a file's `defaults`; '' where it is good."""
-        if isinstance(one, GroupDefault):
-            return self._wrong_group(one, path, chosen)
-        assert isinstance(one, ConfigDefault)
-        name = str(one.path)
+        if isinstance(entry, GroupDefault):
+            return self._wrong_group(entry, path, chosen)
+        assert isinstance(entry, ConfigDefault)
+        name = str(entry.path)
         place = _absolute(name, path)
-        if one.is_self() or "${" in name or self._repo.config_exists(place):
+        if entry.is_self() or "${" in name or self._repo.config_exists(place):
             return ""
         group, _, option = place.rpartition("/")
         if near := nearest(option, self._options(group)):
             found = f"{group}/{near}" if group else near
             return f"no file {place}.yaml; did you mean {f'/{found}' if name.startswith('/') else near}?"
-        beside, _, leaf = name.strip("/").rpartition("/")
-        if beside and leaf in self._options(beside):
-            return f"no file {place}.yaml; an option of another group is chosen by `override /{beside}: {leaf}`"
+        other, _, leaf = name.strip("/").rpartition("/")
+        if other and leaf in self._options(other):
+            return f"no file {place}.yaml; an option of another group is chosen by `override /{other}: {leaf}`"
         return f"no file {place}.yaml; {_listed(self._options(group))}"
 
-    def _wrong_group(self, one: GroupDefault, path: str, chosen: Mapping[str, str]) -> str:
-        name = str(one.group)
-        group, given = _absolute(name, path), one.value if isinstance(one.value, list) else [one.value]
-        value = "null" if one.value is None else str(one.value).replace("'", "")
+    def _wrong_group(self, entry: GroupDefault, path: str, chosen: Mapping[str, str]) -> str:
+        name = str(entry.group)
+        group, given = _absolute(name, path), entry.value if isinstance(entry.value, list) else [entry.value]
+        value = "null" if entry.value is None else str(entry.value).replace("'", "")
 
         def written(group: str, *, overrides: bool = True) -> str:
             return f"`{'override ' if overrides else ''}/{group}: {value}`"
 
-        if one.optional or "${" in name or any("${" in str(option) for option in given):
+        if entry.optional or "${" in name or any("${" in str(option) for option in given):
             return ""
         if not self._repo.group_exists(group):
             if not name.startswith("/") and self._repo.group_exists(name):
@@ -188,13 +188,13 @@ class Loader(ConfigLoaderImpl):
             if option is not None and option != "???" and not self._repo.config_exists(f"{group}/{option}"):
                 known = self._options(group)
                 return f"{group} has no option {option}; {_listed(known)}{did_you_mean(option, known)}"
-        if one.override and one.package is not None:
-            return f"nothing else has chosen an option for {one.package}: {written(group)}, without '@'"
-        if one.override and group not in chosen and not group.startswith(f"{HYDRA}/"):
+        if entry.override and entry.package is not None:
+            return f"nothing else has chosen an option for {entry.package}: {written(group)}, without '@'"
+        if entry.override and group not in chosen and not group.startswith(f"{HYDRA}/"):
             return (
                 f"nothing else has chosen an option of {group}: {written(group, overrides=False)}, without `override`"
             )
-        if not one.override and one.package is None and group in chosen:
+        if not entry.override and entry.package is None and group in chosen:
             return (
                 f"{chosen[group]}.yaml has chosen an option of {group}; another one takes its place: {written(group)}"
             )
@@ -226,7 +226,7 @@ def _make_room(cfg: DictConfig, given: Any) -> None:
     """Take lists out of a configuration where mappings are to be merged into it, and mappings for lists."""
     for key, new in given.items_ex(resolve=False) if isinstance(given, DictConfig) else ():
         old = None if key == HYDRA and cfg._get_parent() is None else cfg._get_node(key)
-        kinds = {type(one) for one in (old, new) if isinstance(one, Container) and has_content(one)}
+        kinds = {type(node) for node in (old, new) if isinstance(node, Container) and has_content(node)}
         if kinds == {DictConfig} and isinstance(old, DictConfig):
             _make_room(old, new)
         elif len(kinds) == 2:
@@ -236,7 +236,7 @@ def _make_room(cfg: DictConfig, given: Any) -> None:
 def make_room(cfg: DictConfig, key: str, value: Any) -> None:
     """Take a list out of the way to a key, and what it has where that is a list and the value a mapping or the reverse.
 
-    So the value is taken, and the gate tells it; nothing is done within Hydra's own section.
+    So the value is taken, and the gate reports it; nothing is done within Hydra's own section.
     """
     *way, last = key.split(".")
     node: Any = cfg
@@ -247,7 +247,7 @@ def make_room(cfg: DictConfig, key: str, value: Any) -> None:
             return
         above, node = node, node._get_node(part)
     kinds = {DictConfig: dict, ListConfig: list}
-    there = next((kind for one, kind in kinds.items() if isinstance(node, one) and has_content(node)), None)
+    there = next((kind for container, kind in kinds.items() if isinstance(node, container) and has_content(node)), None)
     if there is not None and isinstance(value, dict | list) and not isinstance(value, there):
         above[last] = None
 
@@ -261,7 +261,7 @@ def _misfit(section: Any, given: Any, key: str) -> tuple[str, str] | None:
     for name, new in given.items_ex(resolve=False):
         inner = f"{key}.{name}"
         if name not in section:
-            known = [str(one) for one in section if one != "_target_"]
+            known = [str(name) for name in section if name != "_target_"]
             meant = did_you_mean(name, known, lambda near: f"{key}.{near}")
             return inner, f"there is no such key{meant or f'; {_listed(known)}'}"
         if found := _misfit(section._get_node(name), new, inner):

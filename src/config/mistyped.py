@@ -1,4 +1,4 @@
-"""Overrides that can't be read, or that mean several values: what is wrong with them, and what to type. No torch here.
+"""Overrides that can't be read, or that mean several values: what is wrong with them, and what to type.
 
 Whatever is shown as an argument can be pasted into a shell: it is read, and its key takes the value.
 """
@@ -35,14 +35,14 @@ def unreadable(key: str, value: str) -> str:
         if not is_interpolated_well(value):
             return f"{INTERPOLATIONS}{_hint(key, value)}"
         hint, known = _quoting_hint(key, value), all_keys().get(bare)
-        if known and not known.takes(value):
+        if known and not known.accepts(value):
             if text := _good(f"{key}={value.lstrip('= ')}"):
                 return f"did you mean {text}?"
             return f"can't be read; it is {known.allowed}"
         return f"can't be read; a value with '=', ',', quotes, brackets or spaces needs quotes of its own{hint}"
     if found := re.search(r"\[-?\d+\]", bare):
         whole = bare[: found.start()]
-        hint = next(filter(None, (_hint(whole, one) for one in _lists_of(value))), "")
+        hint = next(filter(None, (_hint(whole, items) for items in _lists_of(value))), "")
         return f"items of a list can't be set by themselves: give the whole list{hint}"
     named = re.sub(r"\[(\w+)\]", r".\1", bare)
     meant = re.sub(r"[./]{2,}", ".", re.sub(r"\s", "", named)).strip("./")
@@ -57,7 +57,7 @@ def _good(text: str) -> str:
     if not (is_known and _is_read(text) and _fits(shown)):
         return ""
     value = OverridesParser.create().parse_override(text).value()
-    return shown if key not in all_keys() or all_keys()[key].takes(_plain(value)) else ""
+    return shown if key not in all_keys() or all_keys()[key].accepts(_plain(value)) else ""
 
 
 def several(override: Override, text: str, *, is_group: bool) -> str:
@@ -72,8 +72,8 @@ def several(override: Override, text: str, *, is_group: bool) -> str:
     sweep = override.value()
     if isinstance(sweep, ChoiceSweep) and sweep.simple_form and (listed := _hint(key, [*map(_plain, sweep.list)])):
         reason += f"; or, of one list, write it in brackets{listed}"
-    if one := _quoting_hint(key, text):
-        reason += f"; or, of one value, quote it{one}"
+    if quoted := _quoting_hint(key, text):
+        reason += f"; or, of one value, quote it{quoted}"
     return reason
 
 
@@ -106,7 +106,7 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    return [text for one in inner for text in _texts(one)]
+    return [text for item in inner for text in _texts(item)]
 
 
 def _plain(value: Any) -> Any:
@@ -114,8 +114,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, QuotedString):
         return value.text
     if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return {_plain(key): _plain(one) for key, one in value.items()} if isinstance(value, dict) else value
+        return [_plain(item) for item in value]
+    return {_plain(key): _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _quoting_hint(key: str, value: str) -> str:
@@ -138,7 +138,7 @@ def _hint(key: str, value: Any) -> str:
 def _takes(key: str, value: Any) -> bool:
     bare = key.lstrip("+~")
     known = all_keys().get(bare)
-    return known.takes(value) if known else bare in FOLDERS and isinstance(value, str)
+    return known.accepts(value) if known else bare in FOLDERS and isinstance(value, str)
 
 
 def _fits(text: str) -> bool:

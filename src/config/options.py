@@ -1,4 +1,4 @@
-"""Option files of conf/ and of users' own folders: where they are, what one holds, which can't be read. No torch here.
+"""Option files of conf/ and of users' own folders: where they are, what one holds, which can't be read.
 
 A folder may hold anything besides options: pipes, links to what is not there, files that nobody may read, and YAML that
 would end the process of whoever parses it. One walk finds option files and one reader opens them, so that what nobody
@@ -54,7 +54,7 @@ class _Loader(YamlLoader):
 
 
 @dataclass(frozen=True)
-class Place:
+class KeyPosition:
     """Where a key stands in a file, from line 1, and its value as it is written there; None of a list or mapping."""
 
     file: Path
@@ -129,7 +129,7 @@ def read_option(file: Path) -> dict[str, Any]:
         loader.dispose()
 
 
-def find_key(file: Path, parts: Sequence[str]) -> Place | None:
+def find_key(file: Path, parts: Sequence[str]) -> KeyPosition | None:
     """Return where a file has the key at the end of a way through its mappings; None where it has none.
 
     Raises:
@@ -140,7 +140,7 @@ def find_key(file: Path, parts: Sequence[str]) -> Place | None:
     if found is None:
         return None
     key, value = found
-    return Place(file, key.start_mark.line + 1, value.value if isinstance(value, yaml.ScalarNode) else None)
+    return KeyPosition(file, key.start_mark.line + 1, value.value if isinstance(value, yaml.ScalarNode) else None)
 
 
 def error_at(file: Path, parts: Sequence[str], reason: str) -> OptionFileError:
@@ -163,13 +163,13 @@ def error_of_text(file: Path, reason_of: Callable[[str], str]) -> OptionFileErro
     text, node = _read(file)
     waiting = [] if node is None else [node]
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, yaml.MappingNode):
-            waiting += [value for _, value in reversed(one.value)]
-        elif isinstance(one, yaml.SequenceNode):
-            waiting += reversed(one.value)
-        elif one.tag == f"{TAG}str" and (reason := reason_of(one.value)):
-            return _at(one, file, text, reason)
+        inner = waiting.pop()
+        if isinstance(inner, yaml.MappingNode):
+            waiting += [value for _, value in reversed(inner.value)]
+        elif isinstance(inner, yaml.SequenceNode):
+            waiting += reversed(inner.value)
+        elif inner.tag == f"{TAG}str" and (reason := reason_of(inner.value)):
+            return _at(inner, file, text, reason)
     return None
 
 
@@ -185,7 +185,7 @@ def _descend(node: yaml.Node, parts: Sequence[str]) -> tuple[yaml.Node, yaml.Nod
     for key, value in node.value:
         if key.tag == MERGE:
             inner = value.value if isinstance(value, yaml.SequenceNode) else [value]
-            if found := next(filter(None, (_descend(one, parts) for one in inner)), None):
+            if found := next(filter(None, (_descend(child, parts) for child in inner)), None):
                 return found
     return None
 
@@ -196,7 +196,7 @@ def parents_of(content: Mapping[str, Any], file: Path, group: str) -> Iterator[P
     Args:
         content: what the option's file holds.
     """
-    inside = next((one for one in file.parents if one.name == Path(group).name), file.parent)
+    inside = next((folder for folder in file.parents if folder.name == Path(group).name), file.parent)
     root = inside.parents[len(Path(group).parts) - 1]
     entries = content.get("defaults")
     for entry in entries if isinstance(entries, list) else []:
@@ -289,7 +289,7 @@ def _check_size(file: Path, text: str) -> None:
 
 
 def _explained(reason: str, rest: str) -> str:
-    """Return what is wrong in YAML's words, with what mostly mends it. `rest` is the file from there on."""
+    """Return what is wrong in YAML's words, with what mostly fixes it. `rest` is the file from there on."""
     if rest.startswith("\t"):
         return "a tab, where YAML indents with spaces"
     remedies = {
@@ -328,15 +328,15 @@ def _check(node: yaml.Node, file: Path, text: str) -> None:
     level = [node]
     for _ in range(DEEPEST):
         inner: list[yaml.Node] = []
-        for one in level:
-            if reason := _unlike_its_tag(one):
-                raise _at(one, file, text, reason)
-            if isinstance(one, yaml.MappingNode):
-                _check_keys(one, file, text)
-                inner += [value for _, value in one.value]
-            elif isinstance(one, yaml.SequenceNode):
-                inner += one.value
-        level = list({id(one): one for one in inner}.values())  # aliases that multiply are looked at once
+        for child in level:
+            if reason := _unlike_its_tag(child):
+                raise _at(child, file, text, reason)
+            if isinstance(child, yaml.MappingNode):
+                _check_keys(child, file, text)
+                inner += [value for _, value in child.value]
+            elif isinstance(child, yaml.SequenceNode):
+                inner += child.value
+        level = list({id(child): child for child in inner}.values())  # aliases that multiply are looked at once
     if level:
         raise _at(level[0], file, text, f"nested more than {DEEPEST} deep")
     try:
@@ -386,14 +386,14 @@ def _check_defaults(node: yaml.Node, file: Path, text: str) -> None:
     if not isinstance(node, yaml.SequenceNode):
         raise _at(node, file, text, "defaults is a list, each entry of it `- NAME` or `- override /GROUP: OPTION`")
     seen, overriding = set[str](), ""
-    for one in node.value:
-        if not _is_entry(one):
-            raise _at(one, file, text, "an entry of defaults is `- NAME`, or `- override /GROUP: OPTION`")
-        key = one.value if isinstance(one, yaml.ScalarNode) else one.value[0][0].value
+    for entry in node.value:
+        if not _is_entry(entry):
+            raise _at(entry, file, text, "an entry of defaults is `- NAME`, or `- override /GROUP: OPTION`")
+        key = entry.value if isinstance(entry, yaml.ScalarNode) else entry.value[0][0].value
         if key == "_self_" and key in seen:
-            raise _at(one, file, text, "_self_ a second time")
+            raise _at(entry, file, text, "_self_ a second time")
         if overriding and key != "_self_" and "override" not in key.split(" ")[:-1]:
-            raise _at(one, file, text, f"stands after `{overriding}`: entries with `override` come last")
+            raise _at(entry, file, text, f"stands after `{overriding}`: entries with `override` come last")
         overriding = key if "override" in key.split(" ")[:-1] else overriding
         seen.add(key)
 
@@ -407,7 +407,7 @@ def _is_entry(node: yaml.Node) -> bool:
     value = node.value[0][1]
     names = value.value if isinstance(value, yaml.SequenceNode) else [value]
     allowed = (f"{TAG}str",) if isinstance(value, yaml.SequenceNode) else (f"{TAG}str", f"{TAG}null")
-    return all(isinstance(one, yaml.ScalarNode) and one.tag in allowed for one in names)
+    return all(isinstance(name, yaml.ScalarNode) and name.tag in allowed for name in names)
 
 
 def _at(node: yaml.Node, file: Path, text: str, reason: str) -> OptionFileError:

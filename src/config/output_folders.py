@@ -1,4 +1,4 @@
-"""Whether the folders that a command writes to can be made, without making them. No torch here."""
+"""Whether the folders that a command writes to can be made, without making them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from src.config import frozen
-from src.config.command_line import COMMAND_LINE, CommandLine
+from src.config.command_line import CommandLine
 from src.config.composed import Composed
 from src.config.files import unusable
 from src.config.options import PROJECT_ROOT
-from src.config.problems import Problem
+from src.config.problems import COMMAND_LINE, Problem
 from src.config.schema import PredictConfig, RuntimeConfig
 from src.config.sections import Parsed
 from src.errors import DamagedFileError

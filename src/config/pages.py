@@ -1,6 +1,6 @@
 """Pages of docs/ that are made from the schema, conf/ and the tables of other trainers: `python -m src.config.pages`.
 
-A test compares them with what would be made now; `make docs` writes them anew. No torch here.
+A test compares them with what would be made now; `make docs` writes them anew.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _section(section: str) -> Iterator[str]:
             yield ""
             rows = [[", ".join(map(code, names)), inline(allowed)] for allowed, names in inner_keys(key.inner).items()]
             yield table(["keys", "may be"], rows)
-        if key.facts.each:
+        if key.info.each:
             yield ""
             yield f"A source of `{key.name}` may have, for itself (others as `data` has them):"
             yield ""

@@ -1,4 +1,4 @@
-"""What arguments of other trainers are called here: hints and docs/coming_from.md are made of it. No torch here.
+"""What arguments of other trainers are called here: hints and docs/coming_from.md are made of it.
 
 peers.yaml has a table for each trainer: each name has a key of Towline's, or says why there is none.
 """

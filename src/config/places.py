@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie in its folder, and how that is looked into and cleared away. No torch here."""
+"""Where a run's checkpoints are in its folder, and how they are listed and removed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from src.records import names_in
 
 CHECKPOINTS = "checkpoints"
 """The folder in a run's folder that has one of its own for each checkpoint."""
+MANIFEST, STATE = "manifest.json", "state.json"
+"""Files of a checkpoint: its files with checksums, and the state of the run, with its configuration."""
 
 
 def folder_of(folder: Path, step: int) -> Path:
@@ -45,20 +47,20 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(step for step in found if step is not None)
 
 
-def remove(place: Path) -> None:
-    """Remove a folder, or whatever else is in its place, so that nobody finds half of it there; of a link, the link.
+def remove_atomically(place: Path) -> None:
+    """Rename a file or folder, then remove it, so that nobody finds half of it under its name; of a link, the link.
 
     Raises:
-        OSError: where it can't be removed; then it is out of its place all the same, if it can be renamed.
+        OSError: where it can't be removed; it is renamed all the same, if it can be.
     """
     if (gone := set_aside(place)) is not None:
-        clear(gone)
+        remove_tree(gone)
 
 
 def set_aside(place: Path) -> Path | None:
-    """Rename a folder, or whatever else is in its place, to what is to be removed; None where nothing is there.
+    """Rename a file or folder to a name that is removed later, and return it; None where nothing is there.
 
-    That is `.NAME.gone`, or where something there can't be removed `.NAME.gone-2` and so on.
+    The name is `.NAME.gone`, or where an earlier one can't be removed `.NAME.gone-2` and so on.
 
     Raises:
         OSError: where it can't be renamed.
@@ -71,8 +73,8 @@ def set_aside(place: Path) -> Path | None:
     return gone
 
 
-def clear(place: Path) -> None:
-    """Remove what is in a place, if anything, whatever it is; of a link, the link.
+def remove_tree(place: Path) -> None:
+    """Remove a file or folder where it is, if there is one; of a link, the link.
 
     Raises:
         OSError: where it can't be removed.
@@ -85,7 +87,7 @@ def clear(place: Path) -> None:
 
 def _is_cleared(place: Path) -> bool:
     try:
-        clear(place)
+        remove_tree(place)
     except OSError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Modules of the user's that register what src does not have: `plugins: [my_module]`. No torch here.
+"""Modules of the user's that register what src does not have: `plugins: [my_module]`.
 
 They are imported once everything that can be checked without them has been found good, and by every process of a run.
 """
@@ -37,7 +37,7 @@ class Plugin:
 
 
 _imported: dict[str, Plugin] = {}
-"""By name, as the configuration has it."""
+"""Imported modules by their names in the configuration."""
 
 
 def not_imported(names: Any) -> list[str]:

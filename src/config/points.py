@@ -1,4 +1,4 @@
-"""The points of a sweep, composed: what they have in common only once. No torch here."""
+"""The points of a sweep, composed: what they have in common only once."""
 
 from __future__ import annotations
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from src import terminal
 from src.errors import ConfigError, visible
 from src.secrets import masked
 from src.util import plural
 
+COMMAND_LINE = "command line"
 LONGEST_KEY, LONGEST_VALUE, LONGEST_REASON = 100, 60, 2000
-"""Characters that are shown of each."""
+"""The most characters that are shown of each."""
 HINT = "Nothing was loaded or written. `python -m src.run --help` lists every group and key."
 
 
@@ -27,7 +28,12 @@ class Problem:
     has_value: bool = True
     where: str = ""
     point: str = ""
-    """Of a sweep: what was set where it is wrong."""
+    """In a sweep: the point at which it is wrong."""
+
+    @classmethod
+    def on_command_line(cls, key: str, reason: str, value: Any) -> Self:
+        """Return the problem of a value that the command line gives."""
+        return cls(key, reason, value, where=COMMAND_LINE)
 
     @property
     def given(self) -> str:
@@ -41,12 +47,12 @@ class Problem:
 
 
 def shortened(text: str, most: int) -> str:
-    """Return a text as one line of at most so many characters, its control characters written out; no number is cut."""
+    """Return a text as one line of at most `most` characters, its control characters written out; no number is cut."""
     return terminal.shortened(visible(text, is_line=True), most, "…")
 
 
 def refuse(problems: Sequence[Problem]) -> ConfigError:
-    """Build the one error that tells all problems, in columns."""
+    """Build the one error that lists all problems, in columns."""
     unique = list(
         dict.fromkeys((p.given, shortened(p.reason, LONGEST_REASON), visible(p.where, is_line=True)) for p in problems)
     )

@@ -1,4 +1,4 @@
-"""Values as text: how one is written after `KEY=` so that Hydra's grammar reads it unchanged. No torch here.
+"""Values as text: how one is written after `KEY=` so that Hydra's grammar reads it unchanged.
 
 Source of the grammar: hydra/grammar/OverrideLexer.g4 and OverrideParser.g4 of Hydra 1.3.
 """

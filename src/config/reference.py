@@ -1,4 +1,4 @@
-"""What each key means, may be and is by default, from the schema and the files of conf/. No torch here."""
+"""What each key means, may be and is by default, from the schema and the files of conf/."""
 
 from __future__ import annotations
 

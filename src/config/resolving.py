@@ -1,4 +1,4 @@
-"""What `${…}` in a composed configuration stands for, in memory and as it is stored. No torch here."""
+"""What `${…}` in a composed configuration stands for, in memory and as it is stored."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def _leave_out(whole: DictConfig, failed: Mapping[str, Exception], composed: Com
     composed.problems = _to_blame([*composed.problems, *found.values()])
     for section, _, rest in {key.partition("[")[0]: key.partition("[")[0].partition(".") for key in found}.values():
         child = rest.partition(".")[0]
-        composed.failed.add(f"{section}.{child}" if child else section)
+        composed.unresolved.add(f"{section}.{child}" if child else section)
         if child:
             whole[section][child] = "???"
     for key in failed:
-        if key not in composed.failed:
+        if key not in composed.unresolved:
             composed.sections[key] = _resolved(whole, key)
 
 

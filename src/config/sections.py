@@ -1,4 +1,4 @@
-"""Sections of plain containers become the schema's dataclasses, or problems: all that there are. No torch here."""
+"""Sections of plain containers become the schema's dataclasses, or problems: all that there are."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Parsed:
 
 
 def parse_sections(sections: dict[str, Any]) -> tuple[dict[str, Parsed], list[Problem]]:
-    """Parse every section by its own; '' is the top level."""
-    parsed = {"": parse_section(TopLevelConfig, {k: v for k, v in sections.items() if k not in SECTIONS}, "")}
+    """Parse every section by its own; `top` has the keys outside any section."""
+    parsed = {"top": parse_section(TopLevelConfig, {k: v for k, v in sections.items() if k not in SECTIONS}, "")}
     for name, schema in SECTIONS.items():
         if name not in sections:
             parsed[name] = Parsed(None, [Missing(name, "this section is missing", has_value=False)])

@@ -1,4 +1,4 @@
-"""`--cfg job|hydra|all`: what a command line is composed to, as YAML. No torch here."""
+"""`--cfg job|hydra|all`: what a command line is composed to, as YAML."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shown_config(composed: Composed, line: CommandLine) -> str:
         package = None if flags.package == "_global_" else flags.package
         chosen: Any = OmegaConf.masked_copy(whole, kept) if package is None else OmegaConf.select(whole, package)
         if chosen is None:
-            raise refuse([Problem("--package", "no such section or key", package, True, "command line")])
+            raise refuse([Problem.on_command_line("--package", "no such section or key", package)])
         if not isinstance(chosen, Container):
             return clean(f"{chosen}\n")
         if flags.resolve:

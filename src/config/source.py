@@ -1,4 +1,4 @@
-"""How Hydra reads option files: by Towline's reader, so that a mistake is placed. No torch here."""
+"""How Hydra reads option files: by Towline's reader, so that a mistake is placed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from src.config.options import OptionFileError, error_of_text, is_hidden, option
 from src.secrets import as_variables
 
 HEADER_CHARACTERS = 512
-"""Of a file, in which Hydra looks for `# @package`."""
+"""The length of the part of a file in which Hydra looks for `# @package`."""
 
 
-class FileConfigSource(file_config_source.FileConfigSource):  # Hydra tells sources of a scheme apart by this name
+class FileConfigSource(file_config_source.FileConfigSource):  # Hydra knows the source of a scheme by this name
     """Hydra's source of files, with mistakes placed."""
 
     hides_credentials = False
@@ -37,7 +37,7 @@ class FileConfigSource(file_config_source.FileConfigSource):  # Hydra tells sour
             raise OptionFileError(f"{config_path}: a name that begins with '.' is no option's; give it another")
         place = self._place(config_path)
         if not os.path.lexists(place):
-            return super().load_config(config_path)  # which tells that there is none
+            return super().load_config(config_path)  # which raises that there is none
         content = read_option(place)
         try:
             config = OmegaConf.create(as_variables(content) if self.hides_credentials else content)

@@ -1,4 +1,4 @@
-"""Whether a frozen configuration may run code: a checkpoint's, or a plugin's. No torch here.
+"""Whether a frozen configuration may run code: a checkpoint's, or a plugin's.
 
 `model.trust_remote_code` and `model.use_safetensors=false` let a checkpoint run code, and `plugins` names modules that
 are imported. On the command line or in conf/ they are the user's own word; in the config.yaml of a folder they may be
@@ -74,13 +74,13 @@ def _make_key() -> bytes:
     file = _key_file()
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        beside = file.with_name(f".key.{os.getpid()}")
-        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as made:
+        part = file.with_name(f".key.{os.getpid()}")
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as made:
             made.write(secrets.token_bytes(KEY_BYTES))
         try:
-            os.link(beside, file)
+            os.link(part, file)
         except FileExistsError:  # another start was faster: there is one key
             pass
         finally:
-            beside.unlink()
+            part.unlink()
     return read_bytes(file, KEY_BYTES)

@@ -1,4 +1,4 @@
-"""One value held against the type and the condition that its key declares, and both in words. No torch here."""
+"""One value held against the type and the condition that its key declares, and both in words."""
 
 from __future__ import annotations
 

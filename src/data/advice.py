@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from src.config.schema import RunConfig
-from src.data.chat import ENDLESS, NOT_LEARNED
+from src.data.chat import ENDLESS, NOT_SUPERVISED
 from src.data.chat_markers import CHANGED, MISSING, TRIMMED
 from src.data.dataset import Data, is_chat
 from src.data.encoding import Encoder
@@ -68,15 +68,15 @@ def about_template(name: str, changes: Mapping[str, int], places: Mapping[str, S
     for change, count in changes.items():
         part, _, what = change.rpartition(" ")
         level = Level.warning
-        if change == NOT_LEARNED:
+        if change == NOT_SUPERVISED:
             text = (
-                "an earlier turn is not learned: the chat template writes it otherwise than generation would; "
-                "data.supervised_turns=last says so, or mark what is learned with {% generation %} in the template"
+                "an earlier turn is not supervised: the chat template writes it otherwise than generation would; "
+                "data.supervised_turns=last says so, or mark what is supervised with {% generation %} in the template"
             )
         elif change == ENDLESS:
             text = (
-                "an earlier turn has no end that could be learned: the chat template writes none there; "
-                "data.supervised_turns=last learns the last turn, with EOS"
+                "an earlier turn has no end that could be trained: the chat template writes none there; "
+                "data.supervised_turns=last trains on the last turn, with EOS"
             )
         elif what == TRIMMED:
             text = f"the chat template trims white space of the {_message(part)}; trim the rows alike"
@@ -98,8 +98,8 @@ REMEDIES = {
     "assistant": f"the model would not learn it. Of thoughts in the content: find them with data.thought_pattern; then "
     f"{OWN_TAGS}; else use another template",
     "thought": f"the model would not learn it. {OWN_TAGS}, or use a template with a place for them",
-    "earlier assistant": "the turns after it are learned without it; use another template where it matters",
-    "earlier thought": "the turns after it are learned without it; data.thoughts=drop says so",
+    "earlier assistant": "later turns are trained without it; use another template where it matters",
+    "earlier thought": "later turns are trained without it; data.thoughts=drop says so",
 }
 
 
@@ -121,10 +121,10 @@ def _about_marks(config: RunConfig, data: Data) -> Iterator[Finding]:
                 text = f"{key}.{name} writes {_named(marks)}"
                 yield Finding(Level.warning, f"{text}: ordinary text here, no turns of a chat; {remedy}")
     for rows in [data.train.first, *data.validation.values(), *data.test.values()]:
-        found = {row: here for row, marks in _marked_rows(rows) if (here := _as_text(marks, data.encoder))}
-        if found:
-            first = next(iter(found))
-            text = f"{rows.name}: {plural(len(found), 'row')} of the first {MARK_ROWS:,} hold {_named(found[first])}"
+        marked = {row: texts for row, marks in _marked_rows(rows) if (texts := _as_text(marks, data.encoder))}
+        if marked:
+            first = next(iter(marked))
+            text = f"{rows.name}: {plural(len(marked), 'row')} of the first {MARK_ROWS:,} hold {_named(marked[first])}"
             text += f" ({rows.place(first)}): ordinary text here, no turns of a chat; {remedy}"
             yield Finding(Level.warning, text)
 
@@ -165,11 +165,11 @@ def _about_unused_template(config: RunConfig, tokenizer: Any) -> Iterator[Findin
 
 def _about_tokens(config: RunConfig, data: Data) -> Iterator[Finding]:
     """Warn of new tokens that no training row holds."""
-    tokens = data.reports["train"].unlearned
+    tokens = data.reports["train"].unused_tokens
     if not tokens:
         return
     are = "is in no training row, so it" if len(tokens) == 1 else "are in no training row, so they"
-    text = f"{', '.join(tokens)} {are} will not be learned"
+    text = f"{', '.join(tokens)} {are} will not be trained"
     if set(tokens) & set(config.thought_tags or ()):
         text += " (is data.thought_pattern right? Where the rows have no thoughts choose tokens=none)"
     elif len(tokens) == len(config.tokens.additional_special_tokens):

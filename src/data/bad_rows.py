@@ -9,7 +9,7 @@ from src.util import plural
 
 NUM_LISTED = 10
 MAX_BAD = 10_000
-"""Reading stops after so many rows that can't be used and fewer that can: the file is something else."""
+"""Reading stops after this many rows that can't be used, if fewer can: the file is something else."""
 
 
 class BadRows:
@@ -34,7 +34,7 @@ class BadRows:
                 f"stopped at {rows[-1][0]}, after {self.count:,} rows that can't be used and fewer that can"
             )
 
-    def check(self) -> None:
+    def raise_if_any(self) -> None:
         """Raise DataError with the first places and the number of bad rows, where there are any."""
         if self.count:
             raise self._error()

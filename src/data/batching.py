@@ -32,8 +32,8 @@ class Batch:
     Padding needs no attention mask in a causal model: no token comes after it. Packed rows are kept apart by
     `position_ids` [batch, seq], which restart at 0 with every row, and with padding too. For an encoder-decoder
     `attention_mask` [batch, seq] masks padding of the input, and `target_ids` and labels are [batch, target].
-    `thoughts`: mask of thought labels, of the labels' shape; None where no row has one. `bounds` are those of the rows
-    for FlashAttention's padding-free form: see row_bounds.
+    `is_thought`: mask of thought labels, of the labels' shape; None where no row has one. `bounds` are the rows', for
+    FlashAttention's padding-free form: see row_bounds.
     """
 
     input_ids: Tensor
@@ -44,11 +44,12 @@ class Batch:
     position_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     target_ids: Tensor | None = None
-    thoughts: Tensor | None = None
+    is_thought: Tensor | None = None
     num_thought: int = 0
     bounds: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
+        """Return the batch with its tensors on a device, copied without waiting where the memory is pinned."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in self.__dict__.items()
@@ -58,14 +59,14 @@ class Batch:
         return replace(self, **moved, bounds=bounds)
 
     def inputs(self) -> dict[str, Any]:
-        """Return the keyword arguments of a ScoredModel."""
+        """Return the keyword arguments of a ModelWithLoss."""
         arguments: dict[str, Tensor | None] = {
             "input_ids": self.input_ids,
             "labels": self.labels,
             "position_ids": self.position_ids,
             "attention_mask": self.attention_mask,
             "target_ids": self.target_ids,
-            "thoughts": self.thoughts,
+            "is_thought": self.is_thought,
         }
         return {name: value for name, value in arguments.items() if value is not None} | self.bounds
 
@@ -74,13 +75,14 @@ class Batch:
 class BatchSampler:
     """Arranges rows into micro-batches.
 
-    `batch_size` counts sequences; `capacity` is the number of tokens in one when rows are packed.
+    `batch_size` counts sequences, `micro_batches_per_step` those of all processes; `max_tokens` is the most in a
+    sequence when rows are packed.
     """
 
     batching: Batching
     batch_size: int
-    accumulation: int
-    capacity: int
+    micro_batches_per_step: int
+    max_tokens: int
 
     def micro_batches(self, lengths: np.ndarray, seed: Sequence[int], num_taken: int = 0) -> list[Sequences]:
         """Put every row into exactly one micro-batch.
@@ -97,7 +99,7 @@ class BatchSampler:
         """Put every row into exactly one sequence; only the order of length-grouped ones depends on the batch size."""
         order = rng.permutation(len(lengths))
         if self.batching is Batching.packed:
-            packed = [[int(order[i]) for i in rows] for rows in pack(lengths[order], self.capacity)]
+            packed = [[int(order[i]) for i in rows] for rows in pack(lengths[order], self.max_tokens)]
             return [packed[i] for i in rng.permutation(len(packed))]
         if self.batching is Batching.length_grouped:
             order = _grouped(lengths, order, self.batch_size, rng)
@@ -126,9 +128,9 @@ class Position:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Position:
+    def from_dict(cls, state: Mapping[str, Any]) -> Position:
         """Return the position that `as_dict` was called on."""
-        return cls(given["epoch"], given["num_sequences"], given["block"])
+        return cls(state["epoch"], state["num_sequences"], state["block"])
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def windows(
     while True:
         micro_batches: list[tuple[EncodedSet, Sequences]] = []
         for position, micro_batch in _epoch(rows, sampler, seed, start):
-            if len(micro_batches) == sampler.accumulation:
+            if len(micro_batches) == sampler.micro_batches_per_step:
                 yield Window(start.epoch, micro_batches, position)
                 micro_batches = []
             micro_batches.append(micro_batch)
@@ -198,10 +200,10 @@ def steps_per_epoch(rows: EncodedSet, sampler: BatchSampler, seed: int, num_take
         num_micro_batches = len(sampler.micro_batches(rows.lengths, [seed, 0], num_taken))
     else:
         num_micro_batches = math.ceil(max(0, len(rows) - num_taken) / sampler.batch_size)
-    return math.ceil(num_micro_batches / sampler.accumulation)
+    return math.ceil(num_micro_batches / sampler.micro_batches_per_step)
 
 
-def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+def pack(lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
     """Pack rows into sequences by best-fit decreasing: the longest first, each where it fits most tightly.
 
     The number of sequences depends on the lengths only, not on their order.
@@ -216,7 +218,7 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         length = int(lengths[row])
         i = bisect_left(rooms, length)
         if i == len(rooms):
-            room, number = capacity, len(sequences)
+            room, number = max_tokens, len(sequences)
             sequences.append([])
         else:
             room = rooms[i]
@@ -241,15 +243,15 @@ def _grouped(lengths: np.ndarray, order: np.ndarray, batch_size: int, rng: np.ra
     return np.concatenate([full[rng.permutation(num_full)].ravel(), grouped[num_full * batch_size :]])
 
 
-def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, flat: bool = False) -> Batch:
+def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, padding_free: bool = False) -> Batch:
     """Collate rows, padded on the right to the longest sequence.
 
     Args:
         sequences: the rows of each sequence; several in one are packed.
-        flat: whether to put all of them into a single sequence without padding, for FlashAttention.
+        padding_free: whether to put all of them into a single sequence without padding, for FlashAttention.
     """
     indices = [index for sequence in sequences for index in sequence]
-    packed = [[rows[index] for index in sequence] for sequence in ([indices] if flat else sequences)]
+    packed = [[rows[index] for index in sequence] for sequence in ([indices] if padding_free else sequences)]
     each = [row for sequence in packed for row in sequence]
 
     def padded(column: Callable[[LabelledRow], Any], filler: int) -> Tensor:
@@ -265,13 +267,13 @@ def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, flat: 
         num_supervised=int((labels != IGNORE_INDEX).sum()),
         num_thought=int(is_thought.sum()),
     )
-    batch.thoughts = is_thought if batch.num_thought else None
+    batch.is_thought = is_thought if batch.num_thought else None
     if rows.is_encoder_decoder:
         batch.attention_mask = padded(lambda row: np.ones(len(row.input_ids)), 0)
         batch.target_ids = padded(lambda row: row.target_ids, pad_token_id)
-    elif flat or len(each) > len(packed):
+    elif padding_free or len(each) > len(packed):
         batch.position_ids = torch.from_numpy(_positions(packed, batch.input_ids.shape[1]))
-    if flat:
+    if padding_free:
         batch.bounds = row_bounds([len(row.input_ids) for row in each], batch.input_ids.device)
     return batch
 
@@ -292,8 +294,8 @@ def _padded(sequences: Sequence[Sequence[np.ndarray]], filler: int) -> np.ndarra
     """Concatenate the arrays of each sequence and pad them to the longest, [sequences, seq]."""
     joined = [np.concatenate(arrays) for arrays in sequences]
     padded = np.full((len(joined), max(map(len, joined))), filler, dtype=np.int64)
-    for i, one in enumerate(joined):
-        padded[i, : len(one)] = one
+    for i, array in enumerate(joined):
+        padded[i, : len(array)] = array
     return padded
 
 

@@ -23,16 +23,16 @@ from filelock import FileLock, Timeout
 
 from src.config import plugins
 from src.data.bad_rows import BadRows
-from src.data.preparation import EncodingConfig, Prepared, prepared, without_cycles
-from src.data.sources import Source, file_hash, fingerprint_of
+from src.data.preparation import EncodedChunk, EncodingConfig, encode_chunks, without_cycles
+from src.data.sources import Source, file_hash, hash_of
 from src.data.store import RowWriter, Shard, SourceStats
 from src.data.text_encoder import PROBE
 from src.errors import DataError
 
 FREE_BYTES, FREE_SHARE = 512 * 2**20, 0.05
-"""What prepared rows leave free: so many bytes, or this share of a small disk."""
+"""The space that prepared rows leave free on the disk: this size, or on a small disk this share."""
 UNCHECKED_BYTES = 64 * 2**20
-"""Of prepared rows, written without a look at the disk."""
+"""Prepared rows up to this size are written without a look at the disk."""
 
 ShowProgress = Callable[[str], None]
 """Called often during long work, with how far it is."""
@@ -61,10 +61,10 @@ class RowCache:
         Raises:
             DataError: listing the rows that can't be used.
         """
-        identity = source.fingerprint()
+        identity = source.identity()
         tokenizer = tokenizer_fingerprint(encoding.tokenizer)
         code = [_code(), *plugins.versions(plugins.names()).values()]  # a plugin may have the format
-        entry = self._folder / fingerprint_of(identity, encoding.settings(), tokenizer, *code)[:40]
+        entry = self._folder / hash_of(identity, encoding.settings(), tokenizer, *code)[:40]
         if (found := self._open(entry)) is not None:
             return found
         with self._locked(entry, name):
@@ -106,9 +106,9 @@ class RowCache:
         try:
             writer = RowWriter(unfinished)
             with without_cycles():
-                chunks = self._within_the_disk(prepared(source.records(), encoding, self._num_workers))
+                chunks = self._within_the_disk(encode_chunks(source.records(), encoding, self._num_workers))
                 stats = write_rows(name, chunks, writer, self._show_progress)
-            if source.fingerprint() != identity:
+            if source.identity() != identity:
                 raise DataError(f"{source.name} changed while being read; start again when it is complete")
             writer.close(stats)
             os.rename(unfinished, entry)
@@ -122,7 +122,7 @@ class RowCache:
             shutil.rmtree(unfinished, ignore_errors=True)
         return Shard.open(entry, verify=False)
 
-    def _within_the_disk(self, chunks: Iterable[Prepared]) -> Iterator[Prepared]:
+    def _within_the_disk(self, chunks: Iterable[EncodedChunk]) -> Iterator[EncodedChunk]:
         """Yield the chunks; raise DataError once too little of the disk is left."""
         written = 0
         for chunk in chunks:
@@ -140,7 +140,9 @@ class RowCache:
         )
 
 
-def write_rows(name: str, chunks: Iterable[Prepared], writer: RowWriter, show_progress: ShowProgress) -> SourceStats:
+def write_rows(
+    name: str, chunks: Iterable[EncodedChunk], writer: RowWriter, show_progress: ShowProgress
+) -> SourceStats:
     """Write prepared rows to the end.
 
     Raises:
@@ -154,7 +156,7 @@ def write_rows(name: str, chunks: Iterable[Prepared], writer: RowWriter, show_pr
         if not bad.count:
             writer.write(chunk.rows)
         show_progress(f"{name}: {stats.num_records:,} rows prepared")
-    bad.check()
+    bad.raise_if_any()
     return stats
 
 
@@ -166,11 +168,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     versions = [version(library) for library in ("tokenizers", "transformers", "jinja2")]
     # a template that writes the date writes other rows tomorrow
     today = datetime.now().date().isoformat() if "strftime_now" in str(tokenizer.chat_template) else ""
-    return fingerprint_of(backend, tokenizer.chat_template, special, with_special_tokens, versions, today)
+    return hash_of(backend, tokenizer.chat_template, special, with_special_tokens, versions, today)
 
 
 @cache
 def _code() -> str:
     """Return a hash of the code that makes rows, so that another version of it never gets this one's."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
-    return fingerprint_of([file_hash(str(file)) for file in files])
+    return hash_of([file_hash(str(file)) for file in files])

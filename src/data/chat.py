@@ -35,8 +35,8 @@ from src.data.segments import Segment, any_of
 from src.errors import LimitError, TokenError
 
 REWRITTEN = (
-    "the chat template writes an earlier turn otherwise once more turns follow, so it can't be learned as generation "
-    "would write it"
+    "the chat template writes an earlier turn otherwise once more turns follow, so it can't be trained on as "
+    "generation would write it"
 )
 
 LITERAL = re.compile(f"{LITERAL_FROM}(\\d+){LITERAL_TO}")
@@ -50,7 +50,7 @@ EMPTY_THOUGHT = re.compile(r"(<(?P<name>[^\s<>/]+)>)\s*(</(?P=name)>)\s*")
 """An empty thought, which some generation prompts end with, and some templates write before every answer."""
 PROMPTED_THOUGHT = re.compile(rf"(?:{EMPTY_THOUGHT.pattern}|{OPENED_THOUGHT.pattern})\Z")
 
-NOT_LEARNED, ENDLESS = "turn not learned", "turn without end"
+NOT_SUPERVISED, ENDLESS = "turn not learned", "turn without end"
 """Problems of a turn, see RenderedChat.changes."""
 
 
@@ -129,31 +129,31 @@ class ChatTemplate:
         if turns is SupervisedTurns.last:
             wanted = [False] * (len(is_supervised) - 1) + is_supervised[-1:]
         try:
-            whole, parts, found = self._turns(
+            rendered, parts, supervised = self._turns(
                 [self._with_literals_marked(message, literals) for message in messages], wanted
             )
         except BadRow as refused:
             raise BadRow(f"{refused}{self._remedy(messages)}") from refused
         segments: list[Segment] = []
         done = 0
-        for turn in found:
-            for text, is_learned in ((whole[done : turn.start] + turn.opened, False), (turn.text, True)):
-                segments += _segments(text, is_learned, literals)
+        for turn in supervised:
+            segments += _segments(rendered[done : turn.start] + turn.opened, False, literals)
+            segments += _segments(turn.text, True, literals)
             done = turn.stop
-        segments += _segments(whole[done:], False, literals)
-        answer, is_framed = _answer(found[-1], whole, parts) if found else ("", False)
+        segments += _segments(rendered[done:], False, literals)
+        answer, is_framed = _answer(supervised[-1], rendered, parts) if supervised else ("", False)
         return RenderedChat(
             segments or [Segment("", is_supervised=False, is_rendered=True)],
             answer=_with_literals(answer, literals),
             is_framed=is_framed,
-            has_end=bool(found and found[-1].end),
-            changes=tuple(dict.fromkeys([*_changes(whole, parts, found), *self._missed(wanted, found)])),
+            has_end=bool(supervised and supervised[-1].end),
+            changes=tuple(dict.fromkeys([*_changes(rendered, parts, supervised), *self._missed(wanted, supervised)])),
         )
 
     def _missed(self, wanted: Sequence[bool], turns: Sequence[Turn]) -> Iterator[str]:
         """Yield the problems of turns that should be supervised."""
         if len(turns) < sum(wanted):
-            yield NOT_LEARNED
+            yield NOT_SUPERVISED
         end = self.frame.end_text
         if any(not turn.end and not (end and end in turn.text) for turn in turns[:-1]):
             yield ENDLESS
@@ -170,26 +170,26 @@ class ChatTemplate:
 
     def _turns(self, messages: Messages, wanted: Sequence[bool]) -> tuple[str, list[MessageText], list[Turn]]:
         """Return a rendered chat, the texts of its messages, and its supervised turns."""
-        whole, regions = self._plain(messages)
-        parts = locate(messages, whole, self._apply)
+        rendered, regions = self._plain(messages)
+        parts = locate(messages, rendered, self._apply)
         contents = [part for part in parts if part.name == "assistant"]
         if self._marks_supervised:
-            return whole, parts, list(self._marked(messages, wanted, whole, contents, regions))
+            return rendered, parts, list(self._marked(messages, wanted, rendered, contents, regions))
         turns = []
         for content, is_wanted in zip(contents, wanted, strict=True):
-            if is_wanted and (turn := self._by_prefix(messages, whole, content)) is not None:
+            if is_wanted and (turn := self._by_prefix(messages, rendered, content)) is not None:
                 turns.append(turn)
-            elif is_wanted and not all(self._is_written(p, whole) for p in parts if p.message == content.message):
-                raise TokenError(f"{REWRITTEN}; learn the last turn only: data.supervised_turns=last")
+            elif is_wanted and not all(self._is_written(p, rendered) for p in parts if p.message == content.message):
+                raise TokenError(f"{REWRITTEN}; train on the last turn only: data.supervised_turns=last")
         if any(wanted) and not turns:
-            raise TokenError(f"{REWRITTEN}, and there is no other to learn; set no weight of 0 for the last turn")
-        return whole, parts, turns
+            raise TokenError(f"{REWRITTEN}, and there is no other to train on; set no weight of 0 for the last turn")
+        return rendered, parts, turns
 
     def _marked(
         self,
         messages: Messages,
         wanted: Sequence[bool],
-        whole: str,
+        rendered: str,
         contents: Sequence[MessageText],
         regions: Sequence[tuple[int, int]],
     ) -> Iterator[Turn]:
@@ -205,34 +205,34 @@ class ChatTemplate:
         for (start, stop), content, is_wanted in zip(regions, contents, wanted, strict=True):
             if not is_wanted:
                 continue
-            start = self._after_prompt(messages[: content.message], whole, start, stop)
-            said_until = content.end if content.end is not None and start <= content.end <= stop else None
-            answer, end = self._until_end(whole[:stop], start, said_until)
+            start = self._after_prompt(messages[: content.message], rendered, start, stop)
+            text_end = content.end if content.end is not None and start <= content.end <= stop else None
+            answer, end = self._until_end(rendered[:stop], start, text_end)
             yield Turn(content.message, start, start + len(answer + end), answer + end, answer, end)
 
-    def _after_prompt(self, before: Messages, whole: str, start: int, stop: int) -> int:
+    def _after_prompt(self, before: Messages, rendered: str, start: int, stop: int) -> int:
         """Return where a marked turn begins, after a header that the generation prompt writes too."""
         try:
             prompt, _ = self._plain(before, add_generation_prompt=True)
         except BadRow:  # a template that takes whole chats only
             return start
-        return len(prompt) if start < len(prompt) <= stop and whole.startswith(prompt) else start
+        return len(prompt) if start < len(prompt) <= stop and rendered.startswith(prompt) else start
 
-    def _by_prefix(self, messages: Messages, whole: str, content: MessageText) -> Turn | None:
+    def _by_prefix(self, messages: Messages, rendered: str, content: MessageText) -> Turn | None:
         """Return the turn from where the generation prompt ends to the token that ends it.
 
         None where it is written otherwise in the whole chat than in a chat that ends with it.
         """
         i, is_last = content.message, content.message == len(messages) - 1
         prompt, _ = self._plain(messages[:i], add_generation_prompt=True)
-        alone = whole if is_last else self._plain(messages[: i + 1])[0]
+        alone = rendered if is_last else self._plain(messages[: i + 1])[0]
         start = len(prompt) if alone.startswith(prompt) else self._before_thought(prompt)
         if not alone.startswith(prompt[:start]):
             raise TokenError(_prompt_is_another(prompt, alone))
         only_prompted = prompt[start:]
         if not only_prompted:
-            return self._turn(i, alone, whole, start, content.end)
-        return self._prompted_turn(messages[i], whole, start, only_prompted, content) if is_last else None
+            return self._turn(i, alone, rendered, start, content.end)
+        return self._prompted_turn(messages[i], rendered, start, only_prompted, content) if is_last else None
 
     def _before_thought(self, prompt: str) -> int:
         """Return where the thought begins, opened or empty, that a generation prompt ends with; its length without one.
@@ -249,36 +249,38 @@ class ChatTemplate:
                 return len(prompt)
         return found.start()
 
-    def _is_written(self, part: MessageText, whole: str) -> bool:
+    def _is_written(self, part: MessageText, rendered: str) -> bool:
         """Return whether a text that the template has a place for is in the rendered chat."""
         has_place = part.name != "thought" or bool(self._thought_key or self.frame.thought_close)
-        return not has_place or part.is_in(whole)
+        return not has_place or part.is_in(rendered)
 
-    def _turn(self, message: int, alone: str, whole: str, start: int, said_until: int | None) -> Turn | None:
-        """Return the turn that ends `alone`, a chat up to it; None where the whole chat, `whole`, has it otherwise."""
-        if said_until is not None and (said_until < start or whole[:said_until] != alone[:said_until]):
-            if alone is not whole:
+    def _turn(self, message: int, alone: str, rendered: str, start: int, text_end: int | None) -> Turn | None:
+        """Return the turn that ends `alone`, a chat up to it; None where `rendered`, the whole chat, has another."""
+        if text_end is not None and (text_end < start or rendered[:text_end] != alone[:text_end]):
+            if alone is not rendered:
                 return None
-            said_until = None
-        answer, end = self._until_end(alone, start, said_until)
-        if not end and not whole.startswith(alone):  # white space that only a last turn has
+            text_end = None
+        answer, end = self._until_end(alone, start, text_end)
+        if not end and not rendered.startswith(alone):  # white space that only a last turn has
             answer = answer.rstrip()
         text = answer + end
         stop = start + len(text)
-        if whole[:stop] == alone[:stop]:
-            if not end and alone is not whole and (follows := self._added_token.match(whole, stop)):
+        if rendered[:stop] == alone[:stop]:
+            if not end and alone is not rendered and (follows := self._added_token.match(rendered, stop)):
                 # nothing but the beginning of the next message ends this turn (GLM 4), so it must end generation
                 end = follows.group()
                 text, stop = text + end, stop + len(end)
             return Turn(message, start, stop, text, answer, end)
         stop = start + len(answer)  # a token that ends only the chat, after a text that ends each turn
-        ends_in_words = said_until is not None and bool(alone[said_until:stop].strip())
+        ends_in_words = text_end is not None and bool(alone[text_end:stop].strip())
         return (
-            Turn(message, start, stop, answer, answer, "") if ends_in_words and whole[:stop] == alone[:stop] else None
+            Turn(message, start, stop, answer, answer, "")
+            if ends_in_words and rendered[:stop] == alone[:stop]
+            else None
         )
 
     def _prompted_turn(
-        self, message: dict[str, str], whole: str, start: int, prompted: str, content: MessageText
+        self, message: dict[str, str], rendered: str, start: int, prompted: str, content: MessageText
     ) -> Turn:
         """Return a last turn that the template writes without the thought its generation prompt ends with.
 
@@ -293,21 +295,21 @@ class ChatTemplate:
             if not thought and closed and before.lstrip().startswith(opening):
                 thought = before.lstrip().removeprefix(opening)
             begun = f"{thought.strip()}{opened['gap']}{close}{opened['gap'] * 2}"
-        said_until = None if content.end is None or content.end < start else content.end
-        answer, end = self._until_end(whole, start, said_until)
+        text_end = None if content.end is None or content.end < start else content.end
+        answer, end = self._until_end(rendered, start, text_end)
         stop = start + len(answer) + len(end)
         answer = begun + answer.lstrip()
         return Turn(content.message, start, stop, answer + end, answer, end, prompted)
 
-    def _until_end(self, chat: str, start: int, said_until: int | None) -> tuple[str, str]:
+    def _until_end(self, chat: str, start: int, text_end: int | None) -> tuple[str, str]:
         """Return the text of a chat's last turn up to the token that ends it, and that token; '' where there is none.
 
         Args:
             start: where the turn begins.
-            said_until: where the message's own text ends; None where that is unknown.
+            text_end: where the message's own text ends; None where that is unknown.
         """
-        if said_until is not None:
-            found = self._added_token.search(chat, said_until)
+        if text_end is not None:
+            found = self._added_token.search(chat, text_end)
             return (chat[start:], "") if found is None else (chat[start : found.start()], found.group())
         turn = chat[start:]
         ends = [(turn.rfind(end), end) for end in self.ends if end in turn]
@@ -327,7 +329,7 @@ class ChatTemplate:
         return [(turn, parts) for turn in turns]
 
     def _frame(self) -> AnswerFrame:
-        """Find out what the template writes around an answer and around a thought, by probes of one turn."""
+        """Return what the template writes around an answer and around a thought, found by probes of one turn."""
         plain = next((found for probe in probes() for found in self._probed(probe)), None)
         if plain is None:
             return AnswerFrame()
@@ -386,12 +388,12 @@ class ChatTemplate:
         return message | {k: self._literal.sub(mark, message[k]) for k in ("content", THOUGHT) if k in message}
 
 
-def _answer(turn: Turn, whole: str, parts: Sequence[MessageText]) -> tuple[str, bool]:
+def _answer(turn: Turn, rendered: str, parts: Sequence[MessageText]) -> tuple[str, bool]:
     """Return the text of a turn, and whether that is the turn rather than the message's own text."""
     content = next(part for part in parts if (part.message, part.name) == (turn.message, "assistant"))
     if turn.opened or content.begin is None or content.end is None or content.begin < turn.start:
         return turn.answer, True
-    return whole[content.begin : content.end], False
+    return rendered[content.begin : content.end], False
 
 
 def _thought_tags(opened: re.Match[str]) -> tuple[str, str]:
@@ -401,12 +403,12 @@ def _thought_tags(opened: re.Match[str]) -> tuple[str, str]:
     return f"[{opened['square']}]", f"[/{opened['square']}]"
 
 
-def _changes(whole: str, parts: Sequence[MessageText], turns: Sequence[Turn]) -> Iterator[str]:
+def _changes(rendered: str, parts: Sequence[MessageText], turns: Sequence[Turn]) -> Iterator[str]:
     """Yield what the template did to the texts of messages that are not in the rendered chat as they were."""
     prompted = turns[-1] if turns and turns[-1].opened else None
     supervised = {turn.message for turn in turns}
     for part in parts:
-        change = part.change_in(whole)
+        change = part.change_in(rendered)
         if prompted is not None and part.message == prompted.message:
             written = prompted.opened + prompted.text
             if squeezed(part.core) in squeezed(written):
@@ -424,7 +426,7 @@ def _prompt_is_another(prompt: str, alone: str) -> str:
     return (
         "the chat template's generation prompt is not how the assistant's turn begins in a chat "
         f"(…{prompt[same:][:60]!r} there, …{alone[same:][:60]!r} here); "
-        "mark what is learned in the template with {% generation %} … {% endgeneration %}"
+        "mark what is supervised in the template with {% generation %} … {% endgeneration %}"
     )
 
 

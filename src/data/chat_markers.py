@@ -43,52 +43,52 @@ class MessageText(NamedTuple):
     def core(self) -> str:
         return self.text.strip()
 
-    def is_in(self, whole: str) -> bool:
+    def is_in(self, rendered: str) -> bool:
         """Return whether the text is in the rendered chat, white space aside."""
         if self.begin is not None and self.end is not None:
-            return whole[self.begin : self.end] == self.core
+            return rendered[self.begin : self.end] == self.core
         if self.end is not None:  # the template split the text, and may have joined it again
-            return squeezed(whole[: self.end]).endswith(squeezed(self.core))
-        return self.begin is not None and squeezed(whole[self.begin :]).startswith(squeezed(self.core))
+            return squeezed(rendered[: self.end]).endswith(squeezed(self.core))
+        return self.begin is not None and squeezed(rendered[self.begin :]).startswith(squeezed(self.core))
 
-    def change_in(self, whole: str) -> str | None:
+    def change_in(self, rendered: str) -> str | None:
         """Return what the template did to the text; None where it is unchanged."""
         if not self.core:
             return None
-        if not self.is_in(whole):
+        if not self.is_in(rendered):
             return MISSING if self.begin is None and self.end is None else CHANGED
         return TRIMMED if self.is_trimmed or self.begin is None or self.end is None else None
 
 
-def locate(messages: Messages, whole: str, render: Callable[[Messages], str]) -> list[MessageText]:
+def locate(messages: Messages, rendered: str, render: Callable[[Messages], str]) -> list[MessageText]:
     """Locate the texts of messages in the rendered chat: content after content, each followed by its thought.
 
     Args:
-        whole: the rendered chat.
+        rendered: the chat as the template writes it, without markers.
         render: renders a chat in the same way.
     """
-    given = []
+    texts = []
     for i, message in enumerate(messages):
-        given.append((i, message["role"], "content", message["content"]))
+        texts.append((i, message["role"], "content", message["content"]))
         if THOUGHT in message:
-            given.append((i, "thought", THOUGHT, message[THOUGHT]))
+            texts.append((i, "thought", THOUGHT, message[THOUGHT]))
     marked = [dict(message) for message in messages]
-    for number, (i, _, key, text) in enumerate(given):
+    for number, (i, _, key, text) in enumerate(texts):
         marked[i][key] = _between_markers(text, number)
     try:
         text, _, places = read_markers(render(marked))
     except BadRow:  # a template that depends on how a text begins
         text, places = "", {}
-    if text != whole:
-        places = dict(enumerate(_searched([text for *_, text in given], whole)))
+    if text != rendered:
+        places = dict(enumerate(_searched([text for *_, text in texts], rendered)))
     parts = []
-    for number, (i, name, key, text) in enumerate(given):
+    for number, (i, name, key, text) in enumerate(texts):
         core = text.strip()
-        begin, end = _completed(places.get(number, (None, None)), core, whole)
+        begin, end = _completed(places.get(number, (None, None)), core, rendered)
         is_trimmed = False
         if core != text and (begin, end) != (None, None):
             without = [message | {key: core} if at == i else message for at, message in enumerate(messages)]
-            is_trimmed = len(whole) - len(_rendered_or(whole, without, render)) != len(text) - len(core)
+            is_trimmed = len(rendered) - len(_rendered_or(rendered, without, render)) != len(text) - len(core)
         parts.append(MessageText(i, name, text, begin, end, is_trimmed))
     return parts
 
@@ -131,24 +131,24 @@ def _between_markers(text: str, number: int) -> str:
     return text[:start] + begin + core + end + text[start + len(core) :]
 
 
-def _searched(texts: Sequence[str], whole: str) -> Iterator[tuple[int | None, int | None]]:
+def _searched(texts: Sequence[str], rendered: str) -> Iterator[tuple[int | None, int | None]]:
     """Locate texts by their words, each after the one before: for a template that the markers change."""
     done = 0
     for text in texts:
         core = text.strip()
-        if (at := whole.find(core, done)) < 0:
+        if (at := rendered.find(core, done)) < 0:
             yield None, None
         else:
             done = at + len(core)
             yield at, done
 
 
-def _completed(place: tuple[int | None, int | None], core: str, whole: str) -> tuple[int | None, int | None]:
+def _completed(place: tuple[int | None, int | None], core: str, rendered: str) -> tuple[int | None, int | None]:
     """Add the other end of a text that the template split and joined again unchanged."""
     begin, end = place
-    if begin is None and end is not None and whole[:end].endswith(core):
+    if begin is None and end is not None and rendered[:end].endswith(core):
         begin = end - len(core)
-    if end is None and begin is not None and whole[begin:].startswith(core):
+    if end is None and begin is not None and rendered[begin:].startswith(core):
         end = begin + len(core)
     return begin, end
 

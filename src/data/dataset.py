@@ -56,10 +56,6 @@ class Data:
         """Return the set whose first rows are generated as samples: one that is not trained on, where there is one."""
         return next(iter([*self.validation.values(), *self.test.values(), self.train])).first
 
-    def train_digest(self) -> str:
-        """Return a hash of the encoded train rows in their order; for a streamed set, of its files and settings."""
-        return self.train.digest()
-
     def validation_digest(self, count: int | None) -> str:
         """Return a hash of the rows that are evaluated, the first `count` of each set; None: all."""
         lines = [f"{name} {count} {rows.digest()}" for name, rows in self.validation.items()]
@@ -72,14 +68,10 @@ class Data:
 
     def report(self) -> dict[str, Any]:
         """Return the report of every set; for a streamed one, of what was read so far."""
+        reports = self.reports
         if isinstance(self.train, StreamedSet) and self.train.account.num_records:
-            report, account = self.reports["train"], self.train.account
-            report.rows_read, report.rows_dropped = account.num_records, Counter(account.dropped)
-            report.rows_kept = account.num_kept
-            report.dropped_places = {}
-            for row in account.first_dropped:
-                report.dropped_places.setdefault(row.reason, []).append(row.place)
-        return {name: report.as_dict() for name, report in self.reports.items()}
+            reports = reports | {"train": reports["train"].with_account(self.train.account)}
+        return {name: report.as_dict() for name, report in reports.items()}
 
 
 @dataclass(frozen=True)
@@ -146,18 +138,18 @@ class _Builder:
         self.template = ChatTemplate(tokenizer, self.encoder.control_tokens) if has_chats else None
 
     def build(self) -> Data:
-        train, held_out = self._train()
+        train, held_out = self._train_and_held_out()
         if self.data.has_hub_validation:
             hub = _hub_source(self.data, str(self.data.validation_split), self.data.limit)
-            validation = {"validation": self._evaluated("validation", hub)}
+            validation = {"validation": self._eval_set("validation", hub)}
         elif held_out is not None:
             validation = {"validation": held_out}
         else:
-            validation = self._of_files(self.data.validation_sets())
+            validation = self._sets_from_files(self.data.validation_sets())
         return Data(
             train,
             validation,
-            self._of_files(self.data.test_sets()),
+            self._sets_from_files(self.data.test_sets()),
             self.reports,
             self.encoder,
             self._stop_ids(),
@@ -166,7 +158,7 @@ class _Builder:
         )
 
     def build_prompts(self) -> Prompts:
-        return Prompts(self._of_files(self.data.test_sets()), self.encoder, self._stop_ids(), self._frame())
+        return Prompts(self._sets_from_files(self.data.test_sets()), self.encoder, self._stop_ids(), self._frame())
 
     def _frame(self) -> AnswerFrame:
         return AnswerFrame() if self.template is None else self.template.frame
@@ -183,10 +175,10 @@ class _Builder:
         self._check_dropped(name, shard, source)
         return shard
 
-    def _of_files(self, sets: Mapping[str, list[str]]) -> dict[str, EncodedSet]:
-        return {name: self._evaluated(name, file_source(files, self.data.limit)) for name, files in sets.items()}
+    def _sets_from_files(self, sets: Mapping[str, list[str]]) -> dict[str, EncodedSet]:
+        return {name: self._eval_set(name, file_source(files, self.data.limit)) for name, files in sets.items()}
 
-    def _evaluated(self, name: str, source: Source) -> EncodedSet:
+    def _eval_set(self, name: str, source: Source) -> EncodedSet:
         """Build a set that is evaluated or predicted."""
         rows = EncodedSet(name, [self._shard(name, source, self.data)])
         if not self.to_predict:
@@ -195,16 +187,16 @@ class _Builder:
             self._check_answers(rows)
         return rows
 
-    def _train(self) -> tuple[TrainSet, EncodedSet | None]:
+    def _train_and_held_out(self) -> tuple[TrainSet, EncodedSet | None]:
         """Build the train set, and the validation set that is held out of it, where one is."""
         data, seed = self.data, self.config.seed
         sources = {name: _train_source(source.data, data.limit) for name, source in self.sources.items()}
         if data.streaming:
             return self._streamed(sources), None
-        identities = [source.fingerprint() for source in sources.values()] if data.group_column is not None else []
+        identities = [source.identity() for source in sources.values()] if data.group_column is not None else []
         groups = None if data.group_column is None else read_groups(sources, data.group_column, self.show_progress)
         shards = {name: self._shard(name, source, self.sources[name].data) for name, source in sources.items()}
-        if identities and identities != [source.fingerprint() for source in sources.values()]:
+        if identities and identities != [source.identity() for source in sources.values()]:
             raise DataError("train changed while being read; start again when it is complete")
         sizes = [shard.stats.num_records for shard in shards.values()]
         if data.num_folds is None:
@@ -213,44 +205,50 @@ class _Builder:
             held_out = [folds == data.fold for folds in assign_folds(sizes, data.num_folds, seed)]
         else:
             held_out = [folds == data.fold for folds in assign_group_folds(groups, data.num_folds, seed)]
-        train = self._left(shards, held_out)
+        train = self._train_set(shards, held_out)
         if data.num_folds is None and not data.held_out_fraction:
             return train, None
-        return train, self._held_out(shards, held_out)
+        return train, self._validation_set(shards, held_out)
 
-    def _left(self, shards: dict[str, Shard], held_out: list[np.ndarray]) -> EncodedSet:
+    def _train_set(self, shards: dict[str, Shard], held_out: list[np.ndarray]) -> EncodedSet:
         """Build the train set of the records that are not held out, mixed where there is a mixture.
 
         Args:
             held_out: which records of each shard's source are, [records].
         """
-        rows = [np.flatnonzero(~out[shard.ordinals]) for shard, out in zip(shards.values(), held_out, strict=True)]
-        for name, some in zip(shards, rows, strict=True):
-            if not len(some):
+        rows = [
+            np.flatnonzero(~is_out[shard.ordinals]) for shard, is_out in zip(shards.values(), held_out, strict=True)
+        ]
+        for name, indices in zip(shards, rows, strict=True):
+            if not len(indices):
                 raise DataError(f"{name}: all its rows are held out or dropped; none of it is left to train on")
         sources = self.sources.values()
-        counts = sample_counts([len(some) for some in rows], [s.weight for s in sources], [s.count for s in sources])
-        train = EncodedSet("train", list(shards.values()), self._ordered(rows, counts))
+        counts = sample_counts(
+            [len(indices) for indices in rows], [s.weight for s in sources], [s.count for s in sources]
+        )
+        train = EncodedSet("train", list(shards.values()), self._row_order(rows, counts))
         self._report_train(train, list(shards), held_out)
         if not len(train):
             raise DataError("train has no rows: the weights of the mixture leave none of its smallest source")
         return train
 
-    def _held_out(self, shards: dict[str, Shard], held_out: list[np.ndarray]) -> EncodedSet:
+    def _validation_set(self, shards: dict[str, Shard], held_out: list[np.ndarray]) -> EncodedSet:
         """Build the validation set of the records that are held out of train."""
-        rows = [np.flatnonzero(out[shard.ordinals]) for shard, out in zip(shards.values(), held_out, strict=True)]
-        validation = EncodedSet("validation", list(shards.values()), self._ordered(rows, [len(some) for some in rows]))
+        rows = [np.flatnonzero(is_out[shard.ordinals]) for shard, is_out in zip(shards.values(), held_out, strict=True)]
+        validation = EncodedSet(
+            "validation", list(shards.values()), self._row_order(rows, [len(indices) for indices in rows])
+        )
         if not len(validation):
             raise DataError(
                 f"every row of fold {self.data.fold} is dropped: set fewer folds (data.num_folds)"
                 if self.data.num_folds is not None
                 else "every row that data.validation_fraction holds out is dropped: set a larger fraction"
             )
-        self._report(validation, [~out for out in held_out]).fold = describe_fold(self.data)
+        self._report(validation, [~is_out for is_out in held_out]).fold = describe_fold(self.data)
         self._check_answers(validation)
         return validation
 
-    def _ordered(self, rows: list[np.ndarray], counts: list[int]) -> np.ndarray:
+    def _row_order(self, rows: list[np.ndarray], counts: list[int]) -> np.ndarray:
         """Return (shard, row) of a set's rows in their order: shard after shard, or mixed."""
         return interleave(rows, counts, self.config.seed) if self.data.mixture else concatenate(rows)
 
@@ -276,9 +274,9 @@ class _Builder:
         """
         report = self.reports[rows.name] = SplitReport()
         for i, shard in enumerate(rows.shards):
-            out = np.zeros(shard.stats.num_records, dtype=bool) if excluded is None else excluded[i]
-            report.rows_read += int((~out).sum())
-            report.drop([row for row in shard.stats.dropped if excluded is None or not out[row.ordinal]])
+            is_out = np.zeros(shard.stats.num_records, dtype=bool) if excluded is None else excluded[i]
+            report.rows_read += int((~is_out).sum())
+            report.drop([row for row in shard.stats.dropped if excluded is None or not is_out[row.ordinal]])
         report.count(rows, self.encoder, self.new_tokens)
         return report
 
@@ -345,5 +343,5 @@ def _train_source(data: DataConfig, limit: int | None) -> Source:
 
 
 def _hub_source(data: DataConfig, split: str, limit: int | None, *, streaming: bool = False) -> HubSource:
-    where = (str(data.dataset_name), data.dataset_config_name, split, data.revision)
-    return HubSource(*where, streaming=streaming, limit=limit)
+    hub_args = (str(data.dataset_name), data.dataset_config_name, split, data.revision)
+    return HubSource(*hub_args, streaming=streaming, limit=limit)

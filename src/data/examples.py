@@ -71,8 +71,8 @@ class ThoughtStyle:
         return text if self._compiled is None else self._compiled.sub("", text)
 
 
-class Examples:
-    """Makes examples of the records of one source.
+class ExampleBuilder:
+    """Builds examples of the records of one source.
 
     Args:
         to_predict: whether a record may lack its answer, which takes no room in the example.
@@ -93,8 +93,8 @@ class Examples:
         self._to_predict = to_predict
         self._prompt_role, self._completion_role = roles(data.format)[0], roles(data.format)[-1]
 
-    def of(self, record: Record) -> Example:
-        """Make the example of one record.
+    def build(self, record: Record) -> Example:
+        """Build the example of one record.
 
         Raises:
             BadRow: where the record does not have what its format needs.
@@ -102,7 +102,7 @@ class Examples:
         return self._prompt_example(record.fields) if self._to_predict else self._example(record.fields)
 
     def _prompt_example(self, fields: dict[str, Any]) -> Example:
-        """Make an example whose last turn is only EOS; `completion` and `reference` are '' without an answer."""
+        """Build an example whose last turn is only EOS; `completion` and `reference` are '' without an answer."""
         fields, has_answer = with_answer(fields, self._data)
         example = self._example(fields)
         first, _ = last_turn(example.segments)

@@ -42,7 +42,7 @@ def read_groups(sources: Mapping[str, Source], column: str, show_progress: ShowP
                 show_progress(f"{name}: groups of {number:,} rows read")
         groups.append(of_source)
     if lacks_groups:
-        bad.check()
+        bad.raise_if_any()
     return groups
 
 

@@ -22,10 +22,10 @@ import pyarrow as pa
 from src.config import plugins
 from src.config.formats import declare_frozen, roles
 from src.config.schema import DataConfig, Overflow, TokensConfig, thought_tags
-from src.config.schema.fields import facts_of
+from src.config.schema.fields import key_info
 from src.data.chat import ChatTemplate
 from src.data.encoding import EncodedRow, Encoder, Lengths
-from src.data.examples import Example, Examples
+from src.data.examples import Example, ExampleBuilder
 from src.data.formats import BadRow
 from src.data.readers.record import ENTRY_BYTES, ReadResult, Record, Unreadable, memory_of
 from src.data.store import DroppedRow, to_batch
@@ -36,7 +36,7 @@ from src.patterns import at
 CHUNK_ROWS = 250  # rows encoded at once by a thread: what they take fits into a core's cache
 CHUNK_BYTES = 2**20  # of their fields, or one row that is larger
 BYTES_AHEAD = 8 * 2**20
-"""Of the fields of all chunks that are being prepared: the tokenizer uses up to 150 bytes for each of them."""
+"""The size of the fields of all chunks that are being encoded: the tokenizer uses up to 150 times as much memory."""
 THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's part, a fifth, runs in one thread at a time
 
 
@@ -80,14 +80,14 @@ class EncodingConfig:
 
 def _shaping(section: Any) -> dict[str, Any]:
     """Return the values of a section's keys that shape rows and are not known to the cache by another name."""
-    found: dict[str, Any] = {}
-    for one in fields(section):
-        value, facts = getattr(section, one.name), facts_of(one)
+    values: dict[str, Any] = {}
+    for key in fields(section):
+        value, info = getattr(section, key.name), key_info(key)
         if is_dataclass(value):
-            found |= {f"{one.name}.{name}": inner for name, inner in _shaping(value).items()}
-        elif facts.shapes_rows and not facts.enters_as:
-            found[one.name] = _plain(value)
-    return found
+            values |= {f"{key.name}.{name}": inner for name, inner in _shaping(value).items()}
+        elif info.shapes_rows and not info.cache_key_field:
+            values[key.name] = _plain(value)
+    return values
 
 
 def _plain(value: Any) -> Any:
@@ -100,8 +100,8 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass
-class Prepared:
-    """A chunk of records, prepared."""
+class EncodedChunk:
+    """A chunk of records, formatted and encoded."""
 
     rows: pa.RecordBatch
     num_records: int
@@ -121,10 +121,10 @@ class RowEncoder:
     def __init__(self, config: EncodingConfig) -> None:
         self._encoder = Encoder(config.tokenizer, config.tags)
         template = ChatTemplate(config.tokenizer, self._encoder.control_tokens) if config.is_chat else None
-        self._examples = Examples(config.data, config.tags, template, to_predict=config.to_predict)
+        self._examples = ExampleBuilder(config.data, config.tags, template, to_predict=config.to_predict)
         self._lengths = config.lengths
 
-    def prepare(self, chunk: Records) -> Prepared:
+    def encode_chunk(self, chunk: Records) -> EncodedChunk:
         """Format and encode a chunk; rows that can't be used are returned by their place.
 
         Raises:
@@ -138,7 +138,7 @@ class RowEncoder:
                 continue
             try:
                 with at("{0.place}".format, record):
-                    good.append((ordinal, record, self._examples.of(record)))
+                    good.append((ordinal, record, self._examples.build(record)))
             except (BadRow, TokenError) as problem:
                 bad.append((record.place, str(problem)))
         rows: list[tuple[int, Record, Example, EncodedRow]] = []
@@ -152,7 +152,7 @@ class RowEncoder:
                 bad.append((record.place, f"longer than {self._longest()}, and data.overflow = error"))
             else:
                 dropped.append(DroppedRow(ordinal, record.place, "too_long" if row is None else "no_supervised_token"))
-        return Prepared(to_batch(rows), len(chunk), dropped, bad)
+        return EncodedChunk(to_batch(rows), len(chunk), dropped, bad)
 
     def _encode(self, good: list[tuple[int, Record, Example]]) -> Sequence[EncodedRow | TokenError | None]:
         """Encode examples; None for one that is too long, an error for one that the tokenizer can't write.
@@ -191,14 +191,14 @@ def without_cycles() -> Iterator[None]:
             gc.enable()
 
 
-def prepared(
+def encode_chunks(
     records: Iterable[ReadResult],
     config: EncodingConfig,
     num_workers: int = 1,
     chunk_rows: int = CHUNK_ROWS,
     first_ordinal: int = 0,
-) -> Iterator[Prepared]:
-    """Prepare records in chunks, in their order, with ordinals from `first_ordinal` on.
+) -> Iterator[EncodedChunk]:
+    """Encode records in chunks, in their order, with ordinals from `first_ordinal` on.
 
     Chunks are smaller where rows are long, so that memory does not depend on what is in them.
 
@@ -209,13 +209,13 @@ def prepared(
     if num_workers == 1:
         encoder = RowEncoder(config)
         with ThreadPoolExecutor(THREADS, "prepare") as pool:
-            yield from _in_order(pool, encoder.prepare, chunks, THREADS, BYTES_AHEAD)
+            yield from _in_order(pool, encoder.encode_chunk, chunks, THREADS, BYTES_AHEAD)
         return
     fresh = multiprocessing.get_context("spawn")  # a fork would copy locks that the tokenizer's threads hold
     try:
         with ProcessPoolExecutor(num_workers, fresh, _start_worker, (config, plugins.names())) as pool:
             bytes_ahead = max(BYTES_AHEAD, 2 * num_workers * CHUNK_BYTES)
-            yield from _in_order(pool, _prepare_in_worker, chunks, 2 * num_workers, bytes_ahead)
+            yield from _in_order(pool, _encode_in_worker, chunks, 2 * num_workers, bytes_ahead)
     except BrokenProcessPool as error:
         raise DataError(
             "a process that prepares rows died (out of memory?); try fewer: data.preprocessing_num_workers"
@@ -240,13 +240,13 @@ def _chunks(records: Iterator[Numbered], chunk_rows: int) -> Iterator[tuple[Reco
 
 def _in_order(
     pool: Executor,
-    prepare: Callable[[Records], Prepared],
+    encode: Callable[[Records], EncodedChunk],
     chunks: Iterator[tuple[Records, int]],
     num_ahead: int,
     bytes_ahead: int,
-) -> Iterator[Prepared]:
-    """Yield the chunks that a pool prepares, a few ahead of the one that is yielded."""
-    ahead: deque[tuple[Future[Prepared], int]] = deque()
+) -> Iterator[EncodedChunk]:
+    """Yield the chunks that a pool encodes, a few ahead of the one that is yielded."""
+    ahead: deque[tuple[Future[EncodedChunk], int]] = deque()
     total = 0
     try:
         for chunk, size in chunks:
@@ -254,7 +254,7 @@ def _in_order(
                 done, its_size = ahead.popleft()
                 yield done.result()
                 total -= its_size
-            ahead.append((pool.submit(prepare, chunk), size))
+            ahead.append((pool.submit(encode, chunk), size))
             total += size
         while ahead:
             yield ahead.popleft()[0].result()
@@ -285,6 +285,6 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _prepare_in_worker(chunk: Records) -> Prepared:
+def _encode_in_worker(chunk: Records) -> EncodedChunk:
     assert _worker is not None
-    return _worker.prepare(chunk)
+    return _worker.encode_chunk(chunk)

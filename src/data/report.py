@@ -14,6 +14,7 @@ from src.data.chat_markers import squeezed
 from src.data.encoding import THOUGHT, Encoder
 from src.data.sets import EncodedSet
 from src.data.store import DroppedRow
+from src.data.stream import StreamAccount
 from src.util import plural
 
 CHECK_ROWS = 200
@@ -69,27 +70,41 @@ class SplitReport:
         self.tokens = rows.num_tokens
         self.lengths = length_summary(rows.lengths + rows.target_lengths)
         counts = {token: Counter[str]() for token in new_tokens}
-        for chunk, times in rows.multiplicities():
-            spans = chunk.spans.reshape(-1, 3)
-            span_times = np.repeat(times, np.diff(chunk.span_offsets) // 3)
+        for batch, times in rows.multiplicities():
+            spans = batch.spans.reshape(-1, 3)
+            span_times = np.repeat(times, np.diff(batch.span_offsets) // 3)
             sizes = (spans[:, 2] - spans[:, 1]) * span_times
             self.supervised_tokens += int(sizes.sum())
             self.thought_tokens += int(sizes[spans[:, 0] == THOUGHT].sum())
-            fed = np.repeat(times, np.diff(chunk.input_offsets))
-            supervised = chunk.supervised() * np.repeat(times, np.diff(chunk.label_offsets))
+            fed = np.repeat(times, np.diff(batch.input_offsets))
+            supervised = batch.supervised() * np.repeat(times, np.diff(batch.label_offsets))
             for token, token_id in new_tokens.items():
-                counts[token]["fed"] += int(fed[chunk.input_ids == token_id].sum())
-                counts[token]["supervised"] += int(supervised[chunk.label_ids == token_id].sum())
-        self.new_tokens = {token: {key: one[key] for key in ("fed", "supervised")} for token, one in counts.items()}
+                counts[token]["fed"] += int(fed[batch.input_ids == token_id].sum())
+                counts[token]["supervised"] += int(supervised[batch.label_ids == token_id].sum())
+        self.new_tokens = {token: {key: count[key] for key in ("fed", "supervised")} for token, count in counts.items()}
         self.rows_changed_by_tokenizer = len(changed_rows(rows, range(min(CHECK_ROWS, len(rows))), encoder))
         self.digest = rows.digest()
 
     @property
-    def unlearned(self) -> list[str]:
+    def unused_tokens(self) -> list[str]:
         """The new tokens that are in no row: they would keep their initial embeddings."""
-        return [token for token, found in self.new_tokens.items() if not found["fed"] and not found["supervised"]]
+        return [token for token, counts in self.new_tokens.items() if not any(counts.values())]
+
+    def with_account(self, account: StreamAccount) -> SplitReport:
+        """Return the report of a streamed set with the rows that were read so far."""
+        places: dict[str, list[str]] = {}
+        for row in account.first_dropped:
+            places.setdefault(row.reason, []).append(row.place)
+        return replace(
+            self,
+            rows_read=account.num_records,
+            rows_kept=account.num_kept,
+            rows_dropped=Counter(account.dropped),
+            dropped_places=places,
+        )
 
     def as_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
         return asdict(self) | {"rows_dropped": dict(self.rows_dropped)}
 
     @property
@@ -122,8 +137,8 @@ def changed_rows(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> 
     texts = [text for i in indices if not rows.is_truncated(i) for text in _texts_of(rows, i)]
     decoded = encoder.decode_batch([ids for _, ids, _ in texts])
     changed: dict[int, None] = {}
-    for (i, ids, text), found in zip(texts, decoded, strict=True):
-        if found == text or (rows.is_rendered(i) and squeezed(text) in squeezed(encoder.decode_all(ids))):
+    for (i, ids, text), again in zip(texts, decoded, strict=True):
+        if again == text or (rows.is_rendered(i) and squeezed(text) in squeezed(encoder.decode_all(ids))):
             continue
         changed[i] = None
     return list(changed)

@@ -13,7 +13,7 @@ import numpy as np
 from src.data.encoding import IGNORE_INDEX, THOUGHT
 from src.data.readers.record import place_of
 from src.data.splits import concatenate
-from src.data.store import Chunk, Shard
+from src.data.store import Shard, StoredBatch
 
 
 @dataclass(slots=True)
@@ -27,10 +27,6 @@ class LabelledRow:
     labels: np.ndarray
     target_ids: np.ndarray | None
     spans: np.ndarray
-
-    @property
-    def num_supervised(self) -> int:
-        return int((self.labels != IGNORE_INDEX).sum())
 
     @property
     def num_tokens(self) -> int:
@@ -83,25 +79,25 @@ class EncodedSet:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> LabelledRow:
-        chunk, i = self._locate(index)
-        start, stop = chunk.input_offsets[i], chunk.input_offsets[i + 1]
-        ids = chunk.input_ids[start:stop]
-        start, stop = chunk.target_offsets[i], chunk.target_offsets[i + 1]
-        targets = chunk.target_ids[start:stop] if stop > start else None
-        spans = chunk.spans[chunk.span_offsets[i] : chunk.span_offsets[i + 1]].reshape(-1, 3)
+        batch, i = self._locate(index)
+        start, stop = batch.input_offsets[i], batch.input_offsets[i + 1]
+        ids = batch.input_ids[start:stop]
+        start, stop = batch.target_offsets[i], batch.target_offsets[i + 1]
+        targets = batch.target_ids[start:stop] if stop > start else None
+        spans = batch.spans[batch.span_offsets[i] : batch.span_offsets[i + 1]].reshape(-1, 3)
         label_ids = ids if targets is None else targets
         labels = np.full(len(label_ids), IGNORE_INDEX, dtype=np.int32)
         for _, first, last in spans.tolist():
             labels[first:last] = label_ids[first:last]
         return LabelledRow(ids, labels, targets, spans)
 
-    def _locate(self, index: int) -> tuple[Chunk, int]:
+    def _locate(self, index: int) -> tuple[StoredBatch, int]:
         shard, row = self.indices[index].tolist()
         return self.shards[shard].locate(row)
 
     def _value(self, index: int, column: str) -> Any:
-        chunk, i = self._locate(index)
-        return chunk.batch.column(column)[i].as_py()
+        batch, i = self._locate(index)
+        return batch.records.column(column)[i].as_py()
 
     def place(self, index: int) -> str:
         """Return the file and line of a row."""
@@ -124,9 +120,11 @@ class EncodedSet:
         return self.completion(index) if text is None else text
 
     def prompt(self, index: int) -> str:
+        """Return all of a row's text before its last supervised turn."""
         return self._value(index, "prompt")
 
     def completion(self, index: int) -> str:
+        """Return the text of a row's last supervised turn; '' for a row to predict that has no answer."""
         return self._value(index, "completion")
 
     def supervised_text(self, index: int) -> str:
@@ -142,10 +140,11 @@ class EncodedSet:
         return (self._value(index, "changes") or "").splitlines()
 
     def is_truncated(self, index: int) -> bool:
+        """Return whether a row was cut to the longest length."""
         return bool(self._value(index, "is_truncated"))
 
     def is_rendered(self, index: int) -> bool:
-        """Whether a chat template wrote the row's text."""
+        """Return whether a chat template wrote the row's text."""
         return bool(self._value(index, "is_rendered"))
 
     @cached_property
@@ -162,47 +161,44 @@ class EncodedSet:
         counts = []
         for shard in self.shards:
             shard_counts = [np.zeros(0, dtype=np.int64)]
-            for chunk in shard.chunks:
-                cumulated = np.concatenate([[0], np.cumsum(chunk.supervised())])
-                shard_counts.append(np.diff(cumulated[chunk.label_offsets]))
+            for batch in shard.batches:
+                cumulated = np.concatenate([[0], np.cumsum(batch.supervised())])
+                shard_counts.append(np.diff(cumulated[batch.label_offsets]))
             counts.append(np.concatenate(shard_counts))
         return self._select(counts)
 
-    def multiplicities(self) -> Iterator[tuple[Chunk, np.ndarray]]:
-        """Yield every chunk that holds rows of this set, with how often each of its rows is in the set, [chunk rows].
-
-        For counting over all rows at once.
-        """
+    def multiplicities(self) -> Iterator[tuple[StoredBatch, np.ndarray]]:
+        """Yield every batch with rows of this set, and how often each row is in the set, [rows of the batch]."""
         for i, shard in enumerate(self.shards):
             times = np.bincount(self.indices[self.indices[:, 0] == i, 1], minlength=len(shard))
             start = 0
-            for chunk in shard.chunks:
-                stop = start + chunk.batch.num_rows
+            for batch in shard.batches:
+                stop = start + batch.records.num_rows
                 if times[start:stop].any():
-                    yield chunk, times[start:stop]
+                    yield batch, times[start:stop]
                 start = stop
 
     def count_lines(self, column: str) -> tuple[dict[str, int], dict[str, list[str]]]:
         """Return how often each line of a column of texts occurs, and the places of its first three rows."""
         counts: dict[str, int] = {}
         places: dict[str, list[str]] = {}
-        for chunk, times in self.multiplicities():
-            texts = chunk.batch.column(column)
+        for batch, times in self.multiplicities():
+            texts = batch.records.column(column)
             if texts.null_count == len(texts):
                 continue
             for text, count, row in zip(texts.to_pylist(), times.tolist(), range(len(texts)), strict=True):
                 for line in text.split("\n") if text and count else ():
                     counts[line] = counts.get(line, 0) + count
                     if len(seen := places.setdefault(line, [])) < 3:
-                        source, number = (chunk.batch.column(name)[row].as_py() for name in ("source", "number"))
+                        source, number = (batch.records.column(name)[row].as_py() for name in ("source", "number"))
                         seen.append(place_of(source, number))
         return counts, places
 
     def total(self, column: str) -> int:
         """Return the sum of a column of numbers or booleans."""
         return sum(
-            int((chunk.batch.column(column).to_numpy(zero_copy_only=False) * times).sum())
-            for chunk, times in self.multiplicities()
+            int((batch.records.column(column).to_numpy(zero_copy_only=False) * times).sum())
+            for batch, times in self.multiplicities()
         )
 
     def digest(self) -> str:

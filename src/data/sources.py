@@ -33,7 +33,7 @@ class FileSource:
         """Read the rows, at most `limit` of them."""
         yield from itertools.islice((row for file in self.files for row in read_file(file)), self.limit)
 
-    def fingerprint(self) -> Any:
+    def identity(self) -> Any:
         """Return what identifies the rows: every file with the hash of its content."""
         return {"files": [[file, file_hash(file)] for file in self.files], "limit": self.limit}
 
@@ -99,7 +99,7 @@ class HubSource:
             else:
                 yield Record(fields, self.name, number)
 
-    def fingerprint(self) -> Any:
+    def identity(self) -> Any:
         """Return what identifies the rows: the library's own hash changes with the files and how they are read.
 
         Raises:
@@ -108,8 +108,8 @@ class HubSource:
         import datasets
 
         with self._load_errors():
-            found = datasets.load_dataset_builder(self.dataset_name, self.config_name, revision=self.revision)
-        rows = [found.config_id, str(found.config.version), found.hash]
+            builder = datasets.load_dataset_builder(self.dataset_name, self.config_name, revision=self.revision)
+        rows = [builder.config_id, str(builder.config.version), builder.hash]
         return {"hub": [self.name, self.config_name], "rows": rows, "limit": self.limit}
 
 
@@ -132,10 +132,10 @@ def file_hash(file: str) -> str:
 
 def _state(file: str) -> tuple[int, ...]:
     try:
-        found = os.stat(file)
+        status = os.stat(file)
     except OSError as error:
         raise DataError(f"{file} can't be read: {error.strerror}") from error
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @lru_cache(maxsize=1024)
@@ -147,6 +147,6 @@ def _hash(file: str, _state: tuple[int, ...]) -> str:
         raise DataError(f"{file} can't be read: {error.strerror}") from error
 
 
-def fingerprint_of(*parts: Any) -> str:
+def hash_of(*parts: Any) -> str:
     """Return a hash of plain values, 64 hex digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

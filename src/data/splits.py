@@ -83,10 +83,10 @@ def sample_counts(sizes: Sequence[int], weights: Sequence[float | None], counts:
         sizes: rows of each source.
         weights: proportions, of all sources or of none; they need not add up to 1.
     """
-    given = [weight for weight in weights if weight is not None]
-    if not given:
+    known = [weight for weight in weights if weight is not None]
+    if not known:
         return [size if count is None else count for size, count in zip(sizes, counts, strict=True)]
-    shares = [weight / sum(given) for weight in given]
+    shares = [weight / sum(known) for weight in known]
     total = min(size / share for size, share in zip(sizes, shares, strict=True))
     return [int(total * share + 1e-6) for share in shares]
 
@@ -102,15 +102,15 @@ def interleave(rows: Sequence[np.ndarray], counts: Sequence[int], seed: int) -> 
     """
     order = np.random.default_rng([seed, 0x317]).permutation(np.repeat(np.arange(len(rows)), counts))
     mixed = np.stack([order, np.empty_like(order)], axis=1).astype(np.int64)
-    for source, (some, count) in enumerate(zip(rows, counts, strict=True)):
+    for source, (indices, count) in enumerate(zip(rows, counts, strict=True)):
         rng = np.random.default_rng([seed, 0x317, source])
-        passes, rest = divmod(count, max(1, len(some)))
-        sampled = np.sort(rng.permutation(len(some))[:rest])
-        mixed[order == source, 1] = np.concatenate([*([some] * passes), some[sampled]])
+        passes, remainder = divmod(count, max(1, len(indices)))
+        sampled = np.sort(rng.permutation(len(indices))[:remainder])
+        mixed[order == source, 1] = np.concatenate([*([indices] * passes), indices[sampled]])
     return mixed
 
 
 def concatenate(rows: Sequence[np.ndarray]) -> np.ndarray:
     """Return (source, row) of all rows, source after source, [rows, 2]."""
-    found = [np.stack([np.full(len(some), source), some], axis=1) for source, some in enumerate(rows)]
-    return np.concatenate(found).astype(np.int64) if found else np.zeros((0, 2), dtype=np.int64)
+    pairs = [np.stack([np.full(len(indices), source), indices], axis=1) for source, indices in enumerate(rows)]
+    return np.concatenate(pairs).astype(np.int64) if pairs else np.zeros((0, 2), dtype=np.int64)

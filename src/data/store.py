@@ -1,4 +1,4 @@
-"""Encoded rows in one Arrow file: written in chunks and memory-mapped, so that memory does not grow with the data."""
+"""Encoded rows in one Arrow file: written in batches and memory-mapped, so that memory does not grow with the data."""
 
 from __future__ import annotations
 
@@ -156,10 +156,10 @@ def _flat(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some rows as they are stored: ids and spans flat, with the offsets of each row."""
+class StoredBatch:
+    """Rows as they are stored, one Arrow record batch: ids and spans flat, with the offsets of each row."""
 
-    batch: pa.RecordBatch
+    records: pa.RecordBatch
     input_offsets: np.ndarray
     input_ids: np.ndarray
     target_offsets: np.ndarray
@@ -168,7 +168,8 @@ class Chunk:
     spans: np.ndarray
 
     @classmethod
-    def of(cls, batch: pa.RecordBatch) -> Chunk:
+    def from_record_batch(cls, batch: pa.RecordBatch) -> StoredBatch:
+        """Return the batch with views of its lists of numbers."""
         columns = (_flat(batch.column(name)) for name in ("input_ids", "target_ids", "spans"))
         return cls(batch, *(values for column in columns for values in column))
 
@@ -196,10 +197,10 @@ class Shard:
 
     def __init__(self, batches: Sequence[pa.RecordBatch], stats: SourceStats) -> None:
         self.stats = stats
-        self.chunks = [Chunk.of(batch) for batch in batches]
+        self.batches = [StoredBatch.from_record_batch(batch) for batch in batches]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
-        self.lengths = self._joined([np.diff(c.input_offsets) for c in self.chunks])
-        self.target_lengths = self._joined([np.diff(c.target_offsets) for c in self.chunks])
+        self.lengths = self._joined([np.diff(b.input_offsets) for b in self.batches])
+        self.target_lengths = self._joined([np.diff(b.target_offsets) for b in self.batches])
         self.ordinals = self.column("ordinal")
 
     @classmethod
@@ -227,16 +228,16 @@ class Shard:
 
     @property
     def num_bytes(self) -> int:
-        return sum(chunk.batch.nbytes for chunk in self.chunks)
+        return sum(batch.records.nbytes for batch in self.batches)
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of numbers, [rows]."""
-        return self._joined([c.batch.column(name).to_numpy(zero_copy_only=False) for c in self.chunks])
+        return self._joined([b.records.column(name).to_numpy(zero_copy_only=False) for b in self.batches])
 
     def _joined(self, arrays: list[np.ndarray]) -> np.ndarray:
         return np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, dtype=np.int64)
 
-    def locate(self, row: int) -> tuple[Chunk, int]:
-        """Return the chunk that holds a row, and the row's index in it."""
+    def locate(self, row: int) -> tuple[StoredBatch, int]:
+        """Return the batch that holds a row, and the row's index in it."""
         i = bisect_right(self._starts, row) - 1
-        return self.chunks[i], row - self._starts[i]
+        return self.batches[i], row - self._starts[i]

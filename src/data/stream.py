@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 
 from src.data.bad_rows import BadRows
-from src.data.preparation import CHUNK_ROWS, EncodingConfig, prepared
+from src.data.preparation import CHUNK_ROWS, EncodingConfig, encode_chunks
 from src.data.readers.record import ReadResult, Unreadable
 from src.data.sets import EncodedSet
-from src.data.sources import Source, fingerprint_of
+from src.data.sources import Source, hash_of
 from src.data.store import DroppedRow, Shard, SourceStats
 from src.errors import DataError
 
@@ -52,9 +52,10 @@ class StreamAccount:
         self.first_dropped += shard.stats.dropped[: 10 - len(self.first_dropped)]
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> StreamAccount:
-        rows = [DroppedRow(**row) for row in given["first_dropped"]]
-        return cls(given["num_records"], dict(given["dropped"]), rows)
+    def from_dict(cls, state: Mapping[str, Any]) -> StreamAccount:
+        """Return the account that a cursor's JSON values hold."""
+        rows = [DroppedRow(**row) for row in state["first_dropped"]]
+        return cls(state["num_records"], dict(state["dropped"]), rows)
 
 
 @dataclass
@@ -88,9 +89,10 @@ class Cursor:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Cursor:
-        lists = {"taken": [*given["taken"]], "has_ended": [*given["has_ended"]]}
-        return cls(**{**given, **lists, "account": StreamAccount.from_dict(given["account"])})
+    def from_dict(cls, state: Mapping[str, Any]) -> Cursor:
+        """Return a cursor that shares no list with the JSON values it is made of."""
+        lists = {"taken": [*state["taken"]], "has_ended": [*state["has_ended"]]}
+        return cls(**{**state, **lists, "account": StreamAccount.from_dict(state["account"])})
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,8 @@ class StreamedSet:
 
     def digest(self) -> str:
         """Return a hash of the sources and settings of the rows, 32 hex digits."""
-        each = [(one.source.fingerprint(), one.config.settings(), one.share, one.count) for one in self._sources]
-        return fingerprint_of(each)[:32]
+        each = [(s.source.identity(), s.config.settings(), s.share, s.count) for s in self._sources]
+        return hash_of(each)[:32]
 
     def start(self) -> dict[str, Any]:
         """Return the cursor of the next epoch's start, in plain JSON values."""
@@ -204,7 +206,7 @@ class StreamedSet:
 
     def _shards(self, cursor: Cursor) -> Iterator[Shard]:
         """Yield a chunk of each source in turn, as large as its share, with the cursor moved past it."""
-        streams = [self._read_source(one, taken) for one, taken in zip(self._sources, cursor.taken, strict=True)]
+        streams = [self._read_source(source, taken) for source, taken in zip(self._sources, cursor.taken, strict=True)]
         while not all(cursor.has_ended):
             i = cursor.turn
             cursor.turn = (i + 1) % len(streams)
@@ -224,13 +226,13 @@ class StreamedSet:
             cursor.account.add(shard)
             yield shard
 
-    def _read_source(self, one: StreamSource, taken: int) -> Iterator[Shard]:
+    def _read_source(self, source: StreamSource, taken: int) -> Iterator[Shard]:
         """Yield a source's records after the first `taken`, encoded, a chunk of its share at a time."""
-        chunk_rows = max(1, round(CHUNK_ROWS * one.share))
-        records = _records(one.source, taken, one.count)
+        chunk_rows = max(1, round(CHUNK_ROWS * source.share))
+        records = _records(source.source, taken, source.count)
         batches, stats = list[pa.RecordBatch](), SourceStats()
-        for chunk in prepared(records, one.config, self._num_workers, chunk_rows, taken):
-            BadRows(chunk.bad).check()
+        for chunk in encode_chunks(records, source.config, self._num_workers, chunk_rows, taken):
+            BadRows(chunk.bad).raise_if_any()
             batches.append(chunk.rows)
             stats.num_records += chunk.num_records
             stats.dropped += chunk.dropped

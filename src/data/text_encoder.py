@@ -28,7 +28,7 @@ WRITES_SPACE = ("normalizer", "pre_tokenizer")
 """Parts of a tokenizer that may put a dummy space in front of a text; what its decoder says of one does not count."""
 
 REPEATED_GROUP = re.compile(r"\)[+*{]")
-"""In a regular expression: matching may take a time that grows with a power of the text's length."""
+"""A repeated group of a regular expression: the time of matching may grow with a power of the text's length."""
 
 
 class BrokenTokenizerError(TokenError):
@@ -278,7 +278,7 @@ def tokenizer_errors(text: str = "", *, is_quiet: bool = False) -> Iterator[None
         if not isinstance(error, Exception) and not _is_panic(error):
             raise
         on = f" on {text[:60]!r}{'…' if len(text) > 60 else ''}" if text else ""
-        explodes = "; a regular expression in its tokenizer.json does not come to an end"
+        explodes = "; a regular expression in its tokenizer.json does not terminate"
         raise BrokenTokenizerError(
             f"the tokenizer fails{on}: {one_line(error)}{explodes if 'retry-limit' in str(error) else ''}"
         ) from None

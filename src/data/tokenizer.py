@@ -16,23 +16,23 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from src.config.schema import ModelConfig, TokensConfig
 from src.errors import ModelError, TokenError, one_line
-from src.tokens import NewTokens, num_token_ids
+from src.tokens import ConfiguredTokens, num_token_ids
 from src.util import listed, plural
 
 
-def load_tokenizer(model: ModelConfig, tokens: TokensConfig) -> tuple[Any, NewTokens]:
+def load_tokenizer(model: ModelConfig, tokens: TokensConfig) -> tuple[Any, ConfiguredTokens]:
     """Load the checkpoint's tokenizer and add the new tokens to it.
 
     Raises:
         ModelError: where the checkpoint has no tokenizer that can be loaded.
         TokenError: where two tokens have one id, or a thought's tag is not one id.
     """
-    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    hub_args = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model.checkpoint, **where)
+            tokenizer = AutoTokenizer.from_pretrained(model.checkpoint, **hub_args)
         except TypeError:  # its tokenizer.json is not of the class that it names (byte-level T5s): the file counts
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(model.checkpoint, **where)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(model.checkpoint, **hub_args)
     except Exception as error:  # the libraries raise many kinds
         raise ModelError(f"the tokenizer of {model.checkpoint} can't be loaded: {one_line(error)}") from error
     if shared := _shared_ids(tokenizer.get_vocab()):
@@ -44,7 +44,7 @@ def load_tokenizer(model: ModelConfig, tokens: TokensConfig) -> tuple[Any, NewTo
     return tokenizer, add_tokens(tokenizer, tokens)
 
 
-def add_tokens(tokenizer: Any, tokens: TokensConfig) -> NewTokens:
+def add_tokens(tokenizer: Any, tokens: TokensConfig) -> ConfiguredTokens:
     """Add the tokens that the vocabulary does not have yet, so that each is encoded as one id.
 
     Raises:
@@ -52,14 +52,14 @@ def add_tokens(tokenizer: Any, tokens: TokensConfig) -> NewTokens:
             id in the end.
     """
     vocabulary = tokenizer.get_vocab()
-    known = {token: vocabulary[token] for token in tokens.additional_special_tokens if token in vocabulary}
+    existing = {token: vocabulary[token] for token in tokens.additional_special_tokens if token in vocabulary}
     missing = [token for token in tokens.additional_special_tokens if token not in vocabulary]
-    # a known token may be a mere vocabulary entry: marked as added, it is never cut into pieces
-    unmarked = [token for token in known if token not in tokenizer.get_added_vocab()]
-    _check_choice(tokenizer, tokens, {token: known[token] for token in unmarked})
+    # an existing token may be a mere vocabulary entry: marked as added, it is never cut into pieces
+    unmarked = [token for token in existing if token not in tokenizer.get_added_vocab()]
+    _check_choice(tokenizer, tokens, {token: existing[token] for token in unmarked})
     first = num_token_ids(tokenizer)
     added = {token: first + n for n, token in enumerate(missing)}
-    _add_with_ids(tokenizer, known | added, [*unmarked, *missing])
+    _add_with_ids(tokenizer, existing | added, [*unmarked, *missing])
     tags = {}
     for tag in filter(None, (tokens.thought_open, tokens.thought_close)):
         ids = tokenizer(tag, add_special_tokens=False)["input_ids"]
@@ -68,9 +68,9 @@ def add_tokens(tokenizer: Any, tokens: TokensConfig) -> NewTokens:
                 f"tokens: {tag} opens or closes thoughts but is {plural(len(ids), 'token')}; "
                 "name it in tokens.additional_special_tokens"
             )
-        if tag not in known | added:
+        if tag not in existing | added:
             tags[tag] = ids[0]
-    return NewTokens(added, known, tags)
+    return ConfiguredTokens(added, existing, tags)
 
 
 def _check_choice(tokenizer: Any, tokens: TokensConfig, unmarked: Mapping[str, int]) -> None:

@@ -91,15 +91,15 @@ class Decoding:
                     device=input_ids.device,
                 )
             )
-        shared = list(takewhile(lambda one: isinstance(one, ROW_WISE), reversed(each[0])))[::-1]
-        found = LogitsProcessorList()
+        shared = list(takewhile(lambda processor: isinstance(processor, ROW_WISE), reversed(each[0])))[::-1]
+        processors = LogitsProcessorList()
         if len(each[0]) > len(shared):
             stop = config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0]
-            found.append(_RowByRow([own[: len(own) - len(shared)] for own in each], paddings, stop))
-        found.extend(shared)
+            processors.append(_RowByRow([own[: len(own) - len(shared)] for own in each], paddings, stop))
+        processors.extend(shared)
         if self.streams is not None:
-            found.append(_Draw(self.streams.to(input_ids.device), length))
-        return found
+            processors.append(_Draw(self.streams.to(input_ids.device), length))
+        return processors
 
 
 class _RowByRow(LogitsProcessor):

@@ -18,7 +18,7 @@ from src.data.sets import EncodedSet
 from src.errors import DataError, NonFiniteLossError
 from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import EndText, Generator, check_prompts
-from src.metrics import perplexity, scores
+from src.metrics import compute_metrics, perplexity
 from src.runtime.session import Runtime
 from src.training.loss import span_losses
 
@@ -29,7 +29,7 @@ NO_TOKENS: Mapping[str, int] = MappingProxyType({})
 class Evaluator:
     """Evaluates sets, the first `max_samples` rows of each (None: all)."""
 
-    scored: nn.Module
+    loss_model: nn.Module
     generator: Generator
     reader: AnswerReader
     runtime: Runtime
@@ -61,7 +61,7 @@ class Evaluator:
                 texts = [self.reader.encoder.decode(completion.ids) for completion in completions]
                 answers = [self.reader.answer(rows, i, text) for i, text in enumerate(texts)]
                 references = [self.reader.reference(rows, i) for i in range(count)]
-                values |= scores(self.metrics, answers, references, self.answer_pattern, rows.place)
+                values |= compute_metrics(self.metrics, answers, references, self.answer_pattern, rows.place)
             metrics |= {f"eval/{rows.name}/{name}": value for name, value in values.items()}
         return metrics | targets.metrics(self.runtime)
 
@@ -71,20 +71,20 @@ class Evaluator:
         order = sorted(range(count), key=lambda i: rows.lengths[i])  # little padding
         total, thought_sum = torch.zeros(2, dtype=torch.float64)
         num_supervised = num_thought = 0
-        self.scored.eval()
-        for start, counts in self.runtime.share(range(0, count, self.batch_size)):
+        self.loss_model.eval()
+        for start, is_real in self.runtime.split(range(0, count, self.batch_size)):
             self.runtime.check_stop()
             batch = collate(rows, [[i] for i in order[start : start + self.batch_size]], self.generator.pad_token_id)
-            found = self.scored(**batch.to(self.runtime.device).inputs())
-            if not counts:
+            batch_losses = self.loss_model(**batch.to(self.runtime.device).inputs())
+            if not is_real:
                 continue
             num_supervised += batch.num_supervised
             num_thought += batch.num_thought
-            nll = found.nll.double().cpu()
+            nll = batch_losses.nll.double().cpu()
             total += nll.sum()
-            if found.is_thought is not None:
-                thought_sum += nll[found.is_thought.cpu()].sum()
-            targets.update(found.targets.cpu(), nll)
+            if batch_losses.is_thought is not None:
+                thought_sum += nll[batch_losses.is_thought.cpu()].sum()
+            targets.update(batch_losses.targets.cpu(), nll)
         sums = [total.item(), float(num_supervised), thought_sum.item(), float(num_thought)]
         nll, all_supervised, thought_nll, all_thought = self.runtime.sum(sums)
         loss = nll / all_supervised
@@ -137,7 +137,7 @@ class TargetStats:
         return metrics
 
 
-def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data, runtime: Runtime) -> Evaluator:
+def open_evaluation(config: RunConfig, loss_model: nn.Module, model: Any, data: Data, runtime: Runtime) -> Evaluator:
     """Build the evaluator of a run, and check that its prompts can be generated from.
 
     Raises:
@@ -148,12 +148,12 @@ def open_evaluation(config: RunConfig, scored: nn.Module, model: Any, data: Data
         runtime,
         config.training.per_device_eval_batch_size,
         data.encoder.target_prefix,
-        EndText.of(data.frame, data.encoder),
+        EndText.from_frame(data.frame, data.encoder),
     )
     check_prompts(config, model, data)
     check_spans(config, data)
     return Evaluator(
-        scored=scored,
+        loss_model=loss_model,
         generator=generator,
         reader=AnswerReader(data.encoder, config.thought_tags, data.frame),
         runtime=runtime,

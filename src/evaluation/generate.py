@@ -16,6 +16,7 @@ from src.config.schema import RunConfig
 from src.data.answers import AnswerFrame
 from src.data.dataset import Data
 from src.data.encoding import Encoder
+from src.data.sets import EncodedSet
 from src.errors import DataError, ModelError
 from src.evaluation.decoding import Decoding, row_streams
 from src.runtime.session import Runtime
@@ -48,7 +49,7 @@ class EndText:
     encoder: Encoder
 
     @classmethod
-    def of(cls, frame: AnswerFrame, encoder: Encoder) -> EndText | None:
+    def from_frame(cls, frame: AnswerFrame, encoder: Encoder) -> EndText | None:
         """Return the text that ends turns in a chat template; None where a token does, or nothing."""
         return cls(frame, encoder) if frame.end_text else None
 
@@ -109,22 +110,22 @@ class Generator:
             Interrupted: between two tokens, where a signal asked for it.
         """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        own: dict[int, Completion] = {}
+        local: dict[int, Completion] = {}
         training = self.model.training
         self.model.eval()
         is_alone = self._samples_beams or self._stretches(max(map(len, prompts), default=0))
         size = 1 if is_alone else self.batch_size
-        for start, counts in self.runtime.share(range(0, len(order), size)):
+        for start, is_real in self.runtime.split(range(0, len(order), size)):
             self.runtime.check_stop()
-            some = order[start : start + size]
-            rows = [first_row + i for i in some]
+            batch = order[start : start + size]
+            rows = [first_row + i for i in batch]
             with self.runtime.isolated_rng(_seed_of(seed, rows[0])), torch.no_grad():
-                written = self._batch([prompts[i] for i in some], rows, seed)
-            if counts:
-                own |= dict(zip(some, written, strict=True))
+                generated = self._batch([prompts[i] for i in batch], rows, seed)
+            if is_real:
+                local |= dict(zip(batch, generated, strict=True))
         self.runtime.check_stop()
         self.model.train(training)
-        completions = {i: one for of_process in self.runtime.gather(own) for i, one in of_process.items()}
+        completions = {i: one for process in self.runtime.gather(local) for i, one in process.items()}
         return [completions[i] for i in range(len(prompts))]
 
     @property
@@ -197,27 +198,27 @@ def check_prompts(config: RunConfig, model: Any, data: Data) -> None:
     Args:
         model: only its configuration is used.
     Raises:
-        DataError, ModelError: naming the row, or the lengths that do not fit.
+        DataError, ModelError: naming the row.
     """
-    for rows in [*data.validation.values(), *data.test.values()] if config.metrics else []:
+    generated = [*data.validation.values(), *data.test.values()] if config.metrics else []
+    for rows in generated:
         lengths = rows.prompt_lengths().tolist()
         if 0 in lengths:
             raise DataError(f"{rows.place(lengths.index(0))}  nothing to generate from: an empty prompt, and no BOS")
-        _check_room(rows.name, max(lengths), config, model, data)
-    if config.evaluation.sample_prompts:
-        rows = data.for_samples()
-        _check_room(rows.name, int(rows.prompt_lengths().max()), config, model, data)
+    for rows in [*generated, *([data.for_samples()] if config.evaluation.sample_prompts else [])]:
+        check_room(rows, model, data.encoder.target_prefix, config.generation.max_new_tokens)
 
 
-def _check_room(name: str, longest: int, config: RunConfig, model: Any, data: Data) -> None:
+def check_room(rows: EncodedSet, model: Any, target_prefix: list[int], max_new_tokens: int) -> None:
+    """Raise ModelError, naming the row, where a set's longest prompt leaves no room for what is generated."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if model.config.is_encoder_decoder:
-        longest = 1 + len(data.encoder.target_prefix)
-    new = config.generation.max_new_tokens
-    if positions is not None and longest + new > positions:
+    lengths = rows.prompt_lengths()
+    longest = int(lengths.argmax())
+    used = 1 + len(target_prefix) if model.config.is_encoder_decoder else int(lengths[longest])
+    if positions is not None and used + max_new_tokens > positions:
         raise ModelError(
-            f"{name}: the longest prompt has {longest} tokens, generation.max_new_tokens = {new} more do not fit into "
-            f"the model's {positions} positions; lower one of data.max_seq_length and max_new_tokens"
+            f"{rows.place(longest)}: {used} tokens and generation.max_new_tokens = {max_new_tokens} more do not fit "
+            f"into the model's {positions} positions; lower one of data.max_seq_length and max_new_tokens"
         )
 
 

@@ -1,4 +1,4 @@
-"""The files of one set's predictions, and what decided them. No torch here.
+"""The files of one set's predictions, and what decided them.
 
 `<set>.jsonl` has a line a row, `<set>.csv` the same once the set is whole, and `<set>.json` what decided them:
 predictions that something else decided are never mixed with them.
@@ -18,7 +18,7 @@ from typing import Any
 
 from src.config.schema import RunConfig
 from src.errors import RunFolderError
-from src.metrics import scores
+from src.metrics import compute_metrics
 from src.records import (
     NUMBER,
     OPTIONAL_TEXT,
@@ -74,7 +74,7 @@ class PredictedSet:
         self._num_rows, self._digest = 0, Digest()
 
     def claim(self, *, force: bool) -> list[str]:
-        """Take over what is there of it, or with `force` remove it; return what decided it otherwise.
+        """Continue what is there of it, or with `force` remove it; return what decided it otherwise.
 
         Raises:
             RunFolderError: where a file is there that src.predict did not write, which nothing removes.
@@ -126,7 +126,7 @@ class PredictedSet:
         return record
 
     def is_generated(self) -> bool:
-        """Whether every row has its line."""
+        """Return whether every row has its line."""
         rows = self._read().get("rows")
         return rows is not None and self.lines.exists() and sum(1 for _ in self.read()) == rows
 
@@ -138,7 +138,7 @@ class PredictedSet:
         Raises:
             RunFolderError: where more than its end is not as it was written.
         """
-        self._note(len(rows), self._read().get("written"))
+        self._write_record(len(rows), self._read().get("written"))
         self.lines.touch()
         count = size = kept = kept_size = 0
         with open(self.lines, "rb") as file:
@@ -157,15 +157,15 @@ class PredictedSet:
         if kept < len(rows):
             self.table.unlink(missing_ok=True)
         self._digest = Digest(self._content())
-        self._note(len(rows), self._digest.as_dict())
+        self._write_record(len(rows), self._digest.as_dict())
         return kept
 
-    def _note(self, num_rows: int, written: Mapping[str, Any] | None) -> None:
-        """Write down what decides the predictions, and what was written of them."""
+    def _write_record(self, num_rows: int, written: Mapping[str, Any] | None) -> None:
+        """Write what decides the predictions, and what was written of them."""
         self._num_rows = num_rows
         write_json(self.record, {"rows": num_rows, "decided_by": self._decided_by, "written": written})
 
-    def check(self) -> None:
+    def check_unchanged(self) -> None:
         """Check that what is there is what was written; what was cut off is generated again.
 
         Raises:
@@ -206,7 +206,7 @@ class PredictedSet:
             file.flush()
             os.fsync(file.fileno())
         self._digest.add(text.encode())
-        self._note(self._num_rows, self._digest.as_dict())
+        self._write_record(self._num_rows, self._digest.as_dict())
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield the lines that are there, up to one that is torn or out of place."""
@@ -240,9 +240,9 @@ class PredictedSet:
         values = {}
         if config.metrics and not lacking:
             places = [line["source"] for line in lines]
-            answers, pattern = [given for given, _ in pairs], config.data.answer_pattern
-            found = scores(config.metrics, answers, references, pattern, places.__getitem__)
-            values = {f"eval/{self.name}/{metric}": value for metric, value in found.items()}
+            answers, pattern = [answer for answer, _ in pairs], config.data.answer_pattern
+            computed = compute_metrics(config.metrics, answers, references, pattern, places.__getitem__)
+            values = {f"eval/{self.name}/{metric}": value for metric, value in computed.items()}
         before = read_metrics(self.folder)
         others = {key: value for key, value in before.items() if not key.startswith(f"eval/{self.name}/")}
         if finite(others | values) != before:
@@ -286,8 +286,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """Return what a line says; None of one that is not whole, or no prediction."""
     try:
-        found = parse(line) if line.endswith(b"\n") else {}
-        check_keys(found, LINE_KEYS)
+        fields = parse(line) if line.endswith(b"\n") else {}
+        check_keys(fields, LINE_KEYS)
     except ValueError:
         return None
-    return found if list(found) == COLUMNS else None
+    return fields if list(fields) == COLUMNS else None

@@ -1,4 +1,4 @@
-"""Predictions: generated and written a block at a time, so that a stop costs one block. No torch here."""
+"""Predictions: generated and written a block at a time, so that a stop costs one block."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from src.config.files import expand
 from src.config.schema import RunConfig
 from src.data.sources import file_hash
-from src.errors import ModelError, RunFolderError
-from src.evaluation.deciding import decided_by
+from src.errors import RunFolderError
 from src.evaluation.predicted_set import PredictedSet, Prediction, read_metrics
+from src.evaluation.prediction_key import prediction_key
 from src.tracking.console import Console, clock
 
 if TYPE_CHECKING:
@@ -34,16 +34,18 @@ def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model:
         DamagedFileError: where what is there can't be read; before anything is generated or removed.
     """
     read_metrics(folder)
-    common = decided_by(config, frozen, model)
+    common = prediction_key(config, frozen, model)
     sets, refused = {}, []
     for name, files in config.data.test_sets().items():
         contents = [file_hash(file) for file in expand(files)]
         sets[name] = PredictedSet(folder, name, {"data.test_files": contents} | common)
-        found = sets[name].claim(force=config.force)
-        if found:
-            refused.append("\n  ".join([f"{sets[name].lines} holds predictions that something else decided:", *found]))
+        differences = sets[name].claim(force=config.force)
+        if differences:
+            refused.append(
+                "\n  ".join([f"{sets[name].lines} holds predictions that something else decided:", *differences])
+            )
         else:
-            sets[name].check()
+            sets[name].check_unchanged()
     if refused:
         hint = (
             "predict.output=DIR puts the new predictions elsewhere; force=true removes these sets and starts them anew"
@@ -52,25 +54,7 @@ def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model:
     return sets
 
 
-def check_room(prompts: Prompts, model: Any, max_new_tokens: int) -> None:
-    """Check that every prompt leaves room for what is generated.
-
-    Raises:
-        ModelError: naming the row.
-    """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for rows in prompts.sets.values():
-        lengths = rows.prompt_lengths()
-        longest = int(lengths.argmax())
-        used = 1 + len(prompts.encoder.target_prefix) if model.config.is_encoder_decoder else int(lengths[longest])
-        if positions is not None and used + max_new_tokens > positions:
-            raise ModelError(
-                f"{rows.place(longest)}: {used} tokens, and generation.max_new_tokens = {max_new_tokens} more, do not "
-                f"fit into the model's {positions} positions; lower one of data.max_seq_length and max_new_tokens"
-            )
-
-
-def account(rows: EncodedSet) -> str:
+def describe_rows(rows: EncodedSet) -> str:
     """Return what became of a set's rows: how many are predicted, whose prompt was cut, what was left out."""
     text = f"{len(rows):,} rows"
     if rows.total("is_truncated"):

@@ -29,6 +29,7 @@ class Sample:
     untrained: str
 
     def as_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
         return asdict(self)
 
 

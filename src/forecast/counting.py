@@ -21,8 +21,8 @@ from src.config.schema import LossConfig
 from src.errors import one_line
 from src.forecast.live_tensors import LiveTensors
 from src.forecast.quantised import is_quantised, put_fake_weight
-from src.model.masks import taken_for_single_rows
-from src.training.head import ScoredModel
+from src.model.masks import no_packing_detection
+from src.training.head import ModelWithLoss
 
 
 class MicroBatchShape(NamedTuple):
@@ -34,7 +34,7 @@ class MicroBatchShape(NamedTuple):
     num_supervised: int
     """Positions that are scored."""
     target_seq: int | None = None
-    """Of an encoder-decoder's targets; None for a causal model."""
+    """The longest target of an encoder-decoder; None for a causal model."""
     is_packed: bool = False
     """Whether several rows share a sequence, so that attention needs a mask."""
     has_padding: bool = False
@@ -55,7 +55,7 @@ class TrainingCount:
     peak_bytes: int
     """The most that is held at once."""
     peak_gradient_bytes: int
-    """Of peak_bytes: gradients of parameters."""
+    """Bytes of peak_bytes that are gradients of parameters."""
     flops: int
     """Multiplications and additions of matrix products and attention, forward and backward."""
     has_gradients: bool = True
@@ -83,25 +83,27 @@ class UncountableError(Exception):
 class ModelCounter:
     """A model on fake tensors, which can be computed with."""
 
-    def __init__(self, scored: ScoredModel, mode: FakeTensorMode, device: torch.device, autocast: torch.dtype | None):
-        self._scored = scored
+    def __init__(
+        self, loss_model: ModelWithLoss, mode: FakeTensorMode, device: torch.device, autocast: torch.dtype | None
+    ):
+        self._loss_model = loss_model
         self._mode = mode
         self._device = device
         self._autocast = autocast
 
     @torch.no_grad()
     def probe_head(self) -> None:
-        """Find out whether logits are the head's result for the last hidden states, as ScoredModel.probe_head does; of
-        tensors without values by whether they are the same ones.
+        """Find out whether logits are the head's result for the last hidden states, as ModelWithLoss.probe_head does;
+        of tensors without values by whether they are the same ones.
         """
-        scored, model, seen = self._scored, self._scored.model, dict[str, Any]()
-        scored.uses_full_logits = True
+        loss_model, model, seen = self._loss_model, self._loss_model.model, dict[str, Any]()
+        loss_model.uses_full_logits = True
         head, inner = model.get_output_embeddings(), model.base_model
         if head is None or inner is model:
             return
         hooks = [
-            head.register_forward_hook(lambda _, given, result: seen.update(fed=given[0], result=result)),
-            inner.register_forward_hook(lambda _, given, result: seen.update(hidden=result)),
+            head.register_forward_hook(lambda _, args, result: seen.update(fed=args[0], result=result)),
+            inner.register_forward_hook(lambda _, args, result: seen.update(hidden=result)),
         ]
         with self._computing():
             inputs = {"input_ids": self._ids(1, 2)}
@@ -113,29 +115,29 @@ class ModelCounter:
         hidden = getattr(seen.get("hidden"), "last_hidden_state", None)
         if hidden is not None and "fed" in seen:
             is_head = _is_same(seen["fed"], hidden) and _is_same(seen["logits"], seen["result"])
-            scored.uses_full_logits = not is_head
+            loss_model.uses_full_logits = not is_head
 
     def count_training(self, shape: MicroBatchShape, num_micro_batches: int = 1) -> TrainingCount:
         """Count forward and backward.
 
         Args:
-            num_micro_batches: of a step; from the second one on, gradients are there already.
+            num_micro_batches: of a step; from the second one on, gradients exist already.
         """
-        self._scored.train()
+        self._loss_model.train()
         with self._computing(num_supervised=shape.num_supervised, is_packed=shape.is_packed) as live:
             inputs = self._inputs(shape)
             num_forwards = min(2, num_micro_batches)
             for _ in range(num_forwards):
                 before = live.alive()
                 with self._autocasting():
-                    objective = self._scored(**inputs).objective
+                    objective = self._loss_model(**inputs).objective
                 saved = live.alive() - before
                 saved_bytes = live.bytes_of(saved)
                 objective.backward()
                 del objective
-        gradients = {live.number_of(p.grad) for p in self._scored.parameters() if p.grad is not None}
+        gradients = {live.number_of(p.grad) for p in self._loss_model.parameters() if p.grad is not None}
         at_peak = live.at_peak()
-        for parameter in self._scored.parameters():
+        for parameter in self._loss_model.parameters():
             parameter.grad = None
         return TrainingCount(
             saved_bytes=saved_bytes,
@@ -147,12 +149,12 @@ class ModelCounter:
     @torch.no_grad()
     def count_evaluation(self, shape: MicroBatchShape) -> ForwardCount:
         """Count the losses of a batch."""
-        self._scored.eval()
+        self._loss_model.eval()
         with (
             self._computing(num_supervised=shape.num_supervised, is_packed=shape.is_packed) as live,
             self._autocasting(),
         ):
-            self._scored(**self._inputs(shape))
+            self._loss_model(**self._inputs(shape))
         return ForwardCount(live.peak, live.flops)
 
     @torch.no_grad()
@@ -164,7 +166,7 @@ class ModelCounter:
             batch: rows, times beams.
             prompt: tokens of the longest prompt; of an encoder-decoder's input.
         """
-        self._scored.eval()
+        self._loss_model.eval()
         with self._computing() as live, self._autocasting():
             inputs, cache = self._prefill(batch, prompt)
             peak, prefill = live.peak, live.flops
@@ -174,13 +176,13 @@ class ModelCounter:
             before = live.flops
             if "encoder_outputs" not in inputs:
                 inputs["attention_mask"] = self._ids(batch, prompt + num_new)
-            self._scored.model(**inputs, past_key_values=cache, use_cache=True)
+            self._loss_model.model(**inputs, past_key_values=cache, use_cache=True)
             step = live.flops - before
         return ForwardCount(max(peak, live.peak), prefill + num_new * step)
 
     def _prefill(self, batch: int, prompt: int) -> tuple[dict[str, Any], Any]:
         """Compute a prompt; return the inputs of the token after it, and the cache of keys and values."""
-        model, real = self._scored.model, self._ids(batch, prompt)
+        model, real = self._loss_model.model, self._ids(batch, prompt)
         inputs: dict[str, Any] = {"attention_mask": real}
         if model.config.is_encoder_decoder:
             inputs["encoder_outputs"] = model.get_encoder()(input_ids=self._ids(batch, prompt), attention_mask=real)
@@ -192,17 +194,17 @@ class ModelCounter:
 
     @contextmanager
     def _computing(self, *, num_supervised: int = 0, is_packed: bool = False) -> Iterator[LiveTensors]:
-        held = [*self._scored.parameters(), *self._scored.buffers()]
+        held = [*self._loss_model.parameters(), *self._loss_model.buffers()]
         live = LiveTensors(held, num_supervised)
         with ExitStack() as stack:
             if not is_packed:
-                stack.enter_context(taken_for_single_rows())
+                stack.enter_context(no_packing_detection())
             stack.enter_context(self._mode)
             stack.enter_context(live)
             try:
                 yield live
-            except Exception as error:  # as many as there are models
-                name = type(self._scored.model).__name__
+            except Exception as error:  # each model fails in its own way
+                name = type(self._loss_model.model).__name__
                 raise UncountableError(f"{name} can't be computed without values: {one_line(error)}") from error
 
     @contextmanager
@@ -241,8 +243,8 @@ def counted(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         _put_on(model, device)
-    scored = ScoredModel(model, loss)
-    counter = ModelCounter(scored, mode, device, autocast)
+    loss_model = ModelWithLoss(model, loss)
+    counter = ModelCounter(loss_model, mode, device, autocast)
     counter.probe_head()
     yield counter
 
@@ -288,15 +290,15 @@ def measure_saved_bytes(compute: Callable[[], object], exclude: Iterable[Tensor]
 
     Args:
         compute: a forward without its backward; its result is held until it is counted.
-        exclude: tensors that are there anyway, such as the model's parameters.
+        exclude: tensors that exist anyway, such as the model's parameters.
     """
-    there = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     living: WeakSet[_Kept] = WeakSet()
     with torch.autograd.graph.saved_tensors_hooks(_keep_in(living), _given_back):
         result = compute()
     storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage() for kept in living}
     del result
-    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in there)
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in excluded)
 
 
 def _put_on(model: nn.Module, device: torch.device) -> None:

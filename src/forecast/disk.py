@@ -27,7 +27,7 @@ class DiskForecast:
     @property
     def total(self) -> MemoryItem:
         """The sum, as of disk_need."""
-        return total(self.parts, "sum of all, the most that can lie there at once")
+        return total(self.parts, "sum of all, the most at any one time")
 
     @property
     def fits(self) -> bool:
@@ -35,7 +35,7 @@ class DiskForecast:
 
 
 def most_saves(config: CheckpointConfig, num_steps: int, steps_per_epoch: int | None) -> int | None:
-    """Count the saves of a run, the last step's and one that a signal asks for included; None where nobody knows.
+    """Count the saves of a run, the last step's and one that a signal asks for included; None where that is unknown.
 
     Args:
         steps_per_epoch: None where the train set is streamed.
@@ -54,9 +54,9 @@ def disk_need(
     has_metric: bool,
     num_saves: int | None = None,
 ) -> int:
-    """Sum what a run's folder may come to hold: the checkpoints that are kept, one that is being written, the export.
+    """Sum the most that a run's folder holds: the checkpoints that are kept, one that is being written, the export.
 
-    No more than this lies there at once: a best checkpoint may be among the newest, which are counted apart from it,
+    This is an upper bound: a best checkpoint may be among the newest, which are counted separately,
     and the export is written when no checkpoint is.
 
     Args:
@@ -72,7 +72,7 @@ def disk_need(
 def _checkpoint_parts(
     weights_bytes: int, optimizer_bytes: int, config: CheckpointConfig, has_metric: bool, num_saves: int | None
 ) -> list[MemoryItem]:
-    """Forecast the checkpoints when there are most of them: one is written, and the oldest is not deleted yet."""
+    """Forecast the checkpoints at their maximum: one is being written, and the oldest is not deleted yet."""
     bare = weights_bytes + SMALL_BYTES
     resumable = bare + optimizer_bytes
     most = 1 if config.checkpointing_steps is None else num_saves
@@ -120,7 +120,7 @@ def disk_forecast(
     if state is not None:
         parts = _checkpoint_parts(weights, state, checkpoint, has_metric, num_saves)
     else:
-        parts = [MemoryItem("checkpoints", None, f"unknown: nothing is known of what {optimizer.type} keeps")]
+        parts = [MemoryItem("checkpoints", None, f"unknown: {optimizer.type} does not declare the size of its state")]
     files = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""
     if not parameters.has_adapter or merge:
         num = parameters.num - parameters.num_of_adapter

@@ -1,4 +1,4 @@
-"""An item of a forecast, with how it was reckoned."""
+"""An item of a forecast, with how it was computed."""
 
 from __future__ import annotations
 

@@ -10,26 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
-
-def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
-
-
-def _attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
-
-
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
 }
-"""Floating-point operations of matrix products and attention, by operator: torch's own formulas, and two that it lacks,
-of attention on a CPU."""
+"""FLOP formulas by operator: torch's own, also for two operators of attention on a CPU that it does not list."""
 
 
 def _grouped_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -48,15 +40,15 @@ def _with_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 class LiveTensors(TorchDispatchMode):
     """Follows which storages are alive, how many bytes at most at once, and counts floating-point operations."""
 
-    def __init__(self, there: Iterable[Tensor], num_supervised: int) -> None:
-        """Begin.
+    def __init__(self, existing: Iterable[Tensor], num_supervised: int) -> None:
+        """Start with nothing counted.
 
         Args:
-            there: tensors that are not counted.
+            existing: tensors that are not counted.
             num_supervised: how many positions a mask picks, since its values are unknown.
         """
         super().__init__()
-        self._not_counted = {tensor.untyped_storage()._cdata for tensor in there}
+        self._not_counted = {tensor.untyped_storage()._cdata for tensor in existing}
         self._num_supervised = num_supervised
         self._numbers: dict[int, int] = {}  # of storages that are alive, by address
         self._alive: dict[int, int] = {}  # bytes, by number
@@ -84,14 +76,14 @@ class LiveTensors(TorchDispatchMode):
 
     def _positions(self, indices: list[Tensor | None]) -> list[Tensor | None]:
         """Turn masks into positions, as many as are supervised."""
-        given: list[Tensor | None] = []
+        positions: list[Tensor | None] = []
         for index in indices:
             is_mask = index is not None and index.dtype is torch.bool
             if is_mask and index is not None:
-                given += [torch.empty(self._num_supervised, dtype=torch.long, device=index.device)] * index.ndim
+                positions += [torch.empty(self._num_supervised, dtype=torch.long, device=index.device)] * index.ndim
             else:
-                given.append(index)
-        return given
+                positions.append(index)
+        return positions
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -22,7 +22,7 @@ class MemoryForecast:
     parts: tuple[MemoryItem, ...]
     """What is held when a training step holds most."""
     instead: tuple[MemoryItem, ...] = ()
-    """Of other moments, what is held in place of activations and backward."""
+    """What evaluation and generation hold in place of activations and backward."""
     on_cpu: tuple[MemoryItem, ...] = ()
     """What is offloaded: held by the CPU instead, by each process."""
 
@@ -38,12 +38,12 @@ class MemoryForecast:
 
 
 STEP_PARTS = ("activations", "backward")
-"""Parts that there are in a training step only."""
+"""Parts that only a training step has."""
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How processes share what one would hold, by DeepSpeed's ZeRO; sizes in elements."""
+    """How DeepSpeed's ZeRO shards what one process would hold; sizes in elements."""
 
     stage: int
     num_processes: int
@@ -55,7 +55,7 @@ class Sharding:
     """Gradients that are exchanged together."""
     num_buckets: int = 1
     max_live: int = 1_000_000_000
-    """The most weights that are gathered at once, with stage 3."""
+    """The maximum of weights that are gathered at the same time, with stage 3."""
 
 
 def memory_forecast(
@@ -130,7 +130,7 @@ def _counted(
 def _sharded(
     parameters: ModelParameters, weights: MemoryItem, optimizer: OptimizerConfig, sharding: Sharding
 ) -> tuple[list[MemoryItem], list[MemoryItem]]:
-    """Forecast weights, gradients and optimizer state of one process, and what of them lies on the CPU.
+    """Forecast weights, gradients and optimizer state of one process, on its device and on the CPU.
 
     Source: deepspeed 0.19.8, stage_1_and_2.py and stage3.py; counted in tests/test_processes.py. It keeps a second copy
     of what it updates, in float32, also of weights that are float32 themselves.

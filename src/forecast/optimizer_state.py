@@ -14,7 +14,7 @@ def optimizer_part(parameters: ModelParameters, optimizer: OptimizerConfig, devi
     """Forecast the optimizer's state, tensor by tensor."""
     counts = _state_counts(parameters.trained, optimizer)
     if counts is None:
-        return MemoryItem("optimizer state", None, f"unknown: nothing is known of what {optimizer.type} keeps")
+        return MemoryItem("optimizer state", None, f"unknown: {optimizer.type} does not declare the size of its state")
     if not counts:
         return MemoryItem("optimizer state", 0, f"{optimizer.type} keeps nothing with these settings")
     alike: dict[tuple[int, int], list[str]] = {}

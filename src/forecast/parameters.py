@@ -1,4 +1,4 @@
-"""What a model's parameters are held in, and which are trained, read from shapes and types: no weight is needed."""
+"""The memory of a model's parameters, and which are trained, from shapes and types: no weight is needed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ModelParameters:
     stored: tuple[ParameterStorage, ...]
     trained: tuple[TrainableTensor, ...]
     bytes_per_parameter: int
-    """Of those that are not quantised."""
+    """The bytes of each parameter that is not quantised."""
     num_quantised: int = 0
     num_of_adapter: int = 0
     has_adapter: bool = False
@@ -64,7 +64,7 @@ class ModelParameters:
 
     @property
     def how(self) -> str:
-        """What bytes is the sum of."""
+        """The formula of `bytes`."""
         return " + ".join(storage.how for storage in self.stored)
 
     @property
@@ -73,7 +73,7 @@ class ModelParameters:
 
     @property
     def how_trained(self) -> str:
-        """What trained_bytes is the sum of."""
+        """The formula of `trained_bytes`."""
         sizes: Counter[int] = Counter()
         for tensor in self.trained:
             sizes[tensor.bytes_per_value] += tensor.num

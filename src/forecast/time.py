@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,29 +10,12 @@ from torch import Tensor
 
 
 class TimeItem(NamedTuple):
-    """How long a part of a run takes, in seconds (None: unknown), and how that was reckoned."""
+    """Seconds of a part of a run (None: unknown), without loading and export, and how they were computed."""
 
     name: str
     seconds: float | None
     is_lower_bound: bool
     how: str
-
-
-@dataclass(frozen=True)
-class TimeForecast:
-    """How long a run will take, part by part, without loading and export."""
-
-    parts: tuple[TimeItem, ...]
-
-    @property
-    def seconds(self) -> float | None:
-        """The sum; None where a part is unknown."""
-        known = [part.seconds for part in self.parts if part.seconds is not None]
-        return sum(known) if len(known) == len(self.parts) else None
-
-    @property
-    def is_lower_bound(self) -> bool:
-        return any(part.is_lower_bound for part in self.parts)
 
 
 def counted_time(name: str, flops: float | None, flops_per_second: float, unknown: str = "") -> TimeItem:

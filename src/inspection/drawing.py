@@ -34,32 +34,23 @@ class Paint:
     def __call__(self, kind: str, text: str) -> str:
         if not text:
             return ""
-        text = visible(text)
+        text, (code, before, after, _) = visible(text), STYLES[kind]
         if self.in_colour:  # line by line, as a pager needs it
-            return "\n".join(f"\x1b[{CODES[kind]}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
-        before, after = SIGNS[kind]
+            return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
         return f"{before}{text}{after}"
 
     @property
     def legend(self) -> str:
-        """Return what the colours or signs mean."""
-        names = {
-            self.PROMPT: "prompt, not learned",
-            self.ANSWER: "learned: answer",
-            self.THOUGHT: "learned: thought",
-            self.END: "learned: end",
-        }
-        return "   ".join(self(kind, name) for kind, name in names.items())
+        """What the colours or signs mean."""
+        return "   ".join(self(kind, meaning) for kind, (*_, meaning) in STYLES.items() if meaning)
 
 
-CODES = {Paint.PROMPT: "2", Paint.ANSWER: "0", Paint.THOUGHT: "36", Paint.END: "1;32", Paint.BOLD: "1"}
-NOTHING = ("", "")
-SIGNS = {
-    Paint.PROMPT: NOTHING,
-    Paint.ANSWER: ("[", "]"),
-    Paint.THOUGHT: ("{", "}"),
-    Paint.END: ("<", ">"),
-    Paint.BOLD: NOTHING,
+STYLES = {  # the colour's code, the signs that stand for it elsewhere, and what it means
+    Paint.PROMPT: ("2", "", "", "prompt"),
+    Paint.ANSWER: ("0", "[", "]", "supervised: answer"),
+    Paint.THOUGHT: ("36", "{", "}", "supervised: thought"),
+    Paint.END: ("1;32", "<", ">", "supervised: end"),
+    Paint.BOLD: ("1", "", "", ""),
 }
 
 

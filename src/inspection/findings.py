@@ -1,4 +1,4 @@
-"""What is right and wrong with data that was prepared, each with a level. An error means: do not train on this."""
+"""Findings on the prepared data, each with a level. An error means: do not train on this."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import EndText, cut_at
 from src.metrics import METRICS, is_full_marks
 from src.patterns import at
-from src.training.optim import cannot_learn
-from src.training.state import batch_plan
+from src.training.optim import warmup_warnings
+from src.training.state import build_batch_sampler
 from src.util import plural
 
-WHOLE_CHECK_ROWS = 50_000
-"""Rows of a set that are decoded and encoded again, to prove its mask; the first ones."""
+MOST_CHECKED_ROWS = 50_000
+"""The first rows of a set, which are decoded and encoded again to check its mask."""
 
-PROVE_ROWS = 2000  # decoded at once
+ROWS_AT_ONCE = 2000  # that are decoded in one batch
 
 MANY_TRUNCATED = 0.05  # share of rows
 MUCH_PADDING = 0.2  # share of positions
@@ -39,11 +39,11 @@ FEW_STEPS = 20
 
 @dataclass
 class Proof:
-    """What decoding and encoding the rows again has shown.
+    """What decoding and encoding the rows again found.
 
     `unlike` are the rows whose ids do not decode to their text, `wrong_mask` those whose supervised ids do not decode
-    to what is to be learned of them, every turn of a chat, `seams` those that tokenise otherwise in one piece,
-    `altered` those of whose messages the chat template leaves out or changes one. `misjudged` are rows whose own
+    to the text that is to be supervised (in a chat: of every turn), `seams` those that tokenise otherwise in one piece,
+    `altered` those of whose messages the chat template leaves out or changes one. `low_scoring` are rows whose own
     answer, decoded from what they teach and cut where generation stops, gets less than full marks against their
     reference, with the metric, that answer and the reference; `unscorable` counts the references by metrics that can't
     score them. Cut rows are not looked at.
@@ -55,14 +55,14 @@ class Proof:
     wrong_mask: list[int] = field(default_factory=list)
     seams: list[int] = field(default_factory=list)
     altered: list[int] = field(default_factory=list)
-    misjudged: list[tuple[int, str, str, str]] = field(default_factory=list)
+    low_scoring: list[tuple[int, str, str, str]] = field(default_factory=list)
     unscorable: Counter[str] = field(default_factory=Counter)
     num_with_end: int = 0
-    """Rows in which a token that ends generation is learned."""
+    """Rows in which a token that ends generation is supervised."""
 
 
 @dataclass(frozen=True)
-class Judge:
+class AnswerScorer:
     """How answers are read and scored, and where generation stops."""
 
     reader: AnswerReader
@@ -72,17 +72,17 @@ class Judge:
     answer_pattern: str | None
 
 
-def judge_of(config: RunConfig, data: Data) -> Judge:
-    """Return how a run scores answers; one without metrics is judged by exact match of the whole answer."""
+def answer_scorer(config: RunConfig, data: Data) -> AnswerScorer:
+    """Return how a run scores answers; one without metrics is scored by exact match of the whole answer."""
     reader = AnswerReader(data.encoder, config.thought_tags, data.frame)
-    end = EndText.of(data.frame, data.encoder)
+    end = EndText.from_frame(data.frame, data.encoder)
     if not config.metrics:
-        return Judge(reader, data.stop_ids, end, ["exact_match"], None)
-    return Judge(reader, data.stop_ids, end, config.metrics, config.data.answer_pattern)
+        return AnswerScorer(reader, data.stop_ids, end, ["exact_match"], None)
+    return AnswerScorer(reader, data.stop_ids, end, config.metrics, config.data.answer_pattern)
 
 
 class SupervisedIds(NamedTuple):
-    """The ids of a row that are learned, or of an encoder-decoder's target, and where the supervised ones are."""
+    """The ids of a row, or of an encoder-decoder's target, and where the supervised ones are."""
 
     ids: list[int]
     parts: list[tuple[int, int]]
@@ -97,65 +97,61 @@ class SupervisedIds(NamedTuple):
 
     @property
     def last(self) -> list[int]:
-        """What is learned last: what a model should generate for the row."""
+        """The last supervised ids: what a model should generate for the row."""
         return self.ids[slice(*self.parts[-1])] if self.parts else []
 
 
-def prove(rows: EncodedSet, judge: Judge) -> Proof:
+def prove(rows: EncodedSet, scorer: AnswerScorer) -> Proof:
     """Check that rows decode to their text and their answers to their references, and that their text, encoded in one
     piece, has their ids."""
-    encoder, stop_ids = judge.reader.encoder, set(judge.stop_ids)
-    proof, prompt_lengths = Proof(min(len(rows), WHOLE_CHECK_ROWS)), rows.prompt_lengths().tolist()
-    for start in range(0, proof.num_checked, PROVE_ROWS):
-        some = range(start, min(start + PROVE_ROWS, proof.num_checked))
-        supervised = {i: SupervisedIds.of(rows[i], prompt_lengths[i]) for i in some}
-        proof.num_with_end += sum(not stop_ids.isdisjoint(one.last) for one in supervised.values())
-        whole = [i for i in some if not rows.is_truncated(i)]
-        proof.num_cut += len(some) - len(whole)
-        unlike = set(changed_rows(rows, whole, encoder))
+    encoder, stop_ids = scorer.reader.encoder, set(scorer.stop_ids)
+    proof, prompt_lengths = Proof(min(len(rows), MOST_CHECKED_ROWS)), rows.prompt_lengths().tolist()
+    for start in range(0, proof.num_checked, ROWS_AT_ONCE):
+        indices = range(start, min(start + ROWS_AT_ONCE, proof.num_checked))
+        supervised = {i: SupervisedIds.of(rows[i], prompt_lengths[i]) for i in indices}
+        proof.num_with_end += sum(not stop_ids.isdisjoint(row.last) for row in supervised.values())
+        complete = [i for i in indices if not rows.is_truncated(i)]
+        proof.num_cut += len(indices) - len(complete)
+        unlike = set(changed_rows(rows, complete, encoder))
         proof.unlike += sorted(unlike)
-        same = [i for i in whole if i not in unlike]
-        learned = zip(same, decode_supervised([supervised[i] for i in same], encoder), strict=True)
-        proof.wrong_mask += [i for i, text in learned if not _is_what_is_learned(text, rows, i, encoder.eos_token)]
+        same = [i for i in complete if i not in unlike]
+        decoded = zip(same, decode_supervised([supervised[i] for i in same], encoder), strict=True)
+        proof.wrong_mask += [i for i, text in decoded if not _matches_supervised_text(text, rows, i, encoder.eos_token)]
         if not rows.is_encoder_decoder:
-            proof.seams += _seams(rows, whole, encoder)
-        proof.altered += [i for i in some if any(_alters(change) for change in rows.changes(i))]
-        _judge(rows, {i: supervised[i].last for i in whole}, judge, proof)
+            proof.seams += _seams(rows, complete, encoder)
+        proof.altered += [i for i in indices if any(text.endswith((MISSING, CHANGED)) for text in rows.changes(i))]
+        _score_answers(rows, {i: supervised[i].last for i in complete}, scorer, proof)
     return proof
 
 
-def _is_what_is_learned(text: str, rows: EncodedSet, index: int, eos: str) -> bool:
-    """Return whether a decoded text is what is to be learned of a row; a chat's tokens may add or take white space."""
+def _matches_supervised_text(text: str, rows: EncodedSet, index: int, eos: str) -> bool:
+    """Return whether a decoded text is what should be supervised in a row; in a chat, white space may differ."""
     wanted = rows.supervised_text(index)
     if text in (wanted, wanted + eos):
         return True
     return rows.is_rendered(index) and squeezed(text) in (squeezed(wanted), squeezed(wanted) + eos)
 
 
-def _alters(change: str) -> bool:
-    return change.endswith((MISSING, CHANGED))
-
-
-def _judge(rows: EncodedSet, learned: Mapping[int, list[int]], judge: Judge, proof: Proof) -> None:
+def _score_answers(rows: EncodedSet, supervised: Mapping[int, list[int]], scorer: AnswerScorer, proof: Proof) -> None:
     """Score what rows teach, cut where generation would stop, against their references."""
-    cut = [cut_at(ids, judge.stop_ids) for ids in learned.values()]
-    if judge.end is not None:
-        cut = [judge.end.cut(one) for one in cut]
-    texts = judge.reader.encoder.decode_batch([one.ids for one in cut])
-    for i, text in zip(learned, texts, strict=True):
-        answer, reference = judge.reader.answer(rows, i, text), judge.reader.plain_reference(rows, i)
+    cut = [cut_at(ids, scorer.stop_ids) for ids in supervised.values()]
+    if scorer.end is not None:
+        cut = [scorer.end.cut(one) for one in cut]
+    texts = scorer.reader.encoder.decode_batch([one.ids for one in cut])
+    for i, text in zip(supervised, texts, strict=True):
+        answer, reference = scorer.reader.answer(rows, i, text), scorer.reader.plain_reference(rows, i)
         if answer != reference:
-            reference = judge.reader.reference(rows, i)
+            reference = scorer.reader.reference(rows, i)
         with at(rows.place, i):
-            _judge_answer(i, answer, reference, judge, proof)
+            _score_answer(i, answer, reference, scorer, proof)
 
 
-def _judge_answer(row: int, answer: str, reference: str, judge: Judge, proof: Proof) -> None:
-    for metric in judge.metrics:
-        if is_full_marks(metric, answer, reference, judge.answer_pattern):
+def _score_answer(row: int, answer: str, reference: str, scorer: AnswerScorer, proof: Proof) -> None:
+    for metric in scorer.metrics:
+        if is_full_marks(metric, answer, reference, scorer.answer_pattern):
             continue
-        if METRICS[metric].can_score(reference, judge.answer_pattern):
-            proof.misjudged.append((row, metric, answer, reference))
+        if METRICS[metric].can_score(reference, scorer.answer_pattern):
+            proof.low_scoring.append((row, metric, answer, reference))
             break
         proof.unscorable[metric] += 1
 
@@ -199,25 +195,30 @@ def findings(
     proofs: Mapping[str, Proof],
     num_steps: int,
 ) -> list[Finding]:
-    """Return everything worth knowing before this is trained, the worst first."""
-    found = [
+    """Return everything worth knowing before this is trained."""
+    return [
         *_about_masks(data, train, proofs),
         *_about_answers(data, train, proofs),
         *advice(config, data, tokenizer),
-        *(Finding(Level.warning, text) for text in cannot_learn(config.scheduler, num_steps)),
+        *(Finding(Level.warning, text) for text in warmup_warnings(config.scheduler, num_steps)),
         *_about_control_tokens(data),
         *_about_rows(config, data, train),
         *_about_batches(config, train, num_steps),
     ]
-    return sorted(found, key=lambda finding: list(Level).index(finding.level))
+
+
+def _by_name(data: Data, train: EncodedSet) -> dict[str, EncodedSet]:
+    return {rows.name: rows for rows in [train, *data.validation.values(), *data.test.values()]}
 
 
 def _about_masks(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> Iterator[Finding]:
-    sets = {rows.name: rows for rows in [train, *data.validation.values(), *data.test.values()]}
+    sets = _by_name(data, train)
     for name, proof in proofs.items():
         rows = sets[name]
         if proof.wrong_mask:
-            text = f"{name}: in {_rows(len(proof.wrong_mask))} what is supervised is not what is to be learned"
+            text = (
+                f"{name}: in {_rows(len(proof.wrong_mask))} the supervised ids do not decode to the text to supervise"
+            )
             yield Finding(Level.error, f"{text}: {_places(rows, proof.wrong_mask)}")
         if proof.unlike:
             text = f"{name}: {_rows(len(proof.unlike))} of {proof.num_checked:,} come back changed from the tokenizer"
@@ -233,11 +234,11 @@ def _about_masks(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> 
 
 
 def _about_answers(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> Iterator[Finding]:
-    sets = {rows.name: rows for rows in [train, *data.validation.values(), *data.test.values()]}
+    sets = _by_name(data, train)
     for name, proof in proofs.items():
-        if proof.misjudged:
-            row, metric, answer, reference = proof.misjudged[0]
-            text = f"{name}: of {_rows(len(proof.misjudged))} even what they teach gets less than full marks"
+        if proof.low_scoring:
+            row, metric, answer, reference = proof.low_scoring[0]
+            text = f"{name}: of {_rows(len(proof.low_scoring))} even what they teach gets less than full marks"
             example = f"{sets[name].place(row)} by {metric}: {_short(answer)} against {_short(reference)}"
             yield Finding(Level.warning, f"{text} ({example})")
         for metric, count in proof.unscorable.items():
@@ -252,7 +253,7 @@ def _short(text: str, most: int = 60) -> str:
 def _about_control_tokens(data: Data) -> Iterator[Finding]:
     for name, report in data.reports.items():
         if report.control_tokens_as_text:
-            text = f"{name}: BOS, EOS or pad stand in texts {report.control_tokens_as_text:,} time(s); they stay text"
+            text = f"{name}: BOS, EOS or pad occur in texts {report.control_tokens_as_text:,} time(s); they stay text"
             yield Finding(Level.note, text)
 
 
@@ -269,19 +270,19 @@ def _about_rows(config: RunConfig, data: Data, train: EncodedSet) -> Iterator[Fi
                 yield Finding(Level.warning, f"{name}: {_rows(count)} dropped, {reason.replace('_', ' ')}: {places}")
         if report.rows_cleaned:
             yield Finding(Level.note, f"{name}: data.clean_dialogue changes {_rows(report.rows_cleaned)}")
-    seen = fingerprints(train)
+    seen = row_checksums(train)
     if doubles := len(train) - len(set(seen)) - data.reports["train"].rows_repeated:
         yield Finding(
             Level.note, f"train: {_rows(doubles)} {'is' if doubles == 1 else 'are'} exactly like an earlier one"
         )
     in_train = set(seen)
     for rows in [*data.validation.values(), *data.test.values()]:
-        leaked = [i for i, one in enumerate(fingerprints(rows)) if one in in_train]
+        leaked = [i for i, one in enumerate(row_checksums(rows)) if one in in_train]
         if leaked:
-            text = f"{rows.name}: {_rows(len(leaked))} of {len(rows):,} stand in train too: its score says little"
+            text = f"{rows.name}: {_rows(len(leaked))} of {len(rows):,} also in train: its score says little"
             yield Finding(Level.warning, f"{text} ({_places(rows, leaked)})")
     if not data.validation:
-        text = "there is no validation set: nothing tells when the model begins to learn by heart"
+        text = "there is no validation set: overfitting would not be seen"
         yield Finding(Level.note, f"{text} (data.validation_files or data.validation_fraction)")
     if data.uses_fallback_template:
         text = "the tokenizer has no chat template; Towline's plain one is used, and saved with the model"
@@ -290,7 +291,7 @@ def _about_rows(config: RunConfig, data: Data, train: EncodedSet) -> Iterator[Fi
 
 def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iterator[Finding]:
     wasted = {
-        batching: padding(train, replace(batch_plan(config), batching=batching), config.seed)
+        batching: padding(train, replace(build_batch_sampler(config), batching=batching), config.seed)
         for batching in Batching
         if not (batching is Batching.packed and train.is_encoder_decoder)
     }
@@ -299,19 +300,19 @@ def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iter
     if now > MUCH_PADDING and min(wasted.values()) < now / 2:
         yield Finding(Level.note, f"{now:.0%} of what is computed is padding; it would be {others} (data.batching)")
     if num_steps < FEW_STEPS:
-        yield Finding(Level.note, f"only {num_steps} optimizer steps: a smaller batch or more epochs give more")
+        yield Finding(Level.note, f"only {num_steps} optimizer steps: a smaller batch or more epochs make more")
 
 
-def padding(rows: EncodedSet, plan: BatchSampler, seed: int) -> float:
+def padding(rows: EncodedSet, batch_sampler: BatchSampler, seed: int) -> float:
     """Return the share of the first epoch's positions that are padding, from 0 to 1."""
     computed = 0
-    for sequences in plan.micro_batches(rows.lengths, [seed, 0]):
+    for sequences in batch_sampler.micro_batches(rows.lengths, [seed, 0]):
         longest = max(int(rows.lengths[sequence].sum()) for sequence in sequences)
         computed += longest * len(sequences)
     return 1 - int(rows.lengths.sum()) / computed
 
 
-def fingerprints(rows: EncodedSet) -> list[tuple[int, int]]:
+def row_checksums(rows: EncodedSet) -> list[tuple[int, int]]:
     """Return two checksums of each row's ids, to find equal rows by."""
     found = []
     for i in range(len(rows)):

@@ -1,4 +1,4 @@
-"""What preflight.measure=true computes for real: micro-batches, a batch of an evaluation, the first tokens of texts."""
+"""What preflight.measure=true measures: micro-batches, a batch of an evaluation, the first tokens of texts."""
 
 from __future__ import annotations
 
@@ -14,52 +14,52 @@ from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.evaluation.evaluate import Evaluator, open_evaluation
 from src.forecast.counting import MicroBatchShape, measure_saved_bytes
-from src.forecast.time import TimeForecast, measured_time
+from src.forecast.time import TimeItem, measured_time
 from src.inspection.workload import Evaluation, Generation, Workload
 from src.model.adapters import add_adapter
 from src.model.build import build_model, set_generation
-from src.model.embeddings import fit_embeddings
+from src.model.embeddings import resize_embeddings
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import stop_on_signals
 from src.tokens import num_token_ids
-from src.training.loss import Scores
-from src.training.state import TrainState, prepare
+from src.training.loss import TokenLosses
+from src.training.state import TrainState, build_train_state
 
 NUM_TOKENS = 16
-"""Generated after a first one, to time a token."""
+"""Tokens that are generated after the first one, to time a token."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was computed for real; of a batch of the usual size where nothing else is said."""
+    """What was measured, on batches of the median size unless a field says otherwise."""
 
     widest_tokens: int
     activation_bytes: int
-    """Of the widest micro-batch of the first epoch."""
+    """What autograd keeps of the widest micro-batch of the first epoch."""
     peak_memory_bytes: int
     seconds: float
-    """Of a micro-batch, forward and backward."""
+    """Time of a micro-batch, forward and backward."""
     evaluation_seconds: float | None
-    """Of a batch's losses; None where nothing is evaluated."""
+    """Time of the losses of a batch; None where nothing is evaluated."""
     evaluation_tokens: int
     """Positions of that batch."""
     generation_seconds: float | None
-    """Of a batch of texts as long as they may be; None where nothing is generated."""
+    """Time of a batch of texts of the maximum length; None where nothing is generated."""
 
 
 def measure_work(config: RunConfig, tokenizer: Any, new_ids: Sequence[int], data: Data, work: Workload) -> Measured:
-    """Compute the widest micro-batch and, of training, evaluation and generation, a batch of the usual size."""
+    """Measure the widest micro-batch, and a batch of the median size of training, evaluation and generation."""
     with (
         stop_on_signals() as stop,
         start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime,
     ):
         model = build_model(config, runtime.device)
         set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
-        fit_embeddings(model, num_token_ids(tokenizer), config.tokens.pad_to_multiple_of)
+        resize_embeddings(model, num_token_ids(tokenizer), config.tokens.pad_to_multiple_of)
         add_adapter(model, config, new_ids)
-        state = prepare(model, work.train, config, runtime)
+        state = build_train_state(model, work.train, config, runtime)
         widest_tokens, activation_bytes, seconds = _measure_training(state, work, runtime)
-        evaluator = open_evaluation(config, state.scored, state.model, data, runtime)
+        evaluator = open_evaluation(config, state.loss_model, state.model, data, runtime)
         evaluation_seconds, evaluation_tokens = _measure_evaluation(evaluator, work.evaluations, runtime)
         return Measured(
             widest_tokens,
@@ -73,19 +73,19 @@ def measure_work(config: RunConfig, tokenizer: Any, new_ids: Sequence[int], data
 
 
 def _measure_training(state: TrainState, work: Workload, runtime: Runtime) -> tuple[int, int, float]:
-    """Return positions and kept bytes of the widest micro-batch, and the seconds of one of the usual size."""
+    """Return positions and kept bytes of the widest micro-batch, and the seconds of one of the median size."""
     pad = state.model.generation_config.pad_token_id
-    state.scored.train()
+    state.loss_model.train()
 
     def inputs(sequences: Sequences) -> dict[str, Any]:
-        return collate(work.train, sequences, pad, flat=state.is_flat).to(runtime.device).inputs()
+        return collate(work.train, sequences, pad, padding_free=state.is_padding_free).to(runtime.device).inputs()
 
     widest = inputs(work.micro_batches[work.shapes.index(work.widest)])
-    scores: list[Scores] = []
-    saved = measure_saved_bytes(lambda: scores.append(state.scored(**widest)), state.model.parameters())
-    runtime.backward(scores[0].objective)
-    usual = inputs(_usual(work.micro_batches, work.shapes))
-    seconds = _seconds_of(lambda: runtime.backward(state.scored(**usual).objective), runtime, repeats=2)
+    losses: list[TokenLosses] = []
+    saved = measure_saved_bytes(lambda: losses.append(state.loss_model(**widest)), state.model.parameters())
+    runtime.backward(losses[0].objective)
+    usual = inputs(_median_batch(work.micro_batches, work.shapes))
+    seconds = _seconds_of(lambda: runtime.backward(state.loss_model(**usual).objective), runtime, repeats=2)
     return widest["input_ids"].numel(), saved, seconds
 
 
@@ -96,15 +96,15 @@ def _measure_evaluation(
     if not evaluations:
         return None, 0
     rows, batches, shapes, _ = max(evaluations, key=_num_tokens)
-    batch = _usual(batches, shapes)
-    some = EncodedSet(rows.name, rows.shards, rows.indices[[row for (row,) in batch]])
+    batch = _median_batch(batches, shapes)
+    batch_rows = EncodedSet(rows.name, rows.shards, rows.indices[[row for (row,) in batch]])
     losses_only = replace(evaluator, metrics=[], max_samples=None)
-    seconds = _seconds_of(lambda: losses_only.evaluate([some]), runtime, repeats=2)
+    seconds = _seconds_of(lambda: losses_only.evaluate([batch_rows]), runtime, repeats=2)
     return seconds, shapes[batches.index(batch)].num_tokens
 
 
 def _measure_generation(evaluator: Evaluator, texts: Generation, runtime: Runtime) -> float:
-    """Return the seconds of a batch of texts that are as long as they may be, by those of their first tokens."""
+    """Return the seconds of a batch of texts of the maximum length, extrapolated from their first tokens."""
     generator = replace(evaluator.generator, end=None)
     settings, rows = generator.model.generation_config, texts.rows
     longest, lengths = settings.max_new_tokens, rows.prompt_lengths().tolist()
@@ -121,7 +121,7 @@ def _measure_generation(evaluator: Evaluator, texts: Generation, runtime: Runtim
     return (first + (longest - 1) * each) * texts.batch / len(prompts)
 
 
-def measured_times(measured: Measured, work: Workload, config: RunConfig) -> TimeForecast:
+def measured_times(measured: Measured, work: Workload, config: RunConfig) -> tuple[TimeItem, ...]:
     """Return the time of a run by what was measured of its parts."""
     processes = config.runtime.world_size
     num_micro_batches = math.ceil(work.num_micro_batches / processes)
@@ -131,24 +131,24 @@ def measured_times(measured: Measured, work: Workload, config: RunConfig) -> Tim
         parts.append(measured_time("evaluation", measured.evaluation_seconds, math.ceil(num), "batches"))
     if measured.generation_seconds is not None and work.generation is not None:
         num = math.ceil(work.generation.num_texts / work.generation.batch / processes)
-        what = "batches of texts as long as they may be"
+        what = "batches of texts of the maximum length"
         parts.append(measured_time("generation", measured.generation_seconds, num, what))
-    return TimeForecast(tuple(parts))
+    return tuple(parts)
 
 
-def _num_tokens(one: Evaluation) -> int:
+def _num_tokens(evaluation: Evaluation) -> int:
     """Return the positions that all evaluations of a set compute."""
-    return one.times * sum(shape.num_tokens for shape in one.shapes)
+    return evaluation.times * sum(shape.num_tokens for shape in evaluation.shapes)
 
 
-def _usual(batches: Sequence[Sequences], shapes: Sequence[MicroBatchShape]) -> Sequences:
+def _median_batch(batches: Sequence[Sequences], shapes: Sequence[MicroBatchShape]) -> Sequences:
     """Return the batch of the median size."""
     by_size = sorted(range(len(batches)), key=lambda i: shapes[i].num_tokens)
     return batches[by_size[len(by_size) // 2]]
 
 
 def _seconds_of(compute: Callable[[], object], runtime: Runtime, repeats: int) -> float:
-    """Return the least time that a computation takes, after a first one that chooses kernels."""
+    """Return the shortest time of a computation, after a first one that chooses kernels."""
     compute()
     seconds = []
     for _ in range(repeats):

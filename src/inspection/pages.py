@@ -1,4 +1,4 @@
-"""What preflight prints, a page a question: model, tokens, sets, rows, what it will take, what was found."""
+"""What preflight prints: model, sets, rows, forecasts and findings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import visible
 from src.forecast.items import MemoryItem
-from src.forecast.time import TimeForecast
+from src.forecast.time import TimeItem
 from src.inspection.drawing import Paint, histogram, painted_row
 from src.inspection.findings import Proof
-from src.inspection.outlook import Forecast
+from src.inspection.run_forecast import Forecast
 from src.model.build import num_parameters
 from src.tracking.console import Console, clock
 from src.util import human_bytes
@@ -33,7 +33,7 @@ def show_model(console: Console, config: RunConfig, model: Any) -> None:
 
 
 def show_sets(console: Console, config: RunConfig, data: Data, sets: Mapping[str, EncodedSet]) -> None:
-    """Print what became of each set's rows, and draw how long they are."""
+    """Print counts of each set's rows, and a histogram of the train rows' lengths."""
     for name, rows in sets.items():
         report = data.reports[name]
         share = report.supervised_tokens / max(1, report.tokens)
@@ -63,9 +63,9 @@ def show_rows(console: Console, train: EncodedSet, data: Data, count: int, paint
             console.say(f"    {line}", is_painted=True)
 
 
-def show_forecasts(console: Console, config: RunConfig, ahead: Forecast) -> None:
-    """Print how many steps there are, and what they will take of memory, disk and time."""
-    training, work = config.training, ahead.work
+def show_forecasts(console: Console, config: RunConfig, forecast: Forecast) -> None:
+    """Print the number of steps and the forecasts of memory, disk and time."""
+    training, work = config.training, forecast.work
     rows = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps}"
     processes = config.runtime.world_size
     rows += f" x {processes} processes" if processes > 1 else ""
@@ -77,28 +77,28 @@ def show_forecasts(console: Console, config: RunConfig, ahead: Forecast) -> None
         f"{work.num_steps:,}{epochs} of {rows} {'sequences' if config.data.batching.value == 'packed' else 'rows'}\n"
         f"{work.tokens_fed:,} tokens fed; {padded:.0%} of what is computed is padding ({config.data.batching.value})",
     )
-    most = ahead.memory.total._replace(name=f"total{each}")
-    console.label("memory", _table([*ahead.memory.parts, *ahead.memory.instead, most]))
-    if ahead.memory.on_cpu:
-        console.label("on the CPU", _table(ahead.memory.on_cpu))
-    if ahead.measured:
-        found = ahead.measured
+    most = forecast.memory.total._replace(name=f"total{each}")
+    console.label("memory", _table([*forecast.memory.parts, *forecast.memory.instead, most]))
+    if forecast.memory.on_cpu:
+        console.label("on the CPU", _table(forecast.memory.on_cpu))
+    if forecast.measured:
+        measured = forecast.measured
         console.label(
             "measured",
-            f"the widest micro-batch kept {human_bytes(found.activation_bytes)} of activations and logits; "
-            f"{human_bytes(found.peak_memory_bytes)} held in all, libraries included",
+            f"the widest micro-batch kept {human_bytes(measured.activation_bytes)} of activations and logits; "
+            f"{human_bytes(measured.peak_memory_bytes)} held in all, libraries included",
         )
-    console.label("disk", _table([*ahead.disk.parts, ahead.disk.total]))
-    console.label("", f"{human_bytes(ahead.disk.free_bytes)} free in {ahead.disk.place}")
-    console.label("time", _times(ahead.time))
-    if ahead.measured is None:
+    console.label("disk", _table([*forecast.disk.parts, forecast.disk.total]))
+    console.label("", f"{human_bytes(forecast.disk.free_bytes)} free in {forecast.disk.place}")
+    console.label("time", _times(forecast.time))
+    if forecast.measured is None:
         console.label("", "preflight.measure=true computes a batch of each and forecasts it better")
 
 
-def _times(ahead: TimeForecast) -> str:
-    width = max(len(part.name) for part in ahead.parts)
+def _times(parts: Sequence[TimeItem]) -> str:
+    width = max(len(part.name) for part in parts)
     lines = []
-    for part in ahead.parts:
+    for part in parts:
         seconds = "unknown" if part.seconds is None else clock(part.seconds)
         bound = "at least " if part.is_lower_bound and part.seconds is not None else ""
         lines.append(f"{part.name:<{width}}  {bound}{seconds}   {part.how}")
@@ -114,7 +114,7 @@ def _table(parts: Sequence[MemoryItem]) -> str:
 
 
 def show_findings(console: Console, found: Sequence[Finding], proofs: Mapping[str, Proof], paint: Paint) -> int:
-    """Print what was proven and found; return the exit code, 1 where a finding is an error."""
+    """Print the proofs and findings; return the exit code, 1 if a finding is an error."""
     for name, proof in proofs.items():
         whole = proof.num_checked - proof.num_cut
         right = whole - len({*proof.wrong_mask, *proof.unlike, *proof.altered})

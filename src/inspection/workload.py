@@ -13,16 +13,16 @@ from src.data.batching import BatchSampler, Sequences, steps_per_epoch
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.forecast.counting import MicroBatchShape
-from src.training.state import batch_plan, num_train_steps
+from src.training.state import build_batch_sampler, num_train_steps
 
 
 class Evaluation(NamedTuple):
-    """A set that is evaluated."""
+    """A set that is evaluated, and in which batches."""
 
     rows: EncodedSet
     batches: list[Sequences]
     shapes: list[MicroBatchShape]
-    """Of each batch."""
+    """The shape of each batch."""
     times: int
     """How often the run evaluates it."""
 
@@ -43,16 +43,16 @@ class Generation(NamedTuple):
 class Workload:
     """What a run computes."""
 
-    plan: BatchSampler
+    batch_sampler: BatchSampler
     num_steps: int
     num_steps_per_epoch: int | None
     """None where the train set is streamed."""
     train: EncodedSet
     """The train set, or the first block of one that is streamed."""
     micro_batches: list[Sequences]
-    """Of the first epoch."""
+    """The micro-batches of the first epoch."""
     shapes: list[MicroBatchShape]
-    """Of these micro-batches."""
+    """The shapes of these micro-batches."""
     evaluations: list[Evaluation]
     generation: Generation | None
 
@@ -63,9 +63,9 @@ class Workload:
 
     @property
     def num_micro_batches(self) -> int:
-        """Of the whole run, over all processes."""
+        """Their number in the run, over all processes."""
         if self.num_steps_per_epoch is None:
-            return self.num_steps * self.plan.accumulation
+            return self.num_steps * self.batch_sampler.micro_batches_per_step
         return round(self.num_steps / self.num_steps_per_epoch * len(self.micro_batches))
 
     @property
@@ -74,21 +74,21 @@ class Workload:
 
     @property
     def tokens_computed(self) -> int:
-        """tokens_fed and padding."""
-        of_epoch = sum(shape.num_tokens for shape in self.shapes)
-        return round(self.num_micro_batches / len(self.micro_batches) * of_epoch)
+        """Positions that are computed: tokens_fed and padding."""
+        per_epoch = sum(shape.num_tokens for shape in self.shapes)
+        return round(self.num_micro_batches / len(self.micro_batches) * per_epoch)
 
 
 def plan_work(config: RunConfig, data: Data) -> Workload:
     """Return what a run computes, from its first epoch's micro-batches and from the sets that are evaluated."""
     train = data.train.first
-    plan = batch_plan(config, config.runtime.world_size)
-    per_epoch = None if config.data.streaming else steps_per_epoch(train, plan, config.seed)
+    batch_sampler = build_batch_sampler(config, config.runtime.world_size)
+    per_epoch = None if config.data.streaming else steps_per_epoch(train, batch_sampler, config.seed)
     num_steps = num_train_steps(config.training, per_epoch)
-    micro_batches = plan.micro_batches(train.lengths, [config.seed, 0])
+    micro_batches = batch_sampler.micro_batches(train.lengths, [config.seed, 0])
     times = num_evaluations(config.evaluation.eval_steps, num_steps, per_epoch)
     return Workload(
-        plan,
+        batch_sampler,
         num_steps,
         per_epoch,
         train,
@@ -104,7 +104,7 @@ def plan_work(config: RunConfig, data: Data) -> Workload:
 
 def shapes_of(rows: EncodedSet, batches: Iterable[Sequences], *, is_packed: bool) -> list[MicroBatchShape]:
     """Return the shapes of batches of sequences of rows."""
-    counts = [one.tolist() for one in (rows.lengths, rows.target_lengths, rows.supervised_lengths())]
+    counts = [lengths.tolist() for lengths in (rows.lengths, rows.target_lengths, rows.supervised_lengths())]
     shapes = []
     for sequences in batches:
         lengths, targets, scored = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +19,9 @@ from torch.nn import functional
 
 from src.config.schema import LoraConfig, RunConfig
 from src.errors import ModelError, one_line
-from src.model.embeddings import actual_tie, embedding_matrices
+from src.model.embeddings import embedding_matrices, true_tie_flag
 from src.model.layers import is_linear, is_transposed
+from src.model.quantization import quiet_bitsandbytes
 from src.model.weights import check_finite, check_names
 from src.runtime.sharding import gathered, unsharded_models
 from src.util import in_words, nearest
@@ -112,7 +112,7 @@ class Adapter:
         base = self.peft_model.unload()
         dtype = base.dtype
         base = base.to("cpu").dequantize(dtype=torch.float32)
-        with quiet(), actual_tie(base):
+        with quiet(), true_tie_flag(base):
             whole = PeftModel.from_pretrained(base, folder)
         use_row_lookup(whole)
         return whole, dtype
@@ -149,12 +149,12 @@ def with_adapter(base: Any, folder: Path) -> Any:
     Raises:
         ModelError: where it does not fit, lacks a weight or has one too many, or one that is not finite.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_bitsandbytes()  # PEFT imports it
     from peft import PeftModel, get_peft_model_state_dict
 
     what, saved = f"the adapter in {folder}", _read_adapter(folder)
     try:
-        with quiet(), actual_tie(base), warnings.catch_warnings():
+        with quiet(), true_tie_flag(base), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # check_names names them
             loaded = PeftModel.from_pretrained(base, folder)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -178,7 +178,7 @@ def add_adapter(model: Any, config: RunConfig, new_ids: Sequence[int] = ()) -> A
     lora = config.lora
     if lora is None:
         return None
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it recommends a package
+    quiet_bitsandbytes()  # PEFT imports it
     import peft
 
     check_targets(model, lora)
@@ -193,7 +193,7 @@ def add_adapter(model: Any, config: RunConfig, new_ids: Sequence[int] = ()) -> A
     full = gathered(parameter for module in matrices for parameter in module.parameters())
     try:
         settings = _peft_config(model, config, {name: list(new_ids) for name in names} or None)
-        with quiet(), unsharded_models(), actual_tie(model), full:
+        with quiet(), unsharded_models(), true_tie_flag(model), full:
             adapted = peft.get_peft_model(model, settings)
     except (ValueError, TypeError) as error:
         raise ModelError(f"this adapter can't be put into a {type(model).__name__}: {one_line(error)}") from error

@@ -29,7 +29,7 @@ from src.config.schema import (
 )
 from src.errors import ModelError, one_line, report
 from src.model.adapters import check_adapter
-from src.model.quantization import check_quantisable, keep_gradients, quantization_settings
+from src.model.quantization import check_quantisable, disable_cpu_packing, quantization_settings
 from src.model.weights import check_loaded, check_sizes
 from src.runtime.sharding import full_shape, unsharded_models
 from src.util import in_words
@@ -52,7 +52,7 @@ def build_model(config: RunConfig, device: torch.device) -> Any:
     settings = quantization_settings(config.quantization, config.model, config.training.mixed_precision)
     quantised = {} if settings is None else {"quantization_config": settings, "device_map": {"": device}}
     model = load_weights(config.model, architecture, config.model.checkpoint, **quantised)
-    keep_gradients(model)
+    disable_cpu_packing(model)
     return model
 
 
@@ -251,7 +251,7 @@ def _without_report() -> Iterator[None]:
         logger.removeFilter(is_other)
 
 
-def know_weight_names() -> None:
+def preload_weight_names() -> None:
     """Have transformers build its table of weight names ahead of time: it takes a quarter of a second, once."""
     get_checkpoint_conversion_mapping("llama")
 
@@ -267,7 +267,7 @@ def set_generation(
 
     Args:
         stop_ids: each of them ends what is generated.
-        target_prefix: ids before an encoder-decoder's targets, which are never learned, so they must be forced.
+        target_prefix: ids before an encoder-decoder's targets, which are never supervised, so they must be forced.
     """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     settings: dict[str, Any] = {

@@ -191,12 +191,12 @@ def _bits(frozen: Mapping[str, Any]) -> str:
     quantization = frozen["quantization"]
     if quantization["load_in_8bit"]:
         return "load_in_8bit=True"
-    given = [("bnb_4bit_quant_type", quantization["bnb_4bit_quant_type"])]
+    settings = [("bnb_4bit_quant_type", quantization["bnb_4bit_quant_type"])]
     mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(frozen["training"]["mixed_precision"], frozen["model"]["dtype"])
     chosen = quantization["bnb_4bit_compute_dtype"]
-    given += [("bnb_4bit_compute_dtype", mixed if chosen == "auto" else chosen)]
-    given += [("bnb_4bit_use_double_quant", quantization["bnb_4bit_use_double_quant"])]
-    return ", ".join(["load_in_4bit=True", *(f"{key}={value!r}" for key, value in given if value != "auto")])
+    settings += [("bnb_4bit_compute_dtype", mixed if chosen == "auto" else chosen)]
+    settings += [("bnb_4bit_use_double_quant", quantization["bnb_4bit_use_double_quant"])]
+    return ", ".join(["load_in_4bit=True", *(f"{key}={value!r}" for key, value in settings if value != "auto")])
 
 
 def _code(lines: list[str]) -> str:

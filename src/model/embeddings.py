@@ -1,7 +1,7 @@
 """The embedding matrices: resized, initialised for new tokens, read back, monitored.
 
-Only rows of tokens that start here are written, by their ids, in every matrix, and rows that did not exist before; what
-a checkpoint has learned stays bit for bit.
+Only rows of the initialised tokens are written, by their ids, in every matrix, and rows that did not exist before; what
+a checkpoint has trained stays bit for bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional
 from src.config.schema import InitMethod, TokensConfig
 from src.errors import ModelError, TokenError
 from src.runtime.sharding import full_shape, gathered
-from src.tokens import NewTokens, num_token_ids
+from src.tokens import ConfiguredTokens, num_token_ids
 from src.util import in_words
 
 
@@ -38,8 +38,8 @@ class Matrix:
         return module.weight
 
     @property
-    def apart(self) -> tuple[dict[int, int], nn.Parameter | None]:
-        """Rows that an adapter trains in place of the matrix's own: id -> number, and the rows, [n, width]."""
+    def adapter_rows(self) -> tuple[dict[int, int], nn.Parameter | None]:
+        """Rows that an adapter trains in place of the matrix's own: id -> index, and the rows, [n, width]."""
         adapter = getattr(self.module, "token_adapter", None)
         if adapter is None:
             return {}, None
@@ -48,12 +48,12 @@ class Matrix:
 
     def rows(self, ids: Sequence[int]) -> Tensor:
         """Return some rows as the model uses them, [ids, width], a copy."""
-        numbers, apart = self.apart
-        with gathered([self.weight, *([] if apart is None else [apart])]):
+        indices, trained = self.adapter_rows
+        with gathered([self.weight, *([] if trained is None else [trained])]):
             found = self.weight.detach()[list(ids)].clone()
             for i, token_id in enumerate(ids):
-                if apart is not None and token_id in numbers:
-                    found[i] = apart.detach()[numbers[token_id]]
+                if trained is not None and token_id in indices:
+                    found[i] = trained.detach()[indices[token_id]]
         return found
 
     def gradient_norms(self, ids: Sequence[int]) -> Tensor:
@@ -61,10 +61,10 @@ class Matrix:
         gradient = self.weight.grad
         device = self.weight.device
         norms = torch.zeros(len(ids), device=device) if gradient is None else gradient[list(ids)].float().norm(dim=1)
-        numbers, apart = self.apart
-        if apart is not None and apart.grad is not None:
-            of_apart = apart.grad.float().norm(dim=1)
-            norms = torch.stack([of_apart[numbers[i]] if i in numbers else norms[n] for n, i in enumerate(ids)])
+        indices, trained = self.adapter_rows
+        if trained is not None and trained.grad is not None:
+            trained_norms = trained.grad.float().norm(dim=1)
+            norms = torch.stack([trained_norms[indices[i]] if i in indices else norms[n] for n, i in enumerate(ids)])
         return norms
 
 
@@ -77,7 +77,7 @@ def embedding_matrices(model: Any) -> list[Matrix]:
     return list({id(matrix.weight): matrix for matrix in reversed(matrices)}.values())[::-1]
 
 
-def num_rows(model: Any) -> int:
+def num_embedding_rows(model: Any) -> int:
     """Return the number of rows of a model's token matrix."""
     return full_shape(embedding_matrices(model)[0].weight)[0]
 
@@ -89,27 +89,32 @@ def _stacks(model: Any) -> dict[str, Any]:
 
 def embedding_parameters(model: Any) -> list[nn.Parameter]:
     """Return the trained parameters of the matrices: all rows, or those that an adapter trains."""
-    found = [m.weight if m.apart[1] is None else m.apart[1] for m in embedding_matrices(model)]
+    found = [m.weight if m.adapter_rows[1] is None else m.adapter_rows[1] for m in embedding_matrices(model)]
     return [parameter for parameter in found if parameter.requires_grad]
 
 
-@contextmanager
-def actual_tie(model: Any) -> Iterator[None]:
-    """Let the model's configuration say in this block whether input and output matrix are really one.
+def is_tied(model: Any) -> bool:
+    """Return whether input and output matrix are one parameter."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
-    Some configurations of transformers 5.23 always say so (T5's), also where a checkpoint has two: one of them would be
-    lost when the model is resized, and PEFT would put the same rows into both.
+
+@contextmanager
+def true_tie_flag(model: Any) -> Iterator[None]:
+    """Set the configuration's tie_word_embeddings in this block to whether input and output matrix are really one.
+
+    Some configurations of transformers 5.23 always claim that (T5's), also where a checkpoint has two: one of them
+    would be lost when the model is resized, and PEFT would put the same rows into both.
     """
-    said = model.config.tie_word_embeddings
-    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
-    model.config.tie_word_embeddings = said and (head is None or head.weight is inputs.weight)
+    flag = model.config.tie_word_embeddings
+    model.config.tie_word_embeddings = flag and (model.get_output_embeddings() is None or is_tied(model))
     try:
         yield
     finally:
-        model.config.tie_word_embeddings = said
+        model.config.tie_word_embeddings = flag
 
 
-def fit_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) -> None:
+def resize_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) -> None:
     """Resize the matrices to at least `num_tokens` rows; larger ones are never shrunk.
 
     Where encoder and decoder have matrices of their own (an untied BART), transformers 5.23 would replace all by one,
@@ -120,19 +125,19 @@ def fit_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) 
         return
     looked_up = [(stack, stack.get_input_embeddings()) for stack in _stacks(model).values()]
     own = [(stack, module) for stack, module in looked_up if module.weight is not inputs]
-    with actual_tie(model):
+    with true_tie_flag(model):
         model.resize_token_embeddings(num_tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
-    num_rows = full_shape(model.get_input_embeddings().weight)[0]
+    size = full_shape(model.get_input_embeddings().weight)[0]
     for stack, module in own:
         with gathered([module.weight]):
             old = module.weight.detach().clone()
-        rest = old.new_zeros(num_rows - len(old), old.shape[1])  # rows of tokens that are initialised next, or padding
-        module.weight, module.num_embeddings = nn.Parameter(torch.cat([old, rest])), num_rows
+        rest = old.new_zeros(size - len(old), old.shape[1])  # rows of tokens that are initialised next, or padding
+        module.weight, module.num_embeddings = nn.Parameter(torch.cat([old, rest])), size
         stack.set_input_embeddings(module)
 
 
 @dataclass(frozen=True)
-class StartedRows:
+class InitialisedRows:
     """The tokens whose rows were initialised.
 
     Args:
@@ -146,59 +151,61 @@ class StartedRows:
     values: dict[str, Tensor]
 
 
-def with_present_rows(model: Any, started: StartedRows) -> StartedRows:
-    """Return the same tokens with their present rows, of a model that was trained since they started."""
-    ids = list(started.ids.values())
-    return replace(started, values={matrix.name: matrix.rows(ids) for matrix in embedding_matrices(model)})
+def reread_rows(model: Any, initialised: InitialisedRows) -> InitialisedRows:
+    """Return the same tokens with their rows as they are now, in a model into which trained weights were loaded."""
+    ids = list(initialised.ids.values())
+    return replace(initialised, values={matrix.name: matrix.rows(ids) for matrix in embedding_matrices(model)})
 
 
 def resize_and_initialise(
-    model: Any, tokenizer: Any, new: NewTokens, config: TokensConfig, seed: int, unlearned: Collection[str] = ()
-) -> StartedRows:
-    """Make room for all tokens and initialise the rows of those that have no learned row yet.
+    model: Any, tokenizer: Any, new: ConfiguredTokens, config: TokensConfig, seed: int, untrained: Collection[str] = ()
+) -> InitialisedRows:
+    """Make room for all tokens and initialise the rows of those that have no pretrained row yet.
 
-    They start from rows that the checkpoint has learned, never from padding or from one another. A token that the
+    They start from rows that the checkpoint has trained, never from padding or from one another. A token that the
     tokenizer knows but the matrix has no row for is as new as one that was added; one that the configuration does not
     name starts from the mean. No other row is written.
 
     Args:
-        unlearned: tokens that have a row which the checkpoint never learned (src.model.unlearned).
+        untrained: tokens that have a row which the checkpoint never trained (src.model.untrained).
     Raises:
-        TokenError: where a text has no learned token to start from.
+        TokenError: where a text has no pretrained token to start from.
     """
     num_old = full_shape(model.get_input_embeddings().weight)[0]
     vocabulary = tokenizer.get_vocab()
-    started = {token: i for token, i in new.ids.items() if token in new.added or i >= num_old or token in unlearned}
-    started |= {tag: i for tag, i in new.tags.items() if tag in unlearned}
-    rowless = sorted((i, token) for token, i in vocabulary.items() if i >= num_old and token not in started)
-    started |= {token: i for i, token in rowless}
-    learned = sorted({i for token, i in vocabulary.items() if token not in started and token not in unlearned})
-    sources = dict(zip(started, source_ids(tokenizer, list(started), config, learned), strict=True))
-    fit_embeddings(model, num_token_ids(tokenizer), config.pad_to_multiple_of)
-    ids, values = list(started.values()), {}
-    padding = sorted(set(range(num_old, num_rows(model))) - set(ids))
+    initialised = {token: i for token, i in new.ids.items() if token in new.added or i >= num_old or token in untrained}
+    initialised |= {tag: i for tag, i in new.tags.items() if tag in untrained}
+    without_row = sorted((i, token) for token, i in vocabulary.items() if i >= num_old and token not in initialised)
+    initialised |= {token: i for i, token in without_row}
+    pretrained = sorted({i for token, i in vocabulary.items() if token not in initialised and token not in untrained})
+    sources = dict(zip(initialised, source_ids(tokenizer, list(initialised), config, pretrained), strict=True))
+    resize_embeddings(model, num_token_ids(tokenizer), config.pad_to_multiple_of)
+    ids, values = list(initialised.values()), {}
+    padding = sorted(set(range(num_old, num_embedding_rows(model))) - set(ids))
     for offset, matrix in enumerate(embedding_matrices(model) if ids or padding else []):
         generator = torch.Generator().manual_seed(seed + offset)
         with gathered([matrix.weight], writes=True), torch.no_grad():
-            old = matrix.weight[: len(learned)] if learned[-1] < len(learned) else matrix.weight[learned]
+            # ids that are 0 … n-1 without a gap are a slice, which copies nothing
+            is_slice = pretrained[-1] < len(pretrained)
+            known = matrix.weight[: len(pretrained)] if is_slice else matrix.weight[pretrained]
             if padding:  # ordinary rows, or it could win where all logits are low
-                matrix.weight[padding] = old.float().mean(dim=0).to(matrix.weight.dtype)
+                matrix.weight[padding] = known.float().mean(dim=0).to(matrix.weight.dtype)
             if ids:
-                pieces = [matrix.weight[some] for some in sources.values()]
-                rows = initial_rows(old, config.init.method, pieces, generator)
+                source_rows = [matrix.weight[token_ids] for token_ids in sources.values()]
+                rows = initial_rows(known, config.init.method, source_rows, generator)
                 matrix.weight[ids] = values[matrix.name] = rows.to(matrix.weight.dtype)
-    return StartedRows(started, sources, values)
+    return InitialisedRows(initialised, sources, values)
 
 
 def source_ids(
-    tokenizer: Any, started: Sequence[str], config: TokensConfig, learned: Collection[int]
+    tokenizer: Any, initialised: Sequence[str], config: TokensConfig, pretrained: Collection[int]
 ) -> list[list[int]]:
     """Return for each token the ids whose rows it starts from; empty where it does not start from a text.
 
     Args:
-        learned: the ids whose rows the checkpoint has learned.
+        pretrained: the ids whose rows the checkpoint has trained.
     Raises:
-        TokenError: where a text consists of tokens that are not learned.
+        TokenError: where a text consists of tokens that are not pretrained.
     """
     init, named = config.init, config.additional_special_tokens
     texts: dict[str, str] = {}
@@ -206,38 +213,40 @@ def source_ids(
         texts = dict(zip(named, init.text * len(named) if len(init.text) == 1 else init.text, strict=True))
     elif init.method is InitMethod.description:
         texts = dict(init.descriptions)
-    known, pieces = set(learned), []
-    for token in started:
+    usable, sources = set(pretrained), []
+    for token in initialised:
         text = texts.get(token)
         ids = [] if text is None else tokenizer(text, add_special_tokens=False)["input_ids"]
-        pieces.append([i for i in ids if i in known])
-        if text is not None and not pieces[-1]:
-            raise TokenError(f"tokens.init: {text!r} has no known token for {token} to start from")
-    return pieces
+        sources.append([i for i in ids if i in usable])
+        if text is not None and not sources[-1]:
+            raise TokenError(f"tokens.init: {text!r} has no pretrained token for {token} to start from")
+    return sources
 
 
-def initial_rows(old: Tensor, method: InitMethod, pieces: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+def initial_rows(
+    known: Tensor, method: InitMethod, source_rows: Sequence[Tensor], generator: torch.Generator
+) -> Tensor:
     """Compute the initial rows of new tokens. Pure.
 
     Args:
-        old: the rows the checkpoint has learned, [old, width].
-        method: text and description take the mean of each token's `pieces`; mean, and a token without pieces, the mean
-            of all old rows; random draws from a normal with their mean and standard deviation, per column.
-        pieces: for each new token the rows it starts from, [pieces, width].
+        known: the rows the checkpoint has trained, [known, width].
+        method: text and description take the mean of each token's `source_rows`; mean, and a token without source rows,
+            the mean of all known rows; random draws from a normal with their mean and standard deviation, per column.
+        source_rows: for each new token the rows it starts from, [sources, width].
         generator: used by random only.
     Returns:
-        float32 rows, [len(pieces), width].
+        float32 rows, [len(source_rows), width].
     """
-    if method in (InitMethod.text, InitMethod.description) and all(map(len, pieces)):
-        return torch.stack([rows.float().mean(dim=0) for rows in pieces])
-    mean = old.float().mean(dim=0)
+    if method in (InitMethod.text, InitMethod.description) and all(map(len, source_rows)):
+        return torch.stack([rows.float().mean(dim=0) for rows in source_rows])
+    mean = known.float().mean(dim=0)
     if method is InitMethod.random:
-        noise = torch.randn(len(pieces), old.shape[1], generator=generator).to(old.device)
-        return mean + noise * old.float().std(dim=0)
-    return torch.stack([rows.float().mean(dim=0) if len(rows) else mean for rows in pieces])
+        noise = torch.randn(len(source_rows), known.shape[1], generator=generator).to(known.device)
+        return mean + noise * known.float().std(dim=0)
+    return torch.stack([rows.float().mean(dim=0) if len(rows) else mean for rows in source_rows])
 
 
-def check_new_rows(model: Any, started: StartedRows) -> None:
+def check_new_rows(model: Any, initialised: InitialisedRows) -> None:
     """Read the new rows back from the wrapped model, and compare them bit for bit with what was written.
 
     Where the model's type has fewer bits now, the rows are compared rounded to it.
@@ -245,16 +254,16 @@ def check_new_rows(model: Any, started: StartedRows) -> None:
     Raises:
         ModelError: naming the matrix and the tokens that do not start where they should.
     """
-    if not started.ids:
+    if not initialised.ids:
         return
     matrices = {matrix.name: matrix for matrix in embedding_matrices(model)}
-    if matrices.keys() != started.values.keys():
-        now, before = in_words(matrices), in_words(started.values)
+    if matrices.keys() != initialised.values.keys():
+        now, before = in_words(matrices), in_words(initialised.values)
         raise ModelError(f"embeddings were {before}, now they are {now}: the tie changed")
-    for name, expected in started.values.items():
-        found = matrices[name].rows(list(started.ids.values()))
+    for name, expected in initialised.values.items():
+        found = matrices[name].rows(list(initialised.ids.values()))
         is_same = (found == expected.to(found.device, found.dtype)).all(dim=1)
-        wrong = [token for token, same in zip(started.ids, is_same, strict=True) if not same]
+        wrong = [token for token, same in zip(initialised.ids, is_same, strict=True) if not same]
         if wrong:
             raise ModelError(f"new tokens {', '.join(wrong)} lost their starting rows in the {name} matrix")
 

@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-from src.config.places import clear, set_aside
+from src.config.places import remove_tree, set_aside
 from src.config.schema import ModelConfig, RunConfig, Weights
 from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, one_line
 from src.model.adapters import WEIGHTS, Adapter, with_adapter
 from src.model.build import build_model, check_lengths, empty_model, load_architecture, load_weights
-from src.model.embeddings import fit_embeddings
+from src.model.embeddings import is_tied, resize_embeddings
 from src.model.merging import merge, probe_ids
 from src.tokens import num_token_ids
 from src.util import listed
@@ -59,7 +58,7 @@ def export(
     if spoilt:
         raise NonFiniteLossError(f"training has spoilt the weights, they are not finite:\n{listed(spoilt)}")
     part = folder.with_name(f".{folder.name}.part")
-    clear(part)
+    remove_tree(part)
     try:
         if adapter is None:
             _write_model(model, part, config)
@@ -87,7 +86,7 @@ def _put_into_place(part: Path, folder: Path) -> str:
     os.replace(part, folder)
     try:
         if former is not None:
-            clear(former)
+            remove_tree(former)
     except OSError as error:  # it only takes room
         return f"{former}, the former model, can't be removed: {error.strerror}"
     return ""
@@ -161,14 +160,14 @@ def _write_model(model: Any, folder: Path, config: RunConfig) -> None:
     """
     with _without_deepspeed():
         model.save_pretrained(folder)
-    where = replace(config.model, checkpoint=str(folder), revision=None, weights=Weights.pretrained)
-    architecture = load_architecture(where)
-    loaded = load_weights(where, architecture, str(folder), device_map={"": "meta"})
-    if _is_tied(loaded) != _is_tied(model):
+    written = config.model.pretrained_at(folder)
+    architecture = load_architecture(written)
+    loaded = load_weights(written, architecture, str(folder), device_map={"": "meta"})
+    if is_tied(loaded) != is_tied(model):
         raise ExportError(f"{folder} does not load as it was trained: input and output matrix changed their tie")
     trained = model.state_dict()
     if any(isinstance(conversion, WeightConverter) for conversion in loaded._weight_conversions):
-        wrong = _differing(load_weights(where, architecture, str(folder)).state_dict().items(), trained)
+        wrong = _differing(load_weights(written, architecture, str(folder)).state_dict().items(), trained)
     else:
         wrong = _differing(_stored_tensors(folder), revert_weight_conversion(model, trained))
     if wrong:
@@ -190,11 +189,6 @@ def _differing(written: Iterable[tuple[str, Tensor]], trained: Mapping[str, Tens
         for name, tensor in written
         if name not in trained or not torch.equal(tensor, trained[name].to("cpu", tensor.dtype))
     ]
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _check_adapter(folder: Path, adapter: Adapter) -> None:
@@ -228,9 +222,9 @@ def _check_tokenizer(folder: Path, tokenizer: Any, *, trust: bool) -> None:
         raise ExportError(f"the tokenizer in {folder} has other ids for:\n{listed(wrong)}")
 
 
-def exported(run_dir: Path, config: ModelConfig) -> ModelConfig:
+def exported_model_config(run_dir: Path, config: ModelConfig) -> ModelConfig:
     """Return the settings that load the model and tokenizer that a run exported."""
-    return replace(config, checkpoint=str(run_dir / "model"), revision=None, weights=Weights.pretrained)
+    return config.pretrained_at(run_dir / "model")
 
 
 def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) -> Any:
@@ -243,7 +237,7 @@ def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) 
     """
     folder = run_dir / "model"
     if not (folder / "adapter_config.json").exists():
-        model = exported(run_dir, config.model)
+        model = exported_model_config(run_dir, config.model)
         architecture = load_architecture(model)
         check_lengths(model, architecture, config.data.max_seq_length, config.data.max_target_length)
         return load_weights(model, architecture, model.checkpoint)
@@ -252,5 +246,5 @@ def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) 
     except ModelError as error:
         raise ModelError(f"the adapter in {folder} needs its base, {config.model.checkpoint}: {error}") from error
     trust = config.model.trust_remote_code
-    fit_embeddings(base, num_token_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)), None)
+    resize_embeddings(base, num_token_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)), None)
     return with_adapter(base, folder)

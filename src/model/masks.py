@@ -10,7 +10,7 @@ from transformers import masking_utils
 
 
 @contextmanager
-def taken_for_single_rows() -> Iterator[None]:
+def no_packing_detection() -> Iterator[None]:
     """Treat every sequence as a single row, which needs no mask, without reading positions.
 
     transformers 5 compares positions to see whether rows are packed; without values it assumes that they are.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from src.errors import one_line
 from src.model.adapters import Adapter
-from src.model.embeddings import actual_tie
+from src.model.embeddings import true_tie_flag
 
 TOLERANCE = 1e-4
 """How far logits may move by another order of sums in float32; relative to the largest one where that is above 1."""
@@ -57,46 +57,47 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     probe = torch.tensor([ids[:positions]])
     as_trained = logits(model, probe)
-    kept = [p for p in model.parameters() if p.dtype == torch.float32]
-    whole, dtype = adapter.on_float32(folder)
-    buffers = _make_float32(whole.get_base_model())
-    exact = logits(whole.get_base_model(), probe)
-    if not (change := _usual_distance(as_trained, exact)) <= REBUILT * exact.std().item():
+    float32_parameters = [p for p in model.parameters() if p.dtype == torch.float32]
+    float32_model, dtype = adapter.on_float32(folder)
+    buffers = _make_float32(float32_model.get_base_model())
+    expected = logits(float32_model.get_base_model(), probe)
+    if not (moved := _rms_difference(as_trained, expected)) <= REBUILT * expected.std().item():
         return None, (
             f"the weights can't be made float32 as they were trained: logits of {probe.numel()} tokens move by "
-            f"{change:.2g}, and their spread is {exact.std().item():.2g}"
+            f"{moved:.2g}, and their spread is {expected.std().item():.2g}"
         )
-    with actual_tie(whole.get_base_model()):
-        merged = whole.merge_and_unload()
-    limit = TOLERANCE * max(1.0, exact.abs().max().item())
-    if not (change := _distance(logits(merged, probe), exact)) <= limit:
+    with true_tie_flag(float32_model.get_base_model()):
+        merged = float32_model.merge_and_unload()
+    limit = TOLERANCE * max(1.0, expected.abs().max().item())
+    if not (moved := _max_difference(logits(merged, probe), expected)) <= limit:
         return None, (
-            f"merging changes the model: logits of {probe.numel()} tokens move by {change:.2g}, and rounding moves "
+            f"merging changes the model: logits of {probe.numel()} tokens move by {moved:.2g}, and rounding moves "
             f"them by {limit:.2g} at most"
         )
-    was_float32 = set(map(id, kept))
+    was_float32 = set(map(id, float32_parameters))
     for parameter in merged.parameters():
         if id(parameter) not in was_float32:
             parameter.data = parameter.data.to(dtype)
-    for module, name, before in buffers:
-        setattr(module, name, getattr(module, name).to(before))
-    limit = max(limit, ROUNDED * _usual_distance(as_trained, exact))
-    if not (change := _usual_distance(logits(merged, probe), exact)) <= limit:
+    for module, name, old_dtype in buffers:
+        setattr(module, name, getattr(module, name).to(old_dtype))
+    limit = max(limit, ROUNDED * _rms_difference(as_trained, expected))
+    if not (moved := _rms_difference(logits(merged, probe), expected)) <= limit:
         kind = str(dtype).removeprefix("torch.")
         return None, (
             f"the merged weights lose too much in {kind} (model.dtype): logits of {probe.numel()} tokens move by "
-            f"{change:.2g}, and training itself rounded by {limit / ROUNDED:.2g}"
+            f"{moved:.2g}, and training itself rounded by {limit / ROUNDED:.2g}"
         )
     return merged, ""
 
 
-def _usual_distance(some: Tensor, others: Tensor) -> float:
+def _rms_difference(first: Tensor, second: Tensor) -> float:
     """Return the root mean square of the differences: the largest, by rounding, is a matter of chance."""
-    return (some - others).square().mean().sqrt().item()
+    return (first - second).square().mean().sqrt().item()
 
 
-def _distance(some: Tensor, others: Tensor) -> float:
-    return (some - others).abs().max().item()
+def _max_difference(first: Tensor, second: Tensor) -> float:
+    """Return the largest absolute difference."""
+    return (first - second).abs().max().item()
 
 
 def probe_ids(tokenizer: Any, named: Sequence[str]) -> list[int]:

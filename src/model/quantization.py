@@ -18,13 +18,18 @@ CPU_BLOCK = 64
 """On a CPU bitsandbytes 0.50 takes 4-bit layers whose input is a multiple of this only: else it fails in evaluation."""
 
 
+def quiet_bitsandbytes() -> None:
+    """Show errors of bitsandbytes only: when it is imported on a CPU, it recommends a package that is not needed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def quantization_settings(config: QuantizationConfig, model: ModelConfig, precision: MixedPrecision) -> Any:
     """Return transformers' settings, or None where nothing is quantised."""
     if not config.is_on:
         return None
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it recommends a package that is not needed
+    quiet_bitsandbytes()
     return BitsAndBytesConfig(
         load_in_8bit=config.load_in_8bit,
         load_in_4bit=config.load_in_4bit,
@@ -92,7 +97,7 @@ def check_quantisable(empty: Any, config: QuantizationConfig, device: torch.devi
             )
 
 
-def keep_gradients(model: nn.Module) -> None:
+def disable_cpu_packing(model: nn.Module) -> None:
     """Stop bitsandbytes from packing 4-bit weights for CPUs with AVX512-BF16 when the model is first evaluated.
 
     Packed weights stay packed when training resumes (0.50), and their product has no gradient: all layers below would

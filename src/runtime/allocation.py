@@ -1,4 +1,4 @@
-"""Keep the memory that one step frees for the next. No torch here."""
+"""Keep the memory that one step frees for the next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When Python collects cyclic garbage: not among the many objects that libraries make on import. No torch here.
+"""When Python collects cyclic garbage: not among the many objects that libraries make on import.
 
 Each collection goes through all objects: while torch, transformers and MLflow are imported that is a quarter of the
 time, and up to two seconds more when the process ends (docs/decisions/0025).

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
     """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty where there are none."""
-    given = environment.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [one.strip() for one in given.split(",") if one.strip() and one.strip() != "-1"]
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [one.strip() for one in visible.split(",") if one.strip() and one.strip() != "-1"]
     try:
         command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
         listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout

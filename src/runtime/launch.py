@@ -1,4 +1,4 @@
-"""Several processes from one command: start them, watch them, end them together. No torch here.
+"""Several processes from one command: start them, watch them, end them together.
 
 The parent has composed, checked and frozen the configuration, and holds the run's folder; workers get the frozen file.
 Each worker has a session of its own, so that Ctrl-C reaches the parent only, which passes each request on once. A
@@ -38,11 +38,10 @@ PORT = 29500
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """Where a process stands among all of a run."""
 
     rank: int
-    local_rank: int
     world_size: int
 
     @property
@@ -50,12 +49,11 @@ class Place:
         return self.rank == 0
 
 
-def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
+def place_of(environment: Mapping[str, str] = os.environ) -> ProcessPlace | None:
     """Return the place that a launcher (ours, torchrun, accelerate launch) set for this process; None: it is alone."""
     if int(environment.get("WORLD_SIZE", "1")) < 2:
         return None
-    rank = int(environment["RANK"])
-    return Place(rank, int(environment.get("LOCAL_RANK", rank)), int(environment["WORLD_SIZE"]))
+    return ProcessPlace(int(environment["RANK"]), int(environment["WORLD_SIZE"]))
 
 
 def has_lost_a_peer(error: Exception) -> bool:
@@ -76,12 +74,12 @@ def num_processes() -> int:
 
 
 def log_file(run_dir: Path, rank: int) -> Path:
-    """Name the file that holds what a process prints."""
+    """Return the path of the file that holds what a process prints."""
     return run_dir / "logs" / f"rank-{rank}.log"
 
 
 def is_launched(config: RuntimeConfig) -> bool:
-    """Whether this process has to start others, rather than to train by itself."""
+    """Return whether this process starts others that train, rather than training by itself."""
     return place_of() is None and config.num_processes * config.num_machines > 1
 
 
@@ -135,7 +133,7 @@ def launch(
         stop: is passed on to all of them, once.
         locks: descriptors that hold something as long as one of the processes lives.
     Raises:
-        TrainingError: where one ended in failure; the others are ended, and its last words are in the message.
+        TrainingError: where one ended in failure; the others are ended, and the end of its output is in the message.
         Interrupted: where they were asked to stop, and one could not follow and is ended.
     """
     port = config.main_process_port or (PORT if config.num_machines > 1 else free_port())
@@ -220,6 +218,7 @@ def _failure(rank: int, code: int, run_dir: Path) -> int:
 
 
 def free_port() -> int:
+    """Return a TCP port of this machine that nothing listens on."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])

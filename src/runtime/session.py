@@ -40,8 +40,8 @@ T = TypeVar("T")
 LONGEST_WAIT = timedelta(hours=6)
 """How long a process may wait for the others, as while one of them reads a large checkpoint. One that has died is
 noticed by who started it."""
-OVER: list[Any] = []
-"""Groups of processes that are over, kept from being taken down: torch 2.13 waits there for a thread of gloo's while it
+FINISHED_GROUPS: list[Any] = []
+"""Groups of processes that have finished, never destroyed: torch 2.13 waits there for a thread of gloo's while it
 holds Python's lock, which that thread waits for if the last exchange was just now (docs/decisions/0021)."""
 
 
@@ -96,6 +96,7 @@ class Runtime:
         return wrapped, wrapped_optimizer
 
     def autocast(self) -> AbstractContextManager[Any]:
+        """Return a context that computes in the precision of `training.mixed_precision`."""
         return self._accelerator.autocast()
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
@@ -112,7 +113,7 @@ class Runtime:
         return self._accelerator.scaler is not None
 
     def step_was_skipped(self) -> bool:
-        """Whether the last optimizer step did nothing because fp16 gradients overflowed."""
+        """Return whether the last optimizer step did nothing because fp16 gradients overflowed."""
         return bool(self._accelerator.optimizer_step_was_skipped)
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -142,16 +143,16 @@ class Runtime:
         """Wait until every process is here."""
         self._accelerator.wait_for_everyone()
 
-    def share(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
-        """Yield this process's share of items, and whether each counts.
+    def split(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+        """Yield the items of this process, and whether each is a real one or a filler.
 
-        Every process gets as many, because they compute together: where the items don't divide evenly, some get one
-        that does not count.
+        All processes get the same number, because they compute together: where the items don't divide evenly, some
+        get a filler, whose results are dropped.
         """
         n = self.num_processes
         for start in range(0, len(items), n):
-            is_there = start + self.rank < len(items)
-            yield items[start + self.rank if is_there else start], is_there
+            is_real = start + self.rank < len(items)
+            yield items[start + self.rank if is_real else start], is_real
 
     def check_stop(self, asked: float | None = None) -> None:
         """Stop all processes here, if any was asked to stop.
@@ -238,14 +239,14 @@ def rng_as_json(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"python": [version, list(numbers), gauss], "numpy": [kind, keys.tolist(), *rest], **texts}
 
 
-def rng_from_json(given: Mapping[str, Any]) -> dict[str, Any]:
+def rng_from_json(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the states that `rng_as_json` wrote."""
-    version, numbers, gauss = given["python"]
-    kind, keys, *rest = given["numpy"]
+    version, numbers, gauss = state["python"]
+    kind, keys, *rest = state["numpy"]
     tensors = {
-        name: torch.tensor(list(bytes.fromhex(given[name])), dtype=torch.uint8)
+        name: torch.tensor(list(bytes.fromhex(state[name])), dtype=torch.uint8)
         for name in ("torch", "cuda")
-        if name in given
+        if name in state
     }
     numpy_state = (kind, np.array(keys, dtype=np.uint32), *rest)
     return {"python": (version, tuple(numbers), gauss), "numpy": numpy_state, **tensors}
@@ -264,7 +265,7 @@ def start_runtime(
     Args:
         deepspeed: DeepSpeed's settings, see deepspeed_settings; None where it is not used.
     Raises:
-        TowlineError: where the device or the precision can't be had.
+        TowlineError: where the device or the precision is not available.
     """
     use_cpu = config.device is Device.cpu or not torch.cuda.is_available()
     if config.device is Device.cuda and use_cpu:
@@ -277,16 +278,16 @@ def start_runtime(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if config.deterministic or torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(config.deterministic)  # imports torch's compiler, which takes a second
-    with ExitStack() as until_the_end:
+    with ExitStack() as resources:
         if deepspeed:
-            until_the_end.enter_context(zero_environment(on_cpu=use_cpu, alone=place_of() is None))
+            resources.enter_context(zero_environment(on_cpu=use_cpu, alone=place_of() is None))
         accelerator = _start_accelerator(mixed_precision, deepspeed, use_cpu=use_cpu)
         set_seed(seed)
         try:
             yield Runtime(accelerator, seed, stop, deepspeed["zero_optimization"]["stage"] if deepspeed else 0)
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                OVER.append(torch.distributed.group.WORLD)
+                FINISHED_GROUPS.append(torch.distributed.group.WORLD)
                 forget_groups() if deepspeed else torch.distributed.destroy_process_group()
             AcceleratorState._reset_state(reset_partial_state=True)  # a sweep's next run chooses afresh
 

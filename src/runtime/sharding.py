@@ -337,8 +337,8 @@ def deepspeed_settings(config: RunConfig, num_processes: int) -> dict[str, Any] 
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": training.max_grad_norm or 0.0,
     }
-    given = {field.name: getattr(zero, field.name) for field in fields(ZeroConfig) if field.name != "type"}
-    settings = {key: value for key, value in given.items() if value is not None}
+    requested = {field.name: getattr(zero, field.name) for field in fields(ZeroConfig) if field.name != "type"}
+    settings = {key: value for key, value in requested.items() if value is not None}
     if isinstance(zero, ZeroFileConfig) and zero.aio:
         settings["aio"] = zero.aio
     settings |= {key: value for key, value in owned.items() if settings[key] == "auto"}

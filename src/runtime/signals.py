@@ -1,4 +1,4 @@
-"""What asks a run to stop: SIGTERM, SIGUSR1, SIGINT (Ctrl-C), and the time that it was given. No torch here.
+"""What asks a run to stop: SIGTERM, SIGUSR1, SIGINT (Ctrl-C), and its time limit.
 
 While a run is being set up nothing is worth waiting for, so a signal ends it where it is. Once it trains, a signal is a
 request, which the run follows where it can end properly. Schedulers repeat theirs, so only a further SIGINT ends the
@@ -27,12 +27,12 @@ class StopRequest:
         self.number = signal.SIGTERM
         """The signal that asked, to be passed on to other processes."""
         self.is_deferred = False
-        """Whether a request waits for the next `check`, rather than to end the run where it is; see `deferred`."""
+        """Whether a request waits for the next `check`, rather than ending the run where it is; see `deferred`."""
         self._deadline: float | None = None
         self._limit = ""
 
-    def allow(self, seconds: float | None, key: str = "training.max_seconds") -> None:
-        """Ask for a stop so many seconds from now, the value of a key; None: never."""
+    def set_time_limit(self, seconds: float | None, key: str = "training.max_seconds") -> None:
+        """Ask for a stop in N seconds, the value of a key; None: never."""
         self._limit = f"{key} = {seconds or 0.0:g}"
         self._deadline = None if seconds is None else time.monotonic() + seconds
 
@@ -60,7 +60,7 @@ class StopRequest:
         if name := self.asked():
             raise Interrupted(name)
 
-    def __call__(self, number: int, _frame: FrameType | None) -> None:
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.name:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
@@ -78,7 +78,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, request.on_signal) for number in STOP_SIGNALS}
     try:
         yield request
     finally:

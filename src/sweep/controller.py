@@ -1,4 +1,4 @@
-"""Controls a sweep: which trial is next, how it ended, and what the study, MLflow and the terminal are to know of it.
+"""The loop of a sweep: starts trials, records how they ended, and updates the study, MLflow and the terminal.
 
 The folder is the truth: what a trial's own folder says counts, so that a sweep whose process was killed at any moment
 resumes with the trials that are missing. No torch here.
@@ -29,23 +29,23 @@ from src.sweep.progress import ProgressTable
 from src.sweep.state import SweepState, early_replicates
 from src.sweep.study import Proposal, Study
 from src.sweep.trial import Trial, short
-from src.sweep.workers import Job, Workers
+from src.sweep.workers import TrialJob, Workers
 from src.tracking.run_folder import note_end
 
 POLL_SECONDS = 0.1
 NOTIFY_SECONDS = 2.0
 LAST_SECONDS = 2.0
-"""How long it may take to hear of trials that were ended at once."""
+"""How long to wait for the exit codes of trials that were ended at once."""
 UNENDED = {"PREEMPTED", "RUNNING", "WAITING"}
 """States of trials that the same command resumes."""
 T = TypeVar("T")
 MOST_REPEATS = 25
-"""How often in a row a sampler may propose what was tried before it is taken to have nothing new."""
+"""How often in a row a sampler may repeat what was tried, before it counts as exhausted."""
 
 
 @dataclass
 class _Progress:
-    """What is known of a trial besides its folder."""
+    """What this process knows of a trial that its folder does not say."""
 
     attempts: int = 0
     passed: int = 0
@@ -70,23 +70,23 @@ class SweepController:
         study: Study | None,
         workers: Workers | Launched,
         stop: StopRequest,
-        board: ProgressTable,
+        display: ProgressTable,
     ) -> None:
         self.plan, self.folder, self.workers = plan, folder, workers
         self._study = study
-        self.stop, self.board = stop, board
+        self.stop, self._display = stop, display
         self.state = SweepState(plan, folder, trials, todo)
         self._progress = {number: _Progress() for number in self.state.trials}
         self.todo = self.state.todo
         """The numbers of the trials that the command asks for."""
         self._queue = self.state.ordered(todo)
         self._metric = plan.config.metric
-        self._has_given_up = False
+        self._is_exhausted = False
         self.refusal = ""
         """Why the last proposal can't be run."""
         self._has_only_refusals = False
         self.fault = ""
-        """What keeps every trial from being run or judged, and stops the sweep."""
+        """The error that stops the sweep, as no trial could run or be ranked; '' where there is none."""
         self._has_study = study is not None
         """Whether it has answered so far."""
         statuses, pauses = self.state.statuses, plan.config.pruner is Pruner.asha
@@ -121,7 +121,7 @@ class SweepController:
         """Take a paused trial that is worth resuming by now."""
         by_unit = {self.state.trials[number].unit: number for number in self._paused}
         factor = self.plan.config.reduction_factor
-        promoted = self._asked(lambda: self.study.promotable(by_unit, factor, at_least_one=at_least_one))
+        promoted = self._ask_study(lambda: self.study.promotable(by_unit, factor, at_least_one=at_least_one))
         if promoted is None:
             return None
         number = by_unit[promoted.unit]
@@ -130,7 +130,7 @@ class SweepController:
         return self.state.trials[number]
 
     def _may_start(self, trial: Trial) -> bool:
-        """Where trials of a setting are averaged and may end early, the first of them asks for all."""
+        """Return whether a trial may start now: of replicates that may be pruned, the first runs alone."""
         pilot = self._pilot(trial)
         if pilot is None or pilot.number == trial.number:
             return True
@@ -145,24 +145,24 @@ class SweepController:
 
     def _propose(self) -> bool:
         """Have the sampler propose another setting; return whether there is one to run."""
-        if self.plan.is_listed or self._has_given_up:
+        if self.plan.is_listed or self._is_exhausted:
             return False
         self._has_only_refusals = True
         for _ in range(MOST_REPEATS):
             units = {trial.unit for trial in self.state.trials.values()}
             if len(units) >= (self.plan.config.n_trials or 0):
                 return False
-            proposal = self._asked(self.study.propose)
+            proposal = self._ask_study(self.study.propose)
             if proposal is None:
                 return False
             self.refusal = ""
-            if self._take(proposal, max(units, default=-1) + 1):
+            if self._accept(proposal, max(units, default=-1) + 1):
                 return True
             self._has_only_refusals &= bool(self.refusal)
-        self._has_given_up = True
+        self._is_exhausted = True
         return False
 
-    def _take(self, proposal: Proposal, unit: int) -> bool:
+    def _accept(self, proposal: Proposal, unit: int) -> bool:
         """Make a proposal trials of a unit; where it can't be run, or was tried, it is answered at once."""
         first = max(self.state.trials, default=-1) + 1
         found, problems = self.plan.unit(proposal.overrides, unit, first)
@@ -173,10 +173,10 @@ class SweepController:
             self.refusal = f"{problems[0].given}: {problems[0].reason}"
         if problems or not fresh:
             value = None if same is None else self.state.mean(same)
-            self._asked(lambda: self.study.answer(proposal, value))
+            self._ask_study(lambda: self.study.answer(proposal, value))
             return False
         unit = unit if same is None else same  # another seed of a setting that was tried
-        self._asked(lambda: self.study.accept(proposal, unit))
+        self._ask_study(lambda: self.study.accept(proposal, unit))
         self._add([replace(trial, number=first + i, unit=unit) for i, trial in enumerate(fresh)])
         return True
 
@@ -201,33 +201,33 @@ class SweepController:
         for number, status in sorted(self.state.statuses.items()):
             if status.state == "FINISHED" and number not in noted:
                 self.state.note(number, status)
-        self._asked(self._reconcile)
+        self._ask_study(self._reconcile)
         if (self._queue or not self.plan.is_listed) and not self.workers.is_ready(POLL_SECONDS):
-            self.board.say("importing what the trials need")
-            while not self.workers.is_ready(POLL_SECONDS) and not self._why_stop():
+            self._display.say("importing what the trials need")
+            while not self.workers.is_ready(POLL_SECONDS) and not self._stop_reason():
                 pass
         why = ""
         try:
             while True:
-                why = why or self._why_stop()
+                why = why or self._stop_reason()
                 if why and self.workers.running:
                     self.workers.ask_to_stop()
-                    self.board.say(f"stopping: {why}; {len(self.workers.running)} running trials save and end")
-                while not self._why_stop() and self.workers.room and (trial := self._next()) is not None:
+                    self._display.say(f"stopping: {why}; {len(self.workers.running)} running trials save and end")
+                while not self._stop_reason() and self.workers.room and (trial := self._next()) is not None:
                     self._start(trial)
                     self.write("RUNNING")
                 self.workers.go()
                 if not self.workers.running:
-                    return why or self._leave_resting()
+                    return why or self._end_paused()
                 self._follow(stopping=bool(why))
         except KeyboardInterrupt:
             self.workers.stop_at_once()
             deadline = time.monotonic() + LAST_SECONDS
             while self.workers.running and time.monotonic() < deadline:
-                self._take_in(self.workers.wait(POLL_SECONDS))
+                self._collect(self.workers.wait(POLL_SECONDS))
             raise
 
-    def _leave_resting(self) -> str:
+    def _end_paused(self) -> str:
         """End the trials that are paused at a rung: nothing is left that could make them better than others."""
         for number in sorted(self._paused):
             self._progress[number].is_settled = True
@@ -240,21 +240,21 @@ class SweepController:
         """Wait until a trial ends or something else is to be done."""
         while self.workers.running:
             if ended := self.workers.wait(POLL_SECONDS):
-                self._take_in(ended)
+                self._collect(ended)
                 self.write("RUNNING")
                 if not stopping:
                     return
-            if not stopping and self._why_stop():
+            if not stopping and self._stop_reason():
                 return
             if time.monotonic() - self._notified > NOTIFY_SECONDS:  # trials have appeared in the store since
                 self._notified = time.monotonic()
                 self.notify()
-            if self.board.is_due():
+            if self._display.is_due():
                 for number in self.workers.running:
                     self.state.statuses[number] = self.folder.status(number, self._metric, is_running=True)
-                self.board.show(self.state.entries(), self.summary())
+                self._display.show(self.state.entries(), self.summary())
 
-    def _why_stop(self) -> str:
+    def _stop_reason(self) -> str:
         if self.fault:
             return self.fault
         if self.plan.config.fail_fast and any(one.state == "FAILED" for one in self._settled()):
@@ -265,8 +265,8 @@ class SweepController:
         return (self.state.statuses[number] for number, one in self._progress.items() if one.is_settled)
 
     def _start(self, trial: Trial) -> None:
-        self._asked(lambda: self.study.begin(trial.unit, trial.overrides))
-        link = self._asked(lambda: self._link(trial)) if self._asks(trial) else None
+        self._ask_study(lambda: self.study.begin(trial.unit, trial.overrides))
+        link = self._ask_study(lambda: self._link(trial)) if self._may_be_pruned(trial) else None
         if self.fault:
             self._queue.insert(0, trial.number)
             return
@@ -278,14 +278,14 @@ class SweepController:
             return
         progress.written_ns = status_written_ns(self.folder.run_dir(trial.number))
         step = self.state.statuses[trial.number].step
-        self.board.say(
+        self._display.say(
             f"trial {trial.number}  {short(trial.label) or self.plan.name}  {'resumes' if step else 'starts'}"
         )
         self.state.statuses[trial.number] = TrialStatus("RUNNING", step=step)
-        self.workers.start([Job(trial.number, dict(trial.config), self.folder.run_dir(trial.number), link)])
+        self.workers.start([TrialJob(trial.number, dict(trial.config), self.folder.run_dir(trial.number), link)])
 
-    def _asks(self, trial: Trial) -> bool:
-        """Return whether a trial asks if it is worth continuing."""
+    def _may_be_pruned(self, trial: Trial) -> bool:
+        """Return whether a trial asks its study at every evaluation whether to end early."""
         pilot = self._pilot(trial)
         return self.plan.config.pruner is not Pruner.none and (pilot is None or pilot.number == trial.number)
 
@@ -301,19 +301,19 @@ class SweepController:
             "passed": self._progress[trial.number].passed,
         }
 
-    def _take_in(self, ended: Sequence[tuple[Job, int]]) -> None:
-        """Note how trials ended, and have those tried again that are worth it."""
+    def _collect(self, ended: Sequence[tuple[TrialJob, int]]) -> None:
+        """Record how trials ended; those that may succeed on a retry are queued again."""
         for job, code in ended:
-            self._settle(self.state.trials[job.number], self._ended(job, code), code)
+            self._settle(self.state.trials[job.number], self._status_after_exit(job, code), code)
 
     def _settle(self, trial: Trial, status: TrialStatus, code: int) -> None:
         progress = self._progress[trial.number]
         self.state.statuses[trial.number] = status
         if is_disk_full(status.cause):
             self.fault = f"the disk is full: {self.folder.folder}"
-        is_again = not self._why_stop() and self._is_worth_trying(status, code, progress)
+        is_again = not self._stop_reason() and self._may_retry(status, code, progress)
         ending = f"{_ending(status, self._metric)}{', tried again' if is_again else ''}"
-        self.board.say(f"trial {trial.number}  {short(trial.label) or self.plan.name}  {ending}")
+        self._display.say(f"trial {trial.number}  {short(trial.label) or self.plan.name}  {ending}")
         if status.state == "WAITING":
             return
         if is_again:
@@ -329,7 +329,7 @@ class SweepController:
         self.state.durations.append(time.monotonic() - progress.started)
         self._end_unit(trial.unit)
 
-    def _ended(self, job: Job, code: int) -> TrialStatus:
+    def _status_after_exit(self, job: TrialJob, code: int) -> TrialStatus:
         """Return the status of a trial whose process has ended, and write it into the trial's folder."""
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         status = self.folder.status(job.number, self._metric)
@@ -337,7 +337,7 @@ class SweepController:
             job.run_dir
         ):  # this start ended before it wrote anything
             is_left = code == 0 and status.state != "WAITING"  # its run is finished, whatever its value is
-            if self._why_stop() or is_left or status.state == "FINISHED" or status.is_damaged:
+            if self._stop_reason() or is_left or status.state == "FINISHED" or status.is_damaged:
                 return status
             return TrialStatus("FAILED", None, f"{how} before it began{last_words(status.log)}", status.log)
         if status.cause.startswith("killed"):
@@ -347,7 +347,7 @@ class SweepController:
             return replace(status, cause=how)
         return status
 
-    def _is_worth_trying(self, status: TrialStatus, code: int, progress: _Progress) -> bool:
+    def _may_retry(self, status: TrialStatus, code: int, progress: _Progress) -> bool:
         """Return whether a trial may end otherwise when it is run again: not after a mistake in its configuration."""
         if status.is_over or status.is_damaged or progress.attempts > self.plan.config.max_retries:
             return False
@@ -361,7 +361,7 @@ class SweepController:
         assert self._study is not None  # see _has_study
         return self._study
 
-    def _asked(self, ask: Callable[[], T]) -> T | None:
+    def _ask_study(self, ask: Callable[[], T]) -> T | None:
         """Call the study; None where it does not answer: that stops a sweep which can't do without it.
 
         For other sweeps the next start makes up for it, from the folder.
@@ -375,11 +375,11 @@ class SweepController:
             if self.plan.needs_study:
                 self.fault = str(error)
             else:
-                self.board.say(f"WARNING: {error}. The sweep continues without it; the same command makes up for it")
+                self._display.say(f"WARNING: {error}. The sweep continues without it; the same command makes up for it")
             return None
 
     def _end_unit(self, unit: int) -> None:
-        """Tell the study how a unit ended, once all of its trials have."""
+        """Record in the study how a unit ended, once all of its trials have."""
         trials = self.state.of_unit(unit)
         if any(self.state.statuses[trial.number].state == "PRUNED" for trial in trials):
             self._prune_rest(trials)
@@ -390,7 +390,7 @@ class SweepController:
             return
         state = next(one for one in ("PRUNED", "FAILED", "FINISHED") if one in states)
         value = self.state.mean(unit) if state == "FINISHED" else None
-        self._asked(lambda: self.study.end(unit, state, value))
+        self._ask_study(lambda: self.study.end(unit, state, value))
 
     def _prune_rest(self, trials: Sequence[Trial]) -> None:
         """Drop the trials that wait: the first of their setting asked for all of them, and was pruned."""
@@ -420,12 +420,12 @@ class SweepController:
         if any(not self.state.statuses[number].is_over for number in self.todo) or self._paused:
             return False
         num_units = len({trial.unit for trial in self.state.trials.values()})
-        return self.plan.is_listed or self._has_given_up or num_units >= (self.plan.config.n_trials or 0)
+        return self.plan.is_listed or self._is_exhausted or num_units >= (self.plan.config.n_trials or 0)
 
     @property
     def has_given_up_on_refusals(self) -> bool:
-        """Whether the sampler came to propose nothing but what can't be run."""
-        return self._has_given_up and self._has_only_refusals
+        """Whether the sampler proposed only settings that can't be run, until the sweep stopped asking."""
+        return self._is_exhausted and self._has_only_refusals
 
     def summary(self) -> str:
         """Return in a line how far the sweep is."""

@@ -36,18 +36,19 @@ from src.records import (
 )
 from src.sweep.trial import Trial, check_trial
 from src.sweep.workers import log_file
+from src.tracking.folder_start import SUMMARY
 from src.tracking.lock import LOCK, holder_of
-from src.tracking.step_logs import read_step_log
+from src.tracking.step_logs import METRICS, read_step_log
 from src.tracking.sweep_files import holds_another, read_sweep
 from src.util import listed, write_atomically, write_json
 
 REMEDY = "Restore it from a copy; or another sweep.name begins another, force=true removes this one and begins anew."
 MORE_KEYS: Mapping[str, Types] = {"id": str, "elapsed_seconds": NUMBER}
-"""Of sweep.json, what only the sweep itself reads."""
+"""Keys of sweep.json that only the sweep itself reads."""
 MANIFEST = "manifest.json"
-"""In the folder of the kept options: size and checksum of each."""
-TRIALS, CONF, SUMMARY = "trials.jsonl", "conf", "summary.json"
-STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
+"""The file in the folder of kept options that has size and checksum of each."""
+TRIALS, CONF = "trials.jsonl", "conf"
+TRIAL_STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class TrialStatus:
     """The status of a trial, by its folder."""
 
     state: str
-    """One of STATES."""
+    """One of TRIAL_STATES."""
     value: float | None = None
     cause: str = ""
     log: Path | None = None
@@ -67,7 +68,7 @@ class TrialStatus:
     warning: str = ""
     """What is damaged of a trial that counts nevertheless."""
     is_damaged: bool = False
-    """Whether its cause is something in its folder that has to be mended first."""
+    """Whether its cause is something in its folder that the user must fix first."""
 
     @property
     def is_over(self) -> bool:
@@ -305,22 +306,22 @@ def _differing(kept: Mapping[str, bytes], now: Mapping[str, bytes]) -> list[str]
     return [name for name in names if name not in kept or name not in now or kept[name] != _without_secrets(now[name])]
 
 
-def _how_to_mend(run_dir: Path) -> str:
+def _remedy(run_dir: Path) -> str:
     return f"Restore it from a copy; or move {run_dir} away: the same command then runs the trial anew"
 
 
 def _foreign_journal(run_dir: Path, status: Mapping[str, Any]) -> str:
     """Return why a status.json is not the one of the run whose metrics lie next to it; '' where it is."""
-    digest = (status.get("journal") or {}).get("metrics.jsonl")
+    digest = (status.get("journal") or {}).get(METRICS)
     try:
-        if digest is None or begins_with(read_bytes(run_dir / "metrics.jsonl", None), digest):
+        if digest is None or begins_with(read_bytes(run_dir / METRICS, None), digest):
             return ""
         reason = "its content does not have the checksum that it was written with (status.json)"
     except FileNotFoundError:
         return ""
     except ValueError as error:
         reason = str(error)
-    return str(damaged(run_dir / "metrics.jsonl", reason, _how_to_mend(run_dir)))
+    return str(damaged(run_dir / METRICS, reason, _remedy(run_dir)))
 
 
 def _objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[float | None, str, str]:
@@ -336,24 +337,24 @@ def _objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[f
     except (FileNotFoundError, DamagedFileError) as error:
         problem = str(error).rstrip(".") if isinstance(error, DamagedFileError) else f"{file} is missing"
         if (logged := _logged(run_dir, metric, status)) is not None:
-            return logged, "", f"{problem}; its value is that of {run_dir / 'metrics.jsonl'}"
-        return None, f"{problem}. {_how_to_mend(run_dir)}", ""
+            return logged, "", f"{problem}; its value is that of {run_dir / METRICS}"
+        return None, f"{problem}. {_remedy(run_dir)}", ""
     value = summary.get(metric)
     if isinstance(value, int | float) and math.isfinite(value):
         return float(value), "", ""
     if metric in summary:
         return None, f"{metric} is no finite number", ""
     known = ", ".join(name for name in summary if name.startswith(metric.split("/")[0]))
-    return None, f"no {metric} came of it{f'; there are {known}' if known else ''}", ""
+    return None, f"it has no value of {metric}{f'; it has {known}' if known else ''}", ""
 
 
 def _logged(run_dir: Path, metric: str, status: Mapping[str, Any]) -> float | None:
     """Return a finished run's value of a metric by its journal; None where that has none, or is not whole."""
     try:
-        lines = read_step_log(run_dir, "metrics.jsonl")
+        lines = read_step_log(run_dir, METRICS)
     except DamagedFileError:
         return None
-    if (status.get("journal") or {}).get("metrics.jsonl") != Digest(b"".join(line.raw for line in lines)).as_dict():
+    if (status.get("journal") or {}).get(METRICS) != Digest(b"".join(line.raw for line in lines)).as_dict():
         return None
     name = metric.removeprefix("best/")
     values = [line.content[name] for line in lines if name in line.content]
@@ -369,7 +370,7 @@ def _newest(run_dir: Path, metric: str) -> tuple[float | None, float]:
     value, elapsed = None, 0.0
     name = metric.removeprefix("best/")
     try:
-        lines = read_step_log(run_dir, "metrics.jsonl")
+        lines = read_step_log(run_dir, METRICS)
     except DamagedFileError:  # the run itself reports it, when it resumes
         lines = []
     for line in (one.content for one in reversed(lines)):
@@ -390,9 +391,9 @@ def status_written_ns(run_dir: Path) -> int | None:
 
 def last_words(log: Path | None) -> str:
     """Return the last line that a trial printed."""
-    said = b""
+    content = b""
     if log is not None:
         with suppress(OSError, ValueError):  # it is gone by now, or not a file
-            said = read_bytes(log)
-    lines = said.decode(errors="replace").split("\n")
+            content = read_bytes(log)
+    lines = content.decode(errors="replace").split("\n")
     return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")

@@ -29,7 +29,7 @@ from src.config.frozen import read_status
 from src.config.quoting import override
 from src.errors import DamagedFileError, Interrupted, one_line
 from src.sweep.plan import Plan
-from src.sweep.workers import Job, RunTrial, log_file, note, print_into
+from src.sweep.workers import RunTrial, TrialJob, log_file, note, print_into
 from src.tracking.lock import LOCK, holder_of
 from src.util import load_json
 
@@ -48,7 +48,7 @@ def _state(run_dir: Path) -> str | None:
     """Return a run's state by its status.json; None where there is none, or none that can be read."""
     try:
         return read_status(run_dir).get("state")
-    except DamagedFileError:  # the sweep tells it when it looks at the trial
+    except DamagedFileError:  # the sweep reports it when it reads the trial
         return None
 
 
@@ -63,7 +63,7 @@ class Launched:
     def __init__(self, config: DictConfig, context: HydraContext, plan: Plan, run_trial: RunTrial) -> None:
         self._config, self._context, self._plan = config, context, plan
         self._task = _Task(run_trial)
-        self._batch: list[Job] = []
+        self._batch: list[TrialJob] = []
         self._is_launched = False
         self._ended: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
         """The exit codes of a batch that was launched, in its order."""
@@ -87,7 +87,7 @@ class Launched:
         """A launcher is asked at any time."""
         return True
 
-    def start(self, jobs: Sequence[Job]) -> None:
+    def start(self, jobs: Sequence[TrialJob]) -> None:
         """Take trials into the next batch."""
         folder = self._plan.folder / LAUNCH
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class Launched:
                 target=self._launch, args=(tuple(self._batch), self._task), name="launcher", daemon=True
             ).start()
 
-    def _launch(self, batch: Sequence[Job], task: _Task) -> None:
+    def _launch(self, batch: Sequence[TrialJob], task: _Task) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of its processes too: the sweep passes Ctrl-C on
         folder, codes = self._plan.folder.resolve(), [1] * len(batch)
         try:
@@ -137,7 +137,7 @@ class Launched:
             config.hydra.job.config_name = "config"
         return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
 
-    def wait(self, seconds: float) -> list[tuple[Job, int]]:
+    def wait(self, seconds: float) -> list[tuple[TrialJob, int]]:
         """Wait until the batch has ended, or so long; return its trials with their exit codes."""
         try:
             codes = self._ended.get(timeout=seconds)

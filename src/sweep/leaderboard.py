@@ -1,11 +1,10 @@
-"""The leaderboard: what the ranking gave, as files, as a table in the terminal and as pictures."""
+"""The leaderboard: the result of the ranking, as files, as a table in the terminal and as pictures."""
 
 from __future__ import annotations
 
 import csv
 import io
 import itertools
-import json
 import math
 import textwrap
 import warnings
@@ -19,7 +18,7 @@ from src.markdown import code, inline
 from src.markdown import table as markdown_table
 from src.sweep.ranking import Direction, Row, number
 from src.sweep.trial import short
-from src.util import finite, replaced_when_written, write_atomically
+from src.util import replaced_when_written, write_atomically, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +54,7 @@ COLUMNS: Mapping[str, Callable[[Row], Any]] = {
     "setting_id": lambda row: row.setting,
     "verdict": lambda row: row.verdict,
 }
-"""Of leaderboard.csv; `model` only where models are compared."""
+"""The columns of leaderboard.csv; `model` only where models are compared."""
 
 
 def import_what_draws() -> None:
@@ -74,14 +73,13 @@ def write(rows: Sequence[Row], folder: Path, metric: str, direction: Direction, 
         "conclusion": conclusion,
         "rows": [_plain(row) for row in rows],
     }
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(folder / "leaderboard.json", text + "\n")
+    write_json(folder / "leaderboard.json", content)
     write_atomically(folder / "leaderboard.md", _markdown(rows, metric, direction, conclusion))
 
 
 def _plain(row: Row) -> dict[str, Any]:
     values = [{"seed": seed, "fold": fold, "value": value} for (seed, fold), value in row.values.items()]
-    return finite(asdict(row) | {"n": row.n, "values": values})
+    return asdict(row) | {"n": row.n, "values": values}
 
 
 def _csv(rows: Sequence[Row]) -> str:

@@ -12,16 +12,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from src.config.command_line import COMMAND_LINE, CommandLine
+from src.config.command_line import CommandLine
 from src.config.compose import warn_of_broken_options
 from src.config.files import unusable
 from src.config.frozen import code_problems
-from src.config.gate import check, located_problems, sweep_of
+from src.config.gate import check_composed, located_problems, sweep_of
 from src.config.hydra_keys import SWEEPER_PARAMS, is_own_sweeper, sweeper_params
 from src.config.job import Job
 from src.config.keys import all_keys
 from src.config.points import Assignment, Points
-from src.config.problems import Problem, refuse
+from src.config.problems import COMMAND_LINE, Problem, refuse
 from src.config.rules.checkpoint import scores_of
 from src.config.schema import (
     Direction,
@@ -38,18 +38,18 @@ from src.sweep.space import SWEEP_FILE, Axis, axes_of, is_endless, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of, with_typed_numbers
 
 MOST_WRITTEN = 10**15
-"""From here on a number of points is said by its size."""
+"""The largest number of points that is written out."""
 MOST_PROBES = 200
-"""Points that are looked at where they can't all be."""
+"""How many points are checked where there are too many to check all."""
 
 
 KNOWN_METRICS = (
     *("train/loss", "train/objective", "train/thought_loss", "train/answer_loss", "train/grad_norm"),
     *("train_seconds", "tokens_per_second", "tokens_seen", "peak_memory_bytes", "perf/tokens_per_second"),
 )
-"""What a summary has besides evaluations, as far as somebody may want to compare it."""
+"""Metrics of summary.json besides evaluations that a sweep may compare."""
 NO_REPLICATE = ("++seed=0", "++data.fold=null")
-"""What a setting is composed with to be distinguished from others."""
+"""Overrides that make all replicates of a setting compose alike."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Plan:
     trials: list[Trial] = field(default_factory=list)
     """All there will be; empty where a sampler has to propose them."""
     changed_conf: list[str] = field(default_factory=list)
-    """Files of conf/ that are others now than those that the sweep was, and is, composed of."""
+    """Files of conf/ that changed since the sweep began; it is still composed of the old ones."""
 
     admitted: RunConfig | None = None
     """The first configuration that was admitted."""
@@ -119,14 +119,18 @@ class Plan:
         return size(self.replicates) or 1
 
     @property
+    def _by_key(self) -> dict[str, Axis]:
+        return {axis.key: axis for axis in [*self.axes, *self.replicates]}
+
+    @property
     def space(self) -> dict[str, str]:
         """What is varied, as it was written."""
-        return {axis.key: axis.text for axis in [*self.axes, *self.replicates]}
+        return {key: axis.text for key, axis in self._by_key.items()}
 
     @property
     def varied(self) -> list[str]:
         """The keys that are varied, replicates included."""
-        return [axis.key for axis in [*self.axes, *self.replicates]]
+        return list(self._by_key)
 
     def unit(self, own: Sequence[str], unit: int, first: int) -> tuple[list[Trial], list[Problem]]:
         """Compose the trials of one setting, or return why it is refused.
@@ -155,15 +159,13 @@ class Plan:
         return self._settings[own]
 
     def _forced(self, overrides: Sequence[str]) -> list[str | Assignment]:
-        by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
-        return [one for text in overrides for one in by_key[text.partition("=")[0]].forced(text)]
+        return [one for text in overrides for one in self._by_key[text.partition("=")[0]].forced(text)]
 
     def _admit(self, overrides: Sequence[str]) -> tuple[Job | None, list[Problem]]:
-        by_key = {axis.key: axis for axis in [*self.axes, *self.replicates]}
         composed = self.composer.compose(self._forced(overrides))
         if self.is_repeated:  # before a plugin that these options name is imported
             composed.problems += code_problems(self.folder, composed.sections, self.line, self.signatures)
-        admitted, problems = check(composed, self.line)
+        admitted, problems = check_composed(composed, self.line)
         if admitted is not None and admitted.sweep is not None:
             problems = [*_sweep_problems(admitted.sweep, admitted.config), *self.code_problems(admitted.frozen)]
             self.admitted = self.admitted or admitted.config
@@ -171,7 +173,7 @@ class Plan:
         located = []
         for problem in problems:
             key = next((one for one in all_keys() if problem.key.startswith(f"{one}.")), problem.key)  # of a mapping's
-            where = (by_key[key].where if key in by_key else "") or problem.where
+            where = (self._by_key[key].where if key in self._by_key else "") or problem.where
             located.append(dataclasses.replace(problem, where=where, point=" ".join(overrides)))
         return (None if problems else admitted), located
 
@@ -270,7 +272,7 @@ def _open(line: CommandLine, problems: list[Problem]) -> Plan | None:
     first = Points(fixed, line).compose([])
     sweep, found = sweep_of(first)
     if sweep is None or not first.sections or not first.has_run_dir:
-        of_sweep = [problem for problem in found if first.sections and problem.key not in first.failed]
+        of_sweep = [problem for problem in found if first.sections and problem.key not in first.unresolved]
         problems += [*located_problems(first, line), *of_sweep]
         return None
     is_own = is_own_sweeper(first)
@@ -360,7 +362,7 @@ def _axis_problems(plan: Plan) -> Iterator[Problem]:
 def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
     """Yield a metric that no run computes, a direction that would rank the worst first, and runs that can't resume."""
     if (resume := config.checkpoint.resume) != "auto":
-        reason = "a sweep goes on with its trials: auto" + (
+        reason = "a sweep resumes its trials: auto" + (
             "" if resume == "never" else "; to begin with weights, init_from"
         )
         yield Problem("checkpoint.resume", reason, resume)
@@ -373,7 +375,7 @@ def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
         sets = [*config.data.validation_names(), *later]
         if score not in scores or set_name not in sets:
             allowed = ", ".join(f"eval/{name}/{one}" for name in sets for one in scores)
-            reason = f"no evaluation gives this; {'one of ' + allowed if allowed else 'there is no validation set'}"
+            reason = f"no evaluation computes this; {'one of ' + allowed if allowed else 'there is no validation set'}"
             if set_name in config.data.test_sets() and later == [] and score in scores:
                 reason = (
                     "known at the end only, so no run can end early by it: sweep.pruner=none, or a validation set's"
@@ -382,7 +384,7 @@ def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
             return
     elif metric not in KNOWN_METRICS and not metric.startswith("tokens/"):
         allowed = f"a name of summary.json: eval/<set>/<score>, {', '.join(KNOWN_METRICS)}"
-        yield Problem("sweep.metric", f"no run gives this; {allowed}", sweep.metric)
+        yield Problem("sweep.metric", f"no run computes this; {allowed}", sweep.metric)
         return
     if kind == "eval" or metric == "train/loss":
         better = Direction.maximize if greater_is_better(metric) else Direction.minimize

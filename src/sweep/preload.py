@@ -31,15 +31,15 @@ def warm_up() -> None:
     """Import what every trial needs, and do what each would do for itself."""
     rest_while_importing()  # each trial looks for garbage again, when it is ready to
     for name in NEEDED:
-        with suppress(ImportError):  # a trial tells
+        with suppress(ImportError):  # the trial reports it
             import_module(name)
 
     from src.config.formats import declared_formats
-    from src.model.build import know_weight_names
+    from src.model.build import preload_weight_names
     from src.tracking.provenance import versions
 
     declared_formats()
-    know_weight_names()
+    preload_weight_names()
     versions()
 
 

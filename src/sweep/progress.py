@@ -26,7 +26,7 @@ MARGIN = 8
 
 
 @dataclass
-class Entry:
+class TableRow:
     """A trial in the table."""
 
     trial: Trial
@@ -70,7 +70,7 @@ class ProgressTable:
         """Return whether it is time to show how far it is."""
         return time.monotonic() - self._last >= (REFRESH_SECONDS if self._live else QUIET_SECONDS)
 
-    def show(self, entries: Sequence[Entry], summary: str) -> None:
+    def show(self, entries: Sequence[TableRow], summary: str) -> None:
         """Show how far the sweep is."""
         self._last = time.monotonic()
         if self._live is None:
@@ -78,7 +78,7 @@ class ProgressTable:
             return
         self._live.update(self._table(entries, summary), refresh=True)
 
-    def _table(self, entries: Sequence[Entry], summary: str) -> Table:
+    def _table(self, entries: Sequence[TableRow], summary: str) -> Table:
         from rich import box
         from rich.table import Table
 
@@ -99,12 +99,12 @@ class ProgressTable:
             table.add_row("…", f"and {hidden} more")
         return table
 
-    def table(self, table: Any) -> None:
+    def show_results(self, table: Any) -> None:
         """Print a table of results."""
         self._terminal.print(table)
 
 
-def _chosen(entries: Sequence[Entry], most: int) -> tuple[list[Entry], int]:
+def _chosen(entries: Sequence[TableRow], most: int) -> tuple[list[TableRow], int]:
     """Choose what there is room for: what runs, then the best and what failed, then the others."""
     order = {"RUNNING": 0, "FAILED": 2, "WAITING": 4}
     urgent = sorted(entries, key=lambda entry: 1 if entry.is_best else order.get(entry.status.state, 3))
@@ -112,7 +112,7 @@ def _chosen(entries: Sequence[Entry], most: int) -> tuple[list[Entry], int]:
     return [entry for entry in entries if entry.trial.number in shown], len(entries) - len(shown)
 
 
-def _cells(entry: Entry) -> tuple[str, ...]:
+def _cells(entry: TableRow) -> tuple[str, ...]:
     status = entry.status
     value = status.last if status.value is None else status.value
     step = f"{status.step}/{status.num_steps}" if status.num_steps else str(status.step or "")

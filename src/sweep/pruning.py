@@ -13,7 +13,7 @@ from src.sweep.study import open_storage, optuna, pruner_of
 
 
 class Pruning:
-    """Asks whether a run is worth going on.
+    """Asks whether a run is worth continuing.
 
     Args:
         link: the trial's study, storage and metric, as `SweepController` made it; None: nobody is asked.
@@ -36,13 +36,13 @@ class Pruning:
             return ""
         self._count += 1
         if not math.isfinite(value):
-            return ""  # a failure, which the end of the run tells
+            return ""  # a failure, which the end of the run reports
         try:
             trial = self._trial or self._open(self._link)
             trial.report(value, self._count)
             is_worse = self._count > self._link["passed"] and trial.should_prune()
         except Exception as error:  # whatever the storage raises: a run does not end because nobody answers
-            self._warn(f"the sweep's study can't be asked whether to go on, so the run goes on: {one_line(error)}")
+            self._warn(f"the sweep's study can't be asked whether to prune the run, so it continues: {one_line(error)}")
             return ""
         others = f"{self._metric} {value:.4g} at evaluation {self._count}"
         return f"{others}: other trials of the sweep were better ({self._link['pruner']})" if is_worse else ""
@@ -56,10 +56,10 @@ class Pruning:
 
 
 def end_early(reason: str) -> None:
-    """Come out of a run that is not worth going on with.
+    """Raise Pruned if there is a reason to end the run.
 
     Raises:
-        Pruned: where there is a reason.
+        Pruned: unless the reason is empty.
     """
     if reason:
         raise Pruned(reason)

@@ -247,12 +247,12 @@ def _verdict(row: Row, rows: Sequence[Row], sign: int) -> str:
 
 def _outcome(row: Row, reference: Row, num_rows: int, kind: str, sign: int) -> str:
     if row.n < 2:
-        return f"one {kind}: can't be told"
+        return f"one {kind}: no test possible"
     if row.is_reference:
         single = "nothing to compare with" if num_rows == 1 else "best"
         return "tie: the reference" if row.is_tied else single
     if row.p_value is None:
-        return f"the same gap in so few {kind}s: can't be told"
+        return f"the same gap in too few {kind}s: no test possible"
     if _is_equal(row):
         return "equal"
     if not row.is_tied:
@@ -279,21 +279,22 @@ def conclusion(rows: Sequence[Row], metric: str, direction: Direction) -> str:
         return f"No trial finished with a value of {metric}: there is nothing to rank."
     measured = [row for row in ranked if row.n > 1]
     if not measured:
-        said = _conclusion_of_single_values(ranked, metric, direction)
+        result = _conclusion_of_single_values(ranked, metric, direction)
     elif len(measured) == 1:
         name = f"{measured[0].name}: " if measured[0].label or measured[0].group else ""
-        said = f"{name}{metric} has {_measure(measured[0], ranked)}; there is nothing to compare it with."
+        result = f"{name}{metric} has {_measure(measured[0], ranked)}; there is nothing to compare it with."
     else:
-        said = _conclusion_of_many(measured, ranked, metric, direction)
-    return " ".join([said, *_cautions(rows, ranked, measured, metric)])
+        result = _conclusion_of_many(measured, ranked, metric, direction)
+    return " ".join([result, *_cautions(rows, ranked, measured, metric)])
 
 
 def _conclusion_of_single_values(ranked: Sequence[Row], metric: str, direction: Direction) -> str:
     if len(ranked) == 1:
-        return f"One trial ({metric} {number(ranked[0].mean or 0, None)}): nothing can be told; give seed=1,2,3."
+        value = f"{metric} {number(ranked[0].mean or 0, None)}"
+        return f"One trial ({value}): no test is possible; run more seeds, e.g. seed=1,2,3."
     best = next(row for row in ranked if row.is_reference)
     value = f"{EXTREME[direction]} {metric}: {number(best.mean or 0, None)}, {best.name}"
-    return f"One trial a setting: nothing can be told; give seed=1,2,3 ({value})."
+    return f"One trial per setting: no test is possible; run more seeds, e.g. seed=1,2,3 ({value})."
 
 
 def _conclusion_of_many(measured: Sequence[Row], ranked: Sequence[Row], metric: str, direction: Direction) -> str:
@@ -309,8 +310,9 @@ def _conclusion_of_many(measured: Sequence[Row], ranked: Sequence[Row], metric: 
         return f"{best.name} and {tied[0].name} {_tie_of_two(tied[0], ranked, metric)}{rest}."
     choose = min if direction == "minimize" else max
     is_extreme = best.mean == choose(row.mean or 0 for row in measured)
-    compared = f"the {EXTREME[direction]}: {best.name}" if is_extreme else f"the reference: {best.name}"
-    return f"{len(tied) + 1} settings can't be told apart in {metric}{rest} ({compared} with {_measure(best, ranked)})."
+    which = EXTREME[direction] if is_extreme else "reference"
+    compared = f"the {which}: {best.name} with {_measure(best, ranked)}"
+    return f"{len(tied) + 1} settings are not significantly different in {metric}{rest} ({compared})."
 
 
 def _tie_of_two(row: Row, ranked: Sequence[Row], metric: str) -> str:
@@ -320,28 +322,30 @@ def _tie_of_two(row: Row, ranked: Sequence[Row], metric: str) -> str:
         return f"can't be compared on equal terms in {metric} (the second: {row.verdict})"
     gap = number(row.difference or 0, _half(row.difference_low, row.difference_high))
     if row.difference_low is None:
-        return f"can't be told apart in {metric}: the same difference {gap} in so few {kind_of_replicates(ranked)}s"
+        return f"can't be tested in {metric}: the same difference {gap} in too few {kind_of_replicates(ranked)}s"
     pairs = f"{row.num_pairs} pairs" if row.num_pairs else "no pairs"
     many = f", {p_text(row.p_value or 0)} among {len(ranked)} settings" if len(ranked) > 2 else ""
     span = _span(row.difference_low, row.difference_high)
-    return f"can't be told apart in {metric}: difference {gap}, {span}, {pairs}{many}"
+    return f"are not significantly different in {metric}: difference {gap}, {span}, {pairs}{many}"
 
 
 def _cautions(rows: Sequence[Row], ranked: Sequence[Row], measured: Sequence[Row], metric: str) -> list[str]:
-    said = []
+    cautions = []
     single = [row for row in ranked if row.n < 2]
     if measured and single:
         have = "has" if len(single) == 1 else "have"
-        said.append(f"{_names(single)} {have} one {kind_of_replicates(ranked)}: nothing can be told.")
+        cautions.append(f"{_names(single)} {have} one {kind_of_replicates(ranked)}: no test is possible.")
     best = next(row for row in ranked if row.is_reference)
     if measured and (lacks := _lacks(best)):
-        said.append(f"{best.name} is not complete: {', '.join(f'{count} {word}' for word, count in lacks.items())}.")
+        cautions.append(
+            f"{best.name} is not complete: {', '.join(f'{count} {word}' for word, count in lacks.items())}."
+        )
     lacking = len(rows) - len(ranked)
     if lacking:
-        said.append(f"{plural(lacking, 'setting has', 'settings have')} no value.")
+        cautions.append(f"{plural(lacking, 'setting has', 'settings have')} no value.")
     if metric.rpartition("/")[2] in LOSSES and len({row.group for row in ranked}) > 1:
-        said.append("Losses per token compare models only where they share a tokenizer.")
-    return said
+        cautions.append("Losses per token compare models only where they share a tokenizer.")
+    return cautions
 
 
 def _names(rows: Sequence[Row]) -> str:

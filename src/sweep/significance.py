@@ -13,7 +13,7 @@ Replicate = tuple[int, int | None]
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05
 ROUNDING = 1e-12
-"""Of the largest value: what is smaller is how floats round, not how trials differ."""
+"""Share of the largest value: a smaller difference is rounding of floats, not of trials."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Comparison:
 def compare(ours: Mapping[Replicate, float], theirs: Mapping[Replicate, float], num_folds: int | None) -> Comparison:
     """Test whether two settings differ: paired t over shared replicates; Welch's t where fewer than 2 are shared.
 
-    Where nothing varies there is no t. Differences that are all 0 are equal. The same gap in 3 pairs or more is told
-    apart (p = 0); in 2 it is not: a metric that counts (exact_match) often gives the same gap twice by chance, and
-    two values say little about noise.
+    Where nothing varies there is no t. Differences that are all 0 are equal. The same gap in 3 pairs or
+    more is significant (p = 0); in 2 it is not: a metric that counts (exact_match) often has the same gap twice by
+    chance, and two values say little about noise.
     """
     shared = [key for key in ours if key in theirs]
     rounding = ROUNDING * max(map(abs, (*ours.values(), *theirs.values())))

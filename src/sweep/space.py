@@ -14,7 +14,6 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from src.config.command_line import (
-    COMMAND_LINE,
     OPTIONAL_GROUPS,
     CommandLine,
     forced,
@@ -27,7 +26,7 @@ from src.config.command_line import (
 )
 from src.config.keys import all_keys, is_whole_number
 from src.config.points import Assignment
-from src.config.problems import Problem
+from src.config.problems import COMMAND_LINE, Problem
 from src.config.quoting import label
 from src.config.schema import MOST_INT
 
@@ -178,10 +177,10 @@ def _varied_in(section: str, values: Mapping[Any, Any]) -> list[str]:
         known = all_keys().get(key)
         if known is None:
             found += _varied_in(key, value) if isinstance(value, dict) else []
-        elif not known.takes(value):
+        elif not known.accepts(value):
             read = read_override(f"{key}={value}") if isinstance(value, str) else None
             is_text = isinstance(read, Override) and read.is_sweep_override()
-            if is_text or (isinstance(value, list) and value and all(map(known.takes, value))):
+            if is_text or (isinstance(value, list) and value and all(map(known.accepts, value))):
                 found.append(f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
     return found
 

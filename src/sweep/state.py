@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from src.config.schema import Direction, Sampler
-from src.sweep.folder import STATES, SweepFolder, TrialStatus
+from src.sweep.folder import TRIAL_STATES, SweepFolder, TrialStatus
 from src.sweep.plan import Plan
-from src.sweep.progress import Entry, counted
+from src.sweep.progress import TableRow, counted
 from src.sweep.trial import Trial
 from src.tracking.run_folder import now
 
@@ -87,7 +87,7 @@ class SweepState:
     def counts(self) -> dict[str, int]:
         """Return the number of trials in each state."""
         counted_states = Counter(status.state for status in self.statuses.values())
-        return {state: counted_states[state] for state in STATES}
+        return {state: counted_states[state] for state in TRIAL_STATES}
 
     @property
     def total(self) -> int:
@@ -110,10 +110,10 @@ class SweepState:
         spent = sum(min(mean, now_at - begin) for begin in started.values())
         return counted(counts, self.total, max(0.0, mean * left - spent) / self.plan.config.n_jobs)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TableRow]:
         """Return the rows of the table of progress."""
         best = self.best
-        return [Entry(trial, self.statuses[number], trial is best) for number, trial in sorted(self.trials.items())]
+        return [TableRow(trial, self.statuses[number], trial is best) for number, trial in sorted(self.trials.items())]
 
     def content(self, state: str) -> dict[str, Any]:
         """Return what sweep.json says."""

@@ -23,10 +23,10 @@ from src.sweep.space import Axis
 
 UNIT, FOLDER, SPACE, METRIC = "towline.unit", "towline.folder", "towline.space", "towline.metric"
 FILE = "study.db"
-"""In the sweep's folder, where `sweep.storage` names no other place."""
+"""The SQLite file in the sweep's folder, unless `sweep.storage` names another place."""
 LOCK_SECONDS = 60
 """How long a process waits for another one's write to a SQLite file."""
-STATES = {"FINISHED": "COMPLETE", "PRUNED": "PRUNED", "FAILED": "FAIL"}
+OPTUNA_STATES = {"FINISHED": "COMPLETE", "PRUNED": "PRUNED", "FAILED": "FAIL"}
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,7 @@ def _refused(url: str, reason: str) -> StudyError:
     if url.startswith("sqlite:") and (file := make_url(url).database):
         remedy = f"Move {file} away: the same command makes the study anew, of what the sweep's folder has"
     else:
-        remedy = (
-            "Mend it, or choose another sweep.storage: there the study is made anew, of what the sweep's folder has"
-        )
+        remedy = "Fix it, or choose another sweep.storage: there the study is made anew, of what the sweep's folder has"
     return StudyError(f"the study's storage {url} {reason}. {remedy}")
 
 
@@ -140,7 +138,7 @@ def _sign(study: Any) -> int:
 
 
 def _is_among_best(trials: Sequence[Any], sign: int, value: float, step: int, reduction_factor: int) -> bool:
-    """Return whether a value is among the best of those that came to a rung: one of so many of them continues."""
+    """Return whether a value is in the best 1 / reduction_factor of those that reached a rung."""
     values = sorted(sign * trial.intermediate_values[step] for trial in trials if step in trial.intermediate_values)
     num_kept = len(values) // reduction_factor
     return num_kept > 0 and sign * value <= values[num_kept - 1]
@@ -174,7 +172,7 @@ class Study:
         return unit in self._numbers
 
     def close(self) -> None:
-        """Let go of the storage."""
+        """Close the storage."""
         self._storage.remove_session()
         self._storage.engine.dispose()
 
@@ -268,7 +266,7 @@ class Study:
     def _end(self, number: int, state: str, value: float | None) -> None:
         states = optuna().trial.TrialState
         with answering(self._url):
-            self._study.tell(number, value, state=states[STATES[state]], skip_if_finished=True)
+            self._study.tell(number, value, state=states[OPTUNA_STATES[state]], skip_if_finished=True)
 
     def _trials(self) -> list[Any]:
         return self._study.get_trials(deepcopy=False)

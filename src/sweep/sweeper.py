@@ -81,7 +81,7 @@ def sweep(request: SweepRequest, config: Any, context: Any) -> int:
         request.code = error.exit_code
     except OSError as error:
         what = "The disk is full" if is_disk_full(error) else f"The operating system refused a file: {error}"
-        report(f"\n{what}: {request.plan.folder}. The same command goes on once that is mended.")
+        report(f"\n{what}: {request.plan.folder}. The same command continues once that is fixed.")
         request.code = 1
     finally:
         end_fork_server()
@@ -99,17 +99,21 @@ def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
     record = SweepFolder(plan.folder)
     if plan.config.dry_run:
         return _dry_run(plan, record, console)
+    _show_space(plan, console)
+    if plan.changed_conf:
+        console.warn(
+            f"conf/ has changed since this sweep began ({', '.join(plan.changed_conf[:5])}); it continues with what it "
+            "began with. Another sweep.name begins with what is there now; so does force=true, which removes the sweep."
+        )
+    stop.set_time_limit(plan.config.max_seconds, "sweep.max_seconds")
+    with stop.deferred():  # a stop is passed on to the trials
+        return _run_trials(plan, record, stop, workers, console)
+
+
+def _show_space(plan: Plan, console: Console) -> None:
     console.label("sweep", f"{plan.name} → {plan.folder}")
     for key, text in plan.space.items():
         console.label("", visible(f"{key}={text}", is_line=True))
-    if plan.changed_conf:
-        console.warn(
-            f"conf/ has changed since this sweep began ({', '.join(plan.changed_conf[:5])}); it goes on with what it "
-            "began with. Another sweep.name begins with what is there now; so does force=true, which removes the sweep."
-        )
-    stop.allow(plan.config.max_seconds, "sweep.max_seconds")
-    with stop.deferred():  # a stop is passed on to the trials
-        return _run_trials(plan, record, stop, workers, console)
 
 
 def _run_trials(
@@ -118,11 +122,11 @@ def _run_trials(
     """Hold the sweep's folder and run what is left to run in it; return the exit code."""
     with ExitStack() as until_the_end:
         until_the_end.enter_context(hold(plan.folder))
-        board = until_the_end.enter_context(ProgressTable(plan.name, plan.config.metric))
+        display = until_the_end.enter_context(ProgressTable(plan.name, plan.config.metric))
         record.refuse_other()  # before anything is written
         if not plan.force:
             record.read()
-        _reclaim(record, record.numbers(), workers, board, stop)
+        _reclaim(record, record.numbers(), workers, display, stop)
         workers.get_ready()
         if plan.force:
             record.clear()
@@ -136,26 +140,26 @@ def _run_trials(
         plan.compose_from(record.conf())
         record.write_trials(trials)
         study = _study(plan, len(trials), until_the_end, console)
-        controller = SweepController(plan, record, trials, todo, study, workers, stop, board)
+        controller = SweepController(plan, record, trials, todo, study, workers, stop, display)
         _warn_of_damage(controller.state.statuses, console)
         controller.write("RUNNING")
-        tracker = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
-        tracker.ready()
+        exports = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
+        exports.connect()  # before trials open the store
         leaderboard.import_what_draws()  # while the fork server imports, and not when all are waiting for the table
-        controller.notify = tracker.notify
+        controller.notify = exports.notify
         try:
             why = controller.run()
         except KeyboardInterrupt:
             why = "Ctrl-C, at once"
         code, state = _outcome(controller, why, stop)
-        _tell(plan, controller, board, console)
+        _report_results(plan, controller, display, console)
         controller.write(state)
     _close(plan, controller, why, console)
     return code
 
 
 def _reclaim(
-    record: SweepFolder, numbers: Sequence[int], workers: Workers | Launched, board: ProgressTable, stop: StopRequest
+    record: SweepFolder, numbers: Sequence[int], workers: Workers | Launched, display: ProgressTable, stop: StopRequest
 ) -> None:
     """Wait for trials that an earlier start left running: they are asked to stop, and save.
 
@@ -164,14 +168,14 @@ def _reclaim(
         RunFolderError: where one does not end.
     """
     deadline = time.monotonic() + ORPHAN_SECONDS
-    said: set[int] = set()
+    announced: set[int] = set()
     while held := list(record.held(numbers)):
-        if not said:
+        if not announced:
             workers.ask_to_stop()  # processes of this machine know by themselves that their sweep has died
         for number, by_whom in held:
-            if number not in said:
-                board.say(f"trial {number}  waits: {by_whom}")
-                said.add(number)
+            if number not in announced:
+                display.say(f"trial {number}  waits: {by_whom}")
+                announced.add(number)
         if stop.asked():
             raise Interrupted(stop.asked())
         if time.monotonic() > deadline:
@@ -190,7 +194,7 @@ def _study(plan: Plan, num_tried: int, until_the_end: ExitStack, console: Consol
     except StudyError as error:
         if plan.needs_study or plan.config.storage is not None:
             raise
-        console.warn(f"{error}. The sweep goes on without it")
+        console.warn(f"{error}. The sweep continues without it")
         return None
 
 
@@ -211,9 +215,7 @@ def _dry_run(plan: Plan, record: SweepFolder, console: Console) -> int:
     _warn_of_damage(statuses, console)
     if plan.force:
         statuses = {number: dataclasses.replace(one, state="WAITING", value=None) for number, one in statuses.items()}
-    console.label("sweep", f"{plan.name} → {plan.folder}")
-    for key, text in plan.space.items():
-        console.label("", visible(f"{key}={text}", is_line=True))
+    _show_space(plan, console)
     statuses |= early_replicates(trials, statuses)
     to_run = {number for number in todo if not statuses[number].is_over}
     listing(trials, statuses, to_run if len(to_run) < len(trials) else (), console)
@@ -265,8 +267,8 @@ def _outcome(controller: SweepController, why: str, stop: StopRequest) -> tuple[
     return (Interrupted.exit_code, "PREEMPTED") if states & UNENDED else (0, "FINISHED")
 
 
-def _tell(plan: Plan, controller: SweepController, board: ProgressTable, console: Console) -> None:
-    """Rank the settings, and write and show what came of it."""
+def _report_results(plan: Plan, controller: SweepController, display: ProgressTable, console: Console) -> None:
+    """Rank the settings; write and show the leaderboard."""
     metric = plan.config.metric
     direction: Literal["minimize", "maximize"] = plan.config.direction.value
     is_folded = plan.config.replicate is Replicate.folds or any(
@@ -277,15 +279,15 @@ def _tell(plan: Plan, controller: SweepController, board: ProgressTable, console
         direction=direction,
         num_folds=plan.sample.data.num_folds if is_folded else None,
     )
-    said = conclusion(rows, metric, direction)
-    leaderboard.write(rows, plan.folder, metric, direction, said)
+    sentence = conclusion(rows, metric, direction)
+    leaderboard.write(rows, plan.folder, metric, direction, sentence)
     if controller.state.history:
         leaderboard.plot(rows, plan.folder / "plots" / "settings.png", metric, direction)
         values = [point["value"] for point in controller.state.history]
         leaderboard.plot_history(values, plan.folder / "plots" / "history.png", metric, direction)
-    board.close()
-    board.table(leaderboard.table(rows, metric, direction))
-    console.say(said)
+    display.close()
+    display.show_results(leaderboard.table(rows, metric, direction))
+    console.say(sentence)
 
 
 def _result(controller: SweepController, trial: Trial) -> Result:
@@ -314,7 +316,7 @@ def _close(plan: Plan, controller: SweepController, why: str, console: Console) 
     if controller.has_given_up_on_refusals:
         console.say(f"\nNothing that was proposed can be run; the last: {controller.refusal}")
     if why and not controller.is_complete:
-        console.say(f"\nStopped: {why}. {controller.summary()}. The same command goes on.")
+        console.say(f"\nStopped: {why}. {controller.summary()}. The same command continues.")
     console.say()
     console.label("sweep", f"{controller.summary()}")
     console.label("numbers", str(plan.folder / "leaderboard.md"))

@@ -93,7 +93,7 @@ def short(label: str) -> str:
 def trial_of(number: int, unit: int, overrides: tuple[str, ...], frozen: Mapping[str, Any], setting: str) -> Trial:
     """Make a trial of a configuration that was admitted."""
     config = copy.deepcopy(dict(frozen)) | {"force": False}
-    if config["tracking"].get("run_name") == config["name"]:  # so that MLflow's list tells them apart
+    if config["tracking"].get("run_name") == config["name"]:  # so that they differ in the list of MLflow
         config["tracking"]["run_name"] = " ".join(overrides) or config["name"]
     fold = config["data"].get("fold")
     overrides = tuple(without_credentials(text) for text in overrides)

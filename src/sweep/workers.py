@@ -31,9 +31,9 @@ from src.runtime.devices import shares, threads_each, visible_gpus
 
 RunTrial = Callable[[dict[str, Any], str, Mapping[str, Any] | None], int]
 """Runs a frozen configuration in a folder, with a link to the study (see src.sweep.pruning); returns the exit code."""
-WARM = "src.sweep.preload"
+PRELOAD_MODULE = "src.sweep.preload"
 """What the fork server imports before the first trial."""
-READY_FOR = {
+OPTIONAL_MODULES = {
     "adapter": ("peft",),
     "mlflow": (
         *("mlflow", "mlflow.store.tracking.sqlalchemy_workspace_store", "mlflow.store.tracking.rest_store"),
@@ -42,14 +42,14 @@ READY_FOR = {
     "pruning": ("optuna", "optuna.storages._rdb.storage"),
     "hub": ("datasets",),
 }
-"""After that, what only some trials need."""
+"""Modules that only some trials need, imported after PRELOAD_MODULE."""
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 GRACE_SECONDS = 5.0
 """How long trials may take to end at once, when asked twice."""
 
 
 def modules_of_run(config: RunConfig, varied: Collection[str] = (), *, is_pruned: bool = False) -> list[str]:
-    """Return the modules that a run imports besides those of WARM.
+    """Return the modules that a run imports besides those of PRELOAD_MODULE.
 
     Args:
         varied: sections that a sweep varies.
@@ -61,8 +61,8 @@ def modules_of_run(config: RunConfig, varied: Collection[str] = (), *, is_pruned
         "pruning": is_pruned,
         "hub": any(source.data.dataset_name for source in config.data.train_sources().values()) or "data" in varied,
     }
-    modules = [module for need, is_wanted in wanted.items() if is_wanted for module in READY_FOR[need]]
-    with suppress(OSError, DamagedFileError):  # no file here, or none that can be used: the run tells
+    modules = [module for need, is_wanted in wanted.items() if is_wanted for module in OPTIONAL_MODULES[need]]
+    with suppress(OSError, DamagedFileError):  # no file here, or none that can be used: the run reports it
         kind = read_json(Path(config.model.checkpoint, "config.json"), {"model_type": str})["model_type"]
         modules.append(f"transformers.models.{kind}.modeling_{kind}")
     return modules
@@ -74,7 +74,7 @@ def log_file(run_dir: Path) -> Path:
 
 
 @dataclass
-class Job:
+class TrialJob:
     """A trial that is to run, or runs."""
 
     number: int
@@ -85,7 +85,7 @@ class Job:
 
 @dataclass
 class _Worker:
-    job: Job
+    job: TrialJob
     slot: int
     process: BaseProcess
 
@@ -98,7 +98,7 @@ def start_fork_server(needs: Sequence[str]) -> None:
     """
     if not CAN_FORK:
         return
-    multiprocessing.set_forkserver_preload([WARM, *needs])
+    multiprocessing.set_forkserver_preload([PRELOAD_MODULE, *needs])
     sys.stdout.flush()
     sys.stderr.flush()
     kept, nowhere = [os.dup(number) for number in (1, 2)], os.open(os.devnull, os.O_WRONLY)
@@ -160,12 +160,12 @@ class Workers:
         return not self._first.is_alive()
 
     def _start_nothing(self) -> None:
-        with suppress(EOFError, OSError):  # it has died: the first trial tells
+        with suppress(EOFError, OSError):  # it has died: the first trial reports it
             process = self._context.Process(target=_nothing)
             process.start()
             process.join()
 
-    def start(self, jobs: Sequence[Job]) -> None:
+    def start(self, jobs: Sequence[TrialJob]) -> None:
         """Start trials, no more than there is room for."""
         for job in jobs:
             slot = next(i for i in range(self._n_jobs) if i not in self._working)
@@ -187,7 +187,7 @@ class Workers:
     def go(self) -> None:
         """Trials run as soon as they are started."""
 
-    def wait(self, seconds: float) -> list[tuple[Job, int]]:
+    def wait(self, seconds: float) -> list[tuple[TrialJob, int]]:
         """Wait until a trial ends, or so long; return those that have ended, with their exit codes."""
         multiprocessing.connection.wait([worker.process.sentinel for worker in self._working.values()], seconds)
         ended = [worker for worker in self._working.values() if worker.process.exitcode is not None]
@@ -219,7 +219,7 @@ class Workers:
 
 def _nothing() -> None:
     """Do nothing: a process that starts shows that others can."""
-    _let_go_of_the_server()
+    _detach_from_fork_server()
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _work(
     """Run a trial in this process, from its first line to its exit code."""
     os.setsid()
     rest_while_importing()  # the fork server did; looking for garbage there would copy all its memory
-    _let_go_of_the_server()
+    _detach_from_fork_server()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ.clear()
     os.environ.update(settings.environment)
@@ -250,7 +250,7 @@ def _work(
     sys.exit(run_trial(config, run_dir, link))
 
 
-def _let_go_of_the_server() -> None:
+def _detach_from_fork_server() -> None:
     """Close what would keep the fork server alive when its sweep has died: this trial has to notice that."""
     server: Any = forkserver._forkserver
     if (kept := server._forkserver_alive_fd) is not None:

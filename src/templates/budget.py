@@ -19,18 +19,18 @@ from jinja2.utils import Namespace
 from src.errors import LimitError
 
 SECONDS, SECONDS_PER_MIB = 1.0, 4.0
-"""Processor time for a chat, and for each MiB of its texts. Most chats take less than a millisecond."""
+"""The processor time of a chat, and of each MiB of its texts. Most chats take less than a millisecond."""
 MAX_SIZE = 2**25
-"""Characters of one text, or of one list with what is in it: see ENTRY and NAMED_ENTRY."""
+"""The most characters of one text, or of one list with what is in it: see ENTRY and NAMED_ENTRY."""
 MAX_MADE = 2**29
-"""Characters of everything that is made for one chat."""
+"""The most characters of everything that is made for one chat."""
 ENTRY, NAMED_ENTRY = 16, 128
-"""What an entry of a list, or of a dict, counts in characters."""
+"""The size in characters that an entry of a list, or of a dict, counts as."""
 LARGE, CLOCK_MASK = 2**16, 63
-"""The clock is read after something so large, and whenever the count of made things has none of these bits."""
+"""The clock is read after a value of this size, and whenever the count of made things has none of these bits."""
 WATCH_SECONDS = 0.05
 WALL_SECONDS_PER_CPU_SECOND = 10
-"""Where another thread's processor time is not available."""
+"""The limit on wall time where another thread's processor time is not available."""
 
 
 class Budget:
@@ -67,7 +67,7 @@ class Budget:
 
     @property
     def timeout(self) -> str:
-        return f"does not come to an end within {self.seconds:.3g} s"
+        return f"does not terminate within {self.seconds:.3g} s"
 
 
 class OutOfTime(BaseException):

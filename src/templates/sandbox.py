@@ -24,15 +24,15 @@ from src.templates import budget as limits
 from src.templates.budget import ENTRY, LARGE, Budget, OutOfTime, Watchdog, check_size, length_of, size_of, spend
 
 MAX_PRODUCT = 2**28
-"""What is made by multiplication, at most: length times repetitions."""
+"""The largest product that may be made: length times repetitions."""
 MAX_NUMBER = 10**6
-"""Of a number passed to a filter or function, such as a width."""
+"""The largest number that may be passed to a filter or function, such as a width."""
 MAX_BITS = 10**6
-"""Of a whole number."""
+"""The most bits of a whole number."""
 MAX_LABORIOUS = 2**20
-"""Characters of a text that is passed to one of LABORIOUS."""
+"""The most characters of a text that is passed to one of LABORIOUS."""
 MAX_TIME_FORMAT = 1000
-"""Characters of a format of dates."""
+"""The most characters of a format of dates."""
 
 GROWING = {
     "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "replace", "rjust", "tojson",

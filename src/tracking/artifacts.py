@@ -14,9 +14,9 @@ from src.tracking.exporters import Activity, DeliveryError
 from src.tracking.mlflow_calls import WatchedClient
 
 SLOWEST_UPLOAD = 500_000
-"""Bytes a second: a file that is uploaded may take that long."""
+"""The slowest upload, in bytes per second, that is still waited for."""
 READ_BACK_BYTES = 1 << 24
-"""Up to this size the content is compared, where a file of the same name and size may have been there before."""
+"""The largest file whose content is compared with one of the same name and size that is already stored."""
 THROUGH_A_SERVER = ("mlflow-artifacts:", "http:", "https:")
 
 

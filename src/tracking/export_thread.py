@@ -21,23 +21,23 @@ from src.tracking.exporters import Exporter
 
 RETRY_SECONDS = 2.0
 LONGEST_RETRY_SECONDS = 60.0
-LONGEST_RETRY_AT_THE_END_SECONDS = 8.0
+LONGEST_LAST_RETRY_SECONDS = 8.0
 TURN_SECONDS = 5.0
-"""After which an exporter lets another one that is ready have its turn."""
+"""How long an exporter may deliver before another one that is ready has its turn."""
 OPENING_SECONDS = 5.0
 """How long what is local may take between two calls; not counted while it is being made."""
-LOOKING_SECONDS = 0.5
-COMPUTING_SHARE = 0.05
-"""Of a processor, by which a process is seen to do more than wait."""
-SHARE = 0.1
-"""How much of a processor an exporter may take from the training."""
-LONGEST_REST_SECONDS = 10.0
+HEARTBEAT_SECONDS = 0.5
+BUSY_CPU_SHARE = 0.05
+"""Share of a processor from which on a process counts as computing, not waiting."""
+CPU_SHARE = 0.1
+"""Share of a processor that an exporter may take from the training."""
+LONGEST_PAUSE_SECONDS = 10.0
 SERVER_SECONDS = 1.0
 """How long a sweep waits for a server before its trials start."""
 
 
 @dataclass(frozen=True)
-class Patience:
+class WaitLimits:
     """How long the end of a run, or a command, waits for its exporters.
 
     Args:
@@ -53,11 +53,11 @@ class Patience:
     signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-AT_THE_END = Patience(call_seconds=30.0, total_seconds=120.0)
-WHEN_STOPPED = Patience(call_seconds=10.0, total_seconds=10.0, signals=(signal.SIGINT,))
-"""Of a run that was asked to stop: schedulers kill after half a minute, and repeat their signals."""
-TO_THE_END = Patience(call_seconds=90.0, attempts=4)
-"""Of a command that does nothing else."""
+END_OF_RUN = WaitLimits(call_seconds=30.0, total_seconds=120.0)
+AFTER_STOP = WaitLimits(call_seconds=10.0, total_seconds=10.0, signals=(signal.SIGINT,))
+"""Limits of a run that was asked to stop: schedulers kill after half a minute, and repeat their signals."""
+UNTIL_DELIVERED = WaitLimits(call_seconds=90.0, attempts=4)
+"""Limits of a command that does nothing but deliver."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Undelivered:
 
     tracker: str
     reason: str
-    needs_mending: bool
-    """Whether trying again is of no use before somebody has mended what `reason` says."""
+    needs_user_action: bool
+    """Whether a retry is useless until the user has fixed what `reason` says."""
     can_be_synced: bool
     """Whether `make sync` delivers it."""
 
@@ -81,7 +81,7 @@ class ExportThread:
     Args:
         cleanup: an exporter whose last turn comes once all others are over.
         waits: hold everything back until `rewind`: it is not known yet which lines of the folder stay.
-        warn: takes, once, what somebody must mend.
+        warn: takes, once each, the problems that the user must fix.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ExportThread:
         self._waits = waits
         self._warn = warn
         self._warned: set[str] = set()
-        self._patience = AT_THE_END
+        self._limits = END_OF_RUN
         self._is_closing = False
         self.ended_by = ""
         """The signal that ended the waiting, or ''."""
@@ -123,7 +123,7 @@ class ExportThread:
             with self._changed:
                 for lane in self._lanes:
                     lane.is_notified = True
-                self._pass_stuck()
+                self._replace_stuck_thread()
                 self._changed.notify_all()
 
     def rewind(self, num_kept: int, cut: Sequence[Mapping[str, Any]]) -> None:
@@ -139,39 +139,39 @@ class ExportThread:
         self.notify()
         started = time.monotonic()
         for lane in self._lanes:
-            signs = _SignsOfLife(lane.exporter)
-            while not lane.exporter.is_connected and not lane.trouble:
+            heartbeat = _Heartbeat(lane.exporter)
+            while not lane.exporter.is_connected and not lane.last_error:
                 since, seconds = (
-                    (signs.last(), OPENING_SECONDS) if lane.exporter.is_local else (started, SERVER_SECONDS)
+                    (heartbeat.last(), OPENING_SECONDS) if lane.exporter.is_local else (started, SERVER_SECONDS)
                 )
                 if time.monotonic() - since > seconds:
                     break
                 time.sleep(0.02)
 
-    def close(self, patience: Patience = AT_THE_END, show: Callable[[str], None] | None = None) -> list[Undelivered]:
+    def close(self, limits: WaitLimits = END_OF_RUN, show: Callable[[str], None] | None = None) -> list[Undelivered]:
         """Deliver the rest, and return what is left.
 
         Args:
-            patience: how long to wait for it.
+            limits: how long to wait for it.
             show: takes how far it has got, again and again.
         """
         started = time.monotonic()
         with self._changed:
-            self._patience, self._is_closing = patience, True
+            self._limits, self._is_closing = limits, True
             for lane in self._lanes:
                 lane.prepare_last()
             self._changed.notify_all()
-        with _noted(patience.signals) as received:
+        with _noted(limits.signals) as received:
             while waiting := [lane for lane in self._lanes if not lane.is_over]:
                 if received:
                     break
                 for lane in waiting:
-                    if reason := self._impatience(lane, started):
+                    if reason := self._timeout_reason(lane, started):
                         self._give_up(lane, reason)
                 if show is not None and time.monotonic() - started > 1.0:
                     _show_progress(waiting[0], show)
                 with self._changed:
-                    self._pass_stuck()
+                    self._replace_stuck_thread()
                     self._changed.wait(0.05)
         self.ended_by = received[0] if received else ""
         for lane in self._lanes:
@@ -179,18 +179,18 @@ class ExportThread:
         left = [lane for lane in self._lanes if not lane.is_delivered and lane.exporter.pending]
         return [lane.undelivered(f"ended by {self.ended_by}") for lane in left]
 
-    def _impatience(self, lane: _Lane, started: float) -> str:
+    def _timeout_reason(self, lane: _Lane, started: float) -> str:
         """Return why an exporter is not waited for any more, or ''."""
-        now, patience, activity = time.monotonic(), self._patience, lane.exporter.activity
-        if now - started > patience.total_seconds:
-            return f"not all of it in {patience.total_seconds:g} seconds"
+        now, limits, activity = time.monotonic(), self._limits, lane.exporter.activity
+        if now - started > limits.total_seconds:
+            return f"not all of it in {limits.total_seconds:g} seconds"
         if lane is not self._current and not lane.is_stuck:
             return ""
         last = max(activity.since, started, lane.turn_began)
         if activity.is_calling or not lane.exporter.is_local:
-            seconds = patience.call_seconds + activity.extra_seconds
+            seconds = limits.call_seconds + activity.extra_seconds
         else:
-            seconds, last = OPENING_SECONDS, max(last, lane.signs.last())
+            seconds, last = OPENING_SECONDS, max(last, lane.heartbeat.last())
         return "no answer" if now - last > seconds else ""
 
     def _give_up(self, lane: _Lane, reason: str) -> None:
@@ -202,7 +202,7 @@ class ExportThread:
                 self._start_thread()
             self._changed.notify_all()
 
-    def _pass_stuck(self) -> None:
+    def _replace_stuck_thread(self) -> None:
         """Start a new thread for the others where a call of the present exporter lasts longer than a turn."""
         lane, now = self._current, time.monotonic()
         if lane is None or lane.is_stuck or not lane.exporter.activity.is_calling:
@@ -232,12 +232,12 @@ class ExportThread:
                     self._current = min(ready, key=lambda lane: lane.turn_began)
                     self._current.turn_began = now
                     return self._current
-                resting = [lane.not_before - now for lane in self._lanes if lane.has_work and lane.not_before > now]
-                self._changed.wait(min(resting, default=None))
+                pauses = [lane.paused_until - now for lane in self._lanes if lane.has_work and lane.paused_until > now]
+                self._changed.wait(min(pauses, default=None))
         return None
 
     def _is_ready(self, lane: _Lane, now: float) -> bool:
-        if lane.is_over or lane.is_stuck or not lane.has_work or lane.not_before > now:
+        if lane.is_over or lane.is_stuck or not lane.has_work or lane.paused_until > now:
             return False
         if lane.exporter is not self._cleanup:
             return True
@@ -258,7 +258,7 @@ class ExportThread:
         else:
             with self._changed:
                 lane.note_success()
-                lane.rest(0.0 if self._is_closing or is_first else min(lane.used / SHARE, LONGEST_REST_SECONDS))
+                lane.pause(0.0 if self._is_closing or is_first else min(lane.used / CPU_SHARE, LONGEST_PAUSE_SECONDS))
 
     def _note_failure(self, lane: _Lane, error: Exception) -> None:
         """Record why a delivery failed, and when it is tried again, if at all."""
@@ -269,11 +269,11 @@ class ExportThread:
             lane.note_failure(str(problem), problem.is_lasting)
             wait = RETRY_SECONDS * 2.0 ** min(lane.failures - 1, 10)
             if lane.is_last:
-                lane.rest(min(wait / 2, LONGEST_RETRY_AT_THE_END_SECONDS))
-                if problem.is_lasting or lane.failures >= self._patience.attempts:
+                lane.pause(min(wait / 2, LONGEST_LAST_RETRY_SECONDS))
+                if problem.is_lasting or lane.failures >= self._limits.attempts:
                     lane.end("")
             elif not self._is_closing:
-                lane.rest(min(wait, LONGEST_RETRY_SECONDS))
+                lane.pause(min(wait, LONGEST_RETRY_SECONDS))
         text = f"{lane.exporter.name}: {problem}"
         if problem.is_lasting and not lane.is_last and text not in self._warned:
             self._warned.add(text)
@@ -281,14 +281,14 @@ class ExportThread:
 
 
 class _Lane:
-    """An exporter's place among others: whether there is work for it, and how its deliveries went."""
+    """The state of one exporter: whether there is work for it, and how its deliveries went."""
 
     def __init__(self, exporter: Exporter) -> None:
         self.exporter = exporter
-        self.signs = _SignsOfLife(exporter)
+        self.heartbeat = _Heartbeat(exporter)
         self.is_notified = False
-        self.not_before = 0.0
-        """When it may have its next turn, by the monotonic clock."""
+        self.paused_until = 0.0
+        """When its pause ends, by the monotonic clock."""
         self.turn_began = 0.0
         self.is_last = False
         """Whether the present delivery began after the folder had changed for the last time."""
@@ -297,9 +297,9 @@ class _Lane:
         self.is_over = False
         self.is_delivered = False
         self.failures = 0
-        self.trouble = ""
+        self.last_error = ""
         """Why the last attempt failed, or ''."""
-        self.needs_mending = False
+        self.needs_user_action = False
         self._end_reason = ""
         self._delivery: Iterator[None] | None = None
         self.used = 0.0
@@ -312,9 +312,9 @@ class _Lane:
 
     def prepare_last(self) -> None:
         """Schedule the last delivery, as if nothing had failed before."""
-        self.is_notified, self.not_before, self.failures = True, 0.0, 0
-        self.trouble, self.needs_mending = "", False
-        self.signs = _SignsOfLife(self.exporter)
+        self.is_notified, self.paused_until, self.failures = True, 0.0, 0
+        self.last_error, self.needs_user_action = "", False
+        self.heartbeat = _Heartbeat(self.exporter)
 
     def turns(self, *, is_last: bool) -> Iterator[None]:
         """Begin a delivery, or continue the one under way, and count the processor time that it takes."""
@@ -330,18 +330,18 @@ class _Lane:
             self.used += time.thread_time() - began
 
     def note_success(self) -> None:
-        self._delivery, self.trouble, self.needs_mending, self.failures = None, "", False, 0
+        self._delivery, self.last_error, self.needs_user_action, self.failures = None, "", False, 0
         if self.is_last:
             self.is_delivered = True
             self.end("")
 
-    def note_failure(self, trouble: str, is_lasting: bool) -> None:
-        self._delivery, self.trouble, self.needs_mending, self.is_notified = None, trouble, is_lasting, True
+    def note_failure(self, reason: str, is_lasting: bool) -> None:
+        self._delivery, self.last_error, self.needs_user_action, self.is_notified = None, reason, is_lasting, True
         is_new = self.exporter.activity.num_delivered > self._num_before
         self.failures = 1 if is_new else self.failures + 1
 
-    def rest(self, seconds: float) -> None:
-        self.not_before = time.monotonic() + seconds
+    def pause(self, seconds: float) -> None:
+        self.paused_until = time.monotonic() + seconds
 
     def end(self, reason: str) -> None:
         if not self.is_over:
@@ -350,18 +350,18 @@ class _Lane:
 
     def undelivered(self, reason: str) -> Undelivered:
         """Return what is left; `reason` counts where nothing else explains it."""
-        why = self.trouble or self._end_reason or reason
+        why = self.last_error or self._end_reason or reason
         where = f"{self.exporter.name} at {self.exporter.where}"
         text = f"{self.exporter.pending} are not delivered ({why})"
-        return Undelivered(where, text, self.needs_mending, self.exporter.can_be_synced)
+        return Undelivered(where, text, self.needs_user_action, self.exporter.can_be_synced)
 
 
 def _show_progress(lane: _Lane, show: Callable[[str], None]) -> None:
-    trouble = f"; {lane.trouble}" if lane.trouble else ""
-    show(f"{lane.exporter.name} has {lane.exporter.progress}{trouble}")
+    why = f"; {lane.last_error}" if lane.last_error else ""
+    show(f"{lane.exporter.name} has {lane.exporter.progress}{why}")
 
 
-class _SignsOfLife:
+class _Heartbeat:
     """When what is being opened last showed progress: it is being made, or this process computes.
 
     Libraries are imported and tables made before a store is open; both take many seconds on a busy machine.
@@ -375,9 +375,9 @@ class _SignsOfLife:
     def last(self) -> float:
         """Return when that was, by the monotonic clock."""
         now = time.monotonic()
-        if now - self._looked > LOOKING_SECONDS:
+        if now - self._looked > HEARTBEAT_SECONDS:
             used = time.process_time()
-            is_computing = used - self._used > COMPUTING_SHARE * (now - self._looked)
+            is_computing = used - self._used > BUSY_CPU_SHARE * (now - self._looked)
             if is_computing or self._exporter.is_being_made():
                 self._at = now
             self._looked, self._used = now, used

@@ -22,7 +22,7 @@ class DeliveryError(Exception):
     """A tracker can't be used; says why and what to do.
 
     Args:
-        is_lasting: whether trying again is of no use before somebody has mended something.
+        is_lasting: whether a retry is useless until the user has fixed something.
     """
 
     def __init__(self, text: str, *, is_lasting: bool = True) -> None:
@@ -59,7 +59,7 @@ class Activity:
             raise Cancelled("cancelled")
 
     def call(self, method: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """Return what a call returns."""
+        """Call a method of the tracker's client, and return its result."""
         self.check()
         self.since, self.is_calling = time.monotonic(), True
         try:
@@ -70,7 +70,7 @@ class Activity:
         return result
 
     def note_delivered(self, *what: object) -> None:
-        """Count something that was delivered, by all that tells it from other things; a run's id does not."""
+        """Count something that was delivered, once for the same content; ids of runs in it are ignored."""
         self._delivered.add(hashlib.sha256(_HEX_ID.sub("", repr(what)).encode()).digest())
 
 
@@ -131,4 +131,4 @@ class Exporter(Protocol):
 EXPORTERS: Registry[Callable[..., Exporter]] = Registry("tracker")
 """Name in conf/tracking/ -> makes the exporter of a run's folder: (config, folder, *, is_over, warn)."""
 SWEEP_EXPORTERS: Registry[Callable[..., Exporter]] = Registry("tracker of sweeps")
-"""The same, of a sweep's folder; a tracker without one has the runs of the trials alone."""
+"""Name in conf/tracking/ -> makes the exporter of a sweep's folder; without one a tracker has only the trials' runs."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from src import secrets
 from src.errors import DamagedFileError, TowlineError, one_line
-from src.records import Line
+from src.records import LogLine
 from src.tracking.exporters import Activity, DeliveryError, Exporter
 from src.tracking.step_logs import METRICS, read_step_log
 from src.util import write_json
@@ -25,7 +25,7 @@ class FolderExporter(Exporter):
 
     Args:
         state_file: the name of that file.
-        is_over: whether no process is at the folder's run or sweep, so that one whose status says RUNNING was killed.
+        is_over: whether no process uses the folder, so that a run or sweep whose status says RUNNING was killed.
         warn: takes, once each, what is not as it should be and costs nothing.
     """
 
@@ -45,14 +45,14 @@ class FolderExporter(Exporter):
         self._warn = warn
         self._warned: set[str] = set()
         self._files: dict[str, tuple[tuple[int, int], list[dict[str, Any]]]] = {}
-        self._state: dict[str, Any] = self._recall()
+        self._state: dict[str, Any] = self._load_state()
 
     @abstractmethod
-    def _recall(self) -> dict[str, Any]:
+    def _load_state(self) -> dict[str, Any]:
         """Return what the state file says; where it says nothing that can be used, the state to start from."""
 
     def begin(self) -> None:
-        self._remember()
+        self._save_state()
 
     def explain(self, error: Exception) -> DeliveryError:
         is_lasting = error.is_lasting if isinstance(error, DeliveryError) else isinstance(error, TowlineError)
@@ -65,7 +65,7 @@ class FolderExporter(Exporter):
             self._warned.add(text)
             self._warn(text)
 
-    def _remember(self, **changes: Any) -> None:
+    def _save_state(self, **changes: Any) -> None:
         self.activity.check()
         self._state |= changes
         try:
@@ -78,7 +78,7 @@ class FolderExporter(Exporter):
         """Do what was not done yet for this version of what the folder holds."""
         if self._state.get(what) != version:
             do()
-            self._remember(**{what: version})
+            self._save_state(**{what: version})
 
     def _set_aside(self, error: DamagedFileError, then: str) -> None:
         """Rename a damaged state file, and warn of it."""
@@ -100,7 +100,7 @@ class FolderExporter(Exporter):
     def _metrics(self) -> list[dict[str, Any]]:
         return self._lines(METRICS, read_step_log)
 
-    def _lines(self, name: str, read: Callable[[Path, str], list[Line]]) -> list[dict[str, Any]]:
+    def _lines(self, name: str, read: Callable[[Path, str], list[LogLine]]) -> list[dict[str, Any]]:
         """Return what the whole lines of a file that grows say."""
         try:
             status = os.stat(self.folder / name)

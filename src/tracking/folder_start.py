@@ -16,6 +16,7 @@ from src.errors import RunFolderError
 from src.records import damaged
 from src.tracking.step_logs import METRICS, STEP_LOGS, compare_logs, read_step_log
 
+PROVENANCE, DATA_REPORT, SUMMARY = "provenance.json", "data_report.json", "summary.json"
 FOLDERS = (CHECKPOINTS, "model", "predictions")
 FILES = (
     CONFIG,
@@ -23,9 +24,9 @@ FILES = (
     STARTS,
     STATUS,
     *STEP_LOGS,
-    "data_report.json",
-    "provenance.json",
-    "summary.json",
+    DATA_REPORT,
+    PROVENANCE,
+    SUMMARY,
     "tracking.json",
     *FOLDERS,
 )
@@ -54,7 +55,7 @@ class Start:
 
 
 def make_room(path: Path, config_hash: str, start: Start) -> list[str]:
-    """Remove what an earlier start left that is of no use to this one; return warnings.
+    """Remove what an earlier start left and this one can't use; return warnings.
 
     Raises:
         RunFolderError: where that would cost what somebody may want.
@@ -87,7 +88,7 @@ def make_room(path: Path, config_hash: str, start: Start) -> list[str]:
             f"Resume it as it was ({resume_command(path)}), or choose another hydra.run.dir; force=true removes what "
             f"is there ({', '.join(found)}) and starts again."
         )
-    if not is_same:  # it failed before it trained: what it was asked for has been mended since
+    if not is_same:  # it failed before it trained, and its configuration was fixed since
         _remove(path, [name for name in (*found, *states) if name != STARTS])
         return []
     return [*check_step_logs(path, status, start), *_warn_of_repeat(path)]

@@ -64,7 +64,7 @@ class LineExporter(FolderExporter):
     def progress(self) -> str:
         return f"{self._num_delivered:,} lines of metrics"
 
-    def _recall(self) -> dict[str, Any]:
+    def _load_state(self) -> dict[str, Any]:
         try:
             found = read_json(self._state_file, {"lines": int})
         except FileNotFoundError:
@@ -75,17 +75,17 @@ class LineExporter(FolderExporter):
         return found | {"lines": max(0, found["lines"])}
 
     def rewind(self, num_kept: int, cut: Sequence[Mapping[str, Any]]) -> None:
-        self._remember(lines=min(self._num_delivered, num_kept), ended=None)
+        self._save_state(lines=min(self._num_delivered, num_kept), ended=None)
 
     def deliver(self) -> Iterator[None]:
         if not self._is_rewound:  # what was written and not remembered, as the process died, is written again
-            self._remember(lines=min(self._num_delivered, len(self._metrics())))
+            self._save_state(lines=min(self._num_delivered, len(self._metrics())))
             last = self._metrics()[self._num_delivered - 1]["step"] if self._num_delivered else 0
             self.activity.call(self.rewind_to, last)
             self._is_rewound = True
         while some := self._metrics()[self._num_delivered : self._num_delivered + LINES_AT_ONCE]:
             self.activity.call(self.write, some)
-            self._remember(lines=self._num_delivered + len(some))
+            self._save_state(lines=self._num_delivered + len(some))
             self.activity.note_delivered("lines", self._num_delivered)
             yield
         state = read_status(self.folder).get("state")

@@ -101,7 +101,7 @@ def _is_alive(holder: str) -> bool:
 
 
 def process_identity() -> dict[str, Any]:
-    """Return what tells this process from every other: its id, the machine, and when that was started."""
+    """Return what identifies this process: its id, the machine, and that machine's boot."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "pid": os.getpid(),

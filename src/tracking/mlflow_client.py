@@ -16,7 +16,7 @@ REQUEST_SECONDS = 60
 """How long a server may take for an answer; only the export thread waits for it."""
 KILLED = "KILLED"
 """MLflow's state of a run that no process is training."""
-STATES = {"FINISHED": "FINISHED", "FAILED": "FAILED", "PREEMPTED": KILLED, "PRUNED": KILLED}
+MLFLOW_STATES = {"FINISHED": "FINISHED", "FAILED": "FAILED", "PREEMPTED": KILLED, "PRUNED": KILLED}
 """How a run or a sweep ended, in MLflow's words."""
 
 
@@ -48,8 +48,8 @@ def reach(uri: str) -> None:
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname, port), timeout=OPENING_SECONDS).close()
     except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or str(error)
-        raise DeliveryError(f"can't be reached: {said}", is_lasting=False) from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DeliveryError(f"can't be reached: {reason}", is_lasting=False) from error
 
 
 def redirected(error: Exception, address: str) -> str | None:

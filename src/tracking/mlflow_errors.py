@@ -50,8 +50,8 @@ def explained(error: Exception) -> DeliveryError:
         return DeliveryError("another run wrote the same at the same moment", is_lasting=False)
     status = status_of(error)
     if status is not None:
-        said = _WORDS.get(status, f"the server {'redirects' if status < 400 else 'fails'} ({status})")
-        return DeliveryError(f"{said}{_body(text)}", is_lasting=status in _LASTING_STATUS)
+        reason = _WORDS.get(status, f"the server {'redirects' if status < 400 else 'fails'} ({status})")
+        return DeliveryError(f"{reason}{_body(text)}", is_lasting=status in _LASTING_STATUS)
     code = getattr(error, "error_code", "")
     if "timed out" in text or "timeout exception" in text:
         return DeliveryError("no answer in time", is_lasting=False)

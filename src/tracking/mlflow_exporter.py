@@ -32,25 +32,28 @@ from src.tracking.mlflow_names import milliseconds, plain_name, user_name
 from src.tracking.mlflow_state import TRACKING, PreviousRun, read_tracking, runs_left
 from src.tracking.previous_runs import PreviousRuns
 from src.tracking.sqlite_store import SqliteStore
+from src.tracking.step_logs import is_timing
 
 
 class MlflowExporter(FolderExporter):
     """Delivers a folder to its run in MLflow. May raise whatever MLflow raises.
 
     Args:
-        within: the exporter that this one is a part of; what succeeds here succeeds there.
+        parent: the exporter that this one is a part of; what succeeds here succeeds there.
         is_over, warn: see FolderExporter.
     """
 
     name = "MLflow"
     can_be_synced = True
+    main_file: str
+    """The file that is there if there may be something to deliver."""
 
     def __init__(
         self,
         config: MlflowConfig,
         folder: Path,
         *,
-        within: MlflowExporter | None = None,
+        parent: MlflowExporter | None = None,
         is_over: bool = False,
         warn: Callable[[str], None],
     ) -> None:
@@ -61,16 +64,16 @@ class MlflowExporter(FolderExporter):
             tags=secrets.cleaned(config.tags),
         )
         self.is_local = config.uri.startswith("sqlite")
-        self.previous: PreviousRuns | None = within.previous if within else None
+        self.previous: PreviousRuns | None = parent.previous if parent else None
         """Ends runs that the folder had in other stores."""
-        self._within = within
+        self._parent = parent
         self._client_class = quiet_client()
         self._open: OpenRun | None = None
         self._address = config.uri
         self._has_failed = False
         self._damage: list[DamagedFileError] = []
-        self._sqlite: SqliteStore | None = within._sqlite if within else None
-        activity = within.activity if within else None
+        self._sqlite: SqliteStore | None = parent._sqlite if parent else None
+        activity = parent.activity if parent else None
         super().__init__(folder, TRACKING, is_over=is_over, warn=warn, activity=activity)
 
     @abstractmethod
@@ -83,13 +86,13 @@ class MlflowExporter(FolderExporter):
 
     @property
     @abstractmethod
-    def _began(self) -> str:
+    def _recorded_start(self) -> str:
         """When the run or sweep was begun, as its folder says; '' where it does not."""
 
     @property
-    def _dated_from(self) -> str:
+    def _start_time(self) -> str:
         """When the run or sweep was begun, by whatever says so; '' where nothing does."""
-        return self._began
+        return self._recorded_start
 
     @property
     def _own_tags(self) -> Mapping[str, str]:
@@ -98,12 +101,7 @@ class MlflowExporter(FolderExporter):
 
     @property
     @abstractmethod
-    def _log_name(self) -> str:
-        """The file that is there if there may be something to deliver."""
-
-    @property
-    @abstractmethod
-    def _says_too_much(self) -> bool:
+    def _exceeds_folder(self) -> bool:
         """Whether tracking.json says that more was delivered than the folder holds."""
 
     @abstractmethod
@@ -111,7 +109,7 @@ class MlflowExporter(FolderExporter):
         """Return for each metric which values MLflow may show as its last, by what was delivered."""
 
     @abstractmethod
-    def _look_up(self, client: Any, run: Any) -> dict[str, Any]:
+    def _query_store(self, client: Any, run: Any) -> dict[str, Any]:
         """Return what is delivered by what the store has of the run, in the form of tracking.json."""
 
     @property
@@ -148,7 +146,7 @@ class MlflowExporter(FolderExporter):
     def explain(self, error: Exception) -> DeliveryError:
         return explained(error)
 
-    def take_over(self, state: Mapping[str, Any]) -> None:
+    def supersede(self, state: Mapping[str, Any]) -> None:
         """Replace a run that the folder had before, by what its tracking.json said."""
         self._state |= self._runs_before(state)
         if state["run_id"] is not None and self.is_its_store(state["uri"]):
@@ -166,19 +164,19 @@ class MlflowExporter(FolderExporter):
         return {"replaced": here, "elsewhere": elsewhere}
 
     @property
-    def elsewhere(self) -> list[PreviousRun]:
+    def runs_elsewhere(self) -> list[PreviousRun]:
         """The runs that the folder had in other stores, which nobody has ended yet."""
         return [(one["uri"], one["run_id"]) for one in self._state.get("elsewhere", [])]
 
-    def _end_elsewhere(self) -> None:
+    def _end_in_other_stores(self) -> None:
         """Ask for the end of those runs; a part of another exporter does not record it: its folder is not held then."""
         if self.previous is not None:
-            for run in self.elsewhere:
-                self.previous.end(run, self.folder, None if self._within else partial(self._forget_elsewhere, run))
+            for run in self.runs_elsewhere:
+                self.previous.end(run, self.folder, None if self._parent else partial(self._forget_in_other_store, run))
 
-    def _forget_elsewhere(self, ended: PreviousRun) -> None:
-        left = [{"uri": uri, "run_id": run_id} for uri, run_id in self.elsewhere if (uri, run_id) != ended]
-        self._remember(elsewhere=left)
+    def _forget_in_other_store(self, ended: PreviousRun) -> None:
+        left = [{"uri": uri, "run_id": run_id} for uri, run_id in self.runs_elsewhere if (uri, run_id) != ended]
+        self._save_state(elsewhere=left)
 
     def deliver(self) -> Iterator[None]:
         """Deliver the folder as it is now, connecting first where that was not done.
@@ -187,7 +185,7 @@ class MlflowExporter(FolderExporter):
             DamagedFileError: naming a file that can't be read; what others say was delivered nevertheless.
         """
         self._damage = []
-        self._end_elsewhere()
+        self._end_in_other_stores()
         try:
             self._open_store()
             if not self.is_connected:
@@ -254,15 +252,15 @@ class MlflowExporter(FolderExporter):
         run = found = self._find_run(client)
         if found is None:
             run = self._begin_run(client)
-        elif found.info.run_id != self.run_id or self._state.get("doubtful") or not self._is_believable(found):
-            self._remember(doubtful=True)
-            has = self._look_up(client, found)
+        elif found.info.run_id != self.run_id or self._state.get("doubtful") or not self._matches_store(found):
+            self._save_state(doubtful=True)
+            has = self._query_store(client, found)
             kept = {name: self._state[name] for name in ("uri", "replaced", "elsewhere") if name in self._state}
             retried = bool(self._state.get("retried") or self._state.get("creating"))
             self._state = kept | {"run_id": found.info.run_id, "retried": retried} | has
-            self._remember()
+            self._save_state()
         elif found.info.status == "RUNNING" and self._state.get("ended"):
-            self._remember(ended=None)
+            self._save_state(ended=None)
         artifacts = Artifacts(
             run.info.artifact_uri,
             self._address,
@@ -296,7 +294,7 @@ class MlflowExporter(FolderExporter):
     @property
     def _identity(self) -> dict[str, str]:
         """Tags that identify the folder's run."""
-        return {"towline.folder": str(self.folder.resolve()), "towline.started": self._began}
+        return {"towline.folder": str(self.folder.resolve()), "towline.started": self._recorded_start}
 
     @staticmethod
     def _filter(tags: Mapping[str, str]) -> str:
@@ -307,8 +305,8 @@ class MlflowExporter(FolderExporter):
     def _begin_run(self, client: Any) -> Any:
         experiment_id = self._experiment(client)
         retried = bool(self._state.get("creating"))
-        self._remember(creating=True)  # if the answer is lost, the run is looked for before another is begun
-        began = milliseconds(self._dated_from) if self._dated_from else None
+        self._save_state(creating=True)  # if the answer is lost, the run is searched for before another is begun
+        began = milliseconds(self._start_time) if self._start_time else None
         tags = {
             **self._identity,
             "towline.host": socket.gethostname(),
@@ -330,7 +328,7 @@ class MlflowExporter(FolderExporter):
         kept = {"elsewhere": self._state["elsewhere"]} if self._state.get("elsewhere") else {}
         begun = {"uri": self.stored_uri, "run_id": run.info.run_id, "replaced": replaced, "retried": retried}
         self._state = begun | kept
-        self._remember()
+        self._save_state()
         return run
 
     def _experiment(self, client: Any) -> str:
@@ -361,14 +359,14 @@ class MlflowExporter(FolderExporter):
         made = client.create_experiment(self._config.experiment_name, artifact_location=location, tags=kind)
         return str(made)
 
-    def _is_believable(self, run: Any) -> bool:
+    def _matches_store(self, run: Any) -> bool:
         """Return whether tracking.json says no more than the folder holds, and a run's last values are as it says."""
-        return not self._says_too_much and self._shows_last_values(run)
+        return not self._exceeds_folder and self._shows_last_values(run)
 
     def _shows_last_values(self, run: Any) -> bool:
         """Return whether a run shows as last values what was delivered; of speeds and times any value will do."""
         has, values = run.data.metrics, {plain_name(name): some for name, some in self._last_values().items()}
-        return all(name in has and (name.startswith("perf/") or has[name] in some) for name, some in values.items())
+        return all(name in has and (is_timing(name) or has[name] in some) for name, some in values.items())
 
     def _check_arrived(self) -> None:
         """Check that a server has what it accepted: one that answers anything, or a proxy before it, may not.
@@ -382,7 +380,7 @@ class MlflowExporter(FolderExporter):
         if self._run.sent.is_in(run) and self._shows_last_values(run):
             self._run.sent = Sent()
             return
-        self._remember(doubtful=True)
+        self._save_state(doubtful=True)
         self._open = None
         raise DeliveryError("the server accepted what was delivered, and does not have it", is_lasting=False)
 
@@ -407,7 +405,7 @@ class MlflowExporter(FolderExporter):
             else:
                 client.set_terminated(run_id, KILLED)
         if others or self._state.get("retried"):
-            self._remember(replaced=[], retried=False)
+            self._save_state(replaced=[], retried=False)
 
     def _log_files(self, names: Iterable[str], *, artifact_path: str | None = None) -> Iterator[None]:
         """Log those of the files that are there, each once as it is."""
@@ -424,9 +422,9 @@ class MlflowExporter(FolderExporter):
         version, known = [status.st_size, status.st_mtime_ns], self._state.get("files", {})
         if known.get(name) != version:
             self._run.artifacts.upload(file, artifact_path)
-            self._remember(files=known | {name: version})
+            self._save_state(files=known | {name: version})
 
-    def _recall(self) -> dict[str, Any]:
+    def _load_state(self) -> dict[str, Any]:
         """Return what tracking.json says; where it says nothing that can be used, what is to be looked up."""
         try:
             state = read_tracking(self.folder)
@@ -438,7 +436,7 @@ class MlflowExporter(FolderExporter):
         if state and self.is_its_store(state["uri"]):
             return state | {"uri": self.stored_uri}
         run_id = None if state else self._id_elsewhere()
-        may_be_known = bool(state) or run_id is not None or os.path.lexists(self.folder / self._log_name)
+        may_be_known = bool(state) or run_id is not None or os.path.lexists(self.folder / self.main_file)
         before = self._runs_before(state) if state else {}
         return {"uri": self.stored_uri, "run_id": run_id} | before | ({"doubtful": True} if may_be_known else {})
 

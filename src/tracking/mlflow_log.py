@@ -58,13 +58,13 @@ class OpenRun:
         self.sent.params |= {param.key for param in params}
 
     def log_tags(self, tags: Mapping[str, Any], run_id: str | None = None) -> None:
-        """Set tags, those that have a value, of this run or of another, in one call."""
+        """Set the tags that have a value, of this run or of another, in one call."""
         from mlflow.entities import RunTag
 
-        those = [RunTag(key, str(value)) for key, value in tags.items() if value is not None]
-        self.client.log_batch(run_id or self.id, tags=those)
+        run_tags = [RunTag(key, str(value)) for key, value in tags.items() if value is not None]
+        self.client.log_batch(run_id or self.id, tags=run_tags)
         if run_id is None:
-            self.sent.tags |= {tag.key for tag in those}
+            self.sent.tags |= {tag.key for tag in run_tags}
 
     def log_points(self, points: Iterable[tuple[str, float, int, int]]) -> None:
         """Log metrics: name, value, time in milliseconds, step. The same point again is no second one."""

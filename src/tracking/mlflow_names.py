@@ -1,4 +1,4 @@
-"""Names, texts and times as MLflow takes them."""
+"""Names, texts and times as MLflow accepts them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MAX_NAME_CHARACTERS = 250
 
 
 def milliseconds(time_of: str, later_seconds: float = 0.0) -> int:
-    """Return a time of ISO 8601, or one so much later, as MLflow counts it."""
+    """Return a time of ISO 8601, plus some seconds, in milliseconds since 1970, as MLflow counts."""
     return int(1000 * (datetime.fromisoformat(time_of).timestamp() + later_seconds))
 
 
 def plain_name(name: str) -> str:
-    """Return a name that MLflow takes: '<' and '>' of a token, say, become '_', and a very long one is cut."""
+    """Return a name that MLflow accepts: '<' and '>' of a token, say, become '_', and a very long one is cut."""
     plain = re.sub(r"[^\w\-. :/]", "_", name)
     if len(plain) <= MAX_NAME_CHARACTERS:
         return plain
@@ -28,7 +28,7 @@ def plain_name(name: str) -> str:
 
 
 def distinct_names(names: Iterable[str]) -> dict[str, str]:
-    """Return for each param a name of its own that MLflow takes: other characters become '_', repeats get a number."""
+    """Return for each param a distinct name that MLflow accepts: other characters become '_', repeats get a number."""
     given: dict[str, str] = {}
     taken: set[str] = set()
     for name in names:

@@ -11,22 +11,20 @@ from src.config.frozen import CONFIG, STATUS, read_starts, read_status
 from src.errors import DamagedFileError
 from src.records import Types, begins_with, check_keys, damaged, is_time, read_json, read_yaml
 from src.tracking.exporters import EXPORTERS, Exporter
-from src.tracking.mlflow_client import KILLED, STATES
+from src.tracking.folder_start import DATA_REPORT, PROVENANCE, SUMMARY
+from src.tracking.mlflow_client import KILLED, MLFLOW_STATES
 from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_names import flat, milliseconds, plain_name
+from src.tracking.mlflow_points import Points, add_line, undelivered, without_lines
 from src.tracking.mlflow_state import RUN_ID, TRACKING
 from src.tracking.previous_runs import PreviousRuns
-from src.tracking.step_logs import METRICS, SAMPLES, read_step_log
+from src.tracking.step_logs import METRICS, SAMPLES, metrics_of, read_step_log
 
-PROVENANCE, DATA_REPORT = "provenance.json", "data_report.json"
-ARTIFACTS = (CONFIG, PROVENANCE, DATA_REPORT, SAMPLES, "summary.json")
+ARTIFACTS = (CONFIG, PROVENANCE, DATA_REPORT, SAMPLES, SUMMARY)
 LINES_AT_ONCE = 100
 LARGEST = 1 << 53
-"""Of a step, and of a time in milliseconds."""
+"""The largest step, and the largest time in milliseconds, that every store takes."""
 STATUS_REMEDY = "Move it away, and repeat the run's own command: it resumes from the last checkpoint and writes it."
-
-Points = dict[str, dict[str, list[float]]]
-"""Values that MLflow has by step, as a text, and metric, by the name that it has there."""
 
 PROVENANCE_KEYS: Mapping[str, Types] = {"git": dict, "hardware": dict}
 REPORT_KEYS: Mapping[str, Types] = {"digest": str, "rows_kept": int, "tokens": int, "supervised_tokens": int}
@@ -36,20 +34,22 @@ REPORT_KEYS: Mapping[str, Types] = {"digest": str, "rows_kept": int, "tokens": i
 class MlflowRunExporter(MlflowExporter):
     """Delivers a run's folder."""
 
+    main_file = METRICS
+
     @property
     def _run_name(self) -> str:
         return self._config.run_name
 
     @property
-    def _began(self) -> str:
+    def _recorded_start(self) -> str:
         try:
             return str(read_status(self.folder).get("started") or "")
         except DamagedFileError:  # reported where it says how the run ended
             return ""
 
     @property
-    def _dated_from(self) -> str:
-        if began := self._began:
+    def _start_time(self) -> str:
+        if began := self._recorded_start:
             return began
         try:
             times = [start["time"] for start in read_starts(self.folder)]
@@ -58,11 +58,7 @@ class MlflowRunExporter(MlflowExporter):
         return next(filter(is_time, times), "")
 
     @property
-    def _log_name(self) -> str:
-        return METRICS
-
-    @property
-    def _says_too_much(self) -> bool:
+    def _exceeds_folder(self) -> bool:
         try:
             samples = self._lines(SAMPLES, read_step_log)
             return self._num_delivered > len(self._metrics()) or self._state.get("samples", 0) > len(samples)
@@ -80,9 +76,9 @@ class MlflowRunExporter(MlflowExporter):
         """Remember what MLflow has of lines that were cut off: of a repeated step only what differs is delivered."""
         points: Points = self._state.get("points", {})
         for line in cut[: max(0, self._num_delivered - num_kept)]:
-            _add(points, line)
+            add_line(points, line)
         lines = min(self._num_delivered, num_kept)
-        self._remember(lines=lines, samples=0, points=points, ended=None, running=False)
+        self._save_state(lines=lines, samples=0, points=points, ended=None, running=False)
 
     @property
     def num_pending(self) -> int:
@@ -127,7 +123,7 @@ class MlflowRunExporter(MlflowExporter):
 
     def _deliver_state(self) -> None:
         status = read_status(self.folder)
-        state = STATES.get(str(status.get("state")), KILLED if self._is_over else None)
+        state = MLFLOW_STATES.get(str(status.get("state")), KILLED if self._is_over else None)
         if state is not None:
             self._is_ended = True
             self._deliver_once("ended", lambda: self._run.set_ended(state, status.get("ended")), state)
@@ -149,33 +145,36 @@ class MlflowRunExporter(MlflowExporter):
                 newest[name] = (step, set(values) | (known if step == at else set()))
 
         for line in lines[:num]:
-            for name, value in line.items():
-                if name != "step" and value is not None:
-                    note(plain_name(name), line["step"], [float(value)])
+            for name, value in metrics_of(line).items():
+                note(plain_name(name), line["step"], [float(value)])
         for step, points in self._state.get("points", {}).items():
             for name, values in points.items():
                 note(name, int(step), values)
         for line in lines[num : num + LINES_AT_ONCE]:  # they may have arrived, and only the answer be lost
-            for name, value in line.items():
-                if name != "step" and value is not None and plain_name(name) in newest:
+            for name, value in metrics_of(line).items():
+                if plain_name(name) in newest:
                     newest[plain_name(name)][1].add(float(value))
         return {name: values for name, (_, values) in newest.items()}
 
-    def _look_up(self, client: Any, run: Any) -> dict[str, Any]:
+    def _query_store(self, client: Any, run: Any) -> dict[str, Any]:
         points: Points = {}
         for name in run.data.metrics:
             for point in client.get_metric_history(run.info.run_id, name):
-                _add(points, {"step": point.step, name: point.value})
+                add_line(points, {"step": point.step, name: point.value})
         lines = self._readable_metrics()
-        num = next((place for place, line in enumerate(lines) if _missing(points, line)), len(lines))
-        return {"lines": num, "points": _others(points, lines[:num]), "running": run.info.status == "RUNNING"}
+        num = next((place for place, line in enumerate(lines) if undelivered(points, line)), len(lines))
+        return {
+            "lines": num,
+            "points": without_lines(points, lines[:num]),
+            "running": run.info.status == "RUNNING",
+        }
 
     def _log_config(self) -> None:
         self._run.log_params(dict(flat(read_yaml(self.folder / CONFIG))))
 
     def _log_provenance(self) -> None:
-        may_lack = (*PROVENANCE_KEYS, "config_hash")
-        made = read_json(self.folder / PROVENANCE, {**PROVENANCE_KEYS, "config_hash": str}, may_lack=may_lack)
+        optional = (*PROVENANCE_KEYS, "config_hash")
+        made = read_json(self.folder / PROVENANCE, {**PROVENANCE_KEYS, "config_hash": str}, optional=optional)
         git = made.get("git", {})
         self._run.log_tags(
             {
@@ -204,21 +203,21 @@ class MlflowRunExporter(MlflowExporter):
     def _log_metrics(self) -> Iterator[None]:
         """Log the lines that are new, many in a call; each is dated by itself, so that a repeat is no second point."""
         self._check_written(METRICS)
-        lines, began = self._metrics(), self._dated_from
+        lines, began = self._metrics(), self._start_time
         if lines and not began:
             raise damaged(self.folder / STATUS, "started is missing, so no line of metrics can be dated", STATUS_REMEDY)
         known: Points = self._state.get("points", {})
-        while some := lines[self._num_delivered : self._num_delivered + LINES_AT_ONCE]:
+        while batch := lines[self._num_delivered : self._num_delivered + LINES_AT_ONCE]:
             points = []
-            for line in some:
+            for line in batch:
                 at = milliseconds(began, line.get("perf/elapsed_seconds") or 0.0)
                 if max(at, line["step"]) > LARGEST:
                     reason = f"step {line['step']} or its perf/elapsed_seconds is larger than any store takes"
                     raise damaged(self.folder / METRICS, reason, "Restore it from a copy.")
-                points += [(name, value, at, line["step"]) for name, value in _missing(known, line).items()]
+                points += [(name, value, at, line["step"]) for name, value in undelivered(known, line).items()]
             self._run.log_points(points)
-            known = _others(known, some)
-            self._remember(lines=self._num_delivered + len(some), points=known)
+            known = without_lines(known, batch)
+            self._save_state(lines=self._num_delivered + len(batch), points=known)
             yield
 
     def _check_written(self, name: str) -> None:
@@ -252,48 +251,7 @@ class MlflowRunExporter(MlflowExporter):
         if len(rows) > self._state.get("samples", 0):
             columns = list(rows[-1])
             self._run.log_table("samples.json", columns, [[row.get(column) for column in columns] for row in rows])
-            self._remember(samples=len(rows))
-
-
-def _add(points: Points, line: Mapping[str, Any]) -> None:
-    """Add what a line of metrics says to points that MLflow has."""
-    at = points.setdefault(str(line["step"]), {})
-    for name, value in line.items():
-        if name != "step" and value is not None:
-            values = at.setdefault(plain_name(name), [])
-            if float(value) not in values:
-                values.append(float(value))
-
-
-def _others(points: Points, lines: Iterable[Mapping[str, Any]]) -> Points:
-    """Return the points without what lines say that MLflow has now: what is left are values of an earlier attempt."""
-    if not points:
-        return points
-    said: Points = {}
-    for line in lines:
-        _add(said, line)
-    return {step: left for step, at in points.items() if (left := _without(at, said.get(step, {})))}
-
-
-def _without(at: Mapping[str, list[float]], said: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    left = {
-        name: []
-        if name.startswith("perf/") and name in said
-        else [one for one in values if one not in said.get(name, ())]
-        for name, values in at.items()
-    }
-    return {name: values for name, values in left.items() if values}
-
-
-def _missing(points: Points, line: Mapping[str, Any]) -> dict[str, float]:
-    """Return what of a line is not among points; of speeds and times any value will do, as no two are the same."""
-    has = points.get(str(line["step"]), {})
-    values = {name: float(value) for name, value in line.items() if name != "step" and value is not None}
-    return {
-        name: value
-        for name, value in values.items()
-        if plain_name(name) not in has or not (name.startswith("perf/") or value in has[plain_name(name)])
-    }
+            self._save_state(samples=len(rows))
 
 
 def end_previous(
@@ -309,7 +267,7 @@ def end_previous(
     for one in in_mlflow:
         one.previous = previous
         if before is not None and not os.path.lexists(folder / TRACKING):
-            one.take_over(before)
+            one.supersede(before)
     if before is not None and not in_mlflow:
         previous.end_all(before, folder)
     return previous

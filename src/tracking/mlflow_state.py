@@ -1,6 +1,19 @@
 """tracking.json: what of a folder MLflow has, and which runs the folder had before.
 
 It may be wrong: damaged, or older or newer than the store, which somebody may have restored, emptied or lost.
+
+    uri, run_id        the store, as files have its address, and the run there; null before it was begun
+    lines, samples     how many lines of metrics and how many samples of a run were delivered
+    points             values that MLflow has of lines that were cut off since, see `mlflow_points`
+    history, counts    how many values of a sweep were delivered, and the last numbers of trials by state
+    judged, trials     metric and direction of a sweep; run and state of each trial that is nested under it
+    files              size and time of change of each file that was uploaded
+    ended, running     the end that was delivered, or null; false: MLflow says that the run ended, and it resumed
+    params, tags, inputs, former, table    whether, or for which version, this part was delivered
+    replaced           runs here that this one replaces, still to be ended
+    elsewhere          the same in other stores, each with uri and run_id
+    creating, retried  a run was asked for and no answer came; so there may be a second one, to be removed
+    doubtful           what the store has must be looked up before anything is delivered
 """
 
 from __future__ import annotations
@@ -31,7 +44,7 @@ TRACKING_KEYS: Mapping[str, Types] = {
     "judged": list,
 }
 RUN_ID = re.compile(r"[a-zA-Z0-9][\w\-]{0,255}", re.ASCII)
-"""A run's id, by the rule of MLflow's."""
+"""The form of a run's id in MLflow."""
 PreviousRun = tuple[str, str]
 """A run that a folder had before: its store's address as files have it, and its id there."""
 
@@ -43,7 +56,7 @@ def read_tracking(folder: Path) -> dict[str, Any]:
         FileNotFoundError: where there is none.
         DamagedFileError: where it can't be read.
     """
-    state = read_json(folder / TRACKING, TRACKING_KEYS, may_lack=[key for key in TRACKING_KEYS if key != "uri"])
+    state = read_json(folder / TRACKING, TRACKING_KEYS, optional=[key for key in TRACKING_KEYS if key != "uri"])
     try:
         _check_points(state.get("points", {}))
         if any(state.get(name, 0) < 0 for name in ("lines", "samples", "history")):

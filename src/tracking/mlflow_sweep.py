@@ -13,11 +13,11 @@ from typing import Any
 from src.config.frozen import CONFIG, SWEEP, read_status
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
-from src.records import Line, Types, check_keys, check_times, damaged, read_json, read_lines, read_yaml
+from src.records import LogLine, Types, check_keys, check_times, damaged, read_json, read_lines, read_yaml
 from src.tracking.exporters import SWEEP_EXPORTERS, DeliveryError
 from src.tracking.folder_exporter import exhaust
 from src.tracking.lock import hold
-from src.tracking.mlflow_client import KILLED, STATES
+from src.tracking.mlflow_client import KILLED, MLFLOW_STATES
 from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_names import flat, milliseconds
 from src.tracking.mlflow_run import MlflowRunExporter
@@ -42,12 +42,14 @@ class MlflowSweepExporter(MlflowExporter):
     be over because none holds it, what the store has of each trial is looked at, and not only of those that lack some.
     """
 
+    main_file = "trials.jsonl"
+
     @property
     def _run_name(self) -> str:
         return self._sweep["name"]
 
     @property
-    def _began(self) -> str:
+    def _recorded_start(self) -> str:
         return self._sweep["started"]
 
     @property
@@ -55,15 +57,11 @@ class MlflowSweepExporter(MlflowExporter):
         return {"towline.sweep": self._run_name}
 
     @property
-    def _log_name(self) -> str:
-        return "trials.jsonl"
-
-    @property
-    def _says_too_much(self) -> bool:
+    def _exceeds_folder(self) -> bool:
         return self._num_delivered > len(self._sweep["history"])
 
-    def _is_believable(self, run: Any) -> bool:
-        return not self._says_too_much and super()._shows_last_values(run)
+    def _matches_store(self, run: Any) -> bool:
+        return not self._exceeds_folder and super()._shows_last_values(run)
 
     def _shows_last_values(self, run: Any) -> bool:
         """Return True: where trials were run again, an older value may be dated later than the one of now."""
@@ -107,17 +105,17 @@ class MlflowSweepExporter(MlflowExporter):
             replaced = [*self._state.get("replaced", []), *([] if self.run_id is None else [self.run_id])]
             self._state = {"uri": self.stored_uri, "run_id": None, "replaced": replaced} | kept
         super()._connect()
-        self._remember(judged=self._judged)
+        self._save_state(judged=self._judged)
 
     def _deliver_folder(self) -> Iterator[None]:
         sweep = self._sweep
         version = f"{sweep['state']} {sweep['updated']}"
-        state = STATES.get(sweep["state"], KILLED if self._is_over else None)
+        state = MLFLOW_STATES.get(sweep["state"], KILLED if self._is_over else None)
         if state is not None:  # first: whatever else does not arrive, a sweep that is over must not say RUNNING
             self._deliver_once("ended", lambda: self._run.set_ended(state, sweep["updated"]), version)
         elif self._state.get("ended"):  # it was resumed
             self._run.set_running()
-            self._remember(ended=None)
+            self._save_state(ended=None)
         self._deliver_once("former", self._end_earlier_sweep)
         self._deliver_once("params", lambda: self._log_search(sweep))
         self._log_history(sweep)
@@ -133,7 +131,7 @@ class MlflowSweepExporter(MlflowExporter):
         counts = {name: {float(value)} for name, value in (self._state.get("counts") or {}).items()}
         return {name: {float(several[-1])} for name, several in values.items() if several} | counts
 
-    def _look_up(self, client: Any, run: Any) -> dict[str, Any]:
+    def _query_store(self, client: Any, run: Any) -> dict[str, Any]:
         """Return the counts that the store has; values are dated by themselves, so that a repeat is no second point."""
         has = run.data.metrics
         names = self._counts(self._sweep)
@@ -141,7 +139,7 @@ class MlflowSweepExporter(MlflowExporter):
 
     def _end_earlier_sweep(self) -> None:
         """End runs of a sweep that was in this folder before: it was begun anew, so no process trains them."""
-        folder, before = str(self.folder.resolve()), milliseconds(self._began)
+        folder, before = str(self.folder.resolve()), milliseconds(self._recorded_start)
         if "'" in folder or "%" in folder:
             return
         running = f"attributes.status = 'RUNNING' and attributes.start_time < {before}"
@@ -165,7 +163,7 @@ class MlflowSweepExporter(MlflowExporter):
                 for name in ("value", "best")
                 if trial[name] is not None
             )
-            self._remember(history=first + len(some))
+            self._save_state(history=first + len(some))
 
     def _counts(self, sweep: Mapping[str, Any]) -> dict[str, int]:
         return {f"trials_{state.lower()}": sweep["counts"].get(state, 0) for state in COUNTED}
@@ -228,7 +226,7 @@ class MlflowSweepExporter(MlflowExporter):
             return
         with hold(folder):
             config: MlflowConfig = replace(self._config, **{key: own[key] for key in OF_A_TRIAL if key in own})
-            trial = MlflowRunExporter(config, folder, within=self, is_over=True, warn=self.warn_once)
+            trial = MlflowRunExporter(config, folder, parent=self, is_over=True, warn=self.warn_once)
             exhaust(trial.deliver())
 
     def _tie(self, trial: Mapping[str, Any], folder: Path) -> None:
@@ -236,9 +234,9 @@ class MlflowSweepExporter(MlflowExporter):
         state, number = self._tracking(folder), str(trial["number"])
         if not self._is_here(state) or not state or not state.get("run_id"):
             return
-        said = {"run_id": state["run_id"], "state": read_status(folder).get("state")}
+        tied = {"run_id": state["run_id"], "state": read_status(folder).get("state")}
         known = self._state.get("trials", {})
-        if known.get(number) == said:
+        if known.get(number) == tied:
             return
         if reason := holds_another(folder, trial["config"]):
             raise DamagedFileError(f"{folder} is not the folder of trial {number}: {reason}. Rename it back")
@@ -249,11 +247,11 @@ class MlflowSweepExporter(MlflowExporter):
                 "towline.trial": number,
                 "towline.identity": trial["identity"],
                 "towline.setting": trial["setting"],
-                "towline.state": said["state"],
+                "towline.state": tied["state"],
             },
-            run_id=said["run_id"],
+            run_id=tied["run_id"],
         )
-        self._remember(trials=known | {number: said})
+        self._save_state(trials=known | {number: tied})
 
     @staticmethod
     def _tracking(folder: Path) -> dict[str, Any] | None:
@@ -291,13 +289,13 @@ def _tracking_of(folder: Path) -> dict[str, Any]:
     own = read_yaml(file).get("tracking", {})
     try:
         check_keys({"tracking": own}, {"tracking": dict})
-        check_keys(own, {"type": str, **OF_A_TRIAL}, may_lack=("type", *OF_A_TRIAL))
+        check_keys(own, {"type": str, **OF_A_TRIAL}, optional=("type", *OF_A_TRIAL))
     except ValueError as error:
         raise damaged(file, f"tracking: {error}", "Restore it from a copy.") from error
     return dict(own)
 
 
-def _read_trials(folder: Path, name: str) -> list[Line]:
+def _read_trials(folder: Path, name: str) -> list[LogLine]:
     return read_lines(folder / name, _check_trial)
 
 

@@ -24,7 +24,7 @@ from src.config import trust
 from src.config.frozen import CONFIG, STARTS, STATUS, read_status
 from src.errors import DamagedFileError, Interrupted, Pruned, report
 from src.records import Digest, file_digest
-from src.tracking.folder_start import Start, make_room, resume_command
+from src.tracking.folder_start import SUMMARY, Start, make_room, resume_command
 from src.tracking.lock import process_identity
 from src.tracking.step_logs import STEP_LOGS, LogDigest, read_step_log
 from src.util import finite, write_atomically, write_json
@@ -150,8 +150,8 @@ class RunFolder:
             "how_to_go_on": None if error is None else resume_command(self.path),
             "ended": now(),
         }
-        if error is None and (self.path / "summary.json").is_file():
-            ended["summary"] = file_digest(self.path / "summary.json")
+        if error is None and (self.path / SUMMARY).is_file():
+            ended["summary"] = file_digest(self.path / SUMMARY)
         if self._finished is not None and not self._logs:  # nothing was changed yet: it is as finished as before
             self.step, self.num_steps, ended = self._finished["step"], None, dict(self._finished)
         try:

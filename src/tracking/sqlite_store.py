@@ -27,7 +27,7 @@ LOCKED_SECONDS = 2.0
 COMPANIONS = ("-journal", "-wal", "-shm")
 """Files that SQLite keeps next to a database; one that belongs to another database would destroy this one."""
 BROKEN_OFF = "_alembic_tmp_"
-"""What the tables are called that a migration copies to."""
+"""How the names of the tables begin that a migration copies to."""
 
 AWAY = "or move it away: what MLflow lacks is then delivered to a new one"
 
@@ -48,7 +48,7 @@ class SqliteStore:
     """The file of a SQLite URI.
 
     Args:
-        warn: takes what was done to a file that could not be used.
+        warn: called with what was done to a file that could not be used.
         check: called again and again while another process is waited for, and before the file is made; raises where
             nobody waits for it any more.
     """
@@ -84,7 +84,7 @@ class SqliteStore:
         try:
             found = self._inspect_file()
             if found.is_empty or found.fault:
-                self._mend()
+                self._make_anew()
             self._try_to_write()
             status = self.file.stat()
         except OSError as error:
@@ -121,7 +121,7 @@ class SqliteStore:
             for file in (self._part_file, _companion(self._part_file, "-journal"))
         )
 
-    def _mend(self) -> None:
+    def _make_anew(self) -> None:
         """Make the store where the file is not there or empty, or was never made whole and holds no runs."""
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - takes seconds, in which others would wait
 

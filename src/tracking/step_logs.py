@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any
 
 from src.errors import DamagedFileError
-from src.records import Digest, Line, begins_with, check_keys, damaged, read_bytes, read_lines
+from src.records import Digest, LogLine, begins_with, check_keys, damaged, read_bytes, read_lines
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 STEP_LOGS = (METRICS, SAMPLES)
@@ -71,7 +71,7 @@ def _changed_meanwhile(file: Path, reason: str) -> DamagedFileError:
     return damaged(file, reason, remedy)
 
 
-def read_step_log(path: Path, name: str) -> list[Line]:
+def read_step_log(path: Path, name: str) -> list[LogLine]:
     """Return the lines of a run's metrics.jsonl or samples.jsonl, without a last one that was not finished.
 
     Raises:
@@ -96,6 +96,16 @@ def _check_sample(line: dict[str, Any], before: dict[str, Any] | None) -> None:
     check_keys(line, {"step": int, "prompt": str, "text": str})
     if line["step"] < (before["step"] if before else 0):
         raise ValueError(f"step {line['step']} comes after step {before['step'] if before else 0}")
+
+
+def metrics_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a line by name, without those that are null."""
+    return {name: value for name, value in line.items() if name != "step" and value is not None}
+
+
+def is_timing(name: str) -> bool:
+    """Return whether a metric is a time or a speed, which no two runs have alike."""
+    return name.startswith("perf/")
 
 
 def metrics_at(path: Path, step: int | None) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ POINT_KEYS: Mapping[str, Types] = {
     **dict.fromkeys(("value", "best"), (*NUMBER, type(None))),
     "elapsed_seconds": NUMBER,
 }
-"""Of an entry of `history`: a trial that finished, in the order in which they did."""
+"""Keys of an entry of `history`: a trial that finished, in the order in which they did."""
 
 
 def read_sweep(folder: Path, more: Mapping[str, Types] | None = None, remedy: str = "") -> dict[str, Any]:
@@ -41,7 +41,7 @@ def read_sweep(folder: Path, more: Mapping[str, Types] | None = None, remedy: st
         for number, point in enumerate(content["history"]):
             _check_point(point, number)
         _check_counts(content["counts"])
-        check_keys(content, {"signatures": list}, may_lack=("signatures",))
+        check_keys(content, {"signatures": list}, optional=("signatures",))
     except ValueError as error:
         raise damaged(folder / SWEEP, str(error), remedy) from error
     return content

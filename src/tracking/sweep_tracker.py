@@ -1,4 +1,4 @@
-"""What a sweep knows of its tracker: the folder is the truth, exporters deliver it by themselves."""
+"""Delivery of a sweep: its folder is the truth, exporters deliver it in a thread."""
 
 from __future__ import annotations
 
@@ -8,29 +8,14 @@ from pathlib import Path
 
 from src.config.schema import TrackingConfig
 from src.tracking.console import Console
-from src.tracking.export_thread import AT_THE_END, ExportThread
+from src.tracking.export_thread import END_OF_RUN, ExportThread
 from src.tracking.exporters import SWEEP_EXPORTERS
 from src.tracking.mlflow_state import tracked_before
 from src.tracking.tracker import start_exporters, sync_command
 
 
-class SweepTracker:
-    """Built by `open_sweep_tracking`. Without exporters it does nothing."""
-
-    def __init__(self, exports: ExportThread) -> None:
-        self._exports = exports
-
-    def ready(self) -> None:
-        """Wait until the store is there, before trials open it; for a server that is slow or gone, a second."""
-        self._exports.connect()
-
-    def notify(self) -> None:
-        """Deliver what changed in the folder or a trial's, in the thread; returns at once."""
-        self._exports.notify()
-
-
 @contextmanager
-def open_sweep_tracking(config: TrackingConfig, folder: Path, console: Console) -> Iterator[SweepTracker]:
+def open_sweep_tracking(config: TrackingConfig, folder: Path, console: Console) -> Iterator[ExportThread]:
     """Follow a sweep to its end, however it ends, in a folder that is held and has its sweep.json.
 
     What sweep.json says when the block is left is how the sweep ended.
@@ -39,9 +24,9 @@ def open_sweep_tracking(config: TrackingConfig, folder: Path, console: Console) 
     exporters = [SWEEP_EXPORTERS[config.type](config, folder, warn=console.warn)] if is_exported else []
     exports = start_exporters(exporters, folder, before=tracked_before(folder), warn=console.warn)
     try:
-        yield SweepTracker(exports)
+        yield exports
     finally:
-        for left in exports.close(AT_THE_END, console.working):
+        for left in exports.close(END_OF_RUN, console.working):
             console.warn(
                 f"{left}.\nEverything is in {folder}; to deliver it later, repeat the same command, or "
                 f"{sync_command(folder)}"

@@ -17,21 +17,21 @@ from src.config.schema import TrackingConfig
 from src.metrics import greater_is_better
 from src.tracking import mlflow_run, mlflow_sweep  # noqa: F401 - they register the exporters
 from src.tracking.console import Console
-from src.tracking.export_thread import AT_THE_END, TO_THE_END, WHEN_STOPPED, ExportThread
+from src.tracking.export_thread import AFTER_STOP, END_OF_RUN, UNTIL_DELIVERED, ExportThread
 from src.tracking.exporters import EXPORTERS, Exporter
-from src.tracking.folder_start import Start
+from src.tracking.folder_start import SUMMARY, Start
 from src.tracking.line_exporter import state_file
 from src.tracking.lock import hold
 from src.tracking.mlflow_run import end_previous
 from src.tracking.mlflow_state import TRACKING, tracked_before
 from src.tracking.run_folder import RunFolder, open_run_folder
-from src.tracking.step_logs import METRICS, SAMPLES
+from src.tracking.step_logs import METRICS, SAMPLES, metrics_of
 
 UNSHOWN = ("best/", "tokens/")
 """Metrics that summary.json has and the table at the end of a run leaves out."""
 
 
-class StepLike(Protocol):
+class LoggedStep(Protocol):
     """What is shown and written of a training step."""
 
     @property
@@ -46,23 +46,25 @@ class StepLike(Protocol):
     @property
     def tokens_per_second(self) -> float: ...
 
-    def collect(self) -> dict[str, float]: ...
+    def pop_metrics(self) -> dict[str, float]: ...
 
 
 @dataclass
-class Line:
+class MetricsLine:
     """What is measured and sampled after a step."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     samples: Sequence[Any] = ()
 
 
-class Tracker(Protocol):
-    """What a run logs to. What was logged is written when a method returns; by default nothing is."""
+class Tracker:
+    """What a run logs to. This one keeps and shows nothing: the tracker of a process that is not the first.
 
-    console: Console
-    cut_line: dict[str, Any] | None = None
-    """The line of metrics of the step that is repeated, as it was; see `rewind_to`."""
+    What was logged is written when a method returns.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
 
     @property
     def tracker_run_id(self) -> str | None:
@@ -76,56 +78,53 @@ class Tracker(Protocol):
 
     def sync(self) -> None:
         """Flush all that was logged to the disk."""
-        return
 
     def journal_before(self, step: int) -> dict[str, dict[str, Any]]:
         """Return size and checksum of what was logged of earlier steps, by which a damaged log is noticed."""
         return {}
 
-    def record(self, name: str, content: Mapping[str, Any]) -> None:
+    def write_file(self, name: str, content: Mapping[str, Any]) -> None:
         """Keep a whole file, such as provenance.json."""
-        return
 
-    def record_once(self, name: str, content: Mapping[str, Any]) -> None:
+    def write_file_once(self, name: str, content: Mapping[str, Any]) -> None:
         """Keep a whole file, unless an earlier start of this run did."""
-        return
 
-    def describe(self, overview: Mapping[str, str]) -> None:
+    def show_overview(self, overview: Mapping[str, str]) -> None:
         """Show what was assembled."""
-        return
 
-    def warn(self, warnings: Sequence[str]) -> None:
+    def warn(self, *warnings: str) -> None:
         """Show warnings."""
-        return
 
-    def expect(self, num_steps: int, steps_per_epoch: int | None) -> None:
+    def set_length(self, num_steps: int, steps_per_epoch: int | None) -> None:
         """Record how long the run will be; steps_per_epoch is None where that is unknown."""
-        return
 
-    def progress(self, step: StepLike, num_steps: int, logging_steps: int) -> None:
-        """Show how far training is."""
-        return
+    def progress(self, step: LoggedStep, num_steps: int, *, is_logged: bool) -> None:
+        """Show how far training is.
 
-    def rewind_to(self, step: int, *, is_end: bool) -> list[dict[str, Any]]:
+        Args:
+            is_logged: whether the step has a line where only some are printed.
+        """
+
+    def rewind_to(self, step: int, *, is_end: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         """Cut metrics and samples that will be produced again: of later steps, and of this one if it is incomplete.
 
         Args:
             is_end: whether it is the run's last step, or was; it is complete only when the run is.
-        Returns: the lines of metrics that stay.
+        Returns: the lines of metrics that stay, and the one of this step that was cut off.
         """
-        return []
+        return [], None
 
     @contextmanager
-    def line(self, step: StepLike, *, due: bool) -> Iterator[Line]:
+    def line(self, step: LoggedStep, *, due: bool) -> Iterator[MetricsLine]:
         """Collect what is measured and sampled after a step; it is written when the block ends.
 
         Args:
             due: whether there is a line of metrics even if nothing was measured.
         """
-        line = Line()
+        line = MetricsLine()
         yield line
         if line.metrics or due:
-            step.collect()
+            step.pop_metrics()  # the sums begin anew here too: checkpoints hold them
 
     def finish(
         self,
@@ -144,24 +143,16 @@ class Tracker(Protocol):
         return {}
 
 
-class NullTracker(Tracker):
-    """Keeps and shows nothing: the tracker of a process that is not the first."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-
 class FolderTracker(Tracker):
     """Keeps a run in its folder and shows it in the terminal. Built by `open_tracking`."""
 
     def __init__(self, folder: RunFolder, console: Console, exports: ExportThread) -> None:
-        self.console = console
+        super().__init__(console)
         self._folder = folder
         self._exports = exports
         self._started = time.monotonic()
         self._last: dict[str, float] = {}
         self._best: dict[str, float] = {}
-        self.cut_line = None
 
     @property
     def folder(self) -> Path:
@@ -181,56 +172,54 @@ class FolderTracker(Tracker):
     def journal_before(self, step: int) -> dict[str, dict[str, Any]]:
         return self._folder.journal_before(step)
 
-    def record(self, name: str, content: Mapping[str, Any]) -> None:
+    def write_file(self, name: str, content: Mapping[str, Any]) -> None:
         self._folder.write_json(name, content)
         self._exports.notify()
 
-    def record_once(self, name: str, content: Mapping[str, Any]) -> None:
+    def write_file_once(self, name: str, content: Mapping[str, Any]) -> None:
         if not (self.folder / name).exists():
-            self.record(name, content)
+            self.write_file(name, content)
 
-    def describe(self, overview: Mapping[str, str]) -> None:
+    def show_overview(self, overview: Mapping[str, str]) -> None:
         for label, text in overview.items():
             self.console.label(label, text)
         for exporter in self._exports.exporters:
             self.console.label("tracking", f"{exporter.name}, {exporter.where}")
         self.console.say()
 
-    def warn(self, warnings: Sequence[str]) -> None:
+    def warn(self, *warnings: str) -> None:
         for warning in warnings:
             self.console.warn(warning)
 
-    def expect(self, num_steps: int, steps_per_epoch: int | None) -> None:
+    def set_length(self, num_steps: int, steps_per_epoch: int | None) -> None:
         self._folder.num_steps, self._folder.steps_per_epoch = num_steps, steps_per_epoch
 
-    def progress(self, step: StepLike, num_steps: int, logging_steps: int) -> None:
+    def progress(self, step: LoggedStep, num_steps: int, *, is_logged: bool) -> None:
         self._folder.step = step.number
-        logged = step.number % logging_steps == 0 or step.number == num_steps
-        self.console.progress(step.number, num_steps, step.loss, step.lr, step.tokens_per_second, logged=logged)
+        self.console.progress(step.number, num_steps, step.loss, step.lr, step.tokens_per_second, logged=is_logged)
 
-    def rewind_to(self, step: int, *, is_end: bool) -> list[dict[str, Any]]:
+    def rewind_to(self, step: int, *, is_end: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         is_complete = not is_end and any(line["step"] == step for line in self._folder.lines(METRICS))
         last = step if is_complete else step - 1
         self._folder.announce_cut(last)
         self._folder.cut(SAMPLES, last)
         kept, cut = self._folder.cut(METRICS, last)
-        self.cut_line = next((line for line in cut if line["step"] == step), None)
         self._exports.rewind(len(kept), cut)
         for line in kept:
-            self._note({name: value for name, value in line.items() if name != "step" and value is not None})
+            self._note(metrics_of(line))
         self._started -= self._last.get("perf/elapsed_seconds", 0.0)
         self._folder.step = step
         self._folder.set_status()  # before lines are added again: what it says of the logs must not be older than they
-        return kept
+        return kept, next((line for line in cut if line["step"] == step), None)
 
     @contextmanager
-    def line(self, step: StepLike, *, due: bool) -> Iterator[Line]:
-        line = Line()
+    def line(self, step: LoggedStep, *, due: bool) -> Iterator[MetricsLine]:
+        line = MetricsLine()
         yield line
         for sample in line.samples:  # before the line of metrics, which says that the step is complete
             self._folder.append(SAMPLES, sample.as_dict())
         if line.metrics or due:
-            self.log(step.number, step.collect() | line.metrics)
+            self.log(step.number, step.pop_metrics() | line.metrics)
         self.console.samples(line.samples)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -260,12 +249,12 @@ class FolderTracker(Tracker):
     ) -> dict[str, float]:
         self._folder.check_step_logs()
         summary = self._last | self._best | dict(totals)
-        self._folder.write_json("summary.json", summary)
+        self._folder.write_json(SUMMARY, summary)
         self._folder.set_status(model=exported, base=base)
         self.console.say()
         self.console.table({name: value for name, value in summary.items() if not name.startswith(UNSHOWN)})
         self.console.say()
-        for what, name in (("model", "model"), ("numbers", "summary.json"), ("samples", SAMPLES)):
+        for what, name in (("model", "model"), ("numbers", SUMMARY), ("samples", SAMPLES)):
             self.console.label(what, str(self._folder.path / name))
         return summary
 
@@ -286,7 +275,7 @@ def open_tracking(
         exports = start_exporters(exporters, run_dir, before=before, waits=is_known, warn=console.warn)
         folder.at_end.append(lambda: _close(exports, folder, console))
         tracker = FolderTracker(folder, console, exports)
-        tracker.warn(folder.warnings)
+        tracker.warn(*folder.warnings)
         yield tracker
 
 
@@ -310,7 +299,7 @@ def start_exporters(
 
 def _close(exports: ExportThread, folder: RunFolder, console: Console) -> None:
     is_stopped = read_status(folder.path).get("state") == "PREEMPTED"
-    for left in exports.close(WHEN_STOPPED if is_stopped else AT_THE_END, console.working):
+    for left in exports.close(AFTER_STOP if is_stopped else END_OF_RUN, console.working):
         by_sync = f"{sync_command(folder.path)}, or " if left.can_be_synced else ""
         console.warn(
             f"{left}.\nEverything is in {folder.path}; to deliver it later: {by_sync}the same command with "
@@ -342,5 +331,5 @@ def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> 
     with hold(run_dir):
         exporter = EXPORTERS[config.type](config, run_dir, is_over=True, warn=console.warn)
         exports = start_exporters([exporter], run_dir, warn=console.warn)
-        for left in exports.close(TO_THE_END, console.working):
+        for left in exports.close(UNTIL_DELIVERED, console.working):
             console.warn(f"{left}; to try again: {sync_command(run_dir) if left.can_be_synced else 'the same command'}")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.exported import base_digests, exported_start, starting_model
+from src.checkpoint.exported import base_digests, init_from_folder, with_init_from_model
 from src.checkpoint.locate import newest_weights
 from src.checkpoint.store import read_snapshot
-from src.config.gate import parse
+from src.config.gate import parse_stored
 from src.config.job import Job
 from src.config.options import PROJECT_ROOT
 from src.config.schema import RunConfig
@@ -22,21 +22,20 @@ from src.errors import CheckpointError, ModelError
 from src.model.adapters import Adapter, add_adapter
 from src.model.build import build_model, set_generation, with_zero_sizes
 from src.model.embeddings import (
-    StartedRows,
+    InitialisedRows,
     TokenMonitor,
-    check_new_rows,
+    reread_rows,
     resize_and_initialise,
-    with_present_rows,
 )
-from src.model.unlearned import unlearned_tokens
+from src.model.untrained import untrained_tokens
 from src.runtime.launch import num_processes
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
-from src.tokens import NewTokens
+from src.tokens import ConfiguredTokens
 from src.tracking.provenance import provenance
 from src.tracking.tracker import Tracker
-from src.training.optim import cannot_learn
+from src.training.optim import warmup_warnings
 from src.training.resume import ResumePoint, tokenizer_hash
 from src.training.state import TrainState
 
@@ -46,26 +45,26 @@ def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[t
     """Start computing; yield the runtime, and the first process's job and resume point, which count in all of them.
 
     Raises:
-        TowlineError: where the device or the precision can't be had.
+        TowlineError: where the device or the precision is not available.
     """
-    asked = job.config
-    settings = deepspeed_settings(with_zero_sizes(asked), num_processes())
-    with start_runtime(asked.runtime, asked.training.mixed_precision, asked.seed, stop, settings) as runtime:
+    config = job.config
+    settings = deepspeed_settings(with_zero_sizes(config), num_processes())
+    with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop, settings) as runtime:
         frozen, run_dir, found = runtime.from_main((job.frozen, job.run_dir, found))
-        config = starting_model(asked if frozen is job.frozen else parse(frozen))
+        config = with_init_from_model(config if frozen is job.frozen else parse_stored(frozen))
         with nullcontext() if config.data.cache_dir is not None else runtime.shared_folder() as folder:
             if folder is not None:
                 config = replace(config, data=replace(config.data, cache_dir=str(folder)))
             yield runtime, replace(job, config=config, frozen=frozen, run_dir=run_dir), found
 
 
-def record_origin(tracker: Tracker, job: Job, runtime: Runtime) -> dict[str, Any]:
-    """Keep where the run comes from and DeepSpeed's settings in its folder; return the provenance."""
-    made = provenance(job.frozen, file_hashes(job.config.data), runtime.description, PROJECT_ROOT)
-    tracker.record_once("provenance.json", made)
+def record_provenance(tracker: Tracker, job: Job, runtime: Runtime) -> dict[str, Any]:
+    """Write the run's provenance and DeepSpeed's settings into its folder; return the provenance."""
+    content = provenance(job.frozen, file_hashes(job.config.data), runtime.description, PROJECT_ROOT)
+    tracker.write_file_once("provenance.json", content)
     if (settings := deepspeed_settings(with_zero_sizes(job.config), runtime.num_processes)) is not None:
-        tracker.record("deepspeed.json", settings)
-    return made
+        tracker.write_file("deepspeed.json", settings)
+    return content
 
 
 @dataclass(frozen=True)
@@ -74,32 +73,17 @@ class Assembled:
 
     model: Any
     tokenizer: Any
-    new_tokens: NewTokens
+    new_tokens: ConfiguredTokens
     adapter: Adapter | None
-    started: StartedRows
+    initialised: InitialisedRows
     """The rows that new tokens start from."""
     base: Mapping[str, Any] | None
     """Size and checksum of each file of the local model that the adapter is trained on."""
 
-    def load_initial(self, state: TrainState, runtime: Runtime, config: RunConfig) -> list[str]:
-        """Check that the new rows have survived wrapping, and load the checkpoint of `init_from`; return warnings.
 
-        Raises:
-            CheckpointError: where the checkpoint does not fit the model.
-        """
-        check_new_rows(state.model, self.started)
-        if config.init_from is None or exported_start(config) is not None:
-            return []
-        checkpoint, warnings = newest_weights(Path(config.init_from))
-        kept = read_snapshot(checkpoint)
-        if kept.state["facts"]["tokenizer"] != tokenizer_hash(self.tokenizer):
-            raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
-        state.restore_weights(kept.weights, runtime)
-        state.token_monitor = TokenMonitor(state.model, state.token_monitor.ids)
-        return warnings
-
-
-def assemble_model(config: RunConfig, tokenizer: Any, new_tokens: NewTokens, data: Data, runtime: Runtime) -> Assembled:
+def assemble_model(
+    config: RunConfig, tokenizer: Any, new_tokens: ConfiguredTokens, data: Data, runtime: Runtime
+) -> Assembled:
     """Load the model, quantised where asked; resize and initialise its embeddings, and add the adapter.
 
     Raises:
@@ -109,12 +93,12 @@ def assemble_model(config: RunConfig, tokenizer: Any, new_tokens: NewTokens, dat
     base = base_digests(config.model.checkpoint) if has_base else None
     model = build_model(config, runtime.device)
     set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
-    unlearned = unlearned_tokens(model, tokenizer, new_tokens, config.model)
-    started = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, unlearned)
-    adapter = add_adapter(model, config, list(started.ids.values()))
+    untrained = untrained_tokens(model, tokenizer, new_tokens, config.model)
+    initialised = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, untrained)
+    adapter = add_adapter(model, config, list(initialised.ids.values()))
     if _load_initial_adapter(adapter, tokenizer, config):
-        started = with_present_rows(model, started)
-    return Assembled(model, tokenizer, new_tokens, adapter, started, base)
+        initialised = reread_rows(model, initialised)
+    return Assembled(model, tokenizer, new_tokens, adapter, initialised, base)
 
 
 def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> bool:
@@ -123,7 +107,7 @@ def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunCo
     Raises:
         ModelError: where it does not fit the model.
     """
-    folder = exported_start(config)
+    folder = init_from_folder(config)
     if folder is None or not (folder / "adapter_config.json").exists():
         return False
     if adapter is None:
@@ -131,14 +115,33 @@ def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunCo
             f"init_from: {folder} is an adapter, so it needs one here too (adapter=lora); "
             "a run with export.merge=true exports whole weights"
         )
-    saved, _ = load_tokenizer(replace(config.model, checkpoint=str(folder), revision=None), config.tokens)
+    saved, _ = load_tokenizer(config.model.pretrained_at(folder), config.tokens)
     if tokenizer_hash(saved) != tokenizer_hash(tokenizer):
         raise ModelError(f"init_from: the tokens of {folder} have other ids than here")
     adapter.load(folder)
     return True
 
 
-def warnings_ahead(config: RunConfig, data: Data, tokenizer: Any, state: TrainState) -> list[str]:
+def load_initial_weights(state: TrainState, tokenizer: Any, runtime: Runtime, config: RunConfig) -> list[str]:
+    """Load the weights of the checkpoint that `init_from` names, if it names one; return warnings.
+
+    A whole model or an adapter that it names is loaded earlier, where the model is built.
+
+    Raises:
+        CheckpointError: where the checkpoint does not fit the model.
+    """
+    if config.init_from is None or init_from_folder(config) is not None:
+        return []
+    checkpoint, warnings = newest_weights(Path(config.init_from))
+    snapshot = read_snapshot(checkpoint)
+    if snapshot.state["facts"]["tokenizer"] != tokenizer_hash(tokenizer):
+        raise CheckpointError(f"init_from: the tokens of {checkpoint} have other ids than here")
+    state.restore_weights(snapshot.weights, runtime)
+    state.token_monitor = TokenMonitor(state.model, state.token_monitor.ids)
+    return warnings
+
+
+def data_warnings(config: RunConfig, data: Data, tokenizer: Any, state: TrainState) -> list[str]:
     """Return what about the data and the schedule will likely make the training worse than it could be."""
     found = [one.text for one in advice(config, data, tokenizer) if one.level is not Level.note]
-    return [*found, *cannot_learn(config.scheduler, state.num_steps)]
+    return [*found, *warmup_warnings(config.scheduler, state.num_steps)]

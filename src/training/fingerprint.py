@@ -17,10 +17,10 @@ from src.training.resume import tokenizer_hash
 from src.training.state import TrainState
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "numpy")
-"""Whose versions may change how numbers are rounded."""
+"""Libraries whose versions may change how numbers are rounded."""
 
 NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
-"""Settings of a model that say nothing, or that other facts and keys say."""
+"""Settings of a model that say nothing, or that another entry of the fingerprint or a key says."""
 
 
 def architecture_hash(model: Any) -> str:
@@ -35,13 +35,13 @@ def fingerprint_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runti
     return Fingerprint(
         step=state.step,
         num_steps=state.num_steps,
-        data=data.train_digest(),
+        data=data.train.digest(),
         num_rows=data.num_train_rows,
         tokenizer=tokenizer_hash(tokenizer),
         frozen_weights=tensors_digest(frozen) if frozen else None,
         device=runtime.device.type,
         num_processes=runtime.num_processes,
-        step_sequences=state.plan.batch_size * state.plan.accumulation,
+        step_sequences=state.batch_sampler.batch_size * state.batch_sampler.micro_batches_per_step,
         versions={name: metadata.version(name) for name in PACKAGES} | plugins.versions(config.plugins),
         architecture=architecture_hash(state.model),
         validation=data.validation_digest(config.evaluation.max_samples),

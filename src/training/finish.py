@@ -22,20 +22,20 @@ def export_trained(
     state: TrainState,
     built: Assembled,
     data: Data,
-    origin: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     runtime: Runtime,
     tracker: Tracker,
 ) -> dict[str, Any] | None:
     """Write model/, and return size and checksum of each of its files; None where another process writes it.
 
     Args:
-        origin: the run's provenance.
+        provenance: the run's provenance.
     Raises:
         ExportError: where what was written does not load as what was trained.
     """
     if job.config.data.streaming:
-        tracker.record("data_report.json", data.report())  # what was read is known only now
-    of_run = (data.report(), tracker.latest, origin, built.new_tokens.ids)
+        tracker.write_file("data_report.json", data.report())  # what was read is known only now
+    of_run = (data.report(), tracker.latest, provenance, built.new_tokens.ids)
     card = model_card(job.frozen, *of_run)
     adapter_card = model_card(job.frozen | {"export": {"merge": False}}, *of_run)
     gather_on_cpu(state.model, keeps=runtime.is_main)
@@ -43,5 +43,5 @@ def export_trained(
         return None
     folder = job.run_dir / "model"
     with unsharded_models():
-        tracker.warn(export(state.model, built.adapter, built.tokenizer, folder, job.config, card, adapter_card))
+        tracker.warn(*export(state.model, built.adapter, built.tokenizer, folder, job.config, card, adapter_card))
     return exported_digests(folder)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from src.config.schema import LossConfig, Reduction
 from src.data.batching import row_bounds
 from src.errors import ModelError
-from src.model.embeddings import num_rows
-from src.training.loss import Scores, score, supervised_positions
+from src.model.embeddings import num_embedding_rows
+from src.training.loss import TokenLosses, compute_losses, supervised_positions
 
 PLAIN = LossConfig(Reduction.mean, thought_weight=1.0, label_smoothing=0.0)
 PROBE_LENGTH = 12  # tokens of the short rows on which a model is probed
@@ -26,10 +26,10 @@ MOST_ROUNDED = 0.05
 sequence: the sums differ, and so does their rounding."""
 
 
-class ScoredModel(nn.Module):
+class ModelWithLoss(nn.Module):
     """A model whose forward takes ids and labels [batch, seq] and returns the losses of the labels.
 
-    An encoder-decoder also takes `target_ids` [batch, target], which its labels belong to. `thoughts`: mask of labels
+    An encoder-decoder also takes `target_ids` [batch, target], which its labels belong to. `is_thought`: mask of labels
     that are thought tokens, of the labels' shape.
     """
 
@@ -39,7 +39,7 @@ class ScoredModel(nn.Module):
         self.config = config
         self.uses_full_logits = False
         """Whether the model's own forward computes the logits, because head(hidden) would differ from them."""
-        self.num_logits = num_rows(model)
+        self.num_logits = num_embedding_rows(model)
         """Columns of the logits, to size the chunks."""
 
     def forward(
@@ -47,21 +47,21 @@ class ScoredModel(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         target_ids: Tensor | None = None,
-        thoughts: Tensor | None = None,
+        is_thought: Tensor | None = None,
         **inputs: Any,
-    ) -> Scores:
+    ) -> TokenLosses:
         inputs |= {"input_ids": input_ids, "use_cache": False}
         if target_ids is not None:
             inputs["decoder_input_ids"] = shifted(target_ids, self.model.config.decoder_start_token_id)
-        ahead = target_ids is None
+        is_causal = target_ids is None
         if self.uses_full_logits:
             logits = self.model(**inputs).logits
-            picked, targets, is_thought = supervised_positions(logits, labels, thoughts, ahead=ahead)
-            return score(picked, targets, is_thought, lambda chosen: chosen, logits.shape[-1], self.config)
+            picked, targets, is_thought = supervised_positions(logits, labels, is_thought, is_causal=is_causal)
+            return compute_losses(picked, targets, is_thought, lambda chosen: chosen, logits.shape[-1], self.config)
         hidden = self.model.base_model(**inputs).last_hidden_state
         head = self.model.get_output_embeddings()
-        states, targets, is_thought = supervised_positions(hidden, labels, thoughts, ahead=ahead)
-        return score(states, targets, is_thought, head, self.num_logits, self.config)
+        states, targets, is_thought = supervised_positions(hidden, labels, is_thought, is_causal=is_causal)
+        return compute_losses(states, targets, is_thought, head, self.num_logits, self.config)
 
     @torch.no_grad()
     def probe_head(self) -> None:
@@ -95,14 +95,14 @@ class ScoredModel(nn.Module):
             self.uses_full_logits = not (torch.equal(fed, hidden) and torch.equal(given.float(), logits.float()))
 
     @torch.no_grad()
-    def check_packing(self, *, flat: bool = False) -> None:
+    def check_packing(self, *, padding_free: bool = False) -> None:
         """Check that a row packed after another has the logits that it has by itself, whatever the other is.
 
         Rows are kept apart by position_ids that begin at 0 again; an attention that ignores them would let every row
         see the ones before it, and the loss would not show it.
 
         Args:
-            flat: pass the rows' bounds to the attention, as FlashAttention's padding-free form takes them.
+            padding_free: pass the rows' bounds to the attention, as FlashAttention's padding-free form takes them.
         Raises:
             ModelError: where it has not.
         """
@@ -110,7 +110,7 @@ class ScoredModel(nn.Module):
         after_first, after_other = torch.cat([first, second], dim=1), torch.cat([second, second], dim=1)
         positions = torch.arange(PROBE_LENGTH, device=first.device)
         restarted = torch.cat([positions, positions])[None]
-        bounds = row_bounds([PROBE_LENGTH, PROBE_LENGTH], first.device) if flat else {}
+        bounds = row_bounds([PROBE_LENGTH, PROBE_LENGTH], first.device) if padding_free else {}
         training = self.training
         self.eval()
         try:
@@ -138,7 +138,7 @@ class ScoredModel(nn.Module):
 
     def _probe(self, length: int) -> Tensor:
         """Return ids that any vocabulary has, [1, length]."""
-        return torch.arange(length, device=self.model.device)[None] % num_rows(self.model)
+        return torch.arange(length, device=self.model.device)[None] % num_embedding_rows(self.model)
 
 
 def shifted(target_ids: Tensor, start_token_id: int) -> Tensor:

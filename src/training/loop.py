@@ -24,34 +24,22 @@ from src.util import listed
 class MicroBatch:
     """A micro-batch and the set that its row numbers refer to.
 
-    One that does not count only keeps this process in step with the others.
+    A filler (not `is_real`) only keeps this process in step with the others.
     """
 
     rows: EncodedSet
     batch: Batch
-    counts: bool = True
+    is_real: bool = True
 
 
-@dataclass
-class Step:
-    """An optimizer step that is done. `number` counts from 1."""
+@dataclass(frozen=True)
+class Step(StepResult):
+    """What `train` yields after each optimizer step: its result, and the sums since the last line of metrics."""
 
-    update: StepResult
     is_last: bool
     stats: StepStats = field(repr=False)
     with_objective: bool = False
-
-    @property
-    def number(self) -> int:
-        return self.update.number
-
-    @property
-    def epoch(self) -> int:
-        return self.update.epoch
-
-    @property
-    def lr(self) -> float:
-        return self.update.lr
+    """Whether the objective differs from the loss, so that its mean is a metric of its own."""
 
     @property
     def loss(self) -> float:
@@ -64,22 +52,18 @@ class Step:
     @property
     def warnings(self) -> list[str]:
         """Why the run can't learn, where the first step shows it."""
-        if self.number > 1 or self.update.grad_norm != 0:
+        if self.number > 1 or self.grad_norm != 0:
             return []
         return [
             "no trained parameter got a gradient in step 1, so nothing was learned: what is trained "
             "(adapter.target_modules) takes no part in the loss, or the loss weighs every token 0"
         ]
 
-    def is_due(self, every: int | str | None) -> bool:
-        """Return whether something that happens every N steps, or every epoch, or never (None), happens after it."""
-        return self.update.is_due(every)
-
-    def collect(self) -> dict[str, float]:
-        """Return the metrics since the last line, and reset the sums."""
+    def pop_metrics(self) -> dict[str, float]:
+        """Return the metrics since the last line, and begin new sums: called once for each line, by every process."""
         means = self.stats.means(with_objective=self.with_objective)
         self.stats.reset()
-        return means | {"train/lr": self.update.lr, "train/grad_norm": self.update.grad_norm}
+        return means | {"train/lr": self.lr, "train/grad_norm": self.grad_norm}
 
 
 def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime, pad_token_id: int) -> Iterator[Step]:
@@ -93,25 +77,31 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
             before.
     """
     loss = config.loss
-    is_another = loss.reduction is Reduction.sum or loss.thought_weight != 1 or loss.label_smoothing > 0
+    objective_differs = loss.reduction is Reduction.sum or loss.thought_weight != 1 or loss.label_smoothing > 0
     state.rng = runtime.rng_state()
-    if state.last is not None and not state.is_over:
-        yield Step(state.last, state.step >= state.num_steps, state.stats, is_another)
-    coming = windows(rows, state.plan, config.seed, state.position)
+    if state.last_step is not None and not state.is_last_step_complete:
+        yield _last_step(state, with_objective=objective_differs)
+    coming = windows(rows, state.batch_sampler, config.seed, state.position)
     while state.step < state.num_steps:
         window = next(coming)
         started = time.perf_counter()
         batches = [
-            MicroBatch(block, collate(block, sequences, pad_token_id, flat=state.is_flat), counts)
-            for (block, sequences), counts in runtime.share(window.micro_batches)
+            MicroBatch(block, collate(block, sequences, pad_token_id, padding_free=state.is_padding_free), is_real)
+            for (block, sequences), is_real in runtime.split(window.micro_batches)
         ]
         lr, grad_norm = step_once(state, batches, config, runtime)
         seconds = time.perf_counter() - started
         state.stats.seconds += seconds
         state.train_seconds += seconds
         state.position, state.rng = window.after, runtime.rng_state()
-        state.last = StepResult(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
-        yield Step(state.last, state.step >= state.num_steps, state.stats, is_another)
+        state.last_step = StepResult(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
+        yield _last_step(state, with_objective=objective_differs)
+
+
+def _last_step(state: TrainState, *, with_objective: bool) -> Step:
+    assert state.last_step is not None
+    is_last = state.step >= state.num_steps
+    return Step(**vars(state.last_step), is_last=is_last, stats=state.stats, with_objective=with_objective)
 
 
 def step_once(
@@ -122,14 +112,15 @@ def step_once(
     Args:
         batches: this process's; every process has as many.
     """
-    state.scored.train()
-    counted = [one.batch for one in batches if one.counts]
+    state.loss_model.train()
+    real = [one.batch for one in batches if one.is_real]
+    # one exchange of all processes, also of whether one of them was asked to stop: so all stop at the same step
     num_supervised, num_thought, num_tokens, num_rows, asked = runtime.sum(
         [
-            sum(batch.num_supervised for batch in counted),
-            sum(batch.num_thought for batch in counted),
-            sum(batch.num_tokens for batch in counted),
-            sum(len(batch.rows) for batch in counted),
+            sum(batch.num_supervised for batch in real),
+            sum(batch.num_thought for batch in real),
+            sum(batch.num_tokens for batch in real),
+            sum(len(batch.rows) for batch in real),
             float(bool(runtime.stop.asked())),
         ]
     )
@@ -162,15 +153,15 @@ def _add_gradients(
         is_last = i == len(batches) - 1
         batch = one.batch.to(runtime.device)
         with runtime.strategy.accumulate(last=is_last):
-            scores = state.scored(**batch.inputs())
-            share = step_objective(scores.objective, weights, config.loss.reduction) * one.counts
+            losses = state.loss_model(**batch.inputs())
+            contribution = step_objective(losses.objective, weights, config.loss.reduction) * one.is_real
             # processes average their gradients; the step sums them
-            runtime.backward(share * runtime.num_processes, last=is_last)
-        sums.append(scores.sums() * one.counts)
-    own = torch.stack(sums, dim=1).tolist()
-    summed = runtime.sum([sum(values) for values in own])
+            runtime.backward(contribution * runtime.num_processes, last=is_last)
+        sums.append(losses.sums() * one.is_real)
+    local = torch.stack(sums, dim=1).tolist()
+    summed = runtime.sum([sum(values) for values in local])
     if not math.isfinite(summed[0]):
-        bad = [one for value, one in zip(own[0], batches, strict=True) if not math.isfinite(value)]
+        bad = [one for value, one in zip(local[0], batches, strict=True) if not math.isfinite(value)]
         raise _not_finite(f"the loss became {summed[0]}", runtime.gather(_places(bad)), state.step + 1)
     return summed
 
@@ -206,5 +197,5 @@ def _not_finite(what: str, places: Sequence[Sequence[str]], step: int) -> NonFin
     """Return the error that names the rows of all processes that led to a number that is not finite."""
     return NonFiniteLossError(
         f"{what} in step {step}. Either these rows are extreme, or a learning rate that is too high has spoilt the "
-        f"weights in the steps before:\n{listed([place for some in places for place in some])}"
+        f"weights in the steps before:\n{listed([place for of_process in places for place in of_process])}"
     )

@@ -22,7 +22,7 @@ MAX_LOGITS = 2**26
 """Logits held at once, in elements: 256 MiB in fp32."""
 
 
-class Scores(NamedTuple):
+class TokenLosses(NamedTuple):
     """The losses of a micro-batch's supervised tokens, in reading order; only the objective is attached to the graph.
 
     Args:
@@ -44,24 +44,24 @@ class Scores(NamedTuple):
 
 
 def supervised_positions(
-    hidden: Tensor, labels: Tensor, thoughts: Tensor | None = None, *, ahead: bool = True
+    hidden: Tensor, labels: Tensor, is_thought: Tensor | None = None, *, is_causal: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Select the states that predict a supervised token, these tokens, and which of them are thought tokens.
 
     Args:
         hidden: states, [batch, seq, width].
-        labels: ids, not shifted, [batch, seq]; IGNORE_INDEX is not scored.
-        thoughts: mask of labels that are thought tokens, [batch, seq].
-        ahead: whether the state at position i predicts the label at i + 1, as in a causal model, or the one at i, as
-            in a decoder whose input was shifted.
+        labels: ids, not shifted, [batch, seq]; IGNORE_INDEX is not supervised.
+        is_thought: mask of labels that are thought tokens, [batch, seq].
+        is_causal: whether the state at position i predicts the label at i + 1, as in a causal model, or the one at i,
+            as in a decoder whose input was shifted.
     Returns:
         States [supervised, width], targets [supervised] and the mask of thought tokens [supervised].
     """
-    if ahead:
+    if is_causal:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
-        thoughts = None if thoughts is None else thoughts[:, 1:]
+        is_thought = None if is_thought is None else is_thought[:, 1:]
     chosen = labels != IGNORE_INDEX
-    return hidden[chosen], labels[chosen], None if thoughts is None else thoughts[chosen]
+    return hidden[chosen], labels[chosen], None if is_thought is None else is_thought[chosen]
 
 
 def token_losses(
@@ -103,19 +103,19 @@ def token_losses(
     return torch.cat(objectives), torch.cat(nlls)
 
 
-def score(
+def compute_losses(
     states: Tensor,
     targets: Tensor,
     is_thought: Tensor | None,
     head: Callable[[Tensor], Tensor],
     num_vocabulary: int,
     config: LossConfig,
-) -> Scores:
-    """Score the supervised tokens of a micro-batch; for the arguments see token_losses."""
-    each, nll = token_losses(states, targets, head, num_vocabulary, config.label_smoothing)
+) -> TokenLosses:
+    """Compute the losses of a micro-batch's supervised tokens; for the arguments see token_losses."""
+    objectives, nll = token_losses(states, targets, head, num_vocabulary, config.label_smoothing)
     if is_thought is not None and config.thought_weight != 1:
-        each = torch.where(is_thought, config.thought_weight * each, each)
-    return Scores(each.sum(), nll.detach(), targets, is_thought)
+        objectives = torch.where(is_thought, config.thought_weight * objectives, objectives)
+    return TokenLosses(objectives.sum(), nll.detach(), targets, is_thought)
 
 
 def sum_of_weights(num_supervised: float, num_thought: float, config: LossConfig) -> float:

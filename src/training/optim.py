@@ -58,8 +58,8 @@ def build_optimizer(
     return config.build(parameter_groups(parameters, config.weight_decay, embeddings, config.embedding_lr))
 
 
-def cannot_learn(config: SchedulerConfig, num_steps: int) -> list[str]:
-    """Return why a warm-up keeps a run of so many updates from learning; nothing where it does not."""
+def warmup_warnings(config: SchedulerConfig, num_steps: int) -> list[str]:
+    """Return why a warm-up keeps a run of `num_steps` updates from learning; nothing where it does not."""
     warmup = config.num_warmup_steps(num_steps)
     if not warmup or warmup < num_steps:
         return []
@@ -82,7 +82,7 @@ def build_schedule(config: SchedulerConfig, optimizer: torch.optim.Optimizer, nu
 
 
 def restore_schedule(schedule: LambdaLR, num_updates: int) -> None:
-    """Set a schedule to where it is after so many updates; it depends on nothing else."""
+    """Set a schedule to where it is after `num_updates`; it depends on nothing else."""
     schedule.last_epoch, schedule._step_count = num_updates, num_updates + 1
     rates = [base * factor(num_updates) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):

@@ -15,7 +15,7 @@ from typing import Any
 from src.checkpoint.compatibility import (
     Change,
     Fingerprint,
-    check,
+    check_changes,
     compare_configs,
     compare_fingerprints,
     is_reordered,
@@ -29,7 +29,7 @@ from src.util import plural
 BATCH_KEYS = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ResumePoint:
     """The checkpoint that a run resumes from; empty where it begins anew."""
 
@@ -42,7 +42,7 @@ class ResumePoint:
     is_own: bool = False
     """Whether it is in the run's own folder."""
     repeats_epoch: bool = False
-    """Whether the epoch that was under way begins again, because its rows come in another order now; see `check`."""
+    """Whether the epoch that was under way begins again, because its rows come in another order now; see `checked`."""
 
     @property
     def step(self) -> int | None:
@@ -77,7 +77,7 @@ class ResumePoint:
         """Whether the run's own checkpoint was its last: its line has what belongs to the end of a run."""
         return self.own_step is not None and self.own_step >= self.state["facts"]["num_steps"]
 
-    def adjust(self, job: Job, num_processes: int, warn: Callable[[Sequence[str]], None]) -> Job:
+    def adjust(self, job: Job, num_processes: int, warn: Callable[[str], None]) -> Job:
         """Return the job whose steps take as many rows as before, where only the number of processes changed.
 
         Accumulation makes up for it. Where that does not divide, nothing is changed, and `restore` reports it.
@@ -86,51 +86,52 @@ class ResumePoint:
             return job
         before, training = self.state["facts"], job.config.training
         size = training.per_device_train_batch_size * num_processes
-        is_asked_alike = not any(change.key in BATCH_KEYS for change in self.changes)
-        accumulation, rest = divmod(before["step_sequences"], size)
-        if not is_asked_alike or rest or accumulation == training.gradient_accumulation_steps:
+        batch_keys_unchanged = not any(change.key in BATCH_KEYS for change in self.changes)
+        accumulation, remainder = divmod(before["step_sequences"], size)
+        if not batch_keys_unchanged or remainder or accumulation == training.gradient_accumulation_steps:
             return job
         if num_processes != before["num_processes"]:  # else the start that changed it has warned
             count = plural(num_processes, "process", "processes")
             warn(
-                [
-                    f"{count} instead of {before['num_processes']}: gradient_accumulation_steps is {accumulation} "
-                    f"instead of {training.gradient_accumulation_steps}, so that a step takes the same rows"
-                ]
+                f"{count} instead of {before['num_processes']}: gradient_accumulation_steps is {accumulation} "
+                f"instead of {training.gradient_accumulation_steps}, so that a step takes the same rows"
             )
         training = replace(training, gradient_accumulation_steps=accumulation)
         return replace(job, config=replace(job.config, training=training))
 
-    def check(self, data: Any, tokenizer: Any, job: Job) -> None:
-        """Check the encoded rows and the tokens, before the model is loaded, so that other ones cost nothing.
+    def checked(self, data: Any, tokenizer: Any, job: Job) -> ResumePoint:
+        """Compare the encoded rows and the tokens with the checkpoint's, before the model is loaded.
+
+        Returns:
+            The same checkpoint, and whether the epoch has to begin again.
 
         Raises:
             ConfigError: where these have changed too much since the checkpoint.
         """
         if self.checkpoint is None:
-            return
+            return self
         before = Fingerprint.from_dict(self.state["facts"])
         now = replace(
-            before, data=data.train_digest(), num_rows=data.num_train_rows, tokenizer=tokenizer_hash(tokenizer)
+            before, data=data.train.digest(), num_rows=data.num_train_rows, tokenizer=tokenizer_hash(tokenizer)
         )
         named = ", ".join(change.key for change in self.changes if change.key.startswith("data."))
         changes = [
             replace(change, why=f"{change.why}; changed: {named}") if change.key == "data" and named else change
             for change in [*self.changes, *compare_fingerprints(before, now)]
         ]
-        check(changes, allow_changed=job.config.checkpoint.allow_changed, where=str(self.checkpoint))
+        check_changes(changes, allow_changed=job.config.checkpoint.allow_changed, checkpoint=str(self.checkpoint))
         position = self.state["position"]
         was_begun = position["num_sequences"] > 0 or bool(position["block"] and position["block"]["num_blocks"])
-        self.repeats_epoch = was_begun and is_reordered(changes, job.frozen)
+        return replace(self, repeats_epoch=was_begun and is_reordered(changes, job.frozen))
 
-    def restore(self, state: Any, facts: Fingerprint, runtime: Any, config: RunConfig) -> list[str]:
+    def restore(self, state: Any, fingerprint: Fingerprint, runtime: Any, config: RunConfig) -> list[str]:
         """Restore weights, optimizer, counters and generators as they were at the checkpoint; return warnings.
 
         Where the run begins anew, processes only get random numbers that differ.
 
         Args:
             state: the TrainState, at the checkpoint's position.
-            facts: of the run that resumes.
+            fingerprint: of the run that resumes.
         Raises:
             ConfigError: where data, tokenizer or model have changed too much.
             CheckpointError: where the model has another form.
@@ -140,15 +141,17 @@ class ResumePoint:
             return []
         from src.checkpoint.store import read_snapshot
 
-        changes = compare_fingerprints(Fingerprint.from_dict(self.state["facts"]), facts)
-        warnings = check(changes, allow_changed=config.checkpoint.allow_changed, where=str(self.checkpoint))
+        changes = compare_fingerprints(Fingerprint.from_dict(self.state["facts"]), fingerprint)
+        warnings = check_changes(
+            changes, allow_changed=config.checkpoint.allow_changed, checkpoint=str(self.checkpoint)
+        )
         state.restore(read_snapshot(self.checkpoint), runtime)
         if self.repeats_epoch:
             epoch = self.state["position"]["epoch"] + 1
             warnings.append(f"the rows of epoch {epoch} come in another order, so it begins again")
         return warnings
 
-    def comparable_from(self, facts: Fingerprint, step: int, *, is_complete: bool) -> int:
+    def comparable_from(self, fingerprint: Fingerprint, step: int, *, is_complete: bool) -> int:
         """Return the first step whose evaluation is of the present rows: earlier ones don't count for the best.
 
         Args:
@@ -157,7 +160,7 @@ class ResumePoint:
         """
         if self.checkpoint is None:
             return 0
-        if Fingerprint.from_dict(self.state["facts"]).validation not in (None, facts.validation):
+        if Fingerprint.from_dict(self.state["facts"]).validation not in (None, fingerprint.validation):
             return step + 1 if is_complete else step
         return int(self.state.get("comparable_from", 0))
 
@@ -174,16 +177,15 @@ def find_resume_point(
         CheckpointError: where there are checkpoints, but none is whole, or what is there can't be read.
         ConfigError: where the configuration has changed too much.
     """
-    warnings: list[str] = []
     if force or config.resume == "never":
         return ResumePoint()
-    found, is_own = find_checkpoint(config, run_dir, warnings)
-    if found is None:
+    checkpoint, is_own, skipped = find_checkpoint(config, run_dir)
+    if checkpoint is None:
         return ResumePoint()
-    state = read_state(found)
+    state = read_state(checkpoint)
     changes = compare_configs(state["config"], frozen)
-    warnings += check(changes, allow_changed=config.allow_changed, where=str(found))
-    return ResumePoint(found, state, changes, warnings, is_own)
+    warnings = check_changes(changes, allow_changed=config.allow_changed, checkpoint=str(checkpoint))
+    return ResumePoint(checkpoint, state, changes, [*skipped, *warnings], is_own)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from src.checkpoint.compatibility import Fingerprint
@@ -19,33 +19,23 @@ from src.training.resume import ResumePoint
 from src.training.state import TrainState
 
 
+@dataclass
 class Saver:
     """Saves a run, its state and what else a resume needs. Built by `open_saver`.
 
     Args:
-        extra: what stays the same for the whole run.
+        _extra: what stays the same for the whole run.
         lines: the lines of metrics that the run resumes after.
     """
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        state: TrainState,
-        config: RunConfig,
-        facts: Fingerprint,
-        extra: Mapping[str, Any],
-        runtime: Runtime,
-        tracker: Tracker,
-        lines: Sequence[Mapping[str, Any]],
-    ) -> None:
-        self._checkpoints = checkpoints
-        self._state = state
-        self._config = config
-        self._facts = facts
-        self._extra = extra
-        self._runtime = runtime
-        self._tracker = tracker
-        self.lines = lines
+    _checkpoints: Checkpoints
+    _state: TrainState
+    _config: RunConfig
+    _fingerprint: Fingerprint
+    _extra: Mapping[str, Any]
+    _runtime: Runtime
+    _tracker: Tracker
+    lines: Sequence[Mapping[str, Any]]
 
     def save(self) -> None:
         """Save the present step, so that a run can resume from it; one that is saved already is left as it is."""
@@ -75,17 +65,35 @@ class Saver:
 
     def finish(self) -> None:
         """Leave the last checkpoint and the best ones, at the end of the run."""
-        last = self._state.last
+        last = self._state.last_step
         self._checkpoints.finish(was_due=last is not None and last.is_due(self._config.evaluation.eval_steps))
 
     def _extra_state(self) -> dict[str, Any]:
         return {
             **self._extra,
-            "facts": replace(self._facts, step=self._state.step).as_dict(),
+            "facts": replace(self._fingerprint, step=self._state.step).as_dict(),
             "best": self._checkpoints.best_evaluations,
             "journal": self._tracker.journal_before(self._state.step),
             "tracker_run_id": self._tracker.tracker_run_id,
         }
+
+
+def comparable_evaluations(
+    best: Sequence[Mapping[str, Any]],
+    lines: Sequence[Mapping[str, Any]],
+    repeated: Mapping[str, Any] | None,
+    first_step: int,
+) -> list[Mapping[str, Any]]:
+    """Return the evaluations so far that count for the best, one of each step. Pure.
+
+    Args:
+        best: the best ones, as the checkpoint has them.
+        lines: the lines of metrics that the run resumes after.
+        repeated: the line of the step that is evaluated once more, as it was; None where none is.
+        first_step: evaluations of earlier steps are of other rows.
+    """
+    evaluations = [*best, *lines, *([] if repeated is None else [repeated])]
+    return list({line["step"]: line for line in evaluations if line["step"] >= first_step}.values())
 
 
 @contextmanager
@@ -93,7 +101,7 @@ def open_saver(
     job: Job,
     resume: ResumePoint,
     state: TrainState,
-    facts: Fingerprint,
+    fingerprint: Fingerprint,
     untrained: Sequence[str],
     runtime: Runtime,
     tracker: Tracker,
@@ -103,27 +111,25 @@ def open_saver(
     A run that is asked to stop within the block is saved.
 
     Args:
-        facts: of the run, before its state was restored.
+        fingerprint: of the run, before its state was restored.
         untrained: samples of the untrained model.
     """
     config = job.config
     with open_checkpoints(config.checkpoint, job.run_dir, tracker.sync, writes=runtime.is_main) as checkpoints:
-        tracker.warn(checkpoints.warnings)
+        tracker.warn(*checkpoints.warnings)
         if resume.own_step is not None:
-            tracker.warn(checkpoints.discard_after(resume.own_step))
-        tracker.expect(state.num_steps, state.steps_per_epoch)
+            tracker.warn(*checkpoints.discard_after(resume.own_step))
+        tracker.set_length(state.num_steps, state.steps_per_epoch)
         is_end = state.step >= state.num_steps or resume.is_end
-        lines, again = runtime.from_main((tracker.rewind_to(state.step, is_end=is_end), tracker.cut_line))
-        state.mark_complete(is_over=any(line["step"] == state.step for line in lines))
-        comparable_from = resume.comparable_from(facts, state.step, is_complete=state.is_over)
-        evaluated = [*resume.own_state.get("best", ()), *lines]
-        if again is not None and state.evaluates_again(config.evaluation.eval_steps):
-            evaluated.append(again)
-        comparable = {line["step"]: line for line in evaluated if line["step"] >= comparable_from}
+        lines, again = runtime.from_main(tracker.rewind_to(state.step, is_end=is_end))
+        state.set_complete(is_complete=any(line["step"] == state.step for line in lines))
+        comparable_from = resume.comparable_from(fingerprint, state.step, is_complete=state.is_last_step_complete)
+        repeated = again if state.evaluates_again(config.evaluation.eval_steps) else None
+        evaluations = comparable_evaluations(resume.own_state.get("best", ()), lines, repeated, comparable_from)
         written = written_weights(resume.own_state)
-        tracker.warn(checkpoints.load_index(comparable.values(), resume.own_step, written))
+        tracker.warn(*checkpoints.load_index(evaluations, resume.own_step, written))
         extra = {"config": job.frozen, "comparable_from": comparable_from, "untrained": list(untrained)}
-        saver = Saver(checkpoints, state, config, facts, extra, runtime, tracker, lines)
+        saver = Saver(checkpoints, state, config, fingerprint, extra, runtime, tracker, lines)
         runtime.wait()
         try:
             yield saver

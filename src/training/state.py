@@ -23,7 +23,7 @@ from src.model.embeddings import TokenMonitor, embedding_parameters
 from src.runtime.allocation import keep_freed_memory
 from src.runtime.session import Runtime, rng_as_json, rng_from_json
 from src.runtime.sharding import ShardedTensor, compute_weight, full_shape
-from src.training.head import ScoredModel
+from src.training.head import ModelWithLoss
 from src.training.loss import span_losses
 from src.training.optim import build_optimizer, build_schedule, restore_schedule
 from src.util import listed
@@ -69,7 +69,7 @@ class StepStats:
             setattr(self, name, getattr(self, name) + value)
 
     def reset(self) -> None:
-        """Begin new sums."""
+        """Set all sums to zero, in place."""
         vars(self).update(vars(StepStats()))
 
     def span_losses(self) -> dict[str, float]:
@@ -79,7 +79,7 @@ class StepStats:
 
 @dataclass(frozen=True)
 class StepResult:
-    """An optimizer step that was done. `number` counts from 1."""
+    """The result of an optimizer step, as checkpoints save it. `number` counts from 1."""
 
     number: int
     epoch: int
@@ -98,14 +98,14 @@ class StepResult:
 class TrainState:
     """The wrapped model, its optimizer and schedule, the position in the data, and counters."""
 
-    scored: nn.Module
-    """The ScoredModel as Accelerate wrapped it: its forward computes losses."""
+    loss_model: nn.Module
+    """The ModelWithLoss as Accelerate wrapped it: its forward computes losses."""
     model: Any
     """The transformers model inside: for generation and export."""
     optimizer: Any
     schedule: LambdaLR
-    plan: BatchSampler
-    is_flat: bool
+    batch_sampler: BatchSampler
+    is_padding_free: bool
     """Whether packed rows go into one sequence without padding, as FlashAttention takes them."""
     num_steps: int
     steps_per_epoch: int | None
@@ -122,22 +122,25 @@ class TrainState:
     position: Position = Position()
     """Where in the data the next step begins."""
     stats: StepStats = field(default_factory=StepStats)
-    last: StepResult | None = None
-    is_over: bool = True
+    last_step: StepResult | None = None
+    is_last_step_complete: bool = True
     """Whether the last step is complete: evaluated, sampled and logged."""
     rng: dict[str, Any] = field(default_factory=dict)
     """The state of every global generator at the beginning of the next step."""
 
     @property
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by name, a shared one once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
     def parameter_names(self) -> dict[int, str]:
-        """Return the name of every trained parameter, each once: id(parameter) -> name."""
-        return {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
+        """The name of every trained parameter: id(parameter) -> name."""
+        return {id(p): name for name, p in self.trained_parameters.items()}
 
     def weights(self, runtime: Runtime) -> dict[str, Tensor | ShardedTensor]:
         """Return trained weights and persistent buffers (which a forward may change) by name; no copies."""
-        trained = {
-            name: runtime.strategy.master_weight(p) for name, p in self.model.named_parameters() if p.requires_grad
-        }
+        trained = {name: runtime.strategy.master_weight(p) for name, p in self.trained_parameters.items()}
         return trained | _buffers(self.model)
 
     def frozen_weights(self) -> dict[str, Tensor | ShardedTensor]:
@@ -156,7 +159,7 @@ class TrainState:
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "position": self.position.as_dict(),
             "meter": asdict(self.stats),
-            "last": None if self.last is None else asdict(self.last),
+            "last": None if self.last_step is None else asdict(self.last_step),
             "rng": runtime.gather(rng_as_json(self.rng)),
             "scaler": runtime.scaler_state(),
             "optimizer": values,
@@ -169,7 +172,7 @@ class TrainState:
         return Snapshot(self.weights(runtime), None, {"step": self.step, **extra_state})
 
     def restore(self, kept: Snapshot[Tensor], runtime: Runtime) -> None:
-        """Restore a snapshot, but for the position in the data, which `prepare` takes.
+        """Restore a snapshot, but for the position in the data, which `build_train_state` takes.
 
         Raises:
             CheckpointError: where names or shapes of its weights differ; nothing is changed then.
@@ -182,7 +185,7 @@ class TrainState:
         self.step = state["step"]
         restore_schedule(self.schedule, self.num_schedule_steps)
         self.stats = StepStats(**state["meter"])
-        self.last = None if state["last"] is None else StepResult(**state["last"])
+        self.last_step = None if state["last"] is None else StepResult(**state["last"])
         self.token_monitor.restore(state["new_rows"])
         runtime.restore_scaler(state["scaler"])
         if runtime.rank < len(state["rng"]):
@@ -191,13 +194,13 @@ class TrainState:
             runtime.seed_apart(self.step)
 
     def evaluates_again(self, eval_steps: int | str | None) -> bool:
-        """Return whether the last step is evaluated where what follows it is done again."""
-        return self.last is not None and (self.step >= self.num_steps or self.last.is_due(eval_steps))
+        """Return whether the last step is evaluated once more when the run resumes after it."""
+        return self.last_step is not None and (self.step >= self.num_steps or self.last_step.is_due(eval_steps))
 
-    def mark_complete(self, *, is_over: bool) -> None:
-        """Mark the last step as complete (evaluated and logged) and reset the running sums; or as incomplete."""
-        self.is_over = is_over
-        if is_over:
+    def set_complete(self, *, is_complete: bool) -> None:
+        """Set whether the last step is complete (evaluated and logged); reset the running sums where it is."""
+        self.is_last_step_complete = is_complete
+        if is_complete:
             self.stats = StepStats()
 
     @torch.no_grad()
@@ -207,7 +210,7 @@ class TrainState:
         Raises:
             CheckpointError: where names or shapes differ; nothing is changed then.
         """
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = self.trained_parameters
         buffers = _buffers(self.model)
         shapes = {name: full_shape(p) for name, p in trained.items()}
         shapes |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
@@ -258,7 +261,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def batch_plan(config: RunConfig, num_processes: int = 1) -> BatchSampler:
+def build_batch_sampler(config: RunConfig, num_processes: int = 1) -> BatchSampler:
     """Return how rows become micro-batches, by the configuration; a step takes those of all processes."""
     training = config.training
     return BatchSampler(
@@ -291,7 +294,7 @@ def num_train_steps(
     return max(1, step, step + left + later)
 
 
-def prepare(
+def build_train_state(
     model: Any,
     train: TrainSet,
     config: RunConfig,
@@ -309,39 +312,39 @@ def prepare(
     Raises:
         ModelError: where the weights' type does not go with the precision, or rows can't be packed for this model.
     """
-    plan = batch_plan(config, runtime.num_processes)
+    batch_sampler = build_batch_sampler(config, runtime.num_processes)
     per_epoch = left = None
     begin = Position() if position is None else Position.from_dict(position)
     if isinstance(train, EncodedSet):
-        per_epoch = steps_per_epoch(train, plan, config.seed)
-        left = steps_per_epoch(train, plan, config.seed, begin.num_sequences)
+        per_epoch = steps_per_epoch(train, batch_sampler, config.seed)
+        left = steps_per_epoch(train, batch_sampler, config.seed, begin.num_sequences)
     num_steps = num_train_steps(config.training, per_epoch, step or 0, begin.epoch, left)
     if runtime.scales_gradients and any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
         raise ModelError("fp16 mixed precision scales gradients of float32 weights only: model.dtype=float32")
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    scored = ScoredModel(model, config.loss).to(runtime.device)
+    loss_model = ModelWithLoss(model, config.loss).to(runtime.device)
     if runtime.device.type == "cpu":
         keep_freed_memory(sum(p.nbytes for p in model.parameters()))
     is_packed = config.data.batching is Batching.packed
-    is_flat = is_packed and config.model.attn_implementation is Attention.flash_attention_2
-    optimizer = build_optimizer(config.optimizer, scored.parameters(), embedding_parameters(model))
+    is_padding_free = is_packed and config.model.attn_implementation is Attention.flash_attention_2
+    optimizer = build_optimizer(config.optimizer, loss_model.parameters(), embedding_parameters(model))
     schedule = build_schedule(config.scheduler, optimizer, num_steps)
-    wrapped, wrapped_optimizer = runtime.prepare(scored, optimizer)
-    with runtime.autocast():  # after `prepare`: only then are sharded weights gathered for a forward
-        scored.probe_head()
+    wrapped, wrapped_optimizer = runtime.prepare(loss_model, optimizer)
+    with runtime.autocast():  # after Runtime.prepare: only then are sharded weights gathered for a forward
+        loss_model.probe_head()
         if is_packed:
-            scored.check_packing(flat=is_flat)
+            loss_model.check_packing(padding_free=is_padding_free)
     return TrainState(
         wrapped,
         model,
         wrapped_optimizer,
         schedule,
-        plan,
-        is_flat,
+        batch_sampler,
+        is_padding_free,
         num_steps,
         per_epoch,
-        scored.uses_full_logits,
+        loss_model.uses_full_logits,
         TokenMonitor(model, new_tokens),
         position=begin,
     )

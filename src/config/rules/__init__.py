@@ -1,4 +1,4 @@
-"""Rules across sections and against the file system: generators over a typed config that yield problems. No torch here.
+"""Rules across sections and against the file system: generators over a typed config that yield problems.
 
 A rule's parameters name the sections it reads; the gate calls it when these sections are good in themselves.
 """

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from src.config.places import CHECKPOINTS, steps_in
+from src.config.places import CHECKPOINTS, MANIFEST, steps_in
 from src.config.problems import Problem
 from src.config.rules.rule import applies_to
 from src.config.schema import CheckpointConfig, DataConfig, EvaluationConfig, TokensConfig, TopLevelConfig, thought_tags
@@ -73,6 +73,6 @@ def folders_to_start_from_are_there(top: TopLevelConfig, checkpoint: CheckpointC
 def _holds_checkpoints(folder: Path) -> bool:
     """Return whether there are checkpoints, or a folder that can't be read, which is reported where they are read."""
     try:
-        return os.path.isfile(folder / "manifest.json") or bool(steps_in(folder / CHECKPOINTS))
+        return os.path.isfile(folder / MANIFEST) or bool(steps_in(folder / CHECKPOINTS))
     except CheckpointError:
         return True

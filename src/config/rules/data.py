@@ -76,7 +76,7 @@ def validation_and_test_sets_differ(data: DataConfig) -> Iterator[Problem]:
 
 
 def sources(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
-    """Give the key and the settings of everything that rows are read by: data itself, and each source of a mixture."""
+    """Yield the key and settings of everything that rows are read by: data itself, and each source of a mixture."""
     yield "data", data
     if data.mixture and not list(mixture_is_whole(data)):
         yield from ((f"data.mixture.{name}", source.data) for name, source in data.train_sources().items())

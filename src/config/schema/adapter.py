@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from src.config.schema.checks import BELOW_ONE, COUNT, STRINGS, WEIGHT, Check, is_int, up_to
-from src.config.schema.fields import AT_START, Flat, Impact, Verdict, key, type_key
+from src.config.schema.fields import AT_START, DottedConfig, Impact, Verdict, key, type_key
 
 RANK = up_to(65_536, "wider than any layer")
 RANKS = Check(
@@ -47,19 +47,19 @@ OTHER_FUNCTION = "another function of the same matrices"
 _type = partial(type_key, "adapter", resume=Impact.impossible, why=OTHER_TRAINED)
 
 
-def _judge_choice(key: str, before: Flat, now: Flat) -> Verdict:
-    """Judge a choice of modules or layers, in any order; one layer may be named without a list."""
+def _impact_of_choice(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
+    """Return the impact of another choice of modules or layers: order does not count, nor a list of one layer."""
     chosen = [
         frozenset(value) if isinstance(value, list) else frozenset([value]) if isinstance(value, int) else value
         for value in (before[key], now[key])
     ]
-    return (Impact.harmless, "") if chosen[0] == chosen[1] else (Impact.impossible, "other matrices are trained")
+    return (Impact.harmless, "") if chosen[0] == chosen[1] else (Impact.impossible, "different matrices are trained")
 
 
-def _judge_init(key: str, before: Flat, now: Flat) -> Verdict:
-    """Judge how an adapter started: some methods move a part of the base into it, which the base then lacks."""
+def _impact_of_init(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
+    """Return the impact of another initialisation: some methods move a part of the base into the adapter."""
     if {"pissa", "olora"} & {before[key], now[key]}:
-        return Impact.impossible, "the base that these matrices belong to is another one"
+        return Impact.impossible, "these matrices belong to a different base"
     return Impact.harmless, AT_START
 
 
@@ -83,12 +83,12 @@ class LoraConfig:
     lora_alpha: float = key(WEIGHT, why=OTHER_FUNCTION)
     lora_dropout: float = key(BELOW_ONE, why=OTHER_FUNCTION)
     bias: LoraBias = key(resume=Impact.impossible, why=OTHER_TRAINED)
-    target_modules: Any = key(TEXT_OR_TEXTS, resume=_judge_choice)
-    exclude_modules: Any = key(TEXT_OR_TEXTS_OR_NULL, resume=_judge_choice)
+    target_modules: Any = key(TEXT_OR_TEXTS, resume=_impact_of_choice)
+    exclude_modules: Any = key(TEXT_OR_TEXTS_OR_NULL, resume=_impact_of_choice)
     use_dora: bool = key(resume=Impact.impossible, why=OTHER_TRAINED)
     use_rslora: bool = key(why=OTHER_FUNCTION)
-    init_lora_weights: Any = key(LORA_INIT, resume=_judge_init)
-    layers_to_transform: Any = key(LAYERS, resume=_judge_choice)
+    init_lora_weights: Any = key(LORA_INIT, resume=_impact_of_init)
+    layers_to_transform: Any = key(LAYERS, resume=_impact_of_choice)
     rank_pattern: dict[str, int] = key(RANKS, resume=Impact.impossible, why=OTHER_SIZE)
     alpha_pattern: dict[str, float] = key(ALPHAS, why=OTHER_FUNCTION)
 

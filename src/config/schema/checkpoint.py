@@ -33,7 +33,7 @@ class CheckpointConfig:
 
     @property
     def is_greater_better(self) -> bool:
-        """Return whether a higher value of metric_for_best_model is the better one."""
+        """Whether a higher value of metric_for_best_model is the better one."""
         known = greater_is_better(self.metric_for_best_model)
         return known if self.greater_is_better is None else self.greater_is_better
 

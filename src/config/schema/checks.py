@@ -46,7 +46,7 @@ def is_int(value: Any) -> bool:
 
 
 def up_to(most: int, because: str, least: int = 1) -> Check:
-    """Return the condition of a whole number beyond whose bound only a fault of the program waits."""
+    """Return the condition of a whole number below a bound that no sensible value reaches; `because` says why."""
     allowed = f"a whole number of at least {least} and at most {most:,}: {because}"
     return Check(allowed, lambda v: v is None or (is_int(v) and least <= v <= most))
 

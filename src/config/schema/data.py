@@ -23,7 +23,7 @@ from src.config.schema.checks import (
     Check,
 )
 from src.config.schema.evaluation import METRIC_NAMES
-from src.config.schema.fields import BY_OUTCOME, Flat, facts_of, key
+from src.config.schema.fields import BY_OUTCOME, DottedConfig, key, key_info
 
 
 def _is_mapping(value: Any) -> bool:
@@ -69,15 +69,15 @@ class Batching(Enum):
 
 FILES = Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v))
 OTHER_ORDER = "the rows come in another order"
-_place = partial(key, resume=BY_OUTCOME, shapes_rows=False)
+_selection_key = partial(key, resume=BY_OUTCOME, shapes_rows=False)
 """Declares a key that decides which rows there are or how they are used, but not how a row is encoded."""
 
 
-def is_packed(config: Flat) -> bool:
+def is_packed(config: DottedConfig) -> bool:
     return config.get("data.batching") == Batching.packed.name
 
 
-def is_grouped_by_length(config: Flat) -> bool:
+def is_grouped_by_length(config: DottedConfig) -> bool:
     return config.get("data.batching") == Batching.length_grouped.name
 
 
@@ -86,15 +86,15 @@ class DataConfig:
     """conf/data: where rows come from, how they become prompt and completion, how long they may be."""
 
     format: str = key(resume=BY_OUTCOME, per_source=True)
-    train_files: Any = _place(FILES, per_source=True)
-    validation_files: Any = _place(FILES_OR_SETS)
-    test_files: Any = _place(FILES_OR_SETS, read_by_predict=True)
-    dataset_name: str | None = _place(per_source=True)
-    dataset_config_name: str | None = _place(per_source=True)
-    train_split: str | None = _place(per_source=True)
-    validation_split: str | None = _place()
-    revision: str | None = _place(per_source=True)
-    mixture: Any = _place(
+    train_files: Any = _selection_key(FILES, per_source=True)
+    validation_files: Any = _selection_key(FILES_OR_SETS)
+    test_files: Any = _selection_key(FILES_OR_SETS, read_by_predict=True)
+    dataset_name: str | None = _selection_key(per_source=True)
+    dataset_config_name: str | None = _selection_key(per_source=True)
+    train_split: str | None = _selection_key(per_source=True)
+    validation_split: str | None = _selection_key()
+    revision: str | None = _selection_key(per_source=True)
+    mixture: Any = _selection_key(
         Check("a mapping from a source's name to its keys", lambda v: v is None or _is_mapping(v)), each="SourceConfig"
     )
     columns: dict[str, str] = key(resume=BY_OUTCOME, per_source=True)
@@ -105,27 +105,27 @@ class DataConfig:
     clean_dialogue: bool = key(resume=BY_OUTCOME, per_source=True)
     thoughts: Thoughts | None = key(resume=BY_OUTCOME)
     thought_pattern: str | None = key(resume=BY_OUTCOME, per_source=True)
-    answer_pattern: str | None = _place(read_by_predict=True)
-    metrics: list[str] = _place(METRIC_NAMES, read_by_predict=True)
+    answer_pattern: str | None = _selection_key(read_by_predict=True)
+    metrics: list[str] = _selection_key(METRIC_NAMES, read_by_predict=True)
     max_seq_length: int = key(
         AT_LEAST_TWO,
         why="packed sequences of another length",
         counts_where=is_packed,  # elsewhere the rows are compared
         reorders=is_packed,
-        enters_as="lengths",
+        cache_key_field="lengths",
     )
-    max_target_length: int = key(AT_LEAST_TWO, resume=BY_OUTCOME, enters_as="lengths")
-    overflow: Overflow = key(resume=BY_OUTCOME, enters_as="lengths")
-    max_dropped_fraction: float = _place(FRACTION, read_by_predict=True)
+    max_target_length: int = key(AT_LEAST_TWO, resume=BY_OUTCOME, cache_key_field="lengths")
+    overflow: Overflow = key(resume=BY_OUTCOME, cache_key_field="lengths")
+    max_dropped_fraction: float = _selection_key(FRACTION, read_by_predict=True)
     batching: Batching = key(why=OTHER_ORDER, reorders=True, shapes_rows=False)
-    preprocessing_num_workers: int = _place(PROCESSES, read_by_predict=True)
+    preprocessing_num_workers: int = _selection_key(PROCESSES, read_by_predict=True)
     streaming: bool = key(why=OTHER_ORDER, reorders=True, shapes_rows=False)
-    cache_dir: str | None = _place(PATH, read_by_predict=True)
-    limit: int | None = _place(AT_LEAST_ONE, read_by_predict=True)
-    validation_fraction: float = _place(BELOW_ONE)
-    num_folds: int | None = _place(AT_LEAST_TWO)
-    fold: int | None = _place(COUNT)
-    group_column: str | None = _place()
+    cache_dir: str | None = _selection_key(PATH, read_by_predict=True)
+    limit: int | None = _selection_key(AT_LEAST_ONE, read_by_predict=True)
+    validation_fraction: float = _selection_key(BELOW_ONE)
+    num_folds: int | None = _selection_key(AT_LEAST_TWO)
+    fold: int | None = _selection_key(COUNT)
+    group_column: str | None = _selection_key()
 
     def train_sources(self) -> dict[str, TrainSource]:
         """Return the sources of the train set by name: those of the mixture, or a single one called train."""
@@ -147,6 +147,7 @@ class DataConfig:
         return {} if self.num_folds is not None else named_sets(self.validation_files, "validation")
 
     def test_sets(self) -> dict[str, list[str]]:
+        """Return the files of each test set that is read from files."""
         return named_sets(self.test_files, "test")
 
     def validation_names(self) -> list[str]:
@@ -156,14 +157,14 @@ class DataConfig:
 
     @property
     def has_hub_validation(self) -> bool:
-        """Return whether the validation set is another split of the hub data set that train is from."""
+        """Whether the validation set is another split of the hub data set that train is from."""
         from_hub = bool(self.dataset_name) and not self.train_files and not self.mixture
         has_another = self.num_folds is not None or bool(self.validation_sets())
         return from_hub and bool(self.validation_split) and not has_another
 
     @property
     def held_out_fraction(self) -> float:
-        """Return the share of train that is held out for validation: 0 where there is another validation set."""
+        """The share of train that is held out for validation: 0 where there is another validation set."""
         has_another = self.num_folds is not None or bool(self.validation_sets()) or self.has_hub_validation
         return 0.0 if has_another else self.validation_fraction
 
@@ -180,7 +181,7 @@ class TrainSource:
     count: int | None
 
 
-_PER_SOURCE = {one.name: facts_of(one) for one in dataclasses.fields(DataConfig) if facts_of(one).per_source}
+_PER_SOURCE = {one.name: key_info(one) for one in dataclasses.fields(DataConfig) if key_info(one).per_source}
 _TYPES = typing.get_type_hints(DataConfig)
 _SHARE = {
     "weight": (float | None, key(POSITIVE, None, text="its proportion of the mixture, in which no row comes twice")),
@@ -192,12 +193,12 @@ _SHARE = {
 NEVER_NULL = [
     name for name in _PER_SOURCE if _TYPES[name] is not Any and type(None) not in typing.get_args(_TYPES[name])
 ]
-"""Keys of a source that data can't be without."""
+"""Keys that may not be null in data; in a source null stands for the value of data."""
 SourceConfig = dataclasses.make_dataclass(
     "SourceConfig",
     [
-        (name, _TYPES[name] | None if name in NEVER_NULL else _TYPES[name], key(facts.check, None))
-        for name, facts in _PER_SOURCE.items()
+        (name, _TYPES[name] | None if name in NEVER_NULL else _TYPES[name], key(info.check, None))
+        for name, info in _PER_SOURCE.items()
     ]
     + [(name, hint, declared) for name, (hint, declared) in _SHARE.items()],
 )
@@ -217,7 +218,7 @@ def _mixed_source(data: DataConfig, given: dict[str, Any]) -> TrainSource:
 
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-"""Where a template takes a part of the row: {prompt}."""
+"""Matches the place of a part of the row in a template: {prompt}."""
 
 
 def named_sets(files: Any, unnamed: str) -> dict[str, list[str]]:

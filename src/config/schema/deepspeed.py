@@ -19,7 +19,7 @@ from src.config.schema.checks import (
     is_int,
     is_number,
 )
-from src.config.schema.fields import Flat, Impact, Verdict, key, type_key
+from src.config.schema.fields import DottedConfig, Impact, Verdict, key, type_key
 
 AUTO_OR_COUNT = Check("a whole number of at least 1, or auto", lambda v: v == "auto" or AT_LEAST_ONE.holds(v))
 AUTO_OR_NUMBER = Check("a number of at least 0, or auto", lambda v: v == "auto" or NOT_NEGATIVE.holds(v))
@@ -29,14 +29,14 @@ SIZE = Check(
     "a whole number of at least 0",
     lambda v: COUNT.holds(int(v) if isinstance(v, float) and v.is_integer() else v) and v is not None,
 )
-"""Also written as 5e8, as DeepSpeed's users do."""
+"""A whole number, which may also be written as 5e8."""
 
 
 OTHER_ORDER = "sums in another order"
 
 
-def _judge_sharding(key: str, before: Flat, now: Flat) -> Verdict:
-    """Judge whether DeepSpeed shards: an option and a file of the user's that say the same are the same."""
+def _impact_of_sharding(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
+    """Return the impact of sharding or not: an option and a user's file that say the same are the same."""
     if {before[key], now[key]} <= {"zero", "file"}:
         return Impact.harmless, ""
     return Impact.rounding, OTHER_ORDER
@@ -46,7 +46,7 @@ def _judge_sharding(key: str, before: Flat, now: Flat) -> Verdict:
 class NoDeepSpeedConfig:
     """conf/deepspeed/none.yaml: every process holds the whole model."""
 
-    type: str = type_key("deepspeed", "none", resume=_judge_sharding)
+    type: str = type_key("deepspeed", "none", resume=_impact_of_sharding)
 
     @property
     def stage(self) -> int:
@@ -92,7 +92,7 @@ ZERO_KEYS: Keys = {
     "zenflow": Check("a mapping, or null", lambda v: v is None or isinstance(v, dict)),
     "leaf_module": MAPPING,
 }
-"""Of `zero_optimization` in DeepSpeed 0.19."""
+"""The keys of `zero_optimization` in DeepSpeed 0.19."""
 AUTO_OR_SWITCH = Check("true, false or auto", lambda v: v == "auto" or isinstance(v, bool))
 BF16_KEYS: Keys = {
     "enabled": AUTO_OR_SWITCH,
@@ -113,7 +113,7 @@ FP16_KEYS: Keys = {
 class ZeroConfig:
     """conf/deepspeed/zero1.yaml and its like: DeepSpeed's own JSON; what another section owns is `auto`."""
 
-    type: str = type_key("deepspeed", "zero", resume=_judge_sharding)
+    type: str = type_key("deepspeed", "zero", resume=_impact_of_sharding)
     train_batch_size: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
     train_micro_batch_size_per_gpu: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
     gradient_accumulation_steps: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
@@ -145,7 +145,7 @@ class ZeroConfig:
 
 _AUTO_OR_BETAS = Check(f"{BETAS.allowed}, or auto", lambda v: v == "auto" or BETAS.holds(v))
 DEEPSPEED_OPTIMIZERS = {"adamw": "adamw", "adam": "adamw", "sgd": "sgd"}
-"""The optimizer of DeepSpeed's, in lower case -> optimizer.type; its Adam is AdamW unless adam_w_mode is false."""
+"""DeepSpeed's optimizer, in lower case -> optimizer.type; its Adam is AdamW unless adam_w_mode is false."""
 DEEPSPEED_OPTIMIZER_KEYS: Keys = {
     "type": Check(
         "AdamW, Adam or SGD, which optimizer=adamw and sgd are here",
@@ -166,7 +166,7 @@ DEEPSPEED_SCHEDULES = {
     "WarmupDecayLR": "linear",
     "WarmupCosineLR": "cosine",
 }
-"""The schedule of DeepSpeed's -> scheduler.type, as transformers maps them."""
+"""DeepSpeed's schedule -> scheduler.type, as transformers maps them."""
 DEEPSPEED_SCHEDULER_KEYS: Keys = {
     "type": Check(
         f"one of {', '.join(f'{theirs} (scheduler={ours})' for theirs, ours in DEEPSPEED_SCHEDULES.items())}",
@@ -196,7 +196,7 @@ class ZeroFileConfig(ZeroConfig):
     the sections that own them, and not handed on.
     """
 
-    type: str = type_key("deepspeed", "file", resume=_judge_sharding)
+    type: str = type_key("deepspeed", "file", resume=_impact_of_sharding)
     config_file: str | None = key(PATH, resume=Impact.harmless)
     sha256: str | None = key(resume=Impact.harmless)
     optimizer: Any = key(MAPPING, resume=Impact.harmless, inner=DEEPSPEED_OPTIMIZER_KEYS)

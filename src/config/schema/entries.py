@@ -14,7 +14,7 @@ from src.config.schema.fields import key
 class PreflightConfig:
     """What `python -m src.preflight` shows and writes in addition."""
 
-    rows: int = key(COUNT, default=4, text="rows of train that are shown, each part in the colour of what is learned")
+    rows: int = key(COUNT, default=4, text="rows of train that are shown, with the tokens in the loss in colour")
     dump: str | None = key(PATH, default=None, text="a file that gets every encoded row of train as JSON lines")
     measure: bool = key(
         default=False,
@@ -22,25 +22,15 @@ class PreflightConfig:
     )
 
 
-_key = partial(key, read_by_predict=True)
+_key = partial(key, default=None, read_by_predict=True)
 
 
 @dataclass
 class PredictConfig:
     """In which batches `python -m src.predict` generates, and where it writes."""
 
-    batch_size: int | None = key(
-        AT_LEAST_ONE,
-        default=None,
-        read_by_predict=True,
-        text="prompts at a time; null: training.per_device_eval_batch_size",
-    )
-    output: str | None = key(
-        PATH,
-        default=None,
-        read_by_predict=True,
-        text="the folder of the predictions; null: predictions/ in the run's folder",
-    )
+    batch_size: int | None = _key(AT_LEAST_ONE, text="prompts at a time; null: training.per_device_eval_batch_size")
+    output: str | None = _key(PATH, text="the folder of the predictions; null: predictions/ in the run's folder")
 
     def folder(self, run_dir: Path) -> Path:
         """Return the folder of the predictions: predict.output, or predictions/ in the run's folder."""

@@ -7,9 +7,10 @@ from typing import Protocol
 
 
 class StepLike(Protocol):
-    """What is asked of a training step."""
+    """The part of a training step that a rhythm reads."""
 
-    is_last: bool
+    @property
+    def is_last(self) -> bool: ...
 
     def is_due(self, every: int | str | None) -> bool: ...
 

@@ -30,20 +30,20 @@ class Impact(IntEnum):
 
 
 BY_OUTCOME = Impact.harmless
-"""Of a key whose outcome (rows, ids, weights) is in the run's fingerprint: the outcome is compared, not the key."""
+"""The impact of a key whose outcome (rows, ids, weights) is in the run's fingerprint, where it is compared instead."""
 AT_START = "only decides how a run starts, so it changes nothing here"
 """Why a change of such a key is harmless."""
 
-Flat = Mapping[str, Any]
+DottedConfig = Mapping[str, Any]
 """A frozen configuration by dotted keys."""
 Verdict = tuple[Impact, str]
 """The impact of a change, and why."""
-Judge = Callable[[str, Flat, Flat], Verdict]
-"""Judges a change of a key by both configurations: before, now."""
+ImpactRule = Callable[[str, DottedConfig, DottedConfig], Verdict]
+"""Computes the impact of a change of a key from both configurations: before, now."""
 
 
 @dataclass(frozen=True)
-class Facts:
+class KeyInfo:
     """What is known of a key besides its type, its default and, in conf/, its help text. Each has a safe default."""
 
     check: Check | None = None
@@ -53,49 +53,49 @@ class Facts:
     """The keys that a mapping of another library may have."""
     text: str = ""
     """What the key means, where it has no line in conf/ that says so."""
-    resume: Impact | Judge = Impact.trajectory
+    resume: Impact | ImpactRule = Impact.trajectory
     """What a change means for a run that resumes."""
     why: str = ""
     """Why a change has that impact, in a few words."""
-    counts_where: Callable[[Flat], bool] | None = None
+    counts_where: Callable[[DottedConfig], bool] | None = None
     """Whether a configuration reads the key at all; where neither side does, a change is harmless."""
-    reorders: bool | Callable[[Flat], bool] = False
+    reorders: bool | Callable[[DottedConfig], bool] = False
     """Whether a change puts the train rows into another order, so that the current epoch starts again."""
     shapes_rows: bool = True
-    """Of `data` and `tokens`: whether encoded rows depend on it, so that it is part of the cache's key."""
-    enters_as: str = ""
-    """The field of EncodingConfig that it is part of the cache's key as, where that is not its own value."""
+    """Whether encoded rows depend on it, so that it is part of the cache's key; only in `data` and `tokens`."""
+    cache_key_field: str = ""
+    """The field of EncodingConfig by which it enters the cache's key; empty: by its own value."""
     per_source: bool = False
-    """Of `data`: whether a source of a mixture may have its own."""
+    """Whether a source of a mixture may have its own; only in `data`."""
     read_by_predict: bool | None = None
     """Whether src.predict takes it; None: as it takes every key of `data` that shapes rows."""
 
 
-def key(check: Check | None = None, default: Any = MISSING, **facts: Any) -> Any:
+def key(check: Check | None = None, default: Any = MISSING, **info: Any) -> Any:
     """Declare a key.
 
     Args:
-        facts: attributes of `Facts`.
+        info: attributes of `KeyInfo`.
     """
-    return dataclasses.field(default=default, metadata=vars(Facts(check, **facts)))
+    return dataclasses.field(default=default, metadata=vars(KeyInfo(check, **info)))
 
 
-def type_key(group: str, *kinds: str, **facts: Any) -> Any:
+def type_key(group: str, *kinds: str, **info: Any) -> Any:
     """Declare the key that chooses among the dataclasses of a group; each option sets it.
 
     Args:
         kinds: the values that it may have; none where its type is an Enum.
     """
     check = Check(f"{in_words(kinds, 'or')} (choose another with {group}=…)", lambda v: v in kinds) if kinds else None
-    return key(check, text=TYPE_TEXT.format(group=group), **facts)
+    return key(check, text=TYPE_TEXT.format(group=group), **info)
 
 
-def registered_type_key(group: str, registry: Mapping[str, type], **facts: Any) -> Any:
+def registered_type_key(group: str, registry: Mapping[str, type], **info: Any) -> Any:
     """Declare that key of a group whose dataclasses are registered, by plugins too."""
     check = Check(f"set by the option (choose another with {group}=…)", lambda v: v in registry)
-    return key(check, text=TYPE_TEXT.format(group=group), **facts)
+    return key(check, text=TYPE_TEXT.format(group=group), **info)
 
 
-def facts_of(one: dataclasses.Field[Any]) -> Facts:
-    """Return the facts of a dataclass's field; the safe defaults for one that was not declared by `key`."""
-    return Facts(**one.metadata)
+def key_info(one: dataclasses.Field[Any]) -> KeyInfo:
+    """Return what is declared of a dataclass's field; the safe defaults for one that was not declared by `key`."""
+    return KeyInfo(**one.metadata)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 
 from src.config.schema.checks import PathCheck
 from src.config.schema.fields import AT_START, BY_OUTCOME, Impact, key, type_key
@@ -47,3 +48,7 @@ class ModelConfig:
     gradient_checkpointing: bool = key(resume=Impact.rounding)
     use_safetensors: bool = key(resume=BY_OUTCOME)
     trust_remote_code: bool = key(resume=Impact.rounding, why="other code may compute", read_by_predict=True)
+
+    def pretrained_at(self, folder: Path) -> ModelConfig:
+        """Return the settings that load the model in a folder, in the same precision."""
+        return replace(self, checkpoint=str(folder), revision=None, weights=Weights.pretrained)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from src.config.schema.fields import Flat, key
+from src.config.schema.fields import DottedConfig, key
 from src.config.schema.model import Dtype
 
 OTHER_WEIGHTS = "other frozen weights, or another precision"
@@ -16,7 +16,7 @@ class QuantType(Enum):
     fp4 = "fp4"
 
 
-def _is_in_4bit(config: Flat) -> bool:
+def _is_in_4bit(config: DottedConfig) -> bool:
     return bool(config.get("quantization.load_in_4bit"))
 
 

@@ -13,10 +13,6 @@ from src.config.schema.fields import key
 from src.config.schema.top import NAME
 
 
-def _is_params(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
-
-
 class Sampler(Enum):
     grid = "grid"
     random = "random"
@@ -46,7 +42,10 @@ class SweepConfig:
 
     name: str = key(NAME)
     params: Any = key(
-        Check("a mapping from a key to its values: a list, or a text as in KEY=TEXT", lambda v: _is_params(v))
+        Check(
+            "a mapping from a key to its values: a list, or a text as in KEY=TEXT",
+            lambda v: isinstance(v, dict) and all(isinstance(key, str) for key in v),
+        )
     )
     metric: str = MISSING
     direction: Direction = MISSING

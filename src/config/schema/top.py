@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from src.config.schema.checks import PATH, SEED, STRINGS, PathCheck
-from src.config.schema.fields import AT_START, BY_OUTCOME, Flat, Impact, Verdict, key
+from src.config.schema.fields import AT_START, BY_OUTCOME, DottedConfig, Impact, Verdict, key
 
 NAME = PathCheck(
     "a name without '/' that does not start with '.'",
@@ -13,7 +13,7 @@ NAME = PathCheck(
 )
 
 
-def _judge_start(key: str, before: Flat, now: Flat) -> Verdict:
+def _impact_of_start(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
     return Impact.harmless, "" if now[key] is None else AT_START
 
 
@@ -25,5 +25,5 @@ class TopLevelConfig:
     seed: int = key(SEED, why="the rows come in another order", reorders=True, read_by_predict=True)
     force: bool = key(resume=Impact.harmless, read_by_predict=True)
     rerun: str | None = key(PATH, resume=Impact.harmless)
-    init_from: str | None = key(PATH, resume=_judge_start)
+    init_from: str | None = key(PATH, resume=_impact_of_start)
     plugins: list[str] = key(STRINGS, resume=BY_OUTCOME)

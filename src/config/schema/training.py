@@ -9,7 +9,7 @@ from enum import Enum
 from src.config.schema.checks import AT_LEAST_ONE, BELOW_ONE, POSITIVE, WEIGHT, WEIGHT_OR_ZERO
 from src.config.schema.data import is_grouped_by_length
 from src.config.schema.every import Every
-from src.config.schema.fields import Flat, Impact, Verdict, key
+from src.config.schema.fields import DottedConfig, Impact, Verdict, key
 from src.config.schema.scheduler import SCHEDULES
 
 
@@ -35,8 +35,11 @@ ROWS_OF_A_STEP = (
 """Keys whose product is how many rows make a step."""
 
 
-def _judge_length(key: str, before: Flat, now: Flat) -> Verdict:
-    """Judge how long the run is: it may get longer. From epochs to steps or back, Fingerprint.num_steps decides."""
+def _impact_of_length(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
+    """Return the impact of another length: a run may get longer.
+
+    From epochs to steps or back, Fingerprint.num_steps decides.
+    """
     if key != MAX_STEPS and (before.get(MAX_STEPS), now.get(MAX_STEPS)) != (None, None):
         return Impact.harmless, ""
     if None not in (before[key], now[key]) and now[key] < before[key]:
@@ -44,7 +47,7 @@ def _judge_length(key: str, before: Flat, now: Flat) -> Verdict:
     return Impact.harmless, "the learning rate's schedule moves to the new end" if _has_end(now) else ""
 
 
-def _has_end(config: Flat) -> bool:
+def _has_end(config: DottedConfig) -> bool:
     """Return whether learning rates depend on how many steps there will be."""
     schedule = SCHEDULES.get(str(config.get("scheduler.type")))
     return getattr(schedule, "depends_on_length", False) or (
@@ -52,8 +55,8 @@ def _has_end(config: Flat) -> bool:
     )
 
 
-def _judge_batch(key: str, before: Flat, now: Flat) -> Verdict:
-    """Judge how a step's rows are cut: the same rows in other micro-batches are the same step.
+def _impact_of_batch(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
+    """Return the impact of another division of a step's rows: the same rows in other micro-batches are the same step.
 
     Grouping by length and the ends of streamed blocks go by micro-batches, so they change the rows of a step.
     """
@@ -61,19 +64,19 @@ def _judge_batch(key: str, before: Flat, now: Flat) -> Verdict:
     is_cut_freely = not any(is_grouped_by_length(one) or one.get("data.streaming") for one in (before, now))
     if is_cut_freely and first == second:
         return Impact.rounding, "the same rows a step, in other micro-batches"
-    return Impact.trajectory, "other rows a step"
+    return Impact.trajectory, "a step takes different rows"
 
 
 @dataclass
 class TrainingConfig:
     """How long, in which batches and in which precision. One step is one optimizer update."""
 
-    num_train_epochs: float = key(POSITIVE, resume=_judge_length)
-    max_train_steps: int | None = key(AT_LEAST_ONE, resume=_judge_length)
+    num_train_epochs: float = key(POSITIVE, resume=_impact_of_length)
+    max_train_steps: int | None = key(AT_LEAST_ONE, resume=_impact_of_length)
     max_seconds: float | None = key(POSITIVE, resume=Impact.harmless)
-    per_device_train_batch_size: int = key(AT_LEAST_ONE, resume=_judge_batch, reorders=is_grouped_by_length)
+    per_device_train_batch_size: int = key(AT_LEAST_ONE, resume=_impact_of_batch, reorders=is_grouped_by_length)
     per_device_eval_batch_size: int = key(AT_LEAST_ONE, resume=Impact.harmless, read_by_predict=True)
-    gradient_accumulation_steps: int = key(AT_LEAST_ONE, resume=_judge_batch)
+    gradient_accumulation_steps: int = key(AT_LEAST_ONE, resume=_impact_of_batch)
     max_grad_norm: float | None = key(WEIGHT, why="other updates")
     mixed_precision: MixedPrecision = key(why="computes in another precision", read_by_predict=True)
     logging_steps: int = key(AT_LEAST_ONE, resume=Impact.harmless)

@@ -2,7 +2,7 @@
 
 A format is `conf/data/<name>.yaml`, whose `columns` name the parts of a row that it takes; where these are more than
 texts, a function `read(fields, data)` that is registered under the format's name returns a Pair or a Chat, or raises
-BadRow: in `src/data/formats/<name>.py`, or in a plugin. No torch here.
+BadRow: in `src/data/formats/<name>.py`, or in a plugin.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def read_texts(fields: dict[str, Any], data: DataConfig) -> Pair:
     parts = {role: text_field(fields, data.columns[role], role) for role in roles(data.format)}
     role = roles(data.format)[-1]
     if not parts[role]:
-        raise BadRow(f"{data.columns[role]!r} is empty: nothing to learn")
+        raise BadRow(f"{data.columns[role]!r} is empty: nothing to train on")
     return Pair(parts, unread=tuple(unread_fields(fields, [*data.columns.values(), data.group_column or ""])))
 
 

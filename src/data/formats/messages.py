@@ -46,26 +46,26 @@ def read(fields: dict[str, Any], data: DataConfig) -> Chat:
             needs what is not supported.
     """
     column = data.columns["messages"]
-    given = field(fields, column, "messages")
-    if not isinstance(given, list):
-        raise BadRow(f"{column!r} is {type_name(given)}, not a list of messages")
-    if not given:
-        raise BadRow(f"{column!r} is empty: nothing to learn")
+    items = field(fields, column, "messages")
+    if not isinstance(items, list):
+        raise BadRow(f"{column!r} is {type_name(items)}, not a list of messages")
+    if not items:
+        raise BadRow(f"{column!r} is empty: nothing to train on")
     for key in UNSUPPORTED_FIELDS:
         if not is_blank(fields.get(key)):
             raise BadRow(f"the row has {key}, which is not supported: {WITHOUT}")
     messages: list[dict[str, str]] = []
     is_supervised: list[bool] = []
     unread: dict[str, None] = {}
-    for number, one in enumerate(given, start=1):
-        message, may_supervise, not_read = _message(one, f"{column!r}, message {number}")
+    for number, item in enumerate(items, start=1):
+        message, may_supervise, not_read = _message(item, f"{column!r}, message {number}")
         _check_turn(message["role"], [m["role"] for m in messages], f"{column!r}, message {number}")
         messages.append(message)
         unread |= dict.fromkeys(f"{column}[].{key}" for key in not_read)
         if message["role"] == "assistant":
             is_supervised.append(may_supervise)
     if messages[-1]["role"] != "assistant":
-        raise BadRow(f"{column!r} ends with the {messages[-1]['role']}: there is no answer to learn")
+        raise BadRow(f"{column!r} ends with the {messages[-1]['role']}: there is no answer to train on")
     own = _own_system(fields, messages)
     if (system := own or data.system_prompt) and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
@@ -91,18 +91,18 @@ def _own_system(fields: Mapping[str, Any], messages: list[dict[str, str]]) -> st
     return own
 
 
-def _message(one: Any, where: str) -> tuple[dict[str, str], bool, list[str]]:
+def _message(item: Any, where: str) -> tuple[dict[str, str], bool, list[str]]:
     """Return a message, whether it is supervised, and its keys that nothing reads."""
-    if not isinstance(one, dict):
-        raise BadRow(f"{where} is {type_name(one)}, not an object with role and content")
-    role_key, content_key = form_of(one)
+    if not isinstance(item, dict):
+        raise BadRow(f"{where} is {type_name(item)}, not an object with role and content")
+    role_key, content_key = form_of(item)
     for key in (role_key, content_key):
-        if key not in one:
-            raise BadRow(f"{where} has no {key!r}; there are {', '.join(map(repr, one)) or 'none'}")
+        if key not in item:
+            raise BadRow(f"{where} has no {key!r}; there are {', '.join(map(repr, item)) or 'none'}")
     for key in UNSUPPORTED_KEYS:
-        if not is_blank(one.get(key)):
+        if not is_blank(item.get(key)):
             raise BadRow(f"{where} has {key}, which is not supported: {WITHOUT}")
-    role, content = one[role_key], one[content_key]
+    role, content = item[role_key], item[content_key]
     if not isinstance(role, str) or role not in ROLES:
         raise BadRow(f"{where} has the role {role!r}; one of {', '.join(ROLES)} is needed")
     if not isinstance(content, str):
@@ -110,29 +110,29 @@ def _message(one: Any, where: str) -> tuple[dict[str, str], bool, list[str]]:
     if not content.strip():
         raise BadRow(f"{where}: {content_key!r} is empty")
     message = {"role": ROLES[role], "content": content}
-    _check_other_form(one, message, (role_key, content_key), where)
+    _check_other_form(item, message, (role_key, content_key), where)
     read_keys = {key for form in FORMS for key in form} | set(SUPERVISION_KEYS)
     if message["role"] == "assistant":
         read_keys |= set(THOUGHT_KEYS)
-        if thought := _thought(one, where):
+        if thought := _thought(item, where):
             message[THOUGHT] = thought
-    return message, _is_supervised(one, where), unread_fields(one, read_keys)
+    return message, _is_supervised(item, where), unread_fields(item, read_keys)
 
 
-def _check_other_form(one: Mapping[str, Any], message: Mapping[str, str], form: tuple[str, str], where: str) -> None:
+def _check_other_form(item: Mapping[str, Any], message: Mapping[str, str], form: tuple[str, str], where: str) -> None:
     """Raise BadRow where a message's keys of the other form have other values."""
     for role_key, content_key in FORMS:
         if (role_key, content_key) == form:
             continue
-        said = {role_key: ROLES.get(str(one.get(role_key))), content_key: one.get(content_key)}
+        stated = {role_key: ROLES.get(str(item.get(role_key))), content_key: item.get(content_key)}
         meant = {role_key: message["role"], content_key: message["content"]}
-        if wrong := [key for key in said if not is_blank(one.get(key)) and said[key] != meant[key]]:
+        if wrong := [key for key in stated if not is_blank(item.get(key)) and stated[key] != meant[key]]:
             raise BadRow(f"{where}: {wrong[0]!r} contradicts {form[wrong[0] == content_key]!r}; keep one of them")
 
 
-def _thought(one: Mapping[str, Any], where: str) -> str | None:
+def _thought(item: Mapping[str, Any], where: str) -> str | None:
     """Return the thought of an assistant's message, None where it has none."""
-    found = {key: one[key] for key in THOUGHT_KEYS if not is_blank(one.get(key))}
+    found = {key: item[key] for key in THOUGHT_KEYS if not is_blank(item.get(key))}
     for key, value in found.items():
         if not isinstance(value, str):
             raise BadRow(f"{where}: {key!r} is {type_name(value)}, not a text")
@@ -141,19 +141,19 @@ def _thought(one: Mapping[str, Any], where: str) -> str | None:
     return next(iter(found.values()), None)
 
 
-def _is_supervised(one: Mapping[str, Any], where: str) -> bool:
+def _is_supervised(item: Mapping[str, Any], where: str) -> bool:
     """Return whether a message is supervised: `weight`, `train` and `loss` mean the same; absent means yes."""
-    said = {}
+    stated = {}
     for key in SUPERVISION_KEYS:
-        value = one.get(key)
+        value = item.get(key)
         if value not in (None, 0, 1):
-            wanted = "0 (not learned) or 1" if key == "weight" else "false (not learned) or true"
+            wanted = "0 (not supervised) or 1" if key == "weight" else "false (not supervised) or true"
             raise BadRow(f"{where} has the {key} {value!r}; {wanted} is needed")
         if value is not None:
-            said[key] = bool(value)
-    if len(set(said.values())) > 1:
-        raise BadRow(f"{where}: {' and '.join(said)} contradict each other about whether it is learned")
-    return next(iter(said.values()), True)
+            stated[key] = bool(value)
+    if len(set(stated.values())) > 1:
+        raise BadRow(f"{where}: {' and '.join(stated)} contradict each other about whether it is supervised")
+    return next(iter(stated.values()), True)
 
 
 def _check_turn(role: str, before: list[str], where: str) -> None:

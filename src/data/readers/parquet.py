@@ -30,12 +30,12 @@ from src.errors import one_line
 
 BATCH_ROWS = 100
 BATCH_BYTES = 64 * 2**20
-"""What a batch of rows may unpack to."""
+"""The largest size that a batch of rows may unpack to."""
 SLICE_BYTES = 4 * 2**20
-"""What of a batch is converted to Python values at once."""
+"""The part of a batch that is converted to Python values at once."""
 BUFFER_BYTES = 2**20
 MAX_INDEX_BYTES = 16
-"""Of a value that is stored as an index into the dictionary."""
+"""The most bytes of a value that is stored as an index into the dictionary."""
 
 
 def read_parquet(file: str) -> Iterator[NumberedRow]:

@@ -1,4 +1,4 @@
-"""Tokens that a checkpoint has a row for but never learned, such as reserved ones (docs/decisions/0017)."""
+"""Tokens that a checkpoint has a row for but never trained, such as reserved ones (docs/decisions/0017)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from src.config.schema import Dtype, ModelConfig, Weights
 from src.model.embeddings import embedding_matrices
 from src.runtime.sharding import gathered
-from src.tokens import NewTokens
+from src.tokens import ConfiguredTokens
 from src.util import load_json
 
 SMALL = 0.01
-"""A row with a norm below this share of its matrix's median norm was never learned."""
+"""A row with a norm below this share of its matrix's median norm was never trained."""
 
-ROWS = 8192  # norms of so many rows are computed at once
+CHUNK_ROWS = 8192  # rows whose norms are computed at once
 
 
-def unlearned_tokens(model: Any, tokenizer: Any, new: NewTokens, config: ModelConfig) -> frozenset[str]:
-    """Return the added tokens whose rows no matrix of the model has learned; none where weights are random.
+def untrained_tokens(model: Any, tokenizer: Any, new: ConfiguredTokens, config: ModelConfig) -> frozenset[str]:
+    """Return the added tokens whose rows no matrix of the model has trained; none where weights are random.
 
     Args:
         model: with its weights as loaded, before anything is written into them.
@@ -35,11 +35,13 @@ def unlearned_tokens(model: Any, tokenizer: Any, new: NewTokens, config: ModelCo
     found = set(added)
     for matrix in embedding_matrices(model):
         with gathered([matrix.weight]):
-            found &= never_learned(matrix.weight.detach(), added)
+            found &= never_trained(matrix.weight.detach(), added)
     return frozenset(found)
 
 
-def stored_unlearned_tokens(empty: Any, tokenizer: Any, new: NewTokens, config: ModelConfig) -> frozenset[str] | None:
+def stored_untrained_tokens(
+    empty: Any, tokenizer: Any, new: ConfiguredTokens, config: ModelConfig
+) -> frozenset[str] | None:
     """Return the same, reading only the matrices from the checkpoint's files; None where they are not on this machine.
 
     Args:
@@ -56,23 +58,25 @@ def stored_unlearned_tokens(empty: Any, tokenizer: Any, new: NewTokens, config: 
         for weight in weights:
             if config.dtype is not Dtype.auto:  # rounded to the run's type rows may become equal
                 weight = weight.to(getattr(torch, config.dtype.value))
-            found &= never_learned(weight, added)
+            found &= never_trained(weight, added)
     return frozenset(found)
 
 
-def _known(tokenizer: Any, new: NewTokens) -> dict[str, int]:
+def _known(tokenizer: Any, new: ConfiguredTokens) -> dict[str, int]:
     """Return the added tokens that the checkpoint had, token -> id: those of new ones may be padding rows."""
     return {token: i for token, i in tokenizer.get_added_vocab().items() if token not in new.added}
 
 
-def never_learned(weight: Tensor, added: dict[str, int]) -> set[str]:
+def never_trained(weight: Tensor, added: dict[str, int]) -> set[str]:
     """Return the tokens whose row equals another one's bit for bit, or is almost zero. Pure.
 
     Args:
         weight: [rows, width].
         added: token -> id; those that have no row here are left out.
     """
-    norms = torch.cat([torch.linalg.vector_norm(some, dim=1, dtype=torch.float32) for some in weight.split(ROWS)])
+    norms = torch.cat(
+        [torch.linalg.vector_norm(chunk, dim=1, dtype=torch.float32) for chunk in weight.split(CHUNK_ROWS)]
+    )
     least = SMALL * norms[norms > 0].median()  # rows of zeros are padding, of which there may be many
     ids = {token: i for token, i in added.items() if i < len(weight)}
     bits = weight[list(ids.values())].contiguous().cpu().view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""What decides predictions: configuration, weights and tokenizer of the model that makes them. No torch here."""
+"""The key of predictions: the configuration, weights and tokenizer that decide them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.exported import base_files
+from src.checkpoint.exported import MAY_CHANGE, base_files
 from src.config.keys import all_keys
 from src.config.schema import RunConfig
 from src.data.sources import file_hash
 
 SAMPLING = ("temperature", "top_k", "top_p")
-NOT_THE_MODEL = ("README.md", "generation_config.json")
-"""Files of a model's folder that decide nothing here."""
 
 
-def decided_by(config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str, Any]:
+def prediction_key(config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str, Any]:
     """Return what decides the predictions of any set, as plain values by name.
 
     The seed decides only where words are drawn, the size of the batches nothing.
@@ -26,13 +24,13 @@ def decided_by(config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dic
     if not config.generation.do_sample:
         drawn = {}
         generation = {key: value for key, value in generation.items() if key not in SAMPLING}
-    deciding = {key.leaf for key in all_keys().values() if key.section == "data" and key.shapes_rows} | {"limit"}
-    deciding.remove("max_target_length")  # an answer takes no room
-    files = [file for file in sorted(model.rglob("*")) if file.is_file() and file.name not in NOT_THE_MODEL]
+    data_keys = {key.leaf for key in all_keys().values() if key.section == "data" and key.shapes_rows} | {"limit"}
+    data_keys.remove("max_target_length")  # an answer takes no room
+    files = [file for file in sorted(model.rglob("*")) if file.is_file() and file.name not in MAY_CHANGE]
     weights = [file for file in base_files(model, config.model.checkpoint) if file.suffix == ".safetensors"]
     return {
         **{f"generation.{key}": value for key, value in generation.items()},
-        **{f"data.{key}": value for key, value in data.items() if key in deciding},
+        **{f"data.{key}": value for key, value in data.items() if key in data_keys},
         **{f"tokens.{key}": frozen["tokens"][key] for key in ("thought_open", "thought_close")},
         **drawn,
         "model.dtype": config.model.dtype.value,

@@ -1,4 +1,4 @@
-"""Whether a finished run is asked for more steps, and whether it can be continued. No torch here."""
+"""Whether a finished run is asked for more steps, and whether it can be continued."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEAST_SHARE = 1e-6
 """The rounding error, in steps, that a number of epochs may have."""
 
 
-def is_asked_for_more(training: TrainingConfig, run_dir: Path) -> bool:
+def asks_for_more_steps(training: TrainingConfig, run_dir: Path) -> bool:
     """Return whether a configuration asks for more steps than the finished run of a folder has done.
 
     Raises:
@@ -32,7 +32,7 @@ def is_asked_for_more(training: TrainingConfig, run_dir: Path) -> bool:
     return first.get("max_train_steps") is None and training.num_train_epochs > first.get("num_train_epochs", math.inf)
 
 
-def how_to_go_on_for_longer(training: TrainingConfig, run_dir: Path) -> str:
+def how_to_extend(training: TrainingConfig, run_dir: Path) -> str:
     """Return in words how to continue a finished run."""
     status = read_status(run_dir)
     if training.max_train_steps is not None:
@@ -42,7 +42,7 @@ def how_to_go_on_for_longer(training: TrainingConfig, run_dir: Path) -> str:
     return f"a training.num_train_epochs{above} continues it"
 
 
-def check_longer(config: CheckpointConfig, run_dir: Path) -> None:
+def check_extendable(config: CheckpointConfig, run_dir: Path) -> None:
     """Check that a finished run can be continued in its folder, before anything is changed.
 
     Raises:

@@ -15,7 +15,7 @@ from src.data.dataset import Data
 from src.forecast.disk import DiskForecast, disk_forecast, most_saves
 from src.forecast.memory import MemoryForecast, Sharding, memory_forecast
 from src.forecast.parameters import ModelParameters, parameters_of, with_adapter
-from src.forecast.time import TimeForecast, counted_time, matmul_flops_per_second
+from src.forecast.time import TimeItem, counted_time, matmul_flops_per_second
 from src.inspection.costs import count_work, starts_from_values
 from src.inspection.findings import Finding, Level
 from src.inspection.measurement import Measured, measure_work, measured_times
@@ -28,16 +28,16 @@ from src.util import human_bytes
 
 @dataclass(frozen=True)
 class Forecast:
-    """What lies ahead."""
+    """What a run will need of steps, memory, disk and time."""
 
     work: Workload
     memory: MemoryForecast
     disk: DiskForecast
-    time: TimeForecast
+    time: tuple[TimeItem, ...]
     measured: Measured | None
 
 
-def outlook(
+def forecast_run(
     config: RunConfig,
     model: Any,
     tokenizer: Any,
@@ -48,12 +48,12 @@ def outlook(
     *,
     measure: bool,
 ) -> Forecast:
-    """Forecast a run.
+    """Forecast what a run will need.
 
     Args:
         model: as built by `empty_model`, resized to the tokenizer; gets quantised layers and the adapter.
-        new_ids: tokens that have no learned row yet, which an adapter trains too.
-        libraries_bytes: what the process holds before there is a model; None where nobody knows.
+        new_ids: tokens without a pretrained row, which an adapter trains too.
+        libraries_bytes: what the process holds before there is a model; None where that is unknown.
     """
     work, device = plan_work(config, data), device_of(config)
     parameters = planned_parameters(config, model, new_ids)
@@ -86,7 +86,7 @@ def outlook(
     speed = matmul_flops_per_second(device, dtype)
     names = ["training", "evaluation", *(["generation"] if work.generation else [])]
     times = [counted_time(name, counts.flops.get(name), speed, counts.reason) for name in names]
-    return Forecast(work, memory, disk, TimeForecast(tuple(times)), None)
+    return Forecast(work, memory, disk, tuple(times), None)
 
 
 def _saved_bytes(tokenizer: Any) -> int:
@@ -97,26 +97,26 @@ def _saved_bytes(tokenizer: Any) -> int:
 
 
 def sharding_of(config: RunConfig) -> Sharding | None:
-    """Return how the configuration shares what one process would hold; None where it does not."""
+    """Return how the configuration shards what one process would hold; None where it does not."""
     zero = config.deepspeed
     if not isinstance(zero, ZeroConfig):
         return None
-    given = zero.zero_optimization
-    overlaps = given.get("overlap_comm", False) and zero.stage < 3
+    settings = zero.zero_optimization
+    overlaps = settings.get("overlap_comm", False) and zero.stage < 3
     return Sharding(
         zero.stage,
         config.runtime.world_size,
         is_bf16=config.training.mixed_precision is MixedPrecision.bf16,
         optimizer_on_cpu=zero.offloads("optimizer"),
         weights_on_cpu=zero.offloads("param"),
-        bucket=int(given.get("reduce_bucket_size", Sharding.bucket)),
+        bucket=int(settings.get("reduce_bucket_size", Sharding.bucket)),
         num_buckets=2 if overlaps else 1,
-        max_live=int(given.get("stage3_max_live_parameters", Sharding.max_live)),
+        max_live=int(settings.get("stage3_max_live_parameters", Sharding.max_live)),
     )
 
 
 def about_disk(disk: DiskForecast) -> list[Finding]:
-    """Warn where the disk has no room for what is known of the run's folder."""
+    """Return a warning where the disk has no room for the known part of the run's folder."""
     if disk.fits:
         return []
     text = f"the run may write {human_bytes(disk.total.bytes or 0)}, and {human_bytes(disk.free_bytes)} are free in "

@@ -18,11 +18,11 @@ from src import preflight
 from src.config.schema import Device, MixedPrecision, RuntimeConfig, Weights
 from src.data.tokenizer import load_tokenizer
 from src.errors import TokenError
-from src.model import unlearned
+from src.model import untrained
 from src.model.build import empty_model, load_weights
 from src.model.embeddings import check_new_rows, embedding_matrices, resize_and_initialise
 from src.model.export import load_exported
-from src.model.unlearned import never_learned, stored_unlearned_tokens, unlearned_tokens
+from src.model.untrained import never_trained, stored_untrained_tokens, untrained_tokens
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
 from tests.conftest import ROWS, admitted, towline
@@ -83,19 +83,19 @@ def chosen(base: str, *more: str) -> list[str]:
     return [f"model={kind}", f"model.checkpoint={base}", NAMED, *TAGS, *more]
 
 
-def test_a_row_is_unlearned_where_it_is_anothers_or_next_to_nothing() -> None:
+def test_a_row_is_untrained_where_it_is_anothers_or_next_to_nothing() -> None:
     weight = torch.tensor([[3.0, 4.0], [5.0, 0.0], [5.0, 0.0], [0.04, 0.0], [0.06, 0.0], [0.0, 5.0], [-0.0, 5.0]])
     added = {token: i for i, token in enumerate("abcdefg")} | {"no row": 9}
-    assert never_learned(weight, added) == {"b", "c", "d"}  # the median norm is 5, and -0.0 is not 0.0 in bits
-    assert never_learned(weight, {"a": 0, "b": 1, "f": 5}) == set()  # only other added tokens' rows count
-    assert never_learned(weight.bfloat16(), added) == {"b", "c", "d"}
-    assert never_learned(weight, {}) == set()
+    assert never_trained(weight, added) == {"b", "c", "d"}  # the median norm is 5, and -0.0 is not 0.0 in bits
+    assert never_trained(weight, {"a": 0, "b": 1, "f": 5}) == set()  # only other added tokens' rows count
+    assert never_trained(weight.bfloat16(), added) == {"b", "c", "d"}
+    assert never_trained(weight, {}) == set()
 
 
 def test_padding_decides_nothing() -> None:
     weight = torch.zeros(40, 2)
     weight[0], weight[1], weight[2] = torch.tensor([3.0, 4.0]), torch.tensor([5.0, 0.0]), torch.tensor([0.04, 0.0])
-    assert never_learned(weight, {"a": 0, "b": 1, "c": 2}) == {"c"}  # the median of rows that are not 0 is 5
+    assert never_trained(weight, {"a": 0, "b": 1, "c": 2}) == {"c"}  # the median of rows that are not 0 is 5
 
 
 def test_a_tag_that_is_named_nowhere_else_starts_too(runtime: Runtime, bases: dict[str, str]) -> None:
@@ -123,12 +123,12 @@ def test_weights_and_their_files_say_the_same(bases: dict[str, str], kind: str, 
     tokenizer, new = load_tokenizer(config.model, config.tokens)
     empty = empty_model(config.model)
     model = load_weights(config.model, None, config.model.checkpoint)
-    found = unlearned_tokens(model, tokenizer, new, config.model)
+    found = untrained_tokens(model, tokenizer, new, config.model)
     assert found & set(RESERVED) == expected
-    assert stored_unlearned_tokens(empty, tokenizer, new, config.model) == found
+    assert stored_untrained_tokens(empty, tokenizer, new, config.model) == found
     config.model.weights = Weights.random
-    assert unlearned_tokens(model, tokenizer, new, config.model) == frozenset()
-    assert stored_unlearned_tokens(empty, tokenizer, new, config.model) == frozenset()
+    assert untrained_tokens(model, tokenizer, new, config.model) == frozenset()
+    assert stored_untrained_tokens(empty, tokenizer, new, config.model) == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -141,12 +141,12 @@ def test_weights_and_their_files_say_the_same(bases: dict[str, str], kind: str, 
         ("untied", ["adapter=qlora"]),
     ],
 )
-def test_unlearned_tokens_start_as_new_ones_and_learned_ones_stay(
+def test_untrained_tokens_start_as_new_ones_and_trained_ones_stay(
     runtime: Runtime, bases: dict[str, str], tmp_path: Path, kind: str, way: list[str]
 ) -> None:
     run = Assembled(runtime, *chosen(bases[kind], *way))
     assert run.started.ids == {"<|r0|>": 259, "<|small|>": 261, "<new>": 263}
-    assert run.new.known == {"<|r0|>": 259, "<|small|>": 261, "<|learned|>": 262}
+    assert run.new.existing == {"<|r0|>": 259, "<|small|>": 261, "<|learned|>": 262}
     original = AutoModelForCausalLM.from_pretrained(bases[kind])
     before = {matrix.name: matrix.weight.detach() for matrix in embedding_matrices(original)}
     not_learned = {0, 259, 260, 261, 263} if kind == "tied" else {259, 260, 261, 263}  # 0 pads: zeros, if not in a head
@@ -160,7 +160,7 @@ def test_unlearned_tokens_start_as_new_ones_and_learned_ones_stay(
     for matrix in embedding_matrices(run.model):
         assert (matrix.rows([259]) - run.started.values[matrix.name][:1]).norm() > 1e-3
         if way:
-            assert matrix.apart[0].keys() == {259, 261, 263}
+            assert matrix.adapter_rows[0].keys() == {259, 261, 263}
             assert torch.equal(matrix.rows([260, 262]), before[matrix.name][[260, 262]])
     trained = run.logits()
     run.export(tmp_path / "model")
@@ -179,12 +179,12 @@ def test_an_encoder_decoder_starts_them_in_every_matrix(runtime: Runtime, bases:
     check_new_rows(run.model, run.started)
 
 
-def test_a_text_of_unlearned_tokens_is_no_start(bases: dict[str, str]) -> None:
+def test_a_text_of_untrained_tokens_is_no_start(bases: dict[str, str]) -> None:
     config = admitted(*chosen(bases["tied"], "tokens.init.method=text", "tokens.init.text=['<|r1|>']")).config
     tokenizer, new = load_tokenizer(config.model, config.tokens)
     model = load_weights(config.model, None, config.model.checkpoint)
-    found = unlearned_tokens(model, tokenizer, new, config.model)
-    with pytest.raises(TokenError, match=r"tokens\.init.*r1.*no known token"):
+    found = untrained_tokens(model, tokenizer, new, config.model)
+    with pytest.raises(TokenError, match=r"tokens\.init.*r1.*no pretrained token"):
         resize_and_initialise(model, tokenizer, new, config.tokens, 1, found)
 
 
@@ -211,7 +211,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.file, name)
 
-    monkeypatch.setattr(unlearned, "safe_open", Watched)
+    monkeypatch.setattr(untrained, "safe_open", Watched)
     return seen
 
 
@@ -221,7 +221,7 @@ def preflighted(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
     return capsys.readouterr().out
 
 
-def test_preflight_says_which_are_unlearned_and_reads_the_matrices_alone(
+def test_preflight_says_which_are_untrained_and_reads_the_matrices_alone(
     bases: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], reads: list[str]
 ) -> None:
     shards = tmp_path / "shards"
@@ -230,12 +230,12 @@ def test_preflight_says_which_are_unlearned_and_reads_the_matrices_alone(
     AutoTokenizer.from_pretrained(bases["untied"]).save_pretrained(shards)
     for base in (bases["untied"], str(shards)):
         reads.clear()
-        text = preflighted(capsys, *chosen(base, "adapter=lora", "name=unlearned_test"))
+        text = preflighted(capsys, *chosen(base, "adapter=lora", "name=untrained_test"))
         assert sorted(reads) == ["lm_head.weight", "model.embed_tokens.weight"]
         assert "<|r0|>  one id, 259; fed" in text
-        assert text.count("known already, but never learned: starts from mean") == 2
-        assert text.count("known already, left as learned") == 1
-        assert "note     <|r0|>, <|small|>: the checkpoint has the token, but never learned its row" in text
+        assert text.count("untrained in the checkpoint: initialised from the mean") == 2
+        assert text.count("its row is kept") == 1
+        assert "note     <|r0|>, <|small|>: in the tokenizer, but never trained" in text
 
 
 def test_preflight_finds_matrices_under_other_names_and_says_where_it_finds_none(
@@ -244,12 +244,12 @@ def test_preflight_finds_matrices_under_other_names_and_says_where_it_finds_none
     other = shutil.copytree(bases["gpt2"], tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file({name.removeprefix("transformer."): t for name, t in tensors.items()}, other / "model.safetensors")
-    asked = chosen(str(other), "name=unlearned_test", "data.max_seq_length=128")
-    assert preflighted(capsys, *asked).count("never learned: starts from") == 2
+    asked = chosen(str(other), "name=untrained_test", "data.max_seq_length=128")
+    assert preflighted(capsys, *asked).count("untrained in the checkpoint: initialised from") == 2
     (other / "model.safetensors").unlink()
     torch.save(tensors, other / "pytorch_model.bin")
     text = preflighted(capsys, *asked, "model.use_safetensors=false")
-    assert text.count("known already; whether it was ever learned is seen when the weights are loaded") == 3
+    assert text.count("is seen when the weights are loaded") == 3
 
 
 def test_a_run_says_so_and_resumes_with_the_same_rows(bases: dict[str, str], tmp_path: Path) -> None:
@@ -259,10 +259,8 @@ def test_a_run_says_so_and_resumes_with_the_same_rows(bases: dict[str, str], tmp
     ]  # fmt: skip
     first = towline(*command)
     assert first.returncode == 0, first.stderr
-    assert "<|r0|>, <|small|>, <new> start from mean" in first.stdout
-    assert "known already, but never learned: <|r0|>, <|small|>; known already, left as learned: <|learned|>" in (
-        first.stdout
-    )
+    assert "<|r0|>, <|small|>, <new> initialised from the mean" in first.stdout
+    assert "untrained in the checkpoint: <|r0|>, <|small|>; in the vocabulary, rows kept: <|learned|>" in (first.stdout)
     trained = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
     status = json.loads((tmp_path / "run" / "status.json").read_text())

@@ -1,0 +1,120 @@
+"""A run that is assembled but not trained: its rows, tokens, sizes and findings, shown and written down."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from src.config.job import Job
+from src.data.advice import Level
+from src.data.dataset import Data, build_data
+from src.data.encoding import SPAN_KINDS
+from src.data.tokenizer import load_tokenizer
+from src.errors import TowlineError
+from src.evaluation.generate import check_prompts
+from src.inspection.drawing import Paint, draw_lengths
+from src.inspection.findings import answer_scorer, findings, prove
+from src.inspection.libraries import resident_bytes
+from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets
+from src.inspection.run_forecast import about_disk, device_of, forecast_run
+from src.inspection.token_rows import about_initialised_rows, show_tokens
+from src.model.build import check_adapter_of, check_lengths, empty_model
+from src.model.embeddings import resize_and_initialise
+from src.model.quantization import check_quantisable
+from src.model.untrained import stored_untrained_tokens
+from src.runtime.collector import collect_from_here
+from src.tracking.console import Console
+
+
+def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
+    """Assemble what a run would, without weights; show it, what it will take and the findings; return the exit code.
+
+    Raises:
+        TowlineError: what a run would refuse.
+    """
+    config, own = job.config, job.entry_section
+    folder, paint = Path("outputs", config.name, "preflight"), Paint(sys.stdout)
+    collect_from_here()
+    before = resident_bytes()
+    tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
+    data = build_data(config, tokenizer, console.working)
+    held = libraries_bytes + max(0, resident_bytes() - before)
+    model = empty_model(config.model)
+    check_lengths(config.model, model.config, config.data.max_seq_length, config.data.max_target_length)
+    if config.quantization.is_on:
+        check_quantisable(model, config.quantization, device_of(config))
+    check_adapter_of(config)
+    untrained = stored_untrained_tokens(model, tokenizer, new_tokens, config.model)
+    initialised = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, untrained or ())
+    check_prompts(config, model, data)
+
+    show_model(console, config, model)
+    seen = untrained is not None
+    show_tokens(console, config, model, tokenizer, new_tokens, initialised, data, are_weights_seen=seen)
+    train = data.train.first
+    sets = {"train": train} | data.validation | data.test
+    show_sets(console, config, data, sets)
+    draw_lengths(sets, config.data.max_seq_length, folder / "lengths.png")
+    show_rows(console, train, data, own.rows, paint)
+    scorer = answer_scorer(config, data)
+    proofs = {name: prove(rows, scorer) for name, rows in sets.items()}
+    new_ids = list(initialised.ids.values())
+    forecast = forecast_run(config, model, tokenizer, new_ids, data, job.run_dir, held, measure=own.measure)
+    show_forecasts(console, config, forecast)
+    found = [
+        *findings(config, data, tokenizer, train, proofs, forecast.work.num_steps),
+        *about_initialised_rows(new_tokens, initialised),
+        *about_disk(forecast.disk),
+    ]
+    found.sort(key=lambda finding: list(Level).index(finding.level))
+    code = show_findings(console, found, proofs, paint)
+    if own.dump is not None:
+        console.label("dump", f"{dump(data, Path(own.dump)):,} rows of train in {own.dump}")
+    write_report(folder / "preflight.json", data, found, forecast)
+    console.label("written", f"{folder}/lengths.png, preflight.json")
+    return code
+
+
+def dump(data: Data, file: Path) -> int:
+    """Write every encoded row of the train split, one JSON object a line, in the order of the files; count them.
+
+    `input_ids` and `labels` are not shifted; `spans` are what is supervised: kind, start and stop within labels. An
+    encoder-decoder's rows have `target_ids` too, which their labels belong to.
+    """
+    count = 0
+    try:
+        with open(file, "w", encoding="utf-8") as lines:
+            for rows in data.train.blocks():
+                for i in range(len(rows)):
+                    row = rows[i]
+                    spans = [{"kind": SPAN_KINDS[kind], "start": a, "stop": b} for kind, a, b in row.spans.tolist()]
+                    line: dict[str, Any] = {"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()}
+                    if row.target_ids is not None:
+                        line["target_ids"] = row.target_ids.tolist()
+                    lines.write(json.dumps(line | {"spans": spans}) + "\n")
+                count += len(rows)
+    except OSError as error:
+        raise TowlineError(f"preflight.dump = {file} can't be written: {error.strerror}") from error
+    return count
+
+
+def write_report(file: Path, data: Data, found: Sequence[Any], forecast: Any) -> None:
+    """Write findings and forecasts as JSON, for a program to read."""
+    report = {
+        "findings": [{"level": finding.level.value, "text": finding.text} for finding in found],
+        "data": {name: report.as_dict() for name, report in data.reports.items()},
+        "steps": forecast.work.num_steps,
+        "memory": {
+            part.name: part.bytes for part in [*forecast.memory.parts, *forecast.memory.instead, forecast.memory.total]
+        },
+        "memory_on_cpu": {part.name: part.bytes for part in forecast.memory.on_cpu},
+        "disk": {part.name: part.bytes for part in forecast.disk.parts},
+        "time": {part.name: part._asdict() for part in forecast.time},
+        "measured": forecast.measured and asdict(forecast.measured),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
