@@ -53,9 +53,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         resume = resume.checked(data, tokenizer, job)  # other rows or ids are refused before any weight is read
         tracker.write_file("data_report.json", data.report())
         built = assemble_model(config, tokenizer, new_tokens, data, runtime)  # quantised, resized, initialised, adapted
-        state = build_train_state(
-            built.model, data.train, config, runtime, new_tokens.ids, resume.step, resume.position
-        )
+        state = build_train_state(built.model, data.train, config, runtime, new_tokens.ids, *resume.start)
         check_new_rows(state.model, built.initialised)  # bit for bit, after wrapping
         tracker.warn(*load_initial_weights(state, tokenizer, runtime, config))  # init_from
         evaluator = open_evaluation(config, state.loss_model, state.model, data, runtime)
@@ -69,12 +67,11 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         with open_saver(job, resume, state, fingerprint, untrained, runtime, tracker) as saver, stop.deferred():
             pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.warn)
             for step in train(state, data.train, config, runtime, evaluator.pad_token_id):
-                is_logged = config.training.log_every.is_due(step)
-                tracker.progress(step, state.num_steps, is_logged=is_logged)
+                tracker.progress(step, state.num_steps, is_logged=config.training.log_every.is_due(step))
                 tracker.warn(*step.warnings)
                 if config.checkpoint.save_every.is_due(step):
                     saver.save()  # before the evaluation: a run that is stopped in it repeats it
-                with tracker.line(step, due=is_logged) as line:
+                with tracker.line(step, due=config.training.log_every.is_due(step)) as line:
                     if config.evaluation.eval_every.is_due(step):
                         line.metrics |= evaluator.evaluate(data.validation.values(), new_tokens.ids)
                         line.metrics |= state.token_monitor.metrics()
@@ -86,7 +83,6 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
                         line.samples = sample(evaluator, samples, num_prompts, step.number, untrained)
                 if job.trial is not None and config.evaluation.eval_every.is_due(step) and not step.is_last:
                     end_early(runtime.from_main(pruning.verdict(line.metrics)))
-
             totals = state.totals()  # merging takes the adapter out of the model
             exported = export_trained(job, state, built, data, provenance, runtime, tracker)
             saver.finish()

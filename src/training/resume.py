@@ -68,6 +68,11 @@ class ResumePoint:
         return {"epoch": position["epoch"], "num_sequences": 0, "block": None} if self.repeats_epoch else position
 
     @property
+    def start(self) -> tuple[int | None, Mapping[str, Any] | None]:
+        """After which step and from which position training begins."""
+        return self.step, self.position
+
+    @property
     def untrained(self) -> Sequence[str]:
         """The samples of the untrained model, as the run's first start drew them."""
         return self.state.get("untrained", ())
