@@ -448,7 +448,7 @@ def test_what_is_wrong_with_patterns(folder: Path) -> None:
         "": f"no such file (looked in {folder})",
         "*.none": f"matches no file (looked in {folder})",
         "empt*": f"matches no file (looked in {folder})",
-        "empty": "a folder without data files; these are .jsonl, .ndjson, .json, .csv, .tsv, .txt (each also with",
+        "empty": "a folder without data files; these are .jsonl, .ndjson, .json, .csv, .tsv, .txt (each also",
         "notes.md": "not a kind that is read; these are .jsonl, .ndjson",
         "n*": "notes.md: not a kind that is read",
         "pipe.jsonl": "not a file that can be read twice",
