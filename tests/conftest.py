@@ -24,6 +24,9 @@ from src.cli.environment import set_switches
 from src.config.frozen import config_hash
 from src.config.gate import admit
 from src.config.job import Job
+from src.config.schema import Device, MixedPrecision, RuntimeConfig
+from src.runtime.session import Runtime, start_runtime
+from src.runtime.signals import StopRequest
 from src.sweep.workers import OPTIONAL_MODULES, PRELOAD_MODULE
 
 set_switches()
@@ -63,6 +66,14 @@ def smollm2() -> Path:
 @pytest.fixture(autouse=True)
 def _project_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def runtime() -> Iterator[Runtime]:
+    """One process on the CPU in float32, seeded with 42."""
+    cpu = RuntimeConfig(device=Device.cpu, deterministic=False)
+    with start_runtime(cpu, MixedPrecision.no, 42, StopRequest()) as started:
+        yield started
 
 
 def admitted(*overrides: str) -> Job:

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 
-from src.config.schema import Device, MixedPrecision, RunConfig, RuntimeConfig
+from src.config.schema import Device, RunConfig, RuntimeConfig
 from src.data.batching import collate
 from src.data.dataset import Data, build_data
 from src.data.tokenizer import load_tokenizer
@@ -32,8 +31,7 @@ from src.model.embeddings import InitialisedRows, check_new_rows, embedding_matr
 from src.model.export import export, load_exported
 from src.model.quantization import disable_cpu_packing
 from src.model.untrained import untrained_tokens
-from src.runtime.session import Runtime, start_runtime
-from src.runtime.signals import StopRequest
+from src.runtime.session import Runtime
 from src.training.loop import train
 from src.training.state import TrainState, build_train_state
 from tests.conftest import ROOT, admitted, read_lines, towline
@@ -48,12 +46,6 @@ WAYS = {
     "int8": ["adapter=lora", "quantization=int8"],
     "qlora": ["adapter=qlora"],
 }
-
-
-@pytest.fixture
-def runtime() -> Iterator[Runtime]:
-    with start_runtime(CPU, MixedPrecision.no, 42, StopRequest()) as started:
-        yield started
 
 
 def auto(source: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from src.config.schema import Batching, Device, MixedPrecision, RunConfig, RuntimeConfig
+from src.config.schema import Batching, RunConfig
 from src.data.batching import Batch, BatchSampler, Sequences, Window, collate, pack, steps_per_epoch, windows
 from src.data.dataset import Data, build_data
 from src.data.encoding import IGNORE_INDEX
@@ -27,8 +26,7 @@ from src.data.tokenizer import load_tokenizer
 from src.errors import ModelError
 from src.evaluation.generate import Generator
 from src.model.build import build_model, set_generation
-from src.runtime.session import Runtime, start_runtime
-from src.runtime.signals import StopRequest
+from src.runtime.session import Runtime
 from src.training.head import ModelWithLoss, shifted
 from src.training.loop import train
 from src.training.state import build_batch_sampler, build_train_state
@@ -57,13 +55,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> EncodedSet:
     train = built(*only(file))[1].train
     assert isinstance(train, EncodedSet)
     return train
-
-
-@pytest.fixture
-def runtime() -> Iterator[Runtime]:
-    cpu = RuntimeConfig(device=Device.cpu, deterministic=False)
-    with start_runtime(cpu, MixedPrecision.no, 42, StopRequest()) as started:
-        yield started
 
 
 # Order

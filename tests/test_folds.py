@@ -313,7 +313,7 @@ def test_a_run_says_which_fold_it_is_and_its_result_predicts(
         (["data.num_folds=3", "data.fold=1", "data.test_files={validation: [data/tow_addition/test.jsonl]}"],
          "data.test_files = validation   a validation set has this name already"),
         (["data.num_folds=3", "data.fold=1", "checkpoint.metric_for_best_model=eval/mine/loss"],
-         "no evaluation gives this; one of eval/validation/loss"),
+         "no evaluation computes this; one of eval/validation/loss"),
     ],
 )  # fmt: skip
 def test_the_gate_refuses(overrides: list[str], words: str) -> None:

@@ -109,7 +109,7 @@ def refusal(*overrides: str) -> str:
         (["checkpoint.load_best_model_at_end=true", "checkpoint.keep_best=0"],
          ["checkpoint.keep_best = 0", "checkpoint.load_best_model_at_end needs at least 1", "1 problem\n"]),
         (["checkpoint.newest_optimizer_only=maybe"], ["checkpoint.newest_optimizer_only = maybe", "not true or false"]),
-        (["checkpoint.metric_for_best_model=eval/x/loss"], ["no evaluation gives this; one of eval/validation/loss"]),
+        (["checkpoint.metric_for_best_model=eval/x/loss"], ["evaluation computes this; one of eval/validation/loss"]),
         (["checkpoint.greater_is_better=maybe"], ["checkpoint.greater_is_better = maybe", "not true or false"]),
         (["checkpoint.resume=''"], ["not auto, never, or a folder: a run's or a checkpoint"]),
         (["checkpoint.resume=conf"], ["checkpoint.resume = conf", "neither auto, never, nor a folder with a che"]),

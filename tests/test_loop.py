@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -39,12 +39,6 @@ class Trained:
     losses: list[float]
     grad_norms: list[float]
     weights: dict[str, Tensor]
-
-
-@pytest.fixture
-def runtime() -> Iterator[Runtime]:
-    with start_runtime(CPU, MixedPrecision.no, 42, StopRequest()) as started:
-        yield started
 
 
 def assembled(runtime: Runtime, *overrides: str) -> tuple[RunConfig, Data, TrainState]:

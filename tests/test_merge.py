@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,12 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from src import preflight
 from src.cli.start import run_job as run
-from src.config.schema import Device, LoraConfig, MixedPrecision, RunConfig, RuntimeConfig
+from src.config.schema import LoraConfig, RunConfig
 from src.errors import ExportError, ModelError
 from src.model import build
 from src.model.export import export, load_exported
 from src.model.quantization import disable_cpu_packing
-from src.runtime.session import Runtime, start_runtime
+from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
 from tests.conftest import admitted
 from tests.test_adapters import SMALL, Assembled, chosen
@@ -31,13 +30,6 @@ from tests.test_adapters import SMALL, Assembled, chosen
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 WAYS = {"lora": "adapter=lora", "dora": "adapter=dora", "qlora": "adapter=qlora"}
 TARGETS = ["all-linear", "[lm_head]", "[embed_tokens]", "[lm_head,embed_tokens]"]
-
-
-@pytest.fixture
-def runtime() -> Iterator[Runtime]:
-    cpu = RuntimeConfig(device=Device.cpu, deterministic=False)
-    with start_runtime(cpu, MixedPrecision.no, 42, StopRequest()) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from src import preflight
-from src.config.schema import Device, MixedPrecision, RuntimeConfig, Weights
+from src.config.schema import Weights
 from src.data.tokenizer import load_tokenizer
 from src.errors import TokenError
 from src.model import untrained
@@ -23,8 +22,7 @@ from src.model.build import empty_model, load_weights
 from src.model.embeddings import check_new_rows, embedding_matrices, resize_and_initialise
 from src.model.export import load_exported
 from src.model.untrained import never_trained, stored_untrained_tokens, untrained_tokens
-from src.runtime.session import Runtime, start_runtime
-from src.runtime.signals import StopRequest
+from src.runtime.session import Runtime
 from tests.conftest import ROWS, admitted, towline
 from tests.test_adapters import Assembled
 
@@ -32,13 +30,6 @@ RESERVED = ["<|r0|>", "<|r1|>", "<|small|>", "<|learned|>"]  # ids 259 to 262
 NAMED = "tokens.additional_special_tokens=['<|r0|>','<|small|>','<|learned|>','<new>']"
 TAGS = ["tokens.thought_open='<|r0|>'", "tokens.thought_close='<new>'", "tokens.init.method=mean"]
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 264}
-
-
-@pytest.fixture
-def runtime() -> Iterator[Runtime]:
-    cpu = RuntimeConfig(device=Device.cpu, deterministic=False)
-    with start_runtime(cpu, MixedPrecision.no, 42, StopRequest()) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

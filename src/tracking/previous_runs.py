@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class PreviousRuns(Exporter):
                 write_json(folder / TRACKING, {**state, "ended": KILLED, "elsewhere": []})
 
         for run in runs_left(state):
-            self.end(run, folder, lambda run=run: note_ended(run))  # type: ignore[misc]
+            self.end(run, folder, partial(note_ended, run))
 
     def deliver(self) -> Iterator[None]:
         while self._waiting:

@@ -25,7 +25,7 @@ def best_model_can_be_chosen(
     scores = scores_of(data, evaluation, tokens)
     allowed = [f"eval/{name}/{score}" for name in data.validation_names() for score in scores]
     if checkpoint.metric_for_best_model not in allowed:
-        reason = f"no evaluation gives this; {'one of ' + ', '.join(allowed) if allowed else 'no validation set'}"
+        reason = f"no evaluation computes this; {'one of ' + ', '.join(allowed) if allowed else 'no validation set'}"
         yield Problem("checkpoint.metric_for_best_model", reason, checkpoint.metric_for_best_model)
 
 
