@@ -37,17 +37,7 @@ from pathlib import Path
 
 import xxhash
 
-from benchmarks.soaking import (
-    Call,
-    Child,
-    Difference,
-    compare,
-    compare_mlflow,
-    forked,
-    get_ready,
-    newest_whole,
-    work,
-)
+from benchmarks.soaking import Call, Child, Difference, compare, compare_mlflow, forked, get_ready, newest_whole, work
 from src.cli.main import main as run_main
 from src.predict import main as predict_main
 from src.tracking.lock import LOCK

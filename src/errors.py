@@ -20,8 +20,6 @@ Interrupted                 not an error: the user or the scheduler asked the ru
 Pruned                      not an error: the sweep asked the run to end early (exit code 0)
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

@@ -1,7 +1,5 @@
 """Escape texts of users and data in Markdown files. Pure."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

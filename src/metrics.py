@@ -4,8 +4,6 @@ A metric is a function that takes by name what it needs, registered with what it
 Libraries that score are imported by the functions themselves: the names are read while a command line is checked.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import re

@@ -1,7 +1,5 @@
 """What a run assembled, in a few lines for a person."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from pathlib import Path

@@ -3,8 +3,6 @@ r"""The user's regular expressions, applied to rows with a time limit, with the 
 The engine is the package regex, which has timeouts: `(a+)+$` on a long row would keep `re` busy for centuries.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

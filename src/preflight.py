@@ -4,8 +4,6 @@ Takes the same choices as src.run, and keys of its own. Loads no weights unless 
 finding is an error, 2 where the user can fix it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -5,8 +5,6 @@ checks its kind before it is opened, its size before it is read, and its content
 never removed or overwritten.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -3,8 +3,6 @@
 No heavy import here: registries are read while a command line is checked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 

@@ -4,8 +4,6 @@
 called. The command line is answered before what it needs is imported, and torch only for a configuration that is good.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":
     from src.cli.entry import as_command
     from src.cli.main import main
@@ -22,13 +20,7 @@ from src.overview import overview
 from src.runtime.signals import StopRequest
 from src.sweep.pruning import Pruning, end_early
 from src.tracking.tracker import Tracker
-from src.training.assembly import (
-    assemble_model,
-    data_warnings,
-    load_initial_weights,
-    record_provenance,
-    start_session,
-)
+from src.training.assembly import assemble_model, data_warnings, load_initial_weights, record_provenance, start_session
 from src.training.fingerprint import fingerprint_of
 from src.training.finish import export_trained
 from src.training.loop import train

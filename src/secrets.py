@@ -7,8 +7,6 @@ back from the process that started this one, from the environment, or from `.net
 Nothing that is printed or written has them: it goes through `clean`.
 """
 
-from __future__ import annotations
-
 import json
 import netrc
 import os

@@ -3,8 +3,6 @@
 Pure text.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from bisect import bisect_right

@@ -1,7 +1,5 @@
 """Which ids tokens have: data and models both need to know."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Small functions that every room uses: words for messages, and files that are written whole. No torch here."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

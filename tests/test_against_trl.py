@@ -40,14 +40,7 @@ PROMPTS = [
     "  a\tb \u00a0c  \r\n",
     "{prompt} <<not a thought>> {% raw %} \\n\n",
 ]
-COMPLETIONS = [
-    "It is 42.",
-    " 42",
-    "안녕하세요 세계",
-    "🚢 e\u0301 👩‍👩‍👧‍👦",
-    "def f(x):\n\treturn x\n",
-    "a\n\nb  c \n",
-]
+COMPLETIONS = ["It is 42.", " 42", "안녕하세요 세계", "🚢 e\u0301 👩‍👩‍👧‍👦", "def f(x):\n\treturn x\n", "a\n\nb  c \n"]
 PAIRS = [{"prompt": prompt, "completion": completion} for prompt, completion in product(PROMPTS, COMPLETIONS)]
 
 ROLES_AND_EOS = """\

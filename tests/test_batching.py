@@ -291,10 +291,7 @@ def test_the_default_model_is_one_of_them(rows: EncodedSet) -> None:
 
 MIXED: dict[str, tuple[str, dict[str, Any]]] = {
     "Bloom (ALiBi)": ("BloomConfig", {"vocab_size": 264, "hidden_size": 32, "n_layer": 2, "n_head": 2}),
-    "OPT": (
-        "OPTConfig",
-        {**SIZES, **SPECIAL, "ffn_dim": 64, "num_attention_heads": 2, "word_embed_proj_dim": 32},
-    ),
+    "OPT": ("OPTConfig", {**SIZES, **SPECIAL, "ffn_dim": 64, "num_attention_heads": 2, "word_embed_proj_dim": 32}),
     "Mamba 2": (
         "Mamba2Config",
         {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "num_heads": 4}

@@ -24,14 +24,7 @@ from torch import Tensor
 
 from src.checkpoint import store
 from src.checkpoint.locate import newest_weights
-from src.checkpoint.manifest import (
-    Entry,
-    checksum,
-    is_resumable,
-    newest_resumable,
-    problems_of,
-    read_manifest,
-)
+from src.checkpoint.manifest import Entry, checksum, is_resumable, newest_resumable, problems_of, read_manifest
 from src.checkpoint.store import SMALL_BYTES, Checkpoints, Snapshot, open_checkpoints, read_snapshot
 from src.checkpoint.tensors import stored_digest, tensors_digest, write_tensors
 from src.cli.start import run_job as run

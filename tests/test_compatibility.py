@@ -445,11 +445,7 @@ def test_what_goes_on_is_said() -> None:
         ((), "name=x tracking=mlflow training.logging_steps=1 checkpoint.keep_last=9", []),
         ((), "model.checkpoint=some/model data.limit=9 runtime.device=cpu", []),
         (("scheduler=constant",), "training.num_train_epochs=3", []),
-        (
-            ("scheduler=constant_with_warmup", "scheduler.warmup_steps=3"),
-            "training.num_train_epochs=3",
-            [],
-        ),
+        (("scheduler=constant_with_warmup", "scheduler.warmup_steps=3"), "training.num_train_epochs=3", []),
         (("training.max_train_steps=9",), "training.num_train_epochs=3", []),
         (
             (),

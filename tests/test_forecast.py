@@ -717,10 +717,7 @@ def test_the_checkpoints_of_an_adapter_run_are_what_is_trained(tmp_path: Path) -
     parameters = with_adapter(parameters_of(model), adapted(model, LORA))
     forecast = disk_forecast(parameters, tmp_path, ADAMW, CHECKPOINT, has_metric=True, tokenizer_bytes=7)
     trained = 4 * parameters.num_trained
-    checkpoints = [
-        ("checkpoints", 3 * (3 * trained + SMALL_BYTES)),
-        ("best checkpoints", trained + SMALL_BYTES),
-    ]
+    checkpoints = [("checkpoints", 3 * (3 * trained + SMALL_BYTES)), ("best checkpoints", trained + SMALL_BYTES)]
     assert [(part.name, part.bytes) for part in forecast.parts] == [*checkpoints, ("adapter", trained + 7)]
     merged = disk_forecast(parameters, tmp_path, ADAMW, CHECKPOINT, has_metric=True, tokenizer_bytes=7, merge=True)
     whole = 4 * (parameters.num - parameters.num_trained)
@@ -742,8 +739,7 @@ def test_the_speed_of_products_is_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (2_829_824, "2.7 MiB"), (2**30 - 1, "1.0 GiB")],
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (2_829_824, "2.7 MiB"), (2**30 - 1, "1.0 GiB")]
 )
 def test_sizes_are_written_in_binary_units(count: int, text: str) -> None:
     assert human_bytes(count) == text

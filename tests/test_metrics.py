@@ -14,16 +14,7 @@ from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from src import metrics
-from src.metrics import (
-    METRICS,
-    answer,
-    bleu,
-    chrf,
-    compute_metrics,
-    exact_match,
-    is_full_marks,
-    words,
-)
+from src.metrics import METRICS, answer, bleu, chrf, compute_metrics, exact_match, is_full_marks, words
 
 NAMES = ["rouge1", "rouge2", "rougeL"]
 REFERENCE = "The cat sat on the mat."

@@ -15,12 +15,7 @@ from src.config.schema import SCHEDULES, MixedPrecision, SchedulerConfig
 from src.errors import ModelError
 from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest
-from src.training.optim import (
-    build_optimizer,
-    build_schedule,
-    parameter_groups,
-    warmup_warnings,
-)
+from src.training.optim import build_optimizer, build_schedule, parameter_groups, warmup_warnings
 from tests.conftest import ROOT, admitted
 
 

@@ -122,10 +122,7 @@ def test_the_command_line_goes_before_a_sweep_file(own: Path) -> None:
         ({"optimizer": {"lr": [1e-3, 1e-4]}}, "by its own key: write optimizer.lr: [0.001, 0.0001]"),
         ({"optimizer": {"lr": "1e-3,1e-4"}}, "by its own key: write optimizer.lr: 1e-3,1e-4"),
         ({"tokens": {"init": {"method": ["mean", "random"]}}}, 'write tokens.init.method: ["mean", "random"]'),
-        (
-            {"data.mixture": [{"a": {"train_files": ["no"]}}, None]},
-            "  data.mixture                      not together",
-        ),
+        ({"data.mixture": [{"a": {"train_files": ["no"]}}, None]}, "  data.mixture                      not together"),
         ({"data.mixture": [{"a": {"train_files": ["no"]}}, None]}, "(sweep.params; at data.mixture={a:"),
     ],
 )

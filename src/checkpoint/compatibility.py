@@ -6,13 +6,11 @@ key whose outcome is in the fingerprint (files, templates, a model's name) is ha
 outcome by another path is no change.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from src.config.keys import all_keys, known_keys
 from src.config.quoting import shell_override
@@ -81,7 +79,7 @@ class Fingerprint:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Fingerprint:
+    def from_dict(cls, given: Mapping[str, Any]) -> Self:
         """Build from what `as_dict` returned; entries that a later version added are left out.
 
         Raises:

@@ -1,7 +1,5 @@
 """Exported models compared with what was written: status.json has size and checksum of each file."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Whether a finished run is asked for more steps, and whether it can be continued."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path

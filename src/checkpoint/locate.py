@@ -1,7 +1,5 @@
 """Which checkpoint a run resumes from, and whether it is whole. No torch here, so that a refusal costs nothing."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

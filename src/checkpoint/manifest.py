@@ -4,8 +4,6 @@ Checksums (XXH3, 128 bits) protect against damage, not against attack. The manif
 checksum of its own, so that a changed byte in it is noticed too.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -5,8 +5,6 @@ writes their manifest (src.checkpoint.manifest), renames the folder, and only th
 training waits for a copy in memory, not for the disk. Safetensors and JSON, nothing pickled.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math

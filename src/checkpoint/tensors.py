@@ -1,7 +1,5 @@
 """Tensors by name in a safetensors file, written and read one by one: no process holds all that is sharded."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping

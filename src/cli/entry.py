@@ -1,7 +1,5 @@
 """What entries have in common: help, and an exit code for each way to end."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn

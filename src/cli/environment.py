@@ -1,7 +1,5 @@
 """Environment variables that libraries read as they are imported, set in this one place."""
 
-from __future__ import annotations
-
 import os
 
 SWITCHES = {

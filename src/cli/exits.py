@@ -3,8 +3,6 @@
 0: done. 1: it went wrong. 2: the user can fix it. 75: it was stopped, and the same command resumes it.
 """
 
-from __future__ import annotations
-
 import sys
 import traceback
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What Hydra's own main does: sweeps, by our sweeper or another one, and --info."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -1,7 +1,5 @@
 """Finds which command was given: one run, one of its processes, a sweep, or a question."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """One command, several processes: the parent freezes the job and holds its folder, the others run it."""
 
-from __future__ import annotations
-
 import json
 import sys
 from contextlib import nullcontext

@@ -3,8 +3,6 @@
 What can be refused without torch is refused here, before src.run imports it.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """A trial of a sweep, which runs its frozen configuration in a process of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Reads the comments of an option file: about the option, and about its keys."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

@@ -4,8 +4,6 @@ Every override of a single key is composed as `++key=value`, so that an unknown 
 can report all of them together; Hydra by itself stops at the first.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

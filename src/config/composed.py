@@ -1,7 +1,5 @@
 """A composed configuration, and where each of its keys was set."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ It is read once, when a configuration is composed: the frozen one has what the f
 conf/deepspeed/_zero.yaml says; keys of the command line come on top.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

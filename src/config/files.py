@@ -1,7 +1,5 @@
 """Which data files a list of patterns means, and what is wrong with a path or a list. No file is opened here."""
 
-from __future__ import annotations
-
 import errno
 import glob
 import os

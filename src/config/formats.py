@@ -4,8 +4,6 @@ The option's `columns` name the parts of a row that the format takes; a source o
 starts from that option's settings.
 """
 
-from __future__ import annotations
-
 import os
 from functools import cache
 from pathlib import Path

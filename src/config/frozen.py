@@ -1,7 +1,5 @@
 """A run's frozen configuration: how it is identified, read back, and repeated with changes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence

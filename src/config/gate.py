@@ -4,8 +4,6 @@
 typed config or raises one ConfigError with all problems: key, value, what is allowed, where it was set.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence

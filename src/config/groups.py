@@ -1,7 +1,5 @@
 """What the options of a group hold and say, as their files have it: for hints, help and reference."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Values are those of the command line that asks, so `--help experiment=…` shows what that chooses.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What an unknown key should have been: its place, its name here, or the option that has it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
@@ -357,13 +355,7 @@ def _with_needs(choices: list[str], situation: Situation) -> list[str]:
 
 
 def _of_key(
-    key: Key,
-    text: str,
-    situation: Situation,
-    replaced: Sequence[str] = (),
-    *,
-    is_other: bool = False,
-    note: str = "",
+    key: Key, text: str, situation: Situation, replaced: Sequence[str] = (), *, is_other: bool = False, note: str = ""
 ) -> list[_Suggestion]:
     """Return a key as a suggestion; with choices that it needs, or another value than was given, as KEY=VALUE.
 

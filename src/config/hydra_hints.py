@@ -1,7 +1,5 @@
 """What an unknown key or option of Hydra's own section should have been."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

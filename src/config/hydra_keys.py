@@ -1,7 +1,5 @@
 """Keys of Hydra's own section: what Towline obeys, and what it refuses with the way that works."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any

@@ -3,8 +3,6 @@
 OmegaConf's resolvers belong to the process, and so does what they stand for.
 """
 
-from __future__ import annotations
-
 import uuid
 from datetime import datetime
 

@@ -1,7 +1,5 @@
 """Files that build on nothing: what they lack is one problem a file, not one a key."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

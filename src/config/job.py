@@ -1,7 +1,5 @@
 """What the gate admits: a job to run, or what else a command line asks for."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

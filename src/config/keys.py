@@ -1,7 +1,5 @@
 """Every key that a configuration can have, as the schema declares it: for hints, help and reference."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Iterator

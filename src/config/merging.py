@@ -3,8 +3,6 @@
 A list or value in place of a mapping, or the reverse, is taken: the gate reports it with the other problems.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Whatever is shown as an argument can be pasted into a shell: it is read, and its key takes the value.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from typing import Any

@@ -5,8 +5,6 @@ would end the process of whoever parses it. One walk finds option files and one 
 chose costs a warning at most.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

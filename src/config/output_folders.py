@@ -1,7 +1,5 @@
 """Whether the folders that a command writes to can be made, without making them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 A test compares them with what would be made now; `make docs` writes them anew.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -3,14 +3,12 @@
 peers.yaml has a table for each trainer: each name has a key of Towline's, or says why there is none.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -41,7 +39,7 @@ class Counterpart:
     """Choices that it does not go with: GROUP=OPTION, and what to choose in its place."""
 
     @classmethod
-    def of(cls, entry: str | Mapping[str, Any]) -> Counterpart:
+    def of(cls, entry: str | Mapping[str, Any]) -> Self:
         """Return what an entry of the tables says."""
         if isinstance(entry, str):
             return cls(entry, is_same=True)

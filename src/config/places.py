@@ -1,7 +1,5 @@
 """Where a run's checkpoints are in its folder, and how they are listed and removed."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

@@ -3,8 +3,6 @@
 They are imported once everything that can be checked without them has been found good, and by every process of a run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.util

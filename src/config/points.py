@@ -1,12 +1,10 @@
 """The points of a sweep, composed: what they have in common only once."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -45,9 +43,9 @@ class Points:
         self._fixed, self._line = list(fixed), line
         self._bases: dict[tuple[str, ...], Composed] = {}
 
-    def moved(self, line: CommandLine) -> Points:
+    def moved(self, line: CommandLine) -> Self:
         """Compose the same of other options."""
-        return Points(self._fixed, line)
+        return type(self)(self._fixed, line)
 
     def compose(self, own: Sequence[str | Assignment]) -> Composed:
         """Compose a point of its own overrides, forced."""

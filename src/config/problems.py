@@ -1,7 +1,5 @@
 """One thing that is wrong with a configuration, and how all of them are reported together."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

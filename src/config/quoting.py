@@ -3,8 +3,6 @@
 Source of the grammar: hydra/grammar/OverrideLexer.g4 and OverrideParser.g4 of Hydra 1.3.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """What each key means, may be and is by default, from the schema and the files of conf/."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What `${…}` in a composed configuration stands for, in memory and as it is stored."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Sections of plain containers become the schema's dataclasses, or problems: all that there are."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """`--cfg job|hydra|all`: what a command line is composed to, as YAML."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from omegaconf import Container, OmegaConf

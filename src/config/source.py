@@ -1,7 +1,5 @@
 """How Hydra reads option files: by Towline's reader, so that a mistake is placed."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -6,8 +6,6 @@ somebody else's. So a start signs them, with a key that only this user can read,
 folder from elsewhere has no such signature.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import json

@@ -1,7 +1,5 @@
 """One value held against the type and the condition that its key declares, and both in words."""
 
-from __future__ import annotations
-
 import inspect
 import types
 import typing

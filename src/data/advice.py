@@ -1,7 +1,5 @@
 """Warnings and hints about the rows before training, in a run and in preflight alike. Pure."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

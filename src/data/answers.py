@@ -4,8 +4,6 @@ Generated texts and references go through the same functions, so a model that wr
 right.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Rows that can't be used, collected for one error."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from src.errors import DataError

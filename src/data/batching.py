@@ -1,12 +1,10 @@
 """The order and the batches of rows. Pure: the same seed and position always yield the same batches."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -48,7 +46,7 @@ class Batch:
     num_thought: int = 0
     bounds: dict[str, Any] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> Self:
         """Return the batch with its tensors on a device, copied without waiting where the memory is pinned."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
@@ -128,7 +126,7 @@ class Position:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> Position:
+    def from_dict(cls, state: Mapping[str, Any]) -> Self:
         """Return the position that `as_dict` was called on."""
         return cls(state["epoch"], state["num_sequences"], state["block"])
 
@@ -282,12 +280,7 @@ def row_bounds(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """Return the bounds of rows in one sequence as transformers' arguments; cumulated lengths are [rows + 1]."""
     cumulated = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
     longest = max(lengths)
-    return {
-        "cu_seq_lens_q": cumulated,
-        "cu_seq_lens_k": cumulated,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    return {"cu_seq_lens_q": cumulated, "cu_seq_lens_k": cumulated, "max_length_q": longest, "max_length_k": longest}
 
 
 def _padded(sequences: Sequence[Sequence[np.ndarray]], filler: int) -> np.ndarray:

@@ -4,8 +4,6 @@ An entry is a folder that is renamed into place when it is complete, so a run th
 used, and with a lock one run prepares what several need.
 """
 
-from __future__ import annotations
-
 import atexit
 import errno
 import os

@@ -7,8 +7,6 @@ added token after the message's own text (docs/decisions/0011).
 The texts of messages are located in the rendered text by markers around them, see chat_markers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Their words are not searched for: a short answer may occur in many places. A cha
 and where both agree the markers show where each text is, and what the template did to it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple

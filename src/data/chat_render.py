@@ -1,7 +1,5 @@
 """Chat templates are programs: rendering, what they refuse, and the template of a tokenizer without one."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """From a configuration to sets of encoded rows and their reports: sources, formats, encoding, splits, in this order."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from collections import Counter

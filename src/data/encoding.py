@@ -4,8 +4,6 @@ Prompt and completion are tokenised apart and their ids joined, because that is 
 the completion's tokens and the EOS after it, which is appended as an id, and only to a completion that was not cut.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

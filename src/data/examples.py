@@ -1,7 +1,5 @@
 """Records to examples: thoughts are written or dropped, templates filled, chats rendered by the model's template."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -79,12 +77,7 @@ class ExampleBuilder:
     """
 
     def __init__(
-        self,
-        data: DataConfig,
-        tags: tuple[str, str] | None,
-        template: ChatTemplate | None,
-        *,
-        to_predict: bool = False,
+        self, data: DataConfig, tags: tuple[str, str] | None, template: ChatTemplate | None, *, to_predict: bool = False
     ) -> None:
         self._read = load_format(data.format)
         self._data = data

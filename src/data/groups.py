@@ -1,7 +1,5 @@
 """The group of each record, by data.group_column: records of a group stay in one fold."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from numbers import Number

@@ -1,7 +1,5 @@
 """Records to encoded rows, in chunks: in this process or in workers, always in the order of the records."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import multiprocessing.connection

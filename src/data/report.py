@@ -1,11 +1,9 @@
 """The report of each set: rows read, kept, truncated and dropped, tokens, and how often each new token occurs."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -90,7 +88,7 @@ class SplitReport:
         """The new tokens that are in no row: they would keep their initial embeddings."""
         return [token for token, counts in self.new_tokens.items() if not any(counts.values())]
 
-    def with_account(self, account: StreamAccount) -> SplitReport:
+    def with_account(self, account: StreamAccount) -> Self:
         """Return the report of a streamed set with the rows that were read so far."""
         places: dict[str, list[str]] = {}
         for row in account.first_dropped:

@@ -1,7 +1,5 @@
 """Segments of a row's text: each is tokenised by itself, and supervised or not."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple

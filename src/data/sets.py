@@ -1,12 +1,10 @@
 """A set of encoded rows: selected rows of one or several sources, in an order."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -59,11 +57,11 @@ class EncodedSet:
         """Length of each row's target, [rows]; 0 for a causal model."""
 
     @property
-    def first(self) -> EncodedSet:
+    def first(self) -> Self:
         """The first block: all rows are in memory at once, unlike those of a streamed set."""
         return self
 
-    def blocks(self) -> Iterator[EncodedSet]:
+    def blocks(self) -> Iterator["EncodedSet"]:
         """Yield all rows as one block."""
         yield self
 

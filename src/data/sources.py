@@ -1,7 +1,5 @@
 """Sources of records: data files and data sets of the Hugging Face hub. The only module that imports datasets."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

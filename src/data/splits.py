@@ -1,7 +1,5 @@
 """Which records and rows make a set, by seed: hold-out, folds of a cross-validation, and mixtures of sources. Pure."""
 
-from __future__ import annotations
-
 import heapq
 from collections import Counter
 from collections.abc import Sequence

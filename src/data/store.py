@@ -1,7 +1,5 @@
 """Encoded rows in one Arrow file: written in batches and memory-mapped, so that memory does not grow with the data."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -10,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -168,7 +166,7 @@ class StoredBatch:
     spans: np.ndarray
 
     @classmethod
-    def from_record_batch(cls, batch: pa.RecordBatch) -> StoredBatch:
+    def from_record_batch(cls, batch: pa.RecordBatch) -> Self:
         """Return the batch with views of its lists of numbers."""
         columns = (_flat(batch.column(name)) for name in ("input_ids", "target_ids", "spans"))
         return cls(batch, *(values for column in columns for values in column))
@@ -204,7 +202,7 @@ class Shard:
         self.ordinals = self.column("ordinal")
 
     @classmethod
-    def open(cls, folder: Path, *, verify: bool = True) -> Shard:
+    def open(cls, folder: Path, *, verify: bool = True) -> Self:
         """Memory-map a folder of rows.
 
         Args:

@@ -1,13 +1,11 @@
 """A train set that is read during training: nothing is counted or stored beforehand."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -52,7 +50,7 @@ class StreamAccount:
         self.first_dropped += shard.stats.dropped[: 10 - len(self.first_dropped)]
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> StreamAccount:
+    def from_dict(cls, state: Mapping[str, Any]) -> Self:
         """Return the account that a cursor's JSON values hold."""
         rows = [DroppedRow(**row) for row in state["first_dropped"]]
         return cls(state["num_records"], dict(state["dropped"]), rows)
@@ -76,7 +74,7 @@ class Cursor:
     num_dropped: int = 0
 
     @classmethod
-    def at_start(cls, num_sources: int, account: StreamAccount) -> Cursor:
+    def at_start(cls, num_sources: int, account: StreamAccount) -> Self:
         """Return the start of an epoch.
 
         Args:
@@ -89,7 +87,7 @@ class Cursor:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> Cursor:
+    def from_dict(cls, state: Mapping[str, Any]) -> Self:
         """Return a cursor that shares no list with the JSON values it is made of."""
         lists = {"taken": [*state["taken"]], "has_ended": [*state["has_ended"]]}
         return cls(**{**state, **lists, "account": StreamAccount.from_dict(state["account"])})
@@ -119,11 +117,7 @@ class StreamedSet:
     """
 
     def __init__(
-        self,
-        name: str,
-        sources: Sequence[StreamSource],
-        num_workers: int,
-        max_dropped_fraction: float,
+        self, name: str, sources: Sequence[StreamSource], num_workers: int, max_dropped_fraction: float
     ) -> None:
         self.name = name
         self.account = StreamAccount()

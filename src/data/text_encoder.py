@@ -4,8 +4,6 @@ BOS, EOS and pad that occur in a text stay text; every other added token keeps i
 is exempt: its control tokens are meant. Segments of a row are encoded apart and no dummy space is put between them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

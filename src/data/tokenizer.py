@@ -4,8 +4,6 @@ New tokens are added as ordinary added tokens, not "special" ones: a decoder tha
 the tags of a thought. Their ids follow the highest one, also where a vocabulary has holes (docs/decisions/0027).
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Answers of generated texts and of references, compared in the same form."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from src.data.answers import AnswerFrame, strip_thoughts

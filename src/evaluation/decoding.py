@@ -6,8 +6,6 @@ random stream. Here each prompt has its own processors, built by transformers fo
 its padding, and its own random stream.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

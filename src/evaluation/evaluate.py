@@ -1,7 +1,5 @@
 """Evaluation of sets: mean loss over all supervised tokens, and metrics of generated text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +64,7 @@ class Evaluator:
         return metrics | targets.metrics(self.runtime)
 
     @torch.no_grad()
-    def _losses(self, rows: EncodedSet, count: int, targets: TargetStats) -> dict[str, float]:
+    def _losses(self, rows: EncodedSet, count: int, targets: "TargetStats") -> dict[str, float]:
         """Compute the mean nats per supervised token of the first `count` rows: of all, of thoughts and of answers."""
         order = sorted(range(count), key=lambda i: rows.lengths[i])  # little padding
         total, thought_sum = torch.zeros(2, dtype=torch.float64)

@@ -1,7 +1,5 @@
 """Generation in batches: prompts padded on the left, completions cut at EOS."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +47,7 @@ class EndText:
     encoder: Encoder
 
     @classmethod
-    def from_frame(cls, frame: AnswerFrame, encoder: Encoder) -> EndText | None:
+    def from_frame(cls, frame: AnswerFrame, encoder: Encoder) -> "EndText | None":
         """Return the text that ends turns in a chat template; None where a token does, or nothing."""
         return cls(frame, encoder) if frame.end_text else None
 

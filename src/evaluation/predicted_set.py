@@ -4,8 +4,6 @@
 predictions that something else decided are never mixed with them.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """The key of predictions: the configuration, weights and tokenizer that decide them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

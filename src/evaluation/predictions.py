@@ -69,12 +69,7 @@ def describe_rows(rows: EncodedSet) -> str:
 
 
 def predict_rows(
-    into: PredictedSet,
-    rows: EncodedSet,
-    generator: Generator,
-    prompts: Prompts,
-    config: RunConfig,
-    console: Console,
+    into: PredictedSet, rows: EncodedSet, generator: Generator, prompts: Prompts, config: RunConfig, console: Console
 ) -> None:
     """Generate for the rows that have no line yet, block after block.
 

@@ -1,7 +1,5 @@
 """Samples: completions of a few fixed prompts, to read."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

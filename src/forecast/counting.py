@@ -5,12 +5,10 @@ counted as it is, adapters and gradient checkpointing included. What can't run w
 over, data that decides a shape) can't be counted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from weakref import WeakSet
 
 import torch
@@ -61,7 +59,7 @@ class TrainingCount:
     has_gradients: bool = True
     """Whether gradients of parameters are among them."""
 
-    def without_gradients(self) -> TrainingCount:
+    def without_gradients(self) -> Self:
         """Return what is held besides gradients, where those were all there at the worst moment, as from the second
         micro-batch on.
         """

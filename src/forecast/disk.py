@@ -1,7 +1,5 @@
 """What a run writes that is large: checkpoints, and the exported model."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from dataclasses import dataclass
@@ -124,10 +122,7 @@ def disk_forecast(
     files = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""
     if not parameters.has_adapter or merge:
         num = parameters.num - parameters.num_of_adapter
-        whole, how = (
-            num * parameters.bytes_per_parameter,
-            f"{num:,} parameters x {parameters.bytes_per_parameter} B",
-        )
+        whole, how = (num * parameters.bytes_per_parameter, f"{num:,} parameters x {parameters.bytes_per_parameter} B")
         parts.append(MemoryItem("model", whole + tokenizer_bytes, how + files))
     if parameters.has_adapter:
         parts.append(MemoryItem("adapter", parameters.trained_bytes + tokenizer_bytes, parameters.how_trained + files))

@@ -1,7 +1,5 @@
 """An item of a forecast, with how it was computed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

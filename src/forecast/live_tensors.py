@@ -1,7 +1,5 @@
 """Which tensors are alive while a computation runs, and its floating-point operations, also on fake tensors."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """What a run holds at most on its device, in each process: what stays by arithmetic, the rest counted."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

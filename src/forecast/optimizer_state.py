@@ -1,7 +1,5 @@
 """What each optimizer keeps for what it trains, in memory and in a checkpoint."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 

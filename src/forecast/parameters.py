@@ -1,12 +1,10 @@
 """The memory of a model's parameters, and which are trained, from shapes and types: no weight is needed."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -79,7 +77,7 @@ class ModelParameters:
             sizes[tensor.bytes_per_value] += tensor.num
         return " + ".join(f"{num:,} trained parameters x {size} B" for size, num in sizes.items())
 
-    def in_bf16(self) -> ModelParameters:
+    def in_bf16(self) -> Self:
         """Return them as they are when all but the quantised ones are cast to bfloat16."""
         whole = self.stored[1:] if self.num_quantised else self.stored
         halved = tuple(ParameterStorage(one.num, 2 * one.num, f"{one.num:,} parameters x 2 B") for one in whole)

@@ -1,7 +1,5 @@
 """Quantised layers without weights: what bitsandbytes' layers hold and compute on fake tensors."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How long a run will take at least, from its operations and the speed of this device's matrix products."""
 
-from __future__ import annotations
-
 import time
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What a run's training, evaluation and generation hold and compute, counted on fake tensors."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any

@@ -1,7 +1,5 @@
 """What preflight draws: rows in colour, lengths as bars in the terminal and as a picture."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Iterator, Mapping

@@ -1,13 +1,11 @@
 """Findings on the prepared data, each with a level. An error means: do not train on this."""
 
-from __future__ import annotations
-
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -89,7 +87,7 @@ class SupervisedIds(NamedTuple):
     """[start, stop) of supervised ids that follow one another."""
 
     @classmethod
-    def of(cls, row: LabelledRow, num_prompt_ids: int) -> SupervisedIds:
+    def of(cls, row: LabelledRow, num_prompt_ids: int) -> Self:
         parts = runs(row.labels)
         if parts and row.target_ids is None and not num_prompt_ids:
             parts[0] = (0, parts[0][1])  # no id comes before the first to predict it from: it has no label
@@ -188,12 +186,7 @@ def _seams(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[i
 
 
 def findings(
-    config: RunConfig,
-    data: Data,
-    tokenizer: Any,
-    train: EncodedSet,
-    proofs: Mapping[str, Proof],
-    num_steps: int,
+    config: RunConfig, data: Data, tokenizer: Any, train: EncodedSet, proofs: Mapping[str, Proof], num_steps: int
 ) -> list[Finding]:
     """Return everything worth knowing before this is trained."""
     return [

@@ -1,7 +1,5 @@
 """What a run's process holds before there is any data or model: measured by importing and computing the same here."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module

@@ -1,7 +1,5 @@
 """What preflight.measure=true measures: micro-batches, a batch of an evaluation, the first tokens of texts."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

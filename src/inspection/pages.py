@@ -1,7 +1,5 @@
 """What preflight prints: model, sets, rows, forecasts and findings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

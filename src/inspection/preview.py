@@ -1,7 +1,5 @@
 """A run that is assembled but not trained: its rows, tokens, sizes and findings, shown and written down."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a run will take: steps, tokens, memory, disk and time, from its data and the shapes of its model."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

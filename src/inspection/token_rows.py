@@ -1,7 +1,5 @@
 """What preflight prints of the configured tokens: their ids, and where the row of each starts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from src.config.schema import InitMethod, RunConfig

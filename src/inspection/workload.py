@@ -1,7 +1,5 @@
 """What a run computes: the shapes of its micro-batches, evaluations and generated texts, and how many of each."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Adapters: small trained matrices added to a model's frozen weights, and rows for new tokens. The door to PEFT."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Load a checkpoint's model, and set how it generates."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import math

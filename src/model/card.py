@@ -3,8 +3,6 @@
 People publish it. So it has the configuration that shaped the model, but no paths, tracker or user names.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping
@@ -45,10 +43,7 @@ def model_card(
         new_tokens: the configuration's tokens and their ids.
     """
     model, git = frozen["model"], provenance.get("git", {})
-    head = {
-        "library_name": "peft" if _is_adapter(frozen) else "transformers",
-        "base_model": _name(model["checkpoint"]),
-    }
+    head = {"library_name": "peft" if _is_adapter(frozen) else "transformers", "base_model": _name(model["checkpoint"])}
     commit = git.get("commit") or "unknown"
     sections = {
         inline(frozen["name"]): f"{_what(frozen)} Trained with Towline at commit {commit}"

@@ -4,8 +4,6 @@ Only rows of the initialised tokens are written, by their ids, in every matrix, 
 a checkpoint has trained stays bit for bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

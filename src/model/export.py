@@ -1,7 +1,5 @@
 """The result of a run: a folder that plain transformers (and PEFT) load. What was written is read and compared."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

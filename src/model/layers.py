@@ -1,7 +1,5 @@
 """Linear layers, also GPT-2's, whose matrix is transposed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

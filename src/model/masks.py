@@ -1,7 +1,5 @@
 """transformers' attention masks on tensors without values."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch

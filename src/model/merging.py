@@ -3,8 +3,6 @@
 The sum is made in float32 and rounded once, to the type that the base has (docs/decisions/0016).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Weights in 8 or 4 bits by bitsandbytes: its settings, and what it can't do."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tokens that a checkpoint has a row for but never trained, such as reserved ones (docs/decisions/0017)."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Check that the weights of a checkpoint are those of its model, and finite, before training."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any

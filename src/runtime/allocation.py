@@ -1,7 +1,5 @@
 """Keep the memory that one step frees for the next."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 

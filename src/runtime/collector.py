@@ -4,8 +4,6 @@ Each collection goes through all objects: while torch, transformers and MLflow a
 time, and up to two seconds more when the process ends (docs/decisions/0025).
 """
 
-from __future__ import annotations
-
 import atexit
 import gc
 

@@ -1,7 +1,5 @@
 """Which GPUs there are, and which of several jobs gets which. No torch here: it would start CUDA in this process."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Mapping, Sequence

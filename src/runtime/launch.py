@@ -5,8 +5,6 @@ Each worker has a session of its own, so that Ctrl-C reaches the parent only, wh
 worker whose parent dies is asked to stop, and holds the run's folder until it has.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -3,8 +3,6 @@
 No other file depends on how many processes there are, or on this one's rank.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import resource

@@ -4,8 +4,6 @@ No other file depends on which it is. The door to deepspeed. What takes a sharde
 processes at once, and returns the same to all of them.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

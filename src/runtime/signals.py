@@ -5,8 +5,6 @@ request, which the run follows where it can end properly. Schedulers repeat thei
 run at once.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

@@ -1,7 +1,5 @@
 """Text in a table of the terminal: folded between words, or within a long one, but not within a number."""
 
-from __future__ import annotations
-
 from rich.console import Console, JustifyMethod, OverflowMethod
 from rich.containers import Lines
 from rich.text import Text

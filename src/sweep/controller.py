@@ -4,8 +4,6 @@ The folder is the truth: what a trial's own folder says counts, so that a sweep 
 resumes with the trials that are missing. No torch here.
 """
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +12,7 @@ from typing import Any, TypeVar
 
 from src import secrets
 from src.config.schema import Pruner
-from src.errors import (
-    NonFiniteLossError,
-    StudyError,
-    TowlineError,
-    TrainingError,
-    is_disk_full,
-)
+from src.errors import NonFiniteLossError, StudyError, TowlineError, TrainingError, is_disk_full
 from src.runtime.signals import StopRequest
 from src.sweep.folder import SweepFolder, TrialStatus, last_words, status_written_ns
 from src.sweep.launched import Launched

@@ -4,8 +4,6 @@
 the options that it was composed of, and each trial's own folder is the truth about that run.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

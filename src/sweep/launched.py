@@ -4,8 +4,6 @@ The launcher composes each job by itself, where it runs; it is given the sweep's
 its frozen configuration from the sweep's folder. A file asks trials to stop, wherever they run.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import queue
@@ -104,7 +102,7 @@ class Launched:
                 target=self._launch, args=(tuple(self._batch), self._task), name="launcher", daemon=True
             ).start()
 
-    def _launch(self, batch: Sequence[TrialJob], task: _Task) -> None:
+    def _launch(self, batch: Sequence[TrialJob], task: "_Task") -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of its processes too: the sweep passes Ctrl-C on
         folder, codes = self._plan.folder.resolve(), [1] * len(batch)
         try:
@@ -127,7 +125,7 @@ class Launched:
         finally:
             self._ended.put(codes)
 
-    def _launcher(self, folder: Path, task: _Task) -> Any:
+    def _launcher(self, folder: Path, task: "_Task") -> Any:
         search_path = create_config_search_path(str(folder / "conf" / "0"))
         context = HydraContext(config_loader=ConfigLoaderImpl(search_path), callbacks=self._context.callbacks)
         config = OmegaConf.masked_copy(self._config, list(self._config))

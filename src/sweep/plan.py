@@ -1,7 +1,5 @@
 """What a sweep will run: every point composed and held against the gate before the first one starts. No torch here."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -23,14 +21,7 @@ from src.config.keys import all_keys
 from src.config.points import Assignment, Points
 from src.config.problems import COMMAND_LINE, Problem, refuse
 from src.config.rules.checkpoint import scores_of
-from src.config.schema import (
-    Direction,
-    Pruner,
-    Replicate,
-    RunConfig,
-    Sampler,
-    SweepConfig,
-)
+from src.config.schema import Direction, Pruner, Replicate, RunConfig, Sampler, SweepConfig
 from src.config.trust import signature
 from src.metrics import greater_is_better
 from src.sweep.folder import SweepFolder, differing

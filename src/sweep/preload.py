@@ -3,8 +3,6 @@
 What only some trials need it imports after this, see src.sweep.workers.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from importlib import import_module
 

@@ -1,7 +1,5 @@
 """A run's side of pruning: at every evaluation it asks its sweep's study whether to continue. No torch here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

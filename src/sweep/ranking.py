@@ -4,8 +4,6 @@ All settings are compared with one of them, the reference: the best mean over tw
 be distinguished from it shares the first rank. What only one seed says is never a win.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

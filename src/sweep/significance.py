@@ -1,7 +1,5 @@
 """Student's t over replicates: intervals of means, comparisons of two settings, correction for many of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What a sweep varies: axes, each with its values or an interval, and the points that they span. No Optuna here."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """What is known of a sweep's trials: their statuses, how far it is, its history, and what sweep.json says."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections import Counter

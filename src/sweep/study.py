@@ -4,8 +4,6 @@ A study's trial is a *unit*: one run of a grid, or one setting whose runs are av
 about its runs; the study is what samplers, pruners and Optuna's own tools read.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

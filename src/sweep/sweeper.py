@@ -1,7 +1,5 @@
 """A sweep from its admitted plan to its exit code. Hydra reaches it through hydra_plugins/towline.py. No torch here."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence

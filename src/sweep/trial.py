@@ -1,14 +1,12 @@
 """A trial: a run inside a sweep, with its frozen configuration and what identifies it. No torch here."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any
+from typing import Any, Self
 
 from src.config.schema import MOST_INT, RunConfig
 from src.errors import visible
@@ -58,7 +56,7 @@ class Trial:
         return with_checksum(dataclasses.asdict(self) | {"config": dict(self.config)})
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Trial:
+    def from_dict(cls, given: Mapping[str, Any]) -> Self:
         fields = {key: given[key] for key in TRIAL_KEYS}
         return cls(**{**fields, "overrides": tuple(given["overrides"])})
 

@@ -5,8 +5,6 @@ server, each trial is a process from nothing. Every trial leads a session of its
 only, which passes it on once; one whose sweep dies is asked to stop and saves.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import multiprocessing.connection
 import os

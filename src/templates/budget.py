@@ -4,8 +4,6 @@ The template counts what it makes (sandbox). What it does in between is interrup
 up (docs/decisions/0035).
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 import threading

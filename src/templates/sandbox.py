@@ -6,8 +6,6 @@ every text that is written, and every value that an operator, filter or function
 measured before it is made (docs/decisions/0035).
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping

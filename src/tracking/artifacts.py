@@ -3,8 +3,6 @@
 Its answer to a file says nothing: MLflow's client counts any that is no error as success, such as the page of a login.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

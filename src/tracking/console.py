@@ -1,7 +1,5 @@
 """What a run prints: what it assembled, a live line of progress while it trains, results, and where files are."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ a new thread takes over. What waits is the end of a run, for as long as calls de
 and the command that delivers what is left, for as long as calls deliver something new.
 """
 
-from __future__ import annotations
-
 import math
 import signal
 import threading
@@ -179,7 +177,7 @@ class ExportThread:
         left = [lane for lane in self._lanes if not lane.is_delivered and lane.exporter.pending]
         return [lane.undelivered(f"ended by {self.ended_by}") for lane in left]
 
-    def _timeout_reason(self, lane: _Lane, started: float) -> str:
+    def _timeout_reason(self, lane: "_Lane", started: float) -> str:
         """Return why an exporter is not waited for any more, or ''."""
         now, limits, activity = time.monotonic(), self._limits, lane.exporter.activity
         if now - started > limits.total_seconds:
@@ -193,7 +191,7 @@ class ExportThread:
             seconds, last = OPENING_SECONDS, max(last, lane.heartbeat.last())
         return "no answer" if now - last > seconds else ""
 
-    def _give_up(self, lane: _Lane, reason: str) -> None:
+    def _give_up(self, lane: "_Lane", reason: str) -> None:
         """Stop waiting for an exporter; where it has the thread, the others get a new one."""
         with self._changed:
             lane.end(reason)
@@ -220,7 +218,7 @@ class ExportThread:
                 lane.is_stuck = False
                 self._changed.notify_all()
 
-    def _next_lane(self) -> _Lane | None:
+    def _next_lane(self) -> "_Lane | None":
         """Wait for the exporter whose turn it is; None where all are over, or another thread has taken over."""
         with self._changed:
             while self._thread is threading.current_thread():
@@ -236,7 +234,7 @@ class ExportThread:
                 self._changed.wait(min(pauses, default=None))
         return None
 
-    def _is_ready(self, lane: _Lane, now: float) -> bool:
+    def _is_ready(self, lane: "_Lane", now: float) -> bool:
         if lane.is_over or lane.is_stuck or not lane.has_work or lane.paused_until > now:
             return False
         if lane.exporter is not self._cleanup:
@@ -244,7 +242,7 @@ class ExportThread:
         others = [other for other in self._lanes if other is not lane]
         return all(other.is_over if self._is_closing else not other.is_stuck for other in others)
 
-    def _take_turn(self, lane: _Lane) -> None:
+    def _take_turn(self, lane: "_Lane") -> None:
         """Deliver until all is delivered, or until another exporter is ready and this one's time is over."""
         until = time.monotonic() + TURN_SECONDS
         is_first = not lane.exporter.is_connected
@@ -260,7 +258,7 @@ class ExportThread:
                 lane.note_success()
                 lane.pause(0.0 if self._is_closing or is_first else min(lane.used / CPU_SHARE, LONGEST_PAUSE_SECONDS))
 
-    def _note_failure(self, lane: _Lane, error: Exception) -> None:
+    def _note_failure(self, lane: "_Lane", error: Exception) -> None:
         """Record why a delivery failed, and when it is tried again, if at all."""
         problem = lane.exporter.explain(error)
         with self._changed:

@@ -5,8 +5,6 @@ the same files. A tracker of one's own is a `LineExporter` (src/tracking/line_ex
 its YAML in conf/tracking/.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import time

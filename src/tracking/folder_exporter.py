@@ -1,7 +1,5 @@
 """What all exporters share: they remember in the folder how far they have got, and read its files once as they are."""
 
-from __future__ import annotations
-
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator

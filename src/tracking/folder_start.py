@@ -1,7 +1,5 @@
 """What a start finds in a run's folder: whether it may begin there, and which old files it removes first."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

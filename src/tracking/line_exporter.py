@@ -1,7 +1,5 @@
 """A tracker of one's own: a class that takes lines of metrics, and a YAML in conf/tracking/. See docs/extending.md."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

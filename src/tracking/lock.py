@@ -1,7 +1,5 @@
 """A folder held by one process, by a lock that the operating system releases when the process ends, however it ends."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import socket

@@ -4,8 +4,6 @@ A server, or a proxy before one, may answer anything: nothing, a page, an object
 of it with empty fields, so each answer that is relied on is checked here.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The door to mlflow: its client without what would block or print, and whether a server is there or redirects."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

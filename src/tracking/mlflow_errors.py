@@ -1,7 +1,5 @@
 """What MLflow's errors mean: in words, with the remedy, and whether trying again can help. Without secrets."""
 
-from __future__ import annotations
-
 import re
 
 from src import secrets

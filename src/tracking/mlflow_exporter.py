@@ -4,8 +4,6 @@
 begins by checking what the store has of the run.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import time
@@ -53,7 +51,7 @@ class MlflowExporter(FolderExporter):
         config: MlflowConfig,
         folder: Path,
         *,
-        parent: MlflowExporter | None = None,
+        parent: "MlflowExporter | None" = None,
         is_over: bool = False,
         warn: Callable[[str], None],
     ) -> None:

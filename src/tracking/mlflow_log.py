@@ -1,7 +1,5 @@
 """A run in MLflow that is open to be logged to, and what of it has not been seen there yet."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Names, texts and times as MLflow accepts them."""
 
-from __future__ import annotations
-
 import getpass
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Values of metrics that MLflow already has, by step (as text) and by metric (its name there)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A run's folder in MLflow."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -163,11 +161,7 @@ class MlflowRunExporter(MlflowExporter):
                 add_line(points, {"step": point.step, name: point.value})
         lines = self._readable_metrics()
         num = next((place for place, line in enumerate(lines) if undelivered(points, line)), len(lines))
-        return {
-            "lines": num,
-            "points": without_lines(points, lines[:num]),
-            "running": run.info.status == "RUNNING",
-        }
+        return {"lines": num, "points": without_lines(points, lines[:num]), "running": run.info.status == "RUNNING"}
 
     def _log_config(self) -> None:
         self._run.log_params(dict(flat(read_yaml(self.folder / CONFIG))))

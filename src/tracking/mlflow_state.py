@@ -16,8 +16,6 @@ It may be wrong: damaged, or older or newer than the store, which somebody may h
     doubtful           what the store has must be looked up before anything is delivered
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

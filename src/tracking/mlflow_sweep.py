@@ -1,7 +1,5 @@
 """A sweep's folder in MLflow: a run of the sweep's own, and its trials' runs nested under it."""
 
-from __future__ import annotations
-
 import json
 import socket
 from collections.abc import Iterator, Mapping

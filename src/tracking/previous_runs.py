@@ -3,8 +3,6 @@
 A run that is resumed or begun anew with another tracker, or none, leaves its previous run in MLflow as one that runs.
 """
 
-from __future__ import annotations
-
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Where a run comes from: code, versions, hardware, data and configuration."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

@@ -5,8 +5,6 @@ another name and renamed, so that none is ever seen half written. A run that res
 logged of later steps, and repeats what was not complete.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

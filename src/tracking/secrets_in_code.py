@@ -1,7 +1,5 @@
 """Code, such as a difference, without secrets: also without what is assigned to a secret's name in it."""
 
-from __future__ import annotations
-
 import re
 
 from src.secrets import MASK, SHORTEST_INSIDE, SHORTEST_KNOWN, clean, looks_like_token

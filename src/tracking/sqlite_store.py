@@ -5,8 +5,6 @@ them leaves a file that MLflow can never open again. So a fresh store is made un
 renamed. A file that exists is checked first; MLflow would migrate it in place too, or wait minutes for a lock.
 """
 
-from __future__ import annotations
-
 import os
 import sqlite3
 import stat

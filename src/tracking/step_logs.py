@@ -5,8 +5,6 @@ did not finish may be missing: a file that is otherwise not as it was written is
 because which evaluation was the best is read from it.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 Read by the sweep and by its exporters. No torch here.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Delivery of a sweep: its folder is the truth, exporters deliver it in a thread."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What keeps and shows what a run does: its folder, the terminal, and by exporters other trackers."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import time

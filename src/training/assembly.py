@@ -1,7 +1,5 @@
 """What a run puts together before its first step: the runtime, the model with its new tokens, the initial weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,12 +19,7 @@ from src.data.tokenizer import load_tokenizer
 from src.errors import CheckpointError, ModelError
 from src.model.adapters import Adapter, add_adapter
 from src.model.build import build_model, set_generation, with_zero_sizes
-from src.model.embeddings import (
-    InitialisedRows,
-    TokenMonitor,
-    reread_rows,
-    resize_and_initialise,
-)
+from src.model.embeddings import InitialisedRows, TokenMonitor, reread_rows, resize_and_initialise
 from src.model.untrained import untrained_tokens
 from src.runtime.launch import num_processes
 from src.runtime.session import Runtime, start_runtime

@@ -1,7 +1,5 @@
 """What a checkpoint must have in common with the run that resumes from it, of a run that is assembled."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from importlib import metadata

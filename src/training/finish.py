@@ -1,7 +1,5 @@
 """The end of a run: what was trained becomes model/, with its card."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

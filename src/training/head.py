@@ -3,8 +3,6 @@
 Accelerate wraps it, so that hooks of DDP and DeepSpeed see one forward.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The training loop: it yields each optimizer step when it is done; what follows a step is decided by src/run.py."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Sequence

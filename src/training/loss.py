@@ -5,8 +5,6 @@ weights of that whole step (mean), or not divided (sum). So how a batch is cut c
 weighs 1, one of a thought `loss.thought_weight`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -65,11 +63,7 @@ def supervised_positions(
 
 
 def token_losses(
-    states: Tensor,
-    targets: Tensor,
-    head: Callable[[Tensor], Tensor],
-    num_vocabulary: int,
-    label_smoothing: float = 0.0,
+    states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], num_vocabulary: int, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Compute the objective and the negative log-likelihood of each target, with at most MAX_LOGITS logits at once.
 

@@ -1,7 +1,5 @@
 """Optimizers and schedules of a run, built of their configuration; each is defined in src/config/schema."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

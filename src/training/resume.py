@@ -3,14 +3,12 @@
 Nothing heavy is imported before a checkpoint is read, so that a refusal costs nothing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from src.checkpoint.compatibility import (
     Change,
@@ -104,7 +102,7 @@ class ResumePoint:
         training = replace(training, gradient_accumulation_steps=accumulation)
         return replace(job, config=replace(job.config, training=training))
 
-    def checked(self, data: Any, tokenizer: Any, job: Job) -> ResumePoint:
+    def checked(self, data: Any, tokenizer: Any, job: Job) -> Self:
         """Compare the encoded rows and the tokens with the checkpoint's, before the model is loaded.
 
         Returns:

@@ -1,7 +1,5 @@
 """A run's checkpoints while it trains: its state with what a resume needs to know, and the best weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The state of training, in one place: what changes while a run trains, and what checkpoints save and restore."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -63,7 +61,7 @@ class StepStats:
             means["train/objective"] = self.objective / max(self.num_steps, 1)
         return means
 
-    def add(self, other: StepStats) -> None:
+    def add(self, other: "StepStats") -> None:
         """Add the sums of another step."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
@@ -273,11 +271,7 @@ def build_batch_sampler(config: RunConfig, num_processes: int = 1) -> BatchSampl
 
 
 def num_train_steps(
-    config: TrainingConfig,
-    per_epoch: int | None,
-    step: int = 0,
-    epoch: int = 0,
-    left_of_epoch: int | None = None,
+    config: TrainingConfig, per_epoch: int | None, step: int = 0, epoch: int = 0, left_of_epoch: int | None = None
 ) -> int:
     """Return the number of optimizer steps of the whole run.
 

@@ -1,7 +1,5 @@
 """Rules of `checkpoint` and of where a run starts from."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rules of `data`, also against the file system."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

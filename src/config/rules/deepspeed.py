@@ -1,7 +1,5 @@
 """Rules of `deepspeed`, most of them with the sections whose subject DeepSpeed's keys are too."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Rules of `model`: a checkpoint in a folder can be loaded."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Regular expressions of `data` and `adapter` can be compiled."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

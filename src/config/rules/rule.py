@@ -1,7 +1,5 @@
 """How a rule is declared, and all that were, by the entry that they are for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 from src.config.problems import Problem

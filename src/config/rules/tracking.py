@@ -1,7 +1,5 @@
 """Rules of `tracking`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from src.config.problems import Problem

@@ -5,8 +5,6 @@ metadata as a `Check` and are applied by `src.config.gate`. No torch here, so th
 Groups with options of different keys (optimizer, scheduler, tracking) have one dataclass an option, chosen by `type`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from src.config.schema.adapter import AdapterConfig, LoraBias, LoraConfig, NoAdapterConfig

@@ -1,7 +1,5 @@
 """conf/adapter: LoRA by PEFT's own keys, or none."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -20,8 +18,7 @@ ALPHAS = Check(
     lambda v: isinstance(v, dict) and all(one is not None and WEIGHT.holds(one) for one in v.values()),
 )
 TEXT_OR_TEXTS = Check(
-    "a text, or a list of texts",
-    lambda v: (isinstance(v, str) and bool(v)) or (STRINGS.holds(v) and bool(v)),
+    "a text, or a list of texts", lambda v: (isinstance(v, str) and bool(v)) or (STRINGS.holds(v) and bool(v))
 )
 TEXT_OR_TEXTS_OR_NULL = Check("a text, a list of texts, or null", lambda v: v is None or TEXT_OR_TEXTS.holds(v))
 LORA_INITS = ("gaussian", "olora", "orthogonal", "pissa")

@@ -1,7 +1,5 @@
 """The sections `checkpoint` and `export` of conf/config.yaml."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

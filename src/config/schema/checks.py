@@ -1,7 +1,5 @@
 """Conditions on one value, each with the words that an error uses for what is allowed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """conf/data: where rows come from, how they become prompt and completion, how long they may be."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import typing
@@ -127,7 +125,7 @@ class DataConfig:
     fold: int | None = _selection_key(COUNT)
     group_column: str | None = _selection_key()
 
-    def train_sources(self) -> dict[str, TrainSource]:
+    def train_sources(self) -> dict[str, "TrainSource"]:
         """Return the sources of the train set by name: those of the mixture, or a single one called train."""
         if self.mixture:
             return {name: _mixed_source(self, given) for name, given in self.mixture.items()}

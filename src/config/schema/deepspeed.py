@@ -1,7 +1,5 @@
 """conf/deepspeed: DeepSpeed's own JSON keys, by option or in a file of the user's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -161,11 +159,7 @@ DEEPSPEED_OPTIMIZER_KEYS: Keys = {
     },
     "legacy_fusion": SWITCH,
 }
-DEEPSPEED_SCHEDULES = {
-    "WarmupLR": "constant_with_warmup",
-    "WarmupDecayLR": "linear",
-    "WarmupCosineLR": "cosine",
-}
+DEEPSPEED_SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 """DeepSpeed's schedule -> scheduler.type, as transformers maps them."""
 DEEPSPEED_SCHEDULER_KEYS: Keys = {
     "type": Check(

@@ -1,7 +1,5 @@
 """Sections that one entry reads alone; their defaults and texts stand here, not in conf/."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The section `evaluation` of conf/config.yaml, and the metrics that it may name."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """When something happens while a run trains, as `…_steps` keys say: every N steps, every epoch, or at the end alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """How a dataclass of the schema declares a key: its default, and everything else that is known of it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

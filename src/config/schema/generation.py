@@ -1,7 +1,5 @@
 """conf/generation: how text is generated."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 

@@ -1,10 +1,9 @@
 """conf/model: which network, from where, in which precision."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+from typing import Self
 
 from src.config.schema.checks import PathCheck
 from src.config.schema.fields import AT_START, BY_OUTCOME, Impact, key, type_key
@@ -49,6 +48,6 @@ class ModelConfig:
     use_safetensors: bool = key(resume=BY_OUTCOME)
     trust_remote_code: bool = key(resume=Impact.rounding, why="other code may compute", read_by_predict=True)
 
-    def pretrained_at(self, folder: Path) -> ModelConfig:
+    def pretrained_at(self, folder: Path) -> Self:
         """Return the settings that load the model in a folder, in the same precision."""
         return replace(self, checkpoint=str(folder), revision=None, weights=Weights.pretrained)

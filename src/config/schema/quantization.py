@@ -1,7 +1,5 @@
 """conf/quantization: weights in 8 or 4 bits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 

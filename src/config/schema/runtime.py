@@ -1,7 +1,5 @@
 """The section `runtime` of conf/config.yaml."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial

@@ -1,7 +1,5 @@
 """conf/scheduler: a registered class a schedule, with its keys and the learning rate of each step."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

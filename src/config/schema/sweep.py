@@ -1,7 +1,5 @@
 """conf/sweep: what `-m` makes of several values."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any

@@ -1,7 +1,5 @@
 """conf/tokens: tokens added to the vocabulary, and how their rows are initialised."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from enum import Enum
 

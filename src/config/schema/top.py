@@ -1,15 +1,12 @@
 """Keys outside any section."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from src.config.schema.checks import PATH, SEED, STRINGS, PathCheck
 from src.config.schema.fields import AT_START, BY_OUTCOME, DottedConfig, Impact, Verdict, key
 
 NAME = PathCheck(
-    "a name without '/' that does not start with '.'",
-    lambda v: bool(v) and "/" not in v and not v.startswith("."),
+    "a name without '/' that does not start with '.'", lambda v: bool(v) and "/" not in v and not v.startswith(".")
 )
 
 

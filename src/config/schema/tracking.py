@@ -1,7 +1,5 @@
 """conf/tracking: where a run is tracked besides its folder; exporters are registered in src.tracking.exporters."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from src.config.schema.fields import Impact, key, registered_type_key

@@ -1,7 +1,5 @@
 """The sections `training` and `loss` of conf/config.yaml."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from enum import Enum

@@ -5,8 +5,6 @@ texts, a function `read(fields, data)` that is registered under the format's nam
 BadRow: in `src/data/formats/<name>.py`, or in a plugin.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from collections.abc import Callable, Collection, Mapping

@@ -1,7 +1,5 @@
 """A dialogue and its summary; the dialogue can be cleaned of what exports and crawls leave in it."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -4,21 +4,13 @@ Tables hold every key in every message, so a key that is null, an empty text or 
 message may have the keys of both forms. A key that holds something and that nothing here reads is named in the chat.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 from src.config.schema import DataConfig
 from src.data.formats import FORMATS, BadRow, Chat, field, is_blank, type_name, unread_fields
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 FORMS = (("role", "content"), ("from", "value"))
 SUPERVISION_KEYS = ("weight", "train", "loss")
 """Each sets whether an assistant's message is supervised."""

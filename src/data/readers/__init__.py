@@ -3,8 +3,6 @@
 What can't be read is reported in its place; nothing is skipped or repaired.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 

@@ -3,8 +3,6 @@
 A list is parsed row by row while it is read, so only the row that is being parsed is in memory.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import math

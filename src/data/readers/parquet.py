@@ -1,7 +1,5 @@
 """Parquet files, in batches of rows that fit into memory whatever they unpack to."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A record as it is read from a file, what is read in its place where it is broken, and how large records may be."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Sequence

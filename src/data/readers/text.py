@@ -1,7 +1,5 @@
 """Files of lines: plain text, CSV and TSV, gzipped or not."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import os
@@ -9,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
+from typing import Self
 
 from src.data.readers import record as limits
 from src.data.readers.record import (
@@ -148,7 +147,7 @@ class _TableLines:
     def begin_record(self) -> None:
         self.start, self.num_characters, self.fault = self._number + 1, 0, ""
 
-    def __iter__(self) -> _TableLines:
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> str:
