@@ -60,8 +60,7 @@ class CommandLine:
     overrides: list[Override] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     roots: list[Path] = field(default_factory=lambda: [CONF])
-    topics: list[str] = field(default_factory=list)
-    """Groups, sections and keys that --help is asked about."""
+    topics: list[str] = field(default_factory=list)  # groups, sections and keys that --help is asked about
 
     @property
     def asks_hydra_only(self) -> bool:

@@ -24,8 +24,7 @@ class Composed:
     run_dir: Path
     choices: dict[str, str]
     problems: list[Problem] = field(default_factory=list)
-    stored: dict[str, Any] = field(default_factory=dict)
-    """The sections as they are written to files: without secrets."""
+    stored: dict[str, Any] = field(default_factory=dict)  # the sections as they are written to files: without secrets
     hydra: DictConfig | None = None
     """All that Hydra composed, its own section included; None for a frozen configuration."""
     files: tuple[Merged, ...] = ()

@@ -25,20 +25,13 @@ class Option:
     file: Path
     values: dict[str, Any] = field(default_factory=dict)
     """Its own values: of its group, or of all sections for a group whose options reach into others."""
-    parents: tuple[str, ...] = ()
-    """Options of its own group that it builds on."""
-    choices: dict[str, str] = field(default_factory=dict)
-    """What it chooses in other groups."""
-    about: tuple[str, ...] = ()
-    """The lines at its head: when to choose it."""
-    comments: dict[str, str] = field(default_factory=dict)
-    """What is said of its keys, by their names within `values`."""
-    top_keys: tuple[str, ...] = ()
-    """The keys at the top of the file."""
-    package: str | None = None
-    """Where its header puts its keys; None for the group's own section."""
-    written_package: str | None = None
-    """What it says of that anywhere, also where Hydra does not look."""
+    parents: tuple[str, ...] = ()  # options of its own group that it builds on
+    choices: dict[str, str] = field(default_factory=dict)  # what it chooses in other groups
+    about: tuple[str, ...] = ()  # the lines at its head: when to choose it
+    comments: dict[str, str] = field(default_factory=dict)  # what is said of its keys, by their names within `values`
+    top_keys: tuple[str, ...] = ()  # the keys at the top of the file
+    package: str | None = None  # where its header puts its keys; None for the group's own section
+    written_package: str | None = None  # what it says of that anywhere, also where Hydra does not look
 
 
 def read(group: str, name: str, roots: tuple[Path, ...]) -> Option | None:

@@ -45,8 +45,7 @@ OPTION_NAMES = ("name", "kind", "class", "_target_")
 class UnknownKey(Problem):
     """A key that its section does not have; `with_hints` finds its reason once all choices are known."""
 
-    siblings: tuple[str, ...] = ()
-    """The keys that the section has."""
+    siblings: tuple[str, ...] = ()  # the keys that the section has
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,10 @@ class Situation:
     """The configuration whose keys are explained."""
 
     sections: Mapping[str, Any]
-    choices: Mapping[str, str]
-    """Each group's option; empty for a frozen configuration, which keeps its options."""
+    choices: Mapping[str, str]  # each group's option; empty for a frozen configuration, which keeps its options
     roots: Sequence[Path] = (CONF,)
     is_sweep: bool = False
-    is_read: Callable[[str], bool] = field(default=lambda key: True)
-    """Whether the entry reads a key."""
+    is_read: Callable[[str], bool] = field(default=lambda key: True)  # whether the entry reads a key
 
     def chosen(self, group: str) -> str:
         """Return the option of a group, or of a frozen configuration its type; '' where that is not known."""

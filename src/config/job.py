@@ -17,12 +17,9 @@ class Job:
     config: RunConfig
     frozen: dict[str, Any]
     run_dir: Path
-    entry_section: Any = None
-    """The section that the entry alone reads, where it has one."""
-    is_held: bool = False
-    """Whether the process that started this one holds the run's folder."""
-    sweep: SweepConfig | None = None
-    """The section `sweep`, with -m."""
+    entry_section: Any = None  # the section that the entry alone reads, where it has one
+    is_held: bool = False  # whether the process that started this one holds the run's folder
+    sweep: SweepConfig | None = None  # the section `sweep`, with -m
     trial: Mapping[str, Any] | None = None
     """Where a trial asks whether to end early, see src.sweep.pruning; None of other runs."""
 
@@ -33,5 +30,4 @@ class Request:
 
     line: CommandLine
     run: Job | None = None
-    shown: Composed | None = None
-    """What --help and --cfg show the values of."""
+    shown: Composed | None = None  # what --help and --cfg show the values of

@@ -48,8 +48,7 @@ class Merged:
 class Loader(ConfigLoaderImpl):
     """Hydra's own, but for the way in which files are merged and mistakes in them are reported."""
 
-    files: tuple[Merged, ...] = ()
-    """What the last composition was merged of, the later over the earlier."""
+    files: tuple[Merged, ...] = ()  # what the last composition was merged of, the later over the earlier
 
     def load_configuration(self, config_name: str | None, *arguments: Any, **named: Any) -> DictConfig:
         """Compose as Hydra does.

@@ -25,16 +25,11 @@ DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
 class Counterpart:
     """What an argument of another trainer is here."""
 
-    key: str = ""
-    """A key, or a group whose option is chosen; '' where there is none."""
-    values: Mapping[str, str] = field(default_factory=dict)
-    """Their values that are written otherwise here, as texts."""
-    is_same: bool = False
-    """Whether their other values are values of `key` too, where it takes them."""
-    is_list: bool = False
-    """Whether a text, or texts with commas between them, are a list here."""
-    note: str = ""
-    """What else differs; or why there is no counterpart."""
+    key: str = ""  # a key, or a group whose option is chosen; '' where there is none
+    values: Mapping[str, str] = field(default_factory=dict)  # their values that are written otherwise here, as texts
+    is_same: bool = False  # whether their other values are values of `key` too, where it takes them
+    is_list: bool = False  # whether a text, or texts with commas between them, are a list here
+    note: str = ""  # what else differs; or why there is no counterpart
     instead_of: Mapping[str, str] = field(default_factory=dict)
     """Choices that it does not go with: GROUP=OPTION, and what to choose in its place."""
 

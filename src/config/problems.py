@@ -25,8 +25,7 @@ class Problem:
     value: Any = None
     has_value: bool = True
     where: str = ""
-    point: str = ""
-    """In a sweep: the point at which it is wrong."""
+    point: str = ""  # in a sweep: the point at which it is wrong
 
     @classmethod
     def on_command_line(cls, key: str, reason: str, value: Any) -> Self:

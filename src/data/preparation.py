@@ -104,8 +104,7 @@ class EncodedChunk:
     rows: pa.RecordBatch
     num_records: int
     dropped: list[DroppedRow] = field(default_factory=list)
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    """(place, reason) of rows that can't be used."""
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (place, reason) of rows that can't be used
 
 
 Numbered = tuple[int, ReadResult]

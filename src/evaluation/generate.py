@@ -84,8 +84,7 @@ class Generator:
     model: Any
     runtime: Runtime
     batch_size: int
-    target_prefix: list[int]
-    """Ids that an encoder-decoder's decoder is fed after its start token."""
+    target_prefix: list[int]  # ids that an encoder-decoder's decoder is fed after its start token
     end: EndText | None = None
 
     @property

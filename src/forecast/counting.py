@@ -27,16 +27,11 @@ class MicroBatchShape(NamedTuple):
     """The sizes of a micro-batch."""
 
     batch: int
-    seq: int
-    """Tokens of its longest row, to which the others are padded."""
-    num_supervised: int
-    """Positions that are scored."""
-    target_seq: int | None = None
-    """The longest target of an encoder-decoder; None for a causal model."""
-    is_packed: bool = False
-    """Whether several rows share a sequence, so that attention needs a mask."""
-    has_padding: bool = False
-    """Whether an encoder-decoder's input is padded, so that attention needs a mask."""
+    seq: int  # tokens of its longest row, to which the others are padded
+    num_supervised: int  # positions that are scored
+    target_seq: int | None = None  # the longest target of an encoder-decoder; None for a causal model
+    is_packed: bool = False  # whether several rows share a sequence, so that attention needs a mask
+    has_padding: bool = False  # whether an encoder-decoder's input is padded, so that attention needs a mask
 
     @property
     def num_tokens(self) -> int:
@@ -48,16 +43,11 @@ class MicroBatchShape(NamedTuple):
 class TrainingCount:
     """What forward and backward of a micro-batch hold, besides weights and optimizer state; in bytes."""
 
-    saved_bytes: int
-    """What is kept for backward when the forward is over, autocast's copies of weights included."""
-    peak_bytes: int
-    """The most that is held at once."""
-    peak_gradient_bytes: int
-    """Bytes of peak_bytes that are gradients of parameters."""
-    flops: int
-    """Multiplications and additions of matrix products and attention, forward and backward."""
-    has_gradients: bool = True
-    """Whether gradients of parameters are among them."""
+    saved_bytes: int  # what is kept for backward when the forward is over, autocast's copies of weights included
+    peak_bytes: int  # the most that is held at once
+    peak_gradient_bytes: int  # bytes of peak_bytes that are gradients of parameters
+    flops: int  # multiplications and additions of matrix products and attention, forward and backward
+    has_gradients: bool = True  # whether gradients of parameters are among them
 
     def without_gradients(self) -> Self:
         """Return what is held besides gradients, where those were all there at the worst moment, as from the second

@@ -19,8 +19,7 @@ class DiskForecast:
 
     parts: tuple[MemoryItem, ...]
     free_bytes: int
-    place: Path
-    """The nearest folder that exists, where free_bytes were read."""
+    place: Path  # the nearest folder that exists, where free_bytes were read
 
     @property
     def total(self) -> MemoryItem:

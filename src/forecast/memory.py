@@ -17,12 +17,9 @@ from src.util import human_bytes
 class MemoryForecast:
     """What a run holds at its worst moment, and at others."""
 
-    parts: tuple[MemoryItem, ...]
-    """What is held when a training step holds most."""
-    instead: tuple[MemoryItem, ...] = ()
-    """What evaluation and generation hold in place of activations and backward."""
-    on_cpu: tuple[MemoryItem, ...] = ()
-    """What is offloaded: held by the CPU instead, by each process."""
+    parts: tuple[MemoryItem, ...]  # what is held when a training step holds most
+    instead: tuple[MemoryItem, ...] = ()  # what evaluation and generation hold in place of activations and backward
+    on_cpu: tuple[MemoryItem, ...] = ()  # what is offloaded: held by the CPU instead, by each process
 
     @property
     def total(self) -> MemoryItem:
@@ -49,11 +46,9 @@ class Sharding:
     """Whether the weights themselves are cast to bfloat16, and float32 ones are kept to be updated."""
     optimizer_on_cpu: bool = False
     weights_on_cpu: bool = False
-    bucket: int = 500_000_000
-    """Gradients that are exchanged together."""
+    bucket: int = 500_000_000  # gradients that are exchanged together
     num_buckets: int = 1
-    max_live: int = 1_000_000_000
-    """The maximum of weights that are gathered at the same time, with stage 3."""
+    max_live: int = 1_000_000_000  # the maximum of weights that are gathered at the same time, with stage 3
 
 
 def memory_forecast(

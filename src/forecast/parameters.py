@@ -42,8 +42,7 @@ class ModelParameters:
 
     stored: tuple[ParameterStorage, ...]
     trained: tuple[TrainableTensor, ...]
-    bytes_per_parameter: int
-    """The bytes of each parameter that is not quantised."""
+    bytes_per_parameter: int  # the bytes of each parameter that is not quantised
     num_quantised: int = 0
     num_of_adapter: int = 0
     has_adapter: bool = False

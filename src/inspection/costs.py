@@ -19,10 +19,8 @@ class Counts:
 
     step: TrainingCount | None = None
     reason: str = ""
-    instead: list[tuple[str, ForwardCount]] = field(default_factory=list)
-    """Peaks of moments that are not training."""
-    flops: dict[str, float] = field(default_factory=dict)
-    """Operations of all that one process does, by part of the run."""
+    instead: list[tuple[str, ForwardCount]] = field(default_factory=list)  # peaks of moments that are not training
+    flops: dict[str, float] = field(default_factory=dict)  # operations of all that one process does, by part of the run
 
 
 def count_work(config: RunConfig, model: Any, work: Workload, device: torch.device) -> Counts:

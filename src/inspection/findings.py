@@ -55,8 +55,7 @@ class Proof:
     altered: list[int] = field(default_factory=list)
     low_scoring: list[tuple[int, str, str, str]] = field(default_factory=list)
     unscorable: Counter[str] = field(default_factory=Counter)
-    num_with_end: int = 0
-    """Rows in which a token that ends generation is supervised."""
+    num_with_end: int = 0  # rows in which a token that ends generation is supervised
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ class SupervisedIds(NamedTuple):
     """The ids of a row, or of an encoder-decoder's target, and where the supervised ones are."""
 
     ids: list[int]
-    parts: list[tuple[int, int]]
-    """[start, stop) of supervised ids that follow one another."""
+    parts: list[tuple[int, int]]  # [start, stop) of supervised ids that follow one another
 
     @classmethod
     def of(cls, row: LabelledRow, num_prompt_ids: int) -> Self:

@@ -32,17 +32,12 @@ class Measured:
     """What was measured, on batches of the median size unless a field says otherwise."""
 
     widest_tokens: int
-    activation_bytes: int
-    """What autograd keeps of the widest micro-batch of the first epoch."""
+    activation_bytes: int  # what autograd keeps of the widest micro-batch of the first epoch
     peak_memory_bytes: int
-    seconds: float
-    """Time of a micro-batch, forward and backward."""
-    evaluation_seconds: float | None
-    """Time of the losses of a batch; None where nothing is evaluated."""
-    evaluation_tokens: int
-    """Positions of that batch."""
-    generation_seconds: float | None
-    """Time of a batch of texts of the maximum length; None where nothing is generated."""
+    seconds: float  # time of a micro-batch, forward and backward
+    evaluation_seconds: float | None  # time of the losses of a batch; None where nothing is evaluated
+    evaluation_tokens: int  # positions of that batch
+    generation_seconds: float | None  # time of a batch of texts of the maximum length; None where nothing is generated
 
 
 def measure_work(config: RunConfig, tokenizer: Any, new_ids: Sequence[int], data: Data, work: Workload) -> Measured:

@@ -19,22 +19,18 @@ class Evaluation(NamedTuple):
 
     rows: EncodedSet
     batches: list[Sequences]
-    shapes: list[MicroBatchShape]
-    """The shape of each batch."""
-    times: int
-    """How often the run evaluates it."""
+    shapes: list[MicroBatchShape]  # the shape of each batch
+    times: int  # how often the run evaluates it
 
 
 class Generation(NamedTuple):
     """Texts that a run generates over all its evaluations and samples."""
 
     num_texts: int
-    batch: int
-    """Rows that are generated at once."""
+    batch: int  # rows that are generated at once
     longest_prompt: int
     mean_prompt: int
-    rows: EncodedSet
-    """A set that texts are generated for."""
+    rows: EncodedSet  # a set that texts are generated for
 
 
 @dataclass(frozen=True)
@@ -43,14 +39,10 @@ class Workload:
 
     batch_sampler: BatchSampler
     num_steps: int
-    num_steps_per_epoch: int | None
-    """None where the train set is streamed."""
-    train: EncodedSet
-    """The train set, or the first block of one that is streamed."""
-    micro_batches: list[Sequences]
-    """The micro-batches of the first epoch."""
-    shapes: list[MicroBatchShape]
-    """The shapes of these micro-batches."""
+    num_steps_per_epoch: int | None  # none where the train set is streamed
+    train: EncodedSet  # the train set, or the first block of one that is streamed
+    micro_batches: list[Sequences]  # the micro-batches of the first epoch
+    shapes: list[MicroBatchShape]  # the shapes of these micro-batches
     evaluations: list[Evaluation]
     generation: Generation | None
 

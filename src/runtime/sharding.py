@@ -34,8 +34,7 @@ class ShardedTensor(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    gather: Callable[[], Tensor]
-    """Return the full tensor."""
+    gather: Callable[[], Tensor]  # return the full tensor
 
     @property
     def nbytes(self) -> int:
@@ -121,8 +120,7 @@ class Replicated:
         optimizer: the plain one, inside what Accelerate wrapped.
     """
 
-    has_gradients = True
-    """Whether a process has the full gradients between `clip_grad_norm` and `update`."""
+    has_gradients = True  # whether a process has the full gradients between `clip_grad_norm` and `update`
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._accelerator = accelerator

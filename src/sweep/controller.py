@@ -40,14 +40,10 @@ class _Progress:
     """What this process knows of a trial that its folder does not say."""
 
     attempts: int = 0
-    passed: int = 0
-    """The evaluation of the last rung that it was let through."""
-    started: float = 0.0
-    """When it was last started, by the monotonic clock."""
-    written_ns: int | None = None
-    """When its status.json had been written last before that."""
-    is_settled: bool = False
-    """Whether this start of the sweep is done with it."""
+    passed: int = 0  # the evaluation of the last rung that it was let through
+    started: float = 0.0  # when it was last started, by the monotonic clock
+    written_ns: int | None = None  # when its status.json had been written last before that
+    is_settled: bool = False  # whether this start of the sweep is done with it
 
 
 class SweepController:

@@ -53,20 +53,16 @@ TRIAL_STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING
 class TrialStatus:
     """The status of a trial, by its folder."""
 
-    state: str
-    """One of TRIAL_STATES."""
+    state: str  # one of TRIAL_STATES
     value: float | None = None
     cause: str = ""
     log: Path | None = None
     step: int = 0
     num_steps: int | None = None
-    last: float | None = None
-    """The newest value of the metric, of one that has not finished."""
+    last: float | None = None  # the newest value of the metric, of one that has not finished
     elapsed_seconds: float = 0.0
-    warning: str = ""
-    """What is damaged of a trial that counts nevertheless."""
-    is_damaged: bool = False
-    """Whether its cause is something in its folder that the user must fix first."""
+    warning: str = ""  # what is damaged of a trial that counts nevertheless
+    is_damaged: bool = False  # whether its cause is something in its folder that the user must fix first
 
     @property
     def is_over(self) -> bool:

@@ -51,22 +51,16 @@ class Plan:
     config: SweepConfig
     folder: Path
     force: bool
-    axes: list[Axis]
-    """What is varied from setting to setting."""
-    replicates: list[Axis]
-    """What is varied within a setting, and averaged."""
+    axes: list[Axis]  # what is varied from setting to setting
+    replicates: list[Axis]  # what is varied within a setting, and averaged
     composer: Points
-    is_own_sweeper: bool = True
-    """Whether Towline runs it; another sweeper of Hydra's varies the command line only."""
-    trials: list[Trial] = field(default_factory=list)
-    """All there will be; empty where a sampler has to propose them."""
+    is_own_sweeper: bool = True  # whether Towline runs it; another sweeper of Hydra's varies the command line only
+    trials: list[Trial] = field(default_factory=list)  # all there will be; empty where a sampler has to propose them
     changed_conf: list[str] = field(default_factory=list)
     """Files of conf/ that changed since the sweep began; it is still composed of the old ones."""
 
-    admitted: RunConfig | None = None
-    """The first configuration that was admitted."""
-    is_repeated: bool = False
-    """Whether it is composed of the options that a folder kept, which may be somebody else's."""
+    admitted: RunConfig | None = None  # the first configuration that was admitted
+    is_repeated: bool = False  # whether it is composed of the options that a folder kept, which may be somebody else's
     signatures: list[str] = field(default_factory=list)
     """This user's, of admitted configurations that let a checkpoint run code; see src.config.trust."""
     _settings: dict[tuple[str, ...], str] = field(default_factory=dict)

@@ -45,15 +45,13 @@ class Interval:
 class Axis:
     """A key that is varied: over `num_values` values, or over an interval."""
 
-    override: Override
-    """What is varied; where a file lists the values, the key alone counts."""
+    override: Override  # what is varied; where a file lists the values, the key alone counts
     roots: tuple[Path, ...]
     num_values: float = 0
     """Counted, not written out: a range may be longer than the memory; infinite where it never ends."""
     interval: Interval | None = None
     where: str = ""
-    listed: Mapping[str, Any] | None = None
-    """The values as a file lists them, by KEY=VALUE."""
+    listed: Mapping[str, Any] | None = None  # the values as a file lists them, by KEY=VALUE
 
     @cached_property
     def values(self) -> tuple[str, ...]:

@@ -33,8 +33,7 @@ class Trial:
     number: int
     unit: int
     """The trial of the Optuna study that it belongs to; where replicates are averaged, those of a setting share one."""
-    overrides: tuple[str, ...]
-    """What sets it apart from the other trials, each as KEY=VALUE."""
+    overrides: tuple[str, ...]  # what sets it apart from the other trials, each as KEY=VALUE
     identity: str
     setting: str
     seed: int

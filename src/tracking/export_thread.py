@@ -64,10 +64,8 @@ class Undelivered:
 
     tracker: str
     reason: str
-    needs_user_action: bool
-    """Whether a retry is useless until the user has fixed what `reason` says."""
-    can_be_synced: bool
-    """Whether `make sync` delivers it."""
+    needs_user_action: bool  # whether a retry is useless until the user has fixed what `reason` says
+    can_be_synced: bool  # whether `make sync` delivers it
 
     def __str__(self) -> str:
         return f"{self.tracker}: {self.reason}"

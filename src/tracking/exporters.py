@@ -75,13 +75,10 @@ class Activity:
 class Exporter(Protocol):
     """Delivers a folder to one tracker. Runs in the folder's export thread, but for `begin` and `rewind`."""
 
-    name: str
-    """The tracker, for messages: "MLflow"."""
+    name: str  # the tracker, for messages: "MLflow"
     activity: Activity
-    is_local: bool = True
-    """Whether what it delivers to is a file: it opens in seconds, or not at all."""
-    can_be_synced: bool = False
-    """Whether `make sync` knows it."""
+    is_local: bool = True  # whether what it delivers to is a file: it opens in seconds, or not at all
+    can_be_synced: bool = False  # whether `make sync` knows it
 
     @property
     def where(self) -> str:

@@ -43,8 +43,7 @@ class MlflowExporter(FolderExporter):
 
     name = "MLflow"
     can_be_synced = True
-    main_file: str
-    """The file that is there if there may be something to deliver."""
+    main_file: str  # the file that is there if there may be something to deliver
 
     def __init__(
         self,

@@ -35,11 +35,9 @@ class _Found:
     """What a file holds."""
 
     is_empty: bool = False
-    fault: str = ""
-    """Why MLflow can't open it; '' where it can."""
+    fault: str = ""  # why MLflow can't open it; '' where it can
     remedy: str = ""
-    may_hold_runs: bool = True
-    """Whether it may hold runs; else it may be replaced."""
+    may_hold_runs: bool = True  # whether it may hold runs; else it may be replaced
 
 
 class SqliteStore:

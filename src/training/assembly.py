@@ -68,10 +68,8 @@ class Assembled:
     tokenizer: Any
     new_tokens: ConfiguredTokens
     adapter: Adapter | None
-    initialised: InitialisedRows
-    """The rows that new tokens start from."""
-    base: Mapping[str, Any] | None
-    """Size and checksum of each file of the local model that the adapter is trained on."""
+    initialised: InitialisedRows  # the rows that new tokens start from
+    base: Mapping[str, Any] | None  # size and checksum of each file of the local model that the adapter is trained on
 
 
 def assemble_model(

@@ -36,8 +36,7 @@ class Step(StepResult):
 
     is_last: bool
     stats: StepStats = field(repr=False)
-    with_objective: bool = False
-    """Whether the objective differs from the loss, so that its mean is a metric of its own."""
+    with_objective: bool = False  # whether the objective differs from the loss, so that its mean is a metric of its own
 
     @property
     def loss(self) -> float:

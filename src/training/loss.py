@@ -29,8 +29,7 @@ class TokenLosses(NamedTuple):
         is_thought: mask of thought tokens, [supervised]; None where no row has any.
     """
 
-    objective: Tensor
-    """Scalar sum of the weighted, smoothed token losses, float32."""
+    objective: Tensor  # scalar sum of the weighted, smoothed token losses, float32
     nll: Tensor
     targets: Tensor
     is_thought: Tensor | None

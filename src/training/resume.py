@@ -32,13 +32,10 @@ class ResumePoint:
     """The checkpoint that a run resumes from; empty where it begins anew."""
 
     checkpoint: Path | None = None
-    state: Mapping[str, Any] = field(default_factory=dict)
-    """What the checkpoint says besides its tensors."""
-    changes: Sequence[Change] = ()
-    """Keys of the configuration that differ."""
+    state: Mapping[str, Any] = field(default_factory=dict)  # what the checkpoint says besides its tensors
+    changes: Sequence[Change] = ()  # keys of the configuration that differ
     warnings: Sequence[str] = ()
-    is_own: bool = False
-    """Whether it is in the run's own folder."""
+    is_own: bool = False  # whether it is in the run's own folder
     repeats_epoch: bool = False
     """Whether the epoch that was under way begins again, because its rows come in another order now; see `checked`."""
 

@@ -96,33 +96,25 @@ class StepResult:
 class TrainState:
     """The wrapped model, its optimizer and schedule, the position in the data, and counters."""
 
-    loss_model: nn.Module
-    """The ModelWithLoss as Accelerate wrapped it: its forward computes losses."""
-    model: Any
-    """The transformers model inside: for generation and export."""
+    loss_model: nn.Module  # the ModelWithLoss as Accelerate wrapped it: its forward computes losses
+    model: Any  # the transformers model inside: for generation and export
     optimizer: Any
     schedule: LambdaLR
     batch_sampler: BatchSampler
-    is_padding_free: bool
-    """Whether packed rows go into one sequence without padding, as FlashAttention takes them."""
+    is_padding_free: bool  # whether packed rows go into one sequence without padding, as FlashAttention takes them
     num_steps: int
-    steps_per_epoch: int | None
-    """None where the train set is streamed, whose length is not known."""
+    steps_per_epoch: int | None  # none where the train set is streamed, whose length is not known
     uses_full_logits: bool
-    token_monitor: TokenMonitor
-    """Of the configuration's tokens."""
+    token_monitor: TokenMonitor  # of the configuration's tokens
     step: int = 0
     tokens_seen: int = 0
     examples_seen: int = 0
     train_seconds: float = 0.0
-    num_schedule_steps: int = 0
-    """Fewer than `step` where fp16 gradients overflowed."""
-    position: Position = Position()
-    """Where in the data the next step begins."""
+    num_schedule_steps: int = 0  # fewer than `step` where fp16 gradients overflowed
+    position: Position = Position()  # where in the data the next step begins
     stats: StepStats = field(default_factory=StepStats)
     last_step: StepResult | None = None
-    is_last_step_complete: bool = True
-    """Whether the last step is complete: evaluated, sampled and logged."""
+    is_last_step_complete: bool = True  # whether the last step is complete: evaluated, sampled and logged
     rng: dict[str, Any] = field(default_factory=dict)
     """The state of every global generator at the beginning of the next step."""
 

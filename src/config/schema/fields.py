@@ -19,12 +19,9 @@ class Impact(IntEnum):
 
     harmless = 0
     """Allowed without checkpoint.allow_changed: what is trained stays the same, or the run only gets longer."""
-    rounding = 1
-    """The same computation, rounded differently: resumes with a warning, no longer bit for bit."""
-    trajectory = 2
-    """A different training from here on: needs checkpoint.allow_changed=true."""
-    impossible = 3
-    """The saved state does not fit: refused, also with allow_changed."""
+    rounding = 1  # the same computation, rounded differently: resumes with a warning, no longer bit for bit
+    trajectory = 2  # a different training from here on: needs checkpoint.allow_changed=true
+    impossible = 3  # the saved state does not fit: refused, also with allow_changed
 
 
 BY_OUTCOME = Impact.harmless
@@ -45,26 +42,19 @@ class KeyInfo:
     """What is known of a key besides its type, its default and, in conf/, its help text. Each has a safe default."""
 
     check: Check | None = None
-    each: str | None = None
-    """The dataclass of the values of a mapping."""
-    inner: Keys | None = None
-    """The keys that a mapping of another library may have."""
-    text: str = ""
-    """What the key means, where it has no line in conf/ that says so."""
-    resume: Impact | ImpactRule = Impact.trajectory
-    """What a change means for a run that resumes."""
-    why: str = ""
-    """Why a change has that impact, in a few words."""
+    each: str | None = None  # the dataclass of the values of a mapping
+    inner: Keys | None = None  # the keys that a mapping of another library may have
+    text: str = ""  # what the key means, where it has no line in conf/ that says so
+    resume: Impact | ImpactRule = Impact.trajectory  # what a change means for a run that resumes
+    why: str = ""  # why a change has that impact, in a few words
     counts_where: Callable[[DottedConfig], bool] | None = None
     """Whether a configuration reads the key at all; where neither side does, a change is harmless."""
     reorders: bool | Callable[[DottedConfig], bool] = False
     """Whether a change puts the train rows into another order, so that the current epoch starts again."""
     shapes_rows: bool = True
     """Whether encoded rows depend on it, so that it is part of the cache's key; only in `data` and `tokens`."""
-    cache_key_field: str = ""
-    """The field of EncodingConfig by which it enters the cache's key; empty: by its own value."""
-    per_source: bool = False
-    """Whether a source of a mixture may have its own; only in `data`."""
+    cache_key_field: str = ""  # the field of EncodingConfig by which it enters the cache's key; empty: by its own value
+    per_source: bool = False  # whether a source of a mixture may have its own; only in `data`
     read_by_predict: bool | None = None
     """Whether src.predict takes it; None: as it takes every key of `data` that shapes rows."""
 

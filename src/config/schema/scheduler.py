@@ -18,8 +18,7 @@ class SchedulerConfig:
 
     type: str = registered_type_key("scheduler", SCHEDULES, why=OTHER_RATES)
 
-    depends_on_length = True
-    """Whether a longer run has other learning rates from its first step on; warm-ups apart."""
+    depends_on_length = True  # whether a longer run has other learning rates from its first step on; warm-ups apart
 
     def num_warmup_steps(self, num_steps: int) -> int:
         """Return over how many steps of a run the learning rate rises from 0."""
