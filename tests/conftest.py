@@ -8,10 +8,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ def admitted(*overrides: str) -> Job:
 
 
 NEEDS = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "bart")]
-NEEDS += [name for names in OPTIONAL_MODULES.values() for name in names]
+NEEDS += [*(name for names in OPTIONAL_MODULES.values() for name in names), "deepspeed"]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([PRELOAD_MODULE, *NEEDS])
 """Where commands come from that the tests give by the dozen: a process that has imported what takes seconds."""
@@ -104,24 +106,76 @@ def towline(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         )
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("out", "err")]
-        process = FORKS.Process(target=_give, args=(arguments, dict(os.environ), *files))
-        process.start()
-        process.join(300)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(arguments, 300)
+        code = Command(arguments, *files).wait(300)
         out, err = (file.read_text(encoding="utf-8") for file in files)
-        return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
+        return subprocess.CompletedProcess(arguments, code, out, err)
 
 
-def _give(arguments: tuple[str, ...], environment: dict[str, str], out: Path, err: Path) -> None:
+class Command:
+    """A command of src.run under way in a process of its own, forked from one that has imported what takes seconds.
+
+    Args:
+        out: what it prints goes there, to the end of a file; `err` likewise, the same if it is None.
+        prepare: what the process does before it reads its command line; a function of a module.
+        environment: variables that it has besides those of the tests.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        out: Path | socket.socket,
+        err: Path | None = None,
+        prepare: Callable[[], object] | None = None,
+        **environment: str,
+    ) -> None:
+        self.arguments = arguments
+        given = (tuple(arguments), os.environ | environment, out, err or out, prepare)
+        self._process = FORKS.Process(target=_give, args=given)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it is under way."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if (code := self._process.exitcode) is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(self.arguments, timeout or 0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+        self._process.join()
+
+
+def _give(
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    out: Path | socket.socket,
+    err: Path | socket.socket,
+    prepare: Callable[[], object] | None,
+) -> None:
     for number, file in ((1, out), (2, err)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+        opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if isinstance(file, Path) else file.detach()
+        os.dup2(opened, number)
+        os.close(opened)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
     from src.cli.main import main
 
+    if prepare is not None:
+        prepare()
     sys.argv = [str(ROOT / "src" / "run.py"), *arguments]
     sys.exit(main())
 

@@ -525,12 +525,12 @@ def test_an_empty_variable_of_mlflows_is_none(monkeypatch: pytest.MonkeyPatch, n
     assert admitted("tracking=mlflow").config.tracking == expected
 
 
-@pytest.mark.parametrize("value", ["file:///tmp/x", "/tmp/x", "nonsense"])
+@pytest.mark.parametrize("value", ["file:///tmp/x", "/tmp/x", "no-address"])
 def test_what_the_environment_gives_is_placed_there(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
     (told,) = problems("seed=3")
     assert "(environment variable MLFLOW_TRACKING_URI, by conf/tracking/mlflow.yaml, line 3)" in told
-    assert ("sqlite:///FOLDER/mlflow.db" in told) == (value != "nonsense")
+    assert ("sqlite:///FOLDER/mlflow.db" in told) == (value != "no-address")
     (told,) = problems("tracking.uri=/tmp/x")
     assert told.endswith("(command line)")
     assert os.environ["MLFLOW_TRACKING_URI"] == value

@@ -1,12 +1,15 @@
 """Runs in several processes: the numbers of one process, whatever is shared out, and an end when any of them ends.
 
 Everything here is `python -m src.run` on two processes over gloo; only the one-process runs that they are compared with
-are made in the process of the tests.
+are made in the process of the tests. Where numbers are compared, the two are forked with what a launcher would put into
+their environment, as importing everything twice takes most of such a run; where starts and ends are looked at, the
+command launches them.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -39,16 +42,17 @@ from src.errors import ConfigError, Interrupted, TrainingError
 from src.forecast.counting import MicroBatchShape
 from src.forecast.memory import memory_forecast
 from src.inspection.run_forecast import planned_parameters, sharding_of
+from src.model import embeddings
 from src.model.build import empty_model
 from src.model.embeddings import resize_embeddings
 from src.runtime.launch import launch
-from src.runtime.session import start_runtime
+from src.runtime.session import Runtime, start_runtime
 from src.runtime.sharding import deepspeed_settings
 from src.runtime.signals import StopRequest
 from src.training.head import ModelWithLoss
 from src.training.resume import find_resume_point
 from src.training.state import build_batch_sampler
-from tests.conftest import ROOT, admitted, read_lines, write_lines
+from tests.conftest import ROOT, Command, admitted, read_lines, towline, write_lines
 
 T = TypeVar("T")
 Rows = list[dict[str, Any]]
@@ -132,10 +136,36 @@ class Laboratory:
         return self._alone(self.at(name), *self.asked(name, *ALONE, *overrides))
 
     @functools.cache  # noqa: B019
+    def launched(self) -> Path:
+        """Return the folder of a run whose two processes its command launched."""
+        self.finish("none", *TWO)
+        return self.at("none")
+
+    @functools.cache  # noqa: B019
     def together(self, name: str, *overrides: str) -> Path:
-        """Give the folder of a run that was made in two processes."""
-        self.finish(name, *TWO, *overrides)
+        """Return the folder of a run that was made in two processes."""
+        self.join(name, *overrides)
         return self.at(name)
+
+    def join(self, name: str, *overrides: str) -> str:
+        """Run two processes that are there already, as another launcher starts them, and return what they print."""
+        codes, output = self.forked(self.asked(name, *TWO, *overrides))
+        assert codes == [0, 0], output
+        assert "Warning" not in output
+        return output
+
+    def forked(self, arguments: Sequence[str], prepare: Callable[[], object] | None = None) -> tuple[list[int], str]:
+        """Run two processes to their end, and return their exit codes and what they print."""
+        log = self.folder / f"forked-{free_port()}.log"
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        shared["MASTER_PORT"] = str(free_port())
+        ranks = [Command(arguments, log, None, prepare, RANK=f"{i}", LOCAL_RANK=f"{i}", **shared) for i in range(2)]
+        try:
+            codes = [rank.wait(LIMIT) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        return codes, log.read_text(encoding="utf-8")
 
     def finish(self, name: str, *overrides: str) -> str:
         with started(self.asked(name, *overrides), self.folder / f"{name}.log") as one:
@@ -148,10 +178,25 @@ class Laboratory:
     def under_way(self, name: str, *overrides: str, behind: int) -> Iterator[Started]:
         """Give a run once a step behind this one is in its journal."""
         with started(self.asked(name, *overrides), self.folder / f"{name}.log") as one:
-            journal = self.at(name) / "metrics.jsonl"
-            until(lambda: one.popen.poll() is not None or any(step > behind for step in steps_of(journal)))
-            assert one.popen.poll() is None, one.output
+            self._await_step(name, one, behind)
             yield one
+
+    @contextmanager
+    def forked_under_way(self, name: str, *overrides: str, behind: int) -> Iterator[Started]:
+        """Give a run of one process once a step behind this one is in its journal."""
+        log = self.folder / f"{name}-forked.log"
+        command = Command(self.asked(name, *overrides), log)
+        try:
+            one = Started(command, log)
+            self._await_step(name, one, behind)
+            yield one
+        finally:
+            command.kill()
+
+    def _await_step(self, name: str, one: Started, behind: int) -> None:
+        journal = self.at(name) / "metrics.jsonl"
+        until(lambda: one.popen.poll() is not None or any(step > behind for step in steps_of(journal)))
+        assert one.popen.poll() is None, one.output
 
     @staticmethod
     def _alone(run_dir: Path, *overrides: str) -> Path:
@@ -162,7 +207,7 @@ class Laboratory:
 class Started:
     """A command that is under way, with what it prints."""
 
-    def __init__(self, popen: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, popen: subprocess.Popen[bytes] | Command, log: Path) -> None:
         self.popen, self.log = popen, log
 
     @property
@@ -283,7 +328,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
 
 @pytest.mark.parametrize("what", list(SHARED_OUT))
 def test_two_processes_give_the_losses_of_one(lab: Laboratory, what: str) -> None:
-    assert_same_numbers(lab.together(what, *SHARED_OUT[what]), lab.alone("one"))
+    ours = lab.together(what, *SHARED_OUT[what]) if SHARED_OUT[what] else lab.launched()
+    assert_same_numbers(ours, lab.alone("one"))
 
 
 @pytest.mark.parametrize("what", list(SHARED_OUT))
@@ -330,13 +376,13 @@ def test_a_file_of_deepspeeds_trains_as_one_process_and_is_not_needed_again(lab:
 
 
 def test_each_process_has_a_log(lab: Laboratory) -> None:
-    run_dir = lab.together("none")
+    run_dir = lab.launched()
     assert sorted(file.name for file in (run_dir / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
     assert (run_dir / "logs" / "rank-0.log").read_text(encoding="utf-8") == (lab.folder / "none.log").read_text("utf-8")
 
 
 def test_processes_draw_random_numbers_of_their_own(lab: Laboratory) -> None:
-    for place in (lab.together("none"), lab.together("zero3", *ZERO3)):
+    for place in (lab.launched(), lab.together("zero3", *ZERO3)):
         state = json.loads((place / "checkpoints" / "step-00000006" / "state.json").read_text(encoding="utf-8"))
         first, second = (drawn["torch"] for drawn in state["rng"])
         assert first != second  # else dropout would be alike in all
@@ -344,7 +390,8 @@ def test_processes_draw_random_numbers_of_their_own(lab: Laboratory) -> None:
 
 def test_rows_that_lie_in_16_bits_are_the_recipe_rounded(lab: Laboratory) -> None:
     few = ("deepspeed=zero2", "training.mixed_precision=bf16", "training.max_train_steps=2")
-    lab.finish("bf16", *ALONE, *few)
+    done = towline(*lab.asked("bf16", *ALONE, *few))
+    assert done.returncode == 0, done.stderr
     assert status(lab.at("bf16"))["state"] == "FINISHED"
 
 
@@ -352,7 +399,7 @@ def test_an_adapter_that_a_run_begins_with_is_what_is_shared_out(lab: Laboratory
     lora = (*LORA, f"model.checkpoint={lab.exact}")
     first = lab.alone("lora1", *lora)
     still = ("optimizer.lr=1e-12", "optimizer.weight_decay=0", "training.max_train_steps=1")
-    lab.finish("from-lora1", *TWO, *ZERO3, *lora, *still, f"init_from={first}")
+    lab.join("from-lora1", *ZERO3, *lora, *still, f"init_from={first}")
     ours, theirs = (load_file(p / "model" / "adapter_model.safetensors") for p in (lab.at("from-lora1"), first))
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if (ours[name] - theirs[name]).abs().max() > 1e-6]
@@ -400,44 +447,35 @@ def test_a_step_takes_the_same_rows_of_any_number_of_processes(lab: Laboratory, 
 
 # Memory
 
-COUNTED = """
-import gc, json, os, sys
 
-import torch
+def _count_held(given: Sequence[Sequence[str]], found: Path) -> None:
+    """Make runs one after the other, and write the most bytes that tensors of the first process hold in each."""
+    most, add_gradients = 0, Runtime.backward
 
-from src.config.gate import admit
-from src.cli.start import run_job as run
-from src.runtime.session import Runtime
-from src.runtime.signals import StopRequest
+    def count() -> int:
+        tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+        tensors += [one.grad for one in tensors if one.is_leaf and one.grad is not None]
+        return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
-most, add_gradients = 0, Runtime.backward
+    def counted(self: Runtime, loss: torch.Tensor, *, last: bool = True) -> None:
+        nonlocal most
+        add_gradients(self, loss, last=last)
+        gc.collect()
+        most = max(most, count())
 
-
-def count():
-    tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
-    tensors += [one.grad for one in tensors if one.is_leaf and one.grad is not None]
-    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
-
-
-def counted(self, loss, *, last=True):
-    global most
-    add_gradients(self, loss, last=last)
-    gc.collect()
-    most = max(most, count())
-
-
-Runtime.backward = counted
-told = []
-for port, overrides in json.loads(sys.argv[1]):
-    os.environ["MASTER_PORT"] = str(port)
-    gc.collect()
-    most, before = 0, count()
-    run(admit(overrides).run, StopRequest())
-    told.append(most - before)
-if os.environ["RANK"] == "0":
-    print("COUNTED", json.dumps(told), flush=True)
-os._exit(0)
-"""
+    Runtime.backward = counted  # type: ignore[method-assign]
+    held, first_port = [], int(os.environ["MASTER_PORT"])
+    for number, overrides in enumerate(given):
+        os.environ["MASTER_PORT"] = str(first_port + number)  # those of the last are not free at once
+        gc.collect()
+        most, before = 0, count()
+        job = admit(overrides).run
+        assert job is not None
+        run(job, StopRequest())
+        held.append(most - before)
+    if os.environ["RANK"] == "0":
+        found.write_text(json.dumps(held), encoding="utf-8")
+    os._exit(0)
 
 
 def test_memory_is_forecast_as_it_is_held(lab: Laboratory, tmp_path: Path) -> None:
@@ -450,15 +488,10 @@ def test_memory_is_forecast_as_it_is_held(lab: Laboratory, tmp_path: Path) -> No
         "zero3-lora": (*ZERO3, "adapter=lora"),
     }
     asked = {name: lab.asked(f"counted-{name}", *few, *option) for name, option in options.items()}
-    driver = ["-c", COUNTED, json.dumps([(free_port(), overrides) for overrides in asked.values()])]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    with (
-        started([], tmp_path / "0.log", driver, RANK="0", LOCAL_RANK="0", **place) as first,
-        started([], tmp_path / "1.log", driver, RANK="1", LOCAL_RANK="1", **place) as second,
-    ):
-        ends = [wait_for_end(one) for one in (first, second)]
-    assert [end.code for end in ends] == [0, 0], [end.output for end in ends]
-    held = json.loads(ends[0].output.rpartition("COUNTED")[2])
+    found = tmp_path / "held.json"
+    codes, output = lab.forked([], functools.partial(_count_held, list(asked.values()), found))
+    assert codes == [0, 0], output
+    held = json.loads(found.read_text(encoding="utf-8"))
     for (name, overrides), counted in zip(asked.items(), held, strict=True):
         config = admitted(*overrides).config
         tokenizer, new = load_tokenizer(config.model, config.tokens)
@@ -492,7 +525,7 @@ def test_a_run_shared_out_that_was_stopped_is_the_run_that_was_not(lab: Laborato
     assert status(run_dir)["state"] == "PREEMPTED"
     assert not list(problems_of(run_dir / "checkpoints" / f"step-{newest:08}"))
     assert not workers_of(run_dir)
-    assert "resumed" in lab.finish("stopped", *TWO, *ZERO3)
+    assert "resumed" in lab.join("stopped", *ZERO3)
     assert metrics(run_dir) == metrics(straight)
     for file in ("model/model.safetensors", f"checkpoints/step-{STEPS:08}/optimizer.safetensors"):
         ours, theirs = load_file(run_dir / file), load_file(straight / file)
@@ -502,12 +535,10 @@ def test_a_run_shared_out_that_was_stopped_is_the_run_that_was_not(lab: Laborato
 
 def test_a_finished_run_of_two_processes_goes_on_for_longer_as_one_of_one_does(lab: Laboratory) -> None:
     longer = ("training.num_train_epochs=2.3",)
-    for name, run_dir in (("longer", lab.together("none")), ("longer-alone", lab.alone("one"))):
+    for name, run_dir in (("longer", lab.launched()), ("longer-alone", lab.alone("one"))):
         shutil.copytree(run_dir, lab.at(name))
-    with started([f"rerun={lab.at('longer')}", f"hydra.run.dir={lab.at('longer')}", *longer],
-                 lab.folder / "longer.log") as one:  # fmt: skip
-        end = wait_for_end(one)
-    assert end.code == 0, end.output
+    codes, output = lab.forked([f"rerun={lab.at('longer')}", f"hydra.run.dir={lab.at('longer')}", *longer])
+    assert codes == [0, 0], output
     run(admitted(f"rerun={lab.at('longer-alone')}", f"hydra.run.dir={lab.at('longer-alone')}", *longer), StopRequest())
     ours, theirs = metrics(lab.at("longer")), metrics(lab.at("longer-alone"))
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
@@ -549,11 +580,11 @@ def test_one_process_that_is_killed_ends_all_and_the_run_goes_on(lab: Laboratory
             worker.resume()
         psutil.wait_procs(workers, timeout=LIMIT)
     assert status(run_dir)["state"] == "PREEMPTED"
-    lab.finish("killed", *TWO)
+    lab.join("killed")
     assert status(run_dir)["state"] == "FINISHED"
     assert summary(run_dir)["examples_seen"] == 2 * ROWS
-    assert metrics(run_dir) == metrics(lab.together("none"))
-    ours, theirs = (load_file(place / "model/model.safetensors") for place in (run_dir, lab.together("none")))
+    assert metrics(run_dir) == metrics(lab.launched())
+    ours, theirs = (load_file(place / "model/model.safetensors") for place in (run_dir, lab.launched()))
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
@@ -563,7 +594,8 @@ def test_the_number_of_processes_may_change_over_stops_in_an_epoch(lab: Laborato
     seen = []
     for number, behind, zero in ((2, 4, ZERO3), (1, 14, ())):
         asked = (*one_epoch, *zero, f"runtime.num_processes={number}")
-        with lab.under_way("changed", *asked, behind=behind) as one:
+        way = lab.under_way if number == 2 else lab.forked_under_way
+        with way("changed", *asked, behind=behind) as one:
             one.popen.send_signal(signal.SIGTERM)
             end = wait_for_end(one)
         assert end.code == 75, end.output
@@ -571,7 +603,7 @@ def test_the_number_of_processes_may_change_over_stops_in_an_epoch(lab: Laborato
         state = json.loads((lab.at("changed") / "checkpoints" / f"step-{newest:08}" / "state.json").read_text())
         assert state["counters"]["examples_seen"] == state["position"]["num_sequences"] == 2 * state["step"]
         seen.append((newest, end.output))
-    output = lab.finish("changed", *one_epoch, "runtime.num_processes=2")
+    output = lab.join("changed", *one_epoch, "runtime.num_processes=2")
     assert seen[0][0] < seen[1][0] < 39
     assert "instead of" not in seen[0][1]
     assert "1 process instead of 2" in seen[1][1]
@@ -613,32 +645,16 @@ def test_what_was_shared_out_is_exported_whole(lab: Laboratory) -> None:
     assert told["tokens/</ToW>/cosine_to_start"] < 0.999
 
 
-LOSING = """
-import sys
-
-from src.runtime import sharding
-
-whole = sharding.gathered
-sharding.gathered = lambda parameters, *, writes=False: whole(parameters)
-
-from src.cli.main import main
-
-sys.exit(main(sys.argv[1:]))
-"""
+def _lose_writes() -> None:
+    """Have what is written to gathered parameters be lost."""
+    gathered = embeddings.gathered
+    embeddings.gathered = lambda parameters, *, writes=False: gathered(parameters)
 
 
-def test_new_rows_that_do_not_stay_are_noticed(lab: Laboratory, tmp_path: Path) -> None:
-    driver = tmp_path / "driver.py"
-    driver.write_text(LOSING, encoding="utf-8")
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
-    asked, command = lab.asked("lost", *TWO, *ZERO3), [str(driver)]
-    with (
-        started(asked, tmp_path / "0.log", command, RANK="0", LOCAL_RANK="0", **place) as first,
-        started(asked, tmp_path / "1.log", command, RANK="1", LOCAL_RANK="1", **place) as second,
-    ):
-        ends = [wait_for_end(one) for one in (first, second)]
-    assert all(end.code not in (0, 75) for end in ends), [end.output for end in ends]
-    assert "lost their starting rows" in ends[0].output
+def test_new_rows_that_do_not_stay_are_noticed(lab: Laboratory) -> None:
+    codes, output = lab.forked(lab.asked("lost", *TWO, *ZERO3), _lose_writes)
+    assert not {0, 75} & {*codes}, output
+    assert "lost their starting rows" in output
     assert status(lab.at("lost"))["state"] == "FAILED"
 
 
@@ -649,7 +665,7 @@ from torch import distributed, nn
 
 from src.config.gate import admit
 from src.config.schema import MixedPrecision
-from src.runtime.session import start_runtime
+from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
 
 sys.setswitchinterval(100)

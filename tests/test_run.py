@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -23,7 +26,7 @@ from src.cli.start import run_job as train
 from src.config.places import folder_of, steps_in
 from src.errors import ConfigError, Interrupted, ModelError, RunFolderError
 from src.runtime.signals import StopRequest
-from tests.conftest import GSM8K, ROOT, admitted, read_lines, towline, write_lines
+from tests.conftest import GSM8K, ROOT, Command, admitted, read_lines, towline, write_lines
 
 SMALL = ["debug=smoke", "tracking=none"]
 
@@ -128,23 +131,17 @@ def test_the_same_command_and_a_rerun_give_the_same_metrics_bit_for_bit(finished
 
 def stopped_by(number: signal.Signals, run: Path, *arguments: str) -> str:
     """Start a run, send it a signal once it trains, and give what it wrote to the error stream."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "src.run", *arguments, f"hydra.run.dir={run}"],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    errors = run.with_name("errors.txt")
+    process = Command([*arguments, f"hydra.run.dir={run}"], Path(os.devnull), errors)
     try:
         while not (run / "metrics.jsonl").is_file():
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        assert process.wait(60) == 75
     finally:
         process.kill()
-    assert process.returncode == 75
-    return errors
+    return errors.read_text(encoding="utf-8")
 
 
 def status_of(run: Path) -> dict[str, Any]:
@@ -350,27 +347,28 @@ def test_hydras_own_sweeper_runs_every_point_in_its_own_folder(tmp_path: Path) -
     assert comparable(tmp_path / "0") != comparable(tmp_path / "1")
 
 
-@pytest.mark.parametrize("where", ["src.cli.hydra_main.parse_stored", "src.model.export.export"])
+def _signal_comes_before(where: str) -> None:
+    """Have a function raise SIGTERM when it is called."""
+    module, _, name = where.rpartition(".")
+    real = getattr(importlib.import_module(module), name)
+
+    def signal_comes(*given: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return real(*given)
+
+    setattr(importlib.import_module(module), name, signal_comes)
+
+
+@pytest.mark.parametrize("where", ["src.cli.hydra_main.parse_stored", "src.training.finish.export"])
 def test_a_signal_between_the_runs_of_a_sweep_stops_it_at_once(tmp_path: Path, where: str) -> None:
-    code = f"""
-import importlib, signal, sys
-from src.cli.main import main
-module, _, name = {where!r}.rpartition(".")
-module = importlib.import_module(module)
-real = getattr(module, name)
-def signal_comes(*given):
-    signal.raise_signal(signal.SIGTERM)
-    return real(*given)
-setattr(module, name, signal_comes)
-sys.argv = ["src.run", "-m", "hydra/sweeper=basic", "seed=1,2", *{SIX!r}, "hydra.sweep.dir={tmp_path}"]
-sys.exit(main())
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 75
-    assert not (tmp_path / "1" / "status.json").exists()
-    if where == "src.model.export.export":
-        assert status_of(tmp_path / "0")["state"] == "FINISHED"
+    asked = ["-m", "hydra/sweeper=basic", "seed=1,2", *SIX, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    errors = tmp_path / "errors.txt"
+    code = Command(asked, Path(os.devnull), errors, functools.partial(_signal_comes_before, where)).wait(300)
+    assert "Traceback" not in errors.read_text(encoding="utf-8")
+    assert code == 75
+    assert not (tmp_path / "sweep" / "1" / "status.json").exists()
+    if where == "src.training.finish.export":
+        assert status_of(tmp_path / "sweep" / "0")["state"] == "FINISHED"
 
 
 def test_one_bad_run_does_not_stop_hydras_own_sweeper(tmp_path: Path) -> None:

@@ -7,22 +7,20 @@ has read, so a signal that is sent at a line meets the run a few steps behind it
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from src.checkpoint.manifest import newest_resumable, problems_of
 from src.config.places import folder_of
-from tests.conftest import ROOT, read_lines, towline
+from tests.conftest import Command, read_lines, towline
 from tests.test_resume import assert_same
 
 RUN = (
@@ -53,20 +51,18 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def started(run_dir: Path) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+def started(run_dir: Path) -> Iterator[tuple[Command, socket.socket]]:
     """Start the run as a user would, and give it with what it prints; it does not outlive the block."""
     errors = run_dir.with_name("errors.txt")
-    command = [sys.executable, "-m", "src.run", *RUN, f"hydra.run.dir={run_dir}"]
     ours, theirs = socket.socketpair()
-    with ours, open(errors, "wb") as file:
+    with ours:
         with theirs:
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes it the least that it allows
-            process = subprocess.Popen(command, cwd=ROOT, stdout=theirs, stderr=file)
+            process = Command([*RUN, f"hydra.run.dir={run_dir}"], theirs, errors)
         try:
             yield process, ours
         finally:
             process.kill()
-            process.wait()
     assert "Traceback" not in errors.read_text()
 
 
@@ -96,8 +92,8 @@ def killed_while_saving(run_dir: Path) -> None:
         output.setblocking(False)
         while True:
             process.send_signal(signal.SIGSTOP)
-            _, status = os.waitpid(process.pid, os.WUNTRACED)
-            assert os.WIFSTOPPED(status), "the run ended and was never seen to save"
+            while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+                assert process.poll() is None, "the run ended and was never seen to save"
             if any((run_dir / "checkpoints").glob(".step-*.part")):
                 return
             with suppress(BlockingIOError):

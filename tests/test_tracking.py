@@ -35,7 +35,7 @@ from src.tracking.mlflow_run import MlflowRunExporter
 from src.tracking.provenance import git_state, provenance
 from src.tracking.run_folder import RunFolder, open_run_folder
 from src.tracking.tracker import FolderTracker, deliver_pending, open_tracking, start_exporters
-from tests.conftest import ROOT, admitted, read_lines, write_lines
+from tests.conftest import FORKS, ROOT, admitted, read_lines, write_lines
 
 
 def mlflow_config(uri: str, *overrides: str) -> Any:
@@ -273,24 +273,25 @@ def test_params_get_names_of_their_own() -> None:
     assert list(names.values()) == ["t._a_", "t._a__2", "t.__a_", "plain"]
 
 
+def _track_aside(uri: str, folder: Path, errors: Path) -> None:
+    """Track a run in this process, which writes its errors to a file."""
+    with open(errors, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 2)
+    track(mlflow_config(uri), folder)
+
+
 def test_three_processes_can_start_on_a_fresh_store(tmp_path: Path) -> None:
-    code = """
-import sys
-from pathlib import Path
-from tests.test_tracking import mlflow_config, track
-track(mlflow_config(sys.argv[1]), Path(sys.argv[2]))
-"""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
+    errors = [tmp_path / f"errors{i}.txt" for i in range(3)]
     started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, uri, str(tmp_path / f"run{i}")], cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
-        for i in range(3)
+        FORKS.Process(target=_track_aside, args=(uri, tmp_path / f"run{i}", file)) for i, file in enumerate(errors)
     ]
     for process in started:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert "warning" not in errors
+        process.start()
+    for process, file in zip(started, errors, strict=True):
+        process.join(120)
+        assert process.exitcode == 0, file.read_text(encoding="utf-8")
+        assert "warning" not in file.read_text(encoding="utf-8")
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("towline")
     assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"] * 3
