@@ -46,9 +46,10 @@ torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-LONGEST_FIRST = (
-    *("test_processes.py", "test_run.py", "test_sweep.py", "test_resume.py", "test_soak.py", "test_tracking.py"),
-)
+LONGEST_FIRST = [
+    f"test_{name}.py"
+    for name in "sweep processes delivery run resume positions predict tracking preflight damage composition cache".split()
+]
 """Files that take minutes begin, so that no worker has one of them left when the other is done."""
 
 
