@@ -48,7 +48,20 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE":
 
 LONGEST_FIRST = [
     f"test_{name}.py"
-    for name in "sweep processes delivery run resume positions predict tracking preflight damage composition cache".split()
+    for name in [
+        "sweep",
+        "processes",
+        "delivery",
+        "run",
+        "resume",
+        "positions",
+        "predict",
+        "tracking",
+        "preflight",
+        "damage",
+        "composition",
+        "cache",
+    ]
 ]
 """Files that take minutes begin, so that no worker has one of them left when the other is done."""
 
