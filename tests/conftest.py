@@ -47,21 +47,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE":
 
 
 LONGEST_FIRST = [
-    f"test_{name}.py"
-    for name in [
-        "sweep",
-        "processes",
-        "delivery",
-        "run",
-        "resume",
-        "positions",
-        "predict",
-        "tracking",
-        "preflight",
-        "damage",
-        "composition",
-        "cache",
-    ]
+    *("test_sweep.py", "test_processes.py", "test_delivery.py", "test_run.py", "test_resume.py", "test_positions.py"),
+    *("test_predict.py", "test_tracking.py", "test_preflight.py", "test_damage.py", "test_composition.py"),
 ]
 """Files that take minutes begin, so that no worker has one of them left when the other is done."""
 
