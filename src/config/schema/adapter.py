@@ -1,7 +1,7 @@
 """conf/adapter: LoRA by PEFT's own keys, or none."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -32,10 +32,7 @@ LAYERS = Check(
 )
 
 
-class LoraBias(Enum):
-    none = "none"
-    all = "all"
-    lora_only = "lora_only"
+LoraBias = StrEnum("LoraBias", "none all lora_only")
 
 
 OTHER_TRAINED = "other weights are trained"

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import typing
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -42,27 +42,10 @@ FILES_OR_SETS = Check(
 )
 
 
-class SupervisedTurns(Enum):
-    all = "all"
-    last = "last"
-
-
-class Thoughts(Enum):
-    keep = "keep"
-    drop = "drop"
-
-
-class Overflow(Enum):
-    truncate = "truncate"
-    truncate_prompt = "truncate_prompt"
-    drop = "drop"
-    error = "error"
-
-
-class Batching(Enum):
-    padded = "padded"
-    length_grouped = "length_grouped"
-    packed = "packed"
+SupervisedTurns = StrEnum("SupervisedTurns", "all last")
+Thoughts = StrEnum("Thoughts", "keep drop")
+Overflow = StrEnum("Overflow", "truncate truncate_prompt drop error")
+Batching = StrEnum("Batching", "padded length_grouped packed")
 
 
 FILES = Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v))

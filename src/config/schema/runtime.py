@@ -1,7 +1,7 @@
 """The section `runtime` of conf/config.yaml."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 
 from src.config.schema.checks import COUNT, PROCESSES, Check, is_int, up_to
@@ -11,10 +11,7 @@ PORT = Check("a port's number, from 1 to 65535", lambda v: v is None or (is_int(
 MACHINES = up_to(65_536, "more machines than any cluster has")
 
 
-class Device(Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+Device = StrEnum("Device", "auto cpu cuda")
 
 
 _key = partial(key, read_by_predict=True)

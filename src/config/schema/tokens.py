@@ -1,7 +1,7 @@
 """conf/tokens: tokens added to the vocabulary, and how their rows are initialised."""
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from src.config.schema.checks import STRINGS, up_to
 from src.config.schema.fields import AT_START, BY_OUTCOME, key
@@ -9,11 +9,7 @@ from src.config.schema.fields import AT_START, BY_OUTCOME, key
 ROWS_MULTIPLE = up_to(65_536, "more rows than most vocabularies have, for padding alone")
 
 
-class InitMethod(Enum):
-    text = "text"
-    mean = "mean"
-    description = "description"
-    random = "random"
+InitMethod = StrEnum("InitMethod", "text mean description random")
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from src.config.schema.checks import AT_LEAST_ONE, BELOW_ONE, POSITIVE, WEIGHT, WEIGHT_OR_ZERO
 from src.config.schema.data import is_grouped_by_length
@@ -10,16 +10,8 @@ from src.config.schema.every import Every
 from src.config.schema.fields import DottedConfig, Impact, Verdict, key
 from src.config.schema.scheduler import SCHEDULES
 
-
-class MixedPrecision(Enum):
-    no = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class Reduction(Enum):
-    mean = "mean"
-    sum = "sum"
+MixedPrecision = StrEnum("MixedPrecision", "no bf16 fp16")
+Reduction = StrEnum("Reduction", "mean sum")
 
 
 OTHER_LOSS = "something else is minimised"
