@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH, PathCheck
-from src.config.schema.every import Every
 from src.config.schema.fields import Impact, key
 from src.metrics import greater_is_better
 
@@ -25,9 +24,9 @@ class CheckpointConfig:
     allow_changed: bool = key(resume=Impact.harmless)
 
     @property
-    def save_every(self) -> Every:
-        """When the run is saved: at its end too, if it is saved at all or the best weights are loaded there."""
-        return Every(self.checkpointing_steps, self.checkpointing_steps is not None or self.load_best_model_at_end)
+    def saves_at_end(self) -> bool:
+        """Whether the run is saved at its end: where it is saved at all, or the best weights are loaded there."""
+        return self.checkpointing_steps is not None or self.load_best_model_at_end
 
     @property
     def is_greater_better(self) -> bool:

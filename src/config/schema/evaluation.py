@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, STEPS_OR_EPOCH, Check
-from src.config.schema.every import Every
 from src.config.schema.fields import Impact, key
 from src.metrics import METRICS
 
@@ -30,13 +29,3 @@ class EvaluationConfig:
     max_samples: int | None = key(AT_LEAST_ONE, resume=Impact.harmless)
     sample_steps: Any = key(STEPS_OR_EPOCH, resume=Impact.harmless)
     sample_prompts: int = key(COUNT, resume=Impact.harmless)
-
-    @property
-    def eval_every(self) -> Every:
-        """When the validation sets are evaluated."""
-        return Every(self.eval_steps)
-
-    @property
-    def sample_every(self) -> Every:
-        """When samples are written."""
-        return Every(self.sample_steps)

@@ -6,7 +6,6 @@ from enum import StrEnum
 
 from src.config.schema.checks import AT_LEAST_ONE, BELOW_ONE, POSITIVE, WEIGHT, WEIGHT_OR_ZERO
 from src.config.schema.data import is_grouped_by_length
-from src.config.schema.every import Every
 from src.config.schema.fields import DottedConfig, Impact, Verdict, key
 from src.config.schema.scheduler import SCHEDULES
 
@@ -70,11 +69,6 @@ class TrainingConfig:
     max_grad_norm: float | None = key(WEIGHT, why="other updates")
     mixed_precision: MixedPrecision = key(why="computes in another precision", read_by_predict=True)
     logging_steps: int = key(AT_LEAST_ONE, resume=Impact.harmless)
-
-    @property
-    def log_every(self) -> Every:
-        """When metrics.jsonl gets a line, even where nothing was evaluated."""
-        return Every(self.logging_steps)
 
 
 @dataclass
