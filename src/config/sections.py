@@ -14,7 +14,7 @@ from src.config.plugins import Unregistered
 from src.config.problems import Problem
 from src.config.quoting import escaped
 from src.config.schema import SECTIONS, Check, Keys, TopLevelConfig
-from src.config.schema.evaluation import RegisteredCheck
+from src.config.schema.checks import RegisteredCheck
 from src.config.values import convert, described
 from src.registry import Registry
 from src.util import did_you_mean

@@ -11,8 +11,6 @@ from src.config.deepspeed import GATHER
 from src.config.problems import Problem
 from src.config.rules.rule import applies_to
 from src.config.schema import (
-    DEEPSPEED_OPTIMIZERS,
-    DEEPSPEED_SCHEDULES,
     AdapterConfig,
     DeepSpeedConfig,
     LoraConfig,
@@ -25,6 +23,7 @@ from src.config.schema import (
     ZeroConfig,
     ZeroFileConfig,
 )
+from src.config.schema.deepspeed import DEEPSPEED_OPTIMIZERS, DEEPSPEED_SCHEDULES
 from src.util import in_words
 
 

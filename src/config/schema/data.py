@@ -8,19 +8,8 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from src.config.schema.checks import (
-    AT_LEAST_ONE,
-    AT_LEAST_TWO,
-    BELOW_ONE,
-    COUNT,
-    FRACTION,
-    PATH,
-    POSITIVE,
-    PROCESSES,
-    STRINGS,
-    Check,
-)
-from src.config.schema.evaluation import METRIC_NAMES
+from src.config.schema import checks
+from src.config.schema.checks import AT_LEAST_ONE, AT_LEAST_TWO, PATH, STRINGS, Check
 from src.config.schema.fields import BY_OUTCOME, DottedConfig, key, key_info
 
 
@@ -87,7 +76,7 @@ class DataConfig:
     thoughts: Thoughts | None = key(resume=BY_OUTCOME)
     thought_pattern: str | None = key(resume=BY_OUTCOME, per_source=True)
     answer_pattern: str | None = _selection_key(read_by_predict=True)
-    metrics: list[str] = _selection_key(METRIC_NAMES, read_by_predict=True)
+    metrics: list[str] = _selection_key(checks.METRIC_NAMES, read_by_predict=True)
     max_seq_length: int = key(
         AT_LEAST_TWO,
         why="packed sequences of another length",
@@ -97,15 +86,15 @@ class DataConfig:
     )
     max_target_length: int = key(AT_LEAST_TWO, resume=BY_OUTCOME, cache_key_field="lengths")
     overflow: Overflow = key(resume=BY_OUTCOME, cache_key_field="lengths")
-    max_dropped_fraction: float = _selection_key(FRACTION, read_by_predict=True)
+    max_dropped_fraction: float = _selection_key(checks.FRACTION, read_by_predict=True)
     batching: Batching = key(why=OTHER_ORDER, reorders=True, shapes_rows=False)
-    preprocessing_num_workers: int = _selection_key(PROCESSES, read_by_predict=True)
+    preprocessing_num_workers: int = _selection_key(checks.PROCESSES, read_by_predict=True)
     streaming: bool = key(why=OTHER_ORDER, reorders=True, shapes_rows=False)
     cache_dir: str | None = _selection_key(PATH, read_by_predict=True)
     limit: int | None = _selection_key(AT_LEAST_ONE, read_by_predict=True)
-    validation_fraction: float = _selection_key(BELOW_ONE)
+    validation_fraction: float = _selection_key(checks.BELOW_ONE)
     num_folds: int | None = _selection_key(AT_LEAST_TWO)
-    fold: int | None = _selection_key(COUNT)
+    fold: int | None = _selection_key(checks.COUNT)
     group_column: str | None = _selection_key()
 
     def train_sources(self) -> dict[str, "TrainSource"]:
@@ -164,24 +153,20 @@ class TrainSource:
 
 _PER_SOURCE = {one.name: key_info(one) for one in dataclasses.fields(DataConfig) if key_info(one).per_source}
 _TYPES = typing.get_type_hints(DataConfig)
-_SHARE = {
-    "weight": (float | None, key(POSITIVE, None, text="its proportion of the mixture, in which no row comes twice")),
-    "count": (
-        int | None,
-        key(AT_LEAST_ONE, None, text="how many of its rows are taken; above what it has, some twice"),
-    ),
-}
-NEVER_NULL = [
-    name for name in _PER_SOURCE if _TYPES[name] is not Any and type(None) not in typing.get_args(_TYPES[name])
-]
+NEVER_NULL = [n for n in _PER_SOURCE if _TYPES[n] is not Any and type(None) not in typing.get_args(_TYPES[n])]
 """Keys that may not be null in data; in a source null stands for the value of data."""
+_WEIGHT = key(checks.POSITIVE, None, text="its proportion of the mixture, in which no row comes twice")
+_COUNT = key(AT_LEAST_ONE, None, text="how many of its rows are taken; above what it has, some twice")
 SourceConfig = dataclasses.make_dataclass(
     "SourceConfig",
     [
-        (name, _TYPES[name] | None if name in NEVER_NULL else _TYPES[name], key(info.check, None))
-        for name, info in _PER_SOURCE.items()
-    ]
-    + [(name, hint, declared) for name, (hint, declared) in _SHARE.items()],
+        *(
+            (name, _TYPES[name] | None if name in NEVER_NULL else _TYPES[name], key(info.check, None))
+            for name, info in _PER_SOURCE.items()
+        ),
+        ("weight", float | None, _WEIGHT),
+        ("count", int | None, _COUNT),
+    ],
 )
 """A source of a mixture: keys of data that it may have for itself (null: data's own), and its share."""
 
@@ -191,11 +176,10 @@ def _mixed_source(data: DataConfig, given: dict[str, Any]) -> TrainSource:
 
     A null of the source's means none where data may have none, and data's own value elsewhere.
     """
-    own = {
-        key: value for key, value in given.items() if key not in _SHARE and (value is not None or key not in NEVER_NULL)
-    }
+    own = {key: value for key, value in given.items() if value is not None or key not in NEVER_NULL}
+    weight, count = own.pop("weight", None), own.pop("count", None)
     alone = {"mixture": None, "train_files": None, "dataset_name": None}
-    return TrainSource(dataclasses.replace(data, **(alone | own)), given.get("weight"), given.get("count"))
+    return TrainSource(dataclasses.replace(data, **(alone | own)), weight, count)
 
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")

@@ -6,9 +6,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from src.config.schema.checks import AT_LEAST_ONE, AT_LEAST_TWO, COUNT, POSITIVE, PROCESSES, SEED, Check
+from src.config.schema.checks import AT_LEAST_ONE, AT_LEAST_TWO, COUNT, NAME, POSITIVE, PROCESSES, SEED, Check
 from src.config.schema.fields import key
-from src.config.schema.top import NAME
 
 Sampler = StrEnum("Sampler", "grid random tpe")
 Pruner = StrEnum("Pruner", "none median asha")
