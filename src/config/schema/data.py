@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -12,32 +13,26 @@ from src.config.schema import checks
 from src.config.schema.checks import AT_LEAST_ONE, AT_LEAST_TWO, PATH, STRINGS, Check
 from src.config.schema.fields import BY_OUTCOME, DottedConfig, key, key_info
 
-
-def _is_mapping(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(isinstance(k, str) and isinstance(v, dict) for k, v in value.items())
-    )
-
-
-FILES_OR_SETS = Check(
-    "a file, a glob or a folder, a list of them, or a mapping from a set's name to such",
-    lambda v: (
-        v is None
-        or STRINGS.holds(v)
-        or (isinstance(v, dict) and bool(v) and all(isinstance(k, str) and STRINGS.holds(s) for k, s in v.items()))
-    ),
-)
-
-
 SupervisedTurns = StrEnum("SupervisedTurns", "all last")
 Thoughts = StrEnum("Thoughts", "keep drop")
 Overflow = StrEnum("Overflow", "truncate truncate_prompt drop error")
 Batching = StrEnum("Batching", "padded length_grouped packed")
 
 
+def _is_named(value: Any, holds: Callable[[Any], bool]) -> bool:
+    """Return whether a value is a mapping from at least one name to values that pass a test."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(k, str) and holds(v) for k, v in value.items())
+
+
 FILES = Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v))
+FILES_OR_SETS = Check(
+    "a file, a glob or a folder, a list of them, or a mapping from a set's name to such",
+    lambda v: FILES.holds(v) or _is_named(v, STRINGS.holds),
+)
+SOURCES = Check(
+    "a mapping from a source's name to its keys",
+    lambda v: v is None or _is_named(v, lambda source: isinstance(source, dict)),
+)
 OTHER_ORDER = "the rows come in another order"
 _selection_key = partial(key, resume=BY_OUTCOME, shapes_rows=False)
 """Declares a key that decides which rows there are or how they are used, but not how a row is encoded."""
@@ -64,9 +59,7 @@ class DataConfig:
     train_split: str | None = _selection_key(per_source=True)
     validation_split: str | None = _selection_key()
     revision: str | None = _selection_key(per_source=True)
-    mixture: Any = _selection_key(
-        Check("a mapping from a source's name to its keys", lambda v: v is None or _is_mapping(v)), each="SourceConfig"
-    )
+    mixture: Any = _selection_key(SOURCES, each="SourceConfig")
     columns: dict[str, str] = key(resume=BY_OUTCOME, per_source=True)
     prompt_template: str | None = key(resume=BY_OUTCOME, per_source=True)
     completion_template: str | None = key(resume=BY_OUTCOME, per_source=True)

@@ -33,11 +33,9 @@ def _impact_of_sharding(key: str, before: DottedConfig, now: DottedConfig) -> Ve
 class NoDeepSpeedConfig:
     """conf/deepspeed/none.yaml: every process holds the whole model."""
 
-    type: str = type_key("deepspeed", "none", resume=_impact_of_sharding)
+    type: str = type_key("deepspeed", ["none"], resume=_impact_of_sharding)
 
-    @property
-    def stage(self) -> int:
-        return 0
+    stage = 0
 
 
 _SIZES = """reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size
@@ -100,7 +98,7 @@ FP16_KEYS: Keys = {
 class ZeroConfig:
     """conf/deepspeed/zero1.yaml and its like: DeepSpeed's own JSON; what another section owns is `auto`."""
 
-    type: str = type_key("deepspeed", "zero", resume=_impact_of_sharding)
+    type: str = type_key("deepspeed", ["zero"], resume=_impact_of_sharding)
     train_batch_size: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
     train_micro_batch_size_per_gpu: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
     gradient_accumulation_steps: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
@@ -179,7 +177,7 @@ class ZeroFileConfig(ZeroConfig):
     the sections that own them, and not handed on.
     """
 
-    type: str = type_key("deepspeed", "file", resume=_impact_of_sharding)
+    type: str = type_key("deepspeed", ["file"], resume=_impact_of_sharding)
     config_file: str | None = key(checks.PATH, resume=Impact.harmless)
     sha256: str | None = key(resume=Impact.harmless)
     optimizer: Any = key(MAPPING, resume=Impact.harmless, inner=DEEPSPEED_OPTIMIZER_KEYS)

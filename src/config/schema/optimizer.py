@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from src.config.schema.checks import BELOW_ONE, BETAS, WEIGHT, WEIGHT_OR_ZERO, in_float32
-from src.config.schema.fields import Impact, key, registered_type_key
+from src.config.schema.fields import Impact, key, type_key
 from src.registry import Registry
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ _key = partial(key, why="other updates")
 class OptimizerConfig:
     """The keys of every optimizer; a subclass adds those of its own, and builds it."""
 
-    type: str = registered_type_key(
-        "optimizer", OPTIMIZERS, resume=Impact.impossible, why="an optimizer's state fits no other"
-    )
+    type: str = type_key("optimizer", OPTIMIZERS, resume=Impact.impossible, why="an optimizer's state fits no other")
     lr: float = _key(WEIGHT)
     embedding_lr: float | None = _key(WEIGHT)
     weight_decay: float = _key(WEIGHT_OR_ZERO)
@@ -78,12 +76,8 @@ class OptimizerConfig:
         return None
 
 
-def _like_the_weights(tensor: Tensor, *names: str) -> list[StateTensor]:
-    return [StateTensor(name, tensor.num, tensor.bytes_per_value) for name in names]
-
-
-def _in_32_bits(tensor: Tensor) -> list[StateTensor]:
-    return [StateTensor(name, tensor.num, 4) for name in ("state1", "state2")]
+def _like_it(tensor: Tensor, bytes_per_value: int, *names: str) -> list[StateTensor]:
+    return [StateTensor(name, tensor.num, bytes_per_value) for name in names]
 
 
 @OPTIMIZERS.register("adamw")
@@ -100,7 +94,7 @@ class AdamWConfig(OptimizerConfig):
         return AdamW(groups, **self._options(), fused=True)
 
     def state_of(self, tensor: Tensor) -> list[StateTensor]:
-        return _like_the_weights(tensor, "exp_avg", "exp_avg_sq")
+        return _like_it(tensor, tensor.bytes_per_value, "exp_avg", "exp_avg_sq")
 
     def _options(self) -> dict[str, Any]:
         first, second = self.betas
@@ -113,15 +107,13 @@ class AdamW8bitConfig(AdamWConfig):
     """conf/optimizer/adamw_8bit.yaml: bitsandbytes' AdamW with its state in 8 bits."""
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
-        optimizer: Optimizer = _bitsandbytes_optimizers().AdamW8bit(groups, **self._options())
-        return optimizer
+        return _bitsandbytes_optimizers().AdamW8bit(groups, **self._options())
 
     def state_of(self, tensor: Tensor) -> list[StateTensor]:
         if tensor.num < MIN_8BIT_SIZE:
-            return _in_32_bits(tensor)
-        scales = math.ceil(tensor.num / STATE_BLOCK)
-        states = [StateTensor(name, tensor.num, 1) for name in ("state1", "state2")]
-        return states + [StateTensor(name, scales, 4) for name in ("absmax1", "absmax2")]
+            return _like_it(tensor, 4, "state1", "state2")
+        scales = [StateTensor(name, math.ceil(tensor.num / STATE_BLOCK), 4) for name in ("absmax1", "absmax2")]
+        return _like_it(tensor, 1, "state1", "state2") + scales
 
 
 @OPTIMIZERS.register("paged_adamw_32bit")
@@ -134,11 +126,10 @@ class PagedAdamWConfig(AdamWConfig):
         is_on_gpu = any(p.is_cuda for group in groups for p in group["params"])
         # without a GPU there is no memory to page from, and bitsandbytes would warn of it in the first step
         chosen = optimizers.PagedAdamW32bit if is_on_gpu else optimizers.AdamW32bit
-        optimizer: Optimizer = chosen(groups, **self._options())
-        return optimizer
+        return chosen(groups, **self._options())
 
     def state_of(self, tensor: Tensor) -> list[StateTensor]:
-        return _in_32_bits(tensor)
+        return _like_it(tensor, 4, "state1", "state2")
 
 
 @OPTIMIZERS.register("adafactor")
@@ -176,7 +167,7 @@ class SGDConfig(OptimizerConfig):
         return SGD(groups, lr=self.lr, momentum=self.momentum, fused=True)
 
     def state_of(self, tensor: Tensor) -> list[StateTensor]:
-        return _like_the_weights(tensor, "momentum_buffer") if self.momentum else []
+        return _like_it(tensor, tensor.bytes_per_value, "momentum_buffer") if self.momentum else []
 
 
 def _bitsandbytes_optimizers() -> Any:
