@@ -153,7 +153,7 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     """Return the frozen config of a run's folder with the command line's dotted overrides on top (`rerun=DIR`)."""
     sections, problems = frozen_sections(folder, "rerun", "no run to repeat there")
     if problems:
-        return Composed({}, Path(), {}, problems)
+        return Composed(problems=problems)
     given = line.value_of("hydra.run.dir")
     if given is not None and Path(str(given)).resolve() == folder.resolve():
         sections = _as_it_last_was(folder, sections)

@@ -5,7 +5,6 @@ Values are those of the command line that asks, so `--help experiment=…` shows
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -222,7 +221,7 @@ def help_of_entry(entry: str, about: str | None, arguments: Sequence[str]) -> in
         if composed.problems:
             raise refuse(composed.problems)
         return help_of_run(composed, line)
-    page = Page(Composed({}, Path(), {}), line)
+    page = Page(Composed(), line)
     own = reference.keys_of(entry) if entry in ENTRY_SECTIONS else []
     lines = [
         *reflowed(about or ""),

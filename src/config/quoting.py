@@ -4,7 +4,6 @@ Source of the grammar: hydra/grammar/OverrideLexer.g4 and OverrideParser.g4 of H
 """
 
 import json
-import math
 import os
 import re
 import shlex
@@ -26,17 +25,12 @@ class Unwritable(ValueError):
 def override_value(value: Any) -> str:
     """Return a JSON-like value as the text after `KEY=` that is read as this value.
 
-    Raises:
-        Unwritable: where a mapping has a key that can't be quoted there.
+    Unwritable is raised where a mapping has a key that can't be quoted there.
     """
     if value is None:
         return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else {"nan": "nan", "inf": "inf", "-inf": "-inf"}[str(value)]
+    if isinstance(value, bool | int | float):
+        return repr(value).lower()  # true, 1, 1e-05, nan
     if isinstance(value, str):
         return value if _BARE.fullmatch(value) and value.lower() not in _RESERVED else quoted(value)
     if isinstance(value, list | tuple):
