@@ -25,7 +25,7 @@ from src.config.files import unusable
 from src.config.formats import declare_options
 from src.config.identity import declare
 from src.config.merging import BASE
-from src.config.options import CONF, is_hidden, option_files, unfit_folder
+from src.config.options import CONF, is_hidden, options, unfit_folder
 from src.config.peers import flag_hint, option_hint
 from src.config.problems import COMMAND_LINE, Problem, refuse
 from src.config.quoting import override as override_text
@@ -141,7 +141,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     if line.value_of("hydra.mode") == "MULTIRUN":
         flags.multirun = True
     for root in line.roots[1:]:
-        declare_options(root / "data")
+        declare_options(root)
     for override in line.overrides:
         line.problems += _override_problems(override, line)
     line.problems += _primary_problems(line)
@@ -264,20 +264,6 @@ def value_text(override: Override) -> str:
 def is_group(override: Override, roots: Sequence[Path]) -> bool:
     """Return whether an override chooses an option of a group, rather than the value of a key."""
     return any(os.path.isdir(root / override.key_or_group) for root in roots)
-
-
-def options(group: str, roots: Sequence[Path]) -> list[str]:
-    """Return a group's options, those in folders of its own included (`mine/a`).
-
-    A file or folder whose name begins with '_' is only built on, and one whose name begins with '.' is none.
-    """
-    found = set()
-    for root in roots:
-        for file in option_files(root / group):
-            name = file.relative_to(root / group).with_suffix("")
-            if not any(part.startswith("_") for part in name.parts):
-                found.add(name.as_posix())
-    return sorted(found)
 
 
 def matching(pattern: Glob, names: Sequence[str]) -> list[str]:

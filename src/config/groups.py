@@ -8,9 +8,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from src.config import comments
-from src.config.command_line import options
 from src.config.keys import Key
-from src.config.options import GLOBAL_GROUPS, OptionFileError, is_hidden, option_text, read_option
+from src.config.options import GLOBAL_GROUPS, OptionFileError, is_hidden, option_text, options, read_option, shown
 from src.util import merged, value_at
 
 GLOBAL = "_global_"
@@ -37,8 +36,7 @@ class Option:
 def read(group: str, name: str, roots: tuple[Path, ...]) -> Option | None:
     """Return an option of a group (its name may begin with '_') from the first folder that has it; None where none has.
 
-    Raises:
-        OptionFileError: where its file can't be read.
+    OptionFileError says why its file can't be read.
     """
     for root in roots:
         file = root / group / f"{name}.yaml"
@@ -80,16 +78,19 @@ def defaults_of(given: Any) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(parents), choices
 
 
-def lineage(group: str, name: str, roots: tuple[Path, ...]) -> Iterator[Option]:
-    """Yield an option and all that it builds on within its group, the nearest first."""
-    seen, waiting = set[str](), [name]
-    while waiting:
-        name = waiting.pop(0)
-        if name not in seen and (found := read(group, name, roots)) is not None:
-            seen.add(name)
-            yield found
-            folder = PurePath(name).parent
-            waiting[:0] = [_in_group(group, parent, folder, roots) for parent in reversed(found.parents)]
+def lineage(group: str, name: str, roots: tuple[Path, ...], builders: tuple[str, ...] = ()) -> Iterator[Option]:
+    """Yield an option and all that it builds on within its group, the nearest first.
+
+    OptionFileError is raised where a file can't be read, or an option builds on itself; `builders` build on this one.
+    """
+    if (found := read(group, name, roots)) is None:
+        return
+    if name in builders:
+        raise OptionFileError(f"{shown(found.file)}: builds on itself")
+    yield found
+    for parent in reversed(found.parents):
+        inside = _in_group(group, parent, PurePath(name).parent, roots)
+        yield from lineage(group, inside, roots, (*builders, name))
 
 
 def _in_group(group: str, name: str, folder: PurePath, roots: tuple[Path, ...]) -> str:

@@ -11,12 +11,12 @@ import yaml
 
 from src import terminal
 from src.config import groups, peers, reference
-from src.config.command_line import CommandLine, options, read_command_line
+from src.config.command_line import CommandLine, read_command_line
 from src.config.compose import compose
 from src.config.composed import Composed, where_set
 from src.config.groups import Option
 from src.config.keys import Key, all_keys, source_keys
-from src.config.options import GLOBAL_GROUPS, KeyPosition, OptionFileError, shown
+from src.config.options import GLOBAL_GROUPS, KeyPosition, OptionFileError, options, shown
 from src.config.problems import Problem, refuse, shortened
 from src.config.schema import ENTRY_SECTIONS, Check, Keys
 from src.errors import show, visible

@@ -6,7 +6,7 @@ chose costs a warning at most.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -98,6 +98,16 @@ def option_files(folder: Path) -> list[Path]:
     return sorted(place for place, is_folder in _entries(folder) if place.suffix == ".yaml" and not is_folder)
 
 
+def options(group: str, roots: Sequence[Path]) -> list[str]:
+    """Return a group's options, those in folders of its own included (`mine/a`).
+
+    A file or folder whose name begins with '_' is only built on, and one whose name begins with '.' is none.
+    """
+    files = [file.relative_to(root / group) for root in roots for file in option_files(root / group)]
+    names = {file.with_suffix("").as_posix() for file in files if not any(part.startswith("_") for part in file.parts)}
+    return sorted(names)
+
+
 def unfit_folder(folder: Path) -> str:
     """Return why a folder can't be one of options; '' where it can."""
     if not os.path.isdir(folder):
@@ -186,23 +196,6 @@ def _descend(node: yaml.Node, parts: Sequence[str]) -> tuple[yaml.Node, yaml.Nod
             if found := next(filter(None, (_descend(child, parts) for child in inner)), None):
                 return found
     return None
-
-
-def parents_of(content: Mapping[str, Any], file: Path, group: str) -> Iterator[Path]:
-    """Yield the files that an option of a group builds on, as far as they belong to that group.
-
-    Args:
-        content: what the option's file holds.
-    """
-    inside = next((folder for folder in file.parents if folder.name == Path(group).name), file.parent)
-    root = inside.parents[len(Path(group).parts) - 1]
-    entries = content.get("defaults")
-    for entry in entries if isinstance(entries, list) else []:
-        if not isinstance(entry, str) or not (name := entry.partition("@")[0]) or name == "_self_":
-            continue
-        parent = root / f"{name.strip('/')}.yaml" if name.startswith("/") else file.parent / f"{name}.yaml"
-        if parent.is_relative_to(root / group) and parent != file:
-            yield parent
 
 
 def option_text(file: Path) -> str:

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from src.config import groups, reference
-from src.config.command_line import options
 from src.config.groups import Option
 from src.config.help import by_value, inner_keys, paragraphs, shown_value
 from src.config.keys import Key, source_keys
-from src.config.options import CONF, GLOBAL_GROUPS, PROJECT_ROOT
+from src.config.options import CONF, GLOBAL_GROUPS, PROJECT_ROOT, options
 from src.config.peers import Counterpart, all_peers
 from src.markdown import code, inline, table
 

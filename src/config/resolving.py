@@ -16,7 +16,7 @@ from omegaconf.resolvers.oc import env as environment_variable
 from src import secrets
 from src.config.composed import Composed
 from src.config.deepspeed import read_deepspeed_file
-from src.config.formats import fill_mixture
+from src.config.formats import fill_mixture, mixed_sources
 from src.config.merging import has_content
 from src.config.problems import Problem
 
@@ -156,9 +156,7 @@ def _resolved(whole: DictConfig, key: Any) -> Any:
 
 def list_single_files(data: Any) -> None:
     """Put a list in the place of each single file, in place."""
-    mixture = data.get("mixture") if isinstance(data, dict) else None
-    sources = [one for one in mixture.values() if isinstance(one, dict)] if isinstance(mixture, dict) else []
-    for given in (data, *sources) if isinstance(data, dict) else ():
+    for given in (data, *mixed_sources(data)) if isinstance(data, dict) else ():
         for key in ("train_files", "validation_files", "test_files"):
             if isinstance(files := given.get(key), str):
                 given[key] = [files]
