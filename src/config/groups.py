@@ -13,6 +13,7 @@ from src.config.options import GLOBAL_GROUPS, OptionFileError, is_hidden, option
 from src.util import merged, value_at
 
 GLOBAL = "_global_"
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,7 @@ def _in_group(group: str, name: str, folder: PurePath, roots: tuple[Path, ...]) 
 
 def values_of(group: str, name: str, roots: tuple[Path, ...]) -> dict[str, Any]:
     """Return the values of an option with those of the options that it builds on."""
-    whole: dict[str, Any] = {}
-    for option in reversed(list(lineage(group, name, roots))):
-        whole = merged(whole, option.values)
-    return whole
+    return merged(*(option.values for option in reversed(list(lineage(group, name, roots)))))
 
 
 def readable(group: str, roots: Sequence[Path]) -> list[str]:
@@ -131,12 +129,9 @@ def with_key(key: Key, roots: Sequence[Path]) -> list[str]:
 
 def setting(key: Key, roots: Sequence[Path]) -> dict[str, Any]:
     """Return the value of a key in each option that sets it, by the option."""
-    name, found = key.name.removeprefix(f"{key.section}."), dict[str, Any]()
-    for option in with_key(key, roots):
-        value = value_at(values_of(key.section, option, tuple(roots)), name, _ABSENT)
-        if value is not _ABSENT:
-            found[option] = value
-    return found
+    name, there = key.name.removeprefix(f"{key.section}."), tuple(roots)
+    values = {option: value_at(values_of(key.section, option, there), name, _ABSENT) for option in with_key(key, roots)}
+    return {option: value for option, value in values.items() if value is not _ABSENT}
 
 
 def first_with_key(key: Key, roots: Sequence[Path]) -> list[str]:
@@ -144,9 +139,6 @@ def first_with_key(key: Key, roots: Sequence[Path]) -> list[str]:
     names = list(setting(key, roots)) or with_key(key, roots)
     above = {name: {option.name for option in lineage(key.section, name, tuple(roots))} - {name} for name in names}
     return [name for name in names if not above[name] & set(names)]
-
-
-_ABSENT = object()
 
 
 def groups(roots: Sequence[Path]) -> list[str]:
