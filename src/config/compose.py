@@ -1,8 +1,4 @@
-"""Hydra's side of a configuration: the command line and conf/ become plain containers, or problems.
-
-Every override of a single key is composed as `++key=value`, so that an unknown key survives composition and the gate
-can report all of them together; Hydra by itself stops at the first.
-"""
+"""Hydra's side of a configuration: the command line and conf/ become plain containers, or problems."""
 
 import dataclasses
 from collections.abc import Sequence

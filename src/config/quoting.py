@@ -7,10 +7,10 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
 from typing import Any
 
 from src.errors import visible
+from src.secrets import map_texts
 
 _BARE = re.compile(r"(?:[A-Za-z_]|\.{0,2}/)[\w./-]*", re.ASCII)
 """Texts that need no quotes, but for words that mean something else."""
@@ -49,11 +49,7 @@ def quoted(text: str) -> str:
 
 def escaped(node: Any) -> Any:
     """Return containers in which every text means itself when OmegaConf reads them: nothing is resolved again."""
-    if isinstance(node, Mapping):
-        return {key: escaped(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [escaped(value) for value in node]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node
+    return map_texts(node, lambda text, _: re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
 
 
 def override(key: str, value: Any) -> str:
