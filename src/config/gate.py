@@ -38,7 +38,7 @@ from src.util import in_words
 def admit(argv: Sequence[str], entry: str | None = None) -> Request:
     """Check everything a command line asks for, but the points of a sweep: see src.sweep.plan.
 
-    `entry` names the section that an entry has for itself, which looks at one run only. ConfigError has all problems.
+    `entry` names the section that an entry has for itself, which looks at one run only. ConfigError lists all problems.
     """
     new_identity()
     line = read_command_line(argv)
@@ -77,7 +77,7 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
 
 
 def _admit(composed: Composed, line: CommandLine, entry: str | None) -> Job:
-    """Return the job of a composed configuration; ConfigError has all problems, those of the command line included."""
+    """Return the job of a composed configuration; ConfigError lists all problems, those of the command line too."""
     job, problems = check_composed(composed, line, entry)
     if job is None or line.problems:
         raise refuse([*line.problems, *problems])
@@ -85,7 +85,7 @@ def _admit(composed: Composed, line: CommandLine, entry: str | None) -> Job:
 
 
 def admit_prediction(argv: Sequence[str]) -> Job:
-    """Return the job that generates with a finished run, `run=DIR`, its `run_dir`; ConfigError has all problems."""
+    """Return the job that generates with a finished run, `run=DIR`, its `run_dir`; ConfigError lists all problems."""
     line = read_command_line(argv)
     line.problems += arguments.flags_that_are_not_taken(line, "predict")
     run = line.value_of("run")
@@ -93,7 +93,7 @@ def admit_prediction(argv: Sequence[str]) -> Job:
         line.problems.append(Problem("run", "needs a value: the folder of a finished run", has_value=False))
     elif reason := unusable(str(run)):
         line.problems.append(Problem.on_command_line("run", reason, str(run)))
-    if run in (None, "") or "run" in {problem.key for problem in line.problems}:
+    if "run" in {problem.key for problem in line.problems}:
         raise refuse([*line.problems, *_unread(line)])
     job, problems = check_composed(frozen.read_finished(Path(str(run)), line), line, "predict")
     problems = [*line.problems, *problems, *_unread(line)]

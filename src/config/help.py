@@ -147,7 +147,7 @@ class Page:
             yield from wrapped(f"Each may have {', '.join(key.leaf for key in source_keys())}", indent=6, hanging=2)
 
     def topic(self, name: str) -> Iterator[str]:
-        """Yield what there is to know of a group, a section, a key or a key's last part; LookupError: there is none."""
+        """Yield what there is to know of a group, section, key or key's last part; LookupError where there is none."""
         known = all_keys()
         inside = [key for key in known.values() if key.name.startswith(f"{name}.")]
         if reference.is_group(name, self.roots):
@@ -179,7 +179,7 @@ class Page:
 
 
 def help_of_run(composed: Composed, line: CommandLine) -> int:
-    """Print what `python -m src.run --help …` asks for, and return the exit code; ConfigError: there is no such."""
+    """Print what `python -m src.run --help …` asks for and return the exit code; ConfigError says what there is not."""
     page = Page(composed, line)
     found, problems = [], []
     for name in line.topics:

@@ -193,12 +193,12 @@ def _descend(node: yaml.Node, parts: Sequence[str]) -> tuple[yaml.Node, yaml.Nod
 
 
 def option_text(file: Path) -> str:
-    """Return the text of an option file that is good YAML; OptionFileError as `read_option`."""
+    """Return the text of an option file that is good YAML; OptionFileError is raised as by `read_option`."""
     return _read(file)[0]
 
 
 def _read(file: Path) -> tuple[str, yaml.MappingNode]:
-    """Return text and nodes of an option file that is good YAML; OptionFileError as `read_option`.
+    """Return text and nodes of an option file that is good YAML; OptionFileError is raised as by `read_option`.
 
     That is a mapping with texts as keys, none of them twice, of values as JSON has them, not nested too deep.
     """

@@ -54,7 +54,8 @@ def remove_atomically(place: Path) -> None:
 def set_aside(place: Path) -> Path | None:
     """Rename a file or folder to a name that is removed later, and return it; None where nothing is there.
 
-    It is `.NAME.gone`, or where an earlier one can't be removed `.NAME.gone-2` and so on; OSError: it can't be renamed.
+    It is `.NAME.gone`, or where an earlier one can't be removed `.NAME.gone-2` and so on; OSError where `place` can't
+    be renamed.
     """
     names = (f".{place.name.lstrip('.')}.gone{'' if count == 1 else f'-{count}'}" for count in itertools.count(1))
     gone = next(free for name in names if _is_cleared(free := place.with_name(name)))
@@ -65,7 +66,7 @@ def set_aside(place: Path) -> Path | None:
 
 
 def remove_tree(place: Path) -> None:
-    """Remove a file or folder where it is, if there is one; of a link, the link. OSError: it can't be removed."""
+    """Remove a file or folder where it is, if there is one; of a link, the link; OSError where it can't be removed."""
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)
     else:

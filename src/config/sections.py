@@ -82,7 +82,7 @@ def parse_section(schema: Any, given: Any, prefix: str) -> Parsed:
         parsed.problems += part.problems
         complete = complete and not part.problems
         values[key] = part.value
-    for key in hints.keys() - given.keys():
+    for key in (key for key in hints if key not in given):
         parsed.problems.append(Missing(dotted(prefix, key), "is missing", has_value=False))
         complete = False
     if complete:
