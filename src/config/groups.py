@@ -39,20 +39,15 @@ def read(group: str, name: str, roots: tuple[Path, ...]) -> Option | None:
 
     OptionFileError says why its file can't be read.
     """
-    for root in roots:
-        file = root / group / f"{name}.yaml"
-        if os.path.isfile(file):
-            stat = file.stat()
-            return _read(group, name, file, stat.st_mtime_ns, stat.st_size)
-        if os.path.lexists(file):
-            read_option(file)  # raises, with the reason
-    return None
+    files = (root / group / f"{name}.yaml" for root in roots)
+    file = next(filter(os.path.lexists, files), None)
+    return None if file is None else _read(group, name, file, option_text(file))
 
 
 @lru_cache(maxsize=1_000)
-def _read(group: str, name: str, file: Path, changed: int, size: int) -> Option:
-    """Read an option file once, as long as it stays what it is."""
-    content, text = dict(read_option(file)), option_text(file)
+def _read(group: str, name: str, file: Path, text: str) -> Option:
+    """Read an option file once, as long as its text stays what it is."""
+    content = dict(read_option(file))
     parents, choices = defaults_of(content.pop("defaults", None))
     top_keys = tuple(map(str, content))
     said, package = comments.of_keys(text), comments.package(text)

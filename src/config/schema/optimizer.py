@@ -9,7 +9,7 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from src.config.schema.checks import BELOW_ONE, BETAS, WEIGHT, WEIGHT_OR_ZERO, in_float32
 from src.config.schema.fields import Impact, key, type_key
@@ -35,17 +35,15 @@ class StateTensor(NamedTuple):
     bytes_per_value: int
 
 
-class Tensor(Protocol):
+class TrainableTensor(NamedTuple):
     """A tensor that is trained, by its size."""
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+    shape: tuple[int, ...]
+    bytes_per_value: int
 
     @property
-    def num(self) -> int: ...
-
-    @property
-    def bytes_per_value(self) -> int: ...
+    def num(self) -> int:
+        return math.prod(self.shape)
 
 
 OPTIMIZERS = Registry[type]("optimizer")
@@ -68,7 +66,7 @@ class OptimizerConfig:
         """Build the optimizer over groups of parameters, each with its `params`, `weight_decay` and perhaps `lr`."""
         raise NotImplementedError
 
-    def state_of(self, tensor: Tensor) -> list[StateTensor] | None:
+    def state_of(self, tensor: TrainableTensor) -> list[StateTensor] | None:
         """Return what is kept for a trained tensor, for forecasts of memory and disk; None: not known.
 
         Counters, and tables that all tensors share, are left out.
@@ -76,7 +74,7 @@ class OptimizerConfig:
         return None
 
 
-def _like_it(tensor: Tensor, bytes_per_value: int, *names: str) -> list[StateTensor]:
+def _like_it(tensor: TrainableTensor, bytes_per_value: int, *names: str) -> list[StateTensor]:
     return [StateTensor(name, tensor.num, bytes_per_value) for name in names]
 
 
@@ -93,7 +91,7 @@ class AdamWConfig(OptimizerConfig):
 
         return AdamW(groups, **self._options(), fused=True)
 
-    def state_of(self, tensor: Tensor) -> list[StateTensor]:
+    def state_of(self, tensor: TrainableTensor) -> list[StateTensor]:
         return _like_it(tensor, tensor.bytes_per_value, "exp_avg", "exp_avg_sq")
 
     def _options(self) -> dict[str, Any]:
@@ -109,7 +107,7 @@ class AdamW8bitConfig(AdamWConfig):
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         return _bitsandbytes_optimizers().AdamW8bit(groups, **self._options())
 
-    def state_of(self, tensor: Tensor) -> list[StateTensor]:
+    def state_of(self, tensor: TrainableTensor) -> list[StateTensor]:
         if tensor.num < MIN_8BIT_SIZE:
             return _like_it(tensor, 4, "state1", "state2")
         scales = [StateTensor(name, math.ceil(tensor.num / STATE_BLOCK), 4) for name in ("absmax1", "absmax2")]
@@ -128,7 +126,7 @@ class PagedAdamWConfig(AdamWConfig):
         chosen = optimizers.PagedAdamW32bit if is_on_gpu else optimizers.AdamW32bit
         return chosen(groups, **self._options())
 
-    def state_of(self, tensor: Tensor) -> list[StateTensor]:
+    def state_of(self, tensor: TrainableTensor) -> list[StateTensor]:
         return _like_it(tensor, 4, "state1", "state2")
 
 
@@ -146,7 +144,7 @@ class AdafactorConfig(OptimizerConfig):
         # moved them by 0.1 %)
         return Adafactor(groups, lr=self.lr, eps=(finfo(float32).eps, 1e-3))
 
-    def state_of(self, tensor: Tensor) -> list[StateTensor]:
+    def state_of(self, tensor: TrainableTensor) -> list[StateTensor]:
         size = tensor.bytes_per_value
         if len(tensor.shape) < 2:
             return [StateTensor("variance", tensor.num, size)]
@@ -166,7 +164,7 @@ class SGDConfig(OptimizerConfig):
 
         return SGD(groups, lr=self.lr, momentum=self.momentum, fused=True)
 
-    def state_of(self, tensor: Tensor) -> list[StateTensor]:
+    def state_of(self, tensor: TrainableTensor) -> list[StateTensor]:
         return _like_it(tensor, tensor.bytes_per_value, "momentum_buffer") if self.momentum else []
 
 
