@@ -66,11 +66,9 @@ def defaults_of(given: Any) -> tuple[tuple[str, ...], dict[str, str]]:
     for entry in given if isinstance(given, list) else []:
         if isinstance(entry, str) and entry != "_self_":
             parents.append(entry.partition("@")[0])
-        elif isinstance(entry, dict):
-            choices |= {
-                str(group).removeprefix("override").removeprefix("optional").strip().lstrip("/"): str(option)
-                for group, option in entry.items()
-            }
+        for group, option in entry.items() if isinstance(entry, dict) else ():
+            name = str(group).removeprefix("override").removeprefix("optional").strip().lstrip("/")
+            choices[name] = str(option)
     return tuple(parents), choices
 
 

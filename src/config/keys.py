@@ -10,7 +10,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from src.config import schema as declared
-from src.config.quoting import escaped
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, Keys, SweepConfig, TopLevelConfig
 from src.config.schema.fields import KeyInfo, key_info
 from src.config.values import convert, described, members
@@ -71,7 +70,7 @@ class Key:
 
     def accepts(self, value: Any) -> bool:
         """Return whether the key may have this value, as far as the key alone decides."""
-        return not convert(OmegaConf.structured(self.owner), self.leaf, self.hint, self.info.check, escaped(value))[1]
+        return not convert(OmegaConf.structured(self.owner), self.leaf, self.hint, self.info.check, value)[1]
 
 
 @cache

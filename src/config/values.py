@@ -10,21 +10,21 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.config.quoting import escaped
 from src.config.schema import Check
 
 MISSING_TEXT = f"{MISSING} stands for a value that is missing, and can't be given as a text"
 
 
 def convert(typed: Any, key: str, hint: Any, check: Check | None, value: Any) -> tuple[Any, str]:
-    """Return a value as its key's type, and why it can't be one ('' where it can).
+    """Return a value, whose texts mean themselves, as its key's type, and why it can't be one ('' where it can).
 
-    `typed` is the structured config of the dataclass that declares the key. The value's texts mean themselves, see
-    `src.config.quoting.escaped`.
+    `typed` is the structured config of the dataclass that declares the key.
     """
     if isinstance(value, bool) and bool not in members(hint) and hint is not Any:
         return None, f"not {described(hint)}"
     try:
-        typed[key] = value
+        typed[key] = escaped(value)
         converted = OmegaConf.to_object(typed[key]) if OmegaConf.is_config(typed[key]) else typed[key]
     except (OmegaConfBaseException, OverflowError):  # the latter of a whole number that no float holds
         return None, MISSING_TEXT if holds_missing(value) else f"not {described(hint)}"
