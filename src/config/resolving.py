@@ -52,14 +52,15 @@ def resolve_sections(whole: DictConfig, composed: Composed) -> None:
     storing.run(_is_storing.set, True)
     failed: dict[str, Exception] = {}
     with hydra_resolved(composed.hydra):
-        for node, key in ((node, str(node)) for node in whole):
+        for name in whole:
+            key = str(name)
             try:
-                resolved = _resolved(whole, node)
+                resolved = _resolved(whole, name)
                 composed.sections[key] = secrets.reveal({key: resolved}, [])[key]
-                kept = secrets.placed(storing.run(_resolved, whole, node), key) if reads_environment else resolved
+                kept = secrets.placed(storing.run(_resolved, whole, name), key) if reads_environment else resolved
                 composed.stored[key] = secrets.masked(kept)
             except UNRESOLVED as error:
-                if OmegaConf.is_missing(whole, node):
+                if OmegaConf.is_missing(whole, name):
                     composed.sections[key] = "???"
                 else:
                     failed[key] = error
