@@ -59,21 +59,21 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         with open_saver(job, resume, state, fingerprint, untrained, runtime, tracker) as saver, stop.deferred():
             pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.warn)
             for step in train(state, data.train, config, runtime, evaluator.pad_token_id):
-                tracker.progress(step, state.num_steps, is_logged=config.training.log_every.is_due(step))
+                tracker.progress(step, state.num_steps, is_logged=step.is_due(config.training.logging_steps))
                 tracker.warn(*step.warnings)
-                if config.checkpoint.save_every.is_due(step):
+                if step.is_due(config.checkpoint.checkpointing_steps, at_end=config.checkpoint.saves_at_end):
                     saver.save()  # before the evaluation: a run that is stopped in it repeats it
-                with tracker.line(step, due=config.training.log_every.is_due(step)) as line:
-                    if config.evaluation.eval_every.is_due(step):
+                with tracker.line(step, due=step.is_due(config.training.logging_steps)) as line:
+                    if step.is_due(config.evaluation.eval_steps):
                         line.metrics |= evaluator.evaluate(data.validation.values(), new_tokens.ids)
                         line.metrics |= state.token_monitor.metrics()
                         saver.keep_if_best(line.metrics)
                     if step.is_last:
                         saver.load_best_if_asked()
                         line.metrics |= evaluator.evaluate(data.test.values())
-                    if config.evaluation.sample_every.is_due(step):
+                    if step.is_due(config.evaluation.sample_steps):
                         line.samples = sample(evaluator, samples, num_prompts, step.number, untrained)
-                if job.trial is not None and config.evaluation.eval_every.is_due(step) and not step.is_last:
+                if job.trial is not None and step.is_due(config.evaluation.eval_steps) and not step.is_last:
                     end_early(runtime.from_main(pruning.verdict(line.metrics)))
             totals = state.totals()  # merging takes the adapter out of the model
             exported = export_trained(job, state, built, data, provenance, runtime, tracker)

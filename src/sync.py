@@ -29,7 +29,7 @@ from src.config.command_line import CommandLine, flags_that_are_not_taken, read_
 from src.config.files import unusable
 from src.config.frozen import CONFIG, STARTS, STATUS, SWEEP, read_config
 from src.config.problems import Problem, refuse
-from src.config.rules.tracking import tracker_can_be_reached_by_some_scheme
+from src.config.rules.within import tracker_can_be_reached_by_some_scheme
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError, RunFolderError, report
 from src.records import Types, check_keys

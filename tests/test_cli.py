@@ -1,4 +1,4 @@
-"""What commands have in common: environment switches, ways to end, and when something is due."""
+"""What commands have in common: environment switches, and ways to end."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 
 from src.cli import environment
 from src.cli.exits import guarded
-from src.config.schema.every import Every
 from src.errors import ConfigError, Interrupted, ModelError, TrainingError
 from src.runtime.launch import has_lost_a_peer
 from src.runtime.signals import stop_on_signals
@@ -62,22 +60,6 @@ def test_a_fault_of_the_program_is_shown_as_one() -> None:
 
     with pytest.raises(ZeroDivisionError):
         guarded(fail)
-
-
-@dataclass
-class AStep:
-    number: int
-    is_last: bool = False
-
-    def is_due(self, every: int | str | None) -> bool:
-        return isinstance(every, int) and self.number % every == 0
-
-
-def test_the_last_step_is_due_where_it_should_be() -> None:
-    last, other = AStep(7, is_last=True), AStep(8)
-    assert [Every(steps).is_due(other) for steps in (4, 3, None)] == [True, False, False]
-    assert [Every(steps).is_due(last) for steps in (4, 7, None)] == [True, True, True]
-    assert [Every(steps, at_end=False).is_due(last) for steps in (4, 7, None)] == [False, True, False]
 
 
 def test_a_signal_waits_within_a_block_only() -> None:

@@ -19,9 +19,8 @@ from hypothesis import strategies as some
 from src import preflight
 from src.checkpoint.compatibility import Impact, compare_configs
 from src.cli.start import run_job as train
-from src.config.command_line import options
 from src.config.gate import admit_prediction
-from src.config.options import CONF
+from src.config.options import CONF, options
 from src.data.dataset import Data, build_data, file_hashes
 from src.data.sources import FileSource
 from src.data.splits import assign_folds, assign_group_folds

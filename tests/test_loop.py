@@ -365,6 +365,9 @@ def test_a_step_says_what_is_due_after_it() -> None:
     step = Step(number=6, epoch=1, ends_epoch=True, lr=0.1, grad_norm=2.0, is_last=False, stats=StepStats())
     assert [every for every in (1, 2, 3, 4, 6, 7, "epoch", None) if step.is_due(every)] == [1, 2, 3, 6, "epoch"]
     assert not replace(step, ends_epoch=False).is_due("epoch")
+    last = replace(step, number=7, is_last=True, ends_epoch=False)
+    assert [last.is_due(every) for every in (4, 7, None)] == [True, True, True]
+    assert [last.is_due(every, at_end=False) for every in (4, 7, None)] == [False, True, False]
     assert (step.number, step.lr) == (6, 0.1)
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from src.config import reference
-from src.config.command_line import options
 from src.config.keys import all_keys
-from src.config.options import CONF
+from src.config.options import CONF, options
 from src.config.pages import PAGES, main
 from src.config.peers import all_peers
 from tests.conftest import ROOT

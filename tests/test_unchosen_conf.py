@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from src.config import options
-from src.config.command_line import options as options_of
 from src.config.gate import admit
 from src.config.options import CONF, DEEPEST, option_files
+from src.config.options import options as options_of
 from src.config.trust import is_signed, signature
 from src.errors import ConfigError
 from src.records import LARGEST_YAML_BYTES, MOST_YAML_VALUES

@@ -25,7 +25,7 @@ from src.config.files import unusable
 from src.config.formats import declare_options
 from src.config.identity import declare
 from src.config.merging import BASE
-from src.config.options import CONF, is_hidden, option_files, unfit_folder
+from src.config.options import CONF, is_hidden, options, unfit_folder
 from src.config.peers import flag_hint, option_hint
 from src.config.problems import COMMAND_LINE, Problem, refuse
 from src.config.quoting import override as override_text
@@ -79,13 +79,14 @@ class CommandLine:
         flags = [argument for argument in self.argv if argument not in self.flags.overrides]
         if self.flags.multirun and not {"-m", "--multirun"} & set(flags):
             flags.append("-m")
-        given = 1 if self.flags.config_dir else 0
-        more = [override_text("hydra.searchpath", [f"file://{root}" for root in self.roots[1 + given :]])]
-        return [
-            *flags,
-            *(more if len(self.roots) > 1 + given else []),
-            *(self.shown if self.asks_hydra_only else self.forced),
-        ]
+        if self._searched:
+            flags.append(override_text("hydra.searchpath", [f"file://{root}" for root in self._searched]))
+        return [*flags, *(self.shown if self.asks_hydra_only else self.forced)]
+
+    @property
+    def _searched(self) -> list[Path]:
+        """The folders of options that hydra.searchpath names."""
+        return self.roots[2 if self.flags.config_dir else 1 :]
 
     @property
     def shown(self) -> list[str]:
@@ -108,21 +109,15 @@ class CommandLine:
             if not any(f"{override.key_or_group}.".startswith(f"{key}.") for key in NOT_IN_SWEEP_ID)
             and not (override.is_hydra_override() and override.key_or_group not in VARIED_BY_HYDRA)
         )
-        given = 2 if self.flags.config_dir else 1
-        texts += [f"hydra.searchpath={root}" for root in self.roots[given:]]
+        texts += [f"hydra.searchpath={root}" for root in self._searched]
         texts += [f"--{name}={given}" for name in ("config_dir", "config_name") if (given := getattr(self.flags, name))]
         return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
-    """Parse the arguments; each that can't be read is a problem of its own.
-
-    Raises:
-        ConfigError: where the flags can't be made out.
-    """
+    """Parse the arguments; each that can't be read is a problem of its own, flags that can't be a ConfigError."""
     flags = _read_flags(argv)
-    line = CommandLine(flags=flags, argv=list(argv))
-    line.problems += _flag_problems(flags)
+    line = CommandLine(flags, list(argv), problems=list(_flag_problems(flags)))
     if flags.config_dir:
         _add_root(flags.config_dir, "--config-dir", line)
     for text in flags.overrides:
@@ -141,7 +136,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     if line.value_of("hydra.mode") == "MULTIRUN":
         flags.multirun = True
     for root in line.roots[1:]:
-        declare_options(root / "data")
+        declare_options(root)
     for override in line.overrides:
         line.problems += _override_problems(override, line)
     line.problems += _primary_problems(line)
@@ -184,8 +179,7 @@ def _override_problems(override: Override, line: CommandLine) -> Iterator[Proble
 
 def _primary_problems(line: CommandLine) -> Iterator[Problem]:
     """Yield a problem where --config-name names no file of a folder of options."""
-    name = line.flags.config_name
-    if not name:
+    if not (name := line.flags.config_name):
         return
     parts = Path(name).parts
     if parts[0] == "/" or ".." in parts or not os.path.lexists(primary_file(line)):
@@ -198,13 +192,11 @@ def _add_root(place: str, key: str, line: CommandLine) -> None:
     """Add a folder of options that `--config-dir DIR` or `hydra.searchpath=[…]` names."""
     is_url = key == "hydra.searchpath"
     folder = place.removeprefix("file://") if is_url else place
-    reason = "no such folder" if "://" in folder else unusable(folder) or unfit_folder(Path(folder))
-    if not reason:
+    if reason := "no such folder" if "://" in folder else unusable(folder) or unfit_folder(Path(folder)):
+        how = "; a list of folders: hydra.searchpath=[file:///DIR], or --config-dir DIR" if is_url else ""
+        line.problems.append(Problem.on_command_line(key, reason + how, place))
+    else:
         line.roots.append(Path(folder).resolve())
-        return
-    if is_url:
-        reason += "; a list of folders: hydra.searchpath=[file:///DIR], or --config-dir DIR"
-    line.problems.append(Problem.on_command_line(key, reason, place))
 
 
 def _read_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -266,20 +258,6 @@ def is_group(override: Override, roots: Sequence[Path]) -> bool:
     return any(os.path.isdir(root / override.key_or_group) for root in roots)
 
 
-def options(group: str, roots: Sequence[Path]) -> list[str]:
-    """Return a group's options, those in folders of its own included (`mine/a`).
-
-    A file or folder whose name begins with '_' is only built on, and one whose name begins with '.' is none.
-    """
-    found = set()
-    for root in roots:
-        for file in option_files(root / group):
-            name = file.relative_to(root / group).with_suffix("")
-            if not any(part.startswith("_") for part in name.parts):
-                found.add(name.as_posix())
-    return sorted(found)
-
-
 def matching(pattern: Glob, names: Sequence[str]) -> list[str]:
     """Return the options that a glob means: in the folder that it names, not in folders below."""
     depths = {given.count("/") for given in pattern.include}
@@ -308,8 +286,7 @@ def _unknown_options(override: Override, roots: Sequence[Path]) -> Iterator[Prob
 def forced(override: Override, roots: Sequence[Path], text: str | None = None) -> list[str]:
     """Return the overrides that set a key whether conf/ shows it or not; some values are replaced whole.
 
-    Args:
-        text: one value of a sweep, as KEY=VALUE; None: the override as it was given.
+    `text` is one value of a sweep, as KEY=VALUE; None: the override as it was given.
     """
     text = override.input_line or "" if text is None else text
     if override.key_or_group in OPTIONAL_GROUPS and text.partition("=")[2] == "null":

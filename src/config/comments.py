@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import dropwhile, takewhile
 
 import yaml
 
@@ -13,13 +14,8 @@ _DIRECTIVE = re.compile(r"\s*#\s*@")
 
 def package(text: str) -> str | None:
     """Return where a file's header puts its keys, as Hydra reads it; None where it has none, or too late."""
-    for line in text.splitlines():
-        if line.strip():
-            if not _DIRECTIVE.match(line):
-                return None
-            if found := _PACKAGE.match(line):
-                return found[1]
-    return None
+    head = takewhile(lambda line: not line.strip() or _DIRECTIVE.match(line), text.splitlines())
+    return written_package("\n".join(head))
 
 
 def written_package(text: str) -> str | None:
@@ -29,14 +25,8 @@ def written_package(text: str) -> str | None:
 
 def about(text: str) -> list[str]:
     """Return the comment at the head of a file, line by line: when to choose the option."""
-    lines: list[str] = []
-    for line in text.splitlines():
-        if _DIRECTIVE.match(line) or (not lines and not line.strip()):
-            continue
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("#").strip())
-    return lines
+    lines = dropwhile(lambda line: not line.strip(), (one for one in text.splitlines() if not _DIRECTIVE.match(one)))
+    return [line.lstrip("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines)]
 
 
 def of_keys(text: str) -> dict[str, str]:
@@ -46,7 +36,8 @@ def of_keys(text: str) -> dict[str, str]:
     """
     node = yaml.compose(text, YamlLoader)
     lines = text.splitlines()
-    return dict(_comments(node, lines, "", _head_ends(lines))) if isinstance(node, yaml.MappingNode) else {}
+    head_ends = next((i for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")), 0)
+    return dict(_comments(node, lines, "", head_ends)) if isinstance(node, yaml.MappingNode) else {}
 
 
 def _comments(node: yaml.MappingNode, lines: list[str], prefix: str, first: int) -> Iterator[tuple[str, str]]:
@@ -60,36 +51,20 @@ def _comments(node: yaml.MappingNode, lines: list[str], prefix: str, first: int)
             yield from _comments(value, lines, f"{dotted}.", first)
 
 
-def _head_ends(lines: list[str]) -> int:
-    """Return the number of the first line that is neither blank nor a comment."""
-    return next((i for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")), len(lines))
-
-
 def _after(key: yaml.Node, value: yaml.Node, lines: list[str]) -> str:
     is_block = isinstance(value, yaml.CollectionNode) and not value.flow_style
-    is_long = isinstance(value, yaml.ScalarNode) and value.style in ("|", ">")
-    number, column = key.end_mark.line, key.end_mark.column
-    if not is_block and not is_long:
-        number, column = value.end_mark.line, value.end_mark.column
-    if number >= len(lines):
-        return ""
-    found = re.search(r"(?:^|\s)#", lines[number][column:])
-    if found is None or (not is_block and not is_long and lines[number][column : column + found.start()].strip()):
+    is_below = is_block or (isinstance(value, yaml.ScalarNode) and value.style in ("|", ">"))
+    end = key.end_mark if is_below else value.end_mark
+    number, column = end.line, end.column
+    found = re.search(r"(?:^|\s)#", lines[number][column:]) if number < len(lines) else None
+    if found is None or (not is_below and lines[number][column : column + found.start()].strip()):
         return ""
     column += found.end() - 1
-    said = [lines[number][column:]]
-    for line in lines[number + 1 :]:
-        if len(line) <= column or line[column] != "#" or line[:column].strip():
-            break
-        said.append(line)
-    return " ".join(one.strip().lstrip("#").strip() for one in said)
+    below = takewhile(lambda line: line[column : column + 1] == "#" and not line[:column].strip(), lines[number + 1 :])
+    return " ".join(one.strip().lstrip("#").strip() for one in (lines[number][column:], *below))
 
 
 def _above(key: yaml.Node, lines: list[str], first: int) -> str:
-    said: list[str] = []
-    for number in range(key.start_mark.line - 1, first, -1):
-        line = lines[number]
-        if line.find("#") != key.start_mark.column or line[: key.start_mark.column].strip():
-            break
-        said.insert(0, line.strip().lstrip("#").strip())
-    return " ".join(said)
+    column, above = key.start_mark.column, lines[first + 1 : key.start_mark.line]
+    said = takewhile(lambda line: line.find("#") == column and not line[:column].strip(), reversed(above))
+    return " ".join(reversed([line.strip().lstrip("#").strip() for line in said]))

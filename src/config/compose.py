@@ -1,8 +1,4 @@
-"""Hydra's side of a configuration: the command line and conf/ become plain containers, or problems.
-
-Every override of a single key is composed as `++key=value`, so that an unknown key survives composition and the gate
-can report all of them together; Hydra by itself stops at the first.
-"""
+"""Hydra's side of a configuration: the command line and conf/ become plain containers, or problems."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -33,8 +29,8 @@ from src.config.source import install
 from src.errors import report
 
 COMPOSITION_ERRORS = (
-    *(HydraException, OmegaConfBaseException, yaml.YAMLError),
-    *(OSError, ValueError, TypeError, AttributeError),
+    *(OptionFileError, HydraException, OmegaConfBaseException, yaml.YAMLError),
+    *(OSError, ValueError, TypeError, AttributeError, RecursionError),
 )
 """What Hydra and OmegaConf raise for mistakes in overrides and options; some are Python's own."""
 
@@ -43,21 +39,18 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
     """Compose conf/ with these overrides; Hydra's own complaints come back as problems."""
     refused = {problem.key for problem in line.problems}
     if PRIMARY in refused:
-        return Composed({}, Path(), {})
+        return Composed()
     usable = [text for text in overrides if text.lstrip("+~").partition("=")[0] not in refused]
     try:
         cfg, files = _composed(usable, line)
-    except RecursionError:
-        reason = f"an option that builds on itself, or values nested deeper than {MOST_NESTED} levels"
-        return Composed({}, Path(), {}, [Problem("conf", reason, has_value=False)])
-    except OptionFileError as error:
-        return Composed({}, Path(), {}, [Problem("conf", str(error), has_value=False)])
+    except (OptionFileError, RecursionError) as error:
+        return Composed(problems=[problem_of(error)])
     except COMPOSITION_ERRORS as error:
         if len(overrides) < 2:
-            return Composed({}, Path(), {}, _problems_of(overrides, line) or [problem_of(error)])
+            return Composed(problems=_problems_of(overrides, line) or [problem_of(error)])
         return _without_culprits(overrides, line, error)
     choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items()}
-    composed = Composed({}, Path(), choices, hydra=cfg, files=files)
+    composed = Composed(choices=choices, hydra=cfg, files=files)
     with hydra_resolved(cfg):
         folder = cfg.hydra._get_node("sweep" if line.flags.multirun else "run")
         try:
@@ -73,18 +66,8 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
     return composed
 
 
-def hydra_config(overrides: Sequence[str], line: CommandLine) -> DictConfig:
-    """Return what Hydra composes of these overrides, the section `hydra` included, unresolved.
-
-    Raises:
-        OptionFileError: where a file can't be read.
-        HydraException, OmegaConfBaseException, …: see COMPOSITION_ERRORS.
-    """
-    return _composed(overrides, line)[0]
-
-
 def _composed(overrides: Sequence[str], line: CommandLine) -> tuple[DictConfig, tuple[Merged, ...]]:
-    """Do what `hydra_config` does, and return what it was composed of too."""
+    """Return what Hydra composes of these overrides, its own section included, unresolved; and the files of it."""
     install()
     version.setbase("1.3")
     path = create_config_search_path(str(line.roots[0]))
@@ -121,25 +104,23 @@ def _without_culprits(overrides: Sequence[str], line: CommandLine, error: Except
     alone |= {text: _problems_of([*chosen, text], line) for text in overrides if text not in groups}
     usable = [text for text, problems in alone.items() if not problems]
     if len(usable) == len(overrides):  # each is good by itself: they don't go together
-        return Composed({}, Path(), {}, [problem_of(error)])
+        return Composed(problems=[problem_of(error)])
     composed = compose(usable, line)
-    found = [dataclasses.replace(p, where=p.where or COMMAND_LINE) for problems in alone.values() for p in problems]
-    composed.problems = [*found, *composed.problems]
+    composed.problems[:0] = [one.placed(COMMAND_LINE) for problems in alone.values() for one in problems]
     return composed
 
 
 def _problems_of(overrides: Sequence[str], line: CommandLine) -> list[Problem]:
     """Return why these overrides can't be composed; the last of them is to blame."""
     try:
-        hydra_config(overrides, line)
+        _composed(overrides, line)
     except OptionFileError as error:
-        return [Problem("conf", str(error), has_value=False)]
-    except (*COMPOSITION_ERRORS, RecursionError) as error:
-        key = overrides[-1].lstrip("+~").partition("=")[0] if overrides else ""
-        problem = problem_of(error, key)
-        if overrides and (reason := _unknown_to_hydra(overrides[-1], overrides[:-1], line)):
-            problem = dataclasses.replace(problem, reason=reason)
-        return [problem]
+        return [problem_of(error)]
+    except COMPOSITION_ERRORS as error:
+        *others, last = overrides or [""]
+        problem = problem_of(error, last.lstrip("+~").partition("=")[0])
+        reason = _unknown_to_hydra(last, others, line)
+        return [dataclasses.replace(problem, reason=reason or problem.reason)]
     return []
 
 
@@ -148,11 +129,16 @@ def _unknown_to_hydra(text: str, others: Sequence[str], line: CommandLine) -> st
     key, _, value = text.lstrip("+~").partition("=")
     if key.startswith("hydra/"):
         return unknown_group_option(key, value, line.roots)
-    return unknown_key(key, value, hydra_config(others, line)) if key.startswith("hydra.") else ""
+    return unknown_key(key, value, _composed(others, line)[0]) if key.startswith("hydra.") else ""
 
 
 def problem_of(error: Exception, key: str = "") -> Problem:
     """Return an error of Hydra or OmegaConf as a problem of the key that it names, or of `key`."""
+    if isinstance(error, OptionFileError):
+        return Problem("conf", str(error), has_value=False)
+    if isinstance(error, RecursionError):
+        reason = f"an option that builds on itself, or values nested deeper than {MOST_NESTED} levels"
+        return Problem(key or "conf", reason, has_value=False)
     causes = [str(one).strip() for one in (error, error.__cause__) if one is not None]
     causes = [text for text in causes if text and not text.startswith("Error merging override")] or causes
     text = "; ".join(" ".join(cause.split("\n")[0].split()).rstrip(".") for cause in causes)

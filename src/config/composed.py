@@ -20,9 +20,9 @@ _VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 class Composed:
     """A composed configuration: plain sections, the run's folder, and what each group chose."""
 
-    sections: dict[str, Any]
-    run_dir: Path
-    choices: dict[str, str]
+    sections: dict[str, Any] = field(default_factory=dict)
+    run_dir: Path = Path()
+    choices: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     stored: dict[str, Any] = field(default_factory=dict)  # the sections as they are written to files: without secrets
     hydra: DictConfig | None = None

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from src.config.files import unusable
 from src.config.options import CONF, OptionFileError, read_option
@@ -66,10 +66,9 @@ UNHEARD = ("steps_per_print", "log_level", "$schema", "comment", "_comment")
 
 
 def read_deepspeed_file(section: Any, stored: Any) -> list[Problem]:
-    """Merge the JSON file into the section, unless that was done before; return what is wrong with it.
+    """Merge the JSON file into the section as it is used and as it is stored, unless that was done before.
 
-    Args:
-        section, stored: the section as it is used, and as it is written; both are filled.
+    Returns what is wrong with the file.
     """
     if not isinstance(section, dict) or section.get("type") != "file" or section.get("sha256") is not None:
         return []
@@ -111,11 +110,7 @@ class _Unreadable(ValueError):
 
 
 def _read(file: str) -> tuple[dict[str, Any], str]:
-    """Return a file's content, and its SHA-256.
-
-    Raises:
-        _Unreadable: naming the file, and line and column where they are known.
-    """
+    """Return a file's content, and its SHA-256; _Unreadable names the file, line and column as far as known."""
     if reason := unusable(file):
         raise _Unreadable(reason)
     place = visible(file, is_line=True)
@@ -133,19 +128,18 @@ def _read(file: str) -> tuple[dict[str, Any], str]:
     text = ""
     try:
         text = content.decode("utf-8-sig")
-        found = json.loads(text, parse_constant=_no_number)
+        found = json.loads(text)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise _Unreadable(f"{place}, line {line}: not UTF-8 (byte {error.start + 1} of the file)") from error
     except json.JSONDecodeError as error:
         raise _Unreadable(f"{at(error.pos)}: not JSON: {error.msg.removesuffix(' at')}") from error
-    except _NoNumber as error:
-        where = next(token.start() for token in _CONSTANT.finditer(text) if not token.group().startswith('"'))
-        raise _Unreadable(f"{at(where)}: not JSON: {error} is no number") from error
     except RecursionError as error:
         raise _Unreadable(f"{place}: nested too deep") from error
     except ValueError as error:  # Python's limit on digits
         raise _Unreadable(f"{place}: a whole number with too many digits") from error
+    if constant := next((one for one in _CONSTANT.finditer(text) if one[0][0] != '"'), None):
+        raise _Unreadable(f"{at(constant.start())}: not JSON: {constant[0]} is no number")
     if not isinstance(found, dict):
         raise _Unreadable(f"{at(0)}: an object is needed: {{…}}")
     seen = set[tuple[str, ...]]()
@@ -153,16 +147,14 @@ def _read(file: str) -> tuple[dict[str, Any], str]:
         if path in seen:
             raise _Unreadable(f"{at(begin)}: the key {path[-1]} a second time")
         seen.add(path)
-    for former, name in FORMER_NAMES.items():
-        if former in found:
-            found[name] = found.pop(former)
+    for former in FORMER_NAMES.keys() & found.keys():
+        found[FORMER_NAMES[former]] = found.pop(former)
     return found, hashlib.sha256(content).hexdigest()
 
 
 def _keys(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
     """Yield the path of each key of a JSON text, and where it begins."""
-    path, last = list[str](), ""
-    begin = 0
+    path, last, begin = list[str](), "", 0
     for token in _TOKEN.finditer(text):
         if token.group() == ":":
             path[-1] = json.loads(last)
@@ -173,14 +165,6 @@ def _keys(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
             path.pop()
         else:
             last, begin = token.group(), token.start()
-
-
-def _no_number(constant: str) -> NoReturn:
-    raise _NoNumber(constant)
-
-
-class _NoNumber(Exception):
-    """NaN or an infinity, which are no JSON."""
 
 
 def _unused(content: dict[str, Any], file: str) -> Iterator[Problem]:
@@ -221,11 +205,8 @@ def _fill_defaults(zero: Any) -> None:
         zero["stage"] = 2
     for key in ("offload_optimizer", "offload_param"):
         if isinstance(offload := zero.get(key), dict):
-            zero[key] = offload | {
-                name: default
-                for name, default in (("device", "none"), ("nvme_path", None))
-                if offload.get(name) == "auto"
-            }
+            filled = {"device": "none", "nvme_path": None}
+            zero[key] = offload | {name: value for name, value in filled.items() if offload.get(name) == "auto"}
     if zero.get("stage") == 3 and zero.get(GATHER, "auto") == "auto":
         zero[GATHER] = True
     elif zero.get(GATHER) == "auto":

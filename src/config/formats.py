@@ -4,25 +4,18 @@ The option's `columns` name the parts of a row that the format takes; a source o
 starts from that option's settings.
 """
 
-import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from src.config.options import CONF, OptionFileError, option_files, parents_of, read_option, shown
+from src.config.groups import lineage
+from src.config.options import CONF, OptionFileError, options
 
-OPTIONS = CONF / "data"
 BELONGS_TO_FORMAT = (
-    "columns",
-    "prompt_template",
-    "completion_template",
-    "system_prompt",
-    "supervised_turns",
-    "clean_dialogue",
+    *("columns", "prompt_template", "completion_template", "system_prompt", "supervised_turns", "clean_dialogue"),
     "thought_pattern",
 )
-
-
 _own: dict[str, dict[str, Any]] = {}
 """Settings of formats that a user declares, in options of their own or in the frozen configuration of a run."""
 _broken_own: dict[str, str] = {}
@@ -35,12 +28,12 @@ def declared_formats() -> dict[str, dict[str, Any]]:
 
 def broken_format(name: str) -> str:
     """Return why the file that declares a format can't be read; '' where it can, or there is none."""
-    return _options(OPTIONS).get(name, ({}, ""))[1] or _broken_own.get(name, "")
+    return _options(CONF).get(name, ({}, ""))[1] or _broken_own.get(name, "")
 
 
-def declare_options(folder: Path) -> None:
-    """Know the formats that options in a folder of the user's declare, as those in conf/data do."""
-    for name, (given, broken) in _options(folder).items():
+def declare_options(root: Path) -> None:
+    """Know the formats that options of data in a folder of the user's declare, as those in conf/ do."""
+    for name, (given, broken) in _options(root).items():
         if broken:
             _broken_own[name] = broken
         elif given.get("format") == name and isinstance(given.get("columns"), dict):
@@ -49,29 +42,28 @@ def declare_options(folder: Path) -> None:
 
 def declare_frozen(data: Any) -> None:
     """Know the formats of a frozen configuration: they were declared where it was composed."""
-    mixture = data.get("mixture") if isinstance(data, dict) else None
-    sources = [data, *mixture.values()] if isinstance(mixture, dict) else [data]
-    for given in sources:
+    for given in (data, *mixed_sources(data)):
         if isinstance(given, dict) and isinstance(given.get("columns"), dict) and given["columns"]:
             _own.setdefault(str(given.get("format")), given)
 
 
 @cache
 def _built_in() -> dict[str, dict[str, Any]]:
-    return {name: given for name, (given, _) in _options(OPTIONS).items() if given.get("format") == name}
+    return {name: given for name, (given, _) in _options(CONF).items() if given.get("format") == name}
 
 
 @cache
-def _options(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
-    """Return the settings of each option of data in a folder, or why they can't be read."""
+def _options(root: Path) -> dict[str, tuple[dict[str, Any], str]]:
+    """Return the settings of each option of data in a folder of options, or why they can't be read."""
     found: dict[str, tuple[dict[str, Any], str]] = {}
-    for file in option_files(folder):
-        if file.parent != folder or file.name.startswith("_"):
+    for name in options("data", [root]):
+        if "/" in name:
             continue
         try:
-            found[file.stem] = _option(file), ""
+            from_the_base = reversed(list(lineage("data", name, (root, CONF))))
+            found[name] = {key: value for option in from_the_base for key, value in option.values.items()}, ""
         except OptionFileError as error:
-            found[file.stem] = {}, str(error)
+            found[name] = {}, str(error)
     return found
 
 
@@ -82,23 +74,14 @@ def roles(format_name: str) -> tuple[str, ...]:
 
 def fill_mixture(data: Any) -> None:
     """Add to each source of a mixture with a format of its own that format's settings, where it has none itself."""
+    for source in mixed_sources(data):
+        settings = declared_formats().get(str(source.get("format")), {})
+        for key in BELONGS_TO_FORMAT:
+            if key in settings:
+                source.setdefault(key, settings[key])
+
+
+def mixed_sources(data: Any) -> Iterator[dict[Any, Any]]:
+    """Yield the mappings of a mixture's sources, whatever else there may be in their place."""
     mixture = data.get("mixture") if isinstance(data, dict) else None
-    for source in mixture.values() if isinstance(mixture, dict) else []:
-        name = source.get("format") if isinstance(source, dict) else None
-        if isinstance(name, str) and (settings := declared_formats().get(name)):
-            for key in BELONGS_TO_FORMAT:
-                if key in settings:
-                    source.setdefault(key, settings[key])
-
-
-def _option(file: Path, builders: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return what an option file holds, with the options of its own group that it builds on."""
-    if file in builders:
-        raise OptionFileError(f"{shown(file)}: builds on itself")
-    content = read_option(file)
-    merged = dict[str, Any]()
-    for parent in parents_of(content, file, OPTIONS.name):
-        place = parent if os.path.lexists(parent) else OPTIONS / parent.name
-        merged |= _option(place, (*builders, file))
-    content.pop("defaults", None)
-    return merged | content
+    yield from (one for one in mixture.values() if isinstance(one, dict)) if isinstance(mixture, dict) else ()

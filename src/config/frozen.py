@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from src import secrets
+from src import records, secrets
 from src.config import trust
 from src.config.command_line import CommandLine, is_group
 from src.config.compose import COMPOSITION_ERRORS, compose, problem_of
@@ -24,20 +24,7 @@ from src.config.quoting import escaped, override_value, shell_override
 from src.config.quoting import override as override_text
 from src.config.resolving import resolve_sections
 from src.errors import DamagedFileError
-from src.records import (
-    OPTIONAL_TEXT,
-    Digest,
-    Types,
-    begins_with,
-    check_keys,
-    check_times,
-    damaged,
-    is_digest,
-    read_bytes,
-    read_json,
-    read_lines,
-    read_yaml,
-)
+from src.records import OPTIONAL_TEXT, Types, damaged, read_bytes, read_json
 
 CONFIG, STARTS, STATUS = "config.yaml", "starts.jsonl", "status.json"
 SWEEP = "sweep.json"
@@ -73,22 +60,14 @@ def config_hash(frozen: Mapping[str, Any]) -> str:
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a folder's starts.jsonl: one for each time that its run was started.
-
-    Raises:
-        DamagedFileError: naming the line that is none.
-    """
+    """Return the lines of starts.jsonl, one for each start of a folder's run; DamagedFileError names a damaged one."""
     remedy = f"Remove that line (sed -i '{{number}}d' {STARTS}): the run needs no more than that one of them is right."
-    lines = read_lines(folder / STARTS, lambda line, _: check_keys(line, START_KEYS), remedy=remedy)
+    lines = records.read_lines(folder / STARTS, lambda line, _: records.check_keys(line, START_KEYS), remedy=remedy)
     return [line.content for line in lines]
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """Return what status.json of a folder says; empty where there is none.
-
-    Raises:
-        DamagedFileError: where it can't be read.
-    """
+    """Return what status.json of a folder says; empty where there is none; DamagedFileError where it can't be read."""
     file, keys = folder / STATUS, {**STATUS_KEYS, **MORE_STATUS_KEYS}
     try:
         status = read_json(file, keys, optional=MORE_STATUS_KEYS, remedy=STATUS_REMEDY)
@@ -99,17 +78,16 @@ def read_status(folder: Path) -> dict[str, Any]:
         raise damaged(file, reason, STATUS_REMEDY)
     for key in ("journal", "model", "base"):
         for name, digest in (status.get(key) or {}).items():
-            if not is_digest(digest):
+            if not records.is_digest(digest):
                 raise damaged(file, f"{key} has no size and checksum of {name}", STATUS_REMEDY)
-    check_times(file, status, TIMES, STATUS_REMEDY)
+    records.check_times(file, status, TIMES, STATUS_REMEDY)
     return status
 
 
 def is_finished(folder: Path) -> bool:
     """Return whether a folder holds a finished run.
 
-    Raises:
-        DamagedFileError: where status.json can't be read, or says FINISHED of other step logs than the folder has.
+    DamagedFileError is raised where status.json can't be read, or says FINISHED of other step logs than the folder has.
     """
     status = read_status(folder)
     if status.get("state") != "FINISHED":
@@ -121,13 +99,9 @@ def is_finished(folder: Path) -> bool:
             content = b""
         except ValueError as error:
             raise damaged(folder / name, str(error), "Restore it from a copy.") from error
-        if not begins_with(content, digest):
-            reason = (
-                f"it says FINISHED, and {name} does not begin with the {digest['num_bytes']:,} bytes that it had then"
-            )
-            remedy = (
-                f"Restore whichever of both is not this run's; or move {STATUS} away, and the same command resumes."
-            )
+        if not records.begins_with(content, digest):
+            reason = f"it says FINISHED, and {name} does not begin with the {digest['num_bytes']:,} bytes it had then"
+            remedy = f"Restore whichever is not this run's; or move {STATUS} away, and the same command resumes."
             raise damaged(folder / STATUS, reason, remedy)
     return True
 
@@ -135,13 +109,12 @@ def is_finished(folder: Path) -> bool:
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the configuration that a run's folder was begun with, as it is stored.
 
-    Raises:
-        FileNotFoundError: where there is none.
-        DamagedFileError: where it can't be read, or is not the one that a start wrote down.
+    FileNotFoundError is raised where there is none, DamagedFileError where it can't be read, or is not the one that a
+    start wrote down.
     """
     file = folder / CONFIG
     remedy = "Restore it; or move it away, and give the run's own command again, which writes it anew."
-    sections = read_yaml(file, remedy)
+    sections = records.read_yaml(file, remedy)
     starts = read_starts(folder)
     if starts and config_hash(sections) not in {start["config_hash"] for start in starts}:
         reason = f"it is not the configuration that this run was started with, by the hash in {STARTS}"
@@ -153,11 +126,11 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     """Return the frozen config of a run's folder with the command line's dotted overrides on top (`rerun=DIR`)."""
     sections, problems = frozen_sections(folder, "rerun", "no run to repeat there")
     if problems:
-        return Composed({}, Path(), {}, problems)
+        return Composed(problems=problems)
     given = line.value_of("hydra.run.dir")
     if given is not None and Path(str(given)).resolve() == folder.resolve():
         sections = _as_it_last_was(folder, sections)
-    problems += code_problems(folder, sections, line, _signatures(folder))
+    problems += _code_problems(folder, sections, line)
     if (file := line.value_of(DEEPSPEED_FILE)) is not None:
         reason = "read where a run begins (deepspeed=file); of one that is repeated change single keys: deepspeed.KEY=…"
         problems.append(Problem.on_command_line(DEEPSPEED_FILE, reason, file))
@@ -183,7 +156,7 @@ def read_finished(folder: Path, line: CommandLine) -> Composed:
         return Composed({}, folder, {}, problems)
     if reason := _unfinished(folder):
         problems.append(Problem.on_command_line("run", reason, str(folder)))
-    problems += code_problems(folder, sections, line, _signatures(folder))
+    problems += _code_problems(folder, sections, line)
     if isinstance(sections.get("data"), dict):
         sections["data"] |= {"train_files": None, "validation_files": None, "limit": None}
     own = {"rerun": None, "force": False, "tracking": {"type": "none"}}
@@ -224,7 +197,7 @@ def _of_newest_checkpoint(folder: Path, first: dict[str, Any]) -> dict[str, Any]
     for state in (folder_of(saved, step) / STATE for step in reversed(steps_in(saved))):
         try:
             listed = read_json(state.with_name(MANIFEST), {"files": dict})["files"]
-            if Digest(read_bytes(state)).as_dict()["xxh3_128"] != listed[state.name]["xxh3_128"]:
+            if records.Digest(read_bytes(state)).as_dict()["xxh3_128"] != listed[state.name]["xxh3_128"]:
                 continue
             sections = read_json(state, {"config": dict})["config"]
         except (OSError, ValueError, LookupError, TypeError, DamagedFileError):
@@ -246,8 +219,8 @@ def _unfinished(folder: Path) -> str | None:
     return None if (folder / "model").is_dir() else "its result is gone: there is no model/ in it"
 
 
-def _signatures(folder: Path) -> Iterator[Any]:
-    yield from (start.get("signature") for start in read_starts(folder))
+def _code_problems(folder: Path, sections: Mapping[str, Any], line: CommandLine) -> list[Problem]:
+    return code_problems(folder, sections, line, (start.get("signature") for start in read_starts(folder)))
 
 
 def code_problems(
@@ -255,22 +228,18 @@ def code_problems(
 ) -> list[Problem]:
     """Return a problem for each key that would run code on the word of somebody else's folder.
 
-    Args:
-        signatures: those that are in the folder, of the configurations that were started there.
+    `signatures` are those in the folder, of the configurations that were started there.
     """
     asked = {key: value for key, value in trust.code_keys(sections).items() if line.value_of(key) is None}
     if not asked or trust.is_signed(folder, sections, signatures):
         return []
-    return [
-        Problem(
-            key,
-            f"{'runs code' if key == 'plugins' else 'lets the checkpoint run code'}, and this folder was not started "
-            f"here by you; where you trust it, say so yourself: {shell_override(key, value)}",
-            override_value(value),
-            where="frozen config",
-        )
-        for key, value in asked.items()
-    ]
+    problems = []
+    for key, value in asked.items():
+        does = "runs code" if key == "plugins" else "lets the checkpoint run code"
+        say_so = f"where you trust it, say so yourself: {shell_override(key, value)}"
+        reason = f"{does}, and this folder was not started here by you; {say_so}"
+        problems.append(Problem(key, reason, override_value(value), where="frozen config"))
+    return problems
 
 
 def _overridden(
@@ -278,9 +247,7 @@ def _overridden(
 ) -> tuple[dict[Any, Any], list[Problem]]:
     """Put the dotted overrides on top of frozen sections; those of groups are refused.
 
-    Args:
-        who: keeps its options, for the message.
-        own: keys of the entry that are none of the configuration.
+    `who` keeps its options, for the message; `own` are keys of the entry that are none of the configuration.
     """
     cfg, problems = OmegaConf.create(escaped(sections)), []
     for override in line.overrides:

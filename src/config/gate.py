@@ -13,15 +13,9 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 
 from src import secrets
+from src.config import command_line as arguments
 from src.config import deepspeed, frozen, plugins, rules
-from src.config.command_line import (
-    CommandLine,
-    SeveralValues,
-    flags_that_are_not_taken,
-    is_group,
-    read_command_line,
-    value_text,
-)
+from src.config.command_line import CommandLine, is_group, read_command_line, value_text
 from src.config.compose import compose, warn_of_broken_options
 from src.config.composed import Composed, where_set
 from src.config.files import unusable
@@ -44,10 +38,7 @@ from src.util import in_words
 def admit(argv: Sequence[str], entry: str | None = None) -> Request:
     """Check everything a command line asks for, but the points of a sweep: see src.sweep.plan.
 
-    Args:
-        entry: the name of the section that this entry has for itself; it looks at one run only.
-    Raises:
-        ConfigError: with all problems together.
+    `entry` names the section that an entry has for itself, which looks at one run only. ConfigError lists all problems.
     """
     new_identity()
     line = read_command_line(argv)
@@ -62,7 +53,11 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
         warn_of_broken_options(line)
         return Request(line, shown=shown)
     if (folder := line.value_of("rerun")) is not None:
-        return Request(line, _admit_rerun(str(folder), line, entry))
+        if reason := unusable(str(folder)):
+            raise refuse([*line.problems, Problem.on_command_line("rerun", reason, str(folder))])
+        if flags.multirun or flags.cfg:
+            line.problems.append(Problem.on_command_line("rerun", "not together with -m or --cfg", folder))
+        return Request(line, _admit(frozen.read_frozen(Path(str(folder)), line), line, entry))
     if flags.multirun and flags.cfg:
         reason = "one of them: --cfg shows one run's configuration, sweep.dry_run=true the trials of a sweep"
         raise refuse([*line.problems, Problem("-m, --cfg", reason, has_value=False)])
@@ -71,7 +66,7 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
     composed = compose(line.forced, line)
     if entry is None and asks_for_sweep(composed) and not flags.cfg:
         flags.multirun = True
-        line.problems = [problem for problem in line.problems if not isinstance(problem, SeveralValues)]
+        line.problems = [problem for problem in line.problems if not isinstance(problem, arguments.SeveralValues)]
         return Request(line)
     job = _admit(composed, line, entry)
     warn_of_broken_options(line)
@@ -82,40 +77,23 @@ def admit(argv: Sequence[str], entry: str | None = None) -> Request:
 
 
 def _admit(composed: Composed, line: CommandLine, entry: str | None) -> Job:
-    """Return the job of a composed configuration.
-
-    Raises:
-        ConfigError: with all problems, those of the command line included.
-    """
+    """Return the job of a composed configuration; ConfigError lists all problems, those of the command line too."""
     job, problems = check_composed(composed, line, entry)
     if job is None or line.problems:
         raise refuse([*line.problems, *problems])
     return job
 
 
-def _admit_rerun(folder: str, line: CommandLine, entry: str | None) -> Job:
-    """Return the job of `rerun=DIR`: the frozen configuration of a run, with the changes of the command line."""
-    if reason := unusable(folder):
-        raise refuse([*line.problems, Problem.on_command_line("rerun", reason, folder)])
-    if line.flags.multirun or line.flags.cfg:
-        line.problems.append(Problem.on_command_line("rerun", "not together with -m or --cfg", folder))
-    return _admit(frozen.read_frozen(Path(folder), line), line, entry)
-
-
 def admit_prediction(argv: Sequence[str]) -> Job:
-    """Check a command line that generates with a finished run, `run=DIR`; `run_dir` is then that folder.
-
-    Raises:
-        ConfigError: with all problems together.
-    """
+    """Return the job that generates with a finished run, `run=DIR`, its `run_dir`; ConfigError lists all problems."""
     line = read_command_line(argv)
-    line.problems += flags_that_are_not_taken(line, "predict")
+    line.problems += arguments.flags_that_are_not_taken(line, "predict")
     run = line.value_of("run")
     if run in (None, ""):
         line.problems.append(Problem("run", "needs a value: the folder of a finished run", has_value=False))
     elif reason := unusable(str(run)):
         line.problems.append(Problem.on_command_line("run", reason, str(run)))
-    if run in (None, "") or "run" in {problem.key for problem in line.problems}:
+    if "run" in {problem.key for problem in line.problems}:
         raise refuse([*line.problems, *_unread(line)])
     job, problems = check_composed(frozen.read_finished(Path(str(run)), line), line, "predict")
     problems = [*line.problems, *problems, *_unread(line)]
@@ -139,8 +117,7 @@ def _unread(line: CommandLine) -> Iterator[Problem]:
 def parse_stored(sections: dict[str, Any]) -> RunConfig:
     """Return the typed config of plain containers that were admitted before: a frozen config, a point of a sweep.
 
-    Raises:
-        ConfigError: where they are not a good configuration after all.
+    ConfigError says why they are not a good configuration after all.
     """
     missing: list[tuple[str, str]] = []
     sections = secrets.reveal({key: value for key, value in sections.items() if key != "sweep"}, missing)
@@ -178,15 +155,14 @@ def check_composed(composed: Composed, line: CommandLine, entry: str | None = No
         problems += run_dir_problems(composed, line)
     earlier = (*composed.problems, *line.problems)
     located = _located(problems, composed, line, entry)
-    if composed.unresolved and not (located or earlier):
-        located = [
-            Problem(key, "takes a value that is missing", has_value=False) for key in sorted(composed.unresolved)
-        ]
+    if not (located or earlier):
+        reason = "takes a value that is missing"
+        located = [Problem(key, reason, has_value=False) for key in sorted(composed.unresolved)]
     if names := plugins.not_imported(composed.sections.get(plugins.KEY)):
         # only where nothing else is wrong is a plugin's code run; then its names are known, and all is checked again
         if all(isinstance(problem, Unregistered) for problem in (*located, *earlier)):
             where = _where(plugins.KEY, line, composed)
-            failed = [dataclasses.replace(problem, where=where) for problem in plugins.import_plugins(names)]
+            failed = [problem.placed(where) for problem in plugins.import_plugins(names)]
             return (None, failed) if failed else check_composed(composed, line, entry)
         located = [problem for problem in located if not isinstance(problem, Unregistered)]
     if located or earlier:
@@ -208,7 +184,7 @@ def _located(problems: list[Problem], composed: Composed, line: CommandLine, ent
     situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
     problems = list(without_missing([p for p in problems if p.key not in unresolved], line, composed))
     return [
-        problem if problem.where else dataclasses.replace(problem, where=_where(problem.key, line, composed))
+        problem.placed(_where(problem.key, line, composed))
         for problem in with_hints([*of_file, *problems], situation)
         if problem.key not in unresolved
     ]
@@ -217,9 +193,7 @@ def _located(problems: list[Problem], composed: Composed, line: CommandLine, ent
 def located_problems(composed: Composed, line: CommandLine, but: Sequence[Problem] = ()) -> list[Problem]:
     """Return what went wrong when a configuration was composed, with where it was set."""
     return [
-        dataclasses.replace(problem, where=_where(problem.key, line, composed))
-        if composed.hydra and not problem.where
-        else problem
+        problem.placed(_where(problem.key, line, composed) if composed.hydra else "")
         for problem in composed.problems
         if problem not in but
     ]
@@ -248,9 +222,8 @@ def _own_section(sections: dict[str, Any], entry: str | None) -> Parsed:
 def sweep_of(composed: Composed) -> tuple[SweepConfig | None, list[Problem]]:
     """Return the sweep section of a composed configuration, typed, whatever is wrong with the others."""
     parsed = parse_section(SweepConfig, composed.sections.get("sweep", {}), "sweep")
-    return parsed.value, list(
-        with_hints(parsed.problems, Situation(composed.sections, composed.choices, is_sweep=True))
-    )
+    situation = Situation(composed.sections, composed.choices, is_sweep=True)
+    return parsed.value, list(with_hints(parsed.problems, situation))
 
 
 def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Composed, entry: str | None) -> Parsed:
@@ -271,17 +244,13 @@ def _sweep_section(sections: dict[str, Any], line: CommandLine, composed: Compos
 
 def _asks_for_none(override: Override) -> bool:
     """Return whether an override takes out what a file has of a sweep."""
-    return (override.key_or_group, override.value()) in (
-        ("sweep", "none"),
-        ("sweep.params", None),
-        ("sweep.params", {}),
-    )
+    given = override.key_or_group, override.value()
+    return given in (("sweep", "none"), ("sweep.params", None), ("sweep.params", {}))
 
 
 def _across(parsed: dict[str, Parsed], rules_of_entry: Sequence[Callable[..., Iterator[Problem]]]) -> Iterator[Problem]:
     """Apply each rule whose sections are all good; a rule's parameters name the sections it reads."""
     good = {name: part.value for name, part in parsed.items() if part.value is not None}
     for rule in rules_of_entry:
-        needed = inspect.signature(rule).parameters
-        if all(name in good for name in needed):
+        if (needed := inspect.signature(rule).parameters).keys() <= good.keys():
             yield from rule(**{name: good[name] for name in needed})

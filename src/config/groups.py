@@ -8,12 +8,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from src.config import comments
-from src.config.command_line import options
 from src.config.keys import Key
-from src.config.options import GLOBAL_GROUPS, OptionFileError, is_hidden, option_text, read_option
+from src.config.options import GLOBAL_GROUPS, OptionFileError, is_hidden, option_text, options, read_option, shown
 from src.util import merged, value_at
 
 GLOBAL = "_global_"
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,17 @@ class Option:
 def read(group: str, name: str, roots: tuple[Path, ...]) -> Option | None:
     """Return an option of a group (its name may begin with '_') from the first folder that has it; None where none has.
 
-    Raises:
-        OptionFileError: where its file can't be read.
+    OptionFileError says why its file can't be read.
     """
-    for root in roots:
-        file = root / group / f"{name}.yaml"
-        if os.path.isfile(file):
-            stat = file.stat()
-            return _read(group, name, file, stat.st_mtime_ns, stat.st_size)
-        if os.path.lexists(file):
-            read_option(file)  # raises, with the reason
-    return None
+    files = (root / group / f"{name}.yaml" for root in roots)
+    file = next(filter(os.path.lexists, files), None)
+    return None if file is None else _read(group, name, file, option_text(file))
 
 
 @lru_cache(maxsize=1_000)
-def _read(group: str, name: str, file: Path, changed: int, size: int) -> Option:
-    """Read an option file once, as long as it stays what it is."""
-    content, text = dict(read_option(file)), option_text(file)
+def _read(group: str, name: str, file: Path, text: str) -> Option:
+    """Read an option file once, as long as its text stays what it is."""
+    content = dict(read_option(file))
     parents, choices = defaults_of(content.pop("defaults", None))
     top_keys = tuple(map(str, content))
     said, package = comments.of_keys(text), comments.package(text)
@@ -72,24 +66,25 @@ def defaults_of(given: Any) -> tuple[tuple[str, ...], dict[str, str]]:
     for entry in given if isinstance(given, list) else []:
         if isinstance(entry, str) and entry != "_self_":
             parents.append(entry.partition("@")[0])
-        elif isinstance(entry, dict):
-            choices |= {
-                str(group).removeprefix("override").removeprefix("optional").strip().lstrip("/"): str(option)
-                for group, option in entry.items()
-            }
+        for group, option in entry.items() if isinstance(entry, dict) else ():
+            name = str(group).removeprefix("override").removeprefix("optional").strip().lstrip("/")
+            choices[name] = str(option)
     return tuple(parents), choices
 
 
-def lineage(group: str, name: str, roots: tuple[Path, ...]) -> Iterator[Option]:
-    """Yield an option and all that it builds on within its group, the nearest first."""
-    seen, waiting = set[str](), [name]
-    while waiting:
-        name = waiting.pop(0)
-        if name not in seen and (found := read(group, name, roots)) is not None:
-            seen.add(name)
-            yield found
-            folder = PurePath(name).parent
-            waiting[:0] = [_in_group(group, parent, folder, roots) for parent in reversed(found.parents)]
+def lineage(group: str, name: str, roots: tuple[Path, ...], builders: tuple[str, ...] = ()) -> Iterator[Option]:
+    """Yield an option and all that it builds on within its group, the nearest first.
+
+    OptionFileError is raised where a file can't be read, or an option builds on itself; `builders` build on this one.
+    """
+    if (found := read(group, name, roots)) is None:
+        return
+    if name in builders:
+        raise OptionFileError(f"{shown(found.file)}: builds on itself")
+    yield found
+    for parent in reversed(found.parents):
+        inside = _in_group(group, parent, PurePath(name).parent, roots)
+        yield from lineage(group, inside, roots, (*builders, name))
 
 
 def _in_group(group: str, name: str, folder: PurePath, roots: tuple[Path, ...]) -> str:
@@ -102,10 +97,7 @@ def _in_group(group: str, name: str, folder: PurePath, roots: tuple[Path, ...]) 
 
 def values_of(group: str, name: str, roots: tuple[Path, ...]) -> dict[str, Any]:
     """Return the values of an option with those of the options that it builds on."""
-    whole: dict[str, Any] = {}
-    for option in reversed(list(lineage(group, name, roots))):
-        whole = merged(whole, option.values)
-    return whole
+    return merged(*(option.values for option in reversed(list(lineage(group, name, roots)))))
 
 
 def readable(group: str, roots: Sequence[Path]) -> list[str]:
@@ -130,12 +122,9 @@ def with_key(key: Key, roots: Sequence[Path]) -> list[str]:
 
 def setting(key: Key, roots: Sequence[Path]) -> dict[str, Any]:
     """Return the value of a key in each option that sets it, by the option."""
-    name, found = key.name.removeprefix(f"{key.section}."), dict[str, Any]()
-    for option in with_key(key, roots):
-        value = value_at(values_of(key.section, option, tuple(roots)), name, _ABSENT)
-        if value is not _ABSENT:
-            found[option] = value
-    return found
+    name, there = key.name.removeprefix(f"{key.section}."), tuple(roots)
+    values = {option: value_at(values_of(key.section, option, there), name, _ABSENT) for option in with_key(key, roots)}
+    return {option: value for option, value in values.items() if value is not _ABSENT}
 
 
 def first_with_key(key: Key, roots: Sequence[Path]) -> list[str]:
@@ -143,9 +132,6 @@ def first_with_key(key: Key, roots: Sequence[Path]) -> list[str]:
     names = list(setting(key, roots)) or with_key(key, roots)
     above = {name: {option.name for option in lineage(key.section, name, tuple(roots))} - {name} for name in names}
     return [name for name in names if not above[name] & set(names)]
-
-
-_ABSENT = object()
 
 
 def groups(roots: Sequence[Path]) -> list[str]:

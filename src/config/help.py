@@ -4,20 +4,19 @@ Values are those of the command line that asks, so `--help experiment=…` shows
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from src import terminal
 from src.config import groups, peers, reference
-from src.config.command_line import CommandLine, options, read_command_line
+from src.config.command_line import CommandLine, read_command_line
 from src.config.compose import compose
 from src.config.composed import Composed, where_set
 from src.config.groups import Option
 from src.config.keys import Key, all_keys, source_keys
-from src.config.options import GLOBAL_GROUPS, KeyPosition, OptionFileError, shown
+from src.config.options import GLOBAL_GROUPS, KeyPosition, OptionFileError, options, shown
 from src.config.problems import Problem, refuse, shortened
 from src.config.schema import ENTRY_SECTIONS, Check, Keys
 from src.errors import show, visible
@@ -61,30 +60,23 @@ class Page:
             return reference.defaults(key)[""]
         return value_at(self.composed.stored, key.name, NOTHING)
 
-    def meaning(self, key: Key) -> str:
-        return reference.meaning(key, self.roots, self.chosen(key.section))
-
     def overview(self) -> Iterator[str]:
         """Yield the lines of all groups and keys."""
         yield from wrapped(OVERVIEW)
         yield ""
         for command, does in USAGE:
             yield f"{command:<54} {does}"
-        yield ""
-        yield "== Groups (GROUP=OPTION): what is chosen, and what else there is =="
-        yield ""
+        yield from ("", "== Groups (GROUP=OPTION): what is chosen, and what else there is ==", "")
         for group in groups.groups(self.roots):
             if known := options(group, self.roots):
                 chosen = self.chosen(group)
                 others = [name for name in known if name != chosen]
                 yield from wrapped(f"{group}: {chosen or 'null'} ({', '.join(others)})", hanging=4)
-        yield ""
-        yield "== Keys (SECTION.KEY=VALUE): their values now, and what they mean =="
-        yield ""
+        yield from ("", "== Keys (SECTION.KEY=VALUE): their values now, and what they mean ==", "")
         for section in reference.sections():
             if section in ENTRY_SECTIONS:
                 continue
-            keys = [key for key in without_types(reference.keys_of(section)) if self.value(key) is not NOTHING]
+            keys = [key for key in choosable(section) if self.value(key) is not NOTHING]
             if section:
                 yield f"{section}:" if keys else f"{section}: no keys with {self.chosen(section)}, see --help {section}"
             for key in keys:
@@ -97,7 +89,7 @@ class Page:
         indent = "  " if key.section else ""
         name = f"{indent}{reference.name_in(key)}: "
         left = name + shortened(shown_value(self.value(key)), WIDTH - len(name))
-        said = wrapped(self.meaning(key), columns=WIDTH - LEFT)
+        said = wrapped(reference.meaning(key, self.roots, self.chosen(key.section)), columns=WIDTH - LEFT)
         if len(left) < LEFT and said:
             left = f"{left:<{LEFT}}{said.pop(0)}"
         yield left
@@ -108,8 +100,7 @@ class Page:
         chosen = self.chosen(name)
         yield f"{name}: {chosen or 'none'} is chosen; choose with {name}=OPTION"
         for option in options(name, self.roots):
-            yield ""
-            yield f"  {option}"
+            yield from ("", f"  {option}")
             try:
                 (found, *_) = list(groups.lineage(name, option, tuple(self.roots)))
             except OptionFileError as error:
@@ -119,13 +110,13 @@ class Page:
                 yield from wrapped(paragraph, indent=6)
             if found.parents or found.choices or name in GLOBAL_GROUPS:
                 yield from wrapped(self.sets(found), indent=6, hanging=2)
-        if keys := without_types(reference.keys_of(name)):
+        if keys := choosable(name):
             yield ""
             yield from self.keys(name, keys)
 
     def sets(self, option: Option) -> str:
         """Return what an option builds on and sets, in one line."""
-        public = [parent.removeprefix(f"/{option.group}/") for parent in option.parents if not parent.startswith("_")]
+        public = reference.public_parents(option)
         given = [f"{key}: {shortened(shown_value(value), 60)}" for key, value in reference.changes(option).items()]
         parts = [*([f"as {', '.join(public)}"] if public else []), *([f"sets {'; '.join(given)}"] if given else [])]
         said = ", and ".join(parts) or "sets nothing"
@@ -156,11 +147,7 @@ class Page:
             yield from wrapped(f"Each may have {', '.join(key.leaf for key in source_keys())}", indent=6, hanging=2)
 
     def topic(self, name: str) -> Iterator[str]:
-        """Yield what there is to know of a group, a section, a key or a key's last part.
-
-        Raises:
-            LookupError: where there is none of that name.
-        """
+        """Yield what there is to know of a group, section, key or key's last part; LookupError where there is none."""
         known = all_keys()
         inside = [key for key in known.values() if key.name.startswith(f"{name}.")]
         if reference.is_group(name, self.roots):
@@ -176,8 +163,7 @@ class Page:
             for key in found:
                 yield from self.long(key)
         elif theirs := next((here.key for _, here in peers.find(name) if here.key), ""):
-            yield f"{name} of other trainers is {theirs} here."
-            yield ""
+            yield from (f"{name} of other trainers is {theirs} here.", "")
             yield from self.topic(theirs)
         else:
             raise LookupError(name)
@@ -185,34 +171,32 @@ class Page:
     def unknown(self, name: str) -> Problem:
         """Return that there is no such group, section or key, and what was probably meant."""
         known = (*groups.groups(self.roots), *reference.sections()[1:])
-        near = nearest(name, dict.fromkeys((*known, *all_keys()))) or by_leaf(name)
+        leaves = {key.leaf: key.name for key in reversed(all_keys().values())}  # the first key of a name is meant
+        near = nearest(name, dict.fromkeys((*known, *all_keys())))
+        near = near or leaves.get(nearest(name.rpartition(".")[2], leaves), "")
         reason = f"did you mean {near}?" if near else f"groups and sections are {', '.join(dict.fromkeys(known))}"
         return Problem(name, f"no group, section or key; {reason}", has_value=False, where="--help")
 
 
-def by_leaf(name: str) -> str:
-    """Return a key whose last part is spelled like a name's; '' where there is none."""
-    near = nearest(name.rpartition(".")[2], [key.leaf for key in all_keys().values()])
-    return next((key.name for key in all_keys().values() if key.leaf == near), "")
-
-
 def help_of_run(composed: Composed, line: CommandLine) -> int:
-    """Print what `python -m src.run --help …` asks for, and return the exit code.
-
-    Raises:
-        ConfigError: where it asks for something that there is not.
-    """
-    show(_of_run(composed, line))
+    """Print what `python -m src.run --help …` asks for and return the exit code; ConfigError says what there is not."""
+    page = Page(composed, line)
+    found, problems = [], []
+    for name in line.topics:
+        try:
+            found.append("\n".join(page.topic(name)))
+        except LookupError:
+            problems.append(page.unknown(name))
+    if problems:
+        raise refuse(problems)
+    show("\n\n".join(found or ["\n".join(page.overview())]))
     return 0
 
 
 def help_of_entry(entry: str, about: str | None, arguments: Sequence[str]) -> int:
     """Print what another entry does and its own keys, or the topics that it is asked for; return the exit code.
 
-    Args:
-        about: the docstring of the entry.
-    Raises:
-        ConfigError: where the arguments can't be read, or ask for something that there is not.
+    `about` is the docstring of the entry. ConfigError says which arguments can't be read, or ask for what there is not.
     """
     line = read_command_line(arguments)
     if line.problems:
@@ -222,43 +206,29 @@ def help_of_entry(entry: str, about: str | None, arguments: Sequence[str]) -> in
         if composed.problems:
             raise refuse(composed.problems)
         return help_of_run(composed, line)
-    page = Page(Composed({}, Path(), {}), line)
+    page = Page(Composed(), line)
     own = reference.keys_of(entry) if entry in ENTRY_SECTIONS else []
-    lines = [
-        *reflowed(about or ""),
-        *(["", f"{entry}:"] if own else []),
-        *(line for key in own for line in page.short(key)),
-    ]
-    show("\n".join([*lines, "", *wrapped(MORE)]))
+    lines = [*(["", f"{entry}:"] if own else []), *(line for key in own for line in page.short(key))]
+    show("\n".join([*reflowed(about or ""), *lines, "", *wrapped(MORE)]))
     return 0
 
 
-def _of_run(composed: Composed, line: CommandLine) -> str:
-    page = Page(composed, line)
-    if not line.topics:
-        return "\n".join(page.overview())
-    found, problems = [], []
-    for name in line.topics:
-        try:
-            found.append("\n".join(page.topic(name)))
-        except LookupError:
-            problems.append(page.unknown(name))
-    if problems:
-        raise refuse(problems)
-    return "\n\n".join(found)
+def choosable(section: str) -> list[Key]:
+    """Return the keys of a section but for that which each option sets for itself."""
+    return [key for key in reference.keys_of(section) if key.leaf != "type"]
 
 
-def without_types(keys: Sequence[Key]) -> list[Key]:
-    """Return keys but for those that each option sets for itself."""
-    return [key for key in keys if key.leaf != "type"]
+def grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return the second parts of pairs by the first, in order."""
+    found: dict[str, list[str]] = {}
+    for first, second in pairs:
+        found.setdefault(first, []).append(second)
+    return found
 
 
 def by_value(by_option: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the options that have a key by the value that it has there, as YAML has it."""
-    having: dict[str, list[str]] = {}
-    for option, value in by_option.items():
-        having.setdefault(shown_value(value), []).append(option)
-    return having
+    return grouped((shown_value(value), option) for option, value in by_option.items())
 
 
 def default_text(by_option: Mapping[str, Any]) -> str:
@@ -269,11 +239,10 @@ def default_text(by_option: Mapping[str, Any]) -> str:
 
 def inner_keys(known: Keys) -> dict[str, list[str]]:
     """Return the keys that another library's mapping may have, by what they may be."""
-    by_allowed: dict[str, list[str]] = {}
-    for name, rule in known.items():
-        allowed = rule.allowed if isinstance(rule, Check) else f"a mapping of {', '.join(rule)}"
-        by_allowed.setdefault(allowed, []).append(name)
-    return by_allowed
+    return grouped(
+        (rule.allowed if isinstance(rule, Check) else f"a mapping of {', '.join(rule)}", name)
+        for name, rule in known.items()
+    )
 
 
 def shown_value(value: Any) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from src.config import schema as declared
-from src.config.quoting import escaped
-from src.config.schema import ENTRY_SECTIONS, SECTIONS, Check, Keys, SweepConfig, TopLevelConfig
+from src.config.schema import ENTRY_SECTIONS, SECTIONS, Keys, SweepConfig, TopLevelConfig
 from src.config.schema.fields import KeyInfo, key_info
 from src.config.values import convert, described, members
 
@@ -45,18 +44,9 @@ class Key:
         return key_info(next(one for one in dataclasses.fields(self.owner) if one.name == self.leaf))
 
     @property
-    def check(self) -> Check | None:
-        return self.info.check
-
-    @property
     def inner(self) -> Keys:
         """The keys of another library's that its mapping may have."""
         return self.info.inner or {}
-
-    @property
-    def text(self) -> str:
-        """What it means, where no line in conf/ says so."""
-        return self.info.text
 
     @property
     def shapes_rows(self) -> bool:
@@ -73,14 +63,14 @@ class Key:
         """What it may be, in words."""
         if self.types and self.leaf == "type":
             return f"one of {', '.join(self.types)}" if self.types[1:] else self.types[0]
-        if self.check is None:
+        if (check := self.info.check) is None:
             return described(self.hint)
-        is_optional = type(None) in members(self.hint) and "null" not in self.check.allowed
-        return self.check.allowed + (", or null" if is_optional else "")
+        is_optional = type(None) in members(self.hint) and "null" not in check.allowed
+        return check.allowed + (", or null" if is_optional else "")
 
     def accepts(self, value: Any) -> bool:
         """Return whether the key may have this value, as far as the key alone decides."""
-        return not convert(OmegaConf.structured(self.owner), self.leaf, self.hint, self.check, escaped(value))[1]
+        return not convert(OmegaConf.structured(self.owner), self.leaf, self.hint, self.info.check, value)[1]
 
 
 @cache
@@ -93,13 +83,11 @@ def all_keys() -> dict[str, Key]:
     """Return every key by its dotted name: those of a run, of a sweep, and of one entry alone."""
     found = {key.name: key for key in _of("", TopLevelConfig)}
     for name, schema in {**SECTIONS, "sweep": SweepConfig, **ENTRY_SECTIONS}.items():
-        if not isinstance(schema, dict):
-            found |= {key.name: key for key in _of(name, schema)}
-            continue
-        for kind, owner in schema.items():
+        forms: dict[str, type] = schema if isinstance(schema, dict) else {"": schema}
+        for kind, owner in forms.items():
             for key in _of(name, owner):
                 before = found.get(key.name, key)
-                found[key.name] = dataclasses.replace(before, types=(*before.types, kind))
+                found[key.name] = dataclasses.replace(before, types=(*before.types, kind) if kind else ())
     return found
 
 
@@ -122,16 +110,12 @@ def source_keys() -> list[Key]:
     return [Key(f"data.mixture.NAME.{name}", declared.SourceConfig) for name in _hints(declared.SourceConfig)]
 
 
-def nearest_key(name: str) -> Key | None:
-    """Return the key of this name, or whose value, a mapping, has it; None where there is none."""
-    parts = name.split(".")
-    return next((found for n in range(len(parts), 0, -1) if (found := all_keys().get(".".join(parts[:n])))), None)
-
-
 def is_read_by_predict(name: str) -> bool:
     """Return whether src.predict reads a key, or all keys of a section; True for a name that stands for neither."""
-    if found := nearest_key(name):
-        return found.is_read_by_predict
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):  # a key's value may be a mapping that has this name in it
+        if found := all_keys().get(".".join(parts[:length])):
+            return found.is_read_by_predict
     return not name.startswith("hydra.") and all(
         key.is_read_by_predict for key in all_keys().values() if key.section == name
     )

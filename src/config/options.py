@@ -6,7 +6,7 @@ chose costs a warning at most.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from omegaconf._utils import get_yaml_loader
 
-from src.records import LARGEST_YAML_BYTES, MOST_YAML_VALUES, TAG, count_values, read_bytes
+from src.records import LARGEST_YAML_BYTES, MOST_YAML_VALUES, PLAIN_KINDS, TAG, count_values, read_bytes
 
 GLOBAL_GROUPS = ("debug", "experiment")
 """Groups whose options reach into other sections; the later wins over the earlier."""
@@ -31,8 +31,6 @@ MERGE = f"{TAG}merge"
 MOST_ENTRIES = 50_000
 """Files and folders that a folder of options may hold, those in its folders included."""
 YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it is built in
-
-
 _CONSTRUCTOR = yaml.constructor.SafeConstructor()
 
 
@@ -98,6 +96,16 @@ def option_files(folder: Path) -> list[Path]:
     return sorted(place for place, is_folder in _entries(folder) if place.suffix == ".yaml" and not is_folder)
 
 
+def options(group: str, roots: Sequence[Path]) -> list[str]:
+    """Return a group's options, those in folders of its own included (`mine/a`).
+
+    A file or folder whose name begins with '_' is only built on, and one whose name begins with '.' is none.
+    """
+    files = [file.relative_to(root / group) for root in roots for file in option_files(root / group)]
+    names = {file.with_suffix("").as_posix() for file in files if not any(part.startswith("_") for part in file.parts)}
+    return sorted(names)
+
+
 def unfit_folder(folder: Path) -> str:
     """Return why a folder can't be one of options; '' where it can."""
     if not os.path.isdir(folder):
@@ -114,13 +122,12 @@ def unfit_folder(folder: Path) -> str:
 def read_option(file: Path) -> dict[str, Any]:
     """Return the keys that an option file holds; an empty one has none.
 
-    Raises:
-        OptionFileError: naming file, line and column, and showing the line.
+    OptionFileError names file, line and column, and shows the line.
     """
     text, node = _read(file)
     loader = _Loader("")
     try:
-        return {} if node is None else loader.construct_document(node) or {}
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:  # of what `<<` merges in
         raise _marked(file, text, error) from error
     finally:
@@ -130,12 +137,9 @@ def read_option(file: Path) -> dict[str, Any]:
 def find_key(file: Path, parts: Sequence[str]) -> KeyPosition | None:
     """Return where a file has the key at the end of a way through its mappings; None where it has none.
 
-    Raises:
-        OptionFileError: where the file can't be read.
+    OptionFileError says why the file can't be read.
     """
-    _, node = _read(file)
-    found = None if node is None else _descend(node, parts)
-    if found is None:
+    if (found := _descend(_read(file)[1], parts)) is None:
         return None
     key, value = found
     return KeyPosition(file, key.start_mark.line + 1, value.value if isinstance(value, yaml.ScalarNode) else None)
@@ -144,14 +148,14 @@ def find_key(file: Path, parts: Sequence[str]) -> KeyPosition | None:
 def error_at(file: Path, parts: Sequence[str], reason: str) -> OptionFileError:
     """Return the error of a key in a file that can be read; of the whole file, where it has no such key."""
     text, node = _read(file)
-    found = None if node is None else _descend(node, parts)
+    found = _descend(node, parts)
     return OptionFileError(f"{shown(file)}: {reason}") if found is None else _at(found[0], file, text, reason)
 
 
 def error_in_defaults(file: Path, number: int, reason: str) -> OptionFileError:
     """Return the error of an entry of a file's `defaults`, counted from 0."""
     text, node = _read(file)
-    found = None if node is None else _descend(node, ["defaults"])
+    found = _descend(node, ["defaults"])
     assert found is not None
     return _at(found[1].value[number], file, text, reason)
 
@@ -159,7 +163,7 @@ def error_in_defaults(file: Path, number: int, reason: str) -> OptionFileError:
 def error_of_text(file: Path, reason_of: Callable[[str], str]) -> OptionFileError | None:
     """Return the error of the first value in a file that is a text with something wrong; None where none is."""
     text, node = _read(file)
-    waiting = [] if node is None else [node]
+    waiting: list[yaml.Node] = [node]
     while waiting:
         inner = waiting.pop()
         if isinstance(inner, yaml.MappingNode):
@@ -188,39 +192,15 @@ def _descend(node: yaml.Node, parts: Sequence[str]) -> tuple[yaml.Node, yaml.Nod
     return None
 
 
-def parents_of(content: Mapping[str, Any], file: Path, group: str) -> Iterator[Path]:
-    """Yield the files that an option of a group builds on, as far as they belong to that group.
-
-    Args:
-        content: what the option's file holds.
-    """
-    inside = next((folder for folder in file.parents if folder.name == Path(group).name), file.parent)
-    root = inside.parents[len(Path(group).parts) - 1]
-    entries = content.get("defaults")
-    for entry in entries if isinstance(entries, list) else []:
-        if not isinstance(entry, str) or not (name := entry.partition("@")[0]) or name == "_self_":
-            continue
-        parent = root / f"{name.strip('/')}.yaml" if name.startswith("/") else file.parent / f"{name}.yaml"
-        if parent.is_relative_to(root / group) and parent != file:
-            yield parent
-
-
 def option_text(file: Path) -> str:
-    """Return the text of an option file that is good YAML: see `read_option`.
-
-    Raises:
-        OptionFileError: naming file, line and column, and showing the line.
-    """
+    """Return the text of an option file that is good YAML; OptionFileError is raised as by `read_option`."""
     return _read(file)[0]
 
 
-def _read(file: Path) -> tuple[str, yaml.Node | None]:
-    """Return text and nodes of an option file that is good YAML.
+def _read(file: Path) -> tuple[str, yaml.MappingNode]:
+    """Return text and nodes of an option file that is good YAML; OptionFileError is raised as by `read_option`.
 
     That is a mapping with texts as keys, none of them twice, of values as JSON has them, not nested too deep.
-
-    Raises:
-        OptionFileError: naming file, line and column, and showing the line.
     """
     try:
         found = file.stat()
@@ -230,7 +210,7 @@ def _read(file: Path) -> tuple[str, yaml.Node | None]:
 
 
 @lru_cache(maxsize=200)
-def _parsed(file: Path, changed: int, size: int) -> tuple[str, yaml.Node | None]:
+def _parsed(file: Path, changed: int, size: int) -> tuple[str, yaml.MappingNode]:
     """Do what `_read` does, once for a file as long as it stays what it is."""
     text = ""
     try:
@@ -238,22 +218,23 @@ def _parsed(file: Path, changed: int, size: int) -> tuple[str, yaml.Node | None]
         _check_size(file, text)
         node = yaml.compose(text, _Loader)
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n")
-        column = error.start - error.object.rfind(b"\n", 0, error.start) - 1
+        *above, line = error.object[: error.start].split(b"\n")
         text = error.object.decode(errors="replace")
-        raise _located(file, text, line, column, "not text in UTF-8") from error
+        raise _located(file, text, len(above), len(line), "not text in UTF-8") from error
     except yaml.MarkedYAMLError as error:
         raise _marked(file, text, error) from error
     except yaml.YAMLError as error:  # of a character that YAML does not allow
-        position, found = getattr(error, "position", None), getattr(error, "reason", "")
-        before = text[:position] if isinstance(position, int) else ""
-        column = len(before) - before.rfind("\n") - 1
-        raise _located(file, text, before.count("\n"), column, found or " ".join(str(error).split())) from error
+        *lines_above, before = text[: getattr(error, "position", None) or 0].split("\n")
+        reason = getattr(error, "reason", "") or " ".join(str(error).split())
+        raise _located(file, text, len(lines_above), len(before), reason) from error
     except (OSError, ValueError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise OptionFileError(f"{shown(file)}: {reason}") from error
-    if node is not None:
-        _check(node, file, text)
+    if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == f"{TAG}null"):
+        return text, yaml.MappingNode(f"{TAG}map", [])
+    if not isinstance(node, yaml.MappingNode):
+        raise _at(node, file, text, "no keys with values (KEY: VALUE)")
+    _check(node, file, text)
     return text, node
 
 
@@ -278,9 +259,8 @@ def _check_size(file: Path, text: str) -> None:
             depth += isinstance(event, yaml.CollectionStartEvent)
             num_values += 1
             if depth > DEEPEST or num_values > MOST_YAML_VALUES:
-                reason = (
-                    f"nested more than {DEEPEST} deep" if depth > DEEPEST else f"more than {num_values - 1:,} values"
-                )
+                too_many = f"more than {MOST_YAML_VALUES:,} values"
+                reason = f"nested more than {DEEPEST} deep" if depth > DEEPEST else too_many
                 mark = event.start_mark
                 assert mark is not None
                 raise _located(file, text, mark.line, mark.column, reason)
@@ -319,11 +299,9 @@ def broken_options(roots: Sequence[Path]) -> Iterator[str]:
                 yield str(error)
 
 
-def _check(node: yaml.Node, file: Path, text: str) -> None:
-    """Raise OptionFileError where a file holds no mapping, or a key or a value that there can't be."""
-    if not isinstance(node, yaml.MappingNode) and node.tag != f"{TAG}null":
-        raise _at(node, file, text, "no keys with values (KEY: VALUE)")
-    level = [node]
+def _check(node: yaml.MappingNode, file: Path, text: str) -> None:
+    """Raise OptionFileError where a file has a key or a value that there can't be."""
+    level: list[yaml.Node] = [node]
     for _ in range(DEEPEST):
         inner: list[yaml.Node] = []
         for child in level:
@@ -347,15 +325,11 @@ def _check(node: yaml.Node, file: Path, text: str) -> None:
 
 def _unlike_its_tag(node: yaml.Node) -> str:
     """Return why a value can't be what its tag says; '' where it can."""
-    kinds = {yaml.ScalarNode: "str int float bool null", yaml.SequenceNode: "seq", yaml.MappingNode: "map"}
     kind = node.tag.removeprefix(TAG)
-    if kind not in kinds[type(node)].split():
-        tag = f"!!{kind}" if node.tag.startswith(TAG) else node.tag
-        if kind in kinds[yaml.ScalarNode].split():
-            return f"no value of {tag}"
-        return (
-            f"no value of {tag}: a file has texts, numbers, true, false, null, lists and mappings; quotes make a text"
-        )
+    if kind not in PLAIN_KINDS[type(node)]:
+        what = f"no value of {f'!!{kind}' if node.tag.startswith(TAG) else kind}"
+        there_are = "a file has texts, numbers, true, false, null, lists and mappings; quotes make a text"
+        return what if kind in PLAIN_KINDS[yaml.ScalarNode] else f"{what}: {there_are}"
     if isinstance(node, yaml.ScalarNode) and kind != "str":
         try:
             _CONSTRUCTOR.yaml_constructors[node.tag](_CONSTRUCTOR, node)
@@ -390,9 +364,10 @@ def _check_defaults(node: yaml.Node, file: Path, text: str) -> None:
         key = entry.value if isinstance(entry, yaml.ScalarNode) else entry.value[0][0].value
         if key == "_self_" and key in seen:
             raise _at(entry, file, text, "_self_ a second time")
-        if overriding and key != "_self_" and "override" not in key.split(" ")[:-1]:
+        if "override" in key.split(" ")[:-1]:
+            overriding = key
+        elif overriding and key != "_self_":
             raise _at(entry, file, text, f"stands after `{overriding}`: entries with `override` come last")
-        overriding = key if "override" in key.split(" ")[:-1] else overriding
         seen.add(key)
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from src.config import frozen
@@ -45,22 +46,18 @@ def run_dir_problems(composed: Composed, line: CommandLine) -> Iterator[Problem]
 
 def _is_left(composed: Composed, line: CommandLine) -> bool:
     """Return whether the folder holds a finished run, which is left as it is and needs no permission to write."""
-    if line.flags.multirun or composed.sections.get("force"):
-        return False
-    try:
-        return frozen.read_status(composed.run_dir).get("state") == "FINISHED"
-    except DamagedFileError:  # reported when the run begins
-        return False
+    with suppress(DamagedFileError):  # reported when the run begins
+        is_finished = frozen.read_status(composed.run_dir).get("state") == "FINISHED"
+        return is_finished and not (line.flags.multirun or composed.sections.get("force"))
+    return False
 
 
 def _folder_problems(run_dir: Path, key: str, where: str = "the run's folder") -> Iterator[Problem]:
     """Check that a run's folder is there or can be made, without making it."""
     if run_dir.resolve() in (Path.cwd(), PROJECT_ROOT):
         yield Problem(key, "a run needs a folder of its own", str(run_dir), where=where)
-    for place in [run_dir, *run_dir.absolute().parents]:
-        if os.path.exists(place):
-            if not place.is_dir():
-                yield Problem(key, f"can't be made: {place} is a file", str(run_dir), where=where)
-            elif not os.access(place, os.W_OK | os.X_OK):
-                yield Problem(key, f"can't be made: no permission to write in {place}", str(run_dir), where=where)
-            return
+    place = next(place for place in (run_dir, *run_dir.absolute().parents) if os.path.exists(place))
+    if not place.is_dir():
+        yield Problem(key, f"can't be made: {place} is a file", str(run_dir), where=where)
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield Problem(key, f"can't be made: no permission to write in {place}", str(run_dir), where=where)

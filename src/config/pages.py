@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from src.config import groups, reference
-from src.config.command_line import options
 from src.config.groups import Option
-from src.config.help import by_value, inner_keys, paragraphs, shown_value
+from src.config.help import by_value, grouped, inner_keys, paragraphs, shown_value
 from src.config.keys import Key, source_keys
-from src.config.options import CONF, GLOBAL_GROUPS, PROJECT_ROOT
+from src.config.options import CONF, GLOBAL_GROUPS, PROJECT_ROOT, options
 from src.config.peers import Counterpart, all_peers
 from src.markdown import code, inline, table
 
@@ -47,28 +46,20 @@ def configuration() -> str:
 
 
 def _section(section: str) -> Iterator[str]:
-    yield f"## {section or 'Top level'}"
-    yield ""
+    yield from (f"## {section or 'Top level'}", "")
     if section in ABOUT_SECTIONS:
-        yield ABOUT_SECTIONS[section]
-        yield ""
+        yield from (ABOUT_SECTIONS[section], "")
     if reference.is_group(section):
-        yield from _options(section)
-        yield ""
+        yield from (*_options(section), "")
     keys = reference.keys_of(section)
-    head = ["key", "meaning", "may be", "default"]
-    yield table(head, [_row(key) for key in keys])
+    yield table(["key", "meaning", "may be", "default"], [_row(key) for key in keys])
     for key in keys:
         if key.inner:
-            yield ""
-            yield f"Within `{key.name}`:"
-            yield ""
+            yield from ("", f"Within `{key.name}`:", "")
             rows = [[", ".join(map(code, names)), inline(allowed)] for allowed, names in inner_keys(key.inner).items()]
             yield table(["keys", "may be"], rows)
         if key.info.each:
-            yield ""
-            yield f"A source of `{key.name}` may have, for itself (others as `data` has them):"
-            yield ""
+            yield from ("", f"A source of `{key.name}` may have, for itself (others as `data` has them):", "")
             yield table(["key", "meaning", "may be"], [_source_row(one) for one in source_keys()])
 
 
@@ -86,7 +77,7 @@ def _row(key: Key) -> list[str]:
 
 def _source_row(key: Key) -> list[str]:
     whole = next((one for one in reference.keys_of("data") if one.leaf == key.leaf), None)
-    meaning = key.text or (reference.meaning(whole) if whole else "")
+    meaning = key.info.text or (reference.meaning(whole) if whole else "")
     return [code(key.leaf), inline(meaning), inline(key.allowed)]
 
 
@@ -96,17 +87,14 @@ def _options(group: str) -> Iterator[str]:
     for name in options(group, [CONF]):
         option = groups.read(group, name, (CONF,))
         assert option is not None
-        rows.append([code(name) + (" (default)" if name == chosen else ""), _when(option), _sets(option)])
+        when = "<br>".join(map(inline, paragraphs(option.about)))
+        rows.append([code(name) + (" (default)" if name == chosen else ""), when, _sets(option)])
     yield table([f"`{group}=`", "when", "sets"], rows)
-
-
-def _when(option: Option) -> str:
-    return "<br>".join(inline(paragraph) for paragraph in paragraphs(option.about))
 
 
 def _sets(option: Option) -> str:
     """Return what an option builds on and what else it sets; one without a parent in its group sets all keys below."""
-    public = [parent for parent in option.parents if not parent.startswith("_")]
+    public = reference.public_parents(option)
     is_shown = option.parents or option.choices or option.group in GLOBAL_GROUPS
     given = reference.changes(option) if is_shown else {}
     said = [f"as {', '.join(map(code, public))}"] if public else []
@@ -150,20 +138,12 @@ def _counterparts(counterparts: Mapping[str, Counterpart]) -> Iterator[list[str]
     for names, here in _grouped(counterparts, has_key=True):
         is_told = here.is_same or not here.values
         said = [code(f"{here.key}=…" if reference.is_group(here.key) else here.key)] if is_told else []
-        for ours, theirs in _inverted(here.values).items():
+        for ours, theirs in grouped((ours, theirs) for theirs, ours in here.values.items()).items():
             said.append(f"{', '.join(map(code, theirs))}: {code(f'{here.key}={ours}')}")
         said += [f"where {code(chosen)}: with {code(better)}" for chosen, better in here.instead_of.items()]
         if here.note:
             said.append(_noted(here.note))
         yield [", ".join(map(code, names)), "<br>".join(said)]
-
-
-def _inverted(values: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return what is written otherwise here, by how it is written here."""
-    found: dict[str, list[str]] = {}
-    for theirs, ours in values.items():
-        found.setdefault(ours, []).append(theirs)
-    return found
 
 
 def _without(counterparts: Mapping[str, Counterpart]) -> Iterator[str]:

@@ -30,10 +30,7 @@ def steps_in(folder: Path) -> list[int]:
     """Return the steps of the checkpoints in a folder, in order, whole or not, whatever kind of file they are.
 
     What goes by another name (step-9, step-00000009.copy) is somebody's own: not found, so not removed either.
-
-    Raises:
-        CheckpointError: where there is something in the folder's place that can't be looked into, which is not the
-            same as no checkpoints.
+    CheckpointError is raised where there is something that can't be looked into, which is not the same as none.
     """
     try:
         found = [step_of(folder / name) for name in names_in(folder)]
@@ -48,8 +45,7 @@ def steps_in(folder: Path) -> list[int]:
 def remove_atomically(place: Path) -> None:
     """Rename a file or folder, then remove it, so that nobody finds half of it under its name; of a link, the link.
 
-    Raises:
-        OSError: where it can't be removed; it is renamed all the same, if it can be.
+    OSError is raised where it can't be removed; it is renamed all the same, if it can be.
     """
     if (gone := set_aside(place)) is not None:
         remove_tree(gone)
@@ -58,10 +54,8 @@ def remove_atomically(place: Path) -> None:
 def set_aside(place: Path) -> Path | None:
     """Rename a file or folder to a name that is removed later, and return it; None where nothing is there.
 
-    The name is `.NAME.gone`, or where an earlier one can't be removed `.NAME.gone-2` and so on.
-
-    Raises:
-        OSError: where it can't be renamed.
+    It is `.NAME.gone`, or where an earlier one can't be removed `.NAME.gone-2` and so on; OSError where `place` can't
+    be renamed.
     """
     names = (f".{place.name.lstrip('.')}.gone{'' if count == 1 else f'-{count}'}" for count in itertools.count(1))
     gone = next(free for name in names if _is_cleared(free := place.with_name(name)))
@@ -72,11 +66,7 @@ def set_aside(place: Path) -> Path | None:
 
 
 def remove_tree(place: Path) -> None:
-    """Remove a file or folder where it is, if there is one; of a link, the link.
-
-    Raises:
-        OSError: where it can't be removed.
-    """
+    """Remove a file or folder where it is, if there is one; of a link, the link; OSError where it can't be removed."""
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)
     else:

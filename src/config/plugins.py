@@ -60,11 +60,7 @@ def import_plugins(names: Iterable[str]) -> list[Problem]:
 
 
 def require(names: Any) -> None:
-    """Import the plugins of a configuration that was admitted before.
-
-    Raises:
-        ConfigError: where one can't be imported now.
-    """
+    """Import the plugins of a configuration that was admitted before; ConfigError where one can't be imported now."""
     if problems := import_plugins(not_imported(names)):
         raise refuse(problems)
 
@@ -88,10 +84,9 @@ def _imported_module(name: str) -> ModuleType:
     """Import a module by its name, or a .py file by its path: from the current folder, else the project's root."""
     folders = [Path.cwd(), PROJECT_ROOT]
     if name.endswith(".py"):
-        file = next((folder / name for folder in folders if (folder / name).is_file()), None)
-        if file is None:
+        if not (files := [folder / name for folder in folders if (folder / name).is_file()]):
             raise ModuleNotFoundError(name=name)
-        return _from_file(file.resolve())
+        return _from_file(files[0].resolve())
     first = [str(folder) for folder in dict.fromkeys(folders)]
     sys.path[:] = [*first, *(place for place in sys.path if place not in first)]
     importlib.invalidate_caches()
@@ -102,9 +97,7 @@ def _from_file(file: Path) -> ModuleType:
     there = sys.modules.get(file.stem)
     if there is not None and Path(str(getattr(there, "__file__", ""))).resolve() != file:
         raise ImportError(f"another module is named {file.stem}; rename the file")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module  # dataclasses look up the names of their types there
     try:
@@ -127,11 +120,9 @@ def _why(name: str, error: BaseException) -> str:
         files = [file for folder in (Path.cwd(), PROJECT_ROOT) for file in folder.glob("*.py")]
         there = [file.name if name.endswith(".py") else file.stem for file in files]
         return f"no such module in {Path.cwd()}, in {PROJECT_ROOT} or installed{did_you_mean(name, there)}"
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if isinstance(error, SyntaxError):
         return f"can't be imported: {error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
-    ours = str(PROJECT_ROOT / "src")
-    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith((ours, "<"))]
-    frames = [one for one in frames if "importlib" not in one.filename]
-    place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
-    return f"can't be imported: {place}{said}"
+    not_its_own = (str(PROJECT_ROOT / "src"), "<")
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(not_its_own)]
+    places = [f"{one.filename}:{one.lineno}" for one in frames if "importlib" not in one.filename]
+    return f"can't be imported: {': '.join([*places[-1:], type(error).__name__, *filter(None, [str(error)])])}"

@@ -1,5 +1,6 @@
 """One thing that is wrong with a configuration, and how all of them are reported together."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ class Problem:
     def on_command_line(cls, key: str, reason: str, value: Any) -> Self:
         """Return the problem of a value that the command line gives."""
         return cls(key, reason, value, where=COMMAND_LINE)
+
+    def placed(self, where: str) -> Self:
+        """Return the problem with where it was set, unless that is known."""
+        return self if self.where else dataclasses.replace(self, where=where)
 
     @property
     def given(self) -> str:

@@ -4,14 +4,13 @@ Source of the grammar: hydra/grammar/OverrideLexer.g4 and OverrideParser.g4 of H
 """
 
 import json
-import math
 import os
 import re
 import shlex
-from collections.abc import Mapping
 from typing import Any
 
 from src.errors import visible
+from src.secrets import map_texts
 
 _BARE = re.compile(r"(?:[A-Za-z_]|\.{0,2}/)[\w./-]*", re.ASCII)
 """Texts that need no quotes, but for words that mean something else."""
@@ -26,17 +25,12 @@ class Unwritable(ValueError):
 def override_value(value: Any) -> str:
     """Return a JSON-like value as the text after `KEY=` that is read as this value.
 
-    Raises:
-        Unwritable: where a mapping has a key that can't be quoted there.
+    Unwritable is raised where a mapping has a key that can't be quoted there.
     """
     if value is None:
         return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else {"nan": "nan", "inf": "inf", "-inf": "-inf"}[str(value)]
+    if isinstance(value, bool | int | float):
+        return repr(value).lower()  # true, 1, 1e-05, nan
     if isinstance(value, str):
         return value if _BARE.fullmatch(value) and value.lower() not in _RESERVED else quoted(value)
     if isinstance(value, list | tuple):
@@ -55,11 +49,7 @@ def quoted(text: str) -> str:
 
 def escaped(node: Any) -> Any:
     """Return containers in which every text means itself when OmegaConf reads them: nothing is resolved again."""
-    if isinstance(node, Mapping):
-        return {key: escaped(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [escaped(value) for value in node]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node
+    return map_texts(node, lambda text, _: re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
 
 
 def override(key: str, value: Any) -> str:

@@ -1,6 +1,6 @@
 """What each key means, may be and is by default, from the schema and the files of conf/."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ def meaning(key: Key, roots: Roots = (CONF,), chosen: str = "") -> str:
     text in the schema, or the comment in another option of conf/.
     """
     if not is_group(key.section, roots):
-        return _top()[1].get(key.name) or key.text
-    general = _own(key, default_choices().get(key.section, ""), roots) or key.text
+        return _top()[1].get(key.name) or key.info.text
+    general = _own(key, default_choices().get(key.section, ""), roots) or key.info.text
     for option in [] if general else [*groups.readable(key.section, [CONF]), *groups.readable(key.section, roots)]:
         general = general or _own(key, option, roots)
     own = _own(key, chosen, roots)
@@ -90,16 +90,19 @@ def defaults(key: Key, roots: Roots = (CONF,)) -> dict[str, Any]:
 
 def changes(option: Option) -> dict[str, Any]:
     """Return what an option sets by itself, key by key; what it chooses in other groups comes first."""
-    found: dict[str, Any] = dict(option.choices)
     in_group = "" if option.group in GLOBAL_GROUPS else f"{option.group}."
+    return option.choices | dict(_key_by_key(option.values, in_group))
 
-    def walk(node: Mapping[Any, Any], prefix: str) -> None:
-        for name, value in node.items():
-            dotted = f"{prefix}{name}"
-            if isinstance(value, Mapping) and value and dotted not in all_keys():
-                walk(value, f"{dotted}.")
-            else:
-                found[dotted] = value
 
-    walk(option.values, in_group)
-    return found
+def _key_by_key(node: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and dotted not in all_keys():
+            yield from _key_by_key(value, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def public_parents(option: Option) -> list[str]:
+    """Return the options of its group that an option builds on and that can be chosen themselves."""
+    return [name.removeprefix(f"/{option.group}/") for name in option.parents if not name.startswith("_")]

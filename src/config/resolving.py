@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -16,7 +16,7 @@ from omegaconf.resolvers.oc import env as environment_variable
 from src import secrets
 from src.config.composed import Composed
 from src.config.deepspeed import read_deepspeed_file
-from src.config.formats import fill_mixture
+from src.config.formats import fill_mixture, mixed_sources
 from src.config.merging import has_content
 from src.config.problems import Problem
 
@@ -25,6 +25,7 @@ NONE_WHERE_EMPTY = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME")
 UNRESOLVED = (OmegaConfBaseException, RecursionError)
 """What OmegaConf raises for an interpolation that can't be resolved."""
 _is_storing: ContextVar[bool] = ContextVar("is_storing", default=False)
+"""Whether what is resolved is to be stored: a placeholder then stands for each secret of the environment."""
 _TAKES_MISSING = re.compile(r"Missing mandatory value: (?!hydra\.)")
 """What OmegaConf says of a value that takes a missing one, which the gate reports by itself."""
 _INTERPOLATED = re.compile(r"(?<!\\)\$\{\s*([A-Za-z_][\w.]*)\s*\}")
@@ -46,30 +47,28 @@ def hydra_resolved(cfg: DictConfig | None) -> Iterator[None]:
 
 def resolve_sections(whole: DictConfig, composed: Composed) -> None:
     """Resolve `${…}` in every section; one that can't be resolved is a problem of its own."""
-    with hydra_resolved(composed.hydra):
-        _resolve_sections(whole, composed)
-    secrets.hand_down(composed.sections, composed.stored, is_new=composed.hydra is not None)
-
-
-def _resolve_sections(whole: DictConfig, composed: Composed) -> None:
     reads_environment = "oc.env" in str(OmegaConf.to_container(whole))
+    storing = copy_context()
+    storing.run(_is_storing.set, True)
     failed: dict[str, Exception] = {}
-    for key in whole:
-        try:
-            resolved = _resolved(whole, key)
-            composed.sections[str(key)] = secrets.reveal({str(key): resolved}, [])[str(key)]
-            with _storing():
-                kept = secrets.placed(_resolved(whole, key), str(key)) if reads_environment else resolved
-                composed.stored[str(key)] = secrets.masked(kept)
-        except UNRESOLVED as error:
-            if OmegaConf.is_missing(whole, key):
-                composed.sections[str(key)] = "???"
-            else:
-                failed[str(key)] = error
-    if failed:
-        _leave_out(whole, failed, composed)
+    with hydra_resolved(composed.hydra):
+        for name in whole:
+            key = str(name)
+            try:
+                resolved = _resolved(whole, name)
+                composed.sections[key] = secrets.reveal({key: resolved}, [])[key]
+                kept = secrets.placed(storing.run(_resolved, whole, name), key) if reads_environment else resolved
+                composed.stored[key] = secrets.masked(kept)
+            except UNRESOLVED as error:
+                if OmegaConf.is_missing(whole, name):
+                    composed.sections[key] = "???"
+                else:
+                    failed[key] = error
+        if failed:
+            _leave_out(whole, failed, composed)
     if (stored := composed.stored.get("deepspeed")) is not None:
         composed.problems += read_deepspeed_file(composed.sections["deepspeed"], stored)
+    secrets.hand_down(composed.sections, composed.stored, is_new=composed.hydra is not None)
 
 
 def _leave_out(whole: DictConfig, failed: Mapping[str, Exception], composed: Composed) -> None:
@@ -89,8 +88,7 @@ def _leave_out(whole: DictConfig, failed: Mapping[str, Exception], composed: Com
 def unresolved(whole: DictConfig, failed: Mapping[str, Exception]) -> dict[str, Problem]:
     """Return a problem for each value whose `${…}` can't be resolved, by its dotted key.
 
-    Args:
-        failed: the keys that hold such values, and what OmegaConf said of each.
+    `failed` are the keys that hold such values, and what OmegaConf said of each.
     """
     found: dict[str, Problem] = {}
     for key, cause in failed.items():
@@ -133,14 +131,12 @@ def _why_unresolved(error: Exception) -> str:
 
 def _values(node: Any, key: str) -> Iterator[tuple[str, Node]]:
     """Yield each value in a node, unresolved, by its dotted key."""
-    if isinstance(node, DictConfig | ListConfig) and has_content(node):
-        inner: dict[str, Any] = {}
-        if isinstance(node, DictConfig):
-            inner = {f"{key}.{name!s}": node._get_node(name) for name in node}
-        elif isinstance(node, ListConfig):
-            inner = {f"{key}[{number}]": node._get_node(number) for number in range(len(node))}
-        for name, one in inner.items():
-            yield from _values(one, name)
+    if isinstance(node, DictConfig) and has_content(node):
+        for name in node:
+            yield from _values(node._get_node(name), f"{key}.{name!s}")
+    elif isinstance(node, ListConfig) and has_content(node):
+        for number in range(len(node)):
+            yield from _values(node._get_node(number), f"{key}[{number}]")
     elif isinstance(node, Node) and node._is_interpolation():
         yield key, node
 
@@ -156,24 +152,12 @@ def _resolved(whole: DictConfig, key: Any) -> Any:
 
 def list_single_files(data: Any) -> None:
     """Put a list in the place of each single file, in place."""
-    mixture = data.get("mixture") if isinstance(data, dict) else None
-    sources = [one for one in mixture.values() if isinstance(one, dict)] if isinstance(mixture, dict) else []
-    for given in (data, *sources) if isinstance(data, dict) else ():
+    for given in (data, *mixed_sources(data)) if isinstance(data, dict) else ():
         for key in ("train_files", "validation_files", "test_files"):
             if isinstance(files := given.get(key), str):
                 given[key] = [files]
             elif isinstance(files, dict):
                 given[key] = {name: [one] if isinstance(one, str) else one for name, one in files.items()}
-
-
-@contextmanager
-def _storing() -> Iterator[None]:
-    """Resolve what is to be stored: a placeholder stands for each secret of the environment."""
-    before = _is_storing.set(True)
-    try:
-        yield
-    finally:
-        _is_storing.reset(before)
 
 
 def _environment(key: str, default: Any = _DEFAULT_MARKER_, *, _node_: Node) -> str | None:

@@ -12,9 +12,8 @@ from src.config import schema as schema_module
 from src.config.hints import UnknownKey
 from src.config.plugins import Unregistered
 from src.config.problems import Problem
-from src.config.quoting import escaped
 from src.config.schema import SECTIONS, Check, Keys, TopLevelConfig
-from src.config.schema.evaluation import RegisteredCheck
+from src.config.schema.checks import RegisteredCheck
 from src.config.values import convert, described
 from src.registry import Registry
 from src.util import did_you_mean
@@ -82,7 +81,7 @@ def parse_section(schema: Any, given: Any, prefix: str) -> Parsed:
         parsed.problems += part.problems
         complete = complete and not part.problems
         values[key] = part.value
-    for key in hints.keys() - given.keys():
+    for key in (key for key in hints if key not in given):
         parsed.problems.append(Missing(dotted(prefix, key), "is missing", has_value=False))
         complete = False
     if complete:
@@ -126,7 +125,7 @@ def _parse_value(typed: Any, key: str, hint: Any, check: Check | None, value: An
         return Parsed(None, [Problem(full_key, f"needs a value: {allowed}", has_value=False)])
     if dataclasses.is_dataclass(hint):
         return parse_section(hint, value, full_key)
-    converted, reason = convert(typed, key, hint, check, escaped(value))
+    converted, reason = convert(typed, key, hint, check, value)
     kind_of = Unregistered if isinstance(check, RegisteredCheck) and converted is not None else Problem
     return Parsed(None, [kind_of(full_key, reason, value)]) if reason else Parsed(converted)
 

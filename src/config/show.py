@@ -12,11 +12,7 @@ from src.secrets import clean
 
 
 def shown_config(composed: Composed, line: CommandLine) -> str:
-    """Return the configuration that a command line was composed to, `--package` and `--resolve` obeyed.
-
-    Raises:
-        ConfigError: where there is no such package.
-    """
+    """Return the configuration that a command line was composed to; ConfigError where there is no such `--package`."""
     flags, cfg = line.flags, composed.hydra
     assert cfg is not None  # without problems there always is one
     with hydra_resolved(cfg):

@@ -26,11 +26,7 @@ class FileConfigSource(file_config_source.FileConfigSource):  # Hydra knows the 
     """Whether variables replace URLs with credentials, as Hydra's own main writes, pickles and prints what it has."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Read an option file.
-
-        Raises:
-            OptionFileError: naming file, line and column.
-        """
+        """Read an option file; OptionFileError names file, line and column."""
         if any(is_hidden(part) and part != ".." for part in Path(config_path).parts):
             raise OptionFileError(f"{config_path}: a name that begins with '.' is no option's; give it another")
         place = self._place(config_path)

@@ -39,10 +39,9 @@ def signature(folder: Path, sections: Mapping[str, Any]) -> str | None:
     if not code_keys(sections):
         return None
     try:
-        key = _make_key()
+        return _sign(_make_key(), folder, sections)
     except (OSError, ValueError, RuntimeError):
         return None
-    return _sign(key, folder, sections)
 
 
 def is_signed(folder: Path, sections: Mapping[str, Any], signatures: Iterable[Any]) -> bool:

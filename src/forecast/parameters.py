@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor, nn
 
 from src.config.schema import QuantizationConfig
+from src.config.schema.optimizer import TrainableTensor
 from src.model.quantization import quantised_layers
 from src.runtime.sharding import full_shape
 
@@ -23,17 +24,6 @@ class ParameterStorage(NamedTuple):
     num: int
     bytes: int
     how: str
-
-
-class TrainableTensor(NamedTuple):
-    """A tensor that is trained."""
-
-    shape: tuple[int, ...]
-    bytes_per_value: int
-
-    @property
-    def num(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from src.config.command_line import (
     forced,
     is_group,
     num_values,
-    options,
     read_override,
     value_text,
     values_of,
 )
 from src.config.keys import all_keys, is_whole_number
+from src.config.options import options
 from src.config.points import Assignment
 from src.config.problems import COMMAND_LINE, Problem
 from src.config.quoting import label

@@ -38,6 +38,10 @@ class Step(StepResult):
     stats: StepStats = field(repr=False)
     with_objective: bool = False  # whether the objective differs from the loss, so that its mean is a metric of its own
 
+    def is_due(self, every: int | str | None, *, at_end: bool = True) -> bool:
+        """Return whether what happens every N steps or every epoch is due; with `at_end` at the last step too."""
+        return (at_end and self.is_last) or super().is_due(every)
+
     @property
     def loss(self) -> float:
         return self.stats.loss

@@ -3,5 +3,5 @@
 A rule's parameters name the sections it reads; the gate calls it when these sections are good in themselves.
 """
 
-from src.config.rules import across, checkpoint, data, deepspeed, generation, model, patterns, runtime, tokens, tracking
+from src.config.rules import across, checkpoint, data, deepspeed, patterns, within
 from src.config.rules.rule import RULES

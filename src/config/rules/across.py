@@ -1,39 +1,13 @@
 """Rules across sections."""
 
-from collections.abc import Iterator
-
+from src.config import schema
 from src.config.problems import Problem
 from src.config.rules.data import sources
-from src.config.rules.rule import applies_to
-from src.config.schema import (
-    AdapterConfig,
-    Attention,
-    Batching,
-    DataConfig,
-    Device,
-    Dtype,
-    ExportConfig,
-    LossConfig,
-    MixedPrecision,
-    ModelConfig,
-    ModelType,
-    NoAdapterConfig,
-    OptimizerConfig,
-    QuantizationConfig,
-    RuntimeConfig,
-    SchedulerConfig,
-    SupervisedTurns,
-    Thoughts,
-    TokensConfig,
-    TrainingConfig,
-    WarmupScheduleConfig,
-    Weights,
-    thought_tags,
-)
+from src.config.rules.rule import Problems, applies_to
 
 
 @applies_to("run")
-def streaming_can_work(data: DataConfig, training: TrainingConfig) -> Iterator[Problem]:
+def streaming_can_work(data: schema.DataConfig, training: schema.TrainingConfig) -> Problems:
     if not data.streaming:
         return
     if training.max_train_steps is None:
@@ -48,32 +22,31 @@ def streaming_can_work(data: DataConfig, training: TrainingConfig) -> Iterator[P
 
 
 @applies_to("run", "predict")
-def encoder_decoders_take_pairs(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
-    if model.type is not ModelType.encoder_decoder:
+def encoder_decoders_take_pairs(data: schema.DataConfig, model: schema.ModelConfig) -> Problems:
+    if model.type is not schema.ModelType.encoder_decoder:
         return
-    if data.batching is Batching.packed:
+    if data.batching is schema.Batching.packed:
         yield Problem("data.batching", "an encoder-decoder takes padded or length_grouped", "packed")
     for key, source in sources(data):
         if source.format == "text":
             yield Problem(f"{key}.format", "an encoder-decoder needs something to read: a format with a prompt", "text")
-        if source.format == "messages" and source.supervised_turns is SupervisedTurns.all:
+        if source.format == "messages" and source.supervised_turns is schema.SupervisedTurns.all:
             reason = "an encoder-decoder writes one turn: data.supervised_turns=last"
             yield Problem(f"{key}.supervised_turns", reason, "all")
 
 
 @applies_to("run", "predict")
-def kept_thoughts_have_tags(data: DataConfig, tokens: TokensConfig) -> Iterator[Problem]:
-    if data.thoughts is Thoughts.keep:
-        if tokens.thought_open is None:
-            yield Problem("data.thoughts", "nothing to write thoughts with: tokens.thought_open is null", "keep")
-        if data.thought_pattern is None:
-            yield Problem("data.thoughts", "nothing to find thoughts with: data.thought_pattern is null", "keep")
+def kept_thoughts_have_tags(data: schema.DataConfig, tokens: schema.TokensConfig) -> Problems:
+    if data.thoughts is schema.Thoughts.keep and tokens.thought_open is None:
+        yield Problem("data.thoughts", "nothing to write thoughts with: tokens.thought_open is null", "keep")
+    if data.thoughts is schema.Thoughts.keep and data.thought_pattern is None:
+        yield Problem("data.thoughts", "nothing to find thoughts with: data.thought_pattern is null", "keep")
 
 
 @applies_to("run")
 def quantised_weights_are_frozen(
-    quantization: QuantizationConfig, adapter: AdapterConfig, model: ModelConfig
-) -> Iterator[Problem]:
+    quantization: schema.QuantizationConfig, adapter: schema.AdapterConfig, model: schema.ModelConfig
+) -> Problems:
     if not quantization.is_on:
         return
     if quantization.load_in_8bit and quantization.load_in_4bit:
@@ -81,13 +54,13 @@ def quantised_weights_are_frozen(
     key = "quantization.load_in_8bit" if quantization.load_in_8bit else "quantization.load_in_4bit"
     if not adapter.is_on:
         yield Problem(key, "quantised weights can't be trained; train an adapter on them: adapter=lora", True)
-    if model.weights is Weights.random:
+    if model.weights is schema.Weights.random:
         yield Problem(key, "only a checkpoint's weights are quantised; model.weights is random", True)
 
 
 @applies_to("run")
-def adapters_can_be_made(adapter: AdapterConfig, quantization: QuantizationConfig) -> Iterator[Problem]:
-    if isinstance(adapter, NoAdapterConfig):
+def adapters_can_be_made(adapter: schema.AdapterConfig, quantization: schema.QuantizationConfig) -> Problems:
+    if isinstance(adapter, schema.NoAdapterConfig):
         return
     if adapter.use_dora and quantization.load_in_8bit:
         yield Problem("adapter.use_dora", "PEFT can't put DoRA on weights in 8 bits; quantization=nf4, or LoRA", True)
@@ -100,65 +73,67 @@ def adapters_can_be_made(adapter: AdapterConfig, quantization: QuantizationConfi
 
 
 @applies_to("run")
-def merging_needs_an_adapter(export: ExportConfig, adapter: AdapterConfig) -> Iterator[Problem]:
+def merging_needs_an_adapter(export: schema.ExportConfig, adapter: schema.AdapterConfig) -> Problems:
     if export.merge and not adapter.is_on:
         yield Problem("export.merge", "there is no adapter to merge: adapter is none", True)
 
 
 @applies_to("run")
 def adapters_have_a_base_that_lasts(
-    export: ExportConfig, adapter: AdapterConfig, model: ModelConfig
-) -> Iterator[Problem]:
-    if adapter.is_on and model.weights is Weights.random and not export.merge:
+    export: schema.ExportConfig, adapter: schema.AdapterConfig, model: schema.ModelConfig
+) -> Problems:
+    if adapter.is_on and model.weights is schema.Weights.random and not export.merge:
         reason = "an adapter on random weights fits no other model: export.merge=true, or a checkpoint with weights"
         yield Problem("model.weights", reason, "random")
 
 
 @applies_to("run")
 def embedding_lr_has_rows_to_train(
-    optimizer: OptimizerConfig, adapter: AdapterConfig, tokens: TokensConfig
-) -> Iterator[Problem]:
+    optimizer: schema.OptimizerConfig, adapter: schema.AdapterConfig, tokens: schema.TokensConfig
+) -> Problems:
     if optimizer.embedding_lr is not None and adapter.is_on and not tokens.additional_special_tokens:
         reason = "with an adapter only rows of new tokens are trained, and tokens has none"
         yield Problem("optimizer.embedding_lr", reason, optimizer.embedding_lr)
 
 
 @applies_to("run")
-def thought_weight_has_thoughts(loss: LossConfig, tokens: TokensConfig, data: DataConfig) -> Iterator[Problem]:
-    if loss.thought_weight != 1 and thought_tags(data, tokens) is None:
-        yield Problem(
-            "loss.thought_weight", "no thoughts are written: see tokens and data.thoughts", loss.thought_weight
-        )
+def thought_weight_has_thoughts(
+    loss: schema.LossConfig, tokens: schema.TokensConfig, data: schema.DataConfig
+) -> Problems:
+    if loss.thought_weight != 1 and schema.thought_tags(data, tokens) is None:
+        reason = "no thoughts are written: see tokens and data.thoughts"
+        yield Problem("loss.thought_weight", reason, loss.thought_weight)
 
 
 @applies_to("run")
 def fp16_keeps_float32_weights(
-    training: TrainingConfig, model: ModelConfig, adapter: AdapterConfig
-) -> Iterator[Problem]:
+    training: schema.TrainingConfig, model: schema.ModelConfig, adapter: schema.AdapterConfig
+) -> Problems:
     if adapter.is_on:
         return  # what an adapter trains is float32
-    if model.dtype is Dtype.float16 and training.mixed_precision is not MixedPrecision.fp16:
+    is_fp16 = training.mixed_precision is schema.MixedPrecision.fp16
+    if model.dtype is schema.Dtype.float16 and not is_fp16:
         yield Problem("model.dtype", "float16 weights can't be trained: bfloat16 or float32", "float16")
-    if training.mixed_precision is MixedPrecision.fp16 and model.dtype in (Dtype.float16, Dtype.bfloat16):
+    if is_fp16 and model.dtype in (schema.Dtype.float16, schema.Dtype.bfloat16):
         reason = "fp16 mixed precision scales gradients of float32 weights: model.dtype=float32"
         yield Problem("model.dtype", reason, model.dtype.value)
 
 
 @applies_to("run", "predict")
-def precision_fits_the_device(training: TrainingConfig, runtime: RuntimeConfig) -> Iterator[Problem]:
-    if training.mixed_precision is MixedPrecision.fp16 and runtime.device is Device.cpu:
+def precision_fits_the_device(training: schema.TrainingConfig, runtime: schema.RuntimeConfig) -> Problems:
+    if training.mixed_precision is schema.MixedPrecision.fp16 and runtime.device is schema.Device.cpu:
         yield Problem("training.mixed_precision", "fp16 needs a GPU; on a CPU use no or bf16", "fp16")
 
 
 @applies_to("run", "predict")
-def flash_attention_needs_a_gpu(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[Problem]:
-    if model.attn_implementation is Attention.flash_attention_2 and runtime.device is Device.cpu:
+def flash_attention_needs_a_gpu(model: schema.ModelConfig, runtime: schema.RuntimeConfig) -> Problems:
+    if model.attn_implementation is schema.Attention.flash_attention_2 and runtime.device is schema.Device.cpu:
         yield Problem("model.attn_implementation", "needs a GPU; sdpa on a CPU", "flash_attention_2")
 
 
 @applies_to("run")
-def warmup_ends_before_the_run(scheduler: SchedulerConfig, training: TrainingConfig) -> Iterator[Problem]:
-    warmup = scheduler.warmup_steps if isinstance(scheduler, WarmupScheduleConfig) else None
+def warmup_ends_before_the_run(scheduler: schema.SchedulerConfig, training: schema.TrainingConfig) -> Problems:
+    warmup = scheduler.warmup_steps if isinstance(scheduler, schema.WarmupScheduleConfig) else None
     if warmup and training.max_train_steps and warmup >= training.max_train_steps:
         reason = f"warm-up would never end: training.max_train_steps is {training.max_train_steps}"
         yield Problem("scheduler.warmup_steps", reason, warmup)

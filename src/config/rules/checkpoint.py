@@ -1,12 +1,11 @@
 """Rules of `checkpoint` and of where a run starts from."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from src.config.places import CHECKPOINTS, MANIFEST, steps_in
 from src.config.problems import Problem
-from src.config.rules.rule import applies_to
+from src.config.rules.rule import Problems, applies_to
 from src.config.schema import CheckpointConfig, DataConfig, EvaluationConfig, TokensConfig, TopLevelConfig, thought_tags
 from src.errors import CheckpointError
 
@@ -17,7 +16,7 @@ DEFAULT_METRIC = "eval/validation/loss"
 @applies_to("run")
 def best_model_can_be_chosen(
     checkpoint: CheckpointConfig, data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConfig
-) -> Iterator[Problem]:
+) -> Problems:
     if not checkpoint.load_best_model_at_end and checkpoint.metric_for_best_model == DEFAULT_METRIC:
         return  # without a validation set no best is kept
     scores = scores_of(data, evaluation, tokens)
@@ -36,18 +35,16 @@ def scores_of(data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConf
 
 
 @applies_to("run")
-def the_best_is_kept(checkpoint: CheckpointConfig) -> Iterator[Problem]:
+def the_best_is_kept(checkpoint: CheckpointConfig) -> Problems:
     if checkpoint.load_best_model_at_end and not checkpoint.keep_best:
         yield Problem("checkpoint.keep_best", "checkpoint.load_best_model_at_end needs at least 1", 0)
 
 
 @applies_to("run")
-def folders_to_start_from_are_there(top: TopLevelConfig, checkpoint: CheckpointConfig) -> Iterator[Problem]:
+def folders_to_start_from_are_there(top: TopLevelConfig, checkpoint: CheckpointConfig) -> Problems:
     folder = checkpoint.resume_from
     if folder is not None and not _holds_checkpoints(folder):
-        reason = (
-            "neither auto, never, nor a folder with a checkpoint: give a run's folder or one of its checkpoints/step-…"
-        )
+        reason = "neither auto, never, nor a folder with a checkpoint: give a run's folder or one of checkpoints/step-…"
         yield Problem("checkpoint.resume", reason, checkpoint.resume)
     if top.init_from is None:
         return
@@ -61,11 +58,8 @@ def folders_to_start_from_are_there(top: TopLevelConfig, checkpoint: CheckpointC
         reason = "no weights there: give the folder of a run, of a model or of a checkpoint"
         yield Problem("init_from", reason, top.init_from)
     if folder is not None:
-        yield Problem(
-            "init_from",
-            "starts a new run, but checkpoint.resume names one to resume: choose one of them",
-            top.init_from,
-        )
+        reason = "starts a new run, but checkpoint.resume names one to resume: choose one of them"
+        yield Problem("init_from", reason, top.init_from)
 
 
 def _holds_checkpoints(folder: Path) -> bool:

@@ -6,19 +6,17 @@ from collections.abc import Iterator
 from src.config.files import problems_of
 from src.config.formats import broken_format, declared_formats, roles
 from src.config.problems import Problem
-from src.config.rules.rule import applies_to
+from src.config.rules.rule import Problems, applies_to
 from src.config.schema import PLACEHOLDER, DataConfig
 from src.util import did_you_mean
 
 PLAIN_NAME = re.compile(r"[\w.-]{1,60}")
-
-
 PLAIN = "letters, digits, '_', '-' and '.', at most 60 of them"
 """Names that files and metrics are called after; a letter has up to four bytes, and file systems take 255."""
 
 
 @applies_to("run")
-def a_source_is_given(data: DataConfig) -> Iterator[Problem]:
+def a_source_is_given(data: DataConfig) -> Problems:
     if not data.train_files and not data.dataset_name and not data.mixture:
         yield Problem("data.train_files", "no training data: give data.train_files=[FILE] or data.dataset_name=HUB_ID")
     if data.train_files and data.mixture:
@@ -27,18 +25,16 @@ def a_source_is_given(data: DataConfig) -> Iterator[Problem]:
 
 
 @applies_to("run", "predict")
-def files_can_be_found(data: DataConfig) -> Iterator[Problem]:
-    sets = {"train_files": [data.train_files or []]}
-    sets["validation_files"] = list(data.validation_sets().values())
-    sets["test_files"] = list(data.test_sets().values())
-    for key, lists in sets.items():
-        for patterns in lists:
+def files_can_be_found(data: DataConfig) -> Problems:
+    sets = {"train_files": {"train": data.train_files or []}, "validation_files": data.validation_sets()}
+    for key, lists in (sets | {"test_files": data.test_sets()}).items():
+        for patterns in lists.values():
             for pattern, reason in problems_of(patterns):
                 yield Problem(f"data.{key}", reason, pattern)
 
 
 @applies_to("run")
-def mixture_is_whole(data: DataConfig) -> Iterator[Problem]:
+def mixture_is_whole(data: DataConfig) -> Problems:
     sources = data.mixture or {}
     for name, given in sources.items():
         key = f"data.mixture.{name}"
@@ -49,7 +45,7 @@ def mixture_is_whole(data: DataConfig) -> Iterator[Problem]:
         for pattern, reason in problems_of(given.get("train_files") or []):
             yield Problem(f"{key}.train_files", reason, pattern)
     weighted, counted = (
-        {n for n, given in sources.items() if given.get(key) is not None} for key in ("weight", "count")
+        {name for name, given in sources.items() if given.get(key) is not None} for key in ("weight", "count")
     )
     if weighted and weighted != sources.keys():
         yield Problem("data.mixture", "a weight for each source, or for none", sorted(sources.keys() - weighted))
@@ -58,7 +54,7 @@ def mixture_is_whole(data: DataConfig) -> Iterator[Problem]:
 
 
 @applies_to("run", "predict")
-def set_names_are_plain(data: DataConfig) -> Iterator[Problem]:
+def set_names_are_plain(data: DataConfig) -> Problems:
     for key, names in (("validation_files", data.validation_sets()), ("test_files", data.test_sets())):
         for name in names:
             if not PLAIN_NAME.fullmatch(name):
@@ -68,7 +64,7 @@ def set_names_are_plain(data: DataConfig) -> Iterator[Problem]:
 
 
 @applies_to("run")
-def validation_and_test_sets_differ(data: DataConfig) -> Iterator[Problem]:
+def validation_and_test_sets_differ(data: DataConfig) -> Problems:
     for name in set(data.validation_names()) & set(data.test_sets()):
         yield Problem("data.test_files", "a validation set has this name already", name)
 
@@ -81,7 +77,7 @@ def sources(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
 
 
 @applies_to("run", "predict")
-def formats_are_known(data: DataConfig) -> Iterator[Problem]:
+def formats_are_known(data: DataConfig) -> Problems:
     known = list(declared_formats())
     for key, source in sources(data):
         if broken := broken_format(source.format):
@@ -92,7 +88,7 @@ def formats_are_known(data: DataConfig) -> Iterator[Problem]:
 
 
 @applies_to("run", "predict")
-def columns_and_templates_fit_the_format(data: DataConfig) -> Iterator[Problem]:
+def columns_and_templates_fit_the_format(data: DataConfig) -> Problems:
     for key, source in sources(data):
         if source.format not in declared_formats():
             continue
@@ -106,9 +102,7 @@ def columns_and_templates_fit_the_format(data: DataConfig) -> Iterator[Problem]:
             yield from _template_problems(f"{key}.{name}", getattr(source, name), name, parts, source.format)
 
 
-def _template_problems(
-    key: str, template: str | None, name: str, parts: tuple[str, ...], format_name: str
-) -> Iterator[Problem]:
+def _template_problems(key: str, template: str | None, name: str, parts: tuple[str, ...], format_name: str) -> Problems:
     if template is None:
         return
     if len(parts) == 1:
@@ -127,21 +121,21 @@ def _template_problems(
 
 
 @applies_to("run", "predict")
-def cleaning_is_for_dialogues(data: DataConfig) -> Iterator[Problem]:
+def cleaning_is_for_dialogues(data: DataConfig) -> Problems:
     for key, source in sources(data):
         if source.clean_dialogue and source.format != "dialogue_summary":
             yield Problem(f"{key}.clean_dialogue", "only format dialogue_summary cleans its dialogue", True)
 
 
 @applies_to("run", "predict")
-def text_is_no_chat(data: DataConfig) -> Iterator[Problem]:
+def text_is_no_chat(data: DataConfig) -> Problems:
     for key, source in sources(data):
         if source.format == "text" and source.system_prompt is not None:
             yield Problem(f"{key}.system_prompt", "format text is no chat", source.system_prompt)
 
 
 @applies_to("run")
-def folds_can_be_made(data: DataConfig) -> Iterator[Problem]:
+def folds_can_be_made(data: DataConfig) -> Problems:
     if data.num_folds is None:
         for key in ("fold", "group_column"):
             if (given := getattr(data, key)) is not None:
@@ -158,7 +152,7 @@ def folds_can_be_made(data: DataConfig) -> Iterator[Problem]:
 
 
 @applies_to("predict")
-def something_is_predicted(data: DataConfig) -> Iterator[Problem]:
+def something_is_predicted(data: DataConfig) -> Problems:
     if not data.test_sets():
         yield Problem("data.test_files", "nothing to predict: give data.test_files=[FILE]", data.test_files)
     if "metrics" in data.test_sets():
@@ -166,10 +160,7 @@ def something_is_predicted(data: DataConfig) -> Iterator[Problem]:
 
 
 @applies_to("predict")
-def rows_have_prompts(data: DataConfig) -> Iterator[Problem]:
+def rows_have_prompts(data: DataConfig) -> Problems:
     if data.format == "text":
-        reason = (
-            "plain text has no prompt; to let the model continue it: data.format=prompt_completion "
-            "'data.columns={prompt: text, completion: answer}'"
-        )
-        yield Problem("data.format", reason, data.format)
+        how = "data.format=prompt_completion 'data.columns={prompt: text, completion: answer}'"
+        yield Problem("data.format", f"plain text has no prompt; to let the model continue it: {how}", data.format)

@@ -3,33 +3,20 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from src.config import schema
 from src.config.deepspeed import GATHER
 from src.config.problems import Problem
-from src.config.rules.rule import applies_to
-from src.config.schema import (
-    DEEPSPEED_OPTIMIZERS,
-    DEEPSPEED_SCHEDULES,
-    AdapterConfig,
-    DeepSpeedConfig,
-    LoraConfig,
-    MixedPrecision,
-    OptimizerConfig,
-    QuantizationConfig,
-    RuntimeConfig,
-    SchedulerConfig,
-    TrainingConfig,
-    ZeroConfig,
-    ZeroFileConfig,
-)
+from src.config.rules.rule import Problems, applies_to
+from src.config.schema import ZeroConfig, ZeroFileConfig
+from src.config.schema.deepspeed import DEEPSPEED_OPTIMIZERS, DEEPSPEED_SCHEDULES
 from src.util import in_words
 
 
 @applies_to("run")
-def zero_weights_can_be_exported(deepspeed: DeepSpeedConfig) -> Iterator[Problem]:
+def zero_weights_can_be_exported(deepspeed: schema.DeepSpeedConfig) -> Problems:
     if not isinstance(deepspeed, ZeroConfig):
         return
     if deepspeed.stage == 3 and deepspeed.zero_optimization.get(GATHER) is not True:
@@ -38,21 +25,19 @@ def zero_weights_can_be_exported(deepspeed: DeepSpeedConfig) -> Iterator[Problem
 
 @applies_to("run")
 def zero_agrees_with_the_rest(
-    deepspeed: DeepSpeedConfig, training: TrainingConfig, runtime: RuntimeConfig
-) -> Iterator[Problem]:
+    deepspeed: schema.DeepSpeedConfig, training: schema.TrainingConfig, runtime: schema.RuntimeConfig
+) -> Problems:
     """What another section owns may be `auto`, or the same."""
     if not isinstance(deepspeed, ZeroConfig):
         return
     size, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     processes = processes_of(runtime)
+    product = f"{size} rows x {accumulation} micro-batches x {processes} processes"
     owned: dict[str, tuple[Any, str]] = {
         "train_micro_batch_size_per_gpu": (size, "training.per_device_train_batch_size"),
         "gradient_accumulation_steps": (accumulation, "training.gradient_accumulation_steps"),
         "gradient_clipping": (training.max_grad_norm or 0, "training.max_grad_norm"),
-        "train_batch_size": (
-            size * accumulation * processes,
-            f"{size} rows x {accumulation} micro-batches x {processes} processes",
-        ),
+        "train_batch_size": (size * accumulation * processes, product),
     }
     for key, (value, owner) in owned.items():
         if getattr(deepspeed, key) not in ("auto", value):
@@ -64,7 +49,7 @@ def zero_agrees_with_the_rest(
             yield Problem(f"deepspeed.{name}.enabled", reason, given)
 
 
-def processes_of(runtime: RuntimeConfig) -> int:
+def processes_of(runtime: schema.RuntimeConfig) -> int:
     """Count the processes of all machines, also where another launcher starts them."""
     started = os.environ.get("WORLD_SIZE", "") if "RANK" in os.environ else ""
     return int(started) if started.isdecimal() else runtime.world_size
@@ -72,24 +57,26 @@ def processes_of(runtime: RuntimeConfig) -> int:
 
 @applies_to("run")
 def a_deepspeed_file_agrees_with_the_optimizer(
-    deepspeed: DeepSpeedConfig, optimizer: OptimizerConfig
-) -> Iterator[Problem]:
+    deepspeed: schema.DeepSpeedConfig, optimizer: schema.OptimizerConfig
+) -> Problems:
     if not isinstance(deepspeed, ZeroFileConfig):
         return
     kind, params = deepspeed.optimizer.get("type"), deepspeed.optimizer.get("params") or {}
     if kind is not None and DEEPSPEED_OPTIMIZERS[kind.lower()] != optimizer.type:
         yield _unlike("optimizer.type", kind, "optimizer.type", optimizer.type)
     for key, value in params.items():
-        if key in ("lr", "betas", "eps", "weight_decay", "momentum"):
-            owned = getattr(optimizer, key, None)
-            if value not in ("auto", owned):
-                yield _unlike(f"optimizer.params.{key}", value, f"optimizer.{key}", owned)
+        owned = getattr(optimizer, key, None)
+        if key in ("lr", "betas", "eps", "weight_decay", "momentum") and value not in ("auto", owned):
+            yield _unlike(f"optimizer.params.{key}", value, f"optimizer.{key}", owned)
 
 
 @applies_to("run")
 def a_deepspeed_file_agrees_with_the_schedule(
-    deepspeed: DeepSpeedConfig, optimizer: OptimizerConfig, scheduler: SchedulerConfig, training: TrainingConfig
-) -> Iterator[Problem]:
+    deepspeed: schema.DeepSpeedConfig,
+    optimizer: schema.OptimizerConfig,
+    scheduler: schema.SchedulerConfig,
+    training: schema.TrainingConfig,
+) -> Problems:
     if not isinstance(deepspeed, ZeroFileConfig):
         return
     kind, params = deepspeed.scheduler.get("type"), deepspeed.scheduler.get("params") or {}
@@ -118,22 +105,22 @@ def _unlike(key: str, value: Any, owner: str, owned: Any) -> Problem:
 
 @applies_to("run")
 def zero_can_shard(
-    deepspeed: DeepSpeedConfig,
-    optimizer: OptimizerConfig,
-    quantization: QuantizationConfig,
-    adapter: AdapterConfig,
-    training: TrainingConfig,
-) -> Iterator[Problem]:
+    deepspeed: schema.DeepSpeedConfig,
+    optimizer: schema.OptimizerConfig,
+    quantization: schema.QuantizationConfig,
+    adapter: schema.AdapterConfig,
+    training: schema.TrainingConfig,
+) -> Problems:
     if not isinstance(deepspeed, ZeroConfig):
         return
     stage = f"deepspeed.zero_optimization.stage = {deepspeed.stage}"
     smaller = "deepspeed=zero2"
     if isinstance(deepspeed, ZeroFileConfig):
         stage, smaller = f"{stage} in {deepspeed.config_file}", "stage 2 there"
-    if training.mixed_precision is MixedPrecision.fp16:
+    if training.mixed_precision is schema.MixedPrecision.fp16:
         reason = "deepspeed's scaling of fp16 losses is not kept in checkpoints: bf16, or deepspeed=none"
         yield Problem("training.mixed_precision", reason, training.mixed_precision.value)
-    if deepspeed.stage == 3 and isinstance(adapter, LoraConfig):
+    if deepspeed.stage == 3 and isinstance(adapter, schema.LoraConfig):
         reason = f"needs whole matrices, which are sharded ({stage}): {smaller}"
         if adapter.use_dora:
             yield Problem("adapter.use_dora", reason, adapter.use_dora)

@@ -1,18 +1,17 @@
 """Regular expressions of `data` and `adapter` can be compiled."""
 
 import re
-from collections.abc import Iterator
 
 from src.config.problems import Problem
 from src.config.rules.data import sources
-from src.config.rules.rule import applies_to
+from src.config.rules.rule import Problems, applies_to
 from src.config.schema import AdapterConfig, DataConfig, NoAdapterConfig
 from src.errors import ConfigError
 from src.patterns import Pattern
 
 
 @applies_to("run", "predict")
-def patterns_are_regular_expressions(data: DataConfig) -> Iterator[Problem]:
+def patterns_are_regular_expressions(data: DataConfig) -> Problems:
     patterns = {f"{key}.thought_pattern": source.thought_pattern for key, source in sources(data)}
     for key, pattern in (patterns | {"data.answer_pattern": data.answer_pattern}).items():
         if pattern is None:
@@ -29,7 +28,7 @@ def patterns_are_regular_expressions(data: DataConfig) -> Iterator[Problem]:
 
 
 @applies_to("run")
-def adapter_patterns_are_regular_expressions(adapter: AdapterConfig) -> Iterator[Problem]:
+def adapter_patterns_are_regular_expressions(adapter: AdapterConfig) -> Problems:
     if isinstance(adapter, NoAdapterConfig):
         return
     for key in ("target_modules", "exclude_modules"):

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 
 from src.config.problems import Problem
 
-Rule = Callable[..., Iterator[Problem]]
+Problems = Iterator[Problem]
+Rule = Callable[..., Problems]
 RULES: dict[str, list[Rule]] = {"run": [], "predict": []}
 """Rules of src.run, which preflight has too, and of src.predict: nothing about how a run was trained."""
 

@@ -6,53 +6,33 @@ Groups with options of different keys (optimizer, scheduler, tracking) have one 
 """
 
 from dataclasses import dataclass
+from typing import get_type_hints
 
 from src.config.schema.adapter import AdapterConfig, LoraBias, LoraConfig, NoAdapterConfig
-from src.config.schema.checkpoint import CheckpointConfig, ExportConfig
 from src.config.schema.checks import MOST_INT, Check, Keys
 from src.config.schema.data import PLACEHOLDER, Batching, DataConfig, Overflow, SourceConfig, SupervisedTurns, Thoughts
-from src.config.schema.deepspeed import (
-    DEEPSPEED_OPTIMIZERS,
-    DEEPSPEED_SCHEDULES,
-    WIDTH_SIZES,
-    DeepSpeedConfig,
-    NoDeepSpeedConfig,
-    ZeroConfig,
-    ZeroFileConfig,
-)
+from src.config.schema.deepspeed import WIDTH_SIZES, DeepSpeedConfig, NoDeepSpeedConfig, ZeroConfig, ZeroFileConfig
 from src.config.schema.entries import ENTRY_SECTIONS, PredictConfig
-from src.config.schema.evaluation import EvaluationConfig
 from src.config.schema.generation import GenerationConfig
 from src.config.schema.model import Attention, Dtype, ModelConfig, ModelType, Weights
 from src.config.schema.optimizer import OPTIMIZERS, AdafactorConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from src.config.schema.quantization import QuantizationConfig
-from src.config.schema.runtime import Device, RuntimeConfig
 from src.config.schema.scheduler import SCHEDULES, SchedulerConfig, WarmupScheduleConfig
+from src.config.schema.sections import (
+    CheckpointConfig,
+    Device,
+    EvaluationConfig,
+    ExportConfig,
+    LossConfig,
+    MixedPrecision,
+    Reduction,
+    RuntimeConfig,
+    TopLevelConfig,
+    TrainingConfig,
+)
 from src.config.schema.sweep import Direction, Pruner, Replicate, Sampler, SweepConfig
 from src.config.schema.tokens import InitMethod, TokensConfig
-from src.config.schema.top import TopLevelConfig
-from src.config.schema.tracking import TRACKERS, MlflowConfig, NoTrackingConfig, TrackingConfig
-from src.config.schema.training import LossConfig, MixedPrecision, Reduction, TrainingConfig
-
-SECTIONS: dict[str, type | dict[str, type]] = {
-    "model": ModelConfig,
-    "quantization": QuantizationConfig,
-    "adapter": {"none": NoAdapterConfig, "lora": LoraConfig},
-    "tokens": TokensConfig,
-    "data": DataConfig,
-    "optimizer": OPTIMIZERS,
-    "scheduler": SCHEDULES,
-    "generation": GenerationConfig,
-    "deepspeed": {"none": NoDeepSpeedConfig, "zero": ZeroConfig, "file": ZeroFileConfig},
-    "tracking": TRACKERS,
-    "training": TrainingConfig,
-    "loss": LossConfig,
-    "evaluation": EvaluationConfig,
-    "checkpoint": CheckpointConfig,
-    "export": ExportConfig,
-    "runtime": RuntimeConfig,
-}
-"""Section name -> its dataclass, or its dataclasses by the section's `type`."""
+from src.config.schema.tracking import TRACKERS, MlflowConfig, TrackingConfig
 
 
 @dataclass(kw_only=True)
@@ -90,6 +70,21 @@ class RunConfig(TopLevelConfig):
     def metrics(self) -> list[str]:
         """The metrics that need generated text: evaluation's own, or what the data says."""
         return self.data.metrics if self.evaluation.metrics is None else self.evaluation.metrics
+
+
+_BY_TYPE: dict[str, dict[str, type]] = {
+    "adapter": {"none": NoAdapterConfig, "lora": LoraConfig},
+    "optimizer": OPTIMIZERS,
+    "scheduler": SCHEDULES,
+    "deepspeed": {"none": NoDeepSpeedConfig, "zero": ZeroConfig, "file": ZeroFileConfig},
+    "tracking": TRACKERS,
+}
+SECTIONS: dict[str, type | dict[str, type]] = {
+    name: _BY_TYPE.get(name, hint)
+    for name, hint in get_type_hints(RunConfig).items()
+    if name not in get_type_hints(TopLevelConfig)
+}
+"""Section name -> its dataclass, or its dataclasses by the section's `type`."""
 
 
 def thought_tags(data: DataConfig, tokens: TokensConfig) -> tuple[str, str] | None:

@@ -1,7 +1,7 @@
 """conf/adapter: LoRA by PEFT's own keys, or none."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -32,10 +32,7 @@ LAYERS = Check(
 )
 
 
-class LoraBias(Enum):
-    none = "none"
-    all = "all"
-    lora_only = "lora_only"
+LoraBias = StrEnum("LoraBias", "none all lora_only")
 
 
 OTHER_TRAINED = "other weights are trained"
@@ -64,18 +61,16 @@ def _impact_of_init(key: str, before: DottedConfig, now: DottedConfig) -> Verdic
 class NoAdapterConfig:
     """conf/adapter/none.yaml: every weight is trained."""
 
-    type: str = _type("none")
+    type: str = _type(["none"])
 
-    @property
-    def is_on(self) -> bool:
-        return False
+    is_on = False
 
 
 @dataclass
 class LoraConfig:
     """conf/adapter/lora.yaml and those built on it: the keys of PEFT's LoraConfig."""
 
-    type: str = _type("lora")
+    type: str = _type(["lora"])
     r: int = key(RANK, resume=Impact.impossible, why=OTHER_SIZE)
     lora_alpha: float = key(WEIGHT, why=OTHER_FUNCTION)
     lora_dropout: float = key(BELOW_ONE, why=OTHER_FUNCTION)
@@ -89,9 +84,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] = key(RANKS, resume=Impact.impossible, why=OTHER_SIZE)
     alpha_pattern: dict[str, float] = key(ALPHAS, why=OTHER_FUNCTION)
 
-    @property
-    def is_on(self) -> bool:
-        return True
+    is_on = True
 
 
 AdapterConfig = NoAdapterConfig | LoraConfig

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.config.files import unusable
+from src.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class PathCheck(Check):
         return "" if value is None else unusable(value) or super().reason(value)
 
 
+class RegisteredCheck(Check):
+    """A condition on a list of metrics: that each is registered, by src or by a plugin."""
+
+    def reason(self, value: Any) -> str:
+        return next((f"{one} is {why}" for one in value or () if (why := METRICS.why_unknown(one))), "")
+
+
 Keys = Mapping[str, "Check | Keys"]
 """What a mapping of another library's may hold: a condition on each key's value, or the keys of a mapping in it."""
 MOST_INT = 2**63 - 1
@@ -43,10 +51,10 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST_INT
 
 
-def up_to(most: int, because: str, least: int = 1) -> Check:
-    """Return the condition of a whole number below a bound that no sensible value reaches; `because` says why."""
-    allowed = f"a whole number of at least {least} and at most {most:,}: {because}"
-    return Check(allowed, lambda v: v is None or (is_int(v) and least <= v <= most))
+def up_to(most: int, because: str) -> Check:
+    """Return the condition of a whole number from 1 to a bound that no sensible value reaches; `because` says why."""
+    allowed = f"a whole number of at least 1 and at most {most:,}: {because}"
+    return Check(allowed, lambda v: v is None or (is_int(v) and 1 <= v <= most))
 
 
 def in_float32(least: float, least_in_words: str) -> Check:
@@ -79,3 +87,9 @@ STEPS_OR_EPOCH = Check(
 STRINGS = Check("a list of texts", lambda v: isinstance(v, list) and all(isinstance(s, str) for s in v))
 SEED = Check("a whole number from 0 to 2**32 - 1", lambda v: is_int(v) and 0 <= v < 2**32)
 PATH = PathCheck("a path that there can be", lambda v: True)
+NAME = PathCheck(
+    "a name without '/' that does not start with '.'", lambda v: bool(v) and "/" not in v and not v.startswith(".")
+)
+METRIC_NAMES = RegisteredCheck(
+    f"a list (one of {', '.join(METRICS)} each)", lambda v: all(one in METRICS for one in v or ())
+)

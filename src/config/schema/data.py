@@ -3,69 +3,36 @@
 import dataclasses
 import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from src.config.schema.checks import (
-    AT_LEAST_ONE,
-    AT_LEAST_TWO,
-    BELOW_ONE,
-    COUNT,
-    FRACTION,
-    PATH,
-    POSITIVE,
-    PROCESSES,
-    STRINGS,
-    Check,
-)
-from src.config.schema.evaluation import METRIC_NAMES
+from src.config.schema import checks
+from src.config.schema.checks import AT_LEAST_ONE, AT_LEAST_TWO, PATH, STRINGS, Check
 from src.config.schema.fields import BY_OUTCOME, DottedConfig, key, key_info
 
-
-def _is_mapping(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(isinstance(k, str) and isinstance(v, dict) for k, v in value.items())
-    )
+SupervisedTurns = StrEnum("SupervisedTurns", "all last")
+Thoughts = StrEnum("Thoughts", "keep drop")
+Overflow = StrEnum("Overflow", "truncate truncate_prompt drop error")
+Batching = StrEnum("Batching", "padded length_grouped packed")
 
 
-FILES_OR_SETS = Check(
-    "a file, a glob or a folder, a list of them, or a mapping from a set's name to such",
-    lambda v: (
-        v is None
-        or STRINGS.holds(v)
-        or (isinstance(v, dict) and bool(v) and all(isinstance(k, str) and STRINGS.holds(s) for k, s in v.items()))
-    ),
-)
-
-
-class SupervisedTurns(Enum):
-    all = "all"
-    last = "last"
-
-
-class Thoughts(Enum):
-    keep = "keep"
-    drop = "drop"
-
-
-class Overflow(Enum):
-    truncate = "truncate"
-    truncate_prompt = "truncate_prompt"
-    drop = "drop"
-    error = "error"
-
-
-class Batching(Enum):
-    padded = "padded"
-    length_grouped = "length_grouped"
-    packed = "packed"
+def _is_named(value: Any, holds: Callable[[Any], bool]) -> bool:
+    """Return whether a value is a mapping from at least one name to values that pass a test."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(k, str) and holds(v) for k, v in value.items())
 
 
 FILES = Check("a file, a glob or a folder, or a list of them", lambda v: v is None or STRINGS.holds(v))
+FILES_OR_SETS = Check(
+    "a file, a glob or a folder, a list of them, or a mapping from a set's name to such",
+    lambda v: FILES.holds(v) or _is_named(v, STRINGS.holds),
+)
+SOURCES = Check(
+    "a mapping from a source's name to its keys",
+    lambda v: v is None or _is_named(v, lambda source: isinstance(source, dict)),
+)
 OTHER_ORDER = "the rows come in another order"
 _selection_key = partial(key, resume=BY_OUTCOME, shapes_rows=False)
 """Declares a key that decides which rows there are or how they are used, but not how a row is encoded."""
@@ -92,9 +59,7 @@ class DataConfig:
     train_split: str | None = _selection_key(per_source=True)
     validation_split: str | None = _selection_key()
     revision: str | None = _selection_key(per_source=True)
-    mixture: Any = _selection_key(
-        Check("a mapping from a source's name to its keys", lambda v: v is None or _is_mapping(v)), each="SourceConfig"
-    )
+    mixture: Any = _selection_key(SOURCES, each="SourceConfig")
     columns: dict[str, str] = key(resume=BY_OUTCOME, per_source=True)
     prompt_template: str | None = key(resume=BY_OUTCOME, per_source=True)
     completion_template: str | None = key(resume=BY_OUTCOME, per_source=True)
@@ -104,7 +69,7 @@ class DataConfig:
     thoughts: Thoughts | None = key(resume=BY_OUTCOME)
     thought_pattern: str | None = key(resume=BY_OUTCOME, per_source=True)
     answer_pattern: str | None = _selection_key(read_by_predict=True)
-    metrics: list[str] = _selection_key(METRIC_NAMES, read_by_predict=True)
+    metrics: list[str] = _selection_key(checks.METRIC_NAMES, read_by_predict=True)
     max_seq_length: int = key(
         AT_LEAST_TWO,
         why="packed sequences of another length",
@@ -114,15 +79,15 @@ class DataConfig:
     )
     max_target_length: int = key(AT_LEAST_TWO, resume=BY_OUTCOME, cache_key_field="lengths")
     overflow: Overflow = key(resume=BY_OUTCOME, cache_key_field="lengths")
-    max_dropped_fraction: float = _selection_key(FRACTION, read_by_predict=True)
+    max_dropped_fraction: float = _selection_key(checks.FRACTION, read_by_predict=True)
     batching: Batching = key(why=OTHER_ORDER, reorders=True, shapes_rows=False)
-    preprocessing_num_workers: int = _selection_key(PROCESSES, read_by_predict=True)
+    preprocessing_num_workers: int = _selection_key(checks.PROCESSES, read_by_predict=True)
     streaming: bool = key(why=OTHER_ORDER, reorders=True, shapes_rows=False)
     cache_dir: str | None = _selection_key(PATH, read_by_predict=True)
     limit: int | None = _selection_key(AT_LEAST_ONE, read_by_predict=True)
-    validation_fraction: float = _selection_key(BELOW_ONE)
+    validation_fraction: float = _selection_key(checks.BELOW_ONE)
     num_folds: int | None = _selection_key(AT_LEAST_TWO)
-    fold: int | None = _selection_key(COUNT)
+    fold: int | None = _selection_key(checks.COUNT)
     group_column: str | None = _selection_key()
 
     def train_sources(self) -> dict[str, "TrainSource"]:
@@ -181,24 +146,20 @@ class TrainSource:
 
 _PER_SOURCE = {one.name: key_info(one) for one in dataclasses.fields(DataConfig) if key_info(one).per_source}
 _TYPES = typing.get_type_hints(DataConfig)
-_SHARE = {
-    "weight": (float | None, key(POSITIVE, None, text="its proportion of the mixture, in which no row comes twice")),
-    "count": (
-        int | None,
-        key(AT_LEAST_ONE, None, text="how many of its rows are taken; above what it has, some twice"),
-    ),
-}
-NEVER_NULL = [
-    name for name in _PER_SOURCE if _TYPES[name] is not Any and type(None) not in typing.get_args(_TYPES[name])
-]
+NEVER_NULL = [n for n in _PER_SOURCE if _TYPES[n] is not Any and type(None) not in typing.get_args(_TYPES[n])]
 """Keys that may not be null in data; in a source null stands for the value of data."""
+_WEIGHT = key(checks.POSITIVE, None, text="its proportion of the mixture, in which no row comes twice")
+_COUNT = key(AT_LEAST_ONE, None, text="how many of its rows are taken; above what it has, some twice")
 SourceConfig = dataclasses.make_dataclass(
     "SourceConfig",
     [
-        (name, _TYPES[name] | None if name in NEVER_NULL else _TYPES[name], key(info.check, None))
-        for name, info in _PER_SOURCE.items()
-    ]
-    + [(name, hint, declared) for name, (hint, declared) in _SHARE.items()],
+        *(
+            (name, _TYPES[name] | None if name in NEVER_NULL else _TYPES[name], key(info.check, None))
+            for name, info in _PER_SOURCE.items()
+        ),
+        ("weight", float | None, _WEIGHT),
+        ("count", int | None, _COUNT),
+    ],
 )
 """A source of a mixture: keys of data that it may have for itself (null: data's own), and its share."""
 
@@ -208,11 +169,10 @@ def _mixed_source(data: DataConfig, given: dict[str, Any]) -> TrainSource:
 
     A null of the source's means none where data may have none, and data's own value elsewhere.
     """
-    own = {
-        key: value for key, value in given.items() if key not in _SHARE and (value is not None or key not in NEVER_NULL)
-    }
+    own = {key: value for key, value in given.items() if value is not None or key not in NEVER_NULL}
+    weight, count = own.pop("weight", None), own.pop("count", None)
     alone = {"mixture": None, "train_files": None, "dataset_name": None}
-    return TrainSource(dataclasses.replace(data, **(alone | own)), given.get("weight"), given.get("count"))
+    return TrainSource(dataclasses.replace(data, **(alone | own)), weight, count)
 
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")

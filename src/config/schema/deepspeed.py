@@ -4,28 +4,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from src.config.schema.checks import (
-    AT_LEAST_ONE,
-    BETAS,
-    COUNT,
-    FRACTION,
-    NOT_NEGATIVE,
-    PATH,
-    Check,
-    Keys,
-    PathCheck,
-    is_int,
-    is_number,
-)
+from src.config.schema import checks
+from src.config.schema.checks import Check, Keys
 from src.config.schema.fields import DottedConfig, Impact, Verdict, key, type_key
 
-AUTO_OR_COUNT = Check("a whole number of at least 1, or auto", lambda v: v == "auto" or AT_LEAST_ONE.holds(v))
-AUTO_OR_NUMBER = Check("a number of at least 0, or auto", lambda v: v == "auto" or NOT_NEGATIVE.holds(v))
+AUTO_OR_COUNT = Check("a whole number of at least 1, or auto", lambda v: v == "auto" or checks.AT_LEAST_ONE.holds(v))
+AUTO_OR_NUMBER = Check("a number of at least 0, or auto", lambda v: v == "auto" or checks.NOT_NEGATIVE.holds(v))
 MAPPING = Check("a mapping of DeepSpeed's keys", lambda v: isinstance(v, dict))
 SWITCH = Check("true or false", lambda v: isinstance(v, bool))
 SIZE = Check(
     "a whole number of at least 0",
-    lambda v: COUNT.holds(int(v) if isinstance(v, float) and v.is_integer() else v) and v is not None,
+    lambda v: checks.COUNT.holds(int(v) if isinstance(v, float) and v.is_integer() else v) and v is not None,
 )
 """A whole number, which may also be written as 5e8."""
 
@@ -44,11 +33,9 @@ def _impact_of_sharding(key: str, before: DottedConfig, now: DottedConfig) -> Ve
 class NoDeepSpeedConfig:
     """conf/deepspeed/none.yaml: every process holds the whole model."""
 
-    type: str = type_key("deepspeed", "none", resume=_impact_of_sharding)
+    type: str = type_key("deepspeed", ["none"], resume=_impact_of_sharding)
 
-    @property
-    def stage(self) -> int:
-        return 0
+    stage = 0
 
 
 _SIZES = """reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size
@@ -71,12 +58,12 @@ WIDTH_SIZES: Mapping[str, Callable[[int], int]] = {
 """What `auto` is there, by the model's hidden size; as transformers and accelerate fill it in."""
 _OFFLOAD: Keys = {
     "device": Check("none, cpu or nvme", lambda v: v in ("none", "cpu", "nvme")),
-    "nvme_path": PathCheck("a folder, or null", lambda v: v is None or isinstance(v, str)),
+    "nvme_path": checks.PathCheck("a folder, or null", lambda v: v is None or isinstance(v, str)),
     "buffer_count": SIZE,
     "pin_memory": SWITCH,
 }
 ZERO_KEYS: Keys = {
-    "stage": Check("1, 2 or 3 (deepspeed=none shards nothing)", lambda v: is_int(v) and v in (1, 2, 3)),
+    "stage": Check("1, 2 or 3 (deepspeed=none shards nothing)", lambda v: checks.is_int(v) and v in (1, 2, 3)),
     **dict.fromkeys(_SIZES.split(), SIZE),
     **dict.fromkeys(WIDTH_SIZES, AUTO_OR_SIZE),
     **dict.fromkeys(_SWITCHES.split(), SWITCH),
@@ -85,7 +72,7 @@ ZERO_KEYS: Keys = {
     "offload_optimizer": {
         **_OFFLOAD,
         **dict.fromkeys(("pipeline_read", "pipeline_write", "fast_init", "super_offload"), SWITCH),
-        **dict.fromkeys(("ratio", "cpuadam_cores_perc"), FRACTION),
+        **dict.fromkeys(("ratio", "cpuadam_cores_perc"), checks.FRACTION),
     },
     "zenflow": Check("a mapping, or null", lambda v: v is None or isinstance(v, dict)),
     "leaf_module": MAPPING,
@@ -103,7 +90,7 @@ FP16_KEYS: Keys = {
     "enabled": AUTO_OR_SWITCH,
     **dict.fromkeys(("auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads"), SWITCH),
     **dict.fromkeys(("initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"), SIZE),
-    "loss_scale": NOT_NEGATIVE,
+    "loss_scale": checks.NOT_NEGATIVE,
 }
 
 
@@ -111,7 +98,7 @@ FP16_KEYS: Keys = {
 class ZeroConfig:
     """conf/deepspeed/zero1.yaml and its like: DeepSpeed's own JSON; what another section owns is `auto`."""
 
-    type: str = type_key("deepspeed", "zero", resume=_impact_of_sharding)
+    type: str = type_key("deepspeed", ["zero"], resume=_impact_of_sharding)
     train_batch_size: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
     train_micro_batch_size_per_gpu: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
     gradient_accumulation_steps: Any = key(AUTO_OR_COUNT, resume=Impact.harmless)
@@ -141,7 +128,7 @@ class ZeroConfig:
         return (self.zero_optimization.get(f"offload_{what}") or {}).get("device", "none") != "none"
 
 
-_AUTO_OR_BETAS = Check(f"{BETAS.allowed}, or auto", lambda v: v == "auto" or BETAS.holds(v))
+_AUTO_OR_BETAS = Check(f"{checks.BETAS.allowed}, or auto", lambda v: v == "auto" or checks.BETAS.holds(v))
 DEEPSPEED_OPTIMIZERS = {"adamw": "adamw", "adam": "adamw", "sgd": "sgd"}
 """DeepSpeed's optimizer, in lower case -> optimizer.type; its Adam is AdamW unless adam_w_mode is false."""
 DEEPSPEED_OPTIMIZER_KEYS: Keys = {
@@ -155,7 +142,7 @@ DEEPSPEED_OPTIMIZER_KEYS: Keys = {
         "torch_adam": SWITCH,
         **dict.fromkeys(("adam_w_mode", "bias_correction"), Check("true", lambda v: v is True)),
         **dict.fromkeys(("amsgrad", "nesterov"), Check("false", lambda v: v is False)),
-        "dampening": Check("0", lambda v: is_number(v) and v == 0),
+        "dampening": Check("0", lambda v: checks.is_number(v) and v == 0),
     },
     "legacy_fusion": SWITCH,
 }
@@ -190,8 +177,8 @@ class ZeroFileConfig(ZeroConfig):
     the sections that own them, and not handed on.
     """
 
-    type: str = type_key("deepspeed", "file", resume=_impact_of_sharding)
-    config_file: str | None = key(PATH, resume=Impact.harmless)
+    type: str = type_key("deepspeed", ["file"], resume=_impact_of_sharding)
+    config_file: str | None = key(checks.PATH, resume=Impact.harmless)
     sha256: str | None = key(resume=Impact.harmless)
     optimizer: Any = key(MAPPING, resume=Impact.harmless, inner=DEEPSPEED_OPTIMIZER_KEYS)
     scheduler: Any = key(MAPPING, resume=Impact.harmless, inner=DEEPSPEED_SCHEDULER_KEYS)

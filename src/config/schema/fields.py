@@ -1,7 +1,7 @@
 """How a dataclass of the schema declares a key: its default, and everything else that is known of it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -9,9 +9,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from src.config.schema.checks import Check, Keys
+from src.registry import Registry
 from src.util import in_words
-
-TYPE_TEXT = "set by the option; choose with {group}=…"
 
 
 class Impact(IntEnum):
@@ -60,28 +59,18 @@ class KeyInfo:
 
 
 def key(check: Check | None = None, default: Any = MISSING, **info: Any) -> Any:
-    """Declare a key.
-
-    Args:
-        info: attributes of `KeyInfo`.
-    """
+    """Declare a key; `info` are attributes of `KeyInfo`."""
     return dataclasses.field(default=default, metadata=vars(KeyInfo(check, **info)))
 
 
-def type_key(group: str, *kinds: str, **info: Any) -> Any:
+def type_key(group: str, kinds: Collection[str] | None = None, **info: Any) -> Any:
     """Declare the key that chooses among the dataclasses of a group; each option sets it.
 
-    Args:
-        kinds: the values that it may have; none where its type is an Enum.
+    `kinds` are the values that it may have: None where its type is an Enum, a registry where plugins add some.
     """
-    check = Check(f"{in_words(kinds, 'or')} (choose another with {group}=…)", lambda v: v in kinds) if kinds else None
-    return key(check, text=TYPE_TEXT.format(group=group), **info)
-
-
-def registered_type_key(group: str, registry: Mapping[str, type], **info: Any) -> Any:
-    """Declare that key of a group whose dataclasses are registered, by plugins too."""
-    check = Check(f"set by the option (choose another with {group}=…)", lambda v: v in registry)
-    return key(check, text=TYPE_TEXT.format(group=group), **info)
+    allowed = "set by the option" if isinstance(kinds, Registry) else in_words(kinds or (), "or")
+    check = None if kinds is None else Check(f"{allowed} (choose another with {group}=…)", lambda v: v in kinds)
+    return key(check, text=f"set by the option; choose with {group}=…", **info)
 
 
 def key_info(one: dataclasses.Field[Any]) -> KeyInfo:

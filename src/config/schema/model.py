@@ -1,7 +1,7 @@
 """conf/model: which network, from where, in which precision."""
 
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
@@ -11,27 +11,10 @@ from src.config.schema.fields import AT_START, BY_OUTCOME, Impact, key, type_key
 CHECKPOINT = PathCheck("a folder with a checkpoint, or the name of one on a hub", bool)
 
 
-class ModelType(Enum):
-    causal_lm = "causal_lm"
-    encoder_decoder = "encoder_decoder"
-
-
-class Weights(Enum):
-    pretrained = "pretrained"
-    random = "random"
-
-
-class Dtype(Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Attention(Enum):
-    sdpa = "sdpa"
-    eager = "eager"
-    flash_attention_2 = "flash_attention_2"
+ModelType = StrEnum("ModelType", "causal_lm encoder_decoder")
+Weights = StrEnum("Weights", "pretrained random")
+Dtype = StrEnum("Dtype", "auto float32 bfloat16 float16")
+Attention = StrEnum("Attention", "sdpa eager flash_attention_2")
 
 
 @dataclass

@@ -9,10 +9,10 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from src.config.schema.checks import BELOW_ONE, BETAS, WEIGHT, WEIGHT_OR_ZERO, in_float32
-from src.config.schema.fields import Impact, key, registered_type_key
+from src.config.schema.fields import Impact, key, type_key
 from src.registry import Registry
 
 if TYPE_CHECKING:
@@ -35,17 +35,15 @@ class StateTensor(NamedTuple):
     bytes_per_value: int
 
 
-class Tensor(Protocol):
+class TrainableTensor(NamedTuple):
     """A tensor that is trained, by its size."""
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+    shape: tuple[int, ...]
+    bytes_per_value: int
 
     @property
-    def num(self) -> int: ...
-
-    @property
-    def bytes_per_value(self) -> int: ...
+    def num(self) -> int:
+        return math.prod(self.shape)
 
 
 OPTIMIZERS = Registry[type]("optimizer")
@@ -59,9 +57,7 @@ _key = partial(key, why="other updates")
 class OptimizerConfig:
     """The keys of every optimizer; a subclass adds those of its own, and builds it."""
 
-    type: str = registered_type_key(
-        "optimizer", OPTIMIZERS, resume=Impact.impossible, why="an optimizer's state fits no other"
-    )
+    type: str = type_key("optimizer", OPTIMIZERS, resume=Impact.impossible, why="an optimizer's state fits no other")
     lr: float = _key(WEIGHT)
     embedding_lr: float | None = _key(WEIGHT)
     weight_decay: float = _key(WEIGHT_OR_ZERO)
@@ -70,7 +66,7 @@ class OptimizerConfig:
         """Build the optimizer over groups of parameters, each with its `params`, `weight_decay` and perhaps `lr`."""
         raise NotImplementedError
 
-    def state_of(self, tensor: Tensor) -> list[StateTensor] | None:
+    def state_of(self, tensor: TrainableTensor) -> list[StateTensor] | None:
         """Return what is kept for a trained tensor, for forecasts of memory and disk; None: not known.
 
         Counters, and tables that all tensors share, are left out.
@@ -78,12 +74,8 @@ class OptimizerConfig:
         return None
 
 
-def _like_the_weights(tensor: Tensor, *names: str) -> list[StateTensor]:
-    return [StateTensor(name, tensor.num, tensor.bytes_per_value) for name in names]
-
-
-def _in_32_bits(tensor: Tensor) -> list[StateTensor]:
-    return [StateTensor(name, tensor.num, 4) for name in ("state1", "state2")]
+def _like_it(tensor: TrainableTensor, bytes_per_value: int, *names: str) -> list[StateTensor]:
+    return [StateTensor(name, tensor.num, bytes_per_value) for name in names]
 
 
 @OPTIMIZERS.register("adamw")
@@ -99,8 +91,8 @@ class AdamWConfig(OptimizerConfig):
 
         return AdamW(groups, **self._options(), fused=True)
 
-    def state_of(self, tensor: Tensor) -> list[StateTensor]:
-        return _like_the_weights(tensor, "exp_avg", "exp_avg_sq")
+    def state_of(self, tensor: TrainableTensor) -> list[StateTensor]:
+        return _like_it(tensor, tensor.bytes_per_value, "exp_avg", "exp_avg_sq")
 
     def _options(self) -> dict[str, Any]:
         first, second = self.betas
@@ -113,15 +105,13 @@ class AdamW8bitConfig(AdamWConfig):
     """conf/optimizer/adamw_8bit.yaml: bitsandbytes' AdamW with its state in 8 bits."""
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
-        optimizer: Optimizer = _bitsandbytes_optimizers().AdamW8bit(groups, **self._options())
-        return optimizer
+        return _bitsandbytes_optimizers().AdamW8bit(groups, **self._options())
 
-    def state_of(self, tensor: Tensor) -> list[StateTensor]:
+    def state_of(self, tensor: TrainableTensor) -> list[StateTensor]:
         if tensor.num < MIN_8BIT_SIZE:
-            return _in_32_bits(tensor)
-        scales = math.ceil(tensor.num / STATE_BLOCK)
-        states = [StateTensor(name, tensor.num, 1) for name in ("state1", "state2")]
-        return states + [StateTensor(name, scales, 4) for name in ("absmax1", "absmax2")]
+            return _like_it(tensor, 4, "state1", "state2")
+        scales = [StateTensor(name, math.ceil(tensor.num / STATE_BLOCK), 4) for name in ("absmax1", "absmax2")]
+        return _like_it(tensor, 1, "state1", "state2") + scales
 
 
 @OPTIMIZERS.register("paged_adamw_32bit")
@@ -134,11 +124,10 @@ class PagedAdamWConfig(AdamWConfig):
         is_on_gpu = any(p.is_cuda for group in groups for p in group["params"])
         # without a GPU there is no memory to page from, and bitsandbytes would warn of it in the first step
         chosen = optimizers.PagedAdamW32bit if is_on_gpu else optimizers.AdamW32bit
-        optimizer: Optimizer = chosen(groups, **self._options())
-        return optimizer
+        return chosen(groups, **self._options())
 
-    def state_of(self, tensor: Tensor) -> list[StateTensor]:
-        return _in_32_bits(tensor)
+    def state_of(self, tensor: TrainableTensor) -> list[StateTensor]:
+        return _like_it(tensor, 4, "state1", "state2")
 
 
 @OPTIMIZERS.register("adafactor")
@@ -155,7 +144,7 @@ class AdafactorConfig(OptimizerConfig):
         # moved them by 0.1 %)
         return Adafactor(groups, lr=self.lr, eps=(finfo(float32).eps, 1e-3))
 
-    def state_of(self, tensor: Tensor) -> list[StateTensor]:
+    def state_of(self, tensor: TrainableTensor) -> list[StateTensor]:
         size = tensor.bytes_per_value
         if len(tensor.shape) < 2:
             return [StateTensor("variance", tensor.num, size)]
@@ -175,8 +164,8 @@ class SGDConfig(OptimizerConfig):
 
         return SGD(groups, lr=self.lr, momentum=self.momentum, fused=True)
 
-    def state_of(self, tensor: Tensor) -> list[StateTensor]:
-        return _like_the_weights(tensor, "momentum_buffer") if self.momentum else []
+    def state_of(self, tensor: TrainableTensor) -> list[StateTensor]:
+        return _like_it(tensor, tensor.bytes_per_value, "momentum_buffer") if self.momentum else []
 
 
 def _bitsandbytes_optimizers() -> Any:

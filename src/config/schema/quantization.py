@@ -1,7 +1,7 @@
 """conf/quantization: weights in 8 or 4 bits."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from src.config.schema.fields import DottedConfig, key
 from src.config.schema.model import Dtype
@@ -9,9 +9,7 @@ from src.config.schema.model import Dtype
 OTHER_WEIGHTS = "other frozen weights, or another precision"
 
 
-class QuantType(Enum):
-    nf4 = "nf4"
-    fp4 = "fp4"
+QuantType = StrEnum("QuantType", "nf4 fp4")
 
 
 def _is_in_4bit(config: DottedConfig) -> bool:

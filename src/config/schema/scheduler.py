@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from src.config.schema.checks import BELOW_ONE, COUNT, FRACTION
-from src.config.schema.fields import key, registered_type_key
+from src.config.schema.fields import key, type_key
 from src.registry import Registry
 
 SCHEDULES = Registry[type]("schedule")
@@ -16,7 +16,7 @@ OTHER_RATES = "other learning rates"
 class SchedulerConfig:
     """A schedule; a subclass adds keys of its own, and says what share of its peak the learning rate has."""
 
-    type: str = registered_type_key("scheduler", SCHEDULES, why=OTHER_RATES)
+    type: str = type_key("scheduler", SCHEDULES, why=OTHER_RATES)
 
     depends_on_length = True  # whether a longer run has other learning rates from its first step on; warm-ups apart
 

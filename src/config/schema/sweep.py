@@ -1,35 +1,20 @@
 """conf/sweep: what `-m` makes of several values."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
 
-from src.config.schema.checks import AT_LEAST_ONE, AT_LEAST_TWO, COUNT, POSITIVE, PROCESSES, SEED, Check
+from src.config.schema.checks import AT_LEAST_ONE, AT_LEAST_TWO, COUNT, NAME, POSITIVE, PROCESSES, SEED, Check
 from src.config.schema.fields import key
-from src.config.schema.top import NAME
+
+Sampler = StrEnum("Sampler", "grid random tpe")
+Pruner = StrEnum("Pruner", "none median asha")
+Replicate = StrEnum("Replicate", "none seeds folds")
 
 
-class Sampler(Enum):
-    grid = "grid"
-    random = "random"
-    tpe = "tpe"
-
-
-class Pruner(Enum):
-    none = "none"
-    median = "median"
-    asha = "asha"
-
-
-class Replicate(Enum):
-    none = "none"
-    seeds = "seeds"
-    folds = "folds"
-
-
-class Direction(Enum):
+class Direction(StrEnum):  # a class, so that its values have a literal type
     minimize = "minimize"
     maximize = "maximize"
 

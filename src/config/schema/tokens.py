@@ -1,7 +1,8 @@
 """conf/tokens: tokens added to the vocabulary, and how their rows are initialised."""
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
+from functools import partial
 
 from src.config.schema.checks import STRINGS, up_to
 from src.config.schema.fields import AT_START, BY_OUTCOME, key
@@ -9,30 +10,18 @@ from src.config.schema.fields import AT_START, BY_OUTCOME, key
 ROWS_MULTIPLE = up_to(65_536, "more rows than most vocabularies have, for padding alone")
 
 
-class InitMethod(Enum):
-    text = "text"
-    mean = "mean"
-    description = "description"
-    random = "random"
+InitMethod = StrEnum("InitMethod", "text mean description random")
+_init_key = partial(key, resume=BY_OUTCOME, why=AT_START, shapes_rows=False)
 
 
 @dataclass
 class TokenInitConfig:
     """How the rows of new tokens start: see src.model.embeddings.initial_rows."""
 
-    method: InitMethod = key(resume=BY_OUTCOME, why=AT_START, shapes_rows=False)
-    text: list[str] = key(
-        STRINGS,
-        resume=BY_OUTCOME,
-        why=AT_START,
-        counts_where=lambda config: config.get("tokens.init.method") == InitMethod.text.name,
-        shapes_rows=False,
-    )
-    descriptions: dict[str, str] = key(
-        resume=BY_OUTCOME,
-        why=AT_START,
-        counts_where=lambda config: config.get("tokens.init.method") == InitMethod.description.name,
-        shapes_rows=False,
+    method: InitMethod = _init_key()
+    text: list[str] = _init_key(STRINGS, counts_where=lambda config: config.get("tokens.init.method") == "text")
+    descriptions: dict[str, str] = _init_key(
+        counts_where=lambda config: config.get("tokens.init.method") == "description"
     )
 
 

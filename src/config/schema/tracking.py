@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from src.config.schema.fields import Impact, key, registered_type_key
+from src.config.schema.fields import Impact, key, type_key
 from src.registry import Registry
 
 TRACKERS = Registry[type]("tracker")
@@ -13,7 +13,7 @@ TRACKERS = Registry[type]("tracker")
 class TrackingConfig:
     """A tracker; a subclass adds its keys."""
 
-    type: str = registered_type_key("tracking", TRACKERS, resume=Impact.harmless)
+    type: str = type_key("tracking", TRACKERS, resume=Impact.harmless)
 
 
 @TRACKERS.register("mlflow")
