@@ -3,25 +3,20 @@
 import json
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
-from src.config.gate import parse_stored
 from src.config.job import Job
 from src.errors import Interrupted, TrainingError
 from src.runtime.collector import collect_from_here
 from src.runtime.launch import launch
 from src.runtime.signals import StopRequest
-from src.util import load_json
 
-FROZEN = "--frozen"
-"""Precedes the file of a frozen job and the run's folder: this process is one of several."""
+FROZEN = "--frozen"  # precedes the file of a frozen job and the run's folder: this process is one of several
 
 
 def run_as_many(job: Job, stop: StopRequest) -> int:
     """Run a job in several processes, with the configuration as it was composed here; return their exit code.
 
-    Raises:
-        TowlineError: where the folder or its checkpoints can't be used, or a process ended in failure.
+    TowlineError is raised where the folder or its checkpoints can't be used, or a process ended in failure.
     """
     from src.tracking.lock import hold
     from src.tracking.run_folder import note_end
@@ -45,9 +40,3 @@ def run_as_many(job: Job, stop: StopRequest) -> int:
             raise
         finally:
             file.unlink()
-
-
-def read_frozen_job(file: str, run_dir: str) -> Job:
-    """Return the job that the parent process froze; the parent holds its folder."""
-    frozen = load_json(Path(file))
-    return Job(parse_stored(frozen["config"]), frozen["config"], Path(run_dir), is_held=True, trial=frozen["trial"])
