@@ -45,9 +45,7 @@ if TYPE_CHECKING:
 def predict(job: Job) -> int:
     """Generate what is missing of every set, and score it; return the exit code.
 
-    Raises:
-        TowlineError: what the user can fix.
-        Interrupted: where a signal asked it to stop; what was written is kept.
+    TowlineError says what the user can fix; Interrupted, that a signal asked it to stop: what was written is kept.
     """
     from src.checkpoint.exported import check_exported, with_base_model
     from src.evaluation.predictions import open_sets, predict_rows

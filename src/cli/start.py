@@ -25,11 +25,7 @@ from src.training.resume import ResumePoint, find_resume_point
 
 
 def start_job(job: Job, stop: StopRequest) -> int:
-    """Run what is left to do of a job, in as many processes as it asks for; return the exit code.
-
-    Raises:
-        TowlineError, Interrupted, Pruned: see src.run.run.
-    """
+    """Run what is left to do of a job, in as many processes as it asks for; return the exit code. It raises as run."""
     if finished_before(job):
         return 0
     if is_launched(job.config.runtime):
@@ -39,11 +35,7 @@ def start_job(job: Job, stop: StopRequest) -> int:
 
 
 def run_job(job: Job, stop: StopRequest) -> dict[str, float]:
-    """Run a job to its end in this process, from the beginning or a checkpoint, and return its summary.
-
-    Raises:
-        TowlineError, Interrupted, Pruned: see src.run.run.
-    """
+    """Run a job to its end in this process, from the beginning or a checkpoint, and return its summary as run does."""
     stop.check()
     stop.set_time_limit(job.config.training.max_seconds)
     with open_run(job) as (found, tracker):
@@ -57,9 +49,8 @@ def run_job(job: Job, stop: StopRequest) -> dict[str, float]:
 def open_run(job: Job) -> Iterator[tuple[ResumePoint, Tracker]]:
     """Hold the run's folder, find the checkpoint to resume from, and track the run; in the first process only.
 
-    Raises:
-        RunFolderError: where the folder is in use, or holds another run.
-        CheckpointError, ConfigError: where the run can't resume from what is in the folder.
+    RunFolderError says that the folder is in use or holds another run; CheckpointError and ConfigError, that the run
+    can't resume from what is in it.
     """
     config, run_dir, console = job.config, job.run_dir, Console()
     if (place := place_of()) is not None and not place.is_main:
@@ -97,8 +88,7 @@ def start_of(job: Job, found: ResumePoint) -> Start:
 def finished_before(job: Job) -> bool:
     """Leave the folder of a finished run as it is, unless more steps are asked for; deliver what the tracker lacks.
 
-    Raises:
-        RunFolderError, CheckpointError: where more steps are asked for, and the run can't resume.
+    RunFolderError or CheckpointError says why a run that is asked for more steps can't resume.
     """
     config, run_dir = job.config, job.run_dir
     if config.force or not is_finished(run_dir):
@@ -106,12 +96,9 @@ def finished_before(job: Job) -> bool:
     if asks_for_more_steps(config.training, run_dir):
         check_extendable(config.checkpoint, run_dir)
         return False
-    console = Console()
-    console.label(
-        "run",
-        f"{run_dir} is finished and left as it is; {how_to_extend(config.training, run_dir)} (force=true "
-        "removes it and starts again)",
-    )
+    console, extending = Console(), how_to_extend(config.training, run_dir)
+    again = "(force=true removes it and starts again)"
+    console.label("run", f"{run_dir} is finished and left as it is; {extending} {again}")
     if config_hash(job.frozen) not in {start["config_hash"] for start in read_starts(run_dir)}:
         console.warn(
             "the configuration given here is not the one that this run was made with (its config.yaml); for another "
