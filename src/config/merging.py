@@ -83,11 +83,14 @@ class Loader(ConfigLoaderImpl):
         with flag_override(cfg, "no_deepcopy_set_nodes", True):
             for default in defaults:
                 given = self._load_single_config(default=default, repo=repo).config
+                _make_room(cfg, given)
                 try:
                     cfg.merge_with(given)
-                except OmegaConfBaseException:
-                    _make_room(cfg, given)
-                    self._merge(cfg, given)
+                except OmegaConfBaseException as error:  # now only Hydra's own section can have what does not fit
+                    general = (str(error.full_key or HYDRA), str(error).splitlines()[0])
+                    key, reason = _misfit(cfg.get(HYDRA), given.get(HYDRA), HYDRA) or general
+                    last = self.files[-1]
+                    raise error_at(last.file, last.within(key) or [], f"{key}: {reason}") from error
         for override in self._overrides:
             if not override.is_delete():
                 make_room(cfg, override.key_or_group, override.value())
@@ -97,16 +100,6 @@ class Loader(ConfigLoaderImpl):
                 section._set_flag(HAS_DEFAULTS, None)
                 section.pop("defaults", None)
         return cfg
-
-    def _merge(self, cfg: DictConfig, given: Any) -> None:
-        """Merge what came last once more, in which now only Hydra's own section can have what does not fit."""
-        try:
-            cfg.merge_with(given)
-        except OmegaConfBaseException as error:
-            last = self.files[-1]
-            general = (str(error.full_key or HYDRA), str(error).splitlines()[0])
-            key, reason = _misfit(cfg.get(HYDRA), given.get(HYDRA), HYDRA) or general
-            raise error_at(last.file, last.within(key) or [], f"{key}: {reason}") from error
 
     def _check_choices_of_hydra(self, primary: str) -> None:
         """Refuse entries of `defaults` that choose for Hydra itself, where conf/config.yaml goes before them."""
@@ -215,7 +208,7 @@ def _make_room(cfg: DictConfig, given: Any) -> None:
 
     Nothing is done within Hydra's own section.
     """
-    for key, new in given.items_ex(resolve=False) if isinstance(given, DictConfig) else ():
+    for key, new in given.items_ex(resolve=False) if isinstance(given, DictConfig) and has_content(given) else ():
         old = None if key == HYDRA and cfg._get_parent() is None else cfg._get_node(key)
         kinds = [type(node) for node in (old, new) if isinstance(node, Container) and has_content(node)]
         if kinds == [DictConfig, DictConfig]:
