@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 from omegaconf import grammar_parser
 from omegaconf.errors import GrammarParseError
@@ -53,7 +53,7 @@ def _good(text: str) -> str:
     is_known = known or key in SECTIONS or key.rpartition(".")[0] in all_keys()
     if not is_known or read is None or not _fits(shown):
         return ""
-    return shown if known is None or known.accepts(_plain(read.value())) else ""
+    return shown if known is None or known.accepts(read.value()) else ""
 
 
 def several(override: Override, text: str, *, is_group: bool) -> str:
@@ -62,7 +62,11 @@ def several(override: Override, text: str, *, is_group: bool) -> str:
     if is_group:
         return reason
     sweep = override.value()
-    if isinstance(sweep, ChoiceSweep) and sweep.simple_form and (listed := _hint(key, _plain(sweep.list))):
+    if (
+        isinstance(sweep, ChoiceSweep)
+        and sweep.simple_form
+        and (listed := _hint(key, Override._convert_value(sweep.list)))
+    ):
         reason += f"; or, of one list, write it in brackets{listed}"
     if quoted := _quoting_hint(key, text):
         reason += f"; or, of one value, quote it{quoted}"
@@ -72,7 +76,7 @@ def several(override: Override, text: str, *, is_group: bool) -> str:
 def unusable_text(key: str, value: Any) -> str:
     """Return what is wrong with the texts of a value that was read, as OmegaConf takes them; '' where all are good."""
     is_sweep = isinstance(value, ChoiceSweep)
-    given = _plain(value.list if is_sweep else value)
+    given = Override._convert_value(value.list) if is_sweep else value
     if holds_missing(given):
         return MISSING_TEXT
     if all(map(is_interpolated_well, _texts(given))):
@@ -97,15 +101,6 @@ def _texts(value: Any) -> list[str]:
     if isinstance(inner, list):
         return [text for item in inner for text in _texts(item)]
     return [value] if isinstance(value, str) else []
-
-
-def _plain(value: Any) -> Any:
-    """Return a value of Hydra's grammar without what it knows of quotes."""
-    if isinstance(value, QuotedString):
-        return value.text
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return {_plain(key): _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _quoting_hint(key: str, value: str) -> str:
@@ -150,5 +145,6 @@ def _lists_of(value: str) -> list[list[Any]]:
         return [[value]]
     given = read.value()
     if isinstance(given, ChoiceSweep):
-        return [_plain(given.list)]
-    return [[_plain(given)], *([_plain(given)] if isinstance(given, list) else [])]
+        given = Override._convert_value(given.list)
+        return [given]
+    return [[given], given] if isinstance(given, list) else [[given]]
