@@ -126,6 +126,7 @@ def _split(text: str) -> list[str]:
 
 def _source(folder: Path, line: CommandLine) -> Source:
     """Return a folder with its tracker; _Refused where it is no run's or sweep's, or its tracker can't be used."""
+    from src.tracking.mlflow_sweep import sweep_tracking
 
     def refused(reason: object) -> _Refused:
         return _Refused(Problem.on_command_line("run", str(reason), str(folder)))
@@ -137,11 +138,14 @@ def _source(folder: Path, line: CommandLine) -> Source:
     if not is_sweep and not is_run:
         raise refused(f"no folder of a run or a sweep: it has neither {STATUS} nor {SWEEP}")
     try:
-        stored = _stored(folder, is_sweep)
+        sections = {"tracking": sweep_tracking(folder)} if is_sweep else read_config(folder)
     except FileNotFoundError as error:
         raise refused(f"{CONFIG} is missing in it") from error
     except DamagedFileError as error:
         raise refused(error) from error
+    name, tracking = str(sections.get("name") or folder.name), sections.get("tracking")
+    stored = {"experiment_name": "towline", "run_name": name, "tags": {}, "log_model": False}
+    stored |= tracking if isinstance(tracking, dict) else {}
     given = {key.partition(".")[2]: str(value) for key in KEYS if (value := line.value_of(key)) is not None}
     if stored.get("type") != "mlflow" and "uri" not in given:
         raise refused("it has no tracker (tracking=none); to deliver it nevertheless set tracking.uri=…")
@@ -162,19 +166,6 @@ def _tracker(stored: Mapping[str, Any], where: str) -> MlflowConfig:
     if problems := list(tracker_can_be_reached_by_some_scheme(config)):
         raise _Refused(*problems)
     return config
-
-
-def _stored(folder: Path, is_sweep: bool) -> dict[str, Any]:
-    """Return a folder's tracker as it is stored, with what one needs that has none.
-
-    FileNotFoundError or DamagedFileError says why its configuration can't be read.
-    """
-    from src.tracking.mlflow_sweep import sweep_tracking
-
-    sections = {"tracking": sweep_tracking(folder)} if is_sweep else read_config(folder)
-    name, found = str(sections.get("name") or folder.name), sections.get("tracking")
-    own = {"experiment_name": "towline", "run_name": name, "tags": {}, "log_model": False}
-    return own | (found if isinstance(found, dict) else {})
 
 
 def sync_all(sources: Sequence[Source]) -> int:
