@@ -7,9 +7,8 @@ from pathlib import Path
 
 from src.cli.exits import guarded_run
 from src.cli.hydra_main import run_hydra
-from src.cli.processes import FROZEN
 from src.config.gate import admit, parse_stored
-from src.config.job import Job
+from src.config.job import FROZEN, Job
 from src.config.show import shown_config
 from src.errors import Interrupted, TowlineError, report, show
 from src.runtime.launch import copy_output, follow_parent, place_of

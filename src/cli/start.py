@@ -3,35 +3,64 @@
 What can be refused without torch is refused here, before src.run imports it.
 """
 
+import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from src.checkpoint.compatibility import compare_configs
 from src.checkpoint.extend import asks_for_more_steps, check_extendable, how_to_extend
 from src.checkpoint.locate import check_best
-from src.cli.processes import run_as_many
 from src.config.frozen import CONFIG, config_hash, is_finished, read_config, read_starts
-from src.config.job import Job
+from src.config.job import FROZEN, Job
+from src.errors import Interrupted, TrainingError
 from src.runtime.collector import collect_from_here
-from src.runtime.launch import is_launched, place_of
+from src.runtime.launch import is_launched, launch, place_of
 from src.runtime.signals import StopRequest
 from src.tracking.console import Console
 from src.tracking.folder_start import Start
 from src.tracking.lock import hold
+from src.tracking.run_folder import note_end
 from src.tracking.step_logs import metrics_at
 from src.tracking.tracker import Tracker, deliver_pending, open_tracking
 from src.training.resume import ResumePoint, find_resume_point
 
 
 def start_job(job: Job, stop: StopRequest) -> int:
-    """Run what is left to do of a job, in as many processes as it asks for; return the exit code. It raises as run."""
+    """Run what is left to do of a job, in as many processes as it asks for; return the exit code, or raise as `run`."""
     if finished_before(job):
         return 0
     if is_launched(job.config.runtime):
         return run_as_many(job, stop)
     run_job(job, stop)
     return 0
+
+
+def run_as_many(job: Job, stop: StopRequest) -> int:
+    """Run a job in several processes, with the configuration as it was composed here; return their exit code.
+
+    The parent freezes the job and holds its folder, the others run it. TowlineError is raised where the folder or its
+    checkpoints can't be used, or a process ended in failure.
+    """
+    collect_from_here()
+    config, run_dir = job.config, job.run_dir
+    is_first = config.runtime.machine_rank == 0
+    with hold(run_dir) if is_first else nullcontext() as lock:
+        find_resume_point(config.checkpoint, job.frozen, run_dir, force=config.force)  # refused before anything starts
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = run_dir / f".frozen-{config.runtime.machine_rank}.json"
+        file.write_text(json.dumps({"config": job.frozen, "trial": job.trial}), encoding="utf-8")
+        command = [sys.executable, "-m", "src.run", FROZEN, str(file), str(run_dir)]
+        try:
+            with stop.deferred():  # it is passed on
+                return launch(config.runtime, command, run_dir, stop, [] if lock is None else [lock])
+        except (TrainingError, Interrupted, KeyboardInterrupt) as reason:
+            if is_first:
+                note_end(run_dir, reason)
+            raise
+        finally:
+            file.unlink()
 
 
 def run_job(job: Job, stop: StopRequest) -> dict[str, float]:

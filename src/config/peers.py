@@ -70,10 +70,8 @@ class Peer:
 @cache
 def all_peers() -> tuple[Peer, ...]:
     """Return all trainers, in the order in which a name is looked up."""
-    return tuple(
-        Peer(trainer["title"], trainer["about"], dict(_table(trainer)))
-        for trainer in yaml.load(TABLES.read_text(encoding="utf-8"), YamlLoader)["trainers"]
-    )
+    trainers = yaml.load(TABLES.read_text(encoding="utf-8"), YamlLoader)["trainers"]
+    return tuple(Peer(trainer["title"], trainer["about"], dict(_table(trainer))) for trainer in trainers)
 
 
 def _table(trainer: Mapping[str, Any]) -> Iterator[tuple[str, Counterpart]]:
