@@ -36,6 +36,7 @@ BEFORE = {
 }
 """Prefixes that other trainers put before the names of a section's keys, besides its own name."""
 AS_GIVEN = Counterpart(is_same=True)  # of a name and a value that mean here what they say
+Suggestion = tuple[str, str]  # KEY, KEY=VALUE, or choices and KEY=VALUE, as they are typed; and what to know of it
 OPTION_NAMES = ("name", "kind", "class", "_target_")  # other trainers' names for the choice of a section's option
 
 
@@ -146,8 +147,8 @@ def _reason(key: str, value: Any, problem: UnknownKey, situation: Situation) -> 
     if because and not suggested:
         return f"unknown key; there is no counterpart, because {because}"
     if suggested := suggested or _alike(key, value, problem, situation):
-        note = next((suggestion.note for suggestion in suggested if suggestion.note), "")
-        texts = dict.fromkeys(suggestion.text for suggestion in suggested[:MOST_SUGGESTED])
+        note = next((note for _, note in suggested if note), "")
+        texts = dict.fromkeys(text for text, _ in suggested[:MOST_SUGGESTED])
         return f"unknown key; did you mean {' or '.join(texts)}?{f' ({note})' if note else ''}"
     return f"unknown key; {problem.key.rpartition('.')[0] or 'the top level'} has {', '.join(problem.siblings)}"
 
@@ -170,24 +171,16 @@ def _of_another_option(key: str, situation: Situation) -> str:
     return f"unknown key: {section}={chosen} has no {name}{remedy}"
 
 
-@dataclass(frozen=True)
-class _Suggestion:
-    """A key, KEY=VALUE, or choices and KEY=VALUE, as they can be typed; and what to know of it."""
-
-    text: str
-    note: str = ""
-
-
-def _of_source(key: str, problem: UnknownKey) -> list[_Suggestion]:
+def _of_source(key: str, problem: UnknownKey) -> list[Suggestion]:
     """Return what another trainer's name means within one source of a mixture."""
     prefix, _, leaf = key.rpartition(".")
     if key != problem.key or not prefix.startswith("data.mixture."):
         return []
     names = dict.fromkeys(_leaf(here.key) for here in peers.find(leaf) if here.key.startswith("data."))
-    return [_Suggestion(f"{prefix}.{name}") for name in names if name in problem.siblings]
+    return [(f"{prefix}.{name}", "") for name in names if name in problem.siblings]
 
 
-def _in_section(key: str, value: Any, situation: Situation) -> list[_Suggestion]:
+def _in_section(key: str, value: Any, situation: Situation) -> list[Suggestion]:
     """Return what is meant by a name within a section, where the section says more than the name alone.
 
     The section's and the key's name may be one name elsewhere (`evaluation.steps`: eval_steps); a key of that section
@@ -222,20 +215,20 @@ def _words_of(name: str) -> set[str]:
     return {word.removesuffix("s") for word in name.lower().replace("-", "_").split("_")}
 
 
-def _of_inner(section: str, name: str, value: Any, situation: Situation) -> list[_Suggestion]:
+def _of_inner(section: str, name: str, value: Any, situation: Situation) -> list[Suggestion]:
     """Return what a name deep in another library's mapping of a section means: its place, or an option with it."""
     for key in all_keys().values():
         if key.section != section or not key.inner or not situation.is_read(key.name):
             continue
         deep = [f"{key.name}.{path}" for path in _paths(key.inner) if f".{path}".endswith(f".{name}")]
         if deep and situation.has(key):
-            return [_Suggestion(text) for text in deep]
+            return [(text, "") for text in deep]
         if deep and section in situation.choices:
             there = groups.setting(replace(key, name=deep[0]), situation.roots)
             for option in groups.with_key(key, situation.roots):
                 if there.get(option) == value:
-                    return [_Suggestion(f"{section}={option}")]
-            return [_Suggestion(f"one of {section}={', '.join(groups.first_with_key(key, situation.roots))}")]
+                    return [(f"{section}={option}", "")]
+            return [(f"one of {section}={', '.join(groups.first_with_key(key, situation.roots))}", "")]
     return []
 
 
@@ -246,9 +239,9 @@ def _paths(inner: Keys) -> Iterator[str]:
             yield from (f"{name}.{path}" for path in _paths(below))
 
 
-def _by_name(leaf: str, value: Any, situation: Situation) -> list[_Suggestion]:
+def _by_name(leaf: str, value: Any, situation: Situation) -> list[Suggestion]:
     """Return what the tables of other trainers, and keys of that very name elsewhere, suggest."""
-    suggested: list[_Suggestion] = []
+    suggested: list[Suggestion] = []
     known = [here for here in peers.find(leaf) if here.key]
     for here in known:
         suggested += _of_counterpart(here, value, situation)
@@ -267,21 +260,21 @@ def _offered(situation: Situation) -> Iterator[Key]:
             yield key
 
 
-def _of_counterpart(here: Counterpart, value: Any, situation: Situation) -> list[_Suggestion]:
+def _of_counterpart(here: Counterpart, value: Any, situation: Situation) -> list[Suggestion]:
     """Return what a table suggests for a value: a key, or the choice of an option; all there are where none is it."""
     if known := all_keys().get(here.key):
         return _of_key(known, value, situation, here)
     if here.key.startswith("hydra."):
-        return [_Suggestion(here.key)] if situation.is_read(here.key) else []
+        return [(here.key, "")] if situation.is_read(here.key) else []
     if not situation.choices:  # a run that was started keeps its options
         return []
     options, (given, _) = groups.readable(here.key, situation.roots), here.value(value)
     if given in options:
-        return [_Suggestion(" ".join(_choices(here, [f"{here.key}={given}"], situation)))]
-    return [_Suggestion(f"one of {here.key}={', '.join(options)}", here.note)]
+        return [(" ".join(_choices(here, [f"{here.key}={given}"], situation)), "")]
+    return [(f"one of {here.key}={', '.join(options)}", here.note)]
 
 
-def _of_key(key: Key, value: Any, situation: Situation, here: Counterpart = AS_GIVEN) -> list[_Suggestion]:
+def _of_key(key: Key, value: Any, situation: Situation, here: Counterpart = AS_GIVEN) -> list[Suggestion]:
     """Return a key as a suggestion; with choices that it needs, or another value than was given, as KEY=VALUE."""
     if not situation.offers(key):
         return []
@@ -294,8 +287,8 @@ def _of_key(key: Key, value: Any, situation: Situation, here: Counterpart = AS_G
     choices = _choices(here, [f"{key.section}={option}" for option in needed], situation)
     if text:
         is_other = peers.value_text(value) in here.values
-        return [_Suggestion(" ".join([*choices, text if choices or is_other else key.name]), note)]
-    return [_Suggestion(f"{key.name}, with {' '.join(choices)}" if choices else key.name, note)]
+        return [(" ".join([*choices, text if choices or is_other else key.name]), note)]
+    return [(f"{key.name}, with {' '.join(choices)}" if choices else key.name, note)]
 
 
 def _choices(here: Counterpart, needed: list[str], situation: Situation) -> list[str]:
@@ -311,12 +304,12 @@ def _choices(here: Counterpart, needed: list[str], situation: Situation) -> list
     return [*choices, "export.merge=true"] if adapts and is_random and not is_merged else choices
 
 
-def _alike(key: str, value: Any, problem: UnknownKey, situation: Situation) -> list[_Suggestion]:
+def _alike(key: str, value: Any, problem: UnknownKey, situation: Situation) -> list[Suggestion]:
     """Return what a key or a section of a similar name suggests."""
     section, _, rest = key.partition(".")
     if rest and section not in ALL_SECTIONS:
         meant = [f"{name}.{rest}" for name in ALL_SECTIONS if _likeness(section, name) >= LIKE_HERE]
-        if found := [_Suggestion(name) for name in meant if name in all_keys()]:
+        if found := [(name, "") for name in meant if name in all_keys()]:
             return found
     prefix, leaf = problem.key.rpartition(".")[0], _leaf(key)
     here = [f"{prefix}.{name}" if prefix else name for name in problem.siblings] if key == problem.key else []
@@ -330,7 +323,7 @@ def _alike(key: str, value: Any, problem: UnknownKey, situation: Situation) -> l
             alike[name] = likeness
     best = max(alike, key=alike.__getitem__, default="")
     if best in here or not best:
-        return [_Suggestion(best)] if best else []
+        return [(best, "")] if best else []
     known = all_keys().get(best)
     return _of_key(known, value, situation) if known else _by_name(best, value, situation)
 
