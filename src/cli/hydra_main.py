@@ -28,10 +28,7 @@ from src.secrets import as_variables, clean
 
 
 def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None) -> int:
-    """Run a trial's frozen configuration in this process, and return the exit code.
-
-    `link` is the study that may end the trial early, see src.sweep.pruning.
-    """
+    """Run a trial's frozen configuration and return the exit code; `link` names the study that may end it early."""
     set_switches()
     try:
         with stop_on_signals() as stop:
@@ -78,10 +75,7 @@ class Task:
 
 
 def run_hydra(request: Request, stop: StopRequest) -> int:
-    """Hand a command line that was admitted to Hydra's own main, and return the exit code.
-
-    TowlineError is raised where a sweep is refused, before any of it starts.
-    """
+    """Hand an admitted command line to Hydra's own main, return the exit code; a refused sweep raises TowlineError."""
     task = Task(request, stop)
     sys.argv = [sys.argv[0], *as_variables(request.line.hydra_argv)]
     install(hides_credentials=True)

@@ -120,7 +120,7 @@ def _single(key: str, value: Any, siblings: Sequence[str] = ()) -> Iterator[tupl
     """
     is_whole = (
         key in all_keys()
-        or any(here.is_whole for here in peers.find(_leaf(key)))
+        or any(not here.is_same and not here.values for here in peers.find(_leaf(key)))
         or any(_likeness(_leaf(key), name) >= LIKE_ELSEWHERE for name in siblings)
     )
     if isinstance(value, dict) and value and not is_whole:

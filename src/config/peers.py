@@ -33,11 +33,6 @@ class Counterpart:
     instead_of: Mapping[str, str] = field(default_factory=dict)
     """Choices that it does not go with: GROUP=OPTION, and what to choose in its place."""
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether a mapping of theirs has no keys that are keys of their own."""
-        return not self.is_same and not self.values
-
     def value(self, given: Any) -> tuple[Any, bool]:
         """Return a value of theirs as it is here, and whether that can be said."""
         text = value_text(given)
