@@ -13,18 +13,13 @@ import regex
 
 from src.errors import ConfigError, DataError, LimitError
 
-SECONDS = 5.0
-"""The limit of processor time for one pattern on one text; texts of a few MiB take milliseconds."""
+SECONDS = 5.0  # processor time for one pattern on one text; texts of a few MiB take milliseconds
 
 _BRACES = re.compile(r"\\N\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|\{", re.DOTALL)
 
 
 class Pattern:
-    """A pattern whose `.` matches line ends too; errors name its `key`.
-
-    Raises:
-        ConfigError: where it is not a regular expression.
-    """
+    """A pattern whose `.` matches line ends too; errors name its `key`: ConfigError where it can't be compiled."""
 
     def __init__(self, key: str, pattern: str) -> None:
         self._key, self._text = key, pattern
@@ -61,13 +56,7 @@ class Pattern:
 
 @contextmanager
 def at(place: Callable[..., str], *of: Any) -> Iterator[None]:
-    """Name the place of a text that exceeds a limit in this block.
-
-    Args:
-        place: called with `of`; returns the place.
-    Raises:
-        DataError: naming it.
-    """
+    """Raise DataError where a text exceeds a limit in this block; it names the place, which `place(*of)` returns."""
     try:
         yield
     except LimitError as problem:

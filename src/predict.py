@@ -45,9 +45,7 @@ if TYPE_CHECKING:
 def predict(job: Job) -> int:
     """Generate what is missing of every set, and score it; return the exit code.
 
-    Raises:
-        TowlineError: what the user can fix.
-        Interrupted: where a signal asked it to stop; what was written is kept.
+    TowlineError says what the user can fix; Interrupted, that a signal asked it to stop: what was written is kept.
     """
     from src.checkpoint.exported import check_exported, with_base_model
     from src.evaluation.predictions import open_sets, predict_rows
@@ -56,7 +54,6 @@ def predict(job: Job) -> int:
 
     job = replace(job, config=with_base_model(job.run_dir, job.config))
     config, run_dir, output = job.config, job.run_dir, job.entry_section.folder(job.run_dir)
-    batch_size = job.entry_section.batch_size or config.training.per_device_eval_batch_size
     console = Console()
     console.label("predict", f"{run_dir} → {output}")
     check_exported(run_dir, config.model.checkpoint)
@@ -70,7 +67,7 @@ def predict(job: Job) -> int:
                 finish(one, job, console)
         if not unfinished:
             return 0
-        with open_generation(job, batch_size, stop, console) as (generator, prompts):
+        with open_generation(job, stop, console) as (generator, prompts):
             for name, one in unfinished.items():
                 predict_rows(one, prompts.sets[name], generator, prompts, config, console)
                 finish(one, job, console)
@@ -78,9 +75,7 @@ def predict(job: Job) -> int:
 
 
 @contextmanager
-def open_generation(
-    job: Job, batch_size: int, stop: StopRequest, console: Console
-) -> Iterator[tuple[Generator, Prompts]]:
+def open_generation(job: Job, stop: StopRequest, console: Console) -> Iterator[tuple[Generator, Prompts]]:
     """Load what the run exported, and the rows to predict."""
     # imported here: torch takes seconds, and a folder that is in use or holds other predictions is refused at once
     from src.data.advice import about_template
@@ -94,6 +89,7 @@ def open_generation(
 
     collect_from_here()
     config, run_dir = job.config, job.run_dir
+    batch_size = job.entry_section.batch_size or config.training.per_device_eval_batch_size
     with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime:
         tokenizer, _ = load_tokenizer(exported_model_config(run_dir, config.model), config.tokens)
         prompts = build_prompts(config, tokenizer, console.working)

@@ -15,11 +15,7 @@ from src.errors import TowlineError
 
 
 def preflight(job: Job) -> int:
-    """Show what a run of an admitted job would be, and return the exit code.
-
-    Raises:
-        TowlineError: what the user can fix.
-    """
+    """Show what a run of an admitted job would be, and return the exit code; TowlineError says what to fix."""
     from src.tracking.console import Console
 
     config, own = job.config, job.entry_section
@@ -42,9 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then look at what it asks for; return the exit code."""
 
     def look(arguments: list[str]) -> int:
-        request = admit(arguments, "preflight")
-        assert request.run is not None
-        job = request.run
+        job = admit(arguments, "preflight").run
+        assert job is not None
         return guarded(lambda: preflight(job), when_stopped="Nothing was trained.")
 
     return answer("preflight", __doc__, argv, look)

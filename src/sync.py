@@ -57,15 +57,17 @@ class Source:
 def sync(source: Source, console: Console) -> tuple[int, str]:
     """Deliver what is missing of a folder; return the exit code, and the signal that ended it or ''.
 
-    Raises:
-        RunFolderError: where a process uses the folder, or it can't be locked.
+    RunFolderError is raised where a process uses the folder, or it can't be locked.
     """
     from src.tracking.export_thread import UNTIL_DELIVERED
     from src.tracking.lock import hold
+    from src.tracking.mlflow_run import MlflowRunExporter
+    from src.tracking.mlflow_sweep import MlflowSweepExporter
     from src.tracking.tracker import start_exporters
 
+    kind: type[MlflowExporter] = MlflowSweepExporter if source.is_sweep else MlflowRunExporter
     with hold(source.folder):
-        exporter = _exporter(source, console)
+        exporter = kind(source.config, source.folder, is_over=True, warn=console.warn)
         console.label("sync", f"{source.folder} → {exporter.name}, {exporter.where}")
         exports = start_exporters([exporter], source.folder, warn=console.warn)
         for left in exports.close(UNTIL_DELIVERED, console.working):
@@ -76,42 +78,25 @@ def sync(source: Source, console: Console) -> tuple[int, str]:
         return 0, exports.ended_by
 
 
-def _exporter(source: Source, console: Console) -> MlflowExporter:
-    from src.tracking.mlflow_run import MlflowRunExporter
-    from src.tracking.mlflow_sweep import MlflowSweepExporter
-
-    kind = MlflowSweepExporter if source.is_sweep else MlflowRunExporter
-    return kind(source.config, source.folder, is_over=True, warn=console.warn)
-
-
 def admit_sync(argv: Sequence[str]) -> list[Source]:
-    """Check a command line; return what is to be delivered where.
-
-    Raises:
-        ConfigError: with all problems together.
-    """
+    """Check a command line; return what is to be delivered where, or raise ConfigError with all problems together."""
     line = read_command_line(argv)
     problems = [*line.problems, *_unread(line)]
-    folders = list(_folders(line))
-    if not folders:
+    if not (folders := _folders(line)):
         problems.append(Problem("run", "needs a value: the folder of a run or a sweep", has_value=False))
     sources = []
     for folder in folders:
         try:
             sources.append(_source(folder, line))
         except _Refused as reason:
-            problems += reason.problems
+            problems += reason.args
     if problems:
         raise refuse(problems)
     return sources
 
 
 class _Refused(Exception):
-    """A folder that can't be delivered."""
-
-    def __init__(self, *problems: Problem) -> None:
-        super().__init__()
-        self.problems = problems
+    """A folder can't be delivered; the arguments are the problems."""
 
 
 def _unread(line: CommandLine) -> Iterator[Problem]:
@@ -122,14 +107,14 @@ def _unread(line: CommandLine) -> Iterator[Problem]:
             yield Problem(key, f"not read here; there are {in_words(['run', *KEYS])}", has_value=False)
 
 
-def _folders(line: CommandLine) -> Iterator[Path]:
-    """Yield the folders that run=… names, each once."""
+def _folders(line: CommandLine) -> list[Path]:
+    """Return the folders that run=… names, each once."""
     given: list[str] = []
     for override in line.overrides:
         if override.key_or_group == "run":
             value = override.value()
             given += map(str, value) if isinstance(value, list) else _split(str(value or ""))
-    yield from dict.fromkeys(Path(folder) for folder in given if folder)
+    return list(dict.fromkeys(Path(folder) for folder in given if folder))
 
 
 def _split(text: str) -> list[str]:
@@ -140,11 +125,8 @@ def _split(text: str) -> list[str]:
 
 
 def _source(folder: Path, line: CommandLine) -> Source:
-    """Return a folder with its tracker.
-
-    Raises:
-        _Refused: where it is no run's or sweep's, or has no tracker that can be used.
-    """
+    """Return a folder with its tracker; _Refused where it is no run's or sweep's, or its tracker can't be used."""
+    from src.tracking.mlflow_sweep import sweep_tracking
 
     def refused(reason: object) -> _Refused:
         return _Refused(Problem.on_command_line("run", str(reason), str(folder)))
@@ -156,11 +138,14 @@ def _source(folder: Path, line: CommandLine) -> Source:
     if not is_sweep and not is_run:
         raise refused(f"no folder of a run or a sweep: it has neither {STATUS} nor {SWEEP}")
     try:
-        stored = _stored(folder, is_sweep)
+        sections = {"tracking": sweep_tracking(folder)} if is_sweep else read_config(folder)
     except FileNotFoundError as error:
         raise refused(f"{CONFIG} is missing in it") from error
     except DamagedFileError as error:
         raise refused(error) from error
+    name, tracking = str(sections.get("name") or folder.name), sections.get("tracking")
+    stored = {"experiment_name": "towline", "run_name": name, "tags": {}, "log_model": False}
+    stored |= tracking if isinstance(tracking, dict) else {}
     given = {key.partition(".")[2]: str(value) for key in KEYS if (value := line.value_of(key)) is not None}
     if stored.get("type") != "mlflow" and "uri" not in given:
         raise refused("it has no tracker (tracking=none); to deliver it nevertheless set tracking.uri=…")
@@ -168,11 +153,7 @@ def _source(folder: Path, line: CommandLine) -> Source:
 
 
 def _tracker(stored: Mapping[str, Any], where: str) -> MlflowConfig:
-    """Return a tracker's settings, with the secrets of the environment in them.
-
-    Raises:
-        _Refused: where a secret is missing, or a setting is none.
-    """
+    """Return a tracker's settings with the secrets of the environment; _Refused where one is missing or unfit."""
     missing: list[tuple[str, str]] = []
     tracking = secrets.reveal({"tracking": dict(stored)}, missing)["tracking"]
     if missing:
@@ -185,24 +166,6 @@ def _tracker(stored: Mapping[str, Any], where: str) -> MlflowConfig:
     if problems := list(tracker_can_be_reached_by_some_scheme(config)):
         raise _Refused(*problems)
     return config
-
-
-def _stored(folder: Path, is_sweep: bool) -> dict[str, Any]:
-    """Return a folder's tracker as it is stored, with what one needs that has none.
-
-    Raises:
-        FileNotFoundError, DamagedFileError: where its configuration can't be read.
-    """
-    if is_sweep:
-        from src.tracking.mlflow_sweep import sweep_tracking
-
-        found: Any = sweep_tracking(folder)
-        name = folder.name
-    else:
-        sections = read_config(folder)
-        found, name = sections.get("tracking"), str(sections.get("name") or folder.name)
-    own = {"experiment_name": "towline", "run_name": name, "tags": {}, "log_model": False}
-    return own | (found if isinstance(found, dict) else {})
 
 
 def sync_all(sources: Sequence[Source]) -> int:

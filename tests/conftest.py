@@ -231,7 +231,7 @@ def swept(tmp_path: Path) -> Callable[..., int]:
     """Lead a sweep in this process, its trials in processes of their own; gives the exit code."""
 
     def run(*arguments: str) -> int:
-        from src.cli.trial import run_trial
+        from src.cli.hydra_main import run_trial
         from src.runtime.signals import StopRequest
         from src.sweep.sweeper import lead
         from src.sweep.workers import Workers

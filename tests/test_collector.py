@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from src import predict, preflight, run
-from src.cli import main
+from src.cli import main, start
 from src.evaluation import predictions
 from src.inspection import preview
 from src.sweep import sweeper
@@ -81,7 +81,7 @@ def test_what_takes_long_looks_for_garbage(tmp_path: Path, monkeypatch: pytest.M
         (predictions, "predict_rows"): (predict.main, [f"run={run_dir}", "data.limit=1"]),
         (preview, "build_data"): (preflight.main, [*tiny, f"hydra.run.dir={tmp_path / 'ahead'}"]),
         (sweeper, "plan_sweep"): (main.main, ["-m", *tiny, "sweep.dry_run=true", "seed=1,2"]),
-        (lock, "hold"): (main.main, [*tiny, f"hydra.run.dir={in_use}", "runtime.num_processes=2"]),
+        (start, "hold"): (main.main, [*tiny, f"hydra.run.dir={in_use}", "runtime.num_processes=2"]),
     }
     for (module, name), (entry, arguments) in commands.items():
         looks.clear()

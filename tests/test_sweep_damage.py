@@ -29,7 +29,7 @@ LOSS = "eval/validation/loss"
 
 def start(folder: Path, *more: str) -> int:
     """Lead the sweep in a folder as its command does, and return the exit code."""
-    from src.cli.trial import run_trial
+    from src.cli.hydra_main import run_trial
 
     plan = planned(f"hydra.sweep.dir={folder}", *GRID, *more)
     return lead(plan, StopRequest(), Workers(run_trial, plan.config.n_jobs, 1, uses_gpus=False))
@@ -409,7 +409,7 @@ def test_a_grid_goes_on_without_a_study_that_is_damaged(
 
 
 def test_a_search_is_told_how_to_go_on_with_a_study_that_is_damaged(tmp_path: Path) -> None:
-    from src.cli.trial import run_trial
+    from src.cli.hydra_main import run_trial
 
     def search() -> int:
         more = ("sweep=tpe", "optimizer.lr=interval(1e-5,1e-2)", "sweep.n_trials=2", "training.max_train_steps=1")

@@ -19,12 +19,9 @@ def as_command(main: Callable[[], int]) -> NoReturn:
 
 
 def answer(name: str, doc: str | None, argv: Sequence[str] | None, action: Callable[[list[str]], int]) -> int:
-    """Answer the command line of an entry other than src.run, and return the exit code.
+    """Answer the command line of an entry other than src.run, `argv` or the process's own; return the exit code.
 
-    Args:
-        doc: the entry's docstring, shown by --help.
-        argv: None: the process's own.
-        action: what to do with the arguments, where they don't ask for help.
+    --help shows the entry's docstring, `doc`; `action` is called with all other arguments.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_libraries_visibly()

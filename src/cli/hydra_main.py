@@ -1,8 +1,9 @@
-"""What Hydra's own main does: sweeps, by our sweeper or another one, and --info."""
+"""What Hydra's own main does: sweeps, by our sweeper or another one, with their trials, and --info."""
 
 import io
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, flag_override
 
+from src.cli.environment import set_switches
 from src.cli.exits import guarded_run
-from src.cli.trial import run_trial
 from src.config.composed import Composed
 from src.config.gate import parse_stored
 from src.config.job import Job, Request
@@ -21,19 +22,28 @@ from src.config.resolving import resolve_sections
 from src.config.source import install
 from src.errors import Interrupted, TrainingError, report, show
 from src.runtime.collector import collect_from_here
-from src.runtime.signals import StopRequest
+from src.runtime.launch import follow_parent
+from src.runtime.signals import StopRequest, stop_on_signals
 from src.secrets import as_variables, clean
+
+
+def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None) -> int:
+    """Run a trial's frozen configuration and return the exit code; `link` names the study that may end it early."""
+    set_switches()
+    try:
+        with stop_on_signals() as stop:
+            follow_parent()
+            return guarded_run(Job(parse_stored(config), config, Path(run_dir), trial=link), stop)
+    except (Interrupted, KeyboardInterrupt):  # before there was anything to end
+        return Interrupted.exit_code
 
 
 class Task:
     """Hydra's task function: carries our sweep to our sweeper, and runs the points of another one's sweep."""
 
     def __init__(self, request: Request, stop: StopRequest) -> None:
-        self._stop = stop
-        self._process = os.getpid()
-        self._codes: list[int] = []
-        self.sweep = None
-        """The sweep that hydra_plugins/towline.py leads; None where another sweeper proposes the points."""
+        self._stop, self._process, self._codes = stop, os.getpid(), list[int]()
+        self.sweep = None  # the one that hydra_plugins/towline.py leads; None where another sweeper proposes the points
         if request.line.flags.multirun and not request.line.asks_hydra_only:
             from src.sweep.sweeper import request_sweep
 
@@ -65,11 +75,7 @@ class Task:
 
 
 def run_hydra(request: Request, stop: StopRequest) -> int:
-    """Hand a command line that was admitted to Hydra's own main; return the exit code.
-
-    Raises:
-        TowlineError: where a sweep is refused, before any of it starts.
-    """
+    """Hand an admitted command line to Hydra's own main, return the exit code; a refused sweep raises TowlineError."""
     task = Task(request, stop)
     sys.argv = [sys.argv[0], *as_variables(request.line.hydra_argv)]
     install(hides_credentials=True)

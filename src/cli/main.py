@@ -7,20 +7,21 @@ from pathlib import Path
 
 from src.cli.exits import guarded_run
 from src.cli.hydra_main import run_hydra
-from src.cli.processes import FROZEN, read_frozen_job
-from src.config.gate import admit
+from src.config.gate import admit, parse_stored
+from src.config.job import FROZEN, Job
 from src.config.show import shown_config
 from src.errors import Interrupted, TowlineError, report, show
 from src.runtime.launch import copy_output, follow_parent, place_of
 from src.runtime.signals import StopRequest, stop_on_signals
+from src.util import load_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then run it; return the exit code. One process of several exits here."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     with stop_on_signals() as stop:
-        is_one_of_several = arguments[:1] == [FROZEN]
-        code = _run_frozen(*arguments[1:], stop=stop) if is_one_of_several else _admit_and_run(arguments, stop)
+        is_frozen = arguments[:1] == [FROZEN]
+        code = _run_frozen(*arguments[1:], stop=stop) if is_frozen else _admit_and_run(arguments, stop)
         if place_of() is not None:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -29,11 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_frozen(file: str, run_dir: str, *, stop: StopRequest) -> int:
-    """Run as one of several processes, with the configuration that their parent froze."""
+    """Run as one of several processes the job that their parent froze and whose folder it holds; return its code."""
     follow_parent()
     if (place := place_of()) is not None and place.is_main:
         copy_output(Path(run_dir))
-    return guarded_run(read_frozen_job(file, run_dir), stop)
+    frozen = load_json(Path(file))
+    config = parse_stored(frozen["config"])
+    return guarded_run(Job(config, frozen["config"], Path(run_dir), is_held=True, trial=frozen["trial"]), stop)
 
 
 def _admit_and_run(arguments: Sequence[str], stop: StopRequest) -> int:

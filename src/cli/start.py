@@ -3,33 +3,32 @@
 What can be refused without torch is refused here, before src.run imports it.
 """
 
+import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from src.checkpoint.compatibility import compare_configs
 from src.checkpoint.extend import asks_for_more_steps, check_extendable, how_to_extend
 from src.checkpoint.locate import check_best
-from src.cli.processes import run_as_many
 from src.config.frozen import CONFIG, config_hash, is_finished, read_config, read_starts
-from src.config.job import Job
+from src.config.job import FROZEN, Job
+from src.errors import Interrupted, TrainingError
 from src.runtime.collector import collect_from_here
-from src.runtime.launch import is_launched, place_of
+from src.runtime.launch import is_launched, launch, place_of
 from src.runtime.signals import StopRequest
 from src.tracking.console import Console
 from src.tracking.folder_start import Start
 from src.tracking.lock import hold
+from src.tracking.run_folder import note_end
 from src.tracking.step_logs import metrics_at
 from src.tracking.tracker import Tracker, deliver_pending, open_tracking
 from src.training.resume import ResumePoint, find_resume_point
 
 
 def start_job(job: Job, stop: StopRequest) -> int:
-    """Run what is left to do of a job, in as many processes as it asks for; return the exit code.
-
-    Raises:
-        TowlineError, Interrupted, Pruned: see src.run.run.
-    """
+    """Run what is left to do of a job, in as many processes as it asks for; return the exit code, or raise as `run`."""
     if finished_before(job):
         return 0
     if is_launched(job.config.runtime):
@@ -38,12 +37,34 @@ def start_job(job: Job, stop: StopRequest) -> int:
     return 0
 
 
-def run_job(job: Job, stop: StopRequest) -> dict[str, float]:
-    """Run a job to its end in this process, from the beginning or a checkpoint, and return its summary.
+def run_as_many(job: Job, stop: StopRequest) -> int:
+    """Run a job in several processes, with the configuration as it was composed here; return their exit code.
 
-    Raises:
-        TowlineError, Interrupted, Pruned: see src.run.run.
+    The parent freezes the job and holds its folder, the others run it. TowlineError is raised where the folder or its
+    checkpoints can't be used, or a process ended in failure.
     """
+    collect_from_here()
+    config, run_dir = job.config, job.run_dir
+    is_first = config.runtime.machine_rank == 0
+    with hold(run_dir) if is_first else nullcontext() as lock:
+        find_resume_point(config.checkpoint, job.frozen, run_dir, force=config.force)  # refused before anything starts
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = run_dir / f".frozen-{config.runtime.machine_rank}.json"
+        file.write_text(json.dumps({"config": job.frozen, "trial": job.trial}), encoding="utf-8")
+        command = [sys.executable, "-m", "src.run", FROZEN, str(file), str(run_dir)]
+        try:
+            with stop.deferred():  # it is passed on
+                return launch(config.runtime, command, run_dir, stop, [] if lock is None else [lock])
+        except (TrainingError, Interrupted, KeyboardInterrupt) as reason:
+            if is_first:
+                note_end(run_dir, reason)
+            raise
+        finally:
+            file.unlink()
+
+
+def run_job(job: Job, stop: StopRequest) -> dict[str, float]:
+    """Run a job to its end in this process, from the beginning or a checkpoint, and return its summary as run does."""
     stop.check()
     stop.set_time_limit(job.config.training.max_seconds)
     with open_run(job) as (found, tracker):
@@ -57,9 +78,8 @@ def run_job(job: Job, stop: StopRequest) -> dict[str, float]:
 def open_run(job: Job) -> Iterator[tuple[ResumePoint, Tracker]]:
     """Hold the run's folder, find the checkpoint to resume from, and track the run; in the first process only.
 
-    Raises:
-        RunFolderError: where the folder is in use, or holds another run.
-        CheckpointError, ConfigError: where the run can't resume from what is in the folder.
+    RunFolderError says that the folder is in use or holds another run; CheckpointError and ConfigError, that the run
+    can't resume from what is in it.
     """
     config, run_dir, console = job.config, job.run_dir, Console()
     if (place := place_of()) is not None and not place.is_main:
@@ -97,8 +117,7 @@ def start_of(job: Job, found: ResumePoint) -> Start:
 def finished_before(job: Job) -> bool:
     """Leave the folder of a finished run as it is, unless more steps are asked for; deliver what the tracker lacks.
 
-    Raises:
-        RunFolderError, CheckpointError: where more steps are asked for, and the run can't resume.
+    RunFolderError or CheckpointError says why a run that is asked for more steps can't resume.
     """
     config, run_dir = job.config, job.run_dir
     if config.force or not is_finished(run_dir):
@@ -106,12 +125,9 @@ def finished_before(job: Job) -> bool:
     if asks_for_more_steps(config.training, run_dir):
         check_extendable(config.checkpoint, run_dir)
         return False
-    console = Console()
-    console.label(
-        "run",
-        f"{run_dir} is finished and left as it is; {how_to_extend(config.training, run_dir)} (force=true "
-        "removes it and starts again)",
-    )
+    console, extending = Console(), how_to_extend(config.training, run_dir)
+    again = "(force=true removes it and starts again)"
+    console.label("run", f"{run_dir} is finished and left as it is; {extending} {again}")
     if config_hash(job.frozen) not in {start["config_hash"] for start in read_starts(run_dir)}:
         console.warn(
             "the configuration given here is not the one that this run was made with (its config.yaml); for another "

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src import secrets
 from src.config.command_line import MOST_NESTED, PRIMARY, CommandLine
 from src.config.composed import Composed
-from src.config.hydra_hints import unknown_group_option, unknown_key
+from src.config.hydra_keys import unknown_group_option, unknown_key
 from src.config.merging import BASE, Loader, Merged
 from src.config.options import OptionFileError, broken_options
 from src.config.problems import COMMAND_LINE, Problem

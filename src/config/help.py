@@ -162,7 +162,7 @@ class Page:
         elif found := [key for key in known.values() if key.leaf == name]:
             for key in found:
                 yield from self.long(key)
-        elif theirs := next((here.key for _, here in peers.find(name) if here.key), ""):
+        elif theirs := next((here.key for here in peers.find(name) if here.key), ""):
             yield from (f"{name} of other trainers is {theirs} here.", "")
             yield from self.topic(theirs)
         else:

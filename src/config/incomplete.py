@@ -12,37 +12,35 @@ from src.config.problems import Problem
 from src.config.schema import ENTRY_SECTIONS
 from src.config.sections import Missing
 
-MOST_LACKING = 5
-"""How many of the keys that a file lacks are named."""
+MOST_LACKING = 5  # how many of the keys that a file lacks are named
 
 
 def without_missing(problems: Sequence[Problem], line: CommandLine, composed: Composed) -> Iterator[Problem]:
     """Yield the problems; all keys that are missing because a file builds on nothing are one problem."""
+    missing = [problem.key for problem in problems if isinstance(problem, Missing)]
+    files = {key: file for key in missing if (file := _lacking(key, line, composed))}
     reported = set[Path]()
     for problem in problems:
-        file = _lacking(problem.key, line, composed) if isinstance(problem, Missing) else None
+        file = files.get(problem.key)
         if file is None:
             yield problem
         elif file not in reported:
             reported.add(file)
-            lacks = [one.key for one in problems if isinstance(one, Missing)]
-            lacks = [key for key in lacks if _lacking(key, line, composed) == file]
+            section, is_primary = problem.key.partition(".")[0], file == primary_file(line)
+            lacks = [key for key, one in files.items() if one == file]
             listed = f"{', '.join(lacks[:MOST_LACKING])}{' …' if len(lacks) > MOST_LACKING else ''}"
-            is_primary = file == primary_file(line)
-            base = BASE if is_primary else _nearest_option(file, problem.key.partition(".")[0])
+            base = BASE if is_primary else _nearest_option(file, section)
             reason = f"builds on nothing, and lacks {listed}; have it build on another: `defaults: [{base}, _self_]`"
-            key = PRIMARY if is_primary else problem.key.partition(".")[0]
-            yield Problem(key, reason, file.stem, where=str(shown(file)))
+            yield Problem(PRIMARY if is_primary else section, reason, file.stem, where=str(shown(file)))
 
 
 def _lacking(key: str, line: CommandLine, composed: Composed) -> Path | None:
     """Return the file that builds on nothing, to which a key is missing; None where there is none."""
-    files = [one.file for one in composed.files]
-    if not files or key.partition(".")[0] in ENTRY_SECTIONS:
+    files, section = [one.file for one in composed.files], key.partition(".")[0]
+    if not files or section in ENTRY_SECTIONS:
         return None
-    primary, section = primary_file(line), key.partition(".")[0]
     if CONF / f"{BASE}.yaml" not in files:
-        return primary
+        return primary_file(line)
     own = [one.file for one in composed.files if one.package == section]
     return own[0] if len(own) == 1 and "." in key and not own[0].is_relative_to(CONF) else None
 

@@ -9,6 +9,8 @@ from src.config.command_line import CommandLine
 from src.config.composed import Composed
 from src.config.schema import RunConfig, SweepConfig
 
+FROZEN = "--frozen"  # precedes the file of a frozen job and the run's folder: this process is one of several
+
 
 @dataclass
 class Job:

@@ -3,7 +3,7 @@
 A list or value in place of a mapping, or the reverse, is taken: the gate reports it with the other problems.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,17 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.default_element import ConfigDefault, GroupDefault, InputDefault, ResultDefault
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import Container, DictConfig, ListConfig, OmegaConf, flag_override
+from omegaconf import Container, DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.options import OptionFileError, error_at, error_in_defaults
 from src.util import did_you_mean, nearest
 
 HYDRA, BASE = "hydra", "config"
-HAS_DEFAULTS = "HYDRA_REMOVE_TOP_LEVEL_DEFAULTS"
-"""Hydra's flag on a section that has a `defaults` of its own."""
+HAS_DEFAULTS = "HYDRA_REMOVE_TOP_LEVEL_DEFAULTS"  # Hydra's flag on a section that has a `defaults` of its own
 SWEEPER = "hydra/sweeper"
 FILE = "file://"
-MOST_LISTED = 20
-"""The most names that an error lists, where it can't say which was meant."""
+MOST_LISTED = 20  # the most names that an error lists, where it can't say which was meant
 SEARCHPATH = (
     "is read from the command line: hydra.searchpath=[file:///DIR], or --config-dir DIR; an experiment can't add to it"
 )
@@ -51,24 +49,20 @@ class Loader(ConfigLoaderImpl):
     files: tuple[Merged, ...] = ()  # what the last composition was merged of, the later over the earlier
 
     def load_configuration(self, config_name: str | None, *arguments: Any, **named: Any) -> DictConfig:
-        """Compose as Hydra does.
+        """Compose as Hydra does, and raise what it raises.
 
-        Raises:
-            OptionFileError: where what is wrong is in a file, naming file, line and column.
-            HydraException, ValueError, …: what Hydra raises for all else.
+        OptionFileError names file, line and column where what is wrong is in a file.
         """
         self.files = ()
         try:
             composed = super().load_configuration(config_name, *arguments, **named)
-            if (wrong := next(self._without_effect(str(config_name)), None)) is not None:
-                raise wrong
-            return composed
         except OptionFileError:
             raise
-        except Exception as error:
-            if (wrong := next(self._wrong_defaults(), None)) is not None:
-                raise wrong from error
+        except Exception:
+            self._check_defaults()
             raise
+        self._check_choices_of_hydra(str(config_name))
+        return composed
 
     def _parse_overrides_and_create_caching_repo(self, *arguments: Any) -> Any:
         self._overrides, self._repo = super()._parse_overrides_and_create_caching_repo(*arguments)
@@ -89,11 +83,14 @@ class Loader(ConfigLoaderImpl):
         with flag_override(cfg, "no_deepcopy_set_nodes", True):
             for default in defaults:
                 given = self._load_single_config(default=default, repo=repo).config
+                _make_room(cfg, given)
                 try:
                     cfg.merge_with(given)
-                except OmegaConfBaseException:
-                    _make_room(cfg, given)
-                    self._merge(cfg, given)
+                except OmegaConfBaseException as error:  # now only Hydra's own section can have what does not fit
+                    general = (str(error.full_key or HYDRA), str(error).splitlines()[0])
+                    key, reason = _misfit(cfg.get(HYDRA), given.get(HYDRA), HYDRA) or general
+                    last = self.files[-1]
+                    raise error_at(last.file, last.within(key) or [], f"{key}: {reason}") from error
         for override in self._overrides:
             if not override.is_delete():
                 make_room(cfg, override.key_or_group, override.value())
@@ -104,18 +101,8 @@ class Loader(ConfigLoaderImpl):
                 section.pop("defaults", None)
         return cfg
 
-    def _merge(self, cfg: DictConfig, given: Any) -> None:
-        """Merge what came last once more, in which now only Hydra's own section can have what does not fit."""
-        try:
-            cfg.merge_with(given)
-        except OmegaConfBaseException as error:
-            last = self.files[-1]
-            general = (str(error.full_key or HYDRA), str(error).splitlines()[0])
-            key, reason = _misfit(cfg.get(HYDRA), given.get(HYDRA), HYDRA) or general
-            raise error_at(last.file, last.within(key) or [], f"{key}: {reason}") from error
-
-    def _without_effect(self, primary: str) -> Iterator[OptionFileError]:
-        """Yield the entries of `defaults` that choose for Hydra itself, where conf/config.yaml goes before them."""
+    def _check_choices_of_hydra(self, primary: str) -> None:
+        """Refuse entries of `defaults` that choose for Hydra itself, where conf/config.yaml goes before them."""
         read = self._read()
         base = read[BASE].defaults_list if BASE in read else None
         fixed = {entry.group: entry.value for entry in base or () if isinstance(entry, GroupDefault) and entry.override}
@@ -124,26 +111,25 @@ class Loader(ConfigLoaderImpl):
             for number, entry in enumerate(entries or ()):
                 group = str(entry.group).strip("/") if isinstance(entry, GroupDefault) and entry.override else ""
                 if group in fixed and entry.value != fixed[group] and (file := _file_of(result, path)) is not None:
-                    remedy = (
-                        f"on the command line it counts: {group}={entry.value}" if group == SWEEPER else "leave it out"
-                    )
+                    in_place = f"on the command line it counts: {group}={entry.value}"
+                    remedy = in_place if group == SWEEPER else "leave it out"
                     reason = f"would change nothing, as conf/config.yaml goes before it; {remedy}"
-                    yield error_in_defaults(file, number, reason)
+                    raise error_in_defaults(file, number, reason)
 
     def _read(self) -> dict[str, ConfigResult]:
         """Return the files that were read, by their paths."""
         cache: dict[str, ConfigResult | None] = getattr(getattr(self, "_repo", None), "cache", {})
         return {key.removeprefix("config_path="): result for key, result in cache.items() if result is not None}
 
-    def _wrong_defaults(self) -> Iterator[OptionFileError]:
-        """Yield the entries of `defaults` that name no option, or choose where another file has chosen."""
+    def _check_defaults(self) -> None:
+        """Refuse entries of `defaults` that name no option, or choose where another file has chosen."""
         read = self._read()
         chosen: dict[str, str] = {}
         for path in sorted(read, key=lambda path: path not in (f"{HYDRA}/config", BASE)):
             for number, entry in enumerate(read[path].defaults_list or ()):
                 reason = self._wrong_entry(entry, path, chosen)
                 if reason and (file := _file_of(read[path], path)) is not None:
-                    yield error_in_defaults(file, number, reason)
+                    raise error_in_defaults(file, number, reason)
                 if isinstance(entry, GroupDefault) and not entry.override and entry.package is None:
                     chosen.setdefault(_absolute(str(entry.group), path), path)
 
@@ -188,13 +174,11 @@ class Loader(ConfigLoaderImpl):
         if entry.override and entry.package is not None:
             return f"nothing else has chosen an option for {entry.package}: {written(group)}, without '@'"
         if entry.override and group not in chosen and not group.startswith(f"{HYDRA}/"):
-            return (
-                f"nothing else has chosen an option of {group}: {written(group, overrides=False)}, without `override`"
-            )
+            without = written(group, overrides=False)
+            return f"nothing else has chosen an option of {group}: {without}, without `override`"
         if not entry.override and entry.package is None and group in chosen:
-            return (
-                f"{chosen[group]}.yaml has chosen an option of {group}; another one takes its place: {written(group)}"
-            )
+            other = f"{chosen[group]}.yaml has chosen an option of {group}"
+            return f"{other}; another one takes its place: {written(group)}"
         return ""
 
     def _options(self, group: str) -> list[str]:
@@ -220,33 +204,29 @@ def _file_of(read: ConfigResult, path: str) -> Path | None:
 
 
 def _make_room(cfg: DictConfig, given: Any) -> None:
-    """Take lists out of a configuration where mappings are to be merged into it, and mappings for lists."""
-    for key, new in given.items_ex(resolve=False) if isinstance(given, DictConfig) else ():
+    """Take lists out of a configuration where mappings are to be merged into it, and mappings for lists.
+
+    Nothing is done within Hydra's own section.
+    """
+    for key, new in given.items_ex(resolve=False) if isinstance(given, DictConfig) and has_content(given) else ():
         old = None if key == HYDRA and cfg._get_parent() is None else cfg._get_node(key)
-        kinds = {type(node) for node in (old, new) if isinstance(node, Container) and has_content(node)}
-        if kinds == {DictConfig} and isinstance(old, DictConfig):
+        kinds = [type(node) for node in (old, new) if isinstance(node, Container) and has_content(node)]
+        if kinds == [DictConfig, DictConfig]:
+            assert isinstance(old, DictConfig)
             _make_room(old, new)
-        elif len(kinds) == 2:
+        elif len(set(kinds)) == 2:
             cfg[key] = None
 
 
 def make_room(cfg: DictConfig, key: str, value: Any) -> None:
-    """Take a list out of the way to a key, and what it has where that is a list and the value a mapping or the reverse.
+    """Take out of a configuration what can't hold a key's value: a list on the way, or in place of a mapping, …
 
-    So the value is taken, and the gate reports it; nothing is done within Hydra's own section.
+    So the value is taken, and the gate reports it.
     """
-    *way, last = key.split(".")
-    node: Any = cfg
-    for count, part in enumerate([*way, last]):
-        if isinstance(node, ListConfig) and has_content(node):
-            OmegaConf.update(cfg, ".".join(way[:count]), None)
-        if (count == 0 and part == HYDRA) or not (isinstance(node, DictConfig) and has_content(node)):
-            return
-        above, node = node, node._get_node(part)
-    kinds = {DictConfig: dict, ListConfig: list}
-    there = next((kind for container, kind in kinds.items() if isinstance(node, container) and has_content(node)), None)
-    if there is not None and isinstance(value, dict | list) and not isinstance(value, there):
-        above[last] = None
+    given: Any = next((kind() for kind in (dict, list) if isinstance(value, kind)), None)
+    for part in reversed(key.split(".")):
+        given = {part: given}
+    _make_room(cfg, OmegaConf.create(given))
 
 
 def _misfit(section: Any, given: Any, key: str) -> tuple[str, str] | None:

@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 from omegaconf import grammar_parser
 from omegaconf.errors import GrammarParseError
@@ -19,8 +19,7 @@ from src.config.schema import SECTIONS
 from src.config.values import MISSING_TEXT, holds_missing
 from src.errors import visible
 
-FOLDERS = ("rerun", "run", "init_from", "hydra.run.dir", "hydra.sweep.dir")
-"""Keys whose value is a folder: one that is there needs no quotes."""
+FOLDERS = ("rerun", "run", "init_from", "hydra.run.dir", "hydra.sweep.dir")  # a folder that is there needs no quotes
 LONGEST_HINT = 200
 INTERPOLATIONS = r"an interpolation that can't be read: ${NAME} is one, and \${ is text"
 
@@ -28,47 +27,46 @@ INTERPOLATIONS = r"an interpolation that can't be read: ${NAME} is one, and \${ 
 def unreadable(key: str, value: str) -> str:
     """Return what is wrong with KEY=VALUE, which Hydra's grammar can't read."""
     bare = key.lstrip("+~")
-    sign = key[: len(key) - len(bare)]
-    if _is_read(f"{key}=null"):
+    if _parsed(f"{key}=null"):
         if not is_interpolated_well(value):
             return f"{INTERPOLATIONS}{_hint(key, value)}"
-        hint, known = _quoting_hint(key, value), all_keys().get(bare)
-        if known and not known.accepts(value):
-            if text := _good(f"{key}={value.lstrip('= ')}"):
-                return f"did you mean {text}?"
-            return f"can't be read; it is {known.allowed}"
-        return f"can't be read; a value with '=', ',', quotes, brackets or spaces needs quotes of its own{hint}"
+        known = all_keys().get(bare)
+        if known is None or known.accepts(value):
+            hint = _quoting_hint(key, value)
+            return f"can't be read; a value with '=', ',', quotes, brackets or spaces needs quotes of its own{hint}"
+        text = _good(f"{key}={value.lstrip('= ')}")
+        return f"did you mean {text}?" if text else f"can't be read; it is {known.allowed}"
     if found := re.search(r"\[-?\d+\]", bare):
         whole = bare[: found.start()]
         hint = next(filter(None, (_hint(whole, items) for items in _lists_of(value))), "")
         return f"items of a list can't be set by themselves: give the whole list{hint}"
     named = re.sub(r"\[(\w+)\]", r".\1", bare)
     meant = re.sub(r"[./]{2,}", ".", re.sub(r"\s", "", named)).strip("./")
-    text = _good(f"{sign}{meant}={value}")
+    text = _good(f"{key.removesuffix(bare)}{meant}={value}")
     return f"not a key; {f'did you mean {text}?' if text else 'names with one dot between them, as optimizer.lr'}"
 
 
 def _good(text: str) -> str:
     """Return KEY=VALUE as it is typed in a shell, where there is such a key and it takes the value; else ''."""
-    key, shown = text.partition("=")[0].lstrip("+~"), shlex.quote(text)
-    is_known = key in {*all_keys(), *SECTIONS} or key.rpartition(".")[0] in all_keys()
-    if not (is_known and _is_read(text) and _fits(shown)):
+    key, shown, read = text.partition("=")[0].lstrip("+~"), shlex.quote(text), _parsed(text)
+    known = all_keys().get(key)
+    is_known = known or key in SECTIONS or key.rpartition(".")[0] in all_keys()
+    if not is_known or read is None or not _fits(shown):
         return ""
-    value = OverridesParser.create().parse_override(text).value()
-    return shown if key not in all_keys() or all_keys()[key].accepts(_plain(value)) else ""
+    return shown if known is None or known.accepts(read.value()) else ""
 
 
 def several(override: Override, text: str, *, is_group: bool) -> str:
-    """Return what to do about several values of a run that is no sweep.
-
-    Args:
-        text: the values as they were typed.
-    """
+    """Return what to do about several values of a run that is no sweep; `text` is the values as they were typed."""
     key, reason = override.key_or_group, "several values are a sweep: add -m"
     if is_group:
         return reason
     sweep = override.value()
-    if isinstance(sweep, ChoiceSweep) and sweep.simple_form and (listed := _hint(key, [*map(_plain, sweep.list)])):
+    if (
+        isinstance(sweep, ChoiceSweep)
+        and sweep.simple_form
+        and (listed := _hint(key, Override._convert_value(sweep.list)))
+    ):
         reason += f"; or, of one list, write it in brackets{listed}"
     if quoted := _quoting_hint(key, text):
         reason += f"; or, of one value, quote it{quoted}"
@@ -77,14 +75,13 @@ def several(override: Override, text: str, *, is_group: bool) -> str:
 
 def unusable_text(key: str, value: Any) -> str:
     """Return what is wrong with the texts of a value that was read, as OmegaConf takes them; '' where all are good."""
-    given = value.list if isinstance(value, ChoiceSweep) else value
-    if holds_missing(_plain(given)):
+    is_sweep = isinstance(value, ChoiceSweep)
+    given = Override._convert_value(value.list) if is_sweep else value
+    if holds_missing(given):
         return MISSING_TEXT
-    broken = next((text for text in _texts(given) if not is_interpolated_well(text)), None)
-    if broken is None:
+    if all(map(is_interpolated_well, _texts(given))):
         return ""
-    hint = "" if isinstance(value, ChoiceSweep) else _hint(key, _plain(given))
-    return f"{INTERPOLATIONS}{hint}"
+    return f"{INTERPOLATIONS}{'' if is_sweep else _hint(key, given)}"
 
 
 def is_interpolated_well(text: str) -> bool:
@@ -99,21 +96,11 @@ def is_interpolated_well(text: str) -> bool:
 
 
 def _texts(value: Any) -> list[str]:
-    """Return all texts of a value as Hydra's grammar gives it."""
-    value = _plain(value)
-    if isinstance(value, str):
-        return [value]
-    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    return [text for item in inner for text in _texts(item)]
-
-
-def _plain(value: Any) -> Any:
-    """Return a value of Hydra's grammar without what it knows of quotes."""
-    if isinstance(value, QuotedString):
-        return value.text
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return {_plain(key): _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+    """Return all texts of a plain value, keys of mappings included."""
+    inner = [*value, *value.values()] if isinstance(value, dict) else value
+    if isinstance(inner, list):
+        return [text for item in inner for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
 
 
 def _quoting_hint(key: str, value: str) -> str:
@@ -143,20 +130,21 @@ def _fits(text: str) -> bool:
     return len(text) <= LONGEST_HINT and visible(text, is_line=True) == text
 
 
-def _is_read(text: str) -> bool:
+def _parsed(text: str) -> Override | None:
+    """Return an override; None where Hydra's grammar can't read it."""
     try:
-        OverridesParser.create().parse_override(text)
+        return OverridesParser.create().parse_override(text)
     except (HydraException, ValueError, RecursionError):
-        return False
-    return True
+        return None
 
 
 def _lists_of(value: str) -> list[list[Any]]:
     """Return the lists that a value, as it was typed, may mean: of it alone, or itself."""
-    try:
-        read = OverridesParser.create().parse_override(f"key={value}").value()
-    except (HydraException, ValueError, RecursionError):
+    read = _parsed(f"key={value}")
+    if read is None:
         return [[value]]
-    if isinstance(read, ChoiceSweep):
-        return [[*map(_plain, read.list)]]
-    return [[_plain(read)], *([_plain(read)] if isinstance(read, list) else [])]
+    given = read.value()
+    if isinstance(given, ChoiceSweep):
+        given = Override._convert_value(given.list)
+        return [given]
+    return [[given], given] if isinstance(given, list) else [[given]]

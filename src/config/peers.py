@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
 
@@ -16,8 +17,7 @@ from src.config.quoting import shell_override
 
 TABLES = Path(__file__).with_name("peers.yaml")
 YamlLoader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # reads every scalar as a text
-LONGEST_NAME = 100
-"""Characters of an option that is suggested as something else."""
+LONGEST_NAME = 100  # characters of an option that is suggested as something else
 DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
 
 
@@ -32,25 +32,6 @@ class Counterpart:
     note: str = ""  # what else differs; or why there is no counterpart
     instead_of: Mapping[str, str] = field(default_factory=dict)
     """Choices that it does not go with: GROUP=OPTION, and what to choose in its place."""
-
-    @classmethod
-    def of(cls, entry: str | Mapping[str, Any]) -> Self:
-        """Return what an entry of the tables says."""
-        if isinstance(entry, str):
-            return cls(entry, is_same=True)
-        return cls(
-            entry["key"],
-            entry.get("only", entry.get("values", {})),
-            "only" not in entry,
-            "is_list" in entry,
-            entry.get("note", ""),
-            entry.get("instead_of", {}),
-        )
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether a mapping of theirs has no keys that are keys of their own."""
-        return not self.is_same and not self.values
 
     def value(self, given: Any) -> tuple[Any, bool]:
         """Return a value of theirs as it is here, and whether that can be said."""
@@ -84,40 +65,41 @@ class Peer:
 @cache
 def all_peers() -> tuple[Peer, ...]:
     """Return all trainers, in the order in which a name is looked up."""
-    return tuple(
-        Peer(trainer["title"], trainer["about"], dict(_table(trainer)))
-        for trainer in yaml.load(TABLES.read_text(encoding="utf-8"), YamlLoader)["trainers"]
-    )
+    trainers = yaml.load(TABLES.read_text(encoding="utf-8"), YamlLoader)["trainers"]
+    return tuple(Peer(trainer["title"], trainer["about"], dict(_table(trainer))) for trainer in trainers)
 
 
 def _table(trainer: Mapping[str, Any]) -> Iterator[tuple[str, Counterpart]]:
     for names, entry in trainer["arguments"].items():
-        yield from ((name, Counterpart.of(entry)) for name in names.split())
+        given: dict[str, Any] = {"key": entry} if isinstance(entry, str) else dict(entry)
+        is_same, is_list = "only" not in given, given.pop("is_list", None) is not None
+        values = given.pop("values" if is_same else "only", {})
+        here = Counterpart(values=values, is_same=is_same, is_list=is_list, **given)
+        yield from ((name, here) for name in names.split())
     for because, names in trainer["none"].items():
         yield from ((name, Counterpart(note=because)) for name in names.split())
 
 
 @cache
-def _by_name() -> dict[str, list[tuple[str, Peer, Counterpart]]]:
-    """Return what the tables have by the joined words of the name."""
-    found: dict[str, list[tuple[str, Peer, Counterpart]]] = {}
+def by_name() -> dict[str, list[Counterpart]]:
+    """Return what the arguments of all trainers are here, by the joined words of the name."""
+    found: dict[str, list[Counterpart]] = {}
     for peer in all_peers():
         for name, here in peer.table.items():
-            found.setdefault(_joined(name), []).append((name, peer, here))
+            found.setdefault(_joined(name), []).append(here)
     return found
 
 
-def find(name: str) -> Iterator[tuple[Peer, Counterpart]]:
-    """Yield every trainer that has an argument of that name, however its words are joined, and what it is here."""
-    for _, peer, here in _by_name().get(_joined(name), ()):
-        yield peer, here
+def find(name: str) -> list[Counterpart]:
+    """Return what an argument of that name is here, by each trainer that has it, however its words are joined."""
+    return by_name().get(_joined(name), [])
 
 
 def options_of(group: str) -> dict[str, str]:
     """Return what other trainers call the options of a group, each with the option's name; no switches."""
     found: dict[str, set[str]] = {}
-    for here in (here for peer in all_peers() for here in peer.table.values() if here.key == group):
-        for theirs, ours in here.values.items():
+    for here in chain(*by_name().values()):
+        for theirs, ours in here.values.items() if here.key == group else ():
             found.setdefault(theirs, set()).add(ours)
     return {theirs: ours.pop() for theirs, ours in found.items() if len(ours) == 1 and theirs not in ("true", "false")}
 
@@ -125,26 +107,24 @@ def options_of(group: str) -> dict[str, str]:
 def option_hint(group: str, given: str, near: str = "") -> str:
     """Return what to choose in place of an option that a group does not have; '' where that can't be said.
 
-    Args:
-        near: an option of a similar name, '' for none.
+    `near` is an option of a similar name, '' for none.
     """
-    ours = options_of(group)
+    ours, is_name = options_of(group), "/" in given or not near
     if better := ours.get(given) or ours.get(given.lower()):
         return f"; did you mean {group}={better}?"
-    remedy = ""
     if len(given) > LONGEST_NAME:
         return ""
     if group == "deepspeed" and given.lower().endswith(".json"):
-        remedy = f"deepspeed=file {shell_override('deepspeed.config_file', given)}"
-    elif group == "model" and ("/" in given or not near):
-        remedy = f"model=causal_lm {shell_override('model.checkpoint', given)}"
+        near = f"deepspeed=file {shell_override('deepspeed.config_file', given)}"
+    elif group == "model" and is_name:
+        near = f"model=causal_lm {shell_override('model.checkpoint', given)}"
     elif group == "data" and given.lower().endswith(DATA_FILES):
-        remedy = f"data=prompt_completion {shell_override('data.train_files', [given])}"
-    elif group == "data" and ("/" in given or not near):
-        remedy = f"data=prompt_completion {shell_override('data.dataset_name', given)}"
-    if remedy or near:
-        return f"; did you mean {remedy or near}?"
-    return f"; {next(here.note for _, here in find('report_to'))}" if group == "tracking" else ""
+        near = f"data=prompt_completion {shell_override('data.train_files', [given])}"
+    elif group == "data" and is_name:
+        near = f"data=prompt_completion {shell_override('data.dataset_name', given)}"
+    if near:
+        return f"; did you mean {near}?"
+    return f"; {find('report_to')[0].note}" if group == "tracking" else ""
 
 
 def flag_hint(message: str) -> str:
@@ -153,15 +133,8 @@ def flag_hint(message: str) -> str:
         topic = f": --help {found[2].strip(chr(39))}" if found[1] == "--help" else ""
         return f"; there is no = after {found[1]}{topic}"
     given = re.findall(r"(?<!\S)--([\w.-]+)", message) if message.startswith("unrecognized arguments") else []
-    written = {next((here.key for _, here in find(name) if here.key), name) for name in given}
-    return (
-        f"; keys are written without dashes: {' '.join(f'{key}=VALUE' for key in sorted(written))}" if written else ""
-    )
-
-
-def names() -> dict[str, str]:
-    """Return every name of the tables, by its joined words."""
-    return {joined: found[-1][0] for joined, found in _by_name().items()}
+    keys = sorted({next((here.key for here in find(name) if here.key), name) for name in given})
+    return f"; keys are written without dashes: {' '.join(f'{key}=VALUE' for key in keys)}" if keys else ""
 
 
 def _joined(name: str) -> str:

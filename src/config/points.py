@@ -7,8 +7,7 @@ from functools import lru_cache
 from typing import Any, Self
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from src.config.command_line import REPLACED_WHOLE, CommandLine
 from src.config.compose import COMPOSITION_ERRORS, compose, problem_of
@@ -25,22 +24,12 @@ class Assignment:
     key: str
     value: Any
 
-    def apply(self, whole: DictConfig) -> None:
-        """Set the key as the command line would."""
-        if self.key in REPLACED_WHOLE:
-            OmegaConf.update(whole, self.key, None, force_add=True)
-        OmegaConf.update(whole, self.key, escaped(self.value), merge=True, force_add=True)
-
 
 class Points:
-    """Composes the points of a sweep. What they have in common is composed once for each choice of groups.
-
-    Args:
-        fixed: overrides that all points have, forced.
-    """
+    """Composes the points of a sweep. What they have in common is composed once for each choice of groups."""
 
     def __init__(self, fixed: Sequence[str | Assignment], line: CommandLine) -> None:
-        self._fixed, self._line = list(fixed), line
+        self._fixed, self._line = list(fixed), line  # overrides that all points have, forced
         self._bases: dict[tuple[str, ...], Composed] = {}
 
     def moved(self, line: CommandLine) -> Self:
@@ -62,20 +51,20 @@ class Points:
         for one in [*files, *(texts if files else []), *own]:  # the command line's once more: it goes before files
             if isinstance(one, str) and not one.startswith("++"):
                 continue
-            key = one.key if isinstance(one, Assignment) else _parsed(one).key_or_group
-            make_room(whole, key, one.value if isinstance(one, Assignment) else _parsed(one).value())
+            given = _parsed(one) if isinstance(one, str) else Assignment(one.key, escaped(one.value))
+            make_room(whole, given.key, given.value)
             try:
-                if isinstance(one, Assignment):
-                    one.apply(whole)
-                else:
-                    OmegaConf.update(whole, key, _parsed(one).value(), merge=True, force_add=True)
+                if given.key in REPLACED_WHOLE:
+                    OmegaConf.update(whole, given.key, None, force_add=True)
+                OmegaConf.update(whole, given.key, given.value, merge=True, force_add=True)
             except COMPOSITION_ERRORS as error:
-                composed.problems.append(problem_of(error, key))
+                composed.problems.append(problem_of(error, given.key))
         if not composed.problems:
             resolve_sections(whole, composed)
         return composed
 
 
 @lru_cache(maxsize=10_000)
-def _parsed(text: str) -> Override:
-    return OverridesParser.create().parse_override(text)
+def _parsed(text: str) -> Assignment:
+    override = OverridesParser.create().parse_override(text)
+    return Assignment(override.key_or_group, override.value())
