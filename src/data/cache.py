@@ -29,19 +29,16 @@ from src.errors import DataError
 
 FREE_BYTES, FREE_SHARE = 512 * 2**20, 0.05
 """The space that prepared rows leave free on the disk: this size, or on a small disk this share."""
-UNCHECKED_BYTES = 64 * 2**20
-"""Prepared rows up to this size are written without a look at the disk."""
+UNCHECKED_BYTES = 64 * 2**20  # prepared rows up to this size are written without a look at the disk
 
-ShowProgress = Callable[[str], None]
-"""Called often during long work, with how far it is."""
+ShowProgress = Callable[[str], None]  # called often during long work, with how far it is
 
 
 class RowCache:
     """A folder of prepared rows; without one, a temporary folder that is removed when the process ends."""
 
     def __init__(self, folder: str | None, show_progress: ShowProgress, num_workers: int = 1) -> None:
-        self._show_progress = show_progress
-        self._num_workers = num_workers
+        self._show_progress, self._num_workers = show_progress, num_workers
         if folder is None:
             folder = tempfile.mkdtemp(prefix="towline-rows-")
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -54,11 +51,7 @@ class RowCache:
             ) from error
 
     def shard(self, name: str, source: Source, encoding: EncodingConfig) -> Shard:
-        """Return the encoded rows of a source, prepared now or by an earlier run.
-
-        Raises:
-            DataError: listing the rows that can't be used.
-        """
+        """Return the encoded rows of a source, prepared now or by an earlier run; DataError lists unusable rows."""
         identity = source.identity()
         tokenizer = tokenizer_fingerprint(encoding.tokenizer)
         code = [_code(), *plugins.versions(plugins.names()).values()]  # a plugin may have the format
@@ -96,9 +89,8 @@ class RowCache:
 
     def _write(self, name: str, source: Source, encoding: EncodingConfig, entry: Path, identity: Any) -> Shard:
         unfinished = entry.with_suffix(".tmp")
-        shutil.rmtree(
-            unfinished, ignore_errors=True
-        )  # of a run that was killed: the lock shows that no other writes it
+        # one of a run that was killed: the lock shows that no other writes it
+        shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(entry, ignore_errors=True)  # damaged
         writer = None
         try:
@@ -141,11 +133,7 @@ class RowCache:
 def write_rows(
     name: str, chunks: Iterable[EncodedChunk], writer: RowWriter, show_progress: ShowProgress
 ) -> SourceStats:
-    """Write prepared rows to the end.
-
-    Raises:
-        DataError: listing the rows that can't be used.
-    """
+    """Write prepared rows to the end; DataError lists those that can't be used."""
     stats, bad = SourceStats(), BadRows()
     for chunk in chunks:
         stats.num_records += chunk.num_records

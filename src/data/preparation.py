@@ -33,8 +33,9 @@ from src.patterns import at
 
 CHUNK_ROWS = 250  # rows encoded at once by a thread: what they take fits into a core's cache
 CHUNK_BYTES = 2**20  # of their fields, or one row that is larger
-BYTES_AHEAD = 8 * 2**20
-"""The size of the fields of all chunks that are being encoded: the tokenizer uses up to 150 times as much memory."""
+BYTES_AHEAD = (
+    8 * 2**20
+)  # of the fields of all chunks that are being encoded: the tokenizer uses up to 150 times as much
 THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's part, a fifth, runs in one thread at a time
 
 
@@ -42,10 +43,8 @@ THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's part, a fifth,
 class EncodingConfig:
     """Everything that decides how a record is encoded; it can be sent to another process.
 
-    With `to_predict` the answer of a record may be missing, and takes no room in its row.
-
-    Args:
-        data: the settings of the source that the record is from.
+    `data` are the settings of the record's source. With `to_predict` the answer of a record may be missing, and takes
+    no room in its row.
     """
 
     data: DataConfig
@@ -84,17 +83,13 @@ def _shaping(section: Any) -> dict[str, Any]:
         if is_dataclass(value):
             values |= {f"{key.name}.{name}": inner for name, inner in _shaping(value).items()}
         elif info.shapes_rows and not info.cache_key_field:
-            values[key.name] = _plain(value)
-    return values
+            values[key.name] = value
+    return _plain(values)
 
 
-def _plain(value: Any) -> Any:
-    """Return a value as JSON has it, a choice by its name."""
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return value.name if isinstance(value, Enum) else value
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values as JSON has them, a choice by its name."""
+    return {name: value.name if isinstance(value, Enum) else value for name, value in values.items()}
 
 
 @dataclass
@@ -108,8 +103,7 @@ class EncodedChunk:
 
 
 Numbered = tuple[int, ReadResult]
-Records = Sequence[Numbered]
-"""A chunk, by the ordinals of its records in their source."""
+Records = Sequence[Numbered]  # a chunk, by the ordinals of its records in their source
 
 
 class RowEncoder:
@@ -124,8 +118,7 @@ class RowEncoder:
     def encode_chunk(self, chunk: Records) -> EncodedChunk:
         """Format and encode a chunk; rows that can't be used are returned by their place.
 
-        Raises:
-            DataError: where a row takes too much time or memory, so that many would stop everything.
+        DataError where a row takes too much time or memory, so that many would stop everything.
         """
         bad: list[tuple[str, str]] = []
         good: list[tuple[int, Record, Example]] = []
@@ -154,8 +147,7 @@ class RowEncoder:
     def _encode(self, good: list[tuple[int, Record, Example]]) -> Sequence[EncodedRow | TokenError | None]:
         """Encode examples; None for one that is too long, an error for one that the tokenizer can't write.
 
-        Raises:
-            DataError: where the tokenizer fails, by the place of the first row on which it does.
+        DataError where the tokenizer fails, by the place of the first row on which it does.
         """
         try:
             return self._encoder.encode([example for _, _, example in good], self._lengths)
@@ -171,8 +163,8 @@ class RowEncoder:
             return rows
 
     def _longest(self) -> str:
-        target = self._lengths.target
         words = f"data.max_seq_length = {self._lengths.sequence}"
+        target = self._lengths.target
         return words if target is None else f"{words} or data.max_target_length = {target}"
 
 
@@ -197,10 +189,8 @@ def encode_chunks(
 ) -> Iterator[EncodedChunk]:
     """Encode records in chunks, in their order, with ordinals from `first_ordinal` on.
 
-    Chunks are smaller where rows are long, so that memory does not depend on what is in them.
-
-    Raises:
-        DataError: where a worker process dies.
+    Chunks are smaller where rows are long, so that memory does not depend on what is in them. DataError where a worker
+    process dies.
     """
     chunks = _chunks(enumerate(records, first_ordinal), chunk_rows)
     if num_workers == 1:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -173,6 +173,10 @@ class StoredBatch:
         np.add.at(change, spans[:, 2] + begins, -1)
         return np.cumsum(change[:-1]) > 0
 
+    def supervised_lengths(self) -> np.ndarray:
+        """Return the number of supervised tokens of each row, [rows]."""
+        return np.diff(np.append(0, np.cumsum(self.supervised()))[self.label_offsets])
+
 
 class Shard:
     """The encoded rows of one source, on disk or in memory."""
@@ -181,8 +185,8 @@ class Shard:
         self.stats = stats
         self.batches = [StoredBatch(batch) for batch in batches]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
-        self.lengths = self._joined([np.diff(b.input_offsets) for b in self.batches])
-        self.target_lengths = self._joined([np.diff(b.target_offsets) for b in self.batches])
+        self.lengths = self.joined(lambda batch: np.diff(batch.input_offsets))
+        self.target_lengths = self.joined(lambda batch: np.diff(batch.target_offsets))
         self.ordinals = self.column("ordinal")
 
     @classmethod
@@ -212,9 +216,11 @@ class Shard:
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of numbers, [rows]."""
-        return self._joined([b.records.column(name).to_numpy(zero_copy_only=False) for b in self.batches])
+        return self.joined(lambda batch: batch.records.column(name).to_numpy(zero_copy_only=False))
 
-    def _joined(self, arrays: list[np.ndarray]) -> np.ndarray:
+    def joined(self, values: Callable[[StoredBatch], np.ndarray]) -> np.ndarray:
+        """Return whole numbers of all rows, [rows], from a function of a batch."""
+        arrays = [values(batch) for batch in self.batches]
         return np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, dtype=np.int64)
 
     def locate(self, row: int) -> tuple[StoredBatch, int]:
