@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -26,16 +26,14 @@ from src.data.encoding import EncodedRow, Encoder, Lengths
 from src.data.examples import Example, ExampleBuilder
 from src.data.formats import BadRow
 from src.data.readers.record import ENTRY_BYTES, ReadResult, Record, Unreadable, memory_of
-from src.data.store import DroppedRow, to_batch
+from src.data.store import DroppedRow, Encoded, to_batch
 from src.data.text_encoder import BrokenTokenizerError
 from src.errors import DataError, TokenError
 from src.patterns import at
 
 CHUNK_ROWS = 250  # rows encoded at once by a thread: what they take fits into a core's cache
 CHUNK_BYTES = 2**20  # of their fields, or one row that is larger
-BYTES_AHEAD = (
-    8 * 2**20
-)  # of the fields of all chunks that are being encoded: the tokenizer uses up to 150 times as much
+BYTES_AHEAD = 8 * 2**20  # of the fields of all chunks being encoded: the tokenizer takes up to 150 times as much
 THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's part, a fifth, runs in one thread at a time
 
 
@@ -70,7 +68,7 @@ class EncodingConfig:
             **{f"tokens.{name}": value for name, value in _shaping(self.tokens).items()},
             "roles": roles(self.data.format),
             "tags": self.tags,
-            "lengths": _plain(asdict(self.lengths)),
+            "lengths": _shaping(self.lengths),
             **({"to_predict": True} if self.to_predict else {}),
         }
 
@@ -83,13 +81,8 @@ def _shaping(section: Any) -> dict[str, Any]:
         if is_dataclass(value):
             values |= {f"{key.name}.{name}": inner for name, inner in _shaping(value).items()}
         elif info.shapes_rows and not info.cache_key_field:
-            values[key.name] = value
-    return _plain(values)
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values as JSON has them, a choice by its name."""
-    return {name: value.name if isinstance(value, Enum) else value for name, value in values.items()}
+            values[key.name] = value.name if isinstance(value, Enum) else value
+    return values
 
 
 @dataclass
@@ -120,8 +113,7 @@ class RowEncoder:
 
         DataError where a row takes too much time or memory, so that many would stop everything.
         """
-        bad: list[tuple[str, str]] = []
-        good: list[tuple[int, Record, Example]] = []
+        bad, good = list[tuple[str, str]](), list[tuple[int, Record, Example]]()
         for ordinal, record in chunk:
             if isinstance(record, Unreadable):
                 bad.append((record.place, record.reason))
@@ -131,8 +123,7 @@ class RowEncoder:
                     good.append((ordinal, record, self._examples.build(record)))
             except (BadRow, TokenError) as problem:
                 bad.append((record.place, str(problem)))
-        rows: list[tuple[int, Record, Example, EncodedRow]] = []
-        dropped: list[DroppedRow] = []
+        rows, dropped = list[Encoded](), list[DroppedRow]()
         for (ordinal, record, example), row in zip(good, self._encode(good), strict=True):
             if isinstance(row, TokenError):
                 bad.append((record.place, str(row)))
@@ -204,22 +195,19 @@ def encode_chunks(
             bytes_ahead = max(BYTES_AHEAD, 2 * num_workers * CHUNK_BYTES)
             yield from _in_order(pool, _encode_in_worker, chunks, 2 * num_workers, bytes_ahead)
     except BrokenProcessPool as error:
-        raise DataError(
-            "a process that prepares rows died (out of memory?); try fewer: data.preprocessing_num_workers"
-        ) from error
+        remedy = "try fewer: data.preprocessing_num_workers"
+        raise DataError(f"a process that prepares rows died (out of memory?); {remedy}") from error
 
 
 def _chunks(records: Iterator[Numbered], chunk_rows: int) -> Iterator[tuple[Records, int]]:
     """Yield records in chunks, each with its size in bytes; one ends at every multiple of chunk_rows."""
-    chunk: list[Numbered] = []
-    total = 0
-    for numbered in records:
-        ordinal, record = numbered
+    chunk, total = list[Numbered](), 0
+    for ordinal, record in records:
         size = memory_of(record) if isinstance(record, Record) else ENTRY_BYTES
         if chunk and (ordinal % chunk_rows == 0 or total + size > CHUNK_BYTES):
             yield chunk, total
             chunk, total = [], 0
-        chunk.append(numbered)
+        chunk.append((ordinal, record))
         total += size
     if chunk:
         yield chunk, total
@@ -233,8 +221,7 @@ def _in_order(
     bytes_ahead: int,
 ) -> Iterator[EncodedChunk]:
     """Yield the chunks that a pool encodes, a few ahead of the one that is yielded."""
-    ahead: deque[tuple[Future[EncodedChunk], int]] = deque()
-    total = 0
+    ahead, total = deque[tuple[Future[EncodedChunk], int]](), 0
     try:
         for chunk, size in chunks:
             while ahead and (len(ahead) > num_ahead or total + size > bytes_ahead):
