@@ -8,7 +8,7 @@ from typing import Any
 
 from src.config.schema import DataConfig, RunConfig
 from src.data.chat import ENDLESS, NOT_SUPERVISED
-from src.data.chat_markers import CHANGED, MISSING, TRIMMED
+from src.data.chat_render import CHANGED, MISSING, TRIMMED
 from src.data.dataset import Data, is_chat
 from src.data.encoding import Encoder
 from src.data.report import SplitReport

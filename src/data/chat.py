@@ -4,7 +4,7 @@ Supervised are the assistant's text and the token that ends its turn. The turn b
 because that is what generation is fed, or where a template marks it with {% generation %}, and it ends with the first
 added token after the message's own text (docs/decisions/0011).
 
-The texts of messages are located in the rendered text by markers around them, see chat_markers.
+The texts of messages are located in the rendered text by markers around them, see chat_render.
 """
 
 import re
@@ -13,10 +13,9 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from src.config.schema import SupervisedTurns
-from src.data import chat_markers as markers
+from src.data import chat_render
 from src.data.answers import AnswerFrame
-from src.data.chat_markers import LITERAL_FROM, LITERAL_TO, Messages, MessageText, squeezed
-from src.data.chat_render import FALLBACK_TEMPLATE, MARKER, as_marker, probes, render
+from src.data.chat_render import LITERAL_FROM, LITERAL_TO, Messages, MessageText, probes, squeezed
 from src.data.formats import BadRow
 from src.data.formats.messages import THOUGHT, THOUGHT_KEYS
 from src.data.segments import Segment, any_of
@@ -85,9 +84,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, control_tokens: Sequence[str]) -> None:
         template = tokenizer.get_chat_template()
         self._tokenizer = tokenizer
-        self._marks_supervised = bool(MARKER.search(template))
-        self._template = MARKER.sub(as_marker, template)
-        self._literal = any_of([*control_tokens, *markers.MARKERS])
+        self._marks_supervised = bool(chat_render.GENERATION_TAG.search(template))
+        self._template = chat_render.GENERATION_TAG.sub(chat_render.as_marker, template)
+        self._literal = any_of([*control_tokens, *chat_render.MARKERS])
         added = [token for token in tokenizer.get_added_vocab() if token.strip()]  # some are only white space
         self._added_token = any_of({*added, *control_tokens})
         self._thought_key: str | None = None
@@ -99,7 +98,7 @@ class ChatTemplate:
 
     @property
     def is_fallback(self) -> bool:
-        return FALLBACK_TEMPLATE in self._tokenizer.get_chat_template()
+        return chat_render.FALLBACK_TEMPLATE in self._tokenizer.get_chat_template()
 
     def render(
         self, messages: Sequence[dict[str, str]], is_supervised: list[bool], turns: SupervisedTurns
@@ -152,7 +151,7 @@ class ChatTemplate:
     def _turns(self, messages: Messages, wanted: Sequence[bool]) -> tuple[str, list[MessageText], list[Turn]]:
         """Return a rendered chat, the texts of its messages, and its supervised turns."""
         rendered, regions = self._plain(messages)
-        parts = markers.locate(messages, rendered, self._apply)
+        parts = chat_render.locate(messages, rendered, self._apply)
         contents = [part for part in parts if part.name == "assistant"]
         if self._marks_supervised:
             return rendered, parts, list(self._marked(messages, wanted, rendered, contents, regions))
@@ -335,20 +334,15 @@ class ChatTemplate:
 
     def _plain(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """Return a rendered chat, and [start, stop) of what the template marks as supervised."""
-        text, marks, _ = markers.read_markers(self._apply(messages, add_generation_prompt=add_generation_prompt))
+        text, marks, _ = chat_render.read_markers(self._apply(messages, add_generation_prompt=add_generation_prompt))
         return text, marks
 
     def _apply(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         if self._limit is not None:
             raise self._limit
-        if any(THOUGHT in message for message in messages):
-            messages = [self._with_thought(message) for message in messages]
-        return render(self._tokenizer, self._template, messages, add_generation_prompt=add_generation_prompt)
-
-    def _with_thought(self, message: dict[str, str]) -> dict[str, str]:
-        """Return a message with its thought under the key that the template reads."""
-        named = {key: text for key, text in message.items() if key != THOUGHT}
-        return named | ({self._thought_key or THOUGHT: message[THOUGHT]} if THOUGHT in message else {})
+        names = {THOUGHT: self._thought_key or THOUGHT}  # the key that the template reads
+        named = [{names.get(key, key): text for key, text in message.items()} for message in messages]
+        return chat_render.render(self._tokenizer, self._template, named, add_generation_prompt=add_generation_prompt)
 
     def _with_literals_marked(self, message: dict[str, str], literals: list[str]) -> dict[str, str]:
         """Replace each control token in a message by a marker, so that it stays text; markers in it likewise."""
@@ -384,9 +378,9 @@ def _changes(rendered: str, parts: Sequence[MessageText], turns: Sequence[Turn])
         if prompted is not None and part.message == prompted.message:
             written = prompted.opened + prompted.text
             if squeezed(part.core) in squeezed(written):
-                change = None if part.text in written else markers.TRIMMED
+                change = None if part.text in written else chat_render.TRIMMED
             else:
-                change = markers.MISSING if part.end is None else markers.CHANGED
+                change = chat_render.MISSING if part.end is None else chat_render.CHANGED
         if change is not None:
             is_earlier = part.name in ("assistant", "thought") and part.message not in supervised
             yield f"{'earlier ' if is_earlier else ''}{part.name} {change}"

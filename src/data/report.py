@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from src.config.schema import DataConfig
-from src.data.chat_markers import squeezed
+from src.data.chat_render import squeezed
 from src.data.encoding import THOUGHT, Encoder
 from src.data.sets import EncodedSet
 from src.data.store import DroppedRow

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from itertools import chain
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -105,37 +106,26 @@ class TextEncoder:
 
         With `restarts` the last turn begins a text of its own, a decoder's.
         """
-        kinds = [self._kinds(segments, restarts=restarts) for segments in rows]
-        texts = defaultdict[TextKind, list[str]](list)
-        for segments, row_kinds in zip(rows, kinds, strict=True):
-            for text, kind in zip(self._texts(segments), row_kinds, strict=True):
-                texts[kind].append(text)
-        encoded = {kind: self._encode(kind_texts, kind) for kind, kind_texts in texts.items()}  # a batch a kind
-        for row_kinds in kinds:
-            row = [next(encoded[kind]) for kind in row_kinds]
+        texts = [list(self._texts(segments, restarts=restarts)) for segments in rows]
+        of_kind = defaultdict[TextKind, list[str]](list)
+        for text, kind in chain.from_iterable(texts):
+            of_kind[kind].append(text)
+        encoded = {kind: self._encode(kind_texts, kind) for kind, kind_texts in of_kind.items()}  # a batch a kind
+        for row_texts in texts:
+            row = [next(encoded[kind]) for _, kind in row_texts]
             yield [ids for ids, _ in row], sum(num_control for _, num_control in row)
 
-    def _kinds(self, segments: Sequence[Segment], *, restarts: bool) -> Sequence[TextKind]:
-        if not self._adds_space:
-            return [TextKind(segment.is_rendered, False) for segment in segments]
+    def _texts(self, segments: Sequence[Segment], *, restarts: bool) -> Iterator[tuple[str, TextKind]]:
+        """Yield the text of each segment, without white space that the token before it includes, and its kind."""
         beginning = last_turn(segments)[0] if restarts else 0
-        kinds, continues = [], False
-        for i, segment in enumerate(segments):
+        before, continues = "", False
+        for i, (text, _, is_rendered) in enumerate(segments):
+            eats_space = is_rendered and before.endswith(self._space_eaters)
             continues = continues and i != beginning
-            kinds.append(TextKind(segment.is_rendered, continues))
-            if segment.text:
-                continues = not (segment.is_rendered and segment.text.endswith(self._before_space))
-        return kinds
-
-    def _texts(self, segments: Sequence[Segment]) -> Iterator[str]:
-        """Yield the text of each segment, without white space that the token before it includes."""
-        before = ""
-        for segment in segments:
-            text = segment.text
-            if segment.is_rendered and before.endswith(self._space_eaters):
-                text = text.lstrip()
-            yield text
-            before = (segment.text or before) if segment.is_rendered else ""
+            yield text.lstrip() if eats_space else text, TextKind(is_rendered, continues)
+            before = (text or before) if is_rendered else ""
+            if text and self._adds_space:
+                continues = not (is_rendered and text.endswith(self._before_space))
 
     def _encode(self, texts: Sequence[str], kind: TextKind) -> Iterator[tuple[list[int], int]]:
         """Yield each text's ids, and how many control tokens in it became text."""

@@ -105,13 +105,11 @@ def _message(item: Any, where: str) -> tuple[dict[str, str], bool, list[str]]:
 
 def _check_other_form(item: Mapping[str, Any], message: Mapping[str, str], form: tuple[str, str], where: str) -> None:
     """Raise BadRow where a message's keys of the other form have other values."""
-    for role_key, content_key in FORMS:
-        if (role_key, content_key) == form:
-            continue
-        stated = {role_key: ROLES.get(str(item.get(role_key))), content_key: item.get(content_key)}
-        meant = {role_key: message["role"], content_key: message["content"]}
-        if wrong := [key for key in stated if not is_blank(item.get(key)) and stated[key] != meant[key]]:
-            raise BadRow(f"{where}: {wrong[0]!r} contradicts {form[wrong[0] == content_key]!r}; keep one of them")
+    role_key, content_key = next(one for one in FORMS if one != form)
+    stated = {role_key: ROLES.get(str(item.get(role_key))), content_key: item.get(content_key)}
+    meant = {role_key: message["role"], content_key: message["content"]}
+    if wrong := [key for key in stated if not is_blank(item.get(key)) and stated[key] != meant[key]]:
+        raise BadRow(f"{where}: {wrong[0]!r} contradicts {form[wrong[0] == content_key]!r}; keep one of them")
 
 
 def _thought(item: Mapping[str, Any], where: str) -> str | None:
