@@ -23,8 +23,6 @@ class ConfiguredTokens:
 
 
 def num_token_ids(tokenizer: Any) -> int:
-    """Return how many rows a matrix needs to have one for every token: the highest id + 1.
-
-    `len(tokenizer)` counts tokens, which are fewer where the ids have holes.
-    """
+    """Return how many rows a matrix needs to have one for every token: the highest id + 1."""
+    # `len(tokenizer)` counts tokens, which are fewer where the ids have holes
     return max(tokenizer.get_vocab().values(), default=-1) + 1

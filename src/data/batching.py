@@ -111,10 +111,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Window:
-    """The micro-batches of one optimizer step, each with the set that its row indices refer to.
-
-    `after` is the position of the next window: the next epoch's start, where this one ends.
-    """
+    """The micro-batches of one optimizer step, each with the set of its rows, and the position of the next window."""
 
     epoch: int
     micro_batches: list[tuple[EncodedSet, Sequences]]

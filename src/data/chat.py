@@ -173,10 +173,7 @@ class ChatTemplate:
         contents: Sequence[MessageText],
         regions: Sequence[tuple[int, int]],
     ) -> Iterator[Turn]:
-        """Yield the turns that the template marks, in these regions [start, stop).
-
-        They begin after what the generation prompt writes, and end with the token that ends them.
-        """
+        """Yield the turns that the template marks, each from where its prompt ends to the token that ends it."""
         if len(regions) != len(wanted):
             raise TokenError(
                 f"the chat template marks {len(regions)} turns with {{% generation %}}, the assistant has {len(wanted)}"
@@ -198,10 +195,7 @@ class ChatTemplate:
         return len(prompt) if start < len(prompt) <= stop and rendered.startswith(prompt) else start
 
     def _by_prefix(self, messages: Messages, rendered: str, content: MessageText) -> Turn | None:
-        """Return the turn from where the generation prompt ends to the token that ends it.
-
-        None where it is written otherwise in the whole chat than in a chat that ends with it.
-        """
+        """Return the turn after the generation prompt; None where it is written otherwise in a chat that ends there."""
         i, is_last = content.message, content.message == len(messages) - 1
         prompt, _ = self._plain(messages[:i], add_generation_prompt=True)
         alone = rendered if is_last else self._plain(messages[: i + 1])[0]
@@ -214,16 +208,13 @@ class ChatTemplate:
         return self._prompted_turn(messages[i], rendered, start, only_prompted, content) if is_last else None
 
     def _before_thought(self, prompt: str) -> int:
-        """Return where the thought begins, opened or empty, that a generation prompt ends with; its length without one.
-
-        What closes an opened thought must be known to the template or the tokenizer.
-        """
+        """Return where the opened or empty thought begins that a generation prompt ends with; its length without one."""
         found = PROMPTED_THOUGHT.search(prompt)
         if found is None:
             return len(prompt)
         opened = OPENED_THOUGHT.fullmatch(found.group())
         if opened is not None:
-            close = _thought_tags(opened)[1]
+            close = _thought_tags(opened)[1]  # must be known to the template or the tokenizer
             if close not in self._template and not self._added_token.fullmatch(close):
                 return len(prompt)
         return found.start()
@@ -278,10 +269,7 @@ class ChatTemplate:
         return Turn(content.message, start, stop, answer + end, answer, end, prompted)
 
     def _until_end(self, chat: str, start: int, text_end: int | None) -> tuple[str, str]:
-        """Return the text of a chat's last turn up to the token that ends it, and that token; '' where there is none.
-
-        The turn begins at `start`; the message's own text ends at `text_end`, None where that is unknown.
-        """
+        """Return the text of a chat's last turn, and the token after the message's text that ends it; '' for none."""
         if text_end is not None:
             found = self._added_token.search(chat, text_end)
             return (chat[start:], "") if found is None else (chat[start : found.start()], found.group())

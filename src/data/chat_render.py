@@ -71,10 +71,7 @@ def probes(*turns: str, **thought: str) -> Iterator[Messages]:
 
 
 def render(tokenizer: Any, template: str, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-    """Return a chat as a template writes it.
-
-    BadRow where the template refuses it, LimitError where that takes too much time or memory.
-    """
+    """Return a chat as a template writes it; BadRow where it refuses, LimitError where it takes too long or much."""
     try:
         return sandbox.render(tokenizer, template, messages, add_generation_prompt=add_generation_prompt)
     except LimitError:

@@ -140,10 +140,7 @@ class ExampleBuilder:
 
 
 def _with_answer(fields: dict[str, Any], data: DataConfig) -> tuple[dict[str, Any], bool]:
-    """Return a row's fields with a filler where its answer is missing, and whether it had one.
-
-    A chat's answer is the assistant's last message, whatever its weight.
-    """
+    """Return a row's fields, with a filler where its answer (or last message) is missing, and whether it had one."""
     *others, column = (data.columns[role] for role in roles(data.format))
     answer = fields.get(column)
     if roles(data.format) != ("messages",):

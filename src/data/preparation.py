@@ -109,10 +109,7 @@ class RowEncoder:
         self._lengths = config.lengths
 
     def encode_chunk(self, chunk: Records) -> EncodedChunk:
-        """Format and encode a chunk; rows that can't be used are returned by their place.
-
-        DataError where a row takes too much time or memory, so that many would stop everything.
-        """
+        """Format and encode a chunk; DataError where a row takes so much time or memory that many would stop all."""
         bad, good = list[tuple[str, str]](), list[tuple[int, Record, Example]]()
         for ordinal, record in chunk:
             if isinstance(record, Unreadable):
@@ -136,10 +133,7 @@ class RowEncoder:
         return EncodedChunk(to_batch(rows), len(chunk), dropped, bad)
 
     def _encode(self, good: list[tuple[int, Record, Example]]) -> Sequence[EncodedRow | TokenError | None]:
-        """Encode examples; None for one that is too long, an error for one that the tokenizer can't write.
-
-        DataError where the tokenizer fails, by the place of the first row on which it does.
-        """
+        """Encode examples: None if too long, an error if one can't be written; DataError where the tokenizer fails."""
         try:
             return self._encoder.encode([example for _, _, example in good], self._lengths)
         except TokenError:

@@ -65,7 +65,9 @@ class SplitReport:
         self.template_changes, self.template_change_places = rows.count_lines("changes")
         self.unread_keys, _ = rows.count_lines("unread")
         self.tokens = rows.num_tokens
-        self.lengths = length_summary(rows.lengths + rows.target_lengths)
+        if len(rows):
+            percentiles = np.percentile(rows.lengths + rows.target_lengths, [0, 50, 95, 100], method="nearest").tolist()
+            self.lengths = dict(zip(("min", "median", "p95", "max"), percentiles, strict=True))
         self.new_tokens = {token: {"fed": 0, "supervised": 0} for token in new_tokens}
         for batch, times in rows.multiplicities():
             spans = batch.spans.reshape(-1, 3)
@@ -148,14 +150,6 @@ def _texts_of(rows: EncodedSet, index: int) -> Iterator[tuple[int, list[int], st
     else:
         yield index, row.input_ids.tolist(), prompt
         yield index, row.labels[row.labels >= 0].tolist(), completion
-
-
-def length_summary(lengths: np.ndarray) -> dict[str, int]:
-    """Return minimum, median, 95th percentile and maximum of lengths in tokens."""
-    if not len(lengths):
-        return {}
-    shortest, median, p95, longest = np.percentile(lengths, [0, 50, 95, 100], method="nearest").tolist()
-    return {"min": shortest, "median": median, "p95": p95, "max": longest}
 
 
 def describe_fold(data: DataConfig) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -51,6 +50,7 @@ class EncodedSet:
         self.indices = concatenate([np.arange(len(shard)) for shard in shards]) if indices is None else indices
         self.lengths = self._select([shard.lengths for shard in shards])
         self.target_lengths = self._select([shard.target_lengths for shard in shards])
+        self.is_encoder_decoder = bool(self.target_lengths.any())
 
     @property
     def first(self) -> Self:
@@ -135,10 +135,6 @@ class EncodedSet:
 
     def is_rendered(self, index: int) -> bool:
         return bool(self._value(index, "is_rendered"))
-
-    @cached_property
-    def is_encoder_decoder(self) -> bool:
-        return bool(self.target_lengths.any())
 
     @property
     def num_tokens(self) -> int:

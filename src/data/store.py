@@ -152,16 +152,14 @@ def _flat(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class StoredBatch:
-    """Rows as they are stored, one Arrow record batch: ids and spans flat, with the offsets of each row.
-
-    `label_ids` are what labels are made of: an encoder-decoder's targets, else the input.
-    """
+    """Rows as they are stored, one Arrow record batch: ids and spans flat, with the offsets of each row."""
 
     def __init__(self, records: pa.RecordBatch) -> None:
         self.records = records
         self.input_offsets, self.input_ids = inputs = _flat(records.column("input_ids"))
         self.target_offsets, self.target_ids = targets = _flat(records.column("target_ids"))
         self.span_offsets, self.spans = _flat(records.column("spans"))
+        # labels are made of an encoder-decoder's targets, else of the input
         self.label_offsets, self.label_ids = targets if len(self.target_ids) else inputs
 
     def supervised(self) -> np.ndarray:

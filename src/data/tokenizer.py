@@ -100,10 +100,7 @@ def _shared_ids(vocabulary: Mapping[str, int]) -> list[str]:
 
 
 def _add_with_ids(tokenizer: Any, ids: Mapping[str, int], new: list[str]) -> None:
-    """Make the `new` tokens added ones, so that all have these ids, also wherever the tokenizer is saved and loaded.
-
-    TokenError names those that would get another id.
-    """
+    """Make the `new` tokens added ones, so that all keep their ids when saved and loaded; TokenError if they don't."""
     is_pinned = _counts_past_holes(tokenizer) and not ids.keys() <= tokenizer.get_vocab().keys()
     if is_pinned:
         _pin(tokenizer, tokenizer.get_added_vocab() | {token: ids[token] for token in new})

@@ -49,10 +49,7 @@ _watchdog = Watchdog()
 
 
 def render(tokenizer: Any, template: str, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    """Return a chat as a template writes it; LimitError where that takes too much time or memory.
-
-    Whatever the template raises comes as it is.
-    """
+    """Return a chat as a template writes it, or raise what it raises; LimitError where it takes too long or much."""
     _count_in_transformers()
     size = sum(len(text) for message in messages for text in message.values())
     budget = Budget(limits.SECONDS + limits.SECONDS_PER_MIB * size / 2**20, limits.MAX_MADE)

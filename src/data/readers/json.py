@@ -45,10 +45,7 @@ _decode_leniently = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
 
 
 def _parse_object(text: str, start: int) -> tuple[dict[str, Any], int]:
-    """Parse the object that begins at `start`; return it and the position after it.
-
-    JSONDecodeError where it is not JSON, InvalidRecordError where it is no object that can be used as it is.
-    """
+    """Return the object at `start` and where it ends; JSONDecodeError or InvalidRecordError where there is none."""
     try:
         fields, end = _decode(text, start)
         if not isinstance(fields, dict):
@@ -174,10 +171,7 @@ class _JsonStream:
             self.read_more()
 
     def row(self, number: int) -> dict[str, Any] | str:
-        """Parse the row that begins at the position, and move to its end; return its fields, or why it can't be used.
-
-        JSONDecodeError where it is not JSON.
-        """
+        """Move past the row and return its fields, or why it can't be used; JSONDecodeError where it is not JSON."""
         while True:
             try:
                 row, end = self._parse_row(number)

@@ -117,10 +117,7 @@ def _dictionary_bytes(stream: BufferedReader, column: Any, maximum: int) -> int:
 
 
 def _rows_per_batch(columns: Sequence[_Column], first: int) -> int:
-    """Return how many rows of a group, which begins at row `first`, fit into memory together, whatever they hold.
-
-    UnreadableFileError where not even one does.
-    """
+    """Return how many rows of a group fit into memory together; UnreadableFileError where not even one does."""
     largest = 1
     for column in columns:
         if column.size / column.num_values > limits.MAX_LINE_BYTES:
