@@ -18,7 +18,7 @@ from src.data.answers import AnswerFrame
 from src.data.chat_render import LITERAL_FROM, LITERAL_TO, Messages, MessageText, probes, squeezed
 from src.data.formats import BadRow
 from src.data.formats.messages import THOUGHT, THOUGHT_KEYS
-from src.data.segments import Segment, any_of
+from src.data.text_encoder import Segment, any_of
 from src.errors import LimitError, TokenError
 
 REWRITTEN = (
@@ -208,7 +208,7 @@ class ChatTemplate:
         return self._prompted_turn(messages[i], rendered, start, only_prompted, content) if is_last else None
 
     def _before_thought(self, prompt: str) -> int:
-        """Return where the opened or empty thought begins that a generation prompt ends with; its length without one."""
+        """Return where the thought that a generation prompt ends with begins, opened or empty; without one its length."""
         found = PROMPTED_THOUGHT.search(prompt)
         if found is None:
             return len(prompt)

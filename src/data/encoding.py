@@ -10,8 +10,7 @@ from typing import Any
 
 from src.config.schema import Overflow
 from src.data.examples import Example
-from src.data.segments import last_turn
-from src.data.text_encoder import PROBE, TextEncoder, tokenizer_errors
+from src.data.text_encoder import PROBE, TextEncoder, last_turn, tokenizer_errors
 from src.errors import TokenError
 
 IGNORE_INDEX = -100  # label of a position that is not supervised

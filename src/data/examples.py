@@ -9,7 +9,7 @@ from src.data.chat import ChatTemplate
 from src.data.formats import Chat, Pair, load_format
 from src.data.formats.messages import ROLES, SUPERVISION_KEYS, THOUGHT, form_of
 from src.data.readers.record import Record
-from src.data.segments import Segment, last_turn
+from src.data.text_encoder import Segment, last_turn
 from src.patterns import Pattern
 
 FILLER = "-"  # in place of a missing answer of a row to predict, so that its format reads it; no model sees it
@@ -154,7 +154,7 @@ def _with_answer(fields: dict[str, Any], data: DataConfig) -> tuple[dict[str, An
         return fields | {column: [*answer, {role_key: "assistant", content_key: FILLER}]}, False
     text = last.get(content_key)
     has_answer = bool(text.strip()) if isinstance(text, str) else text is not None
-    last = {key: value for key, value in last.items() if key not in SUPERVISION_KEYS}
+    last = {key: value for key, value in last.items() if key not in SUPERVISION_KEYS}  # predicted at any weight
     last |= {} if has_answer else {content_key: FILLER}
     return fields | {column: [*before, last]}, has_answer
 

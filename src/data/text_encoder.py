@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from src.data.segments import Segment, any_of, last_turn
 from src.errors import TokenError, one_line
 
 PROBE = "a"  # a text that shows what a tokenizer puts around one
@@ -27,6 +26,31 @@ WRITES_SPACE = ("normalizer", "pre_tokenizer")
 """Parts of a tokenizer that may put a dummy space in front of a text; what its decoder says of one does not count."""
 
 REPEATED_GROUP = re.compile(r"\)[+*{]")  # with one, the time of matching may grow with a power of the text's length
+
+
+class Segment(NamedTuple):
+    """A text that is tokenised by itself; in one that a chat template rendered control tokens are tokens, else text."""
+
+    text: str
+    is_supervised: bool
+    is_rendered: bool = False
+
+
+def last_turn(segments: Sequence[Segment]) -> tuple[int, int]:
+    """Return [first, stop) of the last adjacent supervised segments; both are the end where there are none."""
+    stop = len(segments)
+    while stop > 0 and not segments[stop - 1].is_supervised:
+        stop -= 1
+    first = stop
+    while first > 0 and segments[first - 1].is_supervised:  # control tokens in a message split its turn
+        first -= 1
+    return (first, stop) if stop else (len(segments), len(segments))
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that finds any of the tokens, the longest first; without tokens it finds nothing."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) if longest_first else "(?!)")
 
 
 class BrokenTokenizerError(TokenError):
