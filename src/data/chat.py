@@ -208,7 +208,7 @@ class ChatTemplate:
         return self._prompted_turn(messages[i], rendered, start, only_prompted, content) if is_last else None
 
     def _before_thought(self, prompt: str) -> int:
-        """Return where the thought that a generation prompt ends with begins, opened or empty; without one its length."""
+        """Return where the thought, opened or empty, begins that ends a generation prompt; without one its length."""
         found = PROMPTED_THOUGHT.search(prompt)
         if found is None:
             return len(prompt)

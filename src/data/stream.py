@@ -128,13 +128,10 @@ class StreamedSet:
     def read(self, begin: Mapping[str, Any] | None = None) -> Iterator[Block]:
         """Read an epoch to its end, a block at a time.
 
-        Args:
-            begin: where a block of this set began, or `start`, also in another process: reading resumes with that
-                block, and the account becomes what it was then. The records before it are read and skipped. None: the
-                epoch's start.
-        Raises:
-            DataError: at the first chunk with rows that can't be used, or too many that would be dropped; where `begin`
-                is of another number of sources.
+        It resumes at `begin`, where a block of this set began, or `start`, also in another process: the records before
+        it are read and skipped, and the account becomes what it was then. None: the epoch's start. DataError at the
+        first chunk with rows that can't be used, or too many that would be dropped; where `begin` is of another number
+        of sources.
         """
         cursor = Cursor.from_dict(self.start() if begin is None else begin)
         if len(cursor.taken) != len(self._sources):
@@ -223,8 +220,7 @@ def _records(source: Source, taken: int, count: int | None) -> Iterator[ReadResu
     skip = taken  # of this reading of the source
     while count is None or taken < count:
         size = 0
-        for record in islice(source.records(), None if count is None else skip + count - taken):
-            size += 1
+        for size, record in enumerate(islice(source.records(), None if count is None else skip + count - taken), 1):
             if size > skip:
                 taken += 1
                 yield record
