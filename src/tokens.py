@@ -8,8 +8,7 @@ from typing import Any
 class ConfiguredTokens:
     """The ids of the tokens that a configuration names (conf/tokens).
 
-    `added` were not in the vocabulary before, `existing` were; `tags` open and close thoughts and are named by nothing
-    else, so the vocabulary has them.
+    `added` were not in the vocabulary before, `existing` were; `tags`, named by nothing else, open and close thoughts.
     """
 
     added: dict[str, int]

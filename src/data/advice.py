@@ -53,9 +53,7 @@ def advice(config: RunConfig, data: Data, tokenizer: Any) -> list[Finding]:
 def about_template(name: str, changes: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
     """Report texts of messages that the chat template leaves out, changes or trims.
 
-    Args:
-        changes: how many rows of the set each change is in, see chat.RenderedChat.
-        places: of the first of these rows.
+    `changes` are the numbers of rows that each is in (see chat.RenderedChat), `places` those of the first of the rows.
     """
     for change, count in changes.items():
         part, _, what = change.rpartition(" ")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from src.config.schema import Batching
 from src.data.encoding import IGNORE_INDEX
@@ -64,8 +65,7 @@ def _tensors(values: Mapping[str, Any]) -> dict[str, Any]:
 class BatchSampler:
     """Arranges rows into micro-batches.
 
-    `batch_size` counts sequences, `micro_batches_per_step` those of all processes; `max_tokens` is the most in a
-    sequence when rows are packed.
+    `batch_size` counts sequences, `micro_batches_per_step` those of all processes; packed ones hold up to `max_tokens`.
     """
 
     batching: Batching
@@ -216,7 +216,8 @@ def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, paddin
     each = [row for sequence in packed for row in sequence]
 
     def padded(column: Callable[[LabelledRow], Any], filler: int) -> Tensor:
-        return torch.from_numpy(_padded([[column(row) for row in sequence] for sequence in packed], filler))
+        joined = [torch.from_numpy(np.concatenate([column(row) for row in sequence])).long() for sequence in packed]
+        return pad_sequence(joined, batch_first=True, padding_value=filler)
 
     labels = padded(lambda row: row.labels, IGNORE_INDEX)
     is_thought = padded(lambda row: row.is_thought, 0).bool()
@@ -244,15 +245,6 @@ def row_bounds(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     cumulated = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
     longest = max(lengths)
     return {"cu_seq_lens_q": cumulated, "cu_seq_lens_k": cumulated, "max_length_q": longest, "max_length_k": longest}
-
-
-def _padded(sequences: Sequence[Sequence[np.ndarray]], filler: int) -> np.ndarray:
-    """Concatenate the arrays of each sequence and pad them to the longest, [sequences, seq]."""
-    joined = [np.concatenate(arrays) for arrays in sequences]
-    padded = np.full((len(joined), max(map(len, joined))), filler, dtype=np.int64)
-    for i, array in enumerate(joined):
-        padded[i, : len(array)] = array
-    return padded
 
 
 def _positions(sequences: Sequence[Sequence[LabelledRow]], longest: int) -> np.ndarray:

@@ -5,12 +5,11 @@ used, and with a lock one run prepares what several need.
 """
 
 import atexit
-import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import cache
 from importlib.metadata import version
@@ -25,7 +24,7 @@ from src.data.preparation import EncodedChunk, EncodingConfig, encode_chunks, wi
 from src.data.sources import Source, file_hash, hash_of
 from src.data.store import RowWriter, Shard, SourceStats
 from src.data.text_encoder import PROBE
-from src.errors import DataError
+from src.errors import DataError, is_disk_full
 
 FREE_BYTES, FREE_SHARE = 512 * 2**20, 0.05
 """The space that prepared rows leave free on the disk: this size, or on a small disk this share."""
@@ -92,23 +91,19 @@ class RowCache:
         # one of a run that was killed: the lock shows that no other writes it
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(entry, ignore_errors=True)  # damaged
-        writer = None
         try:
-            writer = RowWriter(unfinished)
-            with without_cycles():
+            with closing(RowWriter(unfinished)) as writer, without_cycles():
                 chunks = self._within_the_disk(encode_chunks(source.records(), encoding, self._num_workers))
                 stats = write_rows(name, chunks, writer, self._show_progress)
-            if source.identity() != identity:
-                raise DataError(f"{source.name} changed while being read; start again when it is complete")
-            writer.close(stats)
+                if source.identity() != identity:
+                    raise DataError(f"{source.name} changed while being read; start again when it is complete")
+                writer.finish(stats)
             os.rename(unfinished, entry)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_disk_full(error):
                 raise self._no_space() from error
             raise
         finally:
-            if writer is not None:
-                writer.abort()
             shutil.rmtree(unfinished, ignore_errors=True)
         return Shard.open(entry, verify=False)
 

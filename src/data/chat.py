@@ -62,9 +62,8 @@ class RenderedChat(NamedTuple):
 
     `answer` is the text of the last supervised turn: the message's own text as it is written, or, where `is_framed`,
     the turn up to the token that ends it; '' without a supervised turn. `has_end` is true where it has such a token.
-    `changes` names what the template does to the texts of the messages: "system missing", "assistant trimmed",
-    "thought changed", "earlier thought missing" (of a turn that is not supervised), …, or to turns: "turn not learned",
-    "turn without end".
+    `changes` names what the template does to the texts of the messages: "system missing", "assistant trimmed", "earlier
+    thought missing" (of a turn that is not supervised), …, or to turns: "turn not learned", "turn without end".
     """
 
     segments: list[Segment]
@@ -77,8 +76,7 @@ class RenderedChat(NamedTuple):
 class ChatTemplate:
     """A tokenizer's chat template, as training uses it.
 
-    `frame` is what it writes around an answer; `ends` are the added tokens that end the assistant's turns: generation
-    must stop there.
+    `frame` is what it writes around an answer; `ends` are the added tokens that end the assistant's turns.
     """
 
     def __init__(self, tokenizer: Any, control_tokens: Sequence[str]) -> None:

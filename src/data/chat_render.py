@@ -154,23 +154,20 @@ def read_markers(text: str) -> tuple[str, list[tuple[int, int]], dict[int, tuple
     """Return a text without markers, [start, stop) of what is marked as supervised, and of each text by its number."""
     if SUPERVISED_FROM not in text and TEXT_FROM not in text and TEXT_TO not in text:
         return text, [], {}
-    parts: list[str] = []
     supervised: list[int] = []
     begins: dict[int, int] = {}
     ends: dict[int, int] = {}
-    done = length = 0
+    num_removed = 0  # characters of the markers before
     for match in MARKER_PATTERN.finditer(text):
-        parts.append(text[done : match.start()])
-        length += match.start() - done
-        done = match.end()
+        at = match.start() - num_removed
+        num_removed += len(match.group())
         if match.group(1):
-            supervised.append(length)
+            supervised.append(at)
         else:
-            (begins if match.group(2) == TEXT_FROM else ends).setdefault(int(match.group(3)), length)
-    parts.append(text[done:])
+            (begins if match.group(2) == TEXT_FROM else ends).setdefault(int(match.group(3)), at)
     numbers = begins.keys() | ends.keys()
     places = {number: (begins.get(number), ends.get(number)) for number in numbers}
-    return "".join(parts), list(zip(supervised[::2], supervised[1::2], strict=False)), places
+    return MARKER_PATTERN.sub("", text), list(zip(supervised[::2], supervised[1::2], strict=False)), places
 
 
 def squeezed(text: str) -> str:

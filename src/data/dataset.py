@@ -95,11 +95,8 @@ def is_chat(data: DataConfig) -> bool:
 def build_data(config: RunConfig, tokenizer: Any, show_progress: ShowProgress = lambda _: None) -> Data:
     """Read, format and encode every set, or find it in the cache.
 
-    A tokenizer without a chat template gets one where the data needs it.
-
-    Raises:
-        DataError: where rows can't be read or are malformed, or too few are left.
-        TokenError: where the tokenizer can't be used.
+    A tokenizer without a chat template gets one where the data needs it. DataError where rows can't be read or are
+    malformed, or too few are left; TokenError where the tokenizer can't be used.
     """
     builder, data = _Builder(config, tokenizer, show_progress), config.data
     train, held_out = builder.train_and_held_out()
@@ -111,21 +108,18 @@ def build_data(config: RunConfig, tokenizer: Any, show_progress: ShowProgress = 
         validation = builder.sets_from_files(data.validation_sets())
     test, template = builder.sets_from_files(data.test_sets()), builder.template
     is_fallback = template is not None and template.is_fallback
-    return Data(
-        train, validation, test, builder.reports, builder.encoder, builder.stop_ids(), builder.frame(), is_fallback
-    )
+    return Data(train, validation, test, builder.reports, builder.encoder, builder.stop_ids, builder.frame, is_fallback)
 
 
 def build_prompts(config: RunConfig, tokenizer: Any, show_progress: ShowProgress = lambda _: None) -> Prompts:
-    """Read, format and encode the test sets to be predicted, each prompt as it would be trained and evaluated with.
+    """Read, format and encode the test sets to be predicted, each prompt as it is trained with; raises as `build_data`.
 
     A row may lack an answer, and one that it has takes no room: only a row whose prompt alone fills data.max_seq_length
-    is too long. Where data.overflow truncates, it cuts the prompt's start: it must end where the answer begins. Raises
-    as `build_data`.
+    is too long. Where data.overflow truncates, it cuts the prompt's start: it must end where the answer begins.
     """
     builder = _Builder(config, tokenizer, show_progress, to_predict=True)
     sets = builder.sets_from_files(config.data.test_sets())
-    return Prompts(sets, builder.encoder, builder.stop_ids(), builder.frame())
+    return Prompts(sets, builder.encoder, builder.stop_ids, builder.frame)
 
 
 class _Builder:
@@ -146,13 +140,9 @@ class _Builder:
         self.new_tokens = {t: tokenizer.convert_tokens_to_ids(t) for t in config.tokens.additional_special_tokens}
         self.reports: dict[str, SplitReport] = {"train": SplitReport()}
         self.template = ChatTemplate(tokenizer, self.encoder.control_tokens) if has_chats else None
-
-    def frame(self) -> AnswerFrame:
-        return AnswerFrame() if self.template is None else self.template.frame
-
-    def stop_ids(self) -> list[int]:
-        ends = self.tokenizer.convert_tokens_to_ids(list(self.template.ends)) if self.template else []
-        return list(dict.fromkeys([self.encoder.eos_token_id, *ends]))
+        self.frame = AnswerFrame() if self.template is None else self.template.frame
+        ends = tokenizer.convert_tokens_to_ids(list(self.template.ends)) if self.template else []
+        self.stop_ids = list(dict.fromkeys([self.encoder.eos_token_id, *ends]))
 
     def _encoding(self, data: DataConfig) -> EncodingConfig:
         return EncodingConfig(data, self.config.tokens, self.tokenizer, self.lengths, is_chat(data), self.to_predict)

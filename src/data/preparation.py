@@ -41,8 +41,7 @@ THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's part, a fifth,
 class EncodingConfig:
     """Everything that decides how a record is encoded; it can be sent to another process.
 
-    `data` are the settings of the record's source. With `to_predict` the answer of a record may be missing, and takes
-    no room in its row.
+    `data` are the settings of the record's source. With `to_predict` its answer may be missing, and takes no room.
     """
 
     data: DataConfig
@@ -60,8 +59,7 @@ class EncodingConfig:
     def settings(self) -> dict[str, Any]:
         """Return all that shapes a row but the tokenizer, as plain values.
 
-        A key of `data` or `tokens` is among it unless the schema says that it shapes no row, or that it enters as a
-        field of this class.
+        A key of `data` or `tokens` is in it unless the schema says that it shapes no row, or is a field of this class.
         """
         return {
             **_shaping(self.data),
@@ -174,8 +172,7 @@ def encode_chunks(
 ) -> Iterator[EncodedChunk]:
     """Encode records in chunks, in their order, with ordinals from `first_ordinal` on.
 
-    Chunks are smaller where rows are long, so that memory does not depend on what is in them. DataError where a worker
-    process dies.
+    Chunks are smaller where rows are long, so memory does not depend on them. DataError where a worker process dies.
     """
     chunks = _chunks(enumerate(records, first_ordinal), chunk_rows)
     if num_workers == 1:

@@ -63,11 +63,8 @@ def sample_counts(sizes: Sequence[int], weights: Sequence[float | None], counts:
     """Return how many rows of each source a mixture has.
 
     With weights it is as large as it can be at these proportions without repeating a row. With counts each source has
-    its count, also more than its rows; without one, all its rows.
-
-    Args:
-        sizes: rows of each source.
-        weights: proportions, of all sources or of none; they need not add up to 1.
+    its count, also more than its rows; without one, all its rows. `sizes` are the rows of each source, `weights`
+    proportions, of all sources or of none; they need not add up to 1.
     """
     known = [weight for weight in weights if weight is not None]
     if not known:

@@ -100,7 +100,7 @@ def _lists(rows: list[list[int]]) -> pa.Array:
 
 
 class RowWriter:
-    """Writes a folder of rows, which is complete only after `close`."""
+    """Writes a folder of rows, which is complete only after `finish`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -124,7 +124,7 @@ class RowWriter:
             update_digest(self._hash, batch)
             self._writer.write_batch(batch)
 
-    def close(self, stats: SourceStats) -> None:
+    def finish(self, stats: SourceStats) -> None:
         """Write the stats; their digest reveals rows that did not reach the disk in a power cut."""
         self._flush()
         stats.digest = self._hash.hexdigest()
@@ -132,8 +132,8 @@ class RowWriter:
         self._sink.close()
         (self._folder / STATS).write_text(json.dumps(dataclasses.asdict(stats)), encoding="utf-8")
 
-    def abort(self) -> None:
-        """Close the file without its end, so that it can't be opened."""
+    def close(self) -> None:
+        """Close the file; without its end, where it is not finished, so that it can't be opened."""
         self._sink.close()
 
 

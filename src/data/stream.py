@@ -214,8 +214,7 @@ class StreamedSet:
 def _records(source: Source, taken: int, count: int | None) -> Iterator[ReadResult]:
     """Yield a source's records after the first `taken`, repeated from its start where it has fewer than `count`.
 
-    What can't be read is yielded also where it comes before them: the source may end there. DataError where it has no
-    record.
+    What can't be read is yielded also where it comes before them: the source may end there. DataError if it is empty.
     """
     skip = taken  # of this reading of the source
     while count is None or taken < count:

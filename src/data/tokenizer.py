@@ -43,8 +43,7 @@ def load_tokenizer(model: ModelConfig, tokens: TokensConfig) -> tuple[Any, Confi
 def add_tokens(tokenizer: Any, tokens: TokensConfig) -> ConfiguredTokens:
     """Add the tokens that the vocabulary does not have yet, so that each is encoded as one id.
 
-    TokenError where one is a word of the model's text, can't have an id of its own, or a thought's tag is not one id in
-    the end.
+    TokenError where one is a word of the model's text or can't have an id of its own, or a thought's tag is not one id.
     """
     vocabulary = tokenizer.get_vocab()
     existing = {token: vocabulary[token] for token in tokens.additional_special_tokens if token in vocabulary}

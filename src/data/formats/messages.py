@@ -26,8 +26,7 @@ WITHOUT = "leave these rows out, or write the calls into the texts and remove th
 def read(fields: dict[str, Any], data: DataConfig) -> Chat:
     """Return the messages, after the row's own system message or `data.system_prompt` where they have none.
 
-    BadRow where they are no chat that begins with a user, alternates and ends with the assistant; where the row needs
-    what is not supported.
+    BadRow where they don't alternate from a user's to the assistant's last, or the row needs what is not supported.
     """
     column = data.columns["messages"]
     items = field(fields, column, "messages")

@@ -98,8 +98,7 @@ def _columns(file: str, metadata: Any, group: int) -> list[_Column]:
 def _dictionary_bytes(stream: BufferedReader, column: Any, maximum: int) -> int:
     """Return the size of a column's dictionary from its page header, which pyarrow does not expose; 0 without one.
 
-    A value that is stored once, in the dictionary, may be in every row. `maximum` is returned where the header can't be
-    read.
+    A value that is stored once, in the dictionary, may be in every row. `maximum` stands for an unreadable header.
     """
     if not any(encoding.endswith("_DICTIONARY") for encoding in column.encodings):
         return 0
