@@ -8,8 +8,7 @@ from typing import Any
 class ConfiguredTokens:
     """The ids of the tokens that a configuration names (conf/tokens).
 
-    `added` were not in the vocabulary before, `existing` were; `tags` open and close thoughts and are named by nothing
-    else, so the vocabulary has them.
+    `added` were not in the vocabulary before, `existing` were; `tags`, named by nothing else, open and close thoughts.
     """
 
     added: dict[str, int]
@@ -23,8 +22,6 @@ class ConfiguredTokens:
 
 
 def num_token_ids(tokenizer: Any) -> int:
-    """Return how many rows a matrix needs to have one for every token: the highest id + 1.
-
-    `len(tokenizer)` counts tokens, which are fewer where the ids have holes.
-    """
+    """Return how many rows a matrix needs to have one for every token: the highest id + 1."""
+    # `len(tokenizer)` counts tokens, which are fewer where the ids have holes
     return max(tokenizer.get_vocab().values(), default=-1) + 1

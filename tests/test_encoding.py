@@ -18,9 +18,9 @@ from src.config.schema import Overflow
 from src.data.encoding import ANSWER, IGNORE_INDEX, THOUGHT, EncodedRow, Encoder, Lengths
 from src.data.examples import Example
 from src.data.readers.record import Record
-from src.data.segments import Segment
 from src.data.sets import EncodedSet
 from src.data.store import Shard, SourceStats, to_batch
+from src.data.text_encoder import Segment
 from src.errors import TokenError
 from tests.kinds import byte_bpe, character_level, one_control_token, sentencepiece, unigram, wordpiece, words
 

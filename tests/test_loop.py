@@ -435,7 +435,7 @@ def test_a_snapshot_in_fresh_objects_trains_on_bit_for_bit(runtime: Runtime) -> 
     weights = {name: tensor.clone() for name, tensor in state.weights(runtime).items()}
 
     config, data, fresh = assembled(runtime, *overrides)
-    position = Position.from_dict(json.loads(json.dumps(kept.state))["position"])
+    position = Position(**json.loads(json.dumps(kept.state))["position"])
     fresh.position = position
     torch.manual_seed(99)
     fresh.restore(replace(kept, state=json.loads(json.dumps(kept.state))), runtime)

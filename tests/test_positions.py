@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def rest_of_epoch(rows: TrainSet, plan: BatchSampler, start: Position) -> Iterat
 
 def stored(position: Position) -> Position:
     """Write a position down and take it again."""
-    again = Position.from_dict(json.loads(json.dumps(position.as_dict())))
+    again = Position(**json.loads(json.dumps(asdict(position))))
     assert again == position
     return again
 

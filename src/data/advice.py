@@ -4,16 +4,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import islice
 from typing import Any
 
-from src.config.schema import RunConfig
+from src.config.schema import DataConfig, RunConfig
 from src.data.chat import ENDLESS, NOT_SUPERVISED
-from src.data.chat_markers import CHANGED, MISSING, TRIMMED
+from src.data.chat_render import CHANGED, MISSING, TRIMMED
 from src.data.dataset import Data, is_chat
 from src.data.encoding import Encoder
 from src.data.report import SplitReport
-from src.data.sets import EncodedSet
 from src.util import plural
 
 MARK = re.compile(
@@ -23,8 +21,7 @@ MARK = re.compile(
 )
 """What the chat templates of well-known model families write between the messages."""
 
-MARK_ROWS = 1000
-"""The first rows of a set, which are searched for such marks."""
+MARK_ROWS = 1000  # the first rows of a set, which are searched for such marks
 
 
 class Level(Enum):
@@ -43,12 +40,9 @@ class Finding:
 
 def advice(config: RunConfig, data: Data, tokenizer: Any) -> list[Finding]:
     """Return what the chat template changes, keys that nothing reads, and hints where a choice looks wrong."""
+    changes = [(name, report.template_changes, report.template_change_places) for name, report in data.reports.items()]
     return [
-        *(
-            finding
-            for name, report in data.reports.items()
-            for finding in about_template(name, report.template_changes, report.template_change_places)
-        ),
+        *(finding for of_set in changes for finding in about_template(*of_set)),
         *(finding for name, report in data.reports.items() for finding in _about_keys(name, report)),
         *_about_marks(config, data),
         *_about_unused_template(config, tokenizer),
@@ -59,35 +53,28 @@ def advice(config: RunConfig, data: Data, tokenizer: Any) -> list[Finding]:
 def about_template(name: str, changes: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
     """Report texts of messages that the chat template leaves out, changes or trims.
 
-    Args:
-        changes: how many rows of the set each change is in, see chat.RenderedChat.
-        places: of the first of these rows.
+    `changes` are the numbers of rows that each is in (see chat.RenderedChat), `places` those of the first of the rows.
     """
     for change, count in changes.items():
         part, _, what = change.rpartition(" ")
+        message = part if part.endswith("thought") else f"{part} message"
         level = Level.warning
-        if change == NOT_SUPERVISED:
-            text = (
-                "an earlier turn is not supervised: the chat template writes it otherwise than generation would; "
-                "data.supervised_turns=last says so, or mark what is supervised with {% generation %} in the template"
-            )
-        elif change == ENDLESS:
-            text = (
-                "an earlier turn has no end that could be trained: the chat template writes none there; "
-                "data.supervised_turns=last trains on the last turn, with EOS"
-            )
+        if change in TURN_PROBLEMS:
+            text = TURN_PROBLEMS[change]
         elif what == TRIMMED:
-            text = f"the chat template trims white space of the {_message(part)}; trim the rows alike"
+            text = f"the chat template trims white space of the {message}; trim the rows alike"
         else:
-            text = f"the chat template {EFFECTS[what]} the {_message(part)}: {REMEDIES[part]}"
+            text = f"the chat template {EFFECTS[what]} the {message}: {REMEDIES[part]}"
             level = Level.error if part in ("assistant", "thought") else Level.warning
         yield Finding(level, f"{name}: in {plural(count, 'row')} ({', '.join(places[change])}) {text}")
 
 
-def _message(part: str) -> str:
-    return part if part.endswith("thought") else f"{part} message"
-
-
+TURN_PROBLEMS = {
+    NOT_SUPERVISED: "an earlier turn is not supervised: the chat template writes it otherwise than generation would; "
+    "data.supervised_turns=last says so, or mark what is supervised with {% generation %} in the template",
+    ENDLESS: "an earlier turn has no end that could be trained: the chat template writes none there; "
+    "data.supervised_turns=last trains on the last turn, with EOS",
+}
 EFFECTS = {MISSING: "leaves out", CHANGED: "changes or cuts"}
 OWN_TAGS = "tokens=tow (or another) writes thoughts between tags of its own, data.thoughts=drop leaves them out"
 REMEDIES = {
@@ -113,34 +100,30 @@ def _about_keys(name: str, report: SplitReport) -> Iterator[Finding]:
 def _about_marks(config: RunConfig, data: Data) -> Iterator[Finding]:
     """Warn of chat marks in the data that are ordinary text for this tokenizer."""
     remedy = "data=messages writes chats in the model's own template; data.system_prompt makes chats of pairs"
-    for key, source in (("data", config.data), *((f"data.mixture.{n}", s.data) for n, s in _mixed(config))):
+    for key, source in _sections(config).items():
         for name in ("prompt_template", "completion_template"):
-            if marks := _as_text(MARK.findall(getattr(source, name) or ""), data.encoder):
+            if marks := _marks(getattr(source, name) or "", data.encoder):
                 text = f"{key}.{name} writes {_named(marks)}"
                 yield Finding(Level.warning, f"{text}: ordinary text here, no turns of a chat; {remedy}")
     for rows in [data.train.first, *data.validation.values(), *data.test.values()]:
-        marked = {row: texts for row, marks in _marked_rows(rows) if (texts := _as_text(marks, data.encoder))}
-        if marked:
+        to_search = [i for i in range(min(len(rows), MARK_ROWS)) if not rows.is_rendered(i)]
+        found = {i: _marks(rows.prompt(i) + rows.completion(i), data.encoder) for i in to_search}
+        if marked := {i: marks for i, marks in found.items() if marks}:
             first = next(iter(marked))
             text = f"{rows.name}: {plural(len(marked), 'row')} of the first {MARK_ROWS:,} hold {_named(marked[first])}"
             text += f" ({rows.place(first)}): ordinary text here, no turns of a chat; {remedy}"
             yield Finding(Level.warning, text)
 
 
-def _mixed(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    return iter(config.data.train_sources().items() if config.data.mixture else ())
+def _sections(config: RunConfig) -> dict[str, DataConfig]:
+    """Return the settings of all rows by their key: data, and each source of a mixture."""
+    sources = config.data.train_sources() if config.data.mixture else {}
+    return {"data": config.data} | {f"data.mixture.{name}": source.data for name, source in sources.items()}
 
 
-def _marked_rows(rows: EncodedSet) -> Iterator[tuple[int, list[str]]]:
-    """Yield rows whose text holds marks, with these; rows that a chat template wrote are skipped."""
-    for i in islice(range(len(rows)), MARK_ROWS):
-        if not rows.is_rendered(i) and (marks := MARK.findall(rows.prompt(i) + rows.completion(i))):
-            yield i, marks
-
-
-def _as_text(marks: list[str], encoder: Encoder) -> list[str]:
-    """Return the distinct marks that are ordinary text for this tokenizer."""
-    marks = list(dict.fromkeys(marks))
+def _marks(text: str, encoder: Encoder) -> list[str]:
+    """Return the distinct chat marks in a text that are ordinary text for this tokenizer."""
+    marks = list(dict.fromkeys(MARK.findall(text)))
     encoded = encoder.encode_texts(marks, is_rendered=False) if marks else []
     return [mark for mark, ids in zip(marks, encoded, strict=True) if len(ids) > 1]
 
@@ -151,8 +134,7 @@ def _named(marks: list[str]) -> str:
 
 def _about_unused_template(config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
     """Warn where a tokenizer has a chat template and no row is written by it."""
-    sources = [config.data, *(source.data for _, source in _mixed(config))]
-    if tokenizer.chat_template and not any(is_chat(source) for source in sources):
+    if tokenizer.chat_template and not any(map(is_chat, _sections(config).values())):
         yield Finding(
             Level.warning,
             f"the tokenizer has a chat template, and data.format = {config.data.format} does not use it: an instruct "

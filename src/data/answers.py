@@ -1,7 +1,6 @@
 """The answer in a text: without thoughts and what a chat template writes around it. Pure.
 
-Generated texts and references go through the same functions, so a model that writes exactly what it was trained on is
-right.
+Generated texts and references go through the same functions: a model that writes what it was trained on is right.
 """
 
 import re

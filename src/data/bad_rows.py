@@ -6,8 +6,7 @@ from src.errors import DataError
 from src.util import plural
 
 NUM_LISTED = 10
-MAX_BAD = 10_000
-"""Reading stops after this many rows that can't be used, if fewer can: the file is something else."""
+MAX_BAD = 10_000  # reading stops after so many rows that can't be used, if fewer can: the file is something else
 
 
 class BadRows:
@@ -18,13 +17,7 @@ class BadRows:
         self._first = list(rows[:NUM_LISTED])
 
     def add(self, rows: Sequence[tuple[str, str]], num_read: int) -> None:
-        """Add rows.
-
-        Args:
-            num_read: how many rows were read so far, good ones included.
-        Raises:
-            DataError: where it makes no sense to read on.
-        """
+        """Add rows; DataError where it makes no sense to read on, after `num_read` rows, good ones included."""
         self._first += rows[: NUM_LISTED - len(self._first)]
         self.count += len(rows)
         if rows and self.count >= MAX_BAD and 2 * self.count > num_read:
@@ -38,10 +31,11 @@ class BadRows:
             raise self._error()
 
     def _error(self, *last_line: str) -> DataError:
-        lines, before = [], ""
-        for place, reason in self._first:
-            lines.append(f"{place}  {'the same' if reason == before else reason}")
-            before = reason
+        reasons = [reason for _, reason in self._first]
+        lines = [
+            f"{place}  {'the same' if reason == before else reason}"
+            for (place, reason), before in zip(self._first, ["", *reasons], strict=False)
+        ]
         if self.count > len(lines):
             lines.append(f"… and {self.count - len(lines)} more")
         text = "\n".join(f"  {line}" for line in [*lines, *last_line])

@@ -3,12 +3,13 @@
 import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from src.config.schema import Batching
 from src.data.encoding import IGNORE_INDEX
@@ -16,11 +17,8 @@ from src.data.sets import EncodedSet, LabelledRow
 from src.data.stream import StreamedSet
 from src.errors import DataError
 
-GROUP_BATCHES = 50
-"""Batches whose rows are sorted by length together, for Batching.length_grouped."""
-
-Sequences = list[list[int]]
-"""Rows of a micro-batch by sequence: one row in each, or several where they are packed."""
+GROUP_BATCHES = 50  # batches whose rows are sorted by length together, for Batching.length_grouped
+Sequences = list[list[int]]  # rows of a micro-batch by sequence: one row in each, or several where they are packed
 
 
 @dataclass
@@ -46,35 +44,28 @@ class Batch:
     num_thought: int = 0
     bounds: dict[str, Any] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on a device, copied without waiting where the memory is pinned."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in self.__dict__.items()
-            if isinstance(value, Tensor)
-        }
-        bounds = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.bounds.items()}
-        return replace(self, **moved, bounds=bounds)
+        moved, bounds = (
+            {name: tensor.to(device, non_blocking=True) for name, tensor in _tensors(values).items()}
+            for values in (vars(self), self.bounds)
+        )
+        return replace(self, **moved, bounds=self.bounds | bounds)
 
     def inputs(self) -> dict[str, Any]:
         """Return the keyword arguments of a ModelWithLoss."""
-        arguments: dict[str, Tensor | None] = {
-            "input_ids": self.input_ids,
-            "labels": self.labels,
-            "position_ids": self.position_ids,
-            "attention_mask": self.attention_mask,
-            "target_ids": self.target_ids,
-            "is_thought": self.is_thought,
-        }
-        return {name: value for name, value in arguments.items() if value is not None} | self.bounds
+        return _tensors(vars(self)) | self.bounds
+
+
+def _tensors(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
 class BatchSampler:
     """Arranges rows into micro-batches.
 
-    `batch_size` counts sequences, `micro_batches_per_step` those of all processes; `max_tokens` is the most in a
-    sequence when rows are packed.
+    `batch_size` counts sequences, `micro_batches_per_step` those of all processes; packed ones hold up to `max_tokens`.
     """
 
     batching: Batching
@@ -83,11 +74,10 @@ class BatchSampler:
     max_tokens: int
 
     def micro_batches(self, lengths: np.ndarray, seed: Sequence[int], num_taken: int = 0) -> list[Sequences]:
-        """Put every row into exactly one micro-batch.
+        """Put every row into exactly one micro-batch, in an order by seed.
 
         Args:
             lengths: of each row, in tokens, [rows].
-            seed: of the order.
             num_taken: how many sequences to leave out, the first ones in this order: they were used before.
         """
         sequences = self._sequences(lengths, np.random.default_rng(list(seed)))[num_taken:]
@@ -108,35 +98,20 @@ class BatchSampler:
 class Position:
     """The position of a run in its data, at which its next window begins.
 
-    It counts sequences, not micro-batches, so that a run can resume with another batch size: no padded or packed row of
-    the epoch is repeated or left out.
-
-    Args:
-        num_sequences: rows, or packs of rows, that were used of this epoch; of this block, where the set is streamed.
-        block: the cursor of a streamed set's block, in plain JSON values (see stream.Cursor). None where the set is not
-            streamed, or nothing was read yet.
+    `num_sequences` rows, or packs of rows, were used of this epoch; of this block, where the set is streamed. They are
+    counted, not micro-batches, so that a run can resume with another batch size: no padded or packed row of the epoch
+    is repeated or left out. `block` is the cursor of a streamed set's block, in plain JSON values (see stream.Cursor);
+    None where the set is not streamed, or nothing was read yet.
     """
 
     epoch: int = 0
     num_sequences: int = 0
     block: Mapping[str, Any] | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> Self:
-        """Return the position that `as_dict` was called on."""
-        return cls(state["epoch"], state["num_sequences"], state["block"])
-
 
 @dataclass(frozen=True)
 class Window:
-    """The micro-batches of one optimizer step, each with the set that its row indices refer to.
-
-    `after` is the position of the next window: the next epoch's start, where this one ends.
-    """
+    """The micro-batches of one optimizer step, each with the set of its rows, and the position of the next window."""
 
     epoch: int
     micro_batches: list[tuple[EncodedSet, Sequences]]
@@ -149,47 +124,37 @@ def windows(
 ) -> Iterator[Window]:
     """Yield, without end, the micro-batches of one optimizer step after another; an epoch's last window may be short.
 
-    Args:
-        start: where to begin; in the next epoch, where a set that was changed has nothing left of this one.
-    Raises:
-        DataError: where there are no rows; of a streamed set, as its `read`.
+    They begin at `start`, or in the next epoch, where a set that was changed has nothing left of this one. Raises
+    DataError where there are no rows; of a streamed set, as its `read`.
     """
     if isinstance(rows, EncodedSet) and not len(rows):
         raise DataError(f"{rows.name} has no rows")
     while True:
         micro_batches: list[tuple[EncodedSet, Sequences]] = []
-        for position, micro_batch in _epoch(rows, sampler, seed, start):
-            if len(micro_batches) == sampler.micro_batches_per_step:
-                yield Window(start.epoch, micro_batches, position)
-                micro_batches = []
-            micro_batches.append(micro_batch)
+        for block, block_seed, position in _blocks(rows, seed, start):
+            for sequences in sampler.micro_batches(block.lengths, block_seed, position.num_sequences):
+                if len(micro_batches) == sampler.micro_batches_per_step:
+                    yield Window(start.epoch, micro_batches, position)
+                    micro_batches = []
+                micro_batches.append((block, sequences))
+                position = replace(position, num_sequences=position.num_sequences + len(sequences))
         after = Position(start.epoch + 1, block=rows.start() if isinstance(rows, StreamedSet) else None)
         if micro_batches:
             yield Window(start.epoch, micro_batches, after, ends_epoch=True)
         start = after
 
 
-Placed = tuple[Position, tuple[EncodedSet, Sequences]]
-"""A micro-batch with its position."""
-
-
-def _epoch(rows: EncodedSet | StreamedSet, sampler: BatchSampler, seed: int, start: Position) -> Iterator[Placed]:
-    """Yield the rest of an epoch."""
+def _blocks(
+    rows: EncodedSet | StreamedSet, seed: int, start: Position
+) -> Iterator[tuple[EncodedSet, list[int], Position]]:
+    """Yield the blocks of the rest of an epoch, each with the seed of its order and where to begin in it."""
     if isinstance(rows, EncodedSet):
-        yield from _of_set(rows, sampler, [seed, start.epoch], start)
+        yield rows, [seed, start.epoch], start
         return
     num_taken = start.num_sequences
     for block in rows.read(start.block):
-        begin = Position(start.epoch, num_taken, block.begin)
-        yield from _of_set(block.rows, sampler, [seed, start.epoch, block.number], begin)
+        yield block.rows, [seed, start.epoch, block.number], Position(start.epoch, num_taken, block.begin)
         num_taken = 0
-
-
-def _of_set(rows: EncodedSet, sampler: BatchSampler, seed: Sequence[int], start: Position) -> Iterator[Placed]:
-    position = start
-    for sequences in sampler.micro_batches(rows.lengths, seed, start.num_sequences):
-        yield position, (rows, sequences)
-        position = replace(position, num_sequences=position.num_sequences + len(sequences))
 
 
 def steps_per_epoch(rows: EncodedSet, sampler: BatchSampler, seed: int, num_taken: int = 0) -> int:
@@ -242,18 +207,17 @@ def _grouped(lengths: np.ndarray, order: np.ndarray, batch_size: int, rng: np.ra
 
 
 def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, padding_free: bool = False) -> Batch:
-    """Collate rows, padded on the right to the longest sequence.
+    """Collate rows, padded on the right to the longest sequence; several rows in a sequence are packed.
 
-    Args:
-        sequences: the rows of each sequence; several in one are packed.
-        padding_free: whether to put all of them into a single sequence without padding, for FlashAttention.
+    With `padding_free` all are in a single sequence without padding, for FlashAttention.
     """
     indices = [index for sequence in sequences for index in sequence]
     packed = [[rows[index] for index in sequence] for sequence in ([indices] if padding_free else sequences)]
     each = [row for sequence in packed for row in sequence]
 
     def padded(column: Callable[[LabelledRow], Any], filler: int) -> Tensor:
-        return torch.from_numpy(_padded([[column(row) for row in sequence] for sequence in packed], filler))
+        joined = [torch.from_numpy(np.concatenate([column(row) for row in sequence])).long() for sequence in packed]
+        return pad_sequence(joined, batch_first=True, padding_value=filler)
 
     labels = padded(lambda row: row.labels, IGNORE_INDEX)
     is_thought = padded(lambda row: row.is_thought, 0).bool()
@@ -283,20 +247,8 @@ def row_bounds(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     return {"cu_seq_lens_q": cumulated, "cu_seq_lens_k": cumulated, "max_length_q": longest, "max_length_k": longest}
 
 
-def _padded(sequences: Sequence[Sequence[np.ndarray]], filler: int) -> np.ndarray:
-    """Concatenate the arrays of each sequence and pad them to the longest, [sequences, seq]."""
-    joined = [np.concatenate(arrays) for arrays in sequences]
-    padded = np.full((len(joined), max(map(len, joined))), filler, dtype=np.int64)
-    for i, array in enumerate(joined):
-        padded[i, : len(array)] = array
-    return padded
-
-
 def _positions(sequences: Sequence[Sequence[LabelledRow]], longest: int) -> np.ndarray:
     """Return positions from 0 in every row, and in the padding after the last, [sequences, seq]."""
-    positions = np.empty((len(sequences), longest), dtype=np.int64)
-    for i, sequence in enumerate(sequences):
-        lengths = [len(row.input_ids) for row in sequence]
-        counted = [np.arange(length) for length in [*lengths, longest - sum(lengths)]]
-        positions[i] = np.concatenate(counted)
-    return positions
+    each = [[len(row.input_ids) for row in sequence] for sequence in sequences]
+    counted = [[np.arange(length) for length in [*lengths, longest - sum(lengths)]] for lengths in each]
+    return np.stack([np.concatenate(positions) for positions in counted])

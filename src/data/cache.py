@@ -5,12 +5,11 @@ used, and with a lock one run prepares what several need.
 """
 
 import atexit
-import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import cache
 from importlib.metadata import version
@@ -25,23 +24,20 @@ from src.data.preparation import EncodedChunk, EncodingConfig, encode_chunks, wi
 from src.data.sources import Source, file_hash, hash_of
 from src.data.store import RowWriter, Shard, SourceStats
 from src.data.text_encoder import PROBE
-from src.errors import DataError
+from src.errors import DataError, is_disk_full
 
 FREE_BYTES, FREE_SHARE = 512 * 2**20, 0.05
 """The space that prepared rows leave free on the disk: this size, or on a small disk this share."""
-UNCHECKED_BYTES = 64 * 2**20
-"""Prepared rows up to this size are written without a look at the disk."""
+UNCHECKED_BYTES = 64 * 2**20  # prepared rows up to this size are written without a look at the disk
 
-ShowProgress = Callable[[str], None]
-"""Called often during long work, with how far it is."""
+ShowProgress = Callable[[str], None]  # called often during long work, with how far it is
 
 
 class RowCache:
     """A folder of prepared rows; without one, a temporary folder that is removed when the process ends."""
 
     def __init__(self, folder: str | None, show_progress: ShowProgress, num_workers: int = 1) -> None:
-        self._show_progress = show_progress
-        self._num_workers = num_workers
+        self._show_progress, self._num_workers = show_progress, num_workers
         if folder is None:
             folder = tempfile.mkdtemp(prefix="towline-rows-")
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -54,11 +50,7 @@ class RowCache:
             ) from error
 
     def shard(self, name: str, source: Source, encoding: EncodingConfig) -> Shard:
-        """Return the encoded rows of a source, prepared now or by an earlier run.
-
-        Raises:
-            DataError: listing the rows that can't be used.
-        """
+        """Return the encoded rows of a source, prepared now or by an earlier run; DataError lists unusable rows."""
         identity = source.identity()
         tokenizer = tokenizer_fingerprint(encoding.tokenizer)
         code = [_code(), *plugins.versions(plugins.names()).values()]  # a plugin may have the format
@@ -96,27 +88,22 @@ class RowCache:
 
     def _write(self, name: str, source: Source, encoding: EncodingConfig, entry: Path, identity: Any) -> Shard:
         unfinished = entry.with_suffix(".tmp")
-        shutil.rmtree(
-            unfinished, ignore_errors=True
-        )  # of a run that was killed: the lock shows that no other writes it
+        # one of a run that was killed: the lock shows that no other writes it
+        shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(entry, ignore_errors=True)  # damaged
-        writer = None
         try:
-            writer = RowWriter(unfinished)
-            with without_cycles():
+            with closing(RowWriter(unfinished)) as writer, without_cycles():
                 chunks = self._within_the_disk(encode_chunks(source.records(), encoding, self._num_workers))
                 stats = write_rows(name, chunks, writer, self._show_progress)
-            if source.identity() != identity:
-                raise DataError(f"{source.name} changed while being read; start again when it is complete")
-            writer.close(stats)
+                if source.identity() != identity:
+                    raise DataError(f"{source.name} changed while being read; start again when it is complete")
+                writer.finish(stats)
             os.rename(unfinished, entry)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_disk_full(error):
                 raise self._no_space() from error
             raise
         finally:
-            if writer is not None:
-                writer.abort()
             shutil.rmtree(unfinished, ignore_errors=True)
         return Shard.open(entry, verify=False)
 
@@ -141,11 +128,7 @@ class RowCache:
 def write_rows(
     name: str, chunks: Iterable[EncodedChunk], writer: RowWriter, show_progress: ShowProgress
 ) -> SourceStats:
-    """Write prepared rows to the end.
-
-    Raises:
-        DataError: listing the rows that can't be used.
-    """
+    """Write prepared rows to the end; DataError lists those that can't be used."""
     stats, bad = SourceStats(), BadRows()
     for chunk in chunks:
         stats.num_records += chunk.num_records

@@ -4,32 +4,21 @@ Supervised are the assistant's text and the token that ends its turn. The turn b
 because that is what generation is fed, or where a template marks it with {% generation %}, and it ends with the first
 added token after the message's own text (docs/decisions/0011).
 
-The texts of messages are located in the rendered text by markers around them, see chat_markers.
+The texts of messages are located in the rendered text by markers around them, see chat_render.
 """
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from src.config.schema import SupervisedTurns
+from src.data import chat_render
 from src.data.answers import AnswerFrame
-from src.data.chat_markers import (
-    CHANGED,
-    LITERAL_FROM,
-    LITERAL_TO,
-    MARKERS,
-    MISSING,
-    TRIMMED,
-    Messages,
-    MessageText,
-    locate,
-    read_markers,
-    squeezed,
-)
-from src.data.chat_render import FALLBACK_TEMPLATE, MARKER, as_marker, probes, render
+from src.data.chat_render import LITERAL_FROM, LITERAL_TO, Messages, MessageText, probes, squeezed
 from src.data.formats import BadRow
 from src.data.formats.messages import THOUGHT, THOUGHT_KEYS
-from src.data.segments import Segment, any_of
+from src.data.text_encoder import Segment, any_of
 from src.errors import LimitError, TokenError
 
 REWRITTEN = (
@@ -38,7 +27,6 @@ REWRITTEN = (
 )
 
 LITERAL = re.compile(f"{LITERAL_FROM}(\\d+){LITERAL_TO}")
-
 NAMES_THOUGHT = r"(?=[^\s<>\[\]/]*(?i:think|thought|reason))"
 OPENED_THOUGHT = re.compile(
     rf"(?:<{NAMES_THOUGHT}(?P<angle>[^\s<>/]+)>|\[{NAMES_THOUGHT}(?P<square>[^\s\[\]/]+)\])(?P<gap>\s*)"
@@ -74,9 +62,8 @@ class RenderedChat(NamedTuple):
 
     `answer` is the text of the last supervised turn: the message's own text as it is written, or, where `is_framed`,
     the turn up to the token that ends it; '' without a supervised turn. `has_end` is true where it has such a token.
-    `changes` names what the template does to the texts of the messages: "system missing", "assistant trimmed",
-    "thought changed", "earlier thought missing" (of a turn that is not supervised), …, or to turns: "turn not learned",
-    "turn without end".
+    `changes` names what the template does to the texts of the messages: "system missing", "assistant trimmed", "earlier
+    thought missing" (of a turn that is not supervised), …, or to turns: "turn not learned", "turn without end".
     """
 
     segments: list[Segment]
@@ -87,53 +74,47 @@ class RenderedChat(NamedTuple):
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, as training uses it."""
+    """A tokenizer's chat template, as training uses it.
+
+    `frame` is what it writes around an answer; `ends` are the added tokens that end the assistant's turns.
+    """
 
     def __init__(self, tokenizer: Any, control_tokens: Sequence[str]) -> None:
         template = tokenizer.get_chat_template()
         self._tokenizer = tokenizer
-        self._marks_supervised = bool(MARKER.search(template))
-        self._template = MARKER.sub(as_marker, template)
-        self._literal = any_of([*control_tokens, *MARKERS])
+        self._marks_supervised = bool(chat_render.GENERATION_TAG.search(template))
+        self._template = chat_render.GENERATION_TAG.sub(chat_render.as_marker, template)
+        self._literal = any_of([*control_tokens, *chat_render.MARKERS])
         added = [token for token in tokenizer.get_added_vocab() if token.strip()]  # some are only white space
         self._added_token = any_of({*added, *control_tokens})
         self._thought_key: str | None = None
         self._limit: LimitError | None = None
-        self.frame = AnswerFrame()
-        """What the template writes around an answer."""
-        self.ends: tuple[str, ...] = ()
-        """The added tokens that end the assistant's turns: generation must stop there."""
+        self.frame, self.ends = AnswerFrame(), tuple[str, ...]()  # as long as they are probed
         turns = [turn for chat in (("b",), ("b", "c")) for probe in probes(*chat) for turn, _ in self._probed(probe)]
         self.ends = tuple(dict.fromkeys(turn.end for turn in turns if turn.end))
         self.frame = self._frame()
 
     @property
     def is_fallback(self) -> bool:
-        return FALLBACK_TEMPLATE in self._tokenizer.get_chat_template()
+        return chat_render.FALLBACK_TEMPLATE in self._tokenizer.get_chat_template()
 
     def render(
         self, messages: Sequence[dict[str, str]], is_supervised: list[bool], turns: SupervisedTurns
     ) -> RenderedChat:
-        """Return a chat as segments of text.
+        """Return a chat as segments of text; `is_supervised` says of each assistant's message what the row wants.
 
-        Args:
-            is_supervised: for each assistant's message whether the row wants it supervised.
-        Raises:
-            BadRow: where the template refuses the chat.
-            TokenError: where it can't be found out what of it is supervised.
+        BadRow where the template refuses the chat, TokenError where it can't be found out what of it is supervised.
         """
         literals: list[str] = []
         wanted = is_supervised
         if turns is SupervisedTurns.last:
             wanted = [False] * (len(is_supervised) - 1) + is_supervised[-1:]
+        marked = [self._with_literals_marked(message, literals) for message in messages]
         try:
-            rendered, parts, supervised = self._turns(
-                [self._with_literals_marked(message, literals) for message in messages], wanted
-            )
+            rendered, parts, supervised = self._turns(marked, wanted)
         except BadRow as refused:
             raise BadRow(f"{refused}{self._remedy(messages)}") from refused
-        segments: list[Segment] = []
-        done = 0
+        segments, done = list[Segment](), 0
         for turn in supervised:
             segments += _segments(rendered[done : turn.start] + turn.opened, False, literals)
             segments += _segments(turn.text, True, literals)
@@ -142,7 +123,7 @@ class ChatTemplate:
         answer, is_framed = _answer(supervised[-1], rendered, parts) if supervised else ("", False)
         return RenderedChat(
             segments or [Segment("", is_supervised=False, is_rendered=True)],
-            answer=_with_literals(answer, literals),
+            answer=LITERAL.sub(lambda match: literals[int(match.group(1))], answer),
             is_framed=is_framed,
             has_end=bool(supervised and supervised[-1].end),
             changes=tuple(dict.fromkeys([*_changes(rendered, parts, supervised), *self._missed(wanted, supervised)])),
@@ -158,18 +139,17 @@ class ChatTemplate:
 
     def _remedy(self, messages: Sequence[dict[str, str]]) -> str:
         """Return what to do about a chat that the template refuses, where that is known."""
-        if messages[0]["role"] != "system":
-            return ""
-        try:
-            self._apply([dict(message) for message in messages[1:]])
-        except BadRow:
-            return ""
-        return " (it takes this chat without the system message: leave it out, or write it into the user's first one)"
+        if messages[0]["role"] == "system":
+            with suppress(BadRow):
+                self._apply([dict(message) for message in messages[1:]])
+                remedy = "leave it out, or write it into the user's first one"
+                return f" (it takes this chat without the system message: {remedy})"
+        return ""
 
     def _turns(self, messages: Messages, wanted: Sequence[bool]) -> tuple[str, list[MessageText], list[Turn]]:
         """Return a rendered chat, the texts of its messages, and its supervised turns."""
         rendered, regions = self._plain(messages)
-        parts = locate(messages, rendered, self._apply)
+        parts = chat_render.locate(messages, rendered, self._apply)
         contents = [part for part in parts if part.name == "assistant"]
         if self._marks_supervised:
             return rendered, parts, list(self._marked(messages, wanted, rendered, contents, regions))
@@ -191,11 +171,7 @@ class ChatTemplate:
         contents: Sequence[MessageText],
         regions: Sequence[tuple[int, int]],
     ) -> Iterator[Turn]:
-        """Yield the turns that the template marks, without what the generation prompt writes and what follows the end.
-
-        Args:
-            regions: [start, stop) of what is marked.
-        """
+        """Yield the turns that the template marks, each from where its prompt ends to the token that ends it."""
         if len(regions) != len(wanted):
             raise TokenError(
                 f"the chat template marks {len(regions)} turns with {{% generation %}}, the assistant has {len(wanted)}"
@@ -217,10 +193,7 @@ class ChatTemplate:
         return len(prompt) if start < len(prompt) <= stop and rendered.startswith(prompt) else start
 
     def _by_prefix(self, messages: Messages, rendered: str, content: MessageText) -> Turn | None:
-        """Return the turn from where the generation prompt ends to the token that ends it.
-
-        None where it is written otherwise in the whole chat than in a chat that ends with it.
-        """
+        """Return the turn after the generation prompt; None where it is written otherwise in a chat that ends there."""
         i, is_last = content.message, content.message == len(messages) - 1
         prompt, _ = self._plain(messages[:i], add_generation_prompt=True)
         alone = rendered if is_last else self._plain(messages[: i + 1])[0]
@@ -233,16 +206,13 @@ class ChatTemplate:
         return self._prompted_turn(messages[i], rendered, start, only_prompted, content) if is_last else None
 
     def _before_thought(self, prompt: str) -> int:
-        """Return where the thought begins, opened or empty, that a generation prompt ends with; its length without one.
-
-        What closes an opened thought must be known to the template or the tokenizer.
-        """
+        """Return where the thought, opened or empty, begins that ends a generation prompt; without one its length."""
         found = PROMPTED_THOUGHT.search(prompt)
         if found is None:
             return len(prompt)
         opened = OPENED_THOUGHT.fullmatch(found.group())
         if opened is not None:
-            close = _thought_tags(opened)[1]
+            close = _thought_tags(opened)[1]  # must be known to the template or the tokenizer
             if close not in self._template and not self._added_token.fullmatch(close):
                 return len(prompt)
         return found.start()
@@ -271,11 +241,8 @@ class ChatTemplate:
             return Turn(message, start, stop, text, answer, end)
         stop = start + len(answer)  # a token that ends only the chat, after a text that ends each turn
         ends_in_words = text_end is not None and bool(alone[text_end:stop].strip())
-        return (
-            Turn(message, start, stop, answer, answer, "")
-            if ends_in_words and rendered[:stop] == alone[:stop]
-            else None
-        )
+        is_same = ends_in_words and rendered[:stop] == alone[:stop]
+        return Turn(message, start, stop, answer, answer, "") if is_same else None
 
     def _prompted_turn(
         self, message: dict[str, str], rendered: str, start: int, prompted: str, content: MessageText
@@ -300,12 +267,7 @@ class ChatTemplate:
         return Turn(content.message, start, stop, answer + end, answer, end, prompted)
 
     def _until_end(self, chat: str, start: int, text_end: int | None) -> tuple[str, str]:
-        """Return the text of a chat's last turn up to the token that ends it, and that token; '' where there is none.
-
-        Args:
-            start: where the turn begins.
-            text_end: where the message's own text ends; None where that is unknown.
-        """
+        """Return the text of a chat's last turn, and the token after the message's text that ends it; '' for none."""
         if text_end is not None:
             found = self._added_token.search(chat, text_end)
             return (chat[start:], "") if found is None else (chat[start : found.start()], found.group())
@@ -341,19 +303,16 @@ class ChatTemplate:
         if begin is None or end is None or not turn.start <= begin <= end <= turn.start + len(turn.answer):
             return AnswerFrame()
         before, after = turn.answer[: begin - turn.start], turn.answer[end - turn.start :]
-        for key in THOUGHT_KEYS:
-            if key not in self._template:
-                continue
+        for key in [key for key in THOUGHT_KEYS if key in self._template]:
             self._thought_key = key
-            for probe in probes(**{THOUGHT: "t"}):
-                for turn, parts in self._probed(probe):
-                    answer, thought = parts[-2], parts[-1]
-                    if thought.begin is None or thought.end is None or answer.begin is None:
-                        continue
-                    if turn.start <= thought.begin and thought.end <= answer.begin:
-                        opening = turn.answer[: thought.begin - turn.start].strip()
-                        close = turn.answer[thought.end - turn.start : answer.begin - turn.start].strip()
-                        return AnswerFrame(before, after, opening, close, opens_thought=bool(close and not opening))
+            for turn, parts in (found for probe in probes(**{THOUGHT: "t"}) for found in self._probed(probe)):
+                answer, thought = parts[-2], parts[-1]
+                if thought.begin is None or thought.end is None or answer.begin is None:
+                    continue
+                if turn.start <= thought.begin and thought.end <= answer.begin:
+                    opening = turn.answer[: thought.begin - turn.start].strip()
+                    close = turn.answer[thought.end - turn.start : answer.begin - turn.start].strip()
+                    return AnswerFrame(before, after, opening, close, opens_thought=bool(close and not opening))
         self._thought_key = None
         empty = EMPTY_THOUGHT.fullmatch(before.lstrip())
         opening, close = (str(empty[1]), str(empty[3])) if empty else ("", "")
@@ -361,20 +320,15 @@ class ChatTemplate:
 
     def _plain(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """Return a rendered chat, and [start, stop) of what the template marks as supervised."""
-        text, marks, _ = read_markers(self._apply(messages, add_generation_prompt=add_generation_prompt))
+        text, marks, _ = chat_render.read_markers(self._apply(messages, add_generation_prompt=add_generation_prompt))
         return text, marks
 
     def _apply(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         if self._limit is not None:
             raise self._limit
-        if any(THOUGHT in message for message in messages):
-            messages = [self._with_thought(message) for message in messages]
-        return render(self._tokenizer, self._template, messages, add_generation_prompt=add_generation_prompt)
-
-    def _with_thought(self, message: dict[str, str]) -> dict[str, str]:
-        """Return a message with its thought under the key that the template reads."""
-        named = {key: text for key, text in message.items() if key != THOUGHT}
-        return named | ({self._thought_key or THOUGHT: message[THOUGHT]} if THOUGHT in message else {})
+        names = {THOUGHT: self._thought_key or THOUGHT}  # the key that the template reads
+        named = [{names.get(key, key): text for key, text in message.items()} for message in messages]
+        return chat_render.render(self._tokenizer, self._template, named, add_generation_prompt=add_generation_prompt)
 
     def _with_literals_marked(self, message: dict[str, str], literals: list[str]) -> dict[str, str]:
         """Replace each control token in a message by a marker, so that it stays text; markers in it likewise."""
@@ -410,9 +364,9 @@ def _changes(rendered: str, parts: Sequence[MessageText], turns: Sequence[Turn])
         if prompted is not None and part.message == prompted.message:
             written = prompted.opened + prompted.text
             if squeezed(part.core) in squeezed(written):
-                change = None if part.text in written else TRIMMED
+                change = None if part.text in written else chat_render.TRIMMED
             else:
-                change = MISSING if part.end is None else CHANGED
+                change = chat_render.MISSING if part.end is None else chat_render.CHANGED
         if change is not None:
             is_earlier = part.name in ("assistant", "thought") and part.message not in supervised
             yield f"{'earlier ' if is_earlier else ''}{part.name} {change}"
@@ -428,14 +382,9 @@ def _prompt_is_another(prompt: str, alone: str) -> str:
     )
 
 
-def _with_literals(text: str, literals: list[str]) -> str:
-    """Replace each marker by its control token."""
-    return LITERAL.sub(lambda match: literals[int(match.group(1))], text)
-
-
 def _segments(text: str, is_supervised: bool, literals: list[str]) -> Iterator[Segment]:
     for i, part in enumerate(LITERAL.split(text)):
-        if part:
-            yield (
-                Segment(literals[int(part)], is_supervised) if i % 2 else Segment(part, is_supervised, is_rendered=True)
-            )
+        if i % 2:
+            yield Segment(literals[int(part)], is_supervised)
+        elif part:
+            yield Segment(part, is_supervised, is_rendered=True)

@@ -13,6 +13,7 @@ import numpy as np
 from src.config.files import expand
 from src.config.formats import roles
 from src.config.schema import DataConfig, ModelType, Overflow, RunConfig
+from src.data import splits
 from src.data.answers import AnswerFrame
 from src.data.cache import RowCache, ShowProgress
 from src.data.chat import ChatTemplate
@@ -23,7 +24,6 @@ from src.data.preparation import EncodingConfig
 from src.data.report import SplitReport, describe_fold
 from src.data.sets import EncodedSet
 from src.data.sources import HubSource, Source, file_hash, file_source
-from src.data.splits import assign_folds, assign_group_folds, concatenate, hold_out, interleave, sample_counts
 from src.data.store import Shard
 from src.data.stream import StreamedSet, StreamSource
 from src.errors import DataError
@@ -95,25 +95,31 @@ def is_chat(data: DataConfig) -> bool:
 def build_data(config: RunConfig, tokenizer: Any, show_progress: ShowProgress = lambda _: None) -> Data:
     """Read, format and encode every set, or find it in the cache.
 
-    A tokenizer without a chat template gets one where the data needs it.
-
-    Raises:
-        DataError: where rows can't be read or are malformed, or too few are left.
-        TokenError: where the tokenizer can't be used.
+    A tokenizer without a chat template gets one where the data needs it. DataError where rows can't be read or are
+    malformed, or too few are left; TokenError where the tokenizer can't be used.
     """
-    return _Builder(config, tokenizer, show_progress).build()
+    builder, data = _Builder(config, tokenizer, show_progress), config.data
+    train, held_out = builder.train_and_held_out()
+    if data.has_hub_validation:
+        validation = {"validation": builder.eval_set("validation", _hub_source(data, str(data.validation_split)))}
+    elif held_out is not None:
+        validation = {"validation": held_out}
+    else:
+        validation = builder.sets_from_files(data.validation_sets())
+    test, template = builder.sets_from_files(data.test_sets()), builder.template
+    is_fallback = template is not None and template.is_fallback
+    return Data(train, validation, test, builder.reports, builder.encoder, builder.stop_ids, builder.frame, is_fallback)
 
 
 def build_prompts(config: RunConfig, tokenizer: Any, show_progress: ShowProgress = lambda _: None) -> Prompts:
-    """Read, format and encode the test sets to be predicted, each prompt as it would be trained and evaluated with.
+    """Read, format and encode the test sets to be predicted, each prompt as it is trained with; raises as `build_data`.
 
     A row may lack an answer, and one that it has takes no room: only a row whose prompt alone fills data.max_seq_length
     is too long. Where data.overflow truncates, it cuts the prompt's start: it must end where the answer begins.
-
-    Raises:
-        DataError, TokenError: as `build_data`.
     """
-    return _Builder(config, tokenizer, show_progress, to_predict=True).build_prompts()
+    builder = _Builder(config, tokenizer, show_progress, to_predict=True)
+    sets = builder.sets_from_files(config.data.test_sets())
+    return Prompts(sets, builder.encoder, builder.stop_ids, builder.frame)
 
 
 class _Builder:
@@ -134,36 +140,9 @@ class _Builder:
         self.new_tokens = {t: tokenizer.convert_tokens_to_ids(t) for t in config.tokens.additional_special_tokens}
         self.reports: dict[str, SplitReport] = {"train": SplitReport()}
         self.template = ChatTemplate(tokenizer, self.encoder.control_tokens) if has_chats else None
-
-    def build(self) -> Data:
-        train, held_out = self._train_and_held_out()
-        if self.data.has_hub_validation:
-            hub = _hub_source(self.data, str(self.data.validation_split), self.data.limit)
-            validation = {"validation": self._eval_set("validation", hub)}
-        elif held_out is not None:
-            validation = {"validation": held_out}
-        else:
-            validation = self._sets_from_files(self.data.validation_sets())
-        return Data(
-            train,
-            validation,
-            self._sets_from_files(self.data.test_sets()),
-            self.reports,
-            self.encoder,
-            self._stop_ids(),
-            self._frame(),
-            uses_fallback_template=self.template is not None and self.template.is_fallback,
-        )
-
-    def build_prompts(self) -> Prompts:
-        return Prompts(self._sets_from_files(self.data.test_sets()), self.encoder, self._stop_ids(), self._frame())
-
-    def _frame(self) -> AnswerFrame:
-        return AnswerFrame() if self.template is None else self.template.frame
-
-    def _stop_ids(self) -> list[int]:
-        ends = self.tokenizer.convert_tokens_to_ids(list(self.template.ends)) if self.template else []
-        return list(dict.fromkeys([self.encoder.eos_token_id, *ends]))
+        self.frame = AnswerFrame() if self.template is None else self.template.frame
+        ends = tokenizer.convert_tokens_to_ids(list(self.template.ends)) if self.template else []
+        self.stop_ids = list(dict.fromkeys([self.encoder.eos_token_id, *ends]))
 
     def _encoding(self, data: DataConfig) -> EncodingConfig:
         return EncodingConfig(data, self.config.tokens, self.tokenizer, self.lengths, is_chat(data), self.to_predict)
@@ -173,10 +152,10 @@ class _Builder:
         self._check_dropped(name, shard, source)
         return shard
 
-    def _sets_from_files(self, sets: Mapping[str, list[str]]) -> dict[str, EncodedSet]:
-        return {name: self._eval_set(name, file_source(files, self.data.limit)) for name, files in sets.items()}
+    def sets_from_files(self, sets: Mapping[str, list[str]]) -> dict[str, EncodedSet]:
+        return {name: self.eval_set(name, file_source(files, self.data.limit)) for name, files in sets.items()}
 
-    def _eval_set(self, name: str, source: Source) -> EncodedSet:
+    def eval_set(self, name: str, source: Source) -> EncodedSet:
         """Build a set that is evaluated or predicted."""
         rows = EncodedSet(name, [self._shard(name, source, self.data)])
         if not self.to_predict:
@@ -185,10 +164,10 @@ class _Builder:
             self._check_answers(rows)
         return rows
 
-    def _train_and_held_out(self) -> tuple[TrainSet, EncodedSet | None]:
+    def train_and_held_out(self) -> tuple[TrainSet, EncodedSet | None]:
         """Build the train set, and the validation set that is held out of it, where one is."""
         data, seed = self.data, self.config.seed
-        sources = {name: _train_source(source.data, data.limit) for name, source in self.sources.items()}
+        sources = {name: _train_source(source.data) for name, source in self.sources.items()}
         if data.streaming:
             return self._streamed(sources), None
         identities = [source.identity() for source in sources.values()] if data.group_column is not None else []
@@ -198,44 +177,38 @@ class _Builder:
             raise DataError("train changed while being read; start again when it is complete")
         sizes = [shard.stats.num_records for shard in shards.values()]
         if data.num_folds is None:
-            held_out = [hold_out(size, data.held_out_fraction, seed) for size in sizes]
+            held_out = [splits.hold_out(size, data.held_out_fraction, seed) for size in sizes]
         elif groups is None:
-            held_out = [folds == data.fold for folds in assign_folds(sizes, data.num_folds, seed)]
+            held_out = [folds == data.fold for folds in splits.assign_folds(sizes, data.num_folds, seed)]
         else:
-            held_out = [folds == data.fold for folds in assign_group_folds(groups, data.num_folds, seed)]
+            held_out = [folds == data.fold for folds in splits.assign_group_folds(groups, data.num_folds, seed)]
         train = self._train_set(shards, held_out)
         if data.num_folds is None and not data.held_out_fraction:
             return train, None
         return train, self._validation_set(shards, held_out)
 
     def _train_set(self, shards: dict[str, Shard], held_out: list[np.ndarray]) -> EncodedSet:
-        """Build the train set of the records that are not held out, mixed where there is a mixture.
-
-        Args:
-            held_out: which records of each shard's source are, [records].
-        """
-        rows = [
-            np.flatnonzero(~is_out[shard.ordinals]) for shard, is_out in zip(shards.values(), held_out, strict=True)
-        ]
+        """Build the train set of the records that are not `held_out`, [records] a source; mixed for a mixture."""
+        rows = _rows(shards, [~is_out for is_out in held_out])
         for name, indices in zip(shards, rows, strict=True):
             if not len(indices):
                 raise DataError(f"{name}: all its rows are held out or dropped; none of it is left to train on")
         sources = self.sources.values()
-        counts = sample_counts(
-            [len(indices) for indices in rows], [s.weight for s in sources], [s.count for s in sources]
-        )
-        train = EncodedSet("train", list(shards.values()), self._row_order(rows, counts))
-        self._report_train(train, list(shards), held_out)
+        weights, counts = [source.weight for source in sources], [source.count for source in sources]
+        sample_counts = splits.sample_counts([len(indices) for indices in rows], weights, counts)
+        train = EncodedSet("train", list(shards.values()), self._row_order(rows, sample_counts))
+        report = self._report(train, held_out)
+        if self.data.mixture:
+            _report_mixture(report, train, list(shards))
         if not len(train):
             raise DataError("train has no rows: the weights of the mixture leave none of its smallest source")
         return train
 
     def _validation_set(self, shards: dict[str, Shard], held_out: list[np.ndarray]) -> EncodedSet:
         """Build the validation set of the records that are held out of train."""
-        rows = [np.flatnonzero(is_out[shard.ordinals]) for shard, is_out in zip(shards.values(), held_out, strict=True)]
-        validation = EncodedSet(
-            "validation", list(shards.values()), self._row_order(rows, [len(indices) for indices in rows])
-        )
+        rows = _rows(shards, held_out)
+        order = self._row_order(rows, [len(indices) for indices in rows])
+        validation = EncodedSet("validation", list(shards.values()), order)
         if not len(validation):
             raise DataError(
                 f"every row of fold {self.data.fold} is dropped: set fewer folds (data.num_folds)"
@@ -248,15 +221,15 @@ class _Builder:
 
     def _row_order(self, rows: list[np.ndarray], counts: list[int]) -> np.ndarray:
         """Return (shard, row) of a set's rows in their order: shard after shard, or mixed."""
-        return interleave(rows, counts, self.config.seed) if self.data.mixture else concatenate(rows)
+        return splits.interleave(rows, counts, self.config.seed) if self.data.mixture else splits.concatenate(rows)
 
     def _streamed(self, sources: dict[str, Source]) -> StreamedSet:
-        shares = {name: source.weight or source.count or 1 for name, source in self.sources.items()}
+        weights = {name: source.weight or source.count or 1 for name, source in self.sources.items()}
         train = StreamedSet(
             "train",
             [
-                StreamSource(source, self._encoding(one.data), shares[name] / sum(shares.values()), one.count)
-                for (name, source), one in zip(sources.items(), self.sources.values(), strict=True)
+                StreamSource(sources[name], self._encoding(one.data), weights[name] / sum(weights.values()), one.count)
+                for name, one in self.sources.items()
             ],
             self.data.preprocessing_num_workers,
             self.data.max_dropped_fraction,
@@ -264,30 +237,14 @@ class _Builder:
         self._report(train.first).is_streamed = True
         return train
 
-    def _report(self, rows: EncodedSet, excluded: Sequence[np.ndarray] | None = None) -> SplitReport:
-        """Report on a set.
-
-        Args:
-            excluded: which records of each shard's source are in another set, [records]; None: none are.
-        """
+    def _report(self, rows: EncodedSet, excluded: Sequence[np.ndarray] = ()) -> SplitReport:
+        """Report on a set; `excluded` are the records of each source that are in another set, [records] a source."""
         report = self.reports[rows.name] = SplitReport()
         for i, shard in enumerate(rows.shards):
-            is_out = np.zeros(shard.stats.num_records, dtype=bool) if excluded is None else excluded[i]
-            report.rows_read += int((~is_out).sum())
-            report.drop([row for row in shard.stats.dropped if excluded is None or not is_out[row.ordinal]])
+            report.rows_read += shard.stats.num_records - (int(excluded[i].sum()) if excluded else 0)
+            report.drop([row for row in shard.stats.dropped if not (excluded and excluded[i][row.ordinal])])
         report.count(rows, self.encoder, self.new_tokens)
         return report
-
-    def _report_train(self, train: EncodedSet, names: list[str], held_out: list[np.ndarray]) -> None:
-        report = self._report(train, held_out)
-        if not self.data.mixture:
-            return
-        report.sources = {name: int((train.indices[:, 0] == i).sum()) for i, name in enumerate(names)}
-        distinct = len(np.unique(train.indices, axis=0))
-        report.rows_repeated = report.rows_kept - distinct
-        left_out = report.rows_read - report.rows_dropped.total() - distinct
-        if left_out:
-            report.rows_dropped["not_in_mixture"] = left_out
 
     def _check_dropped(self, name: str, shard: Shard, source: Source) -> None:
         """Raise DataError for a source without rows, or of which more are dropped than is allowed."""
@@ -325,6 +282,20 @@ class _Builder:
             )
 
 
+def _rows(shards: Mapping[str, Shard], chosen: list[np.ndarray]) -> list[np.ndarray]:
+    """Return the indices of each shard's rows whose record is chosen, [records] a shard."""
+    return [np.flatnonzero(chosen[i][shard.ordinals]) for i, shard in enumerate(shards.values())]
+
+
+def _report_mixture(report: SplitReport, train: EncodedSet, names: list[str]) -> None:
+    """Add to the report of a mixture how many rows of each source it has, repeats and leaves out."""
+    report.sources = {name: int((train.indices[:, 0] == i).sum()) for i, name in enumerate(names)}
+    distinct = len(np.unique(train.indices, axis=0))
+    report.rows_repeated = report.rows_kept - distinct
+    if left_out := report.rows_read - report.rows_dropped.total() - distinct:
+        report.rows_dropped["not_in_mixture"] = left_out
+
+
 def _lengths(config: RunConfig, *, to_predict: bool) -> Lengths:
     data, is_encoder_decoder = config.data, config.model.type is ModelType.encoder_decoder
     target, overflow = data.max_target_length, data.overflow
@@ -334,12 +305,11 @@ def _lengths(config: RunConfig, *, to_predict: bool) -> Lengths:
     return Lengths(data.max_seq_length, target if is_encoder_decoder else None, overflow)
 
 
-def _train_source(data: DataConfig, limit: int | None) -> Source:
+def _train_source(data: DataConfig) -> Source:
     if data.train_files:
-        return file_source(data.train_files, limit)
-    return _hub_source(data, data.train_split or "train", limit, streaming=data.streaming)
+        return file_source(data.train_files, data.limit)
+    return _hub_source(data, data.train_split or "train", streaming=data.streaming)
 
 
-def _hub_source(data: DataConfig, split: str, limit: int | None, *, streaming: bool = False) -> HubSource:
-    hub_args = (str(data.dataset_name), data.dataset_config_name, split, data.revision)
-    return HubSource(*hub_args, streaming=streaming, limit=limit)
+def _hub_source(data: DataConfig, split: str, *, streaming: bool = False) -> HubSource:
+    return HubSource(str(data.dataset_name), data.dataset_config_name, split, data.revision, streaming, data.limit)

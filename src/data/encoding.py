@@ -10,12 +10,10 @@ from typing import Any
 
 from src.config.schema import Overflow
 from src.data.examples import Example
-from src.data.segments import last_turn
-from src.data.text_encoder import PROBE, TextEncoder, tokenizer_errors
+from src.data.text_encoder import PROBE, TextEncoder, last_turn, tokenizer_errors
 from src.errors import TokenError
 
-IGNORE_INDEX = -100
-"""Label of a position that is not supervised."""
+IGNORE_INDEX = -100  # label of a position that is not supervised
 
 ANSWER, THOUGHT = 0, 1
 SPAN_KINDS = ("answer", "thought")
@@ -24,10 +22,7 @@ SPAN_KINDS = ("answer", "thought")
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """The longest row, in tokens.
-
-    `target` is that of an encoder-decoder's completion; None for a causal model, where `sequence` holds for both.
-    """
+    """The longest row, in tokens; `target` is of an encoder-decoder's completion; None: `sequence` holds for both."""
 
     sequence: int
     target: int | None
@@ -66,8 +61,8 @@ class Encoder(TextEncoder):
         self.eos_token: str = tokenizer.eos_token
         with tokenizer_errors(PROBE):
             self._prefix, self._suffix = _special_ids(tokenizer(PROBE)["input_ids"], tokenizer)
+            # what a decoder is fed after its start token, before it writes
             self.target_prefix, _ = _special_ids(tokenizer(text_target=PROBE)["input_ids"], tokenizer)
-            """What a decoder is fed after its start token, before it writes."""
         bos = tokenizer.bos_token_id
         self._causal_prefix = [bos] if bos is not None and self._prefix[:1] == [bos] else []
         self._tag_ids = None if tags is None else tuple(tokenizer.convert_tokens_to_ids(list(tags)))
@@ -89,13 +84,13 @@ class Encoder(TextEncoder):
         supervised: list[tuple[int, int]] = []
         prompt_length = len(ids)
         for segment, segment_ids in zip(example.segments, segments, strict=True):
-            if segment.is_supervised:
-                if supervised and supervised[-1][1] == len(ids):
-                    supervised[-1] = (supervised[-1][0], len(ids) + len(segment_ids))
-                else:
-                    prompt_length = len(ids)
-                    supervised.append((len(ids), len(ids) + len(segment_ids)))
+            start = len(ids)
             ids += segment_ids
+            if segment.is_supervised and supervised and supervised[-1][1] == start:
+                supervised[-1] = (supervised[-1][0], len(ids))
+            elif segment.is_supervised:
+                prompt_length = start
+                supervised.append((start, len(ids)))
         if example.needs_eos:
             ids.append(self.eos_token_id)
             supervised[-1] = (supervised[-1][0], len(ids))

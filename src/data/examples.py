@@ -1,7 +1,5 @@
 """Records to examples: thoughts are written or dropped, templates filled, chats rendered by the model's template."""
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from src.config.formats import roles
@@ -11,11 +9,10 @@ from src.data.chat import ChatTemplate
 from src.data.formats import Chat, Pair, load_format
 from src.data.formats.messages import ROLES, SUPERVISION_KEYS, THOUGHT, form_of
 from src.data.readers.record import Record
-from src.data.segments import Segment, last_turn
+from src.data.text_encoder import Segment, last_turn
 from src.patterns import Pattern
 
-FILLER = "-"
-"""Replaces a missing answer of a row to predict, so that its format can read it; no model ever sees it."""
+FILLER = "-"  # in place of a missing answer of a row to predict, so that its format reads it; no model sees it
 
 
 class Example(NamedTuple):
@@ -38,42 +35,14 @@ class Example(NamedTuple):
 
     @property
     def supervised_text(self) -> str:
-        """All supervised text, of every turn."""
         return "".join(segment.text for segment in self.segments if segment.is_supervised)
-
-
-@dataclass(frozen=True)
-class ThoughtStyle:
-    """How thoughts are found in the data and how they are written for the model.
-
-    `pattern` finds a thought, its first group is the thought itself. With `tags` it is written between them, without it
-    is dropped.
-    """
-
-    pattern: str | None
-    tags: tuple[str, str] | None
-
-    @cached_property
-    def _compiled(self) -> Pattern | None:
-        return None if self.pattern is None else Pattern("data.thought_pattern", self.pattern)
-
-    def write(self, text: str) -> str:
-        """Return a text with every thought as the model is to write it."""
-        if self._compiled is None or self.tags is None:
-            return self.drop(text)
-        opening, closing = self.tags
-        return self._compiled.sub(lambda match: f"{opening}{match.group(1) or ''}{closing}", text)
-
-    def drop(self, text: str) -> str:
-        """Return a text without thoughts."""
-        return text if self._compiled is None else self._compiled.sub("", text)
 
 
 class ExampleBuilder:
     """Builds examples of the records of one source.
 
-    Args:
-        to_predict: whether a record may lack its answer, which takes no room in the example.
+    Thoughts are written between the tags, without tags they are dropped. With `to_predict` a record may lack its
+    answer, which takes no room in the example.
     """
 
     def __init__(
@@ -81,22 +50,17 @@ class ExampleBuilder:
     ) -> None:
         self._read = load_format(data.format)
         self._data = data
-        self._thoughts = ThoughtStyle(data.thought_pattern, tags)
-        self._template = template
-        self._to_predict = to_predict
+        self._thought = None if data.thought_pattern is None else Pattern("data.thought_pattern", data.thought_pattern)
+        self._tags, self._template, self._to_predict = tags, template, to_predict
         self._prompt_role, self._completion_role = roles(data.format)[0], roles(data.format)[-1]
 
     def build(self, record: Record) -> Example:
-        """Build the example of one record.
-
-        Raises:
-            BadRow: where the record does not have what its format needs.
-        """
+        """Build the example of one record; BadRow where it does not have what its format needs."""
         return self._prompt_example(record.fields) if self._to_predict else self._example(record.fields)
 
     def _prompt_example(self, fields: dict[str, Any]) -> Example:
         """Build an example whose last turn is only EOS; `completion` and `reference` are '' without an answer."""
-        fields, has_answer = with_answer(fields, self._data)
+        fields, has_answer = _with_answer(fields, self._data)
         example = self._example(fields)
         first, _ = last_turn(example.segments)
         return example._replace(
@@ -120,14 +84,10 @@ class ExampleBuilder:
         return self._rendered(messages, [True], pair.unread)._replace(was_cleaned=pair.was_cleaned)
 
     def _pair(self, pair: Pair) -> Example:
-        parts = pair.parts
-        completion, reference = (
-            style(parts[self._completion_role]) for style in (self._thoughts.write, self._thoughts.drop)
-        )
+        parts, role = pair.parts, self._completion_role
+        completion, reference = self._written(parts[role]), self._without_thoughts(parts[role])
         if (template := self._data.completion_template) is not None:
-            completion, reference = (
-                fill(template, parts | {self._completion_role: text}) for text in (completion, reference)
-            )
+            completion, reference = (fill(template, parts | {role: text}) for text in (completion, reference))
         if self._prompt_role == self._completion_role:
             prompt = ""
         elif self._data.prompt_template is not None:
@@ -137,6 +97,16 @@ class ExampleBuilder:
         segments = (Segment(prompt, is_supervised=False), Segment(completion, is_supervised=True))
         return Example(segments, prompt, completion, reference, was_cleaned=pair.was_cleaned, unread=pair.unread)
 
+    def _written(self, text: str) -> str:
+        """Return a text with every thought as the model is to write it."""
+        if self._thought is None or self._tags is None:
+            return self._without_thoughts(text)
+        opening, closing = self._tags
+        return self._thought.sub(lambda match: f"{opening}{match.group(1) or ''}{closing}", text)
+
+    def _without_thoughts(self, text: str) -> str:
+        return text if self._thought is None else self._thought.sub("", text)
+
     def _with_thoughts(self, message: dict[str, str]) -> dict[str, str]:
         """Return an assistant's message with its thoughts as they are to be trained on.
 
@@ -145,9 +115,9 @@ class ExampleBuilder:
         """
         if message["role"] != "assistant":
             return message
-        content, thought = self._thoughts.write(message["content"]), message.get(THOUGHT)
-        if thought is not None and self._thoughts.tags is not None:
-            opening, closing = self._thoughts.tags
+        content, thought = self._written(message["content"]), message.get(THOUGHT)
+        if thought is not None and self._tags is not None:
+            opening, closing = self._tags
             return {"role": "assistant", "content": f"{opening}{thought}{closing}{content}"}
         if thought is not None and self._data.thoughts is Thoughts.drop:
             return {"role": "assistant", "content": content}
@@ -157,7 +127,7 @@ class ExampleBuilder:
         assert self._template is not None
         chat = self._template.render(messages, is_supervised, self._data.supervised_turns)
         first, stop = last_turn(chat.segments)
-        frame, answer = self._template.frame, strip_thoughts(chat.answer, self._thoughts.tags)
+        frame, answer = self._template.frame, strip_thoughts(chat.answer, self._tags)
         return Example(
             tuple(chat.segments),
             prompt="".join(segment.text for segment in chat.segments[:first]),
@@ -169,11 +139,8 @@ class ExampleBuilder:
         )
 
 
-def with_answer(fields: dict[str, Any], data: DataConfig) -> tuple[dict[str, Any], bool]:
-    """Return a row's fields with a filler where its answer is missing, and whether it had one.
-
-    A chat's answer is the assistant's last message, whatever its weight.
-    """
+def _with_answer(fields: dict[str, Any], data: DataConfig) -> tuple[dict[str, Any], bool]:
+    """Return a row's fields, with a filler where its answer (or last message) is missing, and whether it had one."""
     *others, column = (data.columns[role] for role in roles(data.format))
     answer = fields.get(column)
     if roles(data.format) != ("messages",):
@@ -187,7 +154,7 @@ def with_answer(fields: dict[str, Any], data: DataConfig) -> tuple[dict[str, Any
         return fields | {column: [*answer, {role_key: "assistant", content_key: FILLER}]}, False
     text = last.get(content_key)
     has_answer = bool(text.strip()) if isinstance(text, str) else text is not None
-    last = {key: value for key, value in last.items() if key not in SUPERVISION_KEYS}
+    last = {key: value for key, value in last.items() if key not in SUPERVISION_KEYS}  # predicted at any weight
     last |= {} if has_answer else {content_key: FILLER}
     return fields | {column: [*before, last]}, has_answer
 

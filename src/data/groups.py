@@ -17,10 +17,8 @@ PROGRESS_RECORDS = 10_000
 def read_groups(sources: Mapping[str, Source], column: str, show_progress: ShowProgress) -> list[list[str]]:
     """Read the group of each record of each source: a field as it is in the file, which encoded rows don't have.
 
-    Records that can't be read have the group '': they are reported with all others once rows are prepared.
-
-    Raises:
-        DataError: listing the records whose group isn't known.
+    Records that can't be read have the group '': they are reported with all others once rows are prepared. DataError
+    lists the records whose group isn't known.
     """
     groups, bad, num_records, lacks_groups = list[list[str]](), BadRows(), 0, False
     for name, source in sources.items():
@@ -45,11 +43,7 @@ def read_groups(sources: Mapping[str, Source], column: str, show_progress: ShowP
 
 
 def _group(fields: dict[str, Any], column: str) -> str:
-    """Return a record's group as text, since one file may write 1 and another "1".
-
-    Raises:
-        BadRow: where there is none.
-    """
+    """Return a record's group as text, since one file may write 1 and another "1"; BadRow where there is none."""
     if column not in fields:
         there = ", ".join(map(repr, fields)) or "none"
         raise BadRow(f"no field {column!r}, which data.group_column names; there are {there}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -26,15 +26,14 @@ from src.data.encoding import EncodedRow, Encoder, Lengths
 from src.data.examples import Example, ExampleBuilder
 from src.data.formats import BadRow
 from src.data.readers.record import ENTRY_BYTES, ReadResult, Record, Unreadable, memory_of
-from src.data.store import DroppedRow, to_batch
+from src.data.store import DroppedRow, Encoded, to_batch
 from src.data.text_encoder import BrokenTokenizerError
 from src.errors import DataError, TokenError
 from src.patterns import at
 
 CHUNK_ROWS = 250  # rows encoded at once by a thread: what they take fits into a core's cache
 CHUNK_BYTES = 2**20  # of their fields, or one row that is larger
-BYTES_AHEAD = 8 * 2**20
-"""The size of the fields of all chunks that are being encoded: the tokenizer uses up to 150 times as much memory."""
+BYTES_AHEAD = 8 * 2**20  # of the fields of all chunks being encoded: the tokenizer takes up to 150 times as much
 THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's part, a fifth, runs in one thread at a time
 
 
@@ -42,10 +41,7 @@ THREADS = min(5, os.cpu_count() or 1)  # of one process; Python's part, a fifth,
 class EncodingConfig:
     """Everything that decides how a record is encoded; it can be sent to another process.
 
-    With `to_predict` the answer of a record may be missing, and takes no room in its row.
-
-    Args:
-        data: the settings of the source that the record is from.
+    `data` are the settings of the record's source. With `to_predict` its answer may be missing, and takes no room.
     """
 
     data: DataConfig
@@ -63,15 +59,14 @@ class EncodingConfig:
     def settings(self) -> dict[str, Any]:
         """Return all that shapes a row but the tokenizer, as plain values.
 
-        A key of `data` or `tokens` is among it unless the schema says that it shapes no row, or that it enters as a
-        field of this class.
+        A key of `data` or `tokens` is in it unless the schema says that it shapes no row, or is a field of this class.
         """
         return {
             **_shaping(self.data),
             **{f"tokens.{name}": value for name, value in _shaping(self.tokens).items()},
             "roles": roles(self.data.format),
             "tags": self.tags,
-            "lengths": _plain(asdict(self.lengths)),
+            "lengths": _shaping(self.lengths),
             **({"to_predict": True} if self.to_predict else {}),
         }
 
@@ -84,17 +79,8 @@ def _shaping(section: Any) -> dict[str, Any]:
         if is_dataclass(value):
             values |= {f"{key.name}.{name}": inner for name, inner in _shaping(value).items()}
         elif info.shapes_rows and not info.cache_key_field:
-            values[key.name] = _plain(value)
+            values[key.name] = value.name if isinstance(value, Enum) else value
     return values
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON has it, a choice by its name."""
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return value.name if isinstance(value, Enum) else value
 
 
 @dataclass
@@ -108,8 +94,7 @@ class EncodedChunk:
 
 
 Numbered = tuple[int, ReadResult]
-Records = Sequence[Numbered]
-"""A chunk, by the ordinals of its records in their source."""
+Records = Sequence[Numbered]  # a chunk, by the ordinals of its records in their source
 
 
 class RowEncoder:
@@ -122,13 +107,8 @@ class RowEncoder:
         self._lengths = config.lengths
 
     def encode_chunk(self, chunk: Records) -> EncodedChunk:
-        """Format and encode a chunk; rows that can't be used are returned by their place.
-
-        Raises:
-            DataError: where a row takes too much time or memory, so that many would stop everything.
-        """
-        bad: list[tuple[str, str]] = []
-        good: list[tuple[int, Record, Example]] = []
+        """Format and encode a chunk; DataError where a row takes so much time or memory that many would stop all."""
+        bad, good = list[tuple[str, str]](), list[tuple[int, Record, Example]]()
         for ordinal, record in chunk:
             if isinstance(record, Unreadable):
                 bad.append((record.place, record.reason))
@@ -138,8 +118,7 @@ class RowEncoder:
                     good.append((ordinal, record, self._examples.build(record)))
             except (BadRow, TokenError) as problem:
                 bad.append((record.place, str(problem)))
-        rows: list[tuple[int, Record, Example, EncodedRow]] = []
-        dropped: list[DroppedRow] = []
+        rows, dropped = list[Encoded](), list[DroppedRow]()
         for (ordinal, record, example), row in zip(good, self._encode(good), strict=True):
             if isinstance(row, TokenError):
                 bad.append((record.place, str(row)))
@@ -152,11 +131,7 @@ class RowEncoder:
         return EncodedChunk(to_batch(rows), len(chunk), dropped, bad)
 
     def _encode(self, good: list[tuple[int, Record, Example]]) -> Sequence[EncodedRow | TokenError | None]:
-        """Encode examples; None for one that is too long, an error for one that the tokenizer can't write.
-
-        Raises:
-            DataError: where the tokenizer fails, by the place of the first row on which it does.
-        """
+        """Encode examples: None if too long, an error if one can't be written; DataError where the tokenizer fails."""
         try:
             return self._encoder.encode([example for _, _, example in good], self._lengths)
         except TokenError:
@@ -171,8 +146,8 @@ class RowEncoder:
             return rows
 
     def _longest(self) -> str:
-        target = self._lengths.target
         words = f"data.max_seq_length = {self._lengths.sequence}"
+        target = self._lengths.target
         return words if target is None else f"{words} or data.max_target_length = {target}"
 
 
@@ -197,10 +172,7 @@ def encode_chunks(
 ) -> Iterator[EncodedChunk]:
     """Encode records in chunks, in their order, with ordinals from `first_ordinal` on.
 
-    Chunks are smaller where rows are long, so that memory does not depend on what is in them.
-
-    Raises:
-        DataError: where a worker process dies.
+    Chunks are smaller where rows are long, so memory does not depend on them. DataError where a worker process dies.
     """
     chunks = _chunks(enumerate(records, first_ordinal), chunk_rows)
     if num_workers == 1:
@@ -214,22 +186,19 @@ def encode_chunks(
             bytes_ahead = max(BYTES_AHEAD, 2 * num_workers * CHUNK_BYTES)
             yield from _in_order(pool, _encode_in_worker, chunks, 2 * num_workers, bytes_ahead)
     except BrokenProcessPool as error:
-        raise DataError(
-            "a process that prepares rows died (out of memory?); try fewer: data.preprocessing_num_workers"
-        ) from error
+        remedy = "try fewer: data.preprocessing_num_workers"
+        raise DataError(f"a process that prepares rows died (out of memory?); {remedy}") from error
 
 
 def _chunks(records: Iterator[Numbered], chunk_rows: int) -> Iterator[tuple[Records, int]]:
     """Yield records in chunks, each with its size in bytes; one ends at every multiple of chunk_rows."""
-    chunk: list[Numbered] = []
-    total = 0
-    for numbered in records:
-        ordinal, record = numbered
+    chunk, total = list[Numbered](), 0
+    for ordinal, record in records:
         size = memory_of(record) if isinstance(record, Record) else ENTRY_BYTES
         if chunk and (ordinal % chunk_rows == 0 or total + size > CHUNK_BYTES):
             yield chunk, total
             chunk, total = [], 0
-        chunk.append(numbered)
+        chunk.append((ordinal, record))
         total += size
     if chunk:
         yield chunk, total
@@ -243,8 +212,7 @@ def _in_order(
     bytes_ahead: int,
 ) -> Iterator[EncodedChunk]:
     """Yield the chunks that a pool encodes, a few ahead of the one that is yielded."""
-    ahead: deque[tuple[Future[EncodedChunk], int]] = deque()
-    total = 0
+    ahead, total = deque[tuple[Future[EncodedChunk], int]](), 0
     try:
         for chunk, size in chunks:
             while ahead and (len(ahead) > num_ahead or total + size > bytes_ahead):

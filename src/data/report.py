@@ -8,15 +8,14 @@ from typing import Any, Self
 import numpy as np
 
 from src.config.schema import DataConfig
-from src.data.chat_markers import squeezed
+from src.data.chat_render import squeezed
 from src.data.encoding import THOUGHT, Encoder
 from src.data.sets import EncodedSet
 from src.data.store import DroppedRow
 from src.data.stream import StreamAccount
 from src.util import plural
 
-CHECK_ROWS = 200
-"""Rows of a set that are decoded again, to check that the tokenizer preserves their text."""
+CHECK_ROWS = 200  # of a set are decoded again, to check that the tokenizer preserves their text
 
 
 @dataclass
@@ -66,8 +65,10 @@ class SplitReport:
         self.template_changes, self.template_change_places = rows.count_lines("changes")
         self.unread_keys, _ = rows.count_lines("unread")
         self.tokens = rows.num_tokens
-        self.lengths = length_summary(rows.lengths + rows.target_lengths)
-        counts = {token: Counter[str]() for token in new_tokens}
+        if len(rows):
+            percentiles = np.percentile(rows.lengths + rows.target_lengths, [0, 50, 95, 100], method="nearest").tolist()
+            self.lengths = dict(zip(("min", "median", "p95", "max"), percentiles, strict=True))
+        self.new_tokens = {token: {"fed": 0, "supervised": 0} for token in new_tokens}
         for batch, times in rows.multiplicities():
             spans = batch.spans.reshape(-1, 3)
             span_times = np.repeat(times, np.diff(batch.span_offsets) // 3)
@@ -77,9 +78,8 @@ class SplitReport:
             fed = np.repeat(times, np.diff(batch.input_offsets))
             supervised = batch.supervised() * np.repeat(times, np.diff(batch.label_offsets))
             for token, token_id in new_tokens.items():
-                counts[token]["fed"] += int(fed[batch.input_ids == token_id].sum())
-                counts[token]["supervised"] += int(supervised[batch.label_ids == token_id].sum())
-        self.new_tokens = {token: {key: count[key] for key in ("fed", "supervised")} for token, count in counts.items()}
+                self.new_tokens[token]["fed"] += int(fed[batch.input_ids == token_id].sum())
+                self.new_tokens[token]["supervised"] += int(supervised[batch.label_ids == token_id].sum())
         self.rows_changed_by_tokenizer = len(changed_rows(rows, range(min(CHECK_ROWS, len(rows))), encoder))
         self.digest = rows.digest()
 
@@ -134,12 +134,12 @@ def changed_rows(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> 
     """
     texts = [text for i in indices if not rows.is_truncated(i) for text in _texts_of(rows, i)]
     decoded = encoder.decode_batch([ids for _, ids, _ in texts])
-    changed: dict[int, None] = {}
-    for (i, ids, text), again in zip(texts, decoded, strict=True):
-        if again == text or (rows.is_rendered(i) and squeezed(text) in squeezed(encoder.decode_all(ids))):
-            continue
-        changed[i] = None
-    return list(changed)
+    changed = [
+        i
+        for (i, ids, text), again in zip(texts, decoded, strict=True)
+        if again != text and not (rows.is_rendered(i) and squeezed(text) in squeezed(encoder.decode_all(ids)))
+    ]
+    return list(dict.fromkeys(changed))
 
 
 def _texts_of(rows: EncodedSet, index: int) -> Iterator[tuple[int, list[int], str]]:
@@ -152,24 +152,16 @@ def _texts_of(rows: EncodedSet, index: int) -> Iterator[tuple[int, list[int], st
         yield index, row.labels[row.labels >= 0].tolist(), completion
 
 
-def length_summary(lengths: np.ndarray) -> dict[str, int]:
-    """Return minimum, median, 95th percentile and maximum of lengths in tokens."""
-    if not len(lengths):
-        return {}
-    shortest, median, p95, longest = np.percentile(lengths, [0, 50, 95, 100], method="nearest").tolist()
-    return {"min": shortest, "median": median, "p95": p95, "max": longest}
-
-
 def describe_fold(data: DataConfig) -> str:
     """Return which fold the validation set is, and what is not read because of it; '' without folds."""
     if data.num_folds is None:
         return ""
     by = f" by {data.group_column}" if data.group_column is not None else ""
     without = replace(data, num_folds=None)
-    if without.validation_sets():
-        unread = ", the validation files are not read"
-    elif without.has_hub_validation:
-        unread = ", the hub's validation split is not read"
-    else:
-        unread = ", data.validation_fraction is not read" if without.held_out_fraction else ""
+    others = {  # one of them at most is there
+        "the validation files are": without.validation_sets(),
+        "the hub's validation split is": without.has_hub_validation,
+        "data.validation_fraction is": without.held_out_fraction,
+    }
+    unread = next((f", {other} not read" for other, is_there in others.items() if is_there), "")
     return f"fold {data.fold} of {data.num_folds}{by}{unread}"

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -40,21 +39,18 @@ class LabelledRow:
 
 
 class EncodedSet:
-    """Rows of shards; row i is `set[i]`.
+    """Rows of shards, one a source; row i is `set[i]`.
 
-    Args:
-        shards: where the rows are stored, one a source.
-        indices: (shard, row in it) of every row of the set, [rows, 2]; None: all rows, shard after shard.
+    `indices` are (shard, row in it) of every row of the set, [rows, 2]; None: all rows, shard after shard. `lengths`
+    [rows] are of a causal model's input, or an encoder's; `target_lengths` [rows] are 0 for a causal model.
     """
 
     def __init__(self, name: str, shards: Sequence[Shard], indices: np.ndarray | None = None) -> None:
-        self.name = name
-        self.shards = list(shards)
+        self.name, self.shards = name, list(shards)
         self.indices = concatenate([np.arange(len(shard)) for shard in shards]) if indices is None else indices
         self.lengths = self._select([shard.lengths for shard in shards])
-        """Length of each row, [rows]: of a causal model's input, or an encoder's."""
         self.target_lengths = self._select([shard.target_lengths for shard in shards])
-        """Length of each row's target, [rows]; 0 for a causal model."""
+        self.is_encoder_decoder = bool(self.target_lengths.any())
 
     @property
     def first(self) -> Self:
@@ -78,16 +74,14 @@ class EncodedSet:
 
     def __getitem__(self, index: int) -> LabelledRow:
         batch, i = self._locate(index)
-        start, stop = batch.input_offsets[i], batch.input_offsets[i + 1]
-        ids = batch.input_ids[start:stop]
-        start, stop = batch.target_offsets[i], batch.target_offsets[i + 1]
-        targets = batch.target_ids[start:stop] if stop > start else None
+        ids = batch.input_ids[batch.input_offsets[i] : batch.input_offsets[i + 1]]
+        targets = batch.target_ids[batch.target_offsets[i] : batch.target_offsets[i + 1]]
         spans = batch.spans[batch.span_offsets[i] : batch.span_offsets[i + 1]].reshape(-1, 3)
-        label_ids = ids if targets is None else targets
+        label_ids = targets if len(targets) else ids
         labels = np.full(len(label_ids), IGNORE_INDEX, dtype=np.int32)
-        for _, first, last in spans.tolist():
-            labels[first:last] = label_ids[first:last]
-        return LabelledRow(ids, labels, targets, spans)
+        for _, start, stop in spans.tolist():
+            labels[start:stop] = label_ids[start:stop]
+        return LabelledRow(ids, labels, targets if len(targets) else None, spans)
 
     def _locate(self, index: int) -> tuple[StoredBatch, int]:
         shard, row = self.indices[index].tolist()
@@ -126,7 +120,6 @@ class EncodedSet:
         return self._value(index, "completion")
 
     def supervised_text(self, index: int) -> str:
-        """Return all supervised text, of every turn of a chat."""
         return self._text(index, "supervised_text")
 
     def reference(self, index: int) -> str:
@@ -138,16 +131,10 @@ class EncodedSet:
         return (self._value(index, "changes") or "").splitlines()
 
     def is_truncated(self, index: int) -> bool:
-        """Return whether a row was cut to the longest length."""
         return bool(self._value(index, "is_truncated"))
 
     def is_rendered(self, index: int) -> bool:
-        """Return whether a chat template wrote the row's text."""
         return bool(self._value(index, "is_rendered"))
-
-    @cached_property
-    def is_encoder_decoder(self) -> bool:
-        return bool(self.target_lengths.any())
 
     @property
     def num_tokens(self) -> int:
@@ -156,14 +143,7 @@ class EncodedSet:
 
     def supervised_lengths(self) -> np.ndarray:
         """Return the number of supervised tokens of each row, [rows]."""
-        counts = []
-        for shard in self.shards:
-            shard_counts = [np.zeros(0, dtype=np.int64)]
-            for batch in shard.batches:
-                cumulated = np.concatenate([[0], np.cumsum(batch.supervised())])
-                shard_counts.append(np.diff(cumulated[batch.label_offsets]))
-            counts.append(np.concatenate(shard_counts))
-        return self._select(counts)
+        return self._select([shard.joined(StoredBatch.supervised_lengths) for shard in self.shards])
 
     def multiplicities(self) -> Iterator[tuple[StoredBatch, np.ndarray]]:
         """Yield every batch with rows of this set, and how often each row is in the set, [rows of the batch]."""
@@ -201,8 +181,6 @@ class EncodedSet:
 
     def digest(self) -> str:
         """Return a hash of all ids and labels in their order, 32 hex digits."""
-        hashed = hashlib.sha256()
-        for shard in self.shards:
-            hashed.update(shard.stats.digest.encode())
+        hashed = hashlib.sha256("".join(shard.stats.digest for shard in self.shards).encode())
         hashed.update(np.ascontiguousarray(self.indices).tobytes())
         return hashed.hexdigest()[:32]

@@ -77,32 +77,19 @@ class HubSource:
             ) from error
 
     def records(self) -> Iterator[ReadResult]:
-        """Read the rows, at most `limit` of them.
-
-        Raises:
-            DataError: where they can't be loaded, with the library's own words.
-        """
-        rows, number = iter(itertools.islice(self._load(), self.limit)), 0
-        while True:
-            number += 1
-            try:
-                fields = dict(next(rows))
-            except StopIteration:
-                return
-            except Exception as error:  # a stream reads from the network as it goes
-                yield Unreadable(self.name, number, f"the library can't read it: {one_line(error)}")
-                return
-            if sum(len(value) for value in fields.values() if isinstance(value, str)) > MAX_ROW_BYTES:
-                yield Unreadable(self.name, number, f"its texts have more than {MAX_ROW_BYTES:,} characters")
-            else:
-                yield Record(fields, self.name, number)
+        """Read the rows, at most `limit` of them; DataError, in the library's own words, where they can't be loaded."""
+        rows, number = itertools.islice(self._load(), self.limit), 0
+        try:
+            for number, fields in enumerate(map(dict[str, Any], rows), start=1):
+                if sum(len(value) for value in fields.values() if isinstance(value, str)) > MAX_ROW_BYTES:
+                    yield Unreadable(self.name, number, f"its texts have more than {MAX_ROW_BYTES:,} characters")
+                else:
+                    yield Record(fields, self.name, number)
+        except Exception as error:  # a stream reads from the network as it goes
+            yield Unreadable(self.name, number + 1, f"the library can't read it: {one_line(error)}")
 
     def identity(self) -> Any:
-        """Return what identifies the rows: the library's own hash changes with the files and how they are read.
-
-        Raises:
-            DataError: as `records`.
-        """
+        """Return what identifies the rows: the library's own hash changes with the files and how they are read."""
         import datasets
 
         with self._load_errors():
@@ -120,29 +107,18 @@ def file_source(patterns: Sequence[str], limit: int | None) -> FileSource:
 
 
 def file_hash(file: str) -> str:
-    """Return the SHA-256 of a file's content.
-
-    Raises:
-        DataError: where it can't be read.
-    """
-    return _hash(file, _state(file))
-
-
-def _state(file: str) -> tuple[int, ...]:
+    """Return the SHA-256 of a file's content; DataError where it can't be read."""
     try:
         status = os.stat(file)
+        return _hash(file, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     except OSError as error:
         raise DataError(f"{file} can't be read: {error.strerror}") from error
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @lru_cache(maxsize=1024)
-def _hash(file: str, _state: tuple[int, ...]) -> str:
-    try:
-        with open(file, "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{file} can't be read: {error.strerror}") from error
+def _hash(file: str, *_state: int) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def hash_of(*parts: Any) -> str:

@@ -23,12 +23,8 @@ def assign_folds(sizes: Sequence[int], num_folds: int, seed: int) -> list[np.nda
 
     A record's fold never depends on which fold is the validation set, so the validation sets of all folds are the whole
     of train, each record once. Sources of one size are assigned alike: a file that is there twice, with two templates,
-    has its rows in the same folds, so none is trained on in one form and validated in the other.
-
-    Args:
-        sizes: how many records each source has.
-    Raises:
-        DataError: where a fold would be empty.
+    has its rows in the same folds, so none is trained on in one form and validated in the other. DataError where a fold
+    would be empty. `sizes` are the numbers of records.
     """
     if max(sizes) < num_folds:
         where = " in its largest source" if len(sizes) > 1 else ""
@@ -36,24 +32,16 @@ def assign_folds(sizes: Sequence[int], num_folds: int, seed: int) -> list[np.nda
             f"data.num_folds = {num_folds} needs as many rows of train, and there are {max(sizes)}{where}: set fewer "
             "folds"
         )
-    folds = []
-    for size in sizes:
-        source_folds = np.empty(size, dtype=np.int64)
-        source_folds[np.random.default_rng([seed, 0xF01D]).permutation(size)] = np.arange(size) % num_folds
-        folds.append(source_folds)
-    return folds
+    orders = [np.random.default_rng([seed, 0xF01D]).permutation(size) for size in sizes]
+    return [np.argsort(order) % num_folds for order in orders]  # argsort inverts an order
 
 
 def assign_group_folds(groups: Sequence[Sequence[str]], num_folds: int, seed: int) -> list[np.ndarray]:
     """Return the fold of each record of each source, [records]; a group is in one fold, whatever source it is in.
 
     Groups are shuffled by seed and assigned, largest first, to the fold with the fewest records so far, the first of
-    them where several have. That is scikit-learn's GroupKFold, which does not shuffle groups of one size.
-
-    Args:
-        groups: the group of each record of each source.
-    Raises:
-        DataError: where a fold would be empty.
+    them where several have. That is scikit-learn's GroupKFold, which does not shuffle groups of one size. DataError
+    where a fold would be empty.
     """
     sizes = Counter(chain.from_iterable(groups))
     if len(sizes) < num_folds:
@@ -75,11 +63,8 @@ def sample_counts(sizes: Sequence[int], weights: Sequence[float | None], counts:
     """Return how many rows of each source a mixture has.
 
     With weights it is as large as it can be at these proportions without repeating a row. With counts each source has
-    its count, also more than its rows; without one, all its rows.
-
-    Args:
-        sizes: rows of each source.
-        weights: proportions, of all sources or of none; they need not add up to 1.
+    its count, also more than its rows; without one, all its rows. `sizes` are the rows of each source, `weights`
+    proportions, of all sources or of none; they need not add up to 1.
     """
     known = [weight for weight in weights if weight is not None]
     if not known:

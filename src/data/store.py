@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -63,8 +63,7 @@ class SourceStats:
     digest: str = ""
 
 
-Encoded = tuple[int, Record, Example, EncodedRow]
-"""A row as it is written: its ordinal, its record, its text, its ids."""
+Encoded = tuple[int, Record, Example, EncodedRow]  # the ordinal of a row, its record, its text, its ids
 
 
 def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
@@ -101,7 +100,7 @@ def _lists(rows: list[list[int]]) -> pa.Array:
 
 
 class RowWriter:
-    """Writes a folder of rows, which is complete only after `close`."""
+    """Writes a folder of rows, which is complete only after `finish`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -115,18 +114,17 @@ class RowWriter:
         """Add rows; small batches are written together, because each costs memory when the file is read."""
         self._pending.append(batch)
         num_bytes = sum(pending.nbytes for pending in self._pending)
-        if num_bytes >= BATCH_BYTES or sum(len(pending) for pending in self._pending) >= BATCH_ROWS:
+        if num_bytes >= BATCH_BYTES or sum(map(len, self._pending)) >= BATCH_ROWS:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._pending:
-            return
-        batch = pa.concat_batches(self._pending)
-        self._pending = []
-        update_digest(self._hash, batch)
-        self._writer.write_batch(batch)
+        if self._pending:
+            batch = pa.concat_batches(self._pending)
+            self._pending = []
+            update_digest(self._hash, batch)
+            self._writer.write_batch(batch)
 
-    def close(self, stats: SourceStats) -> None:
+    def finish(self, stats: SourceStats) -> None:
         """Write the stats; their digest reveals rows that did not reach the disk in a power cut."""
         self._flush()
         stats.digest = self._hash.hexdigest()
@@ -134,8 +132,8 @@ class RowWriter:
         self._sink.close()
         (self._folder / STATS).write_text(json.dumps(dataclasses.asdict(stats)), encoding="utf-8")
 
-    def abort(self) -> None:
-        """Close the file without its end, so that it can't be opened."""
+    def close(self) -> None:
+        """Close the file; without its end, where it is not finished, so that it can't be opened."""
         self._sink.close()
 
 
@@ -153,32 +151,16 @@ def _flat(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
     return offsets - offsets[0], lists.values.to_numpy()[offsets[0] : offsets[-1]]
 
 
-@dataclass(frozen=True)
 class StoredBatch:
     """Rows as they are stored, one Arrow record batch: ids and spans flat, with the offsets of each row."""
 
-    records: pa.RecordBatch
-    input_offsets: np.ndarray
-    input_ids: np.ndarray
-    target_offsets: np.ndarray
-    target_ids: np.ndarray
-    span_offsets: np.ndarray
-    spans: np.ndarray
-
-    @classmethod
-    def from_record_batch(cls, batch: pa.RecordBatch) -> Self:
-        """Return the batch with views of its lists of numbers."""
-        columns = (_flat(batch.column(name)) for name in ("input_ids", "target_ids", "spans"))
-        return cls(batch, *(values for column in columns for values in column))
-
-    @property
-    def label_ids(self) -> np.ndarray:
-        """The ids that labels are made of: an encoder-decoder's targets, else the input."""
-        return self.target_ids if len(self.target_ids) else self.input_ids
-
-    @property
-    def label_offsets(self) -> np.ndarray:
-        return self.target_offsets if len(self.target_ids) else self.input_offsets
+    def __init__(self, records: pa.RecordBatch) -> None:
+        self.records = records
+        self.input_offsets, self.input_ids = inputs = _flat(records.column("input_ids"))
+        self.target_offsets, self.target_ids = targets = _flat(records.column("target_ids"))
+        self.span_offsets, self.spans = _flat(records.column("spans"))
+        # labels are made of an encoder-decoder's targets, else of the input
+        self.label_offsets, self.label_ids = targets if len(self.target_ids) else inputs
 
     def supervised(self) -> np.ndarray:
         """Return which of `label_ids` are supervised."""
@@ -189,36 +171,38 @@ class StoredBatch:
         np.add.at(change, spans[:, 2] + begins, -1)
         return np.cumsum(change[:-1]) > 0
 
+    def supervised_lengths(self) -> np.ndarray:
+        """Return the number of supervised tokens of each row, [rows]."""
+        return np.diff(np.append(0, np.cumsum(self.supervised()))[self.label_offsets])
+
 
 class Shard:
     """The encoded rows of one source, on disk or in memory."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch], stats: SourceStats) -> None:
         self.stats = stats
-        self.batches = [StoredBatch.from_record_batch(batch) for batch in batches]
+        self.batches = [StoredBatch(batch) for batch in batches]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
-        self.lengths = self._joined([np.diff(b.input_offsets) for b in self.batches])
-        self.target_lengths = self._joined([np.diff(b.target_offsets) for b in self.batches])
+        self.lengths = self.joined(lambda batch: np.diff(batch.input_offsets))
+        self.target_lengths = self.joined(lambda batch: np.diff(batch.target_offsets))
         self.ordinals = self.column("ordinal")
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = True) -> Self:
-        """Memory-map a folder of rows.
+        """Memory-map a folder of rows; with `verify` they are read once and their digest is compared.
 
-        Args:
-            verify: whether to read the rows once and compare their digest.
-        Raises:
-            OSError, ValueError, KeyError: where it is incomplete or damaged.
+        Raises OSError, ValueError or KeyError where it is incomplete or damaged.
         """
         given = load_json(folder / STATS)
-        given["dropped"] = [DroppedRow(**row) for row in given["dropped"]]
+        stats = SourceStats(**given | {"dropped": [DroppedRow(**row) for row in given["dropped"]]})
         reader = pa.ipc.open_file(pa.memory_map(str(folder / ROWS)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        stats, digest = SourceStats(**given), hashlib.sha256()
-        for batch in batches if verify else []:
-            update_digest(digest, batch)
-        if verify and digest.hexdigest() != stats.digest:
-            raise ValueError(f"{folder} does not hold what was written")
+        if verify:
+            digest = hashlib.sha256()
+            for batch in batches:
+                update_digest(digest, batch)
+            if digest.hexdigest() != stats.digest:
+                raise ValueError(f"{folder} does not hold what was written")
         return cls(batches, stats)
 
     def __len__(self) -> int:
@@ -230,9 +214,11 @@ class Shard:
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of numbers, [rows]."""
-        return self._joined([b.records.column(name).to_numpy(zero_copy_only=False) for b in self.batches])
+        return self.joined(lambda batch: batch.records.column(name).to_numpy(zero_copy_only=False))
 
-    def _joined(self, arrays: list[np.ndarray]) -> np.ndarray:
+    def joined(self, values: Callable[[StoredBatch], np.ndarray]) -> np.ndarray:
+        """Return whole numbers of all rows, [rows], from a function of a batch."""
+        arrays = [values(batch) for batch in self.batches]
         return np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, dtype=np.int64)
 
     def locate(self, row: int) -> tuple[StoredBatch, int]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -44,16 +45,9 @@ class StreamAccount:
         return self.num_records - sum(self.dropped.values())
 
     def add(self, shard: Shard) -> None:
-        """Count a shard's records."""
         self.num_records += shard.stats.num_records
         self.dropped = dict(Counter(self.dropped) + Counter(row.reason for row in shard.stats.dropped))
         self.first_dropped += shard.stats.dropped[: 10 - len(self.first_dropped)]
-
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> Self:
-        """Return the account that a cursor's JSON values hold."""
-        rows = [DroppedRow(**row) for row in state["first_dropped"]]
-        return cls(state["num_records"], dict(state["dropped"]), rows)
 
 
 @dataclass
@@ -74,23 +68,12 @@ class Cursor:
     num_dropped: int = 0
 
     @classmethod
-    def at_start(cls, num_sources: int, account: StreamAccount) -> Self:
-        """Return the start of an epoch.
-
-        Args:
-            account: of the epochs before it.
-        """
-        return cls([0] * num_sources, [False] * num_sources, account)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return a copy as plain JSON values."""
-        return asdict(self)
-
-    @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Self:
         """Return a cursor that shares no list with the JSON values it is made of."""
-        lists = {"taken": [*state["taken"]], "has_ended": [*state["has_ended"]]}
-        return cls(**{**state, **lists, "account": StreamAccount.from_dict(state["account"])})
+        values = deepcopy(dict(state))
+        account = values["account"]
+        account["first_dropped"] = [DroppedRow(**row) for row in account["first_dropped"]]
+        return cls(**values | {"account": StreamAccount(**account)})
 
 
 @dataclass(frozen=True)
@@ -110,26 +93,20 @@ class StreamedSet:
 
     Each of several sources has its share of every block. Where sources have counts, these make an epoch, also more rows
     than a source has; else an epoch ends when every source has ended, and one that ends before restarts, so no row is
-    left out.
-
-    Args:
-        max_dropped_fraction: of the rows read so far in an epoch, checked from the first block's end on.
+    left out. `max_dropped_fraction` is of the rows read so far in an epoch, checked from the first block's end on.
     """
 
     def __init__(
         self, name: str, sources: Sequence[StreamSource], num_workers: int, max_dropped_fraction: float
     ) -> None:
-        self.name = name
-        self.account = StreamAccount()
-        """Of all epochs that were read, also by the runs that this one resumes."""
-        self._sources = sources
-        self._num_workers = num_workers
+        self.name, self._sources, self._num_workers = name, sources, num_workers
         self._max_dropped_fraction = max_dropped_fraction
+        self.account = StreamAccount()  # of all epochs that were read, also by the runs that this one resumes
 
     @cached_property
     def first(self) -> EncodedSet:
         """The first block, to look at before training; it is not counted."""
-        return next(self._blocks(Cursor.at_start(len(self._sources), StreamAccount()))).rows
+        return next(self._blocks(self._at_start(StreamAccount()))).rows
 
     def digest(self) -> str:
         """Return a hash of the sources and settings of the rows, 32 hex digits."""
@@ -138,26 +115,23 @@ class StreamedSet:
 
     def start(self) -> dict[str, Any]:
         """Return the cursor of the next epoch's start, in plain JSON values."""
-        return Cursor.at_start(len(self._sources), self.account).as_dict()
+        return asdict(self._at_start(self.account))
+
+    def _at_start(self, account: StreamAccount) -> Cursor:
+        """Return the start of an epoch after those of the account."""
+        return Cursor([0] * len(self._sources), [False] * len(self._sources), account)
 
     def blocks(self) -> Iterator[EncodedSet]:
-        """Read an epoch from its start, a block at a time.
-
-        Raises:
-            DataError: as `read`.
-        """
+        """Read an epoch from its start, a block at a time; raises as `read`."""
         return (block.rows for block in self.read())
 
     def read(self, begin: Mapping[str, Any] | None = None) -> Iterator[Block]:
         """Read an epoch to its end, a block at a time.
 
-        Args:
-            begin: where a block of this set began, or `start`, also in another process: reading resumes with that
-                block, and the account becomes what it was then. The records before it are read and skipped. None: the
-                epoch's start.
-        Raises:
-            DataError: at the first chunk with rows that can't be used, or too many that would be dropped; where `begin`
-                is of another number of sources.
+        It resumes at `begin`, where a block of this set began, or `start`, also in another process: the records before
+        it are read and skipped, and the account becomes what it was then. None: the epoch's start. DataError at the
+        first chunk with rows that can't be used, or too many that would be dropped; where `begin` is of another number
+        of sources.
         """
         cursor = Cursor.from_dict(self.start() if begin is None else begin)
         if len(cursor.taken) != len(self._sources):
@@ -169,24 +143,22 @@ class StreamedSet:
 
     def _blocks(self, cursor: Cursor) -> Iterator[Block]:
         """Yield the blocks from a cursor on, moving it."""
-        begin, shards, size = cursor.as_dict(), list[Shard](), 0
+        begin, shards, size = asdict(cursor), list[Shard](), 0
         for shard in self._shards(cursor):
             shards.append(shard)
             size += shard.num_bytes
             ready = sum(map(len, shards))
             if ready >= BLOCK_ROWS or (ready and size >= BLOCK_BYTES):
                 yield self._block(shards, begin, cursor)
-                begin, shards, size = cursor.as_dict(), [], 0
+                begin, shards, size = asdict(cursor), [], 0
         self._check_dropped(cursor)
         if sum(map(len, shards)):
             yield self._block(shards, begin, cursor)
 
     def _block(self, shards: list[Shard], begin: dict[str, Any], cursor: Cursor) -> Block:
         self._check_dropped(cursor)
-        rows = EncodedSet(self.name, shards)
-        number = cursor.num_blocks
         cursor.num_blocks += 1
-        return Block(number, begin, rows)
+        return Block(cursor.num_blocks - 1, begin, EncodedSet(self.name, shards))
 
     def _check_dropped(self, cursor: Cursor) -> None:
         read, dropped = cursor.num_records, cursor.num_dropped
@@ -242,16 +214,12 @@ class StreamedSet:
 def _records(source: Source, taken: int, count: int | None) -> Iterator[ReadResult]:
     """Yield a source's records after the first `taken`, repeated from its start where it has fewer than `count`.
 
-    What can't be read is yielded also where it comes before them: the source may end there.
-
-    Raises:
-        DataError: where it has none.
+    What can't be read is yielded also where it comes before them: the source may end there. DataError if it is empty.
     """
     skip = taken  # of this reading of the source
     while count is None or taken < count:
         size = 0
-        for record in islice(source.records(), None if count is None else skip + count - taken):
-            size += 1
+        for size, record in enumerate(islice(source.records(), None if count is None else skip + count - taken), 1):
             if size > skip:
                 taken += 1
                 yield record

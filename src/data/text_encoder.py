@@ -8,25 +8,49 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from itertools import chain
 from threading import Lock
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from src.data.segments import Segment, any_of, last_turn
 from src.errors import TokenError, one_line
 
-PROBE = "a"
-"""A text that shows what a tokenizer puts around one."""
+PROBE = "a"  # a text that shows what a tokenizer puts around one
 
 WRITES_SPACE = ("normalizer", "pre_tokenizer")
 """Parts of a tokenizer that may put a dummy space in front of a text; what its decoder says of one does not count."""
 
-REPEATED_GROUP = re.compile(r"\)[+*{]")
-"""A repeated group of a regular expression: the time of matching may grow with a power of the text's length."""
+REPEATED_GROUP = re.compile(r"\)[+*{]")  # with one, the time of matching may grow with a power of the text's length
+
+
+class Segment(NamedTuple):
+    """A text that is tokenised by itself; in one that a chat template rendered control tokens are tokens, else text."""
+
+    text: str
+    is_supervised: bool
+    is_rendered: bool = False
+
+
+def last_turn(segments: Sequence[Segment]) -> tuple[int, int]:
+    """Return [first, stop) of the last adjacent supervised segments; both are the end where there are none."""
+    stop = len(segments)
+    while stop > 0 and not segments[stop - 1].is_supervised:
+        stop -= 1
+    first = stop
+    while first > 0 and segments[first - 1].is_supervised:  # control tokens in a message split its turn
+        first -= 1
+    return (first, stop) if stop else (len(segments), len(segments))
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that finds any of the tokens, the longest first; without tokens it finds nothing."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) if longest_first else "(?!)")
 
 
 class BrokenTokenizerError(TokenError):
@@ -64,7 +88,6 @@ class TextEncoder:
 
     @cached_property
     def _adds_space(self) -> bool:
-        """Whether the tokenizer puts a dummy space in front of a text."""
         return any(_without_dummy_space(self._spec[part]) != self._spec[part] for part in WRITES_SPACE)
 
     @cached_property
@@ -90,7 +113,6 @@ class TextEncoder:
         return {True: any_of(added), False: any_of([token for token in added if token not in self.control_tokens])}
 
     def _backend(self, kind: TextKind) -> Tokenizer:
-        """Return the copy of the tokenizer for a kind of text, made on its first use."""
         with self._lock:  # threads share an encoder
             if kind not in self._backends:
                 self._backends[kind] = _copy(self._spec, self.control_tokens, kind)
@@ -106,40 +128,28 @@ class TextEncoder:
     ) -> Iterator[tuple[list[list[int]], int]]:
         """Yield for each row the ids of its segments, and how many control tokens in it became text.
 
-        Args:
-            restarts: whether the last turn begins a text of its own, a decoder's.
+        With `restarts` the last turn begins a text of its own, a decoder's.
         """
-        kinds = [self._kinds(segments, restarts=restarts) for segments in rows]
-        texts: dict[TextKind, list[str]] = {kind: [] for row_kinds in kinds for kind in row_kinds}
-        for segments, row_kinds in zip(rows, kinds, strict=True):
-            for text, kind in zip(self._texts(segments), row_kinds, strict=True):
-                texts[kind].append(text)
-        encoded = {kind: self._encode(kind_texts, kind) for kind, kind_texts in texts.items()}  # a batch a kind
-        for row_kinds in kinds:
-            row = [next(encoded[kind]) for kind in row_kinds]
+        texts = [list(self._texts(segments, restarts=restarts)) for segments in rows]
+        of_kind = defaultdict[TextKind, list[str]](list)
+        for text, kind in chain.from_iterable(texts):
+            of_kind[kind].append(text)
+        encoded = {kind: self._encode(kind_texts, kind) for kind, kind_texts in of_kind.items()}  # a batch a kind
+        for row_texts in texts:
+            row = [next(encoded[kind]) for _, kind in row_texts]
             yield [ids for ids, _ in row], sum(num_control for _, num_control in row)
 
-    def _kinds(self, segments: Sequence[Segment], *, restarts: bool) -> Sequence[TextKind]:
-        if not self._adds_space:
-            return [TextKind(segment.is_rendered, False) for segment in segments]
+    def _texts(self, segments: Sequence[Segment], *, restarts: bool) -> Iterator[tuple[str, TextKind]]:
+        """Yield the text of each segment, without white space that the token before it includes, and its kind."""
         beginning = last_turn(segments)[0] if restarts else 0
-        kinds, continues = [], False
-        for i, segment in enumerate(segments):
+        before, continues = "", False
+        for i, (text, _, is_rendered) in enumerate(segments):
+            eats_space = is_rendered and before.endswith(self._space_eaters)
             continues = continues and i != beginning
-            kinds.append(TextKind(segment.is_rendered, continues))
-            if segment.text:
-                continues = not (segment.is_rendered and segment.text.endswith(self._before_space))
-        return kinds
-
-    def _texts(self, segments: Sequence[Segment]) -> Iterator[str]:
-        """Yield the text of each segment, without white space that the token before it includes."""
-        before = ""
-        for segment in segments:
-            text = segment.text
-            if segment.is_rendered and before.endswith(self._space_eaters):
-                text = text.lstrip()
-            yield text
-            before = (segment.text or before) if segment.is_rendered else ""
+            yield text.lstrip() if eats_space else text, TextKind(is_rendered, continues)
+            before = (text or before) if is_rendered else ""
+            if text and self._adds_space:
+                continues = not (is_rendered and text.endswith(self._before_space))
 
     def _encode(self, texts: Sequence[str], kind: TextKind) -> Iterator[tuple[list[int], int]]:
         """Yield each text's ids, and how many control tokens in it became text."""
@@ -149,13 +159,11 @@ class TextEncoder:
         joined = "" if kind.is_rendered else "\n".join(texts)  # searched at once: control tokens are rare
         control_tokens = [control for control in self.control_tokens if control in joined]
         for text, ids in zip(texts, encoded, strict=True):
-            num_control = 0
             if self._adds_space and kind.is_rendered == kind.continues:
                 ids = self._encode_around_token(text, kind, ids)
-            if control_tokens:
-                num_control = sum(text.count(control) for control in control_tokens)
-                if num_control and self._control_ids.intersection(ids):  # the model's own vocabulary holds it too
-                    ids = self._encode_cut(text, kind)
+            num_control = sum(text.count(control) for control in control_tokens)
+            if num_control and self._control_ids.intersection(ids):  # the model's own vocabulary holds it too
+                ids = self._encode_cut(text, kind)
             yield ids, num_control
 
     def _encode_around_token(self, text: str, kind: TextKind, whole: list[int]) -> list[int]:
@@ -193,7 +201,6 @@ class TextEncoder:
         return self.decode_all([i for i in ids if i not in self._control_ids])
 
     def decode_all(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, control tokens included."""
         with tokenizer_errors():
             return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -204,10 +211,7 @@ class TextEncoder:
             return self._tokenizer.backend_tokenizer.decode_batch(list(kept), skip_special_tokens=False)
 
     def normalized(self, text: str) -> str:
-        """Return a text as this tokenizer can write it: encoded and decoded again.
-
-        A text with characters that it does not know at all is returned as it is.
-        """
+        """Return a text encoded and decoded again; as it is where it has characters that the tokenizer doesn't know."""
         ids = self._ids(text, TextKind(is_rendered=False, continues=True))
         return text if self._tokenizer.unk_token_id in ids else self.decode_all(ids)
 
@@ -237,35 +241,29 @@ def _patterns(node: Any) -> Iterator[str]:
             yield from _patterns(inner)
 
 
+SPACELESS: dict[str, dict[str, Any]] = {
+    "Metaspace": {"prepend_scheme": "never"},
+    "ByteLevel": {"add_prefix_space": False},
+    "Prepend": {"prepend": ""},
+}
+
+
 def _without_dummy_space(node: Any) -> Any:
     """Return a part of a tokenizer without what puts a space (SentencePiece's '▁') in front of every text."""
     if isinstance(node, list):
         return [_without_dummy_space(item) for item in node]
     if not isinstance(node, dict):
         return node
-    node = {key: _without_dummy_space(value) for key, value in node.items()}
-    match node.get("type"):
-        case "Metaspace":
-            node["prepend_scheme"] = "never"
-        case "ByteLevel":
-            node["add_prefix_space"] = False
-        case "Prepend":
-            node["prepend"] = ""
-    return node
+    without = SPACELESS.get(node.get("type", ""), {})
+    return {key: _without_dummy_space(value) for key, value in node.items()} | without
 
 
 @contextmanager
 def tokenizer_errors(text: str = "", *, is_quiet: bool = False) -> Iterator[None]:
-    """Raise what the tokenizers library raises in this block as the tokenizer's error.
+    """Raise what the tokenizers library raises in this block on a text as a BrokenTokenizerError.
 
     It raises plain exceptions, and panics, which are no Exception: where a regular expression of tokenizer.json gives
-    up on a text, for one.
-
-    Args:
-        text: what the tokenizer runs on, for the message.
-        is_quiet: whether to keep from the error stream what a panic writes there.
-    Raises:
-        BrokenTokenizerError: naming what the library raised.
+    up on a text, for one. With `is_quiet` what a panic writes to the error stream is kept from there.
     """
     try:
         with _panics_kept_from_stderr() if is_quiet else nullcontext():

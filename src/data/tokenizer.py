@@ -21,9 +21,7 @@ from src.util import listed, plural
 def load_tokenizer(model: ModelConfig, tokens: TokensConfig) -> tuple[Any, ConfiguredTokens]:
     """Load the checkpoint's tokenizer and add the new tokens to it.
 
-    Raises:
-        ModelError: where the checkpoint has no tokenizer that can be loaded.
-        TokenError: where two tokens have one id, or a thought's tag is not one id.
+    ModelError where it can't be loaded, TokenError where two tokens have one id, or a thought's tag is not one id.
     """
     hub_args = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
@@ -45,9 +43,7 @@ def load_tokenizer(model: ModelConfig, tokens: TokensConfig) -> tuple[Any, Confi
 def add_tokens(tokenizer: Any, tokens: TokensConfig) -> ConfiguredTokens:
     """Add the tokens that the vocabulary does not have yet, so that each is encoded as one id.
 
-    Raises:
-        TokenError: where one is a word of the model's text, can't have an id of its own, or a thought's tag is not one
-            id in the end.
+    TokenError where one is a word of the model's text or can't have an id of its own, or a thought's tag is not one id.
     """
     vocabulary = tokenizer.get_vocab()
     existing = {token: vocabulary[token] for token in tokens.additional_special_tokens if token in vocabulary}
@@ -72,11 +68,7 @@ def add_tokens(tokenizer: Any, tokens: TokensConfig) -> ConfiguredTokens:
 
 
 def _check_choice(tokenizer: Any, tokens: TokensConfig, unmarked: Mapping[str, int]) -> None:
-    """Raise TokenError where a tag begins, ends or pads texts, or a token is a word of ordinary text.
-
-    Args:
-        unmarked: the tokens that are entries of the vocabulary and no added ones.
-    """
+    """Raise TokenError where a tag begins, ends or pads texts, or an `unmarked` token is a word of ordinary text."""
     control = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token} - {None}
     if tags := sorted(control & {tokens.thought_open, tokens.thought_close}):
         raise TokenError(
@@ -107,14 +99,7 @@ def _shared_ids(vocabulary: Mapping[str, int]) -> list[str]:
 
 
 def _add_with_ids(tokenizer: Any, ids: Mapping[str, int], new: list[str]) -> None:
-    """Make tokens added ones, with these ids, here and wherever the tokenizer is saved and loaded.
-
-    Args:
-        ids: of every token that is named, also of those that are added ones already.
-        new: those that are not.
-    Raises:
-        TokenError: naming those that would get another id.
-    """
+    """Make the `new` tokens added ones, so that all keep their ids when saved and loaded; TokenError if they don't."""
     is_pinned = _counts_past_holes(tokenizer) and not ids.keys() <= tokenizer.get_vocab().keys()
     if is_pinned:
         _pin(tokenizer, tokenizer.get_added_vocab() | {token: ids[token] for token in new})

@@ -12,7 +12,7 @@ import numpy as np
 from src.config.schema import Batching, RunConfig
 from src.data.advice import Finding, Level, advice
 from src.data.batching import BatchSampler
-from src.data.chat_markers import CHANGED, MISSING, squeezed
+from src.data.chat_render import CHANGED, MISSING, squeezed
 from src.data.dataset import Data
 from src.data.encoding import IGNORE_INDEX, Encoder
 from src.data.report import changed_rows

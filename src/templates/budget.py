@@ -18,17 +18,13 @@ from src.errors import LimitError
 
 SECONDS, SECONDS_PER_MIB = 1.0, 4.0
 """The processor time of a chat, and of each MiB of its texts. Most chats take less than a millisecond."""
-MAX_SIZE = 2**25
-"""The most characters of one text, or of one list with what is in it: see ENTRY and NAMED_ENTRY."""
-MAX_MADE = 2**29
-"""The most characters of everything that is made for one chat."""
-ENTRY, NAMED_ENTRY = 16, 128
-"""The size in characters that an entry of a list, or of a dict, counts as."""
+MAX_SIZE = 2**25  # the most characters of one text, or of one list with what is in it: see ENTRY and NAMED_ENTRY
+MAX_MADE = 2**29  # the most characters of everything that is made for one chat
+ENTRY, NAMED_ENTRY = 16, 128  # the size in characters that an entry of a list, or of a dict, counts as
 LARGE, CLOCK_MASK = 2**16, 63
 """The clock is read after a value of this size, and whenever the count of made things has none of these bits."""
 WATCH_SECONDS = 0.05
-WALL_SECONDS_PER_CPU_SECOND = 10
-"""The limit on wall time where another thread's processor time is not available."""
+WALL_SECONDS_PER_CPU_SECOND = 10  # the limit where another thread's processor time is not available
 
 
 class Budget:
@@ -43,11 +39,7 @@ class Budget:
         self.left, self.count = size, 0
 
     def spend(self, size: int) -> None:
-        """Count something that was made, by its size.
-
-        Raises:
-            LimitError: where it is too large, or too late.
-        """
+        """Count something that was made, by its size; LimitError where it is too large, or too late."""
         self.left -= size
         self.count += 1
         if size > MAX_SIZE:

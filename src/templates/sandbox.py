@@ -21,16 +21,11 @@ from src.errors import LimitError
 from src.templates import budget as limits
 from src.templates.budget import ENTRY, LARGE, Budget, OutOfTime, Watchdog, check_size, length_of, size_of, spend
 
-MAX_PRODUCT = 2**28
-"""The largest product that may be made: length times repetitions."""
-MAX_NUMBER = 10**6
-"""The largest number that may be passed to a filter or function, such as a width."""
-MAX_BITS = 10**6
-"""The most bits of a whole number."""
-MAX_LABORIOUS = 2**20
-"""The most characters of a text that is passed to one of LABORIOUS."""
-MAX_TIME_FORMAT = 1000
-"""The most characters of a format of dates."""
+MAX_PRODUCT = 2**28  # the largest product that may be made: length times repetitions
+MAX_NUMBER = 10**6  # the largest number that may be passed to a filter or function, such as a width
+MAX_BITS = 10**6  # of a whole number
+MAX_LABORIOUS = 2**20  # the most characters of a text that is passed to one of LABORIOUS
+MAX_TIME_FORMAT = 1000  # the most characters of a format of dates
 
 GROWING = {
     "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "replace", "rjust", "tojson",
@@ -54,12 +49,7 @@ _watchdog = Watchdog()
 
 
 def render(tokenizer: Any, template: str, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    """Return a chat as a template writes it.
-
-    Raises:
-        LimitError: where that takes too much time or memory.
-        Exception: whatever the template raises.
-    """
+    """Return a chat as a template writes it, or raise what it raises; LimitError where it takes too long or much."""
     _count_in_transformers()
     size = sum(len(text) for message in messages for text in message.values())
     budget = Budget(limits.SECONDS + limits.SECONDS_PER_MIB * size / 2**20, limits.MAX_MADE)
@@ -133,11 +123,9 @@ class _CountingEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """Call a function, method or macro, measured before and counted after."""
         name = getattr(__function, "__name__", "")
-        _check_split(name, _text_of(__function), args, kwargs)
-        if args or kwargs:
-            if name in GROWING:
-                args = tuple(map(_as_list, args))
-            _check_call(name, _text_of(__function), args, kwargs)
+        if name in GROWING:
+            args = tuple(map(_as_list, args))
+        _check_call(name, _text_of(__function), args, kwargs)
         return spend(super().call(__context, __function, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -150,9 +138,7 @@ class _CountingEnvironment(ImmutableSandboxedEnvironment):
 
 def _text_of(method: Any) -> str:
     """Return the text that a method belongs to; '' for other functions."""
-    text = getattr(method, "_formatted", None)
-    if text is None:
-        text = getattr(method, "__self__", None)
+    text = getattr(method, "_formatted", None) or getattr(method, "__self__", None)
     return text if isinstance(text, str) else ""
 
 
@@ -202,17 +188,12 @@ class _AddCounting(NodeTransformer):
 
 
 def _tuple(items: list[nodes.Expr]) -> nodes.Tuple:
-    values = nodes.Tuple(items, "load")
-    values.set_lineno(items[0].lineno)
-    return values
+    return nodes.Tuple(items, "load", lineno=items[0].lineno)
 
 
 def _counted(node: nodes.Expr, how: str = "_made") -> nodes.Expr:
     """Return a node whose value is counted, by one of the filters below."""
-    counted = nodes.Filter(node, how, [], [], None, None)
-    counted.environment = node.environment
-    counted.set_lineno(node.lineno)
-    return counted
+    return nodes.Filter(node, how, [], [], None, None, lineno=node.lineno, environment=node.environment)
 
 
 # jinja2 computes other filters than those of the context when it compiles a template
@@ -258,14 +239,10 @@ def _counted_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
     @functools.wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:
-        given = args[num_hidden:]
-        if is_listed:
-            given = tuple(map(_as_list, given))
+        given = tuple(map(_as_list, args[num_hidden:])) if is_listed else args[num_hidden:]
         if given:
             if name not in SHALLOW and type(given[0]) is not str:
                 spend(given[0])
-            _check_split(name, given[0], given[1:], kwargs)
-        if kwargs or len(given) > 1:
             _check_call(name, given[0], given[1:], kwargs)
         return spend(function(*args[:num_hidden], *given, **kwargs))
 
@@ -287,11 +264,8 @@ def _check_operation(operator: str, left: Any, right: Any) -> None:
 
 
 def _check_call(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise LimitError where a filter or method would make something too large.
-
-    Args:
-        value: the filter's input, or the method's object.
-    """
+    """Raise LimitError where a filter or method of a value would make something too large, or too many parts."""
+    _check_split(name, value, args, kwargs)
     given = [*args, *kwargs.values()]
     for one in given:
         if isinstance(one, int) and abs(one) > MAX_NUMBER:
@@ -309,11 +283,7 @@ def _check_call(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def _check_split(name: str, text: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise LimitError where a filter or method would split a text into too many parts.
-
-    Args:
-        text: the filter's input, or the method's object.
-    """
+    """Raise LimitError where a filter or method would split a text, if it is one, into too many parts."""
     if name == "strftime_now" and any(len(one) > MAX_TIME_FORMAT for one in args if isinstance(one, str)):
         raise LimitError(f"passes {name} a format of more than {MAX_TIME_FORMAT:,} characters")
     if not isinstance(text, str) or len(text) * ENTRY <= LARGE:

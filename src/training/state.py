@@ -147,7 +147,7 @@ class TrainState:
         state = {
             "step": self.step,
             "counters": {name: getattr(self, name) for name in COUNTERS},
-            "position": self.position.as_dict(),
+            "position": asdict(self.position),
             "meter": asdict(self.stats),
             "last": None if self.last_step is None else asdict(self.last_step),
             "rng": runtime.gather(rng_as_json(self.rng)),
@@ -300,7 +300,7 @@ def build_train_state(
     """
     batch_sampler = build_batch_sampler(config, runtime.num_processes)
     per_epoch = left = None
-    begin = Position() if position is None else Position.from_dict(position)
+    begin = Position() if position is None else Position(**position)
     if isinstance(train, EncodedSet):
         per_epoch = steps_per_epoch(train, batch_sampler, config.seed)
         left = steps_per_epoch(train, batch_sampler, config.seed, begin.num_sequences)

@@ -46,7 +46,6 @@ class Chat:
 
 Format = Callable[[dict[str, Any], DataConfig], Pair | Chat]
 
-
 FORMATS = Registry[Format]("format")
 """`data.format` -> the function that reads its rows; a format without one takes texts."""
 
@@ -59,11 +58,7 @@ def load_format(name: str) -> Format:
 
 
 def read_texts(fields: dict[str, Any], data: DataConfig) -> Pair:
-    """Return the texts that `data.columns` names.
-
-    Raises:
-        BadRow: where one is missing or no text, or the supervised one is empty.
-    """
+    """Return the texts that `data.columns` names; BadRow where one is missing or no text, or the last is empty."""
     parts = {role: text_field(fields, data.columns[role], role) for role in roles(data.format)}
     role = roles(data.format)[-1]
     if not parts[role]:
@@ -76,13 +71,11 @@ def is_blank(value: Any) -> bool:
 
     Tables such as Parquet fill what a record lacks with these.
     """
-    if value is None:
-        return True
     if isinstance(value, str):
-        return not value.strip() or value.strip() in ("[]", "{}", "null")
-    if isinstance(value, list | tuple):
-        return not value
-    return isinstance(value, dict) and all(map(is_blank, value.values()))
+        return value.strip() in ("", "[]", "{}", "null")
+    if isinstance(value, dict):
+        return all(map(is_blank, value.values()))
+    return value is None or (isinstance(value, list | tuple) and not value)
 
 
 def unread_fields(fields: Mapping[str, Any], read: Collection[str]) -> list[str]:
@@ -91,11 +84,7 @@ def unread_fields(fields: Mapping[str, Any], read: Collection[str]) -> list[str]
 
 
 def text_field(fields: dict[str, Any], column: str, role: str) -> str:
-    """Return one field, which must be a text.
-
-    Raises:
-        BadRow: where it is missing or something else.
-    """
+    """Return one field, which must be a text; BadRow where it is missing or something else."""
     value = field(fields, column, role)
     if not isinstance(value, str):
         raise BadRow(f"{column!r} is {type_name(value)}, not a text")
@@ -103,26 +92,17 @@ def text_field(fields: dict[str, Any], column: str, role: str) -> str:
 
 
 def field(fields: dict[str, Any], column: str, role: str) -> Any:
-    """Return one field.
-
-    Raises:
-        BadRow: where it is missing.
-    """
-    try:
+    """Return one field; BadRow where it is missing."""
+    if column in fields:
         return fields[column]
-    except KeyError:
-        there = ", ".join(map(repr, fields)) or "none"
-        raise BadRow(f"no field {column!r}; there are {there} (name yours with data.columns.{role}=FIELD)") from None
+    there = ", ".join(map(repr, fields)) or "none"
+    raise BadRow(f"no field {column!r}; there are {there} (name yours with data.columns.{role}=FIELD)")
+
+
+TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+TYPE_NAMES |= dict.fromkeys((int, float), "a number")
 
 
 def type_name(value: Any) -> str:
     """Return the type of a value, in the words of the file rather than Python's."""
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+    return TYPE_NAMES.get(type(value), type(value).__name__)

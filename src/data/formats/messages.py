@@ -12,17 +12,10 @@ from src.data.formats import FORMATS, BadRow, Chat, field, is_blank, type_name, 
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 FORMS = (("role", "content"), ("from", "value"))
-SUPERVISION_KEYS = ("weight", "train", "loss")
-"""Each sets whether an assistant's message is supervised."""
-
-THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""Each holds the assistant's thought before its answer."""
-
-THOUGHT = THOUGHT_KEYS[0]
-"""The key of a thought in the messages of a Chat."""
-
-SYSTEM = "system"
-"""The field of a row that is its system message."""
+SUPERVISION_KEYS = ("weight", "train", "loss")  # each sets whether an assistant's message is supervised
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")  # each holds the assistant's thought before its answer
+THOUGHT = THOUGHT_KEYS[0]  # the key of a thought in the messages of a Chat
+SYSTEM = "system"  # the field of a row that is its system message
 
 UNSUPPORTED_KEYS = ("tool_calls", "function_call", "tool_call_id")
 UNSUPPORTED_FIELDS = ("tools", "functions")
@@ -33,9 +26,7 @@ WITHOUT = "leave these rows out, or write the calls into the texts and remove th
 def read(fields: dict[str, Any], data: DataConfig) -> Chat:
     """Return the messages, after the row's own system message or `data.system_prompt` where they have none.
 
-    Raises:
-        BadRow: where they are no chat that begins with a user, alternates and ends with the assistant; where the row
-            needs what is not supported.
+    BadRow where they don't alternate from a user's to the assistant's last, or the row needs what is not supported.
     """
     column = data.columns["messages"]
     items = field(fields, column, "messages")
@@ -113,13 +104,11 @@ def _message(item: Any, where: str) -> tuple[dict[str, str], bool, list[str]]:
 
 def _check_other_form(item: Mapping[str, Any], message: Mapping[str, str], form: tuple[str, str], where: str) -> None:
     """Raise BadRow where a message's keys of the other form have other values."""
-    for role_key, content_key in FORMS:
-        if (role_key, content_key) == form:
-            continue
-        stated = {role_key: ROLES.get(str(item.get(role_key))), content_key: item.get(content_key)}
-        meant = {role_key: message["role"], content_key: message["content"]}
-        if wrong := [key for key in stated if not is_blank(item.get(key)) and stated[key] != meant[key]]:
-            raise BadRow(f"{where}: {wrong[0]!r} contradicts {form[wrong[0] == content_key]!r}; keep one of them")
+    role_key, content_key = next(one for one in FORMS if one != form)
+    stated = {role_key: ROLES.get(str(item.get(role_key))), content_key: item.get(content_key)}
+    meant = {role_key: message["role"], content_key: message["content"]}
+    if wrong := [key for key in stated if not is_blank(item.get(key)) and stated[key] != meant[key]]:
+        raise BadRow(f"{where}: {wrong[0]!r} contradicts {form[wrong[0] == content_key]!r}; keep one of them")
 
 
 def _thought(item: Mapping[str, Any], where: str) -> str | None:

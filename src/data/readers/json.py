@@ -11,29 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from src.data.readers import record as limits
-from src.data.readers.record import (
-    LINE_TOO_LONG,
-    ROW_TOO_LONG,
-    TOO_MUCH_BLANK,
-    InvalidRecordError,
-    NumberedRow,
-    UnpackedSize,
-    UnreadableFileError,
-    repeated,
-    shortened,
-    text_bytes,
-)
-from src.data.readers.text import (
-    BOM,
-    BOM_FOUND,
-    GZIP_ERRORS,
-    BinaryStream,
-    describe_gzip_damage,
-    describe_not_utf8,
-    describe_nul,
-    open_data,
-    read_lines,
-)
+from src.data.readers import text as texts
+from src.data.readers.record import InvalidRecordError, NumberedRow, UnpackedSize, UnreadableFileError
 
 CHUNK_BYTES = 2**20
 WHITE_SPACE = " \t\r\n"
@@ -46,14 +25,14 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise InvalidRecordError(f"{repeated([name for name, _ in pairs])} occurs twice in one object")
+        raise InvalidRecordError(f"{limits.repeated([name for name, _ in pairs])} occurs twice in one object")
     return fields
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise InvalidRecordError(f"{shortened(text)} is too large a number")
+        raise InvalidRecordError(f"{limits.shortened(text)} is too large a number")
     return value
 
 
@@ -66,12 +45,7 @@ _decode_leniently = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
 
 
 def _parse_object(text: str, start: int) -> tuple[dict[str, Any], int]:
-    """Parse the object that begins at `start`; return it and the position after it.
-
-    Raises:
-        JSONDecodeError: where it is not JSON.
-        InvalidRecordError: where it is JSON, but not an object that can be used as it is.
-    """
+    """Return the object at `start` and where it ends; JSONDecodeError or InvalidRecordError where there is none."""
     try:
         fields, end = _decode(text, start)
         if not isinstance(fields, dict):
@@ -96,7 +70,7 @@ def _describe(error: json.JSONDecodeError) -> str:
 
 def read_json_lines(file: str) -> Iterator[NumberedRow]:
     """Yield one row a line, without blank lines."""
-    for number, text, fault in read_lines(file):
+    for number, text, fault in texts.read_lines(file):
         body = text.rstrip(WHITE_SPACE)
         if not body and not fault:
             continue
@@ -105,9 +79,8 @@ def read_json_lines(file: str) -> Iterator[NumberedRow]:
                 raise InvalidRecordError(fault)
             fields, end = _parse_object(body, len(body) - len(body.lstrip(WHITE_SPACE)))
             if end < len(body):
-                raise InvalidRecordError(
-                    f"more text after the object; one object per line is needed (column {end + 1})"
-                )
+                more = "more text after the object; one object per line is needed"
+                raise InvalidRecordError(f"{more} (column {end + 1})")
         except json.JSONDecodeError as error:
             yield number, f"{_describe(error)}, column {error.colno}"
         except InvalidRecordError as invalid:
@@ -118,8 +91,8 @@ def read_json_lines(file: str) -> Iterator[NumberedRow]:
 
 def read_json(file: str) -> Iterator[NumberedRow]:
     """Yield the rows of a list, or of JSON Lines where the file begins with an object."""
-    with open_data(file) as stream:
-        head = stream.peek(4096).removeprefix(BOM).lstrip()
+    with texts.open_data(file) as stream:
+        head = stream.peek(4096).removeprefix(texts.BOM).lstrip()
         if not head.startswith(b"{"):
             yield from _read_list(_JsonStream(file, stream))
             return
@@ -134,11 +107,10 @@ def read_json(file: str) -> Iterator[NumberedRow]:
 class _JsonStream:
     """The text of a file from the row that is being parsed on, as far as it is read; `position` is the parser's.
 
-    Raises:
-        UnreadableFileError: from each method, where the rest of the file can't be read.
+    Each method raises UnreadableFileError where the rest of the file can't be read.
     """
 
-    def __init__(self, file: str, stream: BinaryStream) -> None:
+    def __init__(self, file: str, stream: texts.BinaryStream) -> None:
         self._stream = stream
         self._unpacked = UnpackedSize(file)
         self._undecoded = b""  # the beginning of a character
@@ -157,27 +129,28 @@ class _JsonStream:
         if self._fault is not None:
             raise self._fault
         if len(self.text) > limits.MAX_LINE_BYTES:
-            raise UnreadableFileError(None, LINE_TOO_LONG)
+            raise UnreadableFileError(None, limits.LINE_TOO_LONG)
         try:
             chunk = self._stream.read(max(CHUNK_BYTES, len(self.text)))
-        except GZIP_ERRORS as error:
-            raise UnreadableFileError(None, describe_gzip_damage(error, begun=True)) from error
+        except texts.GZIP_ERRORS as error:
+            raise UnreadableFileError(None, texts.describe_gzip_damage(error, begun=True)) from error
         self._unpacked.add(len(chunk), None)
         self.is_at_end = not chunk
         self.text += self._decode(self._undecoded + chunk)
 
     def _decode(self, content: bytes) -> str:
         """Decode bytes up to the first that is no text; what comes before it can still be parsed."""
-        if not self._num_decoded and content.startswith(BOM):
-            raise UnreadableFileError(None, BOM_FOUND)
+        if not self._num_decoded and content.startswith(texts.BOM):
+            raise UnreadableFileError(None, texts.BOM_FOUND)
         if 0 in content:
-            self._fault = UnreadableFileError(None, describe_nul(content, self._num_decoded))
+            self._fault = UnreadableFileError(None, texts.describe_nul(content, self._num_decoded))
             content = content[: content.index(0)]
         try:
             text, used = codecs.utf_8_decode(content, "strict", self.is_at_end)
         except UnicodeDecodeError as error:
             line = self._line + self.text.count("\n") + content.count(b"\n", 0, error.start)
-            self._fault = UnreadableFileError(None, f"{describe_not_utf8(error, self._num_decoded)}, in line {line}")
+            fault = texts.describe_not_utf8(error, self._num_decoded)
+            self._fault = UnreadableFileError(None, f"{fault}, in line {line}")
             text, used = codecs.utf_8_decode(content[: error.start])
         self._undecoded = content[used:]
         self._num_decoded += used
@@ -194,20 +167,18 @@ class _JsonStream:
             if self.position < len(self.text) or self.is_at_end:
                 return self.text[self.position : self.position + 1]
             if skipped > limits.MAX_BLANK_BYTES:
-                raise UnreadableFileError(None, TOO_MUCH_BLANK)
+                raise UnreadableFileError(None, limits.TOO_MUCH_BLANK)
             self.read_more()
 
     def row(self, number: int) -> dict[str, Any] | str:
-        """Parse the row that begins at the position, and move to its end; return its fields, or why it can't be used.
-
-        Raises:
-            JSONDecodeError: where it is not JSON.
-        """
+        """Move past the row and return its fields, or why it can't be used; JSONDecodeError where it is not JSON."""
         while True:
             try:
                 row, end = self._parse_row(number)
             except json.JSONDecodeError as error:
-                if self.is_at_end or not _may_be_cut(error):
+                # a text that ends too early, within a string or a word, may be JSON with what follows
+                is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - len("-Infinity")
+                if self.is_at_end or not is_cut:
                     raise
             else:
                 if end < len(self.text) or self.is_at_end:
@@ -224,19 +195,14 @@ class _JsonStream:
                 return str(invalid), _decode_leniently(self.text, start)[1]
             except RecursionError:
                 raise UnreadableFileError(number, str(invalid)) from invalid
-        if (end - start) * 4 > limits.MAX_ROW_BYTES and text_bytes(fields) > limits.MAX_ROW_BYTES:
-            return ROW_TOO_LONG, end
+        if (end - start) * 4 > limits.MAX_ROW_BYTES and limits.text_bytes(fields) > limits.MAX_ROW_BYTES:
+            return limits.ROW_TOO_LONG, end
         return fields, end
 
     def place(self, error: json.JSONDecodeError) -> str:
         """Return where in the file an error is."""
         column = error.colno + (self._column if error.lineno == 1 else 0)
         return f"line {self._line + error.lineno - 1}, column {column}"
-
-
-def _may_be_cut(error: json.JSONDecodeError) -> bool:
-    """Return whether a text may be no JSON only because it ends too early, within a string or a word."""
-    return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - len("-Infinity")
 
 
 def _read_list(stream: _JsonStream) -> Iterator[NumberedRow]:
@@ -259,7 +225,7 @@ def _read_list(stream: _JsonStream) -> Iterator[NumberedRow]:
     except json.JSONDecodeError as error:
         raise UnreadableFileError(number, f"{_describe(error)}, {stream.place(error)}") from error
     except UnreadableFileError as end:
-        has_row = end.reason in (LINE_TOO_LONG, TOO_MUCH_BLANK)
+        has_row = end.reason in (limits.LINE_TOO_LONG, limits.TOO_MUCH_BLANK)
         raise UnreadableFileError(number if has_row else end.number, end.reason) from end
     stream.position += 1
     if stream.skip_white_space():

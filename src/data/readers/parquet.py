@@ -13,27 +13,15 @@ import pyarrow.parquet as pq
 from pyarrow import compute, types
 
 from src.data.readers import record as limits
-from src.data.readers.record import (
-    ENTRY_BYTES,
-    LINE_TOO_LONG,
-    ROW_TOO_LONG,
-    NumberedRow,
-    UnpackedSize,
-    UnreadableFileError,
-    repeated,
-    text_bytes,
-)
+from src.data.readers.record import NumberedRow, UnpackedSize, UnreadableFileError, repeated
 from src.data.readers.text import describe_not_utf8, open_data
 from src.errors import one_line
 
 BATCH_ROWS = 100
-BATCH_BYTES = 64 * 2**20
-"""The largest size that a batch of rows may unpack to."""
-SLICE_BYTES = 4 * 2**20
-"""The part of a batch that is converted to Python values at once."""
+BATCH_BYTES = 64 * 2**20  # the largest size that a batch of rows may unpack to
+SLICE_BYTES = 4 * 2**20  # the part of a batch that is converted to Python values at once
 BUFFER_BYTES = 2**20
-MAX_INDEX_BYTES = 16
-"""The most bytes of a value that is stored as an index into the dictionary."""
+MAX_INDEX_BYTES = 16  # the most bytes of a value that is stored as an index into the dictionary
 
 
 def read_parquet(file: str) -> Iterator[NumberedRow]:
@@ -57,17 +45,14 @@ def read_parquet(file: str) -> Iterator[NumberedRow]:
                 with open_table(read_dictionary=as_dictionary) if as_dictionary else nullcontext(plain) as table:
                     for batch in table.iter_batches(batch_size=num_rows, row_groups=[group]):
                         sizes = _row_sizes(batch, schema)
-                        unpacked.add(
-                            batch.nbytes if sizes is None else sum(min(size, limits.MAX_ROW_BYTES) for size in sizes),
-                            number + 1,
-                        )
+                        kept = [min(size, limits.MAX_ROW_BYTES) for size in sizes or []]
+                        unpacked.add(batch.nbytes if sizes is None else sum(kept), number + 1)
                         for row in _batch_rows(batch, number, schema, sizes):
                             number, _ = row
                             yield row
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UnreadableFileError(
-            number + 1 if number else None, f"not Parquet, or damaged: {one_line(error)}"
-        ) from error
+        first = number + 1 if number else None
+        raise UnreadableFileError(first, f"not Parquet, or damaged: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -113,10 +98,7 @@ def _columns(file: str, metadata: Any, group: int) -> list[_Column]:
 def _dictionary_bytes(stream: BufferedReader, column: Any, maximum: int) -> int:
     """Return the size of a column's dictionary from its page header, which pyarrow does not expose; 0 without one.
 
-    A value that is stored once, in the dictionary, may be in every row.
-
-    Args:
-        maximum: returned where the header can't be read.
+    A value that is stored once, in the dictionary, may be in every row. `maximum` stands for an unreadable header.
     """
     if not any(encoding.endswith("_DICTIONARY") for encoding in column.encodings):
         return 0
@@ -134,17 +116,11 @@ def _dictionary_bytes(stream: BufferedReader, column: Any, maximum: int) -> int:
 
 
 def _rows_per_batch(columns: Sequence[_Column], first: int) -> int:
-    """Return how many rows of a group fit into memory together, whatever they hold.
-
-    Args:
-        first: the number of the group's first row.
-    Raises:
-        UnreadableFileError: where not even one does.
-    """
+    """Return how many rows of a group fit into memory together; UnreadableFileError where not even one does."""
     largest = 1
     for column in columns:
         if column.size / column.num_values > limits.MAX_LINE_BYTES:
-            raise UnreadableFileError(first, LINE_TOO_LONG)
+            raise UnreadableFileError(first, limits.LINE_TOO_LONG)
         largest = max(largest, (4 if column.repeats_in_a_row else column.largest) * column.values_per_row)
     return max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
 
@@ -165,7 +141,7 @@ def _has_dictionary(kind: Any) -> bool:
 def _value_sizes(array: Any) -> Any:
     """Estimate the memory of each value of a column in bytes, [rows]."""
     kind = array.type
-    sizes = np.full(len(array), ENTRY_BYTES, dtype=np.int64)
+    sizes = np.full(len(array), limits.ENTRY_BYTES, dtype=np.int64)
     if types.is_dictionary(kind):
         entry_sizes = np.append(_value_sizes(array.dictionary), 0)  # the last one is that of null
         sizes += entry_sizes[array.indices.fill_null(len(array.dictionary)).to_numpy(zero_copy_only=False)]
@@ -187,10 +163,8 @@ def _value_sizes(array: Any) -> Any:
 def _batch_rows(batch: Any, before: int, schema: Any, sizes: list[int] | None) -> Iterator[NumberedRow]:
     """Yield the rows of a batch, converted to Python values a slice at a time; far too long ones are not converted.
 
-    Args:
-        before: how many rows come before the batch.
-        schema: of the rows, without dictionaries that only this reader asked for.
-        sizes: as `_row_sizes` returns them.
+    `before` counts the rows before the batch; `schema` is that of the rows, without dictionaries that only this reader
+    asked for; `sizes` are those of `_row_sizes`.
     """
     if sizes is None:
         yield from _slice_rows(batch, before, schema, is_small=True)
@@ -202,7 +176,7 @@ def _batch_rows(batch: Any, before: int, schema: Any, sizes: list[int] | None) -
             start, slice_size = i, 0
         slice_size += size
         if size > limits.MAX_LINE_BYTES:
-            yield before + i + 1, ROW_TOO_LONG
+            yield before + i + 1, limits.ROW_TOO_LONG
             start, slice_size = i + 1, 0
     if start < len(batch):
         yield from _slice_rows(batch.slice(start), before + start, schema)
@@ -219,4 +193,5 @@ def _slice_rows(batch: Any, before: int, schema: Any, *, is_small: bool = False)
             yield before + 1, describe_not_utf8(error) if isinstance(error, UnicodeDecodeError) else one_line(error)
         return
     for number, fields in enumerate(rows, start=before + 1):
-        yield number, fields if is_small or text_bytes(fields) <= limits.MAX_ROW_BYTES else ROW_TOO_LONG
+        is_short = is_small or limits.text_bytes(fields) <= limits.MAX_ROW_BYTES
+        yield number, fields if is_short else limits.ROW_TOO_LONG

@@ -9,20 +9,12 @@ from typing import Any, NamedTuple
 from src.errors import visible
 from src.util import human_bytes
 
-MAX_ROW_BYTES = 4 * 2**20
-"""A longer row is refused: more likely a file without line ends, or a quote that is never closed."""
-
-MAX_LINE_BYTES = 64 * 2**20
-"""Reading stops at a longer line, or a longer row of a .json list."""
-
-MAX_BLANK_BYTES = 4 * 2**20
-"""Reading stops after more blank lines or white space in a row."""
-
+MAX_ROW_BYTES = 4 * 2**20  # a longer row is refused: rather a file without line ends, or a quote that is never closed
+MAX_LINE_BYTES = 64 * 2**20  # reading stops at a longer line, or a longer row of a .json list
+MAX_BLANK_BYTES = 4 * 2**20  # reading stops after more blank lines or white space in a row
 MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 2**30, 500
 """Reading a compressed file stops where it unpacks to more than both: so many bytes, and so many times its size."""
-
-ENTRY_BYTES = 64
-"""Memory of an entry of a list or object, besides its text."""
+ENTRY_BYTES = 64  # memory of an entry of a list or object, besides its text
 
 ROW_TOO_LONG = f"longer than {MAX_ROW_BYTES // 2**20} MiB; is this really one row?"
 LINE_TOO_LONG = f"longer than {MAX_LINE_BYTES // 2**20} MiB, so nothing after it is read; is this really one row?"
@@ -55,7 +47,6 @@ class Unreadable:
 
 
 ReadResult = Record | Unreadable
-
 NumberedRow = tuple[int, dict[str, Any] | str]
 """What the reader of a kind of file yields: the number of a line or row, and its fields, or why it can't be read."""
 
@@ -80,18 +71,12 @@ class UnpackedSize:
         self._size = 0
 
     def add(self, size: int, number: int | None) -> None:
-        """Count the bytes of a line or row, by its number.
-
-        Raises:
-            UnreadableFileError: where the file unpacks to too many.
-        """
+        """Count the bytes of a line or row, by its number; UnreadableFileError where the file unpacks to too many."""
         self._size += size
         if self._size > self._limit:
-            raise UnreadableFileError(
-                number,
-                f"the file unpacks to more than {human_bytes(MAX_UNPACKED_BYTES)} and {MAX_UNPACKED_RATIO} times its "
-                "size, so nothing after this is read; if that is meant, store it unpacked",
-            )
+            most = f"{human_bytes(MAX_UNPACKED_BYTES)} and {MAX_UNPACKED_RATIO} times its size"
+            remedy = "so nothing after this is read; if that is meant, store it unpacked"
+            raise UnreadableFileError(number, f"the file unpacks to more than {most}, {remedy}")
 
 
 def place_of(source: str, number: int | None) -> str:
@@ -101,13 +86,10 @@ def place_of(source: str, number: int | None) -> str:
 
 def text_bytes(value: Any) -> int:
     """Return the total size of all texts in a value, without the names of fields."""
-    if isinstance(value, str):
-        return len(value.encode())
-    if isinstance(value, bytes):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(text_bytes, value.values()))
-    return sum(map(text_bytes, value)) if isinstance(value, list | tuple) else 0
+    if isinstance(value, str | bytes):
+        return len(value.encode() if isinstance(value, str) else value)
+    values = value.values() if isinstance(value, dict) else value
+    return sum(map(text_bytes, values)) if isinstance(value, dict | list | tuple) else 0
 
 
 def memory_of(record: Record) -> int:
@@ -117,14 +99,11 @@ def memory_of(record: Record) -> int:
         value: Any = stack.pop()
         if isinstance(value, str):
             size += len(value) if value.isascii() else 3 * len(value)
-        elif isinstance(value, dict):
-            size += ENTRY_BYTES * len(value)
-            stack += value.values()
-        elif isinstance(value, list | tuple):
-            size += ENTRY_BYTES * len(value)
-            stack += value
         elif isinstance(value, bytes):
             size += len(value)
+        elif isinstance(value, dict | list | tuple):
+            size += ENTRY_BYTES * len(value)
+            stack += value.values() if isinstance(value, dict) else value
     return size
 
 

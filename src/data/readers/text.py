@@ -10,15 +10,7 @@ from io import BufferedReader
 from typing import Self
 
 from src.data.readers import record as limits
-from src.data.readers.record import (
-    LINE_TOO_LONG,
-    ROW_TOO_LONG,
-    TOO_MUCH_BLANK,
-    NumberedRow,
-    UnpackedSize,
-    UnreadableFileError,
-    repeated,
-)
+from src.data.readers.record import NumberedRow, UnpackedSize, UnreadableFileError, repeated
 from src.errors import one_line
 from src.util import plural
 
@@ -40,11 +32,7 @@ BinaryStream = BufferedReader | gzip.GzipFile
 
 @contextmanager
 def open_data(file: str) -> Iterator[BinaryStream]:
-    """Open a file, unpacking .gz.
-
-    Raises:
-        UnreadableFileError: where its first bytes are those of another format.
-    """
+    """Open a file, unpacking .gz; UnreadableFileError where its first bytes are those of another format."""
     is_gzip = file.lower().endswith(".gz")
     with gzip.open(file, "rb") if is_gzip else open(file, "rb") as stream:
         head = stream.peek(64)
@@ -59,11 +47,7 @@ def open_data(file: str) -> Iterator[BinaryStream]:
 
 
 def describe_gzip_damage(error: Exception, *, begun: bool) -> str:
-    """Describe an error of gzip.
-
-    Args:
-        begun: whether some of the file could be unpacked.
-    """
+    """Describe an error of gzip, which has `begun` where some of the file could be unpacked."""
     if isinstance(error, EOFError):
         return "cut off: the gzip data ends too early"
     if not str(error).startswith("Not a gzipped file"):
@@ -93,10 +77,10 @@ def read_lines(file: str) -> Iterator[tuple[int, str, str]]:
                 unpacked.add(len(line), number)
                 num_blank = num_blank + len(line) if line.isspace() else 0
                 if num_blank > limits.MAX_BLANK_BYTES:
-                    raise UnreadableFileError(number, TOO_MUCH_BLANK)
+                    raise UnreadableFileError(number, limits.TOO_MUCH_BLANK)
                 if len(line) > limits.MAX_ROW_BYTES and len(line.rstrip(b"\r\n")) > limits.MAX_ROW_BYTES:
                     _skip_line(stream, line, number, unpacked)
-                    yield number, "", ROW_TOO_LONG
+                    yield number, "", limits.ROW_TOO_LONG
                 else:
                     yield number, *_decode_line(line, is_first=number == 1)
         except GZIP_ERRORS as error:
@@ -110,16 +94,13 @@ def _skip_line(stream: BinaryStream, line: bytes, number: int, unpacked: Unpacke
         length += len(line)
         unpacked.add(len(line), number)
         if length > limits.MAX_LINE_BYTES:
-            raise UnreadableFileError(number, LINE_TOO_LONG)
+            raise UnreadableFileError(number, limits.LINE_TOO_LONG)
 
 
 def _decode_line(line: bytes, *, is_first: bool) -> tuple[str, str]:
-    """Return a line's text and its fault."""
-    fault = ""
+    fault = BOM_FOUND if is_first and line.startswith(BOM) else ""
     if b"\0" in line:
         fault = describe_nul(line)
-    elif is_first and line.startswith(BOM):
-        fault = BOM_FOUND
     try:
         return line.decode(), fault
     except UnicodeDecodeError as error:
@@ -155,7 +136,7 @@ class _TableLines:
         self.fault = self.fault or fault
         self.num_characters += len(text)
         if self.num_characters > limits.MAX_ROW_BYTES and self._number > self.start:
-            raise UnreadableFileError(self.start, f"{ROW_TOO_LONG} Perhaps a quote is never closed")
+            raise UnreadableFileError(self.start, f"{limits.ROW_TOO_LONG} Perhaps a quote is never closed")
         return text
 
 
