@@ -93,7 +93,7 @@ def _what_failed(error: OSError) -> str:
 def _how_to_resume(run_dir: Path) -> str:
     from src.checkpoint.manifest import newest_resumable
     from src.config.places import CHECKPOINTS
-    from src.tracking.folder_start import resume_command
+    from src.tracking.run_folder import resume_command
 
     if not run_dir.is_dir():
         return f"{run_dir} is not there any more: it was moved or removed. What was saved is where it was moved to."

@@ -8,7 +8,7 @@ from typing import Any
 from src.config.frozen import read_status
 from src.errors import DamagedFileError
 from src.records import read_json
-from src.tracking.folder_exporter import FolderExporter
+from src.tracking.exporters import FolderExporter
 
 LINES_AT_ONCE = 100
 

@@ -18,14 +18,20 @@ from src import secrets
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
 from src.records import check_plain
-from src.tracking import mlflow_calls
-from src.tracking.artifacts import Artifacts
-from src.tracking.exporters import DeliveryError
-from src.tracking.folder_exporter import FolderExporter
-from src.tracking.mlflow_calls import CALLS_AGAIN, WatchedClient
-from src.tracking.mlflow_client import KILLED, quiet_client, reach, redirected, run_of
-from src.tracking.mlflow_errors import explained, is_gone
-from src.tracking.mlflow_log import OpenRun, Sent
+from src.tracking import mlflow_client
+from src.tracking.exporters import DeliveryError, FolderExporter
+from src.tracking.mlflow_client import (
+    CALLS_AGAIN,
+    KILLED,
+    WatchedClient,
+    explained,
+    is_gone,
+    quiet_client,
+    reach,
+    redirected,
+    run_of,
+)
+from src.tracking.mlflow_log import Artifacts, OpenRun, Sent
 from src.tracking.mlflow_names import milliseconds, plain_name, user_name
 from src.tracking.mlflow_state import TRACKING, PreviousRun, read_tracking, runs_left
 from src.tracking.previous_runs import PreviousRuns
@@ -318,7 +324,7 @@ class MlflowExporter(FolderExporter):
         except Exception as error:
             if explained(error).is_lasting or not self._is_server:
                 raise
-            time.sleep(mlflow_calls.AGAIN_SECONDS)
+            time.sleep(mlflow_client.AGAIN_SECONDS)
             retried = True  # if the first was begun nevertheless, it goes when this one ends
             run = create()
         replaced = [one for one in self._state.get("replaced", []) if one != run.info.run_id]

@@ -9,13 +9,12 @@ from src.config.frozen import CONFIG, STATUS, read_starts, read_status
 from src.errors import DamagedFileError
 from src.records import Types, begins_with, check_keys, damaged, is_time, read_json, read_yaml
 from src.tracking.exporters import EXPORTERS, Exporter
-from src.tracking.folder_start import DATA_REPORT, PROVENANCE, SUMMARY
 from src.tracking.mlflow_client import KILLED, MLFLOW_STATES
 from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_names import flat, milliseconds, plain_name
-from src.tracking.mlflow_points import Points, add_line, undelivered, without_lines
-from src.tracking.mlflow_state import RUN_ID, TRACKING
+from src.tracking.mlflow_state import RUN_ID, TRACKING, Points, add_line, undelivered, without_lines
 from src.tracking.previous_runs import PreviousRuns
+from src.tracking.run_folder import DATA_REPORT, PROVENANCE, SUMMARY
 from src.tracking.step_logs import METRICS, SAMPLES, metrics_of, read_step_log
 
 ARTIFACTS = (CONFIG, PROVENANCE, DATA_REPORT, SAMPLES, SUMMARY)

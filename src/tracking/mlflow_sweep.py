@@ -12,8 +12,7 @@ from src.config.frozen import CONFIG, SWEEP, read_status
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
 from src.records import LogLine, Types, check_keys, check_times, damaged, read_json, read_lines, read_yaml
-from src.tracking.exporters import SWEEP_EXPORTERS, DeliveryError
-from src.tracking.folder_exporter import exhaust
+from src.tracking.exporters import SWEEP_EXPORTERS, DeliveryError, exhaust
 from src.tracking.lock import hold
 from src.tracking.mlflow_client import KILLED, MLFLOW_STATES
 from src.tracking.mlflow_exporter import MlflowExporter

@@ -12,9 +12,7 @@ from typing import Any
 
 from src import secrets
 from src.tracking.exporters import Activity, DeliveryError, Exporter
-from src.tracking.mlflow_calls import WatchedClient
-from src.tracking.mlflow_client import KILLED, quiet_client, reach, run_of
-from src.tracking.mlflow_errors import explained
+from src.tracking.mlflow_client import KILLED, WatchedClient, explained, quiet_client, reach, run_of
 from src.tracking.mlflow_state import TRACKING, PreviousRun, runs_left
 from src.tracking.sqlite_store import SqliteStore
 from src.util import write_json

@@ -16,13 +16,12 @@ from src.metrics import greater_is_better
 from src.tracking import mlflow_run, mlflow_sweep  # noqa: F401 - they register the exporters
 from src.tracking.console import Console
 from src.tracking.export_thread import AFTER_STOP, END_OF_RUN, UNTIL_DELIVERED, ExportThread
-from src.tracking.exporters import EXPORTERS, Exporter
-from src.tracking.folder_start import SUMMARY, Start
+from src.tracking.exporters import EXPORTERS, SWEEP_EXPORTERS, Exporter
 from src.tracking.line_exporter import state_file
 from src.tracking.lock import hold
 from src.tracking.mlflow_run import end_previous
 from src.tracking.mlflow_state import TRACKING, tracked_before
-from src.tracking.run_folder import RunFolder, open_run_folder
+from src.tracking.run_folder import SUMMARY, RunFolder, Start, open_run_folder
 from src.tracking.step_logs import METRICS, SAMPLES, metrics_of
 
 UNSHOWN = ("best/", "tokens/")
@@ -331,3 +330,22 @@ def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> 
         exports = start_exporters([exporter], run_dir, warn=console.warn)
         for left in exports.close(UNTIL_DELIVERED, console.working):
             console.warn(f"{left}; to try again: {sync_command(run_dir) if left.can_be_synced else 'the same command'}")
+
+
+@contextmanager
+def open_sweep_tracking(config: TrackingConfig, folder: Path, console: Console) -> Iterator[ExportThread]:
+    """Follow a sweep to its end, however it ends, in a folder that is held and has its sweep.json.
+
+    What sweep.json says when the block is left is how the sweep ended.
+    """
+    is_exported = config.type in SWEEP_EXPORTERS
+    exporters = [SWEEP_EXPORTERS[config.type](config, folder, warn=console.warn)] if is_exported else []
+    exports = start_exporters(exporters, folder, before=tracked_before(folder), warn=console.warn)
+    try:
+        yield exports
+    finally:
+        for left in exports.close(END_OF_RUN, console.working):
+            console.warn(
+                f"{left}.\nEverything is in {folder}; to deliver it later, repeat the same command, or "
+                f"{sync_command(folder)}"
+            )
