@@ -11,6 +11,7 @@ import re
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,15 +22,14 @@ from src.registry import Registry
 from src.tracking.step_logs import METRICS, read_step_log
 from src.util import write_json
 
+Warn = Callable[[str], None]
+"""What takes a warning."""
 _HEX_ID = re.compile(r"\b[0-9a-f]{32}\b")
+MOST_CHARACTERS = 400  # of an error in words
 
 
 class DeliveryError(Exception):
-    """A tracker can't be used; says why and what to do.
-
-    Args:
-        is_lasting: whether a retry is useless until the user has fixed something.
-    """
+    """A tracker can't be used; says why and what to do. `is_lasting`: a retry is useless until the user has done it."""
 
     def __init__(self, text: str, *, is_lasting: bool = True) -> None:
         super().__init__(text)
@@ -44,13 +44,10 @@ class Activity:
     """What an exporter is doing, for those who wait for it."""
 
     def __init__(self) -> None:
-        self.since = time.monotonic()
-        """When the last call began or ended, by the monotonic clock."""
+        self.since = time.monotonic()  # when the last call began or ended, by the monotonic clock
         self.is_calling = False
-        self.num_calls = 0
-        """How many calls have succeeded."""
-        self.extra_seconds = 0.0
-        """How much longer than others the present call may take."""
+        self.num_calls = 0  # that have succeeded
+        self.extra_seconds = 0.0  # how much longer than others the present call may take
         self.is_cancelled = False
         self._delivered: set[bytes] = set()
 
@@ -137,13 +134,8 @@ SWEEP_EXPORTERS: Registry[Callable[..., Exporter]] = Registry("tracker of sweeps
 """Name in conf/tracking/ -> makes the exporter of a sweep's folder; without one a tracker has only the trials' runs."""
 
 
-MOST_CHARACTERS = 400
-
-
 class FolderExporter(Exporter):
-    """An exporter with a file in the folder that remembers what was delivered.
-
-    So the rest can be delivered later, by another process, from the same files.
+    """An exporter with a file in the folder that remembers what was delivered; another process may deliver the rest.
 
     Args:
         state_file: the name of that file.
@@ -152,13 +144,7 @@ class FolderExporter(Exporter):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        state_file: str,
-        *,
-        is_over: bool = False,
-        warn: Callable[[str], None],
-        activity: Activity | None = None,
+        self, folder: Path, state_file: str, *, is_over: bool = False, warn: Warn, activity: Activity | None = None
     ) -> None:
         self.folder = folder
         self.activity = activity or Activity()
@@ -204,15 +190,13 @@ class FolderExporter(Exporter):
 
     def _set_aside(self, error: DamagedFileError, then: str) -> None:
         """Rename a damaged state file, and warn of it."""
-        kept, number = self._state_file.with_name(f"{self._state_file.name}.damaged"), 2
-        while os.path.lexists(kept):
-            kept, number = self._state_file.with_name(f"{self._state_file.name}.damaged-{number}"), number + 1
+        kept = next(file for file in numbered(self._state_file, ".damaged") if not os.path.lexists(file))
         try:
             os.replace(self._state_file, kept)
-            where = f" It is kept as {kept.name}."
-        except OSError:
-            where = ""
-        self.warn_once(f"{error} {then}{where}")
+            then += f" It is kept as {kept.name}."
+        except OSError:  # it stays where it is
+            pass
+        self.warn_once(f"{error} {then}")
 
     @property
     def _num_delivered(self) -> int:
@@ -234,6 +218,12 @@ class FolderExporter(Exporter):
             lines = [line.content for line in read(self.folder, name)]
             self._files[name] = (version, lines)
         return lines
+
+
+def numbered(file: Path, ending: str) -> Iterator[Path]:
+    """Yield names for a file that is moved away: with the ending, and with the ending and -2, -3 and so on."""
+    for number in count(1):
+        yield file.with_name(f"{file.name}{ending}{f'-{number}' if number > 1 else ''}")
 
 
 def exhaust(turns: Iterator[None]) -> None:

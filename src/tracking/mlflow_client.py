@@ -12,6 +12,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,11 +27,8 @@ _GONE = re.compile(r"must be in (the )?'?active'? state|already deleted|is delet
 _TAKEN = re.compile(r"UNIQUE constraint failed|duplicate key value|Duplicate entry")
 """What SQLite, PostgreSQL and MySQL say of a row that two add at once, such as a data set that runs share."""
 _LASTING_CODES = (
-    "INVALID_PARAMETER_VALUE",
-    "BAD_REQUEST",
-    "PERMISSION_DENIED",
-    "UNAUTHENTICATED",
-    "ENDPOINT_NOT_FOUND",
+    *("INVALID_PARAMETER_VALUE", "BAD_REQUEST"),
+    *("PERMISSION_DENIED", "UNAUTHENTICATED", "ENDPOINT_NOT_FOUND"),
 )
 _CREDENTIALS = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 _WORDS = {
@@ -43,16 +41,20 @@ _WORDS = {
     413: "the server, or a proxy in between, takes nothing as large as this (413)",
     429: "the server is asked too often (429)",
 }
+_PASSING = {
+    **dict.fromkeys(("timed out", "timeout exception"), "no answer in time"),
+    **{sign: f"can't be reached: {sign}" for sign in ("Connection refused", "Name or service not known")},
+    **{sign: f"can't be reached: {sign}" for sign in ("No route to host", "Network is unreachable")},
+    "database is locked": "the database is locked by another process",
+}
 _LASTING_STATUS = frozenset(range(300, 500)) - {408, 409, 425, 429}
 
 
 def explained(error: Exception) -> DeliveryError:
     """Return an error of MLflow, or of what it is built on, in words and without secrets."""
     text = secrets.clean(one_line(error, 10_000))
-    if isinstance(error, DeliveryError):
-        return DeliveryError(text, is_lasting=error.is_lasting)
-    if isinstance(error, TowlineError):
-        return DeliveryError(text)
+    if isinstance(error, DeliveryError | TowlineError):
+        return DeliveryError(text, is_lasting=getattr(error, "is_lasting", True))
     if "valid JSON" in text:
         return DeliveryError(
             "what answers there is no MLflow but a page, of a login or a proxy for example: is tracking.uri right? "
@@ -64,17 +66,10 @@ def explained(error: Exception) -> DeliveryError:
     if status is not None:
         reason = _WORDS.get(status, f"the server {'redirects' if status < 400 else 'fails'} ({status})")
         return DeliveryError(f"{reason}{_body(text)}", is_lasting=status in _LASTING_STATUS)
-    code = getattr(error, "error_code", "")
-    if "timed out" in text or "timeout exception" in text:
-        return DeliveryError("no answer in time", is_lasting=False)
-    for sign in ("Connection refused", "Name or service not known", "No route to host", "Network is unreachable"):
-        if sign in text:
-            return DeliveryError(f"can't be reached: {sign}", is_lasting=False)
-    if "database is locked" in text:
-        return DeliveryError("the database is locked by another process", is_lasting=False)
-    is_page = "<html" in text.lower()
-    short = text[:120] if is_page else text
-    return DeliveryError(short[:MOST_CHARACTERS], is_lasting=code in _LASTING_CODES)
+    if reason := next((words for sign, words in _PASSING.items() if sign in text), ""):
+        return DeliveryError(reason, is_lasting=False)
+    short = text[: 120 if "<html" in text.lower() else MOST_CHARACTERS]
+    return DeliveryError(short, is_lasting=getattr(error, "error_code", "") in _LASTING_CODES)
 
 
 def status_of(error: Exception) -> int | None:
@@ -101,14 +96,14 @@ def _body(text: str) -> str:
     return "" if not body or body.startswith("<") else f" It says: {body[:120]}"
 
 
-CALLS_AGAIN = 2
-"""How often a call that a server failed at once is repeated, before the whole delivery is."""
+CALLS_AGAIN = 2  # how often a call that a server failed at once is repeated, before the whole delivery is
 AGAIN_SECONDS = 0.5
 AT_ONCE_SECONDS = 5.0
 UNCOUNTED = ("get_", "search_", "list_", "download_", "log_artifact")
 """How the names of calls begin that deliver nothing, or that are counted by their caller."""
 
 
+@dataclass
 class WatchedClient:
     """MLflow's client, or its store of artifacts, each of its calls watched and each answer checked.
 
@@ -119,26 +114,22 @@ class WatchedClient:
         is_server: whether a server answers, which may be another thing than MLflow.
     """
 
-    def __init__(
-        self, client: Any, activity: Activity, folder: object, *, calls_again: int = 0, is_server: bool = False
-    ) -> None:
-        self._client = client
-        self._activity = activity
-        self._folder = str(folder)
-        self._calls_again = calls_again
-        self._is_server = is_server
+    client: Any
+    activity: Activity
+    folder: object
+    calls_again: int = 0
+    is_server: bool = False
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        method, delivers = getattr(self._client, name), not name.startswith(UNCOUNTED)
-        calls_again = 0 if name == "create_run" else self._calls_again
+        method = getattr(self.client, name)
 
         def call(*given: Any, **named: Any) -> Any:
-            for left in reversed(range(calls_again + 1)):
+            for left in range(0 if name == "create_run" else self.calls_again, -1, -1):
                 began = time.monotonic()
                 try:
                     answer = self._call(name, method, *given, **named)
-                    if delivers:
-                        self._activity.note_delivered(self._folder, name, given, sorted(named.items()))
+                    if not name.startswith(UNCOUNTED):
+                        self.activity.note_delivered(str(self.folder), name, given, sorted(named.items()))
                     return answer
                 except Exception as error:
                     is_late = time.monotonic() - began > AT_ONCE_SECONDS
@@ -150,17 +141,13 @@ class WatchedClient:
         return call
 
     def _call(self, name: str, method: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """Return an answer that is MLflow's.
-
-        Raises:
-            DeliveryError: where it is not.
-        """
+        """Return an answer; DeliveryError where it is not MLflow's."""
         try:
-            answer = self._activity.call(method, *given, **named)
+            answer = self.activity.call(method, *given, **named)
         except json.JSONDecodeError as error:
             raise _none_of_mlflow(name, "no JSON") from error
         except Exception as error:
-            if self._is_server and not _is_from_server(error):  # MLflow stumbled over what it was answered
+            if self.is_server and not _is_from_server(error):  # MLflow stumbled over what it was answered
                 raise _none_of_mlflow(name, one_line(error, 120)) from error
             raise
         if problem := next(_problems(name, given, answer), ""):
@@ -189,32 +176,23 @@ def _problems(name: str, given: tuple[Any, ...], answer: Any) -> Iterator[str]:
     elif name == "get_experiment_by_name" and answer is not None:
         if not answer.experiment_id or not answer.name:
             yield "an experiment without id or name"
-    elif name in ("create_run", "get_run"):
-        yield from _problems_of_run(answer)
-        if name == "create_run" and answer.info.experiment_id != given[0]:
-            yield "a run of another experiment"
-        if name == "get_run" and answer.info.run_id != given[0]:
-            yield "another run than the one that was asked for"
-    elif name == "search_runs":
-        for run in answer:
-            yield from _problems_of_run(run)
-            if run.info.experiment_id not in given[0]:
+    elif name in ("create_run", "get_run", "search_runs"):
+        experiments = given[0] if name == "search_runs" else given[:1]
+        for run in answer if name == "search_runs" else [answer]:
+            if not RUN_ID.fullmatch(run.info.run_id or ""):
+                yield "a run without an id"
+            if not run.info.artifact_uri:
+                yield "a run without a place for artifacts"
+            if name == "get_run" and run.info.run_id != given[0]:
+                yield "another run than the one that was asked for"
+            if name != "get_run" and run.info.experiment_id not in experiments:
                 yield "a run of another experiment"
     elif name == "get_metric_history" and any(point.key != given[1] for point in answer):
         yield "another metric than the one that was asked for"
 
 
-def _problems_of_run(run: Any) -> Iterator[str]:
-    if not RUN_ID.fullmatch(run.info.run_id or ""):
-        yield "a run without an id"
-    if not run.info.artifact_uri:
-        yield "a run without a place for artifacts"
-
-
-REQUEST_SECONDS = 60
-"""How long a server may take for an answer; only the export thread waits for it."""
-KILLED = "KILLED"
-"""MLflow's state of a run that no process is training."""
+REQUEST_SECONDS = 60  # that a server may take for an answer; only the export thread waits for it
+KILLED = "KILLED"  # MLflow's state of a run that no process is training
 MLFLOW_STATES = {"FINISHED": "FINISHED", "FAILED": "FAILED", "PREEMPTED": KILLED, "PRUNED": KILLED}
 """How a run or a sweep ended, in MLflow's words."""
 
@@ -254,10 +232,7 @@ def reach(uri: str) -> None:
 def redirected(error: Exception, address: str) -> str | None:
     """Return the address that a server redirects to, by the error of a call; None where it does not redirect.
 
-    It is followed on the same host only, as the credentials go with it.
-
-    Raises:
-        DeliveryError: naming where else it redirects.
+    It is followed on the same host only, as the credentials go with it; DeliveryError names another one.
     """
     status = status_of(error)
     if status is None or not 300 <= status < 400:
@@ -282,9 +257,8 @@ def _redirect_target(uri: str) -> str | None:
     except requests.RequestException:
         return None
     target = answer.headers.get("Location", "").partition("?")[0]
-    if not target.startswith(("http://", "https://")) or not target.endswith(path):
-        return None
-    return target.removesuffix(path)
+    is_api = target.startswith(("http://", "https://")) and target.endswith(path)
+    return target.removesuffix(path) if is_api else None
 
 
 def run_of(client: Any, run_id: str) -> Any:
