@@ -32,40 +32,29 @@ TRACKING = "tracking.json"
 TRACKING_KEYS: Mapping[str, Types] = {
     "uri": str,
     "run_id": OPTIONAL_TEXT,
-    "lines": int,
-    "samples": int,
-    "history": int,
-    "points": dict,
-    "trials": dict,
-    "files": dict,
-    "replaced": list,
-    "elsewhere": list,
+    **dict.fromkeys(("lines", "samples", "history"), int),
+    **dict.fromkeys(("points", "trials", "files"), dict),
+    **dict.fromkeys(("replaced", "elsewhere", "judged"), list),
     "counts": (dict, NoneType),
-    "judged": list,
 }
-RUN_ID = re.compile(r"[a-zA-Z0-9][\w\-]{0,255}", re.ASCII)
-"""The form of a run's id in MLflow."""
+RUN_ID = re.compile(r"[a-zA-Z0-9][\w\-]{0,255}", re.ASCII)  # the form of a run's id in MLflow
 PreviousRun = tuple[str, str]
 """A run that a folder had before: its store's address as files have it, and its id there."""
 
 
 def read_tracking(folder: Path) -> dict[str, Any]:
-    """Return what tracking.json of a folder says.
-
-    Raises:
-        FileNotFoundError: where there is none.
-        DamagedFileError: where it can't be read.
-    """
+    """Return what tracking.json of a folder says; FileNotFoundError or DamagedFileError as `read_json`."""
     state = read_json(folder / TRACKING, TRACKING_KEYS, optional=[key for key in TRACKING_KEYS if key != "uri"])
     try:
         _check_points(state.get("points", {}))
         if any(state.get(name, 0) < 0 for name in ("lines", "samples", "history")):
             raise ValueError("a number of lines is negative")
+        ids = [state.get("run_id"), *state.get("replaced", [])]
         for one in state.get("elsewhere", []):
             check_keys({"elsewhere": one}, {"elsewhere": dict})
             check_keys(one, {"uri": str, "run_id": str})
-        others = [*state.get("replaced", []), *(one["run_id"] for one in state.get("elsewhere", []))]
-        for run_id in (state.get("run_id"), *others):
+            ids.append(one["run_id"])
+        for run_id in ids:
             if run_id is not None and not (isinstance(run_id, str) and RUN_ID.fullmatch(run_id)):
                 raise ValueError(f"{json.dumps(run_id)} is no id of a run")
         check_keys(state.get("counts") or {}, dict.fromkeys(state.get("counts") or {}, NUMBER))

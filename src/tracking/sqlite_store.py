@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from src.tracking.export_thread import OPENING_SECONDS
 from src.tracking.exporters import DeliveryError, Warn, numbered
+from src.util import sync
 
 LOCKED_SECONDS = 2.0  # to wait for another process that writes to the file
 COMPANIONS = ("-journal", "-wal", "-shm")
@@ -228,8 +229,7 @@ class SqliteStore:
         database = f"file:{quote(str(self._part_file))}" if self._is_file_uri else str(self._part_file)
         url = self._url.set(database=database).render_as_string(hide_password=False)
         SqlAlchemyStore(url, (self.file.parent / "mlartifacts").as_uri()).engine.dispose()
-        with open(self._part_file, "rb") as made:
-            os.fsync(made.fileno())
+        sync(self._part_file)
         os.replace(self._part_file, self.file)
 
     def _move_away(self, what: str) -> Path | None:
