@@ -564,7 +564,7 @@ def test_numbers_go_on_from_the_lines_that_stay(tmp_path: Path) -> None:
 def test_a_file_that_says_how_a_run_began_is_written_once(tmp_path: Path) -> None:
     with tracked(admitted().config.tracking, tmp_path) as tracking:
         for device in ("first", "second"):
-            tracking.write_file_once("provenance.json", {"device": device})
+            tracking.write_file("provenance.json", {"device": device}, once=True)
     assert json.loads((tmp_path / "provenance.json").read_text()) == {"device": "first"}
 
 
