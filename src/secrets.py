@@ -211,8 +211,7 @@ def masked(node: Any, key: str = "") -> Any:
 def hand_down(node: Any, stored: Any, *, is_new: bool = True) -> None:
     """Pass what `stored` masks of the same containers with secrets to processes that this one starts.
 
-    Args:
-        is_new: whether these come from what somebody wrote, in which a mask is a text, and not from a frozen file.
+    `is_new`: they come from what somebody wrote, in which a mask is a text, and not from a frozen file.
     """
     given = _handed_down()
     for (key, text), (_, kept) in zip(_texts(node), _texts(stored), strict=False):
@@ -249,8 +248,7 @@ def _variable(value: str) -> str:
 def reveal(node: Any, missing: list[tuple[str, str]], key: str = "") -> Any:
     """Return stored containers, which have a key, with their secrets, as handed down or set in the environment.
 
-    Args:
-        missing: gets the key and what it lacks, of each secret that is not available; its text stays as it is.
+    `missing` gets the key and what it lacks, of each secret that is not available; its text stays as it is.
     """
     return map_texts(node, lambda text, at: _revealed(text, missing, at), key)
 

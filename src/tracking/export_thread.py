@@ -139,8 +139,9 @@ class ExportThread:
                     if reason := self._timeout_reason(lane, started):
                         self._give_up(lane, reason)
                 if show is not None and time.monotonic() - started > 1.0:
-                    slow, why = waiting[0].exporter, waiting[0].last_error
-                    show(f"{slow.name} has {slow.progress}{f'; {why}' if why else ''}")
+                    slow = waiting[0]
+                    why = f"; {slow.last_error}" if slow.last_error else ""
+                    show(f"{slow.exporter.name} has {slow.exporter.progress}{why}")
                 with self._changed:
                     self._replace_stuck_thread()
                     self._changed.wait(0.05)
@@ -351,14 +352,12 @@ class _Heartbeat:
 def _noted(signals: tuple[signal.Signals, ...]) -> Iterator[list[str]]:
     """Yield a list that collects the names of signals received in the block; only Python's main thread gets them."""
     received: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
+    gets_signals = threading.current_thread() is threading.main_thread()
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
-    before = {number: signal.signal(number, note) for number in signals}
+    before = {number: signal.signal(number, note) for number in signals if gets_signals}
     try:
         yield received
     finally:

@@ -29,11 +29,9 @@ from src.tracking.step_logs import is_timing
 
 
 class MlflowExporter(FolderExporter):
-    """Delivers a folder to its run in MLflow. May raise whatever MLflow raises.
+    """Delivers a folder to its run in MLflow, see FolderExporter. May raise whatever MLflow raises.
 
-    Args:
-        parent: the exporter that this one is a part of; what succeeds here succeeds there.
-        is_over, warn: see FolderExporter.
+    What succeeds in an exporter that is a part of another one, its `parent`, succeeds there.
     """
 
     name = "MLflow"

@@ -25,8 +25,7 @@ class Artifacts:
     """The place for the files of a run.
 
     Args:
-        uri: its address, which the store has assigned to the run.
-        store: the address of the store.
+        uri: its address, which the store, at its own address, has assigned to the run.
         folder: the folder that is delivered.
         is_new: whether this process has begun the run, so that no file of an earlier one can be there.
     """

@@ -229,8 +229,7 @@ def end_previous(
 ) -> PreviousRuns:
     """Return what ends the runs that a folder had in MLflow and that its exporters don't continue.
 
-    Args:
-        before: what the folder's tracking.json said before this start, which may have removed it.
+    `before` is what its tracking.json said before this start, which may have removed it.
     """
     previous = PreviousRuns(warn)
     in_mlflow = [one for one in exporters if isinstance(one, MlflowExporter)]

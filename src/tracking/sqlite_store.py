@@ -45,8 +45,7 @@ class SqliteStore:
 
     Args:
         warn: called with what was done to a file that could not be used.
-        check: called again and again while another process is waited for, and before the file is made; raises where
-            nobody waits for it any more.
+        check: called while another process is waited for, and before the file is made; raises where nobody waits.
     """
 
     def __init__(self, uri: str, warn: Warn, check: Callable[[], None] = lambda: None) -> None:

@@ -94,8 +94,7 @@ class Tracker:
     def rewind_to(self, step: int, *, is_end: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         """Cut metrics and samples that will be produced again: of later steps, and of this one if it is incomplete.
 
-        Args:
-            is_end: whether it is the run's last step, or was; it is complete only when the run is.
+        A step that `is_end`, the run's last or what was that, is complete only when the run is.
         Returns: the lines of metrics that stay, and the one of this step that was cut off.
         """
         return [], None
