@@ -289,7 +289,7 @@ class _Lane:
         """Begin a delivery, or continue the one under way, and count the processor time that it takes."""
         if self._delivery is None:
             self.is_notified, self.is_last = False, is_last
-            self._num_before, self.used = self.exporter.activity.num_delivered, 0.0
+            self._num_before, self.used = len(self.exporter.activity.delivered), 0.0
             self._delivery = self.exporter.deliver()
         began = time.thread_time()
         try:
@@ -306,7 +306,7 @@ class _Lane:
 
     def note_failure(self, reason: str, is_lasting: bool) -> None:
         self._delivery, self.last_error, self.needs_user_action, self.is_notified = None, reason, is_lasting, True
-        is_new = self.exporter.activity.num_delivered > self._num_before
+        is_new = len(self.exporter.activity.delivered) > self._num_before
         self.failures = 1 if is_new else self.failures + 1
 
     def pause(self, seconds: float) -> None:

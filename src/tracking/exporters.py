@@ -49,12 +49,7 @@ class Activity:
         self.num_calls = 0  # that have succeeded
         self.extra_seconds = 0.0  # how much longer than others the present call may take
         self.is_cancelled = False
-        self._delivered: set[bytes] = set()
-
-    @property
-    def num_delivered(self) -> int:
-        """How many things were delivered, each counted once, however often it was delivered."""
-        return len(self._delivered)
+        self.delivered: set[bytes] = set()  # digests of what was delivered, each once, however often it was
 
     def check(self) -> None:
         """Raise Cancelled where nobody waits any more."""
@@ -74,7 +69,7 @@ class Activity:
 
     def note_delivered(self, *what: object) -> None:
         """Count something that was delivered, once for the same content; ids of runs in it are ignored."""
-        self._delivered.add(hashlib.sha256(_HEX_ID.sub("", repr(what)).encode()).digest())
+        self.delivered.add(hashlib.sha256(_HEX_ID.sub("", repr(what)).encode()).digest())
 
 
 class Exporter(Protocol):
