@@ -207,7 +207,7 @@ class MlflowSweepExporter(MlflowExporter):
         except FileNotFoundError:
             return
         state = self._tracking(folder)
-        if not self._is_over and (state is None or (self._is_here(state) and state.get("ended"))):
+        if not self._is_over and (state is None or (self.is_its_store(state["uri"]) and state.get("ended"))):
             return
         if state is None and own.get("type") != "mlflow":
             return
@@ -219,7 +219,7 @@ class MlflowSweepExporter(MlflowExporter):
     def _tie(self, trial: Mapping[str, Any], folder: Path) -> None:
         """Nest a trial's run under the sweep's, with tags that say which trial it is and how it ended."""
         state, number = self._tracking(folder), str(trial["number"])
-        if not state or not self._is_here(state) or not state.get("run_id"):
+        if state is None or not self.is_its_store(state["uri"]) or not state.get("run_id"):
             return
         tied = {"run_id": state["run_id"], "state": read_status(folder).get("state")}
         known = self._state.get("trials", {})
@@ -227,8 +227,8 @@ class MlflowSweepExporter(MlflowExporter):
             return
         if reason := holds_another(folder, trial["config"]):
             raise DamagedFileError(f"{folder} is not the folder of trial {number}: {reason}. Rename it back")
-        own = {"trial": number, **{key: trial[key] for key in ("identity", "setting")}, "state": tied["state"]}
-        tags = {"mlflow.parentRunId": self.run_id, **self._own_tags, **{f"towline.{key}": own[key] for key in own}}
+        which = {"towline.identity": trial["identity"], "towline.setting": trial["setting"], "towline.trial": number}
+        tags = {"mlflow.parentRunId": self.run_id, **self._own_tags, **which, "towline.state": tied["state"]}
         self._run.log_tags(tags, run_id=tied["run_id"])
         self._save_state(trials=known | {number: tied})
 
@@ -241,10 +241,6 @@ class MlflowSweepExporter(MlflowExporter):
             return None
         except DamagedFileError:
             return {"uri": "", "run_id": None}
-
-    def _is_here(self, state: Mapping[str, Any] | None) -> bool:
-        """Return whether a trial's run is in the same store."""
-        return state is not None and self.is_its_store(state["uri"])
 
 
 def sweep_tracking(folder: Path) -> dict[str, Any]:
