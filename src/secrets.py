@@ -235,7 +235,7 @@ def _with_variables(url: str) -> str:
         return url
     if "${" not in url:
         return _variable(url)
-    # the value of a variable is not resolved again, so one stands for a login without interpolations alone
+    # a variable's value is not resolved again, so only a login without interpolations becomes one
     return _AUTHORITY.sub(lambda login: login[0] if "${" in login[0] else f"{_variable(login[0][:-1])}@", url)
 
 
