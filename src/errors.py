@@ -158,11 +158,7 @@ def show_libraries_visibly() -> None:
 
 
 def report(message: object, *, wraps: bool = True) -> None:
-    """Print a message to the error stream, its control characters written out.
-
-    Args:
-        wraps: whether its lines are made to fit a terminal; those of a traceback are not.
-    """
+    """Print a message to the error stream, its control characters written out; `wraps`: its lines fit a terminal."""
     text = visible(str(message))
     print(wrapped(text, columns_of(sys.stderr)) if wraps else text, file=sys.stderr, flush=True)
 

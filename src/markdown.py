@@ -5,10 +5,9 @@ from collections.abc import Iterable, Sequence
 
 from src.errors import visible
 
+# Characters that begin emphasis, code, HTML, an entity or a link anywhere in a line.
 _SPECIAL = re.compile(r"[\\`*<&\[\]#~]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
-"""Characters that begin emphasis, code, HTML, an entity or a link anywhere in a line."""
-_BLOCK = re.compile(r"[-+=>]|\d+[.)]")
-"""Characters that begin a list, a quotation or a rule at the start of a line."""
+_BLOCK = re.compile(r"[-+=>]|\d+[.)]")  # what begins a list, a quotation or a rule at the start of a line
 
 
 def inline(text: str) -> str:

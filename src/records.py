@@ -19,24 +19,20 @@ import yaml
 
 from src.errors import DamagedFileError, one_line
 
-LARGEST_BYTES = 1 << 28
-"""The limit for a file that is read at once; those that Towline writes are a thousand times smaller."""
+LARGEST_BYTES = 1 << 28  # of a file that is read at once; those that Towline writes are a thousand times smaller
 LARGEST_YAML_BYTES = 1 << 22
 CHUNK_BYTES = 1 << 22
 MOST_YAML_VALUES = 200_000
 """The limit of values in a YAML file with its aliases expanded: a few lines of them can stand for billions."""
-TAG = "tag:yaml.org,2002:"
-"""The prefix of the names of YAML's own types."""
+TAG = "tag:yaml.org,2002:"  # the prefix of the names of YAML's own types
 PLAIN_KINDS: Mapping[type[yaml.Node], Collection[str]] = {
     yaml.ScalarNode: ("str", "int", "float", "bool", "null"),
     yaml.SequenceNode: ("seq",),
     yaml.MappingNode: ("map",),
 }
 """YAML's types that JSON has too, by the kind of node."""
-MOST_DIGITS = 308
-"""The limit for an integer: a float can have as many."""
-DEEPEST = 100
-"""The limit of nested lists and mappings."""
+MOST_DIGITS = 308  # of an integer: a float can have as many
+DEEPEST = 100  # nested lists and mappings
 
 Types = type | tuple[type, ...]
 NUMBER = (int, float)
@@ -53,15 +49,13 @@ class LogLine(NamedTuple):
 def read_json(
     file: Path, keys: Mapping[str, Types] | None = None, *, optional: Collection[str] = (), remedy: str = ""
 ) -> dict[str, Any]:
-    """Return the object in a JSON file.
+    """Return the object in a JSON file; DamagedFileError names the file, what is wrong with it, and the remedy.
 
     Args:
         keys: the types of its keys; other keys may hold anything.
         optional: keys that may be missing.
-        remedy: what to do where it is damaged.
     Raises:
         FileNotFoundError: where there is no such file.
-        DamagedFileError: naming the file, what is wrong with it, and the remedy.
     """
     try:
         content = parse(read_bytes(file))
@@ -74,19 +68,17 @@ def read_json(
 def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
     """Return the mapping in a YAML file, of types that JSON has too: its keys are texts, and no value is a date.
 
-    Aliases that refer to themselves or multiply are refused.
-
-    Raises:
-        FileNotFoundError: where there is no such file.
-        DamagedFileError: naming the file, what is wrong with it, and the remedy.
+    Aliases that refer to themselves or multiply are refused. Raises as `read_json`.
     """
     try:
         text = read_bytes(file, LARGEST_YAML_BYTES).decode()
         node = yaml.compose(text, yaml.SafeLoader)
         if not isinstance(node, yaml.MappingNode):
             raise ValueError("no mapping of keys to values")
-        count_values(node)
-        _check_kinds(node, set())
+        counts: dict[yaml.Node, int | None] = {}
+        count_values(node, counts)
+        for one in counts:
+            _check_kind(one)
         content = yaml.SafeLoader("").construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -103,13 +95,11 @@ def read_yaml(file: Path, remedy: str = "") -> dict[str, Any]:
 def read_lines(
     file: Path, check: Callable[[dict[str, Any], dict[str, Any] | None], None] | None = None, *, remedy: str = ""
 ) -> list[LogLine]:
-    """Return the lines of a file that grows, without a last one that was not finished.
+    """Return the lines of a file that grows, without a last one that was not finished; [] where there is no file.
 
     Args:
         check: called with a line and the one before it; raises ValueError where it does not belong to this file.
-        remedy: what to do where a line is damaged; `{number}` in it stands for the line's number.
-    Raises:
-        DamagedFileError: naming file and line.
+        remedy: what DamagedFileError, which names file and line, says to do; `{number}` stands for the line's number.
     """
     try:
         *complete, _incomplete = read_bytes(file, None).split(b"\n")
@@ -130,11 +120,9 @@ def read_lines(
 
 
 def read_bytes(file: Path, most: int | None = LARGEST_BYTES) -> bytes:
-    """Return the content of a plain file.
+    """Return the content of a plain file; ValueError where it is none, can't be read, or has more than `most` bytes.
 
-    Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it is no plain file, can't be read, or has more than `most` bytes.
+    FileNotFoundError where there is no such file.
     """
     try:
         found = os.stat(file)
@@ -152,11 +140,7 @@ def read_bytes(file: Path, most: int | None = LARGEST_BYTES) -> bytes:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names in a folder, sorted; empty where there is no such folder.
-
-    Raises:
-        ValueError: where it can't be read, which is not the same as an empty folder.
-    """
+    """Return the names in a folder, sorted; [] where there is none, ValueError where it can't be read."""
     try:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
@@ -168,11 +152,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def check_plain(file: Path, remedy: str = "") -> None:
-    """Check that a file, if there is one, can be opened and read to its end.
-
-    Raises:
-        DamagedFileError: where it is a pipe, a folder, a dangling link, or can't be looked at.
-    """
+    """Raise DamagedFileError where a file is a pipe, a folder, a dangling link, or can't be looked at."""
     try:
         reason = "" if stat.S_ISREG(os.stat(file).st_mode) else "not a plain file"
     except FileNotFoundError:
@@ -184,11 +164,7 @@ def check_plain(file: Path, remedy: str = "") -> None:
 
 
 def check_keys(content: Mapping[str, Any], keys: Mapping[str, Types], optional: Collection[str] = ()) -> None:
-    """Check that an object has the keys that it needs, each with a value of its type.
-
-    Raises:
-        ValueError: naming the first key that is missing, or has another type.
-    """
+    """Raise ValueError naming the first key that an object lacks, or that has a value of another type."""
     for key, types in keys.items():
         if key not in content:
             if key not in optional:
@@ -198,11 +174,7 @@ def check_keys(content: Mapping[str, Any], keys: Mapping[str, Types], optional: 
 
 
 def check_times(file: Path, content: Mapping[str, Any], keys: Collection[str], remedy: str = "") -> None:
-    """Check that an object's values of these keys, if any, are times: ISO 8601, since 1970.
-
-    Raises:
-        DamagedFileError: naming the first that is not.
-    """
+    """Raise DamagedFileError naming the first of these keys that has a value which is no time, as `is_time`."""
     for key in keys:
         if content.get(key) is not None and not is_time(content[key]):
             raise damaged(file, f"{key} can't be {_short(content[key])}, which is no time", remedy)
@@ -253,21 +225,13 @@ def begins_with(content: bytes, digest: object) -> bool:
 
 def is_digest(value: object) -> TypeGuard[Mapping[str, Any]]:
     """Return whether a value is a digest, as `Digest.as_dict`."""
-    keys: Mapping[str, Types] = {"num_bytes": int, "xxh3_128": str}
-    return (
-        isinstance(value, Mapping)
-        and value.keys() == keys.keys()
-        and all(_is_of(value[key], types) for key, types in keys.items())
-        and value["num_bytes"] >= 0
-    )
+    if not isinstance(value, Mapping) or value.keys() != {"num_bytes", "xxh3_128"}:
+        return False
+    return _is_of(value["xxh3_128"], str) and _is_of(value["num_bytes"], int) and value["num_bytes"] >= 0
 
 
 def parse(raw: bytes) -> dict[str, Any]:
-    """Return the object in JSON text.
-
-    Raises:
-        ValueError: where there is none.
-    """
+    """Return the object in JSON text; ValueError where there is none."""
     try:
         content = json.loads(raw.decode(), parse_constant=_no_number, parse_float=_float, parse_int=_int)
     except UnicodeDecodeError as error:
@@ -304,23 +268,23 @@ def _check_depth(node: Any, depth: int = 0) -> None:
                 _check_depth(value, depth + 1)
 
 
-def count_values(node: yaml.Node, counts: dict[int, int | None] | None = None, depth: int = 0) -> int:
+def count_values(node: yaml.Node, counts: dict[yaml.Node, int | None] | None = None, depth: int = 0) -> int:
     """Return how many values a YAML node has with its aliases expanded.
 
+    ValueError where it contains itself, is nested too deep, or has too many.
+
     Args:
-        counts: of nodes by identity, filled here; None while a node is being counted.
-    Raises:
-        ValueError: where it contains itself, is nested too deep, or has too many.
+        counts: of each node within, filled here in the order of the text; None while a node is being counted.
     """
     counts = {} if counts is None else counts
-    if id(node) in counts:
-        known = counts[id(node)]
+    if node in counts:
+        known = counts[node]
         if known is None:
             raise ValueError(f"line {node.start_mark.line + 1}: an anchor that holds itself")
         return known
     if depth > DEEPEST:
         raise ValueError(f"line {node.start_mark.line + 1}: values are nested more than {DEEPEST} deep")
-    counts[id(node)] = None
+    counts[node] = None
     inner: list[yaml.Node] = []
     if isinstance(node, yaml.SequenceNode):
         inner = node.value
@@ -331,31 +295,18 @@ def count_values(node: yaml.Node, counts: dict[int, int | None] | None = None, d
         raise ValueError(
             f"line {node.start_mark.line + 1}: more than {MOST_YAML_VALUES:,} values, with those that aliases stand for"
         )
-    counts[id(node)] = count
+    counts[node] = count
     return count
 
 
-def _check_kinds(node: yaml.Node, seen: set[int]) -> None:
-    """Check that a YAML node has text keys and values that JSON has too.
-
-    Args:
-        seen: identities of nodes that were checked.
-    Raises:
-        ValueError: naming the line.
-    """
-    if id(node) in seen:
-        return
-    seen.add(id(node))
+def _check_kind(node: yaml.Node) -> None:
+    """Raise ValueError where a YAML node is no value that JSON has too, or has a key that is no text."""
     if not _is_plain(node):
         shown = _short(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
         raise ValueError(f"line {node.start_mark.line + 1}: {shown} can't be of the kind {node.tag.removeprefix(TAG)}")
-    inner = node.value if isinstance(node, yaml.SequenceNode) else []
-    if isinstance(node, yaml.MappingNode):
-        if other := next((key for key, _ in node.value if key.tag != f"{TAG}str"), None):
-            raise ValueError(f"line {other.start_mark.line + 1}: a key that is no text")
-        inner = [value for _, value in node.value]
-    for one in inner:
-        _check_kinds(one, seen)
+    keys = (key for key, _ in node.value) if isinstance(node, yaml.MappingNode) else ()
+    if other := next((key for key in keys if key.tag != f"{TAG}str"), None):
+        raise ValueError(f"line {other.start_mark.line + 1}: a key that is no text")
 
 
 def _is_plain(node: yaml.Node) -> bool:

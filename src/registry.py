@@ -21,22 +21,14 @@ class UnknownNameError(ConfigError, KeyError):
 
 
 class Registry(dict[str, Entry]):
-    """A mapping from names to entries, in the order of registration, that refuses a name twice.
-
-    Args:
-        kind: what an entry is, in the singular: "optimizer".
-    """
+    """A mapping from names to entries of a kind ("optimizer"), in the order of registration, each name once."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
 
     def register(self, name: str) -> Callable[[Value], Value]:
-        """Return a decorator that enters what it decorates under this name, unchanged.
-
-        Raises:
-            ValueError: where the name is taken.
-        """
+        """Return a decorator that enters what it decorates under this name; ValueError where the name is taken."""
 
         def enter(entry: Value) -> Value:
             self[name] = entry  # type: ignore[assignment]
@@ -46,9 +38,7 @@ class Registry(dict[str, Entry]):
 
     def why_unknown(self, name: object, remedy: str = "") -> str:
         """Return why a name is refused, with the nearest that is known; '' where it is known."""
-        if name in self:
-            return ""
-        return f"not one of {', '.join(self)}{remedy}{did_you_mean(name, self)}"
+        return "" if name in self else f"not one of {', '.join(self)}{remedy}{did_you_mean(name, self)}"
 
     def __setitem__(self, name: str, entry: Entry) -> None:
         if name in self:

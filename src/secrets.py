@@ -18,26 +18,19 @@ from typing import Any
 from urllib.parse import unquote, unquote_plus, urlsplit
 
 MASK = "***"
-HANDED_DOWN = "TOWLINE_SECRETS"
-"""The environment variable by which processes that this one starts get the URLs that are masked in what they read."""
+HANDED_DOWN = "TOWLINE_SECRETS"  # the variable by which processes that this one starts get the URLs that are masked
 OWN_VARIABLE = "TOWLINE_URL_"
 MLFLOW_LOGINS = (("MLFLOW_TRACKING_TOKEN",), ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"))
 """Variables, each group enough by itself, that MLflow takes a server's credentials from."""
-SHORTEST_KNOWN = 4
-"""Characters of a secret that is looked for in other texts; shorter ones occur by chance."""
-SHORTEST_INSIDE = 8
-"""Characters of a secret that is looked for inside words as well; shorter ones are masked only as a whole word."""
-SHORTEST_TOKEN = 16
-"""Characters of a word that is taken for a token where it has both letters and digits."""
+SHORTEST_KNOWN = 4  # characters of a secret that is looked for in other texts; shorter ones occur by chance
+SHORTEST_INSIDE = 8  # characters of one that is masked inside words as well; shorter ones only as a whole word
+SHORTEST_TOKEN = 16  # characters of a word that is taken for a token where it has both letters and digits
 
 _SECRET_NAME = re.compile(r"(TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIALS?)S?$", re.I)
 
 
 def _of_url(without: str = "") -> str:
-    """Return a pattern of one character of a URL, but for some.
-
-    RFC 3986 has apostrophes in it; one that ends a quotation is none of them.
-    """
+    """Return a pattern of one character of a URL (RFC 3986), but for some; no apostrophe that ends a quotation."""
     return rf"(?:[^\s\"<>'{without}]|'(?![\s,:;}}\])]|\Z))"
 
 
@@ -56,16 +49,12 @@ _SECRET_PARAMETER = re.compile(
 _ODBC_PASSWORD = re.compile(r"(?:PWD|PASSWORD)\s*=\s*(\{[^}]*\}|[^;]*)", re.IGNORECASE)
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([A-Za-z_]\w*)\s*(?:,([^{}]*))?\}")
 _ONLY_ENVIRONMENT = re.compile(rf"(?:{_ENVIRONMENT.pattern})+")
-_PLACE = re.compile("\ue000([A-Za-z_]\\w*)\ue001")
-"""Where a variable's value belongs, until it is known under which key that is; see `placeholder`."""
+_PLACE = re.compile("\ue000([A-Za-z_]\\w*)\ue001")  # of a variable's value whose key is not known yet: `placeholder`
 _MASKED_URL = re.compile(r"://[^\s\"<>]*?(?:\*\*\*@|[=/#]\*\*\*(?![\w*]))")
-_PLAIN_SEGMENT = re.compile(r"[A-Za-z_.~-]*|v?\d+(?:\.\d+)*")
-"""Segments of a path that grant no access: words, and versions of an interface."""
+_PLAIN_SEGMENT = re.compile(r"[A-Za-z_.~-]*|v?\d+(?:\.\d+)*")  # of a path: words and versions, which grant no access
 
-_known: dict[str, str] = {}
-"""Secrets, and what is shown in place of each."""
-_came_by: dict[str, str] = {}
-"""What the environment gave to keys whose values are secret, and the interpolation that each was given by."""
+_known: dict[str, str] = {}  # secrets, and what is shown in place of each
+_came_by: dict[str, str] = {}  # what the environment gave to secret keys, and the interpolation that it was given by
 
 
 def is_secret_variable(name: str) -> bool:
@@ -109,13 +98,9 @@ def know_given(key: str, variable: str, value: str) -> None:
 
 
 def as_stored(text: str) -> str:
-    """Return a text of a secret key as a file or a message may have it.
-
-    The interpolation stands for what the environment gave.
-    """
+    """Return a text of a secret key as a file or message may have it: interpolated where the environment gave it."""
     for value in sorted(_came_by, key=len, reverse=True):
-        if value in text:
-            text = text.replace(value, _came_by[value])
+        text = text.replace(value, _came_by[value])
     return without_credentials(text)
 
 
@@ -134,17 +119,12 @@ def _know_address(value: str) -> None:
             for one in dict.fromkeys((given, unquote_plus(given))):
                 know(one if is_secret else f"{name}={one}", MASK if is_secret else f"{name}={MASK}")
         know(url.partition("#")[2])
-        for segment in _path_of(url):
+        path = _AUTHORITY.sub("", url).partition("://")[2]
+        for segment in re.split(r"[?#]", path, maxsplit=1)[0].split("/")[1:]:
             if looks_like_token(segment):
                 know(segment)
             elif url.startswith("http") and not _PLAIN_SEGMENT.fullmatch(segment):
                 know(f"/{segment}", f"/{MASK}")
-
-
-def _path_of(url: str) -> list[str]:
-    """Return the segments of a URL's path."""
-    rest = _AUTHORITY.sub("", url).partition("://")[2]
-    return re.split(r"[?#]", rest, maxsplit=1)[0].split("/")[1:]
 
 
 def _shown_address(url: str) -> str:
@@ -210,12 +190,7 @@ def _any_of(values: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def map_texts(node: Any, change: Callable[[str, str], str], key: str = "") -> Any:
-    """Return plain containers with every text in them changed.
-
-    Args:
-        change: returns another text for a text and its key.
-        key: of the containers.
-    """
+    """Return plain containers, which have a key, with every text in them changed: `change` takes a text and its key."""
     if isinstance(node, Mapping):
         return {name: map_texts(value, change, f"{key}.{name}" if key else str(name)) for name, value in node.items()}
     if isinstance(node, list | tuple):
@@ -229,22 +204,14 @@ def cleaned(node: Any) -> Any:
 
 
 def masked(node: Any, key: str = "") -> Any:
-    """Return plain containers to be stored: credentials of URLs masked in every text.
-
-    Args:
-        key: of the containers. Below keys whose values are secret the interpolation stands for what the environment
-            gave.
-    """
+    """Return plain containers, which have a key, to be stored: credentials masked, texts of secret keys `as_stored`."""
     return map_texts(node, lambda text, at: as_stored(text) if is_secret_key(at) else without_credentials(text), key)
 
 
 def hand_down(node: Any, stored: Any, *, is_new: bool = True) -> None:
-    """Pass what is masked in stored containers to processes that this one starts, by their environment.
+    """Pass what `stored` masks of the same containers with secrets to processes that this one starts.
 
-    Args:
-        node: the containers with their secrets.
-        stored: the same without.
-        is_new: whether these come from what somebody wrote, in which a mask is a text, and not from a frozen file.
+    `is_new`: they come from what somebody wrote, in which a mask is a text, and not from a frozen file.
     """
     given = _handed_down()
     for (key, text), (_, kept) in zip(_texts(node), _texts(stored), strict=False):
@@ -260,17 +227,16 @@ def as_variables(node: Any) -> Any:
 
     What Hydra writes, pickles and prints of them then has no credentials.
     """
-    return map_texts(node, lambda text, _: _GIVEN_URL.sub(_with_variables, text))
+    return map_texts(node, lambda text, _: _GIVEN_URL.sub(lambda url: _with_variables(url[0]), text))
 
 
-def _with_variables(url: re.Match[str]) -> str:
-    if without_credentials(url[0]) == url[0]:
-        return url[0]
-    if "${" in url[0]:  # the value of a variable is not resolved again
-        return _AUTHORITY.sub(
-            lambda login: f"{_variable(login[0][:-1])}@" if "${" not in login[0] else login[0], url[0]
-        )
-    return _variable(url[0])
+def _with_variables(url: str) -> str:
+    if without_credentials(url) == url:
+        return url
+    if "${" not in url:
+        return _variable(url)
+    # a variable's value is not resolved again, so only a login without interpolations becomes one
+    return _AUTHORITY.sub(lambda login: login[0] if "${" in login[0] else f"{_variable(login[0][:-1])}@", url)
 
 
 def _variable(value: str) -> str:
@@ -280,27 +246,21 @@ def _variable(value: str) -> str:
 
 
 def reveal(node: Any, missing: list[tuple[str, str]], key: str = "") -> Any:
-    """Return stored containers with their secrets in place, from what was handed down and the environment.
+    """Return stored containers, which have a key, with their secrets, as handed down or set in the environment.
 
-    Args:
-        missing: gets the key and what it lacks, of each secret that is not available; its text stays as it is.
-        key: of the containers.
+    `missing` gets the key and what it lacks, of each secret that is not available; its text stays as it is.
     """
     return map_texts(node, lambda text, at: _revealed(text, missing, at), key)
 
 
 def is_stored_interpolation(key: str, variable: str) -> bool:
     """Return whether a variable that the environment gives to a key is stored as an interpolation."""
-    if variable.startswith(OWN_VARIABLE):  # it is of this process alone
-        return False
-    return is_secret_key(key) or is_secret_variable(variable)
+    is_own = variable.startswith(OWN_VARIABLE)  # of this process alone
+    return not is_own and (is_secret_key(key) or is_secret_variable(variable))
 
 
 def placeholder(variable: str) -> str:
-    """Return a placeholder for a variable until `placed` knows the key that it ends up under.
-
-    That need not be the key that has the interpolation: others may refer to it.
-    """
+    """Return a placeholder for a variable until `placed` knows its key, which need not be that of the interpolation."""
     return f"\ue000{variable}\ue001"
 
 
@@ -338,15 +298,13 @@ def _revealed(text: str, missing: list[tuple[str, str]], key: str) -> str:
 def _with_login(url: str, missing: list[tuple[str, str]], key: str) -> str:
     """Return a masked URL without its mask, where the tracker finds the credentials by itself."""
     plain = url.replace(f"{MASK}@", "")
+    how = ""
     if key == "tracking.uri" and plain.startswith(("http://", "https://")) and MASK not in plain:
-        if any(all(os.environ.get(name) for name in names) for names in MLFLOW_LOGINS):
+        is_set = any(all(os.environ.get(name) for name in names) for names in MLFLOW_LOGINS)
+        if is_set or _is_in_netrc(urlsplit(plain).hostname or ""):
             return plain
-        if _is_in_netrc(urlsplit(plain).hostname or ""):
-            return plain
-        how = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, have them in ~/.netrc, or give it"
-        missing.append((key, f"its credentials were not stored: {how} again, {key}=…"))
-    else:
-        missing.append((key, f"its credentials were not stored: give it again, {key}=…"))
+        how = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, have them in ~/.netrc, or "
+    missing.append((key, f"its credentials were not stored: {how}give it again, {key}=…"))
     return url
 
 

@@ -12,12 +12,9 @@ from itertools import accumulate
 from typing import IO
 from unicodedata import category, east_asian_width
 
-NARROWEST = 20
-"""The width below which lines are not wrapped."""
-DEFAULT_COLUMNS = 80
-"""The width assumed for a terminal that does not report its own."""
-LAST_COLUMN = 0.72
-"""The share of the width within which a table's last column must begin for its text to be continued below it."""
+NARROWEST = 20  # the width below which lines are not wrapped
+DEFAULT_COLUMNS = 80  # the width assumed for a terminal that does not report its own
+LAST_COLUMN = 0.72  # share of the width within which a table's last column must begin to be continued below itself
 
 _PAINT = re.compile(r"\x1b\[[0-9;]*m")
 _NUMBER = re.compile(r"[+±-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:[.:_]\d+)*(?:[eE][+-]?\d+)?%?")
@@ -32,8 +29,7 @@ _COMMAND = re.compile(rf"{_CODE}|(?<![^\s(])(?:{_PROGRAM})?{_ARGUMENT}(?: {_ARGU
 """What may be pasted into a shell: code, and arguments as a shell's quoting has them."""
 _SINGLE = re.compile(_ARGUMENT)
 _COLUMN = re.compile(r"\S {3,}(?=\S)")
-_AFTER = ("/\\,;:=&>)]}", "._-")
-"""Characters after which a word that is longer than a line is best divided, and next best."""
+_AFTER = ("/\\,;:=&>)]}", "._-")  # after which a word that is longer than a line is best divided, and next best
 
 
 def columns_of(stream: IO[str]) -> int | None:
@@ -52,12 +48,10 @@ def columns_of(stream: IO[str]) -> int | None:
 
 
 def wrapped(text: str, columns: int | None, *, hang: int | None = None) -> str:
-    """Return a text wrapped to a width; commands that are longer stay on one line.
+    """Return a text wrapped to a width (None: as it is); commands that are longer stay on one line.
 
-    Args:
-        columns: None: lines are left as they are.
-        hang: columns in front of a continued line; None: the indent of the line, or where the last column of
-            a table (three spaces or more) begins.
+    `hang` is the columns in front of a continued line; by default the indent of the line, or where the last column of
+    a table (three spaces or more) begins.
     """
     if columns is None or columns < NARROWEST:
         return text
@@ -155,11 +149,8 @@ def _cut(line: str, begin: int, end: int, total: Sequence[int], most: int, whole
     end = min(end - 1, bisect_right(total, most) - 1)
     places = [i for i in range(end, begin, -1) if i not in whole and total[i + 1] > total[i]]
     half = (total[begin] + most) // 2
-    for characters in _AFTER:
-        for place in places:
-            if line[place - 1] in characters and total[place] > half:
-                return place
-    return places[0] if places else None
+    best = (place for after in _AFTER for place in places if line[place - 1] in after and total[place] > half)
+    return next(best, places[0] if places else None)
 
 
 def _wrapped_line(line: str, columns: int, hang: int | None) -> Iterator[str]:
@@ -186,7 +177,7 @@ def _commands(line: str, columns: int) -> Iterator[tuple[int, int]]:
 
 
 def _parts(line: str, columns: int, room: int) -> Iterator[tuple[str, bool]]:
-    """Yield the parts of a line, and whether they are commands that have no room in the rest of a line."""
+    """Yield the parts of a line, each with whether it is a command that has no room in the rest of a line."""
     at = 0
     for start, stop in [*_commands(line, columns), (len(line), len(line))]:
         if width(line[start:stop]) > room or start == stop:

@@ -16,11 +16,7 @@ def nearest(word: object, known: Iterable[str]) -> str:
 
 
 def did_you_mean(word: object, known: Iterable[str], written: Callable[[str], str] = str) -> str:
-    """Return `; did you mean …?` with the nearest known word, to end a message; '' where none is near.
-
-    Args:
-        written: how that word is written in the message.
-    """
+    """Return `; did you mean …?` with the nearest known word, as `written` in the message; '' where none is near."""
     near = nearest(word, known)
     return f"; did you mean {written(near)}?" if near else ""
 
@@ -38,11 +34,7 @@ def in_words(names: Iterable[str], last: str = "and") -> str:
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:
-    """Return a count with its noun: 1 row, 1,024 rows.
-
-    Args:
-        nouns: the plural, where it is not the noun and an s.
-    """
+    """Return a count with its noun: 1 row, 1,024 rows; `nouns` is the plural where it is not the noun and an s."""
     return f"{count:,} {noun if count == 1 else nouns or f'{noun}s'}"
 
 

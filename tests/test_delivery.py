@@ -27,14 +27,14 @@ from sqlalchemy.engine import Engine
 from src import sync
 from src.config.schema import MlflowConfig
 from src.records import Digest
-from src.tracking import export_thread, mlflow_calls, sqlite_store, tracker
+from src.tracking import export_thread, mlflow_client, sqlite_store, tracker
 from src.tracking.export_thread import ExportThread, WaitLimits
 from src.tracking.exporters import DeliveryError
-from src.tracking.folder_start import Start
 from src.tracking.lock import hold
-from src.tracking.mlflow_errors import explained
+from src.tracking.mlflow_client import explained
 from src.tracking.mlflow_run import MlflowRunExporter
 from src.tracking.mlflow_state import read_tracking
+from src.tracking.run_folder import Start
 from src.tracking.sqlite_store import SqliteStore
 from src.tracking.tracker import start_exporters
 from tests.conftest import FORKS, ROOT, admitted, read_lines
@@ -66,7 +66,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
     for module in (tracker, export_thread):
         monkeypatch.setattr(module, "UNTIL_DELIVERED", PATIENT)
     monkeypatch.setattr(export_thread, "RETRY_SECONDS", 0.2)
-    monkeypatch.setattr(mlflow_calls, "AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(mlflow_client, "AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(sqlite_store, "LOCKED_SECONDS", 0.3)
 
 

@@ -20,8 +20,8 @@ from src.tracking import export_thread
 from src.tracking.console import Console
 from src.tracking.export_thread import ExportThread, WaitLimits
 from src.tracking.exporters import EXPORTERS, DeliveryError
-from src.tracking.folder_start import Start
 from src.tracking.line_exporter import LineExporter
+from src.tracking.run_folder import Start
 from src.tracking.tracker import deliver_pending
 from tests.conftest import read_lines, write_lines
 from tests.test_tracking import do_step, stopped, track, tracked

@@ -18,13 +18,12 @@ from src.config.frozen import read_status
 from src.config.schema import MlflowConfig
 from src.config.schema.tracking import NoTrackingConfig
 from src.errors import DamagedFileError, Pruned
-from src.tracking import sweep_tracker
 from src.tracking.console import Console
 from src.tracking.export_thread import WaitLimits
-from src.tracking.folder_exporter import exhaust
+from src.tracking.exporters import exhaust
 from src.tracking.lock import hold
 from src.tracking.mlflow_sweep import MlflowSweepExporter, sweep_tracking
-from src.tracking.sweep_tracker import open_sweep_tracking
+from src.tracking.tracker import open_sweep_tracking
 from tests.conftest import write_lines
 from tests.sweeps import planned, states
 from tests.test_tracking import FROZEN, closed_port, count_calls, do_step, stopped, track, tracked
@@ -264,7 +263,7 @@ def test_a_trial_that_a_process_is_at_is_left_to_it(place: Path, uri: str) -> No
 def test_a_store_that_never_answers_does_not_hold_the_sweep(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep_tracker, "END_OF_RUN", WaitLimits(call_seconds=1.0))
+    monkeypatch.setattr("src.tracking.tracker.END_OF_RUN", WaitLimits(call_seconds=1.0))
     with socket.create_server(("127.0.0.1", 0)) as server:
         silent = config(f"http://127.0.0.1:{server.getsockname()[1]}")
         started = time.monotonic()

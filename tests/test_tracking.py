@@ -26,14 +26,13 @@ from src.evaluation.samples import Sample
 from src.tracking import tracker
 from src.tracking.console import Console, clock
 from src.tracking.export_thread import WaitLimits
-from src.tracking.folder_exporter import exhaust
-from src.tracking.folder_start import FILES, Start, last_config_hash
+from src.tracking.exporters import exhaust
 from src.tracking.lock import hold
 from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_names import distinct_names, flat, plain_name
 from src.tracking.mlflow_run import MlflowRunExporter
 from src.tracking.provenance import git_state, provenance
-from src.tracking.run_folder import RunFolder, open_run_folder
+from src.tracking.run_folder import FILES, RunFolder, Start, last_config_hash, open_run_folder
 from src.tracking.tracker import FolderTracker, deliver_pending, open_tracking, start_exporters
 from tests.conftest import FORKS, ROOT, admitted, read_lines, write_lines
 
@@ -566,7 +565,7 @@ def test_numbers_go_on_from_the_lines_that_stay(tmp_path: Path) -> None:
 def test_a_file_that_says_how_a_run_began_is_written_once(tmp_path: Path) -> None:
     with tracked(admitted().config.tracking, tmp_path) as tracking:
         for device in ("first", "second"):
-            tracking.write_file_once("provenance.json", {"device": device})
+            tracking.write_file("provenance.json", {"device": device}, once=True)
     assert json.loads((tmp_path / "provenance.json").read_text()) == {"device": "first"}
 
 

@@ -74,7 +74,7 @@ def guarded(action: Callable[[], int], *, when_stopped: str = "", when_full: str
 def _how_to_resume(run_dir: Path) -> str:
     from src.checkpoint.manifest import newest_resumable
     from src.config.places import CHECKPOINTS
-    from src.tracking.folder_start import resume_command
+    from src.tracking.run_folder import resume_command
 
     if not run_dir.is_dir():
         return f"{run_dir} is not there any more: it was moved or removed. What was saved is where it was moved to."

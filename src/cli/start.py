@@ -19,9 +19,8 @@ from src.runtime.collector import collect_from_here
 from src.runtime.launch import is_launched, launch, place_of
 from src.runtime.signals import StopRequest
 from src.tracking.console import Console
-from src.tracking.folder_start import Start
 from src.tracking.lock import hold
-from src.tracking.run_folder import note_end
+from src.tracking.run_folder import Start, note_end
 from src.tracking.step_logs import metrics_at
 from src.tracking.tracker import Tracker, deliver_pending, open_tracking
 from src.training.resume import ResumePoint, find_resume_point

@@ -34,8 +34,8 @@ from src.records import (
 )
 from src.sweep.trial import Trial, check_trial
 from src.sweep.workers import log_file
-from src.tracking.folder_start import SUMMARY
 from src.tracking.lock import LOCK, holder_of
+from src.tracking.run_folder import SUMMARY
 from src.tracking.step_logs import METRICS, read_step_log
 from src.tracking.sweep_files import holds_another, read_sweep
 from src.util import listed, write_atomically, write_json

@@ -25,7 +25,7 @@ from src.sweep.trial import Trial
 from src.sweep.workers import RunTrial, Workers, end_fork_server, modules_of_run, start_fork_server
 from src.tracking.console import Console
 from src.tracking.lock import hold
-from src.tracking.sweep_tracker import open_sweep_tracking
+from src.tracking.tracker import open_sweep_tracking
 from src.util import plural
 
 

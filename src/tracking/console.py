@@ -26,11 +26,9 @@ class Console:
         self._first_step = 0
 
     def say(self, text: str = "", *, is_painted: bool = False, hang: int | None = None) -> None:
-        """Print lines that stay, each made to fit a terminal.
+        """Print lines that stay, each made to fit a terminal, with `hang` as of `wrapped`.
 
-        Args:
-            is_painted: its control characters are colours, meant for the terminal; else they are written out.
-            hang: columns in front of a continued line, see `wrapped`.
+        Control characters are written out, unless the text is painted: then they are colours, meant for the terminal.
         """
         text = text if is_painted else visible(text)
         self._print(wrapped(text, columns_of(self._stream), hang=hang))
@@ -50,15 +48,14 @@ class Console:
 
     def working(self, text: str) -> None:
         """Show how far long work before training is: in place on a terminal, now and then elsewhere."""
-        now = time.monotonic()
-        if not self._is_live:
-            if now - self._last_refresh >= QUIET_SECONDS:
-                if self._last_refresh:
-                    self.say(text)
-                self._last_refresh = now
-        elif now - self._last_refresh >= REFRESH_SECONDS:
-            self._last_refresh = now
+        now, before = time.monotonic(), self._last_refresh
+        if now - before < (REFRESH_SECONDS if self._is_live else QUIET_SECONDS):
+            return
+        self._last_refresh = now
+        if self._is_live:
             self._rewrite(cut_to(visible(text, is_line=True), self._room))
+        elif before:
+            self.say(text)
 
     def progress(
         self, step: int, num_steps: int, loss: float, lr: float, tokens_per_second: float, *, logged: bool
@@ -105,22 +102,18 @@ class Console:
             texts = {"text": one.text, "answer": one.answer, "expected": one.reference}
             if one.text == one.answer:
                 del texts["text"]
-            lines = {name: _shown(text) for name, text in texts.items()}
+            lines = {f"    {name}": _shown(text) for name, text in texts.items()}
             lines[next(iter(lines))] += f"   [{one.stop_reason}]"
-            self._part("  prompt", _shown(one.prompt))
-            for name, line in lines.items():
-                self._part(f"    {name}", line)
-
-    def _part(self, name: str, text: str) -> None:
-        self.say(f"{name:<{LABEL + 2}}{text}", hang=LABEL + 2)
+            for name, line in {"  prompt": _shown(one.prompt), **lines}.items():
+                self.say(f"{name:<{LABEL + 2}}{line}", hang=LABEL + 2)
 
     def table(self, summary: Mapping[str, Any]) -> None:
         """Print the run's final numbers."""
         longest = max(len(name) for name in summary)
         for name, value in summary.items():
-            shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-            if isinstance(value, float) and value and abs(value) < 1e-3:
-                shown = f"{value:.3e}"
+            shown = f"{value:,}" if isinstance(value, int) else value
+            if isinstance(value, float):
+                shown = f"{value:.3e}" if value and abs(value) < 1e-3 else f"{value:,.4f}"
             self.say(f"  {name:<{longest}}  {shown:>16}")
 
     @property

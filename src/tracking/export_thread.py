@@ -15,47 +15,34 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from src.tracking.exporters import Exporter
+from src.tracking.exporters import Exporter, Warn
 
 RETRY_SECONDS = 2.0
 LONGEST_RETRY_SECONDS = 60.0
 LONGEST_LAST_RETRY_SECONDS = 8.0
-TURN_SECONDS = 5.0
-"""How long an exporter may deliver before another one that is ready has its turn."""
-OPENING_SECONDS = 5.0
-"""How long what is local may take between two calls; not counted while it is being made."""
+TURN_SECONDS = 5.0  # that an exporter may deliver before another one that is ready has its turn
+OPENING_SECONDS = 5.0  # that what is local may take between two calls; not counted while it is being made
 HEARTBEAT_SECONDS = 0.5
-BUSY_CPU_SHARE = 0.05
-"""Share of a processor from which on a process counts as computing, not waiting."""
-CPU_SHARE = 0.1
-"""Share of a processor that an exporter may take from the training."""
+BUSY_CPU_SHARE = 0.05  # of a processor, from which on a process counts as computing, not waiting
+CPU_SHARE = 0.1  # of a processor that an exporter may take from the training
 LONGEST_PAUSE_SECONDS = 10.0
-SERVER_SECONDS = 1.0
-"""How long a sweep waits for a server before its trials start."""
+SERVER_SECONDS = 1.0  # that a sweep waits for a server before its trials start
 
 
 @dataclass(frozen=True)
 class WaitLimits:
-    """How long the end of a run, or a command, waits for its exporters.
+    """How long the end of a run, or a command, waits for its exporters."""
 
-    Args:
-        call_seconds: for one call.
-        total_seconds: in all; while calls succeed.
-        attempts: how often what fails is tried, with nothing delivered in between that was not delivered before.
-        signals: what ends the waiting.
-    """
-
-    call_seconds: float
-    total_seconds: float = math.inf
-    attempts: int = 2
-    signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    call_seconds: float  # for one call
+    total_seconds: float = math.inf  # in all, while calls succeed
+    attempts: int = 2  # of what fails, with nothing delivered in between that was not delivered before
+    signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that end the waiting
 
 
 END_OF_RUN = WaitLimits(call_seconds=30.0, total_seconds=120.0)
 AFTER_STOP = WaitLimits(call_seconds=10.0, total_seconds=10.0, signals=(signal.SIGINT,))
 """Limits of a run that was asked to stop: schedulers kill after half a minute, and repeat their signals."""
-UNTIL_DELIVERED = WaitLimits(call_seconds=90.0, attempts=4)
-"""Limits of a command that does nothing but deliver."""
+UNTIL_DELIVERED = WaitLimits(call_seconds=90.0, attempts=4)  # of a command that does nothing but deliver
 
 
 @dataclass(frozen=True)
@@ -81,12 +68,7 @@ class ExportThread:
     """
 
     def __init__(
-        self,
-        exporters: Sequence[Exporter],
-        *,
-        cleanup: Exporter | None = None,
-        waits: bool = False,
-        warn: Callable[[str], None],
+        self, exporters: Sequence[Exporter], *, cleanup: Exporter | None = None, waits: bool = False, warn: Warn
     ) -> None:
         self.exporters = exporters
         for exporter in exporters:
@@ -98,8 +80,7 @@ class ExportThread:
         self._warned: set[str] = set()
         self._limits = END_OF_RUN
         self._is_closing = False
-        self.ended_by = ""
-        """The signal that ended the waiting, or ''."""
+        self.ended_by = ""  # the signal that ended the waiting, or ''
         self._changed = threading.Condition()
         self._current: _Lane | None = None
         self._start_thread()
@@ -137,20 +118,13 @@ class ExportThread:
         for lane in self._lanes:
             heartbeat = _Heartbeat(lane.exporter)
             while not lane.exporter.is_connected and not lane.last_error:
-                since, seconds = (
-                    (heartbeat.last(), OPENING_SECONDS) if lane.exporter.is_local else (started, SERVER_SECONDS)
-                )
-                if time.monotonic() - since > seconds:
+                until = heartbeat.last() + OPENING_SECONDS if lane.exporter.is_local else started + SERVER_SECONDS
+                if time.monotonic() > until:
                     break
                 time.sleep(0.02)
 
     def close(self, limits: WaitLimits = END_OF_RUN, show: Callable[[str], None] | None = None) -> list[Undelivered]:
-        """Deliver the rest, and return what is left.
-
-        Args:
-            limits: how long to wait for it.
-            show: takes how far it has got, again and again.
-        """
+        """Deliver the rest, and return what is left; `show` takes how far it has got, again and again."""
         started = time.monotonic()
         with self._changed:
             self._limits, self._is_closing = limits, True
@@ -165,7 +139,9 @@ class ExportThread:
                     if reason := self._timeout_reason(lane, started):
                         self._give_up(lane, reason)
                 if show is not None and time.monotonic() - started > 1.0:
-                    _show_progress(waiting[0], show)
+                    slow = waiting[0]
+                    why = f"; {slow.last_error}" if slow.last_error else ""
+                    show(f"{slow.exporter.name} has {slow.exporter.progress}{why}")
                 with self._changed:
                     self._replace_stuck_thread()
                     self._changed.wait(0.05)
@@ -276,31 +252,28 @@ class ExportThread:
             self._warn(text)
 
 
+@dataclass(eq=False)
 class _Lane:
     """The state of one exporter: whether there is work for it, and how its deliveries went."""
 
-    def __init__(self, exporter: Exporter) -> None:
-        self.exporter = exporter
-        self.heartbeat = _Heartbeat(exporter)
-        self.is_notified = False
-        self.paused_until = 0.0
-        """When its pause ends, by the monotonic clock."""
-        self.turn_began = 0.0
-        self.is_last = False
-        """Whether the present delivery began after the folder had changed for the last time."""
-        self.is_stuck = False
-        """Whether a thread of its own waits for a call that lasted longer than a turn."""
-        self.is_over = False
-        self.is_delivered = False
-        self.failures = 0
-        self.last_error = ""
-        """Why the last attempt failed, or ''."""
-        self.needs_user_action = False
-        self._end_reason = ""
-        self._delivery: Iterator[None] | None = None
-        self.used = 0.0
-        """Seconds of a processor that the present delivery has taken."""
-        self._num_before = 0
+    exporter: Exporter
+    is_notified: bool = False
+    paused_until: float = 0.0  # by the monotonic clock
+    turn_began: float = 0.0
+    is_last: bool = False  # whether the present delivery began after the folder had changed for the last time
+    is_stuck: bool = False  # whether a thread of its own waits for a call that lasted longer than a turn
+    is_over: bool = False
+    is_delivered: bool = False
+    failures: int = 0
+    last_error: str = ""  # why the last attempt failed, or ''
+    needs_user_action: bool = False
+    used: float = 0.0  # seconds of a processor that the present delivery has taken
+    _end_reason: str = ""
+    _delivery: Iterator[None] | None = None
+    _num_before: int = 0
+
+    def __post_init__(self) -> None:
+        self.heartbeat = _Heartbeat(self.exporter)
 
     @property
     def has_work(self) -> bool:
@@ -316,7 +289,7 @@ class _Lane:
         """Begin a delivery, or continue the one under way, and count the processor time that it takes."""
         if self._delivery is None:
             self.is_notified, self.is_last = False, is_last
-            self._num_before, self.used = self.exporter.activity.num_delivered, 0.0
+            self._num_before, self.used = len(self.exporter.activity.delivered), 0.0
             self._delivery = self.exporter.deliver()
         began = time.thread_time()
         try:
@@ -333,7 +306,7 @@ class _Lane:
 
     def note_failure(self, reason: str, is_lasting: bool) -> None:
         self._delivery, self.last_error, self.needs_user_action, self.is_notified = None, reason, is_lasting, True
-        is_new = self.exporter.activity.num_delivered > self._num_before
+        is_new = len(self.exporter.activity.delivered) > self._num_before
         self.failures = 1 if is_new else self.failures + 1
 
     def pause(self, seconds: float) -> None:
@@ -350,11 +323,6 @@ class _Lane:
         where = f"{self.exporter.name} at {self.exporter.where}"
         text = f"{self.exporter.pending} are not delivered ({why})"
         return Undelivered(where, text, self.needs_user_action, self.exporter.can_be_synced)
-
-
-def _show_progress(lane: _Lane, show: Callable[[str], None]) -> None:
-    why = f"; {lane.last_error}" if lane.last_error else ""
-    show(f"{lane.exporter.name} has {lane.exporter.progress}{why}")
 
 
 class _Heartbeat:
@@ -384,14 +352,12 @@ class _Heartbeat:
 def _noted(signals: tuple[signal.Signals, ...]) -> Iterator[list[str]]:
     """Yield a list that collects the names of signals received in the block; only Python's main thread gets them."""
     received: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
+    gets_signals = threading.current_thread() is threading.main_thread()
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
-    before = {number: signal.signal(number, note) for number in signals}
+    before = {number: signal.signal(number, note) for number in signals if gets_signals}
     try:
         yield received
     finally:

@@ -1,14 +1,14 @@
 """A tracker of one's own: a class that takes lines of metrics, and a YAML in conf/tracking/. See docs/extending.md."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from src.config.frozen import read_status
 from src.errors import DamagedFileError
 from src.records import read_json
-from src.tracking.folder_exporter import FolderExporter
+from src.tracking.exporters import FolderExporter, Warn
 
 LINES_AT_ONCE = 100
 
@@ -24,9 +24,7 @@ class LineExporter(FolderExporter):
         folder: the run's folder.
     """
 
-    def __init__(
-        self, config: Any, folder: Path, *, is_over: bool = False, warn: Callable[[str], None], name: str = ""
-    ) -> None:
+    def __init__(self, config: Any, folder: Path, *, is_over: bool = False, warn: Warn, name: str = "") -> None:
         self.config = config
         self.name = name or str(config.type)
         super().__init__(folder, state_file(self.name), is_over=is_over, warn=warn)
@@ -65,12 +63,12 @@ class LineExporter(FolderExporter):
     def _load_state(self) -> dict[str, Any]:
         try:
             found = read_json(self._state_file, {"lines": int})
+            return found | {"lines": max(0, found["lines"])}
         except FileNotFoundError:
-            return {"lines": 0}
+            pass
         except DamagedFileError as error:
             self._set_aside(error, f"All lines are written to {self.name} again.")
-            return {"lines": 0}
-        return found | {"lines": max(0, found["lines"])}
+        return {"lines": 0}
 
     def rewind(self, num_kept: int, cut: Sequence[Mapping[str, Any]]) -> None:
         self._save_state(lines=min(self._num_delivered, num_kept), ended=None)

@@ -13,8 +13,7 @@ import psutil
 from src.errors import RunFolderError
 
 LOCK = "lock"
-LONGEST_HOLDER = 500
-"""Characters that are read of what a lock says."""
+LONGEST_HOLDER = 500  # characters that are read of what a lock says
 
 
 @contextmanager
@@ -22,9 +21,7 @@ def hold(path: Path) -> Iterator[int]:
     """Hold a run's folder against every other process, until the block ends or the process dies; makes the folder.
 
     Yields the descriptor that holds it: processes that inherit it hold the folder too, as long as they live.
-
-    Raises:
-        RunFolderError: where it can't be made, or naming the process that holds it.
+    RunFolderError says why it can't be made or held, or names the process that holds it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -40,16 +37,17 @@ def hold(path: Path) -> Iterator[int]:
             raise RunFolderError(f"{path} is in use by another process: {holder}{left}") from error
         except OSError as error:  # a file system without locks
             raise _can_not_be_held(path / LOCK, error) from error
-        _write_holder(lock, path / LOCK)
+        identity = process_identity()
+        try:
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), "process {pid} on {host} (boot {boot_id})\n".format(**identity).encode())
+        except OSError as error:
+            raise _can_not_be_held(path / LOCK, error, " can't be written") from error
         yield lock.fileno()
 
 
 def _open_lock(file: Path) -> TextIO:
-    """Open a lock, which is made where there is none.
-
-    Raises:
-        RunFolderError: where it can't be opened.
-    """
+    """Open a lock, which is made where there is none."""
     try:
         file.touch()
         if not file.is_file():
@@ -59,23 +57,8 @@ def _open_lock(file: Path) -> TextIO:
         raise _can_not_be_held(file, error) from error
 
 
-def _write_holder(lock: TextIO, file: Path) -> None:
-    """Write into a lock which process holds it.
-
-    Raises:
-        RunFolderError: where it can't be written.
-    """
-    identity = process_identity()
-    holder = f"process {identity['pid']} on {identity['host']} (boot {identity['boot_id']})\n"
-    try:
-        os.ftruncate(lock.fileno(), 0)
-        os.write(lock.fileno(), holder.encode())
-    except OSError as error:
-        raise RunFolderError(f"the run's folder can't be held: {file} can't be written: {error.strerror}") from error
-
-
-def _can_not_be_held(file: Path, error: OSError) -> RunFolderError:
-    return RunFolderError(f"the run's folder can't be held: {file}: {error.strerror}")
+def _can_not_be_held(file: Path, error: OSError, what: str = "") -> RunFolderError:
+    return RunFolderError(f"the run's folder can't be held: {file}{what}: {error.strerror}")
 
 
 def holder_of(path: Path) -> str:

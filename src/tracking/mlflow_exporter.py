@@ -18,32 +18,26 @@ from src import secrets
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
 from src.records import check_plain
-from src.tracking import mlflow_calls
-from src.tracking.artifacts import Artifacts
-from src.tracking.exporters import DeliveryError
-from src.tracking.folder_exporter import FolderExporter
-from src.tracking.mlflow_calls import CALLS_AGAIN, WatchedClient
-from src.tracking.mlflow_client import KILLED, quiet_client, reach, redirected, run_of
-from src.tracking.mlflow_errors import explained, is_gone
-from src.tracking.mlflow_log import OpenRun, Sent
+from src.tracking import mlflow_client
+from src.tracking.exporters import DeliveryError, FolderExporter, Warn
+from src.tracking.mlflow_log import Artifacts, OpenRun, Sent
 from src.tracking.mlflow_names import milliseconds, plain_name, user_name
-from src.tracking.mlflow_state import TRACKING, PreviousRun, read_tracking, runs_left
+from src.tracking.mlflow_state import TRACKING, read_tracking, runs_left
 from src.tracking.previous_runs import PreviousRuns
 from src.tracking.sqlite_store import SqliteStore
 from src.tracking.step_logs import is_timing
 
 
 class MlflowExporter(FolderExporter):
-    """Delivers a folder to its run in MLflow. May raise whatever MLflow raises.
+    """Delivers a folder to its run in MLflow, see FolderExporter. May raise whatever MLflow raises.
 
-    Args:
-        parent: the exporter that this one is a part of; what succeeds here succeeds there.
-        is_over, warn: see FolderExporter.
+    What succeeds in an exporter that is a part of another one, its `parent`, succeeds there.
     """
 
     name = "MLflow"
     can_be_synced = True
     main_file: str  # the file that is there if there may be something to deliver
+    may_show_older = False  # whether an older value may be dated later than the last one
 
     def __init__(
         self,
@@ -52,7 +46,7 @@ class MlflowExporter(FolderExporter):
         *,
         parent: "MlflowExporter | None" = None,
         is_over: bool = False,
-        warn: Callable[[str], None],
+        warn: Warn,
     ) -> None:
         self._config = replace(
             config,  # a store needs no secrets
@@ -61,17 +55,15 @@ class MlflowExporter(FolderExporter):
             tags=secrets.cleaned(config.tags),
         )
         self.is_local = config.uri.startswith("sqlite")
-        self.previous: PreviousRuns | None = parent.previous if parent else None
-        """Ends runs that the folder had in other stores."""
+        self.previous: PreviousRuns | None = parent.previous if parent else None  # ends runs in other stores
         self._parent = parent
-        self._client_class = quiet_client()
+        self._client_class = mlflow_client.quiet_client()
         self._open: OpenRun | None = None
         self._address = config.uri
         self._has_failed = False
         self._damage: list[DamagedFileError] = []
         self._sqlite: SqliteStore | None = parent._sqlite if parent else None
-        activity = parent.activity if parent else None
-        super().__init__(folder, TRACKING, is_over=is_over, warn=warn, activity=activity)
+        super().__init__(folder, TRACKING, is_over=is_over, warn=warn, activity=parent.activity if parent else None)
 
     @abstractmethod
     def _deliver_folder(self) -> Iterator[None]:
@@ -124,8 +116,7 @@ class MlflowExporter(FolderExporter):
 
     @property
     def run_id(self) -> str | None:
-        found: str | None = self._state["run_id"]
-        return found
+        return self._state["run_id"]
 
     @property
     def is_connected(self) -> bool:
@@ -141,13 +132,13 @@ class MlflowExporter(FolderExporter):
         return self._sqlite is not None and self._sqlite.is_being_made()
 
     def explain(self, error: Exception) -> DeliveryError:
-        return explained(error)
+        return mlflow_client.explained(error)
 
     def supersede(self, state: Mapping[str, Any]) -> None:
         """Replace a run that the folder had before, by what its tracking.json said."""
         self._state |= self._runs_before(state)
         if state["run_id"] is not None and self.is_its_store(state["uri"]):
-            self._state["replaced"] = [*self._state["replaced"], state["run_id"]]
+            self._state["replaced"] += [state["run_id"]]
 
     def _runs_before(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the runs that this one replaces, by what a tracking.json says: here, and in other stores."""
@@ -160,26 +151,21 @@ class MlflowExporter(FolderExporter):
                 here.append(run_id)
         return {"replaced": here, "elsewhere": elsewhere}
 
-    @property
-    def runs_elsewhere(self) -> list[PreviousRun]:
-        """The runs that the folder had in other stores, which nobody has ended yet."""
-        return [(one["uri"], one["run_id"]) for one in self._state.get("elsewhere", [])]
-
     def _end_in_other_stores(self) -> None:
-        """Ask for the end of those runs; a part of another exporter does not record it: its folder is not held then."""
-        if self.previous is not None:
-            for run in self.runs_elsewhere:
-                self.previous.end(run, self.folder, None if self._parent else partial(self._forget_in_other_store, run))
+        """Ask for the end of runs there; a part of another exporter does not record it: its folder is not held then."""
 
-    def _forget_in_other_store(self, ended: PreviousRun) -> None:
-        left = [{"uri": uri, "run_id": run_id} for uri, run_id in self.runs_elsewhere if (uri, run_id) != ended]
-        self._save_state(elsewhere=left)
+        def forget(ended: Mapping[str, str]) -> None:
+            self._save_state(elsewhere=[one for one in self._state.get("elsewhere", []) if one != ended])
+
+        if self.previous is not None:
+            for one in self._state.get("elsewhere", []):
+                run = (one["uri"], one["run_id"])
+                self.previous.end(run, self.folder, None if self._parent else partial(forget, one))
 
     def deliver(self) -> Iterator[None]:
         """Deliver the folder as it is now, connecting first where that was not done.
 
-        Raises:
-            DamagedFileError: naming a file that can't be read; what others say was delivered nevertheless.
+        DamagedFileError names a file that can't be read; what others say was delivered nevertheless.
         """
         self._damage = []
         self._end_in_other_stores()
@@ -191,7 +177,7 @@ class MlflowExporter(FolderExporter):
             self._check_arrived()
         except Exception as error:
             self._has_failed = True
-            if is_gone(error):
+            if mlflow_client.is_gone(error):
                 self._open = None  # how the run is there is checked again
             raise
         self._has_failed = False
@@ -213,11 +199,7 @@ class MlflowExporter(FolderExporter):
             self._damage.append(error)
 
     def _open_store(self) -> None:
-        """Check that the store is there and answers, in a few seconds; a SQLite file is made where there is none.
-
-        Raises:
-            DeliveryError: where it can't be used.
-        """
+        """Check in a few seconds that the store can be used; a SQLite file is made where there is none."""
         self.activity.check()
         self.activity.since = time.monotonic()
         if self.is_local:
@@ -225,7 +207,7 @@ class MlflowExporter(FolderExporter):
             if self._sqlite.open():
                 self._open = None  # what another file has of the run must be checked
         elif self._is_server and (self._has_failed or not self.is_connected):
-            reach(self._address)
+            mlflow_client.reach(self._address)
 
     @property
     def _is_server(self) -> bool:
@@ -236,20 +218,25 @@ class MlflowExporter(FolderExporter):
         try:
             self._open = self._open_run()
         except Exception as error:
-            address = redirected(error, self._address)
+            address = mlflow_client.redirected(error, self._address)
             if address is None:
                 raise
             self._address = address
             self._open = self._open_run()
 
     def _open_run(self) -> OpenRun:
-        calls_again = CALLS_AGAIN if self._is_server else 0
+        calls_again = mlflow_client.CALLS_AGAIN if self._is_server else 0
         made = self._client_class(tracking_uri=self._address)
-        client = WatchedClient(made, self.activity, self.folder, calls_again=calls_again, is_server=self._is_server)
+        client = mlflow_client.WatchedClient(made, self.activity, self.folder, calls_again, self._is_server)
         run = found = self._find_run(client)
         if found is None:
             run = self._begin_run(client)
-        elif found.info.run_id != self.run_id or self._state.get("doubtful") or not self._matches_store(found):
+        elif (
+            found.info.run_id != self.run_id
+            or self._state.get("doubtful")
+            or self._exceeds_folder
+            or not self._shows_last_values(found)
+        ):
             self._save_state(doubtful=True)
             has = self._query_store(client, found)
             kept = {name: self._state[name] for name in ("uri", "replaced", "elsewhere") if name in self._state}
@@ -258,20 +245,14 @@ class MlflowExporter(FolderExporter):
             self._save_state()
         elif found.info.status == "RUNNING" and self._state.get("ended"):
             self._save_state(ended=None)
-        artifacts = Artifacts(
-            run.info.artifact_uri,
-            self._address,
-            self.activity,
-            self.folder,
-            is_new=found is None,
-            calls_again=calls_again,
-        )
+        place = (run.info.artifact_uri, self._address)
+        artifacts = Artifacts(*place, self.activity, self.folder, is_new=found is None, calls_again=calls_again)
         return OpenRun(client, run, artifacts)
 
     def _find_run(self, client: Any) -> Any:
         """Return the folder's run; None where there is none that can be logged to."""
         if self.run_id is not None:
-            run = run_of(client, self.run_id)
+            run = mlflow_client.run_of(client, self.run_id)
             if run is not None and self._is_own(run):
                 return run
         elif not self._state.get("doubtful") and not self._state.get("creating"):
@@ -316,9 +297,9 @@ class MlflowExporter(FolderExporter):
         try:
             run = create()
         except Exception as error:
-            if explained(error).is_lasting or not self._is_server:
+            if mlflow_client.explained(error).is_lasting or not self._is_server:
                 raise
-            time.sleep(mlflow_calls.AGAIN_SECONDS)
+            time.sleep(mlflow_client.AGAIN_SECONDS)
             retried = True  # if the first was begun nevertheless, it goes when this one ends
             run = create()
         replaced = [one for one in self._state.get("replaced", []) if one != run.info.run_id]
@@ -356,25 +337,17 @@ class MlflowExporter(FolderExporter):
         made = client.create_experiment(self._config.experiment_name, artifact_location=location, tags=kind)
         return str(made)
 
-    def _matches_store(self, run: Any) -> bool:
-        """Return whether tracking.json says no more than the folder holds, and a run's last values are as it says."""
-        return not self._exceeds_folder and self._shows_last_values(run)
-
     def _shows_last_values(self, run: Any) -> bool:
         """Return whether a run shows as last values what was delivered; of speeds and times any value will do."""
         has, values = run.data.metrics, {plain_name(name): some for name, some in self._last_values().items()}
         return all(name in has and (is_timing(name) or has[name] in some) for name, some in values.items())
 
     def _check_arrived(self) -> None:
-        """Check that a server has what it accepted: one that answers anything, or a proxy before it, may not.
-
-        Raises:
-            DeliveryError: where it has not.
-        """
+        """Raise DeliveryError where a server lacks what it accepted: it, or a proxy before it, may answer anything."""
         if not self._is_server or self._run.sent == Sent():
             return
         run = self._run.client.get_run(self.run_id)
-        if self._run.sent.is_in(run) and self._shows_last_values(run):
+        if self._run.sent.is_in(run) and (self.may_show_older or self._shows_last_values(run)):
             self._run.sent = Sent()
             return
         self._save_state(doubtful=True)
@@ -392,15 +365,14 @@ class MlflowExporter(FolderExporter):
             found = client.search_runs([self._run.experiment_id], same)
             twins = [one.info.run_id for one in found if one.info.run_id != self.run_id]
         for run_id in (*others, *twins):
-            if run_id == self.run_id:  # it is the folder's again
-                continue
-            run = run_of(client, run_id)
+            # one with the run's own id is the folder's again
+            run = None if run_id == self.run_id else mlflow_client.run_of(client, run_id)
             if run is None or run.info.status != "RUNNING":
                 continue
             if run_id in twins and not run.data.metrics and not run.data.params:
                 client.delete_run(run_id)
             else:
-                client.set_terminated(run_id, KILLED)
+                client.set_terminated(run_id, mlflow_client.KILLED)
         if others or self._state.get("retried"):
             self._save_state(replaced=[], retried=False)
 

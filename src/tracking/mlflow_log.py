@@ -1,4 +1,4 @@
-"""A run in MLflow that is open to be logged to, and what of it has not been seen there yet."""
+"""A run in MLflow that is open to be logged to, the place of its files, and what of it has not been seen there yet."""
 
 import json
 import tempfile
@@ -8,12 +8,66 @@ from pathlib import Path
 from typing import Any
 
 from src import secrets
-from src.tracking.artifacts import Artifacts
+from src.records import file_digest
+from src.tracking.exporters import Activity, DeliveryError
+from src.tracking.mlflow_client import WatchedClient
 from src.tracking.mlflow_names import distinct_names, milliseconds, plain_name
 
+SLOWEST_UPLOAD = 500_000  # bytes per second; a slower upload is not waited for
+READ_BACK_BYTES = 1 << 24  # a larger file's content is not compared with that of a stored one of its name and size
+THROUGH_A_SERVER = ("mlflow-artifacts:", "http:", "https:")
 MAX_PARAM_CHARACTERS = 500  # older stores refuse more; the file that they come from is an artifact and holds everything
 METRICS_AT_ONCE = 1000  # MLflow's limit for one call
 PARAMS_AT_ONCE = 100
+
+
+class Artifacts:
+    """The place for the files of a run.
+
+    Args:
+        uri: its address, which the store, at its own address, has assigned to the run.
+        folder: the folder that is delivered.
+        is_new: whether this process has begun the run, so that no file of an earlier one can be there.
+    """
+
+    def __init__(
+        self, uri: str, store: str, activity: Activity, folder: Path, *, is_new: bool = False, calls_again: int = 0
+    ) -> None:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+        from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
+
+        place = get_artifact_repository(add_databricks_profile_info_to_artifact_uri(uri, store), tracking_uri=store)
+        self._is_checked = uri.startswith(THROUGH_A_SERVER)
+        self._place: Any = WatchedClient(place, activity, folder, calls_again, self._is_checked)
+        self._activity = activity
+        self._folder = folder
+        self._is_new = is_new
+        self._delivered: set[str] = set()
+
+    def upload(self, file: Path, parent: str | None = None) -> None:
+        """Log a file below the run's folder `parent`; DeliveryError where it was accepted and is not there."""
+        name = f"{parent}/{file.name}" if parent else file.name
+        size = file.stat().st_size
+        self._activity.extra_seconds = size / SLOWEST_UPLOAD
+        try:
+            self._place.log_artifact(str(file), parent)
+            if self._is_checked and not self._is_there(name, parent, file, size):
+                why = "what answers for artifacts may be no MLflow, but a page or a proxy"
+                raise DeliveryError(f"{name} was accepted and is not there: {why}", is_lasting=False)
+        finally:
+            self._activity.extra_seconds = 0.0
+        self._delivered.add(name)
+        self._activity.note_delivered(str(self._folder), name, file_digest(file))
+
+    def _is_there(self, name: str, parent: str | None, file: Path, size: int) -> bool:
+        """Return whether a file is there with its size; and its content, where another one might have that size."""
+        sizes = {one.path: one.file_size for one in self._place.list_artifacts(parent) if not one.is_dir}
+        if name not in sizes or sizes[name] not in (None, size):
+            return False
+        if (self._is_new and name not in self._delivered) or size > READ_BACK_BYTES:
+            return True
+        with tempfile.TemporaryDirectory() as folder:
+            return file_digest(Path(self._place.download_artifacts(name, folder))) == file_digest(file)
 
 
 @dataclass
@@ -29,9 +83,11 @@ class Sent:
     def is_in(self, run: Any) -> bool:
         """Return whether a run has all of it."""
         inputs = {one.dataset.name for one in run.inputs.dataset_inputs} if run.inputs else set()
-        has = self.params <= run.data.params.keys() and self.tags <= run.data.tags.keys()
-        has = has and self.metrics <= run.data.metrics.keys() and self.inputs <= inputs
-        return has and self.status in (None, run.info.status)
+        data = run.data
+        has = (
+            self.params <= data.params.keys() and self.tags <= data.tags.keys() and self.metrics <= data.metrics.keys()
+        )
+        return has and self.inputs <= inputs and self.status in (None, run.info.status)
 
 
 class OpenRun:
@@ -77,19 +133,11 @@ class OpenRun:
         """Log each set with a digest of its encoded rows (MLflow's own digests ignore columns that hold lists)."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        inputs = [
-            DatasetInput(
-                Dataset(
-                    name=name,
-                    digest=report["digest"],
-                    source_type="local",
-                    source=json.dumps({"config": "data"}),
-                    profile=json.dumps({key: report[key] for key in ("rows_kept", "tokens", "supervised_tokens")}),
-                ),
-                [InputTag("mlflow.data.context", name)],
-            )
-            for name, report in reports.items()
-        ]
+        inputs, source = [], json.dumps({"config": "data"})
+        for name, report in reports.items():
+            profile = json.dumps({key: report[key] for key in ("rows_kept", "tokens", "supervised_tokens")})
+            rows = Dataset(name=name, digest=report["digest"], source_type="local", source=source, profile=profile)
+            inputs.append(DatasetInput(rows, [InputTag("mlflow.data.context", name)]))
         self.client.log_inputs(self.id, inputs)
         self.sent.inputs |= {one.dataset.name for one in inputs}
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
+from itertools import chain, count
 from typing import Any
 
 MAX_NAME_CHARACTERS = 250
@@ -30,12 +31,9 @@ def distinct_names(names: Iterable[str]) -> dict[str, str]:
     given: dict[str, str] = {}
     taken: set[str] = set()
     for name in names:
-        plain = candidate = re.sub(r"[^\w\-. ]", "_", name)[: MAX_NAME_CHARACTERS - 9]
-        number = 2
-        while candidate in taken:
-            candidate, number = f"{plain}_{number}", number + 1
-        given[name] = candidate
-        taken.add(candidate)
+        plain = re.sub(r"[^\w\-. ]", "_", name)[: MAX_NAME_CHARACTERS - 9]
+        given[name] = next(one for one in chain([plain], (f"{plain}_{n}" for n in count(2))) if one not in taken)
+        taken.add(given[name])
     return given
 
 

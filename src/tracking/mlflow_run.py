@@ -1,27 +1,26 @@
 """A run's folder in MLflow."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from src.config.frozen import CONFIG, STATUS, read_starts, read_status
 from src.errors import DamagedFileError
 from src.records import Types, begins_with, check_keys, damaged, is_time, read_json, read_yaml
-from src.tracking.exporters import EXPORTERS, Exporter
-from src.tracking.folder_start import DATA_REPORT, PROVENANCE, SUMMARY
+from src.tracking.exporters import EXPORTERS, Exporter, Warn
 from src.tracking.mlflow_client import KILLED, MLFLOW_STATES
 from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_names import flat, milliseconds, plain_name
-from src.tracking.mlflow_points import Points, add_line, undelivered, without_lines
-from src.tracking.mlflow_state import RUN_ID, TRACKING
+from src.tracking.mlflow_state import RUN_ID, TRACKING, Points, add_line, undelivered, without_lines
 from src.tracking.previous_runs import PreviousRuns
+from src.tracking.run_folder import DATA_REPORT, PROVENANCE, SUMMARY
 from src.tracking.step_logs import METRICS, SAMPLES, metrics_of, read_step_log
 
 ARTIFACTS = (CONFIG, PROVENANCE, DATA_REPORT, SAMPLES, SUMMARY)
 LINES_AT_ONCE = 100
-LARGEST = 1 << 53
-"""The largest step, and the largest time in milliseconds, that every store takes."""
+LARGEST = 1 << 53  # the largest step, and the largest time in milliseconds, that every store takes
 STATUS_REMEDY = "Move it away, and repeat the run's own command: it resumes from the last checkpoint and writes it."
 
 PROVENANCE_KEYS: Mapping[str, Types] = {"git": dict, "hardware": dict}
@@ -110,7 +109,7 @@ class MlflowRunExporter(MlflowExporter):
         self._part(self._deliver_state)  # first: whatever else does not arrive, a run that is over must not say RUNNING
         self._describe("params", CONFIG, self._log_config)
         self._describe("tags", PROVENANCE, self._log_provenance)
-        self._describe("inputs", DATA_REPORT, lambda: self._run.log_inputs(self._reports()))
+        self._describe("inputs", DATA_REPORT, self._log_reports)
         yield from self._part_in_turns(self._log_metrics())
         self._part(self._log_samples)
         if self._is_ended:
@@ -135,24 +134,16 @@ class MlflowRunExporter(MlflowExporter):
 
     def _last_values(self) -> Mapping[str, set[float]]:
         lines, num = self._readable_metrics(), self._num_delivered
-        newest: dict[str, tuple[int, set[float]]] = {}
-
-        def note(name: str, step: int, values: Iterable[float]) -> None:
-            at, known = newest.get(name, (-1, set()))
-            if step >= at:
-                newest[name] = (step, set(values) | (known if step == at else set()))
-
+        points: Points = deepcopy(self._state.get("points", {}))
         for line in lines[:num]:
-            for name, value in metrics_of(line).items():
-                note(plain_name(name), line["step"], [float(value)])
-        for step, points in self._state.get("points", {}).items():
-            for name, values in points.items():
-                note(name, int(step), values)
+            add_line(points, line)
+        newest: dict[str, list[float]] = {}
+        for step in sorted(points, key=int):
+            newest |= points[step]
         for line in lines[num : num + LINES_AT_ONCE]:  # they may have arrived, and only the answer be lost
             for name, value in metrics_of(line).items():
-                if plain_name(name) in newest:
-                    newest[plain_name(name)][1].add(float(value))
-        return {name: values for name, (_, values) in newest.items()}
+                newest.get(plain_name(name), []).append(float(value))
+        return {name: set(values) for name, values in newest.items()}
 
     def _query_store(self, client: Any, run: Any) -> dict[str, Any]:
         points: Points = {}
@@ -169,30 +160,19 @@ class MlflowRunExporter(MlflowExporter):
     def _log_provenance(self) -> None:
         optional = (*PROVENANCE_KEYS, "config_hash")
         made = read_json(self.folder / PROVENANCE, {**PROVENANCE_KEYS, "config_hash": str}, optional=optional)
-        git = made.get("git", {})
-        self._run.log_tags(
-            {
-                "mlflow.source.git.commit": git.get("commit"),
-                "git_commit": git.get("commit"),
-                "git_dirty": git.get("dirty"),
-                "config_hash": made.get("config_hash"),
-                "device": made.get("hardware", {}).get("device"),
-            }
-        )
+        git, device = made.get("git", {}), made.get("hardware", {}).get("device")
+        commits = dict.fromkeys(("mlflow.source.git.commit", "git_commit"), git.get("commit"))
+        own = {"git_dirty": git.get("dirty"), "config_hash": made.get("config_hash"), "device": device}
+        self._run.log_tags(commits | own)
 
-    def _reports(self) -> dict[str, Any]:
-        """Return the report of each set.
-
-        Raises:
-            DamagedFileError: where one lacks what MLflow needs.
-        """
+    def _log_reports(self) -> None:
         reports = read_json(self.folder / DATA_REPORT)
         for name, report in reports.items():
             try:
                 check_keys(report if isinstance(report, dict) else {}, REPORT_KEYS)
             except ValueError as error:
                 raise damaged(self.folder / DATA_REPORT, f"{name}: {error}", "") from error
-        return reports
+        self._run.log_inputs(reports)
 
     def _log_metrics(self) -> Iterator[None]:
         """Log the lines that are new, many in a call; each is dated by itself, so that a repeat is no second point."""
@@ -215,11 +195,7 @@ class MlflowRunExporter(MlflowExporter):
             yield
 
     def _check_written(self, name: str) -> None:
-        """Check that a step log has all that status.json says was written, where no process writes any more.
-
-        Raises:
-            DamagedFileError: where it has not.
-        """
+        """Raise DamagedFileError where no process writes any more and a step log lacks what status.json says it has."""
         if not self._is_over:
             return
         try:
@@ -249,12 +225,11 @@ class MlflowRunExporter(MlflowExporter):
 
 
 def end_previous(
-    exporters: Sequence[Exporter], folder: Path, before: Mapping[str, Any] | None, warn: Callable[[str], None]
+    exporters: Sequence[Exporter], folder: Path, before: Mapping[str, Any] | None, warn: Warn
 ) -> PreviousRuns:
     """Return what ends the runs that a folder had in MLflow and that its exporters don't continue.
 
-    Args:
-        before: what the folder's tracking.json said before this start, which may have removed it.
+    `before` is what its tracking.json said before this start, which may have removed it.
     """
     previous = PreviousRuns(warn)
     in_mlflow = [one for one in exporters if isinstance(one, MlflowExporter)]

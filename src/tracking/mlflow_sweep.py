@@ -11,9 +11,8 @@ from typing import Any
 from src.config.frozen import CONFIG, SWEEP, read_status
 from src.config.schema import MlflowConfig
 from src.errors import DamagedFileError
-from src.records import LogLine, Types, check_keys, check_times, damaged, read_json, read_lines, read_yaml
-from src.tracking.exporters import SWEEP_EXPORTERS, DeliveryError
-from src.tracking.folder_exporter import exhaust
+from src.records import Types, check_keys, check_times, damaged, read_json, read_lines, read_yaml
+from src.tracking.exporters import SWEEP_EXPORTERS, DeliveryError, exhaust
 from src.tracking.lock import hold
 from src.tracking.mlflow_client import KILLED, MLFLOW_STATES
 from src.tracking.mlflow_exporter import MlflowExporter
@@ -21,13 +20,14 @@ from src.tracking.mlflow_names import flat, milliseconds
 from src.tracking.mlflow_run import MlflowRunExporter
 from src.tracking.mlflow_state import read_tracking
 from src.tracking.sweep_files import check_checksum, holds_another, read_sweep
+from src.util import value_at
 
 LEADERBOARD = "leaderboard.json"
 ARTIFACTS = (SWEEP, "leaderboard.csv", LEADERBOARD, "leaderboard.md")
 COUNTED = ("FINISHED", "FAILED", "PRUNED")
 TRIALS_AT_ONCE = 100
+# Keys of the tracker's configuration that a trial may have values of its own for.
 OF_A_TRIAL: Mapping[str, Types] = {"experiment_name": str, "run_name": str, "tags": dict, "log_model": bool}
-"""Keys of the tracker's configuration that a trial may have values of its own for."""
 TRIAL_KEYS: Mapping[str, Types] = {"number": int, "identity": str, "setting": str, "config": dict}
 
 
@@ -41,6 +41,7 @@ class MlflowSweepExporter(MlflowExporter):
     """
 
     main_file = "trials.jsonl"
+    may_show_older = True  # where trials were run again
 
     @property
     def _run_name(self) -> str:
@@ -57,13 +58,6 @@ class MlflowSweepExporter(MlflowExporter):
     @property
     def _exceeds_folder(self) -> bool:
         return self._num_delivered > len(self._sweep["history"])
-
-    def _matches_store(self, run: Any) -> bool:
-        return not self._exceeds_folder and super()._shows_last_values(run)
-
-    def _shows_last_values(self, run: Any) -> bool:
-        """Return True: where trials were run again, an older value may be dated later than the one of now."""
-        return True
 
     @property
     def _identity(self) -> dict[str, str]:
@@ -131,9 +125,8 @@ class MlflowSweepExporter(MlflowExporter):
 
     def _query_store(self, client: Any, run: Any) -> dict[str, Any]:
         """Return the counts that the store has; values are dated by themselves, so that a repeat is no second point."""
-        has = run.data.metrics
-        names = self._counts(self._sweep)
-        return {"counts": {name: has[name] for name in names if name in has} or None, "judged": self._judged}
+        has = {name: run.data.metrics[name] for name in self._counts(self._sweep) if name in run.data.metrics}
+        return {"counts": has or None, "judged": self._judged}
 
     def _end_earlier_sweep(self) -> None:
         """End runs of a sweep that was in this folder before: it was begun anew, so no process trains them."""
@@ -190,13 +183,9 @@ class MlflowSweepExporter(MlflowExporter):
             self._deliver_once("table", lambda: self._run.log_table("leaderboard_table.json", columns, table), version)
 
     def _deliver_trials(self, *, is_over: bool) -> Iterator[None]:
-        """Deliver what is new of each trial; one that can't be delivered does not stop the others.
-
-        Raises:
-            Exception: that of the first trial that could not be delivered.
-        """
+        """Deliver what is new of each trial; one that can't be does not stop the others: its error is raised last."""
         problems = []
-        for trial in self._lines("trials.jsonl", _read_trials):
+        for trial in self._lines(self.main_file, lambda place, name: read_lines(place / name, _check_trial)):
             folder = self.folder / str(trial["number"])
             try:
                 if is_over:
@@ -218,7 +207,7 @@ class MlflowSweepExporter(MlflowExporter):
         except FileNotFoundError:
             return
         state = self._tracking(folder)
-        if not self._is_over and (state is None or (self._is_here(state) and state.get("ended"))):
+        if not self._is_over and (state is None or (self.is_its_store(state["uri"]) and state.get("ended"))):
             return
         if state is None and own.get("type") != "mlflow":
             return
@@ -230,7 +219,7 @@ class MlflowSweepExporter(MlflowExporter):
     def _tie(self, trial: Mapping[str, Any], folder: Path) -> None:
         """Nest a trial's run under the sweep's, with tags that say which trial it is and how it ended."""
         state, number = self._tracking(folder), str(trial["number"])
-        if not self._is_here(state) or not state or not state.get("run_id"):
+        if state is None or not self.is_its_store(state["uri"]) or not state.get("run_id"):
             return
         tied = {"run_id": state["run_id"], "state": read_status(folder).get("state")}
         known = self._state.get("trials", {})
@@ -238,17 +227,9 @@ class MlflowSweepExporter(MlflowExporter):
             return
         if reason := holds_another(folder, trial["config"]):
             raise DamagedFileError(f"{folder} is not the folder of trial {number}: {reason}. Rename it back")
-        self._run.log_tags(
-            {
-                "mlflow.parentRunId": self.run_id,
-                "towline.sweep": self._run_name,
-                "towline.trial": number,
-                "towline.identity": trial["identity"],
-                "towline.setting": trial["setting"],
-                "towline.state": tied["state"],
-            },
-            run_id=tied["run_id"],
-        )
+        which = {"towline.identity": trial["identity"], "towline.setting": trial["setting"], "towline.trial": number}
+        tags = {"mlflow.parentRunId": self.run_id, **self._own_tags, **which, "towline.state": tied["state"]}
+        self._run.log_tags(tags, run_id=tied["run_id"])
         self._save_state(trials=known | {number: tied})
 
     @staticmethod
@@ -261,28 +242,15 @@ class MlflowSweepExporter(MlflowExporter):
         except DamagedFileError:
             return {"uri": "", "run_id": None}
 
-    def _is_here(self, state: Mapping[str, Any] | None) -> bool:
-        """Return whether a trial's run is in the same store."""
-        return state is not None and self.is_its_store(state["uri"])
-
 
 def sweep_tracking(folder: Path) -> dict[str, Any]:
     """Return the tracker's configuration of a sweep's trials, as it is stored; empty where there is no trial."""
-    for line in read_lines(folder / "trials.jsonl"):
-        config = line.content.get("config")
-        found = config.get("tracking") if isinstance(config, dict) else None
-        if isinstance(found, dict):
-            return found
-    return {}
+    found = (value_at(line.content, "config.tracking") for line in read_lines(folder / "trials.jsonl"))
+    return next((one for one in found if isinstance(one, dict)), {})
 
 
 def _tracking_of(folder: Path) -> dict[str, Any]:
-    """Return the tracker's configuration of a trial.
-
-    Raises:
-        FileNotFoundError: where it has no configuration.
-        DamagedFileError: where that can't be read.
-    """
+    """Return the tracker's configuration of a trial; FileNotFoundError or DamagedFileError as `read_yaml`."""
     file = folder / CONFIG
     own = read_yaml(file).get("tracking", {})
     try:
@@ -291,10 +259,6 @@ def _tracking_of(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise damaged(file, f"tracking: {error}", "Restore it from a copy.") from error
     return dict(own)
-
-
-def _read_trials(folder: Path, name: str) -> list[LogLine]:
-    return read_lines(folder / name, _check_trial)
 
 
 def _check_trial(line: dict[str, Any], _before: Any) -> None:

@@ -11,28 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from src import secrets
-from src.tracking.exporters import Activity, DeliveryError, Exporter
-from src.tracking.mlflow_calls import WatchedClient
-from src.tracking.mlflow_client import KILLED, quiet_client, reach, run_of
-from src.tracking.mlflow_errors import explained
+from src.tracking.exporters import Activity, DeliveryError, Exporter, Warn
+from src.tracking.mlflow_client import KILLED, WatchedClient, explained, quiet_client, reach, run_of
 from src.tracking.mlflow_state import TRACKING, PreviousRun, runs_left
 from src.tracking.sqlite_store import SqliteStore
 from src.util import write_json
 
 
 class PreviousRuns(Exporter):
-    """Ends runs, where their store can be reached; takes its turns in a folder's export thread.
-
-    Args:
-        warn: takes, once for each store, what could not be ended and why.
-    """
+    """Ends runs, where their store can be reached, in turns of a folder's export thread; warns once for each store."""
 
     name = "MLflow"
     is_connected = True
     where = pending = ""
     progress = "ended what the folder had there before"
 
-    def __init__(self, warn: Callable[[str], None]) -> None:
+    def __init__(self, warn: Warn) -> None:
         self.activity = Activity()
         self._warn = warn
         self._waiting: deque[tuple[PreviousRun, Path, Callable[[], None] | None]] = deque()
@@ -46,11 +40,7 @@ class PreviousRuns(Exporter):
             self._waiting.append((run, folder, ended))
 
     def end_all(self, state: Mapping[str, Any], folder: Path) -> None:
-        """End all runs that a folder has in MLflow, in the next turn; its tracking.json records that.
-
-        Args:
-            state: what its tracking.json says, or said before it was removed.
-        """
+        """End all runs that a folder has in MLflow by its tracking.json, which may be removed and else records it."""
         left = set(runs_left(state))
 
         def note_ended(run: PreviousRun) -> None:

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
@@ -19,18 +20,10 @@ from src.config.frozen import config_hash
 from src.tracking.secrets_in_code import clean_code
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "accelerate",
-    "datasets",
-    "mlflow",
-    "hydra-core",
-    "omegaconf",
-    "numpy",
+    *("torch", "transformers", "tokenizers", "accelerate", "datasets"),
+    *("mlflow", "hydra-core", "omegaconf", "numpy"),
 )
-MAX_DIFF = 200_000
-"""Characters of `git diff` that are kept."""
+MAX_DIFF = 200_000  # characters of `git diff` that are kept
 
 
 def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device: str, project: Path) -> dict[str, Any]:
@@ -41,12 +34,15 @@ def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device
         device: the device's name, as the runtime describes it.
         project: the folder whose git state counts.
     """
+    section = frozen.get("deepspeed", {})  # a file is the JSON that was read when the configuration was composed
+    is_file = section.get("type") == "file"
+    deepspeed_file = {"deepspeed": {section["config_file"]: section["sha256"]}} if is_file else {}
     return {
         "command": secrets.cleaned(sys.orig_argv),
         "config_hash": config_hash(frozen),
         "git": git_state(project),
         "data": dict(data_hashes),
-        **_deepspeed_file(frozen),
+        **deepspeed_file,
         "plugins": {name: asdict(plugin) for name, plugin in plugins.imported(frozen).items()},
         "python": platform.python_version(),
         "versions": versions(),
@@ -60,16 +56,14 @@ def provenance(frozen: Mapping[str, Any], data_hashes: Mapping[str, str], device
     }
 
 
-def _deepspeed_file(frozen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON of DeepSpeed that was read when the configuration was composed, with its SHA-256."""
-    section = frozen.get("deepspeed", {})
-    return {"deepspeed": {section["config_file"]: section["sha256"]}} if section.get("type") == "file" else {}
-
-
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that a result depends on, of those that are installed."""
-    return {name: version for name in PACKAGES if (version := _version(name))}
+    found = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def git_state(project: Path) -> dict[str, Any]:
@@ -89,10 +83,3 @@ def _git(project: Path, arguments: Sequence[str]) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.decode("utf-8", errors="replace")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -7,10 +7,12 @@ logged of later steps, and repeats what was not complete.
 
 import json
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,44 +21,138 @@ import yaml
 
 from src import secrets
 from src.config import trust
-from src.config.frozen import CONFIG, STARTS, STATUS, read_status
-from src.errors import DamagedFileError, Interrupted, Pruned, report
-from src.records import Digest, file_digest
-from src.tracking.folder_start import SUMMARY, Start, make_room, resume_command
+from src.config.frozen import CONFIG, STARTS, STATUS, read_starts, read_status
+from src.config.places import CHECKPOINTS, remove_tree
+from src.errors import DamagedFileError, Interrupted, Pruned, RunFolderError, report
+from src.records import Digest, damaged, file_digest
 from src.tracking.lock import process_identity
-from src.tracking.step_logs import STEP_LOGS, LogDigest, read_step_log
-from src.util import finite, write_atomically, write_json
+from src.tracking.step_logs import METRICS, STEP_LOGS, LogDigest, compare_logs, read_step_log
+from src.util import finite, sync, write_atomically, write_json
+
+PROVENANCE, DATA_REPORT, SUMMARY = "provenance.json", "data_report.json", "summary.json"
+FOLDERS = (CHECKPOINTS, "model", "predictions")
+FILES = (
+    *(CONFIG, "deepspeed.json", STARTS, STATUS, *STEP_LOGS),
+    *(DATA_REPORT, PROVENANCE, SUMMARY, "tracking.json", *FOLDERS),
+)
+"""What a run's folder holds; `force=true` removes these, and what other trackers remember (`tracking-*.json`)."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a start of a run begins, and what it may do with what is in the folder."""
+
+    step: int | None = None  # of the checkpoint that it resumes from; None: it starts from scratch
+    changed: Mapping[str, Any] = field(default_factory=dict)  # keys that differ from that checkpoint's, and new values
+    may_begin_again: bool = True  # whether a run that was stopped before its first checkpoint may be started again
+    is_own: bool = True  # whether the checkpoint is this run's, not another one's
+    force: bool = False
+    journal: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # `RunFolder.journal_before` of that checkpoint
+    allow_changed: bool = False
+
+
+def make_room(path: Path, config_hash: str, start: Start) -> list[str]:
+    """Remove what an earlier start left and this one can't use; return warnings.
+
+    RunFolderError where that would cost what somebody may want, DamagedFileError where what the run resumes with can't
+    be read.
+    """
+    found = [name for name in FILES if os.path.lexists(path / name)]
+    if not found:
+        return []
+    if STATUS not in found and not {CONFIG, STARTS} <= set(found):
+        raise RunFolderError(f"{path} is no run's folder, but holds {', '.join(found)}; choose another hydra.run.dir")
+    states = [file.name for file in path.glob("tracking-*.json")]
+    if start.force:
+        _remove(path, [*found, *states])
+        return []
+    for name in found:
+        kind, is_kind = ("folder", Path.is_dir) if name in FOLDERS else ("plain file", Path.is_file)
+        if not is_kind(path / name):
+            raise damaged(path / name, f"it is no {kind}", "Move it away: the same command writes it anew")
+    status = read_status(path)
+    step = status.get("step", 1)  # not known: it may have trained
+    is_same = last_config_hash(path) == config_hash
+    if start.step is not None and (start.is_own or is_same):
+        return check_step_logs(path, status, start)
+    if not start.may_begin_again or (step and not is_same):
+        other = "it was made with another configuration (its config.yaml)"
+        why = other if start.may_begin_again else "checkpoint.resume=never"
+        raise RunFolderError(
+            f"{path} holds a run that did not finish ({ending(status)}), and {why}.\n"
+            f"Resume it as it was ({resume_command(path)}), or choose another hydra.run.dir; force=true removes what "
+            f"is there ({', '.join(found)}) and starts again."
+        )
+    if not is_same:  # it failed before it trained, and its configuration was fixed since
+        _remove(path, [name for name in (*found, *states) if name != STARTS])
+        return []
+    return [*check_step_logs(path, status, start), *_warn_of_repeat(path)]
+
+
+def check_step_logs(path: Path, status: Mapping[str, Any], start: Start) -> list[str]:
+    """Return warnings of step logs that are not as they were written; without checkpoint.allow_changed raise them."""
+    found = compare_logs(path, start.journal, status.get("journal") or {}, start.step)
+    if found and not start.allow_changed:
+        raise found[0]
+    return [str(error) for error in found]
+
+
+def _warn_of_repeat(path: Path) -> list[str]:
+    """Return a warning where a run without a checkpoint has logged steps, which will be repeated."""
+    return [
+        f"there is no checkpoint in {path / CHECKPOINTS}, so the run begins again: what was logged up to step "
+        f"{last.content['step']} is removed, and those steps are repeated"
+        for last in read_step_log(path, METRICS)[-1:]
+    ]
+
+
+def last_config_hash(path: Path) -> str | None:
+    """Return the configuration's hash of the last start in a folder, as `read_starts`; None where there is none."""
+    starts = read_starts(path)
+    return starts[-1]["config_hash"] if starts else None
+
+
+def ending(status: Mapping[str, Any]) -> str:
+    """Return how a run ended that no process is training."""
+    state = status.get("state", "RUNNING")  # nobody holds the folder: what was running has died
+    how = f"{'killed' if state == 'RUNNING' else state} at step {status.get('step', 0)}"
+    return how + (f", {status['cause'].splitlines()[0]}" if status.get("cause") else "")
+
+
+def resume_command(path: Path) -> str:
+    """Return the command that resumes a run."""
+    return f"make resume run={shlex.quote(str(path))}"
+
+
+def _remove(path: Path, names: Iterable[str]) -> None:
+    for name in sorted(names, key=lambda name: name == STATUS):  # last: it is what makes the folder a run's
+        remove_tree(path / name)
+
+
+@dataclass(eq=False)
 class RunFolder:
     """A run's folder that this process holds. Built by `open_run_folder`."""
 
-    def __init__(self, path: Path, config_hash: str, warnings: Sequence[str] = ()) -> None:
-        self.path = path
-        self.warnings = warnings
-        """What has changed in the files that the run resumes with."""
-        self.step = 0
-        self.num_steps: int | None = None
-        """How many steps there will be; None as long as that is not known."""
-        self.steps_per_epoch: int | None = None
-        self._config_hash = config_hash
-        self._status: dict[str, Any] = {}
-        self._logs: dict[str, LogDigest] = {}
-        self._finished: Mapping[str, Any] | None = None
-        """What status.json said before this start, where it said that the run is finished."""
-        self.at_end: list[Callable[[], None]] = []
-        """Called once status.json says how the run ended, while the folder is still held."""
+    path: Path
+    _config_hash: str
+    warnings: Sequence[str] = ()  # what has changed in the files that the run resumes with
+    step: int = 0
+    num_steps: int | None = None  # None as long as it is not known how many there will be
+    steps_per_epoch: int | None = None
+    at_end: list[Callable[[], None]] = field(default_factory=list)
+    """Called once status.json says how the run ended, while the folder is still held."""
+    _status: dict[str, Any] = field(default_factory=dict)
+    _logs: dict[str, LogDigest] = field(default_factory=dict)
+    _finished: Mapping[str, Any] | None = None  # what status.json said before this start, of a run that is finished
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a whole file at once."""
         write_json(self.path / name, content)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Add a line to a log; it is on its way to the disk when this returns.
-
-        Raises:
-            DamagedFileError: where the log is not as long as it was left.
-        """
+        """Add a line to a log, on its way to the disk; DamagedFileError where the log is not as long as it was left."""
         if name in self._logs and self.path.is_dir():  # of a folder that is gone, the write below says so
             self._logs[name].check_size(self.path / name)
         raw = (json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -66,12 +162,7 @@ class RunFolder:
             self._logs[name].add(line["step"], raw)
 
     def check_step_logs(self) -> None:
-        """Check that the step logs are what was written, at the end of a run.
-
-        Raises:
-            DamagedFileError: naming the one that is not.
-            OSError: where the folder is not there any more.
-        """
+        """Raise DamagedFileError where a step log is not what was written, OSError where the folder is gone."""
         os.listdir(self.path)  # a folder that is gone is reported as that
         for name, log in self._logs.items():
             log.check_content(self.path / name)
@@ -89,11 +180,7 @@ class RunFolder:
         self.write_json(STATUS, self._status)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Return the lines of a step log, without one that a dying process did not finish.
-
-        Raises:
-            DamagedFileError: naming another line that can't be read.
-        """
+        """Return the lines of a step log, as `read_step_log`."""
         return [line.content for line in read_step_log(self.path, name)]
 
     def announce_cut(self, last: int) -> None:
@@ -120,8 +207,7 @@ class RunFolder:
         """Flush the step logs to the disk."""
         for name in STEP_LOGS:
             if (self.path / name).exists():
-                with open(self.path / name, "rb") as file:
-                    os.fsync(file.fileno())
+                sync(self.path / name)
 
     def begin(self, frozen: Mapping[str, Any], start: Start) -> None:
         """Record that a run starts here, and with what."""
@@ -202,11 +288,9 @@ def note_end(path: Path, reason: BaseException) -> None:
 def open_run_folder(path: Path, frozen: Mapping[str, Any], config_hash: str, start: Start) -> Iterator[RunFolder]:
     """Start a run in its folder, which is held; how the block ends is how the run ended, in status.json.
 
-    Raises:
-        RunFolderError: where the folder holds another run, or one that must not be resumed.
+    Raises as `make_room`.
     """
-    warnings = make_room(path, config_hash, start)
-    folder = RunFolder(path, config_hash, warnings)
+    folder = RunFolder(path, config_hash, make_room(path, config_hash, start))
     try:
         folder.begin(frozen, start)
         yield folder

@@ -6,16 +6,12 @@ from src.secrets import MASK, SHORTEST_INSIDE, SHORTEST_KNOWN, clean, looks_like
 
 
 def clean_code(text: str) -> str:
-    """Return code, such as a difference, without secrets.
-
-    Also without what is assigned to a secret's name in it, in Python, a shell, YAML or JSON, and words that are tokens
-    by their first letters.
-    """
+    """Return code without secrets, values of secrets' names (Python, shell, YAML, JSON), and tokens by their prefix."""
     text = _PRIVATE_KEY.sub(rf"\g<1>{MASK}", clean(text))
     text = _BLOCK.sub(lambda found: found[1] + f"{found[2]}{found[3]}  {MASK}\n", text)
     for pattern in (_BARE, _YAML, _LITERAL):
         text = pattern.sub(_without_literal if pattern is _LITERAL else _without_bare, text)
-    return _FAMOUS.sub(_without_token, text)
+    return _FAMOUS.sub(lambda found: MASK if any(one.isdigit() for one in found[0]) else found[0], text)
 
 
 _NAME = (
@@ -76,7 +72,3 @@ def _without_bare(found: re.Match[str]) -> str:
     if is_code and is_word and not (any(one.isdigit() for one in value) and len(value) >= SHORTEST_INSIDE):
         return found[0]
     return f"{found['before']}{MASK}"
-
-
-def _without_token(found: re.Match[str]) -> str:
-    return MASK if any(one.isdigit() for one in found[0]) else found[0]

@@ -5,12 +5,13 @@ them leaves a file that MLflow can never open again. So a fresh store is made un
 renamed. A file that exists is checked first; MLflow would migrate it in place too, or wait minutes for a lock.
 """
 
+import math
 import os
 import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -18,15 +19,14 @@ from urllib.parse import quote, unquote
 from filelock import FileLock, Timeout
 
 from src.tracking.export_thread import OPENING_SECONDS
-from src.tracking.exporters import DeliveryError
+from src.tracking.exporters import DeliveryError, Warn, numbered
+from src.util import sync
 
-LOCKED_SECONDS = 2.0
-"""How long to wait for another process that writes to the file."""
+LOCKED_SECONDS = 2.0  # to wait for another process that writes to the file
 COMPANIONS = ("-journal", "-wal", "-shm")
 """Files that SQLite keeps next to a database; one that belongs to another database would destroy this one."""
-BROKEN_OFF = "_alembic_tmp_"
-"""How the names of the tables begin that a migration copies to."""
-
+BROKEN_OFF = "_alembic_tmp_"  # how the names of the tables begin that a migration copies to
+ELSEWHERE = "Move it away, or choose another tracking.uri"
 AWAY = "or move it away: what MLflow lacks is then delivered to a new one"
 
 
@@ -45,11 +45,10 @@ class SqliteStore:
 
     Args:
         warn: called with what was done to a file that could not be used.
-        check: called again and again while another process is waited for, and before the file is made; raises where
-            nobody waits for it any more.
+        check: called while another process is waited for, and before the file is made; raises where nobody waits.
     """
 
-    def __init__(self, uri: str, warn: Callable[[str], None], check: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, uri: str, warn: Warn, check: Callable[[], None] = lambda: None) -> None:
         from sqlalchemy.engine import make_url
 
         self._url = make_url(uri)
@@ -69,10 +68,7 @@ class SqliteStore:
     def open(self) -> bool:
         """Check that the file is a whole store that can be written to; make one where there is none.
 
-        Returns: whether it is another file than at the last call.
-
-        Raises:
-            DeliveryError: naming the file, what is wrong with it and what to do.
+        Returns: whether it is another file than at the last call. DeliveryError names what is wrong and what to do.
         """
         if not self.is_file:
             return False
@@ -100,22 +96,21 @@ class SqliteStore:
 
     def _check_link(self) -> None:
         """Raise a DeliveryError where the file is a link to what is not there: whoever made it wanted it elsewhere."""
-        if self._given.is_symlink() and not os.path.lexists(self.file):
+        if not self._given.is_symlink():
+            return
+        if not os.path.lexists(self.file):
             raise DeliveryError(
                 f"{self._given} is a link to {self.file}, which is not there. Have that be there (is its disk "
                 "mounted?), or remove the link: a new store is then made in its place"
             )
-        if self._given.is_symlink() and self.file.is_symlink():
+        if self.file.is_symlink():
             raise DeliveryError(
                 f"{self._given} is a link that leads in a circle. Remove it, or choose another tracking.uri"
             )
 
     def is_being_made(self) -> bool:
         """Return whether this or another process is making the file, and has worked on it just now."""
-        return any(
-            self._changed_ago(file) < OPENING_SECONDS
-            for file in (self._part_file, _companion(self._part_file, "-journal"))
-        )
+        return _changed_ago(self._part_file, "", "-journal") < OPENING_SECONDS
 
     def _make_anew(self) -> None:
         """Make the store where the file is not there or empty, or was never made whole and holds no runs."""
@@ -137,13 +132,11 @@ class SqliteStore:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """Hold the store against other processes that would make it."""
-        lock = FileLock(f"{self.file}.lock")
-        waiting_since = time.monotonic()
-        while True:
+        lock, waiting_since = FileLock(f"{self.file}.lock"), time.monotonic()
+        while not lock.is_locked:
             self._check()
             try:
                 lock.acquire(timeout=0.2)
-                break
             except Timeout as error:
                 if self.is_being_made():
                     waiting_since = time.monotonic()
@@ -159,38 +152,32 @@ class SqliteStore:
         """Inspect the file; one that can't be used, again until no process has changed it for a while."""
         while True:
             found = self._inspect_file()
-            files = (self.file, *(_companion(self.file, name) for name in COMPANIONS))
-            if not found.fault or min(map(self._changed_ago, files)) > OPENING_SECONDS:
+            if not found.fault or _changed_ago(self.file, "", *COMPANIONS) > OPENING_SECONDS:
                 return found
             self._check()
             time.sleep(0.2)
 
     def _inspect_file(self) -> _Found:
-        """Return what the file holds.
-
-        Raises:
-            DeliveryError: where it is no SQLite database that can be read.
-        """
+        """Return what the file holds; DeliveryError where it is no SQLite database that can be read."""
         try:
             mode = self.file.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             return _Found(is_empty=True)
-        elsewhere = "Move it away, or choose another tracking.uri"
         for companion in (_companion(self.file, name) for name in COMPANIONS):
             if os.path.lexists(companion) and not companion.is_file():  # SQLite would read it before the database
-                raise DeliveryError(f"{companion} is no plain file. {elsewhere}")
+                raise DeliveryError(f"{companion} is no plain file. {ELSEWHERE}")
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "no plain file"
-            raise DeliveryError(f"{self.file} is {kind}, not a SQLite database. {elsewhere}")
+            raise DeliveryError(f"{self.file} is {kind}, not a SQLite database. {ELSEWHERE}")
         try:
             with closing(self._connect()) as database:
                 return self._inspect(database)
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise self._locked() from error
-            raise DeliveryError(f"{self.file} can't be opened: {error}. {elsewhere}") from error
+            raise DeliveryError(f"{self.file} can't be opened: {error}. {ELSEWHERE}") from error
         except sqlite3.DatabaseError as error:
-            raise DeliveryError(f"{self.file} is damaged, or no SQLite database: {error}. {elsewhere}") from error
+            raise DeliveryError(f"{self.file} is damaged, or no SQLite database: {error}. {ELSEWHERE}") from error
 
     def _inspect(self, database: sqlite3.Connection) -> _Found:
         """Return what a database holds that can be read."""
@@ -205,14 +192,12 @@ class SqliteStore:
             raise DeliveryError(f"{self.file} holds tables of something else ({some}): give MLflow a file of its own")
         with_runs = [table for table in ("runs", f"{BROKEN_OFF}runs") if table in tables]
         may_hold_runs = any(database.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in with_runs)
+        fault = "is a store that was never made whole (it has no version)"
         if broken_off:
             fault = f"is a store whose migration was broken off (it has a table {broken_off[0]})"
-            return _Found(fault=fault, remedy=f"Restore it from a copy, {AWAY}", may_hold_runs=may_hold_runs)
-        versions = database.execute("SELECT version_num FROM alembic_version") if "alembic_version" in tables else []
-        for (version,) in versions:
-            uri = self._url.render_as_string()
-            return _compare_version(str(version), uri, may_hold_runs=may_hold_runs)
-        fault = "is a store that was never made whole (it has no version)"
+        elif "alembic_version" in tables:
+            for (version,) in database.execute("SELECT version_num FROM alembic_version"):
+                return _compare_version(str(version), self._url.render_as_string(), may_hold_runs=may_hold_runs)
         return _Found(fault=fault, remedy=f"Restore it from a copy, {AWAY}", may_hold_runs=may_hold_runs)
 
     def _try_to_write(self) -> None:
@@ -243,29 +228,16 @@ class SqliteStore:
         database = f"file:{quote(str(self._part_file))}" if self._is_file_uri else str(self._part_file)
         url = self._url.set(database=database).render_as_string(hide_password=False)
         SqlAlchemyStore(url, (self.file.parent / "mlartifacts").as_uri()).engine.dispose()
-        with open(self._part_file, "rb") as made:
-            os.fsync(made.fileno())
+        sync(self._part_file)
         os.replace(self._part_file, self.file)
 
     def _move_away(self, what: str) -> Path | None:
         """Rename the file and its companions, if there are any; return the file's new name."""
-        names = [name for name in ("", *COMPANIONS) if _companion(self.file, name).exists()]
-        if not names:
-            return None
-        kept, number = _companion(self.file, f".{what}"), 2
-        while any(_companion(kept, name).exists() for name in ("", *COMPANIONS)):
-            kept, number = _companion(self.file, f".{what}-{number}"), number + 1
+        names = _existing(self.file)
+        kept = next(file for file in numbered(self.file, f".{what}") if not _existing(file))
         for name in names:
             os.replace(_companion(self.file, name), _companion(kept, name))
-        return kept
-
-    @staticmethod
-    def _changed_ago(file: Path) -> float:
-        """Return how many seconds ago a file was changed; inf where there is none."""
-        try:
-            return max(0.0, time.time() - file.stat().st_mtime)
-        except OSError:
-            return float("inf")
+        return kept if names else None
 
 
 def _keep_no_connections() -> None:
@@ -295,3 +267,17 @@ def _compare_version(version: str, uri: str, *, may_hold_runs: bool) -> _Found:
 
 def _companion(file: Path, ending: str) -> Path:
     return file.with_name(file.name + ending)
+
+
+def _existing(file: Path) -> list[str]:
+    """Return the endings of those files that are there of a database ('') and its companions."""
+    return [ending for ending in ("", *COMPANIONS) if _companion(file, ending).exists()]
+
+
+def _changed_ago(file: Path, *endings: str) -> float:
+    """Return how many seconds ago the last of a database's files was changed; inf where there is none."""
+    newest = -math.inf
+    for ending in endings:
+        with suppress(OSError):
+            newest = max(newest, _companion(file, ending).stat().st_mtime)
+    return max(0.0, time.time() - newest)

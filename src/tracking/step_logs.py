@@ -36,44 +36,32 @@ class LogDigest:
         return self._without_last if step <= self._last_step else self.digest.as_dict()
 
     def check_size(self, file: Path) -> None:
-        """Check that a log is as long as it was left: another line would hide that it has a hole.
-
-        Raises:
-            DamagedFileError: where it is not.
-        """
+        """Raise DamagedFileError where a log is not as long as it was left: another line would hide the hole in it."""
         size = file.stat().st_size if file.exists() else 0
         if size != self.digest.num_bytes:
             raise _changed_meanwhile(file, f"it has {size:,} bytes instead of {self.digest.num_bytes:,}")
 
     def check_content(self, file: Path) -> None:
-        """Check that a log has the content that was written.
-
-        Raises:
-            DamagedFileError: where it has not.
-        """
+        """Raise DamagedFileError where a log does not have the content that was written."""
         try:
-            found = Digest(read_bytes(file, None)).as_dict()
+            content = read_bytes(file, None)
         except FileNotFoundError:
-            found = Digest().as_dict()
+            content = b""
         except ValueError as error:
             raise _changed_meanwhile(file, str(error)) from error
-        if found != self.digest.as_dict():
+        if Digest(content).as_dict() != self.digest.as_dict():
             raise _changed_meanwhile(file, "its content does not have the checksum of what was written")
 
 
 def _changed_meanwhile(file: Path, reason: str) -> DamagedFileError:
-    remedy = (
-        "It was changed or removed while the run was training. Restore it from a copy; or resume without what it said, "
-        "with checkpoint.allow_changed=true"
-    )
-    return damaged(file, reason, remedy)
+    remedy = "Restore it from a copy; or resume without what it said, with checkpoint.allow_changed=true"
+    return damaged(file, reason, f"It was changed or removed while the run was training. {remedy}")
 
 
 def read_step_log(path: Path, name: str) -> list[LogLine]:
     """Return the lines of a run's metrics.jsonl or samples.jsonl, without a last one that was not finished.
 
-    Raises:
-        DamagedFileError: naming file and line, and how to repair it.
+    DamagedFileError names file and line, and how to repair it.
     """
     remedy = (
         "Nothing was changed. Restore the line from a copy; or remove it "
@@ -107,11 +95,7 @@ def is_timing(name: str) -> bool:
 
 
 def metrics_at(path: Path, step: int | None) -> dict[str, Any] | None:
-    """Return the line of metrics of a step; None where there is none.
-
-    Raises:
-        DamagedFileError: as `read_step_log`.
-    """
+    """Return the line of metrics of a step, as `read_step_log`; None where there is none."""
     lines = read_step_log(path, METRICS) if step is not None else []
     return next((line.content for line in lines if line.content["step"] == step), None)
 
@@ -124,6 +108,7 @@ def compare_logs(
     Each must begin with the bytes it had when the checkpoint of `step` was `saved`, and with the `last` ones that
     status.json knows.
     """
+    remedy = "Restore it from a copy; or resume with it as it is, with checkpoint.allow_changed=true"
     found = []
     for name in STEP_LOGS:
         content = b"".join(line.raw for line in read_step_log(path, name))
@@ -134,6 +119,5 @@ def compare_logs(
         elif at_status is not None and not begins_with(content, at_status):
             reason = "its content does not have the checksum that it was written with (status.json)"
         if reason:
-            remedy = "Restore it from a copy; or resume with it as it is, with checkpoint.allow_changed=true"
             found.append(damaged(path / name, reason, remedy))
     return found

@@ -26,39 +26,22 @@ POINT_KEYS: Mapping[str, Types] = {
 
 
 def read_sweep(folder: Path, more: Mapping[str, Types] | None = None, remedy: str = "") -> dict[str, Any]:
-    """Return what sweep.json of a folder says.
-
-    Args:
-        more: the types of further keys.
-    Raises:
-        FileNotFoundError: where there is none.
-        DamagedFileError: naming it, what is wrong with it, and the remedy.
-    """
+    """Return what sweep.json of a folder says, as `read_json`; `more` has the types of further keys."""
     content = read_json(folder / SWEEP, {**SWEEP_KEYS, **(more or {})}, remedy=remedy)
+    counts, where = content["counts"], ""
     try:
-        for number, point in enumerate(content["history"]):
-            _check_point(point, number)
-        _check_counts(content["counts"])
+        for number, point in enumerate(content["history"], 1):
+            where = f"history, entry {number}: "
+            if not isinstance(point, dict):
+                raise ValueError(f"no object but {json.dumps(point)[:40]}")
+            check_keys(point, POINT_KEYS)
+        where = "counts: "
+        check_keys(counts, dict.fromkeys(counts, int))
+        where = ""
         check_keys(content, {"signatures": list}, optional=("signatures",))
     except ValueError as error:
-        raise damaged(folder / SWEEP, str(error), remedy) from error
+        raise damaged(folder / SWEEP, f"{where}{error}", remedy) from error
     return content
-
-
-def _check_counts(counts: Mapping[str, Any]) -> None:
-    try:
-        check_keys(counts, dict.fromkeys(counts, int))
-    except ValueError as error:
-        raise ValueError(f"counts: {error}") from error
-
-
-def _check_point(point: Any, number: int) -> None:
-    try:
-        if not isinstance(point, dict):
-            raise ValueError(f"no object but {json.dumps(point)[:40]}")
-        check_keys(point, POINT_KEYS)
-    except ValueError as error:
-        raise ValueError(f"history, entry {number + 1}: {error}") from error
 
 
 def with_checksum(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,11 +50,7 @@ def with_checksum(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_checksum(line: Mapping[str, Any]) -> None:
-    """Check that a line of trials.jsonl is as it was written; those of an earlier version have no checksum.
-
-    Raises:
-        ValueError: where it is not.
-    """
+    """Raise ValueError where a line of trials.jsonl is not as it was written; an earlier version's has no checksum."""
     if CHECKSUM in line and line[CHECKSUM] != _checksum({key: line[key] for key in line if key != CHECKSUM}):
         raise ValueError("it does not have the checksum that it was written with")
 
@@ -89,12 +68,9 @@ def identity_of(config: Mapping[str, Any]) -> str:
 
 
 def holds_another(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return why a folder is not that of a trial; '' where it holds the trial's run, or none yet.
+    """Return why a folder is not that of a trial with this frozen configuration; '' where it is, or holds no run yet.
 
-    Args:
-        config: the trial's frozen configuration.
-    Raises:
-        DamagedFileError: where a file that says so can't be read.
+    DamagedFileError where a file that says so can't be read.
     """
     starts = read_starts(folder)
     if starts and starts[-1]["config_hash"] == config_hash(config):

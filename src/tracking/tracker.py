@@ -3,7 +3,7 @@
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +16,16 @@ from src.metrics import greater_is_better
 from src.tracking import mlflow_run, mlflow_sweep  # noqa: F401 - they register the exporters
 from src.tracking.console import Console
 from src.tracking.export_thread import AFTER_STOP, END_OF_RUN, UNTIL_DELIVERED, ExportThread
-from src.tracking.exporters import EXPORTERS, Exporter
-from src.tracking.folder_start import SUMMARY, Start
+from src.tracking.exporters import EXPORTERS, SWEEP_EXPORTERS, Exporter, Warn
 from src.tracking.line_exporter import state_file
 from src.tracking.lock import hold
 from src.tracking.mlflow_run import end_previous
 from src.tracking.mlflow_state import TRACKING, tracked_before
-from src.tracking.run_folder import RunFolder, open_run_folder
+from src.tracking.run_folder import SUMMARY, RunFolder, Start, open_run_folder
 from src.tracking.step_logs import METRICS, SAMPLES, metrics_of
 
-UNSHOWN = ("best/", "tokens/")
-"""Metrics that summary.json has and the table at the end of a run leaves out."""
+UNSHOWN = ("best/", "tokens/")  # of summary.json, left out of the table at the end of a run
+Digests = Mapping[str, Any] | None
 
 
 class LoggedStep(Protocol):
@@ -63,16 +62,12 @@ class Tracker:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.latest: dict[str, float] = {}  # the last value of every metric so far
 
     @property
     def tracker_run_id(self) -> str | None:
         """The run's id in MLflow; None where it has none yet."""
         return None
-
-    @property
-    def latest(self) -> dict[str, float]:
-        """The last value of every metric so far."""
-        return {}
 
     def sync(self) -> None:
         """Flush all that was logged to the disk."""
@@ -81,11 +76,8 @@ class Tracker:
         """Return size and checksum of what was logged of earlier steps, by which a damaged log is noticed."""
         return {}
 
-    def write_file(self, name: str, content: Mapping[str, Any]) -> None:
-        """Keep a whole file, such as provenance.json."""
-
-    def write_file_once(self, name: str, content: Mapping[str, Any]) -> None:
-        """Keep a whole file, unless an earlier start of this run did."""
+    def write_file(self, name: str, content: Mapping[str, Any], *, once: bool = False) -> None:
+        """Keep a whole file, such as provenance.json; `once`: unless an earlier start of this run did."""
 
     def show_overview(self, overview: Mapping[str, str]) -> None:
         """Show what was assembled."""
@@ -97,46 +89,32 @@ class Tracker:
         """Record how long the run will be; steps_per_epoch is None where that is unknown."""
 
     def progress(self, step: LoggedStep, num_steps: int, *, is_logged: bool) -> None:
-        """Show how far training is.
-
-        Args:
-            is_logged: whether the step has a line where only some are printed.
-        """
+        """Show how far training is; `is_logged`: the step has a line where only some are printed."""
 
     def rewind_to(self, step: int, *, is_end: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         """Cut metrics and samples that will be produced again: of later steps, and of this one if it is incomplete.
 
-        Args:
-            is_end: whether it is the run's last step, or was; it is complete only when the run is.
+        A step that `is_end`, the run's last or what was that, is complete only when the run is.
         Returns: the lines of metrics that stay, and the one of this step that was cut off.
         """
         return [], None
 
     @contextmanager
     def line(self, step: LoggedStep, *, due: bool) -> Iterator[MetricsLine]:
-        """Collect what is measured and sampled after a step; it is written when the block ends.
-
-        Args:
-            due: whether there is a line of metrics even if nothing was measured.
-        """
+        """Collect what is measured and sampled after a step; written when the block ends if anything was, or due."""
         line = MetricsLine()
         yield line
         if line.metrics or due:
             step.pop_metrics()  # the sums begin anew here too: checkpoints hold them
 
-    def finish(
-        self,
-        totals: Mapping[str, float],
-        exported: Mapping[str, Any] | None = None,
-        base: Mapping[str, Any] | None = None,
-    ) -> dict[str, float]:
+    def finish(self, totals: Mapping[str, float], exported: Digests = None, base: Digests = None) -> dict[str, float]:
         """Write and return the summary: the last value of every metric, the best ones, and the run's totals.
+
+        DamagedFileError where what was logged is not in the folder any more.
 
         Args:
             exported: size and checksum of each file of model/, for status.json.
             base: the same of the local model that an adapter in model/ is based on.
-        Raises:
-            DamagedFileError: where what was logged is not in the folder any more.
         """
         return {}
 
@@ -149,20 +127,11 @@ class FolderTracker(Tracker):
         self._folder = folder
         self._exports = exports
         self._started = time.monotonic()
-        self._last: dict[str, float] = {}
         self._best: dict[str, float] = {}
-
-    @property
-    def folder(self) -> Path:
-        return self._folder.path
 
     @property
     def tracker_run_id(self) -> str | None:
         return self._exports.run_id
-
-    @property
-    def latest(self) -> dict[str, float]:
-        return dict(self._last)
 
     def sync(self) -> None:
         self._folder.sync()
@@ -170,13 +139,10 @@ class FolderTracker(Tracker):
     def journal_before(self, step: int) -> dict[str, dict[str, Any]]:
         return self._folder.journal_before(step)
 
-    def write_file(self, name: str, content: Mapping[str, Any]) -> None:
-        self._folder.write_json(name, content)
-        self._exports.notify()
-
-    def write_file_once(self, name: str, content: Mapping[str, Any]) -> None:
-        if not (self.folder / name).exists():
-            self.write_file(name, content)
+    def write_file(self, name: str, content: Mapping[str, Any], *, once: bool = False) -> None:
+        if not (once and (self._folder.path / name).exists()):
+            self._folder.write_json(name, content)
+            self._exports.notify()
 
     def show_overview(self, overview: Mapping[str, str]) -> None:
         for label, text in overview.items():
@@ -205,7 +171,7 @@ class FolderTracker(Tracker):
         self._exports.rewind(len(kept), cut)
         for line in kept:
             self._note(metrics_of(line))
-        self._started -= self._last.get("perf/elapsed_seconds", 0.0)
+        self._started -= self.latest.get("perf/elapsed_seconds", 0.0)
         self._folder.step = step
         self._folder.set_status()  # before lines are added again: what it says of the logs must not be older than they
         return kept, next((line for line in cut if line["step"] == step), None)
@@ -233,20 +199,15 @@ class FolderTracker(Tracker):
         self._exports.notify()
 
     def _note(self, metrics: Mapping[str, float]) -> None:
-        self._last |= metrics
+        self.latest |= metrics
         for name, value in metrics.items():
             if name.startswith("eval/"):
                 better = max if greater_is_better(name) else min
                 self._best[f"best/{name}"] = better(self._best.get(f"best/{name}", value), value)
 
-    def finish(
-        self,
-        totals: Mapping[str, float],
-        exported: Mapping[str, Any] | None = None,
-        base: Mapping[str, Any] | None = None,
-    ) -> dict[str, float]:
+    def finish(self, totals: Mapping[str, float], exported: Digests = None, base: Digests = None) -> dict[str, float]:
         self._folder.check_step_logs()
-        summary = self._last | self._best | dict(totals)
+        summary = self.latest | self._best | dict(totals)
         self._folder.write_json(SUMMARY, summary)
         self._folder.set_status(model=exported, base=base)
         self.console.say()
@@ -261,11 +222,7 @@ class FolderTracker(Tracker):
 def open_tracking(
     config: TrackingConfig, run_dir: Path, frozen: Mapping[str, Any], console: Console, start: Start
 ) -> Iterator[FolderTracker]:
-    """Follow a run to its end, however it ends, in a folder that is held.
-
-    Raises:
-        RunFolderError: where the folder holds another run, or one that must not be resumed.
-    """
+    """Follow a run to its end, however it ends, in a folder that is held; raises as `open_run_folder`."""
     before = tracked_before(run_dir)
     with open_run_folder(run_dir, frozen, config_hash(frozen), start) as folder:
         is_known = any(os.path.lexists(run_dir / name) for name in (METRICS, TRACKING, state_file(config.type)))
@@ -283,16 +240,10 @@ def start_exporters(
     *,
     before: Mapping[str, Any] | None = None,
     waits: bool = False,
-    warn: Callable[[str], None],
+    warn: Warn,
 ) -> ExportThread:
-    """Start delivering a folder; runs that it had in other stores before are ended.
-
-    Args:
-        before: what tracking.json said before this start.
-        waits: see ExportThread.
-    """
-    cleanup = end_previous(exporters, folder, before, warn)
-    return ExportThread(exporters, cleanup=cleanup, waits=waits, warn=warn)
+    """Start delivering a folder, see ExportThread; end runs elsewhere that it had `before`, by its tracking.json."""
+    return ExportThread(exporters, cleanup=end_previous(exporters, folder, before, warn), waits=waits, warn=warn)
 
 
 def _close(exports: ExportThread, folder: RunFolder, console: Console) -> None:
@@ -313,11 +264,7 @@ def sync_command(folder: Path) -> str:
 
 
 def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> None:
-    """Deliver what is missing of a run that is finished, and wait for it as long as calls succeed.
-
-    Raises:
-        RunFolderError: where another process holds the folder.
-    """
+    """Deliver what is missing of a run that is finished, and wait for it as long as calls succeed; raises as `hold`."""
     if config.type not in EXPORTERS:
         return
     is_known = any(os.path.lexists(run_dir / name) for name in (TRACKING, state_file(config.type)))
@@ -331,3 +278,19 @@ def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> 
         exports = start_exporters([exporter], run_dir, warn=console.warn)
         for left in exports.close(UNTIL_DELIVERED, console.working):
             console.warn(f"{left}; to try again: {sync_command(run_dir) if left.can_be_synced else 'the same command'}")
+
+
+@contextmanager
+def open_sweep_tracking(config: TrackingConfig, folder: Path, console: Console) -> Iterator[ExportThread]:
+    """Follow a sweep in a folder that is held to the end that its sweep.json says when the block is left."""
+    is_exported = config.type in SWEEP_EXPORTERS
+    exporters = [SWEEP_EXPORTERS[config.type](config, folder, warn=console.warn)] if is_exported else []
+    exports = start_exporters(exporters, folder, before=tracked_before(folder), warn=console.warn)
+    try:
+        yield exports
+    finally:
+        for left in exports.close(END_OF_RUN, console.working):
+            console.warn(
+                f"{left}.\nEverything is in {folder}; to deliver it later, repeat the same command, or "
+                f"{sync_command(folder)}"
+            )

@@ -54,7 +54,7 @@ def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[t
 def record_provenance(tracker: Tracker, job: Job, runtime: Runtime) -> dict[str, Any]:
     """Write the run's provenance and DeepSpeed's settings into its folder; return the provenance."""
     content = provenance(job.frozen, file_hashes(job.config.data), runtime.description, PROJECT_ROOT)
-    tracker.write_file_once("provenance.json", content)
+    tracker.write_file("provenance.json", content, once=True)
     if (settings := deepspeed_settings(with_zero_sizes(job.config), runtime.num_processes)) is not None:
         tracker.write_file("deepspeed.json", settings)
     return content
