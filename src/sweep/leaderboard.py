@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,27 +33,19 @@ DECADES = 2  # values that span more are drawn on a logarithmic axis
 
 
 COLUMNS: Mapping[str, Callable[[Row], Any]] = {
-    "rank": lambda row: row.rank,
+    "rank": attrgetter("rank"),
     "tied": lambda row: str(row.is_tied).lower(),
-    "model": lambda row: row.group,
-    "setting": lambda row: row.label,
-    "mean": lambda row: row.mean,
-    "low": lambda row: row.low,
-    "high": lambda row: row.high,
-    "n": lambda row: row.n,
-    "difference": lambda row: row.difference,
-    "difference_low": lambda row: row.difference_low,
-    "difference_high": lambda row: row.difference_high,
-    "p_value": lambda row: row.p_value,
-    "failed": lambda row: row.failed,
-    "pruned": lambda row: row.pruned,
-    "unfinished": lambda row: row.unfinished,
+    "model": attrgetter("group"),
+    "setting": attrgetter("label"),
+    **{name: attrgetter(name) for name in ("mean", "low", "high", "n")},
+    **{name: attrgetter(name) for name in ("difference", "difference_low", "difference_high", "p_value")},
+    **{name: attrgetter(name) for name in ("failed", "pruned", "unfinished")},
     "trials": lambda row: _spaced(row.trials),
     "seeds": lambda row: _spaced(seed for seed, _ in row.values),
     "folds": lambda row: _spaced(fold for _, fold in row.values if fold is not None),
     "values": lambda row: _spaced(row.values.values()),
-    "setting_id": lambda row: row.setting,
-    "verdict": lambda row: row.verdict,
+    "setting_id": attrgetter("setting"),
+    "verdict": attrgetter("verdict"),
 }
 """The columns of leaderboard.csv; `model` only where models are compared."""
 
@@ -67,12 +60,7 @@ def write(rows: Sequence[Row], folder: Path, metric: str, direction: Direction, 
     """Write leaderboard.csv, leaderboard.json and leaderboard.md into a folder, each at once."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "leaderboard.csv", _csv(rows))
-    content = {
-        "metric": metric,
-        "direction": direction,
-        "conclusion": conclusion,
-        "rows": [_plain(row) for row in rows],
-    }
+    content = {"metric": metric, "direction": direction, "conclusion": conclusion, "rows": list(map(_plain, rows))}
     write_json(folder / "leaderboard.json", content)
     write_atomically(folder / "leaderboard.md", _markdown(rows, metric, direction, conclusion))
 
@@ -83,7 +71,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    columns = {name: read for name, read in COLUMNS.items() if name != "model" or _has_groups(rows)}
+    columns = {name: read for name, read in COLUMNS.items() if name != "model" or any(row.group for row in rows)}
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
@@ -100,18 +88,10 @@ def _markdown(rows: Sequence[Row], metric: str, direction: Direction, conclusion
     for group, members in _groups(rows):
         if group:
             parts.append(f"## {inline(group)}")
-        lines = [
-            [
-                _rank(row),
-                code(_label(row)),
-                _mean(row),
-                str(row.n),
-                _difference(row),
-                inline(row.verdict),
-                _spaced(row.trials),
-            ]
-            for row in members
-        ]
+        lines = []
+        for row in members:
+            rank, label, *numbers, verdict = _cells(row)
+            lines.append([rank, code(label), *numbers, inline(verdict), _spaced(row.trials)])
         parts.append(markdown_table(["rank", "setting", "mean", "n", "difference", "verdict", "trials"], lines))
     parts.append("Intervals are 95 %; differences are to the reference: the best mean over two replicates or more.")
     return "\n\n".join(parts) + "\n"
@@ -138,15 +118,10 @@ def table(rows: Sequence[Row], metric: str, direction: Direction) -> Table:
             made.add_section()
             made.add_row("", Cell(group, style="bold"))
         for row in members:
-            style = "" if row.rank == 1 else "dim"
-            difference = [_difference(row)] if has_room else []
-            cells = [_rank(row), short(_label(row)), _mean(row), str(row.n), *difference, row.verdict]
-            made.add_row(*map(Cell, cells), style=style)
+            rank, label, mean, n, difference, verdict = _cells(row)
+            cells = [rank, short(label), mean, n, *([difference] if has_room else []), verdict]
+            made.add_row(*map(Cell, cells), style="" if row.rank == 1 else "dim")
     return made
-
-
-def _has_groups(rows: Sequence[Row]) -> bool:
-    return any(row.group for row in rows)
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -159,22 +134,17 @@ def _label(row: Row) -> str:
     return row.label or row.group or row.name
 
 
-def _rank(row: Row) -> str:
-    return "–" if row.rank is None else f"{row.rank}{' tie' if row.is_tied else ''}"
+def _cells(row: Row) -> list[str]:
+    """Return rank, setting, mean, n, difference and verdict, as tables show them."""
+    rank = "–" if row.rank is None else f"{row.rank}{' tie' if row.is_tied else ''}"
+    difference = _with_half(row.difference, row.difference_low, row.difference_high)
+    sign = "+" if (row.difference or 0) > 0 else ""
+    return [rank, _label(row), _with_half(row.mean, row.low, row.high), str(row.n), sign + difference, row.verdict]
 
 
-def _mean(row: Row) -> str:
-    return "–" if row.mean is None else _with_half(row.mean, row.low, row.high)
-
-
-def _difference(row: Row) -> str:
-    if row.difference is None:
+def _with_half(middle: float | None, low: float | None, high: float | None) -> str:
+    if middle is None:
         return "–"
-    sign = "+" if row.difference > 0 else ""
-    return sign + _with_half(row.difference, row.difference_low, row.difference_high)
-
-
-def _with_half(middle: float, low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return number(middle, None)
     half = (high - low) / 2
@@ -186,9 +156,8 @@ def plot(rows: Sequence[Row], file: Path, metric: str, direction: Direction) -> 
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if row.mean is not None][:MOST_SHOWN]
-    labels = [_in_lines(short(row.name)) for row in shown]
-    most_lines = max((label.count("\n") + 1 for label in labels), default=1)
-    height = (0.27 + 0.13 * most_lines) * max(2, len(shown))  # inches
+    names = [textwrap.wrap(short(row.name), LABEL_WIDTH, max_lines=LABEL_LINES, placeholder=" …") for row in shown]
+    height = (0.27 + 0.13 * max(map(len, names), default=1)) * max(2, len(shown))  # inches
     figure = Figure(figsize=(9, 1.4 + height), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(shown):
@@ -200,7 +169,7 @@ def plot(rows: Sequence[Row], file: Path, metric: str, direction: Direction) -> 
         )
         values = list(row.values.values())
         axes.plot(values, [place + 0.22] * len(values), "o", color=colour, markersize=4.5, alpha=0.6, markeredgewidth=0)
-    axes.set_yticks(range(len(shown)), labels, parse_math=False, fontsize="small")
+    axes.set_yticks(range(len(shown)), ["\n".join(lines) for lines in names], parse_math=False, fontsize="small")
     axes.set_ylim(max(1, len(shown) - 1) + 0.6, -0.6)
     ends = [end for row in shown for end in (row.low, row.high) if end is not None]
     _set_span([value for row in shown for value in row.values.values()], ends, axes.set_xscale, axes.set_xlim)
@@ -251,10 +220,6 @@ def _set_span(
     start, stop = max(min([low, *ends]), low - span), min(max([high, *ends]), high + span)
     margin = (stop - start or span) / 20
     set_limits(start - margin, stop + margin)
-
-
-def _in_lines(label: str) -> str:
-    return "\n".join(textwrap.wrap(label, LABEL_WIDTH, max_lines=LABEL_LINES, placeholder=" …"))
 
 
 def _save(figure: Figure, file: Path) -> None:
