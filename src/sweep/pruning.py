@@ -11,12 +11,10 @@ from src.sweep.study import open_storage, optuna, pruner_of
 
 
 class Pruning:
-    """Asks whether a run is worth continuing.
+    """Asks the study in `link`, made by `SweepController`, whether a run is worth continuing; None: nobody is asked.
 
-    Args:
-        link: the trial's study, storage and metric, as `SweepController` made it; None: nobody is asked.
-        done: the lines of metrics up to the step that the run resumes from.
-        warn: called where the study can't be asked; the run continues then.
+    `done` are the lines of metrics up to the step that the run resumes from. Where the study can't be asked, the run
+    continues, and warns.
     """
 
     def __init__(
@@ -54,10 +52,6 @@ class Pruning:
 
 
 def end_early(reason: str) -> None:
-    """Raise Pruned if there is a reason to end the run.
-
-    Raises:
-        Pruned: unless the reason is empty.
-    """
+    """Raise Pruned, unless the reason is empty."""
     if reason:
         raise Pruned(reason)
