@@ -90,8 +90,9 @@ class SweepController:
         promoted = self._ask_study(lambda study: study.promotable(by_unit, factor, at_least_one=at_least_one))
         if promoted is None:
             return None
-        number = by_unit[promoted.unit]
-        self._progress[number].passed = promoted.evaluation
+        unit, evaluation = promoted
+        number = by_unit[unit]
+        self._progress[number].passed = evaluation
         self._paused.discard(number)
         return self.state.trials[number]
 

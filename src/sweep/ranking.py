@@ -17,6 +17,7 @@ from src.util import in_words, plural
 
 Direction = Literal["minimize", "maximize"]
 EXTREME: Mapping[Direction, str] = {"minimize": "lowest", "maximize": "highest"}
+FATES = {"FAILED": "failed", "FINISHED": "failed", "PRUNED": "pruned"}  # of replicates without a value, by their state
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,10 @@ def _tally(trials: Sequence[Result], sign: int, num_folds: int | None) -> Row:
         if trial.state == "FINISHED" and trial.value is not None and math.isfinite(trial.value):
             found.setdefault(trial.replicate, []).append(trial.value)
             numbers[trial.trial] = sign * trial.value
-    values = {
-        key: mean(found[key]) for key in sorted(found, key=lambda key: (key[0], -1 if key[1] is None else key[1]))
-    }
-    lacking = {trial.replicate: _fate(trial.state) for trial in trials if trial.replicate not in values}
-    fates = Counter(lacking.values())
+    order = sorted(found, key=lambda key: (key[0], -1 if key[1] is None else key[1]))
+    values = {key: mean(found[key]) for key in order}
+    lacking = {trial.replicate: trial.state for trial in trials if trial.replicate not in found}
+    fates = Counter(FATES.get(state, "unfinished") for state in lacking.values())
     middle, half = mean(values.values()) if values else None, half_width(values, num_folds)
     return Row(
         setting=trials[0].setting,
@@ -121,19 +121,13 @@ def _tally(trials: Sequence[Result], sign: int, num_folds: int | None) -> Row:
         values=values,
         trials=tuple(trial.trial for trial in trials),
         best_trial=min(numbers, key=numbers.__getitem__, default=None),
-        failed=fates["FAILED"],
-        pruned=fates["PRUNED"],
-        unfinished=fates["UNFINISHED"],
+        failed=fates["failed"],
+        pruned=fates["pruned"],
+        unfinished=fates["unfinished"],
         mean=middle,
         low=None if middle is None or half is None else middle - half,
         high=None if middle is None or half is None else middle + half,
     )
-
-
-def _fate(state: str) -> str:
-    if state in ("FAILED", "FINISHED"):
-        return "FAILED"
-    return "PRUNED" if state == "PRUNED" else "UNFINISHED"
 
 
 def _ranked(rows: Sequence[Row], sign: int, num_folds: int | None) -> list[Row]:
@@ -143,18 +137,13 @@ def _ranked(rows: Sequence[Row], sign: int, num_folds: int | None) -> list[Row]:
     others = [row for row in rows if row is not reference]
     comparisons = [compare(row.values, reference.values, num_folds) for row in others]
     adjusted = iter(holm([each.p_value for each in comparisons if each.p_value is not None]))
-    compared = [
-        _compared(row, each, None if each.p_value is None else next(adjusted), sign)
-        for row, each in zip(others, comparisons, strict=True)
-    ]
+    p_values = [None if each.p_value is None else next(adjusted) for each in comparisons]
+    compared = [_compared(*each, sign) for each in zip(others, comparisons, p_values, strict=True)]
     is_tied = any(row.is_tied for row in compared)
     everyone = [replace(reference, is_reference=True, is_tied=is_tied), *compared]
     everyone.sort(key=lambda row: (not _is_first(row), sign * (row.difference or 0)))
-    ranks: list[int] = []
-    for index, row in enumerate(everyone):
-        before = everyone[index - 1] if index else row
-        is_same = _is_first(row) or (not _is_first(before) and before.difference == row.difference)
-        ranks.append(ranks[-1] if index and is_same else index + 1)
+    places = [None if _is_first(row) else row.difference for row in everyone]  # those in one place share a rank
+    ranks = [places.index(place) + 1 for place in places]
     verdicts = [_verdict(row, everyone, sign) for row in everyone]
     return [replace(row, rank=r, verdict=v) for row, r, v in zip(everyone, ranks, verdicts, strict=True)]
 
@@ -335,9 +324,8 @@ def _cautions(rows: Sequence[Row], ranked: Sequence[Row], measured: Sequence[Row
         cautions.append(f"{_names(single)} {have} one {kind_of_replicates(ranked)}: no test is possible.")
     best = next(row for row in ranked if row.is_reference)
     if measured and (lacks := _lacks(best)):
-        cautions.append(
-            f"{best.name} is not complete: {', '.join(f'{count} {word}' for word, count in lacks.items())}."
-        )
+        parts = ", ".join(f"{count} {word}" for word, count in lacks.items())
+        cautions.append(f"{best.name} is not complete: {parts}.")
     lacking = len(rows) - len(ranked)
     if lacking:
         cautions.append(f"{plural(lacking, 'setting has', 'settings have')} no value.")
