@@ -56,7 +56,7 @@ class SweepController:
         self._metric = self.plan.config.metric
         self._is_exhausted = False
         self.refusal = ""  # why the last proposal can't be run
-        self._has_only_refusals = False
+        self.has_only_refusals = False  # the sampler proposed none that can be run, until the sweep stopped asking
         self.fault = ""  # the error that stops the sweep, as no trial could run or be ranked; '' where there is none
         self._paused: set[int] = set()
         """Trials that are paused at a rung, and resume once they are among its best."""
@@ -113,7 +113,7 @@ class SweepController:
         """Have the sampler propose another setting; return whether there is one to run."""
         if self.plan.is_listed or self._is_exhausted:
             return False
-        self._has_only_refusals = True
+        refusals = []
         for _ in range(MOST_REPEATS):
             units = self.state.units
             if len(units) >= (self.plan.config.n_trials or 0):
@@ -121,11 +121,10 @@ class SweepController:
             proposal = self._ask_study(Study.propose)
             if proposal is None:
                 return False
-            self.refusal = ""
             if self._accept(proposal, max(units, default=-1) + 1):
                 return True
-            self._has_only_refusals &= bool(self.refusal)
-        self._is_exhausted = True
+            refusals.append(self.refusal)
+        self._is_exhausted, self.has_only_refusals = True, all(refusals)
         return False
 
     def _accept(self, proposal: Proposal, unit: int) -> bool:
@@ -135,8 +134,7 @@ class SweepController:
         known = {trial.identity: trial.unit for trial in self.state.trials.values()}
         same = next((known[trial.identity] for trial in found if trial.identity in known), None)
         fresh = [trial for trial in found if trial.identity not in known]
-        if problems:
-            self.refusal = f"{problems[0].given}: {problems[0].reason}"
+        self.refusal = f"{problems[0].given}: {problems[0].reason}" if problems else ""
         if problems or not fresh:
             value = None if same is None else self.state.mean(same)
             self._ask_study(lambda study: study.answer(proposal, value))
@@ -359,11 +357,6 @@ class SweepController:
             return False
         has_all = len(self.state.units) >= (self.plan.config.n_trials or 0)
         return self.plan.is_listed or self._is_exhausted or has_all
-
-    @property
-    def has_given_up_on_refusals(self) -> bool:
-        """Whether the sampler proposed only settings that can't be run, until the sweep stopped asking."""
-        return self._is_exhausted and self._has_only_refusals
 
     def summary(self) -> str:
         """Return in a line how far the sweep is."""

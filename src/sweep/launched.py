@@ -104,9 +104,8 @@ class Launched:
             )
             codes = [one.return_value if isinstance(one._return_value, int) else 1 for one in returns]
         except Exception as error:  # the launcher's own, a job that the scheduler killed
-            while any(
-                SweepFolder(folder).held([job.number for job in batch])
-            ):  # it reports the first, the others continue
+            numbers = [job.number for job in batch]
+            while any(SweepFolder(folder).held(numbers)):  # it reports the first, the others continue
                 time.sleep(POLL_SECONDS)
             states = [_state(job.run_dir) for job in batch]
             for job, state in zip(batch, states, strict=True):

@@ -99,18 +99,14 @@ class Plan:
         return size(self.replicates) or 1
 
     @property
-    def _by_key(self) -> dict[str, Axis]:
+    def by_key(self) -> dict[str, Axis]:
+        """What is varied, replicates included, by its key."""
         return {axis.key: axis for axis in [*self.axes, *self.replicates]}
 
     @property
     def space(self) -> dict[str, str]:
         """What is varied, as it was written."""
-        return {key: axis.text for key, axis in self._by_key.items()}
-
-    @property
-    def varied(self) -> list[str]:
-        """The keys that are varied, replicates included."""
-        return list(self._by_key)
+        return {key: axis.text for key, axis in self.by_key.items()}
 
     def unit(self, own: Sequence[str], unit: int, first: int) -> tuple[list[Trial], list[Problem]]:
         """Compose the trials of one setting, given as KEY=VALUE, or return why it is refused.
@@ -132,11 +128,11 @@ class Plan:
         if own not in self._settings:
             composed = self.composer.compose([*self._forced(own), *NO_REPLICATE])
             sections = {key: value for key, value in composed.sections.items() if key != "sweep"}
-            self._settings[own] = setting_of(with_typed_numbers(sections, typed, self.varied))
+            self._settings[own] = setting_of(with_typed_numbers(sections, typed, self.by_key))
         return self._settings[own]
 
     def _forced(self, overrides: Sequence[str]) -> list[str | Assignment]:
-        return [one for text in overrides for one in self._by_key[text.partition("=")[0]].forced(text)]
+        return [one for text in overrides for one in self.by_key[text.partition("=")[0]].forced(text)]
 
     def _admit(self, overrides: Sequence[str]) -> tuple[Job | None, list[Problem]]:
         composed = self.composer.compose(self._forced(overrides))
@@ -146,11 +142,11 @@ class Plan:
         if admitted is not None and admitted.sweep is not None:
             problems = [*_sweep_problems(admitted.sweep, admitted.config), *self.code_problems(admitted.frozen)]
             self.admitted = self.admitted or admitted.config
-            admitted.frozen = with_typed_numbers(admitted.frozen, admitted.config, self.varied)
+            admitted.frozen = with_typed_numbers(admitted.frozen, admitted.config, self.by_key)
         located = []
         for problem in problems:
             key = next((one for one in all_keys() if problem.key.startswith(f"{one}.")), problem.key)  # of a mapping's
-            axis = self._by_key.get(key)
+            axis = self.by_key.get(key)
             where = (axis.where if axis else "") or problem.where
             located.append(dataclasses.replace(problem, where=where, point=" ".join(overrides)))
         return (None if problems else admitted), located

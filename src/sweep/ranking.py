@@ -137,8 +137,8 @@ def _ranked(rows: Sequence[Row], sign: int, num_folds: int | None) -> list[Row]:
     others = [row for row in rows if row is not reference]
     comparisons = [compare(row.values, reference.values, num_folds) for row in others]
     adjusted = iter(holm([each.p_value for each in comparisons if each.p_value is not None]))
-    p_values = [None if each.p_value is None else next(adjusted) for each in comparisons]
-    compared = [_compared(*each, sign) for each in zip(others, comparisons, p_values, strict=True)]
+    comparisons = [each if each.p_value is None else replace(each, p_value=next(adjusted)) for each in comparisons]
+    compared = [_compared(row, each, sign) for row, each in zip(others, comparisons, strict=True)]
     is_tied = any(row.is_tied for row in compared)
     everyone = [replace(reference, is_reference=True, is_tied=is_tied), *compared]
     everyone.sort(key=lambda row: (not _is_first(row), sign * (row.difference or 0)))
@@ -183,17 +183,10 @@ def _shared_gap(row: Row, best: Row) -> float:
     return mean(row.values[key] - best.values[key] for key in shared)
 
 
-def _compared(row: Row, comparison: Comparison, p_value: float | None, sign: int) -> Row:
+def _compared(row: Row, comparison: Comparison, sign: int) -> Row:
+    p_value = comparison.p_value
     is_worse = p_value is not None and p_value < SIGNIFICANCE and sign * comparison.difference > 0
-    return replace(
-        row,
-        difference=comparison.difference,
-        difference_low=comparison.low,
-        difference_high=comparison.high,
-        p_value=p_value,
-        num_pairs=comparison.num_pairs,
-        is_tied=not is_worse,
-    )
+    return replace(row, **vars(comparison), is_tied=not is_worse)
 
 
 def number(value: float, spread: float | None) -> str:
@@ -276,12 +269,11 @@ def conclusion(rows: Sequence[Row], metric: str, direction: Direction) -> str:
 
 
 def _conclusion_of_single_values(ranked: Sequence[Row], metric: str, direction: Direction) -> str:
-    if len(ranked) == 1:
-        value = f"{metric} {number(ranked[0].mean or 0, None)}"
-        return f"One trial ({value}): no test is possible; run more seeds, e.g. seed=1,2,3."
     best = next(row for row in ranked if row.is_reference)
-    value = f"{EXTREME[direction]} {metric}: {number(best.mean or 0, None)}, {best.name}"
-    return f"One trial per setting: no test is possible; run more seeds, e.g. seed=1,2,3 ({value})."
+    value, remedy = number(best.mean or 0, None), "no test is possible; run more seeds, e.g. seed=1,2,3"
+    if len(ranked) == 1:
+        return f"One trial ({metric} {value}): {remedy}."
+    return f"One trial per setting: {remedy} ({EXTREME[direction]} {metric}: {value}, {best.name})."
 
 
 def _conclusion_of_many(measured: Sequence[Row], ranked: Sequence[Row], metric: str, direction: Direction) -> str:
@@ -320,8 +312,9 @@ def _cautions(rows: Sequence[Row], ranked: Sequence[Row], measured: Sequence[Row
     cautions = []
     single = [row for row in ranked if row.n < 2]
     if measured and single:
+        names = in_words(row.name for row in single) if len(single) <= 3 else f"{len(single)} settings"
         have = "has" if len(single) == 1 else "have"
-        cautions.append(f"{_names(single)} {have} one {kind_of_replicates(ranked)}: no test is possible.")
+        cautions.append(f"{names} {have} one {kind_of_replicates(ranked)}: no test is possible.")
     best = next(row for row in ranked if row.is_reference)
     if measured and (lacks := _lacks(best)):
         parts = ", ".join(f"{count} {word}" for word, count in lacks.items())
@@ -332,12 +325,6 @@ def _cautions(rows: Sequence[Row], ranked: Sequence[Row], measured: Sequence[Row
     if metric.rpartition("/")[2] in LOSSES and len({row.group for row in ranked}) > 1:
         cautions.append("Losses per token compare models only where they share a tokenizer.")
     return cautions
-
-
-def _names(rows: Sequence[Row]) -> str:
-    if len(rows) > 3:
-        return f"{len(rows)} settings"
-    return in_words(row.name for row in rows)
 
 
 def _measure(row: Row, rows: Sequence[Row]) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 from src.config.schema import Direction, Sampler
 from src.sweep.folder import TRIAL_STATES, SweepFolder, TrialStatus
 from src.sweep.plan import Plan
-from src.sweep.progress import TableRow, counted
+from src.sweep.progress import TableRow
 from src.sweep.trial import Trial
+from src.tracking.console import clock
 from src.tracking.run_folder import now
+from src.util import plural
 
 
 class SweepState:
@@ -93,12 +95,15 @@ class SweepState:
     def summary(self, started: Collection[float]) -> str:
         """Return in a line how far the sweep is; `started`: when running trials were, by the monotonic clock."""
         counts = self.counts()
-        left = self.total - sum(counts[state] for state in ("FINISHED", "PRUNED", "FAILED"))
-        if not left or not self.durations or not started:
-            return counted(counts, self.total, None)
-        mean, now_at = sum(self.durations) / len(self.durations), time.monotonic()
-        spent = sum(min(mean, now_at - begin) for begin in started)
-        return counted(counts, self.total, max(0.0, mean * left - spent) / self.plan.config.n_jobs)
+        done = counts["FINISHED"] + counts["PRUNED"]
+        parts = [f"{done} of {plural(self.total, 'trial')} done"]
+        parts += [f"{counts[state]} {state.lower()}" for state in ("RUNNING", "FAILED", "PRUNED") if counts[state]]
+        left = self.total - done - counts["FAILED"]
+        if left and self.durations and started:
+            mean, now_at = sum(self.durations) / len(self.durations), time.monotonic()
+            spent = sum(min(mean, now_at - begin) for begin in started)
+            parts.append(f"about {clock(max(0.0, mean * left - spent) / self.plan.config.n_jobs)} left")
+        return ", ".join(parts)
 
     def entries(self) -> list[TableRow]:
         """Return the rows of the table of progress."""

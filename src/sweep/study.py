@@ -167,8 +167,7 @@ class Study:
         with answering(self._url):
             trials = self._trials()
             known = [(unit, trials[self._numbers[unit]]) for unit in paused]
-        reached = [(unit, one, one.last_step) for unit, one in known if one.last_step is not None]
-        rungs = [(step, one.intermediate_values[step], unit) for unit, one, step in reached]
+        rungs = [(*max(one.intermediate_values.items()), unit) for unit, one in known if one.intermediate_values]
         for step, value, unit in sorted(rungs, key=lambda rung: (-rung[0], sign * rung[1])):
             if at_least_one or _is_among_best(trials, sign, value, step, reduction_factor):
                 return unit, step

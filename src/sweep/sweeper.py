@@ -237,7 +237,7 @@ def _outcome(controller: SweepController, why: str, stop: StopRequest) -> tuple[
         return 1, "FAILED"
     if stop.name or why.startswith("Ctrl-C"):
         return Interrupted.exit_code, "PREEMPTED"
-    if "FAILED" in states or controller.has_given_up_on_refusals:
+    if "FAILED" in states or controller.has_only_refusals:
         return 1, "FAILED"
     return (Interrupted.exit_code, "PREEMPTED") if states & UNENDED else (0, "FINISHED")
 
@@ -249,7 +249,7 @@ def _report_results(state: SweepState, display: ProgressTable, console: Console)
     rows = rank(
         [_result(trial, state.statuses[trial.number], plan.name) for trial in state.trials.values()],
         direction=direction,
-        num_folds=plan.sample.data.num_folds if "data.fold" in plan.varied else None,
+        num_folds=plan.sample.data.num_folds if "data.fold" in plan.by_key else None,
     )
     sentence = conclusion(rows, metric, direction)
     leaderboard.write(rows, plan.folder, metric, direction, sentence)
@@ -280,7 +280,7 @@ def _close(plan: Plan, controller: SweepController, why: str, console: Console) 
         console.say(f"\n{len(failed)} of {plural(len(state.trials), 'trial')} failed:")
         failures(failed, console)
         console.say("The same command tries them again, and leaves what is done as it is.")
-    if controller.has_given_up_on_refusals:
+    if controller.has_only_refusals:
         console.say(f"\nNothing that was proposed can be run; the last: {controller.refusal}")
     if why and not controller.is_complete:
         console.say(f"\nStopped: {why}. {controller.summary()}. The same command continues.")
