@@ -304,10 +304,7 @@ class SweepController:
     # ---- the study
 
     def _ask_study(self, ask: Callable[[Study], T]) -> T | None:
-        """Call the study; None where it does not answer: that stops a sweep which can't do without it.
-
-        For other sweeps the next start makes up for it, from the folder.
-        """
+        """Call the study; None where it does not answer, which stops a sweep that can't do without it."""
         if self._study is None:
             return None
         try:

@@ -189,8 +189,7 @@ class SweepFolder:
     def status(self, number: int, metric: str, *, is_running: bool = False) -> TrialStatus:
         """Return the status of a trial with its value of a metric, by the name in summary.json.
 
-        Args:
-            is_running: whether its process lives; a status that says so by itself may be a dead one's.
+        `is_running`: its process lives; a status that says so by itself may be a dead one's.
         """
         run_dir = self.run_dir(number)
         log = log_file(run_dir) if os.path.isfile(log_file(run_dir)) else None

@@ -1,7 +1,5 @@
 """The leaderboard: the result of the ranking, as files, as a table in the terminal and as pictures."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools
@@ -9,6 +7,7 @@ import math
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from operator import attrgetter
@@ -22,7 +21,6 @@ from src.sweep.trial import short
 from src.util import replaced_when_written, write_atomically, write_json
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.table import Table
 
 FIRST, REST, FAINT = "#4878a8", "#8a8a8a", "#dddddd"
@@ -97,7 +95,7 @@ def _markdown(rows: Sequence[Row], metric: str, direction: Direction, conclusion
     return "\n\n".join(parts) + "\n"
 
 
-def table(rows: Sequence[Row], metric: str, direction: Direction) -> Table:
+def table(rows: Sequence[Row], metric: str, direction: Direction) -> "Table":
     """Return a table for the terminal; it can be read at 80 columns."""
     from rich import box
     from rich.table import Table
@@ -153,56 +151,49 @@ def _with_half(middle: float | None, low: float | None, high: float | None) -> s
 
 def plot(rows: Sequence[Row], file: Path, metric: str, direction: Direction) -> None:
     """Draw each setting's mean with its interval, and a dot below for each replicate, the best on top, as a PNG."""
-    from matplotlib.figure import Figure
-
     shown = [row for row in rows if row.mean is not None][:MOST_SHOWN]
     names = [textwrap.wrap(short(row.name), LABEL_WIDTH, max_lines=LABEL_LINES, placeholder=" …") for row in shown]
     height = (0.27 + 0.13 * max(map(len, names), default=1)) * max(2, len(shown))  # inches
-    figure = Figure(figsize=(9, 1.4 + height), layout="constrained")
-    axes = figure.subplots()
-    for place, row in enumerate(shown):
-        colour = FIRST if row.rank == 1 else REST
-        axes.axhline(place, color=FAINT, linewidth=0.6, zorder=0)
-        half = 0 if row.low is None or row.high is None else (row.high - row.low) / 2
-        axes.errorbar(
-            row.mean or 0, place, xerr=half, color=colour, linewidth=1.6, capsize=3, marker="|", markersize=13
-        )
-        values = list(row.values.values())
-        axes.plot(values, [place + 0.22] * len(values), "o", color=colour, markersize=4.5, alpha=0.6, markeredgewidth=0)
-    axes.set_yticks(range(len(shown)), ["\n".join(lines) for lines in names], parse_math=False, fontsize="small")
-    axes.set_ylim(max(1, len(shown) - 1) + 0.6, -0.6)
-    ends = [end for row in shown for end in (row.low, row.high) if end is not None]
-    _set_span([value for row in shown for value in row.values.values()], ends, axes.set_xscale, axes.set_xlim)
-    axes.set_xlabel(f"{metric} ({direction}d)", parse_math=False)
-    lacking = sum(row.mean is None for row in rows)
-    title = "mean, 95 % interval, one dot a replicate" + (f"; {lacking} without a value" if lacking else "")
-    if (left := len(rows) - lacking - len(shown)) > 0:
-        title += f"; the best {len(shown)}, {left} more not shown"
-    left_end, right_end = axes.get_xlim()
-    if any(not left_end <= end <= right_end for end in ends):
-        title += "; one without an end is wider than this picture"
-    axes.set_title(title, fontsize="medium", loc="left")
-    _save(figure, file)
+    with _picture(file, 1.4 + height) as axes:
+        for place, row in enumerate(shown):
+            colour = FIRST if row.rank == 1 else REST
+            axes.axhline(place, color=FAINT, linewidth=0.6, zorder=0)
+            half = 0 if row.low is None or row.high is None else (row.high - row.low) / 2
+            axes.errorbar(
+                row.mean or 0, place, xerr=half, color=colour, linewidth=1.6, capsize=3, marker="|", markersize=13
+            )
+            values, heights = list(row.values.values()), [place + 0.22] * row.n
+            axes.plot(values, heights, "o", color=colour, markersize=4.5, alpha=0.6, markeredgewidth=0)
+        axes.set_yticks(range(len(shown)), ["\n".join(lines) for lines in names], parse_math=False, fontsize="small")
+        axes.set_ylim(max(1, len(shown) - 1) + 0.6, -0.6)
+        ends = [end for row in shown for end in (row.low, row.high) if end is not None]
+        _set_span([value for row in shown for value in row.values.values()], ends, axes.set_xscale, axes.set_xlim)
+        axes.set_xlabel(f"{metric} ({direction}d)", parse_math=False)
+        lacking = sum(row.mean is None for row in rows)
+        title = "mean, 95 % interval, one dot a replicate" + (f"; {lacking} without a value" if lacking else "")
+        if (left := len(rows) - lacking - len(shown)) > 0:
+            title += f"; the best {len(shown)}, {left} more not shown"
+        left_end, right_end = axes.get_xlim()
+        if any(not left_end <= end <= right_end for end in ends):
+            title += "; one without an end is wider than this picture"
+        axes.set_title(title, fontsize="medium", loc="left")
 
 
 def plot_history(values: Sequence[float], file: Path, metric: str, direction: Direction) -> None:
     """Draw the value of each finished trial, in the order in which they finished, and the best so far, as a PNG."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     finite_values = [value for value in values if math.isfinite(value)]
     best = list(itertools.accumulate(finite_values, min if direction == "minimize" else max))
     places = range(1, len(best) + 1)
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(places, finite_values, "o", color=REST, markersize=5, alpha=0.7, markeredgewidth=0, label="a trial")
-    axes.step(places, best, where="post", color=FIRST, linewidth=1.6, label="best so far")
-    _set_span(finite_values, [], axes.set_yscale, axes.set_ylim)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("finished trials")
-    axes.set_ylabel(f"{metric} ({direction}d)", parse_math=False)
-    axes.legend(frameon=False, fontsize="small")
-    _save(figure, file)
+    with _picture(file, 4) as axes:
+        axes.plot(places, finite_values, "o", color=REST, markersize=5, alpha=0.7, markeredgewidth=0, label="a trial")
+        axes.step(places, best, where="post", color=FIRST, linewidth=1.6, label="best so far")
+        _set_span(finite_values, [], axes.set_yscale, axes.set_ylim)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))
+        axes.set_xlabel("finished trials")
+        axes.set_ylabel(f"{metric} ({direction}d)", parse_math=False)
+        axes.legend(frameon=False, fontsize="small")
 
 
 def _set_span(
@@ -222,11 +213,16 @@ def _set_span(
     set_limits(start - margin, stop + margin)
 
 
-def _save(figure: Figure, file: Path) -> None:
+@contextmanager
+def _picture(file: Path, height: float) -> Iterator[Any]:
+    """Yield the axes of a picture of 9 inches by `height`; the picture is written as a PNG when the block ends."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots()
+    yield axes
+    axes.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replaced_when_written(file) as part, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a label in letters that the font lacks is drawn as boxes

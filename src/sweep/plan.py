@@ -109,10 +109,7 @@ class Plan:
         return {key: axis.text for key, axis in self.by_key.items()}
 
     def unit(self, own: Sequence[str], unit: int, first: int) -> tuple[list[Trial], list[Problem]]:
-        """Compose the trials of one setting, given as KEY=VALUE, or return why it is refused.
-
-        `unit` is its number, `first` that of its first trial.
-        """
+        """Compose the trials of a setting, given as KEY=VALUE, numbered from `first`, or return why it is refused."""
         trials, problems = [], []
         for number, replicate in enumerate(points(self.replicates), start=first):
             texts = (*own, *replicate)
@@ -166,10 +163,8 @@ class Plan:
 def plan_sweep(line: CommandLine, begin: Callable[[Plan], None] = lambda plan: None) -> Plan:
     """Compose and check everything that a sweep's command line asks for; ConfigError has all problems together.
 
-    Where a sampler proposes the settings, every value is checked together with the first ones of the others.
-
-    Args:
-        begin: called once, when the first point has been found good, while others may still be found bad.
+    Where a sampler proposes the settings, every value is checked together with the first ones of the others. `begin` is
+    called once, when the first point has been found good, while others may still be found bad.
     """
     plan, problems = _open(line)
     if kept := _kept(plan):

@@ -1,12 +1,10 @@
 """What a sweep says in the terminal: a live table while it runs, a line an event elsewhere, and the results."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from src.errors import visible
 from src.sweep.folder import TrialStatus
@@ -44,7 +42,7 @@ class ProgressTable:
         self._last = time.monotonic()
         self._live = Live(console=terminal, auto_refresh=False, transient=True) if terminal.is_terminal else None
 
-    def __enter__(self) -> ProgressTable:
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
@@ -74,7 +72,7 @@ class ProgressTable:
             return
         self._live.update(self._table(entries, summary), refresh=True)
 
-    def _table(self, entries: Sequence[TableRow], summary: str) -> Table:
+    def _table(self, entries: Sequence[TableRow], summary: str) -> "Table":
         from rich import box
         from rich.table import Table
 

@@ -88,10 +88,7 @@ def rank(results: Iterable[Result], *, direction: Direction, num_folds: int | No
     Two trials of one replicate are one value, their mean: doing a run again adds nothing. That a row alone has rank 1
     is wrong in about 5 % of sweeps at most. That some row is worse than the best of many is less sure, as the best is
     chosen after looking: of 40 equal settings with 3 seeds, some row is called worse in 13 % (simulated).
-
-    Args:
-        results: the trials, in any order.
-        num_folds: of the cross-validation where folds are replicates, see `variance_factor`.
+    `num_folds` is of the cross-validation where folds are replicates, see `variance_factor`.
     """
     settings: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda result: result.trial):
@@ -299,13 +296,13 @@ def _tie_of_two(row: Row, ranked: Sequence[Row], metric: str) -> str:
         return f"are equal in {metric}"
     if row.p_value is not None and row.p_value < SIGNIFICANCE:
         return f"can't be compared on equal terms in {metric} (the second: {row.verdict})"
-    gap = number(row.difference or 0, _half(row.difference_low, row.difference_high))
     if row.difference_low is None:
-        return f"can't be tested in {metric}: the same difference {gap} in too few {kind_of_replicates(ranked)}s"
+        gap, kind = number(row.difference or 0, None), kind_of_replicates(ranked)
+        return f"can't be tested in {metric}: the same difference {gap} in too few {kind}s"
     pairs = f"{row.num_pairs} pairs" if row.num_pairs else "no pairs"
     many = f", {p_text(row.p_value or 0)} among {len(ranked)} settings" if len(ranked) > 2 else ""
-    span = _span(row.difference_low, row.difference_high)
-    return f"are not significantly different in {metric}: difference {gap}, {span}, {pairs}{many}"
+    gap = _with_interval(row.difference, row.difference_low, row.difference_high)
+    return f"are not significantly different in {metric}: difference {gap}, {pairs}{many}"
 
 
 def _cautions(rows: Sequence[Row], ranked: Sequence[Row], measured: Sequence[Row], metric: str) -> list[str]:
@@ -319,8 +316,7 @@ def _cautions(rows: Sequence[Row], ranked: Sequence[Row], measured: Sequence[Row
     if measured and (lacks := _lacks(best)):
         parts = ", ".join(f"{count} {word}" for word, count in lacks.items())
         cautions.append(f"{best.name} is not complete: {parts}.")
-    lacking = len(rows) - len(ranked)
-    if lacking:
+    if lacking := len(rows) - len(ranked):
         cautions.append(f"{plural(lacking, 'setting has', 'settings have')} no value.")
     if metric.rpartition("/")[2] in LOSSES and len({row.group for row in ranked}) > 1:
         cautions.append("Losses per token compare models only where they share a tokenizer.")
@@ -328,14 +324,9 @@ def _cautions(rows: Sequence[Row], ranked: Sequence[Row], measured: Sequence[Row
 
 
 def _measure(row: Row, rows: Sequence[Row]) -> str:
-    middle = number(row.mean or 0, _half(row.low, row.high))
-    return f"mean {middle}, {_span(row.low, row.high)}, {row.n} {kind_of_replicates(rows)}s"
+    return f"mean {_with_interval(row.mean, row.low, row.high)}, {row.n} {kind_of_replicates(rows)}s"
 
 
-def _span(low: float | None, high: float | None) -> str:
-    half = _half(low, high)
-    return f"95 % interval {number(low or 0, half)} to {number(high or 0, half)}"
-
-
-def _half(low: float | None, high: float | None) -> float | None:
-    return None if low is None or high is None else (high - low) / 2
+def _with_interval(middle: float | None, low: float | None, high: float | None) -> str:
+    half = None if low is None or high is None else (high - low) / 2
+    return f"{number(middle or 0, half)}, 95 % interval {number(low or 0, half)} to {number(high or 0, half)}"

@@ -99,11 +99,8 @@ def axes_of(
 ) -> tuple[list[Axis], list[str | Assignment]]:
     """Return what is varied, by the command line and by params, and the overrides that all points have, forced.
 
-    The command line goes before params: a key that it sets, varied or not, is its own.
-
-    Args:
-        params: by their key, each key's values: a list has them as they are, a text as they
-            are written after KEY= on the command line.
+    The command line goes before params: a key that it sets, varied or not, is its own. `params` has each key's values,
+    by where they are written: a list as they are, or a text as after KEY= on the command line.
     """
     refused = {problem.key for problem in line.problems}
     typed = [override for override in line.overrides if override.key_or_group not in refused]

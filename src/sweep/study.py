@@ -159,10 +159,7 @@ class Study:
     def promotable(
         self, paused: Iterable[int], reduction_factor: int, *, at_least_one: bool = False
     ) -> tuple[int, int] | None:
-        """Return a paused unit that is among the best of its rung by now, and its last evaluation; highest rung first.
-
-        `at_least_one`: the best one, where none is.
-        """
+        """Return a paused unit that is among the best of its rung (at_least_one: or the best of all), and its rung."""
         sign = _sign(self._study)
         with answering(self._url):
             trials = self._trials()
@@ -285,10 +282,7 @@ def open_study(plan: Plan, num_tried: int) -> Study:
     """Open a sweep's study, or begin it; anew with force=true.
 
     StudyError says why the storage, or what it has, can't be read, and what to do; SweepError: it has this name for
-    another folder's study.
-
-    Args:
-        num_tried: how many trials the sweep's folder has; a study that is gone is made of them.
+    another folder's study. A study that is gone is made of the `num_tried` trials that the sweep's folder has.
     """
     file = plan.folder / FILE
     url = plan.config.storage or f"sqlite:///{in_url(file.resolve())}"

@@ -145,10 +145,7 @@ def _run_trials(plan: Plan, record: SweepFolder, stop: StopRequest, workers: Tri
 
 
 def _reclaim(record: SweepFolder, workers: TrialRunner, display: ProgressTable, stop: StopRequest) -> None:
-    """Ask trials that an earlier start left running to stop and save, and wait for them.
-
-    RunFolderError names one that does not end; Interrupted: something asked the sweep to stop meanwhile.
-    """
+    """Ask trials that an earlier start left running to stop, and wait; RunFolderError names one that does not end."""
     deadline = time.monotonic() + ORPHAN_SECONDS
     announced: set[int] = set()
     while held := list(record.held(record.numbers())):
@@ -208,10 +205,7 @@ def _dry_run(plan: Plan, record: SweepFolder, console: Console) -> int:
 
 
 def _trials(plan: Plan, record: SweepFolder) -> tuple[list[Trial], list[int]]:
-    """Return the folder's trials together with the plan's, and the numbers of those that the plan asks for.
-
-    The same configuration is the same trial.
-    """
+    """Return the folder's trials and the plan's, each configuration once, and the numbers of those in the plan."""
     recorded = [] if plan.force else record.trials()
     record.check_places(recorded)
     if not plan.is_listed:

@@ -75,10 +75,7 @@ class TrialJob:
 
 
 def start_fork_server(needs: Sequence[str]) -> None:
-    """Start the fork server, which imports what all trials need, and these modules; return at once.
-
-    What libraries say of themselves is not shown.
-    """
+    """Start the fork server, which imports what all trials need and these modules, in silence; return at once."""
     if not CAN_FORK:
         return
     multiprocessing.set_forkserver_preload([PRELOAD_MODULE, *needs])
