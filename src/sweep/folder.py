@@ -202,9 +202,8 @@ class SweepFolder:
         except DamagedFileError as error:
             return TrialStatus("FAILED", None, str(error), log, is_damaged=True)
         cause = " ".join(line.strip() for line in (status.get("cause") or "").strip().split("\n")[:2]).rstrip(":")
-        found = TrialStatus(
-            status.get("state", "WAITING"), None, cause, log, status.get("step", 0), status.get("num_steps")
-        )
+        state, step = status.get("state", "WAITING"), status.get("step", 0)
+        found = TrialStatus(state, None, cause, log, step, status.get("num_steps"))
         if is_running:
             found = replace(found, state="RUNNING", cause="")
         elif obstacle and not found.is_over:
@@ -308,25 +307,19 @@ def _logged(run_dir: Path, metric: str, status: Mapping[str, Any]) -> float | No
     values = [line.content[name] for line in lines if name in line.content]
     if not values or None in values:
         return None
-    if name == metric:
-        return float(values[-1])
-    return float((max if greater_is_better(name) else min)(values))
+    best = max if greater_is_better(name) else min
+    return float(values[-1] if name == metric else best(values))
 
 
 def _newest(run_dir: Path, metric: str) -> tuple[float | None, float]:
     """Return the newest value of the metric, and how many seconds the run had taken by its last line."""
-    value, elapsed = None, 0.0
     name = metric.removeprefix("best/")
     try:
-        lines = read_step_log(run_dir, METRICS)
+        lines = [line.content for line in read_step_log(run_dir, METRICS)]
     except DamagedFileError:  # the run itself reports it, when it resumes
         lines = []
-    for line in (one.content for one in reversed(lines)):
-        elapsed = max(elapsed, line.get("perf/elapsed_seconds") or 0.0)
-        if line.get(name) is not None:
-            value = float(line[name])
-            break
-    return value, elapsed
+    value = next((float(line[name]) for line in reversed(lines) if line.get(name) is not None), None)
+    return value, max((line.get("perf/elapsed_seconds") or 0.0 for line in lines), default=0.0)
 
 
 def status_written_ns(run_dir: Path) -> int | None:

@@ -98,10 +98,8 @@ class Launched:
         folder, codes = self._plan.folder.resolve(), [1] * len(batch)
         of_folder = override("hydra.sweep.dir", str(folder))
         try:
-            returns = self._launcher(folder).launch(
-                [[of_folder, override("hydra.sweep.subdir", str(job.number))] for job in batch],
-                initial_job_idx=batch[0].number,
-            )
+            overrides = [[of_folder, override("hydra.sweep.subdir", str(job.number))] for job in batch]
+            returns = self._launcher(folder).launch(overrides, initial_job_idx=batch[0].number)
             codes = [one.return_value if isinstance(one._return_value, int) else 1 for one in returns]
         except Exception as error:  # the launcher's own, a job that the scheduler killed
             numbers = [job.number for job in batch]

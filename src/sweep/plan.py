@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -59,7 +58,6 @@ class Plan:
     signatures: list[str] = field(default_factory=list)
     """This user's, of admitted configurations that let a checkpoint run code; see src.config.trust."""
     _settings: dict[tuple[str, ...], str] = field(default_factory=dict)
-    command: list[str] = field(default_factory=lambda: list(sys.orig_argv))
 
     @property
     def sample(self) -> RunConfig:
@@ -278,9 +276,8 @@ def _counted(plan: Plan) -> Iterator[Problem]:
     too_long = [axis for axis in axes if axis.num_values > most]
     for axis in too_long:
         count = "a range that never ends" if axis.num_values == math.inf else f"{_written(axis.num_values)} values"
-        yield axis.problem(
-            f"{count}, more than sweep.max_points, {most:,}; search among them: KEY=interval(LOW,HIGH), sweep=tpe"
-        )
+        remedy = "search among them: KEY=interval(LOW,HIGH), sweep=tpe"
+        yield axis.problem(f"{count}, more than sweep.max_points, {most:,}; {remedy}")
     total = size(axes)
     is_grid = plan.config.sampler is Sampler.grid or plan.config.n_trials is None or not plan.is_own_sweeper
     if is_grid and total is not None and total > most and (len(axes) > 1 or not too_long):

@@ -67,10 +67,10 @@ class ProgressTable:
     def show(self, entries: Sequence[TableRow], summary: str) -> None:
         """Show how far the sweep is."""
         self._last = time.monotonic()
-        if self._live is None:
+        if self._live:
+            self._live.update(self._table(entries, summary), refresh=True)
+        else:
             self.say(summary)
-            return
-        self._live.update(self._table(entries, summary), refresh=True)
 
     def _table(self, entries: Sequence[TableRow], summary: str) -> "Table":
         from rich import box

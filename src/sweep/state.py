@@ -1,6 +1,7 @@
 """What is known of a sweep's trials: their statuses, how far it is, its history, and what sweep.json says."""
 
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -120,7 +121,7 @@ class SweepState:
             "started": self._started,
             "updated": now(),
             "elapsed_seconds": self._elapsed(),
-            "command": self.plan.command,
+            "command": list(sys.orig_argv),
             "space": self.plan.space,
             "sweep": self.plan.settings,
             "num_trials": self.total,

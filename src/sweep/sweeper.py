@@ -194,13 +194,12 @@ def _dry_run(plan: Plan, record: SweepFolder, console: Console) -> int:
     listing(trials, statuses, to_run if len(to_run) < len(trials) else (), console)
     if plan.is_listed:
         jobs = f", {plan.config.n_jobs} at a time" if plan.config.n_jobs > 1 else ""
-        console.say(f"{plural(len(trials), 'trial')}, {len(to_run)} to run{jobs}. Nothing was run or written.")
+        planned = f"{plural(len(trials), 'trial')}, {len(to_run)} to run{jobs}"
     else:
         each = f" of {plan.num_replicates} trials" if plan.num_replicates > 1 else ""
-        console.say(
-            f"{plural(plan.config.n_trials or 0, 'setting')}{each}, proposed by {plan.config.sampler.name} as results "
-            "come in. Nothing was run or written."
-        )
+        settings = plural(plan.config.n_trials or 0, "setting")
+        planned = f"{settings}{each}, proposed by {plan.config.sampler.name} as results come in"
+    console.say(f"{planned}. Nothing was run or written.")
     return 0
 
 
@@ -240,11 +239,9 @@ def _report_results(state: SweepState, display: ProgressTable, console: Console)
     """Rank the settings; write and show the leaderboard."""
     plan, metric = state.plan, state.plan.config.metric
     direction: Direction = plan.config.direction.value
-    rows = rank(
-        [_result(trial, state.statuses[trial.number], plan.name) for trial in state.trials.values()],
-        direction=direction,
-        num_folds=plan.sample.data.num_folds if "data.fold" in plan.by_key else None,
-    )
+    results = [_result(trial, state.statuses[trial.number], plan.name) for trial in state.trials.values()]
+    num_folds = plan.sample.data.num_folds if "data.fold" in plan.by_key else None
+    rows = rank(results, direction=direction, num_folds=num_folds)
     sentence = conclusion(rows, metric, direction)
     leaderboard.write(rows, plan.folder, metric, direction, sentence)
     if state.history:
