@@ -17,7 +17,7 @@ def run_trial(config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | No
     """Run a frozen configuration, and return the exit code.
 
     Args:
-        link: the study that may end the trial early, see src.sweep.pruning.
+        link: the study that may end the trial early, see src.sweep.study.Pruning.
     """
     set_switches()
     try:

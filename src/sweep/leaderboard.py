@@ -28,8 +28,6 @@ WIDE_LABEL = 24  # characters; longer ones take the place of the differences in 
 LABEL_WIDTH, LABEL_LINES = 44, 4  # characters of a label's line in a picture, and lines
 MOST_SHOWN = 60  # settings in a picture
 DECADES = 2  # values that span more are drawn on a logarithmic axis
-
-
 COLUMNS: Mapping[str, Callable[[Row], Any]] = {
     "rank": attrgetter("rank"),
     "tied": lambda row: str(row.is_tied).lower(),

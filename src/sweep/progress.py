@@ -93,7 +93,8 @@ class ProgressTable:
         return table
 
     def show_results(self, table: Any) -> None:
-        """Print a table of results."""
+        """Print a table of results in place of the one of progress."""
+        self.close()
         self._terminal.print(table)
 
 

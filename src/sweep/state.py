@@ -26,7 +26,7 @@ class SweepState:
         self.statuses = {number: folder.status(number, plan.config.metric) for number in self.trials}
         self.todo = set(todo)  # the numbers of the trials that the command asks for
         self.queue = self._ordered(todo)
-        self._is_min = plan.config.direction is Direction.minimize
+        self._better = min if plan.config.direction is Direction.minimize else max
         before = folder.read()
         judged = [before.get("sweep", {}).get(key) for key in ("metric", "direction")]
         is_same = judged == [plan.config.metric, plan.config.direction.value]
@@ -68,8 +68,7 @@ class SweepState:
         """Add a finished trial to the history."""
         value = status.value
         assert value is not None
-        best = self.history[-1]["best"] if self.history else value
-        best = min(best, value) if self._is_min else max(best, value)
+        best = self._better(self.history[-1]["best"], value) if self.history else value
         self.history.append({"trial": number, "value": value, "best": best, "elapsed_seconds": self._elapsed()})
 
     def _elapsed(self) -> float:
@@ -79,7 +78,7 @@ class SweepState:
     def best(self) -> Trial | None:
         """The trial with the best value so far."""
         valued = {number: status.value for number, status in self.statuses.items() if status.value is not None}
-        return self.trials[(min if self._is_min else max)(valued, key=valued.__getitem__)] if valued else None
+        return self.trials[self._better(valued, key=valued.__getitem__)] if valued else None
 
     def counts(self) -> dict[str, int]:
         """Return the number of trials in each state."""

@@ -248,7 +248,6 @@ def _report_results(state: SweepState, display: ProgressTable, console: Console)
         leaderboard.plot(rows, plan.folder / "plots" / "settings.png", metric, direction)
         values = [point["value"] for point in state.history]
         leaderboard.plot_history(values, plan.folder / "plots" / "history.png", metric, direction)
-    display.close()
     display.show_results(leaderboard.table(rows, metric, direction))
     console.say(sentence)
 

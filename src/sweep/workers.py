@@ -28,7 +28,7 @@ from src.runtime.collector import rest_while_importing
 from src.runtime.devices import shares, threads_each, visible_gpus
 
 RunTrial = Callable[[dict[str, Any], str, Mapping[str, Any] | None], int]
-"""Runs a frozen configuration in a folder, with a link to the study (see src.sweep.pruning); returns the exit code."""
+"""Runs a frozen configuration in a folder, with a link to the study (see src.sweep.study); returns the exit code."""
 PRELOAD_MODULE = "src.sweep.preload"  # what the fork server imports before the first trial
 OPTIONAL_MODULES = {
     "adapter": ("peft",),
