@@ -144,12 +144,12 @@ class Workers:
     def start(self, job: TrialJob) -> None:
         """Start a trial, for which there is room."""
         slot = next(i for i in range(self._n_jobs) if i not in self._working)
-        environment = dict(os.environ)
+        variables = dict(os.environ)
         if self._threads is not None:
-            environment["OMP_NUM_THREADS"] = str(self._threads)
+            variables["OMP_NUM_THREADS"] = str(self._threads)
         if self._gpus[slot]:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[slot])
-        given = (self._run_trial, job, self._threads, environment, str(Path.cwd()), list(sys.orig_argv))
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[slot])
+        given = (self._run_trial, job, self._threads, variables, str(Path.cwd()), list(sys.orig_argv))
         process = self._context.Process(target=_work, args=given, name=f"trial-{job.number}")
         try:
             process.start()
@@ -191,12 +191,7 @@ class Workers:
 
 
 def _work(
-    run_trial: RunTrial,
-    job: TrialJob,
-    threads: int | None,
-    environment: dict[str, str],
-    folder: str,
-    command: list[str],
+    run_trial: RunTrial, job: TrialJob, threads: int | None, variables: dict[str, str], folder: str, command: list[str]
 ) -> None:
     """Run a trial in this process, from its first line to its exit code."""
     os.setsid()
@@ -204,7 +199,7 @@ def _work(
     _detach_from_fork_server()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(variables)
     os.chdir(folder)
     sys.orig_argv[:] = command
     print_into(log_file(job.run_dir))
