@@ -18,7 +18,7 @@ from src.evaluation.samples import sample
 from src.model.embeddings import check_new_rows
 from src.overview import overview
 from src.runtime.signals import StopRequest
-from src.sweep.pruning import Pruning, end_early
+from src.sweep.study import Pruning, end_early
 from src.tracking.tracker import Tracker
 from src.training.assembly import assemble_model, data_warnings, load_initial_weights, record_provenance, start_session
 from src.training.fingerprint import fingerprint_of

@@ -106,7 +106,7 @@ def tell_how_it_begins(config: dict[str, Any], run_dir: str, link: Mapping[str, 
 
 def test_a_trial_begins_with_all_imported_and_without_looking_through_it(tmp_path: Path) -> None:
     workers = Workers(tell_how_it_begins, 1, 1, uses_gpus=False)
-    workers.start([TrialJob(0, {}, tmp_path)])
+    workers.start(TrialJob(0, {}, tmp_path))
     assert [code for _, code in workers.wait(120)] == [0]
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert found == {"collects": False, "lacking": []}

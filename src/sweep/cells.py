@@ -1,6 +1,8 @@
 """Text in a table of the terminal: folded between words, or within a long one, but not within a number."""
 
-from rich.console import Console, JustifyMethod, OverflowMethod
+from typing import Any
+
+from rich.console import Console
 from rich.containers import Lines
 from rich.text import Text
 
@@ -14,20 +16,11 @@ class Cell(Text):
     def __init__(self, text: str, style: str = "") -> None:
         super().__init__(visible(text, is_line=True), style)
 
-    def wrap(
-        self,
-        console: Console,
-        width: int,
-        *,
-        justify: JustifyMethod | None = None,
-        overflow: OverflowMethod | None = None,
-        tab_size: int = 8,
-        no_wrap: bool | None = None,
-    ) -> Lines:
+    def wrap(self, console: Console, width: int, **options: Any) -> Lines:
         pieces = [self[start:stop] for start, stop in terminal.divided(self.plain, width, width)]
-        if no_wrap or any(terminal.width(piece.plain) > width for piece in pieces):
-            return super().wrap(console, width, justify=justify, overflow=overflow, tab_size=tab_size, no_wrap=no_wrap)
+        if options.get("no_wrap") or any(terminal.width(piece.plain) > width for piece in pieces):
+            return super().wrap(console, width, **options)
         lines = Lines(pieces)
-        if justify is not None:
-            lines.justify(console, width, justify=justify, overflow=overflow or "fold")
+        if (justify := options.get("justify")) is not None:
+            lines.justify(console, width, justify=justify, overflow=options.get("overflow") or "fold")
         return lines

@@ -6,7 +6,8 @@ resumes with the trials that are missing. No torch here.
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,25 +15,22 @@ from src import secrets
 from src.config.schema import Pruner
 from src.errors import NonFiniteLossError, StudyError, TowlineError, TrainingError, is_disk_full
 from src.runtime.signals import StopRequest
-from src.sweep.folder import SweepFolder, TrialStatus, last_words, status_written_ns
-from src.sweep.launched import Launched
-from src.sweep.plan import Plan
+from src.sweep.folder import TrialStatus, last_words, status_written_ns
+from src.sweep.launched import TrialRunner
 from src.sweep.progress import ProgressTable
 from src.sweep.state import SweepState, early_replicates
 from src.sweep.study import Proposal, Study
 from src.sweep.trial import Trial, short
-from src.sweep.workers import TrialJob, Workers
+from src.sweep.workers import TrialJob
 from src.tracking.run_folder import note_end
 
 POLL_SECONDS = 0.1
 NOTIFY_SECONDS = 2.0
-LAST_SECONDS = 2.0
-"""How long to wait for the exit codes of trials that were ended at once."""
-UNENDED = {"PREEMPTED", "RUNNING", "WAITING"}
-"""States of trials that the same command resumes."""
+LAST_SECONDS = 2.0  # how long to wait for the exit codes of trials that were ended at once
+UNENDED = {"PREEMPTED", "RUNNING", "WAITING"}  # states of trials that the same command resumes
+MOST_REPEATS = 25  # how often in a row a sampler may repeat what was tried, before it counts as exhausted
+LINKED = ("metric", "pruner", "min_resource", "reduction_factor")  # settings that a trial's pruning needs
 T = TypeVar("T")
-MOST_REPEATS = 25
-"""How often in a row a sampler may repeat what was tried, before it counts as exhausted."""
 
 
 @dataclass
@@ -50,104 +48,83 @@ class SweepController:
     """Runs the trials of one sweep whose folder is held."""
 
     def __init__(
-        self,
-        plan: Plan,
-        folder: SweepFolder,
-        trials: list[Trial],
-        todo: Sequence[int],
-        study: Study | None,
-        workers: Workers | Launched,
-        stop: StopRequest,
-        display: ProgressTable,
+        self, state: SweepState, study: Study | None, workers: TrialRunner, stop: StopRequest, display: ProgressTable
     ) -> None:
-        self.plan, self.folder, self.workers = plan, folder, workers
-        self._study = study
-        self.stop, self._display = stop, display
-        self.state = SweepState(plan, folder, trials, todo)
-        self._progress = {number: _Progress() for number in self.state.trials}
-        self.todo = self.state.todo
-        """The numbers of the trials that the command asks for."""
-        self._queue = self.state.ordered(todo)
-        self._metric = plan.config.metric
+        self.state, self._study, self.workers, self._stop, self._display = state, study, workers, stop, display
+        self.plan, self.folder = state.plan, state.folder
+        self._progress: defaultdict[int, _Progress] = defaultdict(_Progress)
+        self._metric = self.plan.config.metric
         self._is_exhausted = False
-        self.refusal = ""
-        """Why the last proposal can't be run."""
-        self._has_only_refusals = False
-        self.fault = ""
-        """The error that stops the sweep, as no trial could run or be ranked; '' where there is none."""
-        self._has_study = study is not None
-        """Whether it has answered so far."""
-        statuses, pauses = self.state.statuses, plan.config.pruner is Pruner.asha
-        pruned = [self.state.trials[number] for number in todo if pauses and statuses[number].state == "PRUNED"]
-        self._paused = {trial.number for trial in pruned if self.study.is_open(trial.unit)}
+        self.refusal = ""  # why the last proposal can't be run
+        self.has_only_refusals = False  # the sampler proposed none that can be run, until the sweep stopped asking
+        self.fault = ""  # the error that stops the sweep, as no trial could run or be ranked; '' where there is none
+        self._paused: set[int] = set()
         """Trials that are paused at a rung, and resume once they are among its best."""
-        self.notify: Callable[[], None] = lambda: None
-        """Called when sweep.json says something new."""
+        if self.plan.config.pruner is Pruner.asha and study is not None:
+            pruned = (state.trials[number] for number in state.todo if state.statuses[number].state == "PRUNED")
+            self._paused = {trial.number for trial in pruned if study.is_open(trial.unit)}
+        self.notify: Callable[[], None] = lambda: None  # called when sweep.json says something new
         self._notified = 0.0
 
     # ---- what comes next
 
     def _next(self) -> Trial | None:
         """Take the next trial that may start now."""
-        if self._paused and (promoted := self._promoted()) is not None:
+        if (promoted := self._promoted()) is not None:
             return promoted
-        for number in self._queue:
+        for number in self.state.queue:
             if self._may_start(trial := self.state.trials[number]):
-                self._queue.remove(number)
+                self.state.queue.remove(number)
                 return trial
         if self._propose():
             return self._next()
-        if (
-            self._paused
-            and not self.workers.running
-            and not any(s.state == "FINISHED" for s in self.state.statuses.values())
-        ):
-            return self._promoted(at_least_one=True)
-        return None
+        is_stuck = not self.workers.running and not any(s.state == "FINISHED" for s in self.state.statuses.values())
+        return self._promoted(at_least_one=True) if is_stuck else None
 
     def _promoted(self, *, at_least_one: bool = False) -> Trial | None:
         """Take a paused trial that is worth resuming by now."""
         by_unit = {self.state.trials[number].unit: number for number in self._paused}
+        if not by_unit:
+            return None
         factor = self.plan.config.reduction_factor
-        promoted = self._ask_study(lambda: self.study.promotable(by_unit, factor, at_least_one=at_least_one))
+        promoted = self._ask_study(lambda study: study.promotable(by_unit, factor, at_least_one=at_least_one))
         if promoted is None:
             return None
-        number = by_unit[promoted.unit]
-        self._progress[number].passed = promoted.evaluation
+        unit, evaluation = promoted
+        number = by_unit[unit]
+        self._progress[number].passed = evaluation
         self._paused.discard(number)
         return self.state.trials[number]
 
     def _may_start(self, trial: Trial) -> bool:
         """Return whether a trial may start now: of replicates that may be pruned, the first runs alone."""
-        pilot = self._pilot(trial)
-        if pilot is None or pilot.number == trial.number:
-            return True
-        return self._progress[pilot.number].is_settled or self.state.statuses[pilot.number].state == "FINISHED"
+        first = self._first(trial)
+        is_over = self._progress[first.number].is_settled or self.state.statuses[first.number].state == "FINISHED"
+        return first is trial or is_over
 
-    def _pilot(self, trial: Trial) -> Trial | None:
+    def _first(self, trial: Trial) -> Trial:
+        """Return the trial that decides whether a setting is pruned: its first, where there are replicates."""
         if self.plan.config.pruner is Pruner.none or self.plan.num_replicates == 1:
-            return None
-        return min(
-            (one for one in self.state.of_unit(trial.unit) if one.number in self.todo), key=lambda one: one.number
-        )
+            return trial
+        asked_for = [one for one in self.state.of_unit(trial.unit) if one.number in self.state.todo]
+        return min(asked_for, key=lambda one: one.number)
 
     def _propose(self) -> bool:
         """Have the sampler propose another setting; return whether there is one to run."""
         if self.plan.is_listed or self._is_exhausted:
             return False
-        self._has_only_refusals = True
+        refusals = []
         for _ in range(MOST_REPEATS):
-            units = {trial.unit for trial in self.state.trials.values()}
+            units = self.state.units
             if len(units) >= (self.plan.config.n_trials or 0):
                 return False
-            proposal = self._ask_study(self.study.propose)
+            proposal = self._ask_study(Study.propose)
             if proposal is None:
                 return False
-            self.refusal = ""
             if self._accept(proposal, max(units, default=-1) + 1):
                 return True
-            self._has_only_refusals &= bool(self.refusal)
-        self._is_exhausted = True
+            refusals.append(self.refusal)
+        self._is_exhausted, self.has_only_refusals = True, all(refusals)
         return False
 
     def _accept(self, proposal: Proposal, unit: int) -> bool:
@@ -157,40 +134,34 @@ class SweepController:
         known = {trial.identity: trial.unit for trial in self.state.trials.values()}
         same = next((known[trial.identity] for trial in found if trial.identity in known), None)
         fresh = [trial for trial in found if trial.identity not in known]
-        if problems:
-            self.refusal = f"{problems[0].given}: {problems[0].reason}"
+        self.refusal = f"{problems[0].given}: {problems[0].reason}" if problems else ""
         if problems or not fresh:
             value = None if same is None else self.state.mean(same)
-            self._ask_study(lambda: self.study.answer(proposal, value))
+            self._ask_study(lambda study: study.answer(proposal, value))
             return False
         unit = unit if same is None else same  # another seed of a setting that was tried
-        self._ask_study(lambda: self.study.accept(proposal, unit))
-        self._add([replace(trial, number=first + i, unit=unit) for i, trial in enumerate(fresh)])
-        return True
-
-    def _add(self, trials: Sequence[Trial]) -> None:
-        for trial in trials:
-            self.state.trials[trial.number] = trial
-            self.todo.add(trial.number)
-            self.state.statuses[trial.number] = TrialStatus("WAITING")
-            self._progress[trial.number] = _Progress()
-            self._queue.append(trial.number)
+        self._ask_study(lambda study: study.accept(proposal, unit))
+        for number, trial in enumerate(fresh, first):
+            self.state.trials[number] = replace(trial, number=number, unit=unit)
+            self.state.statuses[number] = TrialStatus("WAITING")
+            self.state.todo.add(number)
+            self.state.queue.append(number)
         self.folder.write_trials(list(self.state.trials.values()))
+        return True
 
     # ---- running them
 
     def run(self) -> str:
         """Run what is left; return why it ended before all was done, or ''.
 
-        Raises:
-            KeyboardInterrupt: where it was asked twice to stop; every trial has been ended then.
+        Asked twice to stop, it ends every trial and raises KeyboardInterrupt.
         """
         noted = {point["trial"] for point in self.state.history}
         for number, status in sorted(self.state.statuses.items()):
             if status.state == "FINISHED" and number not in noted:
                 self.state.note(number, status)
         self._ask_study(self._reconcile)
-        if (self._queue or not self.plan.is_listed) and not self.workers.is_ready(POLL_SECONDS):
+        if (self.state.queue or not self.plan.is_listed) and not self.workers.is_ready(POLL_SECONDS):
             self._display.say("importing what the trials need")
             while not self.workers.is_ready(POLL_SECONDS) and not self._stop_reason():
                 pass
@@ -206,7 +177,9 @@ class SweepController:
                     self.write("RUNNING")
                 self.workers.go()
                 if not self.workers.running:
-                    return why or self._end_paused()
+                    if not why:
+                        self._end_paused()
+                    return why
                 self._follow(stopping=bool(why))
         except KeyboardInterrupt:
             self.workers.stop_at_once()
@@ -215,14 +188,13 @@ class SweepController:
                 self._collect(self.workers.wait(POLL_SECONDS))
             raise
 
-    def _end_paused(self) -> str:
+    def _end_paused(self) -> None:
         """End the trials that are paused at a rung: nothing is left that could make them better than others."""
-        for number in sorted(self._paused):
+        paused, self._paused = sorted(self._paused), set()
+        for number in paused:
             self._progress[number].is_settled = True
-        paused, self._paused = self._paused, set()
-        for number in sorted(paused):
+        for number in paused:
             self._end_unit(self.state.trials[number].unit)
-        return ""
 
     def _follow(self, *, stopping: bool) -> None:
         """Wait until a trial ends or something else is to be done."""
@@ -245,18 +217,17 @@ class SweepController:
     def _stop_reason(self) -> str:
         if self.fault:
             return self.fault
-        if self.plan.config.fail_fast and any(one.state == "FAILED" for one in self._settled()):
+        settled = (number for number, progress in self._progress.items() if progress.is_settled)
+        if self.plan.config.fail_fast and any(self.state.statuses[number].state == "FAILED" for number in settled):
             return "sweep.fail_fast, and a trial failed"
-        return self.stop.asked()
-
-    def _settled(self) -> Iterator[TrialStatus]:
-        return (self.state.statuses[number] for number, one in self._progress.items() if one.is_settled)
+        return self._stop.asked()
 
     def _start(self, trial: Trial) -> None:
-        self._ask_study(lambda: self.study.begin(trial.unit, trial.overrides))
-        link = self._ask_study(lambda: self._link(trial)) if self._may_be_pruned(trial) else None
+        self._ask_study(lambda study: study.begin(trial.unit, trial.overrides))
+        may_be_pruned = self.plan.config.pruner is not Pruner.none and self._first(trial) is trial
+        link = self._ask_study(lambda study: self._link(study, trial)) if may_be_pruned else None
         if self.fault:
-            self._queue.insert(0, trial.number)
+            self.state.queue.insert(0, trial.number)
             return
         progress = self._progress[trial.number]
         progress.attempts += 1
@@ -264,30 +235,21 @@ class SweepController:
         if reason := self.folder.make_room(trial.number):
             self._settle(trial, TrialStatus("FAILED", None, reason), TowlineError.exit_code)
             return
-        progress.written_ns = status_written_ns(self.folder.run_dir(trial.number))
+        run_dir = self.folder.run_dir(trial.number)
+        progress.written_ns = status_written_ns(run_dir)
         step = self.state.statuses[trial.number].step
-        self._display.say(
-            f"trial {trial.number}  {short(trial.label) or self.plan.name}  {'resumes' if step else 'starts'}"
-        )
+        self._say(trial, "resumes" if step else "starts")
         self.state.statuses[trial.number] = TrialStatus("RUNNING", step=step)
-        self.workers.start([TrialJob(trial.number, dict(trial.config), self.folder.run_dir(trial.number), link)])
+        self.workers.start(TrialJob(trial.number, dict(trial.config), run_dir, link))
 
-    def _may_be_pruned(self, trial: Trial) -> bool:
-        """Return whether a trial asks its study at every evaluation whether to end early."""
-        pilot = self._pilot(trial)
-        return self.plan.config.pruner is not Pruner.none and (pilot is None or pilot.number == trial.number)
+    def _say(self, trial: Trial, text: str) -> None:
+        self._display.say(f"trial {trial.number}  {short(trial.label) or self.plan.name}  {text}")
 
-    def _link(self, trial: Trial) -> dict[str, Any]:
+    def _link(self, study: Study, trial: Trial) -> dict[str, Any]:
         """Return where a trial asks whether to continue, and after which evaluation: it has passed the rungs before."""
-        config = self.plan.config
-        return {
-            **secrets.masked(self.study.link(trial.unit), "sweep"),
-            "metric": config.metric,
-            "pruner": config.pruner.name,
-            "min_resource": config.min_resource,
-            "reduction_factor": config.reduction_factor,
-            "passed": self._progress[trial.number].passed,
-        }
+        settings = {key: self.plan.settings[key] for key in LINKED}
+        passed = self._progress[trial.number].passed
+        return secrets.masked(study.link(trial.unit), "sweep") | settings | {"passed": passed}
 
     def _collect(self, ended: Sequence[tuple[TrialJob, int]]) -> None:
         """Record how trials ended; those that may succeed on a retry are queued again."""
@@ -300,12 +262,11 @@ class SweepController:
         if is_disk_full(status.cause):
             self.fault = f"the disk is full: {self.folder.folder}"
         is_again = not self._stop_reason() and self._may_retry(status, code, progress)
-        ending = f"{_ending(status, self._metric)}{', tried again' if is_again else ''}"
-        self._display.say(f"trial {trial.number}  {short(trial.label) or self.plan.name}  {ending}")
+        self._say(trial, f"{_ending(status, self._metric)}{', tried again' if is_again else ''}")
         if status.state == "WAITING":
             return
         if is_again:
-            self._queue.append(trial.number)
+            self.state.queue.append(trial.number)
             return
         if status.state == "PRUNED" and self.plan.config.pruner is Pruner.asha:
             self._paused.add(trial.number)
@@ -321,9 +282,7 @@ class SweepController:
         """Return the status of a trial whose process has ended, and write it into the trial's folder."""
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         status = self.folder.status(job.number, self._metric)
-        if self._progress[job.number].written_ns == status_written_ns(
-            job.run_dir
-        ):  # this start ended before it wrote anything
+        if self._progress[job.number].written_ns == status_written_ns(job.run_dir):  # this start wrote nothing
             is_left = code == 0 and status.state != "WAITING"  # its run is finished, whatever its value is
             if self._stop_reason() or is_left or status.state == "FINISHED" or status.is_damaged:
                 return status
@@ -344,22 +303,14 @@ class SweepController:
 
     # ---- the study
 
-    @property
-    def study(self) -> Study:
-        assert self._study is not None  # see _has_study
-        return self._study
-
-    def _ask_study(self, ask: Callable[[], T]) -> T | None:
-        """Call the study; None where it does not answer: that stops a sweep which can't do without it.
-
-        For other sweeps the next start makes up for it, from the folder.
-        """
-        if not self._has_study:
+    def _ask_study(self, ask: Callable[[Study], T]) -> T | None:
+        """Call the study; None where it does not answer, which stops a sweep that can't do without it."""
+        if self._study is None:
             return None
         try:
-            return ask()
+            return ask(self._study)
         except StudyError as error:
-            self._has_study = False
+            self._study = None
             if self.plan.needs_study:
                 self.fault = str(error)
             else:
@@ -369,55 +320,44 @@ class SweepController:
     def _end_unit(self, unit: int) -> None:
         """Record in the study how a unit ended, once all of its trials have."""
         trials = self.state.of_unit(unit)
-        if any(self.state.statuses[trial.number].state == "PRUNED" for trial in trials):
-            self._prune_rest(trials)
+        if "PRUNED" in self.state.states_of(trials):  # the first of the setting asked for all of them
+            dropped = {trial.number for trial in trials}
+            self.state.queue = [number for number in self.state.queue if number not in dropped]
+            self.state.statuses |= early_replicates(trials, self.state.statuses)
         elif not all(self._progress[t.number].is_settled or self.state.statuses[t.number].is_over for t in trials):
             return
-        states = {self.state.statuses[trial.number].state for trial in trials}
+        states = self.state.states_of(trials)
         if states & UNENDED:
             return
         state = next(one for one in ("PRUNED", "FAILED", "FINISHED") if one in states)
         value = self.state.mean(unit) if state == "FINISHED" else None
-        self._ask_study(lambda: self.study.end(unit, state, value))
+        self._ask_study(lambda study: study.end(unit, state, value))
 
-    def _prune_rest(self, trials: Sequence[Trial]) -> None:
-        """Drop the trials that wait: the first of their setting asked for all of them, and was pruned."""
-        for trial in trials:
-            if trial.number in self._queue:
-                self._queue.remove(trial.number)
-        self.state.statuses |= early_replicates(trials, self.state.statuses)
-
-    def _reconcile(self) -> None:
+    def _reconcile(self, study: Study) -> None:
         """Bring the study up to date: after a sweep that was killed, or with a study that is gone."""
-        for unit in sorted({trial.unit for trial in self.state.trials.values()}):
+        for unit in sorted(self.state.units):
             trials = self.state.of_unit(unit)
-            states = {self.state.statuses[trial.number].state for trial in trials}
-            if self._paused & {trial.number for trial in trials}:
-                continue
-            if states == {"FINISHED"} or "PRUNED" in states:
-                if not self.study.knows(unit):
-                    self.study.begin(unit, trials[0].overrides)
+            states = self.state.states_of(trials)
+            is_paused = any(trial.number in self._paused for trial in trials)
+            if not is_paused and (states == {"FINISHED"} or "PRUNED" in states):
+                if not study.knows(unit):
+                    study.begin(unit, trials[0].overrides)
                 self._end_unit(unit)
-        self.study.keep_only({trial.unit for trial in self.state.trials.values()})
+        study.keep_only(self.state.units)
 
     # ---- what is shown and written
 
     @property
     def is_complete(self) -> bool:
         """Whether all that the command asks for is done, and nothing is paused."""
-        if any(not self.state.statuses[number].is_over for number in self.todo) or self._paused:
+        if any(not self.state.statuses[number].is_over for number in self.state.todo) or self._paused:
             return False
-        num_units = len({trial.unit for trial in self.state.trials.values()})
-        return self.plan.is_listed or self._is_exhausted or num_units >= (self.plan.config.n_trials or 0)
-
-    @property
-    def has_given_up_on_refusals(self) -> bool:
-        """Whether the sampler proposed only settings that can't be run, until the sweep stopped asking."""
-        return self._is_exhausted and self._has_only_refusals
+        has_all = len(self.state.units) >= (self.plan.config.n_trials or 0)
+        return self.plan.is_listed or self._is_exhausted or has_all
 
     def summary(self) -> str:
         """Return in a line how far the sweep is."""
-        return self.state.summary({number: self._progress[number].started for number in self.workers.running})
+        return self.state.summary([self._progress[number].started for number in self.workers.running])
 
     def write(self, state: str) -> None:
         """Write sweep.json; a full disk stops the sweep."""

@@ -10,28 +10,16 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from src import secrets
+from src import records, secrets
 from src.config.frozen import STATUS, SWEEP, config_hash, read_starts, read_status
 from src.config.options import option_files
 from src.errors import DamagedFileError, SweepError
 from src.metrics import greater_is_better
-from src.records import (
-    LARGEST_YAML_BYTES,
-    NUMBER,
-    Digest,
-    Types,
-    begins_with,
-    damaged,
-    file_digest,
-    names_in,
-    read_bytes,
-    read_json,
-    read_lines,
-)
+from src.records import Digest, damaged, read_bytes, read_json, read_lines
 from src.sweep.trial import Trial, check_trial
 from src.sweep.workers import log_file
 from src.tracking.lock import LOCK, holder_of
@@ -41,10 +29,8 @@ from src.tracking.sweep_files import holds_another, read_sweep
 from src.util import listed, write_atomically, write_json
 
 REMEDY = "Restore it from a copy; or another sweep.name begins another, force=true removes this one and begins anew."
-MORE_KEYS: Mapping[str, Types] = {"id": str, "elapsed_seconds": NUMBER}
-"""Keys of sweep.json that only the sweep itself reads."""
-MANIFEST = "manifest.json"
-"""The file in the folder of kept options that has size and checksum of each."""
+MORE_KEYS: Mapping[str, records.Types] = {"id": str, "elapsed_seconds": records.NUMBER}  # read by sweeps only
+MANIFEST = "manifest.json"  # in the folder of kept options: size and checksum of each
 TRIALS, CONF = "trials.jsonl", "conf"
 TRIAL_STATES = ("FINISHED", "FAILED", "PRUNED", "PREEMPTED", "RUNNING", "WAITING")
 
@@ -80,12 +66,7 @@ class SweepFolder:
         return self.folder / str(number)
 
     def read(self) -> dict[str, Any]:
-        """Return what sweep.json says; empty where there is no sweep.
-
-        Raises:
-            SweepError: where the folder is something else.
-            DamagedFileError: where it can't be read.
-        """
+        """Return what sweep.json says, empty where there is no sweep; SweepError: the folder is something else."""
         try:
             return read_sweep(self.folder, MORE_KEYS, REMEDY)
         except FileNotFoundError:
@@ -93,11 +74,7 @@ class SweepFolder:
             return {}
 
     def refuse_other(self) -> None:
-        """Refuse a folder that is no sweep's.
-
-        Raises:
-            SweepError: naming what it holds.
-        """
+        """Raise SweepError for a folder that is no sweep's, naming what it holds."""
         if os.path.lexists(self.folder / SWEEP):
             return
         others = [one.name for one in self.folder.glob("*") if one.name not in (LOCK, CONF) and one.suffix != ".part"]
@@ -113,11 +90,7 @@ class SweepFolder:
         write_json(self.folder / SWEEP, secrets.masked(content))
 
     def trials(self) -> list[Trial]:
-        """Return the trials that were written down.
-
-        Raises:
-            DamagedFileError: naming the line that is none, or not the one that was written.
-        """
+        """Return the trials that were written down; DamagedFileError names a line that is not as it was written."""
         return [Trial.from_dict(line.content) for line in read_lines(self.folder / TRIALS, check_trial, remedy=REMEDY)]
 
     def write_trials(self, trials: Sequence[Trial]) -> None:
@@ -125,22 +98,16 @@ class SweepFolder:
         write_atomically(self.folder / TRIALS, text)
 
     def check_places(self, trials: Sequence[Trial]) -> None:
-        """Check that the folder of each trial holds that trial's run, or none yet.
-
-        Raises:
-            DamagedFileError: naming those that hold another one, and whose.
-        """
+        """Check that each trial's folder holds its run, or none yet; DamagedFileError says which don't, and whose."""
         owners = {config_hash(trial.config): trial.number for trial in trials}
         found = []
         for trial in trials:
             folder = self.run_dir(trial.number)
-            try:
+            with suppress(DamagedFileError):  # it is that trial's failure, see `status`
                 if reason := holds_another(folder, trial.config):
                     starts = read_starts(folder)
                     owner = owners.get(starts[-1]["config_hash"]) if starts else None
                     found.append(f"{folder}: {reason}{'' if owner is None else f', that of trial {owner}'}")
-            except DamagedFileError:
-                continue  # it is that trial's failure, see `status`
         if found:
             raise DamagedFileError(
                 f"{len(found)} of the folders of {self.folder} are not those of their trials by {TRIALS}:\n"
@@ -151,12 +118,9 @@ class SweepFolder:
     def obstacle(self, number: int) -> str:
         """Return what is in the way of a trial's folder, and what to do; '' where nothing is."""
         log = log_file(self.run_dir(number))
-        for place, is_right, kind in (
-            (self.run_dir(number), os.path.isdir, "folder"),
-            (log.parent, os.path.isdir, "folder"),
-            (log, os.path.isfile, "plain file"),
-        ):
-            if os.path.lexists(place) and not is_right(place):
+        is_right = {"folder": os.path.isdir, "plain file": os.path.isfile}
+        for place, kind in {self.run_dir(number): "folder", log.parent: "folder", log: "plain file"}.items():
+            if os.path.lexists(place) and not is_right[kind](place):
                 return f"{place} is no {kind}. Move it away: the same command then runs the trial"
         return ""
 
@@ -191,11 +155,7 @@ class SweepFolder:
         part.rename(self.folder / CONF)
 
     def check_conf(self) -> None:
-        """Check that the kept options are those that were kept; an earlier version did not write down what they were.
-
-        Raises:
-            DamagedFileError: naming those that are not.
-        """
+        """Check the kept options by checksums (an earlier version wrote none); DamagedFileError names what differs."""
         folder = self.folder / CONF
         remedy = f"Restore it from a copy; or move {folder} away: the same command is then composed of conf/ as it is"
         try:
@@ -211,65 +171,60 @@ class SweepFolder:
             raise damaged(folder, f"not as it was written: {', '.join(others[:5])}", remedy)
 
     def conf(self) -> list[Path]:
-        """Return the kept options, one folder a root; empty where there are none.
-
-        Raises:
-            DamagedFileError: where they can't be looked into, so that others would be taken for them.
-        """
+        """Return the kept options, one folder a root; DamagedFileError where they can't be looked into."""
         place = self.folder / CONF
         try:
-            return [place.resolve() / name for name in sorted(filter(str.isdecimal, names_in(place)), key=int)]
+            return [place.resolve() / name for name in sorted(filter(str.isdecimal, records.names_in(place)), key=int)]
         except ValueError as error:
             raise damaged(place, f"it can't be looked into: {error}", REMEDY) from error
 
     def clear(self) -> None:
-        """Remove everything: the sweep is done anew."""
-        last = (self.folder / SWEEP, self.folder / TRIALS)  # they are what makes the folder a sweep's
-        for one in [*(one for one in self.folder.glob("*") if one not in last), *last]:
+        """Remove everything, what makes the folder a sweep's last: the sweep is done anew."""
+        for one in sorted(self.folder.glob("*"), key=lambda one: one.name in (SWEEP, TRIALS)):
             if one.is_dir():
                 shutil.rmtree(one)
             elif one.name != LOCK:
                 one.unlink(missing_ok=True)
 
     def status(self, number: int, metric: str, *, is_running: bool = False) -> TrialStatus:
-        """Return the status of a trial.
+        """Return the status of a trial with its value of a metric, by the name in summary.json.
 
-        Args:
-            metric: the objective, by its name in summary.json.
-            is_running: whether its process lives; a status that says so by itself may be a dead one's.
+        `is_running`: its process lives; a status that says so by itself may be a dead one's.
         """
         run_dir = self.run_dir(number)
-        obstacle = self.obstacle(number)
-        if obstacle and not run_dir.is_dir():
-            return TrialStatus("FAILED", None, obstacle, is_damaged=True)
         log = log_file(run_dir) if os.path.isfile(log_file(run_dir)) else None
+        obstacle = self.obstacle(number)
+        obstructed = TrialStatus("FAILED", None, obstacle, is_damaged=True)
+        if obstacle and not run_dir.is_dir():
+            return obstructed
         try:
             status = read_status(run_dir)
         except DamagedFileError as error:
             return TrialStatus("FAILED", None, str(error), log, is_damaged=True)
-        state = status.get("state", "WAITING")
-        step, num_steps = status.get("step", 0), status.get("num_steps")
         cause = " ".join(line.strip() for line in (status.get("cause") or "").strip().split("\n")[:2]).rstrip(":")
+        state, step = status.get("state", "WAITING"), status.get("step", 0)
+        found = TrialStatus(state, None, cause, log, step, status.get("num_steps"))
         if is_running:
-            return TrialStatus("RUNNING", None, "", log, step, num_steps, *_newest(run_dir, metric))
-        if obstacle and state not in ("FINISHED", "PRUNED"):
-            return TrialStatus("FAILED", None, obstacle, is_damaged=True)
-        if state in ("FINISHED", "PRUNED") and (problem := _foreign_journal(run_dir, status)):
-            return TrialStatus("FAILED", None, problem, log, step, num_steps, is_damaged=True)
-        if state == "FINISHED":
+            found = replace(found, state="RUNNING", cause="")
+        elif obstacle and not found.is_over:
+            return obstructed
+        elif found.is_over and (problem := _foreign_journal(run_dir, status)):
+            return replace(found, state="FAILED", cause=problem, is_damaged=True)
+        elif found.state == "FINISHED":
             value, problem, warning = _objective(run_dir, metric, status)
-            state = "FAILED" if problem else state
-            return TrialStatus(state, value, problem, log, step, num_steps, warning=warning)
-        if state == "RUNNING":
-            state, cause = "FAILED", f"killed at step {step}"
-        return TrialStatus(
-            state, None, cause, log, step, num_steps, *(_newest(run_dir, metric) if state != "WAITING" else ())
-        )
+            state = "FAILED" if problem else "FINISHED"
+            return replace(found, state=state, value=value, cause=problem, warning=warning)
+        elif found.state == "RUNNING":
+            found = replace(found, state="FAILED", cause=f"killed at step {found.step}")
+        if found.state == "WAITING":
+            return found
+        last, elapsed_seconds = _newest(run_dir, metric)
+        return replace(found, last=last, elapsed_seconds=elapsed_seconds)
 
     def held(self, numbers: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Yield the trials whose folder a living process holds, and which."""
         for number in numbers:
-            if (self.run_dir(number) / LOCK).exists() and (holder := holder_of(self.run_dir(number))):
+            if holder := holder_of(self.run_dir(number)):
                 yield number, f"{self.run_dir(number)} is in use by another process: {holder}"
 
 
@@ -278,7 +233,7 @@ def _contents(root: Path) -> dict[str, bytes]:
     found = {}
     for file in option_files(root):
         with suppress(OSError, ValueError):  # it was a warning when the command was checked, or nothing can choose it
-            found[str(file.relative_to(root))] = read_bytes(file, LARGEST_YAML_BYTES)
+            found[str(file.relative_to(root))] = read_bytes(file, records.LARGEST_YAML_BYTES)
     return found
 
 
@@ -288,16 +243,14 @@ def _without_secrets(content: bytes) -> bytes:
 
 
 def differing(kept: Sequence[Path], roots: Sequence[Path]) -> list[str]:
-    """Return the option files of `roots` that are others now than those that were kept."""
+    """Return the option files of `roots` that are others now than those that were kept, without credentials."""
     if len(kept) != len(roots):
         return [str(root) for root in roots]
-    return [name for pair in zip(kept, roots, strict=True) for name in _differing(*map(_contents, pair))]
-
-
-def _differing(kept: Mapping[str, bytes], now: Mapping[str, bytes]) -> list[str]:
-    """Return the names of files that are not the same; what was kept has no credentials."""
-    names = sorted(kept.keys() | now.keys())
-    return [name for name in names if name not in kept or name not in now or kept[name] != _without_secrets(now[name])]
+    found = []
+    for before, now in (map(_contents, pair) for pair in zip(kept, roots, strict=True)):
+        names = sorted(before.keys() | now.keys())
+        found += [name for name in names if name not in now or before.get(name) != _without_secrets(now[name])]
+    return found
 
 
 def _remedy(run_dir: Path) -> str:
@@ -308,7 +261,7 @@ def _foreign_journal(run_dir: Path, status: Mapping[str, Any]) -> str:
     """Return why a status.json is not the one of the run whose metrics lie next to it; '' where it is."""
     digest = (status.get("journal") or {}).get(METRICS)
     try:
-        if digest is None or begins_with(read_bytes(run_dir / METRICS, None), digest):
+        if digest is None or records.begins_with(read_bytes(run_dir / METRICS, None), digest):
             return ""
         reason = "its content does not have the checksum that it was written with (status.json)"
     except FileNotFoundError:
@@ -326,7 +279,7 @@ def _objective(run_dir: Path, metric: str, status: Mapping[str, Any]) -> tuple[f
     file = run_dir / SUMMARY
     try:
         summary = read_json(file)
-        if status.get("summary") not in (None, file_digest(file)):
+        if status.get("summary") not in (None, records.file_digest(file)):
             raise damaged(file, "it does not have the checksum that it was written with (status.json)", "")
     except (FileNotFoundError, DamagedFileError) as error:
         problem = str(error).rstrip(".") if isinstance(error, DamagedFileError) else f"{file} is missing"
@@ -354,25 +307,19 @@ def _logged(run_dir: Path, metric: str, status: Mapping[str, Any]) -> float | No
     values = [line.content[name] for line in lines if name in line.content]
     if not values or None in values:
         return None
-    if name == metric:
-        return float(values[-1])
-    return float((max if greater_is_better(name) else min)(values))
+    best = max if greater_is_better(name) else min
+    return float(values[-1] if name == metric else best(values))
 
 
 def _newest(run_dir: Path, metric: str) -> tuple[float | None, float]:
     """Return the newest value of the metric, and how many seconds the run had taken by its last line."""
-    value, elapsed = None, 0.0
     name = metric.removeprefix("best/")
     try:
-        lines = read_step_log(run_dir, METRICS)
+        lines = [line.content for line in read_step_log(run_dir, METRICS)]
     except DamagedFileError:  # the run itself reports it, when it resumes
         lines = []
-    for line in (one.content for one in reversed(lines)):
-        elapsed = max(elapsed, line.get("perf/elapsed_seconds") or 0.0)
-        if line.get(name) is not None:
-            value = float(line[name])
-            break
-    return value, elapsed
+    value = next((float(line[name]) for line in reversed(lines) if line.get(name) is not None), None)
+    return value, max((line.get("perf/elapsed_seconds") or 0.0 for line in lines), default=0.0)
 
 
 def status_written_ns(run_dir: Path) -> int | None:
@@ -385,9 +332,8 @@ def status_written_ns(run_dir: Path) -> int | None:
 
 def last_words(log: Path | None) -> str:
     """Return the last line that a trial printed."""
-    content = b""
-    if log is not None:
-        with suppress(OSError, ValueError):  # it is gone by now, or not a file
-            content = read_bytes(log)
-    lines = content.decode(errors="replace").split("\n")
+    try:
+        lines = read_bytes(log).decode(errors="replace").split("\n") if log is not None else []
+    except (OSError, ValueError):  # it is gone by now, or not a file
+        return ""
     return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")

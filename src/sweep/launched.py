@@ -26,20 +26,15 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from src.config.frozen import read_status
 from src.config.quoting import override
 from src.errors import DamagedFileError, Interrupted, one_line
+from src.sweep.folder import SweepFolder
 from src.sweep.plan import Plan
-from src.sweep.workers import RunTrial, TrialJob, log_file, note, print_into
-from src.tracking.lock import LOCK, holder_of
+from src.sweep.workers import RunTrial, TrialJob, Workers, log_file, note, print_into
 from src.util import load_json
 
 STOP_FILE = "stop"
 LAUNCH = "launch"
 POLL_SECONDS = 1.0
-CODES = {"FINISHED": 0, "PRUNED": 0, "PREEMPTED": Interrupted.exit_code}
-"""The exit code of a trial whose launcher has none."""
-
-
-def _is_held(run_dir: Path) -> bool:
-    return (run_dir / LOCK).exists() and bool(holder_of(run_dir))
+CODES = {"FINISHED": 0, "PRUNED": 0, "PREEMPTED": Interrupted.exit_code}  # of a trial whose launcher has no code
 
 
 def _state(run_dir: Path) -> str | None:
@@ -63,8 +58,7 @@ class Launched:
         self._task = _Task(run_trial)
         self._batch: list[TrialJob] = []
         self._is_launched = False
-        self._ended: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
-        """The exit codes of a batch that was launched, in its order."""
+        self._ended: queue.SimpleQueue[list[int]] = queue.SimpleQueue()  # exit codes of a batch, in its order
 
     @property
     def room(self) -> int:
@@ -85,37 +79,31 @@ class Launched:
         """A launcher is asked at any time."""
         return True
 
-    def start(self, jobs: Sequence[TrialJob]) -> None:
-        """Take trials into the next batch."""
-        folder = self._plan.folder / LAUNCH
-        folder.mkdir(parents=True, exist_ok=True)
-        for job in jobs:
-            text = json.dumps({"config": job.config, "link": job.link, "batch": self._task.batch})
-            (folder / f"{job.number}.json").write_text(text, encoding="utf-8")
-            self._batch.append(job)
+    def start(self, job: TrialJob) -> None:
+        """Take a trial into the next batch."""
+        file = self._plan.folder / LAUNCH / f"{job.number}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = {"config": job.config, "link": job.link, "batch": self._task.batch}
+        file.write_text(json.dumps(content), encoding="utf-8")
+        self._batch.append(job)
 
     def go(self) -> None:
         """Hand the batch to the launcher."""
         if self._batch and not self._is_launched:
             self._is_launched = True
-            threading.Thread(
-                target=self._launch, args=(tuple(self._batch), self._task), name="launcher", daemon=True
-            ).start()
+            threading.Thread(target=self._launch, args=(list(self._batch),), name="launcher", daemon=True).start()
 
-    def _launch(self, batch: Sequence[TrialJob], task: "_Task") -> None:
+    def _launch(self, batch: Sequence[TrialJob]) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of its processes too: the sweep passes Ctrl-C on
         folder, codes = self._plan.folder.resolve(), [1] * len(batch)
+        of_folder = override("hydra.sweep.dir", str(folder))
         try:
-            returns = self._launcher(folder, task).launch(
-                [
-                    [override("hydra.sweep.dir", str(folder)), override("hydra.sweep.subdir", str(job.number))]
-                    for job in batch
-                ],
-                initial_job_idx=batch[0].number,
-            )
+            overrides = [[of_folder, override("hydra.sweep.subdir", str(job.number))] for job in batch]
+            returns = self._launcher(folder).launch(overrides, initial_job_idx=batch[0].number)
             codes = [one.return_value if isinstance(one._return_value, int) else 1 for one in returns]
         except Exception as error:  # the launcher's own, a job that the scheduler killed
-            while any(_is_held(job.run_dir) for job in batch):  # it reports the first, the others continue
+            numbers = [job.number for job in batch]
+            while any(SweepFolder(folder).held(numbers)):  # it reports the first, the others continue
                 time.sleep(POLL_SECONDS)
             states = [_state(job.run_dir) for job in batch]
             for job, state in zip(batch, states, strict=True):
@@ -125,7 +113,7 @@ class Launched:
         finally:
             self._ended.put(codes)
 
-    def _launcher(self, folder: Path, task: "_Task") -> Any:
+    def _launcher(self, folder: Path) -> Any:
         search_path = create_config_search_path(str(folder / "conf" / "0"))
         context = HydraContext(config_loader=ConfigLoaderImpl(search_path), callbacks=self._context.callbacks)
         config = OmegaConf.masked_copy(self._config, list(self._config))
@@ -133,7 +121,7 @@ class Launched:
             config.hydra.sweep.dir = str(folder)
             config.hydra.overrides.hydra = []
             config.hydra.job.config_name = "config"
-        return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
+        return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=self._task, config=config)
 
     def wait(self, seconds: float) -> list[tuple[TrialJob, int]]:
         """Wait until the batch has ended, or so long; return its trials with their exit codes."""
@@ -145,12 +133,15 @@ class Launched:
         self._task = _Task(self._task.run_trial)
         return list(zip(batch, codes, strict=True))
 
-    def ask_to_stop(self, number: int = signal.SIGTERM) -> None:
+    def ask_to_stop(self) -> None:
         (self._plan.folder / STOP_FILE).touch()
 
     def stop_at_once(self) -> None:
         """Ask once more: what runs elsewhere can't be ended from here."""
         self.ask_to_stop()
+
+
+TrialRunner = Workers | Launched
 
 
 class _Task:

@@ -1,7 +1,5 @@
 """The leaderboard: the result of the ranking, as files, as a table in the terminal and as pictures."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools
@@ -9,8 +7,10 @@ import math
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from src.sweep.trial import short
 from src.util import replaced_when_written, write_atomically, write_json
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.table import Table
 
 FIRST, REST, FAINT = "#4878a8", "#8a8a8a", "#dddddd"
@@ -29,30 +28,20 @@ WIDE_LABEL = 24  # characters; longer ones take the place of the differences in 
 LABEL_WIDTH, LABEL_LINES = 44, 4  # characters of a label's line in a picture, and lines
 MOST_SHOWN = 60  # settings in a picture
 DECADES = 2  # values that span more are drawn on a logarithmic axis
-
-
 COLUMNS: Mapping[str, Callable[[Row], Any]] = {
-    "rank": lambda row: row.rank,
+    "rank": attrgetter("rank"),
     "tied": lambda row: str(row.is_tied).lower(),
-    "model": lambda row: row.group,
-    "setting": lambda row: row.label,
-    "mean": lambda row: row.mean,
-    "low": lambda row: row.low,
-    "high": lambda row: row.high,
-    "n": lambda row: row.n,
-    "difference": lambda row: row.difference,
-    "difference_low": lambda row: row.difference_low,
-    "difference_high": lambda row: row.difference_high,
-    "p_value": lambda row: row.p_value,
-    "failed": lambda row: row.failed,
-    "pruned": lambda row: row.pruned,
-    "unfinished": lambda row: row.unfinished,
+    "model": attrgetter("group"),
+    "setting": attrgetter("label"),
+    **{name: attrgetter(name) for name in ("mean", "low", "high", "n")},
+    **{name: attrgetter(name) for name in ("difference", "difference_low", "difference_high", "p_value")},
+    **{name: attrgetter(name) for name in ("failed", "pruned", "unfinished")},
     "trials": lambda row: _spaced(row.trials),
     "seeds": lambda row: _spaced(seed for seed, _ in row.values),
     "folds": lambda row: _spaced(fold for _, fold in row.values if fold is not None),
     "values": lambda row: _spaced(row.values.values()),
-    "setting_id": lambda row: row.setting,
-    "verdict": lambda row: row.verdict,
+    "setting_id": attrgetter("setting"),
+    "verdict": attrgetter("verdict"),
 }
 """The columns of leaderboard.csv; `model` only where models are compared."""
 
@@ -67,12 +56,7 @@ def write(rows: Sequence[Row], folder: Path, metric: str, direction: Direction, 
     """Write leaderboard.csv, leaderboard.json and leaderboard.md into a folder, each at once."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "leaderboard.csv", _csv(rows))
-    content = {
-        "metric": metric,
-        "direction": direction,
-        "conclusion": conclusion,
-        "rows": [_plain(row) for row in rows],
-    }
+    content = {"metric": metric, "direction": direction, "conclusion": conclusion, "rows": list(map(_plain, rows))}
     write_json(folder / "leaderboard.json", content)
     write_atomically(folder / "leaderboard.md", _markdown(rows, metric, direction, conclusion))
 
@@ -83,7 +67,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    columns = {name: read for name, read in COLUMNS.items() if name != "model" or _has_groups(rows)}
+    columns = {name: read for name, read in COLUMNS.items() if name != "model" or any(row.group for row in rows)}
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
@@ -100,24 +84,16 @@ def _markdown(rows: Sequence[Row], metric: str, direction: Direction, conclusion
     for group, members in _groups(rows):
         if group:
             parts.append(f"## {inline(group)}")
-        lines = [
-            [
-                _rank(row),
-                code(_label(row)),
-                _mean(row),
-                str(row.n),
-                _difference(row),
-                inline(row.verdict),
-                _spaced(row.trials),
-            ]
-            for row in members
-        ]
+        lines = []
+        for row in members:
+            rank, label, *numbers, verdict = _cells(row)
+            lines.append([rank, code(label), *numbers, inline(verdict), _spaced(row.trials)])
         parts.append(markdown_table(["rank", "setting", "mean", "n", "difference", "verdict", "trials"], lines))
     parts.append("Intervals are 95 %; differences are to the reference: the best mean over two replicates or more.")
     return "\n\n".join(parts) + "\n"
 
 
-def table(rows: Sequence[Row], metric: str, direction: Direction) -> Table:
+def table(rows: Sequence[Row], metric: str, direction: Direction) -> "Table":
     """Return a table for the terminal; it can be read at 80 columns."""
     from rich import box
     from rich.table import Table
@@ -138,15 +114,10 @@ def table(rows: Sequence[Row], metric: str, direction: Direction) -> Table:
             made.add_section()
             made.add_row("", Cell(group, style="bold"))
         for row in members:
-            style = "" if row.rank == 1 else "dim"
-            difference = [_difference(row)] if has_room else []
-            cells = [_rank(row), short(_label(row)), _mean(row), str(row.n), *difference, row.verdict]
-            made.add_row(*map(Cell, cells), style=style)
+            rank, label, mean, n, difference, verdict = _cells(row)
+            cells = [rank, short(label), mean, n, *([difference] if has_room else []), verdict]
+            made.add_row(*map(Cell, cells), style="" if row.rank == 1 else "dim")
     return made
-
-
-def _has_groups(rows: Sequence[Row]) -> bool:
-    return any(row.group for row in rows)
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -159,22 +130,17 @@ def _label(row: Row) -> str:
     return row.label or row.group or row.name
 
 
-def _rank(row: Row) -> str:
-    return "–" if row.rank is None else f"{row.rank}{' tie' if row.is_tied else ''}"
+def _cells(row: Row) -> list[str]:
+    """Return rank, setting, mean, n, difference and verdict, as tables show them."""
+    rank = "–" if row.rank is None else f"{row.rank}{' tie' if row.is_tied else ''}"
+    difference = _with_half(row.difference, row.difference_low, row.difference_high)
+    sign = "+" if (row.difference or 0) > 0 else ""
+    return [rank, _label(row), _with_half(row.mean, row.low, row.high), str(row.n), sign + difference, row.verdict]
 
 
-def _mean(row: Row) -> str:
-    return "–" if row.mean is None else _with_half(row.mean, row.low, row.high)
-
-
-def _difference(row: Row) -> str:
-    if row.difference is None:
+def _with_half(middle: float | None, low: float | None, high: float | None) -> str:
+    if middle is None:
         return "–"
-    sign = "+" if row.difference > 0 else ""
-    return sign + _with_half(row.difference, row.difference_low, row.difference_high)
-
-
-def _with_half(middle: float, low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return number(middle, None)
     half = (high - low) / 2
@@ -183,57 +149,49 @@ def _with_half(middle: float, low: float | None, high: float | None) -> str:
 
 def plot(rows: Sequence[Row], file: Path, metric: str, direction: Direction) -> None:
     """Draw each setting's mean with its interval, and a dot below for each replicate, the best on top, as a PNG."""
-    from matplotlib.figure import Figure
-
     shown = [row for row in rows if row.mean is not None][:MOST_SHOWN]
-    labels = [_in_lines(short(row.name)) for row in shown]
-    most_lines = max((label.count("\n") + 1 for label in labels), default=1)
-    height = (0.27 + 0.13 * most_lines) * max(2, len(shown))  # inches
-    figure = Figure(figsize=(9, 1.4 + height), layout="constrained")
-    axes = figure.subplots()
-    for place, row in enumerate(shown):
-        colour = FIRST if row.rank == 1 else REST
-        axes.axhline(place, color=FAINT, linewidth=0.6, zorder=0)
-        half = 0 if row.low is None or row.high is None else (row.high - row.low) / 2
-        axes.errorbar(
-            row.mean or 0, place, xerr=half, color=colour, linewidth=1.6, capsize=3, marker="|", markersize=13
-        )
-        values = list(row.values.values())
-        axes.plot(values, [place + 0.22] * len(values), "o", color=colour, markersize=4.5, alpha=0.6, markeredgewidth=0)
-    axes.set_yticks(range(len(shown)), labels, parse_math=False, fontsize="small")
-    axes.set_ylim(max(1, len(shown) - 1) + 0.6, -0.6)
-    ends = [end for row in shown for end in (row.low, row.high) if end is not None]
-    _set_span([value for row in shown for value in row.values.values()], ends, axes.set_xscale, axes.set_xlim)
-    axes.set_xlabel(f"{metric} ({direction}d)", parse_math=False)
-    lacking = sum(row.mean is None for row in rows)
-    title = "mean, 95 % interval, one dot a replicate" + (f"; {lacking} without a value" if lacking else "")
-    if (left := len(rows) - lacking - len(shown)) > 0:
-        title += f"; the best {len(shown)}, {left} more not shown"
-    left_end, right_end = axes.get_xlim()
-    if any(not left_end <= end <= right_end for end in ends):
-        title += "; one without an end is wider than this picture"
-    axes.set_title(title, fontsize="medium", loc="left")
-    _save(figure, file)
+    names = [textwrap.wrap(short(row.name), LABEL_WIDTH, max_lines=LABEL_LINES, placeholder=" …") for row in shown]
+    height = (0.27 + 0.13 * max(map(len, names), default=1)) * max(2, len(shown))  # inches
+    with _picture(file, 1.4 + height) as axes:
+        for place, row in enumerate(shown):
+            colour = FIRST if row.rank == 1 else REST
+            axes.axhline(place, color=FAINT, linewidth=0.6, zorder=0)
+            half = 0 if row.low is None or row.high is None else (row.high - row.low) / 2
+            axes.errorbar(
+                row.mean or 0, place, xerr=half, color=colour, linewidth=1.6, capsize=3, marker="|", markersize=13
+            )
+            values, heights = list(row.values.values()), [place + 0.22] * row.n
+            axes.plot(values, heights, "o", color=colour, markersize=4.5, alpha=0.6, markeredgewidth=0)
+        axes.set_yticks(range(len(shown)), ["\n".join(lines) for lines in names], parse_math=False, fontsize="small")
+        axes.set_ylim(max(1, len(shown) - 1) + 0.6, -0.6)
+        ends = [end for row in shown for end in (row.low, row.high) if end is not None]
+        _set_span([value for row in shown for value in row.values.values()], ends, axes.set_xscale, axes.set_xlim)
+        axes.set_xlabel(f"{metric} ({direction}d)", parse_math=False)
+        lacking = sum(row.mean is None for row in rows)
+        title = "mean, 95 % interval, one dot a replicate" + (f"; {lacking} without a value" if lacking else "")
+        if (left := len(rows) - lacking - len(shown)) > 0:
+            title += f"; the best {len(shown)}, {left} more not shown"
+        left_end, right_end = axes.get_xlim()
+        if any(not left_end <= end <= right_end for end in ends):
+            title += "; one without an end is wider than this picture"
+        axes.set_title(title, fontsize="medium", loc="left")
 
 
 def plot_history(values: Sequence[float], file: Path, metric: str, direction: Direction) -> None:
     """Draw the value of each finished trial, in the order in which they finished, and the best so far, as a PNG."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     finite_values = [value for value in values if math.isfinite(value)]
     best = list(itertools.accumulate(finite_values, min if direction == "minimize" else max))
     places = range(1, len(best) + 1)
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(places, finite_values, "o", color=REST, markersize=5, alpha=0.7, markeredgewidth=0, label="a trial")
-    axes.step(places, best, where="post", color=FIRST, linewidth=1.6, label="best so far")
-    _set_span(finite_values, [], axes.set_yscale, axes.set_ylim)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("finished trials")
-    axes.set_ylabel(f"{metric} ({direction}d)", parse_math=False)
-    axes.legend(frameon=False, fontsize="small")
-    _save(figure, file)
+    with _picture(file, 4) as axes:
+        axes.plot(places, finite_values, "o", color=REST, markersize=5, alpha=0.7, markeredgewidth=0, label="a trial")
+        axes.step(places, best, where="post", color=FIRST, linewidth=1.6, label="best so far")
+        _set_span(finite_values, [], axes.set_yscale, axes.set_ylim)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))
+        axes.set_xlabel("finished trials")
+        axes.set_ylabel(f"{metric} ({direction}d)", parse_math=False)
+        axes.legend(frameon=False, fontsize="small")
 
 
 def _set_span(
@@ -253,15 +211,16 @@ def _set_span(
     set_limits(start - margin, stop + margin)
 
 
-def _in_lines(label: str) -> str:
-    return "\n".join(textwrap.wrap(label, LABEL_WIDTH, max_lines=LABEL_LINES, placeholder=" …"))
-
-
-def _save(figure: Figure, file: Path) -> None:
+@contextmanager
+def _picture(file: Path, height: float) -> Iterator[Any]:
+    """Yield the axes of a picture of 9 inches by `height`; the picture is written as a PNG when the block ends."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots()
+    yield axes
+    axes.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replaced_when_written(file) as part, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a label in letters that the font lacks is drawn as boxes

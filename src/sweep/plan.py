@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -25,22 +24,18 @@ from src.config.schema import Direction, Pruner, Replicate, RunConfig, Sampler, 
 from src.config.trust import signature
 from src.metrics import greater_is_better
 from src.sweep.folder import SweepFolder, differing
-from src.sweep.space import SWEEP_FILE, Axis, axes_of, is_endless, points, size
+from src.sweep.space import SWEEP_FILE, Axis, axes_of, points, size
 from src.sweep.trial import REPLICATED, Trial, setting_of, trial_of, with_typed_numbers
+from src.util import value_at
 
-MOST_WRITTEN = 10**15
-"""The largest number of points that is written out."""
-MOST_PROBES = 200
-"""How many points are checked where there are too many to check all."""
-
-
+MOST_WRITTEN = 10**15  # the largest number of points that is written out
+MOST_PROBES = 200  # how many points are checked where there are too many to check all
 KNOWN_METRICS = (
     *("train/loss", "train/objective", "train/thought_loss", "train/answer_loss", "train/grad_norm"),
     *("train_seconds", "tokens_per_second", "tokens_seen", "peak_memory_bytes", "perf/tokens_per_second"),
 )
 """Metrics of summary.json besides evaluations that a sweep may compare."""
-NO_REPLICATE = ("++seed=0", "++data.fold=null")
-"""Overrides that make all replicates of a setting compose alike."""
+NO_REPLICATE = ("++seed=0", "++data.fold=null")  # overrides that make all replicates of a setting compose alike
 
 
 @dataclass
@@ -58,13 +53,11 @@ class Plan:
     trials: list[Trial] = field(default_factory=list)  # all there will be; empty where a sampler has to propose them
     changed_conf: list[str] = field(default_factory=list)
     """Files of conf/ that changed since the sweep began; it is still composed of the old ones."""
-
     admitted: RunConfig | None = None  # the first configuration that was admitted
     is_repeated: bool = False  # whether it is composed of the options that a folder kept, which may be somebody else's
     signatures: list[str] = field(default_factory=list)
     """This user's, of admitted configurations that let a checkpoint run code; see src.config.trust."""
     _settings: dict[tuple[str, ...], str] = field(default_factory=dict)
-    command: list[str] = field(default_factory=lambda: list(sys.orig_argv))
 
     @property
     def sample(self) -> RunConfig:
@@ -104,33 +97,23 @@ class Plan:
         return size(self.replicates) or 1
 
     @property
-    def _by_key(self) -> dict[str, Axis]:
+    def by_key(self) -> dict[str, Axis]:
+        """What is varied, replicates included, by its key."""
         return {axis.key: axis for axis in [*self.axes, *self.replicates]}
 
     @property
     def space(self) -> dict[str, str]:
         """What is varied, as it was written."""
-        return {key: axis.text for key, axis in self._by_key.items()}
-
-    @property
-    def varied(self) -> list[str]:
-        """The keys that are varied, replicates included."""
-        return list(self._by_key)
+        return {key: axis.text for key, axis in self.by_key.items()}
 
     def unit(self, own: Sequence[str], unit: int, first: int) -> tuple[list[Trial], list[Problem]]:
-        """Compose the trials of one setting, or return why it is refused.
-
-        Args:
-            own: the setting's overrides, each as KEY=VALUE.
-            unit: its number.
-            first: the number of its first trial.
-        """
+        """Compose the trials of a setting, given as KEY=VALUE, numbered from `first`, or return why it is refused."""
         trials, problems = [], []
         for number, replicate in enumerate(points(self.replicates), start=first):
-            admitted, found = self._admit([*own, *replicate])
+            texts = (*own, *replicate)
+            admitted, found = self._admit(texts)
             problems += found
             if admitted is not None:
-                texts = (*own, *replicate)
                 trials.append(trial_of(number, unit, texts, admitted.frozen, self._setting(texts, admitted.config)))
         return trials, problems
 
@@ -140,11 +123,11 @@ class Plan:
         if own not in self._settings:
             composed = self.composer.compose([*self._forced(own), *NO_REPLICATE])
             sections = {key: value for key, value in composed.sections.items() if key != "sweep"}
-            self._settings[own] = setting_of(with_typed_numbers(sections, typed, self.varied))
+            self._settings[own] = setting_of(with_typed_numbers(sections, typed, self.by_key))
         return self._settings[own]
 
     def _forced(self, overrides: Sequence[str]) -> list[str | Assignment]:
-        return [one for text in overrides for one in self._by_key[text.partition("=")[0]].forced(text)]
+        return [one for text in overrides for one in self.by_key[text.partition("=")[0]].forced(text)]
 
     def _admit(self, overrides: Sequence[str]) -> tuple[Job | None, list[Problem]]:
         composed = self.composer.compose(self._forced(overrides))
@@ -154,19 +137,19 @@ class Plan:
         if admitted is not None and admitted.sweep is not None:
             problems = [*_sweep_problems(admitted.sweep, admitted.config), *self.code_problems(admitted.frozen)]
             self.admitted = self.admitted or admitted.config
-            admitted.frozen = with_typed_numbers(admitted.frozen, admitted.config, self.varied)
+            admitted.frozen = with_typed_numbers(admitted.frozen, admitted.config, self.by_key)
         located = []
         for problem in problems:
             key = next((one for one in all_keys() if problem.key.startswith(f"{one}.")), problem.key)  # of a mapping's
-            where = (self._by_key[key].where if key in self._by_key else "") or problem.where
+            axis = self.by_key.get(key)
+            where = (axis.where if axis else "") or problem.where
             located.append(dataclasses.replace(problem, where=where, point=" ".join(overrides)))
         return (None if problems else admitted), located
 
     def code_problems(self, frozen: Mapping[str, Any], *, is_kept: bool = False) -> list[Problem]:
         """Return why a configuration may not let a checkpoint run code; one that may is signed for this folder.
 
-        Args:
-            is_kept: whether the folder holds the configuration, rather than the options that it was composed of.
+        `is_kept`: the folder holds the configuration, rather than the options that it was composed of.
         """
         if (self.is_repeated or is_kept) and (found := code_problems(self.folder, frozen, self.line, self.signatures)):
             return found
@@ -176,27 +159,16 @@ class Plan:
 
 
 def plan_sweep(line: CommandLine, begin: Callable[[Plan], None] = lambda plan: None) -> Plan:
-    """Compose and check everything that a sweep's command line asks for.
+    """Compose and check everything that a sweep's command line asks for; ConfigError has all problems together.
 
-    Where a sampler proposes the settings, every value is checked together with the first ones of the others.
-
-    Args:
-        begin: called once, when the first point has been found good, while others may still be found bad.
-    Raises:
-        ConfigError: with all problems together.
+    Where a sampler proposes the settings, every value is checked together with the first ones of the others. `begin` is
+    called once, when the first point has been found good, while others may still be found bad.
     """
-    problems = list(line.problems)
-    plan = _open(line, problems)
-    if plan is not None and (kept := _kept(plan)):
-        changed = [] if line.problems else differing(kept, line.roots)
-        line = dataclasses.replace(line, roots=kept)
-        problems[:] = line.problems
-        signatures = plan.signatures
-        plan = _open(line, problems)
-        if plan is not None:
-            plan.changed_conf, plan.is_repeated, plan.signatures = changed, True, signatures
-    if plan is None:
-        raise refuse(problems)
+    plan, problems = _open(line)
+    if kept := _kept(plan):
+        changed, signatures = [] if line.problems else differing(kept, line.roots), plan.signatures
+        plan, problems = _open(dataclasses.replace(line, roots=kept))
+        plan.changed_conf, plan.is_repeated, plan.signatures = changed, True, signatures
     if line.value_of("hydra.run.dir") is not None:
         reason = "of a single run; a sweep's folder is multirun/<sweep.name>, or hydra.sweep.dir=DIR"
         problems.append(Problem("hydra.run.dir", reason, has_value=False, where=COMMAND_LINE))
@@ -251,50 +223,47 @@ def _kept(plan: Plan) -> list[Path]:
     return record.conf()
 
 
-def _open(line: CommandLine, problems: list[Problem]) -> Plan | None:
-    """Read the sweep's own settings and what it varies; None where that can't be made out."""
+def _open(line: CommandLine) -> tuple[Plan, list[Problem]]:
+    """Read the sweep's own settings and what it varies; ConfigError where that can't be made out."""
+    problems = list(line.problems)
     _, fixed = axes_of(line, {}, [])
     first = Points(fixed, line).compose([])
     sweep, found = sweep_of(first)
     if sweep is None or not first.sections or not first.has_run_dir:
         of_sweep = [problem for problem in found if first.sections and problem.key not in first.unresolved]
-        problems += [*located_problems(first, line), *of_sweep]
-        return None
+        raise refuse([*problems, *located_problems(first, line), *of_sweep])
     is_own = is_own_sweeper(first)
     params = {SWEEP_FILE: sweep.params, SWEEPER_PARAMS: sweeper_params(first)} if is_own else {}
     axes, fixed = axes_of(line, params, problems)
-    _add_replicates(line, sweep, first.sections, axes, fixed, problems)
+    if more := _replicates(sweep, first.sections, {axis.key for axis in axes}, problems):
+        fixed = [one for one in fixed if _key_of(one) not in more]
+        alone = dataclasses.replace(line, overrides=[], problems=[])
+        axes += axes_of(alone, {SWEEP_FILE: more}, problems)[0]
     is_averaged = sweep.sampler is not Sampler.grid or sweep.replicate is not Replicate.none
     replicates = [axis for axis in axes if is_averaged and axis.key in REPLICATED]
     of_setting = [axis for axis in axes if axis not in replicates]
     force = bool(first.sections.get("force"))
-    return Plan(line, sweep, first.run_dir, force, of_setting, replicates, Points(fixed, line), is_own_sweeper=is_own)
+    plan = Plan(line, sweep, first.run_dir, force, of_setting, replicates, Points(fixed, line), is_own_sweeper=is_own)
+    return plan, problems
 
 
-def _add_replicates(
-    line: CommandLine,
-    sweep: SweepConfig,
-    sections: Mapping[str, Any],
-    axes: list[Axis],
-    fixed: list[str | Assignment],
-    problems: list[Problem],
-) -> None:
-    """Add the seeds or folds that sweep.replicate asks for, where the command does not say which."""
-    alone = dataclasses.replace(line, overrides=[], problems=[])
-    varied = {axis.key for axis in axes}
+def _replicates(
+    sweep: SweepConfig, sections: Mapping[str, Any], varied: Collection[str], problems: list[Problem]
+) -> dict[str, str]:
+    """Return the seeds or folds that sweep.replicate asks for, by their key, where the command does not say which."""
     if sweep.replicate is Replicate.seeds and "seed" not in varied and isinstance(seed := sections.get("seed"), int):
-        fixed[:] = [one for one in fixed if _key_of(one) != "seed"]
-        axes += axes_of(alone, {SWEEP_FILE: {"seed": f"range({seed},{seed + sweep.num_seeds})"}}, problems)[0]
-    if sweep.replicate is Replicate.folds and "data.fold" not in varied:
-        data = sections.get("data")
-        num_folds = data.get("num_folds") if isinstance(data, dict) else None
-        if isinstance(data, dict) and data.get("fold") is not None:
-            reason = "sweep.replicate=folds trains every fold: leave it out, or name those you want: data.fold=0,1"
-            problems.append(Problem("data.fold", reason, data["fold"]))
-        elif isinstance(num_folds, int):
-            axes += axes_of(alone, {SWEEP_FILE: {"data.fold": f"range(0,{num_folds})"}}, problems)[0]
-        else:
-            problems.append(Problem("data.num_folds", "sweep.replicate=folds needs it: how many folds", num_folds))
+        return {"seed": f"range({seed},{seed + sweep.num_seeds})"}
+    if sweep.replicate is not Replicate.folds or "data.fold" in varied:
+        return {}
+    num_folds, fold = (value_at(sections, f"data.{name}") for name in ("num_folds", "fold"))
+    if fold is None and isinstance(num_folds, int):
+        return {"data.fold": f"range(0,{num_folds})"}
+    if fold is None:
+        problems.append(Problem("data.num_folds", "sweep.replicate=folds needs it: how many folds", num_folds))
+    else:
+        reason = "sweep.replicate=folds trains every fold: leave it out, or name those you want: data.fold=0,1"
+        problems.append(Problem("data.fold", reason, fold))
+    return {}
 
 
 def _key_of(fixed: str | Assignment) -> str:
@@ -306,17 +275,15 @@ def _counted(plan: Plan) -> Iterator[Problem]:
     axes, most = [*plan.axes, *plan.replicates], plan.config.max_points
     too_long = [axis for axis in axes if axis.num_values > most]
     for axis in too_long:
-        count = "a range that never ends" if is_endless(axis.num_values) else f"{_written(axis.num_values)} values"
-        reason = f"{count}, more than sweep.max_points, {most:,}; search among them: KEY=interval(LOW,HIGH), sweep=tpe"
-        yield Problem(axis.key, reason, axis.text, where=axis.where or COMMAND_LINE)
+        count = "a range that never ends" if axis.num_values == math.inf else f"{_written(axis.num_values)} values"
+        remedy = "search among them: KEY=interval(LOW,HIGH), sweep=tpe"
+        yield axis.problem(f"{count}, more than sweep.max_points, {most:,}; {remedy}")
     total = size(axes)
     is_grid = plan.config.sampler is Sampler.grid or plan.config.n_trials is None or not plan.is_own_sweeper
     if is_grid and total is not None and total > most and (len(axes) > 1 or not too_long):
         product = " x ".join(f"{_written(axis.num_values)} of {axis.key}" for axis in axes)
-        reason = (
-            f"{_written(total)} points ({product}), more than sweep.max_points, {most:,}; search among them: sweep=tpe "
-            "sweep.n_trials=N, or allow more"
-        )
+        remedy = "search among them: sweep=tpe sweep.n_trials=N, or allow more"
+        reason = f"{_written(total)} points ({product}), more than sweep.max_points, {most:,}; {remedy}"
         yield Problem("-m", reason, has_value=False, where=COMMAND_LINE)
 
 
@@ -326,45 +293,37 @@ def _written(count: float) -> str:
 
 
 def _axis_problems(plan: Plan) -> Iterator[Problem]:
-    config = plan.config
+    sampler = plan.config.sampler
     for axis in [*plan.axes, *plan.replicates]:
-        where = axis.where or COMMAND_LINE
         if axis.interval and axis.key in REPLICATED:
-            yield Problem(axis.key, "a replicate needs values: A,B,C or range(…)", axis.text, where=where)
-        elif axis.interval and config.sampler is Sampler.grid:
-            reason = (
-                "a search space; a grid takes values: A,B,C, range(…) or choice(…). Or search: sweep=tpe, sweep=asha"
-            )
-            yield Problem(axis.key, reason, axis.text, where=where)
-        elif axis.interval and config.n_trials is None:
+            yield axis.problem("a replicate needs values: A,B,C or range(…)")
+        elif axis.interval and sampler is Sampler.grid:
+            ways = "A,B,C, range(…) or choice(…). Or search: sweep=tpe, sweep=asha"
+            yield axis.problem(f"a search space; a grid takes values: {ways}")
+        elif axis.interval and plan.config.n_trials is None:
             yield Problem("sweep.n_trials", f"{axis.key} is an interval, so how many are tried?", None)
-    if config.sampler is not Sampler.grid and not plan.axes:
-        yield Problem(
-            "sweep.sampler", "nothing is varied: give KEY=A,B or KEY=interval(LOW,HIGH)", config.sampler.value
-        )
+    if sampler is not Sampler.grid and not plan.axes:
+        yield Problem("sweep.sampler", "nothing is varied: give KEY=A,B or KEY=interval(LOW,HIGH)", sampler.value)
 
 
 def _sweep_problems(sweep: SweepConfig, config: RunConfig) -> Iterator[Problem]:
     """Yield a metric that no run computes, a direction that would rank the worst first, and runs that can't resume."""
     if (resume := config.checkpoint.resume) != "auto":
-        reason = "a sweep resumes its trials: auto" + (
-            "" if resume == "never" else "; to begin with weights, init_from"
-        )
-        yield Problem("checkpoint.resume", reason, resume)
+        more = "" if resume == "never" else "; to begin with weights, init_from"
+        yield Problem("checkpoint.resume", f"a sweep resumes its trials: auto{more}", resume)
     metric = sweep.metric.removeprefix("best/")
     kind, _, rest = metric.partition("/")
     set_name, _, score = rest.rpartition("/")
     if kind == "eval":
-        scores = scores_of(config.data, config.evaluation, config.tokens)
-        later = [] if sweep.pruner is not Pruner.none else list(config.data.test_sets())
-        sets = [*config.data.validation_names(), *later]
+        scores, test_sets = scores_of(config.data, config.evaluation, config.tokens), list(config.data.test_sets())
+        is_early = sweep.pruner is not Pruner.none
+        sets = [*config.data.validation_names(), *([] if is_early else test_sets)]
         if score not in scores or set_name not in sets:
             allowed = ", ".join(f"eval/{name}/{one}" for name in sets for one in scores)
             reason = f"no evaluation computes this; {'one of ' + allowed if allowed else 'there is no validation set'}"
-            if set_name in config.data.test_sets() and later == [] and score in scores:
-                reason = (
-                    "known at the end only, so no run can end early by it: sweep.pruner=none, or a validation set's"
-                )
+            if is_early and set_name in test_sets and score in scores:
+                at_end = "known at the end only, so no run can end early by it"
+                reason = f"{at_end}: sweep.pruner=none, or a validation set's"
             yield Problem("sweep.metric", reason, sweep.metric)
             return
     elif metric not in KNOWN_METRICS and not metric.startswith("tokens/"):

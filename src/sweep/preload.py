@@ -9,18 +9,11 @@ from importlib import import_module
 from src.runtime.collector import rest_while_importing
 
 NEEDED = (
-    *(
-        "src.run",
-        "src.cli.main",
-        "src.cli.start",
-        "torch",
-        "transformers",
-        "transformers.generation.utils",
-        "accelerate",
-    ),
+    *("src.run", "src.cli.main", "src.cli.start"),
+    *("torch", "transformers", "transformers.generation.utils", "accelerate"),
     *("src.checkpoint.store", "src.data.dataset", "src.evaluation.evaluate", "src.evaluation.samples"),
     *("src.model.build", "src.model.card", "src.model.export", "src.overview"),
-    *("src.runtime.session", "src.sweep.pruning", "src.tracking.tracker"),
+    *("src.runtime.session", "src.sweep.study", "src.tracking.tracker"),
     *("src.training.loop", "src.training.resume", "src.training.state", "pandas"),  # pyarrow imports pandas at work
 )
 
@@ -31,7 +24,6 @@ def warm_up() -> None:
     for name in NEEDED:
         with suppress(ImportError):  # the trial reports it
             import_module(name)
-
     from src.config.formats import declared_formats
     from src.model.build import preload_weight_names
     from src.tracking.provenance import versions

@@ -1,19 +1,16 @@
 """What a sweep says in the terminal: a live table while it runs, a line an event elsewhere, and the results."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from src.errors import visible
 from src.sweep.folder import TrialStatus
 from src.sweep.trial import Trial, short
 from src.terminal import columns_of, wrapped
 from src.tracking.console import Console, clock
-from src.util import plural
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,8 +18,7 @@ if TYPE_CHECKING:
 COLOURS = {"FINISHED": "green", "FAILED": "red", "PRUNED": "yellow", "PREEMPTED": "yellow", "RUNNING": "cyan"}
 REFRESH_SECONDS = 0.5
 QUIET_SECONDS = 30.0  # between two lines of progress where nobody watches
-MARGIN = 8
-"""Lines of the terminal that the table leaves free."""
+MARGIN = 8  # lines of the terminal that the table leaves free
 
 
 @dataclass
@@ -41,14 +37,12 @@ class ProgressTable:
         from rich.console import Console as Terminal
         from rich.live import Live
 
-        self._terminal = Terminal()
+        self._terminal = terminal = Terminal()
         self._name, self._metric = name, metric
         self._last = time.monotonic()
-        self._live = (
-            Live(console=self._terminal, auto_refresh=False, transient=True) if self._terminal.is_terminal else None
-        )
+        self._live = Live(console=terminal, auto_refresh=False, transient=True) if terminal.is_terminal else None
 
-    def __enter__(self) -> ProgressTable:
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
@@ -73,12 +67,12 @@ class ProgressTable:
     def show(self, entries: Sequence[TableRow], summary: str) -> None:
         """Show how far the sweep is."""
         self._last = time.monotonic()
-        if self._live is None:
+        if self._live:
+            self._live.update(self._table(entries, summary), refresh=True)
+        else:
             self.say(summary)
-            return
-        self._live.update(self._table(entries, summary), refresh=True)
 
-    def _table(self, entries: Sequence[TableRow], summary: str) -> Table:
+    def _table(self, entries: Sequence[TableRow], summary: str) -> "Table":
         from rich import box
         from rich.table import Table
 
@@ -86,9 +80,8 @@ class ProgressTable:
 
         table = Table(box=box.SIMPLE, title=Cell(f"{self._name}   {summary}"), title_justify="left", pad_edge=False)
         for heading in ("trial", "overrides", "state", "step", self._metric, "left"):
-            table.add_column(
-                Cell(heading), justify="left" if heading in ("overrides", "state") else "right", overflow="fold"
-            )
+            is_text = heading in ("overrides", "state")
+            table.add_column(Cell(heading), justify="left" if is_text else "right", overflow="fold")
         shown, hidden = _chosen(entries, self._terminal.size.height - MARGIN)
         for entry in shown:
             state = entry.status.state
@@ -100,7 +93,8 @@ class ProgressTable:
         return table
 
     def show_results(self, table: Any) -> None:
-        """Print a table of results."""
+        """Print a table of results in place of the one of progress."""
+        self.close()
         self._terminal.print(table)
 
 
@@ -123,16 +117,6 @@ def _cells(entry: TableRow) -> tuple[str, ...]:
     return str(entry.trial.number), short(entry.trial.label), status.state.lower(), step, shown, left
 
 
-def counted(counts: Mapping[str, int], total: int, left_seconds: float | None) -> str:
-    """Return in a line how far a sweep is."""
-    done = sum(counts.get(state, 0) for state in ("FINISHED", "PRUNED"))
-    parts = [f"{done} of {plural(total, 'trial')} done"]
-    parts += [f"{counts[state]} {state.lower()}" for state in ("RUNNING", "FAILED", "PRUNED") if counts.get(state)]
-    if left_seconds is not None:
-        parts.append(f"about {clock(left_seconds)} left")
-    return ", ".join(parts)
-
-
 def listing(
     trials: Sequence[Trial], statuses: Mapping[int, TrialStatus], marked: Collection[int], console: Console
 ) -> None:
@@ -151,9 +135,5 @@ def failures(failed: Sequence[tuple[Trial, TrialStatus]], console: Console) -> N
         console.say(f"  {trial.number:>4}  {trial.label}")
         console.say(f"        {status.cause or 'no cause is known'}")
         if status.log is not None:
-            console.say(f"        {_near(status.log)}")
-
-
-def _near(file: Path) -> str:
-    """Return a path as a person would, from here where it lies below."""
-    return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
+            is_below = status.log.is_relative_to(Path.cwd())
+            console.say(f"        {status.log.relative_to(Path.cwd()) if is_below else status.log}")

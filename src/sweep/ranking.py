@@ -17,6 +17,7 @@ from src.util import in_words, plural
 
 Direction = Literal["minimize", "maximize"]
 EXTREME: Mapping[Direction, str] = {"minimize": "lowest", "maximize": "highest"}
+FATES = {"FAILED": "failed", "FINISHED": "failed", "PRUNED": "pruned"}  # of replicates without a value, by their state
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,7 @@ def rank(results: Iterable[Result], *, direction: Direction, num_folds: int | No
     Two trials of one replicate are one value, their mean: doing a run again adds nothing. That a row alone has rank 1
     is wrong in about 5 % of sweeps at most. That some row is worse than the best of many is less sure, as the best is
     chosen after looking: of 40 equal settings with 3 seeds, some row is called worse in 13 % (simulated).
-
-    Args:
-        results: the trials, in any order.
-        num_folds: of the cross-validation where folds are replicates, see `variance_factor`.
+    `num_folds` is of the cross-validation where folds are replicates, see `variance_factor`.
     """
     settings: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda result: result.trial):
@@ -108,11 +106,10 @@ def _tally(trials: Sequence[Result], sign: int, num_folds: int | None) -> Row:
         if trial.state == "FINISHED" and trial.value is not None and math.isfinite(trial.value):
             found.setdefault(trial.replicate, []).append(trial.value)
             numbers[trial.trial] = sign * trial.value
-    values = {
-        key: mean(found[key]) for key in sorted(found, key=lambda key: (key[0], -1 if key[1] is None else key[1]))
-    }
-    lacking = {trial.replicate: _fate(trial.state) for trial in trials if trial.replicate not in values}
-    fates = Counter(lacking.values())
+    order = sorted(found, key=lambda key: (key[0], -1 if key[1] is None else key[1]))
+    values = {key: mean(found[key]) for key in order}
+    lacking = {trial.replicate: trial.state for trial in trials if trial.replicate not in found}
+    fates = Counter(FATES.get(state, "unfinished") for state in lacking.values())
     middle, half = mean(values.values()) if values else None, half_width(values, num_folds)
     return Row(
         setting=trials[0].setting,
@@ -121,19 +118,13 @@ def _tally(trials: Sequence[Result], sign: int, num_folds: int | None) -> Row:
         values=values,
         trials=tuple(trial.trial for trial in trials),
         best_trial=min(numbers, key=numbers.__getitem__, default=None),
-        failed=fates["FAILED"],
-        pruned=fates["PRUNED"],
-        unfinished=fates["UNFINISHED"],
+        failed=fates["failed"],
+        pruned=fates["pruned"],
+        unfinished=fates["unfinished"],
         mean=middle,
         low=None if middle is None or half is None else middle - half,
         high=None if middle is None or half is None else middle + half,
     )
-
-
-def _fate(state: str) -> str:
-    if state in ("FAILED", "FINISHED"):
-        return "FAILED"
-    return "PRUNED" if state == "PRUNED" else "UNFINISHED"
 
 
 def _ranked(rows: Sequence[Row], sign: int, num_folds: int | None) -> list[Row]:
@@ -143,18 +134,13 @@ def _ranked(rows: Sequence[Row], sign: int, num_folds: int | None) -> list[Row]:
     others = [row for row in rows if row is not reference]
     comparisons = [compare(row.values, reference.values, num_folds) for row in others]
     adjusted = iter(holm([each.p_value for each in comparisons if each.p_value is not None]))
-    compared = [
-        _compared(row, each, None if each.p_value is None else next(adjusted), sign)
-        for row, each in zip(others, comparisons, strict=True)
-    ]
+    comparisons = [each if each.p_value is None else replace(each, p_value=next(adjusted)) for each in comparisons]
+    compared = [_compared(row, each, sign) for row, each in zip(others, comparisons, strict=True)]
     is_tied = any(row.is_tied for row in compared)
     everyone = [replace(reference, is_reference=True, is_tied=is_tied), *compared]
     everyone.sort(key=lambda row: (not _is_first(row), sign * (row.difference or 0)))
-    ranks: list[int] = []
-    for index, row in enumerate(everyone):
-        before = everyone[index - 1] if index else row
-        is_same = _is_first(row) or (not _is_first(before) and before.difference == row.difference)
-        ranks.append(ranks[-1] if index and is_same else index + 1)
+    places = [None if _is_first(row) else row.difference for row in everyone]  # those in one place share a rank
+    ranks = [places.index(place) + 1 for place in places]
     verdicts = [_verdict(row, everyone, sign) for row in everyone]
     return [replace(row, rank=r, verdict=v) for row, r, v in zip(everyone, ranks, verdicts, strict=True)]
 
@@ -194,17 +180,10 @@ def _shared_gap(row: Row, best: Row) -> float:
     return mean(row.values[key] - best.values[key] for key in shared)
 
 
-def _compared(row: Row, comparison: Comparison, p_value: float | None, sign: int) -> Row:
+def _compared(row: Row, comparison: Comparison, sign: int) -> Row:
+    p_value = comparison.p_value
     is_worse = p_value is not None and p_value < SIGNIFICANCE and sign * comparison.difference > 0
-    return replace(
-        row,
-        difference=comparison.difference,
-        difference_low=comparison.low,
-        difference_high=comparison.high,
-        p_value=p_value,
-        num_pairs=comparison.num_pairs,
-        is_tied=not is_worse,
-    )
+    return replace(row, **vars(comparison), is_tied=not is_worse)
 
 
 def number(value: float, spread: float | None) -> str:
@@ -287,12 +266,11 @@ def conclusion(rows: Sequence[Row], metric: str, direction: Direction) -> str:
 
 
 def _conclusion_of_single_values(ranked: Sequence[Row], metric: str, direction: Direction) -> str:
-    if len(ranked) == 1:
-        value = f"{metric} {number(ranked[0].mean or 0, None)}"
-        return f"One trial ({value}): no test is possible; run more seeds, e.g. seed=1,2,3."
     best = next(row for row in ranked if row.is_reference)
-    value = f"{EXTREME[direction]} {metric}: {number(best.mean or 0, None)}, {best.name}"
-    return f"One trial per setting: no test is possible; run more seeds, e.g. seed=1,2,3 ({value})."
+    value, remedy = number(best.mean or 0, None), "no test is possible; run more seeds, e.g. seed=1,2,3"
+    if len(ranked) == 1:
+        return f"One trial ({metric} {value}): {remedy}."
+    return f"One trial per setting: {remedy} ({EXTREME[direction]} {metric}: {value}, {best.name})."
 
 
 def _conclusion_of_many(measured: Sequence[Row], ranked: Sequence[Row], metric: str, direction: Direction) -> str:
@@ -318,49 +296,37 @@ def _tie_of_two(row: Row, ranked: Sequence[Row], metric: str) -> str:
         return f"are equal in {metric}"
     if row.p_value is not None and row.p_value < SIGNIFICANCE:
         return f"can't be compared on equal terms in {metric} (the second: {row.verdict})"
-    gap = number(row.difference or 0, _half(row.difference_low, row.difference_high))
     if row.difference_low is None:
-        return f"can't be tested in {metric}: the same difference {gap} in too few {kind_of_replicates(ranked)}s"
+        gap, kind = number(row.difference or 0, None), kind_of_replicates(ranked)
+        return f"can't be tested in {metric}: the same difference {gap} in too few {kind}s"
     pairs = f"{row.num_pairs} pairs" if row.num_pairs else "no pairs"
     many = f", {p_text(row.p_value or 0)} among {len(ranked)} settings" if len(ranked) > 2 else ""
-    span = _span(row.difference_low, row.difference_high)
-    return f"are not significantly different in {metric}: difference {gap}, {span}, {pairs}{many}"
+    gap = _with_interval(row.difference, row.difference_low, row.difference_high)
+    return f"are not significantly different in {metric}: difference {gap}, {pairs}{many}"
 
 
 def _cautions(rows: Sequence[Row], ranked: Sequence[Row], measured: Sequence[Row], metric: str) -> list[str]:
     cautions = []
     single = [row for row in ranked if row.n < 2]
     if measured and single:
+        names = in_words(row.name for row in single) if len(single) <= 3 else f"{len(single)} settings"
         have = "has" if len(single) == 1 else "have"
-        cautions.append(f"{_names(single)} {have} one {kind_of_replicates(ranked)}: no test is possible.")
+        cautions.append(f"{names} {have} one {kind_of_replicates(ranked)}: no test is possible.")
     best = next(row for row in ranked if row.is_reference)
     if measured and (lacks := _lacks(best)):
-        cautions.append(
-            f"{best.name} is not complete: {', '.join(f'{count} {word}' for word, count in lacks.items())}."
-        )
-    lacking = len(rows) - len(ranked)
-    if lacking:
+        parts = ", ".join(f"{count} {word}" for word, count in lacks.items())
+        cautions.append(f"{best.name} is not complete: {parts}.")
+    if lacking := len(rows) - len(ranked):
         cautions.append(f"{plural(lacking, 'setting has', 'settings have')} no value.")
     if metric.rpartition("/")[2] in LOSSES and len({row.group for row in ranked}) > 1:
         cautions.append("Losses per token compare models only where they share a tokenizer.")
     return cautions
 
 
-def _names(rows: Sequence[Row]) -> str:
-    if len(rows) > 3:
-        return f"{len(rows)} settings"
-    return in_words(row.name for row in rows)
-
-
 def _measure(row: Row, rows: Sequence[Row]) -> str:
-    middle = number(row.mean or 0, _half(row.low, row.high))
-    return f"mean {middle}, {_span(row.low, row.high)}, {row.n} {kind_of_replicates(rows)}s"
+    return f"mean {_with_interval(row.mean, row.low, row.high)}, {row.n} {kind_of_replicates(rows)}s"
 
 
-def _span(low: float | None, high: float | None) -> str:
-    half = _half(low, high)
-    return f"95 % interval {number(low or 0, half)} to {number(high or 0, half)}"
-
-
-def _half(low: float | None, high: float | None) -> float | None:
-    return None if low is None or high is None else (high - low) / 2
+def _with_interval(middle: float | None, low: float | None, high: float | None) -> str:
+    half = None if low is None or high is None else (high - low) / 2
+    return f"{number(middle or 0, half)}, 95 % interval {number(low or 0, half)} to {number(high or 0, half)}"

@@ -5,13 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
-Replicate = tuple[int, int | None]
-"""(seed, fold)"""
-
+Replicate = tuple[int, int | None]  # (seed, fold)
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05
-ROUNDING = 1e-12
-"""Share of the largest value: a smaller difference is rounding of floats, not of trials."""
+ROUNDING = 1e-12  # share of the largest value: a smaller difference is rounding of floats, not of trials
 
 
 @dataclass(frozen=True)
@@ -19,8 +16,8 @@ class Comparison:
     """A difference of two means, its interval and p value; None where they can't be computed."""
 
     difference: float
-    low: float | None = None
-    high: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
     p_value: float | None = None
     num_pairs: int = 0
 

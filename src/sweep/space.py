@@ -48,7 +48,7 @@ class Axis:
     override: Override  # what is varied; where a file lists the values, the key alone counts
     roots: tuple[Path, ...]
     num_values: float = 0
-    """Counted, not written out: a range may be longer than the memory; infinite where it never ends."""
+    """Counted, not written out: a range may be longer than the memory; `math.inf` where it never ends."""
     interval: Interval | None = None
     where: str = ""
     listed: Mapping[str, Any] | None = None  # the values as a file lists them, by KEY=VALUE
@@ -59,6 +59,10 @@ class Axis:
         if self.listed is not None:
             return tuple(self.listed)
         return () if self.interval else tuple(values_of(self.override, self.roots))
+
+    def problem(self, reason: str) -> Problem:
+        """Return what is wrong with what is varied."""
+        return Problem(self.key, reason, self.text, where=self.where or COMMAND_LINE)
 
     def forced(self, text: str) -> list[str | Assignment]:
         """Return what sets one of the values, given as KEY=VALUE."""
@@ -95,13 +99,11 @@ def axes_of(
 ) -> tuple[list[Axis], list[str | Assignment]]:
     """Return what is varied, by the command line and by params, and the overrides that all points have, forced.
 
-    The command line goes before params: a key that it sets, varied or not, is its own.
-
-    Args:
-        params: by their key, each key's values: a list has them as they are, a text as they
-            are written after KEY= on the command line.
+    The command line goes before params: a key that it sets, varied or not, is its own. `params` has each key's values,
+    by where they are written: a list as they are, or a text as after KEY= on the command line.
     """
-    typed = [override for override in line.overrides if override.key_or_group not in _refused(line)]
+    refused = {problem.key for problem in line.problems}
+    typed = [override for override in line.overrides if override.key_or_group not in refused]
     named = [override.key_or_group for override in typed]
     problems += [
         Problem(key, "given twice, and it is varied", has_value=False, where=COMMAND_LINE)
@@ -110,59 +112,57 @@ def axes_of(
     ]
     axes: list[Axis] = []
     fixed: list[str | Assignment] = []
+
+    def take(override: Override, source: str) -> None:
+        if override.is_sweep_override():
+            axes.append(_axis(override, line, source))
+        else:
+            fixed.extend(forced(override, line.roots))
+
     for source, key, value in ((source, *item) for source, given in params.items() for item in given.items()):
-        override = _override_of(key, value, line, source, problems)
-        if override is None or override.key_or_group in named:
+        override = _override_of(key, value, line)
+        if isinstance(override, str):
+            problems.append(Problem(f"{source}.{key}", override, value))
+        elif override.key_or_group in named:
             continue
-        if sum(key in other for other in params.values()) > 1:
+        elif sum(key in other for other in params.values()) > 1:
             problems.append(Problem(key, f"is in {' and in '.join(params)}: one of them", has_value=False))
-            continue
-        if isinstance(value, str):
-            _take(override, line, source, axes, fixed, problems)
+        elif isinstance(value, str):
+            take(override, source)
         elif isinstance(value, list) and len(value) > 1:
             listed = {label(override.key_or_group, one): one for one in value}
-            _add(Axis(override, tuple(line.roots), len(listed), None, source, listed), axes, problems)
+            axes.append(Axis(override, tuple(line.roots), len(listed), None, source, listed))
         elif is_group(override, line.roots) and not isinstance(value, dict):
             fixed += forced(override, line.roots, f"{key}={value[0] if isinstance(value, list) else value}")
         else:
             fixed.append(Assignment(override.key_or_group, value[0] if isinstance(value, list) else value))
     for override in typed:
-        _take(override, line, "", axes, fixed, problems)
-    return axes, fixed
+        take(override, "")
+    problems += [axis.problem(reason) for axis in axes if (reason := _unfit(axis))]
+    return [axis for axis in axes if not _unfit(axis)], fixed
 
 
-def _refused(line: CommandLine) -> set[str]:
-    return {problem.key for problem in line.problems}
-
-
-def _override_of(key: str, value: Any, line: CommandLine, source: str, problems: list[Problem]) -> Override | None:
-    """Return a key of params as an override, or None where it, or an option among its values, is none."""
-
-    def wrong(reason: str) -> None:
-        problems.append(Problem(f"{source}.{key}", reason, value))
-
+def _override_of(key: str, value: Any, line: CommandLine) -> Override | str:
+    """Return a key of params as an override, or why it, or an option among its values, is none."""
     override = read_override(f"{key}={value if isinstance(value, str) else 'null'}")
     if isinstance(override, Problem):
-        wrong("can't be read; values are written as after KEY= on the command line, or as a list")
-    elif is_sweeps_own(override.key_or_group):
-        wrong("is the sweep's own: it is a key next to params, or on the command line")
-    elif value == []:
-        wrong("there is no value in it")
-    elif isinstance(value, dict) and (varied := _varied_in(override.key_or_group, value)):
-        wrong(f"what is varied in a section stands by its own key: write {'; '.join(varied)}")
-    elif is_group(override, line.roots) and not isinstance(value, dict):  # a mapping is of the section's keys
-        known = options(override.key_or_group, line.roots)
-        if isinstance(value, str):
-            is_good = _are_options(override, line)
-        else:
-            optional = [None] if override.key_or_group in OPTIONAL_GROUPS else []
-            is_good = all(one in (*known, *optional) for one in (value if isinstance(value, list) else [value]))
-        if is_good:
-            return override
-        wrong(f"no such option; one of {', '.join(known)}")
-    else:
+        return "can't be read; values are written as after KEY= on the command line, or as a list"
+    name = override.key_or_group
+    if is_sweeps_own(name):
+        return "is the sweep's own: it is a key next to params, or on the command line"
+    if value == []:
+        return "there is no value in it"
+    if isinstance(value, dict):
+        varied = _varied_in(name, value)
+        return f"what is varied in a section stands by its own key: write {'; '.join(varied)}" if varied else override
+    if not is_group(override, line.roots):
         return override
-    return None
+    known = options(name, line.roots)
+    given: Sequence[Any] = value if isinstance(value, list) else [value]
+    if isinstance(value, str):
+        given = _options_in(override, line)
+    allowed = [*known, None] if name in OPTIONAL_GROUPS else known
+    return override if given and all(one in allowed for one in given) else f"no such option; one of {', '.join(known)}"
 
 
 def _varied_in(section: str, values: Mapping[Any, Any]) -> list[str]:
@@ -186,35 +186,12 @@ def is_sweeps_own(key: str) -> bool:
     return key.startswith(("hydra.", "hydra/", "sweep.")) or key in ("sweep", "hydra")
 
 
-def _are_options(override: Override, line: CommandLine) -> bool:
+def _options_in(override: Override, line: CommandLine) -> list[str]:
+    """Return the options that an override names; none where it has numbers."""
     if isinstance(override.value(), RangeSweep | IntervalSweep):
-        return False
+        return []
     texts = values_of(override, line.roots) if override.is_sweep_override() else [override.input_line or ""]
-    known = options(override.key_or_group, line.roots)
-    return bool(texts) and all(text.partition("=")[2] in known for text in texts)
-
-
-def _take(
-    override: Override,
-    line: CommandLine,
-    where: str,
-    axes: list[Axis],
-    fixed: list[str | Assignment],
-    problems: list[Problem],
-) -> None:
-    """Add what an override varies, or fixes."""
-    if override.is_sweep_override():
-        _add(_axis(override, line, where), axes, problems)
-    else:
-        fixed += forced(override, line.roots)
-
-
-def _add(axis: Axis, axes: list[Axis], problems: list[Problem]) -> None:
-    """Add an axis, or say why it can't be one."""
-    if reason := _unfit(axis):
-        problems.append(Problem(axis.key, reason, axis.text, where=axis.where or COMMAND_LINE))
-    else:
-        axes.append(axis)
+    return [text.partition("=")[2] for text in texts]
 
 
 def _axis(override: Override, line: CommandLine, where: str) -> Axis:
@@ -242,14 +219,9 @@ def _unfit(axis: Axis) -> str:
     return "a log scale needs numbers above 0" if interval.is_log and interval.low <= 0 else ""
 
 
-def is_endless(count: float) -> bool:
-    """Return whether a number of values never ends. It may be a whole number that no float can hold."""
-    return count == math.inf
-
-
 def size(axes: Sequence[Axis]) -> int | None:
     """Count the points that axes span, without writing them out; None where one is an interval or never ends."""
-    if any(axis.interval or is_endless(axis.num_values) for axis in axes):
+    if any(axis.interval or axis.num_values == math.inf for axis in axes):
         return None
     return math.prod(int(axis.num_values) for axis in axes)
 

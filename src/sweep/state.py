@@ -1,60 +1,62 @@
 """What is known of a sweep's trials: their statuses, how far it is, its history, and what sweep.json says."""
 
 import random
+import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from src.config.schema import Direction, Sampler
 from src.sweep.folder import TRIAL_STATES, SweepFolder, TrialStatus
 from src.sweep.plan import Plan
-from src.sweep.progress import TableRow, counted
+from src.sweep.progress import TableRow
 from src.sweep.trial import Trial
+from src.tracking.console import clock
 from src.tracking.run_folder import now
+from src.util import plural
 
 
 class SweepState:
     """The trials of one sweep and their statuses."""
 
     def __init__(self, plan: Plan, folder: SweepFolder, trials: Sequence[Trial], todo: Sequence[int]) -> None:
-        self.plan = plan
+        self.plan, self.folder = plan, folder
         self.trials = {trial.number: trial for trial in trials}
         self.statuses = {number: folder.status(number, plan.config.metric) for number in self.trials}
-        self.todo = set(todo)
-        """The numbers of the trials that the command asks for."""
-        self._is_min = plan.config.direction is Direction.minimize
+        self.todo = set(todo)  # the numbers of the trials that the command asks for
+        self.queue = self._ordered(todo)
+        self._better = min if plan.config.direction is Direction.minimize else max
         before = folder.read()
         judged = [before.get("sweep", {}).get(key) for key in ("metric", "direction")]
         is_same = judged == [plan.config.metric, plan.config.direction.value]
         self.history: list[dict[str, Any]] = list(before.get("history", [])) if is_same else []
         self._started, self._started_at = before.get("started") or now(), time.time()
         self._seconds_before = float(before.get("elapsed_seconds", 0.0))
-        self.durations: list[float] = []
-        """Seconds of the trials that ended since this start."""
+        self.durations: list[float] = []  # seconds of the trials that ended since this start
 
-    def ordered(self, numbers: Sequence[int]) -> list[int]:
+    def _ordered(self, numbers: Sequence[int]) -> list[int]:
         """Return the trials that are left: those that had started, those that wait, those that failed."""
         order = {"PREEMPTED": 0, "RUNNING": 0, "WAITING": 1, "FAILED": 2}
         left = [number for number in numbers if not self.statuses[number].is_over]
         if self.plan.is_listed and self.plan.config.sampler is not Sampler.grid:
-            left = self._shuffled(left)
+            units = sorted({self.trials[number].unit for number in left})
+            random.Random(self.plan.config.seed).shuffle(units)  # in the order of their values each might beat the last
+            place = {unit: i for i, unit in enumerate(units)}
+            left.sort(key=lambda number: (place[self.trials[number].unit], number))
         return sorted(left, key=lambda number: order[self.statuses[number].state])
 
-    def _shuffled(self, numbers: list[int]) -> list[int]:
-        """Draw the order of settings by the sampler's seed: in the order of their values each might beat the last."""
-        units = sorted({self.trials[number].unit for number in numbers})
-        random.Random(self.plan.config.seed).shuffle(units)
-        place = {unit: i for i, unit in enumerate(units)}
-        return sorted(numbers, key=lambda number: (place[self.trials[number].unit], number))
+    @property
+    def units(self) -> set[int]:
+        return {trial.unit for trial in self.trials.values()}
+
+    def states_of(self, trials: Iterable[Trial]) -> set[str]:
+        return {self.statuses[trial.number].state for trial in trials}
 
     def of_unit(self, unit: int) -> list[Trial]:
         """Return the trials of a unit that count: those that are done, and those that the command asks for."""
-        return [
-            trial
-            for number, trial in self.trials.items()
-            if trial.unit == unit and (number in self.todo or self.statuses[number].is_over)
-        ]
+        trials = (trial for trial in self.trials.values() if trial.unit == unit)
+        return [one for one in trials if one.number in self.todo or self.statuses[one.number].is_over]
 
     def mean(self, unit: int) -> float | None:
         """Return the mean of a unit's values; None where one is missing."""
@@ -66,26 +68,22 @@ class SweepState:
         """Add a finished trial to the history."""
         value = status.value
         assert value is not None
-        best = self.history[-1]["best"] if self.history else value
-        best = min(best, value) if self._is_min else max(best, value)
-        elapsed = self._elapsed()
-        self.history.append({"trial": number, "value": value, "best": best, "elapsed_seconds": round(elapsed, 3)})
+        best = self._better(self.history[-1]["best"], value) if self.history else value
+        self.history.append({"trial": number, "value": value, "best": best, "elapsed_seconds": self._elapsed()})
 
     def _elapsed(self) -> float:
-        return self._seconds_before + time.time() - self._started_at
+        return round(self._seconds_before + time.time() - self._started_at, 3)
 
     @property
     def best(self) -> Trial | None:
         """The trial with the best value so far."""
-        valued = [(status.value, number) for number, status in self.statuses.items() if status.value is not None]
-        if not valued:
-            return None
-        return self.trials[(min if self._is_min else max)(valued, key=lambda one: one[0])[1]]
+        valued = {number: status.value for number, status in self.statuses.items() if status.value is not None}
+        return self.trials[self._better(valued, key=valued.__getitem__)] if valued else None
 
     def counts(self) -> dict[str, int]:
         """Return the number of trials in each state."""
-        counted_states = Counter(status.state for status in self.statuses.values())
-        return {state: counted_states[state] for state in TRIAL_STATES}
+        counter = Counter(status.state for status in self.statuses.values())
+        return {state: counter[state] for state in TRIAL_STATES}
 
     @property
     def total(self) -> int:
@@ -94,19 +92,18 @@ class SweepState:
             return len(self.trials)
         return max(len(self.trials), (self.plan.config.n_trials or 0) * self.plan.num_replicates)
 
-    def summary(self, started: Mapping[int, float]) -> str:
-        """Return in a line how far the sweep is.
-
-        Args:
-            started: when each running trial was started, by the monotonic clock.
-        """
+    def summary(self, started: Collection[float]) -> str:
+        """Return in a line how far the sweep is; `started`: when running trials were, by the monotonic clock."""
         counts = self.counts()
-        left = self.total - sum(counts[state] for state in ("FINISHED", "PRUNED", "FAILED"))
-        if not left or not self.durations or not started:
-            return counted(counts, self.total, None)
-        mean, now_at = sum(self.durations) / len(self.durations), time.monotonic()
-        spent = sum(min(mean, now_at - begin) for begin in started.values())
-        return counted(counts, self.total, max(0.0, mean * left - spent) / self.plan.config.n_jobs)
+        done = counts["FINISHED"] + counts["PRUNED"]
+        parts = [f"{done} of {plural(self.total, 'trial')} done"]
+        parts += [f"{counts[state]} {state.lower()}" for state in ("RUNNING", "FAILED", "PRUNED") if counts[state]]
+        left = self.total - done - counts["FAILED"]
+        if left and self.durations and started:
+            mean, now_at = sum(self.durations) / len(self.durations), time.monotonic()
+            spent = sum(min(mean, now_at - begin) for begin in started)
+            parts.append(f"about {clock(max(0.0, mean * left - spent) / self.plan.config.n_jobs)} left")
+        return ", ".join(parts)
 
     def entries(self) -> list[TableRow]:
         """Return the rows of the table of progress."""
@@ -122,8 +119,8 @@ class SweepState:
             "state": state,
             "started": self._started,
             "updated": now(),
-            "elapsed_seconds": round(self._elapsed(), 3),
-            "command": self.plan.command,
+            "elapsed_seconds": self._elapsed(),
+            "command": list(sys.orig_argv),
             "space": self.plan.space,
             "sweep": self.plan.settings,
             "num_trials": self.total,

@@ -1,29 +1,29 @@
 """The Optuna study of a sweep: what it has tried, and what a sampler proposes next. The door to Optuna.
 
 A study's trial is a *unit*: one run of a grid, or one setting whose runs are averaged. The sweep's folder is the truth
-about its runs; the study is what samplers, pruners and Optuna's own tools read.
+about its runs; the study is what samplers, pruners and Optuna's own tools read. A run that may end early asks it at
+every evaluation. No torch here.
 """
 
 import json
 import logging
+import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from src.config.quoting import in_url
 from src.config.schema import Pruner, Sampler, SweepConfig
-from src.errors import StudyError, SweepError, one_line
+from src.errors import Pruned, StudyError, SweepError, one_line
+from src.secrets import reveal
 from src.sweep.plan import Plan
 from src.sweep.space import Axis
 
 UNIT, FOLDER, SPACE, METRIC = "towline.unit", "towline.folder", "towline.space", "towline.metric"
-FILE = "study.db"
-"""The SQLite file in the sweep's folder, unless `sweep.storage` names another place."""
-LOCK_SECONDS = 60
-"""How long a process waits for another one's write to a SQLite file."""
+FILE = "study.db"  # the SQLite file in the sweep's folder, unless `sweep.storage` names another place
+LOCK_SECONDS = 60  # how long a process waits for another one's write to a SQLite file
 OPTUNA_STATES = {"FINISHED": "COMPLETE", "PRUNED": "PRUNED", "FAILED": "FAIL"}
 
 
@@ -35,14 +35,6 @@ class Proposal:
     overrides: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Promotion:
-    """A unit that was paused at a rung and resumes, after this evaluation."""
-
-    unit: int
-    evaluation: int
-
-
 def optuna() -> Any:
     """Import Optuna, which says less than it would by itself."""
     import optuna as library
@@ -52,11 +44,7 @@ def optuna() -> Any:
 
 
 def open_storage(url: str) -> Any:
-    """Open a storage by its URL.
-
-    Raises:
-        SweepError: where it can't be opened.
-    """
+    """Open a storage by its URL; StudyError where it can't be opened."""
     settings = {"connect_args": {"timeout": LOCK_SECONDS}} if url.startswith("sqlite:") else {"pool_pre_ping": True}
     try:
         return optuna().storages.RDBStorage(url, engine_kwargs=settings)
@@ -66,11 +54,7 @@ def open_storage(url: str) -> Any:
 
 @contextmanager
 def answering(url: str) -> Iterator[None]:
-    """Ask a storage.
-
-    Raises:
-        StudyError: where it does not answer, or lost what it had.
-    """
+    """Raise StudyError where the storage that is asked in the block does not answer, or lost what it had."""
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
@@ -89,10 +73,6 @@ def _refused(url: str, reason: str) -> StudyError:
     else:
         remedy = "Fix it, or choose another sweep.storage: there the study is made anew, of what the sweep's folder has"
     return StudyError(f"the study's storage {url} {reason}. {remedy}")
-
-
-def storage_url(config: SweepConfig, folder: Path) -> str:
-    return config.storage or f"sqlite:///{in_url((folder / FILE).resolve())}"
 
 
 def pruner_of(kind: Pruner, min_resource: int, reduction_factor: int) -> Any:
@@ -117,9 +97,8 @@ def _halving(min_resource: int, reduction_factor: int) -> Any:
             step = trial.last_step
             if step is None or not _is_rung(step, min_resource, reduction_factor):
                 return False
-            return not _is_among_best(
-                study.get_trials(deepcopy=False), _sign(study), trial.intermediate_values[step], step, reduction_factor
-            )
+            value, trials = trial.intermediate_values[step], study.get_trials(deepcopy=False)
+            return not _is_among_best(trials, _sign(study), value, step, reduction_factor)
 
     return Halving()
 
@@ -155,10 +134,6 @@ class Study:
         self._numbers: dict[int, int] = {}
         self._open: set[int] = set()
 
-    @property
-    def name(self) -> str:
-        return self._study.study_name
-
     def read(self) -> None:
         """Read which units the study has, the newest trial of each, and which of them have not ended."""
         trials = self._trials()
@@ -182,26 +157,20 @@ class Study:
         """Return where a unit's run asks whether to continue."""
         with answering(self._url):
             trial_id = self._trials()[self._numbers[unit]]._trial_id
-        return {"study": self.name, "storage": self._url, "trial_id": trial_id}
+        return {"study": self._study.study_name, "storage": self._url, "trial_id": trial_id}
 
     def promotable(
         self, paused: Iterable[int], reduction_factor: int, *, at_least_one: bool = False
-    ) -> Promotion | None:
-        """Return a paused unit that is among the best of its rung by now, of the highest rung first.
-
-        Args:
-            at_least_one: return the best one, where none is.
-        """
+    ) -> tuple[int, int] | None:
+        """Return a paused unit that is among the best of its rung (at_least_one: or the best of all), and its rung."""
         sign = _sign(self._study)
         with answering(self._url):
             trials = self._trials()
             known = [(unit, trials[self._numbers[unit]]) for unit in paused]
-        known = [(unit, trial) for unit, trial in known if trial.last_step is not None]
-        known.sort(key=lambda one: (-one[1].last_step, sign * one[1].intermediate_values[one[1].last_step]))
-        for unit, trial in known:
-            value = trial.intermediate_values[trial.last_step]
-            if at_least_one or _is_among_best(trials, sign, value, trial.last_step, reduction_factor):
-                return Promotion(unit, trial.last_step)
+        rungs = [(*max(one.intermediate_values.items()), unit) for unit, one in known if one.intermediate_values]
+        for step, value, unit in sorted(rungs, key=lambda rung: (-rung[0], sign * rung[1])):
+            if at_least_one or _is_among_best(trials, sign, value, step, reduction_factor):
+                return unit, step
         return None
 
     def begin(self, unit: int, overrides: Sequence[str]) -> None:
@@ -228,14 +197,9 @@ class Study:
         """Ask the sampler for a setting; it is answered by `accept` or `answer`."""
         with answering(self._url):
             trial = self._study.ask(self._distributions)
-        texts = [f"{key}={trial.params[key]}" for key in self._distributions]
-        return Proposal(
-            trial.number,
-            tuple(
-                axis.at(trial.params[key]) if axis.interval else text
-                for (key, axis), text in zip(self._axes.items(), texts, strict=True)
-            ),
-        )
+        values = [(axis, trial.params[key]) for key, axis in self._axes.items()]
+        texts = (axis.at(value) if axis.interval else f"{axis.key}={value}" for axis, value in values)
+        return Proposal(trial.number, tuple(texts))
 
     def accept(self, proposal: Proposal, unit: int) -> None:
         """Note which unit a proposal becomes."""
@@ -320,13 +284,11 @@ def _distribution(axis: Axis) -> Any:
 def open_study(plan: Plan, num_tried: int) -> Study:
     """Open a sweep's study, or begin it; anew with force=true.
 
-    Args:
-        num_tried: how many trials the sweep's folder has; a study that is gone is made of them.
-    Raises:
-        StudyError: where the storage can't be opened, or what it has can't be read, with what to do.
-        SweepError: where it has this name for another folder's study.
+    StudyError says why the storage, or what it has, can't be read, and what to do; SweepError: it has this name for
+    another folder's study. A study that is gone is made of the `num_tried` trials that the sweep's folder has.
     """
-    url, file = storage_url(plan.config, plan.folder), plan.folder / FILE
+    file = plan.folder / FILE
+    url = plan.config.storage or f"sqlite:///{in_url(file.resolve())}"
     if plan.config.storage is None and os.path.lexists(file) and not os.path.isfile(file):
         raise _refused(url, "is no plain file")
     storage = open_storage(url)
@@ -343,14 +305,12 @@ def _opened(plan: Plan, storage: Any, url: str, num_before: int) -> Study:
     if (old := known.get(name)) is not None:
         of_another = old.user_attrs.get(FOLDER, here if not storage.get_n_trials(old._study_id) else None) != here
         if of_another and config.storage is not None:  # its own file moves with the folder
-            raise SweepError(
-                f"{config.storage} has a study {name} already, of {old.user_attrs.get(FOLDER)}; "
-                "choose another sweep.name"
-            )
+            owner = old.user_attrs.get(FOLDER)
+            raise SweepError(f"{config.storage} has a study {name} already, of {owner}; choose another sweep.name")
         num_before = 0 if plan.force else max(num_before, storage.get_n_trials(old._study_id))
-        is_same = old.user_attrs.get(METRIC) == judged  # else its values are others, and come from the folder
-        if plan.force or not is_same or old.user_attrs.get(SPACE) != written:  # a study's choices can't change
-            before = [] if plan.force or not is_same else storage.get_all_trials(old._study_id)
+        is_kept = not plan.force and old.user_attrs.get(METRIC) == judged  # else its values come from the folder
+        if not is_kept or old.user_attrs.get(SPACE) != written:  # a study's choices can't change
+            before = storage.get_all_trials(old._study_id) if is_kept else []
             library.delete_study(study_name=name, storage=storage)
     study = library.create_study(
         study_name=name,
@@ -372,7 +332,53 @@ def _opened(plan: Plan, storage: Any, url: str, num_before: int) -> Study:
 
 def _sampler(config: SweepConfig, num_before: int) -> Any:
     """Build the sampler; one that resumes must not propose again what it began with."""
-    samplers, seed = optuna().samplers, (config.seed + num_before) % 2**32
-    if config.sampler is Sampler.tpe:
-        return samplers.TPESampler(seed=seed)
-    return samplers.RandomSampler(seed=seed)
+    samplers = optuna().samplers
+    kind = samplers.TPESampler if config.sampler is Sampler.tpe else samplers.RandomSampler
+    return kind(seed=(config.seed + num_before) % 2**32)
+
+
+class Pruning:
+    """Asks the study in `link`, made by `SweepController`, whether a run is worth continuing; None: nobody is asked.
+
+    `done` are the lines of metrics up to the step that the run resumes from. Where the study can't be asked, the run
+    continues, and warns.
+    """
+
+    def __init__(
+        self, link: Mapping[str, Any] | None, done: Sequence[Mapping[str, Any]], warn: Callable[[str], None]
+    ) -> None:
+        self._link, self._warn = link, warn
+        self._metric = str(link["metric"]).removeprefix("best/") if link else ""
+        self._count = sum(self._metric in line for line in done)
+        self._trial: Any = None
+
+    def verdict(self, metrics: Mapping[str, float]) -> str:
+        """Report an evaluation; return why the run should end here, or ''."""
+        value = metrics.get(self._metric)
+        if self._link is None or value is None:
+            return ""
+        self._count += 1
+        if not math.isfinite(value):
+            return ""  # a failure, which the end of the run reports
+        try:
+            trial = self._trial or self._open(self._link)
+            trial.report(value, self._count)
+            is_worse = self._count > self._link["passed"] and trial.should_prune()
+        except Exception as error:  # whatever the storage raises: a run does not end because nobody answers
+            self._warn(f"the sweep's study can't be asked whether to prune the run, so it continues: {one_line(error)}")
+            return ""
+        others = f"{self._metric} {value:.4g} at evaluation {self._count}"
+        return f"{others}: other trials of the sweep were better ({self._link['pruner']})" if is_worse else ""
+
+    def _open(self, link: Mapping[str, Any]) -> Any:
+        pruner = pruner_of(Pruner[link["pruner"]], link["min_resource"], link["reduction_factor"])
+        storage = open_storage(reveal(link["storage"], [], "sweep.storage"))
+        study = optuna().load_study(study_name=link["study"], storage=storage, pruner=pruner)
+        self._trial = optuna().trial.Trial(study, link["trial_id"])
+        return self._trial
+
+
+def end_early(reason: str) -> None:
+    """Raise Pruned, unless the reason is empty."""
+    if reason:
+        raise Pruned(reason)

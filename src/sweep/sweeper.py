@@ -2,24 +2,24 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from typing import Any, Literal
+from typing import Any
 
 from src.config.command_line import CommandLine
 from src.config.problems import refuse
-from src.config.schema import Device, Pruner, Replicate
+from src.config.schema import Device, Pruner
 from src.errors import Interrupted, RunFolderError, StudyError, TowlineError, is_disk_full, report, visible
 from src.runtime.launch import ORPHAN_SECONDS
 from src.runtime.signals import StopRequest
 from src.sweep import leaderboard
 from src.sweep.controller import POLL_SECONDS, UNENDED, SweepController
 from src.sweep.folder import SweepFolder, TrialStatus
-from src.sweep.launched import Launched, is_own_launcher
+from src.sweep.launched import Launched, TrialRunner, is_own_launcher
 from src.sweep.plan import Plan, plan_sweep
 from src.sweep.progress import ProgressTable, failures, listing
-from src.sweep.ranking import Result, conclusion, rank
-from src.sweep.state import early_replicates
+from src.sweep.ranking import Direction, Result, conclusion, rank
+from src.sweep.state import SweepState, early_replicates
 from src.sweep.study import Study, open_study
 from src.sweep.trial import Trial
 from src.sweep.workers import RunTrial, Workers, end_fork_server, modules_of_run, start_fork_server
@@ -41,11 +41,9 @@ class SweepRequest:
 
 
 def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> SweepRequest | None:
-    """Compose and check every point of a command line; the fork server begins its imports after the first good one.
+    """Compose and check every point of a command line; ConfigError has all problems of all points.
 
-    Returns: None where another sweeper of Hydra's will run it.
-    Raises:
-        ConfigError: with all problems of all points.
+    The fork server begins its imports after the first good point. None where another sweeper of Hydra's will run it.
     """
     with ExitStack() as if_refused:
 
@@ -66,11 +64,7 @@ def request_sweep(line: CommandLine, stop: StopRequest, run_trial: RunTrial) -> 
 
 
 def sweep(request: SweepRequest, config: Any, context: Any) -> int:
-    """Run a sweep as Hydra's sweeper, and return its exit code.
-
-    Args:
-        config, context: what Hydra sets a sweeper up with; a launcher other than Hydra's own is made of them.
-    """
+    """Run a sweep as Hydra's sweeper, with what Hydra sets one up with, and return its exit code."""
     launched = None if is_own_launcher(config) else Launched(config, context, request.plan, request.run_trial)
     try:
         request.code = lead(request.plan, request.stop, launched or request.workers)
@@ -86,15 +80,12 @@ def sweep(request: SweepRequest, config: Any, context: Any) -> int:
     return request.code
 
 
-def lead(plan: Plan, stop: StopRequest, workers: Workers | Launched) -> int:
+def lead(plan: Plan, stop: StopRequest, workers: TrialRunner) -> int:
     """Lead a sweep to its end, from the beginning or from where it was stopped; return the exit code.
 
-    Raises:
-        SweepError, RunFolderError: where the folder or the study can't be used.
-        Interrupted: where it was stopped before it began.
+    SweepError or RunFolderError say why the folder or the study can't be used; Interrupted: stopped before it began.
     """
-    console = Console()
-    record = SweepFolder(plan.folder)
+    console, record = Console(), SweepFolder(plan.folder)
     if plan.config.dry_run:
         return _dry_run(plan, record, console)
     _show_space(plan, console)
@@ -114,9 +105,7 @@ def _show_space(plan: Plan, console: Console) -> None:
         console.label("", visible(f"{key}={text}", is_line=True))
 
 
-def _run_trials(
-    plan: Plan, record: SweepFolder, stop: StopRequest, workers: Workers | Launched, console: Console
-) -> int:
+def _run_trials(plan: Plan, record: SweepFolder, stop: StopRequest, workers: TrialRunner, console: Console) -> int:
     """Hold the sweep's folder and run what is left to run in it; return the exit code."""
     with ExitStack() as until_the_end:
         until_the_end.enter_context(hold(plan.folder))
@@ -124,13 +113,11 @@ def _run_trials(
         record.refuse_other()  # before anything is written
         if not plan.force:
             record.read()
-        _reclaim(record, record.numbers(), workers, display, stop)
+        _reclaim(record, workers, display, stop)
         workers.get_ready()
         if plan.force:
             record.clear()
-        recorded = record.trials()
-        record.check_places(recorded)
-        trials, todo = _merged(recorded, plan)
+        trials, todo = _trials(plan, record)
         kept = [] if plan.is_listed else trials  # those that are listed were composed, and looked at, just now
         if found := [problem for trial in kept for problem in plan.code_problems(trial.config, is_kept=True)]:
             raise refuse(found)
@@ -138,8 +125,9 @@ def _run_trials(
         plan.compose_from(record.conf())
         record.write_trials(trials)
         study = _study(plan, len(trials), until_the_end, console)
-        controller = SweepController(plan, record, trials, todo, study, workers, stop, display)
-        _warn_of_damage(controller.state.statuses, console)
+        state = SweepState(plan, record, trials, todo)
+        controller = SweepController(state, study, workers, stop, display)
+        _warn_of_damage(state.statuses, console)
         controller.write("RUNNING")
         exports = until_the_end.enter_context(open_sweep_tracking(plan.sample.tracking, plan.folder, console))
         exports.connect()  # before trials open the store
@@ -149,25 +137,18 @@ def _run_trials(
             why = controller.run()
         except KeyboardInterrupt:
             why = "Ctrl-C, at once"
-        code, state = _outcome(controller, why, stop)
-        _report_results(plan, controller, display, console)
-        controller.write(state)
+        code, ending = _outcome(controller, why, stop)
+        _report_results(state, display, console)
+        controller.write(ending)
     _close(plan, controller, why, console)
     return code
 
 
-def _reclaim(
-    record: SweepFolder, numbers: Sequence[int], workers: Workers | Launched, display: ProgressTable, stop: StopRequest
-) -> None:
-    """Wait for trials that an earlier start left running: they are asked to stop, and save.
-
-    Raises:
-        Interrupted: where something asks to stop meanwhile.
-        RunFolderError: where one does not end.
-    """
+def _reclaim(record: SweepFolder, workers: TrialRunner, display: ProgressTable, stop: StopRequest) -> None:
+    """Ask trials that an earlier start left running to stop, and wait; RunFolderError names one that does not end."""
     deadline = time.monotonic() + ORPHAN_SECONDS
     announced: set[int] = set()
-    while held := list(record.held(numbers)):
+    while held := list(record.held(record.numbers())):
         if not announced:
             workers.ask_to_stop()  # processes of this machine know by themselves that their sweep has died
         for number, by_whom in held:
@@ -182,11 +163,7 @@ def _reclaim(
 
 
 def _study(plan: Plan, num_tried: int, until_the_end: ExitStack, console: Console) -> Study | None:
-    """Open the sweep's study; None where its own file can't be used, and the sweep can do without.
-
-    Raises:
-        SweepError: where it can't.
-    """
+    """Open the sweep's study; None where its own file can't be used, and the sweep can do without."""
     try:
         return until_the_end.enter_context(closing(open_study(plan, num_tried)))
     except StudyError as error:
@@ -204,12 +181,10 @@ def _warn_of_damage(statuses: Mapping[int, TrialStatus], console: Console) -> No
 
 def _dry_run(plan: Plan, record: SweepFolder, console: Console) -> int:
     """Show what would run, and write nothing."""
-    recorded = [] if plan.force else record.trials()
-    record.check_places(recorded)
-    trials, todo = _merged(recorded, plan)
-    held = {number for number, _ in record.held([trial.number for trial in trials])}
-    metric = plan.config.metric
-    statuses = {t.number: record.status(t.number, metric, is_running=t.number in held) for t in trials}
+    trials, todo = _trials(plan, record)
+    numbers = [trial.number for trial in trials]
+    held = {number for number, _ in record.held(numbers)}
+    statuses = {n: record.status(n, plan.config.metric, is_running=n in held) for n in numbers}
     _warn_of_damage(statuses, console)
     if plan.force:
         statuses = {number: dataclasses.replace(one, state="WAITING", value=None) for number, one in statuses.items()}
@@ -219,32 +194,27 @@ def _dry_run(plan: Plan, record: SweepFolder, console: Console) -> int:
     listing(trials, statuses, to_run if len(to_run) < len(trials) else (), console)
     if plan.is_listed:
         jobs = f", {plan.config.n_jobs} at a time" if plan.config.n_jobs > 1 else ""
-        console.say(f"{plural(len(trials), 'trial')}, {len(to_run)} to run{jobs}. Nothing was run or written.")
+        planned = f"{plural(len(trials), 'trial')}, {len(to_run)} to run{jobs}"
     else:
         each = f" of {plan.num_replicates} trials" if plan.num_replicates > 1 else ""
-        console.say(
-            f"{plural(plan.config.n_trials or 0, 'setting')}{each}, proposed by {plan.config.sampler.name} as results "
-            "come in. Nothing was run or written."
-        )
+        settings = plural(plan.config.n_trials or 0, "setting")
+        planned = f"{settings}{each}, proposed by {plan.config.sampler.name} as results come in"
+    console.say(f"{planned}. Nothing was run or written.")
     return 0
 
 
-def _merged(recorded: Sequence[Trial], plan: Plan) -> tuple[list[Trial], list[int]]:
-    """Put a plan's trials together with those that the folder has; the same configuration is the same trial.
-
-    Returns: all of them, and the numbers of those that the plan asks for.
-    """
+def _trials(plan: Plan, record: SweepFolder) -> tuple[list[Trial], list[int]]:
+    """Return the folder's trials and the plan's, each configuration once, and the numbers of those in the plan."""
+    recorded = [] if plan.force else record.trials()
+    record.check_places(recorded)
     if not plan.is_listed:
-        return list(recorded), [trial.number for trial in recorded]
+        return recorded, [trial.number for trial in recorded]
     merged = {trial.identity: trial for trial in recorded}
-    units: dict[int, int] = {}
+    units = {one.unit: merged[one.identity].unit for one in reversed(plan.trials) if one.identity in merged}
+    first_unit = max((trial.unit for trial in recorded), default=-1) + 1
+    new_units = dict.fromkeys(planned.unit for planned in plan.trials if planned.unit not in units)
+    units |= {unit: number for number, unit in enumerate(new_units, first_unit)}
     for planned in plan.trials:
-        if (known := merged.get(planned.identity)) is not None:
-            units.setdefault(planned.unit, known.unit)
-    next_unit = max((trial.unit for trial in recorded), default=-1) + 1
-    for planned in plan.trials:
-        if planned.unit not in units:
-            units[planned.unit], next_unit = next_unit, next_unit + 1
         known = merged.get(planned.identity)
         number = len(merged) if known is None else known.number
         merged[planned.identity] = dataclasses.replace(planned, number=number, unit=units[planned.unit])
@@ -253,46 +223,37 @@ def _merged(recorded: Sequence[Trial], plan: Plan) -> tuple[list[Trial], list[in
 
 def _outcome(controller: SweepController, why: str, stop: StopRequest) -> tuple[int, str]:
     """Return the exit code and the sweep's state."""
-    states = {controller.state.statuses[number].state for number in controller.todo}
+    states = {controller.state.statuses[number].state for number in controller.state.todo}
     if controller.is_complete:
         return 0, "FINISHED"
     if controller.fault:
         return 1, "FAILED"
     if stop.name or why.startswith("Ctrl-C"):
         return Interrupted.exit_code, "PREEMPTED"
-    if "FAILED" in states or controller.has_given_up_on_refusals:
+    if "FAILED" in states or controller.has_only_refusals:
         return 1, "FAILED"
     return (Interrupted.exit_code, "PREEMPTED") if states & UNENDED else (0, "FINISHED")
 
 
-def _report_results(plan: Plan, controller: SweepController, display: ProgressTable, console: Console) -> None:
+def _report_results(state: SweepState, display: ProgressTable, console: Console) -> None:
     """Rank the settings; write and show the leaderboard."""
-    metric = plan.config.metric
-    direction: Literal["minimize", "maximize"] = plan.config.direction.value
-    is_folded = plan.config.replicate is Replicate.folds or any(
-        axis.key == "data.fold" for axis in [*plan.axes, *plan.replicates]
-    )
-    rows = rank(
-        [_result(controller, trial) for trial in controller.state.trials.values()],
-        direction=direction,
-        num_folds=plan.sample.data.num_folds if is_folded else None,
-    )
+    plan, metric = state.plan, state.plan.config.metric
+    direction: Direction = plan.config.direction.value
+    results = [_result(trial, state.statuses[trial.number], plan.name) for trial in state.trials.values()]
+    num_folds = plan.sample.data.num_folds if "data.fold" in plan.by_key else None
+    rows = rank(results, direction=direction, num_folds=num_folds)
     sentence = conclusion(rows, metric, direction)
     leaderboard.write(rows, plan.folder, metric, direction, sentence)
-    if controller.state.history:
+    if state.history:
         leaderboard.plot(rows, plan.folder / "plots" / "settings.png", metric, direction)
-        values = [point["value"] for point in controller.state.history]
+        values = [point["value"] for point in state.history]
         leaderboard.plot_history(values, plan.folder / "plots" / "history.png", metric, direction)
-    display.close()
     display.show_results(leaderboard.table(rows, metric, direction))
     console.say(sentence)
 
 
-def _result(controller: SweepController, trial: Trial) -> Result:
-    status = controller.state.statuses[trial.number]
-    label = trial.setting_label or (
-        "" if any(text.startswith("model=") for text in trial.overrides) else controller.plan.name
-    )
+def _result(trial: Trial, status: TrialStatus, sweep_name: str) -> Result:
+    label = trial.setting_label or sweep_name
     model = next((text.partition("=")[2] for text in trial.overrides if text.startswith("model=")), "")
     if model:
         label = " ".join(text for text in label.split(" ") if text != f"model={model}")
@@ -302,19 +263,17 @@ def _result(controller: SweepController, trial: Trial) -> Result:
 
 def _close(plan: Plan, controller: SweepController, why: str, console: Console) -> None:
     """Print how the sweep ended, what failed, and what to do."""
-    failed = [
-        (trial, status)
-        for number, trial in sorted(controller.state.trials.items())
-        if number in controller.todo and (status := controller.state.statuses[number]).state == "FAILED"
-    ]
+    state = controller.state
+    states = ((trial, state.statuses[number]) for number, trial in sorted(state.trials.items()) if number in state.todo)
+    failed = [(trial, status) for trial, status in states if status.state == "FAILED"]
     if failed:
-        console.say(f"\n{len(failed)} of {plural(len(controller.state.trials), 'trial')} failed:")
+        console.say(f"\n{len(failed)} of {plural(len(state.trials), 'trial')} failed:")
         failures(failed, console)
         console.say("The same command tries them again, and leaves what is done as it is.")
-    if controller.has_given_up_on_refusals:
+    if controller.has_only_refusals:
         console.say(f"\nNothing that was proposed can be run; the last: {controller.refusal}")
     if why and not controller.is_complete:
         console.say(f"\nStopped: {why}. {controller.summary()}. The same command continues.")
     console.say()
-    console.label("sweep", f"{controller.summary()}")
+    console.label("sweep", controller.summary())
     console.label("numbers", str(plan.folder / "leaderboard.md"))

@@ -22,8 +22,7 @@ TRIAL_KEYS: Mapping[str, Types] = {
     "fold": (int, NoneType),
     "config": dict,
 }
-REPLICATED = ("seed", "data.fold")
-"""Keys in which the trials of one setting differ."""
+REPLICATED = ("seed", "data.fold")  # keys in which the trials of one setting differ
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,11 @@ class Trial:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
-        fields = {key: given[key] for key in TRIAL_KEYS}
-        return cls(**{**fields, "overrides": tuple(given["overrides"])})
+        return cls(**{key: given[key] for key in TRIAL_KEYS} | {"overrides": tuple(given["overrides"])})
 
 
 def check_trial(line: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> None:
-    """Check that a line of trials.jsonl is the trial that was written: its types, its checksum, its place.
-
-    Raises:
-        ValueError: saying what it is not.
-    """
+    """Check that a line of trials.jsonl is the trial that was written; ValueError says what is not."""
     check_keys(line, TRIAL_KEYS)
     if line.keys() - {CHECKSUM} != TRIAL_KEYS.keys():
         raise ValueError(f"it has the keys {', '.join(line)}, where {', '.join(TRIAL_KEYS)} are those of a trial")
@@ -98,11 +92,7 @@ def trial_of(number: int, unit: int, overrides: tuple[str, ...], frozen: Mapping
 
 
 def with_typed_numbers(config: Mapping[str, Any], typed: RunConfig, keys: Iterable[str]) -> dict[str, Any]:
-    """Return a configuration whose numbers under these keys are written as one: 1 and 1.0, "1e-3" and 0.001.
-
-    Args:
-        typed: what the configuration was admitted as.
-    """
+    """Return a configuration that was admitted as `typed`, the numbers of these keys in one form: 1 for 1.0."""
     whole = dict(config)
     for key in keys:
         *parents, name = key.split(".")

@@ -28,9 +28,8 @@ from src.runtime.collector import rest_while_importing
 from src.runtime.devices import shares, threads_each, visible_gpus
 
 RunTrial = Callable[[dict[str, Any], str, Mapping[str, Any] | None], int]
-"""Runs a frozen configuration in a folder, with a link to the study (see src.sweep.pruning); returns the exit code."""
-PRELOAD_MODULE = "src.sweep.preload"
-"""What the fork server imports before the first trial."""
+"""Runs a frozen configuration in a folder, with a link to the study (see src.sweep.study); returns the exit code."""
+PRELOAD_MODULE = "src.sweep.preload"  # what the fork server imports before the first trial
 OPTIONAL_MODULES = {
     "adapter": ("peft",),
     "mlflow": (
@@ -42,17 +41,11 @@ OPTIONAL_MODULES = {
 }
 """Modules that only some trials need, imported after PRELOAD_MODULE."""
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
-GRACE_SECONDS = 5.0
-"""How long trials may take to end at once, when asked twice."""
+GRACE_SECONDS = 5.0  # how long trials may take to end at once, when asked twice
 
 
 def modules_of_run(config: RunConfig, varied: Collection[str] = (), *, is_pruned: bool = False) -> list[str]:
-    """Return the modules that a run imports besides those of PRELOAD_MODULE.
-
-    Args:
-        varied: sections that a sweep varies.
-        is_pruned: whether a sweep may end it early.
-    """
+    """Return the modules that a run, or one of a sweep that varies these sections, imports after PRELOAD_MODULE."""
     wanted = {
         "adapter": config.adapter.is_on or "adapter" in varied,
         "mlflow": isinstance(config.tracking, MlflowConfig),
@@ -81,19 +74,8 @@ class TrialJob:
     link: Mapping[str, Any] | None = None
 
 
-@dataclass
-class _Worker:
-    job: TrialJob
-    slot: int
-    process: BaseProcess
-
-
 def start_fork_server(needs: Sequence[str]) -> None:
-    """Start the fork server, which begins its imports; return at once. What libraries say of themselves is not shown.
-
-    Args:
-        needs: modules that trials will import besides those that all do.
-    """
+    """Start the fork server, which imports what all trials need and these modules, in silence; return at once."""
     if not CAN_FORK:
         return
     multiprocessing.set_forkserver_preload([PRELOAD_MODULE, *needs])
@@ -122,18 +104,14 @@ def end_fork_server() -> None:
 
 
 class Workers:
-    """Runs up to `n_jobs` trials at the same time, each with its share of threads and GPUs.
-
-    Args:
-        gpus_each: how many processes a trial has, and so how many GPUs it computes on, where it uses any.
-    """
+    """Runs up to `n_jobs` trials at the same time, each with its share of threads, and `gpus_each` GPUs if any."""
 
     def __init__(self, run_trial: RunTrial, n_jobs: int, gpus_each: int, *, uses_gpus: bool) -> None:
         self._context: Any = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
         self._run_trial, self._n_jobs = run_trial, n_jobs
         self._threads = threads_each(n_jobs, gpus_each)
         self._gpus = shares(visible_gpus() if uses_gpus else [], n_jobs, gpus_each)
-        self._working: dict[int, _Worker] = {}
+        self._working: dict[int, tuple[TrialJob, BaseProcess]] = {}  # by the slot that a trial takes
         self._first: threading.Thread | None = None
 
     @property
@@ -144,7 +122,7 @@ class Workers:
     @property
     def running(self) -> list[int]:
         """The numbers of the trials at work."""
-        return [worker.job.number for worker in self._working.values()]
+        return [job.number for job, _ in self._working.values()]
 
     def get_ready(self) -> None:
         """Nothing is left of an earlier start."""
@@ -159,53 +137,50 @@ class Workers:
 
     def _start_nothing(self) -> None:
         with suppress(EOFError, OSError):  # it has died: the first trial reports it
-            process = self._context.Process(target=_nothing)
+            process = self._context.Process(target=_detach_from_fork_server)
             process.start()
             process.join()
 
-    def start(self, jobs: Sequence[TrialJob]) -> None:
-        """Start trials, no more than there is room for."""
-        for job in jobs:
-            slot = next(i for i in range(self._n_jobs) if i not in self._working)
-            settings = _Settings(
-                {**os.environ, **self._environment(slot)}, self._threads, str(Path.cwd()), list(sys.orig_argv)
-            )
-            given = (self._run_trial, settings, job.config, str(job.run_dir), job.link)
-            process = self._context.Process(target=_work, args=given, name=f"trial-{job.number}")
-            try:
-                process.start()
-            except (EOFError, OSError) as error:
-                raise SweepError(f"the process that trials are forked from has died ({one_line(error)})") from error
-            self._working[slot] = _Worker(job, slot, process)
-
-    def _environment(self, slot: int) -> dict[str, str]:
-        own = {} if self._threads is None else {"OMP_NUM_THREADS": str(self._threads)}
-        return own | ({"CUDA_VISIBLE_DEVICES": ",".join(self._gpus[slot])} if self._gpus[slot] else {})
+    def start(self, job: TrialJob) -> None:
+        """Start a trial, for which there is room."""
+        slot = next(i for i in range(self._n_jobs) if i not in self._working)
+        variables = dict(os.environ)
+        if self._threads is not None:
+            variables["OMP_NUM_THREADS"] = str(self._threads)
+        if self._gpus[slot]:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[slot])
+        given = (self._run_trial, job, self._threads, variables, str(Path.cwd()), list(sys.orig_argv))
+        process = self._context.Process(target=_work, args=given, name=f"trial-{job.number}")
+        try:
+            process.start()
+        except (EOFError, OSError) as error:
+            raise SweepError(f"the process that trials are forked from has died ({one_line(error)})") from error
+        self._working[slot] = job, process
 
     def go(self) -> None:
         """Trials run as soon as they are started."""
 
     def wait(self, seconds: float) -> list[tuple[TrialJob, int]]:
         """Wait until a trial ends, or so long; return those that have ended, with their exit codes."""
-        multiprocessing.connection.wait([worker.process.sentinel for worker in self._working.values()], seconds)
-        ended = [worker for worker in self._working.values() if worker.process.exitcode is not None]
-        for worker in ended:
-            worker.process.join()
-            del self._working[worker.slot]
-        return [(worker.job, worker.process.exitcode or 0) for worker in ended]
+        multiprocessing.connection.wait([process.sentinel for _, process in self._working.values()], seconds)
+        ended = {slot: one for slot, one in self._working.items() if one[1].exitcode is not None}
+        for slot, (_, process) in ended.items():
+            process.join()
+            del self._working[slot]
+        return [(job, process.exitcode or 0) for job, process in ended.values()]
 
     def ask_to_stop(self, number: int = signal.SIGTERM) -> None:
         """Ask every trial to save and end."""
-        for worker in self._working.values():
+        for _, process in self._working.values():
             with suppress(ProcessLookupError):
-                os.kill(worker.process.pid or 0, number)
+                os.kill(process.pid or 0, number)
 
     def stop_at_once(self) -> None:
         """End every trial, and all that they started."""
         processes = []
-        for worker in self._working.values():
+        for _, trial in self._working.values():
             with suppress(psutil.NoSuchProcess):
-                leader = psutil.Process(worker.process.pid)
+                leader = psutil.Process(trial.pid)
                 processes += [leader, *leader.children(recursive=True)]
         self.ask_to_stop(signal.SIGINT)
         _, alive = psutil.wait_procs(processes, timeout=GRACE_SECONDS)
@@ -215,21 +190,8 @@ class Workers:
         psutil.wait_procs(alive, timeout=GRACE_SECONDS)
 
 
-def _nothing() -> None:
-    """Do nothing: a process that starts shows that others can."""
-    _detach_from_fork_server()
-
-
-@dataclass(frozen=True)
-class _Settings:
-    environment: dict[str, str]
-    threads: int | None
-    folder: str
-    command: list[str]
-
-
 def _work(
-    run_trial: RunTrial, settings: _Settings, config: dict[str, Any], run_dir: str, link: Mapping[str, Any] | None
+    run_trial: RunTrial, job: TrialJob, threads: int | None, variables: dict[str, str], folder: str, command: list[str]
 ) -> None:
     """Run a trial in this process, from its first line to its exit code."""
     os.setsid()
@@ -237,15 +199,15 @@ def _work(
     _detach_from_fork_server()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ.clear()
-    os.environ.update(settings.environment)
-    os.chdir(settings.folder)
-    sys.orig_argv[:] = settings.command
-    print_into(log_file(Path(run_dir)))
-    if settings.threads is not None:
+    os.environ.update(variables)
+    os.chdir(folder)
+    sys.orig_argv[:] = command
+    print_into(log_file(job.run_dir))
+    if threads is not None:
         import torch  # the fork server has it, and read the environment before this trial had one of its own
 
-        torch.set_num_threads(settings.threads)
-    sys.exit(run_trial(config, run_dir, link))
+        torch.set_num_threads(threads)
+    sys.exit(run_trial(job.config, str(job.run_dir), job.link))
 
 
 def _detach_from_fork_server() -> None:
