@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     set_seed,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.errors import Interrupted, TowlineError
@@ -43,17 +44,15 @@ FINISHED_GROUPS: list[Any] = []
 holds Python's lock, which that thread waits for if the last exchange was just now (docs/decisions/0021)."""
 
 
+@dataclass
 class Runtime:
     """The device, precision and processes of a run. Built by `start_runtime`."""
 
-    def __init__(self, accelerator: Accelerator, seed: int, stop: StopRequest, zero_stage: int = 0) -> None:
-        self._accelerator = accelerator
-        self.zero_stage = zero_stage
-        """What is sharded over the processes, see ZeroConfig.stage; 0: nothing."""
-        self.strategy: Replicated
-        """How the processes share what is trained; from `prepare` on."""
-        self.seed = seed
-        self.stop = stop
+    _accelerator: Accelerator
+    seed: int
+    stop: StopRequest
+    zero_stage: int = 0  # what is sharded over the processes, see ZeroConfig.stage; 0: nothing
+    strategy: Replicated = field(init=False, repr=False)  # how the processes share what is trained; from `prepare` on
 
     @property
     def device(self) -> torch.device:
@@ -96,14 +95,6 @@ class Runtime:
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context that computes in the precision of `training.mixed_precision`."""
         return self._accelerator.autocast()
-
-    def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Add a loss's gradients, undivided by how many micro-batches there are.
-
-        Args:
-            last: whether it is the step's last micro-batch, after which processes exchange their gradients.
-        """
-        self.strategy.backward(loss, last=last)
 
     @property
     def scales_gradients(self) -> bool:
@@ -153,12 +144,9 @@ class Runtime:
             yield items[start + self.rank if is_real else start], is_real
 
     def check_stop(self, asked: float | None = None) -> None:
-        """Stop all processes here, if any was asked to stop.
+        """Stop all processes here, with an Interrupted that names what asked, if any was asked to stop.
 
-        Args:
-            asked: how many were asked, where that was summed already.
-        Raises:
-            Interrupted: naming what asked.
+        `asked` is how many were asked, where that was summed already.
         """
         if self.num_processes == 1:
             self.stop.check()
@@ -260,10 +248,8 @@ def start_runtime(
 ) -> Iterator[Runtime]:
     """Choose the device, join the other processes and seed every generator, for the length of a block.
 
-    Args:
-        deepspeed: DeepSpeed's settings, see deepspeed_settings; None where it is not used.
-    Raises:
-        TowlineError: where the device or the precision is not available.
+    `deepspeed` are DeepSpeed's settings (see deepspeed_settings), None where it is not used. TowlineError says that the
+    device or the precision is not available.
     """
     use_cpu = config.device is Device.cpu or not torch.cuda.is_available()
     if config.device is Device.cuda and use_cpu:

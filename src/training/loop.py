@@ -153,7 +153,7 @@ def _add_gradients(
             losses = state.loss_model(**batch.inputs())
             contribution = step_objective(losses.objective, weights, config.loss.reduction) * one.is_real
             # processes average their gradients; the step sums them
-            runtime.backward(contribution * runtime.num_processes, last=is_last)
+            runtime.strategy.backward(contribution * runtime.num_processes, last=is_last)
         sums.append(losses.sums() * one.is_real)
     local = torch.stack(sums, dim=1).tolist()
     summed = runtime.sum([sum(values) for values in local])
