@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from src.checkpoint.compatibility import Fingerprint
@@ -69,7 +69,7 @@ class Saver:
     def _extra_state(self) -> dict[str, Any]:
         return {
             **self._extra,
-            "facts": replace(self._fingerprint, step=self._state.step).as_dict(),
+            "facts": asdict(replace(self._fingerprint, step=self._state.step)),
             "best": self._checkpoints.best_evaluations,
             "journal": self._tracker.journal_before(self._state.step),
             "tracker_run_id": self._tracker.tracker_run_id,
