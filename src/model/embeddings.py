@@ -278,13 +278,10 @@ class TokenMonitor:
     def _rows(self, matrix: Matrix) -> Tensor:
         return matrix.rows(list(self.ids.values())).float()
 
-    def record_gradients(self) -> None:
-        """Keep the norms of the gradients before the update, without waiting for the device."""
-        self._gradients = {m.name: m.gradient_norms(list(self.ids.values())) for m in self._matrices}
-
-    def clear_gradients(self) -> None:
-        """Keep no norms: under DeepSpeed gradients are sharded, and no process has a whole row's."""
-        self._gradients = {}
+    def record_gradients(self, *, are_whole: bool) -> None:
+        """Keep the norms of the gradients before the update, without waiting for the device; of sharded ones none."""
+        matrices = self._matrices if are_whole else []
+        self._gradients = {m.name: m.gradient_norms(list(self.ids.values())) for m in matrices}
 
     def state(self) -> dict[str, list[float]]:
         """Return the norms of the last step, as plain values."""
