@@ -44,8 +44,7 @@ class Adapter:
     """An adapter that PEFT has put into a model; the model is changed in place and used as before."""
 
     peft_model: Any
-    needs_merging: str = ""
-    """Why plain PEFT can't load the adapter by itself, so that only merged weights are a result; mostly ''."""
+    needs_merging: str = ""  # why plain PEFT can't load it by itself, so that only merged weights are a result
 
     def save(self, folder: Path) -> None:
         """Write the adapter and the rows of new tokens, nothing of the base."""
@@ -118,11 +117,7 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
             raise OSError(f"{WEIGHTS} is no plain file")
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise _not_read(folder, error) from error
-
-
-def _not_read(folder: Path, error: Exception) -> ModelError:
-    return ModelError(f"the adapter in {folder} can't be read: {one_line(error)} ({WEIGHTS})")
+        raise ModelError(f"the adapter in {folder} can't be read: {one_line(error)} ({WEIGHTS})") from error
 
 
 def with_adapter(base: Any, folder: Path) -> Any:
@@ -138,10 +133,8 @@ def with_adapter(base: Any, folder: Path) -> Any:
         with quiet(), true_tie_flag(base), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # check_names names them
             loaded = PeftModel.from_pretrained(base, folder)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"{what} does not fit its base: {one_line(error)}") from error
-    except (SafetensorError, OSError) as error:
-        raise _not_read(folder, error) from error
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        raise ModelError(f"{what} can't be loaded onto its base: {one_line(error)}") from error
     names = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
     check_names(what, missing=names - saved.keys(), left_over=saved.keys() - names)
     check_finite(what, saved.items())

@@ -17,15 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, utils
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DeepSpeedPlugin,
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    set_seed,
-)
 from torch import nn
 
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
@@ -168,7 +161,7 @@ class Runtime:
         python_state, numpy_state = random.getstate(), np.random.get_state()
         try:
             with torch.random.fork_rng(devices=cuda_devices):
-                set_seed(seed % 2**32)
+                utils.set_seed(seed % 2**32)
                 yield
         finally:
             random.setstate(python_state)
@@ -192,7 +185,7 @@ class Runtime:
     def seed_apart(self, step: int = 0) -> None:
         """Seed every process but the first differently; before, all draw the same numbers, to build the same model."""
         if self.rank:
-            set_seed((self.seed + 1000 * self.rank + step) % 2**32)
+            utils.set_seed((self.seed + 1000 * self.rank + step) % 2**32)
 
     def scaler_state(self) -> dict[str, Any] | None:
         """Return the state of the scaler of fp16 gradients; None where they are not scaled."""
@@ -266,7 +259,7 @@ def start_runtime(
         if deepspeed:
             resources.enter_context(zero_environment(on_cpu=use_cpu, alone=place_of() is None))
         accelerator = _start_accelerator(mixed_precision, deepspeed, use_cpu=use_cpu)
-        set_seed(seed)
+        utils.set_seed(seed)
         try:
             yield Runtime(accelerator, seed, stop, deepspeed["zero_optimization"]["stage"] if deepspeed else 0)
         finally:
@@ -281,15 +274,15 @@ def _start_accelerator(
 ) -> Accelerator:
     handlers: list[Any] = []
     if place_of() or deepspeed:
-        handlers.append(InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=LONGEST_WAIT))
+        handlers.append(utils.InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=LONGEST_WAIT))
     if place_of() and not deepspeed:
-        handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
+        handlers.append(utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True))
     # without a plugin the environment could have Accelerate divide our losses
     num_steps = deepspeed["gradient_accumulation_steps"] if deepspeed else 1
     return Accelerator(
         mixed_precision=mixed_precision.value,
         cpu=use_cpu and not deepspeed,  # else Accelerate would not use it
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=dict(deepspeed)) if deepspeed else None,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps),
+        deepspeed_plugin=utils.DeepSpeedPlugin(hf_ds_config=dict(deepspeed)) if deepspeed else None,
+        gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=num_steps),
         kwargs_handlers=handlers,
     )
