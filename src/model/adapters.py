@@ -171,10 +171,8 @@ def add_adapter(model: Any, config: RunConfig, new_ids: Sequence[int] = ()) -> A
         raise ModelError(f"this adapter can't be put into a {type(model).__name__}: {one_line(error)}") from error
     if lora.use_dora:
         _check_norms(model)
-    base = config.model.checkpoint
-    settings.base_model_name_or_path = (
-        str(Path(base).resolve()) if Path(base).is_dir() else base
-    )  # to be found anywhere
+    base = Path(config.model.checkpoint)  # by its whole path it is found from another folder too
+    settings.base_model_name_or_path = str(base.resolve()) if base.is_dir() else config.model.checkpoint
     use_row_lookup(model)
     return Adapter(adapted, needs_merging)
 
