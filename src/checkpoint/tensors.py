@@ -38,7 +38,7 @@ def one_by_one(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_tensors(file: Path, tensors: Tensors) -> str:
-    """Write a file that safetensors reads; return the digest of what should be in it. OSError: it can't be written."""
+    """Write a file that safetensors reads; return the digest of what should be in it, or raise an OSError."""
     header, end = {}, 0
     for name in _in_order({name: one.dtype.itemsize for name, one in tensors.items()}):
         one = tensors[name]

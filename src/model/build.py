@@ -46,7 +46,7 @@ def build_model(config: RunConfig, device: torch.device) -> Any:
 
 
 def with_zero_sizes(config: RunConfig) -> RunConfig:
-    """Return the configuration with the sizes that DeepSpeed takes from the model's width in place of `auto`."""
+    """Return the configuration with sizes by the model's width, if it has one (else ModelError), in place of `auto`."""
     zero = config.deepspeed
     if not isinstance(zero, schema.ZeroConfig):
         return config
@@ -63,13 +63,13 @@ def with_zero_sizes(config: RunConfig) -> RunConfig:
 
 
 def check_adapter_of(config: RunConfig) -> None:
-    """Check that the adapter goes into the model, and can be merged where it is to be; no weight is read for that."""
+    """Raise ModelError where the adapter does not go into the model, or can't be merged as asked; no weight is read."""
     if config.adapter.is_on:
         check_adapter(empty_model(config.model), config)
 
 
 def check_stored_bits(config: RunConfig, architecture: Any) -> None:
-    """Check that weights which are stored quantised are neither trained, merged nor quantised again."""
+    """Raise ModelError where weights that are stored quantised would be trained, merged or quantised again."""
     if getattr(architecture, "quantization_config", None) is None:
         return
     stored = f"{config.model.checkpoint} is stored quantised"
@@ -173,7 +173,7 @@ def _count(parameter: nn.Parameter) -> int:
 def load_weights(config: ModelConfig, architecture: Any, checkpoint: str, **settings: Any) -> Any:
     """Load the weights of a checkpoint, or draw them at random.
 
-    All of the model's must be there, and be finite; a warning names parts of the checkpoint that it has no use for. The
+    All of the model's must be there, and be finite (else ModelError); a warning names parts that it has no use for. The
     checkpoint is a hub id or a folder; `settings` are more for from_pretrained.
     """
     try:

@@ -119,7 +119,7 @@ def _write_adapter(model: Any, adapter: Adapter, tokenizer: Any, folder: Path, c
 
 
 def _kept(problem: str, place: Path, adapter: Adapter, config: RunConfig) -> str:
-    """Move an adapter to where merged weights would have been; return a warning. ExportError: it alone is no result."""
+    """Move an adapter to where merged weights would have been; return a warning, or raise that it is no result."""
     lost = adapter.needs_merging
     if config.model.weights is Weights.random:
         lost = "its base, random weights, is nowhere else"

@@ -152,7 +152,8 @@ def find_resume_point(
 ) -> ResumePoint:
     """Find the checkpoint that a run resumes from, see `find_checkpoint`, and compare whole configurations.
 
-    With `force` it begins anew, whatever is there. ConfigError names what in the configuration has changed too much.
+    With `force` it begins anew, whatever is there. ConfigError names what in the configuration has changed too much;
+    CheckpointError is as of `find_checkpoint`.
     """
     if force or config.resume == "never":
         return ResumePoint()
