@@ -80,8 +80,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise ValueError(f"{MANIFEST} is missing") from None
     except LaterVersionError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{MANIFEST} is damaged: {error}") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} is damaged") from error
     return manifest
 
 
