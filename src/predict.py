@@ -84,14 +84,14 @@ def open_generation(job: Job, stop: StopRequest, console: Console) -> Iterator[t
     from src.evaluation.generate import EndText, Generator, check_room
     from src.evaluation.predictions import describe_rows
     from src.model.build import set_generation
-    from src.model.export import exported_model_config, load_exported
+    from src.model.export import load_exported
     from src.runtime.session import start_runtime
 
     collect_from_here()
     config, run_dir = job.config, job.run_dir
     batch_size = job.entry_section.batch_size or config.training.per_device_eval_batch_size
     with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime:
-        tokenizer, _ = load_tokenizer(exported_model_config(run_dir, config.model), config.tokens)
+        tokenizer, _ = load_tokenizer(config.model.pretrained_at(run_dir / "model"), config.tokens)
         prompts = build_prompts(config, tokenizer, console.working)
         model = load_exported(run_dir, config, runtime.device)
         if not getattr(model, "is_quantized", False):  # quantised weights lie on the device already

@@ -21,11 +21,9 @@ from src.runtime.signals import StopRequest
 from src.sweep.study import Pruning, end_early
 from src.tracking.tracker import Tracker
 from src.training.assembly import assemble_model, data_warnings, load_initial_weights, record_provenance, start_session
-from src.training.fingerprint import fingerprint_of
-from src.training.finish import export_trained
 from src.training.loop import train
 from src.training.resume import ResumePoint
-from src.training.saving import open_saver
+from src.training.saving import export_trained, fingerprint_of, open_saver
 from src.training.state import build_train_state
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from src.checkpoint import store
 from src.checkpoint.locate import newest_weights
-from src.checkpoint.manifest import Entry, checksum, is_resumable, newest_resumable, problems_of, read_manifest
+from src.checkpoint.manifest import Entry, entry_of, is_resumable, newest_resumable, problems_of, read_manifest
 from src.checkpoint.store import SMALL_BYTES, Checkpoints, Snapshot, open_checkpoints, read_snapshot
 from src.checkpoint.tensors import stored_digest, tensors_digest, write_tensors
 from src.cli.start import run_job as run
@@ -422,7 +422,7 @@ def test_a_manifest_lists_sizes_and_checksums_of_the_files(tmp_path: Path) -> No
     for name, entry in manifest.files.items():
         text = (at(tmp_path, 7) / name).read_bytes()
         assert entry == Entry(len(text), xxhash.xxh3_128_hexdigest(text))
-        assert checksum(at(tmp_path, 7) / name) == entry.xxh3_128
+        assert entry_of(at(tmp_path, 7) / name) == entry
     listed = json.loads(manifest.text())
     own = listed.pop("xxh3_128")
     assert own == xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from src.checkpoint.manifest import Entry, Manifest, checksum
+from src.checkpoint.manifest import Manifest, entry_of
 from src.config.gate import admit
 from src.config.keys import known_keys
 from src.errors import ConfigError
@@ -298,7 +298,7 @@ def test_a_run_goes_on_in_its_own_folder_as_it_last_was(tmp_path: Path) -> None:
         (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
         place = run / "checkpoints" / f"step-{step}"
         (place / "state.json").write_text(json.dumps(state))
-        listed = {"state.json": Entry((place / "state.json").stat().st_size, checksum(place / "state.json"))}
+        listed = {"state.json": entry_of(place / "state.json")}
         (place / "manifest.json").write_text(Manifest(int(step), listed, is_save=True).text())
 
     assert admitted(*here).config.optimizer == first.config.optimizer  # before anything was saved

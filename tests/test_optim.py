@@ -281,7 +281,7 @@ def test_every_optimizer_works_as_accelerate_wraps_it(option: str) -> None:
         wrapped, prepared = runtime.prepare(model, optimizer)
         before = [p.detach().clone() for p in model.parameters()]
         for _ in range(4):
-            runtime.backward(wrapped(torch.arange(64)).square().mean())
+            runtime.strategy.backward(wrapped(torch.arange(64)).square().mean())
             prepared.step()
             schedule.step()
             prepared.zero_grad()

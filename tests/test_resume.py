@@ -185,7 +185,7 @@ def test_a_stop_in_an_evaluation_has_it_done_again_whole(tmp_path: Path) -> None
     assert_same(tmp_path / "straight", tmp_path / "broken")
 
 
-@pytest.mark.parametrize("killed_in", ["src.training.finish.export", "src.tracking.tracker.FolderTracker.finish"])
+@pytest.mark.parametrize("killed_in", ["src.training.saving.export", "src.tracking.tracker.FolderTracker.finish"])
 def test_a_run_that_was_killed_while_or_after_it_exported_only_exports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:

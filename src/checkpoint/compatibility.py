@@ -6,10 +6,9 @@ key whose outcome is in the fingerprint (files, templates, a model's name) is ha
 outcome by another path is no change.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from src.config.keys import all_keys, known_keys
@@ -18,8 +17,7 @@ from src.config.schema.fields import DottedConfig, Impact, Verdict
 from src.errors import ConfigError
 from src.util import plural
 
-NOT_THERE = "(not there)"
-"""Stands in a Change for the value of a key that one side does not have."""
+NOT_THERE = "(not there)"  # stands in a Change for the value of a key that one side does not have
 LONGEST_VALUE = 48  # characters of a value in a message
 
 
@@ -45,47 +43,26 @@ class Change:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a configuration resulted in, and where and when the run was trained.
+    """What a configuration resulted in, and where and when the run was trained."""
 
-    Args:
-        step: steps done.
-        num_steps: of the whole run.
-        data: digest of the encoded train rows in their order; of a streamed set, of its files and settings.
-        num_rows: of the train set; None where it is streamed.
-        tokenizer: hash of token -> id.
-        frozen_weights: hash of the weights that are not trained, so not in a checkpoint; None where all are trained.
-        device: "cpu" or "cuda".
-        step_sequences: rows, or packs of rows, that a step takes from all processes.
-        versions: library -> version.
-        architecture: hash of the model's own settings that no shape shows (positions, norms, dropout); None: unknown.
-        validation: hash of the rows that evaluations are of; None: unknown.
-    """
-
-    step: int
-    num_steps: int
-    data: str
-    num_rows: int | None
-    tokenizer: str
-    frozen_weights: str | None
-    device: str
+    step: int  # steps done
+    num_steps: int  # of the whole run
+    data: str  # digest of the encoded train rows in their order; of a streamed set, of its files and settings
+    num_rows: int | None  # of the train set; None where it is streamed
+    tokenizer: str  # hash of token -> id
+    frozen_weights: str | None  # hash of the weights that are not trained, so not in a checkpoint; None: all are
+    device: str  # "cpu" or "cuda"
     num_processes: int
-    step_sequences: int
-    versions: dict[str, str]
+    step_sequences: int  # rows, or packs of rows, that a step takes from all processes
+    versions: dict[str, str]  # library -> version
     architecture: str | None = None
-    validation: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return dataclasses.asdict(self)
+    """Hash of the model's own settings that no shape shows (positions, norms, dropout); None: unknown."""
+    validation: str | None = None  # hash of the rows that evaluations are of; None: unknown
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
-        """Build from what `as_dict` returned; entries that a later version added are left out.
-
-        Raises:
-            TypeError: where some are missing.
-        """
-        return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given})
+        """Build from what `asdict` returned, without what a later version added; TypeError names what is missing."""
+        return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
 
 HASHES = ("data", "tokenizer", "frozen_weights", "architecture", "validation")
@@ -93,20 +70,14 @@ HASHES = ("data", "tokenizer", "frozen_weights", "architecture", "validation")
 
 
 def compare_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return every key that differs, in the order of the configuration, also those that one side lacks.
-
-    Args:
-        before, now: whole frozen configurations as plain containers.
-    """
+    """Return every key of two whole frozen configurations that differs, in their order, also those that one lacks."""
     first, second = dict(_flat(before)), dict(_flat(now))
     sections = list(dict.fromkeys(key.partition(".")[0] for key in [*second, *first]))
-    keys = sorted({**second, **first}, key=lambda key: sections.index(key.partition(".")[0]))
-    changes = []
-    for key in keys:
-        then, today = first.get(key, NOT_THERE), second.get(key, NOT_THERE)
-        if then != today:
-            changes.append(Change(key, then, today, *_judge(key, first, second)))
-    return changes
+    return [
+        Change(key, then, today, *_judge(key, first, second))
+        for key in sorted({**second, **first}, key=lambda key: sections.index(key.partition(".")[0]))
+        if (then := first.get(key, NOT_THERE)) != (today := second.get(key, NOT_THERE))
+    ]
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -148,25 +119,19 @@ def _judge_lone(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
 
 
 def compare_fingerprints(before: Fingerprint, now: Fingerprint) -> list[Change]:
-    """Return what differs between two fingerprints.
-
-    Args:
-        before: as the checkpoint has them; its `step` are the steps done.
-        now: of the run that would resume; its `step` is ignored.
-    """
-    return [
-        Change(key, getattr(before, key), getattr(now, key), *judge(before, now))
-        for key, judge in _COMPARISONS.items()
-        if getattr(before, key) != getattr(now, key) and not _is_unknown(key, before, now)
-    ] + [
+    """Return what differs between a checkpoint's fingerprint and that of the run that would resume, but for `step`."""
+    changes = []
+    for key, verdict in _COMPARISONS.items():
+        then, today = getattr(before, key), getattr(now, key)
+        is_unknown = key in ("architecture", "validation") and None in (then, today)
+        if then != today and not is_unknown:
+            judged = verdict(before, now) if callable(verdict) else verdict
+            changes.append(Change(key, then, today, *judged))
+    return changes + [
         Change(f"versions.{name}", then, today, Impact.rounding)
         for name in {**now.versions, **before.versions}
         if (then := before.versions.get(name, NOT_THERE)) != (today := now.versions.get(name, NOT_THERE))
     ]
-
-
-def _is_unknown(key: str, before: Fingerprint, now: Fingerprint) -> bool:
-    return key in ("architecture", "validation") and None in (getattr(before, key), getattr(now, key))
 
 
 def _rows(before: Fingerprint, now: Fingerprint) -> Verdict:
@@ -191,30 +156,23 @@ def _steps(before: Fingerprint, now: Fingerprint) -> Verdict:
     return Impact.harmless, ""
 
 
-_COMPARISONS: dict[str, Callable[[Fingerprint, Fingerprint], Verdict]] = {
+_COMPARISONS: dict[str, Verdict | Callable[[Fingerprint, Fingerprint], Verdict]] = {
     "data": _rows,
-    "tokenizer": lambda before, now: (Impact.impossible, "ids mean other tokens"),
+    "tokenizer": (Impact.impossible, "ids mean other tokens"),
     "frozen_weights": _base,
-    "architecture": lambda before, now: (Impact.trajectory, "the model's settings (its config.json) changed"),
-    "validation": lambda before, now: (Impact.harmless, "evaluated on other rows, so the best so far is forgotten"),
+    "architecture": (Impact.trajectory, "the model's settings (its config.json) changed"),
+    "validation": (Impact.harmless, "evaluated on other rows, so the best so far is forgotten"),
     "num_steps": _steps,
-    "device": lambda before, now: (Impact.rounding, ""),
-    "num_processes": lambda before, now: (Impact.rounding, "sums in another order"),
-    "step_sequences": lambda before, now: (
-        Impact.trajectory,
-        "a step takes different rows: rows x accumulation x processes",
-    ),
+    "device": (Impact.rounding, ""),
+    "num_processes": (Impact.rounding, "sums in another order"),
+    "step_sequences": (Impact.trajectory, "a step takes different rows: rows x accumulation x processes"),
 }
 
 
 def check_changes(changes: Sequence[Change], *, allow_changed: bool, checkpoint: str) -> list[str]:
-    """Raise ConfigError of every change that is not allowed; return warnings of those that are.
+    """Return warnings of the changes that are allowed; ConfigError names each that is not, and what to do.
 
-    Args:
-        allow_changed: whether training may continue differently than before.
-        checkpoint: its folder.
-    Raises:
-        ConfigError: naming each change, and what to do.
+    With `allow_changed` training may continue differently than before.
     """
     least = Impact.impossible if allow_changed else Impact.trajectory
     if refused := [change for change in changes if change.impact >= least]:
@@ -273,14 +231,8 @@ def _text(value: Any) -> str:
 def is_reordered(changes: Sequence[Change], now: Mapping[str, Any]) -> bool:
     """Return whether the row order of the current epoch can't be continued, so that the epoch starts again.
 
-    Args:
-        changes: of configuration and fingerprint.
-        now: the whole configuration that resumes.
+    The changes are those of configuration and fingerprint, `now` is the whole configuration that resumes.
     """
-    flat = dict(_flat(now))
-    return any(change.key == "data" or _reorders(change.key, flat) for change in changes)
-
-
-def _reorders(key: str, now: DottedConfig) -> bool:
-    reorders = all_keys()[key].info.reorders if key in all_keys() else False
-    return reorders if isinstance(reorders, bool) else reorders(now)
+    flat, keys = dict(_flat(now)), {change.key for change in changes}
+    reorders = [all_keys()[key].info.reorders for key in keys & all_keys().keys()]
+    return "data" in keys or any(one if isinstance(one, bool) else one(flat) for one in reorders)

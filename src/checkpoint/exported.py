@@ -9,12 +9,9 @@ from src.config.frozen import STATUS, read_status
 from src.config.schema import RunConfig
 from src.records import check_plain, damaged, file_digest
 
-MODEL, BASE = "model", "base"
-"""Keys of status.json with checksums of files."""
+MODEL, BASE = "model", "base"  # keys of status.json with checksums of files
 MAY_CHANGE = ("README.md", "generation_config.json")
 """Files of model/ that people edit, and that change no weight and no token."""
-
-
 ADAPTER = "adapter_config.json"
 BASE_SUFFIXES = (".safetensors", ".bin", ".pt", ".index.json", ".py")
 """Suffixes of the files that decide a model's weights or what it computes, besides config.json."""
@@ -26,29 +23,29 @@ def exported_digests(folder: Path) -> dict[str, dict[str, Any]]:
     return {str(file.relative_to(folder)): file_digest(file) for file in files}
 
 
-def base_files(model: Path, checkpoint: str) -> list[Path]:
-    """Return the files of the local model that an exported adapter was trained on; empty where it has no local one.
+def weight_files(checkpoint: str) -> list[Path]:
+    """Return the files of a local model that decide its weights or what it computes; none of a model on a hub.
 
-    Raises:
-        DamagedFileError: where one of them is no plain file.
+    DamagedFileError names one that is no plain file.
     """
     base = Path(checkpoint)
-    return _weight_files(base) if (model / ADAPTER).exists() and base.is_dir() else []
+    there = sorted(base.iterdir()) if base.is_dir() else []
+    files = [file for file in there if file.name == "config.json" or file.name.endswith(BASE_SUFFIXES)]
+    for file in files:
+        check_plain(file)
+    return files
 
 
 def base_digests(checkpoint: str) -> dict[str, dict[str, Any]] | None:
     """Return size and checksum of each file of the local model that an adapter is trained on; None of one on a hub."""
-    base = Path(checkpoint)
-    return {file.name: file_digest(file) for file in _weight_files(base)} if base.is_dir() else None
+    return {file.name: file_digest(file) for file in weight_files(checkpoint)} or None
 
 
 def check_exported(run_dir: Path, checkpoint: str | None = None) -> None:
     """Check that a finished run's exported model is as it was written; an earlier version kept no checksums.
 
-    Args:
-        checkpoint: the model that the run's adapter is to be loaded on, which must be the one that it was trained on.
-    Raises:
-        DamagedFileError: naming the first file that is not.
+    So is `checkpoint`, the model that the run's adapter is to be loaded on: it must be the one that it was trained on.
+    DamagedFileError names the first file that is not.
     """
     folder, status = run_dir / MODEL, read_status(run_dir)
     again = "Restore it from a copy; or export it again: move status.json away, and start the run's command."
@@ -63,15 +60,9 @@ def check_exported(run_dir: Path, checkpoint: str | None = None) -> None:
             raise damaged(Path(error.filename or folder), f"it can't be read: {error.strerror}", remedy) from error
         _compare(folder, there, written, "it is not what the run exported", again)
     if checkpoint is not None and (folder / ADAPTER).exists() and isinstance(written := status.get(BASE), dict):
-        there = base_digests(checkpoint) or {}
         reason = f"it is not what the adapter in {folder} was trained on"
-        _compare(
-            Path(checkpoint),
-            there,
-            written,
-            reason,
-            "Restore it from a copy: on other weights the adapter says something else.",
-        )
+        remedy = "Restore it from a copy: on other weights the adapter says something else."
+        _compare(Path(checkpoint), base_digests(checkpoint) or {}, written, reason, remedy)
 
 
 def _compare(folder: Path, there: Mapping[str, Any], written: Mapping[str, Any], reason: str, remedy: str) -> None:
@@ -83,23 +74,10 @@ def _compare(folder: Path, there: Mapping[str, Any], written: Mapping[str, Any],
             raise damaged(folder / name, f"{reason}, by the checksum in status.json", remedy)
 
 
-def _weight_files(base: Path) -> list[Path]:
-    """Return the files of a model's folder that decide its weights or what it computes.
-
-    Raises:
-        DamagedFileError: where one of them is no plain file.
-    """
-    files = [file for file in sorted(base.iterdir()) if file.name == "config.json" or file.name.endswith(BASE_SUFFIXES)]
-    for file in files:
-        check_plain(file)
-    return files
-
-
 def init_from_folder(config: RunConfig) -> Path | None:
     """Return the folder of the model that `init_from` names; None where it names a checkpoint, or is not set.
 
-    Raises:
-        DamagedFileError: where its files are not those that its run exported.
+    DamagedFileError says that its files are not those that its run exported.
     """
     if config.init_from is None:
         return None
@@ -111,22 +89,13 @@ def init_from_folder(config: RunConfig) -> Path | None:
 
 
 def with_init_from_model(config: RunConfig) -> RunConfig:
-    """Return the configuration with the whole model of `init_from` as its checkpoint, where that is one.
-
-    Raises:
-        DamagedFileError: as `init_from_folder`.
-    """
+    """Return the configuration with the whole model of `init_from` (see init_from_folder) as its checkpoint, if any."""
     folder = init_from_folder(config)
     if folder is None or (folder / ADAPTER).exists():
         return config
-    model = config.model.pretrained_at(folder)
-    return replace(config, model=model)
+    return replace(config, model=config.model.pretrained_at(folder))
 
 
 def with_base_model(run_dir: Path, config: RunConfig) -> RunConfig:
-    """Return the configuration that loads what a run exported; an adapter needs the model that its run started with.
-
-    Raises:
-        DamagedFileError: as `init_from_folder`.
-    """
+    """Return the configuration that loads what a run exported; an adapter needs the model that its run started with."""
     return with_init_from_model(config) if (run_dir / MODEL / ADAPTER).exists() else config

@@ -1,41 +1,33 @@
-"""Which checkpoint a run resumes from, and whether it is whole. No torch here, so that a refusal costs nothing."""
+"""Where a run resumes: from which checkpoint, whether that is whole, and whether a finished run can be continued.
 
+No torch here, so that a refusal costs nothing.
+"""
+
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from src.checkpoint.manifest import (
-    WEIGHTS,
-    check_undamaged,
-    is_later,
-    is_resumable,
-    problems_of,
-    read_manifest,
-    refusal_of,
-    weights_checksum,
-)
+from src.checkpoint import manifest
+from src.config.frozen import SWEEP, read_config, read_status
 from src.config.places import CHECKPOINTS, MANIFEST, folder_of, steps_in
 from src.config.quoting import shell_override
-from src.config.schema import CheckpointConfig
-from src.errors import CheckpointError
+from src.config.schema import CheckpointConfig, TrainingConfig
+from src.errors import CheckpointError, RunFolderError
 from src.util import listed
 
+LEAST_SHARE = 1e-6  # the rounding error, in steps, that a number of epochs may have
 WEIGHTS_KEY = "weights"
 """The key, in the best evaluations of a checkpoint's state, of the checksum of their weights."""
 
 
 class Found(NamedTuple):
-    """A checkpoint that a run can resume from, if there is one.
-
-    Args:
-        is_own: whether it is in the run's own folder.
-        warnings: what was passed over.
-    """
+    """A checkpoint that a run can resume from, if there is one."""
 
     checkpoint: Path | None
-    is_own: bool
-    warnings: list[str]
+    is_own: bool  # whether it is in the run's own folder
+    warnings: list[str]  # what was passed over
 
 
 def find_checkpoint(config: CheckpointConfig, run_dir: Path) -> Found:
@@ -43,9 +35,7 @@ def find_checkpoint(config: CheckpointConfig, run_dir: Path) -> Found:
 
     The run's own folder comes first: a run that resumed from another's checkpoint, and was stopped in its turn, resumes
     from its own. Only a checkpoint of its own that is named is taken before a newer one. Every byte of it is read.
-
-    Raises:
-        CheckpointError: where there are checkpoints, but none is whole, or what is there can't be read.
+    CheckpointError says that there are checkpoints, but none is whole, or that what is there can't be read.
     """
     own, requested = run_dir / CHECKPOINTS, config.resume_from
     if requested is not None and requested.resolve().parent == own.resolve():
@@ -65,11 +55,11 @@ def check_best(
 ) -> None:
     """Check that the best weights so far are whole where they are to be exported, before anything is changed.
 
+    CheckpointError names the checkpoint and what is wrong with it.
+
     Args:
         state: what the run's own checkpoint says besides its tensors.
         line: what was measured after the checkpoint's step, which it does not know; its weights are the checkpoint's.
-    Raises:
-        CheckpointError: naming the checkpoint and what is wrong with it.
     """
     if not config.load_best_model_at_end or config.allow_changed:
         return
@@ -90,17 +80,15 @@ def written_weights(state: Mapping[str, Any]) -> dict[int, str]:
 def problem_of_best(checkpoint: Path, written: str | None) -> str | None:
     """Return what is wrong with the checkpoint of one of the best evaluations; None where nothing is.
 
-    Args:
-        written: the checksum of the weights that the run wrote there; None: not known.
-    Raises:
-        CheckpointError: where it can't be read, so that it is unknown whether it is whole.
+    `written` is the checksum of the weights that the run wrote there, None: unknown. CheckpointError says that
+    the checkpoint can't be read, so that it is unknown whether it is whole.
     """
-    if refusal := refusal_of(checkpoint):
+    if refusal := manifest.refusal_of(checkpoint):
         raise CheckpointError(unreadable(checkpoint, refusal, "It has some of the best weights so far"))
-    if problem := next(problems_of(checkpoint), None):
+    if problem := next(manifest.problems_of(checkpoint), None):
         return problem
-    if written is not None and weights_checksum(checkpoint) != written:
-        return f"{WEIGHTS} is whole, but not what this run wrote there: it is another run's"
+    if written is not None and manifest.weights_checksum(checkpoint) != written:
+        return f"{manifest.WEIGHTS} is whole, but not what this run wrote there: it is another run's"
     return None
 
 
@@ -120,18 +108,15 @@ def lost_best(checkpoint: Path, problem: str) -> str:
 def newest_weights(folder: Path) -> tuple[Path, list[str]]:
     """Return the newest whole checkpoint of a run's folder, or the one that the folder is, and warnings.
 
-    It may hold weights only.
-
-    Raises:
-        CheckpointError: where there is none, or what is there can't be looked into.
+    It may hold weights only. CheckpointError says that there is none, or that what is there can't be looked into.
     """
     if (folder / MANIFEST).exists():
-        check_undamaged(folder)
+        manifest.check_undamaged(folder)
         return folder, []
-    places = [folder_of(folder / CHECKPOINTS, step) for step in reversed(steps_in(folder / CHECKPOINTS))]
     damaged: list[str] = []
-    for place in places:
-        problems = list(problems_of(place))
+    for step in reversed(steps_in(folder / CHECKPOINTS)):
+        place = folder_of(folder / CHECKPOINTS, step)
+        problems = list(manifest.problems_of(place))
         if not problems:
             return place, [f"init_from: {one}; {place} is taken" for one in damaged]
         damaged.append(f"{place} is damaged ({'; '.join(problems)})")
@@ -149,8 +134,8 @@ def _of_folder(folder: Path) -> tuple[Path, list[str]]:
 
 
 def _named(checkpoint: Path) -> Path:
-    check_undamaged(checkpoint)
-    if not is_resumable(checkpoint):
+    manifest.check_undamaged(checkpoint)
+    if not manifest.is_resumable(checkpoint):
         raise CheckpointError(
             f"{checkpoint} holds weights only, so no run can resume from it; "
             f"{shell_override('init_from', str(checkpoint))} starts a new run with them"
@@ -161,28 +146,91 @@ def _named(checkpoint: Path) -> Path:
 def _newest(folder: Path, advice: str) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint in a folder, and warnings that name damaged ones after it.
 
-    Args:
-        advice: what to do where there is none.
-    Raises:
-        CheckpointError: where all that there are are damaged, or a newer one was written by a later version or can't be
-            read.
+    CheckpointError, with `advice` on what to do, says that all that there are are damaged, or that a newer one was
+    written by a later version or can't be read.
     """
     damaged: list[str] = []
     for step in reversed(steps_in(folder)):
         place = folder_of(folder, step)
-        if refusal := refusal_of(place):
+        if refusal := manifest.refusal_of(place):
             raise CheckpointError(unreadable(place, refusal, "A run can't skip what may be its newest checkpoint"))
-        if is_later(place):
+        if manifest.is_later(place):
             raise CheckpointError(
                 f"{place} was written by a later version of Towline, which can resume from it; {advice}"
             )
-        problems = list(problems_of(place))
-        if not problems and read_manifest(place).is_resumable:
-            return place, [f"{reason}; passed over" for reason in damaged]
-        if problems:
+        if problems := list(manifest.problems_of(place)):
             damaged.append(f"{place} is damaged ({'; '.join(problems)})")
+        elif manifest.is_resumable(place):
+            return place, [f"{reason}; passed over" for reason in damaged]
     if damaged:
         raise CheckpointError(
             f"no checkpoint of {folder.parent} that a run could resume from is whole:\n{listed(damaged)}\n{advice}"
         )
     return None, []
+
+
+def asks_for_more_steps(training: TrainingConfig, run_dir: Path) -> bool:
+    """Return whether a configuration asks for more steps than the finished run of a folder has done.
+
+    DamagedFileError says that the folder's own files can't be read.
+    """
+    status = read_status(run_dir)
+    if training.max_train_steps is not None:
+        return training.max_train_steps > status["step"]
+    if (per_epoch := status.get("steps_per_epoch")) is not None:
+        return math.ceil(training.num_train_epochs * per_epoch - LEAST_SHARE) > status["step"]
+    first = read_config(run_dir).get("training", {})  # of an earlier version, or a stream
+    return first.get("max_train_steps") is None and training.num_train_epochs > first.get("num_train_epochs", math.inf)
+
+
+def how_to_extend(training: TrainingConfig, run_dir: Path) -> str:
+    """Return in words how to continue a finished run."""
+    status = read_status(run_dir)
+    if training.max_train_steps is not None:
+        return f"a training.max_train_steps above {status['step']:,} continues it (null: num_train_epochs counts)"
+    per_epoch = status.get("steps_per_epoch")
+    above = f" above {status['step'] / per_epoch:g}" if per_epoch else ", larger than it was,"
+    return f"a training.num_train_epochs{above} continues it"
+
+
+def check_extendable(config: CheckpointConfig, run_dir: Path) -> None:
+    """Check that a finished run can be continued in its folder, before anything is changed.
+
+    RunFolderError says that it can't be in this folder, CheckpointError that it has no checkpoint to resume from.
+    """
+    step = read_status(run_dir)["step"]
+    finished = f"{run_dir} is finished at step {step:,}"
+    if (run_dir.parent / SWEEP).is_file():
+        raise RunFolderError(
+            f"{finished}, as a trial of the sweep in {run_dir.parent}, which compares it as it is.\n"
+            f"To continue it in a folder of its own: {shell_override('rerun', str(run_dir))} "
+            f"{shell_override('checkpoint.resume', str(run_dir))} hydra.run.dir=ANOTHER, with the same keys"
+        )
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{finished}, and can't be continued there: no permission to write. {_new_run(run_dir)}")
+    if config.resume == "never":
+        raise RunFolderError(
+            f"{finished}, and checkpoint.resume=never: without it the same command continues it; or choose "
+            "another hydra.run.dir."
+        )
+    if manifest.newest_resumable(run_dir / CHECKPOINTS) is None:
+        raise CheckpointError(f"{finished}, and {_why_none(run_dir / CHECKPOINTS)}. {_new_run(run_dir)}")
+
+
+def _why_none(folder: Path) -> str:
+    damaged = []
+    for step in reversed(steps_in(folder)):
+        try:
+            manifest.read_manifest(folder_of(folder, step))
+        except ValueError as error:
+            damaged.append(f"{folder_of(folder, step)}: {error}")
+    if damaged:
+        return f"no checkpoint there can be resumed from: {'; '.join(damaged)}; restore one from a copy"
+    if steps_in(folder):
+        return "keeps no checkpoint to resume from, only weights of evaluations"
+    return "keeps no checkpoint to resume from (checkpoint.checkpointing_steps=null saves none)"
+
+
+def _new_run(run_dir: Path) -> str:
+    begin = shell_override("init_from", str(run_dir))
+    return f"It is left as it is; a new run in another hydra.run.dir starts with its weights: {begin}"

@@ -16,12 +16,11 @@ import xxhash
 
 from src.config.places import MANIFEST, STATE, folder_of, step_of, steps_in
 from src.errors import CheckpointError
-from src.records import file_digest, read_bytes
+from src.records import file_digest, parse, read_bytes
 from src.util import load_json
 
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-FORMAT = 1
-"""The version of the format; a manifest with a higher number was written by a later version of Towline."""
+FORMAT = 1  # a manifest with a higher number was written by a later version of Towline
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 """Errors of opening what is not there: nothing, a link to nothing or to itself, or what can't be opened at all."""
 
@@ -60,38 +59,31 @@ class Manifest:
         return json.dumps(listed | {"xxh3_128": own}, indent=2) + "\n"
 
 
-def checksum(file: Path) -> str:
-    """Return the checksum of a file's content, 32 hex digits."""
-    return file_digest(file)["xxh3_128"]
+def entry_of(file: Path) -> Entry:
+    """Return a file's entry as it is now."""
+    return Entry(*file_digest(file).values())
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """Return the manifest of a checkpoint.
-
-    Raises:
-        LaterVersionError, ValueError: naming the manifest and what is wrong with it.
-    """
+    """Return the manifest of a checkpoint; LaterVersionError or ValueError names what is wrong with it."""
     try:
-        text = read_bytes(checkpoint / MANIFEST).decode()  # as it is: read_text would take \r for \n
+        raw = read_bytes(checkpoint / MANIFEST)
+        found = parse(raw)
+        if found["format"] > FORMAT:  # whose form is not known
+            version = f"format {found['format']}, known: {FORMAT}"
+            raise LaterVersionError(f"{MANIFEST} is of a later version of Towline ({version})")
+        files = {name: Entry(**entry) for name, entry in found["files"].items()}
+        manifest = Manifest(found["step"], files, found["is_save"])
+        if manifest.text().encode() != raw:
+            raise ValueError("it is not as it was written")
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{MANIFEST} is damaged") from error
+    except LaterVersionError:
+        raise
     except ValueError as error:
         raise ValueError(f"{MANIFEST} is damaged: {error}") from error
-    try:
-        found = json.loads(text)
-        is_later = found["format"] > FORMAT  # whose form is not known
-        files = {} if is_later else {name: Entry(**entry) for name, entry in found["files"].items()}
-        manifest = None if is_later else Manifest(found["step"], files, found["is_save"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{MANIFEST} is damaged") from error
-    if manifest is None:
-        raise LaterVersionError(
-            f"{MANIFEST} is of a later version of Towline (format {found['format']}, known: {FORMAT})"
-        )
-    if manifest.text() != text:
-        raise ValueError(f"{MANIFEST} is damaged")
     return manifest
 
 
@@ -115,7 +107,7 @@ def problems_of(checkpoint: Path) -> Iterator[str]:
                 yield f"{name} is no plain file"
             elif size != entry.bytes:
                 yield f"{name} has {size:,} bytes instead of {entry.bytes:,}"
-            elif checksum(file) != entry.xxh3_128:
+            elif entry_of(file) != entry:
                 yield f"{name} is damaged: its content does not have the checksum that it was written with"
         except FileNotFoundError:
             yield f"{name} is missing"
@@ -124,27 +116,18 @@ def problems_of(checkpoint: Path) -> Iterator[str]:
 
 
 def check_undamaged(checkpoint: Path) -> None:
-    """Check that every byte of a checkpoint is as it was written.
-
-    Raises:
-        CheckpointError: naming the files that are not.
-    """
+    """Check that every byte of a checkpoint is as it was written; CheckpointError names the files that are not."""
     if problems := list(problems_of(checkpoint)):
         raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}")
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint, which was checked, holds besides its tensors."""
-    state: dict[str, Any] = load_json(checkpoint / STATE)
-    return state
+def read_state(checkpoint: Path) -> Any:
+    """Return the object with all that a checkpoint, which was checked, holds besides its tensors."""
+    return load_json(checkpoint / STATE)
 
 
 def weights_checksum(checkpoint: Path) -> str:
-    """Return the checksum of a checkpoint's weights, by its manifest.
-
-    Raises:
-        ValueError: as `read_manifest`.
-    """
+    """Return the checksum of a checkpoint's weights, by its manifest; raises as `read_manifest`."""
     return read_manifest(checkpoint).files[WEIGHTS].xxh3_128
 
 
@@ -166,10 +149,8 @@ def is_later(checkpoint: Path) -> bool:
     """Return whether a checkpoint was written by a later version."""
     try:
         read_manifest(checkpoint)
-    except LaterVersionError:
-        return True
-    except ValueError:
-        return False
+    except ValueError as error:
+        return isinstance(error, LaterVersionError)
     return False
 
 

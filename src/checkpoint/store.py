@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,25 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from src.checkpoint import manifest
 from src.checkpoint.locate import WEIGHTS_KEY, lost_best, problem_of_best, unreadable
-from src.checkpoint.manifest import (
-    MANIFEST,
-    OPTIMIZER,
-    STATE,
-    WEIGHTS,
-    Entry,
-    Manifest,
-    check_undamaged,
-    checksum,
-    is_resumable,
-    newest_resumable,
-    read_manifest,
-    read_state,
-    refusal_of,
-    weights_checksum,
-)
+from src.checkpoint.manifest import OPTIMIZER, WEIGHTS, Manifest, refusal_of
 from src.checkpoint.tensors import one_by_one, stored_digest, write_tensors
-from src.config.places import CHECKPOINTS, folder_of, remove_atomically, remove_tree, steps_in
+from src.config.places import CHECKPOINTS, MANIFEST, STATE, folder_of, remove_atomically, remove_tree, steps_in
 from src.config.schema import CheckpointConfig
 from src.errors import CheckpointError, DiskFullError, is_disk_full
 from src.runtime.sharding import ShardedTensor
@@ -70,52 +57,41 @@ class Snapshot(Generic[T_co]):
         return sum(t.nbytes for tensors in self.files().values() for t in tensors.values())
 
 
+AnySnapshot = Snapshot[Tensor | ShardedTensor]
+
+
 def read_snapshot(checkpoint: Path) -> Snapshot[Tensor]:
-    """Load a checkpoint onto the CPU.
-
-    Raises:
-        CheckpointError: where it is damaged.
-    """
-    check_undamaged(checkpoint)
-    optimizer = load_file(checkpoint / OPTIMIZER) if is_resumable(checkpoint) else None
-    return Snapshot(load_file(checkpoint / WEIGHTS), optimizer, read_state(checkpoint))
+    """Load a checkpoint onto the CPU; CheckpointError names what is damaged."""
+    manifest.check_undamaged(checkpoint)
+    optimizer = load_file(checkpoint / OPTIMIZER) if manifest.is_resumable(checkpoint) else None
+    return Snapshot(load_file(checkpoint / WEIGHTS), optimizer, manifest.read_state(checkpoint))
 
 
+@dataclass
 class Checkpoints:
-    """The checkpoints of one run, in `checkpoints/` of its folder. Built by `open_checkpoints`.
+    """The checkpoints of one run, in `checkpoints/` of its folder. Built by `open_checkpoints`."""
 
-    Args:
-        before: called by the thread that completes a save, before it completes it.
-        writes: whether this process writes; of several, one does.
-    """
-
-    def __init__(
-        self, config: CheckpointConfig, folder: Path, before: Callable[[], None] = lambda: None, *, writes: bool = True
-    ) -> None:
-        self._config = config
-        self._folder = folder
-        self._before = before
-        self._writes = writes
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-        self._present: set[int] = set()
-        """Steps whose weights are in the folder, or being written."""
-        self._ranking: list[tuple[float, int]] = []
-        """Value and step of the best evaluations, best first, of equal ones the earlier; at most keep_best."""
-        self._best_at_save: set[int] = set()
-        """The steps of the best evaluations at the last save: a run that resumes from it needs their weights."""
-        self._written: dict[int, str] = {}
-        """Checksums of the weights that this run wrote, by step."""
-        self.newest: int | None = None
-        """The last step that the run can resume from."""
-        self.warnings: list[str] = []
-        """What an earlier start has left that can't be removed."""
+    _config: CheckpointConfig
+    _folder: Path
+    _before: Callable[[], None]  # called by the thread that completes a save, before it completes it
+    _writes: bool  # whether this process writes; of several, one does
+    warnings: list[str] = field(default_factory=list)  # what an earlier start has left that can't be removed
+    newest: int | None = None  # the last step that the run can resume from
+    _worker: ThreadPoolExecutor = field(
+        default_factory=partial(ThreadPoolExecutor, max_workers=1, thread_name_prefix="checkpoint")
+    )
+    _pending: Future[None] | None = None
+    _present: set[int] = field(default_factory=set)  # steps whose weights are in the folder, or being written
+    _ranking: list[tuple[float, int]] = field(default_factory=list)
+    """Value and step of the best evaluations, best first, of equal ones the earlier; at most keep_best."""
+    _best_at_save: set[int] = field(default_factory=set)
+    """The steps of the best evaluations at the last save: a run that resumes from it needs their weights."""
+    _written: dict[int, str] = field(default_factory=dict)  # checksums of the weights that this run wrote, by step
 
     def discard_after(self, newest: int) -> list[str]:
         """Remove the checkpoints after the step that the run resumes from; return a warning that names them.
 
-        Raises:
-            CheckpointError: where one of them can't be read, and may be whole.
+        CheckpointError names one that can't be read, and may be whole.
         """
         left = [step for step in steps_in(self._folder) if step > newest] if self._writes else []
         for step in left:
@@ -142,7 +118,7 @@ class Checkpoints:
         written = written or {}
         if newest is not None:
             self.discard_after(newest)
-            if is_resumable(self._at(newest)):  # else it is a copy by another name
+            if manifest.is_resumable(self._at(newest)):  # else it is a copy by another name
                 self.newest, self._present = newest, {newest}
         for line in lines:
             self._rank(int(line["step"]), line)
@@ -151,35 +127,26 @@ class Checkpoints:
         if self.best in lost and self._config.load_best_model_at_end and not self._config.allow_changed:
             raise CheckpointError(lost_best(folder_of(self._folder, self.best), lost[self.best]))
         self._present |= problems.keys() - lost.keys()
-        self._written = {step: weights_checksum(self._at(step)) for step in self._present} if self._writes else {}
+        complete = self._present if self._writes else set()
+        self._written = {step: manifest.weights_checksum(self._at(step)) for step in complete}
         self._ranking = [(value, step) for value, step in self._ranking if step not in lost]
         self._best_at_save = self._best_steps
         return [f"the weights of step {step}, among the best so far, are lost: {lost[step]}" for step in lost]
 
-    def save(self, step: int, take: Callable[[], Snapshot[Tensor | ShardedTensor]]) -> None:
-        """Save a step to resume from, unless it is saved already.
+    def save(self, step: int, take: Callable[[], AnySnapshot]) -> None:
+        """Save what `take` returns as a step to resume from, unless it is saved already.
 
-        Args:
-            take: returns what is to be saved.
-        Raises:
-            DiskFullError: naming what it needs and what there is; earlier checkpoints are as they were.
+        DiskFullError says what it needs and what there is; earlier checkpoints are as they were.
         """
         if step != self.newest:
             best = self._best_at_save = self._best_steps
-            self._write(step, take, lambda: self._tidy(step, best))
+            self._write(step, take, best, step)
             self.newest = step
 
-    def keep_if_best(
-        self, step: int, metrics: Mapping[str, Any], take: Callable[[], Snapshot[Tensor | ShardedTensor]]
-    ) -> None:
-        """Keep the weights of an evaluation that is among the best so far.
-
-        Args:
-            take: returns the weights, where they have to be written.
-        """
+    def keep_if_best(self, step: int, metrics: Mapping[str, Any], take: Callable[[], AnySnapshot]) -> None:
+        """Keep the weights, which `take` returns, of an evaluation that is among the best so far."""
         if self._rank(step, metrics) and step not in self._present:
-            newest, best = self.newest, self._best_steps | self._best_at_save
-            self._write(step, take, lambda: self._tidy(step, best, newest))
+            self._write(step, take, self._best_steps | self._best_at_save, self.newest)
 
     @property
     def _best_steps(self) -> set[int]:
@@ -190,12 +157,10 @@ class Checkpoints:
         if value is None or not math.isfinite(value):
             return False
         others = [one for one in self._ranking if one[1] != step]  # it may be evaluated again
-        ranking = sorted([*others, (value, step)], key=lambda one: self._order(*one))
+        sign = -1 if self._config.is_greater_better else 1
+        ranking = sorted([*others, (value, step)], key=lambda one: (sign * one[0], one[1]))
         self._ranking = ranking[: self._config.keep_best]
         return (value, step) in self._ranking
-
-    def _order(self, value: float, step: int) -> tuple[float, int]:
-        return (-value if self._config.is_greater_better else value), step
 
     @property
     def best(self) -> int | None:
@@ -215,11 +180,7 @@ class Checkpoints:
         ]
 
     def best_weights(self) -> dict[str, Tensor]:
-        """Load the best evaluation's weights.
-
-        Raises:
-            CheckpointError: where they are damaged.
-        """
+        """Load the best evaluation's weights; CheckpointError says that they are damaged."""
         assert self.best is not None
         self.wait()
         checkpoint = self._at(self.best)
@@ -228,17 +189,13 @@ class Checkpoints:
         return load_file(checkpoint / WEIGHTS)
 
     def wait(self) -> None:
-        """Wait until the last save is complete.
-
-        Raises:
-            DiskFullError, OSError: where it could not be completed.
-        """
+        """Wait until the last save is complete; DiskFullError or OSError says why it could not be completed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             try:
                 pending.result()
             except (OSError, SafetensorError) as error:
-                self.newest = newest_resumable(self._folder)
+                self.newest = manifest.newest_resumable(self._folder)
                 raise self._full(error, None) from error
 
     def finish(self, *, was_due: bool = True) -> None:
@@ -260,7 +217,8 @@ class Checkpoints:
     def _at(self, step: int) -> Path:
         return folder_of(self._folder, step)
 
-    def _write(self, step: int, take: Callable[[], Snapshot[Tensor | ShardedTensor]], then: Callable[[], None]) -> None:
+    def _write(self, step: int, take: Callable[[], AnySnapshot], best: set[int], newest: int | None) -> None:
+        """Write a checkpoint, which a thread completes; for `best` and `newest` see `_tidy`."""
         if not self._writes:
             for tensors in take().files().values():
                 for _ in one_by_one(tensors):
@@ -284,33 +242,30 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)
             raise self._full(error, need) from error
         self._present.add(step)
-        self._pending = self._worker.submit(self._complete, step, digests, then)
+        self._pending = self._worker.submit(self._complete, step, digests, best, newest)
 
-    def _complete(self, step: int, digests: Mapping[str, str], then: Callable[[], None]) -> None:
-        """Complete a written checkpoint, rename it into its place, and only then do the rest."""
+    def _complete(self, step: int, digests: Mapping[str, str], best: set[int], newest: int | None) -> None:
+        """Complete a written checkpoint, rename it into its place, and only then remove others."""
+        part, place = self._part(step), self._at(step)
         try:
             self._before()
-            self._put(step, digests)
+            for file in part.iterdir():
+                sync(file)
+            for name, digest in digests.items():
+                if stored_digest(part / name) != digest:
+                    raise OSError(errno.EIO, f"{name} can't be read back as it was written")
+            files = {name: manifest.entry_of(part / name) for name in [*digests, STATE]}
+            _write_manifest(part, Manifest(step, files, is_save=OPTIMIZER in files))
+            remove_atomically(place)
+            os.replace(part, place)
+            self._written[step] = files[WEIGHTS].xxh3_128
+            sync(self._folder)
         except (OSError, SafetensorError):
-            shutil.rmtree(self._part(step), ignore_errors=True)  # status.json may need its room
+            shutil.rmtree(part, ignore_errors=True)  # status.json may need its room
             raise
-        then()
+        self._tidy(step, best, newest)
 
-    def _put(self, step: int, digests: Mapping[str, str]) -> None:
-        part, place = self._part(step), self._at(step)
-        for file in part.iterdir():
-            sync(file)
-        for name, digest in digests.items():
-            if stored_digest(part / name) != digest:
-                raise OSError(errno.EIO, f"{name} can't be read back as it was written")
-        files = {name: Entry((part / name).stat().st_size, checksum(part / name)) for name in [*digests, STATE]}
-        _write_manifest(part, Manifest(step, files, is_save=OPTIMIZER in files))
-        remove_atomically(place)
-        os.replace(part, place)
-        self._written[step] = files[WEIGHTS].xxh3_128
-        sync(self._folder)
-
-    def _tidy(self, last: int, best: set[int], newest: int | None = None) -> None:
+    def _tidy(self, last: int, best: set[int], newest: int | None) -> None:
         """Remove what is not to be kept, now that the last is complete.
 
         Later steps are of a course that was abandoned: the run resumed from an earlier checkpoint.
@@ -320,29 +275,25 @@ class Checkpoints:
             newest: the last step that the run can resume from; None: that is `last`.
         """
         newest = last if newest is None else newest
-        there = [
-            step for step in steps_in(self._folder) if refusal_of(self._at(step)) is None
-        ]  # a refused one may be whole
-        manifests = {}
+        there = [step for step in steps_in(self._folder) if not refusal_of(self._at(step))]  # others may be whole
+        readable = {}
         for step in there:
             with suppress(ValueError):  # damaged, and not noticed so far
-                manifests[step] = read_manifest(self._at(step))
-        saves = [step for step, manifest in manifests.items() if manifest.is_save and step <= newest]
+                readable[step] = manifest.read_manifest(self._at(step))
+        saves = [step for step, one in readable.items() if one.is_save and step <= newest]
         recent = saves[-self._config.keep_last :]
         for step in there:
             if step > last or (step not in recent and step not in best):
                 remove_atomically(self._at(step))
-            elif step in manifests and (step not in recent or (self._config.newest_optimizer_only and step != newest)):
-                self._shrink(manifests[step])
+            elif step in readable and (step not in recent or (self._config.newest_optimizer_only and step != newest)):
+                self._shrink(readable[step])
 
-    def _shrink(self, manifest: Manifest) -> None:
-        """Remove the optimizer's state from a checkpoint."""
-        if manifest.is_resumable:
-            files = {name: entry for name, entry in manifest.files.items() if name != OPTIMIZER}
-            _write_manifest(self._at(manifest.step), Manifest(manifest.step, files, manifest.is_save))
-        (self._at(manifest.step) / OPTIMIZER).unlink(
-            missing_ok=True
-        )  # also one that an earlier start left on its way here
+    def _shrink(self, whole: Manifest) -> None:
+        """Remove the optimizer's state from a checkpoint, also one that an earlier start was about to remove."""
+        if whole.is_resumable:
+            files = {name: entry for name, entry in whole.files.items() if name != OPTIMIZER}
+            _write_manifest(self._at(whole.step), Manifest(whole.step, files, whole.is_save))
+        (self._at(whole.step) / OPTIMIZER).unlink(missing_ok=True)
 
     def _part(self, step: int) -> Path:
         return self._folder / f".{self._at(step).name}.part"
@@ -350,9 +301,8 @@ class Checkpoints:
     def _full(self, error: Exception, need: int | None) -> Exception:
         """Return the error to raise: of a full disk one that says what is needed, else the error as it is."""
         if not is_disk_full(error):
-            return (
-                error if isinstance(error, OSError) else OSError(errno.EIO, f"a checkpoint can't be written: {error}")
-            )
+            is_known = isinstance(error, OSError)
+            return error if is_known else OSError(errno.EIO, f"a checkpoint can't be written: {error}")
         needs = "more than there is" if need is None else human_bytes(need)
         there = "there is no earlier checkpoint"
         if self.newest is not None:
@@ -369,13 +319,9 @@ class Checkpoints:
 def open_checkpoints(
     config: CheckpointConfig, run_dir: Path, before: Callable[[], None] = lambda: None, *, writes: bool = True
 ) -> Iterator[Checkpoints]:
-    """Open the checkpoints of a run's folder, which is locked; remove what an earlier start left half written.
-
-    Args:
-        before, writes: see Checkpoints.
-    """
+    """Open the checkpoints of a run's folder, which is locked; remove what an earlier start left half written."""
     folder = run_dir / CHECKPOINTS
-    checkpoints = Checkpoints(config, folder, before, writes=writes)
+    checkpoints = Checkpoints(config, folder, before, writes)
     for left in folder.glob(".step-*") if writes else ():
         try:
             remove_tree(left)
@@ -387,6 +333,6 @@ def open_checkpoints(
         checkpoints.close()
 
 
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_atomically(folder / MANIFEST, manifest.text())
+def _write_manifest(folder: Path, content: Manifest) -> None:
+    write_atomically(folder / MANIFEST, content.text())
     sync(folder)

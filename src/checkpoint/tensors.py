@@ -8,31 +8,13 @@ from pathlib import Path
 import torch
 import xxhash
 from safetensors import safe_open
+from safetensors.torch import _TYPES  # the only table of its names of types, which nothing public returns
 from torch import Tensor
 
 from src.runtime.sharding import ShardedTensor
 
 Tensors = Mapping[str, Tensor | ShardedTensor]
-
-TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-}
-"""Their names in safetensors."""
+NAMES = {dtype: name for name, dtype in _TYPES.items()}  # of types in safetensors
 
 
 def tensors_digest(tensors: Tensors) -> str:
@@ -42,9 +24,8 @@ def tensors_digest(tensors: Tensors) -> str:
 
 def stored_digest(path: Path) -> str:
     """Return the same hash of what a file holds, reading one tensor at a time: a mapped file would fill the memory."""
-    widths = {name: dtype.itemsize for dtype, name in TYPES.items()}
     with safe_open(path, framework="pt", backend="pread") as file:
-        sizes = {name: widths[file.get_slice(name).get_dtype()] for name in sorted(file.keys())}
+        sizes = {name: _TYPES[file.get_slice(name).get_dtype()].itemsize for name in sorted(file.keys())}
         return _digest((name, file.get_tensor(name)) for name in _in_order(sizes))
 
 
@@ -57,16 +38,12 @@ def one_by_one(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_tensors(file: Path, tensors: Tensors) -> str:
-    """Write a file that safetensors reads; return the digest of what should be in it.
-
-    Raises:
-        OSError: where it can't be written.
-    """
+    """Write a file that safetensors reads; return the digest of what should be in it, or raise an OSError."""
     header, end = {}, 0
     for name in _in_order({name: one.dtype.itemsize for name, one in tensors.items()}):
         one = tensors[name]
         start, end = end, end + one.nbytes
-        header[name] = {"dtype": TYPES[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that every tensor begins where its type may
     hashed = xxhash.xxh3_128()

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from src.checkpoint.compatibility import compare_configs
-from src.checkpoint.extend import asks_for_more_steps, check_extendable, how_to_extend
-from src.checkpoint.locate import check_best
+from src.checkpoint.locate import asks_for_more_steps, check_best, check_extendable, how_to_extend
 from src.config.frozen import CONFIG, config_hash, is_finished, read_config, read_starts
 from src.config.job import FROZEN, Job
 from src.errors import Interrupted, TrainingError

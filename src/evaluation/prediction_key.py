@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.exported import MAY_CHANGE, base_files
+from src.checkpoint.exported import ADAPTER, MAY_CHANGE, weight_files
 from src.config.keys import all_keys
 from src.config.schema import RunConfig
 from src.data.sources import file_hash
@@ -25,7 +25,8 @@ def prediction_key(config: RunConfig, frozen: Mapping[str, Any], model: Path) ->
     data_keys = {key.leaf for key in all_keys().values() if key.section == "data" and key.shapes_rows} | {"limit"}
     data_keys.remove("max_target_length")  # an answer takes no room
     files = [file for file in sorted(model.rglob("*")) if file.is_file() and file.name not in MAY_CHANGE]
-    weights = [file for file in base_files(model, config.model.checkpoint) if file.suffix == ".safetensors"]
+    base = weight_files(config.model.checkpoint) if (model / ADAPTER).exists() else []
+    weights = [file for file in base if file.suffix == ".safetensors"]
     return {
         **{f"generation.{key}": value for key, value in generation.items()},
         **{f"data.{key}": value for key, value in data.items() if key in data_keys},

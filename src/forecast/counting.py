@@ -19,7 +19,7 @@ from src.config.schema import LossConfig
 from src.errors import one_line
 from src.forecast.live_tensors import LiveTensors
 from src.forecast.quantised import is_quantised, put_fake_weight
-from src.model.masks import no_packing_detection
+from src.model.build import no_packing_detection
 from src.training.head import ModelWithLoss
 
 

@@ -76,9 +76,9 @@ def _measure_training(state: TrainState, work: Workload, runtime: Runtime) -> tu
     widest = inputs(work.micro_batches[work.shapes.index(work.widest)])
     losses: list[TokenLosses] = []
     saved = measure_saved_bytes(lambda: losses.append(state.loss_model(**widest)), state.model.parameters())
-    runtime.backward(losses[0].objective)
+    runtime.strategy.backward(losses[0].objective)
     usual = inputs(_median_batch(work.micro_batches, work.shapes))
-    seconds = _seconds_of(lambda: runtime.backward(state.loss_model(**usual).objective), runtime, repeats=2)
+    seconds = _seconds_of(lambda: runtime.strategy.backward(state.loss_model(**usual).objective), runtime, repeats=2)
     return widest["input_ids"].numel(), saved, seconds
 
 

@@ -18,17 +18,13 @@ from torch.nn import functional
 from src.config.schema import LoraConfig, RunConfig
 from src.errors import ModelError, one_line
 from src.model.embeddings import embedding_matrices, true_tie_flag
-from src.model.layers import is_linear, is_transposed
-from src.model.quantization import quiet_bitsandbytes
+from src.model.quantization import is_linear, is_transposed, quiet_bitsandbytes
 from src.model.weights import check_finite, check_names
 from src.runtime.sharding import gathered, unsharded_models
 from src.util import in_words, nearest
 
-WEIGHTS = "adapter_model.safetensors"
-"""What PEFT calls the file of an adapter's weights."""
-NAME = "default"
-"""What PEFT calls the one adapter of a model."""
-
+WEIGHTS = "adapter_model.safetensors"  # what PEFT calls the file of an adapter's weights
+NAME = "default"  # what PEFT calls the one adapter of a model
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 """Values of init_lora_weights that leave the base's weights as they are."""
 
@@ -48,19 +44,14 @@ class Adapter:
     """An adapter that PEFT has put into a model; the model is changed in place and used as before."""
 
     peft_model: Any
-    needs_merging: str = ""
-    """Why plain PEFT can't load the adapter by itself, so that only merged weights are a result; mostly ''."""
+    needs_merging: str = ""  # why plain PEFT can't load it by itself, so that only merged weights are a result
 
     def save(self, folder: Path) -> None:
         """Write the adapter and the rows of new tokens, nothing of the base."""
         self.peft_model.save_pretrained(folder, save_embedding_layers=False)  # else PEFT writes both whole matrices
 
     def load(self, folder: Path) -> None:
-        """Load what `save` wrote into this adapter and its rows.
-
-        Raises:
-            ModelError: where it can't be read, or is of another form.
-        """
+        """Load what `save` wrote into this adapter; ModelError says that it can't be read, or is of another form."""
         from peft import set_peft_model_state_dict
 
         saved = _read_adapter(folder)
@@ -79,8 +70,7 @@ class Adapter:
     def shapes_on(self, empty: Any, folder: Path) -> dict[str, tuple[int, ...]]:
         """Load what was saved onto an empty base; return the shapes of its tensors, by the names of `state`.
 
-        Raises:
-            ValueError, RuntimeError, KeyError: where it does not fit.
+        ValueError, RuntimeError or KeyError say that it does not fit.
         """
         from peft import PeftModel, get_peft_model_state_dict
 
@@ -92,12 +82,9 @@ class Adapter:
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def on_float32(self, folder: Path) -> tuple[Any, torch.dtype]:
-        """Return this adapter on its dequantised base, to be made float32, and the type that the base had.
+        """Return this adapter, saved in a folder, on its dequantised base, to be made float32; and the base's type.
 
         Weights of fewer bits than float32 are moved to the CPU: where they were they may have no room.
-
-        Args:
-            folder: where this adapter was saved.
         """
         from peft import PeftModel
 
@@ -123,29 +110,20 @@ def _trained_ids(model: nn.Module) -> dict[str, list[int]]:
 
 
 def _read_adapter(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a saved adapter, by the names that PEFT writes.
-
-    Raises:
-        ModelError: where they can't be read.
-    """
+    """Return the tensors of a saved adapter, by the names that PEFT writes."""
     file = folder / WEIGHTS
     try:
         if file.exists() and not file.is_file():  # a pipe would be waited for
             raise OSError(f"{WEIGHTS} is no plain file")
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise _not_read(folder, error) from error
-
-
-def _not_read(folder: Path, error: Exception) -> ModelError:
-    return ModelError(f"the adapter in {folder} can't be read: {one_line(error)} ({WEIGHTS})")
+        raise ModelError(f"the adapter in {folder} can't be read: {one_line(error)} ({WEIGHTS})") from error
 
 
 def with_adapter(base: Any, folder: Path) -> Any:
     """Load a saved adapter onto its base, which has room for the new tokens; return the model.
 
-    Raises:
-        ModelError: where it does not fit, lacks a weight or has one too many, or one that is not finite.
+    ModelError says that it does not fit, lacks a weight or has one too many, or one that is not finite.
     """
     quiet_bitsandbytes()  # PEFT imports it
     from peft import PeftModel, get_peft_model_state_dict
@@ -155,10 +133,8 @@ def with_adapter(base: Any, folder: Path) -> Any:
         with quiet(), true_tie_flag(base), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # check_names names them
             loaded = PeftModel.from_pretrained(base, folder)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"{what} does not fit its base: {one_line(error)}") from error
-    except (SafetensorError, OSError) as error:
-        raise _not_read(folder, error) from error
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        raise ModelError(f"{what} can't be loaded onto its base: {one_line(error)}") from error
     names = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
     check_names(what, missing=names - saved.keys(), left_over=saved.keys() - names)
     check_finite(what, saved.items())
@@ -168,10 +144,8 @@ def with_adapter(base: Any, folder: Path) -> Any:
 def add_adapter(model: Any, config: RunConfig, new_ids: Sequence[int] = ()) -> Adapter | None:
     """Freeze a model and put an adapter into it, in place; return None where the configuration has none.
 
-    Args:
-        new_ids: tokens whose rows are trained too, in each matrix of tokens.
-    Raises:
-        ModelError: where `target_modules` is not found in the model, or the adapter alone could not be loaded again.
+    The rows of `new_ids` are trained too, in each matrix of tokens. ModelError says that `target_modules` is not found
+    in the model, or that the adapter alone could not be loaded again.
     """
     lora = config.lora
     if lora is None:
@@ -197,7 +171,8 @@ def add_adapter(model: Any, config: RunConfig, new_ids: Sequence[int] = ()) -> A
         raise ModelError(f"this adapter can't be put into a {type(model).__name__}: {one_line(error)}") from error
     if lora.use_dora:
         _check_norms(model)
-    settings.base_model_name_or_path = portable(config.model.checkpoint)
+    base = Path(config.model.checkpoint)  # by its whole path it is found from another folder too
+    settings.base_model_name_or_path = str(base.resolve()) if base.is_dir() else config.model.checkpoint
     use_row_lookup(model)
     return Adapter(adapted, needs_merging)
 
@@ -205,8 +180,7 @@ def add_adapter(model: Any, config: RunConfig, new_ids: Sequence[int] = ()) -> A
 def _peft_config(model: Any, config: RunConfig, new_rows: dict[str, list[int]] | None) -> Any:
     """Return PEFT's settings.
 
-    Args:
-        new_rows: tokens whose rows are trained, by the name of the matrix; PEFT ties the other matrices to these.
+    `new_rows` has the tokens whose rows are trained, by the name of the matrix; PEFT ties the other matrices to these.
     """
     import peft
 
@@ -222,11 +196,7 @@ def _peft_config(model: Any, config: RunConfig, new_rows: dict[str, list[int]] |
 
 
 def _check_rows_have_no_adapter(model: Any, matrices: Sequence[str], lora: LoraConfig) -> None:
-    """Raise ModelError where a matrix of tokens is a target: rows of new tokens are trained in it.
-
-    Args:
-        matrices: names of the matrices that have such rows.
-    """
+    """Raise ModelError where one of these matrices of tokens, or the head, is a target: rows of it are trained."""
     head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     for name in (*matrices, *head):
         if is_target(name, lora.target_modules) and not is_target(name, lora.exclude_modules or []):
@@ -237,11 +207,7 @@ def _check_rows_have_no_adapter(model: Any, matrices: Sequence[str], lora: LoraC
 
 
 def _check_norms(model: nn.Module) -> None:
-    """Check that DoRA, which divides by the norm of each of a matrix's outputs, has no 0 to divide by.
-
-    Raises:
-        ModelError: naming the matrix and the outputs.
-    """
+    """Check that DoRA, which divides by the norm of each of a matrix's outputs, has no 0 to divide by."""
     for name, module in model.named_modules():
         for layer in getattr(module, "lora_magnitude_vector", {}).values():
             with gathered([layer.weight]):
@@ -275,10 +241,7 @@ def _lost_when_loaded(model: Any, matrices: Sequence[nn.Module]) -> str:
 def check_adapter(empty: Any, config: RunConfig) -> None:
     """Check that an adapter goes into a model, and changes nothing else where it is written into the weights.
 
-    Args:
-        empty: the model on the meta device; gets the adapter.
-    Raises:
-        ModelError: saying what does not go together.
+    The model, on the meta device, gets the adapter. ModelError says what does not go together.
     """
     assert config.lora is not None
     check_targets(empty, config.lora)
@@ -307,12 +270,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 def _check_shared(model: nn.Module, owners: Mapping[int, Sequence[str]], why: str, remedy: str) -> None:
     """Check that no matrix with an adapter is another module's too, which would change with it.
 
-    Args:
-        owners: those of the model's parameters before the adapter was put into it.
-        why: what writes into the matrix.
-        remedy: what to do instead.
-    Raises:
-        ModelError: naming the modules.
+    The owners are those of the parameters before the model got the adapter; `why` says what writes into the matrix.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -331,17 +289,8 @@ def _check_shared(model: nn.Module, owners: Mapping[int, Sequence[str]], why: st
             )
 
 
-def portable(checkpoint: str) -> str:
-    """Return the base's name so that it is found from another folder too."""
-    return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
-
-
 def check_targets(model: Any, config: LoraConfig) -> None:
-    """Check that every name of `target_modules` is in the model.
-
-    Raises:
-        ModelError: with the nearest names of those that are.
-    """
+    """Check that the model has every name of the targets; ModelError says which are nearest to one that it lacks."""
     for key, targets in (("target_modules", config.target_modules), ("exclude_modules", config.exclude_modules)):
         if targets is not None and targets != "all-linear":
             _check_names(model, key, [targets] if isinstance(targets, str) else targets, isinstance(targets, str))
@@ -396,12 +345,9 @@ def use_row_lookup(model: nn.Module) -> None:
 
 
 def with_rows(base: nn.Module, x: Tensor, ids: Tensor, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute a lookup or a head as if the matrix had these rows in the place of its own.
+    """Compute a lookup or a head as if the matrix had these rows [n, width] in the place of its own of `ids` [n].
 
-    Args:
-        base: an embedding, for ids x [...], or a linear layer, for states x [..., width].
-        ids: of the rows, [n].
-        rows: [n, width].
+    The base is an embedding, for ids x [...], or a linear layer, for states x [..., width].
     """
     result = base(x, *args, **kwargs)
     if isinstance(base, nn.Embedding):

@@ -4,27 +4,19 @@ import importlib.util
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, masking_utils
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from src.config.schema import (
-    WIDTH_SIZES,
-    Attention,
-    Dtype,
-    GenerationConfig,
-    ModelConfig,
-    ModelType,
-    RunConfig,
-    Weights,
-    ZeroConfig,
-)
+from src.config import schema
+from src.config.schema import Attention, Dtype, ModelConfig, ModelType, RunConfig, Weights
 from src.errors import ModelError, one_line, report
 from src.model.adapters import check_adapter
 from src.model.quantization import check_quantisable, disable_cpu_packing, quantization_settings
@@ -36,9 +28,8 @@ from src.util import in_words
 def build_model(config: RunConfig, device: torch.device) -> Any:
     """Load the model, or draw its weights at random; quantised weights are loaded onto the device.
 
-    Raises:
-        ModelError: where the checkpoint can't be loaded, is of another type, or is too short for the data; before any
-            weight is read where that can be known.
+    ModelError says that the checkpoint can't be loaded, is of another type, or is too short for the data; before any
+    weight is read where that can be known.
     """
     architecture = load_architecture(config.model)
     check_lengths(config.model, architecture, config.data.max_seq_length, config.data.max_target_length)
@@ -55,15 +46,11 @@ def build_model(config: RunConfig, device: torch.device) -> Any:
 
 
 def with_zero_sizes(config: RunConfig) -> RunConfig:
-    """Return the configuration with the sizes that DeepSpeed takes from the model's width in place of `auto`.
-
-    Raises:
-        ModelError: where the model has no width.
-    """
+    """Return the configuration with sizes by the model's width, if it has one (else ModelError), in place of `auto`."""
     zero = config.deepspeed
-    if not isinstance(zero, ZeroConfig):
+    if not isinstance(zero, schema.ZeroConfig):
         return config
-    autos = [key for key in WIDTH_SIZES if zero.zero_optimization.get(key) == "auto"]
+    autos = [key for key in schema.WIDTH_SIZES if zero.zero_optimization.get(key) == "auto"]
     if not autos:
         return config
     architecture = load_architecture(config.model).get_text_config()
@@ -71,26 +58,18 @@ def with_zero_sizes(config: RunConfig) -> RunConfig:
     if not width:
         named = ", ".join(f"deepspeed.zero_optimization.{key}" for key in autos)
         raise ModelError(f"{config.model.checkpoint} has no hidden_size to fill `auto` in: set numbers for {named}")
-    sizes = zero.zero_optimization | {key: WIDTH_SIZES[key](width) for key in autos}
+    sizes = zero.zero_optimization | {key: schema.WIDTH_SIZES[key](width) for key in autos}
     return replace(config, deepspeed=replace(zero, zero_optimization=sizes))
 
 
 def check_adapter_of(config: RunConfig) -> None:
-    """Check that the adapter goes into the model, and can be merged where it is to be; no weight is read for that.
-
-    Raises:
-        ModelError: saying what does not go together.
-    """
+    """Raise ModelError where the adapter does not go into the model, or can't be merged as asked; no weight is read."""
     if config.adapter.is_on:
         check_adapter(empty_model(config.model), config)
 
 
 def check_stored_bits(config: RunConfig, architecture: Any) -> None:
-    """Check that weights which are stored quantised are neither trained, merged nor quantised again.
-
-    Raises:
-        ModelError: saying what to change.
-    """
+    """Raise ModelError where weights that are stored quantised would be trained, merged or quantised again."""
     if getattr(architecture, "quantization_config", None) is None:
         return
     stored = f"{config.model.checkpoint} is stored quantised"
@@ -103,31 +82,21 @@ def check_stored_bits(config: RunConfig, architecture: Any) -> None:
 
 
 def check_attention(config: ModelConfig, device: torch.device) -> None:
-    """Check that the chosen attention is available here.
-
-    Raises:
-        ModelError: saying what is lacking.
-    """
+    """Check that the chosen attention is available here; ModelError says what is lacking."""
     if config.attn_implementation is not Attention.flash_attention_2:
         return
-    has_package = importlib.util.find_spec("flash_attn") is not None
-    is_16_bit = config.dtype in (Dtype.bfloat16, Dtype.float16)
-    lacking = {
+    needs = {
         "a GPU": device.type == "cuda",
-        "the package flash-attn": has_package,
-        "model.dtype=bfloat16 or float16": is_16_bit,
+        "the package flash-attn": importlib.util.find_spec("flash_attn") is not None,
+        "model.dtype=bfloat16 or float16": config.dtype in (Dtype.bfloat16, Dtype.float16),
     }
-    if missing := [what for what, is_there in lacking.items() if not is_there]:
+    if missing := [what for what, is_there in needs.items() if not is_there]:
         reason = f"flash_attention_2 needs {in_words(missing)}"
         raise ModelError(f"model.attn_implementation: {reason}; sdpa is nearly as fast, and always there")
 
 
 def check_lengths(config: ModelConfig, architecture: Any, max_seq_length: int, max_target_length: int) -> None:
-    """Check that the model has positions for the longest row.
-
-    Raises:
-        ModelError: naming the key that asks for more.
-    """
+    """Check that the model has positions for the longest row; ModelError names the key that asks for more."""
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     is_pair = config.type is ModelType.encoder_decoder
     lengths = {"max_seq_length": max_seq_length, "max_target_length": max_target_length if is_pair else 0}
@@ -139,11 +108,12 @@ def check_lengths(config: ModelConfig, architecture: Any, max_seq_length: int, m
 def load_architecture(config: ModelConfig) -> Any:
     """Load a checkpoint's configuration, without weights.
 
-    Raises:
-        ModelError: where there is none, it describes no model, or one of another type than `model.type`.
+    ModelError says that there is none, or that it describes no model, or one of another type than `model.type`.
     """
     try:
-        architecture = AutoConfig.from_pretrained(config.checkpoint, **_where(config))
+        architecture = AutoConfig.from_pretrained(
+            config.checkpoint, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
     except Exception as error:  # the libraries raise many kinds
         if "custom code" in str(error):
             reason = "brings Python code of its own; model.trust_remote_code=true runs it"
@@ -158,40 +128,41 @@ def load_architecture(config: ModelConfig) -> Any:
 
 def empty_model(config: ModelConfig) -> Any:
     """Build the model without weights: its modules and shapes, no memory."""
-    attention = _attention(config)
     if config.attn_implementation is Attention.flash_attention_2:  # its package refuses where there is no GPU
-        attention = {"attn_implementation": "sdpa"}
+        config = replace(config, attn_implementation=Attention.sdpa)
     architecture = load_architecture(config)
     try:
         with unsharded_models(), torch.device("meta"):
-            return _auto(config).from_config(
-                architecture, trust_remote_code=config.trust_remote_code, **_dtype(config), **attention
-            )
+            return _auto(config).from_config(architecture, **_settings(config))
     except Exception as error:  # as many as there are models
         raise ModelError(f"{config.checkpoint} can't be built as asked: {one_line(error)}") from error
 
 
-def _attention(config: ModelConfig) -> dict[str, str]:
-    return {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation.value}
+def no_packing_detection() -> AbstractContextManager[Any]:
+    """Return a context in which transformers takes every sequence for a single row, which needs no mask.
+
+    transformers 5 compares positions to see whether rows are packed; without values it assumes that they are.
+    """
+    return patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None)
 
 
-def _where(config: ModelConfig) -> dict[str, Any]:
-    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    """Return what transformers takes to build a model, with weights or without."""
+    settings: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation is not None:
+        settings["attn_implementation"] = config.attn_implementation.value
+    if config.dtype is not Dtype.auto:
+        settings["dtype"] = getattr(torch, config.dtype.value)
+    return settings
 
 
 def _auto(config: ModelConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.type is ModelType.encoder_decoder else AutoModelForCausalLM
 
 
-def _dtype(config: ModelConfig) -> dict[str, Any]:
-    return {} if config.dtype.value == "auto" else {"dtype": getattr(torch, config.dtype.value)}
-
-
 def num_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of all parameters and of trained ones; weights in 4 bits count as what they stand for."""
-    return sum(map(_count, model.parameters())), sum(
-        math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad
-    )
+    return sum(map(_count, model.parameters())), sum(_count(p) for p in model.parameters() if p.requires_grad)
 
 
 def _count(parameter: nn.Parameter) -> int:
@@ -202,29 +173,20 @@ def _count(parameter: nn.Parameter) -> int:
 def load_weights(config: ModelConfig, architecture: Any, checkpoint: str, **settings: Any) -> Any:
     """Load the weights of a checkpoint, or draw them at random.
 
-    All of the model's must be there, and be finite; a warning names parts of the checkpoint that it has no use for.
-
-    Args:
-        checkpoint: a hub id or a folder.
-        settings: more for from_pretrained.
-    Raises:
-        ModelError: where it can't be.
+    All of the model's must be there, and be finite (else ModelError); a warning names parts that it has no use for. The
+    checkpoint is a hub id or a folder; `settings` are more for from_pretrained.
     """
-    attention = _attention(config)
     try:
         if config.weights is Weights.random:
-            return _auto(config).from_config(
-                architecture, trust_remote_code=config.trust_remote_code, **_dtype(config), **attention
-            )
+            return _auto(config).from_config(architecture, **_settings(config))
         with _without_report():
             model, loaded = _auto(config).from_pretrained(
                 checkpoint,
+                revision=config.revision,
                 use_safetensors=config.use_safetensors or None,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # check_loaded names them
-                **({"dtype": "auto"} | _dtype(config)),
-                **attention,
-                **_where(config),
+                **({"dtype": "auto"} | _settings(config)),
                 **settings,
             )
     except Exception as error:  # the libraries raise many kinds
@@ -255,13 +217,16 @@ def preload_weight_names() -> None:
 
 
 def set_generation(
-    model: Any, config: GenerationConfig, tokenizer: Any, stop_ids: Sequence[int], target_prefix: Sequence[int] = ()
+    model: Any,
+    config: schema.GenerationConfig,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    target_prefix: Sequence[int] = (),
 ) -> None:
     """Set the model's generation config, for here and after export, in place of its checkpoint's.
 
-    Settings of sampling are set only where sampling is on.
-
-    A tokenizer without a pad token pads with EOS: labels and masks never look at the pad id.
+    Settings of sampling are set only where sampling is on. A tokenizer without a pad token pads with EOS: labels and
+    masks never look at the pad id.
 
     Args:
         stop_ids: each of them ends what is generated.

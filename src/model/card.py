@@ -13,6 +13,7 @@ import yaml
 
 from src.errors import visible
 from src.markdown import code, fenced, inline, table
+from src.secrets import map_texts
 
 SHAPING = (
     *("seed", "init_from", "model", "quantization", "adapter", "tokens", "data", "optimizer", "scheduler", "training"),
@@ -21,9 +22,9 @@ SHAPING = (
 """The parts of a configuration that shape a model."""
 PATHS = ("init_from", "checkpoint", "train_files", "validation_files", "test_files", "dataset_name", "config_file")
 """Keys whose values may be relative paths; the card has only the last part of these, as of every absolute path."""
+PATH_ENDINGS = ("_path", "_dir", "_file", "_folder")
 NOT_SHAPING = ("cache_dir", "preprocessing_num_workers", "max_seconds", "logging_steps")
-SHOWN = ("train/loss", "eval/")
-"""Prefixes of the metrics that the card shows."""
+SHOWN = ("train/loss", "eval/")  # prefixes of the metrics that the card shows
 
 
 def model_card(
@@ -33,15 +34,7 @@ def model_card(
     provenance: Mapping[str, Any],
     new_tokens: Mapping[str, int],
 ) -> str:
-    """Return the card.
-
-    Args:
-        frozen: the run's configuration, as in config.yaml.
-        data: the statistics of each set, as in data_report.json.
-        metrics: the last value of every metric.
-        provenance: as in provenance.json.
-        new_tokens: the configuration's tokens and their ids.
-    """
+    """Return the card of a run: of its config.yaml, data_report.json, last metrics, provenance.json, and token ids."""
     model, git = frozen["model"], provenance.get("git", {})
     head = {"library_name": "peft" if _is_adapter(frozen) else "transformers", "base_model": _name(model["checkpoint"])}
     commit = git.get("commit") or "unknown"
@@ -80,32 +73,18 @@ def _as_yaml(node: Any) -> str:
 
 def shaping(frozen: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sections of a configuration that shaped the model, with names in place of paths."""
-    return _without_paths({key: frozen[key] for key in SHAPING if key in frozen})
+    sections = {key: frozen[key] for key in SHAPING if key in frozen}
+    for key, section in sections.items():
+        if isinstance(section, Mapping):
+            sections[key] = {name: value for name, value in section.items() if name not in NOT_SHAPING}
+    return map_texts(sections, lambda text, key: _name(text) if _is_path(text, key) else text)
 
 
-def _without_paths(node: Any) -> Any:
-    if isinstance(node, list | tuple):
-        return [_without_paths(value) for value in node]
-    if isinstance(node, str):
-        return _name(node) if _is_from_root(node) else node
-    if not isinstance(node, Mapping):
-        return node
-    return {
-        key: _names(value)
-        if key in PATHS or str(key).endswith(("_path", "_dir", "_file", "_folder"))
-        else _without_paths(value)
-        for key, value in node.items()
-        if key not in NOT_SHAPING
-    }
-
-
-def _names(node: Any) -> Any:
-    """Return the names of paths, also in lists and mappings."""
-    if isinstance(node, Mapping):
-        return {key: _names(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_names(value) for value in node]
-    return _name(node) if isinstance(node, str) else node
+def _is_path(text: str, key: str) -> bool:
+    """Return whether a text is a path, by its dotted key or by itself."""
+    is_in_path = any(part in PATHS or part.endswith(PATH_ENDINGS) for part in key.split("."))
+    is_from_root = _FROM_ROOT.fullmatch(text) is not None or (text.startswith("/") and os.path.exists(text))
+    return is_in_path or is_from_root
 
 
 def _name(place: str) -> str:
@@ -116,10 +95,6 @@ def _name(place: str) -> str:
 
 _FROM_ROOT = re.compile(r"(?:file:/+|/|~[\w.-]*/|[A-Za-z]:[\\/])[^/\\{}<>()*\n]+(?:[/\\][^{}<>()*\n]*)+")
 """An absolute path of several parts; templates and patterns do not match."""
-
-
-def _is_from_root(text: str) -> bool:
-    return _FROM_ROOT.fullmatch(text) is not None or (text.startswith("/") and os.path.exists(text))
 
 
 def _is_adapter(frozen: Mapping[str, Any]) -> bool:
@@ -145,14 +120,13 @@ def _loading(frozen: Mapping[str, Any]) -> str:
     auto = "AutoModelForSeq2SeqLM" if is_pair else "AutoModelForCausalLM"
     if not _is_adapter(frozen):
         lines = ["model = " + auto + ".from_pretrained(FOLDER)", "tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
-        note = ""
-        if _is_quantised(frozen):
-            note = "\n\nThe adapter was trained on quantised weights. These are the same weights dequantised and "
-            note += (
-                f"merged in float32, written as {frozen['model']['dtype']}: their logits are those of training but for "
-            )
-            note += "rounding (2e-2 at most in float32, more in 16 bits and after training in 8 bits)."
-        return _code([f"from transformers import {auto}, AutoTokenizer", *lines]) + note
+        note = (
+            "\n\nThe adapter was trained on quantised weights. These are the same weights dequantised and merged in "
+            f"float32, written as {frozen['model']['dtype']}: their logits are those of training but for rounding "
+            "(2e-2 at most in float32, more in 16 bits and after training in 8 bits)."
+        )
+        loading = fenced("\n".join([f"from transformers import {auto}, AutoTokenizer", *lines]), "python")
+        return loading + (note if _is_quantised(frozen) else "")
     checkpoint, revision = frozen["model"]["checkpoint"], frozen["model"]["revision"]
     is_local = _name(checkpoint) != checkpoint
     settings = ["BASE" if is_local else repr(checkpoint), *([f"revision={revision!r}"] if revision else [])]
@@ -179,20 +153,16 @@ def _loading(frozen: Mapping[str, Any]) -> str:
         "model = PeftModel.from_pretrained(base, FOLDER)",
         "model.generation_config = GenerationConfig.from_pretrained(FOLDER)",
     ]
-    return _code(lines) + note
+    return fenced("\n".join(lines), "python") + note
 
 
 def _bits(frozen: Mapping[str, Any]) -> str:
     quantization = frozen["quantization"]
     if quantization["load_in_8bit"]:
         return "load_in_8bit=True"
-    settings = [("bnb_4bit_quant_type", quantization["bnb_4bit_quant_type"])]
     mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(frozen["training"]["mixed_precision"], frozen["model"]["dtype"])
-    chosen = quantization["bnb_4bit_compute_dtype"]
-    settings += [("bnb_4bit_compute_dtype", mixed if chosen == "auto" else chosen)]
-    settings += [("bnb_4bit_use_double_quant", quantization["bnb_4bit_use_double_quant"])]
-    return ", ".join(["load_in_4bit=True", *(f"{key}={value!r}" for key, value in settings if value != "auto")])
-
-
-def _code(lines: list[str]) -> str:
-    return fenced("\n".join(lines), "python")
+    names = ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant")
+    settings = {name: quantization[name] for name in names}
+    if settings["bnb_4bit_compute_dtype"] == "auto":
+        settings["bnb_4bit_compute_dtype"] = mixed
+    return ", ".join(["load_in_4bit=True", *(f"{key}={value!r}" for key, value in settings.items() if value != "auto")])

@@ -136,17 +136,11 @@ def resize_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | Non
 
 @dataclass(frozen=True)
 class InitialisedRows:
-    """The tokens whose rows were initialised.
+    """The tokens whose rows were initialised."""
 
-    Args:
-        ids: by token.
-        sources: ids of the tokens that each started from, empty where it did not start from a text.
-        values: the rows by matrix, [tokens, width], to be read back.
-    """
-
-    ids: dict[str, int]
-    sources: dict[str, list[int]]
-    values: dict[str, Tensor]
+    ids: dict[str, int]  # by token
+    sources: dict[str, list[int]]  # ids of the tokens that each started from; empty where it started from no text
+    values: dict[str, Tensor]  # the rows by matrix, [tokens, width], to be read back
 
 
 def reread_rows(model: Any, initialised: InitialisedRows) -> InitialisedRows:
@@ -161,13 +155,9 @@ def resize_and_initialise(
     """Make room for all tokens and initialise the rows of those that have no pretrained row yet.
 
     They start from rows that the checkpoint has trained, never from padding or from one another. A token that the
-    tokenizer knows but the matrix has no row for is as new as one that was added; one that the configuration does not
-    name starts from the mean. No other row is written.
-
-    Args:
-        untrained: tokens that have a row which the checkpoint never trained (src.model.untrained).
-    Raises:
-        TokenError: where a text has no pretrained token to start from.
+    tokenizer knows but the matrix has no row for, or one whose row the checkpoint never trained (`untrained`, see
+    src.model.untrained), is as new as an added one. One that the configuration does not name starts from the mean.
+    No other row is written. TokenError says that a text has no pretrained token to start from.
     """
     num_old = full_shape(model.get_input_embeddings().weight)[0]
     vocabulary = tokenizer.get_vocab()
@@ -200,10 +190,7 @@ def source_ids(
 ) -> list[list[int]]:
     """Return for each token the ids whose rows it starts from; empty where it does not start from a text.
 
-    Args:
-        pretrained: the ids whose rows the checkpoint has trained.
-    Raises:
-        TokenError: where a text consists of tokens that are not pretrained.
+    They are `pretrained`: the checkpoint has trained their rows. TokenError says that a text has no such token.
     """
     init, named = config.init, config.additional_special_tokens
     texts: dict[str, str] = {}
@@ -247,10 +234,8 @@ def initial_rows(
 def check_new_rows(model: Any, initialised: InitialisedRows) -> None:
     """Read the new rows back from the wrapped model, and compare them bit for bit with what was written.
 
-    Where the model's type has fewer bits now, the rows are compared rounded to it.
-
-    Raises:
-        ModelError: naming the matrix and the tokens that do not start where they should.
+    Where the model's type has fewer bits now, the rows are compared rounded to it. ModelError names the matrix and the
+    tokens that do not start where they should.
     """
     if not initialised.ids:
         return
@@ -278,13 +263,10 @@ class TokenMonitor:
     def _rows(self, matrix: Matrix) -> Tensor:
         return matrix.rows(list(self.ids.values())).float()
 
-    def record_gradients(self) -> None:
-        """Keep the norms of the gradients before the update, without waiting for the device."""
-        self._gradients = {m.name: m.gradient_norms(list(self.ids.values())) for m in self._matrices}
-
-    def clear_gradients(self) -> None:
-        """Keep no norms: under DeepSpeed gradients are sharded, and no process has a whole row's."""
-        self._gradients = {}
+    def record_gradients(self, *, are_whole: bool) -> None:
+        """Keep the norms of the gradients before the update, without waiting for the device; of sharded ones none."""
+        matrices = self._matrices if are_whole else []
+        self._gradients = {m.name: m.gradient_norms(list(self.ids.values())) for m in matrices}
 
     def state(self) -> dict[str, list[float]]:
         """Return the norms of the last step, as plain values."""

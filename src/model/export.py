@@ -5,9 +5,10 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,8 +94,7 @@ def _put_into_place(part: Path, folder: Path) -> str:
 def _write_adapter(model: Any, adapter: Adapter, tokenizer: Any, folder: Path, config: RunConfig, card: str) -> str:
     """Write an adapter; with `export.merge` into a folder of its own, and merged weights around it.
 
-    Returns:
-        A warning where it was not merged.
+    Return a warning where it was not merged.
     """
     place = folder / "adapter" if config.export.merge else folder
     generation = model.generation_config
@@ -107,20 +107,19 @@ def _write_adapter(model: Any, adapter: Adapter, tokenizer: Any, folder: Path, c
         return ""
     (place / "README.md").write_text(card, encoding="utf-8")
     tokenizer.save_pretrained(place)
-    merged, problem = merge(adapter, place, probe_ids(tokenizer, config.tokens.additional_special_tokens))
-    if problem:
-        return _kept(problem, place, adapter, config)
+    try:
+        merged = merge(adapter, place, probe_ids(tokenizer, config.tokens.additional_special_tokens))
+    except ModelError as error:
+        return _kept(str(error), place, adapter, config)
+    except Exception as error:  # the libraries raise many kinds; the adapter is saved already
+        return _kept(f"the adapter can't be merged: {one_line(error)}", place, adapter, config)
     merged.generation_config = generation
     _write_model(merged, folder, config)
     return ""
 
 
 def _kept(problem: str, place: Path, adapter: Adapter, config: RunConfig) -> str:
-    """Move an adapter to where merged weights would have been; return a warning.
-
-    Raises:
-        ExportError: where the adapter alone is no result.
-    """
+    """Move an adapter to where merged weights would have been; return a warning, or raise that it is no result."""
     lost = adapter.needs_merging
     if config.model.weights is Weights.random:
         lost = "its base, random weights, is nowhere else"
@@ -132,21 +131,15 @@ def _kept(problem: str, place: Path, adapter: Adapter, config: RunConfig) -> str
     return f"export.merge: {problem}. So model/ holds the adapter, as with export.merge=false; its README.md loads it"
 
 
-@contextmanager
-def _without_deepspeed() -> Iterator[None]:
-    """Save without importing DeepSpeed, where the run does not use it.
+def _without_deepspeed() -> AbstractContextManager[Any]:
+    """Return a context that saves without importing DeepSpeed, where the run does not use it.
 
     Accelerate 1.15 would import it, and MLflow with it, a second in all, to see that the model is not DeepSpeed's.
     """
-    other: Any = sys.modules.get("accelerate.utils.other")
+    other = sys.modules.get("accelerate.utils.other")
     if other is None or "deepspeed" in sys.modules:
-        yield
-        return
-    is_available, other.is_deepspeed_available = other.is_deepspeed_available, lambda: False
-    try:
-        yield
-    finally:
-        other.is_deepspeed_available = is_available
+        return nullcontext()
+    return patch.object(other, "is_deepspeed_available", lambda: False)
 
 
 def _write_model(model: Any, folder: Path, config: RunConfig) -> None:
@@ -220,22 +213,15 @@ def _check_tokenizer(folder: Path, tokenizer: Any, *, trust: bool) -> None:
         raise ExportError(f"the tokenizer in {folder} has other ids for:\n{listed(wrong)}")
 
 
-def exported_model_config(run_dir: Path, config: ModelConfig) -> ModelConfig:
-    """Return the settings that load the model and tokenizer that a run exported."""
-    return config.pretrained_at(run_dir / "model")
-
-
 def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) -> Any:
     """Load the model that a run exported, in the precision and with the attention of this configuration.
 
-    An adapter is loaded onto its base, quantised as it was trained.
-
-    Raises:
-        ModelError: where it can't be loaded, or is too short for the data.
+    An adapter is loaded onto its base, quantised as it was trained. ModelError says that it can't be loaded, or is too
+    short for the data.
     """
     folder = run_dir / "model"
     if not (folder / "adapter_config.json").exists():
-        model = exported_model_config(run_dir, config.model)
+        model = config.model.pretrained_at(folder)
         architecture = load_architecture(model)
         check_lengths(model, architecture, config.data.max_seq_length, config.data.max_target_length)
         return load_weights(model, architecture, model.checkpoint)

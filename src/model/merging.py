@@ -10,17 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.errors import one_line
+from src.errors import ModelError
 from src.model.adapters import Adapter
 from src.model.embeddings import true_tie_flag
 
 TOLERANCE = 1e-4
 """How far logits may move by another order of sums in float32; relative to the largest one where that is above 1."""
-
 ROUNDED = 2.0
 """How far they may be from float32's in the type that is written, as a multiple of the distance that this type, or
 quantised weights, had in training."""
-
 PROBE = (
     "The bridge was closed on Monday, so we took the long way round: 12 miles more, and 30 minutes. Was it worth it?"
 )
@@ -30,24 +28,19 @@ REBUILT = 0.1
 Rounding to 8 or 16 bits stays well below; weights wrongly converted, or a lost adapter, do not."""
 
 
-def merge(adapter: Adapter, folder: Path, probe: Sequence[int]) -> tuple[Any, str]:
-    """Return a plain model with the adapter in its weights, and ""; or None and why it can't be merged.
+@torch.no_grad()
+def merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> Any:
+    """Return a plain model with the adapter in its weights.
 
     The model with the adapter can't be used any more. Quantised and 16-bit weights are made float32 on the CPU first:
     quantised again, or rounded twice, the adapter would be rounded away.
 
     Args:
         folder: where the adapter was saved.
-        probe: the row on which the models are compared.
+        ids: the row on which the models are compared.
+    Raises:
+        ModelError: where merging would change the model. PEFT and bitsandbytes raise many other kinds.
     """
-    try:
-        return _merge(adapter, folder, probe)
-    except Exception as error:  # PEFT and bitsandbytes raise many kinds; the adapter is saved already
-        return None, f"the adapter can't be merged: {one_line(error)}"
-
-
-@torch.no_grad()
-def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str]:
     model = adapter.peft_model.get_base_model()
     model.eval()
     if "flash" in model.config._attn_implementation:  # which computes in 16 bits only, on GPUs
@@ -60,15 +53,15 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
     buffers = _make_float32(float32_model.get_base_model())
     expected = logits(float32_model.get_base_model(), probe)
     if not (moved := _rms_difference(as_trained, expected)) <= REBUILT * expected.std().item():
-        return None, (
+        raise ModelError(
             f"the weights can't be made float32 as they were trained: logits of {probe.numel()} tokens move by "
             f"{moved:.2g}, and their spread is {expected.std().item():.2g}"
         )
     with true_tie_flag(float32_model.get_base_model()):
         merged = float32_model.merge_and_unload()
     limit = TOLERANCE * max(1.0, expected.abs().max().item())
-    if not (moved := _max_difference(logits(merged, probe), expected)) <= limit:
-        return None, (
+    if not (moved := (logits(merged, probe) - expected).abs().max().item()) <= limit:
+        raise ModelError(
             f"merging changes the model: logits of {probe.numel()} tokens move by {moved:.2g}, and rounding moves "
             f"them by {limit:.2g} at most"
         )
@@ -81,21 +74,16 @@ def _merge(adapter: Adapter, folder: Path, ids: Sequence[int]) -> tuple[Any, str
     limit = max(limit, ROUNDED * _rms_difference(as_trained, expected))
     if not (moved := _rms_difference(logits(merged, probe), expected)) <= limit:
         kind = str(dtype).removeprefix("torch.")
-        return None, (
+        raise ModelError(
             f"the merged weights lose too much in {kind} (model.dtype): logits of {probe.numel()} tokens move by "
             f"{moved:.2g}, and training itself rounded by {limit / ROUNDED:.2g}"
         )
-    return merged, ""
+    return merged
 
 
 def _rms_difference(first: Tensor, second: Tensor) -> float:
     """Return the root mean square of the differences: the largest, by rounding, is a matter of chance."""
     return (first - second).square().mean().sqrt().item()
-
-
-def _max_difference(first: Tensor, second: Tensor) -> float:
-    """Return the largest absolute difference."""
-    return (first - second).abs().max().item()
 
 
 def probe_ids(tokenizer: Any, named: Sequence[str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits by bitsandbytes: its settings, and what it can't do."""
+"""Linear layers, and their weights in 8 or 4 bits by bitsandbytes: its settings, and what it can't do."""
 
 import logging
 from typing import Any
@@ -8,12 +8,21 @@ from torch import nn
 
 from src.config.schema import Dtype, MixedPrecision, ModelConfig, QuantizationConfig
 from src.errors import ModelError
-from src.model.layers import is_linear, num_inputs
 from src.util import listed
 
 PACKS = "support_avx512bf16_for_cpu"
 CPU_BLOCK = 64
 """On a CPU bitsandbytes 0.50 takes 4-bit layers whose input is a multiple of this only: else it fails in evaluation."""
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a module is GPT-2's linear layer (Conv1D), whose matrix is [in, out]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def quiet_bitsandbytes() -> None:
@@ -48,11 +57,7 @@ def compute_dtype(config: QuantizationConfig, model: ModelConfig, precision: Mix
 
 
 def quantised_layers(empty: Any) -> dict[str, Any]:
-    """Return the linear layers that are quantised, by name: all but the head, which transformers leaves as it is.
-
-    Args:
-        empty: the model on the meta device.
-    """
+    """Return an empty model's linear layers that are quantised, by name: as in transformers all but the head."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     kept = get_keys_to_not_convert(empty)
@@ -64,11 +69,9 @@ def quantised_layers(empty: Any) -> dict[str, Any]:
 
 
 def put_quantised_layers(empty: Any, settings: Any) -> None:
-    """Replace the linear layers of a model by bitsandbytes' own, in place, as transformers does on loading.
+    """Replace linear layers by bitsandbytes' own, in place, as transformers does on loading.
 
-    Args:
-        empty: the model on the meta device, without adapter.
-        settings: of quantization_settings.
+    The model is on the meta device, without adapter; the settings are those of quantization_settings.
     """
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -77,16 +80,12 @@ def put_quantised_layers(empty: Any, settings: Any) -> None:
 
 
 def check_quantisable(empty: Any, config: QuantizationConfig, device: torch.device) -> None:
-    """Check, before weights are loaded, that they can be quantised on the device that they are for.
-
-    Raises:
-        ModelError: naming the layers that can't.
-    """
+    """Check, before weights are loaded, that they can be quantised on the device; ModelError names those that can't."""
     layers = quantised_layers(empty)
     if not layers:
         raise ModelError(f"{type(empty).__name__} has no linear layers that could be quantised")
     if config.load_in_4bit and device.type == "cpu":
-        widths = {name: num_inputs(layer) for name, layer in layers.items()}
+        widths = {name: layer.weight.shape[0 if is_transposed(layer) else 1] for name, layer in layers.items()}
         odd = [f"{name}: {width}" for name, width in widths.items() if width % CPU_BLOCK]
         if odd:
             raise ModelError(

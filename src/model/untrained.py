@@ -15,18 +15,12 @@ from src.runtime.sharding import gathered
 from src.tokens import ConfiguredTokens
 from src.util import load_json
 
-SMALL = 0.01
-"""A row with a norm below this share of its matrix's median norm was never trained."""
-
+SMALL = 0.01  # a row with a norm below this share of its matrix's median norm was never trained
 CHUNK_ROWS = 8192  # rows whose norms are computed at once
 
 
 def untrained_tokens(model: Any, tokenizer: Any, new: ConfiguredTokens, config: ModelConfig) -> frozenset[str]:
-    """Return the added tokens whose rows no matrix of the model has trained; none where weights are random.
-
-    Args:
-        model: with its weights as loaded, before anything is written into them.
-    """
+    """Return the added tokens whose rows no matrix of the model, as loaded, has trained; none where it is random."""
     if config.weights is Weights.random or not (new.ids or new.tags):
         return frozenset()
     added = _known(tokenizer, new)
@@ -42,15 +36,16 @@ def stored_untrained_tokens(
 ) -> frozenset[str] | None:
     """Return the same, reading only the matrices from the checkpoint's files; None where they are not on this machine.
 
-    Args:
-        empty: the model on the meta device, before it is resized.
+    The model is on the meta device, before it is resized.
     """
     if config.weights is Weights.random or not (new.ids or new.tags):
         return frozenset()
     added = _known(tokenizer, new)
     found = set(added)
-    for names, shape in _matrix_names(empty):
-        weights = _read(config, names, shape)
+    for matrix in embedding_matrices(empty):
+        modules = empty.named_modules(remove_duplicate=False)  # a tied matrix has several names
+        names = [f"{name}.weight" for name, module in modules if getattr(module, "weight", None) is matrix.weight]
+        weights = _read(config, names, tuple(matrix.weight.shape))
         if not weights:
             return None
         for weight in weights:
@@ -68,9 +63,7 @@ def _known(tokenizer: Any, new: ConfiguredTokens) -> dict[str, int]:
 def never_trained(weight: Tensor, added: dict[str, int]) -> set[str]:
     """Return the tokens whose row equals another one's bit for bit, or is almost zero. Pure.
 
-    Args:
-        weight: [rows, width].
-        added: token -> id; those that have no row here are left out.
+    The weight is [rows, width]; added tokens (token -> id) that have no row in it are left out.
     """
     norms = torch.cat(
         [torch.linalg.vector_norm(chunk, dim=1, dtype=torch.float32) for chunk in weight.split(CHUNK_ROWS)]
@@ -82,17 +75,6 @@ def never_trained(weight: Tensor, added: dict[str, int]) -> set[str]:
     counts = Counter(rows.values())
     is_small = dict(zip(ids, (norms[list(ids.values())] < least).tolist(), strict=True))
     return {token for token, row in rows.items() if counts[row] > 1 or is_small[token]}
-
-
-def _matrix_names(empty: Any) -> list[tuple[list[str], tuple[int, ...]]]:
-    """Return the names of each matrix's parameter (tied ones have several), and its shape."""
-    found = []
-    for matrix in embedding_matrices(empty):
-        weight = matrix.weight
-        modules = empty.named_modules(remove_duplicate=False)
-        names = [f"{name}.weight" for name, module in modules if getattr(module, "weight", None) is weight]
-        found.append((names, tuple(weight.shape)))
-    return found
 
 
 def _read(config: ModelConfig, names: list[str], shape: tuple[int, ...]) -> list[Tensor]:
@@ -110,8 +92,10 @@ def _read(config: ModelConfig, names: list[str], shape: tuple[int, ...]) -> list
                 places = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
         else:
             return []
-        for key in [key for key in places if any(_is_same(key, name) for name in names)]:
-            path = _file(config, places[key])
+        for key, place in places.items():
+            if not any(key == name or name.endswith(f".{key}") or key.endswith(f".{name}") for name in names):
+                continue
+            path = _file(config, place)
             if path is None:
                 return []
             with safe_open(path, framework="pt") as file:
@@ -120,10 +104,6 @@ def _read(config: ModelConfig, names: list[str], shape: tuple[int, ...]) -> list
     except (SafetensorError, OSError, KeyError, ValueError):  # the run reports what is wrong with its files
         return []
     return found
-
-
-def _is_same(key: str, name: str) -> bool:
-    return key == name or name.endswith(f".{key}") or key.endswith(f".{name}")
 
 
 def _file(config: ModelConfig, name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,36 +14,22 @@ from src.util import plural
 MOST_LAYERS = 10_000
 """More layers are a mistake: only naming their weights would take minutes."""
 SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "vocab_size",
-    "encoder_layers",
-    "decoder_layers",
-    "num_layers",
-    "num_decoder_layers",
-    "encoder_attention_heads",
-    "decoder_attention_heads",
-    "num_heads",
+    *("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"),
+    *("num_attention_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
+    *("hidden_size", "vocab_size"),
 )
 """Settings of a model that are positive numbers, by transformers' names."""
+MOST_NAMED = 3  # weights in a message
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def check_sizes(checkpoint: str, architecture: Any) -> None:
-    """Check that a configuration's sizes are possible.
-
-    Raises:
-        ModelError: naming the settings of its config.json that can't be.
-    """
+    """Check that a configuration's sizes are possible; ModelError names the settings of config.json that are not."""
     text = architecture.get_text_config()
-    sizes = {name: getattr(text, name, None) for name in SIZES}
-    wrong = [f"{name} = {size}" for name, size in sizes.items() if isinstance(size, int) and size < 1]
-    wrong += [
-        f"{name} = {size} (at most {MOST_LAYERS:,})"
-        for name, size in sizes.items()
-        if name.endswith("layers") and isinstance(size, int) and size > MOST_LAYERS
-    ]
+    sizes = {name: size for name in SIZES if isinstance(size := getattr(text, name, None), int)}
+    wrong = [f"{name} = {size}" for name, size in sizes.items() if size < 1]
+    too_many = {name: size for name, size in sizes.items() if name.endswith("layers") and size > MOST_LAYERS}
+    wrong += [f"{name} = {size} (at most {MOST_LAYERS:,})" for name, size in too_many.items()]
     if wrong:
         raise ModelError(f"{checkpoint}: its config.json describes no model: {', '.join(wrong)}")
 
@@ -83,11 +70,7 @@ def check_names(checkpoint: str, *, missing: Collection[str], left_over: Collect
 
 
 def check_finite(checkpoint: str, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Check that weights are finite, in one pass over them.
-
-    Raises:
-        ModelError: naming those that are not.
-    """
+    """Check that weights are finite, in one pass over them; ModelError names those that are not."""
     names, finite = [], []
     for name, values in weights:
         # of one byte are packed numbers, which have scales, and types that can't be compared
@@ -103,10 +86,7 @@ def check_finite(checkpoint: str, weights: Iterable[tuple[str, Tensor]]) -> None
 
 
 def numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's weights by name: of sharded ones this process's shard, of quantised ones the scales.
-
-    A name may be yielded more than once.
-    """
+    """Yield a model's weights by name, some twice: of sharded ones the shard here, of quantised ones the scales too."""
     for name, parameter in model.named_parameters():
         for values in (_shard(parameter), *_scales(parameter)):
             yield name, values
@@ -145,14 +125,11 @@ def _deepest(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _weights(names: Iterable[str], notes: Mapping[str, str] | None = None, most: int = 3) -> str:
+def _weights(names: Collection[str], notes: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return the number of weights and the first names, one for all layers."""
-    notes = notes or {}
     kinds: dict[str, str] = {}
-    count = 0
     for name in sorted(names):
-        count += 1
         kinds.setdefault(_NUMBER.sub("*", name), name)
-    shown = [visible(name, is_line=True) + notes.get(name, "") for name in list(kinds.values())[:most]]
-    more = ", …" if count > len(shown) else ""
-    return f"{plural(count, 'weight')} ({', '.join(shown)}{more})"
+    shown = [visible(name, is_line=True) + notes.get(name, "") for name in list(kinds.values())[:MOST_NAMED]]
+    more = ", …" if len(names) > len(shown) else ""
+    return f"{plural(len(names), 'weight')} ({', '.join(shown)}{more})"

@@ -13,10 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from src.config.schema import RuntimeConfig
 from src.errors import Interrupted, TrainingError
@@ -76,6 +76,12 @@ def log_file(run_dir: Path, rank: int) -> Path:
     return run_dir / "logs" / f"rank-{rank}.log"
 
 
+def _open_log(run_dir: Path, rank: int) -> IO[str]:
+    file = log_file(run_dir, rank)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return open(file, "a", encoding="utf-8", buffering=1)
+
+
 def is_launched(config: RuntimeConfig) -> bool:
     """Return whether this process starts others that train, rather than training by itself."""
     return place_of() is None and config.num_processes * config.num_machines > 1
@@ -101,9 +107,7 @@ class _Copied:
 
 def copy_output(run_dir: Path) -> None:
     """Write the first process's output into its log too; the others write nowhere else."""
-    file = log_file(run_dir, 0)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    log = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, it is closed with the process
+    log = _open_log(run_dir, 0)  # closed with the process
     sys.stdout, sys.stderr = _Copied(sys.stdout, log), _Copied(sys.stderr, log)
 
 
@@ -157,14 +161,11 @@ def _processes(
     try:
         for environment in environments:
             rank = int(environment["RANK"])
-            settings: dict[str, Any] = {"env": environment, "start_new_session": True, "pass_fds": locks}
-            if rank == 0:
-                workers.append(subprocess.Popen(command, **settings))
-                continue
-            file = log_file(run_dir, rank)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "ab") as log:
-                workers.append(subprocess.Popen(command, **settings, stdout=log, stderr=log))
+            with _open_log(run_dir, rank) if rank else nullcontext() as log:
+                worker = subprocess.Popen(
+                    command, env=environment, start_new_session=True, pass_fds=locks, stdout=log, stderr=log
+                )
+                workers.append(worker)
         yield workers
     finally:
         for worker in workers:

@@ -10,22 +10,16 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, utils
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DeepSpeedPlugin,
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    set_seed,
-)
-from torch import Tensor, nn
+from torch import nn
 
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.errors import Interrupted, TowlineError
@@ -43,17 +37,15 @@ FINISHED_GROUPS: list[Any] = []
 holds Python's lock, which that thread waits for if the last exchange was just now (docs/decisions/0021)."""
 
 
+@dataclass
 class Runtime:
     """The device, precision and processes of a run. Built by `start_runtime`."""
 
-    def __init__(self, accelerator: Accelerator, seed: int, stop: StopRequest, zero_stage: int = 0) -> None:
-        self._accelerator = accelerator
-        self.zero_stage = zero_stage
-        """What is sharded over the processes, see ZeroConfig.stage; 0: nothing."""
-        self.strategy: Replicated
-        """How the processes share what is trained; from `prepare` on."""
-        self.seed = seed
-        self.stop = stop
+    _accelerator: Accelerator
+    seed: int
+    stop: StopRequest
+    zero_stage: int = 0  # what is sharded over the processes, see ZeroConfig.stage; 0: nothing
+    strategy: Replicated = field(init=False, repr=False)  # how the processes share what is trained; from `prepare` on
 
     @property
     def device(self) -> torch.device:
@@ -96,14 +88,6 @@ class Runtime:
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context that computes in the precision of `training.mixed_precision`."""
         return self._accelerator.autocast()
-
-    def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Add a loss's gradients, undivided by how many micro-batches there are.
-
-        Args:
-            last: whether it is the step's last micro-batch, after which processes exchange their gradients.
-        """
-        self.strategy.backward(loss, last=last)
 
     @property
     def scales_gradients(self) -> bool:
@@ -153,12 +137,9 @@ class Runtime:
             yield items[start + self.rank if is_real else start], is_real
 
     def check_stop(self, asked: float | None = None) -> None:
-        """Stop all processes here, if any was asked to stop.
+        """Stop all processes here, with an Interrupted that names what asked, if any was asked to stop.
 
-        Args:
-            asked: how many were asked, where that was summed already.
-        Raises:
-            Interrupted: naming what asked.
+        `asked` is how many were asked, where that was summed already.
         """
         if self.num_processes == 1:
             self.stop.check()
@@ -180,7 +161,7 @@ class Runtime:
         python_state, numpy_state = random.getstate(), np.random.get_state()
         try:
             with torch.random.fork_rng(devices=cuda_devices):
-                set_seed(seed % 2**32)
+                utils.set_seed(seed % 2**32)
                 yield
         finally:
             random.setstate(python_state)
@@ -204,7 +185,7 @@ class Runtime:
     def seed_apart(self, step: int = 0) -> None:
         """Seed every process but the first differently; before, all draw the same numbers, to build the same model."""
         if self.rank:
-            set_seed((self.seed + 1000 * self.rank + step) % 2**32)
+            utils.set_seed((self.seed + 1000 * self.rank + step) % 2**32)
 
     def scaler_state(self) -> dict[str, Any] | None:
         """Return the state of the scaler of fp16 gradients; None where they are not scaled."""
@@ -260,10 +241,8 @@ def start_runtime(
 ) -> Iterator[Runtime]:
     """Choose the device, join the other processes and seed every generator, for the length of a block.
 
-    Args:
-        deepspeed: DeepSpeed's settings, see deepspeed_settings; None where it is not used.
-    Raises:
-        TowlineError: where the device or the precision is not available.
+    `deepspeed` are DeepSpeed's settings (see deepspeed_settings), None where it is not used. TowlineError says that the
+    device or the precision is not available.
     """
     use_cpu = config.device is Device.cpu or not torch.cuda.is_available()
     if config.device is Device.cuda and use_cpu:
@@ -280,7 +259,7 @@ def start_runtime(
         if deepspeed:
             resources.enter_context(zero_environment(on_cpu=use_cpu, alone=place_of() is None))
         accelerator = _start_accelerator(mixed_precision, deepspeed, use_cpu=use_cpu)
-        set_seed(seed)
+        utils.set_seed(seed)
         try:
             yield Runtime(accelerator, seed, stop, deepspeed["zero_optimization"]["stage"] if deepspeed else 0)
         finally:
@@ -295,15 +274,15 @@ def _start_accelerator(
 ) -> Accelerator:
     handlers: list[Any] = []
     if place_of() or deepspeed:
-        handlers.append(InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=LONGEST_WAIT))
+        handlers.append(utils.InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=LONGEST_WAIT))
     if place_of() and not deepspeed:
-        handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
+        handlers.append(utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True))
     # without a plugin the environment could have Accelerate divide our losses
     num_steps = deepspeed["gradient_accumulation_steps"] if deepspeed else 1
     return Accelerator(
         mixed_precision=mixed_precision.value,
         cpu=use_cpu and not deepspeed,  # else Accelerate would not use it
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=dict(deepspeed)) if deepspeed else None,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps),
+        deepspeed_plugin=utils.DeepSpeedPlugin(hf_ds_config=dict(deepspeed)) if deepspeed else None,
+        gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=num_steps),
         kwargs_handlers=handlers,
     )

@@ -47,11 +47,7 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def gathered(parameters: Iterable[nn.Parameter], *, writes: bool = False) -> AbstractContextManager[Any]:
-    """Return a context in which sharded parameters are full tensors.
-
-    Args:
-        writes: whether what the first process writes into them is kept; without it no write is.
-    """
+    """Return a context in which sharded parameters are full tensors; with `writes` the first process's changes stay."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     if not sharded:
         return nullcontext()
@@ -64,19 +60,18 @@ def compute_weight(parameter: nn.Parameter) -> Tensor | ShardedTensor:
     """Return the parameter used in forward; for a sharded one, a handle that gathers it."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
+    return ShardedTensor(parameter.dtype, full_shape(parameter), partial(_gathered_copy, parameter))
 
-    def gather() -> Tensor:
-        with gathered([parameter]):
-            return parameter.detach().to("cpu", copy=True)
 
-    return ShardedTensor(parameter.dtype, full_shape(parameter), gather)
+def _gathered_copy(parameter: nn.Parameter) -> Tensor:
+    with gathered([parameter]):
+        return parameter.detach().to("cpu", copy=True)
 
 
 def gather_on_cpu(model: nn.Module, *, keeps: bool) -> None:
     """Make a sharded model a plain one on the CPU, gathering one parameter at a time.
 
-    Args:
-        keeps: whether this process gets the full tensors; one is enough, the others only take part in gathering.
+    Only a process that `keeps` them gets the full tensors; one is enough, the others only take part in gathering.
     """
     full: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -84,7 +79,7 @@ def gather_on_cpu(model: nn.Module, *, keeps: bool) -> None:
             if parameter is None or not hasattr(parameter, "ds_id"):
                 continue
             if id(parameter) not in full:
-                value = one.gather() if isinstance(one := compute_weight(parameter), ShardedTensor) else one
+                value = _gathered_copy(parameter)
                 full[id(parameter)] = nn.Parameter(value, parameter.requires_grad) if keeps else parameter
             module._parameters[name] = full[id(parameter)]
     if full and keeps:
@@ -131,8 +126,11 @@ class Replicated:
         """Return a context without exchange of gradients, but for the last micro-batch of a step."""
         return nullcontext() if last else self._accelerator.no_sync(self._model)
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add a loss's gradients, undivided by how many micro-batches there are."""
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add a loss's gradients, undivided by how many micro-batches there are.
+
+        The processes exchange their gradients after the step's `last` one.
+        """
         self._accelerator.backward(loss)
 
     def clip_grad_norm(self, max_norm: float | None) -> float:
@@ -141,11 +139,7 @@ class Replicated:
         return float(self._accelerator.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm))
 
     def update(self, optimizer: Any) -> None:
-        """Update the weights and drop the gradients.
-
-        Args:
-            optimizer: as Accelerate wrapped it.
-        """
+        """Update the weights and drop the gradients, by the optimizer as Accelerate wrapped it."""
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -162,21 +156,15 @@ class Replicated:
     ) -> tuple[Mapping[str, Tensor | ShardedTensor], dict[str, dict[str, Any]]]:
         """Return the optimizer's tensors as `<parameter>/<key>`, and its other values by parameter.
 
-        Args:
-            names: id(parameter) -> name.
+        `names` are those of the parameters: id(parameter) -> name.
         """
         tensors: dict[str, Tensor] = {}
         values: dict[str, dict[str, Any]] = {}
         for parameter, state in self._optimizer.state.items():
             name = names[id(parameter)]
-            values[name] = {}
-            for key, value in state.items():
-                if key in CODE_BOOKS:
-                    continue
-                if isinstance(value, Tensor):
-                    tensors[f"{name}/{key}"] = value
-                else:
-                    values[name][key] = value
+            kept = {key: value for key, value in state.items() if key not in CODE_BOOKS}
+            values[name] = {key: value for key, value in kept.items() if not isinstance(value, Tensor)}
+            tensors |= {f"{name}/{key}": value for key, value in kept.items() if isinstance(value, Tensor)}
         return tensors, values
 
     def restore_optimizer(
@@ -184,8 +172,7 @@ class Replicated:
     ) -> None:
         """Restore what `optimizer_state` returned, here or in a run with another way of sharding.
 
-        Raises:
-            CheckpointError: where a tensor is not of the parameter's form.
+        CheckpointError says that a tensor is not of the parameter's form.
         """
         kept: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for path, tensor in tensors.items():
@@ -214,30 +201,27 @@ class Replicated:
 
 
 class Sharded(Replicated):
-    """Weights, gradients or optimizer state are sharded over the processes by DeepSpeed's ZeRO.
-
-    Args:
-        model: DeepSpeed's engine.
-    """
+    """Weights, gradients or optimizer state are sharded over the processes by ZeRO; `model` is DeepSpeed's engine."""
 
     has_gradients = False
 
     def __init__(self, accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer) -> None:
+        from deepspeed import utils
+
         super().__init__(accelerator, model, optimizer)
-        self._engine = model
+        self._engine, self._utils = model, utils
         vars(optimizer)["_opt_called"] = True  # DeepSpeed updates by another one; torch would warn of the schedule
         self._register_dicts()
 
     def _register_dicts(self) -> None:
         """Have the parameters of a ParameterDict gathered for the module that has it, which computes with them."""
+        from deepspeed.runtime.zero import register_external_parameter
+
         for module in self._engine.module.modules():
             for child in module.children():
-                if isinstance(child, nn.ParameterDict):
-                    for parameter in child.parameters():
-                        if hasattr(parameter, "ds_id"):
-                            from deepspeed.runtime.zero import register_external_parameter
-
-                            register_external_parameter(module, parameter)
+                for parameter in child.parameters() if isinstance(child, nn.ParameterDict) else ():
+                    if hasattr(parameter, "ds_id"):
+                        register_external_parameter(module, parameter)
 
     @property
     def _zero(self) -> Any:
@@ -247,7 +231,7 @@ class Sharded(Replicated):
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
@@ -260,22 +244,17 @@ class Sharded(Replicated):
         """Do nothing: `clip_grad_norm` has updated the weights."""
 
     def master_weight(self, parameter: nn.Parameter) -> ShardedTensor:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return ShardedTensor(torch.float32, full_shape(parameter), partial(safe_get_full_fp32_param, parameter))
+        gather = partial(self._utils.safe_get_full_fp32_param, parameter)
+        return ShardedTensor(torch.float32, full_shape(parameter), gather)
 
     def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+        self._utils.safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
         with gathered([parameter], writes=True), torch.no_grad():  # the weight used in forward is another tensor
             parameter.copy_(value)
 
     def optimizer_state(
         self, names: Mapping[int, str]
     ) -> tuple[Mapping[str, Tensor | ShardedTensor], dict[str, dict[str, Any]]]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         self._link()
         kept: dict[str, Any] = next(iter(self._zero.optimizer.state.values()), {})
         keys = [key for key, value in kept.items() if isinstance(value, Tensor) and value.ndim]
@@ -283,7 +262,7 @@ class Sharded(Replicated):
         for parameter in self._trained():
             name, shape = names[id(parameter)], full_shape(parameter)
             for key in keys:
-                gather = partial(safe_get_full_optimizer_state, parameter, key)
+                gather = partial(self._utils.safe_get_full_optimizer_state, parameter, key)
                 tensors[f"{name}/{key}"] = ShardedTensor(kept[key].dtype, shape, gather)
             if "step" in kept:
                 tensors[f"{name}/step"] = torch.tensor(float(kept["step"]))
@@ -292,21 +271,18 @@ class Sharded(Replicated):
     def restore_optimizer(
         self, names: Mapping[int, str], tensors: Mapping[str, Tensor], values: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        keys = sorted({key.rpartition("/")[2] for key in tensors})
+        keys = sorted({key.rpartition("/")[2] for key in tensors} - {"step"})
         steps = {float(value) for key, value in tensors.items() if key.endswith("/step")}
         zero = self._zero
         flats = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
         for flat in flats:
-            state = {key: torch.zeros_like(flat) for key in keys if key != "step"}
+            state = {key: torch.zeros_like(flat) for key in keys}
             zero.optimizer.state[flat] = state | ({"step": torch.tensor(max(steps))} if steps else {})
         self._link()
         for parameter in self._trained():
             for key in keys:
-                if key != "step":
-                    value = tensors[f"{names[id(parameter)]}/{key}"].to(parameter.device)
-                    safe_set_full_optimizer_state(parameter, value, key)
+                value = tensors[f"{names[id(parameter)]}/{key}"].to(parameter.device)
+                self._utils.safe_set_full_optimizer_state(parameter, value, key)
 
     def _link(self) -> None:
         """Have each parameter know its shard of the optimizer's state.
@@ -348,8 +324,7 @@ def deepspeed_settings(config: RunConfig, num_processes: int) -> dict[str, Any] 
 def zero_environment(*, on_cpu: bool, alone: bool) -> Iterator[None]:
     """Set what DeepSpeed and Accelerate read from the environment, for the length of a block.
 
-    Args:
-        alone: whether this is the only process, and nobody has started it as one of several.
+    `alone` says that this is the only process, and nobody has started it as one of several.
     """
     before = dict(os.environ)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"

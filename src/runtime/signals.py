@@ -50,11 +50,7 @@ class StopRequest:
         return self.name
 
     def check(self) -> None:
-        """End the run here, if something asked for it.
-
-        Raises:
-            Interrupted: naming what asked.
-        """
+        """End the run here, with an Interrupted that names what asked for it, if something did."""
         if name := self.asked():
             raise Interrupted(name)
 

@@ -37,8 +37,7 @@ from src.training.state import TrainState
 def start_session(job: Job, found: ResumePoint, stop: StopRequest) -> Iterator[tuple[Runtime, Job, ResumePoint]]:
     """Start computing; yield the runtime, and the first process's job and resume point, which count in all of them.
 
-    Raises:
-        TowlineError: where the device or the precision is not available.
+    TowlineError says that the device or the precision is not available.
     """
     config = job.config
     settings = deepspeed_settings(with_zero_sizes(config), num_processes())
@@ -77,8 +76,7 @@ def assemble_model(
 ) -> Assembled:
     """Load the model, quantised where asked; resize and initialise its embeddings, and add the adapter.
 
-    Raises:
-        ModelError: where the model can't be loaded or assembled as asked.
+    ModelError says why it can't be loaded or assembled as asked.
     """
     has_base = config.adapter.is_on and runtime.is_main
     base = base_digests(config.model.checkpoint) if has_base else None
@@ -93,11 +91,7 @@ def assemble_model(
 
 
 def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> bool:
-    """Load the adapter of `init_from`, before the model is sharded; return False where it names none.
-
-    Raises:
-        ModelError: where it does not fit the model.
-    """
+    """Load the adapter of `init_from`, before the model is sharded; return False where it names none."""
     folder = init_from_folder(config)
     if folder is None or not (folder / "adapter_config.json").exists():
         return False
@@ -116,10 +110,8 @@ def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunCo
 def load_initial_weights(state: TrainState, tokenizer: Any, runtime: Runtime, config: RunConfig) -> list[str]:
     """Load the weights of the checkpoint that `init_from` names, if it names one; return warnings.
 
-    A whole model or an adapter that it names is loaded earlier, where the model is built.
-
-    Raises:
-        CheckpointError: where the checkpoint does not fit the model.
+    A whole model or an adapter that it names is loaded earlier, where the model is built. CheckpointError says that the
+    checkpoint does not fit the model.
     """
     if config.init_from is None or init_from_folder(config) is not None:
         return []

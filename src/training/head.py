@@ -97,12 +97,8 @@ class ModelWithLoss(nn.Module):
         """Check that a row packed after another has the logits that it has by itself, whatever the other is.
 
         Rows are kept apart by position_ids that begin at 0 again; an attention that ignores them would let every row
-        see the ones before it, and the loss would not show it.
-
-        Args:
-            padding_free: pass the rows' bounds to the attention, as FlashAttention's padding-free form takes them.
-        Raises:
-            ModelError: where it has not.
+        see the ones before it, and the loss would not show it: ModelError says so. FlashAttention's padding-free form
+        takes the rows' bounds too.
         """
         first, second = self._probe(PROBE_LENGTH), self._probe(PROBE_LENGTH).flip(1)
         after_first, after_other = torch.cat([first, second], dim=1), torch.cat([second, second], dim=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from src.config.schema import Reduction, RunConfig
+from src.config.schema import LossConfig, Reduction, RunConfig
 from src.data.batching import Batch, collate, windows
 from src.data.dataset import TrainSet
 from src.data.sets import EncodedSet
@@ -77,11 +77,9 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         Interrupted: where something asked the run to stop; the step in progress is discarded, and `state` is as it was
             before.
     """
-    loss = config.loss
-    objective_differs = loss.reduction is Reduction.sum or loss.thought_weight != 1 or loss.label_smoothing > 0
     state.rng = runtime.rng_state()
     if state.last_step is not None and not state.is_last_step_complete:
-        yield _last_step(state, with_objective=objective_differs)
+        yield _last_step(state, config.loss)
     coming = windows(rows, state.batch_sampler, config.seed, state.position)
     while state.step < state.num_steps:
         window = next(coming)
@@ -96,13 +94,13 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         state.train_seconds += seconds
         state.position, state.rng = window.after, runtime.rng_state()
         state.last_step = StepResult(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
-        yield _last_step(state, with_objective=objective_differs)
+        yield _last_step(state, config.loss)
 
 
-def _last_step(state: TrainState, *, with_objective: bool) -> Step:
-    assert state.last_step is not None
+def _last_step(state: TrainState, loss: LossConfig) -> Step:
     is_last = state.step >= state.num_steps
-    return Step(**vars(state.last_step), is_last=is_last, stats=state.stats, with_objective=with_objective)
+    objective_differs = loss.reduction is Reduction.sum or loss.thought_weight != 1 or loss.label_smoothing > 0
+    return Step(**vars(state.last_step), is_last=is_last, stats=state.stats, with_objective=objective_differs)
 
 
 def step_once(
@@ -110,8 +108,7 @@ def step_once(
 ) -> tuple[float, float]:
     """Do one optimizer update over the micro-batches of a step; return its learning rate and gradient norm.
 
-    Args:
-        batches: this process's; every process has as many.
+    The batches are this process's; every process has as many.
     """
     state.loss_model.train()
     real = [one.batch for one in batches if one.is_real]
@@ -142,10 +139,8 @@ def _add_gradients(
 ) -> list[float]:
     """Compute the gradients of a step; return its objective, its nll and that of thoughts, summed over all processes.
 
-    Args:
-        weights: sum of the tokens' weights in the whole step.
-    Raises:
-        NonFiniteLossError: naming the rows of all processes whose loss is not finite.
+    `weights` is the sum of the tokens' weights in the whole step. NonFiniteLossError names the rows of all processes
+    whose loss is not finite.
     """
     sums = []
     for i, one in enumerate(batches):
@@ -157,7 +152,7 @@ def _add_gradients(
             losses = state.loss_model(**batch.inputs())
             contribution = step_objective(losses.objective, weights, config.loss.reduction) * one.is_real
             # processes average their gradients; the step sums them
-            runtime.backward(contribution * runtime.num_processes, last=is_last)
+            runtime.strategy.backward(contribution * runtime.num_processes, last=is_last)
         sums.append(losses.sums() * one.is_real)
     local = torch.stack(sums, dim=1).tolist()
     summed = runtime.sum([sum(values) for values in local])
@@ -172,17 +167,13 @@ def _update(
 ) -> tuple[float, float]:
     """Clip the gradients, update the weights and advance the schedule; return learning rate and gradient norm.
 
-    Raises:
-        NonFiniteLossError: where the norm is not finite, before the weights are touched by it (but under ZeRO).
+    NonFiniteLossError says that the norm is not finite, before the weights are touched by it (but under ZeRO).
     """
     strategy, lr = runtime.strategy, float(state.schedule.get_last_lr()[0])
     grad_norm = strategy.clip_grad_norm(config.training.max_grad_norm)
     if not math.isfinite(grad_norm) and not runtime.scales_gradients:
         raise _not_finite(f"the gradient's norm became {grad_norm}", runtime.gather(_places(batches)), state.step + 1)
-    if strategy.has_gradients:
-        state.token_monitor.record_gradients()
-    else:
-        state.token_monitor.clear_gradients()
+    state.token_monitor.record_gradients(are_whole=strategy.has_gradients)
     strategy.update(state.optimizer)
     if not runtime.step_was_skipped():
         state.schedule.step()

@@ -21,18 +21,12 @@ MAX_LOGITS = 2**26
 
 
 class TokenLosses(NamedTuple):
-    """The losses of a micro-batch's supervised tokens, in reading order; only the objective is attached to the graph.
-
-    Args:
-        nll: negative log-likelihoods in nats, [supervised].
-        targets: ids, [supervised].
-        is_thought: mask of thought tokens, [supervised]; None where no row has any.
-    """
+    """The losses of a micro-batch's supervised tokens, in reading order; only the objective has a gradient."""
 
     objective: Tensor  # scalar sum of the weighted, smoothed token losses, float32
-    nll: Tensor
-    targets: Tensor
-    is_thought: Tensor | None
+    nll: Tensor  # negative log-likelihoods in nats, [supervised]
+    targets: Tensor  # ids, [supervised]
+    is_thought: Tensor | None  # mask of thought tokens, [supervised]; None where no row has any
 
     def sums(self) -> Tensor:
         """Return the objective, the summed nll, and that of thoughts, [3], detached."""
@@ -88,11 +82,9 @@ def token_losses(
 
     if len(targets) <= chunk:
         return of_chunk(states, targets)
-    parts = []
-    for start in range(0, len(targets), chunk):
-        part = (states[start : start + chunk], targets[start : start + chunk])
-        parts.append(checkpoint(of_chunk, *part, use_reentrant=False))
-    objectives, nlls = zip(*parts, strict=True)
+    chunks = zip(states.split(chunk), targets.split(chunk), strict=True)
+    losses = [checkpoint(of_chunk, *part, use_reentrant=False) for part in chunks]
+    objectives, nlls = zip(*losses, strict=True)
     return torch.cat(objectives), torch.cat(nlls)
 
 
@@ -117,11 +109,9 @@ def sum_of_weights(num_supervised: float, num_thought: float, config: LossConfig
 
 
 def step_objective(objective: Tensor, weights_in_step: float, reduction: Reduction) -> Tensor:
-    """Return what a micro-batch's summed objective adds to that of its step.
+    """Return what a micro-batch's summed objective, in nats, adds to that of its step.
 
-    Args:
-        objective: scalar sum over the micro-batch, in nats.
-        weights_in_step: sum of weights of the whole step, over all micro-batches and processes; of 0 the result is 0.
+    `weights_in_step` is the sum over all micro-batches and processes; where that is 0, so is the result.
     """
     return objective if reduction is Reduction.sum else objective / (weights_in_step or 1)
 

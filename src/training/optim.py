@@ -20,11 +20,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Split what is trained into matrices, which decay, and norms and biases (one dimension or none), which do not.
 
-    With `embedding_lr` the embeddings form groups of their own, after the others, with it as their peak. A parameter
-    that comes twice, such as a tied matrix, is taken once.
-
-    Raises:
-        ModelError: where `embedding_lr` is given and no embedding is trained.
+    With `embedding_lr` the embeddings form groups of their own, after the others, with it as their peak; where none is
+    trained, that is a ModelError. A parameter that comes twice, such as a tied matrix, is taken once.
     """
     trained = list({id(p): p for p in parameters if p.requires_grad}.values())
     rows = set() if embedding_lr is None else {id(p) for p in embeddings}
@@ -45,14 +42,7 @@ def parameter_groups(
 def build_optimizer(
     config: OptimizerConfig, parameters: Iterable[nn.Parameter], embeddings: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """Build the optimizer over all parameters that are trained.
-
-    Args:
-        parameters: where they will be trained: build it when the model is on its device.
-        embeddings: those of them that are embedding rows, which `embedding_lr` is for.
-    Raises:
-        ModelError: see parameter_groups.
-    """
+    """Build the optimizer over the parameters that are trained, see parameter_groups, once they are on their device."""
     return config.build(parameter_groups(parameters, config.weight_decay, embeddings, config.embedding_lr))
 
 
@@ -61,17 +51,14 @@ def warmup_warnings(config: SchedulerConfig, num_steps: int) -> list[str]:
     warmup = config.num_warmup_steps(num_steps)
     if not warmup or warmup < num_steps:
         return []
-    key = "scheduler.warmup_ratio" if _has_ratio(config) else "scheduler.warmup_steps"
+    has_ratio = isinstance(config, WarmupScheduleConfig) and config.warmup_steps is None
+    key = "scheduler.warmup_ratio" if has_ratio else "scheduler.warmup_steps"
     if num_steps == 1:
         return [f"the run has one step, and a warm-up begins at a learning rate of 0: nothing is learned ({key}=0)"]
     return [
         f"the warm-up takes {warmup:,} steps and the run has {num_steps:,}: the learning rate never reaches "
         f"optimizer.lr; give it more steps, or a smaller {key}"
     ]
-
-
-def _has_ratio(config: SchedulerConfig) -> bool:
-    return isinstance(config, WarmupScheduleConfig) and config.warmup_steps is None
 
 
 def build_schedule(config: SchedulerConfig, optimizer: torch.optim.Optimizer, num_steps: int) -> LambdaLR:

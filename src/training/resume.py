@@ -10,14 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from src.checkpoint.compatibility import (
-    Change,
-    Fingerprint,
-    check_changes,
-    compare_configs,
-    compare_fingerprints,
-    is_reordered,
-)
+from src.checkpoint import compatibility
+from src.checkpoint.compatibility import Change, Fingerprint, check_changes, compare_fingerprints
 from src.checkpoint.locate import find_checkpoint
 from src.checkpoint.manifest import read_state
 from src.config.job import Job
@@ -102,11 +96,7 @@ class ResumePoint:
     def checked(self, data: Any, tokenizer: Any, job: Job) -> Self:
         """Compare the encoded rows and the tokens with the checkpoint's, before the model is loaded.
 
-        Returns:
-            The same checkpoint, and whether the epoch has to begin again.
-
-        Raises:
-            ConfigError: where these have changed too much since the checkpoint.
+        Return the same checkpoint, and whether the epoch has to begin again. ConfigError names what changed too much.
         """
         if self.checkpoint is None:
             return self
@@ -122,19 +112,13 @@ class ResumePoint:
         check_changes(changes, allow_changed=job.config.checkpoint.allow_changed, checkpoint=str(self.checkpoint))
         position = self.state["position"]
         was_begun = position["num_sequences"] > 0 or bool(position["block"] and position["block"]["num_blocks"])
-        return replace(self, repeats_epoch=was_begun and is_reordered(changes, job.frozen))
+        return replace(self, repeats_epoch=was_begun and compatibility.is_reordered(changes, job.frozen))
 
     def restore(self, state: Any, fingerprint: Fingerprint, runtime: Any, config: RunConfig) -> list[str]:
         """Restore weights, optimizer, counters and generators as they were at the checkpoint; return warnings.
 
-        Where the run begins anew, processes only get random numbers that differ.
-
-        Args:
-            state: the TrainState, at the checkpoint's position.
-            fingerprint: of the run that resumes.
-        Raises:
-            ConfigError: where data, tokenizer or model have changed too much.
-            CheckpointError: where the model has another form.
+        Where the run begins anew, processes only get random numbers that differ. `state` is the TrainState, at the
+        checkpoint's position. ConfigError names what has changed too much, CheckpointError weights of another form.
         """
         if self.checkpoint is None:
             runtime.seed_apart()
@@ -154,9 +138,7 @@ class ResumePoint:
     def comparable_from(self, fingerprint: Fingerprint, step: int, *, is_complete: bool) -> int:
         """Return the first step whose evaluation is of the present rows: earlier ones don't count for the best.
 
-        Args:
-            step: the one that the run resumes after.
-            is_complete: whether it is evaluated and logged already.
+        The run resumes after `step`, which is complete where it is evaluated and logged already.
         """
         if self.checkpoint is None:
             return 0
@@ -168,14 +150,10 @@ class ResumePoint:
 def find_resume_point(
     config: CheckpointConfig, frozen: Mapping[str, Any], run_dir: Path, *, force: bool
 ) -> ResumePoint:
-    """Find the checkpoint that a run resumes from, see `find_checkpoint`, and compare configurations.
+    """Find the checkpoint that a run resumes from, see `find_checkpoint`, and compare whole configurations.
 
-    Args:
-        frozen: the whole configuration, as plain containers.
-        force: begin anew, whatever is there.
-    Raises:
-        CheckpointError: where there are checkpoints, but none is whole, or what is there can't be read.
-        ConfigError: where the configuration has changed too much.
+    With `force` it begins anew, whatever is there. ConfigError names what in the configuration has changed too much;
+    CheckpointError is as of `find_checkpoint`.
     """
     if force or config.resume == "never":
         return ResumePoint()
@@ -183,7 +161,7 @@ def find_resume_point(
     if checkpoint is None:
         return ResumePoint()
     state = read_state(checkpoint)
-    changes = compare_configs(state["config"], frozen)
+    changes = compatibility.compare_configs(state["config"], frozen)
     warnings = check_changes(changes, allow_changed=config.allow_changed, checkpoint=str(checkpoint))
     return ResumePoint(checkpoint, state, changes, [*skipped, *warnings], is_own)
 

@@ -1,56 +1,83 @@
-"""A run's checkpoints while it trains: its state with what a resume needs to know, and the best weights."""
+"""What a run keeps: its checkpoints while it trains, with what a resume has to know of it, and model/ at the end."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from typing import Any
 
 from src.checkpoint.compatibility import Fingerprint
+from src.checkpoint.exported import exported_digests
 from src.checkpoint.locate import written_weights
-from src.checkpoint.store import Checkpoints, open_checkpoints
+from src.checkpoint.store import Checkpoints, Snapshot, open_checkpoints
+from src.checkpoint.tensors import tensors_digest
+from src.config import plugins
 from src.config.job import Job
 from src.config.schema import RunConfig
+from src.data.dataset import Data
 from src.errors import Interrupted, Pruned
+from src.model.card import model_card
+from src.model.export import export
 from src.runtime.session import Runtime
+from src.runtime.sharding import gather_on_cpu, unsharded_models
 from src.tracking.tracker import Tracker
-from src.training.resume import ResumePoint
+from src.training.assembly import Assembled
+from src.training.resume import ResumePoint, tokenizer_hash
 from src.training.state import TrainState
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "numpy")
+"""Libraries whose versions may change how numbers are rounded."""
+NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
+"""Settings of a model that say nothing, or that another entry of the fingerprint or a key says."""
+
+
+def fingerprint_of(state: TrainState, data: Data, tokenizer: Any, runtime: Runtime, config: RunConfig) -> Fingerprint:
+    """Return what a checkpoint must have in common with the run that resumes from it, before state is restored."""
+    frozen = state.frozen_weights()
+    architecture = {key: value for key, value in state.model.config.to_dict().items() if key not in NOT_COMPUTED}
+    return Fingerprint(
+        step=state.step,
+        num_steps=state.num_steps,
+        data=data.train.digest(),
+        num_rows=data.num_train_rows,
+        tokenizer=tokenizer_hash(tokenizer),
+        frozen_weights=tensors_digest(frozen) if frozen else None,
+        device=runtime.device.type,
+        num_processes=runtime.num_processes,
+        step_sequences=state.batch_sampler.batch_size * state.batch_sampler.micro_batches_per_step,
+        versions={name: metadata.version(name) for name in PACKAGES} | plugins.versions(config.plugins),
+        architecture=hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode()).hexdigest()[:32],
+        validation=data.validation_digest(config.evaluation.max_samples),
+    )
 
 
 @dataclass
 class Saver:
-    """Saves a run, its state and what else a resume needs. Built by `open_saver`.
-
-    Args:
-        _extra: what stays the same for the whole run.
-        lines: the lines of metrics that the run resumes after.
-    """
+    """Saves a run, its state and what else a resume needs. Built by `open_saver`."""
 
     _checkpoints: Checkpoints
     _state: TrainState
     _config: RunConfig
     _fingerprint: Fingerprint
-    _extra: Mapping[str, Any]
+    _extra: Mapping[str, Any]  # what stays the same for the whole run
     _runtime: Runtime
     _tracker: Tracker
-    lines: Sequence[Mapping[str, Any]]
+    lines: Sequence[Mapping[str, Any]]  # of metrics that the run resumes after
 
     def save(self) -> None:
         """Save the present step, so that a run can resume from it; one that is saved already is left as it is."""
         state = self._state
         self._checkpoints.save(state.step, lambda: state.snapshot(self._runtime, self._extra_state()))
 
-    def save_at_stop(self) -> None:
-        """Save the last step that is done, and wait until it is whole on the disk."""
-        self.save()
-        self._checkpoints.wait()
-        self._runtime.wait()  # a launcher may end all processes once the first has left
-
     def keep_if_best(self, metrics: Mapping[str, Any]) -> None:
         """Keep the weights of the present step, if its evaluation is among the best so far."""
         state = self._state
         self._checkpoints.keep_if_best(
-            state.step, metrics, lambda: state.only_weights(self._runtime, self._extra_state())
+            state.step,
+            metrics,
+            lambda: Snapshot(state.weights(self._runtime), None, {"step": state.step, **self._extra_state()}),
         )
 
     def load_best_if_asked(self) -> None:
@@ -69,29 +96,11 @@ class Saver:
     def _extra_state(self) -> dict[str, Any]:
         return {
             **self._extra,
-            "facts": replace(self._fingerprint, step=self._state.step).as_dict(),
+            "facts": asdict(replace(self._fingerprint, step=self._state.step)),
             "best": self._checkpoints.best_evaluations,
             "journal": self._tracker.journal_before(self._state.step),
             "tracker_run_id": self._tracker.tracker_run_id,
         }
-
-
-def comparable_evaluations(
-    best: Sequence[Mapping[str, Any]],
-    lines: Sequence[Mapping[str, Any]],
-    repeated: Mapping[str, Any] | None,
-    first_step: int,
-) -> list[Mapping[str, Any]]:
-    """Return the evaluations so far that count for the best, one of each step. Pure.
-
-    Args:
-        best: the best ones, as the checkpoint has them.
-        lines: the lines of metrics that the run resumes after.
-        repeated: the line of the step that is evaluated once more, as it was; None where none is.
-        first_step: evaluations of earlier steps are of other rows.
-    """
-    evaluations = [*best, *lines, *([] if repeated is None else [repeated])]
-    return list({line["step"]: line for line in evaluations if line["step"] >= first_step}.values())
 
 
 @contextmanager
@@ -106,11 +115,7 @@ def open_saver(
 ) -> Iterator[Saver]:
     """Open a run's checkpoints at the step that it resumes after; later ones and their metrics are removed.
 
-    A run that is asked to stop within the block is saved.
-
-    Args:
-        fingerprint: of the run, before its state was restored.
-        untrained: samples of the untrained model.
+    A run that is asked to stop within the block is saved. `untrained` are samples of the untrained model.
     """
     config = job.config
     with open_checkpoints(config.checkpoint, job.run_dir, tracker.sync, writes=runtime.is_main) as checkpoints:
@@ -120,17 +125,50 @@ def open_saver(
         tracker.set_length(state.num_steps, state.steps_per_epoch)
         is_end = state.step >= state.num_steps or resume.is_end
         lines, again = runtime.from_main(tracker.rewind_to(state.step, is_end=is_end))
-        state.set_complete(is_complete=any(line["step"] == state.step for line in lines))
+        state.is_last_step_complete = any(line["step"] == state.step for line in lines)
+        if state.is_last_step_complete:
+            state.stats.reset()
         comparable_from = resume.comparable_from(fingerprint, state.step, is_complete=state.is_last_step_complete)
-        repeated = again if state.evaluates_again(config.evaluation.eval_steps) else None
-        evaluations = comparable_evaluations(resume.own_state.get("best", ()), lines, repeated, comparable_from)
+        evaluations = [*resume.own_state.get("best", ()), *lines]
+        if again is not None and state.evaluates_again(config.evaluation.eval_steps):
+            evaluations.append(again)
+        comparable = {line["step"]: line for line in evaluations if line["step"] >= comparable_from}
         written = written_weights(resume.own_state)
-        tracker.warn(*checkpoints.load_index(evaluations, resume.own_step, written))
+        tracker.warn(*checkpoints.load_index(comparable.values(), resume.own_step, written))
         extra = {"config": job.frozen, "comparable_from": comparable_from, "untrained": list(untrained)}
         saver = Saver(checkpoints, state, config, fingerprint, extra, runtime, tracker, lines)
         runtime.wait()
         try:
             yield saver
         except (Interrupted, Pruned):
-            saver.save_at_stop()
+            saver.save()
+            checkpoints.wait()
+            runtime.wait()  # a launcher may end all processes once the first has left
             raise
+
+
+def export_trained(
+    job: Job,
+    state: TrainState,
+    built: Assembled,
+    data: Data,
+    provenance: Mapping[str, Any],
+    runtime: Runtime,
+    tracker: Tracker,
+) -> dict[str, Any] | None:
+    """Write model/, and return size and checksum of each of its files; None where another process writes it.
+
+    ExportError says that what was written does not load as what was trained.
+    """
+    if job.config.data.streaming:
+        tracker.write_file("data_report.json", data.report())  # what was read is known only now
+    of_run = (data.report(), tracker.latest, provenance, built.new_tokens.ids)
+    card = model_card(job.frozen, *of_run)
+    adapter_card = model_card(job.frozen | {"export": {"merge": False}}, *of_run)
+    gather_on_cpu(state.model, keeps=runtime.is_main)
+    if not runtime.is_main:
+        return None
+    folder = job.run_dir / "model"
+    with unsharded_models():
+        tracker.warn(*export(state.model, built.adapter, built.tokenizer, folder, job.config, card, adapter_card))
+    return exported_digests(folder)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from src.checkpoint.store import Snapshot
+from src.checkpoint.store import AnySnapshot, Snapshot
 from src.config.schema import Attention, Batching, RunConfig, TrainingConfig
 from src.data.batching import BatchSampler, Position, steps_per_epoch
 from src.data.dataset import TrainSet
@@ -52,11 +52,11 @@ class StepStats:
     def means(self, *, with_objective: bool) -> dict[str, float]:
         """Return the means as metrics; those of thoughts and answers where there are thoughts.
 
-        Args:
-            with_objective: whether what is minimised is not the loss itself.
+        That of the objective is asked for where what is minimised is not the loss itself.
         """
         means = {"train/loss": self.loss, "perf/tokens_per_second": self.tokens_per_second}
-        means |= {f"train/{name}": loss for name, loss in self.span_losses().items()}
+        spans = span_losses(self.nll, self.num_supervised, self.thought_nll, self.num_thought)
+        means |= {f"train/{name}": loss for name, loss in spans.items()}
         if with_objective:
             means["train/objective"] = self.objective / max(self.num_steps, 1)
         return means
@@ -69,10 +69,6 @@ class StepStats:
     def reset(self) -> None:
         """Set all sums to zero, in place."""
         vars(self).update(vars(StepStats()))
-
-    def span_losses(self) -> dict[str, float]:
-        """Return the mean nats per token of thoughts and of answers; empty where there are no thoughts."""
-        return span_losses(self.nll, self.num_supervised, self.thought_nll, self.num_thought)
 
 
 @dataclass(frozen=True)
@@ -137,12 +133,8 @@ class TrainState:
         """Return the frozen weights, which no checkpoint holds; no copies."""
         return {name: compute_weight(p) for name, p in self.model.named_parameters() if not p.requires_grad}
 
-    def snapshot(self, runtime: Runtime, extra_state: Mapping[str, Any]) -> Snapshot[Tensor | ShardedTensor]:
-        """Return all that a run needs to resume here exactly.
-
-        Args:
-            extra_state: more JSON values to be saved.
-        """
+    def snapshot(self, runtime: Runtime, extra_state: Mapping[str, Any]) -> AnySnapshot:
+        """Return all that a run needs to resume here exactly, with more JSON values that are to be saved."""
         tensors, values = runtime.strategy.optimizer_state(self.parameter_names)
         state = {
             "step": self.step,
@@ -157,15 +149,10 @@ class TrainState:
         }
         return Snapshot(self.weights(runtime), tensors, state | dict(extra_state))
 
-    def only_weights(self, runtime: Runtime, extra_state: Mapping[str, Any]) -> Snapshot[Tensor | ShardedTensor]:
-        """Return the weights alone, of an evaluation that is among the best."""
-        return Snapshot(self.weights(runtime), None, {"step": self.step, **extra_state})
-
     def restore(self, kept: Snapshot[Tensor], runtime: Runtime) -> None:
         """Restore a snapshot, but for the position in the data, which `build_train_state` takes.
 
-        Raises:
-            CheckpointError: where names or shapes of its weights differ; nothing is changed then.
+        CheckpointError names weights whose names or shapes differ; nothing is changed then.
         """
         state = kept.state
         self.restore_weights(kept.weights, runtime)
@@ -187,21 +174,10 @@ class TrainState:
         """Return whether the last step is evaluated once more when the run resumes after it."""
         return self.last_step is not None and (self.step >= self.num_steps or self.last_step.is_due(eval_steps))
 
-    def set_complete(self, *, is_complete: bool) -> None:
-        """Set whether the last step is complete (evaluated and logged); reset the running sums where it is."""
-        self.is_last_step_complete = is_complete
-        if is_complete:
-            self.stats = StepStats()
-
     @torch.no_grad()
     def restore_weights(self, weights: Mapping[str, Tensor], runtime: Runtime) -> None:
-        """Load weights by name.
-
-        Raises:
-            CheckpointError: where names or shapes differ; nothing is changed then.
-        """
-        trained = self.trained_parameters
-        buffers = _buffers(self.model)
+        """Load weights by name; CheckpointError says which names or shapes differ, and nothing is changed then."""
+        trained, buffers = self.trained_parameters, _buffers(self.model)
         shapes = {name: full_shape(p) for name, p in trained.items()}
         shapes |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
         wrong = [f"{name} is missing there" for name in shapes.keys() - weights.keys()]
@@ -221,10 +197,7 @@ class TrainState:
             buffer.copy_(weights[name])
 
     def totals(self) -> dict[str, float]:
-        """Return the counters of the whole run, and the number of parameters.
-
-        train_seconds are those spent in steps, without evaluation, samples and export.
-        """
+        """Return the counters of the whole run and numbers of parameters; train_seconds are those spent in steps."""
         total, trained = num_parameters(self.model)
         return {
             "num_parameters": total,
@@ -243,12 +216,12 @@ COUNTERS = ("tokens_seen", "examples_seen", "train_seconds", "num_schedule_steps
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's persistent buffers by name."""
-    found = {}
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{name}" if prefix else name] = buffer.detach()
-    return found
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer.detach()
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def build_batch_sampler(config: RunConfig, num_processes: int = 1) -> BatchSampler:
@@ -265,11 +238,10 @@ def build_batch_sampler(config: RunConfig, num_processes: int = 1) -> BatchSampl
 def num_train_steps(
     config: TrainingConfig, per_epoch: int | None, step: int = 0, epoch: int = 0, left_of_epoch: int | None = None
 ) -> int:
-    """Return the number of optimizer steps of the whole run.
+    """Return the number of optimizer steps of the whole run, which resumes after a step of an epoch.
 
     Args:
         per_epoch: None where the train set is streamed.
-        step, epoch: after which step, and in which epoch, the run resumes.
         left_of_epoch: steps from there to the end of its epoch; None: all of them.
     """
     if config.max_train_steps:
@@ -291,12 +263,11 @@ def build_train_state(
 ) -> TrainState:
     """Move everything to the device, wrap it, and choose how the head is computed.
 
+    ModelError says that the weights' type does not go with the precision, or that rows can't be packed for this model.
+
     Args:
         new_tokens: the configuration's tokens and their ids, to be watched.
         step, position: after which step the run resumes, and where in its rows; all else is restored later.
-
-    Raises:
-        ModelError: where the weights' type does not go with the precision, or rows can't be packed for this model.
     """
     batch_sampler = build_batch_sampler(config, runtime.num_processes)
     per_epoch = left = None
