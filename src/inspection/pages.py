@@ -8,7 +8,7 @@ from src.data.advice import Finding, Level
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import visible
-from src.forecast.items import MemoryItem
+from src.forecast.parameters import MemoryItem
 from src.forecast.time import TimeItem
 from src.inspection.drawing import Paint, histogram, painted_row
 from src.inspection.findings import Proof

@@ -10,7 +10,7 @@ import torch
 
 from src.config.schema import Device, MixedPrecision, RunConfig, ZeroConfig
 from src.data.dataset import Data
-from src.forecast.disk import DiskForecast, disk_forecast, most_saves
+from src.forecast.disk import DiskForecast, disk_forecast, has_best, most_saves
 from src.forecast.memory import MemoryForecast, Sharding, memory_forecast
 from src.forecast.parameters import ModelParameters, parameters_of, with_adapter
 from src.forecast.time import TimeItem, counted_time, matmul_flops_per_second
@@ -72,7 +72,7 @@ def forecast_run(
         run_dir,
         config.optimizer,
         config.checkpoint,
-        has_metric=_is_metric_given(config),
+        has_metric=has_best(config),
         num_saves=most_saves(config.checkpoint, work.num_steps, work.num_steps_per_epoch),
         tokenizer_bytes=_saved_bytes(tokenizer),
         merge=config.export.merge,
@@ -120,12 +120,6 @@ def about_disk(disk: DiskForecast) -> list[Finding]:
     text = f"the run may write {human_bytes(disk.total.bytes or 0)}, and {human_bytes(disk.free_bytes)} are free in "
     text += f"{disk.place}: checkpoint.keep_last, keep_best and newest_optimizer_only decide what checkpoints take"
     return [Finding(Level.warning, text)]
-
-
-def _is_metric_given(config: RunConfig) -> bool:
-    """Return whether the metric that decides which checkpoint is best is one of a validation set."""
-    metric = config.checkpoint.metric_for_best_model
-    return any(metric.startswith(f"eval/{name}/") for name in config.data.validation_names())
 
 
 def planned_parameters(config: RunConfig, model: Any, new_ids: Sequence[int]) -> ModelParameters:
