@@ -58,7 +58,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
 
         with open_saver(job, resume, state, fingerprint, untrained, runtime, tracker) as saver, stop.deferred():
             pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.warn)
-            for step in train(state, data.train, config, runtime, evaluator.pad_token_id):
+            for step in train(state, data.train, config, runtime, evaluator.generator.pad_token_id):
                 tracker.progress(step, state.num_steps, is_logged=config.training.log_every.is_due(step))
                 tracker.warn(*step.warnings)
                 if config.checkpoint.save_every.is_due(step):

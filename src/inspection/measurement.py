@@ -98,7 +98,7 @@ def _measure_evaluation(
 
 def _measure_generation(evaluator: Evaluator, texts: Generation, runtime: Runtime) -> float:
     """Return the seconds of a batch of texts of the maximum length, extrapolated from their first tokens."""
-    generator = replace(evaluator.generator, end=None)
+    generator = replace(evaluator.generator, reader=None)
     settings, rows = generator.model.generation_config, texts.rows
     longest, lengths = settings.max_new_tokens, rows.prompt_lengths().tolist()
     usual = sorted(range(len(rows)), key=lambda i: abs(lengths[i] - texts.mean_prompt))[: texts.batch]
