@@ -20,7 +20,9 @@ from src.data.report import changed_rows
 from src.data.sets import EncodedSet, LabelledRow
 from src.evaluation.answers import AnswerReader, cut_at
 from src.metrics import METRICS, is_full_marks
+from src.model.embeddings import InitialisedRows
 from src.patterns import at
+from src.tokens import ConfiguredTokens
 from src.training.optim import warmup_warnings
 from src.training.state import build_batch_sampler
 from src.util import plural
@@ -184,6 +186,15 @@ def findings(
         *_about_rows(config, data, train),
         *_about_batches(config, train, num_steps),
     ]
+
+
+def about_initialised_rows(new: ConfiguredTokens, initialised: InitialisedRows) -> list[Finding]:
+    """Return a note on the tokens that the checkpoint knows by name only."""
+    untrained = [token for token in new.existing if token in initialised.ids]
+    if not untrained:
+        return []
+    text = f"{', '.join(untrained)}: in the tokenizer, but never trained in the checkpoint; initialised as a new token"
+    return [Finding(Level.note, text)]
 
 
 def _about_masks(sets: Mapping[str, EncodedSet], proofs: Mapping[str, Proof]) -> Iterator[Finding]:
