@@ -34,7 +34,6 @@ class Evaluator:
     metrics: Sequence[str]
     answer_pattern: str | None
     max_samples: int | None
-    batch_size: int
 
     def evaluate(self, sets: Iterable[EncodedSet], watched: Mapping[str, int] = NO_TOKENS) -> dict[str, float]:
         """Return the metrics of sets by their names in metrics.jsonl, `eval/<set>/…`.
@@ -61,9 +60,10 @@ class Evaluator:
         order = sorted(range(count), key=lambda i: rows.lengths[i])  # little padding
         sums = torch.zeros(4, dtype=torch.float64)  # nats and tokens of all, nats and tokens of thoughts
         self.loss_model.eval()
-        for start, is_real in self.runtime.split(range(0, count, self.batch_size)):
+        size = self.generator.batch_size
+        for start, is_real in self.runtime.split(range(0, count, size)):
             self.runtime.check_stop()
-            batch = collate(rows, [[i] for i in order[start : start + self.batch_size]], self.generator.pad_token_id)
+            batch = collate(rows, [[i] for i in order[start : start + size]], self.generator.pad_token_id)
             batch_losses = self.loss_model(**batch.to(self.runtime.device).inputs())
             if not is_real:
                 continue
@@ -125,14 +125,6 @@ def open_evaluation(config: RunConfig, loss_model: nn.Module, model: Any, data: 
     check_prompts(config, model, data)
     check_spans(config, data)
     reader = AnswerReader(data.encoder, config.thought_tags, data.frame)
-    batch_size = config.training.per_device_eval_batch_size
-    return Evaluator(
-        loss_model,
-        Generator(model, runtime, batch_size, data.encoder.target_prefix, reader),
-        reader,
-        runtime,
-        config.metrics,
-        config.data.answer_pattern,
-        config.evaluation.max_samples,
-        batch_size,
-    )
+    size, pattern = config.training.per_device_eval_batch_size, config.data.answer_pattern
+    generator = Generator(model, runtime, size, data.encoder.target_prefix, reader)
+    return Evaluator(loss_model, generator, reader, runtime, config.metrics, pattern, config.evaluation.max_samples)

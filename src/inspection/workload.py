@@ -60,13 +60,12 @@ class Workload:
 
     @property
     def tokens_fed(self) -> int:
-        return round(self.num_micro_batches / len(self.micro_batches) * self.train.num_tokens)
+        return round(self.num_micro_batches / len(self.shapes) * self.train.num_tokens)
 
     @property
     def tokens_computed(self) -> int:
         """Positions that are computed: tokens_fed and padding."""
-        per_epoch = sum(shape.num_tokens for shape in self.shapes)
-        return round(self.num_micro_batches / len(self.micro_batches) * per_epoch)
+        return round(self.num_micro_batches / len(self.shapes) * sum(shape.num_tokens for shape in self.shapes))
 
 
 def plan_work(config: RunConfig, data: Data) -> Workload:
