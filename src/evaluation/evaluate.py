@@ -95,10 +95,8 @@ class TargetStats:
     """Sums over the positions where watched tokens are the target."""
 
     def __init__(self, watched: Mapping[str, int]) -> None:
-        self._watched = watched
-        self._sums = torch.zeros(
-            1 + 2 * len(watched), dtype=torch.float64
-        )  # all targets; of each token number and nats
+        self._watched = watched  # the sums are the number of all, then of each token the number and nats
+        self._sums = torch.zeros(1 + 2 * len(watched), dtype=torch.float64)
 
     def update(self, targets: Tensor, nll: Tensor) -> None:
         """Add targets [supervised] and their losses, in nats."""
