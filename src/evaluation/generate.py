@@ -55,10 +55,8 @@ class Generator:
         asked for it.
 
         Prompts of similar length are batched, for little padding. Batching changes no completion: each prompt is
-        decoded as it would be alone, and draws from its own random stream, by `seed` and its row.
-
-        Args:
-            first_row: the index of the first prompt's row, where the prompts are a part of a set.
+        decoded as it would be alone, and draws from its own random stream, by `seed` and the index of its row, of which
+        `first_row` is the first where the prompts are a part of a set.
         """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         local: dict[int, Completion] = {}

@@ -127,12 +127,8 @@ class ModelCounter:
 
     @torch.no_grad()
     def count_generation(self, batch: int, prompt: int, num_new: int) -> ForwardCount:
-        """Count a batch of completions, all as long as they may be: the prompt, then token by token with the keys and
-        values of all tokens before.
-
-        Args:
-            batch: rows, times beams.
-            prompt: tokens of the longest prompt; of an encoder-decoder's input.
+        """Count a batch of completions (rows times beams), all as long as they may be: the longest prompt, of an
+        encoder-decoder its input, then token by token with the keys and values of all tokens before.
         """
         self.loss_model.eval()
         with self._computing() as live, self._autocasting():
@@ -232,9 +228,8 @@ def measure_saved_bytes(compute: Callable[[], object], exclude: Iterable[Tensor]
     Autocast's copies of the weights are among them. Of what `torch.utils.checkpoint` computes again it sees what is
     kept to do so, not what comes then; of bitsandbytes' 8-bit layers it does not see the inputs that they keep.
 
-    Args:
-        compute: a forward without its backward; its result is held until it is counted.
-        exclude: tensors that exist anyway, such as the model's parameters.
+    The result of the forward, without its backward, is held until it is counted; `exclude` are tensors that exist
+    anyway, such as the model's parameters.
     """
     excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     living = WeakSet[_Kept]()

@@ -38,10 +38,8 @@ class LiveTensors(TorchDispatchMode):
     """Follows which storages are alive, how many bytes at most at once, and counts floating-point operations."""
 
     def __init__(self, existing: Iterable[Tensor], num_supervised: int) -> None:
-        """Start with nothing counted; the storages of `existing` tensors never are.
-
-        Args:
-            num_supervised: how many positions a mask picks, since its values are unknown.
+        """Start with nothing counted; the storages of `existing` tensors never are. `num_supervised` is how many
+        positions a mask picks, since its values are unknown.
         """
         super().__init__()
         self._not_counted = {tensor.untyped_storage()._cdata for tensor in existing}

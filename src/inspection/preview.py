@@ -29,9 +29,7 @@ from src.tracking.console import Console
 
 def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
     """Assemble what a run would, without weights; show it, what it will take and the findings; return the exit code.
-
-    Raises:
-        TowlineError: what a run would refuse.
+    TowlineError says what a run would refuse.
     """
     config, own = job.config, job.entry_section
     folder, paint = Path("outputs", config.name, "preflight"), Paint(sys.stdout)
