@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import regex
@@ -25,27 +25,22 @@ LOSSES = ("loss", "perplexity", "thought_loss", "answer_loss")
 """Values of every evaluation that need no generated text; the lower, the better."""
 
 
+Function = Callable[..., float]
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A score of generated texts.
+    """A score of generated texts."""
 
-    Args:
-        needs: what `compute` takes, of CAN_NEED.
-        full_marks: its value where predictions are their references; None where that is not known.
-        can_score: whether it can give full marks, by a reference and the answer pattern.
-    """
-
-    compute: Callable[..., float]
-    needs: tuple[str, ...]
+    compute: Function
+    needs: tuple[str, ...]  # what `compute` takes, of CAN_NEED
     greater_is_better: bool
-    full_marks: float | None
-    can_score: Callable[[str, str | None], bool]
+    full_marks: float | None  # its value where predictions are their references; None where that is not known
+    can_score: Callable[[str, str | None], bool]  # whether full marks are possible, by reference and answer pattern
 
 
 METRICS = Registry[Metric]("metric")
 """The metrics that `data.metrics` and `evaluation.metrics` may name."""
-
-Function = Callable[..., float]
 
 
 def metric(
@@ -55,10 +50,8 @@ def metric(
     full_marks: float | None = None,
     can_score: Callable[[str, str | None], bool] = lambda reference, answer_pattern: True,
 ) -> Callable[[Function], Function]:
-    """Return a decorator that registers a function as a metric; see Metric.
-
-    Raises:
-        ValueError: where the function takes what no metric gets, or the name is taken.
+    """Return a decorator that registers a function as a metric, see Metric; ValueError where the function takes what no
+    metric gets, or the name is taken.
     """
 
     def register(compute: Function) -> Function:
@@ -86,19 +79,12 @@ def compute_metrics(
     answer_pattern: str | None,
     place: Callable[[int], str] = "text {}".format,
 ) -> dict[str, float]:
-    """Compute the metrics asked for, by name, in that order.
-
-    Args:
-        place: says where the row of a prediction comes from.
-    Raises:
-        DataError: naming the row on which the pattern does not terminate.
+    """Compute the metrics asked for, by name, in that order; DataError names the row on which the pattern does not
+    terminate, by its `place`.
     """
-    arguments = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
+    given = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
     metrics = {name: METRICS[name] for name in names}
-    return {
-        name: float(chosen.compute(**{need: arguments[need] for need in chosen.needs}))
-        for name, chosen in metrics.items()
-    }
+    return {name: float(one.compute(**{need: given[need] for need in one.needs})) for name, one in metrics.items()}
 
 
 def is_full_marks(name: str, prediction: str, reference: str, answer_pattern: str | None = None) -> bool:
@@ -142,10 +128,8 @@ WORD = regex.compile(rf"(?={UNSPACED})\X|(?:\p{{M}}|(?!{UNSPACED})[\p{{L}}\p{{N}
 def answer(text: str, pattern: str | None) -> str | None:
     """Return what a text answers: all of it, or the last match of the pattern's first group; None without a match.
 
-    Text and pattern are taken in NFC: "é" is the same letter, written as one character or as two.
-
-    Raises:
-        LimitError: where the pattern does not terminate.
+    Text and pattern are taken in NFC: "é" is the same letter, written as one character or as two. LimitError where the
+    pattern does not terminate.
     """
     text = nfc(text)
     if pattern is None:
@@ -154,11 +138,7 @@ def answer(text: str, pattern: str | None) -> str | None:
     return groups[-1].strip() if groups and groups[-1] is not None else None
 
 
-@metric(
-    "exact_match",
-    full_marks=1.0,
-    can_score=lambda reference, answer_pattern: answer(reference, answer_pattern) is not None,
-)
+@metric("exact_match", full_marks=1.0, can_score=lambda reference, pattern: answer(reference, pattern) is not None)
 def exact_match(
     predictions: Sequence[str],
     references: Sequence[str],
@@ -212,10 +192,8 @@ def nfc(text: str) -> str:
 
 
 def rouge(name: str, predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Compute a kind of ROUGE: the F-measure's mean over the rows, from 0 to 1; without stemming.
-
-    Args:
-        name: rouge1, rouge2 (shared words and pairs of words), rougeL (longest common subsequence of the whole text).
+    """Compute a kind of ROUGE: the F-measure's mean over the rows, from 0 to 1; without stemming. The kinds are rouge1,
+    rouge2 (shared words and pairs of words) and rougeL (longest common subsequence of the whole text).
 
     Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
     """
@@ -226,29 +204,14 @@ def rouge(name: str, predictions: Sequence[str], references: Sequence[str]) -> f
     return float(sum(row[name].fmeasure for row in rows) / len(rows))
 
 
-def _has_words(least: int) -> Callable[[str, str | None], bool]:
-    """Return the condition that a reference has so many words as ROUGE cuts them."""
-
-    def has_words(reference: str, answer_pattern: str | None) -> bool:
-        # the last word of a text's beginning may be cut, those in front of it are whole
-        return len(words(reference[:100])) > least or len(words(reference)) >= least
-
-    return has_words
+def _has_words(least: int, reference: str, answer_pattern: str | None) -> bool:
+    """Return whether a reference has so many words as ROUGE cuts them."""
+    # the last word of a text's beginning may be cut, those in front of it are whole
+    return len(words(reference[:100])) > least or len(words(reference)) >= least
 
 
-@metric("rouge1", full_marks=1.0, can_score=_has_words(1))
-def rouge1(predictions: Sequence[str], references: Sequence[str]) -> float:
-    return rouge("rouge1", predictions, references)
-
-
-@metric("rouge2", full_marks=1.0, can_score=_has_words(2))
-def rouge2(predictions: Sequence[str], references: Sequence[str]) -> float:
-    return rouge("rouge2", predictions, references)
-
-
-@metric("rougeL", full_marks=1.0, can_score=_has_words(1))
-def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
-    return rouge("rougeL", predictions, references)
+for _name, _least in (("rouge1", 1), ("rouge2", 2), ("rougeL", 1)):
+    metric(_name, full_marks=1.0, can_score=partial(_has_words, _least))(partial(rouge, _name))
 
 
 @metric("chrf", full_marks=100.0, can_score=lambda reference, answer_pattern: bool(reference.strip()))

@@ -1,19 +1,15 @@
 """What a run assembled, in a few lines for a person."""
 
-import math
-import shutil
 from pathlib import Path
 
 from src.config.job import Job
-from src.config.schema import Batching, InitMethod, LoraConfig, RunConfig, TokensConfig, Weights
+from src.config.schema import Batching, InitMethod, RunConfig, TokensConfig, Weights
 from src.data.dataset import Data
-from src.forecast.disk import disk_need, most_saves
-from src.forecast.optimizer_state import checkpoint_bytes
-from src.forecast.parameters import trained_of
+from src.forecast.disk import disk_forecast, has_best, most_saves
+from src.forecast.parameters import optimizer_part, parameters_of, with_adapter
 from src.model.build import num_parameters
 from src.model.embeddings import num_embedding_rows
 from src.runtime.session import Runtime
-from src.runtime.sharding import full_shape
 from src.training.assembly import Assembled
 from src.training.state import TrainState
 from src.util import human_bytes
@@ -22,11 +18,10 @@ from src.util import human_bytes
 def overview(job: Job, state: TrainState, built: Assembled, data: Data, runtime: Runtime) -> dict[str, str]:
     """Return label -> text; a text may have several lines."""
     config = job.config
-    sets = "\n".join(f"{name}: {report.summary}" for name, report in data.reports.items())
     return {
         "model": _model(config, state),
         "tokens": _tokens(config, state, built),
-        "data": sets,
+        "data": "\n".join(f"{name}: {report.summary}" for name, report in data.reports.items()),
         "steps": _steps(config, state),
         "disk": _disk(config, state, job.run_dir),
         "device": runtime.description,
@@ -43,17 +38,13 @@ def _model(config: RunConfig, state: TrainState) -> str:
         bits = f", frozen in 4 bits ({quantization.bnb_4bit_quant_type.value})"
     text = f"{type(state.model).__name__} of {config.model.checkpoint}, {source}, {dtype}{bits}"
     if (lora := config.lora) is not None:
-        text += f"\n{_adapter(lora)}"
+        kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+        text += f"\n{kind}, r {lora.r}, on {targets}"
     text += f"\n{total:,} parameters, {'all' if trained == total else f'{trained:,} ({trained / total:.2%})'} trained"
     if state.uses_full_logits:
         text += "\nits logits are more than head(hidden states): the full logits are computed (slower, more memory)"
     return text
-
-
-def _adapter(config: LoraConfig) -> str:
-    kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
-    targets = config.target_modules
-    return f"{kind}, r {config.r}, on {targets if isinstance(targets, str) else ', '.join(targets)}"
 
 
 def _tokens(config: RunConfig, state: TrainState, built: Assembled) -> str:
@@ -72,29 +63,31 @@ def _tokens(config: RunConfig, state: TrainState, built: Assembled) -> str:
 
 def _initialised_from(config: TokensConfig) -> str:
     """Return what the rows of new tokens start as, in words."""
-    match config.init.method:
-        case InitMethod.text:
-            return f"from the mean of {', '.join(map(repr, config.init.text))}"
-        case InitMethod.description:
-            return "from the mean of their descriptions"
-        case InitMethod.random:
-            return "at random"
-        case InitMethod.mean:
-            return "from the mean of all rows"
+    return {
+        InitMethod.text: f"from the mean of {', '.join(map(repr, config.init.text))}",
+        InitMethod.description: "from the mean of their descriptions",
+        InitMethod.random: "at random",
+        InitMethod.mean: "from the mean of all rows",
+    }[config.init.method]
 
 
 def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
     """Return what checkpoints and the exported model take at most, and whether there is room."""
-    weights, optimizer = checkpoint_bytes(trained_of(state.model), config.optimizer)
+    parameters = with_adapter(parameters_of(state.model), state.model)
+    weights, optimizer = parameters.trained_bytes, optimizer_part(parameters, config.optimizer).bytes
     if optimizer is None:
         return f"more than {human_bytes(weights)} a checkpoint: the size of {config.optimizer.type}'s state is unknown"
-    model_bytes = sum(math.prod(full_shape(p)) * p.element_size() for p in state.model.parameters())
-    exported = model_bytes if not config.adapter.is_on or config.export.merge else weights
-    saves = most_saves(config.checkpoint, state.num_steps, state.steps_per_epoch)
-    has_metric = bool(config.data.validation_names())
-    need = disk_need(weights, optimizer, config.checkpoint, exported, has_metric, saves)
+    forecast = disk_forecast(
+        parameters,
+        run_dir,
+        config.optimizer,
+        config.checkpoint,
+        has_metric=has_best(config),
+        num_saves=most_saves(config.checkpoint, state.num_steps, state.steps_per_epoch),
+        merge=config.export.merge,
+    )
+    need, free = forecast.total.bytes or 0, forecast.free_bytes
     existing = sum(file.lstat().st_size for file in (run_dir / "checkpoints").glob("step-*/*"))
-    free = shutil.disk_usage(run_dir).free
     text = f"up to {human_bytes(need)} for checkpoints ({human_bytes(weights + optimizer)} each) and the model"
     if need - existing <= free:
         return f"{text}, {human_bytes(free)} free"

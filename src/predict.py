@@ -69,7 +69,7 @@ def predict(job: Job) -> int:
             return 0
         with open_generation(job, stop, console) as (generator, prompts):
             for name, one in unfinished.items():
-                predict_rows(one, prompts.sets[name], generator, prompts, config, console)
+                predict_rows(one, prompts.sets[name], generator, config.seed, console)
                 finish(one, job, console)
     return 0
 
@@ -81,7 +81,8 @@ def open_generation(job: Job, stop: StopRequest, console: Console) -> Iterator[t
     from src.data.advice import about_template
     from src.data.dataset import build_prompts
     from src.data.tokenizer import load_tokenizer
-    from src.evaluation.generate import EndText, Generator, check_room
+    from src.evaluation.answers import AnswerReader
+    from src.evaluation.generate import Generator, check_room
     from src.evaluation.predictions import describe_rows
     from src.model.build import set_generation
     from src.model.export import load_exported
@@ -104,9 +105,9 @@ def open_generation(job: Job, stop: StopRequest, console: Console) -> Iterator[t
             console.label(name, describe_rows(rows))
             for finding in about_template(name, *rows.count_lines("changes")):
                 console.warn(finding.text)
-        end = EndText.from_frame(prompts.frame, prompts.encoder)
+        reader = AnswerReader(prompts.encoder, config.thought_tags, prompts.frame)
         with stop.deferred():  # from here on it is followed between two tokens
-            yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, end), prompts
+            yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, reader), prompts
 
 
 def finish(one: PredictedSet, job: Job, console: Console) -> None:

@@ -56,7 +56,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
 
         with open_saver(job, resume, state, fingerprint, untrained, runtime, tracker) as saver, stop.deferred():
             pruning = Pruning(job.trial if runtime.is_main else None, saver.lines, tracker.warn)
-            for step in train(state, data.train, config, runtime, evaluator.pad_token_id):
+            for step in train(state, data.train, config, runtime, evaluator.generator.pad_token_id):
                 tracker.progress(step, state.num_steps, is_logged=step.is_due(config.training.logging_steps))
                 tracker.warn(*step.warnings)
                 if step.is_due(config.checkpoint.checkpointing_steps, at_end=config.checkpoint.saves_at_end):

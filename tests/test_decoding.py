@@ -100,7 +100,7 @@ def generator(model: Any, runtime: Runtime, batch_size: int, pad: int, **setting
 def by_transformers(one: Generator, prompt: list[int]) -> list[int]:
     """Return what plain `generate` writes for a prompt alone, EOS and padding cut."""
     ids = torch.tensor([prompt])
-    begin = {"decoder_input_ids": torch.tensor([[EOS, *PREFIX]])} if one.is_encoder_decoder else {}
+    begin = {"decoder_input_ids": torch.tensor([[EOS, *PREFIX]])} if one.model.config.is_encoder_decoder else {}
     made = one.model.generate(ids, attention_mask=torch.ones_like(ids), **begin)[0].tolist()
     stops = one.model.generation_config.eos_token_id
     return cut_at(made[2 if begin else len(prompt) :], [stops] if isinstance(stops, int) else stops).ids

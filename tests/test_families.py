@@ -17,7 +17,7 @@ from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import DataError
 from src.evaluation.answers import AnswerReader
-from src.evaluation.generate import EndText, Generator
+from src.evaluation.generate import Generator
 from src.inspection.findings import answer_scorer, prove
 from src.metrics import METRICS, compute_metrics
 from src.model.build import set_generation
@@ -322,8 +322,8 @@ def test_generation_stops_after_a_text_that_ends_turns(tmp_path: Path) -> None:
         alone = Generator(model, runtime, 2, []).generate([prompt], seed=1)[0]
         assert data.encoder.decode(alone.ids).startswith("Wok<#>\nWok<#>")
         assert alone.stop_reason == "length"
-        end = EndText.from_frame(data.frame, data.encoder)
-        for found in Generator(model, runtime, 2, [], end).generate([prompt, [*prompt[:2], *prompt]], seed=1):
+        reader = AnswerReader(data.encoder, None, data.frame)
+        for found in Generator(model, runtime, 2, [], reader).generate([prompt, [*prompt[:2], *prompt]], seed=1):
             assert data.encoder.decode(found.ids) == "Wok<#>"
             assert found.stop_reason == "eos"
             assert data.frame.answer("Wok<#>") == "Wok"

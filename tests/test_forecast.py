@@ -51,15 +51,14 @@ from src.forecast.counting import (
     counted,
     measure_saved_bytes,
 )
-from src.forecast.disk import disk_forecast, disk_need, most_saves
+from src.forecast.disk import disk_forecast, most_saves
 from src.forecast.memory import memory_forecast
-from src.forecast.optimizer_state import checkpoint_bytes, optimizer_part
 from src.forecast.parameters import (
     ModelParameters,
     ParameterStorage,
     TrainableTensor,
+    optimizer_part,
     parameters_of,
-    trained_of,
     with_adapter,
 )
 from src.forecast.time import counted_time, matmul_flops_per_second, measured_time
@@ -219,12 +218,13 @@ def test_the_optimizer_keeps_what_is_forecast(config: Any, names: set[str], dtyp
         for name, value in state.items()
         if value is not None and name not in uncounted
     ]
-    part = optimizer_part(parameters_of(model), config)
+    parameters = parameters_of(model)
+    part = optimizer_part(parameters, config)
     assert {name for name, _ in kept} == names
     assert part.bytes == sum(value.nbytes for _, value in kept)
     assert all(name in part.how for name in names)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    assert checkpoint_bytes(trained_of(model), config) == (weights, part.bytes)
+    assert parameters.trained_bytes == weights
     held = {id(tensor): tensor.nbytes for tensor in tree_leaves(optimizer.state_dict()) if isinstance(tensor, Tensor)}
     assert weights + (part.bytes or 0) == pytest.approx(weights + sum(held.values()), rel=0.01)  # counters and tables
 
@@ -522,7 +522,7 @@ def test_disk_holds_checkpoints_and_the_model(tmp_path: Path) -> None:
         ("model", 2711, "1,352 parameters x 2 B + 7 B of tokenizer"),
     )
     assert forecast.place == tmp_path
-    assert forecast.total.bytes == disk_need(2704, 2 * 2704, CHECKPOINT, 2711, has_metric=True)
+    assert forecast.total.bytes == 3 * resumable + bare + 2711
     assert forecast.fits
     assert not replace(forecast, free_bytes=forecast.total.bytes - 1).fits
     assert disk_forecast(TOY, folder, LION, CHECKPOINT, has_metric=False).total.how.startswith(
@@ -530,8 +530,7 @@ def test_disk_holds_checkpoints_and_the_model(tmp_path: Path) -> None:
     )
 
 
-WEIGHTS, STATE, EXPORT = 10**6, 2 * 10**6, 5 * 10**6
-RESUMABLE, BARE = WEIGHTS + STATE + SMALL_BYTES, WEIGHTS + SMALL_BYTES
+RESUMABLE, BARE = 3 * 5408 + SMALL_BYTES, 5408 + SMALL_BYTES  # of TOY's weights, with and without AdamW's state
 
 
 @pytest.mark.parametrize(
@@ -554,10 +553,11 @@ RESUMABLE, BARE = WEIGHTS + STATE + SMALL_BYTES, WEIGHTS + SMALL_BYTES
     ],
 )
 def test_disk_is_needed_for_what_is_kept_and_one_more(
-    changed: dict[str, Any], num_saves: int | None, has_metric: bool, num_resumable: int, num_bare: int
+    tmp_path: Path, changed: dict[str, Any], num_saves: int | None, has_metric: bool, num_resumable: int, num_bare: int
 ) -> None:
-    need = disk_need(WEIGHTS, STATE, replace(CHECKPOINT, **changed), EXPORT, has_metric, num_saves)
-    assert need == num_resumable * RESUMABLE + num_bare * BARE + EXPORT
+    checkpoint = replace(CHECKPOINT, **changed)
+    forecast = disk_forecast(TOY, tmp_path, ADAMW, checkpoint, has_metric=has_metric, num_saves=num_saves)
+    assert forecast.total.bytes == num_resumable * RESUMABLE + num_bare * BARE + 5408
 
 
 @pytest.mark.parametrize(
@@ -605,11 +605,21 @@ def test_an_adapter_is_read_with_its_rows_once_where_matrices_are_tied() -> None
     model = adapted(on_meta(qwen3, EXACT), None)
     bare = parameters_of(model)
     parameters = with_adapter(bare, adapted(model, LORA))
+    assert with_adapter(parameters_of(model), model) == parameters  # of a model that has its adapter already
     # q 128 -> 256, k and v 128 -> 128, o 256 -> 128, gate and up 128 -> 384, down 384 -> 128, in two blocks
     matrices = 2 * 8 * ((128 + 256) * 2 + (128 + 128) * 2 + (128 + 384) * 3)
     assert parameters.num_trained == parameters.num_of_adapter == matrices + 2 * 128
     of_adapter = ParameterStorage(matrices + 256, 4 * (matrices + 256), "45,312 of the adapter x 4 B")
     assert parameters.stored == (*bare.stored, of_adapter)
+
+
+def test_a_sharded_model_is_read_as_the_whole_one() -> None:
+    """DeepSpeed leaves a part of each parameter in place, and notes the shape of the whole."""
+    model = on_meta(qwen3, EXACT)
+    parameters = parameters_of(model)
+    for parameter in model.parameters():
+        vars(parameter)["ds_shape"], parameter.data = parameter.shape, torch.empty(0, device="meta")
+    assert parameters_of(model) == parameters
 
 
 @pytest.fixture(scope="module")

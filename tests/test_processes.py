@@ -46,8 +46,8 @@ from src.model import embeddings
 from src.model.build import empty_model
 from src.model.embeddings import resize_embeddings
 from src.runtime.launch import launch
-from src.runtime.session import Runtime, start_runtime
-from src.runtime.sharding import deepspeed_settings
+from src.runtime.session import start_runtime
+from src.runtime.sharding import Sharded, deepspeed_settings
 from src.runtime.signals import StopRequest
 from src.training.head import ModelWithLoss
 from src.training.resume import find_resume_point
@@ -450,20 +450,20 @@ def test_a_step_takes_the_same_rows_of_any_number_of_processes(lab: Laboratory, 
 
 def _count_held(given: Sequence[Sequence[str]], found: Path) -> None:
     """Make runs one after the other, and write the most bytes that tensors of the first process hold in each."""
-    most, add_gradients = 0, Runtime.backward
+    most, add_gradients = 0, Sharded.backward
 
     def count() -> int:
         tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
         tensors += [one.grad for one in tensors if one.is_leaf and one.grad is not None]
         return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
-    def counted(self: Runtime, loss: torch.Tensor, *, last: bool = True) -> None:
+    def counted(self: Sharded, loss: torch.Tensor, *, last: bool = True) -> None:
         nonlocal most
         add_gradients(self, loss, last=last)
         gc.collect()
         most = max(most, count())
 
-    Runtime.backward = counted  # type: ignore[method-assign]
+    Sharded.backward = counted
     held, first_port = [], int(os.environ["MASTER_PORT"])
     for number, overrides in enumerate(given):
         os.environ["MASTER_PORT"] = str(first_port + number)  # those of the last are not free at once
@@ -665,7 +665,7 @@ from torch import distributed, nn
 
 from src.config.gate import admit
 from src.config.schema import MixedPrecision
-from src.runtime.session import Runtime, start_runtime
+from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest
 
 sys.setswitchinterval(100)

@@ -1,10 +1,28 @@
-"""Answers of generated texts and of references, compared in the same form."""
+"""Completions and their answers, which are compared with references in the same form."""
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from src.data.answers import AnswerFrame, strip_thoughts
 from src.data.encoding import Encoder
 from src.data.sets import EncodedSet
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Generated ids, without EOS, and why they end: `eos` or `length`."""
+
+    ids: list[int]
+    stop_reason: str
+
+
+def cut_at(ids: list[int], stop_ids: Sequence[int]) -> Completion:
+    """Cut generated ids before the first stop id, EOS or the end of a turn; padding follows it."""
+    for i, token_id in enumerate(ids):
+        if token_id in stop_ids:
+            return Completion(ids[:i], "eos")
+    return Completion(ids, "length")
 
 
 @dataclass(frozen=True)
@@ -30,3 +48,16 @@ class AnswerReader:
     def plain_reference(self, rows: EncodedSet, index: int) -> str:
         """Return a row's reference answer, without thoughts, also without those that the data has between tags."""
         return strip_thoughts(rows.reference(index), self.tags)
+
+    def is_over(self, ids: Sequence[int]) -> bool:
+        """Return whether generated ids contain the text that ends a turn, in chat templates that end turns with words
+        that are no token; in a thought it ends nothing.
+        """
+        return bool(self.frame.end_text) and self.frame.is_over(self.encoder.decode(ids))
+
+    def cut(self, completion: Completion) -> Completion:
+        """Cut a completion after the token that completes the text that ends a turn."""
+        ids = completion.ids
+        if not self.is_over(ids):
+            return completion
+        return Completion(ids[: bisect_left(range(len(ids) + 1), True, key=lambda n: self.is_over(ids[:n]))], "eos")

@@ -52,11 +52,8 @@ class Decoding:
         generation_config: GenerationConfig,
         **model_inputs: Any,
     ) -> Tensor:
-        """Return the ids of prompts and completions, [prompts, tokens].
-
-        Args:
-            input_ids: the decoder's first ids, [prompts * beams, tokens].
-            logits_processor: those that transformers built for all rows together; not used.
+        """Return the ids of prompts and completions, [prompts, tokens]; `input_ids` are the decoder's first ones,
+        [prompts * beams, tokens], and the processors, which transformers built for all rows together, are not used.
         """
         config = copy.copy(generation_config)
         processors = self._processors(model, input_ids, config)
@@ -73,7 +70,7 @@ class Decoding:
         )
 
     def _processors(self, model: Any, input_ids: Tensor, config: GenerationConfig) -> LogitsProcessorList:
-        length = input_ids.shape[1]
+        length, device = input_ids.shape[1], input_ids.device
         paddings = [0 if model.config.is_encoder_decoder else length - len(prompt) for prompt in self.prompts]
         each = []
         for prompt, padding in zip(self.prompts, paddings, strict=True):
@@ -81,14 +78,11 @@ class Decoding:
             alone.max_length = config.max_length - padding
             if config.min_new_tokens is not None:
                 alone.min_length = 0  # transformers derived it from min_new_tokens and the padded prompt
-            each.append(
-                model._get_logits_processor(
-                    generation_config=alone,
-                    input_ids_seq_length=length - padding,
-                    encoder_input_ids=torch.tensor([prompt], device=input_ids.device),
-                    device=input_ids.device,
-                )
-            )
+            sizes = {
+                "input_ids_seq_length": length - padding,
+                "encoder_input_ids": torch.tensor([prompt], device=device),
+            }
+            each.append(model._get_logits_processor(generation_config=alone, **sizes, device=device))
         shared = list(takewhile(lambda processor: isinstance(processor, ROW_WISE), reversed(each[0])))[::-1]
         processors = LogitsProcessorList()
         if len(each[0]) > len(shared):
@@ -96,61 +90,57 @@ class Decoding:
             processors.append(_RowByRow([own[: len(own) - len(shared)] for own in each], paddings, stop))
         processors.extend(shared)
         if self.streams is not None:
-            processors.append(_Draw(self.streams.to(input_ids.device), length))
+            processors.append(_Draw(self.streams.to(device), length))
         return processors
 
 
+@dataclass
 class _RowByRow(LogitsProcessor):
     """Applies each prompt's own processors to its beams, without the padding on their left.
 
     Where they leave no token, as no_repeat_ngram_size may with a small vocabulary, the text ends.
     """
 
-    def __init__(self, processors: Sequence[Sequence[LogitsProcessor]], paddings: Sequence[int], stop_id: int) -> None:
-        self._rows = list(zip(processors, paddings, strict=True))
-        self._stop_id = stop_id
+    processors: Sequence[Sequence[LogitsProcessor]]
+    paddings: Sequence[int]
+    stop_id: int
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        beams = len(scores) // len(self._rows)
+        beams = len(scores) // len(self.processors)
+        rows = zip(self.processors, self.paddings, input_ids.split(beams), scores.split(beams), strict=True)
         changed = []
-        for (processors, padding), ids, own in zip(
-            self._rows, input_ids.split(beams), scores.split(beams), strict=True
-        ):
+        for processors, padding, ids, own in rows:
             for processor in processors:
                 own = processor(ids[:, padding:], own)
             changed.append(own)
         joined = torch.cat(changed)
-        joined[:, self._stop_id].masked_fill_(joined.isneginf().all(1), 0)
+        joined[:, self.stop_id].masked_fill_(joined.isneginf().all(1), 0)
         return joined
 
 
+@dataclass
 class _Draw(LogitsProcessor):
     """Draws each row's next token from its own stream, and masks all others."""
 
-    def __init__(self, streams: Tensor, begin: int) -> None:
-        self._streams = streams
-        self._begin = begin
+    streams: Tensor
+    begin: int
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not scores.logsumexp(1).isfinite().all():
             raise ModelError("no token can be drawn: the model's scores are not finite")
-        drawn = draw(scores, self._streams[:, input_ids.shape[1] - self._begin])
+        drawn = draw(scores, self.streams[:, input_ids.shape[1] - self.begin])
         return torch.full_like(scores, -math.inf).scatter_(1, drawn[:, None], 0)
 
 
 def draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Draw an id for each row of scores [rows, ids] with its softmax probability.
-
-    Args:
-        uniform: a number in [0, 1) for each row.
+    """Draw an id for each row of scores [rows, ids] with its softmax probability, by a number in [0, 1) for each row.
 
     Source: inversion of the cumulative distribution, Devroye 1986, "Non-Uniform Random Variate Generation", III.2.1.
     """
     cumulative = scores.double().softmax(1).cumsum(1)
     cumulative = cumulative / cumulative[:, -1:]  # so that the last is 1
-    return torch.searchsorted(cumulative, uniform[:, None].contiguous(), right=True)[:, 0].clamp(
-        max=scores.shape[1] - 1
-    )
+    drawn = torch.searchsorted(cumulative, uniform[:, None].contiguous(), right=True)[:, 0]
+    return drawn.clamp(max=scores.shape[1] - 1)
 
 
 def row_streams(seed: int, rows: Sequence[int], count: int) -> Tensor:

@@ -15,7 +15,7 @@ from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import DataError, NonFiniteLossError
 from src.evaluation.answers import AnswerReader
-from src.evaluation.generate import EndText, Generator, check_prompts
+from src.evaluation.generate import Generator, check_prompts
 from src.metrics import compute_metrics, perplexity
 from src.runtime.session import Runtime
 from src.training.loss import span_losses
@@ -34,23 +34,14 @@ class Evaluator:
     metrics: Sequence[str]
     answer_pattern: str | None
     max_samples: int | None
-    batch_size: int
-
-    @property
-    def pad_token_id(self) -> int:
-        return self.generator.pad_token_id
 
     def evaluate(self, sets: Iterable[EncodedSet], watched: Mapping[str, int] = NO_TOKENS) -> dict[str, float]:
         """Return the metrics of sets by their names in metrics.jsonl, `eval/<set>/…`.
 
-        Args:
-            watched: tokens and their ids, for which `tokens/<token>/log_probability` (mean where it is the target, over
-                all the sets) and `…/share_of_targets` are computed too.
-        Raises:
-            Interrupted: between batches, where a signal asked for it.
+        For `watched` tokens, by their ids, `tokens/<token>/log_probability` (mean where it is the target, over all the
+        sets) and `…/share_of_targets` are computed too. Interrupted between batches, where a signal asked for it.
         """
-        metrics: dict[str, float] = {}
-        targets = TargetStats(watched)
+        metrics, targets = dict[str, float](), TargetStats(watched)
         for rows in sets:
             count = min(len(rows), self.max_samples or len(rows))
             values = self._losses(rows, count, targets)
@@ -67,29 +58,24 @@ class Evaluator:
     def _losses(self, rows: EncodedSet, count: int, targets: "TargetStats") -> dict[str, float]:
         """Compute the mean nats per supervised token of the first `count` rows: of all, of thoughts and of answers."""
         order = sorted(range(count), key=lambda i: rows.lengths[i])  # little padding
-        total, thought_sum = torch.zeros(2, dtype=torch.float64)
-        num_supervised = num_thought = 0
+        sums = torch.zeros(4, dtype=torch.float64)  # nats and tokens of all, nats and tokens of thoughts
         self.loss_model.eval()
-        for start, is_real in self.runtime.split(range(0, count, self.batch_size)):
+        size = self.generator.batch_size
+        for start, is_real in self.runtime.split(range(0, count, size)):
             self.runtime.check_stop()
-            batch = collate(rows, [[i] for i in order[start : start + self.batch_size]], self.generator.pad_token_id)
+            batch = collate(rows, [[i] for i in order[start : start + size]], self.generator.pad_token_id)
             batch_losses = self.loss_model(**batch.to(self.runtime.device).inputs())
             if not is_real:
                 continue
-            num_supervised += batch.num_supervised
-            num_thought += batch.num_thought
-            nll = batch_losses.nll.double().cpu()
-            total += nll.sum()
-            if batch_losses.is_thought is not None:
-                thought_sum += nll[batch_losses.is_thought.cpu()].sum()
+            nll, is_thought = batch_losses.nll.double().cpu(), batch_losses.is_thought
+            thought_nll = 0.0 if is_thought is None else nll[is_thought.cpu()].sum()
+            sums += torch.tensor([nll.sum(), batch.num_supervised, thought_nll, batch.num_thought], dtype=sums.dtype)
             targets.update(batch_losses.targets.cpu(), nll)
-        sums = [total.item(), float(num_supervised), thought_sum.item(), float(num_thought)]
-        nll, all_supervised, thought_nll, all_thought = self.runtime.sum(sums)
-        loss = nll / all_supervised
+        nats, num_supervised, *of_thoughts = self.runtime.sum(sums.tolist())
+        loss = nats / num_supervised
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"the loss on {rows.name} became {loss}: the weights are broken")
-        losses = {"loss": loss, "perplexity": perplexity(loss)}
-        return losses | span_losses(nll, all_supervised, thought_nll, all_thought)
+        return {"loss": loss, "perplexity": perplexity(loss)} | span_losses(nats, num_supervised, *of_thoughts)
 
 
 def check_spans(config: RunConfig, data: Data) -> None:
@@ -109,54 +95,34 @@ class TargetStats:
     """Sums over the positions where watched tokens are the target."""
 
     def __init__(self, watched: Mapping[str, int]) -> None:
-        self._watched = watched
-        self._counts = dict.fromkeys(watched, 0)
-        self._nlls = dict.fromkeys(watched, 0.0)
-        self._total = 0
+        self._watched = watched  # the sums are the number of all, then of each token the number and nats
+        self._sums = torch.zeros(1 + 2 * len(watched), dtype=torch.float64)
 
     def update(self, targets: Tensor, nll: Tensor) -> None:
         """Add targets [supervised] and their losses, in nats."""
-        self._total += len(targets)
-        for token, token_id in self._watched.items():
-            is_token = targets == token_id
-            self._counts[token] += int(is_token.sum())
-            self._nlls[token] += float(nll[is_token].sum())
+        masks = [targets == token_id for token_id in self._watched.values()]
+        sums = [len(targets), *(value for mask in masks for value in (mask.sum(), nll[mask].sum()))]
+        self._sums += torch.tensor(sums, dtype=torch.float64)
 
     def metrics(self, runtime: Runtime) -> dict[str, float]:
         """Return share_of_targets of every token, and log_probability of those that were one, over all processes."""
         metrics = {}
-        total, *sums = runtime.sum([float(self._total), *self._counts.values(), *self._nlls.values()])
-        counts, nlls = sums[: len(self._counts)], sums[len(self._counts) :]
-        for token, count, nll in zip(self._watched, counts, nlls, strict=True):
+        total, *sums = runtime.sum(self._sums.tolist())
+        for token, count, nats in zip(self._watched, sums[::2], sums[1::2], strict=True):
             if count:
-                metrics[f"tokens/{token}/log_probability"] = -nll / count
+                metrics[f"tokens/{token}/log_probability"] = -nats / count
             if total:
                 metrics[f"tokens/{token}/share_of_targets"] = count / total
         return metrics
 
 
 def open_evaluation(config: RunConfig, loss_model: nn.Module, model: Any, data: Data, runtime: Runtime) -> Evaluator:
-    """Build the evaluator of a run, and check that its prompts can be generated from.
-
-    Raises:
-        DataError, ModelError: where a prompt is empty, or leaves no room for what is generated.
+    """Build the evaluator of a run; DataError or ModelError where a prompt is empty, or leaves no room for what is
+    generated.
     """
-    generator = Generator(
-        model,
-        runtime,
-        config.training.per_device_eval_batch_size,
-        data.encoder.target_prefix,
-        EndText.from_frame(data.frame, data.encoder),
-    )
     check_prompts(config, model, data)
     check_spans(config, data)
-    return Evaluator(
-        loss_model=loss_model,
-        generator=generator,
-        reader=AnswerReader(data.encoder, config.thought_tags, data.frame),
-        runtime=runtime,
-        metrics=config.metrics,
-        answer_pattern=config.data.answer_pattern,
-        max_samples=config.evaluation.max_samples,
-        batch_size=config.training.per_device_eval_batch_size,
-    )
+    reader = AnswerReader(data.encoder, config.thought_tags, data.frame)
+    size, pattern = config.training.per_device_eval_batch_size, config.data.answer_pattern
+    generator = Generator(model, runtime, size, data.encoder.target_prefix, reader)
+    return Evaluator(loss_model, generator, reader, runtime, config.metrics, pattern, config.evaluation.max_samples)

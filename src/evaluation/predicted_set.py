@@ -14,22 +14,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from src import records
 from src.config.schema import RunConfig
 from src.errors import RunFolderError
 from src.metrics import compute_metrics
-from src.records import (
-    NUMBER,
-    OPTIONAL_TEXT,
-    Digest,
-    Types,
-    begins_with,
-    check_keys,
-    check_plain,
-    damaged,
-    parse,
-    read_bytes,
-    read_json,
-)
+from src.records import Digest, damaged
 from src.util import finite, write_atomically, write_json
 
 
@@ -46,27 +35,18 @@ class Prediction:
     stop_reason: str
 
 
-RECORD_KEYS: Mapping[str, Types] = {"rows": int, "decided_by": dict, "written": (dict, NoneType)}
-LINE_KEYS: Mapping[str, Types] = {
-    "row": int,
-    **dict.fromkeys(("source", "prompt", "text", "answer"), str),
-    "reference": OPTIONAL_TEXT,
-    "stop_reason": str,
-}
+RECORD_KEYS: Mapping[str, records.Types] = {"rows": int, "decided_by": dict, "written": (dict, NoneType)}
+LINE_KEYS: Mapping[str, Any] = {column.name: column.type for column in fields(Prediction)}
 METRICS = "metrics.json"
-COLUMNS = [column.name for column in fields(Prediction)]
 
 
 class PredictedSet:
-    """The files of one set's predictions, in a folder that this process holds.
-
-    Args:
-        decided_by: what decides its predictions, as plain values by name.
+    """The files of one set's predictions, in a folder that this process holds; `decided_by` is what decides them, as
+    plain values by name.
     """
 
     def __init__(self, folder: Path, name: str, decided_by: Mapping[str, Any]) -> None:
-        self.name = name
-        self.folder = folder
+        self.name, self.folder = name, folder
         self.lines, self.table, self.record = (folder / f"{name}{end}" for end in (".jsonl", ".csv", ".json"))
         self._decided_by = dict(decided_by)
         self._num_rows, self._digest = 0, Digest()
@@ -74,16 +54,15 @@ class PredictedSet:
     def claim(self, *, force: bool) -> list[str]:
         """Continue what is there of it, or with `force` remove it; return what decided it otherwise.
 
-        Raises:
-            RunFolderError: where a file is there that src.predict did not write, which nothing removes.
-            DamagedFileError: where what is there is no plain file, or the record can't be read.
+        RunFolderError where a file is there that src.predict did not write, which nothing removes; DamagedFileError
+        where what is there is no plain file, or the record can't be read.
         """
         files = (self.lines, self.table, self.record)
         there = [file for file in files if os.path.lexists(file)]
         if not there:
             return []
         for file in files:
-            check_plain(file, f"Move it away, and the same command writes what belongs there; {self._anew}")
+            records.check_plain(file, f"Move it away, and the same command writes what belongs there; {self._anew}")
         before = self._read().get("decided_by")
         if before is None:
             names = ", ".join(file.name for file in there)
@@ -103,22 +82,19 @@ class PredictedSet:
         return f"without {self.record.name}, move {names} away too: then it starts the set {self.name} anew"
 
     def _read(self) -> dict[str, Any]:
-        """Return what the record says; empty where there is none, or it is another's.
-
-        Raises:
-            DamagedFileError: where it can't be read, or has not what a record has.
+        """Return what the record says; empty where there is none, or it is another's. DamagedFileError where it can't
+        be read, or has not what a record has.
         """
         remedy = f"Restore it; or move it away: {self._anew}"
         try:
-            record = read_json(self.record, remedy=remedy)
-        except FileNotFoundError:
-            return {}
-        if "decided_by" not in record:
-            return {}
-        try:
-            check_keys(record, RECORD_KEYS)
+            record = records.read_json(self.record, remedy=remedy)
+            if "decided_by" not in record:
+                return {}
+            records.check_keys(record, RECORD_KEYS)
             if others := record.keys() - RECORD_KEYS.keys():
                 raise ValueError(f"it has the keys {', '.join(sorted(others))}")
+        except FileNotFoundError:
+            return {}
         except ValueError as error:
             raise damaged(self.record, str(error), remedy) from error
         return record
@@ -129,12 +105,8 @@ class PredictedSet:
         return rows is not None and self.lines.exists() and sum(1 for _ in self.read()) == rows
 
     def resume(self, rows: Sequence[int], block_rows: int) -> int:
-        """Cut the file back to the end of its last whole block, and return how many rows are in it.
-
-        Args:
-            rows: the number of each row that the set has.
-        Raises:
-            RunFolderError: where more than its end is not as it was written.
+        """Cut the file back to the end of its last whole block, and return how many rows are in it; RunFolderError
+        where more than its end is not as it was written. `rows` is the number of each row that the set has.
         """
         self._write_record(len(rows), self._read().get("written"))
         self.lines.touch()
@@ -164,11 +136,7 @@ class PredictedSet:
         write_json(self.record, {"rows": num_rows, "decided_by": self._decided_by, "written": written})
 
     def check_unchanged(self) -> None:
-        """Check that what is there is what was written; what was cut off is generated again.
-
-        Raises:
-            DamagedFileError: where it is something else.
-        """
+        """Raise DamagedFileError where what is there is not what was written; what was cut off is generated again."""
         remedy = f"Restore it; or force=true starts the set {self.name} anew."
         record = self._read()
         if others := record.get("decided_by", {}).keys() - self._decided_by.keys():
@@ -182,17 +150,13 @@ class PredictedSet:
             return
         size = written.get("num_bytes")
         is_cut = isinstance(size, int) and len(content) < size and not self.is_generated()
-        if not is_cut and not begins_with(content, written):
+        if not is_cut and not records.begins_with(content, written):
             raise damaged(self.lines, f"it is not what {self.record.name} says was written there", remedy)
 
     def _content(self) -> bytes:
-        """Return what is in the file of lines.
-
-        Raises:
-            DamagedFileError: where it can't be read.
-        """
+        """Return what is in the file of lines; DamagedFileError where it can't be read."""
         try:
-            return read_bytes(self.lines, None)
+            return records.read_bytes(self.lines, None)
         except ValueError as error:
             raise damaged(self.lines, str(error), "") from error
 
@@ -220,7 +184,9 @@ class PredictedSet:
     def write_table(self) -> None:
         """Write the CSV, where it is not there as it should be."""
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS)  # ends lines as RFC 4180 does, and so quotes both kinds of line ends
+        writer = csv.DictWriter(
+            text, list(LINE_KEYS)
+        )  # ends lines as RFC 4180 does, and so quotes both kinds of line ends
         writer.writeheader()
         writer.writerows(self.read())
         if not self.table.is_file() or self.table.read_bytes() != text.getvalue().encode():
@@ -231,33 +197,27 @@ class PredictedSet:
 
         Returns: the metrics, none where a row has no reference; and how many rows have none.
         """
-        lines = list(self.read())
-        pairs = [(line["answer"], line["reference"]) for line in lines]
-        references = [reference for _, reference in pairs if reference is not None]
-        lacking = len(pairs) - len(references)
+        lines, pattern = list(self.read()), config.data.answer_pattern
+        answers, references, places = ([line[key] for line in lines] for key in ("answer", "reference", "source"))
         values = {}
-        if config.metrics and not lacking:
-            places = [line["source"] for line in lines]
-            answers, pattern = [answer for answer, _ in pairs], config.data.answer_pattern
+        if config.metrics and None not in references:
             computed = compute_metrics(config.metrics, answers, references, pattern, places.__getitem__)
             values = {f"eval/{self.name}/{metric}": value for metric, value in computed.items()}
         before = read_metrics(self.folder)
         others = {key: value for key, value in before.items() if not key.startswith(f"eval/{self.name}/")}
         if finite(others | values) != before:
             write_json(self.folder / METRICS, others | values)
-        return values, lacking
+        return values, references.count(None)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """Return the metrics of the sets that were predicted into a folder; empty where there are none.
-
-    Raises:
-        DamagedFileError: where they can't be read.
+    """Return the metrics of the sets that were predicted into a folder; empty where there are none. DamagedFileError
+    where they can't be read.
     """
     remedy = "Restore it; or move it away: it is written anew, with the metrics of the sets that are named then"
     try:
-        metrics = read_json(folder / METRICS, remedy=remedy)
-        check_keys(metrics, dict.fromkeys(metrics, (*NUMBER, NoneType)))
+        metrics = records.read_json(folder / METRICS, remedy=remedy)
+        records.check_keys(metrics, dict.fromkeys(metrics, (*records.NUMBER, NoneType)))
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -267,25 +227,24 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return a line for each name whose value has changed, with what it was and what it is."""
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     hashed = {
         "data.test_files": "other content than now",
         "model": "another model's weights, settings or tokenizer",
         "base": "other weights under the adapter",
     }
-    return [
-        f"{name}   {hashed[name]}"
-        if name in hashed
-        else f"{name}   {json.dumps(before.get(name))} there, {json.dumps(now.get(name))} now"
-        for name in changed
-    ]
+    changed = {
+        name: f"{json.dumps(before.get(name))} there, {json.dumps(now.get(name))} now"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    }
+    return [f"{name}   {hashed.get(name, text)}" for name, text in changed.items()]
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """Return what a line says; None of one that is not whole, or no prediction."""
     try:
-        fields = parse(line) if line.endswith(b"\n") else {}
-        check_keys(fields, LINE_KEYS)
+        content = records.parse(line) if line.endswith(b"\n") else {}
+        records.check_keys(content, LINE_KEYS)
     except ValueError:
         return None
-    return fields if list(fields) == COLUMNS else None
+    return content if list(content) == list(LINE_KEYS) else None

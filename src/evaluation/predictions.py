@@ -7,51 +7,67 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.checkpoint.exported import ADAPTER, MAY_CHANGE, weight_files
 from src.config.files import expand
+from src.config.keys import all_keys
 from src.config.schema import RunConfig
 from src.data.sources import file_hash
 from src.errors import RunFolderError
 from src.evaluation.predicted_set import PredictedSet, Prediction, read_metrics
-from src.evaluation.prediction_key import prediction_key
 from src.tracking.console import Console, clock
 
-if TYPE_CHECKING:
-    from src.data.dataset import Prompts
+if TYPE_CHECKING:  # torch is for those who generate, not for those who only look at what is there
     from src.data.sets import EncodedSet
     from src.evaluation.generate import Generator
 
 BLOCK_BATCHES = 4
 """Batches that are generated before their rows are written: sorted by length among themselves, they are padded less."""
+SAMPLING = ("temperature", "top_k", "top_p")  # settings that count only where words are drawn
 
 
 def open_sets(folder: Path, config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str, PredictedSet]:
-    """Return the sets that are asked for, with what the folder has of them.
+    """Return the sets that are asked for, with what the folder has of them; `model` is the folder of the model.
 
-    Args:
-        model: the folder of the model that predicts.
-    Raises:
-        RunFolderError: where something else decided what is there, naming what.
-        DamagedFileError: where what is there can't be read; before anything is generated or removed.
+    RunFolderError names what decided otherwise what is there; DamagedFileError where that can't be read. Both are
+    raised before anything is generated or removed.
     """
     read_metrics(folder)
-    common = prediction_key(config, frozen, model)
+    common = _key(config, frozen, model)
     sets, refused = {}, []
     for name, files in config.data.test_sets().items():
         contents = [file_hash(file) for file in expand(files)]
-        sets[name] = PredictedSet(folder, name, {"data.test_files": contents} | common)
-        differences = sets[name].claim(force=config.force)
-        if differences:
-            refused.append(
-                "\n  ".join([f"{sets[name].lines} holds predictions that something else decided:", *differences])
-            )
+        sets[name] = one = PredictedSet(folder, name, {"data.test_files": contents} | common)
+        if differences := one.claim(force=config.force):
+            refused.append("\n  ".join([f"{one.lines} holds predictions that something else decided:", *differences]))
         else:
-            sets[name].check_unchanged()
+            one.check_unchanged()
     if refused:
-        hint = (
-            "predict.output=DIR puts the new predictions elsewhere; force=true removes these sets and starts them anew"
-        )
-        raise RunFolderError("\n".join([*refused, hint]))
+        hint = "predict.output=DIR puts the new predictions elsewhere; force=true removes these sets and starts them "
+        raise RunFolderError("\n".join([*refused, f"{hint}anew"]))
     return sets
+
+
+def _key(config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str, Any]:
+    """Return what decides the predictions of any set, as plain values by name.
+
+    The seed decides only where words are drawn, the size of the batches nothing.
+    """
+    draws = config.generation.do_sample
+    data_keys = {key.leaf for key in all_keys().values() if key.section == "data" and key.shapes_rows} | {"limit"}
+    data_keys.remove("max_target_length")  # an answer takes no room
+    files = [file for file in sorted(model.rglob("*")) if file.is_file() and file.name not in MAY_CHANGE]
+    base = weight_files(config.model.checkpoint) if (model / ADAPTER).exists() else []
+    weights = [file for file in base if file.suffix == ".safetensors"]
+    return {
+        **{f"generation.{key}": value for key, value in frozen["generation"].items() if draws or key not in SAMPLING},
+        **{f"data.{key}": value for key, value in frozen["data"].items() if key in data_keys},
+        **{f"tokens.{key}": frozen["tokens"][key] for key in ("thought_open", "thought_close")},
+        **({"seed": config.seed} if draws else {}),
+        "model.dtype": config.model.dtype.value,
+        "training.mixed_precision": config.training.mixed_precision.value,
+        "model": {str(file.relative_to(model)): file_hash(str(file)) for file in files},
+        "base": {file.name: file_hash(str(file)) for file in weights},
+    }
 
 
 def describe_rows(rows: EncodedSet) -> str:
@@ -68,49 +84,39 @@ def describe_rows(rows: EncodedSet) -> str:
     return text
 
 
-def predict_rows(
-    into: PredictedSet, rows: EncodedSet, generator: Generator, prompts: Prompts, config: RunConfig, console: Console
-) -> None:
+def predict_rows(into: PredictedSet, rows: EncodedSet, generator: Generator, seed: int, console: Console) -> None:
     """Generate for the rows that have no line yet, block after block.
 
     A row draws from a stream of its own, by seed and its place in the set, so nothing depends on the blocks or on where
-    it was stopped.
-
-    Raises:
-        Interrupted: between two tokens, where a signal asked for it; whole blocks are on the disk.
+    it was stopped. Interrupted between two tokens, where a signal asked for it; whole blocks are on the disk.
     """
-    from src.evaluation.answers import AnswerReader  # not for those who only look at what is there
-
-    reader = AnswerReader(prompts.encoder, config.thought_tags, prompts.frame)
-    (part,) = rows.shards
+    reader, (part,) = generator.reader, rows.shards
+    assert reader is not None
     numbers = part.ordinals.tolist()
     block_rows = BLOCK_BATCHES * generator.batch_size
-    begin = into.resume(numbers, block_rows)
-    if begin:
+    if begin := into.resume(numbers, block_rows):
         console.label(into.name, f"{begin:,} of {len(rows):,} rows are there already, continuing after them")
     started = time.monotonic()
     for start in range(begin, len(rows), block_rows):
         block = range(start, min(start + block_rows, len(rows)))
-        completions = generator.generate([rows.prompt_ids(i) for i in block], config.seed, first_row=start)
-        texts = [prompts.encoder.decode(completion.ids) for completion in completions]
-        into.append(
-            [
-                Prediction(
-                    row=numbers[i],
-                    source=rows.place(i),
-                    prompt=rows.prompt(i),
-                    text=text,
-                    answer=reader.answer(rows, i, text),
-                    reference=reader.reference(rows, i) if rows.completion(i) else None,
-                    stop_reason=completion.stop_reason,
-                )
-                for i, completion, text in zip(block, completions, texts, strict=True)
-            ]
-        )
+        completions = generator.generate([rows.prompt_ids(i) for i in block], seed, first_row=start)
+        texts = [reader.encoder.decode(completion.ids) for completion in completions]
+        predictions = [
+            Prediction(
+                row=numbers[i],
+                source=rows.place(i),
+                prompt=rows.prompt(i),
+                text=text,
+                answer=reader.answer(rows, i, text),
+                reference=reader.reference(rows, i) if rows.completion(i) else None,
+                stop_reason=completion.stop_reason,
+            )
+            for i, completion, text in zip(block, completions, texts, strict=True)
+        ]
+        into.append(predictions)
         left = (time.monotonic() - started) / (block.stop - begin) * (len(rows) - block.stop)
         console.working(f"{into.name}: {block.stop:,} of {len(rows):,} rows  {clock(left)} left")
 
 
-def _some(places: Sequence[str], most: int = 3) -> str:
-    rest = f" and {len(places) - most:,} more" if len(places) > most else ""
-    return f"{', '.join(places[:most])}{rest}"
+def _some(places: Sequence[str]) -> str:
+    return ", ".join(places[:3]) + (f" and {len(places) - 3:,} more" if len(places) > 3 else "")

@@ -1,8 +1,7 @@
 """Samples: completions of a few fixed prompts, to read."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from src.data.sets import EncodedSet
 from src.evaluation.evaluate import Evaluator
@@ -26,18 +25,12 @@ class Sample:
     num_closed: int
     untrained: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
-        return asdict(self)
-
 
 def sample(
     evaluator: Evaluator, rows: EncodedSet, count: int, step: int, untrained: Sequence[str] = ()
 ) -> list[Sample]:
-    """Generate for the first `count` rows of a set; the same prompts and the same random stream every time.
-
-    Args:
-        untrained: the texts that were sampled before training.
+    """Generate for the first `count` rows of a set; the same prompts and the same random stream every time. `untrained`
+    are the texts that were sampled before training.
     """
     reader = evaluator.reader
     opened, closed = reader.tags or ("", "")
@@ -46,16 +39,14 @@ def sample(
     samples = []
     for i, completion in zip(chosen, completions, strict=True):
         text = reader.encoder.decode(completion.ids)
-        answer, reference = reader.answer(rows, i, text), reader.reference(rows, i)
-        prompt = rows.prompt(i)
         samples.append(
             Sample(
                 step,
-                prompt,
-                text,
-                answer,
-                reference,
-                completion.stop_reason,
+                prompt=rows.prompt(i),
+                text=text,
+                answer=reader.answer(rows, i, text),
+                reference=reader.reference(rows, i),
+                stop_reason=completion.stop_reason,
                 num_opened=text.count(opened) if opened else 0,
                 num_closed=text.count(closed) if closed else 0,
                 untrained=untrained[i] if untrained else text,

@@ -5,10 +5,11 @@ counted as it is, adapters and gradient checkpointing included. What can't run w
 over, data that decides a shape) can't be counted.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from src.config.schema import LossConfig
 from src.errors import one_line
 from src.forecast.live_tensors import LiveTensors
-from src.forecast.quantised import is_quantised, put_fake_weight
+from src.forecast.parameters import NESTED_BLOCK, SCALE_BLOCK
 from src.model.build import no_packing_detection
 from src.training.head import ModelWithLoss
 
@@ -47,14 +48,6 @@ class TrainingCount:
     peak_bytes: int  # the most that is held at once
     peak_gradient_bytes: int  # bytes of peak_bytes that are gradients of parameters
     flops: int  # multiplications and additions of matrix products and attention, forward and backward
-    has_gradients: bool = True  # whether gradients of parameters are among them
-
-    def without_gradients(self) -> Self:
-        """Return what is held besides gradients, where those were all there at the worst moment, as from the second
-        micro-batch on.
-        """
-        peak = self.peak_bytes - self.peak_gradient_bytes
-        return replace(self, peak_bytes=peak, peak_gradient_bytes=0, has_gradients=False)
 
 
 class ForwardCount(NamedTuple):
@@ -64,28 +57,29 @@ class ForwardCount(NamedTuple):
     flops: int
 
 
+NO_LABELS = MicroBatchShape(0, 0, num_supervised=0)
+
+
 class UncountableError(Exception):
     """A model can't be computed without values; says why."""
 
 
+@dataclass(frozen=True)
 class ModelCounter:
     """A model on fake tensors, which can be computed with."""
 
-    def __init__(
-        self, loss_model: ModelWithLoss, mode: FakeTensorMode, device: torch.device, autocast: torch.dtype | None
-    ):
-        self._loss_model = loss_model
-        self._mode = mode
-        self._device = device
-        self._autocast = autocast
+    loss_model: ModelWithLoss
+    mode: FakeTensorMode
+    device: torch.device
+    autocast: torch.dtype | None
 
     @torch.no_grad()
     def probe_head(self) -> None:
         """Find out whether logits are the head's result for the last hidden states, as ModelWithLoss.probe_head does;
         of tensors without values by whether they are the same ones.
         """
-        loss_model, model, seen = self._loss_model, self._loss_model.model, dict[str, Any]()
-        loss_model.uses_full_logits = True
+        model, seen = self.loss_model.model, dict[str, Any]()
+        self.loss_model.uses_full_logits = True
         head, inner = model.get_output_embeddings(), model.base_model
         if head is None or inner is model:
             return
@@ -103,58 +97,40 @@ class ModelCounter:
         hidden = getattr(seen.get("hidden"), "last_hidden_state", None)
         if hidden is not None and "fed" in seen:
             is_head = _is_same(seen["fed"], hidden) and _is_same(seen["logits"], seen["result"])
-            loss_model.uses_full_logits = not is_head
+            self.loss_model.uses_full_logits = not is_head
 
     def count_training(self, shape: MicroBatchShape, num_micro_batches: int = 1) -> TrainingCount:
-        """Count forward and backward.
-
-        Args:
-            num_micro_batches: of a step; from the second one on, gradients exist already.
-        """
-        self._loss_model.train()
-        with self._computing(num_supervised=shape.num_supervised, is_packed=shape.is_packed) as live:
+        """Count forward and backward of a micro-batch; from the second one of a step on, gradients exist already."""
+        self.loss_model.train()
+        with self._computing(shape) as live:
             inputs = self._inputs(shape)
             num_forwards = min(2, num_micro_batches)
             for _ in range(num_forwards):
                 before = live.alive()
                 with self._autocasting():
-                    objective = self._loss_model(**inputs).objective
-                saved = live.alive() - before
-                saved_bytes = live.bytes_of(saved)
+                    objective = self.loss_model(**inputs).objective
+                saved_bytes = sum(size for number, size in live.alive().items() if number not in before)
                 objective.backward()
                 del objective
-        gradients = {live.number_of(p.grad) for p in self._loss_model.parameters() if p.grad is not None}
-        at_peak = live.at_peak()
-        for parameter in self._loss_model.parameters():
-            parameter.grad = None
-        return TrainingCount(
-            saved_bytes=saved_bytes,
-            peak_bytes=live.peak,
-            peak_gradient_bytes=sum(size for number, size in at_peak.items() if number in gradients),
-            flops=live.flops // num_forwards,
-        )
+        gradients = {live.number_of(p.grad) for p in self.loss_model.parameters() if p.grad is not None}
+        gradient_bytes = sum(size for number, size in live.at_peak().items() if number in gradients)
+        self.loss_model.zero_grad()
+        return TrainingCount(saved_bytes, live.peak, gradient_bytes, live.flops // num_forwards)
 
     @torch.no_grad()
     def count_evaluation(self, shape: MicroBatchShape) -> ForwardCount:
         """Count the losses of a batch."""
-        self._loss_model.eval()
-        with (
-            self._computing(num_supervised=shape.num_supervised, is_packed=shape.is_packed) as live,
-            self._autocasting(),
-        ):
-            self._loss_model(**self._inputs(shape))
+        self.loss_model.eval()
+        with self._computing(shape) as live, self._autocasting():
+            self.loss_model(**self._inputs(shape))
         return ForwardCount(live.peak, live.flops)
 
     @torch.no_grad()
     def count_generation(self, batch: int, prompt: int, num_new: int) -> ForwardCount:
-        """Count a batch of completions, all as long as they may be: the prompt, then token by token with the keys and
-        values of all tokens before.
-
-        Args:
-            batch: rows, times beams.
-            prompt: tokens of the longest prompt; of an encoder-decoder's input.
+        """Count a batch of completions (rows times beams), all as long as they may be: the longest prompt, of an
+        encoder-decoder its input, then token by token with the keys and values of all tokens before.
         """
-        self._loss_model.eval()
+        self.loss_model.eval()
         with self._computing() as live, self._autocasting():
             inputs, cache = self._prefill(batch, prompt)
             peak, prefill = live.peak, live.flops
@@ -164,13 +140,13 @@ class ModelCounter:
             before = live.flops
             if "encoder_outputs" not in inputs:
                 inputs["attention_mask"] = self._ids(batch, prompt + num_new)
-            self._loss_model.model(**inputs, past_key_values=cache, use_cache=True)
+            self.loss_model.model(**inputs, past_key_values=cache, use_cache=True)
             step = live.flops - before
         return ForwardCount(max(peak, live.peak), prefill + num_new * step)
 
     def _prefill(self, batch: int, prompt: int) -> tuple[dict[str, Any], Any]:
         """Compute a prompt; return the inputs of the token after it, and the cache of keys and values."""
-        model, real = self._loss_model.model, self._ids(batch, prompt)
+        model, real = self.loss_model.model, self._ids(batch, prompt)
         inputs: dict[str, Any] = {"attention_mask": real}
         if model.config.is_encoder_decoder:
             inputs["encoder_outputs"] = model.get_encoder()(input_ids=self._ids(batch, prompt), attention_mask=real)
@@ -181,40 +157,30 @@ class ModelCounter:
         return inputs | {"input_ids": self._ids(batch, 1), "logits_to_keep": 1}, cache
 
     @contextmanager
-    def _computing(self, *, num_supervised: int = 0, is_packed: bool = False) -> Iterator[LiveTensors]:
-        held = [*self._loss_model.parameters(), *self._loss_model.buffers()]
-        live = LiveTensors(held, num_supervised)
-        with ExitStack() as stack:
-            if not is_packed:
-                stack.enter_context(no_packing_detection())
-            stack.enter_context(self._mode)
-            stack.enter_context(live)
+    def _computing(self, shape: MicroBatchShape = NO_LABELS) -> Iterator[LiveTensors]:
+        live = LiveTensors([*self.loss_model.parameters(), *self.loss_model.buffers()], shape.num_supervised)
+        with nullcontext() if shape.is_packed else no_packing_detection(), self.mode, live:
             try:
                 yield live
             except Exception as error:  # each model fails in its own way
-                name = type(self._loss_model.model).__name__
+                name = type(self.loss_model.model).__name__
                 raise UncountableError(f"{name} can't be computed without values: {one_line(error)}") from error
 
-    @contextmanager
-    def _autocasting(self) -> Iterator[None]:
-        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-            yield
+    def _autocasting(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     def _ids(self, batch: int, seq: int) -> Tensor:
-        return torch.ones(batch, seq, dtype=torch.long, device=self._device)
+        return torch.ones(batch, seq, dtype=torch.long, device=self.device)
 
     def _inputs(self, shape: MicroBatchShape) -> dict[str, Tensor]:
-        inputs = {
-            "input_ids": self._ids(shape.batch, shape.seq),
-            "labels": self._ids(shape.batch, shape.target_seq or shape.seq),
+        lengths = {
+            "input_ids": shape.seq,
+            "labels": shape.target_seq or shape.seq,
+            "target_ids": shape.target_seq,
+            "attention_mask": shape.seq if shape.has_padding else None,
+            "position_ids": shape.seq if shape.is_packed else None,
         }
-        if shape.target_seq is not None:
-            inputs["target_ids"] = self._ids(shape.batch, shape.target_seq)
-        if shape.has_padding:
-            inputs["attention_mask"] = self._ids(shape.batch, shape.seq)
-        if shape.is_packed:
-            inputs["position_ids"] = self._ids(shape.batch, shape.seq)
-        return inputs
+        return {name: self._ids(shape.batch, seq) for name, seq in lengths.items() if seq is not None}
 
 
 @contextmanager
@@ -231,8 +197,7 @@ def counted(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         _put_on(model, device)
-    loss_model = ModelWithLoss(model, loss)
-    counter = ModelCounter(loss_model, mode, device, autocast)
+    counter = ModelCounter(ModelWithLoss(model, loss), mode, device, autocast)
     counter.probe_head()
     yield counter
 
@@ -250,24 +215,11 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
+@dataclass(eq=False)
 class _Kept:
     """A tensor that autograd keeps, for as long as it keeps it."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def _keep_in(living: WeakSet[_Kept]) -> Callable[[Tensor], _Kept]:
-    def keep(tensor: Tensor) -> _Kept:
-        kept = _Kept(tensor)
-        living.add(kept)
-        return kept
-
-    return keep
-
-
-def _given_back(kept: _Kept) -> Tensor:
-    return kept.tensor
+    tensor: Tensor
 
 
 def measure_saved_bytes(compute: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:
@@ -276,13 +228,17 @@ def measure_saved_bytes(compute: Callable[[], object], exclude: Iterable[Tensor]
     Autocast's copies of the weights are among them. Of what `torch.utils.checkpoint` computes again it sees what is
     kept to do so, not what comes then; of bitsandbytes' 8-bit layers it does not see the inputs that they keep.
 
-    Args:
-        compute: a forward without its backward; its result is held until it is counted.
-        exclude: tensors that exist anyway, such as the model's parameters.
+    The result of the forward, without its backward, is held until it is counted; `exclude` are tensors that exist
+    anyway, such as the model's parameters.
     """
     excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-    living: WeakSet[_Kept] = WeakSet()
-    with torch.autograd.graph.saved_tensors_hooks(_keep_in(living), _given_back):
+    living = WeakSet[_Kept]()
+
+    def keep(tensor: Tensor) -> _Kept:
+        living.add(kept := _Kept(tensor))
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
         result = compute()
     storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage() for kept in living}
     del result
@@ -301,10 +257,50 @@ def _put_on(model: nn.Module, device: torch.device) -> None:
         return replaced[id(tensor)]
 
     for module in model.modules():
-        if is_quantised(module):
-            put_fake_weight(module, device)
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt") and hasattr(module, "in_features"):
+            _put_quantised_weight(module, device)
         places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
         for tensors in places:
             for name, tensor in list(tensors.items()):
                 if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor):
                     tensors[name] = empty_like(tensor)
+
+
+def _put_quantised_weight(layer: Any, device: torch.device) -> None:
+    """Put an empty weight into a layer of bitsandbytes, as it is when the layer is on its device."""
+    rows, columns = layer.out_features, layer.in_features
+    if type(layer).__name__ == "Linear4bit":
+        packed = torch.empty(math.ceil(rows * columns / 2), 1, dtype=torch.uint8, device=device)
+        weight: Any = nn.Parameter(packed, requires_grad=False)
+        weight.quant_state = _state_of_4_bits(layer, torch.Size([rows, columns]), device)
+        layer.compute_type_is_set = True
+    else:
+        weight = nn.Parameter(torch.empty(rows, columns, dtype=torch.int8, device=device), requires_grad=False)
+        weight.CB = weight.SCB = None
+        layer.state.CB, layer.state.SCB = weight.data, torch.empty(rows, device=device)
+        layer.state.has_fp16_weights = False
+        layer.state.threshold = 0.0  # which columns are outliers is a matter of values
+    layer._parameters["weight"] = weight
+
+
+def _state_of_4_bits(layer: Any, shape: torch.Size, device: torch.device) -> Any:
+    from bitsandbytes.functional import QuantState
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=device)
+
+    is_nested = layer.weight.compress_statistics
+    blocks = math.ceil(shape.numel() / SCALE_BLOCK)
+    nested = QuantState(
+        absmax=empty(math.ceil(blocks / NESTED_BLOCK)), code=empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32
+    )
+    return QuantState(
+        absmax=empty(blocks, dtype=torch.uint8 if is_nested else torch.float32),
+        shape=shape,
+        code=empty(16),
+        blocksize=SCALE_BLOCK,
+        quant_type=layer.weight.quant_type,
+        dtype=torch.float32,
+        offset=empty() if is_nested else None,
+        state2=nested if is_nested else None,
+    )

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.checkpoint.store import SMALL_BYTES
-from src.config.schema import CheckpointConfig, OptimizerConfig
-from src.forecast.items import MemoryItem, total
-from src.forecast.optimizer_state import checkpoint_bytes
-from src.forecast.parameters import ModelParameters
+from src.config.schema import CheckpointConfig, OptimizerConfig, RunConfig
+from src.forecast.parameters import MemoryItem, ModelParameters, optimizer_part, total
 from src.util import human_bytes
 
 
@@ -23,7 +21,9 @@ class DiskForecast:
 
     @property
     def total(self) -> MemoryItem:
-        """The sum, as of disk_need."""
+        """The most at any one time: an upper bound, since a best checkpoint may be among the newest, which are counted
+        separately, and the export is written when no checkpoint is.
+        """
         return total(self.parts, "sum of all, the most at any one time")
 
     @property
@@ -32,10 +32,8 @@ class DiskForecast:
 
 
 def most_saves(config: CheckpointConfig, num_steps: int, steps_per_epoch: int | None) -> int | None:
-    """Count the saves of a run, the last step's and one that a signal asks for included; None where that is unknown.
-
-    Args:
-        steps_per_epoch: None where the train set is streamed.
+    """Count the saves of a run, the last step's and one that a signal asks for included; None where that is unknown, as
+    in a streamed train set, which has no steps per epoch.
     """
     if config.checkpointing_steps is None:
         return 1
@@ -43,27 +41,48 @@ def most_saves(config: CheckpointConfig, num_steps: int, steps_per_epoch: int | 
     return None if every is None else math.ceil(num_steps / every) + 1
 
 
-def disk_need(
-    weights_bytes: int,
-    optimizer_bytes: int,
-    config: CheckpointConfig,
-    export_bytes: int,
+def has_best(config: RunConfig) -> bool:
+    """Return whether the metric that decides which checkpoint is best is one of a validation set."""
+    metric = config.checkpoint.metric_for_best_model
+    return any(metric.startswith(f"eval/{name}/") for name in config.data.validation_names())
+
+
+def disk_forecast(
+    parameters: ModelParameters,
+    run_dir: Path,
+    optimizer: OptimizerConfig,
+    checkpoint: CheckpointConfig,
+    *,
     has_metric: bool,
     num_saves: int | None = None,
-) -> int:
-    """Sum the most that a run's folder holds: the checkpoints that are kept, one that is being written, the export.
+    tokenizer_bytes: int = 0,
+    merge: bool = False,
+) -> DiskForecast:
+    """Forecast what a run writes that is large: its checkpoints, and the exported model or adapter.
 
-    This is an upper bound: a best checkpoint may be among the newest, which are counted separately,
-    and the export is written when no checkpoint is.
+    A checkpoint is what is trained, and the optimizer's state of it. In the exported model a matrix that is tied is
+    written once. An adapter is what is trained: its matrices and the rows of new tokens.
 
     Args:
-        weights_bytes, optimizer_bytes: of one checkpoint, see checkpoint_bytes.
-        export_bytes: of all that is exported.
+        run_dir: the run's folder; need not exist.
         has_metric: whether an evaluation computes the metric that decides which checkpoint is best.
         num_saves: how many there can be at most, see most_saves; None: any number.
+        tokenizer_bytes: files that are exported with the weights.
+        merge: whether an adapter is also merged into the whole model.
     """
-    parts = _checkpoint_parts(weights_bytes, optimizer_bytes, config, has_metric, num_saves)
-    return sum(part.bytes or 0 for part in parts) + export_bytes
+    state = optimizer_part(parameters, optimizer)
+    if state.bytes is None:
+        parts = [state._replace(name="checkpoints")]
+    else:
+        parts = _checkpoint_parts(parameters.trained_bytes, state.bytes, checkpoint, has_metric, num_saves)
+    files = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""
+    if not parameters.num_of_adapter or merge:
+        num, size = parameters.num - parameters.num_of_adapter, parameters.bytes_per_parameter
+        parts.append(MemoryItem("model", num * size + tokenizer_bytes, f"{num:,} parameters x {size} B{files}"))
+    if parameters.num_of_adapter:
+        parts.append(MemoryItem("adapter", parameters.trained_bytes + tokenizer_bytes, parameters.how_trained + files))
+    place = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
+    return DiskForecast(tuple(parts), shutil.disk_usage(place).free, place)
 
 
 def _checkpoint_parts(
@@ -89,41 +108,3 @@ def _checkpoint_parts(
         how = f"{config.keep_best} with weights only, of {human_bytes(bare)}"
         parts.append(MemoryItem("best checkpoints", config.keep_best * bare, how))
     return parts
-
-
-def disk_forecast(
-    parameters: ModelParameters,
-    run_dir: Path,
-    optimizer: OptimizerConfig,
-    checkpoint: CheckpointConfig,
-    *,
-    has_metric: bool,
-    num_saves: int | None = None,
-    tokenizer_bytes: int = 0,
-    merge: bool = False,
-) -> DiskForecast:
-    """Forecast what a run writes that is large: its checkpoints, and the exported model or adapter.
-
-    A checkpoint is what is trained, and the optimizer's state of it. In the exported model a matrix that is tied is
-    written once. An adapter is what is trained: its matrices and the rows of new tokens.
-
-    Args:
-        run_dir: the run's folder; need not exist.
-        has_metric, num_saves: see disk_need.
-        tokenizer_bytes: files that are exported with the weights.
-        merge: whether an adapter is also merged into the whole model.
-    """
-    weights, state = checkpoint_bytes(parameters.trained, optimizer)
-    if state is not None:
-        parts = _checkpoint_parts(weights, state, checkpoint, has_metric, num_saves)
-    else:
-        parts = [MemoryItem("checkpoints", None, f"unknown: {optimizer.type} does not declare the size of its state")]
-    files = f" + {human_bytes(tokenizer_bytes)} of tokenizer" if tokenizer_bytes else ""
-    if not parameters.has_adapter or merge:
-        num = parameters.num - parameters.num_of_adapter
-        whole, how = (num * parameters.bytes_per_parameter, f"{num:,} parameters x {parameters.bytes_per_parameter} B")
-        parts.append(MemoryItem("model", whole + tokenizer_bytes, how + files))
-    if parameters.has_adapter:
-        parts.append(MemoryItem("adapter", parameters.trained_bytes + tokenizer_bytes, parameters.how_trained + files))
-    place = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
-    return DiskForecast(tuple(parts), shutil.disk_usage(place).free, place)

@@ -1,5 +1,6 @@
 """Which tensors are alive while a computation runs, and its floating-point operations, also on fake tensors."""
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,37 +25,30 @@ FLOPS: dict[Any, Callable[..., int]] = {
 
 def _grouped_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Multiply experts' matrices; torch's rule for shapes takes bfloat16 only, though a CPU multiplies float32 too."""
-    dtype = args[0].dtype
-    halves = [
-        _with_dtype(one, torch.bfloat16) if isinstance(one, Tensor) and one.is_floating_point() else one for one in args
-    ]
-    return _with_dtype(func(*halves, **{name: one for name, one in kwargs.items() if name != "out_dtype"}), dtype)
 
+    def with_dtype(value: Any, dtype: torch.dtype) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=value.device) if is_float else value
 
-def _with_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
+    halves = [with_dtype(value, torch.bfloat16) for value in args]
+    return with_dtype(func(*halves, **{k: value for k, value in kwargs.items() if k != "out_dtype"}), args[0].dtype)
 
 
 class LiveTensors(TorchDispatchMode):
     """Follows which storages are alive, how many bytes at most at once, and counts floating-point operations."""
 
     def __init__(self, existing: Iterable[Tensor], num_supervised: int) -> None:
-        """Start with nothing counted.
-
-        Args:
-            existing: tensors that are not counted.
-            num_supervised: how many positions a mask picks, since its values are unknown.
+        """Start with nothing counted; the storages of `existing` tensors never are. `num_supervised` is how many
+        positions a mask picks, since its values are unknown.
         """
         super().__init__()
         self._not_counted = {tensor.untyped_storage()._cdata for tensor in existing}
         self._num_supervised = num_supervised
-        self._numbers: dict[int, int] = {}  # of storages that are alive, by address
+        self._new_number = itertools.count()
+        self._numbers: dict[int, int] = {}  # of storages that are alive, by address, which another one may get later
         self._alive: dict[int, int] = {}  # bytes, by number
-        self._bytes: list[int] = []  # of all that ever were
-        self._total = 0
         self._at_peak: dict[int, int] | None = None
-        self.peak = 0
-        self.flops = 0
+        self._total = self.peak = self.flops = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,8 +70,7 @@ class LiveTensors(TorchDispatchMode):
         """Turn masks into positions, as many as are supervised."""
         positions: list[Tensor | None] = []
         for index in indices:
-            is_mask = index is not None and index.dtype is torch.bool
-            if is_mask and index is not None:
+            if index is not None and index.dtype is torch.bool:
                 positions += [torch.empty(self._num_supervised, dtype=torch.long, device=index.device)] * index.ndim
             else:
                 positions.append(index)
@@ -88,9 +81,8 @@ class LiveTensors(TorchDispatchMode):
         address = storage._cdata
         if address in self._not_counted or address in self._numbers:
             return
-        number = len(self._bytes)
-        self._bytes.append(storage.nbytes())
-        self._numbers[address], self._alive[number] = number, storage.nbytes()
+        self._numbers[address] = number = next(self._new_number)
+        self._alive[number] = storage.nbytes()
         self._total += storage.nbytes()
         if self._total > self.peak:
             self.peak, self._at_peak = self._total, None
@@ -113,14 +105,10 @@ class LiveTensors(TorchDispatchMode):
         self._note_peak()
         return self._at_peak or {}
 
-    def alive(self) -> set[int]:
-        """Return the numbers of the storages that are alive."""
-        return set(self._alive)
+    def alive(self) -> dict[int, int]:
+        """Return number and bytes of each storage that is alive."""
+        return dict(self._alive)
 
     def number_of(self, tensor: Tensor) -> int | None:
         """Return the number of a tensor's storage; None where it is not counted."""
         return self._numbers.get(tensor.untyped_storage()._cdata)
-
-    def bytes_of(self, numbers: Iterable[int]) -> int:
-        """Return the bytes of storages together."""
-        return sum(self._bytes[number] for number in numbers)

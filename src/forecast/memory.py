@@ -6,9 +6,7 @@ from dataclasses import dataclass, replace
 
 from src.config.schema import OptimizerConfig
 from src.forecast.counting import ForwardCount, MicroBatchShape, TrainingCount
-from src.forecast.items import MemoryItem, total
-from src.forecast.optimizer_state import optimizer_part
-from src.forecast.parameters import FP32, ModelParameters, TrainableTensor
+from src.forecast.parameters import FP32, MemoryItem, ModelParameters, optimizer_part, total
 from src.runtime.allocation import KEPT_IN_ALL
 from src.util import human_bytes
 
@@ -24,12 +22,10 @@ class MemoryForecast:
     @property
     def total(self) -> MemoryItem:
         """The most at any moment."""
-        step = [part for part in self.parts if part.name in STEP_PARTS]
-        most = max(self.instead, key=lambda item: item.bytes or 0, default=None)
-        if most is not None and (most.bytes or 0) > sum(part.bytes or 0 for part in step):
-            always = [part for part in self.parts if part not in step]
-            return total([*always, most], f"at the worst moment of {most.name}")
-        return total(self.parts, "at the worst moment of a training step")
+        always = [part for part in self.parts if part.name not in STEP_PARTS]
+        moments = [total(self.parts, "at the worst moment of a training step")]
+        moments += [total([*always, one], f"at the worst moment of {one.name}") for one in self.instead]
+        return max(moments, key=lambda item: item.bytes or 0)
 
 
 STEP_PARTS = ("activations", "backward")
@@ -42,8 +38,9 @@ class Sharding:
 
     stage: int
     num_processes: int
-    is_bf16: bool = False
-    """Whether the weights themselves are cast to bfloat16, and float32 ones are kept to be updated."""
+    is_bf16: bool = (
+        False  # whether the weights themselves are cast to bfloat16, and float32 ones are kept to be updated
+    )
     optimizer_on_cpu: bool = False
     weights_on_cpu: bool = False
     bucket: int = 500_000_000  # gradients that are exchanged together
@@ -76,48 +73,44 @@ def memory_forecast(
     """
     if sharding is not None and sharding.is_bf16:
         parameters = parameters.in_bf16()
-    process = _of_a_process(libraries_bytes, step)
-    always = [MemoryItem("parameters", parameters.bytes, parameters.how)]
-    if sharding is not None and step is not None:  # its gradients are sharded, and among the items of _sharded
-        step = step.without_gradients()
-    counted = _counted(parameters, shape, step, uncounted)
-    others = tuple(
-        MemoryItem(name, count.peak_bytes, "counted; instead of activations and backward") for name, count in instead
-    )
-    if sharding is not None:
-        sharded, on_cpu = _sharded(parameters, always[0], optimizer, sharding)
-        return MemoryForecast((*process, *sharded, *counted), others, tuple(on_cpu))
-    always.append(optimizer_part(parameters, optimizer, device_type))
-    return MemoryForecast((*process, *always, *counted), others)
-
-
-def _of_a_process(libraries_bytes: int | None, step: TrainingCount | None) -> list[MemoryItem]:
-    if libraries_bytes is None:
-        return []
-    kept = KEPT_IN_ALL if step is None else min(KEPT_IN_ALL, step.peak_bytes)
-    return [
-        MemoryItem("libraries and data", libraries_bytes, "measured: what such a run imports, and its rows"),
-        MemoryItem("free blocks", kept, "at most, that malloc keeps for the next step"),
-    ]
-
-
-def _counted(
-    parameters: ModelParameters, shape: MicroBatchShape, step: TrainingCount | None, uncounted: str
-) -> list[MemoryItem]:
-    activations, backward = STEP_PARTS
+    parts, on_cpu = [MemoryItem("parameters", parameters.bytes, parameters.how)], list[MemoryItem]()
+    if sharding is None:
+        parts.append(optimizer_part(parameters, optimizer, device_type))
+    else:
+        parts, on_cpu = _sharded(parameters, parts[0], optimizer, sharding)
     if step is None:
-        return [MemoryItem(name, None, f"unknown: {uncounted}") for name in STEP_PARTS]
+        parts += [MemoryItem(name, None, f"unknown: {uncounted}") for name in STEP_PARTS]
+    else:
+        parts += _of_step(parameters, shape, step, are_gradients_sharded=sharding is not None)
+    if libraries_bytes is not None:
+        kept = KEPT_IN_ALL if step is None else min(KEPT_IN_ALL, step.peak_bytes)
+        parts[:0] = [
+            MemoryItem("libraries and data", libraries_bytes, "measured: what such a run imports, and its rows"),
+            MemoryItem("free blocks", kept, "at most, that malloc keeps for the next step"),
+        ]
+    others = [
+        MemoryItem(name, count.peak_bytes, "counted; instead of activations and backward") for name, count in instead
+    ]
+    return MemoryForecast(tuple(parts), tuple(others), tuple(on_cpu))
+
+
+def _of_step(
+    parameters: ModelParameters, shape: MicroBatchShape, step: TrainingCount, *, are_gradients_sharded: bool
+) -> list[MemoryItem]:
+    """Forecast what a step holds on top; sharded gradients, all there when most is held, are among the items of
+    _sharded.
+    """
+    activations, backward = STEP_PARTS
     length = f"{shape.seq:,}" if shape.target_seq is None else f"({shape.seq:,} + {shape.target_seq:,})"
     kept = f"kept for backward, counted by a forward of {shape.batch:,} x {length} tokens, "
     kept += f"{shape.num_supervised:,} of them scored"
-    on_top = "on top when most is held: single operations (logits)"
-    if step.has_gradients:
+    peak, on_top = step.peak_bytes, "on top when most is held: single operations (logits)"
+    if are_gradients_sharded:
+        peak -= step.peak_gradient_bytes
+    else:
         on_top += f" and {human_bytes(step.peak_gradient_bytes)} of gradients; when it is over they are "
         on_top += human_bytes(parameters.trained_bytes)
-    return [
-        MemoryItem(activations, step.saved_bytes, kept),
-        MemoryItem(backward, step.peak_bytes - step.saved_bytes, on_top),
-    ]
+    return [MemoryItem(activations, step.saved_bytes, kept), MemoryItem(backward, peak - step.saved_bytes, on_top)]
 
 
 def _sharded(
@@ -131,10 +124,10 @@ def _sharded(
     n, num, size = sharding.num_processes, parameters.num_trained, parameters.bytes_per_parameter
 
     def share(item: MemoryItem) -> MemoryItem:
-        how = item.how if n == 1 else f"({item.how}) / {n}"
-        return MemoryItem(item.name, None if item.bytes is None else math.ceil(item.bytes / n), how)
+        share_bytes = None if item.bytes is None else math.ceil(item.bytes / n)
+        return item._replace(bytes=share_bytes, how=item.how if n == 1 else f"({item.how}) / {n}")
 
-    in_32_bits = replace(parameters, trained=tuple(TrainableTensor(one.shape, FP32) for one in parameters.trained))
+    in_32_bits = replace(parameters, trained=tuple(one._replace(bytes_per_value=FP32) for one in parameters.trained))
     gradients = MemoryItem("gradients", parameters.trained_bytes, parameters.how_trained)
     updated = share(MemoryItem("updated weights", num * FP32, f"{num:,} trained parameters x {FP32} B"))
     state = share(optimizer_part(in_32_bits, optimizer))

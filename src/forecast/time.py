@@ -1,6 +1,7 @@
 """How long a run will take at least, from its operations and the speed of this device's matrix products."""
 
 import time
+import timeit
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,8 @@ class TimeItem(NamedTuple):
 
 
 def counted_time(name: str, flops: float | None, flops_per_second: float, unknown: str = "") -> TimeItem:
-    """Forecast from below: counted operations at the full speed of this device's matrix products, and nothing else.
-
-    Args:
-        flops: None where they can't be counted.
-        flops_per_second: of matmul_flops_per_second.
-        unknown: why they can't.
+    """Forecast from below: counted operations at the full speed of this device's matrix products, see
+    matmul_flops_per_second, and nothing else; `unknown` says why they can't be counted where `flops` is None.
     """
     if flops is None:
         return TimeItem(name, None, True, f"unknown: {unknown}")
@@ -54,10 +51,9 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, budget_sec
 
 
 def _seconds_of_product(a: Tensor, b: Tensor) -> float:
-    if a.device.type == "cuda":
-        torch.cuda.synchronize(a.device)
-    started = time.perf_counter()
-    a @ b
-    if a.device.type == "cuda":
-        torch.cuda.synchronize(a.device)
-    return time.perf_counter() - started
+    def multiply() -> None:
+        torch.matmul(a, b)
+        if a.is_cuda:
+            torch.cuda.synchronize(a.device)
+
+    return timeit.timeit(multiply, number=1)

@@ -55,35 +55,21 @@ STYLES = {  # the colour's code, the signs that stand for it elsewhere, and what
 def painted_row(rows: EncodedSet, index: int, encoder: Encoder, stop_ids: list[int], paint: Paint) -> str:
     """Show the decoded ids of a row, each part in the colour of what is done with it."""
     row = rows[index]
-    if row.target_ids is None:
-        return _painted(row.input_ids, row.labels, row.spans, encoder, stop_ids, paint)
-    prompt = paint(Paint.PROMPT, encoder.decode_all(row.input_ids.tolist()))
-    return f"{prompt}\n→ {_painted(row.target_ids, row.labels, row.spans, encoder, stop_ids, paint)}"
-
-
-def _painted(
-    ids: np.ndarray, labels: np.ndarray, spans: np.ndarray, encoder: Encoder, stop_ids: list[int], paint: Paint
-) -> str:
+    ids, painted = row.input_ids, ""
+    if row.target_ids is not None:
+        ids, painted = row.target_ids, f"{paint(Paint.PROMPT, encoder.decode_all(ids.tolist()))}\n→ "
     kinds = np.full(len(ids), Paint.PROMPT, dtype=object)
-    for kind, start, stop in spans.tolist():
+    for kind, start, stop in row.spans.tolist():
         kinds[start:stop] = Paint.THOUGHT if kind == THOUGHT else Paint.ANSWER
-    is_end = np.isin(ids, stop_ids) & (labels != IGNORE_INDEX)
-    kinds[is_end] = Paint.END
-    parts, shown = [], 0
-    for kind, start, stop in _runs(kinds):
+    kinds[np.isin(ids, stop_ids) & (row.labels != IGNORE_INDEX)] = Paint.END
+    stop = shown = 0
+    for kind, run in itertools.groupby(kinds):
+        start, stop = stop, stop + len(list(run))
         before, until = encoder.decode_all(ids[:start].tolist()), encoder.decode_all(ids[:stop].tolist())
         text = until[len(before) :] if until.startswith(before) else encoder.decode_all(ids[start:stop].tolist())
-        parts.append(paint(kind, text[: max(0, MOST_TEXT - shown)]))
+        painted += paint(kind, text[: max(0, MOST_TEXT - shown)])
         shown += len(text)
-    return "".join(parts) + (f" … ({shown:,} characters)" if shown > MOST_TEXT else "")
-
-
-def _runs(kinds: np.ndarray) -> Iterator[tuple[str, int, int]]:
-    """Yield (kind, start, stop) of neighbours that are alike."""
-    starts = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1).tolist(), len(kinds)]
-    for start, stop in itertools.pairwise(starts):
-        if stop > start:
-            yield kinds[start], start, stop
+    return painted + (f" … ({shown:,} characters)" if shown > MOST_TEXT else "")
 
 
 def histogram(lengths: np.ndarray, limit: int) -> Iterator[str]:
@@ -111,9 +97,8 @@ def draw_lengths(sets: Mapping[str, EncodedSet], limit: int, file: Path) -> None
         lengths = rows.lengths + rows.target_lengths
         supervised = rows.supervised_lengths()
         left.hist(lengths, bins=40, color="#4878a8")
-        left.axvline(
-            np.median(lengths), color="#222222", linewidth=1, linestyle=":", label=f"median {np.median(lengths):.0f}"
-        )
+        median = np.median(lengths)
+        left.axvline(median, color="#222222", linewidth=1, linestyle=":", label=f"median {median:.0f}")
         if limit <= 1.5 * lengths.max():
             left.axvline(limit, color="#c04040", linewidth=1, label=f"max_seq_length {limit}")
         left.legend(frameon=False, fontsize="small")

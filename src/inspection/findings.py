@@ -4,6 +4,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Self
 
@@ -17,10 +18,11 @@ from src.data.dataset import Data
 from src.data.encoding import IGNORE_INDEX, Encoder
 from src.data.report import changed_rows
 from src.data.sets import EncodedSet, LabelledRow
-from src.evaluation.answers import AnswerReader
-from src.evaluation.generate import EndText, cut_at
+from src.evaluation.answers import AnswerReader, cut_at
 from src.metrics import METRICS, is_full_marks
+from src.model.embeddings import InitialisedRows
 from src.patterns import at
+from src.tokens import ConfiguredTokens
 from src.training.optim import warmup_warnings
 from src.training.state import build_batch_sampler
 from src.util import plural
@@ -64,7 +66,6 @@ class AnswerScorer:
 
     reader: AnswerReader
     stop_ids: list[int]
-    end: EndText | None
     metrics: Sequence[str]
     answer_pattern: str | None
 
@@ -72,10 +73,8 @@ class AnswerScorer:
 def answer_scorer(config: RunConfig, data: Data) -> AnswerScorer:
     """Return how a run scores answers; one without metrics is scored by exact match of the whole answer."""
     reader = AnswerReader(data.encoder, config.thought_tags, data.frame)
-    end = EndText.from_frame(data.frame, data.encoder)
-    if not config.metrics:
-        return AnswerScorer(reader, data.stop_ids, end, ["exact_match"], None)
-    return AnswerScorer(reader, data.stop_ids, end, config.metrics, config.data.answer_pattern)
+    pattern = config.data.answer_pattern if config.metrics else None
+    return AnswerScorer(reader, data.stop_ids, config.metrics or ["exact_match"], pattern)
 
 
 class SupervisedIds(NamedTuple):
@@ -86,9 +85,10 @@ class SupervisedIds(NamedTuple):
 
     @classmethod
     def of(cls, row: LabelledRow, num_prompt_ids: int) -> Self:
-        parts = runs(row.labels)
-        if parts and row.target_ids is None and not num_prompt_ids:
-            parts[0] = (0, parts[0][1])  # no id comes before the first to predict it from: it has no label
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], row.labels != IGNORE_INDEX, [False]]).astype(np.int8)))
+        if len(edges) and row.target_ids is None and not num_prompt_ids:
+            edges[0] = 0  # no id comes before the first to predict it from: it has no label
+        parts = [(start, stop) for start, stop in edges.reshape(-1, 2).tolist()]
         return cls((row.input_ids if row.target_ids is None else row.target_ids).tolist(), parts)
 
     @property
@@ -130,26 +130,21 @@ def _matches_supervised_text(text: str, rows: EncodedSet, index: int, eos: str) 
 
 def _score_answers(rows: EncodedSet, supervised: Mapping[int, list[int]], scorer: AnswerScorer, proof: Proof) -> None:
     """Score what rows teach, cut where generation would stop, against their references."""
-    cut = [cut_at(ids, scorer.stop_ids) for ids in supervised.values()]
-    if scorer.end is not None:
-        cut = [scorer.end.cut(one) for one in cut]
-    texts = scorer.reader.encoder.decode_batch([one.ids for one in cut])
+    reader, pattern = scorer.reader, scorer.answer_pattern
+    cut = [reader.cut(cut_at(ids, scorer.stop_ids)) for ids in supervised.values()]
+    texts = reader.encoder.decode_batch([one.ids for one in cut])
     for i, text in zip(supervised, texts, strict=True):
-        answer, reference = scorer.reader.answer(rows, i, text), scorer.reader.plain_reference(rows, i)
+        answer, reference = reader.answer(rows, i, text), reader.plain_reference(rows, i)
         if answer != reference:
-            reference = scorer.reader.reference(rows, i)
+            reference = reader.reference(rows, i)
         with at(rows.place, i):
-            _score_answer(i, answer, reference, scorer, proof)
-
-
-def _score_answer(row: int, answer: str, reference: str, scorer: AnswerScorer, proof: Proof) -> None:
-    for metric in scorer.metrics:
-        if is_full_marks(metric, answer, reference, scorer.answer_pattern):
-            continue
-        if METRICS[metric].can_score(reference, scorer.answer_pattern):
-            proof.low_scoring.append((row, metric, answer, reference))
-            break
-        proof.unscorable[metric] += 1
+            for metric in scorer.metrics:
+                if is_full_marks(metric, answer, reference, pattern):
+                    continue
+                if METRICS[metric].can_score(reference, pattern):
+                    proof.low_scoring.append((i, metric, answer, reference))
+                    break
+                proof.unscorable[metric] += 1
 
 
 def decode_supervised(rows: Sequence[SupervisedIds], encoder: Encoder) -> list[str]:
@@ -162,12 +157,6 @@ def decode_supervised(rows: Sequence[SupervisedIds], encoder: Encoder) -> list[s
     until = encoder.decode_batch([ids[:stop] for ids, parts in rows for _, stop in parts], with_control=True)
     texts = iter(end.removeprefix(begin) for begin, end in zip(before, until, strict=True))
     return ["".join(islice(texts, len(row.parts))) for row in rows]
-
-
-def runs(labels: np.ndarray) -> list[tuple[int, int]]:
-    """Return [start, stop) of the supervised positions that are adjacent."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], labels != IGNORE_INDEX, [False]]).astype(np.int8)))
-    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
 def _seams(rows: EncodedSet, indices: Sequence[int], encoder: Encoder) -> list[int]:
@@ -187,9 +176,10 @@ def findings(
     config: RunConfig, data: Data, tokenizer: Any, train: EncodedSet, proofs: Mapping[str, Proof], num_steps: int
 ) -> list[Finding]:
     """Return everything worth knowing before this is trained."""
+    sets = {"train": train, **data.validation, **data.test}
     return [
-        *_about_masks(data, train, proofs),
-        *_about_answers(data, train, proofs),
+        *_about_masks(sets, proofs),
+        *_about_answers(sets, proofs),
         *advice(config, data, tokenizer),
         *(Finding(Level.warning, text) for text in warmup_warnings(config.scheduler, num_steps)),
         *_about_control_tokens(data),
@@ -198,19 +188,21 @@ def findings(
     ]
 
 
-def _by_name(data: Data, train: EncodedSet) -> dict[str, EncodedSet]:
-    return {rows.name: rows for rows in [train, *data.validation.values(), *data.test.values()]}
+def about_initialised_rows(new: ConfiguredTokens, initialised: InitialisedRows) -> list[Finding]:
+    """Return a note on the tokens that the checkpoint knows by name only."""
+    untrained = [token for token in new.existing if token in initialised.ids]
+    if not untrained:
+        return []
+    text = f"{', '.join(untrained)}: in the tokenizer, but never trained in the checkpoint; initialised as a new token"
+    return [Finding(Level.note, text)]
 
 
-def _about_masks(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> Iterator[Finding]:
-    sets = _by_name(data, train)
+def _about_masks(sets: Mapping[str, EncodedSet], proofs: Mapping[str, Proof]) -> Iterator[Finding]:
     for name, proof in proofs.items():
         rows = sets[name]
         if proof.wrong_mask:
-            text = (
-                f"{name}: in {_rows(len(proof.wrong_mask))} the supervised ids do not decode to the text to supervise"
-            )
-            yield Finding(Level.error, f"{text}: {_places(rows, proof.wrong_mask)}")
+            text = f"{name}: in {_rows(len(proof.wrong_mask))} the supervised ids do not decode to the text to "
+            yield Finding(Level.error, f"{text}supervise: {_places(rows, proof.wrong_mask)}")
         if proof.unlike:
             text = f"{name}: {_rows(len(proof.unlike))} of {proof.num_checked:,} come back changed from the tokenizer"
             yield Finding(Level.warning, f"{text} (it can't write all of them): {_places(rows, proof.unlike)}")
@@ -224,8 +216,7 @@ def _about_masks(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> 
             yield Finding(Level.note, f"{text}: {_places(rows, proof.seams)}")
 
 
-def _about_answers(data: Data, train: EncodedSet, proofs: Mapping[str, Proof]) -> Iterator[Finding]:
-    sets = _by_name(data, train)
+def _about_answers(sets: Mapping[str, EncodedSet], proofs: Mapping[str, Proof]) -> Iterator[Finding]:
     for name, proof in proofs.items():
         if proof.low_scoring:
             row, metric, answer, reference = proof.low_scoring[0]
@@ -261,20 +252,17 @@ def _about_rows(config: RunConfig, data: Data, train: EncodedSet) -> Iterator[Fi
                 yield Finding(Level.warning, f"{name}: {_rows(count)} dropped, {reason.replace('_', ' ')}: {places}")
         if report.rows_cleaned:
             yield Finding(Level.note, f"{name}: data.clean_dialogue changes {_rows(report.rows_cleaned)}")
-    seen = row_checksums(train)
-    if doubles := len(train) - len(set(seen)) - data.reports["train"].rows_repeated:
-        yield Finding(
-            Level.note, f"train: {_rows(doubles)} {'is' if doubles == 1 else 'are'} exactly like an earlier one"
-        )
-    in_train = set(seen)
+    in_train = set(row_checksums(train))
+    if doubles := len(train) - len(in_train) - data.reports["train"].rows_repeated:
+        are = "is" if doubles == 1 else "are"
+        yield Finding(Level.note, f"train: {_rows(doubles)} {are} exactly like an earlier one")
     for rows in [*data.validation.values(), *data.test.values()]:
-        leaked = [i for i, one in enumerate(row_checksums(rows)) if one in in_train]
-        if leaked:
+        if leaked := [i for i, one in enumerate(row_checksums(rows)) if one in in_train]:
             text = f"{rows.name}: {_rows(len(leaked))} of {len(rows):,} also in train: its score says little"
             yield Finding(Level.warning, f"{text} ({_places(rows, leaked)})")
     if not data.validation:
-        text = "there is no validation set: overfitting would not be seen"
-        yield Finding(Level.note, f"{text} (data.validation_files or data.validation_fraction)")
+        keys = "data.validation_files or data.validation_fraction"
+        yield Finding(Level.note, f"there is no validation set: overfitting would not be seen ({keys})")
     if data.uses_fallback_template:
         text = "the tokenizer has no chat template; Towline's plain one is used, and saved with the model"
         yield Finding(Level.note, text)
@@ -296,27 +284,25 @@ def _about_batches(config: RunConfig, train: EncodedSet, num_steps: int) -> Iter
 
 def padding(rows: EncodedSet, batch_sampler: BatchSampler, seed: int) -> float:
     """Return the share of the first epoch's positions that are padding, from 0 to 1."""
-    computed = 0
-    for sequences in batch_sampler.micro_batches(rows.lengths, [seed, 0]):
-        longest = max(int(rows.lengths[sequence].sum()) for sequence in sequences)
-        computed += longest * len(sequences)
+    computed = sum(
+        len(sequences) * max(int(rows.lengths[sequence].sum()) for sequence in sequences)
+        for sequences in batch_sampler.micro_batches(rows.lengths, [seed, 0])
+    )
     return 1 - int(rows.lengths.sum()) / computed
 
 
 def row_checksums(rows: EncodedSet) -> list[tuple[int, int]]:
     """Return two checksums of each row's ids, to find equal rows by."""
     found = []
-    for i in range(len(rows)):
-        row = rows[i]
+    for row in map(rows.__getitem__, range(len(rows))):
         ids = row.input_ids.tobytes() + b"|" + (b"" if row.target_ids is None else row.target_ids.tobytes())
         found.append((zlib.crc32(ids), zlib.adler32(ids)))
     return found
 
 
-def _rows(count: int) -> str:
-    return plural(count, "row")
+_rows = partial(plural, noun="row")
 
 
 def _places(rows: EncodedSet, indices: list[int]) -> str:
     more = f", … ({len(indices) - 3:,} more)" if len(indices) > 3 else ""
-    return ", ".join(rows.place(i) for i in indices[:3]) + more
+    return ", ".join(map(rows.place, indices[:3])) + more

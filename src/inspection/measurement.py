@@ -1,7 +1,7 @@
 """What preflight.measure=true measures: micro-batches, a batch of an evaluation, the first tokens of texts."""
 
 import math
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,7 +78,7 @@ def _measure_training(state: TrainState, work: Workload, runtime: Runtime) -> tu
     saved = measure_saved_bytes(lambda: losses.append(state.loss_model(**widest)), state.model.parameters())
     runtime.strategy.backward(losses[0].objective)
     usual = inputs(_median_batch(work.micro_batches, work.shapes))
-    seconds = _seconds_of(lambda: runtime.strategy.backward(state.loss_model(**usual).objective), runtime, repeats=2)
+    seconds = _seconds_of(lambda: runtime.strategy.backward(state.loss_model(**usual).objective), runtime)
     return widest["input_ids"].numel(), saved, seconds
 
 
@@ -92,13 +92,13 @@ def _measure_evaluation(
     batch = _median_batch(batches, shapes)
     batch_rows = EncodedSet(rows.name, rows.shards, rows.indices[[row for (row,) in batch]])
     losses_only = replace(evaluator, metrics=[], max_samples=None)
-    seconds = _seconds_of(lambda: losses_only.evaluate([batch_rows]), runtime, repeats=2)
+    seconds = _seconds_of(lambda: losses_only.evaluate([batch_rows]), runtime)
     return seconds, shapes[batches.index(batch)].num_tokens
 
 
 def _measure_generation(evaluator: Evaluator, texts: Generation, runtime: Runtime) -> float:
     """Return the seconds of a batch of texts of the maximum length, extrapolated from their first tokens."""
-    generator = replace(evaluator.generator, end=None)
+    generator = replace(evaluator.generator, reader=None)
     settings, rows = generator.model.generation_config, texts.rows
     longest, lengths = settings.max_new_tokens, rows.prompt_lengths().tolist()
     usual = sorted(range(len(rows)), key=lambda i: abs(lengths[i] - texts.mean_prompt))[: texts.batch]
@@ -107,7 +107,7 @@ def _measure_generation(evaluator: Evaluator, texts: Generation, runtime: Runtim
 
     def seconds_of_new(num: int) -> float:
         settings.min_new_tokens = settings.max_new_tokens = num
-        return _seconds_of(lambda: generator.generate(prompts, runtime.seed), runtime, repeats=2)
+        return _seconds_of(lambda: generator.generate(prompts, runtime.seed), runtime)
 
     first = seconds_of_new(1)
     each = max(0.0, seconds_of_new(1 + num_more) - first) / num_more if num_more else 0.0
@@ -140,14 +140,12 @@ def _median_batch(batches: Sequence[Sequences], shapes: Sequence[MicroBatchShape
     return batches[by_size[len(by_size) // 2]]
 
 
-def _seconds_of(compute: Callable[[], object], runtime: Runtime, repeats: int) -> float:
+def _seconds_of(compute: Callable[[], object], runtime: Runtime) -> float:
     """Return the shortest time of a computation, after a first one that chooses kernels."""
-    compute()
-    seconds = []
-    for _ in range(repeats):
-        runtime.synchronize()
-        started = time.perf_counter()
+
+    def compute_all() -> None:
         compute()
         runtime.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+
+    compute_all()
+    return min(timeit.repeat(compute_all, number=1, repeat=2))

@@ -1,22 +1,25 @@
-"""What preflight prints: model, sets, rows, forecasts and findings."""
+"""What preflight prints: model, tokens, sets, rows, forecasts and findings."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from src.config.schema import RunConfig, Weights
+from src.config.schema import InitMethod, RunConfig, Weights
 from src.data.advice import Finding, Level
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import visible
-from src.forecast.items import MemoryItem
+from src.forecast.parameters import MemoryItem
 from src.forecast.time import TimeItem
 from src.inspection.drawing import Paint, histogram, painted_row
 from src.inspection.findings import Proof
 from src.inspection.run_forecast import Forecast
 from src.model.build import num_parameters
+from src.model.embeddings import InitialisedRows, num_embedding_rows
+from src.tokens import ConfiguredTokens
 from src.tracking.console import Console, clock
 from src.util import human_bytes
 
+MOST_NAMED = 6  # source tokens of a row that are named one by one
 COLOURS = {Level.error: "1;31", Level.warning: "33", Level.note: "2"}
 
 
@@ -28,6 +31,53 @@ def show_model(console: Console, config: RunConfig, model: Any) -> None:
     text = f"{type(model).__name__} of {config.model.checkpoint}, {weights}, {dtype}\n{total:,} parameters"
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     console.label("model", f"{text}{f', {layers} layers' if layers else ''}")
+
+
+def show_tokens(
+    console: Console,
+    config: RunConfig,
+    model: Any,
+    tokenizer: Any,
+    new: ConfiguredTokens,
+    initialised: InitialisedRows,
+    data: Data,
+    *,
+    are_weights_seen: bool,
+) -> None:
+    """Print for each configured token whether it is one id, how often it is fed and supervised, and its initial row.
+
+    Where the weights are seen, it is known which rows of the checkpoint were never trained.
+    """
+    special = {"BOS": tokenizer.bos_token, "EOS": tokenizer.eos_token, "pad": tokenizer.pad_token}
+    ids_of = {name: tokenizer.convert_tokens_to_ids(token) for name, token in special.items() if token is not None}
+    named = ", ".join(f"{name} {special[name]} = {token_id}" for name, token_id in ids_of.items())
+    lines = [f"{len(tokenizer):,} in the vocabulary, {num_embedding_rows(model):,} rows; {named}"]
+    if data.stop_ids[1:] or data.frame.end_text:
+        stops = [*tokenizer.convert_ids_to_tokens(data.stop_ids), *filter(None, [data.frame.end_text])]
+        lines.append(f"generation stops at {', '.join(stops)}")
+    counts = data.reports["train"].new_tokens
+    for token, token_id in new.ids.items():
+        if token in initialised.ids:
+            sources = tokenizer.convert_ids_to_tokens(initialised.sources[token])
+            start = "" if token in new.added else "untrained in the checkpoint: "
+            start += f"initialised {_initialised_from(config.tokens.init.method, sources)}"
+        elif are_weights_seen:
+            start = "in the vocabulary, its row is kept"
+        else:
+            start = "in the vocabulary; whether the checkpoint trained its row is seen when the weights are loaded"
+        ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+        one = f"one id, {token_id}" if len(ids) == 1 else f"{len(ids)} ids"
+        fed, supervised = counts[token]["fed"], counts[token]["supervised"]
+        lines.append(f"{token}  {one}; fed {fed:,} times, supervised {supervised:,} times; {start}")
+    console.label("tokens", "\n".join(lines))
+
+
+def _initialised_from(method: InitMethod, sources: list[str]) -> str:
+    """Return what a token's row starts as, in words."""
+    if sources:
+        named = " ".join(map(repr, sources)) if len(sources) <= MOST_NAMED else f"the rows of {len(sources)} tokens"
+        return f"from the mean of {named}"
+    return "at random" if method is InitMethod.random else "from the mean of all rows"
 
 
 def show_sets(console: Console, config: RunConfig, data: Data, sets: Mapping[str, EncodedSet]) -> None:
@@ -75,40 +125,35 @@ def show_forecasts(console: Console, config: RunConfig, forecast: Forecast) -> N
         f"{work.num_steps:,}{epochs} of {rows} {'sequences' if config.data.batching.value == 'packed' else 'rows'}\n"
         f"{work.tokens_fed:,} tokens fed; {padded:.0%} of what is computed is padding ({config.data.batching.value})",
     )
-    most = forecast.memory.total._replace(name=f"total{each}")
-    console.label("memory", _table([*forecast.memory.parts, *forecast.memory.instead, most]))
-    if forecast.memory.on_cpu:
-        console.label("on the CPU", _table(forecast.memory.on_cpu))
-    if forecast.measured:
-        measured = forecast.measured
-        console.label(
-            "measured",
-            f"the widest micro-batch kept {human_bytes(measured.activation_bytes)} of activations and logits; "
-            f"{human_bytes(measured.peak_memory_bytes)} held in all, libraries included",
-        )
-    console.label("disk", _table([*forecast.disk.parts, forecast.disk.total]))
-    console.label("", f"{human_bytes(forecast.disk.free_bytes)} free in {forecast.disk.place}")
-    console.label("time", _times(forecast.time))
-    if forecast.measured is None:
+    memory, disk, measured = forecast.memory, forecast.disk, forecast.measured
+    console.label("memory", _table([*memory.parts, *memory.instead, memory.total._replace(name=f"total{each}")]))
+    if memory.on_cpu:
+        console.label("on the CPU", _table(memory.on_cpu))
+    if measured:
+        text = f"the widest micro-batch kept {human_bytes(measured.activation_bytes)} of activations and logits; "
+        text += f"{human_bytes(measured.peak_memory_bytes)} held in all, libraries included"
+        console.label("measured", text)
+    console.label("disk", _table([*disk.parts, disk.total]))
+    console.label("", f"{human_bytes(disk.free_bytes)} free in {disk.place}")
+    console.label("time", _table(forecast.time))
+    if measured is None:
         console.label("", "preflight.measure=true computes a batch of each and forecasts it better")
 
 
-def _times(parts: Sequence[TimeItem]) -> str:
-    width = max(len(part.name) for part in parts)
-    lines = []
-    for part in parts:
-        seconds = "unknown" if part.seconds is None else clock(part.seconds)
-        bound = "at least " if part.is_lower_bound and part.seconds is not None else ""
-        lines.append(f"{part.name:<{width}}  {bound}{seconds}   {part.how}")
-    return "\n".join(lines)
+def _table(parts: Sequence[MemoryItem | TimeItem]) -> str:
+    """Align names, values and formulas."""
+    values = [_shown(part) for part in parts]
+    width, room = max(len(part.name) for part in parts), max(map(len, values))
+    lines = zip(parts, values, strict=True)
+    return "\n".join(f"{part.name:<{width}}  {value:>{room}}   {part.how}" for part, value in lines)
 
 
-def _table(parts: Sequence[MemoryItem]) -> str:
-    sizes = ["unknown" if part.bytes is None else human_bytes(part.bytes) for part in parts]
-    width = max(len(part.name) for part in parts)
-    room = max(map(len, sizes))
-    lines = zip(parts, sizes, strict=True)
-    return "\n".join(f"{part.name:<{width}}  {size:>{room}}   {part.how}" for part, size in lines)
+def _shown(part: MemoryItem | TimeItem) -> str:
+    if isinstance(part, MemoryItem):
+        return "unknown" if part.bytes is None else human_bytes(part.bytes)
+    if part.seconds is None:
+        return "unknown"
+    return f"{'at least ' if part.is_lower_bound else ''}{clock(part.seconds)}"
 
 
 def show_findings(console: Console, found: Sequence[Finding], proofs: Mapping[str, Proof], paint: Paint) -> int:
@@ -127,4 +172,4 @@ def show_findings(console: Console, found: Sequence[Finding], proofs: Mapping[st
         level = f"{finding.level.value:<8}"
         level = f"\x1b[{COLOURS[finding.level]}m{level}\x1b[0m" if paint.in_colour else level
         console.label("findings" if i == 0 else "", f"{level} {visible(finding.text)}", is_painted=True)
-    return 1 if any(finding.level is Level.error for finding in found) else 0
+    return int(any(finding.level is Level.error for finding in found))

@@ -15,11 +15,10 @@ from src.data.tokenizer import load_tokenizer
 from src.errors import TowlineError
 from src.evaluation.generate import check_prompts
 from src.inspection.drawing import Paint, draw_lengths
-from src.inspection.findings import answer_scorer, findings, prove
+from src.inspection.findings import about_initialised_rows, answer_scorer, findings, prove
 from src.inspection.libraries import resident_bytes
-from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets
+from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets, show_tokens
 from src.inspection.run_forecast import about_disk, device_of, forecast_run
-from src.inspection.token_rows import about_initialised_rows, show_tokens
 from src.model.build import check_adapter_of, check_lengths, empty_model
 from src.model.embeddings import resize_and_initialise
 from src.model.quantization import check_quantisable
@@ -30,9 +29,7 @@ from src.tracking.console import Console
 
 def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
     """Assemble what a run would, without weights; show it, what it will take and the findings; return the exit code.
-
-    Raises:
-        TowlineError: what a run would refuse.
+    TowlineError says what a run would refuse.
     """
     config, own = job.config, job.entry_section
     folder, paint = Path("outputs", config.name, "preflight"), Paint(sys.stdout)

@@ -2,7 +2,8 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,20 @@ import torch
 
 from src.config.schema import Device, MixedPrecision, RunConfig, ZeroConfig
 from src.data.dataset import Data
-from src.forecast.disk import DiskForecast, disk_forecast, most_saves
+from src.forecast.counting import ForwardCount, ModelCounter, TrainingCount, UncountableError, counted
+from src.forecast.disk import DiskForecast, disk_forecast, has_best, most_saves
 from src.forecast.memory import MemoryForecast, Sharding, memory_forecast
 from src.forecast.parameters import ModelParameters, parameters_of, with_adapter
 from src.forecast.time import TimeItem, counted_time, matmul_flops_per_second
-from src.inspection.costs import count_work, starts_from_values
 from src.inspection.findings import Finding, Level
 from src.inspection.measurement import Measured, measure_work, measured_times
-from src.inspection.workload import Workload, plan_work
+from src.inspection.workload import Workload, mean_shape, plan_work, widest_of
 from src.model.adapters import add_adapter
 from src.model.build import with_zero_sizes
 from src.model.quantization import put_quantised_layers, quantization_settings
 from src.util import human_bytes
+
+AUTOCAST = {MixedPrecision.bf16: torch.bfloat16, MixedPrecision.fp16: torch.float16}
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def forecast_run(
         run_dir,
         config.optimizer,
         config.checkpoint,
-        has_metric=_is_metric_given(config),
+        has_metric=has_best(config),
         num_saves=most_saves(config.checkpoint, work.num_steps, work.num_steps_per_epoch),
         tokenizer_bytes=_saved_bytes(tokenizer),
         merge=config.export.merge,
@@ -82,9 +85,72 @@ def forecast_run(
         return Forecast(work, memory, disk, measured_times(measured, work, config), measured)
     dtype = torch.float32 if config.training.mixed_precision is MixedPrecision.no else torch.bfloat16
     speed = matmul_flops_per_second(device, dtype)
-    names = ["training", "evaluation", *(["generation"] if work.generation else [])]
-    times = [counted_time(name, counts.flops.get(name), speed, counts.reason) for name in names]
-    return Forecast(work, memory, disk, tuple(times), None)
+    names = ("training", "evaluation", "generation") if work.generation else ("training", "evaluation")
+    times = tuple(counted_time(name, counts.flops.get(name), speed, counts.reason) for name in names)
+    return Forecast(work, memory, disk, times, None)
+
+
+@dataclass
+class Counts:
+    """What was counted of a run's work; `reason` says why not, where the model can't be."""
+
+    step: TrainingCount | None = None
+    reason: str = ""
+    instead: list[tuple[str, ForwardCount]] = field(default_factory=list)  # peaks of moments that are not training
+    flops: dict[str, float] = field(default_factory=dict)  # operations of all that one process does, by part of the run
+
+
+def count_work(config: RunConfig, model: Any, work: Workload, device: torch.device) -> Counts:
+    """Count training, evaluation and generation of a model on the meta device, as planned_parameters leaves it."""
+    if starts_from_values(config):
+        return Counts(reason="DoRA on weights in 4 bits starts from their values")
+    counts, autocast = Counts(), AUTOCAST.get(config.training.mixed_precision)
+    if config.model.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    is_sharded = isinstance(config.deepspeed, ZeroConfig)
+    if is_sharded and autocast is torch.bfloat16:
+        model, autocast = model.to(torch.bfloat16), None
+    try:
+        with counted(model, config.loss, device, autocast) as counter:
+            accumulation = 2 if is_sharded else config.training.gradient_accumulation_steps
+            counts.step = usual = counter.count_training(work.widest, accumulation)
+            if (mean := mean_shape(work.shapes)) != work.widest:
+                usual = counter.count_training(mean)
+            counts.flops["training"] = work.num_micro_batches * usual.flops
+            _count_evaluation(counter, counts, work)
+            _count_generation(counter, counts, work, config)
+    except UncountableError as error:
+        counts.reason = str(error)
+    counts.flops = {part: flops / config.runtime.world_size for part, flops in counts.flops.items()}
+    return counts
+
+
+def starts_from_values(config: RunConfig) -> bool:
+    """Return whether PEFT needs the values of quantised weights to put the adapter in."""
+    return config.quantization.load_in_4bit and config.lora is not None and config.lora.use_dora
+
+
+def _count_evaluation(counter: ModelCounter, counts: Counts, work: Workload) -> None:
+    """Count the losses of all evaluations, and the most that one of their batches holds."""
+    count, most = cache(counter.count_evaluation), ForwardCount(0, 0)
+    if work.evaluations:
+        most = count(widest_of(shape for one in work.evaluations for shape in one.shapes))
+    flops = sum(one.times * len(one.shapes) * count(mean_shape(one.shapes)).flops for one in work.evaluations)
+    counts.instead.append(("evaluation", most))
+    counts.flops["evaluation"] = flops
+
+
+def _count_generation(counter: ModelCounter, counts: Counts, work: Workload, config: RunConfig) -> None:
+    """Count all texts as of a mean prompt, and what a batch of the longest prompts holds."""
+    if (texts := work.generation) is None:
+        return
+    new, batch = config.generation.max_new_tokens, texts.batch * (config.generation.num_beams or 1)
+    most = counter.count_generation(batch, texts.longest_prompt, new)
+    each = most.flops / batch
+    if texts.mean_prompt != texts.longest_prompt:
+        each = counter.count_generation(1, texts.mean_prompt, new).flops
+    counts.instead.append(("generation", most))
+    counts.flops["generation"] = each * texts.num_texts
 
 
 def _saved_bytes(tokenizer: Any) -> int:
@@ -122,17 +188,9 @@ def about_disk(disk: DiskForecast) -> list[Finding]:
     return [Finding(Level.warning, text)]
 
 
-def _is_metric_given(config: RunConfig) -> bool:
-    """Return whether the metric that decides which checkpoint is best is one of a validation set."""
-    metric = config.checkpoint.metric_for_best_model
-    return any(metric.startswith(f"eval/{name}/") for name in config.data.validation_names())
-
-
 def planned_parameters(config: RunConfig, model: Any, new_ids: Sequence[int]) -> ModelParameters:
-    """Read the parameters of the model that will be trained, and add quantised layers and the adapter to it, in place.
-
-    Raises:
-        ModelError: where the adapter can't be put into this model.
+    """Read the parameters of the model that will be trained, and add quantised layers and the adapter to it, in place;
+    ModelError where the adapter can't be put into this model.
     """
     parameters = parameters_of(model, config.quantization)
     if config.quantization.is_on and not starts_from_values(config):

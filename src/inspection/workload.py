@@ -60,36 +60,28 @@ class Workload:
 
     @property
     def tokens_fed(self) -> int:
-        return round(self.num_micro_batches / len(self.micro_batches) * self.train.num_tokens)
+        return round(self.num_micro_batches / len(self.shapes) * self.train.num_tokens)
 
     @property
     def tokens_computed(self) -> int:
         """Positions that are computed: tokens_fed and padding."""
-        per_epoch = sum(shape.num_tokens for shape in self.shapes)
-        return round(self.num_micro_batches / len(self.micro_batches) * per_epoch)
+        return round(self.num_micro_batches / len(self.shapes) * sum(shape.num_tokens for shape in self.shapes))
 
 
 def plan_work(config: RunConfig, data: Data) -> Workload:
     """Return what a run computes, from its first epoch's micro-batches and from the sets that are evaluated."""
-    train = data.train.first
+    train, settings = data.train.first, config.evaluation
     batch_sampler = build_batch_sampler(config, config.runtime.world_size)
     per_epoch = None if config.data.streaming else steps_per_epoch(train, batch_sampler, config.seed)
     num_steps = num_train_steps(config.training, per_epoch)
     micro_batches = batch_sampler.micro_batches(train.lengths, [config.seed, 0])
-    times = num_evaluations(config.evaluation.eval_steps, num_steps, per_epoch)
-    return Workload(
-        batch_sampler,
-        num_steps,
-        per_epoch,
-        train,
-        micro_batches,
-        shapes_of(train, micro_batches, is_packed=config.data.batching is Batching.packed),
-        [
-            *(_evaluation(rows, config, times) for rows in data.validation.values()),
-            *(_evaluation(rows, config, 1) for rows in data.test.values()),
-        ],
-        _generation(data, config, num_steps, per_epoch),
-    )
+    shapes = shapes_of(train, micro_batches, is_packed=config.data.batching is Batching.packed)
+    times = num_evaluations(settings.eval_steps, num_steps, per_epoch)
+    evaluations = [_evaluation(rows, config, times) for rows in data.validation.values()]
+    evaluations += [_evaluation(rows, config, 1) for rows in data.test.values()]
+    times = 1 + num_evaluations(settings.sample_steps, num_steps, per_epoch)
+    generation = _generation(config, evaluations, data.for_samples(), times)
+    return Workload(batch_sampler, num_steps, per_epoch, train, micro_batches, shapes, evaluations, generation)
 
 
 def shapes_of(rows: EncodedSet, batches: Iterable[Sequences], *, is_packed: bool) -> list[MicroBatchShape]:
@@ -128,10 +120,8 @@ def mean_shape(shapes: Sequence[MicroBatchShape]) -> MicroBatchShape:
 
 
 def num_evaluations(every: int | str | None, num_steps: int, steps_per_epoch: int | None) -> int:
-    """Count what happens every N steps, every epoch or never (None), and after the last step in any case.
-
-    Args:
-        steps_per_epoch: None where the train set is streamed; its epochs are not counted then.
+    """Count what happens every N steps, every epoch or never (None), and after the last step in any case; epochs of a
+    streamed train set, whose steps_per_epoch is None, are not counted.
     """
     step = steps_per_epoch if every == "epoch" else every
     return 1 if step is None else math.ceil(num_steps / int(step))
@@ -139,38 +129,21 @@ def num_evaluations(every: int | str | None, num_steps: int, steps_per_epoch: in
 
 def _evaluation(rows: EncodedSet, config: RunConfig, times: int) -> Evaluation:
     """Return what is evaluated of a set, rows of similar length together."""
-    count, size = _num_evaluated(rows, config), config.training.per_device_eval_batch_size
+    count, size = min(len(rows), config.evaluation.max_samples or len(rows)), config.training.per_device_eval_batch_size
     order = sorted(range(count), key=rows.lengths.tolist().__getitem__)
     batches = [[[row] for row in order[start : start + size]] for start in range(0, count, size)]
     return Evaluation(rows, batches, shapes_of(rows, batches, is_packed=False), times)
 
 
-def _generation(data: Data, config: RunConfig, num_steps: int, steps_per_epoch: int | None) -> Generation | None:
-    """Return what is generated; None where nothing is."""
-    settings = config.evaluation
-    prompts: list[int] = []
-    if config.metrics:
-        times = num_evaluations(settings.eval_steps, num_steps, steps_per_epoch)
-        for rows in data.validation.values():
-            prompts += times * _prompts(rows, _num_evaluated(rows, config))
-        for rows in data.test.values():
-            prompts += _prompts(rows, _num_evaluated(rows, config))
-    times = 1 + num_evaluations(settings.sample_steps, num_steps, steps_per_epoch)
-    prompts += times * _prompts(data.for_samples(), settings.sample_prompts)
-    if not prompts:
+def _generation(
+    config: RunConfig, evaluations: Iterable[Evaluation], samples: EncodedSet, times: int
+) -> Generation | None:
+    """Return what is generated, `times` times for the samples; None where nothing is."""
+    lengths = times * samples.prompt_lengths()[: config.evaluation.sample_prompts].tolist()
+    for one in evaluations if config.metrics else ():
+        lengths += one.times * one.rows.prompt_lengths()[: sum(shape.batch for shape in one.shapes)].tolist()
+    if not lengths:
         return None
-    return Generation(
-        len(prompts),
-        min(config.training.per_device_eval_batch_size, len(prompts)),
-        max(prompts),
-        max(1, round(sum(prompts) / len(prompts))),
-        data.for_samples(),
-    )
-
-
-def _prompts(rows: EncodedSet, count: int) -> list[int]:
-    return [max(1, int(length)) for length in rows.prompt_lengths()[:count]]
-
-
-def _num_evaluated(rows: EncodedSet, config: RunConfig) -> int:
-    return min(len(rows), config.evaluation.max_samples or len(rows))
+    prompts = [max(1, length) for length in lengths]
+    batch = min(config.training.per_device_eval_batch_size, len(prompts))
+    return Generation(len(prompts), batch, max(prompts), max(1, round(sum(prompts) / len(prompts))), samples)

@@ -5,7 +5,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -181,7 +181,7 @@ class FolderTracker(Tracker):
         line = MetricsLine()
         yield line
         for sample in line.samples:  # before the line of metrics, which says that the step is complete
-            self._folder.append(SAMPLES, sample.as_dict())
+            self._folder.append(SAMPLES, asdict(sample))
         if line.metrics or due:
             self.log(step.number, step.pop_metrics() | line.metrics)
         self.console.samples(line.samples)
