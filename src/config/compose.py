@@ -65,7 +65,8 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
         except UNRESOLVED as error:
             composed.unresolved.add(str(folder._get_full_key("dir")))
             composed.problems += unresolved(folder, {"dir": error}).values()
-    sections: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]))
+    sections: Any = OmegaConf.to_container(cfg)
+    del sections["hydra"]
     if resolve:
         resolve_sections(OmegaConf.create(sections), composed)
     else:
