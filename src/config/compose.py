@@ -130,7 +130,14 @@ def _without_culprits(overrides: Sequence[str], line: CommandLine, error: Except
 
 
 def _problems_of(overrides: Sequence[str], line: CommandLine) -> list[Problem]:
-    """Return why these overrides can't be composed; the last of them is to blame."""
+    """Return why these overrides can't be composed; the last of them is to blame. A command finds it out once."""
+    asked = (*overrides, *map(str, line.roots))
+    if asked not in line.tried:
+        line.tried[asked] = _found_problems(overrides, line)
+    return line.tried[asked]
+
+
+def _found_problems(overrides: Sequence[str], line: CommandLine) -> list[Problem]:
     try:
         hydra_config(overrides, line)
     except OptionFileError as error:
