@@ -32,7 +32,8 @@ from src.errors import ConfigError, DataError
 from src.evaluation import predicted_set
 from src.runtime.signals import StopRequest
 from src.tracking.lock import hold
-from tests.conftest import FORKS, ROOT, admitted, write_config, write_lines
+from tests.commands import start_entry
+from tests.conftest import ROOT, admitted, write_config, write_lines
 
 LEARNED = [
     {"prompt": "ab" * (i % 5) + f"{i % 7}=", "completion": f"<ToW>{i % 7}</ToW>{'xyz'[i % 3] * (1 + i % 7)}"}
@@ -174,14 +175,6 @@ def never_stopped(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return many, (folder / "test.jsonl").read_bytes()
 
 
-def _predict(arguments: list[str], folder: Path) -> None:
-    """Give `python -m src.predict` in a process of its own; what it prints goes into files."""
-    for number, name in ((1, "printed"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
-    os.chdir(ROOT)
-    sys.exit(predict.main(arguments))
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_stop_in_the_middle_is_gone_on_from(
     said: Command, run: Path, never_stopped: tuple[str, bytes], tmp_path: Path, number: signal.Signals, code: int
@@ -189,10 +182,7 @@ def test_a_stop_in_the_middle_is_gone_on_from(
     many, expected = never_stopped
     own = [f"data.test_files=['{many}']", "predict.batch_size=1"]
     file = tmp_path / "out" / "test.jsonl"
-    process = FORKS.Process(
-        target=_predict, args=([f"run={run}", f"predict.output={tmp_path / 'out'}", *own], tmp_path)
-    )
-    process.start()
+    process = start_entry(predict.main, [f"run={run}", f"predict.output={tmp_path / 'out'}", *own], tmp_path)
     try:
         while not file.is_file() or not file.stat().st_size:
             assert process.is_alive(), (tmp_path / "err").read_text()
