@@ -1,8 +1,13 @@
-"""Tokenizers made on the spot, of the kinds that differ in what they do to a text."""
+"""Tokenizers of the kinds that differ in what they do to a text, and a model that trains quickly: made on the spot."""
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -14,6 +19,18 @@ CORPUS = ["What is 12 plus 30? It is 42.", "안녕하세요 세계", "def f(x): 
 def character_level() -> Any:
     """The default run's own: bytes, BOS in front."""
     return AutoTokenizer.from_pretrained("assets/tiny_llama")
+
+
+@cache
+def thin_llama() -> str:
+    """Return a folder with the default model's tokenizer and configuration, but two layers of width 64."""
+    folder = tempfile.mkdtemp(prefix="towline-test-model-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copytree("assets/tiny_llama", folder, dirs_exist_ok=True)
+    file = Path(folder, "config.json")
+    thin = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 16}
+    file.write_text(json.dumps(json.loads(file.read_text()) | thin))
+    return folder
 
 
 def byte_bpe(*, pad: str | None = "<pad>", adds_eos: bool = False, bos: bool = True) -> Any:

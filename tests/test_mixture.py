@@ -28,7 +28,7 @@ from src.data.splits import interleave, sample_counts
 from src.data.stream import StreamedSet
 from src.data.tokenizer import load_tokenizer
 from src.errors import ConfigError, DataError
-from tests.conftest import admitted, read_lines, towline, write_lines
+from tests.conftest import FORKS, admitted, read_lines, towline, write_lines
 
 # How many rows of each source, and which
 
@@ -523,7 +523,8 @@ def test_too_many_dropped_rows_stop_a_stream(make: Callable[..., str]) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_worker_processes_stream_the_same(make: Callable[..., str]) -> None:
+def test_worker_processes_stream_the_same(make: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: FORKS)  # which need not import anything
     file = f"data.train_files=['{make('a', 57)}']"
     plan = BatchSampler(Batching.padded, 4, 2, 64)
     assert epochs_of(streamed(file, "data.preprocessing_num_workers=2"), plan, 1) == epochs_of(streamed(file), plan, 1)

@@ -32,6 +32,7 @@ from src.errors import ConfigError, DataError
 from src.evaluation import predicted_set
 from src.runtime.signals import StopRequest
 from src.tracking.lock import hold
+from tests.commands import start_entry
 from tests.conftest import ROOT, admitted, write_config, write_lines
 
 LEARNED = [
@@ -164,36 +165,45 @@ def test_sampling_draws_by_seed_and_by_row(said: Command, tmp_path: Path) -> Non
     assert len(set(texts)) > 20  # rows don't repeat one another
 
 
+@pytest.fixture(scope="module")
+def never_stopped(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+    """48 rows, and the file of what is predicted for them without a stop."""
+    folder = tmp_path_factory.mktemp("never stopped")
+    many = write_lines(folder / "many.jsonl", LEARNED[:48])
+    own = [f"data.test_files=['{many}']", "predict.batch_size=1", f"predict.output={folder}"]
+    assert predict.main([f"run={run}", *own]) == 0
+    return many, (folder / "test.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_stop_in_the_middle_is_gone_on_from(
-    said: Command, run: Path, tmp_path: Path, number: signal.Signals, code: int
+    said: Command, run: Path, never_stopped: tuple[str, bytes], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    many = write_lines(tmp_path / "many.jsonl", LEARNED[:80])
+    many, expected = never_stopped
     own = [f"data.test_files=['{many}']", "predict.batch_size=1"]
     file = tmp_path / "out" / "test.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "src.predict", f"run={run}", f"predict.output={tmp_path / 'out'}", *own],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_entry(predict.main, [f"run={run}", f"predict.output={tmp_path / 'out'}", *own], tmp_path)
     try:
         while not file.is_file() or not file.stat().st_size:
-            assert process.poll() is None, process.communicate()[1]
+            assert process.is_alive(), (tmp_path / "err").read_text()
             time.sleep(0.02)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join(60)
     finally:
         process.kill()
-    assert process.returncode == code
+    errors = (tmp_path / "err").read_text()
+    assert process.exitcode == code
     if number is not signal.SIGKILL:
         assert f"Stopped by {number.name}" in errors
         assert "the same command resumes there" in errors
         assert "Traceback" not in errors
     there = file.read_bytes()
-    assert 0 < there.count(b"\n") < 80
+    assert 0 < there.count(b"\n") < 48
     assert "rows are there already" in said(*own)
     after = file.read_bytes()
     assert after.startswith(there)
-    assert after == whole(said, tmp_path / "never stopped", *own[:1], "predict.batch_size=1")
+    assert after == expected
 
 
 def test_a_set_that_is_whole_is_left_as_it_is(said: Command, tmp_path: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +19,7 @@ from src.data.dataset import build_data
 from src.data.encoding import IGNORE_INDEX
 from src.data.tokenizer import load_tokenizer
 from src.inspection.drawing import Paint, histogram
+from tests.commands import start_entry
 from tests.conftest import GSM8K, ROOT, ROWS, read_lines, write_lines
 
 QUIET = ["tracking=none", f"data.cache_dir={ROWS}"]
@@ -186,11 +184,12 @@ def test_bars_count_every_row_once() -> None:
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K file is not beside this checkout")
 def test_gsm8k_from_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "src.preflight", "data=gsm8k", f"data.train_files=['{GSM8K}']"]
-    command += ["data.max_seq_length=1000", "name=gsm8k_test", "preflight.rows=1", f"preflight.dump={tmp_path}/rows"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {})
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "7,099 of 7,099 rows" in done.stdout
+    arguments = ["data=gsm8k", f"data.train_files=['{GSM8K}']", "data.max_seq_length=1000", "name=gsm8k_test"]
+    arguments += ["preflight.rows=1", f"preflight.dump={tmp_path}/rows"]
+    process = start_entry(preflight.main, arguments, tmp_path)
+    process.join(120)
+    assert (process.exitcode, (tmp_path / "err").read_text()) == (0, "")
+    assert "7,099 of 7,099 rows" in (tmp_path / "printed").read_text()
     assert len((tmp_path / "rows").read_text().splitlines()) == 7099
 
 

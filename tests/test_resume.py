@@ -6,10 +6,13 @@ the middle of steps, evaluations and samples. `Killed` leaves nothing saved behi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +22,31 @@ from safetensors.torch import load_file
 
 from src.checkpoint.manifest import newest_resumable, problems_of
 from src.cli.start import run_job as run
+from src.config.job import Job
 from src.config.places import steps_in
 from src.errors import CheckpointError, ConfigError, Interrupted, ModelError
 from src.runtime.signals import StopRequest
 from tests.conftest import admitted, read_lines, towline, write_lines
+from tests.kinds import thin_llama
 
 SHORT = (
+    f"model.checkpoint={thin_llama()}",
     "training.per_device_eval_batch_size=4",
     "evaluation.max_samples=6",
     "evaluation.sample_prompts=2",
     "generation.max_new_tokens=4",
     "data.limit=70",
 )
-SIXTY = (
+THIRTY = (
     *SHORT,
-    "training.max_train_steps=60",
+    "data.limit=26",
+    "training.max_train_steps=30",
     "training.per_device_train_batch_size=2",
     "training.gradient_accumulation_steps=2",
-    "training.logging_steps=7",
-    "evaluation.eval_steps=11",
-    "evaluation.sample_steps=25",
-    "checkpoint.checkpointing_steps=8",
+    "training.logging_steps=4",
+    "evaluation.eval_steps=7",
+    "evaluation.sample_steps=13",
+    "checkpoint.checkpointing_steps=5",
 )
 LORA = ("adapter=lora", "adapter.lora_dropout=0.1", "optimizer.lr=1e-2", "export.merge=true")
 
@@ -65,8 +72,14 @@ class Fate(StopRequest):
         super().check()
 
 
+@cache
+def job_of(*overrides: str) -> Job:
+    return admitted("hydra.run.dir=elsewhere", *overrides)
+
+
 def start(run_dir: Path, *overrides: str, fate: Fate | None = None) -> dict[str, float]:
-    return run(admitted(f"hydra.run.dir={run_dir}", *overrides), fate or Fate())
+    """Train in a folder, with a job of its own; the same command is composed once."""
+    return run(dataclasses.replace(deepcopy(job_of(*overrides)), run_dir=run_dir), fate or Fate())
 
 
 def broken(run_dir: Path, overrides: Sequence[str], fates: Sequence[Fate]) -> dict[str, float]:
@@ -106,24 +119,24 @@ def assert_same(first: Path, second: Path) -> None:
 
 @pytest.mark.parametrize("batching", ["padded", "length_grouped", "packed"])
 @pytest.mark.parametrize("adapter", [(), LORA], ids=["full", "lora"])
-def test_sixty_steps_with_stops_equal_sixty_steps_straight(
+def test_thirty_steps_with_stops_equal_thirty_steps_straight(
     tmp_path: Path, adapter: tuple[str, ...], batching: str
 ) -> None:
     packed = ("data.max_seq_length=128",) if batching == "packed" else ()
-    overrides = (*SIXTY, *adapter, *packed, f"data.batching={batching}")
+    overrides = (*THIRTY, *adapter, *packed, f"data.batching={batching}")
     start(tmp_path / "straight", *overrides)
     fates = [
-        Fate(5),  # in the second step's window
+        Fate(5),  # in the third step's window
         Fate(3, dead=True),  # nothing came of this start
-        Fate(30, dead=True),
-        Fate(23),
-        Fate(27),
+        Fate(17, dead=True),
+        Fate(12),
+        Fate(16),
         Fate(1),  # at once
     ]
     broken(tmp_path / "broken", overrides, fates)
     assert_same(tmp_path / "straight", tmp_path / "broken")
     steps = [line["step"] for line in read_lines(tmp_path / "broken" / "metrics.jsonl")]
-    assert steps == sorted({*range(7, 61, 7), *range(11, 61, 11), 60})
+    assert steps == sorted({*range(4, 31, 4), *range(7, 31, 7), 30})
     starts = [line["resumed_step"] for line in read_lines(tmp_path / "broken" / "starts.jsonl")]
     assert starts[0] is None
     assert len(starts) == 7
@@ -151,7 +164,13 @@ TWELVE = (
         ("optimizer=sgd", "optimizer.momentum=0.0", "optimizer.lr=0.1"),
         ("training.mixed_precision=bf16", "model.gradient_checkpointing=true"),
         ("model.dtype=bfloat16", "optimizer=adafactor"),
-        ("model=tiny_bart", "data.max_seq_length=64", "data.max_target_length=128", "tokens.init.text=[-]"),
+        (
+            "model=tiny_bart",
+            "model.checkpoint=assets/tiny_bart",
+            "data.max_seq_length=64",
+            "data.max_target_length=128",
+            "tokens.init.text=[-]",
+        ),
         ("adapter=dora", "adapter.lora_dropout=0.2", "optimizer.embedding_lr=1e-2", "export.merge=true"),
         ("loss.reduction=sum", "loss.thought_weight=0.5", "loss.label_smoothing=0.1", "optimizer.lr=1e-4"),
         ("data.streaming=true", "data.validation_fraction=0"),

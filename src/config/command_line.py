@@ -61,6 +61,7 @@ class CommandLine:
     problems: list[Problem] = field(default_factory=list)
     roots: list[Path] = field(default_factory=lambda: [CONF])
     topics: list[str] = field(default_factory=list)  # groups, sections and keys that --help is asked about
+    tried: dict[tuple[str, ...], list[Problem]] = field(default_factory=dict)  # overrides, and why they don't compose
 
     @property
     def asks_hydra_only(self) -> bool:

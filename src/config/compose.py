@@ -58,7 +58,8 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
         except UNRESOLVED as error:
             composed.unresolved.add(str(folder._get_full_key("dir")))
             composed.problems += unresolved(folder, {"dir": error}).values()
-    sections: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]))
+    sections: Any = OmegaConf.to_container(cfg)
+    del sections["hydra"]
     if resolve:
         resolve_sections(OmegaConf.create(sections), composed)
     else:
@@ -111,7 +112,14 @@ def _without_culprits(overrides: Sequence[str], line: CommandLine, error: Except
 
 
 def _problems_of(overrides: Sequence[str], line: CommandLine) -> list[Problem]:
-    """Return why these overrides can't be composed; the last of them is to blame."""
+    """Return why these overrides can't be composed; the last of them is to blame. A command finds it out once."""
+    asked = (*overrides, *map(str, line.roots))
+    if asked not in line.tried:
+        line.tried[asked] = _found_problems(overrides, line)
+    return line.tried[asked]
+
+
+def _found_problems(overrides: Sequence[str], line: CommandLine) -> list[Problem]:
     try:
         _composed(overrides, line)
     except OptionFileError as error:

@@ -50,22 +50,27 @@ def asks_for_sweep(composed: Composed) -> bool:
 
 def sweeper_params(composed: Composed) -> dict[str, Any]:
     """Return what `hydra.sweeper.params` varies, in a file or on the command line."""
-    if composed.hydra is None:
+    if composed.hydra is None or _params_node(composed.hydra) is None:
         return {}
     with hydra_resolved(composed.hydra), suppress(*UNRESOLVED):  # a problem of `_params_problems`
-        sweeper = composed.hydra.hydra._get_node("sweeper")
-        given = sweeper.get("params") if isinstance(sweeper, DictConfig) else None
+        given = composed.hydra.hydra.sweeper.params
         found: Any = OmegaConf.to_container(given, resolve=True) if isinstance(given, DictConfig) else {}
         return dict(found or {})
     return {}
 
 
-def _params_problems(whole: DictConfig) -> list[Problem]:
-    """Return what is wrong with `hydra.sweeper.params` as a whole."""
+def _params_node(whole: DictConfig) -> Any:
+    """Return the node of `hydra.sweeper.params`; None where there is none, or a null."""
     sweeper = whole.hydra._get_node("sweeper")
     given = sweeper._get_node("params") if isinstance(sweeper, DictConfig) and "params" in sweeper else None
-    if not isinstance(given, Node) or given._is_none():
+    return None if isinstance(given, Node) and given._is_none() else given
+
+
+def _params_problems(whole: DictConfig) -> list[Problem]:
+    """Return what is wrong with `hydra.sweeper.params` as a whole."""
+    if (given := _params_node(whole)) is None:
         return []
+    sweeper = whole.hydra._get_node("sweeper")
     with hydra_resolved(whole):
         try:
             OmegaConf.to_container(sweeper, resolve=True)

@@ -4,6 +4,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -66,7 +67,7 @@ def parse_section(schema: Any, given: Any, prefix: str) -> Parsed:
         return parsed
     hints = typing.get_type_hints(schema)
     rules_of = {one.name: one.metadata for one in dataclasses.fields(schema)}
-    typed = OmegaConf.structured(schema)
+    typed = _structured(schema)
     values = {}
     complete = True
     for key, value in given.items():
@@ -87,6 +88,12 @@ def parse_section(schema: Any, given: Any, prefix: str) -> Parsed:
     if complete:
         parsed.value = schema(**values)
     return parsed
+
+
+@lru_cache
+def _structured(schema: Any) -> Any:
+    """Return the structured config of a dataclass, made once: values that an earlier section set are never read."""
+    return OmegaConf.structured(schema)
 
 
 def _parse_each(schema: Any, given: dict[str, dict[Any, Any]], prefix: str) -> Parsed:
