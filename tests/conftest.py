@@ -107,17 +107,18 @@ def towline(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         )
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("out", "err")]
-        code = Command(arguments, *files).wait(300)
+        code = ForkedCommand(arguments, *files).wait(300)
         out, err = (file.read_text(encoding="utf-8") for file in files)
         return subprocess.CompletedProcess(arguments, code, out, err)
 
 
-class Command:
-    """A command of src.run under way in a process of its own, forked from one that has imported what takes seconds.
+class ForkedCommand:
+    """A command under way in a process of its own, forked from one that has imported what takes seconds.
 
     Args:
         out: what it prints goes there, to the end of a file; `err` likewise, the same if it is None.
         prepare: what the process does before it reads its command line; a function of a module.
+        main: the command, that of src.run if it is None.
         environment: variables that it has besides those of the tests.
     """
 
@@ -127,10 +128,11 @@ class Command:
         out: Path | socket.socket,
         err: Path | None = None,
         prepare: Callable[[], object] | None = None,
+        main: Callable[[list[str]], int] | None = None,
         **environment: str,
     ) -> None:
         self.arguments = arguments
-        given = (tuple(arguments), os.environ | environment, out, err or out, prepare)
+        given = (tuple(arguments), os.environ | environment, out, err or out, prepare, main)
         self._process = FORKS.Process(target=_give, args=given)
         self._process.start()
 
@@ -165,6 +167,7 @@ def _give(
     out: Path | socket.socket,
     err: Path | socket.socket,
     prepare: Callable[[], object] | None,
+    main: Callable[[list[str]], int] | None,
 ) -> None:
     for number, file in ((1, out), (2, err)):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if isinstance(file, Path) else file.detach()
@@ -173,12 +176,12 @@ def _give(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    from src.cli.main import main
+    from src.cli.main import main as run
 
     if prepare is not None:
         prepare()
     sys.argv = [str(ROOT / "src" / "run.py"), *arguments]
-    sys.exit(main())
+    sys.exit((main or run)(list(arguments)))
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -32,8 +32,7 @@ from src.errors import ConfigError, DataError
 from src.evaluation import predicted_set
 from src.runtime.signals import StopRequest
 from src.tracking.lock import hold
-from tests.commands import start_entry
-from tests.conftest import ROOT, admitted, write_config, write_lines
+from tests.conftest import ROOT, ForkedCommand, admitted, write_config, write_lines
 
 LEARNED = [
     {"prompt": "ab" * (i % 5) + f"{i % 7}=", "completion": f"<ToW>{i % 7}</ToW>{'xyz'[i % 3] * (1 + i % 7)}"}
@@ -182,18 +181,17 @@ def test_a_stop_in_the_middle_is_gone_on_from(
     many, expected = never_stopped
     own = [f"data.test_files=['{many}']", "predict.batch_size=1"]
     file = tmp_path / "out" / "test.jsonl"
-    process = start_entry(predict.main, [f"run={run}", f"predict.output={tmp_path / 'out'}", *own], tmp_path)
+    asked = [f"run={run}", f"predict.output={tmp_path / 'out'}", *own]
+    process = ForkedCommand(asked, Path(os.devnull), tmp_path / "err", main=predict.main)
     try:
         while not file.is_file() or not file.stat().st_size:
-            assert process.is_alive(), (tmp_path / "err").read_text()
+            assert process.poll() is None, (tmp_path / "err").read_text()
             time.sleep(0.02)
-        assert process.pid is not None
-        os.kill(process.pid, number)
-        process.join(60)
+        process.send_signal(number)
+        assert process.wait(60) == code
     finally:
         process.kill()
     errors = (tmp_path / "err").read_text()
-    assert process.exitcode == code
     if number is not signal.SIGKILL:
         assert f"Stopped by {number.name}" in errors
         assert "the same command resumes there" in errors

@@ -19,8 +19,7 @@ from src.data.dataset import build_data
 from src.data.encoding import IGNORE_INDEX
 from src.data.tokenizer import load_tokenizer
 from src.inspection.drawing import Paint, histogram
-from tests.commands import start_entry
-from tests.conftest import GSM8K, ROOT, ROWS, read_lines, write_lines
+from tests.conftest import GSM8K, ROOT, ROWS, ForkedCommand, read_lines, write_lines
 
 QUIET = ["tracking=none", f"data.cache_dir={ROWS}"]
 
@@ -186,9 +185,8 @@ def test_bars_count_every_row_once() -> None:
 def test_gsm8k_from_the_command_line(tmp_path: Path) -> None:
     arguments = ["data=gsm8k", f"data.train_files=['{GSM8K}']", "data.max_seq_length=1000", "name=gsm8k_test"]
     arguments += ["preflight.rows=1", f"preflight.dump={tmp_path}/rows"]
-    process = start_entry(preflight.main, arguments, tmp_path)
-    process.join(120)
-    assert (process.exitcode, (tmp_path / "err").read_text()) == (0, "")
+    code = ForkedCommand(arguments, tmp_path / "printed", tmp_path / "err", main=preflight.main).wait(240)
+    assert (code, (tmp_path / "err").read_text()) == (0, "")
     assert "7,099 of 7,099 rows" in (tmp_path / "printed").read_text()
     assert len((tmp_path / "rows").read_text().splitlines()) == 7099
 

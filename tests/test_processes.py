@@ -52,7 +52,7 @@ from src.runtime.signals import StopRequest
 from src.training.head import ModelWithLoss
 from src.training.resume import find_resume_point
 from src.training.state import build_batch_sampler
-from tests.conftest import ROOT, Command, admitted, read_lines, towline, write_lines
+from tests.conftest import ROOT, ForkedCommand, admitted, read_lines, towline, write_lines
 
 T = TypeVar("T")
 Rows = list[dict[str, Any]]
@@ -159,7 +159,9 @@ class Laboratory:
         log = self.folder / f"forked-{free_port()}.log"
         shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         shared["MASTER_PORT"] = str(free_port())
-        ranks = [Command(arguments, log, None, prepare, RANK=f"{i}", LOCAL_RANK=f"{i}", **shared) for i in range(2)]
+        ranks = [
+            ForkedCommand(arguments, log, None, prepare, RANK=f"{i}", LOCAL_RANK=f"{i}", **shared) for i in range(2)
+        ]
         try:
             codes = [rank.wait(LIMIT) for rank in ranks]
         finally:
@@ -185,7 +187,7 @@ class Laboratory:
     def forked_under_way(self, name: str, *overrides: str, behind: int) -> Iterator[Started]:
         """Give a run of one process once a step behind this one is in its journal."""
         log = self.folder / f"{name}-forked.log"
-        command = Command(self.asked(name, *overrides), log)
+        command = ForkedCommand(self.asked(name, *overrides), log)
         try:
             one = Started(command, log)
             self._await_step(name, one, behind)
@@ -207,7 +209,7 @@ class Laboratory:
 class Started:
     """A command that is under way, with what it prints."""
 
-    def __init__(self, popen: subprocess.Popen[bytes] | Command, log: Path) -> None:
+    def __init__(self, popen: subprocess.Popen[bytes] | ForkedCommand, log: Path) -> None:
         self.popen, self.log = popen, log
 
     @property

@@ -26,7 +26,7 @@ from src.cli.start import run_job as train
 from src.config.places import folder_of, steps_in
 from src.errors import ConfigError, Interrupted, ModelError, RunFolderError
 from src.runtime.signals import StopRequest
-from tests.conftest import GSM8K, ROOT, Command, admitted, read_lines, towline, write_lines
+from tests.conftest import GSM8K, ROOT, ForkedCommand, admitted, read_lines, towline, write_lines
 
 SMALL = ["debug=smoke", "tracking=none"]
 
@@ -132,7 +132,7 @@ def test_the_same_command_and_a_rerun_give_the_same_metrics_bit_for_bit(finished
 def stopped_by(number: signal.Signals, run: Path, *arguments: str) -> str:
     """Start a run, send it a signal once it trains, and give what it wrote to the error stream."""
     errors = run.with_name("errors.txt")
-    process = Command([*arguments, f"hydra.run.dir={run}"], Path(os.devnull), errors)
+    process = ForkedCommand([*arguments, f"hydra.run.dir={run}"], Path(os.devnull), errors)
     try:
         while not (run / "metrics.jsonl").is_file():
             assert process.poll() is None
@@ -359,15 +359,15 @@ def _signal_comes_before(where: str) -> None:
     setattr(importlib.import_module(module), name, signal_comes)
 
 
-@pytest.mark.parametrize("where", ["src.cli.hydra_main.parse_stored", "src.training.finish.export"])
+@pytest.mark.parametrize("where", ["src.cli.hydra_main.parse_stored", "src.training.saving.export"])
 def test_a_signal_between_the_runs_of_a_sweep_stops_it_at_once(tmp_path: Path, where: str) -> None:
     asked = ["-m", "hydra/sweeper=basic", "seed=1,2", *SIX, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
     errors = tmp_path / "errors.txt"
-    code = Command(asked, Path(os.devnull), errors, functools.partial(_signal_comes_before, where)).wait(300)
+    code = ForkedCommand(asked, Path(os.devnull), errors, functools.partial(_signal_comes_before, where)).wait(300)
     assert "Traceback" not in errors.read_text(encoding="utf-8")
     assert code == 75
     assert not (tmp_path / "sweep" / "1" / "status.json").exists()
-    if where == "src.training.finish.export":
+    if where == "src.training.saving.export":
         assert status_of(tmp_path / "sweep" / "0")["state"] == "FINISHED"
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from src.checkpoint.manifest import newest_resumable, problems_of
 from src.config.places import folder_of
-from tests.conftest import Command, read_lines, towline
+from tests.conftest import ForkedCommand, read_lines, towline
 from tests.test_resume import assert_same
 
 RUN = (
@@ -51,14 +51,14 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def started(run_dir: Path) -> Iterator[tuple[Command, socket.socket]]:
+def started(run_dir: Path) -> Iterator[tuple[ForkedCommand, socket.socket]]:
     """Start the run as a user would, and give it with what it prints; it does not outlive the block."""
     errors = run_dir.with_name("errors.txt")
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes it the least that it allows
-            process = Command([*RUN, f"hydra.run.dir={run_dir}"], theirs, errors)
+            process = ForkedCommand([*RUN, f"hydra.run.dir={run_dir}"], theirs, errors)
         try:
             yield process, ours
         finally:

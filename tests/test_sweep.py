@@ -606,7 +606,7 @@ def test_a_grid_survives_a_failure_a_kill_and_the_death_of_its_parent(
 ) -> None:
     folder = tmp_path / "sweep"
     rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(64)]
-    rates = ("1e-05", "0.0001", "0.001", "0.002", "0.004", "0.008")
+    rates = ("1e-05", "0.0001", "0.001", "0.002")
     for rate in rates:
         for seed in (1, 2):
             write_lines(tmp_path / f"rows-{rate}-{seed}.jsonl", rows)
@@ -615,37 +615,37 @@ def test_a_grid_survives_a_failure_a_kill_and_the_death_of_its_parent(
     grid = (
         f"optimizer.lr={','.join(rates)}", "seed=1,2", f"hydra.sweep.dir={folder}", "sweep.n_jobs=2",
         f"data.train_files=['{tmp_path}/rows-${{optimizer.lr}}-${{seed}}.jsonl']", "data.limit=64",
-        "training.max_train_steps=50", "training.num_train_epochs=9", "checkpoint.checkpointing_steps=10",
+        "training.max_train_steps=30", "training.num_train_epochs=9", "checkpoint.checkpointing_steps=10",
         "evaluation.eval_steps=null",
     )  # fmt: skip
 
     dry = subprocess.run(command(*grid, "sweep.dry_run=true"), cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert dry.returncode == 0
-    assert "12 trials, 12 to run, 2 at a time. Nothing was run or written." in dry.stdout
+    assert "8 trials, 8 to run, 2 at a time. Nothing was run or written." in dry.stdout
     assert not folder.exists()
     bad = subprocess.run(command(*grid, "training.per_device_train_batch_size=4,0"), cwd=ROOT, capture_output=True)
     assert bad.returncode == 2
     assert not folder.exists()
 
     first = started(*grid)
-    os.kill(until(lambda: pid_of(folder, 7), "trial 7 trains"), signal.SIGKILL)
+    os.kill(until(lambda: pid_of(folder, 6), "trial 6 trains"), signal.SIGKILL)
     first.kill()
     first.communicate()
     finished = {int(file.parent.name) for file in folder.glob("*/summary.json")}
-    assert len(finished) >= 5
+    assert len(finished) >= 4
 
     second = started(*grid)
     said, _ = second.communicate(timeout=200)
     assert second.returncode == 1, said
-    assert "1 of 12 trials failed:" in said
+    assert "1 of 8 trials failed:" in said
     assert "DataError" in said
     assert str(folder / "4" / "logs" / "output.log") in said
-    assert [states(folder)[n] for n in range(12)] == ["FINISHED"] * 4 + ["FAILED"] + ["FINISHED"] * 7
+    assert states(folder) == ["FINISHED"] * 4 + ["FAILED"] + ["FINISHED"] * 3
     assert [starts(folder)[n] for n in finished] == [1] * len(finished)
     listed = [line.split("  ", 3)[1].strip() for line in dry.stdout.splitlines() if "waiting" in line]
-    assert len(listed) == 12
-    assert sorted(row["n"] for row in board_of(folder)) == ["1", "2", "2", "2", "2", "2"]
-    for number in range(12):
+    assert len(listed) == 8
+    assert sorted(row["n"] for row in board_of(folder)) == ["1", "2", "2", "2"]
+    for number in range(8):
         steps = [line["step"] for line in read_lines(folder / str(number) / "metrics.jsonl")] if number != 4 else []
         assert steps == sorted(set(steps)), "no step twice"
 
@@ -655,7 +655,7 @@ def test_a_grid_survives_a_failure_a_kill_and_the_death_of_its_parent(
     said, _ = third.communicate(timeout=200)
     assert third.returncode == 0, said
     assert starts(folder) == [count + (number == 4) for number, count in enumerate(before)]
-    assert [row["n"] for row in board_of(folder)] == ["2"] * 6
+    assert [row["n"] for row in board_of(folder)] == ["2"] * 4
     assert not left_of(folder)
 
 
