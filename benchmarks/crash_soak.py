@@ -522,7 +522,12 @@ def workers_of(child: Child, folder: Path) -> list[psutil.Process]:
 def until_let_go(folder: Path) -> Iterator[None]:
     """Wait until nobody holds a run's or sweep's folder, or one in it: what a dead process started ends by itself."""
     started = time.monotonic()
-    while held := [place for lock in folder.glob(f"**/{LOCK}") if (place := holder_of(lock.parent))]:
+
+    def holders() -> list[str]:
+        locked = [Path(place) for place, _, files in os.walk(folder) if LOCK in files]  # folders may go meanwhile
+        return [holder for place in locked if (holder := holder_of(place))]
+
+    while held := holders():
         if time.monotonic() - started > LONGEST_START_SECONDS:
             raise Difference(f"{folder} is still held by {held[0]}")
         yield
