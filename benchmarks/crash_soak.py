@@ -378,6 +378,7 @@ class Soak:
             moment = None if at_call else draw.uniform(0, straight.seconds * longer)
             is_wanted = self.num_kills + self._num_under_way < self._num_wanted
             self._num_under_way += is_wanted
+            known = num_starts(folder)
             child = self._start(variant, folder, start, call if is_wanted else None)
             tally.num_starts += 1
             victim = draw.random() if is_of_worker else None
@@ -393,7 +394,7 @@ class Soak:
                     check_sweeps_end(child, hit, self._signal)
                 else:
                     saved = newest_whole(folder)
-                    check_end(child, folder, hit, self._signal, before, saved)
+                    check_end(child, folder, hit, self._signal, before, saved, known)
                 if child.code == 0:
                     compare_all(variant, straight.folder, folder)
             except Difference as difference:
@@ -561,8 +562,20 @@ def last_step(child: Child, folder: Path, saved: int | None) -> int:
     return max(saved or 0, *map(int, shown), status.get("step", 0) if status.get("pid") == child.pid else 0)
 
 
+def num_starts(folder: Path) -> int:
+    """Return how many starts a run has recorded."""
+    file = folder / "starts.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
 def check_end(
-    child: Child, folder: Path, hit: Hit | None, number: signal.Signals, before: int | None, saved: int | None
+    child: Child,
+    folder: Path,
+    hit: Hit | None,
+    number: signal.Signals,
+    before: int | None,
+    saved: int | None,
+    known: int,
 ) -> None:
     """Check that a start ended as one must that met a signal there.
 
@@ -570,6 +583,7 @@ def check_end(
         hit: None where it was not signalled.
         before: the step that could be gone on from when it started; None: none.
         saved: the same now.
+        known: how many starts were recorded before; one that is killed at once has its status only.
     Raises:
         Difference: where something else happened.
     """
@@ -578,7 +592,10 @@ def check_end(
     state = status.get("state")
     if before is not None and (saved is None or saved < before):
         raise Difference(f"step {before} was saved, and now the last is {saved}")
-    if is_own and (resumed := read_lines(folder / "starts.jsonl")[-1]["resumed_step"]) != before:
+    is_recorded = is_own and num_starts(folder) > known
+    if child.code == 0 and is_own and not is_recorded:
+        raise Difference("it ended and had not recorded that it started")
+    if is_recorded and (resumed := read_lines(folder / "starts.jsonl")[-1]["resumed_step"]) != before:
         raise Difference(f"it went on from step {resumed}, and not from {before}")
     told = f"{state}, exit code {child.code}:\n{child.errors[-3000:]}"
     if "Traceback" in child.errors:
