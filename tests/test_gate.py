@@ -35,6 +35,8 @@ def refusal(*overrides: str) -> str:
         (["optimzer=adamw"], ["optimzer", "did you mean optimizer?"]),
         (["scheduler=constant", "scheduler.warmup_steps=3"], ["scheduler.warmup_steps = 3", "unknown key"]),
         (["optimizer.lr=fast"], ["optimizer.lr = fast", "not a number"]),
+        (["data.columns='\\${x}'"], ["data.columns = ", "not a mapping from text to text"]),
+        (["plugins='\\${x}'"], ["plugins = ", "not a list"]),
         (["training.logging_steps=1.5"], ["not a whole number"]),
         (["training.logging_steps=true"], ["training.logging_steps = true", "not a whole number"]),
         (["training.logging_steps=0"], ["not a whole number of at least 1"]),

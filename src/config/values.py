@@ -23,6 +23,9 @@ def convert(typed: Any, key: str, hint: Any, check: Check | None, value: Any) ->
     """
     if isinstance(value, bool) and bool not in members(hint) and hint is not Any:
         return None, f"not {described(hint)}"
+    kinds = {typing.get_origin(member) or member for member in members(hint)} - {type(None)}
+    if isinstance(value, str) and kinds and kinds <= {list, dict} and not holds_missing(value):
+        return None, f"not {described(hint)}"  # OmegaConf would take one with an interpolation in it
     try:
         typed[key] = escaped(value)
         converted = OmegaConf.to_object(typed[key]) if OmegaConf.is_config(typed[key]) else typed[key]
