@@ -568,6 +568,23 @@ def num_starts(folder: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
+def check_recorded(child: Child, folder: Path, before: int | None, known: int) -> None:
+    """Check what a start recorded of itself; one that was killed just then has its status only.
+
+    Args:
+        before: the step that could be gone on from when it started; None: none.
+        known: how many starts were recorded before.
+    Raises:
+        Difference: where it went on from elsewhere, or ended unrecorded.
+    """
+    if num_starts(folder) > known:
+        resumed = read_lines(folder / "starts.jsonl")[-1]["resumed_step"]
+        if resumed != before:
+            raise Difference(f"it went on from step {resumed}, and not from {before}")
+    elif child.code == 0:
+        raise Difference("it ended and had not recorded that it started")
+
+
 def check_end(
     child: Child,
     folder: Path,
@@ -583,7 +600,7 @@ def check_end(
         hit: None where it was not signalled.
         before: the step that could be gone on from when it started; None: none.
         saved: the same now.
-        known: how many starts were recorded before; one that is killed at once has its status only.
+        known: how many starts were recorded before.
     Raises:
         Difference: where something else happened.
     """
@@ -592,11 +609,8 @@ def check_end(
     state = status.get("state")
     if before is not None and (saved is None or saved < before):
         raise Difference(f"step {before} was saved, and now the last is {saved}")
-    is_recorded = is_own and num_starts(folder) > known
-    if child.code == 0 and is_own and not is_recorded:
-        raise Difference("it ended and had not recorded that it started")
-    if is_recorded and (resumed := read_lines(folder / "starts.jsonl")[-1]["resumed_step"]) != before:
-        raise Difference(f"it went on from step {resumed}, and not from {before}")
+    if is_own:
+        check_recorded(child, folder, before, known)
     told = f"{state}, exit code {child.code}:\n{child.errors[-3000:]}"
     if "Traceback" in child.errors:
         raise Difference(f"it ended with a traceback, {told}")

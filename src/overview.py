@@ -5,7 +5,7 @@ from pathlib import Path
 from src.config.job import Job
 from src.config.schema import Batching, InitMethod, RunConfig, TokensConfig, Weights
 from src.data.dataset import Data
-from src.forecast.disk import disk_forecast, has_best, most_saves
+from src.forecast.disk import disk_forecast_of_run
 from src.forecast.parameters import optimizer_part, parameters_of, with_adapter
 from src.model.build import num_parameters
 from src.model.embeddings import num_embedding_rows
@@ -77,15 +77,7 @@ def _disk(config: RunConfig, state: TrainState, run_dir: Path) -> str:
     weights, optimizer = parameters.trained_bytes, optimizer_part(parameters, config.optimizer).bytes
     if optimizer is None:
         return f"more than {human_bytes(weights)} a checkpoint: the size of {config.optimizer.type}'s state is unknown"
-    forecast = disk_forecast(
-        parameters,
-        run_dir,
-        config.optimizer,
-        config.checkpoint,
-        has_metric=has_best(config),
-        num_saves=most_saves(config.checkpoint, state.num_steps, state.steps_per_epoch),
-        merge=config.export.merge,
-    )
+    forecast = disk_forecast_of_run(config, parameters, run_dir, state.num_steps, state.steps_per_epoch)
     need, free = forecast.total.bytes or 0, forecast.free_bytes
     existing = sum(file.lstat().st_size for file in (run_dir / "checkpoints").glob("step-*/*"))
     text = f"up to {human_bytes(need)} for checkpoints ({human_bytes(weights + optimizer)} each) and the model"

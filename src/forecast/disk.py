@@ -41,7 +41,7 @@ def most_saves(config: CheckpointConfig, num_steps: int, steps_per_epoch: int | 
     return None if every is None else math.ceil(num_steps / every) + 1
 
 
-def has_best(config: RunConfig) -> bool:
+def _has_best(config: RunConfig) -> bool:
     """Return whether the metric that decides which checkpoint is best is one of a validation set."""
     metric = config.checkpoint.metric_for_best_model
     return any(metric.startswith(f"eval/{name}/") for name in config.data.validation_names())
@@ -83,6 +83,27 @@ def disk_forecast(
         parts.append(MemoryItem("adapter", parameters.trained_bytes + tokenizer_bytes, parameters.how_trained + files))
     place = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
     return DiskForecast(tuple(parts), shutil.disk_usage(place).free, place)
+
+
+def disk_forecast_of_run(
+    config: RunConfig,
+    parameters: ModelParameters,
+    run_dir: Path,
+    num_steps: int,
+    steps_per_epoch: int | None,
+    tokenizer_bytes: int = 0,
+) -> DiskForecast:
+    """Forecast the same from a run's configuration and its length in steps."""
+    return disk_forecast(
+        parameters,
+        run_dir,
+        config.optimizer,
+        config.checkpoint,
+        has_metric=_has_best(config),
+        num_saves=most_saves(config.checkpoint, num_steps, steps_per_epoch),
+        tokenizer_bytes=tokenizer_bytes,
+        merge=config.export.merge,
+    )
 
 
 def _checkpoint_parts(

@@ -12,7 +12,7 @@ import torch
 from src.config.schema import Device, MixedPrecision, RunConfig, ZeroConfig
 from src.data.dataset import Data
 from src.forecast.counting import ForwardCount, ModelCounter, TrainingCount, UncountableError, counted
-from src.forecast.disk import DiskForecast, disk_forecast, has_best, most_saves
+from src.forecast.disk import DiskForecast, disk_forecast_of_run
 from src.forecast.memory import MemoryForecast, Sharding, memory_forecast
 from src.forecast.parameters import ModelParameters, parameters_of, with_adapter
 from src.forecast.time import TimeItem, counted_time, matmul_flops_per_second
@@ -70,16 +70,8 @@ def forecast_run(
         sharding=sharding_of(with_zero_sizes(config)),
         libraries_bytes=libraries_bytes if device.type == "cpu" else None,
     )
-    disk = disk_forecast(
-        parameters,
-        run_dir,
-        config.optimizer,
-        config.checkpoint,
-        has_metric=has_best(config),
-        num_saves=most_saves(config.checkpoint, work.num_steps, work.num_steps_per_epoch),
-        tokenizer_bytes=_saved_bytes(tokenizer),
-        merge=config.export.merge,
-    )
+    steps = work.num_steps, work.num_steps_per_epoch
+    disk = disk_forecast_of_run(config, parameters, run_dir, *steps, _saved_bytes(tokenizer))
     measured = measure_work(config, tokenizer, new_ids, data, work) if measure else None
     if measured is not None:
         return Forecast(work, memory, disk, measured_times(measured, work, config), measured)
