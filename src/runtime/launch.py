@@ -138,19 +138,20 @@ def launch(
         TrainingError: where one ended in failure; the others are ended, and the end of its output is in the message.
         Interrupted: where they were asked to stop, and one could not follow and is ended.
     """
-    port = config.main_process_port or (PORT if config.num_machines > 1 else free_port())
+    given = config.main_process_port or (PORT if config.num_machines > 1 else None)
     first, count = config.machine_rank * config.num_processes, config.num_processes
     shared = {
         "WORLD_SIZE": str(config.num_machines * count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": config.main_process_ip or "127.0.0.1",
-        "MASTER_PORT": str(port),
     }
     if "OMP_NUM_THREADS" not in os.environ:
         shared["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // count))
     places = [{"RANK": str(first + i), "LOCAL_RANK": str(i)} for i in range(count)]
-    with _processes(command, [os.environ | shared | place for place in places], run_dir, locks) as workers:
-        return _watch(workers, first, run_dir, stop)
+    with nullcontext(given) if given else reserved_port() as port:
+        shared["MASTER_PORT"] = str(port)
+        with _processes(command, [os.environ | shared | place for place in places], run_dir, locks) as workers:
+            return _watch(workers, first, run_dir, stop)
 
 
 @contextmanager
@@ -216,8 +217,13 @@ def _failure(rank: int, code: int, run_dir: Path) -> int:
     raise TrainingError(f"process {rank} {how}, so the others were ended too{words}")
 
 
-def free_port() -> int:
-    """Return a TCP port of this machine that nothing listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """Hold a free TCP port of this machine: nobody else is given it, and whoever reuses addresses can listen on it.
+
+    The store where processes meet does, in each of torch's backends.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])

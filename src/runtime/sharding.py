@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from src.config.schema import MixedPrecision, RunConfig, ZeroConfig, ZeroFileConfig
 from src.errors import CheckpointError
-from src.runtime.launch import free_port
+from src.runtime.launch import reserved_port
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 CODE_BOOKS = ("qmap1", "qmap2")
@@ -335,10 +335,11 @@ def zero_environment(*, on_cpu: bool, alone: bool) -> Iterator[None]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
     if on_cpu:
         _use_gloo_alone()
-    if alone:  # one process is a group of its own
-        os.environ.update(ALONE, MASTER_PORT=str(free_port()))
     try:
-        yield
+        with reserved_port() as port:
+            if alone:  # one process is a group of its own
+                os.environ.update(ALONE, MASTER_PORT=str(port))
+            yield
     finally:  # no more than it has to be: threads of the libraries may read it
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
