@@ -534,3 +534,25 @@ def test_what_the_environment_gives_is_placed_there(monkeypatch: pytest.MonkeyPa
     (told,) = problems("tracking.uri=/tmp/x")
     assert told.endswith("(command line)")
     assert os.environ["MLFLOW_TRACKING_URI"] == value
+
+
+# Composed again
+
+
+def test_files_that_change_or_come_are_read_again(own: Path) -> None:
+    flags = put(own, "experiment/mine", {"seed": 1})
+    assert admitted(*flags, "experiment=mine").config.seed == 1
+    put(own, "experiment/mine", {"seed": 2})
+    assert admitted(*flags, "experiment=mine").config.seed == 2
+    put(own, "model/tiny_llama", {"type": "causal_lm", "checkpoint": "assets/tiny_bart"})  # conf/ goes before it
+    assert admitted(*flags, "experiment=mine").config.model.checkpoint == "assets/tiny_llama"
+    put(own, "optimizer/mine", "defaults: [adamw, _self_]\nlr: 0.5\n")
+    assert admitted(*flags, "optimizer=mine").config.optimizer.lr == 0.5
+    (own / "optimizer" / "mine.yaml").unlink()
+    assert "no such option" in problems(*flags, "optimizer=mine")[0]
+
+
+def test_a_configuration_does_not_depend_on_those_that_were_composed_before() -> None:
+    alone = admitted("optimizer.lr=0.1").config
+    admitted("optimizer.lr=0.2", "training.logging_steps=7", "optimizer.betas=[0.1,0.2]")
+    assert admitted("optimizer.lr=0.1").config == alone

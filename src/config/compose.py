@@ -1,9 +1,11 @@
 """Hydra's side of a configuration: the command line and conf/ become plain containers, or problems."""
 
 import dataclasses
+import pickle
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra import version
@@ -12,20 +14,22 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src import secrets
-from src.config.command_line import MOST_NESTED, PRIMARY, CommandLine
+from src.config.command_line import MOST_NESTED, PRIMARY, CommandLine, is_group
 from src.config.composed import Composed
 from src.config.hydra_keys import unknown_group_option, unknown_key
-from src.config.merging import BASE, Loader, Merged
-from src.config.options import OptionFileError, broken_options
+from src.config.merging import BASE, HYDRA, Loader, Merged, copy_of
+from src.config.options import OptionFileError, broken_options, option_files
 from src.config.problems import COMMAND_LINE, Problem
 from src.config.resolving import UNRESOLVED, hydra_resolved, resolve_sections, unresolved
-from src.config.source import install
+from src.config.source import FileConfigSource, install
 from src.errors import report
 
 COMPOSITION_ERRORS = (
@@ -58,37 +62,79 @@ def compose(overrides: Sequence[str], line: CommandLine, *, resolve: bool = True
         except UNRESOLVED as error:
             composed.unresolved.add(str(folder._get_full_key("dir")))
             composed.problems += unresolved(folder, {"dir": error}).values()
-    sections: Any = OmegaConf.to_container(cfg)
-    del sections["hydra"]
+    whole = copy_of(cfg)
+    OmegaConf.set_struct(whole, False)
+    del whole[HYDRA]
     if resolve:
-        resolve_sections(OmegaConf.create(sections), composed)
+        resolve_sections(whole, composed)
     else:
-        composed.sections = sections
+        composed.sections = cast(dict[str, Any], OmegaConf.to_container(whole))
     return composed
 
 
 def _composed(overrides: Sequence[str], line: CommandLine) -> tuple[DictConfig, tuple[Merged, ...]]:
-    """Return what Hydra composes of these overrides, its own section included, unresolved; and the files of it."""
+    """Return what Hydra composes of these overrides, its own section included, unresolved; and the files of it.
+
+    What the files make of the options that are chosen is composed once for all values that come on top.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    chosen = [one for one in parsed if _chooses(one, line)]
     install()
+    files = tuple((file, *_stamp(file)) for root in line.roots for file in option_files(root))
+    merge = _merged.__wrapped__ if FileConfigSource.hides_credentials else _merged  # variables are set while it reads
+    name = line.flags.config_name or BASE
+    pickled, merged = merge(name, tuple(line.roots), tuple(str(one.input_line) for one in chosen), files)
+    cfg: DictConfig = pickle.loads(pickled)
+    Loader.set_values(cfg, [one for one in parsed if not _chooses(one, line)])
+    given = [one for one in line.overrides if not one.is_hydra_override() and not one.is_sweep_override()]
+    for override in given:
+        override.input_line = secrets.without_credentials(override.input_line or "")
+    form = cfg.hydra.job.config.override_dirname
+    cfg.hydra.overrides.hydra = [str(one.input_line) for one in parsed if one.is_hydra_override()]
+    cfg.hydra.overrides.task = [str(one.input_line) for one in given]  # as they were typed, not as they are forced
+    cfg.hydra.job.override_dirname = get_overrides_dirname(given, form.exclude_keys, form.item_sep, form.kv_sep)
+    return cfg, merged
+
+
+def _chooses(override: Override, line: CommandLine) -> bool:
+    """Return whether an override has a say in which files are merged; all others set values in what they make.
+
+    A job without a name gets one as soon as they are merged.
+    """
+    key = override.key_or_group
+    return key.startswith("hydra/") or key in ("hydra.searchpath", "hydra.job.name") or is_group(override, line.roots)
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """Return what changes with a file."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _merged(
+    name: str, roots: tuple[Path, ...], chosen: tuple[str, ...], _files: tuple[tuple[Any, ...], ...]
+) -> tuple[bytes, tuple[Merged, ...]]:
+    """Return what the option files under some folders make together, and which they are, as long as none changes.
+
+    It is pickled: read back, it is a copy.
+    """
     version.setbase("1.3")
-    path = create_config_search_path(str(line.roots[0]))
-    for root in line.roots[1:]:
+    path = create_config_search_path(str(roots[0]))
+    for root in roots[1:]:
         path.prepend("command-line", f"file://{root}", SearchPathQuery(provider="schema", path=None))
     main = GlobalHydra.instance()
     before, main.hydra = main.hydra, None  # Hydra's own main may be at work, as it is when a sweep proposes points
     try:
         loader = Loader(path)
         main.hydra = Hydra("towline", loader)
-        cfg = loader.load_configuration(line.flags.config_name or BASE, list(overrides), RunMode.RUN, from_shell=False)
+        cfg = loader.load_configuration(name, list(chosen), RunMode.RUN, from_shell=False)
     finally:
         main.hydra = before
-    given = [one for one in line.overrides if not one.is_hydra_override() and not one.is_sweep_override()]
-    for override in given:
-        override.input_line = secrets.without_credentials(override.input_line or "")
-    form = cfg.hydra.job.config.override_dirname
-    cfg.hydra.overrides.task = [str(one.input_line) for one in given]  # as they were typed, not as they are forced
-    cfg.hydra.job.override_dirname = get_overrides_dirname(given, form.exclude_keys, form.item_sep, form.kv_sep)
-    return cfg, loader.files
+    return pickle.dumps(cfg, pickle.HIGHEST_PROTOCOL), loader.files
 
 
 def warn_of_broken_options(line: CommandLine) -> None:

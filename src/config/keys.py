@@ -1,18 +1,15 @@
 """Every key that a configuration can have, as the schema declares it: for hints, help and reference."""
 
 import dataclasses
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from src.config import schema as declared
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, Keys, SweepConfig, TopLevelConfig
 from src.config.schema.fields import KeyInfo, key_info
-from src.config.values import convert, described, members
+from src.config.values import convert, described, hints_of, members
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Key:
 
     @property
     def hint(self) -> Any:
-        return _hints(self.owner)[self.leaf]
+        return hints_of(self.owner)[self.leaf]
 
     @property
     def info(self) -> KeyInfo:
@@ -70,12 +67,7 @@ class Key:
 
     def accepts(self, value: Any) -> bool:
         """Return whether the key may have this value, as far as the key alone decides."""
-        return not convert(OmegaConf.structured(self.owner), self.leaf, self.hint, self.info.check, value)[1]
-
-
-@cache
-def _hints(owner: type) -> dict[str, Any]:
-    return typing.get_type_hints(owner)
+        return not convert(self.owner, self.leaf, self.hint, self.info.check, value)[1]
 
 
 @cache
@@ -97,7 +89,7 @@ def known_keys() -> Iterator[str]:
 
 
 def _of(prefix: str, owner: type) -> Iterator[Key]:
-    for name, hint in _hints(owner).items():
+    for name, hint in hints_of(owner).items():
         dotted = f"{prefix}.{name}" if prefix else name
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from _of(dotted, hint)
@@ -107,7 +99,7 @@ def _of(prefix: str, owner: type) -> Iterator[Key]:
 
 def source_keys() -> list[Key]:
     """Return the keys that a source of `data.mixture` may have for itself, by their names within it."""
-    return [Key(f"data.mixture.NAME.{name}", declared.SourceConfig) for name in _hints(declared.SourceConfig)]
+    return [Key(f"data.mixture.NAME.{name}", declared.SourceConfig) for name in hints_of(declared.SourceConfig)]
 
 
 def is_read_by_predict(name: str) -> bool:

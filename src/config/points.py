@@ -1,18 +1,17 @@
 """The points of a sweep, composed: what they have in common only once."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from src.config.command_line import REPLACED_WHOLE, CommandLine
 from src.config.compose import COMPOSITION_ERRORS, compose, problem_of
 from src.config.composed import Composed
-from src.config.merging import make_room
+from src.config.merging import copy_of, make_room
 from src.config.quoting import escaped
 from src.config.resolving import resolve_sections
 
@@ -30,7 +29,7 @@ class Points:
 
     def __init__(self, fixed: Sequence[str | Assignment], line: CommandLine) -> None:
         self._fixed, self._line = list(fixed), line  # overrides that all points have, forced
-        self._bases: dict[tuple[str, ...], Composed] = {}
+        self._bases: dict[tuple[str, ...], tuple[Composed, DictConfig]] = {}
 
     def moved(self, line: CommandLine) -> Self:
         """Compose the same of other options."""
@@ -41,12 +40,13 @@ class Points:
         texts = [text for text in self._fixed if isinstance(text, str)]
         groups = tuple(text for text in own if isinstance(text, str) and not text.startswith("++"))
         if groups not in self._bases:
-            self._bases[groups] = compose([*texts, *groups], self._line, resolve=False)
-        base = self._bases[groups]
+            base = compose([*texts, *groups], self._line, resolve=False)
+            self._bases[groups] = base, OmegaConf.create(base.sections)
+        base, whole = self._bases[groups]
         if base.problems:
             return compose([*texts, *(text for text in own if isinstance(text, str))], self._line)
         composed = Composed({}, base.run_dir, base.choices, hydra=base.hydra, files=base.files)
-        whole = OmegaConf.create(copy.deepcopy(base.sections))
+        whole = copy_of(whole)
         files = [one for one in self._fixed if isinstance(one, Assignment)]
         for one in [*files, *(texts if files else []), *own]:  # the command line's once more: it goes before files
             if isinstance(one, str) and not one.startswith("++"):

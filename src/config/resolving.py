@@ -38,7 +38,7 @@ def hydra_resolved(cfg: DictConfig | None) -> Iterator[None]:
     known = HydraConfig.instance()
     before = known.cfg
     if cfg is not None:
-        known.set_config(cfg)
+        known.cfg = cfg
     try:
         yield
     finally:

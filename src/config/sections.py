@@ -1,13 +1,9 @@
 """Sections of plain containers become the schema's dataclasses, or problems: all that there are."""
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from src.config import schema as schema_module
 from src.config.hints import UnknownKey
@@ -15,7 +11,7 @@ from src.config.plugins import Unregistered
 from src.config.problems import Problem
 from src.config.schema import SECTIONS, Check, Keys, TopLevelConfig
 from src.config.schema.checks import RegisteredCheck
-from src.config.values import convert, described
+from src.config.values import convert, described, hints_of
 from src.registry import Registry
 from src.util import did_you_mean
 
@@ -65,16 +61,15 @@ def parse_section(schema: Any, given: Any, prefix: str) -> Parsed:
         below = "; its keys have to be indented below it" if given is None else ""
         parsed.problems.append(Problem(prefix, f"a section of keys, not a value{below}", given))
         return parsed
-    hints = typing.get_type_hints(schema)
+    hints = hints_of(schema)
     rules_of = {one.name: one.metadata for one in dataclasses.fields(schema)}
-    typed = _structured(schema)
     values = {}
     complete = True
     for key, value in given.items():
         if key not in hints:
             parsed.problems.append(UnknownKey(dotted(prefix, key), "unknown key", value, siblings=tuple(hints)))
             continue
-        part = _parse_value(typed, key, hints[key], rules_of[key].get("check"), value, prefix)
+        part = _parse_value(schema, key, hints[key], rules_of[key].get("check"), value, prefix)
         if (each := rules_of[key].get("each")) and not part.problems and value is not None:
             part = _parse_each(getattr(schema_module, each), value, dotted(prefix, key))
         if (inner := rules_of[key].get("inner")) and isinstance(value, dict):
@@ -90,17 +85,11 @@ def parse_section(schema: Any, given: Any, prefix: str) -> Parsed:
     return parsed
 
 
-@lru_cache
-def _structured(schema: Any) -> Any:
-    """Return the structured config of a dataclass, made once: values that an earlier section set are never read."""
-    return OmegaConf.structured(schema)
-
-
 def _parse_each(schema: Any, given: dict[str, dict[Any, Any]], prefix: str) -> Parsed:
     """Hold each value of a mapping against a dataclass whose keys may all be left out, and stay so."""
     parsed = Parsed({})
     for name, one in given.items():
-        defaults = dict.fromkeys(typing.get_type_hints(schema))
+        defaults = dict.fromkeys(hints_of(schema))
         part = parse_section(schema, defaults | one, dotted(prefix, name))
         parsed.problems += part.problems
         if part.value is not None and not part.problems:
@@ -125,14 +114,14 @@ def _check_inner(known: Keys, given: dict[Any, Any], prefix: str) -> list[Proble
     return problems
 
 
-def _parse_value(typed: Any, key: str, hint: Any, check: Check | None, value: Any, prefix: str) -> Parsed:
+def _parse_value(owner: Any, key: str, hint: Any, check: Check | None, value: Any, prefix: str) -> Parsed:
     full_key = dotted(prefix, key)
     if value == "???":
         allowed = check.allowed if check else described(hint)
         return Parsed(None, [Problem(full_key, f"needs a value: {allowed}", has_value=False)])
     if dataclasses.is_dataclass(hint):
         return parse_section(hint, value, full_key)
-    converted, reason = convert(typed, key, hint, check, value)
+    converted, reason = convert(owner, key, hint, check, value)
     kind_of = Unregistered if isinstance(check, RegisteredCheck) and converted is not None else Problem
     return Parsed(None, [kind_of(full_key, reason, value)]) if reason else Parsed(converted)
 

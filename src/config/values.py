@@ -5,6 +5,7 @@ import types
 import typing
 from collections.abc import Mapping
 from enum import Enum
+from functools import cache, lru_cache
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
@@ -16,10 +17,16 @@ from src.config.schema import Check
 MISSING_TEXT = f"{MISSING} stands for a value that is missing, and can't be given as a text"
 
 
-def convert(typed: Any, key: str, hint: Any, check: Check | None, value: Any) -> tuple[Any, str]:
+@cache
+def hints_of(owner: type) -> dict[str, Any]:
+    """Return the types that a dataclass declares for its keys."""
+    return typing.get_type_hints(owner)
+
+
+def convert(owner: type, key: str, hint: Any, check: Check | None, value: Any) -> tuple[Any, str]:
     """Return a value, whose texts mean themselves, as its key's type, and why it can't be one ('' where it can).
 
-    `typed` is the structured config of the dataclass that declares the key.
+    `owner` is the dataclass that declares the key.
     """
     if isinstance(value, bool) and bool not in members(hint) and hint is not Any:
         return None, f"not {described(hint)}"
@@ -27,11 +34,26 @@ def convert(typed: Any, key: str, hint: Any, check: Check | None, value: Any) ->
     if isinstance(value, str) and kinds and kinds <= {list, dict} and not holds_missing(value):
         return None, f"not {described(hint)}"  # OmegaConf would take one with an interpolation in it
     try:
-        typed[key] = escaped(value)
-        converted = OmegaConf.to_object(typed[key]) if OmegaConf.is_config(typed[key]) else typed[key]
+        converted = _typed(owner, key, value) if isinstance(value, (dict, list)) else _typed_once(owner, key, value)
     except (OmegaConfBaseException, OverflowError):  # the latter of a whole number that no float holds
         return None, MISSING_TEXT if holds_missing(value) else f"not {described(hint)}"
     return converted, check.reason(converted) if check else ""
+
+
+@cache
+def _structured(owner: type) -> Any:
+    """Return the structured config of a dataclass, made once: values that were set before are never read."""
+    return OmegaConf.structured(owner)
+
+
+def _typed(owner: type, key: str, value: Any) -> Any:
+    """Return a value as its key's type; raise what OmegaConf raises where it can't be one."""
+    typed = _structured(owner)
+    typed[key] = escaped(value)
+    return OmegaConf.to_object(typed[key]) if OmegaConf.is_config(typed[key]) else typed[key]
+
+
+_typed_once = lru_cache(maxsize=10_000, typed=True)(_typed)  # points of a sweep have most values in common
 
 
 def holds_missing(value: Any) -> bool:
