@@ -102,8 +102,13 @@ FORKS.set_forkserver_preload([PRELOAD_MODULE, *NEEDS])
 """Where commands come from that the tests give by the dozen: a process that has imported what takes seconds."""
 
 
-def towline(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Give `python -m src.run` as a user would, in a process of its own; with an environment, one from nothing."""
+def towline(
+    *arguments: str, main: Callable[[list[str]], int] | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Give `python -m src.run` as a user would, in a process of its own; with an environment, one from nothing.
+
+    `main` is that of another command.
+    """
     if environment:
         return subprocess.run(
             [sys.executable, "-m", "src.run", *arguments],
@@ -115,7 +120,7 @@ def towline(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         )
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("out", "err")]
-        code = ForkedCommand(arguments, *files).wait(300)
+        code = ForkedCommand(arguments, *files, main=main).wait(300)
         out, err = (file.read_text(encoding="utf-8") for file in files)
         return subprocess.CompletedProcess(arguments, code, out, err)
 

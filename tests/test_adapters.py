@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 
+from src import predict
 from src.config.schema import Device, RunConfig, RuntimeConfig
 from src.data.batching import collate
 from src.data.dataset import Data, build_data
@@ -34,7 +33,7 @@ from src.model.untrained import untrained_tokens
 from src.runtime.session import Runtime
 from src.training.loop import train
 from src.training.state import TrainState, build_train_state
-from tests.conftest import ROOT, admitted, read_lines, towline
+from tests.conftest import admitted, read_lines, towline
 
 CPU = RuntimeConfig(device=Device.cpu, deterministic=False)
 FAMILIES = {"llama": "assets/tiny_llama", "bart": "assets/tiny_bart"}
@@ -448,12 +447,12 @@ def test_qlora_goes_all_the_way_by_its_commands(bases: dict[str, str], tmp_path:
     assert "frozen in 4 bits (nf4)" in done.stdout
     summary = json.loads((run / "summary.json").read_text())
     assert 0 < summary["num_trained_parameters"] < summary["num_parameters"]
-    predict = [sys.executable, "-m", "src.predict", f"run={run}", "data.limit=3"]
-    ends = subprocess.run(predict, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    asked = (f"run={run}", "data.limit=3")
+    ends = towline(*asked, main=predict.main)
     assert (ends.returncode, ends.stderr) == (0, "")
     assert len(read_lines(run / "predictions" / "test.jsonl")) == 3
     shutil.rmtree(base)
-    gone = subprocess.run([*predict, "force=true"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    gone = towline(*asked, "force=true", main=predict.main)
     assert gone.returncode == 2
     assert str(base) in gone.stderr
     assert "Traceback" not in gone.stderr

@@ -594,8 +594,8 @@ def test_a_small_table_that_unpacks_to_gigabytes_takes_little_memory(store_schem
 
 def test_one_row_that_repeats_a_large_value_is_refused_before_it_is_made(tmp_path: Path) -> None:
     file = str(tmp_path / "rows.parquet")
-    texts = pa.StructArray.from_arrays([repeated(5000, 2**20), pa.array(["user"] * 5000)], ["content", "role"])
-    lists = pa.ListArray.from_arrays(pa.array([0, 1, 4999, 5000], pa.int32()), texts)
+    texts = pa.StructArray.from_arrays([repeated(1000, 2**20), pa.array(["user"] * 1000)], ["content", "role"])
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 999, 1000], pa.int32()), texts)
     parquet.write_table(pa.table({"messages": lists}), file, compression="zstd", store_schema=False)
     first, bad, last = read_file(file)
     assert isinstance(first, Record)

@@ -155,6 +155,15 @@ class Laboratory:
 
     def forked(self, arguments: Sequence[str], prepare: Callable[[], object] | None = None) -> tuple[list[int], str]:
         """Run two processes to their end, and return their exit codes and what they print."""
+        with self.two_forked(arguments, prepare) as (ranks, log):
+            until(lambda: any(rank.poll() for rank in ranks) or all(rank.poll() == 0 for rank in ranks))
+        return [rank.wait() for rank in ranks], log.read_text(encoding="utf-8")
+
+    @contextmanager
+    def two_forked(
+        self, arguments: Sequence[str], prepare: Callable[[], object] | None = None
+    ) -> Iterator[tuple[list[ForkedCommand], Path]]:
+        """Start two processes, and give them with the file that they print to; what is left of them is killed."""
         shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         with reserved_port() as port:
             log = self.folder / f"forked-{port}.log"
@@ -163,11 +172,10 @@ class Laboratory:
                 ForkedCommand(arguments, log, None, prepare, RANK=f"{i}", LOCAL_RANK=f"{i}", **shared) for i in range(2)
             ]
             try:
-                until(lambda: any(rank.poll() for rank in ranks) or all(rank.poll() == 0 for rank in ranks))
-            finally:  # one that failed leaves the other waiting
+                yield ranks, log
+            finally:
                 for rank in ranks:
                     rank.kill()
-        return [rank.wait() for rank in ranks], log.read_text(encoding="utf-8")
 
     def finish(self, name: str, *overrides: str) -> str:
         with started(self.asked(name, *overrides), self.folder / f"{name}.log") as one:
@@ -180,25 +188,24 @@ class Laboratory:
     def under_way(self, name: str, *overrides: str, behind: int) -> Iterator[Started]:
         """Give a run once a step behind this one is in its journal."""
         with started(self.asked(name, *overrides), self.folder / f"{name}.log") as one:
-            self._await_step(name, one, behind)
+            self.await_step(name, one.popen, behind, one.log)
             yield one
 
     @contextmanager
-    def forked_under_way(self, name: str, *overrides: str, behind: int) -> Iterator[Started]:
-        """Give a run of one process once a step behind this one is in its journal."""
-        log = self.folder / f"{name}-forked.log"
-        command = ForkedCommand(self.asked(name, *overrides), log)
+    def one_forked(self, arguments: Sequence[str]) -> Iterator[tuple[list[ForkedCommand], Path]]:
+        """Start one process, as `two_forked` starts two."""
+        log = self.folder / "one-forked.log"
+        command = ForkedCommand(arguments, log)
         try:
-            one = Started(command, log)
-            self._await_step(name, one, behind)
-            yield one
+            yield [command], log
         finally:
             command.kill()
 
-    def _await_step(self, name: str, one: Started, behind: int) -> None:
+    def await_step(self, name: str, command: subprocess.Popen[bytes] | ForkedCommand, behind: int, log: Path) -> None:
+        """Wait until a step behind this one is in a run's journal."""
         journal = self.at(name) / "metrics.jsonl"
-        until(lambda: one.popen.poll() is not None or any(step > behind for step in steps_of(journal)))
-        assert one.popen.poll() is None, one.output
+        until(lambda: command.poll() is not None or any(step > behind for step in steps_of(journal)))
+        assert command.poll() is None, log.read_text(encoding="utf-8")
 
     @staticmethod
     def _alone(run_dir: Path, *overrides: str) -> Path:
@@ -209,7 +216,7 @@ class Laboratory:
 class Started:
     """A command that is under way, with what it prints."""
 
-    def __init__(self, popen: subprocess.Popen[bytes] | ForkedCommand, log: Path) -> None:
+    def __init__(self, popen: subprocess.Popen[bytes], log: Path) -> None:
         self.popen, self.log = popen, log
 
     @property
@@ -582,16 +589,16 @@ def test_the_number_of_processes_may_change_over_stops_in_an_epoch(lab: Laborato
     one_epoch += ("training.gradient_accumulation_steps=1",)  # two rows a step: 39 steps, the last takes one
     seen = []
     for number, behind, zero in ((2, 4, ZERO3), (1, 14, ())):
-        asked = (*one_epoch, *zero, f"runtime.num_processes={number}")
-        way = lab.under_way if number == 2 else lab.forked_under_way
-        with way("changed", *asked, behind=behind) as one:
-            one.popen.send_signal(signal.SIGTERM)
-            end = wait_for_end(one)
-        assert end.code == 75, end.output
+        asked = lab.asked("changed", *one_epoch, *zero, f"runtime.num_processes={number}")
+        with lab.two_forked(asked) if number == 2 else lab.one_forked(asked) as (ranks, log):
+            lab.await_step("changed", ranks[0], behind, log)
+            for rank in ranks:
+                rank.send_signal(signal.SIGTERM)
+            assert [rank.wait(LIMIT) for rank in ranks] == [75] * number, log.read_text()
         newest = newest_resumable(lab.at("changed") / "checkpoints")
         state = json.loads((lab.at("changed") / "checkpoints" / f"step-{newest:08}" / "state.json").read_text())
         assert state["counters"]["examples_seen"] == state["position"]["num_sequences"] == 2 * state["step"]
-        seen.append((newest, end.output))
+        seen.append((newest, log.read_text()))
     output = lab.join("changed", *one_epoch, "runtime.num_processes=2")
     assert seen[0][0] < seen[1][0] < 39
     assert "instead of" not in seen[0][1]

@@ -6,10 +6,9 @@ import functools
 import importlib
 import json
 import os
+import runpy
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from src import predict
 from src.checkpoint.manifest import is_resumable, newest_resumable, problems_of
 from src.cli.start import run_job as train
 from src.config.places import folder_of, steps_in
@@ -439,6 +439,11 @@ WORD_PROBLEMS = [
 """Rows in the form of GSM8K, for where its own file is not at hand."""
 
 
+def make_bpe_model(_arguments: list[str]) -> int:
+    runpy.run_path("assets/make_bpe_model.py", run_name="__main__")
+    return 0
+
+
 @pytest.fixture(scope="module", params=["rows of its form", "its own rows"])
 def local_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A local model folder with a BPE tokenizer trained on rows like GSM8K's, or on its first 300, and these rows."""
@@ -450,9 +455,9 @@ def local_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         rows.write_text("\n".join(GSM8K.read_text(encoding="utf-8").splitlines()[:300]) + "\n", encoding="utf-8")
     else:
         pytest.skip("the GSM8K file is not beside this checkout")
-    command = ["assets/make_bpe_model.py", "--text", str(rows), "--fields", "question,answer", "--vocab-size", "300",
-               "--hidden-size", "32", "--layers", "1", "--heads", "2", "--out", str(base / "model")]  # fmt: skip
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+    asked = ("--text", str(rows), "--fields", "question,answer", "--vocab-size", "300",
+             "--hidden-size", "32", "--layers", "1", "--heads", "2", "--out", str(base / "model"))  # fmt: skip
+    assert towline(*asked, main=make_bpe_model).returncode == 0
     return base / "model", rows
 
 
@@ -497,8 +502,8 @@ def test_one_experiment_file_goes_all_the_way_with_both_families(model: str, tmp
         assert sampled[2]["text"].startswith(text)
     else:
         assert text == sampled[2]["text"]
-    given = ["-m", "src.predict", f"run={run}", "data.test_files=[data/dialogues/test.jsonl]", "data.limit=3"]
-    predicted = subprocess.run([sys.executable, *given], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    given = (f"run={run}", "data.test_files=[data/dialogues/test.jsonl]", "data.limit=3")
+    predicted = towline(*given, main=predict.main)
     assert (predicted.returncode, predicted.stderr) == (0, "")
     lines = read_lines(run / "predictions" / "test.jsonl")
     assert [line["row"] for line in lines] == [0, 1, 2]

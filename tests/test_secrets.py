@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from src import secrets
+from src import predict, secrets
 from src.config.gate import admit, admit_prediction, parse_stored
 from src.errors import ConfigError, show_libraries_visibly
 from src.model.card import _as_yaml, shaping
@@ -504,12 +504,7 @@ def test_the_planted_secret_is_found_nowhere(tmp_path: Path, monkeypatch: pytest
         codes.append(done.returncode)
         assert PLANTED not in done.stdout + done.stderr, command
         assert "Traceback" not in done.stderr, done.stderr
-    predicted = subprocess.run(
-        [sys.executable, "-m", "src.predict", f"run={run}", "generation.max_new_tokens=2", "data.limit=2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    predicted = towline(f"run={run}", "generation.max_new_tokens=2", "data.limit=2", main=predict.main)
     assert predicted.returncode == 0, predicted.stderr
     assert PLANTED not in predicted.stdout + predicted.stderr
     assert codes == [0, 0, 0, 2, 0, 0, 2, 0, 0], codes

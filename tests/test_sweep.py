@@ -27,7 +27,7 @@ from src.sweep.study import _is_rung
 from src.sweep.sweeper import lead
 from src.sweep.workers import Workers, modules_of_run
 from src.tracking.lock import hold
-from tests.conftest import ROOT, read_lines, write_lines
+from tests.conftest import ROOT, read_lines, towline, write_lines
 from tests.sweeps import TINY, board_of, planned, sleep_before_it_begins, starts, states, steps_of, study_of, untracked
 
 
@@ -540,7 +540,12 @@ def test_models_are_compared_in_groups(swept: Callable[..., int], folder: Path) 
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "src.run", "-m", *TINY, *untracked(arguments), *arguments]
+    return ["-m", *TINY, *untracked(arguments), *arguments]
+
+
+def sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Give a sweep's command, and wait for its end."""
+    return towline(*command(*arguments))
 
 
 @pytest.fixture
@@ -550,7 +555,7 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def start(*arguments: str) -> subprocess.Popen[str]:
         running.append(
             subprocess.Popen(
-                command(*arguments),
+                [sys.executable, "-m", "src.run", *command(*arguments)],
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -619,11 +624,11 @@ def test_a_grid_survives_a_failure_a_kill_and_the_death_of_its_parent(
         "evaluation.eval_steps=null",
     )  # fmt: skip
 
-    dry = subprocess.run(command(*grid, "sweep.dry_run=true"), cwd=ROOT, capture_output=True, text=True, timeout=100)
+    dry = sweep(*grid, "sweep.dry_run=true")
     assert dry.returncode == 0
     assert "8 trials, 8 to run, 2 at a time. Nothing was run or written." in dry.stdout
     assert not folder.exists()
-    bad = subprocess.run(command(*grid, "training.per_device_train_batch_size=4,0"), cwd=ROOT, capture_output=True)
+    bad = sweep(*grid, "training.per_device_train_batch_size=4,0")
     assert bad.returncode == 2
     assert not folder.exists()
 
@@ -634,8 +639,8 @@ def test_a_grid_survives_a_failure_a_kill_and_the_death_of_its_parent(
     finished = {int(file.parent.name) for file in folder.glob("*/summary.json")}
     assert len(finished) >= 4
 
-    second = started(*grid)
-    said, _ = second.communicate(timeout=200)
+    second = sweep(*grid)
+    said = second.stdout + second.stderr
     assert second.returncode == 1, said
     assert "1 of 8 trials failed:" in said
     assert "DataError" in said
@@ -651,9 +656,8 @@ def test_a_grid_survives_a_failure_a_kill_and_the_death_of_its_parent(
 
     write_lines(damaged, rows)
     before = starts(folder)
-    third = started(*grid)
-    said, _ = third.communicate(timeout=200)
-    assert third.returncode == 0, said
+    third = sweep(*grid)
+    assert third.returncode == 0, third.stdout + third.stderr
     assert starts(folder) == [count + (number == 4) for number, count in enumerate(before)]
     assert [row["n"] for row in board_of(folder)] == ["2"] * 4
     assert not left_of(folder)
@@ -706,14 +710,11 @@ def test_ctrl_c_twice_ends_all_at_once(started: Callable[..., subprocess.Popen[s
     assert not left_of(folder)
 
 
-def test_submitit_runs_what_a_search_proposes_in_batches(
-    started: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
+def test_submitit_runs_what_a_search_proposes_in_batches(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     search = ("sweep=tpe", "optimizer.lr=tag(log,interval(1e-5,1e-2))", "sweep.n_trials=2", "sweep.n_jobs=2")
-    process = started("hydra/launcher=submitit_local", *search, f"hydra.sweep.dir={folder}")
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
+    done = sweep("hydra/launcher=submitit_local", *search, f"hydra.sweep.dir={folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
     assert states(folder) == ["FINISHED", "FINISHED"]
     for number, trial in enumerate(study_of(folder).trials):
         config = yaml.safe_load((folder / str(number) / "config.yaml").read_text())
