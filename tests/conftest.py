@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,9 @@ class ForkedCommand:
         **environment: str,
     ) -> None:
         self.arguments = arguments
-        given = (tuple(arguments), os.environ | environment, out, err or out, prepare, main)
+        forkserver.ensure_running()
+        server = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
+        given = (tuple(arguments), os.environ | environment, out, err or out, prepare, main, server)
         self._process = FORKS.Process(target=_give, args=given)
         self._process.start()
 
@@ -181,7 +184,11 @@ def _give(
     err: Path | socket.socket,
     prepare: Callable[[], object] | None,
     main: Callable[[list[str]], int] | None,
+    server: str,
 ) -> None:
+    own: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    own._forkserver_address, own.ensure_running = server, lambda: None  # trials come from where this process does
+    forkserver.ensure_running = own.ensure_running
     for number, file in ((1, out), (2, err)):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if isinstance(file, Path) else file.detach()
         os.dup2(opened, number)
