@@ -464,8 +464,6 @@ def _count_held(found: Path) -> None:
     def counted(self: Sharded, loss: torch.Tensor, *, last: bool = True) -> None:
         nonlocal most
         add_gradients(self, loss, last=last)
-        if not last:
-            return
         torch.distributed.barrier()
         held, again = count(), count()
         while held != again:  # a thread of gloo's lets go of what it has sent a little later
