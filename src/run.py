@@ -66,6 +66,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
                         line.metrics |= evaluator.evaluate(data.validation.values(), new_tokens.ids)
                         line.metrics |= state.token_monitor.metrics()
                         saver.keep_if_best(line.metrics)
+                        step = saver.stop_early(step, line.metrics)  # the last one, where patience has run out
                     if step.is_last:
                         saver.load_best_if_asked()
                         line.metrics |= evaluator.evaluate(data.test.values())

@@ -75,7 +75,7 @@ MEANT: tuple[tuple[list[str], str], ...] = (
     (["data.name=hub/id"], "did you mean data=prompt_completion data.dataset_name=hub/id? "),
     ([*PRETRAINED, "adapter.alpha=4"], "did you mean adapter=lora adapter.lora_alpha=4? "),
     (["wandb.project=x"], "did you mean tracking.experiment_name? "),
-    (["early_stopping.patience=3"], "there is no counterpart, because a run trains as long as"),
+    (["early_stopping.patience=3"], "training.early_stopping_patience"),
     # what chooses an option elsewhere, and what is deep in another library's mapping
     (["optimizer.name=sgd"], "did you mean optimizer=sgd? "),
     (["optimizer.name=adamw_torch"], "did you mean optimizer=adamw? "),

@@ -609,6 +609,14 @@ def test_the_number_of_processes_may_change_over_stops_in_an_epoch(lab: Laborato
     assert summary(lab.at("changed"))["steps"] == 39
 
 
+def test_two_processes_stop_early_at_one_step(lab: Laboratory) -> None:
+    early = ("training.early_stopping_patience=1", "training.early_stopping_threshold=100", "evaluation.eval_steps=5")
+    run_dir = lab.together("early", *early)
+    assert (status(run_dir)["state"], status(run_dir)["step"]) == ("FINISHED", 10)
+    assert status(run_dir)["cause"].startswith("stopped early: ")
+    assert summary(run_dir)["examples_seen"] == summary(lab.alone("early-alone", *early))["examples_seen"]
+
+
 # The export
 
 

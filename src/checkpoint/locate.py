@@ -186,6 +186,8 @@ def asks_for_more_steps(training: TrainingConfig, run_dir: Path) -> bool:
 def how_to_extend(training: TrainingConfig, run_dir: Path) -> str:
     """Return in words how to continue a finished run."""
     status = read_status(run_dir)
+    if status.get("cause"):
+        return f"it {status['cause']}; a larger training.early_stopping_patience continues it (null: to its end)"
     if training.max_train_steps is not None:
         return f"a training.max_train_steps above {status['step']:,} continues it (null: num_train_epochs counts)"
     per_epoch = status.get("steps_per_epoch")

@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from src.checkpoint.compatibility import compare_configs
 from src.checkpoint.locate import asks_for_more_steps, check_best, check_extendable, how_to_extend
 from src.config.frozen import CONFIG, config_hash, is_finished, read_config, read_starts
 from src.config.job import FROZEN, Job
+from src.config.schema import RunConfig
 from src.errors import Interrupted, TrainingError
 from src.runtime.collector import collect_from_here
 from src.runtime.launch import is_launched, launch, place_of
@@ -20,8 +22,9 @@ from src.runtime.signals import StopRequest
 from src.tracking.console import Console
 from src.tracking.lock import hold
 from src.tracking.run_folder import Start, note_end
-from src.tracking.step_logs import metrics_at
+from src.tracking.step_logs import METRICS, metrics_at, read_step_log
 from src.tracking.tracker import Tracker, deliver_pending, open_tracking
+from src.training.early_stopping import EarlyStopping
 from src.training.resume import ResumePoint, find_resume_point
 
 
@@ -112,6 +115,11 @@ def start_of(job: Job, found: ResumePoint) -> Start:
     )
 
 
+def stopped_early(config: RunConfig, run_dir: Path) -> bool:
+    """Return whether early stopping, as it is asked for here, ends a run where it has ended."""
+    return EarlyStopping(config, (line.content for line in read_step_log(run_dir, METRICS))).is_reached
+
+
 def finished_before(job: Job) -> bool:
     """Leave the folder of a finished run as it is, unless more steps are asked for; deliver what the tracker lacks.
 
@@ -120,7 +128,7 @@ def finished_before(job: Job) -> bool:
     config, run_dir = job.config, job.run_dir
     if config.force or not is_finished(run_dir):
         return False
-    if asks_for_more_steps(config.training, run_dir):
+    if asks_for_more_steps(config.training, run_dir) and not stopped_early(config, run_dir):
         check_extendable(config.checkpoint, run_dir)
         return False
     console, extending = Console(), how_to_extend(config.training, run_dir)

@@ -23,6 +23,7 @@ from src.config.problems import Problem
 from src.config.quoting import escaped, override_value, shell_override
 from src.config.quoting import override as override_text
 from src.config.resolving import resolve_sections
+from src.config.schema import LATER_KEYS
 from src.errors import DamagedFileError
 from src.records import OPTIONAL_TEXT, Types, damaged, read_bytes, read_json
 
@@ -46,8 +47,15 @@ UNHASHED_SECTIONS = ("name", "force", "rerun", "tracking")
 """Sections and keys at the top that say nothing about what is computed."""
 UNHASHED_KEYS = {"checkpoint": ("resume", "allow_changed"), "deepspeed": ("config_file", "sha256")}
 """Keys of other sections that say how to run, and nothing about what is computed."""
-LENGTH = ("num_train_epochs", "max_train_steps")
+LENGTH = ("num_train_epochs", "max_train_steps", "early_stopping_patience", "early_stopping_threshold")
 """Keys of training that say how long a run is."""
+
+
+def add_later_keys(sections: dict[str, Any]) -> None:
+    """Add to a frozen configuration, in place, the keys that its version did not have, as if they were not there."""
+    for section, later in LATER_KEYS.items():
+        if isinstance(given := sections.get(section), dict):
+            sections[section] = later | given
 
 
 def config_hash(frozen: Mapping[str, Any]) -> str:
@@ -56,6 +64,10 @@ def config_hash(frozen: Mapping[str, Any]) -> str:
     for section, unhashed in UNHASHED_KEYS.items():
         if isinstance(given := computed.get(section), Mapping):
             computed[section] = {key: value for key, value in given.items() if key not in unhashed}
+    for section, later in LATER_KEYS.items():
+        if isinstance(given := computed.get(section), Mapping):
+            kept = {key: value for key, value in given.items() if key not in later or value != later[key]}
+            computed[section] = kept
     return hashlib.sha256(json.dumps(computed, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -170,6 +182,7 @@ def frozen_sections(folder: Path, key: str, nothing: str) -> tuple[dict[str, Any
     """Read a run's frozen config; `nothing` says of the key that named the folder what is not there."""
     try:
         sections = read_config(folder)
+        add_later_keys(sections)
         declare_frozen(sections.get("data"))
         return sections, []
     except FileNotFoundError:

@@ -122,6 +122,7 @@ def parse_stored(sections: dict[str, Any]) -> RunConfig:
     missing: list[tuple[str, str]] = []
     sections = secrets.reveal({key: value for key, value in sections.items() if key != "sweep"}, missing)
     declare_frozen(sections.get("data"))
+    frozen.add_later_keys(sections)
     plugins.require(sections.get(plugins.KEY))
     parsed, problems = parse_sections(sections)
     problems += list(_across(parsed, rules.RULES["run"]))

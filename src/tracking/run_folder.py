@@ -141,6 +141,7 @@ class RunFolder:
     step: int = 0
     num_steps: int | None = None  # None as long as it is not known how many there will be
     steps_per_epoch: int | None = None
+    early_cause: str | None = None  # why the run ends before that
     at_end: list[Callable[[], None]] = field(default_factory=list)
     """Called once status.json says how the run ended, while the folder is still held."""
     _status: dict[str, Any] = field(default_factory=dict)
@@ -214,7 +215,7 @@ class RunFolder:
         self.step, began = start.step or 0, now()
         before = read_status(self.path)
         self._finished = before if before.get("state") == "FINISHED" else None
-        kept = {key: before[key] for key in ("started", "tracker_run_id", "journal") if key in before}
+        kept = {key: before[key] for key in ("started", "tracker_run_id", "journal", "num_steps") if key in before}
         fresh = {"state": "RUNNING", "cause": None, "how_to_go_on": None, "started": began, "ended": None}
         self.set_status(**(fresh | kept | process_identity()))  # first: it is what makes the folder a run's
         line = {"time": began, "command": secrets.cleaned(sys.orig_argv), "config_hash": self._config_hash}
@@ -227,7 +228,7 @@ class RunFolder:
 
     def end(self, error: BaseException | None) -> None:
         """Record how the run ended; a disk that is full must not hide the error that ended it."""
-        state, cause = _ending_of(error)
+        state, cause = _ending_of(error) if error is not None else ("FINISHED", self.early_cause)
         ended: dict[str, Any] = {
             "state": state,
             "cause": cause and secrets.clean(cause),
@@ -248,10 +249,8 @@ class RunFolder:
             report(f"status.json could not be written: {problem}")
 
 
-def _ending_of(error: BaseException | None) -> tuple[str, str | None]:
+def _ending_of(error: BaseException) -> tuple[str, str]:
     """Return the state of a run that this error ended, and the cause."""
-    if error is None:
-        return "FINISHED", None
     if isinstance(error, Pruned):
         return "PRUNED", str(error)
     if isinstance(error, Interrupted | KeyboardInterrupt):

@@ -88,6 +88,9 @@ class Tracker:
     def set_length(self, num_steps: int, steps_per_epoch: int | None) -> None:
         """Record how long the run will be; steps_per_epoch is None where that is unknown."""
 
+    def end_early(self, cause: str) -> None:
+        """Record that the present step is the run's last, and why, before its line is written."""
+
     def progress(self, step: LoggedStep, num_steps: int, *, is_logged: bool) -> None:
         """Show how far training is; `is_logged`: the step has a line where only some are printed."""
 
@@ -157,6 +160,11 @@ class FolderTracker(Tracker):
 
     def set_length(self, num_steps: int, steps_per_epoch: int | None) -> None:
         self._folder.num_steps, self._folder.steps_per_epoch = num_steps, steps_per_epoch
+
+    def end_early(self, cause: str) -> None:
+        self._folder.num_steps, self._folder.early_cause = self._folder.step, cause
+        self._folder.set_status()
+        self.console.label("stopping", cause)
 
     def progress(self, step: LoggedStep, num_steps: int, *, is_logged: bool) -> None:
         self._folder.step = step.number

@@ -14,6 +14,7 @@ from src.checkpoint import compatibility
 from src.checkpoint.compatibility import Change, Fingerprint, check_changes, compare_fingerprints
 from src.checkpoint.locate import find_checkpoint
 from src.checkpoint.manifest import read_state
+from src.config.frozen import read_status
 from src.config.job import Job
 from src.config.schema import CheckpointConfig, RunConfig
 from src.util import plural
@@ -30,6 +31,7 @@ class ResumePoint:
     changes: Sequence[Change] = ()  # keys of the configuration that differ
     warnings: Sequence[str] = ()
     is_own: bool = False  # whether it is in the run's own folder
+    num_steps: int | None = None  # how long the run was to be, or was where it stopped early, by its status.json
     repeats_epoch: bool = False
     """Whether the epoch that was under way begins again, because its rows come in another order now; see `checked`."""
 
@@ -69,7 +71,8 @@ class ResumePoint:
     @property
     def is_end(self) -> bool:
         """Whether the run's own checkpoint was its last: its line has what belongs to the end of a run."""
-        return self.own_step is not None and self.own_step >= self.state["facts"]["num_steps"]
+        step, num_steps = self.own_step, self.state.get("facts", {}).get("num_steps")
+        return step is not None and (step >= num_steps or step == self.num_steps)
 
     def adjust(self, job: Job, num_processes: int, warn: Callable[[str], None]) -> Job:
         """Return the job whose steps take as many rows as before, where only the number of processes changed.
@@ -163,7 +166,8 @@ def find_resume_point(
     state = read_state(checkpoint)
     changes = compatibility.compare_configs(state["config"], frozen)
     warnings = check_changes(changes, allow_changed=config.allow_changed, checkpoint=str(checkpoint))
-    return ResumePoint(checkpoint, state, changes, [*skipped, *warnings], is_own)
+    num_steps = read_status(run_dir).get("num_steps") if is_own else None
+    return ResumePoint(checkpoint, state, changes, [*skipped, *warnings], is_own, num_steps)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

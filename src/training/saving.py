@@ -24,6 +24,8 @@ from src.runtime.session import Runtime
 from src.runtime.sharding import gather_on_cpu, unsharded_models
 from src.tracking.tracker import Tracker
 from src.training.assembly import Assembled
+from src.training.early_stopping import EarlyStopping
+from src.training.loop import Step
 from src.training.resume import ResumePoint, tokenizer_hash
 from src.training.state import TrainState
 
@@ -65,6 +67,7 @@ class Saver:
     _runtime: Runtime
     _tracker: Tracker
     lines: Sequence[Mapping[str, Any]]  # of metrics that the run resumes after
+    _stopping: EarlyStopping
 
     def save(self) -> None:
         """Save the present step, so that a run can resume from it; one that is saved already is left as it is."""
@@ -79,6 +82,20 @@ class Saver:
             metrics,
             lambda: Snapshot(state.weights(self._runtime), None, {"step": state.step, **self._extra_state()}),
         )
+
+    def stop_early(self, step: Step, metrics: Mapping[str, Any]) -> Step:
+        """Make this step the run's last where its evaluation is the last that early stopping waits for; return it.
+
+        It is saved first: what is due at the end, such as loading the best weights, is due after it.
+        """
+        is_reached = self._runtime.from_main(self._stopping.add(step.number, metrics))
+        if step.is_last or not is_reached:
+            return step
+        self._state.num_steps = self._state.step
+        self._tracker.end_early(self._stopping.cause)
+        if self._config.checkpoint.saves_at_end:
+            self.save()
+        return replace(step, is_last=True)
 
     def load_best_if_asked(self) -> None:
         """Put the best weights into the model, with checkpoint.load_best_model_at_end."""
@@ -122,9 +139,9 @@ def open_saver(
         tracker.warn(*checkpoints.warnings)
         if resume.own_step is not None:
             tracker.warn(*checkpoints.discard_after(resume.own_step))
-        tracker.set_length(state.num_steps, state.steps_per_epoch)
         is_end = state.step >= state.num_steps or resume.is_end
         lines, again = runtime.from_main(tracker.rewind_to(state.step, is_end=is_end))
+        tracker.set_length(state.num_steps, state.steps_per_epoch)
         state.is_last_step_complete = any(line["step"] == state.step for line in lines)
         if state.is_last_step_complete:
             state.stats.reset()
@@ -136,7 +153,8 @@ def open_saver(
         written = written_weights(resume.own_state)
         tracker.warn(*checkpoints.load_index(comparable.values(), resume.own_step, written))
         extra = {"config": job.frozen, "comparable_from": comparable_from, "untrained": list(untrained)}
-        saver = Saver(checkpoints, state, config, fingerprint, extra, runtime, tracker, lines)
+        stopping = EarlyStopping(config, (line for line in lines if line["step"] >= comparable_from))
+        saver = Saver(checkpoints, state, config, fingerprint, extra, runtime, tracker, lines, stopping)
         runtime.wait()
         try:
             yield saver

@@ -6,7 +6,15 @@ from pathlib import Path
 from src.config.places import CHECKPOINTS, MANIFEST, steps_in
 from src.config.problems import Problem
 from src.config.rules.rule import Problems, applies_to
-from src.config.schema import CheckpointConfig, DataConfig, EvaluationConfig, TokensConfig, TopLevelConfig, thought_tags
+from src.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    TokensConfig,
+    TopLevelConfig,
+    TrainingConfig,
+    thought_tags,
+)
 from src.errors import CheckpointError
 
 DEFAULT_METRIC = "eval/validation/loss"
@@ -15,9 +23,14 @@ DEFAULT_METRIC = "eval/validation/loss"
 
 @applies_to("run")
 def best_model_can_be_chosen(
-    checkpoint: CheckpointConfig, data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConfig
+    checkpoint: CheckpointConfig,
+    training: TrainingConfig,
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    tokens: TokensConfig,
 ) -> Problems:
-    if not checkpoint.load_best_model_at_end and checkpoint.metric_for_best_model == DEFAULT_METRIC:
+    needs_best = checkpoint.load_best_model_at_end or training.early_stopping_patience is not None
+    if not needs_best and checkpoint.metric_for_best_model == DEFAULT_METRIC:
         return  # without a validation set no best is kept
     scores = scores_of(data, evaluation, tokens)
     allowed = [f"eval/{name}/{score}" for name in data.validation_names() for score in scores]
@@ -38,6 +51,17 @@ def scores_of(data: DataConfig, evaluation: EvaluationConfig, tokens: TokensConf
 def the_best_is_kept(checkpoint: CheckpointConfig) -> Problems:
     if checkpoint.load_best_model_at_end and not checkpoint.keep_best:
         yield Problem("checkpoint.keep_best", "checkpoint.load_best_model_at_end needs at least 1", 0)
+
+
+@applies_to("run")
+def early_stopping_sees_evaluations(training: TrainingConfig, evaluation: EvaluationConfig) -> Problems:
+    patience, threshold = training.early_stopping_patience, training.early_stopping_threshold
+    if patience is not None and evaluation.eval_steps is None:
+        reason = "counts evaluations while training, and there are none: evaluation.eval_steps=N, or epoch"
+        yield Problem("training.early_stopping_patience", reason, patience)
+    if patience is None and threshold:
+        reason = "read only with training.early_stopping_patience=N"
+        yield Problem("training.early_stopping_threshold", reason, threshold)
 
 
 @applies_to("run")

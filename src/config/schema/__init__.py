@@ -5,8 +5,11 @@ metadata as a `Check` and are applied by `src.config.gate`. No torch here, so th
 Groups with options of different keys (optimizer, scheduler, tracking) have one dataclass an option, chosen by `type`.
 """
 
+import dataclasses
 from dataclasses import dataclass
-from typing import get_type_hints
+from typing import Any, get_type_hints
+
+from omegaconf import MISSING
 
 from src.config.schema.adapter import AdapterConfig, LoraBias, LoraConfig, NoAdapterConfig
 from src.config.schema.checks import MOST_INT, Check, Keys
@@ -85,6 +88,17 @@ SECTIONS: dict[str, type | dict[str, type]] = {
     if name not in get_type_hints(TopLevelConfig)
 }
 """Section name -> its dataclass, or its dataclasses by the section's `type`."""
+LATER_KEYS: dict[str, dict[str, Any]] = {
+    name: {
+        one.name: one.default for one in dataclasses.fields(schema) if one.default not in (MISSING, dataclasses.MISSING)
+    }
+    for name, schema in SECTIONS.items()
+    if isinstance(schema, type)
+}
+"""Keys by section that an earlier version did not have, each with the value at which all is as without it.
+
+Configurations that were frozen before then have the hash that they had.
+"""
 
 
 def thought_tags(data: DataConfig, tokens: TokensConfig) -> tuple[str, str] | None:

@@ -59,7 +59,11 @@ class KeyInfo:
 
 
 def key(check: Check | None = None, default: Any = MISSING, **info: Any) -> Any:
-    """Declare a key; `info` are attributes of `KeyInfo`."""
+    """Declare a key; `info` are attributes of `KeyInfo`.
+
+    `default` is for one that is added to a section that people have frozen already: what is as without it. Defaults of
+    new configurations are in conf/.
+    """
     return dataclasses.field(default=default, metadata=vars(KeyInfo(check, **info)))
 
 

@@ -91,6 +91,8 @@ class TrainingConfig:
     max_grad_norm: float | None = key(checks.WEIGHT, why="other updates")
     mixed_precision: MixedPrecision = key(why="computes in another precision", read_by_predict=True)
     logging_steps: int = key(AT_LEAST_ONE, resume=Impact.harmless)
+    early_stopping_patience: int | None = key(AT_LEAST_ONE, None, resume=Impact.harmless)
+    early_stopping_threshold: float = key(WEIGHT_OR_ZERO, 0.0, resume=Impact.harmless)
 
 
 @dataclass
