@@ -17,7 +17,7 @@ from src.errors import ConfigError
 from src.sweep.plan import plan_sweep
 from tests.conftest import admitted, towline
 
-SEED, NUM_LINES, NUM_FILES = 17, 60, 60
+SEED, NUM_LINES, NUM_FILES = 17, 40, 40
 
 
 def test_no_command_line_ends_in_a_traceback() -> None:

@@ -472,6 +472,8 @@ def _count_held(found: Path) -> None:
         if os.environ["RANK"] == "0":
             found.write_text(str(most), encoding="utf-8")
 
+    gc.collect()
+    gc.freeze()  # what the imports made
     before = count()
     Sharded.backward = counted
 

@@ -136,7 +136,7 @@ def stopped_by(number: signal.Signals, run: Path, *arguments: str) -> str:
     try:
         while not (run / "metrics.jsonl").is_file():
             assert process.poll() is None
-            time.sleep(0.1)
+            time.sleep(0.02)
         process.send_signal(number)
         assert process.wait(60) == 75
     finally:
@@ -150,7 +150,7 @@ def status_of(run: Path) -> dict[str, Any]:
 
 LONG = [
     *SMALL,
-    "training.max_train_steps=200",
+    "training.max_train_steps=100",
     "evaluation.eval_steps=null",
     "evaluation.sample_steps=null",
     "evaluation.metrics=[]",
@@ -179,20 +179,20 @@ def test_a_signal_ends_a_run_cleanly_and_it_goes_on(tmp_path: Path, number: sign
     again = {
         signal.SIGINT: [*LONG, here],
         signal.SIGTERM: [f'rerun="{run}"', f'hydra.run.dir="{run}"'],
-        signal.SIGUSR1: [*LONG, here, "training.max_train_steps=210"],
+        signal.SIGUSR1: [*LONG, here, "training.max_train_steps=110"],
     }[number]
     done = towline(*again)
     assert done.returncode == 0, done.stderr
-    num_steps = 210 if number is signal.SIGUSR1 else 200
+    num_steps = 110 if number is signal.SIGUSR1 else 100
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, num_steps + 1))
     assert read_lines(run / "metrics.jsonl")[:step] == lines
-    changed = {"training.max_train_steps": 210} if number is signal.SIGUSR1 else {}
+    changed = {"training.max_train_steps": 110} if number is signal.SIGUSR1 else {}
     starts = [
         (start["resumed_step"], {k: v for k, v in start["changed"].items() if k != "checkpoint.allow_changed"})
         for start in read_lines(run / "starts.jsonl")
     ]
     assert starts == [(None, {}), (step, changed)]
-    assert yaml.safe_load((run / "config.yaml").read_text())["training"]["max_train_steps"] == 200
+    assert yaml.safe_load((run / "config.yaml").read_text())["training"]["max_train_steps"] == 100
     assert status_of(run)["state"] == "FINISHED"
 
 
