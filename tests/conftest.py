@@ -250,7 +250,14 @@ def rows_of_different_length(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def swept(tmp_path: Path) -> Callable[..., int]:
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have sweeps draw nothing: test_ranking looks at pictures, and one takes as long as a trial here."""
+    for name in ("plot", "plot_history"):
+        monkeypatch.setattr(f"src.sweep.leaderboard.{name}", lambda *_: None)
+
+
+@pytest.fixture
+def swept(tmp_path: Path, no_pictures: None) -> Callable[..., int]:
     """Lead a sweep in this process, its trials in processes of their own; gives the exit code."""
 
     def run(*arguments: str) -> int:

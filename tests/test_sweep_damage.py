@@ -27,6 +27,9 @@ GRID = ("optimizer.lr=1e-4,1e-2", "seed=1,2", "training.max_train_steps=2", "swe
 LOSS = "eval/validation/loss"
 
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
 def start(folder: Path, *more: str) -> int:
     """Lead the sweep in a folder as its command does, and return the exit code."""
     from src.cli.hydra_main import run_trial
