@@ -257,8 +257,14 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def swept(tmp_path: Path, no_pictures: None) -> Callable[..., int]:
+def swept(swept_and_drawn: Callable[..., int], no_pictures: None) -> Callable[..., int]:
     """Lead a sweep in this process, its trials in processes of their own; gives the exit code."""
+    return swept_and_drawn
+
+
+@pytest.fixture
+def swept_and_drawn(tmp_path: Path) -> Callable[..., int]:
+    """Do the same, with pictures."""
 
     def run(*arguments: str) -> int:
         from src.cli.hydra_main import run_trial

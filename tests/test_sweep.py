@@ -194,9 +194,9 @@ def test_rungs(step: int, is_one: bool) -> None:
 # ---- what is run
 
 
-def test_a_grid_runs_ranks_and_is_left_alone_when_it_is_done(swept: Callable[..., int], folder: Path) -> None:
+def test_a_grid_runs_ranks_and_is_left_alone_when_it_is_done(swept_and_drawn: Callable[..., int], folder: Path) -> None:
     grid = ("optimizer.lr=1e-4,1e-2", "seed=1,2,3", "sweep.n_jobs=2")
-    assert swept(*grid) == 0
+    assert swept_and_drawn(*grid) == 0
     assert states(folder) == ["FINISHED"] * 6
     best, other = board_of(folder)
     assert (best["rank"], best["setting"], best["n"]) == ("1", "optimizer.lr=0.01", "3")
@@ -209,7 +209,7 @@ def test_a_grid_runs_ranks_and_is_left_alone_when_it_is_done(swept: Callable[...
     assert log.startswith("run         default")
     before = {file: file.stat().st_mtime_ns for file in folder.glob("[0-9]/*.json*")}
 
-    assert swept(*grid) == 0
+    assert swept_and_drawn(*grid) == 0
     assert {file: file.stat().st_mtime_ns for file in folder.glob("[0-9]/*.json*")} == before
     assert len(study_of(folder).trials) == 6
 

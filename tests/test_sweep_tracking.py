@@ -294,10 +294,10 @@ def test_a_run_that_ended_early_is_killed_in_mlflow(tmp_path: Path, uri: str) ->
 
 
 def test_trials_that_start_together_on_a_fresh_store_are_nested(
-    swept: Callable[..., int], folder: Path, tmp_path: Path
+    swept_and_drawn: Callable[..., int], folder: Path, tmp_path: Path
 ) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    assert swept("tracking=mlflow", f"tracking.uri={uri}", "seed=1,2,3", "sweep.n_jobs=3") == 0
+    assert swept_and_drawn("tracking=mlflow", f"tracking.uri={uri}", "seed=1,2,3", "sweep.n_jobs=3") == 0
     assert states(folder) == ["FINISHED"] * 3
     client = MlflowClient(uri)
     parent = run_of(uri, "sweep")
