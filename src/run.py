@@ -13,7 +13,7 @@ if __name__ == "__main__":
 from src.config.job import Job
 from src.data.dataset import build_data
 from src.data.tokenizer import load_tokenizer
-from src.evaluation.evaluate import open_evaluation
+from src.evaluation.evaluate import open_evaluator
 from src.evaluation.samples import sample
 from src.model.embeddings import check_new_rows
 from src.overview import overview
@@ -46,7 +46,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         state = build_train_state(built.model, data.train, config, runtime, new_tokens.ids, *resume.start)
         check_new_rows(state.model, built.initialised)  # bit for bit, after wrapping
         tracker.warn(*load_initial_weights(state, tokenizer, runtime, config))  # init_from
-        evaluator = open_evaluation(config, state.loss_model, state.model, data, runtime)
+        evaluator = open_evaluator(config, state.loss_model, state.model, data, runtime)
         tracker.warn(*data_warnings(config, data, tokenizer, state))
         tracker.show_overview(overview(job, state, built, data, runtime))
         samples, num_prompts = data.for_samples(), config.evaluation.sample_prompts

@@ -16,7 +16,7 @@ from src.data.answers import strip_thoughts
 from src.data.dataset import Data, build_data
 from src.data.tokenizer import load_tokenizer
 from src.errors import DataError, Interrupted, ModelError, NonFiniteLossError
-from src.evaluation.evaluate import Evaluator, open_evaluation
+from src.evaluation.evaluate import Evaluator, open_evaluator
 from src.evaluation.generate import cut_at
 from src.evaluation.samples import sample
 from src.metrics import answer, exact_match, greater_is_better, perplexity
@@ -91,7 +91,7 @@ def evaluator(runtime: Runtime, *overrides: str) -> tuple[Evaluator, Data]:
         for parameter in model.parameters():
             parameter.data *= 6  # else its decoder hardly hears the encoder
     set_generation(model, config.generation, tokenizer, data.stop_ids)
-    return open_evaluation(config, ModelWithLoss(model), model, data, runtime), data
+    return open_evaluator(config, ModelWithLoss(model), model, data, runtime), data
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_bart"])

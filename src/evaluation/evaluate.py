@@ -116,7 +116,7 @@ class TargetStats:
         return metrics
 
 
-def open_evaluation(config: RunConfig, loss_model: nn.Module, model: Any, data: Data, runtime: Runtime) -> Evaluator:
+def open_evaluator(config: RunConfig, loss_model: nn.Module, model: Any, data: Data, runtime: Runtime) -> Evaluator:
     """Build the evaluator of a run; DataError or ModelError where a prompt is empty, or leaves no room for what is
     generated.
     """

@@ -10,7 +10,7 @@ from src.config.schema import RunConfig
 from src.data.batching import Sequences, collate
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
-from src.evaluation.evaluate import Evaluator, open_evaluation
+from src.evaluation.evaluate import Evaluator, open_evaluator
 from src.forecast.counting import MicroBatchShape, measure_saved_bytes
 from src.forecast.time import TimeItem, measured_time
 from src.inspection.workload import Evaluation, Generation, Workload
@@ -52,7 +52,7 @@ def measure_work(config: RunConfig, tokenizer: Any, new_ids: Sequence[int], data
         add_adapter(model, config, new_ids)
         state = build_train_state(model, work.train, config, runtime)
         widest_tokens, activation_bytes, seconds = _measure_training(state, work, runtime)
-        evaluator = open_evaluation(config, state.loss_model, state.model, data, runtime)
+        evaluator = open_evaluator(config, state.loss_model, state.model, data, runtime)
         evaluation_seconds, evaluation_tokens = _measure_evaluation(evaluator, work.evaluations, runtime)
         return Measured(
             widest_tokens,
