@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from src.checkpoint.manifest import newest_resumable, problems_of
 from src.cli.start import run_job as run
 from src.config.job import Job
 from src.config.places import steps_in
-from src.errors import CheckpointError, ConfigError, Interrupted, ModelError
+from src.errors import CheckpointError, ConfigError, DamagedFileError, Interrupted, ModelError
 from src.runtime.signals import StopRequest
 from tests.conftest import admitted, read_lines, towline, write_lines
 from tests.kinds import thin_llama
@@ -364,8 +364,6 @@ def test_an_old_adapter_starts_a_new_run(tmp_path: Path) -> None:
     start(tmp_path / "new", *lora, *once)
     before, after = weights_of(tmp_path / "old"), weights_of(tmp_path / "new")
     assert all(torch.allclose(after[name], before[name], atol=1e-9) for name in before)
-    with pytest.raises(ModelError, match="is an adapter, so it needs one here too"):
-        start(tmp_path / "full", *TWELVE, *base, *once)
     with pytest.raises(ModelError, match="of another form"):
         start(tmp_path / "rank", *lora, *once, "adapter.r=3")
     cut = Path(shutil.copytree(tmp_path / "old" / "model", tmp_path / "cut"))
@@ -381,6 +379,35 @@ def test_an_old_adapter_starts_a_new_run(tmp_path: Path) -> None:
     assert all(torch.allclose(after[name], before[name], atol=1e-9) for name in before)
     with pytest.raises(CheckpointError, match="not those of this model"):
         start(tmp_path / "full", *TWELVE, *base, *once)
+
+
+def test_an_old_adapter_is_merged_into_the_weights_of_a_run_that_trains_them_all(tmp_path: Path) -> None:
+    start(tmp_path / "base", *TWELVE, "tokens=none")
+    base = ("model=causal_lm", f"model.checkpoint={tmp_path / 'base' / 'model'}", "optimizer.lr=1e-2")
+    lora = (*TWELVE, *base, "adapter=lora", "adapter.target_modules=all-linear")
+    start(tmp_path / "old", *lora)
+    start(tmp_path / "merged", *lora, "export.merge=true")
+    adapters = [
+        load_file(tmp_path / place / "adapter_model.safetensors") for place in ("old/model", "merged/model/adapter")
+    ]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+    full = (*TWELVE, *base, f"init_from={tmp_path / 'old'}")
+    summary = start(tmp_path / "new", *full, "training.max_train_steps=1", "optimizer.lr=1e-12")
+    assert summary["num_trained_parameters"] == summary["num_parameters"]
+    before, after = weights_of(tmp_path / "merged"), weights_of(tmp_path / "new")
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
+    straight = start(tmp_path / "straight", *full)
+    broken(tmp_path / "broken", full, [Fate(7), Fate(9, dead=True)])
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+    assert straight["eval/validation/loss"] != summary["eval/validation/loss"]
+    with pytest.raises(ModelError, match=r"other ids than here"):
+        start(tmp_path / "other", *full, "tokens=none")
+    changed = load_file(tmp_path / "base" / "model" / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in changed.items()}, tmp_path / "base" / "model" / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    with pytest.raises(DamagedFileError, match=r"it is not what the adapter in .* was trained on"):
+        start(tmp_path / "other", *full)
 
 
 def test_a_run_that_begins_with_old_weights_goes_on_exactly(tmp_path: Path) -> None:

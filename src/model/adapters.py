@@ -121,7 +121,12 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def with_adapter(base: Any, folder: Path) -> Any:
-    """Load a saved adapter onto its base, which has room for the new tokens; return the model.
+    """Load a saved adapter onto its base, which has room for the new tokens; return the model. Raises as below."""
+    return load_adapter(base, folder).peft_model.get_base_model()
+
+
+def load_adapter(base: Any, folder: Path) -> Adapter:
+    """Load a saved adapter onto its base, which is changed in place and has room for the new tokens.
 
     ModelError says that it does not fit, lacks a weight or has one too many, or one that is not finite.
     """
@@ -138,7 +143,7 @@ def with_adapter(base: Any, folder: Path) -> Any:
     names = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
     check_names(what, missing=names - saved.keys(), left_over=saved.keys() - names)
     check_finite(what, saved.items())
-    return loaded.get_base_model()
+    return Adapter(loaded)
 
 
 def add_adapter(model: Any, config: RunConfig, new_ids: Sequence[int] = ()) -> Adapter | None:

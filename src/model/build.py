@@ -65,7 +65,8 @@ def with_zero_sizes(config: RunConfig) -> RunConfig:
 def check_adapter_of(config: RunConfig) -> None:
     """Raise ModelError where the adapter does not go into the model, or can't be merged as asked; no weight is read."""
     if config.adapter.is_on:
-        check_adapter(empty_model(config.model), config)
+        with torch.random.fork_rng(devices=[]):  # PEFT draws; whether a run merges must not change what it trains
+            check_adapter(empty_model(config.model), config)
 
 
 def check_stored_bits(config: RunConfig, architecture: Any) -> None:

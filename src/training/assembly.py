@@ -6,20 +6,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.exported import base_digests, init_from_folder, with_init_from_model
+from src.checkpoint.exported import base_digests, check_exported, init_from_folder, with_init_from_model
 from src.checkpoint.locate import newest_weights
 from src.checkpoint.store import read_snapshot
 from src.config.gate import parse_stored
 from src.config.job import Job
 from src.config.options import PROJECT_ROOT
-from src.config.schema import RunConfig
+from src.config.schema import RunConfig, Weights
 from src.data.advice import Level, advice
 from src.data.dataset import Data, file_hashes
 from src.data.tokenizer import load_tokenizer
 from src.errors import CheckpointError, ModelError
-from src.model.adapters import Adapter, add_adapter
+from src.model.adapters import Adapter, add_adapter, load_adapter
 from src.model.build import build_model, set_generation, with_zero_sizes
 from src.model.embeddings import InitialisedRows, TokenMonitor, reread_rows, resize_and_initialise
+from src.model.merging import merge, probe_ids
 from src.model.untrained import untrained_tokens
 from src.runtime.launch import num_processes
 from src.runtime.session import Runtime, start_runtime
@@ -85,25 +86,34 @@ def assemble_model(
     untrained = untrained_tokens(model, tokenizer, new_tokens, config.model)
     initialised = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, untrained)
     adapter = add_adapter(model, config, list(initialised.ids.values()))
-    if _load_initial_adapter(adapter, tokenizer, config):
+    if _load_initial_adapter(model, adapter, tokenizer, config):
         initialised = reread_rows(model, initialised)
     return Assembled(model, tokenizer, new_tokens, adapter, initialised, base)
 
 
-def _load_initial_adapter(adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> bool:
-    """Load the adapter of `init_from`, before the model is sharded; return False where it names none."""
+def _load_initial_adapter(model: Any, adapter: Adapter | None, tokenizer: Any, config: RunConfig) -> bool:
+    """Load the adapter of `init_from`, before the model is sharded; return False where it names none.
+
+    Where the run trains no adapter, it is merged into the model, in place.
+    """
     folder = init_from_folder(config)
     if folder is None or not (folder / "adapter_config.json").exists():
         return False
-    if adapter is None:
-        raise ModelError(
-            f"init_from: {folder} is an adapter, so it needs one here too (adapter=lora); "
-            "a run with export.merge=true exports whole weights"
-        )
     saved, _ = load_tokenizer(config.model.pretrained_at(folder), config.tokens)
     if tokenizer_hash(saved) != tokenizer_hash(tokenizer):
         raise ModelError(f"init_from: the tokens of {folder} have other ids than here")
-    adapter.load(folder)
+    if adapter is not None:
+        adapter.load(folder)
+        return True
+    if config.model.weights is Weights.random or config.deepspeed.stage == 3:
+        raise ModelError(
+            f"init_from: {folder} is an adapter, and can't be merged into weights that are random or sharded by "
+            "ZeRO-3: adapter=lora trains it on, or a run with export.merge=true exports whole weights"
+        )
+    check_exported(Path(str(config.init_from)), config.model.checkpoint)  # an adapter is nothing on another base
+    merged = merge(load_adapter(model, folder), folder, probe_ids(tokenizer, config.tokens.additional_special_tokens))
+    assert merged is model
+    merged.requires_grad_(True)  # PEFT froze it
     return True
 
 
