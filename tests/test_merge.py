@@ -229,7 +229,7 @@ def test_a_base_made_float32_wrongly_is_seen_and_the_adapter_kept(
         def dequantize(self: Any, **settings: Any) -> Any:
             whole = right(self, **settings)
             for name, parameter in whole.named_parameters():
-                parameter.data *= 1.5 if "mlp" in name else 1
+                parameter.data *= 3 if "mlp" in name else 1
             return whole
 
         monkeypatch.setattr(PreTrainedModel, "dequantize", dequantize)
