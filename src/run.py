@@ -30,9 +30,8 @@ from src.training.state import build_train_state
 def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> dict[str, float]:
     """Train, evaluate and export one job, from the beginning or from a checkpoint, and return its summary.
 
-    Raises:
-        TowlineError: what the user can fix, or that the run went wrong.
-        Interrupted, Pruned: where something asked it to stop; it is saved then, if it had begun to train.
+    TowlineError is what the user can fix, or that the run went wrong; Interrupted and Pruned, that something asked it
+    to stop: it is saved then, if it had begun to train.
     """
     with start_session(job, found, stop) as (runtime, job, resume):  # job and checkpoint are the same on every rank
         job = resume.adjust(job, runtime.num_processes, tracker.warn)  # as many rows a step as before
