@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from src.checkpoint.manifest import entry_of, read_manifest
 from src.cli.exits import guarded_run as guarded
 from src.config.frozen import config_hash
 from src.runtime.signals import StopRequest
@@ -222,6 +224,13 @@ def test_a_folder_of_an_earlier_version_is_run_again_and_continued(whole: Path, 
         del frozen["training"][key]
     assert config_hash(frozen) == digest
     write_config(older, frozen)
+    for place in (older / "checkpoints").iterdir():
+        state = json.loads((place / "state.json").read_text())
+        state["config"]["training"] = frozen["training"]
+        (place / "state.json").write_text(json.dumps(state))
+        written = read_manifest(place)
+        files = written.files | {"state.json": entry_of(place / "state.json")}
+        (place / "manifest.json").write_text(replace(written, files=files).text())
     assert asked(older, f"rerun={older}") == 0
     assert asked(older, f"rerun={older}", "training.num_train_epochs=2.5") == 0
     assert status(older)["step"] == 15

@@ -142,6 +142,7 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     given = line.value_of("hydra.run.dir")
     if given is not None and Path(str(given)).resolve() == folder.resolve():
         sections = _as_it_last_was(folder, sections)
+        add_later_keys(sections)
     problems += _code_problems(folder, sections, line)
     if (file := line.value_of(DEEPSPEED_FILE)) is not None:
         reason = "read where a run begins (deepspeed=file); of one that is repeated change single keys: deepspeed.KEY=…"

@@ -160,6 +160,7 @@ class FolderTracker(Tracker):
 
     def set_length(self, num_steps: int, steps_per_epoch: int | None) -> None:
         self._folder.num_steps, self._folder.steps_per_epoch = num_steps, steps_per_epoch
+        self._folder.set_status()
 
     def end_early(self, cause: str) -> None:
         self._folder.num_steps, self._folder.early_cause = self._folder.step, cause
