@@ -165,7 +165,7 @@ class FolderTracker(Tracker):
     def end_early(self, cause: str) -> None:
         self._folder.num_steps, self._folder.early_cause = self._folder.step, cause
         self._folder.set_status()
-        self.console.label("stopping", cause)
+        self.console.label("stopped", cause.removeprefix("stopped "))
 
     def progress(self, step: LoggedStep, num_steps: int, *, is_logged: bool) -> None:
         self._folder.step = step.number
