@@ -78,14 +78,17 @@ def _composed(overrides: Sequence[str], line: CommandLine) -> tuple[DictConfig, 
     What the files make of the options that are chosen is composed once for all values that come on top.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    chosen = [one for one in parsed if _chooses(one, line)]
+    chosen: list[Override] = []
+    values: list[Override] = []
+    for one in parsed:
+        (chosen if _chooses(one, line) else values).append(one)
     install()
     files = tuple((file, *_stamp(file)) for root in line.roots for file in option_files(root))
     merge = _merged.__wrapped__ if FileConfigSource.hides_credentials else _merged  # variables are set while it reads
     name = line.flags.config_name or BASE
     pickled, merged = merge(name, tuple(line.roots), tuple(str(one.input_line) for one in chosen), files)
     cfg: DictConfig = pickle.loads(pickled)
-    Loader.set_values(cfg, [one for one in parsed if not _chooses(one, line)])
+    Loader.set_values(cfg, values)
     given = [one for one in line.overrides if not one.is_hydra_override() and not one.is_sweep_override()]
     for override in given:
         override.input_line = secrets.without_credentials(override.input_line or "")

@@ -336,8 +336,8 @@ def zero_environment(*, on_cpu: bool, alone: bool) -> Iterator[None]:
     if on_cpu:
         _use_gloo_alone()
     try:
-        with reserved_port() as port:
-            if alone:  # one process is a group of its own
+        with reserved_port() if alone else nullcontext() as port:
+            if port is not None:  # one process is a group of its own
                 os.environ.update(ALONE, MASTER_PORT=str(port))
             yield
     finally:  # no more than it has to be: threads of the libraries may read it
