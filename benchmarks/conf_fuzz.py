@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from src.config.gate import admit, admit_prediction
+from src.config.gate import admit, admit_finished
 from src.config.keys import known_keys
 from src.config.options import CONF
 from src.errors import ConfigError
@@ -155,7 +155,7 @@ def ask(line: Sequence[str], seed: int | str) -> str:
     )
     try:
         if kind == "predict":
-            admit_prediction([part for part in line if part != "-m"])
+            admit_finished([part for part in line if part != "-m"], "predict")
         else:
             request = admit(line, None if kind == "run" else kind)
             if request.run is None and request.line.flags.multirun:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from src.cli.entry import answer, as_command
 from src.cli.exits import guarded
-from src.config.gate import admit_prediction
+from src.config.gate import admit_finished
 from src.config.job import Job
 from src.runtime.collector import collect_from_here
 from src.runtime.signals import StopRequest, stop_on_signals
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then generate; return the exit code."""
 
     def generate(arguments: list[str]) -> int:
-        job = admit_prediction(arguments)
+        job = admit_finished(arguments, "predict")
         again = "the same command without force=true" if job.config.force else "the same command"
         where = f"What was predicted is in {job.entry_section.folder(job.run_dir)}:"
         return guarded(

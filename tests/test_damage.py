@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from src.checkpoint.exported import check_exported
 from src.checkpoint.manifest import problems_of
 from src.cli.exits import guarded_run as guarded
 from src.config.frozen import config_hash, is_finished, read_config, read_status
-from src.config.gate import admit, admit_prediction
+from src.config.gate import admit, admit_finished
 from src.config.trust import is_signed, signature
 from src.errors import ConfigError, DamagedFileError
 from src.records import Digest, begins_with, read_json, read_lines, read_yaml
@@ -539,7 +540,7 @@ def test_a_folder_from_elsewhere_switches_nothing_on(
     (start,) = lines_of(folder / "starts.jsonl")
     start["config_hash"] = config_hash(yaml.safe_load(text))
     (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
-    ask: Callable[..., Any] = admit if command == "src.run" else admit_prediction
+    ask: Callable[..., Any] = admit if command == "src.run" else partial(admit_finished, entry="predict")
     given = [f"rerun={folder}"] if command == "src.run" else [f"run={folder}"]
     with pytest.raises(ConfigError, match=r"model\.trust_remote_code=true"):
         ask(given)

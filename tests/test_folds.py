@@ -19,7 +19,7 @@ from hypothesis import strategies as some
 from src import preflight
 from src.checkpoint.compatibility import Impact, compare_configs
 from src.cli.start import run_job as train
-from src.config.gate import admit_prediction
+from src.config.gate import admit_finished
 from src.config.options import CONF, options
 from src.data.dataset import Data, build_data, file_hashes
 from src.data.sources import FileSource
@@ -284,14 +284,14 @@ def test_a_run_says_which_fold_it_is_and_its_result_predicts(
     assert "validation: fold 3 of 4, the validation files are not read; 4 of 4 rows" in capsys.readouterr().out
     assert "eval/validation/loss" in json.loads((run / "summary.json").read_text())
     tests = f"data.test_files={{validation: ['{write_lines(tmp_path / 'ask.jsonl', rows_of('ab'))}']}}"
-    assert admit_prediction([f"run={run}", tests]).config.data.test_sets().keys() == {"validation"}
+    assert admit_finished([f"run={run}", tests], "predict").config.data.test_sets().keys() == {"validation"}
     with pytest.raises(ConfigError, match=r"data\.fold = 1 +python -m src\.predict does not read it"):
-        admit_prediction([f"run={run}", tests, "data.fold=1"])
+        admit_finished([f"run={run}", tests, "data.fold=1"], "predict")
     frozen = yaml.safe_load((run / "config.yaml").read_text())
     frozen["data"] |= {"streaming": True, "group_column": "gone"}
     shutil.copytree(run, tmp_path / "other")
     write_config(tmp_path / "other", frozen)
-    assert admit_prediction([f"run={tmp_path / 'other'}", tests])
+    assert admit_finished([f"run={tmp_path / 'other'}", tests], "predict")
 
 
 # What is refused

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from benchmarks.conf_fuzz import ask, files, lines
-from src.config.gate import admit, admit_prediction
+from src.config.gate import admit, admit_finished
 from src.errors import ConfigError
 from src.sweep.plan import plan_sweep
 from tests.conftest import admitted, towline
@@ -124,4 +124,4 @@ def test_the_frozen_config_of_a_folder_may_be_anything(tmp_path: Path) -> None:
         with suppress(ConfigError):
             admit([f"rerun={tmp_path}"])
         with suppress(ConfigError):
-            admit_prediction([f"run={tmp_path}"])
+            admit_finished([f"run={tmp_path}"], "predict")

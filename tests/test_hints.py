@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from src.config import groups, peers
-from src.config.gate import admit, admit_prediction
+from src.config.gate import admit, admit_finished
 from src.config.keys import all_keys
 from src.config.options import CONF
 from src.config.peers import Counterpart, all_peers
@@ -312,7 +312,7 @@ def test_a_run_that_was_started_keeps_its_options(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text('{"state": "FINISHED", "step": 1}')
     (tmp_path / "model").mkdir()
     with pytest.raises(ConfigError) as caught:
-        admit_prediction([f"run={tmp_path}", "learning_rate=1", "eval_batch_size=7", "max_tokens=3"])
+        admit_finished([f"run={tmp_path}", "learning_rate=1", "eval_batch_size=7", "max_tokens=3"], "predict")
     assert list(suggestions(str(caught.value))) == [["training.per_device_eval_batch_size"], ["data.max_seq_length"]]
 
 

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from src.cli.exits import guarded_run as guarded
 from src.cli.start import run_job as run
-from src.config.gate import admit_prediction
+from src.config.gate import admit_finished
 from src.errors import ExportError
 from src.model import export as exporting
 from src.runtime.signals import StopRequest
@@ -95,7 +95,9 @@ def test_more_epochs_by_the_same_command_are_the_longer_run(short: Path, straigh
     assert [line["resumed_step"] for line in started] == [None, 6]
     assert started[1]["changed"] == {"training.num_train_epochs": 2}
     assert yaml.safe_load((short / "config.yaml").read_text())["training"]["num_train_epochs"] == 1
-    assert admit_prediction([f"run={short}"]).config.training.num_train_epochs == 1  # the first start's, as ever
+    assert (
+        admit_finished([f"run={short}"], "predict").config.training.num_train_epochs == 1
+    )  # the first start's, as ever
 
 
 def test_make_resume_goes_on_and_then_leaves_it_as_it_is(short: Path, straight: Path) -> None:
@@ -294,7 +296,7 @@ def test_with_other_rows_it_stays_finished(short: Path, capsys: pytest.CaptureFi
     told = refused(short, capsys, *CONSTANT, TWO, f"data.train_files=['{rows}']")
     assert "the train rows changed" in told
     assert len(read_lines(short / "starts.jsonl")) == 2
-    assert admit_prediction([f"run={short}"]).run_dir == short
+    assert admit_finished([f"run={short}"], "predict").run_dir == short
     assert again(short) == 0
     assert status(short)["step"] == 6
     assert asked(short, *CONSTANT, TWO) == 0

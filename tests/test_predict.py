@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src import predict
 from src.cli.start import run_job as train
-from src.config.gate import admit_prediction
+from src.config.gate import admit_finished
 from src.config.schema import RunConfig
 from src.data.answers import strip_thoughts
 from src.data.dataset import build_data, build_prompts
@@ -342,7 +342,7 @@ def test_a_disk_that_is_full_is_told(said: Command, tmp_path: Path, monkeypatch:
 
 def refusal(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        admit_prediction(overrides)
+        admit_finished(overrides, "predict")
     return str(caught.value)
 
 
@@ -381,7 +381,7 @@ def test_a_folder_that_is_no_finished_run_is_told(run: Path, rows: str, tmp_path
     assert "2 problems" in refusal("run=", "optimizer.lr=1")
     assert "no run there" in refusal(*own)
     shutil.copytree(run, other, ignore=shutil.ignore_patterns("predictions"))
-    assert f"run = {other}" not in str(admit_prediction(own))
+    assert f"run = {other}" not in str(admit_finished(own, "predict"))
     message = refusal(*own, f"predict.output={other}", "seed=-1")
     assert "2 problems" in message
     assert "a run's folder; predictions need one of their own" in message
@@ -411,9 +411,9 @@ def test_what_was_for_training_is_let_go(run: Path, rows: str, tmp_path: Path) -
     frozen["data"] |= {"validation_files": {"mine": gone}, "mixture": {"a": {"train_files": gone}}, "streaming": True}
     frozen["model"]["checkpoint"] = "./gone"
     write_config(other, frozen)
-    data = admit_prediction([f"run={other}", f"data.test_files={{mine: ['{rows}']}}"]).config.data
+    data = admit_finished([f"run={other}", f"data.test_files={{mine: ['{rows}']}}"], "predict").config.data
     assert (data.test_sets(), data.limit) == ({"mine": [rows]}, None)
-    assert admit_prediction([f"run={other}", "data.limit=3"]).config.data.limit == 3
+    assert admit_finished([f"run={other}", "data.limit=3"], "predict").config.data.limit == 3
     assert predict.main([f"run={other}", f"data.test_files={{mine: ['{rows}']}}", "data.limit=3"]) == 0
     assert len(read_jsonl(other / "predictions" / "mine.jsonl")) == 3
 

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
-from src.config.gate import admit, admit_prediction
+from src.config.gate import admit, admit_finished
 from src.config.help import help_of_run
 from src.sweep.plan import plan_sweep
 from src.sync import admit_sync
@@ -131,7 +132,7 @@ def check_script(arguments: list[str]) -> None:
 ENTRIES = {
     "src.run": check_run,
     "src.preflight": lambda arguments: admit(arguments, "preflight"),
-    "src.predict": admit_prediction,
+    **{f"src.{entry}": partial(admit_finished, entry=entry) for entry in ("predict", "export")},
     "src.sync": admit_sync,
 }
 

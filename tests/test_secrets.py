@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from src import predict, secrets
-from src.config.gate import admit, admit_prediction, parse_stored
+from src.config.gate import admit, admit_finished, parse_stored
 from src.errors import ConfigError, show_libraries_visibly
 from src.model.card import _as_yaml, shaping
 from src.tracking.lock import LOCK
@@ -466,7 +466,7 @@ def test_refusals_show_no_secret() -> None:
         assert done.returncode == 2
         assert PLANTED not in done.stdout + done.stderr
     with pytest.raises(ConfigError) as refused:
-        admit_prediction([f"run=http://me:{PLANTED}@h"])
+        admit_finished([f"run=http://me:{PLANTED}@h"], "predict")
     assert PLANTED not in secrets.clean(str(refused.value))
 
 

@@ -29,6 +29,10 @@ class Composed:
     """All that Hydra composed, its own section included; None for a frozen configuration."""
     files: tuple[Merged, ...] = ()
     """The files that Hydra composed it of, later ones over earlier; empty for a frozen configuration."""
+    is_finished: bool = False
+    """Whether it is a finished run's, for an entry that uses it."""
+    own: Any = None
+    """The section of that entry as it was given; elsewhere it is among `sections`."""
     unresolved: set[str] = field(default_factory=set)
     """Keys that could not be resolved, of a section the outermost ones; `problems` says why."""
 

@@ -158,25 +158,42 @@ def read_frozen(folder: Path, line: CommandLine) -> Composed:
     return composed
 
 
-def read_finished(folder: Path, line: CommandLine) -> Composed:
-    """Return a finished run's frozen config with the command line's dotted overrides on top (`run=DIR` of src.predict).
+def read_finished(folder: Path, line: CommandLine, entry: str, key: str = "run") -> Composed:
+    """Return a finished run's frozen config with the command line's dotted overrides on top, for an entry that uses it.
 
-    The files that it was trained on may be gone, and its limit of rows was for training: both are dropped. So is the
-    tracker, which nothing is sent to.
+    `key` named the folder. Of a run whose checkpoint is asked for (`export.checkpoint`) any state is good. The tracker,
+    which nothing is sent to, is dropped.
     """
-    sections, problems = frozen_sections(folder, "run", "no run there")
+    sections, problems = frozen_sections(folder, key, "no run there")
     if problems:
         return Composed({}, folder, {}, problems)
-    if reason := _unfinished(folder):
-        problems.append(Problem.on_command_line("run", reason, str(folder)))
+    if line.value_of("export.checkpoint") is None and (reason := _unfinished(folder)):
+        problems.append(Problem.on_command_line(key, reason, str(folder)))
     problems += _code_problems(folder, sections, line)
     if isinstance(sections.get("data"), dict):
-        sections["data"] |= {"train_files": None, "validation_files": None, "limit": None}
-    own = {"rerun": None, "force": False, "tracking": {"type": "none"}}
-    changed, refused = _overridden(sections | own, line, "a run", own=("run",))
-    composed = Composed({}, folder, {}, [*problems, *refused])
+        sections["data"] |= _rows_of_others(sections["data"], line, entry)
+    of_run = {"rerun": None, "force": False, "tracking": {"type": "none"}}
+    clash = {entry: sections[entry]} if entry in sections else {}  # the run's section of the same name
+    changed, refused = _overridden(sections | of_run | {entry: {}}, line, "a run", own=("run", "runs", "dir"))
+    composed = Composed({}, folder, {}, [*problems, *refused], is_finished=True)
     _resolve(changed, composed)
+    composed.own = composed.sections.pop(entry, None)
+    composed.stored.pop(entry, None)
+    for known in (composed.sections, composed.stored):
+        known |= clash if known else {}
     return composed
+
+
+def _rows_of_others(data: Mapping[str, Any], line: CommandLine, entry: str) -> dict[str, Any]:
+    """Return what an entry has of a run's `data` in another way than the run.
+
+    Files that it does not read may be gone. Where validation files are given, no rows are held out of train.
+    """
+    if entry not in ("evaluate", "ensemble"):  # a limit of rows was for training
+        return {"train_files": None, "validation_files": None, "limit": None}
+    if line.value_of("data.validation_files") is not None:
+        return {"num_folds": None, "fold": None, "group_column": None, "validation_fraction": 0.0}
+    return {}
 
 
 def frozen_sections(folder: Path, key: str, nothing: str) -> tuple[dict[str, Any], list[Problem]]:

@@ -7,6 +7,7 @@ typed config or raises one ConfigError with all problems: key, value, what is al
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from src.config.hydra_keys import asks_for_sweep, describes_a_sweep, hydra_probl
 from src.config.identity import new_identity
 from src.config.incomplete import without_missing
 from src.config.job import Job, Request
-from src.config.keys import is_read_by_predict, known_keys
+from src.config.keys import is_read_by, known_keys
 from src.config.output_folders import meeting_problems, output_problems, run_dir_problems
 from src.config.plugins import Unregistered
 from src.config.problems import COMMAND_LINE, Problem, refuse
@@ -84,33 +85,70 @@ def _admit(composed: Composed, line: CommandLine, entry: str | None) -> Job:
     return job
 
 
-def admit_prediction(argv: Sequence[str]) -> Job:
-    """Return the job that generates with a finished run, `run=DIR`, its `run_dir`; ConfigError lists all problems."""
+def admit_finished(argv: Sequence[str], entry: str) -> Job:
+    """Return the job of an entry that uses a finished run, `run=DIR`, its `run_dir`; ConfigError lists all problems.
+
+    Evaluation takes a run's configuration too, of a model that no run has trained.
+    """
     line = read_command_line(argv)
-    line.problems += arguments.flags_that_are_not_taken(line, "predict")
+    if entry == "evaluate" and line.value_of("run") is None:
+        request = admit(argv, entry)
+        assert request.run is not None  # flags are refused
+        return request.run
+    line.problems += arguments.flags_that_are_not_taken(line, entry)
     run = line.value_of("run")
     if run in (None, ""):
         line.problems.append(Problem("run", "needs a value: the folder of a finished run", has_value=False))
     elif reason := unusable(str(run)):
         line.problems.append(Problem.on_command_line("run", reason, str(run)))
     if "run" in {problem.key for problem in line.problems}:
-        raise refuse([*line.problems, *_unread(line)])
-    job, problems = check_composed(frozen.read_finished(Path(str(run)), line), line, "predict")
-    problems = [*line.problems, *problems, *_unread(line)]
-    if job is None or problems:
+        raise refuse([*line.problems, *_unread(line, entry)])
+    return jobs_of_finished([Path(str(run))], line, entry)[0]
+
+
+def admit_members(argv: Sequence[str], trials_of: Callable[[Path], Sequence[Path]]) -> list[Job]:
+    """Return a job for each member of an ensemble, `runs=[DIR,…]` or `dir=SWEEP`; ConfigError lists all problems.
+
+    `trials_of` returns the folders of a sweep's finished trials.
+    """
+    line = read_command_line(argv)
+    line.problems += arguments.flags_that_are_not_taken(line, "ensemble")
+    runs, sweep = line.value_of("runs"), line.value_of("dir")
+    if (runs is None) == (sweep is None):
+        reason = "one of them: the folders of finished runs, or that of a sweep"
+        line.problems.append(Problem("runs=[DIR,…], dir=SWEEP", reason, has_value=False))
+    elif runs is not None and not (isinstance(runs, list) and runs and all(isinstance(one, str) for one in runs)):
+        line.problems.append(Problem.on_command_line("runs", "not a list of folders: runs=[DIR,…]", runs))
+    given = runs if isinstance(runs, list) else [sweep]
+    key = "dir" if runs is None else "runs"
+    line.problems += [Problem.on_command_line(key, reason, one) for one in given if (reason := unusable(str(one)))]
+    if line.problems:
+        raise refuse([*line.problems, *_unread(line, "ensemble")])
+    folders = [Path(one) for one in given] if key == "runs" else trials_of(Path(str(sweep)))
+    return jobs_of_finished(folders, line, "ensemble", key)
+
+
+def jobs_of_finished(folders: Sequence[Path], line: CommandLine, entry: str, key: str = "run") -> list[Job]:
+    """Return a job for each folder of a finished run, which `key` named; ConfigError lists all problems, each once."""
+    problems, jobs = [*line.problems, *_unread(line, entry)], list[Job]()
+    for folder in folders:
+        job, found = check_composed(frozen.read_finished(folder, line, entry, key), line, entry)
+        jobs += [] if job is None else [job]
+        problems += [problem for problem in found if problem not in problems]
+    if problems or len(jobs) < len(folders):
         raise refuse(problems)
-    return job
+    return jobs
 
 
-def _unread(line: CommandLine) -> Iterator[Problem]:
-    """Yield a problem for each override of src.predict that is a good key elsewhere, and would change nothing here."""
+def _unread(line: CommandLine, entry: str) -> Iterator[Problem]:
+    """Yield a problem for each override of an entry that is a good key elsewhere, and would change nothing here."""
     known = {*known_keys(), *SECTIONS}
     for override in line.overrides:
         key = override.key_or_group
-        if is_group(override, line.roots) or is_read_by_predict(key):
+        if is_group(override, line.roots) or is_read_by(entry, key):
             continue
         if key.startswith("hydra.") or any(key == name or key.startswith(f"{name}.") for name in known):
-            reason = "python -m src.predict does not read it"
+            reason = f"python -m src.{entry} does not read it"
             yield Problem.on_command_line(key, reason, value_text(override))
 
 
@@ -142,14 +180,14 @@ def check_composed(composed: Composed, line: CommandLine, entry: str | None = No
     if deepspeed.KEY in {problem.key for problem in composed.problems}:
         reported.add("deepspeed")
     sections = {key: value for key, value in composed.sections.items() if key not in reported}
-    own = _own_section(sections, entry)
+    own = _own_section(sections, composed, entry)
     sweep = _sweep_section(sections, line, composed, entry)
     parsed, problems = parse_sections(sections)
-    problems += [*own.problems, *sweep.problems, *([] if entry == "predict" else hydra_problems(composed, line))]
+    problems += [*own.problems, *sweep.problems, *hydra_problems(composed, line)]
     problems = [problem for problem in problems if problem.key not in reported]
-    if entry == "predict":
-        problems += _across(parsed, rules.RULES["predict"])
-        problems += output_problems(own.value, composed.run_dir)
+    if entry is not None and composed.is_finished:
+        problems += _across(parsed, rules.RULES[entry])
+        problems += output_problems(own.value, composed.run_dir, entry)
     else:
         problems += _across(parsed, rules.RULES["run"])
         problems += meeting_problems(parsed, line)
@@ -168,7 +206,9 @@ def check_composed(composed: Composed, line: CommandLine, entry: str | None = No
         located = [problem for problem in located if not isinstance(problem, Unregistered)]
     if located or earlier:
         return None, located_problems(composed, line, but=_of_deepspeed_file(composed)) + located
-    stored = {key: value for key, value in composed.stored.items() if key not in (entry, "sweep")}
+    stored = {
+        key: value for key, value in composed.stored.items() if key != "sweep" and (key != entry or key in SECTIONS)
+    }
     return Job(_assemble(parsed), stored, composed.run_dir, own.value, sweep=sweep.value), []
 
 
@@ -181,7 +221,7 @@ def _located(problems: list[Problem], composed: Composed, line: CommandLine, ent
     """Return problems with hints and with where each key was set; one is enough for a key without a value."""
     of_file = _of_deepspeed_file(composed)
     unresolved = {problem.key for problem in composed.problems if problem not in of_file} | composed.unresolved
-    reads = is_read_by_predict if entry == "predict" else lambda key: True
+    reads = partial(is_read_by, entry) if composed.is_finished and entry is not None else lambda key: True
     situation = Situation(composed.sections, composed.choices, line.roots, line.flags.multirun, reads)
     problems = list(without_missing([p for p in problems if p.key not in unresolved], line, composed))
     return [
@@ -211,11 +251,12 @@ def _assemble(parsed: dict[str, Parsed]) -> RunConfig:
     return RunConfig(**top, **{name: part.value for name, part in parsed.items() if name != "top"})
 
 
-def _own_section(sections: dict[str, Any], entry: str | None) -> Parsed:
+def _own_section(sections: dict[str, Any], composed: Composed, entry: str | None) -> Parsed:
     """Parse the section that only this entry has, and remove it; its defaults are in the schema."""
     if entry is None:
         return Parsed()
-    schema, given = ENTRY_SECTIONS[entry], sections.pop(entry, {})
+    schema = ENTRY_SECTIONS[entry]
+    given = composed.own if composed.is_finished else sections.pop(entry, {})
     defaults = dataclasses.asdict(schema())
     return parse_section(schema, defaults | given if isinstance(given, dict) else given, entry)
 

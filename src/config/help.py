@@ -15,7 +15,7 @@ from src.config.command_line import CommandLine, read_command_line
 from src.config.compose import compose
 from src.config.composed import Composed, where_set
 from src.config.groups import Option
-from src.config.keys import Key, all_keys, source_keys
+from src.config.keys import Key, all_keys, keys_of_entry, source_keys
 from src.config.options import GLOBAL_GROUPS, KeyPosition, OptionFileError, options, shown
 from src.config.problems import Problem, refuse, shortened
 from src.config.schema import ENTRY_SECTIONS, Check, Keys
@@ -56,7 +56,7 @@ class Page:
 
     def value(self, key: Key) -> Any:
         """Return a key's value now; NOTHING where what was chosen has no such key."""
-        if key.section in ENTRY_SECTIONS:
+        if key.entry:
             return reference.defaults(key)[""]
         return value_at(self.composed.stored, key.name, NOTHING)
 
@@ -74,9 +74,9 @@ class Page:
                 yield from wrapped(f"{group}: {chosen or 'null'} ({', '.join(others)})", hanging=4)
         yield from ("", "== Keys (SECTION.KEY=VALUE): their values now, and what they mean ==", "")
         for section in reference.sections():
-            if section in ENTRY_SECTIONS:
+            keys = [key for key in choosable(section) if not key.entry and self.value(key) is not NOTHING]
+            if not keys and section in ENTRY_SECTIONS:
                 continue
-            keys = [key for key in choosable(section) if self.value(key) is not NOTHING]
             if section:
                 yield f"{section}:" if keys else f"{section}: no keys with {self.chosen(section)}, see --help {section}"
             for key in keys:
@@ -154,7 +154,7 @@ class Page:
             yield from self.group(name)
         elif name in known:
             yield from self.long(known[name])
-            if name.partition(".")[0] not in ENTRY_SECTIONS and self.value(known[name]) is not NOTHING:
+            if not known[name].entry and self.value(known[name]) is not NOTHING:
                 place = where_set(name, self.line, self.composed)
                 yield from wrapped(f"Set by {shown(place.file) if isinstance(place, KeyPosition) else place}", indent=6)
         elif inside:
@@ -207,7 +207,7 @@ def help_of_entry(entry: str, about: str | None, arguments: Sequence[str]) -> in
             raise refuse(composed.problems)
         return help_of_run(composed, line)
     page = Page(Composed(), line)
-    own = reference.keys_of(entry) if entry in ENTRY_SECTIONS else []
+    own = keys_of_entry(entry)
     lines = [*(["", f"{entry}:"] if own else []), *(line for key in own for line in page.short(key))]
     show("\n".join([*reflowed(about or ""), *lines, "", *wrapped(MORE)]))
     return 0

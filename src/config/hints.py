@@ -136,8 +136,9 @@ def _leaf(key: str) -> str:
 
 def _reason(key: str, value: Any, problem: UnknownKey, situation: Situation) -> str:
     """Return what to do about an unknown key."""
-    if problem.key in ENTRY_SECTIONS:
-        return f"read by python -m src.{problem.key}, and by nothing else"
+    known = all_keys().get(key)
+    if only := problem.key if problem.key in ENTRY_SECTIONS else known.entry if known else "":
+        return f"read by python -m src.{only}, and by nothing else"
     if other := _of_another_option(key, situation):
         return other
     if (dotted := key.replace("/", ".")) != key and dotted in all_keys():
@@ -255,7 +256,7 @@ def _by_name(leaf: str, value: Any, situation: Situation) -> list[Suggestion]:
 def _offered(situation: Situation) -> Iterator[Key]:
     """Yield the keys that can be suggested."""
     for key in all_keys().values():
-        is_elsewhere = key.section in ENTRY_SECTIONS or (key.section == "sweep" and not situation.is_sweep)
+        is_elsewhere = key.entry or (key.section == "sweep" and not situation.is_sweep)
         if not is_elsewhere and situation.offers(key):
             yield key
 

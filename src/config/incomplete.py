@@ -9,7 +9,7 @@ from src.config.composed import Composed
 from src.config.merging import BASE
 from src.config.options import CONF, read_option, shown
 from src.config.problems import Problem
-from src.config.schema import ENTRY_SECTIONS
+from src.config.schema import ENTRY_SECTIONS, SECTIONS
 from src.config.sections import Missing
 
 MOST_LACKING = 5  # how many of the keys that a file lacks are named
@@ -37,7 +37,7 @@ def without_missing(problems: Sequence[Problem], line: CommandLine, composed: Co
 def _lacking(key: str, line: CommandLine, composed: Composed) -> Path | None:
     """Return the file that builds on nothing, to which a key is missing; None where there is none."""
     files, section = [one.file for one in composed.files], key.partition(".")[0]
-    if not files or section in ENTRY_SECTIONS:
+    if not files or (section in ENTRY_SECTIONS and section not in SECTIONS):
         return None
     if CONF / f"{BASE}.yaml" not in files:
         return primary_file(line)

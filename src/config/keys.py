@@ -8,7 +8,7 @@ from typing import Any
 
 from src.config import schema as declared
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, Keys, SweepConfig, TopLevelConfig
-from src.config.schema.fields import KeyInfo, key_info
+from src.config.schema.fields import GENERATING, KeyInfo, key_info
 from src.config.values import convert, described, hints_of, members
 
 
@@ -51,9 +51,17 @@ class Key:
         return self.section in ("data", "tokens") and self.info.shapes_rows
 
     @property
-    def is_read_by_predict(self) -> bool:
-        is_read = self.info.read_by_predict
-        return self.section == "data" and self.shapes_rows if is_read is None else is_read
+    def entry(self) -> str:
+        """The entry that alone reads it; '' for a key of runs or sweeps."""
+        return next((name for name, owner in ENTRY_SECTIONS.items() if owner is self.owner), "")
+
+    def is_read_by(self, entry: str) -> bool:
+        """Return whether an entry that uses finished runs takes it."""
+        if self.section == entry:
+            return True
+        if self.info.read_by is None:
+            return self.section == "data" and self.shapes_rows and entry in GENERATING
+        return entry in self.info.read_by
 
     @property
     def allowed(self) -> str:
@@ -74,18 +82,25 @@ class Key:
 def all_keys() -> dict[str, Key]:
     """Return every key by its dotted name: those of a run, of a sweep, and of one entry alone."""
     found = {key.name: key for key in _of("", TopLevelConfig)}
-    for name, schema in {**SECTIONS, "sweep": SweepConfig, **ENTRY_SECTIONS}.items():
+    sections = {**SECTIONS, "sweep": SweepConfig, **{n: s for n, s in ENTRY_SECTIONS.items() if n not in SECTIONS}}
+    for name, schema in sections.items():
         forms: dict[str, type] = schema if isinstance(schema, dict) else {"": schema}
         for kind, owner in forms.items():
-            for key in _of(name, owner):
-                before = found.get(key.name, key)
-                found[key.name] = dataclasses.replace(before, types=(*before.types, kind) if kind else ())
+            for key in (*_of(name, owner), *(keys_of_entry(name) if name in SECTIONS else ())):
+                before = found.setdefault(key.name, key)  # of a run, where an entry's section has the same name
+                if kind:
+                    found[key.name] = dataclasses.replace(before, types=(*before.types, kind))
     return found
+
+
+def keys_of_entry(entry: str) -> list[Key]:
+    """Return the keys that an entry has for itself."""
+    return list(_of(entry, ENTRY_SECTIONS[entry])) if entry in ENTRY_SECTIONS else []
 
 
 def known_keys() -> Iterator[str]:
     """Yield every dotted key that the configuration of some run can have."""
-    yield from (key.name for key in all_keys().values() if not key.section or key.section in SECTIONS)
+    yield from (key.name for key in all_keys().values() if not key.entry and key.section != "sweep")
 
 
 def _of(prefix: str, owner: type) -> Iterator[Key]:
@@ -102,14 +117,14 @@ def source_keys() -> list[Key]:
     return [Key(f"data.mixture.NAME.{name}", declared.SourceConfig) for name in hints_of(declared.SourceConfig)]
 
 
-def is_read_by_predict(name: str) -> bool:
-    """Return whether src.predict reads a key, or all keys of a section; True for a name that stands for neither."""
+def is_read_by(entry: str, name: str) -> bool:
+    """Return whether an entry that uses finished runs reads a key, or all keys of a section; True for other names."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):  # a key's value may be a mapping that has this name in it
         if found := all_keys().get(".".join(parts[:length])):
-            return found.is_read_by_predict
+            return found.is_read_by(entry)
     return not name.startswith("hydra.") and all(
-        key.is_read_by_predict for key in all_keys().values() if key.section == name
+        key.is_read_by(entry) for key in all_keys().values() if key.section == name
     )
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from src.config import frozen
 from src.config.command_line import CommandLine
@@ -11,19 +12,22 @@ from src.config.composed import Composed
 from src.config.files import unusable
 from src.config.options import PROJECT_ROOT
 from src.config.problems import COMMAND_LINE, Problem
-from src.config.schema import PredictConfig, RuntimeConfig
+from src.config.schema import RuntimeConfig
 from src.config.sections import Parsed
 from src.errors import DamagedFileError
 
 
-def output_problems(own: PredictConfig | None, run_dir: Path) -> Iterator[Problem]:
-    """Check that predictions can be written, and not among the files of a run."""
-    if own is None:
+def output_problems(own: Any, run_dir: Path, entry: str) -> Iterator[Problem]:
+    """Check that what an entry makes of a finished run can be written, and not among the files of a run.
+
+    `own` is the entry's section; None where it is not good.
+    """
+    if own is None or not hasattr(own, "folder"):
         return
-    output = own.folder(run_dir)
+    output, key = own.folder(run_dir), f"{entry}.output"
     if os.path.exists(output / "config.yaml"):
-        yield Problem("predict.output", "a run's folder; predictions need one of their own", str(output))
-    yield from _folder_problems(output, "predict.output", "the folder of the predictions")
+        yield Problem(key, f"a run's folder; what {entry} writes needs one of its own", str(output))
+    yield from _folder_problems(output, key, f"where {entry} writes")
 
 
 def meeting_problems(parsed: dict[str, Parsed], line: CommandLine) -> Iterator[Problem]:

@@ -13,14 +13,14 @@ from src.config.help import by_value, grouped, inner_keys, paragraphs, shown_val
 from src.config.keys import Key, source_keys
 from src.config.options import CONF, GLOBAL_GROUPS, PROJECT_ROOT, options
 from src.config.peers import Counterpart, all_peers
+from src.config.schema import ENTRY_SECTIONS, SECTIONS
 from src.markdown import code, inline, table
 
 MADE = "<!-- Made by `make docs` from src/config and conf/. Changes belong there; a test compares. -->"
 ABOUT_SECTIONS = {
     "": "Outside any section: `KEY=VALUE`.",
     "sweep": "Read with `-m` only; how several values are tried.",
-    "preflight": "Read by `python -m src.preflight` alone.",
-    "predict": "Read by `python -m src.predict` alone.",
+    **{name: f"Read by `python -m src.{name}` alone." for name in ENTRY_SECTIONS if name not in SECTIONS},
 }
 
 
@@ -70,6 +70,8 @@ def _row(key: Key) -> list[str]:
     if key.types and (of_some := groups.with_key(key, [CONF])) != options(key.section, [CONF]):
         first, *others = of_some
         said.append(f"only with {', '.join([code(f'{key.section}={first}'), *map(code, others)])}")
+    if key.entry in SECTIONS:
+        said.append(f"only of `python -m src.{key.entry}`")
     having = by_value(by_option)
     default = [code(text) + (f": {', '.join(names)}" if len(having) > 1 else "") for text, names in having.items()]
     return [code(key.name), "<br>".join(said), inline(key.allowed), "<br>".join(default)]

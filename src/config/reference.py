@@ -1,6 +1,7 @@
 """What each key means, may be and is by default, from the schema and the files of conf/."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def meaning(key: Key, roots: Roots = (CONF,), chosen: str = "") -> str:
     The general text is, in this order, the comment in conf/config.yaml or in the option that this file chooses, the
     text in the schema, or the comment in another option of conf/.
     """
+    if key.entry:
+        return key.info.text
     if not is_group(key.section, roots):
         return _top()[1].get(key.name) or key.info.text
     general = _own(key, default_choices().get(key.section, ""), roots) or key.info.text
@@ -83,9 +86,10 @@ def defaults(key: Key, roots: Roots = (CONF,)) -> dict[str, Any]:
     if is_group(key.section, roots):
         return groups.setting(key, roots)
     section = _top()[0].get(key.section, {}) if key.section else _top()[0]
-    if name_in(key) in section:
+    if name_in(key) in section and not key.entry:
         return {"": section[name_in(key)]}
-    return {"": getattr(key.owner(), key.leaf)}
+    value = getattr(key.owner(), key.leaf)
+    return {"": value.value if isinstance(value, Enum) else value}
 
 
 def changes(option: Option) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from src.config import schema
 from src.config.problems import Problem
 from src.config.rules.data import sources
-from src.config.rules.rule import Problems, applies_to
+from src.config.rules.rule import READING_ROWS, Problems, applies_to
+from src.config.schema.fields import GENERATING
 
 
 @applies_to("run")
@@ -21,7 +22,7 @@ def streaming_can_work(data: schema.DataConfig, training: schema.TrainingConfig)
             yield Problem(f"data.mixture.{name}", "a streamed source needs a weight or a count", given)
 
 
-@applies_to("run", "predict")
+@applies_to("run", *READING_ROWS)
 def encoder_decoders_take_pairs(data: schema.DataConfig, model: schema.ModelConfig) -> Problems:
     if model.type is not schema.ModelType.encoder_decoder:
         return
@@ -35,7 +36,7 @@ def encoder_decoders_take_pairs(data: schema.DataConfig, model: schema.ModelConf
             yield Problem(f"{key}.supervised_turns", reason, "all")
 
 
-@applies_to("run", "predict")
+@applies_to("run", *READING_ROWS)
 def kept_thoughts_have_tags(data: schema.DataConfig, tokens: schema.TokensConfig) -> Problems:
     if data.thoughts is schema.Thoughts.keep and tokens.thought_open is None:
         yield Problem("data.thoughts", "nothing to write thoughts with: tokens.thought_open is null", "keep")
@@ -119,13 +120,13 @@ def fp16_keeps_float32_weights(
         yield Problem("model.dtype", reason, model.dtype.value)
 
 
-@applies_to("run", "predict")
+@applies_to("run", *GENERATING)
 def precision_fits_the_device(training: schema.TrainingConfig, runtime: schema.RuntimeConfig) -> Problems:
     if training.mixed_precision is schema.MixedPrecision.fp16 and runtime.device is schema.Device.cpu:
         yield Problem("training.mixed_precision", "fp16 needs a GPU; on a CPU use no or bf16", "fp16")
 
 
-@applies_to("run", "predict")
+@applies_to("run", *GENERATING)
 def flash_attention_needs_a_gpu(model: schema.ModelConfig, runtime: schema.RuntimeConfig) -> Problems:
     if model.attn_implementation is schema.Attention.flash_attention_2 and runtime.device is schema.Device.cpu:
         yield Problem("model.attn_implementation", "needs a GPU; sdpa on a CPU", "flash_attention_2")

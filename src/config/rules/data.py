@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from src.config.files import problems_of
 from src.config.formats import broken_format, declared_formats, roles
 from src.config.problems import Problem
-from src.config.rules.rule import Problems, applies_to
+from src.config.rules.rule import READING_ROWS, Problems, applies_to
 from src.config.schema import PLACEHOLDER, DataConfig
 from src.util import did_you_mean
 
@@ -24,7 +24,7 @@ def a_source_is_given(data: DataConfig) -> Problems:
         yield Problem("data.mixture", reason, has_value=False)
 
 
-@applies_to("run", "predict")
+@applies_to("run", *READING_ROWS)
 def files_can_be_found(data: DataConfig) -> Problems:
     sets = {"train_files": {"train": data.train_files or []}, "validation_files": data.validation_sets()}
     for key, lists in (sets | {"test_files": data.test_sets()}).items():
@@ -53,7 +53,7 @@ def mixture_is_whole(data: DataConfig) -> Problems:
         yield Problem("data.mixture", "weights (proportions) or counts (rows), not both", data.mixture)
 
 
-@applies_to("run", "predict")
+@applies_to("run", *READING_ROWS)
 def set_names_are_plain(data: DataConfig) -> Problems:
     for key, names in (("validation_files", data.validation_sets()), ("test_files", data.test_sets())):
         for name in names:
@@ -76,7 +76,7 @@ def sources(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
         yield from ((f"data.mixture.{name}", source.data) for name, source in data.train_sources().items())
 
 
-@applies_to("run", "predict")
+@applies_to("run", *READING_ROWS)
 def formats_are_known(data: DataConfig) -> Problems:
     known = list(declared_formats())
     for key, source in sources(data):
@@ -87,7 +87,7 @@ def formats_are_known(data: DataConfig) -> Problems:
             yield Problem(f"{key}.format", reason, source.format)
 
 
-@applies_to("run", "predict")
+@applies_to("run", *READING_ROWS)
 def columns_and_templates_fit_the_format(data: DataConfig) -> Problems:
     for key, source in sources(data):
         if source.format not in declared_formats():
@@ -120,14 +120,14 @@ def _template_problems(key: str, template: str | None, name: str, parts: tuple[s
         yield Problem(key, f"{{{parts[-1]}}} in the prompt would give the answer away", template)
 
 
-@applies_to("run", "predict")
+@applies_to("run", *READING_ROWS)
 def cleaning_is_for_dialogues(data: DataConfig) -> Problems:
     for key, source in sources(data):
         if source.clean_dialogue and source.format != "dialogue_summary":
             yield Problem(f"{key}.clean_dialogue", "only format dialogue_summary cleans its dialogue", True)
 
 
-@applies_to("run", "predict")
+@applies_to("run", *READING_ROWS)
 def text_is_no_chat(data: DataConfig) -> Problems:
     for key, source in sources(data):
         if source.format == "text" and source.system_prompt is not None:

@@ -4,13 +4,13 @@ import re
 
 from src.config.problems import Problem
 from src.config.rules.data import sources
-from src.config.rules.rule import Problems, applies_to
+from src.config.rules.rule import READING_ROWS, Problems, applies_to
 from src.config.schema import AdapterConfig, DataConfig, NoAdapterConfig
 from src.errors import ConfigError
 from src.patterns import Pattern
 
 
-@applies_to("run", "predict")
+@applies_to("run", *READING_ROWS)
 def patterns_are_regular_expressions(data: DataConfig) -> Problems:
     patterns = {f"{key}.thought_pattern": source.thought_pattern for key, source in sources(data)}
     for key, pattern in (patterns | {"data.answer_pattern": data.answer_pattern}).items():

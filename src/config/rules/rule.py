@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterator
 
 from src.config.problems import Problem
+from src.config.schema.entries import USING_RUNS
 
 Problems = Iterator[Problem]
 Rule = Callable[..., Problems]
-RULES: dict[str, list[Rule]] = {"run": [], "predict": []}
-"""Rules of src.run, which preflight has too, and of src.predict: nothing about how a run was trained."""
+READING_ROWS = ("predict", "evaluate", "ensemble")
+"""The entries that read rows for a finished run."""
+RULES: dict[str, list[Rule]] = {"run": [], **{entry: [] for entry in USING_RUNS}}
+"""Rules of src.run, which preflight has too, and of entries that use finished runs: nothing about training."""
 
 
 def applies_to(*entries: str) -> Callable[[Rule], Rule]:

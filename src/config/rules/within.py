@@ -6,6 +6,7 @@ from pathlib import Path
 from src.config import schema
 from src.config.problems import Problem
 from src.config.rules.rule import Problems, applies_to
+from src.config.schema.fields import GENERATING
 
 
 @applies_to("run")
@@ -65,7 +66,7 @@ def new_tokens_can_be_initialised(tokens: schema.TokensConfig) -> Problems:
                 yield Problem("tokens.init.descriptions", f"no description of {token}", init.descriptions)
 
 
-@applies_to("run", "predict")
+@applies_to("run", *GENERATING)
 def generation_lengths_fit(generation: schema.GenerationConfig) -> Problems:
     if generation.min_new_tokens > generation.max_new_tokens:
         reason = f"more than generation.max_new_tokens, {generation.max_new_tokens}"

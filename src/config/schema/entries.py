@@ -1,11 +1,16 @@
 """Sections that one entry reads alone; their defaults and texts stand here, not in conf/."""
 
+import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from src.config.schema.checks import AT_LEAST_ONE, COUNT, PATH
-from src.config.schema.fields import key
+from src.config.schema.checks import AT_LEAST_ONE, COUNT, PATH, Check
+from src.config.schema.fields import GENERATING, key
+from src.config.schema.model import Dtype
+
+USING_RUNS = (*GENERATING, "export")
+"""The entries that use finished runs."""
+CHECKPOINT = Check("best, last or step-N", lambda v: v is None or re.fullmatch(r"best|last|step-\d+", v) is not None)
 
 
 @dataclass
@@ -20,20 +25,48 @@ class PreflightConfig:
     )
 
 
-_key = partial(key, default=None, read_by_predict=True)
-
-
 @dataclass
 class PredictConfig:
     """In which batches `python -m src.predict` generates, and where it writes."""
 
-    batch_size: int | None = _key(AT_LEAST_ONE, text="prompts at a time; null: training.per_device_eval_batch_size")
-    output: str | None = _key(PATH, text="the folder of the predictions; null: predictions/ in the run's folder")
+    batch_size: int | None = key(
+        AT_LEAST_ONE, default=None, text="prompts at a time; null: training.per_device_eval_batch_size"
+    )
+    output: str | None = key(
+        PATH, default=None, text="the folder of the predictions; null: predictions/ in the run's folder"
+    )
 
     def folder(self, run_dir: Path) -> Path:
         """Return the folder of the predictions: predict.output, or predictions/ in the run's folder."""
         return run_dir / "predictions" if self.output is None else Path(self.output)
 
 
-ENTRY_SECTIONS: dict[str, type] = {"preflight": PreflightConfig, "predict": PredictConfig}
+@dataclass
+class ExportEntryConfig:
+    """What `python -m src.export` writes, and where."""
+
+    merge: bool = key(default=True, text="true: whole weights, an adapter merged into them; false: the adapter alone")
+    dtype: Dtype = key(default=Dtype.auto, text="type of the weights that are written; auto: as they are")
+    padding: bool = key(
+        default=True, text="false: matrices of tokens have one row for each token, none of tokens.pad_to_multiple_of"
+    )
+    checkpoint: str | None = key(
+        CHECKPOINT,
+        default=None,
+        text="weights of a checkpoint, best, last or step-N, also of a run that is not finished; null: those in model/",
+    )
+    output: str | None = key(PATH, default=None, text="the folder to write; null: export/ in the run's folder")
+
+    def folder(self, run_dir: Path) -> Path:
+        """Return the folder of the export: export.output, or one in the run's folder that says what it holds."""
+        kind = (
+            "merged" if self.merge else "adapter",
+            self.checkpoint,
+            self.dtype.value,
+            None if self.padding else "unpadded",
+        )
+        return run_dir / "export" / "-".join(filter(None, kind)) if self.output is None else Path(self.output)
+
+
+ENTRY_SECTIONS: dict[str, type] = {"preflight": PreflightConfig, "predict": PredictConfig, "export": ExportEntryConfig}
 """Sections that one entry reads, `python -m src.<name>`, and no other takes; they have their defaults here."""

@@ -25,6 +25,8 @@ class Impact(IntEnum):
 
 BY_OUTCOME = Impact.harmless
 """The impact of a key whose outcome (rows, ids, weights) is in the run's fingerprint, where it is compared instead."""
+GENERATING = ("predict", "evaluate", "benchmark", "ensemble")
+"""The entries that compute with finished runs."""
 AT_START = "only decides how a run starts, so it changes nothing here"
 """Why a change of such a key is harmless."""
 
@@ -54,8 +56,8 @@ class KeyInfo:
     """Whether encoded rows depend on it, so that it is part of the cache's key; only in `data` and `tokens`."""
     cache_key_field: str = ""  # the field of EncodingConfig by which it enters the cache's key; empty: by its own value
     per_source: bool = False  # whether a source of a mixture may have its own; only in `data`
-    read_by_predict: bool | None = None
-    """Whether src.predict takes it; None: as it takes every key of `data` that shapes rows."""
+    read_by: Collection[str] | None = None
+    """The entries that take it with a finished run; None: GENERATING for keys of `data` that shape rows, else none."""
 
 
 def key(check: Check | None = None, default: Any = MISSING, **info: Any) -> Any:

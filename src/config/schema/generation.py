@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, Check, in_float32, is_number, up_to
-from src.config.schema.fields import Impact, key
+from src.config.schema.fields import GENERATING, Impact, key
 
 SCALE = in_float32(1e-30, "of at least 1e-30")
 """What scores are divided by, which may be in the hundreds: below, they are infinite in 32 bits."""
 BEAMS = up_to(1_000, "each beam holds every row of a batch once more")
 
 
-_key = partial(key, resume=Impact.harmless, read_by_predict=True)
+_key = partial(key, resume=Impact.harmless, read_by=GENERATING)
 
 
 @dataclass

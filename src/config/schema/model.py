@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from src.config.schema.checks import PathCheck
-from src.config.schema.fields import AT_START, BY_OUTCOME, Impact, key, type_key
+from src.config.schema.fields import AT_START, BY_OUTCOME, GENERATING, Impact, key, type_key
 
 CHECKPOINT = PathCheck("a folder with a checkpoint, or the name of one on a hub", bool)
 
@@ -25,11 +25,11 @@ class ModelConfig:
     checkpoint: str = key(CHECKPOINT, resume=BY_OUTCOME)
     revision: str | None = key(resume=BY_OUTCOME)
     weights: Weights = key(resume=BY_OUTCOME, why=AT_START)
-    dtype: Dtype = key(why="weights of another precision", read_by_predict=True)
-    attn_implementation: Attention | None = key(resume=Impact.rounding, read_by_predict=True)
+    dtype: Dtype = key(why="weights of another precision", read_by=GENERATING)
+    attn_implementation: Attention | None = key(resume=Impact.rounding, read_by=GENERATING)
     gradient_checkpointing: bool = key(resume=Impact.rounding)
     use_safetensors: bool = key(resume=BY_OUTCOME)
-    trust_remote_code: bool = key(resume=Impact.rounding, why="other code may compute", read_by_predict=True)
+    trust_remote_code: bool = key(resume=Impact.rounding, why="other code may compute", read_by=(*GENERATING, "export"))
 
     def pretrained_at(self, folder: Path) -> Self:
         """Return the settings that load the model in a folder, in the same precision."""

@@ -10,7 +10,7 @@ from typing import Any
 from src.config.schema import checks
 from src.config.schema.checks import AT_LEAST_ONE, BELOW_ONE, COUNT, PATH, POSITIVE, WEIGHT_OR_ZERO, PathCheck
 from src.config.schema.data import is_grouped_by_length
-from src.config.schema.fields import AT_START, BY_OUTCOME, DottedConfig, Impact, Verdict, key
+from src.config.schema.fields import AT_START, BY_OUTCOME, GENERATING, DottedConfig, Impact, Verdict, key
 from src.config.schema.scheduler import SCHEDULES
 from src.metrics import greater_is_better
 
@@ -27,7 +27,7 @@ ROWS_OF_A_STEP = (
 """Keys whose product is how many rows make a step."""
 PORT = checks.Check("a port's number, from 1 to 65535", lambda v: v is None or (checks.is_int(v) and 1 <= v <= 65535))
 MACHINES = checks.up_to(65_536, "more machines than any cluster has")
-_runtime_key = partial(key, resume=BY_OUTCOME, read_by_predict=True)
+_runtime_key = partial(key, resume=BY_OUTCOME, read_by=GENERATING)
 
 
 def _impact_of_start(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
@@ -39,8 +39,8 @@ class TopLevelConfig:
     """The keys that stand outside any section."""
 
     name: str = key(checks.NAME, resume=Impact.harmless)
-    seed: int = key(checks.SEED, why="the rows come in another order", reorders=True, read_by_predict=True)
-    force: bool = key(resume=Impact.harmless, read_by_predict=True)
+    seed: int = key(checks.SEED, why="the rows come in another order", reorders=True, read_by=GENERATING)
+    force: bool = key(resume=Impact.harmless, read_by=GENERATING)
     rerun: str | None = key(PATH, resume=Impact.harmless)
     init_from: str | None = key(PATH, resume=_impact_of_start)
     plugins: list[str] = key(checks.STRINGS, resume=BY_OUTCOME)
@@ -86,10 +86,10 @@ class TrainingConfig:
     max_train_steps: int | None = key(AT_LEAST_ONE, resume=_impact_of_length)
     max_seconds: float | None = key(POSITIVE, resume=Impact.harmless)
     per_device_train_batch_size: int = key(AT_LEAST_ONE, resume=_impact_of_batch, reorders=is_grouped_by_length)
-    per_device_eval_batch_size: int = key(AT_LEAST_ONE, resume=Impact.harmless, read_by_predict=True)
+    per_device_eval_batch_size: int = key(AT_LEAST_ONE, resume=Impact.harmless, read_by=GENERATING)
     gradient_accumulation_steps: int = key(AT_LEAST_ONE, resume=_impact_of_batch)
     max_grad_norm: float | None = key(checks.WEIGHT, why="other updates")
-    mixed_precision: MixedPrecision = key(why="computes in another precision", read_by_predict=True)
+    mixed_precision: MixedPrecision = key(why="computes in another precision", read_by=GENERATING)
     logging_steps: int = key(AT_LEAST_ONE, resume=Impact.harmless)
     early_stopping_patience: int | None = key(AT_LEAST_ONE, None, resume=Impact.harmless)
     early_stopping_threshold: float = key(WEIGHT_OR_ZERO, 0.0, resume=Impact.harmless)
@@ -109,8 +109,8 @@ class EvaluationConfig:
     """When and on how much the run is evaluated and samples are written."""
 
     eval_steps: Any = key(checks.STEPS_OR_EPOCH, resume=Impact.harmless)
-    metrics: list[str] | None = key(checks.METRIC_NAMES, resume=Impact.harmless, read_by_predict=True)
-    max_samples: int | None = key(AT_LEAST_ONE, resume=Impact.harmless)
+    metrics: list[str] | None = key(checks.METRIC_NAMES, resume=Impact.harmless, read_by=GENERATING)
+    max_samples: int | None = key(AT_LEAST_ONE, resume=Impact.harmless, read_by=("evaluate",))
     sample_steps: Any = key(checks.STEPS_OR_EPOCH, resume=Impact.harmless)
     sample_prompts: int = key(COUNT, resume=Impact.harmless)
 

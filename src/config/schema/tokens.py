@@ -29,10 +29,8 @@ class TokenInitConfig:
 class TokensConfig:
     """conf/tokens: tokens that the vocabulary gets, and which of them open and close a thought."""
 
-    additional_special_tokens: list[str] = key(
-        STRINGS, resume=BY_OUTCOME, cache_key_field="tokenizer", read_by_predict=False
-    )
-    thought_open: str | None = key(resume=BY_OUTCOME, cache_key_field="tags", read_by_predict=False)
-    thought_close: str | None = key(resume=BY_OUTCOME, cache_key_field="tags", read_by_predict=False)
+    additional_special_tokens: list[str] = key(STRINGS, resume=BY_OUTCOME, cache_key_field="tokenizer", read_by=())
+    thought_open: str | None = key(resume=BY_OUTCOME, cache_key_field="tags", read_by=())
+    thought_close: str | None = key(resume=BY_OUTCOME, cache_key_field="tags", read_by=())
     init: TokenInitConfig = field(default_factory=TokenInitConfig)
     pad_to_multiple_of: int | None = key(ROWS_MULTIPLE, resume=BY_OUTCOME, shapes_rows=False)
