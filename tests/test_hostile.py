@@ -42,7 +42,7 @@ from src.errors import ConfigError, DataError, LimitError, ModelError, report, v
 from src.inspection.drawing import Paint
 from src.markdown import code, fenced, inline, table
 from src.metrics import compute_metrics
-from src.model.adapters import with_adapter
+from src.model.adapters import load_adapter
 from src.model.build import build_model
 from src.model.card import model_card
 from src.patterns import Pattern
@@ -140,7 +140,7 @@ def test_a_card_and_a_leaderboard_hold_no_markup_of_names(tmp_path: Path) -> Non
         assert not {"link_open", "html_block", "html_inline"} & set(found)
         assert "owned" in READER.render(text)
         assert not re.search(r"<h\d>owned", READER.render(text))
-    assert kinds(card.split("---\n", 2)[2]).count("fence") == 2
+    assert kinds(card.split("---\n", 2)[2]).count("fence") == 3
 
 
 EXPLOSIVE = r"(?:a|aa)+$|(b)"
@@ -460,7 +460,7 @@ def test_an_adapter_whose_weights_are_not_its_own_is_told(tmp_path: Path) -> Non
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("assets/tiny_llama"))
 
     peft.get_peft_model(base(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    with_adapter(base(), tmp_path)
+    load_adapter(base(), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     whole = load_file(file)
     name = next(iter(whole))
@@ -472,16 +472,16 @@ def test_an_adapter_whose_weights_are_not_its_own_is_told(tmp_path: Path) -> Non
     for told, weights in cases.items():
         save_file(weights, file, metadata={"format": "pt"})
         with pytest.raises(ModelError, match=told):
-            with_adapter(base(), tmp_path)
+            load_adapter(base(), tmp_path)
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ModelError, match=r"^the adapter in .* can't be read"):
-        with_adapter(base(), tmp_path)
+        load_adapter(base(), tmp_path)
     file.unlink()
     os.mkfifo(file)
     with pytest.raises(
         ModelError, match=r"^the adapter in .* can't be read: adapter_model.safetensors is no plain file"
     ):
-        with_adapter(base(), tmp_path)
+        load_adapter(base(), tmp_path)
 
 
 def test_json_is_read_alike_in_pieces_of_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

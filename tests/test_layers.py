@@ -9,10 +9,10 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 LAYERS = (
-    ("preflight", "predict", "sync"),
+    ("preflight", "predict", "export", "sync"),
     ("cli",),
     ("run",),
-    ("overview", "inspection"),
+    ("overview", "inspection", "exporting"),
     ("forecast",),
     ("training", "evaluation", "sweep"),
     ("checkpoint", "data", "model", "tracking"),

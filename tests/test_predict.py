@@ -384,7 +384,7 @@ def test_a_folder_that_is_no_finished_run_is_told(run: Path, rows: str, tmp_path
     assert f"run = {other}" not in str(admit_finished(own, "predict"))
     message = refusal(*own, f"predict.output={other}", "seed=-1")
     assert "2 problems" in message
-    assert "a run's folder; predictions need one of their own" in message
+    assert "a run's folder" in message
     (other / "status.json").write_text(json.dumps({"state": "PREEMPTED", "step": 3}))
     message = refusal(*own, "generation.max_new_token=4")
     assert "not finished: it is PREEMPTED at step 3" in message

@@ -5,7 +5,7 @@ No torch here, so that a refusal costs nothing.
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from src.config.places import CHECKPOINTS, MANIFEST, folder_of, steps_in
 from src.config.quoting import shell_override
 from src.config.schema import CheckpointConfig, TrainingConfig
 from src.errors import CheckpointError, RunFolderError
-from src.util import listed
+from src.util import in_words, listed
 
 LEAST_SHARE = 1e-6  # the rounding error, in steps, that a number of epochs may have
 WEIGHTS_KEY = "weights"
@@ -63,13 +63,42 @@ def check_best(
     """
     if not config.load_best_model_at_end or config.allow_changed:
         return
-    metric, sign = config.metric_for_best_model, -1 if config.is_greater_better else 1
-    lines = [*state.get("best", ()), *([] if line is None else [line])]
-    values = [(sign * value, one["step"]) for one in lines if (value := one.get(metric)) is not None]
-    if values and (best := min(values)[1]) != state["step"]:
+    best = best_step(config, [*state.get("best", ()), *([] if line is None else [line])])
+    if best is not None and best != state["step"]:
         place = folder_of(run_dir / CHECKPOINTS, best)
         if problem := problem_of_best(place, written_weights(state).get(best)):
             raise CheckpointError(lost_best(place, problem))
+
+
+def best_step(config: CheckpointConfig, lines: Iterable[Mapping[str, Any]]) -> int | None:
+    """Return the step of the best evaluation among lines of metrics, of equal ones the first; None where is none."""
+    metric, sign = config.metric_for_best_model, -1 if config.is_greater_better else 1
+    values = [(sign * value, int(one["step"])) for one in lines if (value := one.get(metric)) is not None]
+    return min(values)[1] if values else None
+
+
+def find_weights(run_dir: Path, which: str, config: CheckpointConfig, lines: Iterable[Mapping[str, Any]]) -> Path:
+    """Return a run's whole checkpoint, `best`, `last` or `step-N`; the best by its `lines` of metrics.
+
+    CheckpointError says that there is none, or that it is damaged.
+    """
+    saved = run_dir / CHECKPOINTS
+    if which == "last":
+        return newest_weights(run_dir)[0]
+    if which == "best":
+        newest = manifest.newest_resumable(saved)
+        first = 0 if newest is None else manifest.read_state(folder_of(saved, newest)).get("comparable_from", 0)
+        step = best_step(config, (line for line in lines if line["step"] >= first))
+        if step is None:
+            raise CheckpointError(f"{run_dir} has no evaluation with {config.metric_for_best_model}: choose a step")
+    else:
+        step = int(which.removeprefix("step-"))
+    place = folder_of(saved, step)
+    if not place.exists():
+        there = in_words(f"step-{one}" for one in steps_in(saved)) or "none"
+        raise CheckpointError(f"{run_dir} keeps no weights of step {step:,}; it keeps {there}")
+    manifest.check_undamaged(place)
+    return place
 
 
 def written_weights(state: Mapping[str, Any]) -> dict[int, str]:

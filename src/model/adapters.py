@@ -120,11 +120,6 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
         raise ModelError(f"the adapter in {folder} can't be read: {one_line(error)} ({WEIGHTS})") from error
 
 
-def with_adapter(base: Any, folder: Path) -> Any:
-    """Load a saved adapter onto its base, which has room for the new tokens; return the model. Raises as below."""
-    return load_adapter(base, folder).peft_model.get_base_model()
-
-
 def load_adapter(base: Any, folder: Path) -> Adapter:
     """Load a saved adapter onto its base, which is changed in place and has room for the new tokens.
 

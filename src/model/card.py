@@ -33,8 +33,13 @@ def model_card(
     metrics: Mapping[str, float],
     provenance: Mapping[str, Any],
     new_tokens: Mapping[str, int],
+    *,
+    has_modelfile: bool = False,
 ) -> str:
-    """Return the card of a run: of its config.yaml, data_report.json, last metrics, provenance.json, and token ids."""
+    """Return the card of a run: of its config.yaml, data_report.json, last metrics, provenance.json, and token ids.
+
+    `has_modelfile`: whether an Ollama Modelfile is beside it.
+    """
     model, git = frozen["model"], provenance.get("git", {})
     head = {"library_name": "peft" if _is_adapter(frozen) else "transformers", "base_model": _name(model["checkpoint"])}
     commit = git.get("commit") or "unknown"
@@ -43,6 +48,7 @@ def model_card(
         f"{', with changes that are not committed' if git.get('dirty') else ''} (config hash "
         f"{provenance.get('config_hash', 'unknown')}).",
         "## How to load it": _loading(frozen),
+        "## How to serve and publish it": _serving(frozen, new_tokens, has_modelfile=has_modelfile),
         "## Data": table(
             ("set", "rows", "tokens", "supervised"),
             [
@@ -154,6 +160,30 @@ def _loading(frozen: Mapping[str, Any]) -> str:
         "model.generation_config = GenerationConfig.from_pretrained(FOLDER)",
     ]
     return fenced("\n".join(lines), "python") + note
+
+
+def _serving(frozen: Mapping[str, Any], new_tokens: Mapping[str, int], *, has_modelfile: bool) -> str:
+    """Return how to serve a model with vLLM and Ollama, which take causal models only, and how to put it on a hub."""
+    is_causal, lines = frozen["model"]["type"] == "causal_lm", ["hf upload USER/NAME FOLDER"]
+    notes = []
+    if is_causal and not _is_adapter(frozen):
+        lines.insert(0, "vllm serve FOLDER")
+        if has_modelfile:
+            lines.insert(1, "ollama create NAME -f FOLDER/Modelfile")
+    elif is_causal and not new_tokens:
+        base = frozen["model"]["checkpoint"]
+        lines.insert(
+            0, f"vllm serve {'BASE' if _name(base) != base else base} --enable-lora --lora-modules NAME=FOLDER"
+        )
+    elif is_causal:
+        notes.append("vLLM refuses adapters with rows of new tokens, so it needs whole weights.")
+    if _is_adapter(frozen):
+        notes.append("`python -m src.export run=DIR` writes whole weights, with a Modelfile for Ollama.")
+    if new_tokens and is_causal:
+        notes.append(
+            'Servers leave special tokens out of the text; vLLM keeps them with `"skip_special_tokens": false`.'
+        )
+    return "\n\n".join([fenced("\n".join(lines), "bash"), *notes])
 
 
 def _bits(frozen: Mapping[str, Any]) -> str:

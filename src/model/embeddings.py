@@ -112,14 +112,16 @@ def true_tie_flag(model: Any) -> Iterator[None]:
         model.config.tie_word_embeddings = flag
 
 
-def resize_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | None) -> None:
-    """Resize the matrices to at least `num_tokens` rows; larger ones are never shrunk.
+def resize_embeddings(
+    model: Any, num_tokens: int, pad_to_multiple_of: int | None = None, *, cuts: bool = False
+) -> None:
+    """Resize the matrices to at least `num_tokens` rows; larger ones are shrunk only where it `cuts`.
 
     Where encoder and decoder have matrices of their own (an untied BART), transformers 5.23 would replace all by one,
     and what they have learned would be lost. So they are put back, resized too.
     """
     inputs = model.get_input_embeddings().weight
-    if full_shape(inputs)[0] >= num_tokens:
+    if full_shape(inputs)[0] >= num_tokens and not cuts:
         return
     looked_up = [(stack, stack.get_input_embeddings()) for stack in _stacks(model).values()]
     own = [(stack, module) for stack, module in looked_up if module.weight is not inputs]
@@ -129,8 +131,8 @@ def resize_embeddings(model: Any, num_tokens: int, pad_to_multiple_of: int | Non
     for stack, module in own:
         with gathered([module.weight]):
             old = module.weight.detach().clone()
-        rest = old.new_zeros(size - len(old), old.shape[1])  # rows of tokens that are initialised next, or padding
-        module.weight, module.num_embeddings = nn.Parameter(torch.cat([old, rest])), size
+        rest = old.new_zeros(max(0, size - len(old)), old.shape[1])  # of tokens that are initialised next, or padding
+        module.weight, module.num_embeddings = nn.Parameter(torch.cat([old[:size], rest])), size
         stack.set_input_embeddings(module)
 
 

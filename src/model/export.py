@@ -4,8 +4,9 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,13 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from src.config.places import remove_tree, set_aside
-from src.config.schema import ModelConfig, RunConfig, Weights
+from src.config.schema import Dtype, ModelConfig, RunConfig, Weights
 from src.errors import ExportError, ModelError, NonFiniteLossError, is_disk_full, one_line
-from src.model.adapters import WEIGHTS, Adapter, with_adapter
+from src.model.adapters import WEIGHTS, Adapter, load_adapter
 from src.model.build import build_model, check_lengths, empty_model, load_architecture, load_weights
 from src.model.embeddings import is_tied, resize_embeddings
 from src.model.merging import merge, probe_ids
@@ -28,6 +29,22 @@ from src.tokens import num_token_ids
 from src.util import listed
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How whole weights are written where not as they were trained.
+
+    `dtype` is the type of every weight; without padding the matrices of tokens end with the last token. Where whole
+    weights are `required`, an adapter that can't be merged is an error.
+    """
+
+    dtype: Dtype = Dtype.auto
+    has_padding: bool = True
+    is_required: bool = False
+
+
+AS_TRAINED = Form()
 
 
 def export(
@@ -38,6 +55,8 @@ def export(
     config: RunConfig,
     card: str,
     adapter_card: str = "",
+    form: Form = AS_TRAINED,
+    complete: Callable[[Path], None] = lambda folder: None,
 ) -> list[str]:
     """Write the result of a run, check it, and only then put it into its place; return warnings.
 
@@ -49,6 +68,8 @@ def export(
         model: whole and on one device; merging an adapter takes it apart.
         card: README.md of the folder.
         adapter_card: README.md of the adapter, inside the folder of merged weights or in their place.
+        form: of whole weights; the model is changed to it.
+        complete: adds what else belongs into the folder, before that takes its place.
     Raises:
         NonFiniteLossError: where the weights are not all finite, which no evaluation may have seen.
         ExportError: where what was written is not what was trained.
@@ -60,13 +81,14 @@ def export(
     remove_tree(part)
     try:
         if adapter is None:
-            _write_model(model, part, config)
+            _write_model(model, tokenizer, part, config, form)
             warning = ""
         else:
-            warning = _write_adapter(model, adapter, tokenizer, part, config, adapter_card)
+            warning = _write_adapter(model, adapter, tokenizer, part, config, adapter_card, form)
         tokenizer.save_pretrained(part)
         _check_tokenizer(part, tokenizer, trust=config.model.trust_remote_code)
         (part / "README.md").write_text(adapter_card if warning else card, encoding="utf-8")
+        complete(part)
     except SafetensorError as error:
         shutil.rmtree(part, ignore_errors=True)
         number = errno.ENOSPC if is_disk_full(error) else errno.EIO
@@ -91,7 +113,9 @@ def _put_into_place(part: Path, folder: Path) -> str:
     return ""
 
 
-def _write_adapter(model: Any, adapter: Adapter, tokenizer: Any, folder: Path, config: RunConfig, card: str) -> str:
+def _write_adapter(
+    model: Any, adapter: Adapter, tokenizer: Any, folder: Path, config: RunConfig, card: str, form: Form
+) -> str:
     """Write an adapter; with `export.merge` into a folder of its own, and merged weights around it.
 
     Return a warning where it was not merged.
@@ -110,16 +134,18 @@ def _write_adapter(model: Any, adapter: Adapter, tokenizer: Any, folder: Path, c
     try:
         merged = merge(adapter, place, probe_ids(tokenizer, config.tokens.additional_special_tokens))
     except ModelError as error:
-        return _kept(str(error), place, adapter, config)
+        return _kept(str(error), place, adapter, config, form)
     except Exception as error:  # the libraries raise many kinds; the adapter is saved already
-        return _kept(f"the adapter can't be merged: {one_line(error)}", place, adapter, config)
+        return _kept(f"the adapter can't be merged: {one_line(error)}", place, adapter, config, form)
     merged.generation_config = generation
-    _write_model(merged, folder, config)
+    _write_model(merged, tokenizer, folder, config, form)
     return ""
 
 
-def _kept(problem: str, place: Path, adapter: Adapter, config: RunConfig) -> str:
+def _kept(problem: str, place: Path, adapter: Adapter, config: RunConfig, form: Form) -> str:
     """Move an adapter to where merged weights would have been; return a warning, or raise that it is no result."""
+    if form.is_required:
+        raise ExportError(f"export.merge: {problem}. export.merge=false writes the adapter alone")
     lost = adapter.needs_merging
     if config.model.weights is Weights.random:
         lost = "its base, random weights, is nowhere else"
@@ -142,13 +168,31 @@ def _without_deepspeed() -> AbstractContextManager[Any]:
     return patch.object(other, "is_deepspeed_available", lambda: False)
 
 
-def _write_model(model: Any, folder: Path, config: RunConfig) -> None:
+def reshape(model: Any, tokenizer: Any, form: Form) -> None:
+    """Change a plain model to the form in which it is to be written.
+
+    ExportError says that its type can't hold a weight.
+    """
+    if not form.has_padding:
+        resize_embeddings(model, num_token_ids(tokenizer), cuts=True)
+    if form.dtype is Dtype.auto:
+        return
+    dtype = getattr(torch, form.dtype.value)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+            if not tensor.isfinite().all():
+                raise ExportError(f"export.dtype: {name} has values that are too large for {form.dtype.value}")
+
+
+def _write_model(model: Any, tokenizer: Any, folder: Path, config: RunConfig, form: Form) -> None:
     """Write a plain model, and check that plain transformers loads each weight and each tie.
 
     That takes no second model in memory: loading onto the meta device checks every name, shape and tie, and the values
     are compared tensor by tensor. Only where transformers stores other tensors than the model has (a mixture's experts
     one by one) is the whole model loaded.
     """
+    reshape(model, tokenizer, form)
     with _without_deepspeed():
         model.save_pretrained(folder)
     written = config.model.pretrained_at(folder)
@@ -225,10 +269,16 @@ def load_exported(run_dir: Path, config: RunConfig, device: torch.device = CPU) 
         architecture = load_architecture(model)
         check_lengths(model, architecture, config.data.max_seq_length, config.data.max_target_length)
         return load_weights(model, architecture, model.checkpoint)
+    return load_exported_adapter(folder, config, device).peft_model.get_base_model()
+
+
+def load_exported_adapter(folder: Path, config: RunConfig, device: torch.device = CPU) -> Adapter:
+    """Load an adapter that a run exported onto its base, quantised as it was trained; raises as load_exported."""
     try:
         base = build_model(config, device)
     except ModelError as error:
         raise ModelError(f"the adapter in {folder} needs its base, {config.model.checkpoint}: {error}") from error
     trust = config.model.trust_remote_code
-    resize_embeddings(base, num_token_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)), None)
-    return with_adapter(base, folder)
+    resize_embeddings(base, num_token_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)))
+    base.generation_config = GenerationConfig.from_pretrained(folder)
+    return load_adapter(base, folder)

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 import psutil
 
+from src.config.places import remove_tree
 from src.errors import RunFolderError
 
 LOCK = "lock"
@@ -44,6 +45,17 @@ def hold(path: Path) -> Iterator[int]:
         except OSError as error:
             raise _can_not_be_held(path / LOCK, error, " can't be written") from error
         yield lock.fileno()
+
+
+@contextmanager
+def held_beside(path: Path) -> Iterator[None]:
+    """Hold a folder that is written under another name and then renamed, by a folder beside it; raises as `hold`."""
+    guard = path.with_name(f".{path.name}.lock")
+    with hold(guard):
+        try:
+            yield
+        finally:
+            remove_tree(guard)
 
 
 def _open_lock(file: Path) -> TextIO:

@@ -14,7 +14,7 @@ from src.config.job import Job
 from src.config.options import PROJECT_ROOT
 from src.config.schema import RunConfig, Weights
 from src.data.advice import Level, advice
-from src.data.dataset import Data, file_hashes
+from src.data.dataset import Data, Prompts, file_hashes
 from src.data.tokenizer import load_tokenizer
 from src.errors import CheckpointError, ModelError
 from src.model.adapters import Adapter, add_adapter, load_adapter
@@ -73,7 +73,7 @@ class Assembled:
 
 
 def assemble_model(
-    config: RunConfig, tokenizer: Any, new_tokens: ConfiguredTokens, data: Data, runtime: Runtime
+    config: RunConfig, tokenizer: Any, new_tokens: ConfiguredTokens, data: Data | Prompts, runtime: Runtime
 ) -> Assembled:
     """Load the model, quantised where asked; resize and initialise its embeddings, and add the adapter.
 

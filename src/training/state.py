@@ -1,7 +1,7 @@
 """The state of training, in one place: what changes while a run trains, and what checkpoints save and restore."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -117,7 +117,7 @@ class TrainState:
     @property
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by name, a shared one once."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return trained_parameters(self.model)
 
     @property
     def parameter_names(self) -> dict[int, str]:
@@ -131,7 +131,7 @@ class TrainState:
 
     def frozen_weights(self) -> dict[str, Tensor | ShardedTensor]:
         """Return the frozen weights, which no checkpoint holds; no copies."""
-        return {name: compute_weight(p) for name, p in self.model.named_parameters() if not p.requires_grad}
+        return frozen_weights(self.model)
 
     def snapshot(self, runtime: Runtime, extra_state: Mapping[str, Any]) -> AnySnapshot:
         """Return all that a run needs to resume here exactly, with more JSON values that are to be saved."""
@@ -174,27 +174,9 @@ class TrainState:
         """Return whether the last step is evaluated once more when the run resumes after it."""
         return self.last_step is not None and (self.step >= self.num_steps or self.last_step.is_due(eval_steps))
 
-    @torch.no_grad()
     def restore_weights(self, weights: Mapping[str, Tensor], runtime: Runtime) -> None:
         """Load weights by name; CheckpointError says which names or shapes differ, and nothing is changed then."""
-        trained, buffers = self.trained_parameters, _buffers(self.model)
-        shapes = {name: full_shape(p) for name, p in trained.items()}
-        shapes |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
-        wrong = [f"{name} is missing there" for name in shapes.keys() - weights.keys()]
-        wrong += [f"{name} is not trained here" for name in weights.keys() - shapes.keys()]
-        wrong += [
-            f"{name}: {list(weights[name].shape)} there, {list(shape)} here"
-            for name, shape in shapes.items()
-            if name in weights and shape != tuple(weights[name].shape)
-        ]
-        if wrong:
-            raise CheckpointError(
-                f"the weights of the checkpoint are not those of this model:\n{listed(sorted(wrong))}"
-            )
-        for name, parameter in trained.items():
-            runtime.strategy.set_weight(parameter, weights[name])
-        for name, buffer in buffers.items():
-            buffer.copy_(weights[name])
+        restore_weights(self.model, weights, runtime.strategy.set_weight)
 
     def totals(self) -> dict[str, float]:
         """Return the counters of the whole run and numbers of parameters; train_seconds are those spent in steps."""
@@ -208,6 +190,42 @@ class TrainState:
             "train_seconds": self.train_seconds,
             "tokens_per_second": self.tokens_seen / self.train_seconds if self.train_seconds else 0.0,
         }
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a model's trained parameters by name, a shared one once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def frozen_weights(model: nn.Module) -> dict[str, Tensor | ShardedTensor]:
+    """Return a model's frozen weights, which no checkpoint holds; no copies."""
+    return {name: compute_weight(p) for name, p in model.named_parameters() if not p.requires_grad}
+
+
+@torch.no_grad()
+def restore_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], set_weight: Callable[[nn.Parameter, Tensor], Any]
+) -> None:
+    """Load a checkpoint's weights by name; CheckpointError says which names or shapes differ, nothing is changed then.
+
+    `set_weight` writes a trained parameter, which may be sharded.
+    """
+    trained, buffers = trained_parameters(model), _buffers(model)
+    shapes = {name: full_shape(p) for name, p in trained.items()}
+    shapes |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+    wrong = [f"{name} is missing there" for name in shapes.keys() - weights.keys()]
+    wrong += [f"{name} is not trained here" for name in weights.keys() - shapes.keys()]
+    wrong += [
+        f"{name}: {list(weights[name].shape)} there, {list(shape)} here"
+        for name, shape in shapes.items()
+        if name in weights and shape != tuple(weights[name].shape)
+    ]
+    if wrong:
+        raise CheckpointError(f"the weights of the checkpoint are not those of this model:\n{listed(sorted(wrong))}")
+    for name, parameter in trained.items():
+        set_weight(parameter, weights[name])
+    for name, buffer in buffers.items():
+        buffer.copy_(weights[name])
 
 
 COUNTERS = ("tokens_seen", "examples_seen", "train_seconds", "num_schedule_steps")

@@ -58,14 +58,8 @@ class ExportEntryConfig:
     output: str | None = key(PATH, default=None, text="the folder to write; null: export/ in the run's folder")
 
     def folder(self, run_dir: Path) -> Path:
-        """Return the folder of the export: export.output, or one in the run's folder that says what it holds."""
-        kind = (
-            "merged" if self.merge else "adapter",
-            self.checkpoint,
-            self.dtype.value,
-            None if self.padding else "unpadded",
-        )
-        return run_dir / "export" / "-".join(filter(None, kind)) if self.output is None else Path(self.output)
+        """Return where exports are written: export.output, or export/ in the run's folder, which has several."""
+        return run_dir / "export" if self.output is None else Path(self.output)
 
 
 ENTRY_SECTIONS: dict[str, type] = {"preflight": PreflightConfig, "predict": PredictConfig, "export": ExportEntryConfig}

@@ -27,7 +27,7 @@ ROWS_OF_A_STEP = (
 """Keys whose product is how many rows make a step."""
 PORT = checks.Check("a port's number, from 1 to 65535", lambda v: v is None or (checks.is_int(v) and 1 <= v <= 65535))
 MACHINES = checks.up_to(65_536, "more machines than any cluster has")
-_runtime_key = partial(key, resume=BY_OUTCOME, read_by=GENERATING)
+_runtime_key = partial(key, resume=BY_OUTCOME, read_by=(*GENERATING, "export"))
 
 
 def _impact_of_start(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
@@ -40,7 +40,7 @@ class TopLevelConfig:
 
     name: str = key(checks.NAME, resume=Impact.harmless)
     seed: int = key(checks.SEED, why="the rows come in another order", reorders=True, read_by=GENERATING)
-    force: bool = key(resume=Impact.harmless, read_by=GENERATING)
+    force: bool = key(resume=Impact.harmless, read_by=(*GENERATING, "export"))
     rerun: str | None = key(PATH, resume=Impact.harmless)
     init_from: str | None = key(PATH, resume=_impact_of_start)
     plugins: list[str] = key(checks.STRINGS, resume=BY_OUTCOME)
