@@ -20,7 +20,7 @@ import torch
 
 from src.checkpoint.compatibility import compare_configs
 from src.config import keys, plugins
-from src.config.gate import admit
+from src.config.gate import admit, admit_finished
 from src.config.schema import OPTIMIZERS, SCHEDULES, OptimizerConfig
 from src.config.schema.checks import POSITIVE
 from src.config.schema.fields import Impact, key
@@ -290,6 +290,7 @@ def test_a_plugin_of_a_folder_from_elsewhere_waits_for_the_user_s_word(place: Pa
     assert "'plugins=[mine]'" in refused
     assert plugins.names() == []
     assert admit(["rerun=elsewhere", "plugins=[mine]"]).run
+    assert admit_finished(["run=elsewhere", "plugins=[mine]"], "predict").config.plugins == ["mine"]
 
 
 def test_a_resume_with_another_plugin_says_so(place: Path) -> None:

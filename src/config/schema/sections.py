@@ -43,7 +43,7 @@ class TopLevelConfig:
     force: bool = key(resume=Impact.harmless, read_by=(*GENERATING, "export"))
     rerun: str | None = key(PATH, resume=Impact.harmless)
     init_from: str | None = key(PATH, resume=_impact_of_start)
-    plugins: list[str] = key(checks.STRINGS, resume=BY_OUTCOME)
+    plugins: list[str] = key(checks.STRINGS, resume=BY_OUTCOME, read_by=(*GENERATING, "export"))
 
 
 def _impact_of_length(key: str, before: DottedConfig, now: DottedConfig) -> Verdict:
