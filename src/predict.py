@@ -84,6 +84,7 @@ def open_generation(job: Job, stop: StopRequest, console: Console) -> Iterator[t
     from src.evaluation.answers import AnswerReader
     from src.evaluation.generate import Generator, check_room
     from src.evaluation.predictions import describe_rows
+    from src.evaluation.thoughts import thought_rule
     from src.model.build import set_generation
     from src.model.export import load_exported
     from src.runtime.session import start_runtime
@@ -107,7 +108,8 @@ def open_generation(job: Job, stop: StopRequest, console: Console) -> Iterator[t
                 console.warn(finding.text)
         reader = AnswerReader(prompts.encoder, config.thought_tags, prompts.frame)
         with stop.deferred():  # from here on it is followed between two tokens
-            yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, reader), prompts
+            rule = thought_rule(prompts.encoder, config.generation)
+            yield Generator(model, runtime, batch_size, prompts.encoder.target_prefix, reader, rule), prompts
 
 
 def finish(one: PredictedSet, job: Job, console: Console) -> None:

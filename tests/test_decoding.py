@@ -97,13 +97,14 @@ def generator(model: Any, runtime: Runtime, batch_size: int, pad: int, **setting
     return Generator(model, runtime, batch_size, PREFIX if is_encoder_decoder else [])
 
 
-def by_transformers(one: Generator, prompt: list[int]) -> list[int]:
-    """Return what plain `generate` writes for a prompt alone, EOS and padding cut."""
+def by_transformers(one: Generator, prompt: list[int], count: int = 1) -> list[list[int]]:
+    """Return what plain `generate` writes for a prompt alone, the `count` best, EOS and padding cut."""
     ids = torch.tensor([prompt])
     begin = {"decoder_input_ids": torch.tensor([[EOS, *PREFIX]])} if one.model.config.is_encoder_decoder else {}
-    made = one.model.generate(ids, attention_mask=torch.ones_like(ids), **begin)[0].tolist()
+    made = one.model.generate(ids, attention_mask=torch.ones_like(ids), num_return_sequences=count, **begin)
     stops = one.model.generation_config.eos_token_id
-    return cut_at(made[2 if begin else len(prompt) :], [stops] if isinstance(stops, int) else stops).ids
+    written = made[:, 2 if begin else len(prompt) :].tolist()
+    return [cut_at(row, [stops] if isinstance(stops, int) else stops).ids for row in written]
 
 
 LIKELY_END: dict[str, Any] = {"sequence_bias": [[[EOS], 2.5]]}
@@ -146,7 +147,7 @@ def test_a_prompt_gets_the_same_text_alone_and_in_a_batch(model: Any, runtime: R
         alone = generator(model, runtime, 1, EOS, **settings).generate(prompts(), seed=5)
         assert together == alone
     else:
-        assert [completion.ids for completion in together] == [by_transformers(one, prompt) for prompt in prompts()]
+        assert [completion.ids for completion in together] == [by_transformers(one, prompt)[0] for prompt in prompts()]
     assert len({tuple(completion.ids) for completion in together}) > 1
 
 

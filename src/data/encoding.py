@@ -65,7 +65,10 @@ class Encoder(TextEncoder):
             self.target_prefix, _ = _special_ids(tokenizer(text_target=PROBE)["input_ids"], tokenizer)
         bos = tokenizer.bos_token_id
         self._causal_prefix = [bos] if bos is not None and self._prefix[:1] == [bos] else []
-        self._tag_ids = None if tags is None else tuple(tokenizer.convert_tokens_to_ids(list(tags)))
+        self.tag_ids: tuple[int, int] | None = None
+        if tags is not None:
+            opened, closed = tokenizer.convert_tokens_to_ids(list(tags))
+            self.tag_ids = opened, closed
 
     def encode(self, examples: Sequence[Example], lengths: Lengths) -> list[EncodedRow | None]:
         """Encode rows; None where one is too long and `overflow` does not cut it."""
@@ -137,9 +140,9 @@ class Encoder(TextEncoder):
 
     def _spans(self, ids: list[int], supervised: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
         """Split the supervised parts into thoughts, from tag to tag, and answers."""
-        if self._tag_ids is None:
+        if self.tag_ids is None:
             return [(ANSWER, start, stop) for start, stop in supervised if stop > start]
-        open_id, close_id = self._tag_ids
+        open_id, close_id = self.tag_ids
         spans = []
         for start, stop in supervised:
             while start < stop:

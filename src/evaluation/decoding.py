@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from src.errors import ModelError
+from src.evaluation.thoughts import ThoughtProcessor, ThoughtRule
 
 ROW_WISE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 """Processors that depend on each row's scores only: they are applied to all rows at once."""
@@ -36,12 +37,14 @@ class Decoding:
     """Decodes a batch, as `custom_generate` of `generate`.
 
     `prompts` are the ids of each row without padding; an encoder-decoder's encoder gets them. `streams` are the random
-    numbers of each row, [prompts, tokens] in [0, 1), where one sequence is sampled for each; else None.
+    numbers of each row, [prompts, tokens] in [0, 1), where one sequence is sampled for each; else None. `thoughts` is
+    how thoughts are written; None: as the model wants.
     """
 
     prompts: Sequence[list[int]]
     streams: Tensor | None
     synced_gpus: bool
+    thoughts: ThoughtRule | None = None
 
     def __call__(
         self,
@@ -84,10 +87,13 @@ class Decoding:
             }
             each.append(model._get_logits_processor(generation_config=alone, **sizes, device=device))
         shared = list(takewhile(lambda processor: isinstance(processor, ROW_WISE), reversed(each[0])))[::-1]
-        processors = LogitsProcessorList()
+        processors, stop_ids = LogitsProcessorList(), ids_of(config.eos_token_id)
         if len(each[0]) > len(shared):
-            stop = config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0]
-            processors.append(_RowByRow([own[: len(own) - len(shared)] for own in each], paddings, stop))
+            processors.append(_RowByRow([own[: len(own) - len(shared)] for own in each], paddings, stop_ids[0]))
+        if (rule := self.thoughts) is not None and rule.is_active:
+            opened = [rule.is_opened_by(prompt) for prompt in self.prompts]
+            thoughts = ThoughtProcessor(rule, processors, opened, length, config.max_length, stop_ids)
+            processors = LogitsProcessorList([thoughts])
         processors.extend(shared)
         if self.streams is not None:
             processors.append(_Draw(self.streams.to(device), length))
@@ -143,6 +149,15 @@ def draw(scores: Tensor, uniform: Tensor) -> Tensor:
     return drawn.clamp(max=scores.shape[1] - 1)
 
 
-def row_streams(seed: int, rows: Sequence[int], count: int) -> Tensor:
-    """Return `count` random numbers for each row, [rows, count], from the seed and the row's index only."""
-    return torch.from_numpy(np.stack([np.random.default_rng([seed, row]).random(count) for row in rows]))
+def row_streams(seed: int, rows: Sequence[int], count: int, samples: Sequence[int] | None = None) -> Tensor:
+    """Return `count` random numbers for each row, [rows, count], from the seed and the row's index only; and from the
+    number of its sample, from 0, where a row has several.
+    """
+    numbers = [0] * len(rows) if samples is None else samples
+    keys = [[seed, row, *([number] if number else [])] for row, number in zip(rows, numbers, strict=True)]
+    return torch.from_numpy(np.stack([np.random.default_rng(key).random(count) for key in keys]))
+
+
+def ids_of(token_ids: int | list[int]) -> list[int]:
+    """Return as a list what generation settings write as an id or a list of them."""
+    return [token_ids] if isinstance(token_ids, int) else token_ids

@@ -16,6 +16,7 @@ from src.data.sets import EncodedSet
 from src.errors import DataError, NonFiniteLossError
 from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import Generator, check_prompts
+from src.evaluation.thoughts import thought_rule
 from src.metrics import compute_metrics, perplexity
 from src.runtime.session import Runtime
 from src.training.loss import span_losses
@@ -124,5 +125,6 @@ def open_evaluator(config: RunConfig, loss_model: nn.Module, model: Any, data: D
     check_spans(config, data)
     reader = AnswerReader(data.encoder, config.thought_tags, data.frame)
     size, pattern = config.training.per_device_eval_batch_size, config.data.answer_pattern
-    generator = Generator(model, runtime, size, data.encoder.target_prefix, reader)
+    rule = thought_rule(data.encoder, config.generation)
+    generator = Generator(model, runtime, size, data.encoder.target_prefix, reader, rule)
     return Evaluator(loss_model, generator, reader, runtime, config.metrics, pattern, config.evaluation.max_samples)

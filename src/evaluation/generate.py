@@ -1,7 +1,7 @@
 """Generation in batches: prompts padded on the left, completions cut at EOS."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from src.config.schema import RunConfig
+from src.config.schema import RunConfig, ThoughtMode
 from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.errors import DataError, ModelError
 from src.evaluation.answers import AnswerReader, Completion, cut_at
-from src.evaluation.decoding import Decoding, row_streams
+from src.evaluation.decoding import Decoding, ids_of, row_streams
+from src.evaluation.thoughts import ThoughtRule
 from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
 
@@ -45,38 +46,56 @@ class Generator:
     batch_size: int
     target_prefix: list[int]  # ids that an encoder-decoder's decoder is fed after its start token
     reader: AnswerReader | None = None  # which cuts completions after a text that ends a turn; None: nothing does
+    thoughts: ThoughtRule | None = None  # how thoughts are written; None where the model writes none
+
+    def with_thoughts(self, mode: ThoughtMode, max_tokens: int | None = None) -> "Generator":
+        """Return a generator that writes thoughts in another way, of at most `max_tokens` between their tags; for a
+        model that has tags.
+        """
+        assert self.thoughts is not None
+        return replace(self, thoughts=replace(self.thoughts, mode=mode, max_tokens=max_tokens))
 
     @property
     def pad_token_id(self) -> int:
         return int(self.model.generation_config.pad_token_id)
 
     def generate(self, prompts: Sequence[list[int]], seed: int, first_row: int = 0) -> list[Completion]:
-        """Generate a completion for each prompt (ids), in their order; Interrupted between two tokens, where a signal
-        asked for it.
+        """Generate a completion for each prompt: the first of its samples, see generate_samples."""
+        return [first for first, *_ in self.generate_samples(prompts, seed, first_row)]
+
+    def generate_samples(
+        self, prompts: Sequence[list[int]], seed: int, first_row: int = 0, count: int = 1
+    ) -> list[list[Completion]]:
+        """Generate `count` completions for each prompt (ids), in their order: the best beams, or as many draws.
+        Interrupted between two tokens, where a signal asked for it.
 
         Prompts of similar length are batched, for little padding. Batching changes no completion: each prompt is
-        decoded as it would be alone, and draws from its own random stream, by `seed` and the index of its row, of which
-        `first_row` is the first where the prompts are a part of a set.
+        decoded as it would be alone, and draws from its own random stream, by `seed`, the number of the sample, and the
+        index of its row, of which `first_row` is the first where the prompts are a part of a set.
         """
+        is_beam_search = (self.model.generation_config.num_beams or 1) > 1
+        num_best, num_draws = (count, 1) if is_beam_search else (1, count)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        local: dict[int, Completion] = {}
+        texts = [(i, sample) for i in order for sample in range(num_draws)]
+        local: dict[int, Completion] = {}  # by prompt and sample
         training = self.model.training
         self.model.eval()
         is_alone = self._samples_beams or self._stretches(max(map(len, prompts), default=0))
         size = 1 if is_alone else self.batch_size
-        for start, is_real in self.runtime.split(range(0, len(order), size)):
+        for start, is_real in self.runtime.split(range(0, len(texts), size)):
             self.runtime.check_stop()
-            batch = order[start : start + size]
-            rows = [first_row + i for i in batch]
-            global_seed = int(np.random.SeedSequence([seed, rows[0]]).generate_state(1)[0])
+            batch = texts[start : start + size]
+            draws = [(first_row + i, sample) for i, sample in batch]
+            global_seed = int(np.random.SeedSequence([seed, draws[0][0]]).generate_state(1)[0])
             with self.runtime.isolated_rng(global_seed), torch.no_grad():
-                generated = self._batch([prompts[i] for i in batch], rows, seed)
+                generated = self._batch([prompts[i] for i, _ in batch], draws, seed, num_best)
             if is_real:
-                local |= dict(zip(batch, generated, strict=True))
+                numbers = [i * count + sample + best for i, sample in batch for best in range(num_best)]
+                local |= dict(zip(numbers, generated, strict=True))
         self.runtime.check_stop()
         self.model.train(training)
-        completions = {i: one for process in self.runtime.gather(local) for i, one in process.items()}
-        return [completions[i] for i in range(len(prompts))]
+        completions = {number: one for process in self.runtime.gather(local) for number, one in process.items()}
+        return [[completions[i * count + sample] for sample in range(count)] for i in range(len(prompts))]
 
     @property
     def _samples_beams(self) -> bool:
@@ -99,7 +118,10 @@ class Generator:
         ]
         return bool(limits) and longest + self.model.generation_config.max_new_tokens > min(limits)
 
-    def _batch(self, prompts: Sequence[list[int]], rows: Sequence[int], seed: int) -> list[Completion]:
+    def _batch(
+        self, prompts: Sequence[list[int]], draws: Sequence[tuple[int, int]], seed: int, num_best: int
+    ) -> list[Completion]:
+        """Generate `num_best` completions for each prompt; `draws` are its row's index and the number of the sample."""
         settings, is_encoder_decoder = self.model.generation_config, self.model.config.is_encoder_decoder
         begin = max(map(len, prompts))  # the index of the first generated id
         ids = torch.full((len(prompts), begin), self.pad_token_id)
@@ -113,23 +135,21 @@ class Generator:
             first_ids = [settings.decoder_start_token_id, *self.target_prefix]
             decoder["decoder_input_ids"] = torch.tensor([first_ids] * len(prompts), device=self.runtime.device)
             begin = len(first_ids)
-        draws = settings.do_sample and not self._samples_beams
-        decoding = Decoding(
-            prompts,
-            row_streams(seed, rows, settings.max_new_tokens) if draws else None,
-            synced_gpus=self.runtime.zero_stage == 3,  # each process computes as long as another one generates
-        )
+        streams = None
+        if settings.do_sample and not self._samples_beams:
+            rows, samples = zip(*draws, strict=True)
+            streams = row_streams(seed, rows, settings.max_new_tokens, samples)
+        synced_gpus = self.runtime.zero_stage == 3  # each process computes as long as another one generates
         with self.runtime.autocast():
             generated = self.model.generate(
                 input_ids=ids.to(self.runtime.device),
                 attention_mask=real.to(self.runtime.device),
-                custom_generate=decoding,
+                custom_generate=Decoding(prompts, streams, synced_gpus, self.thoughts),
+                num_return_sequences=num_best,
                 stopping_criteria=StoppingCriteriaList([_Stopping(self.runtime.stop, self.reader, begin)]),
                 **decoder,
             )
-        stops = settings.eos_token_id
-        stops = [stops] if isinstance(stops, int) else stops
-        completions = [cut_at(row, stops) for row in generated[:, begin:].tolist()]
+        completions = [cut_at(row, ids_of(settings.eos_token_id)) for row in generated[:, begin:].tolist()]
         return completions if self.reader is None else [self.reader.cut(completion) for completion in completions]
 
 

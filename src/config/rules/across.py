@@ -106,6 +106,19 @@ def thought_weight_has_thoughts(
         yield Problem("loss.thought_weight", reason, loss.thought_weight)
 
 
+@applies_to("run", "predict")
+def thoughts_that_are_generated_have_tags(
+    generation: schema.GenerationConfig, tokens: schema.TokensConfig, data: schema.DataConfig
+) -> Problems:
+    if schema.thought_tags(data, tokens) is not None:
+        return
+    reason = "no thoughts are written: see tokens and data.thoughts"
+    if generation.thoughts is not schema.ThoughtMode.free:
+        yield Problem("generation.thoughts", reason, generation.thoughts.value)
+    if generation.max_thought_tokens is not None:
+        yield Problem("generation.max_thought_tokens", reason, generation.max_thought_tokens)
+
+
 @applies_to("run")
 def fp16_keeps_float32_weights(
     training: schema.TrainingConfig, model: schema.ModelConfig, adapter: schema.AdapterConfig

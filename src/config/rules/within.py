@@ -73,6 +73,29 @@ def generation_lengths_fit(generation: schema.GenerationConfig) -> Problems:
         yield Problem("generation.min_new_tokens", reason, generation.min_new_tokens)
 
 
+@applies_to("run", "predict")
+def samples_can_differ(generation: schema.GenerationConfig) -> Problems:
+    count, num_beams = generation.num_return_sequences, generation.num_beams
+    if count > 1 and num_beams > 1 and count > num_beams:
+        reason = f"the best beams are returned, and there are {num_beams}: generation.num_beams={count}"
+        yield Problem("generation.num_return_sequences", reason, count)
+    elif count > 1 and num_beams == 1 and not generation.do_sample:
+        reason = "the most likely token each time gives one text: generation.do_sample=true, or generation.num_beams"
+        yield Problem("generation.num_return_sequences", reason, count)
+
+
+@applies_to("run", "predict")
+def thoughts_have_room(generation: schema.GenerationConfig) -> Problems:
+    most, thoughts = generation.max_thought_tokens, generation.thoughts
+    if most is None:
+        return
+    if thoughts is schema.ThoughtMode.none:
+        yield Problem("generation.max_thought_tokens", "no thought is written: generation.thoughts is none", most)
+    elif thoughts is schema.ThoughtMode.forced and generation.max_new_tokens < 2:
+        reason = "a thought that is opened and closed takes 2 tokens: see generation.max_thought_tokens"
+        yield Problem("generation.max_new_tokens", reason, generation.max_new_tokens)
+
+
 @applies_to("run")
 def machines_can_meet(runtime: schema.RuntimeConfig) -> Problems:
     if runtime.machine_rank >= runtime.num_machines:

@@ -7,6 +7,7 @@ Groups with options of different keys (optimizer, scheduler, tracking) have one 
 
 import dataclasses
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, get_type_hints
 
 from omegaconf import MISSING
@@ -16,7 +17,7 @@ from src.config.schema.checks import MOST_INT, Check, Keys
 from src.config.schema.data import PLACEHOLDER, Batching, DataConfig, Overflow, SourceConfig, SupervisedTurns, Thoughts
 from src.config.schema.deepspeed import WIDTH_SIZES, DeepSpeedConfig, NoDeepSpeedConfig, ZeroConfig, ZeroFileConfig
 from src.config.schema.entries import ENTRY_SECTIONS, USING_RUNS, ExportEntryConfig, PredictConfig
-from src.config.schema.generation import GenerationConfig
+from src.config.schema.generation import GenerationConfig, ThoughtMode
 from src.config.schema.model import Attention, Dtype, ModelConfig, ModelType, Weights
 from src.config.schema.optimizer import OPTIMIZERS, AdafactorConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from src.config.schema.quantization import QuantizationConfig
@@ -90,7 +91,9 @@ SECTIONS: dict[str, type | dict[str, type]] = {
 """Section name -> its dataclass, or its dataclasses by the section's `type`."""
 LATER_KEYS: dict[str, dict[str, Any]] = {
     name: {
-        one.name: one.default for one in dataclasses.fields(schema) if one.default not in (MISSING, dataclasses.MISSING)
+        one.name: one.default.value if isinstance(one.default, Enum) else one.default
+        for one in dataclasses.fields(schema)
+        if one.default not in (MISSING, dataclasses.MISSING)
     }
     for name, schema in SECTIONS.items()
     if isinstance(schema, type)
