@@ -8,7 +8,8 @@ import inspect
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
@@ -18,9 +19,9 @@ import regex
 from src.patterns import Pattern, at
 from src.registry import Registry
 
-CAN_NEED = ("predictions", "references", "answer_pattern", "place")
-"""What a metric's function may take by name: the texts [row], `data.answer_pattern`, and a function from a row's number
-to the words that say where it comes from."""
+CAN_NEED = ("predictions", "references", "answer_pattern", "place", "samples")
+"""What a metric's function may take by name: the texts [row], `data.answer_pattern`, a function from a row's number to
+the words that say where it comes from, and the texts [row][sample] of which `predictions` are the first of each row."""
 LOSSES = ("loss", "perplexity", "thought_loss", "answer_loss")
 """Values of every evaluation that need no generated text; the lower, the better."""
 
@@ -37,9 +38,33 @@ class Metric:
     greater_is_better: bool
     full_marks: float | None  # its value where predictions are their references; None where that is not known
     can_score: Callable[[str, str | None], bool]  # whether full marks are possible, by reference and answer pattern
+    min_samples: int = 1  # how many texts of each row it takes at least
+
+    @property
+    def takes_samples(self) -> bool:
+        """Whether it looks at all samples of a row, not only at the first."""
+        return "samples" in self.needs
 
 
-METRICS = Registry[Metric]("metric")
+PASS_AT = re.compile("pass_at_([1-9][0-9]{0,4})")
+
+
+class MetricRegistry(Registry[Metric]):
+    """Metrics by name; `pass_at_<k>` is one for every k."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and PASS_AT.fullmatch(name) is not None)
+
+    def __missing__(self, name: str) -> Metric:
+        if found := PASS_AT.fullmatch(name):
+            return _pass_at(int(found[1]))
+        return super().__missing__(name)
+
+    def names(self) -> list[str]:
+        return [*self, "pass_at_<k>"]
+
+
+METRICS = MetricRegistry("metric")
 """The metrics that `data.metrics` and `evaluation.metrics` may name."""
 
 
@@ -49,6 +74,7 @@ def metric(
     greater_is_better: bool = True,
     full_marks: float | None = None,
     can_score: Callable[[str, str | None], bool] = lambda reference, answer_pattern: True,
+    min_samples: int = 1,
 ) -> Callable[[Function], Function]:
     """Return a decorator that registers a function as a metric, see Metric; ValueError where the function takes what no
     metric gets, or the name is taken.
@@ -60,7 +86,7 @@ def metric(
             raise ValueError(f"the metric {name} takes {', '.join(unknown)}; it can take {', '.join(CAN_NEED)}")
         if name in LOSSES:
             raise ValueError(f"every evaluation has a {name} of its own")
-        METRICS[name] = Metric(compute, needs, greater_is_better, full_marks, can_score)
+        METRICS[name] = Metric(compute, needs, greater_is_better, full_marks, can_score, min_samples)
         return compute
 
     return register
@@ -78,11 +104,13 @@ def compute_metrics(
     references: Sequence[str],
     answer_pattern: str | None,
     place: Callable[[int], str] = "text {}".format,
+    samples: Sequence[Sequence[str]] | None = None,
 ) -> dict[str, float]:
     """Compute the metrics asked for, by name, in that order; DataError names the row on which the pattern does not
-    terminate, by its `place`.
+    terminate, by its `place`. Without `samples` each row has one, its prediction.
     """
-    given = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place), strict=True))
+    texts = [[prediction] for prediction in predictions] if samples is None else samples
+    given = dict(zip(CAN_NEED, (predictions, references, answer_pattern, place, texts), strict=True))
     metrics = {name: METRICS[name] for name in names}
     return {name: float(one.compute(**{need: given[need] for need in one.needs})) for name, one in metrics.items()}
 
@@ -97,7 +125,8 @@ def is_full_marks(name: str, prediction: str, reference: str, answer_pattern: st
         return False
     if prediction == reference or chosen.full_marks is None:
         return True
-    value = compute_metrics([name], [prediction], [reference], answer_pattern)[name]
+    samples = [[prediction] * chosen.min_samples]
+    value = compute_metrics([name], [prediction], [reference], answer_pattern, samples=samples)[name]
     return math.isclose(value, chosen.full_marks, rel_tol=1e-9)
 
 
@@ -138,7 +167,11 @@ def answer(text: str, pattern: str | None) -> str | None:
     return groups[-1].strip() if groups and groups[-1] is not None else None
 
 
-@metric("exact_match", full_marks=1.0, can_score=lambda reference, pattern: answer(reference, pattern) is not None)
+def _has_answer(reference: str, answer_pattern: str | None) -> bool:
+    return answer(reference, answer_pattern) is not None
+
+
+@metric("exact_match", full_marks=1.0, can_score=_has_answer)
 def exact_match(
     predictions: Sequence[str],
     references: Sequence[str],
@@ -152,6 +185,59 @@ def exact_match(
             found = answer(prediction, answer_pattern)
             hits += found is not None and found == answer(reference, answer_pattern)
     return hits / len(predictions)
+
+
+@metric("majority", full_marks=1.0, can_score=_has_answer, min_samples=2)
+def majority(
+    samples: Sequence[Sequence[str]],
+    references: Sequence[str],
+    answer_pattern: str | None,
+    place: Callable[[int], str] = "text {}".format,
+) -> float:
+    """Compute the share of rows whose most frequent answer is the reference's, from 0 to 1.
+
+    Of answers that are as frequent the earliest counts; a sample without an answer has no vote.
+
+    Source: Wang et al. 2022, "Self-Consistency Improves Chain of Thought Reasoning in Language Models".
+    """
+    hits = 0
+    for wanted, found in _answers(samples, references, answer_pattern, place):
+        votes = Counter(one for one in found if one is not None).most_common(1)  # ties are in their order
+        hits += wanted is not None and [one for one, _ in votes] == [wanted]
+    return hits / len(samples)
+
+
+def pass_at(
+    k: int,
+    samples: Sequence[Sequence[str]],
+    references: Sequence[str],
+    answer_pattern: str | None,
+    place: Callable[[int], str] = "text {}".format,
+) -> float:
+    """Compute the chance that one of k samples has the reference's answer, from 0 to 1: the mean over the rows of
+    1 - C(n - c, k) / C(n, k), of n samples of which c are right. It is unbiased; k is at most n.
+
+    Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
+    """
+    total = 0.0
+    for wanted, found in _answers(samples, references, answer_pattern, place):
+        num_wrong = sum(wanted is None or one != wanted for one in found)
+        total += 1 - math.comb(num_wrong, k) / math.comb(len(found), k)
+    return total / len(samples)
+
+
+def _pass_at(k: int) -> Metric:
+    needs = tuple(inspect.signature(pass_at).parameters)[1:]
+    return Metric(partial(pass_at, k), needs, True, full_marks=1.0, can_score=_has_answer, min_samples=k)
+
+
+def _answers(
+    samples: Sequence[Sequence[str]], references: Sequence[str], answer_pattern: str | None, place: Callable[[int], str]
+) -> Iterator[tuple[str | None, list[str | None]]]:
+    """Yield for each row the answer of its reference and those of its samples."""
+    for number, (texts, reference) in enumerate(zip(samples, references, strict=True)):
+        with at(place, number):
+            yield answer(reference, answer_pattern), [answer(text, answer_pattern) for text in texts]
 
 
 def words(text: str) -> list[str]:

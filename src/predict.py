@@ -69,7 +69,9 @@ def predict(job: Job) -> int:
             return 0
         with open_generation(job, stop, console) as (generator, prompts):
             for name, one in unfinished.items():
-                predict_rows(one, prompts.sets[name], generator, config.seed, console)
+                predict_rows(
+                    one, prompts.sets[name], generator, config.seed, config.generation.num_return_sequences, console
+                )
                 finish(one, job, console)
     return 0
 

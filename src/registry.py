@@ -38,7 +38,11 @@ class Registry(dict[str, Entry]):
 
     def why_unknown(self, name: object, remedy: str = "") -> str:
         """Return why a name is refused, with the nearest that is known; '' where it is known."""
-        return "" if name in self else f"not one of {', '.join(self)}{remedy}{did_you_mean(name, self)}"
+        return "" if name in self else f"not one of {', '.join(self.names())}{remedy}{did_you_mean(name, self.names())}"
+
+    def names(self) -> list[str]:
+        """Return all names, as an error lists them."""
+        return list(self)
 
     def __setitem__(self, name: str, entry: Entry) -> None:
         if name in self:

@@ -484,7 +484,10 @@ REFUSED = [
     (["quantization=nf4", "model=causal_lm", "model.checkpoint=hub/id"], "quantised weights can't be trained"),
     (["quantization=int8", "adapter=lora"], "only a checkpoint's weights are quantised"),
     (["model.dtype=float16"], "float16 weights can't be trained"),
-    (["data.metrics=[rouge9]"], "rouge9 is not one of exact_match, rouge1, rouge2, rougeL, chrf, bleu; did you"),
+    (
+        ["data.metrics=[rouge9]"],
+        "rouge9 is not one of exact_match, majority, rouge1, rouge2, rougeL, chrf, bleu, pass_at_<k>; did",
+    ),
     (["adapter=lora"], "an adapter on random weights fits no other model"),
     (["export.merge=true"], "there is no adapter to merge"),
     (["adapter=lora", "export.merge=true", "tokens=none", "optimizer.embedding_lr=1e-3"], "tokens has none"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from src.errors import DataError, Interrupted, ModelError, NonFiniteLossError
 from src.evaluation.evaluate import Evaluator, open_evaluator
 from src.evaluation.generate import cut_at
 from src.evaluation.samples import sample
-from src.metrics import answer, exact_match, greater_is_better, perplexity
+from src.metrics import answer, compute_metrics, exact_match, greater_is_better, perplexity
 from src.model.build import build_model, set_generation
 from src.model.embeddings import resize_and_initialise
 from src.model.export import export
@@ -130,6 +132,26 @@ def test_max_samples_takes_the_first_rows(runtime: Runtime) -> None:
     all_of_three, three = evaluator(runtime, "data.limit=3", "evaluation.metrics=[]")
     ours = few.evaluate(data.test.values())
     assert ours == all_of_three.evaluate(three.test.values())
+
+
+def test_metrics_of_several_samples_see_all_of_them(runtime: Runtime) -> None:
+    names, k = ["exact_match", "majority", "pass_at_2"], 3
+    sampling = ["generation=sample", "generation.max_new_tokens=4", f"generation.num_return_sequences={k}"]
+    one, data = evaluator(runtime, *sampling, f"evaluation.metrics={names}", "data.limit=4")
+    rows = data.validation["validation"]
+    prompts = [rows.prompt_ids(i) for i in range(len(rows))]
+    texts = [[one.reader.encoder.decode(each.ids) for each in some]
+             for some in one.generator.generate_samples(prompts, runtime.seed, count=k)]  # fmt: skip
+    answers = [[one.reader.answer(rows, i, text) for text in some] for i, some in enumerate(texts)]
+    # references that some samples have, and a model that was trained on none of them
+    references = [answers[0][0], answers[1][1], answers[2][2], "none"]
+    reader = SimpleNamespace(encoder=one.reader.encoder, answer=one.reader.answer, reference=lambda _, i: references[i])
+    found = replace(one, reader=reader).evaluate([rows])
+    expected = compute_metrics(names, [first for first, *_ in answers], references, None, samples=answers)
+    assert {name: found[f"eval/validation/{name}"] for name in names} == expected
+    assert expected["pass_at_2"] > expected["exact_match"]
+    first_only, _ = evaluator(runtime, *sampling, "evaluation.metrics=[exact_match]", "data.limit=4")
+    assert first_only.num_samples == 1
 
 
 def test_samples_are_what_plain_generate_writes(runtime: Runtime) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import unicodedata
 
@@ -14,7 +15,17 @@ from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from src import metrics
-from src.metrics import METRICS, answer, bleu, chrf, compute_metrics, exact_match, is_full_marks, words
+from src.metrics import (
+    METRICS,
+    answer,
+    bleu,
+    chrf,
+    compute_metrics,
+    exact_match,
+    greater_is_better,
+    is_full_marks,
+    words,
+)
 
 NAMES = ["rouge1", "rouge2", "rougeL"]
 REFERENCE = "The cat sat on the mat."
@@ -149,6 +160,42 @@ def test_bleu() -> None:
     assert bleu(["the cat sat on"], ["the cat sat on a mat"]) == pytest.approx(100 * math.exp(1 - 6 / 4))
     assert bleu(["철수는 영희와 학교에 갔다."], ["철수는 영희와 학교에 갔다."]) == pytest.approx(100)
     assert bleu([""], ["the cat sat on a mat"]) == 0
+
+
+def scored(
+    names: list[str], samples: list[list[str]], references: list[str], pattern: str | None = None
+) -> list[float]:
+    first = [one for one, *_ in samples]
+    return list(compute_metrics(names, first, references, pattern, samples=samples).values())
+
+
+def test_the_majority_of_the_answers_is_compared() -> None:
+    samples = [["#### 1", "#### 2", "so #### 2"], ["#### 3", "#### 4", "none"], ["none", "none", "#### 5"]]
+    pattern = r"#### (\d+)"
+    assert scored(["majority"], samples, ["#### 2", "#### 3", "#### 5"], pattern) == [1]
+    assert scored(["majority"], samples, ["#### 1", "#### 4", "none"], pattern) == [0]  # a tie is the earliest's
+    assert scored(["majority"], [["a", " b", "b"], ["a", "b", "c"]], ["b", "c"]) == [0.5]
+    assert scored(["majority"], [["none"] * 2], ["none"], pattern) == [0]
+
+
+def test_pass_at_k_is_the_chance_that_one_of_k_is_right() -> None:
+    samples = [["x", "a", "a", "x", "x"], ["x"] * 5, ["a"] * 5]
+    expected = []
+    for k in range(1, 6):
+        drawn = [[any(text == "a" for text in some) for some in itertools.combinations(row, k)] for row in samples]
+        expected.append(sum(sum(row) / len(row) for row in drawn) / 3)
+    assert scored([f"pass_at_{k}" for k in range(1, 6)], samples, ["a"] * 3) == pytest.approx(expected, abs=1e-12)
+    assert scored(["pass_at_1", "exact_match"], [[" b "], ["c"]], ["b", "b"]) == [0.5, 0.5]
+    assert scored(["pass_at_2"], [["none", "#### 1"]], ["none"], r"#### (\d+)") == [0]
+
+
+def test_pass_at_is_a_metric_for_every_k() -> None:
+    assert METRICS["pass_at_17"].min_samples == 17
+    assert greater_is_better("eval/test/pass_at_17")
+    assert is_full_marks("pass_at_3", "b ", "b")
+    assert not is_full_marks("pass_at_3", "c", "b")
+    for name in ("pass_at_0", "pass_at_01", "pass_at_", "pass_at_<k>", "pass_at_1x", 7):
+        assert "pass_at_<k>" in METRICS.why_unknown(name)
 
 
 @BY_PROPERTY

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -162,6 +164,43 @@ def test_sampling_draws_by_seed_and_by_row(said: Command, tmp_path: Path) -> Non
         assert whole(said, tmp_path / str(size), *drawn, sized, f"data.test_files=['{same}']") == first
     texts = [line["text"] for line in read_jsonl(tmp_path / "first" / "test.jsonl")]
     assert len(set(texts)) > 20  # rows don't repeat one another
+
+
+def test_several_samples_of_a_row_are_in_its_line(said: Command, tmp_path: Path) -> None:
+    drawn = ["generation.do_sample=true", "generation.temperature=2.0"]
+    first = whole(said, tmp_path / "first", *drawn)
+    metrics = ["exact_match", "pass_at_1", "pass_at_2", "pass_at_3", "majority"]
+    several = [*drawn, "generation.num_return_sequences=3", f"evaluation.metrics={metrics}"]
+    expected = whole(said, tmp_path / "out", *several)
+    lines = read_jsonl(tmp_path / "out" / "test.jsonl")
+    for line, alone in zip(lines, read_jsonl(tmp_path / "first" / "test.jsonl"), strict=True):
+        samples = line.pop("samples")
+        assert (line, len(samples)) == (alone, 3)
+        assert samples[0] == {key: line[key] for key in ("text", "answer", "stop_reason")}
+        line["right"] = sum(sample["answer"].strip() == line["reference"].strip() for sample in samples)
+    scores = {
+        name: json.loads((tmp_path / "out" / "metrics.json").read_text())[f"eval/test/{name}"] for name in metrics
+    }
+    for k in (1, 2, 3):
+        chance = [1 - math.comb(3 - line["right"], k) / math.comb(3, k) for line in lines]
+        assert scores[f"pass_at_{k}"] == pytest.approx(sum(chance) / 43, abs=1e-12)
+    assert 0 < scores["pass_at_1"] < scores["pass_at_2"] < scores["pass_at_3"]
+    assert (tmp_path / "out" / "test.csv").read_bytes() == (tmp_path / "first" / "test.csv").read_bytes()
+    os.truncate(tmp_path / "out" / "test.jsonl", expected.index(b"\n", len(expected) // 2) + 9)
+    assert "20 of 43 rows are there already" in said(*several, "predict.batch_size=5")
+    assert (tmp_path / "out" / "test.jsonl").read_bytes() == expected
+    assert "generation.num_return_sequences   3 there, 1 now" in said(*drawn, code=2)
+    assert (tmp_path / "first" / "test.jsonl").read_bytes() == first
+
+
+def test_thoughts_are_written_as_the_command_says(said: Command, tmp_path: Path) -> None:
+    whole(said, tmp_path / "none", "generation.thoughts=none")
+    assert not any("<ToW>" in line["text"] for line in read_jsonl(tmp_path / "none" / "test.jsonl"))
+    forced = ["generation.thoughts=forced", "generation.max_thought_tokens=1"]
+    whole(said, tmp_path / "forced", *forced)
+    for line in read_jsonl(tmp_path / "forced" / "test.jsonl"):
+        assert re.match(r"<ToW>.{0,1}</ToW>", line["text"], re.DOTALL)
+        assert line["text"].count("<ToW>") == line["text"].count("</ToW>")
 
 
 @pytest.fixture(scope="module")
@@ -363,6 +402,16 @@ def refusal(*overrides: str) -> str:
         (["seed=1,2"], ["several values are a sweep"]),
         (["-m"], ["-m", "KEY=VALUE, and --help"]),
         (["generation.min_new_tokens=99"], ["more than generation.max_new_tokens, 12"]),
+        (["generation.num_return_sequences=2"], ["the most likely token each time gives one text"]),
+        (["generation.num_return_sequences=3", "generation.num_beams=2"], ["there are 2: generation.num_beams=3"]),
+        (["generation.thoughts=none", "generation.max_thought_tokens=1"], ["generation.thoughts is none"]),
+        (["generation.thoughts=forced", "generation.max_thought_tokens=1", "generation.max_new_tokens=1"],
+         ["takes 2 tokens"]),
+        (["generation.thoughts=forced", "generation.max_thought_tokens=1", "data.thoughts=drop"],
+         ["2 problems", "generation.thoughts = forced   ", "no thoughts are written: see tokens"]),
+        (["evaluation.metrics=[pass_at_1,pass_at_2,majority]"],
+         ["2 problems", "pass_at_2 takes 2 samples of each row at least: generation.num_return_sequences is 1"]),
+        (["evaluation.metrics=[pass_at_x]"], ["pass_at_<k>; did you mean pass_at_<k>?"]),
         (["rerun=x"], ["python -m src.predict does not read it"]),
     ],
 )  # fmt: skip

@@ -35,6 +35,7 @@ class Evaluator:
     metrics: Sequence[str]
     answer_pattern: str | None
     max_samples: int | None
+    num_samples: int = 1  # texts that are generated for each row
 
     def evaluate(self, sets: Iterable[EncodedSet], watched: Mapping[str, int] = NO_TOKENS) -> dict[str, float]:
         """Return the metrics of sets by their names in metrics.jsonl, `eval/<set>/…`.
@@ -47,13 +48,21 @@ class Evaluator:
             count = min(len(rows), self.max_samples or len(rows))
             values = self._losses(rows, count, targets)
             if self.metrics:
-                completions = self.generator.generate([rows.prompt_ids(i) for i in range(count)], self.runtime.seed)
-                texts = [self.reader.encoder.decode(completion.ids) for completion in completions]
-                answers = [self.reader.answer(rows, i, text) for i, text in enumerate(texts)]
-                references = [self.reader.reference(rows, i) for i in range(count)]
-                values |= compute_metrics(self.metrics, answers, references, self.answer_pattern, rows.place)
+                values |= self._scores(rows, count)
             metrics |= {f"eval/{rows.name}/{name}": value for name, value in values.items()}
         return metrics | targets.metrics(self.runtime)
+
+    def _scores(self, rows: EncodedSet, count: int) -> dict[str, float]:
+        """Generate for the first `count` rows, and compare the answers with their references."""
+        prompts, decode = [rows.prompt_ids(i) for i in range(count)], self.reader.encoder.decode
+        samples = self.generator.generate_samples(prompts, self.runtime.seed, count=self.num_samples)
+        answers = [
+            [self.reader.answer(rows, i, decode(completion.ids)) for completion in completions]
+            for i, completions in enumerate(samples)
+        ]
+        first = [one for one, *_ in answers]
+        references = [self.reader.reference(rows, i) for i in range(count)]
+        return compute_metrics(self.metrics, first, references, self.answer_pattern, rows.place, answers)
 
     @torch.no_grad()
     def _losses(self, rows: EncodedSet, count: int, targets: "TargetStats") -> dict[str, float]:
@@ -127,4 +136,5 @@ def open_evaluator(config: RunConfig, loss_model: nn.Module, model: Any, data: D
     size, pattern = config.training.per_device_eval_batch_size, config.data.answer_pattern
     rule = thought_rule(data.encoder, config.generation)
     generator = Generator(model, runtime, size, data.encoder.target_prefix, reader, rule)
-    return Evaluator(loss_model, generator, reader, runtime, config.metrics, pattern, config.evaluation.max_samples)
+    scored, most = (config.metrics, pattern), config.evaluation.max_samples
+    return Evaluator(loss_model, generator, reader, runtime, *scored, most, config.num_scored_samples)

@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any
 
 from src import records
-from src.config.schema import RunConfig
+from src.config.schema import LATER_KEYS, RunConfig
 from src.errors import RunFolderError
 from src.metrics import compute_metrics
 from src.records import Digest, damaged
@@ -23,8 +23,19 @@ from src.util import finite, write_atomically, write_json
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A text that was generated for a row: `text` has the thoughts, `answer` has not."""
+
+    text: str
+    answer: str
+    stop_reason: str
+
+
+@dataclass(frozen=True)
 class Prediction:
-    """One line: `row` counts the rows of the set's files from 0; `text` has the thoughts, `answer` has not."""
+    """One line: `row` counts the rows of the set's files from 0; `text`, `answer` and `stop_reason` are those of the
+    first sample. `samples` is in the line where there are several.
+    """
 
     row: int
     source: str
@@ -33,10 +44,13 @@ class Prediction:
     answer: str
     reference: str | None
     stop_reason: str
+    samples: list[Sample] | None = None
 
 
 RECORD_KEYS: Mapping[str, records.Types] = {"rows": int, "decided_by": dict, "written": (dict, NoneType)}
-LINE_KEYS: Mapping[str, Any] = {column.name: column.type for column in fields(Prediction)}
+SAMPLES = "samples"
+LINE_KEYS: Mapping[str, Any] = {column.name: column.type for column in fields(Prediction) if column.name != SAMPLES}
+SAMPLE_KEYS: Mapping[str, Any] = {column.name: column.type for column in fields(Sample)}
 METRICS = "metrics.json"
 
 
@@ -162,7 +176,10 @@ class PredictedSet:
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Add lines; they are on the disk when this returns."""
-        text = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions)
+        lines = [
+            {key: value for key, value in asdict(one).items() if (key, value) != (SAMPLES, None)} for one in predictions
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         with open(self.lines, "ab") as file:
             file.write(text.encode())
             file.flush()
@@ -182,11 +199,10 @@ class PredictedSet:
                 yield one
 
     def write_table(self) -> None:
-        """Write the CSV, where it is not there as it should be."""
+        """Write the CSV, where it is not there as it should be: of each row its first sample."""
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(
-            text, list(LINE_KEYS)
-        )  # ends lines as RFC 4180 does, and so quotes both kinds of line ends
+        # ends lines as RFC 4180 does, and so quotes both kinds of line ends
+        writer = csv.DictWriter(text, list(LINE_KEYS), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(self.read())
         if not self.table.is_file() or self.table.read_bytes() != text.getvalue().encode():
@@ -201,7 +217,8 @@ class PredictedSet:
         answers, references, places = ([line[key] for line in lines] for key in ("answer", "reference", "source"))
         values = {}
         if config.metrics and None not in references:
-            computed = compute_metrics(config.metrics, answers, references, pattern, places.__getitem__)
+            samples = [[one["answer"] for one in line.get(SAMPLES, [line])] for line in lines]
+            computed = compute_metrics(config.metrics, answers, references, pattern, places.__getitem__, samples)
             values = {f"eval/{self.name}/{metric}": value for metric, value in computed.items()}
         before = read_metrics(self.folder)
         others = {key: value for key, value in before.items() if not key.startswith(f"eval/{self.name}/")}
@@ -232,10 +249,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         "model": "another model's weights, settings or tokenizer",
         "base": "other weights under the adapter",
     }
+    later = {f"{section}.{key}": value for section, keys in LATER_KEYS.items() for key, value in keys.items()}
+    was, is_now = ({name: one.get(name, later.get(name)) for name in {**before, **now}} for one in (before, now))
     changed = {
-        name: f"{json.dumps(before.get(name))} there, {json.dumps(now.get(name))} now"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
+        name: f"{json.dumps(value)} there, {json.dumps(is_now[name])} now"
+        for name, value in was.items()
+        if value != is_now[name]
     }
     return [f"{name}   {hashed.get(name, text)}" for name, text in changed.items()]
 
@@ -244,7 +263,9 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     """Return what a line says; None of one that is not whole, or no prediction."""
     try:
         content = records.parse(line) if line.endswith(b"\n") else {}
-        records.check_keys(content, LINE_KEYS)
+        records.check_keys(content, {**LINE_KEYS, SAMPLES: list}, optional=[SAMPLES])
+        for sample in content.get(SAMPLES, []):
+            records.check_keys(sample if isinstance(sample, dict) else {}, SAMPLE_KEYS)
     except ValueError:
         return None
-    return content if list(content) == list(LINE_KEYS) else None
+    return content if list(content) == [*LINE_KEYS, *([SAMPLES] if SAMPLES in content else [])] else None

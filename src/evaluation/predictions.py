@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.checkpoint.exported import ADAPTER, MAY_CHANGE, weight_files
 from src.config.files import expand
 from src.config.keys import all_keys
-from src.config.schema import RunConfig
+from src.config.schema import LATER_KEYS, RunConfig
 from src.data.sources import file_hash
 from src.errors import RunFolderError
-from src.evaluation.predicted_set import PredictedSet, Prediction, read_metrics
+from src.evaluation.predicted_set import PredictedSet, Prediction, Sample, read_metrics
 from src.tracking.console import Console, clock
 
 if TYPE_CHECKING:  # torch is for those who generate, not for those who only look at what is there
     from src.data.sets import EncodedSet
+    from src.evaluation.answers import AnswerReader, Completion
     from src.evaluation.generate import Generator
 
 BLOCK_BATCHES = 4
@@ -52,14 +54,16 @@ def _key(config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str,
 
     The seed decides only where words are drawn, the size of the batches nothing.
     """
-    draws = config.generation.do_sample
+    draws, later = config.generation.do_sample, LATER_KEYS["generation"].items()
+    decides = {key: value for key, value in frozen["generation"].items() if draws or key not in SAMPLING}
     data_keys = {key.leaf for key in all_keys().values() if key.section == "data" and key.shapes_rows} | {"limit"}
     data_keys.remove("max_target_length")  # an answer takes no room
     files = [file for file in sorted(model.rglob("*")) if file.is_file() and file.name not in MAY_CHANGE]
     base = weight_files(config.model.checkpoint) if (model / ADAPTER).exists() else []
     weights = [file for file in base if file.suffix == ".safetensors"]
     return {
-        **{f"generation.{key}": value for key, value in frozen["generation"].items() if draws or key not in SAMPLING},
+        # a key that is added later counts as if it were not there, as in the configuration's hash
+        **{f"generation.{key}": value for key, value in decides.items() if (key, value) not in later},
         **{f"data.{key}": value for key, value in frozen["data"].items() if key in data_keys},
         **{f"tokens.{key}": frozen["tokens"][key] for key in ("thought_open", "thought_close")},
         **({"seed": config.seed} if draws else {}),
@@ -84,7 +88,9 @@ def describe_rows(rows: EncodedSet) -> str:
     return text
 
 
-def predict_rows(into: PredictedSet, rows: EncodedSet, generator: Generator, seed: int, console: Console) -> None:
+def predict_rows(
+    into: PredictedSet, rows: EncodedSet, generator: Generator, seed: int, num_samples: int, console: Console
+) -> None:
     """Generate for the rows that have no line yet, block after block.
 
     A row draws from a stream of its own, by seed and its place in the set, so nothing depends on the blocks or on where
@@ -99,23 +105,30 @@ def predict_rows(into: PredictedSet, rows: EncodedSet, generator: Generator, see
     started = time.monotonic()
     for start in range(begin, len(rows), block_rows):
         block = range(start, min(start + block_rows, len(rows)))
-        completions = generator.generate([rows.prompt_ids(i) for i in block], seed, first_row=start)
-        texts = [reader.encoder.decode(completion.ids) for completion in completions]
-        predictions = [
-            Prediction(
-                row=numbers[i],
-                source=rows.place(i),
-                prompt=rows.prompt(i),
-                text=text,
-                answer=reader.answer(rows, i, text),
-                reference=reader.reference(rows, i) if rows.completion(i) else None,
-                stop_reason=completion.stop_reason,
-            )
-            for i, completion, text in zip(block, completions, texts, strict=True)
-        ]
-        into.append(predictions)
+        generated = generator.generate_samples([rows.prompt_ids(i) for i in block], seed, start, num_samples)
+        lines = zip(block, generated, strict=True)
+        into.append([_prediction(reader, rows, i, numbers[i], completions) for i, completions in lines])
         left = (time.monotonic() - started) / (block.stop - begin) * (len(rows) - block.stop)
         console.working(f"{into.name}: {block.stop:,} of {len(rows):,} rows  {clock(left)} left")
+
+
+def _prediction(
+    reader: AnswerReader, rows: EncodedSet, index: int, number: int, completions: Sequence[Completion]
+) -> Prediction:
+    """Return the line of a row, the `number`-th of its files."""
+    texts = [reader.encoder.decode(completion.ids) for completion in completions]
+    samples = [
+        Sample(text, reader.answer(rows, index, text), completion.stop_reason)
+        for completion, text in zip(completions, texts, strict=True)
+    ]
+    return Prediction(
+        row=number,
+        source=rows.place(index),
+        prompt=rows.prompt(index),
+        reference=reader.reference(rows, index) if rows.completion(index) else None,
+        **asdict(samples[0]),
+        samples=samples if len(samples) > 1 else None,
+    )
 
 
 def _some(places: Sequence[str]) -> str:

@@ -139,9 +139,12 @@ def _generation(
     config: RunConfig, evaluations: Iterable[Evaluation], samples: EncodedSet, times: int
 ) -> Generation | None:
     """Return what is generated, `times` times for the samples; None where nothing is."""
+    num_draws = config.num_scored_samples if config.generation.num_beams == 1 else 1  # beams are one search
     lengths = times * samples.prompt_lengths()[: config.evaluation.sample_prompts].tolist()
     for one in evaluations if config.metrics else ():
-        lengths += one.times * one.rows.prompt_lengths()[: sum(shape.batch for shape in one.shapes)].tolist()
+        lengths += (
+            num_draws * one.times * one.rows.prompt_lengths()[: sum(shape.batch for shape in one.shapes)].tolist()
+        )
     if not lengths:
         return None
     prompts = [max(1, length) for length in lengths]

@@ -5,6 +5,7 @@ from src.config.problems import Problem
 from src.config.rules.data import sources
 from src.config.rules.rule import READING_ROWS, Problems, applies_to
 from src.config.schema.fields import GENERATING
+from src.metrics import METRICS
 
 
 @applies_to("run")
@@ -106,7 +107,7 @@ def thought_weight_has_thoughts(
         yield Problem("loss.thought_weight", reason, loss.thought_weight)
 
 
-@applies_to("run", "predict")
+@applies_to("run", *GENERATING)
 def thoughts_that_are_generated_have_tags(
     generation: schema.GenerationConfig, tokens: schema.TokensConfig, data: schema.DataConfig
 ) -> Problems:
@@ -117,6 +118,18 @@ def thoughts_that_are_generated_have_tags(
         yield Problem("generation.thoughts", reason, generation.thoughts.value)
     if generation.max_thought_tokens is not None:
         yield Problem("generation.max_thought_tokens", reason, generation.max_thought_tokens)
+
+
+@applies_to("run", *READING_ROWS)
+def metrics_have_their_samples(
+    generation: schema.GenerationConfig, evaluation: schema.EvaluationConfig, data: schema.DataConfig
+) -> Problems:
+    own, count = evaluation.metrics is not None, generation.num_return_sequences
+    for name in (evaluation.metrics if own else data.metrics) or ():
+        needed = METRICS[name].min_samples
+        if needed > count:
+            reason = f"{name} takes {needed} samples of each row at least: generation.num_return_sequences is {count}"
+            yield Problem("evaluation.metrics" if own else "data.metrics", reason, name)
 
 
 @applies_to("run")

@@ -73,7 +73,7 @@ def generation_lengths_fit(generation: schema.GenerationConfig) -> Problems:
         yield Problem("generation.min_new_tokens", reason, generation.min_new_tokens)
 
 
-@applies_to("run", "predict")
+@applies_to("run", *GENERATING)
 def samples_can_differ(generation: schema.GenerationConfig) -> Problems:
     count, num_beams = generation.num_return_sequences, generation.num_beams
     if count > 1 and num_beams > 1 and count > num_beams:
@@ -84,7 +84,7 @@ def samples_can_differ(generation: schema.GenerationConfig) -> Problems:
         yield Problem("generation.num_return_sequences", reason, count)
 
 
-@applies_to("run", "predict")
+@applies_to("run", *GENERATING)
 def thoughts_have_room(generation: schema.GenerationConfig) -> Problems:
     most, thoughts = generation.max_thought_tokens, generation.thoughts
     if most is None:

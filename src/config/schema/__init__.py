@@ -37,6 +37,7 @@ from src.config.schema.sections import (
 from src.config.schema.sweep import Direction, Pruner, Replicate, Sampler, SweepConfig
 from src.config.schema.tokens import InitMethod, TokensConfig
 from src.config.schema.tracking import TRACKERS, MlflowConfig, TrackingConfig
+from src.metrics import METRICS
 
 
 @dataclass(kw_only=True)
@@ -74,6 +75,12 @@ class RunConfig(TopLevelConfig):
     def metrics(self) -> list[str]:
         """The metrics that need generated text: evaluation's own, or what the data says."""
         return self.data.metrics if self.evaluation.metrics is None else self.evaluation.metrics
+
+    @property
+    def num_scored_samples(self) -> int:
+        """How many texts of a row evaluation generates: all samples where a metric takes them, else one."""
+        takes_all = any(METRICS[name].takes_samples for name in self.metrics)
+        return self.generation.num_return_sequences if takes_all else 1
 
 
 _BY_TYPE: dict[str, dict[str, type]] = {

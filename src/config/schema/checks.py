@@ -91,5 +91,5 @@ NAME = PathCheck(
     "a name without '/' that does not start with '.'", lambda v: bool(v) and "/" not in v and not v.startswith(".")
 )
 METRIC_NAMES = RegisteredCheck(
-    f"a list (one of {', '.join(METRICS)} each)", lambda v: all(one in METRICS for one in v or ())
+    f"a list (one of {', '.join(METRICS.names())} each)", lambda v: all(one in METRICS for one in v or ())
 )
