@@ -13,7 +13,8 @@ the run's own), unless data.limit is given here.
 - A prompt that leaves the model no room for generation.max_new_tokens is refused before anything is generated.
 
 A set is <set>.jsonl with row (from 0), source (file:line), prompt, text (with thoughts), answer (without), reference
-and stop_reason (eos or length); once it is whole, <set>.csv has the same, and metrics.json has eval/<set>/…. Rows are
+and stop_reason (eos or length); with generation.num_return_sequences above 1 these are of the first sample, and samples
+has all of them. Once it is whole, <set>.csv has the same without samples, and metrics.json has eval/<set>/…. Rows are
 written a few batches at a time: the same command continues the same file where one was stopped, in whatever way. A
 whole set is left as it is. A set that another configuration, other rows or another model decided is not continued;
 <set>.json says what did.

@@ -58,13 +58,14 @@ def test_the_tokens_of_a_thought_are_counted_from_its_opening_tag() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_without_thoughts_no_opening_tag_is_written(model: Any, runtime: Runtime, way: str) -> None:
+def test_without_thoughts_no_tag_is_written(model: Any, runtime: Runtime, way: str) -> None:
     given = asked() * (21 if way == "sample" else 1)
-    one = generator(model, runtime, 42, EOS, **WAYS[way], **EAGER)
+    wanted = {"sequence_bias": [[[OPEN], 9.0], [[CLOSE], 9.0], [[EOS], 3.0]]}
+    one = generator(model, runtime, 42, EOS, **WAYS[way], **wanted)
     assert any(OPEN in completion.ids for completion in one.generate(given, seed=5))
     samples = thinking(one, NONE).generate_samples(given, seed=5, count=4 if way == "sample" else 1)
     assert len(samples) == len(given)
-    assert not any(OPEN in completion.ids for row in samples for completion in row)
+    assert not any({OPEN, CLOSE} & set(completion.ids) for row in samples for completion in row)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -77,7 +78,7 @@ def test_with_a_limit_no_thought_is_longer_and_each_is_closed(model: Any, runtim
         for completion in together:
             thoughts = thoughts_of(completion.ids)
             assert all(length is not None and length <= most for length in thoughts), completion
-            assert completion.ids.count(OPEN) == len(thoughts)
+            assert completion.ids.count(OPEN) == completion.ids.count(CLOSE) == len(thoughts)
             assert mode is FREE or completion.ids[0] == OPEN
         assert any(OPEN in completion.ids for completion in together)
         assert replace(one, batch_size=1).generate(asked()[2:4], seed=5, first_row=2) == together[2:4]

@@ -55,7 +55,8 @@ class ThoughtProcessor(LogitsProcessor):
 
     It has the last word on what `others` (no_repeat_ngram_size, repetition_penalty, min_new_tokens …) leave: a forced
     tag has the model's own score, so that beams are compared by it. With a limit every thought is closed: EOS can't
-    end one, and none is opened where the text has no room for its closing tag.
+    end one, and none is opened within another or where the text has no room for its closing tag; nor is there a closing
+    tag outside a thought.
 
     Args:
         opened: whether each prompt ends in a thought that it has opened.
@@ -84,6 +85,7 @@ class ThoughtProcessor(LogitsProcessor):
             must_close = is_inside & ((num_inner >= rule.limit) | (left <= 1))
             can_open = ~is_inside & (rule.mode is not ThoughtMode.none and left > 1)
             changed[:, rule.open_id].masked_fill_(~can_open, -torch.inf)
+            changed[:, rule.close_id].masked_fill_(~is_inside, -torch.inf)
             for stop_id in self.stop_ids:
                 changed[:, stop_id].masked_fill_(is_inside, -torch.inf)
             has_none = changed.isneginf().all(1)
