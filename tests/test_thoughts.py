@@ -74,14 +74,17 @@ def test_with_a_limit_no_thought_is_longer_and_each_is_closed(model: Any, runtim
     for mode, most, setting in cases:
         settings = WAYS[way] | SETTINGS[setting] | EAGER
         one = thinking(generator(model, runtime, 6, EOS, **settings), mode, most)
-        together = one.generate(asked(), seed=5)
+        count = settings.get("num_beams", 1)
+        samples = one.generate_samples(asked(), seed=5, count=count)
+        together = [completion for row in samples for completion in row]
         for completion in together:
             thoughts = thoughts_of(completion.ids)
             assert all(length is not None and length <= most for length in thoughts), completion
             assert completion.ids.count(OPEN) == completion.ids.count(CLOSE) == len(thoughts)
             assert mode is FREE or completion.ids[0] == OPEN
         assert any(OPEN in completion.ids for completion in together)
-        assert replace(one, batch_size=1).generate(asked()[2:4], seed=5, first_row=2) == together[2:4]
+        alone = replace(one, batch_size=1).generate_samples(asked()[2:4], seed=5, first_row=2, count=count)
+        assert alone == samples[2:4]
     # the limit is longer than the text: closed where it must end
     assert all(thoughts_of(completion.ids)[0] == len(completion.ids) - 2 == NEW - 2 for completion in together)
 
