@@ -70,9 +70,10 @@ def predict(job: Job) -> int:
             return 0
         with open_generation(job, stop, console) as (generator, prompts):
             for name, one in unfinished.items():
-                predict_rows(
-                    one, prompts.sets[name], generator, config.seed, config.generation.num_return_sequences, console
-                )
+                rows, num_samples = prompts.sets[name], config.generation.num_return_sequences
+                (part,) = rows.shards
+                numbers = part.ordinals.tolist()
+                predict_rows(one, rows, generator, config.seed, num_samples, console, numbers=numbers)
                 finish(one, job, console)
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from src.config.schema import LATER_KEYS, RunConfig
 from src.data.sources import file_hash
 from src.errors import RunFolderError
 from src.evaluation.predicted_set import PredictedSet, Prediction, Sample, read_metrics
+from src.evaluation.row_log import RowLog
 from src.tracking.console import Console, clock
 
 if TYPE_CHECKING:  # torch is for those who generate, not for those who only look at what is there
@@ -54,19 +55,31 @@ def _key(config: RunConfig, frozen: Mapping[str, Any], model: Path) -> dict[str,
 
     The seed decides only where words are drawn, the size of the batches nothing.
     """
-    draws, later = config.generation.do_sample, LATER_KEYS["generation"].items()
-    decides = {key: value for key, value in frozen["generation"].items() if draws or key not in SAMPLING}
     data_keys = {key.leaf for key in all_keys().values() if key.section == "data" and key.shapes_rows} | {"limit"}
     data_keys.remove("max_target_length")  # an answer takes no room
+    return {
+        **generation_key(config, frozen),
+        **{f"data.{key}": value for key, value in frozen["data"].items() if key in data_keys},
+        **{f"tokens.{key}": frozen["tokens"][key] for key in ("thought_open", "thought_close")},
+        **model_key(config, model),
+    }
+
+
+def generation_key(config: RunConfig, frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides how texts are generated, as plain values by name."""
+    draws, later = config.generation.do_sample, LATER_KEYS["generation"].items()
+    decides = {key: value for key, value in frozen["generation"].items() if draws or key not in SAMPLING}
+    # a key that is added later counts as if it were not there, as in the configuration's hash
+    settings = {f"generation.{key}": value for key, value in decides.items() if (key, value) not in later}
+    return settings | ({"seed": config.seed} if draws else {})
+
+
+def model_key(config: RunConfig, model: Path) -> dict[str, Any]:
+    """Return what decides a run's model and how it computes; `model` is its folder."""
     files = [file for file in sorted(model.rglob("*")) if file.is_file() and file.name not in MAY_CHANGE]
     base = weight_files(config.model.checkpoint) if (model / ADAPTER).exists() else []
     weights = [file for file in base if file.suffix == ".safetensors"]
     return {
-        # a key that is added later counts as if it were not there, as in the configuration's hash
-        **{f"generation.{key}": value for key, value in decides.items() if (key, value) not in later},
-        **{f"data.{key}": value for key, value in frozen["data"].items() if key in data_keys},
-        **{f"tokens.{key}": frozen["tokens"][key] for key in ("thought_open", "thought_close")},
-        **({"seed": config.seed} if draws else {}),
         "model.dtype": config.model.dtype.value,
         "training.mixed_precision": config.training.mixed_precision.value,
         "model": {str(file.relative_to(model)): file_hash(str(file)) for file in files},
@@ -89,27 +102,30 @@ def describe_rows(rows: EncodedSet) -> str:
 
 
 def predict_rows(
-    into: PredictedSet, rows: EncodedSet, generator: Generator, seed: int, num_samples: int, console: Console
+    into: RowLog,
+    rows: EncodedSet,
+    generator: Generator,
+    seed: int,
+    num_samples: int,
+    console: Console,
+    chosen: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> None:
-    """Generate for the rows that have no line yet, block after block.
+    """Generate for the rows that have no line yet, block after block: for all, or for the `chosen` ones, which are
+    `numbers` in the file.
 
     A row draws from a stream of its own, by seed and its place in the set, so nothing depends on the blocks or on where
     it was stopped. Interrupted between two tokens, where a signal asked for it; whole blocks are on the disk.
     """
-    reader, (part,) = generator.reader, rows.shards
+    reader = generator.reader
     assert reader is not None
-    numbers = part.ordinals.tolist()
-    block_rows = BLOCK_BATCHES * generator.batch_size
-    if begin := into.resume(numbers, block_rows):
-        console.label(into.name, f"{begin:,} of {len(rows):,} rows are there already, continuing after them")
-    started = time.monotonic()
-    for start in range(begin, len(rows), block_rows):
-        block = range(start, min(start + block_rows, len(rows)))
-        generated = generator.generate_samples([rows.prompt_ids(i) for i in block], seed, start, num_samples)
+    chosen = range(len(rows)) if chosen is None else chosen
+    numbers = chosen if numbers is None else numbers
+    for block in blocks(into, numbers, generator.batch_size, console):
+        prompts = [rows.prompt_ids(chosen[place]) for place in block]
+        generated = generator.generate_samples(prompts, seed, block.start, num_samples)
         lines = zip(block, generated, strict=True)
-        into.append([_prediction(reader, rows, i, numbers[i], completions) for i, completions in lines])
-        left = (time.monotonic() - started) / (block.stop - begin) * (len(rows) - block.stop)
-        console.working(f"{into.name}: {block.stop:,} of {len(rows):,} rows  {clock(left)} left")
+        into.append([_prediction(reader, rows, chosen[place], numbers[place], texts) for place, texts in lines])
 
 
 def _prediction(
@@ -129,6 +145,21 @@ def _prediction(
         **asdict(samples[0]),
         samples=samples if len(samples) > 1 else None,
     )
+
+
+def blocks(into: RowLog, numbers: Sequence[int], batch_size: int, console: Console) -> Iterator[range]:
+    """Yield the places of each block of rows that a file lacks, which the loop's body appends; show how far it is.
+    `numbers` are those of all rows.
+    """
+    block_rows = BLOCK_BATCHES * batch_size
+    if begin := into.resume(numbers, block_rows):
+        console.label(into.title, f"{begin:,} of {len(numbers):,} rows are there already, continuing after them")
+    started = time.monotonic()
+    for start in range(begin, len(numbers), block_rows):
+        block = range(start, min(start + block_rows, len(numbers)))
+        yield block
+        left = (time.monotonic() - started) / (block.stop - begin) * (len(numbers) - block.stop)
+        console.working(f"{into.title}: {block.stop:,} of {len(numbers):,} rows  {clock(left)} left")
 
 
 def _some(places: Sequence[str]) -> str:
