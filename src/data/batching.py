@@ -4,7 +4,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -206,7 +206,16 @@ def _grouped(lengths: np.ndarray, order: np.ndarray, batch_size: int, rng: np.ra
     return np.concatenate([full[rng.permutation(num_full)].ravel(), grouped[num_full * batch_size :]])
 
 
-def collate(rows: EncodedSet, sequences: Sequences, pad_token_id: int, *, padding_free: bool = False) -> Batch:
+class LabelledRows(Protocol):
+    """Rows by their index, as a set has them."""
+
+    @property
+    def is_encoder_decoder(self) -> bool: ...
+
+    def __getitem__(self, index: int) -> LabelledRow: ...
+
+
+def collate(rows: LabelledRows, sequences: Sequences, pad_token_id: int, *, padding_free: bool = False) -> Batch:
     """Collate rows, padded on the right to the longest sequence; several rows in a sequence are packed.
 
     With `padding_free` all are in a single sequence without padding, for FlashAttention.

@@ -1,10 +1,11 @@
 """From a configuration to sets of encoded rows and their reports: sources, formats, encoding, splits, in this order."""
 
 import hashlib
+import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unicodedata import normalize
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from src.config.files import expand
 from src.config.formats import roles
-from src.config.schema import DataConfig, ModelType, Overflow, RunConfig
+from src.config.schema import DataConfig, ModelType, Overflow, RunConfig, Thoughts
 from src.data import splits
 from src.data.answers import AnswerFrame
 from src.data.cache import RowCache, ShowProgress
@@ -82,6 +83,13 @@ class Prompts:
     frame: AnswerFrame = AnswerFrame()
 
 
+@dataclass(frozen=True)
+class EvaluatedRows(Prompts):
+    """The rows of validation and test sets, exactly as a run evaluates them, and the reports of these sets."""
+
+    reports: dict[str, SplitReport] = field(default_factory=dict)
+
+
 def file_hashes(data: DataConfig) -> dict[str, str]:
     """Return the SHA-256 of every data file that the configuration names."""
     return {file: file_hash(file) for patterns in data.files().values() for file in expand(patterns)}
@@ -98,15 +106,10 @@ def build_data(config: RunConfig, tokenizer: Any, show_progress: ShowProgress = 
     A tokenizer without a chat template gets one where the data needs it. DataError where rows can't be read or are
     malformed, or too few are left; TokenError where the tokenizer can't be used.
     """
-    builder, data = _Builder(config, tokenizer, show_progress), config.data
+    builder = _Builder(config, tokenizer, show_progress)
     train, held_out = builder.train_and_held_out()
-    if data.has_hub_validation:
-        validation = {"validation": builder.eval_set("validation", _hub_source(data, str(data.validation_split)))}
-    elif held_out is not None:
-        validation = {"validation": held_out}
-    else:
-        validation = builder.sets_from_files(data.validation_sets())
-    test, template = builder.sets_from_files(data.test_sets()), builder.template
+    validation = builder.validation_sets() if held_out is None else {"validation": held_out}
+    test, template = builder.sets_from_files(config.data.test_sets()), builder.template
     is_fallback = template is not None and template.is_fallback
     return Data(train, validation, test, builder.reports, builder.encoder, builder.stop_ids, builder.frame, is_fallback)
 
@@ -120,6 +123,33 @@ def build_prompts(config: RunConfig, tokenizer: Any, show_progress: ShowProgress
     builder = _Builder(config, tokenizer, show_progress, to_predict=True)
     sets = builder.sets_from_files(config.data.test_sets())
     return Prompts(sets, builder.encoder, builder.stop_ids, builder.frame)
+
+
+def build_evaluated(
+    config: RunConfig, tokenizer: Any, names: Collection[str], show_progress: ShowProgress = lambda _: None
+) -> EvaluatedRows:
+    """Build the validation and test sets of these names as `build_data` does, and train only where one is held out of
+    it; raises as that.
+    """
+    builder, data = _Builder(config, tokenizer, show_progress), config.data
+    sets: dict[str, EncodedSet] = {}
+    if set(data.validation_names()) & set(names):
+        held_out = builder.train_and_held_out()[1] if data.is_held_out else None
+        sets |= builder.validation_sets(names) if held_out is None else {"validation": held_out}
+    sets |= builder.sets_from_files({name: files for name, files in data.test_sets().items() if name in names})
+    return EvaluatedRows(sets, builder.encoder, builder.stop_ids, builder.frame, builder.reports)
+
+
+def without_thoughts(config: RunConfig) -> RunConfig:
+    """Return a configuration whose rows are written without their thoughts, and are the same otherwise.
+
+    Where the data has no pattern for them, they are what stands between the tags.
+    """
+    data, tags = config.data, config.thought_tags
+    pattern = data.thought_pattern
+    if pattern is None and tags is not None:
+        pattern = "(.*?)".join(map(re.escape, tags))
+    return replace(config, data=replace(data, thoughts=Thoughts.drop, thought_pattern=pattern))
 
 
 class _Builder:
@@ -155,6 +185,14 @@ class _Builder:
     def sets_from_files(self, sets: Mapping[str, list[str]]) -> dict[str, EncodedSet]:
         return {name: self.eval_set(name, file_source(files, self.data.limit)) for name, files in sets.items()}
 
+    def validation_sets(self, names: Collection[str] | None = None) -> dict[str, EncodedSet]:
+        """Build the validation sets that are not held out of train: those of these names, or all."""
+        if self.data.has_hub_validation:
+            source = _hub_source(self.data, str(self.data.validation_split))
+            return {"validation": self.eval_set("validation", source)}
+        files = self.data.validation_sets()
+        return self.sets_from_files({name: files[name] for name in files if names is None or name in names})
+
     def eval_set(self, name: str, source: Source) -> EncodedSet:
         """Build a set that is evaluated or predicted."""
         rows = EncodedSet(name, [self._shard(name, source, self.data)])
@@ -183,7 +221,7 @@ class _Builder:
         else:
             held_out = [folds == data.fold for folds in splits.assign_group_folds(groups, data.num_folds, seed)]
         train = self._train_set(shards, held_out)
-        if data.num_folds is None and not data.held_out_fraction:
+        if not data.is_held_out:
             return train, None
         return train, self._validation_set(shards, held_out)
 

@@ -157,13 +157,19 @@ def check_prompts(config: RunConfig, model: Any, data: Data) -> None:
     """Check by a model's configuration that there is room after every prompt, and that none is empty where answers are
     compared; DataError or ModelError names the row.
     """
-    generated = [*data.validation.values(), *data.test.values()] if config.metrics else []
-    for rows in generated:
-        lengths = rows.prompt_lengths().tolist()
-        if 0 in lengths:
-            raise DataError(f"{rows.place(lengths.index(0))}  nothing to generate from: an empty prompt, and no BOS")
-    for rows in [*generated, *([data.for_samples()] if config.evaluation.sample_prompts else [])]:
-        check_room(rows, model, data.encoder.target_prefix, config.generation.max_new_tokens)
+    prefix, max_new_tokens = data.encoder.target_prefix, config.generation.max_new_tokens
+    for rows in [*data.validation.values(), *data.test.values()] if config.metrics else []:
+        check_generation(rows, model, prefix, max_new_tokens)
+    if config.evaluation.sample_prompts:
+        check_room(data.for_samples(), model, prefix, max_new_tokens)
+
+
+def check_generation(rows: EncodedSet, model: Any, target_prefix: list[int], max_new_tokens: int) -> None:
+    """Raise DataError for an empty prompt of a set, ModelError for one that leaves no room for what is generated."""
+    lengths = rows.prompt_lengths().tolist()
+    if 0 in lengths:
+        raise DataError(f"{rows.place(lengths.index(0))}  nothing to generate from: an empty prompt, and no BOS")
+    check_room(rows, model, target_prefix, max_new_tokens)
 
 
 def check_room(rows: EncodedSet, model: Any, target_prefix: list[int], max_new_tokens: int) -> None:

@@ -131,6 +131,16 @@ class DataConfig:
         has_another = self.num_folds is not None or bool(self.validation_sets()) or self.has_hub_validation
         return 0.0 if has_another else self.validation_fraction
 
+    @property
+    def has_train(self) -> bool:
+        """Whether there are rows to train on."""
+        return bool(self.train_files or self.dataset_name or self.mixture)
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether the validation set is a part of train: a fold, or a share of its rows."""
+        return self.num_folds is not None or bool(self.held_out_fraction)
+
 
 @dataclass(frozen=True)
 class TrainSource:

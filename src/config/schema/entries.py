@@ -3,8 +3,9 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from src.config.schema.checks import AT_LEAST_ONE, COUNT, PATH, Check
+from src.config.schema.checks import AT_LEAST_ONE, COUNT, PATH, STRINGS, Check
 from src.config.schema.fields import GENERATING, key
 from src.config.schema.model import Dtype
 
@@ -41,6 +42,38 @@ class PredictConfig:
         return run_dir / "predictions" if self.output is None else Path(self.output)
 
 
+VIEWS = ("gold", "none", "shuffled", "own")
+"""The views of src.evaluate: thoughts as they are given, left out, another row's, the model's own."""
+VIEW_NAMES = Check(
+    f"a list of views, each one of {', '.join(VIEWS)}, and once",
+    lambda v: v is None or (isinstance(v, list) and 0 < len(v) == len(set(map(str, v))) and set(v) <= set(VIEWS)),
+)
+SET_NAMES = Check("a list of sets' names, or null", lambda v: v is None or (STRINGS.holds(v) and bool(v)))
+
+
+@dataclass
+class EvaluateConfig:
+    """On which rows, with which thoughts and against what `python -m src.evaluate` scores a model."""
+
+    views: Any = key(
+        VIEW_NAMES,
+        default=None,
+        text="thoughts before the answers: gold (as given), none, shuffled (another row's), own (the model's); "
+        "null: all of them where the rows have thoughts, else gold",
+    )
+    sets: Any = key(SET_NAMES, default=None, text="which validation and test sets, by their names; null: all")
+    against: str | None = key(
+        PATH, default=None, text="the folder of another run, or of its evaluation, to compare with on the same rows"
+    )
+    output: str | None = key(
+        PATH, default=None, text="the folder of the evaluation; null: evaluations/ in the run's folder"
+    )
+
+    def folder(self, run_dir: Path) -> Path:
+        """Return the folder of the evaluation: evaluate.output, or evaluations/ in the run's folder."""
+        return run_dir / "evaluations" if self.output is None else Path(self.output)
+
+
 @dataclass
 class ExportEntryConfig:
     """What `python -m src.export` writes, and where."""
@@ -62,5 +95,10 @@ class ExportEntryConfig:
         return run_dir / "export" if self.output is None else Path(self.output)
 
 
-ENTRY_SECTIONS: dict[str, type] = {"preflight": PreflightConfig, "predict": PredictConfig, "export": ExportEntryConfig}
+ENTRY_SECTIONS: dict[str, type] = {
+    "preflight": PreflightConfig,
+    "predict": PredictConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportEntryConfig,
+}
 """Sections that one entry reads, `python -m src.<name>`, and no other takes; they have their defaults here."""
