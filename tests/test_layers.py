@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 LAYERS = (
-    ("preflight", "predict", "export", "sync"),
+    ("preflight", "predict", "evaluate", "export", "sync"),
     ("cli",),
     ("run",),
     ("overview", "inspection", "exporting"),

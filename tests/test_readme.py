@@ -42,6 +42,7 @@ SHELL = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "MAIN": 
 FILES = {
     "train.jsonl": '{"question": "a", "answer": "#### 1"}\n',
     "questions.jsonl": '{"prompt": "1+1="}\n',
+    "rows.jsonl": '{"prompt": "1+1=", "completion": "2"}\n',
     "a.csv": "prompt\n1+1=\n",
     "b.jsonl": '{"prompt": "1+1="}\n',
     "ds_config.json": '{"zero_optimization": {"stage": 2}}',
@@ -94,6 +95,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(place / "models" / "gsm8k", run / "model")
     (run / "config.yaml").write_text(yaml.safe_dump(admitted("tracking=mlflow").frozen), encoding="utf-8")
     (run / "status.json").write_text('{"state": "FINISHED", "step": 400}', encoding="utf-8")
+    shutil.copytree(run, run.with_name("other"))
     return place
 
 
@@ -132,7 +134,7 @@ def check_script(arguments: list[str]) -> None:
 ENTRIES = {
     "src.run": check_run,
     "src.preflight": lambda arguments: admit(arguments, "preflight"),
-    **{f"src.{entry}": partial(admit_finished, entry=entry) for entry in ("predict", "export")},
+    **{f"src.{entry}": partial(admit_finished, entry=entry) for entry in ("predict", "evaluate", "export")},
     "src.sync": admit_sync,
 }
 
@@ -157,7 +159,14 @@ def test_every_command_is_admitted(command: str, clone: Path, monkeypatch: pytes
 
 
 def test_there_are_commands_of_every_kind() -> None:
-    for kind in ("python -m src.run", "python -m src.preflight", "python -m src.predict", "make", "torchrun"):
+    for kind in (
+        "python -m src.run",
+        "python -m src.preflight",
+        "python -m src.predict",
+        "python -m src.evaluate",
+        "make",
+        "torchrun",
+    ):
         assert any(command.startswith(kind) for command in COMMANDS), kind
 
 

@@ -192,8 +192,14 @@ def _rows_of_others(data: Mapping[str, Any], line: CommandLine, entry: str) -> d
     if entry not in ("evaluate", "ensemble"):  # a limit of rows was for training
         return {"train_files": None, "validation_files": None, "limit": None}
     if line.value_of("data.validation_files") is not None:
-        return {"num_folds": None, "fold": None, "group_column": None, "validation_fraction": 0.0}
-    return {}
+        return {"num_folds": None, "fold": None, "group_column": None, "validation_fraction": 0.0} | _no_train(data)
+    is_held_out = data.get("num_folds") or (data.get("validation_fraction") and not data.get("validation_files"))
+    return {} if is_held_out else _no_train(data)
+
+
+def _no_train(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what leaves the train files out, from which no rows are held out; beside a hub's rows they decide."""
+    return {} if data.get("dataset_name") else {"train_files": None}
 
 
 def frozen_sections(folder: Path, key: str, nothing: str) -> tuple[dict[str, Any], list[Problem]]:

@@ -163,7 +163,7 @@ def parse_stored(sections: dict[str, Any]) -> RunConfig:
     frozen.add_later_keys(sections)
     plugins.require(sections.get(plugins.KEY))
     parsed, problems = parse_sections(sections)
-    problems += list(_across(parsed, rules.RULES["run"]))
+    problems += list(_across(parsed, [*rules.RULES["run"], *rules.RULES["training"]]))
     # a tracker is the first process's; but what a model is trained on must not be the words that stand for it
     problems += [Problem(key, reason, has_value=False) for key, reason in missing if not secrets.is_secret_key(key)]
     if problems:
@@ -187,11 +187,13 @@ def check_composed(composed: Composed, line: CommandLine, entry: str | None = No
     problems = [problem for problem in problems if problem.key not in reported]
     if entry is not None and composed.is_finished:
         problems += _across(parsed, rules.RULES[entry])
-        problems += output_problems(own.value, composed.run_dir, entry)
     else:
-        problems += _across(parsed, rules.RULES["run"])
+        trained = [] if entry == "evaluate" else rules.RULES["training"]
+        problems += _across(parsed, [*rules.RULES["run"], *trained])
         problems += meeting_problems(parsed, line)
         problems += run_dir_problems(composed, line)
+    if entry is not None:
+        problems += output_problems(own.value, composed.run_dir, entry)
     earlier = (*composed.problems, *line.problems)
     located = _located(problems, composed, line, entry)
     if not (located or earlier):
@@ -209,7 +211,8 @@ def check_composed(composed: Composed, line: CommandLine, entry: str | None = No
     stored = {
         key: value for key, value in composed.stored.items() if key != "sweep" and (key != entry or key in SECTIONS)
     }
-    return Job(_assemble(parsed), stored, composed.run_dir, own.value, sweep=sweep.value), []
+    job = Job(_assemble(parsed), stored, composed.run_dir, own.value, composed.is_finished, sweep=sweep.value)
+    return job, []
 
 
 def _of_deepspeed_file(composed: Composed) -> list[Problem]:

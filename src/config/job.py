@@ -20,6 +20,7 @@ class Job:
     frozen: dict[str, Any]
     run_dir: Path
     entry_section: Any = None  # the section that the entry alone reads, where it has one
+    is_finished: bool = False  # whether the folder is that of a finished run, which an entry uses
     is_held: bool = False  # whether the process that started this one holds the run's folder
     sweep: SweepConfig | None = None  # the section `sweep`, with -m
     trial: Mapping[str, Any] | None = None

@@ -15,10 +15,14 @@ PLAIN = "letters, digits, '_', '-' and '.', at most 60 of them"
 """Names that files and metrics are called after; a letter has up to four bytes, and file systems take 255."""
 
 
-@applies_to("run")
-def a_source_is_given(data: DataConfig) -> Problems:
-    if not data.train_files and not data.dataset_name and not data.mixture:
+@applies_to("training")
+def training_rows_are_given(data: DataConfig) -> Problems:
+    if not data.has_train:
         yield Problem("data.train_files", "no training data: give data.train_files=[FILE] or data.dataset_name=HUB_ID")
+
+
+@applies_to("run")
+def a_source_is_given_once(data: DataConfig) -> Problems:
     if data.train_files and data.mixture:
         reason = "not together with data.train_files: name them as a source of the mixture"
         yield Problem("data.mixture", reason, has_value=False)

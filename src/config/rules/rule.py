@@ -9,8 +9,10 @@ Problems = Iterator[Problem]
 Rule = Callable[..., Problems]
 READING_ROWS = ("predict", "evaluate", "ensemble")
 """The entries that read rows for a finished run."""
-RULES: dict[str, list[Rule]] = {"run": [], **{entry: [] for entry in USING_RUNS}}
-"""Rules of src.run, which preflight has too, and of entries that use finished runs: nothing about training."""
+RULES: dict[str, list[Rule]] = {"run": [], "training": [], **{entry: [] for entry in USING_RUNS}}
+"""Rules of every composed configuration, of one that is trained, and of entries that use finished runs: nothing about
+training.
+"""
 
 
 def applies_to(*entries: str) -> Callable[[Rule], Rule]:
