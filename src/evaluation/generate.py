@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -59,36 +60,55 @@ class Generator:
     def pad_token_id(self) -> int:
         return int(self.model.generation_config.pad_token_id)
 
-    def generate(self, prompts: Sequence[list[int]], seed: int, first_row: int = 0) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        seed: int,
+        first_row: int = 0,
+        *,
+        target_prefixes: Sequence[list[int]] | None = None,
+    ) -> list[Completion]:
         """Generate a completion for each prompt: the first of its samples, see generate_samples."""
-        return [first for first, *_ in self.generate_samples(prompts, seed, first_row)]
+        samples = self.generate_samples(prompts, seed, first_row, target_prefixes=target_prefixes)
+        return [first for first, *_ in samples]
 
     def generate_samples(
-        self, prompts: Sequence[list[int]], seed: int, first_row: int = 0, count: int = 1
+        self,
+        prompts: Sequence[list[int]],
+        seed: int,
+        first_row: int = 0,
+        count: int = 1,
+        *,
+        target_prefixes: Sequence[list[int]] | None = None,
     ) -> list[list[Completion]]:
         """Generate `count` completions for each prompt (ids), in their order: the best beams, or as many draws.
         Interrupted between two tokens, where a signal asked for it.
 
         Prompts of similar length are batched, for little padding. Batching changes no completion: each prompt is
         decoded as it would be alone, and draws from its own random stream, by `seed`, the number of the sample, and the
-        index of its row, of which `first_row` is the first where the prompts are a part of a set.
+        index of its row, of which `first_row` is the first where the prompts are a part of a set. `target_prefixes` are
+        each prompt's own, in place of target_prefix; those of a batch are of one length.
         """
+        prefixes = [self.target_prefix] * len(prompts) if target_prefixes is None else target_prefixes
         is_beam_search = (self.model.generation_config.num_beams or 1) > 1
         num_best, num_draws = (count, 1) if is_beam_search else (1, count)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = sorted(range(len(prompts)), key=lambda i: (len(prefixes[i]), len(prompts[i])))
         texts = [(i, sample) for i in order for sample in range(num_draws)]
         local: dict[int, Completion] = {}  # by prompt and sample
         training = self.model.training
         self.model.eval()
         is_alone = self._samples_beams or self._stretches(max(map(len, prompts), default=0))
         size = 1 if is_alone else self.batch_size
-        for start, is_real in self.runtime.split(range(0, len(texts), size)):
+        alike = [list(group) for _, group in groupby(texts, key=lambda text: len(prefixes[text[0]]))]
+        batches = [group[start : start + size] for group in alike for start in range(0, len(group), size)]
+        for batch, is_real in self.runtime.split(batches):
             self.runtime.check_stop()
-            batch = texts[start : start + size]
             draws = [(first_row + i, sample) for i, sample in batch]
             global_seed = int(np.random.SeedSequence([seed, draws[0][0]]).generate_state(1)[0])
             with self.runtime.isolated_rng(global_seed), torch.no_grad():
-                generated = self._batch([prompts[i] for i, _ in batch], draws, seed, num_best)
+                generated = self._batch(
+                    [prompts[i] for i, _ in batch], [prefixes[i] for i, _ in batch], draws, seed, num_best
+                )
             if is_real:
                 numbers = [i * count + sample + best for i, sample in batch for best in range(num_best)]
                 local |= dict(zip(numbers, generated, strict=True))
@@ -119,7 +139,12 @@ class Generator:
         return bool(limits) and longest + self.model.generation_config.max_new_tokens > min(limits)
 
     def _batch(
-        self, prompts: Sequence[list[int]], draws: Sequence[tuple[int, int]], seed: int, num_best: int
+        self,
+        prompts: Sequence[list[int]],
+        prefixes: Sequence[list[int]],
+        draws: Sequence[tuple[int, int]],
+        seed: int,
+        num_best: int,
     ) -> list[Completion]:
         """Generate `num_best` completions for each prompt; `draws` are its row's index and the number of the sample."""
         settings, is_encoder_decoder = self.model.generation_config, self.model.config.is_encoder_decoder
@@ -132,9 +157,9 @@ class Generator:
             ids[i, here], real[i, here] = torch.tensor(prompt), 1
         decoder = {}
         if is_encoder_decoder:
-            first_ids = [settings.decoder_start_token_id, *self.target_prefix]
-            decoder["decoder_input_ids"] = torch.tensor([first_ids] * len(prompts), device=self.runtime.device)
-            begin = len(first_ids)
+            first_ids = [[settings.decoder_start_token_id, *prefix] for prefix in prefixes]
+            decoder["decoder_input_ids"] = torch.tensor(first_ids, device=self.runtime.device)
+            begin = len(first_ids[0])
         streams = None
         if settings.do_sample and not self._samples_beams:
             rows, samples = zip(*draws, strict=True)

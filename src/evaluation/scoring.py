@@ -1,9 +1,8 @@
 """The losses of rows one by one, as training computes them, and the thoughts that a model writes for them itself."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from src.data.batching import LabelledRows, collate
 from src.data.encoding import IGNORE_INDEX, THOUGHT
 from src.data.paired import PairedRows
 from src.data.views import Piece
-from src.evaluation.answers import Completion
 from src.evaluation.generate import Generator
 from src.runtime.session import Runtime
 
@@ -127,20 +125,10 @@ def write_thoughts(
                 if len(row.done) + budget + 2 + row.num_left > paired.most_tokens:
                     row.thoughts = None
             active = [i for i in active if rows[i].thoughts is not None]
-            begun = {i: [*rows[i].done, open_id] for i in active}
-            for i, completion in _continued(paired, begun, generator, seed):
-                rows[i].add([open_id, *completion.ids[:budget], close_id], is_cut=completion.stop_reason == "length")
+            begun = [[*rows[i].done, open_id] for i in active]
+            prompts, prefixes = begun, None
+            if paired.gold.is_encoder_decoder:
+                prompts, prefixes = [paired.gold[i].input_ids.tolist() for i in active], begun
+            for i, written in zip(active, generator.generate(prompts, seed, target_prefixes=prefixes), strict=True):
+                rows[i].add([open_id, *written.ids[:budget], close_id], is_cut=written.stop_reason == "length")
     return [(row.thoughts, row.num_cut) for row in rows.values()]
-
-
-def _continued(
-    paired: PairedRows, begun: Mapping[int, list[int]], generator: Generator, seed: int
-) -> Iterator[tuple[int, Completion]]:
-    """Yield each row with what follows the ids that it has begun with; in a decoder these are one prefix a batch."""
-    if not paired.gold.is_encoder_decoder:
-        yield from zip(begun, generator.generate(list(begun.values()), seed), strict=True)
-        return
-    for prefix, group in groupby(sorted(begun, key=begun.__getitem__), key=begun.__getitem__):
-        same = list(group)
-        prompts = [paired.gold[i].input_ids.tolist() for i in same]
-        yield from zip(same, replace(generator, target_prefix=prefix).generate(prompts, seed), strict=True)
