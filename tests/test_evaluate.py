@@ -10,6 +10,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from src import evaluate
 from src.cli.start import run_job
+from src.config.schema import Overflow
 from src.config.schema.entries import VIEWS
 from src.data.dataset import build_evaluated, without_thoughts
-from src.data.encoding import ANSWER, THOUGHT
+from src.data.encoding import ANSWER, THOUGHT, Encoder, Lengths
+from src.data.examples import Example
 from src.data.paired import PairedRows
 from src.data.sets import LabelledRow
+from src.data.text_encoder import Segment
 from src.data.tokenizer import load_tokenizer
-from src.data.views import NOT_SUPERVISED, Piece, donors, joined, pieces_of, with_thoughts
+from src.data.views import NOT_SUPERVISED, Piece, donors, joined, pieces_of, thoughts_of, with_thoughts
 from src.evaluation.bootstrap import compare_bits, resampled_sums
 from src.evaluation.by_views import pair_rows
 from src.evaluation.generate import Generator
@@ -37,7 +41,7 @@ from src.model.embeddings import resize_and_initialise
 from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
 from tests.conftest import ROOT, ForkedCommand, admitted, read_lines, write_lines
-from tests.kinds import byte_bpe, character_level, thin_llama
+from tests.kinds import byte_bpe, character_level, sentencepiece, thin_llama, unigram
 
 OPEN, CLOSE = 8, 9
 
@@ -68,6 +72,38 @@ def test_a_thought_that_begins_a_row_has_its_tag() -> None:
     assert pieces_of(row, OPEN)[0] == Piece(THOUGHT, [OPEN, 3, CLOSE])
     other = with_thoughts(row, [[OPEN, CLOSE]], OPEN)
     assert (other.input_ids.tolist(), other.labels.tolist()) == ([OPEN, CLOSE, 6], [-100, CLOSE, 6])
+
+
+TAGS = ("<ToW>", "</ToW>")
+KINDS: dict[str, Callable[[], Any]] = {
+    "bytes": byte_bpe,
+    "sentencepiece": partial(sentencepiece, legacy=False),
+    "older sentencepiece": partial(sentencepiece, legacy=True),
+    "unigram": unigram,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thoughts_that_are_put_in_as_ids_are_those_of_the_whole_text(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(TAGS)})
+    encoder, open_id = Encoder(tokenizer, TAGS), tokenizer.convert_tokens_to_ids("<ToW>")
+
+    def encoded(first: str, second: str, *around: str) -> LabelledRow:
+        text = "".join(map("".join, zip(around, (f"<ToW>{first}</ToW>", f"<ToW>{second}</ToW>", ""), strict=True)))
+        segments = (Segment("What is 12=", is_supervised=False), Segment(text, is_supervised=True))
+        (found,) = encoder.encode([Example(segments, "", "", "")], Lengths(500, None, Overflow.drop))
+        assert found is not None
+        ids, spans = np.array(found.input_ids), np.array(found.spans)
+        return LabelledRow(ids, np.where(np.arange(len(ids)) < spans[0, 1], -100, ids), None, spans)
+
+    pairs = [("a b c", " 12 plus"), (" low lower", "x"), ("", "  "), ("하나\n", "plus 30")]
+    for own, given in itertools.product(pairs, pairs):
+        thoughts = thoughts_of(pieces_of(encoded(*given, "", "x", " y"), open_id))
+        before, whole = (encoded(*pair, "low", " er", "b 3 ") for pair in (own, given))
+        other = with_thoughts(before, thoughts, open_id)
+        assert other.input_ids.tolist() == whole.input_ids.tolist()
+        assert other.spans.tolist() == whole.spans.tolist()
 
 
 def test_no_row_keeps_its_thoughts_and_each_gets_as_many() -> None:
