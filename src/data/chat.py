@@ -129,6 +129,10 @@ class ChatTemplate:
             changes=tuple(dict.fromkeys([*_changes(rendered, parts, supervised), *self._missed(wanted, supervised)])),
         )
 
+    def prompt(self, messages: Sequence[dict[str, str]]) -> str:
+        """Return what generation is fed for the next turn of a chat; BadRow where the template refuses it."""
+        return self._plain(list(messages), add_generation_prompt=True)[0]
+
     def _missed(self, wanted: Sequence[bool], turns: Sequence[Turn]) -> Iterator[str]:
         """Yield the problems of turns that should be supervised."""
         if len(turns) < sum(wanted):

@@ -75,12 +75,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The rows of the test sets to be predicted; their answers, where they have one, are only for comparison."""
+    """The rows of the test sets to be predicted; their answers, where they have one, are only for comparison.
+
+    `template` is the chat template of rows that have one.
+    """
 
     sets: dict[str, EncodedSet]
     encoder: Encoder
     stop_ids: list[int]
     frame: AnswerFrame = AnswerFrame()
+    template: ChatTemplate | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def build_prompts(config: RunConfig, tokenizer: Any, show_progress: ShowProgress
     """
     builder = _Builder(config, tokenizer, show_progress, to_predict=True)
     sets = builder.sets_from_files(config.data.test_sets())
-    return Prompts(sets, builder.encoder, builder.stop_ids, builder.frame)
+    return Prompts(sets, builder.encoder, builder.stop_ids, builder.frame, builder.template)
 
 
 def build_evaluated(

@@ -27,11 +27,25 @@ def cut_at(ids: list[int], stop_ids: Sequence[int]) -> Completion:
 
 @dataclass(frozen=True)
 class AnswerReader:
-    """Extracts answers; `frame` is what a chat template writes around an answer, in rows that it wrote."""
+    """Extracts answers; `frame` is what a chat template writes around an answer, in rows that it wrote.
+
+    Each of `stop_texts` ends an answer, unless it stands in a thought.
+    """
 
     encoder: Encoder
     tags: tuple[str, str] | None
     frame: AnswerFrame
+    stop_texts: tuple[str, ...] = ()
+
+    @property
+    def end_texts(self) -> tuple[str, ...]:
+        """The texts of which one may end generation: that which ends a turn, and the stop texts."""
+        return tuple(filter(None, (self.frame.end_text, *self.stop_texts)))
+
+    def answer_text(self, generated: str) -> str:
+        """Return the answer in a text that continues a prompt of this frame, up to the first stop text in it."""
+        text = self.frame.answer(strip_thoughts(generated, self.tags))
+        return text[: min((at for stop in self.stop_texts if (at := text.find(stop)) >= 0), default=len(text))]
 
     def answer(self, rows: EncodedSet, index: int, generated: str) -> str:
         """Return the answer in a text generated for a row: without thoughts and what a chat template adds."""
@@ -51,12 +65,16 @@ class AnswerReader:
 
     def is_over(self, ids: Sequence[int]) -> bool:
         """Return whether generated ids contain the text that ends a turn, in chat templates that end turns with words
-        that are no token; in a thought it ends nothing.
+        that are no token, or a stop text; in a thought neither ends anything.
         """
-        return bool(self.frame.end_text) and self.frame.is_over(self.encoder.decode(ids))
+        if not self.end_texts:
+            return False
+        generated = self.encoder.decode(ids)
+        text = self.frame.answer(strip_thoughts(generated, self.tags)) if self.stop_texts else ""
+        return self.frame.is_over(generated) or any(stop in text for stop in self.stop_texts)
 
     def cut(self, completion: Completion) -> Completion:
-        """Cut a completion after the token that completes the text that ends a turn."""
+        """Cut a completion after the token that completes the text that ends it."""
         ids = completion.ids
         if not self.is_over(ids):
             return completion

@@ -23,7 +23,7 @@ from src.runtime.signals import StopRequest
 
 @dataclass
 class _Stopping(StoppingCriteria):
-    """Ends all rows between two tokens when a signal asks the run to stop, and each after the text that ends a turn."""
+    """Ends all rows between two tokens when a signal asks the run to stop, and each after a text that ends it."""
 
     stop: StopRequest
     reader: AnswerReader | None
@@ -31,10 +31,12 @@ class _Stopping(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         is_over = [bool(self.stop.asked())] * len(input_ids)
-        if self.reader is not None and (text := self.reader.frame.end_text):
-            window = len(text.encode()) + 1  # a token writes a byte at least; the last may write more
+        if self.reader is not None and (texts := self.reader.end_texts):
+            # a token writes a byte at least; the last may write more
+            window = max(len(text.encode()) for text in texts) + 1
             for i, ids in enumerate(input_ids[:, self.begin :].tolist()):
-                is_over[i] |= text in self.reader.encoder.decode(ids[-window:]) and self.reader.is_over(ids)
+                newest = self.reader.encoder.decode(ids[-window:])
+                is_over[i] |= any(text in newest for text in texts) and self.reader.is_over(ids)
         return torch.tensor(is_over, device=input_ids.device)
 
 
@@ -46,7 +48,7 @@ class Generator:
     runtime: Runtime
     batch_size: int
     target_prefix: list[int]  # ids that an encoder-decoder's decoder is fed after its start token
-    reader: AnswerReader | None = None  # which cuts completions after a text that ends a turn; None: nothing does
+    reader: AnswerReader | None = None  # which cuts completions after a text that ends them; None: nothing does
     thoughts: ThoughtRule | None = None  # how thoughts are written; None where the model writes none
 
     def with_thoughts(self, mode: ThoughtMode, max_tokens: int | None = None) -> "Generator":
