@@ -104,8 +104,13 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write an object atomically; numbers that JSON can't hold become null."""
-    write_atomically(path, json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write an object atomically, as `json_text`."""
+    write_atomically(path, json_text(content))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Return an object as the text of a file; numbers that JSON can't hold become null."""
+    return json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def finite(node: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from src.config import schema as declared
 from src.config.schema import ENTRY_SECTIONS, SECTIONS, Keys, SweepConfig, TopLevelConfig
-from src.config.schema.fields import GENERATING, KeyInfo, key_info
+from src.config.schema.fields import READING_ROWS, KeyInfo, key_info
 from src.config.values import convert, described, hints_of, members
 
 
@@ -60,7 +60,7 @@ class Key:
         if self.section == entry:
             return True
         if self.info.read_by is None:
-            return self.section == "data" and self.shapes_rows and entry in GENERATING
+            return self.section == "data" and self.shapes_rows and entry in READING_ROWS
         return entry in self.info.read_by
 
     @property

@@ -9,6 +9,7 @@ from src.config.frozen import read_status
 from src.errors import DamagedFileError
 from src.records import read_json
 from src.tracking.exporters import FolderExporter, Warn
+from src.tracking.late_metrics import late_metrics
 
 LINES_AT_ONCE = 100
 
@@ -32,7 +33,10 @@ class LineExporter(FolderExporter):
 
     @abstractmethod
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write lines that are new, each with its `step` and metrics by name."""
+        """Write lines that are new, each with its `step` and metrics by name.
+
+        What is measured of a run after its end, as by src.benchmark, is one more line of its last step.
+        """
 
     def rewind_to(self, step: int) -> None:
         """Discard what was written of later steps: they are repeated. Called before the first `write` of a process."""
@@ -84,7 +88,10 @@ class LineExporter(FolderExporter):
             self._save_state(lines=self._num_delivered + len(some))
             self.activity.note_delivered("lines", self._num_delivered)
             yield
-        state = read_status(self.folder).get("state")
+        status = read_status(self.folder)
+        state = status.get("state")
+        if state == "FINISHED" and (late := late_metrics(self.folder)):
+            self._deliver_once("late", lambda: self.activity.call(self.write, [{"step": status["step"]} | late]), late)
         if state == "RUNNING" and self._is_over:
             state = "KILLED"
         if state not in (None, "RUNNING") and len(self._metrics()) == self._num_delivered:

@@ -10,6 +10,7 @@ from src.config.frozen import CONFIG, STATUS, read_starts, read_status
 from src.errors import DamagedFileError
 from src.records import Types, begins_with, check_keys, damaged, is_time, read_json, read_yaml
 from src.tracking.exporters import EXPORTERS, Exporter, Warn
+from src.tracking.late_metrics import LATE, late_metrics
 from src.tracking.mlflow_client import KILLED, MLFLOW_STATES
 from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_names import flat, milliseconds, plain_name
@@ -113,6 +114,7 @@ class MlflowRunExporter(MlflowExporter):
         yield from self._part_in_turns(self._log_metrics())
         self._part(self._log_samples)
         if self._is_ended:
+            self._part(self._log_late)
             yield from self._log_files(ARTIFACTS)
             if self._config.log_model:
                 yield from self._log_model()
@@ -147,7 +149,7 @@ class MlflowRunExporter(MlflowExporter):
 
     def _query_store(self, client: Any, run: Any) -> dict[str, Any]:
         points: Points = {}
-        for name in run.data.metrics:
+        for name in (name for name in run.data.metrics if not name.startswith(LATE)):
             for point in client.get_metric_history(run.info.run_id, name):
                 add_line(points, {"step": point.step, name: point.value})
         lines = self._readable_metrics()
@@ -206,6 +208,13 @@ class MlflowRunExporter(MlflowExporter):
             remedy = f"Restore it from a copy; or have it delivered as it is: move {STATUS} away."
             reason = f"its content does not have the checksum that it was written with ({STATUS})"
             raise damaged(self.folder / name, reason, remedy)
+
+    def _log_late(self) -> None:
+        """Log what was measured after the run's end, at its last step, dated by when it was written."""
+        if late := late_metrics(self.folder):
+            at, step = (self.folder / SUMMARY).stat().st_mtime_ns // 10**6, read_status(self.folder)["step"]
+            points = [(name, value, at, step) for name, value in late.items()]
+            self._deliver_once("late", lambda: self._run.log_points(points), late)
 
     def _log_model(self) -> Iterator[None]:
         """Log the files of model/, each by itself, so that a repeat resumes where it was."""

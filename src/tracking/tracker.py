@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from src.config.frozen import config_hash, read_status
+from src import secrets
+from src.config.frozen import config_hash, read_config, read_status
 from src.config.quoting import shell_override
-from src.config.schema import TrackingConfig
+from src.config.schema import SECTIONS, TrackingConfig
+from src.config.sections import parse_section
 from src.metrics import greater_is_better
 from src.tracking import mlflow_run, mlflow_sweep  # noqa: F401 - they register the exporters
 from src.tracking.console import Console
@@ -287,6 +289,24 @@ def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> 
         exports = start_exporters([exporter], run_dir, warn=console.warn)
         for left in exports.close(UNTIL_DELIVERED, console.working):
             console.warn(f"{left}; to try again: {sync_command(run_dir) if left.can_be_synced else 'the same command'}")
+
+
+def deliver_late(run_dir: Path, console: Console) -> None:
+    """Deliver what was measured of a finished run after its end to the tracker that its frozen config names.
+
+    Raises as `hold`; a tracker that can't be used costs a warning.
+    """
+    missing: list[tuple[str, str]] = []
+    given = secrets.reveal({"tracking": read_config(run_dir).get("tracking")}, missing)["tracking"]
+    kinds = SECTIONS["tracking"]
+    assert not isinstance(kinds, type)
+    kind = given.get("type") if isinstance(given, dict) else None
+    config = parse_section(kinds[kind], given, "tracking").value if kind in kinds else None
+    if config is not None and not missing:
+        deliver_pending(config, run_dir, console)
+    elif kind != "none":
+        reason = "; ".join(f"{key}: {why}" for key, why in missing) or "its settings can't be used here"
+        console.warn(f"{kind}: {reason}; {sync_command(run_dir)} delivers it later")
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from src.config import schema
 from src.config.problems import Problem
 from src.config.rules.data import sources
-from src.config.rules.rule import READING_ROWS, Problems, applies_to
-from src.config.schema.fields import GENERATING
+from src.config.rules.rule import Problems, applies_to
+from src.config.schema.fields import GENERATING, READING_ROWS
 from src.metrics import METRICS
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from src.config.files import problems_of
 from src.config.formats import broken_format, declared_formats, roles
 from src.config.problems import Problem
-from src.config.rules.rule import READING_ROWS, Problems, applies_to
+from src.config.rules.rule import Problems, applies_to
 from src.config.schema import PLACEHOLDER, DataConfig
+from src.config.schema.fields import READING_ROWS
 from src.util import did_you_mean
 
 PLAIN_NAME = re.compile(r"[\w.-]{1,60}")

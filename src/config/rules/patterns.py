@@ -4,8 +4,9 @@ import re
 
 from src.config.problems import Problem
 from src.config.rules.data import sources
-from src.config.rules.rule import READING_ROWS, Problems, applies_to
+from src.config.rules.rule import Problems, applies_to
 from src.config.schema import AdapterConfig, DataConfig, NoAdapterConfig
+from src.config.schema.fields import READING_ROWS
 from src.errors import ConfigError
 from src.patterns import Pattern
 

@@ -7,8 +7,6 @@ from src.config.schema.entries import USING_RUNS
 
 Problems = Iterator[Problem]
 Rule = Callable[..., Problems]
-READING_ROWS = ("predict", "evaluate", "ensemble")
-"""The entries that read rows for a finished run."""
 RULES: dict[str, list[Rule]] = {"run": [], "training": [], **{entry: [] for entry in USING_RUNS}}
 """Rules of every composed configuration, of one that is trained, and of entries that use finished runs: nothing about
 training.

@@ -11,7 +11,7 @@ from typing import Any
 
 from src.config.schema import checks
 from src.config.schema.checks import AT_LEAST_ONE, AT_LEAST_TWO, PATH, STRINGS, Check
-from src.config.schema.fields import BY_OUTCOME, GENERATING, DottedConfig, key, key_info
+from src.config.schema.fields import BY_OUTCOME, READING_ROWS, DottedConfig, key, key_info
 
 SupervisedTurns = StrEnum("SupervisedTurns", "all last")
 Thoughts = StrEnum("Thoughts", "keep drop")
@@ -53,7 +53,7 @@ class DataConfig:
     format: str = key(resume=BY_OUTCOME, per_source=True)
     train_files: Any = _selection_key(FILES, per_source=True)
     validation_files: Any = _selection_key(FILES_OR_SETS, read_by=("evaluate", "ensemble"))
-    test_files: Any = _selection_key(FILES_OR_SETS, read_by=GENERATING)
+    test_files: Any = _selection_key(FILES_OR_SETS, read_by=READING_ROWS)
     dataset_name: str | None = _selection_key(per_source=True)
     dataset_config_name: str | None = _selection_key(per_source=True)
     train_split: str | None = _selection_key(per_source=True)
@@ -68,8 +68,8 @@ class DataConfig:
     clean_dialogue: bool = key(resume=BY_OUTCOME, per_source=True)
     thoughts: Thoughts | None = key(resume=BY_OUTCOME)
     thought_pattern: str | None = key(resume=BY_OUTCOME, per_source=True)
-    answer_pattern: str | None = _selection_key(read_by=GENERATING)
-    metrics: list[str] = _selection_key(checks.METRIC_NAMES, read_by=GENERATING)
+    answer_pattern: str | None = _selection_key(read_by=READING_ROWS)
+    metrics: list[str] = _selection_key(checks.METRIC_NAMES, read_by=READING_ROWS)
     max_seq_length: int = key(
         AT_LEAST_TWO,
         why="packed sequences of another length",
@@ -79,12 +79,12 @@ class DataConfig:
     )
     max_target_length: int = key(AT_LEAST_TWO, resume=BY_OUTCOME, cache_key_field="lengths")
     overflow: Overflow = key(resume=BY_OUTCOME, cache_key_field="lengths")
-    max_dropped_fraction: float = _selection_key(checks.FRACTION, read_by=GENERATING)
+    max_dropped_fraction: float = _selection_key(checks.FRACTION, read_by=READING_ROWS)
     batching: Batching = key(why=OTHER_ORDER, reorders=True, shapes_rows=False)
-    preprocessing_num_workers: int = _selection_key(checks.PROCESSES, read_by=GENERATING)
+    preprocessing_num_workers: int = _selection_key(checks.PROCESSES, read_by=READING_ROWS)
     streaming: bool = key(why=OTHER_ORDER, reorders=True, shapes_rows=False)
-    cache_dir: str | None = _selection_key(PATH, read_by=GENERATING)
-    limit: int | None = _selection_key(AT_LEAST_ONE, read_by=GENERATING)
+    cache_dir: str | None = _selection_key(PATH, read_by=READING_ROWS)
+    limit: int | None = _selection_key(AT_LEAST_ONE, read_by=READING_ROWS)
     validation_fraction: float = _selection_key(checks.BELOW_ONE)
     num_folds: int | None = _selection_key(AT_LEAST_TWO)
     fold: int | None = _selection_key(checks.COUNT)

@@ -11,6 +11,7 @@ from src.config.schema.model import Dtype
 
 USING_RUNS = (*GENERATING, "export")
 """The entries that use finished runs."""
+TASKS = Check("a list of one or more names of tasks", lambda v: bool(v) and all(v))
 CHECKPOINT = Check("best, last or step-N", lambda v: v is None or re.fullmatch(r"best|last|step-\d+", v) is not None)
 
 
@@ -95,10 +96,35 @@ class ExportEntryConfig:
         return run_dir / "export" if self.output is None else Path(self.output)
 
 
+@dataclass
+class BenchmarkConfig:
+    """Which tasks `python -m src.benchmark` asks a run's model, how, and where it writes."""
+
+    tasks: list[str] | None = key(
+        TASKS, default=None, text="tasks, groups and tags of lm-evaluation-harness, or of benchmark.task_dir"
+    )
+    task_dir: str | None = key(PATH, default=None, text="a folder with YAML files of tasks of your own")
+    limit: int | None = key(
+        AT_LEAST_ONE, default=None, text="the first so many documents of each task, to try something; null: all"
+    )
+    num_fewshot: int | None = key(COUNT, default=None, text="examples before each document; null: as the task says")
+    batch_size: int | None = key(
+        AT_LEAST_ONE, default=None, text="prompts at a time; null: training.per_device_eval_batch_size"
+    )
+    output: str | None = key(
+        PATH, default=None, text="the folder of the results; null: benchmarks/ in the run's folder"
+    )
+
+    def folder(self, run_dir: Path) -> Path:
+        """Return the folder of the results: benchmark.output, or benchmarks/ in the run's folder."""
+        return run_dir / "benchmarks" if self.output is None else Path(self.output)
+
+
 ENTRY_SECTIONS: dict[str, type] = {
     "preflight": PreflightConfig,
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
     "export": ExportEntryConfig,
+    "benchmark": BenchmarkConfig,
 }
 """Sections that one entry reads, `python -m src.<name>`, and no other takes; they have their defaults here."""

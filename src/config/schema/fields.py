@@ -27,6 +27,8 @@ BY_OUTCOME = Impact.harmless
 """The impact of a key whose outcome (rows, ids, weights) is in the run's fingerprint, where it is compared instead."""
 GENERATING = ("predict", "evaluate", "benchmark", "ensemble")
 """The entries that compute with finished runs."""
+READING_ROWS = ("predict", "evaluate", "ensemble")
+"""Those of them that read rows of the user's, in the form that the run has them in."""
 AT_START = "only decides how a run starts, so it changes nothing here"
 """Why a change of such a key is harmless."""
 
@@ -57,7 +59,7 @@ class KeyInfo:
     cache_key_field: str = ""  # the field of EncodingConfig by which it enters the cache's key; empty: by its own value
     per_source: bool = False  # whether a source of a mixture may have its own; only in `data`
     read_by: Collection[str] | None = None
-    """The entries that take it with a finished run; None: GENERATING for keys of `data` that shape rows, else none."""
+    """The entries that take it with a finished run; None: READING_ROWS for keys of `data` that shape rows."""
 
 
 def key(check: Check | None = None, default: Any = MISSING, **info: Any) -> Any:

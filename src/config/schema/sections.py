@@ -10,7 +10,7 @@ from typing import Any
 from src.config.schema import checks
 from src.config.schema.checks import AT_LEAST_ONE, BELOW_ONE, COUNT, PATH, POSITIVE, WEIGHT_OR_ZERO, PathCheck
 from src.config.schema.data import is_grouped_by_length
-from src.config.schema.fields import AT_START, BY_OUTCOME, GENERATING, DottedConfig, Impact, Verdict, key
+from src.config.schema.fields import AT_START, BY_OUTCOME, GENERATING, READING_ROWS, DottedConfig, Impact, Verdict, key
 from src.config.schema.scheduler import SCHEDULES
 from src.metrics import greater_is_better
 
@@ -109,7 +109,7 @@ class EvaluationConfig:
     """When and on how much the run is evaluated and samples are written."""
 
     eval_steps: Any = key(checks.STEPS_OR_EPOCH, resume=Impact.harmless)
-    metrics: list[str] | None = key(checks.METRIC_NAMES, resume=Impact.harmless, read_by=GENERATING)
+    metrics: list[str] | None = key(checks.METRIC_NAMES, resume=Impact.harmless, read_by=READING_ROWS)
     max_samples: int | None = key(AT_LEAST_ONE, resume=Impact.harmless, read_by=("evaluate",))
     sample_steps: Any = key(checks.STEPS_OR_EPOCH, resume=Impact.harmless)
     sample_prompts: int = key(COUNT, resume=Impact.harmless)

@@ -1,0 +1,47 @@
+"""Metrics that are measured of a run after its end: they go into its summary, and from there to its tracker.
+
+Their names begin as no other's do, LATE. A run that is extended writes its summary anew, without them: its model is
+another one then.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from src.config.frozen import STATUS, read_status
+from src.records import Digest, damaged, file_digest, read_json
+from src.tracking.lock import hold
+from src.tracking.run_folder import SUMMARY
+from src.util import json_text, write_atomically, write_json
+
+LATE = ("benchmark/", "evaluate/")
+REMEDY = "Restore it from a copy; or move it away: then it will hold only what is measured from now on."
+
+
+def late_metrics(run_dir: Path) -> dict[str, float]:
+    """Return what was measured of a run after its end; DamagedFileError where its summary can't be read."""
+    try:
+        summary = read_json(run_dir / SUMMARY, remedy=REMEDY)
+    except FileNotFoundError:
+        return {}
+    late = {name: value for name, value in summary.items() if name.startswith(LATE)}
+    return {name: value for name, value in late.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def add_to_summary(run_dir: Path, metrics: Mapping[str, Any]) -> None:
+    """Put metrics into the summary of a finished run, in place of those of the same names.
+
+    RunFolderError where a process uses the folder; DamagedFileError where the summary is not the one that was written.
+    """
+    with hold(run_dir):
+        status, file = read_status(run_dir), run_dir / SUMMARY
+        before = read_json(file, remedy=REMEDY) if file.exists() else {}
+        text = json_text(before | dict(metrics))
+        digest = Digest(text.encode()).as_dict()
+        if before and status.get("summary") not in (None, digest, file_digest(file)):
+            raise damaged(file, f"it does not have the checksum that it was written with ({STATUS})", REMEDY)
+        if not before or file_digest(file) != digest or status.get("summary") != digest:
+            # status.json first: a summary that a dying process did not write is then written by the same command
+            write_json(run_dir / STATUS, status | {"summary": digest})
+            write_atomically(file, text)
