@@ -64,7 +64,7 @@ def benchmark(job: Job) -> int:
         missing = [result for result in results.values() if not result.is_done()]
         for result in results.values():
             if result not in missing:
-                console.label(result.name, "done and left as it is (benchmark.output=DIR does it elsewhere)")
+                console.label("task", f"{result.name}: done and left as it is (benchmark.output=DIR does it elsewhere)")
                 finish(result.metrics(), job, console)
         if missing:
             with open_model(job, stop, console) as run:
@@ -116,7 +116,7 @@ def do_task(result: TaskResult, task: Any, run: LoadedRun, job: Job, console: Co
     system_prompt = run.config.data.system_prompt if run.is_chat else None
     answered = ask(task, model, job.entry_section.limit, system_prompt, is_chat=run.is_chat)
     result.write(answered, model.texts, model.num_truncated)
-    console.label(result.name, f"{result.lines}, and {result.file.name}")
+    console.label("task", f"{result.name}: {result.lines}, and {result.file.name}")
     if model.num_truncated:
         cut = plural(model.num_truncated, "request")
         console.warn(f"{result.name}: the model has no room for {cut} with all of the prompt; its beginning was cut")
@@ -128,7 +128,7 @@ def finish_groups(tasks: Tasks, results: Mapping[str, TaskResult], job: Job, con
     from src.tracking.tracker import deliver_late
 
     for name, group in tasks.groups.items():
-        console.label(name, "of its tasks")
+        console.label("group", f"{name}: of its tasks")
         finish(group_metrics(group, results), job, console)
     if job.entry_section.output is None:
         deliver_late(job.run_dir, console)

@@ -15,14 +15,17 @@ import pytest
 
 from src.config.frozen import read_status
 from src.config.schema.tracking import TrackingConfig
-from src.errors import Interrupted
+from src.errors import DamagedFileError, Interrupted
+from src.records import file_digest
 from src.tracking import export_thread
 from src.tracking.console import Console
 from src.tracking.export_thread import ExportThread, WaitLimits
 from src.tracking.exporters import EXPORTERS, DeliveryError
+from src.tracking.late_metrics import add_to_summary
 from src.tracking.line_exporter import LineExporter
 from src.tracking.run_folder import Start
 from src.tracking.tracker import deliver_pending
+from src.util import write_json
 from tests.conftest import read_lines, write_lines
 from tests.test_tracking import do_step, stopped, track, tracked
 
@@ -151,6 +154,37 @@ class Fake(LineExporter):
 
     def close(self, state: str) -> None:
         self.ended = state
+
+
+def test_what_is_measured_later_is_in_the_summary_and_is_delivered_once(run: Path) -> None:
+    summary = {"eval/test/loss": 1.5}
+    write_json(run / "summary.json", summary)
+    write_json(run / "status.json", {"state": "FINISHED", "step": 300, "summary": file_digest(run / "summary.json")})
+    late = {"benchmark/a/acc": 0.5, "benchmark/a/num_samples": 7}
+    add_to_summary(run, late)
+    assert json.loads((run / "summary.json").read_text()) == summary | late
+    assert read_status(run)["summary"] == file_digest(run / "summary.json")
+    for _ in range(2):
+        first = Fake(run, "first")
+        assert ExportThread([first], warn=print).close(BRIEF) == []
+    assert first.steps == []
+    second = Fake(run, "second")
+    assert ExportThread([second], warn=print).close(BRIEF) == []
+    assert second.steps == [*range(1, 301), 300]
+
+
+def test_a_summary_that_was_half_replaced_is_completed_and_a_foreign_one_refused(run: Path) -> None:
+    write_json(run / "summary.json", {"eval/test/loss": 1.5})
+    before = (run / "summary.json").read_text()
+    write_json(run / "status.json", {"state": "FINISHED", "step": 300, "summary": file_digest(run / "summary.json")})
+    add_to_summary(run, {"benchmark/a/acc": 0.5})
+    after = (run / "summary.json").read_text()
+    (run / "summary.json").write_text(before)  # as a process leaves it that dies between the two files
+    add_to_summary(run, {"benchmark/a/acc": 0.5})
+    assert (run / "summary.json").read_text() == after
+    (run / "summary.json").write_text(before.replace("1.5", "2.5"))
+    with pytest.raises(DamagedFileError, match="checksum"):
+        add_to_summary(run, {"benchmark/a/acc": 0.5})
 
 
 @pytest.fixture

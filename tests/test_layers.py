@@ -9,10 +9,10 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 LAYERS = (
-    ("preflight", "predict", "evaluate", "export", "sync"),
+    ("preflight", "predict", "evaluate", "export", "benchmark", "sync"),
     ("cli",),
     ("run",),
-    ("overview", "inspection", "exporting"),
+    ("overview", "inspection", "exporting", "harness"),
     ("forecast",),
     ("training", "evaluation", "sweep"),
     ("checkpoint", "data", "model", "tracking"),
@@ -26,6 +26,7 @@ LAYERS = (
 )
 SIBLINGS_ALLOWED = {("evaluation", "training.loss")}
 DOORS = {
+    "lm_eval": ("harness",),
     "hydra": ("cli", "config", "sweep"),
     "omegaconf": ("cli", "config", "sweep"),
     "datasets": ("data",),
@@ -38,6 +39,7 @@ DOORS = {
         "overview",
         "forecast",
         "inspection",
+        "harness",
         "data",
         "model",
         "training",

@@ -134,7 +134,9 @@ def check_script(arguments: list[str]) -> None:
 ENTRIES = {
     "src.run": check_run,
     "src.preflight": lambda arguments: admit(arguments, "preflight"),
-    **{f"src.{entry}": partial(admit_finished, entry=entry) for entry in ("predict", "evaluate", "export")},
+    **{
+        f"src.{entry}": partial(admit_finished, entry=entry) for entry in ("predict", "evaluate", "export", "benchmark")
+    },
     "src.sync": admit_sync,
 }
 

@@ -212,6 +212,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return a line for each name whose value has changed, with what it was and what it is."""
     hashed = {
         "data.test_files": "other content than now",
+        "task.documents": "other content than now",
         "model": "another model's weights, settings or tokenizer",
         "base": "other weights under the adapter",
     }

@@ -14,7 +14,7 @@ from src import records
 from src.config.job import Job
 from src.config.schema import RunConfig
 from src.errors import DataError, RunFolderError
-from src.evaluation.predicted_set import differences
+from src.evaluation.row_log import differences
 from src.evaluation.predictions import SAMPLING, model_key
 from src.harness import tasks
 from src.harness.settings import generation_settings

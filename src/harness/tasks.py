@@ -24,7 +24,6 @@ from src.errors import DataError, TowlineError, one_line
 from src.util import did_you_mean, finite
 
 KEY = "benchmark.tasks"
-NOISY = ("lm_eval", "datasets", "huggingface_hub", "fsspec")
 BOOTSTRAP_SAMPLES = 1000  # for the standard error of a metric that is no mean: within 3 % of its own value
 """Of the harness's 100,000, which take minutes for a task of some thousand documents."""
 OF_A_HUB = (
@@ -180,16 +179,13 @@ def quiet() -> Iterator[None]:
     """Keep what the harness and its libraries print from the terminal: bars, remarks, and what they log."""
     from tqdm import tqdm
 
-    loggers = [logging.getLogger(name) for name in NOISY]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         with redirect_stdout(io.StringIO()), patch.object(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True)):
             yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def scores(results: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
