@@ -25,11 +25,14 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from src import sync
+from src.config.frozen import read_status
 from src.config.schema import MlflowConfig
 from src.records import Digest
 from src.tracking import export_thread, mlflow_client, sqlite_store, tracker
+from src.tracking.console import Console
 from src.tracking.export_thread import ExportThread, WaitLimits
 from src.tracking.exporters import DeliveryError
+from src.tracking.late_metrics import add_to_summary
 from src.tracking.lock import hold
 from src.tracking.mlflow_client import explained
 from src.tracking.mlflow_run import MlflowRunExporter
@@ -575,6 +578,27 @@ def test_a_file_that_is_locked_costs_seconds(
         other.execute("ROLLBACK")
     assert deliver(config_of(uri), run) == ""
     check(uri, run)
+
+
+def test_what_is_measured_after_the_end_is_delivered_and_what_replaces_it_too(
+    tmp_path: Path, database: Path, template: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri, run = f"sqlite:///{database}", tmp_path / "run"
+    track(config_of(uri), run)
+    step = read_status(run)["step"]
+    for value in (0.75, 0.5):
+        add_to_summary(run, {"benchmark/a/exact_match,strict": value})
+        tracker.deliver_pending(config_of(uri), run, Console())
+        tracker.deliver_pending(config_of(uri), run, Console())
+        (found,) = runs_in(uri)
+        assert found.data.metrics["benchmark/a/exact_match_strict"] == value
+    points = MlflowClient(uri).get_metric_history(found.info.run_id, "benchmark/a/exact_match_strict")
+    assert [(point.step, point.value) for point in points] == [(step, 0.75), (step, 0.5)]
+    assert capsys.readouterr().err == ""
+    shutil.copy(template, database)
+    assert deliver(config_of(uri), run) == ""
+    check(uri, run)
+    assert runs_in(uri)[0].data.metrics["benchmark/a/exact_match_strict"] == 0.5
 
 
 def make_folder(file: Path) -> None:
