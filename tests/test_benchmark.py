@@ -232,10 +232,11 @@ def test_a_group_has_the_mean_of_its_tasks(said: Command, run: Path, tasks: Path
 
 
 BAD = {
-    "sum": "no such task; did you mean sums?",
+    "sum": "(?s)no such task; did you mean sums?.*torn.yaml in it can't be read",
     "broken": "broken can't be loaded: .*no.jsonl",
     "offline": "(?s)offline can't be loaded: .*HF_HOME.*benchmark.task_dir",
     "odd": "odd can't be asked or scored: .*UndefinedError",
+    "metric": "metrics that the harness does not know: exactmatch",
     "unsafe": "runs code that the model writes",
     "sampled": "typical_p can't be set by a task",
     "long": "fit into the model's",
@@ -251,6 +252,7 @@ def test_a_task_that_can_not_be_done_is_refused_by_name(said: Command, run: Path
         "broken": {"dataset_kwargs": {"data_files": {"test": "no.jsonl"}}},
         "offline": {"dataset_path": "Rowan/hellaswag", "dataset_kwargs": None},
         "odd": {"metric_list": None, "doc_to_target": "{{'a' if prompt[0] == 'a' else nothing.at_all}}"},
+        "metric": {"metric_list": [TASK["metric_list"][0] | {"metric": "exactmatch"}]},
         "unsafe": {"unsafe_code": True},
         "sampled": {"generation_kwargs": {"until": [], "typical_p": 0.5}},
         "long": {"generation_kwargs": {"until": [], "max_gen_toks": 10**6}},
@@ -258,6 +260,7 @@ def test_a_task_that_can_not_be_done_is_refused_by_name(said: Command, run: Path
     if name == "odd":
         test = {"data_files": {"test": write_lines(tmp_path / "rows.jsonl", [ROWS[1], ROWS[0]])}}
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(TASK | {"task": name, "dataset_kwargs": test} | changed))
+    (tmp_path / "torn.yaml").write_text("task: [")
     if name == "sum":  # near names are looked for among the harness's own too, which takes seconds to read
         from lm_eval.tasks import TaskManager
 

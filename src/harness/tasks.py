@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 from src.config.problems import Problem, refuse
 from src.errors import DataError, TowlineError, one_line
-from src.util import did_you_mean, finite
+from src.util import did_you_mean, finite, in_words
 
 KEY = "benchmark.tasks"
 BOOTSTRAP_SAMPLES = 1000  # for the standard error of a metric that is no mean: within 3 % of its own value
@@ -69,14 +69,8 @@ def load_tasks(
 
         own = TaskManager(include_path=task_dir, include_defaults=False)
         manager = own if set(names) <= {*own.all_subtasks} else TaskManager(include_path=task_dir)
-        unknown = [name for name in names if name not in manager.task_index]
-        if unknown:
-            raise refuse(
-                [
-                    Problem.on_command_line(KEY, f"no such task{did_you_mean(name, manager.all_tasks)}", name)
-                    for name in unknown
-                ]
-            )
+        if unknown := [name for name in names if name not in manager.task_index]:
+            raise refuse(list(_unknown(unknown, manager.all_tasks, task_dir)))
         single, groups = dict[str, Any](), dict[str, Any]()
         for name in names:
             loaded = _load(manager, name)
@@ -87,9 +81,25 @@ def load_tasks(
             warn(f"{name}: {remark}")
         if getattr(task, "UNSAFE_CODE", False):
             raise DataError(f"{KEY}: {name} runs code that the model writes, which this command does not")
+        if missing := [metric for metric, function in _metrics(task).items() if function is None]:
+            raise DataError(f"{KEY}: {name} has metrics that the harness does not know: {in_words(missing)}")
         if getattr(task, "MULTIMODAL", False):
             raise DataError(f"{KEY}: {name} asks about pictures or sound; this model reads text only")
     return Tasks(single, groups)
+
+
+def _unknown(names: Sequence[str], known: Sequence[str], task_dir: str | None) -> Iterator[Problem]:
+    """Yield a problem for each name that is no task's, and for each file of the folder that the harness passed over."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for name in names:
+        yield Problem.on_command_line(KEY, f"no such task{did_you_mean(name, known)}", name)
+    for file in sorted(Path(task_dir).rglob("*.yaml")) if task_dir is not None else ():
+        try:
+            load_yaml(file, resolve_func=False)
+        except Exception as error:  # as many kinds as there are mistakes in a file
+            reason = f"{file.relative_to(str(task_dir))} in it can't be read: {one_line(error)}"
+            yield Problem.on_command_line("benchmark.task_dir", reason, task_dir)
 
 
 def _load(manager: Any, name: str) -> Any:
@@ -101,6 +111,11 @@ def _load(manager: Any, name: str) -> Any:
     except Exception as error:  # a task is YAML, templates and code of anybody's: it may raise anything
         kind = "" if isinstance(error, TowlineError) else f" ({type(error).__name__})"
         raise DataError(f"{KEY}: {name} can't be loaded: {one_line(error)}{kind}") from error
+
+
+def _metrics(task: Any) -> dict[str, Any]:
+    """Return the functions of a task's metrics by name; none of a task that computes its metrics itself."""
+    return {} if task.get_config("process_results") is not None else getattr(task, "_metric_fn_list", {})
 
 
 def set_fewshot(task: Any, num_fewshot: int | None) -> str:
