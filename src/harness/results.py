@@ -13,9 +13,9 @@ from typing import Any
 from src import records
 from src.config.job import Job
 from src.config.schema import RunConfig
-from src.errors import DataError, RunFolderError
-from src.evaluation.row_log import differences
+from src.errors import RunFolderError
 from src.evaluation.predictions import SAMPLING, model_key
+from src.evaluation.row_log import differences
 from src.harness import tasks
 from src.harness.settings import generation_settings
 from src.records import damaged, file_digest
@@ -43,14 +43,17 @@ class TaskResult:
 
         DamagedFileError where it can't be read, or is not what was written. With `force` it is removed.
         """
-        for file in (self.file, self.lines):
-            records.check_plain(file, f"Move it away: the same command does {self.name} anew")
         if force:
             self.file.unlink(missing_ok=True)  # the lines are replaced when the new ones are there
         if not self.is_done():
             return ""
         found = differences(self.read()["decided_by"], self._decided_by)
         return "\n  ".join([f"{self.file} holds a result that something else decided:", *found]) if found else ""
+
+    def check_files(self) -> None:
+        """Raise DamagedFileError where something else than plain files is in their place."""
+        for file in (self.file, self.lines):
+            records.check_plain(file, f"Move it away: the same command does {self.name} anew")
 
     def is_done(self) -> bool:
         """Return whether the result is there."""
@@ -86,10 +89,7 @@ class TaskResult:
         write_json(self.file, result)
 
     def metrics(self) -> dict[str, float]:
-        """Return the scores by their names in summary.json, `benchmark/<task>/…`, with how many documents they are of.
-
-        DataError where a score is no number.
-        """
+        """Return the scores by their names in summary.json, `benchmark/<task>/…`, and the number of documents."""
         result = self.read()
         return flat_metrics(self.name, result["metrics"]) | {
             f"benchmark/{self.name}/num_samples": result["num_samples"]
@@ -97,15 +97,13 @@ class TaskResult:
 
 
 def flat_metrics(name: str, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return scores and their standard errors by their names in summary.json."""
-    metrics = {}
-    for metric, score in scores.items():
-        if not isinstance(score["value"], int | float):
-            raise DataError(f"benchmark.tasks: {metric} of {name} is no number")
-        metrics[f"benchmark/{name}/{metric}"] = score["value"]
-        if score["stderr"] is not None:
-            metrics[f"benchmark/{name}/{metric}_stderr"] = score["stderr"]
-    return metrics
+    """Return scores and their standard errors by their names in summary.json, those that are numbers."""
+    by_name = {
+        f"benchmark/{name}/{metric}{end}": score[key]
+        for metric, score in scores.items()
+        for key, end in (("value", ""), ("stderr", "_stderr"))
+    }
+    return {name: value for name, value in by_name.items() if isinstance(value, int | float)}
 
 
 def open_results(folder: Path, loaded: tasks.Tasks, job: Job) -> dict[str, TaskResult]:
@@ -127,6 +125,8 @@ def open_results(folder: Path, loaded: tasks.Tasks, job: Job) -> dict[str, TaskR
         name: TaskResult(folder, name, tasks.describe_task(task, own.limit) | _generation_key(task, config) | common)
         for name, task in loaded.single.items()
     }
+    for result in results.values():
+        result.check_files()
     refused = list(filter(None, (result.claim(force=config.force) for result in results.values())))
     if refused:
         hint = "benchmark.output=DIR puts the new results elsewhere; force=true removes these and does the tasks anew"

@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import logging
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 from unittest.mock import patch
+
+import numpy as np
 
 from src.config.problems import Problem, refuse
 from src.errors import DataError, TowlineError, one_line
@@ -65,8 +68,11 @@ def load_tasks(
     if task_dir is not None and not Path(task_dir).is_dir():
         raise refuse([Problem.on_command_line("benchmark.task_dir", "no folder there", task_dir)])
     with quiet():
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.tasks import TaskManager
 
+        random.seed(DEFAULT_RANDOM_SEED)  # some tasks draw what they ask; with the seeds of the harness always the same
+        np.random.seed(DEFAULT_OTHER_SEED)
         own = TaskManager(include_path=task_dir, include_defaults=False)
         manager = own if set(names) <= {*own.all_subtasks} else TaskManager(include_path=task_dir)
         if unknown := [name for name in names if name not in manager.task_index]:
@@ -136,9 +142,10 @@ def set_fewshot(task: Any, num_fewshot: int | None) -> str:
 def describe_task(task: Any, limit: int | None) -> dict[str, Any]:
     """Return what decides the questions of a task, as plain values: its settings, and a hash of its documents."""
     settings = {f"task.{name}": value for name, value in task.dump_config().items() if name not in ("task", "metadata")}
-    examples = task.sampler.df if task.get_config("num_fewshot") else []
+    examples = getattr(task, "sampler", None)
+    docs = chain(islice(task.eval_docs, limit), examples.df if examples and task.get_config("num_fewshot") else ())
     digest = sha256()
-    for doc in chain(islice(task.eval_docs, limit), examples):
+    for doc in docs:
         digest.update(as_json(doc).encode() + b"\n")
     plain = {"task.version": task.VERSION, **settings, "task.documents": digest.hexdigest()[:32]}
     return json.loads(as_json(plain))
