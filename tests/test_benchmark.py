@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src import benchmark
 from src.cli.start import run_job as train
+from src.config.schema import ThoughtMode
 from src.data.answers import AnswerFrame, strip_thoughts
 from src.data.dataset import build_prompts, is_chat
 from src.data.tokenizer import load_tokenizer
@@ -195,6 +196,8 @@ def test_what_is_done_is_left_and_what_was_killed_is_continued(
 def test_a_tasks_length_is_that_of_the_answer_and_its_stop_texts_end_no_thought(
     said: Command, run: Path, tmp_path: Path
 ) -> None:
+    said("again", f"benchmark.output={tmp_path / 'silent'}", "generation.thoughts=none")
+    assert not any("<ToW>" in sample["generated"][0] for sample in read_lines(tmp_path / "silent" / "again.jsonl"))
     said("again", f"benchmark.output={tmp_path}")
     samples = read_lines(tmp_path / "again.jsonl")
     assert any(re.search(r"\d<ToW>x\d</ToW>[yz]$", sample["generated"][0]) for sample in samples)
@@ -292,6 +295,9 @@ def test_settings_of_a_task_are_on_top_of_the_runs() -> None:
     assert (settings, stops) == (replace(run, max_new_tokens=5), ("\n",))
     settings, stops = generation_settings({"until": "Q:", "max_new_tokens": 5, "temperature": 0.5}, run, thinks=True)
     assert (settings, stops) == (replace(run, max_new_tokens=25, do_sample=True, temperature=0.5), ("Q:",))
+    silent = replace(run, thoughts=ThoughtMode.none, num_return_sequences=3)
+    settings, _ = generation_settings({"max_gen_toks": 5}, silent, thinks=True)
+    assert settings == replace(silent, max_new_tokens=5, num_return_sequences=1)
     assert generation_settings({}, run, thinks=True) == (run, ())
     with pytest.raises(DataError, match="typical_p"):
         generation_settings({"typical_p": 0.9}, run, thinks=False)

@@ -26,6 +26,7 @@ from src.errors import DataError, ModelError
 from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import Generator
 from src.evaluation.predictions import BLOCK_BATCHES
+from src.evaluation.thoughts import thought_rule
 from src.harness.scoring import Scorer
 from src.harness.settings import generation_settings
 from src.model.build import set_generation
@@ -105,7 +106,8 @@ class RunModel(LM):
         settings, stops = generation_settings(given, run.config.generation, thinks=tags is not None)
         set_generation(run.model, settings, run.tokenizer, run.prompts.stop_ids)
         reader = AnswerReader(self._encoder, tags, self._frame, stops)
-        generator = Generator(run.model, run.runtime, run.batch_size, self._encoder.target_prefix, reader)
+        rule = thought_rule(self._encoder, settings)
+        generator = Generator(run.model, run.runtime, run.batch_size, self._encoder.target_prefix, reader, rule)
         room = self._positions - settings.max_new_tokens - len(self._encoder.target_prefix)
         if room < 1:
             raise ModelError(

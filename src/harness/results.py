@@ -141,7 +141,11 @@ def _generation_key(task: Any, config: RunConfig) -> dict[str, Any]:
     thinks = config.thought_tags is not None
     settings, _ = generation_settings(task.get_config("generation_kwargs") or {}, config.generation, thinks=thinks)
     draws = settings.do_sample
-    key = {f"generation.{name}": value for name, value in asdict(settings).items() if draws or name not in SAMPLING}
+    key = {
+        f"generation.{name}": getattr(value, "value", value)
+        for name, value in asdict(settings).items()
+        if draws or name not in SAMPLING
+    }
     return key | ({"seed": config.seed} if draws else {})
 
 

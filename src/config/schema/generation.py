@@ -5,7 +5,7 @@ from enum import StrEnum
 from functools import partial
 
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, Check, in_float32, is_number, up_to
-from src.config.schema.fields import GENERATING, Impact, key
+from src.config.schema.fields import GENERATING, READING_ROWS, Impact, key
 
 SCALE = in_float32(1e-30, "of at least 1e-30")
 """What scores are divided by, which may be in the hundreds: below, they are infinite in 32 bits."""
@@ -30,6 +30,6 @@ class GenerationConfig:
     top_p: float = _key(Check("a number above 0 and at most 1", lambda v: is_number(v) and 0 < v <= 1))
     repetition_penalty: float = _key(SCALE)
     no_repeat_ngram_size: int = _key(COUNT)
-    num_return_sequences: int = _key(SAMPLES, 1)
+    num_return_sequences: int = _key(SAMPLES, 1, read_by=READING_ROWS)
     thoughts: ThoughtMode = _key(default=ThoughtMode.free)
     max_thought_tokens: int | None = _key(COUNT, None)
