@@ -162,14 +162,12 @@ class RunModel(LM):
 
     def _pair(self, context: str, continuation: str) -> EncodedRow:
         row = self._encoded(context, continuation, self._positions)
-        is_cut = row.is_truncated and row.prompt_length <= 1 if self._is_causal else self._targets_room(row) < 0
+        is_cut = self._is_causal and row.is_truncated and row.prompt_length <= 1
+        is_cut = is_cut or len(row.target_ids or ()) > self._positions
         if is_cut or not row.spans:
             why = "is longer than the model has positions for" if is_cut else "is empty"
             raise ModelError(f"a text that is to be scored {why}: {continuation[:60]!r}")
         return row
-
-    def _targets_room(self, row: EncodedRow) -> int:
-        return self._positions - len(row.target_ids or ())
 
     def _windows(self, text: str) -> Iterator[EncodedRow]:
         """Yield a text in rows that the model has room for, each token supervised once."""
