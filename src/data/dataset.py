@@ -141,7 +141,7 @@ def build_evaluated(
         held_out = builder.train_and_held_out()[1] if data.is_held_out else None
         sets |= builder.validation_sets(names) if held_out is None else {"validation": held_out}
     sets |= builder.sets_from_files({name: files for name, files in data.test_sets().items() if name in names})
-    return EvaluatedRows(sets, builder.encoder, builder.stop_ids, builder.frame, builder.reports)
+    return EvaluatedRows(sets, builder.encoder, builder.stop_ids, builder.frame, builder.template, builder.reports)
 
 
 def without_thoughts(config: RunConfig) -> RunConfig:

@@ -27,7 +27,7 @@ from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import Generator
 from src.evaluation.predictions import BLOCK_BATCHES
 from src.evaluation.thoughts import thought_rule
-from src.harness.scoring import Scorer
+from src.harness.scoring import ContinuationScorer
 from src.harness.settings import generation_settings
 from src.model.build import set_generation
 from src.runtime.session import Runtime
@@ -154,7 +154,7 @@ class RunModel(LM):
         run = self._run
         pad = int(run.model.generation_config.pad_token_id)
         scores, done, started = dict[int, tuple[float, bool]](), 0, time.monotonic()
-        for batch in Scorer(run.model, run.runtime, run.batch_size, pad).score(rows):
+        for batch in ContinuationScorer(run.model, run.runtime, run.batch_size, pad).score(rows):
             scores |= dict(batch)
             done += len(batch)
             self._report(done, len(rows), started)

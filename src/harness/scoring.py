@@ -12,7 +12,7 @@ from src.runtime.session import Runtime
 
 
 @dataclass(frozen=True)
-class Scorer:
+class ContinuationScorer:
     """A model that scores the supervised part of rows."""
 
     model: Any
