@@ -15,7 +15,7 @@ from src.tracking.lock import hold
 from src.tracking.run_folder import SUMMARY
 from src.util import json_text, write_atomically, write_json
 
-LATE = ("benchmark/", "evaluate/")
+LATE = ("benchmark/",)
 REMEDY = "Restore it from a copy; or move it away: then it will hold only what is measured from now on."
 
 
