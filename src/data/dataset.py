@@ -209,7 +209,7 @@ class _Builder:
     def train_and_held_out(self) -> tuple[TrainSet, EncodedSet | None]:
         """Build the train set, and the validation set that is held out of it, where one is."""
         data, seed = self.data, self.config.seed
-        sources = {name: _train_source(source.data) for name, source in self.sources.items()}
+        sources = {name: train_source(source.data) for name, source in self.sources.items()}
         if data.streaming:
             return self._streamed(sources), None
         identities = [source.identity() for source in sources.values()] if data.group_column is not None else []
@@ -218,12 +218,7 @@ class _Builder:
         if identities and identities != [source.identity() for source in sources.values()]:
             raise DataError("train changed while being read; start again when it is complete")
         sizes = [shard.stats.num_records for shard in shards.values()]
-        if data.num_folds is None:
-            held_out = [splits.hold_out(size, data.held_out_fraction, seed) for size in sizes]
-        elif groups is None:
-            held_out = [folds == data.fold for folds in splits.assign_folds(sizes, data.num_folds, seed)]
-        else:
-            held_out = [folds == data.fold for folds in splits.assign_group_folds(groups, data.num_folds, seed)]
+        held_out = held_out_records(data, seed, sizes, groups)
         train = self._train_set(shards, held_out)
         if not data.is_held_out:
             return train, None
@@ -324,6 +319,20 @@ class _Builder:
             )
 
 
+def held_out_records(
+    data: DataConfig, seed: int, sizes: Sequence[int], groups: Sequence[Sequence[str]] | None
+) -> list[np.ndarray]:
+    """Return which records of each source of train are in the validation set instead, [records] a source.
+
+    `sizes` are the numbers of records, `groups` those of data.group_column, None without it.
+    """
+    if data.num_folds is None:
+        return [splits.hold_out(size, data.held_out_fraction, seed) for size in sizes]
+    if groups is None:
+        return [folds == data.fold for folds in splits.assign_folds(sizes, data.num_folds, seed)]
+    return [folds == data.fold for folds in splits.assign_group_folds(groups, data.num_folds, seed)]
+
+
 def _rows(shards: Mapping[str, Shard], chosen: list[np.ndarray]) -> list[np.ndarray]:
     """Return the indices of each shard's rows whose record is chosen, [records] a shard."""
     return [np.flatnonzero(chosen[i][shard.ordinals]) for i, shard in enumerate(shards.values())]
@@ -347,7 +356,8 @@ def _lengths(config: RunConfig, *, to_predict: bool) -> Lengths:
     return Lengths(data.max_seq_length, target if is_encoder_decoder else None, overflow)
 
 
-def _train_source(data: DataConfig) -> Source:
+def train_source(data: DataConfig) -> Source:
+    """Return where the records of a source of train are read from."""
     if data.train_files:
         return file_source(data.train_files, data.limit)
     return _hub_source(data, data.train_split or "train", streaming=data.streaming)

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from src.errors import ModelError
+from src.evaluation.averaging import mean_probabilities
 from src.evaluation.thoughts import ThoughtProcessor, ThoughtRule
 
 ROW_WISE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
@@ -38,13 +39,15 @@ class Decoding:
 
     `prompts` are the ids of each row without padding; an encoder-decoder's encoder gets them. `streams` are the random
     numbers of each row, [prompts, tokens] in [0, 1), where one sequence is sampled for each; else None. `thoughts` is
-    how thoughts are written; None: as the model wants.
+    how thoughts are written; None: as the model wants. `others` are models whose probabilities are averaged with those
+    of the model that generates.
     """
 
     prompts: Sequence[list[int]]
     streams: Tensor | None
     synced_gpus: bool
     thoughts: ThoughtRule | None = None
+    others: Sequence[Any] = ()
 
     def __call__(
         self,
@@ -60,6 +63,9 @@ class Decoding:
         """
         config = copy.copy(generation_config)
         processors = self._processors(model, input_ids, config)
+        if self.others:
+            mean = mean_probabilities(self.others, self.prompts, model_inputs, config.num_beams)
+            processors.insert(0, mean)
         if self.streams is not None:
             config.do_sample = False  # _Draw leaves one token
         decode = model._sample if config.num_beams == 1 else model._beam_search

@@ -50,6 +50,7 @@ class Generator:
     target_prefix: list[int]  # ids that an encoder-decoder's decoder is fed after its start token
     reader: AnswerReader | None = None  # which cuts completions after a text that ends them; None: nothing does
     thoughts: ThoughtRule | None = None  # how thoughts are written; None where the model writes none
+    others: Sequence[Any] = ()  # models whose probabilities are averaged with this one's
 
     def with_thoughts(self, mode: ThoughtMode, max_tokens: int | None = None) -> "Generator":
         """Return a generator that writes thoughts in another way, of at most `max_tokens` between their tags; for a
@@ -171,7 +172,7 @@ class Generator:
             generated = self.model.generate(
                 input_ids=ids.to(self.runtime.device),
                 attention_mask=real.to(self.runtime.device),
-                custom_generate=Decoding(prompts, streams, synced_gpus, self.thoughts),
+                custom_generate=Decoding(prompts, streams, synced_gpus, self.thoughts, self.others),
                 num_return_sequences=num_best,
                 stopping_criteria=StoppingCriteriaList([_Stopping(self.runtime.stop, self.reader, begin)]),
                 **decoder,
