@@ -18,7 +18,8 @@ from src.sweep.folder import SweepFolder, TrialStatus
 from src.sweep.launched import Launched, TrialRunner, is_own_launcher
 from src.sweep.plan import Plan, plan_sweep
 from src.sweep.progress import ProgressTable, failures, listing
-from src.sweep.ranking import Direction, Result, conclusion, rank
+from src.sweep.ranking import Direction, conclusion, rank
+from src.sweep.standings import result_of
 from src.sweep.state import SweepState, early_replicates
 from src.sweep.study import Study, open_study
 from src.sweep.trial import Trial
@@ -239,7 +240,7 @@ def _report_results(state: SweepState, display: ProgressTable, console: Console)
     """Rank the settings; write and show the leaderboard."""
     plan, metric = state.plan, state.plan.config.metric
     direction: Direction = plan.config.direction.value
-    results = [_result(trial, state.statuses[trial.number], plan.name) for trial in state.trials.values()]
+    results = [result_of(trial, state.statuses[trial.number], plan.name) for trial in state.trials.values()]
     num_folds = plan.sample.data.num_folds if "data.fold" in plan.by_key else None
     rows = rank(results, direction=direction, num_folds=num_folds)
     sentence = conclusion(rows, metric, direction)
@@ -250,15 +251,6 @@ def _report_results(state: SweepState, display: ProgressTable, console: Console)
         leaderboard.plot_history(values, plan.folder / "plots" / "history.png", metric, direction)
     display.show_results(leaderboard.table(rows, metric, direction))
     console.say(sentence)
-
-
-def _result(trial: Trial, status: TrialStatus, sweep_name: str) -> Result:
-    label = trial.setting_label or sweep_name
-    model = next((text.partition("=")[2] for text in trial.overrides if text.startswith("model=")), "")
-    if model:
-        label = " ".join(text for text in label.split(" ") if text != f"model={model}")
-    replicate = (trial.seed, trial.fold)
-    return Result(trial.number, trial.setting, label, model, replicate, status.state, status.value)
 
 
 def _close(plan: Plan, controller: SweepController, why: str, console: Console) -> None:

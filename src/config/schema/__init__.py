@@ -16,7 +16,14 @@ from src.config.schema.adapter import AdapterConfig, LoraBias, LoraConfig, NoAda
 from src.config.schema.checks import MOST_INT, Check, Keys
 from src.config.schema.data import PLACEHOLDER, Batching, DataConfig, Overflow, SourceConfig, SupervisedTurns, Thoughts
 from src.config.schema.deepspeed import WIDTH_SIZES, DeepSpeedConfig, NoDeepSpeedConfig, ZeroConfig, ZeroFileConfig
-from src.config.schema.entries import ENTRY_SECTIONS, USING_RUNS, ExportEntryConfig, PredictConfig
+from src.config.schema.entries import (
+    ENTRY_SECTIONS,
+    USING_RUNS,
+    EnsembleConfig,
+    EnsembleMethod,
+    ExportEntryConfig,
+    PredictConfig,
+)
 from src.config.schema.generation import GenerationConfig, ThoughtMode
 from src.config.schema.model import Attention, Dtype, ModelConfig, ModelType, Weights
 from src.config.schema.optimizer import OPTIMIZERS, AdafactorConfig, AdamWConfig, OptimizerConfig, SGDConfig

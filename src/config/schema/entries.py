@@ -2,12 +2,14 @@
 
 import re
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from src.config.schema.checks import AT_LEAST_ONE, COUNT, PATH, STRINGS, Check
 from src.config.schema.fields import GENERATING, key
 from src.config.schema.model import Dtype
+from src.metrics import METRICS
 
 USING_RUNS = (*GENERATING, "export")
 """The entries that use finished runs."""
@@ -120,11 +122,47 @@ class BenchmarkConfig:
         return run_dir / "benchmarks" if self.output is None else Path(self.output)
 
 
+class EnsembleMethod(Enum):
+    """How several finished runs become one."""
+
+    soup = "soup"
+    greedy_soup = "greedy_soup"
+    logits = "logits"
+    consensus = "consensus"
+
+
+SIMILARITY = Check(
+    f"a metric with full marks for equal texts: {', '.join(n for n in METRICS if METRICS[n].full_marks is not None)}",
+    lambda v: v in METRICS and METRICS[v].full_marks is not None,
+)
+
+
+@dataclass
+class EnsembleConfig:
+    """How `python -m src.ensemble` makes one of several finished runs, and where it writes."""
+
+    method: EnsembleMethod = key(
+        default=EnsembleMethod.soup,
+        text="soup: the mean of the weights; greedy_soup: of those that make validation better; logits: the mean of "
+        "the probabilities of each token; consensus: of the members' texts the one most like the others",
+    )
+    similarity: str = key(SIMILARITY, default="rougeL", text="of consensus: the metric by which texts are alike")
+    metric: str | None = key(
+        default=None,
+        text="of greedy_soup: what has to get better, `eval/validation/…`; null: checkpoint.metric_for_best_model",
+    )
+    top: int | None = key(AT_LEAST_ONE, default=None, text="of a sweep: so many settings, the best ones; null: all")
+    output: str | None = key(
+        PATH, default=None, text="the folder to write; null: ensembles/… in the sweep's folder, or in outputs/"
+    )
+
+
 ENTRY_SECTIONS: dict[str, type] = {
     "preflight": PreflightConfig,
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
     "export": ExportEntryConfig,
     "benchmark": BenchmarkConfig,
+    "ensemble": EnsembleConfig,
 }
 """Sections that one entry reads, `python -m src.<name>`, and no other takes; they have their defaults here."""
