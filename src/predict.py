@@ -49,7 +49,6 @@ def predict(job: Job) -> int:
     console = Console()
     console.label("predict", f"{run_dir} → {output}")
     check_exported(run_dir, job.config.model.checkpoint)
-    output.mkdir(parents=True, exist_ok=True)
     with stop_on_signals() as stop, hold(output):
         predict_sets(job, output, stop, console, job.entry_section.batch_size)
     return 0

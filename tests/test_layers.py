@@ -9,10 +9,10 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 LAYERS = (
-    ("preflight", "predict", "evaluate", "export", "benchmark", "sync"),
+    ("preflight", "predict", "evaluate", "export", "benchmark", "ensemble", "sync"),
     ("cli",),
     ("run",),
-    ("overview", "inspection", "exporting", "harness"),
+    ("overview", "inspection", "exporting", "harness", "combining"),
     ("forecast",),
     ("training", "evaluation", "sweep"),
     ("checkpoint", "data", "model", "tracking"),
@@ -42,6 +42,7 @@ DOORS = {
         "harness",
         "data",
         "model",
+        "combining",
         "training",
         "evaluation",
         "runtime",

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from src.config.files import expand
 from src.config.schema import DataConfig, RunConfig
@@ -10,6 +13,7 @@ from src.data.cache import ShowProgress
 from src.data.dataset import held_out_records, train_source
 from src.data.groups import read_groups
 from src.data.readers.record import ReadResult, Unreadable
+from src.data.sets import EncodedSet
 from src.data.sources import Source, file_source
 from src.errors import DataError
 
@@ -36,6 +40,25 @@ def trained_rows(config: RunConfig, show_progress: ShowProgress) -> set[bytes]:
 def rows_of_files(data: DataConfig, files: Sequence[str], show_progress: ShowProgress) -> list[bytes]:
     """Return the hash of each record of a set's files, by its number from 0."""
     return list(_hashes(", ".join(expand(files)), file_source(files, data.limit), data, show_progress))
+
+
+def rows_of_validation(data: DataConfig, name: str, show_progress: ShowProgress) -> list[list[bytes]]:
+    """Return the hash of each record of a validation set by its number in its source, for each source of the set."""
+    if name in data.validation_sets():
+        return [rows_of_files(data, data.validation_sets()[name], show_progress)]
+    described = data.train_sources()  # it is held out of these
+    if data.has_hub_validation:
+        described = {
+            name: replace(one, data=replace(one.data, train_split=data.validation_split))
+            for name, one in described.items()
+        }
+    return [list(_hashes(of, train_source(one.data), one.data, show_progress)) for of, one in described.items()]
+
+
+def without(rows: EncodedSet, hashes: Sequence[Sequence[bytes]], seen: Collection[bytes]) -> EncodedSet:
+    """Return a set without the rows whose records are among those `seen`; `hashes` are of the records of each shard."""
+    is_new = [hashes[shard][rows.shards[shard].ordinals[row]] not in seen for shard, row in rows.indices.tolist()]
+    return EncodedSet(rows.name, rows.shards, rows.indices[np.array(is_new, dtype=bool)])
 
 
 def _hashes(name: str, source: Source, data: DataConfig, show_progress: ShowProgress) -> Iterator[bytes]:

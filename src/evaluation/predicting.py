@@ -24,6 +24,7 @@ def predict_sets(
     job: Job, output: Path, stop: StopRequest, console: Console, batch_size: int | None = None
 ) -> dict[str, PredictedSet]:
     """Generate what is missing of every set, and score it; return the sets. Raises as `open_sets`."""
+    output.mkdir(parents=True, exist_ok=True)
     sets = open_sets(output, job.config, job.frozen, job.run_dir / "model")
     unfinished = {name: one for name, one in sets.items() if not one.is_generated()}
     for name, one in sets.items():

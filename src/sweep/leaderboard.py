@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.markdown import code, inline
 from src.markdown import table as markdown_table
+from src.sweep.ensembles import EnsembleRow, read_ensembles
 from src.sweep.ranking import Direction, Row, number
 from src.sweep.trial import short
 from src.util import replaced_when_written, write_atomically, write_json
@@ -53,12 +54,18 @@ def import_what_draws() -> None:
 
 
 def write(rows: Sequence[Row], folder: Path, metric: str, direction: Direction, conclusion: str) -> None:
-    """Write leaderboard.csv, leaderboard.json and leaderboard.md into a folder, each at once."""
+    """Write leaderboard.csv, leaderboard.json and leaderboard.md into a sweep's folder, each at once.
+
+    The finished ensembles in that folder have rows of their own, which are not ranked.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "leaderboard.csv", _csv(rows))
+    ensembles = read_ensembles(folder)
+    write_atomically(folder / "leaderboard.csv", _csv(rows, ensembles, metric))
     content = {"metric": metric, "direction": direction, "conclusion": conclusion, "rows": list(map(_plain, rows))}
+    if ensembles:
+        content["ensembles"] = list(map(asdict, ensembles))
     write_json(folder / "leaderboard.json", content)
-    write_atomically(folder / "leaderboard.md", _markdown(rows, metric, direction, conclusion))
+    write_atomically(folder / "leaderboard.md", _markdown(rows, ensembles, metric, direction, conclusion))
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -66,20 +73,42 @@ def _plain(row: Row) -> dict[str, Any]:
     return asdict(row) | {"n": row.n, "values": values}
 
 
-def _csv(rows: Sequence[Row]) -> str:
+def _csv(rows: Sequence[Row], ensembles: Sequence[EnsembleRow], metric: str) -> str:
     columns = {name: read for name, read in COLUMNS.items() if name != "model" or any(row.group for row in rows)}
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([read(row) for read in columns.values()] for row in rows)
+    for one in ensembles:
+        cells = {
+            "setting": f"ensemble.method={one.method}",
+            "mean": one.scores.get(metric),
+            "trials": _spaced(one.members),
+            "setting_id": one.folder,
+            "verdict": _beside_members(one, metric),
+        }
+        writer.writerow([cells.get(column) for column in columns])
     return file.getvalue()
+
+
+def _beside_members(one: EnsembleRow, metric: str) -> str:
+    """Return what an ensemble scores, and its members: by the leaderboard's metric, or another that it has."""
+    name, value = one.score(metric)
+    if value is None:
+        return f"an ensemble of {len(one.members)}, without a score"
+    text = f"an ensemble of {len(one.members)}: {name} {number(value, None)}"
+    if (ends := one.range_of_members(name)) is not None:
+        text += f", its members {' to '.join(number(end, None) for end in ends)}"
+    return text
 
 
 def _spaced(items: Iterable[Any]) -> str:
     return " ".join(str(item) for item in items)
 
 
-def _markdown(rows: Sequence[Row], metric: str, direction: Direction, conclusion: str) -> str:
+def _markdown(
+    rows: Sequence[Row], ensembles: Sequence[EnsembleRow], metric: str, direction: Direction, conclusion: str
+) -> str:
     parts = [f"# {inline(metric)}, {direction}d", inline(conclusion)]
     for group, members in _groups(rows):
         if group:
@@ -90,6 +119,10 @@ def _markdown(rows: Sequence[Row], metric: str, direction: Direction, conclusion
             lines.append([rank, code(label), *numbers, inline(verdict), _spaced(row.trials)])
         parts.append(markdown_table(["rank", "setting", "mean", "n", "difference", "verdict", "trials"], lines))
     parts.append("Intervals are 95 %; differences are to the reference: the best mean over two replicates or more.")
+    if ensembles:
+        lines = [[code(one.folder), inline(_beside_members(one, metric)), _spaced(one.members)] for one in ensembles]
+        scored = "On rows that no member was trained on; not ranked with the settings above."
+        parts += ["## Ensembles", markdown_table(["ensemble", "score", "members"], lines), scored]
     return "\n\n".join(parts) + "\n"
 
 

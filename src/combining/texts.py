@@ -1,0 +1,174 @@
+"""Ensembles whose result is texts: the consensus of what members predict, and the mean of their probabilities."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from src.combining.consensus import most_alike, similarity_by
+from src.combining.members import Member, best_first
+from src.combining.record import MEMBERS, PREDICTIONS, MemberScores, Outcome
+from src.config.schema import EnsembleConfig
+from src.data.sources import hash_of
+from src.data.trained import rows_of_files, without
+from src.errors import DamagedFileError, DataError, RunFolderError
+from src.evaluation.predicted_set import PredictedSet, Prediction
+from src.evaluation.predicting import finish, open_generation, predict_sets
+from src.evaluation.predictions import open_sets, predict_rows
+from src.metrics import compute_metrics
+from src.runtime.signals import StopRequest
+from src.tracking.console import Console
+
+Lines = dict[int, dict[str, Any]]  # predictions by the number of their row
+
+
+@dataclass(frozen=True)
+class UnseenRows:
+    """The rows of the test sets that no member was trained on."""
+
+    hashes: Mapping[str, Sequence[bytes]]  # of each row of a set
+    seen: set[bytes]
+
+    def numbers(self, name: str) -> list[int]:
+        return [number for number, one in enumerate(self.hashes[name]) if one not in self.seen]
+
+    def counts(self, name: str, scored: int) -> dict[str, int]:
+        """Return how many rows of a set were scored, and how many were left out because a member has seen them."""
+        return {"scored": scored, "left_out": len(self.hashes[name]) - len(self.numbers(name))}
+
+
+def unseen_tests(members: Sequence[Member], seen: set[bytes], console: Console) -> UnseenRows:
+    """Return the rows to score on; DataError where none is left of a set. Rows that are left out are reported."""
+    data = members[0].job.config.data
+    sets = data.test_sets()
+    rows = UnseenRows({name: rows_of_files(data, files, console.working) for name, files in sets.items()}, seen)
+    for name in sets:
+        report_left_out(name, len(rows.hashes[name]), len(rows.numbers(name)), console)
+    return rows
+
+
+def report_left_out(name: str, num_rows: int, num_left: int, console: Console, key: str = "data.test_files") -> None:
+    """Say how many rows of a set a member has been trained on; DataError where none is left. `key` names the set."""
+    if not num_left:
+        raise DataError(
+            f"{name}: each of its {num_rows:,} rows was trained on by a member, so none of them can judge: name others "
+            f"with {key}=[FILE]"
+        )
+    if num_left < num_rows:
+        console.warn(f"{name}: {num_rows - num_left:,} of {num_rows:,} rows are left out: a member was trained on them")
+
+
+def predict_members(
+    members: Sequence[Member], rows: UnseenRows, output: Path, stop: StopRequest, console: Console
+) -> dict[str, list[Lines]]:
+    """Return each member's predictions of the rows to score on, by set; those that are whole somewhere are not made
+    again.
+    """
+    lines: dict[str, list[Lines]] = {name: [] for name in rows.hashes}
+    for number, member in enumerate(members, 1):
+        console.label("member", f"{number} of {len(members)}: {member.run_dir}")
+        found = _predicted(member) or predict_sets(member.job, output / MEMBERS / str(number), stop, console)
+        for name, one in found.items():
+            chosen = set(rows.numbers(name))
+            lines[name].append({line["row"]: line for line in one.read() if line["row"] in chosen})
+    return lines
+
+
+def _predicted(member: Member) -> dict[str, PredictedSet]:
+    """Return what src.predict made of these sets in a run's own folder; nothing unless all of it is there as asked."""
+    job = member.job
+    try:
+        found = open_sets(
+            job.run_dir / PREDICTIONS, replace(job.config, force=False), job.frozen, job.run_dir / "model"
+        )
+    except (RunFolderError, DamagedFileError):  # other predictions, which are left as they are
+        return {}
+    return found if all(one.is_generated() for one in found.values()) else {}
+
+
+def combine_consensus(
+    members: Sequence[Member], rows: UnseenRows, output: Path, stop: StopRequest, console: Console
+) -> Outcome:
+    """Write for each row the prediction most like those of the other members; of several the best member's."""
+    section: EnsembleConfig = members[0].job.entry_section
+    config = members[0].job.config
+    similarity = similarity_by(section.similarity, config.data.answer_pattern)
+    order = best_first(members)
+    predicted, sets = predict_members(members, rows, output, stop, console), dict[str, PredictedSet]()
+    for name, lines in predicted.items():
+        common = _common_rows(name, lines)
+        sets[name] = one = _open_set(output, name, members)
+        if one.resume(common, len(common)) < len(common):
+            chosen = []
+            for row in common:
+                candidates = [lines[place][row] for place in order]
+                chosen.append(candidates[most_alike([line["answer"] for line in candidates], similarity)])
+                console.working(f"{name}: {len(chosen):,} of {len(common):,} rows compared")
+            one.append([Prediction(**line) for line in chosen])
+        finish(one, members[0].job, console)
+    return _outcome(members, rows, predicted, sets)
+
+
+def combine_probabilities(
+    members: Sequence[Member], rows: UnseenRows, output: Path, stop: StopRequest, console: Console
+) -> Outcome:
+    """Generate each row by the mean of the members' probabilities; all of them are in memory at once."""
+    job = members[0].job
+    predicted = predict_members(members, rows, output, stop, console)
+    sets = {name: _open_set(output, name, members) for name in rows.hashes}
+    if not all(one.is_generated() for one in sets.values()):
+        with open_generation([member.job for member in members], stop, console) as (generator, prompts):
+            for name, one in sets.items():
+                left = without(prompts.sets[name], [rows.hashes[name]], rows.seen)
+                predict_rows(one, left, generator, job.config.seed, console)
+    for one in sets.values():
+        finish(one, job, console)
+    return _outcome(members, rows, predicted, sets)
+
+
+def _common_rows(name: str, lines: Sequence[Lines]) -> list[int]:
+    common = sorted(set.intersection(*(set(of_member) for of_member in lines)))
+    if not common:
+        raise DataError(
+            f"{name}: no row is left that all members can be asked: each leaves out what is too long for it"
+        )
+    return common
+
+
+def _open_set(output: Path, name: str, members: Sequence[Member]) -> PredictedSet:
+    """Open a set of the ensemble's predictions; what decides it was compared by ensemble.json."""
+    folder = output / PREDICTIONS
+    folder.mkdir(exist_ok=True)
+    one = PredictedSet(folder, name, {"ensemble": hash_of([member.decided_by() for member in members])})
+    if changed := one.claim(force=False):
+        raise RunFolderError("\n  ".join([f"{one.lines} holds predictions that something else decided:", *changed]))
+    one.check_unchanged()
+    return one
+
+
+def _outcome(
+    members: Sequence[Member],
+    rows: UnseenRows,
+    predicted: Mapping[str, Sequence[Lines]],
+    sets: Mapping[str, PredictedSet],
+) -> Outcome:
+    """Score the ensemble and its members on the rows that all of them have predicted."""
+    scores: dict[str, float] = {}
+    of_members: list[dict[str, float]] = [{} for _ in members]
+    counts = {}
+    for name, one in sets.items():
+        chosen = list(one.read())
+        counts[name] = rows.counts(name, len(chosen))
+        scores |= _scores(name, chosen, members[0])
+        for found, lines in zip(of_members, predicted[name], strict=True):
+            found |= _scores(name, [lines[line["row"]] for line in chosen if line["row"] in lines], members[0])
+    return Outcome(scores, [MemberScores(*pair) for pair in zip(members, of_members, strict=True)], counts)
+
+
+def _scores(name: str, lines: Sequence[Mapping[str, Any]], member: Member) -> dict[str, float]:
+    config = member.job.config
+    answers, references, places = ([line[key] for line in lines] for key in ("answer", "reference", "source"))
+    if not lines or None in references:
+        return {}
+    values = compute_metrics(config.metrics, answers, references, config.data.answer_pattern, places.__getitem__)
+    return {f"eval/{name}/{metric}": value for metric, value in values.items()}

@@ -1,0 +1,233 @@
+"""Ensembles whose result is a model: the mean of members' weights, of all of them or of those that make it better."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.checkpoint.exported import MODEL, exported_digests
+from src.combining.members import Member
+from src.combining.record import MemberScores, Outcome
+from src.combining.soup import WeightSum
+from src.combining.texts import report_left_out
+from src.config.frozen import STATUS, config_hash, read_config
+from src.config.options import PROJECT_ROOT
+from src.config.schema import EnsembleConfig, EnsembleMethod
+from src.data.dataset import Data, build_data, file_hashes
+from src.data.sets import EncodedSet
+from src.data.tokenizer import load_tokenizer
+from src.data.trained import rows_of_files, rows_of_validation, without
+from src.errors import DataError
+from src.evaluation.answers import AnswerReader
+from src.evaluation.evaluate import Evaluator
+from src.evaluation.generate import Generator, check_room
+from src.markdown import inline, table
+from src.metrics import greater_is_better
+from src.model.build import set_generation
+from src.model.card import model_card
+from src.model.export import export, load_exported, load_exported_adapter
+from src.model.merging import merge, probe_ids
+from src.runtime.session import Runtime, start_runtime
+from src.runtime.signals import StopRequest
+from src.tracking.console import Console
+from src.tracking.provenance import provenance
+from src.tracking.run_folder import DATA_REPORT, PROVENANCE, SUMMARY, RunFolder, Start, open_run_folder
+from src.training.head import ModelWithLoss
+from src.util import plural
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Kitchen:
+    """What members are loaded with and scored on; `sets` are the rows that none of them was trained on, by name."""
+
+    members: Sequence[Member]
+    tokenizer: Any
+    data: Data
+    validation: Mapping[str, EncodedSet]
+    test: Mapping[str, EncodedSet]
+    runtime: Runtime
+    console: Console
+
+    @property
+    def sets(self) -> dict[str, EncodedSet]:
+        return {**self.validation, **self.test}
+
+    @property
+    def metric(self) -> str:
+        """What greedy soup makes better."""
+        job = self.members[0].job
+        return job.entry_section.metric or job.config.checkpoint.metric_for_best_model
+
+    @property
+    def rises(self) -> bool:
+        """Whether a higher value of that is better."""
+        checkpoint = self.members[0].job.config.checkpoint
+        if self.metric == checkpoint.metric_for_best_model and checkpoint.greater_is_better is not None:
+            return checkpoint.greater_is_better
+        return greater_is_better(self.metric)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return how many rows of each set are scored, and how many are left out because a member has seen them."""
+        whole = {**self.data.validation, **self.data.test}
+        return {
+            name: {"scored": len(rows), "left_out": len(whole[name]) - len(rows)} for name, rows in self.sets.items()
+        }
+
+    def load(self, member: Member) -> Any:
+        """Load a member's whole model; an adapter is merged into its base first, as the mean of products is not the
+        product of means.
+        """
+        self.runtime.check_stop()
+        config, folder = member.job.config, member.run_dir / MODEL
+        if not member.has_adapter:
+            return load_exported(member.run_dir, config)
+        ids = probe_ids(self.tokenizer, config.tokens.additional_special_tokens)
+        return merge(load_exported_adapter(folder, config, self.runtime.device), folder, ids)
+
+    def score(self, model: Any, sets: Mapping[str, EncodedSet]) -> Scores:
+        """Return the losses and metrics of a model on sets, as a run has them."""
+        config, encoder = self.members[0].job.config, self.data.encoder
+        model.to(self.runtime.device)
+        set_generation(model, config.generation, self.tokenizer, self.data.stop_ids, encoder.target_prefix)
+        for rows in sets.values() if config.metrics else ():
+            check_room(rows, model, encoder.target_prefix, config.generation.max_new_tokens)
+        loss_model = ModelWithLoss(model).to(self.runtime.device)
+        loss_model.probe_head()
+        reader = AnswerReader(encoder, config.thought_tags, self.data.frame)
+        size = config.training.per_device_eval_batch_size
+        generator = Generator(model, self.runtime, size, encoder.target_prefix, reader)
+        pattern = config.data.answer_pattern
+        return Evaluator(loss_model, generator, reader, self.runtime, config.metrics, pattern, None).evaluate(
+            sets.values()
+        )
+
+
+def combine_weights(
+    members: Sequence[Member], seen: set[bytes], output: Path, stop: StopRequest, console: Console
+) -> Outcome:
+    """Write the mean of members' weights as a finished run's folder, and score it and them.
+
+    Members are loaded one after another; the sum takes eight bytes a weight besides. DataError where there is nothing
+    to score on; ModelError where the weights don't fit.
+    """
+    job = members[0].job
+    section: EnsembleConfig = job.entry_section
+    frozen = read_config(job.run_dir)
+    frozen |= {"name": output.name, "export": frozen["export"] | {"merge": True}}  # an adapter's weights are whole now
+    if (output / STATUS).exists():
+        console.say(f"what was begun in {output} is begun anew")
+    precision, seed = job.config.training.mixed_precision, job.config.seed
+    with start_runtime(job.config.runtime, precision, seed, stop) as runtime:
+        kitchen = _open_kitchen(members, seen, runtime, console)
+        if is_greedy := section.method is EnsembleMethod.greedy_soup:
+            _check_validation(kitchen)
+        with open_run_folder(output, frozen, config_hash(frozen), Start()) as folder:
+            scores = []
+            for number, member in enumerate(members, 1):
+                console.label("member", f"{number} of {len(members)}: {member.run_dir}")
+                scores.append(kitchen.score(kitchen.load(member), kitchen.sets))
+            chosen = _greedy(kitchen, scores) if is_greedy else list(range(len(members)))
+            model = _mean(kitchen, chosen)
+            of_members = [MemberScores(member, scores[i], i in chosen) for i, member in enumerate(members)]
+            outcome = Outcome(kitchen.score(model, kitchen.sets), of_members, kitchen.counts())
+            _export(kitchen, model, folder, frozen, outcome)
+    return outcome
+
+
+def _mean(kitchen: Kitchen, chosen: Sequence[int]) -> Any:
+    """Return a model with the mean of members' weights."""
+    total = WeightSum()
+    for i in chosen:
+        model = kitchen.load(kitchen.members[i])
+        total.add(model)
+    total.put_mean(model)
+    return model
+
+
+def _check_validation(kitchen: Kitchen) -> None:
+    """Check that there are rows to choose members by; DataError names the sets, or says that each row was trained on."""
+    name = kitchen.metric.split("/")[1] if kitchen.metric.startswith("eval/") else kitchen.metric
+    if name not in kitchen.data.validation:
+        known = ", ".join(kitchen.data.validation) or "none: data.validation_files=[FILE]"
+        raise DataError(f"{kitchen.metric} (ensemble.metric) is of no validation set; these are {known}")
+    if name not in kitchen.validation:
+        report_left_out(name, len(kitchen.data.validation[name]), 0, kitchen.console, "data.validation_files")
+
+
+def _greedy(kitchen: Kitchen, scores: Sequence[Scores]) -> list[int]:
+    """Return the members whose mean is the best found on validation: added from the best one on, if that is better.
+
+    DataError where the metric has no value. Source: Wortsman et al. 2022, recipe 1; here a member that changes nothing
+    is left out.
+    """
+    metric, sign = kitchen.metric, 1 if kitchen.rises else -1
+    if metric not in scores[0]:
+        raise DataError(f"{metric} (ensemble.metric) has no value; there are {', '.join(scores[0])}")
+    first, *others = sorted(range(len(scores)), key=lambda i: -sign * scores[i][metric])
+    chosen, best, total = [first], scores[first][metric], WeightSum()
+    total.add(kitchen.load(kitchen.members[first]))
+    for i in others:
+        model = kitchen.load(kitchen.members[i])
+        total.put_mean(model, with_it=True)
+        value = kitchen.score(model, kitchen.validation)[metric]
+        is_better = sign * value > sign * best
+        verdict = "added" if is_better else "left out"
+        kitchen.console.label("", f"{metric} {value:.6g} with {kitchen.members[i].name}: {verdict}")
+        if is_better:
+            best = value
+            chosen.append(i)
+            total.add(kitchen.load(kitchen.members[i]))
+    return chosen
+
+
+def _open_kitchen(members: Sequence[Member], seen: set[bytes], runtime: Runtime, console: Console) -> Kitchen:
+    config = members[0].job.config
+    tokenizer, _ = load_tokenizer(config.model.pretrained_at(members[0].run_dir / MODEL), config.tokens)
+    data = build_data(config, tokenizer, console.working)
+    test, validation = {}, {}
+    for name, rows in data.test.items():
+        test[name] = without(rows, [rows_of_files(config.data, config.data.test_sets()[name], console.working)], seen)
+        report_left_out(name, len(rows), len(test[name]), console)
+    for name, rows in data.validation.items():
+        left = without(rows, rows_of_validation(config.data, name, console.working), seen)
+        if len(left):
+            report_left_out(name, len(rows), len(left), console, "data.validation_files")
+            validation[name] = left
+    if not (test or validation):
+        raise DataError("nothing to score on that no member was trained on: name rows with data.test_files=[FILE]")
+    return Kitchen(members, tokenizer, data, validation, test, runtime, console)
+
+
+def _export(kitchen: Kitchen, model: Any, folder: RunFolder, frozen: Mapping[str, Any], outcome: Outcome) -> None:
+    """Write and verify model/, and what else makes the folder a finished run's."""
+    first, output = kitchen.members[0], folder.path
+    config = first.job.config
+    of_data = kitchen.data.report()
+    made_of = provenance(frozen, file_hashes(config.data), kitchen.runtime.description, PROJECT_ROOT)
+    folder.write_json(DATA_REPORT, of_data)
+    folder.write_json(PROVENANCE, made_of)
+    vocabulary = kitchen.tokenizer.get_vocab()
+    new_tokens = {token: vocabulary[token] for token in config.tokens.additional_special_tokens}
+    card = model_card(frozen, of_data, outcome.scores, made_of, new_tokens) + _members_in_card(frozen, outcome)
+    for warning in export(model.to("cpu"), None, kitchen.tokenizer, output / MODEL, config, card):
+        kitchen.console.warn(warning)
+    folder.write_json(SUMMARY, outcome.scores)
+    folder.set_status(model=exported_digests(output / MODEL))
+
+
+def _members_in_card(frozen: Mapping[str, Any], outcome: Outcome) -> str:
+    """Return the part of a model card that lists members with their scores."""
+    names = list(outcome.scores)
+    rows = [
+        [
+            inline(Path(one.member.name).name),
+            "yes" if one.is_in else "no",
+            *(f"{one.scores[name]:.4g}" for name in names),
+        ]
+        for one in outcome.members
+    ]
+    count = sum(one.is_in for one in outcome.members)
+    about = f"The weights are the mean of {plural(count, 'run')}, scored on rows that none of them was trained on."
+    return f"\n## Members\n\n{about}\n\n{table(['run', 'is in it', *map(inline, names)], rows)}\n"
