@@ -98,21 +98,26 @@ def prepare(method: EnsembleMethod, members: Sequence[Member], console: Console)
     return lambda output, stop: combine(members, rows, output, stop, console)
 
 
+def admit(argv: Sequence[str]) -> tuple[list[Job], Path | None]:
+    """Return the members that a command line asks for, and the sweep that they are of; raises as `admit_members`."""
+    trials = FinishedTrials()
+    jobs = admit_members(argv, trials)
+    top = jobs[0].entry_section.top
+    if trials.sweep is not None:
+        return [job for job in jobs if job.run_dir in trials.of_best(top)], trials.sweep
+    if top is not None:
+        reason = "chooses among the settings of a sweep: dir=SWEEP"
+        raise refuse([Problem.on_command_line("ensemble.top", reason, top)])
+    return jobs, None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line as a whole, then make the ensemble; return the exit code."""
 
     def make(arguments: list[str]) -> int:
-        trials = FinishedTrials()
-        jobs = admit_members(arguments, trials)
-        top = jobs[0].entry_section.top
-        if trials.sweep is None and top is not None:
-            raise refuse(
-                [Problem.on_command_line("ensemble.top", "chooses among the settings of a sweep: dir=SWEEP", top)]
-            )
-        if trials.sweep is not None:
-            jobs = [job for job in jobs if job.run_dir in trials.of_best(top)]
+        jobs, sweep = admit(arguments)
         return guarded(
-            lambda: ensemble(jobs, trials.sweep),
+            lambda: ensemble(jobs, sweep),
             when_stopped="The same command continues what it predicts; a soup is begun anew.",
             when_full="Make room, and the same command continues.",
         )

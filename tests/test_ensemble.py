@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from src import ensemble, predict
 from src.combining.consensus import most_alike, similarity_by
 from src.combining.soup import WeightSum
 from src.data.trained import rows_of_files, trained_rows
-from src.errors import ModelError
+from src.errors import ConfigError, ModelError
 from src.evaluation.answers import Completion
 from src.evaluation.generate import Generator
 from src.runtime.session import Runtime
-from tests.conftest import admitted, write_lines
+from tests.conftest import ROWS, admitted, read_lines, towline, write_lines
 from tests.test_decoding import BOS, EOS, FAMILIES, NEW, PAD, PREFIX, prompts
 
 
@@ -135,3 +141,168 @@ def test_models_follow_one_another_in_beams_and_draws(
     alone = written(runtime, first, **settings)
     assert written(runtime, first, first, **settings) == alone
     assert alone != both
+
+
+SEEN = [{"prompt": f"{i % 7}{i}=", "completion": f"<ToW>{i}</ToW>{'xyz'[i % 3] * (1 + i % 5)}"} for i in range(48)]
+UNSEEN = [{"prompt": f"q{i}=", "completion": "xyz"[: 1 + i % 3]} for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of two folds with a causal model and an encoder-decoder; two rows of its test set are trained on."""
+    base = tmp_path_factory.mktemp("ensemble")
+    train = write_lines(base / "train.jsonl", SEEN)
+    tests = write_lines(base / "test.jsonl", [SEEN[3], *UNSEEN, SEEN[30]])
+    done = towline(
+        "-m", "sweep=kfold", "data.num_folds=2", "model=tiny_llama,tiny_bart", f"hydra.sweep.dir={base / 'sweep'}",
+        f"data.train_files=['{train}']", "data.validation_files=null", f"data.test_files=['{tests}']",
+        "data.metrics=[rougeL]", "sweep.metric=eval/test/rougeL", "sweep.direction=maximize", "tracking=none",
+        "training.max_train_steps=4", "training.per_device_train_batch_size=16", "generation.max_new_tokens=6",
+        "evaluation.eval_steps=null", "evaluation.sample_prompts=0", "checkpoint.checkpointing_steps=null",
+        "checkpoint.keep_best=0", f"data.cache_dir={ROWS}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return base / "sweep"
+
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Make an ensemble; give what was printed."""
+
+    def command(*arguments: str, code: int = 0) -> str:
+        assert ensemble.main(list(arguments)) == code
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return printed.err if code else printed.out + printed.err
+
+    return command
+
+
+def runs(sweep: Path, *numbers: int) -> str:
+    return f"runs=[{','.join(str(sweep / str(number)) for number in numbers)}]"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_a_soup_of_one_run_is_that_run_bit_for_bit(said: Command, sweep: Path, tmp_path: Path) -> None:
+    for number in (0, 2):
+        output = tmp_path / str(number)
+        said(runs(sweep, number), f"ensemble.output={output}")
+        for name in ("model.safetensors", "tokenizer.json", "config.json", "generation_config.json"):
+            assert (output / "model" / name).read_bytes() == (sweep / str(number) / "model" / name).read_bytes()
+
+
+def test_a_soup_is_a_finished_run_with_the_mean_of_the_weights(said: Command, sweep: Path, tmp_path: Path) -> None:
+    text = said(runs(sweep, 0, 1), f"ensemble.output={tmp_path / 'soup'}")
+    assert "2 of 12 rows are left out" in text
+    first, second, mean = (weights(folder) for folder in (sweep / "0", sweep / "1", tmp_path / "soup"))
+    assert all(torch.equal(mean[name], (first[name] + second[name]) / 2) for name in mean)
+    assert any(not torch.equal(mean[name], first[name]) for name in mean)
+    record = json.loads((tmp_path / "soup" / "ensemble.json").read_text())
+    assert record["rows"] == {"test": {"scored": 10, "left_out": 2}}
+    assert json.loads((tmp_path / "soup" / "summary.json").read_text()) == record["scores"]
+    card = (tmp_path / "soup" / "model" / "README.md").read_text()
+    assert "mean of 2 runs" in card
+    assert str(tmp_path) not in card
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "soup" / "model").num_parameters()
+    kept = write_lines(tmp_path / "kept.jsonl", UNSEEN)
+    assert predict.main([f"run={tmp_path / 'soup'}", f"data.test_files=['{kept}']"]) == 0
+    predicted = json.loads((tmp_path / "soup" / "predictions" / "metrics.json").read_text())
+    assert predicted["eval/test/rougeL"] == pytest.approx(record["scores"]["eval/test/rougeL"], abs=1e-9)
+
+
+def test_a_finished_ensemble_is_left_and_another_never_replaces_it(said: Command, sweep: Path, tmp_path: Path) -> None:
+    output = f"ensemble.output={tmp_path / 'one'}"
+    said(runs(sweep, 0), output)
+    before = (tmp_path / "one" / "status.json").read_bytes()
+    assert "left as it is" in said(runs(sweep, 0), output)
+    assert "something else decided" in said(runs(sweep, 1), output, code=2)
+    assert (tmp_path / "one" / "status.json").read_bytes() == before
+    said(runs(sweep, 1), output, "force=true")
+    assert weights(tmp_path / "one").keys() == weights(sweep / "1").keys()
+    assert "holds a run" in said(runs(sweep, 0), f"ensemble.output={sweep / '1'}", code=2)
+
+
+def test_a_greedy_soup_is_never_worse_than_its_best_member(said: Command, sweep: Path, tmp_path: Path) -> None:
+    greedy = [runs(sweep, 0, 1), "ensemble.method=greedy_soup", f"ensemble.output={tmp_path / 'greedy'}"]
+    message = said(*greedy, code=2)
+    assert "each of its 24 rows was trained on by a member" in message
+    assert "data.validation_files=[FILE]" in message
+    fresh = write_lines(tmp_path / "fresh.jsonl", [SEEN[5], *UNSEEN[:6]])
+    text = said(*greedy, f"data.validation_files=['{fresh}']")
+    assert "1 of 7 rows are left out" in text
+    record = json.loads((tmp_path / "greedy" / "ensemble.json").read_text())
+    name = "eval/validation/loss"
+    best = min(record["members"], key=lambda member: member["scores"][name])
+    assert best["is_in"]
+    assert record["scores"][name] <= best["scores"][name]
+
+
+def test_the_consensus_of_equal_predictions_is_these(said: Command, sweep: Path, tmp_path: Path) -> None:
+    output, tests = tmp_path / "same", write_lines(tmp_path / "unseen.jsonl", UNSEEN)
+    given = [f"data.test_files=['{tests}']", "ensemble.method=consensus", f"ensemble.output={output}"]
+    said(runs(sweep, 0, 0, 0), *given)
+    expected = (output / "members" / "1" / "test.jsonl").read_bytes()
+    assert expected.count(b"\n") == 10
+    assert (output / "predictions" / "test.jsonl").read_bytes() == expected
+    scores = json.loads((output / "ensemble.json").read_text())
+    assert all(member["scores"] == scores["scores"] for member in scores["members"])
+
+
+def test_equal_models_generate_together_what_one_does(said: Command, sweep: Path, tmp_path: Path) -> None:
+    for number in (0, 2):
+        output = tmp_path / str(number)
+        said(runs(sweep, number, number), "ensemble.method=logits", f"ensemble.output={output}")
+        alone = read_lines(output / "members" / "1" / "test.jsonl")
+        assert read_lines(output / "predictions" / "test.jsonl") == alone[1:11]  # but for those that were trained on
+    assert "consensus" in said(runs(sweep, 0, 2), "ensemble.method=logits", code=2)
+
+
+def test_a_sweep_of_two_families_has_its_consensus_in_its_leaderboard(
+    said: Command, sweep: Path, tmp_path: Path
+) -> None:
+    said(f"dir={sweep}", "ensemble.method=consensus")
+    (made,) = (sweep / "ensembles").iterdir()
+    lines = [read_lines(made / "members" / str(number) / "test.jsonl") for number in (1, 2, 3, 4)]
+    for row, line in enumerate(read_lines(made / "predictions" / "test.jsonl"), 1):
+        assert line in [of_member[row] for of_member in lines]
+    record = json.loads((made / "ensemble.json").read_text())
+    assert [member["name"] for member in record["members"]] == ["0", "1", "2", "3"]
+    with open(sweep / "leaderboard.csv", encoding="utf-8") as file:
+        *_, last = csv.DictReader(file)
+    assert last["setting"] == "ensemble.method=consensus"
+    assert last["trials"] == "0 1 2 3"
+    assert float(last["mean"]) == record["scores"]["eval/test/rougeL"]
+    assert made.name in (sweep / "leaderboard.md").read_text()
+    said(f"dir={sweep}", "ensemble.method=consensus", "ensemble.top=1", f"ensemble.output={tmp_path / 'top'}")
+    names = [member["name"] for member in json.loads((tmp_path / "top" / "ensemble.json").read_text())["members"]]
+    assert names in (["0", "1"], ["2", "3"])
+
+
+def test_each_problem_is_told(said: Command, sweep: Path, tmp_path: Path) -> None:
+    both = said(runs(sweep, 0, 2), f"ensemble.output={tmp_path / 'out'}", code=2)
+    assert "causal_lm and encoder_decoder" in both
+    seen = write_lines(tmp_path / "seen.jsonl", SEEN[:3])
+    assert "each of its 3 rows was trained on" in said(
+        runs(sweep, 0, 1), "ensemble.method=consensus", f"data.test_files=['{seen}']", code=2
+    )
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(sweep / "0", unfinished)
+    (unfinished / "status.json").write_text('{"state": "PREEMPTED", "step": 3}')
+    message = refusal(f"runs=[{sweep / '1'},{unfinished}]", "ensemble.top=2")
+    assert "not finished: it is PREEMPTED at step 3" in message
+    assert "one of them" in refusal()
+    assert "not a metric" in refusal(runs(sweep, 0), "ensemble.similarity=perplexity")
+    assert "dir=SWEEP" in refusal(runs(sweep, 0), "ensemble.top=2")
+    assert "no sweep" in said(f"dir={tmp_path / 'nowhere'}", code=2)
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        ensemble.admit(list(arguments))
+    return str(refused.value)

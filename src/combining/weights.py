@@ -115,7 +115,8 @@ def combine_weights(
     job = members[0].job
     section: EnsembleConfig = job.entry_section
     frozen = read_config(job.run_dir)
-    frozen |= {"name": output.name, "export": frozen["export"] | {"merge": True}}  # an adapter's weights are whole now
+    frozen["name"] += f"-{section.method.value}"
+    frozen["export"]["merge"] = True  # an adapter's weights are whole now
     if (output / STATUS).exists():
         console.say(f"what was begun in {output} is begun anew")
     precision, seed = job.config.training.mixed_precision, job.config.seed
@@ -147,7 +148,7 @@ def _mean(kitchen: Kitchen, chosen: Sequence[int]) -> Any:
 
 
 def _check_validation(kitchen: Kitchen) -> None:
-    """Check that there are rows to choose members by; DataError names the sets, or says that each row was trained on."""
+    """Check that there are rows to choose members by; DataError names the sets, or says that all were trained on."""
     name = kitchen.metric.split("/")[1] if kitchen.metric.startswith("eval/") else kitchen.metric
     if name not in kitchen.data.validation:
         known = ", ".join(kitchen.data.validation) or "none: data.validation_files=[FILE]"
