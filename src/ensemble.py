@@ -79,9 +79,10 @@ def ensemble(jobs: Sequence[Job], sweep: Path | None) -> int:
 def prepare(method: EnsembleMethod, members: Sequence[Member], console: Console) -> Combine:
     """Check that members go together, and on which rows; return what combines them in a folder that is held."""
     # imported here: torch takes seconds, and a folder that is in use or holds another ensemble is refused at once
-    from src.combining.members import check_one_model, check_one_vocabulary, differing_seeds, rows_seen
+    from src.combining.members import check_one_model, check_one_vocabulary, differing_seeds
     from src.combining.texts import combine_consensus, combine_probabilities, unseen_tests
     from src.combining.weights import combine_weights
+    from src.data.trained import RowHashes
 
     is_soup = method in (EnsembleMethod.soup, EnsembleMethod.greedy_soup)
     if is_soup:
@@ -90,10 +91,10 @@ def prepare(method: EnsembleMethod, members: Sequence[Member], console: Console)
             console.warn(f"the members began with other random weights (seeds {seeds}): their mean is rarely any good")
     elif method is EnsembleMethod.logits:
         check_one_vocabulary(members)
-    seen = rows_seen(members, console.working)
+    hashes = RowHashes(console.working)
     if is_soup:
-        return lambda output, stop: combine_weights(members, seen, output, stop, console)
-    rows = unseen_tests(members, seen, console)
+        return lambda output, stop: combine_weights(members, hashes, output, stop, console)
+    rows = unseen_tests(members, hashes, console)
     combine = combine_probabilities if method is EnsembleMethod.logits else combine_consensus
     return lambda output, stop: combine(members, rows, output, stop, console)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from src import ensemble, predict
 from src.combining.consensus import most_alike, similarity_by
 from src.combining.soup import WeightSum
-from src.data.trained import rows_of_files, trained_rows
+from src.data.trained import RowHashes
 from src.errors import ConfigError, ModelError
 from src.evaluation.answers import Completion
 from src.evaluation.generate import Generator
@@ -89,11 +90,11 @@ def test_rows_are_the_same_in_every_file_and_fold(tmp_path: Path) -> None:
     trained = []
     for fold in range(4):
         config = admitted(*named, "data.num_folds=4", f"data.fold={fold}").config
-        trained.append(trained_rows(config, print))
+        trained.append(RowHashes(print).trained(config))
         assert len(trained[-1]) == 15
     assert len(set.union(*trained)) == 20
     assert not set.intersection(*trained)
-    same, other = rows_of_files(config.data, [tests], print)
+    same, other = RowHashes(print).of_files(config.data, [tests])
     assert same in set.union(*trained)
     assert other not in set.union(*trained)
 
@@ -226,6 +227,24 @@ def test_a_finished_ensemble_is_left_and_another_never_replaces_it(said: Command
     said(runs(sweep, 1), output, "force=true")
     assert weights(tmp_path / "one").keys() == weights(sweep / "1").keys()
     assert "holds a run" in said(runs(sweep, 0), f"ensemble.output={sweep / '1'}", code=2)
+
+
+def test_what_a_kill_left_is_continued_or_begun_anew(said: Command, sweep: Path, tmp_path: Path) -> None:
+    for method, file in (("consensus", "predictions/test.jsonl"), ("soup", "model/model.safetensors")):
+        output = tmp_path / method
+        command = [runs(sweep, 0, 1), f"ensemble.method={method}", f"ensemble.output={output}"]
+        said(*command)
+        record, expected = json.loads((output / "ensemble.json").read_text()), (output / file).read_bytes()
+        (output / "ensemble.json").write_text(json.dumps(record | {"is_finished": False, "scores": {}}))
+        os.truncate(output / file, len(expected) // 2)
+        if method == "soup":
+            status = json.loads((output / "status.json").read_text())
+            (output / "status.json").write_text(json.dumps(status | {"state": "RUNNING"}))
+        text = said(*command)
+        assert ("finished in" in text) == (method == "consensus")  # what members predicted
+        assert ("begun anew" in text) == (method == "soup")
+        assert (output / file).read_bytes() == expected
+        assert json.loads((output / "ensemble.json").read_text()) == record
 
 
 def test_a_greedy_soup_is_never_worse_than_its_best_member(said: Command, sweep: Path, tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from src.config.frozen import CONFIG, config_hash, read_config, read_status
 from src.config.gate import parse_stored
 from src.config.job import Job
 from src.config.schema import RunConfig, Weights
-from src.data.cache import ShowProgress
 from src.data.dataset import file_hashes
 from src.data.sources import file_hash, hash_of
-from src.data.trained import trained_rows
+from src.data.trained import RowHashes
 from src.errors import DamagedFileError, DataError, ModelError
 from src.metrics import greater_is_better
 from src.records import read_json
@@ -85,7 +84,7 @@ def _named(sets: Iterable[str]) -> str:
     return ", ".join(sets) or "none"
 
 
-def rows_seen(members: Sequence[Member], show_progress: ShowProgress) -> set[bytes]:
+def rows_seen(members: Sequence[Member], hashes: RowHashes) -> set[bytes]:
     """Return the hashes of all rows that a member may have been trained on, or the runs that it began with.
 
     DataError where these can't be read any more, or are others than they were.
@@ -98,7 +97,7 @@ def rows_seen(members: Sequence[Member], show_progress: ShowProgress) -> set[byt
         known.add(folder)
         config = parse_stored(read_config(folder))
         _check_unchanged(folder, config)
-        seen |= trained_rows(config, show_progress)
+        seen |= hashes.trained(config)
         folders += [*_begun_with(config), *members_in(folder)]
     return seen
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from src.checkpoint.exported import MODEL
 from src.combining.members import Member
 from src.config.files import expand
 from src.config.frozen import CONFIG
@@ -76,7 +77,7 @@ def look_at(folder: Path, decided: Mapping[str, Any], *, force: bool) -> dict[st
     if not record and os.path.lexists(folder / CONFIG):
         raise RunFolderError(f"{folder} holds a run; choose another ensemble.output")
     changed = _changed(record.get("decided_by", decided), decided)
-    is_worth_keeping = record.get("is_finished") or any((folder / name).exists() for name in (MEMBERS, PREDICTIONS))
+    is_worth_keeping = any((folder / name).exists() for name in (MODEL, MEMBERS, PREDICTIONS))
     if record and (force or (changed and not is_worth_keeping)):
         for name in (*FILES, MEMBERS, RECORD):  # the record last: it is what makes the folder an ensemble's
             remove_tree(folder / name)
@@ -84,7 +85,7 @@ def look_at(folder: Path, decided: Mapping[str, Any], *, force: bool) -> dict[st
     if changed:
         lines = "\n  ".join([f"{folder} holds an ensemble that something else decided:", *changed])
         raise RunFolderError(f"{lines}\nensemble.output=DIR puts this one elsewhere; force=true makes it anew")
-    return record if record.get("is_finished") else {}
+    return record if record.get("is_finished") and is_worth_keeping else {}
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

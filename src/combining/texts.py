@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from src.combining.consensus import most_alike, similarity_by
-from src.combining.members import Member, best_first
+from src.combining.members import Member, best_first, rows_seen
 from src.combining.record import MEMBERS, PREDICTIONS, MemberScores, Outcome
 from src.config.schema import EnsembleConfig
 from src.data.sources import hash_of
-from src.data.trained import rows_of_files, without
+from src.data.trained import RowHashes, without
 from src.errors import DamagedFileError, DataError, RunFolderError
 from src.evaluation.predicted_set import PredictedSet, Prediction
 from src.evaluation.predicting import finish, open_generation, predict_sets
@@ -37,11 +37,13 @@ class UnseenRows:
         return {"scored": scored, "left_out": len(self.hashes[name]) - len(self.numbers(name))}
 
 
-def unseen_tests(members: Sequence[Member], seen: set[bytes], console: Console) -> UnseenRows:
+def unseen_tests(members: Sequence[Member], hashes: RowHashes, console: Console) -> UnseenRows:
     """Return the rows to score on; DataError where none is left of a set. Rows that are left out are reported."""
     data = members[0].job.config.data
     sets = data.test_sets()
-    rows = UnseenRows({name: rows_of_files(data, files, console.working) for name, files in sets.items()}, seen)
+    if not sets:
+        raise DataError("there are no rows to combine texts of: data.test_files=[FILE]")
+    rows = UnseenRows({name: hashes.of_files(data, files) for name, files in sets.items()}, rows_seen(members, hashes))
     for name in sets:
         report_left_out(name, len(rows.hashes[name]), len(rows.numbers(name)), console)
     return rows

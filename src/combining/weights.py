@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from src.checkpoint.exported import MODEL, exported_digests
-from src.combining.members import Member
+from src.combining.members import Member, rows_seen
 from src.combining.record import MemberScores, Outcome
 from src.combining.soup import WeightSum
 from src.combining.texts import report_left_out
@@ -16,7 +16,7 @@ from src.config.schema import EnsembleConfig, EnsembleMethod
 from src.data.dataset import Data, build_data, file_hashes
 from src.data.sets import EncodedSet
 from src.data.tokenizer import load_tokenizer
-from src.data.trained import rows_of_files, rows_of_validation, without
+from src.data.trained import RowHashes, without
 from src.errors import DataError
 from src.evaluation.answers import AnswerReader
 from src.evaluation.evaluate import Evaluator
@@ -105,7 +105,7 @@ class Kitchen:
 
 
 def combine_weights(
-    members: Sequence[Member], seen: set[bytes], output: Path, stop: StopRequest, console: Console
+    members: Sequence[Member], hashes: RowHashes, output: Path, stop: StopRequest, console: Console
 ) -> Outcome:
     """Write the mean of members' weights as a finished run's folder, and score it and them.
 
@@ -121,7 +121,7 @@ def combine_weights(
         console.say(f"what was begun in {output} is begun anew")
     precision, seed = job.config.training.mixed_precision, job.config.seed
     with start_runtime(job.config.runtime, precision, seed, stop) as runtime:
-        kitchen = _open_kitchen(members, seen, runtime, console)
+        kitchen = _open_kitchen(members, hashes, runtime, console)
         if is_greedy := section.method is EnsembleMethod.greedy_soup:
             _check_validation(kitchen)
         with open_run_folder(output, frozen, config_hash(frozen), Start()) as folder:
@@ -183,16 +183,16 @@ def _greedy(kitchen: Kitchen, scores: Sequence[Scores]) -> list[int]:
     return chosen
 
 
-def _open_kitchen(members: Sequence[Member], seen: set[bytes], runtime: Runtime, console: Console) -> Kitchen:
+def _open_kitchen(members: Sequence[Member], hashes: RowHashes, runtime: Runtime, console: Console) -> Kitchen:
     config = members[0].job.config
     tokenizer, _ = load_tokenizer(config.model.pretrained_at(members[0].run_dir / MODEL), config.tokens)
     data = build_data(config, tokenizer, console.working)
-    test, validation = {}, {}
+    test, validation, seen = {}, {}, rows_seen(members, hashes)
     for name, rows in data.test.items():
-        test[name] = without(rows, [rows_of_files(config.data, config.data.test_sets()[name], console.working)], seen)
+        test[name] = without(rows, [hashes.of_files(config.data, config.data.test_sets()[name])], seen)
         report_left_out(name, len(rows), len(test[name]), console)
     for name, rows in data.validation.items():
-        left = without(rows, rows_of_validation(config.data, name, console.working), seen)
+        left = without(rows, hashes.of_validation(config.data, name), seen)
         if len(left):
             report_left_out(name, len(rows), len(left), console, "data.validation_files")
             validation[name] = left

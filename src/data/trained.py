@@ -4,10 +4,10 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, compress
 
 import numpy as np
 
-from src.config.files import expand
 from src.config.schema import DataConfig, RunConfig
 from src.data.cache import ShowProgress
 from src.data.dataset import held_out_records, train_source
@@ -20,52 +20,59 @@ from src.errors import DataError
 PROGRESS_RECORDS = 10_000
 
 
-def trained_rows(config: RunConfig, show_progress: ShowProgress) -> set[bytes]:
-    """Return the hashes of the rows that a run may have been trained on: of its train set, whatever came of them.
+class RowHashes:
+    """Reads the hashes of records, of each source once."""
 
-    So rows count that were dropped, left out of a mixture, or not reached. DataError where they can't be read again.
-    """
-    data = config.data
-    described = data.train_sources()
-    sources = {name: train_source(source.data) for name, source in described.items()}
-    hashes = [list(_hashes(name, source, described[name].data, show_progress)) for name, source in sources.items()]
-    if data.streaming:
-        return {one for of_source in hashes for one in of_source}
-    groups = None if data.group_column is None else read_groups(sources, data.group_column, show_progress)
-    held_out = held_out_records(data, config.seed, [len(of_source) for of_source in hashes], groups)
-    pairs = zip(hashes, held_out, strict=True)
-    return {one for of_source, is_out in pairs for one, out in zip(of_source, is_out.tolist(), strict=True) if not out}
+    def __init__(self, show_progress: ShowProgress) -> None:
+        self._show_progress = show_progress
+        self._known: dict[tuple[Source, tuple[str, ...]], list[bytes]] = {}
 
+    def trained(self, config: RunConfig) -> set[bytes]:
+        """Return the hashes of the rows that a run may have been trained on: of its train set, whatever came of them.
 
-def rows_of_files(data: DataConfig, files: Sequence[str], show_progress: ShowProgress) -> list[bytes]:
-    """Return the hash of each record of a set's files, by its number from 0."""
-    return list(_hashes(", ".join(expand(files)), file_source(files, data.limit), data, show_progress))
+        So rows count that were dropped, left out of a mixture, or not reached. DataError: they can't be read again.
+        """
+        data = config.data
+        described = data.train_sources()
+        hashes = [self._of(train_source(source.data), source.data) for source in described.values()]
+        if data.streaming:
+            return set(chain.from_iterable(hashes))
+        sources = {name: train_source(source.data) for name, source in described.items()}
+        groups = None if data.group_column is None else read_groups(sources, data.group_column, self._show_progress)
+        held_out = held_out_records(data, config.seed, [len(of_source) for of_source in hashes], groups)
+        pairs = zip(hashes, held_out, strict=True)
+        return set(chain.from_iterable(compress(of_source, ~is_out) for of_source, is_out in pairs))
 
+    def of_files(self, data: DataConfig, files: Sequence[str]) -> list[bytes]:
+        """Return the hash of each record of a set's files, by its number from 0."""
+        return self._of(file_source(files, data.limit), data)
 
-def rows_of_validation(data: DataConfig, name: str, show_progress: ShowProgress) -> list[list[bytes]]:
-    """Return the hash of each record of a validation set by its number in its source, for each source of the set."""
-    if name in data.validation_sets():
-        return [rows_of_files(data, data.validation_sets()[name], show_progress)]
-    described = data.train_sources()  # it is held out of these
-    if data.has_hub_validation:
-        described = {
-            name: replace(one, data=replace(one.data, train_split=data.validation_split))
-            for name, one in described.items()
-        }
-    return [list(_hashes(of, train_source(one.data), one.data, show_progress)) for of, one in described.items()]
+    def of_validation(self, data: DataConfig, name: str) -> list[list[bytes]]:
+        """Return the hash of each record of a validation set by its number in its source, for each source of it."""
+        if name in data.validation_sets():
+            return [self.of_files(data, data.validation_sets()[name])]
+        sources = [one.data for one in data.train_sources().values()]  # it is held out of these
+        if data.has_hub_validation:
+            sources = [replace(one, train_split=data.validation_split) for one in sources]
+        return [self._of(train_source(one), one) for one in sources]
+
+    def _of(self, source: Source, data: DataConfig) -> list[bytes]:
+        key = source, tuple(data.columns.values())
+        if key not in self._known:
+            self._known[key] = list(self._read(source, data))
+        return self._known[key]
+
+    def _read(self, source: Source, data: DataConfig) -> Iterator[bytes]:
+        for number, record in enumerate(source.records(), start=1):
+            yield row_hash(record, data)
+            if number % PROGRESS_RECORDS == 0:
+                self._show_progress(f"{source.name}: {number:,} rows read")
 
 
 def without(rows: EncodedSet, hashes: Sequence[Sequence[bytes]], seen: Collection[bytes]) -> EncodedSet:
     """Return a set without the rows whose records are among those `seen`; `hashes` are of the records of each shard."""
     is_new = [hashes[shard][rows.shards[shard].ordinals[row]] not in seen for shard, row in rows.indices.tolist()]
     return EncodedSet(rows.name, rows.shards, rows.indices[np.array(is_new, dtype=bool)])
-
-
-def _hashes(name: str, source: Source, data: DataConfig, show_progress: ShowProgress) -> Iterator[bytes]:
-    for number, record in enumerate(source.records(), start=1):
-        yield row_hash(record, data)
-        if number % PROGRESS_RECORDS == 0:
-            show_progress(f"{name}: {number:,} rows read")
 
 
 def row_hash(record: ReadResult, data: DataConfig) -> bytes:
