@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from src import ensemble, predict
+from src.cli.start import run_job as train
 from src.combining.consensus import most_alike, similarity_by
 from src.combining.soup import WeightSum
 from src.data.trained import RowHashes
@@ -24,6 +26,7 @@ from src.errors import ConfigError, ModelError
 from src.evaluation.answers import Completion
 from src.evaluation.generate import Generator
 from src.runtime.session import Runtime
+from src.runtime.signals import StopRequest
 from tests.conftest import ROWS, admitted, read_lines, towline, write_lines
 from tests.test_decoding import BOS, EOS, FAMILIES, NEW, PAD, PREFIX, prompts
 
@@ -215,6 +218,27 @@ def test_a_soup_is_a_finished_run_with_the_mean_of_the_weights(said: Command, sw
     assert predict.main([f"run={tmp_path / 'soup'}", f"data.test_files=['{kept}']"]) == 0
     predicted = json.loads((tmp_path / "soup" / "predictions" / "metrics.json").read_text())
     assert predicted["eval/test/rougeL"] == pytest.approx(record["scores"]["eval/test/rougeL"], abs=1e-9)
+
+
+def test_an_adapter_is_merged_first_and_what_its_base_has_seen_counts(
+    said: Command, sweep: Path, tmp_path: Path
+) -> None:
+    rows = write_lines(tmp_path / "rows.jsonl", [{"prompt": f"{i}", "completion": "zz"} for i in range(16)])
+    tests = write_lines(tmp_path / "test.jsonl", [*UNSEEN[:2], *SEEN, {"prompt": "3", "completion": "zz"}])
+    base = sweep / "0" / "model"
+    train(
+        admitted(f"model.checkpoint={base}", "model.weights=pretrained", "adapter=lora", f"data.train_files=['{rows}']",
+                 "data.validation_files=null", f"data.test_files=['{tests}']", "training.max_train_steps=3",
+                 "evaluation.eval_steps=null", "evaluation.sample_prompts=0", "evaluation.metrics=[]",
+                 f"hydra.run.dir={tmp_path / 'lora'}"),
+        StopRequest(),
+    )  # fmt: skip
+    assert "25 of 51 rows are left out" in said(f"runs=[{tmp_path / 'lora'}]", f"ensemble.output={tmp_path / 'soup'}")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "lora" / "model"))
+    expected = adapted.merge_and_unload().state_dict()
+    soup = weights(tmp_path / "soup")
+    assert all(torch.allclose(soup[name], expected[name], atol=1e-6) for name in soup)
+    assert any(not torch.equal(tensor, weights(sweep / "0")[name]) for name, tensor in soup.items())
 
 
 def test_a_finished_ensemble_is_left_and_another_never_replaces_it(said: Command, sweep: Path, tmp_path: Path) -> None:
