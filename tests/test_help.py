@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from src import predict, preflight, sync
+from src import ensemble, predict, preflight, sync
 from src.cli.main import main
 from src.config import comments, groups, reference
 from src.config.keys import Key, all_keys, known_keys
@@ -173,7 +173,10 @@ def test_passwords_are_not_shown(shown: Shown, tmp_path: Path, monkeypatch: pyte
         assert "sesame-open" not in text
 
 
-@pytest.mark.parametrize(("entry", "own"), [(preflight, "  dump: null "), (predict, "  batch_size: null "), (sync, "")])
+@pytest.mark.parametrize(
+    ("entry", "own"),
+    [(preflight, "  dump: null "), (predict, "  batch_size: null "), (ensemble, "  method: soup "), (sync, "")],
+)
 def test_other_entries(shown: Shown, entry: Callable[[list[str]], int], own: str) -> None:
     text = shown(entry=entry.main)
     assert f"python -m src.{entry.__name__.removeprefix('src.')}" in words(text)

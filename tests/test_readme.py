@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from src.config.gate import admit, admit_finished
+from src.config.gate import admit, admit_finished, admit_members
 from src.config.help import help_of_run
 from src.sweep.plan import plan_sweep
 from src.sync import admit_sync
@@ -137,6 +137,7 @@ ENTRIES = {
     **{
         f"src.{entry}": partial(admit_finished, entry=entry) for entry in ("predict", "evaluate", "export", "benchmark")
     },
+    "src.ensemble": lambda arguments: admit_members(arguments, lambda sweep: [Path("outputs/mine")]),
     "src.sync": admit_sync,
 }
 
