@@ -37,6 +37,8 @@ from src.runtime.signals import StopRequest, stop_on_signals
 from src.sweep.standings import FinishedTrials, refresh_leaderboard
 from src.util import plural
 
+SOUPS = (EnsembleMethod.soup, EnsembleMethod.greedy_soup)
+
 if TYPE_CHECKING:
     from src.combining.members import Member
     from src.combining.record import Outcome
@@ -64,7 +66,8 @@ def ensemble(jobs: Sequence[Job], sweep: Path | None) -> int:
             console.label("", "finished and left as it is (ensemble.output=DIR makes one elsewhere, force=true anew)")
         else:
             combine = prepare(method, members, console)
-            record.begin(output, decided)
+            if record.begin(output, decided) and method in SOUPS:
+                console.label("", "an earlier command was stopped here; a soup is begun anew")
             found = record.finish(output, decided, combine(output, stop))
         record.show(found, console)
     if sweep is not None:
@@ -84,15 +87,14 @@ def prepare(method: EnsembleMethod, members: Sequence[Member], console: Console)
     from src.combining.weights import combine_weights
     from src.data.trained import RowHashes
 
-    is_soup = method in (EnsembleMethod.soup, EnsembleMethod.greedy_soup)
-    if is_soup:
+    if method in SOUPS:
         check_one_model(members)
         if seeds := differing_seeds(members):
             console.warn(f"the members began with other random weights (seeds {seeds}): their mean is rarely any good")
     elif method is EnsembleMethod.logits:
         check_one_vocabulary(members)
     hashes = RowHashes(console.working)
-    if is_soup:
+    if method in SOUPS:
         return lambda output, stop: combine_weights(members, hashes, output, stop, console)
     rows = unseen_tests(members, hashes, console)
     combine = combine_probabilities if method is EnsembleMethod.logits else combine_consensus

@@ -95,9 +95,11 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{name}   {hashed.get(name, f'{before.get(name)} there, {now.get(name)} now')}" for name in names]
 
 
-def begin(folder: Path, decided: Mapping[str, Any]) -> None:
-    """Record in a folder what decides its ensemble, before anything else is written."""
+def begin(folder: Path, decided: Mapping[str, Any]) -> bool:
+    """Record in a folder what decides its ensemble, before anything else is written; return whether that was so."""
+    was_begun = bool(read_record(folder))
     _write(folder, decided, Outcome({}, (), {}), is_finished=False)
+    return was_begun
 
 
 def finish(folder: Path, decided: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from src.combining.members import Member, rows_seen
 from src.combining.record import MemberScores, Outcome
 from src.combining.soup import WeightSum
 from src.combining.texts import report_left_out
-from src.config.frozen import STATUS, config_hash, read_config
+from src.config.frozen import config_hash, read_config
 from src.config.options import PROJECT_ROOT
 from src.config.schema import EnsembleConfig, EnsembleMethod
 from src.data.dataset import Data, build_data, file_hashes
@@ -31,7 +31,7 @@ from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
 from src.tracking.console import Console
 from src.tracking.provenance import provenance
-from src.tracking.run_folder import DATA_REPORT, PROVENANCE, SUMMARY, RunFolder, Start, open_run_folder
+from src.tracking.run_folder import DATA_REPORT, PROVENANCE, SUMMARY, Start, open_run_folder
 from src.training.head import ModelWithLoss
 from src.util import plural
 
@@ -114,26 +114,20 @@ def combine_weights(
     """
     job = members[0].job
     section: EnsembleConfig = job.entry_section
-    frozen = read_config(job.run_dir)
-    frozen["name"] += f"-{section.method.value}"
-    frozen["export"]["merge"] = True  # an adapter's weights are whole now
-    if (output / STATUS).exists():
-        console.say(f"what was begun in {output} is begun anew")
     precision, seed = job.config.training.mixed_precision, job.config.seed
     with start_runtime(job.config.runtime, precision, seed, stop) as runtime:
         kitchen = _open_kitchen(members, hashes, runtime, console)
         if is_greedy := section.method is EnsembleMethod.greedy_soup:
             _check_validation(kitchen)
-        with open_run_folder(output, frozen, config_hash(frozen), Start()) as folder:
-            scores = []
-            for number, member in enumerate(members, 1):
-                console.label("member", f"{number} of {len(members)}: {member.run_dir}")
-                scores.append(kitchen.score(kitchen.load(member), kitchen.sets))
-            chosen = _greedy(kitchen, scores) if is_greedy else list(range(len(members)))
-            model = _mean(kitchen, chosen)
-            of_members = [MemberScores(member, scores[i], i in chosen) for i, member in enumerate(members)]
-            outcome = Outcome(kitchen.score(model, kitchen.sets), of_members, kitchen.counts())
-            _export(kitchen, model, folder, frozen, outcome)
+        scores = []
+        for number, member in enumerate(members, 1):
+            console.label("member", f"{number} of {len(members)}: {member.run_dir}")
+            scores.append(kitchen.score(kitchen.load(member), kitchen.sets))
+        chosen = _greedy(kitchen, scores) if is_greedy else list(range(len(members)))
+        model = _mean(kitchen, chosen)
+        of_members = [MemberScores(member, scores[i], i in chosen) for i, member in enumerate(members)]
+        outcome = Outcome(kitchen.score(model, kitchen.sets), of_members, kitchen.counts())
+        _write_run(kitchen, model, output, outcome)
     return outcome
 
 
@@ -201,24 +195,27 @@ def _open_kitchen(members: Sequence[Member], hashes: RowHashes, runtime: Runtime
     return Kitchen(members, tokenizer, data, validation, test, runtime, console)
 
 
-def _export(kitchen: Kitchen, model: Any, folder: RunFolder, frozen: Mapping[str, Any], outcome: Outcome) -> None:
+def _write_run(kitchen: Kitchen, model: Any, output: Path, outcome: Outcome) -> None:
     """Write and verify model/, and what else makes the folder a finished run's."""
-    first, output = kitchen.members[0], folder.path
-    config = first.job.config
+    first, method = kitchen.members[0], kitchen.members[0].job.entry_section.method.value
+    config, frozen = first.job.config, read_config(first.run_dir)
+    frozen["name"] += f"-{method}"
+    frozen["export"]["merge"] = True  # an adapter's weights are whole now
     of_data = kitchen.data.report()
     made_of = provenance(frozen, file_hashes(config.data), kitchen.runtime.description, PROJECT_ROOT)
-    folder.write_json(DATA_REPORT, of_data)
-    folder.write_json(PROVENANCE, made_of)
     vocabulary = kitchen.tokenizer.get_vocab()
     new_tokens = {token: vocabulary[token] for token in config.tokens.additional_special_tokens}
-    card = model_card(frozen, of_data, outcome.scores, made_of, new_tokens) + _members_in_card(frozen, outcome)
-    for warning in export(model.to("cpu"), None, kitchen.tokenizer, output / MODEL, config, card):
-        kitchen.console.warn(warning)
-    folder.write_json(SUMMARY, outcome.scores)
-    folder.set_status(model=exported_digests(output / MODEL))
+    card = model_card(frozen, of_data, outcome.scores, made_of, new_tokens) + _members_in_card(outcome)
+    with open_run_folder(output, frozen, config_hash(frozen), Start()) as folder:
+        folder.write_json(DATA_REPORT, of_data)
+        folder.write_json(PROVENANCE, made_of)
+        for warning in export(model.to("cpu"), None, kitchen.tokenizer, output / MODEL, config, card):
+            kitchen.console.warn(warning)
+        folder.write_json(SUMMARY, outcome.scores)
+        folder.set_status(model=exported_digests(output / MODEL))
 
 
-def _members_in_card(frozen: Mapping[str, Any], outcome: Outcome) -> str:
+def _members_in_card(outcome: Outcome) -> str:
     """Return the part of a model card that lists members with their scores."""
     names = list(outcome.scores)
     rows = [

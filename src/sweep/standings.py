@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.config.frozen import SWEEP
 from src.errors import SweepError, report
 from src.sweep import leaderboard
 from src.sweep.folder import SweepFolder, TrialStatus
@@ -67,9 +68,9 @@ class Standings:
 def read_standings(sweep: Path) -> Standings:
     """Rank the settings of a sweep by its folder; SweepError where there is none, DamagedFileError as SweepFolder."""
     record = SweepFolder(sweep)
+    if not (sweep / SWEEP).exists():
+        raise SweepError(f"{sweep} is no sweep's folder: there is no {SWEEP} in it")
     content = record.read()
-    if not content:
-        raise SweepError(f"{sweep} is no sweep's folder: there is no sweep.json in it")
     trials, settings = record.trials(), content["sweep"]
     record.check_places(trials)
     statuses = {trial.number: record.status(trial.number, settings["metric"]) for trial in trials}
