@@ -294,6 +294,19 @@ def test_the_consensus_of_equal_predictions_is_these(said: Command, sweep: Path,
     assert all(member["scores"] == scores["scores"] for member in scores["members"])
 
 
+def test_the_consensus_is_of_all_samples(said: Command, sweep: Path, tmp_path: Path) -> None:
+    drawn = ["generation.do_sample=true", "generation.temperature=5.0", "generation.num_return_sequences=3"]
+    given = ["ensemble.method=consensus", "evaluation.metrics=[rougeL,pass_at_3]"]
+    said(runs(sweep, 2), *given, *drawn, f"ensemble.output={tmp_path}")
+    of_member = {line["row"]: line["samples"] for line in read_lines(tmp_path / "members" / "1" / "test.jsonl")}
+    lines = read_lines(tmp_path / "predictions" / "test.jsonl")
+    assert all(
+        {key: line[key] for key in ("text", "answer", "stop_reason")} in of_member[line["row"]] for line in lines
+    )
+    assert any(line["text"] != of_member[line["row"]][0]["text"] for line in lines)
+    assert json.loads((tmp_path / "ensemble.json").read_text())["scores"].keys() == {"eval/test/rougeL"}
+
+
 def test_equal_models_generate_together_what_one_does(said: Command, sweep: Path, tmp_path: Path) -> None:
     for number in (0, 2):
         output = tmp_path / str(number)

@@ -8,14 +8,14 @@ from typing import Any
 from src.combining.consensus import most_alike, similarity_by
 from src.combining.members import Member, best_first, rows_seen
 from src.combining.record import MEMBERS, PREDICTIONS, MemberScores, Outcome
-from src.config.schema import EnsembleConfig
+from src.config.job import Job
 from src.data.sources import hash_of
 from src.data.trained import RowHashes, without
 from src.errors import DamagedFileError, DataError, RunFolderError
-from src.evaluation.predicted_set import PredictedSet, Prediction
+from src.evaluation.predicted_set import SAMPLES, PredictedSet, Prediction, score_lines
 from src.evaluation.predicting import finish, open_generation, predict_sets
 from src.evaluation.predictions import open_sets, predict_rows
-from src.metrics import compute_metrics
+from src.metrics import METRICS
 from src.runtime.signals import StopRequest
 from src.tracking.console import Console
 
@@ -91,10 +91,9 @@ def _predicted(member: Member) -> dict[str, PredictedSet]:
 def combine_consensus(
     members: Sequence[Member], rows: UnseenRows, output: Path, stop: StopRequest, console: Console
 ) -> Outcome:
-    """Write for each row the prediction most like those of the other members; of several the best member's."""
-    section: EnsembleConfig = members[0].job.entry_section
-    config = members[0].job.config
-    similarity = similarity_by(section.similarity, config.data.answer_pattern)
+    """Write for each row the text most like all others that members predict; of several the best member's."""
+    job = _with_metrics_of_one_text(members[0].job)
+    similarity = similarity_by(job.entry_section.similarity, job.config.data.answer_pattern)
     order = best_first(members)
     predicted, sets = predict_members(members, rows, output, stop, console), dict[str, PredictedSet]()
     for name, lines in predicted.items():
@@ -103,12 +102,24 @@ def combine_consensus(
         if one.resume(common, len(common)) < len(common):
             chosen = []
             for row in common:
-                candidates = [lines[place][row] for place in order]
+                candidates = [text for place in order for text in _texts(lines[place][row])]
                 chosen.append(candidates[most_alike([line["answer"] for line in candidates], similarity)])
                 console.working(f"{name}: {len(chosen):,} of {len(common):,} rows compared")
             one.append([Prediction(**line) for line in chosen])
-        finish(one, members[0].job, console)
-    return _outcome(members, rows, predicted, sets)
+        finish(one, job, console)
+    return _outcome(job, members, rows, predicted, sets)
+
+
+def _texts(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the line of a row for each text that a member wrote for it: all of its samples."""
+    return [line | {SAMPLES: None} | sample for sample in line.get(SAMPLES, [{}])]
+
+
+def _with_metrics_of_one_text(job: Job) -> Job:
+    """Return a job without the metrics that need several samples of a row: a consensus is one text."""
+    names = [name for name in job.config.metrics if METRICS[name].min_samples == 1]
+    evaluation = replace(job.config.evaluation, metrics=names)
+    return replace(job, config=replace(job.config, evaluation=evaluation))
 
 
 def combine_probabilities(
@@ -116,16 +127,17 @@ def combine_probabilities(
 ) -> Outcome:
     """Generate each row by the mean of the members' probabilities; all of them are in memory at once."""
     job = members[0].job
+    num_samples = job.config.generation.num_return_sequences
     predicted = predict_members(members, rows, output, stop, console)
     sets = {name: _open_set(output, name, members) for name in rows.hashes}
     if not all(one.is_generated() for one in sets.values()):
         with open_generation([member.job for member in members], stop, console) as (generator, prompts):
             for name, one in sets.items():
                 left = without(prompts.sets[name], [rows.hashes[name]], rows.seen)
-                predict_rows(one, left, generator, job.config.seed, console)
+                predict_rows(one, left, generator, job.config.seed, num_samples, console)
     for one in sets.values():
         finish(one, job, console)
-    return _outcome(members, rows, predicted, sets)
+    return _outcome(job, members, rows, predicted, sets)
 
 
 def _common_rows(name: str, lines: Sequence[Lines]) -> list[int]:
@@ -149,28 +161,25 @@ def _open_set(output: Path, name: str, members: Sequence[Member]) -> PredictedSe
 
 
 def _outcome(
+    job: Job,
     members: Sequence[Member],
     rows: UnseenRows,
     predicted: Mapping[str, Sequence[Lines]],
     sets: Mapping[str, PredictedSet],
 ) -> Outcome:
-    """Score the ensemble and its members on the rows that all of them have predicted."""
+    """Score the ensemble and its members on the rows that all of them have predicted, by the metrics of a job."""
     scores: dict[str, float] = {}
     of_members: list[dict[str, float]] = [{} for _ in members]
     counts = {}
     for name, one in sets.items():
         chosen = list(one.read())
         counts[name] = rows.counts(name, len(chosen))
-        scores |= _scores(name, chosen, members[0])
+        scores |= _scores(name, chosen, job)
         for found, lines in zip(of_members, predicted[name], strict=True):
-            found |= _scores(name, [lines[line["row"]] for line in chosen if line["row"] in lines], members[0])
+            found |= _scores(name, [lines[line["row"]] for line in chosen if line["row"] in lines], job)
     return Outcome(scores, [MemberScores(*pair) for pair in zip(members, of_members, strict=True)], counts)
 
 
-def _scores(name: str, lines: Sequence[Mapping[str, Any]], member: Member) -> dict[str, float]:
-    config = member.job.config
-    answers, references, places = ([line[key] for line in lines] for key in ("answer", "reference", "source"))
-    if not lines or None in references:
-        return {}
-    values = compute_metrics(config.metrics, answers, references, config.data.answer_pattern, places.__getitem__)
+def _scores(name: str, lines: Sequence[Mapping[str, Any]], job: Job) -> dict[str, float]:
+    values, _ = score_lines(lines, job.config)
     return {f"eval/{name}/{metric}": value for metric, value in values.items()}

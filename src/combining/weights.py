@@ -1,7 +1,7 @@
 """Ensembles whose result is a model: the mean of members' weights, of all of them or of those that make it better."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,7 @@ from src.data.sets import EncodedSet
 from src.data.tokenizer import load_tokenizer
 from src.data.trained import RowHashes, without
 from src.errors import DataError
-from src.evaluation.answers import AnswerReader
-from src.evaluation.evaluate import Evaluator
-from src.evaluation.generate import Generator, check_room
+from src.evaluation.evaluate import open_evaluator
 from src.markdown import inline, table
 from src.metrics import greater_is_better
 from src.model.build import set_generation
@@ -91,17 +89,10 @@ class Kitchen:
         config, encoder = self.members[0].job.config, self.data.encoder
         model.to(self.runtime.device)
         set_generation(model, config.generation, self.tokenizer, self.data.stop_ids, encoder.target_prefix)
-        for rows in sets.values() if config.metrics else ():
-            check_room(rows, model, encoder.target_prefix, config.generation.max_new_tokens)
         loss_model = ModelWithLoss(model).to(self.runtime.device)
         loss_model.probe_head()
-        reader = AnswerReader(encoder, config.thought_tags, self.data.frame)
-        size = config.training.per_device_eval_batch_size
-        generator = Generator(model, self.runtime, size, encoder.target_prefix, reader)
-        pattern = config.data.answer_pattern
-        return Evaluator(loss_model, generator, reader, self.runtime, config.metrics, pattern, None).evaluate(
-            sets.values()
-        )
+        all_rows = replace(config, evaluation=replace(config.evaluation, max_samples=None))
+        return open_evaluator(all_rows, loss_model, model, self.data, self.runtime).evaluate(sets.values())
 
 
 def combine_weights(

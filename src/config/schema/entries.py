@@ -131,10 +131,12 @@ class EnsembleMethod(Enum):
     consensus = "consensus"
 
 
-SIMILARITY = Check(
-    f"a metric with full marks for equal texts: {', '.join(n for n in METRICS if METRICS[n].full_marks is not None)}",
-    lambda v: v in METRICS and METRICS[v].full_marks is not None,
-)
+def _compares_texts(name: Any) -> bool:
+    """Return whether a metric says how alike two texts are, and what of equal ones."""
+    return name in METRICS and METRICS[name].full_marks is not None and METRICS[name].min_samples == 1
+
+
+SIMILARITY = Check(f"a metric that compares two texts: {', '.join(filter(_compares_texts, METRICS))}", _compares_texts)
 
 
 @dataclass
