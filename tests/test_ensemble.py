@@ -214,6 +214,8 @@ def test_a_soup_is_a_finished_run_with_the_mean_of_the_weights(said: Command, sw
     assert "mean of 2 runs" in card
     assert str(tmp_path) not in card
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "soup" / "model").num_parameters()
+    assert "2 of 12 rows are left out" in said(f"runs=[{tmp_path / 'soup'}]", f"ensemble.output={tmp_path / 'again'}")
+    assert all(torch.equal(tensor, mean[name]) for name, tensor in weights(tmp_path / "again").items())
     kept = write_lines(tmp_path / "kept.jsonl", UNSEEN)
     assert predict.main([f"run={tmp_path / 'soup'}", f"data.test_files=['{kept}']"]) == 0
     predicted = json.loads((tmp_path / "soup" / "predictions" / "metrics.json").read_text())

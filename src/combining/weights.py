@@ -10,7 +10,7 @@ from src.combining.members import Member, rows_seen
 from src.combining.record import MemberScores, Outcome
 from src.combining.soup import WeightSum
 from src.combining.texts import report_left_out
-from src.config.frozen import config_hash, read_config
+from src.config.frozen import config_hash, read_config, read_status
 from src.config.options import PROJECT_ROOT
 from src.config.schema import EnsembleConfig, EnsembleMethod
 from src.data.dataset import Data, build_data, file_hashes
@@ -191,13 +191,15 @@ def _write_run(kitchen: Kitchen, model: Any, output: Path, outcome: Outcome) -> 
     first, method = kitchen.members[0], kitchen.members[0].job.entry_section.method.value
     config, frozen = first.job.config, read_config(first.run_dir)
     frozen["name"] += f"-{method}"
-    frozen["export"]["merge"] = True  # an adapter's weights are whole now
+    if first.has_adapter:
+        frozen["export"]["merge"] = True  # its weights are whole now
     of_data = kitchen.data.report()
     made_of = provenance(frozen, file_hashes(config.data), kitchen.runtime.description, PROJECT_ROOT)
     vocabulary = kitchen.tokenizer.get_vocab()
     new_tokens = {token: vocabulary[token] for token in config.tokens.additional_special_tokens}
     card = model_card(frozen, of_data, outcome.scores, made_of, new_tokens) + _members_in_card(outcome)
     with open_run_folder(output, frozen, config_hash(frozen), Start()) as folder:
+        folder.step = read_status(first.run_dir)["step"]  # so that no run is begun where it is finished
         folder.write_json(DATA_REPORT, of_data)
         folder.write_json(PROVENANCE, made_of)
         for warning in export(model.to("cpu"), None, kitchen.tokenizer, output / MODEL, config, card):
