@@ -37,8 +37,8 @@ Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Kitchen:
-    """What members are loaded with and scored on; `sets` are the rows that none of them was trained on, by name."""
+class Scorer:
+    """Loads members and scores models on the rows that no member was trained on, by the names of the sets."""
 
     members: Sequence[Member]
     tokenizer: Any
@@ -107,68 +107,68 @@ def combine_weights(
     section: EnsembleConfig = job.entry_section
     precision, seed = job.config.training.mixed_precision, job.config.seed
     with start_runtime(job.config.runtime, precision, seed, stop) as runtime:
-        kitchen = _open_kitchen(members, hashes, runtime, console)
+        scorer = _open_scorer(members, hashes, runtime, console)
         if is_greedy := section.method is EnsembleMethod.greedy_soup:
-            _check_validation(kitchen)
+            _check_validation(scorer)
         scores = []
         for number, member in enumerate(members, 1):
             console.label("member", f"{number} of {len(members)}: {member.run_dir}")
-            scores.append(kitchen.score(kitchen.load(member), kitchen.sets))
-        chosen = _greedy(kitchen, scores) if is_greedy else list(range(len(members)))
-        model = _mean(kitchen, chosen)
+            scores.append(scorer.score(scorer.load(member), scorer.sets))
+        chosen = _greedy(scorer, scores) if is_greedy else list(range(len(members)))
+        model = _mean(scorer, chosen)
         of_members = [MemberScores(member, scores[i], i in chosen) for i, member in enumerate(members)]
-        outcome = Outcome(kitchen.score(model, kitchen.sets), of_members, kitchen.counts())
-        _write_run(kitchen, model, output, outcome)
+        outcome = Outcome(scorer.score(model, scorer.sets), of_members, scorer.counts())
+        _write_run(scorer, model, output, outcome)
     return outcome
 
 
-def _mean(kitchen: Kitchen, chosen: Sequence[int]) -> Any:
+def _mean(scorer: Scorer, chosen: Sequence[int]) -> Any:
     """Return a model with the mean of members' weights."""
     total = WeightSum()
     for i in chosen:
-        model = kitchen.load(kitchen.members[i])
+        model = scorer.load(scorer.members[i])
         total.add(model)
     total.put_mean(model)
     return model
 
 
-def _check_validation(kitchen: Kitchen) -> None:
+def _check_validation(scorer: Scorer) -> None:
     """Check that there are rows to choose members by; DataError names the sets, or says that all were trained on."""
-    name = kitchen.metric.split("/")[1] if kitchen.metric.startswith("eval/") else kitchen.metric
-    if name not in kitchen.data.validation:
-        known = ", ".join(kitchen.data.validation) or "none: data.validation_files=[FILE]"
-        raise DataError(f"{kitchen.metric} (ensemble.metric) is of no validation set; these are {known}")
-    if name not in kitchen.validation:
-        report_left_out(name, len(kitchen.data.validation[name]), 0, kitchen.console, "data.validation_files")
+    name = scorer.metric.split("/")[1] if scorer.metric.startswith("eval/") else scorer.metric
+    if name not in scorer.data.validation:
+        known = ", ".join(scorer.data.validation) or "none: data.validation_files=[FILE]"
+        raise DataError(f"{scorer.metric} (ensemble.metric) is of no validation set; these are {known}")
+    if name not in scorer.validation:
+        report_left_out(name, len(scorer.data.validation[name]), 0, scorer.console, "data.validation_files")
 
 
-def _greedy(kitchen: Kitchen, scores: Sequence[Scores]) -> list[int]:
+def _greedy(scorer: Scorer, scores: Sequence[Scores]) -> list[int]:
     """Return the members whose mean is the best found on validation: added from the best one on, if that is better.
 
     DataError where the metric has no value. Source: Wortsman et al. 2022, recipe 1; here a member that changes nothing
     is left out.
     """
-    metric, sign = kitchen.metric, 1 if kitchen.rises else -1
+    metric, sign = scorer.metric, 1 if scorer.rises else -1
     if metric not in scores[0]:
         raise DataError(f"{metric} (ensemble.metric) has no value; there are {', '.join(scores[0])}")
     first, *others = sorted(range(len(scores)), key=lambda i: -sign * scores[i][metric])
     chosen, best, total = [first], scores[first][metric], WeightSum()
-    total.add(kitchen.load(kitchen.members[first]))
+    total.add(scorer.load(scorer.members[first]))
     for i in others:
-        model = kitchen.load(kitchen.members[i])
+        model = scorer.load(scorer.members[i])
         total.put_mean(model, with_it=True)
-        value = kitchen.score(model, kitchen.validation)[metric]
+        value = scorer.score(model, scorer.validation)[metric]
         is_better = sign * value > sign * best
         verdict = "added" if is_better else "left out"
-        kitchen.console.label("", f"{metric} {value:.6g} with {kitchen.members[i].name}: {verdict}")
+        scorer.console.label("", f"{metric} {value:.6g} with {scorer.members[i].name}: {verdict}")
         if is_better:
             best = value
             chosen.append(i)
-            total.add(kitchen.load(kitchen.members[i]))
+            total.add(scorer.load(scorer.members[i]))
     return chosen
 
 
-def _open_kitchen(members: Sequence[Member], hashes: RowHashes, runtime: Runtime, console: Console) -> Kitchen:
+def _open_scorer(members: Sequence[Member], hashes: RowHashes, runtime: Runtime, console: Console) -> Scorer:
     config = members[0].job.config
     tokenizer, _ = load_tokenizer(config.model.pretrained_at(members[0].run_dir / MODEL), config.tokens)
     data = build_data(config, tokenizer, console.working)
@@ -183,27 +183,27 @@ def _open_kitchen(members: Sequence[Member], hashes: RowHashes, runtime: Runtime
             validation[name] = left
     if not (test or validation):
         raise DataError("nothing to score on that no member was trained on: name rows with data.test_files=[FILE]")
-    return Kitchen(members, tokenizer, data, validation, test, runtime, console)
+    return Scorer(members, tokenizer, data, validation, test, runtime, console)
 
 
-def _write_run(kitchen: Kitchen, model: Any, output: Path, outcome: Outcome) -> None:
+def _write_run(scorer: Scorer, model: Any, output: Path, outcome: Outcome) -> None:
     """Write and verify model/, and what else makes the folder a finished run's."""
-    first, method = kitchen.members[0], kitchen.members[0].job.entry_section.method.value
+    first, method = scorer.members[0], scorer.members[0].job.entry_section.method.value
     config, frozen = first.job.config, read_config(first.run_dir)
     frozen["name"] += f"-{method}"
     if first.has_adapter:
         frozen["export"]["merge"] = True  # its weights are whole now
-    of_data = kitchen.data.report()
-    made_of = provenance(frozen, file_hashes(config.data), kitchen.runtime.description, PROJECT_ROOT)
-    vocabulary = kitchen.tokenizer.get_vocab()
+    of_data = scorer.data.report()
+    made_of = provenance(frozen, file_hashes(config.data), scorer.runtime.description, PROJECT_ROOT)
+    vocabulary = scorer.tokenizer.get_vocab()
     new_tokens = {token: vocabulary[token] for token in config.tokens.additional_special_tokens}
     card = model_card(frozen, of_data, outcome.scores, made_of, new_tokens) + _members_in_card(outcome)
     with open_run_folder(output, frozen, config_hash(frozen), Start()) as folder:
         folder.step = read_status(first.run_dir)["step"]  # so that no run is begun where it is finished
         folder.write_json(DATA_REPORT, of_data)
         folder.write_json(PROVENANCE, made_of)
-        for warning in export(model.to("cpu"), None, kitchen.tokenizer, output / MODEL, config, card):
-            kitchen.console.warn(warning)
+        for warning in export(model.to("cpu"), None, scorer.tokenizer, output / MODEL, config, card):
+            scorer.console.warn(warning)
         folder.write_json(SUMMARY, outcome.scores)
         folder.set_status(model=exported_digests(output / MODEL))
 
