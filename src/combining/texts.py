@@ -14,7 +14,7 @@ from src.data.trained import RowHashes, without
 from src.errors import DamagedFileError, DataError, RunFolderError
 from src.evaluation.predicted_set import SAMPLES, PredictedSet, Prediction, score_lines
 from src.evaluation.predicting import finish, open_generation, predict_sets
-from src.evaluation.predictions import open_sets, predict_rows
+from src.evaluation.predictions import open_sets, predict_rows, row_numbers
 from src.metrics import METRICS
 from src.runtime.signals import StopRequest
 from src.tracking.console import Console
@@ -134,7 +134,7 @@ def combine_probabilities(
         with open_generation([member.job for member in members], stop, console) as (generator, prompts):
             for name, one in sets.items():
                 left = without(prompts.sets[name], [rows.hashes[name]], rows.seen)
-                predict_rows(one, left, generator, job.config.seed, num_samples, console)
+                predict_rows(one, left, generator, job.config.seed, num_samples, console, numbers=row_numbers(left))
     for one in sets.values():
         finish(one, job, console)
     return _outcome(job, members, rows, predicted, sets)

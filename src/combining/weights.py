@@ -1,7 +1,7 @@
 """Ensembles whose result is a model: the mean of members' weights, of all of them or of those that make it better."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,22 @@ from src.combining.texts import report_left_out
 from src.config.frozen import config_hash, read_config, read_status
 from src.config.options import PROJECT_ROOT
 from src.config.schema import EnsembleConfig, EnsembleMethod
-from src.data.dataset import Data, build_data, file_hashes
+from src.data.dataset import EvaluatedRows, build_evaluated, file_hashes
 from src.data.sets import EncodedSet
 from src.data.tokenizer import load_tokenizer
 from src.data.trained import RowHashes, without
 from src.errors import DataError
-from src.evaluation.evaluate import open_evaluator
+from src.evaluation.answers import AnswerReader
+from src.evaluation.evaluate import Evaluator
+from src.evaluation.generate import Generator, check_generation
+from src.evaluation.thoughts import thought_rule
 from src.markdown import inline, table
 from src.metrics import greater_is_better
 from src.model.build import set_generation
 from src.model.card import model_card
 from src.model.export import export, load_exported, load_exported_adapter
 from src.model.merging import merge, probe_ids
+from src.records import read_json
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import StopRequest
 from src.tracking.console import Console
@@ -37,20 +41,20 @@ Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """Loads members and scores models on the rows that no member was trained on, by the names of the sets."""
+class MemberScorer:
+    """Loads members and scores models; `sets` are the rows that no member was trained on, where there are some."""
 
     members: Sequence[Member]
     tokenizer: Any
-    data: Data
-    validation: Mapping[str, EncodedSet]
-    test: Mapping[str, EncodedSet]
+    rows: EvaluatedRows
+    sets: Mapping[str, EncodedSet]
     runtime: Runtime
     console: Console
 
     @property
-    def sets(self) -> dict[str, EncodedSet]:
-        return {**self.validation, **self.test}
+    def validation(self) -> dict[str, EncodedSet]:
+        names = self.members[0].job.config.data.validation_names()
+        return {name: rows for name, rows in self.sets.items() if name in names}
 
     @property
     def metric(self) -> str:
@@ -68,7 +72,7 @@ class Scorer:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return how many rows of each set are scored, and how many are left out because a member has seen them."""
-        whole = {**self.data.validation, **self.data.test}
+        whole = self.rows.sets
         return {
             name: {"scored": len(rows), "left_out": len(whole[name]) - len(rows)} for name, rows in self.sets.items()
         }
@@ -86,13 +90,21 @@ class Scorer:
 
     def score(self, model: Any, sets: Mapping[str, EncodedSet]) -> Scores:
         """Return the losses and metrics of a model on sets, as a run has them."""
-        config, encoder = self.members[0].job.config, self.data.encoder
+        config, encoder = self.members[0].job.config, self.rows.encoder
         model.to(self.runtime.device)
-        set_generation(model, config.generation, self.tokenizer, self.data.stop_ids, encoder.target_prefix)
+        set_generation(model, config.generation, self.tokenizer, self.rows.stop_ids, encoder.target_prefix)
+        for one in sets.values() if config.metrics else ():
+            check_generation(one, model, encoder.target_prefix, config.generation.max_new_tokens)
         loss_model = ModelWithLoss(model).to(self.runtime.device)
         loss_model.probe_head()
-        all_rows = replace(config, evaluation=replace(config.evaluation, max_samples=None))
-        return open_evaluator(all_rows, loss_model, model, self.data, self.runtime).evaluate(sets.values())
+        reader, rule = (
+            AnswerReader(encoder, config.thought_tags, self.rows.frame),
+            thought_rule(encoder, config.generation),
+        )
+        size, pattern = config.training.per_device_eval_batch_size, config.data.answer_pattern
+        generator = Generator(model, self.runtime, size, encoder.target_prefix, reader, rule)
+        scored = (config.metrics, pattern, None, config.num_scored_samples)
+        return Evaluator(loss_model, generator, reader, self.runtime, *scored).evaluate(sets.values())
 
 
 def combine_weights(
@@ -122,7 +134,7 @@ def combine_weights(
     return outcome
 
 
-def _mean(scorer: Scorer, chosen: Sequence[int]) -> Any:
+def _mean(scorer: MemberScorer, chosen: Sequence[int]) -> Any:
     """Return a model with the mean of members' weights."""
     total = WeightSum()
     for i in chosen:
@@ -132,17 +144,18 @@ def _mean(scorer: Scorer, chosen: Sequence[int]) -> Any:
     return model
 
 
-def _check_validation(scorer: Scorer) -> None:
+def _check_validation(scorer: MemberScorer) -> None:
     """Check that there are rows to choose members by; DataError names the sets, or says that all were trained on."""
-    name = scorer.metric.split("/")[1] if scorer.metric.startswith("eval/") else scorer.metric
-    if name not in scorer.data.validation:
-        known = ", ".join(scorer.data.validation) or "none: data.validation_files=[FILE]"
-        raise DataError(f"{scorer.metric} (ensemble.metric) is of no validation set; these are {known}")
-    if name not in scorer.validation:
-        report_left_out(name, len(scorer.data.validation[name]), 0, scorer.console, "data.validation_files")
+    known, parts = scorer.members[0].job.config.data.validation_names(), scorer.metric.split("/")
+    name = parts[1] if len(parts) == 3 else ""
+    if name not in known:
+        sets = ", ".join(known) or "none: data.validation_files=[FILE]"
+        raise DataError(f"{scorer.metric} (ensemble.metric) is of no validation set; these are {sets}")
+    if name not in scorer.sets:
+        report_left_out(name, len(scorer.rows.sets[name]), 0, scorer.console, "data.validation_files")
 
 
-def _greedy(scorer: Scorer, scores: Sequence[Scores]) -> list[int]:
+def _greedy(scorer: MemberScorer, scores: Sequence[Scores]) -> list[int]:
     """Return the members whose mean is the best found on validation: added from the best one on, if that is better.
 
     DataError where the metric has no value. Source: Wortsman et al. 2022, recipe 1; here a member that changes nothing
@@ -168,32 +181,32 @@ def _greedy(scorer: Scorer, scores: Sequence[Scores]) -> list[int]:
     return chosen
 
 
-def _open_scorer(members: Sequence[Member], hashes: RowHashes, runtime: Runtime, console: Console) -> Scorer:
+def _open_scorer(members: Sequence[Member], hashes: RowHashes, runtime: Runtime, console: Console) -> MemberScorer:
     config = members[0].job.config
+    tests, validations = config.data.test_sets(), config.data.validation_names()
     tokenizer, _ = load_tokenizer(config.model.pretrained_at(members[0].run_dir / MODEL), config.tokens)
-    data = build_data(config, tokenizer, console.working)
-    test, validation, seen = {}, {}, rows_seen(members, hashes)
-    for name, rows in data.test.items():
-        test[name] = without(rows, [hashes.of_files(config.data, config.data.test_sets()[name])], seen)
-        report_left_out(name, len(rows), len(test[name]), console)
-    for name, rows in data.validation.items():
-        left = without(rows, hashes.of_validation(config.data, name), seen)
-        if len(left):
-            report_left_out(name, len(rows), len(left), console, "data.validation_files")
-            validation[name] = left
-    if not (test or validation):
+    rows = build_evaluated(config, tokenizer, [*validations, *tests], console.working)
+    sets, seen = dict[str, EncodedSet](), rows_seen(members, hashes)
+    for name, one in rows.sets.items():
+        if name in tests:
+            sets[name] = without(one, [hashes.of_files(config.data, tests[name])], seen)
+            report_left_out(name, len(one), len(sets[name]), console)
+        elif len(left := without(one, hashes.of_validation(config.data, name), seen)):
+            sets[name] = left
+            report_left_out(name, len(one), len(left), console, "data.validation_files")
+    if not sets:
         raise DataError("nothing to score on that no member was trained on: name rows with data.test_files=[FILE]")
-    return Scorer(members, tokenizer, data, validation, test, runtime, console)
+    return MemberScorer(members, tokenizer, rows, sets, runtime, console)
 
 
-def _write_run(scorer: Scorer, model: Any, output: Path, outcome: Outcome) -> None:
+def _write_run(scorer: MemberScorer, model: Any, output: Path, outcome: Outcome) -> None:
     """Write and verify model/, and what else makes the folder a finished run's."""
     first, method = scorer.members[0], scorer.members[0].job.entry_section.method.value
     config, frozen = first.job.config, read_config(first.run_dir)
     frozen["name"] += f"-{method}"
     if first.has_adapter:
         frozen["export"]["merge"] = True  # its weights are whole now
-    of_data = scorer.data.report()
+    of_data = read_json(first.run_dir / DATA_REPORT) if (first.run_dir / DATA_REPORT).is_file() else {}
     made_of = provenance(frozen, file_hashes(config.data), scorer.runtime.description, PROJECT_ROOT)
     vocabulary = scorer.tokenizer.get_vocab()
     new_tokens = {token: vocabulary[token] for token in config.tokens.additional_special_tokens}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.config.job import Job
 from src.evaluation.predicted_set import PredictedSet
-from src.evaluation.predictions import describe_rows, open_sets, predict_rows
+from src.evaluation.predictions import describe_rows, open_sets, predict_rows, row_numbers
 from src.runtime.collector import collect_from_here
 from src.runtime.signals import StopRequest
 from src.tracking.console import Console
@@ -35,9 +35,7 @@ def predict_sets(
         with open_generation([job], stop, console, batch_size) as (generator, prompts):
             for name, one in unfinished.items():
                 rows, num_samples = prompts.sets[name], job.config.generation.num_return_sequences
-                (part,) = rows.shards
-                numbers = part.ordinals.tolist()
-                predict_rows(one, rows, generator, job.config.seed, num_samples, console, numbers=numbers)
+                predict_rows(one, rows, generator, job.config.seed, num_samples, console, numbers=row_numbers(rows))
                 finish(one, job, console)
     return sets
 

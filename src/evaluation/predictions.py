@@ -101,6 +101,13 @@ def describe_rows(rows: EncodedSet) -> str:
     return text
 
 
+def row_numbers(rows: EncodedSet) -> list[int]:
+    """Return the number of each row of a set among the records of its files, from 0."""
+    (part,) = rows.shards
+    numbers: list[int] = part.ordinals[rows.indices[:, 1]].tolist()
+    return numbers
+
+
 def predict_rows(
     into: RowLog,
     rows: EncodedSet,

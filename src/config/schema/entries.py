@@ -151,7 +151,7 @@ class EnsembleConfig:
     similarity: str = key(SIMILARITY, default="rougeL", text="of consensus: the metric by which texts are alike")
     metric: str | None = key(
         default=None,
-        text="of greedy_soup: what has to get better, `eval/validation/…`; null: checkpoint.metric_for_best_model",
+        text="of greedy_soup: what has to get better, eval/validation/…; null: checkpoint.metric_for_best_model",
     )
     top: int | None = key(AT_LEAST_ONE, default=None, text="of a sweep: so many settings, the best ones; null: all")
     output: str | None = key(
