@@ -81,22 +81,17 @@ def open_model(job: Job, stop: StopRequest, console: Console) -> Iterator[Loaded
     # imported here: torch takes seconds, and a task that is not known or holds another result is refused at once
     from src.data.dataset import build_prompts, is_chat
     from src.data.tokenizer import load_tokenizer
+    from src.evaluation.predicting import load_model
     from src.harness.model import LoadedRun
-    from src.model.build import set_generation
-    from src.model.export import load_exported
     from src.runtime.session import start_runtime
 
     collect_from_here()
-    config, run_dir = job.config, job.run_dir
+    config = job.config
     batch_size = job.entry_section.batch_size or config.training.per_device_eval_batch_size
     with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime:
-        tokenizer, _ = load_tokenizer(config.model.pretrained_at(run_dir / "model"), config.tokens)
+        tokenizer, _ = load_tokenizer(config.model.pretrained_at(job.run_dir / "model"), config.tokens)
         prompts = build_prompts(replace(config, data=replace(config.data, test_files=None)), tokenizer)
-        model = load_exported(run_dir, config, runtime.device)
-        if not getattr(model, "is_quantized", False):  # quantised weights lie on the device already
-            model.to(runtime.device)
-        set_generation(model, config.generation, tokenizer, prompts.stop_ids)
-        console.label("model", f"{type(model).__name__} of {run_dir / 'model'}, {runtime.description}")
+        model = load_model(job, tokenizer, prompts.stop_ids, runtime, console)
         chat = is_chat(config.data)
         how = "by the run's chat template" if chat else "as plain text, as the run was trained: no chat template"
         console.label("prompts", how)

@@ -164,25 +164,23 @@ def load_models(
     from src.evaluation.answers import AnswerReader
     from src.evaluation.by_views import Models
     from src.evaluation.generate import Generator, check_generation
+    from src.evaluation.predicting import load_model
     from src.evaluation.scoring import Scorer
     from src.evaluation.thoughts import thought_rule
-    from src.model.build import set_generation
-    from src.model.export import load_exported
     from src.training.assembly import assemble_model
     from src.training.head import ModelWithLoss
 
     config, prefix = job.config, rows.encoder.target_prefix
     if job.is_finished:
-        model = load_exported(job.run_dir, config, runtime.device)
+        model = load_model(job, tokenizer, rows.stop_ids, runtime, console)
     else:
         model = assemble_model(config, tokenizer, new_tokens, rows, runtime).model
-    if not getattr(model, "is_quantized", False):  # quantised weights lie on the device already
-        model.to(runtime.device)
+        if not getattr(model, "is_quantized", False):  # quantised weights lie on the device already
+            model.to(runtime.device)
+        console.label("model", f"{type(model).__name__}, {runtime.description}")
     model.eval()
-    set_generation(model, config.generation, tokenizer, rows.stop_ids)
     for one in rows.sets.values() if config.metrics else ():
         check_generation(one, model, prefix, config.generation.max_new_tokens)
-    console.label("model", f"{type(model).__name__}, {runtime.description}")
     loss_model = ModelWithLoss(model)
     loss_model.probe_head()
     size = config.training.per_device_eval_batch_size

@@ -64,7 +64,7 @@ def open_generation(
         prompts = build_prompts(config, tokenizer, console.working)
         for other in jobs[1:]:
             _check_prompts(other, build_prompts(other.config, tokenizer, console.working), job, prompts)
-        models = [_load(one, tokenizer, prompts, runtime, console) for one in jobs]
+        models = [load_model(one, tokenizer, prompts.stop_ids, runtime, console) for one in jobs]
         for name, rows in prompts.sets.items():
             for model in models:
                 check_room(rows, model, prompts.encoder.target_prefix, config.generation.max_new_tokens)
@@ -89,15 +89,15 @@ def _check_prompts(other: Job, prompts: Prompts, job: Job, expected: Prompts) ->
             )
 
 
-def _load(job: Job, tokenizer: Any, prompts: Prompts, runtime: Runtime, console: Console) -> Any:
-    """Load the model of a finished run onto the device."""
+def load_model(job: Job, tokenizer: Any, stop_ids: Sequence[int], runtime: Runtime, console: Console) -> Any:
+    """Load the model of a finished run onto the device; it generates as configured, up to one of `stop_ids`."""
     from src.model.build import set_generation
     from src.model.export import load_exported
 
     model = load_exported(job.run_dir, job.config, runtime.device)
     if not getattr(model, "is_quantized", False):  # quantised weights lie on the device already
         model.to(runtime.device)
-    set_generation(model, job.config.generation, tokenizer, prompts.stop_ids)
+    set_generation(model, job.config.generation, tokenizer, stop_ids)
     console.label("model", f"{type(model).__name__} of {job.run_dir / 'model'}, {runtime.description}")
     return model
 
