@@ -79,7 +79,7 @@ def benchmark(job: Job) -> int:
 def open_model(job: Job, stop: StopRequest, console: Console) -> Iterator[LoadedRun]:
     """Load what the run exported, and what encodes its prompts."""
     # imported here: torch takes seconds, and a task that is not known or holds another result is refused at once
-    from src.data.dataset import build_prompts, is_chat
+    from src.data.dataset import build_encoder, is_chat
     from src.data.tokenizer import load_tokenizer
     from src.evaluation.predicting import load_model
     from src.harness.model import LoadedRun
@@ -90,7 +90,7 @@ def open_model(job: Job, stop: StopRequest, console: Console) -> Iterator[Loaded
     batch_size = job.entry_section.batch_size or config.training.per_device_eval_batch_size
     with start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime:
         tokenizer, _ = load_tokenizer(config.model.pretrained_at(job.run_dir / "model"), config.tokens)
-        prompts = build_prompts(replace(config, data=replace(config.data, test_files=None)), tokenizer)
+        prompts = build_encoder(config, tokenizer)
         model = load_model(job, tokenizer, prompts.stop_ids, runtime, console)
         chat = is_chat(config.data)
         how = "by the run's chat template" if chat else "as plain text, as the run was trained: no chat template"

@@ -13,7 +13,7 @@ causal models an Ollama Modelfile. The run itself stays as it is: model/ is only
 
 The folder is written under another name, read back, compared, and renamed when it is whole. What a killed command has
 left is removed, and the next one begins anew. A folder that holds this export is left as it is; force=true replaces
-another export there. A folder with other files is refused.
+another export there, but never files that are not of an export.
 
 Exit code 0, 1 where it went wrong, 2 where the user can fix it, 75 where a signal stopped it.
 """

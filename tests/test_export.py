@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,8 +199,20 @@ def test_the_card_and_the_modelfile_say_how_to_serve_it(runs: dict[str, Path], t
     assert "vllm serve" not in adapter_card
 
 
+def test_a_modelfile_can_quote_what_ends_an_answer() -> None:
+    from src.data.answers import AnswerFrame
+    from src.data.dataset import build_encoder
+    from src.data.tokenizer import load_tokenizer
+    from src.exporting.modelfile import modelfile
+
+    config = admitted().config
+    tokenizer, _ = load_tokenizer(config.model, config.tokens)
+    prompts = replace(build_encoder(config, tokenizer), frame=AnswerFrame(after='"end"\nof turn'))
+    assert 'PARAMETER stop "</s>"\nPARAMETER stop """"end"\nof turn"""\n' in modelfile(config, tokenizer, prompts)
+
+
 def test_a_modelfile_has_what_was_around_a_prompt_in_training(tmp_path: Path) -> None:
-    from src.data.dataset import build_data
+    from src.data.dataset import build_data, build_encoder
     from src.data.tokenizer import load_tokenizer
     from src.exporting.modelfile import modelfile
 
@@ -210,7 +223,11 @@ def test_a_modelfile_has_what_was_around_a_prompt_in_training(tmp_path: Path) ->
         config = admitted(*overrides, *files, "data.validation_fraction=0", "evaluation.eval_steps=null").config
         tokenizer, _ = load_tokenizer(config.model, config.tokens)
         data = build_data(config, tokenizer)
-        template = modelfile(config, tokenizer, data.stop_ids).partition('TEMPLATE """')[2].removesuffix('"""\n')
+        template = (
+            modelfile(config, tokenizer, build_encoder(config, tokenizer))
+            .partition('TEMPLATE """')[2]
+            .removesuffix('"""\n')
+        )
         written = template.replace("{{ .Prompt }}", "What {{is}} it?").replace('{{ "{{" }}', "{{")
         assert tokenizer.decode(data.train.first.prompt_ids(0)) == tokenizer.bos_token + written
 
@@ -228,6 +245,17 @@ def test_what_is_there_is_left_and_nothing_else_is_overwritten(
     assert export.main([*ask, "export.dtype=float16"]) == 2
     assert "force=true" in capsys.readouterr().err
     assert export.main([*ask, "export.dtype=float16", "force=true"]) == 0
+    (out / "Modelfile").write_text("FROM .\n# mine\n")
+    (out / "model.gguf").write_text("converted")
+    assert export.main([*ask, "export.dtype=float16"]) == 0  # what people add and edit is theirs
+    assert export.main([*ask, "export.dtype=float16", "force=true"]) == 2
+    assert "model.gguf" in capsys.readouterr().err
+    assert (out / "model.gguf").read_text() == "converted"
+    (out / "model.gguf").unlink()
+    (out / "config.json").write_text("{}")
+    assert export.main([*ask, "export.dtype=float16"]) == 2
+    assert "not as it was written: config.json" in capsys.readouterr().err
+    assert export.main([*ask, "export.dtype=float16", "force=true"]) == 0
     (out / "export.json").unlink()
     assert export.main([*ask, "force=true"]) == 2  # whatever it is now, it is not known to be an export
     assert "no export" in capsys.readouterr().err
@@ -244,6 +272,9 @@ def test_what_is_there_is_left_and_nothing_else_is_overwritten(
         (["model.dtype=bfloat16"], "does not read it"),
         (["optimizer=sgd"], "keeps the options"),
         (["export.output=RUN"], "a run's folder"),
+        (["export.output=RUN/model/small"], "what a run has written"),
+        (["export.output=RUN/checkpoints/step-00000099"], "what a run has written"),
+        (["dir=RUN"], "unknown key"),
     ],
 )
 def test_each_problem_is_told(

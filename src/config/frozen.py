@@ -174,7 +174,9 @@ def read_finished(folder: Path, line: CommandLine, entry: str, key: str = "run")
         sections["data"] |= _rows_of_others(sections["data"], line, entry)
     of_run = {"rerun": None, "force": False, "tracking": {"type": "none"}}
     clash = {entry: sections[entry]} if entry in sections else {}  # the run's section of the same name
-    changed, refused = _overridden(sections | of_run | {entry: {}}, line, "a run", own=("run", "runs", "dir"))
+    changed, refused = _overridden(
+        sections | of_run | {entry: {}}, line, "a run", own=("runs", "dir") if entry == "ensemble" else ("run",)
+    )
     composed = Composed({}, folder, {}, [*problems, *refused], is_finished=True)
     _resolve(changed, composed)
     composed.own = composed.sections.pop(entry, None)

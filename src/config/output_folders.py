@@ -11,6 +11,7 @@ from src.config.command_line import CommandLine
 from src.config.composed import Composed
 from src.config.files import unusable
 from src.config.options import PROJECT_ROOT
+from src.config.places import CHECKPOINTS
 from src.config.problems import COMMAND_LINE, Problem
 from src.config.schema import RuntimeConfig
 from src.config.sections import Parsed
@@ -22,12 +23,22 @@ def output_problems(own: Any, run_dir: Path, entry: str) -> Iterator[Problem]:
 
     `own` is the entry's section; None where it is not good.
     """
-    if own is None or not hasattr(own, "folder"):
+    place = own.folder(run_dir) if hasattr(own, "folder") else getattr(own, "output", None)
+    if place is None:
         return
-    output, key = own.folder(run_dir), f"{entry}.output"
-    if os.path.exists(output / "config.yaml"):
+    output, key = Path(place), f"{entry}.output"
+    if os.path.exists(output / frozen.CONFIG) and entry != "ensemble":  # of which some are runs themselves
         yield Problem(key, f"a run's folder; what {entry} writes needs one of its own", str(output))
+    if folder := next(filter(_is_of_run, (output.resolve(), *output.resolve().parents)), None):
+        yield Problem(
+            key, f"{folder} is what a run has written; what {entry} writes needs a place of its own", str(output)
+        )
     yield from _folder_problems(output, key, f"where {entry} writes")
+
+
+def _is_of_run(folder: Path) -> bool:
+    """Return whether a folder is where a run keeps its result or its checkpoints."""
+    return folder.name in (CHECKPOINTS, "model") and (folder.parent / frozen.STARTS).is_file()
 
 
 def meeting_problems(parsed: dict[str, Parsed], line: CommandLine) -> Iterator[Problem]:

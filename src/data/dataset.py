@@ -129,6 +129,11 @@ def build_prompts(config: RunConfig, tokenizer: Any, show_progress: ShowProgress
     return Prompts(sets, builder.encoder, builder.stop_ids, builder.frame, builder.template)
 
 
+def build_encoder(config: RunConfig, tokenizer: Any) -> Prompts:
+    """Return what encodes the prompts of a configuration, and what ends its answers, without any rows."""
+    return build_prompts(replace(config, data=replace(config.data, test_files=None)), tokenizer)
+
+
 def build_evaluated(
     config: RunConfig, tokenizer: Any, names: Collection[str], show_progress: ShowProgress = lambda _: None
 ) -> EvaluatedRows:

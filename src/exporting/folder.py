@@ -10,9 +10,10 @@ from src.config.places import MANIFEST, remove_tree
 from src.config.schema import Dtype
 from src.errors import RunFolderError
 from src.records import file_digest, read_json
-from src.util import write_json
+from src.util import in_words, write_json
 
 RECORD = "export.json"
+MAY_BE_EDITED = ("Modelfile",)
 REMEDY = "Remove the folder, and give the command again."
 
 
@@ -32,7 +33,8 @@ def _dtype(job: Job) -> Dtype:
             return Dtype(dtype)
     for folder in (job.run_dir / MODEL, Path(job.config.model.checkpoint)):
         if (folder / "config.json").is_file():
-            return Dtype(read_json(folder / "config.json").get("dtype", Dtype.auto))
+            stored = read_json(folder / "config.json").get("dtype")
+            return Dtype(stored) if stored in set(Dtype) else Dtype.auto
     return Dtype.auto
 
 
@@ -46,7 +48,7 @@ def source_of(job: Job, place: Path) -> dict[str, Any]:
 
 
 def is_exported(output: Path, source: dict[str, Any], *, force: bool) -> bool:
-    """Return whether a folder holds this export already.
+    """Return whether a folder holds this export already, whatever else has been put there.
 
     RunFolderError says that it holds something else: another export is replaced with `force` only, other files never.
     """
@@ -58,6 +60,9 @@ def is_exported(output: Path, source: dict[str, Any], *, force: bool) -> bool:
         raise RunFolderError(
             f"{output} holds something that is no export; it is left as it is. Choose another export.output"
         ) from None
+    there = {name: digest for name, digest in exported_digests(output).items() if name != RECORD}
+    if force and (others := there.keys() - record["files"].keys()):
+        raise RunFolderError(f"{output} holds files that are not of the export; move them away: {in_words(others)}")
     if force:
         return False
     if record["source"] != source:
@@ -65,8 +70,12 @@ def is_exported(output: Path, source: dict[str, Any], *, force: bool) -> bool:
             f"{output} holds an export of other weights, or in another form; force=true replaces it, "
             "export.output=DIR writes elsewhere"
         )
-    there = {name: digest for name, digest in exported_digests(output).items() if name != RECORD}
-    return bool(there == record["files"])
+    written = {name: digest for name, digest in record["files"].items() if name not in MAY_BE_EDITED}
+    if changed := sorted(name for name, digest in written.items() if there.get(name) != digest):
+        raise RunFolderError(
+            f"{output} holds this export, but not as it was written: {in_words(changed)}; force=true writes it anew"
+        )
+    return True
 
 
 def write_record(folder: Path, source: dict[str, Any]) -> None:

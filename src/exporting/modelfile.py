@@ -8,16 +8,18 @@ from typing import Any
 
 from src.config.schema import PLACEHOLDER, DataConfig, RunConfig
 from src.data.chat_render import render
-from src.data.dataset import is_chat
+from src.data.dataset import Prompts, is_chat
 from src.data.formats import BadRow
 
 PROMPT = "{{ .Prompt }}"
+QUOTES = '"""'
+"""Around a text of several lines; it can't be in one."""
 MARK = "\uf8d7"
 """A character of a private use area, where the user's words are in a rendered chat."""
 
 
-def modelfile(config: RunConfig, tokenizer: Any, stop_ids: list[int]) -> str:
-    """Return the Modelfile of a folder with whole weights; `stop_ids` end what is generated."""
+def modelfile(config: RunConfig, tokenizer: Any, prompts: Prompts) -> str:
+    """Return the Modelfile of a folder with whole weights; `prompts` say what ends an answer."""
     generation = config.generation
     parameters: dict[str, Any] = {
         "num_ctx": config.data.max_seq_length,
@@ -28,17 +30,18 @@ def modelfile(config: RunConfig, tokenizer: Any, stop_ids: list[int]) -> str:
     if generation.do_sample:
         parameters |= {"top_k": generation.top_k, "top_p": generation.top_p}
     lines = ["FROM .", *(f"PARAMETER {name} {value}" for name, value in parameters.items() if value is not None)]
-    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in tokenizer.convert_ids_to_tokens(stop_ids)]
+    ends = [*tokenizer.convert_ids_to_tokens(prompts.stop_ids), prompts.frame.end_text]
+    lines += [f"PARAMETER stop {_quoted(end)}" for end in dict.fromkeys(ends) if end and QUOTES not in end]
     return "\n".join([*lines, *_template(config.data, tokenizer)]) + "\n"
 
 
 def _template(data: DataConfig, tokenizer: Any) -> Iterator[str]:
     """Yield the lines of TEMPLATE: what was around a prompt in training."""
     text = _chat(data, tokenizer) if is_chat(data) else _pair(data)
-    if text is None:
+    if text is None or QUOTES in text:
         yield "# What was around a prompt in training can't be said here: see data.prompt_template in README.md."
         text = MARK
-    yield f'TEMPLATE """{_literal(text).replace(MARK, PROMPT)}"""'
+    yield f"TEMPLATE {QUOTES}{_literal(text).replace(MARK, PROMPT)}{QUOTES}"
 
 
 def _pair(data: DataConfig) -> str | None:
@@ -69,4 +72,6 @@ def _literal(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    return '"' + text.replace('"', '\\"') + '"'
+    """Return a text in the quotes that it can have in it: a Modelfile knows no escapes."""
+    quote = QUOTES if {'"', "\n"} & set(text) else '"'
+    return f"{quote}{text}{quote}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from src.config.job import Job
 from src.config.schema import Dtype, ExportConfig, ModelType
-from src.data.dataset import build_prompts
+from src.data.dataset import build_encoder
 from src.errors import DiskFullError
 from src.exporting.folder import output_of, write_record
 from src.exporting.modelfile import modelfile
@@ -38,8 +38,8 @@ def write_result(job: Job, weights: TrainedWeights, source: dict[str, Any], cons
 
     def complete(folder: Path) -> None:
         if own.merge and config.model.type is ModelType.causal_lm:
-            prompts = build_prompts(replace(config, data=replace(config.data, test_files=None)), weights.tokenizer)
-            (folder / "Modelfile").write_text(modelfile(config, weights.tokenizer, prompts.stop_ids), encoding="utf-8")
+            text = modelfile(config, weights.tokenizer, build_encoder(config, weights.tokenizer))
+            (folder / "Modelfile").write_text(text, encoding="utf-8")
         write_record(folder, source)
 
     card, adapter_card = (_card(job, weights, merge=merge) for merge in (own.merge, False))

@@ -1,7 +1,7 @@
 """A run's trained weights, from its model/ or from one of its checkpoints, as they are exported."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ from src.checkpoint.locate import find_weights
 from src.checkpoint.store import read_snapshot
 from src.checkpoint.tensors import tensors_digest
 from src.config.job import Job
-from src.data.dataset import build_prompts
+from src.data.dataset import build_encoder
 from src.data.tokenizer import load_tokenizer
-from src.errors import CheckpointError
+from src.errors import CheckpointError, ModelError
 from src.model.adapters import Adapter
 from src.model.export import load_exported, load_exported_adapter
 from src.runtime.session import Runtime
@@ -44,8 +44,12 @@ def place_of_weights(job: Job) -> Path:
         return find_weights(run_dir, own.checkpoint, job.config.checkpoint, lines)
     folder = run_dir / MODEL
     check_exported(run_dir, with_base_model(run_dir, job.config).model.checkpoint)
-    inner = folder / "adapter"
-    return inner if not own.merge and (inner / ADAPTER).exists() else folder
+    if own.merge:
+        return folder
+    for place in (folder, folder / "adapter"):
+        if (place / ADAPTER).exists():
+            return place
+    raise ModelError(f"export.merge=false writes an adapter, and {folder} holds whole weights alone")
 
 
 def load_weights(job: Job, place: Path, runtime: Runtime) -> TrainedWeights:
@@ -64,12 +68,11 @@ def _of_checkpoint(job: Job, checkpoint: Path, runtime: Runtime) -> TrainedWeigh
     """Assemble the model as the run did, and put a checkpoint's weights into it."""
     config = with_init_from_model(job.config)
     tokenizer, new_tokens = load_tokenizer(config.model, config.tokens)
-    prompts = build_prompts(replace(config, data=replace(config.data, test_files=None)), tokenizer)
     snapshot = read_snapshot(checkpoint)
     facts = snapshot.state["facts"]
     if facts["tokenizer"] != tokenizer_hash(tokenizer):
         raise CheckpointError(f"{config.model.checkpoint} has changed: its tokens have other ids than in {checkpoint}")
-    built = assemble_model(config, tokenizer, new_tokens, prompts, runtime)
+    built = assemble_model(config, tokenizer, new_tokens, build_encoder(config, tokenizer), runtime)
     frozen = frozen_weights(built.model)
     if frozen and tensors_digest(frozen) != facts["frozen_weights"]:
         raise CheckpointError(f"{config.model.checkpoint} has changed: {checkpoint} was trained on other weights")
