@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def export(job: Job) -> int:
     """Write what is asked for, unless it is there; return the exit code. TowlineError says what the user can fix."""
     from src.exporting.folder import is_exported, output_of, remove_unfinished, source_of
-    from src.exporting.weights import place_of_weights
+    from src.exporting.place import place_of_weights
     from src.tracking.console import Console
     from src.tracking.lock import held_beside
 

@@ -153,6 +153,16 @@ def test_a_checkpoint_is_exported_as_the_run_would_have(runs: dict[str, Path], k
     assert any(not torch.equal(tensors["step-2"][name], tensor) for name, tensor in tensors["model"].items())
 
 
+def test_the_card_of_a_checkpoint_says_which_and_what_it_was_trained_on(runs: dict[str, Path], tmp_path: Path) -> None:
+    out, run = tmp_path / "out", runs["whole"]
+    assert export.main([f"run={run}", "export.checkpoint=step-2", "export.dtype=bfloat16", f"export.output={out}"]) == 0
+    card = (out / "README.md").read_text()
+    assert "after step 2. They are written in bfloat16" in card
+    assert "- whole.jsonl" in card  # the training rows
+    assert "base_model" not in card  # random weights are on no hub
+    assert json.loads((out / "export.json").read_text())["source"]["config_hash"] in card
+
+
 def test_the_best_is_the_best_evaluations(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

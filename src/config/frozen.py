@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -168,7 +169,8 @@ def read_finished(folder: Path, line: CommandLine, entry: str, key: str = "run")
     if problems:
         return Composed({}, folder, {}, problems)
     if line.value_of("export.checkpoint") is None and (reason := _unfinished(folder)):
-        problems.append(Problem.on_command_line(key, reason, str(folder)))
+        saved = "; export.checkpoint=last takes what it has saved" if entry == "export" else ""
+        problems.append(Problem.on_command_line(key, f"{reason}{saved}", str(folder)))
     problems += _code_problems(folder, sections, line)
     if isinstance(sections.get("data"), dict):
         sections["data"] |= _rows_of_others(sections["data"], line, entry)
@@ -212,7 +214,7 @@ def frozen_sections(folder: Path, key: str, nothing: str) -> tuple[dict[str, Any
         declare_frozen(sections.get("data"))
         return sections, []
     except FileNotFoundError:
-        reason = f"{nothing}: {folder / CONFIG} can't be read (FileNotFoundError)"
+        reason = f"{nothing}: {f'it has no {CONFIG}' if folder.is_dir() else 'no such folder'}"
     except DamagedFileError as error:
         reason = f"{nothing}: {error}"
     return {}, [Problem.on_command_line(key, reason, str(folder))]
@@ -254,7 +256,8 @@ def _unfinished(folder: Path) -> str | None:
     if not status:
         return "not a finished run: it has no status.json"
     if status["state"] != "FINISHED":
-        return f"this run is not finished: it is {status['state']} at step {status['step']}"
+        so_far = f"this run is not finished: it is {status['state']} at step {status['step']}"
+        return f"{so_far}; to finish it: make resume run={shlex.quote(str(folder))}"
     return None if (folder / "model").is_dir() else "its result is gone: there is no model/ in it"
 
 

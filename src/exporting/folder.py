@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from src.checkpoint.exported import MODEL, exported_digests, weight_files
-from src.config.frozen import config_hash
+from src.config.frozen import config_hash, read_config
 from src.config.job import Job
 from src.config.places import MANIFEST, remove_tree
 from src.config.schema import Dtype
@@ -44,7 +44,8 @@ def source_of(job: Job, place: Path) -> dict[str, Any]:
     files = [place / MANIFEST] if own.checkpoint is not None else [*weight_files(str(place)), *place.glob("*.json")]
     weights = {file.name: file_digest(file)["xxh3_128"] for file in sorted(set(files))}
     form = {"merge": own.merge, "dtype": own.dtype.value, "padding": own.padding}
-    return {"config_hash": config_hash(job.frozen), "weights": weights, "form": form}
+    which = {"checkpoint": place.name} if own.checkpoint is not None else {}
+    return {"config_hash": config_hash(read_config(job.run_dir)), **which, "weights": weights, "form": form}
 
 
 def is_exported(output: Path, source: dict[str, Any], *, force: bool) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from src.config.frozen import read_config
 from src.config.job import Job
 from src.config.schema import Dtype, ExportConfig, ModelType
 from src.data.dataset import build_encoder
@@ -61,8 +62,10 @@ def _check_room(output: Path, model: Any, dtype: Dtype) -> None:
 def _card(job: Job, weights: TrainedWeights, *, merge: bool) -> str:
     """Return the model card: of what the run measured at the step of the weights."""
     own, run_dir = job.entry_section, job.run_dir
-    dtype = {} if own.dtype is Dtype.auto else {"dtype": own.dtype.value}
-    frozen = job.frozen | {"export": {"merge": merge}, "model": job.frozen["model"] | dtype}
+    frozen = read_config(run_dir) | {"export": {"merge": merge}}
+    about = [] if weights.step is None else [f"These are the weights after step {weights.step:,}."]
+    if own.dtype is not Dtype.auto:
+        about.append(f"They are written in {own.dtype.value}; what was measured was measured before.")
     files = {name: load_json(run_dir / name) for name in (DATA_REPORT, PROVENANCE) if (run_dir / name).exists()}
     metrics: dict[str, float] = {}
     for line in read_step_log(run_dir, METRICS):
@@ -70,4 +73,5 @@ def _card(job: Job, weights: TrainedWeights, *, merge: bool) -> str:
             metrics |= {name: value for name, value in line.content.items() if isinstance(value, int | float)}
     has_modelfile = merge and job.config.model.type is ModelType.causal_lm
     data, provenance = files.get(DATA_REPORT, {}), files.get(PROVENANCE, {})
-    return model_card(frozen, data, metrics, provenance, weights.token_ids, has_modelfile=has_modelfile)
+    said, ids = " ".join(about), weights.token_ids
+    return model_card(frozen, data, metrics, provenance, ids, about=said, has_modelfile=has_modelfile)

@@ -5,18 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.exported import ADAPTER, MODEL, check_exported, with_base_model, with_init_from_model
-from src.checkpoint.locate import find_weights
+from src.checkpoint.exported import ADAPTER, with_base_model, with_init_from_model
 from src.checkpoint.store import read_snapshot
 from src.checkpoint.tensors import tensors_digest
 from src.config.job import Job
 from src.data.dataset import build_encoder
 from src.data.tokenizer import load_tokenizer
-from src.errors import CheckpointError, ModelError
+from src.errors import CheckpointError
 from src.model.adapters import Adapter
 from src.model.export import load_exported, load_exported_adapter
 from src.runtime.session import Runtime
-from src.tracking.step_logs import METRICS, read_step_log
 from src.training.assembly import assemble_model
 from src.training.resume import tokenizer_hash
 from src.training.state import frozen_weights, restore_weights
@@ -31,25 +29,6 @@ class TrainedWeights:
     tokenizer: Any
     token_ids: Mapping[str, int]
     step: int | None
-
-
-def place_of_weights(job: Job) -> Path:
-    """Return where the weights that are asked for lie: a run's model/, model/adapter/ or one of its checkpoints.
-
-    They are compared with what the run wrote: DamagedFileError or CheckpointError names what is missing or damaged.
-    """
-    own, run_dir = job.entry_section, job.run_dir
-    if own.checkpoint is not None:
-        lines = [line.content for line in read_step_log(run_dir, METRICS)]
-        return find_weights(run_dir, own.checkpoint, job.config.checkpoint, lines)
-    folder = run_dir / MODEL
-    check_exported(run_dir, with_base_model(run_dir, job.config).model.checkpoint)
-    if own.merge:
-        return folder
-    for place in (folder, folder / "adapter"):
-        if (place / ADAPTER).exists():
-            return place
-    raise ModelError(f"export.merge=false writes an adapter, and {folder} holds whole weights alone")
 
 
 def load_weights(job: Job, place: Path, runtime: Runtime) -> TrainedWeights:

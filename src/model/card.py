@@ -34,19 +34,22 @@ def model_card(
     provenance: Mapping[str, Any],
     new_tokens: Mapping[str, int],
     *,
+    about: str = "",
     has_modelfile: bool = False,
 ) -> str:
     """Return the card of a run: of its config.yaml, data_report.json, last metrics, provenance.json, and token ids.
 
-    `has_modelfile`: whether an Ollama Modelfile is beside it.
+    `about` says more of the weights; `has_modelfile`: whether an Ollama Modelfile is beside it.
     """
     model, git = frozen["model"], provenance.get("git", {})
-    head = {"library_name": "peft" if _is_adapter(frozen) else "transformers", "base_model": _name(model["checkpoint"])}
+    head = {"library_name": "peft" if _is_adapter(frozen) else "transformers"}
+    if model["weights"] != "random" and _name(model["checkpoint"]) == model["checkpoint"]:  # else it is on no hub
+        head["base_model"] = model["checkpoint"]
     commit = git.get("commit") or "unknown"
     sections = {
         inline(frozen["name"]): f"{_what(frozen)} Trained with Towline at commit {commit}"
         f"{', with changes that are not committed' if git.get('dirty') else ''} (config hash "
-        f"{provenance.get('config_hash', 'unknown')}).",
+        f"{provenance.get('config_hash', 'unknown')}).{about and f' {about}'}",
         "## How to load it": _loading(frozen),
         "## How to serve and publish it": _serving(frozen, new_tokens, has_modelfile=has_modelfile),
         "## Data": table(
@@ -113,7 +116,10 @@ def _is_quantised(frozen: Mapping[str, Any]) -> bool:
 
 def _what(frozen: Mapping[str, Any]) -> str:
     model, adapter = frozen["model"], frozen["adapter"]
-    base = f"{inline(_name(model['checkpoint']))}{', from random weights' if model['weights'] == 'random' else ''}"
+    start = ", from random weights" if model["weights"] == "random" else ""
+    if frozen.get("init_from"):
+        start = f", from the weights of {inline(_name(frozen['init_from']))}"
+    base = f"{inline(_name(model['checkpoint']))}{start}"
     if adapter["type"] == "none":
         return f"A full fine-tune of {base}."
     bits = " in 8 bits" if frozen["quantization"]["load_in_8bit"] else " in 4 bits" if _is_quantised(frozen) else ""

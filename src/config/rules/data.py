@@ -11,8 +11,8 @@ from src.config.schema import PLACEHOLDER, DataConfig
 from src.config.schema.fields import READING_ROWS
 from src.util import did_you_mean
 
-PLAIN_NAME = re.compile(r"[\w.-]{1,60}")
-PLAIN = "letters, digits, '_', '-' and '.', at most 60 of them"
+PLAIN_NAME = re.compile(r"(?!\.+$)[\w.-]{1,60}")
+PLAIN = "letters, digits, '_', '-' and '.' (not '.' alone), at most 60 of them"
 """Names that files and metrics are called after; a letter has up to four bytes, and file systems take 255."""
 
 
