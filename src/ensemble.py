@@ -57,16 +57,16 @@ def ensemble(jobs: Sequence[Job], sweep: Path | None) -> int:
     from src.tracking.console import Console
     from src.tracking.lock import hold
 
-    console, method = Console(), jobs[0].entry_section.method
+    console, method, force = Console(), jobs[0].entry_section.method, jobs[0].config.force
     members = members_of(jobs, in_sweep=sweep is not None)
     output, decided = record.folder_of(members, sweep), record.decided_by(members)
     console.label("ensemble", f"{method.value} of {plural(len(members), 'run')} → {output}")
     with stop_on_signals() as stop, hold(output):
-        if found := record.look_at(output, decided, force=jobs[0].config.force):
+        if found := record.read_finished(output, decided, force=force):
             console.label("", "finished and left as it is (ensemble.output=DIR makes one elsewhere, force=true anew)")
         else:
             combine = prepare(method, members, console)
-            if record.begin(output, decided) and method in SOUPS:
+            if record.begin(output, decided, force=force) and method in SOUPS:
                 console.label("", "an earlier command was stopped here; a soup is begun anew")
             found = record.finish(output, decided, combine(output, stop))
         record.show(found, console)
@@ -119,10 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def make(arguments: list[str]) -> int:
         jobs, sweep = admit(arguments)
+        again = "The same command without force=true" if jobs[0].config.force else "The same command"
         return guarded(
             lambda: ensemble(jobs, sweep),
-            when_stopped="The same command continues what it predicts; a soup is begun anew.",
-            when_full="Make room, and the same command continues.",
+            when_stopped=f"{again} continues what it predicts; a soup is begun anew.",
+            when_full=f"Make room. {again} continues.",
         )
 
     return answer("ensemble", __doc__, argv, make)

@@ -16,6 +16,7 @@ from src.data.sources import file_hash, hash_of
 from src.errors import RunFolderError
 from src.sweep.ensembles import ENSEMBLES, RECORD, read_record
 from src.tracking.console import Console
+from src.tracking.lock import LOCK
 from src.tracking.run_folder import FILES
 from src.util import write_json
 
@@ -61,31 +62,42 @@ class MemberScores:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an ensemble scores, and what its members do; `rows` has how many were scored and left out, by set."""
+    """What an ensemble scores, and what its members do; `rows` has how many were scored, and left out why, by set."""
 
     scores: Mapping[str, float]
     members: Sequence[MemberScores]
     rows: Mapping[str, Mapping[str, int]]
 
 
-def look_at(folder: Path, decided: Mapping[str, Any], *, force: bool) -> dict[str, Any]:
+def read_finished(folder: Path, decided: Mapping[str, Any], *, force: bool) -> dict[str, Any]:
     """Return what a folder, which is held, says of this ensemble; empty where it is not finished there.
 
-    With `force` what is there of an ensemble is removed. RunFolderError where the folder holds another one, or a run.
+    With `force` it never is. RunFolderError where the folder holds another ensemble, a run, or anything else. Nothing
+    is changed.
     """
     record = read_record(folder)
-    if not record and os.path.lexists(folder / CONFIG):
-        raise RunFolderError(f"{folder} holds a run; choose another ensemble.output")
-    changed = _changed(record.get("decided_by", decided), decided)
+    if not record:
+        _check_unused(folder)
+        return {}
+    changed = _changed(record["decided_by"] or decided, decided)
     is_worth_keeping = any((folder / name).exists() for name in (MODEL, MEMBERS, PREDICTIONS))
-    if record and (force or (changed and not is_worth_keeping)):
-        for name in (*FILES, MEMBERS, RECORD):  # the record last: it is what makes the folder an ensemble's
-            remove_tree(folder / name)
+    if force or (changed and not is_worth_keeping):
         return {}
     if changed:
         lines = "\n  ".join([f"{folder} holds an ensemble that something else decided:", *changed])
         raise RunFolderError(f"{lines}\nensemble.output=DIR puts this one elsewhere; force=true makes it anew")
-    return record if record.get("is_finished") and is_worth_keeping else {}
+    is_whole_run = (folder / CONFIG).is_file() or not (folder / MODEL).exists()
+    return record if record["is_finished"] and is_worth_keeping and is_whole_run else {}
+
+
+def _check_unused(folder: Path) -> None:
+    """Raise RunFolderError where a folder without a record holds anything: an ensemble's is its own to remove."""
+    if os.path.lexists(folder / CONFIG):
+        raise RunFolderError(f"{folder} holds a run; choose another ensemble.output")
+    if found := sorted(set(os.listdir(folder)) - {LOCK, f".{RECORD}.part"}):
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        names = f"{', '.join(found[:3])}{more}"
+        raise RunFolderError(f"{folder} is no ensemble's folder, but holds {names}; choose another ensemble.output")
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -95,9 +107,17 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{name}   {hashed.get(name, f'{before.get(name)} there, {now.get(name)} now')}" for name in names]
 
 
-def begin(folder: Path, decided: Mapping[str, Any]) -> bool:
-    """Record in a folder what decides its ensemble, before anything else is written; return whether that was so."""
-    was_begun = bool(read_record(folder))
+def begin(folder: Path, decided: Mapping[str, Any], *, force: bool) -> bool:
+    """Record in a folder what decides its ensemble, before anything else is written; return whether that was so.
+
+    What is there of another one, or of this one with `force`, is removed.
+    """
+    record = read_record(folder)
+    was_begun = bool(record) and not force and not _changed(record["decided_by"], decided)
+    if record and not was_begun:
+        write_json(folder / RECORD, record | {"is_finished": False, "decided_by": {}})  # a kill leaves no half of it
+        for name in (*FILES, MEMBERS):
+            remove_tree(folder / name)
     _write(folder, decided, Outcome({}, (), {}), is_finished=False)
     return was_begun
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.records import NUMBER, Types, read_json
+from src.errors import DamagedFileError, report
+from src.records import NUMBER, Types, check_keys, damaged, read_json
 
 ENSEMBLES, RECORD = "ensembles", "ensemble.json"
 RECORD_KEYS: Mapping[str, Types] = {
@@ -17,6 +18,7 @@ RECORD_KEYS: Mapping[str, Types] = {
     "is_finished": bool,
     "members": list,
 }
+MEMBER_KEYS: Mapping[str, Types] = {"name": str, "run": str, "is_in": bool, "scores": dict}
 REMEDY = "Restore it; or move the ensemble's folder away: the same command makes it anew."
 
 
@@ -45,9 +47,14 @@ class EnsembleRow:
 def read_record(folder: Path) -> dict[str, Any]:
     """Return what ensemble.json of a folder says; empty where there is none. DamagedFileError: it can't be read."""
     try:
-        return read_json(folder / RECORD, RECORD_KEYS, remedy=REMEDY)
+        record = read_json(folder / RECORD, RECORD_KEYS, remedy=REMEDY)
+        for member in record["members"]:
+            check_keys(member if isinstance(member, dict) else {}, MEMBER_KEYS)
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise damaged(folder / RECORD, f"a member's {error}", REMEDY) from error
+    return record
 
 
 def members_in(folder: Path) -> list[Path]:
@@ -56,8 +63,13 @@ def members_in(folder: Path) -> list[Path]:
 
 
 def read_ensembles(sweep: Path) -> list[EnsembleRow]:
-    """Return the finished ensembles in a sweep's folder; DamagedFileError as `read_record`."""
-    records = {one.name: read_record(one) for one in sorted((sweep / ENSEMBLES).glob("*"))}
+    """Return the finished ensembles in a sweep's folder; one whose record is damaged is reported, and left out."""
+    records = {}
+    for file in sorted((sweep / ENSEMBLES).glob(f"*/{RECORD}")):
+        try:
+            records[file.parent.name] = read_record(file.parent)
+        except DamagedFileError as error:
+            report(f"warning: the leaderboard leaves out an ensemble: {error}")
     return [
         EnsembleRow(
             name,
