@@ -82,11 +82,13 @@ def ensemble(jobs: Sequence[Job], sweep: Path | None) -> int:
 def prepare(method: EnsembleMethod, members: Sequence[Member], console: Console) -> Combine:
     """Check that members go together, and on which rows; return what combines them in a folder that is held."""
     # imported here: torch takes seconds, and a folder that is in use or holds another ensemble is refused at once
-    from src.combining.members import check_one_model, check_one_vocabulary, differing_seeds
+    from src.combining.members import check_one_model, check_one_vocabulary, differing_seeds, named_twice
     from src.combining.texts import combine_consensus, combine_probabilities, unseen_tests
     from src.combining.weights import combine_weights
     from src.data.trained import RowHashes
 
+    for run in named_twice(members):
+        console.warn(f"{run} is named more than once, and counts as often")
     if method in SOUPS:
         check_one_model(members)
         if seeds := differing_seeds(members):

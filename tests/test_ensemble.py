@@ -21,12 +21,15 @@ from src import ensemble, predict
 from src.cli.start import run_job as train
 from src.combining.consensus import most_alike, similarity_by
 from src.combining.soup import WeightSum
-from src.data.trained import RowHashes
+from src.config.gate import admit_finished
+from src.config.places import remove_tree
+from src.data.trained import RowHashes, SeenRows
 from src.errors import ConfigError, ModelError
 from src.evaluation.answers import Completion
 from src.evaluation.generate import Generator
 from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
+from src.sweep.ensembles import read_ensembles
 from tests.conftest import ROWS, admitted, read_lines, towline, write_lines
 from tests.test_decoding import BOS, EOS, FAMILIES, NEW, PAD, PREFIX, prompts
 
@@ -90,16 +93,39 @@ def test_rows_are_the_same_in_every_file_and_fold(tmp_path: Path) -> None:
     others = [{"completion": "x", "prompt": "3", "id": 7}, {"prompt": "3", "completion": "y"}]
     tests = write_lines(tmp_path / "test.jsonl", others)
     named = [f"data.train_files=['{train}']", "data.validation_files=null", f"data.test_files=['{tests}']"]
-    trained = []
-    for fold in range(4):
-        config = admitted(*named, "data.num_folds=4", f"data.fold={fold}").config
-        trained.append(RowHashes(print).trained(config))
-        assert len(trained[-1]) == 15
+    configs = [admitted(*named, "data.num_folds=4", f"data.fold={fold}").config for fold in range(4)]
+    trained = [RowHashes(print).trained(config) for config in configs]
+    assert {len(of_run) for of_run in trained} == {15}
     assert len(set.union(*trained)) == 20
     assert not set.intersection(*trained)
-    same, other = RowHashes(print).of_files(config.data, [tests])
-    assert same in set.union(*trained)
-    assert other not in set.union(*trained)
+    seen = SeenRows(RowHashes(print))
+    for config in configs:
+        seen.add(config)
+    assert seen.in_files(config.data, [tests]) == [True, False]
+
+
+def test_a_row_is_seen_by_whatever_columns_a_member_reads(tmp_path: Path) -> None:
+    row = {"prompt": "3", "completion": "x", "question": "three", "answer": "y"}
+    both = write_lines(tmp_path / "test.jsonl", [row, row | {"answer": "z"}])
+    train = write_lines(tmp_path / "train.jsonl", [{"question": "three", "answer": "y"}])
+    named = ["data.validation_files=null", "data.validation_fraction=0", f"data.test_files=['{both}']"]
+    other = admitted(*named, f"data.train_files=['{write_lines(tmp_path / 'other.jsonl', SEEN)}']").config
+    renamed = ["data.columns.prompt=question", "data.columns.completion=answer"]
+    seen = SeenRows(RowHashes(print))
+    for config in (other, admitted(*named, *renamed, f"data.train_files=['{train}']").config):
+        seen.add(config)
+    assert seen.in_files(other.data, [both]) == [True, False]
+
+
+def test_stray_and_damaged_ensembles_stop_no_leaderboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    member = {"name": "0", "run": "0", "is_in": True, "scores": {"eval/test/rougeL": 0.5}}
+    record = {"method": "soup", "is_finished": True, "scores": {}, "rows": {}, "decided_by": {}, "members": [member]}
+    for name, content in (("whole", record), ("cut", record | {"members": [{"name": "0"}]})):
+        (tmp_path / "ensembles" / name).mkdir(parents=True)
+        (tmp_path / "ensembles" / name / "ensemble.json").write_text(json.dumps(content))
+    (tmp_path / "ensembles" / ".DS_Store").write_bytes(b"\0")
+    assert [one.folder for one in read_ensembles(tmp_path)] == ["whole"]
+    assert "cut/ensemble.json is damaged: a member's run is missing" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -149,17 +175,20 @@ def test_models_follow_one_another_in_beams_and_draws(
 
 SEEN = [{"prompt": f"{i % 7}{i}=", "completion": f"<ToW>{i}</ToW>{'xyz'[i % 3] * (1 + i % 5)}"} for i in range(48)]
 UNSEEN = [{"prompt": f"q{i}=", "completion": "xyz"[: 1 + i % 3]} for i in range(10)]
+LONG = {"prompt": "x" * 5000, "completion": "z"}
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep of two folds with a causal model and an encoder-decoder; two rows of its test set are trained on."""
     base = tmp_path_factory.mktemp("ensemble")
-    train = write_lines(base / "train.jsonl", SEEN)
+    for number in (0, 1):
+        write_lines(base / f"train-{number}.jsonl", SEEN[24 * number :][:24])
     tests = write_lines(base / "test.jsonl", [SEEN[3], *UNSEEN, SEEN[30]])
     done = towline(
         "-m", "sweep=kfold", "data.num_folds=2", "model=tiny_llama,tiny_bart", f"hydra.sweep.dir={base / 'sweep'}",
-        f"data.train_files=['{train}']", "data.validation_files=null", f"data.test_files=['{tests}']",
+        f"data.train_files=['{base}/train-*.jsonl']", "data.validation_files=null", f"data.test_files=['{tests}']",
+        "data.overflow=drop", "checkpoint.metric_for_best_model=eval/validation/rougeL",
         "data.metrics=[rougeL]", "sweep.metric=eval/test/rougeL", "sweep.direction=maximize", "tracking=none",
         "training.max_train_steps=4", "training.per_device_train_batch_size=16", "generation.max_new_tokens=6",
         "evaluation.eval_steps=null", "evaluation.sample_prompts=0", "checkpoint.checkpointing_steps=null",
@@ -208,7 +237,7 @@ def test_a_soup_is_a_finished_run_with_the_mean_of_the_weights(said: Command, sw
     assert all(torch.equal(mean[name], (first[name] + second[name]) / 2) for name in mean)
     assert any(not torch.equal(mean[name], first[name]) for name in mean)
     record = json.loads((tmp_path / "soup" / "ensemble.json").read_text())
-    assert record["rows"] == {"test": {"scored": 10, "left_out": 2}}
+    assert record["rows"] == {"test": {"scored": 10, "left_out": 2, "dropped": 0}}
     assert json.loads((tmp_path / "soup" / "summary.json").read_text()) == record["scores"]
     card = (tmp_path / "soup" / "model" / "README.md").read_text()
     assert "mean of 2 runs" in card
@@ -216,6 +245,7 @@ def test_a_soup_is_a_finished_run_with_the_mean_of_the_weights(said: Command, sw
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "soup" / "model").num_parameters()
     assert "2 of 12 rows are left out" in said(f"runs=[{tmp_path / 'soup'}]", f"ensemble.output={tmp_path / 'again'}")
     assert all(torch.equal(tensor, mean[name]) for name, tensor in weights(tmp_path / "again").items())
+    assert not admit_finished([f"run={tmp_path / 'soup'}"], "evaluate").config.data.validation_names()
     kept = write_lines(tmp_path / "kept.jsonl", UNSEEN)
     assert predict.main([f"run={tmp_path / 'soup'}", f"data.test_files=['{kept}']"]) == 0
     predicted = json.loads((tmp_path / "soup" / "predictions" / "metrics.json").read_text())
@@ -227,7 +257,10 @@ def test_an_adapter_is_merged_first_and_what_its_base_has_seen_counts(
 ) -> None:
     rows = write_lines(tmp_path / "rows.jsonl", [{"prompt": f"{i}", "completion": "zz"} for i in range(16)])
     tests = write_lines(tmp_path / "test.jsonl", [*UNSEEN[:2], *SEEN, {"prompt": "3", "completion": "zz"}])
-    base = sweep / "0" / "model"
+    shutil.copytree(sweep / "0", tmp_path / "begun")
+    base = tmp_path / "begun" / "export" / "step-2" / "model"
+    base.parent.mkdir(parents=True)
+    (tmp_path / "begun" / "model").rename(base)  # as of a run that is not finished
     train(
         admitted(f"model.checkpoint={base}", "model.weights=pretrained", "adapter=lora", f"data.train_files=['{rows}']",
                  "data.validation_files=null", f"data.test_files=['{tests}']", "training.max_train_steps=3",
@@ -241,6 +274,9 @@ def test_an_adapter_is_merged_first_and_what_its_base_has_seen_counts(
     soup = weights(tmp_path / "soup")
     assert all(torch.allclose(soup[name], expected[name], atol=1e-6) for name in soup)
     assert any(not torch.equal(tensor, weights(sweep / "0")[name]) for name, tensor in soup.items())
+    (tmp_path / "begun" / "config.yaml").unlink()
+    text = said(f"runs=[{tmp_path / 'lora'}]", f"ensemble.output={tmp_path / 'again'}")
+    assert f"{base} is in no run's folder" in "".join(text.split("\n"))
 
 
 def test_a_finished_ensemble_is_left_and_another_never_replaces_it(said: Command, sweep: Path, tmp_path: Path) -> None:
@@ -253,6 +289,56 @@ def test_a_finished_ensemble_is_left_and_another_never_replaces_it(said: Command
     said(runs(sweep, 1), output, "force=true")
     assert weights(tmp_path / "one").keys() == weights(sweep / "1").keys()
     assert "holds a run" in said(runs(sweep, 0), f"ensemble.output={sweep / '1'}", code=2)
+
+
+@pytest.mark.parametrize("force", [[], ["force=true"]], ids=str)
+def test_a_folder_that_holds_anything_else_is_left_as_it_is(
+    said: Command, sweep: Path, tmp_path: Path, force: list[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "precious.bin").write_bytes(b"mine")
+    for method in ("soup", "consensus"):
+        message = said(runs(sweep, 0), f"ensemble.method={method}", f"ensemble.output={tmp_path}", *force, code=2)
+        assert "holds model; choose another ensemble.output" in message
+        assert {file.name for file in tmp_path.rglob("*")} == {"model", "precious.bin", "lock"}
+
+
+def test_what_force_began_to_remove_is_never_taken_for_finished(
+    said: Command, sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, removed = [runs(sweep, 0), f"ensemble.output={tmp_path}"], list[Path]()
+    said(*command)
+
+    def remove(place: Path) -> None:
+        if len(removed) == 3:
+            raise KeyboardInterrupt
+        removed.append(place)
+        remove_tree(place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("src.combining.record.remove_tree", remove)
+        assert "The same command without force=true continues" in said(*command, "force=true", code=75)
+    assert tmp_path / "config.yaml" in removed
+    said(*command)
+    assert (tmp_path / "config.yaml").is_file()
+    (tmp_path / "config.yaml").unlink()
+    assert "begun anew" in said(*command)
+    assert (tmp_path / "config.yaml").is_file()
+
+
+def test_files_that_a_member_was_trained_on_are_those_of_now(said: Command, sweep: Path, tmp_path: Path) -> None:
+    first, second = sorted(sweep.parent.glob("train-*.jsonl"))
+    command = [runs(sweep, 0), f"ensemble.output={tmp_path / 'out'}"]
+    second.rename(tmp_path / second.name)
+    try:
+        assert f"{second.name}, which" in said(*command, code=2)
+    finally:
+        (tmp_path / second.name).rename(second)
+    added = Path(shutil.copy(first, first.with_name("train-2.jsonl")))
+    try:
+        assert "train-2.jsonl was not there" in said(*command, code=2)
+    finally:
+        added.unlink()
 
 
 def test_what_a_kill_left_is_continued_or_begun_anew(said: Command, sweep: Path, tmp_path: Path) -> None:
@@ -272,13 +358,16 @@ def test_what_a_kill_left_is_continued_or_begun_anew(said: Command, sweep: Path,
 
 def test_a_greedy_soup_is_never_worse_than_its_best_member(said: Command, sweep: Path, tmp_path: Path) -> None:
     greedy = [runs(sweep, 0, 1), "ensemble.method=greedy_soup", f"ensemble.output={tmp_path / 'greedy'}"]
+    greedy.append("ensemble.metric=eval/validation/loss")
     message = said(*greedy, code=2)
     assert "each of its 24 rows was trained on by a member" in message
     assert "data.validation_files=[FILE]" in message
-    fresh = write_lines(tmp_path / "fresh.jsonl", [SEEN[5], *UNSEEN[:6]])
-    text = said(*greedy, f"data.validation_files=['{fresh}']")
+    fresh = write_lines(tmp_path / "fresh.jsonl", [SEEN[5], *UNSEEN[:6], LONG])
+    text = said(*greedy, f"data.validation_files=['{fresh}']", "data.max_dropped_fraction=0.5")
     assert "1 of 7 rows are left out" in text
+    assert "1 row is not scored" in text
     record = json.loads((tmp_path / "greedy" / "ensemble.json").read_text())
+    assert record["rows"]["validation"] == {"scored": 6, "left_out": 1, "dropped": 1}
     name = "eval/validation/loss"
     best = min(record["members"], key=lambda member: member["scores"][name])
     assert best["is_in"]
@@ -286,14 +375,22 @@ def test_a_greedy_soup_is_never_worse_than_its_best_member(said: Command, sweep:
 
 
 def test_the_consensus_of_equal_predictions_is_these(said: Command, sweep: Path, tmp_path: Path) -> None:
-    output, tests = tmp_path / "same", write_lines(tmp_path / "unseen.jsonl", UNSEEN)
-    given = [f"data.test_files=['{tests}']", "ensemble.method=consensus", f"ensemble.output={output}"]
-    said(runs(sweep, 0, 0, 0), *given)
+    output, tests = tmp_path / "same", write_lines(tmp_path / "unseen.jsonl", [LONG, *UNSEEN])
+    given = [
+        "data.max_dropped_fraction=0.5",
+        f"data.test_files=['{tests}']",
+        "ensemble.method=consensus",
+        f"ensemble.output={output}",
+    ]
+    text = said(runs(sweep, 0, 0, 0), *given)
+    assert "named more than once" in text
+    assert "1 row is not scored" in text
     expected = (output / "members" / "1" / "test.jsonl").read_bytes()
     assert expected.count(b"\n") == 10
     assert (output / "predictions" / "test.jsonl").read_bytes() == expected
     scores = json.loads((output / "ensemble.json").read_text())
     assert all(member["scores"] == scores["scores"] for member in scores["members"])
+    assert scores["rows"] == {"test": {"scored": 10, "left_out": 0, "dropped": 1}}
 
 
 def test_the_consensus_is_of_all_samples(said: Command, sweep: Path, tmp_path: Path) -> None:

@@ -1,19 +1,22 @@
 """The members of an ensemble: finished runs, what they have in common, and which rows none of them has seen."""
 
-from collections.abc import Iterable, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from src.checkpoint.exported import ADAPTER, MODEL, check_exported, exported_digests, with_base_model
 from src.config.files import expand
-from src.config.frozen import CONFIG, config_hash, read_config, read_status
+from src.config.frozen import CONFIG, STARTS, STATUS, config_hash, read_config, read_status
 from src.config.gate import parse_stored
 from src.config.job import Job
 from src.config.schema import RunConfig, Weights
 from src.data.dataset import file_hashes
 from src.data.sources import file_hash, hash_of
-from src.data.trained import RowHashes
+from src.data.trained import RowHashes, SeenRows
 from src.errors import DamagedFileError, DataError, ModelError
 from src.metrics import greater_is_better
 from src.records import read_json
@@ -75,6 +78,12 @@ def members_of(jobs: Sequence[Job], *, in_sweep: bool) -> list[Member]:
     return members
 
 
+def named_twice(members: Sequence[Member]) -> list[Path]:
+    """Return the runs that are members more than once."""
+    counts = Counter(member.run_dir.resolve() for member in members)
+    return [run for run, count in counts.items() if count > 1]
+
+
 def _test_rows(member: Member) -> dict[str, list[str]]:
     sets = member.job.config.data.test_sets()
     return {name: [file_hash(file) for file in expand(files)] for name, files in sets.items()}
@@ -84,42 +93,77 @@ def _named(sets: Iterable[str]) -> str:
     return ", ".join(sets) or "none"
 
 
-def rows_seen(members: Sequence[Member], hashes: RowHashes) -> set[bytes]:
-    """Return the hashes of all rows that a member may have been trained on, or the runs that it began with.
+def rows_seen(members: Sequence[Member], hashes: RowHashes, warn: Callable[[str], None]) -> SeenRows:
+    """Return all rows that a member may have been trained on, or the runs that it began with.
 
-    DataError where these can't be read any more, or are others than they were.
+    DataError where these can't be read any more, or are others than they were. A base of which that is not known is
+    warned of.
     """
-    seen, folders, known = set[bytes](), [member.run_dir for member in members], set[Path]()
+    seen, folders, known = SeenRows(hashes), [member.run_dir for member in members], set[Path]()
+    unknown: dict[str, None] = {}
     while folders:
         folder = folders.pop().resolve()
         if folder in known:
             continue
         known.add(folder)
+        if made_of := members_in(folder):  # its own configuration is that of one of them
+            folders += made_of
+            continue
         config = parse_stored(read_config(folder))
         _check_unchanged(folder, config)
-        seen |= hashes.trained(config)
-        folders += [*_begun_with(config), *members_in(folder)]
+        seen.add(config)
+        for place in _begun_with(config):
+            around = {one for path in (place.absolute(), place.resolve()) for one in (path, *path.parents[:3])}
+            found = [one for one in around if _is_run(one)]
+            folders += found
+            if not found:
+                unknown[str(place)] = None
+    for base in unknown:
+        warn(f"{base} is in no run's folder: which rows that base was trained on is not known, and none is left out")
     return seen
 
 
 def _begun_with(config: RunConfig) -> list[Path]:
-    """Return the folders of the runs whose results a run began with."""
-    places = [Path(place) for place in (config.init_from, config.model.checkpoint) if place]
-    around = [folder for place in places for folder in (place, *place.parents[:2])]
-    return [folder for folder in around if (folder / CONFIG).is_file() and (folder / MODEL).is_dir()]
+    """Return the places of the weights that a run began with; a model on a hub has none."""
+    places = [] if config.init_from is None else [Path(config.init_from)]
+    base = Path(config.model.checkpoint)
+    if config.model.weights is not Weights.random and base.exists():
+        places.append(base)
+    return places
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a run, finished or not: something else may have a config.yaml too."""
+    return (folder / CONFIG).is_file() and any((folder / name).exists() for name in (STARTS, STATUS, MODEL))
 
 
 def _check_unchanged(folder: Path, config: RunConfig) -> None:
-    """Raise DataError where a file that a run was trained on is gone, or has another content."""
-    advice = "restore it: which rows the run has seen is not known without it"
-    data = replace(config.data, validation_files=None, test_files=None)
+    """Raise DataError where a file that a run was trained on is gone or has another content, or one was added."""
+    advice = "which rows the run has seen is not known"
     try:
         before = read_json(folder / PROVENANCE).get("data", {})
     except (FileNotFoundError, DamagedFileError):
         before = {}
-    for file, now in file_hashes(data).items():
-        if before.get(file, now) != now:
-            raise DataError(f"{file} is not what {folder} was trained on: {advice}")
+    named = replace(config.data, validation_files=None, test_files=None)
+    patterns = [pattern for patterns in named.files().values() for pattern in patterns]
+    now = file_hashes(named)
+    for file, content in now.items():
+        if before.get(file, content) != content:
+            raise DataError(f"{file} is not what {folder} was trained on: restore it, {advice} without it")
+    others = {file for files in config.data.files().values() for file in expand(files)}
+    for file in before.keys() - others:
+        if any(_may_name(pattern, file) for pattern in patterns):
+            raise DataError(f"{file}, which {folder} was trained on, is gone: restore it, {advice} without it")
+    added = sorted(now.keys() - before.keys())
+    if added and before.keys() & now.keys():
+        raise DataError(f"{added[0]} was not there when {folder} was trained: move it away, {advice} with it")
+
+
+def _may_name(pattern: str, file: str) -> bool:
+    """Return whether a file, a glob or a folder meant a file that may be gone by now."""
+    pattern, file = os.path.normpath(pattern), os.path.normpath(file)
+    globs = (pattern, pattern.replace("**/", ""), os.path.join(pattern, "*"))
+    return file == pattern or any(fnmatchcase(file, one) for one in globs)
 
 
 def check_one_model(members: Sequence[Member]) -> None:

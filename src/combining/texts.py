@@ -26,15 +26,15 @@ Lines = dict[int, dict[str, Any]]  # predictions by the number of their row
 class UnseenRows:
     """The rows of the test sets that no member was trained on."""
 
-    hashes: Mapping[str, Sequence[bytes]]  # of each row of a set
-    seen: set[bytes]
+    are_seen: Mapping[str, Sequence[bool]]  # of each row of a set
 
     def numbers(self, name: str) -> list[int]:
-        return [number for number, one in enumerate(self.hashes[name]) if one not in self.seen]
+        return [number for number, is_seen in enumerate(self.are_seen[name]) if not is_seen]
 
     def counts(self, name: str, scored: int) -> dict[str, int]:
-        """Return how many rows of a set were scored, and how many were left out because a member has seen them."""
-        return {"scored": scored, "left_out": len(self.hashes[name]) - len(self.numbers(name))}
+        """Return how many rows of a set were scored, and how many were left out: seen, or dropped, by a member."""
+        num_left = len(self.numbers(name))
+        return {"scored": scored, "left_out": len(self.are_seen[name]) - num_left, "dropped": num_left - scored}
 
 
 def unseen_tests(members: Sequence[Member], hashes: RowHashes, console: Console) -> UnseenRows:
@@ -43,9 +43,10 @@ def unseen_tests(members: Sequence[Member], hashes: RowHashes, console: Console)
     sets = data.test_sets()
     if not sets:
         raise DataError("there are no rows to combine texts of: data.test_files=[FILE]")
-    rows = UnseenRows({name: hashes.of_files(data, files) for name, files in sets.items()}, rows_seen(members, hashes))
+    seen = rows_seen(members, hashes, console.warn)
+    rows = UnseenRows({name: seen.in_files(data, files) for name, files in sets.items()})
     for name in sets:
-        report_left_out(name, len(rows.hashes[name]), len(rows.numbers(name)), console)
+        report_left_out(name, len(rows.are_seen[name]), len(rows.numbers(name)), console)
     return rows
 
 
@@ -60,13 +61,20 @@ def report_left_out(name: str, num_rows: int, num_left: int, console: Console, k
         console.warn(f"{name}: {num_rows - num_left:,} of {num_rows:,} rows are left out: a member was trained on them")
 
 
+def report_dropped(name: str, num_dropped: int, console: Console) -> None:
+    """Say how many rows of a set are not scored because they could not be encoded for every member."""
+    if num_dropped:
+        are = "row is" if num_dropped == 1 else "rows are"
+        console.warn(f"{name}: {num_dropped:,} {are} not scored: a member drops them, as too long or empty")
+
+
 def predict_members(
     members: Sequence[Member], rows: UnseenRows, output: Path, stop: StopRequest, console: Console
 ) -> dict[str, list[Lines]]:
     """Return each member's predictions of the rows to score on, by set; those that are whole somewhere are not made
     again.
     """
-    lines: dict[str, list[Lines]] = {name: [] for name in rows.hashes}
+    lines: dict[str, list[Lines]] = {name: [] for name in rows.are_seen}
     for number, member in enumerate(members, 1):
         console.label("member", f"{number} of {len(members)}: {member.run_dir}")
         found = _predicted(member) or predict_sets(member.job, output / MEMBERS / str(number), stop, console)
@@ -107,7 +115,7 @@ def combine_consensus(
                 console.working(f"{name}: {len(chosen):,} of {len(common):,} rows compared")
             one.append([Prediction(**line) for line in chosen])
         finish(one, job, console)
-    return _outcome(job, members, rows, predicted, sets)
+    return _outcome(job, members, rows, predicted, sets, console)
 
 
 def _texts(line: dict[str, Any]) -> list[dict[str, Any]]:
@@ -129,15 +137,15 @@ def combine_probabilities(
     job = members[0].job
     num_samples = job.config.generation.num_return_sequences
     predicted = predict_members(members, rows, output, stop, console)
-    sets = {name: _open_set(output, name, members) for name in rows.hashes}
+    sets = {name: _open_set(output, name, members) for name in rows.are_seen}
     if not all(one.is_generated() for one in sets.values()):
         with open_generation([member.job for member in members], stop, console) as (generator, prompts):
             for name, one in sets.items():
-                left = without(prompts.sets[name], [rows.hashes[name]], rows.seen)
+                left = without(prompts.sets[name], [rows.are_seen[name]])
                 predict_rows(one, left, generator, job.config.seed, num_samples, console, numbers=row_numbers(left))
     for one in sets.values():
         finish(one, job, console)
-    return _outcome(job, members, rows, predicted, sets)
+    return _outcome(job, members, rows, predicted, sets, console)
 
 
 def _common_rows(name: str, lines: Sequence[Lines]) -> list[int]:
@@ -166,6 +174,7 @@ def _outcome(
     rows: UnseenRows,
     predicted: Mapping[str, Sequence[Lines]],
     sets: Mapping[str, PredictedSet],
+    console: Console,
 ) -> Outcome:
     """Score the ensemble and its members on the rows that all of them have predicted, by the metrics of a job."""
     scores: dict[str, float] = {}
@@ -174,6 +183,7 @@ def _outcome(
     for name, one in sets.items():
         chosen = list(one.read())
         counts[name] = rows.counts(name, len(chosen))
+        report_dropped(name, counts[name]["dropped"], console)
         scores |= _scores(name, chosen, job)
         for found, lines in zip(of_members, predicted[name], strict=True):
             found |= _scores(name, [lines[line["row"]] for line in chosen if line["row"] in lines], job)

@@ -9,9 +9,10 @@ from src.checkpoint.exported import MODEL, exported_digests
 from src.combining.members import Member, rows_seen
 from src.combining.record import MemberScores, Outcome
 from src.combining.soup import WeightSum
-from src.combining.texts import report_left_out
+from src.combining.texts import report_dropped, report_left_out
 from src.config.frozen import config_hash, read_config, read_status
 from src.config.options import PROJECT_ROOT
+from src.config.rules.checkpoint import DEFAULT_METRIC
 from src.config.schema import EnsembleConfig, EnsembleMethod
 from src.data.dataset import EvaluatedRows, build_evaluated, file_hashes
 from src.data.sets import EncodedSet
@@ -71,11 +72,19 @@ class MemberScorer:
         return greater_is_better(self.metric)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Return how many rows of each set are scored, and how many are left out because a member has seen them."""
-        whole = self.rows.sets
+        """Return how many rows of each set are scored, and how many are left out: seen by a member, or dropped."""
         return {
-            name: {"scored": len(rows), "left_out": len(whole[name]) - len(rows)} for name, rows in self.sets.items()
+            name: {
+                "scored": len(rows),
+                "left_out": len(self.rows.sets[name]) - len(rows),
+                "dropped": self.rows.reports[name].rows_dropped.total(),
+            }
+            for name, rows in self.sets.items()
         }
+
+    def is_new(self, name: str) -> bool:
+        """Whether no member was trained on any row of a set."""
+        return name in self.sets and len(self.sets[name]) == len(self.rows.sets[name])
 
     def load(self, member: Member) -> Any:
         """Load a member's whole model; an adapter is merged into its base first, as the mean of products is not the
@@ -186,14 +195,16 @@ def _open_scorer(members: Sequence[Member], hashes: RowHashes, runtime: Runtime,
     tests, validations = config.data.test_sets(), config.data.validation_names()
     tokenizer, _ = load_tokenizer(config.model.pretrained_at(members[0].run_dir / MODEL), config.tokens)
     rows = build_evaluated(config, tokenizer, [*validations, *tests], console.working)
-    sets, seen = dict[str, EncodedSet](), rows_seen(members, hashes)
+    sets, seen = dict[str, EncodedSet](), rows_seen(members, hashes, console.warn)
     for name, one in rows.sets.items():
         if name in tests:
-            sets[name] = without(one, [hashes.of_files(config.data, tests[name])], seen)
+            sets[name] = without(one, [seen.in_files(config.data, tests[name])])
             report_left_out(name, len(one), len(sets[name]), console)
-        elif len(left := without(one, hashes.of_validation(config.data, name), seen)):
+        elif len(left := without(one, seen.in_validation(config.data, name))):
             sets[name] = left
             report_left_out(name, len(one), len(left), console, "data.validation_files")
+    for name in sets:
+        report_dropped(name, rows.reports[name].rows_dropped.total(), console)
     if not sets:
         raise DataError("nothing to score on that no member was trained on: name rows with data.test_files=[FILE]")
     return MemberScorer(members, tokenizer, rows, sets, runtime, console)
@@ -204,6 +215,7 @@ def _write_run(scorer: MemberScorer, model: Any, output: Path, outcome: Outcome)
     first, method = scorer.members[0], scorer.members[0].job.entry_section.method.value
     config, frozen = first.job.config, read_config(first.run_dir)
     frozen["name"] += f"-{method}"
+    _drop_seen_validation(frozen, scorer)
     if first.has_adapter:
         frozen["export"]["merge"] = True  # its weights are whole now
     of_data = read_json(first.run_dir / DATA_REPORT) if (first.run_dir / DATA_REPORT).is_file() else {}
@@ -219,6 +231,21 @@ def _write_run(scorer: MemberScorer, model: Any, output: Path, outcome: Outcome)
             scorer.console.warn(warning)
         folder.write_json(SUMMARY, outcome.scores)
         folder.set_status(model=exported_digests(output / MODEL))
+
+
+def _drop_seen_validation(frozen: dict[str, Any], scorer: MemberScorer) -> None:
+    """Leave in a soup's configuration only the validation sets of which no member was trained on any row.
+
+    What its first member held out of train, the others were trained on: nobody is to evaluate a soup on it.
+    """
+    data = scorer.members[0].job.config.data
+    files = {name: list(files) for name, files in data.validation_sets().items() if scorer.is_new(name)}
+    split = data.validation_split if data.has_hub_validation and scorer.is_new("validation") else None
+    held_out = {"num_folds": None, "fold": None, "group_column": None, "validation_fraction": 0.0}
+    frozen["data"] |= held_out | {"validation_files": files or None, "validation_split": split}
+    if data.is_held_out or not all(map(scorer.is_new, data.validation_names())):  # what chose the best of a run by them
+        frozen["training"] |= {"early_stopping_patience": None}
+        frozen["checkpoint"] |= {"metric_for_best_model": DEFAULT_METRIC, "load_best_model_at_end": False}
 
 
 def _members_in_card(outcome: Outcome) -> str:
