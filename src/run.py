@@ -58,7 +58,7 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
             for step in train(state, data.train, config, runtime, evaluator.generator.pad_token_id):
                 tracker.progress(step, state.num_steps, is_logged=step.is_due(config.training.logging_steps))
                 tracker.warn(*step.warnings)
-                if step.is_due(config.checkpoint.checkpointing_steps, at_end=config.checkpoint.saves_at_end):
+                if saver.is_due(step):
                     saver.save()  # before the evaluation: a run that is stopped in it repeats it
                 with tracker.line(step, due=step.is_due(config.training.logging_steps)) as line:
                     if step.is_due(config.evaluation.eval_steps):

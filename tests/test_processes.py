@@ -32,6 +32,7 @@ from src.checkpoint.manifest import newest_resumable, problems_of
 from src.cli.start import run_job as run
 from src.config import rules
 from src.config.gate import admit
+from src.config.places import steps_in
 from src.config.schema import MixedPrecision
 from src.data.batching import collate, windows
 from src.data.dataset import build_data
@@ -586,21 +587,35 @@ def test_one_process_that_is_killed_ends_all_and_the_run_goes_on(lab: Laboratory
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
+def ask_by_files(run_dir: Path) -> None:
+    """Have a run save, then stop, as `touch` does; all its processes must save the same step."""
+    before = set(steps_in(run_dir / "checkpoints"))
+    (run_dir / "save").touch()
+    until(lambda: not (run_dir / "save").exists())
+    assert until(lambda: set(steps_in(run_dir / "checkpoints")) - before)
+    (run_dir / "stop").touch()
+    until(lambda: not (run_dir / "stop").exists())
+
+
 def test_the_number_of_processes_may_change_over_stops_in_an_epoch(lab: Laboratory) -> None:
     one_epoch = ("training.num_train_epochs=1", "training.per_device_train_batch_size=1", "training.logging_steps=2")
+    one_epoch += ("checkpoint.checkpointing_steps=null",)
     one_epoch += ("training.gradient_accumulation_steps=1",)  # two rows a step: 39 steps, the last takes one
     seen = []
     for number, behind, zero in ((2, 4, ZERO3), (1, 14, ())):
         asked = lab.asked("changed", *one_epoch, *zero, f"runtime.num_processes={number}")
         with lab.two_forked(asked) if number == 2 else lab.one_forked(asked) as (ranks, log):
             lab.await_step("changed", ranks[0], behind, log)
-            for rank in ranks:
-                rank.send_signal(signal.SIGTERM)
+            if number == 2:
+                ask_by_files(lab.at("changed"))
+            else:
+                ranks[0].send_signal(signal.SIGTERM)
             assert [rank.wait(LIMIT) for rank in ranks] == [75] * number, log.read_text()
         newest = newest_resumable(lab.at("changed") / "checkpoints")
         state = json.loads((lab.at("changed") / "checkpoints" / f"step-{newest:08}" / "state.json").read_text())
         assert state["counters"]["examples_seen"] == state["position"]["num_sequences"] == 2 * state["step"]
         seen.append((newest, log.read_text()))
+    assert "Stopped by the file stop" in seen[0][1]
     output = lab.join("changed", *one_epoch, "runtime.num_processes=2")
     assert seen[0][0] < seen[1][0] < 39
     assert "instead of" not in seen[0][1]
@@ -670,6 +685,7 @@ import sys
 from torch import distributed, nn
 
 from src.config.gate import admit
+from src.config.places import steps_in
 from src.config.schema import MixedPrecision
 from src.runtime.session import start_runtime
 from src.runtime.signals import StopRequest

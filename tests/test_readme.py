@@ -20,6 +20,7 @@ import yaml
 
 from src.config.gate import admit, admit_finished, admit_members
 from src.config.help import help_of_run
+from src.runtime.signals import SAVE_FILE, STOP_FILE
 from src.sweep.plan import plan_sweep
 from src.sync import admit_sync
 from tests.conftest import ROOT, admitted
@@ -150,6 +151,8 @@ def check(words: list[str]) -> None:
             ENTRIES[words[module]](words[module + 1 :])
     elif program == "make":
         check_make(arguments)
+    elif program == "touch":
+        assert Path(arguments[0]).name in (SAVE_FILE, STOP_FILE)
     else:
         assert program == "python", f"nothing checks {shlex.join(words)}"
         check_script(arguments)

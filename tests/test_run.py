@@ -211,6 +211,20 @@ class After(StopRequest):
         super().check()
 
 
+class Touches(StopRequest):
+    """Makes a file in the run's folder when so many steps have begun."""
+
+    def __init__(self, run: Path, files: dict[int, str]) -> None:
+        super().__init__()
+        self.run, self.files, self.begun = run, files, 0
+
+    def check(self) -> None:
+        self.begun += self.is_deferred
+        super().check()
+        if name := self.files.pop(self.begun, ""):
+            (self.run / name).touch()
+
+
 SIX = [
     *SMALL,
     "training.max_train_steps=6",
@@ -225,6 +239,30 @@ def stopped_after(steps: int, run: Path, *overrides: str) -> None:
     with pytest.raises(Interrupted):
         train(admitted(*overrides, f"hydra.run.dir={run}"), After(steps))
     assert status_of(run)["step"] == newest_resumable(run / "checkpoints")
+
+
+def test_files_ask_a_run_to_save_and_to_stop(tmp_path: Path) -> None:
+    run, overrides = tmp_path / "run", (*SIX, "checkpoint.checkpointing_steps=null")
+    run.mkdir()
+    for name in ("save", "stop"):  # too early: they are of an earlier start
+        (run / name).touch()
+    with pytest.raises(Interrupted):
+        train(admitted(*overrides, f"hydra.run.dir={run}"), Touches(run, {2: "save", 5: "stop"}))
+    assert steps_in(run / "checkpoints") == [3, 5]
+    assert not {"save", "stop"} & set(os.listdir(run))
+    status = status_of(run)
+    assert (status["state"], status["cause"], status["step"]) == ("PREEMPTED", "stopped by the file stop", 5)
+
+
+def test_a_file_with_content_is_no_request(tmp_path: Path) -> None:
+    (tmp_path / "stop").write_text("numbers of mine")
+    (tmp_path / "save").mkdir()
+    stop = StopRequest()
+    stop.follow_files(tmp_path)
+    stop.note_saved()
+    assert not stop.asked()
+    assert not stop.is_save_asked()
+    assert (tmp_path / "stop").read_text() == "numbers of mine"
 
 
 def test_a_run_goes_on_as_it_last_was(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def run_job(job: Job, stop: StopRequest) -> dict[str, float]:
     """Run a job to its end in this process, from the beginning or a checkpoint, and return its summary as run does."""
     stop.check()
     stop.set_time_limit(job.config.training.max_seconds)
-    with open_run(job) as (found, tracker):
+    with open_run(job, stop) as (found, tracker):
         from src.run import run  # here: torch takes seconds, and a folder in use is refused at once
 
         collect_from_here()
@@ -76,7 +76,7 @@ def run_job(job: Job, stop: StopRequest) -> dict[str, float]:
 
 
 @contextmanager
-def open_run(job: Job) -> Iterator[tuple[ResumePoint, Tracker]]:
+def open_run(job: Job, stop: StopRequest) -> Iterator[tuple[ResumePoint, Tracker]]:
     """Hold the run's folder, find the checkpoint to resume from, and track the run; in the first process only.
 
     RunFolderError says that the folder is in use or holds another run; CheckpointError and ConfigError, that the run
@@ -95,6 +95,7 @@ def open_run(job: Job) -> Iterator[tuple[ResumePoint, Tracker]]:
             if found.checkpoint is not None:
                 tracker.show_overview({"resumed": f"after step {found.step}, from {found.checkpoint}"})
             tracker.warn(*found.warnings)
+            stop.follow_files(run_dir)
             yield found, tracker
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -37,6 +37,7 @@ class Step(StepResult):
     is_last: bool
     stats: StepStats = field(repr=False)
     with_objective: bool = False  # whether the objective differs from the loss, so that its mean is a metric of its own
+    is_save_asked: bool = False  # whether somebody asked for a checkpoint after it (StopRequest.is_save_asked)
 
     def is_due(self, every: int | str | None, *, at_end: bool = True) -> bool:
         """Return whether what happens every N steps or every epoch is due; with `at_end` at the last step too."""
@@ -88,13 +89,13 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
             MicroBatch(block, collate(block, sequences, pad_token_id, padding_free=state.is_padding_free), is_real)
             for (block, sequences), is_real in runtime.split(window.micro_batches)
         ]
-        lr, grad_norm = step_once(state, batches, config, runtime)
+        lr, grad_norm, is_save_asked = step_once(state, batches, config, runtime)
         seconds = time.perf_counter() - started
         state.stats.seconds += seconds
         state.train_seconds += seconds
         state.position, state.rng = window.after, runtime.rng_state()
         state.last_step = StepResult(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
-        yield _last_step(state, config.loss)
+        yield replace(_last_step(state, config.loss), is_save_asked=is_save_asked)
 
 
 def _last_step(state: TrainState, loss: LossConfig) -> Step:
@@ -105,21 +106,23 @@ def _last_step(state: TrainState, loss: LossConfig) -> Step:
 
 def step_once(
     state: TrainState, batches: Sequence[MicroBatch], config: RunConfig, runtime: Runtime
-) -> tuple[float, float]:
-    """Do one optimizer update over the micro-batches of a step; return its learning rate and gradient norm.
+) -> tuple[float, float, bool]:
+    """Do one optimizer update over the micro-batches of a step.
 
     The batches are this process's; every process has as many.
+    Returns: its learning rate, its gradient norm, and whether a checkpoint after it was asked for.
     """
     state.loss_model.train()
     real = [one.batch for one in batches if one.is_real]
-    # one exchange of all processes, also of whether one of them was asked to stop: so all stop at the same step
-    num_supervised, num_thought, num_tokens, num_rows, asked = runtime.sum(
+    # one exchange of all processes, also of what one of them was asked for: so all stop, or save, at the same step
+    num_supervised, num_thought, num_tokens, num_rows, asked, asked_to_save = runtime.sum(
         [
             sum(batch.num_supervised for batch in real),
             sum(batch.num_thought for batch in real),
             sum(batch.num_tokens for batch in real),
             sum(len(batch.rows) for batch in real),
             float(bool(runtime.stop.asked())),
+            float(runtime.stop.is_save_asked()),
         ]
     )
     runtime.check_stop(asked)
@@ -131,7 +134,7 @@ def step_once(
     state.stats.add(StepStats(nll, num_supervised, thought_nll, num_thought, mean_objective, 1, int(num_tokens)))
     state.tokens_seen += int(num_tokens)
     state.examples_seen += int(num_rows)
-    return lr, grad_norm
+    return lr, grad_norm, bool(asked_to_save)
 
 
 def _add_gradients(

@@ -69,10 +69,16 @@ class Saver:
     lines: Sequence[Mapping[str, Any]]  # of metrics that the run resumes after
     _stopping: EarlyStopping
 
+    def is_due(self, step: Step) -> bool:
+        """Return whether a step is saved: by checkpoint.checkpointing_steps, or because somebody asked for it."""
+        config = self._config.checkpoint
+        return step.is_save_asked or step.is_due(config.checkpointing_steps, at_end=config.saves_at_end)
+
     def save(self) -> None:
         """Save the present step, so that a run can resume from it; one that is saved already is left as it is."""
         state = self._state
         self._checkpoints.save(state.step, lambda: state.snapshot(self._runtime, self._extra_state()))
+        self._runtime.stop.note_saved()
 
     def keep_if_best(self, metrics: Mapping[str, Any]) -> None:
         """Keep the weights of the present step, if its evaluation is among the best so far."""
