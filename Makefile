@@ -26,7 +26,7 @@ resume: $(READY) ## resume or extend the run in a folder: run=DIR; ARGS='KEY=VAL
 	@test -n "$$run" || { echo "Which run? make resume run=DIR"; exit 2; }
 	$(BIN)/python -m src.run "rerun=$$run" "hydra.run.dir=$$run" $(ARGS)
 
-sync: $(READY) ## deliver to MLflow what it lacks of a run or sweep: run=DIR or run=[A,B]; ARGS='KEY=VALUE …'
+sync: $(READY) ## deliver to trackers what they lack of a run or sweep: run=DIR or run=[A,B]; ARGS='KEY=VALUE …'
 	@test -n "$$run" || { echo "Which run? make sync run=DIR"; exit 2; }
 	$(BIN)/python -m src.sync "run=$$run" $(ARGS)
 

@@ -1,10 +1,10 @@
-"""Bring MLflow what it lacks of runs and sweeps: `python -m src.sync run=DIR KEY=VALUE …`.
+"""Bring trackers what they lack of runs and sweeps: `python -m src.sync run=DIR KEY=VALUE …`.
 
 DIR is the folder of a run or a sweep, of one that finished, failed, was stopped or killed: anything that no process
 uses. run=[A,B] takes several, as does run=… given again. A sweep is brought with all its trials.
 
-Each folder's own config.yaml says which tracker; a secret that was not stored in it comes from the environment. Keys:
-  tracking.uri=…              another store; what of the folder is not there is delivered anew
+Each folder's own config.yaml says which trackers; a secret that was not stored in it comes from the environment. Keys:
+  tracking.uri=…              another MLflow store; what of the folder is not there is delivered anew
   tracking.experiment_name=…  where a new run begins, if the folder has none in the store that can be written to
 
 What a store has is looked at first, so a store that was emptied or restored from a copy gets what it lacks, and nothing
@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from src import secrets
 from src.cli.entry import answer, as_command
@@ -30,19 +30,15 @@ from src.config.files import unusable
 from src.config.frozen import CONFIG, STARTS, STATUS, SWEEP, read_config
 from src.config.problems import Problem, refuse
 from src.config.rules.within import tracker_can_be_reached_by_some_scheme
-from src.config.schema import MlflowConfig
+from src.config.schema import TRACKERS, TrackingConfig
+from src.config.sections import parse_section
 from src.errors import DamagedFileError, RunFolderError, report
-from src.records import Types, check_keys
 from src.util import in_words
 
 if TYPE_CHECKING:
     from src.tracking.console import Console
-    from src.tracking.mlflow_exporter import MlflowExporter
 
 KEYS = ("tracking.uri", "tracking.experiment_name")
-TRACKER_KEYS: dict[str, Types] = {
-    name: get_origin(hint) or hint for name, hint in get_type_hints(MlflowConfig).items() if name != "type"
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Source:
 
     folder: Path
     is_sweep: bool
-    config: MlflowConfig
+    trackers: list[TrackingConfig]
 
 
 def sync(source: Source, console: Console) -> tuple[int, str]:
@@ -60,22 +56,26 @@ def sync(source: Source, console: Console) -> tuple[int, str]:
     RunFolderError is raised where a process uses the folder, or it can't be locked.
     """
     from src.tracking.export_thread import UNTIL_DELIVERED
+    from src.tracking.exporters import EXPORTERS, SWEEP_EXPORTERS, exporters_of
     from src.tracking.lock import hold
-    from src.tracking.mlflow_run import MlflowRunExporter
-    from src.tracking.mlflow_sweep import MlflowSweepExporter
     from src.tracking.tracker import start_exporters
 
-    kind: type[MlflowExporter] = MlflowSweepExporter if source.is_sweep else MlflowRunExporter
+    kinds = SWEEP_EXPORTERS if source.is_sweep else EXPORTERS
     with hold(source.folder):
-        exporter = kind(source.config, source.folder, is_over=True, warn=console.warn)
-        console.label("sync", f"{source.folder} → {exporter.name}, {exporter.where}")
-        exports = start_exporters([exporter], source.folder, warn=console.warn)
+        exporters = exporters_of(source.trackers, source.folder, kinds=kinds, is_over=True, warn=console.warn)
+        for one in exporters:
+            console.label("sync", f"{source.folder} → {one.name}, {one.where}")
+        exports, code, missed = start_exporters(exporters, source.folder, warn=console.warn), 0, set()
         for left in exports.close(UNTIL_DELIVERED, console.working):
             then = "Once that is fixed, the" if left.needs_user_action else "The"
-            console.warn(f"{source.folder}: {left.reason}. {then} same command resumes there")
-            return 2 if left.needs_user_action else 1, exports.ended_by
-        console.label("delivered", f"{exporter.progress}, as run {exporter.run_id}")
-        return 0, exports.ended_by
+            console.warn(f"{source.folder}: {left}. {then} same command resumes there")
+            code = max(code, 2 if left.needs_user_action else 1)
+            missed.add(left.tracker)
+        for one in exporters:
+            if f"{one.name} at {one.where}" not in missed:
+                run_id = f", as run {one.run_id}" if one.run_id else ""
+                console.label("delivered", f"{one.progress}{run_id}")
+        return code, exports.ended_by
 
 
 def admit_sync(argv: Sequence[str]) -> list[Source]:
@@ -84,10 +84,10 @@ def admit_sync(argv: Sequence[str]) -> list[Source]:
     problems = [*line.problems, *_unread(line)]
     if not (folders := _folders(line)):
         problems.append(Problem("run", "needs a value: the folder of a run or a sweep", has_value=False))
-    sources = []
+    sources: list[Source] = []
     for folder in folders:
         try:
-            sources.append(_source(folder, line))
+            sources += _sources(folder, line)
         except _Refused as reason:
             problems += reason.args
     if problems:
@@ -124,8 +124,21 @@ def _split(text: str) -> list[str]:
     return [text]
 
 
+def _sources(folder: Path, line: CommandLine) -> list[Source]:
+    """Return a folder with its trackers, and for those that know no sweeps each of its trials; raises as `_source`."""
+    source = _source(folder, line)
+    if not source.is_sweep:
+        return [source]
+    knowing = [one for one in source.trackers if one.type == "mlflow"]
+    sources = [replace(source, trackers=knowing)] if knowing else []
+    if len(knowing) < len(source.trackers):
+        trials = (_source(one, line) for one in sorted(folder.iterdir()) if os.path.lexists(one / STATUS))
+        sources += [replace(one, trackers=[of for of in one.trackers if of.type != "mlflow"]) for one in trials]
+    return sources
+
+
 def _source(folder: Path, line: CommandLine) -> Source:
-    """Return a folder with its tracker; _Refused where it is no run's or sweep's, or its tracker can't be used."""
+    """Return a folder with its trackers; _Refused where it is no run's or sweep's, or a tracker can't be used."""
     from src.tracking.mlflow_sweep import sweep_tracking
 
     def refused(reason: object) -> _Refused:
@@ -144,28 +157,29 @@ def _source(folder: Path, line: CommandLine) -> Source:
     except DamagedFileError as error:
         raise refused(error) from error
     name, tracking = str(sections.get("name") or folder.name), sections.get("tracking")
-    stored = {"experiment_name": "towline", "run_name": name, "tags": {}, "log_model": False}
-    stored |= tracking if isinstance(tracking, dict) else {}
+    stored = tracking if isinstance(tracking, dict) else {}
+    of_mlflow = {"experiment_name": "towline", "run_name": name, "tags": {}, "log_model": False}
     given = {key.partition(".")[2]: str(value) for key in KEYS if (value := line.value_of(key)) is not None}
-    if stored.get("type") != "mlflow" and "uri" not in given:
+    if stored.get("type") == "mlflow":
+        stored = of_mlflow | stored
+    elif "uri" in given:
+        stored = {key: stored.get(key, value) for key, value in of_mlflow.items()} | {"type": "mlflow"}
+    kind = str(stored.get("type"))
+    if kind not in TRACKERS or (kind == "none" and not stored.get("also")):
         raise refused("it has no tracker (tracking=none); to deliver it nevertheless set tracking.uri=…")
-    return Source(folder, is_sweep, _tracker(stored | given, str(folder / CONFIG)))
+    return Source(folder, is_sweep, _trackers(stored | given, str(folder / CONFIG)))
 
 
-def _tracker(stored: Mapping[str, Any], where: str) -> MlflowConfig:
-    """Return a tracker's settings with the secrets of the environment; _Refused where one is missing or unfit."""
+def _trackers(stored: Mapping[str, Any], where: str) -> list[TrackingConfig]:
+    """Return the trackers' settings with the secrets of the environment; _Refused where one is missing or unfit."""
     missing: list[tuple[str, str]] = []
     tracking = secrets.reveal({"tracking": dict(stored)}, missing)["tracking"]
     if missing:
         raise _Refused(*(Problem(key, reason, has_value=False, where=where) for key, reason in missing))
-    try:
-        check_keys(tracking, TRACKER_KEYS)
-    except ValueError as error:
-        raise _Refused(Problem("tracking", str(error), has_value=False, where=where)) from error
-    config = MlflowConfig("mlflow", **{key: tracking[key] for key in TRACKER_KEYS})
-    if problems := list(tracker_can_be_reached_by_some_scheme(config)):
-        raise _Refused(*problems)
-    return config
+    parsed = parse_section(TRACKERS[tracking["type"]], tracking, "tracking")
+    if problems := parsed.problems or list(tracker_can_be_reached_by_some_scheme(parsed.value)):
+        raise _Refused(*(problem.placed(where) for problem in problems))
+    return [one for one in parsed.value.trackers() if one.type != "none"]
 
 
 def sync_all(sources: Sequence[Source]) -> int:

@@ -33,6 +33,8 @@ DOORS = {
     "accelerate": ("runtime",),
     "deepspeed": ("runtime",),
     "mlflow": ("tracking",),
+    "tensorboard": ("tracking",),
+    "wandb": ("tracking",),
     "optuna": ("sweep",),
     "safetensors": ("checkpoint", "model"),
     "torch": (

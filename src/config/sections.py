@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from omegaconf import MISSING
+
 from src.config import schema as schema_module
 from src.config.hints import UnknownKey
 from src.config.plugins import Unregistered
 from src.config.problems import Problem
 from src.config.schema import SECTIONS, Check, Keys, TopLevelConfig
 from src.config.schema.checks import RegisteredCheck
+from src.config.schema.fields import later_default
 from src.config.values import convert, described, hints_of
 from src.registry import Registry
 from src.util import did_you_mean
@@ -77,7 +80,8 @@ def parse_section(schema: Any, given: Any, prefix: str) -> Parsed:
         parsed.problems += part.problems
         complete = complete and not part.problems
         values[key] = part.value
-    for key in (key for key in hints if key not in given):
+    later = {one.name for one in dataclasses.fields(schema) if later_default(one) != MISSING}
+    for key in (key for key in hints if key not in given and key not in later):
         parsed.problems.append(Missing(dotted(prefix, key), "is missing", has_value=False))
         complete = False
     if complete:

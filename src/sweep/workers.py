@@ -48,7 +48,7 @@ def modules_of_run(config: RunConfig, varied: Collection[str] = (), *, is_pruned
     """Return the modules that a run, or one of a sweep that varies these sections, imports after PRELOAD_MODULE."""
     wanted = {
         "adapter": config.adapter.is_on or "adapter" in varied,
-        "mlflow": isinstance(config.tracking, MlflowConfig),
+        "mlflow": any(isinstance(one, MlflowConfig) for one in config.tracking.trackers()),
         "pruning": is_pruned,
         "hub": any(source.data.dataset_name for source in config.data.train_sources().values()) or "data" in varied,
     }

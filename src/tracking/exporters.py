@@ -10,12 +10,13 @@ import os
 import re
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
 from src import secrets
+from src.config.schema import TrackingConfig
 from src.errors import DamagedFileError, TowlineError, one_line
 from src.records import LogLine
 from src.registry import Registry
@@ -127,6 +128,13 @@ EXPORTERS: Registry[Callable[..., Exporter]] = Registry("tracker")
 """Name in conf/tracking/ -> makes the exporter of a run's folder: (config, folder, *, is_over, warn)."""
 SWEEP_EXPORTERS: Registry[Callable[..., Exporter]] = Registry("tracker of sweeps")
 """Name in conf/tracking/ -> makes the exporter of a sweep's folder; without one a tracker has only the trials' runs."""
+
+
+def exporters_of(
+    trackers: Iterable[TrackingConfig], folder: Path, *, kinds: Mapping[str, Callable[..., Exporter]], **given: Any
+) -> list[Exporter]:
+    """Return the exporters of those trackers that have one of this kind, EXPORTERS or SWEEP_EXPORTERS."""
+    return [kinds[one.type](one, folder, **given) for one in trackers if one.type in kinds]
 
 
 class FolderExporter(Exporter):

@@ -15,10 +15,10 @@ from src.config.quoting import shell_override
 from src.config.schema import SECTIONS, TrackingConfig
 from src.config.sections import parse_section
 from src.metrics import greater_is_better
-from src.tracking import mlflow_run, mlflow_sweep  # noqa: F401 - they register the exporters
+from src.tracking import mlflow_run, mlflow_sweep, tensorboard_exporter, wandb_exporter  # noqa: F401 - registers
 from src.tracking.console import Console
 from src.tracking.export_thread import AFTER_STOP, END_OF_RUN, UNTIL_DELIVERED, ExportThread
-from src.tracking.exporters import EXPORTERS, SWEEP_EXPORTERS, Exporter, Warn
+from src.tracking.exporters import EXPORTERS, SWEEP_EXPORTERS, Exporter, Warn, exporters_of
 from src.tracking.line_exporter import state_file
 from src.tracking.lock import hold
 from src.tracking.mlflow_run import end_previous
@@ -236,13 +236,18 @@ def open_tracking(
     """Follow a run to its end, however it ends, in a folder that is held; raises as `open_run_folder`."""
     before = tracked_before(run_dir)
     with open_run_folder(run_dir, frozen, config_hash(frozen), start) as folder:
-        is_known = any(os.path.lexists(run_dir / name) for name in (METRICS, TRACKING, state_file(config.type)))
-        exporters = [EXPORTERS[config.type](config, run_dir, warn=console.warn)] if config.type in EXPORTERS else []
+        is_known = any(os.path.lexists(run_dir / name) for name in (METRICS, *_state_files(config)))
+        exporters = exporters_of(config.trackers(), run_dir, kinds=EXPORTERS, warn=console.warn)
         exports = start_exporters(exporters, run_dir, before=before, waits=is_known, warn=console.warn)
         folder.at_end.append(lambda: _close(exports, folder, console))
         tracker = FolderTracker(folder, console, exports)
         tracker.warn(*folder.warnings)
         yield tracker
+
+
+def _state_files(config: TrackingConfig) -> list[str]:
+    """Return the files in which the trackers of a run remember what was delivered."""
+    return [TRACKING, *(state_file(one.type) for one in config.trackers())]
 
 
 def start_exporters(
@@ -276,17 +281,17 @@ def sync_command(folder: Path) -> str:
 
 def deliver_pending(config: TrackingConfig, run_dir: Path, console: Console) -> None:
     """Deliver what is missing of a run that is finished, and wait for it as long as calls succeed; raises as `hold`."""
-    if config.type not in EXPORTERS:
+    if all(one.type not in EXPORTERS for one in config.trackers()):
         return
-    is_known = any(os.path.lexists(run_dir / name) for name in (TRACKING, state_file(config.type)))
+    is_known = any(os.path.lexists(run_dir / name) for name in _state_files(config))
     if not is_known and not read_status(run_dir).get("tracker_run_id"):
         return
     if not os.access(run_dir, os.W_OK):
         console.warn(f"{run_dir} can't be written to: whether all of it is delivered is not checked")
         return
     with hold(run_dir):
-        exporter = EXPORTERS[config.type](config, run_dir, is_over=True, warn=console.warn)
-        exports = start_exporters([exporter], run_dir, warn=console.warn)
+        exporters = exporters_of(config.trackers(), run_dir, kinds=EXPORTERS, is_over=True, warn=console.warn)
+        exports = start_exporters(exporters, run_dir, warn=console.warn)
         for left in exports.close(UNTIL_DELIVERED, console.working):
             console.warn(f"{left}; to try again: {sync_command(run_dir) if left.can_be_synced else 'the same command'}")
 
@@ -312,8 +317,7 @@ def deliver_late(run_dir: Path, console: Console) -> None:
 @contextmanager
 def open_sweep_tracking(config: TrackingConfig, folder: Path, console: Console) -> Iterator[ExportThread]:
     """Follow a sweep in a folder that is held to the end that its sweep.json says when the block is left."""
-    is_exported = config.type in SWEEP_EXPORTERS
-    exporters = [SWEEP_EXPORTERS[config.type](config, folder, warn=console.warn)] if is_exported else []
+    exporters = exporters_of(config.trackers(), folder, kinds=SWEEP_EXPORTERS, warn=console.warn)
     exports = start_exporters(exporters, folder, before=tracked_before(folder), warn=console.warn)
     try:
         yield exports

@@ -7,6 +7,7 @@ from src.config import schema
 from src.config.problems import Problem
 from src.config.rules.rule import Problems, applies_to
 from src.config.schema.fields import GENERATING
+from src.util import in_words
 
 
 @applies_to("run")
@@ -113,3 +114,15 @@ def tracker_can_be_reached_by_some_scheme(tracking: schema.TrackingConfig) -> Pr
         if tracking.uri.startswith(("file:", "/", "./", "../")):
             reason += "; runs in a folder are kept in a file there: sqlite:///FOLDER/mlflow.db"
         yield Problem("tracking.uri", reason, tracking.uri)
+
+
+@applies_to("run")
+def further_trackers_have_what_they_need(tracking: schema.TrackingConfig) -> Problems:
+    for name in tracking.also:
+        if name in ("none", tracking.type) or tracking.also.count(name) > 1:
+            yield Problem("tracking.also", f"names {name}, which is no further tracker", tracking.also)
+        elif lacking := tracking.lacking(name):
+            reason = f"{name} needs {in_words(lacking)}, which tracking={tracking.type} has not"
+            if tracking.type != "none":
+                reason += f"; choose tracking={name} tracking.also=[{tracking.type}]"
+            yield Problem("tracking.also", reason, tracking.also)

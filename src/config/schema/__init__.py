@@ -24,6 +24,7 @@ from src.config.schema.entries import (
     ExportEntryConfig,
     PredictConfig,
 )
+from src.config.schema.fields import later_default
 from src.config.schema.generation import GenerationConfig, ThoughtMode
 from src.config.schema.model import Attention, Dtype, ModelConfig, ModelType, Weights
 from src.config.schema.optimizer import OPTIMIZERS, AdafactorConfig, AdamWConfig, OptimizerConfig, SGDConfig
@@ -105,12 +106,12 @@ SECTIONS: dict[str, type | dict[str, type]] = {
 """Section name -> its dataclass, or its dataclasses by the section's `type`."""
 LATER_KEYS: dict[str, dict[str, Any]] = {
     name: {
-        one.name: one.default.value if isinstance(one.default, Enum) else one.default
-        for one in dataclasses.fields(schema)
-        if one.default not in (MISSING, dataclasses.MISSING)
+        one.name: default.value if isinstance(default, Enum) else default
+        for one in dataclasses.fields(hint)
+        if (default := later_default(one)) != MISSING
     }
-    for name, schema in SECTIONS.items()
-    if isinstance(schema, type)
+    for name, hint in get_type_hints(RunConfig).items()
+    if name in SECTIONS and isinstance(hint, type)
 }
 """Keys by section that an earlier version did not have, each with the value at which all is as without it.
 

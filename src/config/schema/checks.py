@@ -7,6 +7,7 @@ from typing import Any
 
 from src.config.files import unusable
 from src.metrics import METRICS
+from src.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,14 @@ class PathCheck(Check):
         return "" if value is None else unusable(value) or super().reason(value)
 
 
+@dataclass(frozen=True)
 class RegisteredCheck(Check):
-    """A condition on a list of metrics: that each is registered, by src or by a plugin."""
+    """A condition on a list of names: that each is registered, by src or by a plugin."""
+
+    registry: Registry[Any]
 
     def reason(self, value: Any) -> str:
-        return next((f"{one} is {why}" for one in value or () if (why := METRICS.why_unknown(one))), "")
+        return next((f"{one} is {why}" for one in value or () if (why := self.registry.why_unknown(one))), "")
 
 
 Keys = Mapping[str, "Check | Keys"]
@@ -91,5 +95,5 @@ NAME = PathCheck(
     "a name without '/' that does not start with '.'", lambda v: bool(v) and "/" not in v and not v.startswith(".")
 )
 METRIC_NAMES = RegisteredCheck(
-    f"a list (one of {', '.join(METRICS.names())} each)", lambda v: all(one in METRICS for one in v or ())
+    f"a list (one of {', '.join(METRICS.names())} each)", lambda v: all(one in METRICS for one in v or ()), METRICS
 )

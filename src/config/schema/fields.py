@@ -66,9 +66,12 @@ def key(check: Check | None = None, default: Any = MISSING, **info: Any) -> Any:
     """Declare a key; `info` are attributes of `KeyInfo`.
 
     `default` is for one that is added to a section that people have frozen already: what is as without it. Defaults of
-    new configurations are in conf/.
+    new configurations are in conf/, and an option file that lacks the key has it from here.
     """
-    return dataclasses.field(default=default, metadata=vars(KeyInfo(check, **info)))
+    metadata = vars(KeyInfo(check, **info))
+    if default == []:
+        return dataclasses.field(default_factory=list, kw_only=True, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def type_key(group: str, kinds: Collection[str] | None = None, **info: Any) -> Any:
@@ -79,6 +82,13 @@ def type_key(group: str, kinds: Collection[str] | None = None, **info: Any) -> A
     allowed = "set by the option" if isinstance(kinds, Registry) else in_words(kinds or (), "or")
     check = None if kinds is None else Check(f"{allowed} (choose another with {group}=…)", lambda v: v in kinds)
     return key(check, text=f"set by the option; choose with {group}=…", **info)
+
+
+def later_default(one: dataclasses.Field[Any]) -> Any:
+    """Return the value at which all is as without a key that was added later; MISSING for one that is in conf/."""
+    if one.default_factory is list or one.default is not dataclasses.MISSING:
+        return [] if one.default_factory is list else one.default
+    return MISSING
 
 
 def key_info(one: dataclasses.Field[Any]) -> KeyInfo:
