@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from src.config.frozen import read_status
-from src.config.schema.tracking import TrackingConfig
-from src.errors import DamagedFileError, Interrupted
+from src import sync
+from src.config.frozen import config_hash, read_status
+from src.config.gate import parse_stored
+from src.config.schema.tracking import TrackingConfig, WandbConfig
+from src.errors import ConfigError, DamagedFileError, Interrupted
 from src.records import file_digest
 from src.tracking import export_thread
 from src.tracking.console import Console
@@ -26,7 +29,7 @@ from src.tracking.line_exporter import LineExporter
 from src.tracking.run_folder import Start
 from src.tracking.tracker import deliver_pending
 from src.util import write_json
-from tests.conftest import read_lines, write_lines
+from tests.conftest import admitted, read_lines, write_config, write_lines
 from tests.test_tracking import do_step, stopped, track, tracked
 
 BRIEF = WaitLimits(call_seconds=0.5, total_seconds=20.0)
@@ -289,3 +292,46 @@ def test_lines_that_were_written_and_not_remembered_are_written_again_after_a_re
     list(Well(run, "own").deliver())
     assert done == list(range(1, 301))
     assert read_lines(run / "metrics.jsonl")[-1]["step"] == 300
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (["tracking=mlflow", "tracking.also=[tensorbord]"], "did you mean tensorboard?"),
+        (["tracking=mlflow", "tracking.also=[mlflow]"], "names mlflow, which is no further tracker"),
+        (["tracking=mlflow", "tracking.also=[none]"], "names none"),
+        (["tracking=tensorboard", "tracking.also=[mlflow]"], "choose tracking=mlflow tracking.also=[tensorboard]"),
+        (["tracking=wandb", "tracking.mode=of"], "not online, offline or null"),
+    ],
+)
+def test_further_trackers_are_checked_before_anything_starts(given: list[str], word: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        admitted(*given)
+    assert word in str(refused.value)
+
+
+def test_further_trackers_share_the_keys_of_the_one_that_is_chosen() -> None:
+    job = admitted("tracking=mlflow", "tracking.also=[wandb,tensorboard]", "tracking.run_name=mine")
+    chosen, wandb, board = job.config.tracking.trackers()
+    assert [one.type for one in (chosen, wandb, board)] == ["mlflow", "wandb", "tensorboard"]
+    assert isinstance(wandb, WandbConfig)
+    assert (wandb.run_name, wandb.experiment_name, wandb.mode) == ("mine", "towline", None)
+    plain = admitted("tracking=mlflow", "tracking.run_name=mine")
+    assert config_hash(job.frozen) == config_hash(plain.frozen)
+    del plain.frozen["tracking"]["also"]  # as an earlier version froze it
+    assert parse_stored(plain.frozen).tracking == plain.config.tracking
+
+
+def test_sync_delivers_to_all_trackers_and_the_trials_of_a_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = admitted("tracking=tensorboard")
+    for number in (0, 1):
+        track(job.config.tracking, tmp_path / str(number))
+        shutil.rmtree(tmp_path / str(number) / "tensorboard")
+        write_config(tmp_path / str(number), job.frozen)
+    (tmp_path / "sweep.json").write_text("{}")
+    write_lines(tmp_path / "trials.jsonl", [{"trial": 0, "config": job.frozen}])
+    assert sync.main([f"run={tmp_path}"]) == 0, capsys.readouterr()
+    assert capsys.readouterr().out.count("3 lines of metrics") == 2
+    assert len(list(tmp_path.glob("?/tensorboard/*"))) == 2

@@ -18,6 +18,7 @@ from src.config.schema.tracking import TensorBoardConfig
 from src.tracking import export_thread, tracker
 from src.tracking.console import Console
 from src.tracking.export_thread import WaitLimits
+from src.tracking.late_metrics import add_to_summary
 from src.tracking.run_folder import Start
 from src.tracking.tracker import deliver_pending
 from tests.conftest import read_lines
@@ -141,3 +142,15 @@ def test_hostile_texts_are_shown_as_texts(tmp_path: Path) -> None:
         assert "<script" not in page
         assert "<a" not in page
         assert "\u202e" not in page
+
+
+def test_what_is_measured_after_the_end_is_there_once(tmp_path: Path) -> None:
+    track(CONFIG, tmp_path)
+    add_to_summary(tmp_path, {"benchmark/sums/acc": 0.5})
+    for _ in range(2):
+        deliver_pending(CONFIG, tmp_path, Console())
+    late = (3, "benchmark/sums/acc", 0.5)
+    assert scalars_in(tmp_path) == [*logged(tmp_path), late]
+    next((tmp_path / "tensorboard").iterdir()).unlink()
+    deliver_pending(CONFIG, tmp_path, Console())
+    assert scalars_in(tmp_path) == [*logged(tmp_path), late]
