@@ -1,5 +1,6 @@
 # Towline. `make help` lists what there is.
 PYTHON ?= python3.11
+PORT ?= 5000
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -47,9 +48,8 @@ lint: $(READY) ## format, lint and types only
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-ui: $(READY) ## MLflow's page of all runs, on http://127.0.0.1:5000
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db \
-		--host 127.0.0.1 --port $(or $(PORT),5000)
+ui: $(READY) ## MLflow's page of all runs, on this machine; PORT=5001, ARGS='KEY=VALUE …' change it
+	$(BIN)/python -m src.ui port=$(PORT) $(ARGS)
 
 clean-cache: ## remove the cache of encoded rows (.cache/data)
 	rm -rf .cache/data

@@ -11,6 +11,7 @@ TowlineError                exit code 2, printed without a traceback
 ├── ModelError              a model can't be loaded or assembled as asked
 ├── SweepError              a sweep can't be started or resumed
 │   └── StudyError          the storage of its study can't be opened, or does not answer
+├── TrackerError            the page of a tracker can't be shown
 └── TrainingError           exit code 1: the run itself went wrong
     ├── NonFiniteLossError  the loss became inf or nan; names the rows of the batch
     ├── DiskFullError       no room for a checkpoint; names what it needs and what is free
@@ -75,6 +76,10 @@ class SweepError(TowlineError):
 
 class StudyError(SweepError):
     """The storage of a sweep's study can't be opened, or does not answer."""
+
+
+class TrackerError(TowlineError):
+    """The page of a tracker can't be shown."""
 
 
 class TrainingError(TowlineError):

@@ -158,7 +158,13 @@ def _source(folder: Path, line: CommandLine) -> Source:
         raise refused(error) from error
     name, tracking = str(sections.get("name") or folder.name), sections.get("tracking")
     stored = tracking if isinstance(tracking, dict) else {}
-    of_mlflow = {"experiment_name": "towline", "run_name": name, "tags": {}, "log_model": False}
+    of_mlflow = {
+        "experiment_name": "towline",
+        "run_name": name,
+        "tags": {},
+        "log_model": False,
+        "log_system_metrics": False,
+    }
     given = {key.partition(".")[2]: str(value) for key in KEYS if (value := line.value_of(key)) is not None}
     if stored.get("type") == "mlflow":
         stored = of_mlflow | stored

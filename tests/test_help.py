@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from src import ensemble, predict, preflight, sync
+from src import ensemble, predict, preflight, sync, ui
 from src.cli.main import main
 from src.config import comments, groups, reference
 from src.config.keys import Key, all_keys, known_keys
@@ -175,7 +175,13 @@ def test_passwords_are_not_shown(shown: Shown, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("entry", "own"),
-    [(preflight, "  dump: null "), (predict, "  batch_size: null "), (ensemble, "  method: soup "), (sync, "")],
+    [
+        (preflight, "  dump: null "),
+        (predict, "  batch_size: null "),
+        (ensemble, "  method: soup "),
+        (sync, ""),
+        (ui, ""),
+    ],
 )
 def test_other_entries(shown: Shown, entry: Callable[[list[str]], int], own: str) -> None:
     text = shown(entry=entry.main)

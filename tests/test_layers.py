@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 LAYERS = (
-    ("preflight", "predict", "evaluate", "export", "benchmark", "ensemble", "sync"),
+    ("preflight", "predict", "evaluate", "export", "benchmark", "ensemble", "sync", "ui"),
     ("cli",),
     ("run",),
     ("overview", "inspection", "exporting", "harness", "combining"),

@@ -23,6 +23,7 @@ from src.config.help import help_of_run
 from src.runtime.signals import SAVE_FILE, STOP_FILE
 from src.sweep.plan import plan_sweep
 from src.sync import admit_sync
+from src.ui import admit_ui
 from tests.conftest import ROOT, admitted
 from tests.test_layers import layer
 
@@ -117,9 +118,9 @@ def check_make(arguments: list[str]) -> None:
     target, *given = arguments
     recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", MAKEFILE, flags=re.MULTILINE)
     assert recipe, f"no target {target}"
-    variables = {"ARGS": ""} | dict(one.split("=", 1) for one in given)
+    variables = {"ARGS": "", "PORT": "5000"} | dict(one.split("=", 1) for one in given)
     for line in recipe[1].splitlines():
-        command = re.sub(r"\$\$(run)|\$\((ARGS)\)", lambda name: variables[name[1] or name[2]], line.strip())
+        command = re.sub(r"\$\$(run)|\$\((ARGS|PORT)\)", lambda name: variables[name[1] or name[2]], line.strip())
         if "$(BIN)/python -m src." in command and "pages" not in command:
             check(shlex.split(command))
 
@@ -140,6 +141,7 @@ ENTRIES = {
     },
     "src.ensemble": lambda arguments: admit_members(arguments, lambda sweep: [Path("outputs/mine")]),
     "src.sync": admit_sync,
+    "src.ui": admit_ui,
 }
 
 

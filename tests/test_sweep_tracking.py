@@ -18,6 +18,7 @@ from src.config.frozen import read_status
 from src.config.schema import MlflowConfig
 from src.config.schema.tracking import NoTrackingConfig
 from src.errors import DamagedFileError, Pruned
+from src.sweep.trial import run_name
 from src.tracking.console import Console
 from src.tracking.export_thread import WaitLimits
 from src.tracking.exporters import exhaust
@@ -102,6 +103,21 @@ def nested(uri: str) -> dict[str, Any]:
     under = f"tags.`mlflow.parentRunId` = '{run_of(uri).info.run_id}'"
     found = MlflowClient(uri).search_runs(["1"], filter_string=under)
     return {child.data.tags["towline.trial"]: child for child in found}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["optimizer.lr=0.00085432", "seed=1"], "lr=8.54e-4 seed=1"),
+        (["training.num_train_epochs=2.0", "optimizer.lr=3e-05"], "num_train_epochs=2 lr=3e-5"),
+        (["a.r=0.123456", "b.r=123456"], "a.r=0.123 b.r=123456"),
+        (["optimizer.betas=[0.9,0.95]", "optimizer.weight_decay=0.0"], "betas=[0.9,0.95] weight_decay=0"),
+        (["a.b=" + "\n안<script>" * 9], "b=\\n안<script>\\n안<script>\\n안<script>\\n안<…"),
+        ([], ""),
+    ],
+)
+def test_a_trial_is_named_by_what_varies_rounded(overrides: list[str], name: str) -> None:
+    assert run_name(overrides) == name
 
 
 def test_what_was_delivered_is_not_delivered_again(place: Path, uri: str) -> None:

@@ -16,8 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.utils.validation import _validate_metric_name
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from src.config.frozen import config_hash, read_status
 from src.config.quoting import shell_override
@@ -29,10 +32,12 @@ from src.tracking.export_thread import WaitLimits
 from src.tracking.exporters import exhaust
 from src.tracking.lock import hold
 from src.tracking.mlflow_exporter import MlflowExporter
+from src.tracking.mlflow_model import mlmodel
 from src.tracking.mlflow_names import distinct_names, flat, plain_name
 from src.tracking.mlflow_run import MlflowRunExporter
 from src.tracking.provenance import git_state, provenance
 from src.tracking.run_folder import FILES, RunFolder, Start, last_config_hash, open_run_folder
+from src.tracking.system_metrics import SystemMetrics
 from src.tracking.tracker import FolderTracker, deliver_pending, open_tracking, start_exporters
 from tests.conftest import FORKS, ROOT, admitted, read_lines, write_lines
 
@@ -164,6 +169,76 @@ def test_mlflow_gets_params_metrics_inputs_tags_and_artifacts(tmp_path: Path) ->
     assert (tmp_path / "store" / "mlartifacts").is_dir()
 
 
+def test_numbers_of_the_run_as_a_whole_and_its_report_reach_mlflow_once(tmp_path: Path) -> None:
+    run, config = tmp_path / "run", mlflow_config(f"sqlite:///{tmp_path}/mlflow.db")
+    with tracked(config, run) as tracking:
+        for step, loss in ((1, 2.0), (2, 1.0), (3, 1.5)):
+            tracking.log(step, {"train/loss": loss, "eval/validation/loss": loss})
+        (run / "report").mkdir()
+        for name in ("report.html", "report/loss.png", "report/loss.csv"):
+            (run / name).write_text("x")
+        tracking.finish({"train_seconds": 4.5, "num_parameters": 7, "peak_memory_bytes": 3 * 2**29})
+    client, run_id = MlflowClient(config.uri), read_status(run)["tracker_run_id"]
+    assert {file.path for file in client.list_artifacts(run_id, "report")} == {"report/loss.png", "report/loss.csv"}
+    assert "report.html" in {file.path for file in client.list_artifacts(run_id)}
+    whole = {"best/eval/validation/loss": 1.0, "train_seconds": 4.5, "num_parameters": 7.0, "peak_memory_gib": 1.5}
+    lines = {"train/loss", "eval/validation/loss", "perf/elapsed_seconds"}
+    for damage in ("{}", (run / "tracking.json").read_text()):  # and what the store has is looked up
+        assert {name: history(client, run_id, name) for name in whole} == {n: [(3, v)] for n, v in whole.items()}
+        assert client.get_run(run_id).data.metrics.keys() == lines | whole.keys()
+        (run / "tracking.json").write_text(damage)
+        deliver_pending(config, run, Console(io.StringIO()))
+
+
+def test_the_use_of_the_machine_is_measured_on_request_under_mlflows_names(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for is_asked_for in (False, True):
+        run = tmp_path / str(is_asked_for)
+        with tracked(mlflow_config(uri, f"tracking.log_system_metrics={str(is_asked_for).lower()}"), run) as tracking:
+            tracking.log(1, {"train/loss": 1.0})
+            tracking.log(2, {"train/loss": 0.5})
+        measured = [name for name in read_lines(run / "metrics.jsonl")[1] if name.startswith("perf/system/")]
+        has = MlflowClient(uri).get_run(read_status(run)["tracker_run_id"]).data.metrics
+        assert [plain_name(name) in has for name in measured] == [True] * len(measured)
+        assert ("system/cpu_utilization_percentage" in has) == is_asked_for
+        assert ("perf/system/system_memory_usage_megabytes" in measured) == is_asked_for
+
+
+def test_a_monitor_that_fails_costs_a_warning_once() -> None:
+    class Broken:
+        def collect_metrics(self) -> None:
+            raise OSError("no such sensor")
+
+    told: list[str] = []
+    system = SystemMetrics(told.append)
+    system._monitors["disk"] = Broken()
+    values = [system.measure() for _ in range(2)]
+    assert told == ["the disk is not measured any more: no such sensor"]
+    assert all("perf/system/cpu_utilization_percentage" in one for one in values)
+
+
+def test_a_model_is_logged_with_a_signature_and_mlflow_loads_it(tmp_path: Path) -> None:
+    config, run = mlflow_config(f"sqlite:///{tmp_path}/mlflow.db", "tracking.log_model=true"), tmp_path / "run"
+    tiny = AutoConfig.from_pretrained("assets/tiny_llama", hidden_size=64, num_hidden_layers=1, intermediate_size=64)
+    with tracked(config, run) as tracking:
+        AutoModelForCausalLM.from_config(tiny).save_pretrained(run / "model")
+        AutoTokenizer.from_pretrained("assets/tiny_llama").save_pretrained(run / "model")
+        tracking.finish({"steps": 0})
+    run_id = read_status(run)["tracker_run_id"]
+    place = MlflowClient(config.uri).download_artifacts(run_id, "model", str(tmp_path))
+    signature = mlflow.models.get_model_info(place).signature
+    assert [column.type for column in signature.inputs] == [mlflow.types.DataType.string]
+    (answer,) = mlflow.transformers.load_model(place)("1+2=", max_new_tokens=2)
+    assert answer["generated_text"].startswith("1+2=")
+
+
+def test_an_adapter_is_logged_with_a_signature_alone(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    described = mlmodel(tmp_path, "0" * 32)
+    assert (described.flavors, described.signature.inputs.input_types()) == ({}, [mlflow.types.DataType.string])
+
+
 def test_a_failed_run_is_failed_in_mlflow_too(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(ValueError, match="broken"), tracked(mlflow_config(uri), tmp_path / "run"):
@@ -255,7 +330,7 @@ def test_many_lines_take_few_calls(tmp_path: Path) -> None:
     exporter = exporter_of(mlflow_config(f"sqlite:///{tmp_path}/mlflow.db"), tmp_path / "run")
     calls = count_calls(exporter, {})
     exhaust(exporter.deliver())
-    assert calls.count("log_batch") == 2 + 4  # params, tags, and 350 lines by the hundred
+    assert calls.count("log_batch") == 3 + 4  # params, tags, summary, and 350 lines by the hundred
     assert exporter.num_pending == 0
 
 
@@ -738,6 +813,10 @@ def test_git_state_outside_a_checkout_is_unknown(tmp_path: Path) -> None:
     assert len(git_state(ROOT)["commit"]) == 40
 
 
+HOSTILE = ["<ToW>", "</ToW>", "[ToW]", "<|ToW|>", "<script>alert(1)</script>", "\"'`", "\0", "\u202eabc", "😀", "😁"]
+HOSTILE += ["..", ".", "", "/", "<..>", "</>", "\n", "x" * 400, "x" * 401, "\ud800"]
+
+
 def test_nested_settings_become_flat_names_that_mlflow_takes() -> None:
     assert dict(flat({"a": {"<ToW>": "x", "b": [1, 2]}, "c": {}, "d": None})) == {
         "a.<ToW>": "x",
@@ -745,7 +824,25 @@ def test_nested_settings_become_flat_names_that_mlflow_takes() -> None:
         "c": "{}",
         "d": "null",
     }
-    assert plain_name("tokens/</ToW>/norm") == "tokens/_/ToW_/norm"
+
+
+@pytest.mark.parametrize("token", HOSTILE)
+def test_metrics_of_any_token_have_a_name_of_their_own_that_mlflow_takes(token: str) -> None:
+    names = [plain_name(f"tokens/{one}/norm") for one in HOSTILE]
+    plain = plain_name(f"tokens/{token}/norm")
+    _validate_metric_name(plain)
+    assert plain_name(plain) == plain
+    assert names.count(plain) == 1
+
+
+def test_names_of_tokens_are_readable() -> None:
+    names = ["eval/validation/loss", "tokens/<ToW>/norm", "tokens/</ToW>/norm", "tokens/안녕/norm"]
+    assert [plain_name(name) for name in names] == [
+        "eval/validation/loss",
+        "tokens/ToW/norm",
+        "tokens/ToW end/norm",
+        "tokens/안녕/norm",
+    ]
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(7.4, "0:07"), (750, "12:30"), (11100, "3:05:00")])
@@ -786,11 +883,11 @@ def test_a_server_that_dies_during_a_run_and_comes_back_has_everything_once(tmp_
     server = start_server(tmp_path, port)
     try:
         with tracked(config, run) as tracking:
-            tracking.log(1, {"train/loss": 1.0})
+            tracking.log(1, {"train/loss": 1.0, "tokens/</ToW>/norm": 0.1})
             while exporter_of(config, run).num_pending:
                 time.sleep(0.1)
             stop_server(server)
-            tracking.log(2, {"train/loss": 0.5})
+            tracking.log(2, {"train/loss": 0.5, "tokens/</ToW>/norm": 0.2})
             tracking.finish({"steps": 2})
         assert read_status(run)["state"] == "FINISHED"
         server = start_server(tmp_path, port)
@@ -800,7 +897,9 @@ def test_a_server_that_dies_during_a_run_and_comes_back_has_everything_once(tmp_
             deliver_pending(config, run, console)
             if client.get_run(run_id).info.status == "FINISHED":
                 break
-        assert [metric.value for metric in client.get_metric_history(run_id, "train/loss")] == [1.0, 0.5]
+        lines = read_lines(run / "metrics.jsonl")
+        for name in {"train/loss", "tokens/</ToW>/norm", "perf/elapsed_seconds"}:
+            assert history(client, run_id, plain_name(name)) == [(line["step"], line[name]) for line in lines]
         assert client.get_run(run_id).info.status == "FINISHED"
         assert "summary.json" in {file.path for file in client.list_artifacts(run_id)}
     finally:

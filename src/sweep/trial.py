@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Self
@@ -12,9 +12,12 @@ from src.config.schema import MOST_INT, RunConfig
 from src.errors import visible
 from src.records import Types, check_keys
 from src.secrets import without_credentials
+from src.terminal import shortened
 from src.tracking.sweep_files import CHECKSUM, check_checksum, identity_of, with_checksum
 
 _LONG_NUMBER = re.compile(r"(?<==)\d*\.\d{6,}(e-?\d+)?(?= |$)")
+_FLOAT = re.compile(r"-?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?")
+LONGEST_PAIR = 40  # characters of a key and its value in a trial's name
 TRIAL_KEYS: Mapping[str, Types] = {
     **dict.fromkeys(("number", "unit", "seed"), int),
     "overrides": list,
@@ -81,13 +84,34 @@ def short(label: str) -> str:
     return _LONG_NUMBER.sub(lambda found: f"{float(found[0]):.4g}", label)
 
 
+def run_name(overrides: Sequence[str]) -> str:
+    """Return a trial's name for trackers: keys by their last word, searched numbers with three digits."""
+    keys = [text.partition("=")[0] for text in overrides]
+    last = [key.rpartition(".")[2] for key in keys]
+    names = [word if last.count(word) == 1 else key for key, word in zip(keys, last, strict=True)]
+    values = [rounded(text.partition("=")[2]) for text in overrides]
+    pairs = (f"{name}={value}" for name, value in zip(names, values, strict=True))
+    return " ".join(shortened(visible(pair, is_line=True), LONGEST_PAIR, "…") for pair in pairs)
+
+
+def rounded(text: str) -> str:
+    """Return a number with three digits: 0.00085432 is 8.54e-4. Whole numbers, and what is none, stay as they are."""
+    if not _FLOAT.fullmatch(text):
+        return text
+    value = float(text)
+    if 0.01 <= abs(value) < 1000 or value == 0:
+        return f"{value:.3g}"
+    digits, _, exponent = f"{value:.2e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
 def trial_of(number: int, unit: int, overrides: tuple[str, ...], frozen: Mapping[str, Any], setting: str) -> Trial:
     """Make a trial of a configuration that was admitted."""
     config = copy.deepcopy(dict(frozen)) | {"force": False}
-    if config["tracking"].get("run_name") == config["name"]:  # so that they differ in the list of MLflow
-        config["tracking"]["run_name"] = " ".join(overrides) or config["name"]
-    fold = config["data"].get("fold")
     overrides = tuple(without_credentials(text) for text in overrides)
+    if config["tracking"].get("run_name") == config["name"]:  # so that they differ where runs are listed
+        config["tracking"]["run_name"] = run_name(overrides) or config["name"]
+    fold = config["data"].get("fold")
     return Trial(number, unit, overrides, identity_of(config), setting, config["seed"], fold, config)
 
 

@@ -21,12 +21,25 @@ REMEDY = "Restore it from a copy; or move it away: then it will hold only what i
 
 def late_metrics(run_dir: Path) -> dict[str, float]:
     """Return what was measured of a run after its end; DamagedFileError where its summary can't be read."""
+    return {name: value for name, value in _summary(run_dir).items() if name.startswith(LATE)}
+
+
+def summary_metrics(run_dir: Path) -> dict[str, float]:
+    """Return the numbers of a run's summary that no line of metrics has; DamagedFileError as `late_metrics`."""
+    return {name: value for name, value in _summary(run_dir).items() if is_of_summary(name)}
+
+
+def is_of_summary(name: str) -> bool:
+    """Return whether a metric is one of a run as a whole: late, the best of an evaluation, or a total."""
+    return name.startswith((*LATE, "best/")) or "/" not in name
+
+
+def _summary(run_dir: Path) -> dict[str, float]:
     try:
         summary = read_json(run_dir / SUMMARY, remedy=REMEDY)
     except FileNotFoundError:
         return {}
-    late = {name: value for name, value in summary.items() if name.startswith(LATE)}
-    return {name: value for name, value in late.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {name: value for name, value in summary.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def add_to_summary(run_dir: Path, metrics: Mapping[str, Any]) -> None:

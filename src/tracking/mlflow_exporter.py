@@ -20,6 +20,7 @@ from src.errors import DamagedFileError
 from src.records import check_plain
 from src.tracking import mlflow_client
 from src.tracking.exporters import DeliveryError, FolderExporter, Warn
+from src.tracking.mlflow_experiment import experiment_of
 from src.tracking.mlflow_log import Artifacts, OpenRun, Sent
 from src.tracking.mlflow_names import milliseconds, plain_name, user_name
 from src.tracking.mlflow_state import TRACKING, read_tracking, runs_left
@@ -281,7 +282,8 @@ class MlflowExporter(FolderExporter):
         return " and ".join(f"tags.`{name}` = {value}" for name, value in quoted.items() if value[0] not in value[1:-1])
 
     def _begin_run(self, client: Any) -> Any:
-        experiment_id = self._experiment(client)
+        file = self._sqlite.file if self._sqlite is not None and self._sqlite.is_file else None
+        experiment_id = experiment_of(client, self._config.experiment_name, file)
         retried = bool(self._state.get("creating"))
         self._save_state(creating=True)  # if the answer is lost, the run is searched for before another is begun
         began = milliseconds(self._start_time) if self._start_time else None
@@ -308,34 +310,6 @@ class MlflowExporter(FolderExporter):
         self._state = begun | kept
         self._save_state()
         return run
-
-    def _experiment(self, client: Any) -> str:
-        """Return the id of the experiment, which is made where there is none."""
-        name = self._config.experiment_name
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return self._create_experiment(client)
-            except Exception as error:
-                if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                experiment = client.get_experiment_by_name(name)  # another process was faster
-                if experiment is None:
-                    raise
-        if experiment.lifecycle_stage == "deleted":
-            raise DeliveryError(
-                f"the experiment {name} is deleted there. Restore it (mlflow experiments restore --experiment-id "
-                f"{experiment.experiment_id}), or choose another with tracking.experiment_name=…"
-            )
-        return str(experiment.experiment_id)
-
-    def _create_experiment(self, client: Any) -> str:
-        location = None
-        if self._sqlite is not None and self._sqlite.is_file:
-            location = (self._sqlite.file.resolve().parent / "mlartifacts").as_uri()
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page then shows training runs first
-        made = client.create_experiment(self._config.experiment_name, artifact_location=location, tags=kind)
-        return str(made)
 
     def _shows_last_values(self, run: Any) -> bool:
         """Return whether a run shows as last values what was delivered; of speeds and times any value will do."""
@@ -376,13 +350,18 @@ class MlflowExporter(FolderExporter):
         if others or self._state.get("retried"):
             self._save_state(replaced=[], retried=False)
 
-    def _log_files(self, names: Iterable[str], *, artifact_path: str | None = None) -> Iterator[None]:
-        """Log those of the files that are there, each once as it is."""
+    def _log_files(self, names: Iterable[str]) -> Iterator[None]:
+        """Log those of the files that are there, each once as it is, so that a repeat resumes where it was."""
         for name in names:
-            self._part(partial(self._log_file, name, artifact_path))
+            self._part(partial(self._log_file, name))
             yield
 
-    def _log_file(self, name: str, artifact_path: str | None) -> None:
+    def _files_in(self, name: str) -> list[str]:
+        """Return the names of the files in a folder of the run or sweep; none where there is no such folder."""
+        files = sorted(file for file in (self.folder / name).rglob("*") if not file.is_dir())
+        return [str(file.relative_to(self.folder)) for file in files]
+
+    def _log_file(self, name: str) -> None:
         file = self.folder / name
         check_plain(file, "Move it away, or restore it from a copy.")
         if not file.exists():
@@ -390,7 +369,7 @@ class MlflowExporter(FolderExporter):
         status = file.stat()
         version, known = [status.st_size, status.st_mtime_ns], self._state.get("files", {})
         if known.get(name) != version:
-            self._run.artifacts.upload(file, artifact_path)
+            self._run.artifacts.upload(file, None if "/" not in name else name.rpartition("/")[0])
             self._save_state(files=known | {name: version})
 
     def _load_state(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from itertools import chain, count
 from typing import Any
 
 MAX_NAME_CHARACTERS = 250
+_BRACKETED = re.compile(r"<(/?)([\w\-. ]+)>")
 
 
 def milliseconds(time_of: str, later_seconds: float = 0.0) -> int:
@@ -18,11 +19,20 @@ def milliseconds(time_of: str, later_seconds: float = 0.0) -> int:
 
 
 def plain_name(name: str) -> str:
-    """Return a name that MLflow accepts: '<' and '>' of a token, say, become '_', and a very long one is cut."""
-    plain = re.sub(r"[^\w\-. :/]", "_", name)
-    if len(plain) <= MAX_NAME_CHARACTERS:
+    """Return a metric's name as MLflow accepts it, and as it is where it does.
+
+    A token `<ToW>` becomes `ToW`, `</ToW>` becomes `ToW end`, and `perf/system/…` MLflow's own `system/…`. In other
+    names each character that MLflow refuses becomes '_', and a digest sets them apart. A returned
+    name is returned as it is.
+    """
+    readable = _BRACKETED.sub(lambda found: f"{found[2]} end" if found[1] else found[2], name)
+    readable = readable.removeprefix("perf/") if name.startswith("perf/system/") else readable
+    readable = readable.replace(",", "_")  # as lm-evaluation-harness has in its names: exact_match,strict
+    parts = re.sub(r"[^\w\-. :/]", "_", readable).split("/")
+    plain = "/".join("_" if part in ("", ".", "..") else part for part in parts)  # no path with a shorter form
+    if plain == readable and len(plain) <= MAX_NAME_CHARACTERS:
         return plain
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
     return f"{plain[: MAX_NAME_CHARACTERS - 9]}_{digest}"
 
 

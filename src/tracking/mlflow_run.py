@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ from src.config.frozen import CONFIG, STATUS, read_starts, read_status
 from src.errors import DamagedFileError
 from src.records import Types, begins_with, check_keys, damaged, is_time, read_json, read_yaml
 from src.tracking.exporters import EXPORTERS, Exporter, Warn
-from src.tracking.late_metrics import LATE, late_metrics
+from src.tracking.late_metrics import is_of_summary, summary_metrics
 from src.tracking.mlflow_client import KILLED, MLFLOW_STATES
 from src.tracking.mlflow_exporter import MlflowExporter
+from src.tracking.mlflow_model import MODEL, log_description, mlmodel
 from src.tracking.mlflow_names import flat, milliseconds, plain_name
 from src.tracking.mlflow_state import RUN_ID, TRACKING, Points, add_line, undelivered, without_lines
 from src.tracking.previous_runs import PreviousRuns
 from src.tracking.run_folder import DATA_REPORT, PROVENANCE, SUMMARY
 from src.tracking.step_logs import METRICS, SAMPLES, metrics_of, read_step_log
 
-ARTIFACTS = (CONFIG, PROVENANCE, DATA_REPORT, SAMPLES, SUMMARY)
+ARTIFACTS = (CONFIG, PROVENANCE, DATA_REPORT, SAMPLES, SUMMARY, "report.html")
 LINES_AT_ONCE = 100
 LARGEST = 1 << 53  # the largest step, and the largest time in milliseconds, that every store takes
 STATUS_REMEDY = "Move it away, and repeat the run's own command: it resumes from the last checkpoint and writes it."
@@ -114,8 +116,8 @@ class MlflowRunExporter(MlflowExporter):
         yield from self._part_in_turns(self._log_metrics())
         self._part(self._log_samples)
         if self._is_ended:
-            self._part(self._log_late)
-            yield from self._log_files(ARTIFACTS)
+            self._part(self._log_summary)
+            yield from self._log_files([*ARTIFACTS, *self._files_in("report")])
             if self._config.log_model:
                 yield from self._log_model()
             self._end_replaced()
@@ -149,7 +151,7 @@ class MlflowRunExporter(MlflowExporter):
 
     def _query_store(self, client: Any, run: Any) -> dict[str, Any]:
         points: Points = {}
-        for name in (name for name in run.data.metrics if not name.startswith(LATE)):
+        for name in filterfalse(is_of_summary, run.data.metrics):
             for point in client.get_metric_history(run.info.run_id, name):
                 add_line(points, {"step": point.step, name: point.value})
         lines = self._readable_metrics()
@@ -209,19 +211,26 @@ class MlflowRunExporter(MlflowExporter):
             reason = f"its content does not have the checksum that it was written with ({STATUS})"
             raise damaged(self.folder / name, reason, remedy)
 
-    def _log_late(self) -> None:
-        """Log what was measured after the run's end, at its last step, dated by when it was written."""
-        if late := late_metrics(self.folder):
-            at, step = (self.folder / SUMMARY).stat().st_mtime_ns // 10**6, read_status(self.folder)["step"]
-            points = [(name, value, at, step) for name, value in late.items()]
-            self._deliver_once("late", lambda: self._run.log_points(points), late)
+    def _log_summary(self) -> None:
+        """Log the numbers of the run as a whole, at its last step, dated by when they were written."""
+        if numbers := summary_metrics(self.folder):
+            if (size := numbers.pop("peak_memory_bytes", None)) is not None:
+                numbers["peak_memory_gib"] = round(size / 2**30, 3)  # MLflow shows every digit
+            at, lines = (self.folder / SUMMARY).stat().st_mtime_ns // 10**6, self._readable_metrics()
+            step = lines[-1]["step"] if lines else 0
+            points = [(name, value, at, step) for name, value in numbers.items()]
+            self._deliver_once("summary", lambda: self._run.log_points(points), numbers)
 
     def _log_model(self) -> Iterator[None]:
-        """Log the files of model/, each by itself, so that a repeat resumes where it was."""
-        for file in sorted((self.folder / "model").rglob("*")):
-            if not file.is_dir():
-                name = file.relative_to(self.folder)
-                yield from self._log_files([str(name)], artifact_path=str(name.parent))
+        """Log the files of model/, and once they are there what MLflow reads them by."""
+        if names := self._files_in(MODEL):
+            yield from self._log_files(names)
+            version = [self._state.get("files", {}).get(name) for name in names]
+            self._part(lambda: self._deliver_once("model", self._describe_model, version))
+
+    def _describe_model(self) -> None:
+        described = self.activity.call(mlmodel, self.folder, self._run.id)  # which imports what takes seconds
+        log_description(self._run, self.folder, described)
 
     def _log_samples(self) -> None:
         """Log the samples as a table, anew when there are more."""

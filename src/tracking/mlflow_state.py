@@ -8,9 +8,9 @@ It may be wrong: damaged, or older or newer than the store, which somebody may h
     history, counts    how many values of a sweep were delivered, and the last numbers of trials by state
     judged, trials     metric and direction of a sweep; run and state of each trial that is nested under it
     files              size and time of change of each file that was uploaded
-    late               metrics that were measured after the run's end, as they were delivered
+    summary            numbers of the run as a whole, as they were delivered
     ended, running     the end that was delivered, or null; false: MLflow says that the run ended, and it resumed
-    params, tags, inputs, former, table    whether, or for which version, this part was delivered
+    params, tags, inputs, former, table, model    whether, or for which version, this part was delivered
     replaced           runs here that this one replaces, still to be ended
     elsewhere          the same in other stores, each with uri and run_id
     creating, retried  a run was asked for and no answer came; so there may be a second one, to be removed

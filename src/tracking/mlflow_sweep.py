@@ -23,7 +23,7 @@ from src.tracking.sweep_files import check_checksum, holds_another, read_sweep
 from src.util import value_at
 
 LEADERBOARD = "leaderboard.json"
-ARTIFACTS = (SWEEP, "leaderboard.csv", LEADERBOARD, "leaderboard.md")
+ARTIFACTS = (SWEEP, "leaderboard.csv", LEADERBOARD, "leaderboard.md", "report.html")
 COUNTED = ("FINISHED", "FAILED", "PRUNED")
 TRIALS_AT_ONCE = 100
 # Keys of the tracker's configuration that a trial may have values of its own for.
@@ -166,9 +166,7 @@ class MlflowSweepExporter(MlflowExporter):
         self._run.log_points((name, now[name], at, step) for name in now if now[name] != before.get(name))
 
     def _log_artifacts(self) -> Iterator[None]:
-        yield from self._log_files(ARTIFACTS)
-        plots = sorted((self.folder / "plots").glob("*.png"))
-        yield from self._log_files((f"plots/{file.name}" for file in plots), artifact_path="plots")
+        yield from self._log_files([*ARTIFACTS, *self._files_in("plots"), *self._files_in("report")])
         self._part(self._log_leaderboard)
 
     def _log_leaderboard(self) -> None:

@@ -90,8 +90,8 @@ def metrics_of(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def is_timing(name: str) -> bool:
-    """Return whether a metric is a time or a speed, which no two runs have alike."""
-    return name.startswith("perf/")
+    """Return whether a metric is a time, a speed or a use of the machine, which no two runs have alike."""
+    return name.startswith(("perf/", "system/"))  # the latter is MLflow's name of perf/system/
 
 
 def metrics_at(path: Path, step: int | None) -> dict[str, Any] | None:

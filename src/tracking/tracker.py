@@ -25,8 +25,9 @@ from src.tracking.mlflow_run import end_previous
 from src.tracking.mlflow_state import TRACKING, tracked_before
 from src.tracking.run_folder import SUMMARY, RunFolder, Start, open_run_folder
 from src.tracking.step_logs import METRICS, SAMPLES, metrics_of
+from src.tracking.system_metrics import Measure, system_metrics_of
 
-UNSHOWN = ("best/", "tokens/")  # of summary.json, left out of the table at the end of a run
+UNSHOWN = ("best/", "tokens/", "perf/system/")  # of summary.json, left out of the table at the end of a run
 Digests = Mapping[str, Any] | None
 
 
@@ -127,10 +128,13 @@ class Tracker:
 class FolderTracker(Tracker):
     """Keeps a run in its folder and shows it in the terminal. Built by `open_tracking`."""
 
-    def __init__(self, folder: RunFolder, console: Console, exports: ExportThread) -> None:
+    def __init__(
+        self, folder: RunFolder, console: Console, exports: ExportThread, measure_system: Measure = dict
+    ) -> None:
         super().__init__(console)
         self._folder = folder
         self._exports = exports
+        self._measure_system = measure_system
         self._started = time.monotonic()
         self._best: dict[str, float] = {}
 
@@ -200,7 +204,7 @@ class FolderTracker(Tracker):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line of metrics; called once a step, when the step is complete, evaluation included."""
         elapsed = time.monotonic() - self._started
-        metrics = {**metrics, "perf/elapsed_seconds": elapsed}
+        metrics = {**metrics, **self._measure_system(), "perf/elapsed_seconds": elapsed}
         self._folder.append(METRICS, {"step": step, **metrics})
         self._folder.step = step
         if evaluated := {name: value for name, value in metrics.items() if name.startswith("eval/")}:
@@ -240,7 +244,7 @@ def open_tracking(
         exporters = exporters_of(config.trackers(), run_dir, kinds=EXPORTERS, warn=console.warn)
         exports = start_exporters(exporters, run_dir, before=before, waits=is_known, warn=console.warn)
         folder.at_end.append(lambda: _close(exports, folder, console))
-        tracker = FolderTracker(folder, console, exports)
+        tracker = FolderTracker(folder, console, exports, system_metrics_of(config, console.warn))
         tracker.warn(*folder.warnings)
         yield tracker
 

@@ -51,6 +51,7 @@ class MlflowConfig(TrackingConfig):
     run_name: str = key(resume=Impact.harmless)
     tags: dict[str, str] = key(resume=Impact.harmless)
     log_model: bool = key(resume=Impact.harmless)
+    log_system_metrics: bool = key(default=False, resume=Impact.harmless)
 
 
 @TRACKERS.register("tensorboard")
