@@ -232,6 +232,11 @@ def test_a_group_has_the_mean_of_its_tasks(said: Command, run: Path, tasks: Path
     assert values["benchmark/both/exact_match"] == pytest.approx(sum(score["value"] for score in scores) / 2)
     errors = math.hypot(*(score["stderr"] for score in scores)) / 2
     assert values["benchmark/both/exact_match_stderr"] == pytest.approx(errors)
+    result = json.loads(results["again"].file.read_text())
+    result["metrics"]["exact_match"]["stderr"] = 0.0  # of a task at 0 or 100 %
+    results["again"].file.write_text(json.dumps(result))
+    found = group_metrics(loaded, results)["benchmark/both/exact_match_stderr"]
+    assert found == pytest.approx(scores[0]["stderr"] / 2)
 
 
 BAD = {

@@ -158,5 +158,6 @@ def group_metrics(group: Any, results: Mapping[str, TaskResult]) -> dict[str, fl
         for metric, score in read["metrics"].items():
             metric, _, kind = metric.partition(",")
             of_tasks[name] |= {f"{metric},{kind or 'none'}": score["value"]}
-            of_tasks[name] |= {f"{metric}_stderr,{kind or 'none'}": score["stderr"]} if score["stderr"] else {}
+            if score["stderr"] is not None:
+                of_tasks[name] |= {f"{metric}_stderr,{kind or 'none'}": score["stderr"]}
     return flat_metrics(group.name, tasks.scores(group.aggregate(of_tasks), group.name))
