@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import threading
 import time
@@ -176,16 +177,33 @@ def test_what_is_measured_later_is_in_the_summary_and_is_delivered_once(run: Pat
     assert second.steps == [*range(1, 301), 300]
 
 
-def test_a_summary_that_was_half_replaced_is_completed_and_a_foreign_one_refused(run: Path) -> None:
-    write_json(run / "summary.json", {"eval/test/loss": 1.5})
-    before = (run / "summary.json").read_text()
+class Died(BaseException):
+    """The end of a process."""
+
+
+@pytest.mark.parametrize("num_writes", range(3))
+def test_a_summary_is_good_wherever_its_replacement_ends_and_a_foreign_one_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, num_writes: int
+) -> None:
+    write_json(run / "summary.json", before := {"eval/test/loss": 1.5})
     write_json(run / "status.json", {"state": "FINISHED", "step": 300, "summary": file_digest(run / "summary.json")})
-    add_to_summary(run, {"benchmark/a/acc": 0.5})
-    after = (run / "summary.json").read_text()
-    (run / "summary.json").write_text(before)  # as a process leaves it that dies between the two files
-    add_to_summary(run, {"benchmark/a/acc": 0.5})
-    assert (run / "summary.json").read_text() == after
-    (run / "summary.json").write_text(before.replace("1.5", "2.5"))
+    replace, left = os.replace, iter(range(num_writes))
+
+    def replace_and_die(*files: Any, **options: Any) -> None:
+        if next(left, None) is None:
+            raise Died
+        replace(*files, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Died):
+        patch.setattr(os, "replace", replace_and_die)
+        add_to_summary(run, {"benchmark/a/acc": 0.5})
+    is_written = num_writes == 2
+    assert json.loads((run / "summary.json").read_text()) == before | ({"benchmark/a/acc": 0.5} if is_written else {})
+    assert read_status(run)["summary"] in (None, file_digest(run / "summary.json"))
+    add_to_summary(run, {"benchmark/b/acc": 0.25})
+    assert json.loads((run / "summary.json").read_text())["benchmark/b/acc"] == 0.25
+    assert read_status(run)["summary"] == file_digest(run / "summary.json")
+    (run / "summary.json").write_text((run / "summary.json").read_text().replace("1.5", "2.5"))
     with pytest.raises(DamagedFileError, match="checksum"):
         add_to_summary(run, {"benchmark/a/acc": 0.5})
 

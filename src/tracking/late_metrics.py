@@ -55,6 +55,7 @@ def add_to_summary(run_dir: Path, metrics: Mapping[str, Any]) -> None:
         if before and status.get("summary") not in (None, digest, file_digest(file)):
             raise damaged(file, f"it does not have the checksum that it was written with ({STATUS})", REMEDY)
         if not before or file_digest(file) != digest or status.get("summary") != digest:
-            # status.json first: a summary that a dying process did not write is then written by the same command
-            write_json(run_dir / STATUS, status | {"summary": digest})
+            # without a checksum meanwhile: a process that dies here leaves the summary as it was, or as it is to be
+            write_json(run_dir / STATUS, status | {"summary": None})
             write_atomically(file, text)
+            write_json(run_dir / STATUS, status | {"summary": digest})
