@@ -2,7 +2,8 @@
 
 Scored are the validation and test sets of the run's frozen config.yaml, exactly the rows that it evaluated, or those of
 data.validation_files and data.test_files (a list, or name: list); evaluate.sets=[NAME] picks some. Without run= the
-command is composed like that of src.run, and the model is scored as it is: model.checkpoint=DIR data=… .
+command is composed like that of src.run, and the model is scored as it is: model.checkpoint=DIR data=… . Its folder is
+then outputs/<name>/evaluations-HASH, by the configuration.
 
 A view is a row with other thoughts before its answer, evaluate.views=[gold,none,shuffled,own]:
 - gold: the thoughts as the data has them; its loss is that of training.
@@ -38,7 +39,9 @@ from typing import TYPE_CHECKING, Any
 
 from src.cli.entry import answer, as_command
 from src.cli.exits import guarded
+from src.config.frozen import config_hash
 from src.config.gate import admit_finished
+from src.config.identity import is_named_by_start
 from src.config.job import Job
 from src.config.schema import RunConfig
 from src.config.schema.entries import VIEWS
@@ -72,7 +75,7 @@ def evaluate(job: Job) -> int:
 
     own, names = job.entry_section, set_names(job)
     config = with_base_model(job.run_dir, job.config) if job.is_finished else plain_model(job.config)
-    job, output, console = replace(job, config=config), own.folder(job.run_dir), Console()
+    job, output, console = replace(job, config=config), output_folder(job), Console()
     console.label("evaluate", f"{job.run_dir if job.is_finished else config.model.checkpoint} → {output}")
     if job.is_finished:
         check_exported(job.run_dir, config.model.checkpoint)
@@ -83,6 +86,19 @@ def evaluate(job: Job) -> int:
         sets = open_evaluated(output, config, job.frozen, own.views, names, model)
         score(job, sets, file, other, stop, console)
     return 0
+
+
+def output_folder(job: Job) -> Path:
+    """Return the folder of the evaluation, the same for the same command; that of a model without a run's folder is
+    named by its configuration.
+    """
+    from src.data.sources import hash_of
+
+    own = job.entry_section
+    if job.is_finished or own.output is not None or not is_named_by_start(job.run_dir):
+        return own.folder(job.run_dir)
+    decided_by = hash_of(config_hash(job.frozen), own.views)
+    return job.run_dir.with_name(f"evaluations-{decided_by[:12]}")
 
 
 def set_names(job: Job) -> list[str]:
@@ -206,12 +222,12 @@ def finish(
     metrics = set_metrics(files, views, job.config)
     lines = {view: list(files.views[view].read()) for view in views}
     comparisons = between_views(lines, seed)
-    against = [] if other is None else other.compare(lines, files.hashes, seed)
+    against = None if other is None else other.compare(lines, files.hashes, seed)
     rows = {"scored": len(paired.kept), "left_out": dict(+paired.left_out)}
     file.put(files.name, metrics, rows, comparisons, against)
     left_out = f"; left out: {paired.reasons()}" if paired.reasons() else ""
     console.label(files.name, f"{plural(len(paired.kept), 'row')} scored{left_out}; {files.folder}")
-    for line in [*score_table(metrics, files.name, views), *comparison_table([*comparisons, *against])]:
+    for line in [*score_table(metrics, files.name, views), *comparison_table([*comparisons, *(against or ())])]:
         console.say(f"  {line}")
     if generated := {key: value for key, value in metrics.items() if key.count("/") == 2}:
         console.table(generated)
@@ -223,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def begin(arguments: list[str]) -> int:
         job = admit_finished(arguments, "evaluate")
         again = "the same command without force=true" if job.config.force else "the same command"
-        where = f"What was evaluated is in {job.entry_section.folder(job.run_dir)}:"
+        where = f"What was evaluated is in {output_folder(job)}:"
         return guarded(
             lambda: evaluate(job),
             when_stopped=f"{where} {again} resumes there.",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -31,8 +32,9 @@ from src.model.build import build_model, set_generation
 from src.model.embeddings import resize_and_initialise
 from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
+from tests.chat_templates import FAMILIES
 from tests.conftest import ROOT, ForkedCommand, admitted, read_lines, write_lines
-from tests.kinds import byte_bpe, character_level, thin_llama
+from tests.kinds import byte_bpe, character_level, one_control_token, thin_llama
 
 WORDS = ["하나", "zwei ", "three", "vier"]
 ROWS = [
@@ -224,6 +226,11 @@ def test_two_evaluations_are_paired_by_file_and_line(
     assert evaluate.main([*own, f"data.validation_files=['{copy}']", f"evaluate.output={tmp_path / 'same'}"]) == 0
     against = json.loads((tmp_path / "same" / "evaluation.json").read_text())["against"]["validation"]
     assert [(one["view"], one["num_rows"], one["p_value"]) for one in against] == [("gold", 22, 1.0)]
+    again = [one for one in own if not one.startswith("evaluate.against")]
+    again += [f"data.validation_files=['{copy}']", f"evaluate.output={tmp_path / 'same'}"]
+    for more, expected in (([], against), (["evaluation.max_samples=3", "force=true"], [])):
+        assert evaluate.main([*again, *more]) == 0  # what nobody asked to compare again stays while it is true
+        assert json.loads((tmp_path / "same" / "evaluation.json").read_text())["against"]["validation"] == expected
     other = write_lines(tmp_path / "other.jsonl", ROWS[30:34])
     assert evaluate.main([*own, f"data.validation_files=['{other}']", f"evaluate.output={tmp_path / 'other'}"]) == 2
     assert "of 4 rows here and 22 there none are common" in capsys.readouterr().err
@@ -253,22 +260,31 @@ def test_mistakes_are_told(
     assert not (tmp_path / "out" / "validation").exists()
 
 
+def uniform_model(folder: Path, tokenizer: Any) -> Path:
+    """Save a model to which all of its 320 tokens or more are equally likely."""
+    architecture = AutoConfig.from_pretrained(thin_llama(), vocab_size=max(320, len(tokenizer)))
+    model = AutoModelForCausalLM.from_config(architecture)
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def score_plainly(folder: Path, *overrides: str) -> int:
+    """Evaluate a model that no run has trained."""
+    given = ["model=causal_lm", f"model.checkpoint={folder}", "tokens=none", "data=prompt_completion", "tracking=none"]
+    return evaluate.main([*given, *overrides])
+
+
 @pytest.mark.parametrize("tokenizer", [character_level, byte_bpe])
 def test_a_uniform_model_has_its_tokens_times_its_vocabulary_a_byte(
     tokenizer: Callable[[], Any], runtime: Runtime, tmp_path: Path
 ) -> None:
-    folder, cutter = tmp_path / "uniform", tokenizer()
-    architecture = AutoConfig.from_pretrained(thin_llama(), vocab_size=320)
-    model = AutoModelForCausalLM.from_config(architecture)
-    torch.nn.init.zeros_(model.get_output_embeddings().weight)
-    model.save_pretrained(folder)
-    cutter.save_pretrained(folder)
+    cutter = tokenizer()
+    folder = uniform_model(tmp_path / "uniform", cutter)
     texts = ["What is 12 plus 30?", "안녕하세요", "lower and lower"]
     file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "q=", "completion": text} for text in texts])
-    assert evaluate.main(
-        ["model=causal_lm", f"model.checkpoint={folder}", "tokens=none", "data=prompt_completion", "tracking=none",
-         f"data.test_files=['{file}']", f"evaluate.output={tmp_path / 'out'}"]
-    ) == 0  # fmt: skip
+    assert score_plainly(folder, f"data.test_files=['{file}']", f"evaluate.output={tmp_path / 'out'}") == 0
     num_tokens = sum(len(cutter(text, add_special_tokens=False)["input_ids"]) for text in texts)
     num_bytes = sum(len(text.encode()) for text in texts)
     found = metrics_of(tmp_path / "out")["evaluate/test/gold/bits_per_byte"]
@@ -277,6 +293,65 @@ def test_a_uniform_model_has_its_tokens_times_its_vocabulary_a_byte(
     assert bits_per_byte(num_tokens * math.log(320), num_bytes) == pytest.approx(
         num_tokens * math.log2(320) / num_bytes, rel=1e-9
     )
+
+
+@pytest.mark.parametrize("family", ["Qwen 3", "DeepSeek R1"])
+def test_a_thought_that_the_template_writes_is_no_part_of_the_answer(tmp_path: Path, family: str) -> None:
+    tokenizer = byte_bpe()
+    template, added = FAMILIES[family]
+    tokenizer.add_tokens(added)
+    tokenizer.chat_template = template
+    answers = ["lower", "안녕, 42"]
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": answer, "reasoning_content": f"a b {i}"},
+            ]
+        }
+        for i, answer in enumerate(answers)
+    ]
+    file = write_lines(tmp_path / "rows.jsonl", chats)
+    options = ["data=messages", f"data.test_files=['{file}']", f"evaluate.output={tmp_path / 'out'}"]
+    assert score_plainly(uniform_model(tmp_path / "uniform", tokenizer), *options) == 0
+    lines = read_lines(tmp_path / "out" / "test" / "gold.jsonl")
+    assert [line["num_bytes"] for line in lines] == [len(answer.encode()) for answer in answers]
+    sizes = [len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers]
+    assert [line["num_answer_tokens"] for line in lines] == sizes
+    metrics = metrics_of(tmp_path / "out")
+    bits = sum(sizes) * math.log2(max(320, len(tokenizer))) / sum(len(answer.encode()) for answer in answers)
+    assert metrics["evaluate/test/gold/bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert metrics["evaluate/test/gold/thought_loss"] == pytest.approx(math.log(max(320, len(tokenizer))), rel=1e-6)
+
+
+def test_a_plain_model_has_one_folder_and_its_tokenizer_and_the_rows_of_a_data_set_are_in_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    model = uniform_model(tmp_path / "uniform", byte_bpe())
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for split in ("train", "validation"):
+        write_lines(corpus / f"{split}.jsonl", [{"prompt": "q=", "completion": "lower"}])
+    own = ["name=plain", f"data.dataset_name='{corpus}'", "data.validation_split=validation"]
+    assert score_plainly(model, *own) == 0
+    (output,) = (tmp_path / "outputs" / "plain").iterdir()
+    before = contents(output)
+    assert score_plainly(model, *own) == 0
+    assert list((tmp_path / "outputs" / "plain").iterdir()) == [output]
+    assert contents(output) == before
+    settings = model / "tokenizer_config.json"
+    text = settings.read_text()
+    settings.write_text(text.replace("{", '{"chat_template": "{{ messages }}",', 1))
+    assert score_plainly(model, *own) == 2
+    assert "model   another model's weights, settings or tokenizer" in capsys.readouterr().err
+    settings.write_text(text)
+    assert score_plainly(model, *own) == 0
+    write_lines(corpus / "validation.jsonl", [{"prompt": "q=", "completion": "other and longer"}])
+    assert score_plainly(model, *own) == 2
+    assert "data.files" in capsys.readouterr().err
+    assert contents(output) == before
 
 
 def paired_rows(
@@ -305,6 +380,15 @@ def test_rows_that_one_view_lacks_are_left_out_of_all(tmp_path: Path, seed: int)
     assert all(len(paired.row("shuffled", i).labels) <= 60 for i in paired.kept)
     paired.keep(dict.fromkeys(paired.kept[1:]) | {0: [[8, 9]]})
     assert (paired.kept, sum(paired.left_out.values())) == ([0], 6)
+
+
+def test_a_row_that_is_nothing_without_its_thought_is_left_out_for_that(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(thin_llama(), tmp_path / "model"))
+    one_control_token().save_pretrained(folder)  # no BOS: EOS alone has nothing that predicts it
+    rows = [{"text": f"<ToW>{i}</ToW>{'b' * (i % 2)}"} for i in range(4)]
+    own = ["data=text", f"model.checkpoint={folder}", "data.max_dropped_fraction=1"]
+    paired = paired_rows(tmp_path, rows, *own, views=["gold", "none"])
+    assert (paired.kept, +paired.left_out) == ([1, 3], Counter(no_supervised_token=2))
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_bart"])

@@ -5,6 +5,7 @@ OmegaConf's resolvers belong to the process, and so does what they stand for.
 
 import uuid
 from datetime import datetime
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
@@ -21,6 +22,12 @@ def declare(**values: str) -> None:
 def new_identity() -> None:
     """Declare a name that the next run's folder has alone: seconds alone would collide."""
     declare(start_time=datetime.now().strftime("%Y%m%d-%H%M%S"), uid=uuid.uuid4().hex[:6])
+
+
+def is_named_by_start(folder: Path) -> bool:
+    """Return whether a folder has a name that the next start will not give again."""
+    uid = OmegaConf.create({"uid": "${uid:}"}).uid
+    return bool(uid) and uid in folder.name
 
 
 declare(project_root=str(PROJECT_ROOT), project_url=in_url(PROJECT_ROOT), start_time="", uid="", sweep_id="")

@@ -361,6 +361,16 @@ def _lengths(config: RunConfig, *, to_predict: bool) -> Lengths:
     return Lengths(data.max_seq_length, target if is_encoder_decoder else None, overflow)
 
 
+def evaluated_sources(data: DataConfig, name: str) -> list[Source]:
+    """Return where the rows of a validation or test set are read from: those of train where it is held out of it."""
+    files = data.validation_sets() | data.test_sets()
+    if name in files:
+        return [file_source(files[name], data.limit)]
+    if data.has_hub_validation:
+        return [_hub_source(data, str(data.validation_split))]
+    return [train_source(source.data) for source in data.train_sources().values()]
+
+
 def train_source(data: DataConfig) -> Source:
     """Return where the records of a source of train are read from."""
     if data.train_files:

@@ -28,9 +28,10 @@ class Tags:
 class PairedRows:
     """The rows of a set, `gold`, by `views`; `kept` are the indices of the rows that every view has.
 
-    Left out, and counted by reason in `left_out`, are rows that are too long in any view, and rows that have no partner
-    to exchange thoughts with. `bare` is the same set written without thoughts, where a view needs it. `own` are the
-    model's thoughts for a row, tags included, put here once they are written.
+    Left out, and counted by reason in `left_out`, are rows that are too long in any view, that have no supervised token
+    without their thoughts, and that have no partner to exchange thoughts with. `bare` is the same set written without
+    thoughts, where a view needs it. `own` are the model's thoughts for a row, tags included, put here once they are
+    written.
     """
 
     gold: EncodedSet
@@ -46,8 +47,9 @@ class PairedRows:
     def choose(self, count: int, seed: int) -> None:
         """Choose the rows that all views but `own` can have, of the first `count` rows, and who exchanges thoughts."""
         self.left_out[NOT_SAMPLED] += len(self.gold) - count
-        candidates = [i for i in range(count) if not self.gold.is_truncated(i) and self._has_bare(i)]
-        self.left_out[TOO_LONG] += count - len(candidates)
+        reasons = [self._why_left_out(i) for i in range(count)]
+        self.left_out.update(filter(None, reasons))
+        candidates = [i for i, reason in enumerate(reasons) if reason is None]
         if SHUFFLED in self.views:
             given = donors([self.num_thoughts(i) for i in candidates], seed)
             self.donors = {candidates[row]: candidates[donor] for row, donor in given.items()}
@@ -76,11 +78,22 @@ class PairedRows:
         """The index of each row in `bare`, by the record that it was made of."""
         return {} if self.bare is None else {_record(self.bare, i): i for i in range(len(self.bare))}
 
-    def _has_bare(self, index: int) -> bool:
+    @cached_property
+    def _bare_dropped(self) -> dict[tuple[int, int], str]:
+        """Why each record that is not in `bare` is dropped there."""
+        shards = [] if self.bare is None else self.bare.shards
+        return {(i, row.ordinal): row.reason for i, shard in enumerate(shards) for row in shard.stats.dropped}
+
+    def _why_left_out(self, index: int) -> str | None:
+        """Return why a row can't be in every view; None where it can."""
+        if self.gold.is_truncated(index):
+            return TOO_LONG
         if self.bare is None:
-            return True
-        there = self._bare_rows.get(_record(self.gold, index))
-        return there is not None and not self.bare.is_truncated(there)
+            return None
+        record = _record(self.gold, index)
+        if record in self._bare_dropped:
+            return self._bare_dropped[record]
+        return TOO_LONG if self.bare.is_truncated(self._bare_rows[record]) else None
 
     def num_thoughts(self, index: int) -> int:
         return int((self.gold[index].spans[:, 0] == THOUGHT).sum())

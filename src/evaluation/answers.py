@@ -4,6 +4,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from src.data.answers import AnswerFrame, strip_thoughts
 from src.data.encoding import Encoder
 from src.data.sets import EncodedSet
@@ -62,6 +64,31 @@ class AnswerReader:
     def plain_reference(self, rows: EncodedSet, index: int) -> str:
         """Return a row's reference answer, without thoughts, also without those that the data has between tags."""
         return strip_thoughts(rows.reference(index), self.tags)
+
+    def template_thoughts(self, ids: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, int]:
+        """Return which ids of a rendered row's turns, one of each size after the other, are of a thought that the
+        template wrote at the beginning of a turn, [supervised], and the UTF-8 bytes of all of them.
+        """
+        mask, num_bytes, start = np.zeros(len(ids), dtype=bool), 0, 0
+        for size in sizes:
+            turn = ids[start : start + size].tolist()
+            length = self._thought_length(turn)
+            mask[start : start + length] = True
+            num_bytes += len(self.encoder.decode_all(turn[:length]).encode())
+            start += size
+        return mask, num_bytes
+
+    def _thought_length(self, turn: Sequence[int]) -> int:
+        """Return how many ids of a turn are the template's thought, with its tags and the white space after it."""
+        decode, frame = self.encoder.decode_all, self.frame
+        text = decode(turn)
+        begins = frame.opens_thought or (bool(frame.thought_open) and text.lstrip().startswith(frame.thought_open))
+        if not (begins and frame.thought_close and frame.thought_close in text):
+            return 0
+        length = bisect_left(range(len(turn) + 1), True, key=lambda n: frame.thought_close in decode(turn[:n]))
+        while length < len(turn) and not decode(turn[length : length + 1]).strip():
+            length += 1
+        return length
 
     def is_over(self, ids: Sequence[int]) -> bool:
         """Return whether generated ids contain the text that ends a turn, in chat templates that end turns with words

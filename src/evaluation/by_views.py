@@ -99,22 +99,25 @@ def _score_view(files: EvaluatedSet, view: View, models: Models, console: Consol
         indices = [rows[place] for place in block]
         scored = models.scorer.score(view, indices)
         reader = models.generator.reader
+        assert reader is not None
         lines = [_line(view, i, one, reader) for i, one in zip(indices, scored, strict=True)]
         files.views[view.name].append(lines)
 
 
-def _line(view: View, index: int, scored: TokenNll, reader: AnswerReader | None) -> RowScore:
+def _line(view: View, index: int, scored: TokenNll, reader: AnswerReader) -> RowScore:
     """Return the line of a row; NonFiniteLossError where its loss is no number."""
-    paired, place = view.paired, view.paired.gold.place(index)
+    paired, place, is_thought = view.paired, view.paired.gold.place(index), scored.is_thought
     if not np.isfinite(scored.nll).all():
         raise NonFiniteLossError(f"{place}: the loss of this row is not finite: the weights are broken")
-    thoughts = None
+    thoughts, num_bytes = None, paired.num_bytes(view.name, index)
+    if paired.tags.texts is None and paired.gold.is_rendered(index):  # the template itself may write a thought
+        sizes = [stop - start for _, start, stop in view[index].spans.tolist()]
+        is_thought, num_thought_bytes = reader.template_thoughts(scored.targets, sizes)
+        num_bytes -= num_thought_bytes
     if view.name == OWN:
-        assert reader is not None
         thoughts = [reader.encoder.decode(ids[1:-1]) for ids in paired.own[index]]
-    is_answer = answer_mask(scored.targets, scored.is_thought, list(paired.tags.ends))
-    num_bytes = paired.num_bytes(view.name, index)
-    return row_score(index, place, scored.nll, scored.is_thought, is_answer, num_bytes, thoughts)
+    is_answer = answer_mask(scored.targets, is_thought, list(paired.tags.ends))
+    return row_score(index, place, scored.nll, is_thought, is_answer, num_bytes, thoughts)
 
 
 def set_metrics(files: EvaluatedSet, views: Sequence[str], config: RunConfig) -> dict[str, float]:

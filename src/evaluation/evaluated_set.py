@@ -1,24 +1,25 @@
 """The files of one set's evaluation, and what decided them: `<view>.jsonl` has a line a row of each view."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.exported import weight_files
-from src.config.files import expand
+from src.checkpoint.exported import MAY_CHANGE, init_from_folder
 from src.config.keys import all_keys
-from src.config.schema import DataConfig, RunConfig, Weights
+from src.config.schema import DataConfig, RunConfig
+from src.data.dataset import evaluated_sources
 from src.data.paired import VIEWS
-from src.data.sources import file_hash
+from src.data.sources import HubSource, file_hash, hash_of
 from src.errors import RunFolderError
 from src.evaluation.predicted_set import PredictionLog
 from src.evaluation.predictions import generation_key, model_key
 from src.evaluation.row_log import RowLog
 from src.evaluation.scores import RowScore
+from src.records import check_plain
 
 FILES = "data.files"
-"""What the record calls the hashes of the files that rows come from, by their names."""
+"""What the record calls the hashes of the files that rows come from, or of the hub's splits, by their names."""
 
 
 OTHER_NAMES = ("lock", "evaluation.json")
@@ -71,8 +72,7 @@ def open_evaluated(
     generated_by = generation_key(config, frozen)
     sets, refused = {}, []
     for name in names:
-        hashes = {file: file_hash(file) for file in expand(_files(config.data, name))}
-        sets[name] = one = EvaluatedSet(output, name, {FILES: hashes} | common, generated_by)
+        sets[name] = one = EvaluatedSet(output, name, {FILES: _hashes(config.data, name)} | common, generated_by)
         for log in one.logs():
             if differences := log.claim(force=config.force):
                 there = f"{log.lines} holds what something else decided:"
@@ -85,10 +85,15 @@ def open_evaluated(
     return sets
 
 
-def _files(data: DataConfig, name: str) -> list[str]:
-    """Return the files that a set's rows come from: its own, or those of train, of which it is a part."""
-    files = data.files()
-    return files.get(name) or (files.get("train", []) if data.is_held_out else [])
+def _hashes(data: DataConfig, name: str) -> dict[str, str]:
+    """Return the hash of each file or split that a set's rows come from; how many of them are read is in the key."""
+    hashes = {}
+    for source in evaluated_sources(data, name):
+        if isinstance(source, HubSource):
+            hashes[source.name] = hash_of(replace(source, limit=None).identity())
+        else:
+            hashes |= {file: file_hash(file) for file in source.files}
+    return hashes
 
 
 def _scoring_key(config: RunConfig, frozen: Mapping[str, Any], model: Path | None) -> dict[str, Any]:
@@ -108,8 +113,7 @@ def _scoring_key(config: RunConfig, frozen: Mapping[str, Any], model: Path | Non
 
 def _plain_model_key(config: RunConfig, frozen: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides a model that no run has trained."""
-    model = config.model
-    files = [] if model.weights is Weights.random else weight_files(model.checkpoint)
+    model, start = config.model, init_from_folder(config)
     return {
         "model.dtype": model.dtype.value,
         "training.mixed_precision": config.training.mixed_precision.value,
@@ -117,5 +121,18 @@ def _plain_model_key(config: RunConfig, frozen: Mapping[str, Any]) -> dict[str, 
         "tokens": frozen["tokens"],
         "quantization": frozen["quantization"],
         "init_from": config.init_from,
-        "model": {file.name: file_hash(str(file)) for file in files},
+        "model": _file_hashes(Path(model.checkpoint)) | ({} if start is None else _file_hashes(start)),
     }
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    """Return the hash of each file of a model, by path: weights, settings, tokenizer, chat templates; {} of a hub's.
+
+    Other folders in it, such as evaluations, are no part of the model.
+    """
+    there = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
+    files = [file for file in sorted(there) if not (file.is_dir() or file.name.startswith("."))]
+    files = [file for file in files if file.name not in MAY_CHANGE]
+    for file in files:
+        check_plain(file)
+    return {str(file): file_hash(str(file)) for file in files}

@@ -30,16 +30,25 @@ class EvaluationFile:
         metrics: Mapping[str, float],
         rows: Mapping[str, Any],
         comparisons: Sequence[Comparison],
-        against: Sequence[Comparison],
+        against: Sequence[Comparison] | None,
     ) -> None:
-        """Write what was found of a set, in place of what is there of it; other sets stay."""
+        """Write what was found of a set, in place of what is there of it; other sets stay.
+
+        Without `against`, what it was compared with before stays too, as long as its metrics are the same.
+        """
         before = self._content["metrics"]
+        if against is not None:
+            compared = [asdict(one) for one in against]
+        elif all(before.get(key) == value for key, value in finite(dict(metrics)).items()):
+            compared = self._content["against"].get(name, [])
+        else:
+            compared = []
         others = {key: value for key, value in before.items() if not key.startswith(f"evaluate/{name}/")}
         content = {
             "metrics": others | dict(metrics),
             "rows": self._content["rows"] | {name: dict(rows)},
             "comparisons": self._content["comparisons"] | {name: [asdict(one) for one in comparisons]},
-            "against": self._content["against"] | {name: [asdict(one) for one in against]},
+            "against": self._content["against"] | {name: compared},
         }
         if finite(content) != self._content:
             write_json(self.path, content)

@@ -69,7 +69,10 @@ class EvaluateConfig:
         PATH, default=None, text="the folder of another run, or of its evaluation, to compare with on the same rows"
     )
     output: str | None = key(
-        PATH, default=None, text="the folder of the evaluation; null: evaluations/ in the run's folder"
+        PATH,
+        default=None,
+        text="the folder of the evaluation; null: evaluations/ in the run's folder, or where a model without a run is "
+        "scored, outputs/<name>/evaluations-HASH",
     )
 
     def folder(self, run_dir: Path) -> Path:
