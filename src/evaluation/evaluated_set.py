@@ -87,10 +87,11 @@ def open_evaluated(
 
 def _hashes(data: DataConfig, name: str) -> dict[str, str]:
     """Return the hash of each file or split that a set's rows come from; how many of them are read is in the key."""
-    hashes = {}
+    hashes = dict[str, str]()
     for source in evaluated_sources(data, name):
         if isinstance(source, HubSource):
-            hashes[source.name] = hash_of(replace(source, limit=None).identity())
+            rows = replace(source, limit=None).identity()  # a mixture may have one split in two configurations
+            hashes[source.name] = hash_of(hashes.get(source.name), rows)
         else:
             hashes |= {file: file_hash(file) for file in source.files}
     return hashes
