@@ -9,10 +9,10 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 LAYERS = (
-    ("preflight", "predict", "evaluate", "export", "benchmark", "ensemble", "sync", "ui"),
+    ("preflight", "predict", "evaluate", "export", "benchmark", "ensemble", "report", "sync", "ui"),
     ("cli",),
     ("run",),
-    ("overview", "inspection", "exporting", "harness", "combining"),
+    ("overview", "inspection", "exporting", "reporting", "harness", "combining"),
     ("forecast",),
     ("training", "evaluation", "sweep"),
     ("checkpoint", "data", "model", "tracking"),

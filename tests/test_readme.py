@@ -20,6 +20,7 @@ import yaml
 
 from src.config.gate import admit, admit_finished, admit_members
 from src.config.help import help_of_run
+from src.reporting.request import read_request
 from src.runtime.signals import SAVE_FILE, STOP_FILE
 from src.sweep.plan import plan_sweep
 from src.sync import admit_sync
@@ -140,6 +141,7 @@ ENTRIES = {
         f"src.{entry}": partial(admit_finished, entry=entry) for entry in ("predict", "evaluate", "export", "benchmark")
     },
     "src.ensemble": lambda arguments: admit_members(arguments, lambda sweep: [Path("outputs/mine")]),
+    "src.report": read_request,
     "src.sync": admit_sync,
     "src.ui": admit_ui,
 }

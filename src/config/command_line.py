@@ -225,6 +225,8 @@ def read_override(text: str) -> Override | Problem:
     secrets.without_credentials(text)  # what is in it is known from here on
     if key in mistyped.FOLDERS and value and os.path.isdir(value):
         text = override_text(key, value)  # whatever its name has in it: there is such a folder
+    if key in mistyped.SENTENCES and value and not mistyped.QUOTED.fullmatch(value):
+        text = override_text(key, value)
     try:
         override = OverridesParser.create().parse_override(text)
     except RecursionError:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -119,15 +119,15 @@ def is_finished(folder: Path) -> bool:
     return True
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration that a run's folder was begun with, as it is stored.
+def read_config(folder: Path, read: Callable[[Path, str], dict[str, Any]] = records.read_yaml) -> dict[str, Any]:
+    """Return the configuration that a run's folder was begun with, as it is stored; `read` reads the file.
 
     FileNotFoundError is raised where there is none, DamagedFileError where it can't be read, or is not the one that a
     start wrote down.
     """
     file = folder / CONFIG
     remedy = "Restore it; or move it away, and give the run's own command again, which writes it anew."
-    sections = records.read_yaml(file, remedy)
+    sections = read(file, remedy)
     starts = read_starts(folder)
     if starts and config_hash(sections) not in {start["config_hash"] for start in starts}:
         reason = f"it is not the configuration that this run was started with, by the hash in {STARTS}"

@@ -39,7 +39,8 @@ USAGE = (
 OVERVIEW = "Towline: a few YAML choices become a fine-tune that is tracked, repeatable and comparable."
 MORE = "Every group and key: python -m src.run --help. One of them: --help optimizer, --help optimizer.lr."
 ELSEWHERE = (
-    "Others: python -m src.preflight, src.predict and src.sync, each with --help. Every key: docs/configuration.md."
+    "Others: python -m src.preflight, src.predict, src.export, src.report and src.sync, each with --help. Every key: "
+    "docs/configuration.md."
 )
 
 

@@ -19,7 +19,11 @@ from src.config.schema import SECTIONS
 from src.config.values import MISSING_TEXT, holds_missing
 from src.errors import visible
 
-FOLDERS = ("rerun", "run", "init_from", "hydra.run.dir", "hydra.sweep.dir")  # a folder that is there needs no quotes
+FOLDERS = ("rerun", "run", "dir", "init_from", "hydra.run.dir", "hydra.sweep.dir")
+"""Keys whose value needs no quotes where it is a folder that is there."""
+SENTENCES = ("report.where",)
+"""Keys whose value needs no quotes but those of the shell, whatever is in it."""
+QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
 LONGEST_HINT = 200
 INTERPOLATIONS = r"an interpolation that can't be read: ${NAME} is one, and \${ is text"
 

@@ -23,6 +23,7 @@ from src.config.schema.entries import (
     EnsembleMethod,
     ExportEntryConfig,
     PredictConfig,
+    ReportConfig,
 )
 from src.config.schema.fields import later_default
 from src.config.schema.generation import GenerationConfig, ThoughtMode

@@ -14,6 +14,7 @@ from src.metrics import METRICS
 USING_RUNS = (*GENERATING, "export")
 """The entries that use finished runs."""
 TASKS = Check("a list of one or more names of tasks", lambda v: bool(v) and all(v))
+OPTIONAL_STRINGS = Check(STRINGS.allowed, lambda v: v is None or STRINGS.holds(v))
 CHECKPOINT = Check("best, last or step-N", lambda v: v is None or re.fullmatch(r"best|last|step-\d+", v) is not None)
 
 
@@ -162,6 +163,26 @@ class EnsembleConfig:
     )
 
 
+@dataclass
+class ReportConfig:
+    """What `python -m src.report` shows of which runs, and where it writes."""
+
+    where: str | None = key(
+        default=None, text="the runs of the table: KEY OP VALUE, joined by and, or, not and parentheses; null: all"
+    )
+    columns: list[str] | None = key(
+        OPTIONAL_STRINGS,
+        default=None,
+        text="columns of the table: keys of the configuration, metrics, or what is known of a run; null: a choice",
+    )
+    csv: str | None = key(PATH, default=None, text="a file that gets the table with one column for each value")
+    output: str | None = key(
+        PATH,
+        default=None,
+        text="the HTML page of dir or dirs; null: report.html in that folder, comparison.html in this one of several",
+    )
+
+
 ENTRY_SECTIONS: dict[str, type] = {
     "preflight": PreflightConfig,
     "predict": PredictConfig,
@@ -169,5 +190,6 @@ ENTRY_SECTIONS: dict[str, type] = {
     "export": ExportEntryConfig,
     "benchmark": BenchmarkConfig,
     "ensemble": EnsembleConfig,
+    "report": ReportConfig,
 }
 """Sections that one entry reads, `python -m src.<name>`, and no other takes; they have their defaults here."""
