@@ -10,6 +10,9 @@ the configuration, last and best value of the metric that chooses the best check
 
 Nothing of a run is changed. A folder that can't be read is a row that says why.
 
+dir=DIR writes a page of the run in that folder, finished or not: report.html there, or report.output=FILE. It is one
+file that needs no network. Next to it a folder of its name has each figure as PNG and CSV.
+
 Exit code 0, 2 where the user can fix something.
 """
 
@@ -24,7 +27,24 @@ from src.reporting.runs import PLACES, find_runs, read_run
 
 
 def report(request: Request) -> int:
-    """Print the table; return the exit code."""
+    """Print the table, or write the page; return the exit code."""
+    if request.folders:
+        return write(request)
+    return show_table(request)
+
+
+def write(request: Request) -> int:
+    """Write the page of the folders that are named; return the exit code."""
+    from src.reporting.page import write_page
+    from src.reporting.run_page import run_page
+    from src.tracking.console import Console
+
+    write_page(run_page(request.folders[0]), request.output, Console())
+    return 0
+
+
+def show_table(request: Request) -> int:
+    """Print the table of all runs; return the exit code."""
     from src.reporting.table import select, show, write_csv
 
     folders = find_runs([Path(place) for place in PLACES])

@@ -29,6 +29,7 @@ DOORS = {
     "lm_eval": ("harness",),
     "hydra": ("cli", "config", "sweep"),
     "omegaconf": ("cli", "config", "sweep"),
+    "bokeh": ("reporting",),
     "datasets": ("data",),
     "accelerate": ("runtime",),
     "deepspeed": ("runtime",),

@@ -40,7 +40,7 @@ OWN_TEST = ("docs/extending.md",)
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 NOT_OURS = ("source", "pip", "#!", "#SBATCH", "export", "if", "scontrol")
 """First words of lines of a shell that are no command of this project."""
-FILE_TYPES = ("json", "jsonl", "py", "yaml", "md", "log", "db", "safetensors")
+FILE_TYPES = ("html", "json", "jsonl", "py", "yaml", "md", "log", "db", "safetensors")
 SHELL = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "MAIN": "10.0.0.1"}
 FILES = {
     "train.jsonl": '{"question": "a", "answer": "#### 1"}\n',

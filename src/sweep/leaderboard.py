@@ -185,7 +185,7 @@ def plot(rows: Sequence[Row], file: Path, metric: str, direction: Direction) -> 
     shown = [row for row in rows if row.mean is not None][:MOST_SHOWN]
     names = [textwrap.wrap(short(row.name), LABEL_WIDTH, max_lines=LABEL_LINES, placeholder=" …") for row in shown]
     height = (0.27 + 0.13 * max(map(len, names), default=1)) * max(2, len(shown))  # inches
-    with _picture(file, 1.4 + height) as axes:
+    with picture(file, 1.4 + height) as axes:
         for place, row in enumerate(shown):
             colour = FIRST if row.rank == 1 else REST
             axes.axhline(place, color=FAINT, linewidth=0.6, zorder=0)
@@ -217,7 +217,7 @@ def plot_history(values: Sequence[float], file: Path, metric: str, direction: Di
     finite_values = [value for value in values if math.isfinite(value)]
     best = list(itertools.accumulate(finite_values, min if direction == "minimize" else max))
     places = range(1, len(best) + 1)
-    with _picture(file, 4) as axes:
+    with picture(file, 4) as axes:
         axes.plot(places, finite_values, "o", color=REST, markersize=5, alpha=0.7, markeredgewidth=0, label="a trial")
         axes.step(places, best, where="post", color=FIRST, linewidth=1.6, label="best so far")
         _set_span(finite_values, [], axes.set_yscale, axes.set_ylim)
@@ -245,7 +245,7 @@ def _set_span(
 
 
 @contextmanager
-def _picture(file: Path, height: float) -> Iterator[Any]:
+def picture(file: Path, height: float) -> Iterator[Any]:
     """Yield the axes of a picture of 9 inches by `height`; the picture is written as a PNG when the block ends."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,0 +1,126 @@
+"""Figures drawn: by bokeh in the page, by matplotlib as PNG, and as CSV. Bokeh's one door."""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from src.config.problems import shortened
+from src.reporting.figures import Figure, Series
+from src.util import write_atomically
+
+COLOURS = ("#4c84d4", "#d9683c", "#3f9c5a", "#a06cd0", "#b8930b", "#1a9aa8", "#cf5c92", "#8a7a5c", "#7488a0", "#c2484a")
+"""Of series, in turn; each can be seen on white and on black."""
+DASHES = ("solid", "dashed", "dotted")
+FEW_POINTS = 80  # up to which each point has a mark
+LONGEST_TICK = 24  # characters
+HEIGHT = 300  # pixels
+
+
+def styled(figure: Figure) -> Iterator[tuple[Series, str, str]]:
+    """Yield the series of a figure, each with its colour and its dashes."""
+    for number, series in enumerate(figure.series):
+        turn, place = divmod(number, len(COLOURS))
+        yield series, COLOURS[place], DASHES[min(turn + (series.kind == "dashes"), len(DASHES) - 1)]
+
+
+def bokeh_script() -> str:
+    """Return the JavaScript that draws, as the library has it in its own folder."""
+    from bokeh.resources import Resources
+
+    (script,) = Resources(mode="inline", components=["bokeh"]).js_raw[:1]
+    return str(script)
+
+
+def bokeh_item(figure: Figure, target: str) -> dict[str, Any]:
+    """Return what Bokeh.embed.embed_item draws into the element of the page with the id `target`."""
+    import numpy as np
+    from bokeh.core.types import ID
+    from bokeh.embed import json_item
+    from bokeh.models import ColumnDataSource, FixedTicker, HoverTool
+    from bokeh.plotting import figure as new_figure
+
+    plot = new_figure(
+        height=HEIGHT,
+        sizing_mode="stretch_width",
+        tools="pan,box_zoom,wheel_zoom,reset",
+        active_drag=None,  # a finger on a figure scrolls the page
+        active_scroll=None,
+        x_axis_type="log" if figure.has_log_x else "linear",
+        x_axis_label=_plain(figure.x_label),
+        y_axis_label=_plain(figure.y_label),
+        background_fill_color=None,
+        border_fill_color=None,
+        outline_line_color=None,
+        min_border_right=12,
+    )
+    plot.toolbar.logo = None
+    for series, colour, dash in styled(figure):
+        data = {"x": np.asarray(series.x, dtype="float64"), "y": np.asarray(series.y, dtype="float32")}
+        source = ColumnDataSource(data)
+        if series.kind != "points":
+            plot.line("x", "y", source=source, line_color=colour, line_width=1.8, line_dash=dash, name=series.name)
+        if series.kind == "points" or (figure.is_joined and len(series.x) <= FEW_POINTS):
+            plot.scatter("x", "y", source=source, size=6, fill_color=colour, line_color=None, name=series.name)
+    if figure.x_ticks is not None:
+        plot.xaxis.ticker = FixedTicker(ticks=list(figure.x_ticks))
+        labels: dict[float | str, Any] = {
+            place: _plain(shortened(text, LONGEST_TICK)) for place, text in figure.x_ticks.items()
+        }
+        plot.xaxis.major_label_overrides = labels
+        plot.xaxis.major_label_orientation = 0.5 if max(map(len, labels.values()), default=0) > 6 else "horizontal"
+    plot.add_tools(HoverTool(tooltips=[("series", "$name"), ("x", "@x{0.[000000]}"), ("y", "@y{0.[000000]}")]))
+    return dict(json_item(plot, ID(target)))
+
+
+def _plain(text: str) -> str:
+    """Return a text in which Bokeh sees no formula."""
+    return text.replace("$$", "$\u200b$").replace("\\(", "\\\u200b(").replace("\\[", "\\\u200b[")
+
+
+def page_json(items: Sequence[dict[str, Any]]) -> str:
+    """Return JSON for an element `script`: nothing in it ends the element."""
+    text = json.dumps(items, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def write_files(figure: Figure, folder: Path) -> None:
+    """Write a figure's CSV and PNG into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["series", figure.x_label, figure.y_label])
+    for series in figure.series:
+        writer.writerows(zip(itertools.repeat(series.name), series.x, series.y))
+    write_atomically(folder / f"{figure.key}.csv", text.getvalue())
+    _write_png(figure, folder / f"{figure.key}.png")
+
+
+def _write_png(figure: Figure, file: Path) -> None:
+    from src.sweep.leaderboard import picture
+
+    with picture(file, 4) as axes:
+        handles = []
+        for series, colour, dash in styled(figure):
+            has_marks = series.kind == "points" or (figure.is_joined and len(series.x) <= FEW_POINTS)
+            style = "none" if series.kind == "points" else dash
+            (line,) = axes.plot(
+                series.x, series.y, color=colour, linestyle=style, marker="o" if has_marks else "", markersize=4
+            )
+            handles.append(line)
+        if figure.has_log_x:
+            axes.set_xscale("log")
+        if figure.x_ticks is not None:
+            labels = [shortened(text, LONGEST_TICK) for text in figure.x_ticks.values()]
+            axes.set_xticks(list(figure.x_ticks), labels, parse_math=False, fontsize="small")
+        axes.set_xlabel(figure.x_label, parse_math=False)
+        axes.set_ylabel(figure.y_label, parse_math=False)
+        axes.set_title(figure.title, parse_math=False, fontsize="medium", loc="left")
+        if len(handles) > 1:
+            names = [shortened(series.name, 40) for series in figure.series]
+            legend = axes.legend(handles, names, frameon=False, fontsize="x-small")
+            for text in legend.get_texts():
+                text.set_parse_math(False)
