@@ -10,8 +10,9 @@ the configuration, last and best value of the metric that chooses the best check
 
 Nothing of a run is changed. A folder that can't be read is a row that says why.
 
-dir=DIR writes a page of the run in that folder, finished or not: report.html there, or report.output=FILE. It is one
-file that needs no network. Next to it a folder of its name has each figure as PNG and CSV.
+dir=DIR writes a page of the run or sweep in that folder, finished or not: report.html there. dirs=[A,B] compares runs:
+comparison.html here. report.output=FILE is another place. A page is one file that needs no network; next to it, a
+folder of its name has each figure as PNG and CSV.
 
 Exit code 0, 2 where the user can fix something.
 """
@@ -20,10 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from src.cli.entry import answer, as_command
 from src.reporting.request import Request, read_request
-from src.reporting.runs import PLACES, find_runs, read_run
+from src.reporting.runs import PLACES, find_runs, is_sweep, read_run
+
+if TYPE_CHECKING:
+    from src.reporting.page import Page
 
 
 def report(request: Request) -> int:
@@ -36,11 +41,21 @@ def report(request: Request) -> int:
 def write(request: Request) -> int:
     """Write the page of the folders that are named; return the exit code."""
     from src.reporting.page import write_page
-    from src.reporting.run_page import run_page
     from src.tracking.console import Console
 
-    write_page(run_page(request.folders[0]), request.output, Console())
+    write_page(page_of(request.folders), request.output, Console())
     return 0
+
+
+def page_of(folders: Sequence[Path]) -> Page:
+    """Return the page of a run, of a sweep or of a comparison."""
+    from src.reporting.comparison_page import comparison_page
+    from src.reporting.run_page import run_page
+    from src.reporting.sweep_page import sweep_page
+
+    if len(folders) > 1:
+        return comparison_page(folders)
+    return (sweep_page if is_sweep(folders[0]) else run_page)(folders[0])
 
 
 def show_table(request: Request) -> int:

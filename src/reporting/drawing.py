@@ -40,7 +40,7 @@ def bokeh_item(figure: Figure, target: str) -> dict[str, Any]:
     import numpy as np
     from bokeh.core.types import ID
     from bokeh.embed import json_item
-    from bokeh.models import ColumnDataSource, FixedTicker, HoverTool
+    from bokeh.models import BasicTickFormatter, ColumnDataSource, FixedTicker, HoverTool
     from bokeh.plotting import figure as new_figure
 
     plot = new_figure(
@@ -59,12 +59,18 @@ def bokeh_item(figure: Figure, target: str) -> dict[str, Any]:
     )
     plot.toolbar.logo = None
     for series, colour, dash in styled(figure):
+        if series.kind == "intervals":
+            ends = [[list(pair) for pair in zip(of[::2], of[1::2], strict=True)] for of in (series.x, series.y)]
+            plot.multi_line(*ends, line_color=colour, line_width=1.8, name=series.name)
+            continue
         data = {"x": np.asarray(series.x, dtype="float64"), "y": np.asarray(series.y, dtype="float32")}
         source = ColumnDataSource(data)
         if series.kind != "points":
             plot.line("x", "y", source=source, line_color=colour, line_width=1.8, line_dash=dash, name=series.name)
         if series.kind == "points" or (figure.is_joined and len(series.x) <= FEW_POINTS):
             plot.scatter("x", "y", source=source, size=6, fill_color=colour, line_color=None, name=series.name)
+    if not figure.has_log_x:
+        plot.xaxis.formatter = BasicTickFormatter(power_limit_high=9)
     if figure.x_ticks is not None:
         plot.xaxis.ticker = FixedTicker(ticks=list(figure.x_ticks))
         labels: dict[float | str, Any] = {
@@ -105,6 +111,9 @@ def _write_png(figure: Figure, file: Path) -> None:
     with picture(file, 4) as axes:
         handles = []
         for series, colour, dash in styled(figure):
+            if series.kind == "intervals":
+                handles.append(axes.vlines(series.x[::2], series.y[::2], series.y[1::2], color=colour))
+                continue
             has_marks = series.kind == "points" or (figure.is_joined and len(series.x) <= FEW_POINTS)
             style = "none" if series.kind == "points" else dash
             (line,) = axes.plot(

@@ -9,7 +9,8 @@ from src.reporting.runs import is_number
 MOST_POINTS = 2000
 """Points of a series: more than a screen has columns."""
 MOST_SERIES = 30  # of a figure; more can't be told apart
-Kind = Literal["line", "points", "dashes"]
+Kind = Literal["line", "points", "dashes", "intervals"]
+"""Of intervals each two points in turn are the ends of one."""
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def _markdown(
             parts.append(f"## {inline(group)}")
         lines = []
         for row in members:
-            rank, label, *numbers, verdict = _cells(row)
+            rank, label, *numbers, verdict = cells(row)
             lines.append([rank, code(label), *numbers, inline(verdict), _spaced(row.trials)])
         parts.append(markdown_table(["rank", "setting", "mean", "n", "difference", "verdict", "trials"], lines))
     parts.append("Intervals are 95 %; differences are to the reference: the best mean over two replicates or more.")
@@ -147,9 +147,9 @@ def table(rows: Sequence[Row], metric: str, direction: Direction) -> "Table":
             made.add_section()
             made.add_row("", Cell(group, style="bold"))
         for row in members:
-            rank, label, mean, n, difference, verdict = _cells(row)
-            cells = [rank, short(label), mean, n, *([difference] if has_room else []), verdict]
-            made.add_row(*map(Cell, cells), style="" if row.rank == 1 else "dim")
+            rank, label, mean, n, difference, verdict = cells(row)
+            shown = [rank, short(label), mean, n, *([difference] if has_room else []), verdict]
+            made.add_row(*map(Cell, shown), style="" if row.rank == 1 else "dim")
     return made
 
 
@@ -163,7 +163,7 @@ def _label(row: Row) -> str:
     return row.label or row.group or row.name
 
 
-def _cells(row: Row) -> list[str]:
+def cells(row: Row) -> list[str]:
     """Return rank, setting, mean, n, difference and verdict, as tables show them."""
     rank = "–" if row.rank is None else f"{row.rank}{' tie' if row.is_tied else ''}"
     difference = _with_half(row.difference, row.difference_low, row.difference_high)

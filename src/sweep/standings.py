@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from src.config.frozen import SWEEP
 from src.errors import SweepError, report
@@ -56,9 +57,11 @@ class Standings:
     """What a sweep's folder says of its settings and trials."""
 
     rows: list[Row]
+    trials: list[Trial]
     statuses: Mapping[int, TrialStatus]
     metric: str
     direction: Direction
+    content: Mapping[str, Any]  # of sweep.json
 
     def finished(self, row: Row) -> list[int]:
         """Return the numbers of a setting's finished trials."""
@@ -73,12 +76,16 @@ def read_standings(sweep: Path) -> Standings:
     content = record.read()
     trials, settings = record.trials(), content["sweep"]
     record.check_places(trials)
-    statuses = {trial.number: record.status(trial.number, settings["metric"]) for trial in trials}
+    held = {number for number, _ in record.held([trial.number for trial in trials])}
+    statuses = {
+        trial.number: record.status(trial.number, settings["metric"], is_running=trial.number in held)
+        for trial in trials
+    }
     results = [result_of(trial, statuses[trial.number], content["name"]) for trial in trials]
     has_folds = len({trial.fold for trial in trials}) > 1
     num_folds = trials[0].config["data"]["num_folds"] if has_folds else None
     rows = rank(results, direction=settings["direction"], num_folds=num_folds)
-    return Standings(rows, statuses, settings["metric"], settings["direction"])
+    return Standings(rows, trials, statuses, settings["metric"], settings["direction"], content)
 
 
 def refresh_leaderboard(sweep: Path) -> None:
