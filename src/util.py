@@ -99,6 +99,11 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text)
 
 
+def storable(text: str) -> str:
+    """Return a text that UTF-8 can hold: half of a pair of surrogates is written out, as `\\ud800`."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe is no place to write to: an error, not a wait
 

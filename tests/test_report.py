@@ -134,6 +134,17 @@ def test_the_table_has_every_run_and_only_what_differs(place: Path, capsys: pyte
     assert "seed=7" in printed
 
 
+def test_hostile_names_are_shown_on_one_line_and_obeyed_by_nobody(
+    place: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\x1b[31m\n\u202e<b>'\""
+    write_run(place / "outputs" / name, config | {"name": name, "seed": 9})
+    assert main(["report.columns=[folder,name,seed]", "report.where=seed = 9", "report.csv=t.csv"]) == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.split("  ")[:2] == ["outputs/a\\x1b[31m\\n\\u202e<b>'\"", "a\\x1b[31m\\n\\u202e<b>'\""]
+    assert list(rows_of(place / "t.csv")) == [f"outputs/{name}"]
+
+
 def test_rows_and_columns_are_chosen(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report.where=seed > 40 and state = FINISHED", "report.columns=[folder,optimizer.lr]"]) == 0
     assert capsys.readouterr().out.splitlines() == ["folder             optimizer.lr", "outputs/default/a  0.002"]

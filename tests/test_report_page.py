@@ -20,7 +20,7 @@ from src.reporting.figures import MOST_POINTS, thinned
 from src.reporting.page import rendered
 from src.reporting.run_page import run_page
 from tests.browser import CHROMIUM, Browser
-from tests.conftest import ROWS, read_lines, towline, write_lines
+from tests.conftest import ROWS, read_lines, towline
 
 HOSTILE = [
     "<script>window.hacked=1</script>",
@@ -32,6 +32,7 @@ HOSTILE = [
     "👩‍👩‍👧 😀",
     "a\x00b\x1b[31m",
     "L" * 400,
+    "\ud800",
 ]
 LARGEST = 3_000_000  # bytes of a page
 
@@ -59,15 +60,21 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
         yield opened
 
 
+def write_ascii(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Write lines of JSON whose texts need not be ones that UTF-8 can hold."""
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
 def make_hostile(run: Path) -> None:
     """Put hostile names and texts wherever a user or the data may have put some."""
     lines = read_lines(run / "metrics.jsonl")
     for line in lines:
         line |= {f"tokens/{bad}/norm": line["step"] + i for i, bad in enumerate(HOSTILE)}
         line |= {f"eval/{bad}/loss": line["step"] + i for i, bad in enumerate(HOSTILE)}
-    write_lines(run / "metrics.jsonl", lines)
+        line |= {"eval/huge/perplexity": 1e300 / line["step"], "eval/small/perplexity": 1e-300}
+    write_ascii(run / "metrics.jsonl", lines)
     texts = ("prompt", "text", "answer", "reference", "untrained")
-    write_lines(run / "samples.jsonl", [{"step": 1, **dict.fromkeys(texts, bad)} for bad in HOSTILE])
+    write_ascii(run / "samples.jsonl", [{"step": 1, **dict.fromkeys(texts, bad)} for bad in HOSTILE])
     counts = {bad: {"fed": 1, "supervised": 1} for bad in HOSTILE}
     report = {"rows_dropped": dict.fromkeys(HOSTILE, 1), "dropped_places": dict.fromkeys(HOSTILE, HOSTILE)}
     (run / "data_report.json").write_text(json.dumps(dict.fromkeys(HOSTILE, report | {"new_tokens": counts})))
@@ -76,7 +83,7 @@ def make_hostile(run: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) | {"name": HOSTILE[1]}
     (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     (start, *_) = read_lines(run / "starts.jsonl")
-    write_lines(run / "starts.jsonl", [start | {"command": HOSTILE, "config_hash": config_hash(config)}])
+    write_ascii(run / "starts.jsonl", [start | {"command": HOSTILE, "config_hash": config_hash(config)}])
 
 
 def test_a_thinned_curve_keeps_its_ends_and_its_extremes() -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.reporting.curves import curve, file_name, names_of
+from src.reporting.curves import file_name, names_of
 from src.reporting.details import Details, read_details
-from src.reporting.figures import MOST_SERIES, Figure
+from src.reporting.figures import MOST_POINTS, MOST_SERIES, Figure, Series, series_of
 from src.reporting.page import Block, Figures, Long, Page, Section, Table, Text
 from src.reporting.rows import Agreement, agreements
 from src.reporting.run_page import number, shown
@@ -18,6 +18,7 @@ from src.tracking.console import clock
 from src.util import human_bytes, in_words, plural
 
 MOST_ROWS = 100  # rows of each kind that are shown
+POINTS_OF_ALL = 6000  # of all curves of a figure: of many runs each has fewer, so that the page stays small
 COMPARED_TOO = ("train/loss", "train/thought_loss", "train/answer_loss", "train/lr", "perf/tokens_per_second")
 """Metrics with a figure besides those of evaluations."""
 NOTHING = "(not there)"
@@ -60,16 +61,23 @@ def curves(
     runs: Sequence[Details], x_label: str, x_of: Callable[[Details], Callable[[int], float] | None]
 ) -> list[Figure]:
     """Return a figure for each metric of which at least one run has a curve, with a curve a run."""
+    most = min(MOST_POINTS, POINTS_OF_ALL // max(1, len(runs)))
     names = dict.fromkeys(name for one in runs for name in names_of(one.lines))
     chosen = [name for name in names if name.startswith("eval/") or name in COMPARED_TOO]
     figures = []
     for metric in chosen:
-        series = [curve(one.lines, metric, one.name, x_of(one)) for one in runs[:MOST_SERIES]]
+        series = [_curve(one, metric, x_of(one), most) for one in runs[:MOST_SERIES]]
         series = [one for one in series if one.x]
         key = file_name(f"{'steps' if x_label == 'step' else 'tokens'}_{metric.replace('/', '_')}")
         if any(len(one.x) > 1 for one in series):  # single values are in the table of results
             figures.append(Figure(key, metric, x_label, metric.rpartition("/")[2], series))
     return figures
+
+
+def _curve(one: Details, metric: str, x_of: Callable[[int], float] | None, most: int) -> Series:
+    """Return a metric of a run under the run's name, over steps or what `x_of` makes of them."""
+    found = series_of(one.lines, metric, one.name, most=most)
+    return found if x_of is None else Series(found.name, [x_of(int(x)) for x in found.x], found.y)
 
 
 def tokens_at(one: Details) -> Callable[[int], float] | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from src.reporting.figures import MOST_SERIES, Figure, Series, series_of
+from src.reporting.figures import MOST_SERIES, Figure, series_of
 
 Line = Mapping[str, Any]
 NATS = "nats per token"
@@ -100,9 +100,3 @@ def _figure(key: str, title: str, y_label: str, lines: Sequence[Line], names: Ma
 def file_name(key: str) -> str:
     """Return a name of a file without what has a meaning in one."""
     return "".join(one if one.isascii() and (one.isalnum() or one in "_-") else "_" for one in key)[:80]
-
-
-def curve(lines: Sequence[Line], metric: str, name: str, x_of: Callable[[int], float] | None = None) -> Series:
-    """Return a metric of a run under the run's name, over steps or what `x_of` makes of them."""
-    found = series_of(lines, metric, name)
-    return found if x_of is None else Series(found.name, [x_of(int(x)) for x in found.x], found.y)

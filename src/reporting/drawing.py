@@ -10,7 +10,7 @@ from typing import Any
 
 from src.config.problems import shortened
 from src.reporting.figures import Figure, Series
-from src.util import write_atomically
+from src.util import storable, write_atomically
 
 COLOURS = ("#4c84d4", "#d9683c", "#3f9c5a", "#a06cd0", "#b8930b", "#1a9aa8", "#cf5c92", "#8a7a5c", "#7488a0", "#c2484a")
 """Of series, in turn; each can be seen on white and on black."""
@@ -63,7 +63,7 @@ def bokeh_item(figure: Figure, target: str) -> dict[str, Any]:
             ends = [[list(pair) for pair in zip(of[::2], of[1::2], strict=True)] for of in (series.x, series.y)]
             plot.multi_line(*ends, line_color=colour, line_width=1.8, name=series.name)
             continue
-        data = {"x": np.asarray(series.x, dtype="float64"), "y": np.asarray(series.y, dtype="float32")}
+        data = {"x": np.asarray(series.x, dtype="float64"), "y": np.asarray(series.y, dtype="float64")}
         source = ColumnDataSource(data)
         if series.kind != "points":
             plot.line("x", "y", source=source, line_color=colour, line_width=1.8, line_dash=dash, name=series.name)
@@ -93,16 +93,16 @@ def page_json(items: Sequence[dict[str, Any]]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def write_files(figure: Figure, folder: Path) -> None:
-    """Write a figure's CSV and PNG into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_files(figure: Figure, file: Path) -> None:
+    """Write a figure's CSV and PNG; `file` is their path without the ending."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["series", figure.x_label, figure.y_label])
     for series in figure.series:
         writer.writerows(zip(itertools.repeat(series.name), series.x, series.y))
-    write_atomically(folder / f"{figure.key}.csv", text.getvalue())
-    _write_png(figure, folder / f"{figure.key}.png")
+    write_atomically(file.with_name(f"{file.name}.csv"), storable(text.getvalue()))
+    _write_png(figure, file.with_name(f"{file.name}.png"))
 
 
 def _write_png(figure: Figure, file: Path) -> None:

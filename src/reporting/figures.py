@@ -39,10 +39,12 @@ class Figure:
     """Whether a series of few points has a mark at each."""
 
 
-def series_of(lines: Iterable[Mapping[str, Any]], metric: str, name: str = "", kind: Kind = "line") -> Series:
-    """Return a metric of lines of metrics over their steps."""
+def series_of(
+    lines: Iterable[Mapping[str, Any]], metric: str, name: str = "", kind: Kind = "line", most: int = MOST_POINTS
+) -> Series:
+    """Return a metric of lines of metrics over their steps, in at most so many points."""
     pairs = [(line["step"], line[metric]) for line in lines if is_number(line.get(metric))]
-    return Series(name or metric, *thinned([x for x, _ in pairs], [y for _, y in pairs]), kind)
+    return Series(name or metric, *thinned([x for x, _ in pairs], [y for _, y in pairs], most), kind)
 
 
 def thinned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[Sequence[float], Sequence[float]]:

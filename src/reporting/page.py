@@ -1,6 +1,7 @@
 """One HTML file that stands by itself: texts escaped, figures drawn by a script within it, nothing fetched."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,9 +88,12 @@ def write_page(page: Page, output: Path, console: Console) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, rendered(page))
         folder = output.with_suffix("") if output.suffix else output.with_name(f"{output.name}.figures")
+        taken: Counter[str] = Counter()
         for number, figure in enumerate(page.figures, 1):
             console.working(f"figures {number}/{len(page.figures)}  {figure.title}")
-            write_files(figure, folder)
+            taken[figure.key] += 1
+            again = f"_{taken[figure.key]}" if taken[figure.key] > 1 else ""  # names that differ in other characters
+            write_files(figure, folder / f"{figure.key}{again}")
     console.label("page", str(output))
     if page.figures:
         console.label("figures", f"{folder}, as PNG and CSV")

@@ -22,6 +22,7 @@ from src.tracking.step_logs import METRICS, read_step_log
 from src.util import plural
 
 MOST_SETTINGS = 60  # in the figure of the ranking
+MOST_NAMED = 6  # settings that have their names in it; of more the numbers of their trials
 
 
 @dataclass
@@ -97,9 +98,12 @@ def _settings(sweep: Sweep, rows: Sequence[Row]) -> Iterator[Figure]:
     series = [_pairs("mean", means, "points"), _pairs("95 % interval", ends, "intervals")]
     series.append(_pairs("replicates", values, "points"))
     if len(shown) > 1:
-        ticks = {float(place): short(row.name) for place, row in enumerate(shown, 1)}
+        has_room = len(shown) <= MOST_NAMED
+        names = [short(row.name) if has_room else " ".join(map(str, row.trials)) for row in shown]
+        ticks = {float(place): name for place, name in enumerate(names, 1)}
+        label = "setting" if has_room else "trials of the setting"
         kept = [one for one in series if one.x]
-        yield Figure("settings", "Settings, the best first", "setting", sweep.metric, kept, x_ticks=ticks)
+        yield Figure("settings", "Settings, the best first", label, sweep.metric, kept, x_ticks=ticks)
 
 
 def _pairs(name: str, pairs: Sequence[tuple[float, float]], kind: Any) -> Series:

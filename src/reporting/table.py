@@ -18,7 +18,7 @@ from src.errors import visible
 from src.reporting.runs import FACTS, Run, differing_keys, is_number, when
 from src.reporting.where import WhereError, read_where
 from src.tracking.console import clock
-from src.util import did_you_mean, human_bytes, plural, write_atomically
+from src.util import did_you_mean, human_bytes, plural, storable, write_atomically
 
 DIFFERENCES = "configuration"
 """The column of what differs among the runs: all keys that do, each with its value."""
@@ -132,7 +132,7 @@ def write_csv(table: Table, file: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([_plain(run.value(name)) for name in columns] for run in table.runs)
-    write_atomically(file, text.getvalue())
+    write_atomically(file, storable(text.getvalue()))
 
 
 def _plain(value: Any) -> Any:
