@@ -11,8 +11,8 @@ the configuration, last and best value of the metric that chooses the best check
 Nothing of a run is changed. A folder that can't be read is a row that says why.
 
 dir=DIR writes a page of the run or sweep in that folder, finished or not: report.html there. dirs=[A,B] compares runs:
-comparison.html here. report.output=FILE is another place. A page is one file that needs no network; next to it, a
-folder of its name has each figure as PNG and CSV.
+comparison.html here. report.output=FILE is another place. A page is one file that needs no network; the folder
+FILE_figures next to it has each figure as PNG and CSV. A file that is neither an earlier page nor table stays.
 
 Exit code 0, 2 where the user can fix something.
 """

@@ -59,6 +59,7 @@ def place(tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatc
     write_run(tmp_path / "outputs" / "b", config | {"name": "another"}, "RUNNING")
     write_run(tmp_path / "outputs" / "c", config)
     (tmp_path / "outputs" / "c" / "status.json").write_text("{", encoding="utf-8")
+    (tmp_path / "rows.csv").write_text("prompt,completion\n1+1=,2\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -116,7 +117,7 @@ def test_a_condition_that_can_not_be_read_is_refused_with_its_place(text: str, s
 
 
 def test_the_table_has_every_run_and_only_what_differs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report.csv=t.csv"]) == 0
+    assert main(["report.csv=t.csv"]) == main(["report.csv=t.csv"]) == 0
     rows = rows_of(place / "t.csv")
     assert rows.keys() == {"outputs/default/a", "multirun/s/0", "outputs/b", "outputs/c"}
     first, stopped = rows["outputs/default/a"], rows["multirun/s/0"]
@@ -130,7 +131,7 @@ def test_the_table_has_every_run_and_only_what_differs(place: Path, capsys: pyte
     assert set(first) == {"folder", "state", "started", "seed", "last", "best", "seconds", "memory", "cause"}
     printed = capsys.readouterr().out
     assert printed.startswith("last and best: eval/validation/loss\n")
-    assert len(printed.splitlines()) == 7
+    assert len(printed.splitlines()) == 2 * 7
     assert "seed=7" in printed
 
 
@@ -170,6 +171,10 @@ def test_rows_and_columns_are_chosen(place: Path, capsys: pytest.CaptureFixture[
         (["dir=outputs/b", "report.where=seed = 1"], ["report.where", "a page"]),
         (["report.output=x.html"], ["report.output"]),
         (["report.csv=outputs"], ["report.csv", "a folder"]),
+        (["report.csv=outputs/b/mine.csv"], ["report.csv", "a run's or a sweep's"]),
+        (["report.csv=rows.csv"], ["report.csv", "there already"]),
+        (["dir=outputs/b", "report.output=outputs/b/config.yaml"], ["report.output", "there already"]),
+        (["dir=outputs/b", "report.output=outputs/b/model.html"], ["report.output", "a run's or a sweep's"]),
     ],
 )
 def test_mistakes_are_refused(
@@ -178,7 +183,8 @@ def test_mistakes_are_refused(
     assert main(arguments) == 2
     printed = capsys.readouterr().err
     assert all(word in printed for word in said), printed
-    assert not list(place.glob("*.html"))
+    assert not list(place.glob("**/*.html"))
+    assert (place / "rows.csv").read_text(encoding="utf-8").startswith("prompt")
 
 
 def test_a_table_costs_no_heavy_import(place: Path) -> None:

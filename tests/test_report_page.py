@@ -107,9 +107,13 @@ def test_a_run_is_one_page_with_its_figures_beside_it(run: Path, capsys: pytest.
     titles = re.findall(r'<h3 dir="auto">(.*?)</h3>\n<div class="legend">', page)
     assert titles[:5] == ["Loss", "Loss of thoughts and answers", "Learning rate", "Norm of the gradient", "Speed"]
     assert {"Norm of the embedding", "Cosine of the embedding to its start"} < set(titles)
-    assert {file.suffix for file in (run / "report").iterdir()} == {".csv", ".png"}
-    assert len(list((run / "report").glob("*.png"))) == len(titles) == len(list((run / "report").glob("*.csv")))
-    with open(run / "report" / "loss.csv", encoding="utf-8") as file:
+    assert {file.suffix for file in (run / "report_figures").iterdir()} == {".csv", ".png"}
+    assert (
+        len(list((run / "report_figures").glob("*.png")))
+        == len(titles)
+        == len(list((run / "report_figures").glob("*.csv")))
+    )
+    with open(run / "report_figures" / "loss.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     logged = [
         (name, str(line["step"]), str(line[name]))
@@ -141,7 +145,9 @@ def test_the_page_is_shown_without_a_complaint_whatever_its_texts_are(run: Path,
         assert browser.complaints() == []
         assert browser.value("document.documentElement.scrollWidth <= innerWidth")
     assert browser.value("document.title") == HOSTILE[1]
-    assert browser.value("document.querySelectorAll('.plot').length") == len(list((run / "report").glob("*.png")))
+    assert browser.value("document.querySelectorAll('.plot').length") == len(
+        list((run / "report_figures").glob("*.png"))
+    )
     shown = browser.value("document.body.innerText")
     assert all(bad in shown for bad in HOSTILE if bad.isprintable())
     assert "a\\x00b\\x1b[31m" in shown

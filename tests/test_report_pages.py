@@ -225,7 +225,7 @@ def test_a_comparison_is_written_where_it_is_asked_for(
     output = tmp_path / "page.html"
     assert main([f"dirs=[{pair[0]},{pair[1]}]", f"report.output={output}"]) == 0
     assert output.is_file()
-    assert (tmp_path / "page" / "steps_eval_validation_loss.csv").is_file()
+    assert (tmp_path / "page_figures" / "steps_eval_validation_loss.csv").is_file()
     assert str(output) in capsys.readouterr().out
 
 

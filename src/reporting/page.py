@@ -83,11 +83,11 @@ class Page:
 
 
 def write_page(page: Page, output: Path, console: Console) -> None:
-    """Write a page, and next to it a folder with CSV and PNG of each figure, named as the page."""
+    """Write a page, and next to it a folder with CSV and PNG of each figure: `report_figures` of report.html."""
     with held_beside(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, rendered(page))
-        folder = output.with_suffix("") if output.suffix else output.with_name(f"{output.name}.figures")
+        folder = output.with_name(f"{output.stem}_figures")
         taken: Counter[str] = Counter()
         for number, figure in enumerate(page.figures, 1):
             console.working(f"figures {number}/{len(page.figures)}  {figure.title}")

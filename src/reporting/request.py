@@ -1,5 +1,6 @@
 """What a command line of `python -m src.report` asks for."""
 
+import csv
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,13 @@ from src.config.keys import all_keys
 from src.config.problems import Problem, refuse
 from src.config.schema import ReportConfig
 from src.config.sections import parse_section
-from src.reporting.runs import is_run, is_sweep
+from src.reporting.runs import FACTS, is_run, is_sweep
 from src.util import did_you_mean, in_words
 
 PLACES = ("dir", "dirs")
+GENERATOR = '<meta name="generator" content="Towline report">'
+"""Stands at the head of each page, which the next one may replace."""
+LONGEST_HEAD = 1000  # characters
 OF_TABLE = ("where", "columns", "csv")
 
 
@@ -109,11 +113,28 @@ def _unwritable(request: Request) -> Iterator[Problem]:
     for key, name in files.items():
         if name is None:
             continue
-        file = Path(name)
+        file, is_given = Path(name), getattr(request.own, key.removeprefix("report.")) is not None
         place = next(one for one in file.absolute().parents if os.path.lexists(one))
         if file.is_dir():
             yield Problem.on_command_line(key, "a folder, where a file is written", str(file))
-        elif os.path.lexists(file) and not file.is_file():
-            yield Problem.on_command_line(key, "no plain file, which is not overwritten", str(file))
+        elif os.path.lexists(file) and not (file.is_file() and _is_own(key, file)):
+            reason = "there already, and not written by this command: it stays as it is; choose another file"
+            yield Problem.on_command_line(key, reason, str(file))
+        elif is_given and (folder := next((one for one in file.absolute().parents if _is_folder_of_run(one)), None)):
+            reason = f"{folder} is a run's or a sweep's; what is named needs a place of its own"
+            yield Problem.on_command_line(key, reason, str(file))
         elif not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             yield Problem.on_command_line(key, f"can't be written: {place} is no folder to write to", str(file))
+
+
+def _is_folder_of_run(folder: Path) -> bool:
+    return is_run(folder) or is_sweep(folder)
+
+
+def _is_own(key: str, file: Path) -> bool:
+    """Return whether a file is a page or a table that an earlier command has written."""
+    with open(file, encoding="utf-8", errors="replace") as content:
+        if key == "report.output":
+            return GENERATOR in content.read(LONGEST_HEAD)
+        names = next(csv.reader([content.readline(LONGEST_HEAD)]), [])
+        return all(name in FACTS or name in all_keys() or "/" in name for name in names)
