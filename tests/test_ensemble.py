@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from src import ensemble, predict
 from src.cli.start import run_job as train
 from src.combining.consensus import most_alike, similarity_by
+from src.combining.members import Member
 from src.combining.soup import WeightSum
+from src.combining.texts import differing_generation
 from src.config.gate import admit_finished
 from src.config.places import remove_tree
 from src.data.trained import RowHashes, SeenRows
@@ -126,6 +128,13 @@ def test_stray_and_damaged_ensembles_stop_no_leaderboard(tmp_path: Path, capsys:
     (tmp_path / "ensembles" / ".DS_Store").write_bytes(b"\0")
     assert [one.folder for one in read_ensembles(tmp_path)] == ["whole"]
     assert "cut/ensemble.json is damaged: a member's run is missing" in " ".join(capsys.readouterr().err.split())
+
+
+def test_members_that_generate_otherwise_are_told() -> None:
+    jobs = [admitted(), admitted("generation.max_new_tokens=9"), admitted("generation.num_beams=2")]
+    members = [Member(job, str(number), "") for number, job in enumerate(jobs)]
+    assert differing_generation(members) == "generation.max_new_tokens and generation.num_beams"
+    assert differing_generation(members[:1]) == ""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -99,6 +99,7 @@ def refusal(*overrides: str) -> str:
         (["tracking.uri=nonsense"], ["tracking.uri = nonsense", "sqlite:"]),
         (["data.test_files={train:[README.md]}"], ["can't be called train"]),
         (["data.test_files={a/b:[README.md]}"], ["letters, digits"]),
+        (["data.test_files={..:[README.md]}"], ["letters, digits"]),  # it would be another folder
         (["data.test_files={validation:[README.md]}"], ["has this name already"]),
         (
             ["data=gsm8k", "data.train_files=[README.md]", "data.validation_fraction=0",

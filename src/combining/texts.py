@@ -18,6 +18,7 @@ from src.evaluation.predictions import open_sets, predict_rows, row_numbers
 from src.metrics import METRICS
 from src.runtime.signals import StopRequest
 from src.tracking.console import Console
+from src.util import in_words
 
 Lines = dict[int, dict[str, Any]]  # predictions by the number of their row
 
@@ -130,12 +131,20 @@ def _with_metrics_of_one_text(job: Job) -> Job:
     return replace(job, config=replace(job.config, evaluation=evaluation))
 
 
+def differing_generation(members: Sequence[Member]) -> str:
+    """Return the keys of generation that members have other values of; '' where there is none."""
+    first, *others = (vars(member.job.config.generation) for member in members)
+    return in_words(f"generation.{key}" for key in first if any(one[key] != first[key] for one in others))
+
+
 def combine_probabilities(
     members: Sequence[Member], rows: UnseenRows, output: Path, stop: StopRequest, console: Console
 ) -> Outcome:
     """Generate each row by the mean of the members' probabilities; all of them are in memory at once."""
     job = members[0].job
     num_samples = job.config.generation.num_return_sequences
+    if names := differing_generation(members):
+        console.warn(f"members generate otherwise ({names}): together they do as {job.run_dir}, or as given on top")
     predicted = predict_members(members, rows, output, stop, console)
     sets = {name: _open_set(output, name, members) for name in rows.are_seen}
     if not all(one.is_generated() for one in sets.values()):

@@ -222,7 +222,9 @@ def _write_run(scorer: MemberScorer, model: Any, output: Path, outcome: Outcome)
     made_of = provenance(frozen, file_hashes(config.data), scorer.runtime.description, PROJECT_ROOT)
     vocabulary = scorer.tokenizer.get_vocab()
     new_tokens = {token: vocabulary[token] for token in config.tokens.additional_special_tokens}
-    card = model_card(frozen, of_data, outcome.scores, made_of, new_tokens) + _members_in_card(outcome)
+    count = sum(one.is_in for one in outcome.members)
+    about = f"These weights are the mean of {plural(count, 'run')}, listed below; all else is said of the first one."
+    card = model_card(frozen, of_data, outcome.scores, made_of, new_tokens, about=about) + _members_in_card(outcome)
     with open_run_folder(output, frozen, config_hash(frozen), Start()) as folder:
         folder.step = read_status(first.run_dir)["step"]  # so that no run is begun where it is finished
         folder.write_json(DATA_REPORT, of_data)

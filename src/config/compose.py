@@ -1,8 +1,7 @@
 """Hydra's side of a configuration: the command line and conf/ become plain containers, or problems."""
 
 import dataclasses
-import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +24,7 @@ from src import secrets
 from src.config.command_line import MOST_NESTED, PRIMARY, CommandLine, is_group
 from src.config.composed import Composed
 from src.config.hydra_keys import unknown_group_option, unknown_key
-from src.config.merging import BASE, HYDRA, Loader, Merged, copy_of
+from src.config.merging import BASE, HYDRA, Loader, Merged, copies_of, copy_of
 from src.config.options import OptionFileError, broken_options, option_files
 from src.config.problems import COMMAND_LINE, Problem
 from src.config.resolving import UNRESOLVED, hydra_resolved, resolve_sections, unresolved
@@ -86,8 +85,8 @@ def _composed(overrides: Sequence[str], line: CommandLine) -> tuple[DictConfig, 
     files = tuple((file, *_stamp(file)) for root in line.roots for file in option_files(root))
     merge = _merged.__wrapped__ if FileConfigSource.hides_credentials else _merged  # variables are set while it reads
     name = line.flags.config_name or BASE
-    pickled, merged = merge(name, tuple(line.roots), tuple(str(one.input_line) for one in chosen), files)
-    cfg: DictConfig = pickle.loads(pickled)
+    new_copy, merged = merge(name, tuple(line.roots), tuple(str(one.input_line) for one in chosen), files)
+    cfg = new_copy()
     Loader.set_values(cfg, values)
     given = [one for one in line.overrides if not one.is_hydra_override() and not one.is_sweep_override()]
     for override in given:
@@ -120,10 +119,9 @@ def _stamp(file: Path) -> tuple[int, ...]:
 @lru_cache(maxsize=64)
 def _merged(
     name: str, roots: tuple[Path, ...], chosen: tuple[str, ...], _files: tuple[tuple[Any, ...], ...]
-) -> tuple[bytes, tuple[Merged, ...]]:
-    """Return what the option files under some folders make together, and which they are, as long as none changes.
-
-    It is pickled: read back, it is a copy.
+) -> tuple[Callable[[], DictConfig], tuple[Merged, ...]]:
+    """Return copies of what the option files under some folders make together, and which they are, as long as none
+    changes.
     """
     version.setbase("1.3")
     path = create_config_search_path(str(roots[0]))
@@ -137,7 +135,7 @@ def _merged(
         cfg = loader.load_configuration(name, list(chosen), RunMode.RUN, from_shell=False)
     finally:
         main.hydra = before
-    return pickle.dumps(cfg, pickle.HIGHEST_PROTOCOL), loader.files
+    return copies_of(cfg), loader.files
 
 
 def warn_of_broken_options(line: CommandLine) -> None:

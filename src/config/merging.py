@@ -3,10 +3,12 @@
 A list or value in place of a mapping, or the reverse, is taken: the gate reports it with the other problems.
 """
 
+import copy
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,10 +230,19 @@ def _make_room(cfg: DictConfig, given: Any) -> None:
             cfg[key] = None
 
 
+def copies_of(cfg: DictConfig) -> Callable[[], DictConfig]:
+    """Return a function that returns a new copy of a configuration each time: read back from its pickled form, which is
+    several times faster than a deep copy.
+    """
+    try:
+        return partial(pickle.loads, pickle.dumps(cfg, pickle.HIGHEST_PROTOCOL))
+    except pickle.PicklingError:  # it has classes of plugins that Hydra has loaded again since
+        return partial(copy.deepcopy, cfg)
+
+
 def copy_of(cfg: DictConfig) -> DictConfig:
-    """Return a copy, by pickling, which takes a third of the time that OmegaConf's own copying takes."""
-    copied: DictConfig = pickle.loads(pickle.dumps(cfg, pickle.HIGHEST_PROTOCOL))
-    return copied
+    """Return a copy of a configuration."""
+    return copies_of(cfg)()
 
 
 def _make_room_for(cfg: DictConfig, overrides: Sequence[Override]) -> None:
