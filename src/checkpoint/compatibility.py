@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from src.config.frozen import add_later_keys
 from src.config.keys import all_keys, known_keys
 from src.config.quoting import shell_override
 from src.config.schema.fields import DottedConfig, Impact, Verdict
@@ -71,11 +72,14 @@ HASHES = ("data", "tokenizer", "frozen_weights", "architecture", "validation")
 
 def compare_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Return every key of two whole frozen configurations that differs, in their order, also those that one lacks."""
-    first, second = dict(_flat(before)), dict(_flat(now))
-    sections = list(dict.fromkeys(key.partition(".")[0] for key in [*second, *first]))
+    wholes = dict(before), dict(now)
+    for sections in wholes:
+        add_later_keys(sections)  # one that lacks such a key is as one with its default
+    first, second = (dict(_flat(sections)) for sections in wholes)
+    order = list(dict.fromkeys(key.partition(".")[0] for key in [*second, *first]))
     return [
         Change(key, then, today, *_judge(key, first, second))
-        for key in sorted({**second, **first}, key=lambda key: sections.index(key.partition(".")[0]))
+        for key in sorted({**second, **first}, key=lambda key: order.index(key.partition(".")[0]))
         if (then := first.get(key, NOT_THERE)) != (today := second.get(key, NOT_THERE))
     ]
 

@@ -39,8 +39,8 @@ USAGE = (
 OVERVIEW = "Towline: a few YAML choices become a fine-tune that is tracked, repeatable and comparable."
 MORE = "Every group and key: python -m src.run --help. One of them: --help optimizer, --help optimizer.lr."
 ELSEWHERE = (
-    "Others: python -m src.preflight, src.predict, src.export, src.report and src.sync, each with --help. Every key: "
-    "docs/configuration.md."
+    "Before: python -m src.preflight. After: src.predict, src.evaluate, src.export, src.benchmark, src.ensemble, "
+    "src.report, src.ui, src.sync. Each with --help. Every key: docs/configuration.md."
 )
 
 
