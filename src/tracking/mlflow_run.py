@@ -216,8 +216,8 @@ class MlflowRunExporter(MlflowExporter):
         if numbers := summary_metrics(self.folder):
             if (size := numbers.pop("peak_memory_bytes", None)) is not None:
                 numbers["peak_memory_gib"] = round(size / 2**30, 3)  # MLflow shows every digit
-            at, lines = (self.folder / SUMMARY).stat().st_mtime_ns // 10**6, self._readable_metrics()
-            step = lines[-1]["step"] if lines else 0
+            at = (self.folder / SUMMARY).stat().st_mtime_ns // 10**6
+            step = max((line["step"] for line in self._readable_metrics() if line["step"] <= LARGEST), default=0)
             points = [(name, value, at, step) for name, value in numbers.items()]
             self._deliver_once("summary", lambda: self._run.log_points(points), numbers)
 
