@@ -14,7 +14,7 @@ import pytest
 
 from src import predict, preflight, run
 from src.cli import main, start
-from src.evaluation import predictions
+from src.evaluation import predicting
 from src.inspection import preview
 from src.sweep import sweeper
 from src.sweep.workers import PRELOAD_MODULE, TrialJob, Workers
@@ -78,7 +78,7 @@ def test_what_takes_long_looks_for_garbage(tmp_path: Path, monkeypatch: pytest.M
     tiny = ["debug=smoke", "tracking=none", f"data.cache_dir={ROWS}"]
     commands = {
         (run, "train"): (main.main, [*tiny, f"hydra.run.dir={run_dir}"]),
-        (predictions, "predict_rows"): (predict.main, [f"run={run_dir}", "data.limit=1"]),
+        (predicting, "predict_rows"): (predict.main, [f"run={run_dir}", "data.limit=1"]),
         (preview, "build_data"): (preflight.main, [*tiny, f"hydra.run.dir={tmp_path / 'ahead'}"]),
         (sweeper, "plan_sweep"): (main.main, ["-m", *tiny, "sweep.dry_run=true", "seed=1,2"]),
         (start, "hold"): (main.main, [*tiny, f"hydra.run.dir={in_use}", "runtime.num_processes=2"]),
