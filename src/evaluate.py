@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.cli.entry import answer, as_command
-from src.cli.exits import guarded
+from src.cli.exits import guarded_in_folder
 from src.config.frozen import config_hash
 from src.config.gate import admit_finished
 from src.config.identity import is_named_by_start
@@ -238,13 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def begin(arguments: list[str]) -> int:
         job = admit_finished(arguments, "evaluate")
-        again = "the same command without force=true" if job.config.force else "the same command"
-        where = f"What was evaluated is in {output_folder(job)}:"
-        return guarded(
-            lambda: evaluate(job),
-            when_stopped=f"{where} {again} resumes there.",
-            when_full=f"{where} make room, and the same command resumes there.",
-        )
+        return guarded_in_folder(job, lambda: evaluate(job), f"What was evaluated is in {output_folder(job)}")
 
     return answer("evaluate", __doc__, argv, begin)
 

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from src.cli.entry import answer, as_command
-from src.cli.exits import guarded
+from src.cli.exits import guarded_in_folder
 from src.config.gate import admit_finished
 from src.config.job import Job
 from src.runtime.signals import stop_on_signals
@@ -59,13 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def generate(arguments: list[str]) -> int:
         job = admit_finished(arguments, "predict")
-        again = "the same command without force=true" if job.config.force else "the same command"
-        where = f"What was predicted is in {job.entry_section.folder(job.run_dir)}:"
-        return guarded(
-            lambda: predict(job),
-            when_stopped=f"{where} {again} resumes there.",
-            when_full=f"{where} make room, and the same command resumes there.",
-        )
+        folder = job.entry_section.folder(job.run_dir)
+        return guarded_in_folder(job, lambda: predict(job), f"What was predicted is in {folder}")
 
     return answer("predict", __doc__, argv, generate)
 

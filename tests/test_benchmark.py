@@ -101,7 +101,7 @@ Command = Callable[..., str]
 
 @pytest.fixture
 def said(run: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Give the command in this process; return what it printed."""
+    """Run the command in this process; return what it printed."""
 
     def command(names: str, *overrides: str, code: int = 0) -> str:
         given = [f"run={run}", f"benchmark.tasks=[{names}]", f"benchmark.task_dir={tasks}", *overrides]

@@ -728,7 +728,7 @@ def test_a_row_on_which_the_tokenizer_fails_is_told_by_its_place(
 def test_what_interrupts_a_template_harms_nothing_else(tokenizer: Any, short_time: None) -> None:
     endless = "{% set b = range(99999)|list %}{% for y in b %}{% for x in b if -1 in b %}{% endfor %}{% endfor %}"
     for _ in range(3):
-        with pytest.raises(LimitError, match=r"line 1, does not terminate within 0.05\d* s"):
+        with pytest.raises(LimitError, match=r"(, line 1, | )does not terminate within 0.05\d* s"):
             render(tokenizer, endless, CHAT)
         assert sum(i for i in range(10**6)) == 499999500000  # no interruption comes after
         assert render(tokenizer, "{{ messages[0].content }}", CHAT) == "a"

@@ -71,6 +71,18 @@ def guarded(action: Callable[[], int], *, when_stopped: str = "", when_full: str
         return TowlineError.exit_code
 
 
+def guarded_in_folder(job: Job, action: Callable[[], int], said: str) -> int:
+    """Do what an entry continues where it was stopped; return the exit code. `said` names what is done by then, and its
+    folder.
+    """
+    again = "the same command without force=true" if job.config.force else "the same command"
+    return guarded(
+        action,
+        when_stopped=f"{said}: {again} resumes there.",
+        when_full=f"{said}: make room, and the same command resumes there.",
+    )
+
+
 def _how_to_resume(run_dir: Path) -> str:
     from src.checkpoint.manifest import newest_resumable
     from src.config.places import CHECKPOINTS
