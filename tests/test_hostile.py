@@ -340,16 +340,24 @@ def test_values_of_a_template_are_those_of_plain_python(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("always", [True, False])
-def test_a_template_without_end_is_told_by_row(always: bool, short_time: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("endless", "reason"),
+    [
+        ("{{ 'a' * 10**9 }}", ", line 2, makes "),
+        (R * 3 + "{% endfor %}" * 3, r"(, line 2,|) does not terminate"),  # wherever the time is over
+    ],
+)
+def test_a_template_without_end_is_told_by_row(
+    endless: str, reason: str, always: bool, short_time: None, tmp_path: Path
+) -> None:
     chats = [[CHAT[0] | {"content": content}, CHAT[1]] for content in ("a", "boom", "boom")]
     file = write_lines(tmp_path / "rows.jsonl", [{"messages": chat} for chat in chats])
     config = admitted("data=messages", f"data.train_files=[{file}]", "tokens=none").config
     tokenizer, _ = load_tokenizer(config.model, config.tokens)
-    loops = R * 3 + "{% endfor %}" * 3
-    loops = loops if always else "{% if messages[0].content == 'boom' %}" + loops + "{% endif %}"
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}\n" + loops
+    endless = endless if always else "{% if messages[0].content == 'boom' %}" + endless + "{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}\n" + endless
     place = f"{re.escape(file)}:{1 if always else 2}"
-    with pytest.raises(DataError, match=rf"^{place}: the chat template of .*, line 2, does not terminate"):
+    with pytest.raises(DataError, match=rf"^{place}: the chat template of [^,]*{reason}"):
         build_data(config, tokenizer)
 
 
