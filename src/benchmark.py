@@ -104,10 +104,8 @@ def do_task(result: TaskResult, task: Any, run: LoadedRun, job: Job, console: Co
     from src.harness.model import RunModel
     from src.harness.tasks import ask
 
-    def show(text: str) -> None:
-        console.working(f"{result.name}: {text}")
-
-    model = RunModel(run, begins_turn=not task.get_config("gen_prefix"), show=show)
+    begins_turn = not task.get_config("gen_prefix")
+    model = RunModel(run, begins_turn=begins_turn, name=result.name, progress=console)
     system_prompt = run.config.data.system_prompt if run.is_chat else None
     answered = ask(task, model, job.entry_section.limit, system_prompt, is_chat=run.is_chat)
     result.write(answered, model.texts, model.num_truncated)

@@ -190,7 +190,7 @@ def load_models(
     if job.is_finished:
         model = load_model(job, tokenizer, rows.stop_ids, runtime, console)
     else:
-        model = assemble_model(config, tokenizer, new_tokens, rows, runtime).model
+        model = assemble_model(config, tokenizer, new_tokens, rows, runtime, console).model
         if not getattr(model, "is_quantized", False):  # quantised weights lie on the device already
             model.to(runtime.device)
         console.label("model", f"{type(model).__name__}, {runtime.description}")

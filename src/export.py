@@ -91,8 +91,9 @@ def write(job: Job, place: Path, source: dict[str, object], console: Console) ->
         stop_on_signals() as stop,
         start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime,
     ):
-        console.label("weights", f"loading {place}")
-        weights = load_weights(job, place, runtime)
+        with console.work("loading", str(place)):
+            weights = load_weights(job, place, runtime)
+        console.label("weights", str(place))
         stop.check()
         write_result(job, weights, source, console)
         console.label("", "written, and compared with what was trained")

@@ -25,6 +25,7 @@ from src.training.loop import train
 from src.training.resume import ResumePoint
 from src.training.saving import export_trained, fingerprint_of, open_saver
 from src.training.state import build_train_state
+from src.training.work_ahead import work_ahead
 
 
 def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> dict[str, float]:
@@ -41,13 +42,13 @@ def run(job: Job, found: ResumePoint, tracker: Tracker, stop: StopRequest) -> di
         data = build_data(config, tokenizer, tracker.console.working)  # counts what it kept, truncated and dropped
         resume = resume.checked(data, tokenizer, job)  # other rows or ids are refused before any weight is read
         tracker.write_file("data_report.json", data.report())
-        built = assemble_model(config, tokenizer, new_tokens, data, runtime)  # quantised, resized, initialised, adapted
+        built = assemble_model(config, tokenizer, new_tokens, data, runtime, tracker.console)  # resized, with adapter
         state = build_train_state(built.model, data.train, config, runtime, new_tokens.ids, *resume.start)
         check_new_rows(state.model, built.initialised)  # bit for bit, after wrapping
         tracker.warn(*load_initial_weights(state, tokenizer, runtime, config))  # init_from
-        evaluator = open_evaluator(config, state.loss_model, state.model, data, runtime)
+        evaluator = open_evaluator(config, state.loss_model, state.model, data, runtime, tracker.console)
         tracker.warn(*data_warnings(config, data, tokenizer, state))
-        tracker.show_overview(overview(job, state, built, data, runtime))
+        tracker.show_overview(overview(job, state, built, data, runtime), work_ahead(config, data, state))
         samples, num_prompts = data.for_samples(), config.evaluation.sample_prompts
         untrained = resume.untrained or [one.text for one in sample(evaluator, samples, num_prompts, step=0)]
         fingerprint = fingerprint_of(state, data, tokenizer, runtime, config)

@@ -30,6 +30,7 @@ from src.errors import DataError
 from src.evaluation.answers import AnswerReader
 from src.harness.settings import generation_settings
 from src.model.build import build_model, set_generation
+from src.progress import NO_PROGRESS
 from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
 from tests.conftest import ROOT, admitted, read_lines, write_lines
@@ -322,7 +323,7 @@ def asked(runtime: Runtime) -> Callable[..., Any]:
         model.resize_token_embeddings(264, mean_resizing=False)
         set_generation(model, config.generation, tokenizer, prompts.stop_ids)
         run = LoadedRun(model, tokenizer, prompts, config, runtime, 4, is_chat(config.data))
-        return RunModel(run, begins_turn=True, show=print)
+        return RunModel(run, begins_turn=True, name="task", progress=NO_PROGRESS)
 
     return build
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("metrics",),
     ("records", "markdown", "patterns", "registry"),
     ("errors", "util"),
-    ("secrets", "terminal"),
+    ("secrets", "terminal", "progress"),
 )
 SIBLINGS_ALLOWED = {("evaluation", "training.loss")}
 DOORS = {

@@ -84,7 +84,8 @@ def test_the_terminal_says_what_was_assembled_and_where_things_lie(finished: Pat
     text = (finished / "stdout.txt").read_text()
     for words in ("707,456 parameters", "<ToW>, </ToW> initialised from", "train: 16 of 16 rows",
                   "tokens supervised", "for checkpoints (", "step 4/4",
-                  "left", "evaluated at step 4", "expected", "train_seconds", str(finished / "model")):  # fmt: skip
+                  "left", "evaluated at step 4", "expected", "of it in steps", str(finished / "model"),
+                  f"python -m src.report dir={finished}"):  # fmt: skip
         assert words in text
     assert (finished / "stderr.txt").read_text() == ""
 

@@ -24,11 +24,15 @@ from src.config.gate import admit
 from src.config.problems import Problem, refuse
 from src.errors import ConfigError, report
 from src.evaluation.samples import Sample
+from src.progress import TimeLeft
 from src.sweep.folder import TrialStatus
 from src.sweep.progress import ProgressTable, TableRow
 from src.sweep.trial import Trial
 from src.terminal import columns_of, cut_to, filled, shortened, width, wrapped
+from src.tracking import console as console_module
 from src.tracking.console import Console
+from src.tracking.end_summary import MetricHistory, changes
+from src.training.work_ahead import Occasion, WorkAhead
 from tests.conftest import ROOT, read_lines
 
 NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:[.:]\d+)*(?:e[+-]?\d+)?")
@@ -42,10 +46,41 @@ class Screen(io.StringIO):
 
     @property
     def lines(self) -> list[str]:
-        return [line.rpartition("\x1b[2K")[2] for line in self.getvalue().removesuffix("\n").split("\n")]
+        """What stays on it."""
+        return screen_of(self.getvalue())
+
+    @property
+    def drawn(self) -> list[str]:
+        """Every line that was to be seen at some time, those that are drawn in place too."""
+        return lines_drawn(self.getvalue())
 
 
-# Lines
+CONTROL = re.compile(r"\n|\r|\x1b\[(?:2K|\d*A|\?25[lh]|[\d;]*m)")
+
+
+def screen_of(written: str) -> list[str]:
+    """Return the lines of a terminal after a text with rich's controls was written to it."""
+    lines, row, at = [""], 0, 0
+    for found in [*CONTROL.finditer(written), None]:
+        lines[row] += written[at : found.start() if found else len(written)]
+        if found is None:
+            break
+        at, control = found.end(), found.group()
+        if control == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif control.endswith("A"):
+            row -= 1
+        elif control.endswith("K"):
+            lines[row] = ""
+    while len(lines) > 1 and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def lines_drawn(written: str) -> list[str]:
+    plain = re.sub(r"\x1b\[\?25[lh]|\x1b\[\d*A|\x1b\[[\d;]*m", "", written)
+    return [line for line in re.split(r"\n|\r|\x1b\[2K", plain) if line]
 
 
 @pytest.mark.parametrize(
@@ -169,16 +204,88 @@ def test_long_samples_stay_in_their_column() -> None:
 
 
 def test_progress_fits_into_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for columns, parts in ((80, 5), (60, 4), (45, 3), (33, 2)):
+    details = ["loss 1.5000", "lr 2.0e-05", "1,234,567 tokens/s"]
+    for columns, num_shown in ((110, 3), (80, 2), (60, 1), (40, 0)):
         monkeypatch.setenv("COLUMNS", str(columns))
         screen = Screen()
-        Console(screen).progress(100_000, 100_000, 1.5, 2e-5, 1_234_567.0, logged=True)
-        (line,) = screen.lines
-        assert len(line) < columns
-        assert (line.startswith("step 100000/100000"), line.endswith("? left")) == (True, True)
-        assert len(re.split(r"  +", line)) == parts
-        Console(screen).working("word " * 40)
-        assert len(screen.lines[-1]) < columns
+        console = Console(screen)
+        console.progress(100_000, 100_000, 1.5, 2e-5, 1_234_567.0, TimeLeft(75, is_lower_bound=True), logged=True)
+        line = screen.drawn[-1]
+        assert width(line) < columns
+        assert (line.startswith("step 100,000/100,000"), line.endswith("over 1:15 left")) == (True, True)
+        assert [detail for detail in details if detail in line] == details[:num_shown]
+        console.close()
+        console.working("word " * 40)
+        assert width(screen.drawn[-1]) < columns
+        console.close()
+        assert screen.lines == [""]
+
+
+def test_work_within_a_run_is_drawn_below_it_and_gone_when_it_ends() -> None:
+    screen = Screen()
+    console = Console(screen)
+    console.begin_training(3, 9)
+    with console.work("evaluating", "validation", 8) as advance:
+        advance(6)
+        console.say("a line that stays")
+        said, step, evaluating = screen.lines
+        assert (said, step[:10]) == ("a line that stays", "step 3/9 ━")
+        assert re.fullmatch(r"evaluating validation 6/8 rows [━╸╺]+ 0:00 left", evaluating)
+        advance(6)  # what another process does is counted by this one, and may be less
+    console.say("another one")
+    assert [line[:10] for line in screen.lines] == ["a line tha", "another on", "step 3/9 ━"]
+    assert console.pace["evaluating"] < 1
+    with pytest.raises(ZeroDivisionError), console.work("failing", total=3):
+        raise ZeroDivisionError
+    console.close()
+    assert ("failing" in console.pace, screen.lines) == (False, ["a line that stays", "another one"])
+
+
+def test_long_work_is_a_line_now_and_then_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    for seconds, num_lines in ((3600.0, 0), (0.0, 10)):
+        monkeypatch.setattr(console_module, "QUIET_SECONDS", seconds)
+        with Console(log).work("evaluating", "validation", 100) as advance:
+            for _ in range(10):
+                advance(10)
+        assert len(log.getvalue().splitlines()) == num_lines
+    line = r"evaluating validation: \d+ of 100 rows  0:00 left"
+    assert all(re.fullmatch(line, shown) for shown in log.getvalue().splitlines())
+
+
+def test_the_time_left_counts_what_is_still_to_come() -> None:
+    each_20 = Occasion(20, {"evaluating": 100, "generating": 100})
+    at_end, samples = Occasion(None, {"evaluating": 50, "generating": 50}), Occasion("epoch", {"generating": 3})
+    ahead = WorkAhead(50, 25, 8.0, (each_20, at_end, samples, Occasion(30, {"saving": 1}, at_end=False)))
+    pace = {"evaluating": 0.1, "generating": 1.0, "saving": 7.0}
+    # after step 10: evaluations at 20, 40 and 50; the test set; samples at 25 and 50; a checkpoint at 30
+    expected = 40 * 2.0 + 3 * (10 + 100) + (5 + 50) + 2 * 3 + 7
+    assert ahead.time_left(10, 2.0, pace) == (pytest.approx(expected), False)
+    assert ahead.time_left(20, 2.0, pace).seconds == pytest.approx(expected - 20)  # its own evaluation is to come
+    assert ahead.time_left(21, 2.0, pace).seconds == pytest.approx(expected - 22 - 110)
+    assert ahead.time_left(50, 2.0, pace).seconds == pytest.approx(110 + 55 + 3)
+    # a row's loss is a third of its training, until it was timed; nothing says how long a text will take
+    seconds = 40 * 2.0 + 350 * 2.0 / 8 / 3
+    assert ahead.time_left(10, 2.0, {}) == (pytest.approx(seconds), True)
+    no_texts = WorkAhead(50, None, 8.0, (Occasion("epoch", {"evaluating": 100, "generating": 0}),))
+    assert no_texts.time_left(50, 2.0, {}) == (pytest.approx(100 * 2.0 / 8 / 3), False)
+
+
+def test_a_run_says_at_its_end_what_changed() -> None:
+    history = MetricHistory()
+    history.add(10, {"train/loss": 3.0, "train/lr": 0.1, "eval/validation/loss": 2.5, "eval/validation/rouge1": 0.1})
+    history.add(20, {"train/loss": 2.0, "eval/validation/loss": 1.0, "eval/validation/rouge1": 0.75})
+    last = {"train/loss": 1.5, "eval/validation/loss": 1.25, "eval/validation/rouge1": 0.75, "eval/test/loss": 1.125}
+    history.add(30, last)
+    assert [line.split() for line in changes(history, last)] == [
+        ["first", "last", "best"],
+        ["train/loss", "3.0000", "(step", "10)", "1.5000"],
+        ["eval/validation/loss", "2.5000", "(step", "10)", "1.2500", "1.0000", "(step", "20)"],
+        ["eval/validation/rouge1", "0.1000", "(step", "10)", "0.7500", "0.7500", "(step", "20)"],
+        ["eval/test/loss", "1.1250"],
+    ]
+    assert history.best_metrics()["best/eval/validation/loss"] == 1.0
+    assert changes(MetricHistory(), {}) == []
 
 
 def test_errors_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +339,7 @@ def test_preflight_at_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for stream in (screen, file):
         monkeypatch.setattr(sys, "stdout", stream)
         assert preflight.main(["tracking=none", "debug=smoke", f"data.cache_dir='{tmp_path}'", "preflight.rows=1"]) == 0
-    lines = [line for line in screen.lines if not line.endswith(" rows prepared")]  # in place, as long as it took
+    lines = screen.lines
     assert max(map(len, lines)) <= 80 < max(map(len, file.getvalue().splitlines()))
     held = r"(?:data|total) +[\d.]+ [KMG]iB"
     timed = re.compile(rf"\d+:\d+|[\d.]+e[+-]\d+|[\d.]+ [KMG]iB free|{held}")  # of this moment
@@ -257,8 +364,10 @@ def test_a_run_on_a_terminal_of_80_columns(tmp_path: Path) -> None:
             break
     os.close(leader)
     assert process.wait() == 0
-    lines = [line.rpartition("\x1b[2K")[2] for line in written.decode().replace("\r\n", "\n").split("\n")]
-    assert max(map(width, lines)) <= 80
+    text = written.decode().replace("\r\n", "\n")
+    assert max(width(line) for line in lines_drawn(text) if "python -m" not in line) <= 80  # no command is divided
+    lines = screen_of(text)
+    assert next(i for i, line in enumerate(lines) if line.startswith("device ")) < 24
     said = "\n".join(lines)
     last = read_lines(run / "metrics.jsonl")[-1]
     for name in ("loss", "perplexity", "thought_loss", "answer_loss"):

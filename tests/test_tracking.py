@@ -27,9 +27,10 @@ from src.config.quoting import shell_override
 from src.errors import Interrupted, RunFolderError
 from src.evaluation.samples import Sample
 from src.tracking import tracker
-from src.tracking.console import Console, clock
+from src.tracking.console import Console
 from src.tracking.export_thread import WaitLimits
 from src.tracking.exporters import exhaust
+from src.tracking.live import clock
 from src.tracking.lock import hold
 from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_model import mlmodel

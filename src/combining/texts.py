@@ -110,10 +110,11 @@ def combine_consensus(
         sets[name] = one = _open_set(output, name, members)
         if one.resume(common, len(common)) < len(common):
             chosen = []
-            for row in common:
-                candidates = [text for place in order for text in _texts(lines[place][row])]
-                chosen.append(candidates[most_alike([line["answer"] for line in candidates], similarity)])
-                console.working(f"{name}: {len(chosen):,} of {len(common):,} rows compared")
+            with console.work("comparing", name, len(common)) as advance:
+                for row in common:
+                    candidates = [text for place in order for text in _texts(lines[place][row])]
+                    chosen.append(candidates[most_alike([line["answer"] for line in candidates], similarity)])
+                    advance()
             one.append([Prediction(**line) for line in chosen])
         finish(one, job, console)
     return _outcome(job, members, rows, predicted, sets, console)

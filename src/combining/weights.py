@@ -92,10 +92,11 @@ class MemberScorer:
         """
         self.runtime.check_stop()
         config, folder = member.job.config, member.run_dir / MODEL
-        if not member.has_adapter:
-            return load_exported(member.run_dir, config)
-        ids = probe_ids(self.tokenizer, config.tokens.additional_special_tokens)
-        return merge(load_exported_adapter(folder, config, self.runtime.device), folder, ids)
+        with self.console.work("loading", str(folder)):
+            if not member.has_adapter:
+                return load_exported(member.run_dir, config)
+            ids = probe_ids(self.tokenizer, config.tokens.additional_special_tokens)
+            return merge(load_exported_adapter(folder, config, self.runtime.device), folder, ids)
 
     def score(self, model: Any, sets: Mapping[str, EncodedSet]) -> Scores:
         """Return the losses and metrics of a model on sets, as a run has them."""
@@ -111,8 +112,9 @@ class MemberScorer:
             thought_rule(encoder, config.generation),
         )
         size, pattern = config.training.per_device_eval_batch_size, config.data.answer_pattern
-        generator = Generator(model, self.runtime, size, encoder.target_prefix, reader, rule)
-        scored = (config.metrics, pattern, None, config.num_scored_samples)
+        prefix, shown = encoder.target_prefix, self.console
+        generator = Generator(model, self.runtime, size, prefix, reader, rule, progress=shown)
+        scored = (config.metrics, pattern, None, config.num_scored_samples, shown)
         return Evaluator(loss_model, generator, reader, self.runtime, *scored).evaluate(sets.values())
 
 

@@ -18,6 +18,7 @@ from src.evaluation.answers import AnswerReader
 from src.evaluation.generate import Generator, check_prompts
 from src.evaluation.thoughts import thought_rule
 from src.metrics import compute_metrics, perplexity
+from src.progress import NO_PROGRESS, Progress
 from src.runtime.session import Runtime
 from src.training.loss import span_losses
 
@@ -36,6 +37,7 @@ class Evaluator:
     answer_pattern: str | None
     max_samples: int | None
     num_samples: int = 1  # texts that are generated for each row
+    progress: Progress = NO_PROGRESS
 
     def evaluate(self, sets: Iterable[EncodedSet], watched: Mapping[str, int] = NO_TOKENS) -> dict[str, float]:
         """Return the metrics of sets by their names in metrics.jsonl, `eval/<set>/…`.
@@ -55,7 +57,8 @@ class Evaluator:
     def _scores(self, rows: EncodedSet, count: int) -> dict[str, float]:
         """Generate for the first `count` rows, and compare the answers with their references."""
         prompts, decode = [rows.prompt_ids(i) for i in range(count)], self.reader.encoder.decode
-        samples = self.generator.generate_samples(prompts, self.runtime.seed, count=self.num_samples)
+        seed, what = self.runtime.seed, f"for {rows.name}"
+        samples = self.generator.generate_samples(prompts, seed, count=self.num_samples, what=what)
         answers = [
             [self.reader.answer(rows, i, decode(completion.ids)) for completion in completions]
             for i, completions in enumerate(samples)
@@ -71,16 +74,20 @@ class Evaluator:
         sums = torch.zeros(4, dtype=torch.float64)  # nats and tokens of all, nats and tokens of thoughts
         self.loss_model.eval()
         size = self.generator.batch_size
-        for start, is_real in self.runtime.split(range(0, count, size)):
-            self.runtime.check_stop()
-            batch = collate(rows, [[i] for i in order[start : start + size]], self.generator.pad_token_id)
-            batch_losses = self.loss_model(**batch.to(self.runtime.device).inputs())
-            if not is_real:
-                continue
-            nll, is_thought = batch_losses.nll.double().cpu(), batch_losses.is_thought
-            thought_nll = 0.0 if is_thought is None else nll[is_thought.cpu()].sum()
-            sums += torch.tensor([nll.sum(), batch.num_supervised, thought_nll, batch.num_thought], dtype=sums.dtype)
-            targets.update(batch_losses.targets.cpu(), nll)
+        with self.progress.work("evaluating", rows.name, count) as advance:
+            for start, is_real in self.runtime.split(range(0, count, size)):
+                self.runtime.check_stop()
+                chosen = order[start : start + size]
+                batch = collate(rows, [[i] for i in chosen], self.generator.pad_token_id)
+                losses = self.loss_model(**batch.to(self.runtime.device).inputs())
+                advance(len(chosen) * self.runtime.num_processes)
+                if not is_real:
+                    continue
+                nll = losses.nll.double().cpu()
+                thought_nll = 0.0 if losses.is_thought is None else nll[losses.is_thought.cpu()].sum()
+                counts = [nll.sum(), batch.num_supervised, thought_nll, batch.num_thought]
+                sums += torch.tensor(counts, dtype=sums.dtype)
+                targets.update(losses.targets.cpu(), nll)
         nats, num_supervised, *of_thoughts = self.runtime.sum(sums.tolist())
         loss = nats / num_supervised
         if not math.isfinite(loss):
@@ -126,7 +133,9 @@ class TargetStats:
         return metrics
 
 
-def open_evaluator(config: RunConfig, loss_model: nn.Module, model: Any, data: Data, runtime: Runtime) -> Evaluator:
+def open_evaluator(
+    config: RunConfig, loss_model: nn.Module, model: Any, data: Data, runtime: Runtime, progress: Progress = NO_PROGRESS
+) -> Evaluator:
     """Build the evaluator of a run; DataError or ModelError where a prompt is empty, or leaves no room for what is
     generated.
     """
@@ -135,6 +144,6 @@ def open_evaluator(config: RunConfig, loss_model: nn.Module, model: Any, data: D
     reader = AnswerReader(data.encoder, config.thought_tags, data.frame)
     size, pattern = config.training.per_device_eval_batch_size, config.data.answer_pattern
     rule = thought_rule(data.encoder, config.generation)
-    generator = Generator(model, runtime, size, data.encoder.target_prefix, reader, rule)
+    generator = Generator(model, runtime, size, data.encoder.target_prefix, reader, rule, progress=progress)
     scored, most = (config.metrics, pattern), config.evaluation.max_samples
-    return Evaluator(loss_model, generator, reader, runtime, *scored, most, config.num_scored_samples)
+    return Evaluator(loss_model, generator, reader, runtime, *scored, most, config.num_scored_samples, progress)

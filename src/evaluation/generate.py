@@ -17,6 +17,7 @@ from src.errors import DataError, ModelError
 from src.evaluation.answers import AnswerReader, Completion, cut_at
 from src.evaluation.decoding import Decoding, ids_of, row_streams
 from src.evaluation.thoughts import ThoughtRule
+from src.progress import NO_PROGRESS, Progress
 from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
 
@@ -51,6 +52,7 @@ class Generator:
     reader: AnswerReader | None = None  # which cuts completions after a text that ends them; None: nothing does
     thoughts: ThoughtRule | None = None  # how thoughts are written; None where the model writes none
     others: Sequence[Any] = ()  # models whose probabilities are averaged with this one's
+    progress: Progress = NO_PROGRESS
 
     def with_thoughts(self, mode: ThoughtMode, max_tokens: int | None = None) -> "Generator":
         """Return a generator that writes thoughts in another way, of at most `max_tokens` between their tags; for a
@@ -70,9 +72,10 @@ class Generator:
         first_row: int = 0,
         *,
         target_prefixes: Sequence[list[int]] | None = None,
+        what: str = "",
     ) -> list[Completion]:
         """Generate a completion for each prompt: the first of its samples, see generate_samples."""
-        samples = self.generate_samples(prompts, seed, first_row, target_prefixes=target_prefixes)
+        samples = self.generate_samples(prompts, seed, first_row, target_prefixes=target_prefixes, what=what)
         return [first for first, *_ in samples]
 
     def generate_samples(
@@ -83,6 +86,7 @@ class Generator:
         count: int = 1,
         *,
         target_prefixes: Sequence[list[int]] | None = None,
+        what: str = "",
     ) -> list[list[Completion]]:
         """Generate `count` completions for each prompt (ids), in their order: the best beams, or as many draws.
         Interrupted between two tokens, where a signal asked for it.
@@ -90,7 +94,8 @@ class Generator:
         Prompts of similar length are batched, for little padding. Batching changes no completion: each prompt is
         decoded as it would be alone, and draws from its own random stream, by `seed`, the number of the sample, and the
         index of its row, of which `first_row` is the first where the prompts are a part of a set. `target_prefixes` are
-        each prompt's own, in place of target_prefix; those of a batch are of one length.
+        each prompt's own, in place of target_prefix; those of a batch are of one length. `what` names it all
+        where progress is shown.
         """
         prefixes = [self.target_prefix] * len(prompts) if target_prefixes is None else target_prefixes
         is_beam_search = (self.model.generation_config.num_beams or 1) > 1
@@ -104,17 +109,20 @@ class Generator:
         size = 1 if is_alone else self.batch_size
         alike = [list(group) for _, group in groupby(texts, key=lambda text: len(prefixes[text[0]]))]
         batches = [group[start : start + size] for group in alike for start in range(0, len(group), size)]
-        for batch, is_real in self.runtime.split(batches):
-            self.runtime.check_stop()
-            draws = [(first_row + i, sample) for i, sample in batch]
-            global_seed = int(np.random.SeedSequence([seed, draws[0][0]]).generate_state(1)[0])
-            with self.runtime.isolated_rng(global_seed), torch.no_grad():
-                generated = self._batch(
-                    [prompts[i] for i, _ in batch], [prefixes[i] for i, _ in batch], draws, seed, num_best
-                )
-            if is_real:
-                numbers = [i * count + sample + best for i, sample in batch for best in range(num_best)]
-                local |= dict(zip(numbers, generated, strict=True))
+        at_once = size * num_best * self.runtime.num_processes
+        with self.progress.work("generating", what, len(prompts) * count, "texts", at_once) as advance:
+            for batch, is_real in self.runtime.split(batches):
+                self.runtime.check_stop()
+                draws = [(first_row + i, sample) for i, sample in batch]
+                global_seed = int(np.random.SeedSequence([seed, draws[0][0]]).generate_state(1)[0])
+                with self.runtime.isolated_rng(global_seed), torch.no_grad():
+                    generated = self._batch(
+                        [prompts[i] for i, _ in batch], [prefixes[i] for i, _ in batch], draws, seed, num_best
+                    )
+                if is_real:
+                    numbers = [i * count + sample + best for i, sample in batch for best in range(num_best)]
+                    local |= dict(zip(numbers, generated, strict=True))
+                advance(len(generated) * self.runtime.num_processes)
         self.runtime.check_stop()
         self.model.train(training)
         completions = {number: one for process in self.runtime.gather(local) for number, one in process.items()}

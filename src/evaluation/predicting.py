@@ -94,9 +94,10 @@ def load_model(job: Job, tokenizer: Any, stop_ids: Sequence[int], runtime: Runti
     from src.model.build import set_generation
     from src.model.export import load_exported
 
-    model = load_exported(job.run_dir, job.config, runtime.device)
-    if not getattr(model, "is_quantized", False):  # quantised weights lie on the device already
-        model.to(runtime.device)
+    with console.work("loading", str(job.run_dir / "model")):
+        model = load_exported(job.run_dir, job.config, runtime.device)
+        if not getattr(model, "is_quantized", False):  # quantised weights lie on the device already
+            model.to(runtime.device)
     set_generation(model, job.config.generation, tokenizer, stop_ids)
     console.label("model", f"{type(model).__name__} of {job.run_dir / 'model'}, {runtime.description}")
     return model

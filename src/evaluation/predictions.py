@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from src.data.sources import file_hash
 from src.errors import RunFolderError
 from src.evaluation.predicted_set import PredictedSet, Prediction, Sample, read_metrics
 from src.evaluation.row_log import RowLog
-from src.tracking.console import Console, clock
+from src.tracking.console import Console
 
 if TYPE_CHECKING:  # torch is for those who generate, not for those who only look at what is there
     from src.data.sets import EncodedSet
@@ -161,12 +160,11 @@ def blocks(into: RowLog, numbers: Sequence[int], batch_size: int, console: Conso
     block_rows = BLOCK_BATCHES * batch_size
     if begin := into.resume(numbers, block_rows):
         console.label(into.title, f"{begin:,} of {len(numbers):,} rows are there already, continuing after them")
-    started = time.monotonic()
-    for start in range(begin, len(numbers), block_rows):
-        block = range(start, min(start + block_rows, len(numbers)))
-        yield block
-        left = (time.monotonic() - started) / (block.stop - begin) * (len(numbers) - block.stop)
-        console.working(f"{into.title}: {block.stop:,} of {len(numbers):,} rows  {clock(left)} left")
+    with console.work(into.title, total=len(numbers) - begin) as advance:
+        for start in range(begin, len(numbers), block_rows):
+            block = range(start, min(start + block_rows, len(numbers)))
+            yield block
+            advance(len(block))
 
 
 def _some(places: Sequence[str]) -> str:

@@ -35,7 +35,8 @@ def sample(
     reader = evaluator.reader
     opened, closed = reader.tags or ("", "")
     chosen = range(min(count, len(rows)))
-    completions = evaluator.generator.generate([rows.first_ids(i) for i in chosen], evaluator.runtime.seed)
+    prompts = [rows.first_ids(i) for i in chosen]
+    completions = evaluator.generator.generate(prompts, evaluator.runtime.seed, what="samples")
     samples = []
     for i, completion in zip(chosen, completions, strict=True):
         text = reader.encoder.decode(completion.ids)

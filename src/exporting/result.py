@@ -33,9 +33,7 @@ def write_result(job: Job, weights: TrainedWeights, source: dict[str, Any], cons
     if own.merge:
         _check_room(output, weights.model, own.dtype)
     merging = weights.adapter is not None and own.merge
-    console.label(
-        "", f"{'merging the adapter, ' if merging else ''}writing {'whole weights' if own.merge else 'the adapter'}"
-    )
+    writing = f"{'merging the adapter, ' if merging else ''}writing {'whole weights' if own.merge else 'the adapter'}"
 
     def complete(folder: Path) -> None:
         if own.merge and config.model.type is ModelType.causal_lm:
@@ -44,9 +42,10 @@ def write_result(job: Job, weights: TrainedWeights, source: dict[str, Any], cons
         write_record(folder, source)
 
     card, adapter_card = (_card(job, weights, merge=merge) for merge in (own.merge, False))
-    for warning in export(
-        weights.model, weights.adapter, weights.tokenizer, output, config, card, adapter_card, form, complete
-    ):
+    what = (weights.model, weights.adapter, weights.tokenizer, output, config)
+    with console.work(writing):
+        warnings = export(*what, card, adapter_card, form, complete)
+    for warning in warnings:
         console.warn(warning)
 
 

@@ -14,6 +14,7 @@ from src.data.tokenizer import load_tokenizer
 from src.errors import CheckpointError
 from src.model.adapters import Adapter
 from src.model.export import load_exported, load_exported_adapter
+from src.progress import NO_PROGRESS
 from src.runtime.session import Runtime
 from src.training.assembly import assemble_model
 from src.training.resume import tokenizer_hash
@@ -51,7 +52,7 @@ def _of_checkpoint(job: Job, checkpoint: Path, runtime: Runtime) -> TrainedWeigh
     facts = snapshot.state["facts"]
     if facts["tokenizer"] != tokenizer_hash(tokenizer):
         raise CheckpointError(f"{config.model.checkpoint} has changed: its tokens have other ids than in {checkpoint}")
-    built = assemble_model(config, tokenizer, new_tokens, build_encoder(config, tokenizer), runtime)
+    built = assemble_model(config, tokenizer, new_tokens, build_encoder(config, tokenizer), runtime, NO_PROGRESS)
     frozen = frozen_weights(built.model)
     if frozen and tensors_digest(frozen) != facts["frozen_weights"]:
         raise CheckpointError(f"{config.model.checkpoint} has changed: {checkpoint} was trained on other weights")

@@ -5,7 +5,6 @@ between its words it would leave only the end. Here they are gone before a task'
 """
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +29,8 @@ from src.evaluation.thoughts import thought_rule
 from src.harness.scoring import ContinuationScorer
 from src.harness.settings import generation_settings
 from src.model.build import set_generation
+from src.progress import Progress
 from src.runtime.session import Runtime
-from src.tracking.console import clock
 
 NO_LIMIT = 1 << 40
 ShowProgress = Callable[[str], None]
@@ -58,12 +57,12 @@ class RunModel(LM):
 
     Args:
         begins_turn: whether a continuation that is scored begins the assistant's turn of a chat.
-        show: takes how far it is.
+        name: of the task, where progress is shown.
     """
 
-    def __init__(self, run: LoadedRun, *, begins_turn: bool, show: ShowProgress) -> None:
+    def __init__(self, run: LoadedRun, *, begins_turn: bool, name: str, progress: Progress) -> None:
         super().__init__()
-        self._run, self._show = run, show
+        self._run, self._name, self._progress = run, name, progress
         self._encoder = run.prompts.encoder
         self._frame = run.prompts.frame if run.is_chat else AnswerFrame()
         self._before_answer = self._frame.before if begins_turn else ""
@@ -118,22 +117,14 @@ class RunModel(LM):
         most = room + 1 if self._is_causal else self._positions  # EOS, which is not fed, takes no room
         rows = [self._encoded(prompt, "", most, needs_eos=True) for prompt in prompts]
         fed = [row.input_ids[: row.prompt_length] or [self._encoder.eos_token_id] for row in rows]
-        for block in self._blocks(range(len(fed)), run.batch_size * BLOCK_BATCHES):
-            made = generator.generate([fed[i] for i in block], run.config.seed, first_row=block.start)
-            for i, completion in zip(block, made, strict=True):
-                text = self._encoder.decode(completion.ids)
-                yield i, text, reader.answer_text(text)
-
-    def _blocks(self, items: range, size: int) -> Iterator[range]:
-        """Yield parts of the items, and show how many are done and how long the others will take."""
-        started = time.monotonic()
-        for start in range(0, len(items), size):
-            yield items[start : start + size]
-            self._report(min(start + size, len(items)), len(items), started)
-
-    def _report(self, done: int, of: int, started: float) -> None:
-        left = (time.monotonic() - started) / done * (of - done)
-        self._show(f"{done:,} of {of:,} requests  {clock(left)} left")
+        size = run.batch_size * BLOCK_BATCHES
+        with self._progress.work("asking", self._name, len(fed), "requests") as advance:
+            for block in (range(len(fed))[start : start + size] for start in range(0, len(fed), size)):
+                made = generator.generate([fed[i] for i in block], run.config.seed, first_row=block.start)
+                for i, completion in zip(block, made, strict=True):
+                    text = self._encoder.decode(completion.ids)
+                    yield i, text, reader.answer_text(text)
+                advance(len(block))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return the log-probability of each continuation after its context, in nats, and whether it is the greedy one.
@@ -153,11 +144,11 @@ class RunModel(LM):
     def _scored(self, rows: Sequence[EncodedRow]) -> list[tuple[float, bool]]:
         run = self._run
         pad = int(run.model.generation_config.pad_token_id)
-        scores, done, started = dict[int, tuple[float, bool]](), 0, time.monotonic()
-        for batch in ContinuationScorer(run.model, run.runtime, run.batch_size, pad).score(rows):
-            scores |= dict(batch)
-            done += len(batch)
-            self._report(done, len(rows), started)
+        scores = dict[int, tuple[float, bool]]()
+        with self._progress.work("scoring", self._name, len(rows), "requests") as advance:
+            for batch in ContinuationScorer(run.model, run.runtime, run.batch_size, pad).score(rows):
+                scores |= dict(batch)
+                advance(len(batch))
         return [scores[i] for i in range(len(rows))]
 
     def _pair(self, context: str, continuation: str) -> EncodedRow:

@@ -17,6 +17,7 @@ from src.inspection.workload import Evaluation, Generation, Workload
 from src.model.adapters import add_adapter
 from src.model.build import build_model, set_generation
 from src.model.embeddings import resize_embeddings
+from src.progress import Progress
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.signals import stop_on_signals
 from src.tokens import num_token_ids
@@ -40,20 +41,29 @@ class Measured:
     generation_seconds: float | None  # time of a batch of texts of the maximum length; None where nothing is generated
 
 
-def measure_work(config: RunConfig, tokenizer: Any, new_ids: Sequence[int], data: Data, work: Workload) -> Measured:
+def measure_work(
+    config: RunConfig, tokenizer: Any, new_ids: Sequence[int], data: Data, work: Workload, progress: Progress
+) -> Measured:
     """Measure the widest micro-batch, and a batch of the median size of training, evaluation and generation."""
     with (
         stop_on_signals() as stop,
         start_runtime(config.runtime, config.training.mixed_precision, config.seed, stop) as runtime,
     ):
-        model = build_model(config, runtime.device)
-        set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
-        resize_embeddings(model, num_token_ids(tokenizer), config.tokens.pad_to_multiple_of)
-        add_adapter(model, config, new_ids)
-        state = build_train_state(model, work.train, config, runtime)
-        widest_tokens, activation_bytes, seconds = _measure_training(state, work, runtime)
+        with progress.work("loading", "the model"):
+            model = build_model(config, runtime.device)
+            set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
+            resize_embeddings(model, num_token_ids(tokenizer), config.tokens.pad_to_multiple_of)
+            add_adapter(model, config, new_ids)
+            state = build_train_state(model, work.train, config, runtime)
+        with progress.work("measuring", "micro-batches"):
+            widest_tokens, activation_bytes, seconds = _measure_training(state, work, runtime)
         evaluator = open_evaluator(config, state.loss_model, state.model, data, runtime)
-        evaluation_seconds, evaluation_tokens = _measure_evaluation(evaluator, work.evaluations, runtime)
+        with progress.work("measuring", "an evaluation"):
+            evaluation_seconds, evaluation_tokens = _measure_evaluation(evaluator, work.evaluations, runtime)
+        generation_seconds = None
+        if work.generation is not None:
+            with progress.work("measuring", "generation"):
+                generation_seconds = _measure_generation(evaluator, work.generation, runtime)
         return Measured(
             widest_tokens,
             activation_bytes,
@@ -61,7 +71,7 @@ def measure_work(config: RunConfig, tokenizer: Any, new_ids: Sequence[int], data
             seconds,
             evaluation_seconds,
             evaluation_tokens,
-            None if work.generation is None else _measure_generation(evaluator, work.generation, runtime),
+            generation_seconds,
         )
 
 

@@ -16,7 +16,8 @@ from src.inspection.run_forecast import Forecast
 from src.model.build import num_parameters
 from src.model.embeddings import InitialisedRows, num_embedding_rows
 from src.tokens import ConfiguredTokens
-from src.tracking.console import Console, clock
+from src.tracking.console import Console
+from src.tracking.live import clock
 from src.util import human_bytes
 
 MOST_NAMED = 6  # source tokens of a row that are named one by one

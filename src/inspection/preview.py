@@ -56,9 +56,13 @@ def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
     draw_lengths(sets, config.data.max_seq_length, folder / "lengths.png")
     show_rows(console, train, data, own.rows, paint)
     scorer = answer_scorer(config, data)
-    proofs = {name: prove(rows, scorer) for name, rows in sets.items()}
+    with console.work("proving", "the masks of", len(sets), "sets") as advance:
+        proofs = {}
+        for name, rows in sets.items():
+            proofs[name] = prove(rows, scorer)
+            advance()
     new_ids = list(initialised.ids.values())
-    forecast = forecast_run(config, model, tokenizer, new_ids, data, job.run_dir, held, measure=own.measure)
+    forecast = forecast_run(config, model, tokenizer, new_ids, data, job.run_dir, held, console, measure=own.measure)
     show_forecasts(console, config, forecast)
     found = [
         *findings(config, data, tokenizer, train, proofs, forecast.work.num_steps),

@@ -22,6 +22,7 @@ from src.inspection.workload import Workload, mean_shape, plan_work, widest_of
 from src.model.adapters import add_adapter
 from src.model.build import with_zero_sizes
 from src.model.quantization import put_quantised_layers, quantization_settings
+from src.progress import Progress
 from src.util import human_bytes
 
 AUTOCAST = {MixedPrecision.bf16: torch.bfloat16, MixedPrecision.fp16: torch.float16}
@@ -46,6 +47,7 @@ def forecast_run(
     data: Data,
     run_dir: Path,
     libraries_bytes: int | None,
+    progress: Progress,
     *,
     measure: bool,
 ) -> Forecast:
@@ -58,7 +60,8 @@ def forecast_run(
     """
     work, device = plan_work(config, data), device_of(config)
     parameters = planned_parameters(config, model, new_ids)
-    counts = count_work(config, model, work, device)
+    with progress.work("counting", "memory and operations"):
+        counts = count_work(config, model, work, device)
     memory = memory_forecast(
         parameters,
         config.optimizer,
@@ -72,7 +75,7 @@ def forecast_run(
     )
     steps = work.num_steps, work.num_steps_per_epoch
     disk = disk_forecast_of_run(config, parameters, run_dir, *steps, _saved_bytes(tokenizer))
-    measured = measure_work(config, tokenizer, new_ids, data, work) if measure else None
+    measured = measure_work(config, tokenizer, new_ids, data, work, progress) if measure else None
     if measured is not None:
         return Forecast(work, memory, disk, measured_times(measured, work, config), measured)
     dtype = torch.float32 if config.training.mixed_precision is MixedPrecision.no else torch.bfloat16

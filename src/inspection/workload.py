@@ -1,6 +1,5 @@
 """What a run computes: the shapes of its micro-batches, evaluations and generated texts, and how many of each."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from src.data.dataset import Data
 from src.data.sets import EncodedSet
 from src.forecast.counting import MicroBatchShape
 from src.training.state import build_batch_sampler, num_train_steps
+from src.training.work_ahead import num_times
 
 
 class Evaluation(NamedTuple):
@@ -76,10 +76,10 @@ def plan_work(config: RunConfig, data: Data) -> Workload:
     num_steps = num_train_steps(config.training, per_epoch)
     micro_batches = batch_sampler.micro_batches(train.lengths, [config.seed, 0])
     shapes = shapes_of(train, micro_batches, is_packed=config.data.batching is Batching.packed)
-    times = num_evaluations(settings.eval_steps, num_steps, per_epoch)
+    times = num_times(settings.eval_steps, num_steps, per_epoch)
     evaluations = [_evaluation(rows, config, times) for rows in data.validation.values()]
     evaluations += [_evaluation(rows, config, 1) for rows in data.test.values()]
-    times = 1 + num_evaluations(settings.sample_steps, num_steps, per_epoch)
+    times = 1 + num_times(settings.sample_steps, num_steps, per_epoch)
     generation = _generation(config, evaluations, data.for_samples(), times)
     return Workload(batch_sampler, num_steps, per_epoch, train, micro_batches, shapes, evaluations, generation)
 
@@ -117,14 +117,6 @@ def mean_shape(shapes: Sequence[MicroBatchShape]) -> MicroBatchShape:
         target_seq=max(1, round(targets / rows)) if targets else None,
         has_padding=any(shape.has_padding for shape in shapes),
     )
-
-
-def num_evaluations(every: int | str | None, num_steps: int, steps_per_epoch: int | None) -> int:
-    """Count what happens every N steps, every epoch or never (None), and after the last step in any case; epochs of a
-    streamed train set, whose steps_per_epoch is None, are not counted.
-    """
-    step = steps_per_epoch if every == "epoch" else every
-    return 1 if step is None else math.ceil(num_steps / int(step))
 
 
 def _evaluation(rows: EncodedSet, config: RunConfig, times: int) -> Evaluation:

@@ -14,7 +14,7 @@ from src.reporting.rows import Agreement, agreements
 from src.reporting.run_page import number, shown
 from src.reporting.runs import differing_keys, dotted, is_number, is_same, when
 from src.sweep.ranking import p_text
-from src.tracking.console import clock
+from src.tracking.live import clock
 from src.util import human_bytes, in_words, plural
 
 MOST_ROWS = 100  # rows of each kind that are shown

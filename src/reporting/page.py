@@ -89,11 +89,12 @@ def write_page(page: Page, output: Path, console: Console) -> None:
         write_atomically(output, rendered(page))
         folder = output.with_name(f"{output.stem}_figures")
         taken: Counter[str] = Counter()
-        for number, figure in enumerate(page.figures, 1):
-            console.working(f"figures {number}/{len(page.figures)}  {figure.title}")
-            taken[figure.key] += 1
-            again = f"_{taken[figure.key]}" if taken[figure.key] > 1 else ""  # names that differ in other characters
-            write_files(figure, folder / f"{figure.key}{again}")
+        with console.work("drawing", total=len(page.figures), unit="figures") as advance:
+            for figure in page.figures:
+                taken[figure.key] += 1
+                again = f"_{taken[figure.key]}" if taken[figure.key] > 1 else ""  # names may differ in other characters
+                write_files(figure, folder / f"{figure.key}{again}")
+                advance()
     console.label("page", str(output))
     if page.figures:
         console.label("figures", f"{folder}, as PNG and CSV")

@@ -9,7 +9,7 @@ from src.reporting.curves import run_figures, token_figures
 from src.reporting.details import Details, read_details
 from src.reporting.page import Block, Figures, Long, Page, Section, Table, Text
 from src.reporting.runs import dotted, is_compared, is_number, is_same, when
-from src.tracking.console import clock
+from src.tracking.live import clock
 from src.util import human_bytes, plural
 
 MOST_PROMPTS, MOST_STEPS = 8, 8

@@ -17,7 +17,7 @@ from src.errors import show as show_text
 from src.errors import visible
 from src.reporting.runs import FACTS, Run, differing_keys, is_number, when
 from src.reporting.where import WhereError, read_where
-from src.tracking.console import clock
+from src.tracking.live import clock
 from src.util import did_you_mean, human_bytes, plural, storable, write_atomically
 
 DIFFERENCES = "configuration"

@@ -10,7 +10,8 @@ from src.errors import visible
 from src.sweep.folder import TrialStatus
 from src.sweep.trial import Trial, short
 from src.terminal import columns_of, wrapped
-from src.tracking.console import Console, clock
+from src.tracking.console import Console
+from src.tracking.live import clock
 
 if TYPE_CHECKING:
     from rich.table import Table

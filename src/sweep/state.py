@@ -12,7 +12,7 @@ from src.sweep.folder import TRIAL_STATES, SweepFolder, TrialStatus
 from src.sweep.plan import Plan
 from src.sweep.progress import TableRow
 from src.sweep.trial import Trial
-from src.tracking.console import clock
+from src.tracking.live import clock
 from src.tracking.run_folder import now
 from src.util import plural
 

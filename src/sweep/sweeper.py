@@ -1,6 +1,7 @@
 """A sweep from its admitted plan to its exit code. Hydra reaches it through hydra_plugins/towline.py. No torch here."""
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -269,3 +270,4 @@ def _close(plan: Plan, controller: SweepController, why: str, console: Console) 
     console.say()
     console.label("sweep", controller.summary())
     console.label("numbers", str(plan.folder / "leaderboard.md"))
+    console.label("look at it", f"python -m src.report dir={shlex.quote(str(plan.folder))}")

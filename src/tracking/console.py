@@ -1,12 +1,17 @@
-"""What a run prints: what it assembled, a live line of progress while it trains, results, and where files are."""
+"""What a run prints: what it assembled, how far long work is, results, and where files are."""
 
+import math
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from src.errors import report, visible
-from src.terminal import columns_of, cut_to, filled, shortened, width, wrapped
+from src.progress import Advance, TimeLeft
+from src.terminal import columns_of, filled, shortened, wrapped
+from src.tracking.live import LiveLines, Work
 
 LABEL = 12  # columns of the label in front of a line
 LONGEST_SAMPLE = 300  # characters of a text of a sample that are shown
@@ -15,15 +20,22 @@ QUIET_SECONDS = 10.0  # between two lines of progress that is not shown on a ter
 
 
 class Console:
-    """Prints to a stream; the progress line is rewritten in place on a terminal, and printed now and then elsewhere."""
+    """Prints to a stream; work under way is drawn in place on a terminal, and printed now and then elsewhere.
+
+    A Progress. May be used from several threads.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._is_live = self._stream.isatty()
-        self._line_open = False
+        self._lines = LiveLines(self._stream)
+        self._lock = threading.RLock()
+        self._works: list[Work] = []  # under way, each within the one before
+        self._notice: Work | None = None  # what `working` said last
+        self._training: Work | None = None
         self._last_refresh = 0.0
-        self._started: float | None = None
-        self._first_step = 0
+        self.pace: dict[str, float] = {}  # seconds a batch, of the longest work of each kind that has ended
+        self._longest: dict[str, int] = {}  # units of it
 
     def say(self, text: str = "", *, is_painted: bool = False, hang: int | None = None) -> None:
         """Print lines that stay, each made to fit a terminal, with `hang` as of `wrapped`.
@@ -43,45 +55,78 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Print a warning to the error stream."""
-        self._close_line()
-        report(f"warning: {text}")
+        with self._lock:
+            self._lines.close()
+            report(f"warning: {text}")
+            self._redraw(is_due=bool(self._training or self._works))
+
+    def close(self) -> None:
+        """Remove what is drawn in place."""
+        with self._lock:
+            self._notice = self._training = None
+            self._lines.close()
+
+    @contextmanager
+    def work(
+        self, kind: str, what: str = "", total: int | None = None, unit: str = "rows", batch: int = 1
+    ) -> Iterator[Advance]:
+        """See Progress.work; its pace is kept when it ends."""
+        work = Work(f"{kind} {what}".rstrip(), total, unit)
+        with self._lock:
+            self._notice = None
+            self._works.append(work)
+            if self._is_live:
+                self._redraw(is_due=True)
+
+        def advance(count: int = 1) -> None:
+            with self._lock:
+                work.done = work.done + count if total is None else min(total, work.done + count)
+                self._show(work)
+
+        try:
+            yield advance
+        finally:
+            with self._lock:
+                self._works.remove(work)
+                self._redraw()
+        if work.done >= self._longest.get(kind, 1):  # a short one says less of the pace
+            self._longest[kind] = max(1, work.done)
+            self.pace[kind] = (time.monotonic() - work.begun) / max(1, math.ceil(work.done / batch))
 
     def working(self, text: str) -> None:
-        """Show how far long work before training is: in place on a terminal, now and then elsewhere."""
-        now, before = time.monotonic(), self._last_refresh
-        if now - before < (REFRESH_SECONDS if self._is_live else QUIET_SECONDS):
-            return
-        self._last_refresh = now
-        if self._is_live:
-            self._rewrite(cut_to(visible(text, is_line=True), self._room))
-        elif before:
-            self.say(text)
+        """Show how far work of unknown length is, in words."""
+        with self._lock:
+            self._notice = Work(text)
+            self._show(self._notice)
+
+    def begin_training(self, step: int, num_steps: int) -> None:
+        """Show how far training is before its next step, which may take long."""
+        with self._lock:
+            self._notice, self._training = None, Work("step", num_steps, "", step)
+            self._redraw(is_due=True)
 
     def progress(
-        self, step: int, num_steps: int, loss: float, lr: float, tokens_per_second: float, *, logged: bool
+        self,
+        step: int,
+        num_steps: int,
+        loss: float,
+        lr: float,
+        tokens_per_second: float,
+        left: TimeLeft | None,
+        *,
+        logged: bool,
     ) -> None:
-        """Show how far training is; time left is judged by all that happened so far, evaluations included."""
-        elapsed = time.monotonic()
-        if self._started is None:
-            self._started, self._first_step = elapsed, step
-        spent, done = elapsed - self._started, step - self._first_step
-        left = spent / done * (num_steps - step) if done else 0.0
-        parts = {
-            "step": f"step {step:>{len(str(num_steps))}}/{num_steps}",
-            "loss": f"loss {loss:.4f}",
-            "lr": f"lr {lr:.1e}",
-            "speed": f"{tokens_per_second:>7,.0f} tokens/s",
-            "left": f"{clock(left) if done else '?'} left",
-        }
-        if not self._is_live:
-            if logged:
-                self.say("  ".join(parts.values()))
-        elif elapsed - self._last_refresh >= REFRESH_SECONDS or step == num_steps:
-            self._last_refresh = elapsed
-            for least in ("speed", "lr", "loss"):
-                if self._room is not None and width("  ".join(parts.values())) > self._room:
-                    del parts[least]
-            self._rewrite("  ".join(parts.values()))
+        """Show how far training is; `left` is how long all that is to come will take."""
+        parts = [f"loss {loss:.4f}", f"lr {lr:.1e}", f"{tokens_per_second:>7,.0f} tokens/s"]
+        with self._lock:
+            self._notice = None
+            self._training = work = Work("step", num_steps, "", step, parts)
+            if left is not None:
+                work.ends, work.is_least = time.monotonic() + left.seconds, left.is_lower_bound
+            if self._is_live:
+                self._redraw(is_due=step == num_steps)
+            elif logged:
+                self.say("  ".join([f"step {step:>{len(str(num_steps))}}/{num_steps}", *parts, work.left]))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print an evaluation's metrics, a set after the other."""
@@ -102,10 +147,18 @@ class Console:
             texts = {"text": one.text, "answer": one.answer, "expected": one.reference}
             if one.text == one.answer:
                 del texts["text"]
-            lines = {f"    {name}": _shown(text) for name, text in texts.items()}
+            lines = {name: _shown(text) for name, text in texts.items()}
             lines[next(iter(lines))] += f"   [{one.stop_reason}]"
-            for name, line in {"  prompt": _shown(one.prompt), **lines}.items():
-                self.say(f"{name:<{LABEL + 2}}{line}", hang=LABEL + 2)
+            self._labelled({"prompt": _shown(one.prompt), **lines})
+
+    def texts(self, texts: Mapping[str, str]) -> None:
+        """Print texts of a prompt, which is the first of them, each with its label; line ends are written out."""
+        self._labelled({label: _shown(text) for label, text in texts.items()})
+
+    def _labelled(self, lines: Mapping[str, str]) -> None:
+        for number, (label, line) in enumerate(lines.items()):
+            begin = f"  {label}" if number == 0 else f"    {label}"
+            self.say(f"{begin:<{LABEL + 2}}{line}", hang=LABEL + 2)
 
     def table(self, summary: Mapping[str, Any]) -> None:
         """Print the run's final numbers."""
@@ -116,32 +169,30 @@ class Console:
                 shown = f"{value:.3e}" if value and abs(value) < 1e-3 else f"{value:,.4f}"
             self.say(f"  {name:<{longest}}  {shown:>16}")
 
-    @property
-    def _room(self) -> int | None:
-        """Columns of a line that is rewritten; the last one stays free, or the terminal begins another line."""
-        columns = columns_of(self._stream)
-        return None if columns is None else columns - 1
+    def _show(self, work: Work) -> None:
+        """Show how far a work is, where it is time to."""
+        if self._is_live:
+            self._redraw()
+        elif time.monotonic() - max(self._last_refresh, work.begun) >= QUIET_SECONDS:
+            self._last_refresh = time.monotonic()
+            self.say(work.line)
 
-    def _rewrite(self, line: str) -> None:
-        self._stream.write(f"\r\x1b[2K{line}")
-        self._stream.flush()
-        self._line_open = True
+    def _redraw(self, *, is_due: bool = False) -> None:
+        """Draw what is under way, if it is due or some time after it was drawn last."""
+        if not self._is_live or not (is_due or time.monotonic() - self._last_refresh >= REFRESH_SECONDS):
+            return
+        self._last_refresh = time.monotonic()
+        if works := [work for work in (self._training, *self._works, self._notice) if work is not None]:
+            self._lines.draw(works)
+        else:
+            self._lines.close()
 
     def _print(self, text: str) -> None:
-        self._close_line()
-        print(text, file=self._stream, flush=True)
-
-    def _close_line(self) -> None:
-        if self._line_open:
-            self._stream.write("\n")
-            self._line_open = False
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as 0:07, 12:30 or 3:05:00."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+        with self._lock:
+            self._lines.close()
+            print(text, file=self._stream, flush=True)
+            if self._training or self._works:
+                self._redraw(is_due=True)
 
 
 def _shown(text: str) -> str:

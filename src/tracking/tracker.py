@@ -14,9 +14,10 @@ from src.config.frozen import config_hash, read_config, read_status
 from src.config.quoting import shell_override
 from src.config.schema import SECTIONS, TrackingConfig
 from src.config.sections import parse_section
-from src.metrics import greater_is_better
+from src.progress import TimeLeft
 from src.tracking import mlflow_run, mlflow_sweep, tensorboard_exporter, wandb_exporter  # noqa: F401 - registers
 from src.tracking.console import Console
+from src.tracking.end_summary import MetricHistory, show_end
 from src.tracking.export_thread import AFTER_STOP, END_OF_RUN, UNTIL_DELIVERED, ExportThread
 from src.tracking.exporters import EXPORTERS, SWEEP_EXPORTERS, Exporter, Warn, exporters_of
 from src.tracking.line_exporter import state_file
@@ -27,7 +28,6 @@ from src.tracking.run_folder import SUMMARY, RunFolder, Start, open_run_folder
 from src.tracking.step_logs import METRICS, SAMPLES, metrics_of
 from src.tracking.system_metrics import Measure, system_metrics_of
 
-UNSHOWN = ("best/", "tokens/", "perf/system/")  # of summary.json, left out of the table at the end of a run
 Digests = Mapping[str, Any] | None
 
 
@@ -46,7 +46,34 @@ class LoggedStep(Protocol):
     @property
     def tokens_per_second(self) -> float: ...
 
+    @property
+    def seconds(self) -> float: ...
+
     def pop_metrics(self) -> dict[str, float]: ...
+
+
+class Ahead(Protocol):
+    """What a run does besides its steps."""
+
+    def time_left(self, step: int, seconds_per_step: float, pace: Mapping[str, float]) -> TimeLeft: ...
+
+
+@dataclass
+class StepSeconds:
+    """The mean time of the steps of this start."""
+
+    _sum: float = 0.0
+    _count: int = 0
+
+    def add(self, seconds: float) -> float:
+        """Count one more step, unless an earlier start computed it (0); return the mean, 0 where there is none.
+
+        The first step is left out as soon as there is another: much is done in it for the first time.
+        """
+        if seconds:
+            self._count += 1
+            self._sum = seconds if self._count <= 2 else self._sum + seconds
+        return self._sum / max(1, self._count - 1)
 
 
 @dataclass
@@ -82,8 +109,8 @@ class Tracker:
     def write_file(self, name: str, content: Mapping[str, Any], *, once: bool = False) -> None:
         """Keep a whole file, such as provenance.json; `once`: unless an earlier start of this run did."""
 
-    def show_overview(self, overview: Mapping[str, str]) -> None:
-        """Show what was assembled."""
+    def show_overview(self, overview: Mapping[str, str], ahead: Ahead | None = None) -> None:
+        """Show what was assembled; `ahead` is what the run does besides its steps, by which the time left is judged."""
 
     def warn(self, *warnings: str) -> None:
         """Show warnings."""
@@ -136,7 +163,9 @@ class FolderTracker(Tracker):
         self._exports = exports
         self._measure_system = measure_system
         self._started = time.monotonic()
-        self._best: dict[str, float] = {}
+        self._history = MetricHistory()
+        self._ahead: Ahead | None = None
+        self._step_seconds = StepSeconds()
 
     @property
     def tracker_run_id(self) -> str | None:
@@ -153,7 +182,8 @@ class FolderTracker(Tracker):
             self._folder.write_json(name, content)
             self._exports.notify()
 
-    def show_overview(self, overview: Mapping[str, str]) -> None:
+    def show_overview(self, overview: Mapping[str, str], ahead: Ahead | None = None) -> None:
+        self._ahead = ahead
         for label, text in overview.items():
             self.console.label(label, text)
         for exporter in self._exports.exporters:
@@ -167,6 +197,7 @@ class FolderTracker(Tracker):
     def set_length(self, num_steps: int, steps_per_epoch: int | None) -> None:
         self._folder.num_steps, self._folder.steps_per_epoch = num_steps, steps_per_epoch
         self._folder.set_status()
+        self.console.begin_training(self._folder.step, num_steps)
 
     def end_early(self, cause: str) -> None:
         self._folder.num_steps, self._folder.early_cause = self._folder.step, cause
@@ -175,7 +206,11 @@ class FolderTracker(Tracker):
 
     def progress(self, step: LoggedStep, num_steps: int, *, is_logged: bool) -> None:
         self._folder.step = step.number
-        self.console.progress(step.number, num_steps, step.loss, step.lr, step.tokens_per_second, logged=is_logged)
+        seconds, left = self._step_seconds.add(step.seconds), None
+        if self._ahead is not None and seconds:
+            left = self._ahead.time_left(step.number, seconds, self.console.pace)
+        speed = step.tokens_per_second
+        self.console.progress(step.number, num_steps, step.loss, step.lr, speed, left, logged=is_logged)
 
     def rewind_to(self, step: int, *, is_end: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         is_complete = not is_end and any(line["step"] == step for line in self._folder.lines(METRICS))
@@ -185,7 +220,7 @@ class FolderTracker(Tracker):
         kept, cut = self._folder.cut(METRICS, last)
         self._exports.rewind(len(kept), cut)
         for line in kept:
-            self._note(metrics_of(line))
+            self._note(line["step"], metrics_of(line))
         self._started -= self.latest.get("perf/elapsed_seconds", 0.0)
         self._folder.step = step
         self._folder.set_status()  # before lines are added again: what it says of the logs must not be older than they
@@ -209,27 +244,20 @@ class FolderTracker(Tracker):
         self._folder.step = step
         if evaluated := {name: value for name, value in metrics.items() if name.startswith("eval/")}:
             self.console.evaluation(step, evaluated)
-        self._note(metrics)
+        self._note(step, metrics)
         self._folder.set_status()
         self._exports.notify()
 
-    def _note(self, metrics: Mapping[str, float]) -> None:
+    def _note(self, step: int, metrics: Mapping[str, float]) -> None:
         self.latest |= metrics
-        for name, value in metrics.items():
-            if name.startswith("eval/"):
-                better = max if greater_is_better(name) else min
-                self._best[f"best/{name}"] = better(self._best.get(f"best/{name}", value), value)
+        self._history.add(step, metrics)
 
     def finish(self, totals: Mapping[str, float], exported: Digests = None, base: Digests = None) -> dict[str, float]:
         self._folder.check_step_logs()
-        summary = self.latest | self._best | dict(totals)
+        summary = self.latest | self._history.best_metrics() | dict(totals)
         self._folder.write_json(SUMMARY, summary)
         self._folder.set_status(model=exported, base=base)
-        self.console.say()
-        self.console.table({name: value for name, value in summary.items() if not name.startswith(UNSHOWN)})
-        self.console.say()
-        for what, name in (("model", "model"), ("numbers", SUMMARY), ("samples", SAMPLES)):
-            self.console.label(what, str(self._folder.path / name))
+        show_end(self.console, self._folder.path, self._history, summary, self._folder.lines(SAMPLES))
         return summary
 
 
@@ -246,7 +274,10 @@ def open_tracking(
         folder.at_end.append(lambda: _close(exports, folder, console))
         tracker = FolderTracker(folder, console, exports, system_metrics_of(config, console.warn))
         tracker.warn(*folder.warnings)
-        yield tracker
+        try:
+            yield tracker
+        finally:
+            console.close()
 
 
 def _state_files(config: TrackingConfig) -> list[str]:

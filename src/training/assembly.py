@@ -22,6 +22,7 @@ from src.model.build import build_model, set_generation, with_zero_sizes
 from src.model.embeddings import InitialisedRows, TokenMonitor, reread_rows, resize_and_initialise
 from src.model.merging import merge, probe_ids
 from src.model.untrained import untrained_tokens
+from src.progress import Progress
 from src.runtime.launch import num_processes
 from src.runtime.session import Runtime, start_runtime
 from src.runtime.sharding import deepspeed_settings
@@ -73,7 +74,12 @@ class Assembled:
 
 
 def assemble_model(
-    config: RunConfig, tokenizer: Any, new_tokens: ConfiguredTokens, data: Data | Prompts, runtime: Runtime
+    config: RunConfig,
+    tokenizer: Any,
+    new_tokens: ConfiguredTokens,
+    data: Data | Prompts,
+    runtime: Runtime,
+    progress: Progress,
 ) -> Assembled:
     """Load the model, quantised where asked; resize and initialise its embeddings, and add the adapter.
 
@@ -81,7 +87,8 @@ def assemble_model(
     """
     has_base = config.adapter.is_on and runtime.is_main
     base = base_digests(config.model.checkpoint) if has_base else None
-    model = build_model(config, runtime.device)
+    with progress.work("loading", config.model.checkpoint):
+        model = build_model(config, runtime.device)
     set_generation(model, config.generation, tokenizer, data.stop_ids, data.encoder.target_prefix)
     untrained = untrained_tokens(model, tokenizer, new_tokens, config.model)
     initialised = resize_and_initialise(model, tokenizer, new_tokens, config.tokens, config.seed, untrained)

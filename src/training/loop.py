@@ -38,6 +38,7 @@ class Step(StepResult):
     stats: StepStats = field(repr=False)
     with_objective: bool = False  # whether the objective differs from the loss, so that its mean is a metric of its own
     is_save_asked: bool = False  # whether somebody asked for a checkpoint after it (StopRequest.is_save_asked)
+    seconds: float = 0.0  # how long it took; 0 where an earlier start has computed it
 
     def is_due(self, every: int | str | None, *, at_end: bool = True) -> bool:
         """Return whether what happens every N steps or every epoch is due; with `at_end` at the last step too."""
@@ -95,7 +96,7 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         state.train_seconds += seconds
         state.position, state.rng = window.after, runtime.rng_state()
         state.last_step = StepResult(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
-        yield replace(_last_step(state, config.loss), is_save_asked=is_save_asked)
+        yield replace(_last_step(state, config.loss), is_save_asked=is_save_asked, seconds=seconds)
 
 
 def _last_step(state: TrainState, loss: LossConfig) -> Step:

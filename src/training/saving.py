@@ -77,7 +77,8 @@ class Saver:
     def save(self) -> None:
         """Save the present step, so that a run can resume from it; one that is saved already is left as it is."""
         state = self._state
-        self._checkpoints.save(state.step, lambda: state.snapshot(self._runtime, self._extra_state()))
+        with self._tracker.console.work("saving", f"step {state.step}"):
+            self._checkpoints.save(state.step, lambda: state.snapshot(self._runtime, self._extra_state()))
         self._runtime.stop.note_saved()
 
     def keep_if_best(self, metrics: Mapping[str, Any]) -> None:
@@ -193,6 +194,6 @@ def export_trained(
     if not runtime.is_main:
         return None
     folder = job.run_dir / "model"
-    with unsharded_models():
+    with unsharded_models(), tracker.console.work("exporting", "the model"):
         tracker.warn(*export(state.model, built.adapter, built.tokenizer, folder, job.config, card, adapter_card))
     return exported_digests(folder)

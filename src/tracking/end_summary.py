@@ -1,0 +1,112 @@
+"""What a run says when it has ended: what training changed, what it took, where all is and what can be done with it."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from src.metrics import greater_is_better
+from src.tracking.console import Console
+from src.tracking.live import clock
+from src.tracking.run_folder import SUMMARY
+from src.tracking.step_logs import METRICS, SAMPLES
+from src.util import human_bytes
+
+CHANGING = ("train/loss", "eval/")
+
+
+@dataclass
+class MetricHistory:
+    """The first and the best value of every metric that training changes, each with its step; and its last step."""
+
+    first: dict[str, tuple[int, float]] = field(default_factory=dict)
+    best: dict[str, tuple[int, float]] = field(default_factory=dict)
+    last: dict[str, int] = field(default_factory=dict)
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add a line of metrics; of equally good ones the earlier is the best."""
+        for name, value in metrics.items():
+            if not name.startswith(CHANGING):
+                continue
+            self.first.setdefault(name, (step, value))
+            self.last[name] = step
+            sign = 1 if greater_is_better(name) else -1
+            if name not in self.best or sign * value > sign * self.best[name][1]:
+                self.best[name] = step, value
+
+    def best_metrics(self) -> dict[str, float]:
+        """Return the best values of evaluations as summary.json names them."""
+        return {f"best/{name}": value for name, (_, value) in self.best.items() if name.startswith("eval/")}
+
+
+def show_end(
+    console: Console,
+    folder: Path,
+    history: MetricHistory,
+    summary: Mapping[str, float],
+    samples: Sequence[Mapping[str, Any]],
+) -> None:
+    """Print the end of a run; `samples` are the lines of samples.jsonl."""
+    console.close()
+    console.say()
+    for line in changes(history, summary):
+        console.say(line)
+    if samples:
+        _show_change(console, samples)
+    console.say()
+    console.label("took", took(summary))
+    console.label("model", str(folder / "model"))
+    console.label("numbers", f"{folder / SUMMARY}, {METRICS}, {SAMPLES} beside it")
+    for label, command in next_commands(folder).items():
+        console.label(label, command)
+
+
+def changes(history: MetricHistory, summary: Mapping[str, float]) -> list[str]:
+    """Return a table of what training changed: the first, the last and the best value of each metric."""
+    names = [name for name in history.first if name in summary]
+    if not names:
+        return []
+    rows = [("", "first", "last", "best")]
+    for name in names:
+        (begun, first), (best_step, best) = history.first[name], history.best[name]
+        is_repeated = name.startswith("eval/") and begun != history.last[name]
+        shown = f"{first:.4f} (step {begun})" if begun != history.last[name] else ""
+        rows.append((name, shown, f"{summary[name]:.4f}", f"{best:.4f} (step {best_step})" if is_repeated else ""))
+    name_width, *widths = (max(len(row[i]) for row in rows) for i in range(4))
+    lines = []
+    for name, *cells in rows:
+        shown_cells = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append("  ".join([f"{name:<{name_width}}", *shown_cells]).rstrip())
+    return lines
+
+
+def _show_change(console: Console, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Print what the model writes for the first prompt, before training and now."""
+    one = next(line for line in samples if line["step"] == samples[-1]["step"])
+    console.say()
+    texts = {"prompt": one["prompt"], "untrained": one["untrained"], "trained": one["text"]}
+    console.texts(texts | {"expected": one["reference"]})
+
+
+def took(summary: Mapping[str, float]) -> str:
+    """Return what a run took, in one line."""
+    parts = [
+        f"{int(summary['steps']):,} steps" if summary.get("steps") else "",
+        clock(summary["perf/elapsed_seconds"]) if "perf/elapsed_seconds" in summary else "",
+        f"{clock(summary['train_seconds'])} of it in steps" if "train_seconds" in summary else "",
+        f"{summary['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in summary else "",
+        f"{human_bytes(int(summary['peak_memory_bytes']))} of memory" if summary.get("peak_memory_bytes") else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def next_commands(folder: Path) -> dict[str, str]:
+    """Return what can be done with a run that has ended: label -> command."""
+    place = shlex.quote(str(folder))
+    return {
+        "look at it": f"python -m src.report dir={place}",
+        "generate": f"python -m src.predict run={place}",
+        "score it": f"python -m src.evaluate run={place}",
+        "export it": f"python -m src.export run={place}",
+    }
