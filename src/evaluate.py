@@ -201,9 +201,10 @@ def load_models(
     loss_model.probe_head()
     size = config.training.per_device_eval_batch_size
     reader = AnswerReader(rows.encoder, config.thought_tags, rows.frame)
-    generator = Generator(model, runtime, size, prefix, reader, thought_rule(rows.encoder, config.generation))
+    rule = thought_rule(rows.encoder, config.generation)
+    generator = Generator(model, runtime, size, prefix, reader, rule, progress=console)
     scorer = Scorer(loss_model, runtime, size, generator.pad_token_id)
-    return Models(scorer, generator, writer=Generator(model, runtime, size, []))
+    return Models(scorer, generator, writer=Generator(model, runtime, size, [], progress=console))
 
 
 def finish(

@@ -13,9 +13,9 @@ class TimeLeft(NamedTuple):
 
 
 class Advance(Protocol):
-    """Counts what is done of a work."""
+    """Counts what is done of a work; `detail` says how far the next unit is."""
 
-    def __call__(self, count: int = 1) -> None: ...
+    def __call__(self, count: int = 1, detail: str = "") -> None: ...
 
 
 class Progress(Protocol):
@@ -42,7 +42,7 @@ class NoProgress:
     def work(
         self, kind: str, what: str = "", total: int | None = None, unit: str = "rows", batch: int = 1
     ) -> Iterator[Advance]:
-        def advance(count: int = 1) -> None:
+        def advance(count: int = 1, detail: str = "") -> None:
             """Count nothing."""
 
         yield advance

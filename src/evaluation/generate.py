@@ -17,7 +17,7 @@ from src.errors import DataError, ModelError
 from src.evaluation.answers import AnswerReader, Completion, cut_at
 from src.evaluation.decoding import Decoding, ids_of, row_streams
 from src.evaluation.thoughts import ThoughtRule
-from src.progress import NO_PROGRESS, Progress
+from src.progress import NO_PROGRESS, Advance, Progress
 from src.runtime.session import Runtime
 from src.runtime.signals import StopRequest
 
@@ -29,8 +29,10 @@ class _Stopping(StoppingCriteria):
     stop: StopRequest
     reader: AnswerReader | None
     begin: int  # the index of the first generated id
+    advance: Advance
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.advance(0, f"token {input_ids.shape[1] - self.begin:,}")
         is_over = [bool(self.stop.asked())] * len(input_ids)
         if self.reader is not None and (texts := self.reader.end_texts):
             # a token writes a byte at least; the last may write more
@@ -117,7 +119,7 @@ class Generator:
                 global_seed = int(np.random.SeedSequence([seed, draws[0][0]]).generate_state(1)[0])
                 with self.runtime.isolated_rng(global_seed), torch.no_grad():
                     generated = self._batch(
-                        [prompts[i] for i, _ in batch], [prefixes[i] for i, _ in batch], draws, seed, num_best
+                        [prompts[i] for i, _ in batch], [prefixes[i] for i, _ in batch], draws, seed, num_best, advance
                     )
                 if is_real:
                     numbers = [i * count + sample + best for i, sample in batch for best in range(num_best)]
@@ -156,6 +158,7 @@ class Generator:
         draws: Sequence[tuple[int, int]],
         seed: int,
         num_best: int,
+        advance: Advance,
     ) -> list[Completion]:
         """Generate `num_best` completions for each prompt; `draws` are its row's index and the number of the sample."""
         settings, is_encoder_decoder = self.model.generation_config, self.model.config.is_encoder_decoder
@@ -182,7 +185,7 @@ class Generator:
                 attention_mask=real.to(self.runtime.device),
                 custom_generate=Decoding(prompts, streams, synced_gpus, self.thoughts, self.others),
                 num_return_sequences=num_best,
-                stopping_criteria=StoppingCriteriaList([_Stopping(self.runtime.stop, self.reader, begin)]),
+                stopping_criteria=StoppingCriteriaList([_Stopping(self.runtime.stop, self.reader, begin, advance)]),
                 **decoder,
             )
         completions = [cut_at(row, ids_of(settings.eos_token_id)) for row in generated[:, begin:].tolist()]

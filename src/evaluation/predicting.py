@@ -75,7 +75,8 @@ def open_generation(
         size = batch_size or config.training.per_device_eval_batch_size
         rule = thought_rule(prompts.encoder, config.generation)
         with stop.deferred():  # from here on it is followed between two tokens
-            yield Generator(models[0], runtime, size, prompts.encoder.target_prefix, reader, rule, models[1:]), prompts
+            prefix, others = prompts.encoder.target_prefix, models[1:]
+            yield Generator(models[0], runtime, size, prefix, reader, rule, others, console), prompts
 
 
 def _check_prompts(other: Job, prompts: Prompts, job: Job, expected: Prompts) -> None:

@@ -106,7 +106,8 @@ class RunModel(LM):
         set_generation(run.model, settings, run.tokenizer, run.prompts.stop_ids)
         reader = AnswerReader(self._encoder, tags, self._frame, stops)
         rule = thought_rule(self._encoder, settings)
-        generator = Generator(run.model, run.runtime, run.batch_size, self._encoder.target_prefix, reader, rule)
+        prefix, shown = self._encoder.target_prefix, self._progress
+        generator = Generator(run.model, run.runtime, run.batch_size, prefix, reader, rule, progress=shown)
         room = self._positions - settings.max_new_tokens - len(self._encoder.target_prefix)
         if room < 1:
             raise ModelError(

@@ -78,9 +78,11 @@ class Console:
             if self._is_live:
                 self._redraw(is_due=True)
 
-        def advance(count: int = 1) -> None:
+        def advance(count: int = 1, detail: str = "") -> None:
             with self._lock:
-                work.done = work.done + count if total is None else min(total, work.done + count)
+                work.details = [detail] if detail else []
+                if count:
+                    work.advance(count)
                 self._show(work)
 
         try:

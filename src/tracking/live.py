@@ -26,19 +26,21 @@ class Work:
     unit: str = "rows"
     done: int = 0
     details: Sequence[str] = ()  # shown where there is room; the last one goes first
-    ends: float | None = None  # when it will have ended, on the monotonic clock; None: judged by what is done of it
+    ends: float | None = None  # when it will have ended, on the monotonic clock; None: not known
     is_least: bool = False  # whether it will take longer
     begun: float = field(default_factory=time.monotonic)
 
     @property
     def left_seconds(self) -> float | None:
         """How long it still takes; None where that can't be said yet."""
-        now = time.monotonic()
-        if self.ends is not None:
-            return max(0.0, self.ends - now)
-        if not self.total or not self.done:
-            return None
-        return (now - self.begun) / self.done * (self.total - self.done)
+        return None if self.ends is None else max(0.0, self.ends - time.monotonic())
+
+    def advance(self, count: int) -> None:
+        """Count what is done; of several processes this one counts what all do, which may be less at the end."""
+        self.done = self.done + count if self.total is None else min(self.total, self.done + count)
+        if self.total and self.done:
+            now = time.monotonic()
+            self.ends = now + (now - self.begun) / self.done * (self.total - self.done)
 
     @property
     def left(self) -> str:
@@ -54,7 +56,8 @@ class Work:
         count = f"{self.done:,} of {self.total:,} {self.unit}" if self.total is not None else ""
         if not count and self.done:
             count = f"{self.done:,} {self.unit}"
-        return "  ".join(part for part in (f"{self.title}: {count}" if count else self.title, self.left) if part)
+        begin = f"{self.title}: {count}" if count else self.title
+        return "  ".join(part for part in (begin, *self.details, self.left) if part)
 
 
 class LiveLines:
