@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from src.terminal import columns_of, cut_to, filled, shortened, width, wrapped
 from src.tracking import console as console_module
 from src.tracking.console import Console
 from src.tracking.end_summary import MetricHistory, changes
+from src.tracking.live import Work
 from src.training.work_ahead import Occasion, WorkAhead
 from tests.conftest import ROOT, read_lines
 
@@ -253,6 +255,38 @@ def test_long_work_is_a_line_now_and_then_in_a_log(monkeypatch: pytest.MonkeyPat
     assert all(re.fullmatch(line, shown) for shown in log.getvalue().splitlines())
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_work_that_says_nothing_is_shown_too(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread shows that it is under way: in a log as soon as a line is due, on a terminal again and again."""
+    monkeypatch.setattr(console_module, "QUIET_SECONDS", 0.02)
+    monkeypatch.setattr(console_module, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(console_module, "REFRESH_SECONDS", 0.0)
+    stream = Screen() if terminal else io.StringIO()
+    console = Console(stream)
+    with console.work("exporting", "the model"):
+        while stream.getvalue().count("exporting the model") < 3:
+            threading.Event().wait(0.01)
+    log = io.StringIO()
+    console = Console(log)
+    while not log.getvalue():  # rows that are prepared, one notice after another
+        console.working("train: 16 rows prepared")
+    assert log.getvalue() == "train: 16 rows prepared\n"
+
+
+def test_a_run_that_resumes_judges_by_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    Console(screen).begin_training(9_000, 10_000)
+    assert screen.lines[-1].endswith("? left")
+    work = Work("step", 10_000, done=9_000)
+    work.begun -= 10
+    work.advance(500)
+    assert work.left_seconds == pytest.approx(10, rel=0.01)
+    monkeypatch.setenv("TERM", "dumb")  # rich draws nothing there
+    dumb = Screen()
+    Console(dumb).progress(1, 4, 1.0, 0.1, 10.0, None, logged=True)
+    assert dumb.getvalue() == "step 1/4  loss 1.0000  lr 1.0e-01       10 tokens/s  ? left\n"
+
+
 def test_the_time_left_counts_what_is_still_to_come() -> None:
     each_20 = Occasion(20, {"evaluating": 100, "generating": 100})
     at_end, samples = Occasion(None, {"evaluating": 50, "generating": 50}), Occasion("epoch", {"generating": 3})
@@ -264,10 +298,12 @@ def test_the_time_left_counts_what_is_still_to_come() -> None:
     assert ahead.time_left(20, 2.0, pace).seconds == pytest.approx(expected - 20)  # its own evaluation is to come
     assert ahead.time_left(21, 2.0, pace).seconds == pytest.approx(expected - 22 - 110)
     assert ahead.time_left(50, 2.0, pace).seconds == pytest.approx(110 + 55 + 3)
+    streamed = WorkAhead(50, None, 8.0, (Occasion("epoch", {"evaluating": 10}),))
+    assert streamed.time_left(40, 2.0, pace) == (21.0, True)  # how many epochs that are is not known
     # a row's loss is a third of its training, until it was timed; nothing says how long a text will take
     seconds = 40 * 2.0 + 350 * 2.0 / 8 / 3
     assert ahead.time_left(10, 2.0, {}) == (pytest.approx(seconds), True)
-    no_texts = WorkAhead(50, None, 8.0, (Occasion("epoch", {"evaluating": 100, "generating": 0}),))
+    no_texts = WorkAhead(50, 50, 8.0, (Occasion("epoch", {"evaluating": 100, "generating": 0}),))
     assert no_texts.time_left(50, 2.0, {}) == (pytest.approx(100 * 2.0 / 8 / 3), False)
 
 
@@ -285,7 +321,15 @@ def test_a_run_says_at_its_end_what_changed() -> None:
         ["eval/test/loss", "1.1250"],
     ]
     assert history.best_metrics()["best/eval/validation/loss"] == 1.0
+    narrow = changes(history, last, 60)
+    assert (narrow[2].split(), max(map(len, narrow)) <= 60) == (
+        ["eval/validation/loss", "2.5000", "1.2500", "1.0000"],
+        True,
+    )
     assert changes(MetricHistory(), {}) == []
+    history.add_step(1, 5.0)
+    history.add_step(2, 4.0)
+    assert changes(history, last)[1].split() == ["train/loss", "5.0000", "(untrained)", "1.5000"]
 
 
 def test_errors_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:

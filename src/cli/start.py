@@ -69,6 +69,7 @@ def run_job(job: Job, stop: StopRequest) -> dict[str, float]:
     stop.check()
     stop.set_time_limit(job.config.training.max_seconds)
     with open_run(job, stop) as (found, tracker):
+        tracker.console.working("importing libraries")
         from src.run import run  # here: torch takes seconds, and a folder in use is refused at once
 
         collect_from_here()
@@ -84,7 +85,8 @@ def open_run(job: Job, stop: StopRequest) -> Iterator[tuple[ResumePoint, Tracker
     """
     config, run_dir, console = job.config, job.run_dir, Console()
     if (place := place_of()) is not None and not place.is_main:
-        yield ResumePoint(), Tracker(console)
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            yield ResumePoint(), Tracker(Console(nowhere))
         return
     console.label("run", f"{config.name} → {run_dir}")
     with nullcontext() if job.is_held else hold(run_dir):

@@ -160,7 +160,7 @@ def blocks(into: RowLog, numbers: Sequence[int], batch_size: int, console: Conso
     block_rows = BLOCK_BATCHES * batch_size
     if begin := into.resume(numbers, block_rows):
         console.label(into.title, f"{begin:,} of {len(numbers):,} rows are there already, continuing after them")
-    with console.work(into.title, total=len(numbers) - begin) as advance:
+    with console.work("writing", into.title, len(numbers) - begin) as advance:
         for start in range(begin, len(numbers), block_rows):
             block = range(start, min(start + block_rows, len(numbers)))
             yield block

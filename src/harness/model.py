@@ -6,7 +6,7 @@ between its words it would leave only the end. Here they are gone before a task'
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,6 @@ from src.progress import Progress
 from src.runtime.session import Runtime
 
 NO_LIMIT = 1 << 40
-ShowProgress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def inspect_run(job: Job, console: Console, libraries_bytes: int) -> int:
     draw_lengths(sets, config.data.max_seq_length, folder / "lengths.png")
     show_rows(console, train, data, own.rows, paint)
     scorer = answer_scorer(config, data)
-    with console.work("proving", "the masks of", len(sets), "sets") as advance:
+    with console.work("checking", "masks", len(sets), "sets") as advance:
         proofs = {}
         for name, rows in sets.items():
             proofs[name] = prove(rows, scorer)

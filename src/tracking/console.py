@@ -1,6 +1,7 @@
 """What a run prints: what it assembled, how far long work is, results, and where files are."""
 
 import math
+import os
 import sys
 import threading
 import time
@@ -17,6 +18,8 @@ LABEL = 12  # columns of the label in front of a line
 LONGEST_SAMPLE = 300  # characters of a text of a sample that are shown
 REFRESH_SECONDS = 0.1
 QUIET_SECONDS = 10.0  # between two lines of progress that is not shown on a terminal
+TICK_SECONDS = 1.0  # between two looks at work that says nothing
+UNMOVABLE = ("dumb", "unknown")  # terminals without a cursor that moves
 
 
 class Console:
@@ -27,7 +30,7 @@ class Console:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
-        self._is_live = self._stream.isatty()
+        self._is_live = self._stream.isatty() and os.environ.get("TERM") not in UNMOVABLE
         self._lines = LiveLines(self._stream)
         self._lock = threading.RLock()
         self._works: list[Work] = []  # under way, each within the one before
@@ -36,6 +39,11 @@ class Console:
         self._last_refresh = 0.0
         self.pace: dict[str, float] = {}  # seconds a batch, of the longest work of each kind that has ended
         self._longest: dict[str, int] = {}  # units of it
+
+    @property
+    def columns(self) -> int | None:
+        """The width of the terminal; None where it prints to none."""
+        return columns_of(self._stream)
 
     def say(self, text: str = "", *, is_painted: bool = False, hang: int | None = None) -> None:
         """Print lines that stay, each made to fit a terminal, with `hang` as of `wrapped`.
@@ -77,6 +85,8 @@ class Console:
             self._works.append(work)
             if self._is_live:
                 self._redraw(is_due=True)
+        is_over = threading.Event()
+        threading.Thread(target=self._tick, args=(work, is_over), name="progress", daemon=True).start()
 
         def advance(count: int = 1, detail: str = "") -> None:
             with self._lock:
@@ -88,9 +98,10 @@ class Console:
         try:
             yield advance
         finally:
+            is_over.set()
             with self._lock:
                 self._works.remove(work)
-                self._redraw()
+                self._redraw(is_due=True)
         if work.done >= self._longest.get(kind, 1):  # a short one says less of the pace
             self._longest[kind] = max(1, work.done)
             self.pace[kind] = (time.monotonic() - work.begun) / max(1, math.ceil(work.done / batch))
@@ -98,7 +109,7 @@ class Console:
     def working(self, text: str) -> None:
         """Show how far work of unknown length is, in words."""
         with self._lock:
-            self._notice = Work(text)
+            self._notice = Work(text, begun=time.monotonic() if self._notice is None else self._notice.begun)
             self._show(self._notice)
 
     def begin_training(self, step: int, num_steps: int) -> None:
@@ -170,6 +181,13 @@ class Console:
             if isinstance(value, float):
                 shown = f"{value:.3e}" if value and abs(value) < 1e-3 else f"{value:,.4f}"
             self.say(f"  {name:<{longest}}  {shown:>16}")
+
+    def _tick(self, work: Work, is_over: threading.Event) -> None:
+        """Show that a work is under way while it says nothing."""
+        while not is_over.wait(TICK_SECONDS):
+            with self._lock:
+                if work in self._works:
+                    self._show(work)
 
     def _show(self, work: Work) -> None:
         """Show how far a work is, where it is time to."""

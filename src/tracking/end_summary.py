@@ -23,6 +23,12 @@ class MetricHistory:
     first: dict[str, tuple[int, float]] = field(default_factory=dict)
     best: dict[str, tuple[int, float]] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
+    untrained_loss: float | None = None  # of the rows of step 1
+
+    def add_step(self, step: int, loss: float) -> None:
+        """Note the loss of step 1, which was computed before the model was trained."""
+        if step == 1:
+            self.untrained_loss = loss
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a line of metrics; of equally good ones the earlier is the best."""
@@ -50,7 +56,7 @@ def show_end(
     """Print the end of a run; `samples` are the lines of samples.jsonl."""
     console.close()
     console.say()
-    for line in changes(history, summary):
+    for line in changes(history, summary, console.columns):
         console.say(line)
     if samples:
         _show_change(console, samples)
@@ -62,22 +68,40 @@ def show_end(
         console.label(label, command)
 
 
-def changes(history: MetricHistory, summary: Mapping[str, float]) -> list[str]:
-    """Return a table of what training changed: the first, the last and the best value of each metric."""
+def changes(history: MetricHistory, summary: Mapping[str, float], columns: int | None = None) -> list[str]:
+    """Return a table of what training changed: the first, the last and the best value of each metric.
+
+    Where it has no room in `columns`, the steps of the values are left out.
+    """
     names = [name for name in history.first if name in summary]
     if not names:
         return []
-    rows = [("", "first", "last", "best")]
+    full, short = ([("", "first", "last", "best")] for _ in range(2))
     for name in names:
         (begun, first), (best_step, best) = history.first[name], history.best[name]
-        is_repeated = name.startswith("eval/") and begun != history.last[name]
-        shown = f"{first:.4f} (step {begun})" if begun != history.last[name] else ""
-        rows.append((name, shown, f"{summary[name]:.4f}", f"{best:.4f} (step {best_step})" if is_repeated else ""))
+        has_first, when = begun != history.last[name], f"step {begun}"
+        if name == "train/loss" and history.untrained_loss is not None:
+            has_first, first, when = True, history.untrained_loss, "untrained"
+        has_best = has_first and name.startswith("eval/")
+        last, begin, top = (_number(value) for value in (summary[name], first, best))
+        steps = [f" ({when})", f" (step {best_step})"]
+        for rows, (of_first, of_best) in ((full, steps), (short, ("", ""))):
+            rows.append((name, begin + of_first if has_first else "", last, top + of_best if has_best else ""))
+    lines = _aligned(full)
+    return lines if columns is None or max(map(len, lines)) <= columns else _aligned(short)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+
+
+def _aligned(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
+    """Return the lines of a table: names to the left, numbers to the right of their columns."""
     name_width, *widths = (max(len(row[i]) for row in rows) for i in range(4))
     lines = []
     for name, *cells in rows:
-        shown_cells = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        lines.append("  ".join([f"{name:<{name_width}}", *shown_cells]).rstrip())
+        shown = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append("  ".join([f"{name:<{name_width}}", *shown]).rstrip())
     return lines
 
 

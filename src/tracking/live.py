@@ -29,6 +29,10 @@ class Work:
     ends: float | None = None  # when it will have ended, on the monotonic clock; None: not known
     is_least: bool = False  # whether it will take longer
     begun: float = field(default_factory=time.monotonic)
+    first: int = field(init=False)  # how much was done when it began here
+
+    def __post_init__(self) -> None:
+        self.first = self.done
 
     @property
     def left_seconds(self) -> float | None:
@@ -38,15 +42,16 @@ class Work:
     def advance(self, count: int) -> None:
         """Count what is done; of several processes this one counts what all do, which may be less at the end."""
         self.done = self.done + count if self.total is None else min(self.total, self.done + count)
-        if self.total and self.done:
+        if self.total and self.done > self.first:
             now = time.monotonic()
-            self.ends = now + (now - self.begun) / self.done * (self.total - self.done)
+            self.ends = now + (now - self.begun) / (self.done - self.first) * (self.total - self.done)
 
     @property
     def left(self) -> str:
-        """The time left, in words; nothing for work whose length is unknown."""
+        """The time left, in words; for work whose length is unknown, the time that it takes already."""
         if self.total is None:
-            return ""
+            spent = time.monotonic() - self.begun
+            return clock(spent) if spent >= 1 else ""
         seconds = self.left_seconds
         return "? left" if seconds is None else f"{'over ' if self.is_least else ''}{clock(seconds)} left"
 
@@ -84,7 +89,7 @@ class LiveLines:
             atexit.unregister(self.close)
 
     def _open(self) -> "Live":
-        """Begin to draw. What libraries write to the terminal meanwhile is put above the lines."""
+        """Begin to draw. What is written through sys.stdout and sys.stderr meanwhile is put above the lines."""
         from rich.console import Console as Terminal
         from rich.live import Live
 
@@ -106,8 +111,8 @@ def _drawn(work: Work, room: int) -> "RenderableType":
 
     title = visible(work.title, is_line=True)
     if work.total is None:
-        count = f"  {work.done:,} {work.unit}" if work.done else ""
-        return Text(cut_to(title + count, room), no_wrap=True)
+        count = f"{work.done:,} {work.unit}" if work.done else ""
+        return Text(cut_to("  ".join(part for part in (title, count, work.left) if part), room), no_wrap=True)
     unit = f" {work.unit}" if work.unit else ""
     begin = f"{title} {work.done:>{len(f'{work.total:,}')},}/{work.total:,}{unit}"
     details, left = [*work.details], work.left

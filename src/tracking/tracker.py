@@ -202,11 +202,13 @@ class FolderTracker(Tracker):
     def end_early(self, cause: str) -> None:
         self._folder.num_steps, self._folder.early_cause = self._folder.step, cause
         self._folder.set_status()
+        self.console.begin_training(self._folder.step, self._folder.step)
         self.console.label("stopped", cause.removeprefix("stopped "))
 
     def progress(self, step: LoggedStep, num_steps: int, *, is_logged: bool) -> None:
         self._folder.step = step.number
         seconds, left = self._step_seconds.add(step.seconds), None
+        self._history.add_step(step.number, step.loss)
         if self._ahead is not None and seconds:
             left = self._ahead.time_left(step.number, seconds, self.console.pace)
         speed = step.tokens_per_second
@@ -274,10 +276,7 @@ def open_tracking(
         folder.at_end.append(lambda: _close(exports, folder, console))
         tracker = FolderTracker(folder, console, exports, system_metrics_of(config, console.warn))
         tracker.warn(*folder.warnings)
-        try:
-            yield tracker
-        finally:
-            console.close()
+        yield tracker
 
 
 def _state_files(config: TrackingConfig) -> list[str]:
@@ -299,7 +298,9 @@ def start_exporters(
 
 def _close(exports: ExportThread, folder: RunFolder, console: Console) -> None:
     is_stopped = read_status(folder.path).get("state") == "PREEMPTED"
-    for left in exports.close(AFTER_STOP if is_stopped else END_OF_RUN, console.working):
+    leaving = exports.close(AFTER_STOP if is_stopped else END_OF_RUN, console.working)
+    console.close()
+    for left in leaving:
         by_sync = f"{sync_command(folder.path)}, or " if left.can_be_synced else ""
         console.warn(
             f"{left}.\nEverything is in {folder.path}; to deliver it later: {by_sync}the same command with "

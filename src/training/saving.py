@@ -111,6 +111,9 @@ class Saver:
             self._checkpoints.wait()
             self._runtime.wait()
             self._state.restore_weights(self._checkpoints.best_weights(), self._runtime)
+            self._tracker.console.label(
+                "weights", f"of step {self._checkpoints.best}, the best, for the test and model/"
+            )
 
     def finish(self) -> None:
         """Leave the last checkpoint and the best ones, at the end of the run."""

@@ -44,7 +44,8 @@ class WorkAhead:
         known = {"saving": 0.0, "evaluating": seconds_per_step / self.rows_per_step * FORWARD_SHARE} | dict(pace)
         seconds = (self.num_steps - step) * seconds_per_step
         seconds += sum(count * known[kind] for kind, count in batches.items() if kind in known)
-        return TimeLeft(seconds, any(count and kind not in known for kind, count in batches.items()))
+        is_uncounted = any(one.every == "epoch" and self.steps_per_epoch is None for one in self.occasions)
+        return TimeLeft(seconds, is_uncounted or any(count and kind not in known for kind, count in batches.items()))
 
     def _times_from(self, step: int, occasion: Occasion) -> int:
         """Count how often something happens after a step or a later one."""
