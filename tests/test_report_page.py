@@ -105,7 +105,8 @@ def test_a_run_is_one_page_with_its_figures_beside_it(run: Path, capsys: pytest.
     assert len(page.encode()) < LARGEST
     assert str(run / "report.html") in capsys.readouterr().out
     titles = re.findall(r'<h3 dir="auto">(.*?)</h3>\n<div class="legend">', page)
-    assert titles[:5] == ["Loss", "Loss of thoughts and answers", "Learning rate", "Norm of the gradient", "Speed"]
+    first = ["Loss", "Loss of thoughts and answers", "Learning rate", "Norm of the gradient", "Speed", "Memory"]
+    assert titles[: len(first)] == first
     assert {"Norm of the embedding", "Cosine of the embedding to its start"} < set(titles)
     assert {file.suffix for file in (run / "report_figures").iterdir()} == {".csv", ".png"}
     assert (
@@ -115,13 +116,18 @@ def test_a_run_is_one_page_with_its_figures_beside_it(run: Path, capsys: pytest.
     )
     with open(run / "report_figures" / "loss.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    lines = read_lines(run / "metrics.jsonl")
     logged = [
         (name, str(line["step"]), str(line[name]))
         for name in ("train/loss", "eval/validation/loss", "eval/test/loss")
-        for line in read_lines(run / "metrics.jsonl")
+        for line in lines
         if name in line
     ]
     assert [(row["series"], row["step"], row["nats per token"]) for row in rows] == logged
+    with open(run / "report_figures" / "memory.csv", encoding="utf-8") as file:
+        memory = [(row["series"], float(row["MiB"])) for row in csv.DictReader(file)]
+    names = ("perf/memory_bytes", "perf/peak_memory_bytes")
+    assert memory == [(name, line[name] / 2**20) for name in names for line in lines]
     (table,) = re.findall(r"What differs from the default run</h3>(.*?)</table>", page, flags=re.DOTALL)
     differing = dict(re.findall(r'<tr><td dir="auto">(.*?)</td><td dir="auto">(.*?)</td>', table))
     assert (differing["training.max_train_steps"], differing["data.limit"]) == ("4", "16")

@@ -66,6 +66,7 @@ def test_metrics_have_a_line_a_step_with_the_evaluation_in_it(finished: Path) ->
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
         assert {"train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_second"} <= line.keys()
+        assert 2**20 < line["perf/memory_bytes"] <= line["perf/peak_memory_bytes"]
         assert ("eval/validation/exact_match" in line) == (line["step"] in (2, 4))
         assert ("eval/test/loss" in line) == (line["step"] == 4)
 
@@ -78,6 +79,9 @@ def test_the_summary_has_last_best_and_totals(finished: Path) -> None:
     assert (summary["steps"], summary["examples_seen"]) == (4, 16)
     assert summary["tokens_seen"] == json.loads((finished / "data_report.json").read_text())["train"]["tokens"]
     assert {"train_seconds", "tokens_per_second", "peak_memory_bytes"} <= summary.keys()
+    peaks = [line["perf/peak_memory_bytes"] for line in lines]
+    assert peaks == sorted(peaks)
+    assert peaks[-1] <= summary["peak_memory_bytes"]
 
 
 def test_the_terminal_says_what_was_assembled_and_where_things_lie(finished: Path) -> None:

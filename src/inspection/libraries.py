@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 
-import psutil
+from src.runtime.allocation import resident_bytes
 
 
 def import_as_run(modules: Sequence[str]) -> int:
@@ -27,8 +27,3 @@ def _compute_once() -> None:
     optimizer = torch.optim.AdamW([weight])
     (torch.ones(512, 1024) @ weight).sum().backward()
     optimizer.step()
-
-
-def resident_bytes() -> int:
-    """Return how much memory this process holds now."""
-    return int(psutil.Process().memory_info().rss)

@@ -16,13 +16,13 @@ from src.errors import TowlineError
 from src.evaluation.generate import check_prompts
 from src.inspection.drawing import Paint, draw_lengths
 from src.inspection.findings import about_initialised_rows, answer_scorer, findings, prove
-from src.inspection.libraries import resident_bytes
 from src.inspection.pages import show_findings, show_forecasts, show_model, show_rows, show_sets, show_tokens
 from src.inspection.run_forecast import about_disk, device_of, forecast_run
 from src.model.build import check_adapter_of, check_lengths, empty_model
 from src.model.embeddings import resize_and_initialise
 from src.model.quantization import check_quantisable
 from src.model.untrained import stored_untrained_tokens
+from src.runtime.allocation import resident_bytes
 from src.runtime.collector import collect_from_here
 from src.tracking.console import Console
 

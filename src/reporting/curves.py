@@ -1,7 +1,7 @@
 """The figures of a run's metrics: which metrics share one, and what their axes are."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from src.reporting.figures import MOST_SERIES, Figure, series_of
@@ -18,6 +18,7 @@ class Group:
     title: str
     y_label: str
     has: Callable[[str], bool]
+    unit: int = 1  # by which the values are divided
 
 
 def _is_eval(name: str, *leaves: str) -> bool:
@@ -35,7 +36,7 @@ GROUPS = (
     Group("learning_rate", "Learning rate", "learning rate", lambda n: n == "train/lr"),
     Group("grad_norm", "Norm of the gradient", "norm", lambda n: n == "train/grad_norm"),
     Group("speed", "Speed", "tokens per second", lambda n: n == "perf/tokens_per_second"),
-    Group("memory", "Memory", "bytes", lambda n: n.startswith("perf/") and n.endswith("_bytes")),
+    Group("memory", "Memory", "MiB", lambda n: n in ("perf/memory_bytes", "perf/peak_memory_bytes"), 2**20),
 )
 TOKEN_TITLES = {
     "norm": "Norm of the embedding",
@@ -60,7 +61,7 @@ def run_figures(lines: Sequence[Line]) -> list[Figure]:
     names, figures = names_of(lines), list[Figure]()
     for group in GROUPS:
         members = [name for name in names if group.has(name)]
-        figures += _figure(group.key, group.title, group.y_label, lines, {name: name for name in members})
+        figures += _figure(group.key, group.title, group.y_label, lines, {name: name for name in members}, group.unit)
     left = [name for name in names if not any(group.has(name) for group in GROUPS) and not name.startswith("tokens/")]
     for leaf in dict.fromkeys(name.rpartition("/")[2] for name in left if name.startswith("eval/")):
         members = [name for name in left if _is_eval(name, leaf)]
@@ -88,10 +89,12 @@ def token_figures(lines: Sequence[Line]) -> list[Figure]:
     ]
 
 
-def _figure(key: str, title: str, y_label: str, lines: Sequence[Line], names: Mapping[str, str]) -> Iterator[Figure]:
+def _figure(
+    key: str, title: str, y_label: str, lines: Sequence[Line], names: Mapping[str, str], unit: int = 1
+) -> Iterator[Figure]:
     """Yield a figure of these metrics over the steps, if they have a number; `names` are those of the series."""
     series = [series_of(lines, metric, name) for metric, name in list(names.items())[:MOST_SERIES]]
-    series = [one for one in series if one.x]
+    series = [replace(one, y=[y / unit for y in one.y]) if unit > 1 else one for one in series if one.x]
     note = f"the first {MOST_SERIES} of {len(names):,}" if len(names) > MOST_SERIES else ""
     if series:
         yield Figure(file_name(key), title, "step", y_label, series, note)

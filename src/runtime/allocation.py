@@ -1,7 +1,9 @@
-"""Keep the memory that one step frees for the next."""
+"""The process's memory: how much it holds, and that what one step frees is kept for the next."""
 
 import ctypes
 import os
+
+import psutil
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Names of glibc's settings, see malloc.h."""
@@ -26,3 +28,8 @@ def keep_freed_memory(weights_bytes: int = 0) -> None:
     if mallopt is not None and not set_before:
         mallopt(MMAP_THRESHOLD, LARGEST_KEPT if weights_bytes < LARGE_MODEL else LARGEST_KEPT_OF_A_LARGE_MODEL)
         mallopt(TRIM_THRESHOLD, KEPT_IN_ALL)
+
+
+def resident_bytes() -> int:
+    """Return how much memory this process holds now."""
+    return int(psutil.Process().memory_info().rss)

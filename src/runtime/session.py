@@ -23,7 +23,7 @@ from torch import nn
 
 from src.config.schema import Device, MixedPrecision, RuntimeConfig
 from src.errors import Interrupted, TowlineError
-from src.runtime.allocation import keep_freed_memory
+from src.runtime.allocation import keep_freed_memory, resident_bytes
 from src.runtime.launch import place_of
 from src.runtime.sharding import Replicated, Sharded, forget_groups, zero_environment
 from src.runtime.signals import StopRequest
@@ -201,6 +201,13 @@ class Runtime:
         """Wait until the device has finished, so that a clock measures it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def memory(self) -> dict[str, int]:
+        """Return the memory that this process holds now, and its peak so far, both of what `peak_memory_bytes` is."""
+        is_cuda = self.device.type == "cuda"
+        held = int(torch.cuda.memory_allocated(self.device)) if is_cuda else resident_bytes()
+        peak = max(held, self.peak_memory_bytes())  # Linux notes a peak now and then only, some pages late
+        return {"memory_bytes": held, "peak_memory_bytes": peak}
 
     def peak_memory_bytes(self) -> int:
         """Return the peak of memory so far: of the device on CUDA, else of the process's resident set."""

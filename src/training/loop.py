@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -39,6 +39,7 @@ class Step(StepResult):
     with_objective: bool = False  # whether the objective differs from the loss, so that its mean is a metric of its own
     is_save_asked: bool = False  # whether somebody asked for a checkpoint after it (StopRequest.is_save_asked)
     seconds: float = 0.0  # how long it took; 0 where an earlier start has computed it
+    measure_memory: Callable[[], Mapping[str, float]] = field(default=dict, repr=False)
 
     def is_due(self, every: int | str | None, *, at_end: bool = True) -> bool:
         """Return whether what happens every N steps or every epoch is due; with `at_end` at the last step too."""
@@ -66,7 +67,8 @@ class Step(StepResult):
         """Return the metrics since the last line, and begin new sums: called once for each line, by every process."""
         means = self.stats.means(with_objective=self.with_objective)
         self.stats.reset()
-        return means | {"train/lr": self.lr, "train/grad_norm": self.grad_norm}
+        memory = {f"perf/{name}": value for name, value in self.measure_memory().items()}
+        return means | {"train/lr": self.lr, "train/grad_norm": self.grad_norm, **memory}
 
 
 def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime, pad_token_id: int) -> Iterator[Step]:
@@ -81,7 +83,7 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
     """
     state.rng = runtime.rng_state()
     if state.last_step is not None and not state.is_last_step_complete:
-        yield _last_step(state, config.loss)
+        yield _last_step(state, config.loss, runtime)
     coming = windows(rows, state.batch_sampler, config.seed, state.position)
     while state.step < state.num_steps:
         window = next(coming)
@@ -96,13 +98,19 @@ def train(state: TrainState, rows: TrainSet, config: RunConfig, runtime: Runtime
         state.train_seconds += seconds
         state.position, state.rng = window.after, runtime.rng_state()
         state.last_step = StepResult(state.step, window.epoch, window.ends_epoch, lr, grad_norm)
-        yield replace(_last_step(state, config.loss), is_save_asked=is_save_asked, seconds=seconds)
+        yield replace(_last_step(state, config.loss, runtime), is_save_asked=is_save_asked, seconds=seconds)
 
 
-def _last_step(state: TrainState, loss: LossConfig) -> Step:
+def _last_step(state: TrainState, loss: LossConfig, runtime: Runtime) -> Step:
     is_last = state.step >= state.num_steps
     objective_differs = loss.reduction is Reduction.sum or loss.thought_weight != 1 or loss.label_smoothing > 0
-    return Step(**vars(state.last_step), is_last=is_last, stats=state.stats, with_objective=objective_differs)
+    return Step(
+        **vars(state.last_step),
+        is_last=is_last,
+        stats=state.stats,
+        with_objective=objective_differs,
+        measure_memory=runtime.memory,
+    )
 
 
 def step_once(
