@@ -175,12 +175,13 @@ def test_numbers_of_the_run_as_a_whole_and_its_report_reach_mlflow_once(tmp_path
     with tracked(config, run) as tracking:
         for step, loss in ((1, 2.0), (2, 1.0), (3, 1.5)):
             tracking.log(step, {"train/loss": loss, "eval/validation/loss": loss})
-        (run / "report").mkdir()
-        for name in ("report.html", "report/loss.png", "report/loss.csv"):
+        figures = {f"report_figures/loss.{kind}" for kind in ("png", "csv")}
+        (run / "report_figures").mkdir()
+        for name in ("report.html", *figures):
             (run / name).write_text("x")
         tracking.finish({"train_seconds": 4.5, "num_parameters": 7, "peak_memory_bytes": 3 * 2**29})
     client, run_id = MlflowClient(config.uri), read_status(run)["tracker_run_id"]
-    assert {file.path for file in client.list_artifacts(run_id, "report")} == {"report/loss.png", "report/loss.csv"}
+    assert {file.path for file in client.list_artifacts(run_id, "report_figures")} == figures
     assert "report.html" in {file.path for file in client.list_artifacts(run_id)}
     whole = {"best/eval/validation/loss": 1.0, "train_seconds": 4.5, "num_parameters": 7.0, "peak_memory_gib": 1.5}
     lines = {"train/loss", "eval/validation/loss", "perf/elapsed_seconds"}

@@ -14,12 +14,10 @@ from src.config.problems import Problem, refuse
 from src.config.schema import ReportConfig
 from src.config.sections import parse_section
 from src.reporting.runs import FACTS, is_run, is_sweep
+from src.tracking.own_files import LONGEST_HEAD, PAGE, is_page
 from src.util import did_you_mean, in_words
 
 PLACES = ("dir", "dirs")
-GENERATOR = '<meta name="generator" content="Towline report">'
-"""Stands at the head of each page, which the next one may replace."""
-LONGEST_HEAD = 1000  # characters
 OF_TABLE = ("where", "columns", "csv")
 
 
@@ -35,7 +33,7 @@ class Request:
         """The HTML page."""
         if self.own.output is not None:
             return Path(self.own.output)
-        return self.folders[0] / "report.html" if len(self.folders) == 1 else Path("comparison.html")
+        return self.folders[0] / PAGE if len(self.folders) == 1 else Path("comparison.html")
 
 
 def read_request(argv: Sequence[str]) -> Request:
@@ -133,8 +131,8 @@ def _is_folder_of_run(folder: Path) -> bool:
 
 def _is_own(key: str, file: Path) -> bool:
     """Return whether a file is a page or a table that an earlier command has written."""
+    if key == "report.output":
+        return is_page(file)
     with open(file, encoding="utf-8", errors="replace") as content:
-        if key == "report.output":
-            return GENERATOR in content.read(LONGEST_HEAD)
         names = next(csv.reader([content.readline(LONGEST_HEAD)]), [])
         return all(name in FACTS or name in all_keys() or "/" in name for name in names)

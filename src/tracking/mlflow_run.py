@@ -17,11 +17,12 @@ from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_model import MODEL, log_description, mlmodel
 from src.tracking.mlflow_names import flat, milliseconds, plain_name
 from src.tracking.mlflow_state import RUN_ID, TRACKING, Points, add_line, undelivered, without_lines
+from src.tracking.own_files import FIGURES, PAGE
 from src.tracking.previous_runs import PreviousRuns
 from src.tracking.run_folder import DATA_REPORT, PROVENANCE, SUMMARY
 from src.tracking.step_logs import METRICS, SAMPLES, metrics_of, read_step_log
 
-ARTIFACTS = (CONFIG, PROVENANCE, DATA_REPORT, SAMPLES, SUMMARY, "report.html")
+ARTIFACTS = (CONFIG, PROVENANCE, DATA_REPORT, SAMPLES, SUMMARY, PAGE)
 LINES_AT_ONCE = 100
 LARGEST = 1 << 53  # the largest step, and the largest time in milliseconds, that every store takes
 STATUS_REMEDY = "Move it away, and repeat the run's own command: it resumes from the last checkpoint and writes it."
@@ -117,7 +118,7 @@ class MlflowRunExporter(MlflowExporter):
         self._part(self._log_samples)
         if self._is_ended:
             self._part(self._log_summary)
-            yield from self._log_files([*ARTIFACTS, *self._files_in("report")])
+            yield from self._log_files([*ARTIFACTS, *self._files_in(FIGURES)])
             if self._config.log_model:
                 yield from self._log_model()
             self._end_replaced()

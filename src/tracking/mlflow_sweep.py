@@ -19,11 +19,12 @@ from src.tracking.mlflow_exporter import MlflowExporter
 from src.tracking.mlflow_names import flat, milliseconds
 from src.tracking.mlflow_run import MlflowRunExporter
 from src.tracking.mlflow_state import read_tracking
+from src.tracking.own_files import FIGURES, PAGE
 from src.tracking.sweep_files import check_checksum, holds_another, read_sweep
 from src.util import value_at
 
 LEADERBOARD = "leaderboard.json"
-ARTIFACTS = (SWEEP, "leaderboard.csv", LEADERBOARD, "leaderboard.md", "report.html")
+ARTIFACTS = (SWEEP, "leaderboard.csv", LEADERBOARD, "leaderboard.md", PAGE)
 COUNTED = ("FINISHED", "FAILED", "PRUNED")
 TRIALS_AT_ONCE = 100
 # Keys of the tracker's configuration that a trial may have values of its own for.
@@ -166,7 +167,7 @@ class MlflowSweepExporter(MlflowExporter):
         self._run.log_points((name, now[name], at, step) for name in now if now[name] != before.get(name))
 
     def _log_artifacts(self) -> Iterator[None]:
-        yield from self._log_files([*ARTIFACTS, *self._files_in("plots"), *self._files_in("report")])
+        yield from self._log_files([*ARTIFACTS, *self._files_in("plots"), *self._files_in(FIGURES)])
         self._part(self._log_leaderboard)
 
     def _log_leaderboard(self) -> None:

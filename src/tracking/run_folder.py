@@ -26,16 +26,18 @@ from src.config.places import CHECKPOINTS, remove_tree
 from src.errors import DamagedFileError, Interrupted, Pruned, RunFolderError, report
 from src.records import Digest, damaged, file_digest
 from src.tracking.lock import process_identity
+from src.tracking.own_files import RESULTS, remove_report, remove_results
 from src.tracking.step_logs import METRICS, STEP_LOGS, LogDigest, compare_logs, read_step_log
 from src.util import finite, sync, write_atomically, write_json
 
 PROVENANCE, DATA_REPORT, SUMMARY = "provenance.json", "data_report.json", "summary.json"
-FOLDERS = (CHECKPOINTS, "model", "predictions", "export", "evaluations", "benchmarks", "tensorboard", "wandb")
+FOLDERS = (CHECKPOINTS, "model", *RESULTS, "tensorboard", "wandb")
 FILES = (
     *(CONFIG, "deepspeed.json", STARTS, STATUS, *STEP_LOGS),
     *(DATA_REPORT, PROVENANCE, SUMMARY, "tracking.json", *FOLDERS),
 )
-"""What a run's folder holds; `force=true` removes these, and what other trackers remember (`tracking-*.json`)."""
+"""What a run's folder holds; `force=true` removes these, a report of the run, and what other trackers remember
+(`tracking-*.json`); in RESULTS only what commands wrote there."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ def resume_command(path: Path) -> str:
 
 
 def _remove(path: Path, names: Iterable[str]) -> None:
+    remove_report(path)
     for name in sorted(names, key=lambda name: name == STATUS):  # last: it is what makes the folder a run's
-        remove_tree(path / name)
+        (remove_results if name in RESULTS else remove_tree)(path / name)
 
 
 @dataclass(eq=False)
