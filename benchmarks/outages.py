@@ -3,8 +3,9 @@
     python -m benchmarks.outages [--steps 60] [KEY=VALUE …]
 
 Prints the median and the longest time of a step that no evaluation follows, its line of metrics included, and how much
-longer the longest is than that of the same run without a tracker. MLflow's own server is frozen (SIGSTOP) or killed at
-a third of the steps. Not a test: times differ from machine to machine, and from run to run on a busy one.
+longer the longest is than that of the same run without a tracker; such a run again shows what chance does. MLflow's own
+server is frozen (SIGSTOP) or killed at a third of the steps. Not a test: times differ from machine to machine, and from
+run to run on a busy one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +44,7 @@ def main() -> None:
         place = Path(name)
         alone = step_seconds(place / "none", ["tracking=none", *overrides], given.steps)
         show("no tracker", alone, alone)
+        show("the same again", step_seconds(place / "again", ["tracking=none", *overrides], given.steps), alone)
         for mode, opened in {"refuses": refusing, "never answers": silent}.items():
             with opened() as uri:
                 times = step_seconds(place / mode, [f"tracking.uri={uri}", *overrides], given.steps)
@@ -54,13 +56,14 @@ def main() -> None:
             show(mode, times, alone)
 
 
-def show(mode: str, times: list[float], alone: list[float]) -> None:
-    more = max(times) - max(alone)
-    print(f"{mode:14}median {statistics.median(times):.3f} s, longest {max(times):.3f} s ({more:+.3f} s)", flush=True)
+def show(mode: str, times: Mapping[int, float], alone: Mapping[int, float]) -> None:
+    at, longest = max(times.items(), key=lambda item: item[1])
+    more, median = longest - max(alone.values()), statistics.median(times.values())
+    print(f"{mode:16}median {median:.3f} s, longest {longest:.3f} s ({more:+.3f} s) in step {at}", flush=True)
 
 
-def step_seconds(folder: Path, overrides: list[str], num_steps: int, strike: Strike | None = None) -> list[float]:
-    """Return the seconds from line to line of a run's metrics, where nothing is evaluated.
+def step_seconds(folder: Path, overrides: list[str], num_steps: int, strike: Strike | None = None) -> dict[int, float]:
+    """Return the seconds of each step that no evaluation follows, from line to line of a run's metrics.
 
     `strike` is called at a third of its steps.
     """
@@ -75,8 +78,8 @@ def step_seconds(folder: Path, overrides: list[str], num_steps: int, strike: Str
             time.sleep(0.02)
     assert run.returncode == 0, f"exit code {run.returncode}"
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    name = "perf/elapsed_seconds"
-    return [line[name] - before[name] for before, line in pairwise(lines) if "eval/validation/loss" not in line]
+    plain = [(before, line) for before, line in pairwise(lines) if "eval/validation/loss" not in line]
+    return {line["step"]: line["perf/elapsed_seconds"] - before["perf/elapsed_seconds"] for before, line in plain}
 
 
 @contextmanager

@@ -28,7 +28,11 @@ class Browser:
             os.dup2(ends[1], 4)
 
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"]
-        flags += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}", "--disable-dev-shm-usage"]
+        flags += [
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            f"--user-data-dir={profile}",
+            "--disable-dev-shm-usage",
+        ]
         self._process = subprocess.Popen(
             [CHROMIUM, *flags, "about:blank"],
             close_fds=False,
